@@ -1,0 +1,39 @@
+"""Every Redis key, built here and nowhere else.
+
+Braces are Redis Cluster hash tags (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags):
+all keys of one node, or of one user, share a slot, so that every script touches one slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP = "workers"
+"""The consumer group of every requests stream. A consumer is the id of the node that works on the entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Builds key names below one prefix, so that several deployments can share a Redis.
+
+    Attributes:
+        prefix: What every key starts with, `im` unless set otherwise.
+    """
+
+    prefix: str = "im"
+
+    def requests(self, node: str) -> str:
+        """Stream: the unfinished requests of a node."""
+        return f"{self.prefix}:{{node:{node}}}:requests"
+
+    def load(self, node: str) -> str:
+        """Hash, user to number of unfinished requests in the node's stream."""
+        return f"{self.prefix}:{{node:{node}}}:load"
+
+    def dead(self, node: str) -> str:
+        """Stream: requests that a node gave up, newest 10,000 or so."""
+        return f"{self.prefix}:{{node:{node}}}:dead"
+
+    def reply(self, user_id: int, message_id: str) -> str:
+        """Stream that expires: all that was said about one message."""
+        return f"{self.prefix}:{{user:{user_id}}}:reply:{message_id}"

@@ -1,0 +1,112 @@
+"""One settings object: every option of every command, read from `IMSTREAM_*`, `.env` or the command line."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from imstream.errors import SettingsError
+
+ENV_PREFIX = "IMSTREAM_"
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ms|s|m|h|d)?")
+
+
+def parse_duration(value: object) -> object:
+    """Read `250ms`, `30s`, `15m`, `1h`, `1d` or a plain number of seconds as a time span."""
+    if isinstance(value, int | float):
+        return timedelta(seconds=value)
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise ValueError("a time span such as 250ms, 30s, 15m, 1h or 1d")  # noqa: TRY004 - pydantic wants ValueError
+        return timedelta(seconds=float(match["number"]) * _UNITS[match["unit"] or "s"])
+    return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
+Positive = Annotated[Duration, Field(gt=timedelta(0))]
+
+
+class Settings(BaseSettings):
+    """What can be set. The environment variable is `IMSTREAM_` and the name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    node: str = Field("0", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Id of this node, unique among all nodes.")
+    host: str = Field("127.0.0.1", description="Address the node listens on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port the node listens on; 0 takes a free one.")
+
+    redis_url: str = Field(
+        "redis://127.0.0.1:6390/0", pattern=r"^rediss?://", description="Redis or Valkey, 6.2 or newer."
+    )
+    redis_timeout: Positive = Field(timedelta(seconds=2), description="Time limit of one Redis round trip.")
+    redis_connections: int = Field(4, ge=1, le=64, description="Connections that carry the node's Redis commands.")
+    key_prefix: str = Field("im", pattern=r"^[A-Za-z0-9._-]{1,32}$", description="What every Redis key starts with.")
+
+    ai_url: str = Field(
+        "http://127.0.0.1:8081/v1",
+        pattern=r"^https?://",
+        description="OpenAI-compatible base URL, ending in /v1.",
+    )
+    ai_model: str = Field("demo", min_length=1, description="Model that is asked for.")
+    ai_key: SecretStr | None = Field(None, description="Key sent to the AI backend as a bearer token.")
+    ai_connect_timeout: Positive = Field(timedelta(seconds=5), description="Time limit to connect to the backend.")
+    ai_first_token_timeout: Positive = Field(timedelta(seconds=60), description="Time limit to the first token.")
+    ai_idle_timeout: Positive = Field(timedelta(seconds=30), description="Longest silence between tokens.")
+    ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
+
+    queue_limit: int = Field(100, ge=1, description="Most unfinished requests of this node; more are told BUSY.")
+    user_limit: int = Field(4, ge=1, description="Most unfinished requests of one user on this node.")
+    concurrency: int = Field(64, ge=1, description="Most requests this node works on at once.")
+    max_attempts: int = Field(4, ge=1, description="AI calls tried for one request before it is given up.")
+    max_deliveries: int = Field(3, ge=1, description="Times a request may die with its worker before it is given up.")
+    retry_wait: Positive = Field(timedelta(milliseconds=500), description="First wait before a retry; it doubles.")
+    retry_wait_max: Positive = Field(timedelta(seconds=30), description="Longest wait before a retry.")
+    retry_window: Positive = Field(timedelta(minutes=3), description="No new attempt this long after the first one.")
+
+    reply_ttl: Positive = Field(timedelta(minutes=15), description="How long a reply is kept after its last append.")
+    queued_ttl: Positive = Field(timedelta(days=1), description="How long the reply of a waiting request is kept.")
+    flush_interval: Positive = Field(timedelta(milliseconds=100), description="Time between two reply stream appends.")
+    read_block: Positive = Field(timedelta(seconds=1), description="How long one read of the requests stream blocks.")
+    sweep_interval: Positive = Field(
+        timedelta(seconds=5), description="Time between two looks for pending requests that slipped through."
+    )
+
+    max_frame: int = Field(65536, ge=1024, description="Largest WebSocket message taken, in bytes; more closes 1009.")
+    init_timeout: Positive = Field(timedelta(seconds=10), description="Time a new socket has to send INIT.")
+    idle_timeout: Positive = Field(timedelta(seconds=75), description="Silence after which a socket is closed (4001).")
+    stall_timeout: Positive = Field(
+        timedelta(seconds=10), description="How long a socket may refuse to read before it is closed (4002)."
+    )
+    drain_grace: Positive = Field(timedelta(seconds=30), description="Time running answers get to end on SIGTERM.")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="How logs look; auto: console in a terminal, JSON elsewhere."
+    )
+
+    @classmethod
+    def load(cls, **given: Any) -> Settings:  # noqa: ANN401 - any setting may be given
+        """Read the settings; what is given wins over the environment, that over `.env`, that over the default.
+
+        Raises:
+            SettingsError: A value is wrong. The text has one line for each: setting, value, what is allowed.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsError("\n".join(_explain(line) for line in error.errors())) from None
+
+
+def _explain(error: Any) -> str:  # noqa: ANN401 - pydantic's error details
+    name = str(error["loc"][0]) if error["loc"] else "?"
+    field = Settings.model_fields.get(name)
+    shown = "(hidden)" if field is not None and "Secret" in str(field.annotation) else repr(error["input"])
+    allowed = error["msg"].removeprefix("Value error, ")
+    return f"{ENV_PREFIX}{name.upper()}={shown} is not allowed: {allowed}"

@@ -1,0 +1,82 @@
+"""Texts for people, in Chinese and English. The handshake's `Accept-Language` chooses; Chinese is the default."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+Lang = Literal["zh", "en"]
+DEFAULT_LANG: Lang = "zh"
+
+
+class Text(Enum):
+    """One sentence in both languages. Braces are filled in by `say`."""
+
+    WELCOME = ("用户标识: {user_id} 登录成功", "User id {user_id}: logged in")
+    HEARTBEAT = ("心跳测试,很高兴收到你的心跳包", "Heartbeat received, glad to hear from you")
+    BAD_USER_ID = ("用户身份标识有误!", "The user id is not valid!")
+    BUSY = ("当前排队人数较多,请稍后再重试!", "Many people are waiting right now, please try again later!")
+    USER_BUSY = (
+        "您有太多消息还在处理中,请等待回复后再发送!",
+        "Too many of your messages are still being answered, please wait for a reply!",
+    )
+    ACCEPTED = ("消息已收到,当前排在第 {position} 位", "Message received, place {position} in the queue")
+    RESTART = ("回答中断,正在重新生成", "The answer was interrupted and is being generated again")
+    DONE = ("回答完毕", "The answer is complete")
+    FAILED = ("抱歉,这条消息暂时无法得到回答,请稍后再试!", "Sorry, this message could not be answered. Please try again later!")
+    REFUSED = (
+        "抱歉,AI 服务拒绝了这条消息,请修改后再发送!",
+        "Sorry, the AI service refused this message. Please change it and send it again!",
+    )
+    CANCELLED = ("已取消", "Cancelled")
+    TOO_LATE = ("这条消息的回答已经结束,无法取消", "The answer to this message had already ended")
+    UNKNOWN_MESSAGE = ("没有找到这条消息", "There is no such message")
+    EXPIRED = ("这条消息的回答已过期,请重新发送", "The reply to this message has expired, please send it again")
+    NOT_LOGGED_IN = ("请先登录 (INIT)", "Please log in first (INIT)")
+    OTHER_USER = ("不能以其他用户的身份操作", "This socket belongs to another user")
+    BAD_FRAME = ("消息格式有误: {problem}", "The message is not valid: {problem}")
+    UNAVAILABLE = ("服务暂时不可用,请稍后再重试!", "The service is not available right now, please try again later!")
+    DRAINING = ("服务节点即将重启,请重新连接", "This node is about to restart, please reconnect")
+    TOO_SLOW = ("连接读取过慢,已断开", "This connection reads too slowly and was closed")
+    NO_HEARTBEAT = ("长时间没有收到心跳,连接已断开", "No heartbeat for a long time, the connection was closed")
+    NO_INIT = ("没有及时登录,连接已断开", "No login (INIT) in time, the connection was closed")
+    INTERNAL = ("系统内部错误,请稍后再重试!", "Something went wrong on our side, please try again later!")
+
+    @property
+    def zh(self) -> str:
+        """The Chinese sentence."""
+        return self.value[0]
+
+    @property
+    def en(self) -> str:
+        """The English sentence."""
+        return self.value[1]
+
+
+def say(text: Text, lang: Lang, **values: object) -> str:
+    """The sentence in the given language, with its braces filled in."""
+    return (text.en if lang == "en" else text.zh).format(**values)
+
+
+def choose_lang(accept_language: str | None) -> Lang:
+    """The language a person prefers, of those we have, by the handshake's `Accept-Language` (RFC 9110, 12.5.4)."""
+    best: tuple[float, Lang] = (0.0, DEFAULT_LANG)
+    for part in (accept_language or "").split(","):
+        tag, _, parameters = part.strip().partition(";")
+        name = tag.strip().lower().partition("-")[0]
+        weight = _quality(parameters)
+        if name == "zh" and weight > best[0]:
+            best = (weight, "zh")
+        elif name == "en" and weight > best[0]:
+            best = (weight, "en")
+    return best[1]
+
+
+def _quality(parameters: str) -> float:
+    name, _, value = parameters.strip().partition("=")
+    if name.strip() != "q":
+        return 1.0
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,214 @@
+"""The frames of the wire, in both directions. JSON text frames; field names are those of the service replaced.
+
+`parse` turns what a client sent into one of the `Client*` models; `ServerFrame` is all that a server says.
+"""
+
+from __future__ import annotations
+
+import time
+from enum import IntEnum, StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.alias_generators import to_camel
+
+MIN_USER_ID = 10001
+MAX_USER_ID = 2**53 - 1
+"""The largest integer that JavaScript's JSON keeps exact (RFC 8259, section 6)."""
+
+MAX_RESUMED = 64
+"""Most messages one INIT may resume."""
+
+
+class Code(StrEnum):
+    """What kind of answer a frame is, for programs."""
+
+    SUCCESS = "SUCCESS"
+    SYSTEM_ERROR = "SYSTEM_ERROR"
+    BAD_REQUEST = "BAD_REQUEST"
+    UNAUTHORIZED = "UNAUTHORIZED"
+    FORBIDDEN = "FORBIDDEN"
+    BUSY = "BUSY"
+    RATE_LIMITED = "RATE_LIMITED"
+    AI_FAILED = "AI_FAILED"
+    UNAVAILABLE = "UNAVAILABLE"
+    EXPIRED = "EXPIRED"
+    TOO_LATE = "TOO_LATE"
+    UNKNOWN = "UNKNOWN"
+
+
+class MsgType(StrEnum):
+    """The `msgType` of a frame."""
+
+    INIT = "INIT"
+    CHAT = "CHAT"
+    CANCEL = "CANCEL"
+    HEARTBEAT = "HEARTBEAT"
+    SYSTEM = "SYSTEM"
+
+
+class Event(StrEnum):
+    """The `event` of a CHAT frame. The last three are terminal: nothing follows them for that message."""
+
+    ACCEPTED = "accepted"
+    DELTA = "delta"
+    RESTART = "restart"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Close(IntEnum):
+    """Why a socket is closed. 1012, 1013 and 4000 to 4499: reconnect; 4500 to 4999: don't."""
+
+    FRAME_TOO_BIG = 1009
+    DRAINING = 1012
+    """The node is going away: reconnect now."""
+    NODE_FULL = 1013
+    """The node has too many sockets: reconnect later."""
+    NO_HEARTBEAT = 4001
+    READER_TOO_SLOW = 4002
+    NOT_AUTHENTICATED = 4500
+    BAD_USER_ID = 4501
+    REPLACED = 4502
+    LOCKED = 4503
+    TOO_MANY_CONNECTIONS = 4504
+
+
+UserId = Annotated[int, Field(ge=MIN_USER_ID, le=MAX_USER_ID)]
+MessageId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
+
+
+class _Frame(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True)
+
+
+class Turn(_Frame):
+    """One earlier message of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str
+
+
+class ResumePoint(_Frame):
+    """How far a client got with one message: `offset` as it was last told, in `attempt`."""
+
+    message_id: MessageId
+    attempt: int = Field(0, ge=0)
+    offset: int = Field(0, ge=0)
+
+
+class ClientInit(_Frame):
+    """Logs in. `resume` lists the messages the client has no terminal event for."""
+
+    msg_type: Literal["INIT"]
+    user_id: UserId
+    token: str | None = None
+    resume: list[ResumePoint] = Field(default=[], max_length=MAX_RESUMED)
+
+
+class ClientChat(_Frame):
+    """Asks the AI. Without `message_id` one is made up and told in `accepted`."""
+
+    msg_type: Literal["CHAT"]
+    user_id: UserId
+    message_id: MessageId | None = None
+    contents: str = Field(min_length=1)
+    history: list[Turn] = []
+
+
+class ClientCancel(_Frame):
+    """Stops one message of this user."""
+
+    msg_type: Literal["CANCEL"]
+    user_id: UserId | None = None
+    message_id: MessageId
+
+
+class ClientHeartbeat(_Frame):
+    """Says that the client is alive. The bare text `PING` means the same."""
+
+    msg_type: Literal["HEARTBEAT"]
+    user_id: UserId | None = None
+
+
+ClientFrame = ClientInit | ClientChat | ClientCancel | ClientHeartbeat
+
+_CLIENT_FRAME: TypeAdapter[ClientFrame] = TypeAdapter(Annotated[ClientFrame, Field(discriminator="msg_type")])
+_PING = ClientHeartbeat(msg_type="HEARTBEAT")
+
+
+class BadFrame(Exception):  # noqa: N818 - their fault, not an error of ours
+    """A client's frame is not one of ours.
+
+    Attributes:
+        field: The field that is wrong, as it stands on the wire; empty when the whole frame is.
+        problem: What is wrong with it, for a person.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}" if field else problem)
+        self.field = field
+        self.problem = problem
+
+
+def parse(text: str) -> ClientFrame:
+    """Read one text frame of a client.
+
+    Raises:
+        BadFrame: It is not JSON, has an unknown `msgType`, or a field has the wrong type or value.
+    """
+    if text == "PING":
+        return _PING
+    try:
+        return _CLIENT_FRAME.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    except UnicodeEncodeError:  # a lone surrogate got through the decoder of the socket
+        raise BadFrame("", "not valid Unicode") from None
+    if first["type"].startswith("union_tag"):
+        raise BadFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT")
+    # The location starts with the tag of the union, which is no field of the frame.
+    raise BadFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"])
+
+
+def parse_user_id(text: str | None) -> int | None:
+    """Read the `userId` of a URL; None when it is missing, not a number, or out of range."""
+    if text is None or not (text.isascii() and text.isdecimal()) or len(text) > len(str(MAX_USER_ID)):
+        return None
+    return number if MIN_USER_ID <= (number := int(text)) <= MAX_USER_ID else None
+
+
+def now_ms() -> str:
+    """Wall-clock milliseconds since 1970, as the wire wants them."""
+    return str(time.time_ns() // 1_000_000)
+
+
+class ServerFrame(_Frame):
+    """All that a server says. Fields that do not apply are left out of the JSON.
+
+    Attributes:
+        contents: Text for a person, or of the reply.
+        offset: Where the reply stands after this frame; opaque to clients, given back in `resume`.
+        attempt: The attempt the text belongs to, from 1.
+        position: Requests that wait for a worker up to and including this one; 1 is next.
+    """
+
+    code: Code = Code.SUCCESS
+    resp_time: str = Field(default_factory=now_ms)
+    msg_type: MsgType
+    contents: str | None = None
+    user_id: int | None = None
+    message_id: str | None = None
+    event: Event | None = None
+    attempt: int | None = None
+    offset: int | None = None
+    position: int | None = None
+    retry_after_ms: int | None = None
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    node: str | None = None
+
+    def encode(self) -> str:
+        """The JSON text of this frame."""
+        return self.model_dump_json(by_alias=True, exclude_none=True)
