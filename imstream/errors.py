@@ -1,13 +1,14 @@
 """Every error imstream raises, as one tree.
 
-    ImstreamError
-    ├── SettingsError            a setting has a wrong value; the text names it
-    ├── StoreError               something about Redis
-    │   ├── StoreUnavailable     not reached in time; whether the command was carried out is unknown
-    │   └── StoreFull            Redis is out of memory and refused to write; nothing was written
-    └── BackendError             something about the AI backend; carries a `reason` for the dead stream
-        ├── TransientBackendError   may succeed when tried again, perhaps not before `retry_after`
-        └── PermanentBackendError   will never succeed: the request itself is refused
+ImstreamError
+├── SettingsError            a setting has a wrong value; the text names it
+├── StoreError               something about Redis
+│   ├── StoreUnavailable     not reached in time; whether the command was carried out is unknown
+│   ├── StoreFull            Redis is out of memory and refused to write; nothing was written
+│   └── StoreRefused         Redis refused the command for another reason
+└── BackendError             something about the AI backend; carries a `reason` for the dead stream
+    ├── TransientBackendError   may succeed when tried again, perhaps not before `retry_after`
+    └── PermanentBackendError   will never succeed: the request itself is refused
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class StoreUnavailable(StoreError):  # noqa: N818 - reads as the state that it n
 
 class StoreFull(StoreError):  # noqa: N818 - reads as the state that it names
     """Redis is at `maxmemory` and refused the write. Nothing was written; reading and deleting still work."""
+
+
+class StoreRefused(StoreError):  # noqa: N818 - reads as the state that it names
+    """Redis refused the command: a missing group, a key of another type, a permission. The text is Redis' own."""
 
 
 class BackendError(ImstreamError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -24,7 +24,7 @@ def parse_duration(value: object) -> object:
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None:
-            raise ValueError("a time span such as 250ms, 30s, 15m, 1h or 1d")  # noqa: TRY004 - pydantic wants ValueError
+            raise ValueError("a time span such as 250ms, 30s, 15m, 1h or 1d")
         return timedelta(seconds=float(match["number"]) * _UNITS[match["unit"] or "s"])
     return value
 
@@ -33,10 +33,39 @@ Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Positive = Annotated[Duration, Field(gt=timedelta(0))]
 
 
-class Settings(BaseSettings):
-    """What can be set. The environment variable is `IMSTREAM_` and the name in capitals."""
+class SettingsGroup(BaseSettings):
+    """Settings that are read together. Every group shares `.env`; each has its own prefix of names."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The environment variable of a field."""
+        return f"{cls.model_config.get('env_prefix', '')}{field}".upper()
+
+    @classmethod
+    def load(cls, **given: Any) -> Self:  # noqa: ANN401 - any setting may be given
+        """Read the settings; what is given wins over the environment, that over `.env`, that over the default.
+
+        Raises:
+            SettingsError: A value is wrong. The text has one line for each: setting, value, what is allowed.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsError("\n".join(cls._explain(line) for line in error.errors())) from None
+
+    @classmethod
+    def _explain(cls, error: Any) -> str:  # noqa: ANN401 - pydantic's error details
+        name = str(error["loc"][0]) if error["loc"] else "?"
+        field = cls.model_fields.get(name)
+        shown = "(hidden)" if field is not None and "Secret" in str(field.annotation) else repr(error["input"])
+        allowed = error["msg"].removeprefix("Value error, ")
+        return f"{cls.variable(name)}={shown} is not allowed: {allowed}"
+
+
+class Settings(SettingsGroup):
+    """What can be set. The environment variable is `IMSTREAM_` and the name in capitals."""
 
     node: str = Field("0", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Id of this node, unique among all nodes.")
     host: str = Field("127.0.0.1", description="Address the node listens on.")
@@ -60,6 +89,9 @@ class Settings(BaseSettings):
     ai_first_token_timeout: Positive = Field(timedelta(seconds=60), description="Time limit to the first token.")
     ai_idle_timeout: Positive = Field(timedelta(seconds=30), description="Longest silence between tokens.")
     ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
+
+    ai_breaker_failures: int = Field(10, ge=1, description="Failed AI calls in a row after which intake pauses.")
+    ai_breaker_pause: Positive = Field(timedelta(seconds=2), description="First such pause; it doubles.")
 
     queue_limit: int = Field(100, ge=1, description="Most unfinished requests of this node; more are told BUSY.")
     user_limit: int = Field(4, ge=1, description="Most unfinished requests of one user on this node.")
@@ -90,23 +122,3 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="How logs look; auto: console in a terminal, JSON elsewhere."
     )
-
-    @classmethod
-    def load(cls, **given: Any) -> Settings:  # noqa: ANN401 - any setting may be given
-        """Read the settings; what is given wins over the environment, that over `.env`, that over the default.
-
-        Raises:
-            SettingsError: A value is wrong. The text has one line for each: setting, value, what is allowed.
-        """
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            raise SettingsError("\n".join(_explain(line) for line in error.errors())) from None
-
-
-def _explain(error: Any) -> str:  # noqa: ANN401 - pydantic's error details
-    name = str(error["loc"][0]) if error["loc"] else "?"
-    field = Settings.model_fields.get(name)
-    shown = "(hidden)" if field is not None and "Secret" in str(field.annotation) else repr(error["input"])
-    allowed = error["msg"].removeprefix("Value error, ")
-    return f"{ENV_PREFIX}{name.upper()}={shown} is not allowed: {allowed}"

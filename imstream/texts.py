@@ -22,8 +22,10 @@ class Text(Enum):
     )
     ACCEPTED = ("消息已收到,当前排在第 {position} 位", "Message received, place {position} in the queue")
     RESTART = ("回答中断,正在重新生成", "The answer was interrupted and is being generated again")
-    DONE = ("回答完毕", "The answer is complete")
-    FAILED = ("抱歉,这条消息暂时无法得到回答,请稍后再试!", "Sorry, this message could not be answered. Please try again later!")
+    FAILED = (
+        "抱歉,这条消息暂时无法得到回答,请稍后再试!",
+        "Sorry, this message could not be answered. Please try again later!",
+    )
     REFUSED = (
         "抱歉,AI 服务拒绝了这条消息,请修改后再发送!",
         "Sorry, the AI service refused this message. Please change it and send it again!",
@@ -32,6 +34,7 @@ class Text(Enum):
     TOO_LATE = ("这条消息的回答已经结束,无法取消", "The answer to this message had already ended")
     UNKNOWN_MESSAGE = ("没有找到这条消息", "There is no such message")
     EXPIRED = ("这条消息的回答已过期,请重新发送", "The reply to this message has expired, please send it again")
+    TEXT_ONLY = ("只接受文本消息 (JSON)", "Only text messages (JSON) are taken")
     NOT_LOGGED_IN = ("请先登录 (INIT)", "Please log in first (INIT)")
     OTHER_USER = ("不能以其他用户的身份操作", "This socket belongs to another user")
     BAD_FRAME = ("消息格式有误: {problem}", "The message is not valid: {problem}")

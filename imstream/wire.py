@@ -16,6 +16,8 @@ MIN_USER_ID = 10001
 MAX_USER_ID = 2**53 - 1
 """The largest integer that JavaScript's JSON keeps exact (RFC 8259, section 6)."""
 
+USER_ID_FIELD = "userId"
+
 MAX_RESUMED = 64
 """Most messages one INIT may resume."""
 
@@ -163,7 +165,9 @@ def parse(text: str) -> ClientFrame:
     try:
         return _CLIENT_FRAME.validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        # A wrong user id weighs more than anything else that is wrong with the frame.
+        first = next((problem for problem in problems if problem["loc"][1:] == (USER_ID_FIELD,)), problems[0])
     except UnicodeEncodeError:  # a lone surrogate got through the decoder of the socket
         raise BadFrame("", "not valid Unicode") from None
     if first["type"].startswith("union_tag"):

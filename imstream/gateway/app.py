@@ -1,0 +1,73 @@
+"""The routes of a node: the socket, the page, and what a load balancer asks."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+
+from imstream.gateway.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+    from starlette.websockets import WebSocket
+
+    from imstream.gateway.session import Services
+
+_STATIC = resources.files("imstream.gateway") / "static"
+
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def make_app(services: Services, *, not_ready: Callable[[], str | None]) -> Starlette:
+    """The ASGI application of one node.
+
+    Args:
+        services: What its sessions use.
+        not_ready: Why the node cannot serve right now; None when it can.
+    """
+    node = services.settings.node
+
+    async def socket(websocket: WebSocket) -> None:
+        await Session(websocket, services).run()
+
+    async def readyz(_: Request) -> JSONResponse:
+        why = not_ready()
+        body = {
+            "ready": why is None,
+            "node": node,
+            "sessions": len(services.registry),
+            "running": services.worker.running,
+        }
+        return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
+
+    async def healthz(_: Request) -> JSONResponse:
+        return JSONResponse({"alive": True, "node": node})
+
+    return Starlette(
+        routes=[
+            WebSocketRoute("/ws", socket),
+            Route("/readyz", readyz),
+            Route("/healthz", healthz),
+            Route("/", _static("index.html", "text/html; charset=utf-8")),
+            Route("/imstream.js", _static("imstream.js", "text/javascript; charset=utf-8")),
+        ]
+    )
+
+
+def _static(name: str, media_type: str) -> Callable[[Request], Response]:
+    content = (_STATIC / name).read_bytes()
+
+    def serve(_: Request) -> Response:
+        return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
+
+    return serve

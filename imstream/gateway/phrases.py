@@ -1,0 +1,145 @@
+"""What the gateway says: each situation as one frame, in the person's language."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, assert_never
+
+from imstream.reply import Finished, Grown, Restarted
+from imstream.texts import Lang, Text, say
+from imstream.wire import Code, Event, MsgType, ServerFrame
+
+if TYPE_CHECKING:
+    from imstream.wire import BadFrame
+
+RETRY_AFTER_MS = 2_000
+"""When a refused client should try again, spread by half of it either way: they must not all come back at once."""
+
+REFUSED_REASONS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "content_filter"})
+"""Failures that the person can mend by changing the message."""
+
+
+def _retry_after_ms() -> int:
+    return int(RETRY_AFTER_MS * random.uniform(0.5, 1.5))  # noqa: S311 - spreading load, no secret
+
+
+class Phrases:
+    """The frames for one person: their language, user id, and the node they are connected to."""
+
+    def __init__(self, lang: Lang, node: str) -> None:
+        self.lang = lang
+        self.user_id: int | None = None
+        self._node = node
+
+    def welcome(self) -> ServerFrame:
+        """The answer to INIT."""
+        return ServerFrame(
+            msg_type=MsgType.INIT,
+            contents=self._say(Text.WELCOME, user_id=self.user_id),
+            user_id=self.user_id,
+            node=self._node,
+        )
+
+    def heartbeat(self) -> ServerFrame:
+        """The answer to PING and HEARTBEAT."""
+        return ServerFrame(msg_type=MsgType.HEARTBEAT, contents=self._say(Text.HEARTBEAT), user_id=self.user_id)
+
+    def accepted(self, message_id: str, position: int) -> ServerFrame:
+        """The message is in the stream."""
+        return ServerFrame(
+            msg_type=MsgType.CHAT,
+            event=Event.ACCEPTED,
+            contents=self._say(Text.ACCEPTED, position=position),
+            user_id=self.user_id,
+            message_id=message_id,
+            position=position,
+            node=self._node,
+        )
+
+    def busy(self, message_id: str, *, by_user: bool = False) -> ServerFrame:
+        """The message does not fit: the node's cap, or the user's own."""
+        return self.system(Code.BUSY, Text.USER_BUSY if by_user else Text.BUSY, message_id=message_id, retry=True)
+
+    def bad_frame(self, error: BadFrame) -> ServerFrame:
+        """The frame is not one of ours."""
+        return self.system(Code.BAD_REQUEST, Text.BAD_FRAME, problem=str(error))
+
+    def expired(self, message_id: str) -> ServerFrame:
+        """Nothing is known of a message that was to be resumed."""
+        return ServerFrame(
+            code=Code.EXPIRED, msg_type=MsgType.CHAT, contents=self._say(Text.EXPIRED), message_id=message_id
+        )
+
+    def cancelled(self, message_id: str) -> ServerFrame:
+        """The receipt of a CANCEL for whoever does not follow the message."""
+        return ServerFrame(
+            msg_type=MsgType.CHAT,
+            event=Event.CANCELLED,
+            contents=self._say(Text.CANCELLED),
+            user_id=self.user_id,
+            message_id=message_id,
+        )
+
+    def system(
+        self, code: Code, text: Text, *, message_id: str | None = None, retry: bool = False, **values: object
+    ) -> ServerFrame:
+        """A SYSTEM frame; with `retry` it says when to try again."""
+        return ServerFrame(
+            code=code,
+            msg_type=MsgType.SYSTEM,
+            contents=self._say(text, **values),
+            user_id=self.user_id,
+            message_id=message_id,
+            retry_after_ms=_retry_after_ms() if retry else None,
+        )
+
+    def step(self, message_id: str, step: Restarted | Grown | Finished) -> ServerFrame:
+        """What is new in a reply."""
+        match step:
+            case Grown(attempt, text, offset):
+                return ServerFrame(
+                    msg_type=MsgType.CHAT,
+                    event=Event.DELTA,
+                    contents=text,
+                    message_id=message_id,
+                    attempt=attempt,
+                    offset=offset,
+                )
+            case Restarted(attempt):
+                return ServerFrame(
+                    msg_type=MsgType.CHAT,
+                    event=Event.RESTART,
+                    contents=self._say(Text.RESTART),
+                    message_id=message_id,
+                    attempt=attempt,
+                    offset=0,
+                )
+            case Finished():
+                return self._finished(message_id, step)
+            case _:
+                assert_never(step)
+
+    def _finished(self, message_id: str, step: Finished) -> ServerFrame:
+        terminal = step.terminal
+        code, contents = Code.SUCCESS, None
+        if terminal.event == "failed":
+            code = Code.AI_FAILED
+            contents = self._say(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)
+        elif terminal.event == "cancelled":
+            contents = self._say(Text.CANCELLED)
+        return ServerFrame(
+            code=code,
+            msg_type=MsgType.CHAT,
+            event=Event(terminal.event),
+            contents=contents,
+            user_id=self.user_id,
+            message_id=message_id,
+            attempt=step.attempt,
+            offset=step.offset,
+            finish_reason=terminal.finish_reason,
+            usage=terminal.usage,
+            node=self._node,
+        )
+
+    def _say(self, text: Text, **values: object) -> str:
+        return say(text, self.lang, **values)

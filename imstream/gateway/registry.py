@@ -1,0 +1,69 @@
+"""Who is connected to this node: the sessions, by user; and the one clock that ends those that have gone silent."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imstream.texts import Text
+from imstream.wire import Close
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imstream.gateway.session import Session
+    from imstream.settings import Settings
+
+CLOSE_GRACE = 2.0
+"""Seconds a closing session has to get its last frames out."""
+
+log = structlog.get_logger()
+
+
+class Registry:
+    """The sessions of this node."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._sessions: set[Session] = set()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(tuple(self._sessions))
+
+    def add(self, session: Session) -> None:
+        """A socket was accepted."""
+        self._sessions.add(session)
+
+    def remove(self, session: Session) -> None:
+        """A socket is gone."""
+        self._sessions.discard(session)
+
+    async def run(self) -> None:
+        """Look after all sessions with one timer, instead of one for each: a second more or less matters to none."""
+        settings = self._settings
+        limits = [settings.init_timeout, settings.idle_timeout, settings.stall_timeout]
+        interval = min(1.0, min(limits).total_seconds() / 4)
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(interval)
+            now = loop.time()
+            for session in self:
+                self._look_after(session, now)
+
+    def _look_after(self, session: Session, now: float) -> None:
+        settings = self._settings
+        if session.closing_since is not None:
+            if now - session.closing_since > CLOSE_GRACE:
+                session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)  # with the words it was closing with
+        elif session.sending_since is not None and now - session.sending_since > settings.stall_timeout.total_seconds():
+            log.info("session closed", why="reader too slow", user=session.user_id)
+            session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)
+        elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():
+            session.close(Close.NOT_AUTHENTICATED, Text.NO_INIT)
+        elif now - session.heard_at > settings.idle_timeout.total_seconds():
+            session.close(Close.NO_HEARTBEAT, Text.NO_HEARTBEAT)

@@ -1,0 +1,267 @@
+"""One socket: frames in, pump out."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+import structlog
+from starlette.websockets import WebSocketDisconnect
+
+from imstream.errors import StoreError, StoreFull
+from imstream.gateway.phrases import Phrases
+from imstream.gateway.protocol import socket_of
+from imstream.gateway.pump import Pump
+from imstream.reply import Cursor
+from imstream.store.requests import Admitted, ChatRequest
+from imstream.texts import Text, choose_lang
+from imstream.wire import (
+    USER_ID_FIELD,
+    BadFrame,
+    ClientCancel,
+    ClientChat,
+    ClientFrame,
+    ClientHeartbeat,
+    ClientInit,
+    Close,
+    Code,
+    ResumePoint,
+    parse,
+    parse_user_id,
+)
+
+if TYPE_CHECKING:
+    from starlette.websockets import WebSocket
+
+    from imstream.gateway.registry import Registry
+    from imstream.reply import ReplyBoard
+    from imstream.settings import Settings
+    from imstream.store.replies import ReplyStore
+    from imstream.store.requests import RequestStream
+    from imstream.wire import ServerFrame
+    from imstream.worker.worker import Worker
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Services:
+    """What sessions use of their node."""
+
+    settings: Settings
+    requests: RequestStream
+    replies: ReplyStore
+    board: ReplyBoard
+    worker: Worker
+    registry: Registry
+
+
+class Session:
+    """One socket, from its handshake to its close. Times are those of the event loop, in seconds."""
+
+    def __init__(self, websocket: WebSocket, services: Services) -> None:
+        self._websocket = websocket
+        self._services = services
+        self._phrases = Phrases(choose_lang(websocket.headers.get("accept-language")), services.settings.node)
+        self._pump = Pump(websocket.send_text, self._phrases)
+        self._last_words: tuple[Close, ServerFrame] | None = None
+        self.user_id: int | None = None
+        self.began_at = self.heard_at = asyncio.get_running_loop().time()
+        self.closing_since: float | None = None
+
+    @property
+    def sending_since(self) -> float | None:
+        """When the frame now being sent was begun; None when none is."""
+        return self._pump.sending_since
+
+    async def run(self) -> None:
+        """Serve the socket until either side ends it."""
+        await self._websocket.accept()
+        registry = self._services.registry
+        registry.add(self)
+        try:
+            async with asyncio.TaskGroup() as group:
+                sender = group.create_task(self._send(), name="pump")
+                if USER_ID_FIELD in self._websocket.query_params and self._url_user() is None:
+                    self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
+                await self._receive()
+                sender.cancel()
+        finally:
+            registry.remove(self)
+            self._pump.abandon()
+
+    def close(self, code: Close, text: Text) -> None:
+        """Say why, and close when everything said before is sent."""
+        if self.closing_since is None:
+            self.closing_since = asyncio.get_running_loop().time()
+            self._last_words = (code, self._phrases.system(Code.SYSTEM_ERROR, text))
+            self._pump.say(self._last_words[1])
+            self._pump.finish()
+
+    def expel(self, code: Close, text: Text) -> None:
+        """Say why and close without waiting for a peer that does not read."""
+        self.close(code, text)
+        if self._last_words is not None:
+            code, frame = self._last_words
+            socket_of(self._websocket.scope).expel(code, frame.encode())
+
+    def is_idle(self) -> bool:
+        """Whether no answer is being made here that this socket waits for."""
+        worker = self._services.worker
+        return self.user_id is None or not any(
+            worker.is_working_on(self.user_id, message_id) for message_id in self._pump.followed
+        )
+
+    async def _send(self) -> None:
+        try:
+            await self._pump.run()
+            if self._last_words is not None:
+                await self._websocket.close(self._last_words[0])
+        except (WebSocketDisconnect, RuntimeError):
+            return  # the peer has gone, or was expelled; the receiver is told so too
+        finally:
+            self._pump.abandon()
+
+    async def _receive(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            if self.closing_since is not None:
+                continue
+            self.heard_at = loop.time()
+            text = message.get("text")
+            if text is None:
+                self._pump.say(self._phrases.system(Code.BAD_REQUEST, Text.TEXT_ONLY))
+            else:
+                await self._take(text)
+            await self._pump.room()
+
+    async def _take(self, text: str) -> None:
+        try:
+            frame = parse(text)
+        except BadFrame as error:
+            if error.field == USER_ID_FIELD:
+                self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
+            else:
+                self._pump.say(self._phrases.bad_frame(error))
+            return
+        message_id = getattr(frame, "message_id", None)
+        try:
+            await self._obey(frame)
+        except StoreFull:
+            log.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
+            self._pump.say(self._phrases.system(Code.BUSY, Text.BUSY, message_id=message_id, retry=True))
+        except StoreError as error:
+            log.warning("redis away, client told UNAVAILABLE", error=str(error))
+            self._pump.say(self._phrases.system(Code.UNAVAILABLE, Text.UNAVAILABLE, message_id=message_id, retry=True))
+        except Exception:
+            log.exception("frame failed", type=frame.msg_type, user=self.user_id)
+            self._pump.say(self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL, message_id=message_id))
+
+    async def _obey(self, frame: ClientFrame) -> None:
+        match frame:
+            case ClientInit():
+                await self._init(frame)
+            case ClientHeartbeat():
+                if self._is_own(frame.user_id):
+                    self._pump.say(self._phrases.heartbeat())
+            case ClientChat():
+                if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
+                    await self._chat(frame)
+            case ClientCancel():
+                if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
+                    await self._cancel(frame.message_id)
+            case _:
+                assert_never(frame)
+
+    async def _init(self, frame: ClientInit) -> None:
+        if not self._is_own(frame.user_id):
+            return
+        self.user_id = self._phrases.user_id = frame.user_id
+        self._pump.say(self._phrases.welcome())
+        # All at once: their reads share a pipeline.
+        results = await asyncio.gather(*(self._resume(point) for point in frame.resume), return_exceptions=True)
+        for error in results:
+            if error is not None:
+                raise error
+
+    async def _resume(self, point: ResumePoint) -> None:
+        user_id, message_id = self._known_user(), point.message_id
+        reply = self._services.board.get(user_id, message_id)
+        if not reply.live:
+            record = await self._services.replies.read(user_id, message_id)
+            if record is not None:
+                reply.load(record)
+            elif not reply.live:
+                self._pump.say(self._phrases.expired(message_id))
+                return
+        self._pump.follow(Cursor(reply, attempt=point.attempt, offset=point.offset))
+
+    async def _chat(self, frame: ClientChat) -> None:
+        services, phrases = self._services, self._phrases
+        user_id, message_id = self._known_user(), frame.message_id or secrets.token_urlsafe(12)
+        if services.worker.stopping:
+            self._pump.say(phrases.system(Code.UNAVAILABLE, Text.DRAINING, message_id=message_id, retry=True))
+            return
+        request = ChatRequest(
+            user_id=user_id,
+            message_id=message_id,
+            contents=frame.contents,
+            history=tuple((turn.role, turn.content) for turn in frame.history),
+            lang=phrases.lang,
+            at=time.time_ns() // 1_000_000,
+            trace=secrets.token_hex(8),
+        )
+        # Held from here on: the worker may have answered before this socket follows.
+        reply = services.board.get(user_id, message_id)
+        verdict = await services.requests.admit(request)
+        if not isinstance(verdict, Admitted):
+            self._pump.say(phrases.busy(message_id, by_user=verdict.by_user))
+            return
+        if not reply.live:
+            await self._mark_queued(user_id, message_id)
+        self._pump.say(phrases.accepted(message_id, verdict.position))
+        self._pump.follow(Cursor(reply))
+
+    async def _mark_queued(self, user_id: int, message_id: str) -> None:
+        try:
+            await self._services.replies.mark_queued(user_id, message_id)
+        except StoreError as error:
+            # It is admitted and will be answered; only a resume or cancel before its turn would not find it.
+            log.warning("queued mark not written", user=user_id, message_id=message_id, error=str(error))
+
+    async def _cancel(self, message_id: str) -> None:
+        followed = message_id in self._pump.followed
+        match await self._services.worker.cancel(self._known_user(), message_id):
+            case "cancelled":
+                if not followed:
+                    self._pump.say(self._phrases.cancelled(message_id))
+            case "too_late":
+                self._pump.say(self._phrases.system(Code.TOO_LATE, Text.TOO_LATE, message_id=message_id))
+            case "unknown":
+                self._pump.say(self._phrases.system(Code.UNKNOWN, Text.UNKNOWN_MESSAGE, message_id=message_id))
+
+    def _is_logged_in(self) -> bool:
+        if self.user_id is None:
+            self._pump.say(self._phrases.system(Code.FORBIDDEN, Text.NOT_LOGGED_IN))
+        return self.user_id is not None
+
+    def _is_own(self, user_id: int | None, message_id: str | None = None) -> bool:
+        """Whether a frame speaks for the user of this socket: of its INIT, or before that of its URL."""
+        owner = self._url_user() if self.user_id is None else self.user_id
+        if user_id is None or owner is None or user_id == owner:
+            return True
+        self._pump.say(self._phrases.system(Code.FORBIDDEN, Text.OTHER_USER, message_id=message_id))
+        return False
+
+    def _url_user(self) -> int | None:
+        return parse_user_id(self._websocket.query_params.get(USER_ID_FIELD))
+
+    def _known_user(self) -> int:
+        assert self.user_id is not None  # noqa: S101 - checked when the frame was taken
+        return self.user_id

@@ -1,0 +1,187 @@
+"""The reply buffer: what this process knows of the replies that somebody here writes or follows.
+
+A worker appends text; sessions read it from where they stand. Nobody waits for anybody: a fast session gets each piece,
+a slow one gets all that has gathered, and a buffer lives as long as somebody holds it and no longer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imstream.store.replies import Record, Terminal
+
+MAX_DELTA = 32_768
+"""Most characters in one delta, so that a frame to a slow session stays of a size that clients take."""
+
+
+class Reply:
+    """The text of the last attempt at one message, and its end. Offsets count characters of that text, from 0."""
+
+    __slots__ = (
+        "__weakref__",
+        "_starts",
+        "_texts",
+        "_watchers",
+        "attempt",
+        "live",
+        "message_id",
+        "offset",
+        "terminal",
+        "user_id",
+    )
+
+    def __init__(self, user_id: int, message_id: str) -> None:
+        self.user_id = user_id
+        self.message_id = message_id
+        self.attempt = 0
+        self.offset = 0
+        self.terminal: Terminal | None = None
+        self.live = False
+        """Whether a worker in this process writes it: then what it holds is newer than any record."""
+        self._texts: list[str] = []
+        self._starts: list[int] = []
+        self._watchers: set[Callable[[Reply], None]] = set()
+
+    def begin(self, attempt: int) -> None:
+        """A worker here begins an attempt: the text so far is discarded."""
+        self.live = True
+        self.attempt = attempt
+        self.terminal = None
+        self._clear()
+
+    def append(self, text: str) -> None:
+        """Add a piece of the answer and wake who follows."""
+        self._starts.append(self.offset)
+        self._texts.append(text)
+        self.offset += len(text)
+        self._wake()
+
+    def end(self, terminal: Terminal) -> None:
+        """Set the terminal event. It is recorded already: clients must not see it before."""
+        self.terminal = terminal
+        self._wake()
+
+    def load(self, record: Record) -> None:
+        """Take over what is recorded, unless a worker here knows better."""
+        if self.terminal is not None or (self.live and record.terminal is None):
+            return
+        if self.text_from(0, limit=None) != record.text or self.attempt != record.attempt:
+            self.attempt = record.attempt
+            self._clear()
+            if record.text:
+                self.append(record.text)
+        if record.terminal is not None:
+            self.end(record.terminal)
+
+    def release(self) -> None:
+        """The worker here leaves it to another: from now on, the record knows better."""
+        self.live = False
+
+    def text_from(self, offset: int, *, limit: int | None = MAX_DELTA) -> str:
+        """The text from `offset` on, up to about `limit` characters: whole pieces, but at least one."""
+        if offset >= self.offset:
+            return ""
+        index = bisect_right(self._starts, offset) - 1
+        if index == len(self._texts) - 1:
+            text = self._texts[index][offset - self._starts[index] :]
+        else:
+            text = "".join(self._texts[index:])[offset - self._starts[index] :]
+        return text if limit is None else text[:limit]
+
+    def watch(self, wake: Callable[[Reply], None]) -> None:
+        """Call `wake` with this reply whenever there is more to read."""
+        self._watchers.add(wake)
+
+    def unwatch(self, wake: Callable[[Reply], None]) -> None:
+        """Stop calling `wake`."""
+        self._watchers.discard(wake)
+
+    def _clear(self) -> None:
+        self.offset = 0
+        self._texts.clear()
+        self._starts.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        for wake in self._watchers:
+            wake(self)
+
+
+class ReplyBoard:
+    """The replies of this process, one object for each message, shared by its writer and its followers."""
+
+    def __init__(self) -> None:
+        self._replies: WeakValueDictionary[tuple[int, str], Reply] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def get(self, user_id: int, message_id: str) -> Reply:
+        """The reply to a message. It stays on the board as long as the caller, or anybody else, holds it."""
+        key = (user_id, message_id)
+        reply = self._replies.get(key)
+        if reply is None:
+            reply = self._replies[key] = Reply(user_id, message_id)
+        return reply
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """Another attempt has begun; the text so far is void."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """The text went on; `offset` is where it stands after it."""
+
+    attempt: int
+    text: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The reply has ended and everything before was read."""
+
+    attempt: int
+    offset: int
+    terminal: Terminal
+
+
+class Cursor:
+    """How far one session has read one reply."""
+
+    __slots__ = ("attempt", "offset", "reply")
+
+    def __init__(self, reply: Reply, *, attempt: int = 0, offset: int = 0) -> None:
+        self.reply = reply
+        self.attempt = attempt
+        self.offset = offset
+
+    def advance(self) -> Restarted | Grown | Finished | None:
+        """The next thing to tell the client, or None when it knows everything there is."""
+        reply = self.reply
+        if reply.attempt == 0 and reply.terminal is None:
+            return None  # nothing is known of it yet
+        # A client may have seen more than was recorded before a node died: if nobody will say it again, start over.
+        ahead = self.offset > reply.offset and reply.terminal is not None
+        if self.attempt != reply.attempt or ahead:
+            known_before = self.attempt > 0
+            self.attempt, self.offset = reply.attempt, 0
+            if known_before:
+                return Restarted(reply.attempt)
+        if self.offset < reply.offset:
+            text = reply.text_from(self.offset)
+            self.offset += len(text)
+            return Grown(reply.attempt, text, self.offset)
+        if reply.terminal is not None:
+            return Finished(reply.attempt, reply.offset, reply.terminal)
+        return None

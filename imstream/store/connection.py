@@ -1,0 +1,205 @@
+"""How commands reach Redis: those of one event-loop tick travel together, over a few connections.
+
+A command of its own round trip costs the client several times what it costs as one of many in a pipeline. So nobody
+sends by himself: `Commands.execute` queues, and the first free lane takes all that has gathered.
+
+Nothing is ever repeated here. A time-out means that the outcome is unknown; whoever asked decides (see the scripts:
+each may be repeated).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self
+
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    MasterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+    from types import TracebackType
+
+    from redis.asyncio.connection import AbstractConnection
+
+MAX_WAITING = 10_000
+"""Most commands that wait for a lane. When it is reached Redis is hung, and the next is refused: `StoreUnavailable`."""
+
+MAX_BATCH = 500
+"""Most commands that share a pipeline, so that a batch never delays its first answer by much."""
+
+_LOST = (RedisConnectionError, RedisTimeoutError, TimeoutError, OSError)
+
+_PASSING = (ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
+_PASSING_CODES = ("MISCONF", "NOREPLICAS", "BUSY ")
+"""Refusals that end by themselves, or when an operator has seen to Redis: as good as not being there."""
+
+Argument = str | int | bytes
+
+
+def make_pool(url: str, *, connections: int, timeout: timedelta) -> BlockingConnectionPool:
+    """A pool that never retries by itself and gives up a connection attempt after `timeout`."""
+    seconds = timeout.total_seconds()
+    return BlockingConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        timeout=seconds,
+        socket_timeout=seconds,
+        socket_connect_timeout=seconds,
+        # A repeated XADD is a second entry, and a repeated XREADGROUP hides the first one's loss.
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=True,
+        encoding_errors="replace",
+        legacy_responses=False,
+        # They switch off the check for stale connections, and no server here sends any.
+        maint_notifications_config=None,
+        health_check_interval=0,
+    )
+
+
+class Commands:
+    """Sends commands to one Redis server in shared pipelines. Use as a context manager; it owns its lanes."""
+
+    def __init__(self, url: str, *, lanes: int, timeout: timedelta) -> None:
+        self._pool = make_pool(url, connections=lanes, timeout=timeout)
+        self._timeout = timeout.total_seconds()
+        self._lanes = lanes
+        self._waiting: deque[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = deque()
+        self._idle: list[asyncio.Future[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._lane(), name=f"redis-lane-{n}") for n in range(self._lanes)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _, answer in self._waiting:
+            answer.cancel()
+        await self._pool.aclose()
+
+    async def execute(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
+        """Send one command and wait for its answer.
+
+        Raises:
+            StoreUnavailable: No answer in time; the command may have been carried out.
+            StoreFull: Redis is at `maxmemory`; nothing was written.
+            StoreRefused: Redis refused the command for another reason.
+        """
+        if len(self._waiting) >= MAX_WAITING:
+            raise StoreUnavailable(f"{MAX_WAITING} commands are waiting for Redis already")
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((command, answer))
+        if self._idle:
+            # The lane runs in the next tick: until then, others' commands join this one.
+            self._idle.pop().set_result(None)
+        return await answer
+
+    async def _lane(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._waiting:
+                wake = loop.create_future()
+                self._idle.append(wake)
+                await wake
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+            if batch:
+                await self._round_trip(batch)
+
+    async def _round_trip(self, batch: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]]) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                connection = await self._pool.get_connection()
+                try:
+                    await connection.send_packed_command(connection.pack_commands([command for command, _ in batch]))
+                    for _, answer in batch:
+                        await _settle(connection, answer)
+                except BaseException:
+                    # Answers still on their way must not meet the next batch.
+                    await connection.disconnect(nowait=True)
+                    raise
+                finally:
+                    await self._pool.release(connection)
+        except _LOST as lost:
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(StoreUnavailable(describe(lost)))
+        finally:
+            for _, answer in batch:  # the lane itself was cancelled
+                answer.cancel()
+
+
+class Reader:
+    """One connection of its own for commands that block. Never cancel a blocked `execute`: its entries would be lost
+    from view (they stay pending, and `>` never returns them again)."""  # noqa: D205, D209 - one thought
+
+    def __init__(self, url: str, *, block: timedelta, timeout: timedelta) -> None:
+        self._limit = (block + timeout).total_seconds()
+        self._pool = make_pool(url, connections=1, timeout=timeout)
+
+    async def execute(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
+        """Send one command and wait for its answer, up to the blocking time and the time limit together.
+
+        Raises:
+            StoreUnavailable: No answer in time.
+            StoreRefused: Redis refused the command.
+        """
+        try:
+            connection = await self._pool.get_connection()
+            try:
+                await connection.send_command(*command)
+                return await connection.read_response(timeout=self._limit)
+            finally:
+                await self._pool.release(connection)
+        except _LOST as lost:
+            raise StoreUnavailable(describe(lost)) from lost
+        except ResponseError as refused:
+            raise _explain(refused) from refused
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._pool.aclose()
+
+
+async def _settle(connection: AbstractConnection, answer: asyncio.Future[Any]) -> None:
+    try:
+        # The batch as a whole has a time limit; a timer for each answer would cost more than the answer.
+        result = await connection.read_response(timeout=math.inf)
+    except ResponseError as refused:
+        if not answer.done():
+            answer.set_exception(_explain(refused))
+    else:
+        if not answer.done():
+            answer.set_result(result)
+
+
+def _explain(refused: ResponseError) -> Exception:
+    if isinstance(refused, OutOfMemoryError):
+        return StoreFull(str(refused))
+    if isinstance(refused, _PASSING) or str(refused).startswith(_PASSING_CODES):
+        return StoreUnavailable(str(refused))
+    return refused if isinstance(refused, NoScriptError) else StoreRefused(str(refused))
+
+
+def describe(error: BaseException) -> str:
+    """One line for an operator; asyncio's TimeoutError has no text of its own."""
+    return str(error) or "no answer in time"

@@ -1,0 +1,174 @@
+"""The reply stream of one message: all that was said about it, and the one judge over who may say more (I4)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from imstream.keys import Keys
+from imstream.store.scripts import Script
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from imstream.settings import Settings
+    from imstream.store.connection import Argument, Commands
+
+_QUEUED = Script("queued")
+_OPEN = Script("open")
+_APPEND = Script("append")
+_CANCEL = Script("cancel")
+
+TerminalEvent = Literal["done", "failed", "cancelled"]
+Receipt = Literal["cancelled", "too_late", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """How a reply ended.
+
+    Attributes:
+        reason: For `failed`: why, as in the dead stream.
+    """
+
+    event: TerminalEvent
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    reason: str | None = None
+    error: str | None = None
+
+    def fields(self) -> tuple[str, ...]:
+        """What the terminal entry carries beside attempt, event, offset and text, as field, value, …."""
+        named = {
+            "finish_reason": self.finish_reason,
+            "usage": None if self.usage is None else json.dumps(self.usage),
+            "reason": self.reason,
+            "error": self.error,
+        }
+        return tuple(part for name, value in named.items() if value is not None for part in (name, value))
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An attempt has begun and belongs to the request that opened it."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """There is nothing to begin: the reply has its terminal event. `owner`: the request that it belongs to."""
+
+    event: TerminalEvent
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """There is nothing to begin: another request with the same message id has the reply."""
+
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """The text, or the terminal event, is recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The reply takes nothing more from this attempt.
+
+    Attributes:
+        why: `superseded` by a later attempt; `ended`; `gone` from Redis; `gap`: text would be missing or repeated.
+    """
+
+    why: Literal["superseded", "ended", "gone", "gap"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is recorded of one reply: the text of its last attempt, and its end when it has one."""
+
+    attempt: int
+    text: str
+    terminal: Terminal | None
+
+
+class ReplyStore:
+    """The reply streams, each under its user and message id."""
+
+    def __init__(self, commands: Commands, settings: Settings) -> None:
+        self._commands = commands
+        self._keys = Keys(settings.key_prefix)
+        self._ttl = _ms(settings.reply_ttl)
+        self._queued_ttl = _ms(settings.queued_ttl)
+
+    async def mark_queued(self, user_id: int, message_id: str) -> None:
+        """Note that the message waits, unless anything is known of it already."""
+        await _QUEUED.run(self._commands, self._key(user_id, message_id), (self._queued_ttl,))
+
+    async def open(self, user_id: int, message_id: str, *, request: str, lost: str = "") -> Opened | Ended | Duplicate:
+        """Begin the next attempt for `request`; a message that belongs to the request `lost` may be taken over."""
+        answer = await _OPEN.run(self._commands, self._key(user_id, message_id), (request, self._ttl, lost))
+        match answer:
+            case ["opened", attempt]:
+                return Opened(int(attempt))
+            case ["ended", event, owner]:
+                return Ended(event, owner)
+            case _:
+                return Duplicate(answer[1])
+
+    async def append(  # noqa: PLR0913 - the named arguments of one script
+        self,
+        user_id: int,
+        message_id: str,
+        *,
+        attempt: int,
+        before: int,
+        after: int,
+        text: str,
+        terminal: Terminal | None = None,
+    ) -> Appended | Rejected:
+        """Record the text between two offsets (in characters), and with `terminal` the end of the reply."""
+        event = "text" if terminal is None else terminal.event
+        arguments: tuple[Argument, ...] = (attempt, event, before, after, text, self._ttl)
+        if terminal is not None:
+            arguments += terminal.fields()
+        answer = await _APPEND.run(self._commands, self._key(user_id, message_id), arguments)
+        return Appended() if answer[0] == "appended" else Rejected(answer[0])
+
+    async def cancel(self, user_id: int, message_id: str) -> Receipt:
+        """End the reply as cancelled, wherever it is worked on."""
+        receipt: Receipt = await _CANCEL.run(self._commands, self._key(user_id, message_id), (self._ttl,))
+        return receipt
+
+    async def read(self, user_id: int, message_id: str) -> Record | None:
+        """All that is recorded of the last attempt; None when the reply has expired or never was."""
+        entries = await self._commands.execute("XRANGE", *self._key(user_id, message_id), "-", "+")
+        if not entries:
+            return None
+        attempt, texts, terminal = 0, list[str](), None
+        for _, flat in entries:
+            fields = dict(zip(flat[::2], flat[1::2], strict=True))
+            if fields["event"] == "opened":
+                attempt = int(fields["attempt"])
+                texts.clear()
+            texts.append(fields.get("text", ""))
+            if fields["event"] in ("done", "failed", "cancelled"):
+                terminal = Terminal(
+                    event=fields["event"],
+                    finish_reason=fields.get("finish_reason"),
+                    usage=json.loads(fields["usage"]) if "usage" in fields else None,
+                    reason=fields.get("reason"),
+                    error=fields.get("error"),
+                )
+        return Record(attempt, "".join(texts), terminal)
+
+    def _key(self, user_id: int, message_id: str) -> tuple[str]:
+        return (self._keys.reply(user_id, message_id),)
+
+
+def _ms(span: timedelta) -> int:
+    return int(span.total_seconds() * 1000)

@@ -1,0 +1,235 @@
+"""The requests stream of one node: admitted, read by its consumer group, finished or buried (I2, I3)."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from imstream.errors import StoreRefused
+from imstream.keys import GROUP, Keys
+from imstream.store.scripts import Script
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from datetime import timedelta
+
+    from imstream.settings import Settings
+    from imstream.store.connection import Commands, Reader
+
+KEPT_DEAD_LETTERS = 10_000
+MAX_PENDING_LISTED = 1_000
+
+_ADMIT = Script("admit")
+_FINISH = Script("finish")
+_BURY = Script("bury")
+_PREPARE = Script("prepare")
+
+
+class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a fault of the caller
+    """The stream or its consumer group has gone: somebody deleted or flushed it, or Redis came back without data."""
+
+
+class Malformed(Exception):  # noqa: N818 - their fault, not an error of ours
+    """An entry of the stream is no request of ours: somebody added or changed it by hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """What a client asked.
+
+    Attributes:
+        history: Earlier turns, oldest first, as `(role, content)`.
+        lang: `zh` or `en`: the language of texts for this person.
+        at: When it was accepted, in milliseconds since 1970.
+        trace: An id for logs, the same in every log line about this request.
+    """
+
+    user_id: int
+    message_id: str
+    contents: str
+    history: tuple[tuple[str, str], ...]
+    lang: str
+    at: int
+    trace: str
+
+    def fields(self) -> tuple[str, ...]:
+        """The stream entry, as field, value, …: readable as it stands in redis-cli."""
+        history = json.dumps([{"role": role, "content": content} for role, content in self.history], ensure_ascii=False)
+        return (
+            *("user", str(self.user_id), "message_id", self.message_id, "contents", self.contents),
+            *("history", history, "lang", self.lang, "at", str(self.at), "trace", self.trace),
+        )
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, str]) -> ChatRequest:
+        """Read a stream entry back.
+
+        Raises:
+            Malformed: A field is missing or has no sense.
+        """
+        try:
+            return cls(
+                user_id=int(fields["user"]),
+                message_id=fields["message_id"],
+                contents=fields["contents"],
+                history=tuple((turn["role"], turn["content"]) for turn in json.loads(fields["history"])),
+                lang=fields["lang"],
+                at=int(fields["at"]),
+                trace=fields["trace"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise Malformed(f"{type(error).__name__}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request is in the stream. `position`: how many wait for a worker up to and including it."""
+
+    entry_id: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request did not fit. `by_user`: the user's own cap was reached, not the node's."""
+
+    by_user: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry given to a worker.
+
+    Attributes:
+        deliveries: How often it was given to a worker that then died with it, this time included.
+    """
+
+    entry_id: str
+    fields: dict[str, str]
+    deliveries: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One entry that was given to a worker and is not finished."""
+
+    entry_id: str
+    deliveries: int
+
+
+class RequestStream:
+    """The requests stream of one node, as this worker sees it."""
+
+    def __init__(self, commands: Commands, reader: Reader, settings: Settings) -> None:
+        self.node = settings.node
+        keys = Keys(settings.key_prefix)
+        self._commands = commands
+        self._reader = reader
+        self._limits = (settings.queue_limit, settings.user_limit)
+        self._stream = keys.requests(self.node)
+        self._keys = (self._stream, keys.load(self.node))
+        self._dead = keys.dead(self.node)
+
+    async def admit(self, request: ChatRequest) -> Admitted | Refused:
+        """Append a request unless the node's or the user's cap is reached."""
+        arguments = (*self._limits, GROUP, str(request.user_id), *request.fields())
+        verdict, *rest = await _ADMIT.run(self._commands, self._keys, arguments)
+        if verdict == "admitted":
+            return Admitted(rest[0], int(rest[1]))
+        return Refused(by_user=verdict == "user_full")
+
+    async def prepare(self) -> bool:
+        """Make the consumer group if need be and count the users' requests anew; True when it had to be made."""
+        return bool(await _PREPARE.run(self._commands, self._keys, (GROUP,)))
+
+    async def read(self, *, count: int, block: timedelta) -> list[Entry]:
+        """Wait for requests never given to a worker, at most `count`. Empty after `block` without any.
+
+        Never cancel this: what was on its way would be pending and unseen.
+
+        Raises:
+            GroupMissing: There is no such consumer group, or the stream went away while waiting.
+        """
+        wait_ms = max(1, int(block.total_seconds() * 1000))
+        try:
+            answer = await self._reader.execute(
+                *("XREADGROUP", "GROUP", GROUP, self.node, "COUNT", count, "BLOCK", wait_ms, "STREAMS"),
+                *(self._stream, ">"),
+            )
+        except StoreRefused as refused:
+            raise _group_missing_or(refused) from refused
+        return [entry for entry in _entries(answer) if entry is not None]
+
+    async def pending(self, *, besides: Iterable[str] = ()) -> list[Pending]:
+        """What was given to this node and is not finished, oldest first, without the entries named in `besides`.
+
+        Raises:
+            GroupMissing: There is no such consumer group.
+        """
+        known = set(besides)
+        try:
+            rows = await self._commands.execute(
+                "XPENDING", self._stream, GROUP, "-", "+", MAX_PENDING_LISTED, self.node
+            )
+        except StoreRefused as refused:
+            raise _group_missing_or(refused) from refused
+        return [Pending(row[0], int(row[3])) for row in rows if row[0] not in known]
+
+    async def claim(self, entry: Pending, *, deliveries: int) -> Entry | None:
+        """Take up a pending entry, and note how often it was given to a worker. None when it is no longer there."""
+        answer = await self._commands.execute(
+            *("XCLAIM", self._stream, GROUP, self.node, 0, entry.entry_id, "RETRYCOUNT", deliveries)
+        )
+        # A deleted entry: 6.2 answers nil for it and keeps it pending, 7.0 leaves it out.
+        if not answer or answer[0] is None or answer[0][1] is None:
+            await self._commands.execute("XACK", self._stream, GROUP, entry.entry_id)
+            return None
+        return Entry(answer[0][0], _pairs(answer[0][1]), deliveries)
+
+    async def hand_back(self, entry: Entry) -> None:
+        """Leave an entry pending, as one that did not die with its worker: the node shuts down in good order."""
+        await self._commands.execute(
+            *("XCLAIM", self._stream, GROUP, self.node, 0, entry.entry_id),
+            *("RETRYCOUNT", entry.deliveries - 1, "JUSTID"),
+        )
+
+    async def ping(self) -> None:
+        """Ask Redis for a sign of life."""
+        await self._commands.execute("PING")
+
+    async def exists(self, entry_id: str) -> bool:
+        """Whether the entry is in the stream, that is, unfinished."""
+        return bool(await self._commands.execute("XRANGE", self._stream, entry_id, entry_id))
+
+    async def finish(self, entry: Entry) -> None:
+        """Acknowledge and delete a request whose terminal event is recorded."""
+        await _FINISH.run(self._commands, self._keys, (GROUP, entry.entry_id, entry.fields.get("user", "")))
+
+    async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
+        """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""
+        dead_at = time.time_ns() // 1_000_000
+        await _BURY.run(
+            self._commands,
+            (*self._keys, self._dead),
+            (
+                *(GROUP, entry.entry_id, entry.fields.get("user", ""), KEPT_DEAD_LETTERS),
+                *("reason", reason, "error", error, "attempts", attempts, "dead_at", dead_at),
+            ),
+        )
+
+
+def _entries(answer: Any) -> list[Entry | None]:  # noqa: ANN401 - what Redis answers
+    streams = answer.items() if isinstance(answer, dict) else answer or ()
+    return [Entry(row[0], _pairs(row[1])) if row[1] is not None else None for _, rows in streams for row in rows]
+
+
+def _pairs(flat: Sequence[str]) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _group_missing_or(refused: StoreRefused) -> Exception:
+    """NOGROUP, or UNBLOCKED: the key was deleted under a blocked read (Redis 7.0 and later)."""
+    gone = str(refused).startswith(("NOGROUP", "UNBLOCKED"))
+    return GroupMissing(str(refused)) if gone else refused

@@ -1,0 +1,253 @@
+"""One request being worked on, from its first attempt to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import structlog
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
+
+from imstream.ai import prompt
+from imstream.disposition import (
+    INTERNAL_ERROR,
+    Bury,
+    Disposition,
+    Finish,
+    Leave,
+    Limits,
+    Retry,
+    after_failure,
+    before_start,
+)
+from imstream.errors import BackendError, StoreError, TransientBackendError
+from imstream.store.patience import patiently
+from imstream.store.replies import Appended, Duplicate, Ended, Opened, Rejected, Terminal
+from imstream.worker.recorder import Recorder
+
+if TYPE_CHECKING:
+    from imstream.ai.backend import Backend
+    from imstream.ai.breaker import Breaker
+    from imstream.reply import Reply, ReplyBoard
+    from imstream.settings import Settings
+    from imstream.store.replies import ReplyStore
+    from imstream.store.requests import ChatRequest, Entry, RequestStream
+
+log = structlog.get_logger()
+
+
+class Stop(Enum):
+    """Why a job ends before its answer does."""
+
+    CANCELLED = "cancelled"
+    OVERRULED = "overruled"
+    """The reply stream takes nothing more from us: cancelled elsewhere, or a later attempt has begun."""
+    DRAINED = "drained"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What jobs work with. `requests` is the stream that the worker reads."""
+
+    settings: Settings
+    requests: RequestStream
+    replies: ReplyStore
+    board: ReplyBoard
+    backend: Backend
+    breaker: Breaker
+
+
+class Job:
+    """Has one request answered. `run` does all of it; `stop` ends it early; `flush` records what has gathered."""
+
+    def __init__(self, entry: Entry, request: ChatRequest, parts: Parts) -> None:
+        self.entry = entry
+        self.request = request
+        self.reply: Reply = parts.board.get(request.user_id, request.message_id)
+        self.ended = asyncio.Event()
+        self._parts = parts
+        self._limits = Limits.of(parts.settings)
+        self._id = f"{parts.requests.node}/{entry.entry_id}"
+        self._recorder: Recorder | None = None
+        self._scope: asyncio.Timeout | None = None
+        self._stopped: Stop | None = None
+        self._attempts = 0
+        self._began = asyncio.get_running_loop().time()
+        settings = parts.settings
+        self._backoff = wait_random_exponential(
+            multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
+        )
+        self._log = log.bind(trace=request.trace, user=request.user_id, message_id=request.message_id)
+
+    async def run(self) -> None:
+        """Answer the request, and take it out of the stream when its end is recorded. Raises `StoreError`."""
+        try:
+            disposition = await self._decide_safely()
+            if isinstance(disposition, Bury):
+                disposition = await self._give_up(disposition)
+            match disposition:
+                case Finish():
+                    await self._parts.requests.finish(self.entry)
+                case Bury(reason, error):
+                    await self._parts.requests.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
+                    self._log.error("request buried", reason=reason, error=error, attempts=self._attempts)
+                case _:
+                    self.reply.release()
+        finally:
+            self.ended.set()
+
+    def stop(self, why: Stop) -> None:
+        """End the attempt, and close its AI call, now. Without effect when the answer is complete already."""
+        if self._stopped is None:
+            self._stopped = why
+            if self._scope is not None:
+                self._scope.reschedule(asyncio.get_running_loop().time())
+
+    @property
+    def behind(self) -> bool:
+        """Whether there is text that is not recorded."""
+        return self._recorder is not None and self._recorder.behind
+
+    async def flush(self) -> None:
+        """Record the text so far. When Redis is away it stays for the next time."""
+        if self._recorder is None:
+            return
+        try:
+            result = await self._recorder.flush()
+        except StoreError:
+            return
+        if isinstance(result, Rejected):
+            self._log.warning("reply stream refuses this attempt", why=result.why, attempt=self.reply.attempt)
+            self.stop(Stop.OVERRULED)
+
+    async def _decide_safely(self) -> Disposition:
+        try:
+            return before_start(self.entry.deliveries, self._limits) or await self._decide()
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - logged with its trace, and the client is told
+            # A defect of ours: this one request ends, with a trace for us, and the others go on.
+            self._log.exception("job failed")
+            return Bury(INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+    async def _decide(self) -> Disposition:
+        try:
+            async with asyncio.timeout(None) as self._scope:
+                if self._stopped is not None:
+                    raise TimeoutError  # noqa: TRY301 - stopped before it began
+                return await AsyncRetrying(
+                    retry=retry_if_result(lambda disposition: isinstance(disposition, Retry)), wait=self._wait
+                )(self._attempt)
+        except TimeoutError:
+            if self._stopped is None:
+                raise
+            return await self._after_stop()
+        finally:
+            self._scope = None
+
+    async def _attempt(self) -> Disposition:
+        opened = await self._open()
+        if not isinstance(opened, Opened):
+            return await self._already(opened)
+        try:
+            completion = await self._parts.backend.answer(prompt.assemble(self.request), on_text=self.reply.append)
+        except BackendError as error:
+            if isinstance(error, TransientBackendError):
+                self._parts.breaker.failed(error.retry_after)
+            elapsed = timedelta(seconds=asyncio.get_running_loop().time() - self._began)
+            decision = after_failure(error, attempt=opened.attempt, elapsed=elapsed, limits=self._limits)
+            if isinstance(decision, Retry):
+                self._log.warning("ai call failed, will retry", reason=error.reason, attempt=opened.attempt)
+            return decision
+        self._parts.breaker.succeeded()
+        self._scope = None  # complete: from here on, nothing stops it but its record
+        return await self._end(Terminal("done", completion.finish_reason, completion.usage))
+
+    def _wait(self, state: RetryCallState) -> float:
+        assert state.outcome is not None  # noqa: S101 - tenacity asks after an outcome only
+        decision: Retry = state.outcome.result()
+        return self._backoff(state) + max(decision.after.total_seconds(), self._parts.breaker.remaining())
+
+    async def _open(self) -> Opened | Ended | Duplicate:
+        user_id, message_id = self.request.user_id, self.request.message_id
+        replies = self._parts.replies
+        opened = await patiently(lambda: replies.open(user_id, message_id, request=self._id))
+        if isinstance(opened, Duplicate) and await self._is_lost(lost := opened.owner):
+            self._log.warning("taking over a message whose request is lost", lost=lost)
+            opened = await patiently(lambda: replies.open(user_id, message_id, request=self._id, lost=lost))
+        if isinstance(opened, Opened):
+            self._attempts = opened.attempt
+            self._recorder = Recorder(self.reply, replies, request=self._id)
+            self.reply.begin(opened.attempt)
+        return opened
+
+    async def _is_lost(self, owner: str) -> bool:
+        """An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost."""
+        node, _, entry_id = owner.rpartition("/")
+        requests = self._parts.requests
+        return node == requests.node and not await patiently(lambda: requests.exists(entry_id))
+
+    async def _already(self, opened: Ended | Duplicate) -> Disposition:
+        """There is nothing to do: the message has ended, or another request has it."""
+        if isinstance(opened, Duplicate):
+            return Finish()
+        await self._show_record()
+        if opened.event == "failed" and opened.owner == self._id:  # the worker died before the burial
+            terminal = self.reply.terminal or Terminal("failed")
+            return Bury(terminal.reason or "unknown", terminal.error or "")
+        return Finish()
+
+    async def _give_up(self, bury: Bury) -> Disposition:
+        if self._recorder is None and not isinstance(opened := await self._open(), Opened):
+            return await self._already(opened)
+        if self.reply.terminal is not None:
+            return bury
+        disposition = await self._end(Terminal("failed", reason=bury.reason, error=bury.error))
+        return bury if disposition == Finish() and self._ended_as("failed") else disposition
+
+    async def _end(self, terminal: Terminal) -> Disposition:
+        """Record the end; only then do clients see it."""
+        assert self._recorder is not None  # noqa: S101 - there is one from the first opening on
+        match await self._recorder.end(terminal):
+            case Appended():
+                self.reply.end(terminal)
+                return Finish()
+            case Rejected("ended"):
+                await self._show_record()
+                return Finish()
+            case rejected:
+                self._log.warning("reply stream refuses the end", why=rejected.why, attempt=self.reply.attempt)
+                return Leave()
+
+    async def _after_stop(self) -> Disposition:
+        user_id, message_id = self.request.user_id, self.request.message_id
+        replies = self._parts.replies
+        match self._stopped:
+            case Stop.CANCELLED:
+                # The text so far stays, all that clients saw of it.
+                if self._recorder is not None:
+                    await patiently(self._recorder.flush)
+                receipt = await patiently(lambda: replies.cancel(user_id, message_id))
+                if receipt == "unknown":  # Redis lost it, and nobody asks for it any more
+                    self.reply.end(Terminal("cancelled"))
+                await self._show_record()
+                return Finish()
+            case Stop.OVERRULED:
+                await self._show_record()
+                return Finish() if self.reply.terminal is not None else Leave()
+            case _:
+                await self.flush()
+                await self._parts.requests.hand_back(self.entry)
+                return Leave()
+
+    async def _show_record(self) -> None:
+        """Give followers what is recorded."""
+        record = await patiently(lambda: self._parts.replies.read(self.reply.user_id, self.reply.message_id))
+        if record is not None:
+            self.reply.load(record)
+
+    def _ended_as(self, event: str) -> bool:
+        return self.reply.terminal is not None and self.reply.terminal.event == event

@@ -1,0 +1,80 @@
+"""Fixtures for all tests: real servers, and checks that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.processes import free_port
+from tests.support.servers import RedisServer, missing, redis_6_binary, redis_7_binary, valkey_binary
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.servers import DemoBackend
+
+SERVERS = {"valkey": valkey_binary, "redis-6.2": redis_6_binary, "redis-7.0": redis_7_binary}
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RedisServer]]:
+    """The Redis servers that were asked for so far, by name; they run until the end."""
+    started: dict[str, RedisServer] = {}
+    yield started
+    for server in started.values():
+        server.stop()
+
+
+@pytest.fixture
+def redis_server(
+    request: pytest.FixtureRequest, servers: dict[str, RedisServer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RedisServer]:
+    """An empty Redis server, shared by tests; the embedded Valkey unless the test is parametrised over `SERVERS`."""
+    name = getattr(request, "param", "valkey")
+    if name not in servers:
+        binary = SERVERS[name]()
+        if binary is None:
+            missing(name)
+            return
+        servers[name] = RedisServer(binary, free_port(), tmp_path_factory.mktemp(name))
+        servers[name].start()
+    server = servers[name]
+    with server.client() as client:
+        client.flushall()
+        client.config_set("maxmemory", 0)
+    yield server
+    _check_keys(server)
+
+
+def _check_keys(server: RedisServer) -> None:
+    """Every key that is left either expires or is one of the few that stay."""
+    with server.client() as client:
+        forever = [key for key in client.scan_iter() if client.ttl(key) == -1]
+    permanent = (":requests", ":load", ":dead")
+    leaked = [key for key in forever if not key.endswith(permanent)]
+    assert not leaked, f"keys that never expire: {leaked}"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoBackend]:
+    """A demo AI backend that answers fast."""
+    from tests.support.servers import start_demo
+
+    backend = start_demo(tmp_path_factory.mktemp("demo"), "--pace", "5ms")
+    with backend.process:
+        yield backend
+
+
+@pytest.fixture(autouse=True)
+async def no_task_is_left() -> AsyncIterator[None]:
+    """After each test, no task of its own is left on the event loop."""
+    before = asyncio.all_tasks()
+    yield
+    for _ in range(20):  # tasks that were cancelled get a few ticks to end
+        left = asyncio.all_tasks() - before - {asyncio.current_task()}
+        if not left:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"tasks left behind: {left}")

@@ -1,0 +1,116 @@
+"""Real processes for tests: started on free ports, ended by the pid that was started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+PYTHON = sys.executable
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Running:
+    """A child process. Use as a context manager: it is ended on leaving, by force if it must be."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def output(self) -> str:
+        """All that it has printed so far."""
+        return self.log.read_text("utf-8", errors="replace")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def wait(self, limit: float = 15.0) -> int:
+        """Wait for its end; the exit code."""
+        return self.process.wait(limit)
+
+    def terminate(self, limit: float = 15.0) -> int:
+        """SIGTERM, and wait for its end; the exit code."""
+        self.process.terminate()
+        return self.process.wait(limit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)  # a stopped process would not end
+            self.process.terminate()
+            try:
+                self.process.wait(8)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+def start(
+    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Running:
+    """Start a command; what it prints goes to `log`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("IMSTREAM_")}
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**clean, **(env or {})},
+            cwd=cwd,
+        )
+    return Running(process, log)
+
+
+def wait_for(ready: Callable[[], bool], process: Running, what: str, limit: float = 15.0) -> None:
+    """Wait until a process that was just started is ready. Fails with its output when it ends or takes too long."""
+    deadline = time.monotonic() + limit
+    while not ready():
+        if process.process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not start:\n{process.output()}")
+        time.sleep(0.02)
+
+
+def http_status(url: str) -> int | None:
+    """The status of a GET, None when nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - a URL of the test's own
+            status: int = answer.status
+            return status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None

