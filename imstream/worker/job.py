@@ -39,6 +39,16 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
+def _wait(state: RetryCallState) -> float:
+    job: Job = state.args[0]
+    assert state.outcome is not None  # noqa: S101 - tenacity asks after an outcome only
+    return job.pause(state.outcome.result(), job.backoff(state))
+
+
+_RETRYING = AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry)), wait=_wait)
+"""The one retry loop. It is shared and knows no job: one that did would keep it alive in a cycle."""
+
+
 class Stop(Enum):
     """Why a job ends before its answer does."""
 
@@ -76,9 +86,8 @@ class Job:
         self._stopped: Stop | None = None
         self._attempts = 0
         self._began = asyncio.get_running_loop().time()
-        settings = parts.settings
-        self._backoff = wait_random_exponential(
-            multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
+        self.backoff = wait_random_exponential(
+            multiplier=parts.settings.retry_wait.total_seconds(), max=parts.settings.retry_wait_max.total_seconds()
         )
         self._log = log.bind(trace=request.trace, user=request.user_id, message_id=request.message_id)
 
@@ -138,9 +147,11 @@ class Job:
             async with asyncio.timeout(None) as self._scope:
                 if self._stopped is not None:
                     raise TimeoutError  # noqa: TRY301 - stopped before it began
-                return await AsyncRetrying(
-                    retry=retry_if_result(lambda disposition: isinstance(disposition, Retry)), wait=self._wait
-                )(self._attempt)
+                decision = await self._attempt()
+                if isinstance(decision, Retry):
+                    # Only now: nearly every call succeeds at once and should not pay for what retries need.
+                    decision = await _RETRYING.copy()(Job._retry, self, [decision])
+                return decision
         except TimeoutError:
             if self._stopped is None:
                 raise
@@ -166,10 +177,12 @@ class Job:
         self._scope = None  # complete: from here on, nothing stops it but its record
         return await self._end(Terminal("done", completion.finish_reason, completion.usage))
 
-    def _wait(self, state: RetryCallState) -> float:
-        assert state.outcome is not None  # noqa: S101 - tenacity asks after an outcome only
-        decision: Retry = state.outcome.result()
-        return self._backoff(state) + max(decision.after.total_seconds(), self._parts.breaker.remaining())
+    async def _retry(self, known: list[Disposition]) -> Disposition:
+        return known.pop() if known else await self._attempt()
+
+    def pause(self, decision: Retry, backoff: float) -> float:
+        """Seconds to wait before the next attempt: as long as the backend asked for, and a random while on top."""
+        return backoff + max(decision.after.total_seconds(), self._parts.breaker.remaining())
 
     async def _open(self) -> Opened | Ended | Duplicate:
         user_id, message_id = self.request.user_id, self.request.message_id
