@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 from contextlib import asynccontextmanager, contextmanager
@@ -68,6 +69,7 @@ class Node:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,
                 timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
             )
         )
@@ -187,4 +189,12 @@ def run(settings: Settings) -> None:
     import uvloop  # noqa: PLC0415 - not there on every system that can import this module
 
     logs.configure(settings)
+    _tune_garbage_collector()
     uvloop.run(serve(settings))
+
+
+def _tune_garbage_collector() -> None:
+    """Look for cycles rarely, and never among the modules: it took 7 % of a busy node's CPU to find next to none."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)

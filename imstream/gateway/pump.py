@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 from imstream.reply import Finished
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from imstream.gateway.phrases import Phrases
     from imstream.reply import Cursor, Reply
     from imstream.wire import ServerFrame
+
+MAX_TOGETHER = 16
+"""Most frames that are written in one go."""
 
 MAX_OUTBOX = 32
 """Answers that may wait for the socket; then nothing more is read from it until it takes one."""
@@ -26,7 +29,7 @@ MAX_OUTBOX = 32
 class Pump:
     """Sends what is said to one socket, and what is new in the replies that it follows."""
 
-    def __init__(self, send: Callable[[str], Awaitable[None]], phrases: Phrases) -> None:
+    def __init__(self, send: Callable[[Sequence[str]], Awaitable[None]], phrases: Phrases) -> None:
         self._send = send
         self._phrases = phrases
         self._outbox: deque[ServerFrame] = deque()
@@ -74,15 +77,15 @@ class Pump:
         """Send until `finish`."""
         loop = asyncio.get_running_loop()
         while True:
-            frame = self._next()
-            if frame is None:
+            frames = self._next_frames()
+            if not frames:
                 if self._closing:
                     return
                 self._news.clear()
                 await self._news.wait()
                 continue
             self.sending_since = loop.time()
-            await self._send(frame.encode())
+            await self._send(frames)
             self.sending_since = None
 
     def abandon(self) -> None:
@@ -93,6 +96,12 @@ class Pump:
             cursor.reply.unwatch(self._mark)
         self._cursors.clear()
         self._grown.clear()
+
+    def _next_frames(self) -> list[str]:
+        frames: list[str] = []
+        while len(frames) < MAX_TOGETHER and (frame := self._next()) is not None:
+            frames.append(frame.encode())
+        return frames
 
     def _next(self) -> ServerFrame | None:
         if self._outbox:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import structlog
 from starlette.websockets import WebSocketDisconnect
+from uvicorn.protocols.utils import ClientDisconnected
 
 from imstream.errors import StoreError, StoreFull
 from imstream.gateway.phrases import Phrases
@@ -66,7 +68,8 @@ class Session:
         self._websocket = websocket
         self._services = services
         self._phrases = Phrases(choose_lang(websocket.headers.get("accept-language")), services.settings.node)
-        self._pump = Pump(websocket.send_text, self._phrases)
+        self._socket = socket_of(websocket.scope)
+        self._pump = Pump(self._socket.push, self._phrases)
         self._last_words: tuple[Close, ServerFrame] | None = None
         self.user_id: int | None = None
         self.began_at = self.heard_at = asyncio.get_running_loop().time()
@@ -106,7 +109,7 @@ class Session:
         self.close(code, text)
         if self._last_words is not None:
             code, frame = self._last_words
-            socket_of(self._websocket.scope).expel(code, frame.encode())
+            self._socket.expel(code, frame.encode())
 
     def is_idle(self) -> bool:
         """Whether no answer is being made here that this socket waits for."""
@@ -120,7 +123,7 @@ class Session:
             await self._pump.run()
             if self._last_words is not None:
                 await self._websocket.close(self._last_words[0])
-        except (WebSocketDisconnect, RuntimeError):
+        except (ClientDisconnected, WebSocketDisconnect, RuntimeError):
             return  # the peer has gone, or was expelled; the receiver is told so too
         finally:
             self._pump.abandon()
@@ -215,7 +218,7 @@ class Session:
             history=tuple((turn.role, turn.content) for turn in frame.history),
             lang=phrases.lang,
             at=time.time_ns() // 1_000_000,
-            trace=secrets.token_hex(8),
+            trace=f"{random.getrandbits(64):016x}",
         )
         # Held from here on: the worker may have answered before this socket follows.
         reply = services.board.get(user_id, message_id)

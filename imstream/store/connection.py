@@ -14,6 +14,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
+from hiredis import pack_command
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -82,6 +83,7 @@ class Commands:
         self._waiting: deque[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = deque()
         self._idle: list[asyncio.Future[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._lane(), name=f"redis-lane-{n}") for n in range(self._lanes)]
@@ -107,7 +109,7 @@ class Commands:
         """
         if len(self._waiting) >= MAX_WAITING:
             raise StoreUnavailable(f"{MAX_WAITING} commands are waiting for Redis already")
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Any] = self._loop.create_future()
         self._waiting.append((command, answer))
         if self._idle:
             # The lane runs in the next tick: until then, others' commands join this one.
@@ -115,10 +117,9 @@ class Commands:
         return await answer
 
     async def _lane(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             if not self._waiting:
-                wake = loop.create_future()
+                wake = self._loop.create_future()
                 self._idle.append(wake)
                 await wake
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
@@ -130,7 +131,7 @@ class Commands:
             async with asyncio.timeout(self._timeout):
                 connection = await self._pool.get_connection()
                 try:
-                    await connection.send_packed_command(connection.pack_commands([command for command, _ in batch]))
+                    await connection.send_packed_command([b"".join(pack_command(command) for command, _ in batch)])
                     for _, answer in batch:
                         await _settle(connection, answer)
                 except BaseException:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from pydantic_core import from_json, to_json
 
 from imstream.keys import Keys
 from imstream.store.scripts import Script
@@ -42,7 +43,7 @@ class Terminal:
         """What the terminal entry carries beside attempt, event, offset and text, as field, value, …."""
         named = {
             "finish_reason": self.finish_reason,
-            "usage": None if self.usage is None else json.dumps(self.usage),
+            "usage": None if self.usage is None else to_json(self.usage).decode(),
             "reason": self.reason,
             "error": self.error,
         }
@@ -160,7 +161,7 @@ class ReplyStore:
                 terminal = Terminal(
                     event=fields["event"],
                     finish_reason=fields.get("finish_reason"),
-                    usage=json.loads(fields["usage"]) if "usage" in fields else None,
+                    usage=from_json(fields["usage"]) if "usage" in fields else None,
                     reason=fields.get("reason"),
                     error=fields.get("error"),
                 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import from_json, to_json
 
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
@@ -56,7 +57,7 @@ class ChatRequest:
 
     def fields(self) -> tuple[str, ...]:
         """The stream entry, as field, value, …: readable as it stands in redis-cli."""
-        history = json.dumps([{"role": role, "content": content} for role, content in self.history], ensure_ascii=False)
+        history = to_json([{"role": role, "content": content} for role, content in self.history]).decode()
         return (
             *("user", str(self.user_id), "message_id", self.message_id, "contents", self.contents),
             *("history", history, "lang", self.lang, "at", str(self.at), "trace", self.trace),
@@ -74,7 +75,7 @@ class ChatRequest:
                 user_id=int(fields["user"]),
                 message_id=fields["message_id"],
                 contents=fields["contents"],
-                history=tuple((turn["role"], turn["content"]) for turn in json.loads(fields["history"])),
+                history=tuple((turn["role"], turn["content"]) for turn in from_json(fields["history"])),
                 lang=fields["lang"],
                 at=int(fields["at"]),
                 trace=fields["trace"],

@@ -42,7 +42,7 @@ log = structlog.get_logger()
 def _wait(state: RetryCallState) -> float:
     job: Job = state.args[0]
     assert state.outcome is not None  # noqa: S101 - tenacity asks after an outcome only
-    return job.pause(state.outcome.result(), job.backoff(state))
+    return job.pause(state.outcome.result(), state)
 
 
 _RETRYING = AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry)), wait=_wait)
@@ -86,10 +86,6 @@ class Job:
         self._stopped: Stop | None = None
         self._attempts = 0
         self._began = asyncio.get_running_loop().time()
-        self.backoff = wait_random_exponential(
-            multiplier=parts.settings.retry_wait.total_seconds(), max=parts.settings.retry_wait_max.total_seconds()
-        )
-        self._log = log.bind(trace=request.trace, user=request.user_id, message_id=request.message_id)
 
     async def run(self) -> None:
         """Answer the request, and take it out of the stream when its end is recorded. Raises `StoreError`."""
@@ -180,9 +176,20 @@ class Job:
     async def _retry(self, known: list[Disposition]) -> Disposition:
         return known.pop() if known else await self._attempt()
 
-    def pause(self, decision: Retry, backoff: float) -> float:
+    def pause(self, decision: Retry, state: RetryCallState) -> float:
         """Seconds to wait before the next attempt: as long as the backend asked for, and a random while on top."""
-        return backoff + max(decision.after.total_seconds(), self._parts.breaker.remaining())
+        settings = self._parts.settings
+        backoff = wait_random_exponential(
+            multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
+        )
+        return backoff(state) + max(decision.after.total_seconds(), self._parts.breaker.remaining())
+
+    @property
+    def _log(self) -> structlog.typing.FilteringBoundLogger:
+        bound: structlog.typing.FilteringBoundLogger = log.bind(
+            trace=self.request.trace, user=self.request.user_id, message_id=self.request.message_id
+        )
+        return bound
 
     async def _open(self) -> Opened | Ended | Duplicate:
         user_id, message_id = self.request.user_id, self.request.message_id
