@@ -160,8 +160,7 @@ class Session:
             log.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
             self._pump.say(self._phrases.system(Code.BUSY, Text.BUSY, message_id=message_id, retry=True))
         except StoreError as error:
-            log.warning("redis away, client told UNAVAILABLE", error=str(error))
-            self._pump.say(self._phrases.system(Code.UNAVAILABLE, Text.UNAVAILABLE, message_id=message_id, retry=True))
+            self._say_unavailable(error, message_id)
         except Exception:
             log.exception("frame failed", type=frame.msg_type, user=self.user_id)
             self._pump.say(self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL, message_id=message_id))
@@ -188,10 +187,13 @@ class Session:
         self.user_id = self._phrases.user_id = frame.user_id
         self._pump.say(self._phrases.welcome())
         # All at once: their reads share a pipeline.
-        results = await asyncio.gather(*(self._resume(point) for point in frame.resume), return_exceptions=True)
-        for error in results:
-            if error is not None:
-                raise error
+        await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
+
+    async def _resume_or_say(self, point: ResumePoint) -> None:
+        try:
+            await self._resume(point)
+        except StoreError as error:
+            self._say_unavailable(error, point.message_id)
 
     async def _resume(self, point: ResumePoint) -> None:
         user_id, message_id = self._known_user(), point.message_id
@@ -248,6 +250,10 @@ class Session:
                 self._pump.say(self._phrases.system(Code.TOO_LATE, Text.TOO_LATE, message_id=message_id))
             case "unknown":
                 self._pump.say(self._phrases.system(Code.UNKNOWN, Text.UNKNOWN_MESSAGE, message_id=message_id))
+
+    def _say_unavailable(self, error: StoreError, message_id: str | None) -> None:
+        log.warning("redis away, client told UNAVAILABLE", error=str(error))
+        self._pump.say(self._phrases.system(Code.UNAVAILABLE, Text.UNAVAILABLE, message_id=message_id, retry=True))
 
     def _is_logged_in(self) -> bool:
         if self.user_id is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imstream.disposition import MALFORMED
-from imstream.errors import StoreError
+from imstream.errors import StoreError, StoreUnavailable
 from imstream.store.requests import ChatRequest, GroupMissing, Malformed
 from imstream.worker.job import Job, Parts, Stop
 
@@ -95,8 +95,14 @@ class Worker:
                 self._parts.board.get(user_id, message_id).load(record)
             return receipt
         job.stop(Stop.CANCELLED)
-        await job.ended.wait()
-        return "cancelled" if job.reply.terminal is not None and job.reply.terminal.event == "cancelled" else "too_late"
+        try:
+            async with asyncio.timeout(2 * self._settings.redis_timeout.total_seconds()):
+                await job.ended.wait()
+        except TimeoutError:
+            raise StoreUnavailable("the end of the answer cannot be recorded now") from None
+        if job.reply.terminal is None:
+            raise StoreUnavailable("the end of the answer was not recorded")
+        return "cancelled" if job.reply.terminal.event == "cancelled" else "too_late"
 
     async def _intake(self, group: asyncio.TaskGroup) -> None:
         if await self._requests.prepare():
