@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 from contextlib import asynccontextmanager, contextmanager
@@ -118,7 +119,7 @@ class Node:
             listener = socket.create_server((host, port), family=family, backlog=2048)
         except OSError as error:
             raise SettingsError(
-                f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {error.strerror}"
+                f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {os.strerror(error.errno or 0)}"
             ) from None
         self._port = listener.getsockname()[1]
         return listener

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 
+from imstream.gateway.page import page_routes
 from imstream.gateway.session import Session
 
 if TYPE_CHECKING:
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
     from imstream.gateway.session import Services
-
-_STATIC = resources.files("imstream.gateway") / "static"
-
-_PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def make_app(services: Services, *, not_ready: Callable[[], str | None]) -> Starlette:
@@ -58,16 +50,6 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None]) -> Star
             WebSocketRoute("/ws", socket),
             Route("/readyz", readyz),
             Route("/healthz", healthz),
-            Route("/", _static("index.html", "text/html; charset=utf-8")),
-            Route("/imstream.js", _static("imstream.js", "text/javascript; charset=utf-8")),
+            *page_routes(),
         ]
     )
-
-
-def _static(name: str, media_type: str) -> Callable[[Request], Response]:
-    content = (_STATIC / name).read_bytes()
-
-    def serve(_: Request) -> Response:
-        return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
-
-    return serve

@@ -26,6 +26,8 @@ def _retry_after_ms() -> int:
 class Phrases:
     """The frames for one person: their language, user id, and the node they are connected to."""
 
+    __slots__ = ("_node", "lang", "user_id")
+
     def __init__(self, lang: Lang, node: str) -> None:
         self.lang = lang
         self.user_id: int | None = None

@@ -7,9 +7,9 @@ by then: a fast socket gets each piece as it comes, a slow one fewer and larger 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING
 
+from imstream.gateway.bell import Bell
 from imstream.reply import Finished
 
 if TYPE_CHECKING:
@@ -29,14 +29,27 @@ MAX_OUTBOX = 32
 class Pump:
     """Sends what is said to one socket, and what is new in the replies that it follows."""
 
+    __slots__ = (
+        "_abandoned",
+        "_closing",
+        "_cursors",
+        "_grown",
+        "_news",
+        "_outbox",
+        "_phrases",
+        "_send",
+        "_taken",
+        "sending_since",
+    )
+
     def __init__(self, send: Callable[[Sequence[str]], Awaitable[None]], phrases: Phrases) -> None:
         self._send = send
         self._phrases = phrases
-        self._outbox: deque[ServerFrame] = deque()
+        self._outbox: list[ServerFrame] = []
         self._cursors: dict[str, Cursor] = {}
         self._grown: dict[str, None] = {}
-        self._news = asyncio.Event()
-        self._taken = asyncio.Event()
+        self._news = Bell()
+        self._taken = Bell()
         self._closing = False
         self._abandoned = False
         self.sending_since: float | None = None
@@ -50,12 +63,11 @@ class Pump:
     def say(self, frame: ServerFrame) -> None:
         """Queue a frame; it goes out before what is new in replies."""
         self._outbox.append(frame)
-        self._news.set()
+        self._news.ring()
 
     async def room(self) -> None:
         """Wait until the outbox has room again: who does not read is not read from."""
         while len(self._outbox) >= MAX_OUTBOX and not self._abandoned:
-            self._taken.clear()
             await self._taken.wait()
 
     def follow(self, cursor: Cursor) -> None:
@@ -71,7 +83,7 @@ class Pump:
     def finish(self) -> None:
         """Let `run` return when everything that is known has been sent."""
         self._closing = True
-        self._news.set()
+        self._news.ring()
 
     async def run(self) -> None:
         """Send until `finish`."""
@@ -81,7 +93,6 @@ class Pump:
             if not frames:
                 if self._closing:
                     return
-                self._news.clear()
                 await self._news.wait()
                 continue
             self.sending_since = loop.time()
@@ -91,7 +102,7 @@ class Pump:
     def abandon(self) -> None:
         """The socket is gone: follow nothing any more, and let nobody wait for room."""
         self._abandoned = True
-        self._taken.set()
+        self._taken.ring()
         for cursor in self._cursors.values():
             cursor.reply.unwatch(self._mark)
         self._cursors.clear()
@@ -105,8 +116,8 @@ class Pump:
 
     def _next(self) -> ServerFrame | None:
         if self._outbox:
-            self._taken.set()
-            return self._outbox.popleft()
+            self._taken.ring()
+            return self._outbox.pop(0)
         while self._grown:
             message_id = next(iter(self._grown))
             step = self._cursors[message_id].advance()
@@ -121,4 +132,4 @@ class Pump:
 
     def _mark(self, reply: Reply) -> None:
         self._grown[reply.message_id] = None
-        self._news.set()
+        self._news.ring()

@@ -64,6 +64,19 @@ class Services:
 class Session:
     """One socket, from its handshake to its close. Times are those of the event loop, in seconds."""
 
+    __slots__ = (
+        "_last_words",
+        "_phrases",
+        "_pump",
+        "_services",
+        "_socket",
+        "_websocket",
+        "began_at",
+        "closing_since",
+        "heard_at",
+        "user_id",
+    )
+
     def __init__(self, websocket: WebSocket, services: Services) -> None:
         self._websocket = websocket
         self._services = services
@@ -83,6 +96,7 @@ class Session:
     async def run(self) -> None:
         """Serve the socket until either side ends it."""
         await self._websocket.accept()
+        self._socket.forget_handshake()
         registry = self._services.registry
         registry.add(self)
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,15 +25,16 @@ from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisError,
     ResponseError,
     TryAgainError,
 )
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from datetime import timedelta
     from types import TracebackType
 
@@ -44,13 +46,19 @@ MAX_WAITING = 10_000
 MAX_BATCH = 500
 """Most commands that share a pipeline, so that a batch never delays its first answer by much."""
 
-_LOST = (RedisConnectionError, RedisTimeoutError, TimeoutError, OSError)
-
 _PASSING = (ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
-_PASSING_CODES = ("MISCONF", "NOREPLICAS", "BUSY ")
+_PASSING_CODES = ("MISCONF", "NOREPLICAS", "BUSY ", "READONLY")
 """Refusals that end by themselves, or when an operator has seen to Redis: as good as not being there."""
 
+_IN_SCRIPT = re.compile(r"Error running script .*?: -(?P<refusal>[A-Z]+ .*)", re.DOTALL)
+"""Redis 6.2 puts what it refuses to a script into a sentence of its own."""
+
+_CLOSED = "the connections to Redis are closed"
+
 Argument = str | int | bytes
+
+_Waiting = tuple[bytes, asyncio.Future[Any]]
+"""A packed command and where its answer goes."""
 
 
 def make_pool(url: str, *, connections: int, timeout: timedelta) -> BlockingConnectionPool:
@@ -67,8 +75,8 @@ def make_pool(url: str, *, connections: int, timeout: timedelta) -> BlockingConn
         decode_responses=True,
         encoding_errors="replace",
         legacy_responses=False,
-        # They switch off the check for stale connections, and no server here sends any.
-        maint_notifications_config=None,
+        # They switch off the check for stale connections, and no server here sends any. (None would mean the default.)
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
         health_check_interval=0,
     )
 
@@ -80,10 +88,11 @@ class Commands:
         self._pool = make_pool(url, connections=lanes, timeout=timeout)
         self._timeout = timeout.total_seconds()
         self._lanes = lanes
-        self._waiting: deque[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._idle: list[asyncio.Future[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._lane(), name=f"redis-lane-{n}") for n in range(self._lanes)]
@@ -92,11 +101,11 @@ class Commands:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for _, answer in self._waiting:
-            answer.cancel()
+        _give_up(self._waiting, _CLOSED)
         await self._pool.aclose()
 
     async def execute(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
@@ -107,10 +116,13 @@ class Commands:
             StoreFull: Redis is at `maxmemory`; nothing was written.
             StoreRefused: Redis refused the command for another reason.
         """
+        if self._closed:
+            raise StoreUnavailable(_CLOSED)
         if len(self._waiting) >= MAX_WAITING:
             raise StoreUnavailable(f"{MAX_WAITING} commands are waiting for Redis already")
         answer: asyncio.Future[Any] = self._loop.create_future()
-        self._waiting.append((command, answer))
+        # Packed here: a command that cannot be is its caller's error, not that of a whole batch.
+        self._waiting.append((_pack(command), answer))
         if self._idle:
             # The lane runs in the next tick: until then, others' commands join this one.
             self._idle.pop().set_result(None)
@@ -126,12 +138,12 @@ class Commands:
             if batch:
                 await self._round_trip(batch)
 
-    async def _round_trip(self, batch: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]]) -> None:
+    async def _round_trip(self, batch: list[_Waiting]) -> None:
         try:
             async with asyncio.timeout(self._timeout):
                 connection = await self._pool.get_connection()
                 try:
-                    await connection.send_packed_command([b"".join(pack_command(command) for command, _ in batch)])
+                    await connection.send_packed_command([b"".join([packed for packed, _ in batch])])
                     for _, answer in batch:
                         await _settle(connection, answer)
                 except BaseException:
@@ -140,13 +152,11 @@ class Commands:
                     raise
                 finally:
                     await self._pool.release(connection)
-        except _LOST as lost:
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(StoreUnavailable(describe(lost)))
-        finally:
-            for _, answer in batch:  # the lane itself was cancelled
-                answer.cancel()
+        except asyncio.CancelledError:
+            _give_up(batch, _CLOSED)
+            raise
+        except Exception as lost:  # noqa: BLE001 - whatever it is: who asked is told, and the lane goes on
+            _give_up(batch, describe(lost))
 
 
 class Reader:
@@ -168,13 +178,16 @@ class Reader:
             connection = await self._pool.get_connection()
             try:
                 await connection.send_command(*command)
-                return await connection.read_response(timeout=self._limit)
+                # redis-py's own limit would answer None, as if Redis had said that nothing came, and keep a
+                # connection whose answer is still on its way.
+                async with asyncio.timeout(self._limit):
+                    return await connection.read_response(timeout=math.inf)
             finally:
                 await self._pool.release(connection)
-        except _LOST as lost:
-            raise StoreUnavailable(describe(lost)) from lost
         except ResponseError as refused:
             raise _explain(refused) from refused
+        except (RedisError, TimeoutError, OSError) as lost:
+            raise StoreUnavailable(describe(lost)) from lost
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -193,12 +206,34 @@ async def _settle(connection: AbstractConnection, answer: asyncio.Future[Any]) -
             answer.set_result(result)
 
 
+def _pack(command: tuple[Argument, ...]) -> bytes:
+    try:
+        return _packed(command)
+    except UnicodeEncodeError:  # lone surrogates; as many marks take their place
+        parts = (part.encode("utf-8", "replace") if isinstance(part, str) else part for part in command)
+        return _packed(tuple(parts))
+
+
+def _packed(parts: tuple[Argument, ...]) -> bytes:
+    packed: bytes = pack_command(parts)  # type: ignore[arg-type] # its stub knows tuples of one part only
+    return packed
+
+
+def _give_up(commands: Iterable[_Waiting], why: str) -> None:
+    for _, answer in commands:
+        if not answer.done():
+            answer.set_exception(StoreUnavailable(why))
+
+
 def _explain(refused: ResponseError) -> Exception:
-    if isinstance(refused, OutOfMemoryError):
-        return StoreFull(str(refused))
-    if isinstance(refused, _PASSING) or str(refused).startswith(_PASSING_CODES):
-        return StoreUnavailable(str(refused))
-    return refused if isinstance(refused, NoScriptError) else StoreRefused(str(refused))
+    text = str(refused)
+    if in_script := _IN_SCRIPT.match(text):
+        text = in_script["refusal"]
+    if isinstance(refused, OutOfMemoryError) or text.startswith("OOM "):
+        return StoreFull(text)
+    if isinstance(refused, _PASSING) or text.startswith(_PASSING_CODES):
+        return StoreUnavailable(text)
+    return refused if isinstance(refused, NoScriptError) else StoreRefused(text)
 
 
 def describe(error: BaseException) -> str:

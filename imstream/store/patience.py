@@ -21,7 +21,12 @@ _WAIT = wait_random_exponential(multiplier=0.1, max=1)
 
 async def patiently(call: Callable[[], Awaitable[Answer]]) -> Answer:
     """Call until Redis answers, waiting a little longer each time. Cancel it to give up."""
+
+    async def again() -> Answer:
+        # tenacity awaits coroutine functions only: what a lambda returns it would take for the answer.
+        return await call()
+
     try:
         return await call()
     except _PASSING:
-        return await AsyncRetrying(retry=retry_if_exception_type(_PASSING), wait=_WAIT)(call)
+        return await AsyncRetrying(retry=retry_if_exception_type(_PASSING), wait=_WAIT)(again)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic_core import from_json, to_json
@@ -83,9 +83,11 @@ class Rejected:
 
     Attributes:
         why: `superseded` by a later attempt; `ended`; `gone` from Redis; `gap`: text would be missing or repeated.
+        offset: For a `gap`: up to where the text of this attempt is recorded.
     """
 
     why: Literal["superseded", "ended", "gone", "gap"]
+    offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,19 @@ class ReplyStore:
         """Note that the message waits, unless anything is known of it already."""
         await _QUEUED.run(self._commands, self._key(user_id, message_id), (self._queued_ttl,))
 
-    async def open(self, user_id: int, message_id: str, *, request: str, lost: str = "") -> Opened | Ended | Duplicate:
-        """Begin the next attempt for `request`; a message that belongs to the request `lost` may be taken over."""
-        answer = await _OPEN.run(self._commands, self._key(user_id, message_id), (request, self._ttl, lost))
+    async def open(
+        self, user_id: int, message_id: str, *, request: str, lost: str = "", after: int = 0
+    ) -> Opened | Ended | Duplicate:
+        """Begin the next attempt at a message.
+
+        Args:
+            user_id: Whose message it is.
+            message_id: The message.
+            request: The request that opens it, and that it belongs to from now on.
+            lost: Another request, known to be lost; what belongs to it may be taken over.
+            after: An attempt that has been made, even if Redis has lost it: the next one has a later number.
+        """
+        answer = await _OPEN.run(self._commands, self._key(user_id, message_id), (request, self._ttl, lost, after))
         match answer:
             case ["opened", attempt]:
                 return Opened(int(attempt))
@@ -138,7 +150,13 @@ class ReplyStore:
         if terminal is not None:
             arguments += terminal.fields()
         answer = await _APPEND.run(self._commands, self._key(user_id, message_id), arguments)
-        return Appended() if answer[0] == "appended" else Rejected(answer[0])
+        match answer:
+            case ["appended"]:
+                return Appended()
+            case ["gap", offset]:
+                return Rejected("gap", int(offset))
+            case _:
+                return Rejected(answer[0])
 
     async def cancel(self, user_id: int, message_id: str) -> Receipt:
         """End the reply as cancelled, wherever it is worked on."""

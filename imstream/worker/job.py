@@ -99,9 +99,9 @@ class Job:
                 case Bury(reason, error):
                     await self._parts.requests.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
                     self._log.error("request buried", reason=reason, error=error, attempts=self._attempts)
-                case _:
-                    self.reply.release()
         finally:
+            if self._recorder is not None:
+                self._recorder.leave()
             self.ended.set()
 
     def stop(self, why: Stop) -> None:
@@ -118,13 +118,15 @@ class Job:
 
     async def flush(self) -> None:
         """Record the text so far. When Redis is away it stays for the next time."""
-        if self._recorder is None:
+        recorder = self._recorder
+        if recorder is None:
             return
         try:
-            result = await self._recorder.flush()
+            result = await recorder.flush()
         except StoreError:
             return
-        if isinstance(result, Rejected):
+        # A retry may have begun meanwhile; it is not concerned.
+        if isinstance(result, Rejected) and recorder is self._recorder:
             self._log.warning("reply stream refuses this attempt", why=result.why, attempt=self.reply.attempt)
             self.stop(Stop.OVERRULED)
 
@@ -159,8 +161,9 @@ class Job:
         opened = await self._open()
         if not isinstance(opened, Opened):
             return await self._already(opened)
+        assert self._recorder is not None  # noqa: S101 - there is one from the first opening on
         try:
-            completion = await self._parts.backend.answer(prompt.assemble(self.request), on_text=self.reply.append)
+            completion = await self._parts.backend.answer(prompt.assemble(self.request), on_text=self._recorder.write)
         except BackendError as error:
             if isinstance(error, TransientBackendError):
                 self._parts.breaker.failed(error.retry_after)
@@ -192,17 +195,21 @@ class Job:
         return bound
 
     async def _open(self) -> Opened | Ended | Duplicate:
-        user_id, message_id = self.request.user_id, self.request.message_id
-        replies = self._parts.replies
-        opened = await patiently(lambda: replies.open(user_id, message_id, request=self._id))
+        opened = await self._try_open()
         if isinstance(opened, Duplicate) and await self._is_lost(lost := opened.owner):
             self._log.warning("taking over a message whose request is lost", lost=lost)
-            opened = await patiently(lambda: replies.open(user_id, message_id, request=self._id, lost=lost))
+            opened = await self._try_open(lost)
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
-            self._recorder = Recorder(self.reply, replies, request=self._id)
-            self.reply.begin(opened.attempt)
+            self._recorder = Recorder(self.reply, self._parts.replies, request=self._id, attempt=opened.attempt)
         return opened
+
+    async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate:
+        reply, replies = self.reply, self._parts.replies
+        return await patiently(
+            # After the attempt that is known here: should Redis have lost it, none is begun with the same number.
+            lambda: replies.open(reply.user_id, reply.message_id, request=self._id, lost=lost, after=reply.attempt)
+        )
 
     async def _is_lost(self, owner: str) -> bool:
         """An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost."""

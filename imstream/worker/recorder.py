@@ -1,4 +1,4 @@
-"""Writes what one attempt says into the reply stream, batch by batch (I4, I5)."""
+"""Writes what one attempt says: into the reply at once, and batch by batch into the reply stream (I4, I5)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Keeps how much of a reply is recorded, and records the rest, as the attempt that `reply.attempt` names."""
+    """The one writer of one attempt. Keeps how much of its text is recorded, and records the rest."""
 
-    def __init__(self, reply: Reply, replies: ReplyStore, *, request: str) -> None:
+    def __init__(self, reply: Reply, replies: ReplyStore, *, request: str, attempt: int) -> None:
         self._reply = reply
         self._replies = replies
         self._request = request
+        self._attempt = attempt
         self._recorded = 0
         # Two appends at once could overtake each other on different connections.
         self._one_at_a_time = asyncio.Lock()
+        reply.begin(attempt)
 
     @property
     def behind(self) -> bool:
         """Whether there is text that is not recorded."""
-        return self._recorded < self._reply.offset
+        return self._recorded < self._reply.offset and self._is_ours
+
+    def write(self, text: str) -> None:
+        """Add a piece of text, unless nobody wants it any more: the reply has ended, or a later attempt has begun."""
+        if self._is_ours and self._reply.terminal is None:
+            self._reply.append(text)
 
     async def flush(self) -> Appended | Rejected:
         """Record the text that has gathered. Raises `StoreError`; then it is still there for the next time."""
@@ -39,19 +46,35 @@ class Recorder:
         async with self._one_at_a_time:
             return await patiently(lambda: self._append(terminal))
 
+    def leave(self) -> None:
+        """Write no more. A reply that has not ended is left to whoever takes it up."""
+        if self._is_ours and self._reply.terminal is None:
+            self._reply.release()
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the text in the reply is that of this attempt."""
+        return self._reply.attempt == self._attempt
+
     async def _append(self, terminal: Terminal | None) -> Appended | Rejected:
         result = await self._try_append(terminal)
-        if result == Rejected("gone") and await self._reopen():
-            # Redis lost the record, but here is all of it.
-            result = await self._try_append(terminal)
+        match result:
+            case Rejected("gone") if await self._reopen():
+                return await self._try_append(terminal)  # Redis lost the record, but here is all of it
+            case Rejected("gap", offset=recorded) if recorded <= self._reply.offset:
+                # An append of ours whose answer was lost; or Redis has lost the end of what it had.
+                self._recorded = recorded
+                return await self._try_append(terminal)
         return result
 
     async def _try_append(self, terminal: Terminal | None) -> Appended | Rejected:
         reply, after = self._reply, self._reply.offset
+        if not self._is_ours:
+            return Rejected("superseded")
         result = await self._replies.append(
             reply.user_id,
             reply.message_id,
-            attempt=reply.attempt,
+            attempt=self._attempt,
             before=self._recorded,
             after=after,
             text=reply.text_from(self._recorded, limit=None),
@@ -62,10 +85,13 @@ class Recorder:
         return result
 
     async def _reopen(self) -> bool:
+        """Begin the same attempt once more, as if it had never been away."""
         reply = self._reply
-        opened = await self._replies.open(reply.user_id, reply.message_id, request=self._request)
-        if not isinstance(opened, Opened):
+        opened = await self._replies.open(
+            reply.user_id, reply.message_id, request=self._request, after=self._attempt - 1
+        )
+        if not isinstance(opened, Opened) or not self._is_ours:
             return False
-        reply.attempt = opened.attempt
+        self._attempt = reply.attempt = opened.attempt
         self._recorded = 0
         return True

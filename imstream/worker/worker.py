@@ -105,9 +105,13 @@ class Worker:
         return "cancelled" if job.reply.terminal.event == "cancelled" else "too_late"
 
     async def _intake(self, group: asyncio.TaskGroup) -> None:
+        first = self._progressed == float("-inf")
         if await self._requests.prepare():
-            log.info("consumer group made", node=self._requests.node)
-        if self._progressed == float("-inf"):
+            if first:
+                log.info("consumer group made", node=self._requests.node)
+            else:
+                log.error("requests stream or its group was gone and is made again: accepted requests may be lost")
+        if first:
             self._inherited = {pending.entry_id for pending in await self._requests.pending()}
         self._heard()
         self._next_sweep = 0.0
@@ -157,7 +161,8 @@ class Worker:
     async def _take_up(self, group: asyncio.TaskGroup, pending: Pending) -> None:
         died = pending.entry_id in self._inherited
         deliveries = pending.deliveries + died
-        suspect = deliveries >= SUSPECT
+        # One that is to be buried is run no more, so it needs no isolation and waits for nobody.
+        suspect = SUSPECT <= deliveries <= self._settings.max_deliveries
         if suspect and self._suspect is not None:
             return
         entry = await self._requests.claim(pending, deliveries=deliveries)
@@ -211,7 +216,7 @@ class Worker:
 
     async def _after_loss(self, error: Exception) -> None:
         if isinstance(error, GroupMissing):
-            log.error("requests stream or its group is gone; making it again", error=str(error))
+            log.warning("redis says that the requests stream or its group is gone", error=str(error))
         elif self._reachable:
             log.error("redis lost", error=str(error))
         self._reachable = False

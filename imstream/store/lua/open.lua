@@ -5,6 +5,7 @@
 -- ARGV[1]  the request that opens: node and entry id
 -- ARGV[2]  milliseconds to keep the reply
 -- ARGV[3]  a request known to be lost, whose message may be taken over; or ''
+-- ARGV[4]  a number of attempts that have been made, even if Redis has lost them: none is ever given twice
 -- Returns  {'opened', attempt} | {'ended', event, owner} | {'duplicate', owner}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
@@ -51,6 +52,7 @@ if last then
 end
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
+attempt = math.max(attempt, tonumber(ARGV[4]))
 redis.call('XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'request', ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return {'opened', attempt + 1}

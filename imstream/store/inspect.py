@@ -1,0 +1,114 @@
+"""Looks at a node's stream without changing it, for `imstream streams`."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from imstream.errors import StoreRefused
+from imstream.keys import GROUP
+
+if TYPE_CHECKING:
+    from imstream.keys import Keys
+    from imstream.store.connection import Commands
+
+MAX_SHOWN = 20
+"""Most requests in work that are listed; they are counted all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class InWork:
+    """A request that a worker has.
+
+    Attributes:
+        consumer: The id of the node that works on it.
+        since: Time since it was given to that worker.
+        deliveries: How often it was given to a worker that then died with it, this time included.
+    """
+
+    entry_id: str
+    consumer: str
+    since: timedelta
+    deliveries: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A request that was given up."""
+
+    entry_id: str
+    died: datetime
+    user: str
+    message_id: str
+    attempts: str
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """One node's stream at a moment.
+
+    Attributes:
+        unfinished: Requests accepted and not ended.
+        in_work: Those of them that workers have, by node.
+        oldest: Those that workers have had for longest by their place in the stream, at most `MAX_SHOWN`.
+        dead: Dead letters that are kept.
+        newest_dead: The newest of them.
+    """
+
+    unfinished: int
+    in_work: dict[str, int]
+    oldest: list[InWork]
+    dead: int
+    newest_dead: list[DeadLetter]
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no worker has yet."""
+        return self.unfinished - sum(self.in_work.values())
+
+
+async def look(commands: Commands, keys: Keys, node: str, *, newest: int) -> Overview:
+    """Look at the stream of a node, and at its `newest` dead letters; a node that never ran has none.
+
+    Raises:
+        StoreUnavailable: Redis was not reached.
+    """
+    stream, dead = keys.requests(node), keys.dead(node)
+    length, dead_length, letters, (in_work, oldest) = await asyncio.gather(
+        commands.execute("XLEN", stream),
+        commands.execute("XLEN", dead),
+        commands.execute("XREVRANGE", dead, "+", "-", "COUNT", newest),
+        _in_work(commands, stream),
+    )
+    return Overview(
+        unfinished=length,
+        in_work=in_work,
+        oldest=oldest,
+        dead=dead_length,
+        newest_dead=[_dead_letter(entry_id, flat) for entry_id, flat in letters or ()],
+    )
+
+
+async def _in_work(commands: Commands, stream: str) -> tuple[dict[str, int], list[InWork]]:
+    with suppress(StoreRefused):  # no such stream or group: nothing was ever read from it
+        summary, rows = await asyncio.gather(
+            commands.execute("XPENDING", stream, GROUP),
+            commands.execute("XPENDING", stream, GROUP, "-", "+", MAX_SHOWN),
+        )
+        counts = {consumer: int(count) for consumer, count in summary[3] or ()}
+        return counts, [InWork(row[0], row[1], timedelta(milliseconds=row[2]), row[3]) for row in rows]
+    return {}, []
+
+
+def _dead_letter(entry_id: str, flat: list[str]) -> DeadLetter:
+    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    return DeadLetter(
+        entry_id=entry_id,
+        died=datetime.fromtimestamp(int(fields.get("dead_at") or entry_id.partition("-")[0]) / 1000, UTC),
+        **{name: fields.get(name, "?") for name in ("user", "message_id", "attempts", "reason", "error")},
+    )
