@@ -1,0 +1,36 @@
+"""The README stays true where a test can tell."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from imstream.ai.demo.settings import DemoSettings
+from imstream.embedded import EmbeddedSettings
+from imstream.settings import Settings, SettingsGroup
+from imstream.wire import Code, Event, MsgType
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("group", [Settings, DemoSettings, EmbeddedSettings])
+def test_every_setting_is_listed_with_what_it_does(group: type[SettingsGroup]) -> None:
+    for name, field in group.model_fields.items():
+        row = re.search(rf"^\| `{group.variable(name)}` \|[^|]*\| (.*) \|$", README, re.MULTILINE)
+        assert row is not None, f"{group.variable(name)} is not in the README"
+        assert row[1] == (field.description or "").rstrip(".")
+
+
+def test_every_word_of_the_wire_is_explained() -> None:
+    unbuilt = {Code.UNAUTHORIZED, Code.RATE_LIMITED}  # reserved for the guards
+    words = [*(code for code in Code if code not in unbuilt), *Event, *MsgType]
+    assert [word for word in words if f"{word}" not in README] == []
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
