@@ -18,7 +18,7 @@ from imstream.ai.backend import OpenAIBackend
 from imstream.ai.breaker import Breaker
 from imstream.errors import SettingsError
 from imstream.gateway.app import make_app
-from imstream.gateway.protocol import SocketProtocol
+from imstream.gateway.protocol import RequestProtocol, SocketProtocol
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.session import Services
 from imstream.reply import ReplyBoard
@@ -62,6 +62,7 @@ class Node:
                 make_app(services, not_ready=self.not_ready),
                 host=settings.host,
                 port=settings.port,
+                http=RequestProtocol,
                 ws=SocketProtocol,
                 ws_max_size=settings.max_frame,
                 ws_per_message_deflate=False,

@@ -45,6 +45,17 @@ class Text(Enum):
     NO_INIT = ("没有及时登录,连接已断开", "No login (INIT) in time, the connection was closed")
     INTERNAL = ("系统内部错误,请稍后再重试!", "Something went wrong on our side, please try again later!")
 
+    # What the terminal client says itself.
+    CHAT_WELCOME = (
+        "已连接 {url}。输入消息后按回车发送;Ctrl-C 取消回答,Ctrl-D 退出。",
+        "Connected to {url}. Type a message and press Enter; Ctrl-C stops an answer, Ctrl-D leaves.",
+    )
+    CHAT_LOST = ("连接中断({why}),{seconds} 秒后重新连接", "No connection ({why}); connecting again in {seconds} s")
+    CHAT_BACK = ("已重新连接 {url}", "Connected again to {url}")
+    CHAT_RESUMED = ("已重新连接 {url},回答继续", "Connected again to {url}; the answer goes on")
+    CHAT_RETRY = ("{why} {seconds} 秒后自动重发(Ctrl-C 放弃)", "{why} Sent again in {seconds} s (Ctrl-C gives up)")
+    CHAT_CANCELLING = ("正在取消……再按一次 Ctrl-C 立即退出", "Stopping the answer… press Ctrl-C again to leave at once")
+
     @property
     def zh(self) -> str:
         """The Chinese sentence."""

@@ -64,6 +64,8 @@ class Close(IntEnum):
     """Why a socket is closed. 1012, 1013 and 4000 to 4499: reconnect; 4500 to 4999: don't."""
 
     FRAME_TOO_BIG = 1009
+    INTERNAL_ERROR = 1011
+    """Something unforeseen on our side: reconnect."""
     DRAINING = 1012
     """The node is going away: reconnect now."""
     NODE_FULL = 1013

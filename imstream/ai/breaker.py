@@ -30,6 +30,7 @@ class Breaker:
         self._failures = 0
         self._pause = self._first_pause
         self._open_until = 0.0
+        self._asked_until = 0.0
 
     @property
     def tripped(self) -> bool:
@@ -48,12 +49,14 @@ class Breaker:
         """A call was answered."""
         self._failures = 0
         self._pause = self._first_pause
-        self._open_until = 0.0
+        # A call that began before, or slipped through, does not lift what the backend asked for.
+        self._open_until = self._asked_until if self._asked_until > self._clock() else 0.0
 
     def failed(self, retry_after: timedelta | None) -> None:
         """A call failed in a way that another may share."""
         self._failures += 1
         asked = min(retry_after.total_seconds(), self._longest_pause) if retry_after is not None else 0.0
+        self._asked_until = max(self._asked_until, self._clock() + asked)
         if self._failures >= self._threshold and self.remaining() == 0.0:
             asked = max(asked, self._pause)
             self._pause = min(2 * self._pause, self._longest_pause)

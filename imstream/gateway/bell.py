@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Bell:
     """Wakes the one who waits; when nobody does, the next one that comes. It is silent again after each wake."""
 
-    __slots__ = ("_rung", "_waiter")
+    __slots__ = ("_loop", "_rung", "_waiter")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._rung = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -23,7 +27,7 @@ class Bell:
     async def wait(self) -> None:
         """Wait until it rings, or return at once when it has since the last wait."""
         if not self._rung:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

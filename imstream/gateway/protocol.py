@@ -1,14 +1,15 @@
-"""uvicorn's WebSocket protocol, mended where a hostile or stalled peer could hurt others.
+"""uvicorn's protocols, mended where a hostile or stalled peer could hurt others.
 
 Found in uvicorn 0.54: an upgrade request that its parser refuses gets no answer and makes the shutdown fail; a stalled
-reader blocks `send`, and with it every orderly close; fragments without end gather without limit.
+reader blocks `send`, and with it every orderly close; fragments without end, and answers to pings that nobody reads,
+gather without limit, and so do the headers of a request.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
 
@@ -16,7 +17,7 @@ from imstream.gateway.bell import Bell
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from starlette.types import Scope
     from uvicorn._types import ASGIReceiveEvent
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
     from websockets.frames import Frame
     from websockets.http11 import Request
 
+MAX_HEAD = 65_536
+"""Most bytes of a request up to the end of its headers. More is answered with 431."""
+
 MAX_FRAGMENTS = 1_000
 """Most fragments of one message; empty ones do not count towards its size. More closes 1009."""
 
-EXPEL_GRACE = 2.0
-"""Seconds an expelled peer has to read its last frames before the connection is cut."""
+CLOSE_REPLY_LIMIT = 2.0
+"""Seconds a peer has to read its last frames and answer the close frame; then the connection is cut."""
 
 _EXTENSION = "imstream.socket"
 
@@ -43,18 +47,21 @@ _HEADERS_TOO_LARGE = (
 class Socket(Protocol):
     """A socket under its session: more direct than ASGI, and able to end a peer that does not read."""
 
-    async def push(self, texts: Sequence[str]) -> None:
-        """Write text frames in one go, once the peer has taken enough of what was written before.
+    @property
+    def has_room(self) -> bool:
+        """Whether the peer has taken enough of what was written."""
 
-        Raises:
-            ClientDisconnected: The peer is gone, or was expelled.
-        """
+    def on_room(self, call: Callable[[], None] | None) -> None:
+        """Have `call` called whenever there is room again."""
+
+    def write(self, texts: Sequence[str]) -> None:
+        """Write text frames in one go. Nothing happens when the peer is gone: the receiver is told."""
+
+    def end(self, code: int, last_words: str) -> None:
+        """Put `last_words` and the close frame behind what is unsent; a peer that does not answer is cut off."""
 
     def forget_handshake(self) -> None:
         """Free what only the handshake needed."""
-
-    def expel(self, code: int, last_words: str) -> None:
-        """Put `last_words` and the close frame behind what is unsent, and cut the connection a little later."""
 
 
 def socket_of(scope: Scope) -> Socket:
@@ -63,14 +70,40 @@ def socket_of(scope: Scope) -> Socket:
     return socket
 
 
+class RequestProtocol(HttpToolsProtocol):
+    """One connection until it becomes a WebSocket, if it does."""
+
+    _in_head = False
+    _head_size = 0
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._in_head, self._head_size = True, 0
+
+    def on_headers_complete(self) -> None:
+        """Its headers have ended."""
+        self._in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, but not headers without end."""
+        super().data_received(data)
+        if self._in_head:
+            self._head_size += len(data)
+            if self._head_size > MAX_HEAD and not self.transport.is_closing():
+                self.transport.write(_HEADERS_TOO_LARGE)
+                self.transport.close()
+
+
 class _Inbox:
     """What uvicorn uses of asyncio.Queue, for its one reader, in a tenth of the memory."""
 
     __slots__ = ("_bell", "_events")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._events: list[ASGIReceiveEvent] = []
-        self._bell = Bell()
+        self._bell = Bell(loop)
 
     def empty(self) -> bool:
         return not self._events
@@ -88,6 +121,9 @@ class _Inbox:
 class SocketProtocol(WebSocketsSansIOProtocol):
     """One WebSocket connection."""
 
+    _late_pong = b""
+    _on_room: Callable[[], None] | None = None
+
     def __init__(
         self,
         config: Config,
@@ -96,13 +132,21 @@ class SocketProtocol(WebSocketsSansIOProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.queue = _Inbox()  # type: ignore[assignment]
+        self.queue = _Inbox(self.loop)  # type: ignore[assignment]
 
     def handle_connect(self, event: Request) -> None:
         """Let the application reach this object through its scope."""
         super().handle_connect(event)
         if self.response.status_code == 101:  # noqa: PLR2004 - Switching Protocols
             self.scope["extensions"][_EXTENSION] = self  # type: ignore[index, assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; answer an upgrade request that cannot be read, which uvicorn leaves without an answer."""
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.close_sent:
+            self.close_sent = True
+            self.transport.write(b"".join(self.conn.data_to_send()) or _HEADERS_TOO_LARGE)
+            self.transport.close()
 
     def handle_cont(self, event: Frame) -> None:
         """Take a fragment, up to the limit."""
@@ -112,14 +156,35 @@ class SocketProtocol(WebSocketsSansIOProtocol):
             return
         super().handle_cont(event)
 
-    def handle_parser_exception(self) -> None:
-        """Answer an upgrade request that cannot be read; close a connection whose frames are broken."""
-        if not self.handshake_initiated:
-            self.close_sent = True
-            self.transport.write(_HEADERS_TOO_LARGE)
-            self.transport.close()
-            return
-        super().handle_parser_exception()
+    def send_receive_event_to_app(self) -> None:
+        """Hand a message on. Text that is no UTF-8 is the peer's fault, and not worth a traceback in our log."""
+        if self.curr_msg_data_type == "text":
+            message = b"".join(self.frames)
+            try:
+                message.decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                self.conn.fail(1007, "not UTF-8")
+                self.handle_parser_exception()
+                return
+            self.frames = [message]
+        super().send_receive_event_to_app()
+
+    def handle_ping(self) -> None:
+        """Answer a ping; while the peer does not read, only the latest answer waits for it (RFC 6455, 5.5.3)."""
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self._late_pong = b"".join(self.conn.data_to_send()) or self._late_pong
+
+    def resume_writing(self) -> None:
+        """The peer reads again."""
+        super().resume_writing()
+        if self._late_pong:
+            self.transport.write(self._late_pong)
+            self._late_pong = b""
+        if self._on_room is not None:
+            self._on_room()
 
     def shutdown(self) -> None:
         """Close at shutdown, also a connection that never came to its handshake."""
@@ -128,34 +193,45 @@ class SocketProtocol(WebSocketsSansIOProtocol):
             return
         super().shutdown()
 
-    async def push(self, texts: Sequence[str]) -> None:
+    @property
+    def has_room(self) -> bool:
+        """See `Socket`."""
+        return self.writable.is_set()
+
+    def on_room(self, call: Callable[[], None] | None) -> None:
+        """See `Socket`."""
+        self._on_room = call
+
+    def write(self, texts: Sequence[str]) -> None:
         """See `Socket`. One system call for all frames: each costs as much as making several."""
-        await self.writable.wait()
         if self.disconnected or self.close_sent:
-            raise ClientDisconnected
+            return
         try:
             for text in texts:
                 self.conn.send_text(text.encode())
         except InvalidState:  # the peer is closing by itself
-            raise ClientDisconnected from None
+            return
         self.transport.write(b"".join(self.conn.data_to_send()))
 
-    def forget_handshake(self) -> None:
-        """See `Socket`. The parsed headers, and a copy of them: 4 KB that an idle socket would keep."""
-        del self.request, self.response
-
-    def expel(self, code: int, last_words: str) -> None:
+    def end(self, code: int, last_words: str) -> None:
         """See `Socket`. It waits for nobody: the peer may not be reading at all."""
-        if self.close_sent or self.disconnected:
+        self.write([last_words])
+        if self.disconnected or self.close_sent:
             self.transport.abort()
             return
         try:
-            self.conn.send_text(last_words.encode())
             self.conn.send_close(code)
-        except InvalidState:  # the peer is closing by itself
+        except InvalidState:
             self.transport.abort()
             return
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": ""})
-        self.loop.call_later(EXPEL_GRACE, self.transport.abort)
+        if self.read_paused:  # for the peer's own close frame
+            self.read_paused = False
+            self.transport.resume_reading()
+        self.close_timer = self.loop.call_later(CLOSE_REPLY_LIMIT, self.transport.abort)
+
+    def forget_handshake(self) -> None:
+        """See `Socket`. The parsed headers, and a copy of them: 4 KB that an idle socket would keep."""
+        del self.request, self.response

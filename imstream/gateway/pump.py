@@ -9,18 +9,26 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import structlog
+
 from imstream.gateway.bell import Bell
 from imstream.reply import Finished
+from imstream.texts import Text
+from imstream.wire import Close, Code
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
     from imstream.gateway.phrases import Phrases
+    from imstream.gateway.protocol import Socket
     from imstream.reply import Cursor, Reply
     from imstream.wire import ServerFrame
 
+log = structlog.get_logger()
+
 MAX_TOGETHER = 16
 """Most frames that are written in one go."""
+
+ENOUGH_TOGETHER = 65_536
+"""Characters from which on no frame is added to such a write: it is what a stalled socket holds besides its reply."""
 
 MAX_OUTBOX = 32
 """Answers that may wait for the socket; then nothing more is read from it until it takes one."""
@@ -31,29 +39,32 @@ class Pump:
 
     __slots__ = (
         "_abandoned",
-        "_closing",
         "_cursors",
         "_grown",
-        "_news",
+        "_last_words",
+        "_loop",
         "_outbox",
         "_phrases",
-        "_send",
+        "_scheduled",
+        "_socket",
         "_taken",
-        "sending_since",
+        "blocked_since",
     )
 
-    def __init__(self, send: Callable[[Sequence[str]], Awaitable[None]], phrases: Phrases) -> None:
-        self._send = send
+    def __init__(self, socket: Socket, phrases: Phrases) -> None:
+        self._socket = socket
         self._phrases = phrases
+        self._loop = asyncio.get_running_loop()
         self._outbox: list[ServerFrame] = []
         self._cursors: dict[str, Cursor] = {}
         self._grown: dict[str, None] = {}
-        self._news = Bell()
-        self._taken = Bell()
-        self._closing = False
+        self._taken = Bell(self._loop)
+        self._scheduled = False
         self._abandoned = False
-        self.sending_since: float | None = None
-        """When the frame now being sent was begun (loop time); None when none is."""
+        self._last_words: tuple[Close, ServerFrame] | None = None
+        self.blocked_since: float | None = None
+        """Since when the socket has taken nothing although there is something to send (loop time)."""
+        socket.on_room(self._schedule)
 
     @property
     def followed(self) -> list[str]:
@@ -63,7 +74,7 @@ class Pump:
     def say(self, frame: ServerFrame) -> None:
         """Queue a frame; it goes out before what is new in replies."""
         self._outbox.append(frame)
-        self._news.ring()
+        self._schedule()
 
     async def room(self) -> None:
         """Wait until the outbox has room again: who does not read is not read from."""
@@ -80,24 +91,10 @@ class Pump:
             cursor.reply.watch(self._mark)
         self._mark(cursor.reply)
 
-    def finish(self) -> None:
-        """Let `run` return when everything that is known has been sent."""
-        self._closing = True
-        self._news.ring()
-
-    async def run(self) -> None:
-        """Send until `finish`."""
-        loop = asyncio.get_running_loop()
-        while True:
-            frames = self._next_frames()
-            if not frames:
-                if self._closing:
-                    return
-                await self._news.wait()
-                continue
-            self.sending_since = loop.time()
-            await self._send(frames)
-            self.sending_since = None
+    def finish(self, code: Close, last_words: ServerFrame) -> None:
+        """Close the socket with these words when everything that is known has been sent."""
+        self._last_words = (code, last_words)
+        self._schedule()
 
     def abandon(self) -> None:
         """The socket is gone: follow nothing any more, and let nobody wait for room."""
@@ -107,11 +104,44 @@ class Pump:
             cursor.reply.unwatch(self._mark)
         self._cursors.clear()
         self._grown.clear()
+        self._socket.on_room(None)
+
+    def _schedule(self) -> None:
+        """Pump once in the next tick, however many pieces come in this one."""
+        if not self._scheduled and not self._abandoned:
+            self._scheduled = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._scheduled = False
+        try:
+            self._send_what_is_due()
+        except Exception:
+            # A defect of ours. The client reconnects and resumes; nobody else notices.
+            log.exception("pump failed")
+            self._socket.end(Close.INTERNAL_ERROR, self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL).encode())
+
+    def _send_what_is_due(self) -> None:
+        while not self._abandoned:
+            if not self._socket.has_room:
+                if self.blocked_since is None:
+                    self.blocked_since = self._loop.time()
+                return
+            self.blocked_since = None
+            frames = self._next_frames()
+            if not frames:
+                break
+            self._socket.write(frames)
+        if self._last_words is not None and not self._abandoned:
+            (code, frame), self._last_words = self._last_words, None
+            self._socket.end(code, frame.encode())
 
     def _next_frames(self) -> list[str]:
         frames: list[str] = []
-        while len(frames) < MAX_TOGETHER and (frame := self._next()) is not None:
+        size = 0
+        while len(frames) < MAX_TOGETHER and size < ENOUGH_TOGETHER and (frame := self._next()) is not None:
             frames.append(frame.encode())
+            size += len(frames[-1])
         return frames
 
     def _next(self) -> ServerFrame | None:
@@ -132,4 +162,4 @@ class Pump:
 
     def _mark(self, reply: Reply) -> None:
         self._grown[reply.message_id] = None
-        self._news.ring()
+        self._schedule()

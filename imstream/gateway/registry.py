@@ -60,7 +60,7 @@ class Registry:
         if session.closing_since is not None:
             if now - session.closing_since > CLOSE_GRACE:
                 session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)  # with the words it was closing with
-        elif session.sending_since is not None and now - session.sending_since > settings.stall_timeout.total_seconds():
+        elif session.blocked_since is not None and now - session.blocked_since > settings.stall_timeout.total_seconds():
             log.info("session closed", why="reader too slow", user=session.user_id)
             session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)
         elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():

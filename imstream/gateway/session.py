@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 import structlog
-from starlette.websockets import WebSocketDisconnect
-from uvicorn.protocols.utils import ClientDisconnected
 
 from imstream.errors import StoreError, StoreFull
 from imstream.gateway.phrases import Phrases
@@ -80,18 +78,20 @@ class Session:
     def __init__(self, websocket: WebSocket, services: Services) -> None:
         self._websocket = websocket
         self._services = services
-        self._phrases = Phrases(choose_lang(websocket.headers.get("accept-language")), services.settings.node)
+        # A browser cannot set the header of a WebSocket, so the address may say it too.
+        lang = websocket.query_params.get("lang") or websocket.headers.get("accept-language")
+        self._phrases = Phrases(choose_lang(lang), services.settings.node)
         self._socket = socket_of(websocket.scope)
-        self._pump = Pump(self._socket.push, self._phrases)
+        self._pump = Pump(self._socket, self._phrases)
         self._last_words: tuple[Close, ServerFrame] | None = None
         self.user_id: int | None = None
         self.began_at = self.heard_at = asyncio.get_running_loop().time()
         self.closing_since: float | None = None
 
     @property
-    def sending_since(self) -> float | None:
-        """When the frame now being sent was begun; None when none is."""
-        return self._pump.sending_since
+    def blocked_since(self) -> float | None:
+        """Since when the peer has read nothing although there is something to send; None when it reads."""
+        return self._pump.blocked_since
 
     async def run(self) -> None:
         """Serve the socket until either side ends it."""
@@ -100,12 +100,9 @@ class Session:
         registry = self._services.registry
         registry.add(self)
         try:
-            async with asyncio.TaskGroup() as group:
-                sender = group.create_task(self._send(), name="pump")
-                if USER_ID_FIELD in self._websocket.query_params and self._url_user() is None:
-                    self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
-                await self._receive()
-                sender.cancel()
+            if USER_ID_FIELD in self._websocket.query_params and self._url_user() is None:
+                self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
+            await self._receive()
         finally:
             registry.remove(self)
             self._pump.abandon()
@@ -115,15 +112,14 @@ class Session:
         if self.closing_since is None:
             self.closing_since = asyncio.get_running_loop().time()
             self._last_words = (code, self._phrases.system(Code.SYSTEM_ERROR, text))
-            self._pump.say(self._last_words[1])
-            self._pump.finish()
+            self._pump.finish(*self._last_words)
 
     def expel(self, code: Close, text: Text) -> None:
-        """Say why and close without waiting for a peer that does not read."""
+        """Say why and close, without waiting for a peer that does not read."""
         self.close(code, text)
         if self._last_words is not None:
             code, frame = self._last_words
-            self._socket.expel(code, frame.encode())
+            self._socket.end(code, frame.encode())
 
     def is_idle(self) -> bool:
         """Whether no answer is being made here that this socket waits for."""
@@ -131,16 +127,6 @@ class Session:
         return self.user_id is None or not any(
             worker.is_working_on(self.user_id, message_id) for message_id in self._pump.followed
         )
-
-    async def _send(self) -> None:
-        try:
-            await self._pump.run()
-            if self._last_words is not None:
-                await self._websocket.close(self._last_words[0])
-        except (ClientDisconnected, WebSocketDisconnect, RuntimeError):
-            return  # the peer has gone, or was expelled; the receiver is told so too
-        finally:
-            self._pump.abandon()
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()

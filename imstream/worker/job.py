@@ -113,8 +113,9 @@ class Job:
 
     @property
     def behind(self) -> bool:
-        """Whether there is text that is not recorded."""
-        return self._recorder is not None and self._recorder.behind
+        """Whether `flush` has anything to do."""
+        running = self._scope is not None and self._stopped is None
+        return running and self._recorder is not None and self._recorder.behind
 
     async def flush(self) -> None:
         """Record the text so far. When Redis is away it stays for the next time."""

@@ -28,8 +28,8 @@ class Recorder:
 
     @property
     def behind(self) -> bool:
-        """Whether there is text that is not recorded."""
-        return self._recorded < self._reply.offset and self._is_ours
+        """Whether `flush` has anything to do, or to find out: that the reply is another's by now, or has ended."""
+        return self._recorded < self._reply.offset or not self._is_ours or self._reply.terminal is not None
 
     def write(self, text: str) -> None:
         """Add a piece of text, unless nobody wants it any more: the reply has ended, or a later attempt has begun."""

@@ -33,10 +33,11 @@ class Worker:
         self._requests = parts.requests
         self._settings = parts.settings
         self._jobs: dict[str, Job] = {}
-        self._inherited: set[str] = set()
-        """Entries that were pending when this process began: they died with the process before."""
+        self._inherited: dict[str, int] = {}
+        """Deliveries of the entries that were pending when this process began: they died with the process before."""
         self._suspect: str | None = None
         self._stopping = False
+        self._draining = False
         self._reachable = False
         self._changed = asyncio.Event()
         """A job has ended, or the worker shall stop: look again."""
@@ -82,6 +83,7 @@ class Worker:
 
     def drain(self) -> None:
         """End the running answers, and leave their requests pending for whoever takes them up."""
+        self._draining = True
         for job in self._jobs.values():
             job.stop(Stop.DRAINED)
 
@@ -112,7 +114,7 @@ class Worker:
             else:
                 log.error("requests stream or its group was gone and is made again: accepted requests may be lost")
         if first:
-            self._inherited = {pending.entry_id for pending in await self._requests.pending()}
+            self._inherited = {one.entry_id: one.deliveries + 1 for one in await self._requests.pending()}
         self._heard()
         self._next_sweep = 0.0
         while not self._stopping:
@@ -155,22 +157,24 @@ class Worker:
         self._next_sweep = now + self._settings.sweep_interval.total_seconds()
         for pending in await self._requests.pending(besides=self._jobs):
             if len(self._jobs) >= self._settings.concurrency:
+                self._next_sweep = 0.0  # the next free slot is for the next of these, not for a newer request
                 return
             await self._take_up(group, pending)
 
     async def _take_up(self, group: asyncio.TaskGroup, pending: Pending) -> None:
-        died = pending.entry_id in self._inherited
-        deliveries = pending.deliveries + died
+        # A sum made now would count a claim twice whose answer was lost.
+        deliveries = self._inherited.get(pending.entry_id, pending.deliveries)
         # One that is to be buried is run no more, so it needs no isolation and waits for nobody.
         suspect = SUSPECT <= deliveries <= self._settings.max_deliveries
         if suspect and self._suspect is not None:
             return
         entry = await self._requests.claim(pending, deliveries=deliveries)
-        self._inherited.discard(pending.entry_id)
+        self._inherited.pop(pending.entry_id, None)
         if entry is not None:
             log.info("request taken up again", entry=entry.entry_id, deliveries=deliveries)
-            self._suspect = entry.entry_id if suspect else self._suspect
             await self._start(group, entry)
+            if suspect and entry.entry_id in self._jobs:
+                self._suspect = entry.entry_id
 
     async def _start(self, group: asyncio.TaskGroup, entry: Entry) -> None:
         try:
@@ -182,6 +186,8 @@ class Worker:
         if self._parts.breaker.tripped:
             self._parts.breaker.probing()
         job = self._jobs[entry.entry_id] = Job(entry, request, self._parts)
+        if self._draining:  # it was on its way when the worker was told
+            job.stop(Stop.DRAINED)
         group.create_task(self._work(job))
 
     async def _work(self, job: Job) -> None:
@@ -190,6 +196,9 @@ class Worker:
         except StoreError as error:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.
             log.warning("redis away, request will be taken up again", entry=job.entry.entry_id, error=str(error))
+        except Exception:
+            # Its reply stream holds what only a hand from outside can have written. The others must go on.
+            log.exception("request cannot be ended, will be taken up again", entry=job.entry.entry_id)
         finally:
             del self._jobs[job.entry.entry_id]
             if self._suspect == job.entry.entry_id:
@@ -206,7 +215,14 @@ class Worker:
         interval = self._settings.flush_interval.total_seconds()
         while True:
             await asyncio.sleep(interval)
-            await asyncio.gather(*(job.flush() for job in self._jobs.values() if job.behind))
+            await self._flush_all()
+
+    async def _flush_all(self) -> None:
+        behind = [job for job in self._jobs.values() if job.behind]
+        results = await asyncio.gather(*(job.flush() for job in behind), return_exceptions=True)
+        for job, error in zip(behind, results, strict=True):
+            if error is not None:
+                log.error("text cannot be recorded", entry=job.entry.entry_id, exc_info=error)
 
     def _heard(self) -> None:
         self._progressed = asyncio.get_running_loop().time()

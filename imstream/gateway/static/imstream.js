@@ -79,7 +79,7 @@ export class Message extends EventTarget {
     return ["done", "failed", "cancelled", "expired"].includes(this.status);
   }
 
-  /** Takes in what the server says about this message. What is outdated or known changes nothing. @param {Frame} frame */
+  /** Takes in what the server says about it. What is outdated or known changes nothing. @param {Frame} frame */
   take(frame) {
     const { event, attempt = this.attempt, offset = this.offset } = frame;
     if (attempt < this.attempt) return;
@@ -126,7 +126,7 @@ export class Message extends EventTarget {
 
 /**
  * One user's connection to a service. Its events: `state`, when `client.state` has changed (`detail` has the close
- * `code`, and the `wait` before the next try), and `notice` with a frame that is about no message, such as the reason for a close.
+ * `code`, and the `wait` before the next try), and `notice` with a frame about no message, such as why it is closed.
  */
 export class ImstreamClient extends EventTarget {
   /** @type {State} `waiting` is the time before the next try; after `closed` there is none. */ state = "idle";
@@ -227,7 +227,9 @@ export class ImstreamClient extends EventTarget {
   }
 
   #repeatCancels() {
-    for (const { id, cancelling } of this.#messages.values()) if (cancelling) this.#say({ msgType: "CANCEL", messageId: id });
+    for (const { id, cancelling } of this.#messages.values()) {
+      if (cancelling) this.#say({ msgType: "CANCEL", messageId: id });
+    }
   }
 
   /** The server could not look up a message of ours: it is asked again. What it follows already keeps its place. */

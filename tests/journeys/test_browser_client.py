@@ -1,0 +1,471 @@
+"""The browser client in a real Chromium, against a server that says what the test wants."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from websockets.asyncio.server import serve
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from imstream.wire import ClientHeartbeat, ResumePoint, Turn
+from tests.journeys.page_support import open_page, running_chromium
+from tests.support.scripted_ws import Peer, ScriptedServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from websockets.asyncio.server import ServerConnection
+
+    from tests.journeys.page_support import Page
+
+USER = 10001
+EVENTS = ["accepted", "delta", "restart", "done", "failed", "cancelled", "expired", "refused", "notice"]
+QUICK = {"firstWait": 20, "longestWait": 100}
+MODULE = (resources.files("imstream.gateway") / "static" / "imstream.js").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[str]:
+    with running_chromium() as address:
+        yield address
+
+
+class BrowserClient:
+    """An `ImstreamClient` in a page, and the server that it talks to. Messages are called by the name of their id."""
+
+    def __init__(self, page: Page, server: ScriptedServer) -> None:
+        self.page = page
+        self.server = server
+
+    async def make(self, **options: Any) -> None:  # noqa: ANN401 - options of the client
+        """Make the client."""
+        given = {"address": f"http://127.0.0.1:{self.server.port}/", "userId": USER, **QUICK, **options}
+        await self.page.evaluate(
+            f"""(async () => {{
+                Object.assign(globalThis, await import("/imstream.js"));
+                globalThis.events = [];
+                globalThis.messages = {{}};
+                globalThis.client = new ImstreamClient({json.dumps(given)});
+                for (const type of ["state", "notice"])
+                    client.addEventListener(type, (e) => events.push([type, client.state, e.detail]));
+                globalThis.keep = (message) => {{
+                    messages[message.id] = message;
+                    for (const type of {json.dumps(EVENTS)})
+                        message.addEventListener(type, () => events.push([message.id, type, message.status]));
+                }};
+            }})()"""
+        )
+
+    async def start(self, **options: Any) -> None:  # noqa: ANN401 - options of the client
+        """Make the client and let it connect."""
+        await self.make(**options)
+        await self.page.evaluate("client.connect()")
+
+    async def logged_in(self, **options: Any) -> Peer:  # noqa: ANN401 - options of the client
+        """Make the client, and let it log in."""
+        await self.start(**options)
+        return await self.server.logged_in(node="7")
+
+    async def send(self, name: str, text: str = "hello", history: list[dict[str, str]] | None = None) -> None:
+        """Send a message."""
+        await self.page.evaluate(f"keep(client.send({json.dumps(text)}, {json.dumps(history or [])}, '{name}'))")
+
+    async def status(self, name: str, wanted: str, text: str | None = None) -> None:
+        """Wait until a message has this status, and this text."""
+        condition = f"messages.{name}.status === '{wanted}'"
+        if text is not None:
+            condition += f" && messages.{name}.text === {json.dumps(text)}"
+        await self.page.until(condition)
+
+    async def events(self, name: str) -> list[str]:
+        """The events of one message so far."""
+        script = f"events.filter(([id]) => id === '{name}').map(([, type]) => type)"
+        happened: list[str] = await self.page.evaluate(script)
+        return happened
+
+    async def state(self, wanted: str) -> None:
+        """Wait until the connection has this state."""
+        await self.page.until(f"client.state === '{wanted}'")
+
+
+@asynccontextmanager
+async def browser_client(chromium: str) -> AsyncIterator[BrowserClient]:
+    def serve_module(_: ServerConnection, request: Request) -> Response | None:
+        if request.path.startswith("/ws"):
+            return None
+        body, kind = (MODULE, "text/javascript") if request.path == "/imstream.js" else (b"", "text/html")
+        return Response(200, "OK", Headers({"Content-Type": kind, "Content-Length": str(len(body))}), body)
+
+    server = ScriptedServer()
+    async with (
+        serve(server.handle, "127.0.0.1", 0, close_timeout=1, process_request=serve_module) as listener,
+        open_page(chromium) as page,
+    ):
+        server.port = listener.sockets[0].getsockname()[1]
+        await page.visit(f"http://127.0.0.1:{server.port}/blank")
+        yield BrowserClient(page, server)
+
+
+@pytest.fixture
+async def browser(chromium: str) -> AsyncIterator[BrowserClient]:
+    async with browser_client(chromium) as client:
+        yield client
+        assert not [words for words in client.page.complaints if "WebSocket" not in words]
+
+
+async def test_logs_in_and_sends_what_waited_for_the_connection(browser: BrowserClient) -> None:
+    await browser.start(token="signed", lang="en")  # noqa: S106 - an example
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    await browser.send("m1", "how are you?", history)
+    peer = await browser.server.peer()
+    init = await peer.hear_init()
+    assert peer.path == "/ws?userId=10001&lang=en"
+    assert (init.user_id, init.token, init.resume) == (USER, "signed", [])
+    await peer.say("INIT", node="7")
+    chat = await peer.hear_chat()
+    assert (chat.message_id, chat.contents) == ("m1", "how are you?")
+    assert chat.history == [Turn(role="user", content="hi"), Turn(role="assistant", content="hello")]
+    await browser.state("online")
+    assert await browser.page.evaluate("client.node") == "7"
+
+
+async def test_puts_an_answer_together(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=3, node="7")
+    await browser.status("m1", "queued")
+    assert await browser.page.evaluate("[messages.m1.position, messages.m1.node]") == [3, "7"]
+    await peer.say_chat("m1", "delta", attempt=1, offset=4, contents="Blue")
+    await browser.status("m1", "answering", "Blue")
+    await peer.say_chat("m1", "delta", attempt=1, offset=6, contents="! ")
+    await peer.say_chat("m1", "done", attempt=1, offset=6, finish_reason="stop", usage={"completion_tokens": 2})
+    await browser.status("m1", "done", "Blue! ")
+    ended = await browser.page.evaluate("messages.m1.ended.then((m) => [m.id, m.frame.usage.completion_tokens])")
+    assert ended == ["m1", 2]
+    assert await browser.events("m1") == ["accepted", "delta", "delta", "done"]
+
+
+async def test_what_is_known_or_outdated_changes_nothing(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "delta", attempt=2, offset=5, contents="seven")
+    await peer.say_chat("m1", "delta", attempt=2, offset=5, contents="seven")
+    await peer.say_chat("m1", "delta", attempt=2, offset=3, contents="sev")
+    await peer.say_chat("m1", "delta", attempt=1, offset=9, contents="forgotten")
+    await peer.say_chat("m1", "accepted", position=1)
+    await peer.say_chat("m1", "done", attempt=2, offset=5)
+    await peer.say_chat("m1", "delta", attempt=2, offset=9, contents="late")
+    await peer.say("HEARTBEAT")
+    await browser.status("m1", "done", "seven")
+    assert await browser.events("m1") == ["delta", "accepted", "done"]
+    assert await browser.page.evaluate("events.find(([, type]) => type === 'accepted')[2]") == "answering"
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+async def test_restart_discards_the_text(browser: BrowserClient, attempt: int) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "delta", attempt=1, offset=5, contents="wrong")
+    await peer.say_chat("m1", "restart", attempt=attempt, offset=0, contents="once more")
+    await browser.status("m1", "answering", "")
+    await peer.say_chat("m1", "delta", attempt=attempt, offset=4, contents="true")
+    await browser.status("m1", "answering", "true")
+
+
+async def test_a_later_attempt_discards_the_text_by_itself(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "delta", attempt=1, offset=5, contents="wrong")
+    await peer.say_chat("m1", "delta", attempt=2, offset=4, contents="true")
+    await browser.status("m1", "answering", "true")
+
+
+async def test_what_was_not_acknowledged_is_sent_again_under_its_id(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1", "first")
+    await peer.hear_chat()
+    peer.drop()
+    again = await browser.server.peer()
+    assert (await again.hear_init()).resume == []
+    await again.say("INIT")
+    chat = await again.hear_chat()
+    assert (chat.message_id, chat.contents) == ("m1", "first")
+
+
+async def test_an_accepted_message_is_resumed_where_it_stood(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=1)
+    await peer.say_chat("m1", "delta", attempt=2, offset=120, contents="one ")
+    await browser.status("m1", "answering", "one ")
+    peer.drop()
+    again = await browser.server.peer()
+    assert (await again.hear_init()).resume == [ResumePoint(message_id="m1", attempt=2, offset=120)]
+    await again.say("INIT")
+    await again.say_chat("m1", "delta", attempt=2, offset=123, contents="two")
+    await again.say_chat("m1", "done", attempt=2, offset=123)
+    await browser.status("m1", "done", "one two")
+    again.drop()
+    assert (await (await browser.server.peer()).hear_init()).resume == []
+
+
+async def test_a_message_of_an_earlier_page_is_followed_from_its_start(browser: BrowserClient) -> None:
+    await browser.make()
+    await browser.page.evaluate("keep(client.follow('m1', 'hello')); client.connect()")
+    peer = await browser.server.peer()
+    assert (await peer.hear_init()).resume == [ResumePoint(message_id="m1", attempt=0, offset=0)]
+    await peer.say("INIT")
+    await peer.say_chat("m1", "delta", attempt=1, offset=5, contents="whole")
+    await peer.say_chat("m1", "done", attempt=1, offset=5)
+    await browser.status("m1", "done", "whole")
+
+
+async def test_an_expired_reply_is_told(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=1)
+    await browser.status("m1", "queued")
+    peer.drop()
+    again = await browser.server.logged_in()
+    await again.say("CHAT", message_id="m1", code="EXPIRED", contents="expired")
+    await browser.status("m1", "expired")
+
+
+async def test_expired_for_what_never_arrived_sends_it_again(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say("CHAT", message_id="m1", code="EXPIRED")
+    assert (await peer.hear_chat()).message_id == "m1"
+
+
+async def test_a_refused_message_can_be_sent_again(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=1500)
+    await browser.status("m1", "refused")
+    assert await browser.page.evaluate("messages.m1.frame.retryAfterMs") == 1500
+    await browser.page.evaluate("client.resend(messages.m1)")
+    assert (await peer.hear_chat()).message_id == "m1"
+    await peer.say_chat("m1", "accepted", position=1)
+    await browser.status("m1", "queued")
+
+
+async def test_a_refused_message_is_not_sent_by_itself(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=1500)
+    await browser.status("m1", "refused")
+    peer.drop()
+    again = await browser.server.peer()
+    assert (await again.hear_init()).resume == []
+    await again.say("INIT")
+    await browser.send("m2")
+    assert (await again.hear_chat()).message_id == "m2"
+
+
+async def test_a_frame_that_could_not_be_read_refuses_the_oldest_unanswered_message(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await browser.send("m2")
+    await browser.send("m3")
+    await peer.say_chat("m1", "accepted", position=1)
+    await peer.say("SYSTEM", code="BAD_REQUEST", contents="history: wrong")
+    await peer.say_chat("m3", "accepted", position=2)
+    await browser.status("m3", "queued")
+    await browser.status("m2", "refused")
+
+
+async def test_a_running_message_is_cancelled(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "delta", attempt=1, offset=4, contents="some")
+    await browser.status("m1", "answering")
+    await browser.page.evaluate("client.cancel('m1')")
+    assert (await peer.hear_cancel()).message_id == "m1"
+    await peer.say_chat("m1", "cancelled", attempt=1, offset=4)
+    await browser.status("m1", "cancelled", "some")
+
+
+async def test_a_cancel_outlives_a_lost_connection(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=1)
+    await browser.status("m1", "queued")
+    await browser.page.evaluate("client.drop(); client.cancel('m1')")
+    again = await browser.server.peer()
+    assert [point.message_id for point in (await again.hear_init()).resume] == ["m1"]
+    await again.say("INIT")
+    assert (await again.hear_cancel()).message_id == "m1"
+    await again.say("SYSTEM", code="UNKNOWN", message_id="m1")
+    await browser.status("m1", "cancelled")
+
+
+async def test_cancelling_what_was_never_sent_needs_no_server(browser: BrowserClient) -> None:
+    await browser.start()
+    await browser.send("m1")
+    await browser.page.evaluate("client.cancel('m1')")
+    await browser.status("m1", "cancelled")
+    peer = await browser.server.logged_in()
+    await browser.send("m2")
+    assert (await peer.hear_chat()).message_id == "m2"
+
+
+async def test_a_cancel_that_came_too_late_is_noticed(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=1)
+    await browser.status("m1", "queued")
+    await browser.page.evaluate("client.cancel('m1')")
+    await peer.hear_cancel()
+    await peer.say("SYSTEM", code="TOO_LATE", message_id="m1")
+    await peer.say_chat("m1", "done", attempt=1, offset=0)
+    await browser.status("m1", "done")
+    assert await browser.events("m1") == ["accepted", "notice", "done"]
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1011, 1012, 1013, 4000, 4001, 4499])
+async def test_comes_back_after(browser: BrowserClient, code: int) -> None:
+    await (await browser.logged_in()).close(code)
+    await (await browser.server.peer()).hear_init()
+
+
+@pytest.mark.parametrize("code", [4500, 4502, 4999])
+async def test_stays_away_after(browser: BrowserClient, code: int) -> None:
+    peer = await browser.logged_in()
+    await peer.say("SYSTEM", code="SYSTEM_ERROR", contents="because")
+    await peer.close(code)
+    await browser.state("closed")
+    events = await browser.page.evaluate("events.slice(-2)")
+    assert events[0][2]["contents"] == "because"
+    assert events[1] == ["state", "closed", {"code": code}]
+
+
+async def test_the_longest_message_is_what_was_too_big(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1", "short")
+    await browser.send("m2", "long" * 1000)
+    await peer.close(1009)
+    again = await browser.server.logged_in()
+    assert (await again.hear_chat()).message_id == "m1"
+    await browser.status("m2", "refused")
+
+
+async def test_waits_grow_and_are_scattered(browser: BrowserClient) -> None:
+    await browser.logged_in()
+    waits = "Array.from({length: 200}, () => reconnectWait(%s, %s, 1000, 30000))"
+    for failures in range(8):
+        values = await browser.page.evaluate(waits % (1006, failures))
+        top = min(30_000, 1000 * 2**failures)
+        assert top / 2 <= min(values) < max(values) <= top
+        assert max(values) - min(values) > top / 4
+    assert max(await browser.page.evaluate(waits % (1012, 0))) <= 500
+    assert min(await browser.page.evaluate(waits % (1012, 1))) >= 1000
+    assert min(await browser.page.evaluate(waits % (1013, 0))) >= 2500
+
+
+async def test_waits_start_small_again_after_a_steady_connection(browser: BrowserClient) -> None:
+    waits = "events.filter(([, state]) => state === 'waiting').map(([, , { wait }]) => wait)"
+    peer = await browser.logged_in(firstWait=100, longestWait=10_000)
+    for _ in range(2):
+        peer.drop()
+        peer = await browser.server.logged_in()
+    await browser.state("online")
+    await browser.page.evaluate("{ const now = Date.now; Date.now = () => now() + 10_000 }")
+    peer.drop()
+    await browser.server.logged_in()
+    first, second, third = await browser.page.evaluate(waits)
+    assert first <= 100 <= second
+    assert third <= 100
+
+
+async def test_comes_back_at_once_when_the_network_does(browser: BrowserClient) -> None:
+    peer = await browser.logged_in(firstWait=3_600_000, longestWait=3_600_000)
+    peer.drop()
+    await browser.state("waiting")
+    await browser.page.evaluate("dispatchEvent(new Event('online'))")
+    await browser.server.logged_in()
+    await browser.state("online")
+
+
+async def test_a_silent_server_is_left(browser: BrowserClient) -> None:
+    peer = await browser.logged_in(heartbeat=100)
+    assert isinstance(await peer.hear_anything(), ClientHeartbeat)
+    await peer.say("HEARTBEAT")
+    assert isinstance(await peer.hear_anything(), ClientHeartbeat)
+    await peer.gone()
+    await (await browser.server.peer()).hear_init()
+
+
+async def test_a_server_that_never_answers_a_login_is_left(browser: BrowserClient) -> None:
+    await browser.start(patience=100)
+    await (await browser.server.peer()).hear_init()
+    await (await browser.server.peer()).hear_init()
+
+
+async def test_resumes_again_when_the_server_could_not_look(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=1)
+    await browser.status("m1", "queued")
+    peer.drop()
+    again = await browser.server.logged_in()
+    await again.say("SYSTEM", code="UNAVAILABLE", message_id="m1", retry_after_ms=50)
+    assert [point.message_id for point in (await again.hear_init()).resume] == ["m1"]
+    await again.say("INIT")
+    await again.say_chat("m1", "delta", attempt=1, offset=4, contents="here")
+    await browser.status("m1", "answering", "here")
+
+
+async def test_cancels_again_when_the_server_could_not(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=1)
+    await browser.status("m1", "queued")
+    await browser.page.evaluate("client.cancel('m1')")
+    await peer.hear_cancel()
+    await peer.say("SYSTEM", code="UNAVAILABLE", message_id="m1", retry_after_ms=50)
+    await peer.hear_init()
+    assert (await peer.hear_cancel()).message_id == "m1"
+
+
+async def test_a_message_that_is_refused_while_it_is_cancelled_is_cancelled(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await browser.page.evaluate("client.cancel('m1')")
+    await peer.hear_chat()
+    await peer.say("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=50)
+    await browser.status("m1", "cancelled")
+
+
+async def test_leaves_for_good(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.page.evaluate("client.close()")
+    await peer.gone()
+    assert await browser.page.evaluate("client.state") == "closed"
+
+
+async def test_ids_are_valid_and_unique(browser: BrowserClient) -> None:
+    await browser.logged_in()
+    ids = await browser.page.evaluate("Array.from({length: 1000}, newMessageId)")
+    assert len(set(ids)) == 1000
+    assert all(len(name) == 32 and math.isfinite(int(name, 16)) for name in ids)

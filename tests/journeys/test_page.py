@@ -1,0 +1,402 @@
+"""What a person does on the page, in a real Chromium, with a real node, Valkey and the demo backend behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.texts import Text
+from tests.journeys.page_support import DESKTOP, PHONE, open_page, running_chromium
+from tests.support.processes import free_port
+from tests.support.servers import RedisServer, start_node, valkey_binary
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.journeys.page_support import Page
+    from tests.support.servers import DemoBackend, NodeProcess
+
+PAGE_ON_DISK = Path(str(resources.files("imstream.gateway") / "static" / "index.html"))
+SLOW = "[[demo pace=30ms]]"
+ENDLESS = "[[demo length=5000 pace=20ms]]"
+LAST = "[...document.querySelectorAll('article')].at(-1)"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[str]:
+    with running_chromium() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(valkey_binary(), free_port(), tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
+    with started.process:
+        yield started
+
+
+@pytest.fixture
+async def page(chromium: str) -> AsyncIterator[Page]:
+    """A tab of a person who reads English. In the end the browser must have had nothing to complain about."""
+    async with open_page(chromium) as opened:
+        yield opened
+        assert opened.complaints == []
+
+
+async def log_in(page: Page, node: NodeProcess, user: int = 10001) -> None:
+    await page.visit(f"{node.http}/")
+    await page.fill("#user", str(user))
+    await page.press("Enter")
+    await online(page)
+
+
+async def online(page: Page) -> None:
+    await page.until("document.querySelector('#menu').dataset.state === 'online'")
+
+
+async def ask(page: Page, question: str) -> None:
+    count = await page.evaluate("document.querySelectorAll('article').length")
+    await page.fill("textarea", question)
+    await page.press("Enter")
+    await page.until(f"document.querySelectorAll('article').length === {count + 1}")
+
+
+async def status(page: Page, wanted: str) -> None:
+    """Wait until the last message has this status."""
+    await page.until(f"{LAST}?.dataset.status === '{wanted}'")
+
+
+async def says(page: Page, words: str) -> None:
+    """Wait until the line below the last answer has these words."""
+    await page.until(f"{LAST}.querySelector('.status').textContent.includes({json.dumps(words)})")
+
+
+async def has_written(page: Page, length: int = 80) -> None:
+    """Wait until this much of the last answer can be seen."""
+    await page.until(f"{LAST}.querySelector('.answer').textContent.length > {length}")
+
+
+async def kept(page: Page) -> dict[str, Any]:
+    """What the page keeps of the last message: its raw text too."""
+    message: dict[str, Any] = await page.evaluate("JSON.parse(sessionStorage['imstream.chat']).at(-1)")
+    return message
+
+
+async def whole_answer(page: Page, question: str) -> None:
+    """Wait for the end of the last answer. It must be, letter by letter, what the backend says."""
+    await status(page, "done")
+    assert (await kept(page))["text"] == "".join(canned_answer(question))
+
+
+async def test_a_person_logs_in_asks_and_reads_the_answer_as_it_is_written(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node)
+    await ask(page, f"Why is the sky blue? {SLOW}")
+    await status(page, "answering")
+    await has_written(page, 20)
+    seen = await page.evaluate(f"{LAST}.querySelector('.answer').textContent")
+    await has_written(page, len(seen))
+    await whole_answer(page, f"Why is the sky blue? {SLOW}")
+    assert await page.evaluate(f"{LAST}.querySelector('blockquote').textContent") == "Why is the sky blue?"
+    await says(page, "Answered by node 0")
+
+
+async def test_an_answer_goes_on_where_it_stopped_when_the_connection_is_lost(page: Page, node: NodeProcess) -> None:
+    question = f"What if I lose you? {SLOW}"
+    await log_in(page, node)
+    await ask(page, question)
+    for _ in range(2):
+        before = await page.evaluate(f"{LAST}.querySelector('.answer').textContent.length")
+        await has_written(page, before + 20)
+        await page.click("#menu summary")
+        await page.click("#drop")
+        await page.until("document.querySelector('#menu').dataset.state === 'waiting'")
+        await says(page, "Connection lost")
+        assert await page.evaluate("!document.querySelector('#trouble').hidden")
+        await page.click("#trouble button")
+        await online(page)
+    await whole_answer(page, question)
+    await says(page, "resumed")
+
+
+async def test_an_answer_outlives_a_reload_of_the_page(page: Page, node: NodeProcess) -> None:
+    question = f"Will you be there? {SLOW}"
+    await log_in(page, node)
+    await ask(page, "A first question")
+    await status(page, "done")
+    await ask(page, question)
+    await has_written(page)
+    await page.call("Page.reload")
+    await page.until("document.querySelectorAll('article').length === 2")
+    await whole_answer(page, question)
+
+
+async def test_an_answer_outlives_its_node(page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path) -> None:
+    question = f"Are you mortal? {SLOW}"
+    first = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="mortal")
+    with first.process:
+        await log_in(page, first)
+        await ask(page, question)
+        await has_written(page)
+        first.process.kill()
+    await says(page, "Connection lost")
+    second = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="mortal", port=first.port)
+    with second.process:
+        await whole_answer(page, question)
+        page.forgive("ERR_CONNECTION_REFUSED")  # while no node was there
+
+
+async def test_earlier_turns_are_sent_along(page: Page, node: NodeProcess, valkey: RedisServer) -> None:
+    await log_in(page, node, 10002)
+    await ask(page, "First")
+    await status(page, "done")
+    await ask(page, f"Second {ENDLESS}")
+    await status(page, "answering")
+    with valkey.client() as client:
+        entries = client.xrange("im:{node:0}:requests")
+    assert isinstance(entries, list)
+    history = json.loads(entries[-1][1]["history"])
+    assert [turn["content"] for turn in history] == ["First", "".join(canned_answer("First"))]
+    await page.click("article:last-of-type .stop")
+    await status(page, "cancelled")
+
+
+async def test_a_stopped_answer_keeps_its_text_and_can_be_asked_again(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node)
+    await ask(page, f"Too long for me {ENDLESS}")
+    await has_written(page)
+    await page.click(".stop")
+    await status(page, "cancelled")
+    await says(page, "Stopped")
+    assert len((await kept(page))["text"]) > 80
+    await page.click(".again")
+    await status(page, "answering")
+    await page.click(".stop")
+    await status(page, "cancelled")
+
+
+async def test_places_in_the_queue_and_a_full_queue(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    settings = {"concurrency": 1, "queue_limit": 3}
+    narrow = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="narrow", settings=settings)
+    with narrow.process:
+        await log_in(page, narrow)
+        await ask(page, f"One {ENDLESS}")
+        await status(page, "answering")
+        await ask(page, "Two")
+        await says(page, "Next in the queue")
+        await ask(page, "Three")
+        await says(page, "Place 2 in the queue")
+        await ask(page, "Four")
+        await status(page, "refused")
+        refused = await kept(page)
+        await says(page, Text.BUSY.en)
+        await says(page, "Trying again in")
+        await page.click("article:first-of-type .stop")
+        await whole_answer(page, "Four")
+        assert (await kept(page))["id"] == refused["id"]
+
+
+async def test_a_message_that_cannot_be_answered_says_so_and_can_be_tried_again(page: Page, node: NodeProcess) -> None:
+    question = "Refuse me [[demo fail=1 status=400]]"
+    await log_in(page, node)
+    await ask(page, question)
+    await status(page, "failed")
+    await says(page, Text.REFUSED.en)
+    await page.click(".again")
+    await whole_answer(page, question)
+
+
+async def test_an_interrupted_answer_is_written_again(page: Page, node: NodeProcess) -> None:
+    question = "Break in the middle [[demo break=1 pace=10ms]]"
+    await log_in(page, node)
+    await ask(page, question)
+    await says(page, "Interrupted, writing it again")
+    await whole_answer(page, question)
+
+
+async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    port = free_port()
+    await page.visit(PAGE_ON_DISK.as_uri())
+    await page.fill("#address", f"127.0.0.1:{port}")
+    await page.press("Enter")
+    await page.until("document.querySelector('#problem').textContent.includes('no answer from this address')")
+    page.forgive("ERR_CONNECTION_REFUSED")
+    late = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="late", port=port)
+    with late.process:
+        await page.click("#login .main")
+        await online(page)
+        await ask(page, "From disk?")
+        await whole_answer(page, "From disk?")
+        await page.call("Page.reload")
+        await online(page)
+        await whole_answer(page, "From disk?")
+
+
+async def test_a_person_who_reads_chinese(chromium: str, node: NodeProcess) -> None:
+    async with open_page(chromium, lang="zh-CN,zh;q=0.9") as page:
+        await page.visit(f"{node.http}/")
+        await page.until("document.querySelector('#login .main').textContent === '连接'")
+        await page.fill("#user", "10001")
+        await page.press("Enter")
+        await online(page)
+        await ask(page, "你好吗? [[demo fail=1 status=400]]")
+        await says(page, Text.REFUSED.zh)
+        await page.click(".again")
+        await whole_answer(page, "你好吗?")
+        await page.click("#language")
+        await says(page, "Answered by node 0")
+        assert await page.evaluate("document.documentElement.lang") == "en"
+        assert page.complaints == []
+
+
+async def test_a_wrong_user_id_is_not_sent(page: Page, node: NodeProcess) -> None:
+    await page.visit(f"{node.http}/")
+    await page.fill("#user", "10000")
+    await page.press("Enter")
+    await page.until("document.querySelector('#problem').textContent.includes('above 10000')")
+    assert await page.evaluate("!document.querySelector('#login').hidden")
+
+
+async def test_enter_chooses_a_word_in_an_input_method_and_sends_otherwise(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node)
+    await page.click("textarea")
+    await page.call("Input.imeSetComposition", text="nihao", selectionStart=5, selectionEnd=5)
+    await page.press("Enter")
+    await page.call("Input.insertText", text="你好")
+    await page.press("Enter", shift=True)
+    await page.call("Input.insertText", text="再见")
+    assert await page.evaluate("document.querySelectorAll('article').length") == 0
+    await page.press("Enter")
+    await page.until(f"{LAST}?.querySelector('.question').textContent === '你好\\n再见'")
+
+
+async def test_what_people_and_models_write_is_never_html(page: Page, node: NodeProcess) -> None:
+    question = "<img src=x onerror=document.title='hacked'> <script>document.title='hacked'</script>"
+    await log_in(page, node)
+    await ask(page, question)
+    await whole_answer(page, question)
+    assert await page.evaluate(f"{LAST}.querySelector('blockquote').textContent") == question
+    assert await page.evaluate("document.querySelectorAll('article img, article script').length") == 0
+    assert await page.evaluate("document.title") == "imstream"
+
+
+async def test_answers_are_set_as_they_were_meant(page: Page, node: NodeProcess) -> None:
+    text = """\
+# Title
+Some `code` and **weight**.
+
+1. one
+- two
+> said
+
+```python
+a = 1
+
+# no title
+```
+after
+```
+open"""
+    wanted = [
+        "<h3>Title</h3>",
+        "<p>Some <code>code</code> and <strong>weight</strong>.</p>",
+        '<p data-bullet="1.">one</p>',
+        '<p data-bullet="•">two</p>',
+        "<blockquote>said</blockquote>",
+        "<pre>a = 1\n\n# no title</pre>",
+        "<p>after</p>",
+        "<pre>open</pre>",
+    ]
+    message = {"id": "m1", "contents": "?", "text": text, "status": "done"}
+    await log_in(page, node)
+    await page.evaluate(f"sessionStorage['imstream.chat'] = JSON.stringify([{json.dumps(message)}])")
+    await page.call("Page.reload")
+    await status(page, "done")
+    shown = await page.evaluate(
+        f"[...{LAST}.querySelector('.answer').children].map((e) => e.outerHTML.replace(' data-bullet=\"\"', ''))"
+    )
+    assert shown == wanted
+
+
+async def test_the_newest_words_stay_in_view_unless_the_person_scrolled_up(page: Page, node: NodeProcess) -> None:
+    log = "document.querySelector('#log')"
+    at_end = f"{log}.scrollHeight - {log}.scrollTop - {log}.clientHeight < 5"
+    await log_in(page, node)
+    await ask(page, f"A long one {ENDLESS}")
+    await page.until(f"{log}.scrollHeight > 2 * {log}.clientHeight")
+    await page.until(at_end)
+    await page.evaluate(f"{log}.scrollTop = 100")
+    await page.until("!document.querySelector('#latest').hidden")
+    await has_written(page, await page.evaluate(f"{LAST}.querySelector('.answer').textContent.length") + 40)
+    assert await page.evaluate(f"{log}.scrollTop") == 100
+    await page.click("#latest")
+    await page.until(at_end)
+    await page.click(".stop")
+    await status(page, "cancelled")
+
+
+async def test_an_answer_is_copied_as_it_was_written(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node)
+    await ask(page, "Copy me")
+    await status(page, "done")
+    await page.allow_clipboard()
+    await page.click(".copy")
+    await page.until(f"{LAST}.querySelector('.copy').textContent.includes('Copied')")
+    assert await page.evaluate("navigator.clipboard.readText()") == "".join(canned_answer("Copy me"))
+
+
+async def test_a_new_chat_and_a_logout_leave_nothing_behind(page: Page, node: NodeProcess, valkey: RedisServer) -> None:
+    await log_in(page, node, 10003)
+    await ask(page, f"Forget me {ENDLESS}")
+    await has_written(page)
+    await page.click("#new")
+    await page.until("document.querySelectorAll('article').length === 0 && !document.querySelector('#welcome').hidden")
+    with valkey.client() as client:
+        await wait_until(lambda: not client.hexists("im:{node:0}:load", "10003"), "the forgotten message is cancelled")
+    await page.click("#ideas button")
+    await status(page, "done")
+    await page.click("#menu summary")
+    await page.click("#leave")
+    await page.until("!document.querySelector('#login').hidden")
+    assert await page.evaluate("sessionStorage['imstream.chat']") == "[]"
+    assert await page.evaluate("document.querySelector('#user').value") == "10003"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE, (320, 568)], ids=["desk", "phone", "small-phone"])
+async def test_everything_fits_on_the_screen(
+    page: Page, node: NodeProcess, tmp_path: Path, size: tuple[int, int], *, dark: bool
+) -> None:
+    await page.look(size, dark=dark)
+    await log_in(page, node)
+    await ask(page, "Is there room for a word like " + 20 * "Donaudampfschifffahrt" + "?")
+    await status(page, "done")
+    width, height = size
+    assert await page.evaluate("document.documentElement.scrollWidth") == width
+    outside = await page.evaluate(
+        f"[...document.querySelectorAll('header *, #write *, article *')].filter((e) => e.checkVisibility())"
+        f".filter((e) => e.getBoundingClientRect().right > {width} + 0.5).map((e) => e.outerHTML)"
+    )
+    assert outside == []
+    assert await page.evaluate("document.querySelector('#write').getBoundingClientRect().bottom") <= height
+    paper = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(int(part) for part in paper.strip("rgb()").split(",")) < 200) == dark
+    await asyncio.to_thread((tmp_path / "page.png").write_bytes, await page.screenshot())

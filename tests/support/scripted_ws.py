@@ -1,0 +1,192 @@
+"""A WebSocket server whose every word is said by the test, over a real socket: for what a real node does rarely."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from websockets.asyncio.server import serve
+
+from imstream.client import Client, Timing
+from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ServerFrame, parse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable
+
+    from websockets.asyncio.server import ServerConnection
+
+    from imstream.client import Reply
+
+LIMIT = 5.0
+"""Seconds that a test waits for one thing at most."""
+
+USER = 10001
+
+FAST = Timing(
+    open=timedelta(seconds=LIMIT),
+    login=timedelta(seconds=LIMIT),
+    backoff=timedelta(milliseconds=10),
+    backoff_max=timedelta(milliseconds=50),
+    later=timedelta(milliseconds=20),
+    close=timedelta(seconds=1),
+)
+"""Time limits of a client that does not let a test wait."""
+
+
+async def within(awaitable: Awaitable[Any]) -> Any:  # noqa: ANN401 - whatever is waited for
+    """Wait for something, not for ever."""
+    return await asyncio.wait_for(awaitable, LIMIT)
+
+
+async def all_of(iterator: AsyncIterator[Any]) -> list[Any]:
+    """Everything that an iterator gives."""
+    return [item async for item in iterator]
+
+
+class Peer:
+    """The server's end of one connection."""
+
+    def __init__(self, socket: ServerConnection) -> None:
+        self.socket = socket
+
+    @property
+    def path(self) -> str:
+        """Path and query that the client asked for."""
+        assert self.socket.request is not None
+        return self.socket.request.path
+
+    @property
+    def language(self) -> str:
+        """The client's `Accept-Language`."""
+        assert self.socket.request is not None
+        return self.socket.request.headers["Accept-Language"]
+
+    async def hear(self) -> ClientFrame:
+        """The next frame of the client that is no heartbeat."""
+        while True:
+            frame = await self.hear_anything()
+            if not isinstance(frame, ClientHeartbeat):
+                return frame
+
+    async def hear_anything(self) -> ClientFrame:
+        """The next frame of the client."""
+        async with asyncio.timeout(LIMIT):
+            text = await self.socket.recv()
+        assert isinstance(text, str)
+        return parse(text)
+
+    async def hear_init(self) -> ClientInit:
+        """The next frame, which must be INIT."""
+        frame = await self.hear()
+        assert isinstance(frame, ClientInit)
+        return frame
+
+    async def hear_chat(self) -> ClientChat:
+        """The next frame, which must be CHAT."""
+        frame = await self.hear()
+        assert isinstance(frame, ClientChat)
+        return frame
+
+    async def hear_cancel(self) -> ClientCancel:
+        """The next frame, which must be CANCEL."""
+        frame = await self.hear()
+        assert isinstance(frame, ClientCancel)
+        return frame
+
+    async def say(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - fields of `ServerFrame`
+        """Send one frame; fields are named as in `ServerFrame`."""
+        await self.socket.send(ServerFrame.model_validate({"msg_type": msg_type, **fields}).encode())
+
+    async def say_chat(self, message_id: str | None, event: str, **fields: Any) -> None:  # noqa: ANN401 - same
+        """Send one CHAT frame."""
+        await self.say("CHAT", message_id=message_id, event=event, **fields)
+
+    async def close(self, code: int) -> None:
+        """Close the connection."""
+        await self.socket.close(code)
+
+    def drop(self) -> None:
+        """Break the connection without a close frame."""
+        self.socket.transport.abort()
+
+    async def gone(self) -> None:
+        """Wait until the client has closed the connection."""
+        async with asyncio.timeout(LIMIT):
+            await self.socket.wait_closed()
+
+
+class ScriptedServer:
+    """Accepts connections and hands them to the test."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self._peers: asyncio.Queue[Peer] = asyncio.Queue()
+
+    @property
+    def url(self) -> str:
+        """Address for a client."""
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    async def peer(self) -> Peer:
+        """The next connection."""
+        async with asyncio.timeout(LIMIT):
+            return await self._peers.get()
+
+    async def logged_in(self, **fields: Any) -> Peer:  # noqa: ANN401 - fields of `ServerFrame`
+        """The next connection, after its INIT was answered."""
+        peer = await self.peer()
+        await peer.hear_init()
+        await peer.say("INIT", **fields)
+        return peer
+
+    async def handle(self, socket: ServerConnection) -> None:
+        """Keep a connection open until somebody closes it."""
+        self._peers.put_nowait(Peer(socket))
+        await socket.wait_closed()
+
+
+@asynccontextmanager
+async def scripted_server() -> AsyncIterator[ScriptedServer]:
+    """A server on a free port of 127.0.0.1. At its end nothing that was started meanwhile may be left."""
+    before = asyncio.all_tasks()
+    server = ScriptedServer()
+    async with serve(server.handle, "127.0.0.1", 0, close_timeout=1, max_size=2**22, max_queue=4) as listener:
+        server.port = listener.sockets[0].getsockname()[1]
+        yield server
+    left = asyncio.all_tasks() - before
+    assert not left, f"tasks are left: {left}"
+
+
+@dataclass
+class Session:
+    """A client that is logged in, and the server's end of its latest connection."""
+
+    server: ScriptedServer
+    client: Client
+    peer: Peer
+
+    async def asked(self, contents: str = "hello", **options: Any) -> Reply:  # noqa: ANN401 - options of `send`
+        """The reply to a message that the server has accepted."""
+        reply = await self.client.send(contents, **options)
+        while (await self.peer.hear_chat()).message_id != reply.message_id:
+            pass  # an earlier one, which shall stay without an answer
+        await self.peer.say_chat(reply.message_id, "accepted", position=1)
+        await within(reply.accepted())
+        return reply
+
+    async def lose_connection(self) -> None:
+        """Break the connection and log the client in again."""
+        self.peer.drop()
+        self.peer = await self.server.logged_in()
+
+
+@asynccontextmanager
+async def connected(**options: Any) -> AsyncIterator[Session]:  # noqa: ANN401 - options of `Client`
+    """A client of a scripted server."""
+    async with scripted_server() as server:
+        login = asyncio.create_task(server.logged_in())
+        async with Client(server.url, USER, **{"timing": FAST, **options}) as client:
+            yield Session(server, client, await login)

@@ -1,0 +1,54 @@
+"""An event loop whose clock jumps to the next timer instead of waiting for it: minutes pass at once, and exactly.
+
+Only for code without I/O: real sockets take real time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import selectors
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """Its time is 0 at the start and moves only when there is nothing to do but wait."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self) -> float:
+        """Seconds since the start."""
+        return self.now
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            if timeout is None:
+                raise AssertionError("everybody waits for something that will never happen")
+            self._loop.now += max(timeout, 0.0)
+        return ready
+
+
+def in_virtual_time(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    """Run an async test on such a loop."""
+
+    @functools.wraps(test)
+    def run() -> None:
+        async def main() -> None:
+            await test()
+
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            runner.run(main())
+
+    return run

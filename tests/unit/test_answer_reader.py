@@ -1,0 +1,338 @@
+"""What the chunks of an answer mean, in the dialects of many servers. The bytes reach it in any cut."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.ai.answer import DOCUMENT_LIMIT, AnswerReader
+from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from tests.support.scripted_backend import DONE, chunk, event, usage_chunk
+
+
+def read(*parts: bytes) -> tuple[str, AnswerReader]:
+    """Read a whole body."""
+    reader = AnswerReader()
+    text = "".join([reader.feed(part) for part in parts])
+    return text + reader.end(), reader
+
+
+def with_delta(**delta: object) -> bytes:
+    return event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+
+def failure(*parts: bytes) -> BackendError:
+    with pytest.raises(BackendError) as caught:
+        read(*parts)
+    return caught.value
+
+
+STOP = event(chunk(finish_reason="stop"))
+
+
+# Text
+
+
+def test_all_events_of_one_read_become_one_piece() -> None:
+    reader = AnswerReader()
+    assert reader.feed(event(chunk("Hel")) + event(chunk("lo")) + event(chunk(" 你好"))) == "Hello 你好"
+    assert not reader.whole
+    assert reader.feed(STOP) == ""
+    assert (reader.whole, reader.done, reader.finish_reason) == (True, False, "stop")
+    assert reader.feed(DONE) == ""
+    assert reader.done
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        pytest.param(with_delta(role="assistant", content=""), "", id="a role"),
+        pytest.param(with_delta(content=None), "", id="content null"),
+        pytest.param(event({"choices": [{"index": 0, "finish_reason": None}]}), "", id="no delta"),
+        pytest.param(event({"choices": [{"index": 0, "delta": None}]}), "", id="delta null"),
+        pytest.param(event({"choices": []}), "", id="no choices"),
+        pytest.param(event({"choices": None}), "", id="choices null"),
+        pytest.param(event({"id": "x"}), "", id="choices missing"),
+        pytest.param(with_delta(content="a", error=None), "a", id="text"),
+        pytest.param(event({"error": None, **chunk("a")}), "a", id="error null"),
+        pytest.param(
+            with_delta(content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]), "a", id="parts"
+        ),
+        pytest.param(with_delta(content="a", reasoning_content="hm"), "a", id="text beside reasoning"),
+        pytest.param(event(chunk("a", finish_reason="length")), "a", id="text with the finish reason"),
+        pytest.param(
+            event({"choices": [{"delta": {"content": "a"}, "message": {"content": "all"}}]}),
+            "a",
+            id="a whole beside the delta",
+        ),
+        pytest.param(with_delta(content="\u0000"), "\u0000", id="a control character"),
+        pytest.param(b"event: message\nid: 7\n" + event(chunk("a")), "a", id="named events"),
+    ],
+)
+def test_only_the_text_of_a_delta_is_shown(body: bytes, text: str) -> None:
+    assert read(body, STOP, DONE)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("body", "moved"),
+    [
+        (with_delta(content="a"), True),
+        (with_delta(reasoning_content="hm"), True),
+        (with_delta(reasoning="hm", content=""), True),
+        (with_delta(tool_calls=[{"index": 0}], content=None), True),
+        (STOP, True),
+        (with_delta(role="assistant", content=""), False),
+        (with_delta(role="assistant", content=None, reasoning_content=""), False),
+        (b": keep-alive\n\n", False),
+        (event({"choices": []}), False),
+        (b"data: {", False),
+    ],
+)
+def test_text_and_hidden_reasoning_show_the_model_at_work_and_comments_do_not(body: bytes, moved: bool) -> None:  # noqa: FBT001 - a column
+    reader = AnswerReader()
+    reader.feed(event(chunk("before")))
+    reader.feed(body)
+    assert reader.moved is moved
+
+
+@given(st.lists(st.text(max_size=5), max_size=8), st.data())
+def test_any_cut_of_the_bytes_gives_the_same_answer(texts: list[str], data: st.DataObject) -> None:
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    body = b"".join(event(chunk(text)) for text in texts) + STOP + event(usage_chunk(total_tokens=1)) + DONE
+    places = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=10)))
+    reader = AnswerReader()
+    parts = [body[start:end] for start, end in zip([0, *places], [*places, len(body)], strict=True)]
+    assert "".join([reader.feed(part) for part in parts]) == "".join(texts)
+    assert (reader.finish_reason, reader.usage, reader.done) == ("stop", {"total_tokens": 1}, True)
+
+
+# The end
+
+
+def test_an_answer_is_whole_with_done_or_with_a_finish_reason() -> None:
+    assert read(event(chunk("a")), DONE)[1].finish_reason is None
+    assert read(event(chunk("a")), STOP)[1].done is False
+    assert read(event(chunk("a")), b"data: [DONE]")[0] == "a"
+    assert read(event(chunk("a")), STOP.strip())[1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("cut", [b"", b"data: {", b"data: [DON", b": keep-alive\n\n", event(chunk("b")).strip()])
+def test_an_answer_that_ends_without_either_is_broken(cut: bytes) -> None:
+    error = failure(event(chunk("a")), cut)
+    assert isinstance(error, TransientBackendError)
+    assert error.reason == "broken_stream"
+
+
+def test_an_empty_body_is_broken() -> None:
+    assert failure().reason == "broken_stream"
+    assert failure(b"\n \r\n").reason == "broken_stream"
+
+
+def test_an_error_in_an_event_that_lacks_its_blank_line_is_told() -> None:
+    assert failure(event({"error": {"message": "overloaded"}}).strip()).reason == "backend_error"
+
+
+def test_nothing_counts_after_done() -> None:
+    assert read(DONE + event(chunk("a")) + b"data: {\n\n")[0] == ""
+
+
+@pytest.mark.parametrize("reason", ["error", "insufficient_system_resource"])
+def test_a_finish_reason_that_means_failure_is_a_failure(reason: str) -> None:
+    error = failure(event(chunk("a", finish_reason=reason)))
+    assert isinstance(error, TransientBackendError)
+    assert (error.reason, error.detail) == ("backend_error", f"finish reason {reason}")
+
+
+# Usage
+
+
+def test_usage_comes_in_its_own_chunk_or_with_the_last_one() -> None:
+    counts = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    own = AnswerReader()
+    own.feed(STOP + event(usage_chunk(**counts)) + DONE)
+    assert own.usage == counts
+    last = AnswerReader()
+    last.feed(event({**chunk("a"), "usage": None}) + event({**chunk(finish_reason="stop"), "usage": counts}))
+    assert last.usage == counts
+
+
+def test_hidden_reasoning_is_not_lost_from_usage() -> None:
+    reader = AnswerReader()
+    reader.feed(
+        event(
+            usage_chunk(
+                completion_tokens=50,
+                total_time=0.5,
+                cached=True,
+                prompt_tokens_details={"cached_tokens": 7, "audio_tokens": 0},
+                completion_tokens_details={"reasoning_tokens": 40},
+            )
+        )
+    )
+    assert reader.usage == {"completion_tokens": 50, "cached_tokens": 7, "reasoning_tokens": 40}
+
+
+def test_the_newest_usage_wins_and_an_empty_one_does_not() -> None:
+    reader = AnswerReader()
+    for counts in ({"total_tokens": 1}, {"total_tokens": 2}, {"cost": 0.1}, {"prompt_tokens_details": None}):
+        reader.feed(event(usage_chunk(**counts)))
+    assert reader.usage == {"total_tokens": 2}
+
+
+# An answer as one document
+
+
+def document(**fields: object) -> bytes:
+    return json.dumps({"object": "chat.completion", **fields}).encode()
+
+
+def test_an_answer_that_is_not_streamed_is_read() -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "length"}
+    body = b" \n" + document(choices=[choice], usage={"total_tokens": 8})
+    text, reader = read(*(body[at : at + 7] for at in range(0, len(body), 7)))
+    assert text == "Hello"
+    assert (reader.finish_reason, reader.usage, reader.whole) == ("length", {"total_tokens": 8}, True)
+
+
+@pytest.mark.parametrize("message", [{"content": None}, {"content": ""}, {}])
+def test_an_answer_that_is_not_streamed_may_be_empty(message: dict[str, Any]) -> None:
+    text, reader = read(document(choices=[{"message": message}]))
+    assert (text, reader.whole, reader.finish_reason) == ("", True, None)
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", document(choices=[]), document(choices=[{}]), b"[]", b"[1]", b'{"choices": [{"message": 1}]}']
+)
+def test_json_without_an_answer_is_a_bad_stream(body: bytes) -> None:
+    assert failure(body).reason == "bad_stream"
+
+
+def test_a_document_without_end_is_refused() -> None:
+    error = failure(b'{"x": "', *([b"x" * (1 << 20)] * 9))
+    assert (error.reason, error.detail) == ("bad_stream", f"a document of more than {DOCUMENT_LIMIT} bytes")
+
+
+def test_a_page_instead_of_an_answer_is_told_by_its_title() -> None:
+    error = failure(b"<!DOCTYPE html><html><head><title>Log in to the network</title></head><body>...</body></html>")
+    assert (error.reason, error.detail) == ("bad_stream", "a page instead of an answer: Log in to the network")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        event({"error": {"message": "try later", "code": "overloaded"}}),
+        event({"object": "error", "message": "try later", "type": "overloaded"}),
+        event({"type": "error", "error": {"type": "overloaded", "message": "try later"}}),
+        b"event: error\n" + event({"error": {"message": "try later", "type": "overloaded"}}),
+        event({**chunk("", finish_reason="error"), "error": {"code": "overloaded", "message": "try later"}}),
+        b'{"error": {"message": "try later", "code": "overloaded"}}',
+        b'[{"error": {"message": "try later", "code": "overloaded"}}]',
+    ],
+)
+def test_an_error_object_is_an_error_wherever_it_comes(body: bytes) -> None:
+    error = failure(body)
+    assert isinstance(error, TransientBackendError)
+    assert (error.reason, error.detail) == ("backend_error", "overloaded: try later")
+
+
+def test_an_error_object_in_the_middle_of_an_answer_ends_it() -> None:
+    error = failure(
+        event(chunk("a")), event({"error": {"type": "invalid_request_error"}}), event(chunk("b")), STOP, DONE
+    )
+    assert isinstance(error, PermanentBackendError)
+    assert error.reason == "backend_error"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(b"{", id="half an object"),
+        pytest.param(b"hello", id="no JSON"),
+        pytest.param(b'{"choices":[{"delta":{"content":"\xff"}}]}', id="no UTF-8"),
+        pytest.param(b'{"choices":[{"delta":{"content":"\xe4\xbd"}}]}', id="half a character"),
+        pytest.param(b'{"choices":[{"delta":{"content":"\\u00"}}]}', id="half an escape"),
+        pytest.param(b'{"choices":[{"delta":{"content":"\\ud83d \xff"}}]}', id="half a pair and no UTF-8"),
+        pytest.param(b"[" * 100_000, id="deep"),
+        pytest.param(b'"\\u0000"' + b"[" * 100_000, id="deep, with an escape"),
+        pytest.param(b"7", id="a number"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b'{"choices": {"a": 1}}', id="choices that are no list"),
+        pytest.param(b'{"choices": "abc"}', id="choices that are text"),
+        pytest.param(b'{"choices": [7]}', id="a choice that is a number"),
+        pytest.param(b'{"choices": [{"delta": "a"}]}', id="a delta that is text"),
+        pytest.param(b'{"choices": [{"delta": {"content": 7}}]}', id="content that is a number"),
+        pytest.param(b'{"choices": [{"delta": {"content": [7]}}]}', id="a part that is a number"),
+        pytest.param(b'{"choices": [{"finish_reason": {"a": 1}}]}', id="a finish reason that is no text"),
+        pytest.param(b'{"usage": [1]}', id="usage that is a list"),
+    ],
+)
+def test_what_is_no_chat_completion_is_a_bad_stream(payload: bytes) -> None:
+    error = failure(event(chunk("a")), b"data: " + payload + b"\n\n")
+    assert isinstance(error, TransientBackendError)
+    assert error.reason == "bad_stream"
+
+
+def test_an_event_without_end_is_a_bad_stream() -> None:
+    error = failure(b"data: ", *([b"x" * (1 << 18)] * 5))
+    assert (error.reason, error.detail) == ("bad_stream", "an event of more than 1048576 bytes")
+
+
+FIELDS = st.sampled_from(
+    ["choices", "delta", "content", "finish_reason", "usage", "error", "message", "code", "object", "detail", "loc"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(FIELDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+def test_whatever_json_comes_it_is_an_answer_or_an_error_of_the_backend(value: object) -> None:
+    for body in (event(value) + STOP, json.dumps(value).encode()):
+        with suppress(BackendError):
+            read(body)
+
+
+# Characters in two halves
+
+SMILE_HIGH, SMILE_LOW = (
+    b'{"choices":[{"delta":{"content":"a\\ud83d"}}]}',
+    b'{"choices":[{"delta":{"content":"\\ude00b"}}]}',
+)
+
+
+def as_event(payload: bytes) -> bytes:
+    return b"data: " + payload + b"\n\n"
+
+
+def test_a_character_in_two_halves_is_joined() -> None:
+    together, apart = AnswerReader(), AnswerReader()
+    assert together.feed(as_event(SMILE_HIGH) + as_event(SMILE_LOW)) == "a😀b"
+    assert apart.feed(as_event(SMILE_HIGH)) == "a"
+    assert apart.feed(as_event(SMILE_LOW)) == "😀b"
+    assert apart.feed(event(chunk("c😀"))) == "c😀"
+
+
+@pytest.mark.parametrize(
+    ("payloads", "text"),
+    [
+        ([SMILE_HIGH, SMILE_HIGH, SMILE_LOW], "a\ufffda😀b"),
+        ([SMILE_LOW], "\ufffdb"),
+        ([SMILE_HIGH], "a"),
+    ],
+)
+def test_half_a_character_never_gets_out(payloads: list[bytes], text: str) -> None:
+    assert read(*map(as_event, payloads), STOP)[0] == text
+
+
+def test_half_a_character_in_a_document_never_gets_out() -> None:
+    assert read(b'{"choices":[{"message":{"content":"a\\ud83d b"}}]}')[0] == "a\ufffd b"
