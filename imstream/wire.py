@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
+from pydantic_core import to_json
 
 MIN_USER_ID = 10001
 MAX_USER_ID = 2**53 - 1
@@ -218,3 +219,14 @@ class ServerFrame(_Frame):
     def encode(self) -> str:
         """The JSON text of this frame."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+def encode_delta(message_id: str, *, attempt: int, offset: int, text: str) -> str:
+    """The JSON text of a `delta`, as `ServerFrame` would encode it, but written directly.
+
+    Nearly all frames are deltas, and a model costs ten times as much as this line. The ids need no escaping.
+    """
+    return (
+        f'{{"code":"SUCCESS","respTime":"{now_ms()}","msgType":"CHAT","contents":{to_json(text).decode()},'
+        f'"messageId":"{message_id}","event":"delta","attempt":{attempt},"offset":{offset}}}'
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING
 
-from imstream.reply import Finished, Grown, Restarted
+from imstream.reply import Finished, Grown
 from imstream.texts import Lang, Text, say
-from imstream.wire import Code, Event, MsgType, ServerFrame
+from imstream.wire import Code, Event, MsgType, ServerFrame, encode_delta
 
 if TYPE_CHECKING:
+    from imstream.reply import Restarted
     from imstream.wire import BadFrame
 
 RETRY_AFTER_MS = 2_000
@@ -95,31 +96,20 @@ class Phrases:
             retry_after_ms=_retry_after_ms() if retry else None,
         )
 
-    def step(self, message_id: str, step: Restarted | Grown | Finished) -> ServerFrame:
-        """What is new in a reply."""
-        match step:
-            case Grown(attempt, text, offset):
-                return ServerFrame(
-                    msg_type=MsgType.CHAT,
-                    event=Event.DELTA,
-                    contents=text,
-                    message_id=message_id,
-                    attempt=attempt,
-                    offset=offset,
-                )
-            case Restarted(attempt):
-                return ServerFrame(
-                    msg_type=MsgType.CHAT,
-                    event=Event.RESTART,
-                    contents=self._say(Text.RESTART),
-                    message_id=message_id,
-                    attempt=attempt,
-                    offset=0,
-                )
-            case Finished():
-                return self._finished(message_id, step)
-            case _:
-                assert_never(step)
+    def step(self, message_id: str, step: Restarted | Grown | Finished) -> str:
+        """What is new in a reply, as the text of a frame."""
+        if isinstance(step, Grown):
+            return encode_delta(message_id, attempt=step.attempt, offset=step.offset, text=step.text)
+        if isinstance(step, Finished):
+            return self._finished(message_id, step).encode()
+        return ServerFrame(
+            msg_type=MsgType.CHAT,
+            event=Event.RESTART,
+            contents=self._say(Text.RESTART),
+            message_id=message_id,
+            attempt=step.attempt,
+            offset=0,
+        ).encode()
 
     def _finished(self, message_id: str, step: Finished) -> ServerFrame:
         terminal = step.terminal

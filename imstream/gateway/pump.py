@@ -140,14 +140,14 @@ class Pump:
         frames: list[str] = []
         size = 0
         while len(frames) < MAX_TOGETHER and size < ENOUGH_TOGETHER and (frame := self._next()) is not None:
-            frames.append(frame.encode())
+            frames.append(frame)
             size += len(frames[-1])
         return frames
 
-    def _next(self) -> ServerFrame | None:
+    def _next(self) -> str | None:
         if self._outbox:
             self._taken.ring()
-            return self._outbox.pop(0)
+            return self._outbox.pop(0).encode()
         while self._grown:
             message_id = next(iter(self._grown))
             step = self._cursors[message_id].advance()
