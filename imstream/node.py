@@ -122,6 +122,8 @@ class Node:
             raise SettingsError(
                 f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {os.strerror(error.errno or 0)}"
             ) from None
+        # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._port = listener.getsockname()[1]
         return listener
 

@@ -19,7 +19,7 @@ SERVERS = {"valkey": valkey_binary, "redis-6.2": redis_6_binary, "redis-7.0": re
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RedisServer]]:
+def servers() -> Iterator[dict[str, RedisServer]]:
     """The Redis servers that were asked for so far, by name; they run until the end."""
     started: dict[str, RedisServer] = {}
     yield started

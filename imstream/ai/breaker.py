@@ -1,4 +1,4 @@
-"""A circuit breaker: when the backend fails again and again, or asks to be left alone, no new work is begun for a while.
+"""A circuit breaker: when the backend fails again and again, or asks to be left alone, no new work is begun for a time.
 
     closed ──failures in a row, or Retry-After──▶ open ──pause over──▶ half-open ──success──▶ closed
                                                    ▲                       │
@@ -10,11 +10,11 @@ Half-open means: one request is begun in each pause, until one succeeds.
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import timedelta
 
     from imstream.settings import Settings
 

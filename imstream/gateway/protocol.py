@@ -138,7 +138,7 @@ class SocketProtocol(WebSocketsSansIOProtocol):
         """Let the application reach this object through its scope."""
         super().handle_connect(event)
         if self.response.status_code == 101:  # noqa: PLR2004 - Switching Protocols
-            self.scope["extensions"][_EXTENSION] = self  # type: ignore[index, assignment]
+            self.scope["extensions"][_EXTENSION] = self  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; answer an upgrade request that cannot be read, which uvicorn leaves without an answer."""

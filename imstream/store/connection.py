@@ -10,7 +10,6 @@ each may be repeated).
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
@@ -62,13 +61,18 @@ _Waiting = tuple[bytes, asyncio.Future[Any]]
 
 
 def make_pool(url: str, *, connections: int, timeout: timedelta) -> BlockingConnectionPool:
-    """A pool that never retries by itself and gives up a connection attempt after `timeout`."""
+    """A pool that never retries by itself and gives up a connection attempt after `timeout`.
+
+    Every other time limit is the caller's. redis-py's own would send with `asyncio.wait_for`, which costs a task each
+    time and, in Python 3.11, forgets that it was cancelled when the sending ends at that moment; and a read that it
+    ends would answer None, as if Redis had said that nothing came.
+    """
     seconds = timeout.total_seconds()
     return BlockingConnectionPool.from_url(
         url,
         max_connections=connections,
         timeout=seconds,
-        socket_timeout=seconds,
+        socket_timeout=None,
         socket_connect_timeout=seconds,
         # A repeated XADD is a second entry, and a repeated XREADGROUP hides the first one's loss.
         retry=Retry(NoBackoff(), 0),
@@ -141,7 +145,7 @@ class Commands:
     async def _round_trip(self, batch: list[_Waiting]) -> None:
         try:
             async with asyncio.timeout(self._timeout):
-                connection = await self._pool.get_connection()
+                connection = await _connection_of(self._pool)
                 try:
                     await connection.send_packed_command([b"".join([packed for packed, _ in batch])])
                     for _, answer in batch:
@@ -175,15 +179,13 @@ class Reader:
             StoreRefused: Redis refused the command.
         """
         try:
-            connection = await self._pool.get_connection()
-            try:
-                await connection.send_command(*command)
-                # redis-py's own limit would answer None, as if Redis had said that nothing came, and keep a
-                # connection whose answer is still on its way.
-                async with asyncio.timeout(self._limit):
-                    return await connection.read_response(timeout=math.inf)
-            finally:
-                await self._pool.release(connection)
+            async with asyncio.timeout(self._limit):
+                connection = await _connection_of(self._pool)
+                try:
+                    await connection.send_command(*command)
+                    return await connection.read_response()
+                finally:
+                    await self._pool.release(connection)
         except ResponseError as refused:
             raise _explain(refused) from refused
         except (RedisError, TimeoutError, OSError) as lost:
@@ -194,10 +196,15 @@ class Reader:
         await self._pool.aclose()
 
 
+async def _connection_of(pool: BlockingConnectionPool) -> AbstractConnection:
+    connection: AbstractConnection = await pool.get_connection()  # type: ignore[no-untyped-call] # redis-py's gap
+    return connection
+
+
 async def _settle(connection: AbstractConnection, answer: asyncio.Future[Any]) -> None:
     try:
         # The batch as a whole has a time limit; a timer for each answer would cost more than the answer.
-        result = await connection.read_response(timeout=math.inf)
+        result = await connection.read_response()
     except ResponseError as refused:
         if not answer.done():
             answer.set_exception(_explain(refused))

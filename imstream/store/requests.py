@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from imstream.settings import Settings
-    from imstream.store.connection import Commands, Reader
+    from imstream.store.connection import Argument, Commands, Reader
 
 KEPT_DEAD_LETTERS = 10_000
 MAX_PENDING_LISTED = 1_000
@@ -135,7 +135,7 @@ class RequestStream:
 
     async def admit(self, request: ChatRequest) -> Admitted | Refused:
         """Append a request unless the node's or the user's cap is reached."""
-        arguments = (*self._limits, GROUP, str(request.user_id), *request.fields())
+        arguments: tuple[Argument, ...] = (*self._limits, GROUP, str(request.user_id), *request.fields())
         verdict, *rest = await _ADMIT.run(self._commands, self._keys, arguments)
         if verdict == "admitted":
             return Admitted(rest[0], int(rest[1]))

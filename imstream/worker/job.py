@@ -126,7 +126,7 @@ class Job:
             result = await recorder.flush()
         except StoreError:
             return
-        # A retry may have begun meanwhile; it is not concerned.
+        # A retry is not concerned by what becomes of the attempt before.
         if isinstance(result, Rejected) and recorder is self._recorder:
             self._log.warning("reply stream refuses this attempt", why=result.why, attempt=self.reply.attempt)
             self.stop(Stop.OVERRULED)
@@ -196,6 +196,10 @@ class Job:
         return bound
 
     async def _open(self) -> Opened | Ended | Duplicate:
+        if self._recorder is not None:
+            # What is still on its way for the attempt before may be refused because of this opening: no matter.
+            self._recorder.leave()
+            self._recorder = None
         opened = await self._try_open()
         if isinstance(opened, Duplicate) and await self._is_lost(lost := opened.owner):
             self._log.warning("taking over a message whose request is lost", lost=lost)

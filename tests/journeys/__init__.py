@@ -1,0 +1,1 @@
+"""What users do, from one end to the other, on real parts."""

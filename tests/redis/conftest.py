@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,19 +15,21 @@ from imstream.store.connection import Commands, Reader
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import ChatRequest, RequestStream
 from tests.conftest import SERVERS
+from tests.support.processes import free_port
+from tests.support.servers import RedisServer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     import redis
 
-    from tests.support.servers import RedisServer
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test that uses a store on all servers."""
+    """Run every test that uses a store on all servers, or on those that its module names in `ON_SERVERS`."""
     if "redis_server" in metafunc.fixturenames:
-        metafunc.parametrize("redis_server", list(SERVERS), indirect=True)
+        servers = getattr(metafunc.module, "ON_SERVERS", list(SERVERS))
+        metafunc.parametrize("redis_server", servers, indirect=True)
 
 
 @dataclass
@@ -40,6 +42,11 @@ class Store:
     replies: ReplyStore
     redis: redis.Redis
     keys: Keys
+
+    def dead(self) -> list[dict[str, str]]:
+        """The dead letters of node 0."""
+        letters: Any = self.redis.xrange(self.keys.dead("0"))
+        return [fields for _, fields in letters]
 
 
 @pytest.fixture
@@ -59,6 +66,15 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
         )
     await reader.aclose()
     client.close()
+
+
+@pytest.fixture
+def own_server(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, to be stopped and killed."""
+    server = RedisServer(redis_server.binary, free_port(), tmp_path)
+    server.start()
+    yield server
+    server.stop()
 
 
 def chat_request(user_id: int = 10001, message_id: str | None = None, contents: str = "你好") -> ChatRequest:

@@ -10,6 +10,7 @@ import pytest
 
 from imstream.store.requests import Admitted, ChatRequest, GroupMissing, Malformed, Pending, Refused
 from tests.redis.conftest import chat_request
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.redis.conftest import Store
@@ -84,7 +85,7 @@ async def test_a_buried_request_is_readable_in_the_dead_stream(store: Store) -> 
     [entry] = await store.requests.read(count=1, block=SOON)
     for _ in range(2):  # may be repeated: there is one dead letter all the same
         await store.requests.bury(entry, reason="http_400", error="no such model", attempts=1)
-    [(_, letter)] = store.redis.xrange(store.keys.dead("0"))
+    [letter] = store.dead()
     assert letter["contents"] == asked.contents
     assert (letter["reason"], letter["error"], letter["attempts"]) == ("http_400", "no such model", "1")
     assert int(letter["dead_at"]) >= asked.at
@@ -141,8 +142,9 @@ async def test_reading_without_a_group_says_so(store: Store) -> None:
 async def test_the_stream_deleted_under_a_waiting_read_is_noticed(store: Store) -> None:
     await store.requests.prepare()
     reading = asyncio.create_task(store.requests.read(count=1, block=timedelta(seconds=1)))
-    while not any(client["cmd"] == "xreadgroup" for client in store.redis.client_list()):
-        await asyncio.sleep(0.01)
+    await wait_until(
+        lambda: any(client["cmd"] == "xreadgroup" for client in store.redis.client_list()), "the read to begin"
+    )
     store.redis.delete(store.keys.requests("0"))
     store.redis.xadd(store.keys.requests("0"), {"a": "b"})  # 6.2 notices only when the key is there again
     with pytest.raises(GroupMissing):
@@ -153,7 +155,7 @@ async def test_the_stream_deleted_under_a_waiting_read_is_noticed(store: Store) 
     "change",
     [{"user": "nobody"}, {"history": "["}, {"history": '[{"role": "user"}]'}, {"history": "7"}, {"at": ""}],
 )
-async def test_an_entry_changed_by_hand_is_malformed(store: Store, change: dict[str, str]) -> None:
+def test_an_entry_changed_by_hand_is_malformed(change: dict[str, str]) -> None:
     flat = chat_request().fields()
     fields = dict(zip(flat[::2], flat[1::2], strict=True)) | change
     with pytest.raises(Malformed):

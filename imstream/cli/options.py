@@ -1,0 +1,91 @@
+"""Command line options made from settings, so that each setting has one name, one text and one default.
+
+`--queue-limit` is `IMSTREAM_QUEUE_LIMIT`: the value is taken as it is typed and read by the settings, which also say
+what is wrong with it. Secrets have no option, because every user of a machine can read command lines.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+
+import click
+
+from imstream.settings import ENV_PREFIX, SettingsGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pydantic.fields import FieldInfo
+
+Command = TypeVar("Command", bound="Callable[..., Any]")
+
+
+def settings_options(
+    group: type[SettingsGroup],
+    *,
+    only: Sequence[str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    full_names: bool = False,
+) -> Callable[[Command], Command]:
+    """Give a command one option for each setting of a group.
+
+    The command gets what was typed as keyword arguments, None for what was not; `given` leaves those out.
+
+    Args:
+        group: The settings.
+        only: The fields that get an option, in this order; all of them when it is left out.
+        aliases: A shorter name for some fields, such as `{"redis_url": "--redis"}`.
+        full_names: Names start with the group's own prefix (`--demo-pace`), for a command with several groups.
+    """
+    fields = {name: group.model_fields[name] for name in only or group.model_fields}
+    options = [
+        _option(group, name, field, (aliases or {}).get(name), full_name=full_names)
+        for name, field in fields.items()
+        if "Secret" not in str(field.annotation)
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def given(options: Mapping[str, str | None]) -> dict[str, str]:
+    """What was typed, by the name of its setting."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def as_environment(group: type[SettingsGroup], values: Mapping[str, object]) -> dict[str, str]:
+    """Settings as environment variables, for a child process."""
+    return {group.variable(name): str(value) for name, value in values.items()}
+
+
+def _option(
+    group: type[SettingsGroup], name: str, field: FieldInfo, alias: str | None, *, full_name: bool
+) -> Callable[[Command], Command]:
+    variable = group.variable(name)
+    parameter = variable.removeprefix(ENV_PREFIX).lower() if full_name else name
+    names = [f"--{parameter.replace('_', '-')}", parameter, *([alias] if alias else [])]
+    default = "" if field.default is None else f"; default {_show(field.default)}"
+    return click.option(*names, metavar=_metavar(field.annotation), help=f"{field.description} [{variable}{default}]")
+
+
+def _metavar(annotation: object) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    if annotation is timedelta:
+        return "TIME"
+    return "NUMBER" if annotation in {int, float} else "TEXT"
+
+
+def _show(default: object) -> str:
+    if not isinstance(default, timedelta):
+        return f"{default:g}" if isinstance(default, float) else str(default)
+    for unit, span in (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("m", timedelta(minutes=1))):
+        if default and default % span == timedelta(0):
+            return f"{default // span}{unit}"
+    seconds = default.total_seconds()
+    return f"{seconds:g}s" if seconds >= 1 or not default else f"{seconds * 1000:g}ms"

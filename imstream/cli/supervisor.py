@@ -1,0 +1,190 @@
+"""Runs child processes together: started in order, stopped in the opposite order, and none of them alone.
+
+A child leads a session of its own, so that a Ctrl-C in the terminal reaches only the supervisor, which then stops
+them in order. If the supervisor dies without doing that, the kernel ends them (see `parent`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+START_LIMIT = 30.0
+"""Seconds a child may take until it serves: an append-only file of gigabytes is loaded in that time."""
+
+_TRY_AGAIN = 0.03
+_CHUNK = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One child process.
+
+    Attributes:
+        name: What its lines of output start with.
+        arguments: The imstream command it runs, with its options.
+        environment: What is set for it besides what is set already.
+        serves: Tells whether it answers.
+        patience: Seconds it gets to stop after SIGTERM; then it is killed.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    serves: Callable[[], Awaitable[bool]]
+    environment: dict[str, str] = field(default_factory=dict)
+    patience: float = 5.0
+
+
+class _Ended(Exception):  # noqa: N818 - reads as the state that it names
+    """A child ended by itself, or never served. The text is for the person at the terminal."""
+
+
+class _Stopping(Exception):  # noqa: N818 - reads as the state that it names
+    """The person at the terminal, or the system, asked for the end."""
+
+
+class _Child:
+    """A running part."""
+
+    def __init__(self, part: Part, process: asyncio.subprocess.Process, width: int) -> None:
+        self.part = part
+        self.process = process
+        self.output = asyncio.create_task(_relay(process, f"{part.name:<{width}} | "))
+        self.end = asyncio.create_task(process.wait())
+
+    async def stop(self) -> bool:
+        """SIGTERM, and SIGKILL when its patience is over; whether it stopped by itself."""
+        self.signal(signal.SIGTERM)
+        done, _ = await asyncio.wait([self.end], timeout=self.part.patience)
+        if not done:
+            _say(f"{self.part.name} did not stop within {self.part.patience:g} s and is killed")
+            self.signal(signal.SIGKILL)
+        await self.end
+        await self.output
+        return bool(done)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, if it still runs."""
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+
+
+class Supervisor:
+    """Runs stages of parts: those of one stage start together, when all of the stage before it serve."""
+
+    def __init__(self, stages: Sequence[Sequence[Part]]) -> None:
+        self._stages = stages
+        self._width = max(len(part.name) for stage in stages for part in stage)
+        self._running: list[_Child] = []
+        self._stop = asyncio.Event()
+        self._failed = False
+
+    async def run(self, announce: Callable[[], None]) -> int:
+        """Run the parts until a signal or until one of them ends; returns the exit code: 0 when all stopped in order.
+
+        Args:
+            announce: Called when all parts serve.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                loop.add_signal_handler(number, self._signalled)
+        _say("starting " + ", ".join(part.name for stage in self._stages for part in stage) + " …")
+        try:
+            for stage in self._stages:
+                await self._start(stage)
+            announce()
+            await self._watch()
+        except _Ended as ended:
+            _say(f"{ended}; stopping the rest")
+            self._failed = True
+        except _Stopping:
+            _say("stopping; Ctrl-C again to kill")
+        finally:
+            await self._stop_all()
+        return 1 if self._failed else 0
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            self._failed = True
+            for child in self._running:
+                child.signal(signal.SIGKILL)
+        self._stop.set()
+
+    async def _start(self, stage: Sequence[Part]) -> None:
+        started = [await self._spawn(part) for part in stage]
+        for child in started:
+            await self._wait_until_serving(child)
+
+    async def _spawn(self, part: Part) -> _Child:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "imstream", "--parent", str(os.getpid()), *part.arguments),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        child = _Child(part, process, self._width)
+        self._running.append(child)
+        return child
+
+    async def _wait_until_serving(self, child: _Child) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + START_LIMIT
+        while not await child.part.serves():
+            if child.end.done():
+                raise _Ended(f"{child.part.name} ended before it served ({_how(child.end.result())})")
+            if self._stop.is_set():
+                raise _Stopping
+            if loop.time() > deadline:
+                raise _Ended(f"{child.part.name} does not serve after {START_LIMIT:g} s")
+            await asyncio.sleep(_TRY_AGAIN)
+
+    async def _watch(self) -> None:
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([stop, *(child.end for child in self._running)], return_when=asyncio.FIRST_COMPLETED)
+        if self._stop.is_set():
+            raise _Stopping
+        stop.cancel()
+        for child in self._running:
+            if child.end.done():
+                raise _Ended(f"{child.part.name} ended by itself ({_how(child.end.result())})")
+
+    async def _stop_all(self) -> None:
+        for stage in reversed(self._stages):
+            stopped = await asyncio.gather(*(child.stop() for child in self._running if child.part in stage))
+            self._failed |= not all(stopped)
+
+
+def _how(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+async def _relay(process: asyncio.subprocess.Process, prefix: str) -> None:
+    """Print what a child says, line by line, so that lines of two children do not mix."""
+    if process.stdout is None:
+        raise AssertionError("the output of a child is always a pipe")
+    rest = b""
+    while chunk := await process.stdout.read(_CHUNK):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            _say(prefix.encode() + line)
+    if rest:
+        _say(prefix.encode() + rest)
+
+
+def _say(line: str | bytes) -> None:
+    """Print a line. When nobody listens any more it is lost: who then stopped reading a child would block it."""
+    with suppress(BrokenPipeError):
+        click.echo(line)

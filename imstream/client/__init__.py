@@ -1,0 +1,58 @@
+"""The Python client: `async with Client(url, user_id) as client: reply = await client.send("hello")`."""
+
+from __future__ import annotations
+
+from imstream.client.cancel import Receipt
+from imstream.client.client import Client
+from imstream.client.errors import (
+    BadMessage,
+    Busy,
+    Cancelled,
+    ClientClosed,
+    ClientError,
+    Expired,
+    Failed,
+    NotConnected,
+    ProtocolViolation,
+    RateLimited,
+    Refused,
+    SessionEnded,
+    Unanswered,
+    Unavailable,
+)
+from imstream.client.link import Connected, ConnectionChange, Disconnected
+from imstream.client.message import Accepted, Outcome, Piece, Restarted, Result
+from imstream.client.reconnect import Timing
+from imstream.client.reply import Reply, ReplyEvent
+from imstream.wire import Turn
+
+__all__ = [
+    "Accepted",
+    "BadMessage",
+    "Busy",
+    "Cancelled",
+    "Client",
+    "ClientClosed",
+    "ClientError",
+    "Connected",
+    "ConnectionChange",
+    "Disconnected",
+    "Expired",
+    "Failed",
+    "NotConnected",
+    "Outcome",
+    "Piece",
+    "ProtocolViolation",
+    "RateLimited",
+    "Receipt",
+    "Refused",
+    "Reply",
+    "ReplyEvent",
+    "Restarted",
+    "Result",
+    "SessionEnded",
+    "Timing",
+    "Turn",
+    "Unanswered",
+    "Unavailable",
+]

@@ -1,0 +1,72 @@
+"""The baseline *floor*: about the least that Python can spend on streaming a chat, without a queue, a log or a retry.
+
+aiohttp reads whatever has arrived, every event in it is parsed, and each delta goes out as one frame. What it leaves
+out is what imstream is for: when this process, the socket or the backend dies, the answer is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import aiohttp
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocketDisconnect
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.websockets import WebSocket
+
+URL = os.environ.get("BENCH_AI_URL", "http://127.0.0.1:8081/v1") + "/chat/completions"
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Keep one HTTP session for all sockets."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(None)) as session:
+        app.state.session = session
+        yield
+
+
+async def chat(websocket: WebSocket) -> None:
+    """One socket: each CHAT is answered before the next is read."""
+    session: aiohttp.ClientSession = websocket.app.state.session
+    await websocket.accept()
+    try:
+        while True:
+            frame = json.loads(await websocket.receive_text())
+            if frame["msgType"] != "CHAT":
+                await say(websocket, msgType=frame["msgType"])
+                continue
+            message_id = frame["messageId"]
+            messages = [*frame.get("history", []), {"role": "user", "content": frame["contents"]}]
+            body = {"model": "bench", "messages": messages, "stream": True}
+            async with session.post(URL, json=body) as response:
+                async for text in deltas(response.content):
+                    await say(websocket, msgType="CHAT", messageId=message_id, event="delta", contents=text)
+            await say(websocket, msgType="CHAT", messageId=message_id, event="done")
+    except WebSocketDisconnect:
+        return
+
+
+async def say(websocket: WebSocket, **frame: str) -> None:
+    """Send one frame."""
+    await websocket.send_text(json.dumps(frame, ensure_ascii=False, separators=(",", ":")))
+
+
+async def deltas(content: aiohttp.StreamReader) -> AsyncIterator[str]:
+    """The texts of an answer, as fast as they arrive."""
+    rest = b""
+    while data := await content.readany():
+        *events, rest = (rest + data).split(b"\n\n")
+        for event in events:
+            if event != b"data: [DONE]" and (text := json.loads(event[6:])["choices"][0]["delta"].get("content")):
+                yield text
+
+
+app = Starlette(routes=[WebSocketRoute("/ws", chat)], lifespan=lifespan)

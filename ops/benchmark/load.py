@@ -1,0 +1,273 @@
+"""The load generator: many sockets, one process, little CPU. It speaks just enough WebSocket by hand.
+
+It says `ready` when every socket is logged in and has had one answer, waits for a line, makes the load, and prints what
+it has seen as one line of JSON; then it keeps its sockets open until standard input ends.
+
+Loads: `burst` and `paced` (each socket sends its next CHAT when the last is answered), `single` (one chat after the
+other, with pauses between), `idle` (logged in, and nothing more).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import random
+import re
+import resource
+import struct
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
+
+import uvloop
+
+from ops.benchmark.backend import DELTAS, PACE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FIRST_USER = 20_001
+OPENING = 50
+"""Sockets that are opened at the same time."""
+
+DEADLINE = 60.0
+"""Seconds that anything may take at most; then the run has failed."""
+
+_RECEIVED = re.compile(rb"#(\d+)")
+_WRITTEN = re.compile(rb"@(\d+)")
+_EVENT = b'"event":"'
+_PING, _CLOSE, _PONG = 0x89, 0x88, 0x8A
+
+
+@dataclass
+class Seen:
+    """What one run has seen; times in seconds."""
+
+    chats: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    cpu: float = 0.0
+    first: list[float] = field(default_factory=list)
+    done: list[float] = field(default_factory=list)
+    to_backend: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float] | None:
+    """p50, p95 and p99."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {f"p{n}": ordered[min(len(ordered) - 1, len(ordered) * n // 100)] for n in (50, 95, 99)}
+
+
+def encode(text: str) -> bytes:
+    """One text frame of a client. The masking key is zero, so the payload stands as it is."""
+    payload = text.encode()
+    if len(payload) < 126:  # noqa: PLR2004 - RFC 6455, section 5.2
+        return struct.pack("!BBI", 0x81, 0x80 | len(payload), 0) + payload
+    return struct.pack("!BBHI", 0x81, 0x80 | 126, len(payload), 0) + payload
+
+
+class Socket(asyncio.Protocol):
+    """One socket of one user, with at most one chat at a time."""
+
+    def __init__(self, user: int, path: str, host: str, seen: Seen) -> None:
+        self._user = user
+        self._upgrade = (
+            f"GET {path}?userId={user} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        ).encode()
+        self._received = b""
+        self._upgraded = False
+        self._seen = seen
+        self._chats = 0
+        self._sent_at = 0.0
+        self._has_text = False
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.write(self._upgrade)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        if not self.answered.done():
+            self.answered.set_exception(ConnectionError(f"socket of user {self._user} was closed: {exc}"))
+
+    def log_in(self) -> asyncio.Future[None]:
+        """Send INIT; done when it is answered."""
+        return self._send({"msgType": "INIT", "userId": self._user})
+
+    def chat(self, contents: str) -> asyncio.Future[None]:
+        """Send CHAT; done when the answer has ended."""
+        self._chats += 1
+        self._has_text = False
+        message_id = f"b{self._user}-{time.monotonic_ns()}"
+        frame = {"msgType": "CHAT", "userId": self._user, "messageId": message_id, "contents": contents}
+        self._sent_at = time.monotonic()
+        return self._send(frame)
+
+    def _send(self, frame: dict[str, object]) -> asyncio.Future[None]:
+        self.answered = asyncio.get_running_loop().create_future()
+        self.transport.write(encode(json.dumps(frame)))
+        return self.answered
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        buffer = self._received + data if self._received else data
+        if not self._upgraded:
+            head, end, buffer = buffer.partition(b"\r\n\r\n")
+            if not end:
+                self._received = head
+                return
+            self._upgraded = True
+            self._end(None if b" 101 " in head[:20] else head.decode(errors="replace"))
+        position, size = 0, len(buffer)
+        while size - position >= 2:  # noqa: PLR2004 - the shortest frame
+            length, start = buffer[position + 1], position + 2
+            if length == 126:  # noqa: PLR2004 - RFC 6455, section 5.2
+                length, start = int.from_bytes(buffer[start : start + 2], "big"), start + 2
+            elif length == 127:  # noqa: PLR2004 - same
+                length, start = int.from_bytes(buffer[start : start + 8], "big"), start + 8
+            if start + length > size:
+                break
+            self._take(buffer[position], buffer[start : start + length])
+            position = start + length
+        self._received = buffer[position:]
+
+    def _take(self, kind: int, payload: bytes) -> None:
+        if kind == _PING:
+            self.transport.write(struct.pack("!BBI", _PONG, 0x80 | len(payload), 0) + payload)
+            return
+        if kind == _CLOSE:
+            self.transport.close()
+            return
+        self._seen.frames += 1
+        at = payload.find(_EVENT) + len(_EVENT)
+        event = payload[at : at + 3] if at >= len(_EVENT) else b""
+        if event == b"del":
+            self._take_delta(payload)
+        elif event == b"don":
+            self._seen.chats += 1
+            self._seen.done.append(time.monotonic() - self._sent_at)
+            self._end(None)
+        elif b'"msgType":"INIT"' in payload:
+            self._end(None)
+        elif event != b"acc":
+            self._end(payload.decode())
+
+    def _take_delta(self, payload: bytes) -> None:
+        now = time.monotonic()
+        if not self._has_text:
+            self._has_text = True
+            self._seen.first.append(now - self._sent_at)
+            if received := _RECEIVED.search(payload):
+                self._seen.to_backend.append(int(received[1]) / 1e6 - self._sent_at)
+        for written in _WRITTEN.findall(payload):
+            self._seen.late.append(now - int(written) / 1e6)
+
+    def _end(self, error: str | None) -> None:
+        if error is not None:
+            self._seen.errors.append(error)
+        if not self.answered.done():
+            self.answered.set_result(None)
+
+
+async def open_sockets(url: str, count: int, seen: Seen) -> list[Socket]:
+    """Open and log in all sockets."""
+    parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    gate = asyncio.Semaphore(OPENING)
+    loop = asyncio.get_running_loop()
+
+    async def open_one(user: int) -> Socket:
+        async with gate:
+            _, socket = await loop.create_connection(
+                lambda: Socket(user, parts.path, f"{host}:{port}", seen), host, port
+            )
+            await socket.answered  # the upgrade
+            await socket.log_in()
+            return socket
+
+    return await asyncio.gather(*(open_one(FIRST_USER + number) for number in range(count)))
+
+
+async def make_load(sockets: Sequence[Socket], load: str, seconds: float) -> None:
+    """Make the load for about `seconds`, and wait for the last answers."""
+    end = time.monotonic() + seconds
+
+    async def closed_loop(socket: Socket) -> None:
+        if load == "paced":  # people don't all start in the same millisecond
+            await asyncio.sleep(random.uniform(0, DELTAS * PACE))  # noqa: S311 - spreading load
+        while time.monotonic() < end:
+            await socket.chat(load)
+
+    async def one_by_one(socket: Socket) -> None:
+        while time.monotonic() < end:
+            await asyncio.sleep(random.uniform(0.01, 0.03))  # noqa: S311 - so that it meets no rhythm of the service
+            await socket.chat(load)
+
+    one = one_by_one if load == "single" else closed_loop
+    await asyncio.gather(*map(one, sockets))
+
+
+def _summary(seen: Seen) -> str:
+    summary = asdict(seen)
+    for name in ("first", "done", "to_backend", "late"):
+        summary[name] = quantiles(summary[name])
+    summary["errors"] = {"count": len(seen.errors), "first": seen.errors[:1]}
+    return json.dumps(summary)
+
+
+async def _line() -> str:
+    """The next line of standard input."""
+    return await asyncio.to_thread(sys.stdin.readline)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+async def run(url: str, count: int, load: str, seconds: float) -> None:
+    """One run, as the module says."""
+    seen = Seen()
+    async with asyncio.timeout(DEADLINE):
+        sockets = await open_sockets(url, count, seen)
+        if load != "idle":
+            await asyncio.gather(*(socket.chat("warm up") for socket in sockets))
+    for name, empty in asdict(Seen()).items():
+        if name != "errors":
+            setattr(seen, name, empty)
+    gc.collect()
+    gc.freeze()
+    _print("ready")
+    await _line()
+    began, cpu = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    if load != "idle":
+        async with asyncio.timeout(seconds + DEADLINE):
+            await make_load(sockets, load, seconds)
+    seen.seconds = time.monotonic() - began
+    seen.cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu
+    _print(_summary(seen))
+    await _line()
+    for socket in sockets:
+        socket.transport.abort()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--sockets", type=int, required=True)
+    parser.add_argument("--load", choices=["burst", "paced", "single", "idle"], required=True)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    given = parser.parse_args()
+    uvloop.run(run(given.url, given.sockets, given.load, given.seconds))

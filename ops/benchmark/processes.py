@@ -1,0 +1,189 @@
+"""The processes of the benchmark: started on free ports of 127.0.0.1, measured through /proc, ended by their pid."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from imstream.embedded import server_command
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+START_LIMIT = 20.0
+"""Seconds that a process has until it listens."""
+
+STOP_LIMIT = 10.0
+"""Seconds that a process has to end; then it is killed."""
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_NODE_SETTINGS = {"queue_limit": 10_000, "user_limit": 4, "concurrency": 10_000, "drain_grace": "1s"}
+"""What the node is given: the limits let every socket of a load have its answer at once; all else is the default."""
+
+_NODE_ON_ASYNCIO = """
+import asyncio
+from imstream import logs
+from imstream.node import serve
+from imstream.settings import Settings
+settings = Settings.load()
+logs.configure(settings)
+asyncio.run(serve(settings))
+"""
+
+
+@dataclass
+class Process:
+    """A child process that listens on a port."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def cpu(self) -> float:
+        """Seconds of CPU that all its threads have used, and its ended children."""
+        pid = self.popen.pid
+        # The clock of another process, as clock_getcpuclockid(3) would name it: finer than the ticks of /proc.
+        own = time.clock_gettime((~pid << 3) | 2)
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return own + sum(map(int, fields[13:15])) / _TICKS  # cutime, cstime; see proc_pid_stat(5)
+
+    def memory(self) -> int:
+        """Bytes of memory that it holds (resident set)."""
+        return int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1]) * _PAGE
+
+    def wait_until_it_listens(self) -> None:
+        """Wait until a connection is taken."""
+        deadline = time.monotonic() + START_LIMIT
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            except OSError:
+                if self.popen.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"{self.name} did not start:\n{self.log.read_text(errors='replace')}")
+                time.sleep(0.02)
+            else:
+                return
+
+    def stop(self) -> None:
+        """End it, by force if it must be."""
+        self.popen.send_signal(signal.SIGTERM)
+        try:
+            self.popen.wait(STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+
+
+class Stage:
+    """Everything that runs during the benchmark. Use as a context manager; on leaving, all of it is ended.
+
+    Attributes:
+        redis: The Redis of the node.
+        backend: The AI backend of all services.
+        services: The services that are compared, by name.
+    """
+
+    def __init__(self, folder: Path, *, loop: str, profile: Path | None) -> None:
+        self._folder = folder
+        self._loop = loop
+        self._profile = profile
+        self._stack = ExitStack()
+        self.redis: Process
+        self.backend: Process
+        self.services: dict[str, Process] = {}
+
+    def __enter__(self) -> Self:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+        with self._stack:
+            self._start_all()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _start_all(self) -> None:
+        port = _free_port()
+        self.redis = self._start("redis", port, server_command(port, self._folder / "redis", log_level="warning"))
+        port = _free_port()
+        self.backend = self._start(
+            "backend", port, [sys.executable, "-m", "ops.benchmark.backend", "--port", str(port)]
+        )
+        self.services["imstream"] = self._start_node()
+        self.services["floor"] = self._start_baseline(
+            "floor", "--ws", "websockets-sansio", "--ws-per-message-deflate", "false"
+        )
+        self.services["usual"] = self._start_baseline("usual")
+
+    def _start_node(self) -> Process:
+        port = _free_port()
+        settings = {
+            **_NODE_SETTINGS,
+            "port": port,
+            "redis_url": f"redis://127.0.0.1:{self.redis.port}/0",
+            "ai_url": self._ai_url,
+        }
+        command = ["-c", _NODE_ON_ASYNCIO] if self._loop == "asyncio" else ["-m", "imstream", "node"]
+        if self._profile is not None:
+            command = ["-m", "cProfile", "-o", str(self._profile), *command]
+        env = {f"IMSTREAM_{name.upper()}": str(value) for name, value in settings.items()}
+        return self._start("imstream", port, [sys.executable, *command], env)
+
+    def _start_baseline(self, name: str, *options: str) -> Process:
+        port = _free_port()
+        command = [sys.executable, "-m", "uvicorn", f"ops.benchmark.{name}:app", "--port", str(port)]
+        return self._start(name, port, [*command, "--loop", self._loop, *options], {"BENCH_AI_URL": self._ai_url})
+
+    @property
+    def _ai_url(self) -> str:
+        return f"http://127.0.0.1:{self.backend.port}/v1"
+
+    def _start(self, name: str, port: int, command: Sequence[str], env: Mapping[str, str] | None = None) -> Process:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("IMSTREAM_")}
+        log = self._folder / f"{name}.log"
+        with log.open("wb") as out:
+            popen = subprocess.Popen(  # noqa: S603 - our own programs
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,  # no `.env` of somebody's own
+                process_group=0,  # Ctrl-C is ours to handle
+                env={**clean, "PYTHONPATH": str(ROOT), **(env or {})},
+            )
+        process = Process(name, popen, port, log)
+        self._stack.callback(process.stop)
+        process.wait_until_it_listens()
+        return process
+
+
+def machine_cpu() -> float:
+    """Seconds of CPU that everything on this machine has used, also what its host took away from it."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)  # see proc_stat(5)
+    return (user + nice + system + irq + softirq + steal) / _TICKS
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

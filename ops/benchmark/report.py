@@ -1,0 +1,137 @@
+"""What the benchmark found: one table, the bars, and the same as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from ops.benchmark.runs import Run
+
+SERVICES = ("imstream", "floor", "usual")
+
+_HEADER = (
+    "load sockets service  CPU s/1000 +Redis  ×floor   chats/s  first ms p50/p95/p99   done ms p50/p95/p99  frames "
+    "late ms p99"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that was measured.
+
+    Attributes:
+        rounds: Runs of all loads, one list for each round: within a round the services take turns.
+        idle: Bytes of memory for each idle socket, by service.
+        capacity: Paced answers at once without late deltas, by service.
+        capacity_runs: The runs that tell.
+        circumstances: Machine, versions and options.
+    """
+
+    rounds: list[list[Run]]
+    idle: dict[str, float]
+    capacity: dict[str, int]
+    capacity_runs: list[Run]
+    circumstances: dict[str, Any]
+
+    def runs(self, service: str, load: str, sockets: int) -> list[Run]:
+        """The runs of one service under one load, by round."""
+        return [
+            run
+            for runs in self.rounds
+            for run in runs
+            if (run.service, run.load, run.sockets) == (service, load, sockets)
+        ]
+
+    def ratio(self, load: str, sockets: int, *, to: str, of: str = "imstream") -> float | None:
+        """CPU of one service and its Redis over that of another; the median of the rounds, each compared in itself."""
+        pairs = list(zip(self.runs(of, load, sockets), self.runs(to, load, sockets), strict=True))
+        return median(one.cost / other.cost for one, other in pairs) if pairs else None
+
+
+def _ms(runs: Iterable[Run], what: str) -> str:
+    """Median of each quantile over the rounds, in milliseconds."""
+    values = [run.seen[what] for run in runs if run.seen[what]]
+    if not values:
+        return "-"
+    return "/".join(_short(median(value[name] for value in values) * 1000) for name in ("p50", "p95", "p99"))
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"  # noqa: PLR2004 - three digits tell enough
+
+
+def _row(found: Found, load: str, sockets: int, service: str) -> str:
+    runs = found.runs(service, load, sockets)
+
+    def mid(value: Callable[[Run], float]) -> float:
+        return median(map(value, runs))
+
+    ratio = found.ratio(load, sockets, of=service, to="floor") or 0.0
+    late = _ms(runs, "late").rpartition("/")[2]
+    return (
+        f"{load:<6} {sockets:>5} {service:<9} {mid(lambda run: run.cpu / run.seen['chats'] * 1000):>8.3f} "
+        f"{mid(lambda run: run.redis_cpu / run.seen['chats'] * 1000):>7.3f} {ratio:>7.2f} "
+        f"{mid(lambda run: run.seen['chats'] / run.seen['seconds']):>9.0f} {_ms(runs, 'first'):>21} "
+        f"{_ms(runs, 'done'):>21} {mid(lambda run: run.seen['frames'] / run.seen['chats']):>7.1f} {late:>11}"
+    )
+
+
+def table(found: Found) -> str:
+    """One line for each load and service; medians over the rounds."""
+    kinds = dict.fromkeys((run.load, run.sockets) for runs in found.rounds for run in runs if run.load != "single")
+    lines = [_HEADER]
+    for load, sockets in kinds:
+        lines += [_row(found, load, sockets, service) for service in SERVICES]
+    for service in SERVICES:
+        single = _ms(found.runs(service, "single", 1), "to_backend")
+        lines.append(
+            f"{service:<9} CHAT to backend, ms p50/p95/p99: {single}; "
+            f"idle socket: {found.idle[service] / 1024:.1f} KB; "
+            f"paced answers at once: {found.capacity.get(service, 'not tried')}"
+        )
+    return "\n".join(lines)
+
+
+def circumstances_lines(found: Found) -> str:
+    """What else used CPU: the backend and the load generator, which must not be what is measured, and strangers."""
+    costs = [run.others_cpu / run.seen["chats"] * 1000 for run in found.runs("imstream", "burst", 100)]
+    foreign = [run.foreign for runs in found.rounds for run in runs]
+    told = found.circumstances
+    return (
+        f"backend and load generator, burst, 100 sockets: {median(costs):.3f} CPU s/1000 chats\n"
+        f"{told['cpus']} CPUs, Python {told['python']}, {told['event_loop']}; busy with something else meanwhile: "
+        f"{median(foreign):.2f} CPUs (median of the runs), {max(foreign):.2f} at most"
+    )
+
+
+def bars(found: Found) -> list[tuple[bool, str]]:
+    """What imstream is to reach: whether it did, and a sentence."""
+    single = [run.seen["to_backend"]["p50"] * 1000 for run in found.runs("imstream", "single", 1)]
+    checks = [
+        (
+            found.ratio("burst", 100, to="floor"),
+            1.0,
+            "burst, 100 sockets: {:.2f} of floor's CPU, at most 1.0 (goal 0.85)",
+        ),
+        (found.ratio("burst", 100, to="usual"), 0.5, "burst, 100 sockets: {:.2f} of usual's CPU, at most 0.5"),
+        (found.ratio("paced", 100, to="floor"), 1.3, "paced, 100 sockets: {:.2f} of floor's CPU, at most 1.3"),
+        (median(single) if single else None, 3.0, "CHAT to backend, idle node, p50: {:.2f} ms, under 3"),
+        (found.idle["imstream"] / 1024, 30.0, "idle socket: {:.1f} KB, at most 30"),
+    ]
+    told = [(value <= limit, text.format(value)) for value, limit, text in checks if value is not None]
+    answers = found.capacity["imstream"]
+    return [*told, (answers >= 400, f"paced answers at once: {answers}, at least 400")]  # noqa: PLR2004 - a bar
+
+
+def bar_lines(results: Sequence[tuple[bool, str]]) -> str:
+    """The bars, one line each."""
+    return "\n".join(f"{'met   ' if met else 'MISSED'} {text}" for met, text in results)
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """Everything that was measured, for programs."""
+    return {**asdict(found), "bars": [{"met": met, "text": text} for met, text in bars(found)]}

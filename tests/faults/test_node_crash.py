@@ -1,0 +1,67 @@
+"""A node that dies at any point of a request's way: the message is answered once, and its client gets all of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+from tests.support.one_node import one_node
+from tests.support.peer import Told
+from tests.support.scripted_backend import chunk, event, hangs, scripted_backend, streams
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.peer import Peer
+    from tests.support.servers import RedisServer
+
+USER = 10001
+
+ANSWER = ("Nothing ", "is ", "lost, ", "一个字", "都不丢 😀")
+
+BEFORE_THE_END = ("admitted", "delivered", "opened", "first-text", "flushed", "last-text")
+AFTER_THE_END = ("ended", "told", "finished")
+
+
+async def _until_it_breaks(someone: Peer) -> None:
+    """Take frames until the connection is gone."""
+    try:
+        while True:
+            await someone.frame()
+    except ConnectionClosed:
+        return
+
+
+@pytest.mark.parametrize("point", [*BEFORE_THE_END, *AFTER_THE_END])
+async def test_a_message_is_answered_once_wherever_its_node_dies(
+    point: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with (
+        scripted_backend(always=streams(*ANSWER)) as backend,
+        one_node(tmp_path, redis_server, backend.url, crash_at=point, flush_interval="20ms") as node,
+    ):
+        if point == "flushed":  # a backend that is slow enough for the first text to be recorded by itself
+            backend.then(hangs(event(chunk(ANSWER[0]))))
+        async with node.peer(USER) as someone:
+            await someone.say("CHAT", userId=USER, contents="hello", messageId="m1")
+            await _until_it_breaks(someone)
+        assert await node.died() == -9
+        told = someone.told.get("m1", Told())
+
+        await node.start()
+        async with node.peer(USER) as someone:
+            # The client cannot know whether it was accepted, so it sends the same message again.
+            assert (await someone.chat(USER, "hello", "m1"))["event"] == "accepted"
+            again = await someone.end_of("m1")
+        await node.settled()
+
+        assert again.text == "".join(ANSWER)
+        assert again.terminal is not None
+        assert again.terminal["event"] == "done"
+        assert node.recorded(USER, "m1") == ("done", again.text)
+        if told.terminal is not None:
+            assert told.text == again.text
+        # A recorded answer is never asked for a second time; an unfinished one once more, and no more than that.
+        assert len(backend.requests) == (1 if point in {"admitted", "delivered", "opened", *AFTER_THE_END} else 2)

@@ -1,0 +1,77 @@
+"""Redis loses what it was given: somebody flushes it, deletes the stream, or it comes back without its data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.keys import GROUP
+from imstream.wire import Event
+from tests.support.stage import AT_ONCE, REQUESTS, Stage, expected, fresh_redis, stage
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.support.servers import DemoBackend
+
+SLOWLY = "[[demo first=0s pace=15ms]]"
+"""Takes a second or two: long enough to be running when the data goes, and while the node mends the stream."""
+
+
+def flush_all(play: Stage) -> None:
+    """FLUSHALL."""
+    play.redis.flushall()
+
+
+def delete_the_stream(play: Stage) -> None:
+    """DEL."""
+    play.redis.delete(REQUESTS)
+
+
+def restart_without_data(play: Stage) -> None:
+    """A Redis without persistence is killed and started."""
+    play.server.kill()
+    play.server.start()
+
+
+@pytest.mark.parametrize("lose", [flush_all, delete_the_stream, restart_without_data])
+async def test_a_node_goes_on_when_redis_has_lost_its_requests_and_says_so_in_an_error(
+    demo: DemoBackend, tmp_path: Path, lose: Callable[[Stage], None]
+) -> None:
+    with fresh_redis(tmp_path, "--appendonly", "no") as server:
+        async with stage(server, demo, tmp_path) as play:
+            running = [await play.user(10001), await play.user(10002)]
+            for user in running:
+                assert await user.ask("running", f"who is running? {SLOWLY}") == Event.ACCEPTED
+                await user.grown("running", 20)
+            lose(play)
+            await wait_until(lambda: any("gone" in event for event in play.node.logged("error")), "an alarm")
+            assert [group["name"] for group in play.redis.xinfo_groups(REQUESTS)] == [GROUP]
+            # What was running ends for its client, whole, because the node has all of it.
+            for user in running:
+                assert await user.ended("running") == "done"
+                assert user.text("running") == expected(user.asked["running"])
+            new = await play.user(10003)
+            assert await new.ask("new", f"does it go on? {AT_ONCE}") == Event.ACCEPTED
+            assert await new.ended("new") == "done"
+            assert play.ai_calls() == 3
+
+
+async def test_a_waiting_message_that_redis_has_lost_is_expired_when_resumed_and_answered_when_sent_again(
+    demo: DemoBackend, tmp_path: Path
+) -> None:
+    with fresh_redis(tmp_path) as server:
+        async with stage(server, demo, tmp_path, concurrency=1) as play:
+            running, waiting = await play.user(10001), await play.user(10002)
+            assert await running.ask("m1", f"who is running? {SLOWLY}") == Event.ACCEPTED
+            await running.grown("m1")
+            assert await waiting.ask("m2", f"who is waiting? {AT_ONCE}") == Event.ACCEPTED
+            flush_all(play)
+            play.users.remove(waiting)  # what it was promised is lost
+            again = await play.user(10002, resume=[{"messageId": "m2"}])
+            await again.until(lambda: again.is_expired("m2"), "m2 is EXPIRED")
+            assert await again.ask("m2", f"who is waiting? {AT_ONCE}") == Event.ACCEPTED
+            assert await again.ended("m2") == "done"

@@ -1,0 +1,110 @@
+"""Redis is there and says nothing: stopped, paused, or behind a network that swallows everything."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.wire import Code, Event
+from tests.support.stage import AT_ONCE, fresh_redis, stage
+from tests.support.tcp_proxy import tcp_proxy
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from tests.support.servers import DemoBackend, RedisServer
+    from tests.support.tcp_proxy import TcpProxy
+
+TIMEOUT, BLOCK = 0.3, 0.2
+NOT_READY_WITHIN = BLOCK + 2 * TIMEOUT + 2.0
+"""Seconds: the two after which a node must have heard from Redis, and two for a busy machine."""
+BACK_WITHIN = 5.0
+PAUSE = 5.0
+"""Seconds: more than is needed. CLIENT PAUSE ALL holds CLIENT UNPAUSE back too."""
+
+USERS = 20
+LANES = 4
+SLOWLY = "[[demo first=0s pace=10ms length=100]]"
+
+
+@contextmanager
+def stopped(server: RedisServer, _: TcpProxy) -> Iterator[None]:
+    """SIGSTOP: connections are made by the kernel, and nobody answers."""
+    assert server.process is not None
+    server.process.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.signal(signal.SIGCONT)
+
+
+@contextmanager
+def paused(server: RedisServer, _: TcpProxy) -> Iterator[None]:
+    """CLIENT PAUSE: connections are accepted, and every command waits."""
+    with server.client() as client:
+        client.client_pause(int(PAUSE * 1000))
+        yield
+        client.ping()
+
+
+@contextmanager
+def half_open(_: RedisServer, proxy: TcpProxy) -> Iterator[None]:
+    """A network that loses all, and afterwards the connections that were open then."""
+    proxy.swallow()
+    try:
+        yield
+    finally:
+        proxy.forward()
+
+
+@pytest.mark.parametrize("hung", [stopped, paused, half_open])
+async def test_a_hung_redis_means_unavailable_in_time_with_nothing_piling_up_and_ends_by_itself(
+    demo: DemoBackend,
+    tmp_path: Path,
+    hung: Callable[[RedisServer, TcpProxy], AbstractContextManager[None]],
+) -> None:
+    with fresh_redis(tmp_path) as server:
+        async with (
+            tcp_proxy(server.port) as proxy,
+            stage(
+                *(server, demo, tmp_path),
+                redis_url=proxy.url,
+                redis_connections=LANES,
+                redis_timeout=TIMEOUT,
+                read_block=BLOCK,
+            ) as play,
+        ):
+            node = play.node
+            users = [await play.user(10001 + number) for number in range(USERS)]
+            tasks, files = await node.tasks(), node.open_files()
+            assert await users[0].ask("running", f"who is running? {SLOWLY}") == Event.ACCEPTED
+            length = len(await users[0].grown("running"))
+            with hung(server, proxy):
+                await node.becomes(503, limit=NOT_READY_WITHIN)
+                assert await node.status("/healthz") == 200
+                # Text does not wait for Redis: it comes as it is generated.
+                await users[0].grown("running", length + 20)
+                for round_ in range(2):
+                    asked = [user.ask(f"m{round_}", f"do you hear me? {AT_ONCE}") for user in users]
+                    assert set(await asyncio.gather(*asked)) == {Code.UNAVAILABLE}
+                    assert node.connections_to(proxy.port) <= LANES + 1
+                    assert node.open_files() <= files + LANES + 3
+                    assert await node.tasks() <= tasks + USERS
+            await node.becomes(200, limit=BACK_WITHIN)
+            for round_ in range(2):
+                asked = [user.ask(f"m{round_}", f"do you hear me? {AT_ONCE}") for user in users]
+                assert set(await asyncio.gather(*asked)) == {Event.ACCEPTED}
+            await play.curtain()
+            assert play.ai_calls() == 1 + 2 * USERS
+
+            async def as_before() -> bool:
+                return await node.tasks() <= tasks and node.connections_to(proxy.port) <= LANES + 1
+
+            await wait_until(as_before, "no task and no connection is left over")

@@ -1,0 +1,79 @@
+"""Redis has done what it was asked, and its answer comes late or never."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+from imstream.store.scripts import Script
+from imstream.wire import Code, Event
+from tests.support.stage import AT_ONCE, stage
+from tests.support.tcp_proxy import Fate, tcp_proxy
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.chatter import Chatter
+    from tests.support.servers import DemoBackend, RedisServer
+    from tests.support.stage import Stage
+    from tests.support.tcp_proxy import TcpProxy
+
+NEVER = "1h"
+
+
+async def test_a_request_whose_delivery_was_not_heard_is_found_pending_and_answered_once(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        # Without the sweep, what was delivered and not heard is found at once or never.
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url, sweep_interval=NEVER) as play,
+    ):
+        user = await play.user()
+        for fate in Fate:
+            trap = proxy.on_answer(b"contents", fate.encode(), fate=fate, delay=1.5)
+            assert await user.ask(fate, f"{fate} {AT_ONCE}") == Event.ACCEPTED
+            assert await user.ended(fate) == "done"
+            assert trap.sprung
+            assert await user.ask(f"after-{fate}", f"after it {AT_ONCE}") == Event.ACCEPTED
+            assert await user.ended(f"after-{fate}") == "done"
+        assert play.ai_calls() == 2 * len(Fate)
+
+
+STEPS = {
+    "admission": ("admit", AT_ONCE),
+    "mark": ("queued", AT_ONCE),
+    "opening": ("open", AT_ONCE),
+    "text": ("append", "[[demo first=0s pace=5ms length=60]]"),
+    "end": ("append", AT_ONCE),
+    "removal": ("finish", AT_ONCE),
+}
+"""What a message goes through: the script, and the pace of the answer."""
+
+
+async def test_an_answer_of_redis_that_is_lost_at_any_step_leaves_one_reply(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url, redis_timeout="250ms") as play,
+    ):
+        user = await play.user()
+        assert await user.ask("first", f"so that Redis knows the scripts {AT_ONCE}") == Event.ACCEPTED
+        assert await user.ended("first") == "done"
+        for step, fate in product(STEPS, (Fate.SILENCE, Fate.CUT)):
+            await _ask_and_lose_an_answer(play, user, proxy, step, fate)
+        await play.curtain()
+        assert play.ai_calls() == 1 + 2 * len(STEPS)
+
+
+async def _ask_and_lose_an_answer(play: Stage, user: Chatter, proxy: TcpProxy, step: str, fate: Fate) -> None:
+    await wait_until(lambda: play.unfinished() == 0, f"nothing is under way before {step}")
+    script, pace = STEPS[step]
+    trap = proxy.on_answer_to(Script(script).digest.encode(), fate=fate)
+    message_id = f"{step}-{fate}"
+    refusals = await user.ask_until_accepted(message_id, f"lost at its {step} {pace}")
+    assert refusals == ([Code.UNAVAILABLE] if step == "admission" else [])
+    assert await user.ended(message_id) == "done"
+    await wait_until(lambda: trap.sprung, f"{message_id} was met")

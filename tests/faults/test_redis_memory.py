@@ -1,0 +1,80 @@
+"""Redis is out of memory, or is set so that it may throw messages away."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+from imstream.wire import Code, Event
+from tests.support.stage import AT_ONCE, fresh_redis, stage
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.servers import DemoBackend, RedisServer
+    from tests.support.stage import Stage
+
+SLOWLY = "[[demo first=100ms pace=10ms]]"
+
+
+def fill_memory(play: Stage) -> None:
+    """From now on Redis refuses everything that takes memory."""
+    play.redis.config_set("maxmemory", 1)
+
+
+def free_memory(play: Stage) -> None:
+    """Redis takes everything again."""
+    play.redis.config_set("maxmemory", 0)
+
+
+async def test_a_full_redis_means_busy_while_what_was_accepted_is_answered_and_drained(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with stage(redis_server, demo, tmp_path, concurrency=4) as play:
+        users = [await play.user(10001 + number) for number in range(8)]
+        asked = [user.ask("before", f"before it was full {SLOWLY}") for user in users]
+        assert set(await asyncio.gather(*asked)) == {Event.ACCEPTED}
+        assert play.node.logged("warning") == []
+        fill_memory(play)
+        asked = [user.ask("while", f"while it is full {AT_ONCE}") for user in users]
+        assert set(await asyncio.gather(*asked)) == {Code.BUSY}
+        assert all("retryAfterMs" in user.frames["while"][-1] for user in users)
+        for user in users:
+            assert await user.ended("before") == "done"
+        await wait_until(lambda: play.unfinished() == 0, "all that was accepted is drained")
+        assert await play.node.status() == 200
+        assert play.ai_calls() == len(users)
+
+        free_memory(play)
+        assert await users[0].ask("while", f"while it is full {AT_ONCE}") == Event.ACCEPTED
+        assert await users[0].ended("while") == "done"
+
+
+async def test_a_node_that_is_killed_while_redis_is_full_drains_when_it_is_started_again(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with stage(redis_server, demo, tmp_path, concurrency=2) as play:
+        users = [await play.user(10001 + number) for number in range(4)]
+        for user in users:
+            assert await user.ask("m1", f"before it was full {SLOWLY}") == Event.ACCEPTED
+        await users[0].grown("m1")
+        fill_memory(play)
+        play.node.process.signal(signal.SIGKILL)
+        await play.start_node_again()
+        await wait_until(lambda: play.unfinished() == 0, "all that was accepted is drained")
+        free_memory(play)
+
+
+async def test_a_node_warns_at_its_start_of_a_redis_that_may_lose_messages_and_says_what_to_set(
+    demo: DemoBackend, tmp_path: Path
+) -> None:
+    with fresh_redis(tmp_path, "--maxmemory-policy", "allkeys-lru", "--appendonly", "no") as server:
+        async with stage(server, demo, tmp_path) as play:
+            await wait_until(lambda: len(play.node.logged("warning")) == 2, "two warnings")
+            evicts, forgets = play.node.logged("warning")
+            assert evicts.endswith("set maxmemory-policy noeviction")
+            assert forgets.endswith("set appendonly yes")
+            user = await play.user()
+            assert await user.ask("m1", f"it serves all the same {AT_ONCE}") == Event.ACCEPTED

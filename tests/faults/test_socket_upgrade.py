@@ -1,0 +1,64 @@
+"""An upgrade request that the parser refuses is told so, and does not spoil the end of the node."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING
+
+import psutil
+
+from tests.support.one_node import one_node
+from tests.support.raw_socket import raw_socket
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.servers import DemoBackend, RedisServer
+
+TOO_MUCH = {
+    "a header of 9 KiB": ["X-Long: " + "x" * 9 * 1024],
+    "a cookie of 60 KiB": ["Cookie: " + "x" * 60 * 1024],
+    "200 headers": [f"X-{number}: x" for number in range(200)],
+    "2,000 headers": [f"X-{number}: x" for number in range(2000)],
+}
+
+
+async def test_headers_that_are_too_large_are_answered_with_431_and_the_node_ends_in_order(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with one_node(tmp_path, redis_server, demo.url) as node:
+        for what, headers in TOO_MUCH.items():
+            async with raw_socket(node.port) as someone:
+                head = await someone.upgrade("/ws?userId=10001", headers)
+                assert head.startswith(b"HTTP/1.1 431 "), what
+                assert await someone.ended()  # a sentence that says what is too much, and the end
+        await node.nothing_open()
+
+        process = psutil.Process(node.now.process.pid)
+        memory = process.memory_info().rss
+        async with raw_socket(node.port) as endless:
+            await endless.send(b"GET /ws HTTP/1.1\r\nHost: x\r\n")
+            with suppress(ConnectionError):
+                for _ in range(30):
+                    await endless.send(b"X-Header: value\r\n" * 60_000)
+            # The answer may be lost with what was on its way when the connection was cut.
+            assert (await endless.head()).split(b"\r\n")[0] in {b"HTTP/1.1 431 Request Header Fields Too Large", b""}
+        assert process.memory_info().rss - memory < 10 << 20
+        await node.nothing_open()
+
+        async with AsyncExitStack() as stack:
+            # These stay on the line, refused, half said or silent, while the node ends.
+            refused = await stack.enter_async_context(raw_socket(node.port))
+            assert (await refused.upgrade(headers=TOO_MUCH["200 headers"])).startswith(b"HTTP/1.1 431 ")
+            half = await stack.enter_async_context(raw_socket(node.port))
+            await half.send(b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n")
+            long = await stack.enter_async_context(raw_socket(node.port))
+            await long.send(b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nX-Long: " + b"x" * 20_000)
+            await stack.enter_async_context(raw_socket(node.port))
+            healthy = await stack.enter_async_context(node.peer(10001))
+            began = time.monotonic()
+            assert await node.terminated() == 0
+            assert time.monotonic() - began < 8
+            assert await healthy.closed() == 1012
+        assert '"drained"' in node.now.process.output()

@@ -1,0 +1,97 @@
+"""The Procfile under real process runners: two nodes beside one Redis and one AI, and nothing left when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import shutil
+import socket
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.client import Client
+from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
+from tests.support.servers import missing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROCFILE = Path(__file__).parents[2] / "Procfile"
+THIRD = 200
+"""A runner gives the first process of the third line its base port and 200, the second one 201."""
+
+
+def runner(name: str) -> list[str]:
+    """The command of a process runner, with its option for how many of each are wanted."""
+    if name == "honcho":
+        return [PYTHON, "-m", "honcho", "start", "-c"]
+    program = shutil.which("foreman")
+    if program is None:
+        missing("foreman")
+        return []
+    return [program, "start", "-m"]
+
+
+def gone(processes: Sequence[psutil.Process]) -> bool:
+    """Whether none of the processes is left."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def base_port() -> int:
+    """A port such that those the nodes will be given are free.
+
+    They lie below the range that Linux takes ports of outgoing connections from: such a connection, for instance of
+    the first node to Redis, could take the second node's port just before that node listens.
+    """
+    while True:
+        base = random.randrange(10_000, 30_000)  # noqa: S311 - no secret
+        with ExitStack() as held:
+            try:
+                for number in (0, 1):
+                    held.enter_context(socket.create_server(("127.0.0.1", base + THIRD + number)))
+            except OSError:
+                continue
+            return base
+
+
+def is_ready(port: int) -> bool:
+    """Whether a node serves there."""
+    return http_status(f"http://127.0.0.1:{port}/readyz") == 200
+
+
+@pytest.mark.parametrize("name", ["honcho", "foreman"])
+async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str, tmp_path: Path) -> None:
+    # The tests' own Python instead of the script that makes a virtual environment first.
+    procfile = PROCFILE.read_text().replace("ops/imstream", f"{sys.executable} -m imstream")
+    assert procfile.count(" -m imstream ") == 3
+    (tmp_path / "Procfile").write_text(procfile)
+    redis, ai, base = free_port(), free_port(), base_port()
+    env = {
+        "IMSTREAM_EMBEDDED_PORT": str(redis),
+        "IMSTREAM_REDIS_URL": f"redis://127.0.0.1:{redis}/0",
+        "IMSTREAM_DEMO_PORT": str(ai),
+        "IMSTREAM_AI_URL": f"http://127.0.0.1:{ai}/v1",
+        "IMSTREAM_DEMO_PACE": "1ms",
+    }
+    command = [*runner(name), "redis=1,ai=1,node=2", "-p", str(base)]
+    with start(command, tmp_path / "log", env=env, cwd=tmp_path) as running:
+        nodes = (base + THIRD, base + THIRD + 1)
+        for node in nodes:
+            wait_for(partial(is_ready, node), running, name, limit=40)
+        for node in nodes:
+            async with Client(f"ws://127.0.0.1:{node}/ws", 10001) as client, asyncio.timeout(30):
+                assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
+        processes = psutil.Process(running.pid).children(recursive=True)
+        assert len(processes) >= 4
+        running.terminate(20)
+        psutil.wait_procs(processes, timeout=10)
+        assert gone(processes)
+    assert re.search(r"node\.2.*ready", running.output())

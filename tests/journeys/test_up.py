@@ -1,0 +1,270 @@
+"""`imstream up` on a newcomer's machine: everything runs, says where, survives, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.client import Client
+from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
+from tests.support.servers import missing
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from tests.support.servers import DemoBackend, RedisServer
+
+QUICK = ("--demo-pace", "1ms", "--demo-first", "0", "--drain-grace", "2s")
+
+
+@dataclass
+class Up:
+    """A running `imstream up`."""
+
+    running: Running
+    port: int
+    redis_port: int
+
+    @property
+    def ws(self) -> str:
+        """Where its node takes clients."""
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    def wait_until_ready(self) -> None:
+        """Wait until all of it runs, as it says itself."""
+        said = "Ctrl-C stops everything"  # the last line
+        wait_for(lambda: said in self.running.output(), self.running, "imstream up", limit=40)
+
+    def children(self) -> dict[str, psutil.Process]:
+        """Its child processes by the command they run."""
+        found = psutil.Process(self.running.pid).children(recursive=True)
+        return {_command(child): child for child in found}
+
+
+def _command(process: psutil.Process) -> str:
+    line = process.cmdline()
+    return next((word for word in ("node", "demo-ai", "redis") if word in line), "redis")  # the server it turned into
+
+
+@contextmanager
+def up(
+    folder: Path,
+    *options: str,
+    ports: Sequence[int] = (),
+    env: dict[str, str] | None = None,
+    in_terminal: bool = False,
+) -> Iterator[Up]:
+    """Start `imstream up` in a folder, on free ports unless some are given: the node's, the server's, the AI's.
+
+    `in_terminal`: as a shell starts it, with a process group of its own.
+    """
+    port, redis_port, ai_port = ports or (free_port(), free_port(), free_port())
+    command = [PYTHON, "-m", "imstream", "up", "--port", str(port)]
+    command += ["--embedded-port", str(redis_port), "--demo-port", str(ai_port), *options]
+    if in_terminal:
+        command = ["setsid", *command]
+    with start(command, folder / f"up-{port}.log", cwd=folder, env=env) as running:
+        yield Up(running, port, redis_port)
+
+
+def gone(processes: Sequence[psutil.Process]) -> bool:
+    """Whether none of the processes is left."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> None:
+    with up(tmp_path, *QUICK) as imstream:
+        imstream.wait_until_ready()
+        said = imstream.running.output()
+        assert f"page     http://127.0.0.1:{imstream.port}/" in said
+        assert http_status(f"http://127.0.0.1:{imstream.port}/") == 200
+        assert http_status(f"http://127.0.0.1:{imstream.port}/readyz") == 200
+        assert "demo: canned answers, no model" in said
+        assert "embedded Valkey, data in .imstream/redis" in said
+        assert (tmp_path / ".imstream/redis/appendonlydir").is_dir()
+        assert sorted(imstream.children()) == ["demo-ai", "node", "redis"]
+        async with Client(imstream.ws, 10001) as client:
+            assert await (await client.send("为什么?")).text() == "".join(canned_answer("为什么?"))
+        assert re.search(
+            r"^node 0 \| .*ready", imstream.running.output(), re.MULTILINE
+        )  # a child's line, with its name
+
+
+def test_the_commands_it_prints_show_the_stream(tmp_path: Path) -> None:
+    with up(tmp_path) as imstream:
+        imstream.wait_until_ready()
+        said = imstream.running.output()
+        [with_cli] = re.findall(r"redis-cli -p .*", said)
+        [without_cli] = re.findall(r"without redis-cli +(.*)", said)
+        assert with_cli == f"redis-cli -p {imstream.redis_port} XINFO STREAM 'im:{{node:0}}:requests'"
+        words = shlex.split(without_cli)
+        program = words[0] if shutil.which(words[0]) else str(tmp_path / words[0])
+        shown = subprocess.run([program, *words[1:]], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert "unfinished requests  0" in shown.stdout
+        if shutil.which("redis-cli") is None:
+            missing("redis-cli")
+        shown = subprocess.run(with_cli, shell=True, capture_output=True, text=True, check=True)  # noqa: S602 - as typed
+        assert shown.stdout.startswith("length\n0\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_node_first_and_everything_in_the_end(tmp_path: Path, number: signal.Signals) -> None:
+    with up(tmp_path, *QUICK) as imstream:
+        imstream.wait_until_ready()
+        children = list(imstream.children().values())
+        imstream.running.signal(number)
+        assert imstream.running.wait(30) == 0
+        assert gone(children)
+        said = imstream.running.output()
+        assert said.index("drained") < said.index("ready to exit, bye bye")  # the server's last words
+
+
+async def test_ctrl_c_in_a_terminal_lets_a_running_answer_end(tmp_path: Path) -> None:
+    with up(tmp_path, "--demo-pace", "10ms", in_terminal=True) as imstream:
+        await asyncio.to_thread(imstream.wait_until_ready)
+        async with Client(imstream.ws, 10001) as client, asyncio.timeout(30):
+            reply = await client.send("Will this end?")
+            await anext(aiter(reply))
+            os.killpg(imstream.running.pid, signal.SIGINT)  # a terminal sends it to all of the group
+            assert await reply.text() == "".join(canned_answer("Will this end?"))
+        assert await asyncio.to_thread(imstream.running.wait, 30) == 0
+
+
+def test_a_signal_while_it_starts_stops_what_has_started(tmp_path: Path) -> None:
+    with up(tmp_path) as imstream:
+        wait_for(lambda: "starting" in imstream.running.output(), imstream.running, "imstream up")
+        assert imstream.running.terminate(30) == 0
+        assert "imstream is ready" not in imstream.running.output()
+
+
+async def test_what_was_accepted_is_answered_after_the_next_start(tmp_path: Path) -> None:
+    question = "Will this be lost?"
+    ports = (free_port(), free_port(), free_port())
+    slow = ("--demo-first", "60s", "--drain-grace", "100ms")
+    with up(tmp_path, *slow, ports=ports) as first:
+        first.wait_until_ready()
+        async with Client(first.ws, 10001) as client:
+            reply = await client.send(question)
+            await reply.accepted()
+            assert await asyncio.to_thread(first.running.terminate, 30) == 0
+            with up(tmp_path, *QUICK, ports=ports) as second:
+                await asyncio.to_thread(second.wait_until_ready)
+                assert await reply.text() == "".join(canned_answer(question))
+
+
+@pytest.mark.parametrize("victim", ["node", "demo-ai", "redis"])
+def test_a_child_that_dies_takes_the_rest_down_and_is_named(tmp_path: Path, victim: str) -> None:
+    with up(tmp_path, "--drain-grace", "100ms") as imstream:
+        imstream.wait_until_ready()
+        children = imstream.children()
+        children[victim].kill()
+        assert imstream.running.wait(30) == 1
+        assert gone(list(children.values()))
+    name = {"node": "node 0", "demo-ai": "ai", "redis": "redis"}[victim]
+    assert f"{name} ended by itself (killed by SIGKILL); stopping the rest" in imstream.running.output()
+
+
+def test_a_child_that_cannot_start_is_named(tmp_path: Path) -> None:
+    with up(tmp_path) as first:
+        first.wait_until_ready()
+        with up(tmp_path) as second:  # other ports, the same data
+            assert second.running.wait(30) == 1
+        said = second.running.output()
+    assert "redis  | Error: another embedded Valkey runs on .imstream/redis" in said
+    assert "redis ended before it served (exit code 1); stopping the rest" in said
+
+
+def test_nobody_survives_when_it_is_killed(tmp_path: Path) -> None:
+    ports = (free_port(), free_port(), free_port())
+    with up(tmp_path, ports=ports) as imstream:
+        imstream.wait_until_ready()
+        children = list(imstream.children().values())
+        assert len(children) == 3
+        imstream.running.kill()
+        psutil.wait_procs(children, timeout=10)
+        assert gone(children)
+    with up(tmp_path, ports=ports) as again:
+        again.wait_until_ready()
+
+
+async def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
+    with up(tmp_path, "--demo-pace", "1s", "--drain-grace", "10m") as imstream:
+        imstream.wait_until_ready()
+        children = list(imstream.children().values())
+        async with Client(imstream.ws, 10001) as client:
+            reply = await client.send("Something long")
+            await anext(aiter(reply))
+            imstream.running.signal(signal.SIGINT)
+            await wait_until(lambda: "draining" in imstream.running.output(), "the node to drain")
+            imstream.running.signal(signal.SIGINT)
+            assert await asyncio.to_thread(imstream.running.wait, 20) == 1
+        assert gone(children)
+
+
+def test_a_child_that_does_not_stop_is_killed_in_time(tmp_path: Path) -> None:
+    with up(tmp_path, *QUICK) as imstream:
+        imstream.wait_until_ready()
+        children = imstream.children()
+        children["demo-ai"].suspend()
+        assert imstream.running.terminate(30) == 1
+        assert gone(list(children.values()))
+    assert "ai did not stop within 5 s and is killed" in imstream.running.output()
+
+
+def test_it_goes_on_and_stops_well_when_nobody_reads_its_output_any_more(tmp_path: Path) -> None:
+    port = free_port()
+    command = [PYTHON, "-m", "imstream", "up", "--port", str(port), "--embedded-port", str(free_port())]
+    command += ["--demo-port", str(free_port()), "--log-level", "debug"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        while b"Ctrl-C stops everything" not in process.stdout.readline():
+            pass
+        process.stdout.readline()
+        process.stdout.close()
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert http_status(f"http://127.0.0.1:{port}/readyz") == 200
+        process.terminate()
+        assert process.wait(30) == 0
+        assert gone(children)
+
+
+def test_a_redis_and_an_ai_of_ones_own_are_used_instead(
+    tmp_path: Path, redis_server: RedisServer, demo: DemoBackend
+) -> None:
+    env = {"IMSTREAM_REDIS_URL": redis_server.url.replace("//", "//default:hush@"), "IMSTREAM_AI_URL": demo.url}
+    with redis_server.client() as client:
+        client.config_set("requirepass", "hush")
+        try:
+            with up(tmp_path, env=env) as imstream:
+                imstream.wait_until_ready()
+                assert list(imstream.children()) == ["node"]
+                assert imstream.running.terminate(30) == 0
+        finally:
+            client.config_set("requirepass", "")
+    said = imstream.running.output()
+    assert f"AI       {demo.url}\n" in said
+    assert f"redis-cli -u {redis_server.url} XINFO" in said
+    assert "hush" not in said
+    assert not (tmp_path / ".imstream").exists()
+
+
+async def test_settings_given_to_it_reach_the_parts(tmp_path: Path) -> None:
+    with up(tmp_path, "--node", "a7", "--init-timeout", "100ms", "--demo-length", "3", *QUICK) as imstream:
+        imstream.wait_until_ready()
+        assert "'im:{node:a7}:requests'" in imstream.running.output()
+        async with Client(imstream.ws, 10001) as client:
+            assert await (await client.send("why?")).text() == "".join(canned_answer("why?", 3))

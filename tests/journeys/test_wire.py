@@ -1,0 +1,311 @@
+"""The wire, situation by situation, as any client meets it: what is said, and what comes back."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from imstream.ai.demo.answer import canned_answer, pieces
+from tests.support.one_node import standing_node
+from tests.support.peer import peer
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.one_node import OneNode
+    from tests.support.servers import DemoBackend
+
+USER, OTHER, THIRD = 10001, 10002, 10003
+
+QUEUE, EACH = 3, 2
+"""The caps of this node: for all, and for one user."""
+
+BRIEF = "[[demo first=0 pace=1ms length=30]]"
+LONG = "[[demo first=0 pace=20ms length=5000]]"
+
+LANGUAGES = {None: "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9": "en", "fr": "zh", "fr, en;q=0.5": "en"}
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+    """A node with little room."""
+    folder = tmp_path_factory.mktemp("wire")
+    with standing_node(folder, demo.url, queue_limit=QUEUE, user_limit=EACH, concurrency=1) as node:
+        yield node
+
+
+@pytest.fixture
+async def node(standing: OneNode) -> AsyncIterator[OneNode]:
+    """The node; after the test it is idle again, and has logged neither a complaint nor anybody's words."""
+    yield standing
+    await standing.settled()
+    standing.check_log()
+    assert "demo" not in standing.now.process.output()
+
+
+# Logging in
+
+
+@pytest.mark.parametrize("accept_language", LANGUAGES)
+async def test_init_logs_in_and_says_so_in_the_language_of_the_handshake(
+    accept_language: str | None, node: OneNode
+) -> None:
+    async with peer(node.now.ws(USER), lang=accept_language) as someone:
+        await someone.say("INIT", userId=USER)
+        welcome = await someone.frame()
+    texts = {"zh": "用户标识: 10001 登录成功", "en": "User id 10001: logged in"}
+    assert abs(int(welcome.pop("respTime")) - time.time() * 1000) < 60_000
+    assert welcome == {
+        "code": "SUCCESS",
+        "msgType": "INIT",
+        "contents": texts[LANGUAGES[accept_language]],
+        "userId": USER,
+        "node": "0",
+    }
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_a_ping_and_a_heartbeat_are_answered_with_a_heartbeat_before_and_after_init(
+    lang: str, node: OneNode
+) -> None:
+    text = {"zh": "心跳测试,很高兴收到你的心跳包", "en": "Heartbeat received, glad to hear from you"}[lang]
+    async with peer(node.now.ws(USER), lang=lang) as someone:
+        for logged_in in (False, True):
+            if logged_in:
+                await someone.login(USER)
+            for beat in ("PING", '{"msgType":"HEARTBEAT"}', '{"msgType":"HEARTBEAT","userId":10001}'):
+                await someone.send(beat)
+                answer = await someone.frame()
+                assert (answer["msgType"], answer["code"], answer["contents"]) == ("HEARTBEAT", "SUCCESS", text)
+
+
+# Chatting
+
+
+async def test_a_chat_is_accepted_streamed_and_done(node: OneNode) -> None:
+    question = f"你好 😀 {BRIEF}"
+    whole = canned_answer(question)
+    async with node.peer(USER, lang="en") as someone:
+        accepted = await someone.chat(USER, question, "m1")
+        assert (accepted["code"], accepted["position"], accepted["node"]) == ("SUCCESS", 1, "0")
+        assert accepted["contents"] == "Message received, place 1 in the queue"
+        told = await someone.end_of("m1")
+    deltas = [frame for frame in someone.frames if frame.get("event") == "delta"]
+    assert told.events == ["accepted", *["delta"] * len(deltas), "done"]
+    assert told.text == "".join(whole)
+    assert {frame["attempt"] for frame in deltas} == {1}
+    offsets = [frame["offset"] for frame in deltas]
+    assert offsets == sorted(set(offsets))
+    assert told.terminal is not None
+    assert (told.terminal["finishReason"], told.terminal["offset"]) == ("stop", offsets[-1])
+    assert told.terminal["usage"]["completion_tokens"] == len(whole)
+
+
+async def test_the_history_goes_to_the_backend(node: OneNode) -> None:
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one two three"},
+        {"role": "assistant", "content": "four five"},
+    ]
+    async with node.peer(USER) as someone:
+        await someone.chat(USER, f"six {BRIEF}", "m-history", history=history)
+        told = await someone.end_of("m-history")
+    assert told.terminal is not None
+    context = "\n".join([*(turn["content"] for turn in history), f"six {BRIEF}"])
+    assert told.terminal["usage"]["prompt_tokens"] == len(pieces(context))
+
+
+async def test_a_message_without_an_id_is_given_one(node: OneNode) -> None:
+    async with node.peer(USER) as someone:
+        ids = []
+        for _ in range(2):
+            await someone.say("CHAT", userId=USER, contents=f"hello {BRIEF}")
+            ids.append((await someone.until(event="accepted"))["messageId"])
+            assert (await someone.end_of(ids[-1])).events[-1] == "done"
+    assert all(re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", one) for one in ids)
+    assert len(set(ids)) == 2
+
+
+@pytest.mark.parametrize("message_id", ["a", "A-z.0:9_", "x" * 64])
+async def test_a_message_id_may_be_anything_of_its_alphabet(message_id: str, node: OneNode) -> None:
+    async with node.peer(USER) as someone:
+        assert (await someone.chat(USER, f"hello {BRIEF}", message_id))["event"] == "accepted"
+        assert (await someone.end_of(message_id)).events[-1] == "done"
+
+
+async def test_unknown_fields_are_ignored_in_every_frame(node: OneNode) -> None:
+    unknown: dict[str, Any] = {"traceId": "x", "x": {"deep": [1, None]}, "event": "done", "code": 7, "user_id": None}
+    async with peer(node.now.ws(USER)) as someone:
+        await someone.say("INIT", userId=USER, **unknown)
+        assert (await someone.frame())["msgType"] == "INIT"
+        await someone.say("HEARTBEAT", **unknown)
+        assert (await someone.frame())["msgType"] == "HEARTBEAT"
+        history = [{"role": "user", "content": "hi", "name": "somebody"}]
+        await someone.say("CHAT", userId=USER, contents=f"hi {BRIEF}", messageId="odd", history=history, **unknown)
+        assert (await someone.end_of("odd")).events[-1] == "done"
+        await someone.say("CANCEL", messageId="odd", **unknown)
+        assert (await someone.frame())["code"] == "TOO_LATE"
+
+
+# What is refused, on a socket that stays open
+
+
+def _chat(**fields: object) -> str:
+    return json.dumps({"msgType": "CHAT", "userId": USER, "contents": "hello", "messageId": "m", **fields})
+
+
+NOT_VALID = {
+    "hello": "",
+    "ping": "",
+    '{"msgType":"CHAT"': "",
+    "{}": "msgType",
+    '{"msgType":"SHOUT","userId":10001}': "msgType",
+    '{"msgType":7,"userId":10001}': "msgType",
+    '{"msgType":"chat","userId":10001}': "msgType",
+    '{"msgType":"CHAT","userId":10001}': "contents",
+    _chat(contents=""): "contents",
+    _chat(contents=7): "contents",
+    _chat(contents=None): "contents",
+    _chat(messageId=""): "messageId",
+    _chat(messageId="x" * 65): "messageId",
+    _chat(messageId="a b"): "messageId",
+    _chat(messageId="消息"): "messageId",
+    _chat(messageId=7): "messageId",
+    _chat(history="hello"): "history",
+    _chat(history=[{"role": "robot", "content": "hi"}]): "history.0.role",
+    _chat(history=[{"role": "user", "content": "hi"}, {"role": "user"}]): "history.1.content",
+    '{"msgType":"CANCEL"}': "messageId",
+    '{"msgType":"INIT","userId":10001,"resume":{}}': "resume",
+    '{"msgType":"INIT","userId":10001,"resume":[{"offset":1}]}': "resume.0.messageId",
+    '{"msgType":"INIT","userId":10001,"resume":[{"messageId":"m","offset":-1}]}': "resume.0.offset",
+    '{"msgType":"INIT","userId":10001,"resume":[{"messageId":"m","attempt":"x"}]}': "resume.0.attempt",
+}
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_a_frame_that_is_not_valid_is_refused_with_the_name_of_its_field(lang: str, node: OneNode) -> None:
+    begin = {"zh": "消息格式有误: ", "en": "The message is not valid: "}[lang]
+    async with node.peer(USER, lang=lang) as someone:
+        for text, field in NOT_VALID.items():
+            await someone.send(text)
+            refused = await someone.frame()
+            assert (refused["msgType"], refused["code"]) == ("SYSTEM", "BAD_REQUEST"), text
+            assert refused["contents"].startswith(f"{begin}{field}: " if field else begin), text
+        await someone.send("PING")
+        assert (await someone.frame())["msgType"] == "HEARTBEAT"
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_nobody_chats_before_init_or_for_somebody_else(lang: str, node: OneNode) -> None:
+    first = {"zh": "请先登录 (INIT)", "en": "Please log in first (INIT)"}[lang]
+    other = {"zh": "不能以其他用户的身份操作", "en": "This socket belongs to another user"}[lang]
+    async with peer(node.now.ws(USER), lang=lang) as someone:
+
+        async def refused(msg_type: str, **fields: object) -> str:
+            await someone.say(msg_type, **fields)
+            frame = await someone.frame()
+            assert (frame["msgType"], frame["code"]) == ("SYSTEM", "FORBIDDEN")
+            return str(frame["contents"])
+
+        assert await refused("CHAT", userId=USER, contents="hello", messageId="m1") == first
+        assert await refused("CANCEL", messageId="m1") == first
+        assert await refused("INIT", userId=OTHER) == other  # than the one of the URL
+        await someone.login(USER)
+        assert await refused("CHAT", userId=OTHER, contents="hello", messageId="m1") == other
+        assert await refused("CANCEL", userId=OTHER, messageId="m1") == other
+        assert await refused("HEARTBEAT", userId=OTHER) == other
+        assert await refused("INIT", userId=OTHER) == other
+        await someone.login(USER)  # once more does no harm
+    assert node.unfinished() == 0
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_what_does_not_fit_is_told_busy_at_once_and_fits_later(lang: str, node: OneNode) -> None:
+    for_all = {
+        "zh": "当前排队人数较多,请稍后再重试!",
+        "en": "Many people are waiting right now, please try again later!",
+    }
+    for_one = {
+        "zh": "您有太多消息还在处理中,请等待回复后再发送!",
+        "en": "Too many of your messages are still being answered, please wait for a reply!",
+    }
+    async with AsyncExitStack() as stack:
+        users = {user: await stack.enter_async_context(node.peer(user, lang=lang)) for user in (USER, OTHER, THIRD)}
+        for number in range(EACH):
+            assert (await users[USER].chat(USER, f"{number} {LONG}", f"{lang}-{number}"))["event"] == "accepted"
+        await wait_until(lambda: len(node.pending()) == 1, "one is being answered")
+        too_many = await users[USER].chat(USER, "one more", f"{lang}-more")
+        accepted = await users[OTHER].chat(OTHER, f"his first {BRIEF}", f"{lang}-first")
+        assert accepted["position"] == 2  # behind the one that waits
+        full = await users[THIRD].chat(THIRD, f"her first {BRIEF}", f"{lang}-first")
+        for refused, text in ((too_many, for_one[lang]), (full, for_all[lang])):
+            assert (refused["msgType"], refused["code"], refused["contents"]) == ("SYSTEM", "BUSY", text)
+            assert 500 <= refused["retryAfterMs"] <= 10_000
+        assert node.unfinished() == QUEUE
+
+        for number in range(EACH):
+            await users[USER].say("CANCEL", messageId=f"{lang}-{number}")
+            assert (await users[USER].end_of(f"{lang}-{number}")).events[-1] == "cancelled"
+        assert (await users[OTHER].end_of(f"{lang}-first")).events[-1] == "done"
+        # The refused ones were not kept in secret; sent again on the same socket, they are answered.
+        assert node.record(THIRD, f"{lang}-first") == []
+        assert (await users[THIRD].chat(THIRD, f"her first {BRIEF}", f"{lang}-first"))["event"] == "accepted"
+        assert (await users[THIRD].end_of(f"{lang}-first")).events[-1] == "done"
+
+
+# What closes the socket
+
+BAD_IDS_IN_A_URL = [
+    "",
+    "abc",
+    "10000",
+    "0",
+    "-10001",
+    "1e9",
+    "10001x",
+    "10001.0",
+    "１２３４５",
+    "9007199254740992",
+    "%00",
+]
+BAD_IDS_IN_A_FRAME = ["null", '"abc"', "10000", "0", "-10001", "10001.5", "true", "[10001]", "{}", "9007199254740992"]
+
+
+async def _is_refused(node: OneNode, url: str, frame: str | None, lang: str) -> None:
+    async with peer(url, lang=lang) as someone:
+        if frame is not None:
+            await someone.send(frame)
+        assert await someone.closed() == 4501
+    [said] = someone.frames
+    text = {"zh": "用户身份标识有误!", "en": "The user id is not valid!"}[lang]
+    assert (said["msgType"], said["code"], said["contents"]) == ("SYSTEM", "SYSTEM_ERROR", text)
+    assert node.unfinished() == 0
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_a_bad_user_id_in_the_address_ends_the_socket(lang: str, node: OneNode) -> None:
+    for user in BAD_IDS_IN_A_URL:
+        await _is_refused(node, f"{node.now.ws()}?userId={user}", None, lang)
+
+
+@pytest.mark.parametrize("msg_type", ["INIT", "CHAT", "HEARTBEAT", "CANCEL"])
+async def test_a_bad_user_id_in_a_frame_ends_the_socket(msg_type: str, node: OneNode) -> None:
+    rest = '"contents":"hello","messageId":"m1"'
+    for user in BAD_IDS_IN_A_FRAME:
+        if user == "null" and msg_type in {"HEARTBEAT", "CANCEL"}:
+            continue  # there it may be left out
+        frame = f'{{"msgType":"{msg_type}","userId":{user},{rest}}}'
+        await _is_refused(node, node.now.ws(), frame, "zh" if msg_type == "INIT" else "en")
+    if msg_type in {"INIT", "CHAT"}:
+        await _is_refused(node, node.now.ws(), f'{{"msgType":"{msg_type}",{rest}}}', "en")
+
+
+async def test_the_address_may_leave_the_user_id_to_init(node: OneNode) -> None:
+    async with peer(node.now.ws()) as someone:
+        assert (await someone.login(USER))["userId"] == USER

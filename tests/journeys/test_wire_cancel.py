@@ -1,0 +1,135 @@
+"""CANCEL on the wire, at every moment of a message's life."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from tests.support.one_node import standing_node
+from tests.support.peer import Told
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.one_node import OneNode
+    from tests.support.servers import DemoBackend
+
+USER, OTHER = 10001, 10002
+
+BRIEF = "[[demo first=0 pace=1ms length=30]]"
+LONG = "[[demo first=0 pace=10ms length=5000]]"
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+    """A node that works on one request at a time."""
+    with standing_node(tmp_path_factory.mktemp("cancel"), demo.url, concurrency=1) as node:
+        yield node
+
+
+@pytest.fixture
+async def node(standing: OneNode) -> AsyncIterator[OneNode]:
+    """The node; after the test it is idle again."""
+    yield standing
+    await standing.settled()
+    standing.check_log()
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_a_running_answer_is_stopped_and_its_text_so_far_stays(lang: str, node: OneNode) -> None:
+    abandoned = node.ai_stats()["abandoned"]
+    question, message_id = f"tell me {LONG}", f"running-{lang}"
+    async with node.peer(USER, lang=lang) as someone:
+        await someone.chat(USER, question, message_id)
+        await someone.some_text(message_id, 40)
+        await someone.say("CANCEL", messageId=message_id)
+        told = await someone.end_of(message_id)
+        assert told.terminal is not None
+        assert (told.terminal["event"], told.terminal["code"]) == ("cancelled", "SUCCESS")
+        assert told.terminal["contents"] == {"zh": "已取消", "en": "Cancelled"}[lang]
+        await wait_until(lambda: node.ai_stats()["abandoned"] == abandoned + 1, "the call to the backend is closed")
+    assert told.events.count("cancelled") == 1
+    assert "".join(canned_answer(question)).startswith(told.text)
+    assert node.recorded(USER, message_id) == ("cancelled", told.text)
+    async with node.peer(USER, resume={message_id: Told()}) as later:
+        again = await later.end_of(message_id)
+        assert (again.text, again.events[-1]) == (told.text, "cancelled")
+
+
+async def test_a_waiting_message_is_never_begun(node: OneNode) -> None:
+    calls = node.ai_stats()["calls"]
+    async with node.peer(USER) as someone:
+        await someone.chat(USER, f"first {LONG}", "blocking")
+        await someone.some_text("blocking")
+        await someone.chat(USER, f"second {LONG}", "waiting")
+        await someone.say("CANCEL", messageId="waiting")
+        assert (await someone.end_of("waiting")).events == ["accepted", "cancelled"]
+        await someone.say("CANCEL", messageId="blocking")
+        assert (await someone.end_of("blocking")).events[-1] == "cancelled"
+    await node.settled()
+    assert node.ai_stats()["calls"] == calls + 1
+    assert node.recorded(USER, "waiting") == ("cancelled", "")
+
+
+async def test_a_message_cancelled_in_the_same_breath_ends_once(node: OneNode) -> None:
+    async with node.peer(USER) as someone:
+        for number in range(20):
+            message_id = f"breath-{number}"
+            await someone.say("CHAT", userId=USER, contents=f"{number} {LONG}", messageId=message_id)
+            await someone.say("CANCEL", messageId=message_id)
+        for number in range(20):
+            assert (await someone.end_of(f"breath-{number}")).events[-1] == "cancelled"
+    await node.settled()
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_after_the_end_it_is_too_late_and_an_unknown_message_is_unknown(lang: str, node: OneNode) -> None:
+    too_late = {"zh": "这条消息的回答已经结束,无法取消", "en": "The answer to this message had already ended"}[lang]
+    unknown = {"zh": "没有找到这条消息", "en": "There is no such message"}[lang]
+    ended = f"ended-{lang}"
+    async with node.peer(USER, lang=lang) as someone:
+        await someone.chat(USER, f"hello {BRIEF}", ended)
+        told = await someone.end_of(ended)
+        for message_id, code, text in ((ended, "TOO_LATE", too_late), ("never-sent", "UNKNOWN", unknown)):
+            await someone.say("CANCEL", messageId=message_id)
+            said = await someone.frame()
+            assert (said["msgType"], said["code"], said["messageId"]) == ("SYSTEM", code, message_id)
+            assert said["contents"] == text
+    assert node.recorded(USER, ended) == ("done", told.text)
+    assert node.record(USER, "never-sent") == []
+
+
+async def test_a_second_cancel_is_told_the_same(node: OneNode) -> None:
+    async with node.peer(USER) as someone:
+        await someone.chat(USER, f"hello {LONG}", "twice")
+        await someone.some_text("twice")
+        await someone.say("CANCEL", messageId="twice")
+        await someone.end_of("twice")
+    async with node.peer(USER) as someone:
+        await someone.say("CANCEL", messageId="twice")
+        receipt = await someone.frame()
+        assert (receipt["event"], receipt["code"], receipt["messageId"]) == ("cancelled", "SUCCESS", "twice")
+
+
+async def test_nobody_cancels_the_message_of_another_user(node: OneNode) -> None:
+    async with node.peer(USER) as someone, node.peer(OTHER) as other:
+        await someone.chat(USER, "mine [[demo first=0 pace=5ms length=100]]", "mine")
+        await someone.some_text("mine")
+        await other.say("CANCEL", messageId="mine")
+        assert (await other.frame())["code"] == "UNKNOWN"  # as if there were none
+        await other.say("CANCEL", userId=USER, messageId="mine")
+        assert (await other.frame())["code"] == "FORBIDDEN"
+        assert (await someone.end_of("mine")).events[-1] == "done"
+
+
+async def test_another_socket_of_the_user_may_cancel_and_both_are_told(node: OneNode) -> None:
+    async with node.peer(USER) as asking, node.peer(USER) as elsewhere:
+        await asking.chat(USER, f"hello {LONG}", "from-elsewhere")
+        told = await asking.some_text("from-elsewhere")
+        await elsewhere.say("CANCEL", messageId="from-elsewhere")
+        assert (await elsewhere.frame())["event"] == "cancelled"
+        assert (await asking.end_of("from-elsewhere")).events[-1] == "cancelled"
+        assert told.text

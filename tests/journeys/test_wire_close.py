@@ -1,0 +1,94 @@
+"""How the node ends a socket: it says why, and the close code says what to do next."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.one_node import standing_node
+from tests.support.peer import peer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.one_node import OneNode
+    from tests.support.servers import DemoBackend
+
+USER = 10001
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+    """A node with little patience."""
+    limits = {"init_timeout": "600ms", "idle_timeout": "1500ms", "max_frame": 4096}
+    with standing_node(tmp_path_factory.mktemp("close"), demo.url, **limits) as node:
+        yield node
+
+
+@pytest.fixture
+async def node(standing: OneNode) -> AsyncIterator[OneNode]:
+    """The node; after the test it is idle again."""
+    yield standing
+    await standing.settled()
+    standing.check_log()
+
+
+@pytest.mark.parametrize(
+    ("lang", "text"),
+    [("zh", "没有及时登录,连接已断开"), ("en", "No login (INIT) in time, the connection was closed")],
+)
+async def test_who_does_not_log_in_in_time_is_closed_with_4500_heartbeats_or_not(
+    lang: str, text: str, node: OneNode
+) -> None:
+    async with peer(node.now.ws(USER), lang=lang) as someone:
+        await someone.send("PING")
+        assert (await someone.frame())["msgType"] == "HEARTBEAT"
+        assert await someone.closed() == 4500
+    assert (someone.frames[-1]["msgType"], someone.frames[-1]["contents"]) == ("SYSTEM", text)
+
+
+@pytest.mark.parametrize(
+    ("lang", "text"),
+    [("zh", "长时间没有收到心跳,连接已断开"), ("en", "No heartbeat for a long time, the connection was closed")],
+)
+async def test_who_falls_silent_is_closed_with_4001_and_may_come_back(lang: str, text: str, node: OneNode) -> None:
+    async with node.peer(USER, lang=lang) as someone:
+        assert await someone.closed() == 4001
+    assert (someone.frames[-1]["msgType"], someone.frames[-1]["contents"]) == ("SYSTEM", text)
+    async with node.peer(USER) as someone:
+        await someone.send("PING")
+        assert (await someone.frame())["msgType"] == "HEARTBEAT"
+
+
+async def test_heartbeats_keep_a_socket_open_and_an_answer_alone_does_not(node: OneNode) -> None:
+    question = "on and on [[demo first=0 pace=50ms length=100]]"  # 5 s
+    async with node.peer(USER) as beating, node.peer(USER) as silent:
+
+        async def beat() -> None:
+            while len(beating.told["beating"].events) < 60:  # twice as long as silence is borne
+                await beating.until(messageId="beating")
+                await beating.send("PING")
+
+        await beating.chat(USER, question, "beating")
+        await silent.chat(USER, f"another, {question}", "silent")
+        code, _ = await asyncio.gather(silent.closed(), beat())
+        assert code == 4001
+        for message_id in ("beating", "silent"):
+            await beating.say("CANCEL", messageId=message_id)
+        assert (await beating.end_of("beating")).events[-1] == "cancelled"
+
+
+async def test_a_frame_that_is_too_big_is_closed_with_1009(node: OneNode) -> None:
+    def chat(size: int) -> str:
+        frame = {"msgType": "CHAT", "userId": USER, "messageId": f"m{size}", "contents": ""}
+        frame["contents"] = "x" * (size - len(json.dumps(frame)))
+        return json.dumps(frame)
+
+    async with node.peer(USER) as someone:
+        await someone.send(chat(4096))
+        assert (await someone.end_of("m4096")).events[-1] == "done"
+        await someone.send(chat(4097))
+        assert await someone.closed() == 1009

@@ -1,0 +1,173 @@
+"""How commands reach Redis: together, with a time limit, and never repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
+from imstream.store import connection
+from imstream.store.connection import Commands
+from imstream.store.scripts import Script
+from tests.support.processes import free_port
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.redis.conftest import Store
+    from tests.support.servers import RedisServer
+
+SHORT = timedelta(milliseconds=300)
+
+
+@pytest.fixture
+async def commands(redis_server: RedisServer) -> AsyncIterator[Commands]:
+    """Two lanes with a short time limit."""
+    async with Commands(redis_server.url, lanes=2, timeout=SHORT) as commands:
+        yield commands
+
+
+async def test_each_caller_gets_the_answer_to_its_own_command(commands: Commands) -> None:
+    answers = await asyncio.gather(*(commands.execute("ECHO", f"{n} 你好") for n in range(300)))
+    assert answers == [f"{n} 你好" for n in range(300)]
+
+
+async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, store: Store) -> None:
+    def reads() -> int:
+        """How often the server has read from a socket; asking costs one."""
+        return int(store.redis.info("stats")["total_reads_processed"])
+
+    async with Commands(redis_server.url, lanes=4, timeout=timedelta(seconds=5)) as commands:
+        await commands.execute("PING")
+        for together in (1, 2, 50):
+            before = reads()
+            await asyncio.gather(*(commands.execute("ECHO", n) for n in range(together)))
+            assert reads() - before == 1 + 1
+
+
+async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MAX_BATCH", 7)
+    assert await asyncio.gather(*(commands.execute("ECHO", str(n)) for n in range(100))) == [str(n) for n in range(100)]
+
+
+async def test_while_one_lane_waits_the_others_carry_on(redis_server: RedisServer, store: Store) -> None:
+    async with Commands(redis_server.url, lanes=2, timeout=timedelta(seconds=5)) as commands:
+        blocked = asyncio.create_task(commands.execute("BLPOP", "nothing", 1))
+        await wait_until(lambda: any(one["cmd"] == "blpop" for one in store.redis.client_list()), "one lane waits")
+        answers = [await commands.execute("ECHO", str(n)) for n in range(20)]
+        assert answers == [str(n) for n in range(20)]
+        assert not blocked.done()
+        assert await blocked is None
+
+
+async def test_a_refused_command_fails_alone(commands: Commands) -> None:
+    results = await asyncio.gather(
+        commands.execute("SET", "k", "text", "PX", 1000),
+        commands.execute("HGET", "k", "field"),
+        commands.execute("NO-SUCH-COMMAND"),
+        commands.execute("GET", "k"),
+        return_exceptions=True,
+    )
+    assert isinstance(results[1], StoreRefused)
+    assert "WRONGTYPE" in str(results[1])
+    assert isinstance(results[2], StoreRefused)
+    assert results[3] == "text"
+
+
+@pytest.mark.parametrize("argument", [None, object(), ["list"]])
+async def test_a_command_that_cannot_be_sent_is_its_callers_error_alone(commands: Commands, argument: object) -> None:
+    results = await asyncio.gather(
+        commands.execute("ECHO", "before"),
+        commands.execute("ECHO", argument),  # type: ignore[arg-type]
+        commands.execute("ECHO", "after"),
+        return_exceptions=True,
+    )
+    assert isinstance(results[1], TypeError)
+    assert (results[0], results[2]) == ("before", "after")
+    assert await asyncio.gather(*(commands.execute("ECHO", n) for n in "abc")) == ["a", "b", "c"]
+
+
+async def test_text_that_is_no_unicode_is_sent_with_marks_in_its_place(commands: Commands) -> None:
+    assert await commands.execute("ECHO", "a\ud800b") == "a?b"
+
+
+async def test_text_in_redis_that_is_no_utf8_does_no_harm(commands: Commands) -> None:
+    assert await commands.execute("ECHO", b"a\xffb") == "a\ufffdb"
+
+
+async def test_a_write_at_maxmemory_is_told_from_an_absence(commands: Commands, store: Store) -> None:
+    store.redis.config_set("maxmemory", 1)
+    with pytest.raises(StoreFull):
+        await commands.execute("SET", "k", "v")
+    with pytest.raises(StoreFull):
+        await Script("queued").run(commands, ("k",), (1000,))
+    assert await commands.execute("GET", "k") is None
+
+
+async def test_a_replica_that_cannot_be_written_is_as_good_as_away(commands: Commands, store: Store) -> None:
+    store.redis.replicaof("127.0.0.1", str(free_port()))
+    try:
+        with pytest.raises(StoreUnavailable, match="read only replica"):
+            await commands.execute("SET", "k", "v")
+        with pytest.raises(StoreUnavailable, match="read only replica"):
+            await Script("queued").run(commands, ("k",), (1000,))
+    finally:
+        store.redis.replicaof("no", "one")
+
+
+async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: RedisServer) -> None:
+    with own_server.client() as client:
+        client.config_set("save", "1 1")
+        client.set("k", "v")
+        shutil.rmtree(own_server.folder)  # where it would save
+        await wait_until(lambda: _cannot_save(client), "a save has failed")
+    async with Commands(own_server.url, lanes=1, timeout=SHORT) as commands:
+        with pytest.raises(StoreUnavailable, match="MISCONF"):
+            await commands.execute("SET", "k", "v")
+        with pytest.raises(StoreUnavailable, match="MISCONF"):
+            await Script("queued").run(commands, ("k2",), (1000,))
+    own_server.kill()  # it would not end without having saved
+
+
+def _cannot_save(client: redis.Redis) -> bool:
+    info: dict[str, object] = client.info("persistence")
+    if info["rdb_last_bgsave_status"] == "ok" and not info["rdb_bgsave_in_progress"]:
+        with suppress(redis.ResponseError):
+            client.bgsave()
+    return info["rdb_last_bgsave_status"] == "err"
+
+
+async def test_a_script_is_sent_in_full_only_to_a_server_that_does_not_know_it(
+    commands: Commands, store: Store
+) -> None:
+    script = Script("queued")
+    store.redis.script_flush()
+    for n in range(3):
+        assert await script.run(commands, (f"im:{{user:1}}:reply:{n}",), (1000,)) == 1
+    stats = store.redis.info("commandstats")
+    store.redis.script_flush()
+    store.redis.config_resetstat()
+    assert await script.run(commands, ("im:{user:1}:reply:4",), (1000,)) == 1
+    assert await script.run(commands, ("im:{user:1}:reply:4",), (1000,)) == 0
+    stats = store.redis.info("commandstats")
+    assert stats["cmdstat_eval"]["calls"] == 1
+    assert stats["cmdstat_evalsha"]["calls"] == 2
+
+
+async def test_a_caller_that_leaves_takes_nothing_from_the_others(commands: Commands) -> None:
+    callers = [asyncio.create_task(commands.execute("ECHO", str(n))) for n in range(10)]
+    await asyncio.sleep(0)
+    for caller in callers[::2]:
+        caller.cancel()
+    results = await asyncio.gather(*callers, return_exceptions=True)
+    assert results[1::2] == ["1", "3", "5", "7", "9"]
+    assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])

@@ -1,0 +1,204 @@
+"""Redis hangs, dies, or is something else: whoever asked is told in time, and nothing is repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.errors import StoreError, StoreRefused, StoreUnavailable
+from imstream.store import connection
+from imstream.store.connection import Commands, Reader
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.support.servers import RedisServer
+
+SHORT = timedelta(milliseconds=300)
+
+
+def pause(server: RedisServer) -> None:
+    """The server hangs: its connections stay open and nothing answers."""
+    assert server.process is not None
+    server.process.signal(signal.SIGSTOP)
+
+
+def resume(server: RedisServer) -> None:
+    """It goes on, with all that has reached it meanwhile."""
+    assert server.process is not None
+    server.process.signal(signal.SIGCONT)
+
+
+async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_server: RedisServer) -> None:
+    async with Commands(own_server.url, lanes=2, timeout=SHORT) as commands:
+        await commands.execute("PING")
+        pause(own_server)
+        began = asyncio.get_running_loop().time()
+        results = await asyncio.gather(*(commands.execute("ECHO", n) for n in range(20)), return_exceptions=True)
+        assert all(isinstance(result, StoreUnavailable) for result in results)
+        assert asyncio.get_running_loop().time() - began < 5
+        resume(own_server)
+        await wait_until(lambda: _answers(commands), "it answers again")
+        # The late answers of before meet nobody.
+        assert await asyncio.gather(*(commands.execute("ECHO", f"{n}") for n in range(20))) == [
+            f"{n}" for n in range(20)
+        ]
+
+
+async def _answers(commands: Commands) -> bool:
+    try:
+        return bool(await commands.execute("PING"))
+    except StoreError:
+        return False
+
+
+async def test_nothing_is_repeated_when_the_outcome_is_unknown(own_server: RedisServer) -> None:
+    async with Commands(own_server.url, lanes=1, timeout=SHORT) as commands:
+        await commands.execute("PING")
+        pause(own_server)
+        with pytest.raises(StoreUnavailable):
+            await commands.execute("XADD", "s", "*", "a", "b")
+        resume(own_server)
+        await wait_until(lambda: _answers(commands), "it answers again")
+        assert await commands.execute("XLEN", "s") == 1
+
+
+async def test_a_server_killed_and_started_again_is_found_again(own_server: RedisServer) -> None:
+    async with Commands(own_server.url, lanes=2, timeout=SHORT) as commands:
+        await commands.execute("PING")
+        own_server.kill()
+        with pytest.raises(StoreUnavailable):
+            await commands.execute("PING")
+        own_server.start()
+        # The very first command: nothing is tried on a connection that has died.
+        assert await commands.execute("ECHO", "back") == "back"
+
+
+async def test_while_redis_hangs_the_commands_that_wait_are_bounded(
+    own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MAX_WAITING", 10)
+    async with Commands(own_server.url, lanes=1, timeout=SHORT) as commands:
+        await commands.execute("PING")
+        pause(own_server)
+        first = asyncio.create_task(commands.execute("PING"))
+        await wait_until(lambda: not commands._waiting, "the lane has taken it")  # noqa: SLF001 - nothing else tells
+        waiting = [asyncio.create_task(commands.execute("PING")) for _ in range(10)]
+        await asyncio.sleep(0)
+        with pytest.raises(StoreUnavailable, match="10 commands are waiting"):
+            await commands.execute("PING")
+        results = await asyncio.gather(first, *waiting, return_exceptions=True)
+        assert all(isinstance(result, StoreUnavailable) for result in results)
+        resume(own_server)
+        await wait_until(lambda: _answers(commands), "it answers again")
+
+
+async def test_a_caller_that_leaves_while_redis_hangs_does_no_harm(own_server: RedisServer) -> None:
+    async with Commands(own_server.url, lanes=1, timeout=SHORT) as commands:
+        await commands.execute("PING")
+        pause(own_server)
+        callers = [asyncio.create_task(commands.execute("NO-SUCH-COMMAND")) for _ in range(2)]
+        await asyncio.sleep(0)
+        callers[0].cancel()
+        with pytest.raises(StoreUnavailable):
+            await callers[1]
+        resume(own_server)
+        await wait_until(lambda: _answers(commands), "it answers again")
+
+
+async def test_who_still_waits_at_the_end_is_told_and_who_comes_later_too(own_server: RedisServer) -> None:
+    async with Commands(own_server.url, lanes=1, timeout=timedelta(seconds=20)) as commands:
+        await commands.execute("PING")
+        pause(own_server)
+        under_way = asyncio.create_task(commands.execute("PING"))
+        await wait_until(lambda: not commands._waiting, "the lane has taken it")  # noqa: SLF001 - nothing else tells
+        waiting = asyncio.create_task(commands.execute("PING"))
+        await asyncio.sleep(0)
+    for asked in (under_way, waiting):
+        with pytest.raises(StoreUnavailable):
+            await asked
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await commands.execute("PING")
+
+
+@asynccontextmanager
+async def server_that_says(words: bytes) -> AsyncIterator[str]:
+    """Something that listens where Redis should be, and says this to everybody."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            writer.write(words)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+
+
+@pytest.mark.parametrize("words", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x01\x00\x02\x02F", b"$5\r\nab"])
+async def test_something_else_where_redis_should_be_is_no_redis(words: bytes) -> None:
+    reader = None
+    async with server_that_says(words) as url, Commands(url, lanes=2, timeout=SHORT) as commands:
+        for _ in range(3):  # more often than there are lanes: none has died of it
+            with pytest.raises(StoreUnavailable):
+                await commands.execute("PING")
+        reader = Reader(url, block=SHORT, timeout=SHORT)
+        with pytest.raises(StoreUnavailable):
+            await reader.execute("PING")
+        await reader.aclose()
+
+
+async def test_the_reader_blocks_for_as_long_as_it_may(redis_server: RedisServer) -> None:
+    reader = Reader(redis_server.url, block=timedelta(seconds=1), timeout=SHORT)
+    assert await reader.execute("BLPOP", "nothing", "0.5") is None  # longer than the time limit of a round trip
+    with pytest.raises(StoreRefused):
+        await reader.execute("XREADGROUP", "GROUP", "g", "c", "STREAMS", "s", ">")
+    await reader.aclose()
+
+
+async def test_the_reader_notices_a_hung_server(own_server: RedisServer) -> None:
+    reader = Reader(own_server.url, block=SHORT, timeout=SHORT)
+    assert await reader.execute("ECHO", "1") == "1"
+    pause(own_server)
+    with pytest.raises(StoreUnavailable):
+        await reader.execute("ECHO", "2")
+    resume(own_server)
+    assert await reader.execute("ECHO", "3") == "3"
+    own_server.kill()
+    with pytest.raises(StoreUnavailable):
+        await reader.execute("ECHO", "4")
+    own_server.start()
+    assert await reader.execute("ECHO", "5") == "5"
+    await reader.aclose()
+
+
+async def test_a_cancelled_caller_of_the_reader_ends_wherever_it_stands(redis_server: RedisServer) -> None:
+    reader = Reader(redis_server.url, block=SHORT, timeout=SHORT)
+    await reader.execute("PING")
+    for ticks in range(40):
+        caller = asyncio.create_task(reader.execute("PING"))
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        if not caller.done():
+            caller.cancel()
+            await asyncio.wait([caller])
+            assert caller.cancelled(), f"cancelled after {ticks} ticks, it went on"
+    assert await reader.execute("ECHO", "fine") == "fine"
+    await reader.aclose()
+
+
+async def test_lanes_end_wherever_they_stand(redis_server: RedisServer) -> None:
+    for ticks in range(40):
+        async with asyncio.timeout(10), Commands(redis_server.url, lanes=1, timeout=SHORT) as commands:
+            await commands.execute("PING")
+            callers = [asyncio.create_task(commands.execute("PING")) for _ in range(3)]
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+        for answer in await asyncio.gather(*callers, return_exceptions=True):
+            assert answer is True or answer == "PONG" or isinstance(answer, StoreUnavailable)

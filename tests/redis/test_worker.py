@@ -1,0 +1,216 @@
+"""The worker in this process: requests taken, answered, recorded and finished, whatever one of them does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.ai.backend import Message
+from imstream.errors import PermanentBackendError
+from imstream.store.replies import Terminal
+from tests.redis.conftest import chat_request
+from tests.redis.workshop import USER, workshop
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.support.servers import RedisServer
+
+
+async def test_a_request_is_answered_recorded_and_finished(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        follower = shop.follow()
+        await shop.ask()
+        call = await shop.backend.call(1)
+        assert call.messages == [Message("user", "hi"), Message("assistant", "hello"), Message("user", "你好")]
+        call.say("你好,")
+        assert follower.text == "你好,"  # at once, before it is recorded
+        await wait_until(lambda: len(shop.entries()) == 3, "the text is recorded while the answer goes on")
+        call.done("世界", "!", finish_reason="length", usage={"total_tokens": 7})
+        assert await follower.end() == "done"
+        assert follower.terminal == Terminal("done", "length", {"total_tokens": 7})
+        assert follower.text == "你好,世界!"
+        await shop.idle()
+        assert shop.recorded() == ("done", "你好,世界!")
+        assert [entry["event"] for entry in shop.entries()] == ["queued", "opened", "text", "done"]
+        assert shop.dead() == []
+
+
+async def test_requests_that_came_before_the_worker_are_answered(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, start=False) as shop:
+        await shop.ask()
+        shop.backend.always = lambda call: call.done("hi")
+        shop.start()
+        await shop.idle()
+        assert shop.recorded() == ("done", "hi")
+
+
+async def test_no_more_requests_run_at_once_than_there_are_slots(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, concurrency=2) as shop:
+        for n in range(5):
+            await shop.ask(f"m{n}")
+        for finished in range(5):
+            await shop.backend.call(min(finished + 2, 5))
+            assert len(shop.backend.calls) <= finished + 2
+            assert len(shop.pending()) <= 2
+            assert shop.worker.running <= 2
+            shop.backend.calls[finished].done("x")
+        await shop.idle()
+
+
+async def test_a_client_sees_the_end_only_when_it_is_recorded(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        recorded_at_end: list[str] = []
+        reply = shop.board.get(USER, "m")
+
+        def look(_: object) -> None:
+            if reply.terminal is not None:
+                recorded_at_end.append(shop.recorded()[1])
+
+        reply.watch(look)
+        await shop.ask()
+        (await shop.backend.call(1)).done("all ", "of it")
+        await shop.idle()
+        assert recorded_at_end == ["all of it"]
+
+
+async def test_a_defect_in_one_request_buries_it_and_the_others_go_on(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        follower = shop.follow("bad")
+        await shop.ask("bad")
+        await shop.ask("good")
+        await shop.backend.call(2)
+        bad, good = shop.backend.calls
+        bad.say("so far")
+        bad.fail(ZeroDivisionError("a defect"))
+        assert await follower.end() == "failed"
+        good.done("fine")
+        await shop.idle()
+        assert shop.recorded("bad") == ("failed", "so far")
+        assert shop.recorded("good") == ("done", "fine")
+        [letter] = shop.dead()
+        assert (letter["message_id"], letter["reason"]) == ("bad", "internal_error")
+        assert letter["error"] == "ZeroDivisionError: a defect"
+
+
+@pytest.mark.parametrize("reply_stream", ["another type", "no event", "usage that is no JSON"])
+async def test_a_reply_stream_that_was_tampered_with_stops_nobody_else(
+    redis_server: RedisServer, reply_stream: str
+) -> None:
+    async with workshop(redis_server) as shop:
+        key = shop.keys.reply(USER, "bad")
+        match reply_stream:
+            case "another type":
+                shop.redis.set(key, "x", px=60_000)
+            case "no event":
+                shop.redis.xadd(key, {"attempt": "0", "offset": "0"})
+                shop.redis.xadd(key, {"attempt": "0", "offset": "0", "event": "done"})
+            case _:
+                shop.redis.xadd(key, {"attempt": "1", "offset": "0", "event": "done", "usage": "{"})
+        shop.redis.pexpire(key, 60_000)
+        shop.backend.always = lambda call: call.done("fine")
+        await shop.requests.admit(chat_request(USER, "bad"))
+        await shop.ask("good")
+        await wait_until(lambda: shop.redis.xlen(shop.keys.requests("0")) == 1, "the other request is finished")
+        assert shop.recorded("good") == ("done", "fine")
+        await shop.ask("another")
+        await wait_until(lambda: shop.redis.xlen(shop.keys.requests("0")) == 1, "and one that came later")
+        assert shop.recorded("another") == ("done", "fine")
+        assert len(shop.backend.calls) == 2
+
+
+@pytest.mark.parametrize("fields", [{"user": "nobody", "message_id": "m"}, {"a": "b"}, {"user": "10001"}])
+async def test_an_entry_that_is_no_request_is_buried(redis_server: RedisServer, fields: dict[str, str]) -> None:
+    async with workshop(redis_server) as shop:
+        shop.redis.xadd(shop.keys.requests("0"), fields)
+        await shop.ask("good")
+        (await shop.backend.call(1)).done("fine")
+        await shop.idle()
+        [letter] = shop.dead()
+        assert letter["reason"] == "malformed"
+        assert fields.items() <= letter.items()
+
+
+async def test_the_same_message_twice_is_answered_once(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        first = shop.follow()
+        await shop.ask()
+        call = await shop.backend.call(1)
+        call.say("one ")
+        second = shop.follow()
+        await shop.ask()  # a resend while the answer is made
+        await wait_until(lambda: shop.redis.xlen(shop.keys.requests("0")) == 1, "the duplicate is finished")
+        call.done("answer")
+        assert await first.end() == await second.end() == "done"
+        await shop.idle()
+        third = shop.follow()
+        await shop.ask()  # and one after its end, when nobody here knows of it any more
+        assert await third.end() == "done"
+        await shop.idle()
+        assert {first.text, second.text, third.text} == {"one answer"}
+        assert len(shop.backend.calls) == 1
+
+
+async def test_a_duplicate_of_a_refused_message_is_told_the_same_and_buried_once(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        await shop.ask()
+        (await shop.backend.call(1)).fail(PermanentBackendError("http_400", "no such model"))
+        await shop.idle()
+        again = shop.follow()
+        await shop.ask()
+        assert await again.end() == "failed"
+        assert again.terminal == Terminal("failed", reason="http_400", error="no such model")
+        await shop.idle()
+        assert len(shop.dead()) == 1
+        assert len(shop.backend.calls) == 1
+
+
+async def test_messages_of_two_users_with_the_same_id_are_two_messages(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        await shop.ask(user=10001)
+        await shop.ask(user=10002)
+        await shop.backend.call(2)
+        for number, call in enumerate(shop.backend.calls):
+            call.done(str(number))
+        await shop.idle()
+        assert {shop.recorded(user=user)[1] for user in (10001, 10002)} == {"0", "1"}
+
+
+async def test_nothing_is_held_for_a_message_that_has_ended(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        shop.backend.always = lambda call: call.done("x")
+        for n in range(10):
+            await shop.ask(f"m{n}")
+        await shop.idle()
+        shop.backend.calls.clear()
+        assert len(shop.board) == 0
+
+
+async def test_a_worker_that_is_told_to_stop_finishes_what_it_has_begun(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        await shop.ask("begun")
+        call = await shop.backend.call(1)
+        shop.worker.stop()
+        assert shop.worker.stopping
+        await shop.no_longer_reads()
+        await shop.ask("later")
+        call.done("x")
+        assert shop.running is not None
+        await shop.running
+        assert shop.recorded("begun") == ("done", "x")
+        assert shop.redis.xlen(shop.keys.requests("0")) == 1
+
+
+async def test_readiness_follows_what_the_worker_hears_from_redis(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, start=False) as shop:
+        assert not shop.worker.progressed_within(60)
+        shop.start()
+        await wait_until(lambda: shop.worker.progressed_within(1), "the worker hears from Redis")
+        for n in range(64):
+            await shop.ask(f"m{n}")
+        await wait_until(lambda: shop.worker.running == 64, "all slots are taken")
+        shop.redis.config_resetstat()
+        await wait_until(lambda: "cmdstat_ping" in shop.redis.info("commandstats"), "it asks for a sign of life")
+        for call in shop.backend.calls:
+            call.done("x")
+        await shop.idle()

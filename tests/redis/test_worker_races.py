@@ -1,0 +1,132 @@
+"""The worker when answers of Redis come late, never, or in another order than they were asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.errors import TransientBackendError
+from imstream.store.scripts import Script
+from tests.redis.workshop import workshop
+from tests.support.tcp_proxy import Fate, tcp_proxy
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.support.servers import RedisServer
+
+ON_SERVERS = ["valkey"]
+
+APPEND = Script("append").digest.encode()
+
+
+@pytest.mark.parametrize("fate", [Fate.SILENCE, Fate.CUT])
+async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: RedisServer, fate: Fate) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        workshop(redis_server, url=proxy.url, redis_timeout="300ms") as shop,
+    ):
+        await shop.ask("warm")
+        (await shop.backend.call(1)).done("x")  # from now on Redis knows the scripts
+        await shop.idle()
+        await shop.ask()
+        follower = shop.follow()
+        call = await shop.backend.call(2)
+        trap = proxy.on_answer_to(APPEND, fate=fate)
+        call.say("one ")
+        await wait_until(lambda: trap.sprung, "the append has reached Redis")
+        call.say("two ")  # more, while nobody knows of the first
+        await wait_until(lambda: "two " in [entry.get("text") for entry in shop.entries()], "the rest is recorded too")
+        call.done("three")
+        assert await follower.end() == "done"
+        assert shop.recorded() == ("done", "one two three")
+        assert (follower.text, follower.restarts) == ("one two three", 0)
+        assert len(shop.backend.calls) == 2
+
+
+async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_server: RedisServer) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        workshop(redis_server, url=proxy.url, redis_timeout="300ms") as shop,
+    ):
+        await shop.ask("warm")
+        (await shop.backend.call(1)).done("x")
+        await shop.idle()
+        await shop.ask()
+        call = await shop.backend.call(2)
+        trap = proxy.on_answer_to(APPEND, fate=Fate.SILENCE)
+        call.say("one ")
+        await wait_until(lambda: trap.sprung, "the append has reached Redis")
+        call.done("two")
+        await shop.idle()
+        assert shop.recorded() == ("done", "one two")
+        assert len(shop.backend.calls) == 2
+
+
+async def test_a_late_answer_to_the_attempt_before_does_not_stop_the_next_one(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, retry_wait="1ms", sweep_interval="1h") as shop:
+        await shop.ask()
+        call = await shop.backend.call(1)
+        job = next(iter(shop.worker._jobs.values()))  # noqa: SLF001 - the race needs a hand on the job
+        call.say("lost")
+        # The flush of the first attempt reaches Redis after the opening of the second.
+        append, release = shop.replies.append, asyncio.Event()
+
+        async def late(*args: object, **kwargs: object) -> object:
+            await release.wait()
+            return await append(*args, **kwargs)  # type: ignore[arg-type]
+
+        shop.replies.append = late  # type: ignore[method-assign, assignment]
+        flushing = asyncio.create_task(job.flush())
+        await asyncio.sleep(0)
+        shop.replies.append = append  # type: ignore[method-assign]
+        call.fail(TransientBackendError("http_503"))
+        second = await shop.backend.call(2)
+        release.set()
+        await flushing
+        second.done("kept")
+        await shop.idle()
+        assert shop.recorded() == ("done", "kept")
+        assert len(shop.backend.calls) == 2
+
+
+async def test_when_redis_lost_everything_between_two_attempts_their_texts_are_not_mixed(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, retry_wait="1ms") as shop:
+        await shop.ask()
+        follower = shop.follow()
+        call = await shop.backend.call(1)
+        call.say("first try")
+        shop.redis.flushall()
+        call.fail(TransientBackendError("http_503"))
+        (await shop.backend.call(2)).done("and the second")
+        assert await follower.end() == "done"
+        assert follower.text == "and the second"
+        assert shop.recorded() == ("done", "and the second")
+
+
+async def test_a_message_sent_again_after_redis_lost_everything_is_answered_by_one_of_both(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, flush_interval="1h") as shop:
+        await shop.ask()
+        follower = shop.follow()
+        first = await shop.backend.call(1)
+        first.say("1 ")
+        shop.redis.flushall()
+        await wait_until(lambda: shop.redis.exists(shop.keys.requests("0")), "the group is made again")
+        await shop.ask()  # the client, impatient
+        second = await shop.backend.call(2)
+        for n in range(5):
+            first.say("1 ")
+            second.say(f"2.{n} ")
+        first.done("1 ")
+        second.done("2 ")
+        assert await follower.end() == "done"
+        await shop.idle()
+        event, text = shop.recorded()
+        assert event == "done"
+        assert follower.text == text
+        assert text == "2.0 2.1 2.2 2.3 2.4 2 "

@@ -1,0 +1,258 @@
+"""A worker in this process, on a real server, with an AI backend that the test plays itself.
+
+A test asks (`shop.ask`), as the gateway does; waits until the worker has called the AI (`shop.backend.call`); says
+text and ends the call as it likes (`call.say`, `call.done`, `call.fail`); waits until nothing is left (`shop.idle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from imstream.ai.backend import Completion
+from imstream.ai.breaker import Breaker
+from imstream.keys import GROUP, Keys
+from imstream.reply import Cursor, Finished, Grown, ReplyBoard, Restarted
+from imstream.settings import Settings
+from imstream.store.connection import Commands, Reader
+from imstream.store.replies import ReplyStore
+from imstream.store.requests import Admitted, RequestStream
+from imstream.worker.job import Parts
+from imstream.worker.worker import Worker
+from tests.redis.conftest import chat_request
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from imstream.ai.backend import Message
+    from imstream.reply import Reply
+    from imstream.store.replies import Terminal
+    from tests.support.servers import RedisServer
+
+USER = 10001
+
+QUICK: dict[str, Any] = {
+    "redis_timeout": "1s",
+    "read_block": "50ms",
+    "sweep_interval": "100ms",
+    "flush_interval": "20ms",
+    "retry_wait": "10ms",
+    "user_limit": 100,
+}
+"""Settings that make a test short."""
+
+
+@dataclass
+class Call:
+    """One AI call that is under way.
+
+    Attributes:
+        say: Gives the worker a piece of text.
+        at: When it was made, on the clock of the loop.
+        cancelled: Whether the worker has ended it.
+    """
+
+    messages: Sequence[Message]
+    say: Callable[[str], None]
+    outcome: asyncio.Future[Completion]
+    at: float
+    cancelled: bool = False
+
+    def done(self, *pieces: str, finish_reason: str = "stop", usage: dict[str, int] | None = None) -> None:
+        """Say the rest; the answer is whole."""
+        for piece in pieces:
+            self.say(piece)
+        self.outcome.set_result(Completion(finish_reason, usage))
+
+    def fail(self, error: Exception) -> None:
+        """There is no whole answer."""
+        self.outcome.set_exception(error)
+
+
+class PlayedBackend:
+    """A backend whose calls a test plays, one by one; with `always` they are all answered at once."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.always: Callable[[Call], None] | None = None
+
+    async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
+        """See `Backend`."""
+        loop = asyncio.get_running_loop()
+        call = Call(messages, on_text, loop.create_future(), loop.time())
+        self.calls.append(call)
+        if self.always is not None:
+            self.always(call)
+        try:
+            return await call.outcome
+        except asyncio.CancelledError:
+            call.cancelled = True
+            raise
+
+    async def call(self, number: int) -> Call:
+        """Wait for the first call, the second, …."""
+        await wait_until(lambda: len(self.calls) >= number, f"AI call {number} is made")
+        return self.calls[number - 1]
+
+
+class Follower:
+    """Does with a reply what a socket and its client do; `text` is what the client has put together."""
+
+    def __init__(self, reply: Reply, *, attempt: int = 0, offset: int = 0, text: str = "") -> None:
+        self.text = text
+        self.restarts = 0
+        self.terminal: Terminal | None = None
+        self._cursor = Cursor(reply, attempt=attempt, offset=offset)
+        reply.watch(self.wake)
+        self.wake(reply)
+
+    def wake(self, _: Reply) -> None:
+        """Take all that is new."""
+        while self.terminal is None and (step := self._cursor.advance()) is not None:
+            match step:
+                case Restarted():
+                    self.text, self.restarts = "", self.restarts + 1
+                case Grown(_, text, offset):
+                    self.text += text
+                    assert len(self.text) == offset
+                case Finished(_, offset, terminal):
+                    assert len(self.text) == offset
+                    self.terminal = terminal
+
+    async def end(self) -> str:
+        """Wait for the end; its event."""
+        await wait_until(lambda: self.terminal is not None, "the follower is told the end")
+        assert self.terminal is not None
+        return self.terminal.event
+
+
+@dataclass
+class Workshop:
+    """One process that works on the requests of node 0.
+
+    Attributes:
+        redis: A client of the test's own. Its types name every shape that an answer may have, and are of no use here.
+    """
+
+    settings: Settings
+    redis: Any
+    backend: PlayedBackend
+    requests: RequestStream
+    replies: ReplyStore
+    board: ReplyBoard
+    worker: Worker
+    keys: Keys = field(default_factory=Keys)
+    running: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to take requests."""
+        self.running = asyncio.create_task(self.worker.run())
+
+    async def stop(self) -> None:
+        """End in good order: what is running is handed back."""
+        if self.running is not None:
+            self.worker.stop()
+            self.worker.drain()
+            await self.running
+            self.running = None
+
+    async def crash(self) -> None:
+        """End as a killed process does: in the middle of everything."""
+        assert self.running is not None
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+        self.running = None
+
+    async def ask(self, message_id: str = "m", *, user: int = USER) -> str:
+        """Have a request admitted; its entry id."""
+        verdict = await self.requests.admit(chat_request(user, message_id))
+        assert isinstance(verdict, Admitted)
+        await self.replies.mark_queued(user, message_id)
+        return verdict.entry_id
+
+    def follow(self, message_id: str = "m", *, user: int = USER, **where: Any) -> Follower:  # noqa: ANN401 - see there
+        """Follow a reply as a socket does."""
+        return Follower(self.board.get(user, message_id), **where)
+
+    def entries(self, message_id: str = "m", *, user: int = USER) -> list[dict[str, str]]:
+        """What the reply stream says."""
+        return [fields for _, fields in self.redis.xrange(self.keys.reply(user, message_id))]
+
+    def recorded(self, message_id: str = "m", *, user: int = USER) -> tuple[str, str]:
+        """The terminal event of a reply, of which there is one, and the text of its last attempt."""
+        entries = self.entries(message_id, user=user)
+        ends = [entry for entry in entries if entry["event"] in ("done", "failed", "cancelled")]
+        assert len(ends) == 1, f"{len(ends)} terminal events"
+        assert ends[0] is entries[-1]
+        return ends[0]["event"], self.recorded_text(message_id, user=user)
+
+    def recorded_text(self, message_id: str = "m", *, user: int = USER) -> str:
+        """The text of the last attempt so far."""
+        entries = self.entries(message_id, user=user)
+        return "".join(entry.get("text", "") for entry in entries if entry["attempt"] == entries[-1]["attempt"])
+
+    def dead(self) -> list[dict[str, str]]:
+        """The dead letters."""
+        return [fields for _, fields in self.redis.xrange(self.keys.dead("0"))]
+
+    def pending(self) -> dict[str, int]:
+        """Deliveries of what was given to a worker and is not finished, by entry id."""
+        try:
+            rows = self.redis.xpending_range(self.keys.requests("0"), GROUP, "-", "+", 1000)
+        except redis.ResponseError:  # no group yet
+            return {}
+        return {row["message_id"]: row["times_delivered"] for row in rows}
+
+    async def no_longer_reads(self) -> None:
+        """Wait until the worker asks for no new requests, and the last time it asked has passed."""
+        await wait_until(
+            lambda: not any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in self.redis.client_list()),
+            "nobody waits for new requests",
+        )
+
+    async def idle(self) -> None:
+        """Wait until nothing is unfinished, and nothing is left over."""
+        await wait_until(lambda: self.redis.xlen(self.keys.requests("0")) == 0, "no request is unfinished")
+        await wait_until(lambda: self.pending() == {}, "nothing is pending")
+        await wait_until(lambda: self.worker.running == 0, "no job is left")
+        assert not self.redis.exists(self.keys.load("0"))
+
+
+@asynccontextmanager
+async def workshop(
+    server: RedisServer,
+    *,
+    backend: PlayedBackend | None = None,
+    url: str | None = None,
+    start: bool = True,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> AsyncIterator[Workshop]:
+    """Build the parts of a process and start its worker; at the end, stop it and see that it holds nothing any more.
+
+    Args:
+        server: Its Redis.
+        backend: Its AI; a new one unless given.
+        url: Where it finds its Redis, if not directly.
+        start: Whether it begins at once.
+        settings: Instead of those in `QUICK`.
+    """
+    known = Settings.load(redis_url=url or server.url, node="0", **{**QUICK, **settings})
+    backend = backend or PlayedBackend()
+    reader = Reader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
+    async with Commands(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
+        requests, replies, board = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBoard()
+        worker = Worker(Parts(known, requests, replies, board, backend, Breaker(known)))
+        with server.client() as client:
+            shop = Workshop(known, client, backend, requests, replies, board, worker)
+            if start:
+                shop.start()
+            try:
+                yield shop
+            finally:
+                await shop.stop()
+                await reader.aclose()

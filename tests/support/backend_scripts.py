@@ -1,0 +1,44 @@
+"""Scripts for the scripted backend that faults need: by question, broken off, waiting for the test."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tests.support.scripted_backend import Exchange, Framing, Request, Script
+
+
+def question_of(request: Request) -> str:
+    """What a request asks: its last message."""
+    question: str = request.json["messages"][-1]["content"]
+    return question
+
+
+def by_question(scripts: Mapping[str, Sequence[Script]], *, otherwise: Script | None = None) -> Script:
+    """A script: each question has its own scripts, one for each time it is asked; then `otherwise`."""
+    left = {question: deque(each) for question, each in scripts.items()}
+
+    async def script(exchange: Exchange) -> None:
+        question = question_of(exchange.request)
+        chosen = left[question].popleft() if left.get(question) else otherwise
+        assert chosen is not None, f"no script for {question!r}"
+        await chosen(exchange)
+
+    return script
+
+
+def breaks_off(*parts: bytes, reset: bool = False, framing: Framing = "chunked") -> Script:
+    """A script: these parts of a body, and the connection is gone."""
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.start(framing=framing)
+        await exchange.send(*parts)
+        if reset:
+            exchange.reset()
+        else:
+            exchange.drop()
+
+    return script

@@ -1,0 +1,154 @@
+"""A raw WebSocket client that repeats nothing and hides nothing: it keeps every frame, and puts answers together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from imstream.wire import Code, Event
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+LIMIT = 20.0
+"""Seconds that anything may take; a test that means something by a duration says so itself."""
+
+Frame = dict[str, Any]
+
+_TERMINAL = (Event.DONE, Event.FAILED, Event.CANCELLED)
+
+
+class Chatter:
+    """One user on one socket.
+
+    Attributes:
+        asked: What was asked, by message id.
+        accepted: Ids of the messages that the node has promised to answer.
+        frames: What the node has said about each message. Frames about none are under the empty id.
+        close_code: How the socket was closed; None while it is open.
+    """
+
+    def __init__(self, user_id: int, socket: ClientConnection) -> None:
+        self.user_id = user_id
+        self.asked: dict[str, str] = {}
+        self.accepted: set[str] = set()
+        self.frames: dict[str, list[Frame]] = defaultdict(list)
+        self.close_code: int | None = None
+        self._socket = socket
+        self._heard = asyncio.Condition()
+
+    async def say(self, **frame: object) -> None:
+        """Send a frame."""
+        await self._socket.send(json.dumps(frame))
+
+    async def send(self, message_id: str, question: str) -> None:
+        """Send a CHAT and wait for nothing. A message that has ended is asked about anew."""
+        if self.ends(message_id):
+            self.frames[message_id].clear()
+        self.asked[message_id] = question
+        await self.say(msgType="CHAT", userId=self.user_id, messageId=message_id, contents=question)
+
+    async def ask(self, message_id: str, question: str) -> str:
+        """Send a CHAT; what the node says to it at once: `accepted`, or the code of its refusal."""
+        before = len(self.verdicts(message_id))
+        await self.send(message_id, question)
+        await self.until(lambda: len(self.verdicts(message_id)) > before, f"a word about {message_id}")
+        return self.verdicts(message_id)[before]
+
+    async def ask_until_accepted(self, message_id: str, question: str, limit: float = LIMIT) -> list[str]:
+        """Send a CHAT again and again, as a client does that was told UNAVAILABLE or BUSY; the refusals."""
+        refusals = []
+        async with asyncio.timeout(limit):
+            while (verdict := await self.ask(message_id, question)) != Event.ACCEPTED:
+                refusals.append(verdict)
+                await asyncio.sleep(0.05)  # a client's own pace
+        return refusals
+
+    async def grown(self, message_id: str, length: int = 1) -> str:
+        """Wait until the answer has that many characters; the text so far."""
+        await self.until(lambda: len(self.text(message_id)) >= length, f"{length} characters of {message_id}")
+        return self.text(message_id)
+
+    async def ended(self, message_id: str, limit: float = LIMIT) -> str:
+        """Wait for the end of an answer; how it ended."""
+        await self.until(lambda: bool(self.ends(message_id)), f"the end of {message_id}", limit)
+        return self.ends(message_id)[0]
+
+    def ends(self, message_id: str) -> list[str]:
+        """The terminal events that the node has told."""
+        return [frame["event"] for frame in self.frames[message_id] if frame.get("event") in _TERMINAL]
+
+    def verdicts(self, message_id: str) -> list[str]:
+        """What the node has said to each CHAT with this id: `accepted`, or the code of its refusal."""
+        frames = self.frames[message_id]
+        return [
+            str(frame["event"] if frame["msgType"] == "CHAT" else frame["code"])
+            for frame in frames
+            if frame["msgType"] == "SYSTEM" or frame.get("event") == Event.ACCEPTED
+        ]
+
+    def is_expired(self, message_id: str) -> bool:
+        """Whether the node has said that it knows nothing of a message."""
+        return any(frame["code"] == Code.EXPIRED for frame in self.frames[message_id])
+
+    def text(self, message_id: str) -> str:
+        """The answer so far. Fails when text is missing or repeated (I5)."""
+        text, attempt = "", None
+        for frame in self.frames[message_id]:
+            match frame.get("event"):
+                case Event.RESTART:
+                    text, attempt = "", None
+                case Event.DELTA:
+                    assert attempt in (None, frame["attempt"]), f"{message_id}: another attempt without restart"
+                    attempt = frame["attempt"]
+                    text += frame["contents"]
+                    assert frame["offset"] == len(text), f"{message_id}: text is missing or repeated"
+        return text
+
+    async def until(self, condition: Callable[[], bool], what: str, limit: float = LIMIT) -> None:
+        """Wait until what was heard fulfils a condition. Fails after `limit` seconds, or when the socket is closed."""
+        try:
+            async with asyncio.timeout(limit), self._heard:
+                await self._heard.wait_for(lambda: condition() or self.close_code is not None)
+        except TimeoutError:
+            raise AssertionError(f"not within {limit} s: {what}") from None
+        assert condition(), f"closed with {self.close_code} before: {what}"
+
+    async def listen(self) -> None:
+        """Keep what comes, until the socket is closed."""
+        try:
+            async for message in self._socket:
+                frame = json.loads(message)
+                message_id = frame.get("messageId", "")
+                async with self._heard:
+                    self.frames[message_id].append(frame)
+                    if frame.get("event") == Event.ACCEPTED:
+                        self.accepted.add(message_id)
+                    self._heard.notify_all()
+        except ConnectionClosed:
+            pass
+        async with self._heard:
+            self.close_code = self._socket.close_code
+            self._heard.notify_all()
+
+
+@asynccontextmanager
+async def chatter(url: str, user_id: int, *, resume: list[dict[str, object]] | None = None) -> AsyncIterator[Chatter]:
+    """A user who is logged in. `url` is the node's WebSocket address."""
+    # The other clients of a test keep this process busy; that must not look like a node that does not answer.
+    async with connect(url, compression=None, ping_interval=None, open_timeout=LIMIT) as socket:
+        one = Chatter(user_id, socket)
+        listening = asyncio.create_task(one.listen())
+        try:
+            await one.say(msgType="INIT", userId=user_id, resume=resume or [])
+            await one.until(lambda: any(frame["msgType"] == "INIT" for frame in one.frames[""]), "the login")
+            yield one
+        finally:
+            await socket.close()
+            await listening

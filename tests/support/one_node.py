@@ -1,0 +1,223 @@
+"""One node that may die and come back: the same id, port and Redis, and the checks that hold after every fault."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.request
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from imstream.keys import GROUP, Keys
+from tests.support.peer import TERMINAL, peer
+from tests.support.processes import free_port
+from tests.support.servers import NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    import redis
+
+    from tests.support.peer import Peer, Told
+
+QUICK: dict[str, object] = {"read_block": "250ms", "sweep_interval": "500ms", "retry_wait": "20ms", "user_limit": 100}
+"""Settings that make a test wait less, and let one user do what takes several otherwise."""
+
+CRASHING = ("-m", "tests.support.crashing_node")
+
+
+@dataclass
+class OneNode:
+    """A node, what it stands on, and what it left in Redis.
+
+    Attributes:
+        now: The process that runs it now.
+        fds: How many files it had open when it became ready.
+    """
+
+    folder: Path
+    redis: redis.Redis
+    redis_url: str
+    ai_url: str
+    settings: dict[str, object]
+    port: int = field(default_factory=free_port)
+    now: NodeProcess = field(init=False)
+    fds: int = field(default=0, init=False)
+
+    def start_now(self, *, crash_at: str | None = None, wait: bool = True, **settings: object) -> None:
+        """Start it, again if need be; `crash_at` is a point of `tests.support.crashing_node`."""
+        self.now = start_node(
+            self.folder,
+            redis_url=self.redis_url,
+            ai_url=self.ai_url,
+            port=self.port,
+            settings={**self.settings, **settings},
+            command=("-m", "imstream", "node") if crash_at is None else (*CRASHING, "--at", crash_at),
+            wait=wait,
+        )
+        if wait:
+            self.fds = psutil.Process(self.now.process.pid).num_fds()
+
+    async def start(self, *, crash_at: str | None = None, wait: bool = True, **settings: object) -> None:
+        """`start_now`, while the event loop of the test goes on."""
+        await asyncio.to_thread(self.start_now, crash_at=crash_at, wait=wait, **settings)
+
+    async def killed(self) -> None:
+        """SIGKILL it."""
+        await asyncio.to_thread(self.now.process.kill)
+
+    async def died(self) -> int:
+        """Wait until it has died by itself; its exit code."""
+        await wait_until(lambda: self.now.process.process.poll() is not None, "the node is dead", limit=20)
+        return self.now.process.wait()
+
+    @asynccontextmanager
+    async def kept_alive(self, *, crash_at: str) -> AsyncIterator[list[int]]:
+        """Start it again whenever it dies, as a supervisor does; gives the exit codes so far."""
+        deaths: list[int] = []
+        over = asyncio.Event()
+
+        async def supervise() -> None:
+            while not over.is_set():
+                if (code := self.now.process.process.poll()) is not None:
+                    deaths.append(code)
+                    await self.start(crash_at=crash_at, wait=False)
+                await asyncio.sleep(0.02)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(supervise())
+            try:
+                yield deaths
+            finally:
+                over.set()
+
+    async def terminated(self, limit: float = 15.0) -> int:
+        """SIGTERM it; its exit code."""
+        return await asyncio.to_thread(self.now.process.terminate, limit)
+
+    def peer(
+        self, user: int, *, resume: dict[str, Told] | None = None, lang: str | None = None
+    ) -> AbstractAsyncContextManager[Peer]:
+        """A socket that is logged in."""
+        return peer(self.now.ws(user), user=user, resume=resume, lang=lang)
+
+    def ai_stats(self) -> dict[str, int]:
+        """What the demo backend counts: calls, running, answered, faulty, abandoned."""
+        with urllib.request.urlopen(f"{self.ai_url.removesuffix('/v1')}/stats", timeout=5) as answer:  # noqa: S310 - our own
+            found: dict[str, int] = json.load(answer)
+            return found
+
+    # What is in Redis
+
+    def unfinished(self) -> int:
+        """How many requests its stream holds."""
+        return self.redis.xlen(Keys().requests("0"))
+
+    def pending(self) -> list[dict[str, Any]]:
+        """The entries given to a worker and not finished."""
+        found: list[dict[str, Any]] = self.redis.xpending_range(Keys().requests("0"), GROUP, "-", "+", 1000)
+        return found
+
+    def dead(self) -> list[dict[str, str]]:
+        """The dead letters."""
+        return self._entries(Keys().dead("0"))
+
+    def record(self, user: int, message_id: str) -> list[dict[str, str]]:
+        """The entries of a reply stream."""
+        return self._entries(Keys().reply(user, message_id))
+
+    def recorded(self, user: int, message_id: str) -> tuple[str, str]:
+        """What the reply stream says in the end: its terminal event and the text of its last attempt."""
+        entries = self.record(user, message_id)
+        terminal = [entry for entry in entries if entry["event"] in TERMINAL]
+        assert len(terminal) == 1, f"{len(terminal)} terminal events of {message_id}"
+        assert terminal[0] is entries[-1], f"something was said after the end of {message_id}"
+        last = terminal[0]["attempt"]
+        return terminal[0]["event"], "".join(entry.get("text", "") for entry in entries if entry["attempt"] == last)
+
+    def events(self) -> dict[str, list[str]]:
+        """The events of every reply stream, by its key."""
+        keys = self.redis.scan_iter(Keys().reply(0, "*").replace("{user:0}", "*"))
+        return {key: [fields["event"] for fields in self._entries(key)] for key in keys}
+
+    def _entries(self, stream: str) -> list[dict[str, str]]:
+        rows: Any = self.redis.xrange(stream)
+        return [fields for _, fields in rows]
+
+    def ended(self) -> int:
+        """How many messages have their terminal event."""
+        return sum(not TERMINAL.isdisjoint(events) for events in self.events().values())
+
+    # What holds after every fault
+
+    async def settled(self) -> None:
+        """Wait until nothing is left to do; then every message has one end and nothing is left open."""
+        await wait_until(lambda: self.unfinished() == 0, "every request is finished", limit=20)
+        assert self.pending() == []
+        await wait_until(lambda: not self.redis.exists(Keys().load("0")), "no user has a request left")
+        for key, events in self.events().items():
+            assert sum(event in TERMINAL for event in events) == 1, f"{key}: {events}"
+        await self.nothing_open()
+
+    def clients(self) -> int:
+        """How many sockets of clients the process holds."""
+        connections = psutil.Process(self.now.process.pid).net_connections("tcp")
+        return sum(one.laddr.port == self.port and bool(one.raddr) for one in connections)
+
+    async def nothing_open(self) -> None:
+        """Wait until the process holds no more files than at its start: no client, and only idle calls to the AI."""
+        process = psutil.Process(self.now.process.pid)
+        ai_port = int(self.ai_url.split(":")[2].split("/")[0])
+        lanes = 5  # connections to Redis are opened when they are first needed
+
+        def leaked() -> int:
+            calls = [one for one in process.net_connections("tcp") if one.raddr and one.raddr.port == ai_port]
+            return self.clients() or max(0, process.num_fds() - len(calls) - self.fds - lanes)
+
+        await wait_until(lambda: leaked() == 0, "no file descriptor is left over")
+
+    def check_log(self) -> None:
+        """It has printed no traceback."""
+        output = self.now.process.output()
+        assert "Traceback" not in output, output
+
+
+@asynccontextmanager
+async def one_node(
+    folder: Path,
+    redis_server: RedisServer,
+    ai_url: str,
+    *,
+    crash_at: str | None = None,
+    **settings: object,
+) -> AsyncIterator[OneNode]:
+    """Start a node with these settings; at the end, no process of it is left and none has printed a traceback."""
+    with redis_server.client() as client:
+        node = OneNode(folder, client, redis_server.url, ai_url, {**QUICK, **settings})
+        await node.start(crash_at=crash_at)
+        try:
+            yield node
+        finally:
+            await asyncio.to_thread(node.now.process.__exit__, None, None, None)
+        node.check_log()
+
+
+@contextmanager
+def standing_node(folder: Path, ai_url: str, **settings: object) -> Iterator[OneNode]:
+    """A node with a Redis of its own, for many tests that do it no harm."""
+    server = RedisServer(valkey_binary(), free_port(), folder / "redis")
+    server.start()
+    try:
+        with server.client() as client:
+            node = OneNode(folder, client, server.url, ai_url, {**QUICK, **settings})
+            node.start_now()
+            with node.now.process:
+                yield node
+    finally:
+        server.stop()

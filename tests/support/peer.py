@@ -1,0 +1,204 @@
+"""A client that shares no code with imstream: the `websockets` package, JSON, and what the protocol says.
+
+    async with peer(node.ws(10001), user=10001) as someone:   # connected, logged in
+        await someone.chat("hello", "m1")                      # its first answer: accepted, or why not
+        told = await someone.end_of("m1")                      # told.text, told.terminal
+
+What it puts together it checks: nothing may come after the end of a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from websockets.asyncio.client import ClientConnection
+
+LIMIT = 20.0
+"""Seconds that a test waits for one frame at most."""
+
+TERMINAL = frozenset({"done", "failed", "cancelled"})
+
+Frame = dict[str, Any]
+
+
+@dataclass
+class Told:
+    """What was told of one message, put together as every client must.
+
+    Attributes:
+        text: The deltas since the last restart.
+        events: The events in their order, those told to earlier sockets included.
+        terminal: The frame that ended it.
+    """
+
+    text: str = ""
+    attempt: int = 0
+    offset: int = 0
+    events: list[str] = field(default_factory=list)
+    terminal: Frame | None = None
+
+    def take(self, frame: Frame) -> None:
+        """Take the next frame about this message."""
+        event = frame["event"]
+        assert self.terminal is None, f"{event} came after the end"
+        self.events.append(event)
+        if event in {"delta", "restart"}:
+            self.text = "" if event == "restart" else self.text + frame["contents"]
+            self.attempt, self.offset = frame["attempt"], frame["offset"]
+        if event in TERMINAL:
+            self.terminal = frame
+
+    @property
+    def point(self) -> Frame:
+        """Where to go on, for the next INIT, without the message id."""
+        return {"attempt": self.attempt, "offset": self.offset}
+
+
+class Peer:
+    """One socket.
+
+    Attributes:
+        frames: All frames so far.
+        told: What they say about each message.
+    """
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self.connection = connection
+        self.frames: list[Frame] = []
+        self.told: dict[str, Told] = {}
+
+    async def send(self, data: str | bytes) -> None:
+        """Send a message as it is."""
+        await self.connection.send(data)
+
+    async def say(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - any field, right or wrong
+        """Send a frame."""
+        await self.send(json.dumps({"msgType": msg_type, **fields}))
+
+    async def frame(self, limit: float = LIMIT) -> Frame:
+        """The next frame."""
+        async with asyncio.timeout(limit):
+            text = await self.connection.recv()
+        assert isinstance(text, str), "only text frames are promised"
+        frame: Frame = json.loads(text)
+        self.frames.append(frame)
+        if frame.get("event"):
+            self.told.setdefault(frame["messageId"], Told()).take(frame)
+        return frame
+
+    async def until(self, limit: float = LIMIT, **fields: Any) -> Frame:  # noqa: ANN401 - any field
+        """The next frame that has these fields; those before it are taken."""
+        async with asyncio.timeout(limit):
+            while True:
+                frame = await self.frame(limit)
+                if all(frame.get(name) == value for name, value in fields.items()):
+                    return frame
+
+    async def login(self, user: int, resume: Mapping[str, Told] | None = None) -> Frame:
+        """INIT, and go on with messages of which another socket was told that much."""
+        for message_id, told in (resume or {}).items():
+            self.told[message_id] = replace(told, events=list(told.events))
+        points = [{"messageId": message_id, **told.point} for message_id, told in (resume or {}).items()]
+        await self.say("INIT", userId=user, resume=points)
+        return await self.until(msgType="INIT")
+
+    async def chat(self, user: int, contents: str, message_id: str, **fields: Any) -> Frame:  # noqa: ANN401 - any field
+        """CHAT; the first frame about it: `accepted`, or why not."""
+        told = self.told.get(message_id)
+        if told is not None and told.terminal is not None:
+            del self.told[message_id]  # sent again: all of it will be told again
+        await self.say("CHAT", userId=user, contents=contents, messageId=message_id, **fields)
+        while True:
+            frame = await self.until(messageId=message_id)
+            if frame["msgType"] == "SYSTEM" or frame["event"] == "accepted":
+                return frame
+
+    async def some_text(self, message_id: str, length: int = 1) -> Told:
+        """Wait until that many characters were told; it must not have ended by then."""
+        while len(self._of(message_id).text) < length:
+            await self.until(messageId=message_id)
+        assert self._of(message_id).terminal is None, "it ended too early for this test"
+        return self._of(message_id)
+
+    async def end_of(self, message_id: str) -> Told:
+        """Wait for the end of a message."""
+        while self._of(message_id).terminal is None:
+            await self.until(messageId=message_id)
+        return self._of(message_id)
+
+    async def closed(self, limit: float = LIMIT) -> int:
+        """Wait until the server closes the socket; its close code, 1006 when it just broke."""
+        async with asyncio.timeout(limit):
+            while True:
+                try:
+                    await self.frame(limit)
+                except ConnectionClosed as closed:
+                    return closed.rcvd.code if closed.rcvd else 1006
+
+    def _of(self, message_id: str) -> Told:
+        return self.told.setdefault(message_id, Told())
+
+
+@asynccontextmanager
+async def peer(
+    url: str, *, user: int | None = None, lang: str | None = None, resume: Mapping[str, Told] | None = None
+) -> AsyncIterator[Peer]:
+    """Connect; with a user, log in.
+
+    Args:
+        url: The node's WebSocket address.
+        user: Who logs in; None leaves that to the test.
+        lang: What the handshake's `Accept-Language` says.
+        resume: What other sockets were told of messages that had not ended.
+    """
+    headers = {} if lang is None else {"Accept-Language": lang}
+    async with connect(
+        url, additional_headers=headers, compression=None, max_size=None, ping_interval=None, proxy=None
+    ) as connection:
+        someone = Peer(connection)
+        if user is not None:
+            await someone.login(user, resume)
+        yield someone
+
+
+async def answered(url: str, user: int, questions: Mapping[str, str]) -> dict[str, Told]:
+    """Ask, and hold on until all is answered, as a good client does: whenever the socket breaks, it connects again,
+    resumes what was accepted and sends what was not. Questions by message id."""  # noqa: D205, D209 - one thought
+    told = {message_id: Told() for message_id in questions}
+    while any(one.terminal is None for one in told.values()):
+        accepted = {message_id: one for message_id, one in told.items() if one.events and one.terminal is None}
+        try:
+            async with peer(url) as someone:
+                try:
+                    await someone.login(user, accepted)
+                    for message_id in questions:
+                        if not told[message_id].events:
+                            await someone.say("CHAT", userId=user, contents=questions[message_id], messageId=message_id)
+                    for message_id in questions:
+                        if told[message_id].terminal is None:
+                            await someone.end_of(message_id)
+                finally:
+                    told.update(someone.told)
+        except (ConnectionClosed, InvalidHandshake, OSError):
+            await asyncio.sleep(0.05)  # and again
+    return told
+
+
+async def all_answered(url: str, asked: Mapping[int, Mapping[str, str]]) -> dict[tuple[int, str], Told]:
+    """`answered` for several users at once; by user and message id."""
+    everybody: Sequence[dict[str, Told]] = await asyncio.gather(
+        *(answered(f"{url}?userId={user}", user, questions) for user, questions in asked.items())
+    )
+    return {
+        (user, message_id): one for user, told in zip(asked, everybody, strict=True) for message_id, one in told.items()
+    }

@@ -1,0 +1,141 @@
+"""What a process writes about itself, as an operator or a log collector reads it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import structlog
+
+from imstream import logs
+from imstream.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Logging belongs to the whole process: leave it as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in ("uvicorn.error", "uvicorn.access", "asyncio")}
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
+
+
+def configure(**settings: object) -> None:
+    """Configure logging as a node with these settings does."""
+    logs.configure(Settings.load(**settings))
+
+
+def test_outside_a_terminal_a_line_is_json_with_the_event_up_front(capsys: pytest.CaptureFixture[str]) -> None:
+    configure()
+    logs.get_logger().info("accepted", user=10001, place="上海")
+    line = capsys.readouterr().out
+    assert list(json.loads(line)) == ["timestamp", "level", "event", "user", "place"]
+    assert json.loads(line)["event"] == "accepted"
+    assert "上海" in line
+
+
+def test_console_lines_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(log_format="console")
+    logs.get_logger().info("accepted", user=10001)
+    line = capsys.readouterr().out
+    assert "accepted" in line
+    assert "user=10001" in line
+    assert "{" not in line
+
+
+def test_a_terminal_gets_console_lines_in_colour(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    configure()
+    logs.get_logger().info("accepted")
+    assert "\x1b[" in capsys.readouterr().out
+
+
+def test_lines_of_libraries_take_the_same_form(capsys: pytest.CaptureFixture[str]) -> None:
+    configure()
+    logging.getLogger("some.library").warning("%d things", 3)
+    line = json.loads(capsys.readouterr().out)
+    assert (line["event"], line["level"], line["logger"]) == ("3 things", "warning", "some.library")
+
+
+def test_query_strings_are_taken_out_of_what_libraries_log(capsys: pytest.CaptureFixture[str]) -> None:
+    configure()
+    logging.getLogger("uvicorn.error").warning('%s - "WebSocket %s" 403', "peer", "/ws?userId=10001&token=secret")
+    line = capsys.readouterr().out
+    assert "/ws?…" in line
+    assert "10001" not in line
+    assert "secret" not in line
+
+
+def test_a_line_for_each_connection_is_written_on_debug_only(capsys: pytest.CaptureFixture[str]) -> None:
+    configure()
+    logging.getLogger("uvicorn.error").info("connection open")
+    assert capsys.readouterr().out == ""
+    configure(log_level="debug")
+    logging.getLogger("uvicorn.error").info("connection open")
+    assert json.loads(capsys.readouterr().out)["event"] == "connection open"
+
+
+def test_below_the_level_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(log_level="warning")
+    logs.get_logger().info("accepted")
+    logs.get_logger().warning("careful")
+    assert json.loads(capsys.readouterr().out)["event"] == "careful"
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_traceback_never_shows_local_variables(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(log_format=log_format)
+
+    def fail(contents: str) -> None:
+        raise RuntimeError(f"{len(contents)} characters")
+
+    try:
+        fail("what a person " + "wrote")
+    except RuntimeError:
+        logs.get_logger().exception("it failed")
+        logging.getLogger("some.library").exception("it failed")
+    out = capsys.readouterr().out
+    assert out.count("RuntimeError: 19 characters") == 2
+    assert "what a person wrote" not in out
+
+
+def test_configured_twice_a_library_still_logs_each_line_once(capsys: pytest.CaptureFixture[str]) -> None:
+    configure()
+    configure()
+    logging.getLogger("some.library").warning("once")
+    assert capsys.readouterr().out.count("once") == 1
+
+
+def test_a_logger_made_before_configuring_writes_as_configured(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logs.get_logger()
+    configure()
+    logger.info("accepted")
+    assert json.loads(capsys.readouterr().out)["event"] == "accepted"
+
+
+def test_a_line_that_cannot_be_written_is_lost_and_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as nobody_reads:  # noqa: PTH123 - a file descriptor
+        monkeypatch.setattr(sys, "stdout", nobody_reads)
+        configure()
+        logs.get_logger().info("accepted")
+        logging.getLogger("some.library").warning("something")
+        monkeypatch.undo()
+        sink = os.open(os.devnull, os.O_WRONLY)  # what is left in the buffer can be flushed there
+        os.dup2(sink, writing)
+        os.close(sink)
