@@ -2,6 +2,7 @@
 
 ImstreamError
 ├── SettingsError            a setting has a wrong value; the text names it
+├── NodeTaken                another process runs the node with this id
 ├── StoreError               something about Redis
 │   ├── StoreUnavailable     not reached in time; whether the command was carried out is unknown
 │   ├── StoreFull            Redis is out of memory and refused to write; nothing was written
@@ -25,6 +26,16 @@ class ImstreamError(Exception):
 
 class SettingsError(ImstreamError):
     """A setting has a wrong value. The text names the setting, the value and what is allowed."""
+
+
+class NodeTaken(ImstreamError):  # noqa: N818 - reads as the state that it names
+    """Another process runs the node with this id. The text says which."""
+
+    def __init__(self, node: str, address: str, pid: int, host: str) -> None:
+        super().__init__(
+            f"node {node} is run by another process ({address}, process {pid} on {host}): "
+            "stop that one, or set IMSTREAM_NODE to another id"
+        )
 
 
 class StoreError(ImstreamError):

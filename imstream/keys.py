@@ -34,6 +34,26 @@ class Keys:
         """Stream: requests that a node gave up, newest 10,000 or so."""
         return f"{self.prefix}:{{node:{node}}}:dead"
 
+    def inbox(self, node: str) -> str:
+        """Stream that expires: what other nodes have to tell a node, newest 1,000 or so."""
+        return f"{self.prefix}:{{node:{node}}}:inbox"
+
+    def lease(self, node: str) -> str:
+        """String that expires: who runs a node now."""
+        return f"{self.prefix}:{{node:{node}}}:lease"
+
+    def adopter(self, node: str) -> str:
+        """String that expires: the node that looks after the stream of a node without a lease."""
+        return f"{self.prefix}:{{node:{node}}}:adopter"
+
+    def nodes(self) -> str:
+        """Sorted set, node to its last sign of life (ms since 1970): all nodes ever seen and not yet retired."""
+        return f"{self.prefix}:nodes"
+
+    def route(self, user_id: int) -> str:
+        """Set that expires: the nodes that hold a socket of a user."""
+        return f"{self.prefix}:{{user:{user_id}}}:route"
+
     def reply(self, user_id: int, message_id: str) -> str:
         """Stream that expires: all that was said about one message."""
         return f"{self.prefix}:{{user:{user_id}}}:reply:{message_id}"

@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvicorn
@@ -16,20 +17,30 @@ import uvicorn
 from imstream import logs
 from imstream.ai.backend import OpenAIBackend
 from imstream.ai.breaker import Breaker
-from imstream.errors import SettingsError
+from imstream.errors import NodeTaken, SettingsError, StoreError
 from imstream.gateway.app import make_app
+from imstream.gateway.following import Following
+from imstream.gateway.listener import Listener
+from imstream.gateway.presence import Presence
 from imstream.gateway.protocol import RequestProtocol, SocketProtocol
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.session import Services
 from imstream.reply import ReplyBoard
 from imstream.settings import ENV_PREFIX
 from imstream.store import health
+from imstream.store.adoption import Adoption
 from imstream.store.connection import Commands, Reader
+from imstream.store.inbox import Inbox, NodeLeft
+from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
+from imstream.store.routes import Routes
 from imstream.texts import Text
 from imstream.wire import Close
+from imstream.worker.adopter import Adopter
 from imstream.worker.job import Parts
+from imstream.worker.jobs import Jobs
+from imstream.worker.tenure import Tenure
 from imstream.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -40,26 +51,54 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_STUCK = 4
+"""Rounds of the consumer loop that may be missed before the node is taken for stuck."""
+
 _TICK = 0.05
 """Seconds between two looks while something is awaited that has no event of its own."""
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The connections of a node that wait: for requests, and for what other nodes have to tell."""
+
+    requests: Reader
+    inbox: Reader
 
 
 class Node:
     """One node. `serve` runs it until `shut_down` is called; then it drains and returns."""
 
-    def __init__(self, settings: Settings, backend: Backend, commands: Commands, reader: Reader) -> None:
+    def __init__(self, settings: Settings, backend: Backend, commands: Commands, readers: Readers) -> None:
         self.settings = settings
         self._commands = commands
-        board = ReplyBoard()
-        requests = RequestStream(commands, reader, settings)
+        self._port = settings.port
+        self._ending = asyncio.Event()
+        requests = RequestStream(commands, readers.requests, settings)
         replies = ReplyStore(commands, settings)
-        self.board = board
-        self.worker = Worker(Parts(settings, requests, replies, board, backend, Breaker(settings)))
-        self.registry = Registry(settings)
-        services = Services(settings, requests, replies, board, self.worker, self.registry)
+        self.board = board = ReplyBoard()
+        self.registry = registry = Registry(settings)
+        self._inbox = inbox = Inbox(commands, readers.inbox, settings)
+        self._leases = leases = Leases(commands, settings)
+        self.tenure = tenure = Tenure(leases, settings)
+        self.jobs = jobs = Jobs(settings, replies, board, inbox)
+        following = Following(settings, replies, board, registry)
+        parts = Parts(settings, requests, replies, board, backend, Breaker(settings), inbox, following.begun)
+        self.worker = Worker(parts, jobs, leases, tenure)
+
+        def worker_of(node: str) -> Worker:
+            """The same worker, pointed at another stream."""
+            other = RequestStream(commands, readers.requests, settings, node=node)
+            return Worker(replace(parts, requests=other), jobs, leases, tenure)
+
+        self.adopter = Adopter(settings, Adoption(commands, settings), leases, tenure, worker_of)
+        self._presence = Presence(settings, Routes(commands, settings), inbox, registry)
+        self._following = following
+        self._listener = Listener(inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter)
+        services = Services(settings, requests, replies, board, self.worker, jobs, registry, self._presence, following)
         self._server = _Server(
             uvicorn.Config(
-                make_app(services, not_ready=self.not_ready),
+                make_app(services, not_ready=self.not_ready, stuck=self.stuck),
                 host=settings.host,
                 port=settings.port,
                 http=RequestProtocol,
@@ -75,16 +114,24 @@ class Node:
                 timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
             )
         )
-        self._ending = asyncio.Event()
-        self._port = settings.port
 
     def not_ready(self) -> str | None:
         """Why the node cannot serve right now; None when it can."""
         if self._ending.is_set():
             return "draining"
+        if not self.worker.progressed_within(self._patience):
+            return "redis does not answer"
+        return None if self.tenure.held else "the lease is not held"
+
+    def stuck(self) -> str | None:
+        """Why the node will not come back by itself; None when all is well or can become so."""
+        return None if self.worker.turned_within(_STUCK * self._patience) else "the consumer loop does not go on"
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that one round of the consumer loop may take: a read that blocks, and two that are slow."""
         settings = self.settings
-        patience = settings.read_block + settings.redis_timeout + settings.redis_timeout
-        return None if self.worker.progressed_within(patience.total_seconds()) else "redis does not answer"
+        return (settings.read_block + 2 * settings.redis_timeout).total_seconds()
 
     @property
     def address(self) -> str:
@@ -97,21 +144,48 @@ class Node:
         self._ending.set()
 
     async def serve(self) -> None:
-        """Serve until `shut_down`."""
+        """Serve until `shut_down`.
+
+        Raises:
+            SettingsError: It cannot listen where it should.
+            NodeTaken: Another process runs this node.
+        """
         listener = self._listen()
-        async with asyncio.TaskGroup() as group:
-            looking_after = group.create_task(self.registry.run(), name="registry")
-            working = group.create_task(self.worker.run(), name="worker")
-            serving = group.create_task(self._server.serve([listener]), name="server")
-            announcing = group.create_task(self._announce(), name="announce")
-            await self._ending.wait()
-            announcing.cancel()
-            await self._drain(working)
-            # Only now: uvicorn closes every socket as soon as it is told to exit.
-            self._server.should_exit = True
-            await serving
-            working.cancel()
-            looking_after.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._serve(group, listener)
+        except* NodeTaken as taken:
+            # One of them is enough to tell; there is only one anyway.
+            error: BaseException = taken
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+
+    async def _serve(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
+        for_ever = [
+            group.create_task(task, name=name)
+            for name, task in {
+                "tenure": self.tenure.run(self.address),
+                "registry": self.registry.run(),
+                "presence": self._presence.run(),
+                "following": self._following.run(),
+                "listener": self._listener.run(),
+                "flusher": self.jobs.flush_regularly(),
+                "announce": self._announce(),
+            }.items()
+        ]
+        working = [
+            group.create_task(self.worker.run(), name="worker"),
+            group.create_task(self.adopter.run(), name="adopter"),
+        ]
+        serving = group.create_task(self._server.serve([listener]), name="server")
+        await self._ending.wait()
+        await self._drain(working)
+        # Only now: uvicorn closes every socket as soon as it is told to exit.
+        self._server.should_exit = True
+        await serving
+        for task in (*for_ever, *working):
+            task.cancel()
 
     def _listen(self) -> socket.socket:
         host, port = self.settings.host, self.settings.port
@@ -134,16 +208,28 @@ class Node:
         for warning in await health.warnings(self._commands):
             log.warning(warning)
 
-    async def _drain(self, working: asyncio.Task[None]) -> None:
-        log.info("draining", running=self.worker.running, sessions=len(self.registry))
+    async def _drain(self, working: list[asyncio.Task[None]]) -> None:
+        """Take nothing new, let what runs end, hand back the rest, send the clients elsewhere, let others take over."""
+        log.info("draining", running=len(self.jobs), sessions=len(self.registry))
         self.worker.stop()
-        await self._close_sessions(only_idle=True, until=working, limit=self.settings.drain_grace.total_seconds())
-        self.worker.drain()
-        await asyncio.wait([working], timeout=self.settings.redis_timeout.total_seconds())
+        self.adopter.stop()
+        all_work = asyncio.gather(*working, return_exceptions=True)
+        await self._close_sessions(only_idle=True, until=all_work, limit=self.settings.drain_grace.total_seconds())
+        self.jobs.drain()
+        await asyncio.wait([all_work], timeout=self.settings.redis_timeout.total_seconds())
+        await self._leave()
         await self._close_sessions(only_idle=False, until=None, limit=CLOSE_GRACE)
-        log.info("drained", unfinished=self.worker.running, sessions=len(self.registry))
+        log.info("drained", unfinished=len(self.jobs), sessions=len(self.registry))
 
-    async def _close_sessions(self, *, only_idle: bool, until: asyncio.Task[None] | None, limit: float) -> None:
+    async def _leave(self) -> None:
+        """Give the node up, and tell the others, so that what is left is adopted at once."""
+        await self.tenure.release()
+        try:
+            await self._inbox.tell(await self._leases.others(), NodeLeft(self.settings.node))
+        except StoreError:
+            return  # they see for themselves, a little later
+
+    async def _close_sessions(self, *, only_idle: bool, until: asyncio.Future[Any] | None, limit: float) -> None:
         """Close sessions as 1012, those that wait for an answer made here last, until a task has ended or `limit`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
@@ -165,18 +251,23 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def open_node(settings: Settings, backend: Backend | None = None) -> AsyncIterator[Node]:
     """Build a node with its connections; on leaving, close them. `backend` replaces the one of the settings."""
-    reader = Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
+    readers = Readers(_reader(settings), _reader(settings))
     try:
         async with Commands(
             settings.redis_url, lanes=settings.redis_connections, timeout=settings.redis_timeout
         ) as commands:
             if backend is not None:
-                yield Node(settings, backend, commands, reader)
+                yield Node(settings, backend, commands, readers)
             else:
                 async with OpenAIBackend(settings) as own:
-                    yield Node(settings, own, commands, reader)
+                    yield Node(settings, own, commands, readers)
     finally:
-        await reader.aclose()
+        await readers.requests.aclose()
+        await readers.inbox.aclose()
+
+
+def _reader(settings: Settings) -> Reader:
+    return Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
 
 
 async def serve(settings: Settings, backend: Backend | None = None) -> None:

@@ -32,6 +32,7 @@ class Reply:
         "live",
         "message_id",
         "offset",
+        "position",
         "terminal",
         "user_id",
     )
@@ -44,6 +45,8 @@ class Reply:
         self.terminal: Terminal | None = None
         self.live = False
         """Whether a worker in this process writes it: then what it holds is newer than any record."""
+        self.position = ""
+        """Up to where the record was taken over; it is read on from here. Empty: from its beginning."""
         self._texts: list[str] = []
         self._starts: list[int] = []
         self._watchers: set[Callable[[Reply], None]] = set()
@@ -52,6 +55,7 @@ class Reply:
         """A worker here begins an attempt: the text so far is discarded."""
         self.live = True
         self.attempt = attempt
+        self.position = ""
         self.terminal = None
         self._clear()
 
@@ -67,17 +71,25 @@ class Reply:
         self.terminal = terminal
         self._wake()
 
-    def load(self, record: Record) -> None:
-        """Take over what is recorded, unless a worker here knows better."""
+    def load(self, record: Record) -> bool:
+        """Take over what is recorded, unless a worker here knows better.
+
+        False when the record goes on from a text that is not the one held here: it must be read from its beginning.
+        """
         if self.terminal is not None or (self.live and record.terminal is None):
-            return
-        if self.text_from(0, limit=None) != record.text or self.attempt != record.attempt:
+            return True
+        if record.start > 0 and (record.attempt, record.start) != (self.attempt, self.offset):
+            self.position = ""
+            return False
+        if record.start == 0 and (self.text_from(0, limit=None), self.attempt) != (record.text, record.attempt):
             self.attempt = record.attempt
             self._clear()
-            if record.text:
-                self.append(record.text)
+        if self.offset < record.start + len(record.text):
+            self.append(record.text)
+        self.position = record.position
         if record.terminal is not None:
             self.end(record.terminal)
+        return True
 
     def release(self) -> None:
         """The worker here leaves it to another: from now on, the record knows better."""
@@ -129,6 +141,14 @@ class ReplyBoard:
         if reply is None:
             reply = self._replies[key] = Reply(user_id, message_id)
         return reply
+
+    def find(self, user_id: int, message_id: str) -> Reply | None:
+        """The reply to a message, if anybody here holds it."""
+        return self._replies.get((user_id, message_id))
+
+    def unfinished(self) -> list[Reply]:
+        """The replies that are followed here and written elsewhere, or by nobody yet."""
+        return [reply for reply in self._replies.values() if not reply.live and reply.terminal is None]
 
 
 @dataclass(frozen=True, slots=True)

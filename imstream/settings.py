@@ -110,6 +110,16 @@ class Settings(SettingsGroup):
         timedelta(seconds=5), description="Time between two looks for pending requests that slipped through."
     )
 
+    lease: Positive = Field(
+        timedelta(seconds=10), description="How long a node counts as alive after its last sign of life."
+    )
+    retire_after: Positive = Field(
+        timedelta(hours=1), description="How long a dead node without requests stays in the directory."
+    )
+    sessions: Literal["many", "one"] = Field(
+        "many", description="Sockets a user may have; one: the newest wins, the older is closed (4502)."
+    )
+
     max_frame: int = Field(65536, ge=1024, description="Largest WebSocket message taken, in bytes; more closes 1009.")
     init_timeout: Positive = Field(timedelta(seconds=10), description="Time a new socket has to send INIT.")
     idle_timeout: Positive = Field(timedelta(seconds=75), description="Silence after which a socket is closed (4001).")

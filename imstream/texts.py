@@ -42,6 +42,7 @@ class Text(Enum):
     DRAINING = ("服务节点即将重启,请重新连接", "This node is about to restart, please reconnect")
     TOO_SLOW = ("连接读取过慢,已断开", "This connection reads too slowly and was closed")
     NO_HEARTBEAT = ("长时间没有收到心跳,连接已断开", "No heartbeat for a long time, the connection was closed")
+    REPLACED = ("您已在其他地方登录,本连接已断开", "You have logged in elsewhere, so this connection was closed")
     NO_INIT = ("没有及时登录,连接已断开", "No login (INIT) in time, the connection was closed")
     INTERNAL = ("系统内部错误,请稍后再重试!", "Something went wrong on our side, please try again later!")
 

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from imstream.gateway.session import Services
 
 
-def make_app(services: Services, *, not_ready: Callable[[], str | None]) -> Starlette:
+def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]) -> Starlette:
     """The ASGI application of one node.
 
     Args:
         services: What its sessions use.
         not_ready: Why the node cannot serve right now; None when it can.
+        stuck: Why the node will not come back by itself; None when all is well or can become so.
     """
     node = services.settings.node
 
@@ -38,12 +39,14 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None]) -> Star
             "ready": why is None,
             "node": node,
             "sessions": len(services.registry),
-            "running": services.worker.running,
+            "running": len(services.jobs),
         }
         return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
 
     async def healthz(_: Request) -> JSONResponse:
-        return JSONResponse({"alive": True, "node": node})
+        why = stuck()
+        body = {"alive": why is None, "node": node}
+        return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
 
     return Starlette(
         routes=[

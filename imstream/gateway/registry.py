@@ -28,6 +28,7 @@ class Registry:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sessions: set[Session] = set()
+        self._of_user: dict[int, list[Session]] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -39,9 +40,27 @@ class Registry:
         """A socket was accepted."""
         self._sessions.add(session)
 
+    def log_in(self, session: Session, user_id: int) -> None:
+        """A socket is a user's. May be repeated."""
+        sessions = self._of_user.setdefault(user_id, [])
+        if session not in sessions:
+            sessions.append(session)
+
     def remove(self, session: Session) -> None:
         """A socket is gone."""
         self._sessions.discard(session)
+        if session.user_id is not None and (of_user := self._of_user.get(session.user_id)):
+            of_user.remove(session)
+            if not of_user:
+                del self._of_user[session.user_id]
+
+    def of(self, user_id: int) -> tuple[Session, ...]:
+        """The sessions of a user who has logged in here."""
+        return tuple(self._of_user.get(user_id, ()))
+
+    def users(self) -> list[int]:
+        """The users who have logged in here."""
+        return list(self._of_user)
 
     async def run(self) -> None:
         """Look after all sessions with one timer, instead of one for each: a second more or less matters to none."""

@@ -36,12 +36,15 @@ from imstream.wire import (
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
+    from imstream.gateway.following import Following
+    from imstream.gateway.presence import Presence
     from imstream.gateway.registry import Registry
-    from imstream.reply import ReplyBoard
+    from imstream.reply import Reply, ReplyBoard
     from imstream.settings import Settings
     from imstream.store.replies import ReplyStore
     from imstream.store.requests import RequestStream
     from imstream.wire import ServerFrame
+    from imstream.worker.jobs import Jobs
     from imstream.worker.worker import Worker
 
 log = structlog.get_logger()
@@ -56,7 +59,10 @@ class Services:
     replies: ReplyStore
     board: ReplyBoard
     worker: Worker
+    jobs: Jobs
     registry: Registry
+    presence: Presence
+    following: Following
 
 
 class Session:
@@ -66,12 +72,14 @@ class Session:
         "_last_words",
         "_phrases",
         "_pump",
+        "_resumed",
         "_services",
         "_socket",
         "_websocket",
         "began_at",
         "closing_since",
         "heard_at",
+        "login",
         "user_id",
     )
 
@@ -84,7 +92,10 @@ class Session:
         self._socket = socket_of(websocket.scope)
         self._pump = Pump(self._socket, self._phrases)
         self._last_words: tuple[Close, ServerFrame] | None = None
+        self._resumed = False
         self.user_id: int | None = None
+        self.login = 0
+        """Number of its login: the newer of two has the higher one. 0: none is known."""
         self.began_at = self.heard_at = asyncio.get_running_loop().time()
         self.closing_since: float | None = None
 
@@ -106,6 +117,8 @@ class Session:
         finally:
             registry.remove(self)
             self._pump.abandon()
+            if self.user_id is not None:
+                self._services.presence.left(self.user_id)
 
     def close(self, code: Close, text: Text) -> None:
         """Say why, and close when everything said before is sent."""
@@ -123,10 +136,15 @@ class Session:
 
     def is_idle(self) -> bool:
         """Whether no answer is being made here that this socket waits for."""
-        worker = self._services.worker
+        jobs = self._services.jobs
         return self.user_id is None or not any(
-            worker.is_working_on(self.user_id, message_id) for message_id in self._pump.followed
+            jobs.is_working_on(self.user_id, message_id) for message_id in self._pump.followed
         )
+
+    def follow(self, reply: Reply) -> None:
+        """Follow an answer that begins, unless this socket is just about to say what it knows already."""
+        if self._resumed:
+            self._pump.follow(Cursor(reply))
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()
@@ -186,8 +204,13 @@ class Session:
             return
         self.user_id = self._phrases.user_id = frame.user_id
         self._pump.say(self._phrases.welcome())
+        services = self._services
+        services.registry.log_in(self, frame.user_id)
+        # The route first: then no batch falls between what is read here and what other nodes tell.
+        await services.presence.arrive(self, frame.user_id)
         # All at once: their reads share a pipeline.
         await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
+        self._resumed = True
 
     async def _resume_or_say(self, point: ResumePoint) -> None:
         try:
@@ -198,13 +221,9 @@ class Session:
     async def _resume(self, point: ResumePoint) -> None:
         user_id, message_id = self._known_user(), point.message_id
         reply = self._services.board.get(user_id, message_id)
-        if not reply.live:
-            record = await self._services.replies.read(user_id, message_id)
-            if record is not None:
-                reply.load(record)
-            elif not reply.live:
-                self._pump.say(self._phrases.expired(message_id))
-                return
+        if not await self._services.following.catch_up(reply):
+            self._pump.say(self._phrases.expired(message_id))
+            return
         self._pump.follow(Cursor(reply, attempt=point.attempt, offset=point.offset))
 
     async def _chat(self, frame: ClientChat) -> None:
@@ -242,7 +261,7 @@ class Session:
 
     async def _cancel(self, message_id: str) -> None:
         followed = message_id in self._pump.followed
-        match await self._services.worker.cancel(self._known_user(), message_id):
+        match await self._services.jobs.cancel(self._known_user(), message_id):
             case "cancelled":
                 if not followed:
                     self._pump.say(self._phrases.cancelled(message_id))

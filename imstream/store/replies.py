@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic_core import from_json, to_json
 
 from imstream.keys import Keys
 from imstream.store.scripts import Script
+from imstream.store.spans import milliseconds
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from imstream.settings import Settings
     from imstream.store.connection import Argument, Commands
 
@@ -23,6 +22,7 @@ _CANCEL = Script("cancel")
 
 TerminalEvent = Literal["done", "failed", "cancelled"]
 Receipt = Literal["cancelled", "too_late", "unknown"]
+_TERMINAL: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,10 @@ class Terminal:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An attempt has begun and belongs to the request that opened it."""
+    """An attempt has begun and belongs to the request that opened it. `nodes`: where sockets of the user are."""
 
     attempt: int
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,9 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """The text, or the terminal event, is recorded."""
+    """The text, or the terminal event, is recorded. `nodes`: where sockets of the user are."""
+
+    nodes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,27 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The reply has ended as cancelled. `nodes`: the one that worked on it, and where sockets of the user are."""
+
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """What is recorded of one reply: the text of its last attempt, and its end when it has one."""
+    """What is recorded of one reply, or what of it is new since an earlier record.
+
+    Attributes:
+        text: Text of the last attempt, from `start` on.
+        start: Offset of that text: 0, unless the record goes on where an earlier one ended.
+        position: Where this record ends; the next one may begin there.
+    """
 
     attempt: int
     text: str
     terminal: Terminal | None
+    start: int = 0
+    position: str = field(default="", compare=False)
 
 
 class ReplyStore:
@@ -105,12 +123,13 @@ class ReplyStore:
     def __init__(self, commands: Commands, settings: Settings) -> None:
         self._commands = commands
         self._keys = Keys(settings.key_prefix)
-        self._ttl = _ms(settings.reply_ttl)
-        self._queued_ttl = _ms(settings.queued_ttl)
+        self._node = settings.node
+        self._ttl = milliseconds(settings.reply_ttl)
+        self._queued_ttl = milliseconds(settings.queued_ttl)
 
     async def mark_queued(self, user_id: int, message_id: str) -> None:
         """Note that the message waits, unless anything is known of it already."""
-        await _QUEUED.run(self._commands, self._key(user_id, message_id), (self._queued_ttl,))
+        await _QUEUED.run(self._commands, self._keys_of(user_id, message_id)[:1], (self._queued_ttl,))
 
     async def open(
         self, user_id: int, message_id: str, *, request: str, lost: str = "", after: int = 0
@@ -124,10 +143,11 @@ class ReplyStore:
             lost: Another request, known to be lost; what belongs to it may be taken over.
             after: An attempt that has been made, even if Redis has lost it: the next one has a later number.
         """
-        answer = await _OPEN.run(self._commands, self._key(user_id, message_id), (request, self._ttl, lost, after))
+        arguments = (request, self._ttl, lost, after, self._node)
+        answer = await _OPEN.run(self._commands, self._keys_of(user_id, message_id), arguments)
         match answer:
-            case ["opened", attempt]:
-                return Opened(int(attempt))
+            case ["opened", attempt, *nodes]:
+                return Opened(int(attempt), tuple(nodes))
             case ["ended", event, owner]:
                 return Ended(event, owner)
             case _:
@@ -149,45 +169,55 @@ class ReplyStore:
         arguments: tuple[Argument, ...] = (attempt, event, before, after, text, self._ttl)
         if terminal is not None:
             arguments += terminal.fields()
-        answer = await _APPEND.run(self._commands, self._key(user_id, message_id), arguments)
+        answer = await _APPEND.run(self._commands, self._keys_of(user_id, message_id), arguments)
         match answer:
-            case ["appended"]:
-                return Appended()
+            case ["appended", *nodes]:
+                return Appended(tuple(nodes))
             case ["gap", offset]:
                 return Rejected("gap", int(offset))
             case _:
                 return Rejected(answer[0])
 
-    async def cancel(self, user_id: int, message_id: str) -> Receipt:
+    async def cancel(self, user_id: int, message_id: str) -> Cancelled | Literal["too_late", "unknown"]:
         """End the reply as cancelled, wherever it is worked on."""
-        receipt: Receipt = await _CANCEL.run(self._commands, self._key(user_id, message_id), (self._ttl,))
-        return receipt
+        verdict, *nodes = await _CANCEL.run(self._commands, self._keys_of(user_id, message_id), (self._ttl,))
+        return Cancelled(tuple(nodes)) if verdict == "cancelled" else verdict
 
-    async def read(self, user_id: int, message_id: str) -> Record | None:
-        """All that is recorded of the last attempt; None when the reply has expired or never was."""
-        entries = await self._commands.execute("XRANGE", *self._key(user_id, message_id), "-", "+")
+    async def read(self, user_id: int, message_id: str, *, after: str = "") -> Record | None:
+        """What is recorded of the last attempt; None when the reply has expired or never was.
+
+        Args:
+            user_id: Whose message it is.
+            message_id: The message.
+            after: Position of an earlier record: only what is new since then. None then means that nothing is.
+        """
+        begin = f"({after}" if after else "-"
+        entries = await self._commands.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
         if not entries:
             return None
-        attempt, texts, terminal = 0, list[str](), None
+        attempt, start, texts, terminal = 0, None, list[str](), None
         for _, flat in entries:
             fields = dict(zip(flat[::2], flat[1::2], strict=True))
+            attempt, text = int(fields["attempt"]), fields.get("text", "")
             if fields["event"] == "opened":
-                attempt = int(fields["attempt"])
                 texts.clear()
-            texts.append(fields.get("text", ""))
-            if fields["event"] in ("done", "failed", "cancelled"):
-                terminal = Terminal(
-                    event=fields["event"],
-                    finish_reason=fields.get("finish_reason"),
-                    usage=from_json(fields["usage"]) if "usage" in fields else None,
-                    reason=fields.get("reason"),
-                    error=fields.get("error"),
-                )
-        return Record(attempt, "".join(texts), terminal)
+                start = 0
+            elif start is None:
+                start = int(fields["offset"]) - len(text)
+            texts.append(text)
+            if fields["event"] in _TERMINAL:
+                terminal = _terminal(fields)
+        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0])
 
-    def _key(self, user_id: int, message_id: str) -> tuple[str]:
-        return (self._keys.reply(user_id, message_id),)
+    def _keys_of(self, user_id: int, message_id: str) -> tuple[str, str]:
+        return self._keys.reply(user_id, message_id), self._keys.route(user_id)
 
 
-def _ms(span: timedelta) -> int:
-    return int(span.total_seconds() * 1000)
+def _terminal(fields: dict[str, Any]) -> Terminal:
+    return Terminal(
+        event=fields["event"],
+        finish_reason=fields.get("finish_reason"),
+        usage=from_json(fields["usage"]) if "usage" in fields else None,
+        reason=fields.get("reason"),
+        error=fields.get("error"),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from pydantic_core import from_json, to_json
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.store.scripts import Script
+from imstream.store.spans import milliseconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from datetime import timedelta
 
     from imstream.settings import Settings
@@ -26,6 +28,8 @@ _ADMIT = Script("admit")
 _FINISH = Script("finish")
 _BURY = Script("bury")
 _PREPARE = Script("prepare")
+_CLAIM = Script("claim")
+_DISMISS = Script("dismiss")
 
 
 class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a fault of the caller
@@ -114,24 +118,37 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """One entry that was given to a worker and is not finished."""
+    """One entry that was given to a worker and is not finished. `consumer`: that worker's node."""
 
     entry_id: str
     deliveries: int
+    consumer: str
 
 
 class RequestStream:
-    """The requests stream of one node, as this worker sees it."""
+    """The requests stream of one node, as one worker sees it: that node's own, or another's who adopted it.
 
-    def __init__(self, commands: Commands, reader: Reader, settings: Settings) -> None:
-        self.node = settings.node
-        keys = Keys(settings.key_prefix)
+    Attributes:
+        node: The node whose stream it is.
+        consumer: The node that works on it.
+    """
+
+    def __init__(self, commands: Commands, reader: Reader, settings: Settings, *, node: str | None = None) -> None:
+        self.consumer = settings.node
+        self.node = settings.node if node is None else node
+        keys = self._all_keys = Keys(settings.key_prefix)
         self._commands = commands
         self._reader = reader
         self._limits = (settings.queue_limit, settings.user_limit)
         self._stream = keys.requests(self.node)
         self._keys = (self._stream, keys.load(self.node))
+        self._lease = keys.lease(self.node)
         self._dead = keys.dead(self.node)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the stream of the node that works on it."""
+        return self.consumer == self.node
 
     async def admit(self, request: ChatRequest) -> Admitted | Refused:
         """Append a request unless the node's or the user's cap is reached."""
@@ -145,54 +162,69 @@ class RequestStream:
         """Make the consumer group if need be and count the users' requests anew; True when it had to be made."""
         return bool(await _PREPARE.run(self._commands, self._keys, (GROUP,)))
 
-    async def read(self, *, count: int, block: timedelta) -> list[Entry]:
-        """Wait for requests never given to a worker, at most `count`. Empty after `block` without any.
+    async def read(self, *, count: int, block: timedelta | None) -> list[Entry]:
+        """Take requests never given to a worker, at most `count`; wait for the first up to `block`, if given.
 
         Never cancel this: what was on its way would be pending and unseen.
 
         Raises:
             GroupMissing: There is no such consumer group, or the stream went away while waiting.
         """
-        wait_ms = max(1, int(block.total_seconds() * 1000))
-        try:
-            answer = await self._reader.execute(
-                *("XREADGROUP", "GROUP", GROUP, self.node, "COUNT", count, "BLOCK", wait_ms, "STREAMS"),
-                *(self._stream, ">"),
-            )
-        except StoreRefused as refused:
-            raise _group_missing_or(refused) from refused
+        command = ("XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count)
+        which = ("STREAMS", self._stream, ">")
+        with _naming_a_missing_group():
+            if block is None:
+                answer = await self._commands.execute(*command, *which)
+            else:
+                answer = await self._reader.execute(*command, "BLOCK", milliseconds(block), *which)
         return [entry for entry in _entries(answer) if entry is not None]
 
-    async def pending(self, *, besides: Iterable[str] = ()) -> list[Pending]:
-        """What was given to this node and is not finished, oldest first, without the entries named in `besides`.
+    async def other_consumers(self) -> dict[str, int]:
+        """The other nodes that ever took from the stream, and how many requests each has not finished.
 
         Raises:
             GroupMissing: There is no such consumer group.
         """
-        known = set(besides)
-        try:
-            rows = await self._commands.execute(
-                "XPENDING", self._stream, GROUP, "-", "+", MAX_PENDING_LISTED, self.node
-            )
-        except StoreRefused as refused:
-            raise _group_missing_or(refused) from refused
-        return [Pending(row[0], int(row[3])) for row in rows if row[0] not in known]
+        with _naming_a_missing_group():
+            rows = await self._commands.execute("XINFO", "CONSUMERS", self._stream, GROUP)
+        return {row["name"]: int(row["pending"]) for row in rows if row["name"] != self.consumer}
+
+    async def dismiss(self, consumer: str) -> None:
+        """Take a node that is gone out of the group, unless it has requests that are not finished."""
+        await _DISMISS.run(self._commands, (self._stream,), (GROUP, consumer))
+
+    async def pending(self, consumer: str | None = None, *, besides: Iterable[str] = ()) -> list[Pending]:
+        """What was given to a node and is not finished, oldest first, without the entries named in `besides`.
+
+        Args:
+            consumer: The node; the one that works on the stream, unless given.
+            besides: Entry ids.
+
+        Raises:
+            GroupMissing: There is no such consumer group.
+        """
+        known, consumer = set(besides), consumer or self.consumer
+        with _naming_a_missing_group():
+            rows = await self._commands.execute("XPENDING", self._stream, GROUP, "-", "+", MAX_PENDING_LISTED, consumer)
+        return [Pending(row[0], int(row[3]), consumer) for row in rows if row[0] not in known]
 
     async def claim(self, entry: Pending, *, deliveries: int) -> Entry | None:
-        """Take up a pending entry, and note how often it was given to a worker. None when it is no longer there."""
-        answer = await self._commands.execute(
-            *("XCLAIM", self._stream, GROUP, self.node, 0, entry.entry_id, "RETRYCOUNT", deliveries)
+        """Take up a pending entry, and note how often it was given to a worker.
+
+        None when it is no longer there, or was given to somebody else meanwhile, or its node is alive again (I7).
+        """
+        needs_lease = int(entry.consumer == self.node and not self.is_own)
+        fields = await _CLAIM.run(
+            self._commands,
+            (self._stream, self._lease),
+            (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease),
         )
-        # A deleted entry: 6.2 answers nil for it and keeps it pending, 7.0 leaves it out.
-        if not answer or answer[0] is None or answer[0][1] is None:
-            await self._commands.execute("XACK", self._stream, GROUP, entry.entry_id)
-            return None
-        return Entry(answer[0][0], _pairs(answer[0][1]), deliveries)
+        return None if fields is None else Entry(entry.entry_id, _pairs(fields), deliveries)
 
     async def hand_back(self, entry: Entry) -> None:
         """Leave an entry pending, as one that did not die with its worker: the node shuts down in good order."""
         await self._commands.execute(
-            *("XCLAIM", self._stream, GROUP, self.node, 0, entry.entry_id),
+            *("XCLAIM", self._stream, GROUP, self.consumer, 0, entry.entry_id),
             *("RETRYCOUNT", entry.deliveries - 1, "JUSTID"),
         )
 
@@ -200,9 +232,10 @@ class RequestStream:
         """Ask Redis for a sign of life."""
         await self._commands.execute("PING")
 
-    async def exists(self, entry_id: str) -> bool:
-        """Whether the entry is in the stream, that is, unfinished."""
-        return bool(await self._commands.execute("XRANGE", self._stream, entry_id, entry_id))
+    async def is_unfinished(self, request: str) -> bool:
+        """Whether a request, as `node/entry id`, is in the stream of its node."""
+        node, _, entry_id = request.rpartition("/")
+        return bool(await self._commands.execute("XRANGE", self._all_keys.requests(node), entry_id, entry_id))
 
     async def finish(self, entry: Entry) -> None:
         """Acknowledge and delete a request whose terminal event is recorded."""
@@ -230,7 +263,13 @@ def _pairs(flat: Sequence[str]) -> dict[str, str]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _group_missing_or(refused: StoreRefused) -> Exception:
-    """NOGROUP, or UNBLOCKED: the key was deleted under a blocked read (Redis 7.0 and later)."""
-    gone = str(refused).startswith(("NOGROUP", "UNBLOCKED"))
-    return GroupMissing(str(refused)) if gone else refused
+@contextmanager
+def _naming_a_missing_group() -> Iterator[None]:
+    """Raise `GroupMissing` for NOGROUP, and for UNBLOCKED: the key was deleted under a blocked read (Redis 7.0)."""
+    try:
+        yield
+    except StoreRefused as refused:
+        # The last is how XINFO says it.
+        if str(refused).startswith(("NOGROUP", "UNBLOCKED", "no such key")):
+            raise GroupMissing(str(refused)) from refused
+        raise

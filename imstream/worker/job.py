@@ -24,15 +24,19 @@ from imstream.disposition import (
     before_start,
 )
 from imstream.errors import BackendError, StoreError, TransientBackendError
+from imstream.store.inbox import ReplyGrew
 from imstream.store.patience import patiently
-from imstream.store.replies import Appended, Duplicate, Ended, Opened, Rejected, Terminal
+from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Rejected, Terminal
 from imstream.worker.recorder import Recorder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from imstream.ai.backend import Backend
     from imstream.ai.breaker import Breaker
     from imstream.reply import Reply, ReplyBoard
     from imstream.settings import Settings
+    from imstream.store.inbox import Inbox
     from imstream.store.replies import ReplyStore
     from imstream.store.requests import ChatRequest, Entry, RequestStream
 
@@ -60,7 +64,13 @@ class Stop(Enum):
 
 @dataclass(frozen=True)
 class Parts:
-    """What jobs work with. `requests` is the stream that the worker reads."""
+    """What jobs work with.
+
+    Attributes:
+        requests: The stream that the worker reads.
+        inbox: The way to other nodes, which may have sockets of the same users.
+        begun: Is told of every reply whose first attempt begins here.
+    """
 
     settings: Settings
     requests: RequestStream
@@ -68,6 +78,8 @@ class Parts:
     board: ReplyBoard
     backend: Backend
     breaker: Breaker
+    inbox: Inbox
+    begun: Callable[[Reply], None]
 
 
 class Job:
@@ -129,6 +141,18 @@ class Job:
         # A retry is not concerned by what becomes of the attempt before.
         if isinstance(result, Rejected) and recorder is self._recorder:
             self._log.warning("reply stream refuses this attempt", why=result.why, attempt=self.reply.attempt)
+            self.stop(Stop.OVERRULED)
+
+    async def look(self) -> None:
+        """Another node has said something about the message: stop, if it has ended or is answered elsewhere by now."""
+        reply = self.reply
+        if self._recorder is None:
+            return  # its opening will tell
+        try:
+            record = await self._parts.replies.read(reply.user_id, reply.message_id)
+        except StoreError:
+            return  # the next batch will be told
+        if record is not None and (record.terminal is not None or record.attempt > reply.attempt):
             self.stop(Stop.OVERRULED)
 
     async def _decide_safely(self) -> Disposition:
@@ -206,7 +230,12 @@ class Job:
             opened = await self._try_open(lost)
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
-            self._recorder = Recorder(self.reply, self._parts.replies, request=self._id, attempt=opened.attempt)
+            parts = self._parts
+            self._recorder = Recorder(self.reply, parts.replies, parts.inbox, request=self._id, attempt=opened.attempt)
+            begun = opened.attempt == 1
+            if begun:
+                parts.begun(self.reply)
+            await parts.inbox.tell(opened.nodes, ReplyGrew(self.reply.user_id, self.reply.message_id, begun=begun))
         return opened
 
     async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate:
@@ -218,15 +247,13 @@ class Job:
 
     async def _is_lost(self, owner: str) -> bool:
         """An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost."""
-        node, _, entry_id = owner.rpartition("/")
-        requests = self._parts.requests
-        return node == requests.node and not await patiently(lambda: requests.exists(entry_id))
+        return not await patiently(lambda: self._parts.requests.is_unfinished(owner))
 
     async def _already(self, opened: Ended | Duplicate) -> Disposition:
         """There is nothing to do: the message has ended, or another request has it."""
+        await self._show_record()
         if isinstance(opened, Duplicate):
             return Finish()
-        await self._show_record()
         if opened.event == "failed" and opened.owner == self._id:  # the worker died before the burial
             terminal = self.reply.terminal or Terminal("failed")
             return Bury(terminal.reason or "unknown", terminal.error or "")
@@ -263,11 +290,15 @@ class Job:
                 if self._recorder is not None:
                     await patiently(self._recorder.flush)
                 receipt = await patiently(lambda: replies.cancel(user_id, message_id))
-                if receipt == "unknown":  # Redis lost it, and nobody asks for it any more
+                if isinstance(receipt, Cancelled):
+                    await self._parts.inbox.tell(receipt.nodes, ReplyGrew(user_id, message_id))
+                elif receipt == "unknown":  # Redis lost it, and nobody asks for it any more
                     self.reply.end(Terminal("cancelled"))
                 await self._show_record()
                 return Finish()
             case Stop.OVERRULED:
+                if self._recorder is not None:
+                    self._recorder.leave()  # the record knows better from now on
                 await self._show_record()
                 return Finish() if self.reply.terminal is not None else Leave()
             case _:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from imstream.store.inbox import ReplyGrew
 from imstream.store.patience import patiently
 from imstream.store.replies import Appended, Opened, Rejected
 
 if TYPE_CHECKING:
     from imstream.reply import Reply
+    from imstream.store.inbox import Inbox
     from imstream.store.replies import ReplyStore, Terminal
 
 
 class Recorder:
     """The one writer of one attempt. Keeps how much of its text is recorded, and records the rest."""
 
-    def __init__(self, reply: Reply, replies: ReplyStore, *, request: str, attempt: int) -> None:
+    def __init__(self, reply: Reply, replies: ReplyStore, inbox: Inbox, *, request: str, attempt: int) -> None:
         self._reply = reply
         self._replies = replies
+        self._inbox = inbox
         self._request = request
         self._attempt = attempt
         self._recorded = 0
@@ -82,6 +85,7 @@ class Recorder:
         )
         if isinstance(result, Appended):
             self._recorded = after
+            await self._inbox.tell(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
         return result
 
     async def _reopen(self) -> bool:

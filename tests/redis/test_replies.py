@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from imstream.store.replies import Appended, Duplicate, Ended, Opened, Record, Rejected, Terminal
+from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Record, Rejected, Terminal
 
 if TYPE_CHECKING:
     from imstream.store.replies import ReplyStore
@@ -108,12 +108,12 @@ async def test_a_message_of_a_lost_request_can_be_taken_over(store: Store) -> No
 
 async def test_cancelling_ends_a_reply_wherever_it_stands(store: Store) -> None:
     await store.replies.mark_queued(USER, "waiting")
-    assert await store.replies.cancel(USER, "waiting") == "cancelled"
+    assert isinstance(await store.replies.cancel(USER, "waiting"), Cancelled)
     assert await store.replies.open(USER, "waiting", request="0/1-0") == Ended("cancelled", "")
     await store.replies.open(USER, MESSAGE, request="0/1-0")
     await append(store.replies, 0, "so far")
     for _ in range(2):
-        assert await store.replies.cancel(USER, MESSAGE) == "cancelled"
+        assert isinstance(await store.replies.cancel(USER, MESSAGE), Cancelled)
     assert await append(store.replies, 6, " more") == Rejected("ended")
     assert await store.replies.read(USER, MESSAGE) == Record(1, "so far", Terminal("cancelled"))
 

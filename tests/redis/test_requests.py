@@ -97,12 +97,12 @@ async def test_what_a_dead_worker_left_is_pending_and_can_be_claimed(store: Stor
     await store.requests.prepare()
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
-    assert await store.requests.pending() == [Pending(entry.entry_id, 1)]
+    assert await store.requests.pending() == [Pending(entry.entry_id, 1, "0")]
     assert await store.requests.pending(besides=[entry.entry_id]) == []
-    claimed = await store.requests.claim(Pending(entry.entry_id, 1), deliveries=2)
+    claimed = await store.requests.claim(Pending(entry.entry_id, 1, "0"), deliveries=2)
     assert claimed is not None
     assert claimed.fields == entry.fields
-    assert await store.requests.pending() == [Pending(entry.entry_id, 2)]
+    assert await store.requests.pending() == [Pending(entry.entry_id, 2, "0")]
 
 
 async def test_handing_back_does_not_count_as_a_death(store: Store) -> None:
@@ -110,7 +110,7 @@ async def test_handing_back_does_not_count_as_a_death(store: Store) -> None:
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
     await store.requests.hand_back(entry)
-    assert await store.requests.pending() == [Pending(entry.entry_id, 0)]
+    assert await store.requests.pending() == [Pending(entry.entry_id, 0, "0")]
 
 
 async def test_a_pending_entry_that_was_deleted_by_hand_is_forgotten(store: Store) -> None:
@@ -118,7 +118,7 @@ async def test_a_pending_entry_that_was_deleted_by_hand_is_forgotten(store: Stor
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
     store.redis.xdel(store.keys.requests("0"), entry.entry_id)
-    assert await store.requests.claim(Pending(entry.entry_id, 1), deliveries=2) is None
+    assert await store.requests.claim(Pending(entry.entry_id, 1, "0"), deliveries=2) is None
     assert await store.requests.pending() == []
 
 

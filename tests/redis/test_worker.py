@@ -53,7 +53,7 @@ async def test_no_more_requests_run_at_once_than_there_are_slots(redis_server: R
             await shop.backend.call(min(finished + 2, 5))
             assert len(shop.backend.calls) <= finished + 2
             assert len(shop.pending()) <= 2
-            assert shop.worker.running <= 2
+            assert len(shop.jobs) <= 2
             shop.backend.calls[finished].done("x")
         await shop.idle()
 
@@ -208,7 +208,7 @@ async def test_readiness_follows_what_the_worker_hears_from_redis(redis_server: 
         await wait_until(lambda: shop.worker.progressed_within(1), "the worker hears from Redis")
         for n in range(64):
             await shop.ask(f"m{n}")
-        await wait_until(lambda: shop.worker.running == 64, "all slots are taken")
+        await wait_until(lambda: len(shop.jobs) == 64, "all slots are taken")
         shop.redis.config_resetstat()
         await wait_until(lambda: "cmdstat_ping" in shop.redis.info("commandstats"), "it asks for a sign of life")
         for call in shop.backend.calls:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imstream.errors import StoreUnavailable, TransientBackendError
-from imstream.store.replies import Terminal
+from imstream.store.replies import Cancelled, Terminal
 from imstream.store.scripts import Script
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, workshop
@@ -29,7 +29,7 @@ async def test_a_message_that_is_being_answered_is_stopped_at_once(redis_server:
         await shop.ask()
         call = await shop.backend.call(1)
         call.say("so far")
-        assert await shop.worker.cancel(USER, "m") == "cancelled"
+        assert await shop.jobs.cancel(USER, "m") == "cancelled"
         assert call.cancelled
         assert await client.end() == "cancelled"
         assert client.text == "so far"
@@ -43,7 +43,7 @@ async def test_a_message_that_waits_is_never_begun(redis_server: RedisServer) ->
     async with workshop(redis_server, start=False) as shop:
         client = shop.follow()
         await shop.ask()
-        assert await shop.worker.cancel(USER, "m") == "cancelled"
+        assert await shop.jobs.cancel(USER, "m") == "cancelled"
         assert await client.end() == "cancelled"
         shop.start()
         await shop.idle()
@@ -62,7 +62,7 @@ async def test_a_message_that_is_being_opened_is_never_asked(redis_server: Redis
         opening = proxy.on_answer_to(Script("open").digest.encode(), fate=Fate.DELAY, delay=0.3)
         await shop.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")
-        assert await shop.worker.cancel(USER, "m") == "cancelled"
+        assert await shop.jobs.cancel(USER, "m") == "cancelled"
         await shop.idle()
         assert shop.recorded() == ("cancelled", "")
         assert len(shop.backend.calls) == 1
@@ -76,7 +76,7 @@ async def test_a_message_that_waits_for_its_next_attempt_is_cancelled(redis_serv
         call.say("first try")
         call.fail(TransientBackendError("http_503", retry_after=timedelta(seconds=60)))
         await wait_until(lambda: shop.recorded_text() == "first try", "the first try is recorded")
-        assert await shop.worker.cancel(USER, "m") == "cancelled"
+        assert await shop.jobs.cancel(USER, "m") == "cancelled"
         assert await client.end() == "cancelled"
         await shop.idle()
         assert shop.recorded() == ("cancelled", "first try")
@@ -98,7 +98,7 @@ async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: Red
         ending = proxy.on_answer_to(Script("append").digest.encode(), fate=Fate.DELAY, delay=0.3)
         call.done("answer")
         await wait_until(lambda: ending.sprung, "its end is being recorded")
-        assert await shop.worker.cancel(USER, "m") == "too_late"
+        assert await shop.jobs.cancel(USER, "m") == "too_late"
         assert await client.end() == "done"
         await shop.idle()
         assert shop.recorded() == ("done", "answer")
@@ -110,7 +110,7 @@ async def test_an_answer_complete_in_the_same_moment_has_one_end(redis_server: R
             client = shop.follow(f"m{n}")
             await shop.ask(f"m{n}")
             call = await shop.backend.call(n + 1)
-            cancelling = asyncio.create_task(shop.worker.cancel(USER, f"m{n}"))
+            cancelling = asyncio.create_task(shop.jobs.cancel(USER, f"m{n}"))
             for _ in range(n % 5):
                 await asyncio.sleep(0)
             if not call.outcome.done():
@@ -133,9 +133,9 @@ async def test_a_message_that_has_ended_stays_as_it_is(redis_server: RedisServer
             case "failed":
                 call.fail(TransientBackendError("http_503"))
             case _:
-                await shop.worker.cancel(USER, "m")
+                await shop.jobs.cancel(USER, "m")
         await shop.idle()
-        assert await shop.worker.cancel(USER, "m") == ("cancelled" if end == "cancelled" else "too_late")
+        assert await shop.jobs.cancel(USER, "m") == ("cancelled" if end == "cancelled" else "too_late")
         assert shop.recorded() == (end, "text")
 
 
@@ -143,8 +143,8 @@ async def test_a_message_nobody_knows_and_that_of_another_user_look_the_same(red
     async with workshop(redis_server) as shop:
         await shop.ask(user=10002)
         call = await shop.backend.call(1)
-        assert await shop.worker.cancel(10001, "m") == "unknown"
-        assert await shop.worker.cancel(10001, "never seen") == "unknown"
+        assert await shop.jobs.cancel(10001, "m") == "unknown"
+        assert await shop.jobs.cancel(10001, "never seen") == "unknown"
         call.done("x")
         await shop.idle()
         assert shop.recorded(user=10002) == ("done", "x")
@@ -157,7 +157,7 @@ async def test_a_message_cancelled_elsewhere_stops_here(redis_server: RedisServe
         call = await shop.backend.call(1)
         call.say("recorded ")
         await wait_until(lambda: shop.recorded_text() == "recorded ", "the text is recorded")
-        assert await shop.replies.cancel(USER, "m") == "cancelled"  # by another node
+        assert isinstance(await shop.replies.cancel(USER, "m"), Cancelled)  # by another node
         call.say("and not recorded")
         await wait_until(lambda: call.cancelled, "the AI call is stopped")
         assert await client.end() == "cancelled"
@@ -198,10 +198,10 @@ async def test_while_redis_is_away_a_cancel_says_so_in_time_and_counts_later(red
         proxy.swallow()
         proxy.drop()
         with pytest.raises(StoreUnavailable):
-            await asyncio.wait_for(shop.worker.cancel(USER, "m"), 5)
+            await asyncio.wait_for(shop.jobs.cancel(USER, "m"), 5)
         assert call.cancelled
         with pytest.raises(StoreUnavailable):
-            await asyncio.wait_for(shop.worker.cancel(USER, "not here"), 5)
+            await asyncio.wait_for(shop.jobs.cancel(USER, "not here"), 5)
         proxy.forward()
         proxy.drop()
         assert await client.end() == "cancelled"
@@ -213,11 +213,11 @@ async def test_a_cancel_of_an_answer_that_is_handed_back_is_not_too_late(redis_s
         await shop.ask()
         await shop.backend.call(1)
         shop.worker.stop()
-        shop.worker.drain()
+        shop.jobs.drain()
         with pytest.raises(StoreUnavailable):
-            await shop.worker.cancel(USER, "m")
+            await shop.jobs.cancel(USER, "m")
         await shop.stop()
-        assert await shop.worker.cancel(USER, "m") == "cancelled"
+        assert await shop.jobs.cancel(USER, "m") == "cancelled"
 
 
 async def test_a_message_that_redis_has_lost_can_still_be_cancelled(redis_server: RedisServer) -> None:
@@ -226,7 +226,7 @@ async def test_a_message_that_redis_has_lost_can_still_be_cancelled(redis_server
         await shop.ask()
         call = await shop.backend.call(1)
         await _lose_everything(shop)
-        assert await shop.worker.cancel(USER, "m") == "cancelled"
+        assert await shop.jobs.cancel(USER, "m") == "cancelled"
         assert call.cancelled
         assert await client.end() == "cancelled"
 

@@ -9,6 +9,7 @@ import pytest
 
 from imstream.keys import GROUP
 from imstream.store.replies import Terminal
+from imstream.store.scripts import Script
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, PlayedBackend, workshop
 from tests.support.tcp_proxy import Fate, tcp_proxy
@@ -148,7 +149,7 @@ async def test_suspects_run_one_at_a_time_and_beside_requests_that_are_none(redi
         await wait_until(lambda: len(shop.pending()) == 4, "everything is delivered")
         for answered in range(3):
             await wait_until(lambda n=answered: len(shop.backend.calls) == n + 2, "one suspect more")
-            assert shop.worker.running == 2
+            assert len(shop.jobs) == 2
             next(call for call in shop.backend.calls if _open(call) and "suspect" in _asked(shop, call)).done("x")
         next(call for call in shop.backend.calls if _open(call)).done("x")
         await shop.idle()
@@ -203,8 +204,8 @@ async def test_a_claim_whose_answer_was_lost_is_no_further_death(redis_server: R
         traps = []
         shop.start()
         for _ in range(3):
-            traps.append(trap := proxy.on_answer_to(b"XCLAIM", fate=Fate.SILENCE))
-            await wait_until(lambda trap=trap: trap.sprung, "an answer to XCLAIM is lost")
+            traps.append(trap := proxy.on_answer_to(Script("claim").digest.encode(), fate=Fate.SILENCE))
+            await wait_until(lambda trap=trap: trap.sprung, "an answer to a claim is lost")
         (await shop.backend.call(1)).done("x")
         await shop.idle()
         assert shop.recorded() == ("done", "x")
@@ -259,7 +260,7 @@ async def test_a_request_deleted_while_it_is_answered_leaves_the_message_to_its_
         assert await client.end() == "done"
         assert client.text == "second attempt"
         await wait_until(lambda: first.cancelled, "the first AI call is stopped")
-        await wait_until(lambda: shop.worker.running == 0 and shop.pending() == {}, "nothing is left")
+        await wait_until(lambda: len(shop.jobs) == 0 and shop.pending() == {}, "nothing is left")
         assert shop.recorded() == ("done", "second attempt")
 
 
@@ -299,7 +300,7 @@ async def test_a_request_read_while_the_node_drains_is_handed_back(redis_server:
         await shop.ask()
         await asyncio.wait_for(arrived.wait(), 5)
         shop.worker.stop()
-        shop.worker.drain()
+        shop.jobs.drain()
         go_on.set()
         assert shop.running is not None
         await asyncio.wait_for(shop.running, 5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -18,10 +18,16 @@ from imstream.ai.breaker import Breaker
 from imstream.keys import GROUP, Keys
 from imstream.reply import Cursor, Finished, Grown, ReplyBoard, Restarted
 from imstream.settings import Settings
+from imstream.store.adoption import Adoption
 from imstream.store.connection import Commands, Reader
+from imstream.store.inbox import Inbox
+from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
+from imstream.worker.adopter import Adopter
 from imstream.worker.job import Parts
+from imstream.worker.jobs import Jobs
+from imstream.worker.tenure import Tenure
 from imstream.worker.worker import Worker
 from tests.redis.conftest import chat_request
 from tests.support.waiting import wait_until
@@ -133,10 +139,11 @@ class Follower:
 
 @dataclass
 class Workshop:
-    """One process that works on the requests of node 0.
+    """One process that works on the requests of node 0: as that node, unless it is another one that adopts them.
 
     Attributes:
         redis: A client of the test's own. Its types name every shape that an answer may have, and are of no use here.
+        begun: Ids of the messages whose first attempt began here.
     """
 
     settings: Settings
@@ -146,19 +153,35 @@ class Workshop:
     replies: ReplyStore
     board: ReplyBoard
     worker: Worker
+    jobs: Jobs
+    adopter: Adopter
+    tenure: Tenure
+    begun: list[str]
     keys: Keys = field(default_factory=Keys)
     running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to take requests."""
-        self.running = asyncio.create_task(self.worker.run())
+        self.running = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            around = [group.create_task(self.tenure.run("here")), group.create_task(self.jobs.flush_regularly())]
+            adopting = group.create_task(self.adopter.run())
+            await self.worker.run()
+            self.adopter.stop()
+            await adopting
+            for task in around:
+                task.cancel()
 
     async def stop(self) -> None:
         """End in good order: what is running is handed back."""
         if self.running is not None:
             self.worker.stop()
-            self.worker.drain()
+            self.adopter.stop()
+            self.jobs.drain()
             await self.running
+            await self.tenure.release()
             self.running = None
 
     async def crash(self) -> None:
@@ -219,7 +242,7 @@ class Workshop:
         """Wait until nothing is unfinished, and nothing is left over."""
         await wait_until(lambda: self.redis.xlen(self.keys.requests("0")) == 0, "no request is unfinished")
         await wait_until(lambda: self.pending() == {}, "nothing is pending")
-        await wait_until(lambda: self.worker.running == 0, "no job is left")
+        await wait_until(lambda: len(self.jobs) == 0, "no job is left")
         assert not self.redis.exists(self.keys.load("0"))
 
 
@@ -241,14 +264,12 @@ async def workshop(
         start: Whether it begins at once.
         settings: Instead of those in `QUICK`.
     """
-    known = Settings.load(redis_url=url or server.url, node="0", **{**QUICK, **settings})
+    known = Settings.load(redis_url=url or server.url, **{"node": "0", **QUICK, **settings})
     backend = backend or PlayedBackend()
     reader = Reader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
     async with Commands(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
-        requests, replies, board = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBoard()
-        worker = Worker(Parts(known, requests, replies, board, backend, Breaker(known)))
         with server.client() as client:
-            shop = Workshop(known, client, backend, requests, replies, board, worker)
+            shop = _furnish(known, commands, reader, client, backend)
             if start:
                 shop.start()
             try:
@@ -256,3 +277,36 @@ async def workshop(
             finally:
                 await shop.stop()
                 await reader.aclose()
+
+
+def _furnish(
+    known: Settings,
+    commands: Commands,
+    reader: Reader,
+    client: Any,  # noqa: ANN401 - see `Workshop`
+    backend: PlayedBackend,
+) -> Workshop:
+    requests, replies, board = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBoard()
+    inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
+    jobs, tenure, begun = Jobs(known, replies, board, inbox), Tenure(leases, known), list[str]()
+    parts = Parts(
+        known, requests, replies, board, backend, Breaker(known), inbox, lambda reply: begun.append(reply.message_id)
+    )
+
+    def worker_of(node: str) -> Worker:
+        other = RequestStream(commands, reader, known, node=node)
+        return Worker(replace(parts, requests=other), jobs, leases, tenure)
+
+    return Workshop(
+        settings=known,
+        redis=client,
+        backend=backend,
+        requests=requests,
+        replies=replies,
+        board=board,
+        worker=Worker(parts, jobs, leases, tenure),
+        jobs=jobs,
+        adopter=Adopter(known, Adoption(commands, known), leases, tenure, worker_of),
+        tenure=tenure,
+        begun=begun,
+    )

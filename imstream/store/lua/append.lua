@@ -2,6 +2,7 @@
 -- reply has ended (I4), or when text would be missing or repeated (I5). May be repeated: what is there already is fine.
 --
 -- KEYS[1]  stream  reply to the message
+-- KEYS[2]  set     nodes that hold a socket of the user; read after the append, so that no batch falls between
 -- ARGV[1]  attempt
 -- ARGV[2]  event: text | done | failed
 -- ARGV[3]  offset before the text
@@ -9,7 +10,7 @@
 -- ARGV[5]  text
 -- ARGV[6]  milliseconds to keep the reply
 -- ARGV[7…] field, value, … of a terminal event
--- Returns  {'appended'} | {'superseded', attempt} | {'ended', event} | {'gone'} | {'gap', offset}
+-- Returns  {'appended', node, …} | {'superseded', attempt} | {'ended', event} | {'gone'} | {'gap', offset}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
 
@@ -25,7 +26,7 @@ if known.attempt ~= ARGV[1] then
     return {'superseded', known.attempt}
 end
 if known.event == ARGV[2] and known.offset == ARGV[4] and (known.event ~= 'text' or ARGV[3] ~= ARGV[4]) then
-    return {'appended'}
+    return {'appended', unpack(redis.call('SMEMBERS', KEYS[2]))}
 end
 if TERMINAL[known.event] then
     return {'ended', known.event}
@@ -38,4 +39,4 @@ redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call(
     'XADD', KEYS[1], '*', 'attempt', ARGV[1], 'event', ARGV[2], 'offset', ARGV[4], 'text', ARGV[5], unpack(ARGV, 7)
 )
-return {'appended'}
+return {'appended', unpack(redis.call('SMEMBERS', KEYS[2]))}

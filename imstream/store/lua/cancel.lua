@@ -1,23 +1,49 @@
 -- End a reply as cancelled; the text so far stays. May be repeated.
 --
 -- KEYS[1]  stream  reply to the message
+-- KEYS[2]  set     nodes that hold a socket of the user
 -- ARGV[1]  milliseconds to keep the reply
--- Returns  'cancelled' | 'too_late' when it ended otherwise | 'unknown' when there is no such reply
+-- Returns  {'cancelled', node, …}: those to tell, the one that works on it among them
+--          | {'too_late'} when it ended otherwise | {'unknown'} when there is no such reply
+
+local function fields(entry)
+    local known = {}
+    for i = 1, #entry[2], 2 do
+        known[entry[2][i]] = entry[2][i + 1]
+    end
+    return known
+end
+
+-- The node of the latest 'opened', looked for from the end.
+local function worker()
+    local before = '+'
+    while true do
+        local page = redis.call('XREVRANGE', KEYS[1], before, '-', 'COUNT', 100)
+        for _, entry in ipairs(page) do
+            local known = fields(entry)
+            if known.event == 'opened' then
+                return known.by
+            end
+        end
+        if #page < 100 then
+            return nil
+        end
+        before = page[#page][1]
+    end
+end
 
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if not last then
-    return 'unknown'
+    return {'unknown'}
 end
-local known = {}
-for i = 1, #last[2], 2 do
-    known[last[2][i]] = last[2][i + 1]
-end
-if known.event == 'cancelled' then
-    return 'cancelled'
-end
+local known = fields(last)
 if known.event == 'done' or known.event == 'failed' then
-    return 'too_late'
+    return {'too_late'}
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-redis.call('XADD', KEYS[1], '*', 'attempt', known.attempt, 'event', 'cancelled', 'offset', known.offset)
-return 'cancelled'
+local answer = {'cancelled', unpack(redis.call('SMEMBERS', KEYS[2]))}
+answer[#answer + 1] = worker()
+if known.event ~= 'cancelled' then
+    redis.call('PEXPIRE', KEYS[1], ARGV[1])
+    redis.call('XADD', KEYS[1], '*', 'attempt', known.attempt, 'event', 'cancelled', 'offset', known.offset)
+end
+return answer

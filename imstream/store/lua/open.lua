@@ -2,11 +2,13 @@
 -- belongs to another request, is not begun.
 --
 -- KEYS[1]  stream  reply to the message
+-- KEYS[2]  set     nodes that hold a socket of the user
 -- ARGV[1]  the request that opens: node and entry id
 -- ARGV[2]  milliseconds to keep the reply
 -- ARGV[3]  a request known to be lost, whose message may be taken over; or ''
 -- ARGV[4]  a number of attempts that have been made, even if Redis has lost them: none is ever given twice
--- Returns  {'opened', attempt} | {'ended', event, owner} | {'duplicate', owner}
+-- ARGV[5]  the node that works on it
+-- Returns  {'opened', attempt, node, …} | {'ended', event, owner} | {'duplicate', owner}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
 
@@ -53,6 +55,8 @@ end
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
-redis.call('XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'request', ARGV[1])
+redis.call(
+    'XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'request', ARGV[1], 'by', ARGV[5]
+)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return {'opened', attempt + 1}
+return {'opened', attempt + 1, unpack(redis.call('SMEMBERS', KEYS[2]))}

@@ -1,0 +1,72 @@
+"""Follows the replies that are written on other nodes: their records are read on, whenever there is a sign of more."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imstream.errors import StoreError
+
+if TYPE_CHECKING:
+    from imstream.gateway.registry import Registry
+    from imstream.reply import Reply, ReplyBoard
+    from imstream.settings import Settings
+    from imstream.store.inbox import ReplyGrew
+    from imstream.store.replies import ReplyStore
+
+log = structlog.get_logger()
+
+
+class Following:
+    """Brings what is recorded elsewhere to the sessions of this node."""
+
+    def __init__(self, settings: Settings, replies: ReplyStore, board: ReplyBoard, registry: Registry) -> None:
+        self._interval = settings.sweep_interval.total_seconds()
+        self._replies = replies
+        self._board = board
+        self._registry = registry
+
+    def begun(self, reply: Reply) -> None:
+        """An answer begins, here or elsewhere: every socket of the user follows it from now on."""
+        for session in self._registry.of(reply.user_id):
+            session.follow(reply)
+
+    async def on_growth(self, notice: ReplyGrew) -> None:
+        """Another node has added something to a reply."""
+        reply = self._board.find(notice.user_id, notice.message_id)
+        if notice.begun:
+            reply = self._board.get(notice.user_id, notice.message_id)
+            self.begun(reply)
+        if reply is not None:
+            await self._try_catch_up(reply)
+
+    async def catch_up(self, reply: Reply) -> bool:
+        """Take over what is recorded beyond what is known here. False when nothing is known, here or there.
+
+        Raises:
+            StoreError: Redis was not reached.
+        """
+        while not reply.live and reply.terminal is None:
+            position = reply.position
+            record = await self._replies.read(reply.user_id, reply.message_id, after=position)
+            if reply.position != position:
+                continue  # somebody else has read on meanwhile, perhaps less far
+            if record is None:
+                return position != "" or reply.live
+            if reply.load(record):
+                return True
+        return True
+
+    async def run(self) -> None:
+        """Look at all of them now and then: a notice may get lost."""
+        while True:
+            await asyncio.sleep(self._interval)
+            await asyncio.gather(*(self._try_catch_up(reply) for reply in self._board.unfinished()))
+
+    async def _try_catch_up(self, reply: Reply) -> None:
+        try:
+            await self.catch_up(reply)
+        except StoreError:
+            return  # it is looked at again

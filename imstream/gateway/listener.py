@@ -1,0 +1,50 @@
+"""Listens to the inbox of this node, and passes on what other nodes have to tell."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from imstream.errors import StoreError
+from imstream.store.inbox import NodeLeft, ReplyGrew, SessionReplaced
+
+if TYPE_CHECKING:
+    from imstream.gateway.following import Following
+    from imstream.gateway.presence import Presence
+    from imstream.store.inbox import Inbox, Notice
+    from imstream.worker.adopter import Adopter
+    from imstream.worker.jobs import Jobs
+
+_AGAIN = 0.2
+"""Seconds between two tries while Redis is away."""
+
+
+class Listener:
+    """Reads the inbox. `run` until cancelled."""
+
+    def __init__(self, inbox: Inbox, *, following: Following, presence: Presence, jobs: Jobs, adopter: Adopter) -> None:
+        self._inbox = inbox
+        self._following = following
+        self._presence = presence
+        self._jobs = jobs
+        self._adopter = adopter
+
+    async def run(self) -> None:
+        """Take notices as they come, those that are the same only once."""
+        while True:
+            try:
+                notices = await self._inbox.read()
+            except StoreError:  # the worker says that Redis is away
+                await asyncio.sleep(_AGAIN)
+                continue
+            await asyncio.gather(*(self._take(notice) for notice in dict.fromkeys(notices)))
+
+    async def _take(self, notice: Notice) -> None:
+        match notice:
+            case ReplyGrew(user_id, message_id):
+                await self._jobs.look_at(user_id, message_id)
+                await self._following.on_growth(notice)
+            case SessionReplaced():
+                self._presence.replace(notice)
+            case NodeLeft():
+                self._adopter.look_now()

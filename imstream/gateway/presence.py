@@ -1,0 +1,103 @@
+"""Tells other nodes which users have sockets here, and closes older ones where a user may have only one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imstream.errors import StoreError
+from imstream.store.inbox import SessionReplaced
+from imstream.store.routes import ROUTE_TTL
+from imstream.texts import Text
+from imstream.wire import Close
+
+if TYPE_CHECKING:
+    from imstream.gateway.registry import Registry
+    from imstream.gateway.session import Session
+    from imstream.settings import Settings
+    from imstream.store.inbox import Inbox
+    from imstream.store.routes import Routes
+
+_AGAIN = 1.0
+"""Seconds until routes are noted again that could not be."""
+
+log = structlog.get_logger()
+
+
+class Presence:
+    """Keeps the routes that lead to this node."""
+
+    def __init__(self, settings: Settings, routes: Routes, inbox: Inbox, registry: Registry) -> None:
+        self._only_one = settings.sessions == "one"
+        self._routes = routes
+        self._inbox = inbox
+        self._registry = registry
+        self._stale: set[int] = set()
+        """Users whose route may not say what is so."""
+        self._woken = asyncio.Event()
+
+    async def arrive(self, session: Session, user_id: int) -> None:
+        """A user has logged in: note the route, and replace older sessions if there may be only one.
+
+        Without Redis the session is served all the same; its replies from other nodes come late.
+        """
+        try:
+            login = await self._routes.arrive(user_id)
+        except StoreError as error:
+            log.warning("route not noted", user=user_id, error=str(error))
+            self._mark(user_id)
+            return
+        session.login = login.number
+        if self._only_one:
+            notice = SessionReplaced(user_id, login.number)
+            self.replace(notice)
+            await self._inbox.tell(login.nodes, notice)
+
+    def left(self, user_id: int) -> None:
+        """A socket of the user is gone."""
+        if not self._registry.of(user_id):
+            self._mark(user_id)
+
+    def replace(self, notice: SessionReplaced) -> None:
+        """Close the user's sessions with an older login."""
+        for session in self._registry.of(notice.user_id):
+            if session.login < notice.login:
+                session.close(Close.REPLACED, Text.REPLACED)
+
+    async def run(self) -> None:
+        """Mend routes: those of users who have left, those that could not be noted, and all before they expire."""
+        interval = ROUTE_TTL.total_seconds() / 3
+        loop = asyncio.get_running_loop()
+        refresh_at = loop.time() + interval
+        while True:
+            try:
+                async with asyncio.timeout_at(refresh_at):
+                    await self._woken.wait()
+            except TimeoutError:
+                refresh_at = loop.time() + interval
+                self._stale.update(self._registry.users())
+            self._woken.clear()
+            await self._mend_all()
+
+    async def _mend_all(self) -> None:
+        while self._stale:
+            user_id = self._stale.pop()
+            try:
+                await self._mend(user_id)
+            except StoreError:
+                self._stale.add(user_id)
+                await asyncio.sleep(_AGAIN)
+
+    async def _mend(self, user_id: int) -> None:
+        if self._registry.of(user_id):
+            await self._routes.arrive(user_id)
+            return
+        await self._routes.leave(user_id)
+        if self._registry.of(user_id):  # somebody came meanwhile, and may have been noted before that
+            self._stale.add(user_id)
+
+    def _mark(self, user_id: int) -> None:
+        self._stale.add(user_id)
+        self._woken.set()

@@ -1,0 +1,69 @@
+"""Streams whose node is dead: looked after by one living node until the node is back or nothing is left (I1, I7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from imstream.keys import GROUP, Keys
+from imstream.store.scripts import Script
+from imstream.store.spans import milliseconds
+
+if TYPE_CHECKING:
+    from imstream.settings import Settings
+    from imstream.store.connection import Commands
+
+_ADOPT = Script("adopt")
+_LEAVE = Script("leave")
+_RETIRE = Script("retire")
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """We look after the stream. `unfinished`: requests in it."""
+
+    unfinished: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotAdopted:
+    """The node is alive, or another one looks after its stream: `by` that one, None when the node is alive."""
+
+    by: str | None
+
+
+class Adoption:
+    """What one node does about the streams of others."""
+
+    def __init__(self, commands: Commands, settings: Settings) -> None:
+        self.node = settings.node
+        self._commands = commands
+        self._keys = Keys(settings.key_prefix)
+        self._life = milliseconds(settings.lease)
+
+    async def unfinished(self, node: str) -> int:
+        """Requests in the stream of a node."""
+        count: int = await self._commands.execute("XLEN", self._keys.requests(node))
+        return count
+
+    async def adopt(self, node: str) -> Adopted | NotAdopted:
+        """Adopt the stream of a node for as long as a lease lasts, or go on doing so."""
+        keys = (self._keys.lease(node), self._keys.adopter(node), self._keys.requests(node))
+        verdict, *rest = await _ADOPT.run(self._commands, keys, (self.node, self._life))
+        if verdict == "adopted":
+            return Adopted(int(rest[0]))
+        return NotAdopted(rest[0] if rest else None)
+
+    async def leave(self, node: str) -> bool:
+        """Adopt it no longer. False when requests of it are still pending under our name."""
+        keys = (self._keys.adopter(node), self._keys.requests(node))
+        return int(await _LEAVE.run(self._commands, keys, (self.node, GROUP))) == 0
+
+    async def retire(self, node: str) -> bool:
+        """Forget a node that is gone for good; False when it is not, or has requests left."""
+        keys = self._keys
+        of_node = (keys.lease(node), keys.adopter(node), keys.requests(node), keys.load(node), keys.inbox(node))
+        if not await _RETIRE.run(self._commands, of_node, ()):
+            return False
+        await self._commands.execute("ZREM", keys.nodes(), node)
+        return True

@@ -1,0 +1,129 @@
+"""Inboxes: what nodes tell each other. A notice is a hint that makes things quick; nothing is lost when one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imstream.errors import StoreError
+from imstream.keys import Keys
+from imstream.store.scripts import Script
+from imstream.store.spans import milliseconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from imstream.settings import Settings
+    from imstream.store.connection import Argument, Commands, Reader
+
+KEPT_NOTICES = 1_000
+"""About so many are kept; a node that is further behind finds out by looking."""
+
+INBOX_TTL = timedelta(minutes=10)
+"""How long an inbox is kept in which nobody leaves anything: that of a node that is dead, mostly."""
+
+_AT_ONCE = 100
+"""Most notices taken in one read."""
+
+_TELL = Script("tell")
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyGrew:
+    """Something new is in the reply stream of a message. `begun`: it is the first attempt's beginning."""
+
+    user_id: int
+    message_id: str
+    begun: bool = False
+
+    def fields(self) -> tuple[str, ...]:
+        """As field, value, …."""
+        event = "begun" if self.begun else "grew"
+        return ("event", event, "user", str(self.user_id), "message_id", self.message_id)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionReplaced:
+    """A user has logged in again; with one session for each user, those with an older login are to be closed."""
+
+    user_id: int
+    login: int
+
+    def fields(self) -> tuple[str, ...]:
+        """As field, value, …."""
+        return ("event", "replaced", "user", str(self.user_id), "login", str(self.login))
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLeft:
+    """A node has given up its lease; what it left may be adopted at once."""
+
+    node: str
+
+    def fields(self) -> tuple[str, ...]:
+        """As field, value, …."""
+        return ("event", "left", "node", self.node)
+
+
+Notice = ReplyGrew | SessionReplaced | NodeLeft
+
+
+class Inbox:
+    """The inbox of this node, and the way to those of the others."""
+
+    def __init__(self, commands: Commands, reader: Reader, settings: Settings) -> None:
+        self.node = settings.node
+        self._commands = commands
+        self._reader = reader
+        self._keys = Keys(settings.key_prefix)
+        self._block = milliseconds(settings.read_block)
+        self._after: str | None = None
+
+    async def tell(self, nodes: Iterable[str], notice: Notice) -> None:
+        """Leave a notice for each of these nodes, but not for ourselves. One that cannot be left is only logged."""
+        for node in {*nodes} - {self.node}:
+            arguments: tuple[Argument, ...] = (KEPT_NOTICES, milliseconds(INBOX_TTL), *notice.fields())
+            try:
+                await _TELL.run(self._commands, (self._keys.inbox(node),), arguments)
+            except StoreError as error:
+                log.warning("notice not left", to=node, error=str(error))
+
+    async def read(self) -> list[Notice]:
+        """Wait for notices left since the last call, or since this is called first. Empty after a while without any.
+
+        Raises:
+            StoreError: Redis was not reached.
+        """
+        key = self._keys.inbox(self.node)
+        if self._after is None:
+            newest = await self._commands.execute("XREVRANGE", key, "+", "-", "COUNT", 1)
+            self._after = newest[0][0] if newest else "0-0"
+        answer = await self._reader.execute(
+            "XREAD", "COUNT", _AT_ONCE, "BLOCK", self._block, "STREAMS", key, self._after
+        )
+        streams = answer.items() if isinstance(answer, dict) else answer or ()
+        rows = [row for _, entries in streams for row in entries]
+        if rows:
+            self._after = rows[-1][0]
+        return [notice for _, flat in rows if (notice := _read(flat)) is not None]
+
+
+def _read(flat: Sequence[str]) -> Notice | None:
+    """None for what is no notice, or one of a newer version of imstream."""
+    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    try:
+        match fields["event"]:
+            case "grew" | "begun" as event:
+                return ReplyGrew(int(fields["user"]), fields["message_id"], begun=event == "begun")
+            case "replaced":
+                return SessionReplaced(int(fields["user"]), int(fields["login"]))
+            case "left":
+                return NodeLeft(fields["node"])
+    except (KeyError, ValueError):
+        pass
+    return None

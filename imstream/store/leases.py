@@ -1,0 +1,122 @@
+"""Leases: who runs which node now. Whether a node is alive is told by its lease and by nothing else (I7)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from pydantic_core import from_json, to_json
+
+from imstream.errors import StoreError
+from imstream.keys import Keys
+from imstream.store.scripts import Script
+from imstream.store.spans import milliseconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from imstream.settings import Settings
+    from imstream.store.connection import Commands
+
+_LEASE = Script("lease")
+_RELEASE = Script("release")
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that runs a node, readable as it stands in redis-cli.
+
+    Attributes:
+        instance: A word that no other process has.
+        host: Name of its machine.
+        machine: Tells machines and containers apart: only within one of them does a pid mean anything.
+        address: Where it listens.
+    """
+
+    instance: str
+    host: str
+    machine: str
+    pid: int
+    address: str
+
+    def encode(self) -> str:
+        """As JSON."""
+        return to_json(asdict(self)).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> Holder:
+        """From JSON; what somebody wrote by hand is a holder of whom nothing is known."""
+        try:
+            return cls(**from_json(text))
+        except (TypeError, ValueError):
+            return cls(instance=text, host="?", machine="", pid=0, address="?")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The lease is ours, for its whole life from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldByOther:
+    """Another process has it, for `left` at least."""
+
+    holder: Holder
+    left: timedelta
+
+
+class Leases:
+    """The lease of this node, and what those of the others tell."""
+
+    def __init__(self, commands: Commands, settings: Settings) -> None:
+        self.node = settings.node
+        self._commands = commands
+        self._keys = Keys(settings.key_prefix)
+        self._life = milliseconds(settings.lease)
+
+    async def hold(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
+        """Take the lease of this node, or renew it.
+
+        Args:
+            holder: This process.
+            dead: The instance of a holder that is known to be dead; its lease may be taken over.
+        """
+        key, arguments = self._keys.lease(self.node), (holder.instance, holder.encode(), self._life, dead)
+        answer = await _LEASE.run(self._commands, (key,), arguments)
+        if answer[0] == "held":
+            return Held()
+        return HeldByOther(Holder.decode(answer[1]), timedelta(milliseconds=max(0, answer[2])))
+
+    async def release(self, holder: Holder) -> None:
+        """Give the lease up: the node's stream may be adopted at once."""
+        await _RELEASE.run(self._commands, (self._keys.lease(self.node),), (holder.instance,))
+
+    async def beat(self) -> None:
+        """Be seen in the directory of nodes."""
+        await self._commands.execute("ZADD", self._keys.nodes(), time.time_ns() // 1_000_000, self.node)
+
+    async def others(self) -> dict[str, timedelta]:
+        """The other nodes of the directory, and how long ago each was last seen."""
+        rows = await self._commands.execute("ZRANGE", self._keys.nodes(), 0, -1, "WITHSCORES")
+        now = time.time_ns() / 1_000_000
+        return {node: timedelta(milliseconds=now - at) for node, at in rows if node != self.node}
+
+    async def left(self, nodes: Iterable[str]) -> dict[str, timedelta | None]:
+        """How long the lease of each node lasts if it is not renewed; None: nobody holds it."""
+        names = list(nodes)
+        asked = (self._commands.execute("PTTL", self._keys.lease(node)) for node in names)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return {node: _span(answer) for node, answer in zip(names, answers, strict=True)}
+
+
+def _span(answer: int | BaseException) -> timedelta | None:
+    if isinstance(answer, StoreError):  # not known: then it counts as alive
+        return timedelta.max
+    if isinstance(answer, BaseException):
+        raise answer
+    if answer == -1:  # set by hand, without an end
+        return timedelta.max
+    return timedelta(milliseconds=answer) if answer >= 0 else None

@@ -1,0 +1,11 @@
+-- Note that a node holds a socket of a user, and number the login: of two, everybody agrees which is the newer.
+--
+-- KEYS[1]  set  nodes that hold a socket of the user, expires
+-- ARGV[1]  node
+-- ARGV[2]  milliseconds to keep it
+-- Returns  {number of the login, node, …}
+
+redis.call('SADD', KEYS[1], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+local now = redis.call('TIME')
+return {now[1] .. string.format('%06d', now[2]), unpack(redis.call('SMEMBERS', KEYS[1]))}

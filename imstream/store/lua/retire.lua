@@ -1,0 +1,14 @@
+-- Forget a node that is gone for good: nothing is unfinished, nobody runs it or looks after it. Its dead letters stay.
+--
+-- KEYS[1]  string  lease of the node
+-- KEYS[2]  string  its adopter
+-- KEYS[3]  stream  its requests
+-- KEYS[4]  hash    user -> unfinished requests
+-- KEYS[5]  stream  its inbox
+-- Returns  1 when it is forgotten, 0 when it is not gone
+
+if redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 or redis.call('XLEN', KEYS[3]) > 0 then
+    return 0
+end
+redis.call('DEL', KEYS[3], KEYS[4], KEYS[5])
+return 1

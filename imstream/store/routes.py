@@ -1,0 +1,52 @@
+"""Routes: which nodes hold a socket of which user, so that a reply finds its way to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from imstream.keys import Keys
+from imstream.store.scripts import Script
+from imstream.store.spans import milliseconds
+
+if TYPE_CHECKING:
+    from imstream.settings import Settings
+    from imstream.store.connection import Commands
+
+ROUTE_TTL = timedelta(minutes=30)
+"""How long a route is kept unless it is noted again: that long a dead node is left notices which nobody reads."""
+
+_ARRIVE = Script("arrive")
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A login is noted.
+
+    Attributes:
+        number: Of two logins of a user, on whichever nodes, the newer one has the higher number.
+        nodes: Nodes that hold a socket of the user, this one included.
+    """
+
+    number: int
+    nodes: tuple[str, ...]
+
+
+class Routes:
+    """The routes that lead to this node."""
+
+    def __init__(self, commands: Commands, settings: Settings) -> None:
+        self.node = settings.node
+        self._commands = commands
+        self._keys = Keys(settings.key_prefix)
+
+    async def arrive(self, user_id: int) -> Login:
+        """Note that this node holds a socket of the user. May be repeated."""
+        arguments = (self.node, milliseconds(ROUTE_TTL))
+        number, *nodes = await _ARRIVE.run(self._commands, (self._keys.route(user_id),), arguments)
+        return Login(int(number), tuple(nodes))
+
+    async def leave(self, user_id: int) -> None:
+        """Note that this node holds none any more."""
+        await self._commands.execute("SREM", self._keys.route(user_id), self.node)

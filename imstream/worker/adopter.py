@@ -1,0 +1,133 @@
+"""Finds the streams of nodes that are dead, and has them worked on here until they are empty or their node is back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imstream.errors import StoreError
+from imstream.store.adoption import NotAdopted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
+
+    from imstream.settings import Settings
+    from imstream.store.adoption import Adoption
+    from imstream.store.leases import Leases
+    from imstream.worker.tenure import Tenure
+    from imstream.worker.worker import Worker
+
+_SOON = 0.05
+"""Seconds after the end of a lease at which others look again; and the least between two looks."""
+
+log = structlog.get_logger()
+
+
+class Adopter:
+    """Looks after the streams of dead nodes. `run` until `stop`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        adoption: Adoption,
+        leases: Leases,
+        tenure: Tenure,
+        worker_of: Callable[[str], Worker],
+    ) -> None:
+        self._settings = settings
+        self._adoption = adoption
+        self._leases = leases
+        self._tenure = tenure
+        self._worker_of = worker_of
+        self._adopted: dict[str, Worker] = {}
+        self._interval = settings.lease.total_seconds() / 3
+        self._look = asyncio.Event()
+        self._stopping = False
+
+    @property
+    def adopted(self) -> list[str]:
+        """The nodes whose streams are looked after here."""
+        return list(self._adopted)
+
+    def look_now(self) -> None:
+        """A node is said to have gone."""
+        self._look.set()
+
+    def stop(self) -> None:
+        """Adopt nothing more, take nothing more from what was adopted."""
+        self._stopping = True
+        for worker in self._adopted.values():
+            worker.stop()
+        self._look.set()
+
+    async def run(self) -> None:
+        """Look for dead nodes until `stop`, then wait for what was begun."""
+        async with asyncio.TaskGroup() as group:
+            while not self._stopping:
+                try:
+                    pause = await self._look_around(group)
+                except StoreError:
+                    pause = self._interval  # the worker says that Redis is away
+                await self._pause(pause)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._look.wait()
+        except TimeoutError:
+            return
+        self._look.clear()
+
+    async def _look_around(self, group: asyncio.TaskGroup) -> float:
+        """Adopt what can be adopted; seconds until the next look: at the end of the lease that ends first."""
+        seen = await self._leases.others()
+        left = await self._leases.left(seen)
+        if self._tenure.held:
+            for node, since in seen.items():
+                if left[node] is None and node not in self._adopted:
+                    await self._consider(group, node, since)
+        alive = [span.total_seconds() + _SOON for span in left.values() if span is not None]
+        return max(_SOON, min([self._interval, *alive]))
+
+    async def _consider(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
+        if await self._adoption.unfinished(node) == 0:
+            if since > self._settings.retire_after and await self._adoption.retire(node):
+                log.info("node retired", node=node, unseen=str(since))
+            return
+        verdict = await self._adoption.adopt(node)
+        if isinstance(verdict, NotAdopted) or self._stopping:
+            return
+        log.warning("stream of a dead node adopted", node=node, unfinished=verdict.unfinished)
+        worker = self._adopted[node] = self._worker_of(node)
+        group.create_task(self._look_after(node, worker), name=f"adopted-{node}")
+
+    async def _look_after(self, node: str, worker: Worker) -> None:
+        working = asyncio.create_task(worker.run(), name=f"worker-{node}")
+        try:
+            while not working.done():
+                await asyncio.wait([working], timeout=self._interval)
+                if not working.done() and not await self._is_still_ours(node):
+                    worker.leave()
+            await working
+        finally:
+            working.cancel()
+            del self._adopted[node]
+        await self._leave(node)
+
+    async def _is_still_ours(self, node: str) -> bool:
+        try:
+            verdict = await self._adoption.adopt(node)
+        except StoreError:
+            return True  # not known: what is read meanwhile is read once all the same
+        return not isinstance(verdict, NotAdopted) and verdict.unfinished > 0
+
+    async def _leave(self, node: str) -> None:
+        try:
+            left = await self._adoption.leave(node)
+        except StoreError as error:
+            log.warning("adopted stream not left in good order", node=node, error=str(error))
+            return
+        log.info("adopted stream left", node=node, finished=left)

@@ -1,0 +1,143 @@
+"""The jobs of one node, whichever stream their requests came from, and the free slots for more."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imstream.errors import StoreUnavailable
+from imstream.store.inbox import ReplyGrew
+from imstream.store.replies import Cancelled
+from imstream.worker.job import Stop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imstream.reply import ReplyBoard
+    from imstream.settings import Settings
+    from imstream.store.inbox import Inbox
+    from imstream.store.replies import Receipt, ReplyStore
+    from imstream.worker.job import Job
+
+log = structlog.get_logger()
+
+
+@dataclass
+class Slots:
+    """Slots that are reserved for jobs. `free`: how many are left."""
+
+    free: int
+
+
+class Jobs:
+    """What this node works on, and how much more it may take. Its workers share the slots."""
+
+    def __init__(self, settings: Settings, replies: ReplyStore, board: ReplyBoard, inbox: Inbox) -> None:
+        self._settings = settings
+        self._replies = replies
+        self._board = board
+        self._inbox = inbox
+        self._jobs: list[Job] = []
+        self._free = settings.concurrency
+        self._draining = False
+        self.workers = 0
+        """How many workers share the slots."""
+        self.changed = asyncio.Event()
+        """A job has ended, or a worker shall stop: look again."""
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @contextmanager
+    def reserve(self, most: int) -> Iterator[Slots]:
+        """Reserve up to so many free slots, and give back on leaving what no job was added to.
+
+        Who shares them with other workers gets half, so that some are left for the next one that asks.
+        """
+        free = self._free if self.workers <= 1 else (self._free + 1) // 2
+        slots = Slots(max(0, min(most, free)))
+        self._free -= slots.free
+        try:
+            yield slots
+        finally:
+            self._free += slots.free
+            if slots.free and self.workers > 1:
+                self.changed.set()
+
+    def add(self, job: Job, slots: Slots) -> None:
+        """A job begins, in one of the slots."""
+        slots.free -= 1
+        self._jobs.append(job)
+        if self._draining:  # it was on its way when the node was told to end
+            job.stop(Stop.DRAINED)
+
+    def remove(self, job: Job) -> None:
+        """A job has ended; its slot is free."""
+        self._jobs.remove(job)
+        self._free += 1
+        self.changed.set()
+
+    def is_working_on(self, user_id: int, message_id: str) -> bool:
+        """Whether an answer to this message is being made here."""
+        return self._job_of(user_id, message_id) is not None
+
+    def drain(self) -> None:
+        """End the running answers, and leave their requests pending for whoever takes them up."""
+        self._draining = True
+        for job in self._jobs:
+            job.stop(Stop.DRAINED)
+
+    async def cancel(self, user_id: int, message_id: str) -> Receipt:
+        """Cancel a message wherever it is: at once when it is worked on here. Raises `StoreError`."""
+        job = self._job_of(user_id, message_id)
+        if job is None:
+            return await self._cancel_elsewhere(user_id, message_id)
+        job.stop(Stop.CANCELLED)
+        try:
+            async with asyncio.timeout(2 * self._settings.redis_timeout.total_seconds()):
+                await job.ended.wait()
+        except TimeoutError:
+            raise StoreUnavailable("the end of the answer cannot be recorded now") from None
+        if job.reply.terminal is None:
+            raise StoreUnavailable("the end of the answer was not recorded")
+        return "cancelled" if job.reply.terminal.event == "cancelled" else "too_late"
+
+    async def _cancel_elsewhere(self, user_id: int, message_id: str) -> Receipt:
+        receipt = await self._replies.cancel(user_id, message_id)
+        if not isinstance(receipt, Cancelled):
+            return receipt
+        await self._inbox.tell(receipt.nodes, ReplyGrew(user_id, message_id))
+        record = await self._replies.read(user_id, message_id)
+        if record is not None:
+            self._board.get(user_id, message_id).load(record)
+        return "cancelled"
+
+    async def look_at(self, user_id: int, message_id: str) -> None:
+        """Another node has said something about a message: stop the job here, if it is that node's now or has ended."""
+        job = self._job_of(user_id, message_id)
+        if job is not None:
+            await job.look()
+
+    async def flush_regularly(self) -> None:
+        """Record, batch by batch, what the answers say. Cancel it to end."""
+        interval = self._settings.flush_interval.total_seconds()
+        while True:
+            await asyncio.sleep(interval)
+            await self._flush_all()
+
+    async def _flush_all(self) -> None:
+        behind = [job for job in self._jobs if job.behind]
+        results = await asyncio.gather(*(job.flush() for job in behind), return_exceptions=True)
+        for job, error in zip(behind, results, strict=True):
+            if error is not None:
+                log.error("text cannot be recorded", entry=job.entry.entry_id, exc_info=error)
+
+    def _job_of(self, user_id: int, message_id: str) -> Job | None:
+        for job in self._jobs:
+            if job.request.message_id == message_id and job.request.user_id == user_id:
+                return job
+        return None

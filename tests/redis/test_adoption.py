@@ -1,0 +1,199 @@
+"""Streams whose node is dead are worked on by another, and by one only; nothing is taken from the living (I1, I7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from imstream.keys import GROUP
+from tests.redis.workshop import USER, PlayedBackend, workshop
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.redis.workshop import Workshop
+    from tests.support.servers import RedisServer
+
+QUICK_LEASE = "400ms"
+
+
+def of_node(shop: Workshop, key: str) -> list[str]:
+    """Consumers of the stream of node 0, or the nodes in the directory."""
+    if key == "consumers":
+        return sorted(row["name"] for row in shop.redis.xinfo_consumers(shop.keys.requests("0"), GROUP))
+    return sorted(shop.redis.zrange(shop.keys.nodes(), 0, -1))
+
+
+async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer) -> None:
+    async with (
+        workshop(redis_server, lease=QUICK_LEASE) as dying,
+        workshop(redis_server, node="1", lease=QUICK_LEASE) as other,
+    ):
+        await dying.ask("begun")
+        (await dying.backend.call(1)).say("half of ")
+        await wait_until(lambda: len(dying.entries("begun")) == 3, "half of it is recorded")
+        dying.worker.stop()  # so that the next one stays undelivered
+        await dying.no_longer_reads()
+        await dying.ask("waiting")
+        await dying.crash()
+        await other.backend.call(2)
+        for call in other.backend.calls:
+            call.done("all of it")
+        await other.idle()
+        assert other.recorded("begun") == other.recorded("waiting") == ("done", "all of it")
+        assert [entry["attempt"] for entry in other.entries("begun") if entry["event"] == "opened"] == ["1", "2"]
+        assert other.begun == ["waiting"]
+
+
+async def test_when_all_is_done_the_adopter_leaves_no_trace_in_the_group(redis_server: RedisServer) -> None:
+    async with (
+        workshop(redis_server, lease=QUICK_LEASE) as dying,
+        workshop(redis_server, node="1", lease=QUICK_LEASE) as other,
+    ):
+        other.backend.always = lambda call: call.done("x")
+        await dying.ask()
+        await dying.backend.call(1)
+        await dying.crash()
+        await other.idle()
+        await wait_until(lambda: other.adopter.adopted == [], "the stream is left")
+        assert of_node(other, "consumers") == ["0"]
+        assert not other.redis.exists(other.keys.adopter("0"))
+
+
+async def test_one_of_many_adopts(redis_server: RedisServer) -> None:
+    backend = PlayedBackend()
+    async with (
+        workshop(redis_server, lease=QUICK_LEASE) as dying,
+        workshop(redis_server, node="1", lease=QUICK_LEASE, backend=backend) as one,
+        workshop(redis_server, node="2", lease=QUICK_LEASE, backend=backend) as two,
+    ):
+        await dying.ask()
+        await dying.backend.call(1)
+        await dying.crash()
+        call = await backend.call(1)
+        adopters = [shop for shop in (one, two) if shop.adopter.adopted == ["0"]]
+        assert len(adopters) == 1
+        assert dying.redis.get(dying.keys.adopter("0")) == adopters[0].settings.node
+        call.done("x")
+        await one.idle()
+        assert len(backend.calls) == 1
+
+
+async def test_a_long_answer_is_never_stolen_from_a_living_node(redis_server: RedisServer) -> None:
+    async with (
+        workshop(redis_server, lease="300ms") as working,
+        workshop(redis_server, node="1", lease="300ms") as other,
+    ):
+        await working.ask()
+        call = await working.backend.call(1)
+        looked = other.redis.info("commandstats")["cmdstat_pttl"]["calls"]
+        await wait_until(
+            lambda: other.redis.info("commandstats")["cmdstat_pttl"]["calls"] > looked + 20, "the other looks often"
+        )
+        call.done("x")
+        await working.idle()
+        assert working.recorded() == ("done", "x")
+        assert other.backend.calls == []
+
+
+async def test_a_node_that_is_back_takes_what_comes_and_the_adopter_finishes_what_it_has(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, node="1", lease=QUICK_LEASE) as other:
+        async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+            await dying.ask("old")
+            await dying.backend.call(1)
+            await dying.crash()
+        old = await other.backend.call(1)
+        async with workshop(redis_server, lease=QUICK_LEASE) as back:
+            await back.ask("new")
+            (await back.backend.call(1)).done("by the node itself")
+            await wait_until(lambda: back.entries("new")[-1]["event"] == "done", "the new one is answered")
+            old.done("by the adopter")
+            await back.idle()
+            assert back.recorded("new") == ("done", "by the node itself")
+            assert back.recorded("old") == ("done", "by the adopter")
+            await wait_until(lambda: other.adopter.adopted == [], "the stream is left")
+        assert len(other.backend.calls) == 1
+
+
+async def test_what_a_node_hands_back_when_it_drains_is_adopted_and_does_not_count_as_a_death(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, node="1", lease="1s", max_deliveries=1) as other:
+        async with workshop(redis_server, lease="1s", max_deliveries=1) as leaving:
+            await leaving.ask()
+            await leaving.backend.call(1)
+        (await other.backend.call(1)).done("x")
+        await other.idle()
+        assert other.recorded() == ("done", "x")
+
+
+async def test_a_request_that_kills_every_node_is_buried(redis_server: RedisServer) -> None:
+    for node in ("0", "1"):
+        async with workshop(redis_server, node=node, lease="200ms", max_deliveries=2) as dying:
+            if node == "0":
+                await dying.ask()
+            await dying.backend.call(1)
+            await dying.crash()
+    async with workshop(redis_server, node="2", lease="200ms", max_deliveries=2) as last:
+        await last.idle()
+        assert last.recorded()[0] == "failed"
+        assert [letter["reason"] for letter in last.dead()] == ["worker_died"]
+        assert last.backend.calls == []
+
+
+async def test_an_adopter_that_dies_is_followed_by_another(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, lease=QUICK_LEASE) as first:
+        await first.ask()
+        await first.backend.call(1)
+        await first.crash()
+    async with workshop(redis_server, node="1", lease=QUICK_LEASE) as second:
+        await second.backend.call(1)
+        await second.crash()
+    async with workshop(redis_server, node="2", lease=QUICK_LEASE) as third:
+        (await third.backend.call(1)).done("x")
+        await third.idle()
+        assert third.recorded() == ("done", "x")
+        await wait_until(lambda: of_node(third, "consumers") == ["0"], "both adopters have left the group")
+
+
+async def test_a_node_that_is_gone_for_good_is_forgotten(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, lease="200ms") as leaving:
+        await leaving.ask()
+        (await leaving.backend.call(1)).done("x")
+        await leaving.idle()
+    async with workshop(redis_server, node="1", lease="200ms", retire_after="300ms") as other:
+        await wait_until(lambda: of_node(other, "nodes") == ["1"], "it has left the directory")
+        assert not other.redis.exists(*(key(node="0") for key in (other.keys.requests, other.keys.load)))
+
+
+async def test_a_dead_node_with_requests_is_not_forgotten(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, lease="200ms") as dying:
+        await dying.ask()
+        await dying.backend.call(1)
+        await dying.crash()
+    async with workshop(redis_server, node="1", lease="200ms", retire_after="1ms") as other:
+        call = await other.backend.call(1)
+        assert of_node(other, "nodes") == ["0", "1"]
+        call.done("x")
+        await wait_until(lambda: of_node(other, "nodes") == ["1"], "it has left the directory when all is done")
+        assert other.recorded() == ("done", "x")
+
+
+async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+        await wait_until(lambda: of_node(dying, "nodes") == ["0"], "it is in the directory")
+        dying.worker.stop()
+        for n in range(6):
+            await dying.ask(f"theirs {n}")
+        await dying.crash()
+    async with workshop(redis_server, node="1", lease=QUICK_LEASE, concurrency=4) as other:
+        for n in range(6):
+            await other.ask(f"ours {n}", user=USER + 1)
+        answered = 0
+        while answered < 12:
+            call = await other.backend.call(answered + 1)
+            assert len(other.jobs) <= 4
+            call.done("x")
+            answered += 1
+        await wait_until(lambda: len(other.jobs) == 0, "all are done")
+        assert [other.recorded(f"theirs {n}") for n in range(6)] == [("done", "x")] * 6
