@@ -40,7 +40,7 @@ class Following:
             reply = self._board.get(notice.user_id, notice.message_id)
             self.begun(reply)
         if reply is not None:
-            await self._try_catch_up(reply)
+            await self._catch_up_with([reply])
 
     async def catch_up(self, reply: Reply) -> bool:
         """Take over what is recorded beyond what is known here. False when nothing is known, here or there.
@@ -63,10 +63,11 @@ class Following:
         """Look at all of them now and then: a notice may get lost."""
         while True:
             await asyncio.sleep(self._interval)
-            await asyncio.gather(*(self._try_catch_up(reply) for reply in self._board.unfinished()))
+            await self._catch_up_with(self._board.unfinished())
 
-    async def _try_catch_up(self, reply: Reply) -> None:
+    async def _catch_up_with(self, replies: list[Reply]) -> None:
         try:
-            await self.catch_up(reply)
+            for reply in replies:  # one by one: it is never urgent, and must not pile up while Redis is away
+                await self.catch_up(reply)
         except StoreError:
-            return  # it is looked at again
+            return  # they are looked at again

@@ -91,6 +91,12 @@ class Pump:
             cursor.reply.watch(self._mark)
         self._mark(cursor.reply)
 
+    def follow_anew(self, cursor: Cursor) -> None:
+        """Follow a reply from where the cursor stands, wherever this socket has got to before."""
+        if not self._abandoned and cursor.reply.message_id in self._cursors:
+            self._cursors[cursor.reply.message_id] = cursor
+        self.follow(cursor)
+
     def finish(self, code: Close, last_words: ServerFrame) -> None:
         """Close the socket with these words when everything that is known has been sent."""
         self._last_words = (code, last_words)

@@ -250,7 +250,8 @@ class Session:
         if not reply.live:
             await self._mark_queued(user_id, message_id)
         self._pump.say(phrases.accepted(message_id, verdict.position))
-        self._pump.follow(Cursor(reply))
+        # From the beginning, also what this socket may have been told already when the message is sent again.
+        self._pump.follow_anew(Cursor(reply))
 
     async def _mark_queued(self, user_id: int, message_id: str) -> None:
         try:

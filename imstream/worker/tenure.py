@@ -50,6 +50,10 @@ def is_alive(holder: Holder, machine: str) -> bool | None:
         return False
     except PermissionError:
         return True
+    with suppress(OSError):
+        # A dead process whose parent has not asked for its exit code yet: proc(5), the state after the name.
+        state = Path(f"/proc/{holder.pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()[0]
+        return state not in "ZX"
     return True
 
 

@@ -37,7 +37,7 @@ async def test_many_chats_at_once_share_one_slow_connection_and_none_waits_beyon
         assert set(await asyncio.gather(*asked)) == {Event.ACCEPTED}
         await play.curtain()
         assert play.ai_calls() == len(asked)
-        assert play.node.connections_to(proxy.port) == 2, "one for commands, one that reads the stream"
+        assert play.node.connections_to(proxy.port) == 3, "one for commands, two that wait"
 
 
 async def test_a_redis_that_takes_no_more_connections_means_unavailable_until_it_does(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.redis.workshop import Workshop
     from tests.support.servers import RedisServer
 
-QUICK_LEASE = "400ms"
+QUICK_LEASE = "1s"
 
 
 def of_node(shop: Workshop, key: str) -> list[str]:

@@ -49,13 +49,17 @@ class Chatter:
 
     async def send(self, message_id: str, question: str) -> None:
         """Send a CHAT and wait for nothing. A message that has ended is asked about anew."""
-        if self.ends(message_id):
-            self.frames[message_id].clear()
+        self._forget_if_ended(message_id)
         self.asked[message_id] = question
         await self.say(msgType="CHAT", userId=self.user_id, messageId=message_id, contents=question)
 
+    def _forget_if_ended(self, message_id: str) -> None:
+        if self.ends(message_id):
+            self.frames[message_id].clear()
+
     async def ask(self, message_id: str, question: str) -> str:
         """Send a CHAT; what the node says to it at once: `accepted`, or the code of its refusal."""
+        self._forget_if_ended(message_id)
         before = len(self.verdicts(message_id))
         await self.send(message_id, question)
         await self.until(lambda: len(self.verdicts(message_id)) > before, f"a word about {message_id}")
@@ -102,7 +106,7 @@ class Chatter:
         text, attempt = "", None
         for frame in self.frames[message_id]:
             match frame.get("event"):
-                case Event.RESTART:
+                case Event.RESTART | Event.ACCEPTED:
                     text, attempt = "", None
                 case Event.DELTA:
                     assert attempt in (None, frame["attempt"]), f"{message_id}: another attempt without restart"

@@ -36,7 +36,7 @@ class Told:
     """What was told of one message, put together as every client must.
 
     Attributes:
-        text: The deltas since the last restart.
+        text: The deltas since it was accepted, or since the last restart.
         events: The events in their order, those told to earlier sockets included.
         terminal: The frame that ended it.
     """
@@ -52,6 +52,8 @@ class Told:
         event = frame["event"]
         assert self.terminal is None, f"{event} came after the end"
         self.events.append(event)
+        if event == "accepted":  # what follows begins at the beginning
+            self.text, self.attempt, self.offset = "", 0, 0
         if event in {"delta", "restart"}:
             self.text = "" if event == "restart" else self.text + frame["contents"]
             self.attempt, self.offset = frame["attempt"], frame["offset"]

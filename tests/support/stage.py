@@ -117,7 +117,7 @@ class Stage:
             for message_id, question in user.asked.items():
                 self._check_record(user, message_id, question)
         forever = {key for key in self.redis.scan_iter() if self.redis.ttl(key) == -1}
-        assert forever <= {REQUESTS, LOAD, DEAD}
+        assert forever <= {REQUESTS, LOAD, DEAD, KEYS.nodes()}
         assert self.node.memory() < MEMORY_LIMIT
 
     def _promised(self) -> Iterator[tuple[Chatter, str, str]]:
