@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import click
 
 from imstream.ai.demo import marker
 from imstream.ai.demo.settings import DemoSettings
+from imstream.cli import balancer as balancers
 from imstream.cli.options import given, settings_options
 from imstream.cli.parent import die_with
 from imstream.embedded import EmbeddedSettings
@@ -151,6 +154,44 @@ def redis(**options: str | None) -> None:
     from imstream.embedded import become_server
 
     become_server(settings)
+
+
+@main.command()
+@click.option("--program", type=click.Choice(get_args(balancers.Program)), help="Which one; else what is installed.")
+@click.option("--listen", default="127.0.0.1:8000", show_default=True, help="Address it listens on.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=".imstream/balancer",
+    show_default=True,
+    help="Where its configuration and temporary files are kept.",
+)
+@click.option("--print", "only_print", is_flag=True, help="Print the configuration instead of running it.")
+@click.argument("nodes", nargs=-1, required=True, metavar="HOST:PORT...")
+@click.pass_context
+def balancer(
+    ctx: click.Context,
+    program: balancers.Program | None,
+    listen: str,
+    folder: Path,
+    nodes: tuple[str, ...],
+    *,
+    only_print: bool,
+) -> None:
+    """Run HAProxy or nginx in front of nodes.
+
+    It must be installed. The command turns into the program, in the foreground, with the configuration of ops/ for
+    these nodes: each user always comes to the same node, a dead node's users are spread over the others.
+    """
+    program = program or balancers.installed()
+    if program is None:
+        raise SettingsError("neither HAProxy nor nginx is installed (Debian, Ubuntu: sudo apt install haproxy)")
+    if only_print:
+        click.echo(balancers.configuration(program, listen, nodes), nl=False)
+        return
+    if (parent := ctx.find_root().params["parent"]) is not None:
+        die_with(parent, signal.SIGTERM)  # SIGKILL would leave the worker processes of nginx behind
+    balancers.become(program, folder, listen, nodes)
 
 
 @main.command()

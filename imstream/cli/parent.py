@@ -10,8 +10,8 @@ import sys
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which started it, ends; for instance by SIGKILL.
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when `parent`, which started it, ends; for instance by SIGKILL.
 
     Linux keeps this across `execve`, so it also holds for the Valkey that a child turns into: a pipe that the children
     watch would not, and nothing runs between `fork` and `exec` as a `preexec_fn` does. SIGKILL, because it cannot be
@@ -22,7 +22,7 @@ def die_with(parent: int) -> None:
     """
     if sys.platform != "linux":
         return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
         raise SystemExit(1)

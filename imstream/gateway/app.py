@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 
 from imstream.gateway.page import page_routes
@@ -31,7 +31,12 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: 
     node = services.settings.node
 
     async def socket(websocket: WebSocket) -> None:
-        await Session(websocket, services).run()
+        if (why := not_ready()) is None:
+            await Session(websocket, services).run()
+        else:
+            # Instead of a socket that could do nothing: a load balancer takes its user to another node at once.
+            refusal = PlainTextResponse(f"not ready: {why}", status_code=503, headers={"Retry-After": "1"})
+            await websocket.send_denial_response(refusal)
 
     async def readyz(_: Request) -> JSONResponse:
         why = not_ready()
