@@ -79,7 +79,7 @@ class Settings(SettingsGroup):
     key_prefix: str = Field("im", pattern=r"^[A-Za-z0-9._-]{1,32}$", description="What every Redis key starts with.")
 
     ai_url: str = Field(
-        "http://127.0.0.1:8081/v1",
+        "http://127.0.0.1:8090/v1",
         pattern=r"^https?://",
         description="OpenAI-compatible base URL, ending in /v1.",
     )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Program = Literal["haproxy", "nginx"]
 
+FOLDER = Path(".imstream/balancer")
+"""Where the configuration and the temporary files of a running one are kept, unless another folder is named."""
+
 _CONFIGURATIONS: dict[Program, str] = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
 _LISTEN = "127.0.0.1:8000"
 _FIRST_NODE = "127.0.0.1:8080"

@@ -16,6 +16,7 @@ from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import balancer as balancers
 from imstream.cli.options import given, settings_options
 from imstream.cli.parent import die_with
+from imstream.cli.up_settings import UpSettings
 from imstream.embedded import EmbeddedSettings
 from imstream.errors import ImstreamError, SettingsError
 from imstream.settings import ENV_PREFIX, Settings
@@ -80,16 +81,20 @@ def main(parent: int | None) -> None:
 
 
 @main.command()
+@settings_options(UpSettings)
 @settings_options(Settings, aliases=ALIASES)
 @settings_options(EmbeddedSettings, full_names=True)
 @settings_options(DemoSettings, full_names=True)
 def up(**options: str | None) -> None:
-    """Run everything on this machine: Valkey, demo AI, a node.
+    """Run everything on this machine: Valkey, demo AI, nodes.
 
     The embedded Valkey is left out when IMSTREAM_REDIS_URL (--redis) is set, the demo AI when IMSTREAM_AI_URL (--ai)
     is. Data stays in .imstream/: what was accepted is there at the next start.
 
-    Ctrl-C stops the node first, which lets running answers end, then the others. Ctrl-C again kills them at once.
+    With --nodes 3 and HAProxy or nginx installed, that is in front of them, and a node that dies is started again: kill
+    one and watch its users go on elsewhere.
+
+    Ctrl-C stops the nodes first, which lets running answers end, then the others. Ctrl-C again kills them at once.
     """
     from imstream.cli import up as command
 
@@ -162,14 +167,14 @@ def redis(**options: str | None) -> None:
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    default=".imstream/balancer",
+    default=balancers.FOLDER,
     show_default=True,
     help="Where its configuration and temporary files are kept.",
 )
 @click.option("--print", "only_print", is_flag=True, help="Print the configuration instead of running it.")
 @click.argument("nodes", nargs=-1, required=True, metavar="HOST:PORT...")
 @click.pass_context
-def balancer(
+def balancer(  # noqa: PLR0913 - one for each option
     ctx: click.Context,
     program: balancers.Program | None,
     listen: str,

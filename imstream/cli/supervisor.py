@@ -1,4 +1,6 @@
-"""Runs child processes together: started in order, stopped in the opposite order, and none of them alone.
+"""Runs child processes together: started in order, stopped in order, and those that matter never alone.
+
+When a child ends by itself all end, unless it is one that the others can miss for a moment: it is started again.
 
 A child leads a session of its own, so that a Ctrl-C in the terminal reaches only the supervisor, which then stops
 them in order. If the supervisor dies without doing that, the kernel ends them (see `parent`).
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 START_LIMIT = 30.0
 """Seconds a child may take until it serves: an append-only file of gigabytes is loaded in that time."""
 
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before a child that has ended is started again: doubled each time until it serves, up to the second one."""
+
 _TRY_AGAIN = 0.03
 _CHUNK = 65536
 
@@ -36,6 +41,7 @@ class Part:
         environment: What is set for it besides what is set already.
         serves: Tells whether it answers.
         patience: Seconds it gets to stop after SIGTERM; then it is killed.
+        restarts: Whether it is started again when it ends by itself after it has served; otherwise all end with it.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Part:
     serves: Callable[[], Awaitable[bool]]
     environment: dict[str, str] = field(default_factory=dict)
     patience: float = 5.0
+    restarts: bool = False
 
 
 class _Ended(Exception):  # noqa: N818 - reads as the state that it names
@@ -80,10 +87,16 @@ class _Child:
 
 
 class Supervisor:
-    """Runs stages of parts: those of one stage start together, when all of the stage before it serve."""
+    """Runs stages of parts: those of one stage start together, when all of the stage before it serve.
 
-    def __init__(self, stages: Sequence[Sequence[Part]]) -> None:
+    Args:
+        stages: The parts in the order in which they start.
+        stopping: The parts in the order in which they stop; when left out, the opposite.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[Part]], stopping: Sequence[Sequence[Part]] | None = None) -> None:
         self._stages = stages
+        self._stopping = stages[::-1] if stopping is None else stopping
         self._width = max(len(part.name) for stage in stages for part in stage)
         self._running: list[_Child] = []
         self._stop = asyncio.Event()
@@ -105,10 +118,10 @@ class Supervisor:
                 await self._start(stage)
             announce()
             await self._watch()
-        except _Ended as ended:
-            _say(f"{ended}; stopping the rest")
+        except* _Ended as ended:
+            _say(f"{ended.exceptions[0]}; stopping the rest")
             self._failed = True
-        except _Stopping:
+        except* _Stopping:
             _say("stopping; Ctrl-C again to kill")
         finally:
             await self._stop_all()
@@ -152,17 +165,45 @@ class Supervisor:
             await asyncio.sleep(_TRY_AGAIN)
 
     async def _watch(self) -> None:
-        stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([stop, *(child.end for child in self._running)], return_when=asyncio.FIRST_COMPLETED)
-        if self._stop.is_set():
-            raise _Stopping
-        stop.cancel()
-        for child in self._running:
-            if child.end.done():
-                raise _Ended(f"{child.part.name} ended by itself ({_how(child.end.result())})")
+        """Look after all children, until one ends for good or the end is asked for."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._wait_for_signal())
+            for child in self._running:
+                group.create_task(self._look_after(child))
+
+    async def _wait_for_signal(self) -> None:
+        await self._stop.wait()
+        raise _Stopping
+
+    async def _look_after(self, child: _Child) -> None:
+        """Start a part again whenever it ends, if it is one of those; otherwise raise when it has ended."""
+        part, pause = child.part, FIRST_PAUSE
+        while True:
+            await asyncio.wait([child.end])  # not the task itself: whoever is cancelled here must not cancel it
+            if self._stop.is_set():
+                return
+            what = f"{part.name} ended by itself ({_how(child.end.result())})"
+            if not part.restarts:
+                raise _Ended(what)
+            _say(f"{what}; starting it again in {pause:g} s")
+            await asyncio.sleep(pause)
+            await child.output
+            self._running.remove(child)
+            child = await self._spawn(part)
+            pause = FIRST_PAUSE if await self._came_back(child) else min(2 * pause, LONGEST_PAUSE)
+
+    async def _came_back(self, child: _Child) -> bool:
+        try:
+            await self._wait_until_serving(child)
+        except _Ended as ended:
+            if not child.end.done():
+                _say(f"{ended}")
+            return False
+        _say(f"{child.part.name} is back")
+        return True
 
     async def _stop_all(self) -> None:
-        for stage in reversed(self._stages):
+        for stage in self._stopping:
             stopped = await asyncio.gather(*(child.stop() for child in self._running if child.part in stage))
             self._failed |= not all(stopped)
 

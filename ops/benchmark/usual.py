@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from starlette.websockets import WebSocket
 
-URL = os.environ.get("BENCH_AI_URL", "http://127.0.0.1:8081/v1") + "/chat/completions"
+URL = os.environ.get("BENCH_AI_URL", "http://127.0.0.1:8090/v1") + "/chat/completions"
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ class DemoSettings(SettingsGroup):
     model_config = SettingsConfigDict(env_prefix=f"{ENV_PREFIX}DEMO_")
 
     host: str = Field("127.0.0.1", description="Address the demo backend listens on.")
-    port: int = Field(8081, ge=0, le=65535, description="Port the demo backend listens on; 0 takes a free one.")
+    port: int = Field(8090, ge=0, le=65535, description="Port the demo backend listens on; 0 takes a free one.")
 
     pace: Span = Field(timedelta(milliseconds=30), description="Time between two deltas; 0 sends the answer at once.")
     first: Span = Field(timedelta(milliseconds=200), description="Time before the first delta.")

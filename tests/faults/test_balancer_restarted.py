@@ -1,0 +1,82 @@
+"""The load balancer is stopped and started in the middle of answers: clients come back and resume, and lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.client import Client, Connected, Disconnected
+from tests.support.balancing import PROGRAMS, start_balancer
+from tests.support.processes import free_port
+from tests.support.servers import start_node
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from imstream.cli.balancer import Program
+    from imstream.client import ConnectionChange
+    from tests.support.servers import DemoBackend, RedisServer
+
+USERS = range(10001, 10013)
+LIMIT = 60.0
+TIMES = 2
+
+
+def question(user: int) -> str:
+    """An answer of about 6 s."""
+    return f"I am {user} [[demo length=300 pace=20ms]]"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_clients_reconnect_and_resume_when_the_load_balancer_is_restarted(
+    program: Program, redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    nodes = [start_node(tmp_path, redis_url=redis_server.url, ai_url=demo.url, node=str(n)) for n in range(3)]
+    ports, port = [node.port for node in nodes], free_port()
+    balancer = start_balancer(tmp_path, program, ports, port=port)
+    shown: dict[int, str] = {}
+    changes: dict[int, list[ConnectionChange]] = {user: [] for user in USERS}
+
+    async def talk(user: int) -> None:
+        async with Client(balancer.url, user, on_change=changes[user].append) as client:
+            reply = await client.send(question(user))
+            shown[user] = ""
+            async for piece in reply:
+                shown[user] += piece.text
+            assert (reply.attempt, reply.repeated) == (1, 0)
+            assert await reply.text() == shown[user]
+
+    try:
+        async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as talking:
+            for user in USERS:
+                talking.create_task(talk(user))
+            for connected in range(1, TIMES + 1):
+                await wait_until(
+                    lambda n=connected: all(count(changes[user], Connected) == n for user in USERS), "all are in"
+                )
+                before = {user: len(shown.get(user, "")) for user in USERS}
+                await wait_until(lambda b=before: all(len(shown.get(user, "")) > b[user] for user in USERS), "all read")
+                assert await asyncio.to_thread(balancer.process.terminate) in {0, -signal.SIGTERM}
+                await wait_until(
+                    lambda n=connected: all(count(changes[user], Disconnected) >= n for user in USERS), "cut"
+                )
+                balancer = await asyncio.to_thread(start_balancer, tmp_path, program, ports, port=port)
+        for user in USERS:
+            assert shown[user] == "".join(canned_answer(question(user), 300))
+            resumed = [change.resumed for change in changes[user] if isinstance(change, Connected)]
+            assert resumed == [0, *[1] * TIMES]
+        with redis_server.client() as redis:
+            assert [redis.xlen(f"im:{{node:{node}}}:requests") for node in range(3)] == [0, 0, 0]
+    finally:
+        for running in (balancer.process, *(node.process for node in nodes)):
+            running.__exit__(None, None, None)
+
+
+def count(changes: list[ConnectionChange], kind: type[ConnectionChange]) -> int:
+    """How many changes are of this kind."""
+    return sum(isinstance(change, kind) for change in changes)

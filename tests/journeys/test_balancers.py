@@ -1,0 +1,185 @@
+"""Three nodes behind the real nginx and the real HAProxy, configured as in ops/: who lands where, and when."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from tests.support.balancing import PROGRAMS, Balancer, start_balancer
+from tests.support.peer import peer
+from tests.support.processes import free_port, http_status
+from tests.support.servers import NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from imstream.cli.balancer import Program
+    from tests.support.servers import DemoBackend
+
+NODES = ("0", "1", "2")
+USERS = range(10001, 13001)
+FEW = range(10001, 10301)
+
+
+@dataclass
+class Farm:
+    """Three nodes, and what they stand on."""
+
+    folder: Path
+    redis: RedisServer
+    ai_url: str
+    nodes: dict[str, NodeProcess]
+
+    def start(self, node: str) -> None:
+        """Start a node, again where it was if it was there."""
+        port = self.nodes[node].port if node in self.nodes else None
+        started = start_node(self.folder, redis_url=self.redis.url, ai_url=self.ai_url, node=node, port=port)
+        self.nodes[node] = started
+
+    def unfinished(self) -> int:
+        """Requests that have not ended, of all nodes."""
+        with self.redis.client() as client:
+            return sum(client.xlen(f"im:{{node:{node}}}:requests") for node in NODES)
+
+
+@pytest.fixture(scope="module")
+def farm(demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    folder = tmp_path_factory.mktemp("farm")
+    redis = RedisServer(valkey_binary(), free_port(), folder / "redis")
+    redis.start()
+    farm = Farm(folder, redis, demo.url, {})
+    try:
+        for node in NODES:
+            farm.start(node)
+        yield farm
+    finally:
+        for running in farm.nodes.values():
+            running.process.__exit__(None, None, None)
+        redis.stop()
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
+def balancer(request: pytest.FixtureRequest, farm: Farm) -> Iterator[Balancer]:
+    ports = [farm.nodes[node].port for node in NODES]
+    started = start_balancer(farm.folder, request.param, ports, port=free_port())
+    with started.process:
+        yield started
+
+
+async def all_home(balancer: Balancer, homes: dict[int, str]) -> None:
+    """Wait until all users come to their own nodes again: a node that returns is found within some seconds."""
+
+    async def at_home() -> bool:
+        return await balancer.nodes_of(homes) == homes
+
+    await wait_until(at_home, "all users are back at their nodes", limit=30)
+
+
+def spread_over_both(nodes: Iterable[str], lost: str) -> bool:
+    """Whether the users of the lost node went to both of the others, neither of which got nearly all."""
+    shares = Counter(nodes)
+    assert lost not in shares
+    return min(shares[node] for node in NODES if node != lost) >= 0.25 * shares.total()
+
+
+async def test_three_nodes_share_3000_users_and_each_user_always_comes_to_the_same_node(balancer: Balancer) -> None:
+    homes = await balancer.nodes_of(USERS)
+    shares = Counter(homes.values())
+    assert sorted(shares) == list(NODES)
+    assert all(abs(share - 1000) <= 150 for share in shares.values()), shares
+    for _ in range(2):
+        assert await balancer.nodes_of(FEW) == {user: homes[user] for user in FEW}
+
+
+async def test_all_balancers_of_a_kind_send_a_user_to_the_same_node(
+    balancer: Balancer, farm: Farm, tmp_path: Path
+) -> None:
+    ports = [farm.nodes[node].port for node in NODES]
+    other = start_balancer(tmp_path, balancer.program, ports, port=free_port())
+    with other.process:
+        assert await other.nodes_of(FEW) == await balancer.nodes_of(FEW)
+
+
+async def test_only_a_dead_nodes_users_move_and_they_are_back_when_it_is(balancer: Balancer, farm: Farm) -> None:
+    homes = await balancer.nodes_of(FEW)
+    lost = homes[FEW[0]]
+    farm.nodes[lost].process.kill()
+    now = await balancer.nodes_of(FEW)
+    assert [user for user in FEW if now[user] != homes[user]] == [user for user in FEW if homes[user] == lost]
+    assert spread_over_both((now[user] for user in FEW if homes[user] == lost), lost)
+    farm.start(lost)
+    await all_home(balancer, homes)
+
+
+async def test_a_frozen_nodes_users_are_served_by_the_others(balancer: Balancer, farm: Farm) -> None:
+    homes = await balancer.nodes_of(FEW)
+    frozen = homes[FEW[0]]
+    farm.nodes[frozen].process.signal(signal.SIGSTOP)
+    try:
+        now = await balancer.nodes_of(FEW)
+        assert spread_over_both((now[user] for user in FEW if homes[user] == frozen), frozen)
+    finally:
+        farm.nodes[frozen].process.signal(signal.SIGCONT)
+    await all_home(balancer, homes)
+
+
+async def test_a_draining_node_keeps_its_sockets_and_gets_no_new_ones(balancer: Balancer, farm: Farm) -> None:
+    homes = await balancer.nodes_of(FEW)
+    user, question = FEW[0], "A last one [[demo length=150 pace=10ms]]"
+    draining = homes[user]
+    async with peer(balancer.ws(user), user=user) as someone:
+        await someone.chat(user, question, f"last-{balancer.program}")
+        await someone.some_text(f"last-{balancer.program}")
+        farm.nodes[draining].process.signal(signal.SIGTERM)
+        await wait_until(lambda: http_status(f"{farm.nodes[draining].http}/readyz") == 503, "it drains")
+        now = await balancer.nodes_of(user for user in FEW if homes[user] == draining)
+        assert spread_over_both(now.values(), draining)
+        assert (await someone.end_of(f"last-{balancer.program}")).text == "".join(canned_answer(question))
+        assert await someone.closed() == 1012
+    assert farm.nodes[draining].process.wait() == 0
+    farm.start(draining)
+    await all_home(balancer, homes)
+
+
+async def test_words_pass_one_by_one_while_the_answer_is_being_made(balancer: Balancer, farm: Farm) -> None:
+    question = "Word by word [[demo length=60 pace=30ms]]"
+    pieces = canned_answer(question, 60)
+    message_id = f"words-{balancer.program}"
+    async with peer(balancer.ws(10001), user=10001) as someone:
+        await someone.chat(10001, question, message_id)
+        deltas: list[str] = []
+        while len(deltas) < 30:
+            deltas.append((await someone.until(messageId=message_id, event="delta"))["contents"])
+        assert farm.unfinished() == 1  # half of it is here, and the other half is not yet said
+        assert sum(delta in pieces for delta in deltas) >= 20  # a busy machine may merge some
+        assert (await someone.end_of(message_id)).text == "".join(pieces)
+
+
+async def test_the_page_comes_through_the_balancer(balancer: Balancer) -> None:
+    assert http_status(f"{balancer.http}/") == 200
+    assert http_status(f"{balancer.http}/imstream.js") == 200
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_without_a_node_that_is_ready_a_handshake_is_refused_until_there_is_one(
+    program: Program, farm: Farm, tmp_path: Path
+) -> None:
+    ports = [free_port() for _ in NODES]
+    lonely = start_balancer(tmp_path, program, ports, port=free_port(), wait=False)
+    with lonely.process:
+        assert await lonely.refuses(10001)
+        late = start_node(tmp_path, redis_url=farm.redis.url, ai_url=farm.ai_url, node="late", port=ports[1])
+        with late.process:
+
+            async def is_taken() -> bool:
+                return not await lonely.refuses(10001)
+
+            await wait_until(is_taken, "the node is found")
+            assert await lonely.node_of(10001) == "late"

@@ -1,0 +1,87 @@
+"""The real nginx and the real HAProxy in front of nodes, started as `imstream balancer` starts them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from imstream.cli.balancer import Program, find
+from tests.support.processes import PYTHON, Running, http_status, start, wait_for
+from tests.support.servers import missing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+PROGRAMS: tuple[Program, ...] = ("nginx", "haproxy")
+
+_AT_ONCE = 50
+"""Handshakes under way at once: enough to be quick, few enough that none waits for long."""
+
+
+@dataclass
+class Balancer:
+    """A running one."""
+
+    program: Program
+    port: int
+    process: Running
+
+    @property
+    def http(self) -> str:
+        """Its HTTP address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Its WebSocket address, without a user."""
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    def ws(self, user: int) -> str:
+        """Its WebSocket address for a user."""
+        return f"{self.url}?userId={user}"
+
+    async def node_of(self, user: int) -> str:
+        """The node that takes a socket of this user now, as its answer to INIT says."""
+        async with (
+            asyncio.timeout(20),
+            connect(self.ws(user), compression=None, ping_interval=None, proxy=None) as socket,
+        ):
+            await socket.send(json.dumps({"msgType": "INIT", "userId": user}))
+            node: str = json.loads(await socket.recv())["node"]
+            return node
+
+    async def nodes_of(self, users: Iterable[int]) -> dict[int, str]:
+        """`node_of` for many users."""
+        turnstile = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(user: int) -> tuple[int, str]:
+            async with turnstile:
+                return user, await self.node_of(user)
+
+        return dict(await asyncio.gather(*(one(user) for user in users)))
+
+    async def refuses(self, user: int) -> bool:
+        """Whether a handshake is answered with 503."""
+        try:
+            await self.node_of(user)
+        except InvalidStatus as refused:
+            return refused.response.status_code == 503
+        return False
+
+
+def start_balancer(folder: Path, program: Program, ports: Sequence[int], *, port: int, wait: bool = True) -> Balancer:
+    """Start a balancer in front of the nodes with these ports, and wait until it reaches one."""
+    if find(program) is None:
+        missing(program)
+    command = [PYTHON, "-m", "imstream", "balancer", "--program", program, "--listen", f"127.0.0.1:{port}"]
+    command += ["--folder", str(folder / program), *(f"127.0.0.1:{node}" for node in ports)]
+    running = start(command, folder / f"{program}-{port}.log", cwd=folder)
+    balancer = Balancer(program, port, running)
+    wait_for(lambda: http_status(f"{balancer.http}/readyz") in ({200} if wait else {502, 503}), running, program)
+    return balancer
