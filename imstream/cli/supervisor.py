@@ -63,11 +63,13 @@ class _Stopping(Exception):  # noqa: N818 - reads as the state that it names
 class _Child:
     """A running part."""
 
-    def __init__(self, part: Part, process: asyncio.subprocess.Process, width: int) -> None:
+    def __init__(
+        self, part: Part, process: asyncio.subprocess.Process, output: asyncio.StreamReader, width: int
+    ) -> None:
         self.part = part
         self.process = process
-        self.output = asyncio.create_task(_relay(process, f"{part.name:<{width}} | "))
-        self.end = asyncio.create_task(process.wait())
+        self.output = asyncio.create_task(_relay(output, f"{part.name:<{width}} | "))
+        self.end = asyncio.create_task(_end(process))
 
     async def stop(self) -> bool:
         """SIGTERM, and SIGKILL when its patience is over; whether it stopped by itself."""
@@ -140,15 +142,19 @@ class Supervisor:
             await self._wait_until_serving(child)
 
     async def _spawn(self, part: Part) -> _Child:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "imstream", "--parent", str(os.getpid()), *part.arguments),
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
-        child = _Child(part, process, self._width)
+        output, its_end = await _open_pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "imstream", "--parent", str(os.getpid()), *part.arguments),
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=its_end,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(its_end)
+        child = _Child(part, process, output, self._width)
         self._running.append(child)
         return child
 
@@ -212,12 +218,34 @@ def _how(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-async def _relay(process: asyncio.subprocess.Process, prefix: str) -> None:
+async def _end(process: asyncio.subprocess.Process) -> int:
+    """Wait for the end of a child, and end what it leaves behind; gives its exit code.
+
+    A killed nginx leaves its worker processes, which would hold its port and our pipe.
+    """
+    code = await process.wait()
+    with suppress(ProcessLookupError, PermissionError):  # nothing is left, as Linux and as macOS say it
+        os.killpg(process.pid, signal.SIGKILL)
+    return code
+
+
+async def _open_pipe() -> tuple[asyncio.StreamReader, int]:
+    """A pipe for the output of a child: what we read, and its end of it.
+
+    With a pipe of asyncio's own, the child would count as running until the last process that holds the pipe has ended.
+    """
+    our_end, its_end = os.pipe()
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(our_end, "rb", buffering=0)
+    )
+    return reader, its_end
+
+
+async def _relay(output: asyncio.StreamReader, prefix: str) -> None:
     """Print what a child says, line by line, so that lines of two children do not mix."""
-    if process.stdout is None:
-        raise AssertionError("the output of a child is always a pipe")
     rest = b""
-    while chunk := await process.stdout.read(_CHUNK):
+    while chunk := await output.read(_CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             _say(prefix.encode() + line)

@@ -4,115 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import shlex
 import shutil
-import socket
 import sys
 import time
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from imstream import embedded
-from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import balancer as balancers
-from imstream.cli.options import as_environment
 from imstream.cli.redact import without_password
-from imstream.cli.supervisor import Part, Supervisor
-from imstream.cli.up_settings import UpSettings
-from imstream.embedded import EmbeddedSettings
-from imstream.errors import SettingsError
+from imstream.cli.supervisor import Supervisor
+from imstream.cli.up_plan import Plan, make_plan, reach
 from imstream.keys import Keys
-from imstream.settings import Settings, SettingsGroup
+from imstream.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-_EMBEDDED = "embedded_"
-_DEMO = "demo_"
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
-_LAST_PORT = 65535
-_NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What runs where.
-
-    Attributes:
-        settings: Those of the nodes; the first node has their id and port, each further one the next number.
-        valkey: The embedded server, unless a Redis was named.
-        demo: The demo AI backend, unless an AI backend was named.
-        environment: What the children need to know besides the environment that is there.
-        nodes: Id and port of each node.
-        balancer: What is in front of them.
-        balancer_port: Where it listens, at the address of the nodes.
-    """
-
-    settings: Settings
-    valkey: EmbeddedSettings | None
-    demo: DemoSettings | None
-    environment: dict[str, str]
-    nodes: list[tuple[str, int]]
-    balancer: balancers.Program | None
-    balancer_port: int
-
-    @property
-    def door(self) -> str:
-        """Where clients come in, as `host:port`."""
-        port = self.balancer_port if self.balancer else self.settings.port
-        return f"{_reach(self.settings.host)}:{port}"
-
-    @property
-    def redis_url(self) -> str:
-        """The Redis that the nodes use."""
-        return f"redis://{embedded.HOST}:{self.valkey.port}/0" if self.valkey else self.settings.redis_url
-
-    @property
-    def ai_url(self) -> str:
-        """The AI backend that the nodes use."""
-        return f"http://{_reach(self.demo.host)}:{self.demo.port}/v1" if self.demo else self.settings.ai_url
-
-    def supervisor(self) -> Supervisor:
-        """What runs the parts. Nodes drain while their clients still come through the balancer: it stops after them."""
-        servers = []
-        if self.valkey:
-            serves = partial(embedded.answers, self.valkey.port)
-            servers.append([Part("redis", ["redis"], serves, self.environment)])
-        if self.demo:
-            serves = partial(_answers, _reach(self.demo.host), self.demo.port, "/v1/models")
-            servers.append([Part("ai", ["demo-ai"], serves, self.environment)])
-        nodes = [self._node(*node) for node in self.nodes]
-        front = [self._front(self.balancer)] if self.balancer else []
-        return Supervisor([*servers, nodes, front], stopping=[nodes, front, *servers[::-1]])
-
-    def _node(self, node: str, port: int) -> Part:
-        return Part(
-            name=f"node {node}",
-            arguments=["node", "--node", node, "--port", str(port)],
-            serves=partial(_answers, _reach(self.settings.host), port, "/readyz"),
-            environment=self.environment
-            | {Settings.variable("redis_url"): self.redis_url, Settings.variable("ai_url"): self.ai_url},
-            patience=self.settings.drain_grace.total_seconds() + 10,
-            # Several are there to see one die. With the only one gone nothing is left, and the exit code shall say so.
-            restarts=len(self.nodes) > 1,
-        )
-
-    def _front(self, program: balancers.Program) -> Part:
-        host = self.settings.host
-        listen = f"[{host}]:{self.balancer_port}" if ":" in host else f"{host}:{self.balancer_port}"
-        nodes = [f"{_reach(host)}:{port}" for _, port in self.nodes]
-        return Part(
-            name=program,
-            arguments=["balancer", "--program", program, "--listen", listen, *nodes],
-            serves=partial(_answers, _reach(host), self.balancer_port, "/readyz"),
-            environment=self.environment,
-            restarts=True,
-        )
 
 
 def run(typed: Mapping[str, str]) -> int:
@@ -129,112 +38,11 @@ def run(typed: Mapping[str, str]) -> int:
 
     def announce() -> None:
         click.echo(f"\nimstream is ready after {time.monotonic() - began:.1f} s\n")
-        for line in _summary(plan):
+        for line in summary(plan):
             click.echo(f"  {line}" if line else "")
         click.echo()
 
-    return asyncio.run(plan.supervisor().run(announce))
-
-
-def make_plan(typed: Mapping[str, str]) -> Plan:
-    """What is to run, by the options, the environment and `.env`.
-
-    Raises:
-        SettingsError: A setting has a wrong value, or a port is taken.
-    """
-    of_valkey, of_demo = _starting_with(_EMBEDDED, typed), _starting_with(_DEMO, typed)
-    of_up = {name: value for name, value in typed.items() if name in UpSettings.model_fields}
-    of_node = {name: value for name, value in typed.items() if name in Settings.model_fields}
-    settings, up = Settings.load(**of_node), UpSettings.load(**of_up)
-    valkey = EmbeddedSettings.load(**of_valkey) if "redis_url" not in settings.model_fields_set else None
-    demo = DemoSettings.load(**of_demo) if "ai_url" not in settings.model_fields_set else None
-    environment = {
-        **as_environment(Settings, of_node),
-        **as_environment(EmbeddedSettings, of_valkey),
-        **as_environment(DemoSettings, of_demo),
-    }
-    if settings.log_format == "auto":  # the children write into pipes, but a person reads them
-        environment[Settings.variable("log_format")] = "console"
-    if valkey:
-        _check_free(valkey, embedded.HOST, valkey.port)
-        if "log_level" not in valkey.model_fields_set:
-            environment[EmbeddedSettings.variable("log_level")] = "warning"
-    if demo:
-        _check_free(demo, demo.host, demo.port)
-    nodes = numbered(settings.node, settings.port, up.nodes)
-    for _, port in nodes:
-        _check_free(settings, settings.host, port)
-    program = _choose_balancer(up)
-    if program:
-        _check_free(up, settings.host, up.balancer_port, field="balancer_port")
-    return Plan(settings, valkey, demo, environment, nodes, program, up.balancer_port)
-
-
-def numbered(node: str, port: int, count: int) -> list[tuple[str, int]]:
-    """Ids and ports of so many nodes: counted on from the number at the end of the id, or from 1 when it has none.
-
-    Raises:
-        SettingsError: There are not that many ports.
-    """
-    if port + count - 1 > _LAST_PORT:
-        raise SettingsError(f"{Settings.variable('port')}={port} is not allowed: {count} nodes need as many ports")
-    found = _NUMBER_AT_END.fullmatch(node)
-    name, first = (found[1], int(found[2])) if found else (f"{node}-", 1)
-    ids = [node, *(f"{name}{first + number}" for number in range(1, count))]
-    return [(one, port + number) for number, one in enumerate(ids)]
-
-
-def _choose_balancer(up: UpSettings) -> balancers.Program | None:
-    if up.balancer == "none" or (up.balancer == "auto" and up.nodes == 1):
-        return None
-    if up.balancer == "auto":
-        return balancers.installed()
-    if balancers.find(up.balancer) is None:
-        variable = up.variable("balancer")
-        raise SettingsError(f"{variable}={up.balancer} is not allowed: {up.balancer} is not installed on this machine")
-    return up.balancer
-
-
-def _starting_with(prefix: str, typed: Mapping[str, str]) -> dict[str, str]:
-    return {name.removeprefix(prefix): value for name, value in typed.items() if name.startswith(prefix)}
-
-
-def _check_free(group: SettingsGroup, host: str, port: int, *, field: str = "port") -> None:
-    """See whether a part could listen there, so that it is said before anything has started.
-
-    Raises:
-        SettingsError: It could not; or the port is 0, and nobody would know where it is.
-    """
-    variable = group.variable(field)
-    if port == 0:
-        raise SettingsError(f"{variable}=0 is not allowed: imstream up must know the port")
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise SettingsError(
-            f"{variable}={port} cannot be used on {host} ({error.strerror}): is imstream running already? "
-            f"Otherwise choose another port with {variable}"
-        ) from None
-
-
-def _reach(host: str) -> str:
-    """An address at which a listener on `host` is reached."""
-    reached = _ANY_ADDRESS.get(host, host)
-    return f"[{reached}]" if ":" in reached else reached
-
-
-async def _answers(host: str, port: int, path: str) -> bool:
-    """Whether a GET is answered with 200."""
-    try:
-        async with asyncio.timeout(1):
-            reader, writer = await asyncio.open_connection(host.strip("[]"), port)
-            try:
-                writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
-                return (await reader.readline()).split()[1:2] == [b"200"]
-            finally:
-                writer.close()
-    except (OSError, TimeoutError):
-        return False
+    return asyncio.run(Supervisor(*plan.order()).run(announce))
 
 
 def _program() -> str:
@@ -245,8 +53,9 @@ def _program() -> str:
     return min(os.path.relpath(installed), str(installed), key=len)
 
 
-def _summary(plan: Plan) -> list[str]:
-    host = _reach(plan.settings.host)
+def summary(plan: Plan) -> list[str]:
+    """What a person wants to know of what runs, line by line."""
+    host = reach(plan.settings.host)
     page = plan.door
     redis_url = without_password(plan.redis_url)
     stream = shlex.quote(Keys(plan.settings.key_prefix).requests(plan.settings.node))
@@ -254,14 +63,9 @@ def _summary(plan: Plan) -> list[str]:
     usual = {name: field.default for name, field in Settings.model_fields.items()}
     which_redis = f" --redis {redis_url}" if plan.valkey and redis_url != usual["redis_url"] else ""
     which_node = f" --url ws://{page}/ws" if page != f"127.0.0.1:{usual['port']}" else ""
-    front = []
-    if plan.balancer:
-        front = [f"balancer {plan.balancer}, each user to one node, configuration in {balancers.FOLDER}"]
-    elif len(plan.nodes) > 1:
-        front = ["balancer none: neither HAProxy nor nginx is installed, or none is wanted; each node has the page"]
     return [
         f"page     http://{page}/",
-        *front,
+        *_front_line(plan),
         *(f"node {node:<3} ws://{host}:{port}/ws" for node, port in plan.nodes),
         f"AI       {without_password(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
         f"Redis    {redis_url}" + (f"   embedded Valkey, data in {plan.valkey.data}" if plan.valkey else ""),
@@ -272,3 +76,13 @@ def _summary(plan: Plan) -> list[str]:
         "",
         "Ctrl-C stops everything. What was accepted is kept, and answered after the next start.",
     ]
+
+
+def _front_line(plan: Plan) -> list[str]:
+    if plan.balancer:
+        return [
+            f"balancer {plan.balancer}, which sends each user to one node; its configuration is in {balancers.FOLDER}"
+        ]
+    if len(plan.nodes) > 1 and balancers.installed() is None:
+        return ["balancer none: install haproxy or nginx, and it is in front of the nodes at the next start"]
+    return []

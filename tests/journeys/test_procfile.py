@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 import shutil
-import socket
 import sys
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +15,7 @@ import pytest
 
 from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
-from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
+from tests.support.processes import PYTHON, consecutive_ports, free_port, http_status, start, wait_for
 from tests.support.servers import missing
 
 if TYPE_CHECKING:
@@ -45,23 +42,6 @@ def gone(processes: Sequence[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-def base_port() -> int:
-    """A port such that those the nodes will be given are free.
-
-    They lie below the range that Linux takes ports of outgoing connections from: such a connection, for instance of
-    the first node to Redis, could take the second node's port just before that node listens.
-    """
-    while True:
-        base = random.randrange(10_000, 30_000)  # noqa: S311 - no secret
-        with ExitStack() as held:
-            try:
-                for number in (0, 1):
-                    held.enter_context(socket.create_server(("127.0.0.1", base + THIRD + number)))
-            except OSError:
-                continue
-            return base
-
-
 def is_ready(port: int) -> bool:
     """Whether a node serves there."""
     return http_status(f"http://127.0.0.1:{port}/readyz") == 200
@@ -73,7 +53,7 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
     procfile = PROCFILE.read_text().replace("ops/imstream", f"{sys.executable} -m imstream")
     assert procfile.count(" -m imstream ") == 3
     (tmp_path / "Procfile").write_text(procfile)
-    redis, ai, base = free_port(), free_port(), base_port()
+    redis, ai, base = free_port(), free_port(), consecutive_ports(2) - THIRD
     env = {
         "IMSTREAM_EMBEDDED_PORT": str(redis),
         "IMSTREAM_REDIS_URL": f"redis://127.0.0.1:{redis}/0",

@@ -9,8 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -18,72 +16,17 @@ import pytest
 
 from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
-from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
+from tests.support.processes import PYTHON, free_port, http_status, wait_for
 from tests.support.servers import missing
+from tests.support.up_command import gone, up
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tests.support.servers import DemoBackend, RedisServer
 
 QUICK = ("--demo-pace", "1ms", "--demo-first", "0", "--drain-grace", "2s")
-
-
-@dataclass
-class Up:
-    """A running `imstream up`."""
-
-    running: Running
-    port: int
-    redis_port: int
-
-    @property
-    def ws(self) -> str:
-        """Where its node takes clients."""
-        return f"ws://127.0.0.1:{self.port}/ws"
-
-    def wait_until_ready(self) -> None:
-        """Wait until all of it runs, as it says itself."""
-        said = "Ctrl-C stops everything"  # the last line
-        wait_for(lambda: said in self.running.output(), self.running, "imstream up", limit=40)
-
-    def children(self) -> dict[str, psutil.Process]:
-        """Its child processes by the command they run."""
-        found = psutil.Process(self.running.pid).children(recursive=True)
-        return {_command(child): child for child in found}
-
-
-def _command(process: psutil.Process) -> str:
-    line = process.cmdline()
-    return next((word for word in ("node", "demo-ai", "redis") if word in line), "redis")  # the server it turned into
-
-
-@contextmanager
-def up(
-    folder: Path,
-    *options: str,
-    ports: Sequence[int] = (),
-    env: dict[str, str] | None = None,
-    in_terminal: bool = False,
-) -> Iterator[Up]:
-    """Start `imstream up` in a folder, on free ports unless some are given: the node's, the server's, the AI's.
-
-    `in_terminal`: as a shell starts it, with a process group of its own.
-    """
-    port, redis_port, ai_port = ports or (free_port(), free_port(), free_port())
-    command = [PYTHON, "-m", "imstream", "up", "--port", str(port)]
-    command += ["--embedded-port", str(redis_port), "--demo-port", str(ai_port), *options]
-    if in_terminal:
-        command = ["setsid", *command]
-    with start(command, folder / f"up-{port}.log", cwd=folder, env=env) as running:
-        yield Up(running, port, redis_port)
-
-
-def gone(processes: Sequence[psutil.Process]) -> bool:
-    """Whether none of the processes is left."""
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +29,23 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def consecutive_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on now.
+
+    They lie below the range that Linux takes ports of outgoing connections from: such a connection could take the
+    second one's port just before that is listened on.
+    """
+    while True:
+        first = random.randrange(10_000, 30_000)  # noqa: S311 - no secret
+        with ExitStack() as held:
+            try:
+                for number in range(count):
+                    held.enter_context(socket.create_server(("127.0.0.1", first + number)))
+            except OSError:
+                continue
+            return first
 
 
 @dataclass

@@ -16,6 +16,7 @@ import imstream.node
 from imstream.ai.demo.settings import DemoSettings
 from imstream.cli.main import main
 from imstream.cli.redact import without_password
+from imstream.cli.up_settings import UpSettings
 from imstream.embedded import EmbeddedSettings
 from imstream.settings import Settings, SettingsGroup
 from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
@@ -50,11 +51,12 @@ def test_help_draws_the_flow_and_says_what_to_start_first() -> None:
     assert "client --ws--> node --> its Redis Stream --> worker --http--> AI backend\n" in out
     assert 'Start with "imstream up"' in words(out)
     commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert commands == ["up", "node", "chat", "demo-ai", "redis", "streams"]
+    assert commands == ["up", "node", "chat", "demo-ai", "redis", "balancer", "streams"]
 
 
 @pytest.mark.parametrize(
-    ("command", "group"), [("node", Settings), ("demo-ai", DemoSettings), ("redis", EmbeddedSettings)]
+    ("command", "group"),
+    [("up", UpSettings), ("node", Settings), ("demo-ai", DemoSettings), ("redis", EmbeddedSettings)],
 )
 def test_every_setting_is_an_option_with_its_variable_and_its_text(command: str, group: type[SettingsGroup]) -> None:
     out = words(run(command, "--help").output)
@@ -106,6 +108,9 @@ def test_redis_and_ai_have_short_names(node_runs: list[Settings]) -> None:
         (("up", "--demo-pace", "x"), "IMSTREAM_DEMO_PACE='x' is not allowed"),
         (("up", "--embedded-port", "x"), "IMSTREAM_EMBEDDED_PORT='x' is not allowed"),
         (("up", "--port", "0"), "IMSTREAM_PORT=0 is not allowed"),
+        (("up", "--nodes", "0"), "IMSTREAM_UP_NODES='0' is not allowed: Input should be greater than"),
+        (("up", "--nodes", "2", "--port", "65535"), "IMSTREAM_PORT=65535 is not allowed: 2 nodes need as many ports"),
+        (("balancer", "10.0.0.1"), "'10.0.0.1' is no address such as 10.0.0.1:8080"),
         (("streams", "--redis", "http://x"), "IMSTREAM_REDIS_URL='http://x' is not allowed"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imstream.ai.demo.settings import DemoSettings
+from imstream.cli.up_settings import UpSettings
 from imstream.embedded import EmbeddedSettings
 from imstream.settings import Settings, SettingsGroup
 from imstream.wire import Code, Event, MsgType
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("group", [Settings, DemoSettings, EmbeddedSettings])
+@pytest.mark.parametrize("group", [Settings, UpSettings, DemoSettings, EmbeddedSettings])
 def test_every_setting_is_listed_with_what_it_does(group: type[SettingsGroup]) -> None:
     for name, field in group.model_fields.items():
         row = re.search(rf"^\| `{group.variable(name)}` \|[^|]*\| (.*) \|$", README, re.MULTILINE)

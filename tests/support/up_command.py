@@ -1,0 +1,75 @@
+"""`imstream up`, run as a person runs it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from tests.support.balancing import PROGRAMS
+from tests.support.processes import PYTHON, Running, free_port, start, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+
+@dataclass
+class Up:
+    """A running `imstream up`."""
+
+    running: Running
+    port: int
+    redis_port: int
+
+    @property
+    def ws(self) -> str:
+        """Where its node takes clients."""
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    def wait_until_ready(self) -> None:
+        """Wait until all of it runs, as it says itself."""
+        said = "Ctrl-C stops everything"  # the last line
+        wait_for(lambda: said in self.running.output(), self.running, "imstream up", limit=40)
+
+    def children(self) -> dict[str, psutil.Process]:
+        """Its child processes by the command they run; nodes after the first with their id, such as `node 1`."""
+        found = psutil.Process(self.running.pid).children()
+        return {_command(child): child for child in found}
+
+
+def _command(process: psutil.Process) -> str:
+    line = process.cmdline()
+    if "node" in line:
+        node = line[line.index("--node") + 1]
+        return "node" if node == "0" else f"node {node}"
+    balancer = next((program for program in PROGRAMS if any(program in word for word in line)), None)
+    return "demo-ai" if "demo-ai" in line else balancer or "redis"  # the server it turned into
+
+
+@contextmanager
+def up(
+    folder: Path,
+    *options: str,
+    ports: Sequence[int] = (),
+    env: dict[str, str] | None = None,
+    in_terminal: bool = False,
+) -> Iterator[Up]:
+    """Start `imstream up` in a folder, on free ports unless some are given: the node's, the server's, the AI's.
+
+    `in_terminal`: as a shell starts it, with a process group of its own.
+    """
+    port, redis_port, ai_port = ports or (free_port(), free_port(), free_port())
+    command = [PYTHON, "-m", "imstream", "up", "--port", str(port)]
+    command += ["--embedded-port", str(redis_port), "--demo-port", str(ai_port), *options]
+    if in_terminal:
+        command = ["setsid", *command]
+    with start(command, folder / f"up-{port}.log", cwd=folder, env=env) as running:
+        yield Up(running, port, redis_port)
+
+
+def gone(processes: Sequence[psutil.Process]) -> bool:
+    """Whether none of the processes is left."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)

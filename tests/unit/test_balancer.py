@@ -1,0 +1,81 @@
+"""The configurations of ops/, and those made of them."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from imstream.cli import balancer
+from imstream.cli.balancer import Program, configuration
+from imstream.errors import SettingsError
+from tests.support.processes import PYTHON
+from tests.support.servers import missing
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
+PROGRAMS = get_args(Program)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_shipped_configuration_is_that_of_three_nodes_on_this_machine(program: Program) -> None:
+    nodes = [f"127.0.0.1:{port}" for port in (8080, 8081, 8082)]
+    assert configuration(program, "127.0.0.1:8000", nodes) == (ROOT / "ops" / SHIPPED[program]).read_text("utf-8")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_other_nodes_get_the_same_line_each(program: Program) -> None:
+    nodes = [f"10.0.0.{number}:80" for number in range(1, 6)]
+    lines = [line.split() for line in configuration(program, "0.0.0.0:9000", nodes).splitlines()]
+    servers = [" ".join(words) for words in lines if words[:1] == ["server"] and words[1] != "{"]
+    assert len(servers) == len(nodes)
+    for node, server in zip(nodes, servers, strict=True):
+        assert server.replace(node, "*") == servers[0].replace(nodes[0], "*") != server
+    [listens] = [words[1].rstrip(";") for words in lines if words[:1] in (["listen"], ["bind"])]
+    assert listens == "0.0.0.0:9000"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("nodes", [["10.0.0.1:80"], ["[::1]:8080", "[::1]:8081"], ["localhost:1", "localhost:2"]])
+def test_the_programs_take_what_is_made(program: Program, nodes: list[str], tmp_path: Path) -> None:
+    path = balancer.find(program)
+    if path is None:
+        missing(program)
+        return
+    (tmp_path / "config").write_text(configuration(program, "[::1]:8000", nodes))
+    test = {"haproxy": "-c -f config", "nginx": f"-t -e stderr -p {tmp_path} -c {tmp_path}/config"}[program]
+    subprocess.run([path, *test.split()], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "10.0.0.1", ":80", "10.0.0.1:http", "a:1; include x", "a b:1", "::1:80", "a:1\n"]
+)
+def test_what_is_no_address_never_gets_into_a_configuration(address: str) -> None:
+    for listen, node in ((address, "a:1"), ("a:1", address)):
+        with pytest.raises(SettingsError, match="is no address"):
+            configuration("nginx", listen, [node])
+
+
+def test_a_program_is_found_where_the_path_of_an_ordinary_user_does_not_lead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "nginx"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(balancer, "_PLACES", (str(tmp_path),))
+    assert balancer.find("nginx") == str(program)
+    assert balancer.find("haproxy") is None
+    assert balancer.installed() == "nginx"
+
+
+def test_an_installed_package_has_the_configurations_of_ops(tmp_path: Path) -> None:
+    build = "import sys, hatchling.build; print(hatchling.build.build_wheel(sys.argv[1]))"
+    subprocess.run([PYTHON, "-c", build, str(tmp_path)], check=True, cwd=ROOT, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as package:
+        for name in SHIPPED.values():
+            assert package.read(f"imstream/cli/{name}") == (ROOT / "ops" / name).read_bytes()

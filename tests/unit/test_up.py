@@ -1,0 +1,115 @@
+"""What `imstream up` decides before it starts anything."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.cli import balancer
+from imstream.cli.up import summary
+from imstream.cli.up_plan import make_plan, numbered
+from imstream.errors import SettingsError
+from tests.support.processes import consecutive_ports, free_port
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """A machine without settings, and the balancers that are installed on it: none, until a test says so."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
+        monkeypatch.delenv(name)
+    programs: dict[str, str] = {}
+    monkeypatch.setattr(balancer, "find", programs.get)
+    return programs
+
+
+def ports() -> dict[str, str]:
+    """Options under which nothing is taken by another test."""
+    names = ("embedded_port", "demo_port", "balancer_port")
+    return {"port": str(consecutive_ports(3)), **{name: str(free_port()) for name in names}}
+
+
+@pytest.mark.parametrize(
+    ("node", "ids"),
+    [
+        ("0", ["0", "1", "2"]),
+        ("9", ["9", "10", "11"]),
+        ("eu-1", ["eu-1", "eu-2", "eu-3"]),
+        ("a", ["a", "a-2", "a-3"]),
+        ("10.0.0.7", ["10.0.0.7", "10.0.0.8", "10.0.0.9"]),
+    ],
+)
+def test_nodes_count_on_from_the_first_one(node: str, ids: list[str]) -> None:
+    assert numbered(node, 8080, 3) == [(one, 8080 + number) for number, one in enumerate(ids)]
+
+
+def test_several_nodes_get_the_balancer_that_is_installed(machine: dict[str, str]) -> None:
+    machine["nginx"] = "/usr/sbin/nginx"
+    options = ports()
+    plan = make_plan({**options, "nodes": "2"})
+    assert plan.balancer == "nginx"
+    said = "\n".join(summary(plan))
+    assert f"page     http://127.0.0.1:{options['balancer_port']}/" in said
+    assert f"chat --url ws://127.0.0.1:{options['balancer_port']}/ws" in said
+    machine["haproxy"] = "/usr/sbin/haproxy"
+    assert make_plan({**ports(), "nodes": "2"}).balancer == "haproxy"
+
+
+def test_one_node_gets_a_balancer_only_when_it_is_named(machine: dict[str, str]) -> None:
+    machine["nginx"] = "/usr/sbin/nginx"
+    assert make_plan(ports()).balancer is None
+    assert make_plan({**ports(), "balancer": "nginx"}).balancer == "nginx"
+    assert make_plan({**ports(), "balancer": "none", "nodes": "2"}).balancer is None
+
+
+def test_without_one_installed_it_says_so_and_where_the_nodes_are() -> None:
+    options = ports()
+    plan = make_plan({**options, "nodes": "2"})
+    said = summary(plan)
+    first = int(options["port"])
+    assert said[0] == f"page     http://127.0.0.1:{first}/"
+    assert said[1] == "balancer none: install haproxy or nginx, and it is in front of the nodes at the next start"
+    assert said[2:4] == [f"node 0   ws://127.0.0.1:{first}/ws", f"node 1   ws://127.0.0.1:{first + 1}/ws"]
+
+
+def test_a_balancer_that_is_named_and_not_installed_is_refused() -> None:
+    with pytest.raises(SettingsError, match="IMSTREAM_UP_BALANCER=haproxy is not allowed: haproxy is not installed"):
+        make_plan({**ports(), "balancer": "haproxy"})
+
+
+def test_two_parts_cannot_have_one_port() -> None:
+    options = ports()
+    second = str(int(options["port"]) + 1)
+    with pytest.raises(SettingsError, match=f"IMSTREAM_DEMO_PORT={second} is also the port of node 1"):
+        make_plan({**options, "nodes": "2", "demo_port": second})
+
+
+def test_the_balancer_is_reached_where_the_nodes_are(machine: dict[str, str]) -> None:
+    machine["haproxy"] = "/usr/sbin/haproxy"
+    options = {**ports(), "nodes": "2", "host": "0.0.0.0"}
+    plan = make_plan(options)
+    assert plan.door == f"127.0.0.1:{options['balancer_port']}"
+    [front] = plan.order()[0][-1]
+    assert front.arguments[:5] == [
+        "balancer",
+        "--program",
+        "haproxy",
+        "--listen",
+        f"0.0.0.0:{options['balancer_port']}",
+    ]
+    assert front.arguments[5:] == [f"127.0.0.1:{port}" for _, port in plan.nodes]
+
+
+def test_the_balancer_starts_after_the_nodes_and_stops_after_them(machine: dict[str, str]) -> None:
+    machine["haproxy"] = "/usr/sbin/haproxy"
+    plan = make_plan({**ports(), "nodes": "2"})
+    starting, stopping = plan.order()
+    names = [[part.name for part in stage] for stage in starting]
+    assert names == [["redis"], ["ai"], ["node 0", "node 1"], ["haproxy"]]
+    assert [[part.name for part in stage] for stage in stopping] == [names[2], names[3], names[1], names[0]]
+    assert [part.name for stage in starting for part in stage if part.restarts] == ["node 0", "node 1", "haproxy"]
