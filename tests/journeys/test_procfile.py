@@ -71,7 +71,14 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
                 assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
         processes = psutil.Process(running.pid).children(recursive=True)
         assert len(processes) >= 4
-        running.terminate(20)
+        # With an answer that does not end: the runner kills whoever takes 5 s to stop.
+        async with Client(f"ws://127.0.0.1:{nodes[0]}/ws", 10001) as client:
+            reply = await client.send("[[demo length=5000 pace=20ms]]")
+            await anext(aiter(reply))
+            await asyncio.to_thread(running.terminate, 20)
         psutil.wait_procs(processes, timeout=10)
         assert gone(processes)
-    assert re.search(r"node\.2.*ready", running.output())
+    said = running.output()
+    assert re.search(r"node\.2.*ready", said)
+    assert len(re.findall(r"node\.[12].*drained", said)) == 2, said
+    assert "SIGKILL" not in said
