@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PAGE_ON_DISK = Path(str(resources.files("imstream.gateway") / "static" / "index.html"))
 SLOW = "[[demo pace=30ms]]"
 ENDLESS = "[[demo length=5000 pace=20ms]]"
+NOT_READY = "Unexpected response code: 503"
 LAST = "[...document.querySelectorAll('article')].at(-1)"
 
 
@@ -46,6 +47,17 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 @pytest.fixture(scope="module")
 def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
+    with started.process:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def long_named(
+    valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[NodeProcess]:
+    """A node whose id is as long as ids get in practice."""
+    folder, node = tmp_path_factory.mktemp("node"), "eu-west-1-production-17"
+    started = start_node(folder, redis_url=valkey.url, ai_url=demo.url, node=node)
     with started.process:
         yield started
 
@@ -160,6 +172,31 @@ async def test_an_answer_outlives_its_node(page: Page, valkey: RedisServer, demo
         page.forgive("ERR_CONNECTION_REFUSED")  # while no node was there
 
 
+async def test_the_page_says_which_node_it_talks_to_and_which_one_answered(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    first = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="one")
+    with first.process:
+        await log_in(page, first)
+        await page.until("document.querySelector('#via').textContent === 'node one'")
+        await ask(page, "Who are you?")
+        await says(page, "Answered by node one")
+        first.process.kill()
+    await page.until("document.querySelector('#menu').dataset.state === 'waiting'")
+    assert await page.evaluate("document.querySelector('#via').textContent") == ""
+    # As through a load balancer: the same address, another node.
+    second = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="two", port=first.port)
+    with second.process:
+        await online(page)
+        await page.until("document.querySelector('#via').textContent === 'node two'")
+        await ask(page, "And you?")
+        await says(page, "Answered by node two")
+        assert "node one" in await page.evaluate("document.querySelector('article .status').textContent")
+        await page.click("#language")
+        await page.until("document.querySelector('#via').textContent === '节点 two'")
+        page.forgive("ERR_CONNECTION_REFUSED")  # while no node was there
+
+
 async def test_earlier_turns_are_sent_along(page: Page, node: NodeProcess, valkey: RedisServer) -> None:
     await log_in(page, node, 10002)
     await ask(page, "First")
@@ -210,6 +247,7 @@ async def test_places_in_the_queue_and_a_full_queue(
         await page.click("article:first-of-type .stop")
         await whole_answer(page, "Four")
         assert (await kept(page))["id"] == refused["id"]
+    page.forgive(NOT_READY)  # it drains
 
 
 async def test_a_message_that_cannot_be_answered_says_so_and_can_be_tried_again(page: Page, node: NodeProcess) -> None:
@@ -239,6 +277,7 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
     await page.press("Enter")
     await page.until("document.querySelector('#problem').textContent.includes('no answer from this address')")
     page.forgive("ERR_CONNECTION_REFUSED")
+    page.forgive(NOT_READY)  # it listens a moment earlier
     late = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="late", port=port)
     with late.process:
         await page.click("#login .main")
@@ -383,10 +422,10 @@ async def test_a_new_chat_and_a_logout_leave_nothing_behind(page: Page, node: No
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE, (320, 568)], ids=["desk", "phone", "small-phone"])
 async def test_everything_fits_on_the_screen(
-    page: Page, node: NodeProcess, tmp_path: Path, size: tuple[int, int], *, dark: bool
+    page: Page, long_named: NodeProcess, tmp_path: Path, size: tuple[int, int], *, dark: bool
 ) -> None:
     await page.look(size, dark=dark)
-    await log_in(page, node)
+    await log_in(page, long_named)
     await ask(page, "Is there room for a word like " + 20 * "Donaudampfschifffahrt" + "?")
     await status(page, "done")
     width, height = size
