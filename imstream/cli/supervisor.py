@@ -94,13 +94,16 @@ class Supervisor:
     Args:
         stages: The parts in the order in which they start.
         stopping: The parts in the order in which they stop; when left out, the opposite.
+
+    Attributes:
+        running: The children as they are now.
     """
 
     def __init__(self, stages: Sequence[Sequence[Part]], stopping: Sequence[Sequence[Part]] | None = None) -> None:
         self._stages = stages
         self._stopping = stages[::-1] if stopping is None else stopping
         self._width = max(len(part.name) for stage in stages for part in stage)
-        self._running: list[_Child] = []
+        self.running: list[_Child] = []
         self._stop = asyncio.Event()
         self._failed = False
 
@@ -132,7 +135,7 @@ class Supervisor:
     def _signalled(self) -> None:
         if self._stop.is_set():
             self._failed = True
-            for child in self._running:
+            for child in self.running:
                 child.signal(signal.SIGKILL)
         self._stop.set()
 
@@ -155,7 +158,7 @@ class Supervisor:
         finally:
             os.close(its_end)
         child = _Child(part, process, output, self._width)
-        self._running.append(child)
+        self.running.append(child)
         return child
 
     async def _wait_until_serving(self, child: _Child) -> None:
@@ -174,7 +177,7 @@ class Supervisor:
         """Look after all children, until one ends for good or the end is asked for."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._wait_for_signal())
-            for child in self._running:
+            for child in self.running:
                 group.create_task(self._look_after(child))
 
     async def _wait_for_signal(self) -> None:
@@ -194,7 +197,7 @@ class Supervisor:
             _say(f"{what}; starting it again in {pause:g} s")
             await asyncio.sleep(pause)
             await child.output
-            self._running.remove(child)
+            self.running.remove(child)
             child = await self._spawn(part)
             pause = FIRST_PAUSE if await self._came_back(child) else min(2 * pause, LONGEST_PAUSE)
 
@@ -210,7 +213,7 @@ class Supervisor:
 
     async def _stop_all(self) -> None:
         for stage in self._stopping:
-            stopped = await asyncio.gather(*(child.stop() for child in self._running if child.part in stage))
+            stopped = await asyncio.gather(*(child.stop() for child in self.running if child.part in stage))
             self._failed |= not all(stopped)
 
 

@@ -96,9 +96,9 @@ class BrowserClient:
 
 @asynccontextmanager
 async def browser_client(chromium: str) -> AsyncIterator[BrowserClient]:
-    def serve_module(_: ServerConnection, request: Request) -> Response | None:
+    def serve_module(socket: ServerConnection, request: Request) -> Response | None:
         if request.path.startswith("/ws"):
-            return None
+            return server.refuse(socket, request)
         body, kind = (MODULE, "text/javascript") if request.path == "/imstream.js" else (b"", "text/html")
         return Response(200, "OK", Headers({"Content-Type": kind, "Content-Length": str(len(body))}), body)
 
@@ -379,6 +379,16 @@ async def test_waits_grow_and_are_scattered(browser: BrowserClient) -> None:
     assert max(await browser.page.evaluate(waits % (1012, 0))) <= 500
     assert min(await browser.page.evaluate(waits % (1012, 1))) >= 1000
     assert min(await browser.page.evaluate(waits % (1013, 0))) >= 2500
+
+
+async def test_a_server_that_is_not_ready_is_asked_again_soon(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.state("online")
+    browser.server.refusals = 2
+    await peer.close(1012)
+    await browser.server.logged_in()
+    await browser.state("online")
+    assert browser.server.refusals == 0
 
 
 async def test_waits_start_small_again_after_a_steady_connection(browser: BrowserClient) -> None:

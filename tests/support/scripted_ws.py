@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
 
     from websockets.asyncio.server import ServerConnection
+    from websockets.http11 import Request, Response
 
     from imstream.client import Reply
 
@@ -119,10 +120,15 @@ class Peer:
 
 
 class ScriptedServer:
-    """Accepts connections and hands them to the test."""
+    """Accepts connections and hands them to the test.
+
+    Attributes:
+        refusals: How many handshakes are still to be answered with 503, as by a node that is not ready.
+    """
 
     def __init__(self) -> None:
         self.port = 0
+        self.refusals = 0
         self._peers: asyncio.Queue[Peer] = asyncio.Queue()
 
     @property
@@ -142,6 +148,13 @@ class ScriptedServer:
         await peer.say("INIT", **fields)
         return peer
 
+    def refuse(self, socket: ServerConnection, _: Request) -> Response | None:
+        """Refuse a handshake, if it is to be."""
+        if self.refusals == 0:
+            return None
+        self.refusals -= 1
+        return socket.respond(503, "not ready: draining")
+
     async def handle(self, socket: ServerConnection) -> None:
         """Keep a connection open until somebody closes it."""
         self._peers.put_nowait(Peer(socket))
@@ -153,7 +166,9 @@ async def scripted_server() -> AsyncIterator[ScriptedServer]:
     """A server on a free port of 127.0.0.1. At its end nothing that was started meanwhile may be left."""
     before = asyncio.all_tasks()
     server = ScriptedServer()
-    async with serve(server.handle, "127.0.0.1", 0, close_timeout=1, max_size=2**22, max_queue=4) as listener:
+    async with serve(
+        server.handle, "127.0.0.1", 0, close_timeout=1, max_size=2**22, max_queue=4, process_request=server.refuse
+    ) as listener:
         server.port = listener.sockets[0].getsockname()[1]
         yield server
     left = asyncio.all_tasks() - before

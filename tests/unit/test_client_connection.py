@@ -109,6 +109,21 @@ async def test_a_resumption_that_is_not_possible_now_is_tried_again(message_id: 
         assert not unanswered.ended
 
 
+async def test_a_server_that_is_not_ready_is_asked_again_soon_and_the_reply_goes_on() -> None:
+    changes: list[ConnectionChange] = []
+    async with connected(on_change=changes.append) as session:
+        reply = await session.asked()
+        session.server.refusals = 2
+        await session.peer.close(Close.DRAINING)
+        peer = await session.server.logged_in()
+        await peer.say_chat(reply.message_id, "delta", contents="here", attempt=1, offset=4)
+        await peer.say_chat(reply.message_id, "done", attempt=1, offset=4)
+        assert await within(reply.text()) == "here"
+    why = [change.why for change in changes if isinstance(change, Disconnected)]
+    assert ["503" in words for words in why] == [False, True, True]
+    assert all(change.retry_in <= FAST.backoff_max for change in changes if isinstance(change, Disconnected))
+
+
 async def test_connections_that_are_of_use_do_not_make_the_next_wait_longer() -> None:
     changes: list[ConnectionChange] = []
     timing = replace(FAST, backoff_max=timedelta(minutes=1))
