@@ -460,6 +460,7 @@ async def test_cancels_again_when_the_server_could_not(browser: BrowserClient) -
 
 async def test_a_message_that_is_refused_while_it_is_cancelled_is_cancelled(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
+    await browser.state("online")  # sooner, it would be cancelled before it was ever sent
     await browser.send("m1")
     await browser.page.evaluate("client.cancel('m1')")
     await peer.hear_chat()
