@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imstream.ai.demo.answer import canned_answer
+from imstream.client import Client, Connected
 from tests.support.balancing import PROGRAMS, Balancer, start_balancer
 from tests.support.peer import peer
 from tests.support.processes import free_port, http_status
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from imstream.cli.balancer import Program
+    from imstream.client import ConnectionChange
     from tests.support.servers import DemoBackend
 
 NODES = ("0", "1", "2")
@@ -40,7 +43,9 @@ class Farm:
     def start(self, node: str) -> None:
         """Start a node, again where it was if it was there."""
         port = self.nodes[node].port if node in self.nodes else None
-        started = start_node(self.folder, redis_url=self.redis.url, ai_url=self.ai_url, node=node, port=port)
+        started = start_node(
+            self.folder, redis_url=self.redis.url, ai_url=self.ai_url, node=node, port=port, settings={"lease": "2s"}
+        )
         self.nodes[node] = started
 
     def unfinished(self) -> int:
@@ -146,6 +151,23 @@ async def test_a_draining_node_keeps_its_sockets_and_gets_no_new_ones(balancer: 
     assert farm.nodes[draining].process.wait() == 0
     farm.start(draining)
     await all_home(balancer, homes)
+
+
+async def test_an_answer_goes_on_at_another_node_when_the_users_node_dies(balancer: Balancer, farm: Farm) -> None:
+    user, question = FEW[1], "What if you die? [[demo length=150 pace=20ms]]"
+    home = await balancer.node_of(user)
+    changes: list[ConnectionChange] = []
+    async with Client(balancer.url, user, on_change=changes.append) as client, asyncio.timeout(60):
+        reply = await client.send(question)
+        await anext(aiter(reply))
+        farm.nodes[home].process.kill()
+        assert await reply.text() == "".join(canned_answer(question, 150))
+        assert reply.attempt == 2
+    connected = [change.node for change in changes if isinstance(change, Connected)]
+    assert (connected[0], len(connected)) == (home, 2)
+    assert connected[1] != home
+    farm.start(home)
+    await all_home(balancer, {user: home})
 
 
 async def test_words_pass_one_by_one_while_the_answer_is_being_made(balancer: Balancer, farm: Farm) -> None:
