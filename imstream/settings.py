@@ -6,10 +6,11 @@ import re
 from datetime import timedelta
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imstream.errors import SettingsError
+from imstream.redis_url import valid_redis_url, without_password
 
 ENV_PREFIX = "IMSTREAM_"
 
@@ -59,7 +60,8 @@ class SettingsGroup(BaseSettings):
     def _explain(cls, error: Any) -> str:  # noqa: ANN401 - pydantic's error details
         name = str(error["loc"][0]) if error["loc"] else "?"
         field = cls.model_fields.get(name)
-        shown = "(hidden)" if field is not None and "Secret" in str(field.annotation) else repr(error["input"])
+        secret = field is not None and "Secret" in str(field.annotation)
+        shown = "(hidden)" if secret else without_password(repr(error["input"]))
         allowed = error["msg"].removeprefix("Value error, ")
         return f"{cls.variable(name)}={shown} is not allowed: {allowed}"
 
@@ -71,8 +73,8 @@ class Settings(SettingsGroup):
     host: str = Field("127.0.0.1", description="Address the node listens on.")
     port: int = Field(8080, ge=0, le=65535, description="Port the node listens on; 0 takes a free one.")
 
-    redis_url: str = Field(
-        "redis://127.0.0.1:6390/0", pattern=r"^rediss?://", description="Redis or Valkey, 6.2 or newer."
+    redis_url: Annotated[str, AfterValidator(valid_redis_url)] = Field(
+        "redis://127.0.0.1:6390/0", description="Redis or Valkey, 6.2 or newer: one server, Sentinel or Cluster."
     )
     redis_timeout: Positive = Field(timedelta(seconds=2), description="Time limit of one Redis round trip.")
     redis_connections: int = Field(4, ge=1, le=64, description="Connections that carry the node's Redis commands.")

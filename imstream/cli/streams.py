@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imstream.cli.redact import without_password
 from imstream.errors import StoreUnavailable
 from imstream.keys import Keys
+from imstream.redis_url import without_password
 from imstream.store import inspect
 from imstream.store.connection import Commands
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import click
 
 from imstream.cli import balancer as balancers
-from imstream.cli.redact import without_password
 from imstream.cli.supervisor import Supervisor
 from imstream.cli.up_plan import Plan, make_plan, reach
 from imstream.keys import Keys
+from imstream.redis_url import without_password
 from imstream.settings import Settings
 
 if TYPE_CHECKING:

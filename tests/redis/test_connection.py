@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
-from imstream.store import connection
+from imstream.store import lanes
 from imstream.store.connection import Commands
 from imstream.store.scripts import Script
 from tests.support.processes import free_port
@@ -55,7 +55,7 @@ async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, s
 async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
     commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_BATCH", 7)
+    monkeypatch.setattr(lanes, "MAX_BATCH", 7)
     assert await asyncio.gather(*(commands.execute("ECHO", str(n)) for n in range(100))) == [str(n) for n in range(100)]
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imstream.errors import StoreError, StoreRefused, StoreUnavailable
-from imstream.store import connection
+from imstream.store import lanes
 from imstream.store.connection import Commands, Reader
+from imstream.store.lanes import Lanes
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_ser
         ]
 
 
+def _none_waits(commands: Commands) -> bool:
+    """Whether the lanes have taken all commands."""
+    assert isinstance(commands._way, Lanes)  # noqa: SLF001 - nothing else tells
+    return not commands._way._waiting  # noqa: SLF001 - same
+
+
 async def _answers(commands: Commands) -> bool:
     try:
         return bool(await commands.execute("PING"))
@@ -83,12 +90,12 @@ async def test_a_server_killed_and_started_again_is_found_again(own_server: Redi
 async def test_while_redis_hangs_the_commands_that_wait_are_bounded(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_WAITING", 10)
+    monkeypatch.setattr(lanes, "MAX_WAITING", 10)
     async with Commands(own_server.url, lanes=1, timeout=SHORT) as commands:
         await commands.execute("PING")
         pause(own_server)
         first = asyncio.create_task(commands.execute("PING"))
-        await wait_until(lambda: not commands._waiting, "the lane has taken it")  # noqa: SLF001 - nothing else tells
+        await wait_until(lambda: _none_waits(commands), "the lane has taken it")
         waiting = [asyncio.create_task(commands.execute("PING")) for _ in range(10)]
         await asyncio.sleep(0)
         with pytest.raises(StoreUnavailable, match="10 commands are waiting"):
@@ -117,7 +124,7 @@ async def test_who_still_waits_at_the_end_is_told_and_who_comes_later_too(own_se
         await commands.execute("PING")
         pause(own_server)
         under_way = asyncio.create_task(commands.execute("PING"))
-        await wait_until(lambda: not commands._waiting, "the lane has taken it")  # noqa: SLF001 - nothing else tells
+        await wait_until(lambda: _none_waits(commands), "the lane has taken it")
         waiting = asyncio.create_task(commands.execute("PING"))
         await asyncio.sleep(0)
     for asked in (under_way, waiting):

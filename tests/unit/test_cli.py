@@ -15,9 +15,9 @@ import imstream.client.terminal
 import imstream.node
 from imstream.ai.demo.settings import DemoSettings
 from imstream.cli.main import main
-from imstream.cli.redact import without_password
 from imstream.cli.up_settings import UpSettings
 from imstream.embedded import EmbeddedSettings
+from imstream.redis_url import without_password
 from imstream.settings import Settings, SettingsGroup
 from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
 

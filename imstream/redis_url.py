@@ -1,0 +1,114 @@
+"""The address of Redis: one server, servers watched by Sentinel, or a Redis Cluster. It is read here, not reached."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+from urllib.parse import parse_qsl, urlencode
+
+ALLOWED = (
+    "redis://[user:password@]host[:port][/db], "
+    "redis+sentinel://[user:password@]host:port,host:port/<service name>[/db] or "
+    "redis+cluster://[user:password@]host:port,host:port; with TLS rediss, rediss+sentinel, rediss+cluster"
+)
+
+Topology = Literal["server", "sentinel", "cluster"]
+
+_URL = re.compile(
+    r"(?P<scheme>rediss?)(\+(?P<topology>sentinel|cluster))?://((?P<login>[^/?#]*)@)?(?P<hosts>[^/?#@]*)"
+    r"(/(?P<path>[^?#]*))?(\?(?P<query>[^#]*))?"
+)
+_HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
+_PATHS = {
+    "server": re.compile(r"(?P<db>[0-9]*)"),
+    "sentinel": re.compile(r"(?P<service>[A-Za-z0-9._-]+)(/(?P<db>[0-9]*))?"),
+    "cluster": re.compile(r"0?"),
+}
+
+_OF_SENTINEL = ("sentinel_username", "sentinel_password")
+_OPTIONS = (
+    *("username", "password", "client_name", "protocol"),
+    *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"),
+)
+"""What may stand behind the question mark: options of redis-py that do not undo ours, such as its time limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """Where Redis is.
+
+    Attributes:
+        topology: What stands there.
+        servers: Host and port of the server, of each Sentinel, or of some nodes of the cluster.
+        service: For Sentinel: the name under which it knows the master.
+        sentinel_login: For Sentinel: user and password of the Sentinels themselves, where they were given.
+    """
+
+    topology: Topology
+    servers: tuple[tuple[str, int], ...]
+    service: str
+    sentinel_login: dict[str, str]
+    _scheme: str
+    _login: str
+    _db: str
+    _query: str
+
+    @classmethod
+    def parse(cls, url: str) -> RedisUrl:
+        """Read an address.
+
+        Raises:
+            ValueError: It is none. The text says what is allowed.
+        """
+        match = _URL.fullmatch(url)
+        if match is None:
+            raise ValueError(ALLOWED)
+        topology = cast("Topology", match["topology"] or "server")
+        path = _PATHS[topology].fullmatch(match["path"] or "")
+        servers = tuple(_server(each, 26379 if topology == "sentinel" else 6379) for each in match["hosts"].split(","))
+        if path is None or (topology == "server" and len(servers) > 1):
+            raise ValueError(ALLOWED)
+        query = dict(parse_qsl(match["query"] or "", keep_blank_values=True))
+        options = (*_OPTIONS, *_OF_SENTINEL) if topology == "sentinel" else _OPTIONS
+        if unknown := sorted(set(query) - set(options)):
+            raise ValueError(f"behind ? only {', '.join(options)}; not {', '.join(unknown)}")
+        named = path.groupdict()
+        return cls(
+            topology=topology,
+            servers=servers,
+            service=named.get("service") or "",
+            sentinel_login={name.removeprefix("sentinel_"): query.pop(name) for name in _OF_SENTINEL if name in query},
+            _scheme=match["scheme"],
+            _login=f"{match['login']}@" if match["login"] else "",
+            _db=named.get("db") or "0",
+            _query=f"?{urlencode(query)}" if query else "",
+        )
+
+    def of_server(self, host: str, port: int) -> str:
+        """The address of one server of these, with the user, password, database and TLS that were given."""
+        shown = f"[{host}]" if ":" in host else host
+        return f"{self._scheme}://{self._login}{shown}:{port}/{self._db}{self._query}"
+
+
+def valid_redis_url(url: str) -> str:
+    """The address itself.
+
+    Raises:
+        ValueError: It is none. The text says what is allowed.
+    """
+    RedisUrl.parse(url)
+    return url
+
+
+def without_password(url: str) -> str:
+    """An address, of Redis or of anything else, without user and password."""
+    return re.sub(r"(?<=password=)[^&#]*", "…", re.sub(r"(?<=//).*@", "", url))
+
+
+def _server(text: str, usual_port: int) -> tuple[str, int]:
+    match = _HOST.fullmatch(text)
+    port = int(match["port"] or usual_port) if match else 0
+    if match is None or not 0 < port < 65536:  # noqa: PLR2004 - TCP's
+        raise ValueError(ALLOWED)
+    return match["host"].strip("[]"), port
