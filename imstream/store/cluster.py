@@ -33,7 +33,8 @@ REFRESH_PAUSE = 0.25
 _KEYLESS = frozenset({"PING", "INFO", "ECHO", "TIME", "CONFIG", "CLIENT", "SCRIPT", "DBSIZE", "WAIT", "COMMAND"})
 _KEY_AFTER_WORD = frozenset({"XINFO", "XGROUP", "OBJECT", "MEMORY"})
 _SCRIPTS = frozenset({"EVALSHA", "EVAL"})
-_READS = frozenset({"XREADGROUP", "XREAD"})
+_READS = {"XREADGROUP": 4, "XREAD": 1}
+"""Where their options begin: before that STREAMS may be the name of a group or a consumer."""
 
 
 class Address(NamedTuple):
@@ -62,7 +63,7 @@ def key_of(command: tuple[Argument, ...]) -> str | int | bytes | None:
         return command[3] if int(command[2]) else None
     if name in _READS:
         words = [str(word).upper() for word in command]
-        return command[words.index("STREAMS") + 1]
+        return command[words.index("STREAMS", _READS[name]) + 1]
     return command[2 if name in _KEY_AFTER_WORD else 1]
 
 

@@ -1,35 +1,54 @@
-"""What an operator should know about the Redis server before trusting it with messages."""
+"""What an operator should know about Redis before trusting it with messages."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from imstream.errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from imstream.store.connection import Commands
+
+_SECTIONS = ("memory", "persistence", "replication")
 
 
 async def warnings(commands: Commands) -> list[str]:
-    """One sentence for each setting of the server that can lose accepted messages, saying what to set instead."""
+    """One sentence for each setting of a master that can lose accepted messages, saying what to set instead."""
+    found: dict[str, list[str]] = defaultdict(list)
     try:
-        info = {
-            **_section(await commands.execute("INFO", "memory")),
-            **_section(await commands.execute("INFO", "persistence")),
-        }
+        infos = [await commands.on_every_master("INFO", section) for section in _SECTIONS]
     except StoreError as error:
         return [f"cannot look at the settings of Redis: {error}"]
-    found = []
+    for master in infos[0]:
+        # One that was promoted between two questions has not answered all of them.
+        info = _fields("\n".join(answers.get(master, "") for answers in infos))
+        for sentence in _of_one(info, replicated=commands.topology != "server"):
+            found[sentence].append(master)
+    return [
+        sentence if len(masters) == len(infos[0]) else f"{sentence} (on {', '.join(masters)})"
+        for sentence, masters in found.items()
+    ]
+
+
+def _of_one(info: Mapping[str, str], *, replicated: bool) -> Iterator[str]:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy.startswith("allkeys") or (policy.startswith("volatile") and info.get("maxmemory", "0") != "0"):
-        found.append(
+        yield (
             f"Redis may evict accepted messages when memory is full (maxmemory-policy {policy}); "
             "set maxmemory-policy noeviction"
         )
     if info.get("aof_enabled") == "0":
-        found.append("Redis loses accepted messages when it restarts (appendonly no); set appendonly yes")
-    return found
+        yield "Redis loses accepted messages when it restarts (appendonly no); set appendonly yes"
+    # The count of replicas in step is there only where a number of them is asked for.
+    if "min_slaves_good_slaves" not in info and (replicated or info.get("connected_slaves", "0") != "0"):
+        yield (
+            "Redis loses what it has accepted since its replicas were last in step when it fails over "
+            "(min-replicas-to-write 0); set min-replicas-to-write 1"
+        )
 
 
-def _section(text: str) -> dict[str, str]:
+def _fields(text: str) -> dict[str, str]:
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

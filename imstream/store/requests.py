@@ -229,8 +229,8 @@ class RequestStream:
         )
 
     async def ping(self) -> None:
-        """Ask Redis for a sign of life."""
-        await self._commands.execute("PING")
+        """Ask the server that has the stream for a sign of life."""
+        await self._commands.execute("EXISTS", self._stream)
 
     async def is_unfinished(self, request: str) -> bool:
         """Whether a request, as `node/entry id`, is in the stream of its node."""

@@ -1,0 +1,296 @@
+"""A Redis Cluster: commands go where their key is, also while slots move and masters die, and nothing is repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from imstream.errors import StoreError, StoreRefused, StoreUnavailable
+from imstream.keys import Keys
+from imstream.store import lanes
+from imstream.store.connection import Commands, Reader
+from tests.redis.writing import LIMIT, SCRIPT, writing
+from tests.support.processes import free_port
+from tests.support.redis_sets import cluster_set
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from tests.support.redis_sets import ClusterSet
+    from tests.support.servers import RedisServer
+
+TIMEOUT = timedelta(milliseconds=500)
+BLOCK = timedelta(milliseconds=300)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSet]:
+    """A cluster for all tests that kill nothing."""
+    with cluster_set(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(whole: ClusterSet) -> ClusterSet:
+    """That cluster, empty."""
+    for server in whole.masters:
+        with server.client() as client:
+            client.flushall()
+            client.script_flush()
+    return whole
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> Iterator[ClusterSet]:
+    """A cluster of the test's own."""
+    with cluster_set(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def commands(cluster: ClusterSet) -> AsyncIterator[Commands]:
+    """Two lanes to each master."""
+    async with Commands(cluster.url, lanes=2, timeout=TIMEOUT) as made:
+        yield made
+
+
+def streams_of(cluster: ClusterSet) -> list[str]:
+    """The requests stream of some node for each master, in the order of the masters."""
+    found: dict[int, str] = {}
+    for number in range(100):
+        stream = Keys().requests(str(number))
+        found.setdefault(cluster.master_of(stream).port, stream)
+        if len(found) == len(cluster.masters):
+            break
+    return [found[server.port] for server in cluster.masters]
+
+
+async def test_every_command_finds_the_master_of_its_key(commands: Commands, cluster: ClusterSet) -> None:
+    for stream, server in zip(streams_of(cluster), cluster.masters, strict=True):
+        load = stream.replace("requests", "load")
+        # The server does not know the script yet, and it has two keys.
+        assert await SCRIPT.run(commands, (stream, load), ("g",)) == 1
+        await commands.execute("XADD", stream, "*", "a", "b")
+        read = await commands.execute("XREADGROUP", "GROUP", "g", "c", "STREAMS", stream, ">")
+        assert read[stream][0][1] == ["a", "b"]
+        assert await commands.execute("XINFO", "STREAM", stream)
+        with server.client() as client:
+            assert list(client.scan_iter()) == [stream]
+    assert await commands.execute("PING") in {"PONG", True}
+    assert set(await commands.on_every_master("DBSIZE")) == {f"127.0.0.1:{one.port}" for one in cluster.masters}
+    with pytest.raises(StoreRefused, match="same slot"):
+        await commands.execute("DEL", *streams_of(cluster))
+
+
+async def test_the_answers_of_many_at_once_are_not_mixed_up(commands: Commands) -> None:
+    texts = [f"text {n}" for n in range(1000)]
+    for n, text in enumerate(texts):
+        await commands.execute("SET", f"k{n}", text)
+    assert await asyncio.gather(*(commands.execute("GET", f"k{n}") for n in range(1000))) == texts
+
+
+async def test_the_address_of_one_server_does_not_do_for_a_cluster_and_the_error_says_so(cluster: ClusterSet) -> None:
+    for server in cluster.masters[:2]:
+        async with Commands(server.url, lanes=1, timeout=TIMEOUT) as commands:
+            key = next(stream for stream in streams_of(cluster) if cluster.master_of(stream) is not server)
+            with pytest.raises(StoreRefused, match=r"begins with redis\+cluster://"):
+                await commands.execute("XADD", key, "*", "a", "b")
+
+
+# A slot moves
+
+
+async def test_commands_go_on_while_a_slot_moves_there_and_back(commands: Commands, cluster: ClusterSet) -> None:
+    stream = streams_of(cluster)[0]
+    for target in (cluster.masters[1], cluster.masters[0]):
+        async with writing(commands, stream) as [writer]:
+            source = await asyncio.to_thread(cluster.begin_move, stream, target)
+            await writer.goes_on()
+            await asyncio.to_thread(cluster.move_keys, stream, source, target)
+            await writer.goes_on()  # asked for by ASKING
+            await asyncio.to_thread(cluster.end_move, stream, target)
+            await writer.goes_on()
+        assert writer.unsure == []
+        with cluster.client() as client:
+            assert writer.in_redis(client) == writer.told
+            client.delete(stream)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 500])
+async def test_a_batch_may_ask_for_keys_that_are_being_moved(
+    commands: Commands, cluster: ClusterSet, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(lanes, "MAX_BATCH", batch)
+    tag = streams_of(cluster)[2]
+    target = cluster.masters[0]
+    source = cluster.begin_move(tag, target)
+    keys = [f"{tag}:{n}" for n in range(50)]
+    assert await asyncio.gather(*(commands.execute("APPEND", key, "x") for key in keys)) == [1] * 50
+    assert await asyncio.gather(*(commands.execute("APPEND", key, "x") for key in keys)) == [2] * 50
+    with target.client() as client:
+        assert client.dbsize() == 50
+    cluster.move_keys(tag, source, target)
+    cluster.end_move(tag, target)
+    assert await asyncio.gather(*(commands.execute("GET", key) for key in keys)) == ["xx"] * 50
+    cluster.move(tag, source)
+    assert await asyncio.gather(*(commands.execute("GET", key) for key in keys)) == ["xx"] * 50
+
+
+async def test_a_script_whose_keys_are_apart_for_a_moment_is_unavailable_for_that_moment(
+    commands: Commands, cluster: ClusterSet
+) -> None:
+    stream = streams_of(cluster)[1]
+    keys = (stream, stream.replace("requests", "load"))
+    await commands.execute("HSET", keys[1], "10001", 1)
+    assert await SCRIPT.run(commands, keys, ("g",)) == 1
+    await commands.execute("HSET", keys[1], "10001", 1)
+    target = cluster.masters[2]
+    source = cluster.begin_move(stream, target)
+    cluster.move_keys(stream, source, target, most=1)
+    with pytest.raises(StoreUnavailable):
+        await SCRIPT.run(commands, keys, ("g",))
+    cluster.move_keys(stream, source, target)
+    assert await SCRIPT.run(commands, keys, ("g",)) == 0  # the group is still there; the target has learnt the script
+    cluster.end_move(stream, target)
+    assert await SCRIPT.run(commands, keys, ("g",)) == 0
+    cluster.move(stream, source)
+    assert await SCRIPT.run(commands, keys, ("g",)) == 0
+
+
+@pytest.mark.parametrize("filled", [False, True], ids=["empty", "read to its end"])
+async def test_a_blocked_reader_follows_its_stream_when_the_slot_moves(
+    commands: Commands, cluster: ClusterSet, *, filled: bool
+) -> None:
+    stream, target = streams_of(cluster)[0], cluster.masters[1]
+    reader = Reader(cluster.url, block=timedelta(seconds=10), timeout=TIMEOUT)
+    read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
+    await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
+    if filled:
+        await commands.execute("XADD", stream, "*", "n", 1)
+        assert await reader.execute(*read)
+    source = cluster.master_of(stream)
+    for there in (target, source):
+        blocked = asyncio.create_task(reader.execute(*read))
+        await _is_blocked(cluster.master_of(stream))
+        await asyncio.to_thread(cluster.move, stream, there)
+        await commands.execute("XADD", stream, "*", "n", 2)
+        assert (await blocked)[stream][0][1] == ["n", "2"]
+    await reader.aclose()
+
+
+async def test_a_blocked_reader_is_told_when_its_stream_was_deleted(commands: Commands, cluster: ClusterSet) -> None:
+    stream = streams_of(cluster)[0]
+    reader = Reader(cluster.url, block=timedelta(seconds=10), timeout=TIMEOUT)
+    await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
+    read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
+    blocked = asyncio.create_task(reader.execute(*read))
+    await _is_blocked(cluster.masters[0])
+    await commands.execute("DEL", stream)
+    with pytest.raises(StoreRefused, match="NOGROUP"):
+        await blocked
+    await reader.aclose()
+
+
+# A master dies
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_replica_takes_over(
+    mortal: ClusterSet, number: signal.Signals
+) -> None:
+    streams = streams_of(mortal)
+    reader = Reader(mortal.url, block=BLOCK, timeout=TIMEOUT)
+    async with Commands(mortal.url, lanes=2, timeout=TIMEOUT) as commands:
+        await commands.execute("XGROUP", "CREATE", streams[0], "g", "$", "MKSTREAM")
+        with mortal.replicas[0].client() as client:
+            await wait_until(client.dbsize, "the replica has the group")
+        async with writing(commands, *streams) as [dead, *alive]:
+            told = len(dead.told)
+            process = mortal.masters[0].process
+            assert process is not None
+            process.signal(number)
+            await wait_until(lambda: _is_master(mortal.replicas[0]), "the replica is a master", limit=LIMIT)
+            began = asyncio.get_running_loop().time()
+            await dead.goes_on()
+            assert asyncio.get_running_loop().time() - began < 2 + TIMEOUT.total_seconds()
+            assert dead.unsure
+            for writer in alive:
+                assert writer.unsure == []
+                await writer.goes_on()
+            read = ("XREADGROUP", "GROUP", "g", "c", "BLOCK", 300, "STREAMS", streams[0], ">")
+            await wait_until(lambda: _is_done(reader, *read), "the reader reads there", limit=LIMIT)
+        assert dead.longest < 2 * TIMEOUT.total_seconds() + 0.5
+        with mortal.replicas[0].client() as client:
+            present = dead.in_redis(client)
+        before, after = dead.told[:told], dead.told[told:]
+        kept = [n for n in before if n in set(present)]
+        assert kept == before[: len(kept)]  # replication is asynchronous: the last ones may be missing
+        assert len(before) - len(kept) < 20
+        assert set(after[-20:]) <= set(present)
+        assert len(present) == len(set(present))
+        for writer, server in zip(alive, mortal.masters[1:], strict=True):
+            with server.client() as client:
+                assert set(writer.told) <= set(writer.in_redis(client))
+    await reader.aclose()
+
+
+async def test_a_master_without_a_replica_is_found_again_when_it_is_back(mortal: ClusterSet) -> None:
+    stream = streams_of(mortal)[0]
+    mortal.replicas[0].kill()
+    async with Commands(mortal.url, lanes=2, timeout=TIMEOUT) as commands:
+        await commands.execute("XADD", stream, "*", "n", 1)
+        mortal.masters[0].kill()
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                await commands.execute("XLEN", stream)
+        mortal.masters[0].start()
+        await wait_until(lambda: _is_done(commands, "XADD", stream, "*", "n", 2), "it is back", limit=LIMIT)
+        assert await commands.execute("XLEN", stream) == 2
+
+
+async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(mortal: ClusterSet) -> None:
+    first, stream = mortal.masters[0].process, streams_of(mortal)[1]
+    assert first is not None
+    first.signal(signal.SIGSTOP)
+    async with Commands(mortal.url, lanes=2, timeout=timedelta(seconds=2)) as commands:
+        assert await commands.execute("XLEN", stream) == 0
+
+
+async def test_without_any_node_or_at_something_else_commands_and_reader_are_told_in_time(
+    own_server: RedisServer,
+) -> None:
+    for url in (f"redis+cluster://127.0.0.1:{free_port()}", f"redis+cluster://127.0.0.1:{own_server.port}"):
+        reader = Reader(url, block=BLOCK, timeout=TIMEOUT)
+        async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
+            for ask in (commands.execute, reader.execute):
+                for _ in range(2):
+                    with pytest.raises(StoreUnavailable, match="Redis Cluster"):
+                        await ask("XLEN", "s")
+        await reader.aclose()
+
+
+ON_SERVERS = ["valkey"]
+
+
+def _is_master(server: RedisServer) -> bool:
+    with server.client() as client:
+        info: Any = client.info("replication")
+        return bool(info["role"] == "master")
+
+
+async def _is_done(ask: Commands | Reader, *command: str | int) -> bool:
+    try:
+        return bool(await ask.execute(*command))
+    except StoreError:
+        return False
+
+
+async def _is_blocked(server: RedisServer) -> None:
+    with server.client() as client:
+        await wait_until(lambda: "xreadgroup" in [one["cmd"] for one in client.client_list()], "a reader is blocked")

@@ -1,0 +1,84 @@
+"""What an operator is told at the start about the settings of Redis, on one server, Sentinel and Cluster."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.store import health
+from imstream.store.connection import Commands
+from tests.support.processes import free_port
+from tests.support.redis_sets import cluster_set, sentinel_set
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.redis_sets import ClusterSet
+    from tests.support.servers import RedisServer
+
+MAY_LOSE = "when it fails over (min-replicas-to-write 0); set min-replicas-to-write 1"
+FORGETS = "when it restarts (appendonly no); set appendonly yes"
+EVICTS = "set maxmemory-policy noeviction"
+
+
+async def _warnings(url: str) -> list[str]:
+    async with Commands(url, lanes=1, timeout=timedelta(seconds=2)) as commands:
+        return await health.warnings(commands)
+
+
+async def test_a_server_that_keeps_all_is_not_warned_about(own_server: RedisServer) -> None:
+    with own_server.client() as client:
+        client.config_set("maxmemory-policy", "volatile-lru")  # without a maxmemory
+        client.config_set("min-replicas-to-write", 0)
+    assert await _warnings(own_server.url) == []
+
+
+async def test_a_server_that_evicts_or_forgets_is_warned_about(own_server: RedisServer) -> None:
+    with own_server.client() as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        client.config_set("appendonly", "no")
+    evicts, forgets = await _warnings(own_server.url)
+    assert evicts.endswith(EVICTS)
+    assert forgets.endswith(FORGETS)
+
+
+async def test_a_server_that_is_not_there_cannot_be_looked_at() -> None:
+    [warning] = await _warnings(f"redis://127.0.0.1:{free_port()}")
+    assert warning.startswith("cannot look at the settings of Redis: ")
+
+
+async def test_a_master_that_needs_no_replica_to_write_is_warned_about(tmp_path: Path) -> None:
+    with sentinel_set(tmp_path) as sentinels:
+        for url in (sentinels.url, sentinels.master.url):  # also without Sentinel: it has a replica
+            [warning] = await _warnings(url)
+            assert warning.endswith(MAY_LOSE)
+        with sentinels.client() as client:
+            client.config_set("min-replicas-to-write", 1)
+        assert await _warnings(sentinels.url) == []
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSet]:
+    """A cluster with its usual settings."""
+    with cluster_set(tmp_path_factory.mktemp("health")) as made:
+        yield made
+
+
+async def test_every_master_of_a_cluster_is_looked_at(cluster: ClusterSet) -> None:
+    [warning] = await _warnings(cluster.url)
+    assert warning.endswith(MAY_LOSE)  # all alike: no names
+    settings = (("min-replicas-to-write", 1), ("appendonly", "no"), ("maxmemory-policy", "allkeys-lfu"))
+    for server, (name, value) in zip(cluster.masters, settings, strict=True):
+        with server.client() as client:
+            client.config_set(name, value)
+    names = [f"127.0.0.1:{server.port}" for server in cluster.masters]
+    said = {warning.rpartition(" (on ")[0]: warning.rpartition(" (on ")[2] for warning in await _warnings(cluster.url)}
+    assert len(said) == 3
+    for warning, on in said.items():
+        if warning.endswith(MAY_LOSE):
+            assert set(on.removesuffix(")").split(", ")) == set(names[1:])
+        else:
+            assert on == (f"{names[1]})" if warning.endswith(FORGETS) else f"{names[2]})")

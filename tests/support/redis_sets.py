@@ -1,0 +1,286 @@
+"""Several real servers that are one Redis: a master with replicas and Sentinels, and a Redis Cluster."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import redis
+from redis.cluster import ClusterNode
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.sentinel import Sentinel
+
+from tests.support.processes import free_port, start, wait_for
+from tests.support.servers import RedisServer, valkey_binary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.support.processes import Running
+
+SERVICE = "im"
+"""The name under which the Sentinels know the master."""
+
+_QUICK_REPLICATION = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+_QUICK_SENTINEL = ("info-period", 200, "publish-period", 100, "ask-period", 100)
+
+
+def until(condition: Callable[[], object], description: str, limit: float = 20.0) -> None:
+    """Wait until the condition holds, for set-ups; tests use `wait_until`. An error of Redis means: not yet."""
+    deadline = time.monotonic() + limit
+    while not _holds(condition):
+        assert time.monotonic() < deadline, f"not within {limit} s: {description}"
+        time.sleep(0.02)
+
+
+def _holds(condition: Callable[[], object]) -> bool:
+    try:
+        return bool(condition())
+    except redis.RedisError:
+        return False
+
+
+@dataclass
+class SentinelSet:
+    """One master, its replicas, and three Sentinels that make one of these the master when it dies.
+
+    Attributes:
+        servers: All servers; which of them is the master changes.
+    """
+
+    folder: Path
+    servers: list[RedisServer]
+    sentinel_ports: list[int]
+    sentinels: list[Running]
+
+    @property
+    def url(self) -> str:
+        """Its URL."""
+        hosts = ",".join(f"127.0.0.1:{port}" for port in self.sentinel_ports)
+        return f"redis+sentinel://{hosts}/{SERVICE}/0"
+
+    @property
+    def master(self) -> RedisServer:
+        """The server that the Sentinels name now."""
+        with redis.Redis(port=self.sentinel_ports[0], decode_responses=True) as sentinel:
+            _, port = sentinel.sentinel_get_master_addr_by_name(SERVICE)
+        return next(server for server in self.servers if server.port == int(port))
+
+    @property
+    def replica(self) -> RedisServer:
+        """The first of the others."""
+        return next(server for server in self.servers if server is not self.master)
+
+    def fail_over(self) -> None:
+        """Have another server made the master, in good order."""
+        with redis.Redis(port=self.sentinel_ports[0]) as sentinel:
+            sentinel.execute_command("SENTINEL FAILOVER", SERVICE)
+
+    def client(self) -> redis.Redis:
+        """A client that finds the master whenever it connects."""
+        addresses = [("127.0.0.1", port) for port in self.sentinel_ports]
+        sentinels = Sentinel(addresses, sentinel_kwargs={})  # type: ignore[no-untyped-call] # redis-py's gap
+        client: redis.Redis = sentinels.master_for(  # type: ignore[no-untyped-call] # same
+            SERVICE, decode_responses=True, socket_timeout=5
+        )
+        return client
+
+    def start(self) -> None:
+        """Start all, and wait until every Sentinel knows all others."""
+        for server in self.servers:
+            server.start()
+        for replica in self.servers[1:]:
+            with replica.client() as client:
+                until(lambda: _is_in_step(client), "the replicas follow the master")
+        for port in self.sentinel_ports:
+            self.sentinels.append(self._start_sentinel(port))
+        for port in self.sentinel_ports:
+            with redis.Redis(port=port, decode_responses=True) as sentinel:
+                until(lambda: self._knows_all(sentinel), "the Sentinels know each other")
+
+    def stop(self) -> None:
+        """End all."""
+        for sentinel in self.sentinels:
+            sentinel.__exit__(None, None, None)
+        for server in self.servers:
+            server.stop()
+
+    def _start_sentinel(self, port: int) -> Running:
+        folder = self.folder / f"sentinel-{port}"
+        folder.mkdir()
+        config = folder / "sentinel.conf"
+        config.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+            f"sentinel monitor {SERVICE} 127.0.0.1 {self.servers[0].port} 2\n"
+            f"sentinel down-after-milliseconds {SERVICE} 500\n"
+            f"sentinel failover-timeout {SERVICE} 1500\n"
+        )
+        process = start([self.servers[0].binary, str(config), "--sentinel"], folder / "log")
+        with redis.Redis(port=port) as client:
+            wait_for(lambda: _holds(client.ping), process, "sentinel")
+            client.execute_command("SENTINEL", "DEBUG", *_QUICK_SENTINEL)
+        return process
+
+    def _knows_all(self, sentinel: redis.Redis) -> bool:
+        state: Any = sentinel.sentinel_master(SERVICE)
+        others = len(self.sentinel_ports) - 1
+        replicas: Any = sentinel.sentinel_slaves(SERVICE)
+        usable = [one for one in replicas if one["master-link-status"] == "ok" and not one["is_sdown"]]
+        return bool(state["num-other-sentinels"] == others and len(usable) == len(self.servers) - 1)
+
+
+@dataclass
+class ClusterSet:
+    """A Redis Cluster: three masters that share the slots, and a replica of each."""
+
+    masters: list[RedisServer]
+    replicas: list[RedisServer]
+
+    @property
+    def url(self) -> str:
+        """Its URL: two nodes, the others are found."""
+        return f"redis+cluster://127.0.0.1:{self.masters[0].port},127.0.0.1:{self.masters[1].port}"
+
+    @property
+    def all(self) -> list[RedisServer]:
+        """Every server."""
+        return [*self.masters, *self.replicas]
+
+    def client(self) -> redis.RedisCluster:
+        """A client of the test's own."""
+        nodes = [ClusterNode("127.0.0.1", server.port) for server in self.all]  # type: ignore[no-untyped-call] # redis-py's gap
+        return redis.RedisCluster(
+            startup_nodes=nodes, decode_responses=True, socket_timeout=5, require_full_coverage=False
+        )
+
+    def master_of(self, key: str) -> RedisServer:
+        """The server that has the slot of a key now."""
+        with self.client() as client:
+            node: Any = client.get_node_from_key(key)
+        return next(server for server in self.all if server.port == node.port)
+
+    def start(self) -> None:
+        """Start all, share the slots, and wait until every node agrees."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(RedisServer.start, self.all))
+        each = -(-REDIS_CLUSTER_HASH_SLOTS // len(self.masters))
+        for number, server in enumerate(self.all):
+            with server.client() as node:
+                node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+        for number, server in enumerate(self.all):
+            with server.client() as node:
+                node.execute_command("CLUSTER MEET", "127.0.0.1", self.masters[0].port, _bus(self.masters[0]))
+                if server in self.masters:
+                    last = min((number + 1) * each, REDIS_CLUSTER_HASH_SLOTS) - 1
+                    node.execute_command("CLUSTER ADDSLOTSRANGE", number * each, last)
+        self.each_node(lambda node: _cluster_info(node)["cluster_known_nodes"] == str(len(self.all)), "they have met")
+        for master, replica in zip(self.masters, self.replicas, strict=True):
+            with replica.client() as node:
+                node.execute_command("CLUSTER REPLICATE", node_id(master))
+        self.each_node(_is_in_step, "the replicas follow their masters")
+        self.each_node(lambda node: _cluster_info(node)["cluster_state"] == "ok", "all slots are served")
+
+    def each_node(self, condition: Callable[[redis.Redis], object], description: str) -> None:
+        """Wait until something holds of every node that lives."""
+        for server in self.all:
+            if server.process is not None and server.process.process.poll() is None:
+                with server.client() as node:
+                    until(lambda: condition(node), description)
+
+    def stop(self) -> None:
+        """End all."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(RedisServer.stop, self.all))
+
+    def begin_move(self, key: str, target: RedisServer) -> RedisServer:
+        """Begin to move the slot of a key: nothing is moved yet, what is new goes to the target. The source."""
+        slot, source = key_slot(key.encode()), self.master_of(key)
+        _setslot(target, slot, "IMPORTING", node_id(source))
+        _setslot(source, slot, "MIGRATING", node_id(target))
+        return source
+
+    def move_keys(self, key: str, source: RedisServer, target: RedisServer, *, most: int = 1000) -> None:
+        """Move keys of the slot."""
+        slot = key_slot(key.encode())
+        with source.client() as node:
+            keys = node.execute_command("CLUSTER GETKEYSINSLOT", slot, most)
+            if keys:
+                node.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+
+    def end_move(self, key: str, target: RedisServer) -> None:
+        """The slot is the target's from now on."""
+        slot = key_slot(key.encode())
+        for server in (target, *(one for one in self.masters if one is not target)):
+            _setslot(server, slot, "NODE", node_id(target))
+
+    def move(self, key: str, target: RedisServer) -> None:
+        """Move the slot of a key with all that is in it."""
+        source = self.begin_move(key, target)
+        self.move_keys(key, source, target)
+        self.end_move(key, target)
+
+
+def _setslot(server: RedisServer, slot: int, *words: str) -> None:
+    with server.client() as node:
+        node.execute_command("CLUSTER SETSLOT", slot, *words)
+
+
+def node_id(server: RedisServer) -> str:
+    """The id of a cluster node."""
+    with server.client() as node:
+        return str(node.execute_command("CLUSTER MYID"))
+
+
+def _cluster_info(node: redis.Redis) -> dict[str, str]:
+    info: Any = node.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call] # redis-py's gap
+    return info if isinstance(info, dict) else dict(line.split(":", 1) for line in str(info).split())
+
+
+def _is_in_step(node: redis.Redis) -> bool:
+    info: Any = node.info("replication")
+    return bool(info["connected_slaves"] == 1 if info["role"] == "master" else info["master_link_status"] == "up")
+
+
+def _bus(server: RedisServer) -> str:
+    return server.options[server.options.index("--cluster-port") + 1]
+
+
+@contextmanager
+def sentinel_set(folder: Path, *options: str, replicas: int = 1) -> Iterator[SentinelSet]:
+    """Start one. `options` are those of the servers."""
+    binary, quick = valkey_binary(), (*_QUICK_REPLICATION, *options)
+    servers = [RedisServer(binary, free_port(), folder / "master", quick)]
+    for number in range(replicas):
+        follow = (*quick, "--replicaof", f"127.0.0.1 {servers[0].port}")
+        servers.append(RedisServer(binary, free_port(), folder / f"replica-{number}", follow))
+    made = SentinelSet(folder, servers, [free_port() for _ in range(3)], [])
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@contextmanager
+def cluster_set(folder: Path, *options: str) -> Iterator[ClusterSet]:
+    """Start one. `options` are those of the servers."""
+    made = ClusterSet(*([_cluster_node(folder / f"{role}-{n}", options) for n in range(3)] for role in ("m", "r")))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def _cluster_node(folder: Path, options: tuple[str, ...]) -> RedisServer:
+    cluster = (
+        *("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(free_port())),
+        *("--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0"),
+        # A dead master shall cost the keys of the others nothing.
+        *("--cluster-require-full-coverage", "no", "--cluster-allow-replica-migration", "no"),
+    )
+    return RedisServer(valkey_binary(), free_port(), folder, (*_QUICK_REPLICATION, *cluster, *options))

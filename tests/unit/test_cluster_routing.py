@@ -1,0 +1,26 @@
+"""Which key of a command decides where in a cluster it goes."""
+
+from __future__ import annotations
+
+import pytest
+
+from imstream.store.cluster import key_of
+
+KEYS = {
+    ("XADD", "s", "*", "a", "b"): "s",
+    ("set", "k", "EVAL"): "k",
+    ("EVALSHA", "digest", 2, "k", "l", "argument"): "k",
+    ("EVAL", "return 1", 0): None,
+    ("EVAL", "return 1", "0", "argument"): None,
+    ("XREADGROUP", "GROUP", "streams", "c", "COUNT", 1, "BLOCK", 1000, "STREAMS", "s", ">"): "s",
+    ("XREAD", "streams", "s", "0"): "s",
+    ("XINFO", "STREAM", "s"): "s",
+    ("XGROUP", "CREATE", "s", "g", "0"): "s",
+    ("PING",): None,
+    ("info", "memory"): None,
+}
+
+
+@pytest.mark.parametrize("command", KEYS, ids=lambda command: " ".join(map(str, command)))
+def test_a_command_goes_where_its_key_is(command: tuple[str | int, ...]) -> None:
+    assert key_of(command) == KEYS[command]
