@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from tests.support.one_node import OneNode
+    from tests.support.redis_sets import Topology
     from tests.support.servers import DemoBackend
 
 USER, OTHER, THIRD = 10001, 10002, 10003
@@ -33,10 +34,10 @@ LANGUAGES = {None: "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9": "en"
 
 
 @pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_redis: Topology) -> Iterator[OneNode]:
     """A node with little room."""
     folder = tmp_path_factory.mktemp("wire")
-    with standing_node(folder, demo.url, queue_limit=QUEUE, user_limit=EACH, concurrency=1) as node:
+    with standing_node(folder, demo.url, empty_redis, queue_limit=QUEUE, user_limit=EACH, concurrency=1) as node:
         yield node
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from tests.support.one_node import OneNode
+    from tests.support.redis_sets import Topology
     from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
@@ -24,9 +25,9 @@ LONG = "[[demo first=0 pace=10ms length=5000]]"
 
 
 @pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_redis: Topology) -> Iterator[OneNode]:
     """A node that works on one request at a time."""
-    with standing_node(tmp_path_factory.mktemp("cancel"), demo.url, concurrency=1) as node:
+    with standing_node(tmp_path_factory.mktemp("cancel"), demo.url, empty_redis, concurrency=1) as node:
         yield node
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from tests.support.one_node import OneNode
+    from tests.support.redis_sets import Topology
     from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
@@ -27,9 +28,9 @@ SLOW = "[[demo first=0 pace=5ms length=120]]"
 
 
 @pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_redis: Topology) -> Iterator[OneNode]:
     """A node that works on two requests at a time."""
-    with standing_node(tmp_path_factory.mktemp("resume"), demo.url, concurrency=2) as node:
+    with standing_node(tmp_path_factory.mktemp("resume"), demo.url, empty_redis, concurrency=2) as node:
         yield node
 
 

@@ -64,7 +64,7 @@ class Writer:
         before = len(self.told)
         await wait_until(lambda: len(self.told) >= before + entries, f"{self.stream} is written to", limit=LIMIT)
 
-    def in_redis(self, client: redis.Redis | redis.RedisCluster) -> list[int]:
+    def in_redis(self, client: redis.Redis) -> list[int]:
         """The numbers that are in the stream."""
         rows: Any = client.xrange(self.stream)
         return [int(fields["n"]) for _, fields in rows]

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import redis
 from redis.cluster import ClusterNode
@@ -150,8 +150,11 @@ class ClusterSet:
         """Every server."""
         return [*self.masters, *self.replicas]
 
-    def client(self) -> redis.RedisCluster:
-        """A client of the test's own."""
+    def client(self) -> redis.Redis:
+        """A client of the test's own. It has the commands of any client."""
+        return cast("redis.Redis", self._client())
+
+    def _client(self) -> redis.RedisCluster:
         nodes = [ClusterNode("127.0.0.1", server.port) for server in self.all]  # type: ignore[no-untyped-call] # redis-py's gap
         return redis.RedisCluster(
             startup_nodes=nodes, decode_responses=True, socket_timeout=5, require_full_coverage=False
@@ -159,7 +162,7 @@ class ClusterSet:
 
     def master_of(self, key: str) -> RedisServer:
         """The server that has the slot of a key now."""
-        with self.client() as client:
+        with self._client() as client:
             node: Any = client.get_node_from_key(key)
         return next(server for server in self.all if server.port == node.port)
 
@@ -222,6 +225,18 @@ class ClusterSet:
         source = self.begin_move(key, target)
         self.move_keys(key, source, target)
         self.end_move(key, target)
+
+
+Topology = RedisServer | SentinelSet | ClusterSet
+"""A Redis of any kind."""
+
+
+def flush(redis_: Topology) -> None:
+    """Delete all keys."""
+    masters = redis_.masters if isinstance(redis_, ClusterSet) else [redis_]
+    for master in masters:
+        with master.client() as client:
+            client.flushall()
 
 
 def _setslot(server: RedisServer, slot: int, *words: str) -> None:

@@ -1,0 +1,37 @@
+"""The Redis that journeys run on: one server, Sentinel and Cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.redis_sets import cluster_set, flush, sentinel_set
+from tests.support.stage import fresh_redis
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from tests.support.redis_sets import Topology
+
+TOPOLOGIES: dict[str, Callable[[Path], AbstractContextManager[Topology]]] = {
+    "server": fresh_redis,
+    "sentinel": sentinel_set,
+    "cluster": cluster_set,
+}
+
+
+@pytest.fixture(scope="session", params=TOPOLOGIES)
+def any_redis(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Topology]:
+    """Each kind of Redis in turn, started once."""
+    with TOPOLOGIES[request.param](tmp_path_factory.mktemp(request.param)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def empty_redis(any_redis: Topology) -> Topology:
+    """The same without any key."""
+    flush(any_redis)
+    return any_redis
