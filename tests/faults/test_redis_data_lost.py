@@ -8,6 +8,7 @@ import pytest
 
 from imstream.keys import GROUP
 from imstream.wire import Event
+from tests.support.servers import RedisServer
 from tests.support.stage import AT_ONCE, REQUESTS, Stage, expected, fresh_redis, stage
 from tests.support.waiting import wait_until
 
@@ -33,6 +34,7 @@ def delete_the_stream(play: Stage) -> None:
 
 def restart_without_data(play: Stage) -> None:
     """A Redis without persistence is killed and started."""
+    assert isinstance(play.server, RedisServer)
     play.server.kill()
     play.server.start()
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import redis
 
+    from tests.support.redis_sets import Topology
     from tests.support.servers import DemoBackend
 
 KEYS = Keys()
@@ -65,7 +66,7 @@ class Stage:
     """
 
     folder: Path
-    server: RedisServer
+    server: Topology
     demo: DemoBackend
     redis: redis.Redis
     redis_url: str
@@ -151,7 +152,7 @@ def _ai_calls(demo: DemoBackend) -> int:
 
 @asynccontextmanager
 async def stage(
-    server: RedisServer,
+    server: Topology,
     demo: DemoBackend,
     folder: Path,
     *,
