@@ -79,7 +79,7 @@ async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(
     reader = Reader(sentinels.url, block=timedelta(seconds=20), timeout=TIMEOUT)
     async with Commands(sentinels.url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
-        blocked = asyncio.create_task(reader.execute(*READ[:-5], "BLOCK", 20_000, *READ[-3:]))
+        blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
         old, new = sentinels.master, sentinels.replica
         with old.client() as client:
             await wait_until(lambda: "xreadgroup" in [one["cmd"] for one in client.client_list()], "it is blocked")
@@ -130,6 +130,20 @@ async def test_without_a_sentinel_or_with_another_name_the_master_is_not_there(s
                 with pytest.raises(StoreUnavailable, match="No master found for"):
                     await ask("PING")
         await reader.aclose()
+
+
+async def test_a_reader_that_is_blocked_as_its_server_is_demoted_is_told_that_redis_is_away(
+    own_server: RedisServer,
+) -> None:
+    reader = Reader(own_server.url, block=timedelta(seconds=20), timeout=TIMEOUT)
+    with own_server.client() as client:
+        client.xgroup_create("s", "g", "0", mkstream=True)
+        blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
+        await wait_until(lambda: "xreadgroup" in [one["cmd"] for one in client.client_list()], "it is blocked")
+        client.replicaof("127.0.0.1", free_port())
+        with pytest.raises(StoreUnavailable):  # and not: the group is missing
+            await blocked
+    await reader.aclose()
 
 
 @pytest.mark.parametrize("command", [("XADD", "s", "*", "a", "b"), ("EVAL", "redis.call('SET', KEYS[1], 1)", 1, "k")])

@@ -281,9 +281,10 @@ def sentinel_set(folder: Path, *options: str, replicas: int = 1) -> Iterator[Sen
 
 
 @contextmanager
-def cluster_set(folder: Path, *options: str) -> Iterator[ClusterSet]:
-    """Start one. `options` are those of the servers."""
-    made = ClusterSet(*([_cluster_node(folder / f"{role}-{n}", options) for n in range(3)] for role in ("m", "r")))
+def cluster_set(folder: Path, *options: str, binary: str | None = None) -> Iterator[ClusterSet]:
+    """Start one. `options` are those of the servers; `binary` is Redis or Valkey from 7.0 on."""
+    nodes = [_cluster_node(binary or valkey_binary(), folder / f"{number}", options) for number in range(6)]
+    made = ClusterSet(nodes[:3], nodes[3:])
     try:
         made.start()
         yield made
@@ -291,11 +292,11 @@ def cluster_set(folder: Path, *options: str) -> Iterator[ClusterSet]:
         made.stop()
 
 
-def _cluster_node(folder: Path, options: tuple[str, ...]) -> RedisServer:
+def _cluster_node(binary: str, folder: Path, options: tuple[str, ...]) -> RedisServer:
     cluster = (
         *("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(free_port())),
         *("--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0"),
         # A dead master shall cost the keys of the others nothing.
         *("--cluster-require-full-coverage", "no", "--cluster-allow-replica-migration", "no"),
     )
-    return RedisServer(valkey_binary(), free_port(), folder, (*_QUICK_REPLICATION, *cluster, *options))
+    return RedisServer(binary, free_port(), folder, (*_QUICK_REPLICATION, *cluster, *options))

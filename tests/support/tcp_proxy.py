@@ -57,6 +57,7 @@ class TcpProxy:
 
     Attributes:
         port: Where it listens.
+        target_port: Where new connections go.
         accepted: Connections so far.
         delay: Seconds by which everything from the server comes late.
     """
@@ -65,7 +66,7 @@ class TcpProxy:
         self.port = 0
         self.accepted = 0
         self.delay = 0.0
-        self._target_port = target_port
+        self.target_port = target_port
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._swallowing = False
@@ -114,7 +115,7 @@ class TcpProxy:
         both = {writer}
         self._writers |= both
         try:
-            onward_reader, onward = await asyncio.open_connection("127.0.0.1", self._target_port)
+            onward_reader, onward = await asyncio.open_connection("127.0.0.1", self.target_port)
             both.add(onward)
             self._writers.add(onward)
             connection = _Connection()
