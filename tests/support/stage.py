@@ -108,7 +108,7 @@ class Stage:
         """Wait for all that was promised, and see that it was kept: once, whole, and with nothing left over."""
         for user, message_id, question in self._promised():
             await user.ended(message_id)
-            assert user.ends(message_id) == ["done"]
+            assert user.ends(message_id) == ["done"], (message_id, user.frames[message_id][-4:])
             assert user.text(message_id) == expected(question)
         await wait_until(lambda: self.unfinished() == 0, "the requests stream is empty", limit=LIMIT)
         assert self.being_worked_on() == 0
