@@ -17,7 +17,7 @@ from imstream.cli import balancer as balancers
 from imstream.cli.supervisor import Supervisor
 from imstream.cli.up_plan import Plan, make_plan, reach
 from imstream.keys import Keys
-from imstream.redis_url import without_password
+from imstream.redis_url import RedisUrl, without_password
 from imstream.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,13 +53,22 @@ def _program() -> str:
     return min(os.path.relpath(installed), str(installed), key=len)
 
 
+def _for_redis_cli(redis_url: str) -> str | None:
+    """How redis-cli reaches this Redis; None behind Sentinel, where it would have to ask for the master first."""
+    known = RedisUrl.parse(redis_url)
+    if known.topology == "sentinel":
+        return None
+    follow = "-c " if known.topology == "cluster" else ""
+    return f"{follow}-u {shlex.quote(without_password(known.of_server(*known.servers[0])))}"
+
+
 def summary(plan: Plan) -> list[str]:
     """What a person wants to know of what runs, line by line."""
     host = reach(plan.settings.host)
     page = plan.door
     redis_url = without_password(plan.redis_url)
     stream = shlex.quote(Keys(plan.settings.key_prefix).requests(plan.settings.node))
-    server = f"-p {plan.valkey.port}" if plan.valkey else f"-u {shlex.quote(redis_url)}"
+    server = f"-p {plan.valkey.port}" if plan.valkey else _for_redis_cli(plan.settings.redis_url)
     usual = {name: field.default for name, field in Settings.model_fields.items()}
     which_redis = f" --redis {redis_url}" if plan.valkey and redis_url != usual["redis_url"] else ""
     which_node = f" --url ws://{page}/ws" if page != f"127.0.0.1:{usual['port']}" else ""
@@ -70,7 +79,7 @@ def summary(plan: Plan) -> list[str]:
         f"AI       {without_password(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
         f"Redis    {redis_url}" + (f"   embedded Valkey, data in {plan.valkey.data}" if plan.valkey else ""),
         "",
-        f"the stream        redis-cli {server} XINFO STREAM {stream}",
+        *([f"the stream        redis-cli {server} XINFO STREAM {stream}"] if server else []),
         f"without redis-cli {_program()} streams{which_redis}",
         f"a chat client     {_program()} chat{which_node}",
         "",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from imstream.cli import up, up_plan
 from imstream.errors import SettingsError
 from imstream.redis_url import RedisUrl, without_password
 from imstream.settings import Settings
+from tests.support.processes import free_port
 
 READ = {
     "redis://host": ("server", (("host", 6379),), "", "redis://host:6379/0"),
@@ -94,3 +96,18 @@ SHOWN = {
 @pytest.mark.parametrize("url", SHOWN)
 def test_addresses_are_shown_without_their_password(url: str) -> None:
     assert without_password(url) == SHOWN[url]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    {
+        "redis://me:hush@host:6379/2": "redis-cli -u redis://host:6379/2 XINFO",
+        "redis+cluster://me:hush@a:1,b:2": "redis-cli -c -u redis://a:1/0 XINFO",
+        "redis+sentinel://a:1/m": None,
+    }.items(),
+)
+def test_up_tells_how_redis_cli_finds_the_stream(url: str, shown: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMSTREAM_REDIS_URL", url)
+    said = "\n".join(up.summary(up_plan.make_plan({"port": str(free_port()), "ai_url": "http://ai/v1"})))
+    assert "hush" not in said
+    assert (f"{shown} STREAM" in said) if shown else ("  redis-cli" not in said)
