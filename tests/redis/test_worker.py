@@ -210,7 +210,7 @@ async def test_readiness_follows_what_the_worker_hears_from_redis(redis_server: 
             await shop.ask(f"m{n}")
         await wait_until(lambda: len(shop.jobs) == 64, "all slots are taken")
         shop.redis.config_resetstat()
-        await wait_until(lambda: "cmdstat_ping" in shop.redis.info("commandstats"), "it asks for a sign of life")
+        await wait_until(lambda: "cmdstat_exists" in shop.redis.info("commandstats"), "it asks for a sign of life")
         for call in shop.backend.calls:
             call.done("x")
         await shop.idle()
