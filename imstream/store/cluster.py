@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 MAX_REDIRECTIONS = 5
 """How often one command follows where nodes send it. More means that they do not agree: `StoreUnavailable`."""
 
-REFRESH_PAUSE = 0.25
-"""Least seconds between two questions who has which slot."""
+REFRESH_PAUSE = 0.5
+"""Least seconds between two questions who has which slot: to read the answer holds all else up for 4 ms."""
 
 _KEYLESS = frozenset({"PING", "INFO", "ECHO", "TIME", "CONFIG", "CLIENT", "SCRIPT", "DBSIZE", "WAIT", "COMMAND"})
 _KEY_AFTER_WORD = frozenset({"XINFO", "XGROUP", "OBJECT", "MEMORY"})
