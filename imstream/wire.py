@@ -166,7 +166,7 @@ def parse(text: str) -> ClientFrame:
     if text == "PING":
         return _PING
     try:
-        return _CLIENT_FRAME.validate_json(text)
+        return _CLIENT_FRAME.validate_json(text, by_alias=True, by_name=False)  # Python's names are not the wire's
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         # A wrong user id weighs more than anything else that is wrong with the frame.

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer, missing, redis_6_binary, redis_7_binary, valkey_binary
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from tests.support.servers import DemoBackend
+
+# How long an example takes says nothing on a machine that does other things too.
+settings.register_profile("imstream", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("imstream")
 
 SERVERS = {"valkey": valkey_binary, "redis-6.2": redis_6_binary, "redis-7.0": redis_7_binary}
 

@@ -1,0 +1,329 @@
+"""The frames of the wire: what goes in comes out, and whatever a client sends is either a frame or a `BadFrame`."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from imstream.wire import (
+    MAX_RESUMED,
+    MAX_USER_ID,
+    MIN_USER_ID,
+    BadFrame,
+    ClientCancel,
+    ClientChat,
+    ClientFrame,
+    ClientHeartbeat,
+    ClientInit,
+    Close,
+    Code,
+    Event,
+    MsgType,
+    ResumePoint,
+    ServerFrame,
+    Turn,
+    encode_delta,
+    now_ms,
+    parse,
+    parse_user_id,
+)
+
+WIRE_FIELDS = {"msgType", "userId", "messageId", "contents", "history", "token", "resume"}
+"""Every field that a client's frame may have."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+USER_IDS = st.integers(MIN_USER_ID, MAX_USER_ID)
+MESSAGE_IDS = st.from_regex(r"[A-Za-z0-9._:-]{1,64}", fullmatch=True)
+COUNTS = st.integers(0, 2**53)
+
+
+def made(model: type[Model], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Model]:
+    """A frame with fields of these kinds. `st.builds` would warn of the patterns in the model."""
+    return st.fixed_dictionaries(fields).map(lambda given: model(**given))
+
+
+POINTS = made(ResumePoint, message_id=MESSAGE_IDS, attempt=COUNTS, offset=COUNTS)
+TURNS = made(Turn, role=st.sampled_from(["user", "assistant", "system"]), content=TEXTS)
+
+CLIENT_FRAMES: st.SearchStrategy[ClientFrame] = st.one_of(
+    made(
+        ClientInit,
+        msg_type=st.just("INIT"),
+        user_id=USER_IDS,
+        token=st.none() | TEXTS,
+        resume=st.lists(POINTS, max_size=MAX_RESUMED),
+    ),
+    made(
+        ClientChat,
+        msg_type=st.just("CHAT"),
+        user_id=USER_IDS,
+        message_id=st.none() | MESSAGE_IDS,
+        contents=TEXTS.filter(bool),
+        history=st.lists(TURNS),
+    ),
+    made(ClientCancel, msg_type=st.just("CANCEL"), user_id=st.none() | USER_IDS, message_id=MESSAGE_IDS),
+    made(ClientHeartbeat, msg_type=st.just("HEARTBEAT"), user_id=st.none() | USER_IDS),
+)
+SERVER_FRAMES = made(
+    ServerFrame,
+    code=st.sampled_from(Code),
+    resp_time=st.integers(0).map(str),
+    msg_type=st.sampled_from(MsgType),
+    contents=st.none() | TEXTS,
+    user_id=st.none() | USER_IDS,
+    message_id=st.none() | MESSAGE_IDS,
+    event=st.none() | st.sampled_from(Event),
+    attempt=st.none() | COUNTS,
+    offset=st.none() | COUNTS,
+    position=st.none() | COUNTS,
+    retry_after_ms=st.none() | COUNTS,
+    finish_reason=st.none() | TEXTS,
+    usage=st.none() | st.dictionaries(TEXTS, COUNTS),
+    node=st.none() | TEXTS,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+)
+"""Anything that Python writes as JSON: lone surrogates, NaN and Infinity too."""
+
+NEARLY_FRAMES = st.fixed_dictionaries(
+    {"msgType": st.sampled_from(["INIT", "CHAT", "CANCEL", "HEARTBEAT"]) | JSON},
+    optional={
+        "userId": USER_IDS | JSON,
+        "messageId": MESSAGE_IDS | JSON,
+        "contents": TEXTS | JSON,
+        "token": TEXTS | JSON,
+        "history": st.lists(st.fixed_dictionaries({}, optional={"role": JSON | st.just("user"), "content": JSON}))
+        | JSON,
+        "resume": st.lists(st.fixed_dictionaries({}, optional={"messageId": JSON, "offset": JSON, "attempt": JSON}))
+        | JSON,
+        "user_id": JSON,
+    },
+)
+"""Objects with the right fields, of which any may be missing or wrong."""
+
+
+def refusal(text: str) -> BadFrame | None:
+    """Why it is not a frame; None when it is one."""
+    try:
+        parse(text)
+    except BadFrame as error:
+        return error
+    return None
+
+
+# What goes in comes out
+
+
+@given(CLIENT_FRAMES)
+def test_every_frame_of_a_client_is_read_as_it_was_meant(frame: ClientFrame) -> None:
+    assert parse(frame.model_dump_json(by_alias=True)) == frame
+    assert parse(frame.model_dump_json(by_alias=True, exclude_none=True)) == frame
+    assert parse(json.dumps(frame.model_dump(by_alias=True), ensure_ascii=True)) == frame
+
+
+@given(SERVER_FRAMES)
+def test_every_frame_of_the_server_is_read_as_it_was_meant(frame: ServerFrame) -> None:
+    text = frame.encode()
+    assert ServerFrame.model_validate_json(text) == frame
+    assert None not in json.loads(text).values()
+    assert "\n" not in text
+
+
+@given(CLIENT_FRAMES, st.dictionaries(st.text().filter(lambda name: name not in WIRE_FIELDS), JSON))
+def test_fields_that_nobody_knows_are_ignored(frame: ClientFrame, more: dict[str, object]) -> None:
+    assume(not _has_surrogates(json.dumps(more, ensure_ascii=False)))
+    assert parse(json.dumps(frame.model_dump(by_alias=True) | more)) == frame
+
+
+@pytest.mark.parametrize("name", ["user_id", "msg_type"])
+def test_the_names_that_fields_have_in_python_are_not_those_of_the_wire(name: str) -> None:
+    right = {"msgType": "INIT", "userId": 10001}
+    wire_name = {"user_id": "userId", "msg_type": "msgType"}[name]
+    error = refusal(json.dumps({name: right.pop(wire_name), **right}))
+    assert error is not None
+    assert error.field == wire_name
+
+
+def test_a_bare_ping_is_a_heartbeat() -> None:
+    assert parse("PING") == ClientHeartbeat(msg_type="HEARTBEAT")
+    assert refusal("ping") is not None
+
+
+# Deltas are written without a model
+
+
+@given(MESSAGE_IDS, st.integers(1, 2**53), COUNTS, TEXTS)
+@example("m", 1, 3, 'a"b\\c/d\x00\x1f\x7f\u2028\ufeff\ufffe你好😀</script>')
+def test_a_delta_is_what_the_model_would_have_written(message_id: str, attempt: int, offset: int, text: str) -> None:
+    frame = ServerFrame(
+        msg_type=MsgType.CHAT,
+        contents=text,
+        message_id=message_id,
+        event=Event.DELTA,
+        attempt=attempt,
+        offset=offset,
+    )
+    written = encode_delta(message_id, attempt=attempt, offset=offset, text=text)
+    resp_time = json.loads(written)["respTime"]
+    assert written == frame.model_copy(update={"resp_time": resp_time}).encode()
+
+
+@given(TEXTS, st.characters(categories=["Cs"]), TEXTS)
+def test_text_that_is_no_unicode_is_refused_by_both_alike(before: str, surrogate: str, after: str) -> None:
+    text = before + surrogate + after
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        encode_delta("m", attempt=1, offset=1, text=text)
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        ServerFrame(msg_type=MsgType.CHAT, contents=text).encode()
+
+
+# Whatever comes, it is a frame or a BadFrame that names the field
+
+
+@given(st.text() | st.binary().map(lambda data: data.decode("latin-1")) | JSON.map(json.dumps))
+@example("")
+@example("\ufeff{}")
+@example("[" * 100_000)
+@example('{"a":' * 100_000)
+@example('{"msgType":"INIT","userId":1' + "0" * 5_000 + "}")
+@example('{"msgType":"CHAT","userId":10001,"contents":"\ud800"}')
+def test_what_is_no_object_with_a_type_is_refused(text: str) -> None:
+    assume(text != "PING")
+    error = refusal(text)
+    assert error is not None
+    assert error.field in {"", "msgType"}
+    assert error.problem
+
+
+@given(st.builds(json.dumps, NEARLY_FRAMES, ensure_ascii=st.booleans()))
+@example('{"msgType": "INIT", "userId": NaN}')
+@example('{"msgType": "INIT", "userId": -Infinity}')
+@example('{"msgType": "INIT", "userId": 1e400}')
+@example('{"msgType": "INIT", "user_id": 1}')
+@example('{"msgType": "CHAT", "userId": 10001, "contents": "\\ud800"}')
+def test_an_object_is_a_frame_or_is_told_which_field_is_wrong(text: str) -> None:
+    error = refusal(text)
+    if error is not None:
+        assert error.field.partition(".")[0] in WIRE_FIELDS | {""}
+        assert error.field or "JSON" in error.problem or "nicode" in error.problem
+        assert str(error) == (f"{error.field}: {error.problem}" if error.field else error.problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("{}", "msgType"),
+        ('{"msgType": "SYSTEM", "userId": 10001}', "msgType"),
+        ('{"msgType": "init", "userId": 10001}', "msgType"),
+        ('{"msgType": ["INIT"], "userId": 10001}', "msgType"),
+        ('{"msgType": "INIT"}', "userId"),
+        ('{"msgType": "INIT", "userId": 10000}', "userId"),
+        ('{"msgType": "INIT", "userId": 9007199254740992}', "userId"),
+        ('{"msgType": "INIT", "userId": 10001.5}', "userId"),
+        ('{"msgType": "INIT", "userId": true}', "userId"),
+        ('{"msgType": "INIT", "userId": null}', "userId"),
+        ('{"msgType": "INIT", "userId": 10001, "resume": {}}', "resume"),
+        (
+            '{"msgType": "INIT", "userId": 10001, "resume": [{"messageId": "a"}, {"messageId": "你"}]}',
+            "resume.1.messageId",
+        ),
+        ('{"msgType": "INIT", "userId": 10001, "resume": [{"messageId": "a", "offset": -1}]}', "resume.0.offset"),
+        ('{"msgType": "CHAT", "userId": 10001}', "contents"),
+        ('{"msgType": "CHAT", "userId": 10001, "contents": ""}', "contents"),
+        ('{"msgType": "CHAT", "userId": 10001, "contents": 7}', "contents"),
+        ('{"msgType": "CHAT", "userId": 10001, "contents": "a", "messageId": ""}', "messageId"),
+        ('{"msgType": "CHAT", "userId": 10001, "contents": "a", "messageId": "a\\n"}', "messageId"),
+        ('{"msgType": "CHAT", "userId": 10001, "contents": "a", "history": [{"role": "tool"}]}', "history.0.role"),
+        ('{"msgType": "CANCEL", "userId": 10001}', "messageId"),
+    ],
+)
+def test_the_wrong_field_is_named_as_it_stands_on_the_wire(text: str, field: str) -> None:
+    error = refusal(text)
+    assert error is not None
+    assert error.field == field
+
+
+def test_a_wrong_user_id_is_named_before_all_else_that_is_wrong() -> None:
+    error = refusal('{"msgType": "CHAT", "messageId": "", "contents": "", "history": 1, "userId": 7}')
+    assert error is not None
+    assert error.field == "userId"
+
+
+def test_one_login_resumes_up_to_its_limit() -> None:
+    def login(resumed: int) -> str:
+        return json.dumps({"msgType": "INIT", "userId": 10001, "resume": [{"messageId": "m"}] * resumed})
+
+    assert refusal(login(MAX_RESUMED)) is None
+    error = refusal(login(MAX_RESUMED + 1))
+    assert error is not None
+    assert error.field == "resume"
+
+
+# The user id of the address
+
+
+@given(USER_IDS)
+def test_a_user_id_in_the_address_is_a_number_in_range(user_id: int) -> None:
+    assert parse_user_id(str(user_id)) == user_id
+    assert parse_user_id(f"{user_id:016}") == user_id
+
+
+@given(st.integers(max_value=MIN_USER_ID - 1) | st.integers(MAX_USER_ID + 1))
+@example(0)
+@example(10_000)
+@example(10**5000)
+def test_a_number_out_of_range_is_no_user_id(number: int) -> None:
+    assert parse_user_id(hex(number) if number > 10**4000 else str(number)) is None
+
+
+@given(st.none() | st.text())
+@example(" 10001")
+@example("10_001")
+@example("+10001")
+@example("10001.0")
+@example("１０００１")
+@example("١٠٠٠١")
+@example("9" * 10_000)
+def test_a_user_id_in_the_address_is_digits_and_nothing_else(text: str | None) -> None:
+    user_id = parse_user_id(text)
+    if user_id is not None:
+        assert text is not None
+        assert text.lstrip("0") == str(user_id)
+        assert MIN_USER_ID <= user_id <= MAX_USER_ID
+
+
+# Numbers that others rely on
+
+
+def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:
+    reconnect = {Close.DRAINING, Close.NODE_FULL, Close.NO_HEARTBEAT, Close.READER_TOO_SLOW}
+    never = {
+        Close.NOT_AUTHENTICATED,
+        Close.BAD_USER_ID,
+        Close.REPLACED,
+        Close.LOCKED,
+        Close.TOO_MANY_CONNECTIONS,
+    }
+    assert all(code in {1012, 1013} or 4000 <= code < 4500 for code in reconnect)
+    assert all(4500 <= code < 5000 for code in never)
+    assert set(Close) == reconnect | never | {Close.FRAME_TOO_BIG, Close.INTERNAL_ERROR}
+
+
+def test_the_time_of_a_frame_is_milliseconds_since_1970() -> None:
+    before = time.time_ns() // 1_000_000
+    assert before <= int(now_ms()) <= int(ServerFrame(msg_type=MsgType.SYSTEM).resp_time)
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
