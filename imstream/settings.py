@@ -20,14 +20,17 @@ _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ms|s|m|h|d)?")
 
 def parse_duration(value: object) -> object:
     """Read `250ms`, `30s`, `15m`, `1h`, `1d` or a plain number of seconds as a time span."""
-    if isinstance(value, int | float):
-        return timedelta(seconds=value)
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None:
             raise ValueError("a time span such as 250ms, 30s, 15m, 1h or 1d")
-        return timedelta(seconds=float(match["number"]) * _UNITS[match["unit"] or "s"])
-    return value
+        value = float(match["number"]) * _UNITS[match["unit"] or "s"]
+    if not isinstance(value, int | float):
+        return value
+    try:
+        return timedelta(seconds=value)
+    except OverflowError:
+        raise ValueError("a shorter time span") from None
 
 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]

@@ -1,0 +1,67 @@
+"""Redis keys: no two things share one, and what one script touches lies in one slot."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.keys import Keys
+from imstream.settings import Settings
+from imstream.wire import MAX_USER_ID, MIN_USER_ID
+
+PREFIXES = st.from_regex(r"[A-Za-z0-9._-]{1,32}", fullmatch=True)
+NODES = st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True)
+USERS = st.integers(MIN_USER_ID, MAX_USER_ID)
+MESSAGES = st.from_regex(r"[A-Za-z0-9._:-]{1,64}", fullmatch=True)
+
+
+def hash_tag(key: str) -> str:
+    """What a cluster takes a key's slot from: what is between the first brace and the first closing one behind it."""
+    match = re.search(r"\{([^}]+)\}", key)
+    return match[1] if match else key
+
+
+def test_keys_are_those_that_operators_know() -> None:
+    keys = Keys()
+    assert keys.requests("0") == "im:{node:0}:requests"
+    assert keys.load("0") == "im:{node:0}:load"
+    assert keys.dead("0") == "im:{node:0}:dead"
+    assert keys.reply(10001, "m-1") == "im:{user:10001}:reply:m-1"
+
+
+@given(PREFIXES, NODES)
+def test_all_keys_of_a_node_share_a_slot(prefix: str, node: str) -> None:
+    keys = Keys(prefix)
+    assert {hash_tag(key) for key in (keys.requests(node), keys.load(node), keys.dead(node))} == {f"node:{node}"}
+
+
+@given(PREFIXES, USERS, MESSAGES, MESSAGES)
+def test_all_replies_of_a_user_share_a_slot(prefix: str, user: int, one: str, other: str) -> None:
+    keys = Keys(prefix)
+    assert hash_tag(keys.reply(user, one)) == hash_tag(keys.reply(user, other)) == f"user:{user}"
+
+
+@given(st.tuples(PREFIXES, USERS, MESSAGES), st.tuples(PREFIXES, USERS, MESSAGES))
+def test_no_two_messages_share_a_reply(one: tuple[str, int, str], other: tuple[str, int, str]) -> None:
+    def reply(which: tuple[str, int, str]) -> str:
+        prefix, user, message = which
+        return Keys(prefix).reply(user, message)
+
+    assert (reply(one) == reply(other)) == (one == other)
+
+
+@given(PREFIXES, NODES, NODES)
+def test_no_two_nodes_share_a_key(prefix: str, one: str, other: str) -> None:
+    keys = Keys(prefix)
+    of_one = {keys.requests(one), keys.load(one), keys.dead(one)}
+    of_other = {keys.requests(other), keys.load(other), keys.dead(other)}
+    assert len(of_one) == 3
+    assert of_one.isdisjoint(of_other) == (one != other)
+
+
+@given(PREFIXES, NODES)
+def test_the_settings_take_the_names_that_keys_are_safe_with(prefix: str, node: str) -> None:
+    settings = Settings.load(key_prefix=prefix, node=node)
+    assert (settings.key_prefix, settings.node) == (prefix, node)
