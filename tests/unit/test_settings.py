@@ -93,7 +93,9 @@ def test_settings_do_not_change_once_they_are_read() -> None:
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_itself_and_what_is_allowed(
-    setting: str, value: object, allowed: str
+    setting: str,
+    value: Any,  # noqa: ANN401 - any setting
+    allowed: str,
 ) -> None:
     told = refusal(**{setting: value})
     assert told.startswith(f"IMSTREAM_{setting.upper()}={value!r} is not allowed: ")

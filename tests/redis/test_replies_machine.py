@@ -1,0 +1,174 @@
+"""The reply stream as the one judge: any order of writers, stale ones too, keeps I4 and I5 on every server."""
+
+# ruff: noqa: D102 - the rules of the state machine have sentences for names
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from imstream.keys import Keys
+from imstream.settings import Settings
+from imstream.store.connection import Commands
+from imstream.store.replies import Appended, Opened, ReplyStore, Terminal
+from tests.support.reply_model import TERMINAL, ReplyModel, Said
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    import redis
+
+    from tests.support.servers import RedisServer
+
+USER = 10001
+REQUESTS = st.sampled_from(["0/1-0", "0/2-0", "1/1-0"])
+ENDS = st.sampled_from(
+    [
+        *[None] * 6,  # most have more to say
+        Terminal("done", "stop", {"total_tokens": 7}),
+        Terminal("done", "length"),
+        Terminal("failed", reason="http_503", error="overloaded"),
+    ]
+)
+RARELY = st.sampled_from([False, False, False, False, True])
+"""For what ends everything: else most runs would be short."""
+
+LONGEST = 12
+
+
+def text_of(attempt: int) -> str:
+    """What the model says in an attempt: of another attempt, no character is the same."""
+    return "".join(chr(0x4E00 + 100 * attempt + index) for index in range(LONGEST))
+
+
+class ReplyJudged(RuleBasedStateMachine):
+    """One message: several requests open it, writers of any attempt append, right or wrong, again or late."""
+
+    attempts: Bundle[int] = Bundle("attempts")
+    appends: Bundle[dict[str, Any]] = Bundle("appends")
+
+    def __init__(self, runner: asyncio.Runner, replies: ReplyStore, client: redis.Redis, keys: Keys) -> None:
+        super().__init__()
+        self._runner = runner
+        self._replies = replies
+        self._client: Any = client  # its types name every shape that an answer may have
+        self._message = secrets.token_hex(8)
+        self._key = keys.reply(USER, self._message)
+        self._model = ReplyModel()
+
+    def run(self, step: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - what the step returns
+        return self._runner.run(step)
+
+    @initialize(request=st.none() | REQUESTS)
+    def it_begins(self, request: str | None) -> None:
+        if request is not None:
+            self.opened(request)
+
+    @rule()
+    def it_is_marked_as_queued(self) -> None:
+        self.run(self._replies.mark_queued(USER, self._message))
+        self._model.mark_queued()
+
+    @rule(request=REQUESTS, lost=REQUESTS | st.just(""), after=st.integers(0, 6), target=attempts)
+    def a_request_opens_it(self, request: str, lost: str, after: int) -> int:
+        opened = self.opened(request, lost=lost, after=after)
+        return opened.attempt if isinstance(opened, Opened) else after
+
+    def opened(self, request: str, **more: Any) -> object:  # noqa: ANN401 - the arguments of the store
+        verdict = self.run(self._replies.open(USER, self._message, request=request, **more))
+        assert verdict == self._model.open(request=request, **more)
+        return verdict
+
+    @rule(more=st.integers(0, 4), end=ENDS, target=appends)
+    def the_latest_writer_goes_on(self, more: int, end: Terminal | None) -> dict[str, Any]:
+        last = self._model.last or Said(1, "", 0)
+        return self.appended(last.attempt, last.offset, last.offset + more, end)
+
+    @rule(attempt=attempts, before=st.integers(0, 8), more=st.integers(0, 4), end=ENDS, target=appends)
+    def a_writer_appends_anywhere(self, attempt: int, before: int, more: int, end: Terminal | None) -> dict[str, Any]:
+        return self.appended(attempt, before, before + more, end)
+
+    def appended(self, attempt: int, before: int, after: int, end: Terminal | None) -> dict[str, Any]:
+        # What was said before the first attempt, nobody writes.
+        attempt, after = max(attempt, 1), min(after, LONGEST)
+        given = {
+            "attempt": attempt,
+            "before": min(before, after),
+            "after": after,
+            "text": text_of(attempt)[min(before, after) : after],
+            "terminal": end,
+        }
+        self.an_append_is_repeated(given)
+        return given
+
+    @rule(given=appends)
+    def an_append_is_repeated(self, given: dict[str, Any]) -> None:
+        before = self.entries()
+        verdict = self.run(self._replies.append(USER, self._message, **given))
+        expected = self._model.append(**given)
+        assert (verdict, getattr(verdict, "offset", 0)) == (expected, getattr(expected, "offset", 0))
+        if verdict == Appended():
+            record = self.run(self._replies.read(USER, self._message))
+            assert record.attempt == given["attempt"]
+            assert len(record.text) == given["after"]
+        else:
+            assert self.entries() == before  # whoever is refused changes nothing
+
+    @rule(really=RARELY)
+    def somebody_cancels(self, *, really: bool) -> None:
+        if really:
+            assert self.run(self._replies.cancel(USER, self._message)) == self._model.cancel()
+
+    def entries(self) -> list[Said]:
+        return [
+            Said(
+                int(said["attempt"]), said["event"], int(said["offset"]), said.get("text", ""), said.get("request", "")
+            )
+            for _, said in self._client.xrange(self._key)
+        ]
+
+    @invariant()
+    def the_stream_is_right(self) -> None:
+        entries = self.entries()
+        assert entries == [replace(said, terminal=None) for said in self._model.entries]
+        # At most one end, and nothing after it (I4).
+        assert not any(said.event in TERMINAL for said in entries[:-1])
+        # Attempts only rise, and the text of each has no gap and no repeat (I5).
+        attempt, offset = 0, 0
+        for said in entries:
+            if said.event == "opened":
+                assert said.attempt > attempt
+                attempt, offset = said.attempt, 0
+            assert said.attempt == attempt
+            assert said.text == text_of(attempt)[offset : said.offset]
+            offset += len(said.text)
+            assert said.offset == offset
+        assert self.run(self._replies.read(USER, self._message)) == self._model.read()
+        assert not entries or self._client.pttl(self._key) > 0
+
+
+def test_any_order_of_writers_is_judged_rightly(redis_server: RedisServer) -> None:
+    known = Settings.load(redis_url=redis_server.url)
+    with asyncio.Runner() as runner, redis_server.client() as client:
+        connections = AsyncExitStack()
+
+        async def connect() -> ReplyStore:
+            commands = Commands(known.redis_url, lanes=1, timeout=known.redis_timeout)
+            return ReplyStore(await connections.enter_async_context(commands), known)
+
+        replies = runner.run(connect())
+        try:
+            run_state_machine_as_test(
+                # Any callable will do, whatever its type says.
+                lambda: ReplyJudged(runner, replies, client, Keys(known.key_prefix)),  # type: ignore[arg-type]
+                settings=settings(max_examples=100, stateful_step_count=30),
+            )
+        finally:
+            runner.run(connections.aclose())

@@ -1,0 +1,92 @@
+"""What the scripts of the reply stream promise, in Python: proved against them, so that other tests may play with it.
+
+One model is one message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from imstream.store.replies import Appended, Duplicate, Ended, Opened, Receipt, Record, Rejected, Terminal
+
+TERMINAL = ("done", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Said:
+    """One entry of a reply stream."""
+
+    attempt: int
+    event: str
+    offset: int
+    text: str = ""
+    request: str = ""
+    terminal: Terminal | None = None
+
+
+@dataclass
+class ReplyModel:
+    """All that was said about one message."""
+
+    entries: list[Said] = field(default_factory=list)
+
+    @property
+    def last(self) -> Said | None:
+        """What was said last."""
+        return self.entries[-1] if self.entries else None
+
+    @property
+    def owner(self) -> str:
+        """The request that the message belongs to."""
+        return next((said.request for said in reversed(self.entries) if said.event == "opened"), "")
+
+    def mark_queued(self) -> None:
+        """See `ReplyStore`."""
+        if not self.entries:
+            self.entries.append(Said(0, "queued", 0))
+
+    def open(self, *, request: str, lost: str = "", after: int = 0) -> Opened | Ended | Duplicate:
+        """See `ReplyStore`."""
+        if self.last is not None:
+            if self.last.terminal is not None:
+                return Ended(self.last.terminal.event, self.owner)
+            if self.last.attempt > 0 and self.owner not in {request, lost}:
+                return Duplicate(self.owner)
+            after = max(after, self.last.attempt)
+        self.entries.append(Said(after + 1, "opened", 0, request=request))
+        return Opened(after + 1)
+
+    def append(
+        self, *, attempt: int, before: int, after: int, text: str, terminal: Terminal | None = None
+    ) -> Appended | Rejected:
+        """See `ReplyStore`."""
+        event, last = "text" if terminal is None else terminal.event, self.last
+        if last is None:
+            return Rejected("gone")
+        if last.attempt != attempt:
+            return Rejected("superseded")
+        if (last.event, last.offset) == (event, after) and (terminal is not None or before < after):
+            return Appended()
+        if last.terminal is not None:
+            return Rejected("ended")
+        if last.offset != before:
+            return Rejected("gap", last.offset)
+        self.entries.append(Said(attempt, event, after, text, terminal=terminal))
+        return Appended()
+
+    def cancel(self) -> Receipt:
+        """See `ReplyStore`."""
+        if self.last is None:
+            return "unknown"
+        if self.last.terminal is not None:
+            return "cancelled" if self.last.event == "cancelled" else "too_late"
+        self.entries.append(Said(self.last.attempt, "cancelled", self.last.offset, terminal=Terminal("cancelled")))
+        return "cancelled"
+
+    def read(self) -> Record | None:
+        """See `ReplyStore`."""
+        if self.last is None:
+            return None
+        attempt = self.last.attempt
+        text = "".join(said.text for said in self.entries if said.attempt == attempt)
+        return Record(attempt, text, self.last.terminal)
