@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -154,6 +155,7 @@ class ReplyJudged(RuleBasedStateMachine):
         assert not entries or self._client.pttl(self._key) > 0
 
 
+@pytest.mark.timeout(600)  # it takes seconds, but the shortest example of a failure takes a while to find
 def test_any_order_of_writers_is_judged_rightly(redis_server: RedisServer) -> None:
     known = Settings.load(redis_url=redis_server.url)
     with asyncio.Runner() as runner, redis_server.client() as client:

@@ -1,0 +1,425 @@
+"""The store as a whole: several nodes admit, take, answer, crash, freeze and take up again, in any order (I1 to I5).
+
+The machine does what workers do, step by step, and may stop between any two. A worker that is forgotten by its node is
+not gone: it may be a frozen process, which goes on where it was, long after somebody else took up its request.
+"""
+
+# ruff: noqa: D102 - the rules of the state machine have sentences for names
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from imstream.disposition import Limits, before_start
+from imstream.keys import GROUP, Keys
+from imstream.settings import Settings
+from imstream.store.connection import Commands, Reader
+from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore, Terminal
+from imstream.store.requests import Admitted, ChatRequest, Entry, Refused, RequestStream
+from tests.redis.conftest import chat_request
+from tests.support.reply_model import TERMINAL, ReplyModel, Said
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from tests.support.servers import RedisServer
+
+NODES = ("0", "1")
+USERS = (10001, 10002)
+MESSAGES = ("a", "b")
+NODE_CAP, USER_CAP, MAX_DELIVERIES = 4, 3, 2
+LIMITS = Limits(attempts=99, deliveries=MAX_DELIVERIES, window=timedelta(days=1))
+AT_ONCE = timedelta(milliseconds=1)
+DONE = Terminal("done", "stop")
+FAILED = Terminal("failed", reason="http_503")
+LONGEST = 40
+
+node_names = st.sampled_from(NODES)
+RARELY = st.sampled_from([False, False, False, True])
+"""For what ends things: else hardly any request would come far."""
+
+users = st.sampled_from(USERS)
+messages = st.sampled_from(MESSAGES)
+
+
+AGAIN, CANCEL = "again", "cancel"
+STEPS: st.SearchStrategy[int | Terminal | str] = st.sampled_from([0, 1, 2, 3, 1, 2, 3, DONE, FAILED, AGAIN, CANCEL])
+
+
+def text_of(attempt: int) -> str:
+    """What the model says in an attempt: of another attempt, no character is the same."""
+    return "".join(chr(0x4E00 + 100 * attempt + index) for index in range(LONGEST))
+
+
+@dataclass
+class Unfinished:
+    """A request that was accepted and has not ended. `deliveries`: 0 as long as no worker has it."""
+
+    user: int
+    message: str
+    deliveries: int = 0
+    consumer: str = ""
+
+
+@dataclass(eq=False)
+class Job:
+    """What one worker has of one request.
+
+    Attributes:
+        stream: The node whose stream it is from.
+        by: The node that works on it.
+        attempt: Its attempt; 0 before it has one.
+        said: Characters of it that are recorded.
+        then: What is left to do when the end is recorded.
+    """
+
+    stream: str
+    by: str
+    entry: Entry
+    request: ChatRequest
+    attempt: int = 0
+    said: int = 0
+    then: Callable[[], Coroutine[Any, Any, None]] | None = None
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.stream}/{self.entry.entry_id}"
+
+
+@dataclass
+class Site:
+    """The parts of the store, on one server."""
+
+    runner: asyncio.Runner
+    commands: Commands
+    reader: Reader
+    redis: Any  # its types name every shape that an answer may have
+
+    def settings_of(self, node: str, prefix: str) -> Settings:
+        """Those of one node. Every run has keys of its own."""
+        given = {"node": node, "key_prefix": prefix, "queue_limit": NODE_CAP, "user_limit": USER_CAP}
+        return Settings.load(**given)
+
+
+class StoreUsed(RuleBasedStateMachine):
+    """Two nodes, two users who ask either of them, and more than once, for the same messages."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        prefix = secrets.token_hex(4)
+        self._run = site.runner.run
+        self._redis = site.redis
+        self._keys = Keys(prefix)
+        known = {node: site.settings_of(node, prefix) for node in NODES}
+        self._replies = ReplyStore(site.commands, known["0"])
+        # By the node whose stream it is, and the node that works on it.
+        self._streams = {(node, node): RequestStream(site.commands, site.reader, known[node]) for node in NODES}
+        self._unfinished: dict[str, dict[str, Unfinished]] = {node: {} for node in NODES}
+        self._buried = Counter[str]()
+        self._models: dict[tuple[int, str], ReplyModel] = {}
+        self._jobs: list[Job] = []
+        self._frozen: list[Job] = []
+
+    # Gateway
+
+    @initialize(asked=st.lists(st.tuples(node_names, users, messages), max_size=6))
+    def the_nodes_start(self, asked: list[tuple[str, int, str]]) -> None:
+        for node, user, message in asked[:2]:
+            self._ask(node, user, message, marked=False)
+        for node in NODES:
+            assert self._run(self._streams[node, node].prepare()) is True
+        for node, user, message in asked[2:]:
+            self._ask(node, user, message, marked=True)
+
+    @rule(
+        node=node_names,
+        user=users,
+        message=messages,
+        marked=st.booleans(),
+        then=st.sampled_from(["taken", "cancelled", ""]),
+    )
+    def a_user_asks(self, node: str, user: int, message: str, *, marked: bool, then: str) -> None:
+        """The gateway may die before it has marked the message as queued."""
+        self._ask(node, user, message, marked=marked)
+        if then == "cancelled":
+            self._cancel(user, message)
+        elif then == "taken" and self._waiting(node):
+            self._take(node, 1)
+
+    def _ask(self, node: str, user: int, message: str, *, marked: bool) -> None:
+        verdict = self._run(self._streams[node, node].admit(chat_request(user, message)))
+        unfinished = self._unfinished[node]
+        if len(unfinished) >= NODE_CAP:
+            assert verdict == Refused(by_user=False)
+            return
+        if sum(one.user == user for one in unfinished.values()) >= USER_CAP:
+            assert verdict == Refused(by_user=True)
+            return
+        waiting = sum(not one.consumer for one in unfinished.values())
+        assert isinstance(verdict, Admitted)
+        assert verdict.position == waiting + 1
+        unfinished[verdict.entry_id] = Unfinished(user, message)
+        model = self._models.setdefault((user, message), ReplyModel())
+        if marked:
+            self._run(self._replies.mark_queued(user, message))
+            model.mark_queued()
+
+    def _cancel(self, user: int, message: str) -> None:
+        model = self._models.get((user, message), ReplyModel())
+        assert self._run(self._replies.cancel(user, message)) == model.cancel()
+
+    # Workers
+
+    @precondition(lambda self: any(self._waiting(node) for node in NODES))
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def a_worker_takes_requests(self, data: st.DataObject, count: int) -> None:
+        self._take(data.draw(st.sampled_from([node for node in NODES if self._waiting(node)]), label="node"), count)
+
+    def _waiting(self, node: str) -> list[str]:
+        return [entry_id for entry_id, one in self._unfinished[node].items() if not one.consumer]
+
+    def _take(self, node: str, count: int) -> None:
+        waiting = self._waiting(node)
+        entries = self._run(self._streams[node, node].read(count=count, block=AT_ONCE))
+        assert [entry.entry_id for entry in entries] == waiting[:count]
+        for entry in entries:
+            self._start(node, node, entry)
+
+    @precondition(lambda self: any(self._left(node, node) for node in NODES))
+    @rule(data=st.data())
+    def a_worker_takes_up_what_it_does_not_work_on(self, data: st.DataObject) -> None:
+        node = data.draw(st.sampled_from([node for node in NODES if self._left(node, node)]), label="node")
+        self._take_up(node, node)
+
+    def _left(self, stream: str, by: str) -> dict[str, int]:
+        """What was given to a worker that does not work on it, and how often."""
+        at_work = self._at_work(stream, by)
+        return {
+            entry_id: one.deliveries
+            for entry_id, one in self._unfinished[stream].items()
+            if one.consumer == by and entry_id not in at_work
+        }
+
+    def _at_work(self, stream: str, by: str) -> set[str]:
+        return {job.entry.entry_id for job in self._jobs if (job.stream, job.by) == (stream, by)}
+
+    def _take_up(self, stream: str, by: str) -> None:
+        requests = self._streams[stream, by]
+        pending = self._run(requests.pending(besides=self._at_work(stream, by)))
+        assert {one.entry_id: one.deliveries for one in pending} == self._left(stream, by)
+        for one in pending:
+            entry = self._run(requests.claim(one, deliveries=one.deliveries + 1))
+            assert entry is not None
+            self._start(stream, by, entry, deliveries=one.deliveries + 1)
+
+    def _start(self, stream: str, by: str, entry: Entry, *, deliveries: int = 1) -> None:
+        unfinished = self._unfinished[stream][entry.entry_id]
+        unfinished.deliveries, unfinished.consumer = deliveries, by
+        assert entry.deliveries == deliveries
+        request = ChatRequest.from_fields(entry.fields)
+        assert (request.user_id, request.message_id) == (unfinished.user, unfinished.message)
+        self._jobs.append(Job(stream, by, entry, request))
+
+    @precondition(lambda self: self._jobs)
+    @rule(data=st.data(), how=st.sampled_from(["killed", "frozen", "in good order"]), really=RARELY)
+    def a_node_goes(self, data: st.DataObject, how: str, *, really: bool) -> None:
+        if really:
+            self._end_process(data.draw(st.sampled_from(sorted({job.by for job in self._jobs})), label="node"), how)
+
+    def _end_process(self, node: str, how: str) -> None:
+        """One that was frozen goes on some time, when another process has long taken its place."""
+        for job in [job for job in self._jobs if job.by == node]:
+            self._jobs.remove(job)
+            if how == "frozen":
+                self._frozen.append(job)
+            elif how == "in good order":
+                self._run(self._streams[job.stream, job.by].hand_back(job.entry))
+                if (one := self._unfinished[job.stream].get(job.entry.entry_id)) is not None:
+                    one.deliveries = job.entry.deliveries - 1
+        assert self._run(self._streams[node, node].prepare()) is False
+
+    # What a worker does with a request, one step at a time
+
+    @precondition(lambda self: self._jobs or self._frozen)
+    @rule(data=st.data(), steps=st.lists(STEPS, min_size=1, max_size=4))
+    def a_worker_goes_on(self, data: st.DataObject, steps: list[int | Terminal | str]) -> None:
+        """It opens; it says something, or tries again; the user may cancel; it says the end; it takes it out."""
+        job = data.draw(st.sampled_from(self._jobs + self._frozen), label="job")
+        for step in steps:
+            if job in self._jobs or job in self._frozen:
+                self._go_on(job, step)
+
+    def _go_on(self, job: Job, step: int | Terminal | str) -> None:
+        if step == CANCEL:
+            self._cancel(job.request.user_id, job.request.message_id)
+        elif job.then is not None:
+            self._run(job.then())
+            self._forget(job)
+        elif job.attempt == 0 or step == AGAIN:
+            self._open(job)
+        elif before_start(job.entry.deliveries, LIMITS) is not None:
+            self._say(job, 0, FAILED)
+        elif isinstance(step, Terminal):
+            self._say(job, 1, step)
+        else:
+            self._say(job, int(step), None)
+
+    def _open(self, job: Job) -> None:
+        user, message = job.request.user_id, job.request.message_id
+        verdict = self._run(self._replies.open(user, message, request=job.request_id))
+        assert verdict == self._models[user, message].open(request=job.request_id)
+        match verdict:
+            case Opened(attempt):
+                job.attempt, job.said = attempt, 0
+            case Ended("failed", owner) if owner == job.request_id:
+                job.then = self._burying(job)
+            case _:
+                job.then = self._finishing(job)
+
+    def _say(self, job: Job, more: int, end: Terminal | None) -> None:
+        user, message, after = job.request.user_id, job.request.message_id, min(job.said + more, LONGEST)
+        given: dict[str, Any] = {
+            "attempt": job.attempt,
+            "before": job.said,
+            "after": after,
+            "text": text_of(job.attempt)[job.said : after],
+            "terminal": end,
+        }
+        verdict = self._run(self._replies.append(user, message, **given))
+        assert verdict == self._models[user, message].append(**given)
+        match verdict:
+            case Appended():
+                job.said = after
+                if end is not None:
+                    job.then = self._burying(job) if end == FAILED else self._finishing(job)
+            case Rejected("ended"):
+                job.then = self._finishing(job)
+            case _:
+                assert verdict == Rejected("superseded")
+                self._forget(job)
+
+    def _finishing(self, job: Job) -> Callable[[], Coroutine[Any, Any, None]]:
+        return lambda: self._streams[job.stream, job.by].finish(job.entry)
+
+    def _burying(self, job: Job) -> Callable[[], Coroutine[Any, Any, None]]:
+        async def bury() -> None:
+            if job.entry.entry_id in self._unfinished[job.stream]:
+                self._buried[job.stream] += 1
+            await self._streams[job.stream, job.by].bury(job.entry, reason="x", error="y", attempts=job.attempt)
+
+        return bury
+
+    def _forget(self, job: Job) -> None:
+        (self._jobs if job in self._jobs else self._frozen).remove(job)
+        if job.then is not None:
+            self._unfinished[job.stream].pop(job.entry.entry_id, None)
+
+    # What holds after every step
+
+    @invariant()
+    def every_accepted_message_has_its_end_or_a_request(self) -> None:
+        asked_for = {(one.user, one.message) for of_node in self._unfinished.values() for one in of_node.values()}
+        for message, model in self._models.items():
+            assert (model.last is not None and model.last.terminal is not None) or message in asked_for  # I1
+
+    @invariant()
+    def redis_shows_the_requests_that_are_unfinished(self) -> None:
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for node in NODES:
+                pipeline.xrange(self._keys.requests(node))
+                pipeline.xpending_range(self._keys.requests(node), GROUP, "-", "+", 100)
+                pipeline.hgetall(self._keys.load(node))
+                pipeline.xlen(self._keys.dead(node))
+            answers = iter(pipeline.execute())
+        for node, unfinished in self._unfinished.items():
+            entries, pending, load, buried = (next(answers) for _ in range(4))
+            assert len(entries) <= NODE_CAP  # I2
+            assert [entry_id for entry_id, _ in entries] == list(unfinished)  # I3
+            assert {row["message_id"]: (row["consumer"], row["times_delivered"]) for row in pending} == {
+                entry_id: (one.consumer, one.deliveries) for entry_id, one in unfinished.items() if one.consumer
+            }
+            assert load == {str(user): str(n) for user, n in Counter(one.user for one in unfinished.values()).items()}
+            assert buried == self._buried[node]
+
+    @invariant()
+    def every_reply_is_sound(self) -> None:
+        for message, entries in self._entries().items():
+            assert entries == [replace(said, terminal=None) for said in self._models[message].entries]
+            assert not any(said.event in TERMINAL for said in entries[:-1])  # I4
+            if entries:
+                latest = [said for said in entries if said.attempt == entries[-1].attempt]
+                text = "".join(said.text for said in latest)
+                assert text == text_of(entries[-1].attempt)[: entries[-1].offset]  # I5
+
+    def _entries(self) -> dict[tuple[int, str], list[Said]]:
+        """What is recorded of every message."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for user, message in self._models:
+                pipeline.xrange(self._keys.reply(user, message))
+            answers = pipeline.execute()
+        return {
+            message: [
+                Said(int(row["attempt"]), row["event"], int(row["offset"]), row.get("text", ""), row.get("request", ""))
+                for _, row in rows
+            ]
+            for message, rows in zip(self._models, answers, strict=True)
+        }
+
+    def teardown(self) -> None:
+        """However it came to this: the nodes start once more, and everything that was accepted is answered, once."""
+        for node in NODES:
+            self._end_process(node, "frozen")
+            self._take_up(node, node)
+            if self._waiting(node):
+                self._take(node, NODE_CAP)
+        while self._jobs:
+            self._go_on(self._jobs[0], DONE)
+        assert not any(self._unfinished.values())
+        self.every_accepted_message_has_its_end_or_a_request()
+        replies = self._entries()
+        while self._frozen:  # whatever they had in mind, it comes too late
+            self._go_on(self._frozen[0], DONE)
+        assert self._entries() == replies
+        self.redis_shows_the_requests_that_are_unfinished()
+        self.every_reply_is_sound()
+
+
+@pytest.mark.timeout(600)  # it takes seconds, but the shortest example of a failure takes a while to find
+def test_any_order_of_work_and_death_loses_and_repeats_nothing(redis_server: RedisServer) -> None:
+    known = Settings.load(redis_url=redis_server.url)
+    with asyncio.Runner() as runner, redis_server.client() as client:
+        connections = AsyncExitStack()
+
+        async def connect() -> Site:
+            commands = Commands(known.redis_url, lanes=1, timeout=known.redis_timeout)
+            reader = Reader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
+            connections.push_async_callback(reader.aclose)
+            return Site(runner, await connections.enter_async_context(commands), reader, client)
+
+        site = runner.run(connect())
+        try:
+            run_state_machine_as_test(
+                # Any callable will do, whatever its type says.
+                lambda: StoreUsed(site),  # type: ignore[arg-type]
+                settings=settings(max_examples=50, stateful_step_count=40),
+            )
+        finally:
+            runner.run(connections.aclose())
