@@ -43,7 +43,7 @@ class Breaker:
 
     def probing(self) -> None:
         """Work was begun to try whether the backend is back: no more until it succeeds, or for another pause."""
-        self._open_until = self._clock() + self._pause
+        self._open_until = max(self._open_until, self._clock() + self._pause)
 
     def succeeded(self) -> None:
         """A call was answered."""
