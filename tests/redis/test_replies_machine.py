@@ -18,7 +18,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from imstream.keys import Keys
 from imstream.settings import Settings
 from imstream.store.connection import Commands
-from imstream.store.replies import Appended, Opened, ReplyStore, Terminal
+from imstream.store.replies import Appended, Opened, Record, ReplyStore, Terminal
 from tests.support.reply_model import TERMINAL, ReplyModel, Said
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class ReplyJudged(RuleBasedStateMachine):
 
     attempts: Bundle[int] = Bundle("attempts")
     appends: Bundle[dict[str, Any]] = Bundle("appends")
+    records: Bundle[Record] = Bundle("records")
 
     def __init__(self, runner: asyncio.Runner, replies: ReplyStore, client: redis.Redis, keys: Keys) -> None:
         super().__init__()
@@ -128,12 +129,7 @@ class ReplyJudged(RuleBasedStateMachine):
             assert self.run(self._replies.cancel(USER, self._message)) == self._model.cancel()
 
     def entries(self) -> list[Said]:
-        return [
-            Said(
-                int(said["attempt"]), said["event"], int(said["offset"]), said.get("text", ""), said.get("request", "")
-            )
-            for _, said in self._client.xrange(self._key)
-        ]
+        return [Said.read(fields) for _, fields in self._client.xrange(self._key)]
 
     @invariant()
     def the_stream_is_right(self) -> None:

@@ -129,7 +129,7 @@ class StoreUsed(RuleBasedStateMachine):
         self._redis = site.redis
         self._keys = Keys(prefix)
         known = {node: site.settings_of(node, prefix) for node in NODES}
-        self._replies = ReplyStore(site.commands, known["0"])
+        self._replies = {node: ReplyStore(site.commands, known[node]) for node in NODES}
         # By the node whose stream it is, and the node that works on it.
         self._streams = {(node, node): RequestStream(site.commands, site.reader, known[node]) for node in NODES}
         self._unfinished: dict[str, dict[str, Unfinished]] = {node: {} for node in NODES}
@@ -179,12 +179,12 @@ class StoreUsed(RuleBasedStateMachine):
         unfinished[verdict.entry_id] = Unfinished(user, message)
         model = self._models.setdefault((user, message), ReplyModel())
         if marked:
-            self._run(self._replies.mark_queued(user, message))
+            self._run(self._replies["0"].mark_queued(user, message))
             model.mark_queued()
 
     def _cancel(self, user: int, message: str) -> None:
         model = self._models.get((user, message), ReplyModel())
-        assert self._run(self._replies.cancel(user, message)) == model.cancel()
+        assert self._run(self._replies["0"].cancel(user, message)) == model.cancel()
 
     # Workers
 
@@ -284,8 +284,8 @@ class StoreUsed(RuleBasedStateMachine):
 
     def _open(self, job: Job) -> None:
         user, message = job.request.user_id, job.request.message_id
-        verdict = self._run(self._replies.open(user, message, request=job.request_id))
-        assert verdict == self._models[user, message].open(request=job.request_id)
+        verdict = self._run(self._replies[job.by].open(user, message, request=job.request_id))
+        assert verdict == self._models[user, message].open(request=job.request_id, by=job.by)
         match verdict:
             case Opened(attempt):
                 job.attempt, job.said = attempt, 0
@@ -303,7 +303,7 @@ class StoreUsed(RuleBasedStateMachine):
             "text": text_of(job.attempt)[job.said : after],
             "terminal": end,
         }
-        verdict = self._run(self._replies.append(user, message, **given))
+        verdict = self._run(self._replies[job.by].append(user, message, **given))
         assert verdict == self._models[user, message].append(**given)
         match verdict:
             case Appended():
@@ -376,10 +376,7 @@ class StoreUsed(RuleBasedStateMachine):
                 pipeline.xrange(self._keys.reply(user, message))
             answers = pipeline.execute()
         return {
-            message: [
-                Said(int(row["attempt"]), row["event"], int(row["offset"]), row.get("text", ""), row.get("request", ""))
-                for _, row in rows
-            ]
+            message: [Said.read(fields) for _, fields in rows]
             for message, rows in zip(self._models, answers, strict=True)
         }
 

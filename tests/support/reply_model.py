@@ -6,8 +6,9 @@ One model is one message.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from imstream.store.replies import Appended, Duplicate, Ended, Opened, Receipt, Record, Rejected, Terminal
+from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Record, Rejected, Terminal
 
 TERMINAL = ("done", "failed", "cancelled")
 
@@ -21,7 +22,20 @@ class Said:
     offset: int
     text: str = ""
     request: str = ""
+    by: str = ""
     terminal: Terminal | None = None
+
+    @classmethod
+    def read(cls, fields: dict[str, str]) -> Said:
+        """An entry as it stands in Redis, without what a terminal event carries."""
+        return cls(
+            attempt=int(fields["attempt"]),
+            event=fields["event"],
+            offset=int(fields["offset"]),
+            text=fields.get("text", ""),
+            request=fields.get("request", ""),
+            by=fields.get("by", ""),
+        )
 
 
 @dataclass
@@ -45,15 +59,15 @@ class ReplyModel:
         if not self.entries:
             self.entries.append(Said(0, "queued", 0))
 
-    def open(self, *, request: str, lost: str = "", after: int = 0) -> Opened | Ended | Duplicate:
-        """See `ReplyStore`."""
+    def open(self, *, request: str, lost: str = "", after: int = 0, by: str = "0") -> Opened | Ended | Duplicate:
+        """See `ReplyStore`. `by`: the node whose store it is."""
         if self.last is not None:
             if self.last.terminal is not None:
                 return Ended(self.last.terminal.event, self.owner)
             if self.last.attempt > 0 and self.owner not in {request, lost}:
                 return Duplicate(self.owner)
             after = max(after, self.last.attempt)
-        self.entries.append(Said(after + 1, "opened", 0, request=request))
+        self.entries.append(Said(after + 1, "opened", 0, request=request, by=by))
         return Opened(after + 1)
 
     def append(
@@ -74,14 +88,16 @@ class ReplyModel:
         self.entries.append(Said(attempt, event, after, text, terminal=terminal))
         return Appended()
 
-    def cancel(self) -> Receipt:
-        """See `ReplyStore`."""
+    def cancel(self) -> Cancelled | Literal["too_late", "unknown"]:
+        """See `ReplyStore`. No user has a socket anywhere: only the node that works on it is to be told."""
         if self.last is None:
             return "unknown"
-        if self.last.terminal is not None:
-            return "cancelled" if self.last.event == "cancelled" else "too_late"
-        self.entries.append(Said(self.last.attempt, "cancelled", self.last.offset, terminal=Terminal("cancelled")))
-        return "cancelled"
+        if self.last.event in ("done", "failed"):
+            return "too_late"
+        if self.last.terminal is None:
+            self.entries.append(Said(self.last.attempt, "cancelled", self.last.offset, terminal=Terminal("cancelled")))
+        workers = [said.by for said in self.entries if said.event == "opened"]
+        return Cancelled(tuple(workers[-1:]))
 
     def read(self) -> Record | None:
         """See `ReplyStore`."""
