@@ -1,4 +1,4 @@
-"""The store as a whole: several nodes admit, take, answer, crash, freeze and take up again, in any order (I1 to I5).
+"""The store as a whole: nodes admit, take, answer, crash, freeze, come back and adopt, in any order (I1 to I5, I7).
 
 The machine does what workers do, step by step, and may stop between any two. A worker that is forgotten by its node is
 not gone: it may be a frozen process, which goes on where it was, long after somebody else took up its request.
@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 from imstream.disposition import Limits, before_start
 from imstream.keys import GROUP, Keys
 from imstream.settings import Settings
+from imstream.store.adoption import Adopted, Adoption, NotAdopted
 from imstream.store.connection import Commands, Reader
 from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore, Terminal
 from imstream.store.requests import Admitted, ChatRequest, Entry, Refused, RequestStream
@@ -42,12 +43,11 @@ if TYPE_CHECKING:
 
     from tests.support.servers import RedisServer
 
-NODES = ("0", "1")
+NODES = ("0", "1", "2")
 USERS = (10001, 10002)
 MESSAGES = ("a", "b")
 NODE_CAP, USER_CAP, MAX_DELIVERIES = 4, 3, 2
 LIMITS = Limits(attempts=99, deliveries=MAX_DELIVERIES, window=timedelta(days=1))
-AT_ONCE = timedelta(milliseconds=1)
 DONE = Terminal("done", "stop")
 FAILED = Terminal("failed", reason="http_503")
 LONGEST = 40
@@ -120,7 +120,7 @@ class Site:
 
 
 class StoreUsed(RuleBasedStateMachine):
-    """Two nodes, two users who ask either of them, and more than once, for the same messages."""
+    """Three nodes, two users who ask any of them, and more than once, for the same messages."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -131,7 +131,12 @@ class StoreUsed(RuleBasedStateMachine):
         known = {node: site.settings_of(node, prefix) for node in NODES}
         self._replies = {node: ReplyStore(site.commands, known[node]) for node in NODES}
         # By the node whose stream it is, and the node that works on it.
-        self._streams = {(node, node): RequestStream(site.commands, site.reader, known[node]) for node in NODES}
+        self._streams = {
+            (of, by): RequestStream(site.commands, site.reader, known[by], node=of) for of in NODES for by in NODES
+        }
+        self._adoption = {node: Adoption(site.commands, known[node]) for node in NODES}
+        self._alive: set[str] = set()
+        self._adopters: dict[str, str] = {}
         self._unfinished: dict[str, dict[str, Unfinished]] = {node: {} for node in NODES}
         self._buried = Counter[str]()
         self._models: dict[tuple[int, str], ReplyModel] = {}
@@ -146,6 +151,7 @@ class StoreUsed(RuleBasedStateMachine):
             self._ask(node, user, message, marked=False)
         for node in NODES:
             assert self._run(self._streams[node, node].prepare()) is True
+            self._start_process(node)
         for node, user, message in asked[2:]:
             self._ask(node, user, message, marked=True)
 
@@ -158,11 +164,13 @@ class StoreUsed(RuleBasedStateMachine):
     )
     def a_user_asks(self, node: str, user: int, message: str, *, marked: bool, then: str) -> None:
         """The gateway may die before it has marked the message as queued."""
+        if node not in self._alive:
+            return
         self._ask(node, user, message, marked=marked)
         if then == "cancelled":
             self._cancel(user, message)
         elif then == "taken" and self._waiting(node):
-            self._take(node, 1)
+            self._take(node, node, 1)
 
     def _ask(self, node: str, user: int, message: str, *, marked: bool) -> None:
         verdict = self._run(self._streams[node, node].admit(chat_request(user, message)))
@@ -188,55 +196,69 @@ class StoreUsed(RuleBasedStateMachine):
 
     # Workers
 
-    @precondition(lambda self: any(self._waiting(node) for node in NODES))
+    @precondition(lambda self: any(self._waiting(node) for node in self._alive))
     @rule(data=st.data(), count=st.integers(1, 3))
     def a_worker_takes_requests(self, data: st.DataObject, count: int) -> None:
-        self._take(data.draw(st.sampled_from([node for node in NODES if self._waiting(node)]), label="node"), count)
+        node = data.draw(st.sampled_from(sorted(node for node in self._alive if self._waiting(node))), label="node")
+        self._take(node, node, count)
 
-    def _waiting(self, node: str) -> list[str]:
-        return [entry_id for entry_id, one in self._unfinished[node].items() if not one.consumer]
+    def _waiting(self, stream: str) -> list[str]:
+        return [entry_id for entry_id, one in self._unfinished[stream].items() if not one.consumer]
 
-    def _take(self, node: str, count: int) -> None:
-        waiting = self._waiting(node)
-        entries = self._run(self._streams[node, node].read(count=count, block=AT_ONCE))
+    def _take(self, stream: str, by: str, count: int) -> None:
+        waiting = self._waiting(stream)
+        entries = self._run(self._streams[stream, by].read(count=count, block=None))
         assert [entry.entry_id for entry in entries] == waiting[:count]
         for entry in entries:
-            self._start(node, node, entry)
+            self._start(stream, by, entry)
 
-    @precondition(lambda self: any(self._left(node, node) for node in NODES))
+    @precondition(lambda self: any(self._left(node, node) for node in self._alive))
     @rule(data=st.data())
-    def a_worker_takes_up_what_it_does_not_work_on(self, data: st.DataObject) -> None:
-        node = data.draw(st.sampled_from([node for node in NODES if self._left(node, node)]), label="node")
+    def a_worker_takes_up_what_was_left_in_its_stream(self, data: st.DataObject) -> None:
+        node = data.draw(st.sampled_from(sorted(node for node in self._alive if self._left(node, node))), label="node")
         self._take_up(node, node)
 
     def _left(self, stream: str, by: str) -> dict[str, int]:
-        """What was given to a worker that does not work on it, and how often."""
+        """What was given to a worker that does not work on it, or to a node that is dead; and how often."""
         at_work = self._at_work(stream, by)
         return {
             entry_id: one.deliveries
             for entry_id, one in self._unfinished[stream].items()
-            if one.consumer == by and entry_id not in at_work
+            if one.consumer and (one.consumer not in self._alive or one.consumer == by) and entry_id not in at_work
         }
 
     def _at_work(self, stream: str, by: str) -> set[str]:
+        """In two streams, two entries may have the same id."""
         return {job.entry.entry_id for job in self._jobs if (job.stream, job.by) == (stream, by)}
 
-    def _take_up(self, stream: str, by: str) -> None:
+    def _take_up(self, stream: str, by: str, *, node_is_back: bool = False) -> None:
         requests = self._streams[stream, by]
         pending = self._run(requests.pending(besides=self._at_work(stream, by)))
+        for consumer in self._run(requests.other_consumers()):
+            if consumer not in self._alive:
+                pending += self._run(requests.pending(consumer))
         assert {one.entry_id: one.deliveries for one in pending} == self._left(stream, by)
+        if node_is_back:
+            self._start_process(stream)
         for one in pending:
             entry = self._run(requests.claim(one, deliveries=one.deliveries + 1))
-            assert entry is not None
-            self._start(stream, by, entry, deliveries=one.deliveries + 1)
+            if node_is_back and one.consumer == stream:
+                assert entry is None  # it is the node's own again (I7)
+            else:
+                assert entry is not None
+                self._start(stream, by, entry, deliveries=one.deliveries + 1)
 
     def _start(self, stream: str, by: str, entry: Entry, *, deliveries: int = 1) -> None:
+        taken = {entry_id for node in NODES for entry_id in self._at_work(stream, node)}
+        assert entry.entry_id not in taken  # nobody living has it (I7)
         unfinished = self._unfinished[stream][entry.entry_id]
         unfinished.deliveries, unfinished.consumer = deliveries, by
         assert entry.deliveries == deliveries
         request = ChatRequest.from_fields(entry.fields)
         assert (request.user_id, request.message_id) == (unfinished.user, unfinished.message)
         self._jobs.append(Job(stream, by, entry, request))
+
+    # Nodes
 
     @precondition(lambda self: self._jobs)
     @rule(data=st.data(), how=st.sampled_from(["killed", "frozen", "in good order"]), really=RARELY)
@@ -245,7 +267,7 @@ class StoreUsed(RuleBasedStateMachine):
             self._end_process(data.draw(st.sampled_from(sorted({job.by for job in self._jobs})), label="node"), how)
 
     def _end_process(self, node: str, how: str) -> None:
-        """One that was frozen goes on some time, when another process has long taken its place."""
+        """Its lease is gone. One that was frozen goes on some time, when others have long taken its place."""
         for job in [job for job in self._jobs if job.by == node]:
             self._jobs.remove(job)
             if how == "frozen":
@@ -254,7 +276,46 @@ class StoreUsed(RuleBasedStateMachine):
                 self._run(self._streams[job.stream, job.by].hand_back(job.entry))
                 if (one := self._unfinished[job.stream].get(job.entry.entry_id)) is not None:
                     one.deliveries = job.entry.deliveries - 1
+        self._alive.discard(node)
+        self._redis.delete(self._keys.lease(node))
+        for stream in [stream for stream, adopter in self._adopters.items() if adopter == node]:
+            self._redis.delete(self._keys.adopter(stream))
+            del self._adopters[stream]
+
+    @precondition(lambda self: len(self._alive) < len(NODES))
+    @rule(data=st.data())
+    def a_node_starts_again(self, data: st.DataObject) -> None:
+        self._start_process(data.draw(st.sampled_from(sorted(set(NODES) - self._alive)), label="node"))
+
+    def _start_process(self, node: str) -> None:
+        self._redis.set(self._keys.lease(node), "a process", ex=600)
+        self._alive.add(node)
         assert self._run(self._streams[node, node].prepare()) is False
+
+    @precondition(lambda self: self._alive)
+    @rule(data=st.data(), stream=node_names, count=st.integers(1, 3), node_is_back=RARELY)
+    def a_node_adopts_another(self, data: st.DataObject, stream: str, count: int, *, node_is_back: bool) -> None:
+        """Or finds that the other one is alive, or adopted. It may come back at that very moment."""
+        by = data.draw(st.sampled_from(sorted(self._alive)), label="by")
+        if by == stream:
+            return
+        verdict = self._run(self._adoption[by].adopt(stream))
+        if stream in self._alive:
+            assert verdict == NotAdopted(None)
+            if self._adopters.get(stream) == by:
+                self._leave(stream, by)
+        elif self._adopters.setdefault(stream, by) != by:
+            assert verdict == NotAdopted(self._adopters[stream])
+        else:
+            assert verdict == Adopted(len(self._unfinished[stream]))
+            self._take_up(stream, by, node_is_back=node_is_back)
+            if not node_is_back:
+                self._take(stream, by, count)
+
+    def _leave(self, stream: str, by: str) -> None:
+        clean = self._run(self._adoption[by].leave(stream))
+        assert clean == all(one.consumer != by for one in self._unfinished[stream].values())
+        del self._adopters[stream]
 
     # What a worker does with a request, one step at a time
 
@@ -384,9 +445,12 @@ class StoreUsed(RuleBasedStateMachine):
         """However it came to this: the nodes start once more, and everything that was accepted is answered, once."""
         for node in NODES:
             self._end_process(node, "frozen")
-            self._take_up(node, node)
-            if self._waiting(node):
-                self._take(node, NODE_CAP)
+        for node in NODES:
+            self._start_process(node)
+        for stream in NODES:
+            for by in NODES:  # also what it had of another's stream, and what that one must now take for at work
+                self._take_up(stream, by)
+            self._take(stream, stream, NODE_CAP)
         while self._jobs:
             self._go_on(self._jobs[0], DONE)
         assert not any(self._unfinished.values())

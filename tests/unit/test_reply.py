@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
@@ -124,6 +125,23 @@ def test_a_record_is_taken_over_where_no_worker_writes() -> None:
     assert (reply.text_from(0), reply.terminal) == ("abcd", DONE)
 
 
+def test_a_record_that_goes_on_is_added_to_what_is_held() -> None:
+    reply = Reply(10001, "m")
+    assert reply.load(Record(2, "abc", None, position="1-0"))
+    assert reply.load(Record(2, "de", DONE, start=3, position="2-0"))
+    assert (reply.text_from(0), reply.terminal, reply.position) == ("abcde", DONE, "2-0")
+
+
+@pytest.mark.parametrize(
+    "record", [Record(2, "e", None, start=4), Record(2, "c", None, start=2), Record(1, "d", None, start=3)]
+)
+def test_a_record_that_goes_on_from_another_text_is_to_be_read_whole(record: Record) -> None:
+    reply = Reply(10001, "m")
+    reply.load(Record(2, "abc", None, position="1-0"))
+    assert not reply.load(record)
+    assert (reply.text_from(0), reply.position) == ("abc", "")
+
+
 def test_what_is_known_already_wakes_nobody() -> None:
     reply, woken = Reply(10001, "m"), list[Reply]()
     reply.load(Record(2, "abc", None))
@@ -190,6 +208,14 @@ class Client:
     ended: Terminal | None = None
 
 
+@dataclass
+class Read:
+    """What a session has read. `after`: from which position on; None: all of it, whatever is known here."""
+
+    after: str | None
+    record: Record
+
+
 PIECES = st.text(max_size=5) | st.integers(0, 3 * MAX_DELTA).map(lambda size: "字" * size)
 
 
@@ -200,7 +226,7 @@ class ReplyFollowed(RuleBasedStateMachine):
     """
 
     clients: Bundle[Client] = Bundle("clients")
-    reads: Bundle[Record] = Bundle("reads")
+    reads: Bundle[Read] = Bundle("reads")
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,6 +235,8 @@ class ReplyFollowed(RuleBasedStateMachine):
         self.written: list[str] = [""]
         self.recorded = 0
         self.terminal: Terminal | None = None
+        self.positions = [(0, 0)]
+        """For each position of the record: the attempt, and how much of its text was recorded."""
         self.here = 0
         """The attempt of the worker here; 0 when there is none."""
 
@@ -217,10 +245,15 @@ class ReplyFollowed(RuleBasedStateMachine):
         """The latest attempt."""
         return len(self.written) - 1
 
-    @property
-    def record(self) -> Record:
-        """What Redis knows."""
-        return Record(self.attempt, self.written[-1][: self.recorded], self.terminal)
+    def record(self, after: str = "") -> Record:
+        """What Redis knows, or what of it is new since a position."""
+        if self.positions[-1] != (self.attempt, self.recorded):
+            self.positions.append((self.attempt, self.recorded))
+        attempt, start = self.positions[int(after)] if after else (0, 0)
+        if attempt != self.attempt:
+            start = 0
+        text = self.written[-1][start : self.recorded]
+        return Record(self.attempt, text, self.terminal, start, str(len(self.positions) - 1))
 
     def is_open(self) -> bool:
         return self.terminal is None
@@ -285,13 +318,19 @@ class ReplyFollowed(RuleBasedStateMachine):
     # Sessions
 
     @rule(target=reads)
-    def a_session_reads_the_record(self) -> Record:
-        return self.record
+    def a_session_reads_the_record(self) -> Read:
+        return Read(None, self.record())
 
-    @rule(record=consumes(reads))
-    def what_was_read_is_loaded(self, record: Record) -> None:
+    @precondition(lambda self: not self.reply.live and self.reply.terminal is None)
+    @rule(target=reads)
+    def a_session_reads_on(self) -> Read:
+        return Read(self.reply.position, self.record(self.reply.position))
+
+    @rule(read=consumes(reads))
+    def what_was_read_is_loaded(self, read: Read) -> None:
         """Meanwhile, more may have been recorded, and loaded."""
-        self.reply.load(record)
+        if read.after in (None, self.reply.position) and not self.reply.load(read.record):
+            assert self.reply.load(self.record())
 
     @rule(target=clients, data=st.data())
     def a_client_comes(self, data: st.DataObject) -> Client:
@@ -335,12 +374,12 @@ class ReplyFollowed(RuleBasedStateMachine):
         """However it came to this: it ends, the worker here learns of it, and everybody is told."""
         if self.terminal is None:
             self.terminal = CANCELLED
-        self.reply.load(self.record)
+        assert self.reply.load(self.record())
         for client in self.everyone:
             while self.tell(client):
                 pass
             assert client.ended == self.terminal
-            assert client.text == self.record.text
+            assert client.text == self.record().text
 
 
 TestEveryClientHoldsWhatIsRecorded = ReplyFollowed.TestCase

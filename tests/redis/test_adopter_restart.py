@@ -1,0 +1,32 @@
+"""An adopter that is restarted while the node whose stream it had is back (I1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tests.redis.workshop import PlayedBackend, workshop
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.support.servers import RedisServer
+
+ON_SERVERS = ["valkey"]
+
+
+async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: RedisServer) -> None:
+    """A rolling restart: 1 works on what 0 left, 0 comes back, and 1 is restarted faster than anybody looks."""
+    settings: dict[str, Any] = {"lease": "400ms", "sweep_interval": "2s"}
+    backend = PlayedBackend()
+    async with workshop(redis_server, lease="400ms") as dying, workshop(redis_server, node="1", **settings) as adopter:
+        await dying.ask()
+        await dying.backend.call(1)
+        await dying.crash()
+        await adopter.backend.call(1)
+        async with workshop(redis_server, backend=backend, **settings) as back:
+            await wait_until(lambda: back.tenure.held and back.worker.progressed_within(1), "node 0 is back")
+            await adopter.stop()
+            async with workshop(redis_server, node="1", backend=backend, **settings) as again:
+                await wait_until(lambda: again.tenure.held, "node 1 is back")
+                (await backend.call(1)).done("x")
+                await back.idle()
+                assert back.recorded() == ("done", "x")

@@ -1,0 +1,142 @@
+"""Who is connected to a node, and the clock that ends sessions that have gone silent."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from imstream.gateway.registry import CLOSE_GRACE, Registry
+from imstream.settings import Settings
+from imstream.texts import Text
+from imstream.wire import Close
+from tests.support.virtual_time import in_virtual_time
+
+if TYPE_CHECKING:
+    from imstream.gateway.session import Session
+
+INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0
+
+
+@dataclass(eq=False)
+class PlayedSession:
+    """What the registry sees of a session."""
+
+    user_id: int | None = None
+    began_at: float = 0.0
+    heard_at: float = 0.0
+    blocked_since: float | None = None
+    closing_since: float | None = None
+    told: list[tuple[str, Close, Text, float]] = field(default_factory=list)
+
+    def close(self, code: Close, text: Text) -> None:
+        """See `Session`."""
+        now = asyncio.get_running_loop().time()
+        self.closing_since = now
+        self.told.append(("close", code, text, now))
+
+    def expel(self, code: Close, text: Text) -> None:
+        """See `Session`."""
+        self.told.append(("expel", code, text, asyncio.get_running_loop().time()))
+
+
+def registry() -> Registry:
+    return Registry(
+        Settings.load(init_timeout=INIT_LIMIT, idle_timeout=IDLE_LIMIT, stall_timeout=STALL_LIMIT),
+    )
+
+
+def session(**state: float | None) -> Session:
+    return cast("Session", PlayedSession(**state))  # type: ignore[arg-type]
+
+
+def played(one: Session) -> PlayedSession:
+    return cast("PlayedSession", one)
+
+
+async def first_words(one: Session) -> tuple[str, Close, Text, float]:
+    """What the session is told first, when nothing happens for a long time."""
+    sessions = registry()
+    sessions.add(one)
+    running = asyncio.create_task(sessions.run())
+    await asyncio.sleep(200)
+    running.cancel()
+    return played(one).told[0]
+
+
+@in_virtual_time
+async def test_a_socket_that_does_not_log_in_is_closed_within_a_second_after_its_time() -> None:
+    how, code, text, at = await first_words(session())
+    assert (how, code, text) == ("close", Close.NOT_AUTHENTICATED, Text.NO_INIT)
+    assert INIT_LIMIT < at <= INIT_LIMIT + 1
+
+
+@in_virtual_time
+async def test_a_silent_session_is_closed_after_its_time() -> None:
+    how, code, text, at = await first_words(session(user_id=10001, heard_at=3))
+    assert (how, code, text) == ("close", Close.NO_HEARTBEAT, Text.NO_HEARTBEAT)
+    assert 3 + IDLE_LIMIT < at <= 3 + IDLE_LIMIT + 1
+
+
+@in_virtual_time
+async def test_a_reader_that_stalls_is_not_waited_for() -> None:
+    how, code, text, at = await first_words(session(user_id=10001, blocked_since=5))
+    assert (how, code, text) == ("expel", Close.READER_TOO_SLOW, Text.TOO_SLOW)
+    assert 5 + STALL_LIMIT < at <= 5 + STALL_LIMIT + 1
+
+
+@in_virtual_time
+async def test_a_session_that_cannot_close_is_cut_off_after_its_grace() -> None:
+    how, _, _, at = await first_words(session(user_id=10001, closing_since=1))
+    assert how == "expel"
+    assert 1 + CLOSE_GRACE < at <= 1 + CLOSE_GRACE + 1
+
+
+@in_virtual_time
+async def test_a_session_that_is_heard_and_reads_is_left_alone() -> None:
+    one = session(user_id=10001)
+    sessions = registry()
+    sessions.add(one)
+    running = asyncio.create_task(sessions.run())
+    loop = asyncio.get_running_loop()
+    while loop.time() < 10 * IDLE_LIMIT:
+        await asyncio.sleep(IDLE_LIMIT - 1)
+        played(one).heard_at = loop.time()
+    running.cancel()
+    assert played(one).told == []
+
+
+def test_a_session_is_known_until_its_socket_is_gone() -> None:
+    sessions, one, other = registry(), session(), session()
+    sessions.add(one)
+    sessions.add(other)
+    assert (len(sessions), set(sessions)) == (2, {one, other})
+    sessions.remove(one)
+    sessions.remove(one)  # may be repeated
+    assert list(sessions) == [other]
+
+
+def test_sessions_may_leave_while_all_are_looked_at() -> None:
+    sessions = registry()
+    for _ in range(3):
+        sessions.add(session())
+    for one in sessions:
+        sessions.remove(one)
+    assert len(sessions) == 0
+
+
+def test_a_user_has_the_sessions_that_have_logged_in() -> None:
+    sessions, one, other, stranger = registry(), session(user_id=10001), session(user_id=10001), session()
+    for connected in (one, other, stranger):
+        sessions.add(connected)
+    sessions.log_in(one, 10001)
+    sessions.log_in(one, 10001)  # may be repeated
+    assert sessions.of(10001) == (one,)
+    sessions.log_in(other, 10001)
+    assert sessions.of(10001) == (one, other)
+    assert sessions.users() == [10001]
+    sessions.remove(stranger)
+    sessions.remove(one)
+    assert sessions.of(10001) == (other,)
+    sessions.remove(other)
+    assert (sessions.of(10001), sessions.users()) == ((), [])
