@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.redis.workshop import PlayedBackend, workshop
 from tests.support.waiting import wait_until
 
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
 ON_SERVERS = ["valkey"]
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="what is pending under the name of a living node in the stream of another living one is nobody's",
+)
 async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: RedisServer) -> None:
     """A rolling restart: 1 works on what 0 left, 0 comes back, and 1 is restarted faster than anybody looks."""
     settings: dict[str, Any] = {"lease": "400ms", "sweep_interval": "2s"}

@@ -315,6 +315,7 @@ class StoreUsed(RuleBasedStateMachine):
     def _leave(self, stream: str, by: str) -> None:
         clean = self._run(self._adoption[by].leave(stream))
         assert clean == all(one.consumer != by for one in self._unfinished[stream].values())
+        assert not self._redis.exists(self._keys.adopter(stream))
         del self._adopters[stream]
 
     # What a worker does with a request, one step at a time

@@ -23,24 +23,40 @@ def hash_tag(key: str) -> str:
     return match[1] if match else key
 
 
+def all_of_node(keys: Keys, node: str) -> set[str]:
+    """Every key that belongs to one node."""
+    return {
+        keys.requests(node),
+        keys.load(node),
+        keys.dead(node),
+        keys.inbox(node),
+        keys.lease(node),
+        keys.adopter(node),
+    }
+
+
 def test_keys_are_those_that_operators_know() -> None:
     keys = Keys()
     assert keys.requests("0") == "im:{node:0}:requests"
     assert keys.load("0") == "im:{node:0}:load"
     assert keys.dead("0") == "im:{node:0}:dead"
+    assert keys.inbox("0") == "im:{node:0}:inbox"
+    assert keys.lease("0") == "im:{node:0}:lease"
+    assert keys.nodes() == "im:nodes"
+    assert keys.route(10001) == "im:{user:10001}:route"
     assert keys.reply(10001, "m-1") == "im:{user:10001}:reply:m-1"
 
 
 @given(PREFIXES, NODES)
 def test_all_keys_of_a_node_share_a_slot(prefix: str, node: str) -> None:
-    keys = Keys(prefix)
-    assert {hash_tag(key) for key in (keys.requests(node), keys.load(node), keys.dead(node))} == {f"node:{node}"}
+    assert {hash_tag(key) for key in all_of_node(Keys(prefix), node)} == {f"node:{node}"}
 
 
 @given(PREFIXES, USERS, MESSAGES, MESSAGES)
-def test_all_replies_of_a_user_share_a_slot(prefix: str, user: int, one: str, other: str) -> None:
+def test_all_keys_of_a_user_share_a_slot(prefix: str, user: int, one: str, other: str) -> None:
     keys = Keys(prefix)
-    assert hash_tag(keys.reply(user, one)) == hash_tag(keys.reply(user, other)) == f"user:{user}"
+    of_user = (keys.reply(user, one), keys.reply(user, other), keys.route(user))
+    assert {hash_tag(key) for key in of_user} == {f"user:{user}"}
 
 
 @given(st.tuples(PREFIXES, USERS, MESSAGES), st.tuples(PREFIXES, USERS, MESSAGES))
@@ -55,9 +71,8 @@ def test_no_two_messages_share_a_reply(one: tuple[str, int, str], other: tuple[s
 @given(PREFIXES, NODES, NODES)
 def test_no_two_nodes_share_a_key(prefix: str, one: str, other: str) -> None:
     keys = Keys(prefix)
-    of_one = {keys.requests(one), keys.load(one), keys.dead(one)}
-    of_other = {keys.requests(other), keys.load(other), keys.dead(other)}
-    assert len(of_one) == 3
+    of_one, of_other = all_of_node(keys, one), all_of_node(keys, other)
+    assert len(of_one) == 6
     assert of_one.isdisjoint(of_other) == (one != other)
 
 
