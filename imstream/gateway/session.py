@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
@@ -34,6 +35,8 @@ from imstream.wire import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from starlette.websockets import WebSocket
 
     from imstream.gateway.following import Following
@@ -69,10 +72,10 @@ class Session:
     """One socket, from its handshake to its close. Times are those of the event loop, in seconds."""
 
     __slots__ = (
+        "_held",
         "_last_words",
         "_phrases",
         "_pump",
-        "_resumed",
         "_services",
         "_socket",
         "_websocket",
@@ -92,7 +95,8 @@ class Session:
         self._socket = socket_of(websocket.scope)
         self._pump = Pump(self._socket, self._phrases)
         self._last_words: tuple[Close, ServerFrame] | None = None
-        self._resumed = False
+        self._held: list[Reply] | None = None
+        """Answers that have begun since a frame is dealt with; None while there is none that matters."""
         self.user_id: int | None = None
         self.login = 0
         """Number of its login: the newer of two has the higher one. 0: none is known."""
@@ -142,9 +146,23 @@ class Session:
         )
 
     def follow(self, reply: Reply) -> None:
-        """Follow an answer that begins, unless this socket is just about to say what it knows already."""
-        if self._resumed:
+        """Follow an answer that begins; but first say what is to be said to the frame that is dealt with."""
+        if self._held is None:
             self._pump.follow(Cursor(reply))
+        else:
+            self._held.append(reply)
+
+    @contextmanager
+    def _holding(self, *known: str) -> Iterator[None]:
+        """Follow only afterwards what begins meanwhile, except messages of which the client knows the beginning."""
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+            for reply in held:
+                if reply.message_id not in known:
+                    self._pump.follow(Cursor(reply))
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()
@@ -192,7 +210,8 @@ class Session:
                     self._pump.say(self._phrases.heartbeat())
             case ClientChat():
                 if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
-                    await self._chat(frame)
+                    with self._holding():  # the answer may begin before it is said that the message was accepted
+                        await self._chat(frame)
             case ClientCancel():
                 if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
                     await self._cancel(frame.message_id)
@@ -203,14 +222,15 @@ class Session:
         if not self._is_own(frame.user_id):
             return
         self.user_id = self._phrases.user_id = frame.user_id
-        self._pump.say(self._phrases.welcome())
         services = self._services
-        services.registry.log_in(self, frame.user_id)
-        # The route first: then no batch falls between what is read here and what other nodes tell.
-        await services.presence.arrive(self, frame.user_id)
-        # All at once: their reads share a pipeline.
-        await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
-        self._resumed = True
+        with self._holding(*(point.message_id for point in frame.resume)):
+            services.registry.log_in(self, frame.user_id)
+            # The route first: then no batch falls between what is read here and what other nodes tell, and who has
+            # been welcomed misses nothing that is asked from then on.
+            await services.presence.arrive(self, frame.user_id)
+            self._pump.say(self._phrases.welcome())
+            # All at once: their reads share a pipeline.
+            await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
 
     async def _resume_or_say(self, point: ResumePoint) -> None:
         try:

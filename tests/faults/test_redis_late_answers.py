@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import product
 from typing import TYPE_CHECKING
 
 from imstream.store.scripts import Script
 from imstream.wire import Code, Event
-from tests.support.stage import AT_ONCE, stage
+from tests.support.stage import AT_ONCE, expected, stage
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
 
@@ -77,3 +78,35 @@ async def _ask_and_lose_an_answer(play: Stage, user: Chatter, proxy: TcpProxy, s
     assert refusals == ([Code.UNAVAILABLE] if step == "admission" else [])
     assert await user.ended(message_id) == "done"
     await wait_until(lambda: trap.sprung, f"{message_id} was met")
+
+
+async def test_an_answer_that_begins_before_its_acceptance_can_be_said_is_told_after_it_and_once(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url) as play,
+    ):
+        user = await play.user()
+        assert await user.ask("first", f"so that Redis knows the scripts {AT_ONCE}") == Event.ACCEPTED
+        trap = proxy.on_answer_to(Script("admit").digest.encode(), fate=Fate.DELAY, delay=0.4)
+        assert await user.ask("m1", "quick? [[demo first=0s pace=5ms length=40]]") == Event.ACCEPTED
+        assert await user.ended("m1") == "done"
+        assert trap.sprung
+        assert user.frames["m1"][0]["event"] == Event.ACCEPTED
+
+
+async def test_a_socket_that_was_welcomed_late_follows_what_was_asked_elsewhere_meanwhile(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url) as play,
+    ):
+        asking = await play.user()
+        trap = proxy.on_answer_to(Script("arrive").digest.encode(), fate=Fate.DELAY, delay=0.4)
+        watching = asyncio.create_task(play.user())
+        await wait_until(lambda: trap.sprung, "its login is on the way")
+        await asking.ask("m1", "who is there? [[demo first=0s pace=5ms length=40]]")
+        assert await (await watching).ended("m1") == "done"
+        assert watching.result().text("m1") == expected("who is there? [[demo first=0s pace=5ms length=40]]")
