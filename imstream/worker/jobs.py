@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from imstream.store.inbox import Inbox
     from imstream.store.replies import Receipt, ReplyStore
     from imstream.worker.job import Job
+    from imstream.worker.worker import Worker
 
 log = structlog.get_logger()
 
@@ -44,29 +45,50 @@ class Jobs:
         self._jobs: list[Job] = []
         self._free = settings.concurrency
         self._draining = False
-        self.workers = 0
-        """How many workers share the slots."""
+        self._workers: set[Worker] = set()
+        self._next: Worker | None = None
+        """Who found no free slot and gets the next: else the one that waits for requests would keep the last."""
         self.changed = asyncio.Event()
         """A job has ended, or a worker shall stop: look again."""
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    @contextmanager
-    def reserve(self, most: int) -> Iterator[Slots]:
-        """Reserve up to so many free slots, and give back on leaving what no job was added to.
+    def join(self, worker: Worker) -> None:
+        """A worker shares the slots from now on."""
+        self._workers.add(worker)
 
-        Who shares them with other workers gets half, so that some are left for the next one that asks.
+    def leave(self, worker: Worker) -> None:
+        """It takes none any more."""
+        self._workers.discard(worker)
+        self._forget(worker)
+
+    @contextmanager
+    def reserve(self, most: int, worker: Worker) -> Iterator[Slots]:
+        """Reserve up to so many free slots for a worker, and give back on leaving what no job was added to.
+
+        Who shares them with other workers gets half, so that some are left for the next one that asks. Who gets none
+        is the next to get one.
         """
-        free = self._free if self.workers <= 1 else (self._free + 1) // 2
+        free = self._free if len(self._workers) <= 1 else (self._free + 1) // 2
+        if self._next not in (None, worker):
+            free = min(free, self._free - 1)
         slots = Slots(max(0, min(most, free)))
+        if most == 0 or slots.free > 0:
+            self._forget(worker)
+        elif self._next is None:
+            self._next = worker
         self._free -= slots.free
         try:
             yield slots
         finally:
             self._free += slots.free
-            if slots.free and self.workers > 1:
+            if slots.free and len(self._workers) > 1:
                 self.changed.set()
+
+    def _forget(self, worker: Worker) -> None:
+        if self._next is worker:
+            self._next = None
 
     def add(self, job: Job, slots: Slots) -> None:
         """A job begins, in one of the slots."""

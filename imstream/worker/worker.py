@@ -68,7 +68,7 @@ class Worker:
 
     async def run(self) -> None:
         """Take requests until `stop`, then wait for those begun. Redis may come and go meanwhile."""
-        self._all_jobs.workers += 1
+        self._all_jobs.join(self)
         try:
             async with asyncio.TaskGroup() as group:
                 while not self._stopping and not self._left:
@@ -79,7 +79,7 @@ class Worker:
                 while self._jobs:
                     await self._something_changed()
         finally:
-            self._all_jobs.workers -= 1
+            self._all_jobs.leave(self)
 
     def stop(self) -> None:
         """Take no new requests. A read that blocks ends by itself."""
@@ -114,7 +114,7 @@ class Worker:
             await self._sweep_if_due(group)
         if self._leaving:
             self._left = not self._jobs and not await self._requests.pending()
-        with self._all_jobs.reserve(self._wanted()) as slots:
+        with self._all_jobs.reserve(self._wanted(), self) as slots:
             if slots.free:
                 # Another node's stream gets nothing new, or hardly ever: no connection is kept for waiting there.
                 block = self._settings.read_block if self._requests.is_own else None
@@ -157,7 +157,7 @@ class Worker:
         for consumer in [] if self._leaving else await self._dead_consumers():
             pending += await self._requests.pending(consumer)
         for one in pending:
-            with self._all_jobs.reserve(1) as slots:
+            with self._all_jobs.reserve(1, self) as slots:
                 if not slots.free:
                     self._next_sweep = 0.0  # the next free slot is for the next of these, not for a newer request
                     return
