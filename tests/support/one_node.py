@@ -39,6 +39,7 @@ class OneNode:
     """A node, what it stands on, and what it left in Redis.
 
     Attributes:
+        name: Its id.
         now: The process that runs it now.
         fds: How many files it had open when it became ready.
     """
@@ -48,6 +49,7 @@ class OneNode:
     redis_url: str
     ai_url: str
     settings: dict[str, object]
+    name: str = "0"
     port: int = field(default_factory=free_port)
     now: NodeProcess = field(init=False)
     fds: int = field(default=0, init=False)
@@ -58,6 +60,7 @@ class OneNode:
             self.folder,
             redis_url=self.redis_url,
             ai_url=self.ai_url,
+            node=self.name,
             port=self.port,
             settings={**self.settings, **settings},
             command=("-m", "imstream", "node") if crash_at is None else (*CRASHING, "--at", crash_at),
@@ -119,16 +122,16 @@ class OneNode:
 
     def unfinished(self) -> int:
         """How many requests its stream holds."""
-        return self.redis.xlen(Keys().requests("0"))
+        return self.redis.xlen(Keys().requests(self.name))
 
     def pending(self) -> list[dict[str, Any]]:
         """The entries given to a worker and not finished."""
-        found: list[dict[str, Any]] = self.redis.xpending_range(Keys().requests("0"), GROUP, "-", "+", 1000)
+        found: list[dict[str, Any]] = self.redis.xpending_range(Keys().requests(self.name), GROUP, "-", "+", 1000)
         return found
 
     def dead(self) -> list[dict[str, str]]:
         """The dead letters."""
-        return self._entries(Keys().dead("0"))
+        return self._entries(Keys().dead(self.name))
 
     def record(self, user: int, message_id: str) -> list[dict[str, str]]:
         """The entries of a reply stream."""
@@ -160,12 +163,16 @@ class OneNode:
 
     async def settled(self) -> None:
         """Wait until nothing is left to do; then every message has one end and nothing is left open."""
+        await self.all_finished()
+        await self.nothing_open()
+
+    async def all_finished(self) -> None:
+        """Wait until its stream is empty, whoever works on it; then every message has one end."""
         await wait_until(lambda: self.unfinished() == 0, "every request is finished", limit=20)
         assert self.pending() == []
-        await wait_until(lambda: not self.redis.exists(Keys().load("0")), "no user has a request left")
+        await wait_until(lambda: not self.redis.exists(Keys().load(self.name)), "no user has a request left")
         for key, events in self.events().items():
             assert sum(event in TERMINAL for event in events) == 1, f"{key}: {events}"
-        await self.nothing_open()
 
     def clients(self) -> int:
         """How many sockets of clients the process holds."""

@@ -13,6 +13,7 @@ import asyncio
 import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from websockets.asyncio.client import connect
@@ -173,14 +174,15 @@ async def peer(
         yield someone
 
 
-async def answered(url: str, user: int, questions: Mapping[str, str]) -> dict[str, Told]:
-    """Ask, and hold on until all is answered, as a good client does: whenever the socket breaks, it connects again,
-    resumes what was accepted and sends what was not. Questions by message id."""  # noqa: D205, D209 - one thought
+async def answered(urls: str | Sequence[str], user: int, questions: Mapping[str, str]) -> dict[str, Told]:
+    """Ask, and hold on until all is answered, as a good client does: whenever the socket breaks, it connects again, to
+    the next address if there are several, resumes what was accepted and sends what was not. Questions by message id."""  # noqa: D205, D209 - one thought
+    addresses = cycle([urls] if isinstance(urls, str) else urls)
     told = {message_id: Told() for message_id in questions}
     while any(one.terminal is None for one in told.values()):
         accepted = {message_id: one for message_id, one in told.items() if one.events and one.terminal is None}
         try:
-            async with peer(url) as someone:
+            async with peer(f"{next(addresses)}?userId={user}") as someone:
                 try:
                     await someone.login(user, accepted)
                     for message_id in questions:
@@ -196,10 +198,12 @@ async def answered(url: str, user: int, questions: Mapping[str, str]) -> dict[st
     return told
 
 
-async def all_answered(url: str, asked: Mapping[int, Mapping[str, str]]) -> dict[tuple[int, str], Told]:
-    """`answered` for several users at once; by user and message id."""
+async def all_answered(
+    urls: str | Mapping[int, Sequence[str]], asked: Mapping[int, Mapping[str, str]]
+) -> dict[tuple[int, str], Told]:
+    """`answered` for several users at once, all at one address or each at addresses of its own; by user and message."""
     everybody: Sequence[dict[str, Told]] = await asyncio.gather(
-        *(answered(f"{url}?userId={user}", user, questions) for user, questions in asked.items())
+        *(answered(urls if isinstance(urls, str) else urls[user], user, asked[user]) for user in asked)
     )
     return {
         (user, message_id): one for user, told in zip(asked, everybody, strict=True) for message_id, one in told.items()

@@ -1,0 +1,142 @@
+"""Nodes that are killed: others answer what they had accepted, and users get it there, whole and once (I1, I5)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.client import Client
+from imstream.client.link import Disconnected
+from tests.support.many_nodes import standing_nodes
+from tests.support.peer import all_answered
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from imstream.client.link import ConnectionChange
+    from tests.support.many_nodes import ManyNodes
+    from tests.support.servers import DemoBackend
+
+USER, OTHER = 10001, 10002
+ACTIVE = 8
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
+    """Three nodes. They look for lost notices so rarely that nothing here can be the work of that look."""
+    folder = tmp_path_factory.mktemp("killed")
+    with standing_nodes(folder, demo.url, "a", "b", "c", queue_limit=400, sweep_interval="1m") as nodes:
+        yield nodes
+
+
+@pytest.fixture
+async def nodes(standing: ManyNodes) -> AsyncIterator[ManyNodes]:
+    """All three alive; after the test nothing is left to do."""
+    await standing.mended()
+    yield standing
+    await standing.settled()
+    await standing.left_alone()
+    standing.check_logs()
+
+
+def question(length: int, pace: str = "10ms", about: object = "") -> str:
+    return f"tell me more {about} [[demo first=0 length={length} pace={pace}]]"
+
+
+def whole(asked: str) -> str:
+    return "".join(canned_answer(asked))
+
+
+async def test_the_user_of_a_killed_node_gets_one_whole_answer_from_another_or_finds_it_later(nodes: ManyNodes) -> None:
+    asked = question(120)
+    async with nodes["a"].peer(USER) as someone, nodes["a"].peer(OTHER) as absent:
+        await someone.chat(USER, asked, "m1")
+        await absent.chat(OTHER, asked, "m2")
+        await absent.some_text("m2")
+        told = await someone.some_text("m1", 60)
+        await nodes.killed("a")
+    async with nodes["b"].peer(USER, resume={"m1": told}) as someone:
+        told = await someone.end_of("m1")
+    assert told.text == whole(asked)
+    assert told.events.count("restart") == 1
+    await nodes["a"].all_finished()
+    assert nodes.any.recorded(USER, "m1") == nodes.any.recorded(OTHER, "m2") == ("done", whole(asked))
+    assert len(nodes.opened_by(USER, "m1")) == len(nodes.opened_by(OTHER, "m2")) == 2
+    async with nodes["c"].peer(OTHER) as absent:  # much later, and not knowing that it was accepted
+        await absent.chat(OTHER, asked, "m2")
+        assert (await absent.end_of("m2")).text == whole(asked)
+    assert nodes.ai_calls() == 4
+
+
+async def test_when_several_nodes_are_killed_at_once_the_last_one_answers_for_all(nodes: ManyNodes) -> None:
+    asked = {USER + n: {f"several-{k}": question(30 + 10 * n, about=f"{n} {k}") for k in range(2)} for n in range(6)}
+    urls = {user: nodes.urls("ab"[user % 2]) for user in asked}
+    asking = asyncio.create_task(all_answered(urls, asked))
+    await wait_until(lambda: nodes.any.ended() > 0, "the first answer has ended", limit=20)
+    running = len(nodes["a"].pending()) + len(nodes["b"].pending())
+    assert running
+    await nodes.killed("a", "b")
+    told = await asking
+    for (user, message_id), one in told.items():
+        assert one.text == whole(asked[user][message_id])
+        assert one.events[-1] == "done"
+        assert nodes.any.recorded(user, message_id) == ("done", one.text)
+    assert any("restart" in one.events for one in told.values())
+    assert nodes.ai_calls() <= len(told) + running
+
+
+async def test_a_killed_node_that_comes_back_while_its_stream_is_adopted_answers_what_is_new(
+    nodes: ManyNodes,
+) -> None:
+    asked = {f"old-{n}": question(100 + n) for n in range(ACTIVE)}
+    async with nodes["a"].peer(USER) as someone:
+        for message_id, text in asked.items():
+            await someone.chat(USER, text, message_id)
+        for message_id in asked:
+            await someone.some_text(message_id)
+        await nodes.killed("a")
+        old = {message_id: someone.told[message_id] for message_id in asked}
+    await asyncio.gather(*(nodes.opened(USER, message_id, 2) for message_id in asked))
+    await nodes.start("a")
+    asked["new"] = question(5)
+    async with nodes["a"].peer(USER, resume=old) as someone:
+        await someone.chat(USER, asked["new"], "new")
+        for message_id, text in asked.items():
+            assert (await someone.end_of(message_id)).text == whole(text)
+    assert nodes.opened_by(USER, "new") == ["a"]
+    by = [nodes.opened_by(USER, message_id) for message_id in old]
+    assert all(opened == by[0] and len(opened) == 2 for opened in by), "one node has adopted all, and finishes it"
+    assert nodes.ai_calls() == 2 * ACTIVE + 1
+
+
+async def test_hundreds_of_clients_that_lose_their_node_come_back_spread_over_time_and_all_are_served(
+    nodes: ManyNodes,
+) -> None:
+    waits: list[float] = []
+
+    def note(change: ConnectionChange) -> None:
+        if isinstance(change, Disconnected):
+            waits.append(change.retry_in.total_seconds())
+
+    clients = [Client(nodes.urls("a"), USER + n, on_change=note) for n in range(250)]
+    asked = [question(20, "50ms", about=n) for n in range(len(clients))]
+    try:
+        await asyncio.gather(*(client.__aenter__() for client in clients))
+        replies = await asyncio.gather(
+            *(client.send(text, message_id="crowd") for client, text in zip(clients, asked, strict=True))
+        )
+        await asyncio.gather(*(reply.accepted() for reply in replies))
+        await nodes.killed("a")
+        texts = await asyncio.gather(*(reply.text() for reply in replies))
+    finally:
+        await asyncio.gather(*(client.__aexit__(None, None, None) for client in clients))
+    assert texts == [whole(text) for text in asked]
+    assert sum(reply.repeated for reply in replies) == 0
+    # Full jitter: the first waits are spread evenly over half a second, each tenth of it has its share.
+    firsts = [sum(low <= wait * 20 < low + 1 for wait in waits[: len(clients)]) for low in range(10)]
+    assert len(waits) >= len(clients)
+    assert max(firsts) < len(clients) / 4, firsts

@@ -1,0 +1,174 @@
+"""Several nodes on one Redis, each of which may be killed, frozen and started again; users move between them.
+
+async with many_nodes(folder, demo.url, "a", "b") as nodes:
+async with nodes["a"].peer(USER) as someone: ...
+await nodes["a"].killed()
+await nodes.settled()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from imstream.keys import Keys
+from tests.support.one_node import QUICK, OneNode
+from tests.support.processes import free_port
+from tests.support.servers import RedisServer, valkey_binary
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    import redis
+
+LEASE: dict[str, object] = {**QUICK, "lease": "1s"}
+"""Settings under which a death is noticed within a second."""
+
+
+@dataclass
+class ManyNodes:
+    """Nodes by their names, and what they stand on.
+
+    Attributes:
+        calls_before: How often the AI backend had been called when the test began.
+    """
+
+    server: RedisServer
+    redis: redis.Redis
+    nodes: dict[str, OneNode] = field(default_factory=dict)
+    calls_before: int = 0
+
+    def __getitem__(self, name: str) -> OneNode:
+        return self.nodes[name]
+
+    @property
+    def any(self) -> OneNode:
+        """One of them, for what is the same on each: the records, the AI backend."""
+        return next(iter(self.nodes.values()))
+
+    def urls(self, *first: str) -> list[str]:
+        """Their WebSocket addresses, those named `first` in front."""
+        names = [*first, *(name for name in self.nodes if name not in first)]
+        return [f"ws://127.0.0.1:{self.nodes[name].port}/ws" for name in names]
+
+    def ai_calls(self) -> int:
+        """Calls of the AI backend since the test began."""
+        return self.any.ai_stats()["calls"] - self.calls_before
+
+    def is_dead(self, name: str) -> bool:
+        """Whether no process runs the node."""
+        return self.nodes[name].now.process.process.poll() is not None
+
+    async def start(self, *names: str) -> None:
+        """Start nodes, again if need be, all at once."""
+        await asyncio.gather(*(self.nodes[name].start() for name in names))
+
+    async def killed(self, *names: str) -> None:
+        """SIGKILL several at once."""
+        for name in names:
+            self.nodes[name].now.process.process.kill()
+        await asyncio.gather(*(self.nodes[name].killed() for name in names))
+
+    async def mended(self) -> None:
+        """All run again, and nothing is left of what they answered before."""
+        await self.start(*(name for name in self.nodes if self.is_dead(name)))
+        for key in self.any.events():
+            self.redis.delete(key)
+        self.calls_before = self.any.ai_stats()["calls"]
+
+    # What they have agreed on in Redis
+
+    def holder(self, name: str) -> dict[str, Any] | None:
+        """Who holds the lease of a node."""
+        text: Any = self.redis.get(Keys().lease(name))
+        return None if text is None else dict(json.loads(text))
+
+    def opened_by(self, user: int, message_id: str) -> list[str]:
+        """The nodes that began an attempt at a message, in their order."""
+        return [entry["by"] for entry in self.any.record(user, message_id) if entry["event"] == "opened"]
+
+    async def opened(self, user: int, message_id: str, attempts: int) -> list[str]:
+        """Wait for that many attempts; who began them."""
+        await wait_until(lambda: len(self.opened_by(user, message_id)) == attempts, f"attempt {attempts} has begun")
+        return self.opened_by(user, message_id)
+
+    async def settled(self) -> None:
+        """Wait until nothing is left to do, on any node; then every message has one end, and nothing is left over."""
+        for node in self.nodes.values():
+            await node.all_finished()
+        for name, node in self.nodes.items():
+            if not self.is_dead(name):
+                await node.nothing_open()
+        permanent = {
+            key for name in self.nodes for key in (Keys().requests(name), Keys().load(name), Keys().dead(name))
+        }
+        forever = {key for key in self.redis.scan_iter() if self.redis.ttl(key) == -1}
+        assert forever <= {*permanent, Keys().nodes()}
+
+    async def left_alone(self) -> None:
+        """Wait until no stream is looked after by another node: a third of a lease after all is done."""
+        await wait_until(lambda: not self.redis.exists(*map(Keys().adopter, self.nodes)), "no stream is adopted")
+
+    def check_logs(self) -> None:
+        """None has printed a traceback."""
+        for node in self.nodes.values():
+            node.check_log()
+
+
+def why_not(node: OneNode, path: str) -> str | None:
+    """What `/readyz` or `/healthz` names as the reason of its 503; None for a 200."""
+    try:
+        with urllib.request.urlopen(f"{node.now.http}{path}", timeout=5):  # noqa: S310 - our own
+            return None
+    except urllib.error.HTTPError as refused:
+        with refused:
+            return str(json.load(refused)["why"])
+    except OSError:
+        return "nobody answers"
+
+
+async def becomes(node: OneNode, why: str | None, path: str = "/readyz", *, limit: float = 10.0) -> None:
+    """Wait until it names this reason; None: until it is well."""
+
+    async def has_become() -> bool:
+        return await asyncio.to_thread(why_not, node, path) == why
+
+    await wait_until(has_become, f"node {node.name} says {why!r} at {path}", limit=limit)
+
+
+@contextmanager
+def standing_nodes(folder: Path, ai_url: str, *names: str, **settings: object) -> Iterator[ManyNodes]:
+    """Nodes that many tests use: `ManyNodes.mended` starts again what the test before has killed."""
+    server = RedisServer(valkey_binary(), free_port(), folder / "redis")
+    server.start()
+    try:
+        with server.client() as client:
+            found = {
+                name: OneNode(folder, client, server.url, ai_url, {**LEASE, **settings}, name=name) for name in names
+            }
+            try:
+                with ThreadPoolExecutor() as threads:
+                    list(threads.map(OneNode.start_now, found.values()))
+                yield ManyNodes(server, client, found)
+            finally:
+                for node in found.values():
+                    node.now.process.__exit__(None, None, None)
+    finally:
+        server.stop()
+
+
+@asynccontextmanager
+async def many_nodes(folder: Path, ai_url: str, *names: str, **settings: object) -> AsyncIterator[ManyNodes]:
+    """Nodes for one test."""
+    with standing_nodes(folder, ai_url, *names, **settings) as nodes:
+        await nodes.mended()
+        yield nodes
+        nodes.check_logs()
