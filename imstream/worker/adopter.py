@@ -98,7 +98,10 @@ class Adopter:
                 log.info("node retired", node=node, unseen=str(since))
             return
         verdict = await self._adoption.adopt(node)
-        if isinstance(verdict, NotAdopted) or self._stopping:
+        if isinstance(verdict, NotAdopted):
+            return
+        if self._stopping:  # somebody else must not wait for the end of our time
+            await self._leave(node)
             return
         log.warning("stream of a dead node adopted", node=node, unfinished=verdict.unfinished)
         worker = self._adopted[node] = self._worker_of(node)
@@ -107,22 +110,23 @@ class Adopter:
     async def _look_after(self, node: str, worker: Worker) -> None:
         working = asyncio.create_task(worker.run(), name=f"worker-{node}")
         try:
-            while not working.done():
-                await asyncio.wait([working], timeout=self._interval)
-                if not working.done() and not await self._is_still_ours(node):
-                    worker.leave()
+            while not (await asyncio.wait([working], timeout=self._interval))[0]:
+                await self._go_on_or_leave(node, worker)
             await working
         finally:
             working.cancel()
             del self._adopted[node]
         await self._leave(node)
 
-    async def _is_still_ours(self, node: str) -> bool:
+    async def _go_on_or_leave(self, node: str, worker: Worker) -> None:
         try:
             verdict = await self._adoption.adopt(node)
         except StoreError:
-            return True  # not known: what is read meanwhile is read once all the same
-        return not isinstance(verdict, NotAdopted) and verdict.unfinished > 0
+            return  # not known: what is read meanwhile is read once all the same
+        if isinstance(verdict, NotAdopted) or verdict.unfinished == 0:
+            worker.leave()
+        else:  # also when the node was back and has died again while the last answers of its life before are made
+            worker.stay()
 
     async def _leave(self, node: str) -> None:
         try:

@@ -91,6 +91,12 @@ class Worker:
         self._leaving = True
         self._all_jobs.changed.set()
 
+    def stay(self) -> None:
+        """Go on as ever, if it has not left by now: there is more to do."""
+        if self._leaving:
+            self._leaving, self._next_sweep = False, 0.0
+            self._all_jobs.changed.set()
+
     async def _intake(self, group: asyncio.TaskGroup) -> None:
         first = self._progressed == float("-inf")
         await self._prepare(first=first)

@@ -197,3 +197,43 @@ async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServe
             answered += 1
         await wait_until(lambda: len(other.jobs) == 0, "all are done")
         assert [other.recorded(f"theirs {n}") for n in range(6)] == [("done", "x")] * 6
+
+
+async def test_a_node_that_dies_again_is_adopted_again_by_who_still_works_on_what_it_left_the_first_time(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, node="1", lease=QUICK_LEASE) as other:
+        async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+            await dying.ask("first")
+            await dying.backend.call(1)
+            await dying.crash()
+        first = await other.backend.call(1)
+        async with workshop(redis_server, lease=QUICK_LEASE) as back:
+            await back.ask("second")
+            await back.backend.call(1)
+            await wait_until(lambda: not back.redis.exists(back.keys.adopter("0")), "it is no longer adopted")
+            await back.crash()
+        (await other.backend.call(2)).done("the second")
+        await wait_until(lambda: other.entries("second")[-1]["event"] == "done", "the second is answered")
+        first.done("the first")
+        await other.idle()
+        assert other.recorded("first") == ("done", "the first")
+        await wait_until(lambda: other.adopter.adopted == [], "the stream is left")
+
+
+async def test_an_adopted_stream_gets_the_only_slot_of_a_node_that_has_nothing_else_to_do(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+        await dying.ask("begun")
+        await dying.backend.call(1)
+        dying.worker.stop()
+        await dying.no_longer_reads()
+        await dying.ask("waiting")
+        await dying.crash()
+    # A read of its own stream that waits for so long gives the slot away hardly ever.
+    async with workshop(redis_server, node="1", lease=QUICK_LEASE, concurrency=1, read_block="1s") as other:
+        (await other.backend.call(1)).done("x")
+        (await other.backend.call(2)).done("x")
+        await other.idle()
+        assert other.recorded("begun") == other.recorded("waiting") == ("done", "x")
