@@ -85,7 +85,7 @@ class Adopter:
         """Adopt what can be adopted; seconds until the next look: at the end of the lease that ends first."""
         seen = await self._leases.others()
         left = await self._leases.left(seen)
-        if self._tenure.held:
+        if self._tenure.sure:
             for node, since in seen.items():
                 if left[node] is None and node not in self._adopted:
                     await self._consider(group, node, since)

@@ -67,6 +67,10 @@ class Tenure:
         # Requests are taken no more before the lease ends: a read that blocks must be back by then.
         self._margin = min(settings.read_block.total_seconds(), self._life / 4)
         self._until = float("-inf")
+        # All nodes lose their leases when Redis is away for long enough, and come back to it one by one: each after
+        # the try that it was just about to make.
+        self._grace = settings.redis_timeout.total_seconds() + 2 * _AGAIN
+        self._sure_from = float("-inf")
         self._lost = False
         self._released = False
         # A renewal on its way must not undo the release.
@@ -76,6 +80,11 @@ class Tenure:
     def held(self) -> bool:
         """Whether the lease is ours, and will be for a while."""
         return asyncio.get_running_loop().time() < self._until - self._margin
+
+    @property
+    def sure(self) -> bool:
+        """Whether a lease that nobody holds tells that its node is dead: not when Redis was away until a moment ago."""
+        return self.held and asyncio.get_running_loop().time() >= self._sure_from
 
     async def run(self, address: str) -> None:
         """Take the lease, and renew it every third of its life. Redis may come and go meanwhile.
@@ -147,8 +156,14 @@ class Tenure:
         async with self._one_at_a_time:
             if self._released:
                 return None
-            answer = await self._leases.hold(self._holder, dead=dead)
+            try:
+                answer = await self._leases.hold(self._holder, dead=dead)
+            except StoreError:
+                self._sure_from = float("inf")
+                raise
             self._until = before + self._life if isinstance(answer, Held) else float("-inf")
+            if self._sure_from == float("inf"):
+                self._sure_from = asyncio.get_running_loop().time() + self._grace
         if isinstance(answer, HeldByOther):
             return answer
         with suppress(StoreError):  # being seen can wait for the next time

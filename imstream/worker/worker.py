@@ -160,8 +160,11 @@ class Worker:
             return
         self._next_sweep = now + self._settings.sweep_interval.total_seconds()
         pending = await self._requests.pending(besides=self._jobs)
-        for consumer in [] if self._leaving else await self._dead_consumers():
-            pending += await self._requests.pending(consumer)
+        if not self._tenure.sure:
+            self._next_sweep = 0.0  # for those of the dead, as soon as they can be told from the living
+        elif not self._leaving:
+            for consumer in await self._dead_consumers():
+                pending += await self._requests.pending(consumer)
         for one in pending:
             with self._all_jobs.reserve(1, self) as slots:
                 if not slots.free:
