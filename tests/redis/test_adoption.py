@@ -22,6 +22,11 @@ def of_node(shop: Workshop, key: str) -> list[str]:
     return sorted(shop.redis.zrange(shop.keys.nodes(), 0, -1))
 
 
+async def no_longer_adopted(shop: Workshop) -> None:
+    """Wait until the adopter of node 0 has seen that it is back, and takes nothing more from it."""
+    await wait_until(lambda: not shop.redis.exists(shop.keys.adopter("0")), "it is no longer adopted")
+
+
 async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer) -> None:
     async with (
         workshop(redis_server, lease=QUICK_LEASE) as dying,
@@ -104,6 +109,7 @@ async def test_a_node_that_is_back_takes_what_comes_and_the_adopter_finishes_wha
             await dying.crash()
         old = await other.backend.call(1)
         async with workshop(redis_server, lease=QUICK_LEASE) as back:
+            await no_longer_adopted(back)
             await back.ask("new")
             (await back.backend.call(1)).done("by the node itself")
             await wait_until(lambda: back.entries("new")[-1]["event"] == "done", "the new one is answered")
@@ -209,9 +215,9 @@ async def test_a_node_that_dies_again_is_adopted_again_by_who_still_works_on_wha
             await dying.crash()
         first = await other.backend.call(1)
         async with workshop(redis_server, lease=QUICK_LEASE) as back:
+            await no_longer_adopted(back)
             await back.ask("second")
             await back.backend.call(1)
-            await wait_until(lambda: not back.redis.exists(back.keys.adopter("0")), "it is no longer adopted")
             await back.crash()
         (await other.backend.call(2)).done("the second")
         await wait_until(lambda: other.entries("second")[-1]["event"] == "done", "the second is answered")

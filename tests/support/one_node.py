@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 QUICK: dict[str, object] = {"read_block": "250ms", "sweep_interval": "500ms", "retry_wait": "20ms", "user_limit": 100}
 """Settings that make a test wait less, and let one user do what takes several otherwise."""
 
+NODE = ("-m", "imstream", "node")
 CRASHING = ("-m", "tests.support.crashing_node")
 
 
@@ -54,7 +55,9 @@ class OneNode:
     now: NodeProcess = field(init=False)
     fds: int = field(default=0, init=False)
 
-    def start_now(self, *, crash_at: str | None = None, wait: bool = True, **settings: object) -> None:
+    def start_now(
+        self, *, crash_at: str | None = None, command: tuple[str, ...] = NODE, wait: bool = True, **settings: object
+    ) -> None:
         """Start it, again if need be; `crash_at` is a point of `tests.support.crashing_node`."""
         self.now = start_node(
             self.folder,
@@ -63,15 +66,17 @@ class OneNode:
             node=self.name,
             port=self.port,
             settings={**self.settings, **settings},
-            command=("-m", "imstream", "node") if crash_at is None else (*CRASHING, "--at", crash_at),
+            command=command if crash_at is None else (*CRASHING, "--at", crash_at),
             wait=wait,
         )
         if wait:
             self.fds = psutil.Process(self.now.process.pid).num_fds()
 
-    async def start(self, *, crash_at: str | None = None, wait: bool = True, **settings: object) -> None:
+    async def start(
+        self, *, crash_at: str | None = None, command: tuple[str, ...] = NODE, wait: bool = True, **settings: object
+    ) -> None:
         """`start_now`, while the event loop of the test goes on."""
-        await asyncio.to_thread(self.start_now, crash_at=crash_at, wait=wait, **settings)
+        await asyncio.to_thread(self.start_now, crash_at=crash_at, command=command, wait=wait, **settings)
 
     async def killed(self) -> None:
         """SIGKILL it."""
