@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imstream.gateway.session import Session
     from imstream.settings import Settings
     from imstream.store.inbox import Inbox
-    from imstream.store.routes import Routes
+    from imstream.store.routes import Login, Routes
 
 _AGAIN = 1.0
 """Seconds until routes are noted again that could not be."""
@@ -34,6 +34,8 @@ class Presence:
         self._routes = routes
         self._inbox = inbox
         self._registry = registry
+        self._arriving: dict[Session, int] = {}
+        """Sessions whose own login has no number yet, and the newest login that was heard of meanwhile."""
         self._stale: set[int] = set()
         """Users whose route may not say what is so."""
         self._woken = asyncio.Event()
@@ -43,17 +45,19 @@ class Presence:
 
         Without Redis the session is served all the same; its replies from other nodes come late.
         """
+        self._arriving[session] = 0
         try:
             login = await self._routes.arrive(user_id)
         except StoreError as error:
             log.warning("route not noted", user=user_id, error=str(error))
             self._mark(user_id)
             return
+        finally:
+            # Of two logins at the same moment, each may hear of the other before it knows which of them is the newer.
+            newest = self._arriving.pop(session)
         session.login = login.number
         if self._only_one:
-            notice = SessionReplaced(user_id, login.number)
-            self.replace(notice)
-            await self._inbox.tell(login.nodes, notice)
+            await self._replace_everywhere(SessionReplaced(user_id, max(login.number, newest)), login)
 
     def left(self, user_id: int) -> None:
         """A socket of the user is gone."""
@@ -63,8 +67,14 @@ class Presence:
     def replace(self, notice: SessionReplaced) -> None:
         """Close the user's sessions with an older login."""
         for session in self._registry.of(notice.user_id):
-            if session.login < notice.login:
+            if session in self._arriving:
+                self._arriving[session] = max(self._arriving[session], notice.login)
+            elif session.login < notice.login:
                 session.close(Close.REPLACED, Text.REPLACED)
+
+    async def _replace_everywhere(self, notice: SessionReplaced, login: Login) -> None:
+        self.replace(notice)
+        await self._inbox.tell(login.nodes, notice)
 
     async def run(self) -> None:
         """Mend routes: those of users who have left, those that could not be noted, and all before they expire."""
@@ -92,11 +102,19 @@ class Presence:
 
     async def _mend(self, user_id: int) -> None:
         if self._registry.of(user_id):
-            await self._routes.arrive(user_id)
+            await self._number(user_id, await self._routes.arrive(user_id))
             return
         await self._routes.leave(user_id)
         if self._registry.of(user_id):  # somebody came meanwhile, and may have been noted before that
             self._stale.add(user_id)
+
+    async def _number(self, user_id: int, login: Login) -> None:
+        """Give the last of the sessions that came while Redis was away the number that it could not get then."""
+        came = [one for one in self._registry.of(user_id) if one.login == 0 and one not in self._arriving]
+        if came:
+            came[-1].login = login.number
+            if self._only_one:
+                await self._replace_everywhere(SessionReplaced(user_id, login.number), login)
 
     def _mark(self, user_id: int) -> None:
         self._stale.add(user_id)
