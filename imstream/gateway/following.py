@@ -66,8 +66,11 @@ class Following:
             await self._catch_up_with(self._board.unfinished())
 
     async def _catch_up_with(self, replies: list[Reply]) -> None:
-        try:
-            for reply in replies:  # one by one: it is never urgent, and must not pile up while Redis is away
+        for reply in replies:  # one by one: it is never urgent, and must not pile up while Redis is away
+            try:
                 await self.catch_up(reply)
-        except StoreError:
-            return  # they are looked at again
+            except StoreError:
+                return  # they are looked at again
+            except Exception:
+                # It holds what only a hand from outside can have written. The others must go on.
+                log.exception("record cannot be read", user=reply.user_id, message_id=reply.message_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import structlog
+
 from imstream.errors import StoreError
 from imstream.store.inbox import NodeLeft, ReplyGrew, SessionReplaced
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 _AGAIN = 0.2
 """Seconds between two tries while Redis is away."""
+
+log = structlog.get_logger()
 
 
 class Listener:
@@ -40,6 +44,13 @@ class Listener:
             await asyncio.gather(*(self._take(notice) for notice in dict.fromkeys(notices)))
 
     async def _take(self, notice: Notice) -> None:
+        try:
+            await self._obey(notice)
+        except Exception:
+            # What one notice leads to must not end the node: a record that a hand from outside has spoilt, say.
+            log.exception("notice failed", notice=str(notice))
+
+    async def _obey(self, notice: Notice) -> None:
         match notice:
             case ReplyGrew(user_id, message_id):
                 await self._jobs.look_at(user_id, message_id)

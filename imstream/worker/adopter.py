@@ -88,7 +88,10 @@ class Adopter:
         if self._tenure.sure:
             for node, since in seen.items():
                 if left[node] is None and node not in self._adopted:
-                    await self._consider(group, node, since)
+                    try:
+                        await self._consider(group, node, since)
+                    except StoreError as error:  # the others may be on a part of Redis that is well
+                        log.warning("stream of a dead node cannot be adopted", node=node, error=str(error))
         alive = [span.total_seconds() + _SOON for span in left.values() if span is not None]
         return max(_SOON, min([self._interval, *alive]))
 
