@@ -1,0 +1,61 @@
+"""No consumer is deleted while a request is pending under its name: what is pending would be forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from imstream.keys import GROUP
+from imstream.store.adoption import Adoption
+from imstream.store.connection import Reader
+from imstream.store.requests import RequestStream
+from tests.redis.conftest import chat_request
+
+if TYPE_CHECKING:
+    from tests.redis.conftest import Store
+
+ROUNDS = 60
+
+
+async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_happens_at_once(store: Store) -> None:
+    settings = store.settings.model_copy(update={"queue_limit": 10_000, "user_limit": 10_000})
+    reader = Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
+    home = RequestStream(store.commands, reader, settings)
+    adopters = {
+        node: RequestStream(store.commands, reader, settings.model_copy(update={"node": node}), node="0")
+        for node in ("1", "2")
+    }
+    adoptions = {node: Adoption(store.commands, settings.model_copy(update={"node": node})) for node in adopters}
+    taken: list[str] = []
+    finished: set[str] = set()
+    await home.prepare()
+
+    async def deliver(node: str) -> None:
+        for _ in range(ROUNDS):
+            await home.admit(chat_request())
+            for entry in await adopters[node].read(count=2, block=None):
+                taken.append(entry.entry_id)
+                if len(taken) % 2:
+                    await adopters[node].finish(entry)
+                    finished.add(entry.entry_id)
+
+    async def tidy(node: str) -> None:
+        for _ in range(2 * ROUNDS):
+            await adoptions[node].leave("0")
+            await home.dismiss(node)
+
+    await asyncio.gather(*(work(node) for node in adopters for work in (deliver, deliver, tidy, tidy)))
+    await reader.aclose()
+    assert len(taken) == len(set(taken))
+    pending = {one.entry_id for node in adopters for one in await home.pending(node)}
+    assert pending == set(taken) - finished
+    assert len(pending) > ROUNDS / 2
+    # Those with nothing pending go.
+    for node, stream in adopters.items():
+        for one in await home.pending(node):
+            entry = await home.claim(one, deliveries=1)
+            assert entry is not None
+            await stream.finish(entry)
+        await home.dismiss(node)
+    consumers = store.redis.xinfo_consumers(store.keys.requests("0"), GROUP)
+    assert {row["name"] for row in consumers} <= {"0"}

@@ -1,0 +1,177 @@
+"""Leases: one holder for each node, who knows when it is not the holder any more (I7)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from imstream.errors import NodeTaken, StoreUnavailable
+from imstream.store.leases import Held, HeldByOther, Holder, Leases
+from imstream.worker.tenure import Tenure, is_alive, this_process
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.redis.conftest import Store
+
+ONE = Holder("one", "host", "machine", 1, "http://one")
+TWO = Holder("two", "host", "machine", 2, "http://two")
+
+
+class Failing(Leases):
+    """Leases on a Redis that is away when the test says so."""
+
+    away = False
+
+    async def hold(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
+        """See `Leases`."""
+        if self.away:
+            raise StoreUnavailable("away")
+        return await super().hold(holder, dead=dead)
+
+
+def leases(store: Store, node: str = "0", **settings: Any) -> Failing:  # noqa: ANN401 - any setting
+    """The leases as one node sees them."""
+    return Failing(store.commands, store.settings.model_copy(update={"node": node, **settings}))
+
+
+async def test_one_holds_it_and_the_other_is_told_who(store: Store) -> None:
+    own = leases(store)
+    assert await own.hold(ONE) == await own.hold(ONE) == Held()
+    refused = await own.hold(TWO)
+    assert isinstance(refused, HeldByOther)
+    assert refused.holder == ONE
+    assert timedelta(seconds=9) < refused.left <= timedelta(seconds=10)
+    assert await own.hold(TWO, dead="somebody else") == replace(refused, left=(await _left(own, TWO)))
+    assert await own.hold(TWO, dead=ONE.instance) == Held()
+    assert isinstance(await own.hold(ONE), HeldByOther)
+
+
+async def _left(own: Leases, holder: Holder) -> timedelta:
+    refused = await own.hold(holder)
+    assert isinstance(refused, HeldByOther)
+    return refused.left
+
+
+async def test_only_the_holder_gives_it_up(store: Store) -> None:
+    own = leases(store)
+    await own.hold(ONE)
+    await own.release(TWO)
+    assert isinstance(await own.hold(TWO), HeldByOther)
+    await own.release(ONE)
+    assert await own.hold(TWO) == Held()
+
+
+async def test_others_see_how_long_it_lasts_and_who_was_ever_there(store: Store) -> None:
+    own, other = leases(store), leases(store, "1")
+    await own.hold(ONE)
+    await own.beat()
+    await other.beat()
+    assert set(await other.others()) == {"0"}
+    assert set(await own.others()) == {"1"}
+    left = await other.left(["0", "1"])
+    assert left["1"] is None
+    assert left["0"] is not None
+    assert timedelta(seconds=9) < left["0"] <= timedelta(seconds=10)
+
+
+async def test_what_was_written_by_hand_counts_as_a_holder_of_whom_nothing_is_known(store: Store) -> None:
+    own = leases(store)
+    for text in ("me", "{}", '{"pid": 1}', "[]", "null"):
+        store.redis.set(store.keys.lease("0"), text, ex=60)
+        refused = await own.hold(ONE)
+        assert isinstance(refused, HeldByOther)
+        assert is_alive(refused.holder, ONE.machine) is None
+    store.redis.persist(store.keys.lease("0"))
+    assert (await own.left(["0"]))["0"] == timedelta.max, "without an end, nobody adopts"
+    store.redis.delete(store.keys.lease("0"))
+
+
+def test_whether_a_process_of_this_machine_lives_is_known_at_once() -> None:
+    us = this_process("http://us")
+    assert us.machine
+    assert is_alive(replace(us, pid=os.getppid()), us.machine) is True
+    assert is_alive(us, us.machine) is False, "it had our process id before us"
+    assert is_alive(replace(us, pid=os.getppid(), machine="elsewhere"), us.machine) is None
+    assert is_alive(replace(us, pid=os.getppid(), machine=""), "") is None
+    for pid in (0, -1):
+        assert is_alive(replace(us, pid=pid), us.machine) is None
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        child = replace(us, pid=process.pid)
+        assert is_alive(child, us.machine) is True
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked for its exit code
+        assert is_alive(child, us.machine) is False
+    finally:
+        process.communicate()
+    assert is_alive(child, us.machine) is False
+
+
+@asynccontextmanager
+async def running(tenure: Tenure) -> AsyncIterator[asyncio.Task[None]]:
+    """Run it until the end of the block."""
+    task = asyncio.create_task(tenure.run("http://here"))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def tenure_of(store: Store, own: Leases, **settings: Any) -> Tenure:  # noqa: ANN401 - any setting
+    quick = {"lease": timedelta(milliseconds=1200), "redis_timeout": timedelta(milliseconds=300), **settings}
+    return Tenure(own, store.settings.model_copy(update=quick))
+
+
+async def test_a_lease_that_cannot_be_renewed_is_not_relied_on_to_its_end_and_is_held_again_later(
+    store: Store,
+) -> None:
+    own = leases(store, lease=timedelta(milliseconds=1200))
+    tenure = tenure_of(store, own)
+    assert not tenure.held
+    async with running(tenure):
+        await wait_until(lambda: tenure.held, "it is held")
+        assert tenure.sure
+        own.away = True
+        await wait_until(lambda: not tenure.held, "it is relied on no more")
+        assert store.redis.exists(store.keys.lease("0")), "before it ends"
+        await wait_until(lambda: not store.redis.exists(store.keys.lease("0")), "it ends")
+        own.away = False
+        await wait_until(lambda: tenure.held, "it is held again")
+        assert not tenure.sure, "others may not have come back to Redis yet"
+        await wait_until(lambda: tenure.sure, "by now they would have")
+        assert tenure.held
+
+
+async def test_a_tenure_ends_when_another_process_has_the_lease(store: Store) -> None:
+    own = leases(store, lease=timedelta(milliseconds=1200))
+    tenure = tenure_of(store, own)
+    async with running(tenure) as task:
+        await wait_until(lambda: tenure.held, "it is held")
+        store.redis.set(store.keys.lease("0"), ONE.encode(), ex=60)
+        with pytest.raises(NodeTaken, match=r"node 0 is run by another process \(http://one, process 1 on host\)"):
+            await task
+        assert not tenure.held
+        await tenure.release()
+        assert store.redis.get(store.keys.lease("0")) == ONE.encode(), "it is not ours to give up"
+
+
+async def test_a_tenure_that_was_given_up_is_not_taken_again_by_a_renewal_on_its_way(store: Store) -> None:
+    own = leases(store)
+    tenure = tenure_of(store, own, lease=timedelta(milliseconds=3))
+    async with running(tenure) as task:
+        await wait_until(lambda: store.redis.exists(store.keys.lease("0")), "it is held")
+        await tenure.release()
+        await task
+        assert not store.redis.exists(store.keys.lease("0"))
+        assert not tenure.held
