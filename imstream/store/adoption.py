@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.store.scripts import Script
 from imstream.store.spans import milliseconds
@@ -53,6 +54,16 @@ class Adoption:
         if verdict == "adopted":
             return Adopted(int(rest[0]))
         return NotAdopted(rest[0] if rest else None)
+
+    async def left_behind(self, node: str) -> bool:
+        """Whether requests of a node are pending under our name."""
+        try:
+            rows = await self._commands.execute("XPENDING", self._keys.requests(node), GROUP, "-", "+", 1, self.node)
+        except StoreRefused as refused:
+            if str(refused).startswith("NOGROUP"):
+                return False
+            raise
+        return bool(rows)
 
     async def leave(self, node: str) -> bool:
         """Adopt it no longer. False when requests of it are still pending under our name."""

@@ -43,6 +43,8 @@ class Adopter:
         self._tenure = tenure
         self._worker_of = worker_of
         self._adopted: dict[str, Worker] = {}
+        self._searched: set[str] = set()
+        """Nodes in whose streams nothing is pending under our name that this process does not know of."""
         self._interval = settings.lease.total_seconds() / 3
         self._look = asyncio.Event()
         self._stopping = False
@@ -85,13 +87,14 @@ class Adopter:
         """Adopt what can be adopted; seconds until the next look: at the end of the lease that ends first."""
         seen = await self._leases.others()
         left = await self._leases.left(seen)
-        if self._tenure.sure:
-            for node, since in seen.items():
-                if left[node] is None and node not in self._adopted:
-                    try:
-                        await self._consider(group, node, since)
-                    except StoreError as error:  # the others may be on a part of Redis that is well
-                        log.warning("stream of a dead node cannot be adopted", node=node, error=str(error))
+        for node, since in seen.items():
+            try:
+                if self._tenure.sure and left[node] is None and node not in self._adopted:
+                    await self._consider(group, node, since)
+                if self._tenure.held and node not in self._adopted and node not in self._searched:
+                    await self._search(group, node)
+            except StoreError as error:  # the others may be on a part of Redis that is well
+                log.warning("stream of another node cannot be looked at", node=node, error=str(error))
         alive = [span.total_seconds() + _SOON for span in left.values() if span is not None]
         return max(_SOON, min([self._interval, *alive]))
 
@@ -107,7 +110,19 @@ class Adopter:
             await self._leave(node)
             return
         log.warning("stream of a dead node adopted", node=node, unfinished=verdict.unfinished)
-        worker = self._adopted[node] = self._worker_of(node)
+        self._begin(group, node, self._worker_of(node))
+
+    async def _search(self, group: asyncio.TaskGroup, node: str) -> None:
+        """Take up what an earlier process of ours had adopted and not finished: nobody else does while both live."""
+        if await self._adoption.left_behind(node) and not self._stopping:
+            log.info("taking up what was adopted before", node=node)
+            worker = self._worker_of(node)
+            worker.leave()
+            self._begin(group, node, worker)
+        self._searched.add(node)
+
+    def _begin(self, group: asyncio.TaskGroup, node: str, worker: Worker) -> None:
+        self._adopted[node] = worker
         group.create_task(self._look_after(node, worker), name=f"adopted-{node}")
 
     async def _look_after(self, node: str, worker: Worker) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from imstream.keys import GROUP
 from tests.redis.workshop import PlayedBackend, workshop
 from tests.support.waiting import wait_until
 
@@ -15,11 +16,8 @@ if TYPE_CHECKING:
 ON_SERVERS = ["valkey"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="what is pending under the name of a living node in the stream of another living one is nobody's",
-)
-async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: RedisServer, how: str) -> None:
     """A rolling restart: 1 works on what 0 left, 0 comes back, and 1 is restarted faster than anybody looks."""
     settings: dict[str, Any] = {"lease": "400ms", "sweep_interval": "2s"}
     backend = PlayedBackend()
@@ -30,9 +28,12 @@ async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: Re
         await adopter.backend.call(1)
         async with workshop(redis_server, backend=backend, **settings) as back:
             await wait_until(lambda: back.tenure.held and back.worker.progressed_within(1), "node 0 is back")
-            await adopter.stop()
+            await (adopter.stop() if how == "stopped" else adopter.crash())
             async with workshop(redis_server, node="1", backend=backend, **settings) as again:
                 await wait_until(lambda: again.tenure.held, "node 1 is back")
                 (await backend.call(1)).done("x")
                 await back.idle()
                 assert back.recorded() == ("done", "x")
+                await wait_until(lambda: again.adopter.adopted == [], "the stream is left")
+                consumers = back.redis.xinfo_consumers(back.keys.requests("0"), GROUP)
+                assert [row["name"] for row in consumers] == ["0"]
