@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _SOON = 0.05
 """Seconds after the end of a lease at which others look again; and the least between two looks."""
 
+_UNSURE = 0.2
+"""Seconds between two looks while it cannot be told who is dead: at the start, and after Redis was away."""
+
 log = structlog.get_logger()
 
 
@@ -96,7 +99,8 @@ class Adopter:
             except StoreError as error:  # the others may be on a part of Redis that is well
                 log.warning("stream of another node cannot be looked at", node=node, error=str(error))
         alive = [span.total_seconds() + _SOON for span in left.values() if span is not None]
-        return max(_SOON, min([self._interval, *alive]))
+        unsure = [] if self._tenure.sure else [_UNSURE]
+        return max(_SOON, min([self._interval, *alive, *unsure]))
 
     async def _consider(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
         if await self._adoption.unfinished(node) == 0:
