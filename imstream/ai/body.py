@@ -1,8 +1,8 @@
 """The body of a response, handed on where it arrives: in the callback of its connection.
 
 To wait for each read instead costs a future, a turn of the event loop, and waking the task with every coroutine that it
-is in: 10 µs a delta, and twice that on a node whose caches are cold. So a protocol of ours stands before aiohttp's: it
-lets aiohttp make body of the bytes, and passes on what has come.
+is in: 5 to 8 % of a node's CPU under paced answers. So a protocol of ours stands before aiohttp's: it lets aiohttp make
+body of the bytes, and passes on what has come.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ _HEADERS_TOO_LARGE = (
 def text_frame(text: str) -> bytes:
     """A text frame from a server, without extensions (RFC 6455, section 5.2).
 
-    Nearly all that a node sends are these. websockets makes one through two objects, in 4 µs instead of 0.5.
+    Nearly all that a node sends are these. websockets makes one through a dataclass and a BytesIO, in 1.1 µs, not 0.2.
     """
     payload = text.encode()
     size = len(payload)
