@@ -93,12 +93,9 @@ class _Way(asyncio.Protocol):
         try:
             wants_more = self._take_what_is_there()
         except Exception as error:  # noqa: BLE001 - for whoever waits
-            self.end()
             self.ended.set_exception(error)
         else:
             if not wants_more:
-                # Now, not when the task wakes: aiohttp may have given the connection to the next request by then.
-                self.end()
                 self.ended.set_result(None)
 
     def _take_what_is_there(self) -> bool:
