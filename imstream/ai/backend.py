@@ -18,6 +18,7 @@ from yarl import URL
 from imstream import __version__
 from imstream.ai import failures
 from imstream.ai.answer import AnswerReader
+from imstream.ai.body import BodyBroken, hand_on
 from imstream.ai.limits import TimeLimits
 from imstream.errors import PermanentBackendError, SettingsError, TransientBackendError
 from imstream.settings import ENV_PREFIX
@@ -166,25 +167,13 @@ class OpenAIBackend:
         self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
     ) -> Completion:
         reader = AnswerReader(secrets=self._secrets)
-        content = response.content
-        begun = False
-        while not reader.whole:
-            try:
-                data = await content.readany()
-            except (aiohttp.ClientError, OSError) as error:
-                raise failures.from_exception(error, secrets=self._secrets) from None
-            text = reader.feed(data) if data else reader.end()
-            if text:
-                on_text(text)
-            if not reader.moved:
-                continue
-            if begun:
-                limits.renew()
-            else:
-                begun = True
-                limits.expect("idle_timeout", within=self._settings.ai_idle_timeout)
+        intake = _Intake(reader, limits, on_text, idle=self._settings.ai_idle_timeout)
+        try:
+            await hand_on(response, intake.take)
+        except BodyBroken as broken:
+            raise failures.from_exception(broken.cause, secrets=self._secrets) from None
         limits.stop()
-        await self._receive_rest(content, reader, on_text)
+        await self._receive_rest(response.content, reader, on_text)
         return Completion(reader.finish_reason or "stop", reader.usage)
 
     async def _receive_rest(
@@ -215,6 +204,33 @@ class OpenAIBackend:
         return failures.from_response(
             response.status, response.headers, body[:ERROR_BODY_LIMIT], now=datetime.now(UTC), secrets=self._secrets
         )
+
+
+class _Intake:
+    """Takes the pieces of one answer as they come."""
+
+    def __init__(
+        self, reader: AnswerReader, limits: TimeLimits, on_text: Callable[[str], None], *, idle: timedelta
+    ) -> None:
+        self._reader = reader
+        self._limits = limits
+        self._on_text = on_text
+        self._idle = idle
+        self._begun = False
+
+    def take(self, data: bytes) -> bool:
+        """Take a piece, or `b""` at the end of the body; whether there must be more. Raises as `AnswerReader` does."""
+        reader = self._reader
+        text = reader.feed(data) if data else reader.end()
+        if text:
+            self._on_text(text)
+        if reader.moved:
+            if self._begun:
+                self._limits.renew()
+            else:
+                self._begun = True
+                self._limits.expect("idle_timeout", within=self._idle)
+        return not reader.whole
 
 
 class _Request(aiohttp.BytesPayload):

@@ -7,11 +7,13 @@ gather without limit, and so do the headers of a request.
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
+from websockets.protocol import State
 
 from imstream.gateway.bell import Bell
 
@@ -37,11 +39,28 @@ CLOSE_REPLY_LIMIT = 2.0
 
 _EXTENSION = "imstream.socket"
 
+_FINAL_TEXT = 0x81
+_HEAD_7_BITS, _HEAD_16_BITS, _HEAD_64_BITS = struct.Struct("!BB"), struct.Struct("!BBH"), struct.Struct("!BBQ")
+
 _HEADERS_TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 33\r\nConnection: close\r\n\r\n"
     b"The request headers are too large"
 )
+
+
+def text_frame(text: str) -> bytes:
+    """A text frame from a server, without extensions (RFC 6455, section 5.2).
+
+    Nearly all that a node sends are these. websockets makes one through a dataclass and a BytesIO, in 1.1 µs, not 0.2.
+    """
+    payload = text.encode()
+    size = len(payload)
+    if size < 126:  # noqa: PLR2004 - RFC 6455, section 5.2
+        return _HEAD_7_BITS.pack(_FINAL_TEXT, size) + payload
+    if size < 65_536:  # noqa: PLR2004 - same
+        return _HEAD_16_BITS.pack(_FINAL_TEXT, 126, size) + payload
+    return _HEAD_64_BITS.pack(_FINAL_TEXT, 127, size) + payload
 
 
 class Socket(Protocol):
@@ -204,14 +223,9 @@ class SocketProtocol(WebSocketsSansIOProtocol):
 
     def write(self, texts: Sequence[str]) -> None:
         """See `Socket`. One system call for all frames: each costs as much as making several."""
-        if self.disconnected or self.close_sent:
+        if self.disconnected or self.close_sent or self.conn.state is not State.OPEN:
             return
-        try:
-            for text in texts:
-                self.conn.send_text(text.encode())
-        except InvalidState:  # the peer is closing by itself
-            return
-        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.write(b"".join(map(text_frame, texts)))
 
     def end(self, code: int, last_words: str) -> None:
         """See `Socket`. It waits for nobody: the peer may not be reading at all."""

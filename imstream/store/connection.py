@@ -6,17 +6,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
-from redis.exceptions import RedisError, ResponseError
-
-from imstream.errors import StoreRefused, StoreUnavailable
+from imstream.errors import StoreRefused
 from imstream.redis_url import RedisUrl
-from imstream.store.answers import Demoted, describe, explain
 from imstream.store.cluster import Address, Cluster
-from imstream.store.lanes import ASKING, Argument, Lanes, pack
-from imstream.store.pools import connection_of, make_pool, server_pool
+from imstream.store.lanes import Argument, Lanes, ask, pack
+from imstream.store.line import Line
+from imstream.store.pools import make_pool, server_pool
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -43,7 +40,6 @@ class Commands:
         )
 
     async def __aenter__(self) -> Self:
-        self._way.start()
         return self
 
     async def __aexit__(
@@ -51,15 +47,17 @@ class Commands:
     ) -> None:
         await self._way.aclose()
 
-    def execute(self, *command: Argument) -> Coroutine[Any, Any, Any]:
+    def execute(self, *command: Argument, hurry: bool = True) -> Coroutine[Any, Any, Any]:
         """Send one command and wait for its answer. In a cluster it goes to the master that has its key.
+
+        Without `hurry` it may wait some milliseconds for others to travel with.
 
         Raises:
             StoreUnavailable: No answer in time; the command may have been carried out.
             StoreFull: Redis is at `maxmemory`; nothing was written.
             StoreRefused: Redis refused the command for another reason.
         """
-        return self._way.send(*command)
+        return self._way.send(*command, hurry=hurry)
 
     async def on_every_master(self, *command: Argument) -> dict[str, Any]:
         """Send one command to each master, whatever its key; the answers by address. Raises as `execute` does."""
@@ -72,10 +70,10 @@ class Reader:
 
     def __init__(self, url: str, *, block: timedelta, timeout: timedelta) -> None:
         known = RedisUrl.parse(url)
-        self._way: _Line | _ClusterLines = (
+        self._way: _Blocking | _ClusterLines = (
             _ClusterLines(known, block=block, timeout=timeout)
             if known.topology == "cluster"
-            else _Line(make_pool(known, connections=1, timeout=timeout), limit=block + timeout)
+            else _Blocking(make_pool(known, connections=1, timeout=timeout), limit=block + timeout)
         )
 
     async def execute(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
@@ -92,35 +90,29 @@ class Reader:
         await self._way.aclose()
 
 
-class _Line:
-    """One connection to one server."""
+class _Blocking:
+    """One line to one server, for one command at a time."""
 
     def __init__(self, pool: ConnectionPool, *, limit: timedelta) -> None:
         self._pool = pool
-        self._limit = limit.total_seconds()
+        self._line = Line(pool, limit=limit, when_free=lambda _: None)
+        self._one_at_a_time = asyncio.Lock()
 
     async def aclose(self) -> None:
+        await self._line.aclose()
         await self._pool.aclose()
 
     async def send(self, *command: Argument, asking: bool = False) -> Any:  # noqa: ANN401 - what Redis answers
-        try:
-            async with asyncio.timeout(self._limit):
-                connection = await connection_of(self._pool)
-                try:
-                    await connection.send_packed_command([ASKING + pack(command) if asking else pack(command)])
-                    if asking:
-                        with suppress(ResponseError):
-                            await connection.read_response()
-                    return await connection.read_response()
-                except ResponseError as refused:
-                    error = explain(refused)
-                    if isinstance(error, Demoted):
-                        await connection.disconnect(nowait=True)
-                    raise error from refused
-                finally:
-                    await self._pool.release(connection)
-        except (RedisError, TimeoutError, OSError) as lost:
-            raise StoreUnavailable(describe(lost)) from lost
+        async with self._one_at_a_time:
+            loop = asyncio.get_running_loop()
+            answer: asyncio.Future[Any] = loop.create_future()
+            batch = [(pack(command), answer)]
+            self._line.carry([ask(loop), *batch] if asking else batch)
+            try:
+                return await answer
+            except asyncio.CancelledError:
+                await self._line.aclose()  # the answer that is still to come is nobody's
+                raise
 
 
 class _ClusterLanes:
@@ -129,20 +121,15 @@ class _ClusterLanes:
     def __init__(self, url: RedisUrl, *, lanes: int, timeout: timedelta) -> None:
         def lanes_to(server: Address) -> Lanes:
             pool = server_pool(url, server, connections=lanes, timeout=timeout)
-            made = Lanes(pool, lanes=lanes, timeout=timeout)
-            made.start()
-            return made
+            return Lanes(pool, lanes=lanes, timeout=timeout)
 
         self._cluster = Cluster(url, timeout=timeout, make_way=lanes_to)
-
-    def start(self) -> None:
-        """Lanes are opened when they are first needed."""
 
     async def aclose(self) -> None:
         await self._cluster.aclose()
 
-    async def send(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
-        return await self._cluster.send(command, lambda lanes, asking: lanes.send(*command, asking=asking))
+    async def send(self, *command: Argument, hurry: bool = True) -> Any:  # noqa: ANN401 - what Redis answers
+        return await self._cluster.send(command, lambda lanes, asking: lanes.send(*command, asking=asking, hurry=hurry))
 
     async def send_to_all(self, *command: Argument) -> dict[str, Any]:
         masters = await self._cluster.masters()
@@ -154,8 +141,8 @@ class _ClusterLines:
     """A line to each master of a cluster whose streams are read."""
 
     def __init__(self, url: RedisUrl, *, block: timedelta, timeout: timedelta) -> None:
-        def line_to(server: Address) -> _Line:
-            return _Line(server_pool(url, server, connections=1, timeout=timeout), limit=block + timeout)
+        def line_to(server: Address) -> _Blocking:
+            return _Blocking(server_pool(url, server, connections=1, timeout=timeout), limit=block + timeout)
 
         self._cluster = Cluster(url, timeout=timeout, make_way=line_to)
 

@@ -239,7 +239,9 @@ class RequestStream:
 
     async def finish(self, entry: Entry) -> None:
         """Acknowledge and delete a request whose terminal event is recorded."""
-        await _FINISH.run(self._commands, self._keys, (GROUP, entry.entry_id, entry.fields.get("user", "")))
+        arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""))
+        # Nobody waits for it; and a request admitted meanwhile travels behind it, and finds its place free.
+        await _FINISH.run(self._commands, self._keys, arguments, hurry=False)
 
     async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
         """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""

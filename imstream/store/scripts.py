@@ -28,9 +28,11 @@ class Script:
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "digest", hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
-    async def run(self, commands: Commands, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:  # noqa: ANN401
-        """Run the script. Raises what `Commands.execute` raises."""
+    async def run(
+        self, commands: Commands, keys: Sequence[str], arguments: Sequence[Argument], *, hurry: bool = True
+    ) -> Any:  # noqa: ANN401 - what Redis answers
+        """Run the script. Takes `hurry` and raises as `Commands.execute` does."""
         try:
-            return await commands.execute("EVALSHA", self.digest, len(keys), *keys, *arguments)
+            return await commands.execute("EVALSHA", self.digest, len(keys), *keys, *arguments, hurry=hurry)
         except NoScriptError:  # a new or restarted server: nothing was carried out, so the text may follow
             return await commands.execute("EVAL", self.text, len(keys), *keys, *arguments)

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 SERVICES = ("imstream", "floor", "usual")
 
+BUSY = 0.2
+"""CPUs busy with something else from which on ratios are no finding: two runs of the same code then differed by a
+third.
+Sharing caches with strangers costs most the service that has the larger code."""
+
 _HEADER = (
     "load sockets service  CPU s/1000 +Redis  ×floor   chats/s  first ms p50/p95/p99   done ms p50/p95/p99  frames "
     "late ms p99"
@@ -101,10 +106,11 @@ def circumstances_lines(found: Found) -> str:
     costs = [run.others_cpu / run.seen["chats"] * 1000 for run in found.runs("imstream", "burst", 100)]
     foreign = [run.foreign for runs in found.rounds for run in runs]
     told = found.circumstances
+    doubt = "; TOO MUCH for ratios of CPU to tell: run again on an idle machine" if median(foreign) > BUSY else ""
     return (
         f"backend and load generator, burst, 100 sockets: {median(costs):.3f} CPU s/1000 chats\n"
         f"{told['cpus']} CPUs, Python {told['python']}, {told['event_loop']}; busy with something else meanwhile: "
-        f"{median(foreign):.2f} CPUs (median of the runs), {max(foreign):.2f} at most"
+        f"{median(foreign):.2f} CPUs (median of the runs), {max(foreign):.2f} at most{doubt}"
     )
 
 

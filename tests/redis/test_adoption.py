@@ -30,13 +30,14 @@ async def no_longer_adopted(shop: Workshop) -> None:
 async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer) -> None:
     async with (
         workshop(redis_server, lease=QUICK_LEASE) as dying,
-        workshop(redis_server, node="1", lease=QUICK_LEASE) as other,
+        workshop(redis_server, node="1", lease=QUICK_LEASE, start=False) as other,
     ):
         await dying.ask("begun")
         (await dying.backend.call(1)).say("half of ")
         await wait_until(lambda: len(dying.entries("begun")) == 3, "half of it is recorded")
         dying.worker.stop()  # so that the next one stays undelivered
-        await dying.no_longer_reads()
+        await dying.no_longer_reads()  # nor anybody else so far
+        other.start()
         await dying.ask("waiting")
         await dying.crash()
         await other.backend.call(2)

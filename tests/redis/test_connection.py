@@ -52,6 +52,24 @@ async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, s
             assert reads() - before == 1 + 1
 
 
+async def test_a_command_without_hurry_travels_with_the_next_one_and_before_it(
+    redis_server: RedisServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "COMPANY", 30.0)
+    async with Commands(redis_server.url, lanes=4, timeout=timedelta(seconds=5)) as commands:
+        unhurried = asyncio.create_task(commands.execute("RPUSH", "t:order", "unhurried", hurry=False))
+        await asyncio.sleep(0)
+        assert await commands.execute("RPUSH", "t:order", "next") == 2
+        assert await unhurried == 1
+    assert store.redis.lrange("t:order", 0, -1) == ["unhurried", "next"]
+    store.redis.delete("t:order")
+
+
+async def test_a_command_without_hurry_does_not_wait_for_ever(commands: Commands) -> None:
+    assert await asyncio.gather(*(commands.execute("ECHO", n, hurry=False) for n in "ab")) == ["a", "b"]
+    assert await commands.execute("ECHO", "again", hurry=False) == "again"
+
+
 async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
     commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import traceback
 from base64 import b64encode
@@ -230,6 +231,16 @@ async def test_an_error_of_whoever_takes_the_text_is_theirs_and_closes_the_conne
         with pytest.raises(TimeoutError, match="own"):
             await asked.client.answer(PROMPT, on_text=take)
         await asked.backend.requests[0].gone()
+
+
+async def test_a_call_leaves_nothing_on_a_connection_that_is_used_again() -> None:
+    async with asking(streams("a"), streams("b"), streams("c")) as asked:
+        for _ in range(3):
+            await asked.ask()
+        assert [request.connection for request in asked.backend.requests] == [0, 0, 0]
+        gc.collect()
+        left = [one for one in gc.get_objects() if type(one).__module__ == "imstream.ai.body"]
+        assert left == []
 
 
 async def test_a_call_leaves_no_task_behind() -> None:
