@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 USER, OTHER = 10001, 10002
 
-A_LONG_LEASE = "60s"
+A_LONG_LEASE = "10m"
 """So long that nothing in a test happens because it has ended."""
 
 
