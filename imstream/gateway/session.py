@@ -146,11 +146,11 @@ class Session:
         )
 
     def follow(self, reply: Reply) -> None:
-        """Follow an answer that begins; but first say what is to be said to the frame that is dealt with."""
-        if self._held is None:
-            self._pump.follow(Cursor(reply))
-        else:
+        """Follow an answer that begins, unless its end was told; but say first what the frame at hand is answered."""
+        if self._held is not None:
             self._held.append(reply)
+        elif not self._pump.has_told(reply.message_id):
+            self._pump.follow(Cursor(reply))
 
     @contextmanager
     def _holding(self, *known: str) -> Iterator[None]:
@@ -162,7 +162,7 @@ class Session:
             self._held = None
             for reply in held:
                 if reply.message_id not in known:
-                    self._pump.follow(Cursor(reply))
+                    self.follow(reply)
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()
