@@ -75,7 +75,7 @@ def table(found: Found) -> str:
         "idle nodes": ", ".join(f"{name}: {idle.files} files, {_mb(idle)}" for name, idle in found.after.items())
         + f" (at the start: {found.before.files} files, {_mb(found.before)})",
     }
-    return "\n".join([*(f"{name:<{_WIDTH}} {value}" for name, value in rows.items())])
+    return "\n".join(f"{name:<{_WIDTH}} {value}" for name, value in rows.items())
 
 
 def problems(found: Found, recorded: Recorded) -> str:
