@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, get_args
 
 from imstream import embedded
-from ops.chaosing.parts import ROOT, Part, answers_http, free_ports
+from imstream.cli.balancer import Program, find
+from ops.chaosing.parts import Part, answers_http, free_ports
 from ops.chaosing.schedule import LEASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
-
-BALANCERS = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
-"""The load balancers that there are, and their configuration in `ops/`."""
 
 RETIRE_AFTER = 12.0
 """Seconds after which a node that is gone for good is forgotten; longer than any outage."""
@@ -58,13 +55,8 @@ _AI_SETTINGS = {
 
 
 def installed_balancers() -> list[str]:
-    """The load balancers that can be used: installed, and configured in this working copy."""
-    return [name for name, config in BALANCERS.items() if _program(name) and (ROOT / "ops" / config).exists()]
-
-
-def _program(name: str) -> str | None:
-    # That of an ordinary user of Debian lacks the folder for system programs.
-    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    """The load balancers that can be used."""
+    return [program for program in get_args(Program) if find(program)]
 
 
 class Stage:
