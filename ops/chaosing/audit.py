@@ -55,7 +55,7 @@ def recorded(client: redis.Redis) -> Recorded:
     for key in client.scan_iter(f"{KEYS.prefix}:{{user:*}}:reply:*", count=1000):
         user, _, message_id = key.partition("}:reply:")
         entries: Any = client.xrange(key)
-        streams[int(user.rpartition(":")[2]), message_id] = [_entry(fields) for _, fields in entries]
+        streams[int(user.rpartition(":")[2]), message_id] = [_entry({"id": one, **fields}) for one, fields in entries]
     return streams
 
 

@@ -47,7 +47,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of a reply stream. `fields` are all of it, for whoever looks into what went wrong."""
+    """One entry of a reply stream. `fields` are all of it, and its id, for whoever looks into what went wrong."""
 
     event: str
     attempt: int

@@ -86,7 +86,7 @@ def problems(found: Found, recorded: Recorded) -> str:
         lines.append(f"and {len(every) - SHOWN} more")
     lines += [f"left over: {sentence}" for sentence in found.leftovers]
     lines += [f"unforeseen: {sentence}" for sentence in found.deaths]
-    return "\n".join([*lines, f"logs of all processes, and of the faults: {found.folder}"])
+    return "\n".join([*lines, f"logs of all processes, faults.log and messages.jsonl: {found.folder}"])
 
 
 def _problem(problem: Problem, recorded: Recorded) -> list[str]:

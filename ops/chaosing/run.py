@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ops.chaosing.accounting import account
@@ -79,6 +80,7 @@ async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
             after = {node.name: Idle.of(node) for node in stage.nodes}
             deaths = [death for part in (*stage.parts, stage.leaver) for death in part.deaths]
     _take_over(asked, network)
+    _write_down(folder / "messages.jsonl", asked, streams)
     complaints = [*network.complaints, *unread.complaints]
     sums = account(asked, streams, complaints)
     return Found(sums, injector.injected, left, deaths, before, after, folder), streams
@@ -100,6 +102,14 @@ def _take_over(asked: Sequence[Asked], network: Network) -> None:
     for message in asked:
         if message.accepted_at is None:
             message.accepted_at = network.accepted.get(message.key)
+
+
+def _write_down(file: Path, asked: Sequence[Asked], streams: Recorded) -> None:
+    """Keep all that is known of every message, one line each: Redis and its data go with the run."""
+    with file.open("w", encoding="utf-8") as out:
+        for message in asked:
+            entries = [entry.fields for entry in streams.get(message.key, [])]
+            out.write(json.dumps({**asdict(message), "recorded": entries}, ensure_ascii=False) + "\n")
 
 
 class _Unread(logging.Handler):
