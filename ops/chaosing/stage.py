@@ -148,7 +148,7 @@ class Stage:
         """Where the next connection goes: to the load balancer, or to any node."""
         if self.balancer is not None:
             return self.balancer.port
-        return self._chance.choice(self.nodes).port
+        return self._chance.choice([*self.nodes, self.leaver]).port  # they do not know that it is gone
 
     async def _end(self) -> None:
         """End everything; how does not matter any more, so that it is quick."""
