@@ -11,16 +11,16 @@ import argparse
 import asyncio
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
-from ops.chaosing.parts import ROOT
 from ops.chaosing.report import problems, table
 from ops.chaosing.run import Plan, run
 from ops.chaosing.stage import installed_balancers
 
-FOLDER = ROOT / ".imstream" / "chaos"
+FOLDER = Path(".imstream/chaos")
 
 
 def _say(text: str) -> None:
@@ -65,7 +65,12 @@ def main() -> int:
     plan, folder = _parse()
     folder.mkdir(parents=True)
     _say(str(plan))
-    found, streams = asyncio.run(run(plan, folder))
+    # As Ctrl-C does: everything that was started is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        found, streams = asyncio.run(run(plan, folder))
+    except KeyboardInterrupt:
+        return 130
     shutil.rmtree(folder / "redis-data", ignore_errors=True)
     _say(table(found))
     if found.clean:
