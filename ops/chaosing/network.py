@@ -86,8 +86,8 @@ class Network:
                 onwards.cancel()
                 back.cancel()
                 await asyncio.gather(onwards, back, return_exceptions=True)
-        except OSError:
-            pass  # nobody listens there
+        except (OSError, asyncio.CancelledError):
+            pass  # nobody listens there, or all is over; asyncio would log a connection that was cancelled
         finally:
             self._connections.pop(number, None)
             for one in both:
