@@ -30,6 +30,10 @@ MAX_TOGETHER = 16
 ENOUGH_TOGETHER = 65_536
 """Characters from which on no frame is added to such a write: it is what a stalled socket holds besides its reply."""
 
+MAX_REMEMBERED = 32
+"""Ends that a socket remembers having told: the notice that an answer begins may come after the answer itself, when the
+node was frozen or its inbox out of reach."""
+
 MAX_OUTBOX = 32
 """Answers that may wait for the socket; then nothing more is read from it until it takes one."""
 
@@ -40,6 +44,7 @@ class Pump:
     __slots__ = (
         "_abandoned",
         "_cursors",
+        "_ended",
         "_grown",
         "_last_words",
         "_loop",
@@ -57,6 +62,7 @@ class Pump:
         self._loop = asyncio.get_running_loop()
         self._outbox: list[ServerFrame] = []
         self._cursors: dict[str, Cursor] = {}
+        self._ended: tuple[str, ...] = ()
         self._grown: dict[str, None] = {}
         self._taken = Bell(self._loop)
         self._scheduled = False
@@ -70,6 +76,10 @@ class Pump:
     def followed(self) -> list[str]:
         """Ids of the messages whose end this socket has not seen."""
         return list(self._cursors)
+
+    def has_told(self, message_id: str) -> bool:
+        """Whether this socket was told the end of a message, not long ago."""
+        return message_id in self._ended
 
     def say(self, frame: ServerFrame) -> None:
         """Queue a frame; it goes out before what is new in replies."""
@@ -163,6 +173,7 @@ class Pump:
             if isinstance(step, Finished):
                 del self._grown[message_id]
                 self._cursors.pop(message_id).reply.unwatch(self._mark)
+                self._ended = (*self._ended[1 - MAX_REMEMBERED :], message_id)
             return self._phrases.step(message_id, step)
         return None
 

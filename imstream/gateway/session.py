@@ -146,11 +146,11 @@ class Session:
         )
 
     def follow(self, reply: Reply) -> None:
-        """Follow an answer that begins; but first say what is to be said to the frame that is dealt with."""
-        if self._held is None:
-            self._pump.follow(Cursor(reply))
-        else:
+        """Follow an answer that begins, unless its end was told; but say first what the frame at hand is answered."""
+        if self._held is not None:
             self._held.append(reply)
+        elif not self._pump.has_told(reply.message_id):
+            self._pump.follow(Cursor(reply))
 
     @contextmanager
     def _holding(self, *known: str) -> Iterator[None]:
@@ -162,7 +162,7 @@ class Session:
             self._held = None
             for reply in held:
                 if reply.message_id not in known:
-                    self._pump.follow(Cursor(reply))
+                    self.follow(reply)
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()
@@ -268,17 +268,12 @@ class Session:
             self._pump.say(phrases.busy(message_id, by_user=verdict.by_user))
             return
         if not reply.live:
-            await self._mark_queued(user_id, message_id)
+            # Without the mark it would be answered too, but a resume or cancel on another node would not find it before
+            # its turn. So it is not called accepted: sent again, it is a duplicate that is recognised.
+            await services.replies.mark_queued(user_id, message_id)
         self._pump.say(phrases.accepted(message_id, verdict.position))
         # From the beginning, also what this socket may have been told already when the message is sent again.
         self._pump.follow_anew(Cursor(reply))
-
-    async def _mark_queued(self, user_id: int, message_id: str) -> None:
-        try:
-            await self._services.replies.mark_queued(user_id, message_id)
-        except StoreError as error:
-            # It is admitted and will be answered; only a resume or cancel before its turn would not find it.
-            log.warning("queued mark not written", user=user_id, message_id=message_id, error=str(error))
 
     async def _cancel(self, message_id: str) -> None:
         followed = message_id in self._pump.followed

@@ -221,6 +221,15 @@ class RequestStream:
         )
         return None if fields is None else Entry(entry.entry_id, _pairs(fields), deliveries)
 
+    async def is_taken(self, entry: Entry) -> bool:
+        """Whether an entry that was given to us is another node's by now. One that Redis has lost is nobody's."""
+        try:
+            with _naming_a_missing_group():
+                rows = await self._commands.execute("XPENDING", self._stream, GROUP, entry.entry_id, entry.entry_id, 1)
+        except GroupMissing:
+            return False
+        return bool(rows) and rows[0][1] != self.consumer
+
     async def hand_back(self, entry: Entry) -> None:
         """Leave an entry pending, as one that did not die with its worker: the node shuts down in good order."""
         await self._commands.execute(

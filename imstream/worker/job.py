@@ -202,7 +202,13 @@ class Job:
         return await self._end(Terminal("done", completion.finish_reason, completion.usage))
 
     async def _retry(self, known: list[Disposition]) -> Disposition:
-        return known.pop() if known else await self._attempt()
+        if known:
+            return known.pop()
+        # Our lease may have run out during the attempt that failed: whoever has the request now is at work on it (I7).
+        if await patiently(lambda: self._parts.requests.is_taken(self.entry)):
+            self._log.warning("request was taken over by another node", attempt=self.reply.attempt)
+            return Leave()
+        return await self._attempt()
 
     def pause(self, decision: Retry, state: RetryCallState) -> float:
         """Seconds to wait before the next attempt: as long as the backend asked for, and a random while on top."""

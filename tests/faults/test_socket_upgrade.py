@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from tests.support.one_node import one_node
+from tests.support.processes import free_port, http_status, wait_for
 from tests.support.raw_socket import raw_socket
+from tests.support.servers import start_node
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,3 +64,15 @@ async def test_headers_that_are_too_large_are_answered_with_431_and_the_node_end
             assert time.monotonic() - began < 8
             assert await healthy.closed() == 1012
         assert '"drained"' in node.now.process.output()
+
+
+async def test_a_node_that_is_not_ready_refuses_a_handshake_with_503_and_has_nothing_to_log(tmp_path: Path) -> None:
+    nowhere = f"redis://127.0.0.1:{free_port()}/0"
+    node = start_node(tmp_path, redis_url=nowhere, ai_url="http://127.0.0.1:9/v1", wait=False)
+    with node.process:
+        wait_for(lambda: http_status(f"{node.http}/readyz") == 503, node.process, "a node without Redis")
+        async with raw_socket(node.port) as someone:
+            head = await someone.upgrade("/ws?userId=10001")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert await someone.ended() == b"not ready: redis does not answer"
+    assert "uvicorn" not in node.process.output()

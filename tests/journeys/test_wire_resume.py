@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imstream.ai.demo.answer import canned_answer
+from imstream.keys import Keys
+from imstream.store.inbox import ReplyGrew
 from tests.support.one_node import standing_node
 from tests.support.peer import Told
 from tests.support.waiting import wait_until
@@ -204,3 +206,22 @@ async def test_every_socket_of_a_user_follows_what_the_user_asks_from_then_on(no
         await stranger.send("PING")
         await stranger.until(msgType="HEARTBEAT")
         assert stranger.told == {}
+
+
+async def test_a_late_notice_that_an_answer_begins_does_not_tell_it_again(node: OneNode) -> None:
+    async with node.peer(USER) as earlier:
+        await earlier.chat(USER, QUESTION, "elsewhere")
+        await earlier.end_of("elsewhere")
+    async with node.peer(USER) as someone:
+        await someone.chat(USER, QUESTION, "here")
+        assert (await someone.end_of("here")).text == WHOLE
+        for message_id in (
+            "here",
+            "elsewhere",
+        ):  # as another node leaves them; this socket has seen the end of the first
+            notice = ReplyGrew(USER, message_id, begun=True).fields()
+            node.redis.xadd(Keys().inbox("0"), dict(zip(notice[::2], notice[1::2], strict=True)))
+            node.redis.expire(Keys().inbox("0"), 60)
+        assert (await someone.end_of("elsewhere")).text == WHOLE
+        await someone.say("HEARTBEAT")
+        await someone.until(msgType="HEARTBEAT")  # the peer fails when anything comes after an end

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imstream.errors import TransientBackendError
+from imstream.keys import GROUP
 from imstream.store.scripts import Script
 from tests.redis.workshop import workshop
 from tests.support.tcp_proxy import Fate, tcp_proxy
@@ -130,3 +131,16 @@ async def test_a_message_sent_again_after_redis_lost_everything_is_answered_by_o
         assert event == "done"
         assert follower.text == text
         assert text == "2.0 2.1 2.2 2.3 2.4 2 "
+
+
+async def test_a_call_that_fails_after_the_request_was_taken_over_is_not_tried_again(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, sweep_interval="1h") as frozen:
+        entry_id = await frozen.ask()
+        call = await frozen.backend.call(1)
+        stream = frozen.keys.requests("0")
+        # As an adopter does, when the lease has run out; it has not begun yet.
+        frozen.redis.xclaim(stream, GROUP, "1", 0, [entry_id], justid=True)
+        call.fail(TransientBackendError("http_503", "it took too long"))
+        await wait_until(lambda: len(frozen.jobs) == 0, "the job has ended")
+        assert [entry["event"] for entry in frozen.entries()].count("opened") == 1
+        assert [row["consumer"] for row in frozen.redis.xpending_range(stream, GROUP, "-", "+", 2)] == ["1"]

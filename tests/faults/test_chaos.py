@@ -1,0 +1,42 @@
+"""Chaos for a few seconds, with a seed that brings most kinds of faults early. CI runs two minutes of it besides."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ops.chaosing.schedule import Kind, draw
+from tests.support.processes import start
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).parents[2]
+SEED, SECONDS, CLIENTS = 241, 10, 12
+
+
+def chaos(folder: Path, *options: str) -> tuple[int, str]:
+    """Run it; the exit code and what it has printed."""
+    command = [sys.executable, "-m", "ops.chaosing", "--folder", str(folder / "logs"), *options]
+    with start(command, folder / "chaos.log", cwd=ROOT) as running:
+        return running.wait(110), running.output()
+
+
+def counts(output: str, rows: Sequence[str]) -> list[int]:
+    """The numbers in some rows of the table."""
+    return [int(found[1]) for row in rows if (found := re.search(rf"^{row} +(\d+)", output, re.MULTILINE))]
+
+
+@pytest.mark.timeout(120)
+def test_whatever_is_killed_every_accepted_message_is_answered_once(tmp_path: Path) -> None:
+    kinds = {fault.kind for fault in draw(SEED, SECONDS, nodes=3, clients=CLIENTS)}
+    assert len(kinds) >= len(Kind) - 1
+    code, output = chaos(tmp_path, "--seed", str(SEED), "--seconds", str(SECONDS), "--clients", str(CLIENTS))
+    assert code == 0, output
+    asked, accepted, answered = counts(output, ("asked", "accepted", "answered"))
+    assert asked == accepted == answered > 20
+    assert counts(output, ("lost", "duplicated", "unexpected", "failed", "left over")) == [0] * 5
