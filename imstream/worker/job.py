@@ -226,10 +226,9 @@ class Job:
         return bound
 
     async def _open(self) -> Opened | Ended | Duplicate:
-        if self._recorder is not None:
-            # What is still on its way for the attempt before may be refused because of this opening: no matter.
-            self._recorder.leave()
-            self._recorder = None
+        before, self._recorder = self._recorder, None
+        if before is not None:
+            await before.retire()
         opened = await self._try_open()
         if isinstance(opened, Duplicate) and await self._is_lost(lost := opened.owner):
             self._log.warning("taking over a message whose request is lost", lost=lost)

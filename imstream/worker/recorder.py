@@ -25,6 +25,7 @@ class Recorder:
         self._request = request
         self._attempt = attempt
         self._recorded = 0
+        self._retired = False
         # Two appends at once could overtake each other on different connections.
         self._one_at_a_time = asyncio.Lock()
         reply.begin(attempt)
@@ -49,6 +50,13 @@ class Recorder:
         async with self._one_at_a_time:
             return await patiently(lambda: self._append(terminal))
 
+    async def retire(self) -> None:
+        """Leave, and wait for what is on its way: another attempt is about to begin, and must stay the last one."""
+        self._retired = True
+        self.leave()
+        async with self._one_at_a_time:
+            return
+
     def leave(self) -> None:
         """Write no more. A reply that has not ended is left to whoever takes it up."""
         if self._is_ours and self._reply.terminal is None:
@@ -62,7 +70,7 @@ class Recorder:
     async def _append(self, terminal: Terminal | None) -> Appended | Rejected:
         result = await self._try_append(terminal)
         match result:
-            case Rejected("gone") if await self._reopen():
+            case Rejected("gone") if not self._retired and await self._reopen():
                 return await self._try_append(terminal)  # Redis lost the record, but here is all of it
             case Rejected("gap", offset=recorded) if recorded <= self._reply.offset:
                 # An append of ours whose answer was lost; or Redis has lost the end of what it had.
