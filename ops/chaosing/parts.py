@@ -158,6 +158,11 @@ class Part:
         """Bytes of memory that it holds (resident set)."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * _PAGE
 
+    def tracebacks(self) -> int:
+        """Lines of its log that tell of an exception nobody had foreseen."""
+        with self.log.open(encoding="utf-8", errors="replace") as lines:
+            return sum('"exception":' in line or line.startswith("Traceback") for line in lines)
+
     async def _gone(self) -> None:
         if self._watch is not None:
             await self._watch

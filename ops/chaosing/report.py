@@ -30,7 +30,7 @@ class Found:
         account: The sums.
         injected: Faults, by kind.
         leftovers: What was left that should have gone.
-        deaths: Processes that ended although nobody had ended them.
+        unforeseen: What processes did that no fault explains: they ended by themselves, or logged an exception.
         before: What a node takes at its start.
         after: What the nodes take at the end, by name.
         folder: Where the logs are.
@@ -39,7 +39,7 @@ class Found:
     account: Account
     injected: Mapping[str, int]
     leftovers: Sequence[str]
-    deaths: Sequence[str]
+    unforeseen: Sequence[str]
     before: Idle
     after: Mapping[str, Idle]
     folder: Path
@@ -47,7 +47,7 @@ class Found:
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.account.problems or self.leftovers or self.deaths)
+        return not (self.account.problems or self.leftovers or self.unforeseen)
 
 
 def table(found: Found) -> str:
@@ -71,7 +71,7 @@ def table(found: Found) -> str:
         f"longest {_quantile(waits, 1):.2f} s",
         "faults": faults,
         "left over": f"{len(found.leftovers)}",
-        "unforeseen ends": f"{len(found.deaths)} of processes",
+        "unforeseen": f"{len(found.unforeseen)} (a process ended by itself, or logged an exception)",
         "idle nodes": ", ".join(f"{name}: {idle.files} files, {_mb(idle)}" for name, idle in found.after.items())
         + f" (at the start: {found.before.files} files, {_mb(found.before)})",
     }
@@ -85,7 +85,7 @@ def problems(found: Found, recorded: Recorded) -> str:
     if len(every) > SHOWN:
         lines.append(f"and {len(every) - SHOWN} more")
     lines += [f"left over: {sentence}" for sentence in found.leftovers]
-    lines += [f"unforeseen: {sentence}" for sentence in found.deaths]
+    lines += [f"unforeseen: {sentence}" for sentence in found.unforeseen]
     return "\n".join([*lines, f"logs of all processes, faults.log and messages.jsonl: {found.folder}"])
 
 

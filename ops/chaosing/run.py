@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ops.chaosing.history import Asked, Recorded
+    from ops.chaosing.parts import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,21 @@ async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
                 left = await leftovers(client, stage.nodes, stage.leaver.name.removeprefix("node "), before)
                 streams = recorded(client)
             after = {node.name: Idle.of(node) for node in stage.nodes}
-            deaths = [death for part in (*stage.parts, stage.leaver) for death in part.deaths]
+        unforeseen = _unforeseen([*stage.parts, stage.leaver])
     _take_over(asked, network)
     _write_down(folder / "messages.jsonl", asked, streams)
     complaints = [*network.complaints, *unread.complaints]
     sums = account(asked, streams, complaints)
-    return Found(sums, injector.injected, left, deaths, before, after, folder), streams
+    return Found(sums, injector.injected, left, unforeseen, before, after, folder), streams
+
+
+def _unforeseen(parts: Sequence[Part]) -> list[str]:
+    """What processes did that no fault explains."""
+    found = [death for part in parts for death in part.deaths]
+    found += [
+        f"{part.name} logged {count} exceptions: see {part.log}" for part in parts if (count := part.tracebacks())
+    ]
+    return found
 
 
 async def _await_all(asking: Sequence[asyncio.Task[None]], patience: float) -> None:
