@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
-import socket
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
-import uvicorn
 
 from imstream import logs
 from imstream.ai.backend import OpenAIBackend
 from imstream.ai.breaker import Breaker
-from imstream.errors import NodeTaken, SettingsError, StoreError
+from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
 from imstream.gateway.following import Following
 from imstream.gateway.listener import Listener
 from imstream.gateway.presence import Presence
-from imstream.gateway.protocol import RequestProtocol, SocketProtocol
 from imstream.gateway.registry import CLOSE_GRACE, Registry
-from imstream.gateway.session import Services
+from imstream.gateway.server import Server
+from imstream.gateway.services import Services
 from imstream.reply import ReplyBoard
-from imstream.settings import ENV_PREFIX
 from imstream.store import health
 from imstream.store.adoption import Adoption
 from imstream.store.connection import Commands, Reader
@@ -38,13 +34,13 @@ from imstream.store.routes import Routes
 from imstream.texts import Text
 from imstream.wire import Close
 from imstream.worker.adopter import Adopter
-from imstream.worker.job import Parts
 from imstream.worker.jobs import Jobs
+from imstream.worker.parts import Parts
 from imstream.worker.tenure import Tenure
 from imstream.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from imstream.ai.backend import Backend
     from imstream.settings import Settings
@@ -72,7 +68,6 @@ class Node:
     def __init__(self, settings: Settings, backend: Backend, commands: Commands, readers: Readers) -> None:
         self.settings = settings
         self._commands = commands
-        self._port = settings.port
         self._ending = asyncio.Event()
         requests = RequestStream(commands, readers.requests, settings)
         replies = ReplyStore(commands, settings)
@@ -96,24 +91,7 @@ class Node:
         self._following = following
         self._listener = Listener(inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter)
         services = Services(settings, requests, replies, board, self.worker, jobs, registry, self._presence, following)
-        self._server = _Server(
-            uvicorn.Config(
-                make_app(services, not_ready=self.not_ready, stuck=self.stuck),
-                host=settings.host,
-                port=settings.port,
-                http=RequestProtocol,
-                ws=SocketProtocol,
-                ws_max_size=settings.max_frame,
-                ws_per_message_deflate=False,
-                # The heartbeat of the protocol tells more than a ping, and costs no timer for each socket.
-                ws_ping_interval=None,
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
-            )
-        )
+        self._server = Server(make_app(services, not_ready=self.not_ready, stuck=self.stuck), settings)
 
     def not_ready(self) -> str | None:
         """Why the node cannot serve right now; None when it can."""
@@ -133,12 +111,6 @@ class Node:
         settings = self.settings
         return (settings.read_block + 2 * settings.redis_timeout).total_seconds()
 
-    @property
-    def address(self) -> str:
-        """Where the node listens, as `http://host:port`."""
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
-        return f"http://{host}:{self._port}"
-
     def shut_down(self) -> None:
         """Drain and end."""
         self._ending.set()
@@ -150,10 +122,10 @@ class Node:
             SettingsError: It cannot listen where it should.
             NodeTaken: Another process runs this node.
         """
-        listener = self._listen()
+        self._server.listen()
         try:
             async with asyncio.TaskGroup() as group:
-                await self._serve(group, listener)
+                await self._serve(group)
         except* NodeTaken as taken:
             # One of them is enough to tell; there is only one anyway.
             error: BaseException = taken
@@ -161,11 +133,11 @@ class Node:
                 error = error.exceptions[0]
             raise error from None
 
-    async def _serve(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
+    async def _serve(self, group: asyncio.TaskGroup) -> None:
         for_ever = [
             group.create_task(task, name=name)
             for name, task in {
-                "tenure": self.tenure.run(self.address),
+                "tenure": self.tenure.run(self._server.address),
                 "registry": self.registry.run(),
                 "presence": self._presence.run(),
                 "following": self._following.run(),
@@ -178,33 +150,19 @@ class Node:
             group.create_task(self.worker.run(), name="worker"),
             group.create_task(self.adopter.run(), name="adopter"),
         ]
-        serving = group.create_task(self._server.serve([listener]), name="server")
+        serving = group.create_task(self._server.run(), name="server")
         await self._ending.wait()
         await self._drain(working)
         # Only now: uvicorn closes every socket as soon as it is told to exit.
-        self._server.should_exit = True
+        self._server.stop()
         await serving
         for task in (*for_ever, *working):
             task.cancel()
 
-    def _listen(self) -> socket.socket:
-        host, port = self.settings.host, self.settings.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            listener = socket.create_server((host, port), family=family, backlog=2048)
-        except OSError as error:
-            raise SettingsError(
-                f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {os.strerror(error.errno or 0)}"
-            ) from None
-        # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._port = listener.getsockname()[1]
-        return listener
-
     async def _announce(self) -> None:
         while not self._server.started or self.not_ready() is not None:  # noqa: ASYNC110 - two parts' states
             await asyncio.sleep(_TICK)
-        log.info("ready", node=self.settings.node, address=self.address)
+        log.info("ready", node=self.settings.node, address=self._server.address)
         for warning in await health.warnings(self._commands):
             log.warning(warning)
 
@@ -238,14 +196,6 @@ class Node:
                 if not only_idle or session.is_idle():
                     session.close(Close.DRAINING, Text.DRAINING)
             await asyncio.sleep(_TICK)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: it would close every socket before anything is drained."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from imstream.ai.backend import Message
 if TYPE_CHECKING:
     from typing import Literal
 
-    from imstream.store.requests import ChatRequest
+    from imstream.store.chat_request import ChatRequest
 
 
 def assemble(request: ChatRequest) -> list[Message]:

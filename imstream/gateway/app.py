@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.websockets import WebSocket
 
-    from imstream.gateway.session import Services
+    from imstream.gateway.services import Services
 
 
 def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]) -> Starlette:

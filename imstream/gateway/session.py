@@ -7,7 +7,6 @@ import random
 import secrets
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 import structlog
@@ -17,7 +16,8 @@ from imstream.gateway.phrases import Phrases
 from imstream.gateway.protocol import socket_of
 from imstream.gateway.pump import Pump
 from imstream.reply import Cursor
-from imstream.store.requests import Admitted, ChatRequest
+from imstream.store.chat_request import ChatRequest
+from imstream.store.requests import Admitted
 from imstream.texts import Text, choose_lang
 from imstream.wire import (
     USER_ID_FIELD,
@@ -39,33 +39,11 @@ if TYPE_CHECKING:
 
     from starlette.websockets import WebSocket
 
-    from imstream.gateway.following import Following
-    from imstream.gateway.presence import Presence
-    from imstream.gateway.registry import Registry
-    from imstream.reply import Reply, ReplyBoard
-    from imstream.settings import Settings
-    from imstream.store.replies import ReplyStore
-    from imstream.store.requests import RequestStream
+    from imstream.gateway.services import Services
+    from imstream.reply import Reply
     from imstream.wire import ServerFrame
-    from imstream.worker.jobs import Jobs
-    from imstream.worker.worker import Worker
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Services:
-    """What sessions use of their node."""
-
-    settings: Settings
-    requests: RequestStream
-    replies: ReplyStore
-    board: ReplyBoard
-    worker: Worker
-    jobs: Jobs
-    registry: Registry
-    presence: Presence
-    following: Following
 
 
 class Session:

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import from_json, to_json
-
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.store.scripts import Script
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from imstream.settings import Settings
+    from imstream.store.chat_request import ChatRequest
     from imstream.store.connection import Argument, Commands, Reader
 
 KEPT_DEAD_LETTERS = 10_000
@@ -34,58 +33,6 @@ _DISMISS = Script("dismiss")
 
 class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a fault of the caller
     """The stream or its consumer group has gone: somebody deleted or flushed it, or Redis came back without data."""
-
-
-class Malformed(Exception):  # noqa: N818 - their fault, not an error of ours
-    """An entry of the stream is no request of ours: somebody added or changed it by hand."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """What a client asked.
-
-    Attributes:
-        history: Earlier turns, oldest first, as `(role, content)`.
-        lang: `zh` or `en`: the language of texts for this person.
-        at: When it was accepted, in milliseconds since 1970.
-        trace: An id for logs, the same in every log line about this request.
-    """
-
-    user_id: int
-    message_id: str
-    contents: str
-    history: tuple[tuple[str, str], ...]
-    lang: str
-    at: int
-    trace: str
-
-    def fields(self) -> tuple[str, ...]:
-        """The stream entry, as field, value, …: readable as it stands in redis-cli."""
-        history = to_json([{"role": role, "content": content} for role, content in self.history]).decode()
-        return (
-            *("user", str(self.user_id), "message_id", self.message_id, "contents", self.contents),
-            *("history", history, "lang", self.lang, "at", str(self.at), "trace", self.trace),
-        )
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, str]) -> ChatRequest:
-        """Read a stream entry back.
-
-        Raises:
-            Malformed: A field is missing or has no sense.
-        """
-        try:
-            return cls(
-                user_id=int(fields["user"]),
-                message_id=fields["message_id"],
-                contents=fields["contents"],
-                history=tuple((turn["role"], turn["content"]) for turn in from_json(fields["history"])),
-                lang=fields["lang"],
-                at=int(fields["at"]),
-                trace=fields["trace"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise Malformed(f"{type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

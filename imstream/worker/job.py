@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -30,15 +29,10 @@ from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened
 from imstream.worker.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from imstream.ai.backend import Backend
-    from imstream.ai.breaker import Breaker
-    from imstream.reply import Reply, ReplyBoard
-    from imstream.settings import Settings
-    from imstream.store.inbox import Inbox
-    from imstream.store.replies import ReplyStore
-    from imstream.store.requests import ChatRequest, Entry, RequestStream
+    from imstream.reply import Reply
+    from imstream.store.chat_request import ChatRequest
+    from imstream.store.requests import Entry
+    from imstream.worker.parts import Parts
 
 log = structlog.get_logger()
 
@@ -60,26 +54,6 @@ class Stop(Enum):
     OVERRULED = "overruled"
     """The reply stream takes nothing more from us: cancelled elsewhere, or a later attempt has begun."""
     DRAINED = "drained"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What jobs work with.
-
-    Attributes:
-        requests: The stream that the worker reads.
-        inbox: The way to other nodes, which may have sockets of the same users.
-        begun: Is told of every reply whose first attempt begins here.
-    """
-
-    settings: Settings
-    requests: RequestStream
-    replies: ReplyStore
-    board: ReplyBoard
-    backend: Backend
-    breaker: Breaker
-    inbox: Inbox
-    begun: Callable[[Reply], None]
 
 
 class Job:

@@ -13,13 +13,15 @@ import structlog
 
 from imstream.disposition import MALFORMED
 from imstream.errors import StoreError
-from imstream.store.requests import ChatRequest, GroupMissing, Malformed
-from imstream.worker.job import Job, Parts
+from imstream.store.chat_request import ChatRequest, Malformed
+from imstream.store.requests import GroupMissing
+from imstream.worker.job import Job
 
 if TYPE_CHECKING:
     from imstream.store.leases import Leases
     from imstream.store.requests import Entry, Pending
     from imstream.worker.jobs import Jobs, Slots
+    from imstream.worker.parts import Parts
     from imstream.worker.tenure import Tenure
 
 SUSPECT = 3

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from imstream.ai.demo.answer import canned_answer
 from imstream.disposition import WORKER_DIED
 from imstream.keys import GROUP, Keys
-from imstream.store.requests import ChatRequest
+from imstream.store.chat_request import ChatRequest
 from imstream.texts import Text
 from tests.support.crashing_node import POISON
 from tests.support.one_node import OneNode, one_node

@@ -11,9 +11,10 @@ import pytest
 
 from imstream.keys import Keys
 from imstream.settings import Settings
+from imstream.store.chat_request import ChatRequest
 from imstream.store.connection import Commands, Reader
 from imstream.store.replies import ReplyStore
-from imstream.store.requests import ChatRequest, RequestStream
+from imstream.store.requests import RequestStream
 from tests.conftest import SERVERS
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer

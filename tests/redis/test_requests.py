@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imstream.store.requests import Admitted, ChatRequest, GroupMissing, Malformed, Pending, Refused
+from imstream.store.chat_request import ChatRequest, Malformed
+from imstream.store.requests import Admitted, GroupMissing, Pending, Refused
 from tests.redis.conftest import chat_request
 from tests.support.waiting import wait_until
 

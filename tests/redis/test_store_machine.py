@@ -32,9 +32,10 @@ from imstream.disposition import Limits, before_start
 from imstream.keys import GROUP, Keys
 from imstream.settings import Settings
 from imstream.store.adoption import Adopted, Adoption, NotAdopted
+from imstream.store.chat_request import ChatRequest
 from imstream.store.connection import Commands, Reader
 from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore, Terminal
-from imstream.store.requests import Admitted, ChatRequest, Entry, Refused, RequestStream
+from imstream.store.requests import Admitted, Entry, Refused, RequestStream
 from tests.redis.conftest import chat_request
 from tests.support.reply_model import TERMINAL, ReplyModel, Said
 

@@ -25,8 +25,8 @@ from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.worker.adopter import Adopter
-from imstream.worker.job import Parts
 from imstream.worker.jobs import Jobs
+from imstream.worker.parts import Parts
 from imstream.worker.tenure import Tenure
 from imstream.worker.worker import Worker
 from tests.redis.conftest import chat_request

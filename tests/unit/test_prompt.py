@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from imstream.ai.backend import Message
 from imstream.ai.prompt import assemble
-from imstream.store.requests import ChatRequest
+from imstream.store.chat_request import ChatRequest
 
 
 def request(*history: tuple[str, str]) -> ChatRequest:
