@@ -162,6 +162,11 @@ class Message:
         changed.set()
 
     def _apply(self, frame: ServerFrame) -> None:
+        if not self.accepted and _goes_on(frame):
+            # It was asked before under this id, told UNAVAILABLE, and is being answered all the same. This was on its
+            # way when it was asked again; after `accepted` all of it comes from its beginning.
+            self.repeated += 1
+            return
         self.accepted = True
         self.resuming = False
         if frame.event is Event.ACCEPTED:
@@ -220,3 +225,9 @@ class Message:
     def _violation(self, frame: ServerFrame, problem: str) -> ProtocolViolation:
         kind = frame.event or frame.code
         return ProtocolViolation(f"{kind} for message {self.message_id}, attempt {frame.attempt}: {problem}")
+
+
+def _goes_on(frame: ServerFrame) -> bool:
+    """Whether a frame comes after text that was told before."""
+    told_before = (frame.offset or 0) - len(frame.contents or "" if frame.event is Event.DELTA else "")
+    return frame.event in (Event.DELTA, Event.DONE) and told_before > 0

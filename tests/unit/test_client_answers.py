@@ -151,6 +151,29 @@ async def test_the_same_attempt_may_be_told_from_its_beginning() -> None:
         assert await within(reply.text()) == "shown"
 
 
+async def test_the_rest_of_an_answer_to_an_earlier_asking_is_not_taken_for_the_beginning() -> None:
+    async with connected() as session:
+        reply = await session.client.send("again", message_id="m1")  # UNAVAILABLE before, and yet it was recorded
+        await session.peer.hear_chat()
+        await session.peer.say_chat("m1", "delta", contents="answer", attempt=1, offset=10)
+        await session.peer.say_chat("m1", "done", attempt=1, offset=10)
+        await session.peer.say_chat("m1", "accepted", position=1)
+        await session.peer.say_chat("m1", "delta", contents="the answer", attempt=1, offset=10)
+        await session.peer.say_chat("m1", "done", attempt=1, offset=10)
+        assert await within(reply.text()) == "the answer"
+        assert reply.repeated == 2
+
+
+async def test_an_answer_may_begin_before_it_is_said_that_the_message_was_accepted() -> None:
+    async with connected() as session:
+        reply = await session.client.send("hello", message_id="m1")
+        await session.peer.hear_chat()
+        await session.peer.say_chat("m1", "delta", contents="the ", attempt=1, offset=4)
+        await session.peer.say_chat("m1", "delta", contents="answer", attempt=1, offset=10)
+        await session.peer.say_chat("m1", "done", attempt=1, offset=10)
+        assert await within(reply.text()) == "the answer"
+
+
 # What must not happen (I5)
 
 
