@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from imstream.gateway.following import Following
     from imstream.gateway.presence import Presence
     from imstream.gateway.registry import Registry
+    from imstream.gateway.rounds import Rounds
     from imstream.reply import Reply, ReplyBoard
     from imstream.settings import Settings
     from imstream.store.replies import ReplyStore
@@ -66,6 +67,7 @@ class Services:
     registry: Registry
     presence: Presence
     following: Following
+    rounds: Rounds
 
 
 class Session:
@@ -93,7 +95,7 @@ class Session:
         lang = websocket.query_params.get("lang") or websocket.headers.get("accept-language")
         self._phrases = Phrases(choose_lang(lang), services.settings.node)
         self._socket = socket_of(websocket.scope)
-        self._pump = Pump(self._socket, self._phrases)
+        self._pump = Pump(self._socket, self._phrases, services.rounds)
         self._last_words: tuple[Close, ServerFrame] | None = None
         self._held: list[Reply] | None = None
         """Answers that have begun since a frame is dealt with; None while there is none that matters."""
