@@ -20,6 +20,7 @@ from imstream.gateway.following import Following
 from imstream.gateway.listener import Listener
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import CLOSE_GRACE, Registry
+from imstream.gateway.rounds import Rounds
 from imstream.gateway.server import Server
 from imstream.gateway.services import Services
 from imstream.reply import ReplyBoard
@@ -90,7 +91,9 @@ class Node:
         self._presence = Presence(settings, Routes(commands, settings), inbox, registry)
         self._following = following
         self._listener = Listener(inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter)
-        services = Services(settings, requests, replies, board, self.worker, jobs, registry, self._presence, following)
+        services = Services(
+            settings, requests, replies, board, self.worker, jobs, registry, self._presence, following, Rounds()
+        )
         self._server = Server(make_app(services, not_ready=self.not_ready, stuck=self.stuck), settings)
 
     def not_ready(self) -> str | None:

@@ -19,6 +19,7 @@ from imstream.wire import Close, Code
 if TYPE_CHECKING:
     from imstream.gateway.phrases import Phrases
     from imstream.gateway.protocol import Socket
+    from imstream.gateway.rounds import Rounds
     from imstream.reply import Cursor, Reply
     from imstream.wire import ServerFrame
 
@@ -50,15 +51,17 @@ class Pump:
         "_loop",
         "_outbox",
         "_phrases",
+        "_rounds",
         "_scheduled",
         "_socket",
         "_taken",
         "blocked_since",
     )
 
-    def __init__(self, socket: Socket, phrases: Phrases) -> None:
+    def __init__(self, socket: Socket, phrases: Phrases, rounds: Rounds) -> None:
         self._socket = socket
         self._phrases = phrases
+        self._rounds = rounds
         self._loop = asyncio.get_running_loop()
         self._outbox: list[ServerFrame] = []
         self._cursors: dict[str, Cursor] = {}
@@ -123,10 +126,10 @@ class Pump:
         self._socket.on_room(None)
 
     def _schedule(self) -> None:
-        """Pump once in the next tick, however many pieces come in this one."""
+        """Pump once in the next round, however many pieces come until then."""
         if not self._scheduled and not self._abandoned:
             self._scheduled = True
-            self._loop.call_soon(self._pump)
+            self._rounds.join(self._pump)
 
     def _pump(self) -> None:
         self._scheduled = False

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from imstream.gateway.following import Following
     from imstream.gateway.presence import Presence
     from imstream.gateway.registry import Registry
+    from imstream.gateway.rounds import Rounds
     from imstream.reply import ReplyBoard
     from imstream.settings import Settings
     from imstream.store.replies import ReplyStore
@@ -30,3 +31,4 @@ class Services:
     registry: Registry
     presence: Presence
     following: Following
+    rounds: Rounds

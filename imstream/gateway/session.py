@@ -71,7 +71,7 @@ class Session:
         lang = websocket.query_params.get("lang") or websocket.headers.get("accept-language")
         self._phrases = Phrases(choose_lang(lang), services.settings.node)
         self._socket = socket_of(websocket.scope)
-        self._pump = Pump(self._socket, self._phrases)
+        self._pump = Pump(self._socket, self._phrases, services.rounds)
         self._last_words: tuple[Close, ServerFrame] | None = None
         self._held: list[Reply] | None = None
         """Answers that have begun since a frame is dealt with; None while there is none that matters."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from imstream.gateway.phrases import Phrases
 from imstream.gateway.pump import ENOUGH_TOGETHER, MAX_OUTBOX, MAX_TOGETHER, Pump
+from imstream.gateway.rounds import Rounds
 from imstream.reply import MAX_DELTA, Cursor, Reply
 from imstream.store.replies import Terminal
 from imstream.texts import Text
@@ -71,7 +72,7 @@ class PlayedSocket:
 def pump_on(socket: PlayedSocket) -> Pump:
     phrases = Phrases("en", "0")
     phrases.user_id = 10001
-    return Pump(socket, phrases)
+    return Pump(socket, phrases, Rounds(apart=0))
 
 
 def heartbeat() -> Any:  # noqa: ANN401 - a frame
