@@ -77,7 +77,7 @@ class Network:
             both.append(onward)
             self._connections[number] = both
             tap = Tap(self.complaints.append, self._note_accepted)
-            onwards = asyncio.create_task(_pass_on(reader, onward, lambda _: None))
+            onwards = asyncio.create_task(_pass_on(reader, onward, tap.feed_client))
             back = asyncio.create_task(_pass_on(onward_reader, writer, tap.feed))
             try:
                 # What a server says before it closes must arrive, so its side ends the connection when both are there.

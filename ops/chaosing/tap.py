@@ -5,6 +5,7 @@ The client library forgives: it drops what comes twice. Here nothing is forgiven
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -17,8 +18,8 @@ from ops.chaosing.history import TERMINAL, Complaint
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_SWITCHING = b"HTTP/1.1 101"
-_TEXT, _CONTROL, _FIN = 0x1, 0x8, 0x80
+_SWITCHING, _ASKING = b"HTTP/1.1 101", b"GET "
+_TEXT, _CONTROL, _FIN, _MASKED = 0x1, 0x8, 0x80, 0x80
 _TWO_BYTES, _EIGHT_BYTES = 126, 127
 _KNOWN_FIELDS = {field.alias for field in ServerFrame.model_fields.values()}
 _INTERNAL = {say(Text.INTERNAL, lang) for lang in ("zh", "en")}
@@ -27,9 +28,14 @@ _NEVER = (Code.BAD_REQUEST, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.RATE_LIMITED
 
 
 class FrameReader:
-    """Cuts the bytes from a server into the texts of its frames: RFC 6455, section 5.2, unmasked and uncompressed."""
+    """Cuts the bytes of one side into the texts of its frames: RFC 6455, section 5.2, uncompressed.
 
-    def __init__(self) -> None:
+    Args:
+        opening: How its part of the handshake begins; after another beginning nothing is a frame.
+    """
+
+    def __init__(self, opening: bytes = _SWITCHING) -> None:
+        self._opening = opening
         self._rest = b""
         self._open = False
         self._deaf = False
@@ -48,7 +54,7 @@ class FrameReader:
             if not end:
                 return
             self._open, self._rest = True, rest
-            self._deaf = not head.startswith(_SWITCHING)
+            self._deaf = not head.startswith(self._opening)
         while not self._deaf and (payload := self._next()) is not None:
             yield payload
 
@@ -60,9 +66,13 @@ class FrameReader:
             start = 2 + size
             if size:
                 length = int.from_bytes(self._rest[2:start])
+            mask = self._rest[start : start + 4] if self._rest[1] & _MASKED else b""
+            start += 4 if self._rest[1] & _MASKED else 0
             if len(self._rest) < start + length:
                 return None
             payload, self._rest = self._rest[start : start + length], self._rest[start + length :]
+            if mask:
+                payload = bytes(one ^ key for one, key in zip(payload, cycle(mask), strict=False))
             opcode = first & 0x0F
             if opcode & _CONTROL:
                 continue
@@ -79,6 +89,8 @@ class _Told:
         self.attempt: int | None = None
         self.offset: int | None = None
         self.ended = False
+        self.cancels = 0
+        """How often its client has asked to cancel it: so many receipts may come, also after the end."""
 
 
 class Tap:
@@ -93,6 +105,7 @@ class Tap:
         self._complain = complain
         self._on_accepted = on_accepted
         self._frames = FrameReader()
+        self._asked = FrameReader(_ASKING)
         self._told: dict[str, _Told] = {}
         self._user_id = 0
 
@@ -103,6 +116,13 @@ class Tap:
                 self._take(text)
         except ValueError as error:
             self._say("", f"not the WebSocket of imstream: {error}")
+
+    def feed_client(self, data: bytes) -> None:
+        """Take in what the client has sent: only that it asks to cancel matters here."""
+        for text in self._asked.feed(data):
+            frame = from_json(text)
+            if frame["msgType"] == MsgType.CANCEL:
+                self._told.setdefault(frame["messageId"], _Told()).cancels += 1
 
     def _take(self, text: str) -> None:
         try:
@@ -125,8 +145,12 @@ class Tap:
         if frame.code is Code.EXPIRED:
             return self._say(message_id, "EXPIRED")
         if frame.event is Event.ACCEPTED:
-            self._told[message_id] = _Told()
+            self._told[message_id] = anew = _Told()
+            anew.cancels = told.cancels
             return self._on_accepted(self._user_id, message_id)
+        if told.ended and frame.event is Event.CANCELLED and told.cancels > 0:
+            told.cancels -= 1
+            return None
         if told.ended:
             twice = frame.event in TERMINAL
             return self._say(message_id, f"{frame.event} after the end", twice=twice)

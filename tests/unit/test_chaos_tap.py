@@ -55,6 +55,22 @@ def test_frames_are_found_however_their_bytes_arrive(size: int) -> None:
     assert found == texts
 
 
+def test_the_receipt_of_a_cancel_may_come_after_the_end_and_no_other_end() -> None:
+    complaints: list[Complaint] = []
+    tap = Tap(complaints.append, lambda *_: None)
+    payload, key = b'{"msgType":"CANCEL","messageId":"m"}', b"\x01\x02\x03\x04"
+    masked = bytes(one ^ key[place % 4] for place, one in enumerate(payload))
+    tap.feed_client(b"GET /ws HTTP/1.1\r\n\r\n" + bytes([0x81, 0x80 | len(payload)]) + key + masked)
+    cancelled, done = (framed(chat(event, offset=0)) for event in (Event.CANCELLED, Event.DONE))
+    tap.feed(HEAD + cancelled + cancelled)
+    assert complaints == []
+    tap.feed(done + cancelled)
+    assert [(one.what, one.twice) for one in complaints] == [
+        ("done after the end", True),
+        ("cancelled after the end", True),
+    ]
+
+
 def test_what_is_no_websocket_is_not_listened_to() -> None:
     assert list(FrameReader().feed(b"HTTP/1.1 503 Service Unavailable\r\n\r\nno node")) == []
 
