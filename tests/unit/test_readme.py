@@ -35,3 +35,11 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_log_event_that_is_explained_is_one_that_is_logged() -> None:
+    table = README.partition("| log event |")[2].partition("\n\n")[0]
+    events = [event for row in table.splitlines()[2:] for event in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "imstream").rglob("*.py"))
+    assert events
+    assert [event for event in events if f'"{event}"' not in code] == []
