@@ -1,4 +1,4 @@
-"""The Redis that journeys run on: one server, Sentinel and Cluster."""
+"""The Redis that journeys run on: one server, Sentinel and Cluster; and the node of a module's own, `standing`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from tests.support.redis_sets import cluster_set, flush, sentinel_set
 from tests.support.stage import fresh_redis
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from tests.support.one_node import OneNode
     from tests.support.redis_sets import Topology
 
 TOPOLOGIES: dict[str, Callable[[Path], AbstractContextManager[Topology]]] = {
@@ -35,3 +36,11 @@ def empty_redis(any_redis: Topology) -> Topology:
     """The same without any key."""
     flush(any_redis)
     return any_redis
+
+
+@pytest.fixture
+async def node(standing: OneNode) -> AsyncIterator[OneNode]:
+    """The node that stands for the whole module; after each test it is idle again."""
+    yield standing
+    await standing.settled()
+    standing.check_log()

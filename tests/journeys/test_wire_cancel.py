@@ -12,7 +12,7 @@ from tests.support.peer import Told
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from tests.support.one_node import OneNode
     from tests.support.redis_sets import Topology
@@ -29,14 +29,6 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_
     """A node that works on one request at a time."""
     with standing_node(tmp_path_factory.mktemp("cancel"), demo.url, empty_redis, concurrency=1) as node:
         yield node
-
-
-@pytest.fixture
-async def node(standing: OneNode) -> AsyncIterator[OneNode]:
-    """The node; after the test it is idle again."""
-    yield standing
-    await standing.settled()
-    standing.check_log()
 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])

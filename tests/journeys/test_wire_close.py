@@ -12,7 +12,7 @@ from tests.support.one_node import standing_node
 from tests.support.peer import peer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from tests.support.one_node import OneNode
     from tests.support.servers import DemoBackend
@@ -26,14 +26,6 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
     limits = {"init_timeout": "600ms", "idle_timeout": "1500ms", "max_frame": 4096}
     with standing_node(tmp_path_factory.mktemp("close"), demo.url, **limits) as node:
         yield node
-
-
-@pytest.fixture
-async def node(standing: OneNode) -> AsyncIterator[OneNode]:
-    """The node; after the test it is idle again."""
-    yield standing
-    await standing.settled()
-    standing.check_log()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.support.peer import Told
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from tests.support.one_node import OneNode
     from tests.support.redis_sets import Topology
@@ -34,14 +34,6 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_
     """A node that works on two requests at a time."""
     with standing_node(tmp_path_factory.mktemp("resume"), demo.url, empty_redis, concurrency=2) as node:
         yield node
-
-
-@pytest.fixture
-async def node(standing: OneNode) -> AsyncIterator[OneNode]:
-    """The node; after the test it is idle again."""
-    yield standing
-    await standing.settled()
-    standing.check_log()
 
 
 async def _ask(node: OneNode, message_id: str) -> None:
