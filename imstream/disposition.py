@@ -6,6 +6,7 @@
     ended before, by this request, as failed         Bury: the dead letter is all that is missing
     ended before, otherwise; a duplicate             Finish
     the backend refuses for good                     Bury, with the backend's reason
+    a guard refuses the message, or the answer       Bury, with the guard's reason and sentence
     the backend failed, attempts and time are left   Retry, not before it asked for
     the backend failed, none are left                Bury, with the last reason
     another attempt took over; the node drains       Leave: it is, or will be, somebody else's
@@ -47,11 +48,20 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """What a client is told of a message that a guard refused: a code for programs, a sentence in its language."""
+
+    code: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bury:
     """Give up: tell the client `failed`, and move the request to the dead stream."""
 
     reason: str
     error: str
+    refusal: Refusal | None = None
 
 
 Disposition = Finish | Leave | Retry | Bury

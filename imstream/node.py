@@ -23,6 +23,8 @@ from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.rounds import Rounds
 from imstream.gateway.server import Server
 from imstream.gateway.services import Services
+from imstream.guards.chain import Guards
+from imstream.guards.guard import Supplies
 from imstream.reply import ReplyBoard
 from imstream.store import health
 from imstream.store.adoption import Adoption
@@ -79,7 +81,8 @@ class Node:
         self.tenure = tenure = Tenure(leases, settings)
         self.jobs = jobs = Jobs(settings, replies, board, inbox)
         following = Following(settings, replies, board, registry)
-        parts = Parts(settings, requests, replies, board, backend, Breaker(settings), inbox, following.begun)
+        self._guards = guards = Guards.make(Supplies(settings, commands, inbox))
+        parts = Parts(settings, requests, replies, board, backend, Breaker(settings), guards, inbox, following.begun)
         self.worker = Worker(parts, jobs, leases, tenure)
 
         def worker_of(node: str) -> Worker:
@@ -92,7 +95,7 @@ class Node:
         self._following = following
         self._listener = Listener(inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter)
         services = Services(
-            settings, requests, replies, board, self.worker, jobs, registry, self._presence, following, Rounds()
+            settings, guards, requests, replies, board, self.worker, jobs, registry, self._presence, following, Rounds()
         )
         self._server = Server(make_app(services, not_ready=self.not_ready, stuck=self.stuck), settings)
 
@@ -127,7 +130,7 @@ class Node:
         """
         self._server.listen()
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._guards, asyncio.TaskGroup() as group:
                 await self._serve(group)
         except* NodeTaken as taken:
             # One of them is enough to tell; there is only one anyway.

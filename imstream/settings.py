@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from pathlib import Path  # noqa: TC003 - pydantic needs it
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
@@ -121,6 +122,31 @@ class Settings(SettingsGroup):
     retire_after: Positive = Field(
         timedelta(hours=1), description="How long a dead node without requests stays in the directory."
     )
+    auth: Literal["none", "jwt"] = Field(
+        "none", description="How users show who they are; none: a node listens on loopback only."
+    )
+    auth_algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = Field(
+        "HS256", description="The one algorithm that tokens may be signed with."
+    )
+    auth_secret: SecretStr | None = Field(None, description="Secret of HS256, at least 32 bytes.")
+    auth_public_key: Path | None = Field(None, description="PEM file with the public key of the other algorithms.")
+    auth_jwks_url: str | None = Field(
+        None, pattern=r"^https?://", description="Address of a JSON Web Key Set with the public keys."
+    )
+    auth_claim: str = Field("sub", min_length=1, description="Claim of the token that is the user id.")
+    auth_issuer: str | None = Field(None, description="What the token's iss must be.")
+    auth_audience: str | None = Field(None, description="What the token's aud must be, or contain.")
+    auth_leeway: Duration = Field(timedelta(seconds=5), description="How far clocks may differ at exp and nbf.")
+    auth_warning: Positive = Field(
+        timedelta(seconds=30), description="How long before a token ends its client is asked for a new one."
+    )
+    allow_insecure: bool = Field(
+        default=False, description="Listen beyond loopback although anybody may claim to be anybody."
+    )
+    origins: str = Field(
+        "same", description="Pages that may open sockets, with commas: same (host), null (from disk), *, or origins."
+    )
+
     sessions: Literal["many", "one"] = Field(
         "many", description="Sockets a user may have; one: the newest wins, the older is closed (4502)."
     )
@@ -130,6 +156,50 @@ class Settings(SettingsGroup):
     idle_timeout: Positive = Field(timedelta(seconds=75), description="Silence after which a socket is closed (4001).")
     stall_timeout: Positive = Field(
         timedelta(seconds=10), description="How long a socket may refuse to read before it is closed (4002)."
+    )
+    handshake_timeout: Positive = Field(
+        timedelta(seconds=10), description="Time a connection has to ask for something."
+    )
+    heartbeat: Positive = Field(timedelta(seconds=25), description="How often clients are asked to be heard of.")
+    max_depth: int = Field(8, ge=4, description="Deepest nesting of a frame's JSON.")
+    max_history: int = Field(200, ge=0, description="Most turns in the history of one message.")
+    frame_rate: int = Field(50, ge=0, description="Frames a socket may send each second, on average; 0: any number.")
+    frame_burst: int = Field(200, ge=1, description="Frames a socket may send at once.")
+    chats_per_minute: int = Field(60, ge=0, description="Messages a user may ask each minute on a node; 0: any number.")
+    user_sockets: int = Field(16, ge=1, description="Sockets a user may have on a node; more are closed (4504).")
+    node_sockets: int = Field(10_000, ge=1, description="Sockets a node may have; more are closed (1013).")
+
+    daily_quota: int = Field(0, ge=0, description="Messages a user may ask each day; 0: any number.")
+    quota_timezone: str = Field("UTC", description="Time zone in which such a day begins, such as Asia/Shanghai.")
+    violation_window: Positive = Field(timedelta(minutes=10), description="How long a refused content is remembered.")
+    lock_after: int = Field(3, ge=0, description="Refused contents after which a user is locked; 0: never.")
+    lock_time: Positive = Field(timedelta(hours=1), description="How long such a user is locked.")
+    ban_after: int = Field(10, ge=0, description="Refused contents after which a user is banned; 0: never.")
+
+    words: Path | None = Field(None, description="File of words that are not wanted, one a line.")
+    words_action: Literal["refuse", "mask"] = Field("refuse", description="What becomes of a text with such a word.")
+    moderation_url: str | None = Field(
+        None, pattern=r"^https?://", description="OpenAI-compatible base URL that moderates messages, ending in /v1."
+    )
+    moderation_key: SecretStr | None = Field(None, description="Key sent there as a bearer token.")
+    moderation_model: str = Field("omni-moderation-latest", min_length=1, description="Model that is asked for there.")
+    moderation_timeout: Positive = Field(timedelta(seconds=3), description="Time limit of one moderation.")
+    moderation_fail: Literal["open", "closed"] = Field(
+        "closed", description="Without moderation, messages are asked (open), or wait and fail (closed)."
+    )
+    moderation_batch: int = Field(16, ge=1, description="Most messages moderated in one call.")
+
+    system_prompt: str | None = Field(None, description="What the model is told first; {user}, {date}, {language}.")
+    system_prompt_file: Path | None = Field(None, description="File with the system prompt, instead.")
+    prompt_template: str = Field(
+        "{contents}", description="What a message is put into; the system prompt's, {contents}."
+    )
+    allow_system_role: bool = Field(default=False, description="Take turns with the role system from clients.")
+    context_tokens: int = Field(8192, ge=256, description="Tokens of the model's context.")
+    answer_tokens: int = Field(1024, ge=1, description="Tokens of it that are kept free for the answer.")
+    tokenizer: Path | None = Field(None, description="The model's tokenizer.json; without it tokens are estimated.")
+    history: Literal["drop", "summarise"] = Field(
+        "drop", description="What becomes of the oldest turns when the context is full."
     )
     drain_grace: Positive = Field(timedelta(seconds=30), description="Time running answers get to end on SIGTERM.")
 

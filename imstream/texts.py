@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, Protocol
 
 Lang = Literal["zh", "en"]
 DEFAULT_LANG: Lang = "zh"
+
+
+class Sentence(Protocol):
+    """What a person is told, in both languages. Braces are filled in by `say`."""
+
+    @property
+    def zh(self) -> str:
+        """The Chinese sentence."""
+        ...
+
+    @property
+    def en(self) -> str:
+        """The English sentence."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSentence:
+    """A `Sentence` that only one module says, and so keeps."""
+
+    zh: str
+    en: str
 
 
 class Text(Enum):
@@ -68,7 +91,7 @@ class Text(Enum):
         return self.value[1]
 
 
-def say(text: Text, lang: Lang, **values: object) -> str:
+def say(text: Sentence, lang: Lang, **values: object) -> str:
     """The sentence in the given language, with its braces filled in."""
     return (text.en if lang == "en" else text.zh).format(**values)
 

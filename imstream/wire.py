@@ -199,6 +199,8 @@ class ServerFrame(_Frame):
         offset: Where the reply stands after this frame; opaque to clients, given back in `resume`.
         attempt: The attempt the text belongs to, from 1.
         position: Requests that wait for a worker up to and including this one; 1 is next.
+        remaining: Chats that the user has left today, where their number is limited.
+        heartbeat_ms: How often the client should be heard of.
     """
 
     code: Code = Code.SUCCESS
@@ -211,6 +213,8 @@ class ServerFrame(_Frame):
     attempt: int | None = None
     offset: int | None = None
     position: int | None = None
+    remaining: int | None = None
+    heartbeat_ms: int | None = None
     retry_after_ms: int | None = None
     finish_reason: str | None = None
     usage: dict[str, int] | None = None

@@ -78,10 +78,14 @@ def _metavar(annotation: object) -> str:
         return "|".join(str(choice) for choice in get_args(annotation))
     if annotation is timedelta:
         return "TIME"
+    if annotation is bool:
+        return "true|false"
     return "NUMBER" if annotation in {int, float} else "TEXT"
 
 
 def _show(default: object) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
     if not isinstance(default, timedelta):
         return f"{default:g}" if isinstance(default, float) else str(default)
     for unit, span in (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("m", timedelta(minutes=1))):

@@ -9,7 +9,9 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 
 from imstream.gateway.page import page_routes
-from imstream.gateway.session import Session
+from imstream.gateway.session import Session, asked_lang
+from imstream.guards.guard import Handshake
+from imstream.texts import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,12 +33,16 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: 
     node = services.settings.node
 
     async def socket(websocket: WebSocket) -> None:
-        if (why := not_ready()) is None:
-            await Session(websocket, services).run()
-        else:
+        refused = services.guards.handshake(Handshake(websocket.headers))
+        if refused is not None:
+            lang = asked_lang(websocket)
+            await websocket.send_denial_response(PlainTextResponse(say(refused.sentence, lang), status_code=403))
+        elif (why := not_ready()) is not None:
             # Instead of a socket that could do nothing: a load balancer takes its user to another node at once.
             refusal = PlainTextResponse(f"not ready: {why}", status_code=503, headers={"Retry-After": "1"})
             await websocket.send_denial_response(refusal)
+        else:
+            await Session(websocket, services).run()
 
     async def readyz(_: Request) -> JSONResponse:
         why = not_ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import ceil
 from typing import TYPE_CHECKING
 
 from imstream.reply import Finished, Grown
@@ -10,7 +11,9 @@ from imstream.texts import Lang, Text, say
 from imstream.wire import Code, Event, MsgType, ServerFrame, encode_delta
 
 if TYPE_CHECKING:
+    from imstream.guards.guard import Refuse
     from imstream.reply import Restarted
+    from imstream.texts import Sentence
     from imstream.wire import BadFrame
 
 RETRY_AFTER_MS = 2_000
@@ -34,12 +37,13 @@ class Phrases:
         self.user_id: int | None = None
         self._node = node
 
-    def welcome(self) -> ServerFrame:
+    def welcome(self, remaining: int | None = None) -> ServerFrame:
         """The answer to INIT."""
         return ServerFrame(
             msg_type=MsgType.INIT,
             contents=self._say(Text.WELCOME, user_id=self.user_id),
             user_id=self.user_id,
+            remaining=remaining,
             node=self._node,
         )
 
@@ -47,7 +51,7 @@ class Phrases:
         """The answer to PING and HEARTBEAT."""
         return ServerFrame(msg_type=MsgType.HEARTBEAT, contents=self._say(Text.HEARTBEAT), user_id=self.user_id)
 
-    def accepted(self, message_id: str, position: int) -> ServerFrame:
+    def accepted(self, message_id: str, position: int, remaining: int | None = None) -> ServerFrame:
         """The message is in the stream."""
         return ServerFrame(
             msg_type=MsgType.CHAT,
@@ -56,12 +60,25 @@ class Phrases:
             user_id=self.user_id,
             message_id=message_id,
             position=position,
+            remaining=remaining,
             node=self._node,
         )
 
     def busy(self, message_id: str, *, by_user: bool = False) -> ServerFrame:
         """The message does not fit: the node's cap, or the user's own."""
         return self.system(Code.BUSY, Text.USER_BUSY if by_user else Text.BUSY, message_id=message_id, retry=True)
+
+    def refused(self, verdict: Refuse, message_id: str | None = None) -> ServerFrame:
+        """A guard lets it go no further."""
+        after = verdict.retry_after
+        return ServerFrame(
+            code=verdict.code,
+            msg_type=MsgType.SYSTEM,
+            contents=self._say(verdict.sentence, **verdict.values),
+            user_id=self.user_id,
+            message_id=message_id,
+            retry_after_ms=None if after is None else ceil(after.total_seconds() * 1000),
+        )
 
     def bad_frame(self, error: BadFrame) -> ServerFrame:
         """The frame is not one of ours."""
@@ -84,7 +101,7 @@ class Phrases:
         )
 
     def system(
-        self, code: Code, text: Text, *, message_id: str | None = None, retry: bool = False, **values: object
+        self, code: Code, text: Sentence, *, message_id: str | None = None, retry: bool = False, **values: object
     ) -> ServerFrame:
         """A SYSTEM frame; with `retry` it says when to try again."""
         return ServerFrame(
@@ -117,6 +134,8 @@ class Phrases:
         if terminal.event == "failed":
             code = Code.AI_FAILED
             contents = self._say(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)
+            if terminal.refusal is not None:
+                code, contents = Code(terminal.refusal.code), terminal.refusal.sentence
         elif terminal.event == "cancelled":
             contents = self._say(Text.CANCELLED)
         return ServerFrame(
@@ -133,5 +152,5 @@ class Phrases:
             node=self._node,
         )
 
-    def _say(self, text: Text, **values: object) -> str:
+    def _say(self, text: Sentence, **values: object) -> str:
         return say(text, self.lang, **values)

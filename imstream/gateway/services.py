@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from imstream.gateway.presence import Presence
     from imstream.gateway.registry import Registry
     from imstream.gateway.rounds import Rounds
+    from imstream.guards.chain import Guards
     from imstream.reply import ReplyBoard
     from imstream.settings import Settings
     from imstream.store.replies import ReplyStore
@@ -23,6 +24,7 @@ class Services:
     """What sessions use of their node."""
 
     settings: Settings
+    guards: Guards
     requests: RequestStream
     replies: ReplyStore
     board: ReplyBoard

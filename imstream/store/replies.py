@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic_core import from_json, to_json
 
+from imstream.disposition import Refusal
 from imstream.keys import Keys
 from imstream.store.scripts import Script
 from imstream.store.spans import milliseconds
@@ -31,6 +32,7 @@ class Terminal:
 
     Attributes:
         reason: For `failed`: why, as in the dead stream.
+        refusal: For `failed`: what to tell instead of the usual, when a guard refused the message.
     """
 
     event: TerminalEvent
@@ -38,6 +40,7 @@ class Terminal:
     usage: dict[str, int] | None = None
     reason: str | None = None
     error: str | None = None
+    refusal: Refusal | None = None
 
     def fields(self) -> tuple[str, ...]:
         """What the terminal entry carries beside attempt, event, offset and text, as field, value, …."""
@@ -46,6 +49,8 @@ class Terminal:
             "usage": None if self.usage is None else to_json(self.usage).decode(),
             "reason": self.reason,
             "error": self.error,
+            "code": None if self.refusal is None else self.refusal.code,
+            "sentence": None if self.refusal is None else self.refusal.sentence,
         }
         return tuple(part for name, value in named.items() if value is not None for part in (name, value))
 
@@ -222,4 +227,5 @@ def _terminal(fields: dict[str, Any]) -> Terminal:
         usage=from_json(fields["usage"]) if "usage" in fields else None,
         reason=fields.get("reason"),
         error=fields.get("error"),
+        refusal=Refusal(fields["code"], fields["sentence"]) if "sentence" in fields else None,
     )

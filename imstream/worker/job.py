@@ -18,17 +18,24 @@ from imstream.disposition import (
     Finish,
     Leave,
     Limits,
+    Refusal,
     Retry,
     after_failure,
     before_start,
 )
 from imstream.errors import BackendError, StoreError, TransientBackendError
+from imstream.guards.guard import Refused
 from imstream.store.inbox import ReplyGrew
 from imstream.store.patience import patiently
 from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Rejected, Terminal
+from imstream.texts import DEFAULT_LANG, say
 from imstream.worker.recorder import Recorder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imstream.ai.backend import Completion
+    from imstream.guards.guard import Refuse
     from imstream.reply import Reply
     from imstream.store.chat_request import ChatRequest
     from imstream.store.requests import Entry
@@ -83,6 +90,7 @@ class Job:
                 case Finish():
                     await self._parts.requests.finish(self.entry)
                 case Bury(reason, error):
+                    await patiently(lambda: self._parts.guards.failed(self.request))
                     await self._parts.requests.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
                     self._log.error("request buried", reason=reason, error=error, attempts=self._attempts)
         finally:
@@ -162,7 +170,9 @@ class Job:
             return await self._already(opened)
         assert self._recorder is not None  # noqa: S101 - there is one from the first opening on
         try:
-            completion = await self._parts.backend.answer(prompt.assemble(self.request), on_text=self._recorder.write)
+            completion = await self._ask(self._recorder.write)
+        except Refused as refused:
+            return self._refused(refused.verdict)
         except BackendError as error:
             if isinstance(error, TransientBackendError):
                 self._parts.breaker.failed(error.retry_after)
@@ -174,6 +184,22 @@ class Job:
         self._parts.breaker.succeeded()
         self._scope = None  # complete: from here on, nothing stops it but its record
         return await self._end(Terminal("done", completion.finish_reason, completion.usage))
+
+    async def _ask(self, write: Callable[[str], None]) -> Completion:
+        """One AI call, past all guards."""
+        parts = self._parts
+        request = await parts.guards.request(self.request)
+        filtered = parts.guards.answer(request, write)
+        completion = await parts.backend.answer(
+            prompt.assemble(request), on_text=write if filtered is None else filtered.feed
+        )
+        if filtered is not None:
+            filtered.end()
+        return completion
+
+    def _refused(self, verdict: Refuse) -> Bury:
+        sentence = say(verdict.sentence, "en" if self.request.lang == "en" else DEFAULT_LANG, **verdict.values)
+        return Bury(verdict.reason, say(verdict.sentence, "en", **verdict.values), Refusal(verdict.code, sentence))
 
     async def _retry(self, known: list[Disposition]) -> Disposition:
         if known:
@@ -243,7 +269,7 @@ class Job:
             return await self._already(opened)
         if self.reply.terminal is not None:
             return bury
-        disposition = await self._end(Terminal("failed", reason=bury.reason, error=bury.error))
+        disposition = await self._end(Terminal("failed", reason=bury.reason, error=bury.error, refusal=bury.refusal))
         return bury if disposition == Finish() and self._ended_as("failed") else disposition
 
     async def _end(self, terminal: Terminal) -> Disposition:

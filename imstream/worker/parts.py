@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from imstream.ai.backend import Backend
     from imstream.ai.breaker import Breaker
+    from imstream.guards.chain import Guards
     from imstream.reply import Reply, ReplyBoard
     from imstream.settings import Settings
     from imstream.store.inbox import Inbox
@@ -23,6 +24,7 @@ class Parts:
 
     Attributes:
         requests: The stream that the worker reads.
+        guards: What each request and answer must pass.
         inbox: The way to other nodes, which may have sockets of the same users.
         begun: Is told of every reply whose first attempt begins here.
     """
@@ -33,5 +35,6 @@ class Parts:
     board: ReplyBoard
     backend: Backend
     breaker: Breaker
+    guards: Guards
     inbox: Inbox
     begun: Callable[[Reply], None]

@@ -15,6 +15,7 @@ import redis
 
 from imstream.ai.backend import Completion
 from imstream.ai.breaker import Breaker
+from imstream.guards.chain import Guards
 from imstream.keys import GROUP, Keys
 from imstream.reply import Cursor, Finished, Grown, ReplyBoard, Restarted
 from imstream.settings import Settings
@@ -290,7 +291,8 @@ def _furnish(
     inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
     jobs, tenure, begun = Jobs(known, replies, board, inbox), Tenure(leases, known), list[str]()
     parts = Parts(
-        known, requests, replies, board, backend, Breaker(known), inbox, lambda reply: begun.append(reply.message_id)
+        *(known, requests, replies, board, backend, Breaker(known), Guards(), inbox),
+        begun=lambda reply: begun.append(reply.message_id),
     )
 
     def worker_of(node: str) -> Worker:

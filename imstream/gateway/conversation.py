@@ -1,0 +1,222 @@
+"""What a client's frames lead to: login, messages, cancels. One conversation for each session."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, assert_never
+
+import structlog
+
+from imstream.errors import StoreError, StoreFull
+from imstream.guards.guard import Login, Refuse
+from imstream.reply import Cursor
+from imstream.store.chat_request import ChatRequest
+from imstream.store.requests import Admitted
+from imstream.texts import Text
+from imstream.wire import (
+    USER_ID_FIELD,
+    BadFrame,
+    ClientCancel,
+    ClientChat,
+    ClientFrame,
+    ClientHeartbeat,
+    ClientInit,
+    Close,
+    Code,
+    ResumePoint,
+    parse,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imstream.gateway.phrases import Phrases
+    from imstream.gateway.pump import Pump
+    from imstream.gateway.services import Services
+    from imstream.gateway.session import Session
+    from imstream.reply import Reply
+
+log = structlog.get_logger()
+
+
+class Conversation:
+    """Obeys the frames of one client, one after the other, and says what became of each."""
+
+    __slots__ = ("_held", "_phrases", "_pump", "_services", "_session")
+
+    def __init__(self, session: Session, pump: Pump, phrases: Phrases, services: Services) -> None:
+        self._session = session
+        self._pump = pump
+        self._phrases = phrases
+        self._services = services
+        self._held: list[Reply] | None = None
+        """Answers that have begun since a frame is dealt with; None while there is none that matters."""
+
+    async def take(self, text: str) -> None:
+        """Obey one text frame. Whatever is wrong is said to the client."""
+        try:
+            frame = parse(text)
+        except BadFrame as error:
+            if error.field == USER_ID_FIELD:
+                self._session.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
+            else:
+                self._pump.say(self._phrases.bad_frame(error))
+            return
+        message_id = getattr(frame, "message_id", None)
+        try:
+            await self._obey(frame)
+        except StoreFull:
+            log.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
+            self._pump.say(self._phrases.system(Code.BUSY, Text.BUSY, message_id=message_id, retry=True))
+        except StoreError as error:
+            self._say_unavailable(error, message_id)
+        except Exception:
+            log.exception("frame failed", type=frame.msg_type, user=self._session.user_id)
+            self._pump.say(self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL, message_id=message_id))
+
+    def follow(self, reply: Reply) -> None:
+        """Follow an answer that begins, unless its end was told; but say first what the frame at hand is answered."""
+        if self._held is not None:
+            self._held.append(reply)
+        elif not self._pump.has_told(reply.message_id):
+            self._pump.follow(Cursor(reply))
+
+    @contextmanager
+    def _holding(self, *known: str) -> Iterator[None]:
+        """Follow only afterwards what begins meanwhile, except messages of which the client knows the beginning."""
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+            for reply in held:
+                if reply.message_id not in known:
+                    self.follow(reply)
+
+    async def _obey(self, frame: ClientFrame) -> None:
+        match frame:
+            case ClientInit():
+                if self._is_own(frame.user_id):
+                    await self._init(frame)
+            case ClientHeartbeat():
+                if self._is_own(frame.user_id):
+                    self._pump.say(self._phrases.heartbeat())
+            case ClientChat():
+                if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
+                    with self._holding():  # the answer may begin before it is said that the message was accepted
+                        await self._chat(frame)
+            case ClientCancel():
+                if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
+                    await self._cancel(frame.message_id)
+            case _:
+                assert_never(frame)
+
+    async def _init(self, frame: ClientInit) -> None:
+        services, session = self._services, self._session
+        welcome = await services.guards.login(Login(frame.user_id, frame.token))
+        if isinstance(welcome, Refuse):
+            self._refuse(welcome)
+            return
+        session.user_id = self._phrases.user_id = frame.user_id
+        with self._holding(*(point.message_id for point in frame.resume)):
+            services.registry.log_in(session, frame.user_id)
+            # The route first: then no batch falls between what is read here and what other nodes tell, and who has
+            # been welcomed misses nothing that is asked from then on.
+            await services.presence.arrive(session, frame.user_id)
+            self._pump.say(self._phrases.welcome(welcome.remaining))
+            # All at once: their reads share a pipeline.
+            await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
+
+    async def _resume_or_say(self, point: ResumePoint) -> None:
+        try:
+            await self._resume(point)
+        except StoreError as error:
+            self._say_unavailable(error, point.message_id)
+
+    async def _resume(self, point: ResumePoint) -> None:
+        user_id, message_id = self._known_user(), point.message_id
+        reply = self._services.board.get(user_id, message_id)
+        if not await self._services.following.catch_up(reply):
+            self._pump.say(self._phrases.expired(message_id))
+            return
+        self._pump.follow(Cursor(reply, attempt=point.attempt, offset=point.offset))
+
+    async def _chat(self, frame: ClientChat) -> None:
+        services, phrases = self._services, self._phrases
+        asked = self._request(frame)
+        user_id, message_id = asked.user_id, asked.message_id
+        if services.worker.stopping:
+            self._pump.say(phrases.system(Code.UNAVAILABLE, Text.DRAINING, message_id=message_id, retry=True))
+            return
+        passed = await services.guards.chat(asked)
+        if isinstance(passed, Refuse):
+            self._refuse(passed, message_id)
+            return
+        # Held from here on: the worker may have answered before this socket follows.
+        reply = services.board.get(user_id, message_id)
+        verdict = await services.requests.admit(passed.request)
+        if not isinstance(verdict, Admitted):
+            await passed.undo()
+            self._pump.say(phrases.busy(message_id, by_user=verdict.by_user))
+            return
+        if not reply.live:
+            # Without the mark it would be answered too, but a resume or cancel on another node would not find it before
+            # its turn. So it is not called accepted: sent again, it is a duplicate that is recognised.
+            await services.replies.mark_queued(user_id, message_id)
+        self._pump.say(phrases.accepted(message_id, verdict.position, passed.remaining))
+        # From the beginning, also what this socket may have been told already when the message is sent again.
+        self._pump.follow_anew(Cursor(reply))
+
+    def _request(self, frame: ClientChat) -> ChatRequest:
+        return ChatRequest(
+            user_id=self._known_user(),
+            message_id=frame.message_id or secrets.token_urlsafe(12),
+            contents=frame.contents,
+            history=tuple((turn.role, turn.content) for turn in frame.history),
+            lang=self._phrases.lang,
+            at=time.time_ns() // 1_000_000,
+            trace=f"{random.getrandbits(64):016x}",
+        )
+
+    async def _cancel(self, message_id: str) -> None:
+        followed = message_id in self._pump.followed
+        match await self._services.jobs.cancel(self._known_user(), message_id):
+            case "cancelled":
+                if not followed:
+                    self._pump.say(self._phrases.cancelled(message_id))
+            case "too_late":
+                self._pump.say(self._phrases.system(Code.TOO_LATE, Text.TOO_LATE, message_id=message_id))
+            case "unknown":
+                self._pump.say(self._phrases.system(Code.UNKNOWN, Text.UNKNOWN_MESSAGE, message_id=message_id))
+
+    def _refuse(self, verdict: Refuse, message_id: str | None = None) -> None:
+        frame = self._phrases.refused(verdict, message_id)
+        if verdict.close is None:
+            self._pump.say(frame)
+        else:
+            self._session.close_with(verdict.close, frame)
+
+    def _say_unavailable(self, error: StoreError, message_id: str | None) -> None:
+        log.warning("redis away, client told UNAVAILABLE", error=str(error))
+        self._pump.say(self._phrases.system(Code.UNAVAILABLE, Text.UNAVAILABLE, message_id=message_id, retry=True))
+
+    def _is_logged_in(self) -> bool:
+        if self._session.user_id is None:
+            self._pump.say(self._phrases.system(Code.FORBIDDEN, Text.NOT_LOGGED_IN))
+        return self._session.user_id is not None
+
+    def _is_own(self, user_id: int | None, message_id: str | None = None) -> bool:
+        """Whether a frame speaks for the user of this socket: of its INIT, or before that of its URL."""
+        owner = self._session.url_user if self._session.user_id is None else self._session.user_id
+        if user_id is None or owner is None or user_id == owner:
+            return True
+        self._pump.say(self._phrases.system(Code.FORBIDDEN, Text.OTHER_USER, message_id=message_id))
+        return False
+
+    def _known_user(self) -> int:
+        assert self._session.user_id is not None  # noqa: S101 - checked when the frame was taken
+        return self._session.user_id

@@ -1,0 +1,4 @@
+"""What a message passes before it costs anything: each guard is one module here, found by itself.
+
+To add one, write one file in this folder with a subclass of `Guard` (see `guard.py`), its settings and its sentences.
+"""

@@ -1,0 +1,195 @@
+"""All guards of a node, asked one after the other. Only those are asked that have something to say at the moment."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import structlog
+
+from imstream import guards as folder
+from imstream.errors import StoreError
+from imstream.guards.guard import Guard, Pass, Refuse, Refused, overrides
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
+
+    from imstream.guards.guard import AnswerFilter, Handshake, Login, Supplies
+    from imstream.store.chat_request import ChatRequest
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """A user may come in: until when, in seconds since 1970, and how many chats are left today."""
+
+    until: float | None = None
+    remaining: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A message may be admitted, as `request`. If it is not, `undo` takes back what that has cost."""
+
+    request: ChatRequest
+    remaining: int | None
+    passes: Sequence[Pass]
+
+    async def undo(self) -> None:
+        """Take back what the guards have counted. Without Redis it stays counted."""
+        for one in self.passes:
+            if one.undo is not None:
+                try:
+                    await one.undo()
+                except StoreError as error:
+                    log.warning("a refused message stays counted", user=self.request.user_id, error=str(error))
+
+
+class Guards:
+    """The guards of one node. An async context manager: inside it they are at work."""
+
+    def __init__(self, guards: Iterable[Guard] = ()) -> None:
+        self._all = sorted(guards, key=lambda guard: guard.order)
+        self._handshake = self._at("handshake")
+        self._login = self._at("login")
+        self._chat = self._at("chat")
+        self._request = self._at("request")
+        self._answer = self._at("answer")
+        self._violated = self._at("violated")
+        self._failed = self._at("failed")
+        self._stack = AsyncExitStack()
+
+    @classmethod
+    def make(cls, supplies: Supplies) -> Self:
+        """All guards that the settings ask for. Raises `SettingsError`."""
+        made = (guard.make(supplies) for guard in all_guards())
+        return cls(guard for guard in made if guard is not None)
+
+    def __iter__(self) -> Iterator[Guard]:
+        return iter(self._all)
+
+    async def __aenter__(self) -> Self:
+        for guard in self._all:
+            await self._stack.enter_async_context(guard)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, traceback)
+
+    def handshake(self, handshake: Handshake) -> Refuse | None:
+        """Whether a socket may be opened."""
+        for guard in self._handshake:
+            if (refusal := guard.handshake(handshake)) is not None:
+                return refusal
+        return None
+
+    async def login(self, login: Login) -> Welcome | Refuse:
+        """Whether a user may come in. Raises `StoreError`."""
+        until, remaining = list[float](), list[int]()
+        for guard in self._login:
+            verdict = await guard.login(login)
+            if isinstance(verdict, Refuse):
+                log.info("login refused", reason=verdict.reason, user=login.user_id)
+                return verdict
+            if verdict.until is not None:
+                until.append(verdict.until)
+            if verdict.remaining is not None:
+                remaining.append(verdict.remaining)
+        return Welcome(min(until, default=None), min(remaining, default=None))
+
+    async def chat(self, request: ChatRequest) -> Passed | Refuse:
+        """Whether a message may be admitted. Raises `StoreError`."""
+        passes = list[Pass]()
+        for guard in self._chat:
+            verdict = await guard.chat(request)
+            if isinstance(verdict, Refuse):
+                await Passed(request, None, passes).undo()
+                await self._note(verdict, request)
+                return verdict
+            request = _changed(request, verdict)
+            passes.append(verdict)
+        remaining = [one.remaining for one in passes if one.remaining is not None]
+        return Passed(request, min(remaining, default=None), passes)
+
+    async def request(self, request: ChatRequest) -> ChatRequest:
+        """What is to be asked. Raises `Refused` when nothing is, `BackendError` when that cannot be told now."""
+        for guard in self._request:
+            verdict = await guard.request(request)
+            if isinstance(verdict, Refuse):
+                await self._note(verdict, request)
+                raise Refused(verdict)
+            request = _changed(request, verdict)
+        return request
+
+    def answer(self, request: ChatRequest, write: Callable[[str], None]) -> Filtered | None:
+        """What stands between the AI and `write` during one attempt; None: nothing does."""
+        filters = [one for guard in self._answer if (one := guard.answer(request)) is not None]
+        return Filtered(filters, write) if filters else None
+
+    async def failed(self, request: ChatRequest) -> None:
+        """A request has ended as failed. Raises `StoreError`; may be told again."""
+        for guard in self._failed:
+            await guard.failed(request)
+
+    async def _note(self, verdict: Refuse, request: ChatRequest) -> None:
+        log.info(
+            "message refused",
+            reason=verdict.reason,
+            user=request.user_id,
+            message_id=request.message_id,
+            trace=request.trace,
+        )
+        if verdict.violation:
+            for guard in self._violated:
+                await guard.violated(request.user_id)
+
+    def _at(self, moment: str) -> list[Guard]:
+        return [guard for guard in self._all if overrides(guard, moment)]
+
+
+class Filtered:
+    """Passes an answer on, through all who listen to it."""
+
+    def __init__(self, filters: Sequence[AnswerFilter], write: Callable[[str], None]) -> None:
+        self._filters = filters
+        self._write = write
+
+    def feed(self, text: str) -> None:
+        """Take a piece of the answer. Raises `Refused`."""
+        for one in self._filters:
+            if not (text := one.feed(text)):
+                return
+        self._write(text)
+
+    def end(self) -> None:
+        """Write what was held back. Raises `Refused`."""
+        rest = ""
+        for one in self._filters:
+            rest = (one.feed(rest) if rest else "") + one.end()
+        if rest:
+            self._write(rest)
+
+
+def all_guards() -> list[type[Guard]]:
+    """Every guard there is: the subclasses of `Guard` in the modules of this folder."""
+    modules = [
+        importlib.import_module(f"{folder.__name__}.{one.name}") for one in pkgutil.iter_modules(folder.__path__)
+    ]
+    return [
+        one
+        for module in modules
+        for one in vars(module).values()
+        if inspect.isclass(one) and issubclass(one, Guard) and one.__module__ == module.__name__ and one is not Guard
+    ]
+
+
+def _changed(request: ChatRequest, verdict: Pass) -> ChatRequest:
+    return request if verdict.text is None else replace(request, contents=verdict.text)

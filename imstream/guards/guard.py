@@ -1,0 +1,173 @@
+"""The one interface of all guards: what they are asked, and what they may answer.
+
+    moment      asked                                      by
+    ──────────  ─────────────────────────────────────────  ─────────────────────────────────────
+    handshake   may this page open a socket?               the gateway, before the socket is accepted
+    login       is this who it says, and may they come in? the gateway, at INIT
+    chat        may this message be asked?                 the gateway, before it is admitted
+    request     the same, when it takes longer to find out the worker, before each AI call
+    answer      what of the answer may be shown?           the worker, piece by piece
+
+A guard overrides the moments at which it has something to say; the others cost nothing. The gateway's moments should
+take microseconds, or one round trip to Redis. What takes longer belongs into the worker's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from datetime import timedelta
+    from types import TracebackType
+
+    from imstream.settings import Settings
+    from imstream.store.chat_request import ChatRequest
+    from imstream.store.connection import Commands
+    from imstream.store.inbox import Inbox
+    from imstream.texts import Sentence
+    from imstream.wire import Close, Code
+
+
+@dataclass(frozen=True)
+class Supplies:
+    """What guards are made of."""
+
+    settings: Settings
+    commands: Commands
+    inbox: Inbox
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """A request to open a socket. `headers`: by their names in lower case; the last one counts."""
+
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Somebody says who they are. `token`: what they show for it, from INIT or the handshake."""
+
+    user_id: int
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Nothing is wrong.
+
+    Attributes:
+        text: What the message says from now on, if that changes (chat, request).
+        until: When the pass ends (login), in seconds since 1970.
+        remaining: How many chats the user has left today (login, chat).
+        undo: Takes back what the pass has cost, for a message that is not admitted after all (chat).
+    """
+
+    text: str | None = None
+    until: float | None = None
+    remaining: int | None = None
+    undo: Callable[[], Awaitable[None]] | None = None
+
+
+PASS = Pass()
+"""Nothing is wrong, and nothing changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """It goes no further.
+
+    Attributes:
+        reason: A stable word for logs and the dead stream, such as `words`.
+        code: What a program is told.
+        sentence: What a person is told; `values` fill its braces.
+        retry_after: When to try again, if that may help.
+        close: The socket is closed with this code (login, chat).
+        violation: The person is to blame: it is counted, and too many lock the account.
+    """
+
+    reason: str
+    code: Code
+    sentence: Sentence
+    values: Mapping[str, object] = field(default_factory=dict)
+    retry_after: timedelta | None = None
+    close: Close | None = None
+    violation: bool = False
+
+
+class Refused(Exception):  # noqa: N818 - a verdict, not an error of ours
+    """Raised in the worker for a request or an answer that goes no further."""
+
+    def __init__(self, verdict: Refuse) -> None:
+        super().__init__(verdict.reason)
+        self.verdict = verdict
+
+
+class AnswerFilter(Protocol):
+    """Listens to one attempt at an answer and says what of it may be shown."""
+
+    def feed(self, text: str) -> str:
+        """Take the next piece; what may be shown by now, perhaps nothing. Raises `Refused`."""
+        ...
+
+    def end(self) -> str:
+        """The answer is complete: the rest of what may be shown. Raises `Refused`."""
+        ...
+
+
+class Guard:
+    """Passes everything. Guards are asked in the `order` of their classes, the lowest first, until one refuses."""
+
+    order: ClassVar[int] = 50
+
+    @classmethod
+    def make(cls, supplies: Supplies) -> Self | None:
+        """The guard of a node; None when the settings leave it out.
+
+        Raises:
+            SettingsError: The settings of this guard contradict each other, or name what is not there.
+        """
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        """The node starts. Must not wait for anything that may be away."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """The node ends."""
+
+    def handshake(self, handshake: Handshake) -> Refuse | None:  # noqa: ARG002 - for who overrides it
+        """Whether a socket may be opened. A refusal is answered with HTTP 403."""
+        return None
+
+    async def login(self, login: Login) -> Pass | Refuse:  # noqa: ARG002 - same
+        """Whether a user may come in. Raises `StoreError` when that cannot be told now."""
+        return PASS
+
+    async def chat(self, request: ChatRequest) -> Pass | Refuse:  # noqa: ARG002 - same
+        """Whether a message may be admitted. Raises `StoreError` when that cannot be told now."""
+        return PASS
+
+    async def request(self, request: ChatRequest) -> Pass | Refuse:  # noqa: ARG002 - same
+        """Whether a message may be given to the AI. Raises `BackendError` when that cannot be told now."""
+        return PASS
+
+    def answer(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - same
+        """Who listens to an attempt at an answer to this request; None: nobody."""
+        return None
+
+    async def violated(self, user_id: int) -> None:
+        """A guard has refused what a user wrote."""
+
+    async def failed(self, request: ChatRequest) -> None:
+        """A request has ended as failed. May be told again. Raises `StoreError`."""
+
+
+def overrides(guard: Guard, moment: str) -> bool:
+    """Whether a guard has something to say at a moment."""
+    own: Any = getattr(type(guard), moment)
+    return own is not getattr(Guard, moment)

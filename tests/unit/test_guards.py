@@ -1,0 +1,162 @@
+"""Guards, in a chain: who is asked, in which order, and what becomes of what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import pytest
+
+import imstream.guards
+from imstream.errors import StoreUnavailable
+from imstream.guards.chain import Guards, Passed, Welcome
+from imstream.guards.guard import PASS, Guard, Login, Pass, Refuse, Refused, Supplies
+from imstream.settings import Settings
+from imstream.store.chat_request import ChatRequest
+from imstream.texts import OwnSentence
+from imstream.wire import Code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from imstream.guards.guard import AnswerFilter
+
+NO = Refuse("no", Code.FORBIDDEN, OwnSentence("不", "No"))
+ASKED = ChatRequest(10001, "m-1", "hello", (), "en", 0, "trace")
+
+
+@dataclass
+class _Played(Guard):
+    """Says what it is told to say, and notes what it was asked."""
+
+    name: str = "one"
+    says: Pass | Refuse = PASS
+    order: ClassVar[int] = 50
+    asked: list[str] = field(default_factory=list)
+
+    async def login(self, login: Login) -> Pass | Refuse:
+        self.asked.append(f"login {login.user_id}")
+        return self.says
+
+    async def chat(self, request: ChatRequest) -> Pass | Refuse:
+        self.asked.append(request.contents)
+        return self.says
+
+    async def request(self, request: ChatRequest) -> Pass | Refuse:
+        self.asked.append(request.contents)
+        return self.says
+
+    async def violated(self, user_id: int) -> None:
+        self.asked.append(f"violated {user_id}")
+
+
+class _Early(_Played):
+    order: ClassVar[int] = 1
+
+
+async def test_guards_are_asked_in_their_order_until_one_refuses() -> None:
+    late, early = _Played(), _Early(says=NO)
+    assert await Guards([late, early]).chat(ASKED) == NO
+    assert (early.asked, late.asked) == (["hello"], [])
+
+
+async def test_each_guard_sees_what_the_one_before_made_of_the_text() -> None:
+    late, early = _Played(says=Pass(text="h****")), _Early(says=Pass(text="HELLO"))
+    passed = await Guards([late, early]).chat(ASKED)
+    assert isinstance(passed, Passed)
+    assert (late.asked, passed.request.contents) == (["HELLO"], "h****")
+    assert (await Guards([late, early]).request(ASKED)).contents == "h****"
+
+
+async def test_a_login_holds_as_long_as_the_shortest_pass_and_tells_the_least_that_remains() -> None:
+    guards = Guards([_Played(says=Pass(until=20.0, remaining=3)), _Early(says=Pass(until=10.0, remaining=5))])
+    assert await guards.login(Login(10001)) == Welcome(until=10.0, remaining=3)
+
+
+async def test_a_refusal_takes_back_what_earlier_guards_have_counted() -> None:
+    taken_back: list[str] = []
+
+    async def undo() -> None:
+        taken_back.append("counted")
+
+    assert await Guards([_Early(says=Pass(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
+    assert taken_back == ["counted"]
+
+
+async def test_without_redis_a_refused_message_stays_counted() -> None:
+    async def undo() -> None:
+        raise StoreUnavailable("away")
+
+    assert await Guards([_Early(says=Pass(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
+
+
+@pytest.mark.parametrize("violation", [True, False])
+async def test_a_violation_is_told_to_all_guards(violation: bool) -> None:  # noqa: FBT001 - a parameter of pytest
+    listens, refuses = _Played(), _Early(says=Refuse("no", Code.FORBIDDEN, NO.sentence, violation=violation))
+    with pytest.raises(Refused):
+        await Guards([listens, refuses]).request(ASKED)
+    assert listens.asked == (["violated 10001"] if violation else [])
+
+
+class _Shouting:
+    """Holds back the last character, and shows the others in capitals."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def feed(self, text: str) -> str:
+        text, self.held = self.held + text[:-1], text[-1:]
+        return text.upper()
+
+    def end(self) -> str:
+        return self.held.upper()
+
+
+class _Listener(Guard):
+    def answer(self, request: ChatRequest) -> AnswerFilter | None:
+        return _Shouting() if request.lang == "en" else None
+
+
+def test_an_answer_passes_all_who_listen_and_nothing_is_lost() -> None:
+    said: list[str] = []
+    filtered = Guards([_Listener(), _Listener()]).answer(ASKED, said.append)
+    assert filtered is not None
+    for piece in ("a", "bc", "d"):
+        filtered.feed(piece)
+    filtered.end()
+    assert "".join(said) == "ABCD"
+    assert "" not in said
+
+
+def test_an_answer_that_nobody_listens_to_goes_its_way() -> None:
+    write = cast("Callable[[str], None]", [].append)
+    assert Guards([_Played()]).answer(ASKED, write) is None
+
+
+async def test_a_file_in_the_folder_is_a_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_questions.py").write_text(
+        """
+from imstream.guards.guard import PASS, Guard, Refuse
+from imstream.texts import OwnSentence
+from imstream.wire import Code
+
+class NoQuestions(Guard):
+    @classmethod
+    def make(cls, supplies):
+        return cls()
+
+    async def chat(self, request):
+        if request.contents.endswith("?"):
+            return Refuse("question", Code.FORBIDDEN, OwnSentence("请勿提问", "No questions, please"))
+        return PASS
+""",
+        "utf-8",
+    )
+    monkeypatch.setattr(imstream.guards, "__path__", [*imstream.guards.__path__, str(tmp_path)])
+    nothing = cast("Any", None)
+    guards = Guards.make(Supplies(Settings(), nothing, nothing))
+    refused = await guards.chat(ChatRequest(10001, "m-1", "why?", (), "en", 0, "trace"))
+    assert isinstance(refused, Refuse)
+    assert refused.reason == "question"
+    assert isinstance(await guards.chat(ASKED), Passed)
