@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import aiohttp
 from pydantic_core import PydanticSerializationError, to_json
-from yarl import URL
 
-from imstream import __version__
 from imstream.ai import failures
 from imstream.ai.answer import AnswerReader
 from imstream.ai.body import BodyBroken, hand_on
+from imstream.ai.endpoint import Endpoint, read_error, read_until
 from imstream.ai.limits import TimeLimits
-from imstream.errors import PermanentBackendError, SettingsError, TransientBackendError
-from imstream.settings import ENV_PREFIX
+from imstream.errors import PermanentBackendError, TransientBackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,21 +30,11 @@ if TYPE_CHECKING:
     from imstream.errors import BackendError
     from imstream.settings import Settings
 
-KEEP_ALIVE = timedelta(seconds=4)
-"""How long an unused connection is kept. Servers close theirs after 5 s (uvicorn, Node) or later; whoever closes second
-may send a request into a connection that has just gone."""
-
 AFTER_FINISH = timedelta(seconds=2)
 """How long usage, `[DONE]` and the end of the body are waited for when the text is complete."""
 
 AFTER_DONE = timedelta(milliseconds=100)
 """How long the end of the body is waited for after `[DONE]`, so that the connection can be used again."""
-
-ERROR_BODY_LIMIT = 8192
-"""Most bytes read of what comes with an error status."""
-
-ERROR_BODY_WAIT = timedelta(seconds=2)
-"""How long these bytes are waited for. The status is known by then; the body only explains it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,30 +82,13 @@ class OpenAIBackend:
     """
 
     def __init__(self, settings: Settings) -> None:
-        key = _key(settings)
         self._settings = settings
-        self._url = _endpoint(settings, with_credentials=not key)
-        self._headers = {
-            "Accept": "text/event-stream, application/json",
-            "Accept-Encoding": "identity",  # compressed, a token would wait for others to fill a block
-            "User-Agent": f"imstream/{__version__}",
-        }
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
-        self._secrets = tuple(secret for secret in (key, self._url.password) if secret)
+        self._endpoint = Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions")
         self._asks_for_usage = True
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            # No limit: the worker works on no more requests than its concurrency, and whoever waited here for a
-            # connection would be told that the backend cannot be reached.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE.total_seconds()),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._headers,
-            # All limits are those of `TimeLimits`. aiohttp's own would set a timer at each read.
-            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
-        )
+        self._session = self._endpoint.session(accept="text/event-stream, application/json")
         return self
 
     async def __aexit__(
@@ -158,20 +129,20 @@ class OpenAIBackend:
         limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
         request = _Request(body, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
         try:
-            return await self._session.post(self._url, data=request, allow_redirects=False)
+            return await self._session.post(self._endpoint.url, data=request, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:
             # Not "from error": aiohttp's exceptions carry the request with its headers, and so the key.
-            raise failures.from_exception(error, secrets=self._secrets) from None
+            raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
 
     async def _receive(
         self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
     ) -> Completion:
-        reader = AnswerReader(secrets=self._secrets)
+        reader = AnswerReader(secrets=self._endpoint.secrets)
         intake = _Intake(reader, limits, on_text, idle=self._settings.ai_idle_timeout)
         try:
             await hand_on(response, intake.take)
         except BodyBroken as broken:
-            raise failures.from_exception(broken.cause, secrets=self._secrets) from None
+            raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
         limits.stop()
         await self._receive_rest(response.content, reader, on_text)
         return Completion(reader.finish_reason or "stop", reader.usage)
@@ -182,28 +153,23 @@ class OpenAIBackend:
         """Read what may follow a finish reason. The answer is whole: that nothing follows, or an end, is no error."""
         now = asyncio.get_running_loop().time()
         until = now + AFTER_FINISH.total_seconds()
-        while not reader.done and (data := await _read_until(content, until)):
+        while not reader.done and (data := await read_until(content, until)):
             if text := reader.feed(data):
                 on_text(text)
         if reader.done and not content.at_eof():
             now = asyncio.get_running_loop().time()
-            await _read_until(content, now + AFTER_DONE.total_seconds())
+            await read_until(content, now + AFTER_DONE.total_seconds())
 
     async def _refusal(self, response: aiohttp.ClientResponse, *, with_usage: bool) -> BackendError:
         """The error for a response that is no success."""
-        body = b""
-        until = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
-        while len(body) < ERROR_BODY_LIMIT and (data := await _read_until(response.content, until)):
-            body += data
+        body = await read_error(response)
         if with_usage and response.status in failures.BLAMES_REQUEST and b"stream_options" in body:
             # A server that does not know the option. Without it there is no usage, but there is an answer.
             self._asks_for_usage = False
             return TransientBackendError(
                 "stream_options_refused", "from now on usage is not asked for", retry_after=timedelta(0)
             )
-        return failures.from_response(
-            response.status, response.headers, body[:ERROR_BODY_LIMIT], now=datetime.now(UTC), secrets=self._secrets
-        )
+        return self._endpoint.refusal(response, body)
 
 
 class _Intake:
@@ -244,32 +210,3 @@ class _Request(aiohttp.BytesPayload):
         """Called by aiohttp after the headers."""
         self._on_send()
         await super().write_with_length(writer, content_length)
-
-
-async def _read_until(content: aiohttp.StreamReader, deadline: float) -> bytes:
-    """Read whatever comes before the deadline, on the loop's clock; nothing when the stream ends or breaks first."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await content.readany()
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        return b""
-
-
-def _key(settings: Settings) -> str:
-    key = settings.ai_key.get_secret_value().strip() if settings.ai_key is not None else ""
-    if not (key.isascii() and key.isprintable()):
-        raise SettingsError(f"{ENV_PREFIX}AI_KEY=(hidden) is not allowed: must be printable ASCII")
-    return key
-
-
-def _endpoint(settings: Settings, *, with_credentials: bool) -> URL:
-    try:
-        url = URL(settings.ai_url)
-    except ValueError:
-        url = URL()
-    if not url.host:
-        shown = "(hidden)" if "@" in settings.ai_url else repr(settings.ai_url)
-        raise SettingsError(f"{ENV_PREFIX}AI_URL={shown} is not allowed: must be a URL with a host, ending in /v1")
-    if not with_credentials:  # two ways to authorize would contradict each other
-        url = url.with_user(None)
-    return url.with_path(f"{url.raw_path.rstrip('/')}/chat/completions", encoded=True, keep_query=True)

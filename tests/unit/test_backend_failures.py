@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from imstream.ai.backend import ERROR_BODY_LIMIT, Completion, OpenAIBackend
+from imstream.ai.backend import Completion, OpenAIBackend
+from imstream.ai.endpoint import ERROR_BODY_LIMIT
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 from tests.support.asking import PROMPT, Asking, asking, unaccepting_port
@@ -116,7 +117,7 @@ async def test_the_limit_to_the_first_token_is_not_one_of_errors() -> None:
 async def test_an_error_body_that_never_comes_does_not_hide_the_status(
     ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imstream.ai.backend.ERROR_BODY_WAIT", timedelta(milliseconds=50))
+    monkeypatch.setattr("imstream.ai.endpoint.ERROR_BODY_WAIT", timedelta(milliseconds=50))
 
     async def script(exchange: Exchange) -> None:
         await exchange.start(503, framing=100, headers={"Retry-After": "3"})
