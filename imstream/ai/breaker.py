@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 class Breaker:
     """Counts what happens to AI calls and says how long to hold back. Times are seconds of a monotonic clock."""
 
-    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, settings: Settings, *, failures: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`failures`: after how many in a row it opens, if not after `ai_breaker_failures`."""
         self._clock = clock
-        self._threshold = settings.ai_breaker_failures
+        self._threshold = settings.ai_breaker_failures if failures is None else failures
         self._first_pause = settings.ai_breaker_pause.total_seconds()
         self._longest_pause = settings.retry_wait_max.total_seconds()
         self._failures = 0

@@ -146,6 +146,7 @@ class Guards:
             user=request.user_id,
             message_id=request.message_id,
             trace=request.trace,
+            **({"detail": verdict.detail} if verdict.detail else {}),
         )
         if verdict.violation:
             for guard in self._violated:

@@ -5,7 +5,7 @@
     handshake   may this page open a socket?               the gateway, before the socket is accepted
     login       is this who it says, and may they come in? the gateway, at INIT
     chat        may this message be asked?                 the gateway, before it is admitted
-    request     the same, when it takes longer to find out the worker, before each AI call
+    request     the same, when it takes longer to find out the worker, before the first AI call
     answer      what of the answer may be shown?           the worker, piece by piece
 
 A guard overrides the moments at which it has something to say; the others cost nothing. The gateway's moments should
@@ -86,6 +86,7 @@ class Refuse:
         retry_after: When to try again, if that may help.
         close: The socket is closed with this code (login, chat).
         violation: The person is to blame: it is counted, and too many lock the account.
+        detail: What else an operator should know, in the log and in the dead letter. Nothing of the text.
     """
 
     reason: str
@@ -95,6 +96,7 @@ class Refuse:
     retry_after: timedelta | None = None
     close: Close | None = None
     violation: bool = False
+    detail: str = ""
 
 
 class Refused(Exception):  # noqa: N818 - a verdict, not an error of ours

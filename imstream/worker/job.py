@@ -74,6 +74,7 @@ class Job:
         self._parts = parts
         self._limits = Limits.of(parts.settings)
         self._id = f"{parts.requests.node}/{entry.entry_id}"
+        self._passed: ChatRequest | None = None
         self._recorder: Recorder | None = None
         self._scope: asyncio.Timeout | None = None
         self._stopped: Stop | None = None
@@ -174,32 +175,41 @@ class Job:
         except Refused as refused:
             return self._refused(refused.verdict)
         except BackendError as error:
-            if isinstance(error, TransientBackendError):
-                self._parts.breaker.failed(error.retry_after)
             elapsed = timedelta(seconds=asyncio.get_running_loop().time() - self._began)
             decision = after_failure(error, attempt=opened.attempt, elapsed=elapsed, limits=self._limits)
             if isinstance(decision, Retry):
-                self._log.warning("ai call failed, will retry", reason=error.reason, attempt=opened.attempt)
+                self._log.warning("attempt failed, will retry", reason=error.reason, attempt=opened.attempt)
             return decision
-        self._parts.breaker.succeeded()
         self._scope = None  # complete: from here on, nothing stops it but its record
         return await self._end(Terminal("done", completion.finish_reason, completion.usage))
 
     async def _ask(self, write: Callable[[str], None]) -> Completion:
-        """One AI call, past all guards."""
-        parts = self._parts
-        request = await parts.guards.request(self.request)
-        filtered = parts.guards.answer(request, write)
-        completion = await parts.backend.answer(
-            prompt.assemble(request), on_text=write if filtered is None else filtered.feed
-        )
+        """One AI call, past all guards. What they let pass once, they are not asked about again."""
+        guards = self._parts.guards
+        request = self._passed = self._passed or await guards.request(self.request)
+        filtered = guards.answer(request, write)
+        completion = await self._call(request, write if filtered is None else filtered.feed)
         if filtered is not None:
             filtered.end()
         return completion
 
+    async def _call(self, request: ChatRequest, on_text: Callable[[str], None]) -> Completion:
+        """One AI call; only what becomes of it concerns the breaker."""
+        parts = self._parts
+        try:
+            completion = await parts.backend.answer(prompt.assemble(request), on_text=on_text)
+        except TransientBackendError as error:
+            parts.breaker.failed(error.retry_after)
+            raise
+        parts.breaker.succeeded()
+        return completion
+
     def _refused(self, verdict: Refuse) -> Bury:
         sentence = say(verdict.sentence, "en" if self.request.lang == "en" else DEFAULT_LANG, **verdict.values)
-        return Bury(verdict.reason, say(verdict.sentence, "en", **verdict.values), Refusal(verdict.code, sentence))
+        error = say(verdict.sentence, "en", **verdict.values)
+        if verdict.detail:
+            error = f"{error} ({verdict.detail})"
+        return Bury(verdict.reason, error, Refusal(verdict.code, sentence))
 
     async def _retry(self, known: list[Disposition]) -> Disposition:
         if known:

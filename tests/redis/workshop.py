@@ -252,6 +252,7 @@ async def workshop(
     server: RedisServer,
     *,
     backend: PlayedBackend | None = None,
+    guards: Guards | None = None,
     url: str | None = None,
     start: bool = True,
     **settings: Any,  # noqa: ANN401 - any setting
@@ -261,6 +262,7 @@ async def workshop(
     Args:
         server: Its Redis.
         backend: Its AI; a new one unless given.
+        guards: What its requests pass; nothing unless given.
         url: Where it finds its Redis, if not directly.
         start: Whether it begins at once.
         settings: Instead of those in `QUICK`.
@@ -270,7 +272,7 @@ async def workshop(
     reader = Reader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
     async with Commands(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
         with server.client() as client:
-            shop = _furnish(known, commands, reader, client, backend)
+            shop = _furnish(known, commands, reader, client, backend, guards or Guards())
             if start:
                 shop.start()
             try:
@@ -280,18 +282,19 @@ async def workshop(
                 await reader.aclose()
 
 
-def _furnish(
+def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     known: Settings,
     commands: Commands,
     reader: Reader,
     client: Any,  # noqa: ANN401 - see `Workshop`
     backend: PlayedBackend,
+    guards: Guards,
 ) -> Workshop:
     requests, replies, board = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBoard()
     inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
     jobs, tenure, begun = Jobs(known, replies, board, inbox), Tenure(leases, known), list[str]()
     parts = Parts(
-        *(known, requests, replies, board, backend, Breaker(known), Guards(), inbox),
+        *(known, requests, replies, board, backend, Breaker(known), guards, inbox),
         begun=lambda reply: begun.append(reply.message_id),
     )
 

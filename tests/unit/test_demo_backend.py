@@ -160,7 +160,8 @@ async def test_a_question_that_fails_twice_is_answered_the_third_time_and_then_f
         assert [await client.status(question) for _ in range(4)] == [503, 503, 200, 503]
         assert await client.status("another [[demo fail=1 status=400]]") == 400
         stats = await client.stats()
-    assert stats == {"calls": 5, "running": 0, "answered": 1, "faulty": 4, "abandoned": 0}
+    counts = {"calls": 5, "running": 0, "answered": 1, "faulty": 4, "abandoned": 0}
+    assert stats == {**counts, "moderations": 0, "flagged": 0}
 
 
 async def test_busy_is_429_with_retry_after_in_seconds() -> None:
@@ -241,3 +242,44 @@ def _running(client: Client, count: int) -> Any:  # noqa: ANN401 - a predicate
         return bool((await client.stats())["running"] == count)
 
     return running
+
+
+async def test_a_text_with_the_flag_is_flagged_and_no_other_is() -> None:
+    async with demo() as client:
+        body = {"model": "any", "input": ["hello", "so [[flag]]", "[[flag violence hate nonsense]]", "a flag"]}
+        async with client.http.post(f"{client.url}/moderations", json=body) as answer:
+            results = (await answer.json())["results"]
+        async with client.http.post(f"{client.url}/moderations", json={"input": "[[flag]]"}) as answer:
+            [alone] = (await answer.json())["results"]
+        stats = await client.stats()
+    found = [[name for name, yes in result["categories"].items() if yes] for result in [*results, alone]]
+    assert found == [[], ["demo"], ["hate", "violence"], [], ["demo"]]
+    assert [result["flagged"] for result in [*results, alone]] == [False, True, True, False, True]
+    assert (stats["moderations"], stats["flagged"]) == (2, 3)
+
+
+@pytest.mark.parametrize("body", [b"", b"no json", b"[]", b"{}", b'{"input": []}', b'{"input": 7}', b'{"input": [7]}'])
+async def test_what_is_no_moderation_request_is_refused_with_400_and_a_reason(body: bytes) -> None:
+    async with demo() as client, client.http.post(f"{client.url}/moderations", data=body) as answer:
+        assert answer.status == 400
+        assert (await answer.json())["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("rate", "status"), [("fail_rate", {500, 503}), ("busy_rate", {429})])
+async def test_the_moderation_fails_by_the_rates_as_well(rate: str, status: set[int]) -> None:
+    async with (
+        demo(**{rate: 1}) as client,
+        client.http.post(f"{client.url}/moderations", json={"input": "x"}) as answer,
+    ):
+        assert answer.status in status
+
+
+async def test_the_moderation_hangs_and_is_cut_by_the_rates_as_well() -> None:
+    async with demo(hang_rate=1) as client:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1), client.http.post(f"{client.url}/moderations", json={"input": "x"}):
+                pass
+    async with demo(break_rate=1) as client:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            async with client.http.post(f"{client.url}/moderations", json={"input": "x"}) as answer:
+                await answer.read()

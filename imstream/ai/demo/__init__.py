@@ -8,6 +8,7 @@ question alone. So it is what a newcomer meets first and the test bench of every
     marker     the marker by which one question scripts its own call
     answer     the canned answer, as a pure function
     protocol   what a call asks for, and the events that answer it, as bytes
+    moderation what a call of the moderation asks for, and the rule that answers it
     caller     the other side of one call: waits, and the answer written piece by piece
     backend    what is done with a call, as an ASGI application
     server     the HTTP server around it

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from imstream.ai.demo import protocol
+from imstream.ai.demo import moderation, protocol
 from imstream.ai.demo.caller import EVENTS, JSON, BodyTooBig, Caller, Gone
 from imstream.ai.demo.marker import Fault, Marker, read
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_COUNTED = 1000
 """Questions whose calls are counted; of more, the one not asked for longest is forgotten and starts anew."""
+
+_SERVED = "served are /v1/chat/completions, /v1/moderations, /v1/models"
 
 _EARLY = 0.002
 """Seconds that a delta may be early: timers are, and waiting for the rest of a millisecond doubles what it costs."""
@@ -34,6 +36,8 @@ class Stats:
         answered: Those answered in full.
         faulty: Those that went wrong as they were meant to.
         abandoned: Those whose caller left before the end.
+        moderations: Calls of the moderation, of which each may be about several texts.
+        flagged: Texts that it flagged.
     """
 
     calls: int = 0
@@ -41,6 +45,8 @@ class Stats:
     answered: int = 0
     faulty: int = 0
     abandoned: int = 0
+    moderations: int = 0
+    flagged: int = 0
 
 
 class DemoBackend:
@@ -59,12 +65,14 @@ class DemoBackend:
             match scope["method"], scope["path"]:
                 case "POST", "/v1/chat/completions":
                     await self._chat(caller)
+                case "POST", "/v1/moderations":
+                    await self._moderate(caller)
                 case "GET", "/v1/models":
                     await caller.reply(200, protocol.models())
                 case "GET", "/stats":
                     await caller.reply(200, protocol.stats(asdict(self.stats)))
                 case _:
-                    await caller.reply(404, protocol.error("not_found", "served are /v1/chat/completions, /v1/models"))
+                    await caller.reply(404, protocol.error("not_found", _SERVED))
         except Gone:
             pass  # nobody is left to be told
         finally:
@@ -92,21 +100,49 @@ class DemoBackend:
         fault = self._draw() if not marker.faults() else marker.fault_of(self._count(ask.question))
         if fault is not None:
             self.stats.faulty += 1
-        match fault:
-            case Fault.FAIL:
-                status = marker.status if marker.fail else self._random.choice((500, 503))
-                return await caller.reply(status, protocol.error("demo_failure", "failed, as this demo was told to"))
-            case Fault.BUSY:
-                wait = marker.after if marker.after is not None else self._settings.retry_after
-                header = (b"retry-after", b"%d" % math.ceil(wait.total_seconds()))
-                return await caller.reply(429, protocol.error("rate_limit_exceeded", "busy, as told to be"), header)
-            case Fault.HANG:
-                return await caller.silence()
+        if await self._refuse(caller, fault, marker):
+            return
         await (self._stream if ask.stream else self._whole)(caller, ask, marker, fault)
         if fault is None:
             self.stats.answered += 1
             self._counts.pop(ask.question, None)  # asked again, it goes wrong again: good for showing
-        return None
+
+    async def _moderate(self, caller: Caller) -> None:
+        try:
+            texts = moderation.parse(await caller.body())
+        except BodyTooBig:
+            return await caller.reply(413, protocol.error("invalid_request_error", "the body is too big"))
+        except protocol.BadAsk as bad:
+            return await caller.reply(400, protocol.error("invalid_request_error", str(bad)))
+        self.stats.moderations += 1
+        fault = self._draw()
+        if await self._refuse(caller, fault, Marker()):
+            return None
+        await caller.pause(self._settings.first.total_seconds())
+        found = [moderation.categories(text) for text in texts]
+        self.stats.flagged += sum(map(bool, found))
+        body = moderation.answer(found)
+        if fault is None:
+            return await caller.reply(200, body)
+        await caller.start(200, JSON)
+        await caller.write(body[: len(body) // 2])
+        return await _go_wrong(caller, fault)
+
+    async def _refuse(self, caller: Caller, fault: Fault | None, marker: Marker) -> bool:
+        """Go wrong before there is an answer, if that is the fault; whether it was."""
+        match fault:
+            case Fault.FAIL:
+                status = marker.status if marker.fail else self._random.choice((500, 503))
+                await caller.reply(status, protocol.error("demo_failure", "failed, as this demo was told to"))
+            case Fault.BUSY:
+                wait = marker.after if marker.after is not None else self._settings.retry_after
+                header = (b"retry-after", b"%d" % math.ceil(wait.total_seconds()))
+                await caller.reply(429, protocol.error("rate_limit_exceeded", "busy, as told to be"), header)
+            case Fault.HANG:
+                await caller.silence()
+            case _:
+                return False
+        return True
 
     async def _stream(self, caller: Caller, ask: protocol.Ask, marker: Marker, fault: Fault | None) -> None:
         answer = protocol.Answer(ask, self._settings.length)

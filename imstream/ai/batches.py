@@ -1,0 +1,105 @@
+"""Texts that come while a call is under way gather, and go together in the next one.
+
+A call costs nearly the same for one text as for sixteen. So:
+
+    no call is under way     what comes in one turn of the event loop goes together, at once
+    a call is under way      what comes gathers until that call ends, a batch is full, or `LINGER` is over
+    `CALLS` are under way    it gathers until one of them ends
+
+So one slow call holds nobody up for longer than `LINGER`, unless `CALLS` of them are slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+CALLS = 8
+"""Most calls under way at once."""
+
+LINGER = 0.010
+"""Seconds that a text waits for company at most, while another call can still be made."""
+
+T = TypeVar("T")
+
+
+class Batches(Generic[T]):
+    """Asks about texts, several in a call."""
+
+    def __init__(self, call: Callable[[Sequence[str]], Awaitable[Sequence[T]]], *, size: int) -> None:
+        self._call = call
+        self._size = size
+        self._waiting: deque[tuple[str, asyncio.Future[T]]] = deque()
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.Handle | None = None
+
+    async def ask(self, text: str) -> T:
+        """What the call says about a text. Whoever is cancelled meanwhile changes nothing for the others."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        self._waiting.append((text, answer))
+        if len(self._waiting) >= self._size:
+            self._send()
+        elif self._timer is None and self._under_way:
+            self._timer = loop.call_later(LINGER, self._send)
+        elif self._timer is None:
+            self._timer = loop.call_soon(self._send)
+        return await answer
+
+    def answer_waiting(self, answer: T) -> None:
+        """Give all whose call has not begun this answer."""
+        waiting, self._waiting = self._waiting, deque()
+        _give(list(waiting), [answer] * len(waiting))
+
+    async def aclose(self) -> None:
+        """Break off what is under way; nobody waits for it any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._under_way:
+            task.cancel()
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+
+    def _send(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting and len(self._under_way) < CALLS:
+            if batch := self._next_batch():
+                task = asyncio.get_running_loop().create_task(self._ask_together(batch))
+                self._under_way.add(task)
+
+    def _next_batch(self) -> list[tuple[str, asyncio.Future[T]]]:
+        batch = list[tuple[str, asyncio.Future[T]]]()
+        while self._waiting and len(batch) < self._size:
+            text, answer = self._waiting.popleft()
+            if not answer.done():  # not cancelled
+                batch.append((text, answer))
+        return batch
+
+    async def _ask_together(self, batch: list[tuple[str, asyncio.Future[T]]]) -> None:
+        try:
+            _give(batch, await self._call([text for text, _ in batch]))
+        except Exception as error:  # noqa: BLE001 - for those who wait, each of whom needs a trace of its own
+            for _, answer in batch:
+                if not answer.done():
+                    failure = RuntimeError("the call has failed")
+                    failure.__cause__ = error
+                    answer.set_exception(failure)
+        finally:
+            for _, answer in batch:
+                answer.cancel()  # those that have none, when this is broken off
+            task = asyncio.current_task()
+            assert task is not None  # noqa: S101 - it is one
+            self._under_way.discard(task)
+            self._send()
+
+
+def _give(batch: Sequence[tuple[str, asyncio.Future[T]]], answers: Sequence[T]) -> None:
+    for (_, future), answer in zip(batch, answers, strict=True):
+        if not future.done():
+            future.set_result(answer)
