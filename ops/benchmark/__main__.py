@@ -3,6 +3,9 @@
 *usual* is a Starlette route with httpx, line by line; *floor* is the same with aiohttp reading whatever arrived. The
 services take turns within each round, and ratios are taken within a round, because a machine is never quiet. Loads:
 `burst`, 32 deltas at once; `paced`, 32 deltas at a pace of 20 ms; each socket asks again when it has its answer.
+
+Then two other nodes take turns: one without any guard, and one with all of them. `--guards` measures only that, and
+each guard alone.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ops.benchmark import guards
 from ops.benchmark.processes import Stage
 from ops.benchmark.report import SERVICES, Found, as_json, bar_lines, bars, circumstances_lines, table
 from ops.benchmark.runs import Run, capacity, measure, memory_per_socket
@@ -35,6 +39,7 @@ class Plan:
         idle_sockets: Idle sockets that tell the memory of one.
         steps: Paced answers at once that are tried.
         stepped: Services that `steps` is tried on.
+        guard_rounds: How often guards are measured.
     """
 
     rounds: int = 3
@@ -43,9 +48,12 @@ class Plan:
     idle_sockets: int = 1000
     steps: tuple[int, ...] = (100, 200, 400, 600, 800, 1000)
     stepped: tuple[str, ...] = SERVICES
+    guard_rounds: int = 5
 
 
-QUICK = Plan(rounds=1, sockets=(100,), seconds=1.5, idle_sockets=300, steps=(400,), stepped=("imstream",))
+QUICK = Plan(
+    rounds=1, sockets=(100,), seconds=1.5, idle_sockets=300, steps=(400,), stepped=("imstream",), guard_rounds=1
+)
 
 
 def _say(text: str) -> None:
@@ -62,7 +70,8 @@ def _round(stage: Stage, plan: Plan) -> list[Run]:
     return [measure(stage, name, load, sockets, plan.seconds) for load, sockets in kinds for name in SERVICES]
 
 
-def _find(stage: Stage, plan: Plan, circumstances: dict[str, object]) -> Found:
+def _find(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: Path | None) -> Found:
+    stage.start_services(profile=profile)
     _progress("memory of idle sockets")
     idle = {name: memory_per_socket(service, plan.idle_sockets) for name, service in stage.services.items()}
     rounds = []
@@ -77,6 +86,11 @@ def _find(stage: Stage, plan: Plan, circumstances: dict[str, object]) -> Found:
     return Found(rounds, idle, answers, runs, circumstances)
 
 
+def _find_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | None) -> list[list[Run]]:
+    _progress(f"guards, {plan.guard_rounds} rounds: none, {'each one, ' if alone else ''}and all of them in turns")
+    return guards.compare(stage, rounds=plan.guard_rounds, seconds=plan.seconds, alone=alone, profile=profile)
+
+
 def _circumstances(loop: str) -> dict[str, object]:
     packages = ("imstream", "aiohttp", "httpx", "redis", "starlette", "uvicorn", "uvloop", "websockets")
     return {
@@ -89,31 +103,49 @@ def _circumstances(loop: str) -> dict[str, object]:
 
 def main() -> int:
     """Measure, and tell; the exit code is 1 when a bar is missed."""
+    given = _options()
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that everything started is ended
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    plan = QUICK if given.quick else Plan()
+    circumstances = _circumstances(given.loop)
+    profile = given.profile.resolve() if given.profile else None
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="imstream-bench-") as folder,
+        Stage(Path(folder), loop=given.loop) as stage,
+    ):
+        found = None if given.guards else _find(stage, plan, circumstances, profile)
+        guarded = _find_guards(stage, plan, alone=given.guards, profile=profile if given.guards else None)
+    results = [*(bars(found) if found else []), *guards.bars(guarded)]
+    if found:
+        _say(table(found))
+    _say(guards.table(guarded))
+    _say(bar_lines(results))
+    if found:
+        _say(circumstances_lines(found))
+    _say(f"{time.monotonic() - began:.0f} s in all")
+    if given.json:
+        told = {**(as_json(found) if found else {"circumstances": circumstances}), **guards.as_json(guarded)}
+        told["bars"] = [{"met": met, "text": text} for met, text in results]
+        given.json.write_text(json.dumps(told, indent=1))
+    return 0 if all(met for met, _ in results) else 1
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ops/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one round, 100 sockets: less than a minute, less sure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop", help="event loop of all services")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="run the node under cProfile; read it with pstats")
-    given = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):  # so that everything started is ended
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    circumstances = _circumstances(given.loop)
-    profile = given.profile.resolve() if given.profile else None
-    began = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory(prefix="imstream-bench-") as folder,
-        Stage(Path(folder), loop=given.loop, profile=profile) as stage,
-    ):
-        found = _find(stage, QUICK if given.quick else Plan(), circumstances)
-    _say(table(found))
-    results = bars(found)
-    _say(bar_lines(results))
-    _say(f"{circumstances_lines(found)}; {time.monotonic() - began:.0f} s in all")
-    if given.json:
-        given.json.write_text(json.dumps(as_json(found), indent=1))
-    return 0 if all(met for met, _ in results) else 1
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="run the node (with --guards, the one with all of them) under cProfile; read it with pstats",
+    )
+    parser.add_argument("--guards", action="store_true", help="measure only what guards cost, each alone and all")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ It speaks the streaming part of OpenAI's protocol over HTTP/1.1 with keep-alive 
 event, as servers do. A question that contains `paced` gets a delta every 20 ms; any other gets all at once, in four
 writes. Texts carry times of CLOCK_MONOTONIC, which is one clock for all processes: the first one when the request came
 (`#` and microseconds), paced ones when they were written (`@` and microseconds).
+
+It moderates, too, flags nothing, and counts the texts (`GET /v1/moderated`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import time
 from itertools import islice
 from typing import TYPE_CHECKING, cast
@@ -35,6 +38,20 @@ _HEAD = (
 )
 _COMMON = '"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1700000000,"model":"bench",'
 _END = b"0\r\n\r\n"
+
+_CATEGORIES = (
+    *("harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent", "self-harm"),
+    *("self-harm/instructions", "self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic"),
+)
+_CLEAN = json.dumps(
+    {
+        "flagged": False,
+        "categories": dict.fromkeys(_CATEGORIES, False),
+        "category_scores": dict.fromkeys(_CATEGORIES, 0.00012345678901),
+        "category_applied_input_types": {name: ["text"] for name in _CATEGORIES},
+    }
+).encode()
+"""What OpenAI answers for a text in which it finds nothing, in all its length."""
 
 
 def _chunk(event: str) -> bytes:
@@ -84,7 +101,23 @@ class Connection(asyncio.Protocol):
         length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
         if len(body) >= length:
             self._received = body[length:]
-            self._answer(body[:length])
+            match head.split(b" ", 2)[1]:
+                case b"/v1/moderations":
+                    self._moderate(body[:length])
+                case b"/v1/moderated":
+                    self._reply(b"%d" % self._ticker.moderated)
+                case _:
+                    self._answer(body[:length])
+
+    def _moderate(self, body: bytes) -> None:
+        given = json.loads(body)["input"]
+        number = 1 if isinstance(given, str) else len(given)
+        self._ticker.moderated += number
+        self._reply(b'{"id":"modr-0","model":"bench","results":[%b]}' % b",".join([_CLEAN] * number))
+
+    def _reply(self, body: bytes) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        self.transport.write(head + body)
 
     def _answer(self, body: bytes) -> None:
         first = _delta(f"#{_microseconds()} ")
@@ -106,11 +139,16 @@ class Connection(asyncio.Protocol):
 
 
 class Ticker:
-    """Writes the deltas of all paced answers when they are due."""
+    """Writes the deltas of all paced answers when they are due; and what all connections count is here.
+
+    Attributes:
+        moderated: Texts that were moderated.
+    """
 
     def __init__(self) -> None:
         self._due: list[list[tuple[Connection, int, bytes]]] = [[] for _ in range(round(PACE / TICK))]
         self._now = 0
+        self.moderated = 0
 
     def add(self, connection: Connection, last: bytes) -> None:
         """The first delta of this answer has just been written."""

@@ -5,6 +5,8 @@ it has seen as one line of JSON; then it keeps its sockets open until standard i
 
 Loads: `burst` and `paced` (each socket sends its next CHAT when the last is answered), `single` (one chat after the
 other, with pauses between), `idle` (logged in, and nothing more).
+
+A message is one word; with `--talk` it is a few sentences after some turns, as in the middle of a conversation.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
+import jwt
 import uvloop
 
 from ops.benchmark.backend import DELTAS, PACE
@@ -36,6 +39,15 @@ OPENING = 50
 
 DEADLINE = 60.0
 """Seconds that anything may take at most; then the run has failed."""
+
+SENTENCES = (
+    "I would like to understand how a message finds its way from one machine to another, and what happens when one "
+    "of them stops in the middle of it. 请用简单的话解释一下,最好举一个例子。 Please keep it short!"
+)
+HISTORY = [
+    {"role": role, "content": f"{number}. {SENTENCES}"} for number in range(1, 4) for role in ("user", "assistant")
+]
+"""What was said before."""
 
 _RECEIVED = re.compile(rb"#(\d+)")
 _WRITTEN = re.compile(rb"@(\d+)")
@@ -74,13 +86,30 @@ def encode(text: str) -> bytes:
     return struct.pack("!BBHI", 0x81, 0x80 | 126, len(payload), 0) + payload
 
 
+@dataclass(frozen=True)
+class Client:
+    """What all sockets have in common.
+
+    Attributes:
+        secret: Signs their tokens (HS256); without it they have none.
+        talk: Whether they are in the middle of a conversation.
+    """
+
+    url: str
+    secret: str | None
+    talk: bool
+
+
 class Socket(asyncio.Protocol):
     """One socket of one user, with at most one chat at a time."""
 
-    def __init__(self, user: int, path: str, host: str, seen: Seen) -> None:
+    def __init__(self, user: int, client: Client, seen: Seen) -> None:
         self._user = user
+        self._client = client
+        host, path = urlsplit(client.url)[1:3]
         self._upgrade = (
-            f"GET {path}?userId={user} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"GET {path}?userId={user} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\n"
+            "Upgrade: websocket\r\nConnection: Upgrade\r\n"
             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         ).encode()
         self._received = b""
@@ -104,7 +133,11 @@ class Socket(asyncio.Protocol):
 
     def log_in(self) -> asyncio.Future[None]:
         """Send INIT; done when it is answered."""
-        return self._send({"msgType": "INIT", "userId": self._user})
+        frame: dict[str, object] = {"msgType": "INIT", "userId": self._user}
+        if self._client.secret is not None:
+            claims = {"sub": str(self._user), "exp": int(time.time()) + 3600}
+            frame["token"] = jwt.encode(claims, self._client.secret, algorithm="HS256")
+        return self._send(frame)
 
     def chat(self, contents: str) -> asyncio.Future[None]:
         """Send CHAT; done when the answer has ended."""
@@ -112,6 +145,8 @@ class Socket(asyncio.Protocol):
         self._has_text = False
         message_id = f"b{self._user}-{time.monotonic_ns()}"
         frame = {"msgType": "CHAT", "userId": self._user, "messageId": message_id, "contents": contents}
+        if self._client.talk:
+            frame |= {"contents": f"{contents}: {SENTENCES}", "history": HISTORY}
         self._sent_at = time.monotonic()
         return self._send(frame)
 
@@ -181,18 +216,16 @@ class Socket(asyncio.Protocol):
             self.answered.set_result(None)
 
 
-async def open_sockets(url: str, count: int, seen: Seen) -> list[Socket]:
+async def open_sockets(client: Client, count: int, seen: Seen) -> list[Socket]:
     """Open and log in all sockets."""
-    parts = urlsplit(url)
+    parts = urlsplit(client.url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     gate = asyncio.Semaphore(OPENING)
     loop = asyncio.get_running_loop()
 
     async def open_one(user: int) -> Socket:
         async with gate:
-            _, socket = await loop.create_connection(
-                lambda: Socket(user, parts.path, f"{host}:{port}", seen), host, port
-            )
+            _, socket = await loop.create_connection(lambda: Socket(user, client, seen), host, port)
             await socket.answered  # the upgrade
             await socket.log_in()
             return socket
@@ -237,11 +270,11 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-async def run(url: str, count: int, load: str, seconds: float) -> None:
+async def run(client: Client, count: int, load: str, seconds: float) -> None:
     """One run, as the module says."""
     seen = Seen()
     async with asyncio.timeout(DEADLINE):
-        sockets = await open_sockets(url, count, seen)
+        sockets = await open_sockets(client, count, seen)
         if load != "idle":
             await asyncio.gather(*(socket.chat("warm up") for socket in sockets))
     for name, empty in asdict(Seen()).items():
@@ -269,5 +302,7 @@ if __name__ == "__main__":
     parser.add_argument("--sockets", type=int, required=True)
     parser.add_argument("--load", choices=["burst", "paced", "single", "idle"], required=True)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--secret")
+    parser.add_argument("--talk", action="store_true")
     given = parser.parse_args()
-    uvloop.run(run(given.url, given.sockets, given.load, given.seconds))
+    uvloop.run(run(Client(given.url, given.secret, given.talk), given.sockets, given.load, given.seconds))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from imstream.embedded import server_command
+from imstream.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,8 +32,16 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_NODE_SETTINGS = {"queue_limit": 10_000, "user_limit": 4, "concurrency": 10_000, "drain_grace": "1s"}
-"""What the node is given: the limits let every socket of a load have its answer at once; all else is the default."""
+_NODE_SETTINGS: dict[str, object] = {
+    "queue_limit": 10_000,
+    "user_limit": 4,
+    "concurrency": 10_000,
+    "drain_grace": "1s",
+    "frame_rate": 0,
+    "chats_per_minute": 0,
+}
+"""What a node is given: the limits let every socket of a load have its answer at once, and ask as often as it likes, as
+the services beside it do; all else is the default."""
 
 _NODE_ON_ASYNCIO = """
 import asyncio
@@ -93,15 +102,15 @@ class Stage:
     """Everything that runs during the benchmark. Use as a context manager; on leaving, all of it is ended.
 
     Attributes:
-        redis: The Redis of the node.
+        folder: Where they write, and what they read.
+        redis: The Redis of the nodes.
         backend: The AI backend of all services.
         services: The services that are compared, by name.
     """
 
-    def __init__(self, folder: Path, *, loop: str, profile: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, loop: str) -> None:
+        self.folder = folder
         self._loop = loop
-        self._profile = profile
         self._stack = ExitStack()
         self.redis: Process
         self.backend: Process
@@ -111,7 +120,7 @@ class Stage:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
         with self._stack:
-            self._start_all()
+            self._start_servers()
             self._stack = self._stack.pop_all()
         return self
 
@@ -120,52 +129,61 @@ class Stage:
     ) -> None:
         self._stack.close()
 
-    def _start_all(self) -> None:
+    def _start_servers(self) -> None:
         port = _free_port()
-        self.redis = self._start("redis", port, server_command(port, self._folder / "redis", log_level="warning"))
+        self.redis = self._start("redis", port, server_command(port, self.folder / "redis", log_level="warning"))
         port = _free_port()
         self.backend = self._start(
             "backend", port, [sys.executable, "-m", "ops.benchmark.backend", "--port", str(port)]
         )
-        self.services["imstream"] = self._start_node()
+
+    def start_services(self, *, profile: Path | None) -> None:
+        """A node, profiled if there is a file for it, and the two services beside it."""
+        self.start_node("imstream", profile=profile)
         self.services["floor"] = self._start_baseline(
             "floor", "--ws", "websockets-sansio", "--ws-per-message-deflate", "false"
         )
         self.services["usual"] = self._start_baseline("usual")
 
-    def _start_node(self) -> Process:
+    def start_node(self, name: str, *, profile: Path | None = None, **settings: object) -> None:
+        """A node with these settings, profiled if there is a file for it."""
         port = _free_port()
-        settings = {
+        given: dict[str, object] = {
             **_NODE_SETTINGS,
+            "node": name,
             "port": port,
+            "ai_url": self.ai_url,
             "redis_url": f"redis://127.0.0.1:{self.redis.port}/0",
-            "ai_url": self._ai_url,
+            **settings,
         }
+        if unknown := given.keys() - Settings.model_fields:
+            sys.exit(f"there is no setting {', '.join(unknown)}")
         command = ["-c", _NODE_ON_ASYNCIO] if self._loop == "asyncio" else ["-m", "imstream", "node"]
-        if self._profile is not None:
-            command = ["-m", "cProfile", "-o", str(self._profile), *command]
-        env = {f"IMSTREAM_{name.upper()}": str(value) for name, value in settings.items()}
-        return self._start("imstream", port, [sys.executable, *command], env)
+        if profile is not None:
+            command = ["-m", "cProfile", "-o", str(profile), *command]
+        env = {f"IMSTREAM_{name.upper()}": str(value) for name, value in given.items()}
+        self.services[name] = self._start(name, port, [sys.executable, *command], env)
 
     def _start_baseline(self, name: str, *options: str) -> Process:
         port = _free_port()
         command = [sys.executable, "-m", "uvicorn", f"ops.benchmark.{name}:app", "--port", str(port)]
-        return self._start(name, port, [*command, "--loop", self._loop, *options], {"BENCH_AI_URL": self._ai_url})
+        return self._start(name, port, [*command, "--loop", self._loop, *options], {"BENCH_AI_URL": self.ai_url})
 
     @property
-    def _ai_url(self) -> str:
+    def ai_url(self) -> str:
+        """Where services find the backend."""
         return f"http://127.0.0.1:{self.backend.port}/v1"
 
     def _start(self, name: str, port: int, command: Sequence[str], env: Mapping[str, str] | None = None) -> Process:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("IMSTREAM_")}
-        log = self._folder / f"{name}.log"
+        log = self.folder / f"{name}.log"
         with log.open("wb") as out:
             popen = subprocess.Popen(  # noqa: S603 - our own programs
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                cwd=self._folder,  # no `.env` of somebody's own
+                cwd=self.folder,  # no `.env` of somebody's own
                 process_group=0,  # Ctrl-C is ours to handle
                 env={**clean, "PYTHONPATH": str(ROOT), **(env or {})},
             )

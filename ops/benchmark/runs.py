@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SETTLE = 0.3
 """Seconds that a service gets to finish what it does after the client has its answer."""
 
+WITHOUT_REDIS = frozenset({"floor", "usual"})
+
 LATE = 0.050
 """A delta that reaches the client this many seconds after the backend wrote it is late."""
 
@@ -61,9 +63,9 @@ class Run:
 class Generator:
     """The load generator in its own process. Use as a context manager."""
 
-    def __init__(self, service: Process, load: str, sockets: int, seconds: float) -> None:
+    def __init__(self, service: Process, load: str, sockets: int, seconds: float, *options: str) -> None:
         command = [sys.executable, "-m", "ops.benchmark.load", "--url", f"ws://127.0.0.1:{service.port}/ws"]
-        command += ["--sockets", str(sockets), "--load", load, "--seconds", str(seconds)]
+        command += ["--sockets", str(sockets), "--load", load, "--seconds", str(seconds), *options]
         self._popen = subprocess.Popen(  # noqa: S603 - our own program
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True, process_group=0
         )
@@ -102,10 +104,10 @@ class Generator:
         self._popen.stdin.flush()
 
 
-def measure(stage: Stage, name: str, load: str, sockets: int, seconds: float) -> Run:
-    """Make one load on one service."""
+def measure(stage: Stage, name: str, load: str, sockets: int, seconds: float, *options: str) -> Run:
+    """Make one load on one service; `options` are those of the generator."""
     service = stage.services[name]
-    with Generator(service, load, sockets, seconds) as generator:
+    with Generator(service, load, sockets, seconds, *options) as generator:
         time.sleep(SETTLE)
         began = time.monotonic()
         before = service.cpu(), stage.redis.cpu(), stage.backend.cpu(), machine_cpu()
@@ -119,7 +121,7 @@ def measure(stage: Stage, name: str, load: str, sockets: int, seconds: float) ->
         sys.exit(f"{name}: {load} with {sockets} sockets went wrong: {seen['errors']}, {seen['chats']} chats answered")
     others = backend_cpu + seen["cpu"]
     foreign = max(0.0, all_cpu - cpu - redis_cpu - others) / seconds
-    own_redis = redis_cpu if name == "imstream" else 0.0
+    own_redis = 0.0 if name in WITHOUT_REDIS else redis_cpu
     return Run(name, load, sockets, seen, cpu, own_redis, others, foreign)
 
 

@@ -1,0 +1,146 @@
+"""What guards cost: a node with all of them beside one without any, and beside nodes with one alone.
+
+All are asked the same, in the middle of a conversation; see `ops.benchmark.load`. What is counted per socket and per
+login (a token, an origin) is paid before a load begins. That messages were moderated is counted where that is done.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import asdict
+from statistics import median
+from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
+
+from ops.benchmark.report import BUSY
+from ops.benchmark.runs import measure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from ops.benchmark.processes import Stage
+    from ops.benchmark.runs import Run
+
+OFF, ON, MODERATION = "off", "on", "moderation"
+SOCKETS = 100
+LOADS = ("burst", "paced")
+LIMIT = 1.15
+"""What all guards may cost, as a multiple of none."""
+
+_SECRET = "the secret of the benchmark, of enough bytes"  # noqa: S105 - of nothing else
+_WORDS = 100_000
+_MANY = 1_000_000
+"""More than any load asks for: a limit that counts and refuses nothing."""
+
+_NONE: dict[str, object] = {
+    "auth": "none",
+    "origins": "*",
+    "frame_rate": 0,
+    "chats_per_minute": 0,
+    "daily_quota": 0,
+    "lock_after": 0,
+    "ban_after": 0,
+}
+
+
+def settings(stage: Stage) -> dict[str, dict[str, object]]:
+    """The settings that turn guards on, by what they are called in the table."""
+    words = stage.folder / "words.txt"
+    if not words.exists():
+        write_words(words)
+    return {
+        "identity": {"auth": "jwt", "auth_secret": _SECRET, "origins": "same"},
+        "limits": {"frame_rate": _MANY, "frame_burst": _MANY, "chats_per_minute": _MANY},
+        "accounts": {"daily_quota": _MANY, "lock_after": 3, "ban_after": 10},
+        "words": {"words": words, "words_action": "mask"},
+        MODERATION: {"moderation_url": stage.ai_url},
+        "prompt": {
+            "system_prompt": "You help user {user}, briefly, in the language {language}. Today is {date}.",
+            "prompt_template": "Somebody asks: {contents}",
+        },
+    }
+
+
+def write_words(file: Path) -> None:
+    """A list of words, half of them Latin, half Chinese, that nobody says in a load. The same each time."""
+    draw = random.Random(1)  # noqa: S311 - no secret
+    latin, chinese = "abcdefghijklmnopqrstuvwxyz", [chr(code) for code in range(0x4E00, 0x9FA5)]
+    words = set[str]()
+    while len(words) < _WORDS // 2:
+        words.add("zq" + "".join(draw.choices(latin, k=draw.randint(3, 10))))
+    while len(words) < _WORDS:
+        words.add("".join(draw.choices(chinese, k=draw.randint(3, 6))))
+    file.write_text("\n".join(sorted(words)), "utf-8")
+
+
+def compare(stage: Stage, *, rounds: int, seconds: float, alone: bool, profile: Path | None) -> list[list[Run]]:
+    """Runs of nodes with no guard and with all, in turns; with `alone` also with each one. One list for each round."""
+    each = settings(stage)
+    every = {name: value for one in each.values() for name, value in one.items()}
+    nodes: Mapping[str, Mapping[str, object]] = {OFF: {}, **(each if alone else {}), ON: every}
+    for name, own in nodes.items():
+        stage.start_node(name, profile=profile if name == ON else None, **{**_NONE, **own})
+    return [
+        [_measure(stage, name, load, seconds) for load in LOADS for name in _turn(list(nodes), number)]
+        for number in range(rounds)
+    ]
+
+
+def _measure(stage: Stage, name: str, load: str, seconds: float) -> Run:
+    before = _moderated(stage)
+    run = measure(stage, name, load, SOCKETS, seconds, "--talk", "--secret", _SECRET)
+    asked, chats = _moderated(stage) - before, run.seen["chats"]
+    if asked < chats if name in {ON, MODERATION} else asked:
+        sys.exit(f"{name}: {asked} texts were moderated, of {chats} chats")
+    return run
+
+
+def _moderated(stage: Stage) -> int:
+    """How many texts the backend has moderated."""
+    with urlopen(f"{stage.ai_url}/moderated", timeout=5) as answer:  # noqa: S310 - our own
+        return int(answer.read())
+
+
+def _turn(names: list[str], number: int) -> list[str]:
+    """Every other round in the other direction, so that what drifts meanwhile favours none."""
+    return names[::-1] if number % 2 else names
+
+
+def ratio(rounds: Sequence[Sequence[Run]], load: str, name: str) -> float:
+    """CPU of a node and Redis over that without guards; the median of the rounds, each compared in itself."""
+    return median(_cost(runs, load, name) / _cost(runs, load, OFF) for runs in rounds)
+
+
+def _cost(runs: Sequence[Run], load: str, name: str) -> float:
+    [cost] = [run.cost for run in runs if (run.load, run.service) == (load, name)]
+    return cost
+
+
+def table(rounds: Sequence[Sequence[Run]]) -> str:
+    """One line for each load and node; medians over the rounds."""
+    lines = ["load   guards      CPU s/1000 +Redis   ×off"]
+    for load in LOADS:
+        for name in dict.fromkeys(run.service for runs in rounds for run in runs):
+            runs = [run for of_round in rounds for run in of_round if (run.load, run.service) == (load, name)]
+            cpu = median(run.cpu / run.seen["chats"] for run in runs) * 1000
+            redis_cpu = median(run.redis_cpu / run.seen["chats"] for run in runs) * 1000
+            lines.append(f"{load:<6} {name:<11} {cpu:>10.3f} {redis_cpu:>6.3f} {ratio(rounds, load, name):>6.2f}")
+    foreign = median(run.foreign for runs in rounds for run in runs)
+    doubt = "; TOO MUCH for these ratios to tell" if foreign > BUSY else ""
+    return "\n".join([*lines, f"busy with something else meanwhile: {foreign:.2f} CPUs (median of the runs){doubt}"])
+
+
+def bars(rounds: Sequence[Sequence[Run]]) -> list[tuple[bool, str]]:
+    """What guards may cost: whether they keep to it, and a sentence."""
+    found = {load: ratio(rounds, load, ON) for load in LOADS}
+    return [
+        (value <= LIMIT, f"{load}, {SOCKETS} sockets, all guards on: {value:.2f} of all off, at most {LIMIT}")
+        for load, value in found.items()
+    ]
+
+
+def as_json(rounds: Sequence[Sequence[Run]]) -> dict[str, Any]:
+    """All that was measured, for programs."""
+    return {"guards": [[asdict(run) for run in runs] for runs in rounds]}
