@@ -193,4 +193,6 @@ def all_guards() -> list[type[Guard]]:
 
 
 def _changed(request: ChatRequest, verdict: Pass) -> ChatRequest:
-    return request if verdict.text is None else replace(request, contents=verdict.text)
+    if verdict.text is not None:
+        request = replace(request, contents=verdict.text)
+    return request if verdict.history is None else replace(request, history=verdict.history)

@@ -60,12 +60,14 @@ class Pass:
 
     Attributes:
         text: What the message says from now on, if that changes (chat, request).
+        history: What was said before, if that changes (chat, request), as in `ChatRequest`.
         until: When the pass ends (login), in seconds since 1970.
         remaining: How many chats the user has left today (login, chat).
         undo: Takes back what the pass has cost, for a message that is not admitted after all (chat).
     """
 
     text: str | None = None
+    history: tuple[tuple[str, str], ...] | None = None
     until: float | None = None
     remaining: int | None = None
     undo: Callable[[], Awaitable[None]] | None = None

@@ -1,0 +1,131 @@
+"""Words that are not wanted, by a list in a file: in what people write, and in what the model answers.
+
+What clients send as history reaches the model like the message itself, whoever is said to have spoken; so all of it is
+looked at. A message is not held against its user for what earlier turns say: these were allowed once, and would lock
+out whoever goes on with a conversation after the list has grown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import structlog
+
+from imstream.errors import SettingsError
+from imstream.guards.guard import PASS, Guard, Pass, Refuse
+from imstream.guards.word_file import read, stamp_of
+from imstream.guards.word_filter import WordFilter, has_word, mask
+from imstream.texts import OwnSentence
+from imstream.wire import Code
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from imstream.guards.guard import AnswerFilter, Supplies
+    from imstream.store.chat_request import ChatRequest
+
+log = structlog.get_logger()
+
+LOOK = timedelta(seconds=1)
+"""How often the file is looked at."""
+
+IN_MESSAGE = Refuse(
+    "words",
+    Code.FORBIDDEN,
+    OwnSentence(
+        "消息中含有不允许的词语,请修改后再发送!",
+        "The message contains words that are not allowed here. Please change it and send it again!",
+    ),
+    violation=True,
+)
+IN_HISTORY = Refuse(
+    "words_history",
+    Code.FORBIDDEN,
+    OwnSentence(
+        "之前的对话中含有不允许的词语,请开始新的对话!",
+        "Earlier in this conversation there are words that are not allowed here. Please begin a new one!",
+    ),
+)
+IN_ANSWER = Refuse(
+    "words_answer",
+    Code.FORBIDDEN,
+    OwnSentence(
+        "回答中出现了不允许的词语,已停止",
+        "The answer was stopped, because it came to words that are not allowed here",
+    ),
+)
+
+
+class Words(Guard):
+    """Refuses or masks what has words of the list in it. While it is at work, the list follows its file."""
+
+    order: ClassVar[int] = 40  # computes only: before what asks Redis
+
+    def __init__(self, path: Path, *, masks: bool, look: timedelta = LOOK) -> None:
+        self._path = path
+        self._masks = masks
+        self._look = look
+        self._stamp = stamp_of(path)  # before it is read: what changes meanwhile is read again
+        self._list = read(path)
+        self._told = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+
+    @classmethod
+    def make(cls, supplies: Supplies) -> Self | None:
+        """See `Guard.make`."""
+        settings = supplies.settings
+        return None if settings.words is None else cls(settings.words, masks=settings.words_action == "mask")
+
+    async def __aenter__(self) -> Self:
+        log.info("word list loaded", words=len(self._list))
+        self._watch = asyncio.create_task(self._keep_up(), name="words")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._told.set)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._watch is not None  # noqa: S101 - entered before
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        self._watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watch
+
+    async def chat(self, request: ChatRequest) -> Pass | Refuse:
+        """See `Guard.chat`."""
+        words, contents, history = self._list, request.contents, request.history
+        if self._masks:
+            text = mask(contents, words)
+            turns = tuple((role, mask(content, words)) for role, content in history)
+            return PASS if text == contents and turns == history else Pass(text=text, history=turns)
+        if has_word(contents, words):
+            return IN_MESSAGE
+        return IN_HISTORY if any(has_word(content, words) for _, content in history) else PASS
+
+    def answer(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - the same for all
+        """See `Guard.answer`."""
+        return WordFilter(self._list, None if self._masks else IN_ANSWER)
+
+    async def _keep_up(self) -> None:
+        """Load the list whenever its file has changed, and when a SIGHUP asks for it."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._look.total_seconds()):
+                    await self._told.wait()
+            told = self._told.is_set()
+            self._told.clear()
+            try:
+                stamp = await asyncio.to_thread(stamp_of, self._path)
+                if told or stamp != self._stamp:
+                    self._stamp = stamp
+                    self._list = await asyncio.to_thread(read, self._path)
+                    log.info("word list loaded", words=len(self._list))
+            except SettingsError as error:
+                log.error("word list not loaded, the one before stays", error=str(error))  # noqa: TRY400 - no defect
+            except Exception:
+                log.exception("word list not loaded, the one before stays")

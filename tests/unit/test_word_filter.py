@@ -1,0 +1,229 @@
+"""Words of a list in texts: what is one, what is not, and the same in an answer that comes piece by piece."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from imstream.guards.guard import Refuse, Refused
+from imstream.guards.normal_text import normalise
+from imstream.guards.word_filter import WordFilter, has_word, mask
+from imstream.guards.word_list import MAX_GAP, WordList
+from imstream.texts import OwnSentence
+from imstream.wire import Code
+from tests.support.slow_words import slowly_masked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WORDS = (
+    "fuck",
+    "ass",
+    "hell",
+    "penis",
+    "two words",
+    "e-mail",
+    "敏感词",
+    "性感",
+    "K粉",
+    "傻b",
+    "法轮",
+    "日,本",
+    "ガ",
+    "한국",
+    "11",
+)
+LIST = WordList(map(normalise, WORDS))
+
+FOUND = {
+    # as it is, and written otherwise
+    "fuck": "****",
+    "oh, Fuck!": "oh, ****!",
+    "ＦＵＣＫ": "****",
+    "fu\u200bck": "*****",
+    "fu\u00adck": "*****",
+    "f\u0336u\u0336c\u0336k": "*******",
+    "fùck": "****",
+    "这是敏感词吗": "这是***吗",
+    "ｶﾞ": "**",
+    # signs between the letters
+    "f.u.c.k": "*******",
+    "f**u-ck": "*******",
+    "敏-感 词": "*****",
+    "敏★感😀词": "*****",
+    "性 感": "***",
+    "a_ss": "****",
+    "big_ass": "big_***",
+    "K 粉": "***",
+    # set apart, letter by letter
+    "f u c k": "*******",
+    "h'e'l'l": "*******",
+    "敏，感，词": "*****",
+    "敏\n感\n词": "*****",
+    "p\ne\nn\ni\ns": "*********",
+    # a gap that the list has
+    "two words": "*********",
+    "Two\nWords": "*********",
+    "twowords": "********",
+    "e-mail, email, e mail": "******, *****, ******",
+    "日，本": "***",
+    # whole words, next to other scripts
+    "你ass他": "你***他",
+    "大傻B了": "大**了",
+    "ass": "***",
+    "法轮法轮": "****",
+    "(ass)": "(***)",
+    "sex11 11": "sex11 **",
+}
+
+NOT_FOUND = (
+    *("class", "assume", "ass1", "1ass", "bass", "ässe", "a\u200bass", "ass\u200bx", "hello", "fucks"),
+    *("pen is", "he'll", "as s", "a ss", "two, worlds", "f u ck", "he ll"),
+    *("男性，感觉", "男性。感", "法\n轮", "敏感\n词", "法（轮", "性、感"),
+    *("AK粉", "傻bb", "カ", "カ\u3099ー"[:1], "하국", "한구", "1 1, 1,1", "111"),
+    "f" + "." * (MAX_GAP + 1) + "uck",
+    "",
+    "。" * 20,
+)
+
+
+@pytest.mark.parametrize("text", FOUND)
+def test_a_word_is_masked_with_all_that_stands_between_its_letters(text: str) -> None:
+    assert mask(text, LIST) == FOUND[text]
+    assert has_word(text, LIST)
+    assert slowly_masked(text, WORDS) == FOUND[text]
+
+
+@pytest.mark.parametrize("text", NOT_FOUND)
+def test_what_is_no_whole_word_or_is_parted_stays(text: str) -> None:
+    assert mask(text, LIST) == text
+    assert not has_word(text, LIST)
+    assert slowly_masked(text, WORDS) == text
+
+
+def test_words_that_overlap_are_all_masked() -> None:
+    words = WordList(["法轮", "轮功", "a b", "b c"])
+    assert mask("法轮功 a b c", words) == "*** *****"
+
+
+# Everything that matters to some rule, and parts of words.
+_ATOMS = st.sampled_from(
+    [*"fuckashelpnitwowrdbK1敏感词性傻法轮日本カ한구국ガ", *"éÉﬁ½㍿", *".-* ,，\n'\t\u200b\u0301\u3099", *WORDS]
+)
+_ODD_LISTS = st.lists(st.text("ab中国", min_size=1, max_size=3), min_size=1, max_size=5)
+_ODD_TEXTS = st.lists(st.sampled_from([*"ab中国", *". ,\u200b", "½", "." * 15, "\u200b" * 16]), max_size=12).map(
+    "".join
+)
+
+
+def _streamed(text: str, cuts: list[int], words: WordList, refusal: Refuse | None = None) -> Iterator[str]:
+    """What is shown of an answer that is cut at these places: at each piece, and at the end."""
+    stream = WordFilter(words, refusal)
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    yield from (stream.feed(text[first:last]) for first, last in pairwise(places))
+    yield stream.end()
+
+
+@settings(max_examples=300)
+@given(st.lists(_ATOMS, max_size=12).map("".join))
+def test_what_is_masked_is_what_the_rules_say(text: str) -> None:
+    assert mask(text, LIST) == slowly_masked(text, WORDS)
+
+
+@settings(max_examples=300)
+@given(_ODD_TEXTS, _ODD_LISTS)
+def test_what_is_masked_is_what_the_rules_say_for_any_list(text: str, words: list[str]) -> None:
+    assert mask(text, WordList(map(normalise, words))) == slowly_masked(text, words)
+
+
+@settings(max_examples=500)
+@given(st.lists(_ATOMS, max_size=40).map("".join), st.lists(st.integers(0, 200)))
+@example("a two wor" + "." * 80 + "ds", [*range(200)])
+@example("x½1", [1, 2])
+def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once(text: str, cuts: list[int]) -> None:
+    shown, whole = "", mask(text, LIST)
+    for piece in _streamed(text, cuts, LIST):
+        shown += piece
+        assert whole.startswith(shown)  # nothing is shown that is taken back: no word before it is known
+    assert shown == whole
+
+
+@settings(max_examples=500)
+@given(_ODD_TEXTS, _ODD_LISTS, st.lists(st.integers(0, 200)))
+def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once_by_any_list(
+    text: str, words: list[str], cuts: list[int]
+) -> None:
+    some = WordList(map(normalise, words))
+    assert "".join(_streamed(text, cuts, some)) == mask(text, some)
+
+
+@settings(max_examples=300)
+@given(st.lists(_ATOMS, max_size=20).map("".join), st.lists(st.integers(0, 200)))
+def test_an_answer_with_a_word_is_refused_before_anything_of_it_is_shown(text: str, cuts: list[int]) -> None:
+    no = Refuse("words_answer", Code.FORBIDDEN, OwnSentence("不", "No"))
+    shown, refused = "", False
+    try:
+        for piece in _streamed(text, cuts, LIST, no):
+            shown += piece
+    except Refused:
+        refused = True
+    assert refused == has_word(text, LIST)
+    assert mask(text, LIST).startswith(shown)
+    assert refused or shown == text
+
+
+def test_ordinary_text_is_held_back_only_as_far_as_it_may_become_a_word() -> None:
+    stream = WordFilter(LIST, None)
+    assert stream.feed("这是一") == "这是一"
+    assert stream.feed("个敏") == "个"
+    assert stream.feed("锐的") == "敏锐的"
+    assert stream.feed(" The ass") == " The "
+    assert stream.feed("umption") == "assumption"
+    assert stream.feed(" hel") == " "
+    assert stream.feed("p ") == "help "
+    assert stream.feed("an ass") == "an "
+    assert stream.feed(".") == ""  # `ass.` may be the beginning of nothing, but it begins a word of the list
+    assert stream.feed(" So") == "***. So"
+    assert stream.end() == ""
+
+
+def test_no_answer_makes_the_filter_hold_back_without_bound() -> None:
+    stream = WordFilter(LIST, None)
+    for endless in (".", "\u200b", " ", "\n", "f", "f.", "敏", "敏\u200b"):
+        shown = sum(len(stream.feed(endless)) for _ in range(2000))
+        assert shown > 2000 * len(endless) - 200
+        stream.end()
+
+
+def _hundred_thousand() -> WordList:
+    chosen = random.Random(7)  # noqa: S311 - the same each time
+    syllables = [one + two for one in "bcdfghklmnprstvw" for two in "aeiou"]
+    hanzi = [chr(0x4E00 + number) for number in range(3000)]
+    words = {"".join(chosen.choices(syllables, k=chosen.randint(2, 5))) for _ in range(60_000)}
+    words |= {"".join(chosen.choices(hanzi, k=chosen.randint(2, 6))) for _ in range(60_000)}
+    return WordList(sorted(words)[:100_000])
+
+
+def test_a_hundred_thousand_words_are_looked_for_in_less_than_a_millisecond() -> None:
+    words = _hundred_thousand()
+    chosen = random.Random(8)  # noqa: S311 - the same each time
+    english = " ".join(
+        chosen.choice(["the", "message", "was", "banana", "sorry", "fetuvo", "accepted,"]) for _ in range(400)
+    )
+    chinese = "".join(chr(0x4E00 + chosen.randrange(3000)) for _ in range(2000))
+    for text in (english[:2000], chinese):
+        mask(text, words)  # the forms of its characters are known from then on
+        best = min(_seconds(text, words) for _ in range(50))
+        assert best < 3 * 0.001, f"{best * 1e6:.0f} µs"  # measured: 0.2 to 0.5 ms; a busy machine may take longer
+
+
+def _seconds(text: str, words: WordList) -> float:
+    begin = time.thread_time()
+    mask(text, words)
+    return time.thread_time() - begin

@@ -1,0 +1,228 @@
+"""The guard of unwanted words: its file, followed while it changes, and its verdicts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from imstream.errors import SettingsError
+from imstream.guards.chain import Guards, Passed
+from imstream.guards.guard import PASS, Guard, Refuse, Refused, Supplies
+from imstream.guards.words import IN_ANSWER, IN_HISTORY, IN_MESSAGE, Words
+from imstream.settings import Settings
+from imstream.store.chat_request import ChatRequest
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from structlog.typing import EventDict
+
+NO_SUPPLY = cast("Any", None)
+
+
+def _asked(contents: str, *history: tuple[str, str]) -> ChatRequest:
+    return ChatRequest(10001, "m-1", contents, history, "en", 0, "trace")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text("# not wanted\n\n敏感词\r\n  badword \n#badly\n", "utf-8-sig")
+    return path
+
+
+def _write(path: Path, data: str | bytes | None) -> None:
+    """Put another file in its place, as one should, or none."""
+    if data is None:
+        path.unlink()
+        return
+    new = path.with_suffix(".new")
+    new.write_bytes(data if isinstance(data, bytes) else data.encode())
+    new.replace(path)
+
+
+def _change_unnoticed(path: Path, data: str) -> None:
+    """Write something as long into the same file, as if it was not changed."""
+    before = path.stat()
+    assert len(data) == before.st_size
+    path.write_text(data, "utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@asynccontextmanager
+async def _at_work(path: Path, look: float = 0.02) -> AsyncIterator[tuple[Words, list[EventDict]]]:
+    with capture_logs() as logs:
+        async with Words(path, masks=False, look=timedelta(seconds=look)) as guard:
+            yield guard, logs
+
+
+async def _refuses(guard: Words, contents: str) -> bool:
+    return await guard.chat(_asked(contents)) == IN_MESSAGE
+
+
+# The file
+
+
+def test_without_a_file_there_is_no_guard() -> None:
+    assert Words.make(Supplies(Settings(), NO_SUPPLY, NO_SUPPLY)) is None
+
+
+WRONG = {
+    "not there": (None, "cannot be read: No such file or directory"),
+    "not UTF-8": ("good\nGüte\n".encode("latin-1"), "line 2 is not UTF-8"),
+    "nothing in it": (b"# nothing\n\n", "there is no word in it"),
+    "no letters": ("good\n***\n\u200b\n。\n".encode(), "lines 2, 3, 4: no letter and no digit"),
+    "signs around it": (b"good\nc++\nfine\n", "line 2: begins or ends with a sign"),
+    "too long": (b"good\n" + b"x" * 201, "line 2: longer than 200 characters"),
+    "much is wrong": (b"x!\n" * 30, "19, 20 and 10 more: begins or ends"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_file_is_refused_at_the_start_with_the_numbers_of_its_lines(what: str, tmp_path: Path) -> None:
+    data, says = WRONG[what]
+    path = tmp_path / "words.txt"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(SettingsError) as caught:
+        Words.make(Supplies(Settings(words=path), NO_SUPPLY, NO_SUPPLY))
+    assert str(caught.value).startswith(f"IMSTREAM_WORDS={str(path)!r} is not allowed: ")
+    assert says in str(caught.value)
+
+
+async def test_a_list_follows_its_file(file: Path) -> None:
+    async with _at_work(file) as (guard, logs):
+        assert await _refuses(guard, "a Badword")
+        assert not await _refuses(guard, "another")
+        _write(file, "another\nand this\n")
+        await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
+        assert not await _refuses(guard, "a Badword")
+    assert [(one["event"], one["words"]) for one in logs] == [("word list loaded", 2), ("word list loaded", 2)]
+
+
+@pytest.mark.parametrize("broken", [b"\xff\xfe", b"", b"*\n", None])
+async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(broken: bytes | None, file: Path) -> None:
+    async with _at_work(file) as (guard, logs):
+        _write(file, broken)
+        await wait_until(lambda: len(logs) == 2, "the error is logged")
+        assert await _refuses(guard, "badword")
+        _write(file, "another\n")
+        await wait_until(lambda: _refuses(guard, "another"), "a good file is loaded again")
+    assert [one["event"] for one in logs] == [
+        "word list loaded",
+        "word list not loaded, the one before stays",
+        "word list loaded",
+    ]
+    assert logs[1]["log_level"] == "error"
+
+
+async def test_what_is_logged_never_holds_a_word(file: Path) -> None:
+    async with _at_work(file) as (guard, logs):
+        _write(file, "!badword!\nanother\n")
+        await wait_until(lambda: len(logs) == 2, "the error is logged")
+        assert await _refuses(guard, "badword")
+    assert "badword" not in str(logs)
+
+
+async def test_a_hangup_has_the_file_read_again(file: Path) -> None:
+    _write(file, "badword")
+    async with _at_work(file, look=3600) as (guard, logs):
+        _change_unnoticed(file, "another")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await wait_until(lambda: len(logs) == 3, "it is loaded again, though it has not changed")
+
+
+async def test_a_defect_does_not_end_the_watch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Path) -> None:
+        raise MemoryError
+
+    async with _at_work(file) as (guard, logs):
+        with monkeypatch.context() as patched:
+            patched.setattr("imstream.guards.words.read", fails)
+            _write(file, "another\n")
+            await wait_until(lambda: len(logs) == 2, "the defect is logged")
+        _write(file, "another\nand this\n")
+        await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
+
+
+async def test_an_answer_that_runs_keeps_the_list_it_began_with(file: Path) -> None:
+    async with _at_work(file) as (guard, _):
+        listening = guard.answer(_asked("hello"))
+        assert listening is not None
+        assert listening.feed("so bad") == "so "
+        _write(file, "another\n")
+        await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
+        with pytest.raises(Refused):
+            listening.feed("word. An")
+
+
+# Verdicts
+
+
+async def test_a_message_with_a_word_is_refused_as_a_violation(file: Path) -> None:
+    guard = Words(file, masks=False)
+    assert await guard.chat(_asked("these are fine words")) == PASS
+    assert await guard.chat(_asked("b-a-d-w-o-r-d")) is IN_MESSAGE
+    assert IN_MESSAGE.violation
+
+
+async def test_a_violation_is_told_and_others_are_not(file: Path) -> None:
+    told = list[int]()
+
+    class Listening(Guard):
+        async def violated(self, user_id: int) -> None:
+            told.append(user_id)
+
+    guards = Guards([Words(file, masks=False), Listening()])
+    assert await guards.chat(_asked("go on", ("user", "badword"))) is IN_HISTORY
+    assert told == []
+    assert await guards.chat(_asked("badword")) is IN_MESSAGE
+    assert told == [10001]
+
+
+async def test_a_word_in_any_earlier_turn_is_refused_but_no_violation(file: Path) -> None:
+    guard = Words(file, masks=False)
+    for role in ("user", "assistant", "system"):
+        assert await guard.chat(_asked("go on", ("user", "hello"), (role, "这是敏感词"))) is IN_HISTORY
+    assert not IN_HISTORY.violation
+    assert await guard.chat(_asked("badword", ("user", "badword"))) is IN_MESSAGE
+
+
+async def test_masking_changes_the_message_and_the_earlier_turns(file: Path) -> None:
+    guards = Guards([Words(file, masks=True)])
+    passed = await guards.chat(_asked("a badword", ("user", "敏 感 词!"), ("assistant", "well")))
+    assert isinstance(passed, Passed)
+    assert passed.request == _asked("a *******", ("user", "*****!"), ("assistant", "well"))
+    assert await Words(file, masks=True).chat(_asked("fine", ("user", "fine"))) is PASS
+
+
+def test_an_answer_is_masked_or_ends_with_a_refusal_that_is_no_violation(file: Path) -> None:
+    shown: list[str] = []
+    masking = Guards([Words(file, masks=True)]).answer(_asked("hello"), shown.append)
+    assert masking is not None
+    for piece in ("A bad", "word, 敏", "感", "词。 And a bad"):
+        masking.feed(piece)
+    masking.end()
+    assert "".join(shown) == "A *******, ***。 And a bad"
+    refusing = Guards([Words(file, masks=False)]).answer(_asked("hello"), shown.append)
+    assert refusing is not None
+    refusing.feed("so far so bad")
+    with pytest.raises(Refused) as caught:
+        refusing.feed("word it")
+    assert caught.value.verdict is IN_ANSWER
+    assert not IN_ANSWER.violation
+
+
+@pytest.mark.parametrize("verdict", [IN_MESSAGE, IN_HISTORY, IN_ANSWER])
+def test_the_sentences_need_no_values(verdict: Refuse) -> None:
+    assert "{" not in verdict.sentence.zh + verdict.sentence.en
