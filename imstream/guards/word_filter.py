@@ -60,15 +60,16 @@ class WordFilter:
     def end(self) -> str:
         """See `AnswerFilter.end`."""
         normal = normalise(self._held)
-        return self._judge(self._held, normal, len(normal), final=True)
+        return self._judge(self._held, normal, len(normal))
 
-    def _judge(self, text: str, normal: str, end: int, *, final: bool = False) -> str:
+    def _judge(self, text: str, normal: str, end: int) -> str:
         """Show the text up to `end`, an index of its normal form. Raises `Refused`."""
         origin = origins(text, normal)
         cut = origin[end] if end < len(normal) else len(text)
         while end > 0 and origin[end - 1] == cut:  # within what one character stands for: it is held back as a whole
             end -= 1
-        words = self._words.find(normal, before=self._before, final=final)
+        # Of words that begin later, the end is not known: they are found again.
+        words = self._words.find(normal, before=self._before)
         found = [(first, last) for first, last in words if first < end]
         if found and self._refusal is not None:
             raise Refused(self._refusal)

@@ -79,18 +79,17 @@ class WordList:
     def __len__(self) -> int:
         return self._count
 
-    def find(self, normal: str, *, before: str = "", final: bool = True) -> Iterator[tuple[int, int]]:
+    def find(self, normal: str, *, before: str = "") -> Iterator[tuple[int, int]]:
         """Where words begin and end in a text in normal form, in no order.
 
         Args:
             normal: The text.
             before: What came before it, the last `CONTEXT` characters: no word begins there, but it may touch one.
-            final: Whether nothing follows. Else a word at the end is left out, as long as something may touch it yet.
         """
         for last, count in self._runs(normal):
             if "0" <= normal[last] <= "z" and "0" <= normal[last + 1 : last + 2] <= "z":
                 continue  # most are parts of longer words: a glance is enough
-            if _ends(normal, last, final=final):
+            if _ends(normal, last):
                 first = _first(normal, last, count)
                 if _begins(before, normal, first) and self._holds_together(normal[first : last + 1]):
                     yield first, last + 1
@@ -253,13 +252,9 @@ def _begins(before: str, normal: str, first: int) -> bool:
     return not seen or len(left) - len(seen) > MAX_GAP or not is_spaced(seen[-1])
 
 
-def _ends(normal: str, last: int, *, final: bool) -> bool:
-    """Whether no letter touches the one at `last` from the right, and none will."""
-    right = normal[last + 1 : last + 1 + CONTEXT]
-    seen = right.lstrip(NOTHING)
-    if not seen:
-        return final or len(right) > MAX_GAP
-    touching = seen[0]
-    if touching.isspace():
+def _ends(normal: str, last: int) -> bool:
+    """Whether no letter touches the one at `last` from the right."""
+    touching = normal[last + 1 : last + 1 + CONTEXT].lstrip(NOTHING)[:1]
+    if not touching or touching.isspace():
         return True
     return not (is_spaced(touching) if is_spaced(normal[last]) else continues(touching))

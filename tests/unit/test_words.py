@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from imstream.errors import SettingsError
 from imstream.guards.chain import Guards, Passed
 from imstream.guards.guard import PASS, Guard, Refuse, Refused, Supplies
+from imstream.guards.word_file import stamp_of
 from imstream.guards.words import IN_ANSWER, IN_HISTORY, IN_MESSAGE, Words
 from imstream.settings import Settings
 from imstream.store.chat_request import ChatRequest
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from structlog.typing import EventDict
+
+    from imstream.guards.word_file import Stamp
 
 NO_SUPPLY = cast("Any", None)
 
@@ -109,10 +112,21 @@ async def test_a_list_follows_its_file(file: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", [b"\xff\xfe", b"", b"*\n", None])
-async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(broken: bytes | None, file: Path) -> None:
+async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(
+    broken: bytes | None, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Path] = []
+
+    def look(path: Path) -> Stamp | None:
+        looks.append(path)
+        return stamp_of(path)
+
+    monkeypatch.setattr("imstream.guards.words.stamp_of", look)
     async with _at_work(file) as (guard, logs):
         _write(file, broken)
         await wait_until(lambda: len(logs) == 2, "the error is logged")
+        so_far = len(looks)
+        await wait_until(lambda: len(looks) > so_far + 2, "it is looked at again")
         assert await _refuses(guard, "badword")
         _write(file, "another\n")
         await wait_until(lambda: _refuses(guard, "another"), "a good file is loaded again")
