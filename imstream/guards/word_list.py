@@ -69,11 +69,8 @@ class WordList:
         self._heads = firsts | {word[:2] for word in letters} | {first + sign for first in firsts for sign in SIGNS}
         """By what words begin: one letter, two letters, one letter and a sign."""
         self._longest = max(map(len, letters), default=0)
-        self._automata, self._by_first = list[Any](), dict[str, Any]()
-        for share in _shares(letters):
-            automaton = _automaton(share)
-            self._automata.append(automaton)
-            self._by_first.update(dict.fromkeys({word[0] for word in share}, automaton))
+        self._automata = [({word[0] for word in share}, _automaton(share)) for share in _shares(letters)]
+        self._by_first = {first: automaton for firsts, automaton in self._automata for first in firsts}
         self._count = len(letters)
 
     def __len__(self) -> int:
@@ -136,13 +133,15 @@ class WordList:
 
     def _runs(self, normal: str) -> Iterator[tuple[int, int]]:
         """The index of the last letter, and the number of letters, of whatever has the letters of a word."""
+        letters = set(normal)
+        automata = [automaton for firsts, automaton in self._automata if not firsts.isdisjoint(letters)]
         if normal.isascii():
-            for automaton in self._automata:
+            for automaton in automata:
                 yield from automaton.iter(normal, ignore_white_space=True)
             return
         encoded = normal.encode()
         symbols = _encoded(encoded)
-        for automaton in self._automata:
+        for automaton in automata:
             index, at = -1, 0
             for last, count in automaton.iter(symbols, ignore_white_space=True):
                 index += len(encoded[at : last + 1].decode())
@@ -186,16 +185,19 @@ class WordList:
 
 
 def _shares(words: Iterable[str]) -> Iterator[list[str]]:
-    """The words in sorted shares of about `_SHARE`, those that begin with the same letter in one."""
+    """The words in sorted shares of about `_SHARE`, those that begin with the same letter in one.
+
+    A text without any of a share's first letters need not be searched for its words: Chinese is not for English ones.
+    """
     by_first = dict[str, list[str]]()
     for word in words:
         by_first.setdefault(word[0], []).append(word)
     share = list[str]()
     for first in sorted(by_first):
-        share += sorted(by_first[first])
-        if len(share) >= _SHARE:
+        if share and (len(share) >= _SHARE or share[0][0].isascii() != first.isascii()):
             yield share
             share = []
+        share += sorted(by_first[first])
     if share:
         yield share
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_MOST_REMEMBERED = 50_000
+"""How many texts without a word are remembered: some 4 MB."""
+
 LOOK = timedelta(seconds=1)
 """How often the file is looked at."""
 
@@ -72,6 +75,9 @@ class Words(Guard):
         self._look = look
         self._stamp = stamp_of(path)  # before it is read: what changes meanwhile is read again
         self._list = read(path)
+        self._clean = set[int]()
+        """Texts in which no word of the list is, by their hash, which nobody can foresee: what was looked at once comes
+        again as history with each later message."""
         self._told = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
 
@@ -98,18 +104,28 @@ class Words(Guard):
 
     async def chat(self, request: ChatRequest) -> Pass | Refuse:
         """See `Guard.chat`."""
-        words, contents, history = self._list, request.contents, request.history
+        contents, history = request.contents, request.history
+        clean = self._is_clean(contents)
+        if clean and all(self._is_clean(text) for _, text in history):
+            return PASS
         if self._masks:
-            text = mask(contents, words)
-            turns = tuple((role, mask(content, words)) for role, content in history)
-            return PASS if text == contents and turns == history else Pass(text=text, history=turns)
-        if has_word(contents, words):
-            return IN_MESSAGE
-        return IN_HISTORY if any(has_word(content, words) for _, content in history) else PASS
+            words = self._list
+            return Pass(text=mask(contents, words), history=tuple((role, mask(text, words)) for role, text in history))
+        return IN_HISTORY if clean else IN_MESSAGE
 
     def answer(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - the same for all
         """See `Guard.answer`."""
         return WordFilter(self._list, None if self._masks else IN_ANSWER)
+
+    def _is_clean(self, text: str) -> bool:
+        known = hash(text)
+        if known not in self._clean:
+            if has_word(text, self._list):
+                return False
+            if len(self._clean) >= _MOST_REMEMBERED:
+                self._clean.clear()
+            self._clean.add(known)
+        return True
 
     async def _keep_up(self) -> None:
         """Load the list whenever its file has changed, and when a SIGHUP asks for it."""
@@ -124,6 +140,7 @@ class Words(Guard):
                 if told or stamp != self._stamp:
                     self._stamp = stamp
                     self._list = await asyncio.to_thread(read, self._path)
+                    self._clean.clear()
                     log.info("word list loaded", words=len(self._list))
             except SettingsError as error:
                 log.error("word list not loaded, the one before stays", error=str(error))  # noqa: TRY400 - no defect

@@ -212,6 +212,16 @@ async def test_a_word_in_any_earlier_turn_is_refused_but_no_violation(file: Path
     assert await guard.chat(_asked("badword", ("user", "badword"))) is IN_MESSAGE
 
 
+async def test_a_turn_that_was_clean_is_looked_at_again_when_the_list_has_changed(file: Path) -> None:
+    asked = _asked("another", ("user", "another one"))
+    async with _at_work(file) as (guard, logs):
+        assert await guard.chat(asked) == PASS
+        assert await guard.chat(asked) == PASS
+        _write(file, "another one\n")
+        await wait_until(lambda: len(logs) == 2, "the new list is loaded")
+        assert await guard.chat(asked) is IN_HISTORY
+
+
 async def test_masking_changes_the_message_and_the_earlier_turns(file: Path) -> None:
     guards = Guards([Words(file, masks=True)])
     passed = await guards.chat(_asked("a badword", ("user", "敏 感 词!"), ("assistant", "well")))
