@@ -45,17 +45,17 @@ _UNSEEN_CATEGORIES = frozenset({"Cf", "Cc", "Me"})
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]").match
 """Unseen by their nature though not by their category: fillers and variation selectors."""
 
-_MOST_REMEMBERED = 20_000
-"""Forms that are remembered: enough for the characters of any language, and no more than that for whoever sends all."""
+_MOST_REMEMBERED = 100_000
+"""Forms that are remembered, some 15 MB at most: those of ordinary characters are a few thousand."""
 
 
 class _Forms(dict[int, str]):
     """The normal forms of characters, by code point, found when they are first asked for."""
 
     def __missing__(self, code: int) -> str:
-        form = _form(chr(code))
-        if len(self) < _MOST_REMEMBERED:
-            self[code] = form
+        if len(self) >= _MOST_REMEMBERED:  # somebody sends all there are: ordinary ones must not stay out for that
+            self.clear()
+        form = self[code] = _form(chr(code))
         return form
 
 

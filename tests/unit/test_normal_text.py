@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import unicodedata
 
 import pytest
@@ -85,3 +86,17 @@ def test_composed_or_not_a_text_has_the_same_letters() -> None:
             "".join(normalise(unicodedata.normalize(form, text)).split()) for form in ("NFC", "NFD")
         )
         assert composed == decomposed
+
+
+def test_whoever_sends_all_characters_there_are_does_not_make_ordinary_ones_slow() -> None:
+    at_first = _cost("".join(map(chr, range(0x4E00, 0x4F00))))
+    normalise("".join(map(chr, range(0x20000, 0x20000 + 100_001))))
+    assert _cost("".join(map(chr, range(0x9A00, 0x9B00)))) < 5 * at_first
+
+
+def _cost(text: str) -> float:
+    normalise(text)
+    begin = time.thread_time()
+    for _ in range(20):
+        normalise(text)
+    return time.thread_time() - begin
