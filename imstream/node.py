@@ -14,6 +14,7 @@ import structlog
 from imstream import logs
 from imstream.ai.backend import OpenAIBackend
 from imstream.ai.breaker import Breaker
+from imstream.ai.prompt import Prompter
 from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
 from imstream.gateway.following import Following
@@ -82,7 +83,10 @@ class Node:
         self.jobs = jobs = Jobs(settings, replies, board, inbox)
         following = Following(settings, replies, board, registry)
         self._guards = guards = Guards.make(Supplies(settings, commands, inbox))
-        parts = Parts(settings, requests, replies, board, backend, Breaker(settings), guards, inbox, following.begun)
+        prompter = Prompter(settings, backend)
+        parts = Parts(
+            settings, requests, replies, board, backend, prompter, Breaker(settings), guards, inbox, following.begun
+        )
         self.worker = Worker(parts, jobs, leases, tenure)
 
         def worker_of(node: str) -> Worker:

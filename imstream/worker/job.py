@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
-from imstream.ai import prompt
 from imstream.disposition import (
     INTERNAL_ERROR,
     Bury,
@@ -18,24 +17,19 @@ from imstream.disposition import (
     Finish,
     Leave,
     Limits,
-    Refusal,
     Retry,
     after_failure,
     before_start,
 )
-from imstream.errors import BackendError, StoreError, TransientBackendError
+from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import Refused
 from imstream.store.inbox import ReplyGrew
 from imstream.store.patience import patiently
 from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Rejected, Terminal
-from imstream.texts import DEFAULT_LANG, say
+from imstream.worker.asking import Asking, refusal
 from imstream.worker.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from imstream.ai.backend import Completion
-    from imstream.guards.guard import Refuse
     from imstream.reply import Reply
     from imstream.store.chat_request import ChatRequest
     from imstream.store.requests import Entry
@@ -74,7 +68,7 @@ class Job:
         self._parts = parts
         self._limits = Limits.of(parts.settings)
         self._id = f"{parts.requests.node}/{entry.entry_id}"
-        self._passed: ChatRequest | None = None
+        self._asking = Asking(request, parts)
         self._recorder: Recorder | None = None
         self._scope: asyncio.Timeout | None = None
         self._stopped: Stop | None = None
@@ -171,9 +165,9 @@ class Job:
             return await self._already(opened)
         assert self._recorder is not None  # noqa: S101 - there is one from the first opening on
         try:
-            completion = await self._ask(self._recorder.write)
+            completion = await self._asking.ask(self._recorder.write)
         except Refused as refused:
-            return self._refused(refused.verdict)
+            return refusal(refused.verdict, self.request.lang)
         except BackendError as error:
             elapsed = timedelta(seconds=asyncio.get_running_loop().time() - self._began)
             decision = after_failure(error, attempt=opened.attempt, elapsed=elapsed, limits=self._limits)
@@ -182,34 +176,6 @@ class Job:
             return decision
         self._scope = None  # complete: from here on, nothing stops it but its record
         return await self._end(Terminal("done", completion.finish_reason, completion.usage))
-
-    async def _ask(self, write: Callable[[str], None]) -> Completion:
-        """One AI call, past all guards. What they let pass once, they are not asked about again."""
-        guards = self._parts.guards
-        request = self._passed = self._passed or await guards.request(self.request)
-        filtered = guards.answer(request, write)
-        completion = await self._call(request, write if filtered is None else filtered.feed)
-        if filtered is not None:
-            filtered.end()
-        return completion
-
-    async def _call(self, request: ChatRequest, on_text: Callable[[str], None]) -> Completion:
-        """One AI call; only what becomes of it concerns the breaker."""
-        parts = self._parts
-        try:
-            completion = await parts.backend.answer(prompt.assemble(request), on_text=on_text)
-        except TransientBackendError as error:
-            parts.breaker.failed(error.retry_after)
-            raise
-        parts.breaker.succeeded()
-        return completion
-
-    def _refused(self, verdict: Refuse) -> Bury:
-        sentence = say(verdict.sentence, "en" if self.request.lang == "en" else DEFAULT_LANG, **verdict.values)
-        error = say(verdict.sentence, "en", **verdict.values)
-        if verdict.detail:
-            error = f"{error} ({verdict.detail})"
-        return Bury(verdict.reason, error, Refusal(verdict.code, sentence))
 
     async def _retry(self, known: list[Disposition]) -> Disposition:
         if known:

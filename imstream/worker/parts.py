@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from imstream.ai.backend import Backend
     from imstream.ai.breaker import Breaker
+    from imstream.ai.prompt import Prompter
     from imstream.guards.chain import Guards
     from imstream.reply import Reply, ReplyBoard
     from imstream.settings import Settings
@@ -24,6 +25,7 @@ class Parts:
 
     Attributes:
         requests: The stream that the worker reads.
+        prompter: Makes the prompt that the backend is given for a request.
         guards: What each request and answer must pass.
         inbox: The way to other nodes, which may have sockets of the same users.
         begun: Is told of every reply whose first attempt begins here.
@@ -34,6 +36,7 @@ class Parts:
     replies: ReplyStore
     board: ReplyBoard
     backend: Backend
+    prompter: Prompter
     breaker: Breaker
     guards: Guards
     inbox: Inbox

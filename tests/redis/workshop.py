@@ -15,6 +15,7 @@ import redis
 
 from imstream.ai.backend import Completion
 from imstream.ai.breaker import Breaker
+from imstream.ai.prompt import Prompter
 from imstream.guards.chain import Guards
 from imstream.keys import GROUP, Keys
 from imstream.reply import Cursor, Finished, Grown, ReplyBoard, Restarted
@@ -192,9 +193,9 @@ class Workshop:
         await asyncio.gather(self.running, return_exceptions=True)
         self.running = None
 
-    async def ask(self, message_id: str = "m", *, user: int = USER) -> str:
+    async def ask(self, message_id: str = "m", *, user: int = USER, **fields: Any) -> str:  # noqa: ANN401 - any field
         """Have a request admitted; its entry id."""
-        verdict = await self.requests.admit(chat_request(user, message_id))
+        verdict = await self.requests.admit(replace(chat_request(user, message_id), **fields))
         assert isinstance(verdict, Admitted)
         await self.replies.mark_queued(user, message_id)
         return verdict.entry_id
@@ -294,7 +295,7 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
     jobs, tenure, begun = Jobs(known, replies, board, inbox), Tenure(leases, known), list[str]()
     parts = Parts(
-        *(known, requests, replies, board, backend, Breaker(known), guards, inbox),
+        *(known, requests, replies, board, backend, Prompter(known, backend), Breaker(known), guards, inbox),
         begun=lambda reply: begun.append(reply.message_id),
     )
 
