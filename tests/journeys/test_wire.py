@@ -110,7 +110,6 @@ async def test_a_chat_is_accepted_streamed_and_done(node: OneNode) -> None:
 
 async def test_the_history_goes_to_the_backend(node: OneNode) -> None:
     history = [
-        {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "one two three"},
         {"role": "assistant", "content": "four five"},
     ]
