@@ -37,6 +37,13 @@ class _Asked(Guard):
         return PASS
 
 
+class _Softens(Guard):
+    """Writes a message anew."""
+
+    async def request(self, request: ChatRequest) -> Pass | Refuse:
+        return Pass(text=f"please: {request.contents}")
+
+
 def _answer(call: Call) -> None:
     call.done("x")
 
@@ -74,6 +81,15 @@ async def test_what_a_guard_let_pass_is_not_asked_about_again_when_the_ai_fails(
         (await shop.backend.call(2)).done("x")
         await shop.idle()
         assert guard.asked == ["m"]
+
+
+async def test_the_ai_is_asked_what_the_guards_made_of_a_message(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, guards=Guards([_Softens()])) as shop:
+        await shop.ask()
+        call = await shop.backend.call(1)
+        assert call.messages[-1].content == "please: 你好"
+        call.done("x")
+        await shop.idle()
 
 
 async def test_what_an_operator_should_know_of_a_refusal_is_in_the_dead_letter(redis_server: RedisServer) -> None:
