@@ -73,8 +73,10 @@ class Estimate:
 
     def count(self, text: str) -> int:
         """See `Counter.count`; a little too high, most of the time."""
-        kinds = text.encode("utf-8", "surrogatepass").translate(_KINDS, _CONTINUATION)
-        return ceil(sum(weight * kinds.count(kind) for kind, weight in _WEIGHTS.items()))
+        encoded = text.encode("utf-8", "surrogatepass")
+        kinds = encoded.translate(_KINDS, _CONTINUATION)
+        estimate = ceil(sum(weight * kinds.count(kind) for kind, weight in _WEIGHTS.items()))
+        return min(estimate, len(encoded))  # no tokenizer makes more of it
 
 
 class OwnTokenizer:

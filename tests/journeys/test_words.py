@@ -96,7 +96,7 @@ async def test_a_message_with_a_word_is_refused_in_a_sentence_that_does_not_repe
 
 async def test_a_word_in_the_history_is_refused_too(refusing: OneNode) -> None:
     async with refusing.peer(USER, lang="en") as someone:
-        for role in ("user", "assistant", "system"):
+        for role in ("user", "assistant"):
             history = [{"role": role, "content": "a badword"}, {"role": "user", "content": "fine"}]
             refused = await someone.chat(USER, "go on", "m-history", history=history)
             assert refused["code"] == "FORBIDDEN"
