@@ -23,6 +23,9 @@ _QUERY = re.compile(r"\?[^\s\"'>]+")
 _CHATTY = ("uvicorn.error", "uvicorn.access", "aiohttp.access", "asyncio")
 """Loggers with a line or more for each connection, some with the query string in it; below warning only on debug."""
 
+_TELLTALE = "uvicorn.error"
+"""On debug it prints what goes over each socket: tokens, and what people write. Never below info, then."""
+
 
 def configure(settings: Settings) -> None:
     """Set up logging for this process, by `log_level` and `log_format`. May be called again; the last call counts."""
@@ -56,6 +59,8 @@ def configure(settings: Settings) -> None:
     root.setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
+    if level <= logging.DEBUG:
+        logging.getLogger(_TELLTALE).setLevel(logging.INFO)
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:

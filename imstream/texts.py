@@ -66,6 +66,11 @@ class Text(Enum):
     TOO_SLOW = ("连接读取过慢,已断开", "This connection reads too slowly and was closed")
     NO_HEARTBEAT = ("长时间没有收到心跳,连接已断开", "No heartbeat for a long time, the connection was closed")
     REPLACED = ("您已在其他地方登录,本连接已断开", "You have logged in elsewhere, so this connection was closed")
+    LOGIN_ENDING = (
+        "登录将在 {seconds} 秒后过期,请用新的令牌再次登录 (INIT)",
+        "Your login ends in {seconds} s, please log in again with a new token (INIT)",
+    )
+    LOGIN_EXPIRED = ("登录已过期,请重新登录", "Your login has expired, please log in again")
     NO_INIT = ("没有及时登录,连接已断开", "No login (INIT) in time, the connection was closed")
     INTERNAL = ("系统内部错误,请稍后再重试!", "Something went wrong on our side, please try again later!")
 

@@ -19,6 +19,9 @@ MAX_USER_ID = 2**53 - 1
 
 USER_ID_FIELD = "userId"
 
+SUBPROTOCOL = "imstream.v1.json"
+"""The name of this protocol in a WebSocket handshake. A client that names it may name its token beside it."""
+
 MAX_RESUMED = 64
 """Most messages one INIT may resume."""
 
@@ -108,7 +111,7 @@ class ClientInit(_Frame):
 
     msg_type: Literal["INIT"]
     user_id: UserId
-    token: str | None = None
+    token: str | None = Field(None, repr=False)
     resume: list[ResumePoint] = Field(default=[], max_length=MAX_RESUMED)
 
 

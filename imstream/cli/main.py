@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
@@ -19,8 +19,12 @@ from imstream.cli.parent import die_with
 from imstream.cli.up_settings import UpSettings
 from imstream.embedded import EmbeddedSettings
 from imstream.errors import ImstreamError, SettingsError
-from imstream.settings import ENV_PREFIX, Settings
+from imstream.settings import ENV_PREFIX, Settings, parse_duration
 from imstream.texts import DEFAULT_LANG, Lang
+from imstream.wire import MAX_USER_ID, MIN_USER_ID
+
+if TYPE_CHECKING:
+    from datetime import timedelta
 
 ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
 
@@ -128,6 +132,30 @@ def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
     from imstream.client.terminal import run
 
     sys.exit(run(url, user, token, lang))
+
+
+@main.command()
+@click.option("--user", type=click.IntRange(MIN_USER_ID, MAX_USER_ID), required=True, help="Whom it is for.")
+@click.option("--ttl", metavar="TIME", default="1h", show_default=True, help="How long it holds.")
+@click.option("--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file with the private key.")
+@settings_options(Settings, only=["auth_algorithm", "auth_claim", "auth_issuer", "auth_audience"])
+def token(user: int, ttl: str, key: Path | None, **options: str | None) -> None:
+    """Sign a token, for development.
+
+    Prints nothing else, so that it can be given on: imstream chat --token "$(imstream token --user 10001)".
+
+    It is signed with the secret in IMSTREAM_AUTH_SECRET (HS256), or with the private key in a file, whose kind says
+    how: RSA (RS256), elliptic curve P-256 (ES256), Ed25519 or Ed448 (EdDSA). What else nodes check is taken from their
+    settings.
+    """
+    settings = Settings.load(**given(options))
+    try:
+        span = parse_duration(ttl)
+    except ValueError as error:
+        raise SettingsError(f"--ttl={ttl} is not allowed: {error}") from None
+    from imstream.guards.tokens.signing import sign
+
+    click.echo(sign(settings, user, cast("timedelta", span), key))
 
 
 @main.command("demo-ai", help=_with_columns(f"Run the demo AI backend: canned answers, no model.\n\n{marker.__doc__}"))

@@ -17,6 +17,7 @@ from imstream.cli.supervisor import Part
 from imstream.cli.up_settings import UpSettings
 from imstream.embedded import EmbeddedSettings
 from imstream.errors import SettingsError
+from imstream.guards.exposure import check_exposure
 from imstream.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ _EMBEDDED = "embedded_"
 _DEMO = "demo_"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
 _LAST_PORT = 65535
+
+ORIGINS = "same,null"
+"""Pages that may open sockets of nodes that are there to be tried: also the page that was opened from disk."""
+
 _NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
 
 
@@ -118,6 +123,7 @@ def make_plan(typed: Mapping[str, str]) -> Plan:
     of_up = {name: value for name, value in typed.items() if name in UpSettings.model_fields}
     of_node = {name: value for name, value in typed.items() if name in Settings.model_fields}
     settings, up = Settings.load(**of_node), UpSettings.load(**of_up)
+    check_exposure(settings)
     valkey = EmbeddedSettings.load(**of_valkey) if "redis_url" not in settings.model_fields_set else None
     demo = DemoSettings.load(**of_demo) if "ai_url" not in settings.model_fields_set else None
     environment = {
@@ -127,6 +133,8 @@ def make_plan(typed: Mapping[str, str]) -> Plan:
     }
     if settings.log_format == "auto":  # the children write into pipes, but a person reads them
         environment[Settings.variable("log_format")] = "console"
+    if "origins" not in settings.model_fields_set:
+        environment[Settings.variable("origins")] = ORIGINS
     if valkey and "log_level" not in valkey.model_fields_set:
         environment[EmbeddedSettings.variable("log_level")] = "warning"
     plan = Plan(

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Self
 
 from imstream.client.cancel import Cancel, Receipt
 from imstream.client.errors import NotConnected
+from imstream.client.identity import Identity, Token
 from imstream.client.ledger import Ledger
-from imstream.client.link import ConnectionChange, Identity, Link, cancel_frame
+from imstream.client.link import ConnectionChange, Link, cancel_frame
 from imstream.client.message import Message
 from imstream.client.reconnect import Servers, Timing, address
 from imstream.client.reply import Reply
@@ -36,7 +37,8 @@ class Client:
     Args:
         urls: Address of the server, or of several that serve the same users, in order of preference.
         user_id: Who is speaking.
-        token: The user's signed token, when the server wants one.
+        token: The user's signed token, when the server wants one; or a function that gives one, and at the next call
+            another one, fresh: it is called for each connection, and when the server says that the login ends soon.
         lang: Language of the server's sentences.
         timing: Time limits and intervals.
         on_change: Called with every change of the connection; must neither block nor raise.
@@ -50,7 +52,7 @@ class Client:
         urls: str | Sequence[str],
         user_id: int,
         *,
-        token: str | None = None,
+        token: Token | None = None,
         lang: Lang = DEFAULT_LANG,
         timing: Timing | None = None,
         on_change: Callable[[ConnectionChange], None] | None = None,

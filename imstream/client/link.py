@@ -16,8 +16,9 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from imstream.client.errors import ClientClosed, SessionEnded
+from imstream.client.identity import NoToken
 from imstream.client.reconnect import Pace, Patience, Reaction, Servers, Timing, address, after_close
-from imstream.wire import ClientCancel, ClientHeartbeat, ClientInit, Close, Code, MsgType, ServerFrame, UserId
+from imstream.wire import ClientCancel, ClientHeartbeat, ClientInit, Close, Code, MsgType, ServerFrame
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
 
     from imstream.client.cancel import Cancel
+    from imstream.client.identity import Identity
     from imstream.client.ledger import Ledger
     from imstream.client.message import Message
-    from imstream.texts import Lang
-    from imstream.wire import ClientFrame
+    from imstream.wire import ClientFrame, UserId
 
 MAX_FRAME = 16 * 2**20
 """Largest frame taken from a server, in bytes: a resumed answer comes as one. More ends the connection."""
@@ -68,15 +69,6 @@ class Disconnected:
 ConnectionChange = Connected | Disconnected
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who is speaking, and in which language the server shall answer."""
-
-    user_id: UserId
-    token: str | None
-    lang: Lang
-
-
 class Link:
     """Keeps one logged-in connection to one of the servers.
 
@@ -103,6 +95,7 @@ class Link:
         self._pace = Pace(timing)
         self._socket: ClientConnection | None = None  # only while logged in
         self._logged_in = asyncio.Event()  # of the present connection
+        self._ending = asyncio.Event()  # of the login, on the present connection
 
     async def run(self) -> None:
         """Keep a connection until the session ends for good. At the end nothing waits any more."""
@@ -140,6 +133,15 @@ class Link:
     async def _connection(self) -> Reaction:
         """One connection from its beginning to its end, and what to do then."""
         try:
+            async with asyncio.timeout(self._timing.login.total_seconds()):
+                token = await self._identity.show()
+        except (NoToken, TimeoutError) as error:
+            self.last_word = str(error) or "no token in time"
+            return Reaction(Patience.BACKOFF)
+        if self._identity.is_refused:
+            self._ledger.end(SessionEnded(Close.NOT_AUTHENTICATED, self.last_word))
+            return Reaction(Patience.NEVER)
+        try:
             socket = await connect(
                 address(self._servers.current, self._identity.user_id),
                 additional_headers={"Accept-Language": self._identity.lang},
@@ -152,9 +154,10 @@ class Link:
             self.last_word = f"{self._servers.current}: {error}"
             return Reaction(Patience.BACKOFF, elsewhere=True)
         self._logged_in.clear()
+        self._ending.clear()
         try:
             async with asyncio.TaskGroup() as tasks:
-                speaker = tasks.create_task(self._speak(socket))
+                speaker = tasks.create_task(self._speak(socket, token))
                 reaction = await self._listen(socket)
                 speaker.cancel()
         finally:
@@ -162,9 +165,9 @@ class Link:
             await socket.close()
         return reaction
 
-    async def _speak(self, socket: ClientConnection) -> None:
+    async def _speak(self, socket: ClientConnection, token: str | None) -> None:
         try:
-            await socket.send(_encode(self._init()))
+            await socket.send(_encode(self._init(token)))
             async with asyncio.timeout(self._timing.login.total_seconds()):
                 await self._logged_in.wait()
             for message in self._ledger.unanswered:
@@ -173,20 +176,35 @@ class Link:
                 await self.send_cancel(cancel)
             beat = _encode(ClientHeartbeat(msg_type="HEARTBEAT", user_id=self._identity.user_id))
             while True:
-                await asyncio.sleep(self._timing.heartbeat.total_seconds())
-                await socket.send(beat)
+                await socket.send(_encode(again) if (again := await self._log_in_again()) is not None else beat)
         except TimeoutError:
             self.last_word = "the server did not answer the login in time"
             await socket.close()
         except ConnectionClosed:
             return  # the listener sees it too, and decides
 
-    def _init(self) -> ClientInit:
+    async def _log_in_again(self) -> ClientInit | None:
+        """What to say when the login is about to end; None when it is time for a heartbeat instead."""
+        try:
+            async with asyncio.timeout(self._timing.heartbeat.total_seconds()):
+                await self._ending.wait()
+        except TimeoutError:
+            return None
+        self._ending.clear()
+        try:
+            async with asyncio.timeout(self._timing.login.total_seconds()):
+                token = await self._identity.show()
+        except (NoToken, TimeoutError) as error:
+            logger.warning("the login ends: %s", str(error) or "no token in time")
+            return None
+        return ClientInit(msg_type="INIT", user_id=self._identity.user_id, token=token)
+
+    def _init(self, token: str | None) -> ClientInit:
         resumed = self._ledger.accepted
         for message in resumed:
             message.resuming = True
         resume = [message.resume_point for message in resumed]
-        return ClientInit(msg_type="INIT", user_id=self._identity.user_id, token=self._identity.token, resume=resume)
+        return ClientInit(msg_type="INIT", user_id=self._identity.user_id, token=token, resume=resume)
 
     async def _listen(self, socket: ClientConnection) -> Reaction:
         try:
@@ -206,10 +224,15 @@ class Link:
             self._welcome(frame, socket)
         elif frame.msg_type is MsgType.SYSTEM and not self._ledger.system(frame):
             self.last_word = frame.contents or frame.code
+            if frame.code is Code.UNAUTHORIZED and self._logged_in.is_set() and self._identity.is_fresh:
+                self._ending.set()
             return frame.code is not Code.UNAVAILABLE
         return True
 
     def _welcome(self, frame: ServerFrame, socket: ClientConnection) -> None:
+        self._identity.believed()
+        if self._logged_in.is_set():
+            return  # it goes on longer
         self._socket = socket
         self._servers.succeed()
         self._logged_in.set()
@@ -219,6 +242,8 @@ class Link:
     def _closed(self, closed: ConnectionClosed, socket: ClientConnection) -> Reaction:
         code = None if closed.rcvd is None else closed.rcvd.code
         reaction = after_close(code)
+        if code == Close.NOT_AUTHENTICATED and self._identity.refused():
+            return Reaction(Patience.BACKOFF)
         if reaction.patience is Patience.NEVER:
             self._ledger.end(SessionEnded(code or 0, self.last_word or "the server ended the session"))
         elif code == Close.FRAME_TOO_BIG:

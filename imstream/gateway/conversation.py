@@ -117,11 +117,11 @@ class Conversation:
 
     async def _init(self, frame: ClientInit) -> None:
         services, session = self._services, self._session
-        welcome = await services.guards.login(Login(frame.user_id, frame.token))
+        welcome = await services.guards.login(Login(frame.user_id, frame.token or session.token))
         if isinstance(welcome, Refuse):
             self._refuse(welcome)
             return
-        session.user_id = self._phrases.user_id = frame.user_id
+        session.logged_in(frame.user_id, welcome.until)
         with self._holding(*(point.message_id for point in frame.resume)):
             services.registry.log_in(session, frame.user_id)
             # The route first: then no batch falls between what is read here and what other nodes tell, and who has

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imstream.texts import Text
-from imstream.wire import Close
+from imstream.wire import Close, Code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ class Registry:
     async def run(self) -> None:
         """Look after all sessions with one timer, instead of one for each: a second more or less matters to none."""
         settings = self._settings
-        limits = [settings.init_timeout, settings.idle_timeout, settings.stall_timeout]
+        limits = [settings.init_timeout, settings.idle_timeout, settings.stall_timeout, settings.auth_warning]
         interval = min(1.0, min(limits).total_seconds() / 4)
         loop = asyncio.get_running_loop()
         while True:
@@ -84,5 +84,9 @@ class Registry:
             session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)
         elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():
             session.close(Close.NOT_AUTHENTICATED, Text.NO_INIT)
+        elif session.ends_at is not None and now > session.ends_at:
+            session.close(Close.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED, Code.UNAUTHORIZED)
         elif now - session.heard_at > settings.idle_timeout.total_seconds():
             session.close(Close.NO_HEARTBEAT, Text.NO_HEARTBEAT)
+        elif session.warn_at is not None and now > session.warn_at:
+            session.warn()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from math import ceil
 from typing import TYPE_CHECKING
 
 from imstream.gateway.conversation import Conversation
@@ -10,9 +12,11 @@ from imstream.gateway.phrases import Phrases
 from imstream.gateway.protocol import socket_of
 from imstream.gateway.pump import Pump
 from imstream.texts import Lang, Text, choose_lang
-from imstream.wire import USER_ID_FIELD, Close, Code, parse_user_id
+from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, Close, Code, parse_user_id
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.websockets import WebSocket
 
     from imstream.gateway.services import Services
@@ -23,6 +27,13 @@ if TYPE_CHECKING:
 def asked_lang(websocket: WebSocket) -> Lang:
     """The language of a handshake. A browser cannot set the header of a WebSocket, so the address may say it too."""
     return choose_lang(websocket.query_params.get("lang") or websocket.headers.get("accept-language"))
+
+
+def offered_token(subprotocols: Sequence[str]) -> str | None:
+    """The token that a handshake names beside our protocol: a page can set no header but this one."""
+    if SUBPROTOCOL not in subprotocols:
+        return None
+    return next((name for name in subprotocols if not name.startswith("imstream.")), None)
 
 
 class Session:
@@ -38,10 +49,13 @@ class Session:
         "_websocket",
         "began_at",
         "closing_since",
+        "ends_at",
         "heard_at",
         "login",
+        "token",
         "url_user",
         "user_id",
+        "warn_at",
     )
 
     def __init__(self, websocket: WebSocket, services: Services) -> None:
@@ -60,6 +74,12 @@ class Session:
         """Number of its login: the newer of two has the higher one. 0: none is known."""
         self.began_at = self.heard_at = asyncio.get_running_loop().time()
         self.closing_since: float | None = None
+        self.token = offered_token(websocket.scope["subprotocols"])
+        """What the handshake shows of who this is, if INIT shows nothing."""
+        self.ends_at: float | None = None
+        """When the login ends; None: with the socket."""
+        self.warn_at: float | None = None
+        """When the client is told that it will; None when it was."""
 
     @property
     def blocked_since(self) -> float | None:
@@ -68,7 +88,7 @@ class Session:
 
     async def run(self) -> None:
         """Serve the socket until either side ends it."""
-        await self._websocket.accept()
+        await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in self._websocket.scope["subprotocols"] else None)
         self._socket.forget_handshake()
         registry = self._services.registry
         registry.add(self)
@@ -82,9 +102,26 @@ class Session:
             if self.user_id is not None:
                 self._services.presence.left(self.user_id)
 
-    def close(self, code: Close, text: Text) -> None:
+    def logged_in(self, user_id: int, until: float | None) -> None:
+        """Somebody has shown who they are, until a time in seconds since 1970. May be repeated, to go on longer."""
+        self.user_id = self._phrases.user_id = user_id
+        self.ends_at = self.warn_at = None
+        if until is not None:
+            left = until - time.time()
+            self.ends_at = asyncio.get_running_loop().time() + left  # whatever becomes of the clock
+            # A short login is not followed by a warning at once, or its client would do nothing but log in.
+            self.warn_at = self.ends_at - min(self._services.settings.auth_warning.total_seconds(), left / 2)
+
+    def warn(self) -> None:
+        """Say that the login will end, so that the client may log in again."""
+        if self.ends_at is not None:
+            self.warn_at = None
+            seconds = max(0, ceil(self.ends_at - asyncio.get_running_loop().time()))
+            self._pump.say(self._phrases.system(Code.UNAUTHORIZED, Text.LOGIN_ENDING, seconds=seconds))
+
+    def close(self, code: Close, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
         """Say why, and close when everything said before is sent."""
-        self.close_with(code, self._phrases.system(Code.SYSTEM_ERROR, text))
+        self.close_with(code, self._phrases.system(kind, text))
 
     def close_with(self, code: Close, last_words: ServerFrame) -> None:
         """Close with these words when everything said before is sent."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.settings import Settings
 from imstream.texts import Text
-from imstream.wire import Close
+from imstream.wire import Close, Code
 from tests.support.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
@@ -27,13 +27,22 @@ class PlayedSession:
     heard_at: float = 0.0
     blocked_since: float | None = None
     closing_since: float | None = None
+    ends_at: float | None = None
+    warn_at: float | None = None
     told: list[tuple[str, Close, Text, float]] = field(default_factory=list)
+    warned: list[float] = field(default_factory=list)
 
-    def close(self, code: Close, text: Text) -> None:
+    def close(self, code: Close, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
         """See `Session`."""
         now = asyncio.get_running_loop().time()
         self.closing_since = now
+        assert (kind == Code.UNAUTHORIZED) == (text == Text.LOGIN_EXPIRED)
         self.told.append(("close", code, text, now))
+
+    def warn(self) -> None:
+        """See `Session`."""
+        self.warn_at = None
+        self.warned.append(asyncio.get_running_loop().time())
 
     def expel(self, code: Close, text: Text) -> None:
         """See `Session`."""
@@ -90,6 +99,16 @@ async def test_a_session_that_cannot_close_is_cut_off_after_its_grace() -> None:
     how, _, _, at = await first_words(session(user_id=10001, closing_since=1))
     assert how == "expel"
     assert 1 + CLOSE_GRACE < at <= 1 + CLOSE_GRACE + 1
+
+
+@in_virtual_time
+async def test_a_login_that_ends_is_warned_once_and_closed_with_the_socket() -> None:
+    one = session(user_id=10001, warn_at=20, ends_at=50)
+    how, code, text, at = await first_words(one)
+    assert (how, code, text) == ("close", Close.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED)
+    assert 50 < at <= 50 + 1
+    [warned_at] = played(one).warned
+    assert 20 < warned_at <= 20 + 1
 
 
 @in_virtual_time

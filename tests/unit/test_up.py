@@ -91,7 +91,7 @@ def test_two_parts_cannot_have_one_port() -> None:
 
 def test_the_balancer_is_reached_where_the_nodes_are(machine: dict[str, str]) -> None:
     machine["haproxy"] = "/usr/sbin/haproxy"
-    options = {**ports(), "nodes": "2", "host": "0.0.0.0"}
+    options = {**ports(), "nodes": "2", "host": "0.0.0.0", "allow_insecure": "true"}
     plan = make_plan(options)
     assert plan.door == f"127.0.0.1:{options['balancer_port']}"
     [front] = plan.order()[0][-1]

@@ -28,7 +28,8 @@
  * @typedef {object} Options
  * @property {string} address       Where the service is: http, https, ws or wss.
  * @property {number} userId        An integer above 10000.
- * @property {string} [token]       The user's signed token, when the service asks for one.
+ * @property {string | (() => string | Promise<string>)} [token]  The user's signed token, when the service asks for
+ *     one; or a function that gives a fresh one, for each connection and whenever the login is about to end.
  * @property {string} [lang]        Language wished for the server's texts: a script cannot set Accept-Language.
  * @property {number} [heartbeat]   Milliseconds between heartbeats.
  * @property {number} [patience]    Milliseconds that connecting and logging in may take.
@@ -42,6 +43,7 @@
 const DEFAULTS = { heartbeat: 25_000, patience: 10_000, firstWait: 1_000, longestWait: 30_000 };
 const STEADY = 5_000; // a connection that lasted this many ms was a good one: waits start small again
 const MOST_RESUMED = 64; // a node takes no more in one INIT
+const NOT_AUTHENTICATED = 4500;
 const FRAME_TOO_BIG = 1009;
 const DRAINING = 1012;
 const NODE_FULL = 1013;
@@ -136,6 +138,8 @@ export class ImstreamClient extends EventTarget {
   /** @type {ReturnType<typeof setTimeout> | undefined} What comes next: a try, the end of our patience. */ #timer;
   /** @type {ReturnType<typeof setInterval> | undefined} */ #pulse;
   /** Whether nothing was heard since the last heartbeat. */ #silent = false;
+  /** @type {string | undefined} The token that was shown last. */ #shown;
+  /** @type {string | undefined} One that the service has refused since it last let us in. */ #refused;
   #failures = 0;
   #onlineSince = Infinity;
 
@@ -149,6 +153,7 @@ export class ImstreamClient extends EventTarget {
   connect() {
     if (this.state === "connecting" || this.state === "online") return;
     this.#letGo();
+    if (this.state === "closed") this.#refused = undefined; // somebody has asked for another try
     const socket = (this.#socket = new WebSocket(socketUrl(this.options)));
     socket.onopen = () => this.#logIn();
     socket.onmessage = ({ data }) => this.#hear(JSON.parse(data));
@@ -208,17 +213,29 @@ export class ImstreamClient extends EventTarget {
     if (message.isEnded) this.#messages.delete(messageId);
   }
 
-  #logIn() {
+  /** Shows who we are, and takes up what goes on; or only the former, to go on longer. */
+  async #logIn(resuming = true) {
+    const socket = this.#socket;
+    const { token } = this.options;
+    try {
+      this.#shown = typeof token === "function" ? await token() : token;
+    } catch {
+      if (socket === this.#socket && this.state === "connecting") this.drop(); // no token now, perhaps later
+      return;
+    }
+    if (socket !== this.#socket) return; // lost meanwhile
+    if (this.#refused !== undefined && this.#shown === this.#refused) return this.#lose(NOT_AUTHENTICATED);
     const resume = [...this.#messages.values()]
-      .filter(({ accepted }) => accepted)
+      .filter(({ accepted }) => accepted && resuming)
       .slice(-MOST_RESUMED)
       .map(({ id, attempt, offset }) => ({ messageId: id, attempt, offset }));
-    this.#say({ msgType: "INIT", token: this.options.token, resume });
+    this.#say({ msgType: "INIT", token: this.#shown, resume });
   }
 
   /** We are in. What was not acknowledged is said again: the server knows duplicates by their id. */
   #enter() {
     clearTimeout(this.#timer);
+    this.#refused = undefined;
     this.#onlineSince = Date.now();
     this.#pulse = setInterval(() => this.#beat(), this.options.heartbeat);
     for (const message of this.#messages.values()) if (message.status === "sending") this.#chat(message);
@@ -252,6 +269,8 @@ export class ImstreamClient extends EventTarget {
       this.#enter();
     } else if (frame.msgType === "SYSTEM") {
       this.dispatchEvent(new CustomEvent("notice", { detail: frame }));
+      if (frame.code === "UNAUTHORIZED" && this.state === "online" && this.#canRenew) this.#logIn(false);
+      if (frame.code === "UNAVAILABLE" && this.state === "connecting") this.drop(); // nobody can be let in now
     }
   }
 
@@ -260,6 +279,11 @@ export class ImstreamClient extends EventTarget {
     if (messageId) return this.#messages.get(messageId);
     // A frame that could not be read is refused without its id. Answers come in the order of what was sent.
     if (code === "BAD_REQUEST") return [...this.#messages.values()].find(({ status }) => status === "sending");
+  }
+
+  /** Whether the next token is a new one. */
+  get #canRenew() {
+    return typeof this.options.token === "function";
   }
 
   #beat() {
@@ -284,7 +308,9 @@ export class ImstreamClient extends EventTarget {
     if (Date.now() - this.#onlineSince > STEADY) this.#failures = 0;
     this.#letGo();
     if (code === FRAME_TOO_BIG) this.#refuseLongest();
-    if (code >= 4500 && code <= 4999) return this.#become("closed", { code });
+    const renew = code === NOT_AUTHENTICATED && this.#canRenew && this.#refused === undefined;
+    this.#refused = code === NOT_AUTHENTICATED ? this.#shown : this.#refused;
+    if (code >= 4500 && code <= 4999 && !renew) return this.#become("closed", { code });
     const { firstWait, longestWait } = this.options;
     const wait = reconnectWait(code, this.#failures++, firstWait, longestWait);
     this.#timer = setTimeout(this.#comeBack, wait);

@@ -1,0 +1,93 @@
+"""Which pages may open sockets: a browser names the origin of the page (RFC 6454), and pages cannot change it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, ClassVar, Self
+from urllib.parse import SplitResult, urlsplit
+
+from imstream.errors import SettingsError
+from imstream.guards.guard import Guard, Refuse
+from imstream.settings import Settings
+from imstream.texts import OwnSentence
+from imstream.wire import Code
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from imstream.guards.guard import Handshake, Supplies
+
+_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_ALLOWED = "a list with commas of same, null, or origins such as https://chat.example.com; or * alone"
+
+_REFUSAL = Refuse(
+    "origin",
+    Code.FORBIDDEN,
+    OwnSentence("不允许此来源的网页连接 (IMSTREAM_ORIGINS)", "Pages of this origin may not connect (IMSTREAM_ORIGINS)"),
+)
+
+
+class Origin(Guard):
+    """Takes the pages of some origins. Who is no browser names none, and is not concerned."""
+
+    order: ClassVar[int] = 5
+
+    def __init__(self, origins: Collection[str]) -> None:
+        self._origins = frozenset(origins)
+
+    @classmethod
+    def make(cls, supplies: Supplies) -> Self | None:
+        """See `Guard`."""
+        origins = parse_origins(supplies.settings.origins)
+        return None if "*" in origins else cls(origins)
+
+    def handshake(self, handshake: Handshake) -> Refuse | None:
+        """Refuse the pages of other origins."""
+        origin = handshake.headers.get("origin")
+        if origin is None or origin in self._origins:
+            return None
+        return None if "same" in self._origins and is_same(origin, handshake.headers) else _REFUSAL
+
+
+def parse_origins(text: str) -> list[str]:
+    """The origins of the setting, as browsers write them. Raises `SettingsError`."""
+    origins = [_as_browsers_do(part.strip().lower()) for part in text.split(",")]
+    if None in origins or ("*" in origins and len(origins) > 1):
+        raise SettingsError(f"{Settings.variable('origins')}={text!r} is not allowed: {_ALLOWED}")
+    return [origin for origin in origins if origin is not None]
+
+
+def _as_browsers_do(origin: str) -> str | None:
+    """An origin without the port that its scheme has anyway; None when it is none."""
+    if origin in {"same", "null", "*"}:
+        return origin
+    if _ORIGIN.fullmatch(origin) is None:
+        return None
+    parts = _split(origin)
+    port = "" if parts is None or parts.port is None or parts.port == _PORTS.get(parts.scheme) else f":{parts.port}"
+    return None if parts is None else f"{parts.scheme}://{parts.netloc.removesuffix(f':{parts.port}')}{port}"
+
+
+def is_same(origin: str, headers: Mapping[str, str]) -> bool:
+    """Whether a page comes from where its handshake goes.
+
+    Balancers hand on the `Host` that the browser asked for. The scheme is known only to who ended TLS, who may say so.
+    """
+    page, asked = _split(origin), _split(f"//{headers.get('host', '')}")
+    if page is None or asked is None or page.scheme not in {"http", "https"} or not _ORIGIN.fullmatch(origin):
+        return False
+    if page.scheme == "http" and headers.get("x-forwarded-proto", "") in {"https", "wss"}:
+        return False  # a page that anybody on the way may have changed
+    usual = _PORTS[page.scheme]
+    return page.hostname is not None and (page.hostname, page.port or usual) == (asked.hostname, asked.port or usual)
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL with a port that is a number; None when there are none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts

@@ -1,0 +1,123 @@
+"""What a token must be, to be believed. No I/O; the time is a parameter."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import jwt
+
+from imstream.guards.tokens import Believed, NotBelieved
+from imstream.wire import parse_user_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from jwt.types import Options
+
+    from imstream.guards.tokens import Reason
+    from imstream.settings import Settings
+
+MAX_TOKEN = 8192
+"""Characters of the longest token that is looked at. Real ones have a tenth; reading costs as much as there is."""
+
+# Times are checked here and more strictly. `sub` may be a number: some issuers have it so, and users are numbers here.
+_OPTIONS: Options = {
+    "verify_exp": False,
+    "verify_nbf": False,
+    "verify_iat": False,
+    "verify_sub": False,
+    "verify_jti": False,
+    "enforce_minimum_key_length": True,
+}
+
+_REASONS: dict[type[jwt.PyJWTError], Reason] = {
+    jwt.InvalidSignatureError: "signature",
+    jwt.InvalidAlgorithmError: "algorithm",
+    jwt.InvalidAudienceError: "audience",
+    jwt.InvalidIssuerError: "issuer",
+    jwt.MissingRequiredClaimError: "claims",
+}
+
+
+class Rules:
+    """The rules of one node: one algorithm, and what the claims must say."""
+
+    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.time) -> None:
+        self._algorithm = settings.auth_algorithm
+        self._claim = settings.auth_claim
+        self._issuer = settings.auth_issuer
+        self._audience = settings.auth_audience
+        self._leeway = settings.auth_leeway.total_seconds()
+        self._clock = clock
+
+    @staticmethod
+    def check_shape(token: str | None) -> str:
+        """A token that is there, and no longer than it may be. Raises `NotBelieved`."""
+        if not token:
+            raise NotBelieved("missing")
+        if len(token) > MAX_TOKEN or not token.isascii():
+            raise NotBelieved("malformed")
+        return token
+
+    def read(self, token: str, keys: Sequence[Any]) -> Believed:
+        """What a token shows, signed with one of these keys. Raises `NotBelieved`."""
+        for key in keys:
+            try:
+                return self._believe(self._claims(token, key))
+            except NotBelieved as why:
+                if why.reason != "signature" or key is keys[-1]:
+                    raise
+        raise NotBelieved("unknown_key")
+
+    def _claims(self, token: str, key: Any) -> dict[str, Any]:  # noqa: ANN401 - each algorithm has its own type of key
+        try:
+            return jwt.decode(
+                token,
+                key,
+                algorithms=[self._algorithm],
+                audience=self._audience,
+                issuer=self._issuer,
+                options=_OPTIONS,
+            )
+        except jwt.PyJWTError as error:
+            raise NotBelieved(_REASONS.get(type(error), "malformed")) from None
+
+    def _believe(self, claims: dict[str, Any]) -> Believed:
+        now = self._clock()
+        if _time(claims, "nbf", default=now) > now + self._leeway:
+            raise NotBelieved("not_yet_valid")
+        # To the end of the leeway: a session must not end while its token would still be taken at the door.
+        until = _time(claims, "exp") + self._leeway
+        if until <= now:
+            raise NotBelieved("expired")
+        return Believed(_user_id(claims.get(self._claim)), until)
+
+
+def key_id(token: str) -> str | None:
+    """The key that a token claims to be signed with; it may claim none. Raises `NotBelieved`."""
+    try:
+        named: str | None = jwt.get_unverified_header(token).get("kid")
+    except jwt.PyJWTError:
+        raise NotBelieved("malformed") from None
+    return named
+
+
+def _time(claims: dict[str, Any], name: str, *, default: float | None = None) -> float:
+    """A NumericDate (RFC 7519, section 2): seconds since 1970. Raises `NotBelieved`."""
+    value = claims.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise NotBelieved("claims")
+    try:
+        return float(value)
+    except OverflowError:
+        raise NotBelieved("claims") from None
+
+
+def _user_id(value: object) -> int:
+    """A user id: a whole number, or its digits as they are always written. Raises `NotBelieved`."""
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    user_id = parse_user_id(text)
+    if user_id is None or str(user_id) != text:
+        raise NotBelieved("claims")
+    return user_id

@@ -1,0 +1,226 @@
+"""Which tokens are believed, by every algorithm, and that no other one is."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import jwt
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from imstream.guards.tokens import Believed, NotBelieved
+from imstream.guards.tokens.rules import MAX_TOKEN, Rules, key_id
+from imstream.settings import Settings
+from tests.support.tokens import PUBLIC, SECRET, USER, key_of, public_pem, token
+
+if TYPE_CHECKING:
+    from imstream.guards.tokens import Algorithm
+
+NOW = 1_800_000_000.0
+ALL: tuple[Algorithm, ...] = ("HS256", *PUBLIC)
+
+
+def rules(algorithm: Algorithm = "HS256", **settings: Any) -> Rules:  # noqa: ANN401 - any setting
+    return Rules(Settings.load(auth_algorithm=algorithm, **settings), clock=lambda: NOW)
+
+
+def signing(algorithm: Algorithm) -> Any:  # noqa: ANN401 - each algorithm has its own type of key
+    return SECRET if algorithm == "HS256" else key_of(algorithm)
+
+
+def checking(algorithm: Algorithm) -> Any:  # noqa: ANN401 - same
+    return SECRET.encode() if algorithm == "HS256" else key_of(algorithm).public_key()
+
+
+def read(shown: str, algorithm: Algorithm = "HS256", **settings: Any) -> Believed | str:  # noqa: ANN401 - same
+    """Who is believed to be there, or why nobody is."""
+    one = rules(algorithm, **settings)
+    try:
+        return one.read(one.check_shape(shown), [checking(algorithm)])
+    except NotBelieved as why:
+        return why.reason
+
+
+def signed(algorithm: Algorithm = "HS256", **claims: Any) -> str:  # noqa: ANN401 - right and wrong ones
+    return token(signing(algorithm), algorithm, **{"exp": NOW + 60, **claims})
+
+
+def encoded(value: object) -> str:
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return base64.urlsafe_b64encode(text).rstrip(b"=").decode()
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_token_shows_its_user_until_it_ends_and_the_leeway_is_over(algorithm: Algorithm) -> None:
+    assert read(signed(algorithm), algorithm) == Believed(USER, NOW + 60 + 5)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@given(data=st.data())
+def test_a_token_with_any_character_changed_is_not_believed(algorithm: Algorithm, data: st.DataObject) -> None:
+    good = signed(algorithm)
+    place = data.draw(st.integers(0, len(good) - 1))
+    other = data.draw(st.characters(codec="ascii"))
+    assume(other != good[place])
+    assert isinstance(read(good[:place] + other + good[place + 1 :], algorithm), str)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@given(cut=st.integers(0, 200))
+def test_a_token_that_was_cut_is_not_believed(algorithm: Algorithm, cut: int) -> None:
+    assert isinstance(read(signed(algorithm)[: -1 - cut], algorithm), str)
+
+
+@pytest.mark.parametrize("algorithm", PUBLIC)
+def test_a_key_of_somebody_else_is_of_no_use(algorithm: Algorithm) -> None:
+    forged = token(key_of(algorithm, 1), algorithm, exp=NOW + 60)
+    assert read(forged, algorithm) == "signature"
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize("other", [*ALL, "none", "None", "HS512", "PS256", "", None, 1, ["HS256"], {"a": 1}])
+def test_only_the_one_algorithm_is_taken_whatever_a_token_says_of_itself(
+    algorithm: Algorithm,
+    other: Any,  # noqa: ANN401 - what a header may hold
+) -> None:
+    if other == algorithm:
+        return
+    _, claims, signature = signed(algorithm).split(".")
+    for sealed in (signature, ""):
+        assert read(f"{encoded({'typ': 'JWT', 'alg': other})}.{claims}.{sealed}", algorithm) == "algorithm"
+
+
+@pytest.mark.parametrize("algorithm", PUBLIC)
+def test_a_token_sealed_with_the_public_key_as_its_secret_is_not_believed(algorithm: Algorithm) -> None:
+    said = f"{encoded({'typ': 'JWT', 'alg': 'HS256'})}.{encoded({'sub': str(USER), 'exp': NOW + 60})}"
+    forged = f"{said}.{encoded(hmac.digest(public_pem(key_of(algorithm)), said.encode(), hashlib.sha256))}"
+    assert jwt.get_unverified_header(forged)["alg"] == "HS256"  # it is well made
+    assert read(forged, algorithm) == "algorithm"
+
+
+@pytest.mark.parametrize(
+    ("claims", "reason"),
+    [
+        ({"exp": NOW - 6}, "expired"),
+        ({"exp": NOW - 5}, "expired"),
+        ({"exp": None}, "claims"),
+        ({"exp": "1900000000"}, "claims"),
+        ({"exp": True}, "claims"),
+        ({"exp": 10**400}, "claims"),
+        ({"nbf": NOW + 6}, "not_yet_valid"),
+        ({"nbf": "now"}, "claims"),
+        ({"sub": None}, "claims"),
+        ({"aud": "chat"}, "audience"),
+        ({"aud": ["chat"]}, "audience"),
+    ],
+)
+def test_what_is_wrong_with_the_claims_has_a_name_for_the_log(claims: dict[str, Any], reason: str) -> None:
+    assert read(signed(**claims)) == reason
+
+
+def test_clocks_may_differ_by_the_leeway() -> None:
+    assert read(signed(exp=NOW - 4)) == Believed(USER, NOW + 1)
+    assert read(signed(nbf=NOW + 5)) == Believed(USER, NOW + 65)
+    assert read(signed(exp=NOW), auth_leeway=0) == "expired"
+    assert read(signed(exp=NOW - 50), auth_leeway="1m") == Believed(USER, NOW + 10)
+
+
+@pytest.mark.parametrize("audience", ["chat", ["mail", "chat"]])
+def test_a_token_must_be_for_this_service_and_from_its_issuer_when_these_are_set(audience: object) -> None:
+    wanted = {"auth_audience": "chat", "auth_issuer": "https://id.example.com"}
+    assert read(signed(aud=audience, iss="https://id.example.com"), **wanted) == Believed(USER, NOW + 65)
+    assert read(signed(aud=audience), **wanted) == "claims"
+    assert read(signed(aud=audience, iss="https://id.example.com/"), **wanted) == "issuer"
+    assert read(signed(aud=audience, iss=["https://id.example.com"]), **wanted) == "issuer"
+    assert read(signed(iss="https://id.example.com"), **wanted) == "claims"
+    assert read(signed(aud=["mail"], iss="https://id.example.com"), **wanted) == "audience"
+
+
+def test_the_user_may_stand_in_another_claim_as_a_number_or_as_its_digits() -> None:
+    assert read(signed(sub=USER)) == Believed(USER, NOW + 65)
+    assert read(signed(sub="somebody", uid=10002), auth_claim="uid") == Believed(10002, NOW + 65)
+    assert read(signed(sub=7, uid="10002", jti=7), auth_claim="uid") == Believed(10002, NOW + 65)
+    assert read(signed(), auth_claim="uid") == "claims"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(JSON)
+@example("010001")
+@example(" 10001")
+@example("10001.0")
+@example(10001.0)
+@example("１０００１")
+@example(True)  # noqa: FBT003 - a claim
+@example(10000)
+@example(2**53)
+@example([10001])
+def test_a_claim_that_is_no_user_id_is_nobody(claim: Any) -> None:  # noqa: ANN401 - any JSON
+    told = read(signed(sub=claim))
+    number = isinstance(claim, int) and not isinstance(claim, bool) and 10000 < claim < 2**53
+    digits = isinstance(claim, str) and claim.isascii() and claim.isdigit() and 10000 < int(claim) < 2**53
+    if number or (digits and str(int(claim)) == claim):
+        assert told == Believed(int(claim), NOW + 65)
+    else:
+        assert told == "claims"
+
+
+@given(JSON, JSON)
+def test_times_that_are_none_are_refused(exp: object, nbf: object) -> None:
+    told = read(signed(exp=exp, nbf=nbf))
+    assert told in {"claims", "expired", "not_yet_valid"} or isinstance(told, Believed)
+    if isinstance(told, Believed):
+        assert isinstance(exp, int | float)
+        assert exp > NOW - 5
+
+
+@given(st.text() | st.binary().map(encoded) | st.tuples(JSON, JSON).map(lambda two: ".".join(map(encoded, two)) + "."))
+@example("")
+@example(".." * 3)
+@example("x" * (MAX_TOKEN + 1))
+@example(f"{encoded({'alg': 'HS256', 'kid': 5})}..")
+@example(f"{encoded({'alg': 'HS256', 'crit': ['b64'], 'b64': False})}..")
+@example(f"{encoded({'alg': 'HS256'})}.{encoded(b'[' * 5000)}.")
+@example(f"{encoded(b'[' * 5000)}.{encoded(b'[' * 50)}.")
+@example("\ud800.a.b")
+def test_anything_else_is_refused_and_breaks_nothing(shown: str) -> None:
+    assert isinstance(read(shown), str)
+    try:
+        key_id(shown if shown.isascii() else "")
+    except NotBelieved:
+        return
+
+
+@given(JSON)
+def test_claims_that_are_no_object_are_refused(claims: object) -> None:
+    said = f"{encoded({'alg': 'HS256'})}.{encoded(claims)}"
+    sealed = f"{said}.{encoded(hmac.digest(SECRET.encode(), said.encode(), hashlib.sha256))}"
+    assert read(sealed) in {"malformed", "claims"} | ({"audience"} if isinstance(claims, dict) else set())
+
+
+def test_of_several_keys_each_is_tried() -> None:
+    keys = [key_of("ES256", number).public_key() for number in range(3)]
+    one = rules("ES256")
+    for number in range(3):
+        shown = token(key_of("ES256", number), "ES256", exp=NOW + 60)
+        assert one.read(shown, keys) == Believed(USER, NOW + 65)
+    with pytest.raises(NotBelieved, match="signature"):
+        one.read(token(key_of("ES256", 3), "ES256", exp=NOW + 60), keys)
+    with pytest.raises(NotBelieved, match="unknown_key"):
+        one.read(signed("ES256"), [])
+
+
+def test_by_default_the_time_is_now() -> None:
+    one = Rules(Settings.load())
+    assert one.read(token(), [SECRET.encode()]).until > time.time()
