@@ -133,7 +133,7 @@ def test_clocks_may_differ_by_the_leeway() -> None:
 
 @pytest.mark.parametrize("audience", ["chat", ["mail", "chat"]])
 def test_a_token_must_be_for_this_service_and_from_its_issuer_when_these_are_set(audience: object) -> None:
-    wanted = {"auth_audience": "chat", "auth_issuer": "https://id.example.com"}
+    wanted: dict[str, Any] = {"auth_audience": "chat", "auth_issuer": "https://id.example.com"}
     assert read(signed(aud=audience, iss="https://id.example.com"), **wanted) == Believed(USER, NOW + 65)
     assert read(signed(aud=audience), **wanted) == "claims"
     assert read(signed(aud=audience, iss="https://id.example.com/"), **wanted) == "issuer"

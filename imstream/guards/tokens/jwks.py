@@ -74,11 +74,7 @@ class PublishedKeys:
         name = key_id(token)
         if not self._found:
             raise KeysAway(self._next_look())
-        if not self._named(name):
-            await self._look_again()
-        if not (keys := self._named(name)):
-            raise NotBelieved("unknown_key")
-        return keys
+        return self._named(name) or await self._look_for(name)
 
     def _named(self, name: str | None) -> list[Any]:
         """The keys with this name, or else those without one; all of them for a token that names none."""
@@ -91,17 +87,24 @@ class PublishedKeys:
         now = asyncio.get_running_loop().time()
         return timedelta(seconds=max(self._apart / 10, self._looked_at + self._apart - now))
 
-    async def _look_again(self) -> None:
-        """See whether there are new keys. Raises `KeysAway` when the last look is not long enough ago, or fails."""
-        asked_at = asyncio.get_running_loop().time()
+    async def _look_for(self, name: str | None) -> list[Any]:
+        """See whether there is such a key by now.
+
+        Raises:
+            NotBelieved: There is none.
+            KeysAway: That is not known, because the last look is not long enough ago, or because this one fails.
+        """
         async with self._looking:
-            if self._looked_at >= asked_at and not self._failing:
-                return  # somebody else has, meanwhile
+            if keys := self._named(name):
+                return keys  # somebody else has looked, meanwhile
             if asyncio.get_running_loop().time() < self._looked_at + self._apart:
                 raise KeysAway(self._next_look())
             await self._look()
-        if self._failing:
-            raise KeysAway(self._next_look())
+            if self._failing:
+                raise KeysAway(self._next_look())
+        if not (keys := self._named(name)):
+            raise NotBelieved("unknown_key")
+        return keys
 
     async def _keep_fresh(self) -> None:
         while True:

@@ -1,0 +1,203 @@
+"""Keys that an issuer publishes: which are taken, and what happens when they change or the issuer is away."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.guards.tokens import KeysAway, NotBelieved
+from imstream.guards.tokens.jwks import MAX_KEYS, MAX_SIZE, PublishedKeys, usable
+from tests.support.tokens import PUBLIC, Issuer, as_jwk, issuer, key_of, token
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from imstream.guards.tokens import Algorithm
+
+OLD, NEW = key_of("ES256", 1), key_of("ES256", 2)
+OLD_JWK, NEW_JWK = as_jwk(OLD, "ES256", kid="old"), as_jwk(NEW, "ES256", kid="new")
+OLD_TOKEN, NEW_TOKEN = token(OLD, "ES256", headers={"kid": "old"}), token(NEW, "ES256", headers={"kid": "new"})
+
+
+@asynccontextmanager
+async def following(one: Issuer, *, known: bool = True, **timing: float) -> AsyncIterator[PublishedKeys]:
+    """The keys of an issuer, once they were fetched. Seldom looked at again by itself, unless `refresh` says so."""
+    spans = {name: timedelta(seconds=seconds) for name, seconds in {"refresh": 60, "apart": 0.05, **timing}.items()}
+    keys = PublishedKeys(one.url, "ES256", **spans)
+    async with keys.at_work():
+        if known:
+            await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys were fetched")
+        yield keys
+
+
+async def is_known(keys: PublishedKeys, shown: str) -> bool:
+    try:
+        return bool(await keys.keys_for(shown))
+    except (KeysAway, NotBelieved):
+        return False
+
+
+def named(found: Any) -> list[str | None]:  # noqa: ANN401 - each algorithm has its own type of key
+    return [name for name, _ in found]
+
+
+# Which keys are taken
+
+
+@pytest.mark.parametrize("algorithm", PUBLIC)
+def test_keys_of_other_algorithms_and_for_other_purposes_are_left_out(algorithm: Algorithm) -> None:
+    everything = [
+        *(as_jwk(key_of(kind), kind, kid=kind) for kind in PUBLIC),
+        as_jwk(key_of(algorithm), algorithm, kid="whole", use="sig", alg=algorithm, key_ops=["verify"]),
+        as_jwk(key_of(algorithm), algorithm, kid="encrypts", use="enc"),
+        as_jwk(key_of(algorithm), algorithm, kid="signs", key_ops=["sign"]),
+        as_jwk(key_of(algorithm), algorithm, kid="other", alg="ES512"),
+        as_jwk(key_of("RS256-weak"), "RS256", kid="weak"),
+        as_jwk(key_of("ES384"), "ES384", kid="another curve"),
+        {"kty": "oct", "k": "c2VjcmV0IG9mIG1vcmUgdGhhbiB0aGlydHktdHdvIGJ5dGVz", "kid": "secret"},
+        {"kty": "EC", "kid": "broken", "crv": "P-256", "x": 5},
+        {"kid": "nothing"},
+        "no key",
+    ]
+    assert named(usable({"keys": everything}, algorithm)) == [algorithm, "whole"]
+
+
+def test_a_private_key_that_was_published_is_not_taken() -> None:
+    private = {**as_jwk(OLD, "ES256"), "d": "AQ"}
+    assert usable({"keys": [private]}, "ES256") == []
+
+
+def test_no_more_keys_are_kept_than_can_be_tried() -> None:
+    assert len(usable({"keys": [OLD_JWK] * (MAX_KEYS + 1)}, "ES256")) == MAX_KEYS
+
+
+@given(st.recursive(st.none() | st.text() | st.integers(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)))
+def test_any_document_is_a_key_set_or_refused(document: object) -> None:
+    try:
+        assert usable(document, "RS256") == []
+    except ValueError:
+        return
+
+
+@given(st.dictionaries(st.sampled_from(["crv", "x", "y", "n", "e", "use", "alg", "key_ops"]), st.text() | st.none()))
+def test_a_key_that_makes_no_sense_is_left_out(jwk: dict[str, Any]) -> None:
+    for algorithm in PUBLIC:
+        fitting = {"RS256": "RSA", "ES256": "EC", "EdDSA": "OKP"}[algorithm]
+        assert usable({"keys": [{**jwk, "kty": fitting}]}, algorithm) == []
+
+
+# How they are kept fresh
+
+
+async def test_a_key_is_found_by_its_name() -> None:
+    async with issuer(OLD_JWK, NEW_JWK) as one, following(one) as keys:
+        [found] = await keys.keys_for(NEW_TOKEN)
+        assert found.public_numbers() == NEW.public_key().public_numbers()
+        assert len(await keys.keys_for(token(NEW, "ES256"))) == 2, "a token that names no key is tried with all"
+
+
+async def test_keys_without_a_name_are_for_tokens_whose_key_is_not_there() -> None:
+    nameless = as_jwk(NEW, "ES256")
+    async with issuer(OLD_JWK, nameless) as one, following(one) as keys:
+        [found] = await keys.keys_for(NEW_TOKEN)
+        assert found.public_numbers() == NEW.public_key().public_numbers()
+
+
+async def test_a_new_key_is_looked_for_as_soon_as_a_token_names_it() -> None:
+    async with issuer(OLD_JWK) as one, following(one) as keys:
+        one.keys = [OLD_JWK, NEW_JWK]
+        await wait_until(lambda: is_known(keys, NEW_TOKEN), "the new key is known")
+        assert await is_known(keys, OLD_TOKEN)
+
+
+async def test_strangers_cannot_make_it_ask_more_than_seldom() -> None:
+    async with issuer(OLD_JWK) as one, following(one, apart=30) as keys:
+        for number in range(50):
+            with pytest.raises(KeysAway) as away:  # not "wrong": the key may have come since the last look
+                await keys.keys_for(token(NEW, "ES256", headers={"kid": f"made up {number}"}))
+            assert timedelta(0) < away.value.retry_after <= timedelta(seconds=30)
+        assert one.fetched == 1
+        assert await is_known(keys, OLD_TOKEN)
+
+
+async def test_many_who_ask_at_once_for_an_unknown_key_share_one_look() -> None:
+    async with issuer(OLD_JWK) as one, following(one) as keys:
+        one.keys = [NEW_JWK]
+        await asyncio.sleep(0.06)  # the last look is long enough ago
+        found = await asyncio.gather(*(keys.keys_for(NEW_TOKEN) for _ in range(20)))
+        assert [len(each) for each in found] == [1] * 20
+        assert one.fetched == 2
+
+
+async def test_a_key_that_is_not_there_after_a_look_is_none() -> None:
+    async with issuer(OLD_JWK) as one, following(one, apart=0) as keys:
+        with pytest.raises(NotBelieved, match="unknown_key"):
+            await keys.keys_for(NEW_TOKEN)
+        assert one.fetched == 2
+
+
+async def test_keys_that_were_withdrawn_are_dropped_at_the_next_look() -> None:
+    async with issuer(OLD_JWK, NEW_JWK) as one, following(one, refresh=0.02) as keys:
+        one.keys = [NEW_JWK]
+
+        async def is_dropped() -> bool:
+            return not await is_known(keys, OLD_TOKEN)
+
+        await wait_until(is_dropped, "the old key is dropped")
+        assert await is_known(keys, NEW_TOKEN)
+
+
+async def test_while_the_issuer_is_away_the_old_keys_are_kept() -> None:
+    async with issuer(OLD_JWK) as one, following(one, refresh=0.02) as keys:
+        await one.go()
+        await asyncio.sleep(0.1)  # it has failed to look
+        assert await is_known(keys, OLD_TOKEN)
+        with pytest.raises(KeysAway):
+            await keys.keys_for(NEW_TOKEN)
+        one.keys = [NEW_JWK]
+        await one.come()
+        await wait_until(lambda: is_known(keys, NEW_TOKEN), "the new key is known")
+
+
+async def test_before_the_first_answer_there_are_no_keys_and_then_they_come_by_themselves() -> None:
+    async with issuer(OLD_JWK, away=True) as one, following(one, known=False) as keys:
+        with pytest.raises(KeysAway):
+            await keys.keys_for(OLD_TOKEN)
+        await one.come()
+        await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys were fetched")
+
+
+@pytest.mark.parametrize(
+    ("published", "status"),
+    [
+        ("<html>", 200),
+        ("", 200),
+        ("[" * 100_000, 200),
+        ('{"keys": []}', 200),
+        ('{"keys": {}}', 200),
+        (" " * (MAX_SIZE + 1) + '{"keys": []}', 200),
+        ('{"keys": []}', 302),
+        ('{"keys": []}', 500),
+    ],
+)
+async def test_an_answer_that_is_no_key_set_changes_nothing(published: str, status: int) -> None:
+    async with issuer(OLD_JWK) as one, following(one, refresh=0.02) as keys:
+        one.keys, one.status = published, status
+        before = one.fetched
+        await wait_until(lambda: one.fetched > before + 1, "it was looked at again")
+        assert await is_known(keys, OLD_TOKEN)
+
+
+@pytest.mark.parametrize("shown", ["", "a.b.c", "令牌.x.y"])
+async def test_a_token_that_cannot_be_read_asks_for_no_key(shown: str) -> None:
+    async with issuer(OLD_JWK) as one, following(one) as keys:
+        with pytest.raises(NotBelieved, match="malformed"):
+            await keys.keys_for(shown)
+        assert one.fetched == 1

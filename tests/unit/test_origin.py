@@ -1,0 +1,132 @@
+"""Which pages may open sockets."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.errors import SettingsError
+from imstream.guards.guard import Handshake, Supplies
+from imstream.guards.origin import Origin, parse_origins
+from imstream.settings import Settings
+
+
+def guard(origins: str) -> Origin | None:
+    nothing = cast("Any", None)
+    return Origin.make(Supplies(Settings.load(origins=origins), nothing, nothing))
+
+
+def may_come(origin: str | None, host: str = "chat.example.com", *, origins: str = "same", **headers: str) -> bool:
+    asked = {"host": host, **headers, **({} if origin is None else {"origin": origin})}
+    checks = guard(origins)
+    return checks is None or checks.handshake(Handshake(asked)) is None
+
+
+def test_who_is_no_browser_is_not_concerned() -> None:
+    assert may_come(None)
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("https://chat.example.com", "chat.example.com"),
+        ("https://chat.example.com", "chat.example.com:443"),
+        ("http://chat.example.com", "chat.example.com:80"),
+        ("http://chat.example.com:8080", "chat.example.com:8080"),
+        ("https://chat.example.com", "Chat.Example.com"),
+        ("http://127.0.0.1:8080", "127.0.0.1:8080"),
+        ("http://[::1]:8080", "[::1]:8080"),
+    ],
+)
+def test_a_page_of_the_same_host_may_come(origin: str, host: str) -> None:
+    assert may_come(origin, host)
+    assert not may_come(origin, host, origins="https://other.example.com")
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("https://evil.example.com", "chat.example.com"),
+        ("https://chat.example.com.evil.com", "chat.example.com"),
+        ("https://chat.example.com", "chat.example.com:8443"),
+        ("https://chat.example.com:8443", "chat.example.com"),
+        ("http://127.0.0.1:8081", "127.0.0.1:8080"),
+        ("http://localhost:8080", "127.0.0.1:8080"),
+        ("null", "chat.example.com"),
+        ("null", ""),
+        ("", "chat.example.com"),
+        ("", ""),
+        ("https://", ""),
+        ("chat.example.com", "chat.example.com"),
+        ("//chat.example.com", "chat.example.com"),
+        ("file://chat.example.com", "chat.example.com"),
+        ("https://chat.example.com/path", "chat.example.com"),
+        ("https://evil@chat.example.com", "chat.example.com"),
+        ("https://chat.example.com https://evil.example.com", "chat.example.com"),
+        ("https://chat.example.com:port", "chat.example.com"),
+        ("https://[::1", "[::1"),
+    ],
+)
+def test_any_other_page_may_not(origin: str, host: str) -> None:
+    assert not may_come(origin, host)
+
+
+def test_where_tls_ends_before_the_node_a_page_without_it_is_another_one() -> None:
+    forwarded = {"x-forwarded-proto": "https"}
+    assert may_come("https://chat.example.com", **forwarded)
+    assert not may_come("http://chat.example.com", **forwarded)
+    # A balancer behind the one that ends TLS knows nothing of it.
+    assert may_come("https://chat.example.com", **{"x-forwarded-proto": "http"})
+
+
+def test_the_page_from_disk_may_come_where_it_is_named() -> None:
+    assert may_come("null", origins="same,null")
+    assert not may_come("https://evil.example.com", origins="same,null")
+
+
+def test_named_origins_may_come_and_no_others() -> None:
+    origins = "https://a.example.com:443, HTTP://B.example.com:8080 ,tauri://localhost"
+    for origin in ("https://a.example.com", "http://b.example.com:8080", "tauri://localhost"):
+        assert may_come(origin, origins=origins)
+    for origin in ("http://a.example.com", "https://b.example.com:8080", "https://chat.example.com", "null"):
+        assert not may_come(origin, origins=origins)
+
+
+def test_all_may_come_where_that_is_said() -> None:
+    assert guard("*") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "same,",
+        "*,same",
+        "example.com",
+        "https://",
+        "https://a.com/",
+        "https://a.com:port",
+        "https://u@a.com",
+        "any",
+    ],
+)
+def test_what_is_no_origin_is_refused_at_the_start(text: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        guard(text)
+    assert str(refused.value).startswith(f"IMSTREAM_ORIGINS={text!r} is not allowed: a list with commas of same, ")
+
+
+@given(st.text(), st.text())
+def test_no_header_breaks_it(origin: str, host: str) -> None:
+    may_come(origin, host)
+
+
+@given(st.text() | st.from_regex(r"[a-z]+://[a-z.]*(:[0-9]*)?", fullmatch=True))
+def test_any_setting_is_read_or_refused(text: str) -> None:
+    try:
+        assert parse_origins(text)
+    except SettingsError:
+        return
