@@ -347,6 +347,92 @@ async def test_comes_back_after(browser: BrowserClient, code: int) -> None:
     await (await browser.server.peer()).hear_init()
 
 
+NUMBERED = "options.token = async () => `token ${++shown}`"
+"""Makes the client show another token each time: token 1, token 2."""
+
+
+async def numbered(browser: BrowserClient) -> None:
+    """Make the client show such tokens, and let it connect."""
+    await browser.make()
+    await browser.page.evaluate(f"(globalThis.shown = 0, client.{NUMBERED}, client.connect(), null)")
+
+
+async def refuse(peer: Peer) -> str | None:
+    """Refuse the login; the token that was shown."""
+    init = await peer.hear_init()
+    await peer.say("SYSTEM", code="UNAUTHORIZED", contents="not valid")
+    await peer.close(4500)
+    return init.token
+
+
+async def test_a_login_that_is_about_to_end_is_prolonged_with_a_fresh_token(browser: BrowserClient) -> None:
+    await numbered(browser)
+    peer = await browser.server.peer()
+    assert (await peer.hear_init()).token == "token 1"  # noqa: S105 - no secret
+    await peer.say("INIT")
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.say_chat("m1", "accepted", position=1)
+    await peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login ends in 30 s")
+    init = await peer.hear_init()
+    assert (init.token, init.resume) == ("token 2", [])
+    await peer.say("INIT")
+    await peer.say_chat("m1", "done", attempt=1, offset=0)
+    await browser.status("m1", "done")
+
+
+async def test_after_the_end_of_its_login_it_comes_back_with_a_fresh_token_and_resumes(browser: BrowserClient) -> None:
+    await numbered(browser)
+    for number in (1, 2, 3):
+        peer = await browser.server.peer()
+        init = await peer.hear_init()
+        assert init.token == f"token {number}"
+        await peer.say("INIT")
+        if number == 1:
+            await browser.send("m1")
+            await peer.hear_chat()
+            await peer.say_chat("m1", "accepted", position=1)
+            await browser.status("m1", "queued")
+        else:
+            assert [point.message_id for point in init.resume] == ["m1"]
+        await browser.state("online")
+        await peer.close(4500)
+
+
+async def test_two_fresh_tokens_that_are_refused_are_enough(browser: BrowserClient) -> None:
+    await numbered(browser)
+    assert [await refuse(await browser.server.peer()) for _ in range(2)] == ["token 1", "token 2"]
+    await browser.state("closed")
+
+
+async def test_a_token_that_was_refused_is_not_shown_again_unless_somebody_asks(browser: BrowserClient) -> None:
+    await browser.make()
+    await browser.page.evaluate("(client.options.token = () => 'stale', client.connect(), null)")
+    assert await refuse(await browser.server.peer()) == "stale"
+    await (await browser.server.peer()).gone()
+    await browser.state("closed")
+    await browser.page.evaluate("client.connect()")
+    assert (await browser.server.logged_in()) is not None
+
+
+async def test_when_nobody_can_be_let_in_now_it_tries_again(browser: BrowserClient) -> None:
+    await browser.start()
+    peer = await browser.server.peer()
+    await peer.hear_init()
+    await peer.say("SYSTEM", code="UNAVAILABLE", contents="try later")
+    await peer.gone()
+    await browser.server.logged_in()
+    await browser.state("online")
+
+
+async def test_without_a_token_it_tries_again(browser: BrowserClient) -> None:
+    await browser.make()
+    give = "() => { if (!globalThis.tried) { globalThis.tried = true; throw new Error('away'); } return 'signed'; }"
+    await browser.page.evaluate(f"(client.options.token = {give}, client.connect(), null)")
+    await (await browser.server.peer()).gone()
+    assert (await (await browser.server.peer()).hear_init()).token == "signed"  # noqa: S105 - no secret
+
+
 @pytest.mark.parametrize("code", [4500, 4502, 4999])
 async def test_stays_away_after(browser: BrowserClient, code: int) -> None:
     peer = await browser.logged_in()

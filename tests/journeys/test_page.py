@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from imstream.texts import Text
 from tests.journeys.page_support import DESKTOP, PHONE, open_page, running_chromium
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer, start_node, valkey_binary
+from tests.support.tokens import SECRET, token
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -278,7 +280,8 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
     await page.until("document.querySelector('#problem').textContent.includes('no answer from this address')")
     page.forgive("ERR_CONNECTION_REFUSED")
     page.forgive(NOT_READY)  # it listens a moment earlier
-    late = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="late", port=port)
+    settings = {"origins": "same,null"}  # as imstream up has it
+    late = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="late", port=port, settings=settings)
     with late.process:
         await page.click("#login .main")
         await online(page)
@@ -287,6 +290,62 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
         await page.call("Page.reload")
         await online(page)
         await whole_answer(page, "From disk?")
+
+
+async def test_a_token_is_asked_for_only_when_the_node_wants_one_and_kept_nowhere(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    settings = {"auth": "jwt", "auth_secret": SECRET}
+    asks = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="asks", settings=settings)
+    problem = "document.querySelector('#problem').textContent"
+    with asks.process:
+        await page.visit(f"{asks.http}/")
+        assert await page.evaluate("document.querySelector('#secret').checkVisibility()") is False
+        await page.fill("#user", "10001")
+        await page.press("Enter")
+        await page.until(f"{problem} === 'Please log in with a token'")
+        await page.fill("#token", "wrong")
+        await page.press("Enter")
+        await page.until(f"{problem} === 'This token is not valid'")
+        shown = token(exp=time.time() + 600)
+        await page.fill("#token", shown)
+        await page.press("Enter")
+        await online(page)
+        await ask(page, "Am I in?")
+        await whole_answer(page, "Am I in?")
+
+        stored = "JSON.stringify([{...localStorage}, {...sessionStorage}, location.href])"
+        assert shown not in await page.evaluate(stored)
+        await page.call("Page.reload")
+        await page.until(f"{problem} === 'Please log in with a token'")
+        await page.fill("#token", shown)
+        await page.press("Enter")
+        await online(page)
+        await whole_answer(page, "Am I in?")
+    page.forgive(NOT_READY)  # it drains
+
+
+async def test_a_conversation_goes_on_after_its_login_has_ended(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    settings = {"auth": "jwt", "auth_secret": SECRET, "auth_leeway": "0s"}
+    asks = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="ends", settings=settings)
+    with asks.process:
+        await page.visit(f"{asks.http}/")
+        await page.press("Enter")
+        await page.fill("#token", token(exp=time.time() + 3))
+        await page.press("Enter")
+        await online(page)
+        question = "Who ends first? [[demo length=200 pace=30ms]]"
+        await ask(page, question)
+        await has_written(page)
+        await page.until(f"document.querySelector('#problem').textContent === {json.dumps(Text.LOGIN_EXPIRED.en)}")
+        await page.fill("#token", token(exp=time.time() + 600))
+        await page.press("Enter")
+        await online(page)
+        await whole_answer(page, question)
+        await says(page, "tokens")
+    page.forgive(NOT_READY)  # it drains
 
 
 async def test_a_person_who_reads_chinese(chromium: str, node: NodeProcess) -> None:

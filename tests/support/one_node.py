@@ -112,10 +112,10 @@ class OneNode:
         return await asyncio.to_thread(self.now.process.terminate, limit)
 
     def peer(
-        self, user: int, *, resume: dict[str, Told] | None = None, lang: str | None = None
+        self, user: int, *, resume: dict[str, Told] | None = None, lang: str | None = None, token: str | None = None
     ) -> AbstractAsyncContextManager[Peer]:
         """A socket that is logged in."""
-        return peer(self.now.ws(user), user=user, resume=resume, lang=lang)
+        return peer(self.now.ws(user), user=user, resume=resume, lang=lang, token=token)
 
     def ai_stats(self) -> dict[str, int]:
         """What the demo backend counts: calls, running, answered, faulty, abandoned."""

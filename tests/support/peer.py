@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.typing import Subprotocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -107,12 +108,12 @@ class Peer:
                 if all(frame.get(name) == value for name, value in fields.items()):
                     return frame
 
-    async def login(self, user: int, resume: Mapping[str, Told] | None = None) -> Frame:
+    async def login(self, user: int, resume: Mapping[str, Told] | None = None, token: str | None = None) -> Frame:
         """INIT, and go on with messages of which another socket was told that much."""
         for message_id, told in (resume or {}).items():
             self.told[message_id] = replace(told, events=list(told.events))
         points = [{"messageId": message_id, **told.point} for message_id, told in (resume or {}).items()]
-        await self.say("INIT", userId=user, resume=points)
+        await self.say("INIT", userId=user, resume=points, **({} if token is None else {"token": token}))
         return await self.until(msgType="INIT")
 
     async def chat(self, user: int, contents: str, message_id: str, **fields: Any) -> Frame:  # noqa: ANN401 - any field
@@ -153,8 +154,15 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(
-    url: str, *, user: int | None = None, lang: str | None = None, resume: Mapping[str, Told] | None = None
+async def peer(  # noqa: PLR0913 - one is needed, the others are options
+    url: str,
+    *,
+    user: int | None = None,
+    lang: str | None = None,
+    resume: Mapping[str, Told] | None = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    subprotocols: Sequence[str] | None = None,
 ) -> AsyncIterator[Peer]:
     """Connect; with a user, log in.
 
@@ -163,14 +171,23 @@ async def peer(
         user: Who logs in; None leaves that to the test.
         lang: What the handshake's `Accept-Language` says.
         resume: What other sockets were told of messages that had not ended.
+        token: What INIT shows.
+        headers: More headers of the handshake.
+        subprotocols: What it offers.
     """
-    headers = {} if lang is None else {"Accept-Language": lang}
+    all_headers = {**({} if lang is None else {"Accept-Language": lang}), **(headers or {})}
     async with connect(
-        url, additional_headers=headers, compression=None, max_size=None, ping_interval=None, proxy=None
+        url,
+        additional_headers=all_headers,
+        subprotocols=None if subprotocols is None else [Subprotocol(name) for name in subprotocols],
+        compression=None,
+        max_size=None,
+        ping_interval=None,
+        proxy=None,
     ) as connection:
         someone = Peer(connection)
         if user is not None:
-            await someone.login(user, resume)
+            await someone.login(user, resume, token)
         yield someone
 
 
