@@ -139,3 +139,8 @@ def test_a_line_that_cannot_be_written_is_lost_and_does_no_harm(monkeypatch: pyt
         sink = os.open(os.devnull, os.O_WRONLY)  # what is left in the buffer can be flushed there
         os.dup2(sink, writing)
         os.close(sink)
+
+
+def test_what_goes_over_a_socket_is_not_printed_even_on_debug() -> None:
+    configure(log_level="debug")
+    assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.DEBUG)

@@ -113,3 +113,18 @@ def test_the_balancer_starts_after_the_nodes_and_stops_after_them(machine: dict[
     assert names == [["redis"], ["ai"], ["node 0", "node 1"], ["haproxy"]]
     assert [[part.name for part in stage] for stage in stopping] == [names[2], names[3], names[1], names[0]]
     assert [part.name for stage in starting for part in stage if part.restarts] == ["node 0", "node 1", "haproxy"]
+
+
+def test_nodes_that_are_there_to_be_tried_take_the_page_from_disk_unless_it_is_set_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert make_plan(ports()).environment["IMSTREAM_ORIGINS"] == "same,null"
+    assert make_plan({**ports(), "origins": "same"}).environment["IMSTREAM_ORIGINS"] == "same"
+    monkeypatch.setenv("IMSTREAM_ORIGINS", "https://chat.example.com")
+    assert "IMSTREAM_ORIGINS" not in make_plan(ports()).environment
+
+
+def test_nodes_without_identity_are_not_reached_from_elsewhere_unless_that_is_wanted() -> None:
+    with pytest.raises(SettingsError, match=r"^IMSTREAM_HOST=0\.0\.0\.0 is not allowed with IMSTREAM_AUTH=none"):
+        make_plan({**ports(), "host": "0.0.0.0"})
+    assert make_plan({**ports(), "host": "0.0.0.0", "auth": "jwt"}).settings.host == "0.0.0.0"
