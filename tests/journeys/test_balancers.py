@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from websockets.exceptions import InvalidStatus
 
 from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client, Connected
+from imstream.wire import SUBPROTOCOL
 from tests.support.balancing import PROGRAMS, Balancer, start_balancer
 from tests.support.peer import peer
 from tests.support.processes import free_port, http_status
@@ -205,3 +207,15 @@ async def test_without_a_node_that_is_ready_a_handshake_is_refused_until_there_i
 
             await wait_until(is_taken, "the node is found")
             assert await lonely.node_of(10001) == "late"
+
+
+async def test_a_page_behind_the_balancer_is_of_the_same_origin_and_another_one_is_not(balancer: Balancer) -> None:
+    url, door = balancer.ws(USERS[0]), f"127.0.0.1:{balancer.port}"
+    # What a client says of itself does not arrive: it came from here, whatever it claims.
+    headers = {"Origin": f"http://{door}", "X-Forwarded-For": "10.0.0.7", "X-Forwarded-Proto": "https"}
+    async with peer(url, user=USERS[0], headers=headers, subprotocols=[SUBPROTOCOL, "token"]) as someone:
+        assert someone.connection.subprotocol == SUBPROTOCOL
+    with pytest.raises(InvalidStatus) as told:
+        async with peer(url, headers={"Origin": "https://evil.example.com"}):
+            pass
+    assert told.value.response.status_code == 403
