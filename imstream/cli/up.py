@@ -81,10 +81,16 @@ def summary(plan: Plan) -> list[str]:
         "",
         *([f"the stream        redis-cli {server} XINFO STREAM {stream}"] if server else []),
         f"without redis-cli {_program()} streams{which_redis}",
-        f"a chat client     {_program()} chat{which_node}",
+        f"a chat client     {_program()} chat{which_node}{_for_whom(plan)}",
         "",
         "Ctrl-C stops everything. What was accepted is kept, and answered after the next start.",
     ]
+
+
+def _for_whom(plan: Plan) -> str:
+    """How a chat client shows who it is, where that is asked and can be signed here."""
+    signed_here = plan.settings.auth == "jwt" and plan.settings.auth_secret is not None
+    return f' --token "$({_program()} token --user 10001)"' if signed_here else ""
 
 
 def _front_line(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ from imstream.cli.up import summary
 from imstream.cli.up_plan import make_plan, numbered
 from imstream.errors import SettingsError
 from tests.support.processes import consecutive_ports, free_port
+from tests.support.tokens import SECRET
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,3 +129,9 @@ def test_nodes_without_identity_are_not_reached_from_elsewhere_unless_that_is_wa
     with pytest.raises(SettingsError, match=r"^IMSTREAM_HOST=0\.0\.0\.0 is not allowed with IMSTREAM_AUTH=none"):
         make_plan({**ports(), "host": "0.0.0.0"})
     assert make_plan({**ports(), "host": "0.0.0.0", "auth": "jwt"}).settings.host == "0.0.0.0"
+
+
+def test_where_tokens_are_asked_for_it_says_how_to_chat_with_one() -> None:
+    [line] = [line for line in summary(make_plan({**ports(), "auth": "jwt", "auth_secret": SECRET})) if "chat" in line]
+    assert line.endswith('token --user 10001)"')
+    assert SECRET not in line
