@@ -5,6 +5,7 @@ ImstreamError
 ├── NodeTaken                another process runs the node with this id
 ├── StoreError               something about Redis
 │   ├── StoreUnavailable     not reached in time; whether the command was carried out is unknown
+│   │   └── StoreDenied      the login or a permission is denied, until an operator has seen to it
 │   ├── StoreFull            Redis is out of memory and refused to write; nothing was written
 │   └── StoreRefused         Redis refused the command for another reason
 └── BackendError             something about the AI backend; carries a `reason` for the dead stream
@@ -46,12 +47,17 @@ class StoreUnavailable(StoreError):  # noqa: N818 - reads as the state that it n
     """Redis was not reached, or did not answer in time. The command may or may not have been carried out."""
 
 
+class StoreDenied(StoreUnavailable):
+    """Redis does not let us in, or denies the user a command or a key. As good as not being there until an operator has
+    seen to it, and then as if it was back. The text is Redis' own and says where to look."""  # noqa: D205, D209 - one thought
+
+
 class StoreFull(StoreError):  # noqa: N818 - reads as the state that it names
     """Redis is at `maxmemory` and refused the write. Nothing was written; reading and deleting still work."""
 
 
 class StoreRefused(StoreError):  # noqa: N818 - reads as the state that it names
-    """Redis refused the command: a missing group, a key of another type, a permission. The text is Redis' own."""
+    """Redis refused the command: a missing group, a key of another type. The text is Redis' own."""
 
 
 class BackendError(ImstreamError):

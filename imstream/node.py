@@ -30,6 +30,7 @@ from imstream.reply import ReplyBoard
 from imstream.store import health
 from imstream.store.adoption import Adoption
 from imstream.store.connection import Commands, Reader
+from imstream.store.denials import Denials
 from imstream.store.inbox import Inbox, NodeLeft
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
@@ -108,7 +109,7 @@ class Node:
         if self._ending.is_set():
             return "draining"
         if not self.worker.progressed_within(self._patience):
-            return "redis does not answer"
+            return "redis denies access, see the log" if self.worker.denied else "redis does not answer"
         return None if self.tenure.held else "the lease is not held"
 
     def stuck(self) -> str | None:
@@ -211,10 +212,11 @@ class Node:
 @asynccontextmanager
 async def open_node(settings: Settings, backend: Backend | None = None) -> AsyncIterator[Node]:
     """Build a node with its connections; on leaving, close them. `backend` replaces the one of the settings."""
-    readers = Readers(_reader(settings), _reader(settings))
+    denials = Denials()
+    readers = Readers(_reader(settings, denials), _reader(settings, denials))
     try:
         async with Commands(
-            settings.redis_url, lanes=settings.redis_connections, timeout=settings.redis_timeout
+            settings.redis_url, lanes=settings.redis_connections, timeout=settings.redis_timeout, denials=denials
         ) as commands:
             if backend is not None:
                 yield Node(settings, backend, commands, readers)
@@ -226,8 +228,8 @@ async def open_node(settings: Settings, backend: Backend | None = None) -> Async
         await readers.inbox.aclose()
 
 
-def _reader(settings: Settings) -> Reader:
-    return Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
+def _reader(settings: Settings, denials: Denials) -> Reader:
+    return Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout, denials=denials)
 
 
 async def serve(settings: Settings, backend: Backend | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imstream.errors import StoreUnavailable
+from imstream.errors import StoreDenied, StoreUnavailable
 from imstream.keys import Keys
 from imstream.redis_url import without_password
 from imstream.store import inspect
@@ -28,6 +28,8 @@ def run(settings: Settings, *, newest: int) -> None:
     address = without_password(settings.redis_url)
     try:
         overview = asyncio.run(_look(settings, newest))
+    except StoreDenied as error:
+        raise StoreDenied(f"the Redis at {address} denies access: {error}") from None
     except StoreUnavailable as error:
         raise StoreUnavailable(f"no Redis at {address}: {error}") from None
     click.echo(f"node {settings.node} at {address}")

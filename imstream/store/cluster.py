@@ -13,8 +13,8 @@ from redis.cluster import PRIMARY
 from redis.crc import key_slot
 from redis.exceptions import MovedError, RedisClusterException
 
-from imstream.errors import StoreUnavailable
-from imstream.store.answers import Redirected, describe
+from imstream.errors import StoreDenied, StoreUnavailable
+from imstream.store.answers import Redirected, lost
 from imstream.store.pools import connection_options
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from imstream.redis_url import RedisUrl
+    from imstream.store.denials import Denials
     from imstream.store.lanes import Argument
 
 MAX_REDIRECTIONS = 5
@@ -70,7 +71,9 @@ def key_of(command: tuple[Argument, ...]) -> str | int | bytes | None:
 class Cluster(Generic[SomeWay]):
     """A way to each master, and who has which slot. `make_way` makes one when it is first needed; they are owned."""
 
-    def __init__(self, url: RedisUrl, *, timeout: timedelta, make_way: Callable[[Address], SomeWay]) -> None:
+    def __init__(
+        self, url: RedisUrl, *, timeout: timedelta, make_way: Callable[[Address], SomeWay], denials: Denials
+    ) -> None:
         self._url = url
         # The nodes are asked one after the other, and one that hangs must not cost all the time there is.
         self._each = timeout / 3
@@ -80,7 +83,8 @@ class Cluster(Generic[SomeWay]):
         self._nodes = self._as_given()
         self._refreshing: asyncio.Task[None] | None = None
         self._next_refresh = 0.0
-        self._why = ""
+        self._denials = denials
+        self._why = StoreUnavailable("no node of the Redis Cluster answers in time")
         self._closed = False
 
     async def aclose(self) -> None:
@@ -162,7 +166,7 @@ class Cluster(Generic[SomeWay]):
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing], timeout=self._timeout)
         if not self._nodes.slots_cache:
-            raise StoreUnavailable(self._why or "no node of the Redis Cluster answers in time")
+            raise type(self._why)(*self._why.args)
 
     def _refresh_soon(self, failed: Address | None = None) -> None:
         """Ask who has which slot, unless that has just been done. `failed`: the node to ask last."""
@@ -182,7 +186,9 @@ class Cluster(Generic[SomeWay]):
             for gone in self._ways.keys() - nodes:
                 await self._ways.pop(gone).aclose()
         except Exception as error:  # noqa: BLE001 - whatever it is: who asks next is told, and asks again
-            self._why = describe(error)
+            self._why = lost(error)
+            if isinstance(self._why, StoreDenied):
+                self._denials.note(self._why)
         finally:
             self._next_refresh = asyncio.get_running_loop().time() + REFRESH_PAUSE
             self._refreshing = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from imstream.errors import StoreRefused
 from imstream.redis_url import RedisUrl
 from imstream.store.cluster import Address, Cluster
+from imstream.store.denials import Denials
 from imstream.store.lanes import Argument, Lanes, ask, pack
 from imstream.store.line import Line
 from imstream.store.pools import make_pool, server_pool
@@ -28,15 +29,21 @@ __all__ = ["Argument", "Commands", "Reader"]
 
 
 class Commands:
-    """Sends commands in shared pipelines, `lanes` at a time to each server. Use as a context manager."""
+    """Sends commands in shared pipelines, `lanes` at a time to each server. Use as a context manager.
 
-    def __init__(self, url: str, *, lanes: int, timeout: timedelta) -> None:
+    `denials` says what Redis denies, for all that shares it.
+    """
+
+    def __init__(self, url: str, *, lanes: int, timeout: timedelta, denials: Denials | None = None) -> None:
+        denials = denials or Denials()
         known = RedisUrl.parse(url)
         self.topology: Topology = known.topology
         self._way: Lanes | _ClusterLanes = (
-            _ClusterLanes(known, lanes=lanes, timeout=timeout)
+            _ClusterLanes(known, lanes=lanes, timeout=timeout, denials=denials)
             if known.topology == "cluster"
-            else Lanes(make_pool(known, connections=lanes, timeout=timeout), lanes=lanes, timeout=timeout)
+            else Lanes(
+                make_pool(known, connections=lanes, timeout=timeout), lanes=lanes, timeout=timeout, denials=denials
+            )
         )
 
     async def __aenter__(self) -> Self:
@@ -68,12 +75,13 @@ class Reader:
     """One connection of its own for commands that block. Never cancel a blocked `execute`: its entries would be lost
     from view (they stay pending, and `>` never returns them again)."""  # noqa: D205, D209 - one thought
 
-    def __init__(self, url: str, *, block: timedelta, timeout: timedelta) -> None:
+    def __init__(self, url: str, *, block: timedelta, timeout: timedelta, denials: Denials | None = None) -> None:
+        denials = denials or Denials()
         known = RedisUrl.parse(url)
         self._way: _Blocking | _ClusterLines = (
-            _ClusterLines(known, block=block, timeout=timeout)
+            _ClusterLines(known, block=block, timeout=timeout, denials=denials)
             if known.topology == "cluster"
-            else _Blocking(make_pool(known, connections=1, timeout=timeout), limit=block + timeout)
+            else _Blocking(make_pool(known, connections=1, timeout=timeout), limit=block + timeout, denials=denials)
         )
 
     async def execute(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
@@ -93,9 +101,9 @@ class Reader:
 class _Blocking:
     """One line to one server, for one command at a time."""
 
-    def __init__(self, pool: ConnectionPool, *, limit: timedelta) -> None:
+    def __init__(self, pool: ConnectionPool, *, limit: timedelta, denials: Denials) -> None:
         self._pool = pool
-        self._line = Line(pool, limit=limit, when_free=lambda _: None)
+        self._line = Line(pool, limit=limit, when_free=lambda _: None, denials=denials)
         self._one_at_a_time = asyncio.Lock()
 
     async def aclose(self) -> None:
@@ -118,12 +126,12 @@ class _Blocking:
 class _ClusterLanes:
     """Lanes to each master of a cluster."""
 
-    def __init__(self, url: RedisUrl, *, lanes: int, timeout: timedelta) -> None:
+    def __init__(self, url: RedisUrl, *, lanes: int, timeout: timedelta, denials: Denials) -> None:
         def lanes_to(server: Address) -> Lanes:
             pool = server_pool(url, server, connections=lanes, timeout=timeout)
-            return Lanes(pool, lanes=lanes, timeout=timeout)
+            return Lanes(pool, lanes=lanes, timeout=timeout, denials=denials)
 
-        self._cluster = Cluster(url, timeout=timeout, make_way=lanes_to)
+        self._cluster = Cluster(url, timeout=timeout, make_way=lanes_to, denials=denials)
 
     async def aclose(self) -> None:
         await self._cluster.aclose()
@@ -140,11 +148,12 @@ class _ClusterLanes:
 class _ClusterLines:
     """A line to each master of a cluster whose streams are read."""
 
-    def __init__(self, url: RedisUrl, *, block: timedelta, timeout: timedelta) -> None:
+    def __init__(self, url: RedisUrl, *, block: timedelta, timeout: timedelta, denials: Denials) -> None:
         def line_to(server: Address) -> _Blocking:
-            return _Blocking(server_pool(url, server, connections=1, timeout=timeout), limit=block + timeout)
+            pool = server_pool(url, server, connections=1, timeout=timeout)
+            return _Blocking(pool, limit=block + timeout, denials=denials)
 
-        self._cluster = Cluster(url, timeout=timeout, make_way=line_to)
+        self._cluster = Cluster(url, timeout=timeout, make_way=line_to, denials=denials)
 
     async def aclose(self) -> None:
         await self._cluster.aclose()

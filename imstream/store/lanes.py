@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from redis.asyncio import ConnectionPool
 
+    from imstream.store.denials import Denials
+
 MAX_WAITING = 10_000
 """Most commands that wait for a lane. When it is reached Redis is hung, and the next is refused: `StoreUnavailable`."""
 
@@ -41,11 +43,11 @@ Argument = str | int | bytes
 class Lanes:
     """Sends commands to one server in shared pipelines. It owns the pool, and a line for each lane."""
 
-    def __init__(self, pool: ConnectionPool, *, lanes: int, timeout: timedelta) -> None:
+    def __init__(self, pool: ConnectionPool, *, lanes: int, timeout: timedelta, denials: Denials) -> None:
         self._pool = pool
         self._waiting: deque[Waiting] = deque()
         self._loop = asyncio.get_running_loop()
-        self._lines = [Line(pool, limit=timeout, when_free=self._take_back) for _ in range(lanes)]
+        self._lines = [Line(pool, limit=timeout, when_free=self._take_back, denials=denials) for _ in range(lanes)]
         self._free = list(self._lines)
         self._leaving = False
         self._later: asyncio.TimerHandle | None = None
@@ -56,7 +58,7 @@ class Lanes:
         self._closed = True
         if self._later is not None:
             self._later.cancel()
-        give_up([answer for _, answer in self._waiting], CLOSED)
+        give_up([answer for _, answer in self._waiting], StoreUnavailable(CLOSED))
         self._waiting.clear()
         await asyncio.gather(*(line.aclose() for line in self._lines))
         await self._pool.aclose()

@@ -15,8 +15,8 @@ import hiredis
 from redis.asyncio.connection import DefaultParser
 from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
-from imstream.errors import StoreUnavailable
-from imstream.store.answers import Demoted, describe, explain
+from imstream.errors import StoreDenied, StoreUnavailable
+from imstream.store.answers import Demoted, explain, lost
 from imstream.store.pools import connection_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from redis.asyncio import ConnectionPool
     from redis.asyncio.connection import AbstractConnection
+
+    from imstream.store.denials import Denials
 
 Waiting = tuple[bytes, asyncio.Future[Any]]
 """A packed command and where its answer goes."""
@@ -43,11 +45,14 @@ class Line(asyncio.Protocol):
     called after each batch, answered or given up.
     """
 
-    def __init__(self, pool: ConnectionPool, *, limit: timedelta, when_free: Callable[[Line], None]) -> None:
+    def __init__(
+        self, pool: ConnectionPool, *, limit: timedelta, when_free: Callable[[Line], None], denials: Denials
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
         self._limit = limit.total_seconds()
         self._when_free = when_free
+        self._denials = denials
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.Transport | None = None
         """None when there is no connection, or one that is of no use any more."""
@@ -75,7 +80,7 @@ class Line(asyncio.Protocol):
         if opening is not None:
             opening.cancel()
             await asyncio.wait([opening])
-        self._break_off(CLOSED)
+        self._break_off(StoreUnavailable(CLOSED))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -87,7 +92,7 @@ class Line(asyncio.Protocol):
             while (answer := self._reader.gets()) is not _INCOMPLETE:
                 self._give(answer)
         except RedisError as error:
-            self._break_off(describe(error))
+            self._break_off(lost(error))
             return
         if self._carrying and not self._answers:
             if self._demoted:
@@ -96,12 +101,12 @@ class Line(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """Called by the event loop."""
-        self._break_off(_HUNG_UP)
+        self._break_off(StoreUnavailable(_HUNG_UP))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
         self._streams.connection_lost(exc)
-        self._break_off(_HUNG_UP if exc is None else describe(exc))
+        self._break_off(StoreUnavailable(_HUNG_UP) if exc is None else lost(exc))
 
     async def _open(self, packed: bytes) -> None:
         try:
@@ -109,11 +114,11 @@ class Line(asyncio.Protocol):
                 transport = self._transport = await self._connect()
         except asyncio.CancelledError:
             self._opening = None
-            self._break_off(CLOSED)
+            self._break_off(StoreUnavailable(CLOSED))
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is: who asked is told
             self._opening = None
-            self._break_off(describe(error))
+            self._break_off(lost(error))
         else:
             self._opening = None
             self._write(transport, packed)
@@ -148,7 +153,7 @@ class Line(asyncio.Protocol):
         self._timer = None
         if self._answers and self._opening is None:
             if self._loop.time() >= self._due:
-                self._break_off("no answer in time")
+                self._break_off(StoreUnavailable("no answer in time"))
             else:
                 self._timer = self._loop.call_at(self._due, self._ring)
 
@@ -159,6 +164,8 @@ class Line(asyncio.Protocol):
             raise InvalidResponse("Redis says what it was not asked")
         error = explain(answer) if isinstance(answer, ResponseError) else None
         self._demoted = self._demoted or isinstance(error, Demoted)
+        if isinstance(error, StoreDenied):
+            self._denials.note(error)
         waiting = self._answers.popleft()
         if waiting.done():
             return  # whoever asked has gone
@@ -173,8 +180,10 @@ class Line(asyncio.Protocol):
             transport.set_protocol(self._streams)  # its end is no more that of this line
             transport.close()
 
-    def _break_off(self, why: str) -> None:
+    def _break_off(self, why: StoreUnavailable) -> None:
         self._hang_up()
+        if isinstance(why, StoreDenied):
+            self._denials.note(why)
         if self._carrying:
             give_up(self._answers, why)
             self._answers.clear()
@@ -185,8 +194,8 @@ class Line(asyncio.Protocol):
         self._when_free(self)
 
 
-def give_up(answers: Iterable[asyncio.Future[Any]], why: str) -> None:
+def give_up(answers: Iterable[asyncio.Future[Any]], why: StoreUnavailable) -> None:
     """Tell who waits that no answer will come."""
     for answer in answers:
         if not answer.done():
-            answer.set_exception(StoreUnavailable(why))
+            answer.set_exception(type(why)(*why.args))

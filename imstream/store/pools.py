@@ -68,6 +68,8 @@ def connection_options(url: RedisUrl, server: tuple[str, int], timeout: timedelt
         # They switch off the check for stale connections, and no server here sends any. (None would mean the default.)
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
         "health_check_interval": 0,
+        # To say which library asks would be one more permission.
+        "driver_info": None,
     }
 
 
@@ -85,6 +87,7 @@ class _MasterPool(SentinelConnectionPool):
             "socket_connect_timeout": each,
             "retry": options["retry"],
             "maint_notifications_config": options["maint_notifications_config"],
+            "driver_info": None,
             "ssl": encrypted,
             **tls,
             **url.sentinel_login,

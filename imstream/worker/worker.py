@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imstream.disposition import MALFORMED
-from imstream.errors import StoreError
+from imstream.errors import StoreDenied, StoreError
 from imstream.store.chat_request import ChatRequest, Malformed
 from imstream.store.requests import GroupMissing
 from imstream.worker.job import Job
@@ -51,6 +51,8 @@ class Worker:
         self._leaving = False
         self._left = False
         self._reachable = False
+        self._loss_told = False
+        self._denied = False
         self._next_sweep = 0.0
         self._progressed = float("-inf")
         self._turned = asyncio.get_running_loop().time()
@@ -59,6 +61,11 @@ class Worker:
     def stopping(self) -> bool:
         """Whether new requests are taken no more."""
         return self._stopping
+
+    @property
+    def denied(self) -> bool:
+        """Whether Redis was there when last asked, and denied what it was asked for."""
+        return self._denied
 
     def progressed_within(self, seconds: float) -> bool:
         """Whether the worker has heard from Redis that lately: what `/readyz` asks."""
@@ -235,6 +242,7 @@ class Worker:
         self._progressed = self._turned = asyncio.get_running_loop().time()
         if not self._reachable:
             self._reachable = True
+            self._loss_told = self._denied = False
             if self._requests.is_own:
                 log.info("redis reached", node=self._requests.node)
 
@@ -242,7 +250,11 @@ class Worker:
         self._turned = asyncio.get_running_loop().time()
         if isinstance(error, GroupMissing):
             log.warning("redis says that the requests stream or its group is gone", error=str(error))
-        elif self._reachable and self._requests.is_own:
-            log.error("redis lost", error=str(error))
+        elif isinstance(error, StoreDenied):
+            pass  # the connection has said so, and how to mend it
+        elif not self._loss_told and self._requests.is_own:
+            log.error("redis lost" if self._reachable else "redis not reached", error=str(error))
+            self._loss_told = True
+        self._denied = isinstance(error, StoreDenied)
         self._reachable = False
         await asyncio.sleep(_REDIS_PAUSE)

@@ -63,7 +63,7 @@ def mortal(tmp_path: Path) -> Iterator[ClusterSet]:
 @pytest.fixture
 async def commands(cluster: ClusterSet) -> AsyncIterator[Commands]:
     """Two lanes to each master."""
-    async with Commands(cluster.url, lanes=2, timeout=TIMEOUT) as made:
+    async with Commands(cluster.admin_url, lanes=2, timeout=TIMEOUT) as made:
         yield made
 
 
@@ -104,7 +104,7 @@ async def test_the_answers_of_many_at_once_are_not_mixed_up(commands: Commands) 
 
 async def test_the_address_of_one_server_does_not_do_for_a_cluster_and_the_error_says_so(cluster: ClusterSet) -> None:
     for server in cluster.masters[:2]:
-        async with Commands(server.url, lanes=1, timeout=TIMEOUT) as commands:
+        async with Commands(server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
             key = next(stream for stream in streams_of(cluster) if cluster.master_of(stream) is not server)
             with pytest.raises(StoreRefused, match=r"begins with redis\+cluster://"):
                 await commands.execute("XADD", key, "*", "a", "b")
@@ -175,7 +175,7 @@ async def test_a_blocked_reader_follows_its_stream_when_the_slot_moves(
     commands: Commands, cluster: ClusterSet, *, filled: bool
 ) -> None:
     stream, target = streams_of(cluster)[0], cluster.masters[1]
-    reader = Reader(cluster.url, block=timedelta(seconds=10), timeout=TIMEOUT)
+    reader = Reader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
     read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
     await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
     if filled:
@@ -193,7 +193,7 @@ async def test_a_blocked_reader_follows_its_stream_when_the_slot_moves(
 
 async def test_a_blocked_reader_is_told_when_its_stream_was_deleted(commands: Commands, cluster: ClusterSet) -> None:
     stream = streams_of(cluster)[0]
-    reader = Reader(cluster.url, block=timedelta(seconds=10), timeout=TIMEOUT)
+    reader = Reader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
     await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
     read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
     blocked = asyncio.create_task(reader.execute(*read))
@@ -212,8 +212,8 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
     mortal: ClusterSet, number: signal.Signals
 ) -> None:
     streams = streams_of(mortal)
-    reader = Reader(mortal.url, block=BLOCK, timeout=TIMEOUT)
-    async with Commands(mortal.url, lanes=2, timeout=TIMEOUT) as commands:
+    reader = Reader(mortal.admin_url, block=BLOCK, timeout=TIMEOUT)
+    async with Commands(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XGROUP", "CREATE", streams[0], "g", "$", "MKSTREAM")
         with mortal.replicas[0].client() as client:
             await wait_until(client.dbsize, "the replica has the group")
@@ -250,7 +250,7 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
 async def test_a_master_without_a_replica_is_found_again_when_it_is_back(mortal: ClusterSet) -> None:
     stream = streams_of(mortal)[0]
     mortal.replicas[0].kill()
-    async with Commands(mortal.url, lanes=2, timeout=TIMEOUT) as commands:
+    async with Commands(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XADD", stream, "*", "n", 1)
         mortal.masters[0].kill()
         for _ in range(3):
@@ -266,7 +266,7 @@ async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(mort
     assert first is not None
     first.signal(signal.SIGSTOP)
     for _ in range(5):  # which node is asked first is a matter of chance
-        async with Commands(mortal.url, lanes=2, timeout=timedelta(seconds=1)) as commands:
+        async with Commands(mortal.admin_url, lanes=2, timeout=timedelta(seconds=1)) as commands:
             assert await commands.execute("XLEN", stream) == 0
 
 
@@ -274,7 +274,7 @@ async def test_a_cluster_all_of_whose_nodes_were_replaced_is_found_under_the_nam
     mortal: ClusterSet, tmp_path: Path
 ) -> None:
     async with tcp_proxy(mortal.masters[0].port) as proxy:
-        url = f"redis+cluster://127.0.0.1:{proxy.port}"
+        url = f"redis+cluster://admin:admin-secret@127.0.0.1:{proxy.port}"
         reader = Reader(url, block=BLOCK, timeout=TIMEOUT)
         async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
             await commands.execute("SET", "k", "old")
@@ -291,7 +291,10 @@ async def test_a_cluster_all_of_whose_nodes_were_replaced_is_found_under_the_nam
 async def test_without_any_node_or_at_something_else_commands_and_reader_are_told_in_time(
     own_server: RedisServer,
 ) -> None:
-    for url in (f"redis+cluster://127.0.0.1:{free_port()}", f"redis+cluster://127.0.0.1:{own_server.port}"):
+    for url in (
+        f"redis+cluster://127.0.0.1:{free_port()}",
+        f"redis+cluster://admin:admin-secret@127.0.0.1:{own_server.port}",
+    ):
         reader = Reader(url, block=BLOCK, timeout=TIMEOUT)
         async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
             for ask in (commands.execute, reader.execute):

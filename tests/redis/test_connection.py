@@ -30,7 +30,7 @@ SHORT = timedelta(milliseconds=300)
 @pytest.fixture
 async def commands(redis_server: RedisServer) -> AsyncIterator[Commands]:
     """Two lanes with a short time limit."""
-    async with Commands(redis_server.url, lanes=2, timeout=SHORT) as commands:
+    async with Commands(redis_server.admin_url, lanes=2, timeout=SHORT) as commands:
         yield commands
 
 
@@ -44,7 +44,7 @@ async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, s
         """How often the server has read from a socket; asking costs one."""
         return int(store.redis.info("stats")["total_reads_processed"])
 
-    async with Commands(redis_server.url, lanes=4, timeout=timedelta(seconds=5)) as commands:
+    async with Commands(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
         await commands.execute("PING")
         for together in (1, 2, 50):
             before = reads()
@@ -56,7 +56,7 @@ async def test_a_command_without_hurry_travels_with_the_next_one_and_before_it(
     redis_server: RedisServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes, "COMPANY", 30.0)
-    async with Commands(redis_server.url, lanes=4, timeout=timedelta(seconds=5)) as commands:
+    async with Commands(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
         unhurried = asyncio.create_task(commands.execute("RPUSH", "t:order", "unhurried", hurry=False))
         await asyncio.sleep(0)
         assert await commands.execute("RPUSH", "t:order", "next") == 2
@@ -78,7 +78,7 @@ async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
 
 
 async def test_while_one_lane_waits_the_others_carry_on(redis_server: RedisServer, store: Store) -> None:
-    async with Commands(redis_server.url, lanes=2, timeout=timedelta(seconds=5)) as commands:
+    async with Commands(redis_server.admin_url, lanes=2, timeout=timedelta(seconds=5)) as commands:
         blocked = asyncio.create_task(commands.execute("BLPOP", "nothing", 1))
         await wait_until(lambda: any(one["cmd"] == "blpop" for one in store.redis.client_list()), "one lane waits")
         answers = [await commands.execute("ECHO", str(n)) for n in range(20)]
@@ -148,7 +148,7 @@ async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: Redis
         client.set("k", "v")
         shutil.rmtree(own_server.folder)  # where it would save
         await wait_until(lambda: _cannot_save(client), "a save has failed")
-    async with Commands(own_server.url, lanes=1, timeout=SHORT) as commands:
+    async with Commands(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
         with pytest.raises(StoreUnavailable, match="MISCONF"):
             await commands.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="MISCONF"):

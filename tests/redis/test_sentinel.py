@@ -38,7 +38,7 @@ def sentinels(tmp_path: Path) -> Iterator[SentinelSet]:
 async def test_what_was_replicated_is_there_after_the_master_was_killed_and_writing_goes_on(
     sentinels: SentinelSet,
 ) -> None:
-    async with Commands(sentinels.url, lanes=2, timeout=TIMEOUT) as commands:
+    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         async with writing(commands, "s") as [writer]:
             old, new = sentinels.master, sentinels.replica
             told = len(writer.told)
@@ -57,8 +57,8 @@ async def test_what_was_replicated_is_there_after_the_master_was_killed_and_writ
 
 
 async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sentinels: SentinelSet) -> None:
-    reader = Reader(sentinels.url, block=BLOCK, timeout=TIMEOUT)
-    async with Commands(sentinels.url, lanes=2, timeout=TIMEOUT) as commands:
+    reader = Reader(sentinels.admin_url, block=BLOCK, timeout=TIMEOUT)
+    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
         new = sentinels.replica
         with new.client() as client:
@@ -76,8 +76,8 @@ async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sent
 
 
 async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(sentinels: SentinelSet) -> None:
-    reader = Reader(sentinels.url, block=timedelta(seconds=20), timeout=TIMEOUT)
-    async with Commands(sentinels.url, lanes=2, timeout=TIMEOUT) as commands:
+    reader = Reader(sentinels.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
+    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
         blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
         old, new = sentinels.master, sentinels.replica
@@ -101,7 +101,7 @@ async def test_a_master_that_hangs_is_replaced_and_its_connections_are_not_used_
 ) -> None:
     old, new = sentinels.master, sentinels.replica
     assert old.process is not None
-    async with Commands(sentinels.url, lanes=2, timeout=TIMEOUT) as commands, writing(commands, "s") as [writer]:
+    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands, writing(commands, "s") as [writer]:
         old.process.signal(signal.SIGSTOP)
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
         await writer.goes_on()
@@ -116,13 +116,13 @@ async def test_a_master_that_hangs_is_replaced_and_its_connections_are_not_used_
 
 async def test_the_master_is_found_while_the_first_sentinel_hangs(sentinels: SentinelSet) -> None:
     sentinels.sentinels[0].signal(signal.SIGSTOP)
-    async with Commands(sentinels.url, lanes=4, timeout=timedelta(seconds=2)) as commands:
+    async with Commands(sentinels.admin_url, lanes=4, timeout=timedelta(seconds=2)) as commands:
         assert await commands.execute("SET", "k", "v")
 
 
 async def test_without_a_sentinel_or_with_another_name_the_master_is_not_there(sentinels: SentinelSet) -> None:
     nobody = f"redis+sentinel://127.0.0.1:{free_port()}/{SERVICE}"
-    other = sentinels.url.replace(f"/{SERVICE}/", "/other/")
+    other = sentinels.admin_url.replace(f"/{SERVICE}/", "/other/")
     for url in (nobody, other):
         reader = Reader(url, block=BLOCK, timeout=TIMEOUT)
         async with Commands(url, lanes=2, timeout=TIMEOUT) as commands:
@@ -135,7 +135,7 @@ async def test_without_a_sentinel_or_with_another_name_the_master_is_not_there(s
 async def test_a_reader_that_is_blocked_as_its_server_is_demoted_is_told_that_redis_is_away(
     own_server: RedisServer,
 ) -> None:
-    reader = Reader(own_server.url, block=timedelta(seconds=20), timeout=TIMEOUT)
+    reader = Reader(own_server.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
     with own_server.client() as client:
         client.xgroup_create("s", "g", "0", mkstream=True)
         blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
@@ -150,8 +150,8 @@ async def test_a_reader_that_is_blocked_as_its_server_is_demoted_is_told_that_re
 async def test_a_connection_to_a_server_that_is_no_longer_the_master_is_given_up(
     own_server: RedisServer, command: tuple[str | int, ...]
 ) -> None:
-    reader = Reader(own_server.url, block=BLOCK, timeout=TIMEOUT)
-    async with Commands(own_server.url, lanes=1, timeout=TIMEOUT) as commands:
+    reader = Reader(own_server.admin_url, block=BLOCK, timeout=TIMEOUT)
+    async with Commands(own_server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
         before = await commands.execute("CLIENT", "ID"), await reader.execute("CLIENT", "ID")
         with own_server.client() as client:
             client.replicaof("127.0.0.1", free_port())

@@ -9,7 +9,6 @@ not gone: it may be a frozen process, which goes on where it was, long after som
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -114,9 +113,9 @@ class Site:
     reader: Reader
     redis: Any  # its types name every shape that an answer may have
 
-    def settings_of(self, node: str, prefix: str) -> Settings:
-        """Those of one node. Every run has keys of its own."""
-        given = {"node": node, "key_prefix": prefix, "queue_limit": NODE_CAP, "user_limit": USER_CAP}
+    def settings_of(self, node: str) -> Settings:
+        """Those of one node."""
+        given = {"node": node, "queue_limit": NODE_CAP, "user_limit": USER_CAP}
         return Settings.load(**given)
 
 
@@ -125,11 +124,11 @@ class StoreUsed(RuleBasedStateMachine):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        prefix = secrets.token_hex(4)
         self._run = site.runner.run
         self._redis = site.redis
-        self._keys = Keys(prefix)
-        known = {node: site.settings_of(node, prefix) for node in NODES}
+        self._redis.flushall()  # of the run before
+        self._keys = Keys()
+        known = {node: site.settings_of(node) for node in NODES}
         self._replies = {node: ReplyStore(site.commands, known[node]) for node in NODES}
         # By the node whose stream it is, and the node that works on it.
         self._streams = {

@@ -14,7 +14,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.sentinel import Sentinel
 
 from tests.support.processes import free_port, start, wait_for
-from tests.support.servers import RedisServer, valkey_binary
+from tests.support.servers import ADMIN, REPLICATION, USER, RedisServer, users, valkey_binary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SERVICE = "im"
 """The name under which the Sentinels know the master."""
 
-_QUICK_REPLICATION = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+_QUICK_REPLICATION = (*REPLICATION, "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
 _QUICK_SENTINEL = ("info-period", 200, "publish-period", 100, "ask-period", 100)
 
 
@@ -61,12 +61,18 @@ class SentinelSet:
     def url(self) -> str:
         """Its URL."""
         hosts = ",".join(f"127.0.0.1:{port}" for port in self.sentinel_ports)
-        return f"redis+sentinel://{hosts}/{SERVICE}/0"
+        own = "sentinel_username=imstream&sentinel_password=imstream-secret"
+        return f"redis+sentinel://{USER}@{hosts}/{SERVICE}/0?{own}"
+
+    @property
+    def admin_url(self) -> str:
+        """Its URL, for what is no node: it may do anything."""
+        return self.url.replace(USER, "admin:admin-secret")
 
     @property
     def master(self) -> RedisServer:
         """The server that the Sentinels name now."""
-        with redis.Redis(port=self.sentinel_ports[0], decode_responses=True) as sentinel:
+        with redis.Redis(port=self.sentinel_ports[0], decode_responses=True, **ADMIN) as sentinel:
             _, port = sentinel.sentinel_get_master_addr_by_name(SERVICE)
         return next(server for server in self.servers if server.port == int(port))
 
@@ -77,15 +83,15 @@ class SentinelSet:
 
     def fail_over(self) -> None:
         """Have another server made the master, in good order."""
-        with redis.Redis(port=self.sentinel_ports[0]) as sentinel:
+        with redis.Redis(port=self.sentinel_ports[0], **ADMIN) as sentinel:
             sentinel.execute_command("SENTINEL FAILOVER", SERVICE)
 
     def client(self) -> redis.Redis:
         """A client that finds the master whenever it connects."""
         addresses = [("127.0.0.1", port) for port in self.sentinel_ports]
-        sentinels = Sentinel(addresses, sentinel_kwargs={})  # type: ignore[no-untyped-call] # redis-py's gap
+        sentinels = Sentinel(addresses, sentinel_kwargs=ADMIN)  # type: ignore[no-untyped-call] # redis-py's gap
         client: redis.Redis = sentinels.master_for(  # type: ignore[no-untyped-call] # same
-            SERVICE, decode_responses=True, socket_timeout=5
+            SERVICE, decode_responses=True, socket_timeout=5, **ADMIN
         )
         return client
 
@@ -99,7 +105,7 @@ class SentinelSet:
         for port in self.sentinel_ports:
             self.sentinels.append(self._start_sentinel(port))
         for port in self.sentinel_ports:
-            with redis.Redis(port=port, decode_responses=True) as sentinel:
+            with redis.Redis(port=port, decode_responses=True, **ADMIN) as sentinel:
                 until(lambda: self._knows_all(sentinel), "the Sentinels know each other")
 
     def stop(self) -> None:
@@ -118,9 +124,11 @@ class SentinelSet:
             f"sentinel monitor {SERVICE} 127.0.0.1 {self.servers[0].port} 2\n"
             f"sentinel down-after-milliseconds {SERVICE} 500\n"
             f"sentinel failover-timeout {SERVICE} 1500\n"
+            f"sentinel auth-user {SERVICE} sentinel\nsentinel auth-pass {SERVICE} sentinel-secret\n"
+            f"sentinel sentinel-user sentinel\nsentinel sentinel-pass sentinel-secret\n{users('sentinel-users.acl')}"
         )
         process = start([self.servers[0].binary, str(config), "--sentinel"], folder / "log")
-        with redis.Redis(port=port) as client:
+        with redis.Redis(port=port, **ADMIN) as client:
             wait_for(lambda: _holds(client.ping), process, "sentinel")
             client.execute_command("SENTINEL", "DEBUG", *_QUICK_SENTINEL)
         return process
@@ -143,7 +151,12 @@ class ClusterSet:
     @property
     def url(self) -> str:
         """Its URL: two nodes, the others are found."""
-        return f"redis+cluster://127.0.0.1:{self.masters[0].port},127.0.0.1:{self.masters[1].port}"
+        return f"redis+cluster://{USER}@127.0.0.1:{self.masters[0].port},127.0.0.1:{self.masters[1].port}"
+
+    @property
+    def admin_url(self) -> str:
+        """Its URL, for what is no node: it may do anything."""
+        return self.url.replace(USER, "admin:admin-secret")
 
     @property
     def all(self) -> list[RedisServer]:
@@ -157,7 +170,7 @@ class ClusterSet:
     def _client(self) -> redis.RedisCluster:
         nodes = [ClusterNode("127.0.0.1", server.port) for server in self.all]  # type: ignore[no-untyped-call] # redis-py's gap
         return redis.RedisCluster(
-            startup_nodes=nodes, decode_responses=True, socket_timeout=5, require_full_coverage=False
+            startup_nodes=nodes, decode_responses=True, socket_timeout=5, require_full_coverage=False, **ADMIN
         )
 
     def master_of(self, key: str) -> RedisServer:
@@ -212,7 +225,8 @@ class ClusterSet:
         with source.client() as node:
             keys = node.execute_command("CLUSTER GETKEYSINSLOT", slot, most)
             if keys:
-                node.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+                migrate = ("MIGRATE", "127.0.0.1", target.port, "", 0, 5000)
+                node.execute_command(*migrate, "AUTH2", *ADMIN.values(), "KEYS", *keys)
 
     def end_move(self, key: str, target: RedisServer) -> None:
         """The slot is the target's from now on."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -17,6 +20,17 @@ from tests.support.processes import PYTHON, Running, free_port, http_status, sta
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+ADMIN: dict[str, Any] = {"username": "admin", "password": "admin-secret"}
+"""Who a test looks, and does what no node may, as."""
+
+USER = "imstream:imstream-secret"
+"""Whom nodes and stores log in as, as in a URL."""
+
+REPLICATION = ("--masteruser", "replica", "--masterauth", "replica-secret")
+"""Options of a server that may follow another one."""
+
+OPS = Path(__file__).parents[2] / "ops"
 
 
 def valkey_binary() -> str:
@@ -42,9 +56,22 @@ def missing(what: str) -> None:
     pytest.skip(f"{what} is not installed")
 
 
+@cache
+def users(file: str = "redis-users.acl") -> str:
+    """The users of `ops/`, each with its name and `-secret` as its password."""
+
+    def with_password(line: re.Match[str]) -> str:
+        return f"{line[1]}{hashlib.sha256(f'{line[2]}-secret'.encode()).hexdigest()}"
+
+    return re.sub(r"(?m)^(user (\w+) .*#)0{64}", with_password, (OPS / file).read_text("utf-8"))
+
+
 @dataclass
 class RedisServer:
-    """A Redis or Valkey server. It can be killed and started again, with the data it has written."""
+    """A Redis or Valkey server. It can be killed and started again, with the data it has written.
+
+    It has the users of `ops/redis-users.acl`, and no others.
+    """
 
     binary: str
     port: int
@@ -54,19 +81,26 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Its URL."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        """Its URL, for a node."""
+        return f"redis://{USER}@127.0.0.1:{self.port}/0"
+
+    @property
+    def admin_url(self) -> str:
+        """Its URL, for what is no node: it may do anything."""
+        return f"redis://admin:admin-secret@127.0.0.1:{self.port}/0"
 
     def client(self) -> redis.Redis:
         """A client of the test's own, to look at what is there."""
-        return redis.Redis(port=self.port, decode_responses=True, socket_timeout=5)
+        return redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, **ADMIN)
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "users.acl").write_text(users(), "utf-8")
         command = [
             *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
             *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
+            *("--include", str(self.folder / "users.acl")),
             *self.options,
         ]
         self.process = start(command, self.folder / "server.log")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from tests.support.servers import USER
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -75,8 +77,8 @@ class TcpProxy:
 
     @property
     def url(self) -> str:
-        """Its URL when the server is a Redis."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        """Its URL when the server is a Redis, for a node."""
+        return f"redis://{USER}@127.0.0.1:{self.port}/0"
 
     @property
     def open(self) -> int:
