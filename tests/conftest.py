@@ -55,8 +55,10 @@ def redis_server(
     with server.client() as client:
         client.flushall()
         client.config_set("maxmemory", 0)
+        client.acl_log_reset()
     yield server
     _check_keys(server)
+    _check_permissions(server)
 
 
 def _check_keys(server: RedisServer) -> None:
@@ -66,6 +68,13 @@ def _check_keys(server: RedisServer) -> None:
     permanent = (":requests", ":load", ":dead", ":nodes")
     leaked = [key for key in forever if not key.endswith(permanent)]
     assert not leaked, f"keys that never expire: {leaked}"
+
+
+def _check_permissions(server: RedisServer) -> None:
+    """Nothing was asked for that the users of ops/redis-users.acl may not do."""
+    with server.client() as client:
+        denied = [(entry["username"], entry["context"], entry["object"]) for entry in client.acl_log()]
+    assert not denied, f"denied, and not in ops/redis-users.acl: {denied}"
 
 
 @pytest.fixture(scope="session")

@@ -91,5 +91,5 @@ async def _in_step(sentinels: SentinelSet) -> None:
 def _cut_off_replica(sentinels: SentinelSet) -> None:
     """The master goes on without its replica, which may not come back."""
     with sentinels.master.client() as master:
-        master.execute_command("ACL SETUSER", "default", "-psync", "-sync")
+        master.execute_command("ACL SETUSER", "replica", "-psync")
         master.execute_command("CLIENT KILL", "TYPE", "replica")

@@ -1,0 +1,50 @@
+"""Sentinels, and nodes of a Redis Cluster, that deny a login or a permission: told apart from their absence."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.errors import StoreDenied
+from imstream.store.connection import Commands, Reader
+from tests.support.redis_sets import cluster_set, sentinel_set
+from tests.support.servers import USER
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TIMEOUT = timedelta(seconds=2)
+LOGIN = "look at the user and the password in IMSTREAM_REDIS_URL"
+PERMISSION = "give the user what ops/redis-users.acl lists"
+
+
+async def is_denied(url: str, why: str) -> None:
+    """Commands and readers are told this."""
+    reader = Reader(url, block=TIMEOUT, timeout=TIMEOUT)
+    async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
+        for ask in (commands.execute, reader.execute):
+            with pytest.raises(StoreDenied, match=why) as denied:
+                await ask("XLEN", "im:a")
+            assert "secret" not in str(denied.value)
+    await reader.aclose()
+
+
+async def test_with_sentinel_the_logins_of_the_sentinels_and_of_the_master_are_both_needed(tmp_path: Path) -> None:
+    with sentinel_set(tmp_path) as sentinels:
+        url = sentinels.url
+        await is_denied(url.replace(USER, "imstream:wrong-secret"), LOGIN)
+        await is_denied(url.replace("sentinel_password=imstream-secret", "sentinel_password=wrong-secret"), LOGIN)
+        # Sentinels know this one, but do not let it ask for the master.
+        other = "sentinel_username=sentinel&sentinel_password=sentinel-secret"
+        await is_denied(url.replace("sentinel_username=imstream&sentinel_password=imstream-secret", other), PERMISSION)
+
+
+async def test_in_a_cluster_a_denied_login_and_a_denied_question_for_the_slots_are_told(tmp_path: Path) -> None:
+    with cluster_set(tmp_path) as cluster:
+        await is_denied(cluster.url.replace(USER, "imstream:wrong-secret"), LOGIN)
+        for server in cluster.all:
+            with server.client() as client:
+                client.execute_command("ACL", "SETUSER", "imstream", "-cluster|slots")
+        await is_denied(cluster.url, PERMISSION)
