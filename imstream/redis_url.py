@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast
 from urllib.parse import parse_qsl, urlencode
+
+from pydantic import SecretStr
 
 ALLOWED = (
     "redis://[user:password@]host[:port][/db], "
@@ -15,10 +18,19 @@ ALLOWED = (
 
 Topology = Literal["server", "sentinel", "cluster"]
 
+
+class SecretUrl(SecretStr):
+    """An address that may hold a password: `str` and `repr` show it without, `get_secret_value` is all of it."""
+
+    def _display(self) -> str:
+        return without_password(self.get_secret_value())
+
+
 _URL = re.compile(
     r"(?P<scheme>rediss?)(\+(?P<topology>sentinel|cluster))?://((?P<login>[^/?#]*)@)?(?P<hosts>[^/?#@]*)"
     r"(/(?P<path>[^?#]*))?(\?(?P<query>[^#]*))?"
 )
+_SECRET_IN_QUERY = re.compile(r"(?P<name>[?&][^=&#]*(password|secret|token|key|sig)=)[^&#]*", re.IGNORECASE)
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
 _PATHS = {
     "server": re.compile(r"(?P<db>[0-9]*)"),
@@ -32,6 +44,9 @@ _OPTIONS = (
     *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"),
 )
 """What may stand behind the question mark: options of redis-py that do not undo ours, such as its time limits."""
+
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_CERT_REQS = ("required", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +63,20 @@ class RedisUrl:
     topology: Topology
     servers: tuple[tuple[str, int], ...]
     service: str
-    sentinel_login: dict[str, str]
+    sentinel_login: dict[str, str] = field(repr=False)
     _scheme: str
-    _login: str
+    _login: str = field(repr=False)
     _db: str
-    _query: str
+    _query: str = field(repr=False)
 
     @classmethod
-    def parse(cls, url: str) -> RedisUrl:
+    def parse(cls, url: str | SecretUrl) -> RedisUrl:
         """Read an address.
 
         Raises:
             ValueError: It is none. The text says what is allowed.
         """
-        match = _URL.fullmatch(url)
+        match = _URL.fullmatch(url if isinstance(url, str) else url.get_secret_value())
         if match is None:
             raise ValueError(ALLOWED)
         topology = cast("Topology", match["topology"] or "server")
@@ -73,6 +88,13 @@ class RedisUrl:
         options = (*_OPTIONS, *_OF_SENTINEL) if topology == "sentinel" else _OPTIONS
         if unknown := sorted(set(query) - set(options)):
             raise ValueError(f"behind ? only {', '.join(options)}; not {', '.join(unknown)}")
+        if match["scheme"] == "redis" and any(name.startswith("ssl_") for name in query):
+            raise ValueError("ssl_… only with rediss, rediss+sentinel or rediss+cluster: this is not encrypted")
+        for name in _FILES:
+            if name in query and not Path(query[name]).is_file():
+                raise ValueError(f"{name}: there is no file {query[name]}")
+        if query.get("ssl_cert_reqs", "required") not in _CERT_REQS:
+            raise ValueError(f"ssl_cert_reqs is one of {', '.join(_CERT_REQS)}")
         named = path.groupdict()
         return cls(
             topology=topology,
@@ -91,7 +113,7 @@ class RedisUrl:
         return f"{self._scheme}://{self._login}{shown}:{port}/{self._db}{self._query}"
 
 
-def valid_redis_url(url: str) -> str:
+def valid_redis_url(url: SecretUrl) -> SecretUrl:
     """The address itself.
 
     Raises:
@@ -102,8 +124,8 @@ def valid_redis_url(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """An address, of Redis or of anything else, without user and password."""
-    return re.sub(r"(?<=password=)[^&#]*", "…", re.sub(r"(?<=//).*@", "", url))
+    """An address, of Redis or of anything else, without user and password, and without keys and the like behind `?`."""
+    return _SECRET_IN_QUERY.sub(r"\g<name>…", re.sub(r"(?<=//).*@", "", url))
 
 
 def _server(text: str, usual_port: int) -> tuple[str, int]:

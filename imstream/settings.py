@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - pydantic needs it
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imstream.errors import SettingsError
-from imstream.redis_url import valid_redis_url, without_password
+from imstream.redis_url import SecretUrl, valid_redis_url, without_password
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 ENV_PREFIX = "IMSTREAM_"
 
@@ -34,14 +37,27 @@ def parse_duration(value: object) -> object:
         raise ValueError("a shorter time span") from None
 
 
+def _valid_http_url(url: SecretUrl) -> SecretUrl:
+    if not url.get_secret_value().startswith(("http://", "https://")):
+        raise ValueError("an address that begins with http:// or https://")
+    return url
+
+
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Positive = Annotated[Duration, Field(gt=timedelta(0))]
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether nothing of a setting may be shown. An address may be, without its user and password."""
+    return SecretStr.__name__ in str(field.annotation)
 
 
 class SettingsGroup(BaseSettings):
     """Settings that are read together. Every group shares `.env`; each has its own prefix of names."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     @classmethod
     def variable(cls, field: str) -> str:
@@ -64,7 +80,7 @@ class SettingsGroup(BaseSettings):
     def _explain(cls, error: Any) -> str:  # noqa: ANN401 - pydantic's error details
         name = str(error["loc"][0]) if error["loc"] else "?"
         field = cls.model_fields.get(name)
-        secret = field is not None and "Secret" in str(field.annotation)
+        secret = field is not None and is_secret(field)
         shown = "(hidden)" if secret else without_password(repr(error["input"]))
         allowed = error["msg"].removeprefix("Value error, ")
         return f"{cls.variable(name)}={shown} is not allowed: {allowed}"
@@ -77,17 +93,16 @@ class Settings(SettingsGroup):
     host: str = Field("127.0.0.1", description="Address the node listens on.")
     port: int = Field(8080, ge=0, le=65535, description="Port the node listens on; 0 takes a free one.")
 
-    redis_url: Annotated[str, AfterValidator(valid_redis_url)] = Field(
-        "redis://127.0.0.1:6390/0", description="Redis or Valkey, 6.2 or newer: one server, Sentinel or Cluster."
+    redis_url: Annotated[SecretUrl, AfterValidator(valid_redis_url)] = Field(
+        SecretUrl("redis://127.0.0.1:6390/0"),
+        description="Redis or Valkey, 6.2 or newer: one server, Sentinel or Cluster.",
     )
     redis_timeout: Positive = Field(timedelta(seconds=2), description="Time limit of one Redis round trip.")
     redis_connections: int = Field(4, ge=1, le=64, description="Connections that carry the node's Redis commands.")
     key_prefix: str = Field("im", pattern=r"^[A-Za-z0-9._-]{1,32}$", description="What every Redis key starts with.")
 
-    ai_url: str = Field(
-        "http://127.0.0.1:8090/v1",
-        pattern=r"^https?://",
-        description="OpenAI-compatible base URL, ending in /v1.",
+    ai_url: Annotated[SecretUrl, AfterValidator(_valid_http_url)] = Field(
+        SecretUrl("http://127.0.0.1:8090/v1"), description="OpenAI-compatible base URL, ending in /v1."
     )
     ai_model: str = Field("demo", min_length=1, description="Model that is asked for.")
     ai_key: SecretStr | None = Field(None, description="Key sent to the AI backend as a bearer token.")
@@ -131,7 +146,7 @@ class Settings(SettingsGroup):
     auth_secret: SecretStr | None = Field(None, description="Secret of HS256, at least 32 bytes.")
     auth_public_key: Path | None = Field(None, description="PEM file with the public key of the other algorithms.")
     auth_jwks_url: str | None = Field(
-        None, pattern=r"^https?://", description="Address of a JSON Web Key Set with the public keys."
+        None, repr=False, pattern=r"^https?://", description="Address of a JSON Web Key Set with the public keys."
     )
     auth_claim: str = Field("sub", min_length=1, description="Claim of the token that is the user id.")
     auth_issuer: str | None = Field(None, description="What the token's iss must be.")
@@ -178,8 +193,8 @@ class Settings(SettingsGroup):
 
     words: Path | None = Field(None, description="File of words that are not wanted, one a line.")
     words_action: Literal["refuse", "mask"] = Field("refuse", description="What becomes of a text with such a word.")
-    moderation_url: str | None = Field(
-        None, pattern=r"^https?://", description="OpenAI-compatible base URL that moderates messages, ending in /v1."
+    moderation_url: Annotated[SecretUrl, AfterValidator(_valid_http_url)] | None = Field(
+        None, description="OpenAI-compatible base URL that moderates messages, ending in /v1."
     )
     moderation_key: SecretStr | None = Field(None, description="Key sent there as a bearer token.")
     moderation_model: str = Field("omni-moderation-latest", min_length=1, description="Model that is asked for there.")

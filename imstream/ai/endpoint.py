@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from imstream.errors import BackendError
+    from imstream.redis_url import SecretUrl
 
 KEEP_ALIVE = timedelta(seconds=4)
 """How long an unused connection is kept. Servers close theirs after 5 s (uvicorn, Node) or later; whoever closes second
@@ -46,7 +47,7 @@ class Endpoint:
     secrets: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str, base: str, key: SecretStr | None, *, path: str) -> Self:
+    def of(cls, name: str, base: SecretUrl | None, key: SecretStr | None, *, path: str) -> Self:
         """The endpoint of a base URL.
 
         Args:
@@ -60,13 +61,12 @@ class Endpoint:
         """
         plain = _plain_key(name, key)
         try:
-            url = URL(base)
+            url = URL(base.get_secret_value() if base is not None else "")
         except ValueError:
             url = URL()
         if not url.host:
-            shown = "(hidden)" if "@" in base else repr(base)
             raise SettingsError(
-                f"{ENV_PREFIX}{name}_URL={shown} is not allowed: must be a URL with a host, ending in /v1"
+                f"{ENV_PREFIX}{name}_URL={str(base or '')!r} is not allowed: must be a URL with a host, ending in /v1"
             )
         if plain:  # two ways to authorize would contradict each other
             url = url.with_user(None)

@@ -45,9 +45,7 @@ class Moderations:
     """A server that moderates. Use it as an async context manager; end every `moderate` before leaving it."""
 
     def __init__(self, settings: Settings) -> None:
-        self._endpoint = Endpoint.of(
-            "MODERATION", settings.moderation_url or "", settings.moderation_key, path="moderations"
-        )
+        self._endpoint = Endpoint.of("MODERATION", settings.moderation_url, settings.moderation_key, path="moderations")
         self._model = settings.moderation_model
         self._limit = settings.moderation_timeout.total_seconds()
         self._session: aiohttp.ClientSession | None = None

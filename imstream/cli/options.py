@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from imstream.settings import ENV_PREFIX, SettingsGroup
+from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ def settings_options(
     options = [
         _option(group, name, field, (aliases or {}).get(name), full_name=full_names)
         for name, field in fields.items()
-        if "Secret" not in str(field.annotation)
+        if not is_secret(field)
     ]
 
     def decorate(command: Command) -> Command:

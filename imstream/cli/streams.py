@@ -9,7 +9,6 @@ import click
 
 from imstream.errors import StoreDenied, StoreUnavailable
 from imstream.keys import Keys
-from imstream.redis_url import without_password
 from imstream.store import inspect
 from imstream.store.connection import Commands
 
@@ -25,7 +24,7 @@ def run(settings: Settings, *, newest: int) -> None:
     Raises:
         StoreUnavailable: Redis was not reached.
     """
-    address = without_password(settings.redis_url)
+    address = settings.redis_url
     try:
         overview = asyncio.run(_look(settings, newest))
     except StoreDenied as error:

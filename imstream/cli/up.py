@@ -23,6 +23,8 @@ from imstream.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from imstream.redis_url import SecretUrl
+
 
 def run(typed: Mapping[str, str]) -> int:
     """Run everything until Ctrl-C; returns the exit code.
@@ -53,7 +55,7 @@ def _program() -> str:
     return min(os.path.relpath(installed), str(installed), key=len)
 
 
-def _for_redis_cli(redis_url: str) -> str | None:
+def _for_redis_cli(redis_url: SecretUrl) -> str | None:
     """How redis-cli reaches this Redis; None behind Sentinel, where it would have to ask for the master first."""
     known = RedisUrl.parse(redis_url)
     if known.topology == "sentinel":
@@ -70,7 +72,7 @@ def summary(plan: Plan) -> list[str]:
     stream = shlex.quote(Keys(plan.settings.key_prefix).requests(plan.settings.node))
     server = f"-p {plan.valkey.port}" if plan.valkey else _for_redis_cli(plan.settings.redis_url)
     usual = {name: field.default for name, field in Settings.model_fields.items()}
-    which_redis = f" --redis {redis_url}" if plan.valkey and redis_url != usual["redis_url"] else ""
+    which_redis = f" --redis {redis_url}" if plan.valkey and redis_url != str(usual["redis_url"]) else ""
     which_node = f" --url ws://{page}/ws" if page != f"127.0.0.1:{usual['port']}" else ""
     return [
         f"page     http://{page}/",

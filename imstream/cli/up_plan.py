@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ class Plan:
     settings: Settings
     valkey: EmbeddedSettings | None
     demo: DemoSettings | None
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
     nodes: list[tuple[str, int]]
     balancer: balancers.Program | None
     balancer_port: int
@@ -65,12 +65,20 @@ class Plan:
     @property
     def redis_url(self) -> str:
         """The Redis that the nodes use."""
-        return f"redis://{embedded.HOST}:{self.valkey.port}/0" if self.valkey else self.settings.redis_url
+        return (
+            f"redis://{embedded.HOST}:{self.valkey.port}/0"
+            if self.valkey
+            else self.settings.redis_url.get_secret_value()
+        )
 
     @property
     def ai_url(self) -> str:
         """The AI backend that the nodes use."""
-        return f"http://{reach(self.demo.host)}:{self.demo.port}/v1" if self.demo else self.settings.ai_url
+        return (
+            f"http://{reach(self.demo.host)}:{self.demo.port}/v1"
+            if self.demo
+            else self.settings.ai_url.get_secret_value()
+        )
 
     def order(self) -> tuple[list[list[Part]], list[list[Part]]]:
         """The parts in the order in which they start, and in that in which they stop.

@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Self
 
 from imstream.errors import StoreRefused
-from imstream.redis_url import RedisUrl
+from imstream.redis_url import RedisUrl, SecretUrl
 from imstream.store.cluster import Address, Cluster
 from imstream.store.denials import Denials
 from imstream.store.lanes import Argument, Lanes, ask, pack
@@ -34,7 +34,7 @@ class Commands:
     `denials` says what Redis denies, for all that shares it.
     """
 
-    def __init__(self, url: str, *, lanes: int, timeout: timedelta, denials: Denials | None = None) -> None:
+    def __init__(self, url: str | SecretUrl, *, lanes: int, timeout: timedelta, denials: Denials | None = None) -> None:
         denials = denials or Denials()
         known = RedisUrl.parse(url)
         self.topology: Topology = known.topology
@@ -75,7 +75,9 @@ class Reader:
     """One connection of its own for commands that block. Never cancel a blocked `execute`: its entries would be lost
     from view (they stay pending, and `>` never returns them again)."""  # noqa: D205, D209 - one thought
 
-    def __init__(self, url: str, *, block: timedelta, timeout: timedelta, denials: Denials | None = None) -> None:
+    def __init__(
+        self, url: str | SecretUrl, *, block: timedelta, timeout: timedelta, denials: Denials | None = None
+    ) -> None:
         denials = denials or Denials()
         known = RedisUrl.parse(url)
         self._way: _Blocking | _ClusterLines = (

@@ -188,20 +188,19 @@ def test_it_goes_on_and_stops_well_when_nobody_reads_its_output_any_more(tmp_pat
 def test_a_redis_and_an_ai_of_ones_own_are_used_instead(
     tmp_path: Path, redis_server: RedisServer, demo: DemoBackend
 ) -> None:
-    env = {"IMSTREAM_REDIS_URL": redis_server.url.replace("//", "//default:hush@"), "IMSTREAM_AI_URL": demo.url}
-    with redis_server.client() as client:
-        client.config_set("requirepass", "hush")
-        try:
-            with up(tmp_path, env=env) as imstream:
-                imstream.wait_until_ready()
-                assert list(imstream.children()) == ["node"]
-                assert imstream.running.terminate(30) == 0
-        finally:
-            client.config_set("requirepass", "")
+    ai_url = demo.url.replace("//", "//me:hush@")
+    # Also as an option: that is the command line of imstream up, and shall not be that of what it starts.
+    with up(tmp_path, "--redis", redis_server.url, env={"IMSTREAM_AI_URL": ai_url}) as imstream:
+        imstream.wait_until_ready()
+        children = imstream.children()
+        assert list(children) == ["node"]
+        assert not any(secret in word for word in children["node"].cmdline() for secret in ("hush", "imstream-secret"))
+        assert imstream.running.terminate(30) == 0
     said = imstream.running.output()
     assert f"AI       {demo.url}\n" in said
-    assert f"redis-cli -u {redis_server.url} XINFO" in said
+    assert f"redis-cli -u redis://127.0.0.1:{redis_server.port}/0 XINFO" in said
     assert "hush" not in said
+    assert "imstream-secret" not in said
     assert not (tmp_path / ".imstream").exists()
 
 

@@ -26,7 +26,7 @@ async def look(store: Store, *, newest: int = 5) -> inspect.Overview:
 
 async def printed(store: Store, *options: str) -> str:
     """What the command prints for node 0. It runs an event loop of its own, so it gets a thread of its own."""
-    command = ["streams", "--redis", store.settings.redis_url, *options]
+    command = ["streams", "--redis", store.settings.redis_url.get_secret_value(), *options]
     result = await asyncio.to_thread(CliRunner().invoke, main, command)
     assert result.exit_code == 0, result.output
     return result.output

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlencode
 
 import redis
 from redis.cluster import ClusterNode
@@ -14,12 +15,13 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.sentinel import Sentinel
 
 from tests.support.processes import free_port, start, wait_for
-from tests.support.servers import ADMIN, REPLICATION, USER, RedisServer, users, valkey_binary
+from tests.support.servers import ADMIN, ADMIN_LOGIN, REPLICATION, USER, RedisServer, as_admin, users, valkey_binary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tests.support.certificates import RedisTls
     from tests.support.processes import Running
 
 SERVICE = "im"
@@ -56,23 +58,29 @@ class SentinelSet:
     servers: list[RedisServer]
     sentinel_ports: list[int]
     sentinels: list[Running]
+    tls: RedisTls | None = None
+
+    def _sentinel(self, port: int | None = None) -> redis.Redis:
+        """A client of a Sentinel; of the first one, unless a port is given."""
+        return redis.Redis(port=port or self.sentinel_ports[0], decode_responses=True, **as_admin(self.tls))
 
     @property
     def url(self) -> str:
         """Its URL."""
         hosts = ",".join(f"127.0.0.1:{port}" for port in self.sentinel_ports)
-        own = "sentinel_username=imstream&sentinel_password=imstream-secret"
-        return f"redis+sentinel://{USER}@{hosts}/{SERVICE}/0?{own}"
+        own = {"sentinel_username": "imstream", "sentinel_password": "imstream-secret"}
+        query = urlencode(own | (self.tls.query if self.tls else {}))
+        return f"{'rediss' if self.tls else 'redis'}+sentinel://{USER}@{hosts}/{SERVICE}/0?{query}"
 
     @property
     def admin_url(self) -> str:
         """Its URL, for what is no node: it may do anything."""
-        return self.url.replace(USER, "admin:admin-secret")
+        return self.url.replace(USER, ADMIN_LOGIN)
 
     @property
     def master(self) -> RedisServer:
         """The server that the Sentinels name now."""
-        with redis.Redis(port=self.sentinel_ports[0], decode_responses=True, **ADMIN) as sentinel:
+        with self._sentinel() as sentinel:
             _, port = sentinel.sentinel_get_master_addr_by_name(SERVICE)
         return next(server for server in self.servers if server.port == int(port))
 
@@ -83,15 +91,15 @@ class SentinelSet:
 
     def fail_over(self) -> None:
         """Have another server made the master, in good order."""
-        with redis.Redis(port=self.sentinel_ports[0], **ADMIN) as sentinel:
+        with self._sentinel() as sentinel:
             sentinel.execute_command("SENTINEL FAILOVER", SERVICE)
 
     def client(self) -> redis.Redis:
         """A client that finds the master whenever it connects."""
         addresses = [("127.0.0.1", port) for port in self.sentinel_ports]
-        sentinels = Sentinel(addresses, sentinel_kwargs=ADMIN)  # type: ignore[no-untyped-call] # redis-py's gap
+        sentinels = Sentinel(addresses, sentinel_kwargs=as_admin(self.tls))  # type: ignore[no-untyped-call] # redis-py's gap
         client: redis.Redis = sentinels.master_for(  # type: ignore[no-untyped-call] # same
-            SERVICE, decode_responses=True, socket_timeout=5, **ADMIN
+            SERVICE, decode_responses=True, socket_timeout=5, **as_admin(self.tls)
         )
         return client
 
@@ -105,7 +113,7 @@ class SentinelSet:
         for port in self.sentinel_ports:
             self.sentinels.append(self._start_sentinel(port))
         for port in self.sentinel_ports:
-            with redis.Redis(port=port, decode_responses=True, **ADMIN) as sentinel:
+            with self._sentinel(port) as sentinel:
                 until(lambda: self._knows_all(sentinel), "the Sentinels know each other")
 
     def stop(self) -> None:
@@ -119,8 +127,9 @@ class SentinelSet:
         folder = self.folder / f"sentinel-{port}"
         folder.mkdir()
         config = folder / "sentinel.conf"
+        listens = self.tls.options(port) if self.tls else {"port": str(port)}
         config.write_text(
-            f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+            "".join(f"{name} {value}\n" for name, value in listens.items()) + f"bind 127.0.0.1\ndir {folder}\n"
             f"sentinel monitor {SERVICE} 127.0.0.1 {self.servers[0].port} 2\n"
             f"sentinel down-after-milliseconds {SERVICE} 500\n"
             f"sentinel failover-timeout {SERVICE} 1500\n"
@@ -128,7 +137,7 @@ class SentinelSet:
             f"sentinel sentinel-user sentinel\nsentinel sentinel-pass sentinel-secret\n{users('sentinel-users.acl')}"
         )
         process = start([self.servers[0].binary, str(config), "--sentinel"], folder / "log")
-        with redis.Redis(port=port, **ADMIN) as client:
+        with self._sentinel(port) as client:
             wait_for(lambda: _holds(client.ping), process, "sentinel")
             client.execute_command("SENTINEL", "DEBUG", *_QUICK_SENTINEL)
         return process
@@ -147,16 +156,19 @@ class ClusterSet:
 
     masters: list[RedisServer]
     replicas: list[RedisServer]
+    tls: RedisTls | None = None
 
     @property
     def url(self) -> str:
         """Its URL: two nodes, the others are found."""
-        return f"redis+cluster://{USER}@127.0.0.1:{self.masters[0].port},127.0.0.1:{self.masters[1].port}"
+        hosts = ",".join(f"127.0.0.1:{master.port}" for master in self.masters[:2])
+        tls = f"?{urlencode(self.tls.query)}" if self.tls else ""
+        return f"{'rediss' if self.tls else 'redis'}+cluster://{USER}@{hosts}{tls}"
 
     @property
     def admin_url(self) -> str:
         """Its URL, for what is no node: it may do anything."""
-        return self.url.replace(USER, "admin:admin-secret")
+        return self.url.replace(USER, ADMIN_LOGIN)
 
     @property
     def all(self) -> list[RedisServer]:
@@ -170,7 +182,11 @@ class ClusterSet:
     def _client(self) -> redis.RedisCluster:
         nodes = [ClusterNode("127.0.0.1", server.port) for server in self.all]  # type: ignore[no-untyped-call] # redis-py's gap
         return redis.RedisCluster(
-            startup_nodes=nodes, decode_responses=True, socket_timeout=5, require_full_coverage=False, **ADMIN
+            startup_nodes=nodes,
+            decode_responses=True,
+            socket_timeout=5,
+            require_full_coverage=False,
+            **as_admin(self.tls),
         )
 
     def master_of(self, key: str) -> RedisServer:
@@ -279,14 +295,16 @@ def _bus(server: RedisServer) -> str:
 
 
 @contextmanager
-def sentinel_set(folder: Path, *options: str, replicas: int = 1) -> Iterator[SentinelSet]:
+def sentinel_set(
+    folder: Path, *options: str, replicas: int = 1, binary: str | None = None, tls: RedisTls | None = None
+) -> Iterator[SentinelSet]:
     """Start one. `options` are those of the servers."""
-    binary, quick = valkey_binary(), (*_QUICK_REPLICATION, *options)
-    servers = [RedisServer(binary, free_port(), folder / "master", quick)]
+    binary, quick = binary or valkey_binary(), (*_QUICK_REPLICATION, *options)
+    servers = [RedisServer(binary, free_port(), folder / "master", quick, tls=tls)]
     for number in range(replicas):
         follow = (*quick, "--replicaof", f"127.0.0.1 {servers[0].port}")
-        servers.append(RedisServer(binary, free_port(), folder / f"replica-{number}", follow))
-    made = SentinelSet(folder, servers, [free_port() for _ in range(3)], [])
+        servers.append(RedisServer(binary, free_port(), folder / f"replica-{number}", follow, tls=tls))
+    made = SentinelSet(folder, servers, [free_port() for _ in range(3)], [], tls)
     try:
         made.start()
         yield made
@@ -295,10 +313,12 @@ def sentinel_set(folder: Path, *options: str, replicas: int = 1) -> Iterator[Sen
 
 
 @contextmanager
-def cluster_set(folder: Path, *options: str, binary: str | None = None) -> Iterator[ClusterSet]:
+def cluster_set(
+    folder: Path, *options: str, binary: str | None = None, tls: RedisTls | None = None
+) -> Iterator[ClusterSet]:
     """Start one. `options` are those of the servers; `binary` is Redis or Valkey from 7.0 on."""
-    nodes = [_cluster_node(binary or valkey_binary(), folder / f"{number}", options) for number in range(6)]
-    made = ClusterSet(nodes[:3], nodes[3:])
+    nodes = [_cluster_node(binary or valkey_binary(), folder / f"{number}", options, tls) for number in range(6)]
+    made = ClusterSet(nodes[:3], nodes[3:], tls)
     try:
         made.start()
         yield made
@@ -306,11 +326,11 @@ def cluster_set(folder: Path, *options: str, binary: str | None = None) -> Itera
         made.stop()
 
 
-def _cluster_node(binary: str, folder: Path, options: tuple[str, ...]) -> RedisServer:
+def _cluster_node(binary: str, folder: Path, options: tuple[str, ...], tls: RedisTls | None) -> RedisServer:
     cluster = (
         *("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(free_port())),
         *("--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0"),
         # A dead master shall cost the keys of the others nothing.
         *("--cluster-require-full-coverage", "no", "--cluster-allow-replica-migration", "no"),
     )
-    return RedisServer(binary, free_port(), folder, (*_QUICK_REPLICATION, *cluster, *options))
+    return RedisServer(binary, free_port(), folder, (*_QUICK_REPLICATION, *cluster, *options), tls=tls)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import pytest
 import redis
@@ -21,8 +22,13 @@ from tests.support.processes import PYTHON, Running, free_port, http_status, sta
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tests.support.certificates import RedisTls
+
 ADMIN: dict[str, Any] = {"username": "admin", "password": "admin-secret"}
 """Who a test looks, and does what no node may, as."""
+
+ADMIN_LOGIN = "admin:admin-secret"
+"""The same, as in a URL."""
 
 USER = "imstream:imstream-secret"
 """Whom nodes and stores log in as, as in a URL."""
@@ -66,6 +72,11 @@ def users(file: str = "redis-users.acl") -> str:
     return re.sub(r"(?m)^(user (\w+) .*#)0{64}", with_password, (OPS / file).read_text("utf-8"))
 
 
+def as_admin(tls: RedisTls | None) -> dict[str, Any]:
+    """How redis-py logs in as the admin."""
+    return {**ADMIN, "ssl": True, "ssl_check_hostname": False, **tls.query} if tls else ADMIN
+
+
 @dataclass
 class RedisServer:
     """A Redis or Valkey server. It can be killed and started again, with the data it has written.
@@ -78,27 +89,32 @@ class RedisServer:
     folder: Path
     options: tuple[str, ...] = ()
     process: Running | None = None
+    tls: RedisTls | None = None
 
     @property
     def url(self) -> str:
         """Its URL, for a node."""
+        if self.tls is not None:
+            return f"rediss://{USER}@127.0.0.1:{self.port}/0?{urlencode(self.tls.query)}"
         return f"redis://{USER}@127.0.0.1:{self.port}/0"
 
     @property
     def admin_url(self) -> str:
         """Its URL, for what is no node: it may do anything."""
-        return f"redis://admin:admin-secret@127.0.0.1:{self.port}/0"
+        return self.url.replace(USER, ADMIN_LOGIN)
 
     def client(self) -> redis.Redis:
         """A client of the test's own, to look at what is there."""
-        return redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, **ADMIN)
+        return redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, **as_admin(self.tls))
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "users.acl").write_text(users(), "utf-8")
+        listens = self.tls.options(self.port) if self.tls else {"port": str(self.port)}
         command = [
-            *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
+            *(self.binary, *(word for name, value in listens.items() for word in (f"--{name}", value))),
+            *("--bind", "127.0.0.1", "--dir", str(self.folder)),
             *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
             *("--include", str(self.folder / "users.acl")),
             *self.options,

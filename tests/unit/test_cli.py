@@ -94,7 +94,7 @@ def test_options_win_over_the_environment_and_that_over_the_file(node_runs: list
 
 def test_redis_and_ai_have_short_names(node_runs: list[Settings]) -> None:
     assert run("node", "--redis", "redis://r:1/0", "--ai", "http://a/v1").exit_code == 0
-    assert (node_runs[0].redis_url, node_runs[0].ai_url) == ("redis://r:1/0", "http://a/v1")
+    assert (str(node_runs[0].redis_url), str(node_runs[0].ai_url)) == ("redis://r:1/0", "http://a/v1")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ SHOWN = {
     "redis+sentinel://a:1/m?sentinel_password=hush&client_name=x": "redis+sentinel://a:1/m?sentinel_password=…&client_name=x",
     "redis+cluster://:p@ss@[::1]:1,[::2]:2": "redis+cluster://[::1]:1,[::2]:2",
     "http://127.0.0.1:8081/v1": "http://127.0.0.1:8081/v1",
+    "https://me:hush@a/v1?api-key=hush&api-version=7": "https://a/v1?api-key=…&api-version=7",
+    "rediss://a:1/0?ssl_keyfile=/k.pem": "rediss://a:1/0?ssl_keyfile=/k.pem",
 }
 
 

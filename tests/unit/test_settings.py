@@ -77,7 +77,7 @@ def test_settings_do_not_change_once_they_are_read() -> None:
         ("port", "http", "integer"),
         ("queue_limit", 0, "greater than or equal to 1"),
         ("redis_url", "http://127.0.0.1", "redis+sentinel://"),
-        ("ai_url", "localhost:8081", "pattern"),
+        ("ai_url", "localhost:8081", "http://"),
         ("node", "a b", "pattern"),
         ("node", "{0}", "pattern"),
         ("key_prefix", "im:", "pattern"),

@@ -1,0 +1,167 @@
+"""Redis over TLS: one server, Sentinel and Cluster that speak nothing else. Of the servers here, Debian's Redis can."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.errors import SettingsError, StoreUnavailable
+from imstream.settings import Settings
+from imstream.store.connection import Commands, Reader
+from imstream.store.requests import Admitted, RequestStream
+from tests.redis.conftest import chat_request
+from tests.support.certificates import Authority, RedisTls
+from tests.support.processes import free_port, wait_for
+from tests.support.redis_sets import cluster_set, sentinel_set
+from tests.support.servers import RedisServer, missing, redis_7_binary, start_node
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from tests.support.redis_sets import Topology
+
+TIMEOUT = timedelta(seconds=2)
+MANY: dict[str, Callable[..., AbstractContextManager[Topology]]] = {"sentinel": sentinel_set, "cluster": cluster_set}
+
+
+@pytest.fixture(scope="module")
+def binary() -> str:
+    found = redis_7_binary()
+    if found is None:
+        missing("redis-7.0")
+        raise AssertionError
+    return found
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def tls(authority: Authority) -> RedisTls:
+    """Clients have to show a certificate, too."""
+    return RedisTls(authority.file, authority.issue("127.0.0.1"), authority.issue("node"))
+
+
+@pytest.fixture(scope="module")
+def server(binary: str, tls: RedisTls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    made = RedisServer(binary, free_port(), tmp_path_factory.mktemp("tls"), tls=tls)
+    made.start()
+    yield made
+    made.stop()
+
+
+async def refusal(url: str) -> str:
+    """What a node is told that cannot connect."""
+    reader = Reader(url, block=timedelta(milliseconds=100), timeout=TIMEOUT)
+    async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
+        told = set[str]()
+        for ask in (commands.execute, reader.execute):
+            with pytest.raises(StoreUnavailable) as refused:
+                await ask("EXISTS", "im:k")
+            told.add(str(refused.value))
+    await reader.aclose()
+    assert len(told) == 1
+    return told.pop()
+
+
+async def works(url: str) -> None:
+    """A request goes in and comes out: by commands and by the reader."""
+    settings = Settings.load(redis_url=url)
+    reader = Reader(settings.redis_url, block=TIMEOUT, timeout=TIMEOUT)
+    async with Commands(settings.redis_url, lanes=2, timeout=TIMEOUT) as commands:
+        requests = RequestStream(commands, reader, settings)
+        await requests.prepare()
+        assert isinstance(await requests.admit(chat_request(message_id="m")), Admitted)
+        [entry] = await requests.read(count=1, block=TIMEOUT)
+        assert entry.fields["message_id"] == "m"
+        await requests.finish(entry)
+    await reader.aclose()
+
+
+async def test_requests_go_in_and_out_over_tls(server: RedisServer) -> None:
+    await works(server.url)
+
+
+@pytest.mark.parametrize("kind", MANY)
+async def test_sentinel_and_cluster_are_found_and_used_over_tls(
+    kind: str, binary: str, tls: RedisTls, tmp_path: Path
+) -> None:
+    with MANY[kind](tmp_path, binary=binary, tls=tls) as started:
+        await works(started.url)
+
+
+async def test_a_server_of_another_authority_is_refused_and_why_is_said(
+    server: RedisServer, tls: RedisTls, tmp_path: Path
+) -> None:
+    other = Authority(tmp_path).file
+    told = await refusal(server.url.replace(tls.query["ssl_ca_certs"].replace("/", "%2F"), str(other)))
+    assert "CERTIFICATE_VERIFY_FAILED" in told
+    assert f"127.0.0.1:{server.port}" in told
+    assert "CERTIFICATE_VERIFY_FAILED" in await refusal(server.url.replace("ssl_ca_certs", "client_name"))
+
+
+async def test_a_certificate_for_another_host_is_refused_unless_the_name_is_not_to_be_checked(
+    binary: str, authority: Authority, tmp_path: Path
+) -> None:
+    tls = RedisTls(authority.file, authority.issue("redis.example.com"))
+    server = RedisServer(binary, free_port(), tmp_path / "redis", tls=tls)
+    server.start()
+    try:
+        told = await refusal(server.url)
+        assert "IP address mismatch, certificate is not valid for '127.0.0.1'" in told
+        await works(f"{server.url}&ssl_check_hostname=no")
+        await works(f"{server.url}&ssl_cert_reqs=none")
+    finally:
+        server.stop()
+
+
+async def test_who_shows_no_certificate_is_refused_by_a_server_that_asks_for_one(
+    server: RedisServer, tls: RedisTls
+) -> None:
+    without = RedisTls(tls.authority, tls.server)
+    assert await refusal(RedisServer(server.binary, server.port, server.folder, tls=without).url)
+
+
+async def test_without_tls_nothing_is_said_to_a_server_that_requires_it(server: RedisServer) -> None:
+    assert await refusal(f"redis://imstream:imstream-secret@127.0.0.1:{server.port}/0")
+    with server.client() as client:
+        assert client.info("commandstats").get("cmdstat_exists") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://h/0?ssl_ca_certs={here}", "only with rediss"),
+        ("redis+cluster://h:1?ssl_cert_reqs=none", "only with rediss"),
+        ("rediss://h/0?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs: there is no file /nowhere/ca.pem"),
+        ("rediss+sentinel://h:1/m?ssl_certfile={here}&ssl_keyfile=/nowhere/k", "ssl_keyfile: there is no file"),
+        ("rediss://h/0?ssl_cert_reqs=maybe", "ssl_cert_reqs is one of required, none"),
+    ],
+)
+def test_an_address_that_asks_for_what_cannot_be_is_refused_at_the_start(url: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        Settings.load(redis_url=url.format(here=__file__))
+
+
+async def test_a_node_serves_over_tls_and_one_that_does_not_trust_the_server_says_so(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    untrusting = server.url.replace("ssl_ca_certs", "client_name")
+    ai = f"http://127.0.0.1:{free_port()}/v1"
+    node = start_node(tmp_path, redis_url=server.url, ai_url=ai)
+    with node.process:
+        wait_for(node.is_ready, node.process, "node")
+    lost = start_node(tmp_path, redis_url=untrusting, ai_url=ai, node="lost", wait=False)
+    with lost.process:
+        await wait_until(lambda: "redis not reached" in lost.process.output(), "it says so", limit=15)
+        [line] = [line for line in lost.process.output().splitlines() if "redis not reached" in line]
+        assert "CERTIFICATE_VERIFY_FAILED" in line
+        assert not await asyncio.to_thread(lost.is_ready)
