@@ -26,6 +26,8 @@ from imstream.wire import MAX_USER_ID, MIN_USER_ID
 if TYPE_CHECKING:
     from datetime import timedelta
 
+_A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
 
 
@@ -199,32 +201,43 @@ def redis(**options: str | None) -> None:
     show_default=True,
     help="Where its configuration and temporary files are kept.",
 )
+@click.option("--cert", type=_A_FILE, help="For https and wss: PEM file of the certificate, with its chain.")
+@click.option("--key", type=_A_FILE, help="PEM file of its private key, if it is not in the same file.")
+@click.option("--redirect", metavar="ADDRESS", help="With --cert: where whoever comes without TLS is sent on.")
 @click.option("--print", "only_print", is_flag=True, help="Print the configuration instead of running it.")
 @click.argument("nodes", nargs=-1, required=True, metavar="HOST:PORT...")
 @click.pass_context
 def balancer(  # noqa: PLR0913 - one for each option
     ctx: click.Context,
+    *,
     program: balancers.Program | None,
     listen: str,
     folder: Path,
+    cert: Path | None,
+    key: Path | None,
+    redirect: str | None,
     nodes: tuple[str, ...],
-    *,
     only_print: bool,
 ) -> None:
     """Run HAProxy or nginx in front of nodes.
 
     It must be installed. The command turns into the program, in the foreground, with the configuration of ops/ for
     these nodes: each user always comes to the same node, a dead node's users are spread over the others.
+
+    With --cert it takes https and wss and nothing else, such as with --listen 0.0.0.0:443 --redirect 0.0.0.0:80.
     """
+    if cert is None and (key or redirect):
+        raise SettingsError("--key and --redirect need --cert")
     program = program or balancers.installed()
     if program is None:
         raise SettingsError("neither HAProxy nor nginx is installed (Debian, Ubuntu: sudo apt install haproxy)")
+    front = balancers.Front(program, listen, nodes, balancers.Tls(cert, key, redirect) if cert else None)
     if only_print:
-        click.echo(balancers.configuration(program, listen, nodes), nl=False)
+        click.echo(balancers.configuration(front), nl=False)
         return
     if (parent := ctx.find_root().params["parent"]) is not None:
         die_with(parent, signal.SIGTERM)  # SIGKILL would leave the worker processes of nginx behind
-    balancers.become(program, folder, listen, nodes)
+    balancers.become(front, folder)
 
 
 @main.command()

@@ -28,6 +28,7 @@ from imstream.wire import MAX_USER_ID, MIN_USER_ID, ClientChat, Turn, parse_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from ssl import SSLContext
     from types import TracebackType
 
 
@@ -41,6 +42,7 @@ class Client:
             another one, fresh: it is called for each connection, and when the server says that the login ends soon.
         lang: Language of the server's sentences.
         timing: Time limits and intervals.
+        tls: For `wss`, whom to trust; the system's certificate authorities unless given.
         on_change: Called with every change of the connection; must neither block nor raise.
 
     Raises:
@@ -55,6 +57,7 @@ class Client:
         token: Token | None = None,
         lang: Lang = DEFAULT_LANG,
         timing: Timing | None = None,
+        tls: SSLContext | None = None,
         on_change: Callable[[ConnectionChange], None] | None = None,
     ) -> None:
         urls = [urls] if isinstance(urls, str) else urls
@@ -67,7 +70,7 @@ class Client:
         self._user_id = user_id
         self._timing = timing or Timing()
         self._ledger = Ledger()
-        self._link = Link(Servers(urls), Identity(user_id, token, lang), self._timing, self._ledger, on_change)
+        self._link = Link(Servers(urls, tls), Identity(user_id, token, lang), self._timing, self._ledger, on_change)
         self._runner: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:

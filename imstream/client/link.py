@@ -149,6 +149,7 @@ class Link:
                 open_timeout=self._timing.login.total_seconds(),
                 close_timeout=self._timing.close.total_seconds(),
                 max_size=MAX_FRAME,
+                ssl=self._servers.current_tls,
             )
         except (OSError, WebSocketException) as error:
             self.last_word = f"{self._servers.current}: {error}"

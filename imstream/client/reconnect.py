@@ -13,6 +13,7 @@ from imstream.wire import Close
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from ssl import SSLContext
 
 _FINAL = range(4500, 5000)
 """Close codes after which a client does not come back."""
@@ -103,9 +104,10 @@ class Pace:
 
 @dataclass(slots=True)
 class Servers:
-    """The addresses of the servers, and which one is next."""
+    """The addresses of the servers, and which one is next. `tls`: whom to trust at `wss`; else whom the system does."""
 
     urls: Sequence[str]
+    tls: SSLContext | None = None
     index: int = 0
     tried: int = 0
 
@@ -113,6 +115,11 @@ class Servers:
     def current(self) -> str:
         """The address to connect to."""
         return self.urls[self.index]
+
+    @property
+    def current_tls(self) -> SSLContext | bool | None:
+        """How to connect to it with TLS; None without."""
+        return (self.tls or True) if urlsplit(self.current).scheme == "wss" else None
 
     def move(self) -> bool:
         """Go on to the next address; False when every one was tried since the last `succeed`."""

@@ -56,9 +56,9 @@ def chromium_binary() -> str:
 
 
 @contextmanager
-def running_chromium() -> Iterator[str]:
+def running_chromium(*flags: str) -> Iterator[str]:
     """Run a headless Chromium with a new profile; gives the address of its DevTools socket."""
-    command = [chromium_binary(), *_FLAGS]
+    command = [chromium_binary(), *_FLAGS, *flags]
     with tempfile.TemporaryDirectory(prefix="imstream-chromium-", ignore_cleanup_errors=True) as folder:
         profile = Path(folder) / "profile"
         with start([*command, f"--user-data-dir={profile}", "about:blank"], Path(folder) / "chromium.log") as process:

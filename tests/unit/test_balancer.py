@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from imstream.cli import balancer
-from imstream.cli.balancer import Program, configuration
+from imstream.cli.balancer import Front, Program, Tls, configuration
 from imstream.errors import SettingsError
 from tests.support.processes import PYTHON
 from tests.support.servers import missing
@@ -23,13 +23,15 @@ PROGRAMS = get_args(Program)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_shipped_configuration_is_that_of_three_nodes_on_this_machine(program: Program) -> None:
     nodes = [f"127.0.0.1:{port}" for port in (8080, 8081, 8082)]
-    assert configuration(program, "127.0.0.1:8000", nodes) == (ROOT / "ops" / SHIPPED[program]).read_text("utf-8")
+    assert configuration(Front(program, "127.0.0.1:8000", nodes)) == (ROOT / "ops" / SHIPPED[program]).read_text(
+        "utf-8"
+    )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_other_nodes_get_the_same_line_each(program: Program) -> None:
     nodes = [f"10.0.0.{number}:80" for number in range(1, 6)]
-    lines = [line.split() for line in configuration(program, "0.0.0.0:9000", nodes).splitlines()]
+    lines = [line.split() for line in configuration(Front(program, "0.0.0.0:9000", nodes)).splitlines()]
     servers = [" ".join(words) for words in lines if words[:1] == ["server"] and words[1] != "{"]
     assert len(servers) == len(nodes)
     for node, server in zip(nodes, servers, strict=True):
@@ -45,7 +47,7 @@ def test_the_programs_take_what_is_made(program: Program, nodes: list[str], tmp_
     if path is None:
         missing(program)
         return
-    (tmp_path / "config").write_text(configuration(program, "[::1]:8000", nodes))
+    (tmp_path / "config").write_text(configuration(Front(program, "[::1]:8000", nodes)))
     test = {"haproxy": "-c -f config", "nginx": f"-t -e stderr -p {tmp_path} -c {tmp_path}/config"}[program]
     subprocess.run([path, *test.split()], check=True, cwd=tmp_path)
 
@@ -56,7 +58,37 @@ def test_the_programs_take_what_is_made(program: Program, nodes: list[str], tmp_
 def test_what_is_no_address_never_gets_into_a_configuration(address: str) -> None:
     for listen, node in ((address, "a:1"), ("a:1", address)):
         with pytest.raises(SettingsError, match="is no address"):
-            configuration("nginx", listen, [node])
+            configuration(Front("nginx", listen, [node]))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_with_a_certificate_nothing_is_listened_to_without_tls_but_what_sends_on(
+    program: Program, tmp_path: Path
+) -> None:
+    (tmp_path / "c.pem").touch()
+    for redirect, plain in ((None, []), ("[::1]:80", ["[::1]:80" if program == "nginx" else "::1:80"])):
+        made = configuration(Front(program, "0.0.0.0:443", ["a:1"], Tls(tmp_path / "c.pem", redirect=redirect)))
+        lines = [line.split() for line in made.splitlines()]
+        listens = [words[1:] for words in lines if words[:1] in (["listen"], ["bind"])]
+        assert [words[0].rstrip(";") for words in listens if not {"ssl", "ssl;"} & {*words}] == plain
+        [with_tls] = [words for words in listens if {"ssl", "ssl;"} & {*words}]
+        assert with_tls[0] == "0.0.0.0:443"
+        used = "".join(line for line in made.splitlines() if not line.lstrip().startswith("#"))
+        assert ("https://$host:443$request_uri" in used or "host_only]:443%" in used) == bool(plain)
+        assert "chat.example.com" not in used
+        assert "800" not in used
+
+
+def test_a_file_that_cannot_be_read_or_named_is_refused(tmp_path: Path) -> None:
+    for name in ("a; include x", "a b.pem", "c.pem"):
+        (tmp_path / name).touch()
+    for name, told in (("gone", "cannot be read"), ("a; include x", "cannot be named"), ("a b.pem", "cannot be named")):
+        with pytest.raises(SettingsError, match=told):
+            configuration(Front("nginx", "a:1", ["a:2"], Tls(tmp_path / name)))
+    with pytest.raises(SettingsError, match="is no address"):
+        configuration(Front("nginx", "a:1", ["a:2"], Tls(tmp_path / "c.pem", redirect="a:1; include x")))
+    with pytest.raises(SettingsError, match="HAProxy takes one file"):
+        configuration(Front("haproxy", "a:1", ["a:2"], Tls(tmp_path / "c.pem", key=tmp_path / "c.pem")))
 
 
 def test_a_program_is_found_where_the_path_of_an_ordinary_user_does_not_lead(

@@ -1,0 +1,258 @@
+"""https and wss through the real nginx and the real HAProxy, as `imstream balancer --cert` starts them."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import ssl
+import warnings
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.cli.balancer import find
+from imstream.client import Client, NotConnected, Timing
+from tests.journeys.page_support import open_page, running_chromium
+from tests.support.balancing import PROGRAMS
+from tests.support.certificates import Authority
+from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
+from tests.support.servers import RedisServer, missing, start_node, valkey_binary
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path
+
+    from imstream.cli.balancer import Program
+    from tests.support.certificates import Certificate
+    from tests.support.servers import DemoBackend, NodeProcess
+
+USERS = range(10001, 10041)
+
+
+@dataclass
+class Front:
+    """A balancer that takes TLS only, and where it sends those who come without."""
+
+    program: Program
+    port: int
+    redirect: int
+    authority: Authority
+    process: Running
+
+    @property
+    def wss(self) -> str:
+        """Its WebSocket address."""
+        return f"wss://localhost:{self.port}/ws"
+
+    async def node_of(self, user: int) -> str:
+        """The node that takes a socket of this user."""
+        async with connect(f"{self.wss}?userId={user}", ssl=self.authority.client(), proxy=None) as opened:
+            await opened.send(json.dumps({"msgType": "INIT", "userId": user}))
+            node: str = json.loads(await opened.recv())["node"]
+            return node
+
+    def get(self, path: str, *, port: int | None = None) -> http.client.HTTPResponse:
+        """The answer to a GET: with TLS, or without at another port."""
+        if port is None:
+            asked: http.client.HTTPConnection = http.client.HTTPSConnection(
+                "localhost", self.port, context=self.authority.client(), timeout=5
+            )
+        else:
+            asked = http.client.HTTPConnection("localhost", port, timeout=5)
+        try:
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            answer.read()
+            return answer
+        finally:
+            asked.close()
+
+
+def start_front(
+    folder: Path, program: Program, authority: Authority, certificate: Certificate, ports: Sequence[int]
+) -> Front:
+    """Start one with certificate and key in two files, and wait until it reaches a node."""
+    if find(program) is None:
+        missing(program)
+    port, redirect = free_port(), free_port()
+    command = [PYTHON, "-m", "imstream", "balancer", "--program", program, "--listen", f"127.0.0.1:{port}"]
+    command += ["--cert", str(certificate.chain), "--key", str(certificate.key), "--redirect", f"127.0.0.1:{redirect}"]
+    command += ["--folder", str(folder / program), *(f"127.0.0.1:{node}" for node in ports)]
+    running = start(command, folder / f"{program}.log", cwd=folder)
+    front = Front(program, port, redirect, authority, running)
+    wait_for(lambda: _serves(front), running, program)
+    return front
+
+
+def _serves(front: Front) -> bool:
+    try:
+        return front.get("/readyz").status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def certificate(authority: Authority) -> Certificate:
+    return authority.issue("localhost")
+
+
+@pytest.fixture(scope="module")
+def nodes(demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NodeProcess]]:
+    folder = tmp_path_factory.mktemp("nodes")
+    redis = RedisServer(valkey_binary(), free_port(), folder / "redis")
+    redis.start()
+    started = [start_node(folder, redis_url=redis.url, ai_url=demo.url, node=node) for node in "01"]
+    yield started
+    for node in started:
+        node.process.__exit__(None, None, None)
+    redis.stop()
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
+def front(
+    request: pytest.FixtureRequest,
+    authority: Authority,
+    certificate: Certificate,
+    nodes: list[NodeProcess],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Front]:
+    folder = tmp_path_factory.mktemp("front")
+    started = start_front(folder, request.param, authority, certificate, [node.port for node in nodes])
+    with started.process:
+        yield started
+
+
+async def test_a_chat_over_wss_is_answered(front: Front) -> None:
+    async with Client(front.wss, 10001, tls=front.authority.client()) as client, asyncio.timeout(30):
+        assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
+
+
+async def test_each_user_comes_to_the_same_node_over_wss_too(front: Front) -> None:
+    first = await asyncio.gather(*map(front.node_of, USERS))
+    assert set(first) == {"0", "1"}
+    assert await asyncio.gather(*map(front.node_of, USERS)) == first
+
+
+async def test_a_client_that_does_not_trust_the_authority_does_not_connect(front: Front) -> None:
+    timing = Timing(open=Timing().close)
+    with pytest.raises(NotConnected, match="CERTIFICATE_VERIFY_FAILED"):
+        async with Client(front.wss, 10001, timing=timing):
+            pass
+
+
+async def test_a_certificate_for_another_name_is_not_taken(front: Front) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"127\.0\.0\.1"):
+        async with connect(front.wss.replace("localhost", "127.0.0.1"), ssl=front.authority.client(), proxy=None):
+            pass
+
+
+async def test_the_chat_command_trusts_what_openssl_is_told_to(front: Front, tmp_path: Path) -> None:
+    command = [PYTHON, "-m", "imstream", "chat", "--url", front.wss, "--user", "10002", "--lang", "en"]
+    with start(command, tmp_path / "log", env={"SSL_CERT_FILE": str(front.authority.file)}) as chat:
+        assert await asyncio.to_thread(chat.wait) == 0, chat.output()
+    assert f"Connected to {front.wss}" in chat.output()
+
+
+def test_only_tls_1_2_and_1_3_are_spoken(front: Front) -> None:
+    for version, spoken in (("TLSv1_3", True), ("TLSv1_2", True), ("TLSv1_1", False)):
+        context = front.authority.client()
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # else it would be our own side that refuses
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TLS 1.1, which is why
+            context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+        with socket.create_connection(("localhost", front.port), 5) as plain:
+            try:
+                with context.wrap_socket(plain, server_hostname="localhost"):
+                    assert spoken, version
+            except ssl.SSLError:
+                assert not spoken, version
+
+
+def test_browsers_are_told_to_come_by_tls_only(front: Front) -> None:
+    for path in ("/", "/nothing"):
+        assert front.get(path).getheader("Strict-Transport-Security") == "max-age=31536000"
+
+
+def test_whoever_comes_without_tls_is_sent_on(front: Front) -> None:
+    sent_on = front.get("/page?userId=10001", port=front.redirect)
+    assert sent_on.status == 308
+    assert sent_on.getheader("Location") == f"https://localhost:{front.port}/page?userId=10001"
+    assert sent_on.getheader("Strict-Transport-Security") is None  # which browsers would not believe here
+    if front.program == "nginx":  # HAProxy closes what speaks plain HTTP at the port for TLS
+        again = front.get("/page?userId=10001", port=front.port)
+        assert (again.status, again.getheader("Location")) == (308, sent_on.getheader("Location"))
+
+
+async def test_the_private_key_is_nobody_elses_to_read(front: Front) -> None:
+    folder = front.process.log.parent
+    kept = [path for path in folder.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+    assert len(kept) == (1 if front.program == "haproxy" else 0)
+    assert [path.stat().st_mode & 0o077 for path in kept] == [0] * len(kept)
+
+
+@asynccontextmanager
+async def listening() -> AsyncIterator[tuple[int, list[dict[str, str]]]]:
+    """A node that is ready and takes no socket; gives its port, and the headers of each handshake."""
+    seen: list[dict[str, str]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
+        if " /ws" in request:
+            seen.append({name.lower(): value for name, value in (line.split(": ", 1) for line in lines)})
+        status = "200 OK" if " /readyz" in request else "404 Not Found"
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1")
+    async with server:
+        yield server.sockets[0].getsockname()[1], seen
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_a_node_sees_host_and_origin_as_the_browser_sent_them_and_who_came_how(
+    program: Program, authority: Authority, certificate: Certificate, tmp_path: Path
+) -> None:
+    async with listening() as (port, seen):
+        front = await asyncio.to_thread(start_front, tmp_path, program, authority, certificate, [port])
+        with front.process:
+            forged = {"X-Forwarded-For": "10.9.8.7", "X-Forwarded-Proto": "http"}
+            with pytest.raises(InvalidStatus):
+                async with connect(
+                    f"{front.wss}?userId=10001",
+                    ssl=authority.client(),
+                    origin=f"https://localhost:{front.port}",  # type: ignore[arg-type] # a string of its own kind
+                    additional_headers=forged,
+                    proxy=None,
+                ):
+                    pass
+    [headers] = seen
+    assert headers["host"] == f"localhost:{front.port}"
+    assert headers["origin"] == f"https://localhost:{front.port}"
+    assert (headers["x-forwarded-for"], headers["x-forwarded-proto"]) == ("127.0.0.1", "https")
+
+
+async def test_the_page_chooses_wss_when_it_came_by_https(front: Front) -> None:
+    with running_chromium("--ignore-certificate-errors") as chromium:
+        async with open_page(chromium) as page:
+            await page.visit(f"https://localhost:{front.port}/")
+            await page.fill("#user", "10003")
+            await page.press("Enter")
+            await page.until("document.querySelector('#menu').dataset.state === 'online'")
+            await page.fill("textarea", "why?")
+            await page.press("Enter")
+            await page.until("[...document.querySelectorAll('article')].at(-1)?.dataset.status === 'done'")
+            assert page.complaints == []
+    assert http_status(f"http://localhost:{front.port}/") != 200
