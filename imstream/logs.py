@@ -23,8 +23,9 @@ _QUERY = re.compile(r"\?[^\s\"'>]+")
 _CHATTY = ("uvicorn.error", "uvicorn.access", "aiohttp.access", "asyncio")
 """Loggers with a line or more for each connection, some with the query string in it; below warning only on debug."""
 
-_TELLTALE = "uvicorn.error"
-"""On debug it prints what goes over each socket: tokens, and what people write. Never below info, then."""
+
+_OVERHEARING = ("uvicorn.error", "websockets")
+"""Loggers that write down on debug what goes over a socket: headers with tokens, and what is said. They never may."""
 
 
 def configure(settings: Settings) -> None:
@@ -59,8 +60,9 @@ def configure(settings: Settings) -> None:
     root.setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
-    if level <= logging.DEBUG:
-        logging.getLogger(_TELLTALE).setLevel(logging.INFO)
+    for name in _OVERHEARING:
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, logging.INFO))
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:

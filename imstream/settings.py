@@ -80,7 +80,9 @@ class SettingsGroup(BaseSettings):
     def _explain(cls, error: Any) -> str:  # noqa: ANN401 - pydantic's error details
         name = str(error["loc"][0]) if error["loc"] else "?"
         field = cls.model_fields.get(name)
-        secret = field is not None and is_secret(field)
+        # What may hold a password and is no text is shown by nobody who knows where it is.
+        address = field is not None and (not field.repr or SecretUrl.__name__ in str(field.annotation))
+        secret = field is not None and (is_secret(field) or (address and not isinstance(error["input"], str)))
         shown = "(hidden)" if secret else without_password(repr(error["input"]))
         allowed = error["msg"].removeprefix("Value error, ")
         return f"{cls.variable(name)}={shown} is not allowed: {allowed}"

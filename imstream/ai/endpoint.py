@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Self
@@ -70,10 +71,13 @@ class Endpoint:
             )
         if plain:  # two ways to authorize would contradict each other
             url = url.with_user(None)
+        # Also as the server sees them: some repeat the header that they refuse.
+        password = url.password or ""
+        basic = b64encode(f"{url.user or ''}:{password}".encode()).decode() if password else ""
         return cls(
             url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True),
             f"Bearer {plain}" if plain else "",
-            tuple(secret for secret in (plain, url.password) if secret),
+            tuple(secret for secret in (plain, password, basic) if secret),
         )
 
     def session(self, *, accept: str) -> aiohttp.ClientSession:

@@ -23,7 +23,9 @@ def logging_as_before() -> Iterator[None]:
     """Logging belongs to the whole process: leave it as it was."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in ("uvicorn.error", "uvicorn.access", "asyncio")}
+    levels = {
+        name: logging.getLogger(name).level for name in ("uvicorn.error", "uvicorn.access", "asyncio", "websockets")
+    }
     yield
     structlog.reset_defaults()
     root.handlers[:] = handlers
@@ -87,6 +89,13 @@ def test_a_line_for_each_connection_is_written_on_debug_only(capsys: pytest.Capt
     configure(log_level="debug")
     logging.getLogger("uvicorn.error").info("connection open")
     assert json.loads(capsys.readouterr().out)["event"] == "connection open"
+
+
+def test_what_goes_over_a_socket_is_never_written(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(log_level="debug")
+    for name in ("uvicorn.error", "websockets.server", "websockets.client"):
+        logging.getLogger(name).debug("< TEXT 'what somebody said'")
+    assert capsys.readouterr().out == ""
 
 
 def test_below_the_level_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
