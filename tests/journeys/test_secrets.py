@@ -124,9 +124,13 @@ async def node_with_secrets(
         allow(client, f">{HUSH}redis")
         url = server.url.replace(USER, f"imstream:{HUSH}redis")
         ai = backend.url.replace("//", f"//me:{HUSH}ai@")
-        unused = {name: SECRETS[name] for name in ("auth_secret", "auth_jwks_url", "moderation_key")}
+        unused = {name: SECRETS[name] for name in ("auth_secret", "auth_jwks_url", "moderation_url", "moderation_key")}
         node = OneNode(
-            folder, client, url, ai, {**QUICK, "log_level": "debug", "max_attempts": 1, **unused, **settings}
+            folder,
+            client,
+            url,
+            ai,
+            {**QUICK, "log_level": "debug", "max_attempts": 1, "moderation_fail": "open", **unused, **settings},
         )
         await node.start(wait=False)
         await becomes(node, None)
@@ -159,12 +163,12 @@ async def test_a_node_shows_no_secret_whatever_goes_wrong(settings: dict[str, ob
             async with node_with_secrets(tmp_path, server, backend, **settings) as node:
                 async with peer(node.now.ws(10001), user=10001) as someone:
                     assert (await ask(someone, "refused-by-the-ai"))["event"] == "failed"
+                    await wait_until(lambda: len(node.dead()) == 1, "the refused request is buried")
                     allow(node.redis, "-xadd")
                     assert (await ask(someone, "refused-by-redis"))["code"] == "UNAVAILABLE"
                     allow(node.redis, "+xadd")
                     for key in node.redis.scan_iter(Keys().reply(10001, "*")):
                         assert_hushed(node.redis.xrange(key))
-                    await wait_until(lambda: len(node.dead()) == 1, "the refused request is buried")
                     [letter] = node.dead()
                     assert "401" in letter["reason"] + letter["error"]
                     assert_hushed(letter, node.redis.get(Keys().lease("0")))
