@@ -147,8 +147,8 @@ class Settings(SettingsGroup):
     )
     auth_secret: SecretStr | None = Field(None, description="Secret of HS256, at least 32 bytes.")
     auth_public_key: Path | None = Field(None, description="PEM file with the public key of the other algorithms.")
-    auth_jwks_url: str | None = Field(
-        None, repr=False, pattern=r"^https?://", description="Address of a JSON Web Key Set with the public keys."
+    auth_jwks_url: Annotated[SecretUrl, AfterValidator(_valid_http_url)] | None = Field(
+        None, description="Address of a JSON Web Key Set with the public keys."
     )
     auth_claim: str = Field("sub", min_length=1, description="Claim of the token that is the user id.")
     auth_issuer: str | None = Field(None, description="What the token's iss must be.")

@@ -27,6 +27,7 @@ from tests.support.processes import PYTHON, start
 from tests.support.scripted_backend import ScriptedBackend, refuses, scripted_backend
 from tests.support.servers import USER
 from tests.support.stage import fresh_redis
+from tests.support.tokens import token
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ def test_help_shows_no_secret_of_the_environment(command: str, tmp_path: Path) -
     assert_hushed(helped.output())
 
 
+def ticket() -> str:
+    """What user 10001 shows: the same each time."""
+    return token(SECRETS["auth_secret"], sub="10001", exp=4_000_000_000)
+
+
 async def echoes(exchange: Exchange) -> None:
     """A script: refuses a call, and repeats what it was called with."""
     headers = exchange.request.headers
@@ -124,13 +130,22 @@ async def node_with_secrets(
         allow(client, f">{HUSH}redis")
         url = server.url.replace(USER, f"imstream:{HUSH}redis")
         ai = backend.url.replace("//", f"//me:{HUSH}ai@")
-        unused = {name: SECRETS[name] for name in ("auth_secret", "auth_jwks_url", "moderation_url", "moderation_key")}
+        shown = {"auth": "jwt", **({} if "auth_jwks_url" in settings else {"auth_secret": SECRETS["auth_secret"]})}
+        unused = {name: SECRETS[name] for name in ("moderation_url", "moderation_key")}
         node = OneNode(
             folder,
             client,
             url,
             ai,
-            {**QUICK, "log_level": "debug", "max_attempts": 1, "moderation_fail": "open", **unused, **settings},
+            {
+                **QUICK,
+                "log_level": "debug",
+                "max_attempts": 1,
+                "moderation_fail": "open",
+                **shown,
+                **unused,
+                **settings,
+            },
         )
         await node.start(wait=False)
         await becomes(node, None)
@@ -161,7 +176,7 @@ async def test_a_node_shows_no_secret_whatever_goes_wrong(settings: dict[str, ob
     async with scripted_backend(always=echoes) as backend:
         with fresh_redis(tmp_path) as server:
             async with node_with_secrets(tmp_path, server, backend, **settings) as node:
-                async with peer(node.now.ws(10001), user=10001) as someone:
+                async with peer(node.now.ws(10001), user=10001, token=ticket()) as someone:
                     assert (await ask(someone, "refused-by-the-ai"))["event"] == "failed"
                     await wait_until(lambda: len(node.dead()) == 1, "the refused request is buried")
                     allow(node.redis, "-xadd")
@@ -193,10 +208,23 @@ async def test_neither_a_token_nor_what_somebody_says_is_in_the_log_of_a_node(tm
                 protocols: Any = ["imstream.v1.json", f"{HUSH}subprotocol"]
                 async with connect(url, subprotocols=protocols, additional_headers=headers, proxy=None) as connection:
                     someone = Peer(connection)
-                    await someone.say("INIT", userId=10001, token=f"{HUSH}init")
+                    await someone.say("INIT", userId=10001, token=ticket())
                     assert (await someone.frame())["msgType"] == "INIT"
                     await someone.chat(10001, f"what {HUSH} says", "m")
                     assert_hushed(connection.response)
+                async with connect(url, proxy=None) as connection:
+                    someone = Peer(connection)
+                    await someone.say("INIT", userId=10001, token=f"{HUSH}init")
+                    assert (await someone.frame())["code"] == "UNAUTHORIZED"
+                assert ticket() not in node.now.process.output()
+
+
+async def test_an_address_of_keys_is_shown_without_its_password(tmp_path: Path) -> None:
+    async with scripted_backend(always=echoes) as backend:
+        with fresh_redis(tmp_path) as server:
+            published = {"auth_algorithm": "ES256", "auth_jwks_url": SECRETS["auth_jwks_url"]}
+            async with node_with_secrets(tmp_path, server, backend, **published) as node:
+                await wait_until(lambda: "keys of tokens away" in node.now.process.output(), "the node says so")
 
 
 def body(url: str) -> str:
