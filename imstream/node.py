@@ -37,7 +37,7 @@ from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.store.routes import Routes
 from imstream.texts import Text
-from imstream.wire import Close
+from imstream.wire import Close, FrameLimits
 from imstream.worker.adopter import Adopter
 from imstream.worker.jobs import Jobs
 from imstream.worker.parts import Parts
@@ -99,8 +99,20 @@ class Node:
         self._presence = Presence(settings, Routes(commands, settings), inbox, registry)
         self._following = following
         self._listener = Listener(inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter)
+        frame_limits = FrameLimits(settings.max_depth, settings.max_history)
         services = Services(
-            settings, guards, requests, replies, board, self.worker, jobs, registry, self._presence, following, Rounds()
+            settings,
+            guards,
+            requests,
+            replies,
+            board,
+            self.worker,
+            jobs,
+            registry,
+            self._presence,
+            following,
+            Rounds(),
+            frame_limits,
         )
         self._server = Server(make_app(services, not_ready=self.not_ready, stuck=self.stuck), settings)
 

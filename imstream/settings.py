@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - pydantic needs it
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imstream.errors import SettingsError
@@ -52,6 +52,10 @@ def is_secret(field: FieldInfo) -> bool:
     return SecretStr.__name__ in str(field.annotation)
 
 
+def _show(value: object) -> str:
+    return f"{value.total_seconds():g}s" if isinstance(value, timedelta) else repr(value)
+
+
 class SettingsGroup(BaseSettings):
     """Settings that are read together. Every group shares `.env`; each has its own prefix of names."""
 
@@ -83,9 +87,17 @@ class SettingsGroup(BaseSettings):
         # What may hold a password and is no text is shown by nobody who knows where it is.
         address = field is not None and (not field.repr or SecretUrl.__name__ in str(field.annotation))
         secret = field is not None and (is_secret(field) or (address and not isinstance(error["input"], str)))
-        shown = "(hidden)" if secret else without_password(repr(error["input"]))
+        shown = "(hidden)" if secret else without_password(_show(error["input"]))
         allowed = error["msg"].removeprefix("Value error, ")
         return f"{cls.variable(name)}={shown} is not allowed: {allowed}"
+
+
+def _beats_often_enough(heartbeat: timedelta, info: ValidationInfo) -> timedelta:
+    """One heartbeat may be lost; the second that is missing closes the socket."""
+    idle: timedelta | None = info.data.get("idle_timeout")  # None: it is wrong itself, and said to be
+    if idle is not None and idle <= 2 * heartbeat:
+        raise ValueError(f"less than half of {ENV_PREFIX}IDLE_TIMEOUT, which is {_show(idle)}")
+    return heartbeat
 
 
 class Settings(SettingsGroup):
@@ -177,7 +189,9 @@ class Settings(SettingsGroup):
     handshake_timeout: Positive = Field(
         timedelta(seconds=10), description="Time a connection has to ask for something."
     )
-    heartbeat: Positive = Field(timedelta(seconds=25), description="How often clients are asked to be heard of.")
+    heartbeat: Annotated[Positive, AfterValidator(_beats_often_enough)] = Field(
+        timedelta(seconds=25), description="How often clients are asked to be heard of."
+    )
     max_depth: int = Field(8, ge=4, description="Deepest nesting of a frame's JSON.")
     max_history: int = Field(200, ge=0, description="Most turns in the history of one message.")
     frame_rate: int = Field(50, ge=0, description="Frames a socket may send each second, on average; 0: any number.")

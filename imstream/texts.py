@@ -65,6 +65,9 @@ class Text(Enum):
     DRAINING = ("服务节点即将重启,请重新连接", "This node is about to restart, please reconnect")
     TOO_SLOW = ("连接读取过慢,已断开", "This connection reads too slowly and was closed")
     NO_HEARTBEAT = ("长时间没有收到心跳,连接已断开", "No heartbeat for a long time, the connection was closed")
+    NODE_FULL = ("当前连接人数过多,请稍后再连接", "This node has too many connections, please come back later")
+    TOO_MANY_SOCKETS = ("您的连接过多,本连接已断开", "You have too many connections, so this one was closed")
+    TOO_FAST = ("发送过于频繁,请稍候", "You are sending too fast, please wait")
     REPLACED = ("您已在其他地方登录,本连接已断开", "You have logged in elsewhere, so this connection was closed")
     LOGIN_ENDING = (
         "登录将在 {seconds} 秒后过期,请用新的令牌再次登录 (INIT)",

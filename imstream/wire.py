@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
+
+from imstream.json_reader import BadJson, BadNumber, read_json
 
 MIN_USER_ID = 10001
 MAX_USER_ID = 2**53 - 1
@@ -84,6 +87,7 @@ class Close(IntEnum):
 
 
 UserId = Annotated[int, Field(ge=MIN_USER_ID, le=MAX_USER_ID)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 MessageId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
 
 
@@ -102,8 +106,8 @@ class ResumePoint(_Frame):
     """How far a client got with one message: `offset` as it was last told, in `attempt`."""
 
     message_id: MessageId
-    attempt: int = Field(0, ge=0)
-    offset: int = Field(0, ge=0)
+    attempt: Count = 0
+    offset: Count = 0
 
 
 class ClientInit(_Frame):
@@ -160,26 +164,60 @@ class BadFrame(Exception):  # noqa: N818 - their fault, not an error of ours
         self.problem = problem
 
 
-def parse(text: str) -> ClientFrame:
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """How much a client's frame may hold; its length is limited before it is read.
+
+    Attributes:
+        depth: Most arrays and objects within each other.
+        history: Most turns in the history of one message.
+    """
+
+    depth: int = 8
+    history: int = 200
+
+
+def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
     """Read one text frame of a client.
 
     Raises:
-        BadFrame: It is not JSON, has an unknown `msgType`, or a field has the wrong type or value.
+        BadFrame: It is not JSON, has an unknown `msgType`, a field has the wrong type or value, or it holds too much.
     """
     if text == "PING":
         return _PING
     try:
-        return _CLIENT_FRAME.validate_json(text, by_alias=True, by_name=False)  # Python's names are not the wire's
+        value = read_json(text, max_depth=limits.depth)
+        frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False)  # Python's names are not the wire's
+    except BadNumber as error:
+        raise _field_of_bad_number(text) or BadFrame("", str(error)) from None
+    except BadJson as error:
+        raise BadFrame("", str(error)) from None
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-        # A wrong user id weighs more than anything else that is wrong with the frame.
-        first = next((problem for problem in problems if problem["loc"][1:] == (USER_ID_FIELD,)), problems[0])
-    except UnicodeEncodeError:  # a lone surrogate got through the decoder of the socket
-        raise BadFrame("", "not valid Unicode") from None
+        raise _first_problem(error) from None
+    if isinstance(frame, ClientChat) and len(frame.history) > limits.history:
+        raise BadFrame("history", f"more than {limits.history} turns")
+    return frame
+
+
+def _field_of_bad_number(text: str) -> BadFrame | None:
+    """Which field has it; None when none that we know. Pydantic's own parser bears such numbers, up to a length."""
+    try:
+        _CLIENT_FRAME.validate_json(text, by_alias=True, by_name=False)
+    except ValidationError as error:
+        return found if (found := _first_problem(error)).field else None
+    except UnicodeEncodeError:  # a lone surrogate that is not escaped, which no socket lets through
+        return None
+    return None
+
+
+def _first_problem(error: ValidationError) -> BadFrame:
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    # A wrong user id weighs more than anything else that is wrong with the frame.
+    first = next((problem for problem in problems if problem["loc"][1:] == (USER_ID_FIELD,)), problems[0])
     if first["type"].startswith("union_tag"):
-        raise BadFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT")
+        return BadFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT")
     # The location starts with the tag of the union, which is no field of the frame.
-    raise BadFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"])
+    return BadFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"])
 
 
 def parse_user_id(text: str | None) -> int | None:

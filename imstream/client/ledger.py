@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 MAX_OPEN = MAX_RESUMED
 """Most unfinished messages of one client: as many as one INIT can resume. `add` waits while there are so many."""
 
-_REFUSES_MESSAGES = (Code.BAD_REQUEST, Code.FORBIDDEN, Code.BUSY, Code.RATE_LIMITED)
-"""Codes that are about a message even when no id is told. Others are about the login, or come before a close."""
+_REFUSES_MESSAGES = (Code.BAD_REQUEST, Code.FORBIDDEN, Code.BUSY)
+"""Codes that are about a message even when no id is told. Others are about the login, come before a close, or ask to
+wait (RATE_LIMITED) while the server takes what was sent."""
 
 
 class Ledger:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -22,7 +23,6 @@ from imstream.wire import ClientCancel, ClientHeartbeat, ClientInit, Close, Code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import timedelta
 
     from websockets.asyncio.client import ClientConnection
 
@@ -96,6 +96,7 @@ class Link:
         self._socket: ClientConnection | None = None  # only while logged in
         self._logged_in = asyncio.Event()  # of the present connection
         self._ending = asyncio.Event()  # of the login, on the present connection
+        self._heartbeat = timing.heartbeat  # as the present server asks for it
 
     async def run(self) -> None:
         """Keep a connection until the session ends for good. At the end nothing waits any more."""
@@ -187,7 +188,7 @@ class Link:
     async def _log_in_again(self) -> ClientInit | None:
         """What to say when the login is about to end; None when it is time for a heartbeat instead."""
         try:
-            async with asyncio.timeout(self._timing.heartbeat.total_seconds()):
+            async with asyncio.timeout(self._heartbeat.total_seconds()):
                 await self._ending.wait()
         except TimeoutError:
             return None
@@ -236,6 +237,8 @@ class Link:
             return  # it goes on longer
         self._socket = socket
         self._servers.succeed()
+        announced = frame.heartbeat_ms
+        self._heartbeat = timedelta(milliseconds=announced) if announced else self._timing.heartbeat
         self._logged_in.set()
         self.settled.set()
         self._tell(Connected(self._servers.current, frame.node, len(self._ledger.accepted)))

@@ -26,7 +26,7 @@ class Timing:
     Attributes:
         open: Time until the first login, all tries together; then `NotConnected` is raised.
         login: Time that one server has to take the connection, and again to answer INIT.
-        heartbeat: Time between two heartbeats. A node closes a socket that says nothing for 75 s.
+        heartbeat: Time between two heartbeats, unless the server asks for another.
         backoff: Upper end of the first wait before connecting again; it doubles with each failure.
         backoff_max: Where it stops doubling.
         later: Least wait after a server said that it is full.

@@ -41,6 +41,9 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: 
             # Instead of a socket that could do nothing: a load balancer takes its user to another node at once.
             refusal = PlainTextResponse(f"not ready: {why}", status_code=503, headers={"Retry-After": "1"})
             await websocket.send_denial_response(refusal)
+        elif services.registry.is_full and "x-forwarded-for" in websocket.headers:
+            # The same; nobody is behind a load balancer without it, and told by the socket itself to come back later.
+            await websocket.send_denial_response(PlainTextResponse("too many sockets", status_code=503))
         else:
             await Session(websocket, services).run()
 

@@ -59,7 +59,7 @@ class Conversation:
     async def take(self, text: str) -> None:
         """Obey one text frame. Whatever is wrong is said to the client."""
         try:
-            frame = parse(text)
+            frame = parse(text, self._services.frame_limits)
         except BadFrame as error:
             if error.field == USER_ID_FIELD:
                 self._session.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
@@ -121,13 +121,16 @@ class Conversation:
         if isinstance(welcome, Refuse):
             self._refuse(welcome)
             return
+        if session.user_id is None and not services.registry.has_room_for(frame.user_id):
+            session.close(Close.TOO_MANY_CONNECTIONS, Text.TOO_MANY_SOCKETS)
+            return
         session.logged_in(frame.user_id, welcome.until)
         with self._holding(*(point.message_id for point in frame.resume)):
             services.registry.log_in(session, frame.user_id)
             # The route first: then no batch falls between what is read here and what other nodes tell, and who has
             # been welcomed misses nothing that is asked from then on.
             await services.presence.arrive(session, frame.user_id)
-            self._pump.say(self._phrases.welcome(welcome.remaining))
+            self._pump.say(self._phrases.welcome(welcome.remaining, services.settings.heartbeat))
             # All at once: their reads share a pipeline.
             await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
 

@@ -11,6 +11,8 @@ from imstream.texts import Lang, Text, say
 from imstream.wire import Code, Event, MsgType, ServerFrame, encode_delta
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from imstream.guards.guard import Refuse
     from imstream.reply import Restarted
     from imstream.texts import Sentence
@@ -21,6 +23,10 @@ RETRY_AFTER_MS = 2_000
 
 REFUSED_REASONS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "content_filter"})
 """Failures that the person can mend by changing the message."""
+
+
+def _ms(span: timedelta) -> int:
+    return ceil(span.total_seconds() * 1000)
 
 
 def _retry_after_ms() -> int:
@@ -37,13 +43,14 @@ class Phrases:
         self.user_id: int | None = None
         self._node = node
 
-    def welcome(self, remaining: int | None = None) -> ServerFrame:
+    def welcome(self, remaining: int | None = None, heartbeat: timedelta | None = None) -> ServerFrame:
         """The answer to INIT."""
         return ServerFrame(
             msg_type=MsgType.INIT,
             contents=self._say(Text.WELCOME, user_id=self.user_id),
             user_id=self.user_id,
             remaining=remaining,
+            heartbeat_ms=None if heartbeat is None else _ms(heartbeat),
             node=self._node,
         )
 
@@ -70,14 +77,23 @@ class Phrases:
 
     def refused(self, verdict: Refuse, message_id: str | None = None) -> ServerFrame:
         """A guard lets it go no further."""
-        after = verdict.retry_after
         return ServerFrame(
             code=verdict.code,
             msg_type=MsgType.SYSTEM,
             contents=self._say(verdict.sentence, **verdict.values),
             user_id=self.user_id,
             message_id=message_id,
-            retry_after_ms=None if after is None else ceil(after.total_seconds() * 1000),
+            retry_after_ms=None if verdict.retry_after is None else _ms(verdict.retry_after),
+        )
+
+    def slow_down(self, rest: float) -> ServerFrame:
+        """The socket is not read from for so many seconds. What was sent is not lost."""
+        return ServerFrame(
+            code=Code.RATE_LIMITED,
+            msg_type=MsgType.SYSTEM,
+            contents=self._say(Text.TOO_FAST),
+            user_id=self.user_id,
+            retry_after_ms=ceil(rest * 1000),
         )
 
     def bad_frame(self, error: BadFrame) -> ServerFrame:

@@ -1,8 +1,8 @@
-"""uvicorn's protocols, mended where a hostile or stalled peer could hurt others.
+"""uvicorn's protocol for sockets, mended where a hostile or stalled peer could hurt others.
 
 Found in uvicorn 0.54: an upgrade request that its parser refuses gets no answer and makes the shutdown fail; a stalled
-reader blocks `send`, and with it every orderly close; fragments without end, and answers to pings that nobody reads,
-gather without limit, and so do the headers of a request.
+reader blocks `send`, and with it every orderly close, also the one it asks for itself; fragments without end, and
+answers to pings that nobody reads, gather without limit.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Protocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
 from websockets.protocol import State
 
 from imstream.gateway.bell import Bell
+from imstream.gateway.paced import PacedProtocol
+from imstream.gateway.request import HEADERS_TOO_LARGE
 
 if TYPE_CHECKING:
     import asyncio
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 
     from starlette.types import Scope
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
-    from uvicorn.config import Config
     from uvicorn.server import ServerState
     from websockets.frames import Frame
     from websockets.http11 import Request
 
-MAX_HEAD = 65_536
-"""Most bytes of a request up to the end of its headers. More is answered with 431."""
+    from imstream.gateway.request import GatewayConfig
 
 MAX_FRAGMENTS = 1_000
 """Most fragments of one message; empty ones do not count towards its size. More closes 1009."""
@@ -41,12 +39,6 @@ _EXTENSION = "imstream.socket"
 
 _FINAL_TEXT = 0x81
 _HEAD_7_BITS, _HEAD_16_BITS, _HEAD_64_BITS = struct.Struct("!BB"), struct.Struct("!BBH"), struct.Struct("!BBQ")
-
-_HEADERS_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-    b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 33\r\nConnection: close\r\n\r\n"
-    b"The request headers are too large"
-)
 
 
 def text_frame(text: str) -> bytes:
@@ -73,6 +65,9 @@ class Socket(Protocol):
     def on_room(self, call: Callable[[], None] | None) -> None:
         """Have `call` called whenever there is room again."""
 
+    def on_rest(self, call: Callable[[float], None] | None) -> None:
+        """Have `call` called with the seconds for which the peer is not read from, because it sends too much."""
+
     def write(self, texts: Sequence[str]) -> None:
         """Write text frames in one go. Nothing happens when the peer is gone: the receiver is told."""
 
@@ -87,32 +82,6 @@ def socket_of(scope: Scope) -> Socket:
     """The protocol under an ASGI WebSocket scope."""
     socket: Socket = scope["extensions"][_EXTENSION]
     return socket
-
-
-class RequestProtocol(HttpToolsProtocol):
-    """One connection until it becomes a WebSocket, if it does."""
-
-    _in_head = False
-    _head_size = 0
-
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
-        self._in_head, self._head_size = True, 0
-
-    def on_headers_complete(self) -> None:
-        """Its headers have ended."""
-        self._in_head = False
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes, but not headers without end."""
-        super().data_received(data)
-        if self._in_head:
-            self._head_size += len(data)
-            if self._head_size > MAX_HEAD and not self.transport.is_closing():
-                self.transport.write(_HEADERS_TOO_LARGE)
-                self.transport.close()
 
 
 class _Inbox:
@@ -137,7 +106,7 @@ class _Inbox:
         return self._events.pop(0)
 
 
-class SocketProtocol(WebSocketsSansIOProtocol):
+class SocketProtocol(PacedProtocol):
     """One WebSocket connection."""
 
     _late_pong = b""
@@ -145,7 +114,7 @@ class SocketProtocol(WebSocketsSansIOProtocol):
 
     def __init__(
         self,
-        config: Config,
+        config: GatewayConfig,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
@@ -165,13 +134,23 @@ class SocketProtocol(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.http.response.body" and self.close_sent:
             self.handshake_complete = True
 
-    def data_received(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         """Take bytes; answer an upgrade request that cannot be read, which uvicorn leaves without an answer."""
-        super().data_received(data)
+        super().feed(data)
         if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.close_sent:
             self.close_sent = True
-            self.transport.write(b"".join(self.conn.data_to_send()) or _HEADERS_TOO_LARGE)
+            self.transport.write(b"".join(self.conn.data_to_send()) or HEADERS_TOO_LARGE)
             self.transport.close()
+
+    def handle_close(self, event: Frame) -> None:
+        """Close as the peer asks, also when it does not read."""
+        super().handle_close(event)
+        self._cut_off_later()
+
+    def handle_parser_exception(self) -> None:
+        """Close with the code of what is wrong, also when the peer does not read."""
+        super().handle_parser_exception()
+        self._cut_off_later()
 
     def handle_cont(self, event: Frame) -> None:
         """Take a fragment, up to the limit."""
@@ -247,11 +226,13 @@ class SocketProtocol(WebSocketsSansIOProtocol):
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": ""})
-        if self.read_paused:  # for the peer's own close frame
-            self.read_paused = False
-            self.transport.resume_reading()
-        self.close_timer = self.loop.call_later(CLOSE_REPLY_LIMIT, self.transport.abort)
+        self._cut_off_later()
+        self.read_to_the_end()
 
     def forget_handshake(self) -> None:
         """See `Socket`. The parsed headers, and a copy of them: 4 KB that an idle socket would keep."""
         del self.request, self.response
+
+    def _cut_off_later(self) -> None:
+        if self.close_timer is None and not self.disconnected:
+            self.close_timer = self.loop.call_later(CLOSE_REPLY_LIMIT, self.transport.abort)

@@ -36,6 +36,16 @@ class Registry:
     def __iter__(self) -> Iterator[Session]:
         return iter(tuple(self._sessions))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the node has all the sockets that it may have."""
+        return len(self._sessions) >= self._settings.node_sockets
+
+    def has_room_for(self, user_id: int) -> bool:
+        """Whether a user may have one more socket here. Where only one may stay, the newest replaces the others."""
+        open_ones = sum(one.closing_since is None for one in self._of_user.get(user_id, ()))
+        return open_ones < self._settings.user_sockets or self._settings.sessions == "one"
+
     def add(self, session: Session) -> None:
         """A socket was accepted."""
         self._sessions.add(session)

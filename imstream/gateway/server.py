@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from imstream.errors import SettingsError
-from imstream.gateway.protocol import RequestProtocol, SocketProtocol
+from imstream.gateway.protocol import SocketProtocol
 from imstream.gateway.registry import CLOSE_GRACE
+from imstream.gateway.request import GatewayConfig, RequestProtocol
 from imstream.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ class Server:
         self._port = settings.port
         self._listener: socket.socket | None = None
         self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
+            GatewayConfig(
+                settings,
+                app=app,
                 host=settings.host,
                 port=settings.port,
                 http=RequestProtocol,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from imstream.settings import Settings
     from imstream.store.replies import ReplyStore
     from imstream.store.requests import RequestStream
+    from imstream.wire import FrameLimits
     from imstream.worker.jobs import Jobs
     from imstream.worker.worker import Worker
 
@@ -34,3 +35,4 @@ class Services:
     presence: Presence
     following: Following
     rounds: Rounds
+    frame_limits: FrameLimits

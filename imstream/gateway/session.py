@@ -65,6 +65,7 @@ class Session:
         self._socket = socket_of(websocket.scope)
         self._pump = Pump(self._socket, self._phrases, services.rounds)
         self._last_words: tuple[Close, ServerFrame] | None = None
+        self._socket.on_rest(self._say_slow_down)
         self._conversation = Conversation(self, self._pump, self._phrases, services)
         self.url_user = parse_user_id(websocket.query_params.get(USER_ID_FIELD))
         """The user that the address names; None when it names none."""
@@ -91,7 +92,10 @@ class Session:
         await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in self._websocket.scope["subprotocols"] else None)
         self._socket.forget_handshake()
         registry = self._services.registry
-        registry.add(self)
+        if registry.is_full:
+            self.close(Close.NODE_FULL, Text.NODE_FULL)
+        else:
+            registry.add(self)
         try:
             if USER_ID_FIELD in self._websocket.query_params and self.url_user is None:
                 self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
@@ -99,6 +103,7 @@ class Session:
         finally:
             registry.remove(self)
             self._pump.abandon()
+            self._socket.on_rest(None)
             if self.user_id is not None:
                 self._services.presence.left(self.user_id)
 
@@ -147,6 +152,10 @@ class Session:
     def follow(self, reply: Reply) -> None:
         """Follow an answer that begins."""
         self._conversation.follow(reply)
+
+    def _say_slow_down(self, rest: float) -> None:
+        if self.closing_since is None:
+            self._pump.say(self._phrases.slow_down(rest))
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()

@@ -44,6 +44,9 @@ class PlayedSocket:
         """All that was sent."""
         return [json.loads(text) for texts in self.writes for text in texts]
 
+    def on_rest(self, call: Callable[[float], None] | None) -> None:
+        """See `Socket`."""
+
     def on_room(self, call: Callable[[], None] | None) -> None:
         """See `Socket`."""
         self._on_room = call

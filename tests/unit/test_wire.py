@@ -24,6 +24,7 @@ from imstream.wire import (
     Close,
     Code,
     Event,
+    FrameLimits,
     MsgType,
     ResumePoint,
     ServerFrame,
@@ -39,7 +40,7 @@ WIRE_FIELDS = {"msgType", "userId", "messageId", "contents", "history", "token",
 
 Model = TypeVar("Model", bound=BaseModel)
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 USER_IDS = st.integers(MIN_USER_ID, MAX_USER_ID)
 MESSAGE_IDS = st.from_regex(r"[A-Za-z0-9._:-]{1,64}", fullmatch=True)
 COUNTS = st.integers(0, 2**53)
@@ -96,6 +97,17 @@ JSON = st.recursive(
 )
 """Anything that Python writes as JSON: lone surrogates, NaN and Infinity too."""
 
+HARMLESS_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**128), 2**128)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXTS, inner, max_size=5),
+    max_leaves=5,
+)
+"""What a decent client may send in a field that nobody knows."""
+
 NEARLY_FRAMES = st.fixed_dictionaries(
     {"msgType": st.sampled_from(["INIT", "CHAT", "CANCEL", "HEARTBEAT"]) | JSON},
     optional={
@@ -140,10 +152,10 @@ def test_every_frame_of_the_server_is_read_as_it_was_meant(frame: ServerFrame) -
     assert "\n" not in text
 
 
-@given(CLIENT_FRAMES, st.dictionaries(st.text().filter(lambda name: name not in WIRE_FIELDS), JSON))
+@given(CLIENT_FRAMES, st.dictionaries(TEXTS.filter(lambda name: name not in WIRE_FIELDS), HARMLESS_JSON))
 def test_fields_that_nobody_knows_are_ignored(frame: ClientFrame, more: dict[str, object]) -> None:
-    assume(not _has_surrogates(json.dumps(more, ensure_ascii=False)))
-    assert parse(json.dumps(frame.model_dump(by_alias=True) | more)) == frame
+    text = json.dumps(frame.model_dump(by_alias=True) | more)
+    assert parse(text, FrameLimits(depth=20)) == frame
 
 
 @pytest.mark.parametrize("name", ["user_id", "msg_type"])
@@ -197,7 +209,6 @@ def test_text_that_is_no_unicode_is_refused_by_both_alike(before: str, surrogate
 @example("[" * 100_000)
 @example('{"a":' * 100_000)
 @example('{"msgType":"INIT","userId":1' + "0" * 5_000 + "}")
-@example('{"msgType":"CHAT","userId":10001,"contents":"\ud800"}')
 def test_what_is_no_object_with_a_type_is_refused(text: str) -> None:
     assume(text != "PING")
     error = refusal(text)
@@ -216,7 +227,7 @@ def test_an_object_is_a_frame_or_is_told_which_field_is_wrong(text: str) -> None
     error = refusal(text)
     if error is not None:
         assert error.field.partition(".")[0] in WIRE_FIELDS | {""}
-        assert error.field or "JSON" in error.problem or "nicode" in error.problem
+        assert error.field or any(word in error.problem for word in ("JSON", "nicode", "NUL", "number"))
         assert str(error) == (f"{error.field}: {error.problem}" if error.field else error.problem)
 
 
@@ -268,6 +279,82 @@ def test_one_login_resumes_up_to_its_limit() -> None:
     error = refusal(login(MAX_RESUMED + 1))
     assert error is not None
     assert error.field == "resume"
+
+
+# What holds too much is refused, and told what of
+
+
+def _chat(**fields: object) -> str:
+    return json.dumps({"msgType": "CHAT", "userId": 10001, "contents": "a"} | fields)
+
+
+def _nested(depth: int, kind: str) -> str:
+    begin, end = ("[", "]") if kind == "lists" else ('{"x":', "}")
+    return '{"msgType":"HEARTBEAT","more":' + begin * (depth - 1) + "0" + end * (depth - 1) + "}"
+
+
+@pytest.mark.parametrize("kind", ["lists", "objects"])
+def test_a_frame_nests_up_to_its_limit(kind: str) -> None:
+    for limit in (4, 8):
+        assert parse(_nested(limit, kind), FrameLimits(depth=limit)).msg_type == "HEARTBEAT"
+        for depth in (limit + 1, 150, 900, 5_000, 60_000):
+            with pytest.raises(BadFrame, match=f"nested deeper than {limit} levels"):
+                parse(_nested(depth, kind), FrameLimits(depth=limit))
+
+
+def test_brackets_in_a_text_are_no_nesting() -> None:
+    chat = parse(
+        _chat(contents="[[[[[[[{{{{{{{{", history=[{"role": "user", "content": "[{"}] * 20), FrameLimits(depth=3)
+    )
+    assert chat.msg_type == "CHAT"
+
+
+def test_a_message_has_as_many_turns_as_its_limit() -> None:
+    turns = [{"role": "user", "content": "x"}] * 4
+    assert parse(_chat(history=turns), FrameLimits(history=4)).msg_type == "CHAT"
+    assert parse(_chat(), FrameLimits(history=0)).msg_type == "CHAT"
+    with pytest.raises(BadFrame, match="history: more than 3 turns"):
+        parse(_chat(history=turns), FrameLimits(history=3))
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "problem"),
+    [
+        ('{"msgType":"HEARTBEAT","msgType":"CHAT","userId":10001}', "", "'msgType' occurs more than once"),
+        ('{"msgType":"INIT","userId":10001,"userId":10002}', "", "'userId' occurs more than once"),
+        ('{"msgType":"INIT","userId":10001,"user\\u0049d":5}', "", "'userId' occurs more than once"),
+        ('{"msgType":"HEARTBEAT","x":{"a":1,"b":2,"a":1}}', "", "'a' occurs more than once"),
+        ('{"msgType":"HEARTBEAT","\\ud83d":1,"\\ud83d":2}', "", "occurs more than once"),
+        ('{"msgType":"HEARTBEAT","x":[' + "9" * 30_000 + "]}", "", "more than 64 digits"),
+        ('{"msgType":"HEARTBEAT","x":0.' + "3" * 30_000 + "}", "", "more than 64 digits"),
+        ('{"msgType":"HEARTBEAT","x":1e999}', "", "1e999 is too large"),
+        ('{"msgType":"HEARTBEAT","x":NaN}', "", "NaN is no number"),
+        ('{"msgType":"HEARTBEAT","x":[-Infinity]}', "", "-Infinity is no number"),
+        ('{"msgType":"INIT","userId":' + "9" * 400 + "}", "userId", "less than or equal"),
+        ('{"msgType":"INIT","userId":1e999}', "userId", "finite"),
+        ('{"msgType":"INIT","userId":10001,"resume":[{"messageId":"m","offset":1e18}]}', "resume.0.offset", "less"),
+        ('{"msgType":"HEARTBEAT","x":"a\\u0000"}', "", "NUL"),
+        ('{"msgType":"HEARTBEAT","\\u0000":1}', "", "NUL"),
+        ('{"msgType":"CHAT","userId":10001,"contents":"a\\u0000b"}', "", "NUL"),
+        ('{"msgType":"CHAT","userId":10001,"contents":"a\0b"}', "", "Invalid control character"),
+        ('{"msgType":"HEARTBEAT","x":["\\udc00"]}', "", "half of a surrogate pair"),
+        ('{"msgType":"HEARTBEAT","\\uD800":1}', "", "half of a surrogate pair"),
+        ('{"msgType":"CHAT","userId":10001,"contents":"\\ude00\\ud83d"}', "", "half of a surrogate pair"),
+        ('{"msgType":"CHAT","userId":10001,"contents":"\ud800"}', "contents", "unicode"),
+    ],
+)
+def test_what_only_an_attacker_sends_is_refused_and_named(text: str, field: str, problem: str) -> None:
+    error = refusal(text)
+    assert error is not None
+    assert (error.field, problem in error.problem) == (field, True), error.problem
+    assert len(str(error)) < 200
+
+
+def test_what_looks_like_it_is_taken() -> None:
+    for contents in ("\\u0000", "\\\\u0000 \\ud800", "😀 \x7f \u202e"):
+        chat = parse(_chat(contents=contents))
+        assert isinstance(chat, ClientChat)
+        assert chat.contents == contents
 
 
 # The user id of the address
@@ -323,7 +410,3 @@ def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:
 def test_the_time_of_a_frame_is_milliseconds_since_1970() -> None:
     before = time.time_ns() // 1_000_000
     assert before <= int(now_ms()) <= int(ServerFrame(msg_type=MsgType.SYSTEM).resp_time)
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)

@@ -21,6 +21,7 @@
  * @property {number} [offset]      Where the reply stands after this frame; opaque.
  * @property {number} [position]    Place in the queue; 1 is next.
  * @property {number} [retryAfterMs]
+ * @property {number} [heartbeatMs] How often the service wants to hear of us.
  * @property {string} [finishReason]
  * @property {Record<string, number>} [usage]
  * @property {string} [node]        The node that answers.
@@ -31,7 +32,7 @@
  * @property {string | (() => string | Promise<string>)} [token]  The user's signed token, when the service asks for
  *     one; or a function that gives a fresh one, for each connection and whenever the login is about to end.
  * @property {string} [lang]        Language wished for the server's texts: a script cannot set Accept-Language.
- * @property {number} [heartbeat]   Milliseconds between heartbeats.
+ * @property {number} [heartbeat]   Milliseconds between heartbeats, unless the service asks for others.
  * @property {number} [patience]    Milliseconds that connecting and logging in may take.
  * @property {number} [firstWait]   Milliseconds before the first try to reconnect; doubled by every failure.
  * @property {number} [longestWait] Milliseconds that a wait never exceeds.
@@ -233,11 +234,11 @@ export class ImstreamClient extends EventTarget {
   }
 
   /** We are in. What was not acknowledged is said again: the server knows duplicates by their id. */
-  #enter() {
+  #enter(heartbeat = this.options.heartbeat) {
     clearTimeout(this.#timer);
     this.#refused = undefined;
     this.#onlineSince = Date.now();
-    this.#pulse = setInterval(() => this.#beat(), this.options.heartbeat);
+    this.#pulse = setInterval(() => this.#beat(), heartbeat);
     for (const message of this.#messages.values()) if (message.status === "sending") this.#chat(message);
     this.#repeatCancels();
     this.#become("online");
@@ -266,7 +267,7 @@ export class ImstreamClient extends EventTarget {
       if (message.accepted && frame.code === "UNAVAILABLE") this.#askAgain(frame.retryAfterMs);
       if (message.isEnded) this.#messages.delete(message.id);
     } else if (frame.msgType === "INIT" && this.state === "connecting") {
-      this.#enter();
+      this.#enter(frame.heartbeatMs);
     } else if (frame.msgType === "SYSTEM") {
       this.dispatchEvent(new CustomEvent("notice", { detail: frame }));
       if (frame.code === "UNAUTHORIZED" && this.state === "online" && this.#canRenew) this.#logIn(false);

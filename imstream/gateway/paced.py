@@ -1,0 +1,115 @@
+"""What comes in on a socket is read in small pieces, and no faster than its pace.
+
+Who sends more frames than that is told `RATE_LIMITED`, and is not read from until the pace allows it: nothing that was
+sent is lost, it waits in the network, and costs nobody else anything. Every frame counts: those with our messages, and
+those that are broken, binary, pings, or fragments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from imstream.bucket import NEVER_USED, Pace
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from uvicorn._types import ASGIReceiveEvent
+    from uvicorn.server import ServerState
+
+    from imstream.gateway.request import GatewayConfig
+
+PIECE = 2048
+"""Bytes that are read in one go: up to 340 frames, 5 ms. The event loop has read 256 KB at once by then."""
+
+LEAST_REST = 1.0
+"""Least seconds for which a socket is not read from, so that a flooder is not told too often."""
+
+
+class PacedProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's protocol, fed with pieces."""
+
+    _unread = b""
+    _full_at = NEVER_USED
+    _rest: asyncio.TimerHandle | None = None
+    _on_rest: Callable[[float], None] | None = None
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._pace = config.frame_pace
+
+    def on_rest(self, call: Callable[[float], None] | None) -> None:
+        """See `Socket`."""
+        self._on_rest = call
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes."""
+        self._unread = self._unread + data if self._unread else data
+        self._read_on()
+
+    def feed(self, data: bytes) -> None:
+        """Take a piece of them."""
+        super().data_received(data)
+
+    async def receive(self) -> ASGIReceiveEvent:
+        """Give the application what comes next. As uvicorn does it, but there may be more to read already."""
+        event = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self._read_on()
+        return event
+
+    def handle_events(self) -> None:
+        """Obey frames, and see how many there are."""
+        if self._pace is not None and not self.close_sent:
+            self._count(self._pace, len(self.conn.events))
+        super().handle_events()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The peer is gone."""
+        self._end_rest()
+        self._unread = b""
+        super().connection_lost(exc)
+
+    def read_to_the_end(self) -> None:
+        """Read whatever comes, for the peer's close frame; the application does not want more."""
+        self._end_rest()
+        self.read_paused = False
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read what there is, until the application has something to do or the pace forbids it."""
+        while self._unread and not (self.read_paused or self._rest or self.transport.is_closing()):
+            piece, self._unread = self._unread[:PIECE], self._unread[PIECE:]
+            self.feed(piece)
+        if not (self.read_paused or self._rest):
+            self.transport.resume_reading()
+
+    def _count(self, pace: Pace, frames: int) -> None:
+        now = self.loop.time()
+        self._full_at = pace.take(self._full_at, now, frames)
+        wait = pace.wait(self._full_at, now)
+        if wait > 0 and self._rest is None:
+            wait = max(wait, LEAST_REST)
+            self.transport.pause_reading()
+            self._rest = self.loop.call_later(wait, self._go_on)
+            if self._on_rest is not None:
+                self._on_rest(wait)
+
+    def _go_on(self) -> None:
+        self._rest = None
+        self._read_on()
+
+    def _end_rest(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
