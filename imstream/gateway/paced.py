@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 PIECE = 2048
 """Bytes that are read in one go: up to 340 frames, 5 ms. The event loop has read 256 KB at once by then."""
 
-LEAST_REST = 1.0
-"""Least seconds for which a socket is not read from, so that a flooder is not told too often."""
+TOLD_APART = 1.0
+"""Least seconds between two times that a peer is told: a flooder must not be answered frame by frame."""
 
 
 class PacedProtocol(WebSocketsSansIOProtocol):
@@ -36,6 +36,7 @@ class PacedProtocol(WebSocketsSansIOProtocol):
     _full_at = NEVER_USED
     _rest: asyncio.TimerHandle | None = None
     _on_rest: Callable[[float], None] | None = None
+    _told_at = -TOLD_APART
 
     def __init__(
         self,
@@ -99,10 +100,10 @@ class PacedProtocol(WebSocketsSansIOProtocol):
         self._full_at = pace.take(self._full_at, now, frames)
         wait = pace.wait(self._full_at, now)
         if wait > 0 and self._rest is None:
-            wait = max(wait, LEAST_REST)
             self.transport.pause_reading()
             self._rest = self.loop.call_later(wait, self._go_on)
-            if self._on_rest is not None:
+            if self._on_rest is not None and now - self._told_at >= TOLD_APART:
+                self._told_at = now
                 self._on_rest(wait)
 
     def _go_on(self) -> None:

@@ -66,7 +66,10 @@ class Socket(Protocol):
         """Have `call` called whenever there is room again."""
 
     def on_rest(self, call: Callable[[float], None] | None) -> None:
-        """Have `call` called with the seconds for which the peer is not read from, because it sends too much."""
+        """Have `call` called with the seconds for which the peer is not read from, because it sends too much.
+
+        It is called at most once a second.
+        """
 
     def write(self, texts: Sequence[str]) -> None:
         """Write text frames in one go. Nothing happens when the peer is gone: the receiver is told."""

@@ -43,7 +43,8 @@ class GatewayConfig(uvicorn.Config):
 
     def __init__(self, settings: Settings, **options: Any) -> None:  # noqa: ANN401 - uvicorn's
         super().__init__(**options)
-        self.settings = settings
+        self.handshake_timeout = settings.handshake_timeout.total_seconds()
+        self.most_connections = settings.node_sockets + SPARE_CONNECTIONS
         self.frame_pace = Pace(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
 
 
@@ -62,8 +63,8 @@ class RequestProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._patience = config.settings.handshake_timeout.total_seconds()
-        self._limit = config.settings.node_sockets + SPARE_CONNECTIONS
+        self._patience = config.handshake_timeout
+        self._limit = config.most_connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Somebody connects."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import structlog
 import uvicorn
 
 from imstream.errors import SettingsError
 from imstream.gateway.protocol import SocketProtocol
 from imstream.gateway.registry import CLOSE_GRACE
-from imstream.gateway.request import GatewayConfig, RequestProtocol
+from imstream.gateway.request import SPARE_CONNECTIONS, GatewayConfig, RequestProtocol
 from imstream.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
@@ -23,6 +25,35 @@ if TYPE_CHECKING:
     from imstream.settings import Settings
 
 
+OTHER_FILES = 64
+"""Files that a node has open beside its connections to clients and to the AI backend: Redis, logs, the event loop."""
+
+log = structlog.get_logger()
+
+
+def most_connections(settings: Settings) -> int:
+    """How many connections a node takes: all that its settings allow, unless this process may not open so many files.
+
+    Without this a flood would leave none for Redis and the backend.
+    """
+    wanted = settings.node_sockets + SPARE_CONNECTIONS
+    others = settings.concurrency + OTHER_FILES
+    files = _raise_file_limit(wanted + others)
+    if files < wanted + others:
+        log.warning("fewer sockets than set: raise the limit of open files", files=files, needed=wanted + others)
+    return max(1, min(wanted, files - others))
+
+
+def _raise_file_limit(wanted: int) -> int:
+    """Have this process allowed to open so many files, as far as it may allow itself; how many it may open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return files
+
+
 class Server:
     """Serves an application. `listen`, then `run` until `stop`."""
 
@@ -30,25 +61,24 @@ class Server:
         self._settings = settings
         self._port = settings.port
         self._listener: socket.socket | None = None
-        self._server = _Uvicorn(
-            GatewayConfig(
-                settings,
-                app=app,
-                host=settings.host,
-                port=settings.port,
-                http=RequestProtocol,
-                ws=SocketProtocol,
-                ws_max_size=settings.max_frame,
-                ws_per_message_deflate=False,
-                # The heartbeat of the protocol tells more than a ping, and costs no timer for each socket.
-                ws_ping_interval=None,
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
-            )
+        self._config = GatewayConfig(
+            settings,
+            app=app,
+            host=settings.host,
+            port=settings.port,
+            http=RequestProtocol,
+            ws=SocketProtocol,
+            ws_max_size=settings.max_frame,
+            ws_per_message_deflate=False,
+            # The heartbeat of the protocol tells more than a ping, and costs no timer for each socket.
+            ws_ping_interval=None,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
         )
+        self._server = _Uvicorn(self._config)
 
     @property
     def started(self) -> bool:
@@ -77,6 +107,7 @@ class Server:
             ) from None
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._config.most_connections = most_connections(self._settings)
         self._port = listener.getsockname()[1]
         self._listener = listener
 

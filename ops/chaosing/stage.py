@@ -30,6 +30,7 @@ _NODE_SETTINGS = {
     "drain_grace": "2s",
     "queue_limit": 200,
     "user_limit": 8,
+    "chats_per_minute": 0,
     # The backend's faults must show within the patience of the run, and nothing may be given up because of them.
     "ai_connect_timeout": "2s",
     "ai_first_token_timeout": "4s",

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from tests.support.peer import Peer, Told
     from tests.support.redis_sets import Topology
 
-QUICK: dict[str, object] = {"read_block": "250ms", "sweep_interval": "500ms", "retry_wait": "20ms", "user_limit": 100}
+QUICK: dict[str, object] = {
+    "read_block": "250ms",
+    "sweep_interval": "500ms",
+    "retry_wait": "20ms",
+    "user_limit": 100,
+    "chats_per_minute": 0,
+}
 """Settings that make a test wait less, and let one user do what takes several otherwise."""
 
 NODE = ("-m", "imstream", "node")

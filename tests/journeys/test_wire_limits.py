@@ -1,0 +1,222 @@
+"""How much a client may send, and how many sockets there may be: what goes beyond is told so, and harms nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from imstream.client import Client, Disconnected, Timing
+from tests.support.one_node import standing_node
+from tests.support.peer import peer
+from tests.support.raw_socket import BINARY, CONTINUATION, PING, PONG, TEXT, frame, raw_user
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from imstream.client import ConnectionChange
+    from tests.support.one_node import OneNode
+    from tests.support.peer import Peer
+    from tests.support.servers import DemoBackend
+
+USER, OTHER = 10001, 10002
+RATE, BURST = 400, 100
+CHATS, EACH, ALL = 5, 3, 6
+
+AT_ONCE = "[[demo first=0 length=1]]"
+HEARTBEAT = json.dumps({"msgType": "HEARTBEAT"}).encode()
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+    """A node with small limits."""
+    limits = {
+        "frame_rate": RATE,
+        "frame_burst": BURST,
+        "chats_per_minute": CHATS,
+        "user_sockets": EACH,
+        "node_sockets": ALL,
+        "max_depth": 5,
+        "max_history": 3,
+        "heartbeat": "7s",
+    }
+    with standing_node(tmp_path_factory.mktemp("limits"), demo.url, **limits) as node:
+        yield node
+
+
+@asynccontextmanager
+async def many_sockets(node: OneNode, *users: int) -> AsyncIterator[list[Peer]]:
+    """Sockets of these users, who are logged in."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(node.peer(user)) for user in users]
+
+
+async def test_the_login_says_how_often_the_node_wants_to_hear_of_the_client(node: OneNode) -> None:
+    async with peer(node.now.ws(USER)) as someone:
+        assert (await someone.login(USER))["heartbeatMs"] == 7_000
+
+
+# Messages a minute
+
+
+async def test_who_asks_too_much_is_told_when_to_ask_again_on_any_socket(node: OneNode) -> None:
+    user = 10101
+    async with node.peer(user) as someone:
+        for n in range(CHATS):
+            assert (await someone.chat(user, AT_ONCE, f"m{n}"))["event"] == "accepted"
+            await someone.end_of(f"m{n}")
+    async with node.peer(user, lang="en") as someone:
+        told = await someone.chat(user, AT_ONCE, "m-more")
+        assert (told["msgType"], told["code"], told["messageId"]) == ("SYSTEM", "RATE_LIMITED", "m-more")
+        assert "too many messages" in told["contents"]
+        assert 0 < told["retryAfterMs"] <= 60_000 / CHATS
+        await someone.send("PING")  # all else goes on
+        assert (await someone.frame())["msgType"] == "HEARTBEAT"
+    async with node.peer(OTHER) as another:
+        assert (await another.chat(OTHER, AT_ONCE, "m1"))["event"] == "accepted"
+        await another.end_of("m1")
+    assert node.record(user, "m-more") == []
+
+
+# Frames a second
+
+FRAMES = {
+    "heartbeats": frame(TEXT, HEARTBEAT),
+    "bare pings": frame(TEXT, b"PING"),
+    "no JSON": frame(TEXT, b"{"),
+    "binary": frame(BINARY, b"x"),
+    "pings": frame(PING),
+    "pongs": frame(PONG),
+    "empty fragments": frame(TEXT, b"", first=0) + frame(CONTINUATION, first=0) * 8 + frame(CONTINUATION, HEARTBEAT),
+}
+
+
+@pytest.mark.parametrize("what", FRAMES)
+async def test_who_sends_too_fast_is_told_once_a_second_and_all_that_was_sent_is_taken_by_and_by(
+    what: str, node: OneNode
+) -> None:
+    one = FRAMES[what]
+    frames = 10 if what == "empty fragments" else 1
+    async with raw_user(node.port, USER) as flooder:
+        began = time.monotonic()
+        await flooder.send(one * (3 * RATE // frames))
+        await flooder.say(msgType="CHAT", userId=USER, contents="still there?", messageId="last", history="none")
+        await flooder.until(code="BAD_REQUEST", contents="消息格式有误: history: Input should be a valid list")
+        took = time.monotonic() - began
+    slow = [told for told in flooder.texts if told["code"] == "RATE_LIMITED"]
+    assert 1 <= len(slow) <= took + 1
+    assert all(0 < told["retryAfterMs"] <= 1_000 and "messageId" not in told for told in slow)
+    # What flows in while it is not read from, and what was there at first.
+    assert took > (3 * RATE - BURST) / RATE * 0.9
+    if what in {"heartbeats", "bare pings"}:
+        assert sum(told["msgType"] == "HEARTBEAT" for told in flooder.texts) == 3 * RATE
+
+
+async def test_a_flooder_costs_others_no_time(node: OneNode) -> None:
+    async with node.peer(OTHER) as healthy:
+
+        async def beat() -> float:
+            began = time.monotonic()
+            await healthy.send("PING")
+            await healthy.frame()
+            return time.monotonic() - began
+
+        before = [await beat() for _ in range(20)]
+        async with raw_user(node.port, USER) as flooder:
+            flooding = asyncio.create_task(flooder.send(frame(PING) * 2_000_000, limit=60))
+            beside = [await beat() for _ in range(20)]
+            flooding.cancel()
+            await asyncio.wait([flooding])
+        assert max(beside) < max(before) + 0.5
+
+
+async def test_who_keeps_to_the_pace_is_never_told_anything(node: OneNode) -> None:
+    async with node.peer(USER) as someone:
+        for _ in range(BURST // 2):
+            await someone.send("PING")
+        for _ in range(BURST // 2):
+            assert (await someone.frame())["msgType"] == "HEARTBEAT"
+
+
+# What a frame may hold
+
+
+async def test_a_frame_that_holds_too_much_is_told_what_of(node: OneNode) -> None:
+    turn = {"role": "user", "content": "x"}
+    wrong = {
+        "nested deeper than 5 levels": '{"msgType":"HEARTBEAT","x":[[[[[]]]]]}',
+        "history: more than 3 turns": json.dumps(
+            {"msgType": "CHAT", "userId": USER, "contents": "x", "history": [turn] * 4}
+        ),
+        "the key 'userId' occurs more than once": '{"msgType":"HEARTBEAT","userId":10001,"userId":10002}',
+        "the character NUL": json.dumps({"msgType": "CHAT", "userId": USER, "contents": "\0"}),
+        "the number 1e999 is too large": '{"msgType":"HEARTBEAT","x":1e999}',
+    }
+    async with node.peer(USER, lang="en") as someone:
+        for problem, text in wrong.items():
+            await someone.send(text)
+            told = await someone.frame()
+            assert (told["msgType"], told["code"]) == ("SYSTEM", "BAD_REQUEST")
+            assert problem in told["contents"]
+
+
+# Sockets
+
+
+async def test_a_user_has_so_many_sockets_and_the_newest_is_closed_with_4504(node: OneNode) -> None:
+    async with many_sockets(node, *[USER] * EACH) as sockets:
+        async with peer(node.now.ws(USER), lang="en") as one_more:
+            await one_more.say("INIT", userId=USER)
+            assert await one_more.closed() == 4504
+        assert "too many connections" in one_more.frames[-1]["contents"]
+        for someone in sockets:
+            await someone.send("PING")
+            assert (await someone.frame())["msgType"] == "HEARTBEAT"
+            await someone.login(USER)  # a second INIT is no second socket
+        await sockets[0].connection.close()
+        await wait_until(lambda: node.clients() == EACH - 1, "it is gone")
+        async with node.peer(USER) as instead:
+            await instead.send("PING")
+            assert (await instead.frame())["msgType"] == "HEARTBEAT"
+
+
+async def test_a_node_has_so_many_sockets_and_the_newest_is_closed_with_1013(node: OneNode) -> None:
+    async with many_sockets(node, *range(10201, 10201 + ALL)) as sockets:
+        async with peer(node.now.ws(USER), lang="en") as one_more:
+            assert await one_more.closed() == 1013
+        assert [told["msgType"] for told in one_more.frames] == ["SYSTEM"]
+        assert "come back later" in one_more.frames[0]["contents"]
+        with pytest.raises(InvalidStatus) as refused:
+            async with connect(node.now.ws(USER), additional_headers={"X-Forwarded-For": "127.0.0.1"}, proxy=None):
+                pass
+        assert refused.value.response.status_code == 503  # a load balancer tries the next node
+        await sockets[0].connection.close()
+        await wait_until(lambda: node.clients() == ALL - 1, "it is gone")
+        async with node.peer(USER) as instead:
+            await instead.send("PING")
+            assert (await instead.frame())["msgType"] == "HEARTBEAT"
+
+
+async def test_the_client_comes_back_to_a_full_node_later(node: OneNode) -> None:
+    async with many_sockets(node, *range(10201, 10201 + ALL)) as sockets:
+        turned_away: asyncio.Queue[ConnectionChange] = asyncio.Queue()
+        timing = Timing(later=timedelta(milliseconds=100))
+        entering = asyncio.create_task(_ask(node.now.ws(), timing, turned_away.put_nowait))
+        change = await turned_away.get()
+        assert isinstance(change, Disconnected)
+        assert "1013" in change.why
+        await sockets[0].connection.close()
+        assert await entering
+
+
+async def _ask(url: str, timing: Timing, on_change: Callable[[ConnectionChange], None]) -> str:
+    async with Client(url, 10301, timing=timing, on_change=on_change) as client:
+        return await (await client.send("hello " + AT_ONCE)).text()
