@@ -1,11 +1,14 @@
 """A connection until it becomes a WebSocket, if it does: uvicorn's protocol, with limits.
 
 Found in uvicorn 0.54: a connection that says nothing, or half of a request, or does not take its answer, is kept for
-ever; the headers of a request gather without limit; and connections are taken until there are no files left.
+ever; the headers of a request gather without limit, and so do requests that do not wait for the answer to the one
+before, whose answers then fail when the connection ends; each broken request is a warning in the log; and connections
+are taken until there are no files left.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -44,8 +47,14 @@ class GatewayConfig(uvicorn.Config):
     def __init__(self, settings: Settings, **options: Any) -> None:  # noqa: ANN401 - uvicorn's
         super().__init__(**options)
         self.handshake_timeout = settings.handshake_timeout.total_seconds()
+        self.request_log = logging.getLogger("uvicorn.error.request")
+        self.request_log.setLevel(logging.ERROR)  # what strangers do wrong is no warning to us
         self.most_connections = settings.node_sockets + SPARE_CONNECTIONS
         self.frame_pace = Pace(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
+
+
+class _TooEarly(Exception):  # noqa: N818 - their fault, not an error of ours
+    """A request came before the one before it was answered."""
 
 
 class RequestProtocol(HttpToolsProtocol):
@@ -63,6 +72,7 @@ class RequestProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.logger = config.request_log
         self._patience = config.handshake_timeout
         self._limit = config.most_connections
 
@@ -92,6 +102,10 @@ class RequestProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            # No browser and no load balancer does this any more. The parser is stopped, and the answer is 400.
+            self.cycle.disconnected = True
+            raise _TooEarly
         super().on_message_begin()
         self._in_head, self._head_size = True, 0
 

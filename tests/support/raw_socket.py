@@ -104,6 +104,17 @@ class RawSocket:
         del self._buffer[: end + 4]
         return head
 
+    async def body(self, head: bytes) -> bytes:
+        """Read the body of an HTTP answer with this head, as long as it says that it is."""
+        size = next(
+            int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-length:")
+        )
+        while len(self._buffer) < size:
+            assert await self._read(), "the connection ended within the body"
+        body = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return body
+
     async def next_frame(self, limit: float = LIMIT) -> tuple[int, bytes] | None:
         """The next frame as opcode and payload; None when the connection has ended."""
         while (found := self._parse()) is None:

@@ -1,0 +1,221 @@
+"""Floods of connections that want nothing, slow handshakes, and peers that do not go: others notice nothing of them.
+
+After their time nothing is left of them: no connection, no file, no memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import time
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from imstream.gateway.request import SPARE_CONNECTIONS
+from tests.support.one_node import standing_node
+from tests.support.raw_socket import CLOSE, TEXT, frame, raw_socket, raw_user
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.one_node import OneNode
+    from tests.support.peer import Peer
+    from tests.support.raw_socket import RawSocket
+    from tests.support.servers import DemoBackend
+
+OTHER = 10002
+TIME = 1.5
+SOCKETS = 100
+MB = 1 << 20
+
+UPGRADE = (
+    b"GET /ws?userId=10001 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+PAGE = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+FIRST_BYTES = {
+    "says nothing": b"",
+    "half a request": b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ",
+    "half an upgrade": UPGRADE,
+    "half a body": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\nhello",
+    "half a chunk": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nFFFF\r\nhello",
+    "a request and nothing more": PAGE,
+    "a socket without INIT": UPGRADE + b"\r\n",
+}
+"""What a connection begins with, before it says nothing more, or a byte now and then."""
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+    """A node that gives handshakes and logins little time."""
+    limits = {"handshake_timeout": f"{TIME}s", "init_timeout": f"{TIME}s", "node_sockets": SOCKETS}
+    with standing_node(tmp_path_factory.mktemp("flood"), demo.url, **limits) as node:
+        yield node
+
+
+@pytest.fixture
+async def node(standing: OneNode) -> AsyncIterator[OneNode]:
+    """The node; after the test nothing is left of anybody."""
+    yield standing
+    await standing.settled()
+    standing.check_log()
+    assert '"level": "error"' not in standing.now.process.output()
+    assert '"level": "warning"' not in standing.now.process.output(), "strangers can fill the log"
+
+
+@asynccontextmanager
+async def crowd(port: int, first: bytes, count: int, *, narrow: bool = False) -> AsyncIterator[list[RawSocket]]:
+    """So many connections that begin with this."""
+    async with AsyncExitStack() as stack:
+        everybody = [await stack.enter_async_context(raw_socket(port, narrow=narrow)) for _ in range(count)]
+        for one in everybody:
+            await one.send(first)
+        yield everybody
+
+
+async def slowest_beat(someone: Peer, seconds: float) -> float:
+    """Beat for a while; the longest time that an answer took."""
+    slowest, end = 0.0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.monotonic()
+        await someone.send("PING")
+        while (await someone.frame())["msgType"] != "HEARTBEAT":
+            pass
+        slowest = max(slowest, time.monotonic() - began)
+        await asyncio.sleep(0.01)  # its pace
+    return slowest
+
+
+async def trickle(everybody: list[RawSocket]) -> None:
+    """Say a little more, again and again."""
+    while True:
+        await asyncio.gather(*(one.send(b"x") for one in everybody), return_exceptions=True)
+        await asyncio.sleep(0.2)  # the pace of somebody who has time
+
+
+async def test_500_connections_that_never_come_to_anything_are_cut_in_time_and_cost_nobody_anything(
+    node: OneNode,
+) -> None:
+    process = psutil.Process(node.now.process.pid)
+    async with node.peer(OTHER) as healthy:
+        calm = await slowest_beat(healthy, 0.5)
+        files = memory = 0
+        for _ in range(2):  # what was taken from the system for the first crowd is there for the second
+            files, memory = process.num_fds(), process.memory_info().rss
+            async with AsyncExitStack() as stack:
+                began = time.monotonic()
+                everybody = [
+                    one
+                    for first in FIRST_BYTES.values()
+                    for one in await stack.enter_async_context(crowd(node.port, first, 500 // len(FIRST_BYTES)))
+                ]
+
+                trickling = asyncio.create_task(trickle(everybody[::2]))
+                assert await slowest_beat(healthy, 1) < calm + 0.5
+                async with node.peer(OTHER) as newcomer:
+                    question = "still there? [[demo first=0 length=3]]"
+                    assert (await newcomer.chat(OTHER, question, f"m{began}"))["event"] == "accepted"
+                    assert (await newcomer.end_of(f"m{began}")).events[-1] == "done"
+                await wait_until(lambda: node.clients() == 1, "only the healthy one is left", limit=TIME + 6)
+                trickling.cancel()
+                await asyncio.wait([trickling])
+        await wait_until(lambda: process.num_fds() <= files, "no file is left open")
+        assert process.memory_info().rss - memory < 4 * MB
+
+
+@pytest.mark.parametrize("what", FIRST_BYTES)
+async def test_each_of_them_is_let_go(what: str, node: OneNode) -> None:
+    async with raw_socket(node.port) as one:
+        await one.send(FIRST_BYTES[what])
+        began = time.monotonic()
+        await one.ended(limit=TIME + 8)
+        assert time.monotonic() - began > TIME * 0.5  # not before its time
+    await wait_until(lambda: node.clients() == 0, "it is gone")
+
+
+async def test_half_of_a_second_request_is_not_waited_for_either(node: OneNode) -> None:
+    async with raw_socket(node.port) as one:
+        await one.send(PAGE)
+        await one.body(await one.head())
+        await one.send(b"GET / HT")
+        assert await one.ended(limit=TIME + 8) == b""
+
+
+async def test_requests_that_do_not_wait_for_answers_are_refused_and_do_not_gather(node: OneNode) -> None:
+    process = psutil.Process(node.now.process.pid)
+    async with raw_socket(node.port) as one:
+        await one.send(PAGE * 2)
+        assert (await one.head()).startswith(b"HTTP/1.1 400 ")
+    for _ in range(2):
+        memory = process.memory_info().rss
+        async with AsyncExitStack() as stack:
+            for _ in range(20):
+                one = await stack.enter_async_context(raw_socket(node.port, narrow=True))
+                with suppress(ConnectionError):
+                    await one.send(PAGE * 8_000)
+            await wait_until(lambda: node.clients() == 0, "they are gone", limit=TIME + 6)
+    assert process.memory_info().rss - memory < 4 * MB
+
+
+async def test_who_asks_for_a_page_and_does_not_read_it_is_cut(node: OneNode) -> None:
+    async with crowd(node.port, PAGE, 50, narrow=True):
+        await wait_until(lambda: node.clients() == 0, "they are gone", limit=TIME + 6)
+
+
+async def test_a_request_in_time_is_answered_also_on_a_connection_that_is_used_again(node: OneNode) -> None:
+    async with raw_socket(node.port) as someone:
+        began = time.monotonic()
+        while time.monotonic() - began < 2 * TIME:  # longer than one request has time
+            await someone.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = await someone.head()
+            assert head.startswith(b"HTTP/1.1 200 ")
+            await someone.body(head)
+            await asyncio.sleep(TIME / 4)  # as a load balancer does
+
+
+async def test_who_reads_nothing_and_asks_to_close_is_cut(node: OneNode) -> None:
+    for goodbye in (frame(CLOSE, b"\x03\xe8"), frame(TEXT, b"not masked", mask=False)):
+        async with raw_user(node.port, OTHER, narrow=True) as someone:
+            question = "go on [[demo first=0 pace=0 length=60000]]"
+            await someone.say(msgType="CHAT", userId=OTHER, contents=question, messageId=f"m{goodbye[0]}")
+            await someone.until(event="accepted")
+            await wait_until(lambda: node.unfinished() == 0, "all is answered and nobody has read it")
+            await someone.send(goodbye)
+            await wait_until(lambda: node.clients() == 0, "it is cut off", limit=6)
+
+
+async def test_beyond_its_sockets_a_node_takes_a_few_connections_and_refuses_the_others_with_503(
+    node: OneNode,
+) -> None:
+    async with node.peer(OTHER) as healthy, crowd(node.port, b"", SOCKETS + SPARE_CONNECTIONS - 1):
+        async with raw_socket(node.port) as one_more:
+            assert (await one_more.head()).startswith(b"HTTP/1.1 503 ")
+            assert await one_more.ended() == b"Too many connections"
+        assert await slowest_beat(healthy, 0.5) < 1
+    await wait_until(lambda: node.clients() == 0, "they are gone")
+    async with node.peer(OTHER) as newcomer:
+        await newcomer.send("PING")
+        assert (await newcomer.frame())["msgType"] == "HEARTBEAT"
+
+
+async def test_a_node_without_files_takes_connections_again_as_soon_as_it_has_some(node: OneNode) -> None:
+    process = psutil.Process(node.now.process.pid)
+    limits = process.rlimit(resource.RLIMIT_NOFILE)
+    async with node.peer(OTHER) as healthy:
+        try:
+            process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds() + 20, limits[1]))
+            async with crowd(node.port, b"", 20):
+                await wait_until(lambda: node.clients() == 21, "it has no files left")
+                async with crowd(node.port, b"", 50):
+                    assert await slowest_beat(healthy, 1) < 1
+            await wait_until(lambda: node.clients() == 1, "they are gone")
+            async with node.peer(OTHER) as newcomer:
+                await newcomer.send("PING")
+                assert (await newcomer.frame())["msgType"] == "HEARTBEAT"
+        finally:
+            process.rlimit(resource.RLIMIT_NOFILE, limits)
