@@ -66,6 +66,10 @@ class ObservedNode:
         """Connections that it has to a port of 127.0.0.1."""
         return sum(bool(one.raddr) and one.raddr.port == port for one in self._system.net_connections("tcp"))
 
+    def clients(self) -> int:
+        """How many sockets of clients it has."""
+        return sum(bool(one.raddr) and one.laddr.port == self.port for one in self._system.net_connections("tcp"))
+
     async def tasks(self) -> int:
         """How many asyncio tasks it has now."""
         known = len(self._told_tasks())

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import struct
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -145,6 +145,11 @@ class RawSocket:
         while await self._read(limit):
             pass
         return bytes(self._buffer)
+
+    def finish(self) -> None:
+        """Say that nothing more will come (FIN). Whoever has gone already does not mind."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
         """Break the connection (RST)."""

@@ -1,0 +1,214 @@
+"""100,000 hostile frames against one node, while others chat: they get their answers, and nothing is left over.
+
+What is sent is drawn from `SEED`. IMSTREAM_FUZZ_SEED and IMSTREAM_FUZZ_FRAMES bring other frames, and more of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.wire import Close, Code, MsgType
+from tests.support.hostile_frames import ECHOED_CODES, Hostile
+from tests.support.observing import start_observed_node
+from tests.support.one_node import QUICK, standing_node
+from tests.support.peer import peer
+from tests.support.raw_socket import BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, frame, raw_socket
+from tests.support.waiting import wait_until
+from tests.unit.test_wire import NEARLY_FRAMES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from tests.support.observing import ObservedNode
+    from tests.support.one_node import OneNode
+    from tests.support.raw_socket import RawSocket
+    from tests.support.servers import DemoBackend, RedisServer
+
+SEED = int(os.environ.get("IMSTREAM_FUZZ_SEED", "20261124"))
+FRAMES = int(os.environ.get("IMSTREAM_FUZZ_FRAMES", "100000"))
+WARM_UP = FRAMES // 5
+ATTACKERS, DECENT = 8, range(20001, 20004)
+BATCH, BATCHES = 40, 4
+"""Frames after which an attacker waits until the node has taken them, and how often it does before it ends."""
+
+MB = 1 << 20
+
+CODES = {*Close, *ECHOED_CODES, 1002, 1007} - {Close.INTERNAL_ERROR}
+"""Close codes that are documented, those of RFC 6455 for a broken frame and a broken text, and what is echoed."""
+
+
+@dataclass
+class Seen:
+    """What the attackers have seen."""
+
+    frames: int = 0
+    closes: dict[int | None, int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
+
+
+@asynccontextmanager
+async def fuzzed_node(redis_server: RedisServer, demo: DemoBackend, folder: Path) -> AsyncIterator[ObservedNode]:
+    """A node that hears all that is sent to it."""
+    limits = {**QUICK, "frame_rate": 0, "user_limit": 1, "queue_limit": 1000, "max_frame": 65536}
+    node = await start_observed_node(folder, redis_url=redis_server.url, ai_url=demo.url, settings=limits)
+    with node.process:
+        yield node
+        assert await asyncio.to_thread(node.process.terminate) == 0
+    for level in ("error", "warning", "critical"):
+        assert node.logged(level) == []
+    assert "Traceback" not in node.process.output()
+
+
+async def hear(raw: RawSocket, seen: Seen, fence: bytes | None) -> bool:
+    """Read until the answer to a ping with these bytes; False when the socket is closed before, and with which code."""
+    while (found := await raw.next_frame()) is not None:
+        opcode, payload = found
+        assert opcode in {TEXT, PONG, CLOSE}, "a node says nothing else"
+        if opcode == TEXT:
+            told = raw.texts.pop()
+            assert told["code"] in set(Code)
+            assert told["msgType"] in set(MsgType)
+            seen.answers[told["code"]] = seen.answers.get(told["code"], 0) + 1
+        elif opcode == PONG and payload == fence:
+            return True
+        elif opcode == CLOSE:
+            code = int.from_bytes(payload[:2]) if payload else None
+            assert code is None or code in CODES, f"close code {code}"
+            seen.closes[code] = seen.closes.get(code, 0) + 1
+            return False
+    return False
+
+
+async def attack(port: int, hostile: Hostile, user: int, *, log_in: bool, seen: Seen) -> None:
+    """One socket: hostile frames until the node closes it, or a last one that ends it."""
+    async with raw_socket(port) as raw:
+        head = await raw.upgrade(f"/ws?userId={user}")
+        assert head.startswith(b"HTTP/1.1 101 "), head
+        if log_in:
+            await raw.say(msgType="INIT", userId=user)
+        with suppress(ConnectionError):  # it may be closed while more is being sent
+            for batch in range(BATCHES):
+                fence = f"{batch}".encode()
+                for piece in hostile.split(b"".join(hostile.survivable() for _ in range(BATCH))):
+                    await raw.send(piece)
+                await raw.send(frame(PING, fence))
+                if not await hear(raw, seen, fence):
+                    return
+                seen.frames += BATCH
+            await raw.send(hostile.fatal())
+            seen.frames += 1
+            raw.finish()  # a frame that has not ended never will
+            await hear(raw, seen, None)
+
+
+async def decent(url: str, user: int, over: asyncio.Event) -> int:
+    """Ask one question after the other, and see that each is answered rightly; how many."""
+    asked = 0
+    while not over.is_set():
+        async with peer(url, user=user) as someone:
+            for _ in range(10):
+                question = f"question {asked} [[demo first=0 pace=1ms length=5]]"
+                assert (await someone.chat(user, question, f"q{asked}"))["event"] == "accepted"
+                assert (await someone.end_of(f"q{asked}")).text == "".join(canned_answer(question))
+                asked += 1
+    return asked
+
+
+@pytest.mark.timeout(240)
+async def test_a_hundred_thousand_hostile_frames_harm_nobody(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with fuzzed_node(redis_server, demo, tmp_path) as node:
+        process = psutil.Process(node.process.pid)
+        seen, over = Seen(), asyncio.Event()
+        memory = 0
+
+        async def attacker(number: int) -> None:
+            nonlocal memory
+            user, session = 10001 + number, 0
+            while seen.frames < FRAMES:
+                hostile = Hostile(hash((SEED, number, session)), user)
+                await attack(node.port, hostile, user, log_in=session % 4 != 0, seen=seen)
+                session += 1
+                if not memory and seen.frames > WARM_UP:
+                    memory = process.memory_info().rss
+
+        tasks, files = await node.tasks(), node.open_files()
+        decents = [asyncio.create_task(decent(node.ws(user), user, over)) for user in DECENT]
+        await asyncio.gather(*(attacker(number) for number in range(ATTACKERS)))
+        over.set()
+        answered = await asyncio.gather(*decents)
+
+        await wait_until(lambda: node.clients() == 0, "no socket is left", limit=20)
+        await wait_until(lambda: node.open_files() <= files + 10, "no file is left but those to Redis and the backend")
+        assert await node.tasks() <= tasks
+        assert process.memory_info().rss - memory < 10 * MB
+    assert min(answered) >= 10
+    assert seen.frames >= FRAMES
+    # It has met what it was meant to.
+    assert {Code.SUCCESS, Code.BAD_REQUEST, Code.FORBIDDEN} <= set(seen.answers)
+    assert {1002, 1007, 1009, 4501} <= set(seen.closes)
+
+
+# The same with hypothesis: less frames, but what goes wrong is made as small as it can be
+
+PAYLOADS = st.one_of(
+    st.binary(max_size=300),
+    st.text(max_size=100).map(lambda text: text.encode(errors="replace")),
+    NEARLY_FRAMES.map(lambda made: json.dumps(made).encode()),
+)
+ANY_FRAME = st.builds(
+    lambda opcode, payload, first, mask, length: frame(opcode, payload, first=first, mask=mask, length=length),
+    st.sampled_from([TEXT, TEXT, TEXT, BINARY, CONTINUATION, PING, PONG, CLOSE]) | st.integers(0, 15),
+    PAYLOADS,
+    st.sampled_from([FIN, FIN, FIN, 0]) | st.integers(0, 15).map(lambda bits: bits << 4),
+    st.sampled_from([True, True, True, False]),
+    st.none() | st.none() | st.integers(0, 2**63),
+)
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+    """A node for all examples."""
+    with standing_node(tmp_path_factory.mktemp("fuzz"), demo.url, frame_rate=0, user_limit=1) as node:
+        yield node
+        node.check_log()
+        assert '"level": "error"' not in node.now.process.output()
+
+
+@settings(max_examples=150, derandomize=True)
+@given(frames=st.lists(ANY_FRAME, min_size=1, max_size=15), log_in=st.booleans(), cut=st.integers(1, 10_000))
+def test_any_frames_in_any_order_are_answered_or_close_the_socket_with_a_known_code(
+    standing: OneNode,
+    frames: list[bytes],
+    log_in: bool,  # noqa: FBT001 - a parameter of pytest
+    cut: int,
+) -> None:
+    async def play() -> None:
+        data = b"".join(frames)
+        async with raw_socket(standing.port) as raw:
+            assert (await raw.upgrade("/ws?userId=10001")).startswith(b"HTTP/1.1 101 ")
+            if log_in:
+                await raw.say(msgType="INIT", userId=10001)
+            with suppress(ConnectionError):
+                await raw.send(data[:cut])
+                await raw.send(data[cut:] + frame(PING, b"fence"))
+                raw.finish()
+                await hear(raw, Seen(), b"fence")
+        async with standing.peer(20001) as other:
+            await other.send("PING")
+            assert (await other.frame())["msgType"] == "HEARTBEAT"
+
+    asyncio.run(play())
