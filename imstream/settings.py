@@ -196,7 +196,9 @@ class Settings(SettingsGroup):
     max_history: int = Field(200, ge=0, description="Most turns in the history of one message.")
     frame_rate: int = Field(50, ge=0, description="Frames a socket may send each second, on average; 0: any number.")
     frame_burst: int = Field(200, ge=1, description="Frames a socket may send at once.")
-    chats_per_minute: int = Field(60, ge=0, description="Messages a user may ask each minute on a node, on average; 0: any number.")
+    chats_per_minute: int = Field(
+        60, ge=0, description="Messages a user may ask each minute on a node, on average; 0: any number."
+    )
     user_sockets: int = Field(16, ge=1, description="Sockets a user may have on a node; more are closed (4504).")
     node_sockets: int = Field(10_000, ge=1, description="Sockets a node may have; more are closed (1013).")
 

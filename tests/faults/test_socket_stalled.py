@@ -133,7 +133,10 @@ async def _flood(someone: RawSocket, data: bytes, total: int) -> int:
 
 
 async def test_pings_that_nobody_reads_the_answers_of_do_not_gather(redis_server: RedisServer, tmp_path: Path) -> None:
-    async with scripted_backend(always=_answer) as backend, one_node(tmp_path, redis_server, backend.url) as node:
+    async with (
+        scripted_backend(always=_answer) as backend,
+        one_node(tmp_path, redis_server, backend.url, frame_rate=0) as node,
+    ):
         process = psutil.Process(node.now.process.pid)
         memory = process.memory_info().rss
         async with raw_user(node.port, 10001, narrow=True) as someone, node.peer(10002) as healthy:

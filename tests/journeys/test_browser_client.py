@@ -510,6 +510,16 @@ async def test_a_silent_server_is_left(browser: BrowserClient) -> None:
     await (await browser.server.peer()).hear_init()
 
 
+async def test_beats_as_often_as_the_server_asks_for_it(browser: BrowserClient) -> None:
+    await browser.start(heartbeat=3_600_000)
+    peer = await browser.server.peer()
+    await peer.hear_init()
+    await peer.say("INIT", heartbeat_ms=50)
+    for _ in range(3):
+        assert isinstance(await peer.hear_anything(), ClientHeartbeat)
+        await peer.say("HEARTBEAT")
+
+
 async def test_a_server_that_never_answers_a_login_is_left(browser: BrowserClient) -> None:
     await browser.start(patience=100)
     await (await browser.server.peer()).hear_init()

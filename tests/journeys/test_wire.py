@@ -67,6 +67,7 @@ async def test_init_logs_in_and_says_so_in_the_language_of_the_handshake(
         "msgType": "INIT",
         "contents": texts[LANGUAGES[accept_language]],
         "userId": USER,
+        "heartbeatMs": 25_000,
         "node": "0",
     }
 

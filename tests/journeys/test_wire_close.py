@@ -23,7 +23,7 @@ USER = 10001
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
     """A node with little patience."""
-    limits = {"init_timeout": "600ms", "idle_timeout": "1500ms", "max_frame": 4096}
+    limits = {"init_timeout": "600ms", "idle_timeout": "1500ms", "heartbeat": "700ms", "max_frame": 4096}
     with standing_node(tmp_path_factory.mktemp("close"), demo.url, **limits) as node:
         yield node
 

@@ -216,6 +216,16 @@ async def test_heartbeats_are_sent_while_nothing_else_is() -> None:
             assert frame.user_id == USER
 
 
+async def test_heartbeats_are_sent_as_often_as_the_server_asks_for_them() -> None:
+    async with connected() as session:  # which beats every 25 s by itself
+        session.peer.drop()
+        session.peer = await session.server.peer()
+        await session.peer.hear_init()
+        await session.peer.say("INIT", heartbeat_ms=20)
+        for _ in range(3):
+            assert isinstance(await session.peer.hear_anything(), ClientHeartbeat)
+
+
 async def test_closing_ends_everything_that_waits_and_says_goodbye() -> None:
     async with connected() as session:
         reply = await session.asked()

@@ -91,6 +91,16 @@ async def test_a_refusal_without_an_id_is_about_the_only_message_it_can_be_about
         assert not any(reply.ended for reply in both)
 
 
+async def test_who_is_asked_to_send_slower_loses_nothing() -> None:
+    async with connected() as session:
+        reply = await session.client.send("hello")
+        await session.peer.hear_chat()
+        await session.peer.say("SYSTEM", code="RATE_LIMITED", contents="too fast", retry_after_ms=500)
+        await session.peer.say_chat(reply.message_id, "accepted", position=1)
+        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+        assert await within(reply.text()) == ""
+
+
 # Cancelling
 
 
