@@ -227,7 +227,7 @@ def test_an_object_is_a_frame_or_is_told_which_field_is_wrong(text: str) -> None
     error = refusal(text)
     if error is not None:
         assert error.field.partition(".")[0] in WIRE_FIELDS | {""}
-        assert error.field or any(word in error.problem for word in ("JSON", "nicode", "NUL", "number"))
+        assert error.field or any(word in error.problem for word in ("JSON", "nicode", "NUL", "number", "nested"))
         assert str(error) == (f"{error.field}: {error.problem}" if error.field else error.problem)
 
 
