@@ -187,7 +187,7 @@ async def test_a_user_has_so_many_sockets_and_the_newest_is_closed_with_4504(nod
             assert (await someone.frame())["msgType"] == "HEARTBEAT"
             await someone.login(USER)  # a second INIT is no second socket
         await sockets[0].connection.close()
-        await wait_until(lambda: node.clients() == EACH - 1, "it is gone")
+        await wait_until(lambda: node.sessions() == EACH - 1, "it is gone")
         async with node.peer(USER) as instead:
             await instead.send("PING")
             assert (await instead.frame())["msgType"] == "HEARTBEAT"
@@ -204,7 +204,7 @@ async def test_a_node_has_so_many_sockets_and_the_newest_is_closed_with_1013(nod
                 pass
         assert refused.value.response.status_code == 503  # a load balancer tries the next node
         await sockets[0].connection.close()
-        await wait_until(lambda: node.clients() == ALL - 1, "it is gone")
+        await wait_until(lambda: node.sessions() == ALL - 1, "it is gone")
         async with node.peer(USER) as instead:
             await instead.send("PING")
             assert (await instead.frame())["msgType"] == "HEARTBEAT"

@@ -129,6 +129,12 @@ class OneNode:
             found: dict[str, int] = json.load(answer)
             return found
 
+    def sessions(self) -> int:
+        """How many sockets it says that it has."""
+        with urllib.request.urlopen(f"{self.now.http}/readyz", timeout=5) as answer:  # noqa: S310 - our own
+            found: dict[str, Any] = json.load(answer)
+            return int(found["sessions"])
+
     # What is in Redis
 
     def unfinished(self) -> int:
