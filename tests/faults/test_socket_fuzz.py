@@ -61,7 +61,7 @@ class Seen:
 @asynccontextmanager
 async def fuzzed_node(redis_server: RedisServer, demo: DemoBackend, folder: Path) -> AsyncIterator[ObservedNode]:
     """A node that hears all that is sent to it."""
-    limits = {**QUICK, "frame_rate": 0, "user_limit": 1, "queue_limit": 1000, "max_frame": 65536}
+    limits = {**QUICK, "frame_rate": 0, "user_limit": 2, "queue_limit": 1000, "max_frame": 65536}
     node = await start_observed_node(folder, redis_url=redis_server.url, ai_url=demo.url, settings=limits)
     with node.process:
         yield node
@@ -120,7 +120,8 @@ async def decent(url: str, user: int, over: asyncio.Event) -> int:
         async with peer(url, user=user) as someone:
             for _ in range(10):
                 question = f"question {asked} [[demo first=0 pace=1ms length=5]]"
-                assert (await someone.chat(user, question, f"q{asked}"))["event"] == "accepted"
+                told = await someone.chat(user, question, f"q{asked}")
+                assert told.get("event") == "accepted", told
                 assert (await someone.end_of(f"q{asked}")).text == "".join(canned_answer(question))
                 asked += 1
     return asked

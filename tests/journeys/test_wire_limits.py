@@ -54,7 +54,8 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
 
 @asynccontextmanager
 async def many_sockets(node: OneNode, *users: int) -> AsyncIterator[list[Peer]]:
-    """Sockets of these users, who are logged in."""
+    """Sockets of these users, who are logged in, and no others: a flooder who is gone is noticed when its rest ends."""
+    await wait_until(lambda: node.sessions() == 0, "everybody else has left")
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(node.peer(user)) for user in users]
 
