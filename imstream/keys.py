@@ -57,3 +57,15 @@ class Keys:
     def reply(self, user_id: int, message_id: str) -> str:
         """Stream that expires: all that was said about one message."""
         return f"{self.prefix}:{{user:{user_id}}}:reply:{message_id}"
+
+    def account(self, user_id: int) -> str:
+        """Hash: why and until when a user is banned or locked; there is none for all others."""
+        return f"{self.prefix}:{{user:{user_id}}}:account"
+
+    def violations(self, user_id: int) -> str:
+        """Number that expires: contents of a user that were refused lately."""
+        return f"{self.prefix}:{{user:{user_id}}}:violations"
+
+    def quota(self, user_id: int, day: str) -> str:
+        """Sorted set that expires, message id to when it was asked (ms since 1970): what a user has asked on a day."""
+        return f"{self.prefix}:{{user:{user_id}}}:quota:{day}"

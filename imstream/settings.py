@@ -6,6 +6,7 @@ import re
 from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - pydantic needs it
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -41,6 +42,14 @@ def _valid_http_url(url: SecretUrl) -> SecretUrl:
     if not url.get_secret_value().startswith(("http://", "https://")):
         raise ValueError("an address that begins with http:// or https://")
     return url
+
+
+def valid_zone(name: str) -> str:
+    """The name of a time zone that there is."""
+    try:
+        return ZoneInfo(name).key
+    except (KeyError, ValueError, OSError):  # not there; no name but a path; a folder
+        raise ValueError("a time zone such as UTC, Asia/Shanghai or Europe/Berlin") from None
 
 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
@@ -203,8 +212,12 @@ class Settings(SettingsGroup):
     node_sockets: int = Field(10_000, ge=1, description="Sockets a node may have; more are closed (1013).")
 
     daily_quota: int = Field(0, ge=0, description="Messages a user may ask each day; 0: any number.")
-    quota_timezone: str = Field("UTC", description="Time zone in which such a day begins, such as Asia/Shanghai.")
-    violation_window: Positive = Field(timedelta(minutes=10), description="How long a refused content is remembered.")
+    quota_timezone: Annotated[str, AfterValidator(valid_zone)] = Field(
+        "UTC", description="Time zone in which such a day begins, such as Asia/Shanghai."
+    )
+    violation_window: Positive = Field(
+        timedelta(minutes=10), description="Time without a refused content after which those before are forgotten."
+    )
     lock_after: int = Field(3, ge=0, description="Refused contents after which a user is locked; 0: never.")
     lock_time: Positive = Field(timedelta(hours=1), description="How long such a user is locked.")
     ban_after: int = Field(10, ge=0, description="Refused contents after which a user is banned; 0: never.")

@@ -65,7 +65,7 @@ def _check_keys(server: RedisServer) -> None:
     """Every key that is left either expires or is one of the few that stay."""
     with server.client() as client:
         forever = [key for key in client.scan_iter() if client.ttl(key) == -1]
-    permanent = (":requests", ":load", ":dead", ":nodes")
+    permanent = (":requests", ":load", ":dead", ":nodes", ":account")
     leaked = [key for key in forever if not key.endswith(permanent)]
     assert not leaked, f"keys that never expire: {leaked}"
 

@@ -70,7 +70,24 @@ class NodeLeft:
         return ("event", "left", "node", self.node)
 
 
-Notice = ReplyGrew | SessionReplaced | NodeLeft
+@dataclass(frozen=True, slots=True)
+class AccountChanged:
+    """A user was locked or banned: the sessions are to be closed."""
+
+    user_id: int
+
+    def fields(self) -> tuple[str, ...]:
+        """As field, value, …."""
+        return ("event", "account", "user", str(self.user_id))
+
+
+Notice = ReplyGrew | SessionReplaced | NodeLeft | AccountChanged
+
+
+async def leave(commands: Commands, keys: Keys, node: str, notice: Notice) -> None:
+    """Leave a notice for a node. Raises `StoreError`."""
+    arguments: tuple[Argument, ...] = (KEPT_NOTICES, milliseconds(INBOX_TTL), *notice.fields())
+    await _TELL.run(commands, (keys.inbox(node),), arguments)
 
 
 class Inbox:
@@ -84,12 +101,11 @@ class Inbox:
         self._block = milliseconds(settings.read_block)
         self._after: str | None = None
 
-    async def tell(self, nodes: Iterable[str], notice: Notice) -> None:
-        """Leave a notice for each of these nodes, but not for ourselves. One that cannot be left is only logged."""
-        for node in {*nodes} - {self.node}:
-            arguments: tuple[Argument, ...] = (KEPT_NOTICES, milliseconds(INBOX_TTL), *notice.fields())
+    async def tell(self, nodes: Iterable[str], notice: Notice, *, ourselves: bool = False) -> None:
+        """Leave a notice for each of these nodes, for this one only if wanted. One that cannot be left is logged."""
+        for node in {*nodes} - (set() if ourselves else {self.node}):
             try:
-                await _TELL.run(self._commands, (self._keys.inbox(node),), arguments)
+                await leave(self._commands, self._keys, node, notice)
             except StoreError as error:
                 log.warning("notice not left", to=node, error=str(error))
 
@@ -124,6 +140,8 @@ def _read(flat: Sequence[str]) -> Notice | None:
                 return SessionReplaced(int(fields["user"]), int(fields["login"]))
             case "left":
                 return NodeLeft(fields["node"])
+            case "account":
+                return AccountChanged(int(fields["user"]))
     except (KeyError, ValueError):
         pass
     return None

@@ -1,4 +1,4 @@
-"""Looks at a node's stream without changing it, for `imstream streams`."""
+"""Looks at a node's stream, or at a user, without changing anything: for `imstream streams` and `imstream user`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from imstream.keys import GROUP
 if TYPE_CHECKING:
     from imstream.keys import Keys
     from imstream.store.connection import Commands
+    from imstream.store.days import Day
 
 MAX_SHOWN = 20
 """Most requests in work that are listed; they are counted all the same."""
@@ -70,6 +71,50 @@ class Overview:
     def waiting(self) -> int:
         """Requests that no worker has yet."""
         return self.unfinished - sum(self.in_work.values())
+
+
+@dataclass(frozen=True, slots=True)
+class UserOverview:
+    """What is known of one user at a moment.
+
+    Attributes:
+        account: The fields of a ban or lock; it may be over.
+        day: The date that `asked` is of.
+        asked: Messages that are counted, newest first, and when each was asked (ms since 1970).
+        violations: Contents that were refused lately.
+        violations_for: How long these are remembered.
+        nodes: Where the user has sockets.
+    """
+
+    account: dict[str, str]
+    day: str
+    asked: list[tuple[str, int]]
+    violations: int
+    violations_for: timedelta
+    nodes: list[str]
+
+
+async def look_at_user(commands: Commands, keys: Keys, user_id: int, day: Day) -> UserOverview:
+    """Look at a user.
+
+    Raises:
+        StoreUnavailable: Redis was not reached.
+    """
+    account, asked, violations, left, nodes = await asyncio.gather(
+        commands.execute("HGETALL", keys.account(user_id)),
+        commands.execute("ZREVRANGE", keys.quota(user_id, day.name), 0, -1, "WITHSCORES"),
+        commands.execute("GET", keys.violations(user_id)),
+        commands.execute("PTTL", keys.violations(user_id)),
+        commands.execute("SMEMBERS", keys.route(user_id)),
+    )
+    return UserOverview(
+        account=account if isinstance(account, dict) else dict(zip(account[::2], account[1::2], strict=True)),
+        day=day.name,
+        asked=[(message_id, int(at)) for message_id, at in asked],
+        violations=int(violations or 0),
+        violations_for=timedelta(milliseconds=max(0, left)),
+        nodes=sorted(nodes),
+    )
 
 
 async def look(commands: Commands, keys: Keys, node: str, *, newest: int) -> Overview:

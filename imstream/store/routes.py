@@ -27,10 +27,12 @@ class Login:
     Attributes:
         number: Of two logins of a user, on whichever nodes, the newer one has the higher number.
         nodes: Nodes that hold a socket of the user, this one included.
+        marked: Something is in the user's account: it is to be seen whether the user may stay.
     """
 
     number: int
     nodes: tuple[str, ...]
+    marked: bool = False
 
 
 class Routes:
@@ -43,9 +45,9 @@ class Routes:
 
     async def arrive(self, user_id: int) -> Login:
         """Note that this node holds a socket of the user. May be repeated."""
-        arguments = (self.node, milliseconds(ROUTE_TTL))
-        number, *nodes = await _ARRIVE.run(self._commands, (self._keys.route(user_id),), arguments)
-        return Login(int(number), tuple(nodes))
+        keys = (self._keys.route(user_id), self._keys.account(user_id))
+        number, marked, *nodes = await _ARRIVE.run(self._commands, keys, (self.node, milliseconds(ROUTE_TTL)))
+        return Login(int(number), tuple(nodes), marked=bool(marked))
 
     async def leave(self, user_id: int) -> None:
         """Note that this node holds none any more."""

@@ -45,6 +45,9 @@ def test_keys_are_those_that_operators_know() -> None:
     assert keys.nodes() == "im:nodes"
     assert keys.route(10001) == "im:{user:10001}:route"
     assert keys.reply(10001, "m-1") == "im:{user:10001}:reply:m-1"
+    assert keys.account(10001) == "im:{user:10001}:account"
+    assert keys.violations(10001) == "im:{user:10001}:violations"
+    assert keys.quota(10001, "2026-11-24") == "im:{user:10001}:quota:2026-11-24"
 
 
 @given(PREFIXES, NODES)
@@ -55,7 +58,10 @@ def test_all_keys_of_a_node_share_a_slot(prefix: str, node: str) -> None:
 @given(PREFIXES, USERS, MESSAGES, MESSAGES)
 def test_all_keys_of_a_user_share_a_slot(prefix: str, user: int, one: str, other: str) -> None:
     keys = Keys(prefix)
-    of_user = (keys.reply(user, one), keys.reply(user, other), keys.route(user))
+    of_user = (
+        *(keys.reply(user, one), keys.reply(user, other), keys.route(user)),
+        *(keys.account(user), keys.violations(user), keys.quota(user, "2026-11-24")),
+    )
     assert {hash_tag(key) for key in of_user} == {f"user:{user}"}
 
 

@@ -1,0 +1,165 @@
+"""Accounts: who is banned or locked, and what each user has asked today. All of it lies in the user's slot.
+
+Bans and locks are told by Redis' clock, days by that of the node that took the message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal
+
+from imstream.keys import Keys
+from imstream.store.scripts import Script
+from imstream.store.spans import milliseconds
+
+if TYPE_CHECKING:
+    from imstream.settings import Settings
+    from imstream.store.connection import Commands
+    from imstream.store.days import Day
+
+KEPT_AFTER_DAY = timedelta(hours=1)
+"""How long the messages of a day are kept after its end: the clocks of nodes and Redis may differ by that much."""
+
+_ALLOW = Script("allow")
+_UNCOUNT = Script("uncount")
+_BLAME = Script("blame")
+_RESTRICT = Script("restrict")
+_PARDON = Script("pardon")
+
+
+@dataclass(frozen=True, slots=True)
+class Banned:
+    """The user does not come in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """The user does not come in for `left`."""
+
+    left: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """The user may come in, and has asked `used` messages today."""
+
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A message may be asked; with it `used` are today. `new`: it was not counted before."""
+
+    used: int
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """A message may not be asked: the user has asked enough today."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """A refused content is counted.
+
+    Attributes:
+        count: How many there are lately.
+        verdict: What has become of the user now.
+        nodes: Those that hold a socket of the user and are to be told, when the user is locked or banned.
+    """
+
+    count: int
+    verdict: Literal["noted", "locked", "banned"]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restricted:
+    """A user is banned, or locked until a moment (ms since 1970). `nodes`: those to tell."""
+
+    until: int
+    nodes: tuple[str, ...]
+
+
+class Accounts:
+    """The accounts of all users."""
+
+    def __init__(self, commands: Commands, settings: Settings) -> None:
+        self._commands = commands
+        self._keys = Keys(settings.key_prefix)
+        self._quota = settings.daily_quota
+        self._same_for = milliseconds(settings.reply_ttl)
+        lock, window = milliseconds(settings.lock_time), milliseconds(settings.violation_window)
+        self._blame = (window, settings.lock_after, lock, settings.ban_after, f"node {settings.node}")
+
+    async def look(self, user_id: int, day: Day) -> Free | Locked | Banned:
+        """Whether a user may come in."""
+        keys = (self._keys.account(user_id), self._keys.quota(user_id, day.name))
+        verdict, *rest = await _ALLOW.run(self._commands, keys, ())
+        return _kept_out(verdict, rest) or Free(int(rest[0]))
+
+    async def count(self, user_id: int, message_id: str, at: int, day: Day) -> Counted | Spent | Locked | Banned:
+        """Count a message, unless it may not be asked. `at`: when it is asked, in milliseconds since 1970."""
+        keys = self._keys
+        verdict, *rest = await _ALLOW.run(
+            self._commands,
+            (keys.account(user_id), keys.quota(user_id, day.name), keys.reply(user_id, message_id)),
+            (message_id, at, self._quota, self._same_for, day.ends + milliseconds(KEPT_AFTER_DAY)),
+        )
+        if (kept_out := _kept_out(verdict, rest)) is not None:
+            return kept_out
+        return Spent() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")
+
+    async def uncount(self, user_id: int, message_id: str, at: int, day: Day) -> None:
+        """Take back what `count` has counted as new: the message was not admitted."""
+        await _UNCOUNT.run(self._commands, (self._keys.quota(user_id, day.name),), (message_id, at))
+
+    async def give_back(self, user_id: int, message_id: str, day: Day) -> bool:
+        """Count a message of that day no more: it was not answered. May be repeated; False when it is not counted."""
+        return bool(await self._commands.execute("ZREM", self._keys.quota(user_id, day.name), message_id))
+
+    async def give_all_back(self, user_id: int, day: Day) -> int:
+        """Begin a day anew; how many messages were counted."""
+        key = self._keys.quota(user_id, day.name)
+        used = int(await self._commands.execute("ZCARD", key))
+        await self._commands.execute("DEL", key)
+        return used
+
+    async def blame(self, user_id: int) -> Blamed:
+        """Count a content that was refused, and lock or ban the user who has written too many."""
+        keys = (self._keys.violations(user_id), self._keys.account(user_id), self._keys.route(user_id))
+        count, verdict, *nodes = await _BLAME.run(self._commands, keys, self._blame)
+        return Blamed(int(count), verdict, tuple(nodes))
+
+    async def lock(self, user_id: int, span: timedelta, *, reason: str, by: str) -> Restricted:
+        """Lock a user for so long from now on."""
+        return await self._restrict(user_id, milliseconds(span), reason, by)
+
+    async def ban(self, user_id: int, *, reason: str, by: str) -> Restricted:
+        """Ban a user."""
+        return await self._restrict(user_id, "ban", reason, by)
+
+    async def unlock(self, user_id: int) -> bool:
+        """Take a lock back; False when there is none."""
+        return await self._pardon(user_id, "locked_until")
+
+    async def unban(self, user_id: int) -> bool:
+        """Take a ban back; False when there is none."""
+        return await self._pardon(user_id, "banned")
+
+    async def _restrict(self, user_id: int, how: int | str, reason: str, by: str) -> Restricted:
+        keys = (self._keys.account(user_id), self._keys.route(user_id))
+        until, *nodes = await _RESTRICT.run(self._commands, keys, (how, reason, by))
+        return Restricted(int(until), tuple(nodes))
+
+    async def _pardon(self, user_id: int, what: str) -> bool:
+        keys = (self._keys.account(user_id), self._keys.violations(user_id))
+        return bool(await _PARDON.run(self._commands, keys, (what,)))
+
+
+def _kept_out(verdict: str, rest: list[int]) -> Locked | Banned | None:
+    if verdict == "banned":
+        return Banned()
+    return Locked(timedelta(milliseconds=int(rest[0]))) if verdict == "locked" else None

@@ -1,0 +1,57 @@
+"""Days, as quotas are counted by: from midnight to midnight of a time zone, which may be 23 or 25 hours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, time, timedelta
+from math import ceil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """One day. Times are in milliseconds since 1970.
+
+    Attributes:
+        name: Its date, such as `2026-11-24`.
+        begins: When it begins.
+        ends: When the next one does.
+    """
+
+    name: str
+    begins: int
+    ends: int
+
+
+class Calendar:
+    """The days of one time zone."""
+
+    def __init__(self, zone: ZoneInfo) -> None:
+        self.zone = zone
+        self._last = Day("", 0, 0)
+
+    def day(self, at: int) -> Day:
+        """The day of a moment, in milliseconds since 1970.
+
+        Raises:
+            ValueError, OverflowError, OSError: It is beyond all years.
+        """
+        last = self._last
+        if not last.begins <= at < last.ends:
+            last = self._last = self._find(at)
+        return last
+
+    def show(self, at: int) -> str:
+        """A moment, in milliseconds since 1970, as people read it: `2026-11-24 15:30 (UTC)`. Never too early."""
+        minute = datetime.fromtimestamp(ceil(at / 60_000) * 60, self.zone)
+        return f"{minute:%Y-%m-%d %H:%M} ({self.zone.key})"
+
+    def _find(self, at: int) -> Day:
+        date = datetime.fromtimestamp(at // 1000, self.zone).date()
+        # A midnight that a clock change leaves out is the moment of the change, one that comes twice the first of both.
+        midnights = (datetime.combine(date + timedelta(days=n), time(), self.zone) for n in (0, 1))
+        begins, ends = (int(midnight.timestamp()) * 1000 for midnight in midnights)
+        return Day(date.isoformat(), begins, ends)
