@@ -96,7 +96,7 @@ class Node:
             return Worker(replace(parts, requests=other), jobs, leases, tenure)
 
         self.adopter = Adopter(settings, Adoption(commands, settings), leases, tenure, worker_of)
-        self._presence = Presence(settings, Routes(commands, settings), inbox, registry)
+        self._presence = Presence(settings, Routes(commands, settings), inbox, registry, guards)
         self._following = following
         self._listener = Listener(inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter)
         frame_limits = FrameLimits(settings.max_depth, settings.max_history)

@@ -1,1 +1,1 @@
-"""The command line: `imstream up | node | chat | demo-ai | redis | streams`."""
+"""The command line: `imstream up | node | chat | demo-ai | redis | streams | user`."""

@@ -17,6 +17,7 @@ from imstream.cli import balancer as balancers
 from imstream.cli.options import given, settings_options
 from imstream.cli.parent import die_with
 from imstream.cli.up_settings import UpSettings
+from imstream.cli.user import user
 from imstream.embedded import EmbeddedSettings
 from imstream.errors import ImstreamError, SettingsError
 from imstream.settings import ENV_PREFIX, Settings, parse_duration
@@ -252,3 +253,6 @@ def streams(newest: int, **options: str | None) -> None:
     from imstream.cli.streams import run
 
     run(settings, newest=newest)
+
+
+main.add_command(user)

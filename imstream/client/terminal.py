@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MAX_HISTORY = 32_768
 """Most bytes of earlier messages that are sent along; the oldest are left out. A node takes 64 KiB a frame."""
 
+LONGEST_PAUSE = timedelta(minutes=2)
+"""For longer nobody is kept waiting: a quota of the day, say, that is used up."""
+
 RETRY = timedelta(seconds=3)
 """Wait before a message is sent again when the server did not say how long."""
 
@@ -112,7 +115,10 @@ class _Chat:
         return result.outcome is Outcome.DONE
 
     async def _pause(self, wait: timedelta, why: str) -> bool:
-        """Wait before sending again; False when the person gives up."""
+        """Wait before sending again; False when the person gives up, or would wait for too long."""
+        if wait > LONGEST_PAUSE:
+            self._screen.note(why)
+            return False
         seconds = f"{wait.total_seconds():.0f}"
         self._screen.note(say(Text.CHAT_RETRY, self._lang, why=why, seconds=seconds))
         return await self._first(asyncio.create_task(asyncio.sleep(wait.total_seconds())))

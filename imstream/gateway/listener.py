@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imstream.errors import StoreError
-from imstream.store.inbox import NodeLeft, ReplyGrew, SessionReplaced
+from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced
 
 if TYPE_CHECKING:
     from imstream.gateway.following import Following
@@ -57,5 +57,7 @@ class Listener:
                 await self._following.on_growth(notice)
             case SessionReplaced():
                 self._presence.replace(notice)
+            case AccountChanged(user_id):
+                await self._presence.review(user_id)
             case NodeLeft():
                 self._adopter.look_now()

@@ -1,4 +1,5 @@
-"""Tells other nodes which users have sockets here, and closes older ones where a user may have only one."""
+"""Tells other nodes which users have sockets here, and closes those of users who may not stay: older ones where a user
+may have only one, and all when the account was banned or locked."""  # noqa: D205, D209 - one thought
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from imstream.wire import Close
 if TYPE_CHECKING:
     from imstream.gateway.registry import Registry
     from imstream.gateway.session import Session
+    from imstream.guards.chain import Guards
     from imstream.settings import Settings
     from imstream.store.inbox import Inbox
     from imstream.store.routes import Login, Routes
@@ -29,8 +31,9 @@ log = structlog.get_logger()
 class Presence:
     """Keeps the routes that lead to this node."""
 
-    def __init__(self, settings: Settings, routes: Routes, inbox: Inbox, registry: Registry) -> None:
+    def __init__(self, settings: Settings, routes: Routes, inbox: Inbox, registry: Registry, guards: Guards) -> None:
         self._only_one = settings.sessions == "one"
+        self._guards = guards
         self._routes = routes
         self._inbox = inbox
         self._registry = registry
@@ -58,11 +61,31 @@ class Presence:
         session.login = login.number
         if self._only_one:
             await self._replace_everywhere(SessionReplaced(user_id, max(login.number, newest)), login)
+        if login.marked:  # since it was asked whether the user may come in
+            await self.review(user_id)
 
     def left(self, user_id: int) -> None:
         """A socket of the user is gone."""
         if not self._registry.of(user_id):
             self._mark(user_id)
+
+    async def review(self, user_id: int) -> None:
+        """Close the user's sessions if they may not stay. Without Redis they are looked at again soon."""
+        try:
+            await self._review(user_id)
+        except StoreError as error:
+            log.warning("account not looked at", user=user_id, error=str(error))
+            self._mark(user_id)
+
+    async def _review(self, user_id: int) -> None:
+        if not self._registry.of(user_id):
+            return
+        verdict = await self._guards.stay(user_id)
+        if verdict is not None:
+            sessions = self._registry.of(user_id)
+            log.info("sessions closed", why=verdict.reason, user=user_id, sessions=len(sessions))
+            for session in sessions:
+                session.refuse(verdict)
 
     def replace(self, notice: SessionReplaced) -> None:
         """Close the user's sessions with an older login."""
@@ -102,7 +125,10 @@ class Presence:
 
     async def _mend(self, user_id: int) -> None:
         if self._registry.of(user_id):
-            await self._number(user_id, await self._routes.arrive(user_id))
+            login = await self._routes.arrive(user_id)
+            await self._number(user_id, login)
+            if login.marked:
+                await self._review(user_id)
             return
         await self._routes.leave(user_id)
         if self._registry.of(user_id):  # somebody came meanwhile, and may have been noted before that

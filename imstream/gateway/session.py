@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
     from imstream.gateway.services import Services
+    from imstream.guards.guard import Refuse
     from imstream.reply import Reply
     from imstream.wire import ServerFrame
 
@@ -134,6 +135,10 @@ class Session:
             self.closing_since = asyncio.get_running_loop().time()
             self._last_words = (code, last_words)
             self._pump.finish(*self._last_words)
+
+    def refuse(self, verdict: Refuse) -> None:
+        """Say why the user may not stay, and close."""
+        self.close_with(verdict.close or Close.LOCKED, self._phrases.refused(verdict))
 
     def expel(self, code: Close, text: Text) -> None:
         """Say why and close, without waiting for a peer that does not read."""

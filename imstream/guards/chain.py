@@ -58,6 +58,7 @@ class Guards:
         self._all = sorted(guards, key=lambda guard: guard.order)
         self._handshake = self._at("handshake")
         self._login = self._at("login")
+        self._stay = self._at("stay")
         self._chat = self._at("chat")
         self._request = self._at("request")
         self._answer = self._at("answer")
@@ -104,6 +105,13 @@ class Guards:
             if verdict.remaining is not None:
                 remaining.append(verdict.remaining)
         return Welcome(min(until, default=None), min(remaining, default=None))
+
+    async def stay(self, user_id: int) -> Refuse | None:
+        """Whether a user who has come in may stay. Raises `StoreError`."""
+        for guard in self._stay:
+            if (refusal := await guard.stay(user_id)) is not None:
+                return refusal
+        return None
 
     async def chat(self, request: ChatRequest) -> Passed | Refuse:
         """Whether a message may be admitted. Raises `StoreError`."""

@@ -4,6 +4,7 @@
     ──────────  ─────────────────────────────────────────  ─────────────────────────────────────
     handshake   may this page open a socket?               the gateway, before the socket is accepted
     login       is this who it says, and may they come in? the gateway, at INIT
+    stay        may they stay?                             the gateway, when their account may have changed
     chat        may this message be asked?                 the gateway, before it is admitted
     request     the same, when it takes longer to find out the worker, before the first AI call
     answer      what of the answer may be shown?           the worker, piece by piece
@@ -151,6 +152,10 @@ class Guard:
     async def login(self, login: Login) -> Pass | Refuse:  # noqa: ARG002 - same
         """Whether a user may come in. Raises `StoreError` when that cannot be told now."""
         return PASS
+
+    async def stay(self, user_id: int) -> Refuse | None:  # noqa: ARG002 - same
+        """Whether a user who has come in may stay; if not, all sessions are closed. Raises `StoreError`."""
+        return None
 
     async def chat(self, request: ChatRequest) -> Pass | Refuse:  # noqa: ARG002 - same
         """Whether a message may be admitted. Raises `StoreError` when that cannot be told now."""

@@ -12,6 +12,7 @@ from imstream.gateway.following import Following
 from imstream.gateway.listener import Listener
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import Registry
+from imstream.guards.chain import Guards
 from imstream.keys import Keys
 from imstream.reply import Reply, ReplyBoard
 from imstream.settings import Settings
@@ -114,7 +115,7 @@ async def desk(
         registry: Any = Registry(known)
         routes, adopter = routes_of(commands, known), PlayedAdopter()
         following = Following(known, replies, board, registry)
-        presence = Presence(known, routes, inbox, registry)
+        presence = Presence(known, routes, inbox, registry, Guards())
         played: Any = adopter
         jobs = Jobs(known, replies, board, inbox)
         listener = Listener(inbox, following=following, presence=presence, jobs=jobs, adopter=played)

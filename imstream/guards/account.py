@@ -1,0 +1,133 @@
+"""Accounts: a banned or locked user does not come in, and may ask so many messages a day.
+
+Without a daily quota a chat costs nothing here: whoever bans or locks a user leaves a notice, upon which nodes ask
+`stay` and close the user's sessions. With one, ban, lock and quota are one round trip to Redis.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, ClassVar, Self
+from zoneinfo import ZoneInfo
+
+import structlog
+
+from imstream.errors import StoreError
+from imstream.guards.guard import Guard, Pass, Refuse
+from imstream.store.accounts import Accounts, Banned, Locked, Spent
+from imstream.store.days import Calendar
+from imstream.store.inbox import AccountChanged
+from imstream.texts import OwnSentence
+from imstream.wire import Close, Code
+
+if TYPE_CHECKING:
+    from imstream.guards.guard import Login, Supplies
+    from imstream.settings import Settings
+    from imstream.store.chat_request import ChatRequest
+    from imstream.store.inbox import Inbox
+
+BANNED = OwnSentence(
+    "您的账号已被封禁,如有疑问请联系客服!", "This account is banned. If you think that is wrong, please contact us!"
+)
+LOCKED = OwnSentence("您的账号已被暂时锁定,{until} 之后可以再次使用!", "This account is locked until {until}!")
+SPENT = OwnSentence(
+    "您今天的 {quota} 条消息已用完,请在 {until} 之后再发送!",
+    "Your {quota} messages for today are used up, please come back after {until}!",
+)
+
+log = structlog.get_logger()
+
+
+class Account(Guard):
+    """Bans and locks, where there is no daily quota."""
+
+    # After all who may refuse as well: nobody is told of an account that is not theirs, and nothing is counted in vain.
+    order: ClassVar[int] = 90
+    counts: ClassVar[bool] = False
+
+    def __init__(self, accounts: Accounts, inbox: Inbox, settings: Settings) -> None:
+        self._accounts = accounts
+        self._inbox = inbox
+        self._quota = settings.daily_quota
+        self._calendar = Calendar(ZoneInfo(settings.quota_timezone))
+
+    @classmethod
+    def make(cls, supplies: Supplies) -> Self | None:
+        """One of the two: this one, or the one that counts too."""
+        settings = supplies.settings
+        if cls.counts != (settings.daily_quota > 0):
+            return None
+        return cls(Accounts(supplies.commands, settings), supplies.inbox, settings)
+
+    async def login(self, login: Login) -> Pass | Refuse:
+        """Whether the account is neither banned nor locked; and how many messages are left today."""
+        standing = await self._accounts.look(login.user_id, self._calendar.day(_now()))
+        if isinstance(standing, Banned | Locked):
+            return self._keep_out(standing)
+        return Pass(remaining=self._remaining(standing.used))
+
+    async def stay(self, user_id: int) -> Refuse | None:
+        """Whether it still is."""
+        standing = await self._accounts.look(user_id, self._calendar.day(_now()))
+        return self._keep_out(standing) if isinstance(standing, Banned | Locked) else None
+
+    async def violated(self, user_id: int) -> None:
+        """Count it. When that is one too many, have all nodes close the user's sessions, this one too."""
+        try:
+            blamed = await self._accounts.blame(user_id)
+        except StoreError as error:
+            log.warning("a refused content is not counted", user=user_id, error=str(error))
+            return
+        if blamed.verdict != "noted":
+            log.warning("account restricted", user=user_id, verdict=blamed.verdict, violations=blamed.count)
+            await self._inbox.tell({*blamed.nodes, self._inbox.node}, AccountChanged(user_id), ourselves=True)
+
+    def _remaining(self, used: int) -> int | None:
+        return max(0, self._quota - used) if self.counts else None
+
+    def _keep_out(self, standing: Banned | Locked) -> Refuse:
+        if isinstance(standing, Banned):
+            return Refuse("banned", Code.FORBIDDEN, BANNED, close=Close.LOCKED)
+        until = self._calendar.show(_now() + standing.left // timedelta(milliseconds=1))
+        return Refuse(
+            *("locked", Code.FORBIDDEN, LOCKED, {"until": until}), retry_after=standing.left, close=Close.LOCKED
+        )
+
+
+class AccountWithQuota(Account):
+    """Bans and locks, and how many messages a user may ask each day.
+
+    A message is counted before it is admitted, and given back when it is not, or ends as failed. A node that dies
+    between the two leaves it counted; sent again with the same id, it passes without being counted a second time.
+    """
+
+    counts: ClassVar[bool] = True
+
+    async def chat(self, request: ChatRequest) -> Pass | Refuse:
+        """Count the message, if the account is neither banned nor locked and has one left."""
+        user_id, message_id, at = request.user_id, request.message_id, request.at
+        accounts, day = self._accounts, self._calendar.day(at)
+        verdict = await accounts.count(user_id, message_id, at, day)
+        if isinstance(verdict, Banned | Locked):
+            return self._keep_out(verdict)
+        if isinstance(verdict, Spent):
+            values = {"quota": self._quota, "until": self._calendar.show(day.ends)}
+            return Refuse(
+                *("quota", Code.RATE_LIMITED, SPENT, values), retry_after=timedelta(milliseconds=day.ends - at)
+            )
+        remaining = self._remaining(verdict.used)
+        if not verdict.new:
+            return Pass(remaining=remaining)
+        return Pass(remaining=remaining, undo=lambda: accounts.uncount(user_id, message_id, at, day))
+
+    async def failed(self, request: ChatRequest) -> None:
+        """Give it back: on the day on which it was asked."""
+        with suppress(ValueError, OverflowError, OSError):  # somebody wrote that time by hand, beyond all years
+            await self._accounts.give_back(request.user_id, request.message_id, self._calendar.day(request.at))
+
+
+def _now() -> int:
+    """In milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
