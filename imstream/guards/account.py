@@ -82,7 +82,7 @@ class Account(Guard):
             return
         if blamed.verdict != "noted":
             log.warning("account restricted", user=user_id, verdict=blamed.verdict, violations=blamed.count)
-            await self._inbox.tell({*blamed.nodes, self._inbox.node}, AccountChanged(user_id), ourselves=True)
+            await self._inbox.tell(blamed.nodes, AccountChanged(user_id), ourselves=True)
 
     def _remaining(self, used: int) -> int | None:
         return max(0, self._quota - used) if self.counts else None

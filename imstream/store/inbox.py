@@ -102,8 +102,10 @@ class Inbox:
         self._after: str | None = None
 
     async def tell(self, nodes: Iterable[str], notice: Notice, *, ourselves: bool = False) -> None:
-        """Leave a notice for each of these nodes, for this one only if wanted. One that cannot be left is logged."""
-        for node in {*nodes} - (set() if ourselves else {self.node}):
+        """Leave a notice for each of these nodes but this one; `ourselves`: and then for this one, whether it is among
+        them or not. One that cannot be left is only logged."""  # noqa: D205, D209 - one thought
+        others = {*nodes} - {self.node}
+        for node in (*others, self.node) if ourselves else others:
             try:
                 await leave(self._commands, self._keys, node, notice)
             except StoreError as error:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from imstream.errors import StoreUnavailable
+from imstream.gateway import presence as presence_module
 from imstream.gateway.following import Following
 from imstream.gateway.listener import Listener
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import Registry
 from imstream.guards.chain import Guards
+from imstream.guards.guard import Guard, Refuse
 from imstream.keys import Keys
 from imstream.reply import Reply, ReplyBoard
 from imstream.settings import Settings
 from imstream.store.connection import Commands, Reader
-from imstream.store.inbox import Inbox, NodeLeft, ReplyGrew, SessionReplaced
+from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, ReplyGrew, SessionReplaced
 from imstream.store.replies import ReplyStore, Terminal
 from imstream.store.routes import Login, Routes
-from imstream.wire import Close
+from imstream.texts import Text
+from imstream.wire import Close, Code
 from imstream.worker.jobs import Jobs
 from tests.redis.workshop import USER, Follower
 from tests.support.waiting import wait_until
@@ -28,9 +32,10 @@ from tests.support.waiting import wait_until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    import pytest
     import redis
 
-    from imstream.texts import Text
+    from imstream.store.inbox import Notice
     from tests.support.servers import RedisServer
 
 
@@ -50,6 +55,28 @@ class PlayedSession:
     def close(self, code: Close, _: Text) -> None:
         """See `Session`."""
         self.closed.append(code)
+
+    def refuse(self, verdict: Refuse) -> None:
+        """See `Session`."""
+        self.closed.append(verdict.close or Close.LOCKED)
+
+
+@dataclass
+class PlayedGuard(Guard):
+    """Says of everybody whether they may stay, when it can tell."""
+
+    verdict: Refuse | None = None
+    away: int = 0
+    asked: int = 0
+
+    async def stay(self, user_id: int) -> Refuse | None:
+        """See `Guard`."""
+        del user_id
+        self.asked += 1
+        if self.away:
+            self.away -= 1
+            raise StoreUnavailable("away")
+        return self.verdict
 
 
 class PlayedAdopter:
@@ -76,6 +103,7 @@ class Desk:
     following: Following
     presence: Presence
     adopter: PlayedAdopter
+    guard: PlayedGuard
     keys: Keys = field(default_factory=Keys)
 
     def session(self, **known: Any) -> PlayedSession:  # noqa: ANN401 - any attribute
@@ -90,7 +118,7 @@ class Desk:
         self.registry.remove(session)
         self.presence.left(session.user_id)
 
-    async def tell(self, notice: ReplyGrew | SessionReplaced | NodeLeft) -> None:
+    async def tell(self, notice: Notice) -> None:
         """Another node leaves a notice."""
         await self.others_inbox.tell(["0", "1"], notice)
 
@@ -113,15 +141,16 @@ async def desk(
     async with Commands(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
         inbox, replies, board = Inbox(commands, reader, known), ReplyStore(commands, known), ReplyBoard()
         registry: Any = Registry(known)
+        guard = PlayedGuard()
         routes, adopter = routes_of(commands, known), PlayedAdopter()
         following = Following(known, replies, board, registry)
-        presence = Presence(known, routes, inbox, registry, Guards())
+        presence = Presence(known, routes, inbox, registry, Guards([guard]))
         played: Any = adopter
         jobs = Jobs(known, replies, board, inbox)
         listener = Listener(inbox, following=following, presence=presence, jobs=jobs, adopter=played)
         others = Inbox(commands, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
-            found = Desk(client, replies, board, registry, inbox, others, routes, following, presence, adopter)
+            found = Desk(client, replies, board, registry, inbox, others, routes, following, presence, adopter, guard)
             client.config_resetstat()
             tasks = [asyncio.create_task(part.run()) for part in (listener, following, presence)]
             await inbox.tell(["0"], NodeLeft("0"))  # to itself: it is not told
@@ -293,3 +322,53 @@ async def test_who_turns_out_to_be_the_older_closes_when_it_knows(redis_server: 
         node.routes.answers.set()
         await arriving
         assert session.closed == [Close.REPLACED]
+
+
+BANNED = Refuse("banned", Code.FORBIDDEN, Text.OTHER_USER, close=Close.LOCKED)
+
+
+async def test_when_an_account_has_changed_all_sessions_of_that_user_are_closed_and_no_others(
+    redis_server: RedisServer,
+) -> None:
+    async with desk(redis_server) as node:
+        sessions, other = [node.session(), node.session()], node.session(user_id=USER + 1)
+        await node.tell(AccountChanged(USER))
+        await wait_until(lambda: node.guard.asked, "it is asked whether the user may stay")
+        assert [one.closed for one in sessions] == [[], []]
+        node.guard.verdict = BANNED
+        await node.tell(AccountChanged(USER))
+        await wait_until(lambda: [one.closed for one in sessions] == [[Close.LOCKED]] * 2, "both are closed")
+        assert other.closed == []
+
+
+async def test_an_account_that_cannot_be_looked_at_is_looked_at_again(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        session = node.session()
+        node.redis.hset(node.keys.account(USER), "banned", 1)
+        node.guard.verdict, node.guard.away = BANNED, 2
+        await node.tell(AccountChanged(USER))
+        await wait_until(lambda: session.closed == [Close.LOCKED], "it is closed")
+        assert node.guard.asked == 3
+
+
+async def test_whoever_is_banned_while_coming_in_does_not_stay(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        session = node.session()
+        node.guard.verdict = BANNED
+        await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+        assert session.closed == []  # there is nothing in the account: nobody is asked, and it costs nothing
+        node.redis.hset(node.keys.account(USER), "banned", 1)
+        await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+        assert session.closed == [Close.LOCKED]
+
+
+async def test_a_ban_that_nobody_was_told_of_is_noticed_when_routes_are_renewed(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence_module, "ROUTE_TTL", timedelta(milliseconds=300))
+    async with desk(redis_server) as node:
+        session = node.session()
+        node.guard.verdict = BANNED
+        node.redis.hset(node.keys.account(USER), "banned", 1)
+        await wait_until(lambda: session.closed, "it is closed")
+        assert session.closed[0] == Close.LOCKED

@@ -3,6 +3,7 @@
 The node is built and run as ever, from `IMSTREAM_*`; one method is wrapped before. It dies by SIGKILL, so nothing is
 cleaned up, flushed or said. The points, in the order in which a request comes by:
 
+    counted     it is counted for the quota of the day, and not admitted
     admitted    it is in the stream; its client knows nothing
     delivered   it was given to the worker, which has not begun
     opened      the attempt is in the reply stream
@@ -13,6 +14,7 @@ cleaned up, flushed or said. The points, in the order in which a request comes b
     ended       the end is recorded; no client was told, and the request is not acknowledged
     told        clients may have been told; the request is not acknowledged
     finished    the request is acknowledged
+    giving-back the failure is recorded; it is still counted for the quota of the day
     burying     the failure is recorded; the dead letter is not written
 """
 
@@ -29,6 +31,7 @@ from imstream.ai.backend import OpenAIBackend
 from imstream.node import run
 from imstream.reply import Reply
 from imstream.settings import Settings
+from imstream.store.accounts import Accounts
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.worker.recorder import Recorder
@@ -72,6 +75,7 @@ def _after(owner: type, name: str, *, when: Callable[[Any], object] = lambda _: 
 
 
 POINTS: dict[str, Callable[[], None]] = {
+    "counted": lambda: _after(Accounts, "count"),
     "admitted": lambda: _after(RequestStream, "admit", when=lambda verdict: isinstance(verdict, Admitted)),
     "delivered": lambda: _after(RequestStream, "read", when=bool),
     "opened": lambda: _after(ReplyStore, "open"),
@@ -82,6 +86,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "ended": lambda: _after(Recorder, "end"),
     "told": lambda: _before(RequestStream, "finish"),
     "finished": lambda: _after(RequestStream, "finish"),
+    "giving-back": lambda: _before(Accounts, "give_back"),
     "burying": lambda: _before(RequestStream, "bury"),
 }
 

@@ -186,12 +186,22 @@ async def test_a_busy_server_is_asked_again_after_telling() -> None:
         await peer.say("SYSTEM", code="BUSY", message_id=chat.message_id, contents="Full.", retry_after_ms=10)
         await terminal.shows("Full. Sent again in 0 s")
         assert await peer.hear_chat() == chat
-        await peer.say("SYSTEM", code="BUSY", message_id=chat.message_id, contents="Full.", retry_after_ms=3_600_000)
-        await terminal.shows("Sent again in 3600 s")
+        await peer.say("SYSTEM", code="BUSY", message_id=chat.message_id, contents="Full.", retry_after_ms=60_000)
+        await terminal.shows("Sent again in 60 s")
         terminal.type(CTRL_C)
         await terminal.shows("> ")
         terminal.type("other\n")
         assert (await peer.hear_chat()).contents == "other"
+
+
+async def test_a_message_that_would_have_to_wait_for_tomorrow_is_not_waited_for() -> None:
+    async with scripted_server() as server, at_terminal(server.url) as terminal:
+        peer = await greeted(server, terminal)
+        terminal.type("hello\n")
+        chat = await peer.hear_chat()
+        refusal = {"code": "RATE_LIMITED", "contents": "Used up.", "retry_after_ms": 3_600_000}
+        await peer.say("SYSTEM", message_id=chat.message_id, **refusal)
+        await terminal.shows("Used up.\n> ")
 
 
 async def test_a_message_that_is_wrong_is_not_sent_again() -> None:

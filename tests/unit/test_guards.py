@@ -47,6 +47,10 @@ class _Played(Guard):
         self.asked.append(request.contents)
         return self.says
 
+    async def stay(self, user_id: int) -> Refuse | None:
+        self.asked.append(f"stay {user_id}")
+        return self.says if isinstance(self.says, Refuse) else None
+
     async def violated(self, user_id: int) -> None:
         self.asked.append(f"violated {user_id}")
 
@@ -72,6 +76,13 @@ async def test_each_guard_sees_what_the_one_before_made_of_the_text() -> None:
 async def test_a_login_holds_as_long_as_the_shortest_pass_and_tells_the_least_that_remains() -> None:
     guards = Guards([_Played(says=Pass(until=20.0, remaining=3)), _Early(says=Pass(until=10.0, remaining=5))])
     assert await guards.login(Login(10001)) == Welcome(until=10.0, remaining=3)
+
+
+async def test_a_user_may_stay_when_no_guard_says_otherwise() -> None:
+    assert await Guards([_Played(), _Early()]).stay(10001) is None
+    late, early = _Played(), _Early(says=NO)
+    assert await Guards([late, early]).stay(10001) == NO
+    assert (early.asked, late.asked) == (["stay 10001"], [])
 
 
 async def test_a_refusal_takes_back_what_earlier_guards_have_counted() -> None:

@@ -1,0 +1,256 @@
+"""Bans, locks and quotas as users and operators meet them, on two nodes: by command, with redis-cli, by violations."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner
+
+from imstream.cli.main import main
+from imstream.guards.account import BANNED, SPENT
+from imstream.keys import Keys
+from tests.support.many_nodes import standing_nodes
+from tests.support.peer import peer
+from tests.support.strict_node import NO, RUDE, RUDE_AT_SECOND_SIGHT
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.many_nodes import ManyNodes
+    from tests.support.peer import Frame, Peer
+    from tests.support.servers import DemoBackend
+
+USER, OTHER = 10001, 10002
+README = Path(__file__).parents[2] / "README.md"
+AT_ONCE = "hello [[demo first=0s pace=0s]]"
+SLOWLY = "hello [[demo first=0s pace=20ms length=100]]"
+QUOTA = 40
+
+
+@pytest.fixture(scope="module")
+def standing_pair(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
+    """Two nodes with a quota. The first is strict; it may ask the AI twice."""
+    folder = tmp_path_factory.mktemp("accounts")
+    limits = {"daily_quota": QUOTA, "max_attempts": 2, "chats_per_minute": 0, "frame_rate": 0}
+    with standing_nodes(folder, demo.url, "0", "1", **limits) as nodes:
+        nodes["0"].now.process.terminate()
+        nodes["0"].start_now(command=("-m", "tests.support.strict_node"))
+        yield nodes
+
+
+@pytest.fixture
+async def nodes(standing_pair: ManyNodes) -> AsyncIterator[ManyNodes]:
+    """These; at the end nothing is left of the users."""
+    await standing_pair.mended()
+    yield standing_pair
+    for user in (USER, OTHER):
+        for key in standing_pair.redis.scan_iter(f"im:{{user:{user}}}:*"):
+            if ":reply:" not in key:
+                standing_pair.redis.delete(key)
+    await standing_pair.settled()
+    standing_pair.check_logs()
+
+
+async def command(nodes: ManyNodes, *words: str) -> str:
+    """Run `imstream user …`; what it prints."""
+    words = ("user", *words, "--redis", nodes.server.url)
+    result = await asyncio.to_thread(CliRunner().invoke, main, words, env={"IMSTREAM_DAILY_QUOTA": str(QUOTA)})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+async def is_shut_out(someone: Peer, sentence: str) -> None:
+    """Wait until the socket is told so and closed."""
+    assert await someone.closed() == 4503
+    last = someone.frames[-1]
+    assert (last["msgType"], last["code"]) == ("SYSTEM", "FORBIDDEN")
+    assert re.fullmatch(sentence, last["contents"]), last
+
+
+async def login_is_refused(nodes: ManyNodes, user: int, *, lang: str, sentence: str) -> None:
+    """On both nodes."""
+    for url in nodes.urls():
+        async with peer(url, lang=lang) as someone:
+            await someone.say("INIT", userId=user)
+            await is_shut_out(someone, sentence)
+
+
+def used(nodes: ManyNodes, user: int = USER) -> int:
+    """What is counted today."""
+    return int(nodes.redis.zcard(Keys().quota(user, f"{datetime.now(UTC):%Y-%m-%d}")))
+
+
+# Bans and locks
+
+
+async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and_nobody_elses(nodes: ManyNodes) -> None:
+    async with (
+        nodes["0"].peer(USER, lang="en") as here,
+        nodes["1"].peer(USER, lang="zh") as there,
+        nodes["1"].peer(OTHER) as other,
+    ):
+        await here.chat(USER, SLOWLY, "running")
+        await there.some_text("running")
+        out = await command(nodes, "ban", str(USER), "--reason", "spam", "--by", "alice")
+        assert out.splitlines() == [
+            f"user {USER} is banned",
+            *(f"node {node} was told to close the user's sessions" for node in "01"),
+        ]
+        await is_shut_out(here, re.escape(BANNED.en))
+        await is_shut_out(there, re.escape(BANNED.zh))
+        await login_is_refused(nodes, USER, lang="en", sentence=re.escape(BANNED.en))
+        await other.say("HEARTBEAT")
+        await other.until(msgType="HEARTBEAT")
+        shown = await command(nodes, "show", str(USER))
+        assert "account     banned" in shown
+        assert "reason    spam" in shown
+        assert "by        alice" in shown
+        assert f"1 of {QUOTA} used" in shown
+        assert "sockets     none" in shown
+        # What was accepted is answered, though nobody is shown it.
+        await nodes["0"].all_finished()
+        assert nodes.any.recorded(USER, "running")[0] == "done"
+        assert await command(nodes, "unban", str(USER)) == f"user {USER} is banned no more\n"
+        assert await command(nodes, "unban", str(USER)) == f"user {USER} was not banned\n"
+    async with nodes["1"].peer(USER) as back:
+        assert (await back.chat(USER, AT_ONCE, "after"))["event"] == "accepted"
+        await back.end_of("after")
+
+
+async def test_a_lock_by_command_says_until_when_and_ends_by_itself(nodes: ManyNodes) -> None:
+    async with nodes["1"].peer(USER, lang="en") as someone:
+        assert re.match(rf"user {USER} is locked until \S+ \S+ \(UTC\)\n", await command(nodes, "lock", str(USER)))
+        sentence = r"This account is locked until \d{4}-\d\d-\d\d \d\d:\d\d \(UTC\)!"
+        await is_shut_out(someone, sentence)
+        assert 3_500_000 < someone.frames[-1]["retryAfterMs"] <= 3_600_000
+        await login_is_refused(nodes, USER, lang="en", sentence=sentence)
+        assert "account     locked" in await command(nodes, "show", str(USER))
+        assert await command(nodes, "unlock", str(USER)) == f"user {USER} is locked no more\n"
+        await command(nodes, "lock", str(USER), "--for", "50ms")
+        await wait_until(lambda: _is_free(nodes), "the lock is over")
+    async with nodes["0"].peer(USER):
+        pass
+
+
+async def _is_free(nodes: ManyNodes) -> bool:
+    return "account     free" in await command(nodes, "show", str(USER))
+
+
+async def test_the_lines_of_the_readme_for_redis_cli_do_the_same(nodes: ManyNodes) -> None:
+    [ban, route, notice] = re.findall(r"^(?:HSET|SMEMBERS|XADD) .*$", README.read_text("utf-8"), re.MULTILINE)
+    async with nodes["0"].peer(USER, lang="en") as here, nodes["1"].peer(USER, lang="en") as there:
+        cli: Any = nodes.redis.execute_command
+        cli(*ban.split())
+        holders = cli(*route.split())
+        assert sorted(holders) == ["0", "1"]
+        for node in holders:
+            cli(*notice.replace("{node:0}", f"{{node:{node}}}").split())
+        await is_shut_out(here, re.escape(BANNED.en))
+        await is_shut_out(there, re.escape(BANNED.en))
+    await login_is_refused(nodes, USER, lang="zh", sentence=re.escape(BANNED.zh))
+
+
+async def test_with_a_quota_a_ban_that_no_node_was_told_of_holds_from_the_next_message_on(nodes: ManyNodes) -> None:
+    async with nodes["0"].peer(USER, lang="en") as someone:
+        nodes.redis.hset(Keys().account(USER), "banned", 1)
+        await someone.say("CHAT", userId=USER, contents=AT_ONCE, messageId="m")
+        await is_shut_out(someone, re.escape(BANNED.en))
+    assert used(nodes) == 0
+    assert nodes.any.record(USER, "m") == []
+
+
+async def test_too_many_violations_lock_the_user_on_all_nodes(nodes: ManyNodes) -> None:
+    async with nodes["0"].peer(USER, lang="en") as rude, nodes["1"].peer(USER, lang="en") as too:
+        assert (await rude.chat(USER, RUDE, "m1"))["contents"] == NO.sentence.en
+        assert (await rude.chat(USER, RUDE_AT_SECOND_SIGHT, "m2"))["event"] == "accepted"
+        terminal = (await rude.end_of("m2")).terminal
+        assert terminal is not None
+        assert (terminal["event"], terminal["contents"]) == ("failed", NO.sentence.en)
+        await rude.say("HEARTBEAT")
+        await rude.until(msgType="HEARTBEAT")
+        assert "violations  2, forgotten in 0:09:" in await command(nodes, "show", str(USER))
+        # The third: what was wrong with it is said before the door is shut.
+        assert (await rude.chat(USER, RUDE, "m3"))["contents"] == NO.sentence.en
+        for someone in (rude, too):
+            await is_shut_out(someone, "This account is locked until .*")
+        assert nodes.redis.hget(Keys().account(USER), "reason") == "3 refused contents"
+        await wait_until(lambda: used(nodes) == 0, "none of them is counted")
+
+
+# The quota
+
+
+async def test_of_300_messages_at_once_on_two_nodes_exactly_as_many_are_accepted_as_there_are(nodes: ManyNodes) -> None:
+    async with AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(peer(url, user=USER)) for url in nodes.urls() for _ in range(3)]
+        for index, socket in enumerate(sockets):
+            for n in range(50):
+                await socket.say("CHAT", userId=USER, contents=AT_ONCE, messageId=f"m-{index}-{n}")
+        answers = [frame for part in await asyncio.gather(*map(_first_answers, sockets, range(6))) for frame in part]
+        accepted = [frame for frame in answers if frame.get("event") == "accepted"]
+        refused = [frame for frame in answers if frame["msgType"] == "SYSTEM"]
+        assert (len(accepted), len(refused)) == (QUOTA, 300 - QUOTA)
+        assert sorted(frame["remaining"] for frame in accepted) == list(range(QUOTA))
+        for frame in refused:
+            assert frame["code"] == "RATE_LIMITED"
+            assert frame["contents"].startswith(SPENT.zh.partition("{until}")[0].format(quota=QUOTA))
+            assert 0 < frame["retryAfterMs"] <= timedelta(days=1) / timedelta(milliseconds=1)
+        assert used(nodes) == QUOTA
+        # One that was accepted may be sent again, and nobody else pays for it.
+        again = await sockets[0].chat(USER, AT_ONCE, accepted[0]["messageId"])
+        assert (again["event"], again["remaining"]) == ("accepted", 0)
+        async with nodes["1"].peer(OTHER) as other:
+            assert (await other.chat(OTHER, AT_ONCE, "m"))["remaining"] == QUOTA - 1
+            await other.end_of("m")
+    for url in nodes.urls():
+        async with peer(url) as someone:
+            assert (await someone.login(USER))["remaining"] == 0
+
+
+async def _first_answers(socket: Peer, index: int) -> list[Frame]:
+    """Whether each of its own messages was accepted. Sockets of one user are told of all of them."""
+    waiting = {f"m-{index}-{n}" for n in range(50)}
+    found: list[Frame] = []
+    while waiting:
+        frame = await socket.frame()
+        if frame.get("messageId") in waiting and (frame["msgType"] == "SYSTEM" or frame.get("event") == "accepted"):
+            waiting.discard(frame["messageId"])
+            found.append(frame)
+    return found
+
+
+async def test_what_fails_is_given_back_and_what_is_refused_as_busy_is_not_counted(nodes: ManyNodes) -> None:
+    async with nodes["1"].peer(USER) as someone:
+        assert (await someone.chat(USER, "hello [[demo fail=9]]", "fails"))["remaining"] == QUOTA - 1
+        assert (await someone.end_of("fails")).events[-1] == "failed"
+        await wait_until(lambda: used(nodes) == 0, "it is given back")
+        assert (await someone.chat(USER, AT_ONCE, "succeeds"))["remaining"] == QUOTA - 1
+        await someone.end_of("succeeds")
+        nodes.redis.hset(Keys().load("1"), str(USER), 1000)
+        assert (await someone.chat(USER, AT_ONCE, "too-many"))["code"] == "BUSY"
+        nodes.redis.hdel(Keys().load("1"), str(USER))
+        await wait_until(lambda: used(nodes) == 1, "it is not counted")
+
+
+async def test_an_operator_sees_what_was_asked_today_and_may_give_it_back(nodes: ManyNodes) -> None:
+    async with nodes["0"].peer(USER) as someone:
+        for message_id in ("m1", "m2", "m3"):
+            await someone.chat(USER, AT_ONCE, message_id)
+            await someone.end_of(message_id)
+        shown = await command(nodes, "quota", str(USER))
+        assert f"user {USER}: 3 of {QUOTA} used" in shown
+        assert re.search(r"^  \d{4}-\d\d-\d\d \d\d:\d\d \(UTC\)  m3$", shown, re.MULTILINE)
+        given_back = await command(nodes, "quota", str(USER), "--give-back", "m2")
+        assert "message m2 is counted no more" in given_back
+        assert f"2 of {QUOTA} used" in given_back
+        assert "not counted today" in await command(nodes, "quota", str(USER), "--give-back", "m2")
+        assert f"given back: 2\nuser {USER}: 0 of {QUOTA} used" in await command(nodes, "quota", str(USER), "--reset")
+        assert (await someone.chat(USER, AT_ONCE, "m4"))["remaining"] == QUOTA - 1
+        await someone.end_of("m4")
