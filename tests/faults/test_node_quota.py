@@ -80,7 +80,7 @@ async def test_a_failed_message_is_given_back_also_when_its_node_dies_before_tha
     ):
         await asks_until_it_dies(node, "m1")
         assert (counted(node), node.recorded(USER, "m1")[0]) == (["m1"], "failed")
-        await node.start(crash_at="burying")  # given back, and dead once more before that is noted
+        await node.start(crash_at="burying", wait=False)  # given back, and dead once more before that is noted
         assert await node.died() == -9
         assert counted(node) == []
         await node.start()

@@ -124,6 +124,13 @@ class Chatter:
             raise AssertionError(f"not within {limit} s: {what}") from None
         assert condition(), f"closed with {self.close_code} before: {what}"
 
+    async def log_in(self, resume: list[dict[str, object]]) -> None:
+        """INIT, again while Redis is away."""
+        while not any(frame["msgType"] == "INIT" for frame in self.frames[""]):
+            self.frames[""].clear()
+            await self.say(msgType="INIT", userId=self.user_id, resume=resume)
+            await self.until(lambda: bool(self.frames[""]), "an answer to the login")
+
     async def listen(self) -> None:
         """Keep what comes, until the socket is closed."""
         try:
@@ -150,8 +157,7 @@ async def chatter(url: str, user_id: int, *, resume: list[dict[str, object]] | N
         one = Chatter(user_id, socket)
         listening = asyncio.create_task(one.listen())
         try:
-            await one.say(msgType="INIT", userId=user_id, resume=resume or [])
-            await one.until(lambda: any(frame["msgType"] == "INIT" for frame in one.frames[""]), "the login")
+            await one.log_in(resume or [])
             yield one
         finally:
             await socket.close()

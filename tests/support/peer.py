@@ -109,12 +109,18 @@ class Peer:
                     return frame
 
     async def login(self, user: int, resume: Mapping[str, Told] | None = None, token: str | None = None) -> Frame:
-        """INIT, and go on with messages of which another socket was told that much."""
+        """INIT, again while Redis is away, and go on with messages of which another socket was told that much."""
         for message_id, told in (resume or {}).items():
             self.told[message_id] = replace(told, events=list(told.events))
         points = [{"messageId": message_id, **told.point} for message_id, told in (resume or {}).items()]
-        await self.say("INIT", userId=user, resume=points, **({} if token is None else {"token": token}))
-        return await self.until(msgType="INIT")
+        while True:
+            await self.say("INIT", userId=user, resume=points, **({} if token is None else {"token": token}))
+            while (frame := await self.frame())["msgType"] != "INIT":
+                if frame["code"] == "UNAVAILABLE" and "messageId" not in frame:
+                    await asyncio.sleep(0.1)
+                    break  # and again
+            else:
+                return frame
 
     async def chat(self, user: int, contents: str, message_id: str, **fields: Any) -> Frame:  # noqa: ANN401 - any field
         """CHAT; the first frame about it: `accepted`, or why not."""
