@@ -526,6 +526,16 @@ async def test_a_server_that_never_answers_a_login_is_left(browser: BrowserClien
     await (await browser.server.peer()).hear_init()
 
 
+async def test_a_server_that_cannot_log_anybody_in_is_left_and_asked_again(browser: BrowserClient) -> None:
+    await browser.start(patience=60_000)
+    peer = await browser.server.peer()
+    await peer.hear_init()
+    await peer.say("SYSTEM", code="UNAVAILABLE", contents="Not now.", retry_after_ms=50)
+    await browser.server.logged_in()
+    await browser.state("online")
+    assert await browser.page.evaluate("events.find(([type]) => type === 'notice')[2].contents") == "Not now."
+
+
 async def test_resumes_again_when_the_server_could_not_look(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await browser.send("m1")

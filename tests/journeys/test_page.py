@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from imstream.ai.demo.answer import canned_answer
+from imstream.guards.account import SPENT
 from imstream.texts import Text
 from tests.journeys.page_support import DESKTOP, PHONE, open_page, running_chromium
 from tests.support.processes import free_port
@@ -249,6 +250,22 @@ async def test_places_in_the_queue_and_a_full_queue(
         await page.click("article:first-of-type .stop")
         await whole_answer(page, "Four")
         assert (await kept(page))["id"] == refused["id"]
+    page.forgive(NOT_READY)  # it drains
+
+
+async def test_a_message_beyond_the_quota_of_the_day_is_told_so_and_not_sent_again(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    few = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="few", settings={"daily_quota": 1})
+    with few.process:
+        await log_in(page, few)
+        await ask(page, "One")
+        await whole_answer(page, "One")
+        await ask(page, "Two")
+        await status(page, "refused")
+        await says(page, SPENT.en.partition("{until}")[0].format(quota=1))
+        await page.until("!document.querySelector('article:last-of-type .again').hidden")
+    page.forgive("ERR_CONNECTION_REFUSED")  # when it has drained
     page.forgive(NOT_READY)  # it drains
 
 
