@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,10 @@ def test_redis_and_ai_have_short_names(node_runs: list[Settings]) -> None:
         (("up", "--nodes", "2", "--port", "65535"), "IMSTREAM_PORT=65535 is not allowed: 2 nodes need as many ports"),
         (("balancer", "10.0.0.1"), "'10.0.0.1' is no address such as 10.0.0.1:8080"),
         (("streams", "--redis", "http://x"), "IMSTREAM_REDIS_URL='http://x' is not allowed"),
+        (("node", "--quota-timezone", "Mars"), "IMSTREAM_QUOTA_TIMEZONE='Mars' is not allowed: a time zone such as"),
+        (("user", "show", "10000"), "'10000' is no user id: a number from 10001 to"),
+        (("user", "lock", "10001", "--for", "soon"), "--for='soon' is not allowed: a time span such as 250ms"),
+        (("user", "lock", "10001", "--for", "0"), "--for='0' is not allowed: more than 0, at most 3650d"),
     ],
 )
 def test_a_wrong_value_is_refused_with_setting_value_and_what_is_allowed(
@@ -161,6 +166,14 @@ def test_the_demo_backend_says_where_it_serves_and_ends_with_0_on_sigterm(tmp_pa
         assert f"IMSTREAM_DEMO_PORT={port}: cannot listen: {os.strerror(errno.EADDRINUSE)}" in taken.stderr
         assert demo.terminate() == 0
     assert demo.output() == f"ready: demo AI backend at http://127.0.0.1:{port}/v1 (canned answers, no model)\n"
+
+
+def test_a_command_about_a_user_says_in_one_line_that_there_is_no_redis() -> None:
+    port = free_port()
+    for command in ("show", "lock", "unlock", "ban", "unban", "quota"):
+        result = run("user", command, "10001", "--redis", f"redis://me:hush@127.0.0.1:{port}/0")
+        assert result.exit_code == 1
+        assert re.fullmatch(rf"Error: no Redis at redis://127\.0\.0\.1:{port}/0: .*\n", result.output)
 
 
 def test_help_of_the_demo_backend_lists_the_markers_line_by_line() -> None:

@@ -1,0 +1,58 @@
+"""`imstream user` on one server, behind Sentinel and in a cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from click.testing import CliRunner
+
+import imstream.cli.accounts
+from imstream.cli.main import main
+from imstream.errors import StoreFull
+from imstream.keys import Keys
+
+if TYPE_CHECKING:
+    import pytest
+
+    from tests.support.redis_sets import Topology
+
+USER = 10001
+
+
+def command(on: Topology, *words: str) -> list[str]:
+    """Run `imstream user …`; the lines that it prints."""
+    result = CliRunner().invoke(main, ["user", *words, str(USER), "--redis", on.url], env={"USER": "alice"})
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+def test_commands_change_what_show_shows_wherever_redis_is(empty_redis: Topology) -> None:
+    assert command(empty_redis, "ban", "--reason", "spam") == [f"user {USER} is banned"]
+    assert [line.split()[:2] for line in command(empty_redis, "show")[1:5]] == [
+        ["account", "banned"],
+        ["reason", "spam"],
+        ["by", "alice"],
+        ["since", command(empty_redis, "show")[4].split()[1]],
+    ]
+    assert command(empty_redis, "unban") == [f"user {USER} is banned no more"]
+    assert command(empty_redis, "lock", "--for", "1h")[0].startswith(f"user {USER} is locked until 2")
+    assert "until" in command(empty_redis, "show")[2]
+    assert command(empty_redis, "unlock") == [f"user {USER} is locked no more"]
+    assert command(empty_redis, "unlock") == [f"user {USER} was not locked"]
+    [account, quota, violations, sockets] = command(empty_redis, "show")[1:]
+    assert account == "  account     free"
+    assert "0 used on" in quota
+    assert quota.endswith("no limit here")
+    assert (violations, sockets) == ("  violations  0", "  sockets     none")
+
+
+def test_a_node_that_cannot_be_told_is_named(empty_redis: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: Any) -> None:  # noqa: ANN401 - whatever it is given
+        raise StoreFull("out of memory")
+
+    monkeypatch.setattr(imstream.cli.accounts, "leave", full)
+    with empty_redis.client() as client:
+        client.sadd(Keys().route(USER), "7")
+        told = command(empty_redis, "ban")[1]
+        assert told == "node 7 could not be told, and closes sessions within minutes: out of memory"
+        client.delete(Keys().route(USER), Keys().account(USER))
