@@ -13,7 +13,6 @@ import click
 
 from imstream.errors import StoreError, StoreUnavailable
 from imstream.keys import Keys
-from imstream.redis_url import without_password
 from imstream.store.accounts import Accounts, Restricted
 from imstream.store.connection import Commands
 from imstream.store.days import Calendar
@@ -111,7 +110,7 @@ async def _show(settings: Settings, user_id: int) -> None:
     async with _connected(settings) as commands:
         overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
         standing = await Accounts(commands, settings).look(user_id, day)
-    click.echo(f"user {user_id} at {without_password(settings.redis_url)}")
+    click.echo(f"user {user_id} at {settings.redis_url}")
     for line in _lines(overview, type(standing).__name__.lower(), settings, calendar):
         click.echo(line)
 
@@ -163,4 +162,4 @@ def _run(settings: Settings, work: Coroutine[object, object, None]) -> None:
     try:
         asyncio.run(work)
     except StoreUnavailable as error:
-        raise StoreUnavailable(f"no Redis at {without_password(settings.redis_url)}: {error}") from None
+        raise StoreUnavailable(f"no Redis at {settings.redis_url}: {error}") from None
