@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import structlog
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 
 from imstream.gateway.page import page_routes
-from imstream.gateway.session import Session, asked_lang
+from imstream.gateway.session import Session, asked_lang, peer_of
 from imstream.guards.guard import Handshake
 from imstream.texts import say
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
     from imstream.gateway.services import Services
+
+
+log = structlog.get_logger()
 
 
 def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]) -> Starlette:
@@ -35,8 +39,10 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: 
     async def socket(websocket: WebSocket) -> None:
         refused = services.guards.handshake(Handshake(websocket.headers))
         if refused is not None:
-            lang = asked_lang(websocket)
-            await websocket.send_denial_response(PlainTextResponse(say(refused.sentence, lang), status_code=403))
+            origin = websocket.headers.get("origin")
+            log.info("handshake refused", reason=refused.reason, peer=peer_of(websocket), origin=origin)
+            text = say(refused.sentence, asked_lang(websocket))
+            await websocket.send_denial_response(PlainTextResponse(text, status_code=403))
         elif (why := not_ready()) is not None:
             # Instead of a socket that could do nothing: a load balancer takes its user to another node at once.
             refusal = PlainTextResponse(f"not ready: {why}", status_code=503, headers={"Retry-After": "1"})

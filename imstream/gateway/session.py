@@ -7,6 +7,8 @@ import time
 from math import ceil
 from typing import TYPE_CHECKING
 
+import structlog
+
 from imstream.gateway.conversation import Conversation
 from imstream.gateway.phrases import Phrases
 from imstream.gateway.protocol import socket_of
@@ -17,6 +19,7 @@ from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, Close, Code, parse_user_id
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from starlette.requests import HTTPConnection
     from starlette.websockets import WebSocket
 
     from imstream.gateway.services import Services
@@ -25,9 +28,22 @@ if TYPE_CHECKING:
     from imstream.wire import ServerFrame
 
 
+log = structlog.get_logger()
+
+_NO_CODE = 1005
+"""The peer has gone without a word, or named no code (RFC 6455, section 7.4.1)."""
+
+
 def asked_lang(websocket: WebSocket) -> Lang:
     """The language of a handshake. A browser cannot set the header of a WebSocket, so the address may say it too."""
     return choose_lang(websocket.query_params.get("lang") or websocket.headers.get("accept-language"))
+
+
+def peer_of(connection: HTTPConnection) -> str:
+    """Who is at the other end, for the log: its address, and for whom a load balancer says that it came."""
+    host = connection.client.host if connection.client else "unknown"
+    forwarded = connection.headers.get("x-forwarded-for")
+    return host if forwarded is None else f"{forwarded[:64]} by {host}"
 
 
 def offered_token(subprotocols: Sequence[str]) -> str | None:
@@ -43,9 +59,12 @@ class Session:
     __slots__ = (
         "_conversation",
         "_last_words",
+        "_origin",
+        "_peer",
         "_phrases",
         "_pump",
         "_services",
+        "_slowed",
         "_socket",
         "_websocket",
         "began_at",
@@ -67,6 +86,9 @@ class Session:
         self._pump = Pump(self._socket, self._phrases, services.rounds)
         self._last_words: tuple[Close, ServerFrame] | None = None
         self._socket.on_rest(self._say_slow_down)
+        self._peer, self._origin = peer_of(websocket), websocket.headers.get("origin")
+        self._slowed = 0
+        """How often it was told to slow down."""
         self._conversation = Conversation(self, self._pump, self._phrases, services)
         self.url_user = parse_user_id(websocket.query_params.get(USER_ID_FIELD))
         """The user that the address names; None when it names none."""
@@ -100,16 +122,19 @@ class Session:
         try:
             if USER_ID_FIELD in self._websocket.query_params and self.url_user is None:
                 self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
-            await self._receive()
+            code = await self._receive()
         finally:
             registry.remove(self)
             self._pump.abandon()
             self._socket.on_rest(None)
             if self.user_id is not None:
                 self._services.presence.left(self.user_id)
+        self._note_end(code)
 
     def logged_in(self, user_id: int, until: float | None) -> None:
         """Somebody has shown who they are, until a time in seconds since 1970. May be repeated, to go on longer."""
+        if self.user_id is None:
+            log.info("session opened", user=user_id, peer=self._peer, origin=self._origin)
         self.user_id = self._phrases.user_id = user_id
         self.ends_at = self.warn_at = None
         if until is not None:
@@ -159,15 +184,23 @@ class Session:
         self._conversation.follow(reply)
 
     def _say_slow_down(self, rest: float) -> None:
+        self._slowed += 1
         if self.closing_since is None:
             self._pump.say(self._phrases.slow_down(rest))
 
-    async def _receive(self) -> None:
+    def _note_end(self, code: int) -> None:
+        """Log the end of the socket; quietly if nobody has logged in, or strangers could fill the log."""
+        note = log.debug if self.user_id is None else log.info
+        seconds = round(asyncio.get_running_loop().time() - self.began_at, 1)
+        note("session closed", user=self.user_id, peer=self._peer, code=code, seconds=seconds, slowed=self._slowed)
+
+    async def _receive(self) -> int:
+        """Take frames until the socket has closed; with which code."""
         loop = asyncio.get_running_loop()
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
-                return
+                return int(message.get("code") or _NO_CODE)
             if self.closing_since is not None:
                 continue
             self.heard_at = loop.time()

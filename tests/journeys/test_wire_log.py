@@ -1,0 +1,77 @@
+"""What a node's log tells of sockets: who was there, from where, and how it ended."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from tests.support.one_node import standing_node
+from tests.support.peer import peer
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.one_node import OneNode
+    from tests.support.servers import DemoBackend
+
+FROM = "https://chat.example.com"
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
+    """A node that takes pages of one other origin, and five frames at once."""
+    known = {"origins": f"same,{FROM}", "log_format": "json", "frame_rate": 5, "frame_burst": 5}
+    with standing_node(tmp_path_factory.mktemp("log"), demo.url, **known) as node:
+        yield node
+
+
+def told(node: OneNode, event: str, **fields: object) -> list[dict[str, Any]]:
+    """The lines about an event that have these fields."""
+    lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == event and fields.items() <= line.items()]
+
+
+async def test_a_socket_is_logged_when_its_user_has_logged_in_and_when_it_ends(node: OneNode) -> None:
+    async with connect(node.now.ws(10077), origin=FROM, proxy=None) as socket:  # type: ignore[arg-type] # a NewType
+        await socket.send('{"msgType": "INIT", "userId": 10077}')
+        await socket.recv()
+        await wait_until(lambda: told(node, "session opened", user=10077), "the beginning is logged")
+    await wait_until(lambda: told(node, "session closed", user=10077), "the end is logged")
+    [opened], [closed] = told(node, "session opened", user=10077), told(node, "session closed", user=10077)
+    assert (opened["peer"], opened["origin"]) == ("127.0.0.1", FROM)
+    assert (closed["peer"], closed["code"], closed["slowed"]) == ("127.0.0.1", 1000, 0)
+
+
+async def test_a_socket_that_nobody_closed_has_no_code(node: OneNode) -> None:
+    async with node.peer(10078) as someone:
+        someone.connection.transport.abort()
+        await wait_until(lambda: told(node, "session closed", user=10078, code=1005), "the end is logged")
+
+
+async def test_who_sends_too_much_is_logged_once_at_the_end(node: OneNode) -> None:
+    async with node.peer(10079) as someone:
+        for _ in range(10):
+            await someone.send("PING")
+        await someone.until(code="RATE_LIMITED")
+    await wait_until(lambda: told(node, "session closed", user=10079), "the end is logged", limit=10)
+    assert told(node, "session closed", user=10079)[0]["slowed"] >= 1
+
+
+async def test_a_page_from_elsewhere_is_logged_with_its_origin(node: OneNode) -> None:
+    with pytest.raises(InvalidStatus):
+        await connect(node.now.ws(10080), origin="https://evil.example", proxy=None)  # type: ignore[arg-type] # same
+    assert told(node, "handshake refused", origin="https://evil.example", peer="127.0.0.1")
+
+
+async def test_strangers_cannot_fill_the_log(node: OneNode) -> None:
+    before = len(node.now.process.output())
+    for _ in range(20):
+        async with peer(node.now.ws(10081)) as someone:
+            await someone.send("no frame")
+            await someone.until(code="BAD_REQUEST")
+    assert len(node.now.process.output()) == before
