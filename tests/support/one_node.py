@@ -37,6 +37,9 @@ QUICK: dict[str, object] = {
 }
 """Settings that make a test wait less, and let one user do what takes several otherwise."""
 
+NO_IDENTITY = "identity is not checked"
+"""How the one warning begins that a node of these tests gives at its start."""
+
 NODE = ("-m", "imstream", "node")
 CRASHING = ("-m", "tests.support.crashing_node")
 
