@@ -113,11 +113,11 @@ def up(**options: str | None) -> None:
 def node(**options: str | None) -> None:
     """Run one node: WebSockets, its stream, its worker.
 
-    It logs "ready" with its address when it serves. GET /readyz answers 200 from then on until it drains, GET /healthz
-    while the process lives. SIGTERM drains: running answers get --drain-grace to end, then it exits with 0.
+    It logs "ready" with its address when it serves. GET /readyz answers 200 while it can serve, GET /healthz unless
+    its consumer loop is stuck. SIGTERM drains: running answers get --drain-grace to end, then it exits with 0.
 
-    The AI backend's key is read from IMSTREAM_AI_KEY, in the environment or in .env; it has no option, because command
-    lines can be read by every user of a machine.
+    Keys and secrets (IMSTREAM_AI_KEY, IMSTREAM_MODERATION_KEY, IMSTREAM_AUTH_SECRET) are read from the environment or
+    from .env; they have no option, because command lines can be read by every user of a machine.
     """
     settings = Settings.load(**given(options))
     from imstream.node import run

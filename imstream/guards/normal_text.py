@@ -45,6 +45,9 @@ _UNSEEN_CATEGORIES = frozenset({"Cf", "Cc", "Me"})
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]").match
 """Unseen by their nature though not by their category: fillers and variation selectors."""
 
+_NEGATIVE = {chr(first + at): chr(ord("a") + at) for first in (0x1F150, 0x1F170) for at in range(26)}
+"""White letters on dark circles and squares, which Unicode, unlike the others in circles, takes for symbols."""
+
 _MOST_REMEMBERED = 100_000
 """Forms that are remembered, some 15 MB at most: those of ordinary characters are a few thousand."""
 
@@ -87,6 +90,8 @@ def continues(letter: str) -> bool:
 def _form(char: str) -> str:
     if char in _HEAVY_SIGNS:  # before an ellipsis becomes three full stops
         return HEAVY
+    if char in _NEGATIVE:
+        return _NEGATIVE[char]
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold())
     return "".join(_kind(part) for part in plain).replace(NOTHING, "") or NOTHING
 

@@ -17,6 +17,8 @@ SAME = {
     "ＦｕＣｋ": "fuck",
     "𝐟𝓾𝕔𝗸": "fuck",
     "ⓕⓤⓒⓚ": "fuck",
+    "🅕🅤🅒🅚": "fuck",
+    "🅵🆄🅲🅺": "fuck",
     "fùçk": "fuck",
     "Straße": "strasse",
     "ﬁ": "fi",
