@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from imstream.guards.guard import Refuse
     from imstream.guards.word_list import WordList
 
-MASK = "*"
-"""What each character of a word is shown as, and each sign between its letters."""
+MASK = "＊"
+"""What each character of a word is shown as, and each sign between its letters. Of full width: `*` is Markdown."""
 
 
 def has_word(text: str, words: WordList) -> bool:

@@ -67,7 +67,7 @@ IN_ANSWER = Refuse(
 class Words(Guard):
     """Refuses or masks what has words of the list in it. While it is at work, the list follows its file."""
 
-    order: ClassVar[int] = 40  # computes only: before what asks Redis
+    order: ClassVar[int] = 25  # before the budget, which counts what is left of the text
 
     def __init__(self, path: Path, *, masks: bool, look: timedelta = LOOK) -> None:
         self._path = path

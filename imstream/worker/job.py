@@ -87,7 +87,9 @@ class Job:
                 case Bury(reason, error):
                     await patiently(lambda: self._parts.guards.failed(self.request))
                     await self._parts.requests.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
-                    self._log.error("request buried", reason=reason, error=error, attempts=self._attempts)
+                    # What guards refuse can be written by anybody, again and again: no error of ours.
+                    note = self._log.error if disposition.refusal is None else self._log.info
+                    note("request buried", reason=reason, error=error, attempts=self._attempts)
         finally:
             if self._recorder is not None:
                 self._recorder.leave()

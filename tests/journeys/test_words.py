@@ -146,10 +146,10 @@ async def test_a_program_learns_why_a_message_or_an_answer_was_refused(refusing:
 async def test_words_are_masked_in_what_is_asked_and_in_the_answer_across_its_deltas(
     question: str, masking: OneNode
 ) -> None:
-    masked = question.replace("bad-word", "********").replace("敏 感 词", "*****")
+    masked = question.replace("bad-word", "＊＊＊＊＊＊＊＊").replace("敏 感 词", "＊＊＊＊＊")
     answer = "".join(canned_answer(f"{masked} {BRIEF}"))
     for word in ("演示后端", "全程", "protocol of one"):
-        answer = answer.replace(word, "*" * len(word))
+        answer = answer.replace(word, "＊" * len(word))
     async with masking.peer(USER) as someone:
         await someone.chat(USER, f"{question} {BRIEF}", f"m-{question}"[:2] + str(len(question)))
         [message_id] = someone.told

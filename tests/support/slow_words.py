@@ -24,7 +24,7 @@ def slowly_masked(text: str, words: Iterable[str]) -> str:
             for last in range(first, len(parts)):
                 if normal[first] == word[0] and _is_word(normal, first, last, word):
                     for index in range(parts[first][1], parts[last][1] + 1):
-                        masked[index] = "*"
+                        masked[index] = "＊"
     return "".join(masked)
 
 

@@ -31,43 +31,43 @@ LIST = WordList(map(normalise, WORDS))
 
 FOUND = {
     # as it is, and written otherwise
-    "fuck": "****",
-    "oh, Fuck!": "oh, ****!",
-    "ＦＵＣＫ": "****",
-    "fu\u200bck": "*****",
-    "fu\u00adck": "*****",
-    "f\u0336u\u0336c\u0336k": "*******",
-    "fùck": "****",
-    "这是敏感词吗": "这是***吗",
-    "ｶﾞ": "**",
+    "fuck": "＊＊＊＊",
+    "oh, Fuck!": "oh, ＊＊＊＊!",
+    "ＦＵＣＫ": "＊＊＊＊",
+    "fu\u200bck": "＊＊＊＊＊",
+    "fu\u00adck": "＊＊＊＊＊",
+    "f\u0336u\u0336c\u0336k": "＊＊＊＊＊＊＊",
+    "fùck": "＊＊＊＊",
+    "这是敏感词吗": "这是＊＊＊吗",
+    "ｶﾞ": "＊＊",
     # signs between the letters
-    "f.u.c.k": "*******",
-    "f**u-ck": "*******",
-    "敏-感 词": "*****",
-    "敏★感😀词": "*****",
-    "性 感": "***",
-    "a_ss": "****",
-    "big_ass": "big_***",
-    "K 粉": "***",
+    "f.u.c.k": "＊＊＊＊＊＊＊",
+    "f**u-ck": "＊＊＊＊＊＊＊",
+    "敏-感 词": "＊＊＊＊＊",
+    "敏★感😀词": "＊＊＊＊＊",
+    "性 感": "＊＊＊",
+    "a_ss": "＊＊＊＊",
+    "big_ass": "big_＊＊＊",
+    "K 粉": "＊＊＊",
     # set apart, letter by letter
-    "f u c k": "*******",
-    "h'e'l'l": "*******",
-    "敏，感，词": "*****",
-    "敏\n感\n词": "*****",
-    "p\ne\nn\ni\ns": "*********",
+    "f u c k": "＊＊＊＊＊＊＊",
+    "h'e'l'l": "＊＊＊＊＊＊＊",
+    "敏，感，词": "＊＊＊＊＊",
+    "敏\n感\n词": "＊＊＊＊＊",
+    "p\ne\nn\ni\ns": "＊＊＊＊＊＊＊＊＊",
     # a gap that the list has
-    "two words": "*********",
-    "Two\nWords": "*********",
-    "twowords": "********",
-    "e-mail, email, e mail": "******, *****, ******",
-    "日，本": "***",
+    "two words": "＊＊＊＊＊＊＊＊＊",
+    "Two\nWords": "＊＊＊＊＊＊＊＊＊",
+    "twowords": "＊＊＊＊＊＊＊＊",
+    "e-mail, email, e mail": "＊＊＊＊＊＊, ＊＊＊＊＊, ＊＊＊＊＊＊",
+    "日，本": "＊＊＊",
     # whole words, next to other scripts
-    "你ass他": "你***他",
-    "大傻B了": "大**了",
-    "ass": "***",
-    "法轮法轮": "****",
-    "(ass)": "(***)",
-    "sex11 11": "sex11 **",
+    "你ass他": "你＊＊＊他",
+    "大傻B了": "大＊＊了",
+    "ass": "＊＊＊",
+    "法轮法轮": "＊＊＊＊",
+    "(ass)": "(＊＊＊)",
+    "sex11 11": "sex11 ＊＊",
 }
 
 NOT_FOUND = (
@@ -98,7 +98,7 @@ def test_what_is_no_whole_word_or_is_parted_stays(text: str) -> None:
 
 def test_words_that_overlap_are_all_masked() -> None:
     words = WordList(["法轮", "轮功", "a b", "b c"])
-    assert mask("法轮功 a b c", words) == "*** *****"
+    assert mask("法轮功 a b c", words) == "＊＊＊ ＊＊＊＊＊"
 
 
 # Everything that matters to some rule, and parts of words.
@@ -184,7 +184,7 @@ def test_ordinary_text_is_held_back_only_as_far_as_it_may_become_a_word() -> Non
     assert stream.feed("p ") == "help "
     assert stream.feed("an ass") == "an "
     assert stream.feed(".") == ""  # `ass.` may be the beginning of nothing, but it begins a word of the list
-    assert stream.feed(" So") == "***. So"
+    assert stream.feed(" So") == "＊＊＊. So"
     assert stream.end() == ""
 
 

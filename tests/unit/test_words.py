@@ -226,7 +226,7 @@ async def test_masking_changes_the_message_and_the_earlier_turns(file: Path) -> 
     guards = Guards([Words(file, masks=True)])
     passed = await guards.chat(_asked("a badword", ("user", "敏 感 词!"), ("assistant", "well")))
     assert isinstance(passed, Passed)
-    assert passed.request == _asked("a *******", ("user", "*****!"), ("assistant", "well"))
+    assert passed.request == _asked("a ＊＊＊＊＊＊＊", ("user", "＊＊＊＊＊!"), ("assistant", "well"))
     assert await Words(file, masks=True).chat(_asked("fine", ("user", "fine"))) is PASS
 
 
@@ -237,7 +237,7 @@ def test_an_answer_is_masked_or_ends_with_a_refusal_that_is_no_violation(file: P
     for piece in ("A bad", "word, 敏", "感", "词。 And a bad"):
         masking.feed(piece)
     masking.end()
-    assert "".join(shown) == "A *******, ***。 And a bad"
+    assert "".join(shown) == "A ＊＊＊＊＊＊＊, ＊＊＊。 And a bad"
     refusing = Guards([Words(file, masks=False)]).answer(_asked("hello"), shown.append)
     assert refusing is not None
     refusing.feed("so far so bad")
