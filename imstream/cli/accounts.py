@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import click
 
-from imstream.errors import StoreError, StoreUnavailable
+from imstream.cli.redis_command import ask
+from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.store.accounts import Accounts, Restricted
-from imstream.store.connection import Commands
 from imstream.store.days import Calendar
 from imstream.store.inbox import AccountChanged, leave
 from imstream.store.inspect import look_at_user
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterator
+    from collections.abc import Iterator
 
     from imstream.settings import Settings
+    from imstream.store.connection import Commands
     from imstream.store.inspect import UserOverview
 
 MAX_SHOWN = 20
@@ -31,54 +30,50 @@ MAX_SHOWN = 20
 
 def show(settings: Settings, user_id: int) -> None:
     """Print all that is known of a user."""
-    _run(settings, _show(settings, user_id))
+    ask(settings, lambda commands: _show(commands, settings, user_id))
 
 
 def lock(settings: Settings, user_id: int, span: timedelta, *, reason: str, by: str) -> None:
     """Lock a user, and have the sessions closed."""
 
-    async def work() -> None:
-        async with _connected(settings) as commands:
-            restricted = await Accounts(commands, settings).lock(user_id, span, reason=reason, by=by)
-            until = Calendar(ZoneInfo(settings.quota_timezone)).show(restricted.until)
-            click.echo(f"user {user_id} is locked until {until}")
-            await _tell(commands, settings, user_id, restricted)
+    async def work(commands: Commands) -> None:
+        restricted = await Accounts(commands, settings).lock(user_id, span, reason=reason, by=by)
+        until = Calendar(ZoneInfo(settings.quota_timezone)).show(restricted.until)
+        click.echo(f"user {user_id} is locked until {until}")
+        await _tell(commands, settings, user_id, restricted)
 
-    _run(settings, work())
+    ask(settings, work)
 
 
 def ban(settings: Settings, user_id: int, *, reason: str, by: str) -> None:
     """Ban a user, and have the sessions closed."""
 
-    async def work() -> None:
-        async with _connected(settings) as commands:
-            restricted = await Accounts(commands, settings).ban(user_id, reason=reason, by=by)
-            click.echo(f"user {user_id} is banned")
-            await _tell(commands, settings, user_id, restricted)
+    async def work(commands: Commands) -> None:
+        restricted = await Accounts(commands, settings).ban(user_id, reason=reason, by=by)
+        click.echo(f"user {user_id} is banned")
+        await _tell(commands, settings, user_id, restricted)
 
-    _run(settings, work())
+    ask(settings, work)
 
 
 def unlock(settings: Settings, user_id: int) -> None:
     """End a lock."""
 
-    async def work() -> None:
-        async with _connected(settings) as commands:
-            was = await Accounts(commands, settings).unlock(user_id)
+    async def work(commands: Commands) -> None:
+        was = await Accounts(commands, settings).unlock(user_id)
         click.echo(f"user {user_id} is locked no more" if was else f"user {user_id} was not locked")
 
-    _run(settings, work())
+    ask(settings, work)
 
 
 def unban(settings: Settings, user_id: int) -> None:
     """End a ban."""
 
-    async def work() -> None:
-        async with _connected(settings) as commands:
-            was = await Accounts(commands, settings).unban(user_id)
+    async def work(commands: Commands) -> None:
+        was = await Accounts(commands, settings).unban(user_id)
         click.echo(f"user {user_id} is banned no more" if was else f"user {user_id} was not banned")
 
-    _run(settings, work())
+    ask(settings, work)
 
 
 def quota(settings: Settings, user_id: int, *, give_back: str | None, reset: bool) -> None:
@@ -86,30 +81,28 @@ def quota(settings: Settings, user_id: int, *, give_back: str | None, reset: boo
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(time.time_ns() // 1_000_000)
 
-    async def work() -> None:
-        async with _connected(settings) as commands:
-            accounts = Accounts(commands, settings)
-            if give_back is not None:
-                was = await accounts.give_back(user_id, give_back, day)
-                click.echo(f"message {give_back} is {'counted no more' if was else 'not counted today'}")
-            if reset:
-                click.echo(f"given back: {await accounts.give_all_back(user_id, day)}")
-            overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
+    async def work(commands: Commands) -> None:
+        accounts = Accounts(commands, settings)
+        if give_back is not None:
+            was = await accounts.give_back(user_id, give_back, day)
+            click.echo(f"message {give_back} is {'counted no more' if was else 'not counted today'}")
+        if reset:
+            click.echo(f"given back: {await accounts.give_all_back(user_id, day)}")
+        overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
         click.echo(f"user {user_id}: {_used(overview, settings)}")
         for message_id, at in overview.asked[:MAX_SHOWN]:
             click.echo(f"  {calendar.show(at)}  {message_id}")
         if len(overview.asked) > MAX_SHOWN:
             click.echo(f"  and {len(overview.asked) - MAX_SHOWN} more")
 
-    _run(settings, work())
+    ask(settings, work)
 
 
-async def _show(settings: Settings, user_id: int) -> None:
+async def _show(commands: Commands, settings: Settings, user_id: int) -> None:
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(time.time_ns() // 1_000_000)
-    async with _connected(settings) as commands:
-        overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
-        standing = await Accounts(commands, settings).look(user_id, day)
+    overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
+    standing = await Accounts(commands, settings).look(user_id, day)
     click.echo(f"user {user_id} at {settings.redis_url}")
     for line in _lines(overview, type(standing).__name__.lower(), settings, calendar):
         click.echo(line)
@@ -150,16 +143,3 @@ async def _tell(commands: Commands, settings: Settings, user_id: int, restricted
             click.echo(f"node {node} could not be told, and closes sessions within minutes: {error}", err=True)
         else:
             click.echo(f"node {node} was told to close the user's sessions")
-
-
-@asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[Commands]:
-    async with Commands(settings.redis_url, lanes=1, timeout=settings.redis_timeout) as commands:
-        yield commands
-
-
-def _run(settings: Settings, work: Coroutine[object, object, None]) -> None:
-    try:
-        asyncio.run(work)
-    except StoreUnavailable as error:
-        raise StoreUnavailable(f"no Redis at {settings.redis_url}: {error}") from None

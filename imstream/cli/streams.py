@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import click
 
-from imstream.errors import StoreDenied, StoreUnavailable
+from imstream.cli.redis_command import ask
 from imstream.keys import Keys
 from imstream.store import inspect
-from imstream.store.connection import Commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,21 +22,12 @@ def run(settings: Settings, *, newest: int) -> None:
     Raises:
         StoreUnavailable: Redis was not reached.
     """
-    address = settings.redis_url
-    try:
-        overview = asyncio.run(_look(settings, newest))
-    except StoreDenied as error:
-        raise StoreDenied(f"the Redis at {address} denies access: {error}") from None
-    except StoreUnavailable as error:
-        raise StoreUnavailable(f"no Redis at {address}: {error}") from None
-    click.echo(f"node {settings.node} at {address}")
+    overview = ask(
+        settings, lambda commands: inspect.look(commands, Keys(settings.key_prefix), settings.node, newest=newest)
+    )
+    click.echo(f"node {settings.node} at {settings.redis_url}")
     for line in _lines(overview):
         click.echo(line)
-
-
-async def _look(settings: Settings, newest: int) -> inspect.Overview:
-    async with Commands(settings.redis_url, lanes=1, timeout=settings.redis_timeout) as commands:
-        return await inspect.look(commands, Keys(settings.key_prefix), settings.node, newest=newest)
 
 
 def _lines(overview: inspect.Overview) -> Iterator[str]:

@@ -118,9 +118,10 @@ async def test_a_node_that_starts_without_redis_says_that_it_waits_for_it(demo: 
             assert node.now.process.output().count("redis not reached") == 1
 
 
-async def test_imstream_streams_says_what_is_denied(server: RedisServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asking", ["streams", "user show 10001"])
+async def test_a_command_says_what_is_denied(asking: str, server: RedisServer, tmp_path: Path) -> None:
     env = {"IMSTREAM_REDIS_URL": server.url.replace(USER, "imstream:new-secret")}
-    with start([PYTHON, "-m", "imstream", "streams"], tmp_path / "log", env=env) as command:
+    with start([PYTHON, "-m", "imstream", *asking.split()], tmp_path / "log", env=env) as command:
         assert await asyncio.to_thread(command.wait) == 1
     assert f"the Redis at redis://127.0.0.1:{server.port}/0 denies access: " in command.output()
     assert "new-secret" not in command.output()

@@ -1,0 +1,37 @@
+"""Commands that ask Redis something: over one connection, and with errors that say which Redis it was."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+from imstream.errors import StoreDenied, StoreUnavailable
+from imstream.store.connection import Commands
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from imstream.settings import Settings
+
+Answer = TypeVar("Answer")
+
+
+def ask(settings: Settings, work: Callable[[Commands], Awaitable[Answer]]) -> Answer:
+    """Do this work with the Redis of the settings.
+
+    Raises:
+        StoreUnavailable: Redis was not reached, or does not let us in.
+        StoreError: It did not do what it was asked.
+    """
+
+    async def connected() -> Answer:
+        async with Commands(settings.redis_url, lanes=1, timeout=settings.redis_timeout) as commands:
+            return await work(commands)
+
+    address = settings.redis_url
+    try:
+        return asyncio.run(connected())
+    except StoreDenied as error:
+        raise StoreDenied(f"the Redis at {address} denies access: {error}") from None
+    except StoreUnavailable as error:
+        raise StoreUnavailable(f"no Redis at {address}: {error}") from None
