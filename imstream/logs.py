@@ -65,12 +65,6 @@ def configure(settings: Settings) -> None:
         logger.setLevel(max(logger.level, logging.INFO))
 
 
-def get_logger() -> structlog.typing.FilteringBoundLogger:
-    """The logger of a module. What it writes is decided when it writes, so it may be made before `configure`."""
-    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-    return logger
-
-
 def _renderer(log_format: str) -> list[structlog.typing.Processor]:
     terminal = sys.stdout.isatty()
     if log_format == "json" or (log_format == "auto" and not terminal):

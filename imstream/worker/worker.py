@@ -214,7 +214,7 @@ class Worker:
         try:
             request = ChatRequest.from_fields(entry.fields)
         except Malformed as error:
-            log.error("request buried", reason=MALFORMED, error=str(error), entry=entry.entry_id)  # noqa: TRY400
+            log.error("request buried", reason=MALFORMED, error=str(error), entry=entry.entry_id)  # noqa: TRY400 - no defect
             await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
             return
         if self._parts.breaker.tripped:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import structlog
 from websockets.asyncio.client import connect
 
 from imstream import logs
@@ -74,11 +75,11 @@ def test_settings_show_no_secret_of_theirs(capsys: pytest.CaptureFixture[str]) -
     assert str(settings.ai_url) == "http://127.0.0.1:9/v1?api-key=…"
     for log_format in ("json", "console"):
         logs.configure(Settings.load(log_format=log_format))
-        logs.get_logger().error("all of it", settings=settings, redis=settings.redis_url, ai=settings.ai_url)
+        structlog.get_logger().error("all of it", settings=settings, redis=settings.redis_url, ai=settings.ai_url)
         try:
             _fail(settings, SECRETS["ai_key"])
         except RuntimeError:
-            logs.get_logger().exception("it failed")
+            structlog.get_logger().exception("it failed")
     said = capsys.readouterr().out
     assert said.count("it failed") == 2
     assert_hushed(said)

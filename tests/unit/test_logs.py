@@ -41,7 +41,7 @@ def configure(**settings: object) -> None:
 
 def test_outside_a_terminal_a_line_is_json_with_the_event_up_front(capsys: pytest.CaptureFixture[str]) -> None:
     configure()
-    logs.get_logger().info("accepted", user=10001, place="上海")
+    structlog.get_logger().info("accepted", user=10001, place="上海")
     line = capsys.readouterr().out
     assert list(json.loads(line)) == ["timestamp", "level", "event", "user", "place"]
     assert json.loads(line)["event"] == "accepted"
@@ -50,7 +50,7 @@ def test_outside_a_terminal_a_line_is_json_with_the_event_up_front(capsys: pytes
 
 def test_console_lines_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     configure(log_format="console")
-    logs.get_logger().info("accepted", user=10001)
+    structlog.get_logger().info("accepted", user=10001)
     line = capsys.readouterr().out
     assert "accepted" in line
     assert "user=10001" in line
@@ -62,7 +62,7 @@ def test_a_terminal_gets_console_lines_in_colour(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     configure()
-    logs.get_logger().info("accepted")
+    structlog.get_logger().info("accepted")
     assert "\x1b[" in capsys.readouterr().out
 
 
@@ -100,8 +100,8 @@ def test_what_goes_over_a_socket_is_never_written(capsys: pytest.CaptureFixture[
 
 def test_below_the_level_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     configure(log_level="warning")
-    logs.get_logger().info("accepted")
-    logs.get_logger().warning("careful")
+    structlog.get_logger().info("accepted")
+    structlog.get_logger().warning("careful")
     assert json.loads(capsys.readouterr().out)["event"] == "careful"
 
 
@@ -115,7 +115,7 @@ def test_a_traceback_never_shows_local_variables(log_format: str, capsys: pytest
     try:
         fail("what a person " + "wrote")
     except RuntimeError:
-        logs.get_logger().exception("it failed")
+        structlog.get_logger().exception("it failed")
         logging.getLogger("some.library").exception("it failed")
     out = capsys.readouterr().out
     assert out.count("RuntimeError: 19 characters") == 2
@@ -130,7 +130,7 @@ def test_configured_twice_a_library_still_logs_each_line_once(capsys: pytest.Cap
 
 
 def test_a_logger_made_before_configuring_writes_as_configured(capsys: pytest.CaptureFixture[str]) -> None:
-    logger = logs.get_logger()
+    logger = structlog.get_logger()
     configure()
     logger.info("accepted")
     assert json.loads(capsys.readouterr().out)["event"] == "accepted"
@@ -142,7 +142,7 @@ def test_a_line_that_cannot_be_written_is_lost_and_does_no_harm(monkeypatch: pyt
     with open(writing, "w", buffering=1) as nobody_reads:  # noqa: PTH123 - a file descriptor
         monkeypatch.setattr(sys, "stdout", nobody_reads)
         configure()
-        logs.get_logger().info("accepted")
+        structlog.get_logger().info("accepted")
         logging.getLogger("some.library").warning("something")
         monkeypatch.undo()
         sink = os.open(os.devnull, os.O_WRONLY)  # what is left in the buffer can be flushed there
