@@ -105,7 +105,7 @@ def key_source(settings: Settings) -> KeySource:
     if settings.auth_public_key is not None:
         return FixedKey(public_key(settings.auth_public_key, algorithm, variable("auth_public_key")))
     assert settings.auth_jwks_url is not None  # noqa: S101 - one of the three is given
-    return PublishedKeys(settings.auth_jwks_url.get_secret_value(), algorithm)
+    return PublishedKeys(settings.auth_jwks_url, algorithm)
 
 
 def keys_given(settings: Settings) -> list[str]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from imstream.guards.tokens import KeysAway, NotBelieved
 from imstream.guards.tokens.jwks import MAX_KEYS, MAX_SIZE, PublishedKeys, usable
+from imstream.redis_url import SecretUrl
 from tests.support.tokens import PUBLIC, Issuer, as_jwk, issuer, key_of, token
 from tests.support.waiting import wait_until
 
@@ -30,7 +31,7 @@ OLD_TOKEN, NEW_TOKEN = token(OLD, "ES256", headers={"kid": "old"}), token(NEW, "
 async def following(one: Issuer, *, known: bool = True, **timing: float) -> AsyncIterator[PublishedKeys]:
     """The keys of an issuer, once they were fetched. Seldom looked at again by itself, unless `refresh` says so."""
     spans = {name: timedelta(seconds=seconds) for name, seconds in {"refresh": 60, "apart": 0.05, **timing}.items()}
-    keys = PublishedKeys(one.url, "ES256", **spans)
+    keys = PublishedKeys(SecretUrl(one.url), "ES256", **spans)
     async with keys.at_work():
         if known:
             await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys were fetched")

@@ -15,12 +15,12 @@ from pydantic_core import from_json
 from imstream.guards.tokens import KeysAway, NotBelieved
 from imstream.guards.tokens.keys import algorithm_of
 from imstream.guards.tokens.rules import key_id
-from imstream.redis_url import without_password
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from imstream.guards.tokens import Algorithm
+    from imstream.redis_url import SecretUrl
 
 REFRESH = timedelta(minutes=5)
 """Between two looks at the keys. One that was withdrawn is believed no longer than this."""
@@ -47,7 +47,7 @@ class PublishedKeys:
     """The keys at one address. While it is away the old ones are kept; before the first answer there are none."""
 
     def __init__(
-        self, url: str, algorithm: Algorithm, *, refresh: timedelta = REFRESH, apart: timedelta = APART
+        self, url: SecretUrl, algorithm: Algorithm, *, refresh: timedelta = REFRESH, apart: timedelta = APART
     ) -> None:
         self._url = url
         self._algorithm = algorithm
@@ -121,17 +121,17 @@ class PublishedKeys:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             if not self._failing:
                 why = str(error) or type(error).__name__
-                log.warning("keys of tokens away", url=without_password(self._url), error=why, kept=len(self._found))
+                log.warning("keys of tokens away", url=str(self._url), error=why, kept=len(self._found))
             self._failing = True
             return
         if self._failing or not self._found:
-            log.info("keys of tokens reached", url=without_password(self._url), keys=len(found))
+            log.info("keys of tokens reached", url=str(self._url), keys=len(found))
         self._found, self._failing = found, False
 
     async def _fetch(self) -> object:
         assert self._session is not None  # noqa: S101 - it is, at work
         # Not followed elsewhere: who says which keys are good says who anybody is.
-        async with self._session.get(self._url, allow_redirects=False) as answer:
+        async with self._session.get(self._url.get_secret_value(), allow_redirects=False) as answer:
             if answer.status != 200:  # noqa: PLR2004 - OK
                 raise ValueError(f"the answer is HTTP {answer.status}")
             content = bytearray()
