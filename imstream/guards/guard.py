@@ -9,6 +9,11 @@
     request     the same, when it takes longer to find out the worker, before the first AI call
     answer      what of the answer may be shown?           the worker, piece by piece
 
+and what they are told, if they want to know:
+
+    violated    a guard has refused what a user wrote      the gateway or the worker
+    failed      a request has ended without an answer      the worker, before it is buried
+
 A guard overrides the moments at which it has something to say; the others cost nothing. The gateway's moments should
 take microseconds, or one round trip to Redis. What takes longer belongs into the worker's.
 """

@@ -145,29 +145,41 @@ def test_an_answer_that_nobody_listens_to_goes_its_way() -> None:
     assert Guards([_Played()]).answer(ASKED, write) is None
 
 
-async def test_a_file_in_the_folder_is_a_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_in_the_folder_is_a_guard_with_settings_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "no_questions.py").write_text(
         """
+from pydantic_settings import SettingsConfigDict
+
 from imstream.guards.guard import PASS, Guard, Refuse
+from imstream.settings import SettingsGroup
 from imstream.texts import OwnSentence
 from imstream.wire import Code
+
+class Questions(SettingsGroup):
+    model_config = SettingsConfigDict(env_prefix="IMSTREAM_QUESTIONS_")
+    end: str = "?"
 
 class NoQuestions(Guard):
     @classmethod
     def make(cls, supplies):
-        return cls()
+        made = cls()
+        made.end = Questions.load().end
+        return made
 
     async def chat(self, request):
-        if request.contents.endswith("?"):
+        if request.contents.endswith(self.end):
             return Refuse("question", Code.FORBIDDEN, OwnSentence("请勿提问", "No questions, please"))
         return PASS
 """,
         "utf-8",
     )
     monkeypatch.setattr(imstream.guards, "__path__", [*imstream.guards.__path__, str(tmp_path)])
+    monkeypatch.setenv("IMSTREAM_QUESTIONS_END", "吗")
     nothing = cast("Any", None)
     guards = Guards.make(Supplies(Settings(), nothing, nothing))
-    refused = await guards.chat(ChatRequest(10001, "m-1", "why?", (), "en", 0, "trace"))
+    refused = await guards.chat(ChatRequest(10001, "m-1", "可以吗", (), "en", 0, "trace"))
     assert isinstance(refused, Refuse)
     assert refused.reason == "question"
     assert isinstance(await guards.chat(ASKED), Passed)
