@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
@@ -16,6 +15,7 @@ from imstream.store.accounts import Accounts, Restricted
 from imstream.store.days import Calendar
 from imstream.store.inbox import AccountChanged, leave
 from imstream.store.inspect import look_at_user
+from imstream.store.spans import now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,7 @@ def unban(settings: Settings, user_id: int) -> None:
 def quota(settings: Settings, user_id: int, *, give_back: str | None, reset: bool) -> None:
     """Give back what was counted today, if asked to; print what is counted."""
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
-    day = calendar.day(time.time_ns() // 1_000_000)
+    day = calendar.day(now())
 
     async def work(commands: Commands) -> None:
         accounts = Accounts(commands, settings)
@@ -100,7 +100,7 @@ def quota(settings: Settings, user_id: int, *, give_back: str | None, reset: boo
 
 async def _show(commands: Commands, settings: Settings, user_id: int) -> None:
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
-    day = calendar.day(time.time_ns() // 1_000_000)
+    day = calendar.day(now())
     overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
     standing = await Accounts(commands, settings).look(user_id, day)
     click.echo(f"user {user_id} at {settings.redis_url}")

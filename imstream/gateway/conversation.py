@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, assert_never
 
@@ -16,6 +15,7 @@ from imstream.guards.guard import Login, Refuse
 from imstream.reply import Cursor
 from imstream.store.chat_request import ChatRequest
 from imstream.store.requests import Admitted
+from imstream.store.spans import now
 from imstream.texts import Text
 from imstream.wire import (
     USER_ID_FIELD,
@@ -181,7 +181,7 @@ class Conversation:
             contents=frame.contents,
             history=tuple((turn.role, turn.content) for turn in frame.history),
             lang=self._phrases.lang,
-            at=time.time_ns() // 1_000_000,
+            at=now(),
             trace=f"{random.getrandbits(64):016x}",
         )
 

@@ -6,7 +6,6 @@ Without a daily quota a chat costs nothing here: whoever bans or locks a user le
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -19,6 +18,7 @@ from imstream.guards.guard import Guard, Pass, Refuse
 from imstream.store.accounts import Accounts, Banned, Locked, Spent
 from imstream.store.days import Calendar
 from imstream.store.inbox import AccountChanged
+from imstream.store.spans import now
 from imstream.texts import OwnSentence
 from imstream.wire import Close, Code
 
@@ -63,14 +63,14 @@ class Account(Guard):
 
     async def login(self, login: Login) -> Pass | Refuse:
         """Whether the account is neither banned nor locked; and how many messages are left today."""
-        standing = await self._accounts.look(login.user_id, self._calendar.day(_now()))
+        standing = await self._accounts.look(login.user_id, self._calendar.day(now()))
         if isinstance(standing, Banned | Locked):
             return self._keep_out(standing)
         return Pass(remaining=self._remaining(standing.used))
 
     async def stay(self, user_id: int) -> Refuse | None:
         """Whether it still is."""
-        standing = await self._accounts.look(user_id, self._calendar.day(_now()))
+        standing = await self._accounts.look(user_id, self._calendar.day(now()))
         return self._keep_out(standing) if isinstance(standing, Banned | Locked) else None
 
     async def violated(self, user_id: int) -> None:
@@ -90,7 +90,7 @@ class Account(Guard):
     def _keep_out(self, standing: Banned | Locked) -> Refuse:
         if isinstance(standing, Banned):
             return Refuse("banned", Code.FORBIDDEN, BANNED, close=Close.LOCKED)
-        until = self._calendar.show(_now() + standing.left // timedelta(milliseconds=1))
+        until = self._calendar.show(now() + standing.left // timedelta(milliseconds=1))
         return Refuse(
             *("locked", Code.FORBIDDEN, LOCKED, {"until": until}), retry_after=standing.left, close=Close.LOCKED
         )
@@ -126,8 +126,3 @@ class AccountWithQuota(Account):
         """Give it back: on the day on which it was asked."""
         with suppress(ValueError, OverflowError, OSError):  # somebody wrote that time by hand, beyond all years
             await self._accounts.give_back(request.user_id, request.message_id, self._calendar.day(request.at))
-
-
-def _now() -> int:
-    """In milliseconds since 1970."""
-    return time.time_ns() // 1_000_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from pydantic_core import from_json, to_json
 from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds
+from imstream.store.spans import milliseconds, now
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -96,13 +95,13 @@ class Leases:
 
     async def beat(self) -> None:
         """Be seen in the directory of nodes."""
-        await self._commands.execute("ZADD", self._keys.nodes(), time.time_ns() // 1_000_000, self.node)
+        await self._commands.execute("ZADD", self._keys.nodes(), now(), self.node)
 
     async def others(self) -> dict[str, timedelta]:
         """The other nodes of the directory, and how long ago each was last seen."""
         rows = await self._commands.execute("ZRANGE", self._keys.nodes(), 0, -1, "WITHSCORES")
-        now = time.time_ns() / 1_000_000
-        return {node: timedelta(milliseconds=now - at) for node, at in rows if node != self.node}
+        moment = now()
+        return {node: timedelta(milliseconds=moment - at) for node, at in rows if node != self.node}
 
     async def left(self, nodes: Iterable[str]) -> dict[str, timedelta | None]:
         """How long the lease of each node lasts if it is not renewed; None: nobody holds it."""

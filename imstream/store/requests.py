@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds
+from imstream.store.spans import milliseconds, now
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -201,13 +200,12 @@ class RequestStream:
 
     async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
         """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""
-        dead_at = time.time_ns() // 1_000_000
         await _BURY.run(
             self._commands,
             (*self._keys, self._dead),
             (
                 *(GROUP, entry.entry_id, entry.fields.get("user", ""), KEPT_DEAD_LETTERS),
-                *("reason", reason, "error", error, "attempts", attempts, "dead_at", dead_at),
+                *("reason", reason, "error", error, "attempts", attempts, "dead_at", now()),
             ),
         )
 
