@@ -113,7 +113,7 @@ async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
 
 
 async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "_now", lambda: MIDDAY)
+    monkeypatch.setattr(account, "now", lambda: MIDDAY)
     one = with_quota(PlayedAccounts(Locked(timedelta(minutes=30))), zone="Asia/Shanghai")
     for verdict in (await one.login(Login(USER)), await one.stay(USER), await one.chat(ASKED)):
         assert isinstance(verdict, Refuse)
