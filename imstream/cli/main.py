@@ -80,7 +80,7 @@ def main(parent: int | None) -> None:
     In production the parts run alone: any Redis or Valkey from 6.2, any OpenAI-compatible AI backend, and
     "imstream node" as often as you like, each with an id of its own.
 
-    Every option is also a setting: --queue-limit is IMSTREAM_QUEUE_LIMIT, in the environment or in the file .env.
+    Every option of a part is also a setting: --queue-limit is IMSTREAM_QUEUE_LIMIT, in the environment or in .env.
     The option wins over the environment, the environment over the file.
     """  # noqa: D301 - \b is click's mark for text that is not to be wrapped
     if parent is not None:
