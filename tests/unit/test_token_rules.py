@@ -108,6 +108,9 @@ def test_a_token_sealed_with_the_public_key_as_its_secret_is_not_believed(algori
     ("claims", "reason"),
     [
         ({"exp": NOW - 6}, "expired"),
+        ({"exp": float("nan")}, "claims"),
+        ({"exp": float("inf")}, "claims"),
+        ({"exp": NOW + 60, "nbf": float("nan")}, "claims"),
         ({"exp": NOW - 5}, "expired"),
         ({"exp": None}, "claims"),
         ({"exp": "1900000000"}, "claims"),

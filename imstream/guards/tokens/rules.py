@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -109,9 +110,12 @@ def _time(claims: dict[str, Any], name: str, *, default: float | None = None) ->
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise NotBelieved("claims")
     try:
-        return float(value)
+        seconds = float(value)
     except OverflowError:
         raise NotBelieved("claims") from None
+    if not isfinite(seconds):  # Python's JSON has NaN, which is never over
+        raise NotBelieved("claims")
+    return seconds
 
 
 def _user_id(value: object) -> int:
