@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
@@ -11,7 +12,7 @@ import click
 from imstream.cli.redis_command import ask
 from imstream.errors import StoreError
 from imstream.keys import Keys
-from imstream.store.accounts import Accounts, Restricted
+from imstream.store.accounts import Accounts, Free, Locked, Restricted
 from imstream.store.days import Calendar
 from imstream.store.inbox import AccountChanged, leave
 from imstream.store.inspect import look_at_user
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imstream.settings import Settings
+    from imstream.store.accounts import Banned
     from imstream.store.connection import Commands
     from imstream.store.inspect import UserOverview
 
@@ -104,20 +106,26 @@ async def _show(commands: Commands, settings: Settings, user_id: int) -> None:
     overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
     standing = await Accounts(commands, settings).look(user_id, day)
     click.echo(f"user {user_id} at {settings.redis_url}")
-    for line in _lines(overview, type(standing).__name__.lower(), settings, calendar):
+    for line in _lines(overview, standing, settings, calendar):
         click.echo(line)
 
 
-def _lines(overview: UserOverview, standing: str, settings: Settings, calendar: Calendar) -> Iterator[str]:
+def _lines(
+    overview: UserOverview, standing: Free | Locked | Banned, settings: Settings, calendar: Calendar
+) -> Iterator[str]:
     account = overview.account
-    yield f"  account     {standing}"
-    if standing == "locked":
-        yield f"    until     {calendar.show(int(account['locked_until']))}"
-    if standing != "free":
+    yield f"  account     {type(standing).__name__.lower()}"
+    if isinstance(standing, Locked):
+        # Somebody may have written it by hand, such as 1.9e12: what holds is what Redis makes of it.
+        written, ms = account.get("locked_until", ""), timedelta(milliseconds=1)
+        until = int(written) if written.isdecimal() else now() + standing.left // ms
+        yield f"    until     {calendar.show(until)}"
+    if not isinstance(standing, Free):
         for name in ("reason", "by"):
             yield f"    {name:<9} {account.get(name) or '?'}"
-        if (at := account.get("at", "")).isdecimal():
-            yield f"    since     {calendar.show(int(at))}"
+        if (since := account.get("at", "")).isdecimal():
+            with suppress(ValueError, OverflowError, OSError):  # beyond all years, by hand
+                yield f"    since     {calendar.show(int(since))}"
     yield f"  quota       {_used(overview, settings)}"
     left = f", forgotten in {timedelta(seconds=overview.violations_for.seconds)}" if overview.violations else ""
     yield f"  violations  {overview.violations}{left}"

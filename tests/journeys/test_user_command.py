@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from click.testing import CliRunner
 
 import imstream.cli.accounts
@@ -12,8 +13,6 @@ from imstream.errors import StoreFull
 from imstream.keys import Keys
 
 if TYPE_CHECKING:
-    import pytest
-
     from tests.support.redis_sets import Topology
 
 USER = 10001
@@ -44,6 +43,14 @@ def test_commands_change_what_show_shows_wherever_redis_is(empty_redis: Topology
     assert "0 used on" in quota
     assert quota.endswith("no limit here")
     assert (violations, sockets) == ("  violations  0", "  sockets     none")
+
+
+@pytest.mark.parametrize("until", ["1.9e12", "1900000000000.5", "0x1ba60d33800"])
+def test_a_lock_that_was_written_by_hand_is_shown(until: str, empty_redis: Topology) -> None:
+    with empty_redis.client() as client:
+        client.hset(Keys().account(USER), mapping={"locked_until": until, "at": "9" * 30})
+        assert command(empty_redis, "show")[1:3] == ["  account     locked", "    until     2030-03-17 17:47 (UTC)"]
+        client.delete(Keys().account(USER))
 
 
 def test_a_node_that_cannot_be_told_is_named(empty_redis: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
