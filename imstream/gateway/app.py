@@ -17,6 +17,7 @@ from imstream.texts import say
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from starlette.datastructures import Headers
     from starlette.requests import Request
     from starlette.websockets import WebSocket
 
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 
 
 log = structlog.get_logger()
+
+
+def joined(headers: Headers) -> dict[str, str]:
+    """The headers; several lines of one name are one list with commas (RFC 9110, section 5.3).
+
+    A balancer may put its X-Forwarded-For behind that of a client, which says what it likes.
+    """
+    return {name: ", ".join(headers.getlist(name)) for name in headers}
 
 
 def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]) -> Starlette:
@@ -37,7 +46,7 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: 
     node = services.settings.node
 
     async def socket(websocket: WebSocket) -> None:
-        refused = services.guards.handshake(Handshake(websocket.headers))
+        refused = services.guards.handshake(Handshake(joined(websocket.headers)))
         if refused is not None:
             origin = websocket.headers.get("origin")
             log.info("handshake refused", reason=refused.reason, peer=peer_of(websocket), origin=origin)

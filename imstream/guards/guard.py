@@ -47,7 +47,7 @@ class Supplies:
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """A request to open a socket. `headers`: by their names in lower case; the last one counts."""
+    """A request to open a socket. `headers`: by their names in lower case; several of one name are joined by commas."""
 
     headers: Mapping[str, str]
 

@@ -77,7 +77,8 @@ def is_same(origin: str, headers: Mapping[str, str]) -> bool:
     page, asked = _split(origin), _split(f"//{headers.get('host', '')}")
     if page is None or asked is None or page.scheme not in {"http", "https"} or not _ORIGIN.fullmatch(origin):
         return False
-    if page.scheme == "http" and headers.get("x-forwarded-proto", "") in {"https", "wss"}:
+    asked_by = headers.get("x-forwarded-proto", "").partition(",")[0].strip()  # of several balancers, the outermost
+    if page.scheme == "http" and asked_by in {"https", "wss"}:
         return False  # a page that anybody on the way may have changed
     usual = _PORTS[page.scheme]
     return page.hostname is not None and (page.hostname, page.port or usual) == (asked.hostname, asked.port or usual)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from imstream.cli.main import main
@@ -16,6 +17,7 @@ from imstream.client import Client
 from imstream.wire import SUBPROTOCOL
 from tests.support.one_node import one_node, standing_node
 from tests.support.peer import Told, peer
+from tests.support.processes import free_port
 from tests.support.tokens import SECRET, as_jwk, issuer, key_of, private_pem, token, written
 from tests.support.waiting import wait_until
 
@@ -310,6 +312,18 @@ async def test_keys_may_come_after_the_node_and_change_while_it_runs(
             assert await answer(token(old, "EdDSA", headers={"kid": "newer"})) == "UNAVAILABLE"
 
 
+async def test_who_cannot_be_logged_in_in_time_is_sent_away_to_come_back_later(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}/"
+    settings = {"auth": "jwt", "auth_algorithm": "ES256", "auth_jwks_url": nowhere, "init_timeout": "600ms"}
+    shown_key = token(key_of("ES256"), "ES256", sub=str(USER), exp=time.time() + 60)
+    async with one_node(tmp_path, redis_server, demo.url, **settings) as node, peer(node.now.ws(USER)) as someone:
+        await someone.say("INIT", userId=USER, token=shown_key)
+        assert await someone.closed() == 1013
+        assert {frame["code"] for frame in someone.frames} == {"UNAVAILABLE"}
+
+
 async def test_a_node_that_would_ask_nobody_does_not_listen_beyond_its_machine(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
@@ -327,10 +341,14 @@ async def test_a_page_whose_name_was_made_to_lead_here_is_refused(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     async with one_node(tmp_path, redis_server, demo.url) as node:
-        for headers in ({"Host": "evil.example.com"}, {"X-Forwarded-For": "10.0.0.7"}):
-            origin = f"http://{headers.get('Host', f'127.0.0.1:{node.port}')}"
+        for headers in (
+            [("Host", "evil.example.com")],
+            [("X-Forwarded-For", "10.0.0.7")],
+            [("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-For", "10.0.0.7")],  # what a client, then a balancer says
+        ):
+            origin = f"http://{dict(headers).get('Host', f'127.0.0.1:{node.port}')}"
             with pytest.raises(InvalidStatus) as told:
-                async with peer(node.now.ws(USER), headers={"Origin": origin, **headers}):
+                async with connect(node.now.ws(USER), additional_headers=[("Origin", origin), *headers]):
                     pass
             assert told.value.response.status_code == 403
         async with peer(node.now.ws(USER), user=USER, resume={"m": Told()}):

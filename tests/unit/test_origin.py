@@ -80,6 +80,8 @@ def test_where_tls_ends_before_the_node_a_page_without_it_is_another_one() -> No
     assert not may_come("http://chat.example.com", **forwarded)
     # A balancer behind the one that ends TLS knows nothing of it.
     assert may_come("https://chat.example.com", **{"x-forwarded-proto": "http"})
+    # Of several balancers, the outermost is first.
+    assert not may_come("http://chat.example.com", **{"x-forwarded-proto": "https, http"})
 
 
 def test_the_page_from_disk_may_come_where_it_is_named() -> None:
