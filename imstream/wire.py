@@ -76,7 +76,7 @@ class Close(IntEnum):
     DRAINING = 1012
     """The node is going away: reconnect now."""
     NODE_FULL = 1013
-    """The node has too many sockets: reconnect later."""
+    """The node has too many sockets, or could log nobody in: reconnect later."""
     NO_HEARTBEAT = 4001
     READER_TOO_SLOW = 4002
     NOT_AUTHENTICATED = 4500

@@ -117,6 +117,7 @@ class Conversation:
 
     async def _init(self, frame: ClientInit) -> None:
         services, session = self._services, self._session
+        session.has_asked = True
         welcome = await services.guards.login(Login(frame.user_id, frame.token or session.token))
         if isinstance(welcome, Refuse):
             self._refuse(welcome)

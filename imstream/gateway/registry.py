@@ -93,7 +93,10 @@ class Registry:
             log.info("session closed", why="reader too slow", user=session.user_id)
             session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)
         elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():
-            session.close(Close.NOT_AUTHENTICATED, Text.NO_INIT)
+            if session.has_asked:  # Redis, or the keys of tokens, are away
+                session.close(Close.NODE_FULL, Text.UNAVAILABLE, Code.UNAVAILABLE)
+            else:
+                session.close(Close.NOT_AUTHENTICATED, Text.NO_INIT)
         elif session.ends_at is not None and now > session.ends_at:
             session.close(Close.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED, Code.UNAUTHORIZED)
         elif now - session.heard_at > settings.idle_timeout.total_seconds():

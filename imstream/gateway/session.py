@@ -70,6 +70,7 @@ class Session:
         "began_at",
         "closing_since",
         "ends_at",
+        "has_asked",
         "heard_at",
         "login",
         "token",
@@ -94,6 +95,8 @@ class Session:
         """The user that the address names; None when it names none."""
         self.user_id: int | None = None
         """Who has logged in."""
+        self.has_asked = False
+        """Whether it has asked to be logged in. If nobody is, that is not the fault of who did."""
         self.login = 0
         """Number of its login: the newer of two has the higher one. 0: none is known."""
         self.began_at = self.heard_at = asyncio.get_running_loop().time()

@@ -29,6 +29,7 @@ class PlayedSession:
     closing_since: float | None = None
     ends_at: float | None = None
     warn_at: float | None = None
+    has_asked: bool = False
     told: list[tuple[str, Close, Text, float]] = field(default_factory=list)
     warned: list[float] = field(default_factory=list)
 
@@ -37,6 +38,7 @@ class PlayedSession:
         now = asyncio.get_running_loop().time()
         self.closing_since = now
         assert (kind == Code.UNAUTHORIZED) == (text == Text.LOGIN_EXPIRED)
+        assert (kind == Code.UNAVAILABLE) == (text == Text.UNAVAILABLE)
         self.told.append(("close", code, text, now))
 
     def warn(self) -> None:
@@ -77,6 +79,13 @@ async def first_words(one: Session) -> tuple[str, Close, Text, float]:
 async def test_a_socket_that_does_not_log_in_is_closed_within_a_second_after_its_time() -> None:
     how, code, text, at = await first_words(session())
     assert (how, code, text) == ("close", Close.NOT_AUTHENTICATED, Text.NO_INIT)
+    assert INIT_LIMIT < at <= INIT_LIMIT + 1
+
+
+@in_virtual_time
+async def test_a_socket_that_could_not_be_logged_in_in_time_may_come_back_later() -> None:
+    how, code, text, at = await first_words(session(has_asked=True))
+    assert (how, code, text) == ("close", Close.NODE_FULL, Text.UNAVAILABLE)
     assert INIT_LIMIT < at <= INIT_LIMIT + 1
 
 
