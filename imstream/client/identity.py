@@ -33,6 +33,7 @@ class Identity:
     token: Token | None = field(repr=False)
     lang: Lang
     _shown: str | None = field(default=None, init=False, repr=False)
+    _believed: str | None = field(default=None, init=False, repr=False)
     _refused: str | None = field(default=None, init=False, repr=False)
 
     @property
@@ -63,9 +64,12 @@ class Identity:
 
     def believed(self) -> None:
         """The server has let us in."""
-        self._refused = None
+        self._refused, self._believed = None, self._shown
 
-    def refused(self) -> bool:
-        """The server has not, or no longer; whether to come back with a fresh token."""
-        first, self._refused = self._refused is None, self._shown
+    def refused(self, *, was_in: bool) -> bool:
+        """The server has not, or no longer if we were in; whether to come back with a fresh token.
+
+        When a login ends, a token that is newer than the one it began with may have been said too late to be looked at.
+        """
+        first, self._refused = self._refused is None, self._believed if was_in else self._shown
         return self.is_fresh and first

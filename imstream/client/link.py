@@ -246,7 +246,7 @@ class Link:
     def _closed(self, closed: ConnectionClosed, socket: ClientConnection) -> Reaction:
         code = None if closed.rcvd is None else closed.rcvd.code
         reaction = after_close(code)
-        if code == Close.NOT_AUTHENTICATED and self._identity.refused():
+        if code == Close.NOT_AUTHENTICATED and self._identity.refused(was_in=self._logged_in.is_set()):
             return Reaction(Patience.BACKOFF)
         if reaction.patience is Patience.NEVER:
             self._ledger.end(SessionEnded(code or 0, self.last_word or "the server ended the session"))

@@ -399,6 +399,21 @@ async def test_after_the_end_of_its_login_it_comes_back_with_a_fresh_token_and_r
         await peer.close(4500)
 
 
+async def test_a_token_that_came_too_late_for_a_login_that_ends_is_shown_again(browser: BrowserClient) -> None:
+    await browser.make()
+    give = "() => (shown++ ? 'new' : 'old')"
+    await browser.page.evaluate(f"(globalThis.shown = 0, client.options.token = {give}, client.connect(), null)")
+    peer = await browser.server.logged_in()
+    await browser.state("online")
+    await peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login has expired")
+    assert (await peer.hear_init()).token == "new"  # noqa: S105 - no secret
+    await peer.close(4500)
+    peer = await browser.server.peer()
+    assert (await peer.hear_init()).token == "new"  # noqa: S105 - no secret
+    await peer.say("INIT")
+    await browser.state("online")
+
+
 async def test_two_fresh_tokens_that_are_refused_are_enough(browser: BrowserClient) -> None:
     await numbered(browser)
     assert [await refuse(await browser.server.peer()) for _ in range(2)] == ["token 1", "token 2"]

@@ -97,6 +97,17 @@ async def test_after_the_end_of_its_login_a_client_comes_back_with_a_fresh_token
         await within(reply.text())
 
 
+async def test_a_token_that_came_too_late_for_a_login_that_ends_is_shown_again() -> None:
+    given = iter(["old"])
+    async with connected(token=lambda: next(given, "new")) as session:
+        await session.peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login has expired")
+        assert (await session.peer.hear_init()).token == "new"  # noqa: S105 - no secret
+        await session.peer.close(Close.NOT_AUTHENTICATED)
+        peer = await session.server.peer()
+        assert (await peer.hear_init()).token == "new"  # noqa: S105 - no secret
+        await peer.say("INIT")
+
+
 async def entering(server: ScriptedServer, token: Callable[[], str]) -> asyncio.Task[Client]:
     return asyncio.create_task(Client(server.url, USER, token=token, timing=FAST).__aenter__())
 

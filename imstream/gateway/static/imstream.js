@@ -140,6 +140,7 @@ export class ImstreamClient extends EventTarget {
   /** @type {ReturnType<typeof setInterval> | undefined} */ #pulse;
   /** Whether nothing was heard since the last heartbeat. */ #silent = false;
   /** @type {string | undefined} The token that was shown last. */ #shown;
+  /** @type {string | undefined} The token that has let us in. */ #believed;
   /** @type {string | undefined} One that the service has refused since it last let us in. */ #refused;
   #failures = 0;
   #onlineSince = Infinity;
@@ -237,6 +238,7 @@ export class ImstreamClient extends EventTarget {
   #enter(heartbeat = this.options.heartbeat) {
     clearTimeout(this.#timer);
     this.#refused = undefined;
+    this.#believed = this.#shown;
     this.#onlineSince = Date.now();
     this.#pulse = setInterval(() => this.#beat(), heartbeat);
     for (const message of this.#messages.values()) if (message.status === "sending") this.#chat(message);
@@ -268,6 +270,8 @@ export class ImstreamClient extends EventTarget {
       if (message.isEnded) this.#messages.delete(message.id);
     } else if (frame.msgType === "INIT" && this.state === "connecting") {
       this.#enter(frame.heartbeatMs);
+    } else if (frame.msgType === "INIT") {
+      this.#believed = this.#shown;
     } else if (frame.msgType === "SYSTEM") {
       this.dispatchEvent(new CustomEvent("notice", { detail: frame }));
       if (frame.code === "UNAUTHORIZED" && this.state === "online" && this.#canRenew) this.#logIn(false);
@@ -310,7 +314,9 @@ export class ImstreamClient extends EventTarget {
     this.#letGo();
     if (code === FRAME_TOO_BIG) this.#refuseLongest();
     const renew = code === NOT_AUTHENTICATED && this.#canRenew && this.#refused === undefined;
-    this.#refused = code === NOT_AUTHENTICATED ? this.#shown : this.#refused;
+    // When a login ends, a newer token may have been said too late to be looked at.
+    const refused = this.state === "online" ? this.#believed : this.#shown;
+    this.#refused = code === NOT_AUTHENTICATED ? refused : this.#refused;
     if (code >= 4500 && code <= 4999 && !renew) return this.#become("closed", { code });
     const { firstWait, longestWait } = this.options;
     const wait = reconnectWait(code, this.#failures++, firstWait, longestWait);
