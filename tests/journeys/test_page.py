@@ -91,6 +91,15 @@ async def ask(page: Page, question: str) -> None:
     await page.until(f"document.querySelectorAll('article').length === {count + 1}")
 
 
+async def stop(page: Page, button: str = ".stop") -> None:
+    """Press it; again if the answer, which grows, has pushed it away between looking and pressing."""
+    for _ in range(20):
+        await page.click(button)
+        if not await page.evaluate(f"document.querySelector({json.dumps(button)})?.checkVisibility()"):
+            return
+    raise AssertionError("the button is still there")
+
+
 async def status(page: Page, wanted: str) -> None:
     """Wait until the last message has this status."""
     await page.until(f"{LAST}?.dataset.status === '{wanted}'")
@@ -211,7 +220,7 @@ async def test_earlier_turns_are_sent_along(page: Page, node: NodeProcess, valke
     assert isinstance(entries, list)
     history = json.loads(entries[-1][1]["history"])
     assert [turn["content"] for turn in history] == ["First", "".join(canned_answer("First"))]
-    await page.click("article:last-of-type .stop")
+    await stop(page, "article:last-of-type .stop")
     await status(page, "cancelled")
 
 
@@ -219,13 +228,13 @@ async def test_a_stopped_answer_keeps_its_text_and_can_be_asked_again(page: Page
     await log_in(page, node)
     await ask(page, f"Too long for me {ENDLESS}")
     await has_written(page)
-    await page.click(".stop")
+    await stop(page)
     await status(page, "cancelled")
     await says(page, "Stopped")
     assert len((await kept(page))["text"]) > 80
     await page.click(".again")
     await status(page, "answering")
-    await page.click(".stop")
+    await stop(page)
     await status(page, "cancelled")
 
 
@@ -247,7 +256,7 @@ async def test_places_in_the_queue_and_a_full_queue(
         refused = await kept(page)
         await says(page, Text.BUSY.en)
         await says(page, "Trying again in")
-        await page.click("article:first-of-type .stop")
+        await stop(page, "article:first-of-type .stop")
         await whole_answer(page, "Four")
         assert (await kept(page))["id"] == refused["id"]
     page.forgive("ERR_CONNECTION_REFUSED")  # when it has drained
@@ -465,7 +474,7 @@ async def test_the_newest_words_stay_in_view_unless_the_person_scrolled_up(page:
     assert await page.evaluate(f"{log}.scrollTop") == 100
     await page.click("#latest")
     await page.until(at_end)
-    await page.click(".stop")
+    await stop(page)
     await status(page, "cancelled")
 
 
