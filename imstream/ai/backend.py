@@ -9,7 +9,7 @@ import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import aiohttp
 from pydantic_core import PydanticSerializationError, to_json
@@ -17,13 +17,12 @@ from pydantic_core import PydanticSerializationError, to_json
 from imstream.ai import failures
 from imstream.ai.answer import AnswerReader
 from imstream.ai.body import BodyBroken, hand_on
-from imstream.ai.endpoint import Endpoint, read_error, read_until
+from imstream.ai.endpoint import Caller, Endpoint, read_error, read_until
 from imstream.ai.limits import TimeLimits
 from imstream.errors import PermanentBackendError, TransientBackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
     from aiohttp.abc import AbstractStreamWriter
 
@@ -75,27 +74,18 @@ class Backend(Protocol):
         ...
 
 
-class OpenAIBackend:
+class OpenAIBackend(Caller):
     """A server that speaks `POST {ai_url}/chat/completions`. Use it as an async context manager.
 
     End every `answer` before leaving the context: the connections close with it.
     """
 
+    _accept = "text/event-stream, application/json"
+
     def __init__(self, settings: Settings) -> None:
+        super().__init__(Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions"))
         self._settings = settings
-        self._endpoint = Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions")
         self._asks_for_usage = True
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        self._session = self._endpoint.session(accept="text/event-stream, application/json")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._session is not None  # noqa: S101 - entered before
-        await self._session.close()
 
     async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
@@ -123,8 +113,6 @@ class OpenAIBackend:
 
     async def _send(self, body: bytes, limits: TimeLimits) -> aiohttp.ClientResponse:
         """Send the request; return when the head of the response is there."""
-        if self._session is None:
-            raise RuntimeError("OpenAIBackend is used outside its context")
         first_token = self._settings.ai_first_token_timeout
         limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
         request = _Request(body, on_send=lambda: limits.expect("first_token_timeout", within=first_token))

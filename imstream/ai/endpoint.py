@@ -6,7 +6,7 @@ import asyncio
 from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import aiohttp
 from yarl import URL
@@ -17,6 +17,8 @@ from imstream.errors import SettingsError
 from imstream.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from pydantic import SecretStr
 
     from imstream.errors import BackendError
@@ -102,6 +104,32 @@ class Endpoint:
         return failures.from_response(
             response.status, response.headers, body, now=datetime.now(UTC), secrets=self.secrets
         )
+
+
+class Caller:
+    """Whoever calls one endpoint, as an async context manager: inside it there are connections, which close with it."""
+
+    _accept: ClassVar[str]
+    """What answers are asked for, as content types."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._open_session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._open_session = self._endpoint.session(accept=self._accept)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._open_session is None:
+            raise RuntimeError(f"{type(self).__name__} is used outside its context")
+        return self._open_session
 
 
 async def read_error(response: aiohttp.ClientResponse) -> bytes:

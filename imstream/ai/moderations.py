@@ -8,19 +8,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from imstream.ai import failures
-from imstream.ai.endpoint import Endpoint, read_error
+from imstream.ai.endpoint import Caller, Endpoint, read_error
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.errors import PermanentBackendError, TransientBackendError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from imstream.settings import Settings
 
@@ -41,24 +40,16 @@ class Moderated:
     categories: str = ""
 
 
-class Moderations:
+class Moderations(Caller):
     """A server that moderates. Use it as an async context manager; end every `moderate` before leaving it."""
 
+    _accept = "application/json"
+
     def __init__(self, settings: Settings) -> None:
-        self._endpoint = Endpoint.of("MODERATION", settings.moderation_url, settings.moderation_key, path="moderations")
+        base, key = settings.moderation_url, settings.moderation_key
+        super().__init__(Endpoint.of("MODERATION", base, key, path="moderations"))
         self._model = settings.moderation_model
         self._limit = settings.moderation_timeout.total_seconds()
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        self._session = self._endpoint.session(accept="application/json")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._session is not None  # noqa: S101 - entered before
-        await self._session.close()
 
     async def moderate(self, texts: Sequence[str]) -> list[Moderated]:
         """What the server thinks of each text. One text is sent as a string, as every server takes it.
@@ -80,8 +71,6 @@ class Moderations:
         return self._read(body, len(texts))
 
     async def _post(self, data: bytes) -> bytes:
-        if self._session is None:
-            raise RuntimeError("Moderations is used outside its context")
         try:
             async with self._session.post(
                 self._endpoint.url, data=data, headers=_JSON, allow_redirects=False

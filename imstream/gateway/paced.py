@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from uvicorn._types import ASGIReceiveEvent
-    from uvicorn.server import ServerState
 
     from imstream.gateway.request import GatewayConfig
 
@@ -38,14 +37,8 @@ class PacedProtocol(WebSocketsSansIOProtocol):
     _on_rest: Callable[[float], None] | None = None
     _told_at = -TOLD_APART
 
-    def __init__(
-        self,
-        config: GatewayConfig,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, config: GatewayConfig, **given: Any) -> None:  # noqa: ANN401 - uvicorn's
+        super().__init__(config, **given)
         self._pace = config.frame_pace
 
     def on_rest(self, call: Callable[[float], None] | None) -> None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from starlette.types import Scope
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
-    from uvicorn.server import ServerState
     from websockets.frames import Frame
     from websockets.http11 import Request
 
@@ -115,14 +114,8 @@ class SocketProtocol(PacedProtocol):
     _late_pong = b""
     _on_room: Callable[[], None] | None = None
 
-    def __init__(
-        self,
-        config: GatewayConfig,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, config: GatewayConfig, **given: Any) -> None:  # noqa: ANN401 - uvicorn's
+        super().__init__(config, **given)
         self.queue = _Inbox(self.loop)  # type: ignore[assignment]
 
     def handle_connect(self, event: Request) -> None:

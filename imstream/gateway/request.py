@@ -19,8 +19,6 @@ from imstream.bucket import Pace
 if TYPE_CHECKING:
     import asyncio
 
-    from uvicorn.server import ServerState
-
     from imstream.settings import Settings
 
 MAX_HEAD = 65_536
@@ -64,14 +62,8 @@ class RequestProtocol(HttpToolsProtocol):
     _head_size = 0
     _deadline: asyncio.TimerHandle | None = None
 
-    def __init__(
-        self,
-        config: GatewayConfig,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, config: GatewayConfig, **given: Any) -> None:  # noqa: ANN401 - uvicorn's
+        super().__init__(config, **given)
         self.logger = config.request_log
         self._patience = config.handshake_timeout
         self._limit = config.most_connections
