@@ -53,7 +53,7 @@ async def test_of_logins_at_the_same_moment_exactly_one_session_is_left(nodes: M
             await wait_until(lambda ends=ends: sum(end.done() for end in ends) >= 3, "three are closed")
             [left] = [socket for socket, end in zip(sockets, ends, strict=True) if not end.done()]
             await left.say("HEARTBEAT")
-            await wait_until(lambda one=left: one.frames[-1]["msgType"] == "HEARTBEAT", "one is served")
+            await wait_until(lambda one=left: one.frames and one.frames[-1]["msgType"] == "HEARTBEAT", "one is served")
             assert [end.result() for end in ends if end.done()] == [4502] * 3
             for end in ends:
                 end.cancel()
