@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,14 @@ async def ask(page: Page, question: str) -> None:
 
 async def stop(page: Page, button: str = ".stop") -> None:
     """Press it; again if the answer, which grows, has pushed it away between looking and pressing."""
-    for _ in range(20):
+
+    async def has_gone() -> bool:
+        return not await page.evaluate(f"document.querySelector({json.dumps(button)})?.checkVisibility()")
+
+    for _ in range(5):
         await page.click(button)
-        if not await page.evaluate(f"document.querySelector({json.dumps(button)})?.checkVisibility()"):
-            return
+        with suppress(AssertionError):  # it is drawn in the next frame, so what is there much later was missed
+            return await wait_until(has_gone, "the button has gone", limit=2)
     raise AssertionError("the button is still there")
 
 
