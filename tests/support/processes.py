@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -16,36 +17,50 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
 PYTHON = sys.executable
 
 
+_FIRST, _LAST, _SHARES = 10_000, 30_000, 8
+
+
+def _own_ports() -> Iterator[int]:
+    """The ports of this process of the test run, round and round, beginning anywhere.
+
+    They lie below those that Linux gives to outgoing connections, and no two of the processes that run tests at the
+    same time share one: what a server that was killed has left is still free when it starts again.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = (_LAST - _FIRST) // _SHARES
+    first = _FIRST + worker % _SHARES * count
+    start = random.randrange(count)  # noqa: S311 - no secret
+    for number in itertools.count(start):
+        yield first + number % count
+
+
+_ports = _own_ports()
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return consecutive_ports(1)
 
 
 def consecutive_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on now.
-
-    They lie below the range that Linux takes ports of outgoing connections from: such a connection could take the
-    second one's port just before that is listened on.
-    """
+    """The first of so many ports in a row that nobody listens on now."""
     while True:
-        first = random.randrange(10_000, 30_000)  # noqa: S311 - no secret
+        row = [next(_ports) for _ in range(count)]
         with ExitStack() as held:
             try:
-                for number in range(count):
-                    held.enter_context(socket.create_server(("127.0.0.1", first + number)))
+                for port in row:
+                    held.enter_context(socket.create_server(("127.0.0.1", port)))
             except OSError:
                 continue
-            return first
+            if row[-1] - row[0] == count - 1:
+                return row[0]
 
 
 @dataclass

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlencode
 
@@ -202,7 +203,7 @@ class ClusterSet:
         each = -(-REDIS_CLUSTER_HASH_SLOTS // len(self.masters))
         for number, server in enumerate(self.all):
             with server.client() as node:
-                node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+                until(partial(_has_epoch, node, number + 1), "every node has its number")
         for number, server in enumerate(self.all):
             with server.client() as node:
                 node.execute_command("CLUSTER MEET", "127.0.0.1", self.masters[0].port, _bus(self.masters[0]))
@@ -283,6 +284,13 @@ def node_id(server: RedisServer) -> str:
 def _cluster_info(node: redis.Redis) -> dict[str, str]:
     info: Any = node.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call] # redis-py's gap
     return info if isinstance(info, dict) else dict(line.split(":", 1) for line in str(info).split())
+
+
+def _has_epoch(node: redis.Redis, epoch: int) -> bool:
+    """Give it to the node, once: a client that had no answer in time asks again, and a second time is an error."""
+    if _cluster_info(node)["cluster_my_epoch"] == "0":
+        node.execute_command("CLUSTER SET-CONFIG-EPOCH", epoch)  # type: ignore[no-untyped-call] # redis-py's gap
+    return _cluster_info(node)["cluster_my_epoch"] == str(epoch)
 
 
 def _is_in_step(node: redis.Redis) -> bool:
