@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-APART = 0.003
+APART = 0.008
 """Least seconds between two rounds. Nobody reads so fast that he could tell; with 100 paced answers, 15 deltas share a
 round, and a node needs 5 % less CPU than with a turn of the event loop for each."""
 

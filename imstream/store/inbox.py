@@ -101,15 +101,24 @@ class Inbox:
         self._block = milliseconds(settings.read_block)
         self._after: str | None = None
 
-    async def tell(self, nodes: Iterable[str], notice: Notice, *, ourselves: bool = False) -> None:
-        """Leave a notice for each of these nodes but this one; `ourselves`: and then for this one, whether it is among
-        them or not. One that cannot be left is only logged."""  # noqa: D205, D209 - one thought
+    async def tell(self, nodes: Iterable[str], notice: Notice, *, ourselves: bool = False) -> bool:
+        """Leave a notice for each of these nodes but this one. One that cannot be left is only logged.
+
+        Args:
+            nodes: The nodes.
+            notice: What they are told.
+            ourselves: Leave it for this one too, as the last, whether it is among them or not.
+
+        Returns:
+            Whether any of them is another node.
+        """
         others = {*nodes} - {self.node}
         for node in (*others, self.node) if ourselves else others:
             try:
                 await leave(self._commands, self._keys, node, notice)
             except StoreError as error:
                 log.warning("notice not left", to=node, error=str(error))
+        return bool(others)
 
     async def read(self) -> list[Notice]:
         """Wait for notices left since the last call, or since this is called first. Empty after a while without any.

@@ -102,11 +102,12 @@ class Job:
             if self._scope is not None:
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
-    @property
-    def behind(self) -> bool:
-        """Whether `flush` has anything to do."""
-        running = self._scope is not None and self._stopped is None
-        return running and self._recorder is not None and self._recorder.behind
+    def is_behind(self, *, for_others: bool) -> bool:
+        """Whether `flush` has anything to do; `for_others`: that somebody on another node may be waiting for."""
+        recorder = self._recorder
+        if recorder is None or self._scope is None or self._stopped is not None:
+            return False
+        return recorder.behind and (recorder.read_elsewhere or not for_others)
 
     async def flush(self) -> None:
         """Record the text so far. When Redis is away it stays for the next time."""
@@ -218,7 +219,8 @@ class Job:
             begun = opened.attempt == 1
             if begun:
                 parts.begun(self.reply)
-            await parts.inbox.tell(opened.nodes, ReplyGrew(self.reply.user_id, self.reply.message_id, begun=begun))
+            notice = ReplyGrew(self.reply.user_id, self.reply.message_id, begun=begun)
+            self._recorder.read_elsewhere = await parts.inbox.tell(opened.nodes, notice)
         return opened
 
     async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate:

@@ -25,6 +25,8 @@ class Recorder:
         self._request = request
         self._attempt = attempt
         self._recorded = 0
+        self.read_elsewhere = True
+        """Whether another node has sockets of the user, which may wait for the next batch. Each batch tells."""
         self._retired = False
         # Two appends at once could overtake each other on different connections.
         self._one_at_a_time = asyncio.Lock()
@@ -93,7 +95,7 @@ class Recorder:
         )
         if isinstance(result, Appended):
             self._recorded = after
-            await self._inbox.tell(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
+            self.read_elsewhere = await self._inbox.tell(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
         return result
 
     async def _reopen(self) -> bool:
