@@ -1,12 +1,12 @@
-"""Texts that come while a call is under way gather, and go together in the next one.
+"""Texts that come soon after each other go together, in one call.
 
 A call costs nearly the same for one text as for sixteen. So:
 
-    no call is under way     what comes in one turn of the event loop goes together, at once
-    a call is under way      what comes gathers until that call ends, a batch is full, or `LINGER` is over
-    `CALLS` are under way    it gathers until one of them ends
+    the last call began `APART` ago or earlier    what comes in one turn of the event loop goes together, at once
+    it began later than that                      what comes gathers until then, or until a batch is full
+    `CALLS` are under way                         it gathers until one of them ends
 
-So one slow call holds nobody up for longer than `LINGER`, unless `CALLS` of them are slow.
+So a slow call holds nobody up, unless `CALLS` of them are slow.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 CALLS = 8
 """Most calls under way at once."""
 
-LINGER = 0.010
-"""Seconds that a text waits for company at most, while another call can still be made."""
+APART = 0.020
+"""Least seconds between the beginnings of two calls, unless a batch is full. A text waits no longer for company."""
 
 T = TypeVar("T")
 
@@ -36,6 +36,8 @@ class Batches(Generic[T]):
         self._waiting: deque[tuple[str, asyncio.Future[T]]] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
+        self._next = 0.0
+        """When the next call may begin without being full (loop time)."""
 
     async def ask(self, text: str) -> T:
         """What the call says about a text. Whoever is cancelled meanwhile changes nothing for the others."""
@@ -44,10 +46,9 @@ class Batches(Generic[T]):
         self._waiting.append((text, answer))
         if len(self._waiting) >= self._size:
             self._send()
-        elif self._timer is None and self._under_way:
-            self._timer = loop.call_later(LINGER, self._send)
         elif self._timer is None:
-            self._timer = loop.call_soon(self._send)
+            idle = loop.time() >= self._next
+            self._timer = loop.call_soon(self._send) if idle else loop.call_at(self._next, self._send)
         return await answer
 
     def answer_waiting(self, answer: T) -> None:
@@ -68,10 +69,11 @@ class Batches(Generic[T]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        loop = asyncio.get_running_loop()
         while self._waiting and len(self._under_way) < CALLS:
             if batch := self._next_batch():
-                task = asyncio.get_running_loop().create_task(self._ask_together(batch))
-                self._under_way.add(task)
+                self._under_way.add(loop.create_task(self._ask_together(batch)))
+                self._next = loop.time() + APART
 
     def _next_batch(self) -> list[tuple[str, asyncio.Future[T]]]:
         batch = list[tuple[str, asyncio.Future[T]]]()
@@ -96,7 +98,8 @@ class Batches(Generic[T]):
             task = asyncio.current_task()
             assert task is not None  # noqa: S101 - it is one
             self._under_way.discard(task)
-            self._send()
+            if self._timer is None:  # what waits could not be sent before
+                self._send()
 
 
 def _give(batch: Sequence[tuple[str, asyncio.Future[T]]], answers: Sequence[T]) -> None:
