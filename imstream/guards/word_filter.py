@@ -59,6 +59,8 @@ class WordFilter:
 
     def end(self) -> str:
         """See `AnswerFilter.end`."""
+        if not self._held:
+            return ""
         normal = normalise(self._held)
         return self._judge(self._held, normal, len(normal))
 
@@ -74,7 +76,7 @@ class WordFilter:
         if found and self._refusal is not None:
             raise Refused(self._refusal)
         spans = [(0, self._covered), *_in_text(found, origin)]
-        shown = _covered(text, spans)[:cut]
+        shown = (_covered(text, spans) if found or self._covered else text)[:cut]
         self._covered = max(0, max(last for _, last in spans) - cut)
         self._held = text[cut:]
         self._before = (self._before + normal[:end])[-CONTEXT:]

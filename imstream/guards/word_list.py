@@ -34,7 +34,7 @@ CONTEXT = MAX_GAP + 1
 _ALONE = 3
 """How many letters a word must have for it to be seen when they are all set apart."""
 
-_GLANCE = 64
+_GLANCE = 128
 """Longest text that is worth a glance before it is searched."""
 
 _SPACED = "\u2e80"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from imstream.store.connection import Commands
     from imstream.store.days import Day
 
-KEPT_AFTER_DAY = timedelta(hours=1)
-"""How long the messages of a day are kept after its end: the clocks of nodes and Redis may differ by that much."""
+KEPT_AFTER_DAY = milliseconds(timedelta(hours=1))
+"""For how many milliseconds the messages of a day are kept after its end: by that much clocks may differ."""
 
 _ALLOW = Script("allow")
 _UNCOUNT = Script("uncount")
@@ -106,7 +106,7 @@ class Accounts:
         verdict, *rest = await _ALLOW.run(
             self._commands,
             (keys.account(user_id), keys.quota(user_id, day.name), keys.reply(user_id, message_id)),
-            (message_id, at, self._quota, self._same_for, day.ends + milliseconds(KEPT_AFTER_DAY)),
+            (message_id, at, self._quota, self._same_for, day.ends + KEPT_AFTER_DAY),
         )
         if (kept_out := _kept_out(verdict, rest)) is not None:
             return kept_out

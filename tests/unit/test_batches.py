@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.batches import CALLS, APART, Batches
+from imstream.ai.batches import APART, CALLS, Batches
 from tests.support.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
