@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from pydantic import Field
+from pydantic import Field, FilePath
 from pydantic_settings import SettingsConfigDict
 
 from imstream.errors import ImstreamError
@@ -37,6 +37,9 @@ class EmbeddedSettings(SettingsGroup):
     log_level: Literal["debug", "verbose", "notice", "warning"] = Field(
         "notice", description="Least level that the embedded Valkey logs."
     )
+    config: FilePath | None = Field(
+        None, description="Further configuration of the embedded Valkey: a file like valkey.conf."
+    )
 
 
 def server_program() -> Path:
@@ -55,7 +58,7 @@ def server_program() -> Path:
     raise ImstreamError(f"no embedded Valkey for this machine (package {_PACKAGE}): set IMSTREAM_REDIS_URL to a Redis")
 
 
-def server_command(port: int, data_dir: Path, *, log_level: str = "notice") -> list[str]:
+def server_command(port: int, data_dir: Path, *, log_level: str = "notice", config: Path | None = None) -> list[str]:
     """The command that runs the embedded server in the foreground. The folder is made when there is none.
 
     Every write is in the append-only file within a second, and nothing is ever evicted: what does not fit is refused.
@@ -64,6 +67,7 @@ def server_command(port: int, data_dir: Path, *, log_level: str = "notice") -> l
         port: Port on 127.0.0.1.
         data_dir: Folder for the append-only file.
         log_level: One of Valkey's: `debug`, `verbose`, `notice`, `warning`.
+        config: File with further configuration; what it says goes before all of this.
 
     Raises:
         ImstreamError: There is no server for this machine.
@@ -79,6 +83,7 @@ def server_command(port: int, data_dir: Path, *, log_level: str = "notice") -> l
         "maxmemory-policy": "noeviction",
         "daemonize": "no",
         "loglevel": log_level,
+        **({"include": str(config.resolve())} if config is not None else {}),
     }
     return [str(server_program()), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
@@ -89,7 +94,7 @@ def become_server(settings: EmbeddedSettings) -> NoReturn:
     Raises:
         ImstreamError: There is no server for this machine, or another one runs on the same folder.
     """
-    command = server_command(settings.port, settings.data, log_level=settings.log_level)
+    command = server_command(settings.port, settings.data, log_level=settings.log_level, config=settings.config)
     lock = os.open(settings.data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,13 +108,13 @@ def become_server(settings: EmbeddedSettings) -> NoReturn:
 
 
 async def answers(port: int) -> bool:
-    """Whether the server answers PING within a second: it does so only when its data is loaded."""
+    """Whether the server answers PING within a second, be it that we may not ask: only when its data is loaded."""
     try:
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_connection(HOST, port)
             try:
                 writer.write(b"PING\r\n")
-                return await reader.readline() == b"+PONG\r\n"
+                return (await reader.readline()).startswith((b"+PONG", b"-NOPERM", b"-NOAUTH"))
             finally:
                 writer.close()
     except (OSError, TimeoutError):

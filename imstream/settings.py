@@ -148,7 +148,10 @@ class Settings(SettingsGroup):
 
     reply_ttl: Positive = Field(timedelta(minutes=15), description="How long a reply is kept after its last append.")
     queued_ttl: Positive = Field(timedelta(days=1), description="How long the reply of a waiting request is kept.")
-    flush_interval: Positive = Field(timedelta(milliseconds=100), description="Time between two reply stream appends.")
+    flush_interval: Positive = Field(
+        timedelta(milliseconds=100),
+        description="Time between two reply stream appends; three times that if no other node has sockets of the user.",
+    )
     read_block: Positive = Field(timedelta(seconds=1), description="How long one read of the requests stream blocks.")
     sweep_interval: Positive = Field(
         timedelta(seconds=5), description="Time between two looks for pending requests that slipped through."

@@ -154,9 +154,10 @@ class Jobs:
         interval = self._settings.flush_interval.total_seconds()
         for number in itertools.count(1):
             await asyncio.sleep(interval)
-            await self._flush(for_others=number % UNREAD_ROUNDS != 0)
+            await self.flush(for_others=number % UNREAD_ROUNDS != 0)
 
-    async def _flush(self, *, for_others: bool) -> None:
+    async def flush(self, *, for_others: bool) -> None:
+        """One batch of each answer that has grown; `for_others`: only of those that are read on another node."""
         behind = [job for job in self._jobs if job.is_behind(for_others=for_others)]
         results = await asyncio.gather(*(job.flush() for job in behind), return_exceptions=True)
         for job, error in zip(behind, results, strict=True):

@@ -44,9 +44,9 @@ class Idle:
         return cls(part.open_files(), part.memory())
 
 
-def connect(port: int) -> redis.Redis:
-    """A client of our own, to look at what is there."""
-    return redis.Redis(port=port, decode_responses=True, socket_timeout=10)
+def connect(port: int, password: str) -> redis.Redis:
+    """A client of our own, to look at what is there: it may do anything."""
+    return redis.Redis(port=port, username="admin", password=password, decode_responses=True, socket_timeout=10)
 
 
 def recorded(client: redis.Redis) -> Recorded:

@@ -75,7 +75,7 @@ async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
                 injector.note("all is brought back")
                 await _await_all(asking, plan.patience)
                 injector.note("the clients have ended")
-            with connect(stage.redis_port) as client:
+            with connect(stage.redis_port, stage.password) as client:
                 left = await leftovers(client, stage.nodes, stage.leaver.name.removeprefix("node "), before)
                 streams = recorded(client)
             after = {node.name: Idle.of(node) for node in stage.nodes}

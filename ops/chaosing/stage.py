@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
+import re
+import secrets
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, get_args
 
 from imstream import embedded
@@ -14,11 +18,12 @@ from ops.chaosing.schedule import LEASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from types import TracebackType
 
 RETIRE_AFTER = 12.0
 """Seconds after which a node that is gone for good is forgotten; longer than any outage."""
+
+USERS = Path(__file__).parents[1] / "redis-users.acl"
 
 _ENOUGH = 100_000
 
@@ -60,10 +65,17 @@ def installed_balancers() -> list[str]:
     return [program for program in get_args(Program) if find(program)]
 
 
+def users(password: str) -> str:
+    """The users of `ops/redis-users.acl`, all with the same password: nodes may do no more than they need."""
+    digest = hashlib.sha256(password.encode()).hexdigest()
+    return re.sub(r"(?<=#)0{64}", digest, USERS.read_text("utf-8"))
+
+
 class Stage:
     """All processes. Use as a context manager: on entering they serve, on leaving they are ended.
 
     Attributes:
+        password: Of all users of Redis.
         nodes: The nodes that come back whenever they die.
         leaver: One more, which dies early and never comes back.
         balancer: What is in front of the nodes; None when clients choose one themselves.
@@ -72,6 +84,9 @@ class Stage:
     def __init__(self, folder: Path, *, nodes: int, seed: int, balancer: str | None) -> None:
         redis_port, ai_port, balancer_port, *node_ports = free_ports(4 + nodes)
         self.redis_port = redis_port
+        self.password = secrets.token_hex()
+        config = (folder / "users.conf").resolve()
+        config.write_text(users(self.password), "utf-8")
         self._chance = random.Random(f"{seed} stage")  # noqa: S311 - draws faults, no secrets
         self.redis = Part(
             "redis",
@@ -79,7 +94,7 @@ class Stage:
             redis_port,
             folder,
             embedded.answers,
-            {"IMSTREAM_EMBEDDED_PORT": str(redis_port), "IMSTREAM_EMBEDDED_DATA": str(folder / "redis-data")},
+            _environment("IMSTREAM_EMBEDDED_", {"port": redis_port, "data": folder / "redis-data", "config": config}),
         )
         self.ai = Part(
             "ai",
@@ -103,7 +118,7 @@ class Stage:
             **_NODE_SETTINGS,
             "node": name,
             "port": port,
-            "redis_url": f"redis://127.0.0.1:{self.redis_port}/0",
+            "redis_url": f"redis://imstream:{self.password}@127.0.0.1:{self.redis_port}/0",
             "ai_url": f"http://127.0.0.1:{ai_port}/v1",
         }
         return Part(

@@ -1,4 +1,4 @@
-"""Chaos for a few seconds, with a seed that brings most kinds of faults early. CI runs two minutes of it besides."""
+"""Chaos for a few seconds, with a seed that brings most kinds of faults early. CI runs a minute of it besides."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import pytest
 from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
 from tests.support.processes import PYTHON, consecutive_ports, free_port, http_status, start, wait_for
-from tests.support.servers import missing
+from tests.support.servers import DENIED, missing, node_rights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +56,7 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
     redis, ai, base = free_port(), free_port(), consecutive_ports(2) - THIRD
     env = {
         "IMSTREAM_EMBEDDED_PORT": str(redis),
+        "IMSTREAM_EMBEDDED_CONFIG": str(node_rights(tmp_path)),
         "IMSTREAM_REDIS_URL": f"redis://127.0.0.1:{redis}/0",
         "IMSTREAM_DEMO_PORT": str(ai),
         "IMSTREAM_AI_URL": f"http://127.0.0.1:{ai}/v1",
@@ -82,3 +83,4 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
     assert re.search(r"node\.2.*ready", said)
     assert len(re.findall(r"node\.[12].*drained", said)) == 2, said
     assert "SIGKILL" not in said
+    assert DENIED not in said

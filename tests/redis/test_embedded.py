@@ -70,6 +70,17 @@ async def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> No
     assert "IMSTREAM_EMBEDDED_DATA" in second.stderr
 
 
+async def test_further_configuration_goes_before_what_it_would_have(tmp_path: Path) -> None:
+    config = tmp_path / "own.conf"
+    config.write_text("maxmemory 32mb\nappendfsync always\nrequirepass secret\n")
+    port = free_port()
+    with start([*command(port, tmp_path / "data"), "--config", str(config)], tmp_path / "log"):
+        await wait_until(lambda: embedded.answers(port), "it serves, if not everybody")
+        with redis.Redis.from_url(f"redis://:secret@127.0.0.1:{port}", decode_responses=True) as valkey:
+            settings = valkey.config_get("maxmemory", "appendfsync", "appendonly")
+    assert settings == {"maxmemory": str(32 << 20), "appendfsync": "always", "appendonly": "yes"}
+
+
 async def test_a_port_where_nobody_listens_is_no_server() -> None:
     assert not await embedded.answers(free_port())
 

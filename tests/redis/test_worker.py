@@ -36,6 +36,42 @@ async def test_a_request_is_answered_recorded_and_finished(redis_server: RedisSe
         assert shop.dead() == []
 
 
+async def test_an_answer_that_is_read_on_another_node_is_recorded_in_every_round(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, flush_interval="1h") as shop:
+        await shop.ask()
+        call = await shop.backend.call(1)
+        call.say("nobody ")
+        await shop.jobs.flush(for_others=True)
+        assert shop.recorded_text() == ""
+        await shop.jobs.flush(for_others=False)
+        assert shop.recorded_text() == "nobody "
+        shop.redis.sadd(shop.keys.route(USER), "elsewhere")
+        shop.redis.pexpire(shop.keys.route(USER), 60_000)
+        call.say("is ")
+        await shop.jobs.flush(for_others=False)  # tells the other node, and that there is one
+        call.say("there")
+        await shop.jobs.flush(for_others=True)
+        assert shop.recorded_text() == "nobody is there"
+        assert shop.redis.xlen(shop.keys.inbox("elsewhere")) == 2
+        call.done()
+        await shop.idle()
+
+
+async def test_an_answer_is_recorded_in_every_round_when_the_other_node_was_there_before(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, flush_interval="1h") as shop:
+        shop.redis.sadd(shop.keys.route(USER), "elsewhere")
+        shop.redis.pexpire(shop.keys.route(USER), 60_000)
+        await shop.ask()
+        call = await shop.backend.call(1)
+        call.say("hello")
+        await shop.jobs.flush(for_others=True)
+        assert shop.recorded_text() == "hello"
+        call.done()
+        await shop.idle()
+
+
 async def test_requests_that_came_before_the_worker_are_answered(redis_server: RedisServer) -> None:
     async with workshop(redis_server, start=False) as shop:
         await shop.ask()

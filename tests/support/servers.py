@@ -33,6 +33,9 @@ ADMIN_LOGIN = "admin:admin-secret"
 USER = "imstream:imstream-secret"
 """Whom nodes and stores log in as, as in a URL."""
 
+DENIED = "redis denies access"
+"""What a node logs when it may not do something."""
+
 REPLICATION = ("--masteruser", "replica", "--masterauth", "replica-secret")
 """Options of a server that may follow another one."""
 
@@ -70,6 +73,17 @@ def users(file: str = "redis-users.acl") -> str:
         return f"{line[1]}{hashlib.sha256(f'{line[2]}-secret'.encode()).hexdigest()}"
 
     return re.sub(r"(?m)^(user (\w+) .*#)0{64}", with_password, (OPS / file).read_text("utf-8"))
+
+
+def node_rights(folder: Path) -> Path:
+    """Configuration for an embedded server: who does not log in may do what a node may, and nothing else."""
+    lines = users().splitlines()
+    [node] = [line for line in lines if line.startswith("user imstream ")]
+    default = re.sub(r"user imstream (.*)#\w{64}", r"user default \1nopass", node)
+    others = [line for line in lines if not line.startswith("user default ")]
+    file = folder / "node-rights.conf"
+    file.write_text("\n".join([*others, default, ""]), "utf-8")
+    return file
 
 
 def as_admin(tls: RedisTls | None) -> dict[str, Any]:

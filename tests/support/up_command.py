@@ -10,6 +10,7 @@ import psutil
 
 from tests.support.balancing import PROGRAMS
 from tests.support.processes import PYTHON, Running, free_port, start, wait_for
+from tests.support.servers import DENIED, node_rights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ def up(
 ) -> Iterator[Up]:
     """Start `imstream up` in a folder, on free ports unless some are given: the node's, the server's, the AI's.
 
+    Its nodes may do with the embedded server what `ops/redis-users.acl` grants them, and are denied nothing.
     `in_terminal`: as a shell starts it, with a process group of its own.
     """
     port, redis_port, ai_port = ports or (free_port(), free_port(), free_port())
@@ -66,8 +68,10 @@ def up(
     command += ["--embedded-port", str(redis_port), "--demo-port", str(ai_port), *options]
     if in_terminal:
         command = ["setsid", *command]
+    env = {"IMSTREAM_EMBEDDED_CONFIG": str(node_rights(folder)), **(env or {})}
     with start(command, folder / f"up-{port}.log", cwd=folder, env=env) as running:
         yield Up(running, port, redis_port)
+    assert DENIED not in running.output()
 
 
 def gone(processes: Sequence[psutil.Process]) -> bool:
