@@ -1,17 +1,39 @@
-"""Sockets are written in rounds: at once when the last is long ago, else together."""
+"""Sockets are written at once while little is said, else together. In virtual time."""
 
 from __future__ import annotations
 
 import asyncio
 
 from imstream.gateway.rounds import Rounds
-from tests.support.waiting import wait_until
-
-FAR = 3600.0
+from tests.support.virtual_time import in_virtual_time
 
 
-async def test_the_first_to_join_are_called_in_the_next_tick_in_order() -> None:
-    rounds, called = Rounds(apart=FAR), list[str]()
+class Caller:
+    """Joins rounds, and keeps when it was called."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._loop = asyncio.get_running_loop()
+        self.called: list[float] = []
+
+    def join(self) -> None:
+        """Join once."""
+        self._rounds.join(lambda: self.called.append(round(self._loop.time(), 6)))
+
+    async def join_each(self, pause: float, times: int) -> list[float]:
+        """Join so often, with a pause after each; how long after its joining each was called, in order."""
+        joined = []
+        for _ in range(times):
+            joined.append(self._loop.time())
+            self.join()
+            await asyncio.sleep(pause)
+        await asyncio.sleep(10)
+        return [round(called - at, 6) for called, at in zip(self.called, joined, strict=True)]
+
+
+@in_virtual_time
+async def test_all_who_join_in_one_tick_are_called_in_the_next_in_order() -> None:
+    rounds, called = Rounds(), list[str]()
     rounds.join(lambda: called.append("a"))
     rounds.join(lambda: called.append("b"))
     assert called == []
@@ -19,20 +41,32 @@ async def test_the_first_to_join_are_called_in_the_next_tick_in_order() -> None:
     assert called == ["a", "b"]
 
 
-async def test_who_joins_just_after_a_round_waits_for_the_next() -> None:
-    rounds, called = Rounds(apart=0.05), list[float]()
-    loop = asyncio.get_running_loop()
-    for _ in range(2):
-        rounds.join(lambda: called.append(loop.time()))
-        rounds.join(lambda: called.append(loop.time()))
-        await asyncio.sleep(0)
-    assert len(called) == 2
-    await wait_until(lambda: len(called) == 4, "the next round")
-    assert called[2] - called[1] >= 0.04
+@in_virtual_time
+async def test_while_little_is_said_nobody_waits() -> None:
+    caller = Caller(Rounds(apart=1.0, at_once=4))
+    assert await caller.join_each(0.25, times=40) == [0] * 40
 
 
+@in_virtual_time
+async def test_when_much_is_said_all_wait_for_rounds_of_many() -> None:
+    caller = Caller(Rounds(apart=1.0, at_once=2))
+    waits = await caller.join_each(0.125, times=32)
+    assert waits[:2] == [0, 0]
+    assert max(waits) <= 1
+    assert sorted(set(caller.called[2:])) == [1.0, 2.0, 3.0, 4.0]
+
+
+@in_virtual_time
+async def test_after_a_quiet_time_nobody_waits_again() -> None:
+    caller = Caller(Rounds(apart=1.0, at_once=1))
+    await caller.join_each(0.125, times=10)
+    caller.called.clear()
+    assert await caller.join_each(2.0, times=3) == [0, 0, 0]
+
+
+@in_virtual_time
 async def test_who_joins_within_a_round_is_called_in_another() -> None:
-    rounds, called = Rounds(apart=0), list[str]()
+    rounds, called = Rounds(apart=1.0, at_once=1), list[str]()
 
     def first() -> None:
         called.append("first")
@@ -41,4 +75,5 @@ async def test_who_joins_within_a_round_is_called_in_another() -> None:
     rounds.join(first)
     await asyncio.sleep(0)
     assert called == ["first"]
-    await wait_until(lambda: called == ["first", "again"], "the next round")
+    await asyncio.sleep(1)
+    assert called == ["first", "again"]
