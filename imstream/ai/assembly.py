@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from imstream.ai.backend import Message
@@ -19,12 +17,12 @@ from imstream.ai.templates import CONTENTS, message_template, system_prompt, tim
 from imstream.ai.tokens import counter_of
 from imstream.errors import SettingsError
 from imstream.settings import Settings
+from imstream.store.days import Calendar
 from imstream.wire import MAX_USER_ID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Literal
-    from zoneinfo import ZoneInfo
 
     from imstream.store.chat_request import ChatRequest
 
@@ -47,17 +45,10 @@ _LANGUAGES = {"zh": "中文", "en": "English"}
 _LONG = 8192
 """Characters that a tokenizer counts in 4 ms. More are counted in a thread."""
 
-
 Head = tuple[Message, ...]
 """The system prompt, if there is one."""
 
 _Found = TypeVar("_Found")
-
-
-@lru_cache(maxsize=16)
-def _date(minute: int, zone: ZoneInfo) -> str:
-    """The date in a minute since 1970: it is asked for with every message, and costs as much as all around it."""
-    return datetime.fromtimestamp(minute * 60, zone).date().isoformat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +115,7 @@ class Assembly:
         self.defuse = Defuser(self.counter.special).defuse
         self._system = system_prompt(settings, VARIABLES)
         self._message = message_template(settings, VARIABLES)
-        used = {*self._message.names, *(self._system.names if self._system is not None else ())}
-        self._has_variables = not used <= {CONTENTS}
-        self._zone = time_zone(settings)
+        self._calendar = Calendar(time_zone(settings))
         self._check_room(settings)
 
     async def plan(self, request: ChatRequest) -> Plan | Excess:
@@ -170,13 +159,10 @@ class Assembly:
 
     def _around(self, request: ChatRequest) -> tuple[Head, Message]:
         """What comes before the history, and what after it."""
-        values = self._values(request) if self._has_variables else {}
+        date = self._calendar.day(request.at).name
+        values = {"user": str(request.user_id), "date": date, "language": _LANGUAGES.get(request.lang, request.lang)}
         last = self._message.fill({**values, CONTENTS: self.defuse(request.contents)})
         return self._head(values), Message("user", last)
-
-    def _values(self, request: ChatRequest) -> dict[str, str]:
-        language = _LANGUAGES.get(request.lang, request.lang)
-        return {"user": str(request.user_id), "date": _date(request.at // 60_000, self._zone), "language": language}
 
     def _head(self, values: Mapping[str, str]) -> Head:
         return () if self._system is None else (Message("system", self._system.fill(values)),)

@@ -47,8 +47,7 @@ class Batches(Generic[T]):
         if len(self._waiting) >= self._size:
             self._send()
         elif self._timer is None:
-            idle = loop.time() >= self._next
-            self._timer = loop.call_soon(self._send) if idle else loop.call_at(self._next, self._send)
+            self._timer = loop.call_at(self._next, self._send)  # in the next turn, when that is over
         return await answer
 
     def answer_waiting(self, answer: T) -> None:

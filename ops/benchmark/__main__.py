@@ -89,7 +89,7 @@ def _find(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: P
 
 
 def _find_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | None) -> list[list[Run]]:
-    rounds = -(-plan.guard_rounds // 2) if alone else plan.guard_rounds
+    rounds = plan.guard_rounds // 2 if alone else plan.guard_rounds
     _progress(f"guards, {rounds} rounds: none, {'each one, ' if alone else ''}and all of them in turns")
     return guards.compare(stage, rounds=rounds, seconds=plan.guard_seconds, alone=alone, profile=profile)
 
