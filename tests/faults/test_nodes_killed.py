@@ -131,6 +131,7 @@ async def test_hundreds_of_clients_that_lose_their_node_come_back_spread_over_ti
             *(client.send(text, message_id="crowd") for client, text in zip(clients, asked, strict=True))
         )
         await asyncio.gather(*(reply.accepted() for reply in replies))
+        waits.clear()  # who was refused by a node short of time is elsewhere already
         await nodes.killed("a")
         texts = await asyncio.gather(*(reply.text() for reply in replies))
     finally:
@@ -139,5 +140,5 @@ async def test_hundreds_of_clients_that_lose_their_node_come_back_spread_over_ti
     assert sum(reply.repeated for reply in replies) == 0
     # Full jitter: the first waits are spread evenly over half a second, each tenth of it has its share.
     firsts = [sum(low <= wait * 20 < low + 1 for wait in waits.values()) for low in range(10)]
-    assert sum(firsts) == len(clients)
-    assert max(firsts) < len(clients) / 4, firsts
+    assert sum(firsts) == len(waits) > 50
+    assert max(firsts) < len(waits) / 4, firsts
