@@ -236,7 +236,7 @@ class Settings(SettingsGroup):
     moderation_fail: Literal["open", "closed"] = Field(
         "closed", description="Without moderation, messages are asked (open), or wait and fail (closed)."
     )
-    moderation_batch: int = Field(16, ge=1, description="Most messages moderated in one call.")
+    moderation_batch: int = Field(32, ge=1, description="Most messages moderated in one call.")
 
     system_prompt: str | None = Field(None, description="What the model is told first; {user}, {date}, {language}.")
     system_prompt_file: Path | None = Field(None, description="File with the system prompt, instead.")

@@ -162,7 +162,11 @@ class Conversation:
             return
         # Held from here on: the worker may have answered before this socket follows.
         reply = services.board.get(user_id, message_id)
-        verdict = await services.requests.admit(passed.request)
+        try:
+            verdict = await services.requests.admit(passed.request)
+        except StoreFull:  # another server than that of the quota may be, in a cluster
+            await passed.undo()
+            raise
         if not isinstance(verdict, Admitted):
             await passed.undo()
             self._pump.say(phrases.busy(message_id, by_user=verdict.by_user))

@@ -127,6 +127,21 @@ async def test_the_master_of_some_users_dies_and_the_others_chat_on(
         await play.curtain()
 
 
+async def test_the_master_of_the_requests_is_full_and_who_is_refused_has_as_many_messages_left_as_before(
+    demo: DemoBackend, tmp_path: Path, cluster: ClusterSet
+) -> None:
+    full = cluster.master_of(REQUESTS)
+    there = next(server for server in cluster.masters if server is not full)
+    async with stage(cluster, demo, tmp_path, daily_quota=1) as play:
+        user = await play.user(next(users_on(cluster, there)))
+        with full.client() as client:
+            client.config_set("maxmemory", 1)
+            assert await user.ask("m1", f"while it is full {AT_ONCE}") == Code.BUSY
+            client.config_set("maxmemory", 0)
+        assert await user.ask("m2", f"when it is not {AT_ONCE}") == Event.ACCEPTED
+        await play.curtain()
+
+
 async def _in_step(cluster: ClusterSet, master: RedisServer) -> None:
     replica = cluster.replicas[cluster.masters.index(master)]
     with master.client() as one, replica.client() as other:
