@@ -52,5 +52,7 @@ if before then
     redis.call('ZADD', KEYS[2], before, ARGV[1] .. '#' .. before)
 end
 redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
-redis.call('PEXPIREAT', KEYS[2], ARGV[5])
+if used == 0 then -- once a day: of two writes, the append-only file gets four commands
+    redis.call('PEXPIREAT', KEYS[2], ARGV[5])
+end
 return {'counted', used + 1}
