@@ -73,8 +73,8 @@ def token(
     headers: dict[str, Any] | None = None,
     **claims: Any,  # noqa: ANN401 - right and wrong ones
 ) -> str:
-    """A token of `USER` that holds for a minute; a claim that is None is left out."""
-    all_claims = {"sub": str(USER), "exp": int(time.time()) + 60, **claims}
+    """A token of `USER` that holds for an hour; a claim that is None is left out."""
+    all_claims = {"sub": str(USER), "exp": int(time.time()) + 3600, **claims}
     return jwt.PyJWS().encode(
         json.dumps({name: value for name, value in all_claims.items() if value is not None}).encode(),
         key,

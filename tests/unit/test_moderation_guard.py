@@ -74,7 +74,7 @@ async def test_only_the_contents_are_sent() -> None:
 
 async def test_a_burst_is_a_few_calls_and_each_gets_its_own_verdict() -> None:
     async with guarded() as it:
-        texts = [f"bad c{number}" if number % 3 == 0 else f"fine {number}" for number in range(48)]
+        texts = [f"bad c{number}" if number % 3 == 0 else f"fine {number}" for number in range(96)]
         verdicts = await it.ask_all(texts)
         for number, verdict in enumerate(verdicts):
             assert getattr(verdict, "detail", None) == (f"c{number}" if number % 3 == 0 else None)
