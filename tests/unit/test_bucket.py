@@ -14,6 +14,7 @@ RATES = st.floats(0.01, 1000)
 SIZES = st.integers(1, 500)
 GAPS = st.lists(st.floats(0, 30), min_size=1, max_size=200)
 BEGIN = 1_000_000.0  # a clock that has run for days
+ROUNDING = 1e-5  # seconds that a bucket does not tell from none, and half of them
 
 
 def taken(pace: Pace, times: list[float]) -> list[float]:
@@ -50,7 +51,8 @@ def test_who_waits_as_long_as_told_gets_a_token(rate: float, size: int, gaps: li
         after = pace.take(full_at, now)
         if wait := pace.wait(after, now):
             assert not pace.wait(pace.take(full_at, now + wait), now + wait)
-            assert pace.wait(pace.take(full_at, now + wait / 2), now + wait / 2)
+            if wait > ROUNDING:
+                assert pace.wait(pace.take(full_at, now + wait / 2), now + wait / 2)
         else:
             full_at = after
 
