@@ -23,7 +23,7 @@ def chaos(folder: Path, *options: str) -> tuple[int, str]:
     """Run it; the exit code and what it has printed."""
     command = [sys.executable, "-m", "ops.chaosing", "--folder", str(folder / "logs"), *options]
     with start(command, folder / "chaos.log", cwd=ROOT) as running:
-        return running.wait(110), running.output()
+        return running.wait(330), running.output()
 
 
 def counts(output: str, rows: Sequence[str]) -> list[int]:
@@ -31,7 +31,7 @@ def counts(output: str, rows: Sequence[str]) -> list[int]:
     return [int(found[1]) for row in rows if (found := re.search(rf"^{row} +(\d+)", output, re.MULTILINE))]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_whatever_is_killed_every_accepted_message_is_answered_once(tmp_path: Path) -> None:
     kinds = {fault.kind for fault in draw(SEED, SECONDS, nodes=3, clients=CLIENTS)}
     assert len(kinds) >= len(Kind) - 1

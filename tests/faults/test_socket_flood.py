@@ -53,7 +53,12 @@ FIRST_BYTES = {
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
     """A node that gives handshakes and logins little time."""
-    limits = {"handshake_timeout": f"{TIME}s", "init_timeout": f"{TIME}s", "node_sockets": SOCKETS}
+    limits = {
+        "handshake_timeout": f"{TIME}s",
+        "init_timeout": f"{TIME}s",
+        "node_sockets": SOCKETS,
+        "redis_timeout": "10s",
+    }
     with standing_node(tmp_path_factory.mktemp("flood"), demo.url, **limits) as node:
         yield node
 

@@ -127,7 +127,7 @@ async def decent(url: str, user: int, over: asyncio.Event) -> int:
     return asked
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 async def test_a_hundred_thousand_hostile_frames_harm_nobody(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:

@@ -62,7 +62,7 @@ async def _round(healthy: dict[int, Peer], number: int) -> list[float]:
 async def test_stalled_readers_cost_the_others_nothing_and_are_closed_in_time(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    stall = 4.0
+    stall = 8.0
     settings: dict[str, Any] = {"stall_timeout": f"{stall}s", "queue_limit": 200, "concurrency": 200}
     whole = len("".join(LONG))
     async with (

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DESKTOP = (1100, 760)
 PHONE = (390, 844)
-_PATIENCE = 20.0
+_PATIENCE = 60.0
 """Seconds a condition may take to become true on a busy machine."""
 
 _FLAGS = (

@@ -16,7 +16,7 @@ from imstream.wire import Code, Event
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds that anything may take; a test that means something by a duration says so itself."""
 
 Frame = dict[str, Any]

@@ -116,7 +116,7 @@ class OneNode:
             finally:
                 over.set()
 
-    async def terminated(self, limit: float = 15.0) -> int:
+    async def terminated(self, limit: float = 45.0) -> int:
         """SIGTERM it; its exit code."""
         return await asyncio.to_thread(self.now.process.terminate, limit)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from websockets.asyncio.client import ClientConnection
 
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds that a test waits for one frame at most."""
 
 TERMINAL = frozenset({"done", "failed", "cancelled"})

@@ -32,7 +32,7 @@ _QUICK_REPLICATION = (*REPLICATION, "--repl-diskless-sync-delay", "0", "--repl-p
 _QUICK_SENTINEL = ("info-period", 200, "publish-period", 100, "ask-period", 100)
 
 
-def until(condition: Callable[[], object], description: str, limit: float = 20.0) -> None:
+def until(condition: Callable[[], object], description: str, limit: float = 60.0) -> None:
     """Wait until the condition holds, for set-ups; tests use `wait_until`. An error of Redis means: not yet."""
     deadline = time.monotonic() + limit
     while not _holds(condition):

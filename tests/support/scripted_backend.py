@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-LIMIT = 5.0
+LIMIT = 15.0
 """Seconds that a test waits for one thing at most."""
 
 Framing = Literal["chunked", "close"] | int

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from imstream.client import Reply
 
-LIMIT = 5.0
+LIMIT = 15.0
 """Seconds that a test waits for one thing at most."""
 
 USER = 10001

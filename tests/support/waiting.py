@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+SLOW = 3
+"""How many times slower a machine may be than the one that limits are thought of for."""
+
 
 async def wait_until(
     condition: Callable[[], object] | Callable[[], Awaitable[object]], description: str, *, limit: float = 10.0
 ) -> None:
-    """Wait until the condition holds; it is asked again every 10 ms. Fails after `limit` seconds."""
-    deadline = time.monotonic() + limit
+    """Wait until the condition holds; it is asked again every 10 ms.
+
+    Fails after `limit` seconds of a machine that is not slow.
+    """
+    deadline = time.monotonic() + limit * SLOW
     while True:
         holds = condition()
         if inspect.isawaitable(holds):
