@@ -39,8 +39,8 @@ class Plan:
         idle_sockets: Idle sockets that tell the memory of one.
         steps: Paced answers at once that are tried.
         stepped: Services that `steps` is tried on.
-        guard_rounds: How often guards are measured; half as often when each is measured alone, too.
-        guard_seconds: Length of one load then. Many short rounds, because a few hundredths are what it is about.
+        guards: Which share of the rounds of `ops.benchmark.guards` are made; half of it when each guard is measured
+            alone, too.
     """
 
     rounds: int = 3
@@ -49,13 +49,10 @@ class Plan:
     idle_sockets: int = 1000
     steps: tuple[int, ...] = (100, 200, 400, 600, 800, 1000)
     stepped: tuple[str, ...] = SERVICES
-    guard_rounds: int = 16
-    guard_seconds: float = 1.2
+    guards: float = 1.0
 
 
-QUICK = Plan(
-    rounds=1, sockets=(100,), seconds=1.5, idle_sockets=300, steps=(400,), stepped=("imstream",), guard_rounds=2
-)
+QUICK = Plan(rounds=1, sockets=(100,), seconds=1.5, idle_sockets=300, steps=(400,), stepped=("imstream",), guards=0.1)
 
 
 def _say(text: str) -> None:
@@ -89,9 +86,9 @@ def _find(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: P
 
 
 def _find_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | None) -> list[list[Run]]:
-    rounds = plan.guard_rounds // 2 if alone else plan.guard_rounds
-    _progress(f"guards, {rounds} rounds: none, {'each one, ' if alone else ''}and all of them in turns")
-    return guards.compare(stage, rounds=rounds, seconds=plan.guard_seconds, alone=alone, profile=profile)
+    _progress(f"guards: none, {'each one, ' if alone else ''}and all of them in turns")
+    share = plan.guards / 2 if alone else plan.guards
+    return guards.compare(stage, share=share, alone=alone, profile=profile)
 
 
 def _circumstances(loop: str) -> dict[str, object]:

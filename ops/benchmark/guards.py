@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import random
 import sys
+import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from ops.benchmark.report import BUSY
-from ops.benchmark.runs import measure
+from ops.benchmark.runs import SETTLE, Generator, measure_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
 
 OFF, ON, MODERATION = "off", "on", "moderation"
 SOCKETS = 100
-LOADS = ("burst", "paced")
+LOADS = {"burst": (40, 0.6), "paced": (16, 1.2)}
+"""How many rounds of each load there are, and how many seconds one takes. Many short ones: a few hundredths are what it
+is about, and a machine is never the same for long."""
+
 LIMIT = 1.15
 """What all guards may cost, as a multiple of none."""
 
@@ -75,22 +80,37 @@ def write_words(file: Path) -> None:
     file.write_text("\n".join(sorted(words)), "utf-8")
 
 
-def compare(stage: Stage, *, rounds: int, seconds: float, alone: bool, profile: Path | None) -> list[list[Run]]:
-    """Runs of nodes with no guard and with all, in turns; with `alone` also with each one. One list for each round."""
+def compare(stage: Stage, *, share: float, alone: bool, profile: Path | None) -> list[list[Run]]:
+    """Runs of nodes with no guard and with all, in turns; with `alone` also with each one. One list for each round.
+
+    `share` is the part of all rounds that is made.
+    """
     each = settings(stage)
     every = {name: value for one in each.values() for name, value in one.items()}
     nodes: Mapping[str, Mapping[str, object]] = {OFF: {}, **(each if alone else {}), ON: every}
     for name, own in nodes.items():
         stage.start_node(name, profile=profile if name == ON else None, **{**_NONE, **own})
     return [
-        [_measure(stage, name, load, seconds) for load in LOADS for name in _turn(list(nodes), number)]
-        for number in range(rounds)
+        runs
+        for load, (rounds, seconds) in LOADS.items()
+        for runs in _compare(stage, list(nodes), load, max(1, round(rounds * share)), seconds)
     ]
 
 
-def _measure(stage: Stage, name: str, load: str, seconds: float) -> Run:
+def _compare(stage: Stage, nodes: list[str], load: str, rounds: int, seconds: float) -> list[list[Run]]:
+    options = ("--talk", "--secret", _SECRET)
+    with ExitStack() as stack:
+        generators = {
+            name: stack.enter_context(Generator(stage.services[name], load, SOCKETS, seconds, *options))
+            for name in nodes
+        }
+        time.sleep(SETTLE)
+        return [[_measure(stage, name, generators[name]) for name in _turn(nodes, number)] for number in range(rounds)]
+
+
+def _measure(stage: Stage, name: str, generator: Generator) -> Run:
     before = _moderated(stage)
-    run = measure(stage, name, load, SOCKETS, seconds, "--talk", "--secret", _SECRET)
+    run = measure_once(stage, name, generator)
     asked, chats = _moderated(stage) - before, run.seen["chats"]
     if asked < chats if name in {ON, MODERATION} else asked:
         sys.exit(f"{name}: {asked} texts were moderated, of {chats} chats")
@@ -110,12 +130,8 @@ def _turn(names: list[str], number: int) -> list[str]:
 
 def ratio(rounds: Sequence[Sequence[Run]], load: str, name: str) -> float:
     """CPU of a node and Redis over that without guards; the median of the rounds, each compared in itself."""
-    return median(_cost(runs, load, name) / _cost(runs, load, OFF) for runs in rounds)
-
-
-def _cost(runs: Sequence[Run], load: str, name: str) -> float:
-    [cost] = [run.cost for run in runs if (run.load, run.service) == (load, name)]
-    return cost
+    costs = [{run.service: run.cost for run in runs} for runs in rounds if runs[0].load == load]
+    return median(cost[name] / cost[OFF] for cost in costs)
 
 
 def table(rounds: Sequence[Sequence[Run]]) -> str:

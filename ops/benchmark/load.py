@@ -1,7 +1,7 @@
 """The load generator: many sockets, one process, little CPU. It speaks just enough WebSocket by hand.
 
-It says `ready` when every socket is logged in and has had one answer, waits for a line, makes the load, and prints what
-it has seen as one line of JSON; then it keeps its sockets open until standard input ends.
+It says `ready` when every socket is logged in and has had one answer. For each line on standard input it makes the load
+and prints what it has seen as one line of JSON. It keeps its sockets open until standard input ends.
 
 Loads: `burst` and `paced` (each socket sends its next CHAT when the last is answered), `single` (one chat after the
 other, with pauses between), `idle` (logged in, and nothing more).
@@ -261,7 +261,7 @@ def _summary(seen: Seen) -> str:
 
 
 async def _line() -> str:
-    """The next line of standard input."""
+    """The next line of standard input; empty at its end."""
     return await asyncio.to_thread(sys.stdin.readline)
 
 
@@ -277,21 +277,20 @@ async def run(client: Client, count: int, load: str, seconds: float) -> None:
         sockets = await open_sockets(client, count, seen)
         if load != "idle":
             await asyncio.gather(*(socket.chat("warm up") for socket in sockets))
-    for name, empty in asdict(Seen()).items():
-        if name != "errors":
-            setattr(seen, name, empty)
     gc.collect()
     gc.freeze()
     _print("ready")
-    await _line()
-    began, cpu = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    if load != "idle":
-        async with asyncio.timeout(seconds + DEADLINE):
-            await make_load(sockets, load, seconds)
-    seen.seconds = time.monotonic() - began
-    seen.cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu
-    _print(_summary(seen))
-    await _line()
+    while await _line():
+        for name, empty in asdict(Seen()).items():
+            if name != "errors":
+                setattr(seen, name, empty)
+        began, cpu = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        if load != "idle":
+            async with asyncio.timeout(seconds + DEADLINE):
+                await make_load(sockets, load, seconds)
+        seen.seconds = time.monotonic() - began
+        seen.cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu
+        _print(_summary(seen))
     for socket in sockets:
         socket.transport.abort()
 

@@ -61,9 +61,11 @@ class Run:
 
 
 class Generator:
-    """The load generator in its own process. Use as a context manager."""
+    """The load generator in its own process. Use as a context manager; inside it, its sockets are open."""
 
     def __init__(self, service: Process, load: str, sockets: int, seconds: float, *options: str) -> None:
+        self.load = load
+        self.sockets = sockets
         command = [sys.executable, "-m", "ops.benchmark.load", "--url", f"ws://127.0.0.1:{service.port}/ws"]
         command += ["--sockets", str(sockets), "--load", load, "--seconds", str(seconds), *options]
         self._popen = subprocess.Popen(  # noqa: S603 - our own program
@@ -106,16 +108,21 @@ class Generator:
 
 def measure(stage: Stage, name: str, load: str, sockets: int, seconds: float, *options: str) -> Run:
     """Make one load on one service; `options` are those of the generator."""
-    service = stage.services[name]
-    with Generator(service, load, sockets, seconds, *options) as generator:
+    with Generator(stage.services[name], load, sockets, seconds, *options) as generator:
         time.sleep(SETTLE)
-        began = time.monotonic()
-        before = service.cpu(), stage.redis.cpu(), stage.backend.cpu(), machine_cpu()
-        generator.go()
-        seen = json.loads(generator.answer())
-        time.sleep(SETTLE)
-        after = service.cpu(), stage.redis.cpu(), stage.backend.cpu(), machine_cpu()
-        seconds = time.monotonic() - began
+        return measure_once(stage, name, generator)
+
+
+def measure_once(stage: Stage, name: str, generator: Generator) -> Run:
+    """Make its load once, on the service for which it was started."""
+    service, load, sockets = stage.services[name], generator.load, generator.sockets
+    began = time.monotonic()
+    before = service.cpu(), stage.redis.cpu(), stage.backend.cpu(), machine_cpu()
+    generator.go()
+    seen = json.loads(generator.answer())
+    time.sleep(SETTLE)
+    after = service.cpu(), stage.redis.cpu(), stage.backend.cpu(), machine_cpu()
+    seconds = time.monotonic() - began
     cpu, redis_cpu, backend_cpu, all_cpu = (end - start for start, end in zip(before, after, strict=True))
     if seen["errors"]["count"] or not seen["chats"]:
         sys.exit(f"{name}: {load} with {sockets} sockets went wrong: {seen['errors']}, {seen['chats']} chats answered")

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from tests.support.servers import DemoBackend, RedisServer
 
 USERS = range(10001, 10013)
-LIMIT = 60.0
+LIMIT = 120.0
 TIMES = 2
 
 
 def question(user: int) -> str:
-    """An answer of about 6 s."""
-    return f"I am {user} [[demo length=300 pace=20ms]]"
+    """An answer that lasts longer than two restarts."""
+    return f"I am {user} [[demo length=300 pace=40ms]]"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

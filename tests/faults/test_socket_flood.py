@@ -17,7 +17,7 @@ import pytest
 from imstream.gateway.request import SPARE_CONNECTIONS
 from tests.support.one_node import NO_IDENTITY, standing_node
 from tests.support.raw_socket import CLOSE, TEXT, frame, raw_socket, raw_user
-from tests.support.waiting import wait_until
+from tests.support.waiting import SLOW, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -122,7 +122,7 @@ async def test_500_connections_that_never_come_to_anything_are_cut_in_time_and_c
                 ]
 
                 trickling = asyncio.create_task(trickle(everybody[::2]))
-                assert await slowest_beat(healthy, 1) < calm + 0.5
+                assert await slowest_beat(healthy, 1) < calm + 0.5 * SLOW
                 async with node.peer(OTHER) as newcomer:
                     question = "still there? [[demo first=0 length=3]]"
                     assert (await newcomer.chat(OTHER, question, f"m{began}"))["event"] == "accepted"
