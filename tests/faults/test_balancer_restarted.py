@@ -13,7 +13,7 @@ from imstream.client import Client, Connected, Disconnected
 from tests.support.balancing import PROGRAMS, start_balancer
 from tests.support.processes import free_port
 from tests.support.servers import start_node
-from tests.support.waiting import wait_until
+from tests.support.waiting import SLOW, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.support.servers import DemoBackend, RedisServer
 
 USERS = range(10001, 10013)
-LIMIT = 120.0
+LIMIT = 40.0 * SLOW
 TIMES = 2
 
 

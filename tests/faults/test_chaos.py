@@ -11,6 +11,7 @@ import pytest
 
 from ops.chaosing.schedule import Kind, draw
 from tests.support.processes import start
+from tests.support.waiting import SLOW
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ def chaos(folder: Path, *options: str) -> tuple[int, str]:
     """Run it; the exit code and what it has printed."""
     command = [sys.executable, "-m", "ops.chaosing", "--folder", str(folder / "logs"), *options]
     with start(command, folder / "chaos.log", cwd=ROOT) as running:
-        return running.wait(330), running.output()
+        return running.wait(110 * SLOW), running.output()
 
 
 def counts(output: str, rows: Sequence[str]) -> list[int]:

@@ -76,7 +76,7 @@ async def test_slots_move_while_people_chat_and_nothing_is_lost_or_answered_twic
         async with asking(users) as refusals:
             for key in (REQUESTS, replies_of(users[0].user_id), replies_of(running.user_id), REQUESTS):
                 source = await asyncio.to_thread(cluster.master_of, key)
-                target = next(server for server in cluster.masters if server is not source)
+                target = cluster.other_than(source)
                 before = len(users[0].asked)
                 await asyncio.to_thread(cluster.move, key, target)
                 await wait_until(lambda: len(users[0].asked) > before + 2, "they chat on")  # noqa: B023 - awaited here
@@ -109,7 +109,7 @@ async def test_the_master_of_some_users_dies_and_the_others_chat_on(
     demo: DemoBackend, tmp_path: Path, cluster: ClusterSet
 ) -> None:
     here = cluster.master_of(REQUESTS)
-    there = next(server for server in cluster.masters if server is not here)
+    there = cluster.other_than(here)
     async with stage(cluster, demo, tmp_path, user_limit=10) as play:
         safe = [await play.user(user) for user, _ in zip(users_on(cluster, here), range(3), strict=False)]
         hit = await play.user(next(users_on(cluster, there)))
@@ -131,7 +131,7 @@ async def test_the_master_of_the_requests_is_full_and_who_is_refused_has_as_many
     demo: DemoBackend, tmp_path: Path, cluster: ClusterSet
 ) -> None:
     full = cluster.master_of(REQUESTS)
-    there = next(server for server in cluster.masters if server is not full)
+    there = cluster.other_than(full)
     async with stage(cluster, demo, tmp_path, daily_quota=1) as play:
         user = await play.user(next(users_on(cluster, there)))
         with full.client() as client:

@@ -22,13 +22,14 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.support.processes import start, wait_for
 from tests.support.servers import missing
+from tests.support.waiting import SLOW
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 DESKTOP = (1100, 760)
 PHONE = (390, 844)
-_PATIENCE = 60.0
+_PATIENCE = 20.0 * SLOW
 """Seconds a condition may take to become true on a busy machine."""
 
 _FLAGS = (

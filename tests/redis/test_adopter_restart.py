@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from imstream.keys import GROUP
 from tests.redis.workshop import PlayedBackend, workshop
 from tests.support.waiting import wait_until
 
@@ -34,9 +33,5 @@ async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: Re
                 (await backend.call(1)).done("x")
                 await back.idle()
                 assert back.recorded() == ("done", "x")
-
-                def consumers() -> list[str]:
-                    return [row["name"] for row in back.redis.xinfo_consumers(back.keys.requests("0"), GROUP)]
-
-                await wait_until(lambda: consumers() == ["0"], "the stream is left")
+                await wait_until(lambda: back.consumers() == ["0"], "the stream is left")
                 assert again.adopter.adopted == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from imstream.keys import GROUP
 from tests.redis.workshop import USER, PlayedBackend, workshop
 from tests.support.waiting import wait_until
 
@@ -15,10 +14,8 @@ if TYPE_CHECKING:
 QUICK_LEASE = "1s"
 
 
-def of_node(shop: Workshop, key: str) -> list[str]:
-    """Consumers of the stream of node 0, or the nodes in the directory."""
-    if key == "consumers":
-        return sorted(row["name"] for row in shop.redis.xinfo_consumers(shop.keys.requests("0"), GROUP))
+def directory(shop: Workshop) -> list[str]:
+    """The nodes in the directory."""
     return sorted(shop.redis.zrange(shop.keys.nodes(), 0, -1))
 
 
@@ -60,7 +57,7 @@ async def test_when_all_is_done_the_adopter_leaves_no_trace_in_the_group(redis_s
         await dying.crash()
         await other.idle()
         await no_longer_adopted(other)
-        assert of_node(other, "consumers") == ["0"]
+        assert other.consumers() == ["0"]
         await wait_until(lambda: other.adopter.adopted == [], "nothing is adopted")
 
 
@@ -162,7 +159,7 @@ async def test_an_adopter_that_dies_is_followed_by_another(redis_server: RedisSe
         (await third.backend.call(1)).done("x")
         await third.idle()
         assert third.recorded() == ("done", "x")
-        await wait_until(lambda: of_node(third, "consumers") == ["0"], "both adopters have left the group")
+        await wait_until(lambda: third.consumers() == ["0"], "both adopters have left the group")
 
 
 async def test_a_node_that_is_gone_for_good_is_forgotten(redis_server: RedisServer) -> None:
@@ -171,7 +168,7 @@ async def test_a_node_that_is_gone_for_good_is_forgotten(redis_server: RedisServ
         (await leaving.backend.call(1)).done("x")
         await leaving.idle()
     async with workshop(redis_server, node="1", lease="200ms", retire_after="300ms") as other:
-        await wait_until(lambda: of_node(other, "nodes") == ["1"], "it has left the directory")
+        await wait_until(lambda: directory(other) == ["1"], "it has left the directory")
         assert not other.redis.exists(*(key(node="0") for key in (other.keys.requests, other.keys.load)))
 
 
@@ -182,15 +179,15 @@ async def test_a_dead_node_with_requests_is_not_forgotten(redis_server: RedisSer
         await dying.crash()
     async with workshop(redis_server, node="1", lease="200ms", retire_after="1ms") as other:
         call = await other.backend.call(1)
-        assert of_node(other, "nodes") == ["0", "1"]
+        assert directory(other) == ["0", "1"]
         call.done("x")
-        await wait_until(lambda: of_node(other, "nodes") == ["1"], "it has left the directory when all is done")
+        await wait_until(lambda: directory(other) == ["1"], "it has left the directory when all is done")
         assert other.recorded() == ("done", "x")
 
 
 async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServer) -> None:
     async with workshop(redis_server, lease=QUICK_LEASE) as dying:
-        await wait_until(lambda: of_node(dying, "nodes") == ["0"], "it is in the directory")
+        await wait_until(lambda: directory(dying) == ["0"], "it is in the directory")
         dying.worker.stop()
         for n in range(6):
             await dying.ask(f"theirs {n}")

@@ -204,6 +204,10 @@ class Workshop:
         """Follow a reply as a socket does."""
         return Follower(self.board.get(user, message_id), **where)
 
+    def consumers(self, node: str = "0") -> list[str]:
+        """The nodes in the consumer group of a stream."""
+        return sorted(row["name"] for row in self.redis.xinfo_consumers(self.keys.requests(node), GROUP))
+
     def entries(self, message_id: str = "m", *, user: int = USER) -> list[dict[str, str]]:
         """What the reply stream says."""
         return [fields for _, fields in self.redis.xrange(self.keys.reply(user, message_id))]

@@ -12,11 +12,12 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from imstream.wire import Code, Event
+from tests.support.waiting import SLOW
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-LIMIT = 60.0
+LIMIT = 20.0 * SLOW
 """Seconds that anything may take; a test that means something by a duration says so itself."""
 
 Frame = dict[str, Any]

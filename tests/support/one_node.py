@@ -16,7 +16,7 @@ from tests.support.peer import TERMINAL, peer
 from tests.support.processes import free_port
 from tests.support.servers import NodeProcess, RedisServer, start_node
 from tests.support.stage import fresh_redis
-from tests.support.waiting import wait_until
+from tests.support.waiting import SLOW, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -116,7 +116,7 @@ class OneNode:
             finally:
                 over.set()
 
-    async def terminated(self, limit: float = 45.0) -> int:
+    async def terminated(self, limit: float = 15.0 * SLOW) -> int:
         """SIGTERM it; its exit code."""
         return await asyncio.to_thread(self.now.process.terminate, limit)
 

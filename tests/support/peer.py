@@ -20,12 +20,14 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.typing import Subprotocol
 
+from tests.support.waiting import SLOW
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
     from websockets.asyncio.client import ClientConnection
 
-LIMIT = 60.0
+LIMIT = 20.0 * SLOW
 """Seconds that a test waits for one frame at most."""
 
 TERMINAL = frozenset({"done", "failed", "cancelled"})

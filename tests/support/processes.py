@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from tests.support.waiting import SLOW
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
@@ -88,11 +90,11 @@ class Running:
         self.process.kill()
         self.process.wait(10)
 
-    def wait(self, limit: float = 45.0) -> int:
+    def wait(self, limit: float = 15.0 * SLOW) -> int:
         """Wait for its end; the exit code."""
         return self.process.wait(limit)
 
-    def terminate(self, limit: float = 45.0) -> int:
+    def terminate(self, limit: float = 15.0 * SLOW) -> int:
         """SIGTERM, and wait for its end; the exit code."""
         self.process.terminate()
         return self.process.wait(limit)
@@ -129,7 +131,7 @@ def start(
     return Running(process, log)
 
 
-def wait_for(ready: Callable[[], bool], process: Running, what: str, limit: float = 45.0) -> None:
+def wait_for(ready: Callable[[], bool], process: Running, what: str, limit: float = 15.0 * SLOW) -> None:
     """Wait until a process that was just started is ready. Fails with its output when it ends or takes too long."""
     deadline = time.monotonic() + limit
     while not ready():

@@ -10,10 +10,12 @@ import struct
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from tests.support.waiting import SLOW
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-LIMIT = 30.0
+LIMIT = 10.0 * SLOW
 """Seconds that a test waits for one read at most."""
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA

@@ -17,6 +17,7 @@ from redis.sentinel import Sentinel
 
 from tests.support.processes import free_port, start, wait_for
 from tests.support.servers import ADMIN, ADMIN_LOGIN, REPLICATION, USER, RedisServer, as_admin, users, valkey_binary
+from tests.support.waiting import SLOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ _QUICK_REPLICATION = (*REPLICATION, "--repl-diskless-sync-delay", "0", "--repl-p
 _QUICK_SENTINEL = ("info-period", 200, "publish-period", 100, "ask-period", 100)
 
 
-def until(condition: Callable[[], object], description: str, limit: float = 60.0) -> None:
+def until(condition: Callable[[], object], description: str, limit: float = 20.0 * SLOW) -> None:
     """Wait until the condition holds, for set-ups; tests use `wait_until`. An error of Redis means: not yet."""
     deadline = time.monotonic() + limit
     while not _holds(condition):
@@ -195,6 +196,10 @@ class ClusterSet:
         with self._client() as client:
             node: Any = client.get_node_from_key(key)
         return next(server for server in self.all if server.port == node.port)
+
+    def other_than(self, server: RedisServer) -> RedisServer:
+        """A master that is not this one."""
+        return next(one for one in self.masters if one is not server)
 
     def start(self) -> None:
         """Start all, share the slots, and wait until every node agrees."""

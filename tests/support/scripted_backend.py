@@ -23,10 +23,12 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 
+from tests.support.waiting import SLOW
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-LIMIT = 15.0
+LIMIT = 5.0 * SLOW
 """Seconds that a test waits for one thing at most."""
 
 Framing = Literal["chunked", "close"] | int

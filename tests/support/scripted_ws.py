@@ -12,6 +12,7 @@ from websockets.asyncio.server import serve
 
 from imstream.client import Client, Timing
 from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ServerFrame, parse
+from tests.support.waiting import SLOW
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from imstream.client import Reply
 
-LIMIT = 15.0
+LIMIT = 5.0 * SLOW
 """Seconds that a test waits for one thing at most."""
 
 USER = 10001

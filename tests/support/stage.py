@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from imstream.ai.demo.answer import canned_answer
 from imstream.keys import GROUP, Keys
-from tests.support.chatter import LIMIT, Chatter, chatter
+from tests.support.chatter import Chatter, chatter
 from tests.support.observing import ObservedNode, start_observed_node
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer, valkey_binary
@@ -111,7 +111,7 @@ class Stage:
             await user.ended(message_id)
             assert user.ends(message_id) == ["done"], (message_id, user.frames[message_id][-4:])
             assert user.text(message_id) == expected(question)
-        await wait_until(lambda: self.unfinished() == 0, "the requests stream is empty", limit=LIMIT)
+        await wait_until(lambda: self.unfinished() == 0, "the requests stream is empty", limit=20)
         assert self.being_worked_on() == 0
         assert self.redis.hgetall(LOAD) == {}
         assert self.redis.xlen(DEAD) == 0

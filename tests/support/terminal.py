@@ -10,7 +10,7 @@ from asyncio.subprocess import PIPE, Process
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import SLOW, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ async def piped(url: str, text: str, *, lang: str = "en", patience: float = 10) 
     """Chat with what a pipe says; exit code, standard output and standard error."""
     line = command(url, lang=lang, patience=patience)
     process = await asyncio.create_subprocess_exec(*line, stdin=PIPE, stdout=PIPE, stderr=PIPE)
-    out, err = await asyncio.wait_for(process.communicate(text.encode()), 60)
+    out, err = await asyncio.wait_for(process.communicate(text.encode()), 20 * SLOW)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
@@ -61,7 +61,7 @@ class Terminal:
 
     async def exit_code(self) -> int:
         """Wait for the end."""
-        return await asyncio.wait_for(self.process.wait(), 30)
+        return await asyncio.wait_for(self.process.wait(), 10 * SLOW)
 
     def read(self) -> None:
         """Take in what was written to the screen."""

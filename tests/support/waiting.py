@@ -29,5 +29,5 @@ async def wait_until(
         if holds:
             return
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {limit} s: {description}")
+            raise AssertionError(f"not within {limit * SLOW} s: {description}")
         await asyncio.sleep(0.01)

@@ -220,7 +220,7 @@ def _sentences(letters: int) -> tuple[str, str]:
 
 
 def _best(what: Callable[[], object], times: int = 50) -> float:
-    """Seconds of CPU, at best, of a machine that counts to 10,000 in 0.1 ms: a slow or busy one should fail no test."""
+    """Seconds of CPU, at best, of a machine that adds 3,000 ones in 0.1 ms: a slow or busy one should fail no test."""
     best = yardstick = float("inf")
     for _ in range(times):
         best = min(best, _cpu(what))
