@@ -6,6 +6,7 @@ a slow one gets all that has gathered, and a buffer lives as long as somebody ho
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,6 +114,26 @@ class Reply:
     def unwatch(self, wake: Callable[[Reply], None]) -> None:
         """Stop calling `wake`."""
         self._watchers.discard(wake)
+
+    async def recorded_within(self, seconds: float) -> bool:
+        """Wait until there is a record of it: a worker here has begun it, or has found it. False when none does so."""
+        loop = asyncio.get_running_loop()
+        recorded: asyncio.Future[bool] = loop.create_future()
+
+        def settle(found: bool) -> None:  # noqa: FBT001 - the value of the future
+            if not recorded.done():
+                recorded.set_result(found)
+
+        def wake(_: Reply) -> None:
+            settle(True)  # noqa: FBT003 - same
+
+        timer = loop.call_later(seconds, settle, False)  # noqa: FBT003 - same
+        self.watch(wake)
+        try:
+            return await recorded
+        finally:
+            self.unwatch(wake)
+            timer.cancel()
 
     def _clear(self) -> None:
         self.offset = 0

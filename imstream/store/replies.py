@@ -134,7 +134,6 @@ class ReplyStore:
 
     async def mark_queued(self, user_id: int, message_id: str) -> None:
         """Note that the message waits, unless anything is known of it already."""
-        # When a worker is free, its opening of the same message comes within a millisecond.
         keys = self._keys_of(user_id, message_id)[:1]
         await _QUEUED.run(self._commands, keys, (self._queued_ttl,), hurry=False)
 

@@ -59,6 +59,11 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    @property
+    def room(self) -> int:
+        """How many more jobs there may be."""
+        return self._settings.concurrency - len(self._jobs)
+
     def join(self, worker: Worker) -> None:
         """A worker shares the slots from now on."""
         self._workers.add(worker)

@@ -137,9 +137,15 @@ class Worker:
                     if entry.entry_id not in self._jobs:  # a group that was made again delivers it once more
                         await self._start(group, entry, slots)
                 if self._requests.is_own:
+                    await self._let_them_begin()
                     return
         await self._wait_for_change()
         await self._requests.ping()
+
+    async def _let_them_begin(self) -> None:
+        """Let the jobs just started ask Redis before it is asked for more: somebody waits for them."""
+        await asyncio.sleep(0)  # they queue their commands
+        await asyncio.sleep(0)  # which leave
 
     def _wanted(self) -> int:
         """How many requests to ask for: none while the backend wants a pause, one to try whether it is back."""

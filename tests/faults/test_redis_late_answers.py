@@ -44,7 +44,6 @@ async def test_a_request_whose_delivery_was_not_heard_is_found_pending_and_answe
 
 STEPS = {
     "admission": ("admit", AT_ONCE),
-    "mark": ("queued", AT_ONCE),
     "opening": ("open", AT_ONCE),
     "text": ("append", "[[demo first=0s pace=5ms length=60]]"),
     "end": ("append", AT_ONCE),
@@ -75,11 +74,27 @@ async def _ask_and_lose_an_answer(play: Stage, user: Chatter, proxy: TcpProxy, s
     trap = proxy.on_answer_to(Script(script).digest.encode(), fate=fate)
     message_id = f"{step}-{fate}"
     refusals = await user.ask_until_accepted(message_id, f"lost at its {step} {pace}")
-    # What may not be recorded is not called accepted: on another node it could not be resumed (I1). The opening
-    # may share a pipeline with the mark, and they lose their answers together.
-    assert refusals == ([Code.UNAVAILABLE] if step in ("admission", "mark") else refusals[: step == "opening"])
+    assert refusals == ([Code.UNAVAILABLE] if step == "admission" else [])
     assert await user.ended(message_id) == "done"
     await wait_until(lambda: trap.sprung, f"{message_id} was met")
+
+
+async def test_a_message_that_waits_is_not_called_accepted_when_the_answer_to_its_mark_is_lost(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url, redis_timeout="250ms", concurrency=1) as play,
+    ):
+        user = await play.user()
+        assert await user.ask("long", "so that the other waits [[demo first=3s length=1]]") == Event.ACCEPTED
+        trap = proxy.on_answer_to(Script("queued").digest.encode(), fate=Fate.SILENCE)
+        # What may not be recorded is not called accepted: on another node it could not be resumed (I1).
+        assert await user.ask_until_accepted("waiting", f"lost at its mark {AT_ONCE}") == [Code.UNAVAILABLE]
+        assert trap.sprung
+        assert await user.ended("waiting") == "done"
+        await play.curtain()
+        assert play.ai_calls() == 2
 
 
 async def test_an_answer_that_begins_before_its_acceptance_can_be_said_is_told_after_it_and_once(

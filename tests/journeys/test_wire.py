@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from imstream.ai.demo.answer import canned_answer, pieces
+from imstream.keys import Keys
 from tests.support.one_node import standing_node
 from tests.support.peer import peer
 from tests.support.waiting import wait_until
@@ -107,6 +108,15 @@ async def test_a_chat_is_accepted_streamed_and_done(node: OneNode) -> None:
     assert told.terminal is not None
     assert (told.terminal["finishReason"], told.terminal["offset"]) == ("stop", offsets[-1])
     assert told.terminal["usage"]["completion_tokens"] == len(whole)
+
+
+async def test_what_is_called_accepted_is_recorded_whether_a_worker_is_free_or_not(node: OneNode) -> None:
+    async with node.peer(USER) as someone:
+        for message_id in ("begun", "waits"):
+            assert (await someone.chat(USER, "hello [[demo first=2s length=1]]", message_id))["event"] == "accepted"
+            assert node.redis.exists(Keys().reply(USER, message_id))  # so any node can resume or cancel it
+        entries: Any = node.redis.xrange(Keys().reply(USER, "waits"))
+        assert [fields["event"] for _, fields in entries] == ["queued"]
 
 
 async def test_the_history_goes_to_the_backend(node: OneNode) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from dataclasses import dataclass
 
@@ -35,6 +36,23 @@ def all_steps(cursor: Cursor) -> list[Restarted | Grown | Finished]:
         if isinstance(step, Finished):
             break
     return steps
+
+
+# Its record
+
+
+async def test_it_is_recorded_as_soon_as_a_worker_has_begun_it_or_its_record_is_read() -> None:
+    begun, read = Reply(10001, "begun"), Reply(10001, "read")
+    recorded = asyncio.gather(begun.recorded_within(60), read.recorded_within(60))
+    await asyncio.sleep(0)  # they wait
+    begun.begin(1)
+    read.load(Record(0, "", CANCELLED))
+    assert all(await recorded)
+
+
+async def test_it_is_not_recorded_when_nobody_begins_it_in_time() -> None:
+    reply = reply_with("of an attempt before")  # which Redis may have lost
+    assert not await reply.recorded_within(0.01)
 
 
 # One follower

@@ -53,10 +53,12 @@ if last then
     end
 end
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
+local kept = redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
 redis.call(
     'XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'request', ARGV[1], 'by', ARGV[5]
 )
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if kept == 0 then -- there was no reply yet
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+end
 return {'opened', attempt + 1, unpack(redis.call('SMEMBERS', KEYS[2]))}
