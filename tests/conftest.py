@@ -29,6 +29,20 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 SERVERS = {"valkey": valkey_binary, "redis-6.2": redis_6_binary, "redis-7.0": redis_7_binary}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first: when several processes share the tests, none is left with a long one at the end."""
+    folders = ("journeys", "faults", "redis", "unit")
+    items.sort(key=lambda item: folders.index(item.path.parent.name))
+
+
+@pytest.fixture(scope="module")
+def unmeasured() -> Iterator[None]:
+    """Processes are started without coverage, which takes half of their speed. Other tests cover what they run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # coverage's `patch = subprocess`
+        yield
+
+
 @pytest.fixture(scope="session")
 def servers() -> Iterator[dict[str, RedisServer]]:
     """The Redis servers that were asked for so far, by name; they run until the end."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from imstream.client import ConnectionChange
     from tests.support.servers import DemoBackend
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 NODES = ("0", "1", "2")
 USERS = range(10001, 13001)
 FEW = range(10001, 10301)

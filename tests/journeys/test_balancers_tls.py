@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tests.support.certificates import Certificate
     from tests.support.servers import DemoBackend, NodeProcess
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 USERS = range(10001, 10041)
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from tests.journeys.page_support import Page
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 USER = 10001
 EVENTS = ["accepted", "delta", "restart", "done", "failed", "cancelled", "expired", "refused", "notice"]
 QUICK = {"firstWait": 20, "longestWait": 100}

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from imstream.client import ConnectionChange, Reply
     from tests.support.servers import DemoBackend, RedisServer
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 USER = 10001
 LIMIT = 30.0
 

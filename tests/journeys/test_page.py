@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tests.journeys.page_support import Page
     from tests.support.servers import DemoBackend, NodeProcess
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PAGE_ON_DISK = Path(str(resources.files("imstream.gateway") / "static" / "index.html"))
 SLOW = "[[demo pace=30ms]]"
 ENDLESS = "[[demo length=5000 pace=20ms]]"

@@ -21,6 +21,8 @@ from tests.support.servers import DENIED, missing, node_rights
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PROCFILE = Path(__file__).parents[2] / "Procfile"
 THIRD = 200
 """A runner gives the first process of the third line its base port and 200, the second one 201."""

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tests.support.scripted_backend import Exchange
     from tests.support.servers import RedisServer
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 HUSH = "hush7f3a"
 """In every secret."""
 
