@@ -14,7 +14,7 @@ import click
 from imstream.ai.demo import marker
 from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import balancer as balancers
-from imstream.cli.options import given, settings_options
+from imstream.cli.options import UserId, given, settings_options
 from imstream.cli.parent import die_with
 from imstream.cli.up_settings import UpSettings
 from imstream.cli.user import user
@@ -22,7 +22,6 @@ from imstream.embedded import EmbeddedSettings
 from imstream.errors import ImstreamError, SettingsError
 from imstream.settings import ENV_PREFIX, Settings, parse_duration
 from imstream.texts import DEFAULT_LANG, Lang
-from imstream.wire import MAX_USER_ID, MIN_USER_ID
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -127,7 +126,7 @@ def node(**options: str | None) -> None:
 
 @main.command()
 @click.option("--url", default="ws://127.0.0.1:8080/ws", show_default=True, help="The node's address.")
-@click.option("--user", type=int, default=10001, show_default=True, help="Who you are: a number above 10000.")
+@click.option("--user", type=UserId(), default=10001, show_default=True, help="Who you are: a number above 10000.")
 @click.option("--token", envvar=f"{ENV_PREFIX}TOKEN", help=f"Your signed token, if the node asks [{ENV_PREFIX}TOKEN].")
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_own_lang, help="Language; else the terminal's.")
 def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
@@ -138,7 +137,7 @@ def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
 
 
 @main.command()
-@click.option("--user", type=click.IntRange(MIN_USER_ID, MAX_USER_ID), required=True, help="Whom it is for.")
+@click.option("--user", type=UserId(), required=True, help="Whom it is for.")
 @click.option("--ttl", metavar="TIME", default="1h", show_default=True, help="How long it holds.")
 @click.option("--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file with the private key.")
 @settings_options(Settings, only=["auth_algorithm", "auth_claim", "auth_issuer", "auth_audience"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret
+from imstream.wire import MAX_USER_ID, MIN_USER_ID, parse_user_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
+
+
+class UserId(click.ParamType[int]):
+    """A user's number, as every command reads it."""
+
+    name = "number"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See `click.ParamType.convert`."""
+        if (user_id := parse_user_id(str(value))) is None:
+            self.fail(f"{value!r} is no user id: a number from {MIN_USER_ID} to {MAX_USER_ID}", param, ctx)
+        return user_id
 
 
 def settings_options(

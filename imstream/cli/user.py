@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from imstream.cli.options import given, settings_options
+from imstream.cli.options import UserId, given, settings_options
 from imstream.errors import SettingsError
 from imstream.settings import Settings, parse_duration
-from imstream.wire import MAX_USER_ID, MIN_USER_ID, parse_user_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,12 +23,6 @@ _DAY = [*_WHERE, "daily_quota", "quota_timezone"]
 
 MOST = timedelta(days=3650)
 """The longest lock; for ever is a ban."""
-
-
-def _user_id(_: click.Context, __: click.Parameter, value: str) -> int:
-    if (user_id := parse_user_id(value)) is None:
-        raise SettingsError(f"{value!r} is no user id: a number from {MIN_USER_ID} to {MAX_USER_ID}")
-    return user_id
 
 
 def _span(_: click.Context, __: click.Parameter, value: str | None) -> timedelta | None:
@@ -48,7 +41,7 @@ def _user_command(*settings: str) -> Callable[[Command], Command]:
     """A user id, and options for these settings."""
 
     def decorate(command: Command) -> Command:
-        command = click.argument("user_id", callback=_user_id, metavar="USER")(command)
+        command = click.argument("user_id", type=UserId(), metavar="USER")(command)
         return settings_options(Settings, only=settings, aliases={"redis_url": "--redis"})(command)
 
     return decorate

@@ -114,6 +114,8 @@ def test_redis_and_ai_have_short_names(node_runs: list[Settings]) -> None:
         (("balancer", "10.0.0.1"), "'10.0.0.1' is no address such as 10.0.0.1:8080"),
         (("streams", "--redis", "http://x"), "IMSTREAM_REDIS_URL='http://x' is not allowed"),
         (("node", "--quota-timezone", "Mars"), "IMSTREAM_QUOTA_TIMEZONE='Mars' is not allowed: a time zone such as"),
+        (("chat", "--user", "many"), "'many' is no user id: a number from 10001 to"),
+        (("token", "--user", "10000"), "'10000' is no user id: a number from 10001 to"),
         (("user", "show", "10000"), "'10000' is no user id: a number from 10001 to"),
         (("user", "lock", "10001", "--for", "soon"), "--for='soon' is not allowed: a time span such as 250ms"),
         (("user", "lock", "10001", "--for", "0"), "--for='0' is not allowed: more than 0, at most 3650d"),
