@@ -160,7 +160,15 @@ def token(user: int, ttl: str, key: Path | None, **options: str | None) -> None:
     click.echo(sign(settings, user, cast("timedelta", span), key))
 
 
-@main.command("demo-ai", help=_with_columns(f"Run the demo AI backend: canned answers, no model.\n\n{marker.__doc__}"))
+_DEMO_AI = f"""Run the demo AI backend: canned answers, no model.
+
+{marker.__doc__}
+
+It moderates, too (IMSTREAM_MODERATION_URL): a text with [[flag]] or [[flag violence hate]] in it is flagged.
+"""
+
+
+@main.command("demo-ai", help=_with_columns(_DEMO_AI))
 @settings_options(DemoSettings)
 def demo_ai(**options: str | None) -> None:
     """Run the demo AI backend until SIGTERM."""
