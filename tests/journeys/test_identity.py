@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tests.support.peer import Frame, Peer
     from tests.support.servers import DemoBackend, RedisServer
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 USER, OTHER = 10001, 10002
 BRIEF = "[[demo first=0 pace=1ms length=20]]"
 LONG = "[[demo first=0 pace=10ms length=5000]]"

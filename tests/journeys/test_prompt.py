@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tests.support.scripted_backend import ScriptedBackend
     from tests.support.servers import RedisServer
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 ZH, EN = 10001, 10002
 
 PROMPT: dict[str, Any] = {

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from imstream.cli.balancer import Program
     from imstream.client import ConnectionChange
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 USERS = range(10001, 10101)
 
 
