@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 from imstream.gateway.rounds import Rounds
 from tests.support.virtual_time import in_virtual_time
@@ -54,6 +55,16 @@ async def test_when_much_is_said_all_wait_for_rounds_of_many() -> None:
     assert waits[:2] == [0, 0]
     assert max(waits) <= 1
     assert sorted(set(caller.called[2:])) == [1.0, 2.0, 3.0, 4.0]
+
+
+@in_virtual_time
+async def test_rounds_that_cost_much_are_further_apart_up_to_a_limit() -> None:
+    for cost, apart in ((0.1, 1.0), (0.5, 3.0), (2.0, 8.0)):  # a sixth of the time is theirs
+        readings = itertools.count(0, cost)  # one before a round and one after it
+        caller = Caller(Rounds(apart=1.0, most_apart=8.0, at_once=1, clock=readings.__next__))
+        await caller.join_each(0.125, times=300)
+        rounds = sorted(set(caller.called[2:]))
+        assert {round(after - before, 6) for before, after in itertools.pairwise(rounds)} == {apart}
 
 
 @in_virtual_time
