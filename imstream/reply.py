@@ -117,23 +117,20 @@ class Reply:
 
     async def recorded_within(self, seconds: float) -> bool:
         """Wait until there is a record of it: a worker here has begun it, or has found it. False when none does so."""
-        loop = asyncio.get_running_loop()
-        recorded: asyncio.Future[bool] = loop.create_future()
-
-        def settle(found: bool) -> None:  # noqa: FBT001 - the value of the future
-            if not recorded.done():
-                recorded.set_result(found)
+        woken = asyncio.Event()
 
         def wake(_: Reply) -> None:
-            settle(True)  # noqa: FBT003 - same
+            woken.set()
 
-        timer = loop.call_later(seconds, settle, False)  # noqa: FBT003 - same
         self.watch(wake)
         try:
-            return await recorded
+            async with asyncio.timeout(seconds):
+                await woken.wait()
+        except TimeoutError:
+            return False
         finally:
             self.unwatch(wake)
-            timer.cancel()
+        return True
 
     def _clear(self) -> None:
         self.offset = 0

@@ -134,6 +134,7 @@ class ReplyStore:
 
     async def mark_queued(self, user_id: int, message_id: str) -> None:
         """Note that the message waits, unless anything is known of it already."""
+        # No worker is free: the message waits, and its mark may wait for others to travel with.
         keys = self._keys_of(user_id, message_id)[:1]
         await _QUEUED.run(self._commands, keys, (self._queued_ttl,), hurry=False)
 

@@ -6,6 +6,8 @@ import asyncio
 from itertools import product
 from typing import TYPE_CHECKING
 
+import pytest
+
 from imstream.store.scripts import Script
 from imstream.wire import Code, Event
 from tests.support.stage import AT_ONCE, expected, stage
@@ -79,8 +81,9 @@ async def _ask_and_lose_an_answer(play: Stage, user: Chatter, proxy: TcpProxy, s
     await wait_until(lambda: trap.sprung, f"{message_id} was met")
 
 
+@pytest.mark.parametrize("fate", [Fate.SILENCE, Fate.CUT])
 async def test_a_message_that_waits_is_not_called_accepted_when_the_answer_to_its_mark_is_lost(
-    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+    fate: Fate, redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
@@ -88,7 +91,7 @@ async def test_a_message_that_waits_is_not_called_accepted_when_the_answer_to_it
     ):
         user = await play.user()
         assert await user.ask("long", "so that the other waits [[demo first=3s length=1]]") == Event.ACCEPTED
-        trap = proxy.on_answer_to(Script("queued").digest.encode(), fate=Fate.SILENCE)
+        trap = proxy.on_answer_to(Script("queued").digest.encode(), fate=fate)
         # What may not be recorded is not called accepted: on another node it could not be resumed (I1).
         assert await user.ask_until_accepted("waiting", f"lost at its mark {AT_ONCE}") == [Code.UNAVAILABLE]
         assert trap.sprung

@@ -113,10 +113,13 @@ async def test_a_chat_is_accepted_streamed_and_done(node: OneNode) -> None:
 async def test_what_is_called_accepted_is_recorded_whether_a_worker_is_free_or_not(node: OneNode) -> None:
     async with node.peer(USER) as someone:
         for message_id in ("begun", "waits"):
-            assert (await someone.chat(USER, "hello [[demo first=2s length=1]]", message_id))["event"] == "accepted"
+            assert (await someone.chat(USER, "hello [[demo first=30s]]", message_id))["event"] == "accepted"
             assert node.redis.exists(Keys().reply(USER, message_id))  # so any node can resume or cancel it
         entries: Any = node.redis.xrange(Keys().reply(USER, "waits"))
         assert [fields["event"] for _, fields in entries] == ["queued"]
+        for message_id in ("waits", "begun"):
+            await someone.say("CANCEL", messageId=message_id)
+            assert (await someone.end_of(message_id)).events[-1] == "cancelled"
 
 
 async def test_the_history_goes_to_the_backend(node: OneNode) -> None:
