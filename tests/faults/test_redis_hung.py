@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.support.servers import DemoBackend, RedisServer
     from tests.support.tcp_proxy import TcpProxy
 
-TIMEOUT, BLOCK = 0.3, 0.2
+TIMEOUT, BLOCK = 1.0, 0.2
 NOT_READY_WITHIN = BLOCK + 2 * TIMEOUT + 2.0
 """Seconds: the two after which a node must have heard from Redis, and two for a busy machine."""
 BACK_WITHIN = 5.0
