@@ -146,15 +146,17 @@ class Node:
             NodeTaken: Another process runs this node.
         """
         self._server.listen()
+        taken: BaseException | None = None
         try:
             async with self._guards, asyncio.TaskGroup() as group:
                 await self._serve(group)
-        except* NodeTaken as taken:
-            # One of them is enough to tell; there is only one anyway.
-            error: BaseException = taken
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+        except* NodeTaken as refusal:
+            taken = refusal
+        # There is only one. Outside, because what is raised in `except*` becomes a group again (in Python 3.11.2).
+        while isinstance(taken, BaseExceptionGroup):
+            taken = taken.exceptions[0]
+        if taken is not None:
+            raise taken
 
     async def _serve(self, group: asyncio.TaskGroup) -> None:
         for_ever = [
