@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
@@ -118,14 +117,13 @@ def _lines(
     if isinstance(standing, Locked):
         # Somebody may have written it by hand, such as 1.9e12: what holds is what Redis makes of it.
         written, ms = account.get("locked_until", ""), timedelta(milliseconds=1)
-        until = int(written) if written.isdecimal() else now() + standing.left // ms
+        until = float(written) if written.isdecimal() else now() + standing.left // ms
         yield f"    until     {calendar.show(until)}"
     if not isinstance(standing, Free):
         for name in ("reason", "by"):
             yield f"    {name:<9} {account.get(name) or '?'}"
         if (since := account.get("at", "")).isdecimal():
-            with suppress(ValueError, OverflowError, OSError):  # beyond all years, by hand
-                yield f"    since     {calendar.show(int(since))}"
+            yield f"    since     {calendar.show(float(since))}"
     yield f"  quota       {_used(overview, settings)}"
     left = f", forgotten in {timedelta(seconds=overview.violations_for.seconds)}" if overview.violations else ""
     yield f"  violations  {overview.violations}{left}"

@@ -7,20 +7,20 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from imstream.ai.demo import marker
 from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import balancer as balancers
-from imstream.cli.options import UserId, given, settings_options
+from imstream.cli.options import TimeSpan, UserId, given, settings_options
 from imstream.cli.parent import die_with
 from imstream.cli.up_settings import UpSettings
 from imstream.cli.user import user
 from imstream.embedded import EmbeddedSettings
 from imstream.errors import ImstreamError, SettingsError
-from imstream.settings import ENV_PREFIX, Settings, parse_duration
+from imstream.settings import ENV_PREFIX, Settings
 from imstream.texts import DEFAULT_LANG, Lang
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
 
 @main.command()
 @click.option("--user", type=UserId(), required=True, help="Whom it is for.")
-@click.option("--ttl", metavar="TIME", default="1h", show_default=True, help="How long it holds.")
+@click.option("--ttl", type=TimeSpan(), metavar="TIME", default="1h", show_default=True, help="How long it holds.")
 @click.option("--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file with the private key.")
 @settings_options(Settings, only=["auth_algorithm", "auth_claim", "auth_issuer", "auth_audience"])
-def token(user: int, ttl: str, key: Path | None, **options: str | None) -> None:
+def token(user: int, ttl: timedelta, key: Path | None, **options: str | None) -> None:
     """Sign a token, for development.
 
     Prints nothing else, so that it can be given on: imstream chat --token "$(imstream token --user 10001)".
@@ -150,14 +150,9 @@ def token(user: int, ttl: str, key: Path | None, **options: str | None) -> None:
     how: RSA (RS256), elliptic curve P-256 (ES256), Ed25519 or Ed448 (EdDSA). What else nodes check is taken from their
     settings.
     """
-    settings = Settings.load(**given(options))
-    try:
-        span = parse_duration(ttl)
-    except ValueError as error:
-        raise SettingsError(f"--ttl={ttl} is not allowed: {error}") from None
     from imstream.guards.tokens.signing import sign
 
-    click.echo(sign(settings, user, cast("timedelta", span), key))
+    click.echo(sign(Settings.load(**given(options)), user, ttl, key))
 
 
 _DEMO_AI = f"""Run the demo AI backend: canned answers, no model.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret
+from imstream.errors import SettingsError
+from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret, parse_duration
 from imstream.wire import MAX_USER_ID, MIN_USER_ID, parse_user_id
 
 if TYPE_CHECKING:
@@ -32,6 +33,24 @@ class UserId(click.ParamType[int]):
         if (user_id := parse_user_id(str(value))) is None:
             self.fail(f"{value!r} is no user id: a number from {MIN_USER_ID} to {MAX_USER_ID}", param, ctx)
         return user_id
+
+
+class TimeSpan(click.ParamType[timedelta]):
+    """A time span, written as in the settings: more than none, and at most ten years."""
+
+    name = "time"
+    most = timedelta(days=3650)
+
+    def convert(self, value: str | timedelta, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:  # noqa: ARG002 - click's
+        """See `click.ParamType.convert`. Raises `SettingsError`, as for a setting."""
+        name = param.opts[0] if param else ""
+        try:
+            span = parse_duration(value)
+        except ValueError as error:
+            raise SettingsError(f"{name}={value!r} is not allowed: {error}") from None
+        if not isinstance(span, timedelta) or not timedelta(0) < span <= self.most:
+            raise SettingsError(f"{name}={value!r} is not allowed: more than 0, at most {self.most.days}d")
+        return span
 
 
 def settings_options(

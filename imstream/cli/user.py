@@ -4,37 +4,21 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from imstream.cli.options import UserId, given, settings_options
-from imstream.errors import SettingsError
-from imstream.settings import Settings, parse_duration
+from imstream.cli.options import TimeSpan, UserId, given, settings_options
+from imstream.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import timedelta
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
 _WHERE = ["redis_url", "key_prefix", "redis_timeout"]
 _DAY = [*_WHERE, "daily_quota", "quota_timezone"]
-
-MOST = timedelta(days=3650)
-"""The longest lock; for ever is a ban."""
-
-
-def _span(_: click.Context, __: click.Parameter, value: str | None) -> timedelta | None:
-    if value is None:
-        return None
-    try:
-        span = parse_duration(value)
-    except ValueError as error:
-        raise SettingsError(f"--for={value!r} is not allowed: {error}") from None
-    if not isinstance(span, timedelta) or not timedelta(0) < span <= MOST:
-        raise SettingsError(f"--for={value!r} is not allowed: more than 0, at most {MOST.days}d")
-    return span
 
 
 def _user_command(*settings: str) -> Callable[[Command], Command]:
@@ -72,7 +56,10 @@ def show(user_id: int, **options: str | None) -> None:
 
 @user.command()
 @click.option(
-    "--for", "span", metavar="TIME", callback=_span, help="For how long, such as 90s, 1h, 7d; else IMSTREAM_LOCK_TIME."
+    *("--for", "span"),
+    type=TimeSpan(),
+    metavar="TIME",
+    help="For how long, such as 90s, 1h, 7d; else IMSTREAM_LOCK_TIME.",
 )
 @_reason
 @_by

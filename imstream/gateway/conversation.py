@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import structlog
 
-from imstream.errors import StoreError, StoreFull
+from imstream.errors import StoreError, StoreFull, StoreRefused
 from imstream.guards.guard import Login, Refuse
 from imstream.reply import Cursor
 from imstream.store.chat_request import ChatRequest
@@ -168,7 +168,7 @@ class Conversation:
         reply = services.board.get(user_id, message_id)
         try:
             verdict = await services.requests.admit(passed.request)
-        except StoreFull:  # another server than that of the quota may be, in a cluster
+        except (StoreFull, StoreRefused):  # by the server of the stream, which in a cluster is not that of the quota
             await passed.undo()
             raise
         if not isinstance(verdict, Admitted):

@@ -44,9 +44,12 @@ class Calendar:
             last = self._last = self._find(at)
         return last
 
-    def show(self, at: int) -> str:
+    def show(self, at: float) -> str:
         """A moment, in milliseconds since 1970, as people read it: `2026-11-24 15:30 (UTC)`. Never too early."""
-        minute = datetime.fromtimestamp(ceil(at / 60_000) * 60, self.zone)
+        try:
+            minute = datetime.fromtimestamp(ceil(at / 60_000) * 60, self.zone)
+        except (ValueError, OverflowError, OSError):
+            return "beyond all years"
         return f"{minute:%Y-%m-%d %H:%M} ({self.zone.key})"
 
     def _find(self, at: int) -> Day:

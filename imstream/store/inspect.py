@@ -6,14 +6,14 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP
 
 if TYPE_CHECKING:
     from imstream.keys import Keys
-    from imstream.store.connection import Commands
+    from imstream.store.connection import Argument, Commands
     from imstream.store.days import Day
 
 MAX_SHOWN = 20
@@ -88,7 +88,7 @@ class UserOverview:
 
     account: dict[str, str]
     day: str
-    asked: list[tuple[str, int]]
+    asked: list[tuple[str, float]]
     violations: int
     violations_for: timedelta
     nodes: list[str]
@@ -99,22 +99,32 @@ async def look_at_user(commands: Commands, keys: Keys, user_id: int, day: Day) -
 
     Raises:
         StoreUnavailable: Redis was not reached.
+        StoreRefused: A key is not what it should be: somebody wrote it by hand. The text names it.
     """
     account, asked, violations, left, nodes = await asyncio.gather(
-        commands.execute("HGETALL", keys.account(user_id)),
-        commands.execute("ZREVRANGE", keys.quota(user_id, day.name), 0, -1, "WITHSCORES"),
-        commands.execute("GET", keys.violations(user_id)),
-        commands.execute("PTTL", keys.violations(user_id)),
-        commands.execute("SMEMBERS", keys.route(user_id)),
+        _read(commands, "HGETALL", keys.account(user_id)),
+        _read(commands, "ZREVRANGE", keys.quota(user_id, day.name), 0, -1, "WITHSCORES"),
+        _read(commands, "GET", keys.violations(user_id)),
+        _read(commands, "PTTL", keys.violations(user_id)),
+        _read(commands, "SMEMBERS", keys.route(user_id)),
     )
+    if violations is not None and not violations.isdecimal():
+        raise StoreRefused(f"{keys.violations(user_id)}: {violations!r} is no number")
     return UserOverview(
         account=account if isinstance(account, dict) else dict(zip(account[::2], account[1::2], strict=True)),
         day=day.name,
-        asked=[(message_id, int(at)) for message_id, at in asked],
+        asked=[(message_id, float(at)) for message_id, at in asked],
         violations=int(violations or 0),
         violations_for=timedelta(milliseconds=max(0, left)),
         nodes=sorted(nodes),
     )
+
+
+async def _read(commands: Commands, command: str, key: str, *rest: Argument) -> Any:  # noqa: ANN401 - what Redis answers
+    try:
+        return await commands.execute(command, key, *rest)
+    except StoreRefused as refused:
+        raise StoreRefused(f"{key}: {refused}") from None
 
 
 async def look(commands: Commands, keys: Keys, node: str, *, newest: int) -> Overview:

@@ -239,6 +239,18 @@ async def test_what_fails_is_given_back_and_what_is_refused_as_busy_is_not_count
         await wait_until(lambda: used(nodes) == 1, "it is not counted")
 
 
+async def test_what_redis_refuses_to_admit_is_not_counted(nodes: ManyNodes) -> None:
+    load = Keys().load("1")
+    async with nodes["1"].peer(USER) as someone:
+        nodes.redis.delete(load)
+        nodes.redis.set(load, "not a hash")
+        assert (await someone.chat(USER, AT_ONCE, "refused"))["code"] == "UNAVAILABLE"
+        nodes.redis.delete(load)
+        await wait_until(lambda: used(nodes) == 0, "it is not counted")
+        assert (await someone.chat(USER, AT_ONCE, "refused"))["remaining"] == QUOTA - 1
+        await someone.end_of("refused")
+
+
 async def test_an_operator_sees_what_was_asked_today_and_may_give_it_back(nodes: ManyNodes) -> None:
     async with nodes["0"].peer(USER) as someone:
         for message_id in ("m1", "m2", "m3"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +52,32 @@ def test_a_lock_that_was_written_by_hand_is_shown(until: str, empty_redis: Topol
         client.hset(Keys().account(USER), mapping={"locked_until": until, "at": "9" * 30})
         assert command(empty_redis, "show")[1:3] == ["  account     locked", "    until     2030-03-17 17:47 (UTC)"]
         client.delete(Keys().account(USER))
+
+
+def test_a_message_that_was_counted_by_hand_is_shown_whenever_it_claims_to_be(empty_redis: Topology) -> None:
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    with empty_redis.client() as client:
+        client.zadd(Keys().quota(USER, today), {"long-ago": -1e300, "never": "inf", "once": 1.9e12})
+        assert command(empty_redis, "quota")[1:] == [
+            "  beyond all years  never",
+            "  2030-03-17 17:47 (UTC)  once",
+            "  beyond all years  long-ago",
+        ]
+        client.delete(Keys().quota(USER, today))
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [(Keys().account(USER), "WRONGTYPE"), (Keys().route(USER), "WRONGTYPE"), (Keys().violations(USER), "no number")],
+)
+def test_a_key_that_was_spoilt_by_hand_is_named(key: str, wrong: str, empty_redis: Topology) -> None:
+    with empty_redis.client() as client:
+        client.set(key, "spoilt")
+        result = CliRunner().invoke(main, ["user", "show", str(USER), "--redis", empty_redis.url])
+        assert result.exit_code == 1
+        assert result.output.startswith(f"Error: {key}: ")
+        assert wrong in result.output
+        client.delete(key)
 
 
 def test_a_node_that_cannot_be_told_is_named(empty_redis: Topology, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def test_a_moment_is_shown_in_the_zone_and_never_too_early() -> None:
     calendar = Calendar(ZoneInfo("Asia/Shanghai"))
     assert calendar.show(ms("2026-11-24T07:30:00.000")) == "2026-11-24 15:30 (Asia/Shanghai)"
     assert calendar.show(ms("2026-11-24T07:30:00.001")) == "2026-11-24 15:31 (Asia/Shanghai)"
+    assert {calendar.show(at) for at in (1e300, -1e300, float("inf"))} == {"beyond all years"}
 
 
 @pytest.mark.parametrize("name", ["Mars/Olympus", "Asia", "", "/etc/passwd", "../UTC", "x" * 300, "UTC\0"])
