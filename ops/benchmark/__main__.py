@@ -1,8 +1,9 @@
 """`ops/bench`: what a chat costs on a node, beside two services without a queue. Everything runs on this machine.
 
 *usual* is a Starlette route with httpx, line by line; *floor* is the same with aiohttp reading whatever arrived. The
-services take turns within each round, and ratios are taken within a round, because a machine is never quiet. Loads:
-`burst`, 32 deltas at once; `paced`, 32 deltas at a pace of 20 ms; each socket asks again when it has its answer.
+services take turns within each round, and ratios are taken within a round, because a machine is never quiet; their
+sockets stay open from round to round. Loads: `burst`, 32 deltas at once; `paced`, 32 deltas at a pace of 20 ms; each
+socket asks again when it has its answer.
 
 Then two other nodes take turns: one without any guard, and one with all of them. `--guards` measures only that, and
 each guard alone.
@@ -25,7 +26,7 @@ from pathlib import Path
 from ops.benchmark import guards
 from ops.benchmark.processes import Stage
 from ops.benchmark.report import SERVICES, Found, as_json, bar_lines, bars, circumstances_lines, table
-from ops.benchmark.runs import Run, capacity, measure, memory_per_socket
+from ops.benchmark.runs import Run, capacity, in_turns, memory_per_socket
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,28 @@ class Plan:
     """How much is measured; times in seconds.
 
     Attributes:
-        rounds: How often everything is measured but memory and `steps`.
+        rounds: How often each load is made on each service.
         sockets: Sockets of a load.
         seconds: Length of one load.
         idle_sockets: Idle sockets that tell the memory of one.
         steps: Paced answers at once that are tried.
+        step_seconds: Length of the load of one step.
         stepped: Services that `steps` is tried on.
         guards: Which share of the rounds of `ops.benchmark.guards` are made; half of it when each guard is measured
             alone, too.
     """
 
-    rounds: int = 3
+    rounds: int = 7
     sockets: tuple[int, ...] = (1, 20, 100, 400)
-    seconds: float = 3.0
+    seconds: float = 1.5
     idle_sockets: int = 1000
-    steps: tuple[int, ...] = (100, 200, 400, 600, 800, 1000)
+    steps: tuple[int, ...] = (100, 200, 300, 400, 600, 800, 1000)
+    step_seconds: float = 3.0
     stepped: tuple[str, ...] = SERVICES
     guards: float = 1.0
 
 
-QUICK = Plan(rounds=1, sockets=(100,), seconds=1.5, idle_sockets=300, steps=(400,), stepped=("imstream",), guards=0.1)
+QUICK = Plan(rounds=3, sockets=(100,), seconds=0.8, idle_sockets=300, steps=(400,), stepped=("imstream",), guards=0.1)
 
 
 def _say(text: str) -> None:
@@ -64,23 +67,18 @@ def _progress(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _round(stage: Stage, plan: Plan) -> list[Run]:
-    kinds = [("single", 1)] + [(load, sockets) for load in ("burst", "paced") for sockets in plan.sockets]
-    return [measure(stage, name, load, sockets, plan.seconds) for load, sockets in kinds for name in SERVICES]
-
-
 def _find(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: Path | None) -> Found:
     stage.start_services(profile=profile)
     _progress("memory of idle sockets")
     idle = {name: memory_per_socket(service, plan.idle_sockets) for name, service in stage.services.items()}
     rounds = []
-    for number in range(1, plan.rounds + 1):
-        _progress(f"round {number} of {plan.rounds}: {', '.join(SERVICES)} in turns")
-        rounds.append(_round(stage, plan))
+    for load, sockets in [("single", 1), *((load, sockets) for load in ("burst", "paced") for sockets in plan.sockets)]:
+        _progress(f"{load}, {sockets} sockets: {', '.join(SERVICES)} in turns, {plan.rounds} rounds")
+        rounds += in_turns(stage, SERVICES, load, sockets, plan.seconds, rounds=plan.rounds)
     answers, runs = {}, []
     for name in plan.stepped:
         _progress(f"paced answers at once: {name}")
-        answers[name], told = capacity(stage, name, list(plan.steps), plan.seconds)
+        answers[name], told = capacity(stage, name, list(plan.steps), plan.step_seconds)
         runs += told
     return Found(rounds, idle, answers, runs, circumstances)
 

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import random
 import sys
-import time
-from contextlib import ExitStack
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from ops.benchmark.report import BUSY
-from ops.benchmark.runs import SETTLE, Generator, measure_once
+from ops.benchmark.runs import in_turns, measure_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ops.benchmark.processes import Stage
-    from ops.benchmark.runs import Run
+    from ops.benchmark.runs import Generator, Run
 
 OFF, ON, MODERATION = "off", "on", "moderation"
 SOCKETS = 100
@@ -90,22 +88,12 @@ def compare(stage: Stage, *, share: float, alone: bool, profile: Path | None) ->
     nodes: Mapping[str, Mapping[str, object]] = {OFF: {}, **(each if alone else {}), ON: every}
     for name, own in nodes.items():
         stage.start_node(name, profile=profile if name == ON else None, **{**_NONE, **own})
-    return [
-        runs
-        for load, (rounds, seconds) in LOADS.items()
-        for runs in _compare(stage, list(nodes), load, max(1, round(rounds * share)), seconds)
-    ]
-
-
-def _compare(stage: Stage, nodes: list[str], load: str, rounds: int, seconds: float) -> list[list[Run]]:
-    options = ("--talk", "--secret", _SECRET)
-    with ExitStack() as stack:
-        generators = {
-            name: stack.enter_context(Generator(stage.services[name], load, SOCKETS, seconds, *options))
-            for name in nodes
-        }
-        time.sleep(SETTLE)
-        return [[_measure(stage, name, generators[name]) for name in _turn(nodes, number)] for number in range(rounds)]
+    found = []
+    for load, (all_rounds, seconds) in LOADS.items():
+        rounds = max(1, round(all_rounds * share))
+        options = ("--talk", "--secret", _SECRET)
+        found += in_turns(stage, list(nodes), load, SOCKETS, seconds, *options, rounds=rounds, once=_measure)
+    return found
 
 
 def _measure(stage: Stage, name: str, generator: Generator) -> Run:
@@ -121,11 +109,6 @@ def _moderated(stage: Stage) -> int:
     """How many texts the backend has moderated."""
     with urlopen(f"{stage.ai_url}/moderated", timeout=5) as answer:  # noqa: S310 - our own
         return int(answer.read())
-
-
-def _turn(names: list[str], number: int) -> list[str]:
-    """Every other round in the other direction, so that what drifts meanwhile favours none."""
-    return names[::-1] if number % 2 else names
 
 
 def ratio(rounds: Sequence[Sequence[Run]], load: str, name: str) -> float:

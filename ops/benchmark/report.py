@@ -18,6 +18,9 @@ BUSY = 0.2
 third.
 Sharing caches with strangers costs most the service that has the larger code."""
 
+REFERENCE = 0.68
+"""Seconds of CPU that 1,000 chats of floor cost, in a burst at 100 sockets, on the machine that bars were set for."""
+
 _HEADER = (
     "load sockets service  CPU s/1000 +Redis  ×floor   chats/s  first ms p50/p95/p99   done ms p50/p95/p99  frames "
     "late ms p99"
@@ -29,7 +32,7 @@ class Found:
     """Everything that was measured.
 
     Attributes:
-        rounds: Runs of all loads, one list for each round: within a round the services take turns.
+        rounds: Runs of one load, one list for each round: within a round the services take turns.
         idle: Bytes of memory for each idle socket, by service.
         capacity: Paced answers at once without late deltas, by service.
         capacity_runs: The runs that tell.
@@ -106,9 +109,12 @@ def circumstances_lines(found: Found) -> str:
     costs = [run.others_cpu / run.seen["chats"] * 1000 for run in found.runs("imstream", "burst", 100)]
     foreign = [run.foreign for runs in found.rounds for run in runs]
     told = found.circumstances
+    floor = median(run.cost for run in found.runs("floor", "burst", 100))
     doubt = "; TOO MUCH for ratios of CPU to tell: run again on an idle machine" if median(foreign) > BUSY else ""
     return (
         f"backend and load generator, burst, 100 sockets: {median(costs):.3f} CPU s/1000 chats\n"
+        f"floor, burst, 100 sockets: {floor:.2f} CPU s/1000 chats, {floor / REFERENCE:.1f} times what it costs on the "
+        "machine that bars were set for: milliseconds and answers at once tell of the machine, too\n"
         f"{told['cpus']} CPUs, Python {told['python']}, {told['event_loop']}; busy with something else meanwhile: "
         f"{median(foreign):.2f} CPUs (median of the runs), {max(foreign):.2f} at most{doubt}"
     )

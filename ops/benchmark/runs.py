@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,7 @@ from ops.benchmark.load import DEADLINE
 from ops.benchmark.processes import ROOT, Process, Stage, machine_cpu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 SETTLE = 0.3
@@ -130,6 +132,32 @@ def measure_once(stage: Stage, name: str, generator: Generator) -> Run:
     foreign = max(0.0, all_cpu - cpu - redis_cpu - others) / seconds
     own_redis = 0.0 if name in WITHOUT_REDIS else redis_cpu
     return Run(name, load, sockets, seen, cpu, own_redis, others, foreign)
+
+
+def in_turns(  # noqa: PLR0913 - what is measured, and how
+    stage: Stage,
+    names: Sequence[str],
+    load: str,
+    sockets: int,
+    seconds: float,
+    *options: str,
+    rounds: int,
+    once: Callable[[Stage, str, Generator], Run] = measure_once,
+) -> list[list[Run]]:
+    """Make one load on several services in turns; one list for each round. Their sockets stay open meanwhile.
+
+    Every other round goes the other way, so that what drifts favours none. `once` makes the load once.
+    """
+    with ExitStack() as stack:
+        generators = {
+            name: stack.enter_context(Generator(stage.services[name], load, sockets, seconds, *options))
+            for name in names
+        }
+        time.sleep(SETTLE)
+        return [
+            [once(stage, name, generators[name]) for name in (names[::-1] if number % 2 else names)]
+            for number in range(rounds)
+        ]
 
 
 def memory_per_socket(service: Process, sockets: int) -> float:
