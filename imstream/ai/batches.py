@@ -48,7 +48,10 @@ class Batches(Generic[T]):
             self._send()
         elif self._timer is None:
             self._timer = loop.call_at(self._next, self._send)  # in the next turn, when that is over
-        return await answer
+        try:
+            return await answer
+        finally:
+            del answer  # an error that it holds has this frame in its trace
 
     def answer_waiting(self, answer: T) -> None:
         """Give all whose call has not begun this answer."""
@@ -86,19 +89,28 @@ class Batches(Generic[T]):
         try:
             _give(batch, await self._call([text for text, _ in batch]))
         except Exception as error:  # noqa: BLE001 - for those who wait, each of whom needs a trace of its own
-            for _, answer in batch:
-                if not answer.done():
-                    failure = RuntimeError("the call has failed")
-                    failure.__cause__ = error
-                    answer.set_exception(failure)
+            _fail(batch, error)
         finally:
-            for _, answer in batch:
-                answer.cancel()  # those that have none, when this is broken off
+            _cancel(batch)  # those that have no answer, when this is broken off
+            batch.clear()  # errors have this frame in their trace, and what is in it their errors
             task = asyncio.current_task()
             assert task is not None  # noqa: S101 - it is one
             self._under_way.discard(task)
             if self._timer is None:  # what waits could not be sent before
                 self._send()
+
+
+def _fail(batch: Sequence[tuple[str, asyncio.Future[T]]], error: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            failure = RuntimeError("the call has failed")
+            failure.__cause__ = error
+            future.set_exception(failure)
+
+
+def _cancel(batch: Sequence[tuple[str, asyncio.Future[T]]]) -> None:
+    for _, future in batch:
+        future.cancel()
 
 
 def _give(batch: Sequence[tuple[str, asyncio.Future[T]]], answers: Sequence[T]) -> None:

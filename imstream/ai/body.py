@@ -62,6 +62,8 @@ class _Way(asyncio.Protocol):
             self._transport.set_protocol(self)
 
     def end(self) -> None:
+        # Errors, ours and those that aiohttp keeps, have our frames in their traces: with us, the answer would stay.
+        del self.ended, self._take
         if self._transport is not None and self._handler is not None and self._transport.get_protocol() is self:
             self._transport.set_protocol(self._handler)
 

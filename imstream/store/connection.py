@@ -123,6 +123,8 @@ class _Blocking:
             except asyncio.CancelledError:
                 await self._line.aclose()  # the answer that is still to come is nobody's
                 raise
+            finally:
+                del answer, batch  # see `Lanes.send`
 
 
 class _ClusterLanes:

@@ -90,7 +90,11 @@ class Lanes:
             self._leave_soon()
         elif self._later is None:
             self._later = self._loop.call_later(COMPANY, self._leave_at_last)
-        return await answer
+        try:
+            return await answer
+        finally:
+            # An error that it holds has this frame in its trace, and so all who wait above, with what they hold.
+            del answer
 
     async def send_to_all(self, *command: Argument) -> dict[str, Any]:
         """Send one command to every server there is: to this one. Raises as `send` does."""

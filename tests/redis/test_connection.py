@@ -13,8 +13,9 @@ import redis
 
 from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
 from imstream.store import lanes
-from imstream.store.connection import Commands
+from imstream.store.connection import Commands, Reader
 from imstream.store.scripts import Script
+from tests.support.letting_go import lets_go
 from tests.support.processes import free_port
 from tests.support.waiting import wait_until
 
@@ -99,6 +100,13 @@ async def test_a_refused_command_fails_alone(commands: Commands) -> None:
     assert "WRONGTYPE" in str(results[1])
     assert isinstance(results[2], StoreRefused)
     assert results[3] == "text"
+
+
+async def test_a_refused_command_lets_go_of_who_asked(commands: Commands, redis_server: RedisServer) -> None:
+    assert await lets_go(lambda _: commands.execute("NO-SUCH-COMMAND"))
+    reader = Reader(redis_server.admin_url, block=SHORT, timeout=SHORT)
+    assert await lets_go(lambda _: reader.execute("NO-SUCH-COMMAND"))
+    await reader.aclose()
 
 
 @pytest.mark.parametrize("argument", [None, object(), ["list"]])

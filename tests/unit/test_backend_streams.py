@@ -10,7 +10,8 @@ import pytest
 
 from imstream.ai.backend import Completion
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
-from tests.support.asking import asking
+from tests.support.asking import PROMPT, asking
+from tests.support.letting_go import Asker, lets_go
 from tests.support.scripted_backend import DONE, chunk, event, says, streams, usage_chunk
 from tests.support.waiting import wait_until
 
@@ -169,6 +170,27 @@ async def test_a_connection_lost_within_the_answer_is_a_broken_answer(how: str, 
         with pytest.raises(TransientBackendError) as caught:
             await asked.ask()
         assert caught.value.reason == "broken_stream"
+
+
+@pytest.mark.parametrize("how", ["drop", "reset"])
+async def test_a_broken_answer_lets_go_of_who_took_it(how: str) -> None:
+    come = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.send(event(chunk("a")))
+        await come.wait()
+        getattr(exchange, how)()
+
+    async def ask(asker: Asker) -> None:
+        def take(text: str) -> None:
+            asker.take(text)
+            come.set()
+
+        await asked.client.answer(PROMPT, on_text=take)
+
+    async with asking(script) as asked:
+        assert await lets_go(ask)
 
 
 @pytest.mark.parametrize("how", ["drop", "reset"])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.ai.batches import APART, CALLS, Batches
+from tests.support.letting_go import lets_go
 from tests.support.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
@@ -127,6 +128,12 @@ async def test_a_defect_is_told_to_all_of_its_batch_and_the_next_one_is_asked() 
         assert isinstance(outcome, RuntimeError)
         assert isinstance(outcome.__cause__, ValueError)
     assert await batches.ask("c") == "C"
+
+
+@in_virtual_time
+async def test_a_defect_lets_go_of_who_asked() -> None:
+    batches = Batches(Service(durations=(None,)), size=16)
+    assert await lets_go(lambda _: batches.ask("a"))
 
 
 @in_virtual_time
