@@ -1,7 +1,8 @@
 """The load generator: many sockets, one process, little CPU. It speaks just enough WebSocket by hand.
 
-It says `ready` when every socket is logged in and has had one answer. For each line on standard input it makes the load
-and prints what it has seen as one line of JSON. It keeps its sockets open until standard input ends.
+It says `ready` when every socket is logged in. For a line on standard input each socket has one answer, so that the
+service has its connections, and it says `warm`; for the next line it makes the load and prints what it has seen as one
+line of JSON; and so on. It keeps its sockets open until standard input ends.
 
 Loads: `burst` and `paced` (each socket sends its next CHAT when the last is answered), `single` (one chat after the
 other, with pauses between), `idle` (logged in, and nothing more).
@@ -275,12 +276,16 @@ async def run(client: Client, count: int, load: str, seconds: float) -> None:
     seen = Seen()
     async with asyncio.timeout(DEADLINE):
         sockets = await open_sockets(client, count, seen)
-        if load != "idle":
-            await asyncio.gather(*(socket.chat("warm up") for socket in sockets))
     gc.collect()
     gc.freeze()
     _print("ready")
     while await _line():
+        if load != "idle":
+            async with asyncio.timeout(DEADLINE):
+                await asyncio.gather(*(socket.chat("warm up") for socket in sockets))
+        _print("warm")
+        if not await _line():
+            break
         for name, empty in asdict(Seen()).items():
             if name != "errors":
                 setattr(seen, name, empty)

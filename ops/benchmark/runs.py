@@ -111,13 +111,15 @@ class Generator:
 def measure(stage: Stage, name: str, load: str, sockets: int, seconds: float, *options: str) -> Run:
     """Make one load on one service; `options` are those of the generator."""
     with Generator(stage.services[name], load, sockets, seconds, *options) as generator:
-        time.sleep(SETTLE)
         return measure_once(stage, name, generator)
 
 
 def measure_once(stage: Stage, name: str, generator: Generator) -> Run:
-    """Make its load once, on the service for which it was started."""
+    """Make its load once, on the service for which it was started; warmed up, for it may have been idle for long."""
     service, load, sockets = stage.services[name], generator.load, generator.sockets
+    generator.go()
+    generator.answer()
+    time.sleep(SETTLE)
     began = time.monotonic()
     before = service.cpu(), stage.redis.cpu(), stage.backend.cpu(), machine_cpu()
     generator.go()
@@ -153,7 +155,6 @@ def in_turns(  # noqa: PLR0913 - what is measured, and how
             name: stack.enter_context(Generator(stage.services[name], load, sockets, seconds, *options))
             for name in names
         }
-        time.sleep(SETTLE)
         return [
             [once(stage, name, generators[name]) for name in (names[::-1] if number % 2 else names)]
             for number in range(rounds)
