@@ -55,7 +55,7 @@ class Plan:
     guards: float = 1.0
 
 
-QUICK = Plan(rounds=3, sockets=(100,), seconds=0.8, idle_sockets=300, steps=(400,), stepped=("imstream",), guards=0.1)
+QUICK = Plan(rounds=3, sockets=(100,), seconds=1.5, idle_sockets=300, steps=(400,), stepped=("imstream",), guards=0.1)
 
 
 def _say(text: str) -> None:
@@ -133,7 +133,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ops/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="three short rounds, 100 sockets: a minute, less sure")
+    parser.add_argument("--quick", action="store_true", help="three rounds, 100 sockets: two minutes, less sure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop", help="event loop of all services")
     parser.add_argument(
