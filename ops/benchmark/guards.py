@@ -88,10 +88,10 @@ def compare(stage: Stage, *, share: float, alone: bool, profile: Path | None) ->
     nodes: Mapping[str, Mapping[str, object]] = {OFF: {}, **(each if alone else {}), ON: every}
     for name, own in nodes.items():
         stage.start_node(name, profile=profile if name == ON else None, **{**_NONE, **own})
+    options = ("--talk", "--secret", _SECRET)
     found = []
     for load, (all_rounds, seconds) in LOADS.items():
         rounds = max(1, round(all_rounds * share))
-        options = ("--talk", "--secret", _SECRET)
         found += in_turns(stage, list(nodes), load, SOCKETS, seconds, *options, rounds=rounds, once=_measure)
     return found
 

@@ -108,12 +108,6 @@ class Generator:
         self._popen.stdin.flush()
 
 
-def measure(stage: Stage, name: str, load: str, sockets: int, seconds: float, *options: str) -> Run:
-    """Make one load on one service; `options` are those of the generator."""
-    with Generator(stage.services[name], load, sockets, seconds, *options) as generator:
-        return measure_once(stage, name, generator)
-
-
 def measure_once(stage: Stage, name: str, generator: Generator) -> Run:
     """Make its load once, on the service for which it was started; warmed up, for it may have been idle for long."""
     service, load, sockets = stage.services[name], generator.load, generator.sockets
@@ -175,9 +169,10 @@ def capacity(stage: Stage, name: str, steps: list[int], seconds: float) -> tuple
     """The most paced answers at once without late deltas, among `steps`, and the runs that tell."""
     runs: list[Run] = []
     for step in steps:
-        run = measure(stage, name, "paced", step, seconds)
-        if run.late:  # once more: another process may have held the machine
-            run = measure(stage, name, "paced", step, seconds)
+        with Generator(stage.services[name], "paced", step, seconds) as generator:
+            run = measure_once(stage, name, generator)
+            if run.late:  # once more: another process may have held the machine
+                run = measure_once(stage, name, generator)
         runs.append(run)
         if run.late:
             break
