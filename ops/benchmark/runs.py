@@ -1,4 +1,4 @@
-"""Single runs of the load generator against one service, with what they cost."""
+"""Runs of the load generator against services: once, in turns, in steps up to what a service carries; and their cost."""
 
 from __future__ import annotations
 
