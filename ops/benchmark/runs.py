@@ -1,4 +1,4 @@
-"""Runs of the load generator against services: once, in turns, in steps up to what a service carries; and their cost."""
+"""Runs of the load generator against services: once, in turns, in steps up to what a service carries; and the cost."""
 
 from __future__ import annotations
 
