@@ -132,12 +132,13 @@ async def look(commands: Commands, keys: Keys, node: str, *, newest: int) -> Ove
 
     Raises:
         StoreUnavailable: Redis was not reached.
+        StoreRefused: A key is not what it should be: somebody wrote it by hand. The text names it.
     """
     stream, dead = keys.requests(node), keys.dead(node)
     length, dead_length, letters, (in_work, oldest) = await asyncio.gather(
-        commands.execute("XLEN", stream),
-        commands.execute("XLEN", dead),
-        commands.execute("XREVRANGE", dead, "+", "-", "COUNT", newest),
+        _read(commands, "XLEN", stream),
+        _read(commands, "XLEN", dead),
+        _read(commands, "XREVRANGE", dead, "+", "-", "COUNT", newest),
         _in_work(commands, stream),
     )
     return Overview(

@@ -134,8 +134,12 @@ class Worker:
                 # Another node's stream gets nothing new, or hardly ever: no connection is kept for waiting there.
                 block = self._settings.read_block if self._requests.is_own else None
                 for entry in await self._requests.read(count=slots.free, block=block):
-                    if entry.entry_id not in self._jobs:  # a group that was made again delivers it once more
+                    if entry.entry_id in self._jobs:
+                        continue  # a group that was made again delivers it once more
+                    if self._may_begin():
                         await self._start(group, entry, slots)
+                    else:
+                        await self._put_off(entry)
                 if self._requests.is_own:
                     await self._let_them_begin()
                     return
@@ -147,10 +151,19 @@ class Worker:
         await asyncio.sleep(0)  # they queue their commands
         await asyncio.sleep(0)  # which leave
 
+    async def _put_off(self, entry: Entry) -> None:
+        """Leave for the sweep what a read brought that was blocked when the backend began to want a pause."""
+        await self._requests.hand_back(entry)
+        self._next_sweep = 0.0
+
     def _wanted(self) -> int:
-        """How many requests to ask for: none while the backend wants a pause, one to try whether it is back."""
+        """How many requests to ask for."""
+        return 0 if self._leaving or not self._tenure.held else self._may_begin()
+
+    def _may_begin(self) -> int:
+        """How many requests may be begun: none while the backend wants a pause, one to try whether it is back."""
         breaker = self._parts.breaker
-        if breaker.remaining() > 0 or self._leaving or not self._tenure.held:
+        if breaker.remaining() > 0:
             return 0
         return 1 if breaker.tripped else self._settings.concurrency
 
@@ -181,9 +194,9 @@ class Worker:
             for consumer in await self._dead_consumers():
                 pending += await self._requests.pending(consumer)
         for one in pending:
-            with self._all_jobs.reserve(1, self) as slots:
+            with self._all_jobs.reserve(min(1, self._may_begin()), self) as slots:
                 if not slots.free:
-                    self._next_sweep = 0.0  # the next free slot is for the next of these, not for a newer request
+                    self._next_sweep = 0.0  # the next that may begin is the next of these, not a newer request
                     return
                 await self._take_up(group, one, slots)
 
@@ -202,7 +215,7 @@ class Worker:
     async def _take_up(self, group: asyncio.TaskGroup, pending: Pending, slots: Slots) -> None:
         died = int(pending.consumer != self._requests.consumer)  # with its worker, on the other node
         # A sum made now would count a claim twice whose answer was lost.
-        deliveries = self._inherited.get(pending.entry_id, pending.deliveries + died)
+        deliveries = self._inherited.get(pending.entry_id, max(1, pending.deliveries + died))
         # One that is to be buried is run no more, so it needs no isolation and waits for nobody.
         suspect = SUSPECT <= deliveries <= self._settings.max_deliveries
         if suspect and self._suspect is not None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+import pytest
 from click.testing import CliRunner
 
 from imstream.cli.main import main
+from imstream.errors import StoreRefused
 from imstream.store import inspect
 from tests.redis.conftest import chat_request
 from tests.support.processes import free_port
 
 if TYPE_CHECKING:
-    import pytest
-
     from tests.redis.conftest import Store
 
 
@@ -97,6 +98,14 @@ async def test_many_requests_in_work_are_counted_and_the_oldest_are_listed(
     out = await printed(store)
     assert out.count("delivery 1") == 1
     assert "and 2 more" in out
+
+
+async def test_a_key_that_was_spoilt_by_hand_is_named(store: Store) -> None:
+    for key in (store.keys.requests("0"), store.keys.dead("0")):
+        store.redis.set(key, "x")
+        with pytest.raises(StoreRefused, match=f"{re.escape(key)}: WRONGTYPE"):
+            await look(store)
+        store.redis.delete(key)
 
 
 def test_without_redis_the_command_says_so_and_fails() -> None:

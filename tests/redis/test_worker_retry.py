@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.keys import GROUP
 from imstream.store.replies import Terminal
 from tests.redis.workshop import workshop
 from tests.support.waiting import wait_until
@@ -113,8 +114,9 @@ async def test_a_time_beyond_the_window_is_not_waited_for(redis_server: RedisSer
 async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_a_time(
     redis_server: RedisServer,
 ) -> None:
+    # A read is blocked when the breaker trips, and brings one of the four below within the pause.
     async with workshop(
-        redis_server, max_attempts=1, ai_breaker_failures=3, ai_breaker_pause="300ms", read_block="20ms"
+        redis_server, max_attempts=1, ai_breaker_failures=3, ai_breaker_pause="300ms", read_block="1s"
     ) as shop:
         for n in range(3):
             await shop.ask(f"bad {n}")
@@ -123,12 +125,10 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
         for call in shop.backend.calls:
             call.fail(overloaded())
         await shop.idle()
-        # The read that blocked when the breaker tripped still begins what comes before it ends.
-        read_is_over = asyncio.get_running_loop().time() + 0.1
-        await wait_until(lambda: asyncio.get_running_loop().time() > read_is_over, "that read is over")
-        for n in range(4):
-            await shop.ask(f"m{n}")
+        first, *_ = [await shop.ask(f"m{n}") for n in range(4)]
+        await wait_until(lambda: shop.pending() == {first: 0}, "the first is put off, as one that has not died")
         probe = await shop.backend.call(4)
+        assert shop.pending() == {first: 1}
         assert probe.at - tripped_at >= 0.3
         assert len(shop.jobs) == 1
         assert shop.worker.progressed_within(1)  # it waits, and is well
@@ -136,6 +136,24 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
         shop.backend.always = _answer
         await wait_until(lambda: len(shop.backend.calls) == 7, "the others are begun")
         await shop.idle()
+
+
+async def test_what_the_dead_have_left_waits_for_the_end_of_a_pause_too(redis_server: RedisServer) -> None:
+    async with workshop(redis_server, concurrency=1, max_attempts=1, ai_breaker_pause="300ms") as shop:
+        await shop.ask("bad")
+        call = await shop.backend.call(1)
+        for n in range(3):
+            await shop.ask(f"m{n}")
+        shop.redis.xreadgroup(GROUP, "0", {shop.keys.requests("0"): ">"})  # as if the answer had been lost on its way
+        tripped_at = asyncio.get_running_loop().time()
+        call.fail(overloaded(timedelta(milliseconds=300)))
+        probe = await shop.backend.call(2)
+        assert probe.at - tripped_at >= 0.3
+        assert len(shop.jobs) == 1
+        probe.done("x")
+        shop.backend.always = _answer
+        await shop.idle()
+        assert [shop.recorded(f"m{n}")[0] for n in range(3)] == ["done"] * 3
 
 
 @pytest.mark.parametrize("kind", [TransientBackendError, PermanentBackendError, BackendError])
