@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ class Restarted:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Grown:
+class Grown(NamedTuple):  # made for nearly every frame, in a third of the time of a frozen dataclass
     """The text went on; `offset` is where it stands after it."""
 
     attempt: int
@@ -203,6 +202,11 @@ class Cursor:
         self.reply = reply
         self.attempt = attempt
         self.offset = offset
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the next `advance` will tell anything, right after one that did."""
+        return self.offset < self.reply.offset or self.reply.terminal is not None
 
     def advance(self) -> Restarted | Grown | Finished | None:
         """The next thing to tell the client, or None when it knows everything there is."""

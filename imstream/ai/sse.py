@@ -7,10 +7,15 @@ Of an event only its data is kept. Names, ids and retry times mean nothing to a 
 
 from __future__ import annotations
 
+import re
+
 EVENT_LIMIT = 1 << 20
 """Most bytes kept of an event that has not ended. One event carries one token; a megabyte of it is no answer."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_ONE_EVENT = re.compile(rb"data: (.+)\n\n")
+"""What the network mostly gives, if there is no carriage return in it: one event of one line, and all of it."""
 
 
 class EventTooLong(Exception):  # noqa: N818 - reads as what happened
@@ -43,6 +48,9 @@ class EventParser:
         Raises:
             EventTooLong: An event that has not ended is longer than the limit.
         """
+        held = self._line or self._data or self._after_cr or not self._begun
+        if not held and (one := _ONE_EVENT.fullmatch(chunk)) and b"\r" not in chunk:
+            return [one[1]]
         size = len(chunk)
         if self._after_cr and chunk:
             chunk = chunk.removeprefix(b"\n")

@@ -147,10 +147,10 @@ class Pump:
                     self.blocked_since = self._loop.time()
                 return
             self.blocked_since = None
-            frames = self._next_frames()
-            if not frames:
+            if not (self._outbox or self._grown):
                 break
-            self._socket.write(frames)
+            if frames := self._next_frames():
+                self._socket.write(frames)
         if self._last_words is not None and not self._abandoned:
             (code, frame), self._last_words = self._last_words, None
             self._socket.end(code, frame.encode())
@@ -158,27 +158,27 @@ class Pump:
     def _next_frames(self) -> list[str]:
         frames: list[str] = []
         size = 0
-        while len(frames) < MAX_TOGETHER and size < ENOUGH_TOGETHER and (frame := self._next()) is not None:
-            frames.append(frame)
-            size += len(frames[-1])
+        while (self._outbox or self._grown) and len(frames) < MAX_TOGETHER and size < ENOUGH_TOGETHER:
+            if (frame := self._next()) is not None:
+                frames.append(frame)
+                size += len(frame)
         return frames
 
     def _next(self) -> str | None:
         if self._outbox:
             self._taken.ring()
             return self._outbox.pop(0).encode()
-        while self._grown:
-            message_id = next(iter(self._grown))
-            step = self._cursors[message_id].advance()
-            if step is None:
-                del self._grown[message_id]
-                continue
-            if isinstance(step, Finished):
-                del self._grown[message_id]
-                self._cursors.pop(message_id).reply.unwatch(self._mark)
-                self._ended = (*self._ended[1 - MAX_REMEMBERED :], message_id)
-            return self._phrases.step(message_id, step)
-        return None
+        message_id = next(iter(self._grown))
+        cursor = self._cursors[message_id]
+        step = cursor.advance()
+        ended = isinstance(step, Finished)
+        if step is None or ended or not cursor.has_more:
+            del self._grown[message_id]
+        if ended:
+            del self._cursors[message_id]
+            cursor.reply.unwatch(self._mark)
+            self._ended = (*self._ended[1 - MAX_REMEMBERED :], message_id)
+        return None if step is None else self._phrases.step(message_id, step)
 
     def _mark(self, reply: Reply) -> None:
         self._grown[reply.message_id] = None
