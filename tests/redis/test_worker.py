@@ -9,6 +9,7 @@ import pytest
 from imstream.ai.backend import Message
 from imstream.errors import PermanentBackendError
 from imstream.store.replies import Terminal
+from imstream.worker.jobs import TOGETHER
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, workshop
 from tests.support.waiting import wait_until
@@ -36,23 +37,35 @@ async def test_a_request_is_answered_recorded_and_finished(redis_server: RedisSe
         assert shop.dead() == []
 
 
+async def test_an_answer_that_nobody_reads_on_another_node_is_recorded_in_one_round_of_three(
+    redis_server: RedisServer,
+) -> None:
+    async with workshop(redis_server, flush_interval="1h") as shop:
+        await shop.ask()
+        call = await shop.backend.call(1)
+        for number in range(6):
+            call.say(str(number))
+            await shop.jobs.flush(number)
+        assert [entry["event"] for entry in shop.entries()] == ["queued", "opened", "text", "text"]
+        call.done()
+        await shop.idle()
+        assert shop.recorded() == ("done", "012345")
+
+
 async def test_an_answer_that_is_read_on_another_node_is_recorded_in_every_round(redis_server: RedisServer) -> None:
     async with workshop(redis_server, flush_interval="1h") as shop:
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("nobody ")
-        await shop.jobs.flush(for_others=True)
-        assert shop.recorded_text() == ""
-        await shop.jobs.flush(for_others=False)
-        assert shop.recorded_text() == "nobody "
         shop.redis.sadd(shop.keys.route(USER), "elsewhere")
         shop.redis.pexpire(shop.keys.route(USER), 60_000)
-        call.say("is ")
-        await shop.jobs.flush(for_others=False)  # tells the other node, and that there is one
-        call.say("there")
-        await shop.jobs.flush(for_others=True)
-        assert shop.recorded_text() == "nobody is there"
-        assert shop.redis.xlen(shop.keys.inbox("elsewhere")) == 2
+        call.say("hello ")
+        for number in range(3):  # one of them tells the other node, and that there is one
+            await shop.jobs.flush(number)
+        for number in range(3):
+            call.say(str(number))
+            await shop.jobs.flush(number)
+            assert shop.recorded_text() == "hello 012"[: 7 + number]
+        assert shop.redis.xlen(shop.keys.inbox("elsewhere")) == 4
         call.done()
         await shop.idle()
 
@@ -65,10 +78,30 @@ async def test_an_answer_is_recorded_in_every_round_when_the_other_node_was_ther
         shop.redis.pexpire(shop.keys.route(USER), 60_000)
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("hello")
-        await shop.jobs.flush(for_others=True)
-        assert shop.recorded_text() == "hello"
+        for number in range(3):
+            call.say(str(number))
+            await shop.jobs.flush(number)
+            assert shop.recorded_text() == "012"[: 1 + number]
         call.done()
+        await shop.idle()
+
+
+async def test_many_answers_are_recorded_a_share_in_each_round(redis_server: RedisServer) -> None:
+    messages = [f"m{number}" for number in range(2 * TOGETHER)]
+    async with workshop(redis_server, flush_interval="1h", concurrency=100, user_limit=100) as shop:
+        for message_id in messages:
+            await shop.ask(message_id)
+        await shop.backend.call(len(messages))
+        for call in shop.backend.calls:
+            call.say("hello")
+        recorded = [0]
+        for number in range(3):
+            await shop.jobs.flush(number)
+            recorded.append(sum(shop.recorded_text(message_id) == "hello" for message_id in messages))
+        assert sorted(set(recorded)) == recorded  # more each time
+        assert recorded[-1] == len(messages)
+        for call in shop.backend.calls:
+            call.done()
         await shop.idle()
 
 
