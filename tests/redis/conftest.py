@@ -33,6 +33,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("redis_server", servers, indirect=True)
 
 
+def examples(server: RedisServer, most: int) -> int:
+    """How many examples a state machine gets: all on the embedded server, a third on others, which hardly differ."""
+    return most if server.binary == SERVERS["valkey"]() else most // 3
+
+
 @dataclass
 class Store:
     """What one node has of the store, and a client of the test's own."""
