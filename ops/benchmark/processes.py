@@ -146,14 +146,18 @@ class Stage:
         self.services["usual"] = self._start_baseline("usual")
 
     def start_node(self, name: str, *, profile: Path | None = None, **settings: object) -> None:
-        """A node with these settings, profiled if there is a file for it."""
+        """A node with these settings, profiled if there is a file for it.
+
+        Each has a database of its own: the same users have sockets on all of them, and what is asked on one would be
+        followed on the others.
+        """
         port = _free_port()
         given: dict[str, object] = {
             **_NODE_SETTINGS,
             "node": name,
             "port": port,
             "ai_url": self.ai_url,
-            "redis_url": f"redis://127.0.0.1:{self.redis.port}/0",
+            "redis_url": f"redis://127.0.0.1:{self.redis.port}/{len(self.services)}",
             **settings,
         }
         if unknown := given.keys() - Settings.model_fields:
