@@ -147,10 +147,10 @@ class Pump:
                     self.blocked_since = self._loop.time()
                 return
             self.blocked_since = None
-            if not (self._outbox or self._grown):
+            frames = self._next_frames()
+            if not frames:
                 break
-            if frames := self._next_frames():
-                self._socket.write(frames)
+            self._socket.write(frames)
         if self._last_words is not None and not self._abandoned:
             (code, frame), self._last_words = self._last_words, None
             self._socket.end(code, frame.encode())

@@ -39,9 +39,8 @@ class Recorder:
 
     def write(self, text: str) -> None:
         """Add a piece of text, unless nobody wants it any more: the reply has ended, or a later attempt has begun."""
-        reply = self._reply
-        if reply.attempt == self._attempt and reply.terminal is None:
-            reply.append(text)
+        if self._is_ours and self._reply.terminal is None:
+            self._reply.append(text)
 
     async def flush(self) -> Appended | Rejected:
         """Record the text that has gathered. Raises `StoreError`; then it is still there for the next time."""
