@@ -29,8 +29,20 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 SERVERS = {"valkey": valkey_binary, "redis-6.2": redis_6_binary, "redis-7.0": redis_7_binary}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files first: when several processes share the tests, none is left with a long one at the end."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--all`, which `ops/test --all` passes on."""
+    parser.addoption("--all", action="store_true", help="run the second tier too: tests marked `long`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the second tier unless `--all` is given, and put the long files first.
+
+    When several processes share the tests, none is left with a long file at the end.
+    """
+    if not config.getoption("--all"):
+        second = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=second)
     folders = ("journeys", "faults", "redis", "unit")
     items.sort(key=lambda item: folders.index(item.path.parent.name))
 
