@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from imstream.ai.demo.answer import canned_answer
-from imstream.client import Client
-from imstream.client.errors import Unavailable
 from tests.support.many_nodes import becomes, many_nodes, why_not
+from tests.support.talk import Talk, question, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.support.many_nodes import ManyNodes
     from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
@@ -23,17 +20,9 @@ A_LONG_LEASE = "10m"
 """So long that nothing in a test happens because it has ended."""
 
 
-def question(length: int, about: object = "") -> str:
-    return f"tell me more {about} [[demo first=0 length={length} pace=10ms]]"
-
-
-def whole(asked: str) -> str:
-    return "".join(canned_answer(asked))
-
-
 async def test_what_a_node_cannot_finish_before_it_ends_is_adopted_at_once(demo: DemoBackend, tmp_path: Path) -> None:
     short, long = question(30), question(250)
-    limits = {"lease": A_LONG_LEASE, "drain_grace": "1s", "max_deliveries": 1}
+    limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "1s", "max_deliveries": 1}
     async with many_nodes(tmp_path, demo.url, "a", "b", **limits) as nodes:
         async with nodes["a"].peer(USER) as someone, nodes["a"].peer(OTHER) as idle:
             await someone.chat(USER, long, "long")
@@ -57,7 +46,7 @@ async def test_what_a_node_cannot_finish_before_it_ends_is_adopted_at_once(demo:
 
 
 async def test_requests_that_wait_on_a_node_that_ends_are_adopted_at_once(demo: DemoBackend, tmp_path: Path) -> None:
-    limits = {"lease": A_LONG_LEASE, "drain_grace": "0.1s", "concurrency": 1}
+    limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "0.1s", "concurrency": 1}
     async with many_nodes(tmp_path, demo.url, "a", "b", **limits) as nodes:
         async with nodes["a"].peer(USER) as someone:
             for n in range(4):
@@ -73,36 +62,10 @@ async def test_requests_that_wait_on_a_node_that_ends_are_adopted_at_once(demo: 
         await nodes.settled()
 
 
-class _Talk:
-    """A user who asks one thing after the other until told to stop."""
-
-    def __init__(self, nodes: ManyNodes, user: int) -> None:
-        self.user = user
-        self.repeated = 0
-        self.texts: dict[str, tuple[str, str]] = {}
-        """What was asked and what was answered, by message id."""
-        names = list(nodes.nodes)
-        self._urls = nodes.urls(names[user % len(names)])
-
-    async def go_on(self, over: asyncio.Event) -> None:
-        async with Client(self._urls, self.user) as client:
-            while not over.is_set():
-                message_id = f"m{len(self.texts)}"
-                asked = question(20 + 5 * (self.user % 7), f"{self.user} {message_id}")
-                reply = await client.send(asked, message_id=message_id)
-                try:
-                    text = await reply.text()
-                except Unavailable:  # not accepted: it came when its node was just about to close the socket
-                    await asyncio.sleep(0.05)
-                    continue
-                self.texts[message_id] = (asked, text)
-                self.repeated += reply.repeated
-
-
 async def test_a_rolling_restart_under_load_loses_and_repeats_nothing(demo: DemoBackend, tmp_path: Path) -> None:
-    limits = {"lease": A_LONG_LEASE, "drain_grace": "0.2s"}
+    limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "0.2s"}
     async with many_nodes(tmp_path, demo.url, "a", "b", "c", **limits) as nodes:
-        talks = [_Talk(nodes, USER + n) for n in range(20)]
+        talks = [Talk(nodes, USER + n) for n in range(20)]
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for talk in talks:

@@ -38,7 +38,7 @@ QUOTA = 40
 def standing_pair(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
     """Two nodes with a quota. The first is strict; it may ask the AI twice."""
     folder = tmp_path_factory.mktemp("accounts")
-    limits = {"daily_quota": QUOTA, "max_attempts": 2, "chats_per_minute": 0, "frame_rate": 0}
+    limits: dict[str, Any] = {"daily_quota": QUOTA, "max_attempts": 2, "chats_per_minute": 0, "frame_rate": 0}
     with standing_nodes(folder, demo.url, "0", "1", **limits) as nodes:
         nodes["0"].now.process.terminate()
         nodes["0"].start_now(command=("-m", "tests.support.strict_node"))

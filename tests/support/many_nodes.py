@@ -24,7 +24,7 @@ from tests.support.servers import RedisServer, valkey_binary
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from pathlib import Path
 
     import redis
@@ -145,14 +145,23 @@ async def becomes(node: OneNode, why: str | None, path: str = "/readyz", *, limi
 
 
 @contextmanager
-def standing_nodes(folder: Path, ai_url: str, *names: str, **settings: object) -> Iterator[ManyNodes]:
-    """Nodes that many tests use: `ManyNodes.mended` starts again what the test before has killed."""
+def standing_nodes(
+    folder: Path, ai_url: str, *names: str, pythons: Mapping[str, str] | None = None, **settings: object
+) -> Iterator[ManyNodes]:
+    """Nodes that many tests use: `ManyNodes.mended` starts again what the test before has killed.
+
+    `pythons` are the interpreters of nodes of another release, by name.
+    """
+    pythons = pythons or {}
     server = RedisServer(valkey_binary(), free_port(), folder / "redis")
     server.start()
     try:
         with server.client() as client:
             found = {
-                name: OneNode(folder, client, server.url, ai_url, {**LEASE, **settings}, name=name) for name in names
+                name: OneNode(
+                    folder, client, server.url, ai_url, {**LEASE, **settings}, name=name, python=pythons.get(name)
+                )
+                for name in names
             }
             try:
                 with ThreadPoolExecutor() as threads:
@@ -166,9 +175,11 @@ def standing_nodes(folder: Path, ai_url: str, *names: str, **settings: object) -
 
 
 @asynccontextmanager
-async def many_nodes(folder: Path, ai_url: str, *names: str, **settings: object) -> AsyncIterator[ManyNodes]:
-    """Nodes for one test."""
-    with standing_nodes(folder, ai_url, *names, **settings) as nodes:
+async def many_nodes(
+    folder: Path, ai_url: str, *names: str, pythons: Mapping[str, str] | None = None, **settings: object
+) -> AsyncIterator[ManyNodes]:
+    """Nodes for one test; see `standing_nodes`."""
+    with standing_nodes(folder, ai_url, *names, pythons=pythons, **settings) as nodes:
         await nodes.mended()
         yield nodes
         nodes.check_logs()

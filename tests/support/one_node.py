@@ -50,6 +50,7 @@ class OneNode:
 
     Attributes:
         name: Its id.
+        python: The interpreter that runs it from its next start on, for another release; None for this one.
         now: The process that runs it now.
         fds: How many files it had open when it became ready.
     """
@@ -61,6 +62,7 @@ class OneNode:
     settings: dict[str, object]
     name: str = "0"
     port: int = field(default_factory=free_port)
+    python: str | None = None
     now: NodeProcess = field(init=False)
     fds: int = field(default=0, init=False)
 
@@ -76,6 +78,7 @@ class OneNode:
             port=self.port,
             settings={**self.settings, **settings},
             command=command if crash_at is None else (*CRASHING, "--at", crash_at),
+            python=self.python,
             wait=wait,
         )
         if wait:

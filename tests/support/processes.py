@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from tests.support.fork_server import ForkedProcess
 from tests.support.waiting import SLOW
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def consecutive_ports(count: int) -> int:
 class Running:
     """A child process. Use as a context manager: it is ended on leaving, by force if it must be."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     log: Path
 
     @property
@@ -118,17 +119,35 @@ def start(
     command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> Running:
     """Start a command; what it prints goes to `log`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("IMSTREAM_")}
     with log.open("ab") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**clean, **(env or {})},
+            env=_environment(env),
             cwd=cwd,
         )
     return Running(process, log)
+
+
+def start_python(
+    arguments: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Running:
+    """Start a Python program of this checkout, given as what would follow `python` on the command line.
+
+    It is forked from a process that has imported imstream, which is cheap; not when its coverage is measured or a
+    library is loaded before it, both of which begin with the interpreter.
+    """
+    if "LD_PRELOAD" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
+        return start([PYTHON, *arguments], log, env=env, cwd=cwd)
+    return Running(ForkedProcess(arguments, log, _environment(env), cwd), log)
+
+
+def _environment(added: Mapping[str, str] | None) -> dict[str, str]:
+    """The environment of the test run without settings of imstream, and what is added."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("IMSTREAM_")}
+    return {**clean, **(added or {})}
 
 
 def wait_for(ready: Callable[[], bool], process: Running, what: str, limit: float = 15.0 * SLOW) -> None:

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from imstream.embedded import server_program
-from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
+from tests.support.processes import Running, free_port, http_status, start, start_python, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -172,8 +172,8 @@ class DemoBackend:
 def start_demo(folder: Path, *options: str, port: int | None = None) -> DemoBackend:
     """Start the demo backend and wait until it serves."""
     port = port or free_port()
-    command = [PYTHON, "-m", "imstream", "demo-ai", "--port", str(port), *options]
-    process = start(command, folder / f"demo-{port}.log", cwd=folder)
+    command = ["-m", "imstream", "demo-ai", "--port", str(port), *options]
+    process = start_python(command, folder / f"demo-{port}.log", cwd=folder)
     wait_for(lambda: http_status(f"http://127.0.0.1:{port}/v1/models") == 200, process, "demo-ai")
     return DemoBackend(port, process)
 
@@ -209,13 +209,22 @@ def start_node(  # noqa: PLR0913 - what a node needs, and what a test may want o
     port: int | None = None,
     settings: Mapping[str, object] | None = None,
     command: tuple[str, ...] = ("-m", "imstream", "node"),
+    python: str | None = None,
     wait: bool = True,
 ) -> NodeProcess:
-    """Start a node and wait until it is ready. `settings` are names as in `Settings`; `command` may be a test's own."""
+    """Start a node and wait until it is ready.
+
+    `settings` are names as in `Settings`; `command` may be a test's own; `python` runs another release.
+    """
     port = port or free_port()
     given = {"node": node, "port": port, "redis_url": redis_url, "ai_url": ai_url, **(settings or {})}
     env = {f"IMSTREAM_{name.upper()}": str(value) for name, value in given.items()}
-    process = start([PYTHON, *command], folder / f"node-{node}.log", env=env, cwd=folder)
+    log = folder / f"node-{node}.log"
+    process = (
+        start_python(command, log, env=env, cwd=folder)
+        if python is None
+        else start([python, *command], log, env=env, cwd=folder)
+    )
     started = NodeProcess(node, port, process)
     if wait:
         wait_for(started.is_ready, process, f"node {node}")

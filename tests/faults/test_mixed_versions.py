@@ -1,0 +1,123 @@
+"""Nodes of the previous release and of this one on one Redis: each finishes and reads what the other began (I10)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.many_nodes import becomes, many_nodes, standing_nodes
+from tests.support.previous_release import previous_python
+from tests.support.talk import Talk, question, whole
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from tests.support.many_nodes import ManyNodes
+    from tests.support.servers import DemoBackend
+
+USER = 10001
+ACTIVE = 3
+
+BOTH_WAYS = pytest.mark.parametrize(("one", "other"), [("previous", "this"), ("this", "previous")])
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
+    """A node of each release."""
+    folder, pythons = tmp_path_factory.mktemp("mixed"), {"previous": previous_python()}
+    with standing_nodes(folder, demo.url, "previous", "this", pythons=pythons, concurrency=ACTIVE) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+async def nodes(standing: ManyNodes) -> AsyncIterator[ManyNodes]:
+    """Both alive; after the test nothing is left to do, and neither met anything that it calls an error."""
+    await standing.mended()
+    yield standing
+    await standing.settled()
+    await standing.left_alone()
+    assert_no_error_is_logged(standing)
+
+
+def assert_no_error_is_logged(nodes: ManyNodes) -> None:
+    """Neither a traceback nor a line of level error."""
+    nodes.check_logs()
+    for node in nodes.nodes.values():
+        lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
+        assert [line for line in lines if line["level"] == "error"] == []
+
+
+@BOTH_WAYS
+async def test_what_a_killed_node_was_answering_is_finished_by_a_node_of_the_other_release(
+    nodes: ManyNodes, one: str, other: str
+) -> None:
+    asked = {f"m{n}": question(80 + n, n) for n in range(ACTIVE + 1)}
+    *running, waiting = asked
+    async with nodes[one].peer(USER) as someone:
+        for message_id, text in asked.items():
+            await someone.chat(USER, text, message_id)
+        for message_id in running:
+            await someone.some_text(message_id)
+        await nodes.killed(one)
+    async with nodes[other].peer(USER, resume=someone.told) as someone:
+        for message_id, text in asked.items():
+            assert (await someone.end_of(message_id)).text == whole(text)
+            assert nodes.any.recorded(USER, message_id) == ("done", whole(text))
+            assert nodes.opened_by(USER, message_id) == ([other] if message_id == waiting else [one, other])
+
+
+@BOTH_WAYS
+async def test_sockets_on_nodes_of_both_releases_follow_resume_and_cancel_the_same_messages(
+    nodes: ManyNodes, one: str, other: str
+) -> None:
+    short, long = question(30), question(2000)
+    async with nodes[other].peer(USER) as follower, nodes[one].peer(USER) as someone:
+        await someone.chat(USER, short, "short")
+        assert (await someone.end_of("short")).text == whole(short)
+        assert (await follower.end_of("short")).text == whole(short)
+        await someone.chat(USER, long, "long")
+        told = await someone.some_text("long")
+        async with nodes[other].peer(USER, resume={"long": told}) as back:
+            await back.some_text("long", len(told.text) + 1)
+            await back.say("CANCEL", userId=USER, messageId="long")
+            cancelled = await asyncio.gather(*(socket.end_of("long") for socket in (someone, follower, back)))
+        assert {one.events[-1] for one in cancelled} == {"cancelled"}
+        await follower.chat(USER, short, "short")  # sent again: answered from the record
+        assert (await follower.end_of("short")).text == whole(short)
+    assert nodes.ai_calls() == 2
+
+
+async def test_a_rolling_upgrade_and_the_way_back_lose_and_repeat_nothing(demo: DemoBackend, tmp_path: Path) -> None:
+    previous = previous_python()
+    limits: dict[str, Any] = {"lease": "10m", "drain_grace": "0.2s"}
+    async with many_nodes(tmp_path, demo.url, "a", "b", pythons={"a": previous, "b": previous}, **limits) as nodes:
+        talks = [Talk(nodes, USER + n) for n in range(10)]
+        over = asyncio.Event()
+
+        def answered() -> int:
+            return sum(len(talk.texts) for talk in talks)
+
+        async with asyncio.TaskGroup() as group:
+            for talk in talks:
+                group.create_task(talk.go_on(over))
+            for python in (None, previous):
+                for node in nodes.nodes.values():
+                    before = answered()
+                    await wait_until(lambda before=before: answered() > before, "answers are given")
+                    assert await node.terminated() == 0
+                    node.python = python
+                    await node.start()
+                    await becomes(node, None)
+            over.set()
+        for talk in talks:
+            assert talk.repeated == 0
+            for message_id, (asked, text) in talk.texts.items():
+                assert text == whole(asked)
+                assert nodes.any.recorded(talk.user, message_id) == ("done", text)
+        await nodes.settled()
+        assert_no_error_is_logged(nodes)

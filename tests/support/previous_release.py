@@ -1,0 +1,46 @@
+"""The release before this one, as a test partner: its checkout, with the packages of its own lock file.
+
+It is made on first use, in a folder that git ignores, and kept for the next run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+COMMIT = "62a067c03b1e0f688123b17588c6b2d152f81492"
+"""The previous release. A later release moves it."""
+
+_ROOT = Path(__file__).parents[2]
+
+
+@cache
+def previous_python() -> str:
+    """The interpreter that runs the previous release.
+
+    Skips the test where the history does not reach back to it; in CI, fails.
+    """
+    if _git("cat-file", "-e", COMMIT).returncode != 0:
+        reason = f"the git history is shallow: it lacks {COMMIT[:7]}, the previous release (git fetch --unshallow)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = _ROOT / ".previous" / COMMIT[:7]
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:  # several processes run tests at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ops" / "venv").exists():
+            _git("worktree", "add", "--quiet", "--force", "--detach", str(folder), COMMIT).check_returncode()
+        environment = {**os.environ, "PYTHON": str(Path(sys.base_prefix) / "bin" / Path(sys.executable).name)}
+        subprocess.run([folder / "ops" / "venv"], env=environment, capture_output=True, check=True, timeout=300)
+    return str(folder / ".venv" / "bin" / "python")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, check=False, timeout=60)

@@ -1,0 +1,50 @@
+"""Users who go on talking while nodes come and go, and what they ask."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from imstream.ai.demo.answer import canned_answer
+from imstream.client import Client
+from imstream.client.errors import Unavailable
+
+if TYPE_CHECKING:
+    from tests.support.many_nodes import ManyNodes
+
+
+def question(length: int, about: object = "") -> str:
+    """What is answered with so many deltas, one every 10 ms."""
+    return f"tell me more {about} [[demo first=0 length={length} pace=10ms]]"
+
+
+def whole(asked: str) -> str:
+    """The whole answer to it."""
+    return "".join(canned_answer(asked))
+
+
+class Talk:
+    """A user who asks one thing after the other until told to stop."""
+
+    def __init__(self, nodes: ManyNodes, user: int) -> None:
+        self.user = user
+        self.repeated = 0
+        self.texts: dict[str, tuple[str, str]] = {}
+        """What was asked and what was answered, by message id."""
+        names = list(nodes.nodes)
+        self._urls = nodes.urls(names[user % len(names)])
+
+    async def go_on(self, over: asyncio.Event) -> None:
+        """Ask until `over` is set, and wait for the last answer."""
+        async with Client(self._urls, self.user) as client:
+            while not over.is_set():
+                message_id = f"m{len(self.texts)}"
+                asked = question(20 + 5 * (self.user % 7), f"{self.user} {message_id}")
+                reply = await client.send(asked, message_id=message_id)
+                try:
+                    text = await reply.text()
+                except Unavailable:  # not accepted: it came when its node was just about to close the socket
+                    await asyncio.sleep(0.05)
+                    continue
+                self.texts[message_id] = (asked, text)
+                self.repeated += reply.repeated
