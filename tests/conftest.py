@@ -7,8 +7,8 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
 
+from tests.support import tiers
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer, missing, redis_6_binary, redis_7_binary, valkey_binary
 
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from tests.support.servers import DemoBackend
-
-# How long an example takes says nothing on a machine that does other things too.
-settings.register_profile("imstream", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("imstream")
 
 # Whoever runs the tests in the background has these ignored; the processes under test would inherit that.
 for _number in (signal.SIGINT, signal.SIGHUP):
@@ -32,6 +28,11 @@ SERVERS = {"valkey": valkey_binary, "redis-6.2": redis_6_binary, "redis-7.0": re
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--all`, which `ops/test --all` passes on."""
     parser.addoption("--all", action="store_true", help="run the second tier too: tests marked `long`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how thorough properties are tested."""
+    tiers.load(second=config.getoption("--all"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Chaos for a few seconds, with a seed that brings most kinds of faults early. CI runs a minute of it besides."""
+"""Chaos for a few seconds, with a seed that brings most kinds of faults early; for a minute at random when `long`."""
 
 from __future__ import annotations
 
@@ -41,3 +41,10 @@ def test_whatever_is_killed_every_accepted_message_is_answered_once(tmp_path: Pa
     asked, accepted, answered = counts(output, ("asked", "accepted", "answered"))
     assert asked == accepted == answered > 20
     assert counts(output, ("lost", "duplicated", "unexpected", "failed", "left over", "unforeseen")) == [0] * 6
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_minute_of_random_faults_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    code, output = chaos(tmp_path, "--seconds", "60")  # prints the seed that it draws
+    assert code == 0, output

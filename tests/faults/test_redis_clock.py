@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from imstream.wire import Event
+from tests.support.servers import missing
 from tests.support.stage import fresh_redis, stage
 
 if TYPE_CHECKING:
+    import pytest
+
     from tests.support.chatter import Frame
     from tests.support.servers import DemoBackend
 
@@ -26,10 +27,11 @@ def _said_at(frame: Frame) -> float:
     return int(frame["respTime"]) / 1000
 
 
-@pytest.mark.skipif(not LIBRARIES, reason="libfaketime is not installed")
 async def test_no_answer_is_lost_when_the_clock_jumps_an_hour_forward_and_back(
     demo: DemoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not LIBRARIES:
+        missing("libfaketime")
     clock = tmp_path / "clock"
     clock.write_text("+0")
     monkeypatch.setenv("LD_PRELOAD", str(LIBRARIES[0]))

@@ -49,7 +49,7 @@ _FLAGS = (
 
 def chromium_binary() -> str:
     """The Chromium on this machine. Without one the test is skipped; in CI it fails."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
+    for name in ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
     missing("chromium")

@@ -21,7 +21,7 @@ from tests.support.servers import NodeProcess, RedisServer, start_node, valkey_b
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from imstream.cli.balancer import Program
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 NODES = ("0", "1", "2")
 USERS = range(10001, 13001)
-FEW = range(10001, 10301)
+FEW = range(10001, 10151)
 
 
 @dataclass
@@ -82,14 +82,21 @@ def balancer(request: pytest.FixtureRequest, farm: Farm) -> Iterator[Balancer]:
         yield started
 
 
-async def homes_of(balancer: Balancer, users: Iterable[int]) -> dict[int, str]:
-    """The node of each user when all nodes are up: one that missed two checks on a busy machine is out for a moment."""
+async def homes_of(balancer: Balancer, users: Sequence[int]) -> dict[int, str]:
+    """The node of each user when all nodes are up and nobody is sent elsewhere.
 
-    async def all_are_up() -> bool:
-        return set((await balancer.nodes_of(FEW[:30])).values()) == set(NODES)
+    A node that misses two checks or answers one handshake late, as happens on a busy machine, is passed over for a
+    moment. So users are looked up until two rounds in a row agree, the second of them with all nodes.
+    """
+    homes: dict[int, str] = {}
 
-    await wait_until(all_are_up, "users come to all nodes", limit=30)
-    return await balancer.nodes_of(users)
+    async def all_are_at_home() -> bool:
+        nonlocal homes
+        before, homes = homes, await balancer.nodes_of(users)
+        return homes == before and (len(users) < len(FEW) or set(homes.values()) == set(NODES))
+
+    await wait_until(all_are_at_home, "users come to all nodes, and to the same ones again", limit=60)
+    return homes
 
 
 async def all_home(balancer: Balancer, homes: dict[int, str]) -> None:
@@ -108,13 +115,18 @@ def spread_over_both(nodes: Iterable[str], lost: str) -> bool:
     return min(shares[node] for node in NODES if node != lost) >= 0.25 * shares.total()
 
 
-async def test_three_nodes_share_3000_users_and_each_user_always_comes_to_the_same_node(balancer: Balancer) -> None:
-    homes = await homes_of(balancer, USERS)
+# The users that a node gets are a third of the ring, within 5 %, and by chance some more or fewer.
+@pytest.mark.parametrize(
+    ("users", "deviation"), [(USERS[:600], 70), pytest.param(USERS, 150, marks=pytest.mark.long)], ids=["600", "3000"]
+)
+async def test_three_nodes_share_the_users_and_each_user_always_comes_to_the_same_node(
+    balancer: Balancer, users: Sequence[int], deviation: int
+) -> None:
+    homes = await homes_of(balancer, users)
     shares = Counter(homes.values())
     assert sorted(shares) == list(NODES)
-    assert all(abs(share - 1000) <= 150 for share in shares.values()), shares
-    for _ in range(2):
-        assert await balancer.nodes_of(FEW) == {user: homes[user] for user in FEW}
+    assert all(abs(share - len(users) / 3) <= deviation for share in shares.values()), shares
+    assert await homes_of(balancer, FEW) == {user: homes[user] for user in FEW}
 
 
 async def test_all_balancers_of_a_kind_send_a_user_to_the_same_node(
@@ -130,9 +142,16 @@ async def test_only_a_dead_nodes_users_move_and_they_are_back_when_it_is(balance
     homes = await homes_of(balancer, FEW)
     lost = homes[FEW[0]]
     farm.nodes[lost].process.kill()
-    now = await balancer.nodes_of(FEW)
-    assert [user for user in FEW if now[user] != homes[user]] == [user for user in FEW if homes[user] == lost]
-    assert spread_over_both((now[user] for user in FEW if homes[user] == lost), lost)
+    theirs = [user for user in FEW if homes[user] == lost]
+    now: dict[int, str] = {}
+
+    async def only_they_have_moved() -> bool:
+        nonlocal now
+        now = await balancer.nodes_of(FEW)
+        return [user for user in FEW if now[user] != homes[user]] == theirs
+
+    await wait_until(only_they_have_moved, "the users of the dead node are elsewhere, and nobody else is")
+    assert spread_over_both((now[user] for user in theirs), lost)
     farm.start(lost)
     await all_home(balancer, homes)
 

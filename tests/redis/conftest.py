@@ -18,6 +18,7 @@ from imstream.store.requests import RequestStream
 from tests.conftest import SERVERS
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer
+from tests.support.tiers import examples
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -33,9 +34,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("redis_server", servers, indirect=True)
 
 
-def examples(server: RedisServer, most: int) -> int:
+def examples_on(server: RedisServer, count: int) -> int:
     """How many examples a state machine gets: all on the embedded server, a third on others, which hardly differ."""
-    return most if server.binary == SERVERS["valkey"]() else most // 3
+    return examples(count if server.binary == SERVERS["valkey"]() else count // 3)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from imstream.store.accounts import Accounts, Counted, Spent
 from imstream.store.connection import Commands
 from imstream.store.days import Day
 from imstream.store.replies import ReplyStore
-from tests.redis.conftest import examples
+from tests.redis.conftest import examples_on
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -176,7 +176,7 @@ def test_the_quota_is_kept_in_any_order_of_events(redis_server: RedisServer) -> 
             run_state_machine_as_test(
                 # Any callable will do, whatever its type says.
                 lambda: QuotaKept(runner, accounts, replies, client),  # type: ignore[arg-type]
-                settings=settings(max_examples=examples(redis_server, 100), stateful_step_count=30),
+                settings=settings(max_examples=examples_on(redis_server, 100), stateful_step_count=30),
             )
         finally:
             runner.run(connections.aclose())

@@ -19,7 +19,7 @@ from imstream.keys import Keys
 from imstream.settings import Settings
 from imstream.store.connection import Commands
 from imstream.store.replies import Appended, Opened, Record, ReplyStore, Terminal
-from tests.redis.conftest import examples
+from tests.redis.conftest import examples_on
 from tests.support.reply_model import TERMINAL, ReplyModel, Said
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def test_any_order_of_writers_is_judged_rightly(redis_server: RedisServer) -> No
             run_state_machine_as_test(
                 # Any callable will do, whatever its type says.
                 lambda: ReplyJudged(runner, replies, client, Keys(known.key_prefix)),  # type: ignore[arg-type]
-                settings=settings(max_examples=examples(redis_server, 100), stateful_step_count=30),
+                settings=settings(max_examples=examples_on(redis_server, 100), stateful_step_count=30),
             )
         finally:
             runner.run(connections.aclose())

@@ -35,7 +35,7 @@ from imstream.store.chat_request import ChatRequest
 from imstream.store.connection import Commands, Reader
 from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore, Terminal
 from imstream.store.requests import Admitted, Entry, Refused, RequestStream
-from tests.redis.conftest import chat_request, examples
+from tests.redis.conftest import chat_request, examples_on
 from tests.support.reply_model import TERMINAL, ReplyModel, Said
 
 if TYPE_CHECKING:
@@ -481,7 +481,7 @@ def test_any_order_of_work_and_death_loses_and_repeats_nothing(redis_server: Red
             run_state_machine_as_test(
                 # Any callable will do, whatever its type says.
                 lambda: StoreUsed(site),  # type: ignore[arg-type]
-                settings=settings(max_examples=examples(redis_server, 50), stateful_step_count=40),
+                settings=settings(max_examples=examples_on(redis_server, 50), stateful_step_count=40),
             )
         finally:
             runner.run(connections.aclose())

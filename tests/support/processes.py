@@ -141,6 +141,7 @@ def start_python(
     """
     if "LD_PRELOAD" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
         return start([PYTHON, *arguments], log, env=env, cwd=cwd)
+    log.touch()  # it is looked at before the child has opened it
     return Running(ForkedProcess(arguments, log, _environment(env), cwd), log)
 
 

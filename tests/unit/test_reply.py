@@ -15,6 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from imstream.reply import MAX_DELTA, Cursor, Finished, Grown, Reply, ReplyBoard, Restarted
 from imstream.store.replies import Record, Terminal
+from tests.support.tiers import examples
 
 DONE = Terminal("done", "stop")
 CANCELLED = Terminal("cancelled")
@@ -401,4 +402,4 @@ class ReplyFollowed(RuleBasedStateMachine):
 
 
 TestEveryClientHoldsWhatIsRecorded = ReplyFollowed.TestCase
-TestEveryClientHoldsWhatIsRecorded.settings = settings(max_examples=300)
+TestEveryClientHoldsWhatIsRecorded.settings = settings(max_examples=examples(300))

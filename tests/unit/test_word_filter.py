@@ -19,6 +19,7 @@ from imstream.guards.word_list import MAX_GAP, WordList
 from imstream.texts import OwnSentence
 from imstream.wire import Code
 from tests.support.slow_words import slowly_masked
+from tests.support.tiers import examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,19 +124,19 @@ def _whole(text: str, cuts: list[int], words: WordList) -> str:
     return "".join(_streamed(text, cuts, words))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(_ATOMS, max_size=12).map("".join))
 def test_what_is_masked_is_what_the_rules_say(text: str) -> None:
     assert mask(text, LIST) == slowly_masked(text, WORDS)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(_ODD_TEXTS, _ODD_LISTS)
 def test_what_is_masked_is_what_the_rules_say_for_any_list(text: str, words: list[str]) -> None:
     assert mask(text, WordList(map(normalise, words))) == slowly_masked(text, words)
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.lists(_ATOMS, max_size=40).map("".join), st.lists(st.integers(0, 200)))
 @example("a two wor" + "." * 80 + "ds", [*range(200)])
 @example("x\u200b\u200bass", [*range(200)])
@@ -147,7 +148,7 @@ def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once(text: str, cuts: li
     assert shown == whole
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(_ODD_TEXTS, _ODD_LISTS, st.lists(st.integers(0, 200)))
 @example("中国a国", ["中国", "国a中"], [*range(200)])
 @example("x½", ["12", "2b"], [*range(200)])
@@ -158,7 +159,7 @@ def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once_by_any_list(
     assert _whole(text, cuts, some) == mask(text, some)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(_ATOMS, max_size=20).map("".join), st.lists(st.integers(0, 200)))
 def test_an_answer_with_a_word_is_refused_before_anything_of_it_is_shown(text: str, cuts: list[int]) -> None:
     no = Refuse("words_answer", Code.FORBIDDEN, OwnSentence("不", "No"))
