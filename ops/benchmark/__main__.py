@@ -6,7 +6,7 @@ sockets stay open from round to round. Loads: `burst`, 32 deltas at once; `paced
 socket asks again when it has its answer.
 
 Then two other nodes take turns: one without any guard, and one with all of them. `--guards` measures only that, and
-each guard alone.
+each guard alone. `--against` measures only this node beside that of another release.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ops.benchmark import guards
+from ops.benchmark import guards, releases
 from ops.benchmark.processes import Stage
 from ops.benchmark.report import SERVICES, Found, as_json, bar_lines, bars, circumstances_lines, table
 from ops.benchmark.runs import Run, capacity, in_turns, memory_per_socket
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,9 @@ def main() -> int:
     circumstances = _circumstances(given.loop)
     profile = given.profile.resolve() if given.profile else None
     began = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory(prefix="imstream-bench-") as folder,
-        Stage(Path(folder), loop=given.loop) as stage,
-    ):
+    if given.against:
+        return _compare_releases(given.against, given.loop, given.json)
+    with _stage(given.loop) as stage:
         found = None if given.guards else _find(stage, plan, circumstances, profile)
         guarded = _find_guards(stage, plan, alone=given.guards, profile=profile if given.guards else None)
     results = [*(bars(found) if found else []), *guards.bars(guarded)]
@@ -129,6 +133,23 @@ def main() -> int:
     return 0 if all(met for met, _ in results) else 1
 
 
+@contextmanager
+def _stage(loop: str) -> Iterator[Stage]:
+    with tempfile.TemporaryDirectory(prefix="imstream-bench-") as folder, Stage(Path(folder), loop=loop) as stage:
+        yield stage
+
+
+def _compare_releases(python: str, loop: str, json_file: Path | None) -> int:
+    with _stage(loop) as stage:
+        rounds = releases.compare(stage, python)
+    results = releases.bars(rounds)
+    _say(releases.table(rounds))
+    _say(bar_lines(results))
+    if json_file:
+        json_file.write_text(json.dumps(releases.as_json(rounds), indent=1))
+    return 0 if all(met for met, _ in results) else 1
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ops/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,6 +164,12 @@ def _options() -> argparse.Namespace:
         help="run the node (with --guards, the one with all of them) under cProfile; read it with pstats",
     )
     parser.add_argument("--guards", action="store_true", help="measure only what guards cost, each alone and all")
+    parser.add_argument(
+        "--against",
+        type=os.path.abspath,  # not resolved: it is a link within its virtual environment
+        metavar="PYTHON",
+        help="measure only this node beside the one that this interpreter runs, of another release",
+    )
     return parser.parse_args()
 
 

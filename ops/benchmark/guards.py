@@ -84,8 +84,8 @@ def compare(stage: Stage, *, share: float, alone: bool, profile: Path | None) ->
     `share` is the part of all rounds that is made.
     """
     each = settings(stage)
-    every = {name: value for one in each.values() for name, value in one.items()}
-    nodes: Mapping[str, Mapping[str, object]] = {OFF: {}, **(each if alone else {}), ON: every}
+    every: dict[str, Any] = {name: value for one in each.values() for name, value in one.items()}
+    nodes: Mapping[str, Mapping[str, Any]] = {OFF: {}, **(each if alone else {}), ON: every}
     for name, own in nodes.items():
         stage.start_node(name, profile=profile if name == ON else None, **{**_NONE, **own})
     options = ("--talk", "--secret", _SECRET)

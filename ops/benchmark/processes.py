@@ -145,8 +145,12 @@ class Stage:
         )
         self.services["usual"] = self._start_baseline("usual")
 
-    def start_node(self, name: str, *, profile: Path | None = None, **settings: object) -> None:
+    def start_node(
+        self, name: str, *, profile: Path | None = None, python: str | None = None, **settings: object
+    ) -> None:
         """A node with these settings, profiled if there is a file for it.
+
+        `python` is an interpreter with another release of imstream, to be run instead of this checkout.
 
         Each has a database of its own: the same users have sockets on all of them, and what is asked on one would be
         followed on the others.
@@ -166,7 +170,9 @@ class Stage:
         if profile is not None:
             command = ["-m", "cProfile", "-o", str(profile), *command]
         env = {f"IMSTREAM_{name.upper()}": str(value) for name, value in given.items()}
-        self.services[name] = self._start(name, port, [sys.executable, *command], env)
+        if python is not None:
+            env["PYTHONPATH"] = ""  # not this checkout
+        self.services[name] = self._start(name, port, [python or sys.executable, *command], env)
 
     def _start_baseline(self, name: str, *options: str) -> Process:
         port = _free_port()
