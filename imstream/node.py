@@ -7,6 +7,7 @@ import gc
 import signal
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -45,7 +46,7 @@ from imstream.worker.tenure import Tenure
 from imstream.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from imstream.ai.backend import Backend
     from imstream.settings import Settings
@@ -54,6 +55,9 @@ log = structlog.get_logger()
 
 _STUCK = 4
 """Rounds of the consumer loop that may be missed before the node is taken for stuck."""
+
+_RESTART = 1.0
+"""Seconds before a background task that has failed is started again."""
 
 _TICK = 0.05
 """Seconds between two looks while something is awaited that has no event of its own."""
@@ -162,18 +166,18 @@ class Node:
         for_ever = [
             group.create_task(task, name=name)
             for name, task in {
-                "tenure": self.tenure.run(self._server.address),
-                "registry": self.registry.run(),
-                "presence": self._presence.run(),
-                "following": self._following.run(),
-                "listener": self._listener.run(),
-                "flusher": self.jobs.flush_regularly(),
+                "tenure": _kept_running("tenure", partial(self.tenure.run, self._server.address)),
+                "registry": _kept_running("registry", self.registry.run),
+                "presence": _kept_running("presence", self._presence.run),
+                "following": _kept_running("following", self._following.run),
+                "listener": _kept_running("listener", self._listener.run),
+                "flusher": _kept_running("flusher", self.jobs.flush_regularly),
                 "announce": self._announce(),
             }.items()
         ]
         working = [
             group.create_task(self.worker.run(), name="worker"),
-            group.create_task(self.adopter.run(), name="adopter"),
+            group.create_task(_kept_running("adopter", self.adopter.run), name="adopter"),
         ]
         serving = group.create_task(self._server.run(), name="server")
         await self._ending.wait()
@@ -221,6 +225,23 @@ class Node:
                 if not only_idle or session.is_idle():
                     session.close(Close.DRAINING, Text.DRAINING)
             await asyncio.sleep(_TICK)
+
+
+async def _kept_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
+    """Run a background task, again and again if it fails: nothing that others have written may end the node."""
+    told = ""
+    while True:
+        try:
+            await run()
+        except NodeTaken:
+            raise
+        except Exception as error:
+            if (what := f"{type(error).__name__}: {error}") != told:
+                told = what
+                log.exception("background task failed and is started again", task=name)
+            await asyncio.sleep(_RESTART)
+        else:
+            return
 
 
 @asynccontextmanager

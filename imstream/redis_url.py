@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, cast
 from urllib.parse import parse_qsl, urlencode
@@ -134,3 +135,11 @@ def _server(text: str, usual_port: int) -> tuple[str, int]:
     if match is None or not 0 < port < 65536:  # noqa: PLR2004 - TCP's
         raise ValueError(ALLOWED)
     return match["host"].strip("[]"), port
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ENV_PREFIX = "IMSTREAM_"
 
+MIN_PAGE_TOKEN = 16
+
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ms|s|m|h|d)?")
 
@@ -42,6 +44,18 @@ def _valid_http_url(url: SecretUrl) -> SecretUrl:
     if not url.get_secret_value().startswith(("http://", "https://")):
         raise ValueError("an address that begins with http:// or https://")
     return url
+
+
+def _unset_when_empty(value: object) -> object:
+    """An empty value counts as unset; spaces and line ends around a value are no part of it."""
+    return value.strip() or None if isinstance(value, str) else value
+
+
+def _valid_page_token(token: SecretStr) -> SecretStr:
+    stripped = token.get_secret_value().strip()
+    if len(stripped) < MIN_PAGE_TOKEN:
+        raise ValueError(f"at least {MIN_PAGE_TOKEN} characters")
+    return SecretStr(stripped)
 
 
 def valid_zone(name: str) -> str:
@@ -170,13 +184,28 @@ class Settings(SettingsGroup):
         "HS256", description="The one algorithm that tokens may be signed with."
     )
     auth_secret: SecretStr | None = Field(None, description="Secret of HS256, at least 32 bytes.")
-    auth_public_key: Path | None = Field(None, description="PEM file with the public key of the other algorithms.")
-    auth_jwks_url: Annotated[SecretUrl, AfterValidator(_valid_http_url)] | None = Field(
-        None, description="Address of a JSON Web Key Set with the public keys."
+    auth_public_key: Annotated[Path | None, BeforeValidator(_unset_when_empty)] = Field(
+        None, description="PEM file with the public key of the other algorithms."
+    )
+    auth_jwks_url: Annotated[
+        Annotated[SecretUrl, AfterValidator(_valid_http_url)] | None, BeforeValidator(_unset_when_empty)
+    ] = Field(None, description="URL of a JSON Web Key Set with the public keys; https, or http on loopback.")
+    auth_jwks_allow_http: bool = Field(
+        default=False, description="Fetch the key set over unencrypted http from other machines too."
+    )
+    auth_keys_max_age: Positive = Field(
+        timedelta(hours=1), description="How long a key set is used after it was last fetched."
     )
     auth_claim: str = Field("sub", min_length=1, description="Claim of the token that is the user id.")
-    auth_issuer: str | None = Field(None, description="What the token's iss must be.")
-    auth_audience: str | None = Field(None, description="What the token's aud must be, or contain.")
+    auth_issuer: Annotated[str | None, BeforeValidator(_unset_when_empty)] = Field(
+        None, description="What the token's iss must be; empty: anything."
+    )
+    auth_audience: Annotated[str | None, BeforeValidator(_unset_when_empty)] = Field(
+        None, description="What the token's aud must be, or contain; empty: the token must have none."
+    )
+    auth_max_lifetime: Positive = Field(
+        timedelta(days=1), description="Maximum time from a token's iat, or from now, to its exp."
+    )
     auth_leeway: Duration = Field(timedelta(seconds=5), description="How far clocks may differ at exp and nbf.")
     auth_warning: Positive = Field(
         timedelta(seconds=30), description="How long before a token ends its client is asked for a new one."
@@ -186,6 +215,10 @@ class Settings(SettingsGroup):
     )
     origins: str = Field(
         "same", description="Pages that may open sockets, with commas: same (host), null (from disk), *, or origins."
+    )
+
+    page_token: Annotated[SecretStr, AfterValidator(_valid_page_token)] | None = Field(
+        None, description="Token that pages of the origin null must show where auth is none; at least 16 characters."
     )
 
     sessions: Literal["many", "one"] = Field(

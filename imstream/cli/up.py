@@ -8,8 +8,10 @@ import shlex
 import shutil
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 import click
 
@@ -78,6 +80,7 @@ def summary(plan: Plan) -> list[str]:
         f"page     http://{page}/",
         *_front_line(plan),
         *(f"node {node:<3} ws://{host}:{port}/ws" for node, port in plan.nodes),
+        *_from_disk(plan),
         f"AI       {without_password(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
         f"Redis    {redis_url}" + (f"   embedded Valkey, data in {plan.valkey.data}" if plan.valkey else ""),
         "",
@@ -93,6 +96,14 @@ def _for_whom(plan: Plan) -> str:
     """How a chat client shows who it is, where that is asked and can be signed here."""
     signed_here = plan.settings.auth == "jwt" and plan.settings.auth_secret is not None
     return f' --token "$({_program()} token --user 10001)"' if signed_here else ""
+
+
+def _from_disk(plan: Plan) -> list[str]:
+    """Where the page is as a file, with the token of this run: browsers send nothing behind `#` to anybody."""
+    if plan.page_token is None:
+        return []
+    page = Path(str(resources.files("imstream.gateway") / "static" / "index.html")).as_uri()
+    return [f"or open  {page}#{urlencode({'node': plan.door, 'token': plan.page_token}, safe=':[]')}"]
 
 
 def _front_line(plan: Plan) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import socket
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from imstream.cli.up_settings import UpSettings
 from imstream.embedded import EmbeddedSettings
 from imstream.errors import SettingsError
 from imstream.guards.exposure import check_exposure
+from imstream.guards.origin import parse_origins
 from imstream.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Plan:
         nodes: Id and port of each node.
         balancer: What is in front of them.
         balancer_port: Where it listens, at the address of the nodes.
+        page_token: What a page opened from disk must show, good for this run; None when no such page may come.
     """
 
     settings: Settings
@@ -55,6 +58,7 @@ class Plan:
     nodes: list[tuple[str, int]]
     balancer: balancers.Program | None
     balancer_port: int
+    page_token: str | None = field(repr=False)
 
     @property
     def door(self) -> str:
@@ -102,7 +106,8 @@ class Plan:
             arguments=["node", "--node", node, "--port", str(port)],
             serves=partial(_answers, reach(self.settings.host), port, "/readyz"),
             environment=self.environment
-            | {Settings.variable("redis_url"): self.redis_url, Settings.variable("ai_url"): self.ai_url},
+            | {Settings.variable("redis_url"): self.redis_url, Settings.variable("ai_url"): self.ai_url}
+            | ({} if self.page_token is None else {Settings.variable("page_token"): self.page_token}),
             patience=self.settings.drain_grace.total_seconds() + 10,
             # Several are there to see one die. With the only one gone nothing is left, and the exit code shall say so.
             restarts=len(self.nodes) > 1,
@@ -153,9 +158,18 @@ def make_plan(typed: Mapping[str, str]) -> Plan:
         nodes=numbered(settings.node, settings.port, up.nodes),
         balancer=_choose_balancer(up),
         balancer_port=up.balancer_port,
+        page_token=_page_token(settings),
     )
     _check_ports(plan)
     return plan
+
+
+def _page_token(settings: Settings) -> str | None:
+    """A new token for each run, unless one is set; None where no such page may come, or must log in anyway."""
+    origins = parse_origins(settings.origins if "origins" in settings.model_fields_set else ORIGINS)
+    if settings.auth != "none" or not {"null", "*"} & set(origins):
+        return None
+    return secrets.token_urlsafe(16) if settings.page_token is None else settings.page_token.get_secret_value()
 
 
 def _check_ports(plan: Plan) -> None:

@@ -10,8 +10,9 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 
 from imstream.gateway.page import page_routes
-from imstream.gateway.session import Session, asked_lang, peer_of
+from imstream.gateway.session import Session, asked_lang, origin_of, peer_of
 from imstream.guards.guard import Handshake
+from imstream.logs import LIMITED
 from imstream.texts import say
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from imstream.gateway.services import Services
 
 
-log = structlog.get_logger()
+limited = structlog.get_logger(**LIMITED)
 
 
 def joined(headers: Headers) -> dict[str, str]:
@@ -48,8 +49,8 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: 
     async def socket(websocket: WebSocket) -> None:
         refused = services.guards.handshake(Handshake(joined(websocket.headers)))
         if refused is not None:
-            origin = websocket.headers.get("origin")
-            log.info("handshake refused", reason=refused.reason, peer=peer_of(websocket), origin=origin)
+            who = {"peer": peer_of(websocket), "origin": origin_of(websocket)}
+            limited.info("handshake refused", reason=refused.reason, **who)
             text = say(refused.sentence, asked_lang(websocket))
             await websocket.send_denial_response(PlainTextResponse(text, status_code=403))
         elif (why := not_ready()) is not None:

@@ -12,6 +12,7 @@ import structlog
 
 from imstream.errors import StoreError, StoreFull, StoreRefused
 from imstream.guards.guard import Login, Refuse
+from imstream.logs import LIMITED
 from imstream.reply import Cursor
 from imstream.store.chat_request import ChatRequest
 from imstream.store.requests import Admitted
@@ -45,6 +46,7 @@ BEGIN_WAIT = 0.05
 would be 3 % of the CPU of a short chat."""
 
 log = structlog.get_logger()
+limited = structlog.get_logger(**LIMITED)
 
 
 class Conversation:
@@ -79,7 +81,7 @@ class Conversation:
         except StoreError as error:
             self._say_unavailable(error, message_id)
         except Exception:
-            log.exception("frame failed", type=frame.msg_type, user=self._session.user_id)
+            limited.exception("frame failed", type=frame.msg_type, user=self._session.user_id, peer=self._session.peer)
             self._pump.say(self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL, message_id=message_id))
 
     def follow(self, reply: Reply) -> None:
@@ -122,7 +124,8 @@ class Conversation:
     async def _init(self, frame: ClientInit) -> None:
         services, session = self._services, self._session
         session.has_asked = True
-        welcome = await services.guards.login(Login(frame.user_id, frame.token or session.token))
+        login = Login(frame.user_id, frame.token or session.token, session.origin, session.peer)
+        welcome = await services.guards.login(login)
         if isinstance(welcome, Refuse):
             self._refuse(welcome)
             return
@@ -217,7 +220,7 @@ class Conversation:
             self._session.close_with(verdict.close, frame)
 
     def _say_unavailable(self, error: StoreError, message_id: str | None) -> None:
-        log.warning("redis away, client told UNAVAILABLE", error=str(error))
+        limited.warning("redis away, client told UNAVAILABLE", error=str(error), peer=self._session.peer)
         self._pump.say(self._phrases.system(Code.UNAVAILABLE, Text.UNAVAILABLE, message_id=message_id, retry=True))
 
     def _is_logged_in(self) -> bool:

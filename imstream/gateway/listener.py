@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imstream.errors import StoreError
+from imstream.errors import StoreError, StoreRefused
+from imstream.logs import LIMITED, foreign
 from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _AGAIN = 0.2
 """Seconds between two tries while Redis is away."""
 
 log = structlog.get_logger()
+limited = structlog.get_logger(**LIMITED)
 
 
 class Listener:
@@ -35,10 +37,15 @@ class Listener:
 
     async def run(self) -> None:
         """Take notices as they come, those that are the same only once."""
+        refused = False
         while True:
             try:
                 notices = await self._inbox.read()
-            except StoreError:  # the worker says that Redis is away
+                refused = False
+            except StoreError as error:  # the worker says that Redis is away
+                if isinstance(error, StoreRefused) and not refused:
+                    refused = True
+                    log.error("inbox cannot be read", error=str(error))  # noqa: TRY400 - the operator needs no trace
                 await asyncio.sleep(_AGAIN)
                 continue
             await asyncio.gather(*(self._take(notice) for notice in dict.fromkeys(notices)))
@@ -48,7 +55,7 @@ class Listener:
             await self._obey(notice)
         except Exception:
             # What one notice leads to must not end the node: a record that a hand from outside has spoilt, say.
-            log.exception("notice failed", notice=str(notice))
+            limited.exception("notice failed", notice=foreign(str(notice)))
 
     async def _obey(self, notice: Notice) -> None:
         match notice:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from imstream.logs import LIMITED
 from imstream.texts import Text
 from imstream.wire import Close, Code
 
@@ -20,6 +21,7 @@ CLOSE_GRACE = 2.0
 """Seconds a closing session has to get its last frames out."""
 
 log = structlog.get_logger()
+limited = structlog.get_logger(**LIMITED)
 
 
 class Registry:
@@ -90,7 +92,8 @@ class Registry:
             if now - session.closing_since > CLOSE_GRACE:
                 session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)  # with the words it was closing with
         elif session.blocked_since is not None and now - session.blocked_since > settings.stall_timeout.total_seconds():
-            log.info("session closed", why="reader too slow", user=session.user_id)
+            note = limited.info if session.user_id is None else log.info
+            note("session closed", why="reader too slow", user=session.user_id, peer=session.peer)
             session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)
         elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():
             if session.has_asked:  # Redis, or the keys of tokens, are away

@@ -13,6 +13,7 @@ from imstream.gateway.conversation import Conversation
 from imstream.gateway.phrases import Phrases
 from imstream.gateway.protocol import socket_of
 from imstream.gateway.pump import Pump
+from imstream.logs import FOREIGN_LENGTH, foreign
 from imstream.texts import Lang, Text, choose_lang
 from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, Close, Code, parse_user_id
 
@@ -40,10 +41,19 @@ def asked_lang(websocket: WebSocket) -> Lang:
 
 
 def peer_of(connection: HTTPConnection) -> str:
-    """Who is at the other end, for the log: its address, and for whom a load balancer says that it came."""
+    """Who is at the other end, for the log: its address, and for whom a load balancer says that it came.
+
+    Of a long list the end is kept: each proxy appends the address that it has seen.
+    """
     host = connection.client.host if connection.client else "unknown"
-    forwarded = connection.headers.get("x-forwarded-for")
-    return host if forwarded is None else f"{forwarded[:64]} by {host}"
+    forwarded = ", ".join(connection.headers.getlist("x-forwarded-for"))
+    return f"{foreign(forwarded[-FOREIGN_LENGTH:])} by {host}" if forwarded else host
+
+
+def origin_of(connection: HTTPConnection) -> str | None:
+    """The origin of the page at the other end, as the log shows it; None when it names none."""
+    origin = connection.headers.get("origin")
+    return None if origin is None else foreign(origin)
 
 
 def offered_token(subprotocols: Sequence[str]) -> str | None:
@@ -59,8 +69,6 @@ class Session:
     __slots__ = (
         "_conversation",
         "_last_words",
-        "_origin",
-        "_peer",
         "_phrases",
         "_pump",
         "_services",
@@ -73,6 +81,8 @@ class Session:
         "has_asked",
         "heard_at",
         "login",
+        "origin",
+        "peer",
         "token",
         "url_user",
         "user_id",
@@ -87,7 +97,9 @@ class Session:
         self._pump = Pump(self._socket, self._phrases, services.rounds)
         self._last_words: tuple[Close, ServerFrame] | None = None
         self._socket.on_rest(self._say_slow_down)
-        self._peer, self._origin = peer_of(websocket), websocket.headers.get("origin")
+        self.peer = peer_of(websocket)
+        """Its address, for the log."""
+        self.origin = origin_of(websocket)
         self._slowed = 0
         """How often it was told to slow down."""
         self._conversation = Conversation(self, self._pump, self._phrases, services)
@@ -137,7 +149,7 @@ class Session:
     def logged_in(self, user_id: int, until: float | None) -> None:
         """Somebody has shown who they are, until a time in seconds since 1970. May be repeated, to go on longer."""
         if self.user_id is None:
-            log.info("session opened", user=user_id, peer=self._peer, origin=self._origin)
+            log.info("session opened", user=user_id, peer=self.peer, origin=self.origin)
         self.user_id = self._phrases.user_id = user_id
         self.ends_at = self.warn_at = None
         if until is not None:
@@ -195,7 +207,7 @@ class Session:
         """Log the end of the socket; quietly if nobody has logged in, or strangers could fill the log."""
         note = log.debug if self.user_id is None else log.info
         seconds = round(asyncio.get_running_loop().time() - self.began_at, 1)
-        note("session closed", user=self.user_id, peer=self._peer, code=code, seconds=seconds, slowed=self._slowed)
+        note("session closed", user=self.user_id, peer=self.peer, code=code, seconds=seconds, slowed=self._slowed)
 
     async def _receive(self) -> int:
         """Take frames until the socket has closed; with which code."""

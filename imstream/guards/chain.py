@@ -14,6 +14,7 @@ import structlog
 from imstream import guards as folder
 from imstream.errors import StoreError
 from imstream.guards.guard import Guard, Pass, Refuse, Refused, overrides
+from imstream.logs import LIMITED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from imstream.store.chat_request import ChatRequest
 
 log = structlog.get_logger()
+limited = structlog.get_logger(**LIMITED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Guards:
         for guard in self._login:
             verdict = await guard.login(login)
             if isinstance(verdict, Refuse):
-                log.info("login refused", reason=verdict.reason, user=login.user_id)
+                limited.info("login refused", reason=verdict.reason, user=login.user_id, peer=login.peer)
                 return verdict
             if verdict.until is not None:
                 until.append(verdict.until)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, ClassVar, Self
 from urllib.parse import urlsplit
 
@@ -11,6 +10,7 @@ import structlog
 from imstream.errors import SettingsError
 from imstream.guards.guard import Guard, Refuse
 from imstream.guards.identity import keys_given
+from imstream.redis_url import is_loopback
 from imstream.settings import Settings
 from imstream.texts import OwnSentence
 from imstream.wire import Code
@@ -91,11 +91,3 @@ def is_from_here(handshake: Handshake) -> bool:
     except ValueError:
         return False
     return is_loopback(named) and all(map(is_loopback, came_by))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -54,10 +54,18 @@ class Handshake:
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """Somebody says who they are. `token`: what they show for it, from INIT or the handshake."""
+    """Somebody says who they are.
+
+    Attributes:
+        token: What they show for it, from INIT or the handshake.
+        origin: The origin of their page; None when they named none.
+        peer: Their address, for the log.
+    """
 
     user_id: int
     token: str | None = field(default=None, repr=False)
+    origin: str | None = None
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def key_source(settings: Settings) -> KeySource:
     Raises:
         SettingsError: There is none, there are two, or it is of the wrong kind.
     """
-    from imstream.guards.tokens.jwks import PublishedKeys  # noqa: PLC0415 - see `make`
+    from imstream.guards.tokens.jwks import PublishedKeys, check_url  # noqa: PLC0415 - see `make`
     from imstream.guards.tokens.keys import FixedKey, public_key, secret_key  # noqa: PLC0415 - same
 
     algorithm, variable = settings.auth_algorithm, Settings.variable
@@ -105,7 +105,8 @@ def key_source(settings: Settings) -> KeySource:
     if settings.auth_public_key is not None:
         return FixedKey(public_key(settings.auth_public_key, algorithm, variable("auth_public_key")))
     assert settings.auth_jwks_url is not None  # noqa: S101 - one of the three is given
-    return PublishedKeys(settings.auth_jwks_url, algorithm)
+    check_url(settings.auth_jwks_url, allow_http=settings.auth_jwks_allow_http)
+    return PublishedKeys(settings.auth_jwks_url, algorithm, max_age=settings.auth_keys_max_age)
 
 
 def keys_given(settings: Settings) -> list[str]:

@@ -1,25 +1,34 @@
-"""Which pages may open sockets: a browser names the origin of the page (RFC 6454), and pages cannot change it."""
+"""Which pages may open sockets: a browser names the origin of the page (RFC 6454), and pages cannot change it.
+
+The origin `null` tells nothing: a page opened from disk has it, and so has a sandboxed frame of any page in the world.
+So it is not enough where clients are not authenticated: then such a page must show a token of this node's settings.
+"""
 
 from __future__ import annotations
 
+import hmac
 import re
 from typing import TYPE_CHECKING, ClassVar, Self
 from urllib.parse import SplitResult, urlsplit
 
 from imstream.errors import SettingsError
-from imstream.guards.guard import Guard, Refuse
+from imstream.guards.guard import PASS, Guard, Pass, Refuse
 from imstream.settings import Settings
 from imstream.texts import OwnSentence
-from imstream.wire import Code
+from imstream.wire import Close, Code
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from imstream.guards.guard import Handshake, Supplies
+    from pydantic import SecretStr
+
+    from imstream.guards.guard import Handshake, Login, Supplies
 
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _ALLOWED = "a list with commas of same, null, or origins such as https://chat.example.com; or * alone"
+
+NULL = "null"
 
 _REFUSAL = Refuse(
     "origin",
@@ -28,26 +37,57 @@ _REFUSAL = Refuse(
 )
 
 
+_NO_TOKEN = Refuse(
+    "page_token",
+    Code.UNAUTHORIZED,
+    OwnSentence("请用令牌 (token) 登录 (IMSTREAM_PAGE_TOKEN)", "Please log in with a token (IMSTREAM_PAGE_TOKEN)"),
+    close=Close.NOT_AUTHENTICATED,
+)
+
+
 class Origin(Guard):
-    """Takes the pages of some origins. Who is no browser names none, and is not concerned."""
+    """Accepts the pages of some origins. Clients that are no browsers name none, and are not concerned."""
 
     order: ClassVar[int] = 5
 
-    def __init__(self, origins: Collection[str]) -> None:
+    def __init__(self, origins: Collection[str], *, authenticated: bool, page_token: SecretStr | None) -> None:
         self._origins = frozenset(origins)
+        self._authenticated = authenticated
+        self._page_token = page_token
 
     @classmethod
     def make(cls, supplies: Supplies) -> Self | None:
         """See `Guard`."""
-        origins = parse_origins(supplies.settings.origins)
-        return None if "*" in origins else cls(origins)
+        settings = supplies.settings
+        origins, authenticated = parse_origins(settings.origins), settings.auth != "none"
+        if NULL in origins and not authenticated and settings.page_token is None:
+            variable = Settings.variable
+            raise SettingsError(
+                f"{variable('origins')}={settings.origins!r} is not allowed with {variable('auth')}=none, because a "
+                f"frame of any page has the origin null: set {variable('page_token')} to what such pages must show"
+            )
+        if "*" in origins and authenticated:
+            return None
+        return cls(origins, authenticated=authenticated, page_token=settings.page_token)
 
     def handshake(self, handshake: Handshake) -> Refuse | None:
         """Refuse the pages of other origins."""
         origin = handshake.headers.get("origin")
         if origin is None or origin in self._origins:
             return None
-        return None if "same" in self._origins and is_same(origin, handshake.headers) else _REFUSAL
+        if origin == NULL and not self._authenticated and self._page_token is None:
+            return _REFUSAL
+        allowed = "*" in self._origins or ("same" in self._origins and is_same(origin, handshake.headers))
+        return None if allowed else _REFUSAL
+
+    async def login(self, login: Login) -> Pass | Refuse:
+        """Refuse a page of the origin null without the token, where nothing else tells who it is."""
+        if login.origin != NULL or self._authenticated:
+            return PASS
+        shown, wanted = login.token or "", self._page_token
+        if wanted is not None and hmac.compare_digest(_as_bytes(shown), _as_bytes(wanted.get_secret_value())):
+            return PASS
+        return _NO_TOKEN
 
 
 def parse_origins(text: str) -> list[str]:
@@ -82,6 +122,10 @@ def is_same(origin: str, headers: Mapping[str, str]) -> bool:
         return False  # a page that anybody on the way may have changed
     usual = _PORTS[page.scheme]
     return page.hostname is not None and (page.hostname, page.port or usual) == (asked.hostname, asked.port or usual)
+
+
+def _as_bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
 
 
 def _split(url: str) -> SplitResult | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import stat
 from typing import TYPE_CHECKING
 
 from imstream.errors import SettingsError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 MAX_LETTERS = 200
 """Most letters of a word."""
+
+MAX_SIZE = 16 << 20
+"""Maximum size of the file in bytes: ten times a list of 100,000 words."""
 
 _MOST_NAMED = 20
 """Most lines that one complaint names."""
@@ -36,10 +40,15 @@ def read(path: Path) -> WordList:
     """Read a list. Takes half a second for 100,000 words.
 
     Raises:
-        SettingsError: The file cannot be read, is no UTF-8, has no word, or lines that are none. It names the lines,
-            and never says what is in them.
+        SettingsError: The file cannot be read, is too large, is no UTF-8, has no word, or lines that are none. It names
+            the lines, and never says what is in them.
     """
     try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would be waited for, for ever
+            raise _wrong(path, "it is not a regular file")
+        if status.st_size > MAX_SIZE:
+            raise _wrong(path, f"it has more than {MAX_SIZE} bytes")
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise _wrong(path, f"cannot be read: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ INBOX_TTL = timedelta(minutes=10)
 
 _AT_ONCE = 100
 """Most notices taken in one read."""
+
+_DIGITS = re.compile(r"[0-9]{1,20}")
+_MESSAGE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 _TELL = Script("tell")
 
@@ -137,22 +141,34 @@ class Inbox:
         rows = [row for _, entries in streams for row in entries]
         if rows:
             self._after = rows[-1][0]
-        return [notice for _, flat in rows if (notice := _read(flat)) is not None]
+        return [notice for _, flat in rows if (notice := read_notice(flat)) is not None]
 
 
-def _read(flat: Sequence[str]) -> Notice | None:
-    """None for what is no notice, or one of a newer version of imstream."""
-    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+def read_notice(flat: Sequence[str]) -> Notice | None:
+    """Read an entry, given as field, value, …; None for what is no notice, or one of a newer version of imstream."""
     try:
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
         match fields["event"]:
             case "grew" | "begun" as event:
-                return ReplyGrew(int(fields["user"]), fields["message_id"], begun=event == "begun")
+                return ReplyGrew(_number(fields["user"]), _message_id(fields["message_id"]), begun=event == "begun")
             case "replaced":
-                return SessionReplaced(int(fields["user"]), int(fields["login"]))
+                return SessionReplaced(_number(fields["user"]), _number(fields["login"]))
             case "left":
                 return NodeLeft(fields["node"])
             case "account":
-                return AccountChanged(int(fields["user"]))
-    except (KeyError, ValueError):
+                return AccountChanged(_number(fields["user"]))
+    except (KeyError, TypeError, ValueError):  # whoever wrote it, it is a hint and no more
         pass
     return None
+
+
+def _number(text: str) -> int:
+    if _DIGITS.fullmatch(text) is None:
+        raise ValueError("no number")
+    return int(text)
+
+
+def _message_id(text: str) -> str:
+    if _MESSAGE_ID.fullmatch(text) is None:
+        raise ValueError("no message id")
+    return text

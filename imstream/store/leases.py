@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json, to_json
 
 from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds, now
+from imstream.store.spans import milliseconds, now, span_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from imstream.settings import Settings
     from imstream.store.connection import Commands
+
+MAX_FIELD = 256
+"""Maximum length of a text in a lease. More is not read."""
+
+_MAX_PID = 2**31 - 1
+
+_NODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What the id of a node is, as in its setting."""
 
 _LEASE = Script("lease")
 _RELEASE = Script("release")
@@ -47,11 +56,20 @@ class Holder:
 
     @classmethod
     def decode(cls, text: str) -> Holder:
-        """From JSON; what somebody wrote by hand is a holder of whom nothing is known."""
+        """From JSON, whose unknown fields are ignored; of a field that cannot be read nothing is known."""
         try:
-            return cls(**from_json(text))
-        except (TypeError, ValueError):
-            return cls(instance=text, host="?", machine="", pid=0, address="?")
+            read: Any = from_json(text)
+        except ValueError:
+            read = None
+        fields: dict[str, Any] = read if isinstance(read, dict) else {}
+        pid = fields.get("pid")
+        return cls(
+            instance=_text(fields.get("instance"), text[:MAX_FIELD]),
+            host=_text(fields.get("host"), "?"),
+            machine=_text(fields.get("machine"), ""),
+            pid=pid if type(pid) is int and 0 < pid <= _MAX_PID else 0,
+            address=_text(fields.get("address"), "?"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +105,7 @@ class Leases:
         answer = await _LEASE.run(self._commands, (key,), arguments)
         if answer[0] == "held":
             return Held()
-        return HeldByOther(Holder.decode(answer[1]), timedelta(milliseconds=max(0, answer[2])))
+        return HeldByOther(Holder.decode(answer[1]), _span(answer[2]) or timedelta())
 
     async def release(self, holder: Holder) -> None:
         """Give the lease up: the node's stream may be adopted at once."""
@@ -98,10 +116,10 @@ class Leases:
         await self._commands.execute("ZADD", self._keys.nodes(), now(), self.node)
 
     async def others(self) -> dict[str, timedelta]:
-        """The other nodes of the directory, and how long ago each was last seen."""
+        """The other nodes of the directory, and how long ago each was last seen. What is no node's id is ignored."""
         rows = await self._commands.execute("ZRANGE", self._keys.nodes(), 0, -1, "WITHSCORES")
         moment = now()
-        return {node: timedelta(milliseconds=moment - at) for node, at in rows if node != self.node}
+        return {node: span_of(moment - at) for node, at in rows if node != self.node and _NODE.fullmatch(node)}
 
     async def left(self, nodes: Iterable[str]) -> dict[str, timedelta | None]:
         """How long the lease of each node lasts if it is not renewed; None: nobody holds it."""
@@ -118,4 +136,8 @@ def _span(answer: int | BaseException) -> timedelta | None:
         raise answer
     if answer == -1:  # set by hand, without an end
         return timedelta.max
-    return timedelta(milliseconds=answer) if answer >= 0 else None
+    return span_of(answer) if answer >= 0 else None
+
+
+def _text(value: object, otherwise: str) -> str:
+    return value if isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_FIELD else otherwise

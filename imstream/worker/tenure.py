@@ -119,7 +119,7 @@ class Tenure:
             alive = is_alive(holder, self._holder.machine)
             if alive or (before is not None and left > before):
                 raise NodeTaken(self._leases.node, holder.address, holder.pid, holder.host)
-            if alive is False:
+            if alive is False and dead != holder.instance:  # else Redis does not take it for the same one
                 log.info("taking over from a process that has died", process=holder.pid)
                 dead = holder.instance
                 continue

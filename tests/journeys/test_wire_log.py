@@ -11,6 +11,7 @@ from websockets.exceptions import InvalidStatus
 
 from tests.support.one_node import standing_node
 from tests.support.peer import peer
+from tests.support.raw_socket import raw_socket
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -75,3 +76,34 @@ async def test_strangers_cannot_fill_the_log(node: OneNode) -> None:
             await someone.send("no frame")
             await someone.until(code="BAD_REQUEST")
     assert len(node.now.process.output()) == before
+
+
+async def test_strangers_who_are_refused_cannot_fill_the_log_nor_give_it_orders(node: OneNode) -> None:
+    before, refused = len(node.now.process.output()), 0
+    nasty = "https://evil.example/\x9b31m\x85" + "x" * 7000
+    for number in range(150):
+        async with raw_socket(node.port) as raw:
+            forwarded = f"X-Forwarded-For: {nasty}, 192.0.2.{number}"
+            head = await raw.upgrade("/ws?userId=10082", [f"Origin: {nasty}", forwarded], encoding="latin-1")
+            refused += head.startswith(b"HTTP/1.1 403 ")
+    assert refused == 150
+
+    def written() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in node.now.process.output()[before:].splitlines() if line.startswith("{")]
+
+    def accounted() -> bool:
+        counts = [line["count"] for line in written() if line["event"] == "log lines left out"]
+        logged = [line for line in written() if line["event"] == "handshake refused"]
+        return len(logged) + sum(map(int, counts)) == 150
+
+    await wait_until(accounted, "each refusal is logged or counted")
+    said = node.now.process.output()[before:]
+    assert len(said) < 50_000
+    assert all(char.isprintable() or char == "\n" for char in said)
+    lines = [line for line in written() if line["event"] == "handshake refused"]
+    assert lines
+    for line in lines:
+        assert line["origin"].startswith("https://evil.example/\\x9b31m")
+        assert len(line["origin"]) <= 64
+        assert line["peer"].endswith(" by 127.0.0.1")
+        assert "192.0.2." in line["peer"]

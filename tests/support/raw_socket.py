@@ -83,7 +83,9 @@ class RawSocket:
         """Send a well-formed text frame with JSON."""
         await self.send(frame(TEXT, json.dumps(fields).encode()))
 
-    async def upgrade(self, path: str = "/ws", headers: Iterable[str] = (), *, also: bytes = b"") -> bytes:
+    async def upgrade(
+        self, path: str = "/ws", headers: Iterable[str] = (), *, also: bytes = b"", encoding: str = "utf-8"
+    ) -> bytes:
         """Ask for the upgrade and read the head of the answer; `also` goes out in the same packet."""
         lines = [
             f"GET {path} HTTP/1.1",
@@ -94,7 +96,7 @@ class RawSocket:
             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
             *headers,
         ]
-        await self.send("\r\n".join([*lines, "", ""]).encode() + also)
+        await self.send("\r\n".join([*lines, "", ""]).encode(encoding) + also)
         return await self.head()
 
     async def head(self) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from imstream.guards.tokens import KeysAway, NotBelieved
-from imstream.guards.tokens.jwks import MAX_KEYS, MAX_SIZE, PublishedKeys, usable
+from imstream.guards.tokens.jwks import MAX_KEYS, MAX_SIZE, NoKeySet, PublishedKeys, read_key_set
 from imstream.redis_url import SecretUrl
 from tests.support.tokens import PUBLIC, Issuer, as_jwk, issuer, key_of, token
 from tests.support.waiting import wait_until
@@ -30,7 +32,8 @@ OLD_TOKEN, NEW_TOKEN = token(OLD, "ES256", headers={"kid": "old"}), token(NEW, "
 @asynccontextmanager
 async def following(one: Issuer, *, known: bool = True, **timing: float) -> AsyncIterator[PublishedKeys]:
     """The keys of an issuer, once they were fetched. Seldom looked at again by itself, unless `refresh` says so."""
-    spans = {name: timedelta(seconds=seconds) for name, seconds in {"refresh": 60, "apart": 0.05, **timing}.items()}
+    usual = {"refresh": 60, "apart": 0.05, "max_age": 3600}
+    spans = {name: timedelta(seconds=seconds) for name, seconds in {**usual, **timing}.items()}
     keys = PublishedKeys(SecretUrl(one.url), "ES256", **spans)
     async with keys.at_work():
         if known:
@@ -43,6 +46,11 @@ async def is_known(keys: PublishedKeys, shown: str) -> bool:
         return bool(await keys.keys_for(shown))
     except (KeysAway, NotBelieved):
         return False
+
+
+def usable(document: object, algorithm: Algorithm) -> list[tuple[str | None, Any]]:
+    """The keys of a document that can be used."""
+    return read_key_set(json.dumps(document).encode(), algorithm).keys
 
 
 def named(found: Any) -> list[str | None]:  # noqa: ANN401 - each algorithm has its own type of key
@@ -83,7 +91,7 @@ def test_no_more_keys_are_kept_than_can_be_tried() -> None:
 def test_any_document_is_a_key_set_or_refused(document: object) -> None:
     try:
         assert usable(document, "RS256") == []
-    except ValueError:
+    except NoKeySet:
         return
 
 
@@ -181,8 +189,9 @@ async def test_before_the_first_answer_there_are_no_keys_and_then_they_come_by_t
         ("<html>", 200),
         ("", 200),
         ("[" * 100_000, 200),
-        ('{"keys": []}', 200),
         ('{"keys": {}}', 200),
+        ('{"keys": null}', 200),
+        ('[{"keys": []}]', 200),
         (" " * (MAX_SIZE + 1) + '{"keys": []}', 200),
         ('{"keys": []}', 302),
         ('{"keys": []}', 500),
@@ -194,6 +203,116 @@ async def test_an_answer_that_is_no_key_set_changes_nothing(published: str, stat
         before = one.fetched
         await wait_until(lambda: one.fetched > before + 1, "it was looked at again")
         assert await is_known(keys, OLD_TOKEN)
+
+
+POISON: list[Any] = [
+    *(None, True, 1, "x", [], {}, [[]]),
+    *({**NEW_JWK, "key_ops": wrong} for wrong in (1, True, {"verify": 1}, "no", ["sign"])),
+    *({**NEW_JWK, "use": wrong} for wrong in (1, [], {}, None)),
+    *({**NEW_JWK, "alg": wrong} for wrong in (1, [], {}, None)),
+    *({**NEW_JWK, "kty": wrong} for wrong in (1, [], {}, None, "", "RSA", "oct")),
+    *({**NEW_JWK, "x": wrong} for wrong in (1, [], {}, None, "", "%", "é", "A" * 100_000)),
+    {**NEW_JWK, "d": "AQ"},
+    {"kty": "RSA", "n": "A" * 10_000, "e": "AQ"},
+]
+"""What may stand in a key set beside a good key."""
+
+
+async def test_whatever_stands_in_a_key_set_the_good_key_in_it_holds_and_the_next_set_is_fetched() -> None:
+    async with issuer(OLD_JWK) as one, following(one, refresh=0.005) as keys:
+        for poison in POISON:
+            one.keys = [poison, OLD_JWK, poison]
+            before = one.fetched
+            await wait_until(lambda before=before: one.fetched > before + 1, f"it was read: {poison}")  # type: ignore[misc]
+            assert await is_known(keys, OLD_TOKEN), poison
+        for document in ('{"keys": ' + "[" * 10_000, '{"keys": [' + "9" * 100_000 + "]}", "\ufeff{}", '{"keys": NaN}'):
+            one.keys = document
+            before = one.fetched
+            await wait_until(lambda before=before: one.fetched > before + 1, "it was read")  # type: ignore[misc]
+            assert await is_known(keys, OLD_TOKEN), document
+        one.keys = [NEW_JWK]
+        await wait_until(lambda: is_known(keys, NEW_TOKEN), "the new key is known")
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda one: st.lists(one, max_size=3))
+
+
+@given(st.sampled_from([as_jwk(key_of(kind), kind) for kind in PUBLIC]), st.data())
+def test_a_key_with_any_field_changed_takes_no_other_with_it(good: dict[str, Any], data: st.DataObject) -> None:
+    field = data.draw(st.sampled_from([*good, "use", "alg", "key_ops", "kid", "d", "k", "x5c"]))
+    wrong = {**good, field: data.draw(JSON | st.dictionaries(st.text(), JSON, max_size=2))}
+    for kind in PUBLIC:
+        fine = as_jwk(key_of(kind), kind, kid="fine")
+        assert "fine" in named(usable({"keys": [wrong, fine]}, kind))
+
+
+async def test_thousands_of_broken_keys_make_one_line_in_the_log_however_often_they_are_read() -> None:
+    broken = [{"kty": "EC", "kid": str(number), "crv": "P-256", "x": 5} for number in range(4000)]
+    with capture_logs() as logs:
+        async with issuer(*broken, OLD_JWK) as one, following(one, refresh=0.01):
+            await wait_until(lambda: one.fetched > 4, "it was read several times", limit=30)
+    assert [(line["event"], line.get("broken")) for line in logs] == [
+        ("keys of tokens reached", None),
+        ("keys of tokens cannot be used", 4000),
+    ]
+
+
+# Revocation
+
+
+async def test_an_empty_key_set_is_an_answer_and_the_keys_that_were_withdrawn_are_dropped() -> None:
+    async with issuer(OLD_JWK) as one, following(one, refresh=0.02, apart=0) as keys:
+        one.keys = []
+
+        async def is_dropped() -> bool:
+            return not await is_known(keys, OLD_TOKEN)
+
+        await wait_until(is_dropped, "the old key is dropped")
+        with pytest.raises(NotBelieved, match="unknown_key"):
+            await keys.keys_for(OLD_TOKEN)
+        with pytest.raises(NotBelieved, match="unknown_key"):
+            await keys.keys_for(token(OLD, "ES256"))
+        one.keys = [NEW_JWK]
+        await wait_until(lambda: is_known(keys, NEW_TOKEN), "the new key is known")
+
+
+async def test_so_is_a_key_set_with_keys_of_another_kind_only() -> None:
+    async with issuer(OLD_JWK) as one, following(one, refresh=0.02, apart=0) as keys:
+        one.keys = [as_jwk(key_of("RS256"), "RS256", kid="old"), {"kty": "EC", "kid": "old", "crv": "P-256", "x": 5}]
+
+        async def is_refused() -> bool:
+            try:
+                return not await keys.keys_for(OLD_TOKEN)
+            except NotBelieved:
+                return True
+
+        await wait_until(is_refused, "the old key is dropped")
+
+
+async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_used() -> None:
+    with capture_logs() as logs:
+        async with issuer(OLD_JWK) as one, following(one, apart=0.02, max_age=0.6) as keys:
+            before = one.fetched
+            await wait_until(lambda: one.fetched > before + 1, "it is looked at more often than keys grow too old")
+            one.keys = "<html>"
+
+            async def is_away() -> bool:
+                try:
+                    await keys.keys_for(OLD_TOKEN)
+                except KeysAway:
+                    return True
+                return False
+
+            await wait_until(is_away, "the keys are too old")
+            one.keys = [OLD_JWK]
+            await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys are fetched again")
+    events = [line["event"] for line in logs]
+    assert events == [
+        "keys of tokens reached",
+        "keys of tokens away",
+        "keys of tokens too old, nobody is logged in",
+        "keys of tokens reached",
+    ]
 
 
 @pytest.mark.parametrize("shown", ["", "a.b.c", "令牌.x.y"])

@@ -43,6 +43,7 @@ Reason = Literal[
     "claims",
     "expired",
     "not_yet_valid",
+    "lifetime",
     "other_user",
 ]
 

@@ -1,20 +1,29 @@
-"""The public keys that an issuer of tokens publishes (JSON Web Key Set, RFC 7517): fetched, kept, and fetched anew."""
+"""The public keys that an issuer of tokens publishes (JSON Web Key Set, RFC 7517): fetched, kept, and fetched anew.
+
+A key set is a foreign document. Whatever is in it, the task that fetches it goes on: a document that is no key set
+changes nothing until the keys are too old, and of a key set each key that cannot be used is left out by itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import jwt
 import structlog
 from pydantic_core import from_json
 
+from imstream.errors import SettingsError
 from imstream.guards.tokens import KeysAway, NotBelieved
 from imstream.guards.tokens.keys import algorithm_of
 from imstream.guards.tokens.rules import key_id
+from imstream.redis_url import is_loopback
+from imstream.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -43,20 +52,39 @@ Found = list[tuple[str | None, Any]]
 """Keys, with their names if they have some."""
 
 
+class NoKeySet(ValueError):  # noqa: N818 - a verdict on what somebody else publishes
+    """What came is no key set. The text is our own."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySet:
+    """What a key set holds: `keys` that can be used, and how many are `broken`, for the log."""
+
+    keys: Found
+    broken: int
+
+
 class PublishedKeys:
-    """The keys at one address. While it is away the old ones are kept; before the first answer there are none."""
+    """The keys at one URL. Before the first answer there are none, and none again when the last answer is too old."""
 
     def __init__(
-        self, url: SecretUrl, algorithm: Algorithm, *, refresh: timedelta = REFRESH, apart: timedelta = APART
+        self,
+        url: SecretUrl,
+        algorithm: Algorithm,
+        *,
+        max_age: timedelta,
+        refresh: timedelta = REFRESH,
+        apart: timedelta = APART,
     ) -> None:
         self._url = url
         self._algorithm = algorithm
-        self._refresh = refresh.total_seconds()
+        self._max_age = max_age.total_seconds()
+        self._refresh = min(refresh, max_age / 2).total_seconds()
         self._apart = apart.total_seconds()
-        self._found: Found = []
+        self._known: KeySet | None = None
         self._failing = False
-        self._looked_at = float("-inf")
-        """When the last look began, in seconds of the event loop."""
+        self._looked_at = self._fetched_at = float("-inf")
+        """When the last look began, and the last one that found a key set, in seconds of the event loop."""
         self._looking = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
@@ -72,16 +100,25 @@ class PublishedKeys:
     async def keys_for(self, token: str) -> Sequence[Any]:
         """See `KeySource`. A key that is not known is looked for, but seldom."""
         name = key_id(token)
-        if not self._found:
+        self._drop_when_too_old()
+        if self._known is None:
             raise KeysAway(self._next_look())
         return self._named(name) or await self._look_for(name)
 
     def _named(self, name: str | None) -> list[Any]:
         """The keys with this name, or else those without one; all of them for a token that names none."""
+        found = self._known.keys if self._known is not None else []
         if name is None:
-            return [key for _, key in self._found]
-        named = [key for its_name, key in self._found if its_name == name]
-        return named or [key for its_name, key in self._found if its_name is None]
+            return [key for _, key in found]
+        named = [key for its_name, key in found if its_name == name]
+        return named or [key for its_name, key in found if its_name is None]
+
+    def _drop_when_too_old(self) -> None:
+        """Forget keys whose issuer has not confirmed them for too long: they may be withdrawn by now."""
+        age = asyncio.get_running_loop().time() - self._fetched_at
+        if self._known is not None and age > self._max_age:
+            self._known = None
+            log.error("keys of tokens too old, nobody is logged in", url=str(self._url), seconds=round(age))
 
     def _next_look(self) -> timedelta:
         now = asyncio.get_running_loop().time()
@@ -110,62 +147,94 @@ class PublishedKeys:
         while True:
             async with self._looking:
                 await self._look()
+            self._drop_when_too_old()
             await asyncio.sleep(self._apart if self._failing else self._refresh)
 
     async def _look(self) -> None:
         self._looked_at = asyncio.get_running_loop().time()
         try:
-            found = usable(await self._fetch(), self._algorithm)
-            if not found:
-                raise ValueError(f"there is no key for {self._algorithm}")  # noqa: TRY301 - one place to fail
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            # In a thread: 256 KB of broken keys take a fifth of a second.
+            found = await asyncio.to_thread(read_key_set, await self._fetch(), self._algorithm)
+        except Exception as error:  # noqa: BLE001 - whatever a stranger publishes, the keys that are known stay
             if not self._failing:
-                why = str(error) or type(error).__name__
-                log.warning("keys of tokens away", url=str(self._url), error=why, kept=len(self._found))
+                # Other texts may hold what came, or the URL with its password.
+                ours = isinstance(error, NoKeySet | aiohttp.ClientConnectorError)
+                why = str(error) if ours else type(error).__name__
+                kept = len(self._known.keys) if self._known is not None else 0
+                log.warning("keys of tokens away", url=str(self._url), error=why, kept=kept)
             self._failing = True
             return
-        if self._failing or not self._found:
-            log.info("keys of tokens reached", url=str(self._url), keys=len(found))
-        self._found, self._failing = found, False
+        before, self._known = self._known, found
+        if self._failing or before is None:
+            log.info("keys of tokens reached", url=str(self._url), keys=len(found.keys))
+        if found.broken and (before is None or before.broken != found.broken):
+            log.warning("keys of tokens cannot be used", url=str(self._url), broken=found.broken)
+        if not found.keys and (before is None or before.keys):
+            log.error("there is no key for tokens, nobody is logged in", url=str(self._url), algorithm=self._algorithm)
+        self._fetched_at, self._failing = self._looked_at, False
 
-    async def _fetch(self) -> object:
+    async def _fetch(self) -> bytes:
         assert self._session is not None  # noqa: S101 - it is, at work
         # Not followed elsewhere: who says which keys are good says who anybody is.
         async with self._session.get(self._url.get_secret_value(), allow_redirects=False) as answer:
             if answer.status != 200:  # noqa: PLR2004 - OK
-                raise ValueError(f"the answer is HTTP {answer.status}")
+                raise NoKeySet(f"the answer is HTTP {answer.status}")
             content = bytearray()
             async for part in answer.content.iter_chunked(MAX_SIZE):
                 content += part
                 if len(content) > MAX_SIZE:
-                    raise ValueError(f"the answer has more than {MAX_SIZE} bytes")
-        document: object = from_json(bytes(content))
-        return document
+                    raise NoKeySet(f"the answer has more than {MAX_SIZE} bytes")
+        return bytes(content)
 
 
-def usable(document: object, algorithm: Algorithm) -> Found:
-    """The keys of a key set that are for signatures of this algorithm; others are left out.
+def check_url(url: SecretUrl, *, allow_http: bool) -> None:
+    """See that nobody on the way can exchange the keys. Raises `SettingsError`."""
+    variable, allowing = Settings.variable("auth_jwks_url"), Settings.variable("auth_jwks_allow_http")
+    try:
+        parts = urlsplit(url.get_secret_value())
+        host = parts.hostname or ""
+    except ValueError:
+        host = ""
+    if not host:
+        raise SettingsError(f"{variable}={url} is not allowed: must be a URL with a host")
+    if parts.scheme != "https" and not (allow_http or is_loopback(host)):
+        raise SettingsError(
+            f"{variable}={url} is not allowed: whoever can change what comes over http could be anybody; "
+            f"set an https URL, or {allowing}=true in a network where everybody is trusted"
+        )
+
+
+def read_key_set(content: bytes, algorithm: Algorithm) -> KeySet:
+    """Read the keys of a key set that are for signatures of this algorithm. There may be none.
 
     Raises:
-        ValueError: It is no key set.
+        NoKeySet: It is no key set.
     """
-    keys = document.get("keys") if isinstance(document, dict) else None
-    if not isinstance(keys, list):
-        raise ValueError("the answer is no JSON Web Key Set")  # noqa: TRY004 - their document, not our type
-    found = ((one.get("kid"), _key(one, algorithm)) for one in keys if isinstance(one, dict))
-    return [(name if isinstance(name, str) else None, key) for name, key in found if key is not None][:MAX_KEYS]
+    try:
+        document = from_json(content)
+    except ValueError:
+        raise NoKeySet("the answer is no JSON") from None
+    published = document.get("keys") if isinstance(document, dict) else None
+    if not isinstance(published, list):
+        raise NoKeySet("the answer is no JSON Web Key Set")
+    found, broken = Found(), 0
+    for one in published:
+        try:
+            key, name = _key(one, algorithm), one.get("kid")
+        except Exception:  # noqa: BLE001 - whatever is wrong with it, the others may be good
+            broken += 1
+            continue
+        if key is not None:
+            found.append((name if isinstance(name, str) else None, key))
+    return KeySet(found[:MAX_KEYS], broken)
 
 
 def _key(published: dict[str, Any], algorithm: Algorithm) -> object | None:
-    """A key, if it is for signatures of this algorithm."""
+    """A key, if it is for signatures of this algorithm. Raises whatever is wrong with it."""
     if published.get("use", "sig") != "sig" or published.get("alg", algorithm) != algorithm:
         return None
     if "verify" not in (published.get("key_ops") or ["verify"]):
         return None
-    try:
-        key: object = jwt.PyJWK(published, algorithm).key
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others may be good
-        log.warning("a key of tokens cannot be used", error=type(error).__name__)
-        return None
+    key: object = jwt.PyJWK(published, algorithm).key
     # A secret or a private key is none that this algorithm takes: nobody should have published it.
     return key if algorithm_of(key) == algorithm else None

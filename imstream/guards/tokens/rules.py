@@ -50,6 +50,7 @@ class Rules:
         self._issuer = settings.auth_issuer
         self._audience = settings.auth_audience
         self._leeway = settings.auth_leeway.total_seconds()
+        self._max_lifetime = settings.auth_max_lifetime.total_seconds()
         self._clock = clock
 
     @staticmethod
@@ -92,6 +93,9 @@ class Rules:
         until = _time(claims, "exp") + self._leeway
         if until <= now:
             raise NotBelieved("expired")
+        # A token that was issued for longer is refused as a whole, or it could be shown again until its end.
+        if until - min(now, _time(claims, "iat", default=now)) > self._max_lifetime + 2 * self._leeway:
+            raise NotBelieved("lifetime")
         return Believed(_user_id(claims.get(self._claim)), until)
 
 

@@ -30,6 +30,9 @@ def sign(settings: Settings, user_id: int, ttl: timedelta, key_file: Path | None
     Raises:
         SettingsError: There is no key, or it is not for the algorithm that the settings name.
     """
+    if ttl > settings.auth_max_lifetime:
+        most = f"{settings.variable('auth_max_lifetime')}={settings.auth_max_lifetime.total_seconds():g}s"
+        raise SettingsError(f"--ttl={ttl.total_seconds():g}s is not allowed: nodes take at most {most}")
     now = int(time.time())
     claims: dict[str, Any] = {settings.auth_claim: str(user_id), "iat": now, "exp": now + int(ttl.total_seconds())}
     if settings.auth_issuer is not None:

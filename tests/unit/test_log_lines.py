@@ -1,0 +1,120 @@
+"""What others have written, in a log line: cut, escaped, and of lines that anybody can cause not too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from imstream import logs
+from imstream.logs import FOREIGN_LENGTH, LIMITED, foreign
+from imstream.settings import Settings
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMATS = ["json", "console"]
+OBEYED = "\x1b[2J\x9b31m\x85\u2028\u202e\u2066\u200b\ufeff\x7f\0\r\n\ud800"
+"""What a terminal, a reader of lines or an editor obeys, or what cannot be encoded."""
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Logging belongs to the whole process: leave it as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in ("uvicorn.error", "websockets", "asyncio")}
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines that were written, as a program reads them."""
+    return capsys.readouterr().out.removesuffix("\n").split("\n")
+
+
+@given(st.text() | st.text(st.sampled_from(OBEYED)))
+@example(OBEYED * 20)
+@example("x" * 8192)
+@example("\U0001f468\u200d" * 40)
+def test_a_foreign_value_is_short_and_has_nothing_that_is_obeyed(text: str) -> None:
+    shown = foreign(text)
+    assert len(shown) <= FOREIGN_LENGTH
+    assert shown.isprintable()
+    if text.isprintable() and len(text) <= FOREIGN_LENGTH:
+        assert shown == text
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(st.text() | st.binary() | st.lists(st.text()) | st.dictionaries(st.text(), st.text()))
+@example(OBEYED)
+@example("x" * 100_000)
+def test_no_value_breaks_a_line(log_format: str, capsys: pytest.CaptureFixture[str], value: object) -> None:
+    logs.configure(Settings.load(log_format=log_format))
+    structlog.get_logger().info("something", value=value, error=value, peer=value)
+    logging.getLogger("some.library").warning("%s", value)
+    lines = lines_of(capsys)
+    assert len(lines) == 2
+    assert all(line.isprintable() and len(line) < 3000 for line in lines), lines
+    if log_format == "json":
+        assert json.loads(lines[0])["event"] == "something"
+
+
+def fail(text: str) -> None:
+    """Raise an exception with this text."""
+    raise ValueError(text)
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+def test_an_exception_cannot_forge_a_line_nor_fill_the_log(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings.load(log_format=log_format))
+    forged = '{"event": "forged"}'
+    for text in (f"no\n{forged}\n{OBEYED}", "x" * 10_000, "x\n" * 1_000):
+        try:
+            fail(text)
+        except ValueError:
+            structlog.get_logger().exception("it failed")
+            logging.getLogger("some.library").exception("it failed")
+    out = capsys.readouterr().out
+    assert len(out) < 20_000
+    assert out.count("ValueError: ") == 6
+    lines = out.removesuffix("\n").split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert [line for line in lines if line.startswith(forged)] == []
+
+
+async def test_of_lines_that_anybody_can_cause_only_some_are_written_and_the_others_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure(Settings.load(log_format="json"))
+    limited = structlog.get_logger(**LIMITED)
+    for number in range(500):
+        limited.info("login refused", number=number)
+        logging.getLogger("uvicorn.error").error("no request")
+        structlog.get_logger().info("session opened", number=number)
+    written = ""
+
+    async def counted() -> int:
+        nonlocal written
+        written += capsys.readouterr().out
+        events = [json.loads(line) for line in written.splitlines()]
+        return sum(event.get("count", 0) for event in events if event["event"] == "log lines left out")
+
+    await wait_until(counted, "the number of lines that were left out is logged")
+    events = [json.loads(line) for line in written.splitlines()]
+    shared = [event for event in events if event["event"] in {"login refused", "no request"}]
+    assert 20 <= len(shared) < 40
+    assert len(shared) + await counted() == 1000
+    assert "limited" not in shared[0]
+    assert sum(event["event"] == "session opened" for event in events) == 500
