@@ -80,7 +80,7 @@ class Conversation:
             self._pump.say(self._phrases.system(Code.BUSY, Text.BUSY, message_id=message_id, retry=True))
         except StoreError as error:
             self._say_unavailable(error, message_id)
-        except Exception:
+        except Exception:  # noqa: BLE001 - it is logged
             limited.exception("frame failed", type=frame.msg_type, user=self._session.user_id, peer=self._session.peer)
             self._pump.say(self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL, message_id=message_id))
 

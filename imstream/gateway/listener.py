@@ -53,7 +53,7 @@ class Listener:
     async def _take(self, notice: Notice) -> None:
         try:
             await self._obey(notice)
-        except Exception:
+        except Exception:  # noqa: BLE001 - it is logged
             # What one notice leads to must not end the node: a record that a hand from outside has spoilt, say.
             limited.exception("notice failed", notice=foreign(str(notice)))
 

@@ -16,6 +16,7 @@ from imstream.ai.demo.answer import canned_answer
 from imstream.guards.account import SPENT
 from imstream.texts import Text
 from tests.journeys.page_support import DESKTOP, PHONE, open_page, running_chromium
+from tests.support.peer import peer
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer, start_node, valkey_binary
 from tests.support.tokens import SECRET, token
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from tests.support.servers import DemoBackend, NodeProcess
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
+
+PAGE_TOKEN = "good-for-this-run"  # noqa: S105 - of these tests
 
 PAGE_ON_DISK = Path(str(resources.files("imstream.gateway") / "static" / "index.html"))
 SLOW = "[[demo pace=30ms]]"
@@ -310,10 +313,18 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
     await page.press("Enter")
     await page.until("document.querySelector('#problem').textContent.includes('no answer from this address')")
     page.forgive_absence()
-    settings = {"origins": "same,null"}  # as imstream up has it
+    settings = {"origins": "same,null", "page_token": PAGE_TOKEN}  # as imstream up has it
     late = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="late", port=port, settings=settings)
     with late.process:
         await page.click("#login .main")
+        await page.until("document.querySelector('#problem').textContent.startsWith('Please log in with a token')")
+        async with peer(late.ws(10001), headers={"Origin": "null"}) as framed:  # as in a sandboxed frame of any page
+            await framed.say("INIT", userId=10001)
+            await framed.say("CHAT", userId=10001, contents="Who is there?", messageId="m-framed")
+            assert await framed.closed() == 4500
+            assert [frame["code"] for frame in framed.frames] == ["UNAUTHORIZED"]
+        # The address that imstream up prints.
+        await page.visit(f"{PAGE_ON_DISK.as_uri()}#node=127.0.0.1:{port}&token={PAGE_TOKEN}")
         await online(page)
         await ask(page, "From disk?")
         await whole_answer(page, "From disk?")

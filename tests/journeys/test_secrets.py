@@ -51,6 +51,7 @@ SECRETS = {
     "ai_key": f"{HUSH}ai-key",
     "auth_secret": f"{HUSH}-of-more-than-thirty-two-bytes-in-length",
     "auth_jwks_url": f"http://me:{HUSH}jwks@127.0.0.1:9/jwks",
+    "page_token": f"{HUSH}-page-token",
     "moderation_url": f"http://me:{HUSH}moderation@127.0.0.1:9/v1",
     "moderation_key": f"{HUSH}moderation-key",
 }
@@ -95,7 +96,7 @@ def _fail(settings: Settings, secret: str) -> None:
 def test_a_secret_that_is_refused_is_not_repeated(setting: str) -> None:
     wrong: list[Any] = [[f"{HUSH}list"], 7, f"gopher://me:{HUSH}@host/{HUSH}"]
     refused = 0
-    for value in wrong[: 2 if setting.endswith(("key", "secret")) else 3]:
+    for value in wrong[: 2 if setting.endswith(("key", "secret", "token")) else 3]:
         try:
             Settings.load(**{setting: value if value != wrong[2] else f"gopher://me:{HUSH}@host/"})
         except SettingsError as error:
@@ -134,7 +135,7 @@ async def node_with_secrets(
         url = server.url.replace(USER, f"imstream:{HUSH}redis")
         ai = backend.url.replace("//", f"//me:{HUSH}ai@")
         shown = {"auth": "jwt", **({} if "auth_jwks_url" in settings else {"auth_secret": SECRETS["auth_secret"]})}
-        unused = {name: SECRETS[name] for name in ("moderation_url", "moderation_key")}
+        unused = {name: SECRETS[name] for name in ("moderation_url", "moderation_key", "page_token")}
         node = OneNode(
             folder,
             client,
@@ -145,6 +146,7 @@ async def node_with_secrets(
                 "log_level": "debug",
                 "max_attempts": 1,
                 "moderation_fail": "open",
+                "auth_max_lifetime": "36500d",
                 **shown,
                 **unused,
                 **settings,

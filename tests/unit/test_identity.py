@@ -78,6 +78,42 @@ def test_a_short_secret_is_refused_and_not_shown(secret: str) -> None:
     )
 
 
+@pytest.mark.parametrize("around", ["{}\n", "{}\r\n", "\n {}\t\n"])
+async def test_a_line_end_after_a_secret_is_no_part_of_it(around: str) -> None:
+    guard = made(auth_secret=around.format(SECRET))
+    assert isinstance(await said(guard, token()), Pass)
+    assert "it has 5" in refusal(auth_secret=around.format("short") + "\n" * 40)
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+async def test_an_empty_issuer_or_audience_counts_as_unset(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AUTH_ISSUER", "AUTH_AUDIENCE", "AUTH_PUBLIC_KEY", "AUTH_JWKS_URL"):
+        monkeypatch.setenv(f"IMSTREAM_{name}", empty)
+    guard = made(auth_secret=SECRET)
+    assert isinstance(await said(guard, token()), Pass)
+    assert isinstance(await said(guard, token(iss="https://id.example.com")), Pass)
+    assert isinstance(await said(guard, token(aud="others")), Refuse)
+
+
+def test_the_key_set_is_fetched_over_https_or_on_this_machine_unless_http_is_allowed() -> None:
+    for url in ("https://id.example.com/keys", "http://127.0.0.1:9/keys", "http://[::1]/keys", "http://localhost:8080"):
+        assert made(auth_algorithm="ES256", auth_jwks_url=url)
+    for url in (
+        "http://id.example.com/keys",
+        "http://localhost.example.com/",
+        "http://127.0.0.1@example.com/",
+        "http://192.168.1.1/",
+    ):
+        told = refusal(auth_algorithm="ES256", auth_jwks_url=url)
+        assert told.startswith("IMSTREAM_AUTH_JWKS_URL=http://")
+        assert "set an https URL, or IMSTREAM_AUTH_JWKS_ALLOW_HTTP=true" in told
+        assert made(auth_algorithm="ES256", auth_jwks_url=url, auth_jwks_allow_http=True)
+    for url in ("http://", "https://", "https:///keys", "http://[::1", "https://me:hush@"):
+        told = refusal(auth_algorithm="ES256", auth_jwks_url=url, auth_jwks_allow_http=True)
+        assert told.endswith("is not allowed: must be a URL with a host")
+        assert "hush" not in told
+
+
 def test_a_secret_that_is_a_public_key_is_refused() -> None:
     pem = public_pem(key_of("RS256")).decode()
     told = refusal(auth_secret=pem)

@@ -9,19 +9,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.errors import SettingsError
-from imstream.guards.guard import Handshake, Supplies
+from imstream.guards.guard import Handshake, Login, Pass, Supplies
 from imstream.guards.origin import Origin, parse_origins
 from imstream.settings import Settings
+from imstream.wire import Close, Code
+
+PAGE_TOKEN = "shown by imstream up"  # noqa: S105 - of these tests
 
 
-def guard(origins: str) -> Origin | None:
+def guard(origins: str, **settings: str) -> Origin | None:
     nothing = cast("Any", None)
-    return Origin.make(Supplies(Settings.load(origins=origins), nothing, nothing))
+    return Origin.make(Supplies(Settings.load(origins=origins, **settings), nothing, nothing))
 
 
-def may_come(origin: str | None, host: str = "chat.example.com", *, origins: str = "same", **headers: str) -> bool:
+def may_come(
+    origin: str | None,
+    host: str = "chat.example.com",
+    *,
+    origins: str = "same",
+    auth: str = "none",
+    page_token: str = "",
+    **headers: str,
+) -> bool:
     asked = {"host": host, **headers, **({} if origin is None else {"origin": origin})}
-    checks = guard(origins)
+    checks = guard(origins, auth=auth, **({"page_token": page_token} if page_token else {}))
     return checks is None or checks.handshake(Handshake(asked)) is None
 
 
@@ -85,8 +96,42 @@ def test_where_tls_ends_before_the_node_a_page_without_it_is_another_one() -> No
 
 
 def test_the_page_from_disk_may_come_where_it_is_named() -> None:
-    assert may_come("null", origins="same,null")
-    assert not may_come("https://evil.example.com", origins="same,null")
+    needed = [{"page_token": PAGE_TOKEN}, {"auth": "jwt"}]
+    for settings in needed:
+        assert may_come("null", origins="same,null", **settings)
+        assert not may_come("https://evil.example.com", origins="same,null", **settings)
+
+
+def test_where_clients_are_not_authenticated_the_page_from_disk_needs_a_token() -> None:
+    with pytest.raises(SettingsError) as refused:
+        guard("same,null")
+    assert str(refused.value).startswith("IMSTREAM_ORIGINS='same,null' is not allowed with IMSTREAM_AUTH=none, ")
+    assert "IMSTREAM_PAGE_TOKEN" in str(refused.value)
+    for token in ("", "too short", " " * 20):
+        with pytest.raises(
+            SettingsError, match=r"IMSTREAM_PAGE_TOKEN=\(hidden\) is not allowed: at least 16 characters"
+        ):
+            guard("same,null", page_token=token)
+
+
+@pytest.mark.parametrize("origins", ["same,null", "null", "*"])
+async def test_of_pages_of_the_origin_null_only_those_with_the_token_are_logged_in(origins: str) -> None:
+    checks = guard(origins, page_token=f"{PAGE_TOKEN}\n")
+    assert checks is not None
+
+    async def logs_in(token: str | None, origin: str | None = "null") -> bool:
+        verdict = await checks.login(Login(10001, token, origin))
+        assert isinstance(verdict, Pass) or (verdict.code, verdict.close) == (
+            Code.UNAUTHORIZED,
+            Close.NOT_AUTHENTICATED,
+        )
+        return isinstance(verdict, Pass)
+
+    assert await logs_in(PAGE_TOKEN)
+    for token in (None, "", " ", PAGE_TOKEN[:-1], f"{PAGE_TOKEN} ", PAGE_TOKEN.upper(), "\ud800", "x" * 60_000):
+        assert not await logs_in(token)
+    assert await logs_in(None, "http://chat.example.com")
+    assert await logs_in(None, None)
 
 
 def test_named_origins_may_come_and_no_others() -> None:
@@ -98,7 +143,11 @@ def test_named_origins_may_come_and_no_others() -> None:
 
 
 def test_all_may_come_where_that_is_said() -> None:
-    assert guard("*") is None
+    assert guard("*", auth="jwt") is None
+    for origin in ("https://evil.example.com", "http://chat.example.com", "tauri://localhost"):
+        assert may_come(origin, origins="*")
+    assert not may_come("null", origins="*"), "it tells nothing, and there is no token to be shown"
+    assert may_come("null", origins="*", page_token=PAGE_TOKEN)
 
 
 @pytest.mark.parametrize(

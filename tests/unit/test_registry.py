@@ -23,6 +23,7 @@ class PlayedSession:
     """What the registry sees of a session."""
 
     user_id: int | None = None
+    peer: str = "192.0.2.1"
     began_at: float = 0.0
     heard_at: float = 0.0
     blocked_since: float | None = None

@@ -72,6 +72,11 @@ def test_it_says_what_the_settings_of_the_node_ask_for() -> None:
         ([], {"auth_algorithm": "RS256"}, "IMSTREAM_AUTH_ALGORITHM=RS256 needs --key FILE, with the private key"),
         (["--ttl", "soon"], {"auth_secret": SECRET}, "--ttl='soon' is not allowed: a time span such as 250ms"),
         (["--ttl", "0"], {"auth_secret": SECRET}, "--ttl='0' is not allowed: more than 0, at most 3650d"),
+        (
+            ["--ttl", "25h"],
+            {"auth_secret": SECRET},
+            "--ttl=90000s is not allowed: nodes take at most IMSTREAM_AUTH_MAX",
+        ),
         (["--key", "nothing.pem"], {}, "--key=nothing.pem is not allowed: cannot be read: No such file"),
         (["--key", "public.pem"], {}, "--key=public.pem is not allowed: no private key in PEM without a password"),
         (["--key", "weak.pem"], {}, "--key=weak.pem is not allowed: an RSA key of at least 2048 bits"),

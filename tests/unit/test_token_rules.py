@@ -152,6 +152,27 @@ def test_the_user_may_stand_in_another_claim_as_a_number_or_as_its_digits() -> N
     assert read(signed(), auth_claim="uid") == "claims"
 
 
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_token_that_holds_for_too_long_is_not_believed(algorithm: Algorithm) -> None:
+    day = 24 * 3600
+    assert read(signed(algorithm, exp=NOW + day), algorithm) == Believed(USER, NOW + day + 5)
+    assert read(signed(algorithm, exp=NOW + day + 6), algorithm) == "lifetime"
+    assert read(signed(algorithm, exp=4_000_000_000), algorithm) == "lifetime"
+    assert read(signed(algorithm, exp=1e300), algorithm) == "lifetime"
+
+
+def test_what_counts_is_how_long_it_was_issued_for_and_not_how_long_it_still_holds() -> None:
+    day = 24 * 3600
+    assert read(signed(exp=NOW + 60, iat=NOW + 60 - day)) == Believed(USER, NOW + 65)
+    assert read(signed(exp=NOW + 60, iat=NOW + 54 - day)) == "lifetime"
+    assert read(signed(exp=NOW + 60, iat=0)) == "lifetime"
+    assert read(signed(exp=NOW + 2 * day, iat=NOW + 2 * day - 60)) == "lifetime", "issued in the future, it is a lie"
+    assert read(signed(exp=NOW + 3600, iat=NOW - 60), auth_max_lifetime="1h") == "lifetime"
+    assert read(signed(exp=NOW + 300 * day), auth_max_lifetime="365d") == Believed(USER, NOW + 300 * day + 5)
+    for wrong in ("now", float("nan"), True, [1], 10**400):
+        assert read(signed(iat=wrong)) == "claims"
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -182,10 +203,10 @@ def test_a_claim_that_is_no_user_id_is_nobody(claim: Any) -> None:  # noqa: ANN4
 @given(JSON, JSON)
 def test_times_that_are_none_are_refused(exp: object, nbf: object) -> None:
     told = read(signed(exp=exp, nbf=nbf))
-    assert told in {"claims", "expired", "not_yet_valid"} or isinstance(told, Believed)
+    assert told in {"claims", "expired", "not_yet_valid", "lifetime"} or isinstance(told, Believed)
     if isinstance(told, Believed):
         assert isinstance(exp, int | float)
-        assert exp > NOW - 5
+        assert NOW - 5 < exp <= NOW + 24 * 3600 + 5
 
 
 @given(st.text() | st.binary().map(encoded) | st.tuples(JSON, JSON).map(lambda two: ".".join(map(encoded, two)) + "."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -121,8 +122,34 @@ def test_nodes_that_are_there_to_be_tried_take_the_page_from_disk_unless_it_is_s
 ) -> None:
     assert make_plan(ports()).environment["IMSTREAM_ORIGINS"] == "same,null"
     assert make_plan({**ports(), "origins": "same"}).environment["IMSTREAM_ORIGINS"] == "same"
+    assert make_plan({**ports(), "origins": "same"}).page_token is None
     monkeypatch.setenv("IMSTREAM_ORIGINS", "https://chat.example.com")
     assert "IMSTREAM_ORIGINS" not in make_plan(ports()).environment
+
+
+def test_the_page_from_disk_gets_a_token_that_is_good_for_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ports()
+    plans = [make_plan({**options, "nodes": "2"}) for _ in range(2)]
+    tokens = [plan.page_token or "" for plan in plans]
+    assert tokens[0] != tokens[1]
+    for plan, page_token in zip(plans, tokens, strict=True):
+        assert len(page_token) >= 16
+        assert page_token not in repr(plan)
+        [line] = [line for line in summary(plan) if page_token in line]
+        assert re.fullmatch(rf"or open  file:///.*/index\.html#node=127\.0\.0\.1:{options['port']}&token=.*", line)
+        with_it = {
+            part.name
+            for stage in plan.order()[0]
+            for part in stage
+            if page_token in (*part.environment.values(), *part.arguments)
+        }
+        assert with_it == {"node 0", "node 1"}, "other parts have no use for it"
+    monkeypatch.setenv("IMSTREAM_PAGE_TOKEN", "chosen by an operator")
+    assert make_plan(options).page_token == "chosen by an operator"  # noqa: S105 - of this test
+    monkeypatch.delenv("IMSTREAM_PAGE_TOKEN")
+    authenticated = make_plan({**options, "auth": "jwt", "auth_secret": SECRET})
+    assert authenticated.page_token is None, "there all pages must show a token"
+    assert not any("or open" in line for line in summary(authenticated))
 
 
 def test_nodes_without_identity_are_not_reached_from_elsewhere_unless_that_is_wanted() -> None:
