@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imstream.errors import StoreError
+from imstream.logs import LIMITED
 
 if TYPE_CHECKING:
     from imstream.gateway.registry import Registry
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from imstream.store.inbox import ReplyGrew
     from imstream.store.replies import ReplyStore
 
-log = structlog.get_logger()
+limited = structlog.get_logger(**LIMITED)
 
 
 class Following:
@@ -71,6 +72,6 @@ class Following:
                 await self.catch_up(reply)
             except StoreError:
                 return  # they are looked at again
-            except Exception:
+            except Exception:  # noqa: BLE001 - it is logged
                 # It holds what only a hand from outside can have written. The others must go on.
-                log.exception("record cannot be read", user=reply.user_id, message_id=reply.message_id)
+                limited.exception("record cannot be read", user=reply.user_id, message_id=reply.message_id)

@@ -48,6 +48,8 @@ class Adopter:
         self._adopted: dict[str, Worker] = {}
         self._searched: set[str] = set()
         """Nodes in whose streams nothing is pending under our name that this process does not know of."""
+        self._told: dict[str, str] = {}
+        """What was logged about nodes whose streams cannot be looked at: once, and not at each look."""
         self._interval = settings.lease.total_seconds() / 3
         self._look = asyncio.Event()
         self._stopping = False
@@ -97,7 +99,11 @@ class Adopter:
                 if self._tenure.held and node not in self._adopted and node not in self._searched:
                     await self._search(group, node)
             except StoreError as error:  # the others may be on a part of Redis that is well
-                log.warning("stream of another node cannot be looked at", node=node, error=str(error))
+                if self._told.get(node) != str(error):
+                    self._told[node] = str(error)
+                    log.warning("stream of another node cannot be looked at", node=node, error=str(error))
+            else:
+                self._told.pop(node, None)
         alive = [span.total_seconds() + _SOON for span in left.values() if span is not None]
         unsure = [] if self._tenure.sure else [_UNSURE]
         return max(_SOON, min([self._interval, *alive, *unsure]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +33,11 @@ class Failing(Leases):
     """Leases on a Redis that is away when the test says so."""
 
     away = False
+    asked = 0
 
     async def hold(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
         """See `Leases`."""
+        self.asked += 1
         if self.away:
             raise StoreUnavailable("away")
         return await super().hold(holder, dead=dead)
@@ -88,6 +92,68 @@ async def test_what_was_written_by_hand_counts_as_a_holder_of_whom_nothing_is_kn
     store.redis.persist(store.keys.lease("0"))
     assert (await own.left(["0"]))["0"] == timedelta.max, "without an end, nobody adopts"
     store.redis.delete(store.keys.lease("0"))
+
+
+async def test_leases_that_make_no_sense_are_leases_all_the_same(store: Store) -> None:
+    own, key = leases(store), store.keys.lease("1")
+    store.redis.set(key, "far ahead", px=2**62)
+    assert (await own.left(["1"]))["1"] == timedelta.max
+    store.redis.set(store.keys.lease("0"), "far ahead", px=2**62)
+    refused = await own.hold(ONE)
+    assert isinstance(refused, HeldByOther)
+    assert refused.left == timedelta.max
+    store.redis.delete(key, store.keys.lease("0"))
+
+
+async def test_what_is_no_node_is_no_other_node_and_one_seen_at_no_time_was_not_seen_lately(store: Store) -> None:
+    own = leases(store)
+    scores = {"eu-1": float("-inf"), "eu-2": float("inf"), "eu-3": 1e300, "eu-4": -1e300, "eu-5": 0}
+    nobody = ("", "a b", "x" * 65, "}{node:0}", "1\n", "\x9b31m", b"\xff", "节点")
+    store.redis.zadd(store.keys.nodes(), {**scores, **dict.fromkeys(nobody, 1.0)})
+    others = await own.others()
+    assert set(others) == set(scores)
+    assert all(since > timedelta(days=365) for since in others.values())
+    store.redis.delete(store.keys.nodes())
+
+
+def lease_of(store: Store, **fields: object) -> str:
+    """A lease as an attacker or a defect could write it; by default that of a process of this machine that is dead."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    store.redis.set(
+        store.keys.lease("0"), text := json.dumps({**asdict(this_process("")), "pid": process.pid} | fields)
+    )
+    return text
+
+
+@pytest.mark.parametrize("pid", ["1", {}, 10**30])
+async def test_a_tenure_waits_for_the_end_of_a_lease_that_it_cannot_read(store: Store, pid: object) -> None:
+    lease_of(store, pid=pid)
+    own = leases(store)
+    tenure = tenure_of(store, own)
+    async with running(tenure) as task:
+        await wait_until(lambda: own.asked > 1, "it has asked for it")
+        assert not task.done()
+        store.redis.delete(store.keys.lease("0"))
+        await wait_until(lambda: tenure.held, "it is held")
+
+
+@pytest.mark.parametrize("instance", ["", "quetzal"])
+async def test_a_tenure_does_not_insist_on_a_dead_holder_whom_redis_does_not_recognise(
+    store: Store, instance: object
+) -> None:
+    text = lease_of(store, instance=instance)
+    store.redis.set(store.keys.lease("0"), text.replace('"quetzal"', '"\\u0071uetzal"'))
+    own = leases(store)
+    tenure = tenure_of(store, own)
+    async with running(tenure) as task:
+        await wait_until(lambda: own.asked > 1, "it has asked for it")
+        asked, began = own.asked, time.monotonic()
+        await wait_until(lambda: own.asked > asked + 2 or tenure.held, "it asks again, or has taken over")
+        assert tenure.held or time.monotonic() - began > 0.1, "but not without a pause"
+        assert not task.done()
+        store.redis.delete(store.keys.lease("0"))
+        await wait_until(lambda: tenure.held, "it is held")
 
 
 def test_whether_a_process_of_this_machine_lives_is_known_at_once() -> None:
