@@ -166,18 +166,18 @@ class Node:
         for_ever = [
             group.create_task(task, name=name)
             for name, task in {
-                "tenure": _kept_running("tenure", partial(self.tenure.run, self._server.address)),
-                "registry": _kept_running("registry", self.registry.run),
-                "presence": _kept_running("presence", self._presence.run),
-                "following": _kept_running("following", self._following.run),
-                "listener": _kept_running("listener", self._listener.run),
-                "flusher": _kept_running("flusher", self.jobs.flush_regularly),
+                "tenure": kept_running("tenure", partial(self.tenure.run, self._server.address)),
+                "registry": kept_running("registry", self.registry.run),
+                "presence": kept_running("presence", self._presence.run),
+                "following": kept_running("following", self._following.run),
+                "listener": kept_running("listener", self._listener.run),
+                "flusher": kept_running("flusher", self.jobs.flush_regularly),
                 "announce": self._announce(),
             }.items()
         ]
         working = [
             group.create_task(self.worker.run(), name="worker"),
-            group.create_task(_kept_running("adopter", self.adopter.run), name="adopter"),
+            group.create_task(kept_running("adopter", self.adopter.run), name="adopter"),
         ]
         serving = group.create_task(self._server.run(), name="server")
         await self._ending.wait()
@@ -227,7 +227,7 @@ class Node:
             await asyncio.sleep(_TICK)
 
 
-async def _kept_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
+async def kept_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
     """Run a background task, again and again if it fails: nothing that others have written may end the node."""
     told = ""
     while True:

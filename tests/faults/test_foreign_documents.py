@@ -207,7 +207,8 @@ JSON = st.recursive(
 def changed(draw: st.DrawFn, document: bytes) -> bytes:
     """A document with a part of it replaced; of JSON also a value."""
     values = list(re.finditer(rb'(?<=: )("[^"]*"|[\d.]+|true|null|\[\])', document))
-    if values and draw(st.booleans()):
+    in_json = draw(st.booleans())
+    if in_json and values:
         begin, end = values[draw(st.integers(0, len(values) - 1))].span()
         new = json.dumps(draw(JSON)).encode()
     else:
@@ -241,7 +242,7 @@ def test_whatever_comes_a_parser_gives_a_value_or_its_own_refusal(name: str, dat
 @pytest.mark.long
 @pytest.mark.parametrize("name", PARSERS)
 @given(data=st.data())
-@settings(max_examples=3000)
+@settings(max_examples=1000)
 def test_whatever_comes_a_parser_gives_a_value_or_its_own_refusal_many_times(name: str, data: st.DataObject) -> None:
     parser = PARSERS[name]
     document = data.draw(foreign(parser.takes))

@@ -16,6 +16,7 @@ import pytest
 
 from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
+from tests.support.peer import peer
 from tests.support.processes import PYTHON, free_port, http_status, wait_for
 from tests.support.servers import missing
 from tests.support.up_command import gone, up
@@ -42,6 +43,13 @@ async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> Non
         assert sorted(imstream.children()) == ["demo-ai", "node", "redis"]
         async with Client(imstream.ws, 10001) as client:
             assert await (await client.send("为什么?")).text() == "".join(canned_answer("为什么?"))
+        # The page opened from disk shows the token of this run; a frame of any page has the same origin, and none.
+        [page_token] = re.findall(rf"or open  file:///.*#node=127\.0\.0\.1:{imstream.port}&token=(\S+)", said)
+        for shown, code in ((None, "UNAUTHORIZED"), ("x" * 22, "UNAUTHORIZED"), (page_token, "SUCCESS")):
+            async with peer(imstream.ws, headers={"Origin": "null"}) as someone:
+                await someone.say("INIT", userId=10001, **({} if shown is None else {"token": shown}))
+                assert (await someone.frame())["code"] == code
+        assert not any(page_token in word for child in imstream.children().values() for word in child.cmdline())
         assert re.search(
             r"^node 0 \| .*ready", imstream.running.output(), re.MULTILINE
         )  # a child's line, with its name

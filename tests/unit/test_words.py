@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from imstream.errors import SettingsError
 from imstream.guards.chain import Guards, Passed
 from imstream.guards.guard import PASS, Guard, Refuse, Refused, Supplies
-from imstream.guards.word_file import stamp_of
+from imstream.guards.word_file import read, stamp_of
 from imstream.guards.words import IN_ANSWER, IN_HISTORY, IN_MESSAGE, Words
 from imstream.settings import Settings
 from imstream.store.chat_request import ChatRequest
@@ -99,6 +99,17 @@ def test_a_wrong_file_is_refused_at_the_start_with_the_numbers_of_its_lines(what
         Words.make(Supplies(Settings(words=path), NO_SUPPLY, NO_SUPPLY))
     assert str(caught.value).startswith(f"IMSTREAM_WORDS={str(path)!r} is not allowed: ")
     assert says in str(caught.value)
+
+
+def test_a_pipe_or_a_huge_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe, huge = tmp_path / "pipe", tmp_path / "huge"
+    os.mkfifo(pipe)
+    with pytest.raises(SettingsError, match="is not allowed: it is not a regular file"):
+        read(pipe)
+    with huge.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SettingsError, match="is not allowed: it has more than 16777216 bytes"):
+        read(huge)
 
 
 async def test_a_list_follows_its_file(file: Path) -> None:

@@ -1,0 +1,44 @@
+"""The background tasks of a node: one that fails ends nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from itertools import pairwise
+
+import pytest
+from structlog.testing import capture_logs
+
+from imstream.errors import NodeTaken
+from imstream.node import kept_running
+from tests.support.virtual_time import in_virtual_time
+
+
+@in_virtual_time
+async def test_a_background_task_that_fails_is_started_again_and_that_is_logged_once_for_each_reason() -> None:
+    reasons = iter(
+        [OverflowError("far ahead"), OverflowError("far ahead"), TypeError("no number"), TypeError("no number")]
+    )
+    began: list[float] = []
+
+    async def run() -> None:
+        began.append(asyncio.get_running_loop().time())
+        for reason in reasons:
+            raise reason
+
+    with capture_logs() as logs:
+        await kept_running("following", run)
+    assert len(began) == 5
+    assert all(after - before >= 1 for before, after in pairwise(began))
+    event = "background task failed and is started again"
+    assert [(line["event"], line["task"]) for line in logs] == [(event, "following")] * 2
+
+
+@in_virtual_time
+async def test_that_another_process_runs_the_node_is_no_failure() -> None:
+    async def run() -> None:
+        await asyncio.sleep(timedelta(seconds=1).total_seconds())
+        raise NodeTaken("0", "http://far:80", 1, "far")
+
+    with pytest.raises(NodeTaken):
+        await kept_running("tenure", run)
