@@ -11,7 +11,8 @@
     the backend failed, none are left                Bury, with the last reason
     another attempt took over; the node drains       Leave: it is, or will be, somebody else's
 
-A request that died with its worker too often, or that cannot be read, is buried before it is tried.
+A request that died with its worker too often, or that cannot be read, is buried before it is tried. One that a newer
+release wrote is left for a node that knows its schema.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 WORKER_DIED = "worker_died"
 MALFORMED = "malformed"
 INTERNAL_ERROR = "internal_error"
+
+
+MAX_LIVES = 100
+"""Attempts beyond those that are set after which a request is given up, whatever became of the ones before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,17 @@ def before_start(deliveries: int, limits: Limits) -> Bury | None:
     """Bury a request that has died with its worker as often as is allowed; None: try it."""
     if deliveries > limits.deliveries:
         return Bury(WORKER_DIED, f"its worker died {deliveries - 1} times while working on it")
+    return None
+
+
+def after_opening(attempt: int, limits: Limits) -> Bury | None:
+    """Bury a request that has been begun so often that there must be something about it; None: go on.
+
+    Deliveries count deaths of workers, but not those of which it cannot be told whether Redis went away first. A
+    request that kills its worker, upon which a process runner stops everything else, must come to its end as well.
+    """
+    if attempt > limits.attempts + MAX_LIVES:
+        return Bury(WORKER_DIED, f"it was begun {attempt - 1} times, and has not come to its end")
     return None
 
 

@@ -42,6 +42,10 @@ class Keys:
         """String that expires: who runs a node now."""
         return f"{self.prefix}:{{node:{node}}}:lease"
 
+    def redis(self, node: str) -> str:
+        """String that expires: on which run of Redis the node last held its lease."""
+        return f"{self.prefix}:{{node:{node}}}:redis"
+
     def adopter(self, node: str) -> str:
         """String that expires: the node that looks after the stream of a node without a lease."""
         return f"{self.prefix}:{{node:{node}}}:adopter"

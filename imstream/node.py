@@ -34,6 +34,7 @@ from imstream.store.connection import Commands, Reader
 from imstream.store.denials import Denials
 from imstream.store.inbox import Inbox, NodeLeft
 from imstream.store.leases import Leases
+from imstream.store.patience import patiently
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.store.routes import Routes
@@ -78,7 +79,7 @@ class Node:
         self.settings = settings
         self._commands = commands
         self._ending = asyncio.Event()
-        requests = RequestStream(commands, readers.requests, settings)
+        self._requests = requests = RequestStream(commands, readers.requests, settings)
         replies = ReplyStore(commands, settings)
         self.board = board = ReplyBoard()
         self.registry = registry = Registry(settings)
@@ -167,6 +168,7 @@ class Node:
             group.create_task(task, name=name)
             for name, task in {
                 "tenure": kept_running("tenure", partial(self.tenure.run, self._server.address)),
+                "stall": kept_running("stall", self.tenure.stall.run),
                 "registry": kept_running("registry", self.registry.run),
                 "presence": kept_running("presence", self._presence.run),
                 "following": kept_running("following", self._following.run),
@@ -181,6 +183,8 @@ class Node:
         ]
         serving = group.create_task(self._server.run(), name="server")
         await self._ending.wait()
+        for_ever.append(group.create_task(self._note_stop(), name="note-stop"))
+        await asyncio.sleep(0)  # before anything else: a process runner may be about to stop Redis, too
         await self._drain(working)
         # Only now: uvicorn closes every socket as soon as it is told to exit.
         self._server.stop()
@@ -204,9 +208,25 @@ class Node:
         await self._close_sessions(only_idle=True, until=all_work, limit=self.settings.drain_grace.total_seconds())
         self.jobs.drain()
         await asyncio.wait([all_work], timeout=self.settings.redis_timeout.total_seconds())
+        unfinished = await self._unfinished()
         await self._leave()
         await self._close_sessions(only_idle=False, until=None, limit=CLOSE_GRACE)
-        log.info("drained", unfinished=len(self.jobs), sessions=len(self.registry))
+        log.info("drained", unfinished=unfinished, sessions=len(self.registry))
+
+    async def _note_stop(self) -> None:
+        """Note that this process was told to stop: however it ends, what it works on does not die with it."""
+        noted, _ = await asyncio.gather(patiently(self.tenure.note_stop), self.jobs.forgive(), return_exceptions=True)
+        if isinstance(noted, Exception):
+            log.warning("the stop is not noted in the lease", error=str(noted))
+
+    async def _unfinished(self) -> int:
+        """How many requests are left to others: all in the stream of this node, and those begun of adopted ones."""
+        left = self.jobs.unfinished()
+        try:
+            left[self.settings.node] = await self._requests.unfinished()
+        except StoreError as error:
+            log.warning("only requests in work are counted", error=str(error))
+        return left.total()
 
     async def _leave(self) -> None:
         """Give the node up, and tell the others, so that what is left is adopted at once."""

@@ -73,8 +73,8 @@ class Adoption:
     async def retire(self, node: str) -> bool:
         """Forget a node that is gone for good; False when it is not, or has requests left."""
         keys = self._keys
-        of_node = (keys.lease(node), keys.adopter(node), keys.requests(node), keys.load(node), keys.inbox(node))
-        if not await _RETIRE.run(self._commands, of_node, ()):
+        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis)
+        if not await _RETIRE.run(self._commands, [key(node) for key in of_node], ()):
             return False
         await self._commands.execute("ZREM", keys.nodes(), node)
         return True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json, to_json
 
 from imstream.errors import StoreError
-from imstream.keys import Keys
+from imstream.keys import GROUP, Keys
 from imstream.store.scripts import Script
 from imstream.store.spans import milliseconds, now, span_of
 
@@ -31,7 +31,10 @@ _NODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _LEASE = Script("lease")
 _RELEASE = Script("release")
+_RESTARTED = Script("restarted")
 
+REDIS_KEPT = timedelta(days=7)
+"""How long it is known on which run of Redis a node last held its lease: the longest night in which all is stopped."""
 
 @dataclass(frozen=True, slots=True)
 class Holder:
@@ -42,6 +45,7 @@ class Holder:
         host: Name of its machine.
         machine: Tells machines and containers apart: only within one of them does a pid mean anything.
         address: Where it listens.
+        stopping: It was told to stop: what it still works on does not die with it.
     """
 
     instance: str
@@ -49,10 +53,12 @@ class Holder:
     machine: str
     pid: int
     address: str
+    stopping: bool = False
 
     def encode(self) -> str:
-        """As JSON."""
-        return to_json(asdict(self)).decode()
+        """As JSON, of schema version 1, whose field `v` may be missing: releases before it was there take no more than
+        the first five fields. To them, a process that stops is a holder of whom nothing is known."""  # noqa: D205, D209 - one thought
+        return to_json({name: value for name, value in asdict(self).items() if value is not False}).decode()
 
     @classmethod
     def decode(cls, text: str) -> Holder:
@@ -69,12 +75,19 @@ class Holder:
             machine=_text(fields.get("machine"), ""),
             pid=pid if type(pid) is int and 0 < pid <= _MAX_PID else 0,
             address=_text(fields.get("address"), "?"),
+            stopping=fields.get("stopping") is True,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The lease is ours, for its whole life from now on."""
+    """The lease is ours, for its whole life from now on.
+
+    Attributes:
+        restarted: Redis was restarted since the process before this one last held it: the two may have ended together.
+    """
+
+    restarted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +114,20 @@ class Leases:
             holder: This process.
             dead: The instance of a holder that is known to be dead; its lease may be taken over.
         """
-        key, arguments = self._keys.lease(self.node), (holder.instance, holder.encode(), self._life, dead)
-        answer = await _LEASE.run(self._commands, (key,), arguments)
+        keys = (self._keys.lease(self.node), self._keys.redis(self.node), self._keys.requests(self.node))
+        lease = (holder.instance, holder.encode(), self._life, dead)
+        answer = await _LEASE.run(self._commands, keys, (*lease, GROUP, self.node, milliseconds(REDIS_KEPT)))
         if answer[0] == "held":
-            return Held()
+            return Held(restarted=answer[1] == "1")
         return HeldByOther(Holder.decode(answer[1]), _span(answer[2]) or timedelta())
 
     async def release(self, holder: Holder) -> None:
         """Give the lease up: the node's stream may be adopted at once."""
         await _RELEASE.run(self._commands, (self._keys.lease(self.node),), (holder.instance,))
+
+    async def redis_restarted_since(self, node: str) -> bool:
+        """Whether Redis was restarted since a node last held its lease: it may have ended when Redis did."""
+        return bool(await _RESTARTED.run(self._commands, (self._keys.redis(node),), ()))
 
     async def beat(self) -> None:
         """Be seen in the directory of nodes."""

@@ -28,6 +28,7 @@ _BURY = Script("bury")
 _PREPARE = Script("prepare")
 _CLAIM = Script("claim")
 _DISMISS = Script("dismiss")
+_HAND_BACK = Script("hand_back")
 
 
 class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a fault of the caller
@@ -176,12 +177,20 @@ class RequestStream:
             return False
         return bool(rows) and rows[0][1] != self.consumer
 
-    async def hand_back(self, entry: Entry) -> None:
-        """Leave an entry pending, as one that did not die with its worker: the node shuts down in good order."""
-        await self._commands.execute(
-            *("XCLAIM", self._stream, GROUP, self.consumer, 0, entry.entry_id),
-            *("RETRYCOUNT", entry.deliveries - 1, "JUSTID"),
-        )
+    async def hand_back(self, entry: Entry, *, to: str | None = None) -> None:
+        """Note that an entry does not die with its worker, whenever that ends: it was told to stop. May be repeated.
+
+        Args:
+            entry: One that was given to us. When it is another node's by now, nothing is noted.
+            to: The node under whose name it is pending from now on, instead of ours.
+        """
+        arguments = (GROUP, self.consumer, entry.entry_id, entry.deliveries - 1, to or self.consumer)
+        await _HAND_BACK.run(self._commands, (self._stream,), arguments)
+
+    async def unfinished(self) -> int:
+        """Requests in the stream."""
+        count: int = await self._commands.execute("XLEN", self._stream)
+        return count
 
     async def ping(self) -> None:
         """Ask the server that has the stream for a sign of life."""

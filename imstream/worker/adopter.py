@@ -50,6 +50,8 @@ class Adopter:
         """Nodes in whose streams nothing is pending under our name that this process does not know of."""
         self._told: dict[str, str] = {}
         """What was logged about nodes whose streams cannot be looked at: once, and not at each look."""
+        self._too_new: dict[str, int] = {}
+        """How many requests there are in the streams of nodes that only a newer release knows."""
         self._interval = settings.lease.total_seconds() / 3
         self._look = asyncio.Event()
         self._stopping = False
@@ -109,7 +111,10 @@ class Adopter:
         return max(_SOON, min([self._interval, *alive, *unsure]))
 
     async def _consider(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
-        if await self._adoption.unfinished(node) == 0:
+        unfinished = await self._adoption.unfinished(node)
+        if 0 < unfinished == self._too_new.get(node):
+            return  # for a node that knows them
+        if unfinished == 0:
             if since > self._settings.retire_after and await self._adoption.retire(node):
                 log.info("node retired", node=node, unseen=str(since))
             return
@@ -144,6 +149,7 @@ class Adopter:
         finally:
             working.cancel()
             del self._adopted[node]
+            self._too_new[node] = worker.too_new
         await self._leave(node)
 
     async def _go_on_or_leave(self, node: str, worker: Worker) -> None:
@@ -151,7 +157,7 @@ class Adopter:
             verdict = await self._adoption.adopt(node)
         except StoreError:
             return  # not known: what is read meanwhile is read once all the same
-        if isinstance(verdict, NotAdopted) or verdict.unfinished == 0:
+        if isinstance(verdict, NotAdopted) or verdict.unfinished <= worker.too_new:
             worker.leave()
         else:  # also when the node was back and has died again while the last answers of its life before are made
             worker.stay()

@@ -19,6 +19,7 @@ from imstream.disposition import (
     Limits,
     Retry,
     after_failure,
+    after_opening,
     before_start,
 )
 from imstream.errors import BackendError, StoreError
@@ -60,20 +61,29 @@ class Stop(Enum):
 class Job:
     """Has one request answered. `run` does all of it; `stop` ends it early; `flush` records what has gathered."""
 
-    def __init__(self, entry: Entry, request: ChatRequest, parts: Parts) -> None:
+    def __init__(self, entry: Entry, request: ChatRequest, parts: Parts, verdict: Bury | None = None) -> None:
+        """`verdict`: what has been decided before: the request is not tried at all."""
         self.entry = entry
         self.request = request
         self.reply: Reply = parts.board.get(request.user_id, request.message_id)
         self.ended = asyncio.Event()
+        self.is_finished = False
+        """Whether its request has ended, or was found to be another node's."""
         self._parts = parts
         self._limits = Limits.of(parts.settings)
         self._id = f"{parts.requests.node}/{entry.entry_id}"
         self._asking = Asking(request, parts)
+        self._verdict = verdict
         self._recorder: Recorder | None = None
         self._scope: asyncio.Timeout | None = None
         self._stopped: Stop | None = None
         self._attempts = 0
         self._began = asyncio.get_running_loop().time()
+
+    @property
+    def stream(self) -> str:
+        """The node whose stream its request is in."""
+        return self._parts.requests.node
 
     async def run(self) -> None:
         """Answer the request, and take it out of the stream when its end is recorded. Raises `StoreError`."""
@@ -90,6 +100,7 @@ class Job:
                     # What guards refuse can be written by anybody, again and again: no error of ours.
                     note = self._log.error if disposition.refusal is None else self._log.info
                     note("request buried", reason=reason, error=error, attempts=self._attempts)
+            self.is_finished = not (isinstance(disposition, Leave) and self._stopped is Stop.DRAINED)
         finally:
             if self._recorder is not None:
                 self._recorder.leave()
@@ -108,6 +119,10 @@ class Job:
         if recorder is None or self._scope is None or self._stopped is not None:
             return False
         return recorder.behind and (recorder.read_elsewhere or not for_others)
+
+    async def forgive(self) -> None:
+        """Note that the request does not die with this process, which was told to stop. Raises `StoreError`."""
+        await self._parts.requests.hand_back(self.entry)
 
     async def flush(self) -> None:
         """Record the text so far. When Redis is away it stays for the next time."""
@@ -137,7 +152,8 @@ class Job:
 
     async def _decide_safely(self) -> Disposition:
         try:
-            return before_start(self.entry.deliveries, self._limits) or await self._decide()
+            verdict = self._verdict or before_start(self.entry.deliveries, self._limits)
+            return verdict or await self._decide()
         except StoreError:
             raise
         except Exception as error:  # noqa: BLE001 - logged with its trace, and the client is told
@@ -167,6 +183,8 @@ class Job:
         if not isinstance(opened, Opened):
             return await self._already(opened)
         assert self._recorder is not None  # noqa: S101 - there is one from the first opening on
+        if (verdict := after_opening(opened.attempt, self._limits)) is not None:
+            return verdict
         try:
             completion = await self._asking.ask(self._recorder.write)
         except Refused as refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import structlog
 
 from imstream.errors import StoreUnavailable
 from imstream.store.inbox import ReplyGrew
+from imstream.store.patience import patiently
 from imstream.store.replies import Cancelled
 from imstream.worker.job import Stop
 
@@ -54,6 +56,8 @@ class Jobs:
         self._jobs: list[Job] = []
         self._free = settings.concurrency
         self._draining = False
+        self._left: Counter[str] | None = None
+        """Once the node was told to stop: requests whose jobs have ended without them, by the node of their stream."""
         self._workers: set[Worker] = set()
         self._next: Worker | None = None
         """Who found no free slot and gets the next: else the one that waits for requests would keep the last."""
@@ -114,12 +118,23 @@ class Jobs:
     def remove(self, job: Job) -> None:
         """A job has ended; its slot is free."""
         self._jobs.remove(job)
+        if self._left is not None and not job.is_finished:
+            self._left[job.stream] += 1
         self._free += 1
         self.changed.set()
 
     def is_working_on(self, user_id: int, message_id: str) -> bool:
         """Whether an answer to this message is being made here."""
         return self._job_of(user_id, message_id) is not None
+
+    async def forgive(self) -> None:
+        """Note of all that runs that it does not die with this process, which was told to stop: however that ends."""
+        self._left = Counter()
+        await asyncio.gather(*(patiently(job.forgive) for job in self._jobs), return_exceptions=True)
+
+    def unfinished(self) -> Counter[str]:
+        """Requests that are left to others now that the node was told to stop, by the node of their stream."""
+        return Counter(job.stream for job in self._jobs) + (self._left or Counter())
 
     def drain(self) -> None:
         """End the running answers, and leave their requests pending for whoever takes them up."""

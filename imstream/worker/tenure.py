@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import structlog
 
 from imstream.errors import NodeTaken, StoreError
 from imstream.store.leases import Held, HeldByOther, Holder
+from imstream.worker.stall import StallWatch
 
 if TYPE_CHECKING:
     from imstream.settings import Settings
@@ -62,6 +64,8 @@ class Tenure:
 
     def __init__(self, leases: Leases, settings: Settings) -> None:
         self._leases = leases
+        # A shorter stall breaks no time limit.
+        self.stall = StallWatch(min(settings.redis_timeout, settings.lease).total_seconds())
         self._holder = this_process("")
         self._life = settings.lease.total_seconds()
         # Requests are taken no more before the lease ends: a read that blocks must be back by then.
@@ -72,6 +76,7 @@ class Tenure:
         self._grace = settings.redis_timeout.total_seconds() + 2 * _AGAIN
         self._sure_from = float("-inf")
         self._lost = False
+        self._restarted = False
         self._released = False
         # A renewal on its way must not undo the release.
         self._one_at_a_time = asyncio.Lock()
@@ -80,6 +85,11 @@ class Tenure:
     def held(self) -> bool:
         """Whether the lease is ours, and will be for a while."""
         return asyncio.get_running_loop().time() < self._until - self._margin
+
+    @property
+    def redis_restarted(self) -> bool:
+        """Whether Redis was restarted since the process before this one held the lease: see `Held`."""
+        return self._restarted
 
     @property
     def sure(self) -> bool:
@@ -100,6 +110,12 @@ class Tenure:
         while not self._released:
             renewed = await self._renew()
             await asyncio.sleep(self._life / 3 if renewed else _AGAIN)
+
+    async def note_stop(self) -> None:
+        """Write into the lease that this process was told to stop. Raises `StoreError`."""
+        self._holder = replace(self._holder, stopping=True)
+        if not self._released and self._until > float("-inf"):
+            await self._try("")
 
     async def release(self) -> None:
         """Give it up, when nothing is taken any more: others may adopt at once what is left."""
@@ -136,6 +152,7 @@ class Tenure:
                 await asyncio.sleep(_AGAIN)
 
     async def _renew(self) -> bool:
+        ended = asyncio.get_running_loop().time() - self._until
         try:
             refusal = await self._try("")
         except StoreError as error:
@@ -149,6 +166,8 @@ class Tenure:
         if self._lost:
             self._lost = False
             log.info("lease held again")
+        elif ended > 0:  # nothing failed: it was this process that came too late
+            log.error("lease was lost and is held again: requests may have been taken over", ended_ago=round(ended, 1))
         return True
 
     async def _try(self, dead: str) -> HeldByOther | None:
@@ -162,6 +181,7 @@ class Tenure:
                 self._sure_from = float("inf")
                 raise
             self._until = before + self._life if isinstance(answer, Held) else float("-inf")
+            self._restarted = isinstance(answer, Held) and answer.restarted
             if self._sure_from == float("inf"):
                 self._sure_from = asyncio.get_running_loop().time() + self._grace
         if isinstance(answer, HeldByOther):

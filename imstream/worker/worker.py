@@ -7,14 +7,16 @@ that is empty or its node is back.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 
-from imstream.disposition import MALFORMED
+from imstream.disposition import MALFORMED, Bury
 from imstream.errors import StoreDenied, StoreError
-from imstream.store.chat_request import ChatRequest, Malformed
+from imstream.store.chat_request import ChatRequest, Malformed, NewerVersion
 from imstream.store.requests import GroupMissing
+from imstream.store.schema import VERSION
 from imstream.worker.job import Job
 
 if TYPE_CHECKING:
@@ -44,8 +46,11 @@ class Worker:
         self._leases = leases
         self._tenure = tenure
         self._jobs: dict[str, Job] = {}
-        self._inherited: dict[str, int] = {}
+        self._inherited: dict[str, int] | None = None
         """Deliveries of the entries that were pending when this process began: they died with the process before."""
+        self._too_new: set[str] = set()
+        """Entries in a schema of a newer release."""
+        self._newest = VERSION
         self._suspect: str | None = None
         self._stopping = False
         self._leaving = False
@@ -61,6 +66,11 @@ class Worker:
     def stopping(self) -> bool:
         """Whether new requests are taken no more."""
         return self._stopping
+
+    @property
+    def too_new(self) -> int:
+        """How many requests are left to a node that knows their schema."""
+        return len(self._too_new)
 
     @property
     def denied(self) -> bool:
@@ -109,8 +119,6 @@ class Worker:
     async def _intake(self, group: asyncio.TaskGroup) -> None:
         first = self._progressed == float("-inf")
         await self._prepare(first=first)
-        if first:
-            self._inherited = {one.entry_id: one.deliveries + 1 for one in await self._requests.pending()}
         self._heard()
         self._next_sweep = 0.0
         while not self._stopping and not self._left:
@@ -128,7 +136,7 @@ class Worker:
         if self._tenure.held:
             await self._sweep_if_due(group)
         if self._leaving:
-            self._left = not self._jobs and not await self._requests.pending()
+            self._left = not self._jobs and not await self._requests.pending(besides=self._too_new)
         with self._all_jobs.reserve(self._wanted(), self) as slots:
             if slots.free:
                 # Another node's stream gets nothing new, or hardly ever: no connection is kept for waiting there.
@@ -187,18 +195,29 @@ class Worker:
         if now < self._next_sweep:
             return
         self._next_sweep = now + self._settings.sweep_interval.total_seconds()
-        pending = await self._requests.pending(besides=self._jobs)
+        if self._inherited is None:  # only now: the deliveries were looked through when the lease was taken
+            await self._inherit()
+        busy = {*self._jobs, *self._too_new}
+        pending = await self._requests.pending(besides=busy)
         if not self._tenure.sure:
             self._next_sweep = 0.0  # for those of the dead, as soon as they can be told from the living
         elif not self._leaving:
             for consumer in await self._dead_consumers():
-                pending += await self._requests.pending(consumer)
+                died = not await self._leases.redis_restarted_since(consumer)
+                left = await self._requests.pending(consumer, besides=busy)
+                pending += [replace(one, deliveries=one.deliveries + died) for one in left]
         for one in pending:
             with self._all_jobs.reserve(min(1, self._may_begin()), self) as slots:
                 if not slots.free:
                     self._next_sweep = 0.0  # the next that may begin is the next of these, not a newer request
                     return
                 await self._take_up(group, one, slots)
+
+    async def _inherit(self) -> None:
+        """Note what is pending under our name before this process takes anything: it ended with the one before."""
+        # In the node's own stream, the script that took the lease has judged that.
+        died = self._requests.is_own or not self._tenure.redis_restarted
+        self._inherited = {one.entry_id: one.deliveries + died for one in await self._requests.pending()}
 
     async def _dead_consumers(self) -> list[str]:
         """The nodes that took from this stream, have not finished, and hold no lease; those without a request go."""
@@ -213,15 +232,15 @@ class Worker:
         return [consumer for consumer in dead if others[consumer] > 0]
 
     async def _take_up(self, group: asyncio.TaskGroup, pending: Pending, slots: Slots) -> None:
-        died = int(pending.consumer != self._requests.consumer)  # with its worker, on the other node
+        inherited = self._inherited or {}
         # A sum made now would count a claim twice whose answer was lost.
-        deliveries = self._inherited.get(pending.entry_id, max(1, pending.deliveries + died))
+        deliveries = max(1, inherited.get(pending.entry_id, pending.deliveries))
         # One that is to be buried is run no more, so it needs no isolation and waits for nobody.
         suspect = SUSPECT <= deliveries <= self._settings.max_deliveries
         if suspect and self._suspect is not None:
             return
         entry = await self._requests.claim(pending, deliveries=deliveries)
-        self._inherited.pop(pending.entry_id, None)
+        inherited.pop(pending.entry_id, None)
         if entry is None:
             return
         log.info("request taken up again", of=self._requests.node, entry=entry.entry_id, deliveries=deliveries)
@@ -230,20 +249,42 @@ class Worker:
             self._suspect = entry.entry_id
 
     async def _start(self, group: asyncio.TaskGroup, entry: Entry, slots: Slots) -> None:
+        verdict = None
         try:
-            request = ChatRequest.from_fields(entry.fields)
-        except Malformed as error:
-            log.error("request buried", reason=MALFORMED, error=str(error), entry=entry.entry_id)  # noqa: TRY400 - no defect
-            await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
+            request = ChatRequest.from_fields(entry.fields, entry.entry_id)
+        except NewerVersion as error:
+            await self._leave_to_newer(entry, error.version)
             return
-        if self._parts.breaker.tripped:
+        except Malformed as error:
+            if error.addressee is None:
+                log.error("request buried", reason=MALFORMED, error=str(error), entry=entry.entry_id)  # noqa: TRY400 - no defect
+                await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
+                return
+            request, verdict = error.addressee, Bury(MALFORMED, str(error))
+        if verdict is None and self._parts.breaker.tripped:
             self._parts.breaker.probing()
-        job = self._jobs[entry.entry_id] = Job(entry, request, self._parts)
+        job = self._jobs[entry.entry_id] = Job(entry, request, self._parts, verdict)
         self._all_jobs.add(job, slots)
         group.create_task(self._work(job))
 
+    async def _leave_to_newer(self, entry: Entry, version: int) -> None:
+        """Leave a request that a newer release wrote pending, under the name of the node whose stream it is."""
+        self._too_new.add(entry.entry_id)
+        if version > self._newest:
+            self._newest = version
+            log.error(
+                "requests of a newer release are left to a node that knows it",
+                of=self._requests.node,
+                entry=entry.entry_id,
+                version=version,
+                known=VERSION,
+            )
+        await self._requests.hand_back(entry, to=self._requests.node)
+
     async def _work(self, job: Job) -> None:
         try:
+            if self._stopping:  # it was on its way when the node was told to stop
+                await job.forgive()
             await job.run()
         except StoreError as error:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.
@@ -271,6 +312,9 @@ class Worker:
             log.warning("redis says that the requests stream or its group is gone", error=str(error))
         elif isinstance(error, StoreDenied):
             pass  # the connection has said so, and how to mend it
+        elif self._tenure.stall.is_to_blame():
+            await asyncio.sleep(_REDIS_PAUSE)
+            return  # it has said so; whether Redis is there will be seen
         elif not self._loss_told and self._requests.is_own:
             log.error("redis lost" if self._reachable else "redis not reached", error=str(error))
             self._loss_told = True

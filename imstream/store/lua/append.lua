@@ -37,6 +37,7 @@ end
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call(
-    'XADD', KEYS[1], '*', 'attempt', ARGV[1], 'event', ARGV[2], 'offset', ARGV[4], 'text', ARGV[5], unpack(ARGV, 7)
+    'XADD', KEYS[1], '*', 'attempt', ARGV[1], 'event', ARGV[2], 'offset', ARGV[4], 'v', 1, 'text', ARGV[5],
+    unpack(ARGV, 7)
 )
 return {'appended', unpack(redis.call('SMEMBERS', KEYS[2]))}

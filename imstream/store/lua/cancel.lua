@@ -44,6 +44,6 @@ local answer = {'cancelled', unpack(redis.call('SMEMBERS', KEYS[2]))}
 answer[#answer + 1] = worker()
 if known.event ~= 'cancelled' then
     redis.call('PEXPIRE', KEYS[1], ARGV[1])
-    redis.call('XADD', KEYS[1], '*', 'attempt', known.attempt, 'event', 'cancelled', 'offset', known.offset)
+    redis.call('XADD', KEYS[1], '*', 'attempt', known.attempt, 'event', 'cancelled', 'offset', known.offset, 'v', 1)
 end
 return answer

@@ -1,25 +1,55 @@
 -- Take the lease of a node, or renew it: whoever holds it is the one process that may run under this id.
 --
+-- It is also noted which run of Redis that was. A process that ended when Redis did has not been killed by what it
+-- worked on: when the next process takes the lease, and finds that Redis was restarted since, the deliveries of what is
+-- pending are reduced by one, so that the end of the process before counts as none.
+--
 -- KEYS[1]  string  lease of the node, expires
+-- KEYS[2]  string  the Redis on which the lease was last held, expires: its run id, the instance, and 1 when that one
+--                  found Redis restarted since the instance before it
+-- KEYS[3]  stream  requests of the node
 -- ARGV[1]  instance: a word that no other process has
 -- ARGV[2]  the holder as JSON, with the instance in it
 -- ARGV[3]  milliseconds
 -- ARGV[4]  an instance known to be dead, whose lease may be taken over; or ''
--- Returns  {'held'} by us from now on | {'refused', the holder as JSON, milliseconds left}
+-- ARGV[5]  consumer group
+-- ARGV[6]  the node, as a consumer
+-- ARGV[7]  milliseconds to keep KEYS[2]
+-- Returns  {'held', '1' when Redis was restarted since the instance before} by us from now on
+--          | {'refused', the holder as JSON, milliseconds left}
 
 local holder = redis.call('GET', KEYS[1])
-if holder then
-    local ours = string.find(holder, ARGV[1], 1, true)
-    local dead = ARGV[4] ~= '' and string.find(holder, ARGV[4], 1, true)
-    if ours then -- and no SET, which is refused when memory is full
-        redis.call('PEXPIRE', KEYS[1], ARGV[3])
-        return {'held'}
-    end
-    if not dead then
-        return {'refused', holder, redis.call('PTTL', KEYS[1])}
+local ours = holder and string.find(holder, ARGV[1], 1, true)
+local dead = holder and ARGV[4] ~= '' and string.find(holder, ARGV[4], 1, true)
+if holder and not ours and not dead then
+    return {'refused', holder, redis.call('PTTL', KEYS[1])}
+end
+if holder == ARGV[2] then -- and no SET, which is refused when memory is full
+    redis.call('PEXPIRE', KEYS[1], ARGV[3])
+else
+    -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
+    redis.call('DEL', KEYS[1])
+    redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+end
+
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or '?'
+local known = redis.call('GET', KEYS[2]) or ''
+local before, instance, restarted = string.match(known, '^(%S+) (%S+) (%S+)$')
+if instance ~= ARGV[1] then
+    restarted = before and before ~= run and '1' or '0'
+    if restarted == '1' then
+        local pending = redis.pcall('XPENDING', KEYS[3], ARGV[5], '-', '+', 100000, ARGV[6])
+        for _, one in ipairs(pending.err and {} or pending) do
+            local deliveries = math.max(0, one[4] - 1)
+            redis.call('XCLAIM', KEYS[3], ARGV[5], ARGV[6], 0, one[1], 'RETRYCOUNT', deliveries, 'JUSTID')
+        end
     end
 end
--- A write that needs no memory comes first: then the script may go on writing when memory is full, and the node drain.
-redis.call('DEL', KEYS[1])
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-return {'held'}
+local now = run .. ' ' .. ARGV[1] .. ' ' .. restarted
+if now == known then
+    redis.call('PEXPIRE', KEYS[2], ARGV[7])
+else
+    redis.call('DEL', KEYS[2])
+    redis.call('SET', KEYS[2], now, 'PX', ARGV[7])
+end
+return {'held', restarted}

@@ -56,7 +56,8 @@ end
 local kept = redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
 redis.call(
-    'XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'request', ARGV[1], 'by', ARGV[5]
+    'XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'v', 1, 'request', ARGV[1],
+    'by', ARGV[5]
 )
 if kept == 0 then -- there was no reply yet
     redis.call('PEXPIRE', KEYS[1], ARGV[2])

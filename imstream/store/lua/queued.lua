@@ -7,6 +7,6 @@
 if redis.call('EXISTS', KEYS[1]) == 1 then
     return 0
 end
-redis.call('XADD', KEYS[1], '*', 'attempt', 0, 'event', 'queued', 'offset', 0)
+redis.call('XADD', KEYS[1], '*', 'attempt', 0, 'event', 'queued', 'offset', 0, 'v', 1)
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1

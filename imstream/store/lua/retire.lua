@@ -5,10 +5,11 @@
 -- KEYS[3]  stream  its requests
 -- KEYS[4]  hash    user -> unfinished requests
 -- KEYS[5]  stream  its inbox
+-- KEYS[6]  string  the Redis on which it last held its lease
 -- Returns  1 when it is forgotten, 0 when it is not gone
 
 if redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 or redis.call('XLEN', KEYS[3]) > 0 then
     return 0
 end
-redis.call('DEL', KEYS[3], KEYS[4], KEYS[5])
+redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[6])
 return 1

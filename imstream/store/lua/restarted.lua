@@ -1,0 +1,8 @@
+-- Whether Redis was restarted, or replaced, since a node last held its lease: then the two may have ended together.
+--
+-- KEYS[1]  string  the Redis on which the node last held its lease (see lease.lua)
+-- Returns  1 when it was another one, 0 when it is the same or not known
+
+local known = redis.call('GET', KEYS[1])
+local run = known and string.match(known, '^(%S+) ')
+return run and run ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') and 1 or 0
