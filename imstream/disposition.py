@@ -3,10 +3,10 @@
     outcome of an attempt                            disposition
     ───────────────────────────────────────────────  ─────────────────────────────────────────────
     answered, cancelled                              Finish
-    ended before, by this request, as failed         Bury: the dead letter is all that is missing
+    ended before, by this request, as failed         Bury: the dead letter is all that is missing; Decline: nothing is
     ended before, otherwise; a duplicate             Finish
     the backend refuses for good                     Bury, with the backend's reason
-    a guard refuses the message, or the answer       Bury, with the guard's reason and sentence
+    a guard refuses the message, or the answer       Decline, with the guard's reason and sentence
     the backend failed, attempts and time are left   Retry, not before it asked for
     the backend failed, none are left                Bury, with the last reason
     another attempt took over; the node drains       Leave: it is, or will be, somebody else's
@@ -54,10 +54,15 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a client is told of a message that a guard refused: a code for programs, a sentence in its language."""
+    """What a client is told of a message that a guard refused: a code for programs, a sentence in its language.
+
+    Attributes:
+        violation: The user is to blame.
+    """
 
     code: str
     sentence: str
+    violation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +71,21 @@ class Bury:
 
     reason: str
     error: str
-    refusal: Refusal | None = None
 
 
-Disposition = Finish | Leave | Retry | Bury
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """Give up because a guard refused it: tell the client `failed` and why, and acknowledge and delete.
+
+    That is no dead letter: anybody can write such messages, again and again, and nobody is to try them again.
+    """
+
+    reason: str
+    error: str
+    refusal: Refusal
+
+
+Disposition = Finish | Leave | Retry | Bury | Decline
 
 
 @dataclass(frozen=True, slots=True)

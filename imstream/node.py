@@ -79,6 +79,7 @@ class Node:
         self.settings = settings
         self._commands = commands
         self._ending = asyncio.Event()
+        self._reloading = asyncio.Event()
         self._requests = requests = RequestStream(commands, readers.requests, settings)
         replies = ReplyStore(commands, settings)
         self.board = board = ReplyBoard()
@@ -139,6 +140,10 @@ class Node:
         settings = self.settings
         return (settings.read_block + 2 * settings.redis_timeout).total_seconds()
 
+    def reload(self) -> None:
+        """Read again what can change while the node runs."""
+        self._reloading.set()
+
     def shut_down(self) -> None:
         """Drain and end."""
         self._ending.set()
@@ -175,6 +180,7 @@ class Node:
                 "listener": kept_running("listener", self._listener.run),
                 "flusher": kept_running("flusher", self.jobs.flush_regularly),
                 "announce": self._announce(),
+                "reload": self._reload_when_asked(),
             }.items()
         ]
         working = [
@@ -198,6 +204,13 @@ class Node:
         log.info("ready", node=self.settings.node, address=self._server.address)
         for warning in await health.warnings(self._commands):
             log.warning(warning)
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reloading.wait()
+            self._reloading.clear()
+            reloaded = await self._guards.reload()
+            log.info("reloaded" if reloaded else "nothing to reload", what=reloaded)
 
     async def _drain(self, working: list[asyncio.Task[None]]) -> None:
         """Take nothing new, let what runs end, hand back the rest, send the clients elsewhere, let others take over."""
@@ -288,11 +301,12 @@ def _reader(settings: Settings, denials: Denials) -> Reader:
 
 
 async def serve(settings: Settings, backend: Backend | None = None) -> None:
-    """Serve one node until SIGTERM or SIGINT, then drain it."""
+    """Serve one node until SIGTERM or SIGINT, then drain it. SIGHUP has it reload what it can."""
     async with open_node(settings, backend) as node:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, node.shut_down)
+        loop.add_signal_handler(signal.SIGHUP, node.reload)
         await node.serve()
 
 
@@ -300,6 +314,7 @@ def run(settings: Settings) -> None:
     """Run one node in this process, on uvloop. Returns after it was told to end and has drained."""
     import uvloop  # noqa: PLC0415 - not there on every system that can import this module
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as long as there is no node that could reload anything
     logs.configure(settings)
     _tune_garbage_collector()
     uvloop.run(serve(settings))

@@ -113,11 +113,13 @@ def node(**options: str | None) -> None:
     """Run one node: WebSockets, its stream, its worker.
 
     It logs "ready" with its address when it serves. GET /readyz answers 200 while it can serve, GET /healthz unless
-    its consumer loop is stuck. SIGTERM drains: running answers get --drain-grace to end, then it exits with 0.
+    its consumer loop is stuck. SIGTERM drains: running answers get --drain-grace to end, then it exits with 0. SIGHUP
+    reloads the word list and the published keys of tokens.
 
     Keys and secrets (IMSTREAM_AI_KEY, IMSTREAM_MODERATION_KEY, IMSTREAM_AUTH_SECRET) are read from the environment or
     from .env; they have no option, because command lines can be read by every user of a machine.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it never ends a node, which reloads what it can as soon as it serves
     settings = Settings.load(**given(options))
     from imstream.node import run
 

@@ -70,6 +70,7 @@ def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: 
             "node": node,
             "sessions": len(services.registry),
             "running": len(services.jobs),
+            "refused": services.guards.refused,
         }
         return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
 

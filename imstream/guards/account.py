@@ -99,8 +99,9 @@ class Account(Guard):
 class AccountWithQuota(Account):
     """Bans and locks, and how many messages a user may ask each day.
 
-    A message is counted before it is admitted, and given back when it is not, or ends as failed. A node that dies
-    between the two leaves it counted; sent again with the same id, it passes without being counted a second time.
+    A message is counted before it is admitted, and given back when it is not, or fails without any text and through no
+    fault of its user. A node that dies before the admission leaves it counted; sent again with the same id, it passes
+    without being counted a second time.
     """
 
     counts: ClassVar[bool] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
@@ -67,6 +68,8 @@ class Guards:
         self._violated = self._at("violated")
         self._failed = self._at("failed")
         self._stack = AsyncExitStack()
+        self.refused = Counter[str]()
+        """What was refused since the start, by reason."""
 
     @classmethod
     def make(cls, supplies: Supplies) -> Self:
@@ -87,10 +90,23 @@ class Guards:
     ) -> None:
         await self._stack.__aexit__(kind, error, traceback)
 
+    async def reload(self) -> list[str]:
+        """Have all guards read again what they have from elsewhere; what that is."""
+        reloaded = list[str]()
+        for guard in self._all:
+            try:
+                what = await guard.reload()
+            except Exception:
+                log.exception("not reloaded", guard=type(guard).__name__)
+            else:
+                reloaded += [] if what is None else [what]
+        return reloaded
+
     def handshake(self, handshake: Handshake) -> Refuse | None:
         """Whether a socket may be opened."""
         for guard in self._handshake:
             if (refusal := guard.handshake(handshake)) is not None:
+                self.refused[refusal.reason] += 1
                 return refusal
         return None
 
@@ -100,6 +116,7 @@ class Guards:
         for guard in self._login:
             verdict = await guard.login(login)
             if isinstance(verdict, Refuse):
+                self.refused[verdict.reason] += 1
                 limited.info("login refused", reason=verdict.reason, user=login.user_id, peer=login.peer)
                 return verdict
             if verdict.until is not None:
@@ -122,7 +139,7 @@ class Guards:
             verdict = await guard.chat(request)
             if isinstance(verdict, Refuse):
                 await Passed(request, None, passes).undo()
-                await self._note(verdict, request)
+                await self.note(verdict, request)
                 return verdict
             request = _changed(request, verdict)
             passes.append(verdict)
@@ -134,7 +151,7 @@ class Guards:
         for guard in self._request:
             verdict = await guard.request(request)
             if isinstance(verdict, Refuse):
-                await self._note(verdict, request)
+                await self.note(verdict, request)
                 raise Refused(verdict)
             request = _changed(request, verdict)
         return request
@@ -145,11 +162,13 @@ class Guards:
         return Filtered(filters, write) if filters else None
 
     async def failed(self, request: ChatRequest) -> None:
-        """A request has ended as failed. Raises `StoreError`; may be told again."""
+        """A request has ended as failed: see `Guard.failed`. Raises `StoreError`; may be told again."""
         for guard in self._failed:
             await guard.failed(request)
 
-    async def _note(self, verdict: Refuse, request: ChatRequest) -> None:
+    async def note(self, verdict: Refuse, request: ChatRequest) -> None:
+        """Count and log that a guard has refused a message, or the answer to it; tell those who want to know."""
+        self.refused[verdict.reason] += 1
         log.info(
             "message refused",
             reason=verdict.reason,

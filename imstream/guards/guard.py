@@ -12,7 +12,8 @@
 and what they are told, if they want to know:
 
     violated    a guard has refused what a user wrote      the gateway or the worker
-    failed      a request has ended without an answer      the worker, before it is buried
+    failed      a request has ended without any text, and  the worker, before it is buried
+                its user is not to blame
 
 A guard overrides the moments at which it has something to say; the others cost nothing. The gateway's moments should
 take microseconds, or one round trip to Redis. What takes longer belongs into the worker's.
@@ -96,13 +97,13 @@ class Refuse:
     """It goes no further.
 
     Attributes:
-        reason: A stable word for logs and the dead stream, such as `words`.
+        reason: A stable word for logs, such as `words`.
         code: What a program is told.
         sentence: What a person is told; `values` fill its braces.
         retry_after: When to try again, if that may help.
         close: The socket is closed with this code (login, chat).
         violation: The person is to blame: it is counted, and too many lock the account.
-        detail: What else an operator should know, in the log and in the dead letter. Nothing of the text.
+        detail: What else an operator should know, in the log and in the record. Nothing of the text.
     """
 
     reason: str
@@ -158,6 +159,13 @@ class Guard:
     ) -> None:
         """The node ends."""
 
+    async def reload(self) -> str | None:
+        """SIGHUP: read again what was read from a file or an address; what that is, None when there is no such thing.
+
+        What cannot be read leaves what there was before, and is logged.
+        """
+        return None
+
     def handshake(self, handshake: Handshake) -> Refuse | None:  # noqa: ARG002 - for who overrides it
         """Whether a socket may be opened. A refusal is answered with HTTP 403."""
         return None
@@ -186,7 +194,11 @@ class Guard:
         """A guard has refused what a user wrote."""
 
     async def failed(self, request: ChatRequest) -> None:
-        """A request has ended as failed. May be told again. Raises `StoreError`."""
+        """A request has failed, through no fault of its user and without text. May be told again.
+
+        Raises:
+            StoreError: Redis was not reached.
+        """
 
 
 def overrides(guard: Guard, moment: str) -> bool:

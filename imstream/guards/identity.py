@@ -62,6 +62,10 @@ class Identity(Guard):
         if self._at_work is not None:
             await self._at_work.__aexit__(kind, error, traceback)
 
+    async def reload(self) -> str | None:
+        """See `Guard.reload`."""
+        return "keys of tokens" if await self._keys.reload() else None
+
     async def login(self, login: Login) -> Pass | Refuse:
         """Believe the token, if it is this user's."""
         try:

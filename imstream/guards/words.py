@@ -8,7 +8,6 @@ out whoever goes on with a conversation after the list has grown.
 from __future__ import annotations
 
 import asyncio
-import signal
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -90,17 +89,20 @@ class Words(Guard):
     async def __aenter__(self) -> Self:
         log.info("word list loaded", words=len(self._list))
         self._watch = asyncio.create_task(self._keep_up(), name="words")
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._told.set)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._watch is not None  # noqa: S101 - entered before
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         self._watch.cancel()
         with suppress(asyncio.CancelledError):
             await self._watch
+
+    async def reload(self) -> str:
+        """See `Guard.reload`."""
+        self._told.set()
+        return "word list"
 
     async def chat(self, request: ChatRequest) -> Pass | Refuse:
         """See `Guard.chat`."""

@@ -24,6 +24,7 @@ _CANCEL = Script("cancel")
 TerminalEvent = Literal["done", "failed", "cancelled"]
 Receipt = Literal["cancelled", "too_late", "unknown"]
 _TERMINAL: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
+_KNOWN = frozenset({"queued", "opened", "text", *_TERMINAL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Terminal:
             "error": self.error,
             "code": None if self.refusal is None else self.refusal.code,
             "sentence": None if self.refusal is None else self.refusal.sentence,
+            "violation": "1" if self.refusal is not None and self.refusal.violation else None,
         }
         return tuple(part for name, value in named.items() if value is not None for part in (name, value))
 
@@ -206,6 +208,8 @@ class ReplyStore:
         for _, flat in entries:
             fields = dict(zip(flat[::2], flat[1::2], strict=True))
             attempt, text = int(fields["attempt"]), fields.get("text", "")
+            if fields["event"] not in _KNOWN:
+                continue  # of a newer release, or by hand
             if fields["event"] == "opened":
                 texts.clear()
                 start = 0
@@ -215,6 +219,12 @@ class ReplyStore:
             if fields["event"] in _TERMINAL:
                 terminal = _terminal(fields)
         return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0])
+
+    async def showed_text(self, user_id: int, message_id: str) -> bool:
+        """Whether any attempt has shown text, also one that was begun anew since."""
+        entries = await self._commands.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
+        texts = (dict(zip(flat[::2], flat[1::2], strict=True)).get("text") for _, flat in entries)
+        return any(texts)
 
     def _keys_of(self, user_id: int, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)
@@ -227,5 +237,5 @@ def _terminal(fields: dict[str, Any]) -> Terminal:
         usage=from_json(fields["usage"]) if "usage" in fields else None,
         reason=fields.get("reason"),
         error=fields.get("error"),
-        refusal=Refusal(fields["code"], fields["sentence"]) if "sentence" in fields else None,
+        refusal=Refusal(fields["code"], fields["sentence"], "violation" in fields) if "sentence" in fields else None,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from imstream.disposition import Bury, Refusal
+from imstream.disposition import Decline, Refusal
 from imstream.errors import TransientBackendError
+from imstream.guards.guard import Refused
 from imstream.texts import DEFAULT_LANG, say
 
 if TYPE_CHECKING:
@@ -39,9 +40,13 @@ class Asking:
         request = self._passed = self._passed or await parts.guards.request(self._request)
         messages = await parts.prompter.messages(request)
         filtered = parts.guards.answer(request, write)
-        completion = await self._call(messages, write if filtered is None else filtered.feed)
-        if filtered is not None:
-            filtered.end()
+        try:
+            completion = await self._call(messages, write if filtered is None else filtered.feed)
+            if filtered is not None:
+                filtered.end()
+        except Refused as refused:
+            await parts.guards.note(refused.verdict, request)
+            raise
         return completion
 
     async def _call(self, messages: Sequence[Message], on_text: Callable[[str], None]) -> Completion:
@@ -56,10 +61,10 @@ class Asking:
         return completion
 
 
-def refusal(verdict: Refuse, lang: str) -> Bury:
+def refusal(verdict: Refuse, lang: str) -> Decline:
     """What becomes of a request that a guard refused."""
     sentence = say(verdict.sentence, "en" if lang == "en" else DEFAULT_LANG, **verdict.values)
     error = say(verdict.sentence, "en", **verdict.values)
     if verdict.detail:
         error = f"{error} ({verdict.detail})"
-    return Bury(verdict.reason, error, Refusal(verdict.code, sentence))
+    return Decline(verdict.reason, error, Refusal(verdict.code, sentence, verdict.violation))

@@ -13,6 +13,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random
 from imstream.disposition import (
     INTERNAL_ERROR,
     Bury,
+    Decline,
     Disposition,
     Finish,
     Leave,
@@ -74,6 +75,8 @@ class Job:
         self._id = f"{parts.requests.node}/{entry.entry_id}"
         self._asking = Asking(request, parts)
         self._verdict = verdict
+        self._showed_text = False
+        """Whether an attempt here has shown any, recorded or not."""
         self._recorder: Recorder | None = None
         self._scope: asyncio.Timeout | None = None
         self._stopped: Stop | None = None
@@ -89,17 +92,19 @@ class Job:
         """Answer the request, and take it out of the stream when its end is recorded. Raises `StoreError`."""
         try:
             disposition = await self._decide_safely()
-            if isinstance(disposition, Bury):
+            if isinstance(disposition, Bury | Decline):
                 disposition = await self._give_up(disposition)
             match disposition:
                 case Finish():
                     await self._parts.requests.finish(self.entry)
                 case Bury(reason, error):
-                    await patiently(lambda: self._parts.guards.failed(self.request))
+                    await self._give_back()
                     await self._parts.requests.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
-                    # What guards refuse can be written by anybody, again and again: no error of ours.
-                    note = self._log.error if disposition.refusal is None else self._log.info
-                    note("request buried", reason=reason, error=error, attempts=self._attempts)
+                    self._log.error("request buried", reason=reason, error=error, attempts=self._attempts)
+                case Decline(refusal=refusal):
+                    if not refusal.violation:
+                        await self._give_back()
+                    await self._parts.requests.finish(self.entry)
             self.is_finished = not (isinstance(disposition, Leave) and self._stopped is Stop.DRAINED)
         finally:
             if self._recorder is not None:
@@ -149,6 +154,12 @@ class Job:
             return  # the next batch will be told
         if record is not None and (record.terminal is not None or record.attempt > reply.attempt):
             self.stop(Stop.OVERRULED)
+
+    async def _give_back(self) -> None:
+        """Take back what the message has cost its user, unless that has got something for it: some text."""
+        user_id, message_id = self.request.user_id, self.request.message_id
+        if not (self._showed_text or await patiently(lambda: self._parts.replies.showed_text(user_id, message_id))):
+            await patiently(lambda: self._parts.guards.failed(self.request))
 
     async def _decide_safely(self) -> Disposition:
         try:
@@ -225,6 +236,7 @@ class Job:
     async def _open(self) -> Opened | Ended | Duplicate:
         before, self._recorder = self._recorder, None
         if before is not None:
+            self._showed_text = self._showed_text or self.reply.offset > 0
             await before.retire()
         opened = await self._try_open()
         if isinstance(opened, Duplicate) and await self._is_lost(lost := opened.owner):
@@ -259,16 +271,18 @@ class Job:
             return Finish()
         if opened.event == "failed" and opened.owner == self._id:  # the worker died before the burial
             terminal = self.reply.terminal or Terminal("failed")
-            return Bury(terminal.reason or "unknown", terminal.error or "")
+            why = (terminal.reason or "unknown", terminal.error or "")
+            return Bury(*why) if terminal.refusal is None else Decline(*why, terminal.refusal)
         return Finish()
 
-    async def _give_up(self, bury: Bury) -> Disposition:
+    async def _give_up(self, verdict: Bury | Decline) -> Disposition:
         if self._recorder is None and not isinstance(opened := await self._open(), Opened):
             return await self._already(opened)
         if self.reply.terminal is not None:
-            return bury
-        disposition = await self._end(Terminal("failed", reason=bury.reason, error=bury.error, refusal=bury.refusal))
-        return bury if disposition == Finish() and self._ended_as("failed") else disposition
+            return verdict
+        refusal = verdict.refusal if isinstance(verdict, Decline) else None
+        disposition = await self._end(Terminal("failed", reason=verdict.reason, error=verdict.error, refusal=refusal))
+        return verdict if disposition == Finish() and self._ended_as("failed") else disposition
 
     async def _end(self, terminal: Terminal) -> Disposition:
         """Record the end; only then do clients see it."""

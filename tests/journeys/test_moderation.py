@@ -49,9 +49,9 @@ async def test_an_operator_is_told_the_categories_and_no_word_of_the_text(node: 
         await someone.chat(USER, "unlikely words [[flag self-harm]]", "told")
         await someone.end_of("told")
     await node.all_finished()
-    letter = node.dead()[-1]
-    assert (letter["message_id"], letter["reason"]) == ("told", "moderation")
-    assert letter["error"] == f"{FLAGGED.en} (self-harm)"
+    assert node.dead() == []
+    end = node.record(USER, "told")[-1]
+    assert (end["reason"], end["error"]) == ("moderation", f"{FLAGGED.en} (self-harm)")
     [line] = [one for one in node.now.process.output().splitlines() if "message refused" in one and "told" in one]
     assert "self-harm" in line
     assert "unlikely" not in node.now.process.output()

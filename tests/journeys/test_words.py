@@ -123,7 +123,9 @@ async def test_an_answer_stops_before_a_word_and_so_does_the_call_to_the_backend
     # What came in one piece with the word is not shown either.
     assert "".join(canned_answer(question)).partition(word)[0].startswith(told.text)
     assert refusing.recorded(USER, message_id) == ("failed", told.text)
-    assert refusing.dead()[-1]["reason"] == "words_answer"
+    assert refusing.dead() == []
+    [line] = [one for one in refusing.now.process.output().splitlines() if f'"message_id": "{message_id}"' in one]
+    assert '"event": "message refused", "reason": "words_answer"' in line
     async with refusing.peer(USER, lang=lang, resume={message_id: Told()}) as later:
         again = await later.end_of(message_id)
     assert again.terminal is not None
@@ -187,6 +189,7 @@ async def test_a_hangup_has_the_list_read_again_and_harms_nobody(refusing: OneNo
     async with refusing.peer(USER, lang="en") as someone:
         process.signal(signal.SIGHUP)
         await wait_until(lambda: process.output().count("word list loaded") == loaded + 1, "the list is loaded again")
+        await wait_until(lambda: '"event": "reloaded", "what": ["word list"]' in process.output(), "it says so")
         assert (await someone.chat(USER, "a badword", "m-hangup"))["code"] == "FORBIDDEN"
 
 

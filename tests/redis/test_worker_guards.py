@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pytest
+from structlog.testing import capture_logs
+
 from imstream.errors import TransientBackendError
 from imstream.guards.chain import Guards
-from imstream.guards.guard import PASS, Guard, Pass, Refuse
+from imstream.guards.guard import PASS, Guard, Pass, Refuse, Refused
 from imstream.texts import OwnSentence
 from imstream.wire import Code
 from tests.redis.workshop import workshop
 
 if TYPE_CHECKING:
+    from imstream.guards.guard import AnswerFilter
     from imstream.store.chat_request import ChatRequest
     from tests.redis.workshop import Call
     from tests.support.servers import RedisServer
@@ -92,14 +96,109 @@ async def test_the_ai_is_asked_what_the_guards_made_of_a_message(redis_server: R
         await shop.idle()
 
 
-async def test_what_an_operator_should_know_of_a_refusal_is_in_the_dead_letter(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, guards=Guards([_Asked()])) as shop:
+async def test_a_refusal_is_counted_logged_and_recorded_and_is_no_dead_letter(redis_server: RedisServer) -> None:
+    guards = Guards([_Asked()])
+    async with workshop(redis_server, guards=guards) as shop:
         client = shop.follow("bad")
-        await shop.ask("bad")
-        assert await client.end() == "failed"
-        await shop.idle()
-        [letter] = shop.dead()
-        assert (letter["reason"], letter["error"]) == ("not_wanted", "No (rudeness)")
+        with capture_logs() as logs:
+            await shop.ask("bad")
+            assert await client.end() == "failed"
+            await shop.idle()
+        assert shop.dead() == []
+        end = shop.entries("bad")[-1]
+        assert (end["reason"], end["error"]) == ("not_wanted", "No (rudeness)")
+        [line] = [line for line in logs if line["event"] == "message refused"]
+        assert (line["reason"], line["message_id"], line["detail"]) == ("not_wanted", "bad", "rudeness")
+        assert guards.refused == {"not_wanted": 1}
         assert client.terminal is not None
         assert client.terminal.refusal is not None
         assert client.terminal.refusal.sentence in {"不", "No"}
+
+
+class _Listens(Guard):
+    """Refuses an answer when it comes to `stop`, a message that says `bad`, and is told who pays nothing."""
+
+    def __init__(self) -> None:
+        self.given_back: list[str] = []
+
+    async def request(self, request: ChatRequest) -> Pass | Refuse:
+        if request.contents == "bad":
+            return Refuse("moderation", Code.FORBIDDEN, OwnSentence("不", "No"), violation=True)
+        return PASS
+
+    def answer(self, request: ChatRequest) -> AnswerFilter:  # noqa: ARG002 - the same for all
+        return self
+
+    def feed(self, text: str) -> str:
+        if text == "stop":
+            raise Refused(Refuse("words_answer", Code.FORBIDDEN, OwnSentence("不", "No")))
+        return text
+
+    def end(self) -> str:
+        return ""
+
+    async def failed(self, request: ChatRequest) -> None:
+        self.given_back.append(request.message_id)
+
+
+GIVEN_BACK = {
+    "text, then a word": (["some", "stop"], False),
+    "a word at once": (["stop"], True),
+    "a failure at once": ([TransientBackendError("http_503")], True),
+    "text, then a failure": (["some", TransientBackendError("cut")], False),
+    "text, a failure, and a failure at once": (
+        ["some", TransientBackendError("cut"), TransientBackendError("cut")],
+        False,
+    ),
+    "text, a failure, and a word at once": (["some", TransientBackendError("cut"), "stop"], False),
+}
+
+
+@pytest.mark.parametrize("what", GIVEN_BACK)
+async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_server: RedisServer) -> None:
+    script, is_given_back = GIVEN_BACK[what]
+    guard, failures = _Listens(), sum(isinstance(one, Exception) for one in script)
+    async with workshop(
+        redis_server, guards=Guards([guard]), max_attempts=max(1, failures + ("stop" in script))
+    ) as shop:
+        client = shop.follow()
+        await shop.ask()
+        number, call = 1, await shop.backend.call(1)
+        for step in script:
+            if call.outcome.done():
+                number += 1
+                call = await shop.backend.call(number)
+            if isinstance(step, str):
+                try:
+                    call.say(step)
+                except Refused as refused:
+                    call.fail(refused)
+            else:
+                call.fail(step)
+        assert await client.end() == "failed"
+        await shop.idle()
+        assert guard.given_back == ["m"] * is_given_back
+        assert len(shop.dead()) == ("stop" not in script)
+
+
+async def test_who_is_to_blame_for_a_refusal_does_not_get_the_message_back_even_if_the_worker_dies(
+    redis_server: RedisServer,
+) -> None:
+    guard = _Listens()
+    async with workshop(redis_server, guards=Guards([guard])) as shop:
+        client = shop.follow()
+        await shop.ask(contents="bad")
+        assert await client.end() == "failed"
+        await shop.idle()
+        terminal = shop.entries()[-1]
+        shop.redis.delete(shop.keys.reply(10001, "m"))
+        assert (terminal["event"], terminal["violation"]) == ("failed", "1")
+    # As if the worker had died before it had finished: the next one finds the end, and who is to blame.
+    async with workshop(redis_server, guards=Guards([guard]), start=False) as shop:
+        request = f"0/{await shop.ask(contents='bad')}"
+        await shop.replies.open(10001, "m", request=request)
+        shop.redis.xadd(shop.keys.reply(10001, "m"), terminal)
+        shop.start()
+        await shop.idle()
+        assert shop.dead() == []
+    assert guard.given_back == []

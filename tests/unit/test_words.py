@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -157,13 +156,13 @@ async def test_what_is_logged_never_holds_a_word(file: Path) -> None:
     assert "badword" not in str(logs)
 
 
-async def test_a_hangup_has_the_file_read_again(file: Path) -> None:
+async def test_the_file_is_read_again_when_that_is_asked_for(file: Path) -> None:
     _write(file, "badword")
     async with _at_work(file, look=3600) as (guard, logs):
         _change_unnoticed(file, "another")
-        os.kill(os.getpid(), signal.SIGHUP)
+        assert await Guards([guard, Guard()]).reload() == ["word list"]
         await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
-        os.kill(os.getpid(), signal.SIGHUP)
+        assert await guard.reload() == "word list"
         await wait_until(lambda: len(logs) == 3, "it is loaded again, though it has not changed")
 
 

@@ -63,6 +63,10 @@ class KeySource(Protocol):
         """Get keys, and keep them fresh. Waits for nobody."""
         ...
 
+    async def reload(self) -> bool:
+        """Look at the keys now; False when they are fixed."""
+        ...
+
     async def keys_for(self, token: str) -> Sequence[Any]:
         """The keys that may have signed a token. Raises `NotBelieved` when there are none, `KeysAway`."""
         ...

@@ -97,6 +97,12 @@ class PublishedKeys:
             yield
             keeping.cancel()
 
+    async def reload(self) -> bool:
+        """See `KeySource`."""
+        async with self._looking:
+            await self._look()
+        return True
+
     async def keys_for(self, token: str) -> Sequence[Any]:
         """See `KeySource`. A key that is not known is looked for, but seldom."""
         name = key_id(token)

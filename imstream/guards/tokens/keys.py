@@ -47,6 +47,10 @@ class FixedKey:
         """See `KeySource`."""
         return nullcontext()
 
+    async def reload(self) -> bool:
+        """See `KeySource`."""
+        return False
+
     async def keys_for(self, _token: str) -> Sequence[Any]:
         """See `KeySource`."""
         return self._keys

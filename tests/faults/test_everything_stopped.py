@@ -1,0 +1,72 @@
+"""A process runner, or a person, stops everything at once, in the middle of an answer, again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.ai.demo.answer import canned_answer
+from tests.support.one_node import one_node
+from tests.support.peer import Told
+from tests.support.stage import fresh_redis
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.servers import DemoBackend
+
+USER = 10001
+ROUNDS = 10
+QUESTION = "a long story [[demo first=0 length=150 pace=10ms]]"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["redis", "node"])
+async def test_an_answer_during_which_everything_is_stopped_ten_times_is_made_in_the_end(
+    first: str, demo: DemoBackend, tmp_path: Path
+) -> None:
+    with fresh_redis(tmp_path) as server:
+        async with one_node(tmp_path, server, demo.url, drain_grace="300ms", max_deliveries=1) as node:
+            told = Told()
+            for number in range(ROUNDS):
+                async with node.peer(USER, resume={"m1": told} if number else None) as someone:
+                    if number == 0:
+                        await someone.chat(USER, QUESTION, "m1")
+                    await someone.some_text("m1")
+                    told = someone.told["m1"]
+                    assert server.process is not None
+                    processes = [server.process, node.now.process]
+                    for process in processes if first == "redis" else processes[::-1]:
+                        process.signal(signal.SIGTERM)
+                    await asyncio.gather(*(asyncio.to_thread(process.wait) for process in processes))
+                server.process = None
+                await asyncio.to_thread(server.start)
+                await node.start()
+            async with node.peer(USER, resume={"m1": told}) as someone:
+                assert (await someone.end_of("m1")).text == "".join(canned_answer(QUESTION))
+            await node.settled()
+            assert node.dead() == []
+
+
+@pytest.mark.long
+async def test_a_node_that_is_killed_in_its_grace_ten_times_has_not_died(demo: DemoBackend, tmp_path: Path) -> None:
+    with fresh_redis(tmp_path) as server:
+        async with one_node(tmp_path, server, demo.url, drain_grace="30s", max_deliveries=1) as node:
+            told = Told()
+            for number in range(ROUNDS):
+                async with node.peer(USER, resume={"m1": told} if number else None) as someone:
+                    if number == 0:
+                        await someone.chat(USER, QUESTION, "m1")
+                    await someone.some_text("m1")
+                    told = someone.told["m1"]
+                    node.now.process.signal(signal.SIGTERM)
+                    await asyncio.sleep(0.05)
+                    await node.killed()
+                await node.start()
+            async with node.peer(USER, resume={"m1": told}) as someone:
+                assert (await someone.end_of("m1")).text == "".join(canned_answer(QUESTION))
+            await node.settled()
+            assert node.dead() == []

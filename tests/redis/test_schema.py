@@ -1,0 +1,183 @@
+"""Entries that another release, or a hand, has written: answered as far as possible, told, or left to who knows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from structlog.testing import capture_logs
+
+from imstream.keys import GROUP
+from imstream.store.chat_request import ChatRequest, Malformed
+from imstream.store.schema import VERSION
+from tests.redis.conftest import chat_request
+from tests.redis.workshop import USER, workshop
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict
+
+    from tests.redis.workshop import Workshop
+    from tests.support.servers import RedisServer
+
+TOO_NEW = "requests of a newer release are left to a node that knows it"
+ON_SERVERS = ["valkey"]
+
+REQUIRED = {"user": str(USER), "message_id": "m", "contents": "hello"}
+
+
+def add(shop: Workshop, fields: dict[str, str], node: str = "0") -> str:
+    """Put an entry into the stream by hand."""
+    return str(shop.redis.xadd(shop.keys.requests(node), fields))
+
+
+def newer(message_id: str) -> dict[str, str]:
+    """A request of a release to come, in which not much is as it was."""
+    return {"v": str(VERSION + 1), "sender": str(USER), "id": message_id}
+
+
+def said_about_newer(logs: list[EventDict]) -> list[EventDict]:
+    return [line for line in logs if line["event"] == TOO_NEW]
+
+
+async def test_a_request_without_optional_fields_is_answered(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        shop.backend.always = lambda call: call.done("x")
+        entry_id = add(shop, {**REQUIRED, "colour": "green"})
+        await wait_until(lambda: shop.backend.calls, "the AI is asked")
+        await shop.idle()
+        assert shop.recorded() == ("done", "x")
+        assert [message.content for message in shop.backend.calls[0].messages] == ["hello"]
+        request = ChatRequest.from_fields(REQUIRED, entry_id)
+        assert (request.history, request.lang, str(request.at)) == ((), "zh", entry_id.partition("-")[0])
+        assert request.trace
+
+
+WRONG = {
+    "without contents": {"user": str(USER), "message_id": "m"},
+    "history that is no JSON": {**REQUIRED, "history": "what was said"},
+    "history of something else": {**REQUIRED, "history": '[["user", "hi"]]'},
+    "history of numbers": {**REQUIRED, "history": '[{"role": "user", "content": 7}]'},
+    "a time that is none": {**REQUIRED, "at": "yesterday"},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+async def test_a_request_that_cannot_be_answered_is_told_failed_and_kept_whole(
+    what: str, redis_server: RedisServer
+) -> None:
+    async with workshop(redis_server) as shop:
+        client = shop.follow()
+        add(shop, {**WRONG[what], "colour": "green", "v": "1"})
+        assert await client.end() == "failed"
+        await shop.idle()
+        assert shop.recorded() == ("failed", "")
+        [letter] = shop.dead()
+        assert letter["reason"] == "malformed"
+        assert WRONG[what].items() <= letter.items()
+        assert letter["colour"] == "green"
+        assert shop.backend.calls == []
+
+
+@pytest.mark.parametrize("missing", ["user", "message_id"])
+async def test_a_request_of_nobody_is_buried_and_harms_no_other(missing: str, redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        shop.backend.always = lambda call: call.done("x")
+        add(shop, {name: value for name, value in REQUIRED.items() if name != missing})
+        await shop.ask("other")
+        await shop.idle()
+        assert [letter["reason"] for letter in shop.dead()] == ["malformed"]
+        assert shop.recorded("other") == ("done", "x")
+
+
+async def test_requests_of_a_newer_release_stay_pending_with_one_error_and_the_others_are_answered(
+    redis_server: RedisServer,
+) -> None:
+    with capture_logs() as logs:
+        for _ in range(2):  # by the next process, too
+            async with workshop(redis_server, max_deliveries=1) as shop:
+                shop.backend.always = lambda call: call.done("x")
+                if shop.redis.xlen(shop.keys.requests("0")) == 0:
+                    ids = {add(shop, newer("new 1")), add(shop, newer("new 2"))}
+                await shop.ask("old")
+                await wait_until(lambda s=shop: s.entries("old")[-1]["event"] == "done", "the old one is answered")
+                await wait_until(lambda s=shop: s.pending() == dict.fromkeys(ids, 0), "the old one has ended")
+                sweeps = int(shop.redis.info("commandstats")["cmdstat_xpending"]["calls"])
+                await wait_until(
+                    lambda s=shop, n=sweeps: s.redis.info("commandstats")["cmdstat_xpending"]["calls"] > n + 4,
+                    "it is swept again",
+                )
+                assert shop.pending() == dict.fromkeys(ids, 0), "they have not died with anybody"
+                assert shop.recorded("old") == ("done", "x")
+                assert shop.dead() == []
+                shop.redis.delete(shop.keys.reply(USER, "old"))
+    assert [(line["log_level"], line["version"]) for line in said_about_newer(logs)] == [("error", VERSION + 1)] * 2
+
+
+async def test_who_adopts_requests_of_a_newer_release_leaves_them_to_their_node_or_to_who_knows_them(
+    redis_server: RedisServer,
+) -> None:
+    with capture_logs() as logs:
+        async with workshop(redis_server, lease="300ms") as dying:
+            await dying.ask("old")
+            await dying.backend.call(1)
+            await dying.crash()
+            entry_id = add(dying, newer("new"))
+        async with workshop(redis_server, node="1", lease="300ms") as other:
+            (await other.backend.call(1)).done("x")
+            await wait_until(lambda: other.pending() == {entry_id: 0}, "only the newer one is left")
+            await wait_until(lambda: not other.redis.exists(other.keys.adopter("0")), "somebody else may adopt")
+            await wait_until(lambda: other.adopter.adopted == [], "the stream is left")
+            [row] = other.redis.xpending_range(other.keys.requests("0"), GROUP, "-", "+", 10)
+            assert row["consumer"] == "0"
+            assert other.recorded("old") == ("done", "x")
+            looks = int(other.redis.info("commandstats")["cmdstat_pttl"]["calls"])
+            await wait_until(
+                lambda: other.redis.info("commandstats")["cmdstat_pttl"]["calls"] > looks + 4, "it looks again"
+            )
+            assert not other.redis.exists(other.keys.adopter("0"))
+    assert len(said_about_newer(logs)) == 1
+
+
+async def test_what_this_release_writes_says_its_version(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        await shop.replies.mark_queued(USER, "m")
+        await shop.ask()
+        call = await shop.backend.call(1)
+        [(_, fields)] = shop.redis.xrange(shop.keys.requests("0"))
+        assert fields["v"] == str(VERSION)
+        call.say("some text")
+        await wait_until(lambda: len(shop.entries()) == 3, "it is recorded")
+        await shop.jobs.cancel(USER, "m")
+        await shop.idle()
+        assert [(one["event"], one["v"]) for one in shop.entries()] == [
+            (event, str(VERSION)) for event in ("queued", "opened", "text", "cancelled")
+        ]
+
+
+async def test_events_of_a_newer_release_in_a_record_are_passed_over(redis_server: RedisServer) -> None:
+    async with workshop(redis_server) as shop:
+        await shop.ask()
+        call = await shop.backend.call(1)
+        call.say("some ")
+        await wait_until(lambda: len(shop.entries()) == 3, "it is recorded")
+        shop.redis.xadd(
+            shop.keys.reply(USER, "m"),
+            {"attempt": "1", "event": "thinking", "offset": "5", "v": "2", "text": "hm", "mood": "good"},
+        )
+        call.done("text")
+        await shop.idle()
+        record = await shop.replies.read(USER, "m")
+        assert record is not None
+        assert record.text == "some text"
+
+
+def test_what_cannot_be_read_of_a_request_does_not_hide_whose_it_is() -> None:
+    fields = dict(zip(*[iter(chat_request(USER, "m").fields())] * 2, strict=True))
+    with pytest.raises(Malformed) as caught:
+        ChatRequest.from_fields({**fields, "history": "{"})
+    assert caught.value.addressee is not None
+    assert (caught.value.addressee.user_id, caught.value.addressee.lang) == (USER, "zh")
+    with pytest.raises(Malformed) as caught:
+        ChatRequest.from_fields({**fields, "user": "9" * 5000})
+    assert caught.value.addressee is None
