@@ -148,6 +148,7 @@ class Settings(SettingsGroup):
     ai_idle_timeout: Positive = Field(timedelta(seconds=30), description="Longest silence between tokens.")
     ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
 
+    max_answer: int = Field(262_144, ge=1, description="Maximum characters of an answer; it ends there (`length`).")
     ai_breaker_failures: int = Field(10, ge=1, description="Failed AI calls in a row after which intake pauses.")
     ai_breaker_pause: Positive = Field(timedelta(seconds=2), description="First such pause; it doubles.")
 

@@ -6,6 +6,8 @@ https://platform.openai.com/docs/api-reference/chat-streaming, and what other se
 from __future__ import annotations
 
 import json
+import re
+from itertools import islice
 from typing import Any
 
 from pydantic_core import from_json
@@ -15,11 +17,30 @@ from imstream.ai.error_report import ErrorReport
 from imstream.ai.sse import BYTE_ORDER_MARK, EventParser, EventTooLong
 from imstream.errors import BackendError, TransientBackendError
 
-DOCUMENT_LIMIT = 8 << 20
-"""Most bytes of an answer that comes as one JSON document."""
+JSON_LIMIT = 1 << 20
+"""Maximum bytes of one piece of JSON: an event, or an answer that comes as one document. Where answers may be longer
+than usual it is higher, so that one document can hold them. An event carries one token, as a rule."""
+
+BYTES_A_CHARACTER = 256
+"""Maximum bytes on the wire for each character that an answer may have. An event with one character has about 250."""
+
+LARGEST_COUNT = 2**53
+"""The largest number of tokens that is taken: JavaScript's JSON keeps no larger ones exact."""
 
 FAILED_FINISHES = frozenset({"error", "insufficient_system_resource"})
 """Finish reasons by which OpenRouter and DeepSeek say that the model was stopped, not that it had finished."""
+
+OTHER_FINISH = "other"
+"""Stands for a finish reason that is no short word."""
+
+_WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+"""A finish reason, or the name of a count: what may be kept and told to clients."""
+
+_MOST_COUNTS = 16
+"""Maximum counts that are kept of a usage. OpenAI tells 3, others up to 8."""
+
+_BIG = 16 * 1024
+"""Bytes of JSON from which on its strings are not cached: they would take the places of those that come again."""
 
 _USAGE_DETAILS = (
     ("prompt_tokens_details", "cached_tokens"),
@@ -34,17 +55,29 @@ class AnswerReader:
         finish_reason: Why the model stopped, once it has said so.
         usage: Tokens used, once the backend has told.
         done: `[DONE]` has come: nothing follows that matters.
+        cut: Whether the answer was longer than the limit, and ends there.
         moved: Whether the last `feed` carried a sign of the model at work: text, hidden reasoning, an end. A comment
             or a bare role is none, servers send those while the request waits for its turn.
     """
 
-    def __init__(self, *, secrets: tuple[str, ...] = ()) -> None:
+    def __init__(self, *, limit: int, secrets: tuple[str, ...] = ()) -> None:
+        """Begin one answer.
+
+        Args:
+            limit: Maximum characters of the answer.
+            secrets: What no error may show, even when the backend repeats it.
+        """
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
         self.done = False
+        self.cut = False
         self.moved = False
+        self._left = limit
         self._secrets = secrets
-        self._events = EventParser()
+        self._json_limit = max(JSON_LIMIT, 4 * limit)
+        self._still = 0
+        """Bytes since the model was last seen at work."""
+        self._events = EventParser(limit=self._json_limit)
         self._document: bytearray | None = None
         self._begun = False
         self._surrogates: _SurrogateJoiner | None = None
@@ -62,15 +95,22 @@ class AnswerReader:
             PermanentBackendError: An error that the backend reports and that will not.
         """
         self.moved = False
+        size = len(data)
         if not self._begun and not (data := self._begin(data)):
+            self._count_still(size)
             return ""
         if self._document is not None:
             self._collect(data)
             return ""
         try:
-            return self._read_events(self._events.feed(data))
+            text = self._read_events(self._events.feed(data))
         except EventTooLong as error:
             raise TransientBackendError("bad_stream", str(error)) from None
+        if self.moved:
+            self._still = 0
+        else:
+            self._count_still(size)
+        return self._taken(text) if text else text
 
     def end(self) -> str:
         """The body has ended: return the text that was held back.
@@ -80,7 +120,7 @@ class AnswerReader:
             PermanentBackendError: As `feed`.
         """
         if self._document is not None:
-            return self._read_document(bytes(self._document))
+            return self._taken(self._read_document(bytes(self._document)))
         try:
             text = self._read_events(self._events.close())
         except BackendError as error:
@@ -89,7 +129,33 @@ class AnswerReader:
             text = ""  # the end cut the last event in two
         if not self.whole:
             raise TransientBackendError("broken_stream", "the answer ended without [DONE] and without a finish reason")
+        return self._taken(text)
+
+    def _taken(self, text: str) -> str:
+        """What is taken of a piece of text: all of it, or as much as the answer may still have.
+
+        Characters that no client could send back as `history` are replaced: NUL, and halves of surrogate pairs.
+        """
+        if self._surrogates is not None:
+            text = self._surrogates.join(text)
+        if "\0" in text:
+            text = text.replace("\0", "\ufffd")
+        self._left -= len(text)
+        if self._left < 0:
+            text = text[: self._left]
+            self._left = 0
+            self.finish_reason = "length"
+            self.cut = self.done = True
         return text
+
+    def _count_still(self, size: int) -> None:
+        """Count what comes while the model does nothing: comments, empty events, parts of an event."""
+        self._still += size
+        if self._still <= 2 * self._json_limit:
+            return
+        if not self.whole:
+            raise TransientBackendError("bad_stream", f"{self._still} bytes without a sign of the model at work")
+        self.done = True
 
     def _begin(self, data: bytes) -> bytes:
         """Tell by its first character what comes. Content types lie: JSON errors come labelled as event streams."""
@@ -103,8 +169,8 @@ class AnswerReader:
     def _collect(self, data: bytes) -> None:
         assert self._document is not None  # noqa: S101 - only called with one
         self._document += data
-        if len(self._document) > DOCUMENT_LIMIT:
-            raise TransientBackendError("bad_stream", f"a document of more than {DOCUMENT_LIMIT} bytes")
+        if len(self._document) > self._json_limit:
+            raise TransientBackendError("bad_stream", f"a document of more than {self._json_limit} bytes")
 
     def _read_events(self, events: list[bytes]) -> str:
         texts = []
@@ -113,7 +179,7 @@ class AnswerReader:
                 self.done = True
                 break
             try:
-                chunk = from_json(event)
+                chunk = from_json(event, cache_strings=len(event) < _BIG)
             except ValueError as error:
                 chunk = self._decode_again(event, str(error))
             choice = self._read_envelope(chunk)
@@ -122,15 +188,14 @@ class AnswerReader:
         if not texts:
             return ""
         self.moved = True
-        text = texts[0] if len(texts) == 1 else "".join(texts)
-        return self._surrogates.join(text) if self._surrogates is not None else text
+        return texts[0] if len(texts) == 1 else "".join(texts)
 
     def _read_document(self, body: bytes) -> str:
         if body.startswith(b"<"):
             report = ErrorReport.from_body(body)
             raise TransientBackendError("bad_stream", f"a page instead of an answer: {report.summary(self._secrets)}")
         try:
-            completion = from_json(body)
+            completion = from_json(body, cache_strings=False)
         except ValueError as error:
             completion = self._decode_again(body, str(error))
         choice = self._read_envelope(completion)
@@ -140,7 +205,7 @@ class AnswerReader:
         if choice.get("finish_reason"):
             self._read_finish(choice)
         self.done = True
-        return self._surrogates.join(text) if self._surrogates is not None else text
+        return text
 
     def _read_envelope(self, value: Any) -> dict[str, Any] | None:  # noqa: ANN401 - JSON
         """Read what a chunk and a whole completion share; return the choice in it, if any."""
@@ -175,7 +240,7 @@ class AnswerReader:
             raise TransientBackendError("bad_stream", "a finish reason that is no text")
         if reason in FAILED_FINISHES:
             raise TransientBackendError("backend_error", f"finish reason {reason}")
-        self.finish_reason = reason
+        self.finish_reason = reason if _WORD.fullmatch(reason) else OTHER_FINISH
         self.moved = True
 
     def _decode_again(self, event: bytes, problem: str) -> Any:  # noqa: ANN401 - JSON
@@ -221,15 +286,23 @@ def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
     if content is None:
         return ""
     if isinstance(content, list):
-        return "".join(str(part.get("text") or "") for part in map(_object, content) if part.get("type") == "text")
+        texts = [part.get("text") for part in map(_object, content) if part.get("type") == "text"]
+        return "".join(text for text in texts if isinstance(text, str))
     raise TransientBackendError("bad_stream", "content that is no text")
 
 
 def _read_usage(usage: dict[str, Any]) -> dict[str, int]:
     """The token counts, and of the details those that say what was not shown or not paid in full."""
-    counts = {name: value for name, value in usage.items() if type(value) is int}
+    counts = dict[str, int]()
+    for name, value in islice(usage.items(), 4 * _MOST_COUNTS):
+        if _is_count(value) and len(counts) < _MOST_COUNTS and _WORD.fullmatch(name):
+            counts[name] = value
     for group, name in _USAGE_DETAILS:
         details = usage.get(group)
-        if isinstance(details, dict) and type(value := details.get(name)) is int:
+        if isinstance(details, dict) and _is_count(value := details.get(name)):
             counts[name] = value
     return counts
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_COUNT

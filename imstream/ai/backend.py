@@ -15,8 +15,9 @@ import aiohttp
 from pydantic_core import PydanticSerializationError, to_json
 
 from imstream.ai import failures
-from imstream.ai.answer import AnswerReader
+from imstream.ai.answer import BYTES_A_CHARACTER, JSON_LIMIT, AnswerReader
 from imstream.ai.body import BodyBroken, hand_on
+from imstream.ai.connections import ENCODED, is_encoded
 from imstream.ai.endpoint import Caller, Endpoint, read_error, read_until
 from imstream.ai.limits import TimeLimits
 from imstream.errors import PermanentBackendError, TransientBackendError
@@ -34,6 +35,9 @@ AFTER_FINISH = timedelta(seconds=2)
 
 AFTER_DONE = timedelta(milliseconds=100)
 """How long the end of the body is waited for after `[DONE]`, so that the connection can be used again."""
+
+PIECE = 16 * 1024
+"""Maximum bytes of an answer that are parsed, and characters that are handed on, in one turn of the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,8 @@ class Backend(Protocol):
     async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
         """Have a prompt answered; return when the answer is whole.
 
-        `on_text` gets the text in order, one piece per network read that held any, and never an empty one.
+        `on_text` gets the text in order, one piece per network read that held any (or several, when it held much), and
+        never an empty one. A text that is longer than `max_answer` ends there, with the finish reason `length`.
         Cancelling closes the connection to the backend at once.
 
         Raises:
@@ -83,7 +88,8 @@ class OpenAIBackend(Caller):
     _accept = "text/event-stream, application/json"
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions"))
+        limit = settings.max_answer * BYTES_A_CHARACTER + 2 * JSON_LIMIT
+        super().__init__(Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions"), limit=limit)
         self._settings = settings
         self._asks_for_usage = True
 
@@ -125,28 +131,30 @@ class OpenAIBackend(Caller):
     async def _receive(
         self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
     ) -> Completion:
-        reader = AnswerReader(secrets=self._endpoint.secrets)
+        if is_encoded(response):
+            raise TransientBackendError("bad_stream", ENCODED)
+        reader = AnswerReader(limit=self._settings.max_answer, secrets=self._endpoint.secrets)
         intake = _Intake(reader, limits, on_text, idle=self._settings.ai_idle_timeout)
         try:
-            await hand_on(response, intake.take)
+            while not reader.whole:
+                await hand_on(response, intake.take)
+                await intake.catch_up()
         except BodyBroken as broken:
             raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
         limits.stop()
-        await self._receive_rest(response.content, reader, on_text)
+        if not reader.cut:
+            await self._receive_rest(response.content, reader, intake)
         return Completion(reader.finish_reason or "stop", reader.usage)
 
-    async def _receive_rest(
-        self, content: aiohttp.StreamReader, reader: AnswerReader, on_text: Callable[[str], None]
-    ) -> None:
+    async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: _Intake) -> None:
         """Read what may follow a finish reason. The answer is whole: that nothing follows, or an end, is no error."""
-        now = asyncio.get_running_loop().time()
-        until = now + AFTER_FINISH.total_seconds()
-        while not reader.done and (data := await read_until(content, until)):
-            if text := reader.feed(data):
-                on_text(text)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + AFTER_FINISH.total_seconds()
+        while not reader.done and loop.time() < until and (data := await read_until(content, until)):
+            intake.take(data)
+            await intake.catch_up()
         if reader.done and not content.at_eof():
-            now = asyncio.get_running_loop().time()
-            await read_until(content, now + AFTER_DONE.total_seconds())
+            await read_until(content, loop.time() + AFTER_DONE.total_seconds())
 
     async def _refusal(self, response: aiohttp.ClientResponse, *, with_usage: bool) -> BackendError:
         """The error for a response that is no success."""
@@ -161,7 +169,11 @@ class OpenAIBackend(Caller):
 
 
 class _Intake:
-    """Takes the pieces of one answer as they come."""
+    """Takes the pieces of one answer as they come.
+
+    What comes in a large piece is put aside, and taken by `catch_up` in small ones, so that it does not hold up the
+    event loop.
+    """
 
     def __init__(
         self, reader: AnswerReader, limits: TimeLimits, on_text: Callable[[str], None], *, idle: timedelta
@@ -171,20 +183,52 @@ class _Intake:
         self._on_text = on_text
         self._idle = idle
         self._begun = False
+        self._data = b""
+        self._text = ""
 
     def take(self, data: bytes) -> bool:
-        """Take a piece, or `b""` at the end of the body; whether there must be more. Raises as `AnswerReader` does."""
-        reader = self._reader
-        text = reader.feed(data) if data else reader.end()
+        """Take a piece, or `b""` at the end of the body; whether there may be more of them now.
+
+        Raises as `AnswerReader` does.
+        """
+        if len(data) > PIECE:
+            self._data = data
+            return False
+        text = self._read(data)
+        if len(text) > PIECE:
+            self._text = text
+            return False
         if text:
             self._on_text(text)
+        return not self._reader.whole
+
+    async def catch_up(self) -> None:
+        """Take what was put aside. Raises as `AnswerReader` does."""
+        data, self._data = self._data, b""
+        text, self._text = self._text, ""
+        await self._hand_out(text)
+        for begin in range(0, len(data), PIECE):
+            if self._reader.done:
+                return
+            await self._hand_out(self._read(data[begin : begin + PIECE]))
+            await asyncio.sleep(0)
+
+    async def _hand_out(self, text: str) -> None:
+        for begin in range(0, len(text), PIECE):
+            if begin:
+                await asyncio.sleep(0)
+            self._on_text(text[begin : begin + PIECE])
+
+    def _read(self, data: bytes) -> str:
+        reader = self._reader
+        text = reader.feed(data) if data else reader.end()
         if reader.moved:
             if self._begun:
                 self._limits.renew()
             else:
                 self._begun = True
                 self._limits.expect("idle_timeout", within=self._idle)
-        return not reader.whole
+        return text
 
 
 class _Request(aiohttp.BytesPayload):

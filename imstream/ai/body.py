@@ -54,10 +54,12 @@ class _Way(asyncio.Protocol):
         self._content = response.content
         self._take = take
         self._handler: ResponseHandler | None = None
+        self._lost = False
         self._transport: asyncio.Transport | None = None
         if response.connection is not None:  # None: the body came with the head, all of it
             self._handler = response.connection.protocol
             self._transport = response.connection.transport
+            self._lost = self._transport is None
         self._held = True
         """Whether aiohttp may have left unread what came, because it was much."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -89,6 +91,7 @@ class _Way(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         assert self._handler is not None  # noqa: S101 - same
         self._handler.connection_lost(exc)
+        self._lost = True
         self._pass_on()
 
     def pause_reading(self) -> None:
@@ -124,7 +127,8 @@ class _Way(asyncio.Protocol):
             try:
                 data = content.read_nowait()
             except (aiohttp.ClientError, OSError) as error:
-                raise BodyBroken(error) from None
+                if not (data := content._read_nowait(-1)):  # noqa: SLF001 - what came before the error counts
+                    raise BodyBroken(error) from None
             wants_more = self._take(data) if data else True
             if not (wants_more and self._held):
                 break
@@ -132,6 +136,8 @@ class _Way(asyncio.Protocol):
         if wants_more and content.is_eof():
             self._take(b"")
             return False
+        if wants_more and self._lost:  # aiohttp does not tell the body when it has closed a connection itself
+            raise BodyBroken(aiohttp.ClientPayloadError())
         return wants_more
 
     def _read_on(self) -> None:

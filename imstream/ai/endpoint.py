@@ -13,6 +13,7 @@ from yarl import URL
 
 from imstream import __version__
 from imstream.ai import failures
+from imstream.ai.connections import bounded_session, is_encoded
 from imstream.errors import SettingsError
 from imstream.settings import ENV_PREFIX
 
@@ -82,8 +83,13 @@ class Endpoint:
             tuple(secret for secret in (plain, password, basic) if secret),
         )
 
-    def session(self, *, accept: str) -> aiohttp.ClientSession:
-        """Connections to it. Without limits: who waited for a connection would be told that it cannot be reached."""
+    def session(self, *, accept: str, limit: int) -> aiohttp.ClientSession:
+        """Connections to it. Their number has no limit: who waited for one would be told that it cannot be reached.
+
+        Args:
+            accept: Content types that are asked for.
+            limit: Maximum bytes of the body of a response.
+        """
         headers = {
             "Accept": accept,
             "Accept-Encoding": "identity",  # compressed, a token would wait for others to fill a block
@@ -91,13 +97,8 @@ class Endpoint:
         }
         if self.authorization:
             headers["Authorization"] = self.authorization
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE.total_seconds()),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=headers,
-            # All limits are the caller's. aiohttp's own would set a timer at each read.
-            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
-        )
+        # All time limits are the caller's. aiohttp's own would set a timer at each read.
+        return bounded_session(headers=headers, limit=limit, keep_alive=KEEP_ALIVE)
 
     def refusal(self, response: aiohttp.ClientResponse, body: bytes) -> BackendError:
         """The error for a response that is no success, and the beginning of its body."""
@@ -112,12 +113,14 @@ class Caller:
     _accept: ClassVar[str]
     """What answers are asked for, as content types."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, limit: int) -> None:
+        """`limit`: maximum bytes of the body of a response."""
         self._endpoint = endpoint
+        self._body_limit = limit
         self._open_session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._open_session = self._endpoint.session(accept=self._accept)
+        self._open_session = self._endpoint.session(accept=self._accept, limit=self._body_limit)
         return self
 
     async def __aexit__(
@@ -133,8 +136,10 @@ class Caller:
 
 
 async def read_error(response: aiohttp.ClientResponse) -> bytes:
-    """The beginning of the body of a response that is no success, as far as it comes in time."""
+    """The beginning of the body of a response that is no success, as far as it comes in time and can be read."""
     body = b""
+    if is_encoded(response):
+        return body
     until = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
     while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response.content, until)):
         body += data

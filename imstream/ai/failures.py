@@ -12,7 +12,7 @@ Pure: statuses, headers, bodies and exceptions in, errors out. The rules, first 
     no connection                                      transient   connect_failed
     connection lost before the answer began            transient   connection_lost
     connection lost within the answer                  transient   broken_stream
-    not HTTP                                           transient   bad_stream
+    not HTTP, an encoded body, more than is allowed    transient   bad_stream
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
+from imstream.ai.connections import ResponseTooLarge
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.errors import PermanentBackendError, TransientBackendError
 
@@ -139,6 +140,8 @@ def from_exception(error: aiohttp.ClientError | OSError, *, secrets: tuple[str, 
     match error:
         case aiohttp.ClientConnectorError():
             return TransientBackendError("connect_failed", shorten(str(error), secrets))
+        case ResponseTooLarge():
+            return TransientBackendError("bad_stream", str(error))
         case aiohttp.ClientPayloadError():
             return TransientBackendError("broken_stream", "the connection was lost within the answer")
         case aiohttp.ClientResponseError():

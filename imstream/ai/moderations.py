@@ -8,23 +8,28 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from imstream.ai import failures
+from imstream.ai.connections import ENCODED, is_encoded
 from imstream.ai.endpoint import Caller, Endpoint, read_error
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.errors import PermanentBackendError, TransientBackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from imstream.settings import Settings
 
-ANSWER_LIMIT = 1 << 20
-"""Most bytes of an answer. One result of OpenAI's takes about 1 KB."""
+ANSWER_LIMIT = 1 << 18
+"""Maximum bytes of an answer. One result of OpenAI's takes about 1 KB."""
+
+_MOST_CATEGORIES = 16
+"""Maximum categories of one text that are told. OpenAI has 13."""
 
 WRONG_NUMBER = "wrong_number"
 """The reason of an error: there were fewer or more results than texts."""
@@ -47,7 +52,7 @@ class Moderations(Caller):
 
     def __init__(self, settings: Settings) -> None:
         base, key = settings.moderation_url, settings.moderation_key
-        super().__init__(Endpoint.of("MODERATION", base, key, path="moderations"))
+        super().__init__(Endpoint.of("MODERATION", base, key, path="moderations"), limit=2 * ANSWER_LIMIT)
         self._model = settings.moderation_model
         self._limit = settings.moderation_timeout.total_seconds()
 
@@ -76,6 +81,8 @@ class Moderations(Caller):
                 self._endpoint.url, data=data, headers=_JSON, allow_redirects=False
             ) as response:
                 if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
+                    if is_encoded(response):
+                        raise TransientBackendError("bad_answer", ENCODED)
                     return await _whole(response)
                 raise self._endpoint.refusal(response, await read_error(response))
         except TimeoutError:  # an OSError as well
@@ -86,7 +93,7 @@ class Moderations(Caller):
 
     def _read(self, body: bytes, number: int) -> list[Moderated]:
         try:
-            value = from_json(body)
+            value = from_json(body, cache_strings=False)
         except ValueError:
             raise TransientBackendError("bad_answer", "no JSON") from None
         if not isinstance(value, dict):
@@ -107,7 +114,7 @@ class Moderations(Caller):
         if flagged is not True:
             raise TransientBackendError("bad_answer", "a result that does not say whether it is flagged")
         categories = result.get("categories")
-        found = [name for name, value in categories.items() if value is True] if isinstance(categories, dict) else []
+        found = _found(categories) if isinstance(categories, dict) else ()
         return Moderated(flagged=True, categories=shorten(", ".join(found), self._endpoint.secrets))
 
 
@@ -116,10 +123,14 @@ _CLEAN = Moderated(flagged=False)
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:
     """The whole body of an answer."""
-    body = b""
+    body = bytearray()
     while data := await response.content.readany():
         body += data
         if len(body) > ANSWER_LIMIT:
             response.close()
             raise TransientBackendError("bad_answer", f"more than {ANSWER_LIMIT} bytes")
-    return body
+    return bytes(body)
+
+
+def _found(categories: dict[str, Any]) -> Iterator[str]:
+    return islice((name for name, value in categories.items() if value is True), _MOST_CATEGORIES)

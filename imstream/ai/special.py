@@ -14,17 +14,46 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_WORDS = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
+"""Capitals with underscores. Hardly anything else is written like that within brackets; what is only gets a space."""
+
 _USUAL = {
     "<": (
-        r"\|[^\s<>|]{1,64}\|>",  # ChatML, Qwen, Llama 3, GLM, Phi: <|im_start|>, <|eot_id|>, <|endoftext|>, …
-        r"｜[^\s<>｜]{1,64}｜>",  # DeepSeek: <｜User｜>, with bars of full width
-        r"/?s>|</?SYS>>",  # Llama 2, Mistral
-        r"(?:start|end)_of_turn>",  # Gemma
-        r"(?:bos|eos|pad|unk|sop|eop)>",
+        r"\|[^\s<>|]{1,64}\|?>",  # ChatML, Qwen, Llama 3 and 4, GLM, Phi, Cohere, Kimi, Gemma 4: <|im_start|>, <|turn>, …
+        r"[^\s<>|]{1,64}\|>",  # Gemma 4: <turn|>
+        r"｜[^\s<>｜]{1,64}｜>",  # DeepSeek, Hunyuan: <｜User｜>, with bars of full width
+        r"</?SYS>>",  # Llama 2
+        r"/?(?:"
+        rf"{_WORDS}"  # Cohere: <BOS_TOKEN>; Nemotron: <SPECIAL_11>, <TOOL_RESPONSE>; Mistral: <SPECIAL_20>
+        r"|BOS|EOS|PAD|UNK|CLS|SEP|MASK|EOP|EOT|PRE|SUF|MID|TOOLCALL|AI|用户"  # Cohere, CodeLlama, MiniCPM
+        r"|s|bos|eos|pad|unk|cls|sep|mask|sop|eop|eoh|eoa|eom|eod|eot|role"  # Llama 2, Mistral, GLM, InternLM, Ling
+        r"|(?:start|end|begin|beginning)_of_\w{1,32}"  # Gemma: <start_of_turn>; MiniMax: <end_of_sentence>
+        r"|(?:extra_id|reserved|unused|mask)[_:]?\d{1,6}"  # Nemotron, Baichuan, Gemma, ERNIE
+        r"|(?:seed|minimax|longcat)[:_][\w/:]{1,32}"  # Seed-OSS: <seed:bos>; LongCat
+        r"|_(?:system|user|bot|start|end)"  # TeleChat
+        r"|fim[_-]\w{1,16}"
+        r")>",
     ),
-    "[": (r"/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]", r"gMASK\]"),  # Mistral, GLM
+    "[": (
+        r"\|[^\s\[\]|]{1,64}\|\]",  # EXAONE, BlueLM: [|system|], [|endofturn|]
+        rf"/?{_WORDS}\]",  # Mistral: [SYSTEM_PROMPT], [TOOL_CONTENT], [IMG_BREAK]; InternLM: [UNUSED_TOKEN_145]
+        # Mistral, and those that EXAONE, Kimi, BERT's heirs have, too
+        r"/?(?:INST|ARGS|AUDIO|IMG|MIDDLE|PREFIX|REF|SUFFIX|THINK|TRANSCRIBE|BOS|EOS|EOT|PAD|UNK|CLS|SEP|BOT|USER"
+        r"|[gs]?MASK)\]",  # GLM
+        r"control_\d{1,4}\]",  # Mistral
+        r"e~\[",  # MiniMax M1, M2
+    ),
+    "]": (
+        r"[~!]!?[a-z]{1,2}~?[\[\]]",  # MiniMax M1, M2: ]~b], ]~!b[, ]!p~[
+        r"<\][^\[\]<>]{1,32}\[>\[",  # ]<]image[>[
+    ),
+    ">": (r">[A-Z][A-Z0-9_]{1,32}<<",),  # Falcon: >>QUESTION<<
 }
-"""Those of the usual chat templates: their first character, and patterns of what follows it."""
+"""Those of the usual chat templates: their first character, and patterns of what follows it.
+
+Whole families by their shape, so that the next model's are among them. A model with others must be given its tokenizer
+(`IMSTREAM_TOKENIZER`), whose special tokens are known.
+"""
 
 
 class Defuser:

@@ -10,14 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.answer import DOCUMENT_LIMIT, AnswerReader
+from imstream.ai.answer import JSON_LIMIT, AnswerReader
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from tests.support.scripted_backend import DONE, chunk, event, usage_chunk
+
+LIMIT = 262_144
 
 
 def read(*parts: bytes) -> tuple[str, AnswerReader]:
     """Read a whole body."""
-    reader = AnswerReader()
+    reader = AnswerReader(limit=LIMIT)
     text = "".join([reader.feed(part) for part in parts])
     return text + reader.end(), reader
 
@@ -39,7 +41,7 @@ STOP = event(chunk(finish_reason="stop"))
 
 
 def test_all_events_of_one_read_become_one_piece() -> None:
-    reader = AnswerReader()
+    reader = AnswerReader(limit=LIMIT)
     assert reader.feed(event(chunk("Hel")) + event(chunk("lo")) + event(chunk(" 你好"))) == "Hello 你好"
     assert not reader.whole
     assert reader.feed(STOP) == ""
@@ -70,7 +72,7 @@ def test_all_events_of_one_read_become_one_piece() -> None:
             "a",
             id="a whole beside the delta",
         ),
-        pytest.param(with_delta(content="\u0000"), "\u0000", id="a control character"),
+        pytest.param(with_delta(content="\u0001"), "\u0001", id="a control character"),
         pytest.param(b"event: message\nid: 7\n" + event(chunk("a")), "a", id="named events"),
     ],
 )
@@ -94,7 +96,7 @@ def test_only_the_text_of_a_delta_is_shown(body: bytes, text: str) -> None:
     ],
 )
 def test_text_and_hidden_reasoning_show_the_model_at_work_and_comments_do_not(body: bytes, moved: bool) -> None:  # noqa: FBT001 - a column
-    reader = AnswerReader()
+    reader = AnswerReader(limit=LIMIT)
     reader.feed(event(chunk("before")))
     reader.feed(body)
     assert reader.moved is moved
@@ -105,9 +107,9 @@ def test_any_cut_of_the_bytes_gives_the_same_answer(texts: list[str], data: st.D
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
     body = b"".join(event(chunk(text)) for text in texts) + STOP + event(usage_chunk(total_tokens=1)) + DONE
     places = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=10)))
-    reader = AnswerReader()
+    reader = AnswerReader(limit=LIMIT)
     parts = [body[start:end] for start, end in zip([0, *places], [*places, len(body)], strict=True)]
-    assert "".join([reader.feed(part) for part in parts]) == "".join(texts)
+    assert "".join([reader.feed(part) for part in parts]) == "".join(texts).replace("\0", "\ufffd")
     assert (reader.finish_reason, reader.usage, reader.done) == ("stop", {"total_tokens": 1}, True)
 
 
@@ -153,16 +155,16 @@ def test_a_finish_reason_that_means_failure_is_a_failure(reason: str) -> None:
 
 def test_usage_comes_in_its_own_chunk_or_with_the_last_one() -> None:
     counts = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
-    own = AnswerReader()
+    own = AnswerReader(limit=LIMIT)
     own.feed(STOP + event(usage_chunk(**counts)) + DONE)
     assert own.usage == counts
-    last = AnswerReader()
+    last = AnswerReader(limit=LIMIT)
     last.feed(event({**chunk("a"), "usage": None}) + event({**chunk(finish_reason="stop"), "usage": counts}))
     assert last.usage == counts
 
 
 def test_hidden_reasoning_is_not_lost_from_usage() -> None:
-    reader = AnswerReader()
+    reader = AnswerReader(limit=LIMIT)
     reader.feed(
         event(
             usage_chunk(
@@ -178,7 +180,7 @@ def test_hidden_reasoning_is_not_lost_from_usage() -> None:
 
 
 def test_the_newest_usage_wins_and_an_empty_one_does_not() -> None:
-    reader = AnswerReader()
+    reader = AnswerReader(limit=LIMIT)
     for counts in ({"total_tokens": 1}, {"total_tokens": 2}, {"cost": 0.1}, {"prompt_tokens_details": None}):
         reader.feed(event(usage_chunk(**counts)))
     assert reader.usage == {"total_tokens": 2}
@@ -214,7 +216,7 @@ def test_json_without_an_answer_is_a_bad_stream(body: bytes) -> None:
 
 def test_a_document_without_end_is_refused() -> None:
     error = failure(b'{"x": "', *([b"x" * (1 << 20)] * 9))
-    assert (error.reason, error.detail) == ("bad_stream", f"a document of more than {DOCUMENT_LIMIT} bytes")
+    assert (error.reason, error.detail) == ("bad_stream", f"a document of more than {JSON_LIMIT} bytes")
 
 
 def test_a_page_instead_of_an_answer_is_told_by_its_title() -> None:
@@ -315,7 +317,7 @@ def as_event(payload: bytes) -> bytes:
 
 
 def test_a_character_in_two_halves_is_joined() -> None:
-    together, apart = AnswerReader(), AnswerReader()
+    together, apart = AnswerReader(limit=LIMIT), AnswerReader(limit=LIMIT)
     assert together.feed(as_event(SMILE_HIGH) + as_event(SMILE_LOW)) == "a😀b"
     assert apart.feed(as_event(SMILE_HIGH)) == "a"
     assert apart.feed(as_event(SMILE_LOW)) == "😀b"

@@ -20,6 +20,24 @@ USUAL = [
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|user|>", "<|system|>"),
     *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[gMASK]"),
     *("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>", "<｜User｜>", "<｜end▁of▁sentence｜>"),
+    # EXAONE, BlueLM
+    *("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]", "[|tool|]", "[|Human|]", "[BOS]", "[EOS]", "[PAD]"),
+    # MiniMax Text-01, M1, M2
+    *("<beginning_of_sentence>", "<end_of_sentence>", "]~!b[", "]~b]", "[e~[", "]!p~[", "]!d~[", "]<]image[>["),
+    *("]<]start of speech[>[", "<minimax:tool_call>"),
+    # Nemotron
+    *("<extra_id_0>", "<extra_id_1>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<TOOLCALL>", "<TOOL_RESPONSE>"),
+    *("<AVAILABLE_TOOLS>", "</AVAILABLE_TOOLS>"),
+    # Cohere
+    *("<BOS_TOKEN>", "<EOS_TOKEN>", "<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<EOP_TOKEN>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_THINKING|>"),
+    # Mistral
+    *("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]", "[CALL_ID]"),
+    *("[ARGS]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[THINK]", "[/THINK]"),
+    *("[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]", "[MODEL_SETTINGS]", "[REF]", "[/REF]", "<SPECIAL_20>", "[control_8]"),
+    # Others
+    *("<|turn>", "<turn|>", "<unused5>", "<reserved_106>", "[UNUSED_TOKEN_145]", "<eoh>", "[sMASK]", "<mask:1>"),
+    *("<seed:bos>", "<role>", "</role>", "<_user>", "<用户>", "<AI>", "<fim_prefix>", ">>QUESTION<<", "<longcat_s>"),
 ]
 HARMLESS = [
     "a < b | c > d",
@@ -31,6 +49,10 @@ HARMLESS = [
     "List<String>",
     "<||>",
     "😀 {user}",
+    "[TODO] see [1], [a|b] and x[i][j]",
+    "a[b]~c, x >> y << z, !important]",
+    "std::cout << a >> b;",
+    "Map<K, V> <div class='x'> </div> <my-tag> <br/>",
 ]
 
 OWN = st.lists(st.text("ab <[|", min_size=1, max_size=5), max_size=6)
