@@ -1,0 +1,240 @@
+"""What strangers can do to a load balancer with the shipped configuration, shown with the real nginx and HAProxy.
+
+This machine itself, 127.0.0.1, is not limited; strangers come from other addresses of the loopback network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.cli.balancer import Front, configuration, find
+from imstream.gateway.page import page_routes
+from tests.support.balancing import PROGRAMS
+from tests.support.processes import free_port, http_status, start, wait_for
+from tests.support.servers import missing
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from pathlib import Path
+
+    from imstream.cli.balancer import Program
+
+HERE, STRANGER, ANOTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+
+LIMITS = {
+    "connections": {"nginx": r"limit_conn connections 1000", "haproxy": r"sc0_conn_cur\(connections\) gt 1000"},
+    "handshakes": {"nginx": r"zone=handshakes burst=400", "haproxy": r"sc1_gpc0_rate\(handshakes\) ge 400"},
+    "requests": {"nginx": r"zone=requests burst=2000", "haproxy": r"sc2_gpc0_rate\(requests\) ge 2000"},
+}
+"""Where the numbers stand, each the last one of its line."""
+
+HEAD = b"GET %b HTTP/1.1\r\nHost: chat.example.com\r\n%b\r\n"
+UPGRADE = (
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+SWITCHING = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+)
+
+
+@dataclass
+class FakeNode:
+    """A node that is ready, takes every socket, and says nothing about `/` until it is told to."""
+
+    port: int = 0
+    asked: list[str] = field(default_factory=list)
+    answering: asyncio.Event = field(default_factory=asyncio.Event)
+    connections: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = field(default_factory=dict)
+
+    async def close(self) -> None:
+        """End all connections."""
+        self.answering.set()
+        for writer in self.connections.values():
+            writer.close()
+        await asyncio.gather(*(task for task in self.connections if task), return_exceptions=True)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        self.connections[asyncio.current_task()] = writer
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+                if path != "/readyz":
+                    self.asked.append(path)
+                if path == "/":
+                    await self.answering.wait()
+                if path.startswith("/ws"):
+                    writer.write(SWITCHING)
+                    await reader.read()
+                    break
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        with suppress(ConnectionError):
+            writer.close()
+            await writer.wait_closed()
+
+
+@dataclass
+class Door:
+    """A running load balancer, as a stranger sees it."""
+
+    port: int
+    node: FakeNode
+
+    async def connect(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection from an address."""
+        return await asyncio.open_connection(HERE, self.port, local_addr=(address, 0))
+
+    async def ask(self, address: str, path: str, headers: bytes = b"Connection: close\r\n") -> int | None:
+        """The status of a GET; None when it is refused without one."""
+        with suppress(ConnectionError):
+            reader, writer = await self.connect(address)
+            with closing(writer):
+                writer.write(HEAD % (path.encode(), headers))
+                async with asyncio.timeout(20):
+                    return status_of(await reader.readline())
+        return None
+
+    async def shake(self, address: str) -> int | None:
+        """The status of a handshake; a socket that it opens is closed."""
+        return await self.ask(address, "/ws?userId=10001", UPGRADE)
+
+
+def status_of(line: bytes) -> int | None:
+    """The status in the first line of an answer; None without one."""
+    return int(line.split()[1]) if line else None
+
+
+@asynccontextmanager
+async def door(program: Program, folder: Path, limits: Mapping[str, int], *, seconds: int = 10) -> AsyncIterator[Door]:
+    """The shipped configuration in front of a fake node, with some of its limits changed."""
+    path = find(program)
+    if path is None:
+        missing(program)
+        return
+    node, port = FakeNode(), free_port()
+    server = await asyncio.start_server(node.answer, HERE)
+    async with server:
+        node.port = server.sockets[0].getsockname()[1]
+        text = configuration(Front(program, f"{HERE}:{port}", [f"{HERE}:{node.port}"]))
+        for name, number in limits.items():
+            text, replaced = re.subn(f"({LIMITS[name][program]})", lambda at, n=number: re.sub(r"\d+$", str(n), at[1]), text)
+            assert replaced == 1, name
+        if limits:  # on a slow machine, none of the few is given back meanwhile
+            text = re.sub(r"rate=\d+r/s", "rate=1r/s", text)
+        if seconds != 10:
+            text = re.sub(r"(client_header_timeout|http-request|timeout client) ( *)10s", rf"\1 \g<2>{seconds}s", text)
+        config = folder / "config"
+        config.write_text(text)
+        command = [path, "-db", "-f", str(config)]
+        if program == "nginx":
+            command = [path, "-e", "stderr", "-p", str(folder), "-c", str(config)]
+        with start(command, folder / "log", cwd=folder) as running:
+            await asyncio.to_thread(
+                wait_for, lambda: http_status(f"http://{HERE}:{port}/readyz") == 200, running, program
+            )
+            yield Door(port, node)
+        await node.close()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("most", [20, pytest.param(1000, marks=pytest.mark.long)])
+async def test_one_address_has_so_many_connections_at_once_and_others_do_not_notice(
+    program: Program, most: int, tmp_path: Path
+) -> None:
+    async with door(program, tmp_path, {} if most == 1000 else {"connections": most}) as front:
+        waiting = await asyncio.gather(*(front.connect(STRANGER) for _ in range(most)))
+        for _, writer in waiting:
+            writer.write(HEAD % (b"/", b""))
+        await wait_until(lambda: len(front.node.asked) == most, "all are asked")
+        assert await front.shake(STRANGER) in {429, None}
+        assert await front.shake(ANOTHER) == 101
+        assert await front.shake(HERE) == 101
+        front.node.answering.set()
+        for _, writer in waiting:
+            writer.close()
+
+        async def let_in() -> bool:
+            return await front.shake(STRANGER) == 101
+
+        await wait_until(let_in, "there is room again")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("most", [10, pytest.param(400, marks=pytest.mark.long)])
+async def test_one_address_opens_so_many_sockets_in_a_row_and_others_do_not_notice(
+    program: Program, most: int, tmp_path: Path
+) -> None:
+    async with door(program, tmp_path, {} if most == 400 else {"handshakes": most}) as front:
+        told = [await front.shake(STRANGER) for _ in range(3 * most)]
+        assert told[:most] == [101] * most
+        assert told.count(429) >= most
+        assert set(told) == {101, 429}
+        assert await front.shake(ANOTHER) == 101
+        assert await front.ask(STRANGER, "/imstream.js") == 200
+        assert [await front.shake(HERE) for _ in range(2 * most)] == [101] * 2 * most
+
+        if most == 400:
+
+            async def let_in() -> bool:  # whoever goes on trying does not keep itself out
+                return await front.shake(STRANGER) == 101
+
+            await wait_until(let_in, "it is let in again", limit=40)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_one_address_makes_so_many_requests_in_a_row(program: Program, tmp_path: Path) -> None:
+    async with door(program, tmp_path, {"requests": 10}) as front:
+        told = [await front.ask(STRANGER, "/imstream.js") for _ in range(40)]
+        assert told[:10] == [200] * 10
+        assert told.count(429) >= 10
+        assert await front.ask(ANOTHER, "/imstream.js") == 200
+        assert await front.shake(STRANGER) == 101
+        assert [await front.ask(HERE, "/imstream.js") for _ in range(20)] == [200] * 20
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("seconds", [1, pytest.param(10, marks=pytest.mark.long)])
+async def test_a_head_that_comes_byte_by_byte_is_cut_in_time(program: Program, seconds: int, tmp_path: Path) -> None:
+    async with door(program, tmp_path, {}, seconds=seconds) as front:
+        reader, writer = await front.connect(STRANGER)
+        with closing(writer):
+            end = asyncio.create_task(reader.read())
+            writer.write(b"GET / HTTP/1.1\r\nX: ")
+            pieces = 0
+            while not end.done():
+                assert (pieces := pieces + 1) < 30 * seconds, "it is still open"
+                writer.write(b"x")
+                await asyncio.wait([end], timeout=0.1)
+            assert pieces >= 5 * seconds
+            assert end.exception() is not None or status_of(end.result()) in {408, None}
+        assert front.node.asked == []
+
+
+HIDDEN = [
+    *("/readyz", "/healthz", "/metrics", "/ops", "/ops/", "/ops/streams", "/nothing"),
+    *("//readyz", "/./readyz", "/x/../readyz", "/%72eadyz", "/readyz/", "/readyz?userId=10001", "/.ready", "/READYZ"),
+    *("/ws/../readyz", "/imstream.js/../readyz", "/ws/x", "http://chat.example.com/readyz", "/;/readyz"),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_strangers_reach_the_page_and_the_socket_and_nothing_else(program: Program, tmp_path: Path) -> None:
+    async with door(program, tmp_path, {}) as front:
+        front.node.answering.set()
+        told = {path: await front.ask(STRANGER, path) for path in HIDDEN}
+        assert told == dict.fromkeys(HIDDEN, 404)
+        assert front.node.asked == []
+        for route in page_routes():
+            assert await front.ask(STRANGER, f"{route.path}?x=1") == 200
+        assert await front.shake(STRANGER) == 101
+        for path in ("/readyz", "/healthz", "/metrics"):
+            assert await front.ask(HERE, path) == 200
