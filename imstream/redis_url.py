@@ -41,7 +41,7 @@ _PATHS = {
 
 _OF_SENTINEL = ("sentinel_username", "sentinel_password")
 _OPTIONS = (
-    *("username", "password", "client_name", "protocol"),
+    *("username", "password", "password_file", "client_name", "protocol"),
     *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"),
 )
 """What may stand behind the question mark: options of redis-py that do not undo ours, such as its time limits."""
@@ -59,12 +59,14 @@ class RedisUrl:
         servers: Host and port of the server, of each Sentinel, or of some nodes of the cluster.
         service: For Sentinel: the name under which it knows the master.
         sentinel_login: For Sentinel: user and password of the Sentinels themselves, where they were given.
+        password_file: File with the password, read for each connection; None when the address says all there is.
     """
 
     topology: Topology
     servers: tuple[tuple[str, int], ...]
     service: str
     sentinel_login: dict[str, str] = field(repr=False)
+    password_file: Path | None
     _scheme: str
     _login: str = field(repr=False)
     _db: str
@@ -96,12 +98,16 @@ class RedisUrl:
                 raise ValueError(f"{name}: there is no file {query[name]}")
         if query.get("ssl_cert_reqs", "required") not in _CERT_REQS:
             raise ValueError(f"ssl_cert_reqs is one of {', '.join(_CERT_REQS)}")
+        password_file = query.pop("password_file", None)
+        if password_file is not None and (":" in (match["login"] or "") or "password" in query):
+            raise ValueError("a password or password_file, not both")
         named = path.groupdict()
         return cls(
             topology=topology,
             servers=servers,
             service=named.get("service") or "",
             sentinel_login={name.removeprefix("sentinel_"): query.pop(name) for name in _OF_SENTINEL if name in query},
+            password_file=Path(password_file) if password_file else None,
             _scheme=match["scheme"],
             _login=f"{match['login']}@" if match["login"] else "",
             _db=named.get("db") or "0",

@@ -21,6 +21,9 @@ ENV_PREFIX = "IMSTREAM_"
 
 MIN_PAGE_TOKEN = 16
 
+ENV_FILE = ".env"
+"""The file in the working directory that settings are read from."""
+
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ms|s|m|h|d)?")
 
@@ -83,7 +86,12 @@ class SettingsGroup(BaseSettings):
     """Settings that are read together. Every group shares `.env`; each has its own prefix of names."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+        env_prefix=ENV_PREFIX,
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8-sig",  # Windows editors begin UTF-8 with a mark that would be part of the first name
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
     @classmethod
@@ -96,12 +104,17 @@ class SettingsGroup(BaseSettings):
         """Read the settings; what is given wins over the environment, that over `.env`, that over the default.
 
         Raises:
-            SettingsError: A value is wrong. The text has one line for each: setting, value, what is allowed.
+            SettingsError: A value is wrong; the text has one line for each: setting, value, what is allowed. Or `.env`
+                cannot be read.
         """
         try:
             return cls(**given)
         except ValidationError as error:
             raise SettingsError("\n".join(cls._explain(line) for line in error.errors())) from None
+        except UnicodeDecodeError:
+            raise SettingsError(f"{ENV_FILE} in the working directory cannot be read: it is not UTF-8") from None
+        except OSError as error:
+            raise SettingsError(f"{error.filename or ENV_FILE} cannot be read: {error.strerror}") from None
 
     @classmethod
     def _explain(cls, error: Any) -> str:  # noqa: ANN401 - pydantic's error details
@@ -131,7 +144,7 @@ class Settings(SettingsGroup):
     port: int = Field(8080, ge=0, le=65535, description="Port the node listens on; 0 takes a free one.")
 
     redis_url: Annotated[SecretUrl, AfterValidator(valid_redis_url)] = Field(
-        SecretUrl("redis://127.0.0.1:6390/0"),
+        SecretUrl("redis://127.0.0.1:6390/0?password_file=.imstream/redis/password"),
         description="Redis or Valkey, 6.2 or newer: one server, Sentinel or Cluster.",
     )
     redis_timeout: Positive = Field(timedelta(seconds=2), description="Time limit of one Redis round trip.")

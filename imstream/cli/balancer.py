@@ -15,16 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from imstream.errors import ImstreamError, SettingsError
+from imstream.private_files import OWN_FOLDER, UMASK, close_to_others
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 Program = Literal["haproxy", "nginx"]
 
-FOLDER = Path(".imstream/balancer")
+FOLDER = Path(f"{OWN_FOLDER}/balancer")
 """Where the configuration and the temporary files of a running one are kept, unless another folder is named."""
 
 _CONFIGURATIONS: dict[Program, str] = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
+_JOINED = "certificate-and-key.pem"
+_CONTENTS = (*_CONFIGURATIONS.values(), _JOINED, "nginx.pid", "body", "proxy", "fastcgi", "uwsgi", "scgi")
+"""What is kept in the folder."""
+
 _LISTEN = "127.0.0.1:8000"
 _REDIRECT = "127.0.0.1:8001"
 _FIRST_NODE = "127.0.0.1:8080"
@@ -155,11 +160,16 @@ def become(front: Front, folder: Path) -> NoReturn:
     path = find(program)
     if path is None:
         raise ImstreamError(f"{program} is not installed (Debian, Ubuntu: sudo apt install {program})")
-    folder.mkdir(parents=True, exist_ok=True)
+    os.umask(UMASK)
     config = folder.resolve() / _CONFIGURATIONS[program]
-    if program == "haproxy" and front.tls and front.tls.key:
-        front = replace(front, tls=replace(front.tls, certificate=_joined(front.tls, folder), key=None))
-    config.write_text(configuration(front), "utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        close_to_others(folder, _CONTENTS)
+        if program == "haproxy" and front.tls and front.tls.key:
+            front = replace(front, tls=replace(front.tls, certificate=_joined(front.tls, folder), key=None))
+        config.write_text(configuration(front), "utf-8")
+    except OSError as error:
+        raise SettingsError(f"--folder={folder} cannot be used: {error.strerror}: {error.filename}") from None
     arguments = {
         "haproxy": ["-db", "-f", str(config)],
         "nginx": ["-e", "stderr", "-p", str(config.parent), "-c", str(config)],
@@ -169,7 +179,7 @@ def become(front: Front, folder: Path) -> NoReturn:
 
 def _joined(tls: Tls, folder: Path) -> Path:
     """Certificate and key in one file, which nobody else can read."""
-    both = folder.resolve() / "certificate-and-key.pem"
+    both = folder.resolve() / _JOINED
     both.unlink(missing_ok=True)
     parts = [Path(_readable(file)).read_bytes() for file in (tls.certificate, tls.key) if file]
     with os.fdopen(os.open(both, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -14,6 +14,7 @@ import click
 from imstream.ai.demo import marker
 from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import balancer as balancers
+from imstream.cli import settings_notes
 from imstream.cli.options import TimeSpan, UserId, given, settings_options
 from imstream.cli.parent import die_with
 from imstream.cli.up_settings import UpSettings
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 _A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+_SERVERS = ("up", "redis", "demo-ai")
 
 ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
 
@@ -65,7 +68,8 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option("--parent", type=int, hidden=True, help="Process that this one must not outlive.")
 @click.version_option(package_name="imstream")
-def main(parent: int | None) -> None:
+@click.pass_context
+def main(ctx: click.Context, parent: int | None) -> None:
     """Chat between people and AI models that loses no message.
 
     \b
@@ -83,7 +87,17 @@ def main(parent: int | None) -> None:
     The option wins over the environment, the environment over the file.
     """  # noqa: D301 - \b is click's mark for text that is not to be wrapped
     if parent is not None:
-        die_with(parent)
+        die_with(parent)  # and what is to be said of the settings, the parent has said
+    elif ctx.invoked_subcommand != "node":  # which logs it
+        _tell_of_settings(with_file=ctx.invoked_subcommand in _SERVERS)
+
+
+def _tell_of_settings(*, with_file: bool) -> None:
+    file, warnings = settings_notes.look()
+    if with_file and file:
+        click.echo(f"settings read from {file}", err=True)
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 @main.command()
@@ -109,7 +123,8 @@ def up(**options: str | None) -> None:
 
 @main.command()
 @settings_options(Settings, aliases=ALIASES)
-def node(**options: str | None) -> None:
+@click.pass_context
+def node(ctx: click.Context, **options: str | None) -> None:
     """Run one node: WebSockets, its stream, its worker.
 
     It logs "ready" with its address when it serves. GET /readyz answers 200 while it can serve, GET /healthz unless
@@ -121,15 +136,19 @@ def node(**options: str | None) -> None:
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it never ends a node, which reloads what it can as soon as it serves
     settings = Settings.load(**given(options))
+    from imstream import logs
     from imstream.node import run
 
+    if ctx.find_root().params["parent"] is None:
+        logs.configure(settings)
+        settings_notes.log_them()
     run(settings)
 
 
 @main.command()
 @click.option("--url", default="ws://127.0.0.1:8080/ws", show_default=True, help="The node's address.")
 @click.option("--user", type=UserId(), default=10001, show_default=True, help="Who you are: a number above 10000.")
-@click.option("--token", envvar=f"{ENV_PREFIX}TOKEN", help=f"Your signed token, if the node asks [{ENV_PREFIX}TOKEN].")
+@click.option("--token", envvar=settings_notes.TOKEN, help="Your signed token; better in IMSTREAM_TOKEN, which nobody else can read.")
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_own_lang, help="Language; else the terminal's.")
 def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
     """Chat in the terminal; it reconnects and resumes."""
@@ -146,7 +165,8 @@ def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
 def token(user: int, ttl: timedelta, key: Path | None, **options: str | None) -> None:
     """Sign a token, for development.
 
-    Prints nothing else, so that it can be given on: imstream chat --token "$(imstream token --user 10001)".
+    Prints nothing else, so that it can be given on, in the environment because every user of a machine can read command
+    lines: IMSTREAM_TOKEN="$(imstream token --user 10001)" imstream chat
 
     It is signed with the secret in IMSTREAM_AUTH_SECRET (HS256), or with the private key in a file, whose kind says
     how: RSA (RS256), elliptic curve P-256 (ES256), Ed25519 or Ed448 (EdDSA). What else nodes check is taken from their

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from imstream.settings import ENV_PREFIX
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
@@ -38,7 +40,7 @@ class Part:
     Attributes:
         name: What its lines of output start with.
         arguments: The imstream command it runs, with its options.
-        environment: What is set for it besides what is set already.
+        environment: Its `IMSTREAM_*` variables, all of them: secrets of other parts are not inherited.
         serves: Tells whether it answers.
         patience: Seconds it gets to stop after SIGTERM; then it is killed.
         restarts: Whether it is started again when it ends by itself after it has served; otherwise all end with it.
@@ -145,11 +147,12 @@ class Supervisor:
             await self._wait_until_serving(child)
 
     async def _spawn(self, part: Part) -> _Child:
+        inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
         output, its_end = await _open_pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "imstream", "--parent", str(os.getpid()), *part.arguments),
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment,
+                env={**inherited, "PYTHONUNBUFFERED": "1", **part.environment},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=its_end,
                 stderr=asyncio.subprocess.STDOUT,

@@ -16,16 +16,17 @@ from urllib.parse import urlencode
 import click
 
 from imstream.cli import balancer as balancers
+from imstream.cli.settings_notes import TOKEN
 from imstream.cli.supervisor import Supervisor
 from imstream.cli.up_plan import Plan, make_plan, reach
+from imstream.embedded import PASSWORD_FILE
 from imstream.keys import Keys
+from imstream.private_files import UMASK
 from imstream.redis_url import RedisUrl, without_password
 from imstream.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from imstream.redis_url import SecretUrl
 
 
 def run(typed: Mapping[str, str]) -> int:
@@ -38,6 +39,7 @@ def run(typed: Mapping[str, str]) -> int:
         SettingsError: A setting has a wrong value, or a port is taken.
     """
     plan = make_plan(typed)
+    os.umask(UMASK)
     began = time.monotonic()
 
     def announce() -> None:
@@ -57,13 +59,16 @@ def _program() -> str:
     return min(os.path.relpath(installed), str(installed), key=len)
 
 
-def _for_redis_cli(redis_url: SecretUrl) -> str | None:
+def _redis_cli(plan: Plan) -> str | None:
     """How redis-cli reaches this Redis; None behind Sentinel, where it would have to ask for the master first."""
-    known = RedisUrl.parse(redis_url)
+    if plan.valkey:
+        # In the environment: every user of the machine can read command lines.
+        return f'REDISCLI_AUTH="$(cat {shlex.quote(str(plan.valkey.password_file))})" redis-cli -p {plan.valkey.port}'
+    known = RedisUrl.parse(plan.settings.redis_url)
     if known.topology == "sentinel":
         return None
     follow = "-c " if known.topology == "cluster" else ""
-    return f"{follow}-u {shlex.quote(without_password(known.of_server(*known.servers[0])))}"
+    return f"redis-cli {follow}-u {shlex.quote(without_password(known.of_server(*known.servers[0])))}"
 
 
 def summary(plan: Plan) -> list[str]:
@@ -72,9 +77,9 @@ def summary(plan: Plan) -> list[str]:
     page = plan.door
     redis_url = without_password(plan.redis_url)
     stream = shlex.quote(Keys(plan.settings.key_prefix).requests(plan.settings.node))
-    server = f"-p {plan.valkey.port}" if plan.valkey else _for_redis_cli(plan.settings.redis_url)
+    redis_cli = _redis_cli(plan)
     usual = {name: field.default for name, field in Settings.model_fields.items()}
-    which_redis = f" --redis {redis_url}" if plan.valkey and redis_url != str(usual["redis_url"]) else ""
+    which_redis = f" --redis {shlex.quote(redis_url)}" if plan.valkey and redis_url != str(usual["redis_url"]) else ""
     which_node = f" --url ws://{page}/ws" if page != f"127.0.0.1:{usual['port']}" else ""
     return [
         f"page     http://{page}/",
@@ -82,11 +87,12 @@ def summary(plan: Plan) -> list[str]:
         *(f"node {node:<3} ws://{host}:{port}/ws" for node, port in plan.nodes),
         *_from_disk(plan),
         f"AI       {without_password(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
-        f"Redis    {redis_url}" + (f"   embedded Valkey, data in {plan.valkey.data}" if plan.valkey else ""),
+        f"Redis    {redis_url.partition('?')[0]}"
+        + (f"   embedded Valkey, data in {plan.valkey.data}, password in {PASSWORD_FILE} there" if plan.valkey else ""),
         "",
-        *([f"the stream        redis-cli {server} XINFO STREAM {stream}"] if server else []),
+        *([f"the stream        {redis_cli} XINFO STREAM {stream}"] if redis_cli else []),
         f"without redis-cli {_program()} streams{which_redis}",
-        f"a chat client     {_program()} chat{which_node}{_for_whom(plan)}",
+        f"a chat client     {_for_whom(plan)}{_program()} chat{which_node}",
         "",
         "Ctrl-C stops everything. What was accepted is kept, and answered after the next start.",
     ]
@@ -95,7 +101,7 @@ def summary(plan: Plan) -> list[str]:
 def _for_whom(plan: Plan) -> str:
     """How a chat client shows who it is, where that is asked and can be signed here."""
     signed_here = plan.settings.auth == "jwt" and plan.settings.auth_secret is not None
-    return f' --token "$({_program()} token --user 10001)"' if signed_here else ""
+    return f'{TOKEN}="$({_program()} token --user 10001)" ' if signed_here else ""
 
 
 def _from_disk(plan: Plan) -> list[str]:

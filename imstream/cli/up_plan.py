@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import secrets
 import socket
@@ -25,6 +26,8 @@ from imstream.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from imstream.settings import SettingsGroup
+
 _EMBEDDED = "embedded_"
 _DEMO = "demo_"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
@@ -44,7 +47,7 @@ class Plan:
         settings: Those of the nodes; the first node has their id and port, each further one the next number.
         valkey: The embedded server, unless a Redis was named.
         demo: The demo AI backend, unless an AI backend was named.
-        environment: What the children need to know besides the environment that is there.
+        environment: Settings of the children that are not in the environment; see `environment_of`.
         nodes: Id and port of each node.
         balancer: What is in front of them.
         balancer_port: Where it listens, at the address of the nodes.
@@ -69,11 +72,7 @@ class Plan:
     @property
     def redis_url(self) -> str:
         """The Redis that the nodes use."""
-        return (
-            f"redis://{embedded.HOST}:{self.valkey.port}/0"
-            if self.valkey
-            else self.settings.redis_url.get_secret_value()
-        )
+        return self.valkey.url if self.valkey else self.settings.redis_url.get_secret_value()
 
     @property
     def ai_url(self) -> str:
@@ -91,21 +90,26 @@ class Plan:
         """
         servers = []
         if self.valkey:
-            serves = partial(embedded.answers, self.valkey.port)
-            servers.append([Part("redis", ["redis"], serves, self.environment)])
+            serves = partial(embedded.answers, self.valkey.port, self.valkey.password_file)
+            servers.append([Part("redis", ["redis"], serves, self.environment_of(EmbeddedSettings))])
         if self.demo:
             serves = partial(_answers, reach(self.demo.host), self.demo.port, "/v1/models")
-            servers.append([Part("ai", ["demo-ai"], serves, self.environment)])
+            servers.append([Part("ai", ["demo-ai"], serves, self.environment_of(DemoSettings))])
         nodes = [self._node(*node) for node in self.nodes]
         front = [[self._front(self.balancer)]] if self.balancer else []
         return [*servers, nodes, *front], [nodes, *front, *servers[::-1]]
+
+    def environment_of(self, group: type[SettingsGroup]) -> dict[str, str]:
+        """The variables of one group, and no other: each part gets only the secrets that it needs."""
+        names = {group.variable(name) for name in group.model_fields}
+        return {name: value for name, value in {**os.environ, **self.environment}.items() if name.upper() in names}
 
     def _node(self, node: str, port: int) -> Part:
         return Part(
             name=f"node {node}",
             arguments=["node", "--node", node, "--port", str(port)],
             serves=partial(_answers, reach(self.settings.host), port, "/readyz"),
-            environment=self.environment
+            environment=self.environment_of(Settings)
             | {Settings.variable("redis_url"): self.redis_url, Settings.variable("ai_url"): self.ai_url}
             | ({} if self.page_token is None else {Settings.variable("page_token"): self.page_token}),
             patience=self.settings.drain_grace.total_seconds() + 10,
@@ -121,7 +125,6 @@ class Plan:
             name=program,
             arguments=["balancer", "--program", program, "--listen", listen, *nodes],
             serves=partial(_answers, reach(host), self.balancer_port, "/readyz"),
-            environment=self.environment,
             restarts=True,
         )
 

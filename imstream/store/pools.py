@@ -14,10 +14,14 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
+from redis.exceptions import AuthenticationError
 from redis.maint_notifications import MaintNotificationsConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import timedelta
+    from pathlib import Path
 
     from redis.asyncio import ConnectionPool
     from redis.asyncio.connection import AbstractConnection
@@ -57,7 +61,7 @@ def connection_options(url: RedisUrl, server: tuple[str, int], timeout: timedelt
     a read that it ends would answer None, as if Redis had said that nothing came.
     """
     return {
-        **parse_url(url.of_server(*server)),
+        **_with_password_file(url, parse_url(url.of_server(*server))),
         "socket_timeout": None,
         "socket_connect_timeout": timeout.total_seconds(),
         # A repeated XADD is a second entry, and a repeated XREADGROUP hides the first one's loss.
@@ -71,6 +75,34 @@ def connection_options(url: RedisUrl, server: tuple[str, int], timeout: timedelt
         # To say which library asks would be one more permission.
         "driver_info": None,
     }
+
+
+def _with_password_file(url: RedisUrl, options: Mapping[str, Any]) -> dict[str, Any]:
+    if url.password_file is None:
+        return {**options}
+    login = PasswordFile(options.get("username") or "default", url.password_file)
+    return {**{name: value for name, value in options.items() if name != "username"}, "credential_provider": login}
+
+
+class PasswordFile(CredentialProvider):
+    """A password in a file, read for each connection: it may be written after a node has started, and be changed."""
+
+    def __init__(self, user: str, file: Path) -> None:
+        self._login = user, file
+
+    def get_credentials(self) -> tuple[()] | tuple[str, str]:
+        """User and password. Without the file there is no login, and the server says whether it wants one."""
+        user, file = self._login
+        try:
+            return user, file.read_text("utf-8").strip()
+        except FileNotFoundError:
+            return ()
+        except (OSError, UnicodeDecodeError) as error:
+            raise AuthenticationError(f"{file} cannot be read: {error}") from None
+
+    async def get_credentials_async(self) -> tuple[()] | tuple[str, str]:
+        """See `get_credentials`. The file is small, and connections are rare."""
+        return self.get_credentials()
 
 
 class _MasterPool(SentinelConnectionPool):

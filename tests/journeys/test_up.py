@@ -9,6 +9,8 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -23,7 +25,7 @@ from tests.support.up_command import gone, up
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from tests.support.servers import DemoBackend, RedisServer
 
@@ -56,22 +58,24 @@ async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> Non
 
 
 def test_the_commands_it_prints_show_the_stream(tmp_path: Path) -> None:
-    with up(tmp_path) as imstream:
+    with up(tmp_path, restricted=False) as imstream:
         imstream.wait_until_ready()
         said = imstream.running.output()
-        [with_cli] = re.findall(r"redis-cli -p .*", said)
+        [with_cli] = re.findall(r"the stream +(.*)", said)
         [without_cli] = re.findall(r"without redis-cli +(.*)", said)
-        assert with_cli == f"redis-cli -p {imstream.redis_port} XINFO STREAM 'im:{{node:0}}:requests'"
+        login = 'REDISCLI_AUTH="$(cat .imstream/redis/password)"'
+        assert with_cli == f"{login} redis-cli -p {imstream.redis_port} XINFO STREAM 'im:{{node:0}}:requests'"
         words = shlex.split(without_cli)
         program = words[0] if shutil.which(words[0]) else str(tmp_path / words[0])
         shown = subprocess.run([program, *words[1:]], capture_output=True, text=True, check=True, cwd=tmp_path)
         assert "unfinished requests  0" in shown.stdout
         if shutil.which("redis-cli") is None:
             missing("redis-cli")
-        # As somebody who may: in tests, who does not log in is as restricted as a node.
-        as_admin = with_cli.replace("redis-cli", "redis-cli --no-auth-warning --user admin --pass admin-secret")
-        shown = subprocess.run(as_admin, shell=True, capture_output=True, text=True, check=True)  # noqa: S602 - as typed
+        shown = subprocess.run(  # as typed
+            with_cli, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True  # noqa: S602
+        )
         assert shown.stdout.startswith("length\n0\n")
+        assert shown.stderr == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -220,3 +224,62 @@ async def test_settings_given_to_it_reach_the_parts(tmp_path: Path) -> None:
         assert "'im:{node:a7}:requests'" in imstream.running.output()
         async with Client(imstream.ws, 10001) as client:
             assert await (await client.send("why?")).text() == "".join(canned_answer("why?", 3))
+
+
+HUSH = "hush-of-more-than-thirty-two-bytes-in-length"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user of this machine may look into, with what an earlier version had left there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        data = folder / ".imstream" / "redis"
+        (data / "appendonlydir").mkdir(parents=True)
+        for file in ("appendonlydir/old.aof", "dump.rdb", "password"):
+            (data / file).write_text("old")
+        for path in (folder / ".imstream").rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        (folder / ".imstream").chmod(0o755)
+        yield folder
+
+
+def as_somebody_else(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the shell as another user of this machine."""
+    return subprocess.run(["bash", "-c", script], user="nobody", cwd="/", capture_output=True, text=True, check=False)
+
+
+async def test_no_other_user_of_the_machine_reads_the_data_or_connects_without_the_password(open_folder: Path) -> None:
+    own = open_folder / ".imstream"
+    secrets = ("AI_KEY", "AUTH_SECRET", "MODERATION_KEY", "TOKEN")
+    env = {"IMSTREAM_AUTH": "jwt", **{f"IMSTREAM_{name}": f"{HUSH}-{name}" for name in secrets}}
+    with up(open_folder, *QUICK, restricted=False, env=env) as imstream:
+        await asyncio.to_thread(imstream.wait_until_ready)
+        said = imstream.running.output()
+        password = (own / "redis" / "password").read_text().strip()
+        assert len(password) > 40
+
+        assert said.count("was open to other users of this machine and is now closed to them") >= 4
+        everything = [own, *own.rglob("*")]
+        assert len(everything) > 9
+        assert [path for path in everything if path.stat().st_mode & 0o077] == []
+        children = imstream.children()
+        lines = [word for child in children.values() for word in child.cmdline()]
+        assert not any(secret in word for word in lines for secret in (password, HUSH))
+        for name, child in children.items():
+            held = {variable: value for variable, value in child.environ().items() if HUSH in value}
+            needed = {f"IMSTREAM_{secret}" for secret in secrets[:3]} if name == "node" else set()
+            assert held.keys() == needed, name
+        for login in ("", "AUTH default old", "AUTH default ''"):
+            sent = f"exec 3<>/dev/tcp/127.0.0.1/{imstream.redis_port}; printf '{login}\\r\\nKEYS *\\r\\nQUIT\\r\\n' >&3; cat <&3"
+            answer = subprocess.run(["bash", "-c", sent], capture_output=True, text=True, check=False).stdout  # noqa: ASYNC221
+            assert "NOAUTH" in answer
+            assert "im:" not in answer
+        if os.geteuid() != 0:
+            missing("root, to be somebody else")
+        assert as_somebody_else(f"ls {open_folder}").stdout.split() == [f"up-{imstream.port}.log"]
+        for look in (f"ls {own}", f"ls {own}/redis", f"cat {own}/redis/password", f"cat {own}/redis/appendonlydir/*"):
+            seen = as_somebody_else(look)
+            assert (seen.stdout, "Permission denied" in seen.stderr) == ("", True), look
+        assert "NOAUTH" in as_somebody_else(f"exec 3<>/dev/tcp/127.0.0.1/{imstream.redis_port}; echo PING >&3; head -1 <&3").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import redis
+from click.testing import CliRunner
 
 from imstream import embedded
+from imstream.cli.main import main
 from imstream.errors import ImstreamError
 from tests.support.processes import PYTHON, Running, free_port, start
 from tests.support.waiting import wait_until
@@ -34,28 +37,87 @@ def running(port: int, folder: Path, log: Path) -> Iterator[Running]:
         yield server
 
 
-def client(port: int) -> redis.Redis:
-    """A client of the test's own."""
-    return redis.Redis(port=port, decode_responses=True, socket_timeout=5)
+@contextmanager
+def client(port: int, folder: Path) -> Iterator[redis.Redis]:
+    """A client of the test's own, with the password in the folder."""
+    password = (folder / "password").read_text().strip()
+    with redis.Redis(port=port, password=password, decode_responses=True, socket_timeout=5) as connected:
+        yield connected
 
 
 async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path) -> None:
     port = free_port()
-    with running(port, tmp_path / "data", tmp_path / "log") as server, client(port) as valkey:
+    data = tmp_path / "data"
+    with running(port, data, tmp_path / "log") as server:
         await wait_until(lambda: embedded.answers(port), "it serves")
-        assert valkey.info("server")["process_id"] == server.pid
-        settings = valkey.config_get("append*", "save", "maxmemory-policy", "bind", "protected-mode")
-        assert settings["appendonly"] == "yes"
-        assert settings["appendfsync"] == "everysec"
-        assert settings["save"] == ""
-        assert settings["maxmemory-policy"] == "noeviction"
-        assert settings["bind"] == "127.0.0.1"
-        valkey.set("kept", "yes")
+        with client(port, data) as valkey:
+            assert valkey.info("server")["process_id"] == server.pid
+            settings = valkey.config_get("append*", "save", "maxmemory-policy", "bind", "protected-mode")
+            assert settings["appendonly"] == "yes"
+            assert settings["appendfsync"] == "everysec"
+            assert settings["save"] == ""
+            assert settings["maxmemory-policy"] == "noeviction"
+            assert settings["bind"] == "127.0.0.1"
+            valkey.set("kept", "yes")
         server.kill()
-    with running(port, tmp_path / "data", tmp_path / "log") as server, client(port) as valkey:
-        await wait_until(lambda: embedded.answers(port), "it serves")
-        assert valkey.get("kept") == "yes"
+    with running(port, data, tmp_path / "log") as server:
+        await wait_until(lambda: embedded.answers(port, data / "password"), "it serves")
+        with client(port, data) as valkey:  # with the same password
+            assert valkey.get("kept") == "yes"
         assert server.terminate() == 0
+
+
+async def test_a_password_that_others_could_have_read_is_replaced_and_one_that_they_could_not_stays(
+    tmp_path: Path,
+) -> None:
+    file, port = tmp_path / "data" / "password", free_port()
+    file.parent.mkdir()
+    for mode, stays in ((0o644, False), (0o600, True)):
+        file.write_text('o"n\\e of my own\n')
+        file.chmod(mode)
+        with running(port, file.parent, tmp_path / "log"):
+            await wait_until(lambda: embedded.answers(port, file), "it serves")
+            with client(port, file.parent) as valkey:
+                assert valkey.ping()
+        assert (file.read_text() == 'o"n\\e of my own\n') == stays, oct(mode)
+        assert not file.stat().st_mode & 0o077
+        file.unlink()
+
+
+async def test_a_server_that_still_loads_its_data_does_not_answer(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("secret\n")
+    said: list[bytes] = []
+
+    async def loads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said.append(await reader.readuntil(b"PING\r\n"))
+        writer.write(b"+OK\r\n-LOADING Valkey is loading the dataset in memory\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(loads, "127.0.0.1") as server:
+        assert not await embedded.answers(server.sockets[0].getsockname()[1], file)
+    assert said == [b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$6\r\nsecret\r\nPING\r\n"]
+
+
+@pytest.fixture
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process does not become the server, and keeps its umask."""
+    monkeypatch.setattr(os, "execv", pytest.fail)
+    previous = os.umask(0o077)
+    yield
+    os.umask(previous)
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_a_folder_that_cannot_be_made_or_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "used" / "lock").mkdir(parents=True)
+    for folder in ("file", "file/below", "used", "/proc/nothing", "x" * 300):
+        told = CliRunner().invoke(main, command(free_port(), tmp_path / folder)[3:])
+        assert told.exit_code == 2
+        assert told.output.startswith(f"Error: IMSTREAM_EMBEDDED_DATA={tmp_path / folder} cannot be used: ")
+        assert told.output.count("\n") == 1
+        assert "Traceback" not in told.output
 
 
 async def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:

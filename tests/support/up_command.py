@@ -57,18 +57,21 @@ def up(
     ports: Sequence[int] = (),
     env: dict[str, str] | None = None,
     in_terminal: bool = False,
+    restricted: bool = True,
 ) -> Iterator[Up]:
     """Start `imstream up` in a folder, on free ports unless some are given: the node's, the server's, the AI's.
 
     Its nodes may do with the embedded server what `ops/redis-users.acl` grants them, and are denied nothing.
-    `in_terminal`: as a shell starts it, with a process group of its own.
+    `in_terminal`: as a shell starts it, with a process group of its own. Without `restricted`, the server is configured as
+    it is for everybody.
     """
     port, redis_port, ai_port = ports or (free_port(), free_port(), free_port())
     command = [PYTHON, "-m", "imstream", "up", "--port", str(port)]
     command += ["--embedded-port", str(redis_port), "--demo-port", str(ai_port), *options]
     if in_terminal:
         command = ["setsid", *command]
-    env = {"IMSTREAM_EMBEDDED_CONFIG": str(node_rights(folder)), **(env or {})}
+    rights = {"IMSTREAM_EMBEDDED_CONFIG": str(node_rights(folder))} if restricted else {}
+    env = {**rights, **(env or {})}
     with start(command, folder / f"up-{port}.log", cwd=folder, env=env) as running:
         yield Up(running, port, redis_port)
     assert DENIED not in running.output()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import pytest
+from click.testing import CliRunner
 
 from imstream.cli import balancer
 from imstream.cli.balancer import Front, Program, Tls, configuration
+from imstream.cli.main import main
 from imstream.errors import SettingsError
 from tests.support.processes import PYTHON
 from tests.support.servers import missing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
@@ -102,6 +109,52 @@ def test_a_program_is_found_where_the_path_of_an_ordinary_user_does_not_lead(
     assert balancer.find("nginx") == str(program)
     assert balancer.find("haproxy") is None
     assert balancer.installed() == "nginx"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[list[str]]]:
+    """What would be executed; this process stays what it is, and keeps its umask."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(balancer, "find", lambda _: "/bin/true")
+    monkeypatch.chdir(tmp_path)
+    previous = os.umask(0o022)
+    yield commands
+    os.umask(previous)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_it_keeps_is_nobody_elses_to_read(program: Program, started: list[list[str]], tmp_path: Path) -> None:
+    folder = tmp_path / ".imstream" / "balancer"
+    (folder / "body").mkdir(parents=True)
+    (folder / SHIPPED[program]).write_text("old")
+    become = CliRunner().invoke(main, ["balancer", "--program", program, "127.0.0.1:8080"])
+    assert become.exit_code == 0, become.output
+    assert len(started) == 1
+    assert [path for path in (folder.parent, *folder.parent.rglob("*")) if path.stat().st_mode & 0o077] == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(started: list[list[str]], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = CliRunner().invoke(main, ["balancer", "--program", "nginx", "--folder", "file/below", "127.0.0.1:8080"])
+    assert (told.exit_code, started) == (2, [])
+    assert told.output == "Error: --folder=file/below cannot be used: Not a directory: file/below\n"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_limits_are_those_of_the_readme(program: Program) -> None:
+    made = configuration(Front(program, "a:1", ["a:2"]))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme.partition("| of one address |")[2].partition("\n\n")[0]
+    numbers = [number.replace(",", "") for number in re.findall(r"\| ([0-9,]+)", table)]
+    assert numbers == ["1000", "400", "2000", "10"]
+    used = "\n".join(line for line in made.splitlines() if not line.lstrip().startswith("#"))
+    kinds = {
+        "nginx": ("connections {}", "zone=handshakes burst={}", "zone=requests burst={}", "client_header_timeout {}s"),
+        "haproxy": ("(connections) gt {}", "(handshakes) ge {}", "(requests) ge {}", "http-request {}s"),
+    }[program]
+    for kind, number in zip(kinds, numbers, strict=True):
+        assert re.search(re.escape(kind.format(number)).replace(r"\ ", " +"), used), kind
 
 
 def test_an_installed_package_has_the_configurations_of_ops(tmp_path: Path) -> None:

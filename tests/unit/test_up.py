@@ -158,7 +158,24 @@ def test_nodes_without_identity_are_not_reached_from_elsewhere_unless_that_is_wa
     assert make_plan({**ports(), "host": "0.0.0.0", "auth": "jwt"}).settings.host == "0.0.0.0"
 
 
+def test_each_part_gets_the_settings_of_its_own_and_no_other_secret(
+    machine: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine["nginx"] = "/usr/sbin/nginx"
+    hush = {"IMSTREAM_AI_KEY": "hush", "IMSTREAM_AUTH_SECRET": SECRET, "imstream_moderation_key": "hush"}
+    for name, value in {**hush, "IMSTREAM_TOKEN": "hush", "IMSTREAM_DEMO_SEED": "7", "IMSTREAM_X": "hush"}.items():
+        monkeypatch.setenv(name, value)
+    plan = make_plan({**ports(), "nodes": "2", "auth": "jwt", "demo_pace": "1ms"})
+    parts = {part.name: part.environment for stage in plan.order()[0] for part in stage}
+    assert parts["nginx"] == {}
+    assert parts["redis"].keys() == {"IMSTREAM_EMBEDDED_PORT", "IMSTREAM_EMBEDDED_LOG_LEVEL"}
+    assert parts["ai"].keys() == {"IMSTREAM_DEMO_PORT", "IMSTREAM_DEMO_PACE", "IMSTREAM_DEMO_SEED"}
+    for node in ("node 0", "node 1"):
+        assert hush.items() <= parts[node].items()
+        assert not parts[node].keys() & {"IMSTREAM_TOKEN", "IMSTREAM_X", "IMSTREAM_DEMO_SEED", "IMSTREAM_EMBEDDED_PORT"}
+
+
 def test_where_tokens_are_asked_for_it_says_how_to_chat_with_one() -> None:
     [line] = [line for line in summary(make_plan({**ports(), "auth": "jwt", "auth_secret": SECRET})) if "chat" in line]
-    assert line.endswith('token --user 10001)"')
+    assert re.fullmatch(r'a chat client     IMSTREAM_TOKEN="\$\(\S+ token --user 10001\)" \S+ chat --url \S+', line)
     assert SECRET not in line

@@ -1,0 +1,84 @@
+"""What the start of a command says about its settings: the file they were read from, and names that are no settings."""
+
+from __future__ import annotations
+
+import os
+import stat
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+from dotenv import dotenv_values
+
+from imstream.ai.demo.settings import DemoSettings
+from imstream.cli.up_settings import UpSettings
+from imstream.embedded import EmbeddedSettings
+from imstream.private_files import others_can_write
+from imstream.redis_url import without_password
+from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+TOKEN = f"{ENV_PREFIX}TOKEN"
+"""The variable of `imstream chat`, the only one that is in no group."""
+
+_GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings)
+_FIELDS = {group.variable(name): field for group in _GROUPS for name, field in group.model_fields.items()}
+_KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, TOKEN)}
+
+_MAX_NAME = 64
+_MAX_UNKNOWN = 10
+"""Maximum number of unknown names that are listed; more are only counted."""
+
+
+log = structlog.get_logger()
+
+
+def look() -> tuple[Path | None, list[str]]:
+    """The file that settings are read from, if any, and what the operator should know of it and of all names."""
+    unknown = [*_unknown(os.environ, "")]
+    file, found, about_file = Path(ENV_FILE).absolute(), None, []
+    try:
+        if file.is_file():
+            values = dotenv_values(file, interpolate=False, encoding="utf-8-sig")
+            about_file = [*_about(file, values)]
+            unknown += _unknown(values, f" in {ENV_FILE}")
+            found = file
+    except (OSError, UnicodeDecodeError):
+        pass  # reading the settings fails, too, and says why
+    more = len(unknown) - _MAX_UNKNOWN
+    rest = [f"{more} more variables that begin with {ENV_PREFIX} are no settings"] if more > 0 else []
+    return found, [*about_file, *unknown[:_MAX_UNKNOWN], *rest]
+
+
+def log_them() -> None:
+    """Log the file and the warnings, for a node."""
+    file, warnings = look()
+    if file:
+        log.info("settings read", file=str(file))
+    for warning in warnings:
+        log.warning(warning)
+
+
+def _about(file: Path, values: Mapping[str, str | None]) -> Iterator[str]:
+    if problem := others_can_write(file):
+        yield f"{file} {problem}, who can change every setting"
+    if file.stat().st_mode & stat.S_IROTH and any(_is_secret(name.upper(), value or "") for name, value in values.items()):
+        yield f"{file} holds secrets and can be read by other users: chmod 600 {file}"
+
+
+def _is_secret(name: str, value: str) -> bool:
+    field = _FIELDS.get(name)
+    return name == TOKEN or (field is not None and (is_secret(field) or without_password(value) != value))
+
+
+def _unknown(names: Mapping[str, str | None], where: str) -> Iterator[str]:
+    for given in names:
+        name = given.upper()  # as the settings compare them
+        if name.startswith(ENV_PREFIX) and (setting := name.removeprefix(ENV_PREFIX)) not in _KNOWN:
+            # Of a name without end, only the beginning is compared: that costs the square of its length.
+            nearest = get_close_matches(setting[:_MAX_NAME], _KNOWN, n=1)
+            hint = f"; did you mean {ENV_PREFIX}{nearest[0]}?" if nearest else ""
+            yield f"{ascii(given[:_MAX_NAME])[1:-1]}{where} is no setting{hint}"

@@ -1,0 +1,74 @@
+"""What is closed to other users of the machine, and what is left as it is."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from imstream.private_files import close_to_others, others_can_write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONTENTS = ("data", "lock")
+
+
+def opened(path: Path, *, folder: bool = False) -> Path:
+    """A path that everybody may do anything with."""
+    if folder:
+        path.mkdir()
+    else:
+        path.touch()
+    path.chmod(0o777 if folder else 0o666)
+    return path
+
+
+def is_closed(path: Path) -> bool:
+    """Whether nobody but the owner may do anything with it."""
+    return not path.stat().st_mode & 0o077
+
+
+def test_a_folder_with_nothing_else_in_it_is_closed_and_so_is_all_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = opened(tmp_path / ".imstream", folder=True)
+    folder = opened(own / "redis", folder=True)
+    data = opened(folder / "data", folder=True)
+    paths = [own, folder, data, opened(data / "file"), opened(folder / "lock")]
+    close_to_others(folder, CONTENTS)
+    assert all(map(is_closed, paths))
+    assert sorted(record.args[0] for record in caplog.records if isinstance(record.args, tuple)) == sorted(paths)
+    assert not is_closed(tmp_path) or tmp_path.stat().st_mode & 0o777 == 0o700
+    caplog.clear()
+    close_to_others(folder, CONTENTS)
+    assert not caplog.records
+
+
+def test_a_folder_that_holds_something_else_stays_open_and_what_is_ours_in_it_is_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = opened(tmp_path / "shared", folder=True)
+    other, data = opened(folder / "other"), opened(folder / "data", folder=True)
+    close_to_others(folder, CONTENTS)
+    assert (is_closed(folder), is_closed(other), is_closed(data)) == (False, False, True)
+    assert f"{folder} can be written by other users: other users can replace what is in it" in caplog.messages
+
+
+def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
+    elsewhere, folder = opened(tmp_path / "elsewhere"), opened(tmp_path / "folder", folder=True)
+    (folder / "lock").symlink_to(elsewhere)
+    opened(tmp_path / "there", folder=True)
+    (folder / "data").symlink_to(tmp_path / "there")
+    opened(tmp_path / "there" / "file")
+    close_to_others(folder, CONTENTS)
+    assert is_closed(folder)
+    assert not any(map(is_closed, (elsewhere, tmp_path / "there", tmp_path / "there" / "file")))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_belongs_to_another_user_can_be_changed_by_that_one(tmp_path: Path) -> None:
+    assert others_can_write(tmp_path) is None
+    os.chown(tmp_path, 65534, -1)
+    assert others_can_write(tmp_path) == "belongs to another user"

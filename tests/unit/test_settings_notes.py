@@ -1,0 +1,133 @@
+"""What a start says of where its settings come from, and of what cannot be read."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+
+import imstream.node
+from imstream.cli import settings_notes
+from imstream.cli.main import main
+from imstream.settings import Settings
+from tests.unit.test_settings import GROUPS, folder  # noqa: F401 - a fixture
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
+        monkeypatch.delenv(name)
+
+
+COMMANDS = ("node", "up", "redis", "demo-ai", "streams", "token --user 10001", "user show 10001")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_cannot_be_read_is_refused_in_one_sentence(command: str, folder: Path) -> None:
+    file = folder / ".env"
+    for make, why in (
+        (lambda: file.write_bytes(b"IMSTREAM_PORT=8080\n# caf\xe9\n"), "it is not UTF-8"),
+        (lambda: file.write_bytes("IMSTREAM_PORT=8080\n".encode("utf-16")), "it is not UTF-8"),
+        (lambda: file.symlink_to("/proc/self/mem"), "Input/output error"),  # root may read all others
+    ):
+        file.unlink(missing_ok=True)
+        make()
+        told = CliRunner().invoke(main, command.split())
+        assert (told.exit_code, told.output.count("\n")) == (2, 1), told.output
+        assert ".env" in told.output
+        assert told.output.endswith(f"cannot be read: {why}\n")
+
+
+def test_a_mark_at_the_beginning_of_the_file_is_no_part_of_the_first_name(folder: Path) -> None:
+    (folder / ".env").write_bytes(b"\xef\xbb\xbfIMSTREAM_PORT=1001\n")
+    assert Settings.load().port == 1001
+    assert settings_notes.look()[1] == []
+
+
+def test_every_setting_is_known_in_any_case(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [group.variable(name) for group in (*GROUPS, settings_notes.UpSettings) for name in group.model_fields]
+    for name in (*names, "IMSTREAM_TOKEN", "imstream_port"):
+        monkeypatch.setenv(name, "1")
+    (folder / ".env").write_text("".join(f"{name}=1\n" for name in names))
+    (folder / ".env").chmod(0o600)
+    assert settings_notes.look()[1] == []
+
+
+def test_a_name_that_is_no_setting_is_told_with_the_nearest_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMSTREAM_QUEU_LIMIT", "hush")
+    monkeypatch.setenv("imstream_embeded_port", "hush")
+    (folder / ".env").write_text("IMSTREAM_DEMOPACE=hush\nSOMEBODY_ELSES=hush\nIMSTREAM_ZZZZZZ=hush\nIMSTREAM_\x1b[2J=x\n")
+    assert sorted(settings_notes.look()[1]) == [
+        "IMSTREAM_DEMOPACE in .env is no setting; did you mean IMSTREAM_DEMO_PACE?",
+        "IMSTREAM_QUEU_LIMIT is no setting; did you mean IMSTREAM_QUEUE_LIMIT?",
+        "IMSTREAM_ZZZZZZ in .env is no setting",
+        "IMSTREAM_\\x1b[2J in .env is no setting",
+        "imstream_embeded_port is no setting; did you mean IMSTREAM_EMBEDDED_PORT?",
+    ]
+
+
+def test_names_without_end_or_number_cost_little(folder: Path) -> None:
+    (folder / ".env").write_text("".join(f"IMSTREAM_{number}{'X' * 200}=1\n" for number in range(2_000)))
+    before = time.process_time()
+    told = settings_notes.look()[1]
+    assert time.process_time() - before < 20
+    assert len(told) == 11
+    assert told[-1] == "1990 more variables that begin with IMSTREAM_ are no settings"
+    assert max(map(len, told)) < 200
+
+
+@pytest.mark.parametrize(
+    ("mode", "content", "told"),
+    [
+        (0o600, "IMSTREAM_AI_KEY=x", None),
+        (0o644, "IMSTREAM_PORT=1", None),
+        (0o640, "IMSTREAM_AI_KEY=x", None),
+        (0o644, "IMSTREAM_AI_KEY=x", "holds secrets and can be read by other users: chmod 600"),
+        (0o644, "imstream_redis_url=redis://:x@host", "holds secrets and can be read by other users: chmod 600"),
+        (0o644, "IMSTREAM_REDIS_URL=redis://host", None),
+        (0o602, "IMSTREAM_PORT=1", "can be written by other users, who can change every setting"),
+        (0o620, "IMSTREAM_PORT=1", "can be written by other users, who can change every setting"),
+    ],
+)
+def test_a_file_that_others_can_change_or_read_secrets_in_is_a_warning(
+    mode: int, content: str, told: str | None, folder: Path
+) -> None:
+    file = folder / ".env"
+    file.write_text(content)
+    file.chmod(mode)
+    warnings = settings_notes.look()[1]
+    assert [warning.startswith(f"{file} {told}") for warning in warnings] == [True] * (told is not None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_of_another_user_is_a_warning(folder: Path) -> None:
+    (folder / ".env").write_text("IMSTREAM_PORT=1\n")
+    os.chown(folder / ".env", 65534, -1)
+    assert settings_notes.look()[1] == [f"{folder / '.env'} belongs to another user, who can change every setting"]
+
+
+def test_a_node_logs_the_file_and_the_warnings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imstream.node, "run", lambda _: None)
+    assert "settings read" not in CliRunner().invoke(main, ["node"]).output
+    (folder / ".env").write_text("IMSTREAM_NOD=1\n")
+    said = CliRunner().invoke(main, ["node", "--log-format", "json"]).output.splitlines()
+    assert [line.partition('"level":')[2] for line in said] == [
+        f' "info", "event": "settings read", "file": "{folder}/.env"}}',
+        ' "warning", "event": "IMSTREAM_NOD in .env is no setting; did you mean IMSTREAM_NODE?"}',
+    ]
+
+
+def test_other_commands_warn_on_standard_error_and_servers_name_the_file(folder: Path) -> None:
+    (folder / ".env").write_text("IMSTREAM_PORTT=1\n")
+    warning = "Warning: IMSTREAM_PORTT in .env is no setting; did you mean IMSTREAM_PORT?\n"
+    told = CliRunner().invoke(main, ["token", "--user", "10001", "--ttl", "0"])
+    assert (told.stdout, told.stderr.startswith(warning)) == ("", True)
+    for server in ("redis", "demo-ai", "up"):
+        told = CliRunner().invoke(main, [server, "--port", "x"])
+        assert told.stderr.startswith(f"settings read from {folder}/.env\n{warning}"), told.stderr
