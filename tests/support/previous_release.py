@@ -37,8 +37,11 @@ def previous_python() -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "ops" / "venv").exists():
             _git("worktree", "add", "--quiet", "--force", "--detach", str(folder), COMMIT).check_returncode()
-        environment = {**os.environ, "PYTHON": str(Path(sys.base_prefix) / "bin" / Path(sys.executable).name)}
-        subprocess.run([folder / "ops" / "venv"], env=environment, capture_output=True, check=True, timeout=300)
+        environment = {**os.environ, "PYTHON": str(Path(sys.executable).resolve())}
+        made = subprocess.run(
+            [folder / "ops" / "venv"], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert made.returncode == 0, made.stderr
     return str(folder / ".venv" / "bin" / "python")
 
 
