@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 
 PASSWORD_FILE = "password"  # noqa: S105 - the name of a file
 """The file in the data folder with the password that the server asks for. Without it every user of this machine could
-read all messages, and ask in anybody's name."""  # noqa: D205, D209 - one thought
+read all messages, and ask in anybody's name."""
 
 _LOCK = "lock"
 _SERVER_FILES = ("appendonlydir", "dump.rdb", _LOCK, PASSWORD_FILE)
@@ -163,15 +163,21 @@ def _own_password(file: Path) -> str:
     return password
 
 
+def _login(password_file: Path) -> bytes:
+    """The command that logs in; nothing when the password is not there yet."""
+    try:
+        password = password_file.read_bytes().strip()
+    except OSError:
+        return b""
+    return b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$%d\r\n%b\r\n" % (len(password), password)
+
+
 async def answers(port: int, password_file: Path | None = None) -> bool:
     """Whether the server answers PING within a second, even with a refusal of the login: only when its data is loaded.
 
     With the password it says that it is still loading; without, only that it wants one.
     """
-    login = b""
-    if password_file is not None and password_file.exists():
-        password = password_file.read_bytes().strip()
-        login = b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$%d\r\n%b\r\n" % (len(password), password)
+    login = _login(password_file) if password_file else b""
     try:
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_connection(HOST, port)

@@ -21,7 +21,7 @@ from imstream.cli.up_settings import UpSettings
 from imstream.cli.user import user
 from imstream.embedded import EmbeddedSettings
 from imstream.errors import ImstreamError, SettingsError
-from imstream.settings import ENV_PREFIX, Settings
+from imstream.settings import Settings
 from imstream.texts import DEFAULT_LANG, Lang
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def up(**options: str | None) -> None:
 @main.command()
 @settings_options(Settings, aliases=ALIASES)
 @click.pass_context
-def node(ctx: click.Context, **options: str | None) -> None:
+def node(ctx: click.Context, /, **options: str | None) -> None:
     """Run one node: WebSockets, its stream, its worker.
 
     It logs "ready" with its address when it serves. GET /readyz answers 200 while it can serve, GET /healthz unless
@@ -148,7 +148,7 @@ def node(ctx: click.Context, **options: str | None) -> None:
 @main.command()
 @click.option("--url", default="ws://127.0.0.1:8080/ws", show_default=True, help="The node's address.")
 @click.option("--user", type=UserId(), default=10001, show_default=True, help="Who you are: a number above 10000.")
-@click.option("--token", envvar=settings_notes.TOKEN, help="Your signed token; better in IMSTREAM_TOKEN, which nobody else can read.")
+@click.option("--token", envvar=settings_notes.TOKEN, help="Your signed token; private only in IMSTREAM_TOKEN.")
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_own_lang, help="Language; else the terminal's.")
 def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
     """Chat in the terminal; it reconnects and resumes."""

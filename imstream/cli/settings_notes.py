@@ -65,7 +65,8 @@ def log_them() -> None:
 def _about(file: Path, values: Mapping[str, str | None]) -> Iterator[str]:
     if problem := others_can_write(file):
         yield f"{file} {problem}, who can change every setting"
-    if file.stat().st_mode & stat.S_IROTH and any(_is_secret(name.upper(), value or "") for name, value in values.items()):
+    holds_secrets = any(_is_secret(name.upper(), value or "") for name, value in values.items())
+    if holds_secrets and file.stat().st_mode & stat.S_IROTH:
         yield f"{file} holds secrets and can be read by other users: chmod 600 {file}"
 
 

@@ -90,17 +90,19 @@ class PasswordFile(CredentialProvider):
     def __init__(self, user: str, file: Path) -> None:
         self._login = user, file
 
-    def get_credentials(self) -> tuple[()] | tuple[str, str]:
-        """User and password. Without the file there is no login, and the server says whether it wants one."""
+    def get_credentials(self) -> tuple[str, str]:
+        """User and password: none without the file, for a server that asks for none, or is about to write it."""
         user, file = self._login
         try:
             return user, file.read_text("utf-8").strip()
         except FileNotFoundError:
-            return ()
-        except (OSError, UnicodeDecodeError) as error:
-            raise AuthenticationError(f"{file} cannot be read: {error}") from None
+            return user, ""
+        except UnicodeDecodeError:
+            raise AuthenticationError("the password_file cannot be read: it is not UTF-8") from None
+        except OSError as error:
+            raise AuthenticationError(f"the password_file cannot be read: {error.strerror}") from None
 
-    async def get_credentials_async(self) -> tuple[()] | tuple[str, str]:
+    async def get_credentials_async(self) -> tuple[str, str]:
         """See `get_credentials`. The file is small, and connections are rare."""
         return self.get_credentials()
 

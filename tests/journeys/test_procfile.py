@@ -59,7 +59,7 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
     env = {
         "IMSTREAM_EMBEDDED_PORT": str(redis),
         "IMSTREAM_EMBEDDED_CONFIG": str(node_rights(tmp_path)),
-        "IMSTREAM_REDIS_URL": f"redis://127.0.0.1:{redis}/0",
+        "IMSTREAM_REDIS_URL": f"redis://127.0.0.1:{redis}/0?password_file=.imstream/redis/password",
         "IMSTREAM_DEMO_PORT": str(ai),
         "IMSTREAM_AI_URL": f"http://127.0.0.1:{ai}/v1",
         "IMSTREAM_DEMO_PACE": "1ms",

@@ -62,8 +62,8 @@ def up(
     """Start `imstream up` in a folder, on free ports unless some are given: the node's, the server's, the AI's.
 
     Its nodes may do with the embedded server what `ops/redis-users.acl` grants them, and are denied nothing.
-    `in_terminal`: as a shell starts it, with a process group of its own. Without `restricted`, the server is configured as
-    it is for everybody.
+    `in_terminal`: as a shell starts it, with a process group of its own. Without `restricted`, the server asks for its
+    password, as it does for everybody.
     """
     port, redis_port, ai_port = ports or (free_port(), free_port(), free_port())
     command = [PYTHON, "-m", "imstream", "up", "--port", str(port)]

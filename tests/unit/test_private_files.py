@@ -39,7 +39,8 @@ def test_a_folder_with_nothing_else_in_it_is_closed_and_so_is_all_in_it(
     paths = [own, folder, data, opened(data / "file"), opened(folder / "lock")]
     close_to_others(folder, CONTENTS)
     assert all(map(is_closed, paths))
-    assert sorted(record.args[0] for record in caplog.records if isinstance(record.args, tuple)) == sorted(paths)
+    closed = "was open to other users of this machine and is now closed to them"
+    assert sorted(caplog.messages) == sorted(f"{path} {closed}" for path in paths)
     assert not is_closed(tmp_path) or tmp_path.stat().st_mode & 0o777 == 0o700
     caplog.clear()
     close_to_others(folder, CONTENTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from imstream.cli import up, up_plan
@@ -67,6 +69,17 @@ def test_a_wrong_address_is_refused_at_the_start_with_its_name_and_what_is_allow
     assert said.startswith("IMSTREAM_REDIS_URL='")
     for scheme in ("redis://", "redis+sentinel://", "redis+cluster://"):
         assert scheme in said.partition("is not allowed: ")[2]
+
+
+def test_the_password_may_be_in_a_file_that_need_not_be_there_yet() -> None:
+    read = RedisUrl.parse("redis://me@host/1?password_file=.imstream/a%20b&client_name=x")
+    assert read.password_file == Path(".imstream/a b")
+    assert read.of_server("host", 1) == "redis://me@host:1/1?client_name=x"
+    assert RedisUrl.parse("redis://me@host").password_file is None
+    for both in ("redis://me:hush@host?password_file=f", "redis://host?password=hush&password_file=f"):
+        with pytest.raises(SettingsError, match="a password or password_file, not both") as refused:
+            Settings.load(redis_url=both)
+        assert "hush" not in str(refused.value)
 
 
 def test_an_option_that_would_undo_ours_is_refused_by_name() -> None:

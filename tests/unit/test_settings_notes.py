@@ -10,21 +10,27 @@ import pytest
 from click.testing import CliRunner
 
 import imstream.node
+from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import settings_notes
 from imstream.cli.main import main
-from imstream.settings import Settings
-from tests.unit.test_settings import GROUPS, folder  # noqa: F401 - a fixture
+from imstream.cli.up_settings import UpSettings
+from imstream.embedded import EmbeddedSettings
+from imstream.settings import Settings, SettingsGroup
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of the test's own, and no variables."""
+    monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
         monkeypatch.delenv(name)
+    return tmp_path
 
 
+GROUPS: list[type[SettingsGroup]] = [Settings, UpSettings, EmbeddedSettings, DemoSettings]
 COMMANDS = ("node", "up", "redis", "demo-ai", "streams", "token --user 10001", "user show 10001")
 
 
@@ -51,7 +57,7 @@ def test_a_mark_at_the_beginning_of_the_file_is_no_part_of_the_first_name(folder
 
 
 def test_every_setting_is_known_in_any_case(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [group.variable(name) for group in (*GROUPS, settings_notes.UpSettings) for name in group.model_fields]
+    names = [group.variable(name) for group in GROUPS for name in group.model_fields]
     for name in (*names, "IMSTREAM_TOKEN", "imstream_port"):
         monkeypatch.setenv(name, "1")
     (folder / ".env").write_text("".join(f"{name}=1\n" for name in names))
@@ -62,7 +68,7 @@ def test_every_setting_is_known_in_any_case(folder: Path, monkeypatch: pytest.Mo
 def test_a_name_that_is_no_setting_is_told_with_the_nearest_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMSTREAM_QUEU_LIMIT", "hush")
     monkeypatch.setenv("imstream_embeded_port", "hush")
-    (folder / ".env").write_text("IMSTREAM_DEMOPACE=hush\nSOMEBODY_ELSES=hush\nIMSTREAM_ZZZZZZ=hush\nIMSTREAM_\x1b[2J=x\n")
+    (folder / ".env").write_text("IMSTREAM_DEMOPACE=hush\nSOMEBODY_ELSES=x\nIMSTREAM_ZZZZZZ=hush\nIMSTREAM_\x1b[2J=x\n")
     assert sorted(settings_notes.look()[1]) == [
         "IMSTREAM_DEMOPACE in .env is no setting; did you mean IMSTREAM_DEMO_PACE?",
         "IMSTREAM_QUEU_LIMIT is no setting; did you mean IMSTREAM_QUEUE_LIMIT?",
