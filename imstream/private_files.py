@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,23 +32,25 @@ def close_to_others(folder: Path, contents: Collection[str]) -> None:
 
     Args:
         folder: The folder.
-        contents: The names of the files and folders that imstream keeps in it.
+        contents: The names of the files and folders that imstream keeps in it, as patterns of the shell.
 
     Raises:
         OSError: The folder cannot be read.
     """
-    for path in _to_close(folder, contents):
+    own_parents = [parent for parent in folder.absolute().parents if parent.name == OWN_FOLDER]
+    for path in (*own_parents, *_to_close(folder, contents)):
         _close(path)
-    if problem := others_can_write(folder):
-        log.warning("%s %s: other users can replace what is in it", folder, problem)
+    for path in (*own_parents, folder):
+        if problem := others_can_write(path):
+            log.warning("%s %s: other users can replace what is in it", path, problem)
 
 
 def _to_close(folder: Path, contents: Collection[str]) -> Iterator[Path]:
-    yield from (parent for parent in folder.absolute().parents if parent.name == OWN_FOLDER)
-    there = {entry.name for entry in folder.iterdir()}
-    if there <= set(contents):
+    there = sorted(folder.iterdir())
+    ours = [path for path in there if any(fnmatch(path.name, pattern) for pattern in contents)]
+    if ours == there:
         yield folder.resolve()
-    for path in (folder / name for name in sorted(there.intersection(contents))):
+    for path in ours:
         yield path
         if path.is_dir() and not path.is_symlink():
             yield from path.iterdir()

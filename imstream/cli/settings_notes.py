@@ -32,16 +32,15 @@ _MAX_NAME = 64
 _MAX_UNKNOWN = 10
 """Maximum number of unknown names that are listed; more are only counted."""
 
-
 log = structlog.get_logger()
 
 
 def look() -> tuple[Path | None, list[str]]:
     """The file that settings are read from, if any, and what the operator should know of it and of all names."""
     unknown = [*_unknown(os.environ, "")]
-    file, found, about_file = Path(ENV_FILE).absolute(), None, []
+    found, about_file = None, []
     try:
-        if file.is_file():
+        if (file := Path(ENV_FILE).absolute()).is_file():
             values = dotenv_values(file, interpolate=False, encoding="utf-8-sig")
             about_file = [*_about(file, values)]
             unknown += _unknown(values, f" in {ENV_FILE}")
@@ -72,7 +71,9 @@ def _about(file: Path, values: Mapping[str, str | None]) -> Iterator[str]:
 
 def _is_secret(name: str, value: str) -> bool:
     field = _FIELDS.get(name)
-    return name == TOKEN or (field is not None and (is_secret(field) or without_password(value) != value))
+    if field is None:
+        return name == TOKEN
+    return value != "" and (is_secret(field) or without_password(value) != value)
 
 
 def _unknown(names: Mapping[str, str | None], where: str) -> Iterator[str]:

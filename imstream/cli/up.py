@@ -71,6 +71,13 @@ def _redis_cli(plan: Plan) -> str | None:
     return f"redis-cli {follow}-u {shlex.quote(without_password(known.of_server(*known.servers[0])))}"
 
 
+def _which_redis(plan: Plan) -> str:
+    if plan.valkey is None:
+        return without_password(plan.redis_url)
+    where = f"data in {plan.valkey.data}, password in {PASSWORD_FILE} there"
+    return f"{plan.redis_url.partition('?')[0]}   embedded Valkey, {where}"
+
+
 def summary(plan: Plan) -> list[str]:
     """What a person wants to know of what runs, line by line."""
     host = reach(plan.settings.host)
@@ -87,8 +94,7 @@ def summary(plan: Plan) -> list[str]:
         *(f"node {node:<3} ws://{host}:{port}/ws" for node, port in plan.nodes),
         *_from_disk(plan),
         f"AI       {without_password(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
-        f"Redis    {redis_url.partition('?')[0]}"
-        + (f"   embedded Valkey, data in {plan.valkey.data}, password in {PASSWORD_FILE} there" if plan.valkey else ""),
+        f"Redis    {_which_redis(plan)}",
         "",
         *([f"the stream        {redis_cli} XINFO STREAM {stream}"] if redis_cli else []),
         f"without redis-cli {_program()} streams{which_redis}",

@@ -75,12 +75,14 @@ async def test_a_password_that_others_could_have_read_is_replaced_and_one_that_t
     for mode, stays in ((0o644, False), (0o600, True)):
         file.write_text('o"n\\e of my own\n')
         file.chmod(mode)
+        (file.parent / "temp-17.rdb").touch()
+        file.parent.chmod(0o755)
         with running(port, file.parent, tmp_path / "log"):
             await wait_until(lambda: embedded.answers(port, file), "it serves")
             with client(port, file.parent) as valkey:
                 assert valkey.ping()
         assert (file.read_text() == 'o"n\\e of my own\n') == stays, oct(mode)
-        assert not file.stat().st_mode & 0o077
+        assert [path for path in (file.parent, *file.parent.iterdir()) if path.stat().st_mode & 0o077] == []
         file.unlink()
 
 

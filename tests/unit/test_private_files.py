@@ -69,7 +69,14 @@ def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_what_belongs_to_another_user_can_be_changed_by_that_one(tmp_path: Path) -> None:
-    assert others_can_write(tmp_path) is None
-    os.chown(tmp_path, 65534, -1)
-    assert others_can_write(tmp_path) == "belongs to another user"
+def test_what_belongs_to_another_user_can_be_changed_by_that_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder := tmp_path / ".imstream" / "redis").mkdir(mode=0o700, parents=True)
+    folder.parent.chmod(0o700)
+    close_to_others(folder, CONTENTS)
+    assert (others_can_write(folder), caplog.messages) == (None, [])
+    for path in (folder.parent, folder):
+        os.chown(path, 65534, -1)
+        close_to_others(folder, CONTENTS)
+        assert caplog.messages[-1] == f"{path} belongs to another user: other users can replace what is in it"

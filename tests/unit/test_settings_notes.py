@@ -94,6 +94,7 @@ def test_names_without_end_or_number_cost_little(folder: Path) -> None:
         (0o600, "IMSTREAM_AI_KEY=x", None),
         (0o644, "IMSTREAM_PORT=1", None),
         (0o640, "IMSTREAM_AI_KEY=x", None),
+        (0o644, "IMSTREAM_AI_KEY=", None),
         (0o644, "IMSTREAM_AI_KEY=x", "holds secrets and can be read by other users: chmod 600"),
         (0o644, "imstream_redis_url=redis://:x@host", "holds secrets and can be read by other users: chmod 600"),
         (0o644, "IMSTREAM_REDIS_URL=redis://host", None),
