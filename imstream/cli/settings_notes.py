@@ -37,19 +37,19 @@ log = structlog.get_logger()
 
 def look() -> tuple[Path | None, list[str]]:
     """The file that settings are read from, if any, and what the operator should know of it and of all names."""
-    unknown = [*_unknown(os.environ, "")]
+    unknown = [(name, "") for name in _unknown(os.environ)]
     found, about_file = None, []
     try:
         if (file := Path(ENV_FILE).absolute()).is_file():
             values = dotenv_values(file, interpolate=False, encoding="utf-8-sig")
             about_file = [*_about(file, values)]
-            unknown += _unknown(values, f" in {ENV_FILE}")
+            unknown += [(name, f" in {ENV_FILE}") for name in _unknown(values)]
             found = file
     except (OSError, UnicodeDecodeError):
         pass  # reading the settings fails, too, and says why
     more = len(unknown) - _MAX_UNKNOWN
     rest = [f"{more} more variables that begin with {ENV_PREFIX} are no settings"] if more > 0 else []
-    return found, [*about_file, *unknown[:_MAX_UNKNOWN], *rest]
+    return found, [*about_file, *(_hint(*one) for one in unknown[:_MAX_UNKNOWN]), *rest]
 
 
 def log_them() -> None:
@@ -76,11 +76,15 @@ def _is_secret(name: str, value: str) -> bool:
     return value != "" and (is_secret(field) or without_password(value) != value)
 
 
-def _unknown(names: Mapping[str, str | None], where: str) -> Iterator[str]:
-    for given in names:
-        name = given.upper()  # as the settings compare them
-        if name.startswith(ENV_PREFIX) and (setting := name.removeprefix(ENV_PREFIX)) not in _KNOWN:
-            # Of a name without end, only the beginning is compared: that costs the square of its length.
-            nearest = get_close_matches(setting[:_MAX_NAME], _KNOWN, n=1)
-            hint = f"; did you mean {ENV_PREFIX}{nearest[0]}?" if nearest else ""
-            yield f"{ascii(given[:_MAX_NAME])[1:-1]}{where} is no setting{hint}"
+def _unknown(names: Mapping[str, str | None]) -> Iterator[str]:
+    for name in names:
+        setting = name.upper()  # as the settings compare them
+        if setting.startswith(ENV_PREFIX) and setting.removeprefix(ENV_PREFIX) not in _KNOWN:
+            yield name
+
+
+def _hint(name: str, where: str) -> str:
+    shown = name[:_MAX_NAME]  # to compare costs the square of the length
+    nearest = get_close_matches(shown.upper().removeprefix(ENV_PREFIX), _KNOWN, n=1)
+    hint = f"; did you mean {ENV_PREFIX}{nearest[0]}?" if nearest else ""
+    return f"{ascii(shown)[1:-1]}{where} is no setting{hint}"

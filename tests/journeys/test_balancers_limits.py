@@ -239,3 +239,5 @@ async def test_strangers_reach_the_page_and_the_socket_and_nothing_else(program:
         assert await front.shake(STRANGER) == 101
         for path in ("/readyz", "/healthz", "/metrics"):
             assert await front.ask(HERE, path) == 200
+            for header in (b"X-Forwarded-For: 192.0.2.1", b"Forwarded: for=192.0.2.1"):  # by a proxy on this machine
+                assert await front.ask(HERE, path, header + b"\r\nConnection: close\r\n") == 404

@@ -82,7 +82,7 @@ def test_names_without_end_or_number_cost_little(folder: Path) -> None:
     (folder / ".env").write_text("".join(f"IMSTREAM_{number}{'X' * 200}=1\n" for number in range(2_000)))
     before = time.process_time()
     told = settings_notes.look()[1]
-    assert time.process_time() - before < 20
+    assert time.process_time() - before < 5
     assert len(told) == 11
     assert told[-1] == "1990 more variables that begin with IMSTREAM_ are no settings"
     assert max(map(len, told)) < 200
