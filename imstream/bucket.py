@@ -13,7 +13,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """So many tokens flow into a bucket in each second, up to its size; whatever comes takes one.
+    """So many tokens flow into a bucket in each second, up to its size; whatever comes takes one, or what it costs.
 
     All that there is to know of one bucket is the moment at which it will be full again, in seconds of any clock. So a
     bucket is a number, and one whose moment has passed need not be kept.
@@ -26,7 +26,7 @@ class Pace:
     rate: float
     size: int
 
-    def take(self, full_at: float, now: float, tokens: int = 1) -> float:
+    def take(self, full_at: float, now: float, tokens: float = 1) -> float:
         """Take tokens, also those that are not there; when the bucket will be full again then."""
         return max(full_at, now) + tokens / self.rate
 

@@ -239,7 +239,9 @@ class Settings(SettingsGroup):
         "many", description="Sockets a user may have; one: the newest wins, the older is closed (4502)."
     )
 
-    max_frame: int = Field(65536, ge=1024, description="Largest WebSocket message taken, in bytes; more closes 1009.")
+    max_frame: int = Field(
+        65536, ge=1024, description="Largest WebSocket message in bytes, before INIT 16384 at most; more closes 1009."
+    )
     init_timeout: Positive = Field(timedelta(seconds=10), description="Time a new socket has to send INIT.")
     idle_timeout: Positive = Field(timedelta(seconds=75), description="Silence after which a socket is closed (4001).")
     stall_timeout: Positive = Field(
@@ -253,7 +255,9 @@ class Settings(SettingsGroup):
     )
     max_depth: int = Field(8, ge=4, description="Deepest nesting of a frame's JSON.")
     max_history: int = Field(200, ge=0, description="Most turns in the history of one message.")
-    frame_rate: int = Field(50, ge=0, description="Frames a socket may send each second, on average; 0: any number.")
+    frame_rate: int = Field(
+        50, ge=0, description="Frames a socket may send each second, each up to 4 KiB or 1 ms of CPU; 0: any number."
+    )
     frame_burst: int = Field(200, ge=1, description="Frames a socket may send at once.")
     chats_per_minute: int = Field(
         60, ge=0, description="Messages a user may ask each minute on a node, on average; 0: any number."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 
@@ -116,7 +116,7 @@ class ClientInit(_Frame):
     msg_type: Literal["INIT"]
     user_id: UserId
     token: str | None = Field(None, repr=False)
-    resume: list[ResumePoint] = Field(default=[], max_length=MAX_RESUMED)
+    resume: Annotated[list[ResumePoint], FailFast()] = Field(default=[], max_length=MAX_RESUMED)
 
 
 class ClientChat(_Frame):
@@ -126,7 +126,7 @@ class ClientChat(_Frame):
     user_id: UserId
     message_id: MessageId | None = None
     contents: str = Field(min_length=1)
-    history: list[Turn] = []
+    history: Annotated[list[Turn], FailFast()] = []
 
 
 class ClientCancel(_Frame):
@@ -176,6 +176,11 @@ class FrameLimits:
     depth: int = 8
     history: int = 200
 
+    @property
+    def values(self) -> int:
+        """Most values in the JSON of a frame: a full history or `resume`, and twice as many that are not known."""
+        return 8 * MAX_RESUMED + 4 * self.history
+
 
 def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
     """Read one text frame of a client.
@@ -186,7 +191,8 @@ def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
     if text == "PING":
         return _PING
     try:
-        value = read_json(text, max_depth=limits.depth)
+        value = read_json(text, max_depth=limits.depth, max_values=limits.values)
+        too_long = _empty_history_beyond(limits.history, value)
         frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False)  # Python's names are not the wire's
     except BadNumber as error:
         raise _field_of_bad_number(text) or BadFrame("", str(error)) from None
@@ -194,9 +200,18 @@ def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
         raise BadFrame("", str(error)) from None
     except ValidationError as error:
         raise _first_problem(error) from None
-    if isinstance(frame, ClientChat) and len(frame.history) > limits.history:
+    if too_long and isinstance(frame, ClientChat):
         raise BadFrame("history", f"more than {limits.history} turns")
     return frame
+
+
+def _empty_history_beyond(limit: int, value: object) -> bool:
+    """Empty a history that is too long; whether it was. Its turns need not be looked at any more."""
+    history = value.get("history") if isinstance(value, dict) else None
+    if not isinstance(history, list) or len(history) <= limit:
+        return False
+    history.clear()
+    return True
 
 
 def _field_of_bad_number(text: str) -> BadFrame | None:

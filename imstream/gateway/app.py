@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import structlog
@@ -33,7 +34,10 @@ def joined(headers: Headers) -> dict[str, str]:
 
     A balancer may put its X-Forwarded-For behind that of a client, which says what it likes.
     """
-    return {name: ", ".join(headers.getlist(name)) for name in headers}
+    found = defaultdict[str, list[str]](list)
+    for name, value in headers.items():
+        found[name].append(value)
+    return {name: ", ".join(values) for name, values in found.items()}
 
 
 def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]) -> Starlette:

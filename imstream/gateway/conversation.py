@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, assert_never
 
 import structlog
 
 from imstream.errors import StoreError, StoreFull, StoreRefused
+from imstream.gateway.paced import BYTES_A_FRAME, SECONDS_A_FRAME
 from imstream.guards.guard import Login, Refuse
 from imstream.logs import LIMITED
 from imstream.reply import Cursor
@@ -64,6 +66,7 @@ class Conversation:
 
     async def take(self, text: str) -> None:
         """Obey one text frame. Whatever is wrong is said to the client."""
+        began = time.thread_time()
         try:
             frame = parse(text, self._services.frame_limits)
         except BadFrame as error:
@@ -72,6 +75,9 @@ class Conversation:
             else:
                 self._pump.say(self._phrases.bad_frame(error))
             return
+        finally:
+            if dear := (time.thread_time() - began) // SECONDS_A_FRAME:
+                self._session.charge(dear)
         message_id = getattr(frame, "message_id", None)
         try:
             await self._obey(frame)
@@ -90,6 +96,10 @@ class Conversation:
             self._held.append(reply)
         elif not self._pump.has_told(reply.message_id):
             self._pump.follow(Cursor(reply))
+
+    def end(self) -> None:
+        """The socket is gone: let go of its session, which holds this."""
+        del self._session
 
     @contextmanager
     def _holding(self, *known: str) -> Iterator[None]:
@@ -140,21 +150,27 @@ class Conversation:
             await services.presence.arrive(session, frame.user_id)
             self._pump.say(self._phrases.welcome(welcome.remaining, services.settings.heartbeat))
             # All at once: their reads share a pipeline.
-            await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
+            told = await asyncio.gather(*(self._resume_or_say(point) for point in frame.resume))
+            if told:
+                session.charge(len(told) + sum(told) / BYTES_A_FRAME)  # as what it brings back, not as what it takes
 
-    async def _resume_or_say(self, point: ResumePoint) -> None:
+    async def _resume_or_say(self, point: ResumePoint) -> int:
         try:
-            await self._resume(point)
+            return await self._resume(point)
         except StoreError as error:
             self._say_unavailable(error, point.message_id)
+            return 0
 
-    async def _resume(self, point: ResumePoint) -> None:
+    async def _resume(self, point: ResumePoint) -> int:
+        """Follow an answer from there; how many characters of it are told at once."""
         user_id, message_id = self._known_user(), point.message_id
         reply = self._services.board.get(user_id, message_id)
         if not await self._services.following.catch_up(reply):
             self._pump.say(self._phrases.expired(message_id))
-            return
+            return 0
         self._pump.follow(Cursor(reply, attempt=point.attempt, offset=point.offset))
+        goes_on = point.attempt == reply.attempt and point.offset <= reply.offset
+        return reply.offset - point.offset if goes_on else reply.offset
 
     async def _chat(self, frame: ClientChat) -> None:
         services, phrases = self._services, self._phrases

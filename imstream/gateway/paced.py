@@ -1,8 +1,9 @@
 """What comes in on a socket is read in small pieces, and no faster than its pace.
 
-Who sends more frames than that is told `RATE_LIMITED`, and is not read from until the pace allows it: nothing that was
+Who sends more than that is told `RATE_LIMITED`, and is not read from until the pace allows it: nothing that was
 sent is lost, it waits in the network, and costs nobody else anything. Every frame counts: those with our messages, and
-those that are broken, binary, pings, or fragments.
+those that are broken, binary, pings, or fragments. A frame that is large, takes long to understand, or asks for much
+counts as several.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from imstream.bucket import NEVER_USED, Pace
+from imstream.bucket import NEVER_USED
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 PIECE = 2048
 """Bytes that are read in one go: up to 340 frames, 5 ms. The event loop has read 256 KB at once by then."""
 
+BYTES_A_FRAME = 4096
+"""Bytes that count as a frame. A usual one has a tenth."""
+
+SECONDS_A_FRAME = 0.001
+"""CPU time that counts as a frame. A usual one takes a tenth."""
+
 TOLD_APART = 1.0
 """Least seconds between two times that a peer is told: a flooder must not be answered frame by frame."""
 
@@ -31,7 +38,8 @@ TOLD_APART = 1.0
 class PacedProtocol(WebSocketsSansIOProtocol):
     """uvicorn's protocol, fed with pieces."""
 
-    _unread = b""
+    _unread: bytes | memoryview = b""
+    _frames = 0
     _full_at = NEVER_USED
     _rest: asyncio.TimerHandle | None = None
     _on_rest: Callable[[float], None] | None = None
@@ -47,12 +55,26 @@ class PacedProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes."""
-        self._unread = self._unread + data if self._unread else data
+        self._unread = memoryview(bytes(self._unread) + data if self._unread else data)
         self._read_on()
 
     def feed(self, data: bytes) -> None:
         """Take a piece of them."""
         super().data_received(data)
+
+    def charge(self, frames: float) -> None:
+        """See `Socket`."""
+        if self._pace is None or self.close_sent or self.transport.is_closing():
+            return
+        now = self.loop.time()
+        self._full_at = self._pace.take(self._full_at, now, frames)
+        wait = self._pace.wait(self._full_at, now)
+        if wait > 0 and self._rest is None:
+            self.transport.pause_reading()
+            self._rest = self.loop.call_later(wait, self._go_on)
+            if self._on_rest is not None and now - self._told_at >= TOLD_APART:
+                self._told_at = now
+                self._on_rest(wait)
 
     async def receive(self) -> ASGIReceiveEvent:
         """Give the application what comes next. As uvicorn does it, but there may be more to read already."""
@@ -64,8 +86,7 @@ class PacedProtocol(WebSocketsSansIOProtocol):
 
     def handle_events(self) -> None:
         """Obey frames, and see how many there are."""
-        if self._pace is not None and not self.close_sent:
-            self._count(self._pace, len(self.conn.events))
+        self._frames += len(self.conn.events)
         super().handle_events()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -83,21 +104,12 @@ class PacedProtocol(WebSocketsSansIOProtocol):
     def _read_on(self) -> None:
         """Read what there is, until the application has something to do or the pace forbids it."""
         while self._unread and not (self.read_paused or self._rest or self.transport.is_closing()):
-            piece, self._unread = self._unread[:PIECE], self._unread[PIECE:]
+            piece, self._unread = bytes(self._unread[:PIECE]), self._unread[PIECE:]
+            self._frames = 0
             self.feed(piece)
+            self.charge(max(self._frames, len(piece) / BYTES_A_FRAME))
         if not (self.read_paused or self._rest):
             self.transport.resume_reading()
-
-    def _count(self, pace: Pace, frames: int) -> None:
-        now = self.loop.time()
-        self._full_at = pace.take(self._full_at, now, frames)
-        wait = pace.wait(self._full_at, now)
-        if wait > 0 and self._rest is None:
-            self.transport.pause_reading()
-            self._rest = self.loop.call_later(wait, self._go_on)
-            if self._on_rest is not None and now - self._told_at >= TOLD_APART:
-                self._told_at = now
-                self._on_rest(wait)
 
     def _go_on(self) -> None:
         self._rest = None

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from starlette.requests import Request
 
@@ -63,8 +63,8 @@ def _hash_of(tag: str, page: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
 
 
-def _serving(content: str, media_type: str, headers: Mapping[str, str]) -> Callable[[Request], Response]:
-    def serve(_: Request) -> Response:
+def _serving(content: str, media_type: str, headers: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
+    async def serve(_: Request) -> Response:  # else starlette would call it in a thread
         return Response(content, media_type=media_type, headers={**_HEADERS, **headers})
 
     return serve

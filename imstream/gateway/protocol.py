@@ -2,12 +2,14 @@
 
 Found in uvicorn 0.54: an upgrade request that its parser refuses gets no answer and makes the shutdown fail; a stalled
 reader blocks `send`, and with it every orderly close, also the one it asks for itself; fragments without end, and
-answers to pings that nobody reads, gather without limit.
+answers to pings that nobody reads, gather without limit; what a handshake said is kept as long as its socket, and a
+closed socket until the garbage collector runs.
 """
 
 from __future__ import annotations
 
 import struct
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Protocol
 
 from websockets.exceptions import InvalidState
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 
 MAX_FRAGMENTS = 1_000
 """Most fragments of one message; empty ones do not count towards its size. More closes 1009."""
+
+MAX_FIRST = 16_384
+"""Most bytes of a message before the login: an INIT with all that it may resume, and with a long token."""
+
+_LONGEST_HEAD = 14
+"""Bytes of a frame before what it carries (RFC 6455, section 5.2)."""
 
 CLOSE_REPLY_LIMIT = 2.0
 """Seconds a peer has to read its last frames and answer the close frame; then the connection is cut."""
@@ -70,6 +78,12 @@ class Socket(Protocol):
         It is called at most once a second.
         """
 
+    def charge(self, frames: float) -> None:
+        """Count what was sent as so many frames more: it has cost that much. See `BYTES_A_FRAME`."""
+
+    def trust(self) -> None:
+        """Take messages up to the size that is set: somebody has logged in."""
+
     def write(self, texts: Sequence[str]) -> None:
         """Write text frames in one go. Nothing happens when the peer is gone: the receiver is told."""
 
@@ -77,7 +91,7 @@ class Socket(Protocol):
         """Put `last_words` and the close frame behind what is unsent; a peer that does not answer is cut off."""
 
     def forget_handshake(self) -> None:
-        """Free what only the handshake needed."""
+        """Free what the handshake said: up to 16 KB, and several times that as objects. Its scope is empty then."""
 
 
 def socket_of(scope: Scope) -> Socket:
@@ -112,6 +126,7 @@ class SocketProtocol(PacedProtocol):
     """One WebSocket connection."""
 
     _late_pong = b""
+    _trusted = False
     _on_room: Callable[[], None] | None = None
 
     def __init__(self, config: GatewayConfig, **given: Any) -> None:  # noqa: ANN401 - uvicorn's
@@ -123,6 +138,29 @@ class SocketProtocol(PacedProtocol):
         super().handle_connect(event)
         if self.response.status_code == 101:  # noqa: PLR2004 - Switching Protocols
             self.scope["extensions"][_EXTENSION] = self  # type: ignore[assignment]
+            # Until it is accepted, nothing of it can be refused in order.
+            self.read_paused = True
+            self.transport.pause_reading()
+        # The parser of websockets holds its request as long as the connection.
+        event.headers.clear()
+        event.path = ""
+        if self.conn.handshake_exc is not None:  # its traceback holds it, and all frames down to the event loop
+            clear_frames(self.conn.handshake_exc.__traceback__)
+            event._exception = self.conn.handshake_exc = None  # noqa: SLF001 - websockets never forgets it
+        del self.request
+
+    async def run_asgi(self) -> None:
+        """Run the application; then its scope, which leads back here, is no longer needed."""
+        try:
+            await super().run_asgi()
+        finally:
+            self.scope.clear()  # type: ignore[attr-defined]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The peer is gone."""
+        super().connection_lost(exc)
+        # The parser is a generator that holds `conn`, and so does the traceback of its exception.
+        self.conn.parser = self.conn.parser_exc = self.conn.handshake_exc = None  # type: ignore[assignment]
 
     async def send(self, message: ASGISendEvent) -> None:
         """Send what the application says. uvicorn does not see that a refusal ends the handshake, and logs an error."""
@@ -133,6 +171,8 @@ class SocketProtocol(PacedProtocol):
     def feed(self, data: bytes) -> None:
         """Take bytes; answer an upgrade request that cannot be read, which uvicorn leaves without an answer."""
         super().feed(data)
+        if not self._trusted and len(self.conn.reader.buffer) > MAX_FIRST + _LONGEST_HEAD:
+            self._fail(1009, "too big before INIT")
         if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.close_sent:
             self.close_sent = True
             self.transport.write(b"".join(self.conn.data_to_send()) or HEADERS_TOO_LARGE)
@@ -151,21 +191,23 @@ class SocketProtocol(PacedProtocol):
     def handle_cont(self, event: Frame) -> None:
         """Take a fragment, up to the limit."""
         if len(self.frames) >= MAX_FRAGMENTS:
-            self.conn.fail(1009, "too many fragments")
-            self.handle_parser_exception()
-            return
-        super().handle_cont(event)
+            self._fail(1009, "too many fragments")
+        elif not self._trusted and (self.conn.current_size or 0) > MAX_FIRST:
+            self._fail(1009, "too big before INIT")
+        else:
+            super().handle_cont(event)
 
     def send_receive_event_to_app(self) -> None:
         """Hand a message on. Text that is no UTF-8 is the peer's fault, and not worth a traceback in our log."""
+        if not self._trusted and sum(map(len, self.frames)) > MAX_FIRST:
+            self._fail(1009, "too big before INIT")
+            return
         if self.curr_msg_data_type == "text":
             message = b"".join(self.frames)
             try:
                 message.decode()
             except UnicodeDecodeError:
-                self.frames = []
-                self.conn.fail(1007, "not UTF-8")
-                self.handle_parser_exception()
+                self._fail(1007, "not UTF-8")
                 return
             self.frames = [message]
         super().send_receive_event_to_app()
@@ -225,9 +267,25 @@ class SocketProtocol(PacedProtocol):
         self._cut_off_later()
         self.read_to_the_end()
 
+    def trust(self) -> None:
+        """See `Socket`."""
+        self._trusted = True
+
     def forget_handshake(self) -> None:
-        """See `Socket`. The parsed headers, and a copy of them: 4 KB that an idle socket would keep."""
-        del self.request, self.response
+        """See `Socket`."""
+        del self.response
+        # Starlette refers to this list, too.
+        self.scope["headers"].clear()  # type: ignore[attr-defined]
+        self.scope["subprotocols"] = []
+        self.scope["query_string"] = self.scope["raw_path"] = b""
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Close because of what the peer has sent."""
+        if self.close_sent or self.disconnected:
+            return
+        self.frames = []
+        self.conn.fail(code, reason)
+        self.handle_parser_exception()
 
     def _cut_off_later(self) -> None:
         if self.close_timer is None and not self.disconnected:

@@ -99,8 +99,10 @@ class Server:
         """
         host, port = self._settings.host, self._settings.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # `::` is every address, those of IPv4 too. By itself Python asks for those of IPv6 alone.
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         try:
-            listener = socket.create_server((host, port), family=family, backlog=2048)
+            listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
         except OSError as error:
             raise SettingsError(
                 f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {os.strerror(error.errno or 0)}"

@@ -8,6 +8,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 import structlog
+from starlette.datastructures import QueryParams
 
 from imstream.gateway.conversation import Conversation
 from imstream.gateway.phrases import Phrases
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from starlette.requests import HTTPConnection
+    from starlette.types import Scope
     from starlette.websockets import WebSocket
 
     from imstream.gateway.services import Services
@@ -35,9 +37,18 @@ _NO_CODE = 1005
 """The peer has gone without a word, or named no code (RFC 6455, section 7.4.1)."""
 
 
+MAX_PEER = 64
+"""Characters that are kept of what a handshake says of its peer."""
+
+
+def query_of(scope: Scope) -> QueryParams:
+    """The parameters of the address. Starlette would keep them as long as the socket, and they may be thousands."""
+    return QueryParams(scope["query_string"])
+
+
 def asked_lang(websocket: WebSocket) -> Lang:
     """The language of a handshake. A browser cannot set the header of a WebSocket, so the address may say it too."""
-    return choose_lang(websocket.query_params.get("lang") or websocket.headers.get("accept-language"))
+    return choose_lang(query_of(websocket.scope).get("lang") or websocket.headers.get("accept-language"))
 
 
 def peer_of(connection: HTTPConnection) -> str:
@@ -69,6 +80,7 @@ class Session:
     __slots__ = (
         "_conversation",
         "_last_words",
+        "_names_nobody",
         "_phrases",
         "_pump",
         "_services",
@@ -103,8 +115,10 @@ class Session:
         self._slowed = 0
         """How often it was told to slow down."""
         self._conversation = Conversation(self, self._pump, self._phrases, services)
-        self.url_user = parse_user_id(websocket.query_params.get(USER_ID_FIELD))
+        named = query_of(websocket.scope).get(USER_ID_FIELD)
+        self.url_user = parse_user_id(named)
         """The user that the address names; None when it names none."""
+        self._names_nobody = named is not None and self.url_user is None
         self.user_id: int | None = None
         """Who has logged in."""
         self.has_asked = False
@@ -135,13 +149,14 @@ class Session:
         else:
             registry.add(self)
         try:
-            if USER_ID_FIELD in self._websocket.query_params and self.url_user is None:
+            if self._names_nobody:
                 self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
             code = await self._receive()
         finally:
             registry.remove(self)
             self._pump.abandon()
             self._socket.on_rest(None)
+            self._conversation.end()
             if self.user_id is not None:
                 self._services.presence.left(self.user_id)
         self._note_end(code)
@@ -150,6 +165,7 @@ class Session:
         """Somebody has shown who they are, until a time in seconds since 1970. May be repeated, to go on longer."""
         if self.user_id is None:
             log.info("session opened", user=user_id, peer=self.peer, origin=self.origin)
+            self._socket.trust()
         self.user_id = self._phrases.user_id = user_id
         self.ends_at = self.warn_at = None
         if until is not None:
@@ -193,6 +209,10 @@ class Session:
         return self.user_id is None or not any(
             jobs.is_working_on(self.user_id, message_id) for message_id in self._pump.followed
         )
+
+    def charge(self, frames: float) -> None:
+        """See `Socket`."""
+        self._socket.charge(frames)
 
     def follow(self, reply: Reply) -> None:
         """Follow an answer that begins."""

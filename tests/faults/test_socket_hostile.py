@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.costly_frames import PLAIN, SHAPES
 from tests.support.one_node import standing_node
 from tests.support.raw_socket import (
     BINARY,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 USER, OTHER = 10001, 10002
 
-MAX_FRAME = 65536
+MAX_FRAME, MAX_FIRST = 65536, 16384
 RSV2, RSV3 = 0x20, 0x10
 
 HEARTBEAT = json.dumps({"msgType": "HEARTBEAT", "userId": USER}).encode()
@@ -122,6 +124,52 @@ async def test_a_message_that_makes_no_sense_is_refused_and_the_socket_stays_ope
         assert (await someone.until(msgType="HEARTBEAT"))["code"] == "SUCCESS"
 
 
+# What it costs to refuse them
+
+
+async def _costs(node: OneNode, texts: dict[str, bytes], *, log_in: bool) -> dict[str, float]:
+    """The CPU time that the node takes for each of these frames, in seconds: what it was at best, of several times.
+
+    The machine may do other things too: frames that seem dear get more chances.
+    """
+    clock = (~node.now.process.pid << 3) | 2  # of another process, see clock_getcpuclockid(3)
+    costs = dict.fromkeys(texts, float("inf"))
+    for round_ in range(15):
+        dear = [what for what in texts if round_ < 3 or what == PLAIN or costs[what] > 2.5 * costs[PLAIN]]
+        if dear == [PLAIN]:
+            break
+        async with raw_socket(node.port) as someone:
+            await someone.upgrade("/ws")
+            if log_in:
+                await someone.say(msgType="INIT", userId=USER)
+                await someone.until(msgType="INIT")
+            for what in dear:
+                before = time.clock_gettime(clock)
+                await someone.send(texts[what])
+                assert (await someone.next_frame() or (CLOSE, b""))[0] == TEXT, what
+                costs[what] = min(costs[what], time.clock_gettime(clock) - before)
+                assert someone.texts[-1]["code"] == "BAD_REQUEST", what
+    return costs
+
+
+OTHER_SIZES = [(log_in, size) for log_in in (False, True) for size in (1_000, 3_000, 8_000)] + [(True, MAX_FIRST)]
+
+
+@pytest.mark.parametrize(
+    ("log_in", "size"),
+    [(False, MAX_FIRST), (True, MAX_FRAME), *(pytest.param(*one, marks=pytest.mark.long) for one in OTHER_SIZES)],
+)
+async def test_no_frame_costs_more_than_three_times_a_plain_one_to_refuse(
+    log_in: bool,  # noqa: FBT001 - a parameter of pytest
+    size: int,
+    node: OneNode,
+) -> None:
+    texts = {what: make(size).encode() for what, make in SHAPES.items()}
+    costs = await _costs(node, {what: frame(TEXT, text) for what, text in texts.items()}, log_in=log_in)
+    dear = {what: f"{cost / costs[PLAIN]:.1f}" for what, cost in costs.items() if cost > 3 * costs[PLAIN]}
+    assert dear == {}, f"as multiples of {costs[PLAIN] * 1e6:.0f} µs"
+
+
 CLOSED = {
     "bad UTF-8": (frame(TEXT, b'{"msgType":"\xff\xfe"}'), 1007),
     "bad UTF-8 in fragments": (fragments([b'"\xe4\xbd', b"\xff", b'"']), 1007),
@@ -135,7 +183,7 @@ CLOSED = {
     "tiny fragments without end": (fragments([b"x"] * 5_000, end=False), 1009),
     "binary fragments without end": (fragments([b""] * 5_000, BINARY, end=False), 1009),
     "compressed": (frame(TEXT, zlib.compress(HEARTBEAT)[2:-4], first=FIN | RSV1), 1002),
-    "a deflate bomb": (frame(TEXT, BOMB[:MAX_FRAME], first=FIN | RSV1), 1002),
+    "a deflate bomb": (frame(TEXT, BOMB[:MAX_FIRST], first=FIN | RSV1), 1002),
     "second reserved bit": (frame(TEXT, HEARTBEAT, first=FIN | RSV2), 1002),
     "third reserved bit": (frame(TEXT, HEARTBEAT, first=FIN | RSV3), 1002),
     "no mask": (frame(TEXT, HEARTBEAT, mask=False), 1002),

@@ -62,6 +62,12 @@ class PlayedSocket:
         """See `Socket`."""
         self.ended = (code, json.loads(last_words)["contents"])
 
+    def charge(self, frames: float) -> None:
+        """Nothing is paced here."""
+
+    def trust(self) -> None:
+        """Nothing comes in."""
+
     def forget_handshake(self) -> None:
         """See `Socket`."""
 

@@ -1,0 +1,35 @@
+"""A node without the garbage collector: `python -m tests.support.uncollected_node`. Else as `imstream node`.
+
+What it does not free by itself, it never frees. When it gets SIGUSR1 it prints how many objects of each type it has, of
+those that the collector would look at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import signal
+from collections import Counter
+
+import uvloop
+
+from imstream import logs, node
+from imstream.settings import Settings
+
+
+def _tell() -> None:
+    found = Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in gc.get_objects())
+    print(json.dumps({"event": "objects", "objects": found}), flush=True)  # noqa: T201
+
+
+async def _serve(settings: Settings) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _tell)
+    await node.serve(settings)
+
+
+if __name__ == "__main__":
+    gc.disable()
+    given = Settings.load()
+    logs.configure(given)
+    uvloop.run(_serve(given))
