@@ -1,13 +1,16 @@
 """Floods of connections that want nothing, slow handshakes, and peers that do not go: others notice nothing of them.
 
-After their time nothing is left of them: no connection, no file, no memory.
+After their time nothing is left of them: no connection, no file, no memory. The node has no garbage collector.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import resource
+import signal
 import time
+from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ import psutil
 import pytest
 
 from imstream.gateway.request import SPARE_CONNECTIONS
+from tests.support.handshakes import PASSING
 from tests.support.one_node import NO_IDENTITY, standing_node
 from tests.support.raw_socket import CLOSE, TEXT, frame, raw_socket, raw_user
 from tests.support.waiting import SLOW, wait_until
@@ -39,6 +43,8 @@ UPGRADE = (
 )
 PAGE = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
+UNCOLLECTED = ("-m", "tests.support.uncollected_node")
+
 FIRST_BYTES = {
     "says nothing": b"",
     "half a request": b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ",
@@ -60,7 +66,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
         "node_sockets": SOCKETS,
         "redis_timeout": "10s",
     }
-    with standing_node(tmp_path_factory.mktemp("flood"), demo.url, **limits) as node:
+    with standing_node(tmp_path_factory.mktemp("flood"), demo.url, None, UNCOLLECTED, **limits) as node:
         yield node
 
 
@@ -212,6 +218,74 @@ async def test_who_reads_nothing_and_asks_to_close_is_cut(node: OneNode) -> None
             await wait_until(lambda: node.unfinished() == 0, "all is answered and nobody has read it")
             await someone.send(goodbye)
             await wait_until(lambda: node.clients() == 0, "it is cut off", limit=6)
+
+
+# Sockets that come and go
+
+
+async def _pass_by(port: int, what: str, *, reset: bool) -> None:
+    """Connect, say something, hear the answer if there is one, and go."""
+    first, then = PASSING[what]
+    async with raw_socket(port) as one:
+        with suppress(ConnectionError):
+            await one.send(first)
+            if what != "half a head":
+                await one.head()
+            if then:
+                await one.send(then)
+                if what in {"a login", "a message that is no JSON"}:
+                    await one.next_frame()
+        if reset:
+            one.reset()
+
+
+async def _more_objects(node: OneNode) -> Counter[str]:
+    """How many objects the node has more than when it was last asked, by their types."""
+
+    def told() -> list[str]:
+        return [line for line in node.now.process.output().splitlines() if line.startswith('{"event": "objects"')]
+
+    before = len(told())
+    node.now.process.signal(signal.SIGUSR1)
+    await wait_until(lambda: len(told()) > before, "it tells what it has")
+    return Counter(json.loads(told()[-1])["objects"])
+
+
+async def _churn(node: OneNode, sockets: int) -> None:
+    """So many of all kinds, 46 at a time, and nothing is left of them."""
+    kinds = [(what, reset) for what in PASSING for reset in (False, True)]
+    for _ in range(max(1, sockets // len(kinds))):
+        await asyncio.gather(*(_pass_by(node.port, what, reset=reset) for what, reset in kinds))
+    await wait_until(lambda: node.clients() == 0, "all are gone", limit=TIME + 6)
+
+
+@pytest.mark.parametrize("sockets", [2_000, pytest.param(20_000, marks=pytest.mark.long)])
+async def test_nothing_is_left_of_sockets_that_are_gone_and_no_collector_is_needed_for_that(
+    sockets: int, node: OneNode
+) -> None:
+    process = psutil.Process(node.now.process.pid)
+    await _churn(node, 200)  # what is made once, is made
+    await _more_objects(node)
+    memory = process.memory_info().rss
+    await _churn(node, sockets)
+    left = await _more_objects(node)
+    assert {kind: count for kind, count in left.items() if count > 50} == {}
+    assert process.memory_info().rss - memory < 3 * MB
+
+
+async def test_a_socket_keeps_nothing_of_what_its_handshake_said(node: OneNode) -> None:
+    process = psutil.Process(node.now.process.pid)
+    count = SOCKETS - 10
+    for _ in range(2):  # what was taken from the system for the first ones is there for the second
+        await _more_objects(node)
+        memory = process.memory_info().rss
+        async with crowd(node.port, PASSING["accepted, and gone"][0], count) as everybody:
+            for one in everybody:
+                assert (await one.head()).startswith(b"HTTP/1.1 101 ")
+            assert (await _more_objects(node))["imstream.gateway.session.Session"] >= count - 1
+            grown = process.memory_info().rss - memory
+        await wait_until(lambda: node.clients() == 0, "they are gone")
+    assert grown < count * 40_000  # a plain one takes 22 KB
 
 
 async def test_beyond_its_sockets_a_node_takes_a_few_connections_and_refuses_the_others_with_503(

@@ -244,12 +244,14 @@ async def one_node(
 
 
 @contextmanager
-def standing_node(folder: Path, ai_url: str, on: Topology | None = None, /, **settings: object) -> Iterator[OneNode]:
+def standing_node(
+    folder: Path, ai_url: str, on: Topology | None = None, command: tuple[str, ...] = NODE, /, **settings: object
+) -> Iterator[OneNode]:
     """A node for many tests that do it no harm, on this Redis; without one, on a Redis of its own."""
     with ExitStack() as stack:
         on = on or stack.enter_context(fresh_redis(folder))
         client = stack.enter_context(on.client())
         node = OneNode(folder, client, on.url, ai_url, {**QUICK, **settings})
-        node.start_now()
+        node.start_now(command=command)
         stack.enter_context(node.now.process)
         yield node
