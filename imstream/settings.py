@@ -207,7 +207,7 @@ class Settings(SettingsGroup):
     auth_jwks_allow_http: bool = Field(
         default=False, description="Fetch the key set over unencrypted http from other machines too."
     )
-    auth_keys_max_age: Positive = Field(
+    auth_keys_max_age: Annotated[Duration, Field(ge=timedelta(seconds=1))] = Field(
         timedelta(hours=1), description="How long a key set is used after it was last fetched."
     )
     auth_claim: str = Field("sub", min_length=1, description="Claim of the token that is the user id.")
@@ -231,7 +231,9 @@ class Settings(SettingsGroup):
         "same", description="Pages that may open sockets, with commas: same (host), null (from disk), *, or origins."
     )
 
-    page_token: Annotated[SecretStr, AfterValidator(_valid_page_token)] | None = Field(
+    page_token: Annotated[
+        Annotated[SecretStr, AfterValidator(_valid_page_token)] | None, BeforeValidator(_unset_when_empty)
+    ] = Field(
         None, description="Token that pages of the origin null must show where auth is none; at least 16 characters."
     )
 

@@ -169,7 +169,9 @@ class Guards:
     async def note(self, verdict: Refuse, request: ChatRequest) -> None:
         """Count and log that a guard has refused a message, or the answer to it; tell those who want to know."""
         self.refused[verdict.reason] += 1
-        log.info(
+        # Violations are few: they lock the account. Of others, such as those for too many messages, there is no end.
+        note = log.info if verdict.violation else limited.info
+        note(
             "message refused",
             reason=verdict.reason,
             user=request.user_id,
