@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from imstream.ai import failures
 from imstream.ai.answer import AnswerReader
@@ -27,10 +29,11 @@ from imstream.guards.exposure import is_from_here
 from imstream.guards.guard import Handshake, Supplies
 from imstream.guards.origin import Origin
 from imstream.guards.tokens import NotBelieved
-from imstream.guards.tokens.jwks import NoKeySet, read_key_set
+from imstream.guards.tokens.jwks import NoKeySet, check_url, read_key_set
+from imstream.guards.tokens.keys import secret_key
 from imstream.guards.tokens.rules import Rules, key_id
 from imstream.keys import Keys
-from imstream.redis_url import RedisUrl, without_password
+from imstream.redis_url import RedisUrl, SecretUrl, without_password
 from imstream.settings import Settings
 from imstream.store.chat_request import ChatRequest, Malformed
 from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, read_notice
@@ -123,8 +126,12 @@ def read_headers(data: bytes) -> None:
 
 
 def read_setting(data: bytes) -> None:
-    text = data.decode(errors="replace").replace("\0", "")
+    text = data.decode(errors="surrogateescape").replace("\0", "")  # as the environment is read
     without_password(text)
+    with suppress(SettingsError):
+        secret_key(SecretStr(text), "IMSTREAM_AUTH_SECRET")
+    with suppress(SettingsError):
+        check_url(SecretUrl(text), allow_http=False)
     Settings.load(**dict.fromkeys(Settings.model_fields, text))
 
 

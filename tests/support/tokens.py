@@ -96,12 +96,14 @@ class Issuer:
 
     Attributes:
         keys: What it publishes now; not JSON when it is a string.
+        packed: Whether it sends gzip, asked for or not.
         fetched: How often it was asked.
     """
 
     port: int = field(default_factory=free_port)
     keys: list[dict[str, Any]] | str = field(default_factory=list)
     status: int = 200
+    packed: bool = False
     fetched: int = 0
     _runner: web.AppRunner | None = None
 
@@ -127,7 +129,10 @@ class Issuer:
     async def _answer(self, _: web.Request) -> web.Response:
         self.fetched += 1
         text = self.keys if isinstance(self.keys, str) else json.dumps({"keys": self.keys})
-        return web.Response(text=text, status=self.status, headers={"Location": self.url})
+        response = web.Response(body=text.encode(), status=self.status, headers={"Location": self.url})
+        if self.packed:
+            response.enable_compression(web.ContentCoding.gzip)
+        return response
 
 
 @asynccontextmanager

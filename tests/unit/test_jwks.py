@@ -317,6 +317,16 @@ async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_use
     ]
 
 
+async def test_an_answer_that_was_packed_without_being_asked_for_is_not_unpacked() -> None:
+    async with issuer(OLD_JWK) as one, following(one, refresh=0.02) as keys:
+        one.packed, one.keys = True, [NEW_JWK]
+        before = one.fetched
+        with capture_logs() as logs:
+            await wait_until(lambda: one.fetched > before + 1, "it was looked at again")
+        assert "the answer is compressed, which was not asked for" in [line.get("error") for line in logs]
+        assert await is_known(keys, OLD_TOKEN)
+
+
 @pytest.mark.parametrize("shown", ["", "a.b.c", "令牌.x.y"])
 async def test_a_token_that_cannot_be_read_asks_for_no_key(shown: str) -> None:
     async with issuer(OLD_JWK) as one, following(one) as keys:

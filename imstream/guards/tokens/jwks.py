@@ -91,8 +91,13 @@ class PublishedKeys:
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
         """See `KeySource`."""
-        limit = aiohttp.ClientTimeout(total=FETCH_LIMIT.total_seconds())
-        async with aiohttp.ClientSession(timeout=limit) as self._session, asyncio.TaskGroup() as group:
+        session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT.total_seconds()),
+            headers={"Accept-Encoding": "identity"},
+            auto_decompress=False,  # a few bytes could unpack to any number
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        async with session as self._session, asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keep_fresh(), name="keys of tokens")
             yield
             keeping.cancel()
@@ -185,6 +190,8 @@ class PublishedKeys:
         async with self._session.get(self._url.get_secret_value(), allow_redirects=False) as answer:
             if answer.status != 200:  # noqa: PLR2004 - OK
                 raise NoKeySet(f"the answer is HTTP {answer.status}")
+            if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise NoKeySet("the answer is compressed, which was not asked for")
             content = bytearray()
             async for part in answer.content.iter_chunked(MAX_SIZE):
                 content += part

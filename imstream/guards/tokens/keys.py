@@ -67,7 +67,7 @@ def algorithm_of(key: object) -> Algorithm | None:
 
 def secret_key(secret: SecretStr, variable: str) -> bytes:
     """The key of HS256, without spaces and line ends around it. Raises `SettingsError`; it does not show the secret."""
-    key = secret.get_secret_value().strip().encode()
+    key = secret.get_secret_value().strip().encode(errors="surrogateescape")  # the bytes of the environment
     if len(key) < MIN_SECRET:
         raise SettingsError(f"{variable}=(hidden) is not allowed: at least {MIN_SECRET} bytes, and it has {len(key)}")
     try:
