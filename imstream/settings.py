@@ -289,6 +289,10 @@ class Settings(SettingsGroup):
     moderation_fail: Literal["open", "closed"] = Field(
         "closed", description="Without moderation, messages are asked (open), or wait and fail (closed)."
     )
+    moderation_history: Literal["none", "assistant", "all"] = Field(
+        "assistant",
+        description="Turns of the history that are moderated too: those claimed to be the model's, all, none.",
+    )
     moderation_batch: int = Field(32, ge=1, description="Most messages moderated in one call.")
 
     system_prompt: str | None = Field(None, description="What the model is told first; {user}, {date}, {language}.")

@@ -1,7 +1,12 @@
-"""Moderation by somebody else's service: the worker asks it about each message before the AI is asked."""
+"""Moderation by somebody else's service: the worker asks it about each message before the AI is asked.
+
+What clients send as history reaches the model, too, and what a client says that the model has said is its own claim: so
+these turns are moderated as well, each once. A message is not held against its user for what earlier turns say.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -38,6 +43,14 @@ UNREADABLE = OwnSentence(
     "Sorry, this message cannot be moderated. Please change it and send it again!",
 )
 
+EARLIER = OwnSentence(
+    "之前的对话未通过内容审核,请开始新的对话!",
+    "Earlier in this conversation there is something that did not pass moderation. Please begin a new one!",
+)
+
+_MOST_REMEMBERED = 50_000
+"""How many texts that passed are remembered: some 4 MB."""
+
 log = structlog.get_logger()
 
 
@@ -52,6 +65,9 @@ class Moderation(Guard):
         self._breaker = Breaker(settings, failures=FAILURES)
         self._open = settings.moderation_fail == "open"
         self._away = False
+        self._history = settings.moderation_history
+        self._passed = set[int]()
+        """Earlier turns that passed, by their hash, which nobody can foresee. They come again with later messages."""
 
     @classmethod
     def make(cls, supplies: Supplies) -> Self | None:
@@ -70,21 +86,42 @@ class Moderation(Guard):
 
     async def request(self, request: ChatRequest) -> Pass | Refuse:
         """Whether the service flags the message. Raises `TransientBackendError` when it is away and nothing passes."""
-        answer: Moderated | BackendError | None = self._held_back()
-        if answer is None:
-            if self._breaker.tripped:
-                self._breaker.probing()
-            answer = await self._batches.ask(request.contents)
-        if isinstance(answer, Moderated):
-            if not answer.flagged:
-                return PASS
+        earlier = self._earlier(request)
+        answer, *others = await self._judge([request.contents, *earlier])
+        if isinstance(answer, Moderated) and answer.flagged:
             return Refuse("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=answer.categories)
-        if _blames_text(answer):
+        if isinstance(answer, BackendError) and _blames_text(answer):
             return Refuse("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(answer))
-        if self._open:
+        for text, one in zip(earlier, others, strict=True):
+            if isinstance(one, Moderated) and not one.flagged:
+                self._remember(text)
+            elif isinstance(one, Moderated) or _blames_text(one):
+                detail = one.categories if isinstance(one, Moderated) else str(one)
+                return Refuse("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
+        away = next((one for one in (answer, *others) if isinstance(one, BackendError)), None)
+        if away is None or self._open:
             return PASS
-        wait = answer.retry_after if isinstance(answer, TransientBackendError) else None
-        raise TransientBackendError("moderation_unavailable", str(answer), retry_after=wait)
+        wait = away.retry_after if isinstance(away, TransientBackendError) else None
+        raise TransientBackendError("moderation_unavailable", str(away), retry_after=wait)
+
+    def _earlier(self, request: ChatRequest) -> list[str]:
+        """The texts of earlier turns that are to be moderated, each once."""
+        wanted = {"none": (), "assistant": ("assistant",)}.get(self._history)
+        turns = (text for role, text in request.history if wanted is None or role in wanted)
+        return [text for text in dict.fromkeys(turns) if text.strip() and hash(text) not in self._passed]
+
+    def _remember(self, text: str) -> None:
+        if len(self._passed) >= _MOST_REMEMBERED:
+            self._passed.clear()
+        self._passed.add(hash(text))
+
+    async def _judge(self, texts: Sequence[str]) -> Sequence[Moderated | BackendError]:
+        """What the service says about each text, or why it says nothing."""
+        if (answer := self._held_back()) is not None:
+            return [answer] * len(texts)
+        if self._breaker.tripped:
+            self._breaker.probing()
+        return await asyncio.gather(*map(self._batches.ask, texts))
 
     async def _ask(self, texts: Sequence[str]) -> Sequence[Moderated | BackendError]:
         try:

@@ -2,17 +2,20 @@
 
 Case, width and the many styles of letters are taken away (NFKD, case folding), and so are accents. What is left of each
 character is one letter or more, or one of four kinds of signs that are no letters; matching skips these, by the rules
-of `word_list`.
+of `word_list`. Vowel signs and other marks are letters of their own script; after a letter of another one, where nobody
+who writes it puts them, they are not seen.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 from typing import Final
 
 NOTHING: Final = "\t"
-"""Stands for what is not seen: zero-width characters, soft hyphens, controls, accents on their own."""
+"""Stands for what is not seen: zero-width characters, soft hyphens, controls, accents on their own, marks of a script
+that is not that of the letter before."""
 
 LIGHT: Final = "\v"
 """Stands for signs within words and between letters: `.`, `-`, `_`, `*`, symbols, emoji."""
@@ -42,8 +45,22 @@ _HEAVY_SIGNS = frozenset(",;:!?'\"`()[]{}<>\u3001\u3002\uff61\u2026\u2014\u2013\
 _HEAVY_CATEGORIES = frozenset({"Ps", "Pe", "Pi", "Pf", "Zl", "Zp"})
 _UNSEEN_CATEGORIES = frozenset({"Cf", "Cc", "Me"})
 
-_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]").match
-"""Unseen by their nature though not by their category: fillers and variation selectors."""
+_UNSEEN = re.compile(
+    "[\u034f\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\ufe00-\ufe0f\ufff0-\ufff8"
+    "\U0001d159\U000e0000-\U000e0fff]"
+).match
+"""Unseen by their nature though not by their category: fillers, blanks, variation selectors, code points that Unicode
+keeps for more of them (Default_Ignorable_Code_Point), and what only makes a letter longer (tatweel)."""
+
+_MARKED: Final = "\x00"
+"""Stands, in the form of a character that is nothing but marks, before each of them: whether they are seen depends on
+the letter before. It is in no other form."""
+
+_KANA = frozenset({"HIRAGANA", "KATAKANA"})
+"""The scripts whose voicing marks, alone of all that Unicode calls just combining, make another letter."""
+
+_SUBSCRIPT = "\u0345"
+"""The iota under a Greek letter: an accent, of which case folding would make a letter."""
 
 _NEGATIVE = {chr(first + at): chr(ord("a") + at) for first in (0x1F150, 0x1F170) for at in range(26)}
 """White letters on dark circles and squares, which Unicode, unlike the others in circles, takes for symbols."""
@@ -65,16 +82,32 @@ class _Forms(dict[int, str]):
 _FORMS = _Forms()
 
 
-def normalise(text: str) -> str:
-    """The normal form. It is as long as the text, if no character of it stands for several letters."""
-    return text.translate(_FORMS)
+def normalise(text: str, *, after: str = "") -> str:
+    """The normal form. It is as long as the text, if no character of it stands for several letters.
+
+    Args:
+        text: The text.
+        after: The last letter of what came before it, in normal form.
+    """
+    normal = text.translate(_FORMS)
+    return _settled(normal, after) if _MARKED in normal else normal
+
+
+def seen(normal: str) -> str:
+    """A normal form without what is not seen."""
+    return normal.replace(NOTHING, "")
+
+
+def last_letter(normal: str) -> str:
+    """The last letter of a normal form; empty when there is none."""
+    return normal.rstrip()[-1:]
 
 
 def origins(text: str, normal: str) -> range | list[int]:
     """For each character of the normal form, the index of the character of the text that it comes from."""
     if len(normal) == len(text):  # each gives at least one
         return range(len(text))
-    return [index for index, char in enumerate(text) for _ in _FORMS[ord(char)]]
+    return [index for index, char in enumerate(text) for part in _FORMS[ord(char)] if part != _MARKED]
 
 
 def is_spaced(letter: str) -> bool:
@@ -87,13 +120,45 @@ def continues(letter: str) -> bool:
     return unicodedata.category(letter)[0] == "M" or "\u1160" <= letter <= "\u11ff"
 
 
+def _settled(normal: str, letter: str) -> str:
+    """The form with its marks: those of the script of the letter before them stay, the others are not seen."""
+    first, *others = normal.split(_MARKED)
+    parts, letter = [first], last_letter(first) or letter
+    for part in others:
+        mark, rest = part[0], part[1:]
+        if not letter or not _belongs(_script(mark), _script(letter)):
+            mark = NOTHING
+        else:
+            letter = mark
+        parts.append(mark + rest)
+        letter = last_letter(rest) or letter
+    return "".join(parts)
+
+
+def _belongs(mark: str, letter: str) -> bool:
+    return mark == letter or (mark == "COMBINING" and letter in _KANA)
+
+
+@lru_cache(maxsize=4096)
+def _script(char: str) -> str:
+    """The script of a letter or mark: its name begins with it. The names of voicing marks begin with `COMBINING`."""
+    return unicodedata.name(char, "").partition(" ")[0]
+
+
 def _form(char: str) -> str:
     if char in _HEAVY_SIGNS:  # before an ellipsis becomes three full stops
         return HEAVY
     if char in _NEGATIVE:
         return _NEGATIVE[char]
-    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold())
-    return "".join(_kind(part) for part in plain).replace(NOTHING, "") or NOTHING
+    plain = unicodedata.normalize("NFKD", char).replace(_SUBSCRIPT, "")
+    plain = unicodedata.normalize("NFKD", plain.casefold())
+    if plain[:1] == SPACE and unicodedata.category(char) != "Zs":  # a sign by itself: the space only carries it
+        plain = plain.strip(SPACE)
+        plain = plain if any(_kind(part) not in SIGNS for part in plain) else "."
+    form = "".join(map(_kind, plain)).replace(NOTHING, "")
+    if form and all(unicodedata.category(part)[0] == "M" for part in form):
+        return "".join(_MARKED + mark for mark in form)
+    return form or NOTHING
 
 
 def _kind(char: str) -> str:
@@ -105,6 +170,8 @@ def _kind(char: str) -> str:
         return SPACE
     if category in _UNSEEN_CATEGORIES or _UNSEEN(char) or _is_accent(char):
         return NOTHING
+    if category == "Lm" and unicodedata.name(char, "").startswith("MODIFIER LETTER"):
+        return LIGHT  # of no script: apostrophes, marks of length and tone
     return char if category[0] in "LNM" else LIGHT
 
 

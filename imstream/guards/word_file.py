@@ -7,7 +7,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from imstream.errors import SettingsError
-from imstream.guards.normal_text import HEAVY, LIGHT, NOTHING, SPACE, normalise
+from imstream.guards.normal_text import HEAVY, LIGHT, SPACE, normalise, seen
 from imstream.guards.word_list import WordList
 from imstream.settings import Settings
 
@@ -60,7 +60,7 @@ def read(path: Path) -> WordList:
     words, wrong = list[str](), dict[str, list[int]]()
     for number, line in enumerate(lines, 1):
         if (text := line.strip()) and not text.startswith("#"):
-            word = normalise(text).strip(SPACE + NOTHING)
+            word = seen(normalise(text)).strip(SPACE)
             if problem := _problem(word):
                 wrong.setdefault(problem, []).append(number)
             words.append(word)
@@ -73,7 +73,7 @@ def read(path: Path) -> WordList:
 
 def _problem(word: str) -> str | None:
     """Why a word, in normal form, cannot be on a list."""
-    if not word.strip(HEAVY + LIGHT + SPACE + NOTHING):
+    if not word.strip(HEAVY + LIGHT + SPACE):
         return "no letter and no digit"
     if word[0].isspace() or word[-1].isspace():
         return "begins or ends with a sign, but signs are skipped: without it, the word may be another"

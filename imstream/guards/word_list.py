@@ -3,10 +3,11 @@
 A word of the list is in a text where
 
 1. its letters and digits follow each other in the text's normal form (see `normal_text`),
-2. only *light* signs stand between them, `f.u-ck` or `敏*感`, at most `MAX_GAP` in a row; what is not seen counts for
-   nothing. What parts words or clauses ends a word: "pen is" is not "penis", "he'll" is not "hell", 男性,感觉 is not
-   性感. That is commas, quotes, brackets and line breaks, and between letters of spaced scripts also spaces. It ends no
-   word where the list has a gap as well, and none whose letters, three or more, all stand alone: `f u c k`, `敏,感,词`,
+2. only *light* signs stand between them, `f.u-ck` or `敏*感`, at most `MAX_GAP` in a row. What is not seen counts for
+   nothing, however much there is of it. What parts words or clauses ends a word: "pen is" is not "penis", "he'll" is
+   not "hell", 男性,感觉 is not 性感. That is commas, quotes, brackets and line breaks, and between letters of spaced
+   scripts also spaces. It ends no word where the list has a gap as well, and none whose letters, three or more, all
+   stand alone: `f u c k`, `敏,感,词`,
 3. and where it begins or ends with a letter or digit of a spaced script, no other such touches it: `ass` is in `a.s.s`
    and in 你ass他, not in `class` or `ass1`. In dense scripts a word may stand within others.
 """
@@ -20,16 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import ahocorasick
 
-from imstream.guards.normal_text import HEAVY, NOTHING, SIGNS, SPACE, continues, is_spaced
+from imstream.guards.normal_text import HEAVY, SIGNS, SPACE, continues, is_spaced, seen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 MAX_GAP = 16
-"""Most characters between two letters of one word, and between it and a letter that touches it."""
-
-CONTEXT = MAX_GAP + 1
-"""How many characters before a text can matter to what is found in it."""
+"""Most characters between two letters of one word."""
 
 _ALONE = 3
 """How many letters a word must have for it to be seen when they are all set apart."""
@@ -59,7 +57,7 @@ class WordList:
         self._gaps = dict[str, frozenset[int]]()
         """For words with gaps: before which of their letters."""
         letters = set[str]()
-        for word in words:
+        for word in map(seen, words):
             plain = "".join(word.split())
             letters.add(plain)
             if len(plain) < len(word) and (gaps := _gaps_of(word)):
@@ -77,18 +75,18 @@ class WordList:
         return self._count
 
     def find(self, normal: str, *, before: str = "") -> Iterator[tuple[int, int]]:
-        """Where words begin and end in a text in normal form, in no order.
+        """Where words begin and end in a text in normal form, without what is not seen, in no order.
 
         Args:
             normal: The text.
-            before: What came before it, the last `CONTEXT` characters: no word begins there, but it may touch one.
+            before: The last character before it: no word begins there, but it may touch one.
         """
         for last, count in self._runs(normal):
             if "0" <= normal[last] <= "z" and "0" <= normal[last + 1 : last + 2] <= "z":
                 continue  # most are parts of longer words: a glance is enough
             if _ends(normal, last):
                 first = _first(normal, last, count)
-                if _begins(before, normal, first) and self._holds_together(normal[first : last + 1]):
+                if _may_begin(normal, first, before) and self._holds_together(normal[first : last + 1]):
                     yield first, last + 1
 
     def open_from(self, normal: str, *, before: str = "") -> tuple[int, bool]:
@@ -173,9 +171,6 @@ class WordList:
             run = gap[0]
             if len(run) > MAX_GAP:
                 return False
-            if not run.strip(NOTHING):
-                signs += len(run)
-                continue
             gaps += 1
             if HEAVY in run or (SPACE in run and is_spaced(span[gap.start() - 1]) and is_spaced(span[gap.end()])):
                 parted.append(gap.start() - signs)
@@ -211,7 +206,7 @@ def _automaton(words: list[str]) -> Any:  # noqa: ANN401 - the package is withou
 
 
 def _may_begin(normal: str, at: int, before: str) -> bool:
-    """Whether no letter touches the one at this index directly."""
+    """Whether no letter touches the one at this index from the left."""
     previous = normal[at - 1] if at else before[-1:]
     return not (previous and is_spaced(previous) and is_spaced(normal[at]))
 
@@ -228,8 +223,7 @@ def _gaps_of(word: str) -> frozenset[int]:
     """Before which of its letters a word of the list has a gap."""
     gaps, signs = set[int](), 0
     for gap in _GAP.finditer(word):
-        if gap[0].strip(NOTHING):
-            gaps.add(gap.start() - signs)
+        gaps.add(gap.start() - signs)
         signs += len(gap[0])
     return frozenset(gaps)
 
@@ -245,18 +239,9 @@ def _first(normal: str, last: int, count: int) -> int:
         first -= 1
 
 
-def _begins(before: str, normal: str, first: int) -> bool:
-    """Whether no letter touches the one at `first` from the left."""
-    if not is_spaced(normal[first]):
-        return True
-    left = (before + normal[:first])[-CONTEXT:] if first < CONTEXT else normal[first - CONTEXT : first]
-    seen = left.rstrip(NOTHING)
-    return not seen or len(left) - len(seen) > MAX_GAP or not is_spaced(seen[-1])
-
-
 def _ends(normal: str, last: int) -> bool:
     """Whether no letter touches the one at `last` from the right."""
-    touching = normal[last + 1 : last + 1 + CONTEXT].lstrip(NOTHING)[:1]
+    touching = normal[last + 1 : last + 2]
     if not touching or touching.isspace():
         return True
     return not (is_spaced(touching) if is_spaced(normal[last]) else continues(touching))

@@ -9,18 +9,25 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imstream.ai.demo.answer import canned_answer
+from imstream.keys import Keys
 from tests.support.one_node import one_node
 from tests.support.peer import Told
 from tests.support.stage import fresh_redis
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.support.one_node import OneNode
     from tests.support.servers import DemoBackend
 
 USER = 10001
 ROUNDS = 10
 QUESTION = "a long story [[demo first=0 length=150 pace=10ms]]"
+
+
+def _lease(node: OneNode) -> str:
+    return str(node.redis.get(Keys().lease("0")))
 
 
 @pytest.mark.long
@@ -63,7 +70,7 @@ async def test_a_node_that_is_killed_in_its_grace_ten_times_has_not_died(demo: D
                     await someone.some_text("m1")
                     told = someone.told["m1"]
                     node.now.process.signal(signal.SIGTERM)
-                    await asyncio.sleep(0.05)
+                    await wait_until(lambda: "stopping" in _lease(node), "the stop is noted")
                     await node.killed()
                 await node.start()
             async with node.peer(USER, resume={"m1": told}) as someone:

@@ -126,6 +126,7 @@ def _leases_taken(shop: Workshop) -> int:
     return int(shop.redis.info("commandstats").get("cmdstat_zadd", {"calls": 0})["calls"])
 
 
+@pytest.mark.long
 async def test_what_was_stopped_together_with_redis_is_adopted_as_what_has_not_died(own_server: RedisServer) -> None:
     for number in range(2):
         node = str(number)  # the first time its own node is stopped, then the one that had adopted it

@@ -141,7 +141,7 @@ class _Listens(Guard):
         self.given_back.append(request.message_id)
 
 
-GIVEN_BACK = {
+GIVEN_BACK: dict[str, tuple[list[str | Exception], bool]] = {
     "text, then a word": (["some", "stop"], False),
     "a word at once": (["stop"], True),
     "a failure at once": ([TransientBackendError("http_503")], True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from imstream.guards.normal_text import HEAVY, NOTHING, SIGNS, SPACE, continues, is_spaced, normalise
+from imstream.guards.normal_text import HEAVY, NOTHING, SIGNS, SPACE, continues, is_spaced, normalise, origins
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,11 +15,12 @@ _MAX_GAP = 16
 
 def slowly_masked(text: str, words: Iterable[str]) -> str:
     """The text with the words of a list masked."""
-    # Each letter or sign of the normal form, with the index of its character.
-    parts = [(part, index) for index, char in enumerate(text) for part in normalise(char)]
+    # Each letter or sign of the normal form that is seen, with the index of its character.
+    whole = normalise(text)
+    parts = [(part, index) for part, index in zip(whole, origins(text, whole), strict=True) if part != NOTHING]
     normal = "".join(part for part, _ in parts)
     masked = list(text)
-    for word in map(normalise, words):
+    for word in (normalise(word).replace(NOTHING, "") for word in words):
         for first in range(len(parts)):
             for last in range(first, len(parts)):
                 if normal[first] == word[0] and _is_word(normal, first, last, word):
@@ -36,9 +37,8 @@ def _is_word(normal: str, first: int, last: int, word: str) -> bool:
     gaps = [normal[first:][one + 1 : other] for (one, _), (other, _) in pairwise(here)]
     if any(len(gap) > _MAX_GAP for gap in gaps):
         return False
-    seen_gaps = [gap.replace(NOTHING, "") for gap in gaps]
-    alone = len(letters) >= 3 and all(seen_gaps)
-    for number, gap in enumerate(seen_gaps, 1):
+    alone = len(letters) >= 3 and all(gaps)
+    for number, gap in enumerate(gaps, 1):
         spaced = is_spaced(letters[number - 1]) and is_spaced(letters[number])
         parts = HEAVY in gap or (SPACE in gap and spaced)
         if parts and not alone and number not in _gaps_of(word):
@@ -51,20 +51,18 @@ def _gaps_of(word: str) -> set[int]:
     for part in word:
         if part not in SIGNS:
             letters += 1
-        elif part != NOTHING:
+        else:
             gaps.add(letters)
     return gaps
 
 
 def _touches_left(text: str, letter: str) -> bool:
-    unseen = len(text) - len(text.rstrip(NOTHING))
-    neighbour = text.rstrip(NOTHING)[-1:]
-    return unseen <= _MAX_GAP and neighbour != "" and is_spaced(neighbour) and is_spaced(letter)
+    neighbour = text[-1:]
+    return neighbour != "" and is_spaced(neighbour) and is_spaced(letter)
 
 
 def _touches_right(text: str, letter: str) -> bool:
-    unseen = len(text) - len(text.lstrip(NOTHING))
-    neighbour = text.lstrip(NOTHING)[:1]
-    if unseen > _MAX_GAP or neighbour == "" or neighbour in SIGNS:
+    neighbour = text[:1]
+    if neighbour == "" or neighbour in SIGNS:
         return False
     return is_spaced(neighbour) if is_spaced(letter) else continues(neighbour)

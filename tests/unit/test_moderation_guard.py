@@ -11,12 +11,13 @@ import structlog
 
 from imstream.errors import TransientBackendError
 from imstream.guards.guard import PASS, Pass, Refuse, Supplies
-from imstream.guards.moderation import FAILURES, FLAGGED, UNREADABLE, Moderation
+from imstream.guards.moderation import EARLIER, FAILURES, FLAGGED, UNREADABLE, Moderation
 from imstream.settings import Settings
 from imstream.store.chat_request import ChatRequest
 from imstream.wire import Code
 from tests.support.moderating import chokes_on, flags_bad, moderated, result, results
 from tests.support.scripted_backend import hangs, refuses, scripted_backend
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -70,6 +71,47 @@ async def test_only_the_contents_are_sent() -> None:
     async with guarded() as it:
         await it.guard.request(ChatRequest(10001, "m-1", "hello", (("user", "earlier"),), "en", 0, "t"))
         assert it.server.requests[0].json == {"model": "omni-moderation-latest", "input": "hello"}
+
+
+HISTORY = (("user", "asked"), ("assistant", "said"), ("user", "bad asked"), ("assistant", "said"), ("assistant", " "))
+
+
+@pytest.mark.parametrize(
+    ("which", "sent"), [("none", []), ("assistant", ["said"]), ("all", ["asked", "said", "bad asked"])]
+)
+async def test_earlier_turns_are_sent_as_the_setting_says_each_once(which: str, sent: list[str]) -> None:
+    async with guarded(moderation_history=which) as it:
+        verdicts = [await it.guard.request(ChatRequest(10001, "m-1", "go on", HISTORY, "en", 0, "t")) for _ in range(2)]
+        refused = Refuse("moderation_history", Code.FORBIDDEN, EARLIER, detail="asked")
+        assert verdicts == [refused if which == "all" else PASS] * 2
+        again = ["bad asked"] if which == "all" else []  # what passed is remembered
+        assert [text for texts in moderated(it.server.requests) for text in texts] == ["go on", *sent, "go on", *again]
+
+
+@pytest.mark.parametrize("mode", ["open", "closed"])
+async def test_what_a_client_says_that_the_model_said_is_refused_and_no_violation(mode: str) -> None:
+    async with guarded(always=chokes_on("poison"), moderation_fail=mode) as it:
+        for text, detail in (("bad hate", "hate"), ("poison", "http_400: cannot read that")):
+            request = ChatRequest(10001, "m-1", "go on", (("assistant", text),), "en", 0, "t")
+            refused = Refuse("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
+            assert await it.guard.request(request) == refused
+            assert not refused.violation
+
+
+async def test_a_service_that_is_back_is_asked_about_a_message_and_its_history_at_once() -> None:
+    async with guarded(*[BROKEN] * FAILURES) as it:
+        for _ in range(FAILURES):
+            await it.reason()
+        request = ChatRequest(10001, "m-1", "go on", (("assistant", "one"), ("assistant", "two")), "en", 0, "t")
+
+        async def passes() -> bool:
+            try:
+                return await it.guard.request(request) == PASS
+            except TransientBackendError:
+                return False
+
+        await wait_until(passes, "it passes")
+        assert moderated(it.server.requests)[-1] == ["go on", "one", "two"]
 
 
 async def test_a_burst_is_a_few_calls_and_each_gets_its_own_verdict() -> None:
