@@ -8,6 +8,8 @@ import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import pytest
+
 from imstream.keys import Keys
 from tests.support.many_nodes import becomes, many_nodes
 from tests.support.one_node import OneNode, one_node
@@ -155,6 +157,22 @@ async def test_a_node_whose_consumer_loop_is_wedged_says_that_it_is_not_alive(
         await becomes(node, "redis does not answer")
         await becomes(node, "the consumer loop does not go on", "/healthz")
         await node.killed()
+
+
+@pytest.mark.long
+async def test_a_node_that_stood_still_for_longer_than_all_time_limits_says_that_and_not_that_redis_is_lost(
+    demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with many_nodes(tmp_path, demo.url, "0", lease="10s") as nodes:
+        nodes["0"].now.process.signal(signal.SIGSTOP)
+        await asyncio.sleep(16)
+        nodes["0"].now.process.signal(signal.SIGCONT)
+        await becomes(nodes["0"], None)
+        await wait_until(lambda: "lease was lost" in nodes["0"].now.process.output(), "it says that its lease was lost")
+        output = nodes["0"].now.process.output()
+        assert "event loop stood still" in output
+        assert "redis lost" not in output
+        await nodes.settled()
 
 
 async def test_a_node_that_was_frozen_past_its_lease_says_nothing_more_and_its_client_gets_one_answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from websockets.exceptions import InvalidStatus
 from tests.support.one_node import standing_node
 from tests.support.peer import peer
 from tests.support.raw_socket import raw_socket
+from tests.support.stage import AT_ONCE, expected
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -67,6 +69,14 @@ async def test_a_page_from_elsewhere_is_logged_with_its_origin(node: OneNode) ->
     with pytest.raises(InvalidStatus):
         await connect(node.now.ws(10080), origin="https://evil.example", proxy=None)  # type: ignore[arg-type] # same
     assert told(node, "handshake refused", origin="https://evil.example", peer="127.0.0.1")
+
+
+async def test_a_hangup_does_not_end_a_node_that_has_nothing_to_reload_and_it_says_so(node: OneNode) -> None:
+    async with node.peer(10082) as someone:
+        node.now.process.signal(signal.SIGHUP)
+        await wait_until(lambda: told(node, "nothing to reload"), "it says so")
+        await someone.chat(10082, f"still there? {AT_ONCE}", "m1")
+        assert (await someone.end_of("m1")).text == expected(f"still there? {AT_ONCE}")
 
 
 async def test_strangers_cannot_fill_the_log(node: OneNode) -> None:

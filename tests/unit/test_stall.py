@@ -1,0 +1,50 @@
+"""An event loop that stood still is noticed, and blamed for what ran into its time limit meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from structlog.testing import capture_logs
+
+from imstream.worker.stall import AFTERMATH, TICK, StallWatch
+from tests.support.virtual_time import VirtualTimeLoop, in_virtual_time
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict
+
+
+async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:
+    """Whether the loop is blamed before it stands still, right after it, when that was noticed, and later."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    watch = StallWatch(2.0)
+    with capture_logs() as logs:
+        watching = asyncio.create_task(watch.run())
+        await asyncio.sleep(10)
+        blamed = [watch.is_to_blame()]
+        loop.now += stall  # as if the process had been frozen in this line
+        blamed.append(watch.is_to_blame())
+        await asyncio.sleep(0)
+        await asyncio.sleep(TICK / 2)
+        blamed.append(watch.is_to_blame())
+        await asyncio.sleep(TICK + AFTERMATH)
+        blamed.append(watch.is_to_blame())
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    return blamed, logs
+
+
+@in_virtual_time
+async def test_a_loop_that_stood_still_is_to_blame_until_a_moment_after_and_says_so_once() -> None:
+    blamed, logs = await _after(16.0)
+    assert blamed == [False, True, True, False]
+    assert [(line["log_level"], line["event"]) for line in logs] == [
+        ("warning", "event loop stood still: the process was frozen or had no CPU")
+    ]
+    assert 15 < logs[0]["seconds"] <= 16
+
+
+@in_virtual_time
+async def test_a_loop_that_is_only_late_is_not() -> None:
+    assert await _after(1.0) == ([False] * 4, [])
