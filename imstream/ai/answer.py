@@ -149,9 +149,9 @@ class AnswerReader:
         return text
 
     def _count_still(self, size: int) -> None:
-        """Count what comes while the model does nothing: comments, empty events, parts of an event."""
+        """Count what comes while the model does nothing: comments, empty events, blanks."""
         self._still += size
-        if self._still <= 2 * self._json_limit:
+        if self._still - self._events.held <= self._json_limit:
             return
         if not self.whole:
             raise TransientBackendError("bad_stream", f"{self._still} bytes without a sign of the model at work")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from aiohappyeyeballs import AddrInfoType
+    from aiohttp import StreamReader
     from yarl import URL
 
 HEAD_LIMIT = 32 * 1024
@@ -27,6 +28,9 @@ HEAD_LIMIT = 32 * 1024
 
 RECEIVE_BUFFER = 32 * 1024
 """Size of the kernel's receive buffer that is asked for. It bounds what one turn of the event loop has to parse."""
+
+OVERHEAD_LIMIT = 512 * 1024
+"""Maximum bytes of a response that are no body, such as the sizes of its chunks, beyond as many as the body has."""
 
 _SLICE = 2048
 """Bytes of a head that are parsed at once: how far beyond the limit a read can take it."""
@@ -46,7 +50,8 @@ class _BoundedHandler(ResponseHandler):
         super().__init__(loop)
         self._limit = limit
         self._head_left = 0
-        self._body_left = 0
+        self._taken = 0
+        self._allowed = 0
 
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - handed through
         """Called by aiohttp when a request is about to be sent."""
@@ -54,7 +59,8 @@ class _BoundedHandler(ResponseHandler):
             self._buffer.clear()
             self._refuse()
         self._head_left = HEAD_LIMIT
-        self._body_left = self._limit
+        self._taken = 0
+        self._allowed = OVERHEAD_LIMIT
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
@@ -63,12 +69,20 @@ class _BoundedHandler(ResponseHandler):
         if payload is None or payload.is_eof():
             self._receive_head(data)
             return
-        self._body_left -= len(data)
-        if self._body_left < 0:
-            payload.set_exception(ResponseTooLarge(f"a response of more than {self._limit} bytes"))
+        self._taken += len(data)
+        if self._taken > self._allowed and not self._may_go_on(payload):
             self._refuse()
             return
         super().data_received(data)
+
+    def _may_go_on(self, payload: StreamReader) -> bool:
+        """Whether there may be more of a response; looked at now and then only, not at each read."""
+        self._allowed = min(self._limit, OVERHEAD_LIMIT + 2 * payload.total_bytes)
+        if self._taken <= self._allowed:
+            return True
+        what = "a response" if self._taken > self._limit else f"{payload.total_bytes} bytes in a response"
+        payload.set_exception(ResponseTooLarge(f"{what} of more than {self._allowed} bytes"))
+        return False
 
     def _receive_head(self, data: bytes) -> None:
         if not data:

@@ -17,30 +17,38 @@ if TYPE_CHECKING:
 _WORDS = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
 """Capitals with underscores. Hardly anything else is written like that within brackets; what is only gets a space."""
 
+_ANGLED = (
+    r"/?(?:"
+    rf"{_WORDS}"  # Cohere: <BOS_TOKEN>; Nemotron: <SPECIAL_11>, <TOOL_RESPONSE>; Mistral: <SPECIAL_20>
+    r"|BOS|EOS|PAD|UNK|CLS|SEP|MASK|EOP|EOT|PRE|SUF|MID|TOOLCALL|AI|用户"  # Cohere, CodeLlama, MiniCPM
+    r"|s|bos|eos|pad|unk|cls|sep|mask|sop|eop|eoh|eoa|eom|eod|eot|role"  # Llama 2, Mistral, GLM, InternLM, Ling
+    r"|(?:start|end|begin|beginning)_of_\w{1,32}"  # Gemma: <start_of_turn>; MiniMax: <end_of_sentence>
+    r"|(?:extra_id|reserved|unused|mask)[_:]?\d{1,6}"  # Nemotron, Baichuan, Gemma, ERNIE
+    r"|(?:seed|minimax|longcat)[:_][\w/:]{1,32}"  # Seed-OSS: <seed:bos>; LongCat
+    r"|_(?:system|user|bot|start|end)"  # TeleChat
+    r"|fim[_-]\w{1,16}"
+    r")>"
+)
+_SQUARE = (
+    r"/?(?:"
+    rf"{_WORDS}"  # Mistral: [SYSTEM_PROMPT], [TOOL_CONTENT], [IMG_BREAK]; InternLM: [UNUSED_TOKEN_145]
+    r"|INST|ARGS|AUDIO|IMG|MIDDLE|PREFIX|REF|SUFFIX|THINK|TRANSCRIBE"  # Mistral
+    r"|BOS|EOS|EOT|PAD|UNK|CLS|SEP|BOT|USER|[gs]?MASK"  # EXAONE, Kimi, GLM
+    r"|control_\d{1,4}"  # Mistral
+    r")\]"
+)
+
 _USUAL = {
     "<": (
-        r"\|[^\s<>|]{1,64}\|?>",  # ChatML, Qwen, Llama 3 and 4, GLM, Phi, Cohere, Kimi, Gemma 4: <|im_start|>, <|turn>, …
+        r"\|[^\s<>|]{1,64}\|?>",  # ChatML, Qwen, Llama 3 and 4, GLM, Phi, Cohere: <|im_start|>; Gemma 4: <|turn>
         r"[^\s<>|]{1,64}\|>",  # Gemma 4: <turn|>
         r"｜[^\s<>｜]{1,64}｜>",  # DeepSeek, Hunyuan: <｜User｜>, with bars of full width
         r"</?SYS>>",  # Llama 2
-        r"/?(?:"
-        rf"{_WORDS}"  # Cohere: <BOS_TOKEN>; Nemotron: <SPECIAL_11>, <TOOL_RESPONSE>; Mistral: <SPECIAL_20>
-        r"|BOS|EOS|PAD|UNK|CLS|SEP|MASK|EOP|EOT|PRE|SUF|MID|TOOLCALL|AI|用户"  # Cohere, CodeLlama, MiniCPM
-        r"|s|bos|eos|pad|unk|cls|sep|mask|sop|eop|eoh|eoa|eom|eod|eot|role"  # Llama 2, Mistral, GLM, InternLM, Ling
-        r"|(?:start|end|begin|beginning)_of_\w{1,32}"  # Gemma: <start_of_turn>; MiniMax: <end_of_sentence>
-        r"|(?:extra_id|reserved|unused|mask)[_:]?\d{1,6}"  # Nemotron, Baichuan, Gemma, ERNIE
-        r"|(?:seed|minimax|longcat)[:_][\w/:]{1,32}"  # Seed-OSS: <seed:bos>; LongCat
-        r"|_(?:system|user|bot|start|end)"  # TeleChat
-        r"|fim[_-]\w{1,16}"
-        r")>",
+        _ANGLED,
     ),
     "[": (
         r"\|[^\s\[\]|]{1,64}\|\]",  # EXAONE, BlueLM: [|system|], [|endofturn|]
-        rf"/?{_WORDS}\]",  # Mistral: [SYSTEM_PROMPT], [TOOL_CONTENT], [IMG_BREAK]; InternLM: [UNUSED_TOKEN_145]
-        # Mistral, and those that EXAONE, Kimi, BERT's heirs have, too
-        r"/?(?:INST|ARGS|AUDIO|IMG|MIDDLE|PREFIX|REF|SUFFIX|THINK|TRANSCRIBE|BOS|EOS|EOT|PAD|UNK|CLS|SEP|BOT|USER"
-        r"|[gs]?MASK)\]",  # GLM
-        r"control_\d{1,4}\]",  # Mistral
+        _SQUARE,
         r"e~\[",  # MiniMax M1, M2
     ),
     "]": (

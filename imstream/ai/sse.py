@@ -42,6 +42,11 @@ class EventParser:
         """The last byte was a carriage return: a line feed that follows belongs to it."""
         self._begun = False
 
+    @property
+    def held(self) -> int:
+        """About how many bytes are held of an event that has not ended."""
+        return self._held
+
     def feed(self, chunk: bytes) -> list[bytes]:
         """Take what the network gave; return the data of every event that is complete with it.
 

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from typing import TextIO
 
-_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-"""Control characters. Nothing that comes over the wire may move the cursor or talk to the terminal."""
+_DIRECTIONS = (*range(0x202A, 0x202F), 0x2066, 0x2067)
+"""Characters that embed or override directions (Unicode Standard Annex 9): up to the end of the line, whatever stands
+in it would be shown in another order than it is written."""
+
+_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0), *_DIRECTIONS) if chr(code) not in "\n\t"}
+"""Control characters. Nothing that comes over the wire may move the cursor, turn a line or talk to the terminal."""
+
+_FIRST_STRONG_ISOLATE, _POP_DIRECTIONAL_ISOLATE = "\u2068", "\u2069"
+_RIGHT_TO_LEFT = frozenset({"R", "AL"})
+_ISOLATES = {ord(_FIRST_STRONG_ISOLATE): None, ord(_POP_DIRECTIONAL_ISOLATE): None}
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def isolated(text: str) -> str:
+    """A text that somebody else wrote, for the middle of a line of ours: one written from right to left leaves the rest
+    of the line in its order."""  # noqa: D205, D209 - one thought
+    if all(unicodedata.bidirectional(one) not in _RIGHT_TO_LEFT for one in text):
+        return text
+    return f"{_FIRST_STRONG_ISOLATE}{text.translate(_ISOLATES)}{_POP_DIRECTIONAL_ISOLATE}"
 
 
 class Screen:

@@ -15,7 +15,7 @@ from imstream.client.errors import Busy, ClientError, RateLimited, SessionEnded,
 from imstream.client.keyboard import Keyboard
 from imstream.client.link import Connected
 from imstream.client.message import Accepted, Outcome, Piece, Restarted, Result
-from imstream.client.screen import Screen
+from imstream.client.screen import Screen, isolated
 from imstream.texts import Lang, Text, say
 from imstream.wire import Turn
 
@@ -120,7 +120,7 @@ class _Chat:
             self._screen.note(why)
             return False
         seconds = f"{wait.total_seconds():.0f}"
-        self._screen.note(say(Text.CHAT_RETRY, self._lang, why=why, seconds=seconds))
+        self._screen.note(say(Text.CHAT_RETRY, self._lang, why=isolated(why), seconds=seconds))
         return await self._first(asyncio.create_task(asyncio.sleep(wait.total_seconds())))
 
     async def _follow(self, reply: Reply) -> Result:
@@ -192,9 +192,9 @@ class _Changes:
     def tell(self, change: ConnectionChange) -> None:
         if isinstance(change, Connected):
             again = Text.CHAT_RESUMED if change.resumed else Text.CHAT_BACK
-            text = say(again if self._greeted else Text.CHAT_WELCOME, self._lang, url=change.url)
+            text = say(again if self._greeted else Text.CHAT_WELCOME, self._lang, url=isolated(change.url))
             self._greeted = True
         else:
             seconds = f"{change.retry_in.total_seconds():.1f}"
-            text = say(Text.CHAT_LOST, self._lang, why=change.why, seconds=seconds)
+            text = say(Text.CHAT_LOST, self._lang, why=isolated(change.why), seconds=seconds)
         self._screen.note(text)

@@ -437,6 +437,36 @@ async def test_what_people_and_models_write_is_never_html(page: Page, node: Node
     assert await page.evaluate("document.title") == "imstream"
 
 
+async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(page: Page, node: NodeProcess) -> None:
+    turned = "\u202e\u202d\u2067abc"  # overrides, and an isolate that nothing ends
+    text = f"{turned} `{turned} d` **{turned} e** f\n```\n{turned}\n```\n- {turned}"
+    message = {"id": "m1", "contents": f"{turned} ?", "text": text, "status": "done", "node": f"{turned}שלום"}
+    await log_in(page, node)
+    await page.evaluate(f"sessionStorage['imstream.chat'] = JSON.stringify([{json.dumps(message)}])")
+    await page.call("Page.reload")
+    await status(page, "done")
+    # From left to right, each character of a line stands behind the one before it.
+    in_order = """(root) => {
+      const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+      let right = -1, top = -1, seen = 0;
+      for (let node; (node = walker.nextNode()); ) for (let at = 0; at < node.length; at++) {
+        const range = document.createRange();
+        range.setStart(node, at), range.setEnd(node, at + 1);
+        const box = range.getBoundingClientRect();
+        if (!box.width) continue;
+        if (Math.abs(box.top - top) > 8) [right, top] = [-1, box.top];
+        if (box.left < right - 1) return node.textContent;
+        [right, seen] = [box.right, seen + 1];
+      }
+      return seen;
+    }"""
+    assert await page.evaluate(f"({in_order})({LAST}.querySelector('.question'))") == len("abc ?")
+    assert await page.evaluate(f"({in_order})({LAST}.querySelector('.answer'))") == len("abc abc d abc e fabcabc")
+    shown = await page.evaluate(f"{LAST}.querySelector('.status').textContent")
+    assert shown == "Answered by node \u2068abcשלום\u2069"
+    assert (await kept(page))["text"] == text  # and what is copied is what was written
+
+
 async def test_answers_are_set_as_they_were_meant(page: Page, node: NodeProcess) -> None:
     text = """\
 # Title

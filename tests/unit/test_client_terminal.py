@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import pytest
 
 from imstream.client.keyboard import Keyboard
+from imstream.client.screen import isolated
 from imstream.client.terminal import INTERRUPTED, MAX_HISTORY
 from imstream.wire import Close
 from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
@@ -106,6 +107,15 @@ async def test_nothing_from_the_wire_can_talk_to_the_terminal() -> None:
         chat = asyncio.create_task(piped(server.url, "one\n"))
         await answer(await server.logged_in(), "a\x1b[2Jb\x9bc\x7f\td\n")
         assert (await within(chat))[1] == "a[2Jbc\td\n\n"
+
+
+async def test_nothing_from_the_wire_turns_a_line_of_the_terminal() -> None:
+    async with scripted_server() as server:
+        chat = asyncio.create_task(piped(server.url, "one\n"))
+        await answer(await server.logged_in(), "a\u202eb\u202dc\u202a\u202b\u202cd\u2066\u2067e \u200fשלום\n")
+        assert (await within(chat))[1] == "abcde \u200fשלום\n\n"
+    assert isolated("שלום\u2069 3 s") == "\u2068שלום 3 s\u2069"
+    assert isolated("away, 稍后") == "away, 稍后"
 
 
 async def test_says_why_there_is_no_connection() -> None:
