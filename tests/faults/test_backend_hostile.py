@@ -1,0 +1,98 @@
+"""A backend that means harm, behind a node: its answers are bounded in the node and in Redis, and no socket notices."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from imstream.texts import Text
+from tests.support.blaster import blaster, chunked, head
+from tests.support.one_node import one_node
+from tests.support.scripted_backend import DONE, chunk, event
+
+if TYPE_CHECKING:
+    from tests.support.one_node import OneNode
+    from tests.support.peer import Told
+    from tests.support.servers import RedisServer
+
+USER = 10001
+MIB = 1 << 20
+LIMIT = 50_000
+STOP = event(chunk(finish_reason="stop")) + DONE
+
+ENDLESS = [f"endless {number}" for number in range(6)]
+WHOLE = {
+    "half a character at the end": b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"\\ud800"}]}\n\n',
+    "half a character in the usage": event(chunk("a")) + b'data: {"usage":{"\\ud800":1,"b":2}}\n\n' + STOP,
+    "NUL": event(chunk("one\0two")) + STOP,
+}
+BROKEN = {
+    "a bomb": head("Content-Encoding: gzip") + gzip.compress(b"data: {}\n\n" * (4 * MIB)),
+    "a page": chunked(b"<p>" + b"<title" * (MIB // 24)),
+    "an entity": chunked(b"<title>&#" + b"1" * 5000 + b";</title>"),
+    "a number": chunked(b'data: {"error":{"detail":[{"loc":[%b],"msg":"a"}]}}\n\n' % (b"1" * 4300)),
+    "interim responses": head(status="100 Continue") * 20_000,
+}
+QUESTIONS = [*ENDLESS, *WHOLE, *BROKEN]
+ANSWERS = {
+    **{question: chunked(event(chunk("0123456789" * 100)) * (4 * MIB // 1000)) for question in ENDLESS},
+    **{question: chunked(body) for question, body in WHOLE.items()},
+    **BROKEN,
+}
+
+
+def answer_to(request: bytes) -> bytes:
+    return ANSWERS[json.loads(request)["messages"][-1]["content"]]
+
+
+async def test_hostile_answers_are_bounded_and_leave_the_conversation_alone(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    settings: dict[str, object] = {"max_answer": LIMIT, "max_attempts": 1, "ai_breaker_failures": 1000}
+    with blaster(answer_to) as url:
+        async with one_node(tmp_path, redis_server, url, **settings) as node:
+            async with node.peer(USER, lang="en") as someone:
+                await someone.chat(USER, "NUL", "before")
+                text = (await someone.end_of("before")).text
+                assert text == "one\ufffdtwo"
+
+                memory, stored = peak_memory(node), redis_memory(node)
+                for number, question in enumerate(QUESTIONS):
+                    await someone.chat(USER, question, f"m{number}")
+                for number, question in enumerate(QUESTIONS):
+                    check(question, await someone.end_of(f"m{number}"))
+                assert peak_memory(node) - memory < 16 * MIB
+                assert redis_memory(node) - stored < 8 * MIB
+
+                # The same socket, and a history with the answer, go on.
+                history = [{"role": "user", "content": "NUL"}, {"role": "assistant", "content": text}]
+                assert (await someone.chat(USER, "NUL", "again", history=history))["event"] == "accepted"
+                assert (await someone.end_of("again")).text == text
+            await node.settled()
+            letters = node.dead()
+            assert {letter["reason"] for letter in letters} == {"bad_stream", "backend_error"}
+            assert max(len(letter["error"]) for letter in letters) < 300
+
+
+def check(question: str, told: Told) -> None:
+    """Whether it ended as it should."""
+    assert told.terminal is not None
+    if question in ENDLESS:
+        assert (len(told.text), told.terminal["finishReason"]) == (LIMIT, "length")
+    elif question in WHOLE:
+        assert told.terminal["event"] == "done", question
+    else:
+        assert (told.terminal["event"], told.terminal["contents"]) == ("failed", Text.FAILED.en), question
+
+
+def peak_memory(node: OneNode) -> int:
+    """The most memory that its process has had, in bytes."""
+    status = Path(f"/proc/{node.now.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def redis_memory(node: OneNode) -> int:
+    found: int = cast("Any", node.redis.info("memory"))["used_memory"]
+    return found
