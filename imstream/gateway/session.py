@@ -37,7 +37,6 @@ _NO_CODE = 1005
 """The peer has gone without a word, or named no code (RFC 6455, section 7.4.1)."""
 
 
-
 def query_of(scope: Scope) -> QueryParams:
     """The parameters of the address. Starlette would keep them as long as the socket, and they may be thousands."""
     return QueryParams(scope["query_string"])

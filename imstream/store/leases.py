@@ -36,6 +36,7 @@ _RESTARTED = Script("restarted")
 REDIS_KEPT = timedelta(days=7)
 """How long it is known on which run of Redis a node last held its lease: the longest night in which all is stopped."""
 
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """The process that runs a node, readable as it stands in redis-cli.

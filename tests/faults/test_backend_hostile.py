@@ -50,7 +50,7 @@ def answer_to(request: bytes) -> bytes:
 async def test_hostile_answers_are_bounded_and_leave_the_conversation_alone(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    settings: dict[str, object] = {"max_answer": LIMIT, "max_attempts": 1, "ai_breaker_failures": 1000}
+    settings: dict[str, Any] = {"max_answer": LIMIT, "max_attempts": 1, "ai_breaker_failures": 1000}
     with blaster(answer_to) as url:
         async with one_node(tmp_path, redis_server, url, **settings) as node:
             async with node.peer(USER, lang="en") as someone:

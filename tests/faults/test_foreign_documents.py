@@ -92,7 +92,7 @@ def read_stored_request(data: bytes) -> None:
 
 
 def read_answer(data: bytes) -> None:
-    reader = AnswerReader()
+    reader = AnswerReader(limit=1000)
     for begin in range(0, len(data), 50):
         reader.feed(data[begin : begin + 50])
     reader.end()
