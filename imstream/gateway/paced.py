@@ -40,6 +40,7 @@ class PacedProtocol(WebSocketsSansIOProtocol):
 
     _unread: bytes | memoryview = b""
     _frames = 0
+    _trusted = False
     _full_at = NEVER_USED
     _rest: asyncio.TimerHandle | None = None
     _on_rest: Callable[[float], None] | None = None
@@ -78,11 +79,17 @@ class PacedProtocol(WebSocketsSansIOProtocol):
 
     async def receive(self) -> ASGIReceiveEvent:
         """Give the application what comes next. As uvicorn does it, but there may be more to read already."""
+        if not self._trusted:
+            self._resume()  # only now: the message before may have been the login, and more is taken after it
         event = await self.queue.get()
-        if self.read_paused and self.queue.empty():
-            self.read_paused = False
-            self._read_on()
+        if self._trusted:
+            self._resume()
         return event
+
+    def trust(self) -> None:
+        """See `Socket`."""
+        self._trusted = True
+        self._resume()
 
     def handle_events(self) -> None:
         """Obey frames, and see how many there are."""
@@ -100,6 +107,12 @@ class PacedProtocol(WebSocketsSansIOProtocol):
         self._end_rest()
         self.read_paused = False
         self._read_on()
+
+    def _resume(self) -> None:
+        """Read on, if the application has taken all that came."""
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self._read_on()
 
     def _read_on(self) -> None:
         """Read what there is, until the application has something to do or the pace forbids it."""

@@ -126,7 +126,6 @@ class SocketProtocol(PacedProtocol):
     """One WebSocket connection."""
 
     _late_pong = b""
-    _trusted = False
     _on_room: Callable[[], None] | None = None
 
     def __init__(self, config: GatewayConfig, **given: Any) -> None:  # noqa: ANN401 - uvicorn's
@@ -266,10 +265,6 @@ class SocketProtocol(PacedProtocol):
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": ""})
         self._cut_off_later()
         self.read_to_the_end()
-
-    def trust(self) -> None:
-        """See `Socket`."""
-        self._trusted = True
 
     def forget_handshake(self) -> None:
         """See `Socket`."""

@@ -177,6 +177,11 @@ CLOSED = {
     "overlong UTF-8": (frame(TEXT, b'"\xc0\xaf"'), 1007),
     "too big": (frame(TEXT, b"x" * (MAX_FRAME + 1)), 1009),
     "too big as it says": (frame(TEXT, b"x", length=1 << 62), 1009),
+    "too big before INIT": (frame(TEXT, b"x" * (MAX_FIRST + 1)), 1009),
+    "binary and too big before INIT": (frame(BINARY, b"x" * (MAX_FIRST + 1)), 1009),
+    "much too big before INIT": (frame(TEXT, b"x" * MAX_FRAME)[:20_000], 1009),
+    "too big before INIT, in fragments": (fragments([b"x" * 6_000] * 3), 1009),
+    "too big before INIT, in fragments without end": (fragments([b"x" * 6_000] * 3, end=False), 1009),
     "too big in fragments": (fragments([b"x" * 9_000] * 8), 1009),
     "empty fragments without end": (fragments([b""] * 5_000, end=False), 1009),
     "empty fragments with an end": (fragments([b""] * 5_000), 1009),
@@ -216,6 +221,22 @@ async def test_a_frame_that_breaks_the_protocol_closes_the_socket_with_its_code(
         assert b"permessage-deflate" not in head
         await someone.send(data)
         assert await someone.close_code() == code
+
+
+async def test_a_login_with_all_that_it_may_resume_and_a_long_token_fits_and_then_messages_may_be_large(
+    node: OneNode,
+) -> None:
+    points = [{"messageId": f"{n:064}", "attempt": 10 + n, "offset": 1_000_000 + n} for n in range(64)]
+    async with raw_socket(node.port) as someone:
+        await someone.upgrade("/ws")
+        await someone.send(frame(TEXT, b" " * MAX_FIRST))  # it is not the size that is wrong with it
+        assert (await someone.until(msgType="SYSTEM"))["code"] == "BAD_REQUEST"
+        login = json.dumps({"msgType": "INIT", "userId": USER, "token": "x" * 8192, "resume": points}).encode()
+        large = _chat(messageId="", contents="x" * (MAX_FRAME - 100))
+        await someone.send(frame(TEXT, login) + frame(TEXT, large))  # without waiting for the welcome
+        assert (await someone.until(msgType="INIT"))["code"] == "SUCCESS"
+        assert "messageId" in (await someone.until(msgType="SYSTEM", code="BAD_REQUEST"))["contents"]
+        assert sum(told["code"] == "EXPIRED" for told in someone.texts) == 64
 
 
 async def test_what_looks_odd_but_is_right_is_taken(node: OneNode) -> None:
@@ -281,3 +302,6 @@ async def test_a_connection_that_never_becomes_a_websocket_is_told_so_or_let_go(
         if what not in {"nothing", "half a request"}:
             head = await someone.head()
             assert head.startswith((b"HTTP/1.1 4", b"HTTP/1.1 3")), head
+            if what == "an old version":
+                assert head.startswith(b"HTTP/1.1 426 ")
+                assert b"\r\nSec-WebSocket-Version: 13\r\n" in head

@@ -121,6 +121,45 @@ async def test_who_sends_too_fast_is_told_once_a_second_and_all_that_was_sent_is
         assert sum(told["msgType"] == "HEARTBEAT" for told in flooder.texts) == 3 * RATE
 
 
+async def test_what_is_large_counts_as_several_frames(node: OneNode) -> None:
+    large = frame(TEXT, b'{"msgType":"HEARTBEAT","x":"' + b"x" * 60_000 + b'"}')  # 15 times 4 KiB
+    async with raw_user(node.port, USER) as someone:
+        began = time.monotonic()
+        await someone.send(large * 12 + frame(TEXT, b'{"msgType":"CANCEL","messageId":"last"}'))
+        await someone.until(code="UNKNOWN")
+        assert time.monotonic() - began > (12 * 15 - BURST) / RATE * 0.9
+    assert "RATE_LIMITED" in [told["code"] for told in someone.texts]
+
+
+async def test_who_resumes_many_messages_is_slowed_down_as_by_as_many_frames(node: OneNode) -> None:
+    resume = [{"messageId": f"m{n}"} for n in range(64)]
+    async with raw_user(node.port, USER) as someone:
+        began = time.monotonic()
+        for n in range(4):
+            await someone.say(msgType="INIT", userId=USER, resume=[*resume[1:], {"messageId": f"last-{n}"}])
+            await someone.until(code="EXPIRED", messageId=f"last-{n}")
+        await someone.send(frame(TEXT, b"PING"))
+        await someone.until(msgType="HEARTBEAT")
+        assert time.monotonic() - began > (4 * 64 - BURST) / RATE * 0.9
+
+
+async def test_who_resumes_long_answers_is_slowed_down_by_their_length(node: OneNode) -> None:
+    async with node.peer(USER) as someone:
+        await someone.chat(USER, "tell me all [[demo first=0 pace=0 length=40000]]", "long")
+        told = await someone.end_of("long")
+    frames = 3 * (1 + len(told.text) / 4096)
+    login = frame(TEXT, json.dumps({"msgType": "INIT", "userId": USER, "resume": [{"messageId": "long"}]}).encode())
+    async with raw_user(node.port, USER) as someone:
+        began = time.monotonic()
+        for _ in range(3):
+            await someone.send(login)
+            await someone.until(messageId="long", event="done")
+        await someone.send(frame(TEXT, b"PING"))
+        await someone.until(msgType="HEARTBEAT")
+        assert frames > BURST
+        assert time.monotonic() - began > (frames - BURST) / RATE * 0.9
+
+
 async def test_flooders_cost_others_no_time(node: OneNode) -> None:
     async with node.peer(OTHER) as healthy, AsyncExitStack() as stack:
 

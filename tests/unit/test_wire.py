@@ -11,6 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from imstream.json_reader import BadJson, read_json
 from imstream.wire import (
     MAX_RESUMED,
     MAX_USER_ID,
@@ -300,6 +301,41 @@ def test_a_frame_nests_up_to_its_limit(kind: str) -> None:
         for depth in (limit + 1, 150, 900, 5_000, 60_000):
             with pytest.raises(BadFrame, match=f"nested deeper than {limit} levels"):
                 parse(_nested(depth, kind), FrameLimits(depth=limit))
+
+
+def _values(value: Any) -> int:  # noqa: ANN401 - whatever JSON holds
+    """Items of arrays and objects, and these themselves: the commas and opening brackets of its JSON."""
+    if not isinstance(value, dict | list):
+        return 0
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return 1 + max(0, len(inner) - 1) + sum(map(_values, inner))
+
+
+@given(st.recursive(TEXTS | st.integers(-9, 9), lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner)))
+@example({'"': ['\\"', '\\\\"[', "[{,", '\\"', {"a\\": {}, ",": []}]})
+@example([[]] * 500)
+@example([",[{" * 500])
+@example(['"'] * 500)
+@example(["\\"] * 500)
+def test_a_text_has_as_many_values_as_its_limit_whatever_its_strings_hold(value: object) -> None:
+    text, count = json.dumps(value), _values(value)
+    assert read_json(text, max_depth=1_000, max_values=count) == value
+    if count:
+        with pytest.raises(BadJson, match="more than"):
+            read_json(text, max_depth=1_000, max_values=count - 1)
+
+
+def test_a_full_history_fits_with_fields_that_nobody_knows_and_more_is_refused() -> None:
+    turn = {"role": "user", "content": "x", "id": 1, "at": 2}
+    assert parse(_chat(history=[turn] * 200)).msg_type == "CHAT"
+    too_much: list[list[Any]] = [[{}] * 21_000, [turn] * 1_000, [1] * 30_000]
+    for wrong in too_much:
+        with pytest.raises(BadFrame, match="more than 1312 values"):
+            parse(_chat(history=wrong))
+    with pytest.raises(BadFrame, match="history: more than 200 turns"):
+        parse(_chat(history=[{}] * 600))  # whatever is wrong with them
+    with pytest.raises(BadFrame, match="userId"):
+        parse(_chat(history=[{}] * 600, userId=7))
 
 
 def test_brackets_in_a_text_are_no_nesting() -> None:
