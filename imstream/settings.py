@@ -140,7 +140,7 @@ class Settings(SettingsGroup):
     """What can be set. The environment variable is `IMSTREAM_` and the name in capitals."""
 
     node: str = Field("0", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Id of this node, unique among all nodes.")
-    host: str = Field("127.0.0.1", description="Address the node listens on.")
+    host: str = Field("127.0.0.1", description="Address the node listens on; :: is every address, IPv4 too.")
     port: int = Field(8080, ge=0, le=65535, description="Port the node listens on; 0 takes a free one.")
 
     redis_url: Annotated[SecretUrl, AfterValidator(valid_redis_url)] = Field(

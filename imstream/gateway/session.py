@@ -52,7 +52,7 @@ def peer_of(connection: HTTPConnection) -> str:
 
     Of a long list the end is kept: each proxy appends the address that it has seen.
     """
-    host = connection.client.host if connection.client else "unknown"
+    host = connection.client.host.removeprefix("::ffff:") if connection.client else "unknown"
     forwarded = ", ".join(connection.headers.getlist("x-forwarded-for"))
     return f"{foreign(forwarded[-FOREIGN_LENGTH:])} by {host}" if forwarded else host
 
