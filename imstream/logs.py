@@ -31,6 +31,9 @@ FOREIGN_LENGTH = 64
 _LENGTHS = {"event": 1000, "error": 1000, "address": 300, "url": 300, "detail": 300, "peer": 160}
 """Fields that hold a sentence or an address of ours, or one that was cut where it came in."""
 
+_LIST = 10
+"""Maximum number of values of a list that are shown."""
+
 _TRACE_LINES, _TRACE_LINE = 200, 500
 """Maximum number of lines of a traceback, and maximum length of each: it repeats values too."""
 
@@ -119,10 +122,17 @@ def _harmless(
     for name, value in event.items():
         if name == "exception":
             event[name] = _trace(str(value))
-        elif not (value is None or isinstance(value, int | float)):
-            text = value if isinstance(value, str) else repr(value)
-            event[name] = _cut(text, _LENGTHS.get(name, FOREIGN_LENGTH))
+        elif isinstance(value, list):
+            event[name] = [_plain(one, FOREIGN_LENGTH) for one in value[:_LIST]]
+        else:
+            event[name] = _plain(value, _LENGTHS.get(name, FOREIGN_LENGTH))
     return event
+
+
+def _plain(value: object, length: int) -> object:
+    if value is None or isinstance(value, int | float):
+        return value
+    return _cut(value if isinstance(value, str) else repr(value), length)
 
 
 def _cut(text: str, length: int) -> str:
