@@ -43,7 +43,8 @@ _IS_DENSE = re.compile(f"[{DENSE}]").match
 
 _HEAVY_SIGNS = frozenset(",;:!?'\"`()[]{}<>\u3001\u3002\uff61\u2026\u2014\u2013\n\r\v\f\x1c\x1d\x1e\x1f\x85")
 _HEAVY_CATEGORIES = frozenset({"Ps", "Pe", "Pi", "Pf", "Zl", "Zp"})
-_UNSEEN_CATEGORIES = frozenset({"Cf", "Cc", "Me"})
+_UNSEEN_CATEGORIES = frozenset({"Cf", "Cc", "Me", "Cn"})
+"""Formats, controls, enclosing marks, and what this Python knows nothing of: marks of a newer Unicode among it."""
 
 _UNSEEN = re.compile(
     "[\u034f\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\ufe00-\ufe0f\ufff0-\ufff8"
