@@ -1,0 +1,29 @@
+"""What was accepted is there after a restart of Redis, with the users that imstream comes with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from tests.redis.workshop import workshop
+
+if TYPE_CHECKING:
+    from tests.support.servers import RedisServer
+
+
+async def test_what_scripts_have_written_is_there_after_a_restart_of_redis(own_server: RedisServer) -> None:
+    async with workshop(own_server, start=False) as shop:
+        await shop.requests.prepare()
+        await shop.ask()
+    own_server.stop()
+    own_server.start()
+    async with workshop(own_server, start=False) as shop:
+        assert shop.redis.xlen(shop.keys.requests("0")) == 1
+        assert [entry["event"] for entry in shop.entries()] == ["queued"]
+    with (
+        redis.Redis(port=own_server.port) as nobody,
+        pytest.raises(redis.exceptions.AuthenticationError),
+    ):
+        nobody.get("im:nodes")
