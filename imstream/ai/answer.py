@@ -106,10 +106,10 @@ class AnswerReader:
             text = self._read_events(self._events.feed(data))
         except EventTooLong as error:
             raise TransientBackendError("bad_stream", str(error)) from None
-        if self.moved:
-            self._still = 0
-        else:
+        if not self.moved:
             self._count_still(size)
+        elif self._still:
+            self._still = 0
         return self._taken(text) if text else text
 
     def end(self) -> str:
@@ -179,7 +179,7 @@ class AnswerReader:
                 self.done = True
                 break
             try:
-                chunk = from_json(event, cache_strings=len(event) < _BIG)
+                chunk = from_json(event) if len(event) < _BIG else from_json(event, cache_strings=False)
             except ValueError as error:
                 chunk = self._decode_again(event, str(error))
             choice = self._read_envelope(chunk)

@@ -194,41 +194,38 @@ class _Intake:
         if len(data) > PIECE:
             self._data = data
             return False
-        text = self._read(data)
-        if len(text) > PIECE:
-            self._text = text
-            return False
-        if text:
-            self._on_text(text)
-        return not self._reader.whole
-
-    async def catch_up(self) -> None:
-        """Take what was put aside. Raises as `AnswerReader` does."""
-        data, self._data = self._data, b""
-        text, self._text = self._text, ""
-        await self._hand_out(text)
-        for begin in range(0, len(data), PIECE):
-            if self._reader.done:
-                return
-            await self._hand_out(self._read(data[begin : begin + PIECE]))
-            await asyncio.sleep(0)
-
-    async def _hand_out(self, text: str) -> None:
-        for begin in range(0, len(text), PIECE):
-            if begin:
-                await asyncio.sleep(0)
-            self._on_text(text[begin : begin + PIECE])
-
-    def _read(self, data: bytes) -> str:
         reader = self._reader
         text = reader.feed(data) if data else reader.end()
+        if text:
+            if len(text) <= PIECE:
+                self._on_text(text)
+            else:
+                self._text = text
         if reader.moved:
             if self._begun:
                 self._limits.renew()
             else:
                 self._begun = True
                 self._limits.expect("idle_timeout", within=self._idle)
-        return text
+        return not (reader.whole or self._text)
+
+    async def catch_up(self) -> None:
+        """Take what was put aside. Raises as `AnswerReader` does."""
+        data, self._data = self._data, b""
+        await self._hand_on_text()
+        for begin in range(0, len(data), PIECE):
+            if self._reader.done:
+                return
+            self.take(data[begin : begin + PIECE])
+            await self._hand_on_text()
+            await asyncio.sleep(0)
+
+    async def _hand_on_text(self) -> None:
+        text, self._text = self._text, ""
+        for begin in range(0, len(text), PIECE):
+            if begin:
+                await asyncio.sleep(0)
+            self._on_text(text[begin : begin + PIECE])
 
 
 class _Request(aiohttp.BytesPayload):

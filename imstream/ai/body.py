@@ -12,11 +12,12 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
+
+from imstream.ai.connections import BoundedHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from aiohttp.client_proto import ResponseHandler
 
 
 class BodyBroken(Exception):  # noqa: N818 - reads as what happened
@@ -53,10 +54,11 @@ class _Way(asyncio.Protocol):
     def __init__(self, response: aiohttp.ClientResponse, take: Callable[[bytes], bool]) -> None:
         self._content = response.content
         self._take = take
-        self._handler: ResponseHandler | None = None
+        self._handler: BoundedHandler | None = None
         self._lost = False
         self._transport: asyncio.Transport | None = None
         if response.connection is not None:  # None: the body came with the head, all of it
+            assert isinstance(response.connection.protocol, BoundedHandler)  # noqa: S101 - it is of a bounded session
             self._handler = response.connection.protocol
             self._transport = response.connection.transport
             self._lost = self._transport is None
@@ -80,8 +82,14 @@ class _Way(asyncio.Protocol):
             self._read_on()
 
     def data_received(self, data: bytes) -> None:
-        assert self._handler is not None  # noqa: S101 - this protocol was set
-        self._handler.data_received(data)
+        handler = self._handler
+        assert handler is not None  # noqa: S101 - this protocol was set
+        handler.left -= len(data)
+        if handler.left >= 0:
+            ResponseHandler.data_received(handler, data)  # past its limits, which is a step less
+        else:
+            handler.left += len(data)
+            handler.data_received(data)
         self._pass_on()
 
     def eof_received(self) -> None:

@@ -40,7 +40,7 @@ class ResponseTooLarge(aiohttp.ClientPayloadError):
     """The body of a response is larger than the limit."""
 
 
-class _BoundedHandler(ResponseHandler):
+class BoundedHandler(ResponseHandler):
     """aiohttp's protocol of one connection, with limits for each response.
 
     A response that nobody has asked for ends the connection, too: aiohttp would take it for that of the next request.
@@ -49,8 +49,9 @@ class _BoundedHandler(ResponseHandler):
     def __init__(self, loop: AbstractEventLoop, *, limit: int) -> None:
         super().__init__(loop)
         self._limit = limit
+        self.left = 0
+        """Bytes that may come before the limits are looked at again. A protocol that stands before this one counts, too."""
         self._head_left = 0
-        self._taken = 0
         self._allowed = 0
 
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - handed through
@@ -59,8 +60,7 @@ class _BoundedHandler(ResponseHandler):
             self._buffer.clear()
             self._refuse()
         self._head_left = HEAD_LIMIT
-        self._taken = 0
-        self._allowed = OVERHEAD_LIMIT
+        self.left = self._allowed = OVERHEAD_LIMIT
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
@@ -69,19 +69,21 @@ class _BoundedHandler(ResponseHandler):
         if payload is None or payload.is_eof():
             self._receive_head(data)
             return
-        self._taken += len(data)
-        if self._taken > self._allowed and not self._may_go_on(payload):
+        self.left -= len(data)
+        if self.left < 0 and not self._may_go_on(payload):
             self._refuse()
             return
         super().data_received(data)
 
     def _may_go_on(self, payload: StreamReader) -> bool:
-        """Whether there may be more of a response; looked at now and then only, not at each read."""
-        self._allowed = min(self._limit, OVERHEAD_LIMIT + 2 * payload.total_bytes)
-        if self._taken <= self._allowed:
+        """Whether there may be more of a response; asked now and then only, not at each read."""
+        taken = self._allowed - self.left
+        allowed = min(self._limit, OVERHEAD_LIMIT + 2 * payload.total_bytes)
+        if taken <= allowed:
+            self._allowed, self.left = allowed, allowed - taken
             return True
-        what = "a response" if self._taken > self._limit else f"{payload.total_bytes} bytes in a response"
-        payload.set_exception(ResponseTooLarge(f"{what} of more than {self._allowed} bytes"))
+        what = "a response" if taken > self._limit else f"{payload.total_bytes} bytes in a response"
+        payload.set_exception(ResponseTooLarge(f"{what} of more than {allowed} bytes"))
         return False
 
     def _receive_head(self, data: bytes) -> None:
@@ -121,7 +123,7 @@ def bounded_session(*, headers: dict[str, str], limit: int, keep_alive: timedelt
     connector = aiohttp.TCPConnector(
         limit=0, keepalive_timeout=keep_alive.total_seconds(), socket_factory=_small_socket
     )
-    handler = partial(_BoundedHandler, connector._loop, limit=limit)  # noqa: SLF001 - there is no other way in
+    handler = partial(BoundedHandler, connector._loop, limit=limit)  # noqa: SLF001 - there is no other way in
     connector._factory = cast("partial[ResponseHandler]", handler)  # noqa: SLF001 - same
     return aiohttp.ClientSession(
         connector=connector,

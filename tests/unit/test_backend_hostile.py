@@ -18,7 +18,7 @@ from imstream.errors import BackendError, PermanentBackendError, TransientBacken
 from imstream.settings import Settings
 from tests.support.asking import PROMPT, asking
 from tests.support.blaster import Cost, blaster, chunked, head, measured
-from tests.support.scripted_backend import DONE, chunk, event, streams
+from tests.support.scripted_backend import DONE, chunk, event, streams, usage_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def finishing(reason: str) -> bytes:
     return chunked(b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":%b}]}\n\n' % reason.encode() + DONE)
 
 
-PLAIN = chunked(filled(event(chunk("word ")), MIB) + STOP + DONE, SSE)
+PLAIN = chunked(filled(event(chunk("word "))) + STOP + event(usage_chunk(total_tokens=7)) + DONE, SSE)
 
 
 @dataclass
@@ -177,6 +177,7 @@ async def usual_cost() -> float:
     while len(_PLAIN_COSTS) < 3:
         usual = await told(PLAIN)
         assert (usual.end, "".join(usual.pieces)) == ("stop", "word " * (MIB // len(event(chunk("word ")))))
+        assert usual.usage == {"total_tokens": 7}
         _PLAIN_COSTS.append(usual.cost.total)
     return sorted(_PLAIN_COSTS)[1]
 
