@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MAX_DELTA = 32_768
 """Most characters in one delta, so that a frame to a slow session stays of a size that clients take."""
 
+MAX_PIECES = 1024
+"""Maximum pieces that a text is kept in. A piece of one character takes a hundred bytes."""
+
 
 class Reply:
     """The text of the last attempt at one message, and its end. Offsets count characters of that text, from 0."""
@@ -64,6 +67,9 @@ class Reply:
         """Add a piece of the answer and wake who follows."""
         self._starts.append(self.offset)
         self._texts.append(text)
+        if len(self._texts) > MAX_PIECES:
+            self._texts[:] = ["".join(self._texts)]
+            self._starts[:] = [0]
         self.offset += len(text)
         self._wake()
 

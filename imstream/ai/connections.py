@@ -50,7 +50,7 @@ class BoundedHandler(ResponseHandler):
         super().__init__(loop)
         self._limit = limit
         self.left = 0
-        """Bytes that may come before the limits are looked at again. A protocol that stands before this one counts, too."""
+        """Bytes that may come before the limits are looked at again. A protocol in front of this one counts, too."""
         self._head_left = 0
         self._allowed = 0
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import to_json
 
-from imstream.ai.answer import JSON_LIMIT, AnswerReader
+from imstream.ai.answer import JSON_LIMIT, LARGEST_COUNT, AnswerReader
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from tests.support.scripted_backend import DONE, chunk, event, usage_chunk
 
@@ -290,18 +290,30 @@ def test_an_event_without_end_is_a_bad_stream() -> None:
 FIELDS = st.sampled_from(
     ["choices", "delta", "content", "finish_reason", "usage", "error", "message", "code", "object", "detail", "loc"]
 )
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=3)
+"""Half characters and NUL too."""
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(FIELDS, inner, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT | st.just(10**400) | st.just("x" * 300),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(FIELDS | ANY_TEXT, inner, max_size=4),
     max_leaves=12,
 )
 
 
 @given(JSON)
-def test_whatever_json_comes_it_is_an_answer_or_an_error_of_the_backend(value: object) -> None:
-    for body in (event(value) + STOP, json.dumps(value).encode()):
-        with suppress(BackendError):
-            read(body)
+def test_whatever_json_comes_it_is_an_answer_that_can_be_told_or_an_error_of_the_backend(value: object) -> None:
+    problems = list[str]()
+    plain = json.dumps(value).encode()
+    for body in (as_event(plain) + STOP, plain):
+        try:
+            text, reader = read(body)
+        except BackendError as error:
+            problems.append(str(error))
+            continue
+        to_json([text, reader.finish_reason, reader.usage])
+        assert "\0" not in text
+        assert len(reader.finish_reason or "") <= 64
+        assert all(0 <= count <= LARGEST_COUNT for count in (reader.usage or {}).values())
+    assert all(len(problem) < 300 and problem.isprintable() for problem in problems)
 
 
 # Characters in two halves

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import tracemalloc
 from dataclasses import dataclass
 
 import pytest
@@ -37,6 +38,21 @@ def all_steps(cursor: Cursor) -> list[Restarted | Grown | Finished]:
         if isinstance(step, Finished):
             break
     return steps
+
+
+# Its text
+
+
+def test_a_text_of_many_small_pieces_takes_little_memory_and_is_read_from_anywhere() -> None:
+    characters = [chr(0x4E00 + number % 20_000) for number in range(50_000)]
+    tracemalloc.start()
+    reply = reply_with(*characters)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 10 * len(characters)
+    whole = "".join(characters)
+    for offset in (0, 1, 1023, 1024, 1025, 40_000, 49_999):
+        assert reply.text_from(offset, limit=None) == whole[offset:]
 
 
 # Its record
