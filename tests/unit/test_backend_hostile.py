@@ -8,9 +8,11 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic_core import to_json
 
 from imstream.ai.backend import PIECE, OpenAIBackend
 from imstream.ai.moderations import Moderations
@@ -318,3 +320,66 @@ async def test_a_hostile_moderation_costs_little_and_is_told_in_a_short_line(row
     assert len(text) < 300
     assert text.isprintable()
     assert cost.total < 12 * usual, f"{cost.total / usual:.1f} times a plain answer of a mebibyte"
+
+
+# Any bytes
+
+SEEDS = [
+    chunked(event(chunk("a😀")) + event(chunk("b", finish_reason="stop")) + event(usage_chunk(total_tokens=1)) + DONE),
+    chunked(b'{"choices":[{"message":{"content":"a\\ud83d"},"finish_reason":"stop"}],"usage":{"total_tokens":8}}'),
+    chunked(event({"error": {"message": "no", "code": "x", "detail": [{"loc": ["a", 1], "msg": "b"}]}})),
+    chunked(b"<html><title>Away &amp; gone</title><script>x</script></html>", "Content-Encoding: identity"),
+    head("Retry-After: 7", "Content-Length: 27", status="429 Slow") + b'{"error":{"message":"slow"}}',
+    head("Retry-After: Mon, 23 Nov 2026 12:00:20 GMT", status="503 Away") + b'{"detail":[{"loc":["a"],"msg":"b"}]}',
+    head(status="103 Early Hints") + chunked(event(chunk("a")) + STOP + DONE, "Set-Cookie: a=b; Path=/"),
+]
+SPICE = [
+    b"\r\n",
+    b"\n\n",
+    b"\0",
+    b"\xff",
+    b"\\ud800",
+    b"9" * 5000,
+    b"[" * 300,
+    b"data: ",
+    b"HTTP/1.1 100 \r\n\r\n",
+    b"0\r\n\r\n",
+]
+SPICE += [b"<title", b"&#", b'"', b"Content-Encoding: gzip\r\n", b"Content-Length: 5\r\n", b"null", b"-1", b"1e999"]
+
+
+def spoiled(random: Random) -> bytes:
+    """A response that is nearly one."""
+    answer = random.choice(SEEDS)
+    for _ in range(random.randint(1, 4)):
+        at, other = sorted(random.choices(range(len(answer) + 1), k=2))
+        middle = random.choice(
+            [b"", answer[at:other] * 2, random.choice(SPICE), random.choice(SEEDS), random.randbytes(3)]
+        )
+        end = random.choice([at, other])
+        answer = answer[:at] + middle + answer[end:]
+    return answer
+
+
+@pytest.mark.parametrize("number", [300, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
+async def test_any_bytes_are_an_answer_or_an_error_of_the_backend(number: int) -> None:
+    random = Random(number)  # noqa: S311 - no secret
+    answer = b""
+    with blaster(lambda _: answer) as url:
+        settings = Settings.load(ai_url=url, max_answer=1000)
+        async with OpenAIBackend(settings) as client:
+            for _ in range(number):
+                answer = spoiled(random)
+                pieces = list[str]()
+                try:
+                    completion = await client.answer(PROMPT, on_text=pieces.append)
+                except BackendError as error:
+                    problem = str(error)
+                else:
+                    problem = ""
+                    to_json([completion.finish_reason, completion.usage])
+                assert len(problem) < 300, answer
+                assert problem.isprintable(), answer
+                text = to_json("".join(pieces)).decode()
+                assert "\\u0000" not in text, answer
+                assert len("".join(pieces)) <= 1000
