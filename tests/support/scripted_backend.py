@@ -20,9 +20,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from imstream.ai.demo import http_server
 from tests.support.waiting import SLOW
 
 if TYPE_CHECKING:
@@ -31,15 +31,14 @@ if TYPE_CHECKING:
 LIMIT = 5.0 * SLOW
 """Seconds that a test waits for one thing at most."""
 
-Framing = Literal["chunked", "close"] | int
-"""How a body's end is told: by chunks, by closing the connection, or by its length in bytes."""
+Framing = http_server.Framing
 
-DONE = b"data: [DONE]\n\n"
+DONE = http_server.event(b"[DONE]")
 
 
 def event(value: object) -> bytes:
     """One server-sent event that carries JSON."""
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return http_server.event(json.dumps(value, ensure_ascii=False).encode())
 
 
 def chunk(text: str | None = None, *, finish_reason: str | None = None, **fields: object) -> dict[str, Any]:
@@ -52,32 +51,6 @@ def chunk(text: str | None = None, *, finish_reason: str | None = None, **fields
 def usage_chunk(**counts: object) -> dict[str, Any]:
     """The chunk without choices that tells how many tokens were used."""
     return {**chunk(), "choices": [], "usage": counts}
-
-
-class _Connection(asyncio.StreamReaderProtocol):
-    """Writes down when the client closed the connection."""
-
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
-    ) -> None:
-        super().__init__(reader, serve)
-        self.closed_by_peer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-
-    def eof_received(self) -> bool | None:
-        self._note()
-        return super().eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None:
-            self._note()
-        self.closed_by_peer.cancel()  # if it is not set by now, it was this side
-        super().connection_lost(exc)
-
-    def _note(self) -> None:
-        if not self.closed_by_peer.done():
-            self.closed_by_peer.set_result(asyncio.get_running_loop().time())
 
 
 @dataclass
@@ -120,39 +93,10 @@ class Request:
         return self._closed.result()
 
 
-class Exchange:
+class Exchange(http_server.Connection):
     """One request and the server's side of answering it."""
 
-    def __init__(self, request: Request, writer: asyncio.StreamWriter) -> None:
-        self.request = request
-        self._writer = writer
-        self._framing: Framing = "chunked"
-
-    async def start(
-        self,
-        status: int = 200,
-        *,
-        headers: Mapping[str, str] | None = None,
-        content_type: str = "text/event-stream",
-        framing: Framing = "chunked",
-    ) -> None:
-        """Send the status line and the headers."""
-        self._framing = framing
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {content_type}"]
-        match framing:
-            case "chunked":
-                lines.append("Transfer-Encoding: chunked")
-            case "close":
-                lines.append("Connection: close")
-            case length:
-                lines.append(f"Content-Length: {length}")
-        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-        await self.raw("\r\n".join([*lines, "", ""]).encode())
-
-    async def send(self, *parts: bytes) -> None:
-        """Send parts of the body, each by itself: the client reads it before the next one goes out."""
-        for part in parts:
-            await self.raw(b"%x\r\n%b\r\n" % (len(part), part) if self._framing == "chunked" else part)
+    request: Request
 
     async def raw(self, data: bytes) -> None:
         """Send bytes as they are, and give the client time to read them.
@@ -160,33 +104,19 @@ class Exchange:
         Raises:
             ConnectionError: The connection is closed. A script that lets it pass has ended in order.
         """
-        if self._writer.is_closing():
-            raise ConnectionResetError
-        self._writer.write(data)
-        await self._writer.drain()
+        await super().raw(data)
         for _ in range(4):  # turns of the loop: one to see the socket readable, the others to wake who waits for it
             await asyncio.sleep(0)
 
-    async def end(self) -> None:
-        """End the body as its framing wants it."""
-        if self._framing == "chunked":
-            await self.raw(b"0\r\n\r\n")
-        elif self._framing == "close":
-            self._writer.close()
-
-    def drop(self) -> None:
-        """Close the connection in an orderly way (FIN), whether the body is complete or not."""
-        self._writer.close()
-
     def half_close(self) -> None:
         """Say that nothing more will come, and leave it to the client to close the connection."""
-        self._writer.write_eof()
+        self.transport.write_eof()
 
     def reset(self) -> None:
         """Break the connection (RST)."""
-        sock = self._writer.get_extra_info("socket")
+        sock = self.transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._writer.transport.abort()
+        self.transport.abort()
 
     async def gone(self) -> float:
         """Wait until the client closes the connection; when it did, on the loop's clock."""
@@ -257,18 +187,22 @@ class ScriptedBackend:
     def __init__(self, always: Script | None = None) -> None:
         self.port = 0
         self.requests: list[Request] = []
-        self.connections = 0
         self.problems: list[Exception] = []
         """What went wrong in a script."""
+        self.server = http_server.Server(Exchange, self._serve)
         self._always = always
         self._scripts: deque[Script] = deque()
         self._arrived = asyncio.Event()
-        self._serving: dict[asyncio.Task[object], asyncio.StreamWriter] = {}
 
     @property
     def url(self) -> str:
         """The base URL, as clients take it."""
         return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def connections(self) -> int:
+        """Number of connections so far."""
+        return self.server.accepted
 
     def then(self, *scripts: Script) -> None:
         """Answer the next requests by these scripts."""
@@ -282,67 +216,35 @@ class ScriptedBackend:
                 await self._arrived.wait()
         return self.requests[number]
 
-    def connection(self) -> _Connection:
-        """Make the protocol of one new connection."""
-        return _Connection(asyncio.StreamReader(), self._serve)
-
-    async def close(self) -> None:
-        """Close all connections, and see every script end."""
-        for writer in self._serving.values():
-            writer.transport.abort()
-        if self._serving:
-            await asyncio.wait(self._serving, timeout=LIMIT)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = self.connections
-        self.connections += 1
-        task = asyncio.current_task()
-        assert task is not None
-        self._serving[task] = writer
+    async def _serve(self, exchange: Exchange) -> None:
+        now = asyncio.get_running_loop().time()
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers}
+        exchange.request = Request(
+            *(exchange.method, exchange.target, headers, bytes(exchange.body)),
+            *(exchange.number, now, exchange.closed_by_peer),
+        )
+        self.requests.append(exchange.request)
+        self._arrived.set()
         try:
-            while (request := await self._receive(reader, writer, connection)) is not None:
-                self.requests.append(request)
-                self._arrived.set()
-                script = self._scripts.popleft() if self._scripts else self._always
-                assert script is not None, f"no script for request {len(self.requests)}"
-                await script(Exchange(request, writer))
-                if writer.is_closing():
-                    return
+            script = self._scripts.popleft() if self._scripts else self._always
+            assert script is not None, f"no script for request {len(self.requests)}"
+            await script(exchange)
         except ConnectionError:
-            return  # the client went first, or the script broke the connection
+            raise  # the client went first, or the script broke the connection
         except Exception as problem:  # noqa: BLE001 - told to the test at its end
             self.problems.append(problem)
-        finally:
-            del self._serving[task]
-            writer.close()
-
-    @staticmethod
-    async def _receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: int) -> Request | None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            line, *fields = head.removesuffix("\r\n\r\n").split("\r\n")
-            method, target, _ = line.split(" ")
-            headers = {name.lower(): value.strip() for name, _, value in (text.partition(":") for text in fields)}
-            body = await reader.readexactly(int(headers.get("content-length", "0")))
-        except asyncio.IncompleteReadError:
-            return None
-        protocol = writer.transport.get_protocol()
-        assert isinstance(protocol, _Connection)
-        now = asyncio.get_running_loop().time()
-        return Request(method, target, headers, body, connection, now, protocol.closed_by_peer)
+            exchange.drop()
 
 
 @asynccontextmanager
 async def scripted_backend(always: Script | None = None) -> AsyncIterator[ScriptedBackend]:
     """A backend on a free port of 127.0.0.1. Fails at its end if a script did."""
     backend = ScriptedBackend(always)
-    server = await asyncio.get_running_loop().create_server(backend.connection, "127.0.0.1", 0)
-    backend.port = server.sockets[0].getsockname()[1]
-    try:
-        yield backend
-    finally:
-        server.close()
-        await backend.close()
-        await server.wait_closed()
+    async with backend.server.listening("127.0.0.1", 0, grace=LIMIT) as (_, backend.port):
+        try:
+            yield backend
+        finally:
+            for connection in backend.server.connections:
+                connection.transport.abort()
     if backend.problems:
         raise ExceptionGroup("scripts of the backend failed", backend.problems)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from imstream.ai.demo import backend, caller
+from imstream.ai.demo import backend, http_server
 from imstream.ai.demo.answer import canned_answer
 from imstream.ai.demo.server import serving
 from imstream.ai.demo.settings import DemoSettings
@@ -127,7 +127,7 @@ async def test_what_is_no_chat_request_is_refused_with_400_and_a_reason(body: by
 
 
 async def test_a_body_over_the_limit_is_refused_with_413(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caller, "MAX_BODY", 1000)
+    monkeypatch.setattr(http_server, "MAX_BODY", 1000)
     async with demo() as client:
         assert await client.status("x" * 1000) == 413
 

@@ -9,7 +9,8 @@ question alone. So it is what a newcomer meets first and the test bench of every
     answer     the canned answer, as a pure function
     protocol   what a call asks for, and the events that answer it, as bytes
     moderation what a call of the moderation asks for, and the rule that answers it
-    caller     the other side of one call: waits, and the answer written piece by piece
-    backend    what is done with a call, as an ASGI application
-    server     the HTTP server around it
+    backend    what is done with a call
+    server     runs it
+
+    http_server    HTTP below it, and below the AI backends of the benchmark and the tests
 """

@@ -1,4 +1,4 @@
-"""What the demo backend does with a call: as an ASGI application, without the server around it."""
+"""What the demo backend does with a call."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from imstream.ai.demo import moderation, protocol
-from imstream.ai.demo.caller import EVENTS, JSON, BodyTooBig, Caller, Gone
+from imstream.ai.demo import http_server, moderation, protocol
+from imstream.ai.demo.http_server import Connection, head
 from imstream.ai.demo.marker import Fault, Marker, read
 
 if TYPE_CHECKING:
-    from imstream.ai.demo.caller import Message, Receive, Send
+    from collections.abc import Mapping
+
     from imstream.ai.demo.settings import DemoSettings
 
 MAX_COUNTED = 1000
 """Questions whose calls are counted; of more, the one not asked for longest is forgotten and starts anew."""
+
+_JSON = "application/json"
+_EVENTS = "text/event-stream; charset=utf-8"
+_HEADERS = {"Cache-Control": "no-store", "Server": "imstream-demo (canned answers, no model)"}
 
 _SERVED = "served are /v1/chat/completions, /v1/moderations, /v1/models"
 
@@ -49,8 +54,30 @@ class Stats:
     flagged: int = 0
 
 
+class Caller(Connection):
+    """One call of the demo backend."""
+
+    async def say(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        """Send a whole answer, which is JSON."""
+        await self.raw(head(status, _JSON, len(body), {**_HEADERS, **(headers or {})}) + body * (self.method != "HEAD"))
+
+    async def open(self, content_type: str) -> None:
+        """Send the head of an answer whose body comes in pieces."""
+        await self.start(content_type=content_type, headers=_HEADERS)
+
+    async def pause(self, seconds: float | None) -> None:
+        """Wait; without a limit until the caller leaves.
+
+        Raises:
+            ConnectionResetError: The caller left meanwhile.
+        """
+        if seconds is None or seconds > 0:
+            await asyncio.wait((self.closed_by_peer,), timeout=seconds)
+            await self.raw(b"")
+
+
 class DemoBackend:
-    """The demo backend as an ASGI application."""
+    """The demo backend."""
 
     def __init__(self, settings: DemoSettings) -> None:
         self.stats = Stats()
@@ -58,42 +85,40 @@ class DemoBackend:
         self._random = random.Random(settings.seed)  # noqa: S311 - draws faults, no secrets
         self._counts: OrderedDict[str, int] = OrderedDict()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
-        caller = Caller(receive, send)
-        try:
-            match scope["method"], scope["path"]:
-                case "POST", "/v1/chat/completions":
-                    await self._chat(caller)
-                case "POST", "/v1/moderations":
-                    await self._moderate(caller)
-                case "GET", "/v1/models":
-                    await caller.reply(200, protocol.models())
-                case "GET", "/stats":
-                    await caller.reply(200, protocol.stats(asdict(self.stats)))
-                case _:
-                    await caller.reply(404, protocol.error("not_found", _SERVED))
-        except Gone:
-            pass  # nobody is left to be told
-        finally:
-            caller.close()
+    async def answer(self, caller: Caller) -> None:
+        """Answer one HTTP request.
 
-    async def _chat(self, caller: Caller) -> None:
+        Raises:
+            ConnectionError: The caller left.
+        """
+        too_big = len(caller.body) > http_server.MAX_BODY
         try:
-            ask = protocol.parse(await caller.body())
-        except BodyTooBig:
-            return await caller.reply(413, protocol.error("invalid_request_error", "the body is too big"))
+            match caller.method, caller.target.partition("?")[0]:
+                case "POST", "/v1/chat/completions" | "/v1/moderations" if too_big:
+                    await caller.say(413, protocol.error("invalid_request_error", "the body is too big"))
+                case "POST", "/v1/chat/completions":
+                    await self._chat(caller, protocol.parse(caller.body))
+                case "POST", "/v1/moderations":
+                    await self._moderate(caller, moderation.parse(caller.body))
+                case "GET", "/v1/models":
+                    await caller.say(200, protocol.models())
+                case "GET", "/stats":
+                    await caller.say(200, protocol.stats(asdict(self.stats)))
+                case _:
+                    await caller.say(404, protocol.error("not_found", _SERVED))
         except protocol.BadAsk as bad:
-            return await caller.reply(400, protocol.error("invalid_request_error", str(bad)))
+            await caller.say(400, protocol.error("invalid_request_error", str(bad)))
+
+    async def _chat(self, caller: Caller, ask: protocol.Ask) -> None:
         self.stats.calls += 1
         self.stats.running += 1
         try:
             await self._attend(caller, ask)
-        except Gone:
+        except ConnectionError:
             self.stats.abandoned += 1
+            raise
         finally:
             self.stats.running -= 1
-        return None
 
     async def _attend(self, caller: Caller, ask: protocol.Ask) -> None:
         marker = read(ask.question)[1]
@@ -107,13 +132,7 @@ class DemoBackend:
             self.stats.answered += 1
             self._counts.pop(ask.question, None)  # asked again, it goes wrong again: good for showing
 
-    async def _moderate(self, caller: Caller) -> None:
-        try:
-            texts = moderation.parse(await caller.body())
-        except BodyTooBig:
-            return await caller.reply(413, protocol.error("invalid_request_error", "the body is too big"))
-        except protocol.BadAsk as bad:
-            return await caller.reply(400, protocol.error("invalid_request_error", str(bad)))
+    async def _moderate(self, caller: Caller, texts: list[str]) -> None:
         self.stats.moderations += 1
         fault = self._draw()
         if await self._refuse(caller, fault, Marker()):
@@ -121,25 +140,20 @@ class DemoBackend:
         await caller.pause(self._settings.first.total_seconds())
         found = [moderation.categories(text) for text in texts]
         self.stats.flagged += sum(map(bool, found))
-        body = moderation.answer(found)
-        if fault is None:
-            return await caller.reply(200, body)
-        await caller.start(200, JSON)
-        await caller.write(body[: len(body) // 2])
-        return await _go_wrong(caller, fault)
+        return await _tell(caller, moderation.answer(found), fault)
 
     async def _refuse(self, caller: Caller, fault: Fault | None, marker: Marker) -> bool:
         """Go wrong before there is an answer, if that is the fault; whether it was."""
         match fault:
             case Fault.FAIL:
                 status = marker.status if marker.fail else self._random.choice((500, 503))
-                await caller.reply(status, protocol.error("demo_failure", "failed, as this demo was told to"))
+                await caller.say(status, protocol.error("demo_failure", "failed, as this demo was told to"))
             case Fault.BUSY:
                 wait = marker.after if marker.after is not None else self._settings.retry_after
-                header = (b"retry-after", b"%d" % math.ceil(wait.total_seconds()))
-                await caller.reply(429, protocol.error("rate_limit_exceeded", "busy, as told to be"), header)
+                header = {"Retry-After": str(math.ceil(wait.total_seconds()))}
+                await caller.say(429, protocol.error("rate_limit_exceeded", "busy, as told to be"), header)
             case Fault.HANG:
-                await caller.silence()
+                await caller.pause(None)
             case _:
                 return False
         return True
@@ -148,25 +162,21 @@ class DemoBackend:
         answer = protocol.Answer(ask, self._settings.length)
         events = answer.events()
         await caller.pause(self._first(marker))
-        await caller.start(200, EVENTS)
+        await caller.open(_EVENTS)
         pace = self._pace(marker)
         if fault is not None:
             await _send(caller, events[: len(events) // 2], pace)
             return await _go_wrong(caller, fault)
         if pace <= 0:  # a fast backend's whole answer arrives in a read or two
-            return await caller.write(b"".join(events) + answer.ending(), more=False)
+            return await caller.end(b"".join(events) + answer.ending())
         await _send(caller, events, pace)
-        return await caller.write(answer.ending(), more=False)
+        return await caller.end(answer.ending())
 
     async def _whole(self, caller: Caller, ask: protocol.Ask, marker: Marker, fault: Fault | None) -> None:
         answer = protocol.Answer(ask, self._settings.length)
         body = answer.whole()
         await caller.pause(self._first(marker) + self._pace(marker) * answer.deltas)
-        if fault is None:
-            return await caller.reply(200, body)
-        await caller.start(200, JSON)
-        await caller.write(body[: len(body) // 2])
-        return await _go_wrong(caller, fault)
+        await _tell(caller, body, fault)
 
     def _first(self, marker: Marker) -> float:
         return (self._settings.first if marker.first is None else marker.first).total_seconds()
@@ -194,25 +204,35 @@ class DemoBackend:
         return before
 
 
+async def _tell(caller: Caller, body: bytes, fault: Fault | None) -> None:
+    """Send a whole answer, or half of it."""
+    if fault is None:
+        return await caller.say(200, body)
+    await caller.open(_JSON)
+    await caller.send(body[: len(body) // 2])
+    return await _go_wrong(caller, fault)
+
+
 async def _send(caller: Caller, events: list[bytes], pace: float) -> None:
     """Send the events by the clock: one that is late goes out together with those that are due."""
     if pace <= 0:
-        return await caller.write(b"".join(events))
+        return await caller.send(b"".join(events))
     now = asyncio.get_running_loop().time
     begin, sent = now(), 0
     while sent < len(events):
         due = min(len(events), int((now() - begin + _EARLY) / pace) + 1)
         if due > sent:
-            await caller.write(b"".join(events[sent:due]))
+            await caller.send(b"".join(events[sent:due]))
             sent = due
-        await caller.pace(begin + sent * pace - now())
+        await asyncio.sleep(begin + sent * pace - now())
     return None
 
 
 async def _go_wrong(caller: Caller, fault: Fault) -> None:
     """Half of the answer is out; break it off in the way asked for."""
     if fault is Fault.STALL:
-        await caller.silence()
-    if fault is Fault.UNENDED:
-        await caller.write(b"", more=False)
-    # BREAK: an answer that is never ended is cut by the server.
+        await caller.pause(None)
+    elif fault is Fault.UNENDED:
+        await caller.end()
+    else:
+        caller.drop()

@@ -26,7 +26,7 @@ CATEGORIES = ("demo", "harassment", "hate", "illicit", "self-harm", "sexual", "v
 _FLAG = re.compile(r"\[\[flag\b(?P<categories>[^\]]*)\]\]")
 
 
-def parse(body: bytes) -> list[str]:
+def parse(body: bytes | bytearray) -> list[str]:
     """The texts that a call is about.
 
     Raises:

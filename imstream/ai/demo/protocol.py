@@ -16,12 +16,10 @@ from uuid import uuid4
 from pydantic_core import from_json
 
 from imstream.ai.demo.answer import canned_answer, pieces
+from imstream.ai.demo.http_server import event
 
 MODEL = "demo"
 """The one model that is served; any name is accepted, and answered as this one."""
-
-DONE = b"data: [DONE]\n\n"
-
 
 _HERE = "<delta>"
 
@@ -47,7 +45,7 @@ class Ask:
     usage: bool
 
 
-def parse(body: bytes) -> Ask:
+def parse(body: bytes | bytearray) -> Ask:
     """Read the body of a call.
 
     Raises:
@@ -98,7 +96,7 @@ class Answer:
     def ending(self) -> bytes:
         """What ends a stream: the finish reason, the usage when it was asked for, the end mark."""
         usage = self._event(choices=[], usage=self._usage()) if self._ask.usage else b""
-        return self._chunk({}, "stop") + usage + DONE
+        return self._chunk({}, "stop") + usage + event(b"[DONE]")
 
     def whole(self) -> bytes:
         """The answer as one JSON body."""
@@ -110,7 +108,7 @@ class Answer:
         return self._event(choices=[{"index": 0, "delta": delta, "finish_reason": finish_reason}])
 
     def _event(self, **fields: object) -> bytes:
-        return b"data: " + _json(self._base("chat.completion.chunk") | fields) + b"\n\n"
+        return event(_json(self._base("chat.completion.chunk") | fields))
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": MODEL}
