@@ -28,7 +28,7 @@ Framing = Literal["chunked", "close"] | int
 LAST_CHUNK = b"0\r\n\r\n"
 
 _BACKLOG = 2048
-_KEEP_ALIVE = 75
+KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than clients do, so that it is they who close."""
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
         if not self._keep_alive:
             self.drop()
         if not self.transport.is_closing():
-            self._idle = asyncio.get_running_loop().call_later(_KEEP_ALIVE, self.drop)
+            self._idle = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.drop)
             self._begin()
 
     def _begin(self) -> None:
@@ -135,7 +135,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.resume_writing()
-        self._idle = asyncio.get_running_loop().call_later(_KEEP_ALIVE, self.drop)
+        self._idle = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.drop)
         self._server.accepted += 1
         self._server.connections.add(self)
 
