@@ -121,6 +121,8 @@ class PacedProtocol(WebSocketsSansIOProtocol):
             self._frames = 0
             self.feed(piece)
             self.charge(max(self._frames, len(piece) / BYTES_A_FRAME))
+        if not self._unread:
+            self._unread = b""  # the view would keep what was read
         if not (self.read_paused or self._rest):
             self.transport.resume_reading()
 

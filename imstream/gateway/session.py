@@ -137,14 +137,14 @@ class Session:
 
     async def run(self) -> None:
         """Serve the socket until either side ends it."""
-        await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in self._websocket.scope["subprotocols"] else None)
-        self._socket.forget_handshake()
-        registry = self._services.registry
-        if registry.is_full:
-            self.close(Close.NODE_FULL, Text.NODE_FULL)
-        else:
-            registry.add(self)
+        registry, offered = self._services.registry, self._websocket.scope["subprotocols"]
         try:
+            await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+            self._socket.forget_handshake()
+            if registry.is_full:
+                self.close(Close.NODE_FULL, Text.NODE_FULL)
+            else:
+                registry.add(self)
             if self._names_nobody:
                 self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
             code = await self._receive()

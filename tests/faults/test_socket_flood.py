@@ -252,11 +252,11 @@ async def _more_objects(node: OneNode) -> Counter[str]:
 
 
 async def _churn(node: OneNode, sockets: int) -> None:
-    """So many of all kinds, 46 at a time, and nothing is left of them."""
+    """So many of all kinds, half a hundred at a time, and nothing is left of them."""
     kinds = [(what, reset) for what in PASSING for reset in (False, True)]
     for _ in range(max(1, sockets // len(kinds))):
         await asyncio.gather(*(_pass_by(node.port, what, reset=reset) for what, reset in kinds))
-    await wait_until(lambda: node.clients() == 0, "all are gone", limit=TIME + 6)
+    await wait_until(lambda: node.clients() + node.sessions() == 0, "all are gone", limit=TIME + 6)
 
 
 @pytest.mark.parametrize("sockets", [2_000, pytest.param(20_000, marks=pytest.mark.long)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.raw_socket import CLOSE, TEXT, frame
+from tests.support.raw_socket import CLOSE, PING, TEXT, frame
 
 KEY, VERSION = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"
 UPGRADE = ("GET /ws?userId=10001 HTTP/1.1", "Host: localhost", "Connection: Upgrade", "Upgrade: websocket")
@@ -26,6 +26,8 @@ PASSING: dict[str, tuple[bytes, bytes]] = {
     "half a message": (upgrade(*LARGE), frame(TEXT, b"x" * 8_000, first=0) + frame(TEXT, b"y" * 8_000)[:2_000]),
     "a message that is no JSON": (upgrade(*LARGE), frame(TEXT, b'{"a":NaN')),
     "a login": (upgrade(*LARGE), frame(TEXT, b'{"msgType":"INIT","userId":10001,"resume":[{"messageId":"m"}]}')),
+    "more than its pace": (upgrade(*LARGE), frame(PING) * 205),
+    "a large message, and half of another": (upgrade(*LARGE), frame(TEXT, b"x" * 16_000) * 2 + b"\x81\xfe\x3f\x00"),
     "a frame that breaks the protocol": (upgrade(*LARGE), frame(TEXT, b"x", mask=False)),
     "a frame that is too big": (upgrade(*LARGE), frame(TEXT, b"x", length=1 << 40)),
     "a text that is no UTF-8": (upgrade(*LARGE), frame(TEXT, b"\xff")),
