@@ -107,7 +107,8 @@ def _is_deeper(value: object, limit: int) -> bool:
     """Whether it nests deeper, looked at level by level: no recursion that a client could exhaust."""
     level: list[Any] = [value] if isinstance(value, _CONTAINERS) else []
     for _ in range(limit):
-        level = [inner for one in level for inner in _members(one) if isinstance(inner, _CONTAINERS)]
+        members = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [inner for some in members for inner in some if isinstance(inner, _CONTAINERS)]
         if not level:
             return False
     return True
@@ -123,10 +124,6 @@ def _check_characters(text: str, value: object) -> None:
             to_json(value)
         except ValueError:
             raise BadJson("not valid Unicode: half of a surrogate pair") from None
-
-
-def _members(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
-    return value.values() if isinstance(value, dict) else value
 
 
 def _too_deep(limit: int) -> str:

@@ -178,8 +178,8 @@ class FrameLimits:
 
     @property
     def values(self) -> int:
-        """Most values in the JSON of a frame: a full history or `resume`, and twice as many that are not known."""
-        return 8 * MAX_RESUMED + 4 * self.history
+        """Most values in the JSON of a frame: a full history or `resume`, and hundreds in fields that are not known."""
+        return 8 * MAX_RESUMED + 3 * self.history
 
 
 def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
