@@ -20,6 +20,7 @@ MAX_NUMBER = 64
 
 
 _CONTAINERS = (dict, list)
+_NO_MARKS = bytes(set(range(256)) - set(b",[{"))
 
 
 class BadJson(ValueError):  # noqa: N818 - their fault, not an error of ours
@@ -54,7 +55,7 @@ def read_json(text: str, *, max_depth: int, max_values: int) -> object:
     if _is_deeper(value, max_depth):
         raise BadJson(_too_deep(max_depth))
     if "\\u" in text:  # otherwise it has no characters but those that a socket lets through
-        _check_characters(text, value)
+        _check_characters(value)
     return value
 
 
@@ -68,7 +69,7 @@ def _holds_more(text: str, limit: int) -> bool:
 
 
 def _count_marks(text: str) -> int:
-    return text.count(",") + text.count("[") + text.count("{")
+    return len(text.encode(errors="replace").translate(None, _NO_MARKS))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,16 +115,14 @@ def _is_deeper(value: object, limit: int) -> bool:
     return True
 
 
-def _check_characters(text: str, value: object) -> None:
-    """See that no escape stands for NUL or for half of a surrogate pair."""
-    escapes = text.replace("\\\\", "")  # what is left of a backslash begins an escape
-    if "\\u0000" in escapes:
+def _check_characters(value: object) -> None:
+    """See that there is neither NUL nor half of a surrogate pair. Neither can be written as JSON as it is."""
+    try:
+        written = to_json(value)
+    except ValueError:
+        raise BadJson("not valid Unicode: half of a surrogate pair") from None
+    if b"\\u0000" in written.replace(b"\\\\", b""):
         raise BadJson("the character NUL is not taken")
-    if "\\ud" in escapes or "\\uD" in escapes:
-        try:
-            to_json(value)
-        except ValueError:
-            raise BadJson("not valid Unicode: half of a surrogate pair") from None
 
 
 def _too_deep(limit: int) -> str:
