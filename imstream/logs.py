@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 FOREIGN_LENGTH = 64
 """Maximum length of a value in a log line, unless `_LENGTHS` allows its field more."""
 
-_LENGTHS = {"event": 1000, "error": 1000, "address": 300, "url": 300, "detail": 300, "peer": 160}
-"""Fields that hold a sentence or an address of ours, or one that was cut where it came in."""
+_LENGTHS = {"event": 1000, "error": 1000, "address": 300, "url": 300, "file": 300, "detail": 300, "peer": 160}
+"""Fields that hold a sentence, an address or a path of ours, or one that was cut where it came in."""
 
 _LIST = 10
 """Maximum number of values of a list that are shown."""
