@@ -31,8 +31,8 @@ MALFORMED = "malformed"
 INTERNAL_ERROR = "internal_error"
 
 
-MAX_LIVES = 100
-"""Attempts beyond those that are set after which a request is given up, whatever became of the ones before."""
+MAX_EXTRA_ATTEMPTS = 30
+"""Attempts beyond `max_attempts` after which a request is given up, however the earlier ones ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def after_opening(attempt: int, limits: Limits) -> Bury | None:
     Deliveries count deaths of workers, but not those of which it cannot be told whether Redis went away first. A
     request that kills its worker, upon which a process runner stops everything else, must come to its end as well.
     """
-    if attempt > limits.attempts + MAX_LIVES:
+    if attempt > limits.attempts + MAX_EXTRA_ATTEMPTS:
         return Bury(WORKER_DIED, f"it was begun {attempt - 1} times, and has not come to its end")
     return None
 

@@ -228,7 +228,9 @@ class Node:
 
     async def _note_stop(self) -> None:
         """Note that this process was told to stop: however it ends, what it works on does not die with it."""
-        noted, _ = await asyncio.gather(patiently(self.tenure.note_stop), self.jobs.forgive(), return_exceptions=True)
+        noted, _ = await asyncio.gather(
+            patiently(self.tenure.note_stop), self.jobs.uncount_deliveries(), return_exceptions=True
+        )
         if isinstance(noted, Exception):
             log.warning("the stop is not noted in the lease", error=str(noted))
 

@@ -50,7 +50,7 @@ class Adopter:
         """Nodes in whose streams nothing is pending under our name that this process does not know of."""
         self._told: dict[str, str] = {}
         """What was logged about nodes whose streams cannot be looked at: once, and not at each look."""
-        self._too_new: dict[str, int] = {}
+        self._newer: dict[str, int] = {}
         """How many requests there are in the streams of nodes that only a newer release knows."""
         self._interval = settings.lease.total_seconds() / 3
         self._look = asyncio.Event()
@@ -112,7 +112,7 @@ class Adopter:
 
     async def _consider(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
         unfinished = await self._adoption.unfinished(node)
-        if 0 < unfinished == self._too_new.get(node):
+        if 0 < unfinished == self._newer.get(node):
             return  # for a node that knows them
         if unfinished == 0:
             if since > self._settings.retire_after and await self._adoption.retire(node):
@@ -149,7 +149,7 @@ class Adopter:
         finally:
             working.cancel()
             del self._adopted[node]
-            self._too_new[node] = worker.too_new
+            self._newer[node] = worker.newer_requests
         await self._leave(node)
 
     async def _go_on_or_leave(self, node: str, worker: Worker) -> None:
@@ -157,7 +157,7 @@ class Adopter:
             verdict = await self._adoption.adopt(node)
         except StoreError:
             return  # not known: what is read meanwhile is read once all the same
-        if isinstance(verdict, NotAdopted) or verdict.unfinished <= worker.too_new:
+        if isinstance(verdict, NotAdopted) or verdict.unfinished <= worker.newer_requests:
             worker.leave()
         else:  # also when the node was back and has died again while the last answers of its life before are made
             worker.stay()

@@ -125,8 +125,8 @@ class Job:
             return False
         return recorder.behind and (recorder.read_elsewhere or not for_others)
 
-    async def forgive(self) -> None:
-        """Note that the request does not die with this process, which was told to stop. Raises `StoreError`."""
+    async def uncount_delivery(self) -> None:
+        """Do not count this delivery as a death: the process was told to stop. Raises `StoreError`."""
         await self._parts.requests.hand_back(self.entry)
 
     async def flush(self) -> None:

@@ -127,10 +127,10 @@ class Jobs:
         """Whether an answer to this message is being made here."""
         return self._job_of(user_id, message_id) is not None
 
-    async def forgive(self) -> None:
-        """Note of all that runs that it does not die with this process, which was told to stop: however that ends."""
+    async def uncount_deliveries(self) -> None:
+        """Do not count the deliveries of running requests as deaths: this process was told to stop, however it ends."""
         self._left = Counter()
-        await asyncio.gather(*(patiently(job.forgive) for job in self._jobs), return_exceptions=True)
+        await asyncio.gather(*(patiently(job.uncount_delivery) for job in self._jobs), return_exceptions=True)
 
     def unfinished(self) -> Counter[str]:
         """Requests that are left to others now that the node was told to stop, by the node of their stream."""

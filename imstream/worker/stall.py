@@ -29,7 +29,7 @@ class StallWatch:
         self._due = float("inf")
         self._over = float("-inf")
 
-    def is_to_blame(self) -> bool:
+    def stalled_recently(self) -> bool:
         """Whether the loop has stood still until a moment ago."""
         now = self._loop.time()
         return now - self._due > self._limit or now - self._over < AFTERMATH

@@ -48,7 +48,7 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._inherited: dict[str, int] | None = None
         """Deliveries of the entries that were pending when this process began: they died with the process before."""
-        self._too_new: set[str] = set()
+        self._newer: set[str] = set()
         """Entries in a schema of a newer release."""
         self._newest = VERSION
         self._suspect: str | None = None
@@ -68,9 +68,9 @@ class Worker:
         return self._stopping
 
     @property
-    def too_new(self) -> int:
+    def newer_requests(self) -> int:
         """How many requests are left to a node that knows their schema."""
-        return len(self._too_new)
+        return len(self._newer)
 
     @property
     def denied(self) -> bool:
@@ -136,7 +136,7 @@ class Worker:
         if self._tenure.held:
             await self._sweep_if_due(group)
         if self._leaving:
-            self._left = not self._jobs and not await self._requests.pending(besides=self._too_new)
+            self._left = not self._jobs and not await self._requests.pending(besides=self._newer)
         with self._all_jobs.reserve(self._wanted(), self) as slots:
             if slots.free:
                 # Another node's stream gets nothing new, or hardly ever: no connection is kept for waiting there.
@@ -197,7 +197,7 @@ class Worker:
         self._next_sweep = now + self._settings.sweep_interval.total_seconds()
         if self._inherited is None:  # only now: the deliveries were looked through when the lease was taken
             await self._inherit()
-        busy = {*self._jobs, *self._too_new}
+        busy = {*self._jobs, *self._newer}
         pending = await self._requests.pending(besides=busy)
         if not self._tenure.sure:
             self._next_sweep = 0.0  # for those of the dead, as soon as they can be told from the living
@@ -269,7 +269,7 @@ class Worker:
 
     async def _leave_to_newer(self, entry: Entry, version: int) -> None:
         """Leave a request that a newer release wrote pending, under the name of the node whose stream it is."""
-        self._too_new.add(entry.entry_id)
+        self._newer.add(entry.entry_id)
         if version > self._newest:
             self._newest = version
             log.error(
@@ -284,7 +284,7 @@ class Worker:
     async def _work(self, job: Job) -> None:
         try:
             if self._stopping:  # it was on its way when the node was told to stop
-                await job.forgive()
+                await job.uncount_delivery()
             await job.run()
         except StoreError as error:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.
@@ -312,7 +312,7 @@ class Worker:
             log.warning("redis says that the requests stream or its group is gone", error=str(error))
         elif isinstance(error, StoreDenied):
             pass  # the connection has said so, and how to mend it
-        elif self._tenure.stall.is_to_blame():
+        elif self._tenure.stall.stalled_recently():
             await asyncio.sleep(_REDIS_PAUSE)
             return  # it has said so; whether Redis is there will be seen
         elif not self._loss_told and self._requests.is_own:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.redis.workshop import workshop
 
@@ -23,7 +25,7 @@ async def test_what_scripts_have_written_is_there_after_a_restart_of_redis(own_s
         assert shop.redis.xlen(shop.keys.requests("0")) == 1
         assert [entry["event"] for entry in shop.entries()] == ["queued"]
     with (
-        redis.Redis(port=own_server.port) as nobody,
+        redis.Redis(port=own_server.port, retry=Retry(NoBackoff(), 0)) as nobody,
         pytest.raises(redis.exceptions.AuthenticationError),
     ):
         nobody.get("im:nodes")

@@ -34,7 +34,7 @@ async def stop_told(shop: Workshop) -> None:
     """As a node does first when it is told to stop."""
     shop.worker.stop()
     shop.adopter.stop()
-    await asyncio.gather(shop.tenure.note_stop(), shop.jobs.forgive())
+    await asyncio.gather(shop.tenure.note_stop(), shop.jobs.uncount_deliveries())
 
 
 async def everything_is_stopped_again_and_again(own_server: RedisServer, rounds: int) -> None:
@@ -146,7 +146,7 @@ async def test_a_request_that_takes_everything_down_with_it_each_time_comes_to_a
 ) -> None:
     async with workshop(redis_server, start=False, max_attempts=1) as shop:
         entry_id = await shop.ask()
-        for _ in range(101):
+        for _ in range(31):
             await shop.replies.open(10001, "m", request=f"0/{entry_id}")
         shop.start()
         await shop.idle()

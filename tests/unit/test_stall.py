@@ -22,14 +22,14 @@ async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:
     with capture_logs() as logs:
         watching = asyncio.create_task(watch.run())
         await asyncio.sleep(10)
-        blamed = [watch.is_to_blame()]
+        blamed = [watch.stalled_recently()]
         loop.now += stall  # as if the process had been frozen in this line
-        blamed.append(watch.is_to_blame())
+        blamed.append(watch.stalled_recently())
         await asyncio.sleep(0)
         await asyncio.sleep(TICK / 2)
-        blamed.append(watch.is_to_blame())
+        blamed.append(watch.stalled_recently())
         await asyncio.sleep(TICK + AFTERMATH)
-        blamed.append(watch.is_to_blame())
+        blamed.append(watch.stalled_recently())
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
     return blamed, logs
