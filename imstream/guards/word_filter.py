@@ -8,7 +8,7 @@ from imstream.guards.guard import Refused
 from imstream.guards.normal_text import NOTHING, last_letter, normalise, origins, seen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from imstream.guards.guard import Refuse
     from imstream.guards.word_list import WordList
@@ -64,11 +64,11 @@ class WordFilter:
                 return ""
         text, normal = self._held + text, self._normal + normal
         end, doubt = self._words.open_from(normal, before=self._before)
-        if doubt or self._covered or self._unseen or len(normal) != len(text):
+        if doubt or self._covered or len(normal) != len(text):
             return self._judge(text, normal, end)
-        self._held, self._normal = text[end:], normal[end:]
+        shown, self._held, self._normal = text[:end], text[end:], normal[end:]
         self._before = normal[:end][-1:] or self._before
-        return text[:end]
+        return self._with_unseen(shown, ()) if self._unseen else shown
 
     def end(self) -> str:
         """See `AnswerFilter.end`."""
@@ -76,16 +76,14 @@ class WordFilter:
 
     def _set_aside(self, text: str, normal: str) -> tuple[str, str]:
         """The text without what is not seen in it, and its normal form."""
-        visible, shown = (
-            list[str](),
-            {at for at, part in zip(origins(text, normal), normal, strict=True) if part != NOTHING},
-        )
-        for at, char in enumerate(text):
-            if at in shown:
-                visible.append(char)
-            else:
-                self._unseen.setdefault(len(self._held) + len(visible), []).append(char)
-        return "".join(visible), seen(normal)
+        visible, length, at = list[str](), len(self._held), 0
+        origin = origins(text, normal)
+        for place in dict.fromkeys(origin[index] for index, part in enumerate(normal) if part == NOTHING):
+            visible.append(text[at:place])
+            length += place - at
+            self._unseen.setdefault(length, []).append(text[place])
+            at = place + 1
+        return "".join([*visible, text[at:]]), seen(normal)
 
     def _judge(self, text: str, normal: str, end: int) -> str:
         """Show the text up to `end`, an index of its normal form. Raises `Refused`."""
@@ -106,7 +104,7 @@ class WordFilter:
         self._before = normal[:end][-1:] or self._before
         return shown
 
-    def _with_unseen(self, shown: str, spans: Iterable[tuple[int, int]]) -> str:
+    def _with_unseen(self, shown: str, spans: Sequence[tuple[int, int]]) -> str:
         """What is shown with what was set aside of it; that within a word is masked like the word."""
         within = bytearray(max((self._covered, len(shown) + 1, *(last for _, last in spans))))
         within[: self._covered] = b"\1" * self._covered
