@@ -39,8 +39,9 @@ _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _MOST_COUNTS = 16
 """Maximum counts that are kept of a usage. OpenAI tells 3, others up to 8."""
 
-_BIG = 16 * 1024
-"""Bytes of JSON from which on its strings are not cached: they would take the places of those that come again."""
+HEAVY = 16 * 1024
+"""Bytes of JSON that take longer to read than is usual. Its strings are not cached: they would take the places of those
+that come again."""
 
 _USAGE_DETAILS = (
     ("prompt_tokens_details", "cached_tokens"),
@@ -56,6 +57,7 @@ class AnswerReader:
         usage: Tokens used, once the backend has told.
         done: `[DONE]` has come: nothing follows that matters.
         cut: Whether the answer was longer than the limit, and ends there.
+        heavy: Whether an event that has not ended, or a document, is large: what ends it takes long to read.
         moved: Whether the last `feed` carried a sign of the model at work: text, hidden reasoning, an end. A comment
             or a bare role is none, servers send those while the request waits for its turn.
     """
@@ -71,6 +73,7 @@ class AnswerReader:
         self.usage: dict[str, int] | None = None
         self.done = False
         self.cut = False
+        self.heavy = False
         self.moved = False
         self._left = limit
         self._secrets = secrets
@@ -110,6 +113,7 @@ class AnswerReader:
             self._count_still(size)
         elif self._still:
             self._still = 0
+            self.heavy = False
         return self._taken(text) if text else text
 
     def end(self) -> str:
@@ -151,7 +155,9 @@ class AnswerReader:
     def _count_still(self, size: int) -> None:
         """Count what comes while the model does nothing: comments, empty events, blanks."""
         self._still += size
-        if self._still - self._events.held <= self._json_limit:
+        held = self._events.held
+        self.heavy = held > HEAVY
+        if self._still - held <= self._json_limit:
             return
         if not self.whole:
             raise TransientBackendError("bad_stream", f"{self._still} bytes without a sign of the model at work")
@@ -169,6 +175,7 @@ class AnswerReader:
     def _collect(self, data: bytes) -> None:
         assert self._document is not None  # noqa: S101 - only called with one
         self._document += data
+        self.heavy = len(self._document) > HEAVY
         if len(self._document) > self._json_limit:
             raise TransientBackendError("bad_stream", f"a document of more than {self._json_limit} bytes")
 
@@ -179,7 +186,7 @@ class AnswerReader:
                 self.done = True
                 break
             try:
-                chunk = from_json(event) if len(event) < _BIG else from_json(event, cache_strings=False)
+                chunk = from_json(event) if len(event) < HEAVY else from_json(event, cache_strings=False)
             except ValueError as error:
                 chunk = self._decode_again(event, str(error))
             choice = self._read_envelope(chunk)

@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import aiohttp
@@ -92,6 +93,7 @@ class OpenAIBackend(Caller):
         super().__init__(Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions"), limit=limit)
         self._settings = settings
         self._asks_for_usage = True
+        self._turns = asyncio.Lock()
 
     async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
@@ -134,7 +136,7 @@ class OpenAIBackend(Caller):
         if is_encoded(response):
             raise TransientBackendError("bad_stream", ENCODED)
         reader = AnswerReader(limit=self._settings.max_answer, secrets=self._endpoint.secrets)
-        intake = _Intake(reader, limits, on_text, idle=self._settings.ai_idle_timeout)
+        intake = _Intake(reader, limits, on_text, idle=self._settings.ai_idle_timeout, turns=self._turns)
         try:
             while not reader.whole:
                 await hand_on(response, intake.take)
@@ -171,30 +173,38 @@ class OpenAIBackend(Caller):
 class _Intake:
     """Takes the pieces of one answer as they come.
 
-    What comes in a large piece is put aside, and taken by `catch_up` in small ones, so that it does not hold up the
-    event loop.
+    What costs more than usual, a large piece or the end of a large event, is put aside, and taken by `catch_up` in
+    small pieces. All answers that share `turns` take one at a time, and then leave the event loop to others for as
+    long as that took.
     """
 
     def __init__(
-        self, reader: AnswerReader, limits: TimeLimits, on_text: Callable[[str], None], *, idle: timedelta
+        self,
+        reader: AnswerReader,
+        limits: TimeLimits,
+        on_text: Callable[[str], None],
+        *,
+        idle: timedelta,
+        turns: asyncio.Lock,
     ) -> None:
         self._reader = reader
         self._limits = limits
         self._on_text = on_text
         self._idle = idle
+        self._turns = turns
         self._begun = False
-        self._data = b""
+        self._aside: bytes | None = None
         self._text = ""
 
-    def take(self, data: bytes) -> bool:
-        """Take a piece, or `b""` at the end of the body; whether there may be more of them now.
+    def take(self, data: bytes, *, now: bool = False) -> bool:
+        """Take a piece, or `b""` at the end of the body; whether there may be more of them before `catch_up`.
 
-        Raises as `AnswerReader` does.
+        With `now` nothing is put aside. Raises as `AnswerReader` does.
         """
-        if len(data) > PIECE:
-            self._data = data
-            return False
         reader = self._reader
+        if (len(data) > PIECE or (reader.heavy and (b"\n" in data or not data))) and not now:
+            self._aside = data
+            return False
         text = reader.feed(data) if data else reader.end()
         if text:
             if len(text) <= PIECE:
@@ -211,14 +221,18 @@ class _Intake:
 
     async def catch_up(self) -> None:
         """Take what was put aside. Raises as `AnswerReader` does."""
-        data, self._data = self._data, b""
-        await self._hand_on_text()
-        for begin in range(0, len(data), PIECE):
+        data, self._aside = self._aside, None
+        if data is None:
+            return await self._hand_on_text()
+        for begin in range(0, len(data) or 1, PIECE):
             if self._reader.done:
-                return
-            self.take(data[begin : begin + PIECE])
-            await self._hand_on_text()
-            await asyncio.sleep(0)
+                break
+            async with self._turns:
+                began = perf_counter()  # not the loop's clock: uvloop's stands still within a turn
+                self.take(data[begin : begin + PIECE], now=True)
+                await asyncio.sleep(perf_counter() - began)
+                await self._hand_on_text()
+        return None
 
     async def _hand_on_text(self) -> None:
         text, self._text = self._text, ""

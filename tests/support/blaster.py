@@ -27,7 +27,8 @@ def chunked(body: bytes, *fields: str, size: int = 60_000) -> bytes:
     """A successful response whose body comes in chunks."""
     parts = [body[at : at + size] for at in range(0, len(body), size)]
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-    return head("Transfer-Encoding: chunked", *fields) + chunks + b"0\r\n\r\n"
+    # Closed by this side: kept alive, it could be used for another request in the moment in which it ends.
+    return head("Transfer-Encoding: chunked", "Connection: close", *fields) + chunks + b"0\r\n\r\n"
 
 
 def _serve(connection: socket.socket, answer: Callable[[bytes], bytes]) -> None:

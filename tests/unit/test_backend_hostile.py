@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import gzip
 import json
@@ -200,6 +201,18 @@ async def test_a_hostile_answer_costs_little_and_is_told_in_a_short_line(row: st
         assert isinstance(one.error, PermanentBackendError) == (end == "http_101")
     assert one.cost.total < 12 * usual, f"{one.cost.total / usual:.1f} times a plain answer of a mebibyte"
     assert one.cost.pause < 4 * usual, f"a pause of {one.cost.pause / usual:.1f} times a plain answer of a mebibyte"
+
+
+@pytest.mark.parametrize("row", ["many lists", pytest.param("a document of many lists", marks=pytest.mark.long)])
+async def test_many_hostile_answers_at_once_hold_up_the_loop_no_longer_than_one(row: str) -> None:
+    usual = await usual_cost()
+    answer, end = HOSTILE[row]
+    with blaster(lambda _: answer) as url:
+        async with OpenAIBackend(Settings.load(ai_url=url)) as client, measured() as cost:
+            calls = [client.answer(PROMPT, on_text=lambda _: None) for _ in range(8)]
+            for got in await asyncio.gather(*calls, return_exceptions=True):
+                assert (got.reason if isinstance(got, BackendError) else got.finish_reason) == end  # type: ignore[union-attr]
+    assert cost.pause < 7 * usual, f"a pause of {cost.pause / usual:.1f} times a plain answer of a mebibyte"
 
 
 async def test_absurd_waits_are_an_hour_at_most_or_none() -> None:
