@@ -6,14 +6,13 @@ https://platform.openai.com/docs/api-reference/chat-streaming, and what other se
 from __future__ import annotations
 
 import json
-import re
-from itertools import islice
 from typing import Any
 
 from pydantic_core import from_json
 
 from imstream.ai import failures
 from imstream.ai.error_report import ErrorReport
+from imstream.ai.fields import OTHER_FINISH, short_word, token_counts
 from imstream.ai.sse import BYTE_ORDER_MARK, EventParser, EventTooLong
 from imstream.errors import BackendError, TransientBackendError
 
@@ -24,29 +23,12 @@ than usual it is higher, so that one document can hold them. An event carries on
 BYTES_A_CHARACTER = 256
 """Maximum bytes on the wire for each character that an answer may have. An event with one character has about 250."""
 
-LARGEST_COUNT = 2**53
-"""The largest number of tokens that is taken: JavaScript's JSON keeps no larger ones exact."""
-
 FAILED_FINISHES = frozenset({"error", "insufficient_system_resource"})
 """Finish reasons by which OpenRouter and DeepSeek say that the model was stopped, not that it had finished."""
-
-OTHER_FINISH = "other"
-"""Stands for a finish reason that is no short word."""
-
-_WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-"""A finish reason, or the name of a count: what may be kept and told to clients."""
-
-_MOST_COUNTS = 16
-"""Maximum counts that are kept of a usage. OpenAI tells 3, others up to 8."""
 
 HEAVY = 16 * 1024
 """Bytes of JSON that take longer to read than is usual. Its strings are not cached: they would take the places of those
 that come again."""
-
-_USAGE_DETAILS = (
-    ("prompt_tokens_details", "cached_tokens"),
-    ("completion_tokens_details", "reasoning_tokens"),
-)
 
 
 class AnswerReader:
@@ -221,7 +203,7 @@ class AnswerReader:
         if value.get("error") or value.get("object") == "error":
             raise failures.from_report(ErrorReport.from_value(value), secrets=self._secrets)
         if usage := value.get("usage"):
-            self.usage = _read_usage(_object(usage)) or self.usage
+            self.usage = token_counts(_object(usage)) or self.usage
         choices = value.get("choices")
         if not choices:
             return None
@@ -247,7 +229,7 @@ class AnswerReader:
             raise TransientBackendError("bad_stream", "a finish reason that is no text")
         if reason in FAILED_FINISHES:
             raise TransientBackendError("backend_error", f"finish reason {reason}")
-        self.finish_reason = reason if _WORD.fullmatch(reason) else OTHER_FINISH
+        self.finish_reason = short_word(reason) or OTHER_FINISH
         self.moved = True
 
     def _decode_again(self, event: bytes, problem: str) -> Any:  # noqa: ANN401 - JSON
@@ -296,20 +278,3 @@ def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
         texts = [part.get("text") for part in map(_object, content) if part.get("type") == "text"]
         return "".join(text for text in texts if isinstance(text, str))
     raise TransientBackendError("bad_stream", "content that is no text")
-
-
-def _read_usage(usage: dict[str, Any]) -> dict[str, int]:
-    """The token counts, and of the details those that say what was not shown or not paid in full."""
-    counts = dict[str, int]()
-    for name, value in islice(usage.items(), 4 * _MOST_COUNTS):
-        if _is_count(value) and len(counts) < _MOST_COUNTS and _WORD.fullmatch(name):
-            counts[name] = value
-    for group, name in _USAGE_DETAILS:
-        details = usage.get(group)
-        if isinstance(details, dict) and _is_count(value := details.get(name)):
-            counts[name] = value
-    return counts
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_COUNT

@@ -40,6 +40,9 @@ AFTER_DONE = timedelta(milliseconds=100)
 PIECE = 16 * 1024
 """Maximum bytes of an answer that are parsed, and characters that are handed on, in one turn of the event loop."""
 
+LONG = 0.005
+"""Seconds of one turn of the event loop that others notice."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -174,8 +177,8 @@ class _Intake:
     """Takes the pieces of one answer as they come.
 
     What costs more than usual, a large piece or the end of a large event, is put aside, and taken by `catch_up` in
-    small pieces. All answers that share `turns` take one at a time, and then leave the event loop to others for as
-    long as that took.
+    small pieces. All answers that share `turns` take one in a turn of the event loop, and leave the loop to others for
+    as long as that took, when it took long.
     """
 
     def __init__(
@@ -230,7 +233,8 @@ class _Intake:
             async with self._turns:
                 began = perf_counter()  # not the loop's clock: uvloop's stands still within a turn
                 self.take(data[begin : begin + PIECE], now=True)
-                await asyncio.sleep(perf_counter() - began)
+                took = perf_counter() - began
+                await asyncio.sleep(took if took > LONG else 0)
                 await self._hand_on_text()
         return None
 
