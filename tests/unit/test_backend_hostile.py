@@ -80,15 +80,15 @@ BOMB = gzip.compress(gzip.compress(b"\n" * (256 * MIB), 1), 1)
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
     # Much that says nothing
-    "empty events": (chunked(filled(b"data:{}\n\n", 3 * MIB), SSE), BAD),
-    "comments": (chunked(b"data: {}\n\n" + filled(b":\n", 3 * MIB), SSE), BAD),
-    "blank lines": (chunked(b"data: {}\n\n" + filled(b"\n", 3 * MIB), SSE), BAD),
-    "carriage returns": (chunked(b"data: {}\n\n" + filled(b"\r", 3 * MIB), SSE), BAD),
-    "blanks before anything": (chunked(filled(b" \n", 3 * MIB), SSE), BAD),
-    "data lines without an end": (chunked(filled(b"data\n", 3 * MIB), SSE), BAD),
-    "a line without an end": (chunked(b"data: " + filled(b"x", 3 * MIB), SSE), BAD),
+    "empty events": (chunked(filled(b"data:{}\n\n", 3 * MIB // 2), SSE), BAD),
+    "comments": (chunked(b"data: {}\n\n" + filled(b":\n", 3 * MIB // 2), SSE), BAD),
+    "blank lines": (chunked(b"data: {}\n\n" + filled(b"\n", 3 * MIB // 2), SSE), BAD),
+    "carriage returns": (chunked(b"data: {}\n\n" + filled(b"\r", 3 * MIB // 2), SSE), BAD),
+    "blanks before anything": (chunked(filled(b" \n", 3 * MIB // 2), SSE), BAD),
+    "data lines without an end": (chunked(filled(b"data\n", 3 * MIB // 2), SSE), BAD),
+    "a line without an end": (chunked(b"data: " + filled(b"x", 3 * MIB // 2), SSE), BAD),
     "hidden reasoning": (chunked(filled(b'data:{"choices":[{"delta":{"r":1}}]}\n\n') + STOP + DONE, SSE), "stop"),
-    "after the finish reason": (chunked(event(chunk("a")) + STOP + filled(b":\n", 3 * MIB), SSE), "stop"),
+    "after the finish reason": (chunked(event(chunk("a")) + STOP + filled(b":\n", 3 * MIB // 2), SSE), "stop"),
     # JSON that takes long to read, or much memory
     "many lists": (chunked(wrapped(b"[" + filled(b"[],", 9 * MIB // 10) + b"[]]"), SSE), "stop"),
     "many keys": (
@@ -109,7 +109,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a number with thousands of digits": (chunked(b"<title>&#" + filled(b"1", 5000) + b";</title>"), BAD),
     "a page that is too long": (chunked(filled(b"<title>", 9 * MIB)), BAD),
     # HTTP
-    "chunks of one byte": (head("Transfer-Encoding: chunked") + filled(b"1\r\n:\r\n", 3 * MIB), BAD),
+    "chunks of one byte": (head("Transfer-Encoding: chunked") + filled(b"1\r\n:\r\n", 3 * MIB // 2), BAD),
     "chunk extensions": (head("Transfer-Encoding: chunked") + b"1;" + filled(b"a", 9 * MIB), BAD),
     "chunk sizes beyond all bounds": (head("Transfer-Encoding: chunked") + b"f" * 17 + b"\r\n:\r\n", BAD),
     "trailers without end": (
