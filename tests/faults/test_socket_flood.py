@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from imstream.gateway.request import SPARE_CONNECTIONS
-from tests.support.handshakes import PASSING
+from tests.support.handshakes import LARGE, PASSING, upgrade
 from tests.support.one_node import NO_IDENTITY, standing_node
 from tests.support.raw_socket import CLOSE, TEXT, frame, raw_socket, raw_user
 from tests.support.waiting import SLOW, wait_until
@@ -275,17 +275,19 @@ async def test_nothing_is_left_of_sockets_that_are_gone_and_no_collector_is_need
 
 async def test_a_socket_keeps_nothing_of_what_its_handshake_said(node: OneNode) -> None:
     process = psutil.Process(node.now.process.pid)
-    count = SOCKETS - 10
-    for _ in range(2):  # what was taken from the system for the first ones is there for the second
-        await _more_objects(node)
+    for users in (range(20001, 20011), range(20011, 20091)):  # what is made once, is made for the first ones
         memory = process.memory_info().rss
-        async with crowd(node.port, PASSING["accepted, and gone"][0], count) as everybody:
-            for one in everybody:
+        async with AsyncExitStack() as stack:
+            for user in users:
+                one = await stack.enter_async_context(raw_socket(node.port))
+                await one.send(upgrade(*LARGE, line=f"GET /ws?userId={user} HTTP/1.1"))
                 assert (await one.head()).startswith(b"HTTP/1.1 101 ")
-            assert (await _more_objects(node))["imstream.gateway.session.Session"] >= count - 1
+                await one.say(msgType="INIT", userId=user)
+                await one.until(msgType="INIT")
             grown = process.memory_info().rss - memory
-        await wait_until(lambda: node.clients() == 0, "they are gone")
-    assert grown < count * 40_000  # a plain one takes 22 KB
+            assert node.sessions() == len(users)
+        await wait_until(lambda: node.clients() + node.sessions() == 0, "they are gone")
+    assert grown < len(users) * 40_000  # a plain one takes 22 KB
 
 
 async def test_beyond_its_sockets_a_node_takes_a_few_connections_and_refuses_the_others_with_503(
