@@ -269,7 +269,6 @@ class Worker:
 
     async def _leave_to_newer(self, entry: Entry, version: int) -> None:
         """Leave a request that a newer release wrote pending, under the name of the node whose stream it is."""
-        self._newer.add(entry.entry_id)
         if version > self._newest:
             self._newest = version
             log.error(
@@ -280,6 +279,7 @@ class Worker:
                 known=VERSION,
             )
         await self._requests.hand_back(entry, to=self._requests.node)
+        self._newer.add(entry.entry_id)
 
     async def _work(self, job: Job) -> None:
         try:
