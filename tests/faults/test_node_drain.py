@@ -116,7 +116,7 @@ async def test_a_stalled_reader_does_not_hold_up_the_end(redis_server: RedisServ
     # The default stall limit is 10 s: it is the drain that must not wait for it.
     async with (
         scripted_backend(always=by_question(scripts, otherwise=streams(*much))) as backend,
-        one_node(tmp_path, redis_server, backend.url, drain_grace="1s") as node,
+        one_node(tmp_path, redis_server, backend.url, drain_grace="1s", max_answer=400_000) as node,
     ):
         async with (
             raw_user(node.port, USER, narrow=True) as stalled,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 STALLED = range(10101, 10151)
 HEALTHY = range(10201, 10251)
 LONG = [letter * 16_000 for letter in "abcdefghijklmnopqrst"]
+MOST = 400_000
+"""Characters of an answer: LONG has more than is usual."""
 SHORT = [f"word {n} " for n in range(40)]
 
 MB = 1 << 20
@@ -67,7 +69,7 @@ async def test_stalled_readers_cost_the_others_nothing_and_are_closed_in_time(
     whole = len("".join(LONG))
     async with (
         scripted_backend(always=_answer) as backend,
-        one_node(tmp_path, redis_server, backend.url, **settings) as node,
+        one_node(tmp_path, redis_server, backend.url, max_answer=MOST, **settings) as node,
         AsyncExitStack() as stack,
     ):
         process = psutil.Process(node.now.process.pid)
@@ -102,7 +104,7 @@ async def test_who_stalled_and_then_reads_is_told_why_it_was_closed_and_resumes(
 ) -> None:
     async with (
         scripted_backend(always=_answer) as backend,
-        one_node(tmp_path, redis_server, backend.url, stall_timeout="1s") as node,
+        one_node(tmp_path, redis_server, backend.url, stall_timeout="1s", max_answer=MOST) as node,
     ):
         user = STALLED[0]
         async with raw_user(node.port, user, narrow=True) as someone:
@@ -135,7 +137,7 @@ async def _flood(someone: RawSocket, data: bytes, total: int) -> int:
 async def test_pings_that_nobody_reads_the_answers_of_do_not_gather(redis_server: RedisServer, tmp_path: Path) -> None:
     async with (
         scripted_backend(always=_answer) as backend,
-        one_node(tmp_path, redis_server, backend.url, frame_rate=0) as node,
+        one_node(tmp_path, redis_server, backend.url, frame_rate=0, max_answer=MOST) as node,
     ):
         process = psutil.Process(node.now.process.pid)
         memory = process.memory_info().rss
