@@ -96,7 +96,7 @@ class OpenAIBackend(Caller):
         super().__init__(Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions"), limit=limit)
         self._settings = settings
         self._asks_for_usage = True
-        self._turns = asyncio.Lock()
+        self._turns = _Turns()
 
     async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
@@ -173,12 +173,26 @@ class OpenAIBackend(Caller):
         return self._endpoint.refusal(response, body)
 
 
+class _Turns(asyncio.Lock):
+    """Held by the answer that takes what costs much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spent = 0.0
+
+    async def rest(self, spent: float) -> None:
+        """Leave the event loop to others for as long as they were held up, when that has become long (seconds)."""
+        self._spent += spent
+        if self._spent > LONG:
+            spent, self._spent = self._spent, 0.0
+            await asyncio.sleep(spent)
+
+
 class _Intake:
     """Takes the pieces of one answer as they come.
 
     What costs more than usual, a large piece or the end of a large event, is put aside, and taken by `catch_up` in
-    small pieces. All answers that share `turns` take one in a turn of the event loop, and leave the loop to others for
-    as long as that took, when it took long.
+    small pieces. All answers that share `turns` take one at a time, and leave the event loop to others now and then.
     """
 
     def __init__(
@@ -188,7 +202,7 @@ class _Intake:
         on_text: Callable[[str], None],
         *,
         idle: timedelta,
-        turns: asyncio.Lock,
+        turns: _Turns,
     ) -> None:
         self._reader = reader
         self._limits = limits
@@ -233,8 +247,7 @@ class _Intake:
             async with self._turns:
                 began = perf_counter()  # not the loop's clock: uvloop's stands still within a turn
                 self.take(data[begin : begin + PIECE], now=True)
-                took = perf_counter() - began
-                await asyncio.sleep(took if took > LONG else 0)
+                await self._turns.rest(perf_counter() - began)
                 await self._hand_on_text()
         return None
 
