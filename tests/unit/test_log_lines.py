@@ -38,6 +38,12 @@ def logging_as_before() -> Iterator[None]:
         logging.getLogger(name).setLevel(before)
 
 
+def configure(log_format: str) -> None:
+    """Log as a node does, and only so: pytest would put what was logged into reports that must be valid Unicode."""
+    logging.getLogger().handlers.clear()
+    logs.configure(Settings.load(log_format=log_format))
+
+
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines that were written, as a program reads them."""
     return capsys.readouterr().out.removesuffix("\n").split("\n")
@@ -62,7 +68,7 @@ def test_a_foreign_value_is_short_and_has_nothing_that_is_obeyed(text: str) -> N
 @example("x" * 100_000)
 @example([OBEYED, "x" * 1000, 5, None] * 1000)
 def test_no_value_breaks_a_line(log_format: str, capsys: pytest.CaptureFixture[str], value: object) -> None:
-    logs.configure(Settings.load(log_format=log_format))
+    configure(log_format)
     structlog.get_logger().info("something", value=value, error=value, peer=value)
     logging.getLogger("some.library").warning("%s", value)
     lines = lines_of(capsys)
@@ -79,7 +85,7 @@ def fail(text: str) -> None:
 
 @pytest.mark.parametrize("log_format", FORMATS)
 def test_an_exception_cannot_forge_a_line_nor_fill_the_log(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(Settings.load(log_format=log_format))
+    configure(log_format)
     forged = '{"event": "forged"}'
     for text in (f"no\n{forged}\n{OBEYED}", "x" * 10_000, "x\n" * 1_000):
         try:
@@ -98,7 +104,7 @@ def test_an_exception_cannot_forge_a_line_nor_fill_the_log(log_format: str, caps
 async def test_of_lines_that_anybody_can_cause_only_some_are_written_and_the_others_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    logs.configure(Settings.load(log_format="json"))
+    configure("json")
     limited = structlog.get_logger(**LIMITED)
     for number in range(500):
         limited.info("login refused", number=number)
