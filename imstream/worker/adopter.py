@@ -129,7 +129,9 @@ class Adopter:
 
     async def _search(self, group: asyncio.TaskGroup, node: str) -> None:
         """Take up what an earlier process of ours had adopted and not finished: nobody else does while both live."""
-        if await self._adoption.left_behind(node) and not self._stopping:
+        if not await self._adoption.left_behind(node):
+            await self._adoption.leave(node)  # the node itself may have taken it up, and our consumer is still there
+        elif not self._stopping:
             log.info("taking up what was adopted before", node=node)
             worker = self._worker_of(node)
             worker.leave()
