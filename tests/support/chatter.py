@@ -86,8 +86,14 @@ class Chatter:
         return self.ends(message_id)[0]
 
     def ends(self, message_id: str) -> list[str]:
-        """The terminal events that the node has told."""
-        return [frame["event"] for frame in self.frames[message_id] if frame.get("event") in _TERMINAL]
+        """The terminal events that the node has told since it last accepted the message.
+
+        A CHAT that was told UNAVAILABLE may have been carried out all the same; asked again, all of it is told again.
+        """
+        frames = self.frames[message_id]
+        accepted = [number for number, frame in enumerate(frames) if frame.get("event") == Event.ACCEPTED]
+        since = accepted[-1] if accepted else 0
+        return [frame["event"] for frame in frames[since:] if frame.get("event") in _TERMINAL]
 
     def verdicts(self, message_id: str) -> list[str]:
         """What the node has said to each CHAT with this id: `accepted`, or the code of its refusal."""
