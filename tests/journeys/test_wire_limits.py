@@ -138,8 +138,9 @@ async def test_who_resumes_many_messages_is_slowed_down_as_by_as_many_frames(nod
         for n in range(4):
             await someone.say(msgType="INIT", userId=USER, resume=[*resume[1:], {"messageId": f"last-{n}"}])
             await someone.until(code="EXPIRED", messageId=f"last-{n}")
-        await someone.send(frame(TEXT, b"PING"))
-        await someone.until(msgType="HEARTBEAT")
+        for _ in range(2):  # the first may be read before the last INIT has been charged
+            await someone.send(frame(TEXT, b"PING"))
+            await someone.until(msgType="HEARTBEAT")
         assert time.monotonic() - began > (4 * 64 - BURST) / RATE * 0.9
 
 
@@ -154,8 +155,9 @@ async def test_who_resumes_long_answers_is_slowed_down_by_their_length(node: One
         for _ in range(3):
             await someone.send(login)
             await someone.until(messageId="long", event="done")
-        await someone.send(frame(TEXT, b"PING"))
-        await someone.until(msgType="HEARTBEAT")
+        for _ in range(2):  # the first may be read before the last INIT has been charged
+            await someone.send(frame(TEXT, b"PING"))
+            await someone.until(msgType="HEARTBEAT")
         assert frames > BURST
         assert time.monotonic() - began > (frames - BURST) / RATE * 0.9
 
