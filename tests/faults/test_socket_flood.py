@@ -157,7 +157,8 @@ async def test_500_connections_that_never_come_to_anything_are_cut_in_time_and_c
                         assert (await newcomer.chat(OTHER, question, f"m{began}"))["event"] == "accepted"
                         assert (await newcomer.end_of(f"m{began}")).events[-1] == "done"
                     await wait_until(lambda: node.clients() == 1, "only the healthy one is left", limit=TIME + 6)
-        await wait_until(lambda: process.num_fds() <= files, "no file is left open")
+        # Up to five connections to Redis are opened when they are first needed at the same time.
+        await wait_until(lambda: process.num_fds() <= files + 5, "no file is left open")
         assert process.memory_info().rss - memory < 4 * MB
 
 
