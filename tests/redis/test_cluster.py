@@ -19,7 +19,7 @@ from tests.support.processes import free_port
 from tests.support.redis_sets import cluster_set
 from tests.support.servers import missing
 from tests.support.tcp_proxy import tcp_proxy
-from tests.support.waiting import wait_until
+from tests.support.waiting import SLOW, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -63,7 +63,8 @@ def mortal(tmp_path: Path) -> Iterator[ClusterSet]:
 @pytest.fixture
 async def commands(cluster: ClusterSet) -> AsyncIterator[Commands]:
     """Two lanes to each master."""
-    async with Commands(cluster.admin_url, lanes=2, timeout=TIMEOUT) as made:
+    # Nothing dies in these tests, so nothing has to be given up early on a busy machine.
+    async with Commands(cluster.admin_url, lanes=2, timeout=TIMEOUT * 2 * SLOW) as made:
         yield made
 
 
