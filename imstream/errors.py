@@ -15,10 +15,7 @@ ImstreamError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from datetime import timedelta
+from datetime import timedelta
 
 
 class ImstreamError(Exception):

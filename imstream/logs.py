@@ -15,15 +15,13 @@ import re
 import sys
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TextIO, cast
 
 import structlog
 from structlog.stdlib import ProcessorFormatter
 
-from imstream.bucket import NEVER_USED, Pace
-
-if TYPE_CHECKING:
-    from imstream.settings import Settings
+from imstream.settings import Settings
+from imstream.token_bucket import NEVER_USED, TokenBucket
 
 FOREIGN_LENGTH = 64
 """Maximum length of a value in a log line, unless `_LENGTHS` allows its field more."""
@@ -40,7 +38,7 @@ _TRACE_LINES, _TRACE_LINE = 200, 500
 LIMITED = {"limited": True}
 """Fields of a logger for lines that anybody can cause: `structlog.get_logger(**LIMITED)`. Each has the `peer`."""
 
-_LIMIT = Pace(rate=1, size=20)
+_LIMIT = TokenBucket(rate=1, size=20)
 """How many of these lines are written: 20 at once, then one a second."""
 
 _COUNT_AFTER = 1.0

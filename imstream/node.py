@@ -5,52 +5,48 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 
 from imstream import logs
-from imstream.ai.backend import OpenAIBackend
+from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.breaker import Breaker
-from imstream.ai.prompt import Prompter
+from imstream.ai.prompt.prompter import Prompter
 from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
-from imstream.gateway.following import Following
-from imstream.gateway.listener import Listener
+from imstream.gateway.deps import SessionDeps
+from imstream.gateway.flush_scheduler import FlushScheduler
+from imstream.gateway.inbox_consumer import InboxConsumer
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import CLOSE_GRACE, Registry
-from imstream.gateway.rounds import Rounds
-from imstream.gateway.server import Server
-from imstream.gateway.services import Services
-from imstream.guards.chain import Guards
-from imstream.guards.guard import Supplies
-from imstream.reply import ReplyBoard
-from imstream.store import health
+from imstream.gateway.reply_sync import ReplySync
+from imstream.gateway.server import GatewayServer
+from imstream.guards.chain import GuardChain
+from imstream.guards.guard import GuardDeps
+from imstream.redis import health
+from imstream.redis.access_log import AccessLog
+from imstream.redis.client import BlockingReader, RedisClient
+from imstream.redis.retry import retry_until_available
+from imstream.reply_buffer import ReplyBuffers
+from imstream.settings import Settings
 from imstream.store.adoption import Adoption
-from imstream.store.connection import Commands, Reader
-from imstream.store.denials import Denials
 from imstream.store.inbox import Inbox, NodeLeft
 from imstream.store.leases import Leases
-from imstream.store.patience import patiently
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.store.routes import Routes
 from imstream.texts import Text
 from imstream.wire import Close, FrameLimits
-from imstream.worker.adopter import Adopter
+from imstream.worker.adoption import Adopter
+from imstream.worker.consumer import StreamConsumer
+from imstream.worker.deps import WorkerDeps
 from imstream.worker.jobs import Jobs
-from imstream.worker.parts import Parts
-from imstream.worker.tenure import Tenure
-from imstream.worker.worker import Worker
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-
-    from imstream.ai.backend import Backend
-    from imstream.settings import Settings
+from imstream.worker.lease_keeper import LeaseKeeper
 
 log = structlog.get_logger()
 
@@ -68,45 +64,47 @@ _TICK = 0.05
 class Readers:
     """The connections of a node that wait: for requests, and for what other nodes have to tell."""
 
-    requests: Reader
-    inbox: Reader
+    requests: BlockingReader
+    inbox: BlockingReader
 
 
 class Node:
     """One node. `serve` runs it until `shut_down` is called; then it drains and returns."""
 
-    def __init__(self, settings: Settings, backend: Backend, commands: Commands, readers: Readers) -> None:
+    def __init__(self, settings: Settings, backend: Backend, commands: RedisClient, readers: Readers) -> None:
         self.settings = settings
         self._commands = commands
         self._ending = asyncio.Event()
         self._reloading = asyncio.Event()
         self._requests = requests = RequestStream(commands, readers.requests, settings)
         replies = ReplyStore(commands, settings)
-        self.board = board = ReplyBoard()
+        self.board = board = ReplyBuffers()
         self.registry = registry = Registry(settings)
         self._inbox = inbox = Inbox(commands, readers.inbox, settings)
         self._leases = leases = Leases(commands, settings)
-        self.tenure = tenure = Tenure(leases, settings)
+        self.tenure = tenure = LeaseKeeper(leases, settings)
         self.jobs = jobs = Jobs(settings, replies, board, inbox)
-        following = Following(settings, replies, board, registry)
-        self._guards = guards = Guards.make(Supplies(settings, commands, inbox))
+        following = ReplySync(settings, replies, board, registry)
+        self._guards = guards = GuardChain.make(GuardDeps(settings, commands, inbox))
         prompter = Prompter(settings, backend)
-        parts = Parts(
+        parts = WorkerDeps(
             settings, requests, replies, board, backend, prompter, Breaker(settings), guards, inbox, following.begun
         )
-        self.worker = Worker(parts, jobs, leases, tenure)
+        self.worker = StreamConsumer(parts, jobs, leases, tenure)
 
-        def worker_of(node: str) -> Worker:
+        def worker_of(node: str) -> StreamConsumer:
             """The same worker, pointed at another stream."""
             other = RequestStream(commands, readers.requests, settings, node=node)
-            return Worker(replace(parts, requests=other), jobs, leases, tenure)
+            return StreamConsumer(replace(parts, requests=other), jobs, leases, tenure)
 
         self.adopter = Adopter(settings, Adoption(commands, settings), leases, tenure, worker_of)
         self._presence = Presence(settings, Routes(commands, settings), inbox, registry, guards)
         self._following = following
-        self._listener = Listener(inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter)
+        self._listener = InboxConsumer(
+            inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter
+        )
         frame_limits = FrameLimits(settings.max_depth, settings.max_history)
-        services = Services(
+        services = SessionDeps(
             settings,
             guards,
             requests,
@@ -117,10 +115,10 @@ class Node:
             registry,
             self._presence,
             following,
-            Rounds(),
+            FlushScheduler(),
             frame_limits,
         )
-        self._server = Server(make_app(services, not_ready=self.not_ready, stuck=self.stuck), settings)
+        self._server = GatewayServer(make_app(services, not_ready=self.not_ready, stuck=self.stuck), settings)
 
     def not_ready(self) -> str | None:
         """Why the node cannot serve right now; None when it can."""
@@ -229,7 +227,7 @@ class Node:
     async def _note_stop(self) -> None:
         """Note that this process was told to stop: however it ends, what it works on does not die with it."""
         noted, _ = await asyncio.gather(
-            patiently(self.tenure.note_stop), self.jobs.uncount_deliveries(), return_exceptions=True
+            retry_until_available(self.tenure.note_stop), self.jobs.uncount_deliveries(), return_exceptions=True
         )
         if isinstance(noted, Exception):
             log.warning("the stop is not noted in the lease", error=str(noted))
@@ -282,10 +280,10 @@ async def kept_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
 @asynccontextmanager
 async def open_node(settings: Settings, backend: Backend | None = None) -> AsyncIterator[Node]:
     """Build a node with its connections; on leaving, close them. `backend` replaces the one of the settings."""
-    denials = Denials()
+    denials = AccessLog()
     readers = Readers(_reader(settings, denials), _reader(settings, denials))
     try:
-        async with Commands(
+        async with RedisClient(
             settings.redis_url, lanes=settings.redis_connections, timeout=settings.redis_timeout, denials=denials
         ) as commands:
             if backend is not None:
@@ -298,8 +296,10 @@ async def open_node(settings: Settings, backend: Backend | None = None) -> Async
         await readers.inbox.aclose()
 
 
-def _reader(settings: Settings, denials: Denials) -> Reader:
-    return Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout, denials=denials)
+def _reader(settings: Settings, denials: AccessLog) -> BlockingReader:
+    return BlockingReader(
+        settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout, denials=denials
+    )
 
 
 async def serve(settings: Settings, backend: Backend | None = None) -> None:

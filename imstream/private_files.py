@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from pathlib import Path
+from pathlib import Path
 
 UMASK = 0o077
 """What a process that writes such files takes away from their permissions."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
-from pathlib import Path  # noqa: TC003 - pydantic needs it
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imstream.errors import SettingsError
-from imstream.redis_url import SecretUrl, valid_redis_url, without_password
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
+from imstream.urls import SecretUrl, valid_redis_url, without_password
 
 ENV_PREFIX = "IMSTREAM_"
 

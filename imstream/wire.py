@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, Valida
 from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 
-from imstream.json_reader import BadJson, BadNumber, read_json
+from imstream.strict_json import InvalidJson, InvalidNumber, parse_json
 
 MIN_USER_ID = 10001
 MAX_USER_ID = 2**53 - 1
@@ -191,12 +191,12 @@ def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
     if text == "PING":
         return _PING
     try:
-        value = read_json(text, max_depth=limits.depth, max_values=limits.values)
+        value = parse_json(text, max_depth=limits.depth, max_values=limits.values)
         too_long = _empty_history_beyond(limits.history, value)
         frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False)  # Python's names are not the wire's
-    except BadNumber as error:
+    except InvalidNumber as error:
         raise _field_of_bad_number(text) or BadFrame("", str(error)) from None
-    except BadJson as error:
+    except InvalidJson as error:
         raise BadFrame("", str(error)) from None
     except ValidationError as error:
         raise _first_problem(error) from None

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from tests.support import tiers
 from tests.support.processes import free_port
-from tests.support.servers import RedisServer, missing, redis_6_binary, redis_7_binary, valkey_binary
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from tests.support.servers import DemoBackend
+from tests.support.servers import DemoBackend, RedisServer, missing, redis_6_binary, redis_7_binary, valkey_binary
 
 # Whoever runs the tests in the background has these ignored; the processes under test would inherit that.
 for _number in (signal.SIGINT, signal.SIGHUP):

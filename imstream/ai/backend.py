@@ -6,30 +6,25 @@ One call of `answer` is one HTTP request. Nothing is tried again here: the worke
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from pydantic_core import PydanticSerializationError, to_json
 
 from imstream.ai import failures
-from imstream.ai.answer import BYTES_A_CHARACTER, JSON_LIMIT, AnswerReader
-from imstream.ai.body import BodyBroken, hand_on
-from imstream.ai.connections import ENCODED, is_encoded
-from imstream.ai.endpoint import Caller, Endpoint, read_error, read_until
-from imstream.ai.limits import TimeLimits
-from imstream.errors import PermanentBackendError, TransientBackendError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from aiohttp.abc import AbstractStreamWriter
-
-    from imstream.errors import BackendError
-    from imstream.settings import Settings
+from imstream.ai.answer_reader import BYTES_A_CHARACTER, JSON_LIMIT, AnswerReader
+from imstream.ai.bounded_http import ENCODED, is_encoded
+from imstream.ai.endpoint import Endpoint, EndpointClient, read_error, read_until
+from imstream.ai.stream_body import BodyBroken, stream_body
+from imstream.ai.time_limits import TimeLimits
+from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.settings import Settings
 
 AFTER_FINISH = timedelta(seconds=2)
 """How long usage, `[DONE]` and the end of the body are waited for when the text is complete."""
@@ -45,7 +40,7 @@ LONG = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class PromptMessage:
     """One message of a prompt."""
 
     role: Literal["system", "user", "assistant"]
@@ -69,7 +64,7 @@ class Completion:
 class Backend(Protocol):
     """Whoever can answer a prompt."""
 
-    async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """Have a prompt answered; return when the answer is whole.
 
         `on_text` gets the text in order, one piece per network read that held any (or several, when it held much), and
@@ -83,7 +78,7 @@ class Backend(Protocol):
         ...
 
 
-class OpenAIBackend(Caller):
+class OpenAIBackend(EndpointClient):
     """A server that speaks `POST {ai_url}/chat/completions`. Use it as an async context manager.
 
     End every `answer` before leaving the context: the connections close with it.
@@ -98,7 +93,7 @@ class OpenAIBackend(Caller):
         self._asks_for_usage = True
         self._turns = _Turns()
 
-    async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
         with_usage = self._asks_for_usage
         body = self._encode(messages, with_usage=with_usage)
@@ -109,7 +104,7 @@ class OpenAIBackend(Caller):
             limits.stop()
             raise await self._refusal(response, with_usage=with_usage)
 
-    def _encode(self, messages: Sequence[Message], *, with_usage: bool) -> bytes:
+    def _encode(self, messages: Sequence[PromptMessage], *, with_usage: bool) -> bytes:
         body: dict[str, object] = {
             "model": self._settings.ai_model,
             "messages": [{"role": message.role, "content": message.content} for message in messages],
@@ -142,7 +137,7 @@ class OpenAIBackend(Caller):
         intake = _Intake(reader, limits, on_text, idle=self._settings.ai_idle_timeout, turns=self._turns)
         try:
             while not reader.whole:
-                await hand_on(response, intake.take)
+                await stream_body(response, intake.take)
                 await intake.catch_up()
         except BodyBroken as broken:
             raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None

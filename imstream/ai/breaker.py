@@ -10,13 +10,10 @@ Half-open means: one request is begun in each pause, until one succeeds.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from datetime import timedelta
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from datetime import timedelta
-
-    from imstream.settings import Settings
+from imstream.settings import Settings
 
 
 class Breaker:

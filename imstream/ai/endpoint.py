@@ -6,24 +6,19 @@ import asyncio
 from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, ClassVar, Self
+from types import TracebackType
+from typing import ClassVar, Self
 
 import aiohttp
+from pydantic import SecretStr
 from yarl import URL
 
 from imstream import __version__
 from imstream.ai import failures
-from imstream.ai.connections import bounded_session, is_encoded
-from imstream.errors import SettingsError
+from imstream.ai.bounded_http import bounded_session, is_encoded
+from imstream.errors import BackendError, SettingsError
 from imstream.settings import ENV_PREFIX
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from pydantic import SecretStr
-
-    from imstream.errors import BackendError
-    from imstream.redis_url import SecretUrl
+from imstream.urls import SecretUrl
 
 KEEP_ALIVE = timedelta(seconds=4)
 """How long an unused connection is kept. Servers close theirs after 5 s (uvicorn, Node) or later; whoever closes second
@@ -107,7 +102,7 @@ class Endpoint:
         )
 
 
-class Caller:
+class EndpointClient:
     """Whoever calls one endpoint, as an async context manager: inside it there are connections, which close with it."""
 
     _accept: ClassVar[str]

@@ -18,21 +18,16 @@ Pure: statuses, headers, bodies and exceptions in, errors out. The rules, first 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import TYPE_CHECKING
 
 import aiohttp
 
-from imstream.ai.connections import ResponseTooLarge
+from imstream.ai.bounded_http import ResponseTooLarge
 from imstream.ai.error_report import ErrorReport, shorten
-from imstream.errors import PermanentBackendError, TransientBackendError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from imstream.errors import BackendError
+from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 
 LONGEST_RETRY_AFTER = timedelta(hours=1)
 """A backend that wants to be left alone for longer is treated as if it had asked for this."""

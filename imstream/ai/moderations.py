@@ -6,24 +6,21 @@ https://platform.openai.com/docs/api-reference/moderations. One call of `moderat
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from imstream.ai import failures
-from imstream.ai.connections import ENCODED, is_encoded
-from imstream.ai.endpoint import Caller, Endpoint, read_error
+from imstream.ai.bounded_http import ENCODED, is_encoded
+from imstream.ai.endpoint import Endpoint, EndpointClient, read_error
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.errors import PermanentBackendError, TransientBackendError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from imstream.settings import Settings
+from imstream.settings import Settings
 
 ANSWER_LIMIT = 1 << 18
 """Maximum bytes of an answer. One result of OpenAI's takes about 1 KB."""
@@ -45,7 +42,7 @@ class Moderated:
     categories: str = ""
 
 
-class Moderations(Caller):
+class Moderations(EndpointClient):
     """A server that moderates. Use it as an async context manager; end every `moderate` before leaving it."""
 
     _accept = "application/json"

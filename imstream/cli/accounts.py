@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import click
 
 from imstream.cli.redis_command import ask
+from imstream.clock import Calendar, now
 from imstream.errors import StoreError
 from imstream.keys import Keys
-from imstream.store.accounts import Accounts, Free, Locked, Restricted
-from imstream.store.days import Calendar
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
+from imstream.store.accounts import AccountOpen, Accounts, Banned, Locked, Restricted
 from imstream.store.inbox import AccountChanged, leave
-from imstream.store.inspect import look_at_user
-from imstream.store.spans import now
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from imstream.settings import Settings
-    from imstream.store.accounts import Banned
-    from imstream.store.connection import Commands
-    from imstream.store.inspect import UserOverview
+from imstream.store.inspection import UserOverview, look_at_user
 
 MAX_SHOWN = 20
 """Most messages of a day that are listed; they are counted all the same."""
@@ -37,7 +30,7 @@ def show(settings: Settings, user_id: int) -> None:
 def lock(settings: Settings, user_id: int, span: timedelta, *, reason: str, by: str) -> None:
     """Lock a user, and have the sessions closed."""
 
-    async def work(commands: Commands) -> None:
+    async def work(commands: RedisClient) -> None:
         restricted = await Accounts(commands, settings).lock(user_id, span, reason=reason, by=by)
         until = Calendar(ZoneInfo(settings.quota_timezone)).show(restricted.until)
         click.echo(f"user {user_id} is locked until {until}")
@@ -49,7 +42,7 @@ def lock(settings: Settings, user_id: int, span: timedelta, *, reason: str, by: 
 def ban(settings: Settings, user_id: int, *, reason: str, by: str) -> None:
     """Ban a user, and have the sessions closed."""
 
-    async def work(commands: Commands) -> None:
+    async def work(commands: RedisClient) -> None:
         restricted = await Accounts(commands, settings).ban(user_id, reason=reason, by=by)
         click.echo(f"user {user_id} is banned")
         await _tell(commands, settings, user_id, restricted)
@@ -60,7 +53,7 @@ def ban(settings: Settings, user_id: int, *, reason: str, by: str) -> None:
 def unlock(settings: Settings, user_id: int) -> None:
     """End a lock."""
 
-    async def work(commands: Commands) -> None:
+    async def work(commands: RedisClient) -> None:
         was = await Accounts(commands, settings).unlock(user_id)
         click.echo(f"user {user_id} is locked no more" if was else f"user {user_id} was not locked")
 
@@ -70,7 +63,7 @@ def unlock(settings: Settings, user_id: int) -> None:
 def unban(settings: Settings, user_id: int) -> None:
     """End a ban."""
 
-    async def work(commands: Commands) -> None:
+    async def work(commands: RedisClient) -> None:
         was = await Accounts(commands, settings).unban(user_id)
         click.echo(f"user {user_id} is banned no more" if was else f"user {user_id} was not banned")
 
@@ -82,7 +75,7 @@ def quota(settings: Settings, user_id: int, *, give_back: str | None, reset: boo
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(now())
 
-    async def work(commands: Commands) -> None:
+    async def work(commands: RedisClient) -> None:
         accounts = Accounts(commands, settings)
         if give_back is not None:
             was = await accounts.give_back(user_id, give_back, day)
@@ -99,7 +92,7 @@ def quota(settings: Settings, user_id: int, *, give_back: str | None, reset: boo
     ask(settings, work)
 
 
-async def _show(commands: Commands, settings: Settings, user_id: int) -> None:
+async def _show(commands: RedisClient, settings: Settings, user_id: int) -> None:
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(now())
     overview = await look_at_user(commands, Keys(settings.key_prefix), user_id, day)
@@ -110,7 +103,7 @@ async def _show(commands: Commands, settings: Settings, user_id: int) -> None:
 
 
 def _lines(
-    overview: UserOverview, standing: Free | Locked | Banned, settings: Settings, calendar: Calendar
+    overview: UserOverview, standing: AccountOpen | Locked | Banned, settings: Settings, calendar: Calendar
 ) -> Iterator[str]:
     account = overview.account
     yield f"  account     {type(standing).__name__.lower()}"
@@ -119,7 +112,7 @@ def _lines(
         written, ms = account.get("locked_until", ""), timedelta(milliseconds=1)
         until = float(written) if written.isdecimal() else now() + standing.left // ms
         yield f"    until     {calendar.show(until)}"
-    if not isinstance(standing, Free):
+    if not isinstance(standing, AccountOpen):
         for name in ("reason", "by"):
             yield f"    {name:<9} {account.get(name) or '?'}"
         if (since := account.get("at", "")).isdecimal():
@@ -140,7 +133,7 @@ def _used(overview: UserOverview, settings: Settings) -> str:
     )
 
 
-async def _tell(commands: Commands, settings: Settings, user_id: int, restricted: Restricted) -> None:
+async def _tell(commands: RedisClient, settings: Settings, user_id: int, restricted: Restricted) -> None:
     """Have each node close the user's sessions."""
     for node in sorted(restricted.nodes):
         try:

@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, get_args
+from typing import Literal, NoReturn, get_args
 
 from imstream.errors import ImstreamError, SettingsError
 from imstream.private_files import OWN_FOLDER, UMASK, close_to_others
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 Program = Literal["haproxy", "nginx"]
 

@@ -6,26 +6,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
-from imstream.ai.demo import marker
-from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import balancer as balancers
 from imstream.cli import settings_notes
+from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import TimeSpan, UserId, given, settings_options
 from imstream.cli.parent import die_with
 from imstream.cli.up_settings import UpSettings
 from imstream.cli.user import user
-from imstream.embedded import EmbeddedSettings
+from imstream.demo import marker
+from imstream.demo.settings import DemoSettings
 from imstream.errors import ImstreamError, SettingsError
 from imstream.settings import Settings
 from imstream.texts import DEFAULT_LANG, Lang
-
-if TYPE_CHECKING:
-    from datetime import timedelta
 
 _A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -152,7 +150,7 @@ def node(ctx: click.Context, /, **options: str | None) -> None:
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_own_lang, help="Language; else the terminal's.")
 def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
     """Chat in the terminal; it reconnects and resumes."""
-    from imstream.client.terminal import run
+    from imstream.cli.chat_terminal import run
 
     sys.exit(run(url, user, token, lang))
 
@@ -172,7 +170,7 @@ def token(user: int, ttl: timedelta, key: Path | None, **options: str | None) ->
     how: RSA (RS256), elliptic curve P-256 (ES256), Ed25519 or Ed448 (EdDSA). What else nodes check is taken from their
     settings.
     """
-    from imstream.guards.tokens.signing import sign
+    from imstream.guards.auth.signing import sign
 
     click.echo(sign(Settings.load(**given(options)), user, ttl, key))
 
@@ -190,7 +188,7 @@ It moderates, too (IMSTREAM_MODERATION_URL): a text with [[flag]] or [[flag viol
 def demo_ai(**options: str | None) -> None:
     """Run the demo AI backend until SIGTERM."""
     settings = DemoSettings.load(**given(options))
-    from imstream.ai.demo.server import run
+    from imstream.demo.server import run
 
     def announce(url: str) -> None:
         click.echo(f"ready: demo AI backend at {url} (canned answers, no model)")
@@ -211,7 +209,7 @@ def redis(**options: str | None) -> None:
     appends every write to a file and evicts nothing.
     """
     settings = EmbeddedSettings.load(**given(options))
-    from imstream.embedded import become_server
+    from imstream.cli.embedded_redis import become_server
 
     become_server(settings)
 

@@ -6,19 +6,16 @@ what is wrong with it. Secrets have no option, because every user of a machine c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
 
 from imstream.errors import SettingsError
 from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret, parse_duration
 from imstream.wire import MAX_USER_ID, MIN_USER_ID, parse_user_id
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from pydantic.fields import FieldInfo
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from imstream.errors import StoreDenied, StoreUnavailable
-from imstream.store.connection import Commands
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from imstream.settings import Settings
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
 
 Answer = TypeVar("Answer")
 
 
-def ask(settings: Settings, work: Callable[[Commands], Awaitable[Answer]]) -> Answer:
+def ask(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) -> Answer:
     """Do this work with the Redis of the settings.
 
     Raises:
@@ -25,7 +22,7 @@ def ask(settings: Settings, work: Callable[[Commands], Awaitable[Answer]]) -> An
     """
 
     async def connected() -> Answer:
-        async with Commands(settings.redis_url, lanes=1, timeout=settings.redis_timeout) as commands:
+        async with RedisClient(settings.redis_url, lanes=1, timeout=settings.redis_timeout) as commands:
             return await work(commands)
 
     address = settings.redis_url

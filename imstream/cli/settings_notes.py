@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 from dotenv import dotenv_values
 
-from imstream.ai.demo.settings import DemoSettings
+from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.up_settings import UpSettings
-from imstream.embedded import EmbeddedSettings
+from imstream.demo.settings import DemoSettings
 from imstream.private_files import others_can_write
-from imstream.redis_url import without_password
 from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+from imstream.urls import without_password
 
 TOKEN = f"{ENV_PREFIX}TOKEN"
 """The variable of `imstream chat`, the only one that is in no group."""

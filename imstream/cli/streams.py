@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import click
 
 from imstream.cli.redis_command import ask
 from imstream.keys import Keys
-from imstream.store import inspect
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from imstream.settings import Settings
+from imstream.settings import Settings
+from imstream.store import inspection
 
 
 def run(settings: Settings, *, newest: int) -> None:
@@ -23,14 +19,14 @@ def run(settings: Settings, *, newest: int) -> None:
         StoreUnavailable: Redis was not reached.
     """
     overview = ask(
-        settings, lambda commands: inspect.look(commands, Keys(settings.key_prefix), settings.node, newest=newest)
+        settings, lambda commands: inspection.look(commands, Keys(settings.key_prefix), settings.node, newest=newest)
     )
     click.echo(f"node {settings.node} at {settings.redis_url}")
     for line in _lines(overview):
         click.echo(line)
 
 
-def _lines(overview: inspect.Overview) -> Iterator[str]:
+def _lines(overview: inspection.Overview) -> Iterator[str]:
     working = sum(overview.in_work.values())
     yield f"  unfinished requests  {overview.unfinished}: {overview.waiting} waiting, {working} in work"
     for consumer, count in overview.in_work.items():

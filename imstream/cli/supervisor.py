@@ -12,16 +12,13 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import click
 
 from imstream.settings import ENV_PREFIX
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
 
 START_LIMIT = 30.0
 """Seconds a child may take until it serves: an append-only file of gigabytes is loaded in that time."""

@@ -8,25 +8,22 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 import click
 
 from imstream.cli import balancer as balancers
+from imstream.cli.embedded_redis import PASSWORD_FILE
 from imstream.cli.settings_notes import TOKEN
 from imstream.cli.supervisor import Supervisor
-from imstream.cli.up_plan import Plan, make_plan, reach
-from imstream.embedded import PASSWORD_FILE
+from imstream.cli.up_plan import UpPlan, make_plan, reach
 from imstream.keys import Keys
 from imstream.private_files import UMASK
-from imstream.redis_url import RedisUrl, without_password
 from imstream.settings import Settings
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from imstream.urls import RedisUrl, without_password
 
 
 def run(typed: Mapping[str, str]) -> int:
@@ -59,7 +56,7 @@ def _program() -> str:
     return min(os.path.relpath(installed), str(installed), key=len)
 
 
-def _redis_cli(plan: Plan) -> str | None:
+def _redis_cli(plan: UpPlan) -> str | None:
     """How redis-cli reaches this Redis; None behind Sentinel, where it would have to ask for the master first."""
     if plan.valkey:
         # In the environment: every user of the machine can read command lines.
@@ -71,14 +68,14 @@ def _redis_cli(plan: Plan) -> str | None:
     return f"redis-cli {follow}-u {shlex.quote(without_password(known.of_server(*known.servers[0])))}"
 
 
-def _which_redis(plan: Plan) -> str:
+def _which_redis(plan: UpPlan) -> str:
     if plan.valkey is None:
         return without_password(plan.redis_url)
     where = f"data in {plan.valkey.data}, password in {PASSWORD_FILE} there"
     return f"{plan.redis_url.partition('?')[0]}   embedded Valkey, {where}"
 
 
-def summary(plan: Plan) -> list[str]:
+def summary(plan: UpPlan) -> list[str]:
     """What a person wants to know of what runs, line by line."""
     host = reach(plan.settings.host)
     page = plan.door
@@ -104,13 +101,13 @@ def summary(plan: Plan) -> list[str]:
     ]
 
 
-def _for_whom(plan: Plan) -> str:
+def _for_whom(plan: UpPlan) -> str:
     """How a chat client shows who it is, where that is asked and can be signed here."""
     signed_here = plan.settings.auth == "jwt" and plan.settings.auth_secret is not None
     return f'{TOKEN}="$({_program()} token --user 10001)" ' if signed_here else ""
 
 
-def _from_disk(plan: Plan) -> list[str]:
+def _from_disk(plan: UpPlan) -> list[str]:
     """Where the page is as a file, with the token of this run: browsers send nothing behind `#` to anybody."""
     if plan.page_token is None:
         return []
@@ -118,7 +115,7 @@ def _from_disk(plan: Plan) -> list[str]:
     return [f"or open  {page}#{urlencode({'node': plan.door, 'token': plan.page_token}, safe=':[]')}"]
 
 
-def _front_line(plan: Plan) -> list[str]:
+def _front_line(plan: UpPlan) -> list[str]:
     if plan.balancer:
         return [
             f"balancer {plan.balancer}, which sends each user to one node; its configuration is in {balancers.FOLDER}"

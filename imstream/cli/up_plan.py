@@ -7,26 +7,21 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
-from imstream import embedded
-from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import balancer as balancers
+from imstream.cli import embedded_redis
+from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import as_environment
 from imstream.cli.supervisor import Part
 from imstream.cli.up_settings import UpSettings
-from imstream.embedded import EmbeddedSettings
+from imstream.demo.settings import DemoSettings
 from imstream.errors import SettingsError
 from imstream.guards.exposure import check_exposure
 from imstream.guards.origin import parse_origins
-from imstream.settings import Settings
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from imstream.settings import SettingsGroup
+from imstream.settings import Settings, SettingsGroup
 
 _EMBEDDED = "embedded_"
 _DEMO = "demo_"
@@ -40,7 +35,7 @@ _NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class UpPlan:
     """What runs where.
 
     Attributes:
@@ -90,7 +85,7 @@ class Plan:
         """
         servers = []
         if self.valkey:
-            serves = partial(embedded.answers, self.valkey.port, self.valkey.password_file)
+            serves = partial(embedded_redis.answers, self.valkey.port, self.valkey.password_file)
             servers.append([Part("redis", ["redis"], serves, self.environment_of(EmbeddedSettings))])
         if self.demo:
             serves = partial(_answers, reach(self.demo.host), self.demo.port, "/v1/models")
@@ -129,7 +124,7 @@ class Plan:
         )
 
 
-def make_plan(typed: Mapping[str, str]) -> Plan:
+def make_plan(typed: Mapping[str, str]) -> UpPlan:
     """What is to run, by the options, the environment and `.env`.
 
     Raises:
@@ -153,7 +148,7 @@ def make_plan(typed: Mapping[str, str]) -> Plan:
         environment[Settings.variable("origins")] = ORIGINS
     if valkey and "log_level" not in valkey.model_fields_set:
         environment[EmbeddedSettings.variable("log_level")] = "warning"
-    plan = Plan(
+    plan = UpPlan(
         settings=settings,
         valkey=valkey,
         demo=demo,
@@ -175,7 +170,7 @@ def _page_token(settings: Settings) -> str | None:
     return secrets.token_urlsafe(16) if settings.page_token is None else settings.page_token.get_secret_value()
 
 
-def _check_ports(plan: Plan) -> None:
+def _check_ports(plan: UpPlan) -> None:
     """See whether every part can have its port, so that it is said before anything has started.
 
     Raises:
@@ -186,7 +181,7 @@ def _check_ports(plan: Plan) -> None:
         _check_free(Settings.variable("port"), plan.settings.host, node_port)
     others: list[tuple[str, str, int]] = []
     if plan.valkey:
-        others.append((plan.valkey.variable("port"), embedded.HOST, plan.valkey.port))
+        others.append((plan.valkey.variable("port"), embedded_redis.HOST, plan.valkey.port))
     if plan.demo:
         others.append((plan.demo.variable("port"), plan.demo.host, plan.demo.port))
     if plan.balancer:

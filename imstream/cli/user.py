@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import click
 
 from imstream.cli.options import TimeSpan, UserId, given, settings_options
 from imstream.settings import Settings
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from datetime import timedelta
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from imstream.client.cancel import Receipt
 from imstream.client.client import Client
+from imstream.client.connection import Connected, ConnectionChange, Disconnected
 from imstream.client.errors import (
     BadMessage,
     Busy,
@@ -20,7 +21,6 @@ from imstream.client.errors import (
     Unanswered,
     Unavailable,
 )
-from imstream.client.link import Connected, ConnectionChange, Disconnected
 from imstream.client.message import Accepted, Outcome, Piece, Restarted, Result
 from imstream.client.reconnect import Timing
 from imstream.client.reply import Reply, ReplyEvent

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-from imstream.client.errors import refusal
-from imstream.wire import Code, Event
-
-if TYPE_CHECKING:
-    from imstream.client.errors import ClientError
-    from imstream.wire import ServerFrame
+from imstream.client.errors import ClientError, refusal
+from imstream.wire import Code, Event, ServerFrame
 
 
 class Receipt(StrEnum):

@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Sequence
+from ssl import SSLContext
+from types import TracebackType
+from typing import Self
 
 from imstream.client.cancel import Cancel, Receipt
+from imstream.client.connection import ConnectionChange, ReconnectingConnection, cancel_frame
+from imstream.client.credentials import Credentials, Token
 from imstream.client.errors import NotConnected
-from imstream.client.identity import Identity, Token
-from imstream.client.ledger import Ledger
-from imstream.client.link import ConnectionChange, Link, cancel_frame
 from imstream.client.message import Message
+from imstream.client.pending import PendingRequests
 from imstream.client.reconnect import Servers, Timing, address
 from imstream.client.reply import Reply
 from imstream.texts import DEFAULT_LANG, Lang
 from imstream.wire import MAX_USER_ID, MIN_USER_ID, ClientChat, Turn, parse_user_id
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from ssl import SSLContext
-    from types import TracebackType
 
 
 class Client:
@@ -69,8 +67,10 @@ class Client:
             address(url, user_id)
         self._user_id = user_id
         self._timing = timing or Timing()
-        self._ledger = Ledger()
-        self._link = Link(Servers(urls, tls), Identity(user_id, token, lang), self._timing, self._ledger, on_change)
+        self._ledger = PendingRequests()
+        self._link = ReconnectingConnection(
+            Servers(urls, tls), Credentials(user_id, token, lang), self._timing, self._ledger, on_change
+        )
         self._runner: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:

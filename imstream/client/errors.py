@@ -19,13 +19,9 @@ ClientError
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from imstream.errors import ImstreamError
-from imstream.wire import Code
-
-if TYPE_CHECKING:
-    from imstream.wire import ServerFrame
+from imstream.wire import Code, ServerFrame
 
 
 class ClientError(ImstreamError):

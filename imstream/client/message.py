@@ -12,14 +12,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-from imstream.client.errors import ProtocolViolation
-from imstream.wire import Code, Event, ResumePoint, ServerFrame
-
-if TYPE_CHECKING:
-    from imstream.client.errors import ClientError
-    from imstream.wire import ClientChat
+from imstream.client.errors import ClientError, ProtocolViolation
+from imstream.wire import ClientChat, Code, Event, ResumePoint, ServerFrame
 
 
 class Outcome(StrEnum):

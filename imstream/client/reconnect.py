@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from typing import TYPE_CHECKING
+from ssl import SSLContext
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from imstream.wire import Close
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from ssl import SSLContext
 
 _FINAL = range(4500, 5000)
 """Close codes after which a client does not come back."""
@@ -76,7 +73,7 @@ def after_close(code: int | None) -> Reaction:
 
 
 @dataclass(slots=True)
-class Pace:
+class Backoff:
     """How long to wait before the next connection: exponential with full jitter.
 
     Full jitter spreads clients that lost their node at the same moment over the whole interval; see

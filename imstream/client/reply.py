@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from imstream.client.cancel import Receipt
 from imstream.client.errors import Cancelled, Expired, Failed, Unanswered
-from imstream.client.message import Accepted, Outcome, Piece, Restarted, Result
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-
-    from imstream.client.cancel import Receipt
-    from imstream.client.message import Message
+from imstream.client.message import Accepted, Message, Outcome, Piece, Restarted, Result
 
 ReplyEvent = Accepted | Restarted | Piece | Result
 

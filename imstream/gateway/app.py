@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import structlog
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
+from imstream.gateway.deps import SessionDeps
 from imstream.gateway.page import page_routes
 from imstream.gateway.session import Session, asked_lang, origin_of, peer_of
 from imstream.guards.guard import Handshake
 from imstream.logs import LIMITED
 from imstream.texts import say
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from starlette.datastructures import Headers
-    from starlette.requests import Request
-    from starlette.websockets import WebSocket
-
-    from imstream.gateway.services import Services
-
 
 limited = structlog.get_logger(**LIMITED)
 
@@ -40,7 +34,9 @@ def joined(headers: Headers) -> dict[str, str]:
     return {name: ", ".join(values) for name, values in found.items()}
 
 
-def make_app(services: Services, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]) -> Starlette:
+def make_app(
+    services: SessionDeps, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]
+) -> Starlette:
     """The ASGI application of one node.
 
     Args:

@@ -17,10 +17,10 @@ from imstream.wire import Close
 if TYPE_CHECKING:
     from imstream.gateway.registry import Registry
     from imstream.gateway.session import Session
-    from imstream.guards.chain import Guards
+    from imstream.guards.chain import GuardChain
     from imstream.settings import Settings
     from imstream.store.inbox import Inbox
-    from imstream.store.routes import Login, Routes
+    from imstream.store.routes import RouteAdded, Routes
 
 _AGAIN = 1.0
 """Seconds until routes are noted again that could not be."""
@@ -31,7 +31,9 @@ log = structlog.get_logger()
 class Presence:
     """Keeps the routes that lead to this node."""
 
-    def __init__(self, settings: Settings, routes: Routes, inbox: Inbox, registry: Registry, guards: Guards) -> None:
+    def __init__(
+        self, settings: Settings, routes: Routes, inbox: Inbox, registry: Registry, guards: GuardChain
+    ) -> None:
         self._only_one = settings.sessions == "one"
         self._guards = guards
         self._routes = routes
@@ -95,7 +97,7 @@ class Presence:
             elif session.login < notice.login:
                 session.close(Close.REPLACED, Text.REPLACED)
 
-    async def _replace_everywhere(self, notice: SessionReplaced, login: Login) -> None:
+    async def _replace_everywhere(self, notice: SessionReplaced, login: RouteAdded) -> None:
         self.replace(notice)
         await self._inbox.tell(login.nodes, notice)
 
@@ -134,7 +136,7 @@ class Presence:
         if self._registry.of(user_id):  # somebody came meanwhile, and may have been noted before that
             self._stale.add(user_id)
 
-    async def _number(self, user_id: int, login: Login) -> None:
+    async def _number(self, user_id: int, login: RouteAdded) -> None:
         """Give the last of the sessions that came while Redis was away the number that it could not get then."""
         came = [one for one in self._registry.of(user_id) if one.login == 0 and one not in self._arriving]
         if came:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 import resource
 import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
 from imstream.errors import SettingsError
-from imstream.gateway.protocol import SocketProtocol
+from imstream.gateway.http_protocol import SPARE_CONNECTIONS, GatewayConfig, HandshakeProtocol
 from imstream.gateway.registry import CLOSE_GRACE
-from imstream.gateway.request import SPARE_CONNECTIONS, GatewayConfig, RequestProtocol
-from imstream.settings import ENV_PREFIX
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from starlette.types import ASGIApp
-
-    from imstream.settings import Settings
-
+from imstream.gateway.websocket_protocol import SocketProtocol
+from imstream.settings import ENV_PREFIX, Settings
 
 OTHER_FILES = 64
 """Files that a node has open beside its connections to clients and to the AI backend: Redis, logs, the event loop."""
@@ -54,7 +47,7 @@ def _raise_file_limit(wanted: int) -> int:
     return files
 
 
-class Server:
+class GatewayServer:
     """Serves an application. `listen`, then `run` until `stop`."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -66,7 +59,7 @@ class Server:
             app=app,
             host=settings.host,
             port=settings.port,
-            http=RequestProtocol,
+            http=HandshakeProtocol,
             ws=SocketProtocol,
             ws_max_size=settings.max_frame,
             ws_per_message_deflate=False,

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from math import ceil
-from typing import TYPE_CHECKING
 
 import structlog
 from starlette.datastructures import QueryParams
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+from starlette.websockets import WebSocket
 
-from imstream.gateway.conversation import Conversation
-from imstream.gateway.phrases import Phrases
-from imstream.gateway.protocol import socket_of
-from imstream.gateway.pump import Pump
+from imstream.gateway.deps import SessionDeps
+from imstream.gateway.frame_handler import FrameHandler
+from imstream.gateway.frames import FrameBuilder
+from imstream.gateway.session_writer import SessionWriter
+from imstream.gateway.websocket_protocol import socket_of
+from imstream.guards.guard import Reject
 from imstream.logs import FOREIGN_LENGTH, foreign
+from imstream.reply_buffer import ReplyBuffer
 from imstream.texts import Lang, Text, choose_lang
-from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, Close, Code, parse_user_id
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from starlette.requests import HTTPConnection
-    from starlette.types import Scope
-    from starlette.websockets import WebSocket
-
-    from imstream.gateway.services import Services
-    from imstream.guards.guard import Refuse
-    from imstream.reply import Reply
-    from imstream.wire import ServerFrame
-
+from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, Close, Code, ServerFrame, parse_user_id
 
 log = structlog.get_logger()
 
@@ -97,12 +90,12 @@ class Session:
         "warn_at",
     )
 
-    def __init__(self, websocket: WebSocket, services: Services) -> None:
+    def __init__(self, websocket: WebSocket, services: SessionDeps) -> None:
         self._websocket = websocket
         self._services = services
-        self._phrases = Phrases(asked_lang(websocket), services.settings.node)
+        self._phrases = FrameBuilder(asked_lang(websocket), services.settings.node)
         self._socket = socket_of(websocket.scope)
-        self._pump = Pump(self._socket, self._phrases, services.rounds)
+        self._pump = SessionWriter(self._socket, self._phrases, services.rounds)
         self._last_words: tuple[Close, ServerFrame] | None = None
         self._socket.on_rest(self._say_slow_down)
         self.peer = peer_of(websocket)
@@ -110,7 +103,7 @@ class Session:
         self.origin = origin_of(websocket)
         self._slowed = 0
         """How often it was told to slow down."""
-        self._conversation = Conversation(self, self._pump, self._phrases, services)
+        self._conversation = FrameHandler(self, self._pump, self._phrases, services)
         named = query_of(websocket.scope).get(USER_ID_FIELD)
         self.url_user = parse_user_id(named)
         """The user that the address names; None when it names none."""
@@ -188,7 +181,7 @@ class Session:
             self._last_words = (code, last_words)
             self._pump.finish(*self._last_words)
 
-    def refuse(self, verdict: Refuse) -> None:
+    def refuse(self, verdict: Reject) -> None:
         """Say why the user may not stay, and close."""
         self.close_with(verdict.close or Close.LOCKED, self._phrases.refused(verdict))
 
@@ -210,7 +203,7 @@ class Session:
         """See `Socket`."""
         self._socket.charge(frames)
 
-    def follow(self, reply: Reply) -> None:
+    def follow(self, reply: ReplyBuffer) -> None:
         """Follow an answer that begins."""
         self._conversation.follow(reply)
 

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 from zoneinfo import ZoneInfo
 
 import structlog
 
+from imstream.clock import Calendar, now
 from imstream.errors import StoreError
-from imstream.guards.guard import Guard, Pass, Refuse
-from imstream.store.accounts import Accounts, Banned, Locked, Spent
-from imstream.store.days import Calendar
-from imstream.store.inbox import AccountChanged
-from imstream.store.spans import now
+from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
+from imstream.model import ChatRequest
+from imstream.settings import Settings
+from imstream.store.accounts import Accounts, Banned, Locked, QuotaExhausted
+from imstream.store.inbox import AccountChanged, Inbox
 from imstream.texts import OwnSentence
 from imstream.wire import Close, Code
-
-if TYPE_CHECKING:
-    from imstream.guards.guard import Login, Supplies
-    from imstream.settings import Settings
-    from imstream.store.chat_request import ChatRequest
-    from imstream.store.inbox import Inbox
 
 BANNED = OwnSentence(
     "您的账号已被封禁,如有疑问请联系客服!", "This account is banned. If you think that is wrong, please contact us!"
@@ -54,21 +49,21 @@ class Account(Guard):
         self._calendar = Calendar(ZoneInfo(settings.quota_timezone))
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self | None:
+    def make(cls, supplies: GuardDeps) -> Self | None:
         """One of the two: this one, or the one that counts too."""
         settings = supplies.settings
         if cls.counts != (settings.daily_quota > 0):
             return None
         return cls(Accounts(supplies.commands, settings), supplies.inbox, settings)
 
-    async def login(self, login: Login) -> Pass | Refuse:
+    async def login(self, login: LoginAttempt) -> Allow | Reject:
         """Whether the account is neither banned nor locked; and how many messages are left today."""
         standing = await self._accounts.look(login.user_id, self._calendar.day(now()))
         if isinstance(standing, Banned | Locked):
             return self._keep_out(standing)
-        return Pass(remaining=self._remaining(standing.used))
+        return Allow(remaining=self._remaining(standing.used))
 
-    async def stay(self, user_id: int) -> Refuse | None:
+    async def stay(self, user_id: int) -> Reject | None:
         """Whether it still is."""
         standing = await self._accounts.look(user_id, self._calendar.day(now()))
         return self._keep_out(standing) if isinstance(standing, Banned | Locked) else None
@@ -87,11 +82,11 @@ class Account(Guard):
     def _remaining(self, used: int) -> int | None:
         return max(0, self._quota - used) if self.counts else None
 
-    def _keep_out(self, standing: Banned | Locked) -> Refuse:
+    def _keep_out(self, standing: Banned | Locked) -> Reject:
         if isinstance(standing, Banned):
-            return Refuse("banned", Code.FORBIDDEN, BANNED, close=Close.LOCKED)
+            return Reject("banned", Code.FORBIDDEN, BANNED, close=Close.LOCKED)
         until = self._calendar.show(now() + standing.left // timedelta(milliseconds=1))
-        return Refuse(
+        return Reject(
             *("locked", Code.FORBIDDEN, LOCKED, {"until": until}), retry_after=standing.left, close=Close.LOCKED
         )
 
@@ -106,22 +101,22 @@ class AccountWithQuota(Account):
 
     counts: ClassVar[bool] = True
 
-    async def chat(self, request: ChatRequest) -> Pass | Refuse:
+    async def chat(self, request: ChatRequest) -> Allow | Reject:
         """Count the message, if the account is neither banned nor locked and has one left."""
         user_id, message_id, at = request.user_id, request.message_id, request.at
         accounts, day = self._accounts, self._calendar.day(at)
         verdict = await accounts.count(user_id, message_id, at, day)
         if isinstance(verdict, Banned | Locked):
             return self._keep_out(verdict)
-        if isinstance(verdict, Spent):
+        if isinstance(verdict, QuotaExhausted):
             values = {"quota": self._quota, "until": self._calendar.show(day.ends)}
-            return Refuse(
+            return Reject(
                 *("quota", Code.RATE_LIMITED, SPENT, values), retry_after=timedelta(milliseconds=day.ends - at)
             )
         remaining = self._remaining(verdict.used)
         if not verdict.new:
-            return Pass(remaining=remaining)
-        return Pass(remaining=remaining, undo=lambda: accounts.uncount(user_id, message_id, at, day))
+            return Allow(remaining=remaining)
+        return Allow(remaining=remaining, undo=lambda: accounts.uncount(user_id, message_id, at, day))
 
     async def failed(self, request: ChatRequest) -> None:
         """Give it back: on the day on which it was asked."""

@@ -6,30 +6,36 @@ import importlib
 import inspect
 import pkgutil
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from types import TracebackType
+from typing import Self
 
 import structlog
 
 from imstream import guards as folder
 from imstream.errors import StoreError
-from imstream.guards.guard import Guard, Pass, Refuse, Refused, overrides
+from imstream.guards.guard import (
+    Allow,
+    AnswerFilter,
+    Guard,
+    GuardDeps,
+    GuardRejection,
+    Handshake,
+    LoginAttempt,
+    Reject,
+    overrides,
+)
 from imstream.logs import LIMITED
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from types import TracebackType
-
-    from imstream.guards.guard import AnswerFilter, Handshake, Login, Supplies
-    from imstream.store.chat_request import ChatRequest
+from imstream.model import ChatRequest
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
+class LoginAccepted:
     """A user may come in: until when, in seconds since 1970, and how many chats are left today."""
 
     until: float | None = None
@@ -37,12 +43,12 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class ChatAllowed:
     """A message may be admitted, as `request`. If it is not, `undo` takes back what that has cost."""
 
     request: ChatRequest
     remaining: int | None
-    passes: Sequence[Pass]
+    passes: Sequence[Allow]
 
     async def undo(self) -> None:
         """Take back what the guards have counted. Without Redis it stays counted."""
@@ -54,7 +60,7 @@ class Passed:
                     log.warning("a refused message stays counted", user=self.request.user_id, error=str(error))
 
 
-class Guards:
+class GuardChain:
     """The guards of one node. An async context manager: inside it they are at work."""
 
     def __init__(self, guards: Iterable[Guard] = ()) -> None:
@@ -72,7 +78,7 @@ class Guards:
         """What was refused since the start, by reason."""
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self:
+    def make(cls, supplies: GuardDeps) -> Self:
         """All guards that the settings ask for. Raises `SettingsError`."""
         made = (guard.make(supplies) for guard in all_guards())
         return cls(guard for guard in made if guard is not None)
@@ -102,7 +108,7 @@ class Guards:
                 reloaded += [] if what is None else [what]
         return reloaded
 
-    def handshake(self, handshake: Handshake) -> Refuse | None:
+    def handshake(self, handshake: Handshake) -> Reject | None:
         """Whether a socket may be opened."""
         for guard in self._handshake:
             if (refusal := guard.handshake(handshake)) is not None:
@@ -110,12 +116,12 @@ class Guards:
                 return refusal
         return None
 
-    async def login(self, login: Login) -> Welcome | Refuse:
+    async def login(self, login: LoginAttempt) -> LoginAccepted | Reject:
         """Whether a user may come in. Raises `StoreError`."""
         until, remaining = list[float](), list[int]()
         for guard in self._login:
             verdict = await guard.login(login)
-            if isinstance(verdict, Refuse):
+            if isinstance(verdict, Reject):
                 self.refused[verdict.reason] += 1
                 limited.info("login refused", reason=verdict.reason, user=login.user_id, peer=login.peer)
                 return verdict
@@ -123,36 +129,36 @@ class Guards:
                 until.append(verdict.until)
             if verdict.remaining is not None:
                 remaining.append(verdict.remaining)
-        return Welcome(min(until, default=None), min(remaining, default=None))
+        return LoginAccepted(min(until, default=None), min(remaining, default=None))
 
-    async def stay(self, user_id: int) -> Refuse | None:
+    async def stay(self, user_id: int) -> Reject | None:
         """Whether a user who has come in may stay. Raises `StoreError`."""
         for guard in self._stay:
             if (refusal := await guard.stay(user_id)) is not None:
                 return refusal
         return None
 
-    async def chat(self, request: ChatRequest) -> Passed | Refuse:
+    async def chat(self, request: ChatRequest) -> ChatAllowed | Reject:
         """Whether a message may be admitted. Raises `StoreError`."""
-        passes = list[Pass]()
+        passes = list[Allow]()
         for guard in self._chat:
             verdict = await guard.chat(request)
-            if isinstance(verdict, Refuse):
-                await Passed(request, None, passes).undo()
+            if isinstance(verdict, Reject):
+                await ChatAllowed(request, None, passes).undo()
                 await self.note(verdict, request)
                 return verdict
             request = _changed(request, verdict)
             passes.append(verdict)
         remaining = [one.remaining for one in passes if one.remaining is not None]
-        return Passed(request, min(remaining, default=None), passes)
+        return ChatAllowed(request, min(remaining, default=None), passes)
 
     async def request(self, request: ChatRequest) -> ChatRequest:
-        """What is to be asked. Raises `Refused` when nothing is, `BackendError` when that cannot be told now."""
+        """What is to be asked. Raises `GuardRejection` when nothing is, `BackendError` when that cannot be told now."""
         for guard in self._request:
             verdict = await guard.request(request)
-            if isinstance(verdict, Refuse):
+            if isinstance(verdict, Reject):
                 await self.note(verdict, request)
-                raise Refused(verdict)
+                raise GuardRejection(verdict)
             request = _changed(request, verdict)
         return request
 
@@ -166,7 +172,7 @@ class Guards:
         for guard in self._failed:
             await guard.failed(request)
 
-    async def note(self, verdict: Refuse, request: ChatRequest) -> None:
+    async def note(self, verdict: Reject, request: ChatRequest) -> None:
         """Count and log that a guard has refused a message, or the answer to it; tell those who want to know."""
         self.refused[verdict.reason] += 1
         # Violations are few: they lock the account. Of others, such as those for too many messages, there is no end.
@@ -195,14 +201,14 @@ class Filtered:
         self._write = write
 
     def feed(self, text: str) -> None:
-        """Take a piece of the answer. Raises `Refused`."""
+        """Take a piece of the answer. Raises `GuardRejection`."""
         for one in self._filters:
             if not (text := one.feed(text)):
                 return
         self._write(text)
 
     def end(self) -> None:
-        """Write what was held back. Raises `Refused`."""
+        """Write what was held back. Raises `GuardRejection`."""
         rest = ""
         for one in self._filters:
             rest = (one.feed(rest) if rest else "") + one.end()
@@ -223,7 +229,7 @@ def all_guards() -> list[type[Guard]]:
     ]
 
 
-def _changed(request: ChatRequest, verdict: Pass) -> ChatRequest:
+def _changed(request: ChatRequest, verdict: Allow) -> ChatRequest:
     if verdict.text is not None:
         request = replace(request, contents=verdict.text)
     return request if verdict.history is None else replace(request, history=verdict.history)

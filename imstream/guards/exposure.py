@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
 import structlog
 
 from imstream.errors import SettingsError
-from imstream.guards.guard import Guard, Refuse
-from imstream.guards.identity import keys_given
-from imstream.redis_url import is_loopback
+from imstream.guards.authentication import keys_given
+from imstream.guards.guard import Guard, GuardDeps, Handshake, Reject
 from imstream.settings import Settings
 from imstream.texts import OwnSentence
+from imstream.urls import is_loopback
 from imstream.wire import Code
 
-if TYPE_CHECKING:
-    from imstream.guards.guard import Handshake, Supplies
-
-_FROM_ELSEWHERE = Refuse(
+_FROM_ELSEWHERE = Reject(
     "from_elsewhere",
     Code.FORBIDDEN,
     OwnSentence(
@@ -40,7 +37,7 @@ class Exposure(Guard):
         self._insecure = insecure
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self | None:
+    def make(cls, supplies: GuardDeps) -> Self | None:
         """See `Guard`."""
         check_exposure(supplies.settings)
         return cls(insecure=supplies.settings.allow_insecure) if supplies.settings.auth == "none" else None
@@ -53,7 +50,7 @@ class Exposure(Guard):
             log.warning("identity is not checked: anybody on this machine may claim to be anybody (IMSTREAM_AUTH=none)")
         return self
 
-    def handshake(self, handshake: Handshake) -> Refuse | None:
+    def handshake(self, handshake: Handshake) -> Reject | None:
         """Refuse who comes through a balancer from elsewhere, and pages whose name was made to lead to this machine.
 
         The latter is DNS rebinding: such a page has the origin of our own, but not its name.

@@ -21,28 +21,26 @@ take microseconds, or one round trip to Redis. What takes longer belongs into th
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
-    from datetime import timedelta
-    from types import TracebackType
-
-    from imstream.settings import Settings
-    from imstream.store.chat_request import ChatRequest
-    from imstream.store.connection import Commands
-    from imstream.store.inbox import Inbox
-    from imstream.texts import Sentence
-    from imstream.wire import Close, Code
+from imstream.model import ChatRequest
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
+from imstream.store.inbox import Inbox
+from imstream.texts import Sentence
+from imstream.wire import Close, Code
 
 
 @dataclass(frozen=True)
-class Supplies:
+class GuardDeps:
     """What guards are made of."""
 
     settings: Settings
-    commands: Commands
+    commands: RedisClient
     inbox: Inbox
 
 
@@ -54,7 +52,7 @@ class Handshake:
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
+class LoginAttempt:
     """Somebody says who they are.
 
     Attributes:
@@ -70,7 +68,7 @@ class Login:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class Allow:
     """Nothing is wrong.
 
     Attributes:
@@ -88,12 +86,12 @@ class Pass:
     undo: Callable[[], Awaitable[None]] | None = None
 
 
-PASS = Pass()
+ALLOW = Allow()
 """Nothing is wrong, and nothing changes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refuse:
+class Reject:
     """It goes no further.
 
     Attributes:
@@ -116,10 +114,10 @@ class Refuse:
     detail: str = ""
 
 
-class Refused(Exception):  # noqa: N818 - a verdict, not an error of ours
+class GuardRejection(Exception):  # noqa: N818 - a verdict, not an error of ours
     """Raised in the worker for a request or an answer that goes no further."""
 
-    def __init__(self, verdict: Refuse) -> None:
+    def __init__(self, verdict: Reject) -> None:
         super().__init__(verdict.reason)
         self.verdict = verdict
 
@@ -128,11 +126,11 @@ class AnswerFilter(Protocol):
     """Listens to one attempt at an answer and says what of it may be shown."""
 
     def feed(self, text: str) -> str:
-        """Take the next piece; what may be shown by now, perhaps nothing. Raises `Refused`."""
+        """Take the next piece; what may be shown by now, perhaps nothing. Raises `GuardRejection`."""
         ...
 
     def end(self) -> str:
-        """The answer is complete: the rest of what may be shown. Raises `Refused`."""
+        """The answer is complete: the rest of what may be shown. Raises `GuardRejection`."""
         ...
 
 
@@ -142,7 +140,7 @@ class Guard:
     order: ClassVar[int] = 50
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self | None:
+    def make(cls, supplies: GuardDeps) -> Self | None:
         """The guard of a node; None when the settings leave it out.
 
         Raises:
@@ -166,25 +164,25 @@ class Guard:
         """
         return None
 
-    def handshake(self, handshake: Handshake) -> Refuse | None:  # noqa: ARG002 - for who overrides it
+    def handshake(self, handshake: Handshake) -> Reject | None:  # noqa: ARG002 - for who overrides it
         """Whether a socket may be opened. A refusal is answered with HTTP 403."""
         return None
 
-    async def login(self, login: Login) -> Pass | Refuse:  # noqa: ARG002 - same
+    async def login(self, login: LoginAttempt) -> Allow | Reject:  # noqa: ARG002 - same
         """Whether a user may come in. Raises `StoreError` when that cannot be told now."""
-        return PASS
+        return ALLOW
 
-    async def stay(self, user_id: int) -> Refuse | None:  # noqa: ARG002 - same
+    async def stay(self, user_id: int) -> Reject | None:  # noqa: ARG002 - same
         """Whether a user who has come in may stay; if not, all sessions are closed. Raises `StoreError`."""
         return None
 
-    async def chat(self, request: ChatRequest) -> Pass | Refuse:  # noqa: ARG002 - same
+    async def chat(self, request: ChatRequest) -> Allow | Reject:  # noqa: ARG002 - same
         """Whether a message may be admitted. Raises `StoreError` when that cannot be told now."""
-        return PASS
+        return ALLOW
 
-    async def request(self, request: ChatRequest) -> Pass | Refuse:  # noqa: ARG002 - same
+    async def request(self, request: ChatRequest) -> Allow | Reject:  # noqa: ARG002 - same
         """Whether a message may be given to the AI. Raises `BackendError` when that cannot be told now."""
-        return PASS
+        return ALLOW
 
     def answer(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - same
         """Who listens to an attempt at an answer to this request; None: nobody."""

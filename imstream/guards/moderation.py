@@ -7,8 +7,10 @@ these turns are moderated as well, each once. A message is not held against its 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, ClassVar, Self
+from types import TracebackType
+from typing import ClassVar, Self
 
 import structlog
 
@@ -16,17 +18,11 @@ from imstream.ai.batches import Batches
 from imstream.ai.breaker import Breaker
 from imstream.ai.moderations import WRONG_NUMBER, Moderated, Moderations
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
-from imstream.guards.guard import PASS, Guard, Pass, Refuse
+from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
+from imstream.model import ChatRequest
+from imstream.settings import Settings
 from imstream.texts import OwnSentence
 from imstream.wire import Code
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
-
-    from imstream.guards.guard import Supplies
-    from imstream.settings import Settings
-    from imstream.store.chat_request import ChatRequest
 
 FAILURES = 3
 """Failed calls in a row after which the service is left alone, for as long as a failing AI backend would be."""
@@ -70,7 +66,7 @@ class Moderation(Guard):
         """Earlier turns that passed, by their hash, which nobody can foresee. They come again with later messages."""
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self | None:
+    def make(cls, supplies: GuardDeps) -> Self | None:
         """None without an address. Raises `SettingsError`."""
         return None if supplies.settings.moderation_url is None else cls(supplies.settings)
 
@@ -84,23 +80,23 @@ class Moderation(Guard):
         await self._batches.aclose()
         await self._server.__aexit__(kind, error, traceback)
 
-    async def request(self, request: ChatRequest) -> Pass | Refuse:
+    async def request(self, request: ChatRequest) -> Allow | Reject:
         """Whether the service flags the message. Raises `TransientBackendError` when it is away and nothing passes."""
         earlier = self._earlier(request)
         answer, *others = await self._judge([request.contents, *earlier])
         if isinstance(answer, Moderated) and answer.flagged:
-            return Refuse("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=answer.categories)
+            return Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=answer.categories)
         if isinstance(answer, BackendError) and _blames_text(answer):
-            return Refuse("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(answer))
+            return Reject("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(answer))
         for text, one in zip(earlier, others, strict=True):
             if isinstance(one, Moderated) and not one.flagged:
                 self._remember(text)
             elif isinstance(one, Moderated) or _blames_text(one):
                 detail = one.categories if isinstance(one, Moderated) else str(one)
-                return Refuse("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
+                return Reject("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
         away = next((one for one in (answer, *others) if isinstance(one, BackendError)), None)
         if away is None or self._open:
-            return PASS
+            return ALLOW
         wait = away.retry_after if isinstance(away, TransientBackendError) else None
         raise TransientBackendError("moderation_unavailable", str(away), retry_after=wait)
 

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import hmac
 import re
-from typing import TYPE_CHECKING, ClassVar, Self
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Self
 from urllib.parse import SplitResult, urlsplit
 
+from pydantic import SecretStr
+
 from imstream.errors import SettingsError
-from imstream.guards.guard import PASS, Guard, Pass, Refuse
+from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Handshake, LoginAttempt, Reject
 from imstream.settings import Settings
 from imstream.texts import OwnSentence
 from imstream.wire import Close, Code
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-
-    from pydantic import SecretStr
-
-    from imstream.guards.guard import Handshake, Login, Supplies
 
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -30,14 +26,14 @@ _ALLOWED = "a list with commas of same, null, or origins such as https://chat.ex
 
 NULL = "null"
 
-_REFUSAL = Refuse(
+_REFUSAL = Reject(
     "origin",
     Code.FORBIDDEN,
     OwnSentence("不允许此来源的网页连接 (IMSTREAM_ORIGINS)", "Pages of this origin may not connect (IMSTREAM_ORIGINS)"),
 )
 
 
-_NO_TOKEN = Refuse(
+_NO_TOKEN = Reject(
     "page_token",
     Code.UNAUTHORIZED,
     OwnSentence("请用令牌 (token) 登录 (IMSTREAM_PAGE_TOKEN)", "Please log in with a token (IMSTREAM_PAGE_TOKEN)"),
@@ -56,7 +52,7 @@ class Origin(Guard):
         self._page_token = page_token
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self | None:
+    def make(cls, supplies: GuardDeps) -> Self | None:
         """See `Guard`."""
         settings = supplies.settings
         origins, authenticated = parse_origins(settings.origins), settings.auth != "none"
@@ -70,7 +66,7 @@ class Origin(Guard):
             return None
         return cls(origins, authenticated=authenticated, page_token=settings.page_token)
 
-    def handshake(self, handshake: Handshake) -> Refuse | None:
+    def handshake(self, handshake: Handshake) -> Reject | None:
         """Refuse the pages of other origins."""
         origin = handshake.headers.get("origin")
         if origin is None or origin in self._origins:
@@ -80,13 +76,13 @@ class Origin(Guard):
         allowed = "*" in self._origins or ("same" in self._origins and is_same(origin, handshake.headers))
         return None if allowed else _REFUSAL
 
-    async def login(self, login: Login) -> Pass | Refuse:
+    async def login(self, login: LoginAttempt) -> Allow | Reject:
         """Refuse a page of the origin null without the token, where nothing else tells who it is."""
         if login.origin != NULL or self._authenticated:
-            return PASS
+            return ALLOW
         shown, wanted = login.token or "", self._page_token
         if wanted is not None and hmac.compare_digest(_as_bytes(shown), _as_bytes(wanted.get_secret_value())):
-            return PASS
+            return ALLOW
         return _NO_TOKEN
 
 

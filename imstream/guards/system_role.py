@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
-from imstream.guards.guard import PASS, Guard, Refuse
+from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
+from imstream.model import ChatRequest
 from imstream.texts import OwnSentence
 from imstream.wire import Code
-
-if TYPE_CHECKING:
-    from imstream.guards.guard import Pass, Supplies
-    from imstream.store.chat_request import ChatRequest
 
 _SENTENCE = OwnSentence(
     "不允许使用系统角色 (history.{number}.role: system)",
@@ -24,13 +21,13 @@ class SystemRole(Guard):
     order: ClassVar[int] = 20
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self | None:
+    def make(cls, supplies: GuardDeps) -> Self | None:
         """See `Guard.make`."""
         return None if supplies.settings.allow_system_role else cls()
 
-    async def chat(self, request: ChatRequest) -> Pass | Refuse:
+    async def chat(self, request: ChatRequest) -> Allow | Reject:
         """See `Guard.chat`."""
         for number, (role, _) in enumerate(request.history):
             if role == "system":
-                return Refuse("system_role", Code.FORBIDDEN, _SENTENCE, {"number": number})
-        return PASS
+                return Reject("system_role", Code.FORBIDDEN, _SENTENCE, {"number": number})
+        return ALLOW

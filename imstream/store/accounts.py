@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from imstream.clock import Day, milliseconds
 from imstream.keys import Keys
-from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds
-
-if TYPE_CHECKING:
-    from imstream.settings import Settings
-    from imstream.store.connection import Commands
-    from imstream.store.days import Day
+from imstream.redis.client import RedisClient
+from imstream.redis.scripts import Script
+from imstream.settings import Settings
 
 KEPT_AFTER_DAY = milliseconds(timedelta(hours=1))
 """For how many milliseconds the messages of a day are kept after its end: by that much clocks may differ."""
@@ -41,7 +38,7 @@ class Locked:
 
 
 @dataclass(frozen=True, slots=True)
-class Free:
+class AccountOpen:
     """The user may come in, and has asked `used` messages today."""
 
     used: int
@@ -56,12 +53,12 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class QuotaExhausted:
     """A message may not be asked: the user has asked enough today."""
 
 
 @dataclass(frozen=True, slots=True)
-class Blamed:
+class ViolationRecorded:
     """A refused content is counted.
 
     Attributes:
@@ -86,7 +83,7 @@ class Restricted:
 class Accounts:
     """The accounts of all users."""
 
-    def __init__(self, commands: Commands, settings: Settings) -> None:
+    def __init__(self, commands: RedisClient, settings: Settings) -> None:
         self._commands = commands
         self._keys = Keys(settings.key_prefix)
         self._quota = settings.daily_quota
@@ -94,13 +91,15 @@ class Accounts:
         lock, window = milliseconds(settings.lock_time), milliseconds(settings.violation_window)
         self._blame = (window, settings.lock_after, lock, settings.ban_after, f"node {settings.node}")
 
-    async def look(self, user_id: int, day: Day) -> Free | Locked | Banned:
+    async def look(self, user_id: int, day: Day) -> AccountOpen | Locked | Banned:
         """Whether a user may come in."""
         keys = (self._keys.account(user_id), self._keys.quota(user_id, day.name))
         verdict, *rest = await _ALLOW.run(self._commands, keys, ())
-        return _kept_out(verdict, rest) or Free(int(rest[0]))
+        return _kept_out(verdict, rest) or AccountOpen(int(rest[0]))
 
-    async def count(self, user_id: int, message_id: str, at: int, day: Day) -> Counted | Spent | Locked | Banned:
+    async def count(
+        self, user_id: int, message_id: str, at: int, day: Day
+    ) -> Counted | QuotaExhausted | Locked | Banned:
         """Count a message, unless it may not be asked. `at`: when it is asked, in milliseconds since 1970."""
         keys = self._keys
         verdict, *rest = await _ALLOW.run(
@@ -110,7 +109,7 @@ class Accounts:
         )
         if (kept_out := _kept_out(verdict, rest)) is not None:
             return kept_out
-        return Spent() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")
+        return QuotaExhausted() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")
 
     async def uncount(self, user_id: int, message_id: str, at: int, day: Day) -> None:
         """Take back what `count` has counted as new: the message was not admitted."""
@@ -127,11 +126,11 @@ class Accounts:
         await self._commands.execute("DEL", key)
         return used
 
-    async def blame(self, user_id: int) -> Blamed:
+    async def blame(self, user_id: int) -> ViolationRecorded:
         """Count a content that was refused, and lock or ban the user who has written too many."""
         keys = (self._keys.violations(user_id), self._keys.account(user_id), self._keys.route(user_id))
         count, verdict, *nodes = await _BLAME.run(self._commands, keys, self._blame)
-        return Blamed(int(count), verdict, tuple(nodes))
+        return ViolationRecorded(int(count), verdict, tuple(nodes))
 
     async def lock(self, user_id: int, span: timedelta, *, reason: str, by: str) -> Restricted:
         """Lock a user for so long from now on."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from imstream.clock import milliseconds
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
-from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds
-
-if TYPE_CHECKING:
-    from imstream.settings import Settings
-    from imstream.store.connection import Commands
+from imstream.redis.client import RedisClient
+from imstream.redis.scripts import Script
+from imstream.settings import Settings
 
 _ADOPT = Script("adopt")
 _LEAVE = Script("leave")
@@ -36,7 +33,7 @@ class NotAdopted:
 class Adoption:
     """What one node does about the streams of others."""
 
-    def __init__(self, commands: Commands, settings: Settings) -> None:
+    def __init__(self, commands: RedisClient, settings: Settings) -> None:
         self.node = settings.node
         self._commands = commands
         self._keys = Keys(settings.key_prefix)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import structlog
 
+from imstream.clock import milliseconds
 from imstream.errors import StoreError
 from imstream.keys import Keys
-from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from imstream.settings import Settings
-    from imstream.store.connection import Argument, Commands, Reader
+from imstream.redis.client import Argument, BlockingReader, RedisClient
+from imstream.redis.scripts import Script
+from imstream.settings import Settings
 
 KEPT_NOTICES = 1_000
 """About so many are kept; a node that is further behind finds out by looking."""
@@ -88,7 +84,7 @@ class AccountChanged:
 Notice = ReplyGrew | SessionReplaced | NodeLeft | AccountChanged
 
 
-async def leave(commands: Commands, keys: Keys, node: str, notice: Notice) -> None:
+async def leave(commands: RedisClient, keys: Keys, node: str, notice: Notice) -> None:
     """Leave a notice for a node. Raises `StoreError`."""
     arguments: tuple[Argument, ...] = (KEPT_NOTICES, milliseconds(INBOX_TTL), *notice.fields())
     await _TELL.run(commands, (keys.inbox(node),), arguments)
@@ -97,7 +93,7 @@ async def leave(commands: Commands, keys: Keys, node: str, notice: Notice) -> No
 class Inbox:
     """The inbox of this node, and the way to those of the others."""
 
-    def __init__(self, commands: Commands, reader: Reader, settings: Settings) -> None:
+    def __init__(self, commands: RedisClient, reader: BlockingReader, settings: Settings) -> None:
         self.node = settings.node
         self._commands = commands
         self._reader = reader

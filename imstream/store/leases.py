@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from imstream.clock import milliseconds, now, span_of
 from imstream.errors import StoreError
 from imstream.keys import GROUP, Keys
-from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds, now, span_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from imstream.settings import Settings
-    from imstream.store.connection import Commands
+from imstream.redis.client import RedisClient
+from imstream.redis.scripts import Script
+from imstream.settings import Settings
 
 MAX_FIELD = 256
 """Maximum length of a text in a lease. More is not read."""
@@ -102,7 +99,7 @@ class HeldByOther:
 class Leases:
     """The lease of this node, and what those of the others tell."""
 
-    def __init__(self, commands: Commands, settings: Settings) -> None:
+    def __init__(self, commands: RedisClient, settings: Settings) -> None:
         self.node = settings.node
         self._commands = commands
         self._keys = Keys(settings.key_prefix)

@@ -3,58 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from pydantic_core import from_json, to_json
-
-from imstream.disposition import Refusal
+from imstream.clock import milliseconds
 from imstream.keys import Keys
-from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds
-
-if TYPE_CHECKING:
-    from imstream.settings import Settings
-    from imstream.store.connection import Argument, Commands
+from imstream.model import TERMINAL_EVENTS, Record, Terminal, TerminalEvent
+from imstream.redis.client import Argument, RedisClient
+from imstream.redis.scripts import Script
+from imstream.settings import Settings
 
 _QUEUED = Script("queued")
 _OPEN = Script("open")
 _APPEND = Script("append")
 _CANCEL = Script("cancel")
 
-TerminalEvent = Literal["done", "failed", "cancelled"]
 Receipt = Literal["cancelled", "too_late", "unknown"]
-_TERMINAL: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
-_KNOWN = frozenset({"queued", "opened", "text", *_TERMINAL})
-
-
-@dataclass(frozen=True, slots=True)
-class Terminal:
-    """How a reply ended.
-
-    Attributes:
-        reason: For `failed`: why, as in the dead stream.
-        refusal: For `failed`: what to tell instead of the usual, when a guard refused the message.
-    """
-
-    event: TerminalEvent
-    finish_reason: str | None = None
-    usage: dict[str, int] | None = None
-    reason: str | None = None
-    error: str | None = None
-    refusal: Refusal | None = None
-
-    def fields(self) -> tuple[str, ...]:
-        """What the terminal entry carries beside attempt, event, offset and text, as field, value, …."""
-        named = {
-            "finish_reason": self.finish_reason,
-            "usage": None if self.usage is None else to_json(self.usage).decode(),
-            "reason": self.reason,
-            "error": self.error,
-            "code": None if self.refusal is None else self.refusal.code,
-            "sentence": None if self.refusal is None else self.refusal.sentence,
-            "violation": "1" if self.refusal is not None and self.refusal.violation else None,
-        }
-        return tuple(part for name, value in named.items() if value is not None for part in (name, value))
+_KNOWN = frozenset({"queued", "opened", "text", *TERMINAL_EVENTS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,33 +65,16 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
+class CancelRecorded:
     """The reply has ended as cancelled. `nodes`: the one that worked on it, and where sockets of the user are."""
 
     nodes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is recorded of one reply, or what of it is new since an earlier record.
-
-    Attributes:
-        text: Text of the last attempt, from `start` on.
-        start: Offset of that text: 0, unless the record goes on where an earlier one ended.
-        position: Where this record ends; the next one may begin there.
-    """
-
-    attempt: int
-    text: str
-    terminal: Terminal | None
-    start: int = 0
-    position: str = field(default="", compare=False)
-
-
 class ReplyStore:
     """The reply streams, each under its user and message id."""
 
-    def __init__(self, commands: Commands, settings: Settings) -> None:
+    def __init__(self, commands: RedisClient, settings: Settings) -> None:
         self._commands = commands
         self._keys = Keys(settings.key_prefix)
         self._node = settings.node
@@ -138,7 +85,7 @@ class ReplyStore:
         """Note that the message waits, unless anything is known of it already."""
         # No worker is free: the message waits, and its mark may wait for others to travel with.
         keys = self._keys_of(user_id, message_id)[:1]
-        await _QUEUED.run(self._commands, keys, (self._queued_ttl,), hurry=False)
+        await _QUEUED.run(self._commands, keys, (self._queued_ttl,), urgent=False)
 
     async def open(
         self, user_id: int, message_id: str, *, request: str, lost: str = "", after: int = 0
@@ -187,10 +134,10 @@ class ReplyStore:
             case _:
                 return Rejected(answer[0])
 
-    async def cancel(self, user_id: int, message_id: str) -> Cancelled | Literal["too_late", "unknown"]:
+    async def cancel(self, user_id: int, message_id: str) -> CancelRecorded | Literal["too_late", "unknown"]:
         """End the reply as cancelled, wherever it is worked on."""
         verdict, *nodes = await _CANCEL.run(self._commands, self._keys_of(user_id, message_id), (self._ttl,))
-        return Cancelled(tuple(nodes)) if verdict == "cancelled" else verdict
+        return CancelRecorded(tuple(nodes)) if verdict == "cancelled" else verdict
 
     async def read(self, user_id: int, message_id: str, *, after: str = "") -> Record | None:
         """What is recorded of the last attempt; None when the reply has expired or never was.
@@ -216,8 +163,8 @@ class ReplyStore:
             elif start is None:
                 start = int(fields["offset"]) - len(text)
             texts.append(text)
-            if fields["event"] in _TERMINAL:
-                terminal = _terminal(fields)
+            if fields["event"] in TERMINAL_EVENTS:
+                terminal = Terminal.from_fields(fields)
         return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0])
 
     async def showed_text(self, user_id: int, message_id: str) -> bool:
@@ -228,14 +175,3 @@ class ReplyStore:
 
     def _keys_of(self, user_id: int, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)
-
-
-def _terminal(fields: dict[str, Any]) -> Terminal:
-    return Terminal(
-        event=fields["event"],
-        finish_reason=fields.get("finish_reason"),
-        usage=from_json(fields["usage"]) if "usage" in fields else None,
-        reason=fields.get("reason"),
-        error=fields.get("error"),
-        refusal=Refusal(fields["code"], fields["sentence"], "violation" in fields) if "sentence" in fields else None,
-    )

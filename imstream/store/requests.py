@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import Any
 
+from imstream.clock import milliseconds, now
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
-from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds, now
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from datetime import timedelta
-
-    from imstream.settings import Settings
-    from imstream.store.chat_request import ChatRequest
-    from imstream.store.connection import Argument, Commands, Reader
+from imstream.model import ChatRequest
+from imstream.redis.client import Argument, BlockingReader, RedisClient
+from imstream.redis.scripts import Script
+from imstream.settings import Settings
 
 KEPT_DEAD_LETTERS = 10_000
 MAX_PENDING_LISTED = 1_000
@@ -44,7 +41,7 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class QueueFull:
     """A request did not fit. `by_user`: the user's own cap was reached, not the node's."""
 
     by_user: bool
@@ -80,7 +77,9 @@ class RequestStream:
         consumer: The node that works on it.
     """
 
-    def __init__(self, commands: Commands, reader: Reader, settings: Settings, *, node: str | None = None) -> None:
+    def __init__(
+        self, commands: RedisClient, reader: BlockingReader, settings: Settings, *, node: str | None = None
+    ) -> None:
         self.consumer = settings.node
         self.node = settings.node if node is None else node
         keys = self._all_keys = Keys(settings.key_prefix)
@@ -97,13 +96,13 @@ class RequestStream:
         """Whether it is the stream of the node that works on it."""
         return self.consumer == self.node
 
-    async def admit(self, request: ChatRequest) -> Admitted | Refused:
+    async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request unless the node's or the user's cap is reached."""
         arguments: tuple[Argument, ...] = (*self._limits, GROUP, str(request.user_id), *request.fields())
         verdict, *rest = await _ADMIT.run(self._commands, self._keys, arguments)
         if verdict == "admitted":
             return Admitted(rest[0], int(rest[1]))
-        return Refused(by_user=verdict == "user_full")
+        return QueueFull(by_user=verdict == "user_full")
 
     async def prepare(self) -> bool:
         """Make the consumer group if need be and count the users' requests anew; True when it had to be made."""
@@ -205,7 +204,7 @@ class RequestStream:
         """Acknowledge and delete a request whose terminal event is recorded."""
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""))
         # Nobody waits for it; and a request admitted meanwhile travels behind it, and finds its place free.
-        await _FINISH.run(self._commands, self._keys, arguments, hurry=False)
+        await _FINISH.run(self._commands, self._keys, arguments, urgent=False)
 
     async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
         """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""

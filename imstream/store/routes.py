@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
+from imstream.clock import milliseconds
 from imstream.keys import Keys
-from imstream.store.scripts import Script
-from imstream.store.spans import milliseconds
-
-if TYPE_CHECKING:
-    from imstream.settings import Settings
-    from imstream.store.connection import Commands
+from imstream.redis.client import RedisClient
+from imstream.redis.scripts import Script
+from imstream.settings import Settings
 
 ROUTE_TTL = timedelta(minutes=30)
 """How long a route is kept unless it is noted again: that long a dead node is left notices which nobody reads."""
@@ -21,7 +18,7 @@ _ARRIVE = Script("arrive")
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
+class RouteAdded:
     """A login is noted.
 
     Attributes:
@@ -38,16 +35,16 @@ class Login:
 class Routes:
     """The routes that lead to this node."""
 
-    def __init__(self, commands: Commands, settings: Settings) -> None:
+    def __init__(self, commands: RedisClient, settings: Settings) -> None:
         self.node = settings.node
         self._commands = commands
         self._keys = Keys(settings.key_prefix)
 
-    async def arrive(self, user_id: int) -> Login:
+    async def arrive(self, user_id: int) -> RouteAdded:
         """Note that this node holds a socket of the user. May be repeated."""
         keys = (self._keys.route(user_id), self._keys.account(user_id))
         number, marked, *nodes = await _ARRIVE.run(self._commands, keys, (self.node, milliseconds(ROUTE_TTL)))
-        return Login(int(number), tuple(nodes), marked=bool(marked))
+        return RouteAdded(int(number), tuple(nodes), marked=bool(marked))
 
     async def leave(self, user_id: int) -> None:
         """Note that this node holds none any more."""

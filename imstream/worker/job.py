@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
-from imstream.disposition import (
+from imstream.errors import BackendError, StoreError
+from imstream.guards.guard import GuardRejection
+from imstream.model import ChatRequest, Terminal
+from imstream.redis.retry import retry_until_available
+from imstream.reply_buffer import ReplyBuffer
+from imstream.store.inbox import ReplyGrew
+from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected
+from imstream.store.requests import Entry
+from imstream.worker.attempt import AttemptRunner, refusal
+from imstream.worker.deps import WorkerDeps
+from imstream.worker.disposition import (
     INTERNAL_ERROR,
     Bury,
     Decline,
@@ -23,19 +32,7 @@ from imstream.disposition import (
     after_opening,
     before_start,
 )
-from imstream.errors import BackendError, StoreError
-from imstream.guards.guard import Refused
-from imstream.store.inbox import ReplyGrew
-from imstream.store.patience import patiently
-from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Rejected, Terminal
-from imstream.worker.asking import Asking, refusal
-from imstream.worker.recorder import Recorder
-
-if TYPE_CHECKING:
-    from imstream.reply import Reply
-    from imstream.store.chat_request import ChatRequest
-    from imstream.store.requests import Entry
-    from imstream.worker.parts import Parts
+from imstream.worker.reply_writer import ReplyWriter
 
 log = structlog.get_logger()
 
@@ -62,22 +59,22 @@ class Stop(Enum):
 class Job:
     """Has one request answered. `run` does all of it; `stop` ends it early; `flush` records what has gathered."""
 
-    def __init__(self, entry: Entry, request: ChatRequest, parts: Parts, verdict: Bury | None = None) -> None:
+    def __init__(self, entry: Entry, request: ChatRequest, parts: WorkerDeps, verdict: Bury | None = None) -> None:
         """`verdict`: what has been decided before: the request is not tried at all."""
         self.entry = entry
         self.request = request
-        self.reply: Reply = parts.board.get(request.user_id, request.message_id)
+        self.reply: ReplyBuffer = parts.board.get(request.user_id, request.message_id)
         self.ended = asyncio.Event()
         self.is_finished = False
         """Whether its request has ended, or was found to be another node's."""
         self._parts = parts
         self._limits = Limits.of(parts.settings)
         self._id = f"{parts.requests.node}/{entry.entry_id}"
-        self._asking = Asking(request, parts)
+        self._asking = AttemptRunner(request, parts)
         self._verdict = verdict
         self._showed_text = False
         """Whether an attempt here has shown any, recorded or not."""
-        self._recorder: Recorder | None = None
+        self._recorder: ReplyWriter | None = None
         self._scope: asyncio.Timeout | None = None
         self._stopped: Stop | None = None
         self._attempts = 0
@@ -158,8 +155,11 @@ class Job:
     async def _give_back(self) -> None:
         """Take back what the message has cost its user, unless that has got something for it: some text."""
         user_id, message_id = self.request.user_id, self.request.message_id
-        if not (self._showed_text or await patiently(lambda: self._parts.replies.showed_text(user_id, message_id))):
-            await patiently(lambda: self._parts.guards.failed(self.request))
+        if not (
+            self._showed_text
+            or await retry_until_available(lambda: self._parts.replies.showed_text(user_id, message_id))
+        ):
+            await retry_until_available(lambda: self._parts.guards.failed(self.request))
 
     async def _decide_safely(self) -> Disposition:
         try:
@@ -198,7 +198,7 @@ class Job:
             return verdict
         try:
             completion = await self._asking.ask(self._recorder.write)
-        except Refused as refused:
+        except GuardRejection as refused:
             return refusal(refused.verdict, self.request.lang)
         except BackendError as error:
             elapsed = timedelta(seconds=asyncio.get_running_loop().time() - self._began)
@@ -213,7 +213,7 @@ class Job:
         if known:
             return known.pop()
         # Our lease may have run out during the attempt that failed: whoever has the request now is at work on it (I7).
-        if await patiently(lambda: self._parts.requests.is_taken(self.entry)):
+        if await retry_until_available(lambda: self._parts.requests.is_taken(self.entry)):
             self._log.warning("request was taken over by another node", attempt=self.reply.attempt)
             return Leave()
         return await self._attempt()
@@ -245,7 +245,9 @@ class Job:
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
             parts = self._parts
-            self._recorder = Recorder(self.reply, parts.replies, parts.inbox, request=self._id, attempt=opened.attempt)
+            self._recorder = ReplyWriter(
+                self.reply, parts.replies, parts.inbox, request=self._id, attempt=opened.attempt
+            )
             begun = opened.attempt == 1
             if begun:
                 parts.begun(self.reply)
@@ -255,14 +257,14 @@ class Job:
 
     async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate:
         reply, replies = self.reply, self._parts.replies
-        return await patiently(
+        return await retry_until_available(
             # After the attempt that is known here: should Redis have lost it, none is begun with the same number.
             lambda: replies.open(reply.user_id, reply.message_id, request=self._id, lost=lost, after=reply.attempt)
         )
 
     async def _is_lost(self, owner: str) -> bool:
         """An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost."""
-        return not await patiently(lambda: self._parts.requests.is_unfinished(owner))
+        return not await retry_until_available(lambda: self._parts.requests.is_unfinished(owner))
 
     async def _already(self, opened: Ended | Duplicate) -> Disposition:
         """There is nothing to do: the message has ended, or another request has it."""
@@ -305,9 +307,9 @@ class Job:
             case Stop.CANCELLED:
                 # The text so far stays, all that clients saw of it.
                 if self._recorder is not None:
-                    await patiently(self._recorder.flush)
-                receipt = await patiently(lambda: replies.cancel(user_id, message_id))
-                if isinstance(receipt, Cancelled):
+                    await retry_until_available(self._recorder.flush)
+                receipt = await retry_until_available(lambda: replies.cancel(user_id, message_id))
+                if isinstance(receipt, CancelRecorded):
                     await self._parts.inbox.tell(receipt.nodes, ReplyGrew(user_id, message_id))
                 elif receipt == "unknown":  # Redis lost it, and nobody asks for it any more
                     self.reply.end(Terminal("cancelled"))
@@ -325,7 +327,9 @@ class Job:
 
     async def _show_record(self) -> None:
         """Give followers what is recorded."""
-        record = await patiently(lambda: self._parts.replies.read(self.reply.user_id, self.reply.message_id))
+        record = await retry_until_available(
+            lambda: self._parts.replies.read(self.reply.user_id, self.reply.message_id)
+        )
         if record is not None:
             self.reply.load(record)
 

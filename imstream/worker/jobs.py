@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imstream.errors import StoreUnavailable
+from imstream.redis.retry import retry_until_available
 from imstream.store.inbox import ReplyGrew
-from imstream.store.patience import patiently
-from imstream.store.replies import Cancelled
+from imstream.store.replies import CancelRecorded
 from imstream.worker.job import Stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imstream.reply import ReplyBoard
+    from imstream.reply_buffer import ReplyBuffers
     from imstream.settings import Settings
     from imstream.store.inbox import Inbox
     from imstream.store.replies import Receipt, ReplyStore
+    from imstream.worker.consumer import StreamConsumer
     from imstream.worker.job import Job
-    from imstream.worker.worker import Worker
 
 UNREAD_ROUNDS = 3
 """Rounds in which an answer is recorded once while nobody reads it on another node. Its own sockets never wait for the
@@ -48,7 +48,7 @@ class Slots:
 class Jobs:
     """What this node works on, and how much more it may take. Its workers share the slots."""
 
-    def __init__(self, settings: Settings, replies: ReplyStore, board: ReplyBoard, inbox: Inbox) -> None:
+    def __init__(self, settings: Settings, replies: ReplyStore, board: ReplyBuffers, inbox: Inbox) -> None:
         self._settings = settings
         self._replies = replies
         self._board = board
@@ -58,8 +58,8 @@ class Jobs:
         self._draining = False
         self._left: Counter[str] | None = None
         """Once the node was told to stop: requests whose jobs have ended without them, by the node of their stream."""
-        self._workers: set[Worker] = set()
-        self._next: Worker | None = None
+        self._workers: set[StreamConsumer] = set()
+        self._next: StreamConsumer | None = None
         """Who found no free slot and gets the next: else the one that waits for requests would keep the last."""
         self.changed = asyncio.Event()
         """A job has ended, or a worker shall stop: look again."""
@@ -72,17 +72,17 @@ class Jobs:
         """How many more jobs there may be."""
         return self._settings.concurrency - len(self._jobs)
 
-    def join(self, worker: Worker) -> None:
+    def join(self, worker: StreamConsumer) -> None:
         """A worker shares the slots from now on."""
         self._workers.add(worker)
 
-    def leave(self, worker: Worker) -> None:
+    def leave(self, worker: StreamConsumer) -> None:
         """It takes none any more."""
         self._workers.discard(worker)
         self._forget(worker)
 
     @contextmanager
-    def reserve(self, most: int, worker: Worker) -> Iterator[Slots]:
+    def reserve(self, most: int, worker: StreamConsumer) -> Iterator[Slots]:
         """Reserve up to so many free slots for a worker, and give back on leaving what no job was added to.
 
         Who shares them with other workers gets half, so that some are left for the next one that asks. Who gets none
@@ -104,7 +104,7 @@ class Jobs:
             if slots.free and len(self._workers) > 1:
                 self.changed.set()
 
-    def _forget(self, worker: Worker) -> None:
+    def _forget(self, worker: StreamConsumer) -> None:
         if self._next is worker:
             self._next = None
 
@@ -130,7 +130,9 @@ class Jobs:
     async def uncount_deliveries(self) -> None:
         """Do not count the deliveries of running requests as deaths: this process was told to stop, however it ends."""
         self._left = Counter()
-        await asyncio.gather(*(patiently(job.uncount_delivery) for job in self._jobs), return_exceptions=True)
+        await asyncio.gather(
+            *(retry_until_available(job.uncount_delivery) for job in self._jobs), return_exceptions=True
+        )
 
     def unfinished(self) -> Counter[str]:
         """Requests that are left to others now that the node was told to stop, by the node of their stream."""
@@ -159,7 +161,7 @@ class Jobs:
 
     async def _cancel_elsewhere(self, user_id: int, message_id: str) -> Receipt:
         receipt = await self._replies.cancel(user_id, message_id)
-        if not isinstance(receipt, Cancelled):
+        if not isinstance(receipt, CancelRecorded):
             return receipt
         await self._inbox.tell(receipt.nodes, ReplyGrew(user_id, message_id))
         record = await self._replies.read(user_id, message_id)

@@ -19,19 +19,16 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ops.benchmark import guards, releases
 from ops.benchmark.processes import Stage
 from ops.benchmark.report import SERVICES, Found, as_json, bar_lines, bars, circumstances_lines, table
 from ops.benchmark.runs import Run, capacity, in_turns, memory_per_socket
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,12 @@ import argparse
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import uvloop
 
-from imstream.ai.demo.http_server import LAST_CHUNK, Connection, Server, chunked, event, head
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from imstream.demo.http_server import LAST_CHUNK, HttpConnection, HttpServer, chunked, event, head
 
 DELTAS = 32
 PACE = 0.020
@@ -81,11 +78,11 @@ class Backend:
     """Answers what the services ask. The deltas of all paced answers are written by one timer."""
 
     def __init__(self) -> None:
-        self._due: list[list[tuple[Connection, int, bytes]]] = [[] for _ in range(round(PACE / TICK))]
+        self._due: list[list[tuple[HttpConnection, int, bytes]]] = [[] for _ in range(round(PACE / TICK))]
         self._now = 0
         self._moderated = 0
 
-    def answer(self, connection: Connection) -> None:
+    def answer(self, connection: HttpConnection) -> None:
         """Begin to answer a request."""
         match connection.target:
             case "/v1/moderations":
@@ -98,7 +95,7 @@ class Backend:
             case _:
                 self._chat(connection)
 
-    def _chat(self, connection: Connection) -> None:
+    def _chat(self, connection: HttpConnection) -> None:
         first = _HEAD + _delta(f"#{_microseconds()} ")
         last = _FINISH + (_USAGE if b"include_usage" in connection.body else b"") + _DONE
         if b"paced" in connection.body:
@@ -118,12 +115,12 @@ class Backend:
             self._due[self._now] = [step for step in map(_step, self._due[self._now]) if step is not None]
 
 
-def _reply(connection: Connection, body: bytes) -> None:
+def _reply(connection: HttpConnection, body: bytes) -> None:
     connection.transport.write(head(200, "application/json", len(body)) + body)
     connection.done()
 
 
-def _write_rest(connection: Connection, deltas: Iterator[bytes], last: bytes) -> None:
+def _write_rest(connection: HttpConnection, deltas: Iterator[bytes], last: bytes) -> None:
     """Write the next part, and the one after it in the next round of the event loop."""
     part = b"".join(islice(deltas, DELTAS // WRITES))
     connection.transport.write(part or last)
@@ -133,7 +130,7 @@ def _write_rest(connection: Connection, deltas: Iterator[bytes], last: bytes) ->
         connection.done()
 
 
-def _step(answer: tuple[Connection, int, bytes]) -> tuple[Connection, int, bytes] | None:
+def _step(answer: tuple[HttpConnection, int, bytes]) -> tuple[HttpConnection, int, bytes] | None:
     connection, written, last = answer
     if connection.transport.is_closing():
         return None
@@ -149,7 +146,7 @@ def _step(answer: tuple[Connection, int, bytes]) -> tuple[Connection, int, bytes
 async def serve(port: int) -> None:
     """Serve until the process is ended."""
     backend = Backend()
-    async with Server(Connection, backend.answer).listening("127.0.0.1", port):
+    async with HttpServer(HttpConnection, backend.answer).listening("127.0.0.1", port):
         await backend.run()
 
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.request import urlopen
 
+from ops.benchmark.processes import Stage
 from ops.benchmark.report import BUSY
-from ops.benchmark.runs import in_turns, measure_once
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from ops.benchmark.processes import Stage
-    from ops.benchmark.runs import Generator, Run
+from ops.benchmark.runs import Generator, Run, in_turns, measure_once
 
 OFF, ON, MODERATION = "off", "on", "moderation"
 SOCKETS = 100

@@ -22,17 +22,15 @@ import resource
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 import jwt
 import uvloop
 
 from ops.benchmark.backend import DELTAS, PACE
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 FIRST_USER = 20_001
 OPENING = 50

@@ -9,17 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from types import TracebackType
+from typing import Self
 
-from imstream.embedded import server_command
+from imstream.cli.embedded_redis import server_command
 from imstream.settings import Settings
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from types import TracebackType
 
 START_LIMIT = 20.0
 """Seconds that a process has until it listens."""

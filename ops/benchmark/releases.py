@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ops.benchmark.runs import in_turns
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ops.benchmark.processes import Stage
-    from ops.benchmark.runs import Run
+from ops.benchmark.processes import Stage
+from ops.benchmark.runs import Run, in_turns
 
 NOW, BEFORE = "imstream", "other"
 

@@ -6,16 +6,14 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from types import TracebackType
+from typing import Any, Self
 
 from ops.benchmark.load import DEADLINE
 from ops.benchmark.processes import ROOT, Process, Stage, machine_cpu
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from types import TracebackType
 
 SETTLE = 0.3
 """Seconds that a service gets to finish what it does after the client has its answer."""

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import httpx
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocketDisconnect
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 URL = os.environ.get("BENCH_AI_URL", "http://127.0.0.1:8090/v1") + "/chat/completions"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -10,11 +10,7 @@ from imstream.texts import Text
 from tests.support.backend_scripts import breaks_off, by_question
 from tests.support.one_node import one_node
 from tests.support.scripted_backend import chunk, event, refuses, says, scripted_backend, streams
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 USER = 10001
 

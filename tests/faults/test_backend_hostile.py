@@ -5,17 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from imstream.texts import Text
 from tests.support.blaster import blaster, chunked, head
-from tests.support.one_node import one_node
+from tests.support.one_node import OneNode, one_node
+from tests.support.peer import Told
 from tests.support.scripted_backend import DONE, chunk, event
-
-if TYPE_CHECKING:
-    from tests.support.one_node import OneNode
-    from tests.support.peer import Told
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 USER = 10001
 MIB = 1 << 20

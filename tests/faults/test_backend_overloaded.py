@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from imstream.texts import Text
 from tests.support.backend_scripts import question_of
 from tests.support.one_node import one_node
 from tests.support.scripted_backend import Exchange, refuses, scripted_backend, streams
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import RedisServer
 
 USER = 10001
 

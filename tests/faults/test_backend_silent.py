@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from tests.support.backend_scripts import by_question, question_of
 from tests.support.one_node import one_node
 from tests.support.scripted_backend import Exchange, chunk, event, hangs, scripted_backend, streams
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 USER = 10001
 

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
-from imstream.client import Client, Connected, Disconnected
+from imstream.cli.balancer import Program
+from imstream.client import Client, Connected, ConnectionChange, Disconnected
+from imstream.demo.answer import canned_answer
 from tests.support.balancing import PROGRAMS, start_balancer
 from tests.support.processes import free_port
-from tests.support.servers import start_node
+from tests.support.servers import DemoBackend, RedisServer, start_node
 from tests.support.waiting import SLOW, wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from imstream.cli.balancer import Program
-    from imstream.client import ConnectionChange
-    from tests.support.servers import DemoBackend, RedisServer
 
 USERS = range(10001, 10013)
 LIMIT = 40.0 * SLOW

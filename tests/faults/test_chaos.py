@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from ops.chaosing.schedule import Kind, draw
+from ops.chaos_test.schedule import Kind, draw
 from tests.support.processes import start
 from tests.support.waiting import SLOW
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 ROOT = Path(__file__).parents[2]
 SEED, SECONDS, CLIENTS = 241, 10, 12
@@ -22,7 +19,7 @@ SEED, SECONDS, CLIENTS = 241, 10, 12
 
 def chaos(folder: Path, *options: str) -> tuple[int, str]:
     """Run it; the exit code and what it has printed."""
-    command = [sys.executable, "-m", "ops.chaosing", "--folder", str(folder / "logs"), *options]
+    command = [sys.executable, "-m", "ops.chaos_test", "--folder", str(folder / "logs"), *options]
     with start(command, folder / "chaos.log", cwd=ROOT) as running:
         return running.wait(110 * SLOW), running.output()
 

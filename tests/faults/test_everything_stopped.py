@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
+from imstream.demo.answer import canned_answer
 from imstream.keys import Keys
-from tests.support.one_node import one_node
+from tests.support.one_node import OneNode, one_node
 from tests.support.peer import Told
+from tests.support.servers import DemoBackend
 from tests.support.stage import fresh_redis
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.servers import DemoBackend
 
 USER = 10001
 ROUNDS = 10

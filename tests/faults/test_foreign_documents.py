@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -21,43 +22,39 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from imstream.ai import failures
-from imstream.ai.answer import AnswerReader
+from imstream.ai.answer_reader import AnswerReader
 from imstream.ai.sse import EventParser, EventTooLong
 from imstream.errors import BackendError, NodeTaken, SettingsError
-from imstream.guards import word_file
+from imstream.guards.auth import InvalidToken
+from imstream.guards.auth.jwks import NoKeySet, check_url, read_key_set
+from imstream.guards.auth.keys import secret_key
+from imstream.guards.auth.rules import TokenRules, key_id
 from imstream.guards.exposure import is_from_here
-from imstream.guards.guard import Handshake, Supplies
+from imstream.guards.guard import GuardDeps, Handshake
 from imstream.guards.origin import Origin
-from imstream.guards.tokens import NotBelieved
-from imstream.guards.tokens.jwks import NoKeySet, check_url, read_key_set
-from imstream.guards.tokens.keys import secret_key
-from imstream.guards.tokens.rules import Rules, key_id
+from imstream.guards.words import word_file
 from imstream.keys import Keys
-from imstream.redis_url import RedisUrl, SecretUrl, without_password
+from imstream.model import ChatRequest, Malformed
 from imstream.settings import Settings
-from imstream.store.chat_request import ChatRequest, Malformed
 from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, read_notice
 from imstream.store.leases import Holder
 from imstream.texts import choose_lang
+from imstream.urls import RedisUrl, SecretUrl, without_password
 from imstream.wire import BadFrame, parse, parse_user_id
-from imstream.worker.tenure import is_alive, this_process
+from imstream.worker.lease_keeper import is_alive, this_process
 from tests.support.one_node import one_node
 from tests.support.peer import peer
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.tokens import PUBLIC, SECRET, as_jwk, issuer, key_of, token
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 HERE = this_process("http://127.0.0.1:8080")
 NOW = datetime.now(UTC)
 NODE = Keys()
-RULES = Rules(Settings.load())
+RULES = TokenRules(Settings.load())
 _NOTHING = cast("Any", None)
 ORIGINS = [
-    cast("Origin", Origin.make(Supplies(Settings.load(origins=origins), _NOTHING, _NOTHING)))
+    cast("Origin", Origin.make(GuardDeps(Settings.load(origins=origins), _NOTHING, _NOTHING)))
     for origins in ("same", "*", "https://chat.example.com")
 ]
 
@@ -161,7 +158,7 @@ CHAT = {"msgType": "CHAT", "userId": 10001, "contents": "a", "history": [{"role"
 
 PARSERS = {
     "key set": Parser(lambda data: [read_key_set(data, kind) for kind in PUBLIC], (NoKeySet,), [KEY_SET]),
-    "token": Parser(read_token, (NotBelieved,), [token().encode(), token(key_of("ES256"), "ES256").encode()]),
+    "token": Parser(read_token, (InvalidToken,), [token().encode(), token(key_of("ES256"), "ES256").encode()]),
     "client frame": Parser(
         lambda data: parse(data.decode()),
         (BadFrame, UnicodeDecodeError),  # the WebSocket refuses the latter before

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.many_nodes import becomes, many_nodes, standing_nodes
+from tests.support.many_nodes import ManyNodes, becomes, many_nodes, standing_nodes
 from tests.support.previous_release import previous_python
+from tests.support.servers import DemoBackend
 from tests.support.talk import Talk, question, whole
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    from tests.support.many_nodes import ManyNodes
-    from tests.support.servers import DemoBackend
 
 USER = 10001
 ACTIVE = 3

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from imstream.ai.demo.answer import canned_answer
-from tests.support.one_node import one_node
-from tests.support.servers import start_demo
+from imstream.demo.answer import canned_answer
+from tests.support.one_node import OneNode, one_node
+from tests.support.servers import DemoBackend, RedisServer, start_demo
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.servers import DemoBackend, RedisServer
 
 USER = 10001
 BRIEF = "[[demo first=0 pace=0 length=5]]"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from websockets.exceptions import ConnectionClosed
 
 from tests.support.one_node import one_node
-from tests.support.peer import Told
+from tests.support.peer import Peer, Told
 from tests.support.scripted_backend import chunk, event, hangs, scripted_backend, streams
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.peer import Peer
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 USER = 10001
 

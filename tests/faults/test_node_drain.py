@@ -7,12 +7,13 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from imstream.ai.demo.answer import canned_answer
+from imstream.demo.answer import canned_answer
 from imstream.texts import Text
 from tests.support.backend_scripts import by_question
 from tests.support.one_node import one_node
@@ -20,12 +21,8 @@ from tests.support.peer import Told, peer
 from tests.support.processes import http_status
 from tests.support.raw_socket import raw_user
 from tests.support.scripted_backend import chunk, event, hangs, scripted_backend, streams
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 USER, OTHER = 10001, 10002
 

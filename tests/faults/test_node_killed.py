@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from imstream.ai.demo.answer import canned_answer
+from imstream.demo.answer import canned_answer
 from tests.support.one_node import one_node
 from tests.support.peer import all_answered
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 ASKED = {
     10001 + n: {

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from imstream.ai.demo.answer import canned_answer
-from imstream.disposition import WORKER_DIED
+from imstream.demo.answer import canned_answer
 from imstream.keys import GROUP, Keys
-from imstream.store.chat_request import ChatRequest
+from imstream.model import ChatRequest
 from imstream.texts import Text
+from imstream.worker.disposition import WORKER_DIED
 from tests.support.crashing_node import POISON
 from tests.support.one_node import OneNode, one_node
 from tests.support.peer import Told
 from tests.support.scripted_backend import refuses, scripted_backend
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 POISONER = 10001
 INNOCENTS = {10002 + n: f"an innocent question, number {n} [[demo length=60 pace=5ms]]" for n in range(3)}

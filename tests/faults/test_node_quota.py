@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 
 from imstream.keys import Keys
 from imstream.texts import Text
-from tests.support.one_node import one_node
-from tests.support.peer import peer
+from tests.support.one_node import OneNode, one_node
+from tests.support.peer import Frame, Peer, peer
 from tests.support.scripted_backend import refuses, scripted_backend, streams
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import fresh_redis
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.peer import Frame, Peer
-    from tests.support.servers import DemoBackend, RedisServer
 
 USER = 10001
 

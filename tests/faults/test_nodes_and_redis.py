@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from imstream.wire import Code, Event
 from tests.support.chatter import chatter
 from tests.support.many_nodes import becomes, many_nodes
+from tests.support.servers import DemoBackend
 from tests.support.stage import expected
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend
 
 USER = 10001
 

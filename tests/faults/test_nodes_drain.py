@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from tests.support.many_nodes import becomes, many_nodes, why_not
+from tests.support.servers import DemoBackend
 from tests.support.talk import Talk, question, whole
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 

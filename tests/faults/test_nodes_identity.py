@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from imstream.keys import Keys
 from tests.support.many_nodes import becomes, many_nodes
 from tests.support.one_node import OneNode, one_node
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, expected
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 USER = 10001
 LEASE = Keys().lease("0")

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
-from imstream.client.link import Disconnected
-from tests.support.many_nodes import standing_nodes
+from imstream.client.connection import ConnectionChange, Disconnected
+from imstream.demo.answer import canned_answer
+from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.peer import all_answered
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from imstream.client.link import ConnectionChange
-    from tests.support.many_nodes import ManyNodes
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 ACTIVE = 8

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
-from tests.support.many_nodes import standing_nodes
+from imstream.demo.answer import canned_answer
+from tests.support.many_nodes import ManyNodes, standing_nodes
+from tests.support.peer import Peer
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from tests.support.many_nodes import ManyNodes
-    from tests.support.peer import Peer
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
 
 import pytest
 
 from imstream.texts import Text
-from tests.support.many_nodes import standing_nodes
+from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.peer import peer
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.many_nodes import ManyNodes
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from imstream.wire import Code, Event
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import REQUESTS, stage
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 SOCKETS, CHATS, CAP = 300, 1000, 100
 

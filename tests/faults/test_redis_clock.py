@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pytest
 
 from imstream.wire import Event
-from tests.support.servers import missing
+from tests.support.chatter import Frame
+from tests.support.servers import DemoBackend, missing
 from tests.support.stage import fresh_redis, stage
-
-if TYPE_CHECKING:
-    import pytest
-
-    from tests.support.chatter import Frame
-    from tests.support.servers import DemoBackend
 
 HOUR = 3600
 SLOWLY = "[[demo first=0s pace=15ms]]"

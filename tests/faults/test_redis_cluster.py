@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from imstream.wire import Code, Event
-from tests.support.redis_sets import cluster_set
+from tests.support.chatter import Chatter
+from tests.support.redis_sets import ClusterSet, cluster_set
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, KEYS, REQUESTS, stage
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    from tests.support.chatter import Chatter
-    from tests.support.redis_sets import ClusterSet
-    from tests.support.servers import DemoBackend, RedisServer
 
 REPLACED_WITHIN = 15.0
 """Seconds in which a replica is promoted and the node is back: two or three, on an idle machine."""

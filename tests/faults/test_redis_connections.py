@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from imstream.wire import Code, Event
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, fresh_redis, stage
 from tests.support.tcp_proxy import tcp_proxy
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 BACK_WITHIN = 5.0
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from imstream.keys import GROUP
 from imstream.wire import Event
-from tests.support.servers import RedisServer
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, REQUESTS, Stage, expected, fresh_redis, stage
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend
 
 SLOWLY = "[[demo first=0s pace=15ms]]"
 """Takes a second or two: long enough to be running when the data goes, and while the node mends the stream."""

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
 from imstream.client import Client
 from tests.support.many_nodes import becomes
 from tests.support.one_node import QUICK, OneNode
 from tests.support.peer import peer
 from tests.support.processes import PYTHON, start
-from tests.support.servers import USER
+from tests.support.servers import USER, DemoBackend, RedisServer
 from tests.support.stage import fresh_redis
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    import redis
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 DENIED = "redis denies access, see the log"
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from imstream.wire import Code, Event
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, fresh_redis, stage
-from tests.support.tcp_proxy import tcp_proxy
+from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.waiting import SLOW, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
-    from tests.support.tcp_proxy import TcpProxy
 
 TIMEOUT, BLOCK = 1.0, 0.2
 NOT_READY_WITHIN = BLOCK + 2 * TIMEOUT + 2.0

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from imstream.wire import Code, Event
 from tests.support.processes import free_port
-from tests.support.servers import RedisServer, valkey_binary
+from tests.support.servers import DemoBackend, RedisServer, valkey_binary
 from tests.support.stage import AT_ONCE, fresh_redis, stage
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend
 
 BACK_WITHIN = 5.0
 """Seconds from Redis' return to the node's: it promises two, and this machine may be busy."""

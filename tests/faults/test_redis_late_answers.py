@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from itertools import product
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from imstream.store.scripts import Script
+from imstream.redis.scripts import Script
 from imstream.wire import Code, Event
-from tests.support.stage import AT_ONCE, expected, stage
-from tests.support.tcp_proxy import Fate, tcp_proxy
+from tests.support.chatter import Chatter
+from tests.support.servers import DemoBackend, RedisServer
+from tests.support.stage import AT_ONCE, Stage, expected, stage
+from tests.support.tcp_proxy import Fate, TcpProxy, tcp_proxy
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.chatter import Chatter
-    from tests.support.servers import DemoBackend, RedisServer
-    from tests.support.stage import Stage
-    from tests.support.tcp_proxy import TcpProxy
 
 NEVER = "1h"
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from imstream.wire import Code, Event
-from tests.support.stage import AT_ONCE, fresh_redis, stage
+from tests.support.servers import DemoBackend, RedisServer
+from tests.support.stage import AT_ONCE, Stage, fresh_redis, stage
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
-    from tests.support.stage import Stage
 
 SLOWLY = "[[demo first=100ms pace=10ms]]"
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from imstream.wire import Code, Event
-from tests.support.redis_sets import sentinel_set
+from tests.support.redis_sets import SentinelSet, sentinel_set
+from tests.support.servers import DemoBackend
 from tests.support.stage import AT_ONCE, REQUESTS, expected, stage
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.redis_sets import SentinelSet
-    from tests.support.servers import DemoBackend
 
 REPLACED_WITHIN = 15.0
 """Seconds in which the Sentinels have agreed and the node is back: two or three, on an idle machine."""

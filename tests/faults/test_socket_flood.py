@@ -11,26 +11,20 @@ import resource
 import signal
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import psutil
 import pytest
 
-from imstream.gateway.request import SPARE_CONNECTIONS
+from imstream.gateway.http_protocol import SPARE_CONNECTIONS
 from tests.support.handshakes import LARGE, PASSING, upgrade
-from tests.support.one_node import NO_IDENTITY, standing_node
-from tests.support.raw_socket import CLOSE, TEXT, frame, raw_socket, raw_user
+from tests.support.one_node import NO_IDENTITY, OneNode, standing_node
+from tests.support.peer import Peer
+from tests.support.raw_socket import CLOSE, TEXT, RawSocket, frame, raw_socket, raw_user
+from tests.support.servers import DemoBackend
 from tests.support.waiting import SLOW, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.peer import Peer
-    from tests.support.raw_socket import RawSocket
-    from tests.support.servers import DemoBackend
 
 OTHER = 10002
 TIME = 1.5

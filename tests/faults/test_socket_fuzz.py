@@ -8,34 +8,27 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imstream.ai.demo.answer import canned_answer
+from imstream.demo.answer import canned_answer
 from imstream.wire import Close, Code, MsgType
 from tests.support.hostile_frames import ECHOED_CODES, Hostile
-from tests.support.observing import start_observed_node
-from tests.support.one_node import NO_IDENTITY, QUICK, standing_node
+from tests.support.observing import ObservedNode, start_observed_node
+from tests.support.one_node import NO_IDENTITY, QUICK, OneNode, standing_node
 from tests.support.peer import peer
-from tests.support.raw_socket import BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, frame, raw_socket
+from tests.support.raw_socket import BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, RawSocket, frame, raw_socket
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.tiers import examples
 from tests.support.waiting import wait_until
 from tests.unit.test_wire import NEARLY_FRAMES
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    from tests.support.observing import ObservedNode
-    from tests.support.one_node import OneNode
-    from tests.support.raw_socket import RawSocket
-    from tests.support.servers import DemoBackend, RedisServer
 
 SEED = int(os.environ.get("IMSTREAM_FUZZ_SEED", "20261124"))
 FRAMES = int(os.environ.get("IMSTREAM_FUZZ_FRAMES", "6000"))

@@ -6,12 +6,12 @@ import json
 import struct
 import time
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from tests.support.costly_frames import PLAIN, SHAPES
-from tests.support.one_node import standing_node
+from tests.support.one_node import OneNode, standing_node
 from tests.support.raw_socket import (
     BINARY,
     CLOSE,
@@ -26,12 +26,7 @@ from tests.support.raw_socket import (
     raw_socket,
     raw_user,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from tests.support.one_node import OneNode
-    from tests.support.servers import DemoBackend
+from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.one_node import one_node
+from tests.support.one_node import OneNode, one_node
 from tests.support.peer import peer
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.tokens import SECRET, key_of, token
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.servers import DemoBackend, RedisServer
 
 VICTIM, ATTACKER, NOBODY = 10001, 10002, 10003
 BRIEF = "[[demo first=0 pace=1ms length=20]]"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -14,16 +15,10 @@ from imstream.texts import Text
 from tests.support.backend_scripts import question_of
 from tests.support.one_node import one_node
 from tests.support.peer import TERMINAL, Peer
-from tests.support.raw_socket import PING, frame, raw_user
-from tests.support.scripted_backend import DONE, chunk, event, scripted_backend, streams
+from tests.support.raw_socket import PING, RawSocket, frame, raw_user
+from tests.support.scripted_backend import DONE, Exchange, chunk, event, scripted_backend, streams
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.raw_socket import RawSocket
-    from tests.support.scripted_backend import Exchange
-    from tests.support.servers import RedisServer
 
 STALLED = range(10101, 10151)
 HEALTHY = range(10201, 10251)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import psutil
 
 from tests.support.one_node import one_node
 from tests.support.processes import free_port, http_status, wait_for
 from tests.support.raw_socket import raw_socket
-from tests.support.servers import start_node
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend, RedisServer
+from tests.support.servers import DemoBackend, RedisServer, start_node
 
 MAX_HEAD, MAX_HEADERS, MAX_ITEMS = 16_384, 128, 8
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
-from tests.support.redis_sets import cluster_set, flush, sentinel_set
+from tests.support.one_node import OneNode
+from tests.support.redis_sets import Topology, cluster_set, flush, sentinel_set
 from tests.support.stage import fresh_redis
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.redis_sets import Topology
 
 TOPOLOGIES: dict[str, Callable[[Path], AbstractContextManager[Topology]]] = {
     "server": fresh_redis,

@@ -13,9 +13,10 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
@@ -23,9 +24,6 @@ from websockets.exceptions import ConnectionClosed
 from tests.support.processes import start, wait_for
 from tests.support.servers import missing
 from tests.support.waiting import SLOW
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
 
 DESKTOP = (1100, 760)
 PHONE = (390, 844)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -15,17 +16,11 @@ from click.testing import CliRunner
 from imstream.cli.main import main
 from imstream.guards.account import BANNED, SPENT
 from imstream.keys import Keys
-from tests.support.many_nodes import standing_nodes
-from tests.support.peer import peer
+from tests.support.many_nodes import ManyNodes, standing_nodes
+from tests.support.peer import Frame, Peer, peer
+from tests.support.servers import DemoBackend
 from tests.support.strict_node import NO, RUDE, RUDE_AT_SECOND_SIGHT
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from tests.support.many_nodes import ManyNodes
-    from tests.support.peer import Frame, Peer
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 README = Path(__file__).parents[2] / "README.md"

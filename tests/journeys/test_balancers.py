@@ -5,28 +5,22 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from imstream.ai.demo.answer import canned_answer
-from imstream.client import Client, Connected
+from imstream.cli.balancer import Program
+from imstream.client import Client, Connected, ConnectionChange
+from imstream.demo.answer import canned_answer
 from imstream.wire import SUBPROTOCOL
 from tests.support.balancing import PROGRAMS, Balancer, start_balancer
 from tests.support.peer import peer
 from tests.support.processes import free_port, http_status
-from tests.support.servers import NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
-
-    from imstream.cli.balancer import Program
-    from imstream.client import ConnectionChange
-    from tests.support.servers import DemoBackend
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

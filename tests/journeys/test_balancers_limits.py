@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from imstream.cli.balancer import Front, configuration, find
+from imstream.cli.balancer import Front, Program, configuration, find
 from imstream.gateway.page import page_routes
 from tests.support.balancing import PROGRAMS
 from tests.support.processes import free_port, http_status, start, wait_for
 from tests.support.servers import missing
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
-    from pathlib import Path
-
-    from imstream.cli.balancer import Program
 
 HERE, STRANGER, ANOTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 

@@ -8,30 +8,23 @@ import json
 import socket
 import ssl
 import warnings
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from imstream.ai.demo.answer import canned_answer
-from imstream.cli.balancer import find
+from imstream.cli.balancer import Program, find
 from imstream.client import Client, NotConnected, Timing
+from imstream.demo.answer import canned_answer
 from tests.journeys.page_support import open_page, running_chromium
 from tests.support.balancing import PROGRAMS
-from tests.support.certificates import Authority
+from tests.support.certificates import Authority, Certificate
 from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
-from tests.support.servers import RedisServer, missing, start_node, valkey_binary
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
-    from pathlib import Path
-
-    from imstream.cli.balancer import Program
-    from tests.support.certificates import Certificate
-    from tests.support.servers import DemoBackend, NodeProcess
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, missing, start_node, valkey_binary
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

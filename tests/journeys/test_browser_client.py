@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from websockets.asyncio.server import serve
+from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from imstream.wire import ClientHeartbeat, ResumePoint, Turn
-from tests.journeys.page_support import open_page, running_chromium
+from tests.journeys.page_support import Page, open_page, running_chromium
 from tests.support.scripted_ws import Peer, ScriptedServer
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from websockets.asyncio.server import ServerConnection
-
-    from tests.journeys.page_support import Page
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
 from imstream.client import (
     Accepted,
     Busy,
     Cancelled,
     Client,
     Connected,
+    ConnectionChange,
     Disconnected,
     Expired,
     Failed,
     Outcome,
     Piece,
     Receipt,
+    Reply,
     Restarted,
     Result,
     Turn,
 )
+from imstream.demo.answer import canned_answer
 from imstream.keys import Keys
-from tests.support.servers import NodeProcess, start_node
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.terminal import piped
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    from imstream.client import ConnectionChange, Reply
-    from tests.support.servers import DemoBackend, RedisServer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -15,19 +17,12 @@ from websockets.exceptions import InvalidStatus
 from imstream.cli.main import main
 from imstream.client import Client
 from imstream.wire import SUBPROTOCOL
-from tests.support.one_node import one_node, standing_node
-from tests.support.peer import Told, peer
+from tests.support.one_node import OneNode, one_node, standing_node
+from tests.support.peer import Frame, Peer, Told, peer
 from tests.support.processes import free_port
+from tests.support.servers import DemoBackend, RedisServer
 from tests.support.tokens import SECRET, as_jwk, issuer, key_of, private_pem, token, written
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.peer import Frame, Peer
-    from tests.support.servers import DemoBackend, RedisServer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

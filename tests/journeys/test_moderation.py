@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import pytest
 
 from imstream.guards.moderation import FLAGGED
-from tests.support.one_node import standing_node
+from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.one_node import OneNode
-    from tests.support.servers import DemoBackend
+from tests.support.servers import DemoBackend
 
 USER = 10001
 BRIEF = "[[demo first=0 pace=0 length=5]]"

@@ -5,28 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
+from imstream.demo.answer import canned_answer
 from imstream.guards.account import SPENT
 from imstream.texts import Text
-from tests.journeys.page_support import DESKTOP, PHONE, open_page, running_chromium
+from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
 from tests.support.peer import peer
 from tests.support.processes import free_port
-from tests.support.servers import RedisServer, start_node, valkey_binary
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
 from tests.support.tokens import SECRET, token
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from tests.journeys.page_support import Page
-    from tests.support.servers import DemoBackend, NodeProcess
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

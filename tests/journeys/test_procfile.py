@@ -6,20 +6,17 @@ import asyncio
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
+from imstream.demo.answer import canned_answer
 from tests.support.processes import PYTHON, consecutive_ports, free_port, http_status, start, wait_for
 from tests.support.servers import DENIED, missing, node_rights
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.one_node import one_node
-from tests.support.scripted_backend import scripted_backend, streams
-from tests.support.servers import start_node
+from tests.support.one_node import OneNode, one_node
+from tests.support.scripted_backend import ScriptedBackend, scripted_backend, streams
+from tests.support.servers import RedisServer, start_node
 from tests.support.tokenizing import trained
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
-    from tests.support.one_node import OneNode
-    from tests.support.scripted_backend import ScriptedBackend
-    from tests.support.servers import RedisServer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -8,12 +8,15 @@ import base64
 import re
 import urllib.error
 import urllib.request
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import redis
 import structlog
 from websockets.asyncio.client import connect
 
@@ -25,20 +28,11 @@ from tests.support.many_nodes import becomes
 from tests.support.one_node import QUICK, OneNode
 from tests.support.peer import Peer, peer
 from tests.support.processes import PYTHON, start
-from tests.support.scripted_backend import ScriptedBackend, refuses, scripted_backend
-from tests.support.servers import USER
+from tests.support.scripted_backend import Exchange, ScriptedBackend, refuses, scripted_backend
+from tests.support.servers import USER, RedisServer
 from tests.support.stage import fresh_redis
 from tests.support.tokens import token
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
-    import redis
-
-    from tests.support.scripted_backend import Exchange
-    from tests.support.servers import RedisServer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -10,24 +10,19 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
+from imstream.demo.answer import canned_answer
 from tests.support.peer import peer
 from tests.support.processes import PYTHON, free_port, http_status, wait_for
-from tests.support.servers import missing
+from tests.support.servers import DemoBackend, RedisServer, missing
 from tests.support.up_command import gone, up
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.servers import DemoBackend, RedisServer
 
 QUICK = ("--demo-pace", "1ms", "--demo-first", "0", "--drain-grace", "2s")
 

@@ -5,23 +5,18 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import psutil
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
-from imstream.client import Client, Connected
+from imstream.cli.balancer import Program
+from imstream.client import Client, Connected, ConnectionChange
+from imstream.demo.answer import canned_answer
 from tests.support.balancing import PROGRAMS, Balancer
 from tests.support.processes import consecutive_ports, free_port, http_status
 from tests.support.up_command import gone, up
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from imstream.cli.balancer import Program
-    from imstream.client import ConnectionChange
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

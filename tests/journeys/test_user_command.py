@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,9 +12,7 @@ import imstream.cli.accounts
 from imstream.cli.main import main
 from imstream.errors import StoreFull
 from imstream.keys import Keys
-
-if TYPE_CHECKING:
-    from tests.support.redis_sets import Topology
+from tests.support.redis_sets import Topology
 
 USER = 10001
 

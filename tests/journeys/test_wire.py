@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer, pieces
+from imstream.demo.answer import canned_answer, pieces
 from imstream.keys import Keys
-from tests.support.one_node import standing_node
+from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
+from tests.support.redis_sets import Topology
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from tests.support.one_node import OneNode
-    from tests.support.redis_sets import Topology
-    from tests.support.servers import DemoBackend
 
 USER, OTHER, THIRD = 10001, 10002, 10003
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
-from tests.support.one_node import standing_node
+from imstream.demo.answer import canned_answer
+from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
+from tests.support.redis_sets import Topology
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.one_node import OneNode
-    from tests.support.redis_sets import Topology
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import pytest
 
-from tests.support.one_node import standing_node
+from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.one_node import OneNode
-    from tests.support.servers import DemoBackend
+from tests.support.servers import DemoBackend
 
 USER = 10001
 

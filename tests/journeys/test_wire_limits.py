@@ -5,27 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from imstream.client import Client, Disconnected, Timing
-from tests.support.one_node import standing_node
-from tests.support.peer import peer
+from imstream.client import Client, ConnectionChange, Disconnected, Timing
+from tests.support.one_node import OneNode, standing_node
+from tests.support.peer import Peer, peer
 from tests.support.raw_socket import BINARY, CONTINUATION, PING, PONG, TEXT, frame, raw_user
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-
-    from imstream.client import ConnectionChange
-    from tests.support.one_node import OneNode
-    from tests.support.peer import Peer
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 RATE, BURST = 400, 100

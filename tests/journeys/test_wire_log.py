@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from tests.support.one_node import standing_node
+from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
 from tests.support.raw_socket import raw_socket
+from tests.support.servers import DemoBackend
 from tests.support.stage import AT_ONCE, expected
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.one_node import OneNode
-    from tests.support.servers import DemoBackend
 
 FROM = "https://chat.example.com"
 

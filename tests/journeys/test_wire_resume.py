@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imstream.ai.demo.answer import canned_answer
+from imstream.demo.answer import canned_answer
 from imstream.keys import Keys
 from imstream.store.inbox import ReplyGrew
-from tests.support.one_node import standing_node
+from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
+from tests.support.redis_sets import Topology
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.one_node import OneNode
-    from tests.support.redis_sets import Topology
-    from tests.support.servers import DemoBackend
 
 USER, OTHER = 10001, 10002
 

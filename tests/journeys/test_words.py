@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client, Failed, Refused
+from imstream.demo.answer import canned_answer
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
+from tests.support.servers import DemoBackend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    from tests.support.servers import DemoBackend
 
 USER = 10001
 

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
 from imstream.keys import Keys
+from imstream.model import ChatRequest
+from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
-from imstream.store.chat_request import ChatRequest
-from imstream.store.connection import Commands, Reader
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from tests.conftest import SERVERS
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer
 from tests.support.tiers import examples
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    import redis
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,7 +41,7 @@ class Store:
     """What one node has of the store, and a client of the test's own."""
 
     settings: Settings
-    commands: Commands
+    commands: RedisClient
     requests: RequestStream
     replies: ReplyStore
     redis: redis.Redis
@@ -60,9 +57,9 @@ class Store:
 async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
     """The store of node 0 with small caps."""
     settings = Settings.load(redis_url=redis_server.url, queue_limit=5, user_limit=2, node="0")
-    reader = Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
+    reader = BlockingReader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
     client = redis_server.client()
-    async with Commands(settings.redis_url, lanes=2, timeout=settings.redis_timeout) as commands:
+    async with RedisClient(settings.redis_url, lanes=2, timeout=settings.redis_timeout) as commands:
         yield Store(
             settings,
             commands,

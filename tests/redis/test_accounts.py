@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from imstream.clock import Day
 from imstream.errors import StoreError
 from imstream.keys import Keys
+from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.accounts import Accounts, Banned, Counted, Free, Locked, Spent
-from imstream.store.connection import Commands
-from imstream.store.days import Day
+from imstream.store.accounts import AccountOpen, Accounts, Banned, Counted, Locked, QuotaExhausted
 from imstream.store.routes import Routes
+from tests.redis.conftest import Store
 from tests.support.redis_sets import cluster_set
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.redis.conftest import Store
 
 USER = 10001
 NOW = time.time_ns() // 1_000_000
@@ -42,7 +39,7 @@ def accounts(store: Store, **settings: Any) -> Accounts:  # noqa: ANN401 - any s
 
 
 async def test_who_was_never_banned_or_locked_is_free_and_leaves_nothing_in_redis(store: Store) -> None:
-    assert await accounts(store).look(USER, DAY) == Free(0)
+    assert await accounts(store).look(USER, DAY) == AccountOpen(0)
     assert store.redis.dbsize() == 0
 
 
@@ -57,7 +54,7 @@ async def test_a_ban_holds_until_it_is_taken_back_and_tells_where_the_sockets_ar
     assert abs(int(written["at"]) - time.time() * 1000) < 60_000
     assert await known.unban(USER)
     assert not await known.unban(USER)
-    assert await known.look(USER, DAY) == Free(0)
+    assert await known.look(USER, DAY) == AccountOpen(0)
     assert not store.redis.exists(ACCOUNT, QUOTA)
 
 
@@ -90,14 +87,14 @@ async def test_a_lock_and_a_ban_are_taken_back_one_by_one(store: Store) -> None:
     [
         ({"banned": "1"}, Banned()),
         ({"banned": "spam"}, Banned()),
-        ({"banned": "0"}, Free(0)),
-        ({"banned": ""}, Free(0)),
+        ({"banned": "0"}, AccountOpen(0)),
+        ({"banned": ""}, AccountOpen(0)),
         ({"locked_until": "tomorrow"}, Banned()),
         ({"locked_until": "nan"}, Banned()),
         ({"locked_until": "inf"}, Banned()),
         ({"locked_until": "9" * 20}, Banned()),
-        ({"locked_until": "1"}, Free(0)),
-        ({"note": "a good customer"}, Free(0)),
+        ({"locked_until": "1"}, AccountOpen(0)),
+        ({"note": "a good customer"}, AccountOpen(0)),
     ],
 )
 async def test_what_is_written_with_redis_cli_holds_and_what_has_no_sense_lets_nobody_in(
@@ -107,7 +104,7 @@ async def test_what_is_written_with_redis_cli_holds_and_what_has_no_sense_lets_n
         store.redis.hset(ACCOUNT, name, value)
     assert await accounts(store).look(USER, DAY) == expected
     assert await accounts(store).count(USER, "m", NOW, DAY) == (
-        Counted(1, new=True) if expected == Free(0) else expected
+        Counted(1, new=True) if expected == AccountOpen(0) else expected
     )
 
 
@@ -143,7 +140,7 @@ async def test_so_many_violations_lock_and_so_many_ban(store: Store) -> None:
 async def test_zero_means_never(store: Store) -> None:
     known = accounts(store, lock_after=0, ban_after=0)
     assert {(await known.blame(USER)).verdict for _ in range(12)} == {"noted"}
-    assert await known.look(USER, DAY) == Free(0)
+    assert await known.look(USER, DAY) == AccountOpen(0)
 
 
 async def test_violations_are_forgotten_after_a_while_but_not_because_of_a_lock(store: Store) -> None:
@@ -178,9 +175,9 @@ async def test_a_day_has_so_many_messages_and_the_next_one_as_many(store: Store)
     known = accounts(store)
     for used in (1, 2, 3):
         assert await known.count(USER, f"m{used}", NOW, DAY) == Counted(used, new=True)
-    assert await known.count(USER, "m4", NOW, DAY) == Spent()
+    assert await known.count(USER, "m4", NOW, DAY) == QuotaExhausted()
     assert await known.count(USER, "m4", DAY.ends, TOMORROW) == Counted(1, new=True)
-    assert await known.look(USER, DAY) == Free(3)
+    assert await known.look(USER, DAY) == AccountOpen(3)
     assert store.redis.zcard(QUOTA) == 3
     forgotten_at = time.time_ns() // 1_000_000 + store.redis.pttl(QUOTA)
     assert abs(forgotten_at - (DAY.ends + 3_600_000)) < 5_000  # an hour longer than the day
@@ -200,7 +197,7 @@ async def test_a_message_whose_answer_is_forgotten_is_counted_again_when_it_is_a
     later = NOW + 15 * 60_000
     await known.count(USER, "m", NOW, DAY)
     assert await known.count(USER, "m", later, DAY) == Counted(2, new=True)
-    assert await known.count(USER, "m", 2 * later - NOW, DAY) == Spent()
+    assert await known.count(USER, "m", 2 * later - NOW, DAY) == QuotaExhausted()
     # What is given back is the latest asking.
     assert await known.give_back(USER, "m", DAY)
     assert store.redis.zrange(QUOTA, 0, -1) == [f"m#{NOW}"]
@@ -212,7 +209,7 @@ async def test_what_is_not_admitted_is_given_back_once(store: Store) -> None:
     await known.count(USER, "m", NOW, DAY)
     for _ in range(2):
         await known.uncount(USER, "m", NOW, DAY)
-        assert await known.look(USER, DAY) == Free(1)
+        assert await known.look(USER, DAY) == AccountOpen(1)
 
 
 async def test_what_another_request_relies_on_is_not_given_back(store: Store) -> None:
@@ -221,7 +218,7 @@ async def test_what_another_request_relies_on_is_not_given_back(store: Store) ->
     assert await known.count(USER, "m", NOW, DAY) == Counted(1, new=True)
     assert await known.count(USER, "m", NOW, DAY) == Counted(1, new=False)  # the other one, and it is admitted
     await known.uncount(USER, "m", NOW, DAY)
-    assert await known.look(USER, DAY) == Free(1)
+    assert await known.look(USER, DAY) == AccountOpen(1)
 
 
 async def test_what_has_failed_is_given_back_on_its_own_day_however_often_that_is_said(store: Store) -> None:
@@ -230,29 +227,29 @@ async def test_what_has_failed_is_given_back_on_its_own_day_however_often_that_i
     await known.count(USER, "n", DAY.ends, TOMORROW)
     assert await known.give_back(USER, "m", DAY)
     assert not await known.give_back(USER, "m", DAY)
-    assert await known.look(USER, DAY) == Free(0)
-    assert await known.look(USER, TOMORROW) == Free(1)
+    assert await known.look(USER, DAY) == AccountOpen(0)
+    assert await known.look(USER, TOMORROW) == AccountOpen(1)
 
 
 async def test_of_many_at_the_last_free_place_exactly_one_gets_it(store: Store) -> None:
     known = accounts(store, daily_quota=50)
-    async with Commands(store.settings.redis_url, lanes=2, timeout=store.settings.redis_timeout) as others:
+    async with RedisClient(store.settings.redis_url, lanes=2, timeout=store.settings.redis_timeout) as others:
         other = Accounts(others, Settings.load(redis_url=store.settings.redis_url, daily_quota=50))
         asked = [
             one.count(USER, f"m{n}-{index}", NOW, DAY) for n in range(150) for index, one in enumerate((known, other))
         ]
         verdicts = await asyncio.gather(*asked)
     assert sum(isinstance(verdict, Counted) for verdict in verdicts) == 50
-    assert verdicts.count(Spent()) == 250
+    assert verdicts.count(QuotaExhausted()) == 250
 
 
 async def test_a_quota_may_be_changed_at_any_time(store: Store) -> None:
     for n in range(3):
         await accounts(store).count(USER, f"m{n}", NOW, DAY)
-    assert await accounts(store, daily_quota=1).count(USER, "more", NOW, DAY) == Spent()
+    assert await accounts(store, daily_quota=1).count(USER, "more", NOW, DAY) == QuotaExhausted()
     assert await accounts(store, daily_quota=5).count(USER, "more", NOW, DAY) == Counted(4, new=True)
     assert await accounts(store).give_all_back(USER, DAY) == 4
-    assert await accounts(store).look(USER, DAY) == Free(0)
+    assert await accounts(store).look(USER, DAY) == AccountOpen(0)
 
 
 # Redis Cluster
@@ -261,21 +258,21 @@ async def test_a_quota_may_be_changed_at_any_time(store: Store) -> None:
 async def test_all_of_it_works_in_a_cluster(tmp_path: Path) -> None:
     with cluster_set(tmp_path) as cluster:
         settings = Settings.load(redis_url=cluster.url, daily_quota=1, lock_after=1, ban_after=2)
-        async with Commands(cluster.url, lanes=1, timeout=settings.redis_timeout) as commands:
+        async with RedisClient(cluster.url, lanes=1, timeout=settings.redis_timeout) as commands:
             known = Accounts(commands, settings)
             for user in range(10001, 10011):  # on all masters
                 assert await known.count(user, "m", NOW, DAY) == Counted(1, new=True)
                 await known.uncount(user, "m", NOW, DAY)
                 assert await known.count(user, "n", NOW, DAY) == Counted(1, new=True)
-                assert await known.count(user, "o", NOW, DAY) == Spent()
+                assert await known.count(user, "o", NOW, DAY) == QuotaExhausted()
                 await Routes(commands, settings).arrive(user)
                 assert (await known.blame(user)).verdict == "locked"
                 assert isinstance(await known.look(user, DAY), Locked)
                 assert await known.unlock(user)
                 assert (await known.ban(user, reason="", by="")).nodes == ("0",)
                 assert await known.unban(user)
-                assert await known.look(user, DAY) == Free(1)
+                assert await known.look(user, DAY) == AccountOpen(1)
 
 
 async def _is_free(known: Accounts) -> bool:
-    return isinstance(await known.look(USER, DAY), Free)
+    return isinstance(await known.look(USER, DAY), AccountOpen)

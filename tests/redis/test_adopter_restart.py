@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.redis.workshop import PlayedBackend, workshop
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.support.servers import RedisServer
 
 ON_SERVERS = ["valkey"]
 

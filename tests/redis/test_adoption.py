@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from tests.redis.workshop import USER, PlayedBackend, workshop
+from tests.redis.workshop import USER, PlayedBackend, Workshop, workshop
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.redis.workshop import Workshop
-    from tests.support.servers import RedisServer
 
 QUICK_LEASE = "1s"
 

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imstream.errors import StoreError, StoreRefused, StoreUnavailable
 from imstream.keys import Keys
-from imstream.store import lanes
-from imstream.store.connection import Commands, Reader
+from imstream.redis import pipeline
+from imstream.redis.client import BlockingReader, RedisClient
 from tests.conftest import SERVERS
 from tests.redis.writing import LIMIT, SCRIPT, writing
 from tests.support.processes import free_port
-from tests.support.redis_sets import cluster_set
-from tests.support.servers import missing
+from tests.support.redis_sets import ClusterSet, cluster_set
+from tests.support.servers import RedisServer, missing
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.waiting import SLOW, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    from tests.support.redis_sets import ClusterSet
-    from tests.support.servers import RedisServer
 
 TIMEOUT = timedelta(milliseconds=500)
 BLOCK = timedelta(milliseconds=300)
@@ -61,10 +56,10 @@ def mortal(tmp_path: Path) -> Iterator[ClusterSet]:
 
 
 @pytest.fixture
-async def commands(cluster: ClusterSet) -> AsyncIterator[Commands]:
+async def commands(cluster: ClusterSet) -> AsyncIterator[RedisClient]:
     """Two lanes to each master."""
     # Nothing dies in these tests, so nothing has to be given up early on a busy machine.
-    async with Commands(cluster.admin_url, lanes=2, timeout=TIMEOUT * 2 * SLOW) as made:
+    async with RedisClient(cluster.admin_url, lanes=2, timeout=TIMEOUT * 2 * SLOW) as made:
         yield made
 
 
@@ -79,7 +74,7 @@ def streams_of(cluster: ClusterSet) -> list[str]:
     return [found[server.port] for server in cluster.masters]
 
 
-async def test_every_command_finds_the_master_of_its_key(commands: Commands, cluster: ClusterSet) -> None:
+async def test_every_command_finds_the_master_of_its_key(commands: RedisClient, cluster: ClusterSet) -> None:
     for stream, server in zip(streams_of(cluster), cluster.masters, strict=True):
         load = stream.replace("requests", "load")
         # The server does not know the script yet, and it has two keys.
@@ -96,7 +91,7 @@ async def test_every_command_finds_the_master_of_its_key(commands: Commands, clu
         await commands.execute("DEL", *streams_of(cluster))
 
 
-async def test_the_answers_of_many_at_once_are_not_mixed_up(commands: Commands) -> None:
+async def test_the_answers_of_many_at_once_are_not_mixed_up(commands: RedisClient) -> None:
     texts = [f"text {n}" for n in range(1000)]
     for n, text in enumerate(texts):
         await commands.execute("SET", f"k{n}", text)
@@ -105,7 +100,7 @@ async def test_the_answers_of_many_at_once_are_not_mixed_up(commands: Commands) 
 
 async def test_the_address_of_one_server_does_not_do_for_a_cluster_and_the_error_says_so(cluster: ClusterSet) -> None:
     for server in cluster.masters[:2]:
-        async with Commands(server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
+        async with RedisClient(server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
             key = next(stream for stream in streams_of(cluster) if cluster.master_of(stream) is not server)
             with pytest.raises(StoreRefused, match=r"begins with redis\+cluster://"):
                 await commands.execute("XADD", key, "*", "a", "b")
@@ -114,7 +109,7 @@ async def test_the_address_of_one_server_does_not_do_for_a_cluster_and_the_error
 # A slot moves
 
 
-async def test_commands_go_on_while_a_slot_moves_there_and_back(commands: Commands, cluster: ClusterSet) -> None:
+async def test_commands_go_on_while_a_slot_moves_there_and_back(commands: RedisClient, cluster: ClusterSet) -> None:
     stream = streams_of(cluster)[0]
     for target in (cluster.masters[1], cluster.masters[0]):
         async with writing(commands, stream) as [writer]:
@@ -132,9 +127,9 @@ async def test_commands_go_on_while_a_slot_moves_there_and_back(commands: Comman
 
 @pytest.mark.parametrize("batch", [1, 2, 500])
 async def test_a_batch_may_ask_for_keys_that_are_being_moved(
-    commands: Commands, cluster: ClusterSet, monkeypatch: pytest.MonkeyPatch, batch: int
+    commands: RedisClient, cluster: ClusterSet, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    monkeypatch.setattr(lanes, "MAX_BATCH", batch)
+    monkeypatch.setattr(pipeline, "MAX_BATCH", batch)
     tag = streams_of(cluster)[2]
     target = cluster.masters[0]
     source = cluster.begin_move(tag, target)
@@ -151,7 +146,7 @@ async def test_a_batch_may_ask_for_keys_that_are_being_moved(
 
 
 async def test_a_script_whose_keys_are_apart_for_a_moment_is_unavailable_for_that_moment(
-    commands: Commands, cluster: ClusterSet
+    commands: RedisClient, cluster: ClusterSet
 ) -> None:
     stream = streams_of(cluster)[1]
     keys = (stream, stream.replace("requests", "load"))
@@ -173,10 +168,10 @@ async def test_a_script_whose_keys_are_apart_for_a_moment_is_unavailable_for_tha
 
 @pytest.mark.parametrize("filled", [False, True], ids=["empty", "read to its end"])
 async def test_a_blocked_reader_follows_its_stream_when_the_slot_moves(
-    commands: Commands, cluster: ClusterSet, *, filled: bool
+    commands: RedisClient, cluster: ClusterSet, *, filled: bool
 ) -> None:
     stream, target = streams_of(cluster)[0], cluster.masters[1]
-    reader = Reader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
+    reader = BlockingReader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
     read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
     await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
     if filled:
@@ -192,9 +187,9 @@ async def test_a_blocked_reader_follows_its_stream_when_the_slot_moves(
     await reader.aclose()
 
 
-async def test_a_blocked_reader_is_told_when_its_stream_was_deleted(commands: Commands, cluster: ClusterSet) -> None:
+async def test_a_blocked_reader_is_told_when_its_stream_was_deleted(commands: RedisClient, cluster: ClusterSet) -> None:
     stream = streams_of(cluster)[0]
-    reader = Reader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
+    reader = BlockingReader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
     await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
     read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
     blocked = asyncio.create_task(reader.execute(*read))
@@ -213,8 +208,8 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
     mortal: ClusterSet, number: signal.Signals
 ) -> None:
     streams = streams_of(mortal)
-    reader = Reader(mortal.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with Commands(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
+    reader = BlockingReader(mortal.admin_url, block=BLOCK, timeout=TIMEOUT)
+    async with RedisClient(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XGROUP", "CREATE", streams[0], "g", "$", "MKSTREAM")
         with mortal.replicas[0].client() as client:
             await wait_until(client.dbsize, "the replica has the group")
@@ -251,7 +246,7 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
 async def test_a_master_without_a_replica_is_found_again_when_it_is_back(mortal: ClusterSet) -> None:
     stream = streams_of(mortal)[0]
     mortal.replicas[0].kill()
-    async with Commands(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
+    async with RedisClient(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XADD", stream, "*", "n", 1)
         mortal.masters[0].kill()
         for _ in range(3):
@@ -267,7 +262,7 @@ async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(mort
     assert first is not None
     first.signal(signal.SIGSTOP)
     for _ in range(5):  # which node is asked first is a matter of chance
-        async with Commands(mortal.admin_url, lanes=2, timeout=timedelta(seconds=1)) as commands:
+        async with RedisClient(mortal.admin_url, lanes=2, timeout=timedelta(seconds=1)) as commands:
             assert await commands.execute("XLEN", stream) == 0
 
 
@@ -276,8 +271,8 @@ async def test_a_cluster_all_of_whose_nodes_were_replaced_is_found_under_the_nam
 ) -> None:
     async with tcp_proxy(mortal.masters[0].port) as proxy:
         url = f"redis+cluster://admin:admin-secret@127.0.0.1:{proxy.port}"
-        reader = Reader(url, block=BLOCK, timeout=TIMEOUT)
-        async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
+        reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
+        async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
             await commands.execute("SET", "k", "old")
             assert await reader.execute("GET", "k") == "old"
             await asyncio.to_thread(mortal.stop)
@@ -296,8 +291,8 @@ async def test_without_any_node_or_at_something_else_commands_and_reader_are_tol
         f"redis+cluster://127.0.0.1:{free_port()}",
         f"redis+cluster://admin:admin-secret@127.0.0.1:{own_server.port}",
     ):
-        reader = Reader(url, block=BLOCK, timeout=TIMEOUT)
-        async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
+        reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
+        async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
             for ask in (commands.execute, reader.execute):
                 for _ in range(2):
                     with pytest.raises(StoreUnavailable, match="Redis Cluster"):
@@ -314,7 +309,7 @@ def _is_master(server: RedisServer) -> bool:
         return bool(info["role"] == "master")
 
 
-async def _is_done(ask: Commands | Reader, *command: str | int) -> bool:
+async def _is_done(ask: RedisClient | BlockingReader, *command: str | int) -> bool:
     try:
         return bool(await ask.execute(*command))
     except StoreError:

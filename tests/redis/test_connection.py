@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 import redis
 
 from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
-from imstream.store import lanes
-from imstream.store.connection import Commands, Reader
-from imstream.store.scripts import Script
+from imstream.redis import pipeline
+from imstream.redis.client import BlockingReader, RedisClient
+from imstream.redis.scripts import Script
+from tests.redis.conftest import Store
 from tests.support.letting_go import lets_go
 from tests.support.processes import free_port
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from tests.redis.conftest import Store
-    from tests.support.servers import RedisServer
 
 SHORT = timedelta(milliseconds=300)
 
 
 @pytest.fixture
-async def commands(redis_server: RedisServer) -> AsyncIterator[Commands]:
+async def commands(redis_server: RedisServer) -> AsyncIterator[RedisClient]:
     """Two lanes with a short time limit."""
-    async with Commands(redis_server.admin_url, lanes=2, timeout=SHORT) as commands:
+    async with RedisClient(redis_server.admin_url, lanes=2, timeout=SHORT) as commands:
         yield commands
 
 
-async def test_each_caller_gets_the_answer_to_its_own_command(commands: Commands) -> None:
+async def test_each_caller_gets_the_answer_to_its_own_command(commands: RedisClient) -> None:
     answers = await asyncio.gather(*(commands.execute("ECHO", f"{n} 你好") for n in range(300)))
     assert answers == [f"{n} 你好" for n in range(300)]
 
@@ -45,7 +41,7 @@ async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, s
         """How often the server has read from a socket; asking costs one."""
         return int(store.redis.info("stats")["total_reads_processed"])
 
-    async with Commands(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
+    async with RedisClient(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
         await commands.execute("PING")
         for together in (1, 2, 50):
             before = reads()
@@ -56,9 +52,9 @@ async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, s
 async def test_a_command_without_hurry_travels_with_the_next_one_and_before_it(
     redis_server: RedisServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "COMPANY", 30.0)
-    async with Commands(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
-        unhurried = asyncio.create_task(commands.execute("RPUSH", "t:order", "unhurried", hurry=False))
+    monkeypatch.setattr(pipeline, "MAX_BATCH_DELAY", 30.0)
+    async with RedisClient(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
+        unhurried = asyncio.create_task(commands.execute("RPUSH", "t:order", "unhurried", urgent=False))
         await asyncio.sleep(0)
         assert await commands.execute("RPUSH", "t:order", "next") == 2
         assert await unhurried == 1
@@ -66,20 +62,20 @@ async def test_a_command_without_hurry_travels_with_the_next_one_and_before_it(
     store.redis.delete("t:order")
 
 
-async def test_a_command_without_hurry_does_not_wait_for_ever(commands: Commands) -> None:
-    assert await asyncio.gather(*(commands.execute("ECHO", n, hurry=False) for n in "ab")) == ["a", "b"]
-    assert await commands.execute("ECHO", "again", hurry=False) == "again"
+async def test_a_command_without_hurry_does_not_wait_for_ever(commands: RedisClient) -> None:
+    assert await asyncio.gather(*(commands.execute("ECHO", n, urgent=False) for n in "ab")) == ["a", "b"]
+    assert await commands.execute("ECHO", "again", urgent=False) == "again"
 
 
 async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
-    commands: Commands, monkeypatch: pytest.MonkeyPatch
+    commands: RedisClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "MAX_BATCH", 7)
+    monkeypatch.setattr(pipeline, "MAX_BATCH", 7)
     assert await asyncio.gather(*(commands.execute("ECHO", str(n)) for n in range(100))) == [str(n) for n in range(100)]
 
 
 async def test_while_one_lane_waits_the_others_carry_on(redis_server: RedisServer, store: Store) -> None:
-    async with Commands(redis_server.admin_url, lanes=2, timeout=timedelta(seconds=5)) as commands:
+    async with RedisClient(redis_server.admin_url, lanes=2, timeout=timedelta(seconds=5)) as commands:
         blocked = asyncio.create_task(commands.execute("BLPOP", "nothing", 1))
         await wait_until(lambda: any(one["cmd"] == "blpop" for one in store.redis.client_list()), "one lane waits")
         answers = [await commands.execute("ECHO", str(n)) for n in range(20)]
@@ -88,7 +84,7 @@ async def test_while_one_lane_waits_the_others_carry_on(redis_server: RedisServe
         assert await blocked is None
 
 
-async def test_a_refused_command_fails_alone(commands: Commands) -> None:
+async def test_a_refused_command_fails_alone(commands: RedisClient) -> None:
     results = await asyncio.gather(
         commands.execute("SET", "k", "text", "PX", 1000),
         commands.execute("HGET", "k", "field"),
@@ -102,15 +98,17 @@ async def test_a_refused_command_fails_alone(commands: Commands) -> None:
     assert results[3] == "text"
 
 
-async def test_a_refused_command_lets_go_of_who_asked(commands: Commands, redis_server: RedisServer) -> None:
+async def test_a_refused_command_lets_go_of_who_asked(commands: RedisClient, redis_server: RedisServer) -> None:
     assert await lets_go(lambda _: commands.execute("NO-SUCH-COMMAND"))
-    reader = Reader(redis_server.admin_url, block=SHORT, timeout=SHORT)
+    reader = BlockingReader(redis_server.admin_url, block=SHORT, timeout=SHORT)
     assert await lets_go(lambda _: reader.execute("NO-SUCH-COMMAND"))
     await reader.aclose()
 
 
 @pytest.mark.parametrize("argument", [None, object(), ["list"]])
-async def test_a_command_that_cannot_be_sent_is_its_callers_error_alone(commands: Commands, argument: object) -> None:
+async def test_a_command_that_cannot_be_sent_is_its_callers_error_alone(
+    commands: RedisClient, argument: object
+) -> None:
     results = await asyncio.gather(
         commands.execute("ECHO", "before"),
         commands.execute("ECHO", argument),  # type: ignore[arg-type]
@@ -122,15 +120,15 @@ async def test_a_command_that_cannot_be_sent_is_its_callers_error_alone(commands
     assert await asyncio.gather(*(commands.execute("ECHO", n) for n in "abc")) == ["a", "b", "c"]
 
 
-async def test_text_that_is_no_unicode_is_sent_with_marks_in_its_place(commands: Commands) -> None:
+async def test_text_that_is_no_unicode_is_sent_with_marks_in_its_place(commands: RedisClient) -> None:
     assert await commands.execute("ECHO", "a\ud800b") == "a?b"
 
 
-async def test_text_in_redis_that_is_no_utf8_does_no_harm(commands: Commands) -> None:
+async def test_text_in_redis_that_is_no_utf8_does_no_harm(commands: RedisClient) -> None:
     assert await commands.execute("ECHO", b"a\xffb") == "a\ufffdb"
 
 
-async def test_a_write_at_maxmemory_is_told_from_an_absence(commands: Commands, store: Store) -> None:
+async def test_a_write_at_maxmemory_is_told_from_an_absence(commands: RedisClient, store: Store) -> None:
     store.redis.config_set("maxmemory", 1)
     with pytest.raises(StoreFull):
         await commands.execute("SET", "k", "v")
@@ -139,7 +137,7 @@ async def test_a_write_at_maxmemory_is_told_from_an_absence(commands: Commands, 
     assert await commands.execute("GET", "k") is None
 
 
-async def test_a_replica_that_cannot_be_written_is_as_good_as_away(commands: Commands, store: Store) -> None:
+async def test_a_replica_that_cannot_be_written_is_as_good_as_away(commands: RedisClient, store: Store) -> None:
     store.redis.replicaof("127.0.0.1", str(free_port()))
     try:
         with pytest.raises(StoreUnavailable, match="read only replica"):
@@ -156,7 +154,7 @@ async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: Redis
         client.set("k", "v")
         shutil.rmtree(own_server.folder)  # where it would save
         await wait_until(lambda: _cannot_save(client), "a save has failed")
-    async with Commands(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
+    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
         with pytest.raises(StoreUnavailable, match="MISCONF"):
             await commands.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="MISCONF"):
@@ -173,7 +171,7 @@ def _cannot_save(client: redis.Redis) -> bool:
 
 
 async def test_a_script_is_sent_in_full_only_to_a_server_that_does_not_know_it(
-    commands: Commands, store: Store
+    commands: RedisClient, store: Store
 ) -> None:
     script = Script("queued")
     store.redis.script_flush()
@@ -189,7 +187,7 @@ async def test_a_script_is_sent_in_full_only_to_a_server_that_does_not_know_it(
     assert stats["cmdstat_evalsha"]["calls"] == 2
 
 
-async def test_a_caller_that_leaves_takes_nothing_from_the_others(commands: Commands) -> None:
+async def test_a_caller_that_leaves_takes_nothing_from_the_others(commands: RedisClient) -> None:
     callers = [asyncio.create_task(commands.execute("ECHO", str(n))) for n in range(10)]
     await asyncio.sleep(0)
     for caller in callers[::2]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 
 from imstream.errors import StoreError, StoreRefused, StoreUnavailable
-from imstream.store import lanes
-from imstream.store.connection import Commands, Reader
-from imstream.store.lanes import Lanes
+from imstream.redis import pipeline
+from imstream.redis.client import BlockingReader, RedisClient
+from imstream.redis.pipeline import Pipeline
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from tests.support.servers import RedisServer
 
 SHORT = timedelta(milliseconds=300)
 
@@ -37,7 +33,7 @@ def resume(server: RedisServer) -> None:
 
 
 async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_server: RedisServer) -> None:
-    async with Commands(own_server.admin_url, lanes=2, timeout=SHORT) as commands:
+    async with RedisClient(own_server.admin_url, lanes=2, timeout=SHORT) as commands:
         await commands.execute("PING")
         pause(own_server)
         began = asyncio.get_running_loop().time()
@@ -52,13 +48,13 @@ async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_ser
         ]
 
 
-def _none_waits(commands: Commands) -> bool:
+def _none_waits(commands: RedisClient) -> bool:
     """Whether the lanes have taken all commands."""
-    assert isinstance(commands._way, Lanes)  # noqa: SLF001 - nothing else tells
+    assert isinstance(commands._way, Pipeline)  # noqa: SLF001 - nothing else tells
     return not commands._way._waiting  # noqa: SLF001 - same
 
 
-async def _answers(commands: Commands) -> bool:
+async def _answers(commands: RedisClient) -> bool:
     try:
         return bool(await commands.execute("PING"))
     except StoreError:
@@ -66,7 +62,7 @@ async def _answers(commands: Commands) -> bool:
 
 
 async def test_nothing_is_repeated_when_the_outcome_is_unknown(own_server: RedisServer) -> None:
-    async with Commands(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
+    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
         await commands.execute("PING")
         pause(own_server)
         with pytest.raises(StoreUnavailable):
@@ -77,7 +73,7 @@ async def test_nothing_is_repeated_when_the_outcome_is_unknown(own_server: Redis
 
 
 async def test_a_server_killed_and_started_again_is_found_again(own_server: RedisServer) -> None:
-    async with Commands(own_server.admin_url, lanes=2, timeout=SHORT) as commands:
+    async with RedisClient(own_server.admin_url, lanes=2, timeout=SHORT) as commands:
         await commands.execute("PING")
         own_server.kill()
         with pytest.raises(StoreUnavailable):
@@ -90,8 +86,8 @@ async def test_a_server_killed_and_started_again_is_found_again(own_server: Redi
 async def test_while_redis_hangs_the_commands_that_wait_are_bounded(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "MAX_WAITING", 10)
-    async with Commands(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
+    monkeypatch.setattr(pipeline, "MAX_WAITING", 10)
+    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
         await commands.execute("PING")
         pause(own_server)
         first = asyncio.create_task(commands.execute("PING"))
@@ -107,7 +103,7 @@ async def test_while_redis_hangs_the_commands_that_wait_are_bounded(
 
 
 async def test_a_caller_that_leaves_while_redis_hangs_does_no_harm(own_server: RedisServer) -> None:
-    async with Commands(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
+    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
         await commands.execute("PING")
         pause(own_server)
         callers = [asyncio.create_task(commands.execute("NO-SUCH-COMMAND")) for _ in range(2)]
@@ -120,7 +116,7 @@ async def test_a_caller_that_leaves_while_redis_hangs_does_no_harm(own_server: R
 
 
 async def test_who_still_waits_at_the_end_is_told_and_who_comes_later_too(own_server: RedisServer) -> None:
-    async with Commands(own_server.admin_url, lanes=1, timeout=timedelta(seconds=20)) as commands:
+    async with RedisClient(own_server.admin_url, lanes=1, timeout=timedelta(seconds=20)) as commands:
         await commands.execute("PING")
         pause(own_server)
         under_way = asyncio.create_task(commands.execute("PING"))
@@ -151,18 +147,18 @@ async def server_that_says(words: bytes) -> AsyncIterator[str]:
 @pytest.mark.parametrize("words", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x01\x00\x02\x02F", b"$5\r\nab"])
 async def test_something_else_where_redis_should_be_is_no_redis(words: bytes) -> None:
     reader = None
-    async with server_that_says(words) as url, Commands(url, lanes=2, timeout=SHORT) as commands:
+    async with server_that_says(words) as url, RedisClient(url, lanes=2, timeout=SHORT) as commands:
         for _ in range(3):  # more often than there are lanes: none has died of it
             with pytest.raises(StoreUnavailable):
                 await commands.execute("PING")
-        reader = Reader(url, block=SHORT, timeout=SHORT)
+        reader = BlockingReader(url, block=SHORT, timeout=SHORT)
         with pytest.raises(StoreUnavailable):
             await reader.execute("PING")
         await reader.aclose()
 
 
 async def test_the_reader_blocks_for_as_long_as_it_may(redis_server: RedisServer) -> None:
-    reader = Reader(redis_server.admin_url, block=timedelta(seconds=1), timeout=SHORT)
+    reader = BlockingReader(redis_server.admin_url, block=timedelta(seconds=1), timeout=SHORT)
     assert await reader.execute("BLPOP", "nothing", "0.5") is None  # longer than the time limit of a round trip
     with pytest.raises(StoreRefused):
         await reader.execute("XREADGROUP", "GROUP", "g", "c", "STREAMS", "s", ">")
@@ -170,7 +166,7 @@ async def test_the_reader_blocks_for_as_long_as_it_may(redis_server: RedisServer
 
 
 async def test_the_reader_notices_a_hung_server(own_server: RedisServer) -> None:
-    reader = Reader(own_server.admin_url, block=SHORT, timeout=SHORT)
+    reader = BlockingReader(own_server.admin_url, block=SHORT, timeout=SHORT)
     assert await reader.execute("ECHO", "1") == "1"
     pause(own_server)
     with pytest.raises(StoreUnavailable):
@@ -186,7 +182,7 @@ async def test_the_reader_notices_a_hung_server(own_server: RedisServer) -> None
 
 
 async def test_a_cancelled_caller_of_the_reader_ends_wherever_it_stands(redis_server: RedisServer) -> None:
-    reader = Reader(redis_server.admin_url, block=SHORT, timeout=SHORT)
+    reader = BlockingReader(redis_server.admin_url, block=SHORT, timeout=SHORT)
     await reader.execute("PING")
     for ticks in range(40):
         caller = asyncio.create_task(reader.execute("PING"))
@@ -202,7 +198,7 @@ async def test_a_cancelled_caller_of_the_reader_ends_wherever_it_stands(redis_se
 
 async def test_lanes_end_wherever_they_stand(redis_server: RedisServer) -> None:
     for ticks in range(40):
-        async with asyncio.timeout(10), Commands(redis_server.admin_url, lanes=1, timeout=SHORT) as commands:
+        async with asyncio.timeout(10), RedisClient(redis_server.admin_url, lanes=1, timeout=SHORT) as commands:
             await commands.execute("PING")
             callers = [asyncio.create_task(commands.execute("PING")) for _ in range(3)]
             for _ in range(ticks):

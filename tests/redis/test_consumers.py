@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from imstream.keys import GROUP
+from imstream.redis.client import BlockingReader
 from imstream.store.adoption import Adoption
-from imstream.store.connection import Reader
 from imstream.store.requests import RequestStream
-from tests.redis.conftest import chat_request
-
-if TYPE_CHECKING:
-    from tests.redis.conftest import Store
+from tests.redis.conftest import Store, chat_request
 
 ROUNDS = 60
 
 
 async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_happens_at_once(store: Store) -> None:
     settings = store.settings.model_copy(update={"queue_limit": 10_000, "user_limit": 10_000})
-    reader = Reader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
+    reader = BlockingReader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
     home = RequestStream(store.commands, reader, settings)
     adopters = {
         node: RequestStream(store.commands, reader, settings.model_copy(update={"node": node}), node="0")

@@ -6,23 +6,21 @@ import asyncio
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import redis
 from click.testing import CliRunner
 
-from imstream import embedded
+from imstream.cli import embedded_redis
 from imstream.cli.main import main
 from imstream.errors import ImstreamError
 from tests.support.processes import PYTHON, Running, free_port, start
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 
 def command(port: int, folder: Path) -> list[str]:
@@ -49,7 +47,7 @@ async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path
     port = free_port()
     data = tmp_path / "data"
     with running(port, data, tmp_path / "log") as server:
-        await wait_until(lambda: embedded.answers(port), "it serves")
+        await wait_until(lambda: embedded_redis.answers(port), "it serves")
         with client(port, data) as valkey:
             assert valkey.info("server")["process_id"] == server.pid
             settings = valkey.config_get("append*", "save", "maxmemory-policy", "bind", "protected-mode")
@@ -61,7 +59,7 @@ async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path
             valkey.set("kept", "yes")
         server.kill()
     with running(port, data, tmp_path / "log") as server:
-        await wait_until(lambda: embedded.answers(port, data / "password"), "it serves")
+        await wait_until(lambda: embedded_redis.answers(port, data / "password"), "it serves")
         with client(port, data) as valkey:  # with the same password
             assert valkey.get("kept") == "yes"
         assert server.terminate() == 0
@@ -78,7 +76,7 @@ async def test_a_password_that_others_could_have_read_is_replaced_and_one_that_t
         (file.parent / "temp-17.rdb").touch()
         file.parent.chmod(0o755)
         with running(port, file.parent, tmp_path / "log"):
-            await wait_until(lambda: embedded.answers(port, file), "it serves")
+            await wait_until(lambda: embedded_redis.answers(port, file), "it serves")
             with client(port, file.parent) as valkey:
                 assert valkey.ping()
         assert (file.read_text() == 'o"n\\e of my own\n') == stays, oct(mode)
@@ -97,7 +95,7 @@ async def test_a_server_that_still_loads_its_data_does_not_answer(tmp_path: Path
         writer.close()
 
     async with await asyncio.start_server(loads, "127.0.0.1") as server:
-        assert not await embedded.answers(server.sockets[0].getsockname()[1], file)
+        assert not await embedded_redis.answers(server.sockets[0].getsockname()[1], file)
     assert said == [b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$6\r\nsecret\r\nPING\r\n"]
 
 
@@ -125,7 +123,7 @@ def test_a_folder_that_cannot_be_made_or_used_is_refused_in_one_sentence(tmp_pat
 async def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:
     port = free_port()
     with running(port, tmp_path / "data", tmp_path / "log"):
-        await wait_until(lambda: embedded.answers(port), "it serves")
+        await wait_until(lambda: embedded_redis.answers(port), "it serves")
         second = subprocess.run(  # noqa: ASYNC221 - nothing else runs meanwhile
             command(free_port(), tmp_path / "data"), capture_output=True, text=True, timeout=30, check=False
         )
@@ -139,21 +137,21 @@ async def test_further_configuration_goes_before_what_it_would_have(tmp_path: Pa
     config.write_text("maxmemory 32mb\nappendfsync always\nrequirepass secret\n")
     port = free_port()
     with start([*command(port, tmp_path / "data"), "--config", str(config)], tmp_path / "log"):
-        await wait_until(lambda: embedded.answers(port), "it serves, if not everybody")
+        await wait_until(lambda: embedded_redis.answers(port), "it serves, if not everybody")
         with redis.Redis.from_url(f"redis://:secret@127.0.0.1:{port}", decode_responses=True) as valkey:
             settings = valkey.config_get("maxmemory", "appendfsync", "appendonly")
     assert settings == {"maxmemory": str(32 << 20), "appendfsync": "always", "appendonly": "yes"}
 
 
 async def test_a_port_where_nobody_listens_is_no_server() -> None:
-    assert not await embedded.answers(free_port())
+    assert not await embedded_redis.answers(free_port())
 
 
 async def test_a_stranger_on_the_port_is_not_taken_for_the_server() -> None:
     # It accepts and says nothing.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with asyncio.timeout(10):
-            assert not await embedded.answers(listener.getsockname()[1])
+            assert not await embedded_redis.answers(listener.getsockname()[1])
 
 
 def test_without_a_server_for_this_machine_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -162,7 +160,7 @@ def test_without_a_server_for_this_machine_it_says_what_to_set(monkeypatch: pyte
 
     monkeypatch.setattr(metadata, "files", not_found)
     with pytest.raises(ImstreamError, match="set IMSTREAM_REDIS_URL"):
-        embedded.server_command(6390, tmp_path)
+        embedded_redis.server_command(6390, tmp_path)
     monkeypatch.setattr(metadata, "files", lambda _: None)
     with pytest.raises(ImstreamError, match="set IMSTREAM_REDIS_URL"):
-        embedded.server_command(6390, tmp_path)
+        embedded_redis.server_command(6390, tmp_path)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from imstream.store import health
-from imstream.store.connection import Commands
+from imstream.redis import health
+from imstream.redis.client import RedisClient
 from tests.support.processes import free_port
-from tests.support.redis_sets import cluster_set, sentinel_set
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from tests.support.redis_sets import ClusterSet
-    from tests.support.servers import RedisServer
+from tests.support.redis_sets import ClusterSet, cluster_set, sentinel_set
+from tests.support.servers import RedisServer
 
 MAY_LOSE = "when it fails over (min-replicas-to-write 0); set min-replicas-to-write 1"
 FORGETS = "when it restarts (appendonly no); set appendonly yes"
@@ -25,7 +20,7 @@ EVICTS = "set maxmemory-policy noeviction"
 
 
 async def _warnings(url: str) -> list[str]:
-    async with Commands(url, lanes=1, timeout=timedelta(seconds=2)) as commands:
+    async with RedisClient(url, lanes=1, timeout=timedelta(seconds=2)) as commands:
         return await health.warnings(commands)
 
 

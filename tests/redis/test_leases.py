@@ -8,23 +8,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from imstream.errors import NodeTaken, StoreUnavailable
 from imstream.store.leases import Held, HeldByOther, Holder, Leases
-from imstream.worker.tenure import Tenure, is_alive, this_process
+from imstream.worker.lease_keeper import LeaseKeeper, is_alive, this_process
+from tests.redis.conftest import Store
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from tests.redis.conftest import Store
 
 ONE = Holder("one", "host", "machine", 1, "http://one")
 TWO = Holder("two", "host", "machine", 2, "http://two")
@@ -176,7 +173,7 @@ def test_whether_a_process_of_this_machine_lives_is_known_at_once() -> None:
 
 
 @asynccontextmanager
-async def running(tenure: Tenure) -> AsyncIterator[asyncio.Task[None]]:
+async def running(tenure: LeaseKeeper) -> AsyncIterator[asyncio.Task[None]]:
     """Run it until the end of the block."""
     task = asyncio.create_task(tenure.run("http://here"))
     try:
@@ -186,9 +183,9 @@ async def running(tenure: Tenure) -> AsyncIterator[asyncio.Task[None]]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def tenure_of(store: Store, own: Leases, **settings: Any) -> Tenure:  # noqa: ANN401 - any setting
+def tenure_of(store: Store, own: Leases, **settings: Any) -> LeaseKeeper:  # noqa: ANN401 - any setting
     quick = {"lease": timedelta(milliseconds=1200), "redis_timeout": timedelta(milliseconds=300), **settings}
-    return Tenure(own, store.settings.model_copy(update=quick))
+    return LeaseKeeper(own, store.settings.model_copy(update=quick))
 
 
 async def test_a_lease_that_cannot_be_renewed_is_not_relied_on_to_its_end_and_is_held_again_later(

@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+import redis
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from imstream.clock import Day
 from imstream.keys import Keys
+from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.accounts import Accounts, Counted, Spent
-from imstream.store.connection import Commands
-from imstream.store.days import Day
+from imstream.store.accounts import Accounts, Counted, QuotaExhausted
 from imstream.store.replies import ReplyStore
 from tests.redis.conftest import examples_on
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
-    import redis
-
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 QUOTA = 3
 REPLY_TTL = 900_000
@@ -99,7 +95,7 @@ class QuotaKept(RuleBasedStateMachine):
             message.at = max(self._now, message.at + 1)
             message.excused = True
         elif used == QUOTA:
-            assert verdict == Spent()
+            assert verdict == QuotaExhausted()
             return
         else:
             assert verdict == Counted(used + 1, new=True)
@@ -166,8 +162,8 @@ def test_the_quota_is_kept_in_any_order_of_events(redis_server: RedisServer) -> 
     with asyncio.Runner() as runner, redis_server.client() as client:
         connections = AsyncExitStack()
 
-        async def connect() -> Commands:
-            commands = Commands(known.redis_url, lanes=1, timeout=known.redis_timeout)
+        async def connect() -> RedisClient:
+            commands = RedisClient(known.redis_url, lanes=1, timeout=known.redis_timeout)
             return await connections.enter_async_context(commands)
 
         commands = runner.run(connect())

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Record, Rejected, Terminal
-
-if TYPE_CHECKING:
-    from imstream.store.replies import ReplyStore
-    from tests.redis.conftest import Store
+from imstream.model import Record, Terminal
+from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected, ReplyStore
+from tests.redis.conftest import Store
 
 USER, MESSAGE = 10001, "m-1"
 
@@ -108,12 +104,12 @@ async def test_a_message_of_a_lost_request_can_be_taken_over(store: Store) -> No
 
 async def test_cancelling_ends_a_reply_wherever_it_stands(store: Store) -> None:
     await store.replies.mark_queued(USER, "waiting")
-    assert isinstance(await store.replies.cancel(USER, "waiting"), Cancelled)
+    assert isinstance(await store.replies.cancel(USER, "waiting"), CancelRecorded)
     assert await store.replies.open(USER, "waiting", request="0/1-0") == Ended("cancelled", "")
     await store.replies.open(USER, MESSAGE, request="0/1-0")
     await append(store.replies, 0, "so far")
     for _ in range(2):
-        assert isinstance(await store.replies.cancel(USER, MESSAGE), Cancelled)
+        assert isinstance(await store.replies.cancel(USER, MESSAGE), CancelRecorded)
     assert await append(store.replies, 6, " more") == Rejected("ended")
     assert await store.replies.read(USER, MESSAGE) == Record(1, "so far", Terminal("cancelled"))
 

@@ -6,28 +6,25 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+import redis
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from imstream.keys import Keys
+from imstream.model import Record, Terminal
+from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.connection import Commands
-from imstream.store.replies import Appended, Opened, Record, ReplyStore, Terminal
+from imstream.store.replies import Appended, Opened, ReplyStore
 from tests.redis.conftest import examples_on
 from tests.support.reply_model import TERMINAL, ReplyModel, Said
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
-    import redis
-
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 USER = 10001
 REQUESTS = st.sampled_from(["0/1-0", "0/2-0", "1/1-0"])
@@ -159,7 +156,7 @@ def test_any_order_of_writers_is_judged_rightly(redis_server: RedisServer) -> No
         connections = AsyncExitStack()
 
         async def connect() -> ReplyStore:
-            commands = Commands(known.redis_url, lanes=1, timeout=known.redis_timeout)
+            commands = RedisClient(known.redis_url, lanes=1, timeout=known.redis_timeout)
             return ReplyStore(await connections.enter_async_context(commands), known)
 
         replies = runner.run(connect())

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 
-from imstream.store.chat_request import ChatRequest, Malformed
-from imstream.store.requests import Admitted, GroupMissing, Pending, Refused
-from tests.redis.conftest import chat_request
+from imstream.model import ChatRequest, Malformed
+from imstream.store.requests import Admitted, GroupMissing, Pending, QueueFull
+from tests.redis.conftest import Store, chat_request
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.redis.conftest import Store
 
 SOON = timedelta(milliseconds=50)
 
@@ -36,13 +32,13 @@ async def test_a_request_that_came_before_the_group_is_delivered(store: Store) -
 async def test_the_cap_of_the_node_refuses_and_evicts_nothing(store: Store) -> None:
     verdicts = await asyncio.gather(*(store.requests.admit(chat_request(10001 + n)) for n in range(20)))
     assert sum(isinstance(verdict, Admitted) for verdict in verdicts) == 5
-    assert verdicts.count(Refused(by_user=False)) == 15
+    assert verdicts.count(QueueFull(by_user=False)) == 15
     assert store.redis.xlen(store.keys.requests("0")) == 5
 
 
 async def test_the_cap_of_a_user_leaves_room_for_others(store: Store) -> None:
     verdicts = [await store.requests.admit(chat_request(10001)) for _ in range(3)]
-    assert verdicts[2] == Refused(by_user=True)
+    assert verdicts[2] == QueueFull(by_user=True)
     assert isinstance(await store.requests.admit(chat_request(10002)), Admitted)
 
 

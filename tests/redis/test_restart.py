@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests.redis.workshop import workshop
-
-if TYPE_CHECKING:
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 
 async def test_what_scripts_have_written_is_there_after_a_restart_of_redis(own_server: RedisServer) -> None:

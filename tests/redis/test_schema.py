@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from imstream.keys import GROUP
-from imstream.store.chat_request import ChatRequest, Malformed
-from imstream.store.schema import VERSION
+from imstream.model import SCHEMA_VERSION, ChatRequest, Malformed
 from tests.redis.conftest import chat_request
-from tests.redis.workshop import USER, workshop
+from tests.redis.workshop import USER, Workshop, workshop
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from structlog.typing import EventDict
-
-    from tests.redis.workshop import Workshop
-    from tests.support.servers import RedisServer
 
 TOO_NEW = "requests of a newer release are left to a node that knows it"
 ON_SERVERS = ["valkey"]
@@ -33,7 +26,7 @@ def add(shop: Workshop, fields: dict[str, str], node: str = "0") -> str:
 
 def newer(message_id: str) -> dict[str, str]:
     """A request of a release to come, in which not much is as it was."""
-    return {"v": str(VERSION + 1), "sender": str(USER), "id": message_id}
+    return {"v": str(SCHEMA_VERSION + 1), "sender": str(USER), "id": message_id}
 
 
 def said_about_newer(logs: list[EventDict]) -> list[EventDict]:
@@ -112,7 +105,9 @@ async def test_requests_of_a_newer_release_stay_pending_with_one_error_and_the_o
                 assert shop.recorded("old") == ("done", "x")
                 assert shop.dead() == []
                 shop.redis.delete(shop.keys.reply(USER, "old"))
-    assert [(line["log_level"], line["version"]) for line in said_about_newer(logs)] == [("error", VERSION + 1)] * 2
+    assert [(line["log_level"], line["version"]) for line in said_about_newer(logs)] == [
+        ("error", SCHEMA_VERSION + 1)
+    ] * 2
 
 
 async def test_who_adopts_requests_of_a_newer_release_leaves_them_to_their_node_or_to_who_knows_them(
@@ -146,13 +141,13 @@ async def test_what_this_release_writes_says_its_version(redis_server: RedisServ
         await shop.ask()
         call = await shop.backend.call(1)
         [(_, fields)] = shop.redis.xrange(shop.keys.requests("0"))
-        assert fields["v"] == str(VERSION)
+        assert fields["v"] == str(SCHEMA_VERSION)
         call.say("some text")
         await wait_until(lambda: len(shop.entries()) == 3, "it is recorded")
         await shop.jobs.cancel(USER, "m")
         await shop.idle()
         assert [(one["event"], one["v"]) for one in shop.entries()] == [
-            (event, str(VERSION)) for event in ("queued", "opened", "text", "cancelled")
+            (event, str(SCHEMA_VERSION)) for event in ("queued", "opened", "text", "cancelled")
         ]
 
 

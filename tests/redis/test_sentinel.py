@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from imstream.errors import StoreError, StoreUnavailable
-from imstream.store.connection import Commands, Reader
+from imstream.redis.client import BlockingReader, RedisClient
 from tests.redis.writing import LIMIT, writing
 from tests.support.processes import free_port
-from tests.support.redis_sets import SERVICE, sentinel_set
+from tests.support.redis_sets import SERVICE, SentinelSet, sentinel_set
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from tests.support.redis_sets import SentinelSet
-    from tests.support.servers import RedisServer
 
 TIMEOUT = timedelta(milliseconds=500)
 BLOCK = timedelta(milliseconds=300)
@@ -38,7 +33,7 @@ def sentinels(tmp_path: Path) -> Iterator[SentinelSet]:
 async def test_what_was_replicated_is_there_after_the_master_was_killed_and_writing_goes_on(
     sentinels: SentinelSet,
 ) -> None:
-    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
+    async with RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         async with writing(commands, "s") as [writer]:
             old, new = sentinels.master, sentinels.replica
             told = len(writer.told)
@@ -57,8 +52,8 @@ async def test_what_was_replicated_is_there_after_the_master_was_killed_and_writ
 
 
 async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sentinels: SentinelSet) -> None:
-    reader = Reader(sentinels.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
+    reader = BlockingReader(sentinels.admin_url, block=BLOCK, timeout=TIMEOUT)
+    async with RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
         new = sentinels.replica
         with new.client() as client:
@@ -76,8 +71,8 @@ async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sent
 
 
 async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(sentinels: SentinelSet) -> None:
-    reader = Reader(sentinels.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
-    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
+    reader = BlockingReader(sentinels.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
+    async with RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
         await commands.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
         blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
         old, new = sentinels.master, sentinels.replica
@@ -101,7 +96,10 @@ async def test_a_master_that_hangs_is_replaced_and_its_connections_are_not_used_
 ) -> None:
     old, new = sentinels.master, sentinels.replica
     assert old.process is not None
-    async with Commands(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands, writing(commands, "s") as [writer]:
+    async with (
+        RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands,
+        writing(commands, "s") as [writer],
+    ):
         old.process.signal(signal.SIGSTOP)
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
         await writer.goes_on()
@@ -116,7 +114,7 @@ async def test_a_master_that_hangs_is_replaced_and_its_connections_are_not_used_
 
 async def test_the_master_is_found_while_the_first_sentinel_hangs(sentinels: SentinelSet) -> None:
     sentinels.sentinels[0].signal(signal.SIGSTOP)
-    async with Commands(sentinels.admin_url, lanes=4, timeout=timedelta(seconds=2)) as commands:
+    async with RedisClient(sentinels.admin_url, lanes=4, timeout=timedelta(seconds=2)) as commands:
         assert await commands.execute("SET", "k", "v")
 
 
@@ -124,8 +122,8 @@ async def test_without_a_sentinel_or_with_another_name_the_master_is_not_there(s
     nobody = f"redis+sentinel://127.0.0.1:{free_port()}/{SERVICE}"
     other = sentinels.admin_url.replace(f"/{SERVICE}/", "/other/")
     for url in (nobody, other):
-        reader = Reader(url, block=BLOCK, timeout=TIMEOUT)
-        async with Commands(url, lanes=2, timeout=TIMEOUT) as commands:
+        reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
+        async with RedisClient(url, lanes=2, timeout=TIMEOUT) as commands:
             for ask in (commands.execute, reader.execute):
                 with pytest.raises(StoreUnavailable, match="No master found for"):
                     await ask("PING")
@@ -135,7 +133,7 @@ async def test_without_a_sentinel_or_with_another_name_the_master_is_not_there(s
 async def test_a_reader_that_is_blocked_as_its_server_is_demoted_is_told_that_redis_is_away(
     own_server: RedisServer,
 ) -> None:
-    reader = Reader(own_server.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
+    reader = BlockingReader(own_server.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
     with own_server.client() as client:
         client.xgroup_create("s", "g", "0", mkstream=True)
         blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
@@ -150,8 +148,8 @@ async def test_a_reader_that_is_blocked_as_its_server_is_demoted_is_told_that_re
 async def test_a_connection_to_a_server_that_is_no_longer_the_master_is_given_up(
     own_server: RedisServer, command: tuple[str | int, ...]
 ) -> None:
-    reader = Reader(own_server.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with Commands(own_server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
+    reader = BlockingReader(own_server.admin_url, block=BLOCK, timeout=TIMEOUT)
+    async with RedisClient(own_server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
         before = await commands.execute("CLIENT", "ID"), await reader.execute("CLIENT", "ID")
         with own_server.client() as client:
             client.replicaof("127.0.0.1", free_port())
@@ -170,7 +168,7 @@ def _is_master(server: RedisServer) -> bool:
         return bool(info["role"] == "master")
 
 
-async def _is_done(commands: Commands, *command: str | int) -> bool:
+async def _is_done(commands: RedisClient, *command: str | int) -> bool:
     try:
         await commands.execute(*command)
     except StoreError:
@@ -178,7 +176,7 @@ async def _is_done(commands: Commands, *command: str | int) -> bool:
     return True
 
 
-async def _answer(reader: Reader, *command: str | int) -> dict[str, list[list[object]]]:
+async def _answer(reader: BlockingReader, *command: str | int) -> dict[str, list[list[object]]]:
     """The reader's first answer: a connection that has died is noticed by the first that uses it."""
     answers = []
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.redis.workshop import PlayedBackend, workshop
+from tests.redis.workshop import PlayedBackend, Workshop, workshop
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.redis.workshop import Workshop
-    from tests.support.servers import RedisServer
 
 ON_SERVERS = ["valkey"]
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -27,21 +28,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from imstream.disposition import Limits, before_start
 from imstream.keys import GROUP, Keys
+from imstream.model import ChatRequest, Terminal
+from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
 from imstream.store.adoption import Adopted, Adoption, NotAdopted
-from imstream.store.chat_request import ChatRequest
-from imstream.store.connection import Commands, Reader
-from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore, Terminal
-from imstream.store.requests import Admitted, Entry, Refused, RequestStream
+from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore
+from imstream.store.requests import Admitted, Entry, QueueFull, RequestStream
+from imstream.worker.disposition import Limits, before_start
 from tests.redis.conftest import chat_request, examples_on
 from tests.support.reply_model import TERMINAL, ReplyModel, Said
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 NODES = ("0", "1", "2")
 USERS = (10001, 10002)
@@ -109,8 +106,8 @@ class Site:
     """The parts of the store, on one server."""
 
     runner: asyncio.Runner
-    commands: Commands
-    reader: Reader
+    commands: RedisClient
+    reader: BlockingReader
     redis: Any  # its types name every shape that an answer may have
 
     def settings_of(self, node: str) -> Settings:
@@ -176,10 +173,10 @@ class StoreUsed(RuleBasedStateMachine):
         verdict = self._run(self._streams[node, node].admit(chat_request(user, message)))
         unfinished = self._unfinished[node]
         if len(unfinished) >= NODE_CAP:
-            assert verdict == Refused(by_user=False)
+            assert verdict == QueueFull(by_user=False)
             return
         if sum(one.user == user for one in unfinished.values()) >= USER_CAP:
-            assert verdict == Refused(by_user=True)
+            assert verdict == QueueFull(by_user=True)
             return
         waiting = sum(not one.consumer for one in unfinished.values())
         assert isinstance(verdict, Admitted)
@@ -471,8 +468,8 @@ def test_any_order_of_work_and_death_loses_and_repeats_nothing(redis_server: Red
         connections = AsyncExitStack()
 
         async def connect() -> Site:
-            commands = Commands(known.redis_url, lanes=1, timeout=known.redis_timeout)
-            reader = Reader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
+            commands = RedisClient(known.redis_url, lanes=1, timeout=known.redis_timeout)
+            reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
             connections.push_async_callback(reader.aclose)
             return Site(runner, await connections.enter_async_context(commands), reader, client)
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from imstream.errors import SettingsError, StoreUnavailable
+from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
-from imstream.store.connection import Commands, Reader
 from imstream.store.requests import Admitted, RequestStream
 from tests.redis.conftest import chat_request
 from tests.support.certificates import Authority, RedisTls
 from tests.support.processes import free_port, wait_for
-from tests.support.redis_sets import cluster_set, sentinel_set
+from tests.support.redis_sets import Topology, cluster_set, sentinel_set
 from tests.support.servers import RedisServer, missing, redis_7_binary, start_node
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from tests.support.redis_sets import Topology
 
 TIMEOUT = timedelta(seconds=2)
 MANY: dict[str, Callable[..., AbstractContextManager[Topology]]] = {"sentinel": sentinel_set, "cluster": cluster_set}
@@ -60,8 +55,8 @@ def server(binary: str, tls: RedisTls, tmp_path_factory: pytest.TempPathFactory)
 
 async def refusal(url: str) -> str:
     """What a node is told that cannot connect, in one way or another."""
-    reader = Reader(url, block=timedelta(milliseconds=100), timeout=TIMEOUT)
-    async with Commands(url, lanes=1, timeout=TIMEOUT) as commands:
+    reader = BlockingReader(url, block=timedelta(milliseconds=100), timeout=TIMEOUT)
+    async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
         told = set[str]()
         for ask in (commands.execute, reader.execute):
             with pytest.raises(StoreUnavailable) as refused:
@@ -74,8 +69,8 @@ async def refusal(url: str) -> str:
 async def works(url: str) -> None:
     """A request goes in and comes out: by commands and by the reader."""
     settings = Settings.load(redis_url=url)
-    reader = Reader(settings.redis_url, block=TIMEOUT, timeout=TIMEOUT)
-    async with Commands(settings.redis_url, lanes=2, timeout=TIMEOUT) as commands:
+    reader = BlockingReader(settings.redis_url, block=TIMEOUT, timeout=TIMEOUT)
+    async with RedisClient(settings.redis_url, lanes=2, timeout=TIMEOUT) as commands:
         requests = RequestStream(commands, reader, settings)
         await requests.prepare()
         assert isinstance(await requests.admit(chat_request(message_id="m")), Admitted)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from imstream.ai.backend import Message
+from imstream.ai.backend import PromptMessage
 from imstream.errors import PermanentBackendError
-from imstream.store.replies import Terminal
+from imstream.model import Terminal
 from imstream.worker.jobs import TOGETHER
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, workshop
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.support.servers import RedisServer
 
 
 async def test_a_request_is_answered_recorded_and_finished(redis_server: RedisServer) -> None:
@@ -23,7 +19,11 @@ async def test_a_request_is_answered_recorded_and_finished(redis_server: RedisSe
         follower = shop.follow()
         await shop.ask()
         call = await shop.backend.call(1)
-        assert call.messages == [Message("user", "hi"), Message("assistant", "hello"), Message("user", "你好")]
+        assert call.messages == [
+            PromptMessage("user", "hi"),
+            PromptMessage("assistant", "hello"),
+            PromptMessage("user", "你好"),
+        ]
         call.say("你好,")
         assert follower.text == "你好,"  # at once, before it is recorded
         await wait_until(lambda: len(shop.entries()) == 3, "the text is recorded while the answer goes on")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 
 from imstream.errors import StoreUnavailable, TransientBackendError
-from imstream.store.replies import Cancelled, Terminal
-from imstream.store.scripts import Script
+from imstream.model import Terminal
+from imstream.redis.scripts import Script
+from imstream.store.replies import CancelRecorded
 from tests.redis.conftest import chat_request
-from tests.redis.workshop import USER, workshop
+from tests.redis.workshop import USER, Workshop, workshop
+from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.redis.workshop import Workshop
-    from tests.support.servers import RedisServer
 
 CANCELLED = Terminal("cancelled")
 
@@ -157,7 +154,7 @@ async def test_a_message_cancelled_elsewhere_stops_here(redis_server: RedisServe
         call = await shop.backend.call(1)
         call.say("recorded ")
         await wait_until(lambda: shop.recorded_text() == "recorded ", "the text is recorded")
-        assert isinstance(await shop.replies.cancel(USER, "m"), Cancelled)  # by another node
+        assert isinstance(await shop.replies.cancel(USER, "m"), CancelRecorded)  # by another node
         call.say("and not recorded")
         await wait_until(lambda: call.cancelled, "the AI call is stopped")
         assert await client.end() == "cancelled"

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from imstream.errors import TransientBackendError
-from imstream.guards.chain import Guards
-from imstream.guards.guard import PASS, Guard, Pass, Refuse, Refused
+from imstream.guards.chain import GuardChain
+from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardRejection, Reject
+from imstream.model import ChatRequest
 from imstream.texts import OwnSentence
 from imstream.wire import Code
-from tests.redis.workshop import workshop
-
-if TYPE_CHECKING:
-    from imstream.guards.guard import AnswerFilter
-    from imstream.store.chat_request import ChatRequest
-    from tests.redis.workshop import Call
-    from tests.support.servers import RedisServer
+from tests.redis.workshop import Call, workshop
+from tests.support.servers import RedisServer
 
 ON_SERVERS = ["valkey"]
 
@@ -31,21 +27,21 @@ class _Asked(Guard):
     silent: int = 0
     asked: list[str] = field(default_factory=list)
 
-    async def request(self, request: ChatRequest) -> Pass | Refuse:
+    async def request(self, request: ChatRequest) -> Allow | Reject:
         self.asked.append(request.message_id)
         if request.message_id == "bad":
-            return Refuse("not_wanted", Code.FORBIDDEN, OwnSentence("不", "No"), detail="rudeness")
+            return Reject("not_wanted", Code.FORBIDDEN, OwnSentence("不", "No"), detail="rudeness")
         if request.message_id == "m" and self.silent > 0:
             self.silent -= 1
             raise TransientBackendError("guard_away", "nobody there")
-        return PASS
+        return ALLOW
 
 
 class _Softens(Guard):
     """Writes a message anew."""
 
-    async def request(self, request: ChatRequest) -> Pass | Refuse:
-        return Pass(text=f"please: {request.contents}")
+    async def request(self, request: ChatRequest) -> Allow | Reject:
+        return Allow(text=f"please: {request.contents}")
 
 
 def _answer(call: Call) -> None:
@@ -55,7 +51,7 @@ def _answer(call: Call) -> None:
 async def test_a_guard_that_cannot_tell_is_asked_again_and_the_ai_is_not_blamed(redis_server: RedisServer) -> None:
     guard = _Asked(silent=3)
     breaker: dict[str, Any] = {"ai_breaker_failures": 1, "ai_breaker_pause": "1h"}
-    async with workshop(redis_server, guards=Guards([guard]), max_attempts=4, **breaker) as shop:
+    async with workshop(redis_server, guards=GuardChain([guard]), max_attempts=4, **breaker) as shop:
         shop.backend.always = _answer
         client = shop.follow()
         await shop.ask()
@@ -67,7 +63,7 @@ async def test_a_guard_that_cannot_tell_is_asked_again_and_the_ai_is_not_blamed(
 
 
 async def test_a_guard_that_can_never_tell_ends_the_message_with_its_reason(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, guards=Guards([_Asked(silent=99)]), max_attempts=2) as shop:
+    async with workshop(redis_server, guards=GuardChain([_Asked(silent=99)]), max_attempts=2) as shop:
         client = shop.follow()
         await shop.ask()
         assert await client.end() == "failed"
@@ -79,7 +75,7 @@ async def test_a_guard_that_can_never_tell_ends_the_message_with_its_reason(redi
 
 async def test_what_a_guard_let_pass_is_not_asked_about_again_when_the_ai_fails(redis_server: RedisServer) -> None:
     guard = _Asked()
-    async with workshop(redis_server, guards=Guards([guard])) as shop:
+    async with workshop(redis_server, guards=GuardChain([guard])) as shop:
         await shop.ask()
         (await shop.backend.call(1)).fail(TransientBackendError("http_503"))
         (await shop.backend.call(2)).done("x")
@@ -88,7 +84,7 @@ async def test_what_a_guard_let_pass_is_not_asked_about_again_when_the_ai_fails(
 
 
 async def test_the_ai_is_asked_what_the_guards_made_of_a_message(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, guards=Guards([_Softens()])) as shop:
+    async with workshop(redis_server, guards=GuardChain([_Softens()])) as shop:
         await shop.ask()
         call = await shop.backend.call(1)
         assert call.messages[-1].content == "please: 你好"
@@ -97,7 +93,7 @@ async def test_the_ai_is_asked_what_the_guards_made_of_a_message(redis_server: R
 
 
 async def test_a_refusal_is_counted_logged_and_recorded_and_is_no_dead_letter(redis_server: RedisServer) -> None:
-    guards = Guards([_Asked()])
+    guards = GuardChain([_Asked()])
     async with workshop(redis_server, guards=guards) as shop:
         client = shop.follow("bad")
         with capture_logs() as logs:
@@ -121,17 +117,17 @@ class _Listens(Guard):
     def __init__(self) -> None:
         self.given_back: list[str] = []
 
-    async def request(self, request: ChatRequest) -> Pass | Refuse:
+    async def request(self, request: ChatRequest) -> Allow | Reject:
         if request.contents == "bad":
-            return Refuse("moderation", Code.FORBIDDEN, OwnSentence("不", "No"), violation=True)
-        return PASS
+            return Reject("moderation", Code.FORBIDDEN, OwnSentence("不", "No"), violation=True)
+        return ALLOW
 
     def answer(self, request: ChatRequest) -> AnswerFilter:  # noqa: ARG002 - the same for all
         return self
 
     def feed(self, text: str) -> str:
         if text == "stop":
-            raise Refused(Refuse("words_answer", Code.FORBIDDEN, OwnSentence("不", "No")))
+            raise GuardRejection(Reject("words_answer", Code.FORBIDDEN, OwnSentence("不", "No")))
         return text
 
     def end(self) -> str:
@@ -159,7 +155,7 @@ async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_se
     script, is_given_back = GIVEN_BACK[what]
     guard, failures = _Listens(), sum(isinstance(one, Exception) for one in script)
     async with workshop(
-        redis_server, guards=Guards([guard]), max_attempts=max(1, failures + ("stop" in script))
+        redis_server, guards=GuardChain([guard]), max_attempts=max(1, failures + ("stop" in script))
     ) as shop:
         client = shop.follow()
         await shop.ask()
@@ -171,7 +167,7 @@ async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_se
             if isinstance(step, str):
                 try:
                     call.say(step)
-                except Refused as refused:
+                except GuardRejection as refused:
                     call.fail(refused)
             else:
                 call.fail(step)
@@ -185,7 +181,7 @@ async def test_who_is_to_blame_for_a_refusal_does_not_get_the_message_back_even_
     redis_server: RedisServer,
 ) -> None:
     guard = _Listens()
-    async with workshop(redis_server, guards=Guards([guard])) as shop:
+    async with workshop(redis_server, guards=GuardChain([guard])) as shop:
         client = shop.follow()
         await shop.ask(contents="bad")
         assert await client.end() == "failed"
@@ -194,7 +190,7 @@ async def test_who_is_to_blame_for_a_refusal_does_not_get_the_message_back_even_
         shop.redis.delete(shop.keys.reply(10001, "m"))
         assert (terminal["event"], terminal["violation"]) == ("failed", "1")
     # As if the worker had died before it had finished: the next one finds the end, and who is to blame.
-    async with workshop(redis_server, guards=Guards([guard]), start=False) as shop:
+    async with workshop(redis_server, guards=GuardChain([guard]), start=False) as shop:
         request = f"0/{await shop.ask(contents='bad')}"
         await shop.replies.open(10001, "m", request=request)
         shop.redis.xadd(shop.keys.reply(10001, "m"), terminal)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import pytest
 
 from imstream.errors import TransientBackendError
 from imstream.keys import GROUP
-from imstream.store.scripts import Script
+from imstream.redis.scripts import Script
 from tests.redis.workshop import workshop
+from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.support.servers import RedisServer
 
 ON_SERVERS = ["valkey"]
 

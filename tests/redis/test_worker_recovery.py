@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import pytest
 
 from imstream.keys import GROUP
-from imstream.store.replies import Terminal
-from imstream.store.scripts import Script
+from imstream.model import Terminal
+from imstream.redis.scripts import Script
+from imstream.store.requests import Entry
 from tests.redis.conftest import chat_request
-from tests.redis.workshop import USER, PlayedBackend, workshop
+from tests.redis.workshop import USER, Call, PlayedBackend, Workshop, workshop
+from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from imstream.store.requests import Entry
-    from tests.redis.workshop import Call, Workshop
-    from tests.support.servers import RedisServer
 
 
 def leave_pending(shop: Workshop, deliveries: int, *entry_ids: str) -> None:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.keys import GROUP
-from imstream.store.replies import Terminal
-from tests.redis.workshop import workshop
+from imstream.model import Terminal
+from tests.redis.workshop import Call, workshop
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.redis.workshop import Call
-    from tests.support.servers import RedisServer
 
 
 def overloaded(retry_after: timedelta | None = None) -> TransientBackendError:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from imstream.ai.assembly import MESSAGE_TOKENS, PROMPT_TOKENS
-from imstream.ai.tokens import Estimate
+from imstream.ai.backend import PromptMessage
+from imstream.ai.prompt.assembly import MESSAGE_TOKENS, PROMPT_TOKENS
+from imstream.ai.token_count import TokenEstimate
 from imstream.errors import PermanentBackendError, TransientBackendError
 from tests.redis.workshop import USER, workshop
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from imstream.ai.backend import Message
-    from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer
 
 ON_SERVERS = ["valkey"]
 
@@ -25,12 +22,12 @@ SMALL: dict[str, Any] = {"history": "summarise", "context_tokens": 1100, "answer
 TALK = tuple(("assistant" if number % 2 else "user", f"[{number}] " + "word " * 40) for number in range(30))
 
 
-def tokens(messages: Sequence[Message]) -> int:
+def tokens(messages: Sequence[PromptMessage]) -> int:
     """How many tokens a prompt has, by the estimate."""
-    return PROMPT_TOKENS + sum(MESSAGE_TOKENS + Estimate().count(message.content) for message in messages)
+    return PROMPT_TOKENS + sum(MESSAGE_TOKENS + TokenEstimate().count(message.content) for message in messages)
 
 
-def turns(messages: Sequence[Message]) -> list[int]:
+def turns(messages: Sequence[PromptMessage]) -> list[int]:
     """Which turns of the talk a prompt quotes."""
     text = " ".join(message.content for message in messages)
     return [number for number in range(len(TALK)) if f"[{number}]" in text]

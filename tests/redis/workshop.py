@@ -7,40 +7,35 @@ text and ends the call as it likes (`call.say`, `call.done`, `call.fail`); waits
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 
-from imstream.ai.backend import Completion
+from imstream.ai.backend import Completion, PromptMessage
 from imstream.ai.breaker import Breaker
-from imstream.ai.prompt import Prompter
-from imstream.guards.chain import Guards
+from imstream.ai.prompt.prompter import Prompter
+from imstream.guards.chain import GuardChain
 from imstream.keys import GROUP, Keys
-from imstream.reply import Cursor, Finished, Grown, ReplyBoard, Restarted
+from imstream.model import Terminal
+from imstream.redis.client import BlockingReader, RedisClient
+from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, TextGrown, TextReset
 from imstream.settings import Settings
 from imstream.store.adoption import Adoption
-from imstream.store.connection import Commands, Reader
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
-from imstream.worker.adopter import Adopter
+from imstream.worker.adoption import Adopter
+from imstream.worker.consumer import StreamConsumer
+from imstream.worker.deps import WorkerDeps
 from imstream.worker.jobs import Jobs
-from imstream.worker.parts import Parts
-from imstream.worker.tenure import Tenure
-from imstream.worker.worker import Worker
+from imstream.worker.lease_keeper import LeaseKeeper
 from tests.redis.conftest import chat_request
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-
-    from imstream.ai.backend import Message
-    from imstream.reply import Reply
-    from imstream.store.replies import Terminal
-    from tests.support.servers import RedisServer
 
 USER = 10001
 
@@ -65,7 +60,7 @@ class Call:
         cancelled: Whether the worker has ended it.
     """
 
-    messages: Sequence[Message]
+    messages: Sequence[PromptMessage]
     say: Callable[[str], None]
     outcome: asyncio.Future[Completion]
     at: float
@@ -89,7 +84,7 @@ class PlayedBackend:
         self.calls: list[Call] = []
         self.always: Callable[[Call], None] | None = None
 
-    async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend`."""
         loop = asyncio.get_running_loop()
         call = Call(messages, on_text, loop.create_future(), loop.time())
@@ -111,7 +106,7 @@ class PlayedBackend:
 class Follower:
     """Does with a reply what a socket and its client do; `text` is what the client has put together."""
 
-    def __init__(self, reply: Reply, *, attempt: int = 0, offset: int = 0, text: str = "") -> None:
+    def __init__(self, reply: ReplyBuffer, *, attempt: int = 0, offset: int = 0, text: str = "") -> None:
         self.text = text
         self.restarts = 0
         self.terminal: Terminal | None = None
@@ -119,16 +114,16 @@ class Follower:
         reply.watch(self.wake)
         self.wake(reply)
 
-    def wake(self, _: Reply) -> None:
+    def wake(self, _: ReplyBuffer) -> None:
         """Take all that is new."""
         while self.terminal is None and (step := self._cursor.advance()) is not None:
             match step:
-                case Restarted():
+                case TextReset():
                     self.text, self.restarts = "", self.restarts + 1
-                case Grown(_, text, offset):
+                case TextGrown(_, text, offset):
                     self.text += text
                     assert len(self.text) == offset
-                case Finished(_, offset, terminal):
+                case ReplyEnded(_, offset, terminal):
                     assert len(self.text) == offset
                     self.terminal = terminal
 
@@ -153,11 +148,11 @@ class Workshop:
     backend: PlayedBackend
     requests: RequestStream
     replies: ReplyStore
-    board: ReplyBoard
-    worker: Worker
+    board: ReplyBuffers
+    worker: StreamConsumer
     jobs: Jobs
     adopter: Adopter
-    tenure: Tenure
+    tenure: LeaseKeeper
     begun: list[str]
     keys: Keys = field(default_factory=Keys)
     running: asyncio.Task[None] | None = None
@@ -257,7 +252,7 @@ async def workshop(
     server: RedisServer,
     *,
     backend: PlayedBackend | None = None,
-    guards: Guards | None = None,
+    guards: GuardChain | None = None,
     url: str | None = None,
     start: bool = True,
     **settings: Any,  # noqa: ANN401 - any setting
@@ -274,10 +269,10 @@ async def workshop(
     """
     known = Settings.load(redis_url=url or server.url, **{"node": "0", **QUICK, **settings})
     backend = backend or PlayedBackend()
-    reader = Reader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
-    async with Commands(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
+    reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
+    async with RedisClient(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
         with server.client() as client:
-            shop = _furnish(known, commands, reader, client, backend, guards or Guards())
+            shop = _furnish(known, commands, reader, client, backend, guards or GuardChain())
             if start:
                 shop.start()
             try:
@@ -289,23 +284,23 @@ async def workshop(
 
 def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     known: Settings,
-    commands: Commands,
-    reader: Reader,
+    commands: RedisClient,
+    reader: BlockingReader,
     client: Any,  # noqa: ANN401 - see `Workshop`
     backend: PlayedBackend,
-    guards: Guards,
+    guards: GuardChain,
 ) -> Workshop:
-    requests, replies, board = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBoard()
+    requests, replies, board = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
     inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
-    jobs, tenure, begun = Jobs(known, replies, board, inbox), Tenure(leases, known), list[str]()
-    parts = Parts(
+    jobs, tenure, begun = Jobs(known, replies, board, inbox), LeaseKeeper(leases, known), list[str]()
+    parts = WorkerDeps(
         *(known, requests, replies, board, backend, Prompter(known, backend), Breaker(known), guards, inbox),
         begun=lambda reply: begun.append(reply.message_id),
     )
 
-    def worker_of(node: str) -> Worker:
+    def worker_of(node: str) -> StreamConsumer:
         other = RequestStream(commands, reader, known, node=node)
-        return Worker(replace(parts, requests=other), jobs, leases, tenure)
+        return StreamConsumer(replace(parts, requests=other), jobs, leases, tenure)
 
     return Workshop(
         settings=known,
@@ -314,7 +309,7 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
         requests=requests,
         replies=replies,
         board=board,
-        worker=Worker(parts, jobs, leases, tenure),
+        worker=StreamConsumer(parts, jobs, leases, tenure),
         jobs=jobs,
         adopter=Adopter(known, Adoption(commands, known), leases, tenure, worker_of),
         tenure=tenure,

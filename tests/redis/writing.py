@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import redis
 
 from imstream.errors import StoreUnavailable
-from imstream.store.scripts import Script
+from imstream.redis.client import RedisClient
+from imstream.redis.scripts import Script
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    import redis
-
-    from imstream.store.connection import Commands
 
 LIMIT = 20.0
 
@@ -34,7 +31,7 @@ class Writer:
         over: It shall write no more.
     """
 
-    commands: Commands
+    commands: RedisClient
     stream: str
     told: list[int] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
@@ -71,7 +68,7 @@ class Writer:
 
 
 @asynccontextmanager
-async def writing(commands: Commands, *streams: str) -> AsyncIterator[list[Writer]]:
+async def writing(commands: RedisClient, *streams: str) -> AsyncIterator[list[Writer]]:
     """One writer for each stream; at the end all have been told answers or `StoreUnavailable`."""
     writers = [Writer(commands, stream) for stream in streams]
     tasks = [asyncio.create_task(writer.run()) for writer in writers]

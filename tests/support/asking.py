@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from imstream.ai.backend import Message, OpenAIBackend
+from imstream.ai.backend import Completion, OpenAIBackend, PromptMessage
 from imstream.settings import Settings
-from tests.support.scripted_backend import scripted_backend
+from tests.support.scripted_backend import Script, ScriptedBackend, scripted_backend
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from imstream.ai.backend import Completion
-    from tests.support.scripted_backend import Script, ScriptedBackend
-
-PROMPT = (Message("system", "Be brief."), Message("user", "你好"))
+PROMPT = (PromptMessage("system", "Be brief."), PromptMessage("user", "你好"))
 
 
 @dataclass

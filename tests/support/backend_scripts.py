@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from tests.support.scripted_backend import Exchange, Framing, Request, Script
+from tests.support.scripted_backend import Exchange, Framing, Request, Script
 
 
 def question_of(request: Request) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
@@ -13,10 +14,6 @@ from websockets.exceptions import InvalidStatus
 from imstream.cli.balancer import Program, find
 from tests.support.processes import PYTHON, Running, http_status, start, wait_for
 from tests.support.servers import missing
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
 PROGRAMS: tuple[Program, ...] = ("nginx", "haproxy")
 

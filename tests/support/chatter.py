@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from imstream.wire import Code, Event
 from tests.support.waiting import SLOW
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
 
 LIMIT = 20.0 * SLOW
 """Seconds that anything may take; a test that means something by a duration says so itself."""

@@ -23,21 +23,19 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import click
 
 from imstream.ai.backend import OpenAIBackend
 from imstream.node import run
-from imstream.reply import Reply
+from imstream.reply_buffer import ReplyBuffer
 from imstream.settings import Settings
 from imstream.store.accounts import Accounts
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
-from imstream.worker.recorder import Recorder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from imstream.worker.reply_writer import ReplyWriter
 
 POISON = "[[poison]]"
 """A text that kills the worker which asks the backend about it."""
@@ -80,10 +78,10 @@ POINTS: dict[str, Callable[[], None]] = {
     "delivered": lambda: _after(RequestStream, "read", when=bool),
     "opened": lambda: _after(ReplyStore, "open"),
     "called": lambda: _before(OpenAIBackend, "answer", when=lambda _, messages: POISON in messages[-1].content),
-    "first-text": lambda: _before(Reply, "append"),
-    "flushed": lambda: _after(Recorder, "flush"),
-    "last-text": lambda: _before(Recorder, "end"),
-    "ended": lambda: _after(Recorder, "end"),
+    "first-text": lambda: _before(ReplyBuffer, "append"),
+    "flushed": lambda: _after(ReplyWriter, "flush"),
+    "last-text": lambda: _before(ReplyWriter, "end"),
+    "ended": lambda: _after(ReplyWriter, "end"),
     "told": lambda: _before(RequestStream, "finish"),
     "finished": lambda: _after(RequestStream, "finish"),
     "giving-back": lambda: _before(Accounts, "give_back"),

@@ -10,12 +10,10 @@ import json
 import random
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from tests.support.raw_socket import BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, RSV1, TEXT, fragments, frame
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 RSV2, RSV3 = 0x20, 0x10
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
 
 
 class Asker:

@@ -12,22 +12,20 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import redis
 
 from imstream.keys import Keys
 from tests.support.one_node import QUICK, OneNode
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer, valkey_binary
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
-    from pathlib import Path
-
-    import redis
 
 LEASE: dict[str, object] = {**QUICK, "lease": "1s"}
 """Settings under which a death is noticed within a second."""

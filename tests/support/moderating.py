@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from tests.support.scripted_backend import refuses, says
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tests.support.scripted_backend import Exchange, Request, Script
+from tests.support.scripted_backend import Exchange, Request, Script, refuses, says
 
 
 def texts_of(request: Request) -> list[str]:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
-from tests.support.processes import http_status
+from tests.support.processes import Running, http_status
 from tests.support.servers import start_node
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from tests.support.processes import Running
 
 _PROGRAM = str(Path(__file__).with_name("observed_node.py"))
 

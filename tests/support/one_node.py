@@ -5,28 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import psutil
+import redis
 
 from imstream.keys import GROUP, Keys
-from tests.support.peer import TERMINAL, peer
+from tests.support.peer import TERMINAL, Peer, Told, peer
 from tests.support.processes import free_port
+from tests.support.redis_sets import Topology
 from tests.support.servers import NodeProcess, RedisServer, start_node
 from tests.support.stage import fresh_redis
 from tests.support.waiting import SLOW, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from contextlib import AbstractAsyncContextManager
-    from pathlib import Path
-
-    import redis
-
-    from tests.support.peer import Peer, Told
-    from tests.support.redis_sets import Topology
 
 QUICK: dict[str, object] = {
     "read_block": "250ms",

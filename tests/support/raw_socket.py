@@ -7,13 +7,11 @@ import json
 import os
 import socket
 import struct
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tests.support.waiting import SLOW
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
 
 LIMIT = 10.0 * SLOW
 """Seconds that a test waits for one read at most."""

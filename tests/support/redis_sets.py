@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlencode
 
 import redis
@@ -15,16 +17,10 @@ from redis.cluster import ClusterNode
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.sentinel import Sentinel
 
-from tests.support.processes import free_port, start, wait_for
+from tests.support.certificates import RedisTls
+from tests.support.processes import Running, free_port, start, wait_for
 from tests.support.servers import ADMIN, ADMIN_LOGIN, REPLICATION, USER, RedisServer, as_admin, users, valkey_binary
 from tests.support.waiting import SLOW
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from tests.support.certificates import RedisTls
-    from tests.support.processes import Running
 
 SERVICE = "im"
 """The name under which the Sentinels know the master."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from imstream.store.replies import Appended, Cancelled, Duplicate, Ended, Opened, Record, Rejected, Terminal
+from imstream.model import Record, Terminal
+from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected
 
 TERMINAL = ("done", "failed", "cancelled")
 
@@ -88,7 +89,7 @@ class ReplyModel:
         self.entries.append(Said(attempt, event, after, text, terminal=terminal))
         return Appended()
 
-    def cancel(self) -> Cancelled | Literal["too_late", "unknown"]:
+    def cancel(self) -> CancelRecorded | Literal["too_late", "unknown"]:
         """See `ReplyStore`. No user has a socket anywhere: only the node that works on it is to be told."""
         if self.last is None:
             return "unknown"
@@ -97,7 +98,7 @@ class ReplyModel:
         if self.last.terminal is None:
             self.entries.append(Said(self.last.attempt, "cancelled", self.last.offset, terminal=Terminal("cancelled")))
         workers = [said.by for said in self.entries if said.event == "opened"]
-        return Cancelled(tuple(workers[-1:]))
+        return CancelRecorded(tuple(workers[-1:]))
 
     def read(self) -> Record | None:
         """See `ReplyStore`."""

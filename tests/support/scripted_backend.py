@@ -17,16 +17,13 @@ import json
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from imstream.ai.demo import http_server
+from imstream.demo import http_server
 from tests.support.waiting import SLOW
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 LIMIT = 5.0 * SLOW
 """Seconds that a test waits for one thing at most."""
@@ -93,7 +90,7 @@ class Request:
         return self._closed.result()
 
 
-class Exchange(http_server.Connection):
+class Exchange(http_server.HttpConnection):
     """One request and the server's side of answering it."""
 
     request: Request
@@ -189,7 +186,7 @@ class ScriptedBackend:
         self.requests: list[Request] = []
         self.problems: list[Exception] = []
         """What went wrong in a script."""
-        self.server = http_server.Server(Exchange, self._serve)
+        self.server = http_server.HttpServer(Exchange, self._serve)
         self._always = always
         self._scripts: deque[Script] = deque()
         self._arrived = asyncio.Event()

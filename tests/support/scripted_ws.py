@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from websockets.asyncio.server import serve
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.http11 import Request, Response
 
-from imstream.client import Client, Timing
+from imstream.client import Client, Reply, Timing
 from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ServerFrame, parse
 from tests.support.waiting import SLOW
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable
-
-    from websockets.asyncio.server import ServerConnection
-    from websockets.http11 import Request, Response
-
-    from imstream.client import Reply
 
 LIMIT = 5.0 * SLOW
 """Seconds that a test waits for one thing at most."""

@@ -7,22 +7,19 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 import redis
 
-from imstream.embedded import server_program
+from imstream.cli.embedded_redis import server_program
+from tests.support.certificates import RedisTls
 from tests.support.processes import Running, free_port, http_status, start, start_python, wait_for
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from tests.support.certificates import RedisTls
 
 ADMIN: dict[str, Any] = {"username": "admin", "password": "admin-secret"}
 """Who a test looks, and does what no node may, as."""

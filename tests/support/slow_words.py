@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from imstream.guards.normal_text import HEAVY, NOTHING, SIGNS, SPACE, continues, is_spaced, normalise, origins
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from imstream.guards.words.normalization import HEAVY, NOTHING, SIGNS, SPACE, continues, is_spaced, normalise, origins
 
 _MAX_GAP = 16
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from imstream.ai.demo.answer import canned_answer
+import redis
+
+from imstream.demo.answer import canned_answer
 from imstream.keys import GROUP, Keys
 from tests.support.chatter import Chatter, chatter
 from tests.support.observing import ObservedNode, start_observed_node
 from tests.support.processes import free_port
-from tests.support.servers import RedisServer, valkey_binary
+from tests.support.redis_sets import Topology
+from tests.support.servers import DemoBackend, RedisServer, valkey_binary
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
-    import redis
-
-    from tests.support.redis_sets import Topology
-    from tests.support.servers import DemoBackend
 
 KEYS = Keys()
 REQUESTS, LOAD, DEAD = KEYS.requests("0"), KEYS.load("0"), KEYS.dead("0")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from imstream.guards import chain
-from imstream.guards.guard import PASS, Guard, Pass, Refuse
+from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
+from imstream.model import ChatRequest
 from imstream.node import run
 from imstream.settings import Settings
 from imstream.texts import OwnSentence
 from imstream.wire import Code
-
-if TYPE_CHECKING:
-    from imstream.guards.guard import Supplies
-    from imstream.store.chat_request import ChatRequest
 
 RUDE = "[[rude]]"
 """Refused before it is admitted."""
@@ -21,25 +18,25 @@ RUDE = "[[rude]]"
 RUDE_AT_SECOND_SIGHT = "[[rude at second sight]]"
 """Refused by the worker."""
 
-NO = Refuse("rude", Code.FORBIDDEN, OwnSentence("请文明用语", "Be polite, please"), violation=True)
+NO = Reject("rude", Code.FORBIDDEN, OwnSentence("请文明用语", "Be polite, please"), violation=True)
 
 
 class Politeness(Guard):
     """Refuses them."""
 
     @classmethod
-    def make(cls, supplies: Supplies) -> Self:
+    def make(cls, supplies: GuardDeps) -> Self:
         """On every node."""
         del supplies
         return cls()
 
-    async def chat(self, request: ChatRequest) -> Pass | Refuse:
+    async def chat(self, request: ChatRequest) -> Allow | Reject:
         """See `RUDE`."""
-        return NO if RUDE in request.contents else PASS
+        return NO if RUDE in request.contents else ALLOW
 
-    async def request(self, request: ChatRequest) -> Pass | Refuse:
+    async def request(self, request: ChatRequest) -> Allow | Reject:
         """See `RUDE_AT_SECOND_SIGHT`."""
-        return NO if RUDE_AT_SECOND_SIGHT in request.contents else PASS
+        return NO if RUDE_AT_SECOND_SIGHT in request.contents else ALLOW
 
 
 def main() -> None:

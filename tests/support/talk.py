@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
-from imstream.ai.demo.answer import canned_answer
 from imstream.client import Client
 from imstream.client.errors import Unavailable
-
-if TYPE_CHECKING:
-    from tests.support.many_nodes import ManyNodes
+from imstream.demo.answer import canned_answer
+from tests.support.many_nodes import ManyNodes
 
 
 def question(length: int, about: object = "") -> str:

@@ -7,15 +7,12 @@ connection that loses something stays silent for ever, in that direction, and bo
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from tests.support.servers import USER
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 CHUNK = 65536
 

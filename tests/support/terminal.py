@@ -7,13 +7,10 @@ import os
 import re
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 from tests.support.waiting import SLOW, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 _PROGRAM = """
 import os, sys
@@ -21,7 +18,7 @@ if os.isatty(0):
     os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes it the controlling terminal: Ctrl-C reaches this process
 from datetime import timedelta
 from imstream.client import Timing
-from imstream.client.terminal import run
+from imstream.cli.chat_terminal import run
 sys.exit(run(sys.argv[1], 10001, None, sys.argv[2], timing=Timing(open=timedelta(seconds=float(sys.argv[3])))))
 """
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 
+from imstream.clock import Day
 from imstream.errors import StoreUnavailable
 from imstream.guards import account
 from imstream.guards.account import Account, AccountWithQuota
-from imstream.guards.chain import Guards, Passed, Welcome
-from imstream.guards.guard import Login, Pass, Refuse, Supplies, overrides
+from imstream.guards.chain import ChatAllowed, GuardChain, LoginAccepted
+from imstream.guards.guard import Allow, GuardDeps, LoginAttempt, Reject, overrides
+from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.store.accounts import Banned, Blamed, Counted, Free, Locked, Spent
-from imstream.store.chat_request import ChatRequest
+from imstream.store.accounts import AccountOpen, Banned, Counted, Locked, QuotaExhausted, ViolationRecorded
 from imstream.store.inbox import AccountChanged
 from imstream.texts import say
 from imstream.wire import Close, Code
-
-if TYPE_CHECKING:
-    from imstream.store.days import Day
 
 USER = 10001
 MIDDAY = int(datetime(2026, 11, 24, 12, tzinfo=UTC).timestamp() * 1000)
@@ -32,8 +30,8 @@ ASKED = ChatRequest(USER, "m-1", "hello", (), "en", MIDDAY, "trace")
 class PlayedAccounts:
     """Says what it is told to, and notes what is asked of it."""
 
-    says: Any = field(default_factory=lambda: Free(2))
-    blamed: Blamed | Exception = field(default_factory=lambda: Blamed(1, "noted", ()))
+    says: Any = field(default_factory=lambda: AccountOpen(2))
+    blamed: ViolationRecorded | Exception = field(default_factory=lambda: ViolationRecorded(1, "noted", ()))
     asked: list[tuple[str, str]] = field(default_factory=list)
 
     async def look(self, _: int, day: Day) -> object:
@@ -55,7 +53,7 @@ class PlayedAccounts:
         self.asked.append((f"give back {message_id}", day.name))
         return True
 
-    async def blame(self, _: int) -> Blamed:
+    async def blame(self, _: int) -> ViolationRecorded:
         """See `Accounts`."""
         if isinstance(self.blamed, Exception):
             raise self.blamed
@@ -91,22 +89,24 @@ def with_quota(accounts: PlayedAccounts, **more: Any) -> AccountWithQuota:  # no
 @pytest.mark.parametrize("quota", [0, 3])
 def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
     nothing = cast("Any", None)
-    guards = Guards.make(Supplies(Settings.load(daily_quota=quota), nothing, nothing))
+    guards = GuardChain.make(GuardDeps(Settings.load(daily_quota=quota), nothing, nothing))
     [one] = [guard for guard in guards if isinstance(guard, Account)]
     assert overrides(one, "login")
     assert (overrides(one, "chat"), overrides(one, "failed")) == (quota > 0, quota > 0)
 
 
 async def test_who_may_come_in_is_told_what_remains_if_that_is_limited() -> None:
-    assert await Guards([guard(PlayedAccounts())]).login(Login(USER)) == Welcome(remaining=None)
-    assert await Guards([with_quota(PlayedAccounts())]).login(Login(USER)) == Welcome(remaining=1)
-    assert await Guards([with_quota(PlayedAccounts(Free(9)))]).login(Login(USER)) == Welcome(remaining=0)
+    assert await GuardChain([guard(PlayedAccounts())]).login(LoginAttempt(USER)) == LoginAccepted(remaining=None)
+    assert await GuardChain([with_quota(PlayedAccounts())]).login(LoginAttempt(USER)) == LoginAccepted(remaining=1)
+    assert await GuardChain([with_quota(PlayedAccounts(AccountOpen(9)))]).login(LoginAttempt(USER)) == LoginAccepted(
+        remaining=0
+    )
 
 
 async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
     one = with_quota(PlayedAccounts(Banned()))
-    for verdict in (await one.login(Login(USER)), await one.stay(USER), await one.chat(ASKED)):
-        assert isinstance(verdict, Refuse)
+    for verdict in (await one.login(LoginAttempt(USER)), await one.stay(USER), await one.chat(ASKED)):
+        assert isinstance(verdict, Reject)
         assert (verdict.code, verdict.close, verdict.retry_after) == (Code.FORBIDDEN, Close.LOCKED, None)
         assert "banned" in say(verdict.sentence, "en", **verdict.values)
         assert "封禁" in say(verdict.sentence, "zh", **verdict.values)
@@ -115,8 +115,8 @@ async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
 async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account, "now", lambda: MIDDAY)
     one = with_quota(PlayedAccounts(Locked(timedelta(minutes=30))), zone="Asia/Shanghai")
-    for verdict in (await one.login(Login(USER)), await one.stay(USER), await one.chat(ASKED)):
-        assert isinstance(verdict, Refuse)
+    for verdict in (await one.login(LoginAttempt(USER)), await one.stay(USER), await one.chat(ASKED)):
+        assert isinstance(verdict, Reject)
         assert (verdict.code, verdict.close, verdict.retry_after) == (
             *(Code.FORBIDDEN, Close.LOCKED),
             timedelta(minutes=30),
@@ -132,8 +132,8 @@ async def test_who_may_stay_is_not_bothered() -> None:
 async def test_a_message_is_counted_on_the_day_of_the_zone_and_taken_back_if_it_was_new() -> None:
     accounts = PlayedAccounts(Counted(1, new=True))
     late = replace(ASKED, at=MIDDAY + 4 * 3_600_000)  # midnight in Shanghai
-    passed = await Guards([with_quota(accounts, zone="Asia/Shanghai")]).chat(late)
-    assert isinstance(passed, Passed)
+    passed = await GuardChain([with_quota(accounts, zone="Asia/Shanghai")]).chat(late)
+    assert isinstance(passed, ChatAllowed)
     assert passed.remaining == 2
     await passed.undo()
     assert accounts.asked == [("count m-1", "2026-11-25"), (f"uncount m-1 of {late.at}", "2026-11-25")]
@@ -142,12 +142,12 @@ async def test_a_message_is_counted_on_the_day_of_the_zone_and_taken_back_if_it_
 async def test_a_message_that_was_counted_before_is_not_taken_back() -> None:
     accounts = PlayedAccounts(Counted(1, new=False))
     passed = await with_quota(accounts).chat(ASKED)
-    assert passed == Pass(remaining=2)
+    assert passed == Allow(remaining=2)
 
 
 async def test_when_all_is_used_up_it_is_said_when_the_next_day_begins() -> None:
-    verdict = await with_quota(PlayedAccounts(Spent()), zone="Asia/Shanghai").chat(ASKED)
-    assert isinstance(verdict, Refuse)
+    verdict = await with_quota(PlayedAccounts(QuotaExhausted()), zone="Asia/Shanghai").chat(ASKED)
+    assert isinstance(verdict, Reject)
     assert (verdict.code, verdict.close, verdict.retry_after) == (Code.RATE_LIMITED, None, timedelta(hours=4))
     for lang in ("zh", "en"):
         said = say(verdict.sentence, lang, **verdict.values)
@@ -165,13 +165,15 @@ async def test_what_failed_is_given_back_on_the_day_it_was_asked() -> None:
 @pytest.mark.parametrize("verdict", ["locked", "banned"])
 async def test_one_violation_too_many_is_told_to_all_nodes_with_the_user_and_to_this_one(verdict: Any) -> None:  # noqa: ANN401 - a parameter
     inbox = PlayedInbox()
-    accounts = PlayedAccounts(blamed=Blamed(3, verdict, ("a", "b")))
+    accounts = PlayedAccounts(blamed=ViolationRecorded(3, verdict, ("a", "b")))
     await guard(accounts, inbox=inbox).violated(USER)
     assert inbox.told == [(("a", "b"), AccountChanged(USER))]
 
 
-@pytest.mark.parametrize("blamed", [Blamed(1, "noted", ()), StoreUnavailable("away")])
-async def test_an_earlier_one_is_only_counted_and_without_redis_not_even_that(blamed: Blamed | Exception) -> None:
+@pytest.mark.parametrize("blamed", [ViolationRecorded(1, "noted", ()), StoreUnavailable("away")])
+async def test_an_earlier_one_is_only_counted_and_without_redis_not_even_that(
+    blamed: ViolationRecorded | Exception,
+) -> None:
     inbox = PlayedInbox()
     await guard(PlayedAccounts(blamed=blamed), inbox=inbox).violated(USER)
     assert inbox.told == []

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import to_json
 
-from imstream.ai.answer import JSON_LIMIT, AnswerReader
+from imstream.ai.answer_reader import JSON_LIMIT, AnswerReader
 from imstream.ai.fields import LARGEST_COUNT
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from tests.support.scripted_backend import DONE, chunk, event, usage_chunk

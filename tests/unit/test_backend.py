@@ -7,19 +7,25 @@ import gc
 import logging
 import traceback
 from base64 import b64encode
-from typing import TYPE_CHECKING
 
 import pytest
 
-from imstream.ai.backend import Backend, Completion, Message, OpenAIBackend
+from imstream.ai.backend import Backend, Completion, OpenAIBackend, PromptMessage
 from imstream.errors import BackendError, PermanentBackendError, SettingsError
 from imstream.settings import Settings
 from tests.support.asking import PROMPT, asking, unaccepting_port
-from tests.support.scripted_backend import chunk, event, hangs, refuses, says, scripted_backend, streams
+from tests.support.scripted_backend import (
+    Exchange,
+    Script,
+    chunk,
+    event,
+    hangs,
+    refuses,
+    says,
+    scripted_backend,
+    streams,
+)
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.support.scripted_backend import Exchange, Script
 
 KEY = "sk-very-secret"
 
@@ -88,14 +94,14 @@ async def test_a_line_end_behind_the_key_is_no_part_of_it() -> None:
 async def test_a_large_prompt_is_sent_whole() -> None:
     text = "语" * 300_000
     async with asking(streams("Hi")) as asked:
-        await asked.client.answer([Message("user", text)], on_text=lambda _: None)
+        await asked.client.answer([PromptMessage("user", text)], on_text=lambda _: None)
         assert asked.backend.requests[0].json["messages"][0]["content"] == text
 
 
 async def test_a_prompt_that_cannot_be_written_is_refused_without_a_request() -> None:
     async with asking() as asked:
         with pytest.raises(PermanentBackendError, match="bad_prompt"):
-            await asked.client.answer([Message("user", "half \ud83d")], on_text=lambda _: None)
+            await asked.client.answer([PromptMessage("user", "half \ud83d")], on_text=lambda _: None)
         assert asked.backend.connections == 0
 
 
@@ -239,7 +245,7 @@ async def test_a_call_leaves_nothing_on_a_connection_that_is_used_again() -> Non
             await asked.ask()
         assert [request.connection for request in asked.backend.requests] == [0, 0, 0]
         gc.collect()
-        left = [one for one in gc.get_objects() if type(one).__module__ == "imstream.ai.body"]
+        left = [one for one in gc.get_objects() if type(one).__module__ == "imstream.ai.stream_body"]
         assert left == []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -14,11 +14,8 @@ from imstream.ai.endpoint import ERROR_BODY_LIMIT
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 from tests.support.asking import PROMPT, Asking, asking, unaccepting_port
-from tests.support.scripted_backend import DONE, chunk, event, hangs, refuses, streams, usage_chunk
+from tests.support.scripted_backend import DONE, Exchange, Script, chunk, event, hangs, refuses, streams, usage_chunk
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.support.scripted_backend import Exchange, Script
 
 STOP = event(chunk(finish_reason="stop"))
 ROLE = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})

@@ -7,10 +7,11 @@ import gc
 import gzip
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from pydantic_core import to_json
@@ -21,12 +22,7 @@ from imstream.errors import BackendError, PermanentBackendError, TransientBacken
 from imstream.settings import Settings
 from tests.support.asking import PROMPT, asking
 from tests.support.blaster import Cost, blaster, chunked, head, measured
-from tests.support.scripted_backend import DONE, chunk, event, streams, usage_chunk
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tests.support.scripted_backend import Exchange
+from tests.support.scripted_backend import DONE, Exchange, chunk, event, streams, usage_chunk
 
 MIB = 1 << 20
 LIMIT = 262_144

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from aiohttp.client_proto import ResponseHandler
@@ -13,11 +13,8 @@ from imstream.ai.backend import Completion
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from tests.support.asking import PROMPT, asking
 from tests.support.letting_go import Asker, lets_go
-from tests.support.scripted_backend import DONE, chunk, event, says, streams, usage_chunk
+from tests.support.scripted_backend import DONE, Exchange, Framing, chunk, event, says, streams, usage_chunk
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from tests.support.scripted_backend import Exchange, Framing
 
 STOP = event(chunk(finish_reason="stop"))
 COUNTS = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}

@@ -6,8 +6,9 @@ import os
 import re
 import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
@@ -18,9 +19,6 @@ from imstream.cli.main import main
 from imstream.errors import SettingsError
 from tests.support.processes import PYTHON
 from tests.support.servers import missing
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}

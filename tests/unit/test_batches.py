@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -13,9 +13,6 @@ from hypothesis import strategies as st
 from imstream.ai.batches import APART, CALLS, Batches
 from tests.support.letting_go import lets_go
 from tests.support.virtual_time import in_virtual_time
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 @dataclass

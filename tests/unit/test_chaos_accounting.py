@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from ops.chaosing.accounting import DUPLICATED, FAILED, LOST, UNEXPECTED, account
-from ops.chaosing.history import Asked, Complaint, Entry
+from ops.chaos_test.accounting import DUPLICATED, FAILED, LOST, UNEXPECTED, account
+from ops.chaos_test.history import Asked, Complaint, Entry
 
 GOOD = Asked(10001, "m", "q", "the answer", accepted_at=1.0, ended_at=3.5, outcome="done", text="the answer")
 RECORD = [

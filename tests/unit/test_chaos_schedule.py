@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-from ops.chaosing.schedule import HABITS, NODE_KINDS, REST, Kind, draw
+from ops.chaos_test.schedule import HABITS, NODE_KINDS, REST, Kind, draw
 
 
 def test_the_seed_alone_makes_the_schedule() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from imstream.wire import Code, Event, MsgType, ServerFrame, encode_delta
-from ops.chaosing.tap import FrameReader, Tap
-
-if TYPE_CHECKING:
-    from ops.chaosing.history import Complaint
+from ops.chaos_test.history import Complaint
+from ops.chaos_test.tap import FrameReader, Tap
 
 HEAD = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n"
 

@@ -7,23 +7,21 @@ import os
 import re
 import socket
 import subprocess
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-import imstream.client.terminal
+import imstream.cli.chat_terminal
 import imstream.node
-from imstream.ai.demo.settings import DemoSettings
+from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up_settings import UpSettings
-from imstream.embedded import EmbeddedSettings
-from imstream.redis_url import without_password
+from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
+from imstream.urls import without_password
 from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
@@ -192,7 +190,7 @@ def test_chat_passes_on_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
         runs.append(arguments)
         return 3
 
-    monkeypatch.setattr(imstream.client.terminal, "run", record)
+    monkeypatch.setattr(imstream.cli.chat_terminal, "run", record)
     env = {"LC_ALL": "en_GB.UTF-8", "IMSTREAM_TOKEN": "hush"}
     assert run("chat", "--user", "10002", env=env).exit_code == 3
     assert run("chat", "--url", "ws://h/ws", "--lang", "zh", env=env).exit_code == 3

@@ -7,16 +7,8 @@ from typing import Any
 
 import pytest
 
-from imstream.client import (
-    Accepted,
-    Outcome,
-    Piece,
-    ProtocolViolation,
-    Restarted,
-    Result,
-    Turn,
-)
-from imstream.client.ledger import MAX_OPEN
+from imstream.client import Accepted, Outcome, Piece, ProtocolViolation, Restarted, Result, Turn
+from imstream.client.pending import MAX_OPEN
 from tests.support.scripted_ws import USER, all_of, connected, within
 
 # One answer

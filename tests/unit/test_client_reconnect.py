@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.client.reconnect import Pace, Patience, Reaction, Servers, Timing, after_close
+from imstream.client.reconnect import Backoff, Patience, Reaction, Servers, Timing, after_close
 from imstream.wire import Close
 
 TIMING = Timing(backoff=timedelta(seconds=1), backoff_max=timedelta(seconds=20), later=timedelta(seconds=5))
 
 
-def pace() -> Pace:
-    return Pace(TIMING, chance=random.Random(1))  # noqa: S311 - no secret depends on it
+def pace() -> Backoff:
+    return Backoff(TIMING, chance=random.Random(1))  # noqa: S311 - no secret depends on it
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_wait_is_anywhere_below_a_bound_that_doubles_up_to_its_limit() -> None
     bounds = [1, 2, 4, 8, 16, 20, 20]
     longest = [timedelta()] * len(bounds)
     for _ in range(500):
-        one = Pace(TIMING)
+        one = Backoff(TIMING)
         longest = [max(known, one.wait(Patience.BACKOFF)) for known in longest]
     for bound, wait in zip(bounds, longest, strict=True):
         assert timedelta(seconds=bound * 0.9) < wait <= timedelta(seconds=bound)
@@ -71,7 +71,7 @@ def test_later_is_not_before_the_time_that_is_set() -> None:
 
 @given(failures=st.integers(0, 10**6), patience=st.sampled_from([Patience.NOW, Patience.BACKOFF, Patience.LATER]))
 def test_no_wait_is_longer_than_its_bound(failures: int, patience: Patience) -> None:
-    wait = Pace(TIMING, failures).wait(patience)
+    wait = Backoff(TIMING, failures).wait(patience)
     assert timedelta(0) <= wait <= max(TIMING.backoff_max, 2 * TIMING.later)
 
 

@@ -8,23 +8,20 @@ import os
 import sys
 import termios
 from asyncio.subprocess import PIPE
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from imstream.client.keyboard import Keyboard
-from imstream.client.screen import isolated
-from imstream.client.terminal import INTERRUPTED, MAX_HISTORY
+from imstream.cli.chat_terminal import INTERRUPTED, MAX_HISTORY
+from imstream.cli.keyboard import Keyboard
+from imstream.cli.screen import isolated
+from imstream.client import Turn
 from imstream.wire import Close
 from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, at_terminal, command, piped
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from imstream.client import Turn
 
 
 async def answer(peer: Peer, text: str) -> list[Turn]:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 
-from imstream.client import Client, Connected, NotConnected, SessionEnded
+from imstream.client import Client, Connected, ConnectionChange, NotConnected, SessionEnded
 from imstream.wire import ClientInit, Close
-from tests.support.scripted_ws import FAST, USER, ScriptedServer, connected, scripted_server, within
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from imstream.client import ConnectionChange
-    from tests.support.scripted_ws import Peer
+from tests.support.scripted_ws import FAST, USER, Peer, ScriptedServer, connected, scripted_server, within
 
 
 def numbered() -> Callable[[], str]:

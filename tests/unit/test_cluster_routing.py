@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imstream.store.cluster import key_of
+from imstream.redis.cluster import key_of
 
 KEYS = {
     ("XADD", "s", "*", "a", "b"): "s",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.demo.answer import canned_answer, pieces
+from imstream.demo.answer import canned_answer, pieces
 
 # What can arrive in JSON: no lone surrogates.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

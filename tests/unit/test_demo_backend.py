@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 import pytest
 
-from imstream.ai.demo import backend, http_server
-from imstream.ai.demo.answer import canned_answer
-from imstream.ai.demo.server import serving
-from imstream.ai.demo.settings import DemoSettings
+from imstream.demo import backend, http_server
+from imstream.demo.answer import canned_answer
+from imstream.demo.server import serving
+from imstream.demo.settings import DemoSettings
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 
 class Client:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.demo.marker import Fault, Marker, read
+from imstream.demo.marker import Fault, Marker, read
 
 
 def test_a_question_without_a_marker_is_left_as_it_is() -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.disposition import WORKER_DIED, Bury, Limits, Retry, after_failure, before_start
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
+from imstream.worker.disposition import WORKER_DIED, Bury, Limits, Retry, after_failure, before_start
 
 LIMITS = Limits(attempts=4, deliveries=3, window=timedelta(minutes=3))
 

@@ -11,14 +11,14 @@ from structlog.testing import capture_logs
 
 from imstream.errors import SettingsError
 from imstream.guards.exposure import Exposure
-from imstream.guards.guard import Handshake, Supplies
+from imstream.guards.guard import GuardDeps, Handshake
 from imstream.settings import Settings
 from tests.support.tokens import SECRET
 
 
 def guard(**settings: Any) -> Exposure | None:  # noqa: ANN401 - any setting
     nothing = cast("Any", None)
-    return Exposure.make(Supplies(Settings.load(**settings), nothing, nothing))
+    return Exposure.make(GuardDeps(Settings.load(**settings), nothing, nothing))
 
 
 def may_come(one: Exposure | None, **headers: str) -> bool:

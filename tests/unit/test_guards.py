@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import pytest
 
 import imstream.guards
 from imstream.errors import StoreUnavailable
-from imstream.guards.chain import Guards, Passed, Welcome
-from imstream.guards.guard import PASS, Guard, Login, Pass, Refuse, Refused, Supplies
+from imstream.guards.chain import ChatAllowed, GuardChain, LoginAccepted
+from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
+from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.store.chat_request import ChatRequest
 from imstream.texts import OwnSentence
 from imstream.wire import Code
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from imstream.guards.guard import AnswerFilter
-
-NO = Refuse("no", Code.FORBIDDEN, OwnSentence("不", "No"))
+NO = Reject("no", Code.FORBIDDEN, OwnSentence("不", "No"))
 ASKED = ChatRequest(10001, "m-1", "hello", (), "en", 0, "trace")
 
 
@@ -31,25 +27,25 @@ class _Played(Guard):
     """Says what it is told to say, and notes what it was asked."""
 
     name: str = "one"
-    says: Pass | Refuse = PASS
+    says: Allow | Reject = ALLOW
     order: ClassVar[int] = 50
     asked: list[str] = field(default_factory=list)
 
-    async def login(self, login: Login) -> Pass | Refuse:
+    async def login(self, login: LoginAttempt) -> Allow | Reject:
         self.asked.append(f"login {login.user_id}")
         return self.says
 
-    async def chat(self, request: ChatRequest) -> Pass | Refuse:
+    async def chat(self, request: ChatRequest) -> Allow | Reject:
         self.asked.append(request.contents)
         return self.says
 
-    async def request(self, request: ChatRequest) -> Pass | Refuse:
+    async def request(self, request: ChatRequest) -> Allow | Reject:
         self.asked.append(request.contents)
         return self.says
 
-    async def stay(self, user_id: int) -> Refuse | None:
+    async def stay(self, user_id: int) -> Reject | None:
         self.asked.append(f"stay {user_id}")
-        return self.says if isinstance(self.says, Refuse) else None
+        return self.says if isinstance(self.says, Reject) else None
 
     async def violated(self, user_id: int) -> None:
         self.asked.append(f"violated {user_id}")
@@ -61,27 +57,27 @@ class _Early(_Played):
 
 async def test_guards_are_asked_in_their_order_until_one_refuses() -> None:
     late, early = _Played(), _Early(says=NO)
-    assert await Guards([late, early]).chat(ASKED) == NO
+    assert await GuardChain([late, early]).chat(ASKED) == NO
     assert (early.asked, late.asked) == (["hello"], [])
 
 
 async def test_each_guard_sees_what_the_one_before_made_of_the_text() -> None:
-    late, early = _Played(says=Pass(text="h****")), _Early(says=Pass(text="HELLO"))
-    passed = await Guards([late, early]).chat(ASKED)
-    assert isinstance(passed, Passed)
+    late, early = _Played(says=Allow(text="h****")), _Early(says=Allow(text="HELLO"))
+    passed = await GuardChain([late, early]).chat(ASKED)
+    assert isinstance(passed, ChatAllowed)
     assert (late.asked, passed.request.contents) == (["HELLO"], "h****")
-    assert (await Guards([late, early]).request(ASKED)).contents == "h****"
+    assert (await GuardChain([late, early]).request(ASKED)).contents == "h****"
 
 
 async def test_a_login_holds_as_long_as_the_shortest_pass_and_tells_the_least_that_remains() -> None:
-    guards = Guards([_Played(says=Pass(until=20.0, remaining=3)), _Early(says=Pass(until=10.0, remaining=5))])
-    assert await guards.login(Login(10001)) == Welcome(until=10.0, remaining=3)
+    guards = GuardChain([_Played(says=Allow(until=20.0, remaining=3)), _Early(says=Allow(until=10.0, remaining=5))])
+    assert await guards.login(LoginAttempt(10001)) == LoginAccepted(until=10.0, remaining=3)
 
 
 async def test_a_user_may_stay_when_no_guard_says_otherwise() -> None:
-    assert await Guards([_Played(), _Early()]).stay(10001) is None
+    assert await GuardChain([_Played(), _Early()]).stay(10001) is None
     late, early = _Played(), _Early(says=NO)
-    assert await Guards([late, early]).stay(10001) == NO
+    assert await GuardChain([late, early]).stay(10001) == NO
     assert (early.asked, late.asked) == (["stay 10001"], [])
 
 
@@ -91,7 +87,7 @@ async def test_a_refusal_takes_back_what_earlier_guards_have_counted() -> None:
     async def undo() -> None:
         taken_back.append("counted")
 
-    assert await Guards([_Early(says=Pass(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
+    assert await GuardChain([_Early(says=Allow(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
     assert taken_back == ["counted"]
 
 
@@ -99,14 +95,14 @@ async def test_without_redis_a_refused_message_stays_counted() -> None:
     async def undo() -> None:
         raise StoreUnavailable("away")
 
-    assert await Guards([_Early(says=Pass(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
+    assert await GuardChain([_Early(says=Allow(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
 
 
 @pytest.mark.parametrize("violation", [True, False])
 async def test_a_violation_is_told_to_all_guards(violation: bool) -> None:  # noqa: FBT001 - a parameter of pytest
-    listens, refuses = _Played(), _Early(says=Refuse("no", Code.FORBIDDEN, NO.sentence, violation=violation))
-    with pytest.raises(Refused):
-        await Guards([listens, refuses]).request(ASKED)
+    listens, refuses = _Played(), _Early(says=Reject("no", Code.FORBIDDEN, NO.sentence, violation=violation))
+    with pytest.raises(GuardRejection):
+        await GuardChain([listens, refuses]).request(ASKED)
     assert listens.asked == (["violated 10001"] if violation else [])
 
 
@@ -131,7 +127,7 @@ class _Listener(Guard):
 
 def test_an_answer_passes_all_who_listen_and_nothing_is_lost() -> None:
     said: list[str] = []
-    filtered = Guards([_Listener(), _Listener()]).answer(ASKED, said.append)
+    filtered = GuardChain([_Listener(), _Listener()]).answer(ASKED, said.append)
     assert filtered is not None
     for piece in ("a", "bc", "d"):
         filtered.feed(piece)
@@ -142,7 +138,7 @@ def test_an_answer_passes_all_who_listen_and_nothing_is_lost() -> None:
 
 def test_an_answer_that_nobody_listens_to_goes_its_way() -> None:
     write = cast("Callable[[str], None]", [].append)
-    assert Guards([_Played()]).answer(ASKED, write) is None
+    assert GuardChain([_Played()]).answer(ASKED, write) is None
 
 
 async def test_a_file_in_the_folder_is_a_guard_with_settings_of_its_own(
@@ -152,7 +148,7 @@ async def test_a_file_in_the_folder_is_a_guard_with_settings_of_its_own(
         """
 from pydantic_settings import SettingsConfigDict
 
-from imstream.guards.guard import PASS, Guard, Refuse
+from imstream.guards.guard import ALLOW, Guard, Reject
 from imstream.settings import SettingsGroup
 from imstream.texts import OwnSentence
 from imstream.wire import Code
@@ -170,16 +166,16 @@ class NoQuestions(Guard):
 
     async def chat(self, request):
         if request.contents.endswith(self.end):
-            return Refuse("question", Code.FORBIDDEN, OwnSentence("请勿提问", "No questions, please"))
-        return PASS
+            return Reject("question", Code.FORBIDDEN, OwnSentence("请勿提问", "No questions, please"))
+        return ALLOW
 """,
         "utf-8",
     )
     monkeypatch.setattr(imstream.guards, "__path__", [*imstream.guards.__path__, str(tmp_path)])
     monkeypatch.setenv("IMSTREAM_QUESTIONS_END", "吗")
     nothing = cast("Any", None)
-    guards = Guards.make(Supplies(Settings(), nothing, nothing))
+    guards = GuardChain.make(GuardDeps(Settings(), nothing, nothing))
     refused = await guards.chat(ChatRequest(10001, "m-1", "可以吗", (), "en", 0, "trace"))
-    assert isinstance(refused, Refuse)
+    assert isinstance(refused, Reject)
     assert refused.reason == "question"
-    assert isinstance(await guards.chat(ASKED), Passed)
+    assert isinstance(await guards.chat(ASKED), ChatAllowed)

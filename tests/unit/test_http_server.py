@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import pytest
 
-from imstream.ai.demo import http_server
-from imstream.ai.demo.http_server import Connection, Server
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+from imstream.demo import http_server
+from imstream.demo.http_server import HttpConnection, HttpServer
 
 GET = b"GET /%b HTTP/1.1\r\nHost: here\r\n\r\n"
 
 
-class Echo(Connection):
+class Echo(HttpConnection):
     """Tells what it was asked."""
 
     async def answer(self) -> None:
@@ -33,7 +30,7 @@ class Echo(Connection):
 
 @asynccontextmanager
 async def connected(grace: float = 0) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    async with Server(Echo, Echo.answer).listening("127.0.0.1", 0, grace=grace) as (host, port):
+    async with HttpServer(Echo, Echo.answer).listening("127.0.0.1", 0, grace=grace) as (host, port):
         reader, writer = await asyncio.open_connection(host, port)
         yield reader, writer
     writer.close()

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from imstream.guards.tokens import KeysAway, NotBelieved
-from imstream.guards.tokens.jwks import MAX_KEYS, MAX_SIZE, NoKeySet, PublishedKeys, read_key_set
-from imstream.redis_url import SecretUrl
+from imstream.guards.auth import Algorithm, InvalidToken, KeysUnavailable
+from imstream.guards.auth.jwks import MAX_KEYS, MAX_SIZE, NoKeySet, PublishedKeys, read_key_set
+from imstream.urls import SecretUrl
 from tests.support.tokens import PUBLIC, Issuer, as_jwk, issuer, key_of, token
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from imstream.guards.tokens import Algorithm
 
 OLD, NEW = key_of("ES256", 1), key_of("ES256", 2)
 OLD_JWK, NEW_JWK = as_jwk(OLD, "ES256", kid="old"), as_jwk(NEW, "ES256", kid="new")
@@ -45,7 +41,7 @@ async def following(one: Issuer, *, known: bool = True, **timing: float) -> Asyn
 async def is_known(keys: PublishedKeys, shown: str) -> bool:
     try:
         return bool(await keys.keys_for(shown))
-    except (KeysAway, NotBelieved):
+    except (KeysUnavailable, InvalidToken):
         return False
 
 
@@ -130,7 +126,7 @@ async def test_a_new_key_is_looked_for_as_soon_as_a_token_names_it() -> None:
 async def test_strangers_cannot_make_it_ask_more_than_seldom() -> None:
     async with issuer(OLD_JWK) as one, following(one, apart=30) as keys:
         for number in range(50):
-            with pytest.raises(KeysAway) as away:  # not "wrong": the key may have come since the last look
+            with pytest.raises(KeysUnavailable) as away:  # not "wrong": the key may have come since the last look
                 await keys.keys_for(token(NEW, "ES256", headers={"kid": f"made up {number}"}))
             assert timedelta(0) < away.value.retry_after <= timedelta(seconds=30)
         assert one.fetched == 1
@@ -148,7 +144,7 @@ async def test_many_who_ask_at_once_for_an_unknown_key_share_one_look() -> None:
 
 async def test_a_key_that_is_not_there_after_a_look_is_none() -> None:
     async with issuer(OLD_JWK) as one, following(one, apart=0) as keys:
-        with pytest.raises(NotBelieved, match="unknown_key"):
+        with pytest.raises(InvalidToken, match="unknown_key"):
             await keys.keys_for(NEW_TOKEN)
         assert one.fetched == 2
 
@@ -169,7 +165,7 @@ async def test_while_the_issuer_is_away_the_old_keys_are_kept() -> None:
         await one.go()
         await asyncio.sleep(0.1)  # it has failed to look
         assert await is_known(keys, OLD_TOKEN)
-        with pytest.raises(KeysAway):
+        with pytest.raises(KeysUnavailable):
             await keys.keys_for(NEW_TOKEN)
         one.keys = [NEW_JWK]
         await one.come()
@@ -178,7 +174,7 @@ async def test_while_the_issuer_is_away_the_old_keys_are_kept() -> None:
 
 async def test_before_the_first_answer_there_are_no_keys_and_then_they_come_by_themselves() -> None:
     async with issuer(OLD_JWK, away=True) as one, following(one, known=False) as keys:
-        with pytest.raises(KeysAway):
+        with pytest.raises(KeysUnavailable):
             await keys.keys_for(OLD_TOKEN)
         await one.come()
         await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys were fetched")
@@ -270,9 +266,9 @@ async def test_an_empty_key_set_is_an_answer_and_the_keys_that_were_withdrawn_ar
             return not await is_known(keys, OLD_TOKEN)
 
         await wait_until(is_dropped, "the old key is dropped")
-        with pytest.raises(NotBelieved, match="unknown_key"):
+        with pytest.raises(InvalidToken, match="unknown_key"):
             await keys.keys_for(OLD_TOKEN)
-        with pytest.raises(NotBelieved, match="unknown_key"):
+        with pytest.raises(InvalidToken, match="unknown_key"):
             await keys.keys_for(token(OLD, "ES256"))
         one.keys = [NEW_JWK]
         await wait_until(lambda: is_known(keys, NEW_TOKEN), "the new key is known")
@@ -285,7 +281,7 @@ async def test_so_is_a_key_set_with_keys_of_another_kind_only() -> None:
         async def is_refused() -> bool:
             try:
                 return not await keys.keys_for(OLD_TOKEN)
-            except NotBelieved:
+            except InvalidToken:
                 return True
 
         await wait_until(is_refused, "the old key is dropped")
@@ -301,7 +297,7 @@ async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_use
             async def is_away() -> bool:
                 try:
                     await keys.keys_for(OLD_TOKEN)
-                except KeysAway:
+                except KeysUnavailable:
                     return True
                 return False
 
@@ -330,6 +326,6 @@ async def test_an_answer_that_was_packed_without_being_asked_for_is_not_unpacked
 @pytest.mark.parametrize("shown", ["", "a.b.c", "令牌.x.y"])
 async def test_a_token_that_cannot_be_read_asks_for_no_key(shown: str) -> None:
     async with issuer(OLD_JWK) as one, following(one) as keys:
-        with pytest.raises(NotBelieved, match="malformed"):
+        with pytest.raises(InvalidToken, match="malformed"):
             await keys.keys_for(shown)
         assert one.fetched == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -15,9 +15,6 @@ from imstream import logs
 from imstream.logs import FOREIGN_LENGTH, LIMITED, foreign
 from imstream.settings import Settings
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 FORMATS = ["json", "console"]
 OBEYED = "\x1b[2J\x9b31m\x85\u2028\u202e\u2066\u200b\ufeff\x7f\0\r\n\ud800"

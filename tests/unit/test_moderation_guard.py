@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 import structlog
 
 from imstream.errors import TransientBackendError
-from imstream.guards.guard import PASS, Pass, Refuse, Supplies
+from imstream.guards.guard import ALLOW, Allow, GuardDeps, Reject
 from imstream.guards.moderation import EARLIER, FAILURES, FLAGGED, UNREADABLE, Moderation
+from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.store.chat_request import ChatRequest
 from imstream.wire import Code
 from tests.support.moderating import chokes_on, flags_bad, moderated, result, results
-from tests.support.scripted_backend import hangs, refuses, scripted_backend
+from tests.support.scripted_backend import Exchange, Script, ScriptedBackend, hangs, refuses, scripted_backend
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
-
-    from tests.support.scripted_backend import Exchange, Script, ScriptedBackend
 
 BROKEN = refuses(500, '{"error": {"message": "out of order"}}')
 NOTHING = cast("Any", None)
@@ -33,7 +29,7 @@ async def guarded(*scripts: Script, always: Script = flags_bad, **settings: Any)
     async with scripted_backend(always) as server:
         server.then(*scripts)
         given = {"moderation_url": server.url, "ai_breaker_pause": "100ms", **settings}
-        guard = Moderation.make(Supplies(Settings.load(**given), NOTHING, NOTHING))
+        guard = Moderation.make(GuardDeps(Settings.load(**given), NOTHING, NOTHING))
         assert guard is not None
         async with guard:
             yield _Guarded(guard, server)
@@ -44,10 +40,10 @@ class _Guarded:
         self.guard = guard
         self.server = server
 
-    async def ask(self, text: str) -> Pass | Refuse:
+    async def ask(self, text: str) -> Allow | Reject:
         return await self.guard.request(ChatRequest(10001, "m-1", text, (), "en", 0, "trace"))
 
-    async def ask_all(self, texts: Iterable[str]) -> list[Pass | Refuse | BaseException]:
+    async def ask_all(self, texts: Iterable[str]) -> list[Allow | Reject | BaseException]:
         return await asyncio.gather(*map(self.ask, texts), return_exceptions=True)
 
     async def reason(self, text: str = "hello") -> str:
@@ -58,13 +54,13 @@ class _Guarded:
 
 
 def test_without_an_address_there_is_no_moderation() -> None:
-    assert Moderation.make(Supplies(Settings.load(), NOTHING, NOTHING)) is None
+    assert Moderation.make(GuardDeps(Settings.load(), NOTHING, NOTHING)) is None
 
 
 async def test_what_is_flagged_is_refused_and_counts_as_a_violation() -> None:
     async with guarded() as it:
-        assert await it.ask("hello") == PASS
-        assert await it.ask("bad hate") == Refuse("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail="hate")
+        assert await it.ask("hello") == ALLOW
+        assert await it.ask("bad hate") == Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail="hate")
 
 
 async def test_only_the_contents_are_sent() -> None:
@@ -82,8 +78,8 @@ HISTORY = (("user", "asked"), ("assistant", "said"), ("user", "bad asked"), ("as
 async def test_earlier_turns_are_sent_as_the_setting_says_each_once(which: str, sent: list[str]) -> None:
     async with guarded(moderation_history=which) as it:
         verdicts = [await it.guard.request(ChatRequest(10001, "m-1", "go on", HISTORY, "en", 0, "t")) for _ in range(2)]
-        refused = Refuse("moderation_history", Code.FORBIDDEN, EARLIER, detail="asked")
-        assert verdicts == [refused if which == "all" else PASS] * 2
+        refused = Reject("moderation_history", Code.FORBIDDEN, EARLIER, detail="asked")
+        assert verdicts == [refused if which == "all" else ALLOW] * 2
         again = ["bad asked"] if which == "all" else []  # what passed is remembered
         assert [text for texts in moderated(it.server.requests) for text in texts] == ["go on", *sent, "go on", *again]
 
@@ -93,7 +89,7 @@ async def test_what_a_client_says_that_the_model_said_is_refused_and_no_violatio
     async with guarded(always=chokes_on("poison"), moderation_fail=mode) as it:
         for text, detail in (("bad hate", "hate"), ("poison", "http_400: cannot read that")):
             request = ChatRequest(10001, "m-1", "go on", (("assistant", text),), "en", 0, "t")
-            refused = Refuse("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
+            refused = Reject("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
             assert await it.guard.request(request) == refused
             assert not refused.violation
 
@@ -106,7 +102,7 @@ async def test_a_service_that_is_back_is_asked_about_a_message_and_its_history_a
 
         async def passes() -> bool:
             try:
-                return await it.guard.request(request) == PASS
+                return await it.guard.request(request) == ALLOW
             except TransientBackendError:
                 return False
 
@@ -125,7 +121,7 @@ async def test_a_burst_is_a_few_calls_and_each_gets_its_own_verdict() -> None:
 
 async def test_with_a_batch_of_one_no_list_is_ever_sent() -> None:
     async with guarded(moderation_batch=1) as it:
-        assert await it.ask_all("abcdefghij") == [PASS] * 10
+        assert await it.ask_all("abcdefghij") == [ALLOW] * 10
         assert all(isinstance(request.json["input"], str) for request in it.server.requests)
 
 
@@ -137,9 +133,9 @@ async def test_a_text_that_the_service_cannot_take_fails_alone_and_never_passes(
         texts[5] = "poison"
         texts[9] = "bad hate"
         verdicts = await it.ask_all(texts)
-        refused = {text: verdict for text, verdict in zip(texts, verdicts, strict=True) if verdict != PASS}
-        assert refused["bad hate"] == Refuse("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail="hate")
-        assert refused["poison"] == Refuse(
+        refused = {text: verdict for text, verdict in zip(texts, verdicts, strict=True) if verdict != ALLOW}
+        assert refused["bad hate"] == Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail="hate")
+        assert refused["poison"] == Reject(
             "moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=f"http_{status}: cannot read that"
         )
         assert len(refused) == 2
@@ -151,21 +147,21 @@ async def test_a_service_that_takes_no_lists_is_asked_about_each_text() -> None:
         await results(result(flagged=False))(exchange)
 
     async with guarded(always=only_the_first) as it:
-        assert await it.ask_all("abcd") == [PASS] * 4
+        assert await it.ask_all("abcd") == [ALLOW] * 4
         assert moderated(it.server.requests)[-1] == ["d"]
 
 
 async def test_closed_an_outage_is_an_error_that_may_pass() -> None:
     async with guarded(BROKEN) as it:
         assert await it.reason() == "moderation_unavailable: http_500: out of order"
-        assert await it.ask("hello") == PASS
+        assert await it.ask("hello") == ALLOW
 
 
 @pytest.mark.parametrize("script", [BROKEN, refuses(401), refuses(404), results(), hangs(head=False)])
 async def test_open_an_outage_lets_pass(script: Script) -> None:
     async with guarded(script, moderation_fail="open", moderation_timeout="100ms") as it:
-        assert await it.ask("bad") == PASS
-        assert isinstance(await it.ask("bad"), Refuse)
+        assert await it.ask("bad") == ALLOW
+        assert isinstance(await it.ask("bad"), Reject)
 
 
 @pytest.mark.parametrize(
@@ -195,15 +191,15 @@ async def test_after_failures_in_a_row_it_is_left_alone_and_then_tried_with_one_
         assert len(it.server.requests) == FAILURES
         await asyncio.sleep(caught.value.retry_after.total_seconds())
         one, *others = await it.ask_all(["hello"] * 4)
-        assert one == PASS
+        assert one == ALLOW
         assert all(isinstance(other, TransientBackendError) for other in others)
-        assert await it.ask_all(["hello"] * 4) == [PASS] * 4
+        assert await it.ask_all(["hello"] * 4) == [ALLOW] * 4
 
 
 async def test_open_and_left_alone_all_pass_at_once() -> None:
     async with guarded(*[BROKEN] * FAILURES, moderation_fail="open") as it:
         for _ in range(FAILURES + 5):
-            assert await it.ask("bad") == PASS
+            assert await it.ask("bad") == ALLOW
         assert len(it.server.requests) == FAILURES
 
 
@@ -224,8 +220,8 @@ async def test_a_service_that_wants_to_be_left_alone_is_left_alone() -> None:
 async def test_an_unreadable_text_is_no_failure_of_the_service() -> None:
     async with guarded(always=chokes_on("poison")) as it:
         for _ in range(3 * FAILURES):
-            assert isinstance(await it.ask("poison"), Refuse)
-        assert await it.ask("hello") == PASS
+            assert isinstance(await it.ask("poison"), Reject)
+        assert await it.ask("hello") == ALLOW
 
 
 async def test_who_is_cancelled_leaves_the_others_their_verdicts() -> None:
@@ -233,5 +229,5 @@ async def test_who_is_cancelled_leaves_the_others_their_verdicts() -> None:
         one, other = asyncio.create_task(it.ask("bad a")), asyncio.create_task(it.ask("bad b"))
         await it.server.request()
         one.cancel()
-        assert isinstance(await other, Refuse)
+        assert isinstance(await other, Reject)
         assert moderated(it.server.requests) == [["bad a", "bad b"]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,7 @@ from imstream.errors import BackendError, PermanentBackendError, SettingsError, 
 from imstream.settings import Settings
 from tests.support.asking import unaccepting_port
 from tests.support.moderating import flags_bad, result, results
-from tests.support.scripted_backend import hangs, refuses, says, scripted_backend
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from tests.support.scripted_backend import Exchange, Script, ScriptedBackend
+from tests.support.scripted_backend import Exchange, Script, ScriptedBackend, hangs, refuses, says, scripted_backend
 
 CLEAN = Moderated(flagged=False)
 KEY = "sk-very-secret"

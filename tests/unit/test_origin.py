@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.errors import SettingsError
-from imstream.guards.guard import Handshake, Login, Pass, Supplies
+from imstream.guards.guard import Allow, GuardDeps, Handshake, LoginAttempt
 from imstream.guards.origin import Origin, parse_origins
 from imstream.settings import Settings
 from imstream.wire import Close, Code
@@ -19,7 +19,7 @@ PAGE_TOKEN = "shown by imstream up"  # noqa: S105 - of these tests
 
 def guard(origins: str, **settings: str) -> Origin | None:
     nothing = cast("Any", None)
-    return Origin.make(Supplies(Settings.load(origins=origins, **settings), nothing, nothing))
+    return Origin.make(GuardDeps(Settings.load(origins=origins, **settings), nothing, nothing))
 
 
 def may_come(
@@ -122,12 +122,12 @@ async def test_of_pages_of_the_origin_null_only_those_with_the_token_are_logged_
     assert checks is not None
 
     async def logs_in(token: str | None, origin: str | None = "null") -> bool:
-        verdict = await checks.login(Login(10001, token, origin))
-        assert isinstance(verdict, Pass) or (verdict.code, verdict.close) == (
+        verdict = await checks.login(LoginAttempt(10001, token, origin))
+        assert isinstance(verdict, Allow) or (verdict.code, verdict.close) == (
             Code.UNAUTHORIZED,
             Close.NOT_AUTHENTICATED,
         )
-        return isinstance(verdict, Pass)
+        return isinstance(verdict, Allow)
 
     assert await logs_in(PAGE_TOKEN)
     for token in (None, "", " ", PAGE_TOKEN[:-1], f"{PAGE_TOKEN} ", PAGE_TOKEN.upper(), "\ud800", "x" * 60_000):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from imstream.private_files import close_to_others, others_can_write
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CONTENTS = ("data", "lock")
 

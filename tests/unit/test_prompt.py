@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.assembly import MESSAGE_TOKENS, PROMPT_TOKENS, Assembly, Excess
-from imstream.ai.backend import Completion, Message
-from imstream.ai.prompt import Prompter
-from imstream.ai.tokens import counter_of
+from imstream.ai.backend import Completion, PromptMessage
+from imstream.ai.prompt.assembly import MESSAGE_TOKENS, PROMPT_TOKENS, Assembly, Excess
+from imstream.ai.prompt.prompter import Prompter
+from imstream.ai.token_count import make_token_counter
 from imstream.errors import PermanentBackendError, SettingsError
+from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.store.chat_request import ChatRequest
 from tests.support.tokenizing import trained
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 AT = int(datetime(2026, 11, 24, 20, 0, tzinfo=UTC).timestamp() * 1000)
 
@@ -34,11 +32,11 @@ def asked(*history: tuple[Role, str], contents: str = "and now?", lang: str = "e
 
 
 class _Unasked:
-    async def answer(self, messages: Sequence[Message], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         raise NotImplementedError
 
 
-async def prompt(request: ChatRequest, **settings: Any) -> list[Message]:  # noqa: ANN401 - any setting
+async def prompt(request: ChatRequest, **settings: Any) -> list[PromptMessage]:  # noqa: ANN401 - any setting
     return await Prompter(Settings.load(**settings), _Unasked()).messages(request)
 
 
@@ -46,15 +44,15 @@ async def prompt(request: ChatRequest, **settings: Any) -> list[Message]:  # noq
 
 
 async def test_a_question_alone_is_one_message_of_the_user() -> None:
-    assert await prompt(asked()) == [Message("user", "and now?")]
+    assert await prompt(asked()) == [PromptMessage("user", "and now?")]
 
 
 async def test_the_conversation_comes_first_in_its_order() -> None:
     assert await prompt(asked(("system", "be brief"), ("user", "hi"), ("assistant", "hello"))) == [
-        Message("system", "be brief"),
-        Message("user", "hi"),
-        Message("assistant", "hello"),
-        Message("user", "and now?"),
+        PromptMessage("system", "be brief"),
+        PromptMessage("user", "hi"),
+        PromptMessage("assistant", "hello"),
+        PromptMessage("user", "and now?"),
     ]
 
 
@@ -64,7 +62,7 @@ async def test_the_system_prompt_is_a_system_message_of_its_own(lang: str, langu
         asked(("user", "hi"), ("assistant", "hello"), lang=lang),
         system_prompt="You talk to {user} on {date}, in {language}. {{braces}}",
     )
-    assert messages[0] == Message("system", f"You talk to 10001 on 2026-11-24, in {language}. {{braces}}")
+    assert messages[0] == PromptMessage("system", f"You talk to 10001 on 2026-11-24, in {language}. {{braces}}")
     assert [message.role for message in messages] == ["system", "user", "assistant", "user"]
 
 
@@ -82,13 +80,13 @@ async def test_a_system_prompt_can_stand_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes("\ufeff你好,{user}\n".encode())
     [system, _] = await prompt(asked(), system_prompt_file=file)
-    assert system == Message("system", "你好,10001")
+    assert system == PromptMessage("system", "你好,10001")
 
 
 @pytest.mark.parametrize("text", ["", " \n"])
 async def test_a_file_without_a_prompt_is_no_prompt(text: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(text)
-    assert await prompt(asked(), system_prompt_file=tmp_path / "prompt.txt") == [Message("user", "and now?")]
+    assert await prompt(asked(), system_prompt_file=tmp_path / "prompt.txt") == [PromptMessage("user", "and now?")]
 
 
 async def test_special_tokens_are_defused_in_all_that_a_person_wrote_and_only_there() -> None:
@@ -151,9 +149,9 @@ def test_a_file_that_is_not_utf8_and_two_system_prompts_are_refused(tmp_path: Pa
 SMALL: dict[str, Any] = {"context_tokens": 400, "answer_tokens": 100}
 
 
-def tokens(messages: Sequence[Message], settings: Settings) -> int:
+def tokens(messages: Sequence[PromptMessage], settings: Settings) -> int:
     """How many tokens a prompt has, as the README says."""
-    counter = counter_of(settings)
+    counter = make_token_counter(settings)
     return PROMPT_TOKENS + sum(MESSAGE_TOKENS + counter.count(message.content) for message in messages)
 
 
@@ -168,7 +166,7 @@ async def test_the_oldest_turns_go_first_and_what_is_left_begins_with_a_question
     assert kept == list(range(kept[0], 20))
     assert 0 < kept[0] < 20
     assert [message.role for message in messages[:2]] == ["user", "assistant"]
-    assert messages[-1] == Message("user", "and now?")
+    assert messages[-1] == PromptMessage("user", "and now?")
 
 
 async def test_a_history_that_fits_may_begin_with_an_answer() -> None:
@@ -182,7 +180,7 @@ async def test_system_turns_of_a_client_that_may_have_them_stay() -> None:
         asked(("system", "be brief"), *history, ("system", "be kind")), system_prompt="ours", **SMALL
     )
     assert [message.content for message in messages[:2]] == ["ours", "be brief"]
-    assert messages[-2] == Message("system", "be kind")
+    assert messages[-2] == PromptMessage("system", "be kind")
     assert messages[2].role == "user"
     assert len(messages) < len(history)
 
@@ -247,7 +245,7 @@ async def test_tokens_are_those_of_the_model_when_its_tokenizer_is_there(tmp_pat
     known = Settings.load(**settings)
     assert len(messages) < len(history)
     assert tokens(messages, known) <= 300
-    more = [Message(*turn) for turn in history[-len(messages) - 1 :]]
+    more = [PromptMessage(*turn) for turn in history[-len(messages) - 1 :]]
     assert tokens([*more, messages[-1]], known) > 300
 
 

@@ -6,18 +6,18 @@ from typing import Any, cast
 
 import pytest
 
-from imstream.guards.budget import Budget
-from imstream.guards.guard import PASS, Refuse, Supplies
+from imstream.guards.context_length import ContextLength
+from imstream.guards.guard import ALLOW, GuardDeps, Reject
 from imstream.guards.system_role import SystemRole
+from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.store.chat_request import ChatRequest
 from imstream.texts import say
 from imstream.wire import Code
 
 
-def supplies(**settings: Any) -> Supplies:  # noqa: ANN401 - any setting
+def supplies(**settings: Any) -> GuardDeps:  # noqa: ANN401 - any setting
     nothing = cast("Any", None)
-    return Supplies(Settings.load(**settings), nothing, nothing)
+    return GuardDeps(Settings.load(**settings), nothing, nothing)
 
 
 def asked(*roles: str, contents: str = "hello") -> ChatRequest:
@@ -27,9 +27,9 @@ def asked(*roles: str, contents: str = "hello") -> ChatRequest:
 async def test_a_system_turn_anywhere_in_the_history_is_refused_by_its_number() -> None:
     guard = SystemRole.make(supplies())
     assert guard is not None
-    assert await guard.chat(asked("user", "assistant")) == PASS
+    assert await guard.chat(asked("user", "assistant")) == ALLOW
     refused = await guard.chat(asked("user", "assistant", "system"))
-    assert isinstance(refused, Refuse)
+    assert isinstance(refused, Reject)
     assert (refused.code, refused.violation, dict(refused.values)) == (Code.FORBIDDEN, False, {"number": 2})
 
 
@@ -39,8 +39,8 @@ def test_where_system_turns_are_allowed_nobody_looks() -> None:
 
 @pytest.mark.parametrize("text", ["word " * 9000, "词" * 20_000, "😀" * 9000])
 async def test_a_message_that_does_not_fit_is_refused_with_the_numbers(text: str) -> None:
-    refused = await Budget.make(supplies()).chat(asked(contents=text))
-    assert isinstance(refused, Refuse)
+    refused = await ContextLength.make(supplies()).chat(asked(contents=text))
+    assert isinstance(refused, Reject)
     assert (refused.reason, refused.code) == ("context_too_long", Code.BAD_REQUEST)
     possible = refused.values["possible"]
     assert isinstance(possible, int)
@@ -51,10 +51,10 @@ async def test_a_message_that_does_not_fit_is_refused_with_the_numbers(text: str
 
 @pytest.mark.parametrize("text", ["hello", "词" * 7000, "the " * 8000])
 async def test_a_message_that_fits_passes_as_it_is(text: str) -> None:
-    assert await Budget.make(supplies()).chat(asked("user", "assistant", contents=text)) == PASS
+    assert await ContextLength.make(supplies()).chat(asked("user", "assistant", contents=text)) == ALLOW
 
 
 async def test_system_turns_that_are_allowed_count_with_the_message() -> None:
-    guard = Budget.make(supplies(allow_system_role=True))
+    guard = ContextLength.make(supplies(allow_system_role=True))
     full = ChatRequest(10001, "m", "hello", (("system", "word " * 9000),), "en", 0, "trace")
-    assert isinstance(await guard.chat(full), Refuse)
+    assert isinstance(await guard.chat(full), Reject)

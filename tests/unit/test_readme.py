@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from imstream.ai.demo.settings import DemoSettings
+from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.up_settings import UpSettings
-from imstream.embedded import EmbeddedSettings
+from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
 from imstream.wire import Code, Event, MsgType
 

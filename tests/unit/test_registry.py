@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from imstream.gateway.registry import CLOSE_GRACE, Registry
+from imstream.gateway.session import Session
 from imstream.settings import Settings
 from imstream.texts import Text
 from imstream.wire import Close, Code
 from tests.support.virtual_time import in_virtual_time
-
-if TYPE_CHECKING:
-    from imstream.gateway.session import Session
 
 INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0
 

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from imstream.gateway.server import Server
+from imstream.gateway.server import GatewayServer
 from imstream.settings import Settings
 from tests.support.waiting import wait_until
 
@@ -30,7 +30,7 @@ async def _hello(_: object) -> PlainTextResponse:
 @pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
 @pytest.mark.parametrize(("host", "reached_by"), [("::", ("127.0.0.1", "::1")), ("::1", ("::1",))])
 async def test_all_addresses_are_those_of_both_families(host: str, reached_by: tuple[str, ...]) -> None:
-    server = Server(Starlette(routes=[Route("/", _hello)]), Settings(host=host, port=0))
+    server = GatewayServer(Starlette(routes=[Route("/", _hello)]), Settings(host=host, port=0))
     server.listen()
     port = int(server.address.rpartition(":")[2])
     serving = asyncio.create_task(server.run())

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from imstream.ai.demo.settings import DemoSettings
-from imstream.embedded import EmbeddedSettings
+from imstream.cli.embedded_redis import EmbeddedSettings
+from imstream.demo.settings import DemoSettings
 from imstream.errors import SettingsError
 from imstream.settings import Settings, SettingsGroup, parse_duration
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GROUPS = [Settings, DemoSettings, EmbeddedSettings]
 UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import imstream.node
-from imstream.ai.demo.settings import DemoSettings
 from imstream.cli import settings_notes
+from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up_settings import UpSettings
-from imstream.embedded import EmbeddedSettings
+from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)

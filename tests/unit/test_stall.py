@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from imstream.worker.stall import AFTERMATH, TICK, StallWatch
 from tests.support.virtual_time import VirtualTimeLoop, in_virtual_time
-
-if TYPE_CHECKING:
-    from structlog.typing import EventDict
 
 
 async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:

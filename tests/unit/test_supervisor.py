@@ -6,15 +6,13 @@ import asyncio
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
+
+import pytest
 
 from imstream.cli import supervisor
 from imstream.cli.supervisor import Part, Supervisor
 from tests.support.processes import free_port, http_status
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    import pytest
 
 
 async def test_a_child_that_never_serves_is_given_up(

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from imstream.ai.limits import TimeLimits
+from imstream.ai.time_limits import TimeLimits
 from imstream.errors import PermanentBackendError, TransientBackendError
 from tests.support.virtual_time import in_virtual_time
 

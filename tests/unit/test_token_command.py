@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from imstream.cli.main import main
-from imstream.guards.tokens import NotBelieved
-from imstream.guards.tokens.rules import Rules
+from imstream.guards.auth import InvalidToken
+from imstream.guards.auth.rules import TokenRules
 from imstream.settings import Settings
 from tests.support.tokens import SECRET, USER, key_of, private_pem, public_pem, written
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +34,7 @@ def believed(result: Result, key: object, **settings: Any) -> float:  # noqa: AN
     """How long it is believed to be `USER`'s, in seconds."""
     assert result.exit_code == 0, result.output
     assert result.output.count("\n") == 1
-    shown = Rules(Settings.load(auth_leeway=0, **settings)).read(result.output.strip(), [key])
+    shown = TokenRules(Settings.load(auth_leeway=0, **settings)).read(result.output.strip(), [key])
     assert shown.user_id == USER
     return shown.until - time.time()
 
@@ -60,7 +58,7 @@ def test_it_says_what_the_settings_of_the_node_ask_for() -> None:
     believed(run("--user", USER, auth_secret=SECRET, **asked), SECRET.encode(), **asked)
     options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
     believed(run("--user", USER, *options, auth_secret=SECRET), SECRET.encode(), **asked)
-    with pytest.raises(NotBelieved, match="claims"):
+    with pytest.raises(InvalidToken, match="claims"):
         believed(run("--user", USER, auth_secret=SECRET), SECRET.encode(), **asked)
 
 

@@ -7,27 +7,24 @@ import hashlib
 import hmac
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jwt
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from imstream.guards.tokens import Believed, NotBelieved
-from imstream.guards.tokens.rules import MAX_TOKEN, Rules, key_id
+from imstream.guards.auth import Algorithm, Claims, InvalidToken
+from imstream.guards.auth.rules import MAX_TOKEN, TokenRules, key_id
 from imstream.settings import Settings
 from tests.support.tokens import PUBLIC, SECRET, USER, key_of, public_pem, token
-
-if TYPE_CHECKING:
-    from imstream.guards.tokens import Algorithm
 
 NOW = 1_800_000_000.0
 ALL: tuple[Algorithm, ...] = ("HS256", *PUBLIC)
 
 
-def rules(algorithm: Algorithm = "HS256", **settings: Any) -> Rules:  # noqa: ANN401 - any setting
-    return Rules(Settings.load(auth_algorithm=algorithm, **settings), clock=lambda: NOW)
+def rules(algorithm: Algorithm = "HS256", **settings: Any) -> TokenRules:  # noqa: ANN401 - any setting
+    return TokenRules(Settings.load(auth_algorithm=algorithm, **settings), clock=lambda: NOW)
 
 
 def signing(algorithm: Algorithm) -> Any:  # noqa: ANN401 - each algorithm has its own type of key
@@ -38,12 +35,12 @@ def checking(algorithm: Algorithm) -> Any:  # noqa: ANN401 - same
     return SECRET.encode() if algorithm == "HS256" else key_of(algorithm).public_key()
 
 
-def read(shown: str, algorithm: Algorithm = "HS256", **settings: Any) -> Believed | str:  # noqa: ANN401 - same
+def read(shown: str, algorithm: Algorithm = "HS256", **settings: Any) -> Claims | str:  # noqa: ANN401 - same
     """Who is believed to be there, or why nobody is."""
     one = rules(algorithm, **settings)
     try:
         return one.read(one.check_shape(shown), [checking(algorithm)])
-    except NotBelieved as why:
+    except InvalidToken as why:
         return why.reason
 
 
@@ -58,7 +55,7 @@ def encoded(value: object) -> str:
 
 @pytest.mark.parametrize("algorithm", ALL)
 def test_a_token_shows_its_user_until_it_ends_and_the_leeway_is_over(algorithm: Algorithm) -> None:
-    assert read(signed(algorithm), algorithm) == Believed(USER, NOW + 60 + 5)
+    assert read(signed(algorithm), algorithm) == Claims(USER, NOW + 60 + 5)
 
 
 @pytest.mark.parametrize("algorithm", ALL)
@@ -128,16 +125,16 @@ def test_what_is_wrong_with_the_claims_has_a_name_for_the_log(claims: dict[str, 
 
 
 def test_clocks_may_differ_by_the_leeway() -> None:
-    assert read(signed(exp=NOW - 4)) == Believed(USER, NOW + 1)
-    assert read(signed(nbf=NOW + 5)) == Believed(USER, NOW + 65)
+    assert read(signed(exp=NOW - 4)) == Claims(USER, NOW + 1)
+    assert read(signed(nbf=NOW + 5)) == Claims(USER, NOW + 65)
     assert read(signed(exp=NOW), auth_leeway=0) == "expired"
-    assert read(signed(exp=NOW - 50), auth_leeway="1m") == Believed(USER, NOW + 10)
+    assert read(signed(exp=NOW - 50), auth_leeway="1m") == Claims(USER, NOW + 10)
 
 
 @pytest.mark.parametrize("audience", ["chat", ["mail", "chat"]])
 def test_a_token_must_be_for_this_service_and_from_its_issuer_when_these_are_set(audience: object) -> None:
     wanted: dict[str, Any] = {"auth_audience": "chat", "auth_issuer": "https://id.example.com"}
-    assert read(signed(aud=audience, iss="https://id.example.com"), **wanted) == Believed(USER, NOW + 65)
+    assert read(signed(aud=audience, iss="https://id.example.com"), **wanted) == Claims(USER, NOW + 65)
     assert read(signed(aud=audience), **wanted) == "claims"
     assert read(signed(aud=audience, iss="https://id.example.com/"), **wanted) == "issuer"
     assert read(signed(aud=audience, iss=["https://id.example.com"]), **wanted) == "issuer"
@@ -146,16 +143,16 @@ def test_a_token_must_be_for_this_service_and_from_its_issuer_when_these_are_set
 
 
 def test_the_user_may_stand_in_another_claim_as_a_number_or_as_its_digits() -> None:
-    assert read(signed(sub=USER)) == Believed(USER, NOW + 65)
-    assert read(signed(sub="somebody", uid=10002), auth_claim="uid") == Believed(10002, NOW + 65)
-    assert read(signed(sub=7, uid="10002", jti=7), auth_claim="uid") == Believed(10002, NOW + 65)
+    assert read(signed(sub=USER)) == Claims(USER, NOW + 65)
+    assert read(signed(sub="somebody", uid=10002), auth_claim="uid") == Claims(10002, NOW + 65)
+    assert read(signed(sub=7, uid="10002", jti=7), auth_claim="uid") == Claims(10002, NOW + 65)
     assert read(signed(), auth_claim="uid") == "claims"
 
 
 @pytest.mark.parametrize("algorithm", ALL)
 def test_a_token_that_holds_for_too_long_is_not_believed(algorithm: Algorithm) -> None:
     day = 24 * 3600
-    assert read(signed(algorithm, exp=NOW + day), algorithm) == Believed(USER, NOW + day + 5)
+    assert read(signed(algorithm, exp=NOW + day), algorithm) == Claims(USER, NOW + day + 5)
     assert read(signed(algorithm, exp=NOW + day + 6), algorithm) == "lifetime"
     assert read(signed(algorithm, exp=4_000_000_000), algorithm) == "lifetime"
     assert read(signed(algorithm, exp=1e300), algorithm) == "lifetime"
@@ -163,12 +160,12 @@ def test_a_token_that_holds_for_too_long_is_not_believed(algorithm: Algorithm) -
 
 def test_what_counts_is_how_long_it_was_issued_for_and_not_how_long_it_still_holds() -> None:
     day = 24 * 3600
-    assert read(signed(exp=NOW + 60, iat=NOW + 60 - day)) == Believed(USER, NOW + 65)
+    assert read(signed(exp=NOW + 60, iat=NOW + 60 - day)) == Claims(USER, NOW + 65)
     assert read(signed(exp=NOW + 60, iat=NOW + 54 - day)) == "lifetime"
     assert read(signed(exp=NOW + 60, iat=0)) == "lifetime"
     assert read(signed(exp=NOW + 2 * day, iat=NOW + 2 * day - 60)) == "lifetime", "issued in the future, it is a lie"
     assert read(signed(exp=NOW + 3600, iat=NOW - 60), auth_max_lifetime="1h") == "lifetime"
-    assert read(signed(exp=NOW + 300 * day), auth_max_lifetime="365d") == Believed(USER, NOW + 300 * day + 5)
+    assert read(signed(exp=NOW + 300 * day), auth_max_lifetime="365d") == Claims(USER, NOW + 300 * day + 5)
     for wrong in ("now", float("nan"), True, [1], 10**400):
         assert read(signed(iat=wrong)) == "claims"
 
@@ -195,7 +192,7 @@ def test_a_claim_that_is_no_user_id_is_nobody(claim: Any) -> None:  # noqa: ANN4
     number = isinstance(claim, int) and not isinstance(claim, bool) and 10000 < claim < 2**53
     digits = isinstance(claim, str) and claim.isascii() and claim.isdigit() and 10000 < int(claim) < 2**53
     if number or (digits and str(int(claim)) == claim):
-        assert told == Believed(int(claim), NOW + 65)
+        assert told == Claims(int(claim), NOW + 65)
     else:
         assert told == "claims"
 
@@ -203,8 +200,8 @@ def test_a_claim_that_is_no_user_id_is_nobody(claim: Any) -> None:  # noqa: ANN4
 @given(JSON, JSON)
 def test_times_that_are_none_are_refused(exp: object, nbf: object) -> None:
     told = read(signed(exp=exp, nbf=nbf))
-    assert told in {"claims", "expired", "not_yet_valid", "lifetime"} or isinstance(told, Believed)
-    if isinstance(told, Believed):
+    assert told in {"claims", "expired", "not_yet_valid", "lifetime"} or isinstance(told, Claims)
+    if isinstance(told, Claims):
         assert isinstance(exp, int | float)
         assert NOW - 5 < exp <= NOW + 24 * 3600 + 5
 
@@ -222,7 +219,7 @@ def test_anything_else_is_refused_and_breaks_nothing(shown: str) -> None:
     assert isinstance(read(shown), str)
     try:
         key_id(shown if shown.isascii() else "")
-    except NotBelieved:
+    except InvalidToken:
         return
 
 
@@ -238,13 +235,13 @@ def test_of_several_keys_each_is_tried() -> None:
     one = rules("ES256")
     for number in range(3):
         shown = token(key_of("ES256", number), "ES256", exp=NOW + 60)
-        assert one.read(shown, keys) == Believed(USER, NOW + 65)
-    with pytest.raises(NotBelieved, match="signature"):
+        assert one.read(shown, keys) == Claims(USER, NOW + 65)
+    with pytest.raises(InvalidToken, match="signature"):
         one.read(token(key_of("ES256", 3), "ES256", exp=NOW + 60), keys)
-    with pytest.raises(NotBelieved, match="unknown_key"):
+    with pytest.raises(InvalidToken, match="unknown_key"):
         one.read(signed("ES256"), [])
 
 
 def test_by_default_the_time_is_now() -> None:
-    one = Rules(Settings.load())
+    one = TokenRules(Settings.load())
     assert one.read(token(), [SECRET.encode()]).until > time.time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +14,6 @@ from imstream.cli.up_plan import make_plan, numbered
 from imstream.errors import SettingsError
 from tests.support.processes import consecutive_ports, free_port
 from tests.support.tokens import SECRET
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)

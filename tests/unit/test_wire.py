@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from imstream.json_reader import BadJson, read_json
+from imstream.strict_json import InvalidJson, parse_json
 from imstream.wire import (
     MAX_RESUMED,
     MAX_USER_ID,
@@ -320,10 +320,10 @@ def _values(value: Any) -> int:  # noqa: ANN401 - whatever JSON holds
 @example(["\\"] * 500)
 def test_a_text_has_as_many_values_as_its_limit_whatever_its_strings_hold(value: object) -> None:
     text, count = json.dumps(value), _values(value)
-    assert read_json(text, max_depth=1_000, max_values=count) == value
+    assert parse_json(text, max_depth=1_000, max_values=count) == value
     if count:
-        with pytest.raises(BadJson, match="more than"):
-            read_json(text, max_depth=1_000, max_values=count - 1)
+        with pytest.raises(InvalidJson, match="more than"):
+            parse_json(text, max_depth=1_000, max_values=count - 1)
 
 
 def test_a_full_history_fits_with_fields_that_nobody_knows_and_more_is_refused() -> None:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import random
 import time
 import unicodedata
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imstream.guards.guard import Refuse, Refused
-from imstream.guards.normal_text import HEAVY, SPACE, normalise
-from imstream.guards.word_filter import WordFilter, has_word, mask
-from imstream.guards.word_list import MAX_GAP, WordList
+from imstream.guards.guard import GuardRejection, Reject
+from imstream.guards.words.normalization import HEAVY, SPACE, normalise
+from imstream.guards.words.word_filter import WordFilter, has_word, mask
+from imstream.guards.words.word_list import MAX_GAP, WordList
 from imstream.texts import OwnSentence
 from imstream.wire import Code
 from tests.support.slow_words import slowly_masked
 from tests.support.tiers import examples
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 WORDS = (
     *("fuck", "ass", "hell", "penis", "two words", "e-mail", "11"),
@@ -179,7 +176,7 @@ _ODD_TEXTS = st.lists(st.sampled_from([*"ab12中国", *". ,\u200b", "½", "." * 
 )
 
 
-def _streamed(text: str, cuts: list[int], words: WordList, refusal: Refuse | None = None) -> Iterator[str]:
+def _streamed(text: str, cuts: list[int], words: WordList, refusal: Reject | None = None) -> Iterator[str]:
     """What is shown of an answer that is cut at these places: at each piece, and at the end."""
     stream = WordFilter(words, refusal)
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
@@ -229,12 +226,12 @@ def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once_by_any_list(
 @settings(max_examples=examples(300))
 @given(st.lists(_ATOMS, max_size=20).map("".join), st.lists(st.integers(0, 200)))
 def test_an_answer_with_a_word_is_refused_before_anything_of_it_is_shown(text: str, cuts: list[int]) -> None:
-    no = Refuse("words_answer", Code.FORBIDDEN, OwnSentence("不", "No"))
+    no = Reject("words_answer", Code.FORBIDDEN, OwnSentence("不", "No"))
     shown, refused = "", False
     try:
         for piece in _streamed(text, cuts, LIST, no):
             shown += piece
-    except Refused:
+    except GuardRejection:
         refused = True
     assert refused == has_word(text, LIST)
     assert mask(text, LIST).startswith(shown)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from imstream.errors import SettingsError
-from imstream.guards.chain import Guards, Passed
-from imstream.guards.guard import PASS, Guard, Refuse, Refused, Supplies
-from imstream.guards.word_file import read, stamp_of
-from imstream.guards.words import IN_ANSWER, IN_HISTORY, IN_MESSAGE, Words
+from imstream.guards.chain import ChatAllowed, GuardChain
+from imstream.guards.guard import ALLOW, Guard, GuardDeps, GuardRejection, Reject
+from imstream.guards.words.word_file import Stamp, read, stamp_of
+from imstream.guards.words.word_guard import IN_ANSWER, IN_HISTORY, IN_MESSAGE, WordGuard
+from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.store.chat_request import ChatRequest
 from tests.support.waiting import wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
-    from structlog.typing import EventDict
-
-    from imstream.guards.word_file import Stamp
 
 NO_SUPPLY = cast("Any", None)
 
@@ -60,13 +55,13 @@ def _change_unnoticed(path: Path, data: str) -> None:
 
 
 @asynccontextmanager
-async def _at_work(path: Path, look: float = 0.02) -> AsyncIterator[tuple[Words, list[EventDict]]]:
+async def _at_work(path: Path, look: float = 0.02) -> AsyncIterator[tuple[WordGuard, list[EventDict]]]:
     with capture_logs() as logs:
-        async with Words(path, masks=False, look=timedelta(seconds=look)) as guard:
+        async with WordGuard(path, masks=False, look=timedelta(seconds=look)) as guard:
             yield guard, logs
 
 
-async def _refuses(guard: Words, contents: str) -> bool:
+async def _refuses(guard: WordGuard, contents: str) -> bool:
     return await guard.chat(_asked(contents)) == IN_MESSAGE
 
 
@@ -74,7 +69,7 @@ async def _refuses(guard: Words, contents: str) -> bool:
 
 
 def test_without_a_file_there_is_no_guard() -> None:
-    assert Words.make(Supplies(Settings(), NO_SUPPLY, NO_SUPPLY)) is None
+    assert WordGuard.make(GuardDeps(Settings(), NO_SUPPLY, NO_SUPPLY)) is None
 
 
 WRONG = {
@@ -95,7 +90,7 @@ def test_a_wrong_file_is_refused_at_the_start_with_the_numbers_of_its_lines(what
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(SettingsError) as caught:
-        Words.make(Supplies(Settings(words=path), NO_SUPPLY, NO_SUPPLY))
+        WordGuard.make(GuardDeps(Settings(words=path), NO_SUPPLY, NO_SUPPLY))
     assert str(caught.value).startswith(f"IMSTREAM_WORDS={str(path)!r} is not allowed: ")
     assert says in str(caught.value)
 
@@ -131,7 +126,7 @@ async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(
         looks.append(path)
         return stamp_of(path)
 
-    monkeypatch.setattr("imstream.guards.words.stamp_of", look)
+    monkeypatch.setattr("imstream.guards.words.word_guard.stamp_of", look)
     async with _at_work(file) as (guard, logs):
         _write(file, broken)
         await wait_until(lambda: len(logs) == 2, "the error is logged")
@@ -160,7 +155,7 @@ async def test_the_file_is_read_again_when_that_is_asked_for(file: Path) -> None
     _write(file, "badword")
     async with _at_work(file, look=3600) as (guard, logs):
         _change_unnoticed(file, "another")
-        assert await Guards([guard, Guard()]).reload() == ["word list"]
+        assert await GuardChain([guard, Guard()]).reload() == ["word list"]
         await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
         assert await guard.reload() == "word list"
         await wait_until(lambda: len(logs) == 3, "it is loaded again, though it has not changed")
@@ -172,7 +167,7 @@ async def test_a_defect_does_not_end_the_watch(file: Path, monkeypatch: pytest.M
 
     async with _at_work(file) as (guard, logs):
         with monkeypatch.context() as patched:
-            patched.setattr("imstream.guards.words.read", fails)
+            patched.setattr("imstream.guards.words.word_guard.read", fails)
             _write(file, "another\n")
             await wait_until(lambda: len(logs) == 2, "the defect is logged")
         _write(file, "another\nand this\n")
@@ -186,7 +181,7 @@ async def test_an_answer_that_runs_keeps_the_list_it_began_with(file: Path) -> N
         assert listening.feed("so bad") == "so "
         _write(file, "another\n")
         await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
-        with pytest.raises(Refused):
+        with pytest.raises(GuardRejection):
             listening.feed("word. An")
 
 
@@ -194,8 +189,8 @@ async def test_an_answer_that_runs_keeps_the_list_it_began_with(file: Path) -> N
 
 
 async def test_a_message_with_a_word_is_refused_as_a_violation(file: Path) -> None:
-    guard = Words(file, masks=False)
-    assert await guard.chat(_asked("these are fine words")) == PASS
+    guard = WordGuard(file, masks=False)
+    assert await guard.chat(_asked("these are fine words")) == ALLOW
     assert await guard.chat(_asked("b-a-d-w-o-r-d")) is IN_MESSAGE
     assert IN_MESSAGE.violation
 
@@ -207,7 +202,7 @@ async def test_a_violation_is_told_and_others_are_not(file: Path) -> None:
         async def violated(self, user_id: int) -> None:
             told.append(user_id)
 
-    guards = Guards([Words(file, masks=False), Listening()])
+    guards = GuardChain([WordGuard(file, masks=False), Listening()])
     assert await guards.chat(_asked("go on", ("user", "badword"))) is IN_HISTORY
     assert told == []
     assert await guards.chat(_asked("badword")) is IN_MESSAGE
@@ -215,7 +210,7 @@ async def test_a_violation_is_told_and_others_are_not(file: Path) -> None:
 
 
 async def test_a_word_in_any_earlier_turn_is_refused_but_no_violation(file: Path) -> None:
-    guard = Words(file, masks=False)
+    guard = WordGuard(file, masks=False)
     for role in ("user", "assistant", "system"):
         assert await guard.chat(_asked("go on", ("user", "hello"), (role, "这是敏感词"))) is IN_HISTORY
     assert not IN_HISTORY.violation
@@ -225,38 +220,38 @@ async def test_a_word_in_any_earlier_turn_is_refused_but_no_violation(file: Path
 async def test_a_turn_that_was_clean_is_looked_at_again_when_the_list_has_changed(file: Path) -> None:
     asked = _asked("another", ("user", "another one"))
     async with _at_work(file) as (guard, logs):
-        assert await guard.chat(asked) == PASS
-        assert await guard.chat(asked) == PASS
+        assert await guard.chat(asked) == ALLOW
+        assert await guard.chat(asked) == ALLOW
         _write(file, "another one\n")
         await wait_until(lambda: len(logs) == 2, "the new list is loaded")
         assert await guard.chat(asked) is IN_HISTORY
 
 
 async def test_masking_changes_the_message_and_the_earlier_turns(file: Path) -> None:
-    guards = Guards([Words(file, masks=True)])
+    guards = GuardChain([WordGuard(file, masks=True)])
     passed = await guards.chat(_asked("a badword", ("user", "敏 感 词!"), ("assistant", "well")))
-    assert isinstance(passed, Passed)
+    assert isinstance(passed, ChatAllowed)
     assert passed.request == _asked("a ＊＊＊＊＊＊＊", ("user", "＊＊＊＊＊!"), ("assistant", "well"))
-    assert await Words(file, masks=True).chat(_asked("fine", ("user", "fine"))) is PASS
+    assert await WordGuard(file, masks=True).chat(_asked("fine", ("user", "fine"))) is ALLOW
 
 
 def test_an_answer_is_masked_or_ends_with_a_refusal_that_is_no_violation(file: Path) -> None:
     shown: list[str] = []
-    masking = Guards([Words(file, masks=True)]).answer(_asked("hello"), shown.append)
+    masking = GuardChain([WordGuard(file, masks=True)]).answer(_asked("hello"), shown.append)
     assert masking is not None
     for piece in ("A bad", "word, 敏", "感", "词。 And a bad"):
         masking.feed(piece)
     masking.end()
     assert "".join(shown) == "A ＊＊＊＊＊＊＊, ＊＊＊。 And a bad"
-    refusing = Guards([Words(file, masks=False)]).answer(_asked("hello"), shown.append)
+    refusing = GuardChain([WordGuard(file, masks=False)]).answer(_asked("hello"), shown.append)
     assert refusing is not None
     refusing.feed("so far so bad")
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(GuardRejection) as caught:
         refusing.feed("word it")
     assert caught.value.verdict is IN_ANSWER
     assert not IN_ANSWER.violation
 
 
 @pytest.mark.parametrize("verdict", [IN_MESSAGE, IN_HISTORY, IN_ANSWER])
-def test_the_sentences_need_no_values(verdict: Refuse) -> None:
+def test_the_sentences_need_no_values(verdict: Reject) -> None:
     assert "{" not in verdict.sentence.zh + verdict.sentence.en

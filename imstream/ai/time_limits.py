@@ -1,0 +1,88 @@
+"""The time limits of one AI call, on one timer."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from imstream.errors import TransientBackendError
+
+
+class TimeLimits:
+    """Ends the block that it surrounds when something takes too long: the call as a whole, or what is expected next.
+
+        async with TimeLimits(total=...) as limits:
+            limits.expect("first_token_timeout", within=...)
+            ...
+            limits.expect("idle_timeout", within=...)
+            async for token in tokens:
+                limits.renew()
+
+    A token only writes down when it came. The timer is set once, and when it rings it looks at what was written down
+    and is set again; so a thousand tokens cost a thousand assignments and no timer.
+
+    Raises at its end `TransientBackendError`, with the reason of the limit that was exceeded.
+    """
+
+    def __init__(self, *, total: timedelta) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._scope = asyncio.timeout(None)
+        self._total = total.total_seconds()
+        self._end = self._loop.time() + self._total
+        self._reason = "total_timeout"
+        self._within = self._total
+        self._due = self._end
+        self._timer: asyncio.TimerHandle | None = None
+        self._exceeded: tuple[str, float] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._scope.__aenter__()
+        self._set_timer()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+        try:
+            await self._scope.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            assert self._exceeded is not None  # noqa: S101 - nothing else ends the scope
+            reason, seconds = self._exceeded
+            raise TransientBackendError(reason, f"after {seconds:g} s") from None
+
+    def expect(self, reason: str, *, within: timedelta) -> None:
+        """From now on something must happen within this time, and again after each `renew`."""
+        self._reason = reason
+        self._within = within.total_seconds()
+        self.renew()
+        if self._timer is not None and self._due < self._timer.when():
+            self._timer.cancel()
+            self._set_timer()
+
+    def renew(self) -> None:
+        """It happened; the time to the next begins."""
+        self._due = self._loop.time() + self._within
+
+    def stop(self) -> None:
+        """Let everything take the time it needs from here on."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self) -> None:
+        self._timer = self._loop.call_at(min(self._due, self._end), self._ring)
+
+    def _ring(self) -> None:
+        now = self._loop.time()
+        if now >= self._end:
+            self._exceeded = ("total_timeout", self._total)
+        elif now >= self._due:
+            self._exceeded = (self._reason, self._within)
+        else:
+            self._set_timer()
+            return
+        self._timer = None
+        self._scope.reschedule(now)

@@ -1,0 +1,1 @@
+"""The word list: loading, normalization, search, and the guard that applies it."""

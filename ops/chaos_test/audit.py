@@ -1,0 +1,130 @@
+"""Looks at what is left when all is quiet: the reply streams, and everything that should be gone by then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from imstream.keys import GROUP, Keys
+from ops.chaos_test.history import Entry, Recorded
+from ops.chaos_test.parts import Part
+
+KEYS = Keys()
+
+SETTLE = 30.0
+"""Seconds after the last answer within which leftovers must have gone: retiring and idle connections take some."""
+
+MORE_FILES = 16
+"""File descriptors that an idle node may have more than at its start."""
+
+MOST_MEMORY = 200 * 2**20
+"""Bytes that an idle node may hold: it begins with about 60 MB, and nothing of what was asked is kept."""
+
+_PERMANENT = (":requests", ":load", ":dead", ":nodes")
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """What a node takes when it has nothing to do."""
+
+    files: int
+    memory: int
+
+    @classmethod
+    def of(cls, part: Part) -> Idle:
+        """What it takes now."""
+        return cls(part.open_files(), part.memory())
+
+
+def connect(port: int, password: str) -> redis.Redis:
+    """A client of our own, to look at what is there: it may do anything."""
+    return redis.Redis(port=port, username="admin", password=password, decode_responses=True, socket_timeout=10)
+
+
+def recorded(client: redis.Redis) -> Recorded:
+    """All reply streams, by user and message id."""
+    streams: Recorded = {}
+    for key in client.scan_iter(f"{KEYS.prefix}:{{user:*}}:reply:*", count=1000):
+        user, _, message_id = key.partition("}:reply:")
+        entries: Any = client.xrange(key)
+        streams[int(user.rpartition(":")[2]), message_id] = [_entry({"id": one, **fields}) for one, fields in entries]
+    return streams
+
+
+def _entry(fields: dict[str, str]) -> Entry:
+    text, by = fields.get("text", ""), fields.get("by", "")
+    return Entry(fields["event"], int(fields["attempt"]), text, by, fields)
+
+
+async def leftovers(client: redis.Redis, nodes: Sequence[Part], leaver: str, before: Idle) -> list[str]:
+    """What is left that should not be, one sentence each; waits up to `SETTLE` seconds for all to go."""
+    deadline = asyncio.get_running_loop().time() + SETTLE
+    names = [node.name.removeprefix("node ") for node in nodes]
+    checks: list[Callable[[], list[str]]] = [
+        lambda: _requests(client, [*names, leaver], living=names),
+        lambda: _directory(client, names),
+        lambda: _lasting_keys(client),
+        lambda: [sentence for node in nodes for sentence in _too_much(node, before)],
+    ]
+    while True:
+        left = [sentence for check in checks for sentence in check()]
+        if not left or asyncio.get_running_loop().time() > deadline:
+            return left
+        await asyncio.sleep(0.5)
+
+
+def _requests(client: redis.Redis, nodes: Sequence[str], living: Sequence[str]) -> list[str]:
+    """Requests that are not finished, by stream, by user and by consumer; and consumers that are dead."""
+    left = []
+    for node in nodes:
+        stream, load = KEYS.requests(node), KEYS.load(node)
+        unfinished: Any = client.xrange(stream)
+        if unfinished:
+            which = ", ".join(f"{fields.get('user')} {fields.get('message_id')}" for _, fields in unfinished[:10])
+            left.append(f"{len(unfinished)} requests in {stream}: {which}")
+        if counts := client.hgetall(load):
+            left.append(f"users with unfinished requests in {load}: {counts}")
+        if letters := client.xlen(KEYS.dead(node)):
+            left.append(f"{letters} dead letters in {KEYS.dead(node)}")
+        for consumer in _consumers(client, stream):
+            if consumer["pending"]:
+                left.append(f"{consumer['pending']} pending under {consumer['name']} in {stream}")
+            if consumer["name"] not in living:
+                left.append(f"consumer {consumer['name']} in {stream}, a node that is dead")
+    return left
+
+
+def _consumers(client: redis.Redis, stream: str) -> list[dict[str, Any]]:
+    try:
+        consumers: list[dict[str, Any]] = client.xinfo_consumers(stream, GROUP)
+    except redis.ResponseError:  # no stream, no group: nothing is left
+        return []
+    return consumers
+
+
+def _directory(client: redis.Redis, living: Sequence[str]) -> list[str]:
+    known: Any = client.zrange(KEYS.nodes(), 0, -1)
+    gone = set(known) - set(living)
+    return [f"node {node} is dead and not retired from {KEYS.nodes()}" for node in sorted(gone)]
+
+
+def _lasting_keys(client: redis.Redis) -> list[str]:
+    with client.pipeline(transaction=False) as pipeline:
+        keys = [key for key in client.scan_iter(count=1000) if not key.endswith(_PERMANENT)]
+        for key in keys:
+            pipeline.ttl(key)
+        return [f"{key} never expires" for key, ttl in zip(keys, pipeline.execute(), strict=True) if ttl == -1]
+
+
+def _too_much(node: Part, before: Idle) -> list[str]:
+    now = Idle.of(node)
+    left = []
+    if now.files > before.files + MORE_FILES:
+        left.append(f"{node.name} has {now.files} open files, {before.files} at its start")
+    if now.memory > MOST_MEMORY:
+        left.append(f"{node.name} holds {now.memory / 2**20:.0f} MB")
+    return left

@@ -1,0 +1,134 @@
+"""The clients: they ask at random, and keep what they are told. Reconnecting and resuming is the library's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from datetime import timedelta
+
+from imstream.client import Busy, Client, ClientError, NotConnected, Refused, Reply, Timing
+from imstream.demo.answer import canned_answer
+from imstream.wire import MIN_USER_ID
+from ops.chaos_test.history import Asked
+
+TIMING = Timing(
+    open=timedelta(seconds=5),
+    login=timedelta(seconds=4),
+    heartbeat=timedelta(seconds=2),
+    backoff=timedelta(milliseconds=200),
+    backoff_max=timedelta(seconds=2),
+    close=timedelta(milliseconds=500),
+)
+
+AT_ONCE = 2
+"""Most messages of one client that are unfinished."""
+
+SHARED = 3
+"""Of so many clients, two are the same user on two sockets."""
+
+CANCELLED = 0.05
+"""Part of the messages that their client cancels."""
+
+_LONGEST_PAUSE = 1.0
+
+
+class Asker:
+    """One client: it asks until it is told to stop, then waits for all that it has asked.
+
+    Args:
+        number: Which one, from 0.
+        seed: What its questions are drawn from.
+        url: Where it connects.
+        pause: Seconds between two of its questions, on average.
+        asked: Where it notes its messages.
+    """
+
+    def __init__(self, number: int, seed: int, url: str, pause: float, asked: list[Asked]) -> None:
+        self.user_id = MIN_USER_ID + number - number // SHARED
+        self._name = f"c{number}"
+        self._chance = random.Random(f"{seed} {self._name}")  # noqa: S311 - draws questions, no secrets
+        self._url = url
+        self._pause = pause
+        self._asked = asked
+        self._count = 0
+        self._open = asyncio.Semaphore(AT_ONCE)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Ask until `stop`, and wait for the answers. Cancel it when patience is over."""
+        while True:
+            try:
+                async with Client(self._url, self.user_id, lang="en", timing=TIMING) as client:
+                    async with asyncio.TaskGroup() as group:
+                        await self._ask_until(stop, client, group)
+                    return
+            except NotConnected:
+                if stop.is_set():
+                    return
+
+    async def _ask_until(self, stop: asyncio.Event, client: Client, group: asyncio.TaskGroup) -> None:
+        while not await _happens(stop, self._chance.expovariate(1 / self._pause)):
+            await self._open.acquire()
+            group.create_task(self._free_after(self._have_answered(client, self._next_message())))
+
+    async def _free_after(self, asking: Coroutine[None, None, None]) -> None:
+        try:
+            await asking
+        finally:
+            self._open.release()
+
+    def _next_message(self) -> Asked:
+        chance = self._chance
+        self._count += 1
+        length, pace = chance.randint(5, 120), chance.choice((0, 10, 20, 40))
+        words = chance.choice(("What becomes of it", "它会怎样", "And if you die now"))
+        message_id = f"{self._name}-{self._count}"
+        question = f"{words}, {message_id}? [[demo length={length} pace={pace}ms]]"
+        message = Asked(self.user_id, message_id, question, "".join(canned_answer(question)))
+        message.cancelling = chance.random() < CANCELLED
+        self._asked.append(message)
+        return message
+
+    async def _have_answered(self, client: Client, message: Asked) -> None:
+        loop = asyncio.get_running_loop()
+        cancel_after = self._chance.uniform(0, 2)
+        while True:
+            try:
+                reply = await client.send(message.question, message_id=message.message_id)
+                await reply.accepted()
+                message.accepted_at = message.accepted_at or loop.time()
+                if message.cancelling:
+                    await _cancel(reply, cancel_after)
+                result = await reply.result()
+            except Refused as refused:
+                if isinstance(refused, Busy):
+                    message.refused += 1
+                else:
+                    message.unknown += 1
+                wait = refused.retry_after or timedelta(seconds=_LONGEST_PAUSE)
+                await asyncio.sleep(min(wait.total_seconds(), _LONGEST_PAUSE))
+            except ClientError as error:
+                message.error, message.why = True, f"{type(error).__name__}: {error}"
+                return
+            else:
+                message.ended_at = loop.time()
+                message.outcome, message.text, message.why = result.outcome.value, result.text, result.why
+                return
+
+
+async def _cancel(reply: Reply, after: float) -> None:
+    await asyncio.sleep(after)
+    try:
+        await reply.cancel()
+    except Refused:
+        return  # it could not be done now, and the answer goes on
+
+
+async def _happens(event: asyncio.Event, within: float) -> bool:
+    """Whether an event happens within so many seconds."""
+    try:
+        async with asyncio.timeout(within):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,105 @@
+"""The network between the clients and the servers: it breaks connections, and hears all that the servers say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from ops.chaos_test.history import Complaint
+from ops.chaos_test.tap import Tap
+
+_CHUNK = 65536
+
+
+class Network:
+    """A TCP proxy that all clients connect to. Use as a context manager.
+
+    Args:
+        choose: The port on 127.0.0.1 that the next connection goes to.
+
+    Attributes:
+        port: Where clients connect.
+        complaints: What servers should not have said.
+        accepted: When each message was first accepted on the wire, by user and message id (time of the event loop).
+    """
+
+    def __init__(self, choose: Callable[[], int]) -> None:
+        self.port = 0
+        self.complaints: list[Complaint] = []
+        self.accepted: dict[tuple[int, str], float] = {}
+        self._choose = choose
+        self._server: asyncio.Server | None = None
+        self._connections: dict[int, list[asyncio.StreamWriter]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._count = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None  # noqa: S101 - set on entering
+        self._server.close()
+        for number in list(self._connections):
+            self._abort(number)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def drop(self, which: int) -> bool:
+        """Break one of the connections; False when there is none."""
+        if not self._connections:
+            return False
+        numbers = list(self._connections)
+        self._abort(numbers[which % len(numbers)])
+        return True
+
+    def _abort(self, number: int) -> None:
+        for writer in self._connections.get(number, ()):
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine of asyncio
+        self._tasks.add(task)
+        self._count += 1
+        number, both = self._count, [writer]
+        try:
+            onward_reader, onward = await asyncio.open_connection("127.0.0.1", self._choose())
+            both.append(onward)
+            self._connections[number] = both
+            tap = Tap(self.complaints.append, self._note_accepted)
+            onwards = asyncio.create_task(_pass_on(reader, onward, tap.feed_client))
+            back = asyncio.create_task(_pass_on(onward_reader, writer, tap.feed))
+            try:
+                # What a server says before it closes must arrive, so its side ends the connection when both are there.
+                await asyncio.wait([onwards, back], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                onwards.cancel()
+                back.cancel()
+                await asyncio.gather(onwards, back, return_exceptions=True)
+        except (OSError, asyncio.CancelledError):
+            pass  # nobody listens there, or all is over; asyncio would log a connection that was cancelled
+        finally:
+            self._connections.pop(number, None)
+            for one in both:
+                one.close()
+            self._tasks.discard(task)
+
+    def _note_accepted(self, user_id: int, message_id: str) -> None:
+        self.accepted.setdefault((user_id, message_id), asyncio.get_running_loop().time())
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hear: Callable[[bytes], None]) -> None:
+    try:
+        while data := await reader.read(_CHUNK):
+            hear(data)
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        return

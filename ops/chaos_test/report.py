@@ -1,0 +1,101 @@
+"""What a run has found: one table, and every problem with where to look."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ops.chaos_test.accounting import DUPLICATED, FAILED, LOST, UNEXPECTED, Account, Problem
+from ops.chaos_test.audit import Idle
+from ops.chaos_test.history import Recorded
+
+SHOWN = 20
+"""Problems that are printed in full."""
+
+_WIDTH = 22
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that a run has found.
+
+    Attributes:
+        account: The sums.
+        injected: Faults, by kind.
+        leftovers: What was left that should have gone.
+        unforeseen: What processes did that no fault explains: they ended by themselves, or logged an exception.
+        before: What a node takes at its start.
+        after: What the nodes take at the end, by name.
+        folder: Where the logs are.
+    """
+
+    account: Account
+    injected: Mapping[str, int]
+    leftovers: Sequence[str]
+    unforeseen: Sequence[str]
+    before: Idle
+    after: Mapping[str, Idle]
+    folder: Path
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.account.problems or self.leftovers or self.unforeseen)
+
+
+def table(found: Found) -> str:
+    """The table."""
+    sums = found.account
+    faults = ", ".join(f"{count} × {kind}" for kind, count in sorted(found.injected.items()))
+    waits = sorted(sums.waits)
+    rows = {
+        "asked": f"{sums.asked}",
+        "accepted": f"{sums.accepted}",
+        "answered": f"{sums.answered} ({sums.cancelled} of them cancelled by their client)",
+        LOST: f"{sums.count(LOST)}",
+        DUPLICATED: f"{sums.count(DUPLICATED)}",
+        UNEXPECTED: f"{sums.count(UNEXPECTED)}",
+        FAILED: f"{sums.count(FAILED)}",
+        "recovered": f"{sums.recovered} (acceptance was in doubt)",
+        "more than one attempt": f"{sums.restarted}",
+        "on more than one node": f"{sums.moved}",
+        "AI calls per message": f"{sums.attempts / max(1, sums.asked):.2f}",
+        "accepted → end": f"p50 {_quantile(waits, 0.5):.2f} s, p99 {_quantile(waits, 0.99):.2f} s, "
+        f"longest {_quantile(waits, 1):.2f} s",
+        "faults": faults,
+        "left over": f"{len(found.leftovers)}",
+        "unforeseen": f"{len(found.unforeseen)} (a process ended by itself, or logged an exception)",
+        "idle nodes": ", ".join(f"{name}: {idle.files} files, {_mb(idle)}" for name, idle in found.after.items())
+        + f" (at the start: {found.before.files} files, {_mb(found.before)})",
+    }
+    return "\n".join(f"{name:<{_WIDTH}} {value}" for name, value in rows.items())
+
+
+def problems(found: Found, recorded: Recorded) -> str:
+    """All that is wrong, and where to look."""
+    every = found.account.problems
+    lines = [line for problem in every[:SHOWN] for line in _problem(problem, recorded)]
+    if len(every) > SHOWN:
+        lines.append(f"and {len(every) - SHOWN} more")
+    lines += [f"left over: {sentence}" for sentence in found.leftovers]
+    lines += [f"unforeseen: {sentence}" for sentence in found.unforeseen]
+    return "\n".join([*lines, f"logs of all processes, faults.log and messages.jsonl: {found.folder}"])
+
+
+def _problem(problem: Problem, recorded: Recorded) -> list[str]:
+    entries = recorded.get((problem.user_id, problem.message_id), [])
+    return [
+        f"{problem.verdict}: user {problem.user_id}, message {problem.message_id or '-'}: {problem.what}",
+        *(f"    {json.dumps(entry.fields, ensure_ascii=False)}" for entry in entries),
+    ]
+
+
+def _mb(idle: Idle) -> str:
+    return f"{idle.memory / 2**20:.0f} MB"
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """A quantile of sorted values; 0 when there are none."""
+    return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0

@@ -1,0 +1,129 @@
+"""One run: everything is started, struck for a while, brought back, awaited and accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ops.chaos_test.accounting import account
+from ops.chaos_test.audit import Idle, connect, leftovers, recorded
+from ops.chaos_test.clients import Asker
+from ops.chaos_test.history import Asked, Complaint, Recorded
+from ops.chaos_test.injector import Injector
+from ops.chaos_test.network import Network
+from ops.chaos_test.parts import Part
+from ops.chaos_test.report import Found
+from ops.chaos_test.schedule import draw
+from ops.chaos_test.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        seconds: How long faults are injected and questions asked.
+        nodes: Nodes that come back; one more dies for good.
+        clients: How many there are.
+        rate: Questions per second, of all clients together, at most.
+        patience: Seconds after that within which every accepted message must have ended.
+        balancer: `haproxy`, `nginx`, or None: clients choose a node at random.
+    """
+
+    seed: int
+    seconds: float
+    nodes: int
+    clients: int
+    rate: float
+    patience: float
+    balancer: str | None
+
+    def __str__(self) -> str:
+        front = f"behind {self.balancer}" if self.balancer else "without a load balancer"
+        return f"seed {self.seed}: {self.seconds:g} s, {self.nodes} + 1 nodes {front}, {self.clients} clients"
+
+
+async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
+    """Run it; what was found, and the reply streams that it was found from."""
+    asked: list[Asked] = []
+    unread = _Unread()
+    logging.getLogger("imstream.client.connection").addHandler(unread)
+    faults = draw(plan.seed, plan.seconds, nodes=plan.nodes, clients=plan.clients)
+    with (folder / "faults.log").open("w", encoding="utf-8") as log:
+        async with Stage(folder, nodes=plan.nodes, seed=plan.seed, balancer=plan.balancer) as stage:
+            before = Idle.of(stage.nodes[0])
+            async with Network(stage.port_for_a_client) as network:
+                injector = Injector(stage, network, log)
+                injector.note(str(plan))
+                stop = asyncio.Event()
+                url = f"ws://127.0.0.1:{network.port}/ws"
+                pause = plan.clients / plan.rate
+                askers = [Asker(number, plan.seed, url, pause, asked) for number in range(plan.clients)]
+                asking = [asyncio.create_task(asker.run(stop)) for asker in askers]
+                await injector.run(faults, plan.seconds)
+                stop.set()
+                await stage.bring_back()
+                injector.note("all is brought back")
+                await _await_all(asking, plan.patience)
+                injector.note("the clients have ended")
+            with connect(stage.redis_port, stage.password) as client:
+                left = await leftovers(client, stage.nodes, stage.leaver.name.removeprefix("node "), before)
+                streams = recorded(client)
+            after = {node.name: Idle.of(node) for node in stage.nodes}
+        unforeseen = _unforeseen([*stage.parts, stage.leaver])
+    _take_over(asked, network)
+    _write_down(folder / "messages.jsonl", asked, streams)
+    complaints = [*network.complaints, *unread.complaints]
+    sums = account(asked, streams, complaints)
+    return Found(sums, injector.injected, left, unforeseen, before, after, folder), streams
+
+
+def _unforeseen(parts: Sequence[Part]) -> list[str]:
+    """What processes did that no fault explains."""
+    found = [death for part in parts for death in part.deaths]
+    found += [
+        f"{part.name} logged {count} exceptions: see {part.log}" for part in parts if (count := part.tracebacks())
+    ]
+    return found
+
+
+async def _await_all(asking: Sequence[asyncio.Task[None]], patience: float) -> None:
+    """Wait until all clients have ended; those that still wait when patience is over have lost something."""
+    _, late = await asyncio.wait(asking, timeout=patience)
+    for task in late:
+        task.cancel()
+    results = await asyncio.gather(*asking, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):  # a defect of ours
+            raise result
+
+
+def _take_over(asked: Sequence[Asked], network: Network) -> None:
+    """A message is accepted when the server says so, even if the connection broke before its client heard it."""
+    for message in asked:
+        if message.accepted_at is None:
+            message.accepted_at = network.accepted.get(message.key)
+
+
+def _write_down(file: Path, asked: Sequence[Asked], streams: Recorded) -> None:
+    """Keep all that is known of every message, one line each: Redis and its data go with the run."""
+    with file.open("w", encoding="utf-8") as out:
+        for message in asked:
+            entries = [entry.fields for entry in streams.get(message.key, [])]
+            out.write(json.dumps({**asdict(message), "recorded": entries}, ensure_ascii=False) + "\n")
+
+
+class _Unread(logging.Handler):
+    """Complains of the frames that the client library did not understand."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.complaints: list[Complaint] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by the library's logger."""
+        self.complaints.append(Complaint(0, "", record.getMessage()))

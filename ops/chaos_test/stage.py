@@ -1,0 +1,173 @@
+"""Everything that runs: Redis, the AI backend, nodes, a load balancer; and the faults that strike it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import re
+import secrets
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self, get_args
+
+from imstream.cli import embedded_redis
+from imstream.cli.balancer import Program, find
+from ops.chaos_test.parts import Part, answers_http, free_ports
+from ops.chaos_test.schedule import LEASE
+
+RETIRE_AFTER = 12.0
+"""Seconds after which a node that is gone for good is forgotten; longer than any outage."""
+
+USERS = Path(__file__).parents[1] / "redis-users.acl"
+
+_ENOUGH = 100_000
+
+_NODE_SETTINGS = {
+    "lease": f"{LEASE}s",
+    "retire_after": f"{RETIRE_AFTER}s",
+    "redis_timeout": "1s",
+    "sweep_interval": "1s",
+    "drain_grace": "2s",
+    "queue_limit": 200,
+    "user_limit": 8,
+    "chats_per_minute": 0,
+    # The backend's faults must show within the patience of the run, and nothing may be given up because of them.
+    "ai_connect_timeout": "2s",
+    "ai_first_token_timeout": "4s",
+    "ai_idle_timeout": "4s",
+    "ai_breaker_pause": "500ms",
+    "retry_wait_max": "3s",
+    "retry_window": "1d",
+    "max_attempts": _ENOUGH,
+    "max_deliveries": _ENOUGH,
+    # Every reply must be there at the end.
+    "reply_ttl": "6h",
+    "log_format": "json",
+}
+
+_AI_SETTINGS = {
+    "first": "50ms",
+    "fail_rate": 0.05,
+    "busy_rate": 0.03,
+    "hang_rate": 0.01,
+    "break_rate": 0.05,
+    "retry_after": "1s",
+}
+
+
+def installed_balancers() -> list[str]:
+    """The load balancers that can be used."""
+    return [program for program in get_args(Program) if find(program)]
+
+
+def users(password: str) -> str:
+    """The users of `ops/redis-users.acl`, all with the same password: nodes may do no more than they need."""
+    digest = hashlib.sha256(password.encode()).hexdigest()
+    return re.sub(r"(?<=#)0{64}", digest, USERS.read_text("utf-8"))
+
+
+class Stage:
+    """All processes. Use as a context manager: on entering they serve, on leaving they are ended.
+
+    Attributes:
+        password: Of all users of Redis.
+        nodes: The nodes that come back whenever they die.
+        leaver: One more, which dies early and never comes back.
+        balancer: What is in front of the nodes; None when clients choose one themselves.
+    """
+
+    def __init__(self, folder: Path, *, nodes: int, seed: int, balancer: str | None) -> None:
+        redis_port, ai_port, balancer_port, *node_ports = free_ports(4 + nodes)
+        self.redis_port = redis_port
+        self.password = secrets.token_hex()
+        config = (folder / "users.conf").resolve()
+        config.write_text(users(self.password), "utf-8")
+        self._chance = random.Random(f"{seed} stage")  # noqa: S311 - draws faults, no secrets
+        self.redis = Part(
+            "redis",
+            ["redis"],
+            redis_port,
+            folder,
+            embedded_redis.answers,
+            _environment("IMSTREAM_EMBEDDED_", {"port": redis_port, "data": folder / "redis-data", "config": config}),
+        )
+        self.ai = Part(
+            "ai",
+            ["demo-ai"],
+            ai_port,
+            folder,
+            partial(answers_http, path="/v1/models"),
+            _environment("IMSTREAM_DEMO_", {**_AI_SETTINGS, "port": ai_port, "seed": seed}),
+        )
+        *self.nodes, self.leaver = (
+            self._node(folder, str(number), port, ai_port) for number, port in enumerate(node_ports)
+        )
+        self.balancer = None
+        if balancer is not None:
+            command = ["balancer", "--program", balancer, "--folder", str(folder / balancer)]
+            command += ["--listen", f"127.0.0.1:{balancer_port}", *(f"127.0.0.1:{port}" for port in node_ports)]
+            self.balancer = Part(balancer, command, balancer_port, folder, partial(answers_http, path="/readyz"))
+
+    def _node(self, folder: Path, name: str, port: int, ai_port: int) -> Part:
+        settings = {
+            **_NODE_SETTINGS,
+            "node": name,
+            "port": port,
+            "redis_url": f"redis://imstream:{self.password}@127.0.0.1:{self.redis_port}/0",
+            "ai_url": f"http://127.0.0.1:{ai_port}/v1",
+        }
+        return Part(
+            f"node {name}",
+            ["node"],
+            port,
+            folder,
+            partial(answers_http, path="/readyz"),
+            _environment("IMSTREAM_", settings),
+        )
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """All that shall run, in the order in which it starts."""
+        yield from (self.redis, self.ai, *self.nodes)
+        if self.balancer is not None:
+            yield self.balancer
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.leaver.start()
+            await self.bring_back()
+            await self.leaver.wait_until_serving()
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    async def bring_back(self) -> None:
+        """Have everything run and serve."""
+        for part in self.parts:
+            part.thaw()
+            await part.start()
+        for part in self.parts:
+            await part.wait_until_serving()
+
+    def port_for_a_client(self) -> int:
+        """Where the next connection goes: to the load balancer, or to any node."""
+        if self.balancer is not None:
+            return self.balancer.port
+        return self._chance.choice([*self.nodes, self.leaver]).port  # they do not know that it is gone
+
+    async def _end(self) -> None:
+        """End everything; how does not matter any more, so that it is quick."""
+        await asyncio.gather(*(part.kill() for part in (*self.parts, self.leaver)))
+
+
+def _environment(prefix: str, settings: dict[str, object]) -> dict[str, str]:
+    return {f"{prefix}{name.upper()}": str(value) for name, value in settings.items()}

@@ -1,0 +1,180 @@
+"""Listens to what the servers say to one client on one connection, and complains of what must not be said. No I/O.
+
+The client library forgives: it drops what comes twice. Here nothing is forgiven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from imstream.texts import Text, say
+from imstream.wire import Code, Event, MsgType, ServerFrame
+from ops.chaos_test.history import TERMINAL, Complaint
+
+_SWITCHING, _ASKING = b"HTTP/1.1 101", b"GET "
+_TEXT, _CONTROL, _FIN, _MASKED = 0x1, 0x8, 0x80, 0x80
+_TWO_BYTES, _EIGHT_BYTES = 126, 127
+_KNOWN_FIELDS = {field.alias for field in ServerFrame.model_fields.values()}
+_INTERNAL = {say(Text.INTERNAL, lang) for lang in ("zh", "en")}
+_NEVER = (Code.BAD_REQUEST, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.RATE_LIMITED, Code.UNKNOWN)
+"""Codes that nothing our clients do gives reason for."""
+
+
+class FrameReader:
+    """Cuts the bytes of one side into the texts of its frames: RFC 6455, section 5.2, uncompressed.
+
+    Args:
+        opening: How its part of the handshake begins; after another beginning nothing is a frame.
+    """
+
+    def __init__(self, opening: bytes = _SWITCHING) -> None:
+        self._opening = opening
+        self._rest = b""
+        self._open = False
+        self._deaf = False
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """Take in what has arrived.
+
+        Raises:
+            ValueError: A frame is neither a whole text nor a control frame, or is no UTF-8.
+        """
+        if self._deaf:
+            return
+        self._rest += data
+        if not self._open:
+            head, end, rest = self._rest.partition(b"\r\n\r\n")
+            if not end:
+                return
+            self._open, self._rest = True, rest
+            self._deaf = not head.startswith(self._opening)
+        while not self._deaf and (payload := self._next()) is not None:
+            yield payload
+
+    def _next(self) -> str | None:
+        """The next text frame; control frames are passed over."""
+        while len(self._rest) >= 2:  # noqa: PLR2004 - the two bytes of every head
+            first, length = self._rest[0], self._rest[1] & 0x7F
+            size = {_TWO_BYTES: 2, _EIGHT_BYTES: 8}.get(length, 0)
+            start = 2 + size
+            if size:
+                length = int.from_bytes(self._rest[2:start])
+            mask = self._rest[start : start + 4] if self._rest[1] & _MASKED else b""
+            start += 4 if self._rest[1] & _MASKED else 0
+            if len(self._rest) < start + length:
+                return None
+            payload, self._rest = self._rest[start : start + length], self._rest[start + length :]
+            if mask:
+                payload = bytes(one ^ key for one, key in zip(payload, cycle(mask), strict=False))
+            opcode = first & 0x0F
+            if opcode & _CONTROL:
+                continue
+            if first != _FIN | _TEXT:
+                raise ValueError(f"a frame that begins with {first:#x}")
+            return payload.decode()
+        return None
+
+
+class _Told:
+    """How far one connection was told one message; None: nobody knows yet."""
+
+    def __init__(self) -> None:
+        self.attempt: int | None = None
+        self.offset: int | None = None
+        self.ended = False
+        self.cancels = 0
+        """How often its client has asked to cancel it: so many receipts may come, also after the end."""
+
+
+class Tap:
+    """Listens to one connection.
+
+    Args:
+        complain: Gets every complaint.
+        on_accepted: Gets user and id of every message that is accepted.
+    """
+
+    def __init__(self, complain: Callable[[Complaint], None], on_accepted: Callable[[int, str], None]) -> None:
+        self._complain = complain
+        self._on_accepted = on_accepted
+        self._frames = FrameReader()
+        self._asked = FrameReader(_ASKING)
+        self._told: dict[str, _Told] = {}
+        self._user_id = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take in what the server has sent."""
+        try:
+            for text in self._frames.feed(data):
+                self._take(text)
+        except ValueError as error:
+            self._say("", f"not the WebSocket of imstream: {error}")
+
+    def feed_client(self, data: bytes) -> None:
+        """Take in what the client has sent: only that it asks to cancel matters here."""
+        for text in self._asked.feed(data):
+            frame = from_json(text)
+            if frame["msgType"] == MsgType.CANCEL:
+                self._told.setdefault(frame["messageId"], _Told()).cancels += 1
+
+    def _take(self, text: str) -> None:
+        try:
+            frame = ServerFrame.model_validate_json(text)
+        except ValidationError as error:
+            return self._say("", f"a frame that makes no sense ({error.errors()[0]['msg']}): {text[:300]}")
+        if unknown := from_json(text).keys() - _KNOWN_FIELDS:
+            self._say(frame.message_id or "", f"a frame with unknown fields {sorted(unknown)}: {text[:300]}")
+        if frame.msg_type is MsgType.INIT and frame.user_id is not None:
+            self._user_id = frame.user_id
+        elif frame.msg_type is MsgType.CHAT:
+            self._chat(frame)
+        elif frame.msg_type is MsgType.SYSTEM and (frame.code in _NEVER or frame.contents in _INTERNAL):
+            self._say(frame.message_id or "", f"{frame.code}: {frame.contents}")
+        return None
+
+    def _chat(self, frame: ServerFrame) -> None:
+        message_id = frame.message_id or ""
+        told = self._told.setdefault(message_id, _Told())
+        if frame.code is Code.EXPIRED:
+            return self._say(message_id, "EXPIRED")
+        if frame.event is Event.ACCEPTED:
+            self._told[message_id] = anew = _Told()
+            anew.cancels = told.cancels
+            return self._on_accepted(self._user_id, message_id)
+        if told.ended and frame.event is Event.CANCELLED and told.cancels > 0:
+            told.cancels -= 1
+            return None
+        if told.ended:
+            twice = frame.event in TERMINAL
+            return self._say(message_id, f"{frame.event} after the end", twice=twice)
+        if frame.event in TERMINAL:
+            told.ended = True
+            if frame.event is Event.DONE and told.offset not in (None, frame.offset):
+                self._say(message_id, f"done at {frame.offset}, told up to {told.offset}")
+        elif frame.event is Event.RESTART:
+            told.attempt, told.offset = frame.attempt, 0
+        elif frame.event is Event.DELTA:
+            self._delta(frame, told)
+        else:
+            self._say(message_id, f"a CHAT frame without an event: {frame.encode()[:300]}")
+        return None
+
+    def _delta(self, frame: ServerFrame, told: _Told) -> None:
+        if frame.attempt is None or frame.offset is None or not frame.contents:
+            return self._say(frame.message_id or "", f"a delta without attempt, offset or text: {frame.encode()[:300]}")
+        start = frame.offset - len(frame.contents)
+        if told.attempt not in (None, frame.attempt):
+            self._say(
+                frame.message_id or "", f"a delta of attempt {frame.attempt} after {told.attempt}, without restart"
+            )
+        elif told.offset not in (None, start):
+            self._say(frame.message_id or "", f"a delta from {start} on, told up to {told.offset}")
+        told.attempt, told.offset = frame.attempt, frame.offset
+        return None
+
+    def _say(self, message_id: str, what: str, *, twice: bool = False) -> None:
+        self._complain(Complaint(self._user_id, message_id, what, twice))

@@ -1,0 +1,112 @@
+"""What `imstream streams` finds in a node's stream and says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from click.testing import CliRunner
+
+from imstream.cli.main import main
+from imstream.errors import StoreRefused
+from imstream.store import inspection
+from tests.redis.conftest import Store, chat_request
+from tests.support.processes import free_port
+
+
+async def look(store: Store, *, newest: int = 5) -> inspection.Overview:
+    """Look at node 0."""
+    return await inspection.look(store.commands, store.keys, "0", newest=newest)
+
+
+async def printed(store: Store, *options: str) -> str:
+    """What the command prints for node 0. It runs an event loop of its own, so it gets a thread of its own."""
+    command = ["streams", "--redis", store.settings.redis_url.get_secret_value(), *options]
+    result = await asyncio.to_thread(CliRunner().invoke, main, command)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+async def fill(store: Store) -> None:
+    """Four requests: one dead, one in work, two waiting."""
+    await store.requests.prepare()
+    for number in range(4):
+        await store.requests.admit(chat_request(user_id=10001 + number, message_id=f"m{number}", contents="private"))
+    doomed, _ = await store.requests.read(count=2, block=timedelta(seconds=1))
+    await store.requests.bury(doomed, reason="http_400", error="no such model", attempts=1)
+
+
+async def test_a_node_that_never_ran_has_nothing(store: Store) -> None:
+    assert await look(store) == inspection.Overview(0, {}, [], 0, [])
+    out = await printed(store)
+    assert "unfinished requests  0: 0 waiting, 0 in work" in out
+    assert "dead letters         0\n" in out
+
+
+async def test_requests_in_work_and_waiting_are_told_apart(store: Store) -> None:
+    await fill(store)
+    seen = await look(store)
+    assert (seen.unfinished, seen.waiting, seen.in_work) == (3, 2, {"0": 1})
+    [work] = seen.oldest
+    assert (work.consumer, work.deliveries) == ("0", 1)
+    assert timedelta(0) <= work.since < timedelta(minutes=1)
+
+
+async def test_a_dead_letter_tells_who_what_and_why(store: Store) -> None:
+    await fill(store)
+    [letter] = (await look(store)).newest_dead
+    assert (letter.user, letter.message_id, letter.attempts) == ("10001", "m0", "1")
+    assert (letter.reason, letter.error) == ("http_400", "no such model")
+    assert abs(letter.died - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+async def test_only_the_newest_dead_letters_are_read(store: Store) -> None:
+    for number in range(5):
+        store.redis.xadd(store.keys.dead("0"), {"user": str(number)}, id=f"{number + 1}-0")
+    seen = await look(store, newest=2)
+    assert seen.dead == 5
+    assert [letter.user for letter in seen.newest_dead] == ["4", "3"]
+    assert seen.newest_dead[0].reason == "?"  # an entry that somebody wrote by hand
+
+
+async def test_the_command_prints_all_of_it_and_never_the_text(store: Store) -> None:
+    await fill(store)
+    out = await printed(store)
+    assert "unfinished requests  3: 2 waiting, 1 in work" in out
+    assert "node 0 works on 1" in out
+    assert "delivery 1" in out
+    assert "dead letters         1, the newest:" in out
+    assert "user 10001  message m0  http_400 after 1 attempts: no such model" in out
+    assert "private" not in out
+    assert "message m0" not in await printed(store, "--newest", "0")
+
+
+async def test_many_requests_in_work_are_counted_and_the_oldest_are_listed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "MAX_SHOWN", 1)
+    await store.requests.prepare()
+    for number in range(3):
+        await store.requests.admit(chat_request(user_id=10001 + number))
+    await store.requests.read(count=3, block=timedelta(seconds=1))
+    out = await printed(store)
+    assert out.count("delivery 1") == 1
+    assert "and 2 more" in out
+
+
+async def test_a_key_that_was_spoilt_by_hand_is_named(store: Store) -> None:
+    for key in (store.keys.requests("0"), store.keys.dead("0")):
+        store.redis.set(key, "x")
+        with pytest.raises(StoreRefused, match=f"{re.escape(key)}: WRONGTYPE"):
+            await look(store)
+        store.redis.delete(key)
+
+
+def test_without_redis_the_command_says_so_and_fails() -> None:
+    port = free_port()
+    result = CliRunner().invoke(main, ["streams", "--redis", f"redis://me:hush@127.0.0.1:{port}/0"])
+    assert result.exit_code == 1
+    assert f"no Redis at redis://127.0.0.1:{port}/0: " in result.output
+    assert "hush" not in result.output

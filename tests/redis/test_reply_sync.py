@@ -1,0 +1,371 @@
+"""Following replies that are written elsewhere, and telling others which users are here: the parts, on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import redis
+
+from imstream.errors import StoreUnavailable
+from imstream.gateway import presence as presence_module
+from imstream.gateway.inbox_consumer import InboxConsumer
+from imstream.gateway.presence import Presence
+from imstream.gateway.registry import Registry
+from imstream.gateway.reply_sync import ReplySync
+from imstream.guards.chain import GuardChain
+from imstream.guards.guard import Guard, Reject
+from imstream.keys import Keys
+from imstream.model import Terminal
+from imstream.redis.client import BlockingReader, RedisClient
+from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
+from imstream.settings import Settings
+from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
+from imstream.store.replies import ReplyStore
+from imstream.store.routes import RouteAdded, Routes
+from imstream.texts import Text
+from imstream.wire import Close, Code
+from imstream.worker.jobs import Jobs
+from tests.redis.workshop import USER, Follower
+from tests.support.servers import RedisServer
+from tests.support.waiting import wait_until
+
+
+@dataclass(eq=False)
+class PlayedSession:
+    """A socket as the registry knows it."""
+
+    user_id: int = USER
+    login: int = 0
+    closed: list[Close] = field(default_factory=list)
+    followed: list[ReplyBuffer] = field(default_factory=list)
+
+    def follow(self, reply: ReplyBuffer) -> None:
+        """See `Session`."""
+        self.followed.append(reply)
+
+    def close(self, code: Close, _: Text) -> None:
+        """See `Session`."""
+        self.closed.append(code)
+
+    def refuse(self, verdict: Reject) -> None:
+        """See `Session`."""
+        self.closed.append(verdict.close or Close.LOCKED)
+
+
+@dataclass
+class PlayedGuard(Guard):
+    """Says of everybody whether they may stay, when it can tell."""
+
+    verdict: Reject | None = None
+    away: int = 0
+    asked: int = 0
+
+    async def stay(self, user_id: int) -> Reject | None:
+        """See `Guard`."""
+        del user_id
+        self.asked += 1
+        if self.away:
+            self.away -= 1
+            raise StoreUnavailable("away")
+        return self.verdict
+
+
+class PlayedAdopter:
+    """Counts how often it is told to look."""
+
+    looks = 0
+
+    def look_now(self) -> None:
+        """See `Adopter`."""
+        self.looks += 1
+
+
+@dataclass
+class Desk:
+    """The parts of node 0 that listen to others, and what the test needs to be one of the others."""
+
+    redis: redis.Redis
+    replies: ReplyStore
+    board: ReplyBuffers
+    registry: Any
+    inbox: Inbox
+    others_inbox: Inbox
+    routes: Any
+    following: ReplySync
+    presence: Presence
+    adopter: PlayedAdopter
+    guard: PlayedGuard
+    keys: Keys = field(default_factory=Keys)
+
+    def session(self, **known: Any) -> PlayedSession:  # noqa: ANN401 - any attribute
+        """A socket that has logged in."""
+        session = PlayedSession(**known)
+        self.registry.add(session)
+        self.registry.log_in(session, session.user_id)
+        return session
+
+    def gone(self, session: PlayedSession) -> None:
+        """The socket is closed."""
+        self.registry.remove(session)
+        self.presence.left(session.user_id)
+
+    async def tell(self, notice: Notice) -> None:
+        """Another node leaves a notice."""
+        await self.others_inbox.tell(["0", "1"], notice)
+
+    def route(self) -> set[str]:
+        """The nodes on the route of the user."""
+        found: Any = self.redis.smembers(self.keys.route(USER))
+        return set(found)
+
+
+@asynccontextmanager
+async def desk(
+    server: RedisServer,
+    routes_of: type[Routes] = Routes,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> AsyncIterator[Desk]:
+    """Build and run them."""
+    quick = {"node": "0", "redis_url": server.url, "read_block": "50ms", "sweep_interval": "1h", "redis_timeout": "1s"}
+    known = Settings.load(**{**quick, **settings})
+    reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
+    async with RedisClient(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
+        inbox, replies, board = Inbox(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
+        registry: Any = Registry(known)
+        guard = PlayedGuard()
+        routes, adopter = routes_of(commands, known), PlayedAdopter()
+        following = ReplySync(known, replies, board, registry)
+        presence = Presence(known, routes, inbox, registry, GuardChain([guard]))
+        played: Any = adopter
+        jobs = Jobs(known, replies, board, inbox)
+        listener = InboxConsumer(inbox, following=following, presence=presence, jobs=jobs, adopter=played)
+        others = Inbox(commands, reader, known.model_copy(update={"node": "1"}))
+        with server.client() as client:
+            found = Desk(client, replies, board, registry, inbox, others, routes, following, presence, adopter, guard)
+            client.config_resetstat()
+            tasks = [asyncio.create_task(part.run()) for part in (listener, following, presence)]
+            await inbox.tell(["0"], NodeLeft("0"))  # to itself: it is not told
+            await wait_until(lambda: client.info("commandstats").get("cmdstat_xread"), "it reads its inbox")
+            try:
+                yield found
+                assert not any(task.done() for task in tasks), "all of them go on"
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await reader.aclose()
+
+
+async def written(replies: ReplyStore, text: str, *, before: int = 0, end: bool = False, message_id: str = "m") -> None:
+    """Another node appends text to a reply."""
+    result = await replies.append(
+        *(USER, message_id),
+        attempt=1,
+        before=before,
+        after=before + len(text),
+        text=text,
+        terminal=Terminal("done") if end else None,
+    )
+    assert type(result).__name__ == "Appended"
+
+
+async def test_a_reply_is_followed_batch_by_batch_from_its_beginning_on(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        session = node.session()
+        await node.replies.open(USER, "m", request="1/1-0")
+        await node.tell(ReplyGrew(USER, "m", begun=True))
+        await wait_until(lambda: session.followed, "the session follows it")
+        follower = Follower(session.followed[0])
+        for n, text in enumerate(("one ", "two ", "three")):
+            await written(node.replies, text, before=4 * n, end=text == "three")
+            await node.tell(ReplyGrew(USER, "m"))
+            await wait_until(lambda part=text: follower.text.endswith(part), f"{text!r} has come")
+        assert await follower.end() == "done"
+        assert (follower.text, follower.restarts) == ("one two three", 0)
+
+
+async def test_what_nobody_here_follows_is_not_read(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        await node.replies.open(USER, "m", request="1/1-0")
+        reads = node.redis.info("commandstats").get("cmdstat_xrange", {}).get("calls", 0)
+        await node.tell(ReplyGrew(USER, "m"))
+        await node.tell(NodeLeft("1"))
+        await wait_until(lambda: node.adopter.looks == 1, "all notices are taken")
+        assert node.redis.info("commandstats").get("cmdstat_xrange", {}).get("calls", 0) == reads
+        assert len(node.board) == 0
+
+
+async def test_a_reply_whose_notices_were_lost_is_looked_at_now_and_then(redis_server: RedisServer) -> None:
+    async with desk(redis_server, sweep_interval="100ms") as node:
+        await node.replies.open(USER, "m", request="1/1-0")
+        follower = Follower(reply := node.board.get(USER, "m"))
+        assert await node.following.catch_up(reply)
+        await written(node.replies, "all of it", end=True)
+        assert await follower.end() == "done"
+        assert follower.text == "all of it"
+
+
+async def test_notices_that_are_malformed_or_of_a_newer_version_are_passed_over(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        for fields in (
+            {"event": "sunset"},
+            {"no": "event"},
+            {"event": "grew", "user": "nobody", "message_id": "m"},
+            {"event": "grew", "user": "10001"},
+            {"event": "replaced", "user": "10001", "login": ""},
+            {"event": "left"},
+        ):
+            node.redis.xadd(node.keys.inbox("0"), fields)  # type: ignore[arg-type]
+        await node.tell(NodeLeft("1"))
+        await wait_until(lambda: node.adopter.looks == 1, "the good one behind them is taken")
+
+
+async def test_a_record_that_somebody_has_spoilt_harms_no_other(redis_server: RedisServer) -> None:
+    async with desk(redis_server, sweep_interval="100ms") as node:
+        spoilt, good = node.board.get(USER, "spoilt"), node.board.get(USER, "good")
+        node.redis.xadd(node.keys.reply(USER, "spoilt"), {"what": "is this"})
+        node.redis.expire(node.keys.reply(USER, "spoilt"), 60)
+        await node.replies.open(USER, "good", request="1/1-0")
+        await node.tell(ReplyGrew(USER, "spoilt"))
+        await written(node.replies, "all of it", end=True, message_id="good")
+        await wait_until(lambda: good.terminal is not None, "the other one is followed")
+        assert spoilt.terminal is None
+
+
+async def test_the_route_leads_here_while_a_socket_of_the_user_is_here(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        one, two = node.session(), node.session()
+        for session in (one, two):
+            await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+        assert node.route() == {"0"}
+        assert 0 < one.login < two.login
+        assert node.redis.ttl(node.keys.route(USER)) > 60
+        node.redis.sadd(node.keys.route(USER), "1")
+        node.gone(one)
+        node.gone(two)
+        await wait_until(lambda: node.route() == {"1"}, "it leads here no more")
+        assert one.closed == two.closed == []
+
+
+class LosesTheFirst(Routes):
+    """Routes on a Redis that is away at the first login."""
+
+    lost = False
+
+    async def arrive(self, user_id: int) -> RouteAdded:
+        """See `Routes`."""
+        if not self.lost:
+            self.lost = True
+            raise StoreUnavailable("away")
+        return await super().arrive(user_id)
+
+
+async def test_a_route_that_could_not_be_noted_is_mended_and_older_sessions_are_replaced_then(
+    redis_server: RedisServer,
+) -> None:
+    async with desk(redis_server, LosesTheFirst, sessions="one") as node:
+        older = node.session(login=1)
+        newer = node.session()
+        await node.presence.arrive(newer, USER)  # type: ignore[arg-type]
+        await wait_until(lambda: node.route() == {"0"}, "the route is mended")
+        await wait_until(lambda: newer.login > 1, "its login has a number")
+        assert (older.closed, newer.closed) == ([Close.REPLACED], [])
+
+
+class Slow(Routes):
+    """Routes whose answer the test holds back."""
+
+    def __init__(self, commands: RedisClient, settings: Settings) -> None:
+        super().__init__(commands, settings)
+        self.answers = asyncio.Event()
+
+    async def arrive(self, user_id: int) -> RouteAdded:
+        """See `Routes`."""
+        login = await super().arrive(user_id)
+        await self.answers.wait()
+        return login
+
+
+async def test_who_hears_of_another_login_before_the_number_of_its_own_waits_for_that(
+    redis_server: RedisServer,
+) -> None:
+    async with desk(redis_server, Slow, sessions="one") as node:
+        session = node.session()
+        arriving = asyncio.create_task(node.presence.arrive(session, USER))  # type: ignore[arg-type]
+        await wait_until(lambda: node.route() == {"0"}, "its login is noted")
+        await node.tell(SessionReplaced(USER, 1))  # older, heard of late
+        await node.tell(NodeLeft("1"))
+        await wait_until(lambda: node.adopter.looks == 1, "the notices are taken")
+        node.routes.answers.set()
+        await arriving
+        assert session.closed == []
+        node.presence.replace(SessionReplaced(USER, session.login + 1))
+        assert session.closed == [Close.REPLACED]
+
+
+async def test_who_turns_out_to_be_the_older_closes_when_it_knows(redis_server: RedisServer) -> None:
+    async with desk(redis_server, Slow, sessions="one") as node:
+        session = node.session()
+        arriving = asyncio.create_task(node.presence.arrive(session, USER))  # type: ignore[arg-type]
+        await wait_until(lambda: node.route() == {"0"}, "its login is noted")
+        node.presence.replace(SessionReplaced(USER, 10**17))  # newer than all that this year can bring
+        assert session.closed == []
+        node.routes.answers.set()
+        await arriving
+        assert session.closed == [Close.REPLACED]
+
+
+BANNED = Reject("banned", Code.FORBIDDEN, Text.OTHER_USER, close=Close.LOCKED)
+
+
+async def test_when_an_account_has_changed_all_sessions_of_that_user_are_closed_and_no_others(
+    redis_server: RedisServer,
+) -> None:
+    async with desk(redis_server) as node:
+        sessions, other = [node.session(), node.session()], node.session(user_id=USER + 1)
+        await node.tell(AccountChanged(USER))
+        await wait_until(lambda: node.guard.asked, "it is asked whether the user may stay")
+        assert [one.closed for one in sessions] == [[], []]
+        node.guard.verdict = BANNED
+        await node.tell(AccountChanged(USER))
+        await wait_until(lambda: [one.closed for one in sessions] == [[Close.LOCKED]] * 2, "both are closed")
+        assert other.closed == []
+
+
+async def test_an_account_that_cannot_be_looked_at_is_looked_at_again(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        session = node.session()
+        node.redis.hset(node.keys.account(USER), "banned", 1)
+        node.guard.verdict, node.guard.away = BANNED, 2
+        await node.tell(AccountChanged(USER))
+        await wait_until(lambda: session.closed == [Close.LOCKED], "it is closed")
+        assert node.guard.asked == 3
+
+
+async def test_whoever_is_banned_while_coming_in_does_not_stay(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        session = node.session()
+        node.guard.verdict = BANNED
+        await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+        assert session.closed == []  # there is nothing in the account: nobody is asked, and it costs nothing
+        node.redis.hset(node.keys.account(USER), "banned", 1)
+        await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+        assert session.closed == [Close.LOCKED]
+
+
+async def test_a_ban_that_nobody_was_told_of_is_noticed_when_routes_are_renewed(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence_module, "ROUTE_TTL", timedelta(milliseconds=300))
+    async with desk(redis_server) as node:
+        session = node.session()
+        node.guard.verdict = BANNED
+        node.redis.hset(node.keys.account(USER), "banned", 1)
+        await wait_until(lambda: session.closed, "it is closed")
+        assert session.closed[0] == Close.LOCKED

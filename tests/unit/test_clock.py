@@ -1,0 +1,70 @@
+"""Days, as quotas are counted by, in time zones with all kinds of midnights."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.clock import Calendar
+from imstream.settings import valid_zone
+
+HOUR = 3_600_000
+# Clocks that change at midnight, by half an hour, at the other end of the year, and a date that never was.
+ZONES = st.sampled_from(
+    [
+        *("UTC", "Asia/Shanghai", "Europe/Berlin", "Africa/Cairo", "America/Havana", "Asia/Beirut"),
+        *("America/Sao_Paulo", "Australia/Lord_Howe", "Pacific/Apia", "Asia/Kathmandu", "America/Asuncion"),
+    ]
+)
+MOMENTS = st.integers(1_000_000_000_000, 4_000_000_000_000)  # 2001 to 2096
+
+
+def ms(text: str) -> int:
+    """A moment of UTC in milliseconds since 1970."""
+    return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
+
+
+@given(ZONES, MOMENTS)
+def test_days_follow_each_other_without_gap_or_overlap_and_have_the_date_of_their_moments(zone: str, at: int) -> None:
+    calendar = Calendar(ZoneInfo(zone))
+    day = calendar.day(at)
+    assert day.begins <= at < day.ends
+    assert day.name == datetime.fromtimestamp(at / 1000, ZoneInfo(zone)).date().isoformat()
+    assert calendar.day(day.begins) == calendar.day(day.ends - 1) == day
+    following = calendar.day(day.ends)
+    assert following.begins == day.ends
+    assert following.name > day.name
+    assert 22 * HOUR <= day.ends - day.begins <= 26 * HOUR
+
+
+@pytest.mark.parametrize(
+    ("zone", "at", "begins", "ends"),
+    [
+        ("UTC", "2026-11-24T23:59:59.999", "2026-11-24T00:00", "2026-11-25T00:00"),
+        ("Asia/Shanghai", "2026-11-24T16:00", "2026-11-24T16:00", "2026-11-25T16:00"),
+        ("Europe/Berlin", "2026-03-29T12:00", "2026-03-28T23:00", "2026-03-29T22:00"),  # 23 hours
+        ("Europe/Berlin", "2026-10-25T12:00", "2026-10-24T22:00", "2026-10-25T23:00"),  # 25 hours
+        ("Africa/Cairo", "2026-04-24T12:00", "2026-04-23T22:00", "2026-04-24T21:00"),  # there is no midnight
+        ("America/Havana", "2026-11-01T12:00", "2026-11-01T04:00", "2026-11-02T05:00"),  # there are two
+    ],
+)
+def test_a_day_is_as_long_as_its_clock_says(zone: str, at: str, begins: str, ends: str) -> None:
+    day = Calendar(ZoneInfo(zone)).day(ms(at))
+    assert (day.begins, day.ends) == (ms(begins), ms(ends))
+
+
+def test_a_moment_is_shown_in_the_zone_and_never_too_early() -> None:
+    calendar = Calendar(ZoneInfo("Asia/Shanghai"))
+    assert calendar.show(ms("2026-11-24T07:30:00.000")) == "2026-11-24 15:30 (Asia/Shanghai)"
+    assert calendar.show(ms("2026-11-24T07:30:00.001")) == "2026-11-24 15:31 (Asia/Shanghai)"
+    assert {calendar.show(at) for at in (1e300, -1e300, float("inf"))} == {"beyond all years"}
+
+
+@pytest.mark.parametrize("name", ["Mars/Olympus", "Asia", "", "/etc/passwd", "../UTC", "x" * 300, "UTC\0"])
+def test_what_is_no_time_zone_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="a time zone such as UTC"):
+        valid_zone(name)

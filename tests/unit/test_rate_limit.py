@@ -1,0 +1,123 @@
+"""The guard that counts messages by the minute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.guards.chain import GuardChain
+from imstream.guards.guard import ALLOW, GuardDeps, Reject
+from imstream.guards.rate_limit import ChatRateLimit
+from imstream.model import ChatRequest
+from imstream.settings import Settings
+from imstream.wire import Code
+from tests.support.virtual_time import in_virtual_time
+
+ASKED = ChatRequest(10001, "m-1", "hello", (), "en", 0, "trace")
+
+
+class Clock:
+    """Stands still, unless it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 5_000.0
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
+
+
+async def ask(pace: ChatRateLimit, user_id: int = 10001) -> timedelta | None:
+    """Ask; how long to wait, None when the message passes."""
+    verdict = await pace.chat(replace(ASKED, user_id=user_id))
+    if verdict is ALLOW:
+        return None
+    assert isinstance(verdict, Reject)
+    assert (verdict.code, verdict.close, verdict.violation) == (Code.RATE_LIMITED, None, False)
+    assert verdict.retry_after is not None
+    return verdict.retry_after
+
+
+async def test_a_minutes_worth_passes_at_once_and_then_who_waits_as_told() -> None:
+    clock = Clock()
+    pace = ChatRateLimit(60, clock)
+    assert [await ask(pace) for _ in range(60)] == [None] * 60
+    for _ in range(3):
+        wait = await ask(pace)
+        assert wait is not None
+        assert wait.total_seconds() == pytest.approx(1.0)
+        clock.now += wait.total_seconds()
+        assert await ask(pace) is None
+
+
+async def test_who_does_not_wait_only_waits_and_does_not_make_it_longer() -> None:
+    clock = Clock()
+    pace = ChatRateLimit(6, clock)
+    for _ in range(6):
+        await ask(pace)
+    waits = [await ask(pace) for _ in range(100)]
+    assert {wait and round(wait.total_seconds(), 6) for wait in waits} == {10.0}
+    clock.now += 10
+    assert await ask(pace) is None
+
+
+async def test_each_user_has_a_pace_of_their_own() -> None:
+    pace = ChatRateLimit(2, Clock())
+    assert [await ask(pace, 10001) is None for _ in range(3)] == [True, True, False]
+    assert [await ask(pace, 10002) is None for _ in range(3)] == [True, True, False]
+
+
+@given(st.lists(st.tuples(st.integers(10001, 10010), st.floats(0, 20)), max_size=200))
+@pytest.mark.parametrize("per_minute", [1, 7, 60])
+def test_in_two_minutes_nobody_asks_more_than_three_minutes_worth(
+    per_minute: int, asking: list[tuple[int, float]]
+) -> None:
+    passed: list[tuple[int, float]] = []
+
+    @in_virtual_time
+    async def play() -> None:
+        clock = Clock()
+        pace = ChatRateLimit(per_minute, clock)
+        for user_id, gap in asking:
+            clock.now += gap
+            if await ask(pace, user_id) is None:
+                passed.append((user_id, clock.now))
+            assert len(pace) <= 10
+
+    play()
+    for user_id, at in passed:
+        span = [one for one in passed if one[0] == user_id and at <= one[1] <= at + 120]
+        assert len(span) <= 3 * per_minute
+
+
+async def test_a_user_who_asks_nothing_for_a_minute_is_forgotten() -> None:
+    clock = Clock()
+    pace = ChatRateLimit(60, clock)
+    for user_id in range(10001, 11001):
+        clock.now += 0.5
+        await ask(pace, user_id)
+        assert len(pace) <= 3  # one message is forgotten after a second
+    for _ in range(60):
+        await ask(pace, 20000)
+    for user_id in range(10001, 10121):
+        clock.now += 0.5
+        await ask(pace, user_id)
+    assert len(pace) <= 121
+    clock.now += 61
+    await ask(pace, 10001)
+    assert len(pace) == 1
+
+
+def test_no_limit_is_no_guard() -> None:
+    nothing = cast("Any", None)
+
+    def paces(per_minute: int) -> int:
+        supplies = GuardDeps(Settings(chats_per_minute=per_minute), nothing, nothing)
+        return sum(isinstance(guard, ChatRateLimit) for guard in GuardChain.make(supplies))
+
+    assert (paces(0), paces(60)) == (0, 1)

@@ -1,0 +1,421 @@
+"""The reply buffer: whatever writers, records and sockets do, a client puts together what is recorded (I5)."""
+
+# ruff: noqa: D102 - the rules of the state machine have sentences for names
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import tracemalloc
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
+
+from imstream.model import Record, Terminal
+from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, TextGrown, TextReset
+from tests.support.tiers import examples
+
+DONE = Terminal("done", "stop")
+CANCELLED = Terminal("cancelled")
+
+
+def reply_with(*pieces: str, attempt: int = 1) -> ReplyBuffer:
+    reply = ReplyBuffer(10001, "m")
+    reply.begin(attempt)
+    for piece in pieces:
+        reply.append(piece)
+    return reply
+
+
+def all_steps(cursor: Cursor) -> list[TextReset | TextGrown | ReplyEnded]:
+    """All that there is to tell, up to the end."""
+    steps = []
+    while (step := cursor.advance()) is not None:
+        steps.append(step)
+        if isinstance(step, ReplyEnded):
+            break
+    return steps
+
+
+# Its text
+
+
+def test_a_text_of_many_small_pieces_takes_little_memory_and_is_read_from_anywhere() -> None:
+    characters = [chr(0x4E00 + number % 20_000) for number in range(50_000)]
+    tracemalloc.start()
+    reply = reply_with(*characters)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 10 * len(characters)
+    whole = "".join(characters)
+    for offset in (0, 1, 1023, 1024, 1025, 40_000, 49_999):
+        assert reply.text_from(offset, limit=None) == whole[offset:]
+
+
+# Its record
+
+
+async def test_it_is_recorded_as_soon_as_a_worker_has_begun_it_or_its_record_is_read() -> None:
+    begun, read = ReplyBuffer(10001, "begun"), ReplyBuffer(10001, "read")
+    recorded = asyncio.gather(begun.recorded_within(60), read.recorded_within(60))
+    await asyncio.sleep(0)  # they wait
+    begun.begin(1)
+    read.load(Record(0, "", CANCELLED))
+    assert all(await recorded)
+
+
+async def test_it_is_not_recorded_when_nobody_begins_it_in_time() -> None:
+    reply = reply_with("of an attempt before")  # which Redis may have lost
+    assert not await reply.recorded_within(0.01)
+
+
+# One follower
+
+
+def test_a_follower_is_told_each_piece_and_the_end() -> None:
+    reply = reply_with("你好")
+    cursor = Cursor(reply)
+    assert all_steps(cursor) == [TextGrown(1, "你好", 2)]
+    reply.append(",世界")
+    assert all_steps(cursor) == [TextGrown(1, ",世界", 5)]
+    reply.end(DONE)
+    assert all_steps(cursor) == [ReplyEnded(1, 5, DONE)]
+
+
+def test_a_slow_follower_gets_in_one_piece_what_has_gathered() -> None:
+    assert all_steps(Cursor(reply_with("a", "b", "c"))) == [TextGrown(1, "abc", 3)]
+
+
+def test_a_follower_goes_on_where_its_client_was() -> None:
+    reply = reply_with("abc", "def", "ghi")
+    assert all_steps(Cursor(reply, attempt=1, offset=4)) == [TextGrown(1, "efghi", 9)]
+
+
+def test_a_follower_of_an_earlier_attempt_is_told_to_start_over() -> None:
+    reply = reply_with("new", attempt=3)
+    assert all_steps(Cursor(reply, attempt=1, offset=2)) == [TextReset(3), TextGrown(3, "new", 3)]
+
+
+def test_a_follower_without_text_is_not_told_to_discard_it() -> None:
+    assert all_steps(Cursor(reply_with("new", attempt=3))) == [TextGrown(3, "new", 3)]
+
+
+def test_nothing_is_told_before_anything_is_known() -> None:
+    assert Cursor(ReplyBuffer(10001, "m")).advance() is None
+    assert Cursor(ReplyBuffer(10001, "m"), attempt=2, offset=7).advance() is None
+
+
+def test_a_message_cancelled_before_its_turn_ends_without_text() -> None:
+    reply = ReplyBuffer(10001, "m")
+    reply.load(Record(0, "", CANCELLED))
+    assert all_steps(Cursor(reply)) == [ReplyEnded(0, 0, CANCELLED)]
+
+
+def test_a_client_that_saw_more_than_was_recorded_starts_over_once_it_is_sure_that_nobody_says_it_again() -> None:
+    reply = ReplyBuffer(10001, "m")
+    reply.load(Record(1, "abc", None))
+    cursor = Cursor(reply, attempt=1, offset=5)
+    assert cursor.advance() is None
+    reply.load(Record(1, "abc", CANCELLED))
+    assert all_steps(cursor) == [TextReset(1), TextGrown(1, "abc", 3), ReplyEnded(1, 3, CANCELLED)]
+
+
+def test_a_delta_is_never_longer_than_clients_take() -> None:
+    reply = reply_with("a" * MAX_DELTA, "b", "c" * (2 * MAX_DELTA))
+    steps = all_steps(Cursor(reply))
+    assert "".join(step.text for step in steps if isinstance(step, TextGrown)) == reply.text_from(0, limit=None)
+    assert max(len(step.text) for step in steps if isinstance(step, TextGrown)) == MAX_DELTA
+
+
+# The buffer
+
+
+def test_followers_wake_with_every_change_until_they_leave() -> None:
+    reply, woken = ReplyBuffer(10001, "m"), list[ReplyBuffer]()
+    reply.watch(woken.append)
+    reply.begin(1)
+    reply.append("a")
+    reply.end(DONE)
+    assert woken == [reply] * 3
+    reply.unwatch(woken.append)
+    reply.unwatch(woken.append)  # may be repeated
+    reply.begin(2)
+    assert len(woken) == 3
+
+
+def test_text_is_read_from_anywhere() -> None:
+    reply = reply_with("ab", "", "cde", "f")
+    assert [reply.text_from(offset) for offset in range(8)] == ["abcdef", "bcdef", "cdef", "def", "ef", "f", "", ""]
+    assert [reply.text_from(offset, limit=2) for offset in range(6)] == ["ab", "bc", "cd", "de", "ef", "f"]
+
+
+def test_a_record_is_taken_over_where_no_worker_writes() -> None:
+    reply = ReplyBuffer(10001, "m")
+    reply.load(Record(2, "abc", None))
+    assert (reply.attempt, reply.text_from(0), reply.live) == (2, "abc", False)
+    reply.load(Record(2, "abcd", DONE))
+    assert (reply.text_from(0), reply.terminal) == ("abcd", DONE)
+
+
+def test_a_record_that_goes_on_is_added_to_what_is_held() -> None:
+    reply = ReplyBuffer(10001, "m")
+    assert reply.load(Record(2, "abc", None, position="1-0"))
+    assert reply.load(Record(2, "de", DONE, start=3, position="2-0"))
+    assert (reply.text_from(0), reply.terminal, reply.position) == ("abcde", DONE, "2-0")
+
+
+@pytest.mark.parametrize(
+    "record", [Record(2, "e", None, start=4), Record(2, "c", None, start=2), Record(1, "d", None, start=3)]
+)
+def test_a_record_that_goes_on_from_another_text_is_to_be_read_whole(record: Record) -> None:
+    reply = ReplyBuffer(10001, "m")
+    reply.load(Record(2, "abc", None, position="1-0"))
+    assert not reply.load(record)
+    assert (reply.text_from(0), reply.position) == ("abc", "")
+
+
+def test_what_is_known_already_wakes_nobody() -> None:
+    reply, woken = ReplyBuffer(10001, "m"), list[ReplyBuffer]()
+    reply.load(Record(2, "abc", None))
+    reply.watch(woken.append)
+    reply.load(Record(2, "abc", None))
+    assert woken == []
+
+
+def test_a_record_is_older_than_what_a_worker_here_writes() -> None:
+    reply = reply_with("abcdef")
+    reply.load(Record(1, "abc", None))
+    assert reply.text_from(0) == "abcdef"
+    reply.release()
+    reply.load(Record(1, "abc", None))
+    assert reply.text_from(0) == "abc"
+
+
+def test_the_recorded_end_holds_whatever_a_worker_here_has_written() -> None:
+    reply = reply_with("abcdef")
+    reply.load(Record(1, "abc", CANCELLED))
+    assert (reply.text_from(0), reply.terminal) == ("abc", CANCELLED)
+    reply.load(Record(1, "ab", DONE))
+    assert (reply.text_from(0), reply.terminal) == ("abc", CANCELLED)
+
+
+# The board
+
+
+def test_writer_and_followers_of_a_message_share_one_reply() -> None:
+    board = ReplyBuffers()
+    reply = board.get(10001, "m")
+    assert board.get(10001, "m") is reply
+    assert board.get(10002, "m") is not reply
+    assert board.get(10001, "n") is not reply
+
+
+def test_a_reply_is_kept_as_long_as_somebody_holds_it() -> None:
+    board = ReplyBuffers()
+    reply = board.get(10001, "m")
+    cursor = Cursor(reply)
+    del reply
+    gc.collect()
+    assert len(board) == 1
+    del cursor
+    gc.collect()
+    assert len(board) == 0
+
+
+# Any order of anything
+
+
+@dataclass
+class Client:
+    """One socket and the client at its other end.
+
+    Attributes:
+        text: What the client has put together.
+        ended: What it was told of the end.
+    """
+
+    cursor: Cursor
+    attempt: int
+    text: str
+    ended: Terminal | None = None
+
+
+@dataclass
+class Read:
+    """What a session has read. `after`: from which position on; None: all of it, whatever is known here."""
+
+    after: str | None
+    record: Record
+
+
+PIECES = st.text(max_size=5) | st.integers(0, 3 * MAX_DELTA).map(lambda size: "字" * size)
+
+
+class ReplyFollowed(RuleBasedStateMachine):
+    """One message: a worker here and one elsewhere, what Redis has recorded, and sockets here that come and go.
+
+    `written` is all that ever was the text of an attempt, whether it was recorded or not: clients may have seen it.
+    """
+
+    clients: Bundle[Client] = Bundle("clients")
+    reads: Bundle[Read] = Bundle("reads")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reply = ReplyBuffer(10001, "m")
+        self.everyone: list[Client] = []
+        self.written: list[str] = [""]
+        self.recorded = 0
+        self.terminal: Terminal | None = None
+        self.positions = [(0, 0)]
+        """For each position of the record: the attempt, and how much of its text was recorded."""
+        self.here = 0
+        """The attempt of the worker here; 0 when there is none."""
+
+    @property
+    def attempt(self) -> int:
+        """The latest attempt."""
+        return len(self.written) - 1
+
+    def record(self, after: str = "") -> Record:
+        """What Redis knows, or what of it is new since a position."""
+        if self.positions[-1] != (self.attempt, self.recorded):
+            self.positions.append((self.attempt, self.recorded))
+        attempt, start = self.positions[int(after)] if after else (0, 0)
+        if attempt != self.attempt:
+            start = 0
+        text = self.written[-1][start : self.recorded]
+        return Record(self.attempt, text, self.terminal, start, str(len(self.positions) - 1))
+
+    def is_open(self) -> bool:
+        return self.terminal is None
+
+    def is_writing_here(self) -> bool:
+        return self.here > 0 and self.reply.terminal is None
+
+    def is_run_elsewhere(self) -> bool:
+        return self.terminal is None and 0 < self.attempt != self.here
+
+    # Workers
+
+    @precondition(is_open)
+    @rule()
+    def an_attempt_begins_here(self) -> None:
+        self.written.append("")
+        self.recorded, self.here = 0, self.attempt
+        self.reply.begin(self.attempt)
+
+    @precondition(is_open)
+    @rule()
+    def an_attempt_begins_elsewhere(self) -> None:
+        self.written.append("")
+        self.recorded = 0
+
+    @precondition(is_writing_here)
+    @rule(piece=PIECES)
+    def the_worker_here_writes(self, piece: str) -> None:
+        """It may have been overruled and not know it yet."""
+        self.written[self.here] += piece
+        self.reply.append(piece)
+
+    @precondition(is_run_elsewhere)
+    @rule(piece=PIECES)
+    def the_worker_elsewhere_writes(self, piece: str) -> None:
+        self.written[-1] += piece
+
+    @precondition(is_open)
+    @rule(share=st.floats(0, 1))
+    def some_text_is_recorded(self, share: float) -> None:
+        self.recorded += int(share * (len(self.written[-1]) - self.recorded))
+
+    @precondition(is_open)
+    @rule(cancelled=st.booleans())
+    def it_ends(self, *, cancelled: bool) -> None:
+        """It is recorded. The worker here knows at once when it has ended it, clients elsewhere learn of it later."""
+        if cancelled or self.attempt == 0:
+            self.terminal = CANCELLED
+            return
+        self.recorded, self.terminal = len(self.written[-1]), DONE
+        if self.here == self.attempt:
+            self.reply.end(DONE)
+
+    @precondition(lambda self: self.here > 0)
+    @rule()
+    def the_worker_here_leaves(self) -> None:
+        """It drains, or has found out that it was overruled."""
+        self.here = 0
+        if self.reply.terminal is None:
+            self.reply.release()
+
+    # Sessions
+
+    @rule(target=reads)
+    def a_session_reads_the_record(self) -> Read:
+        return Read(None, self.record())
+
+    @precondition(lambda self: not self.reply.live and self.reply.terminal is None)
+    @rule(target=reads)
+    def a_session_reads_on(self) -> Read:
+        return Read(self.reply.position, self.record(self.reply.position))
+
+    @rule(read=consumes(reads))
+    def what_was_read_is_loaded(self, read: Read) -> None:
+        """Meanwhile, more may have been recorded, and loaded."""
+        if read.after in (None, self.reply.position) and not self.reply.load(read.record):
+            assert self.reply.load(self.record())
+
+    @rule(target=clients, data=st.data())
+    def a_client_comes(self, data: st.DataObject) -> Client:
+        """It may have followed any attempt elsewhere, and have seen all that was written."""
+        attempt = data.draw(st.integers(0, self.attempt), label="attempt")
+        text = self.written[attempt][: data.draw(st.integers(0, len(self.written[attempt])), label="offset")]
+        client = Client(Cursor(self.reply, attempt=attempt, offset=len(text)), attempt, text)
+        self.everyone.append(client)
+        return client
+
+    @initialize(target=clients)
+    def a_client_asks(self) -> Client:
+        client = Client(Cursor(self.reply), 0, "")
+        self.everyone.append(client)
+        return client
+
+    @rule(client=clients)
+    def a_client_is_told_one_thing(self, client: Client) -> None:
+        self.tell(client)
+
+    def tell(self, client: Client) -> bool:
+        """Do what a socket and its client do; False when there is nothing to tell."""
+        if client.ended is not None or (step := client.cursor.advance()) is None:
+            return False
+        match step:
+            case TextReset(attempt):
+                client.attempt, client.text = attempt, ""
+            case TextGrown(attempt, text, offset):
+                assert 0 < len(text) <= MAX_DELTA
+                client.attempt, client.text = attempt, client.text + text
+                assert len(client.text) == offset
+            case ReplyEnded(attempt, offset, terminal):
+                assert (attempt, offset) == (self.attempt, len(client.text))
+                assert terminal == self.terminal
+                client.ended = terminal
+        # No gap and no repeat, at any time.
+        assert self.written[client.attempt].startswith(client.text)
+        return True
+
+    def teardown(self) -> None:
+        """However it came to this: it ends, the worker here learns of it, and everybody is told."""
+        if self.terminal is None:
+            self.terminal = CANCELLED
+        assert self.reply.load(self.record())
+        for client in self.everyone:
+            while self.tell(client):
+                pass
+            assert client.ended == self.terminal
+            assert client.text == self.record().text
+
+
+TestEveryClientHoldsWhatIsRecorded = ReplyFollowed.TestCase
+TestEveryClientHoldsWhatIsRecorded.settings = settings(max_examples=examples(300))

@@ -1,0 +1,359 @@
+"""The session pump: the one sender of a socket. A slow socket costs its own text and nobody else anything (I6)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.gateway.flush_scheduler import FlushScheduler
+from imstream.gateway.frames import FrameBuilder
+from imstream.gateway.session_writer import ENOUGH_TOGETHER, MAX_OUTBOX, MAX_TOGETHER, SessionWriter
+from imstream.model import Terminal
+from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer
+from imstream.texts import Text
+from imstream.wire import Close, Code
+
+DONE = Terminal("done", "stop")
+
+
+class PlayedSocket:
+    """A socket whose peer reads as the test likes: it takes `room` writes, then none until there is room again."""
+
+    def __init__(self, room: int = 1_000_000) -> None:
+        self.room = room
+        self.writes: list[list[str]] = []
+        self.ended: tuple[int, str] | None = None
+        self._on_room: Callable[[], None] | None = None
+
+    @property
+    def has_room(self) -> bool:
+        """See `Socket`."""
+        return self.room > 0
+
+    @property
+    def frames(self) -> list[dict[str, Any]]:
+        """All that was sent."""
+        return [json.loads(text) for texts in self.writes for text in texts]
+
+    def on_rest(self, call: Callable[[float], None] | None) -> None:
+        """See `Socket`."""
+
+    def on_room(self, call: Callable[[], None] | None) -> None:
+        """See `Socket`."""
+        self._on_room = call
+
+    def write(self, texts: Sequence[str]) -> None:
+        """See `Socket`."""
+        assert self.has_room
+        assert self.ended is None
+        self.room -= 1
+        self.writes.append(list(texts))
+
+    def end(self, code: int, last_words: str) -> None:
+        """See `Socket`."""
+        self.ended = (code, json.loads(last_words)["contents"])
+
+    def charge(self, frames: float) -> None:
+        """Nothing is paced here."""
+
+    def trust(self) -> None:
+        """Nothing comes in."""
+
+    def forget_handshake(self) -> None:
+        """See `Socket`."""
+
+    def reads(self, writes: int = 1_000_000) -> None:
+        """The peer reads: there is room for more."""
+        self.room += writes
+        if self._on_room is not None:
+            self._on_room()
+
+
+def pump_on(socket: PlayedSocket) -> SessionWriter:
+    phrases = FrameBuilder("en", "0")
+    phrases.user_id = 10001
+    return SessionWriter(socket, phrases, FlushScheduler(apart=0))
+
+
+def heartbeat() -> Any:  # noqa: ANN401 - a frame
+    return FrameBuilder("en", "0").heartbeat()
+
+
+def begun(message_id: str = "m") -> ReplyBuffer:
+    reply = ReplyBuffer(10001, message_id)
+    reply.begin(1)
+    return reply
+
+
+async def a_tick() -> None:
+    """Let the pump run."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+def text_of(socket: PlayedSocket, message_id: str = "m") -> str:
+    """What the client has put together."""
+    text = ""
+    for frame in socket.frames:
+        if frame.get("messageId") == message_id:
+            if frame["event"] == "restart":
+                text = ""
+            elif frame["event"] == "delta":
+                text += frame["contents"]
+                assert frame["offset"] == len(text)
+    return text
+
+
+# Order
+
+
+async def test_a_frame_goes_out_in_the_next_tick() -> None:
+    socket = PlayedSocket()
+    pump_on(socket).say(heartbeat())
+    assert socket.frames == []
+    await a_tick()
+    assert [frame["msgType"] for frame in socket.frames] == ["HEARTBEAT"]
+
+
+async def test_each_piece_is_sent_as_it_comes_and_the_end_last() -> None:
+    socket, reply = PlayedSocket(), begun()
+    pump = pump_on(socket)
+    pump.follow(Cursor(reply))
+    for piece in ("a", "b"):
+        reply.append(piece)
+        await a_tick()
+    reply.end(DONE)
+    await a_tick()
+    assert [(frame["event"], frame.get("contents")) for frame in socket.frames] == [
+        ("delta", "a"),
+        ("delta", "b"),
+        ("done", None),
+    ]
+    assert pump.followed == []
+
+
+async def test_pieces_of_one_tick_are_one_frame() -> None:
+    socket, reply = PlayedSocket(), begun()
+    pump_on(socket).follow(Cursor(reply))
+    for piece in "abc":
+        reply.append(piece)
+    await a_tick()
+    assert [frame["contents"] for frame in socket.frames] == ["abc"]
+
+
+async def test_what_is_said_goes_before_what_is_new_in_replies() -> None:
+    socket, reply = PlayedSocket(), begun()
+    pump = pump_on(socket)
+    pump.follow(Cursor(reply))
+    reply.append("a")
+    pump.say(heartbeat())
+    await a_tick()
+    assert [frame["msgType"] for frame in socket.frames] == ["HEARTBEAT", "CHAT"]
+    assert len(socket.writes) == 1
+
+
+async def test_a_message_that_is_followed_keeps_its_place_when_it_is_followed_again() -> None:
+    socket, reply = PlayedSocket(), begun()
+    pump = pump_on(socket)
+    pump.follow(Cursor(reply))
+    reply.append("a")
+    await a_tick()
+    pump.follow(Cursor(reply))
+    reply.append("b")
+    await a_tick()
+    assert text_of(socket) == "ab"
+
+
+async def test_a_message_followed_anew_is_told_from_where_the_client_says_it_is() -> None:
+    socket, reply = PlayedSocket(), begun()
+    pump = pump_on(socket)
+    pump.follow(Cursor(reply))
+    reply.append("abc")
+    await a_tick()
+    pump.follow_anew(Cursor(reply, attempt=1, offset=1))
+    await a_tick()
+    assert [frame["contents"] for frame in socket.frames] == ["abc", "bc"]
+
+
+# A slow socket
+
+
+async def test_a_socket_that_does_not_read_gets_later_all_that_has_gathered_in_one_frame() -> None:
+    socket, reply = PlayedSocket(room=1), begun()
+    pump = pump_on(socket)
+    pump.follow(Cursor(reply))
+    reply.append("a")
+    await a_tick()
+    assert pump.blocked_since is not None
+    for piece in "bcdef":
+        reply.append(piece)
+        await a_tick()
+    assert len(socket.frames) == 1
+    socket.reads()
+    await a_tick()
+    assert [frame["contents"] for frame in socket.frames] == ["a", "bcdef"]
+    assert pump.blocked_since is None
+
+
+async def test_the_time_of_blocking_is_that_of_its_beginning() -> None:
+    socket = PlayedSocket(room=0)
+    pump = pump_on(socket)
+    pump.say(heartbeat())
+    await a_tick()
+    since = pump.blocked_since
+    await asyncio.sleep(0.01)
+    pump.say(heartbeat())
+    await a_tick()
+    assert pump.blocked_since == since is not None
+
+
+async def test_one_slow_socket_keeps_nothing_from_another() -> None:
+    slow, fast, reply = PlayedSocket(room=0), PlayedSocket(), begun()
+    pumps = [pump_on(slow), pump_on(fast)]
+    for pump in pumps:
+        pump.follow(Cursor(reply))
+    reply.append("a")
+    reply.end(DONE)
+    await a_tick()
+    assert slow.frames == []
+    assert [frame["event"] for frame in fast.frames] == ["delta", "done"]
+
+
+async def test_what_a_stalled_socket_holds_besides_its_replies_is_bounded() -> None:
+    socket = PlayedSocket()
+    pump = pump_on(socket)
+    for n in range(4 * MAX_TOGETHER):
+        reply = begun(f"m{n}")
+        pump.follow(Cursor(reply))
+        reply.append("x" * MAX_DELTA)
+    await a_tick()
+    assert all(len(texts) <= MAX_TOGETHER for texts in socket.writes)
+    assert all(sum(map(len, texts[:-1])) < ENOUGH_TOGETHER for texts in socket.writes)
+    assert len(socket.frames) == 4 * MAX_TOGETHER
+
+
+async def test_who_does_not_read_answers_is_not_read_from() -> None:
+    socket = PlayedSocket(room=0)
+    pump = pump_on(socket)
+    for _ in range(MAX_OUTBOX - 1):
+        pump.say(heartbeat())
+    await asyncio.wait_for(pump.room(), 1)
+    pump.say(heartbeat())
+    waiting = asyncio.create_task(pump.room())
+    await a_tick()
+    assert not waiting.done()
+    socket.reads()
+    await asyncio.wait_for(waiting, 1)
+
+
+# The end
+
+
+async def test_a_socket_closes_when_all_that_is_known_was_sent() -> None:
+    socket, reply = PlayedSocket(), begun()
+    pump = pump_on(socket)
+    pump.follow(Cursor(reply))
+    reply.append("a")
+    pump.finish(Close.DRAINING, FrameBuilder("en", "0").system(Code.SYSTEM_ERROR, Text.DRAINING))
+    await a_tick()
+    assert text_of(socket) == "a"
+    assert socket.ended == (Close.DRAINING, Text.DRAINING.en)
+
+
+async def test_last_words_wait_for_room_as_all_else_does() -> None:
+    socket = PlayedSocket(room=0)
+    pump = pump_on(socket)
+    pump.finish(Close.DRAINING, heartbeat())
+    await a_tick()
+    assert socket.ended is None
+    socket.reads()
+    await a_tick()
+    assert socket.ended is not None
+
+
+async def test_an_abandoned_socket_is_sent_nothing_and_keeps_nobody_waiting() -> None:
+    socket, reply = PlayedSocket(room=0), begun()
+    pump = pump_on(socket)
+    pump.follow(Cursor(reply))
+    for _ in range(MAX_OUTBOX):
+        pump.say(heartbeat())
+    waiting = asyncio.create_task(pump.room())
+    await a_tick()
+    pump.abandon()
+    await asyncio.wait_for(waiting, 1)
+    pump.follow(Cursor(reply))
+    pump.follow_anew(Cursor(reply))
+    reply.append("a")
+    socket.reads()
+    await a_tick()
+    assert socket.frames == []
+    assert pump.followed == []
+
+
+async def test_a_defect_ends_this_socket_with_words_for_the_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    socket, reply = PlayedSocket(), begun()
+    pump = pump_on(socket)
+
+    def broken(*_: object) -> str:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(FrameBuilder, "step", broken)
+    pump.follow(Cursor(reply))
+    reply.append("a")
+    await a_tick()
+    assert socket.ended == (Close.INTERNAL_ERROR, Text.INTERNAL.en)
+
+
+# Any order
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.sampled_from("mn"), st.text("ab你", min_size=1, max_size=4)),
+        st.tuples(st.just("restart"), st.sampled_from("mn"), st.just("")),
+        st.tuples(st.just("say"), st.just(""), st.just("")),
+        st.tuples(st.just("read"), st.just(""), st.just("")),
+        st.tuples(st.just("tick"), st.just(""), st.just("")),
+    )
+)
+
+
+@given(STEPS)
+def test_however_a_client_reads_it_gets_every_word_once(steps: list[tuple[str, str, str]]) -> None:
+    async def play() -> None:
+        socket = PlayedSocket(room=0)
+        pump = pump_on(socket)
+        replies = {message_id: begun(message_id) for message_id in "mn"}
+        for reply in replies.values():
+            pump.follow(Cursor(reply))
+        said = 0
+        for what, message_id, text in steps:
+            match what:
+                case "write":
+                    replies[message_id].append(text)
+                case "restart":
+                    replies[message_id].begin(replies[message_id].attempt + 1)
+                case "say":
+                    pump.say(heartbeat())
+                    said += 1
+                case "read":
+                    socket.reads(1)
+                case _:
+                    await a_tick()
+        for reply in replies.values():
+            reply.end(DONE)
+        socket.reads()
+        await a_tick()
+        for message_id, reply in replies.items():
+            assert text_of(socket, message_id) == reply.text_from(0, limit=None)
+            own = [frame["event"] for frame in socket.frames if frame.get("messageId") == message_id]
+            assert own.count("done") == 1
+            assert own[-1] == "done"
+        assert sum(frame["msgType"] == "HEARTBEAT" for frame in socket.frames) == said
+
+    asyncio.run(play())

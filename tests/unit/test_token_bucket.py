@@ -1,0 +1,85 @@
+"""Token buckets: never more than their size at once and their rate in the long run, and not less either."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.token_bucket import NEVER_USED, TokenBucket
+
+RATES = st.floats(0.01, 1000)
+SIZES = st.integers(1, 500)
+GAPS = st.lists(st.floats(0, 30), min_size=1, max_size=200)
+BEGIN = 1_000_000.0  # a clock that has run for days
+ROUNDING = 1e-5  # seconds that a bucket does not tell from none, and half of them
+
+
+def taken(pace: TokenBucket, times: list[float]) -> list[float]:
+    """The times at which somebody gets a token who tries at all these times, and takes none when there is none."""
+    full_at, got = NEVER_USED, []
+    for now in times:
+        after = pace.take(full_at, now)
+        if not pace.wait(after, now):
+            full_at = after
+            got.append(now)
+    return got
+
+
+@given(RATES, SIZES, GAPS)
+def test_in_no_span_of_time_more_is_taken_than_flows_in_and_fits(rate: float, size: int, gaps: list[float]) -> None:
+    times = taken(TokenBucket(rate, size), list(accumulate(gaps, initial=BEGIN)))
+    for begin in range(0, len(times), 7):
+        for end in range(begin, len(times), 5):
+            assert end - begin + 1 <= size + (times[end] - times[begin]) * rate + 0.01
+
+
+@given(RATES, SIZES)
+def test_all_that_fits_may_be_taken_at_once_and_then_one_for_each_that_flows_in(rate: float, size: int) -> None:
+    pace = TokenBucket(rate, size)
+    assert len(taken(pace, [BEGIN] * (size + 10))) == size
+    later = [BEGIN + (n + 0.5) / rate for n in range(20)]
+    assert len(taken(pace, [BEGIN] * size + later)) == size + 19
+
+
+@given(RATES, SIZES, GAPS)
+def test_who_waits_as_long_as_told_gets_a_token(rate: float, size: int, gaps: list[float]) -> None:
+    pace, full_at = TokenBucket(rate, size), NEVER_USED
+    for now in accumulate(gaps, initial=BEGIN):
+        after = pace.take(full_at, now)
+        if wait := pace.wait(after, now):
+            assert not pace.wait(pace.take(full_at, now + wait), now + wait)
+            if wait > ROUNDING:
+                assert pace.wait(pace.take(full_at, now + wait / 2), now + wait / 2)
+        else:
+            full_at = after
+
+
+@given(RATES, SIZES, st.integers(1, 1000), GAPS)
+def test_a_bucket_whose_moment_has_passed_is_as_good_as_new(
+    rate: float, size: int, tokens: int, gaps: list[float]
+) -> None:
+    pace = TokenBucket(rate, size)
+    full_at = pace.take(NEVER_USED, BEGIN, tokens)
+    now = full_at + gaps[0]
+    assert pace.take(full_at, now) == pace.take(NEVER_USED, now)
+
+
+@pytest.mark.parametrize("debt", [1, 40, 300])
+def test_who_takes_what_is_not_there_waits_until_it_has_flowed_in(debt: int) -> None:
+    pace = TokenBucket(50, 200)
+    full_at = pace.take(NEVER_USED, BEGIN, 200 + debt)
+    assert pace.wait(full_at, BEGIN) == pytest.approx(debt / 50)
+    assert pace.wait(full_at, BEGIN + debt / 50) == 0
+
+
+def test_more_tokens_at_once_are_as_many_one_by_one() -> None:
+    pace = TokenBucket(3, 10)
+    at_once = pace.take(NEVER_USED, BEGIN, 5)
+    one_by_one = [NEVER_USED]
+    for _ in range(5):
+        one_by_one.append(pace.take(one_by_one[-1], BEGIN))
+    assert one_by_one[-1] == pytest.approx(at_once)
+    assert all(before < after for before, after in pairwise(one_by_one))
