@@ -1,4 +1,4 @@
-"""The load balancer is stopped and started in the middle of answers: clients come back and resume, and lose nothing."""
+"""The load balancer restarts during answers: clients reconnect and resume, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ async def test_clients_reconnect_and_resume_when_the_load_balancer_is_restarted(
 
 
 def count(changes: list[ConnectionChange], kind: type[ConnectionChange]) -> int:
-    """How many changes are of this kind."""
+    """Count the changes of this kind."""
     return sum(isinstance(change, kind) for change in changes)

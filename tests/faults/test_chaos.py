@@ -1,4 +1,4 @@
-"""Chaos for a few seconds, with a seed that brings most kinds of faults early; for a minute at random when `long`."""
+"""Chaos with a seed that causes most kinds of faults early; for a random minute in the `long` tier."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SEED, SECONDS, CLIENTS = 241, 10, 12
 
 
 def chaos(folder: Path, *options: str) -> tuple[int, str]:
-    """Run it; the exit code and what it has printed."""
+    """Run it; return the exit code and the output."""
     command = [sys.executable, "-m", "ops.chaos_test", "--folder", str(folder / "logs"), *options]
     with start(command, folder / "chaos.log", cwd=ROOT) as running:
         return running.wait(110 * SLOW), running.output()
 
 
 def counts(output: str, rows: Sequence[str]) -> list[int]:
-    """The numbers in some rows of the table."""
+    """Return the numbers in some rows of the table."""
     return [int(found[1]) for row in rows if (found := re.search(rf"^{row} +(\d+)", output, re.MULTILINE))]
 
 
@@ -43,5 +43,5 @@ def test_whatever_is_killed_every_accepted_message_is_answered_once(tmp_path: Pa
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_minute_of_random_faults_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    code, output = chaos(tmp_path, "--seconds", "60")  # prints the seed that it draws
+    code, output = chaos(tmp_path, "--seconds", "60")  # prints the seed it drew
     assert code == 0, output

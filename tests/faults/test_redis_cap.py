@@ -1,4 +1,4 @@
-"""A burst of ten times what the stream may hold."""
+"""A burst of ten times the stream's cap."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOCKETS, CHATS, CAP = 300, 1000, 100
 
 @contextmanager
 def lengths_of_the_stream(server: RedisServer) -> Iterator[list[int]]:
-    """What XLEN said every millisecond or so, by a thread of its own."""
+    """XLEN, sampled about every millisecond by a separate thread."""
     lengths: list[int] = []
     over = threading.Event()
 
@@ -42,7 +42,7 @@ async def test_of_a_thousand_chats_at_once_those_accepted_are_answered_once_and_
     async with stage(redis_server, demo, tmp_path, queue_limit=CAP, user_limit=CHATS, redis_timeout="5s") as play:
         users = await asyncio.gather(*(play.user(10001 + number) for number in range(SOCKETS)))
         with lengths_of_the_stream(redis_server) as lengths:
-            # The first answer is there when the burst is over: until then, nothing leaves the stream.
+            # The first answer arrives after the burst: until then, no entry leaves the stream.
             chats = [(users[n % SOCKETS], f"m{n}", f"{n} of many [[demo first=2s pace=0s]]") for n in range(CHATS)]
             told = Counter(await asyncio.gather(*(user.ask(message_id, text) for user, message_id, text in chats)))
             await play.curtain()

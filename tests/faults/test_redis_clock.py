@@ -15,7 +15,7 @@ HOUR = 3600
 SLOWLY = "[[demo first=0s pace=15ms]]"
 
 LIBRARIES = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
-"""Debian's package `libfaketime`."""
+"""The library of Debian's package `libfaketime`."""
 
 
 def _said_at(frame: Frame) -> float:
@@ -42,7 +42,7 @@ async def test_no_answer_is_lost_when_the_clock_jumps_an_hour_forward_and_back(
                 assert await user.ask(message_id, f"what time is it? {SLOWLY}") == Event.ACCEPTED
                 await user.grown(message_id, 20)
                 clock.write_text(f"+{offset}")
-                if message_id == "forward":  # back, Redis itself holds a blocked read an hour too long
+                if message_id == "forward":  # after a jump back, Redis itself holds a blocked read for an hour
                     assert await play.node.status() == 200
                 assert await user.ended(message_id) == "done"
             first, last = user.frames["forward"][0], user.frames["forward"][-1]

@@ -1,4 +1,4 @@
-"""In a Redis Cluster a slot moves, or a master dies: what was accepted is answered, and others notice nothing."""
+"""A slot of a Redis Cluster moves, or a master dies: accepted messages are answered, other users are not affected."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from tests.support.stage import AT_ONCE, KEYS, REQUESTS, stage
 from tests.support.waiting import wait_until
 
 REPLACED_WITHIN = 15.0
-"""Seconds in which a replica is promoted and the node is back: two or three, on an idle machine."""
+"""Time limit, in seconds, for promoting a replica and for the node to recover: two or three on an idle machine."""
 
 SLOWLY = "[[demo first=0s pace=20ms length=200]]"
-"""Takes longer than it takes to replace a master."""
+"""An answer that takes longer than replacing a master."""
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[ClusterSet]:
-    """A cluster of the test's own."""
+    """A cluster for one test."""
     with cluster_set(tmp_path / "cluster") as made:
         yield made
 
 
 def replies_of(user_id: int) -> str:
-    """A key in the slot of a user."""
+    """Return a key in the slot of a user."""
     return KEYS.reply(user_id, "m")
 
 
 def users_on(cluster: ClusterSet, server: RedisServer) -> Iterator[int]:
-    """Users whose replies are on a master."""
+    """Return users whose replies are stored on this master."""
     return (user for user in range(10001, 10500) if cluster.master_of(replies_of(user)) is server)
 
 
 @asynccontextmanager
 async def asking(users: list[Chatter]) -> AsyncIterator[list[str]]:
-    """Everybody asks one question after the other, and again when it is refused; gives the refusals so far."""
+    """Let each user ask one question after another, repeating refused ones; return the refusals so far."""
     over = asyncio.Event()
     refusals: list[str] = []
 

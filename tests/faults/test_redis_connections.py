@@ -1,4 +1,4 @@
-"""The connections to Redis are few and slow, or Redis takes no more of them."""
+"""There are few, slow connections to Redis, or Redis accepts no further ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def test_many_chats_at_once_share_one_slow_connection_and_none_waits_beyon
     ):
         users = await asyncio.gather(*(play.user(10001 + number) for number in range(50)))
         proxy.delay = 0.1
-        # One round trip for each of these commands would take 20 s for the admissions alone.
+        # With one round trip a command, the admissions alone would take 20 s.
         asked = [user.ask(f"m{n}", f"one of many {AT_ONCE}") for user in users for n in range(4)]
         assert set(await asyncio.gather(*asked)) == {Event.ACCEPTED}
         await play.curtain()
@@ -47,7 +47,7 @@ async def test_a_redis_that_takes_no_more_connections_means_unavailable_until_it
             play.redis.config_set("maxclients", 1)
             play.redis.client_kill_filter(_type="normal", skipme=True)
             await play.node.becomes(503, limit=BACK_WITHIN)
-            for n in range(8):  # more than there are lanes
+            for n in range(8):  # more than there are connections
                 assert await user.ask(f"m{n}", f"is there room? {AT_ONCE}") == Code.UNAVAILABLE
             play.redis.config_set("maxclients", 1000)
             await play.node.becomes(200, limit=BACK_WITHIN)

@@ -1,4 +1,4 @@
-"""Redis loses what it was given: somebody flushes it, deletes the stream, or it comes back without its data."""
+"""Redis loses data: FLUSHALL, a deleted stream, or a restart without persistence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.stage import AT_ONCE, REQUESTS, Stage, expected, fresh_redis,
 from tests.support.waiting import wait_until
 
 SLOWLY = "[[demo first=0s pace=15ms]]"
-"""Takes a second or two: long enough to be running when the data goes, and while the node mends the stream."""
+"""An answer of a second or two: it is running when the data is lost and while the node recreates the stream."""
 
 
 def flush_all(play: Stage) -> None:
@@ -47,7 +47,7 @@ async def test_a_node_goes_on_when_redis_has_lost_its_requests_and_says_so_in_an
             lose(play)
             await wait_until(lambda: any("gone" in event for event in play.node.logged("error")), "an alarm")
             assert [group["name"] for group in play.redis.xinfo_groups(REQUESTS)] == [GROUP]
-            # What was running ends for its client, whole, because the node has all of it.
+            # Running answers end whole for their clients: the node has the full text.
             for user in running:
                 assert await user.ended("running") == "done"
                 assert user.text("running") == expected(user.asked["running"])
@@ -67,7 +67,7 @@ async def test_a_waiting_message_that_redis_has_lost_is_expired_when_resumed_and
             await running.grown("m1")
             assert await waiting.ask("m2", f"who is waiting? {AT_ONCE}") == Event.ACCEPTED
             flush_all(play)
-            play.users.remove(waiting)  # what it was promised is lost
+            play.users.remove(waiting)  # the accepted message is lost
             again = await play.user(10002, resume=[{"messageId": "m2"}])
             await again.until(lambda: again.is_expired("m2"), "m2 is EXPIRED")
             assert await again.ask("m2", f"who is waiting? {AT_ONCE}") == Event.ACCEPTED

@@ -1,4 +1,4 @@
-"""Redis denies a node its login or a permission: it says once what is wrong, waits, and goes on when that is mended."""
+"""Redis denies a node its login or a permission: the node logs it once, waits, and continues when it is fixed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def node(server: RedisServer, demo: DemoBackend, tmp_path: Path) -> Iterator[OneNode]:
-    """A node that is to be started, with a password of its own that Redis does not know."""
+    """A node to be started, with its own password, which Redis does not know yet."""
     with server.client() as client:
         url = server.url.replace(USER, "imstream:new-secret")
         made = OneNode(tmp_path, client, url, demo.url, {**QUICK, "log_level": "debug"})
@@ -45,12 +45,12 @@ def node(server: RedisServer, demo: DemoBackend, tmp_path: Path) -> Iterator[One
 
 
 def allow(client: redis.Redis, *rules: str) -> None:
-    """Change what the user of the node may do, or its password."""
+    """Change the permissions or the password of the node's Redis user."""
     client.execute_command("ACL", "SETUSER", "imstream", *rules)  # type: ignore[no-untyped-call] # redis-py's gap
 
 
 def denials(node: OneNode) -> list[str]:
-    """What the node says that it is denied."""
+    """Return what the node logs as denied."""
     lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
     return [line["error"] for line in lines if line["event"] == "redis denies access"]
 
@@ -59,7 +59,7 @@ async def test_a_wrong_password_is_said_once_and_a_node_begins_when_it_is_right(
     await becomes(node, DENIED)
     await wait_until(lambda: len(denials(node)) > 0, "it says so")
     before = attempts(node.redis)
-    # The worker, the lease and the inbox have each tried again several times.
+    # Worker, lease and inbox have each retried several times.
     await wait_until(lambda: attempts(node.redis) >= before + 5, "it tries again")
     [said] = denials(node)
     assert "IMSTREAM_REDIS_URL" in said
@@ -70,7 +70,7 @@ async def test_a_wrong_password_is_said_once_and_a_node_begins_when_it_is_right(
 
 
 def attempts(client: redis.Redis) -> int:
-    """How often a login was denied so far."""
+    """Return how many logins were denied so far."""
     log: Any = client.acl_log()
     return sum(entry["count"] for entry in log if entry["reason"] == "auth")
 

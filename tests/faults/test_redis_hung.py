@@ -1,4 +1,4 @@
-"""Redis is there and says nothing: stopped, paused, or behind a network that swallows everything."""
+"""Redis accepts connections and does not answer: stopped, paused, or behind a network that drops everything."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.support.waiting import SLOW, wait_until
 
 TIMEOUT, BLOCK = 1.0, 0.2
 NOT_READY_WITHIN = BLOCK + 2 * TIMEOUT + 2.0
-"""Seconds: the two after which a node must have heard from Redis, and two for a busy machine."""
+"""Time limit in seconds: two after which a node must have reached Redis, and two for a busy machine."""
 BACK_WITHIN = 5.0
 PAUSE = 5.0
-"""Seconds: more than is needed. CLIENT PAUSE ALL holds CLIENT UNPAUSE back too."""
+"""Seconds, longer than needed: CLIENT PAUSE ALL also blocks CLIENT UNPAUSE."""
 
 USERS = 20
 LANES = 4
@@ -31,7 +31,7 @@ SLOWLY = "[[demo first=0s pace=10ms length=100]]"
 
 @contextmanager
 def stopped(server: RedisServer, _: TcpProxy) -> Iterator[None]:
-    """SIGSTOP: connections are made by the kernel, and nobody answers."""
+    """SIGSTOP: the kernel accepts connections, and the process does not answer."""
     assert server.process is not None
     server.process.signal(signal.SIGSTOP)
     try:
@@ -51,7 +51,7 @@ def paused(server: RedisServer, _: TcpProxy) -> Iterator[None]:
 
 @contextmanager
 def half_open(_: RedisServer, proxy: TcpProxy) -> Iterator[None]:
-    """A network that loses all, and afterwards the connections that were open then."""
+    """A network that drops everything, and later resets the connections that were open."""
     proxy.swallow()
     try:
         yield
@@ -84,7 +84,7 @@ async def test_a_hung_redis_means_unavailable_in_time_with_nothing_piling_up_and
             with hung(server, proxy):
                 await node.becomes(503, limit=NOT_READY_WITHIN)
                 assert await node.status("/healthz") == 200
-                # Text does not wait for Redis: it comes as it is generated.
+                # Text does not wait for Redis: it arrives as it is generated.
                 await users[0].grown("running", length + 20)
                 for round_ in range(2):
                     asked = [user.ask(f"m{round_}", f"do you hear me? {AT_ONCE}") for user in users]
@@ -94,7 +94,7 @@ async def test_a_hung_redis_means_unavailable_in_time_with_nothing_piling_up_and
                     assert await node.tasks() <= tasks + USERS
             await node.becomes(200, limit=BACK_WITHIN)
             for round_ in range(2):
-                # A command may still miss its time limit where this machine stands still for longer; clients ask again.
+                # A command may still miss its time limit when the machine stalls; clients retry.
                 question = f"do you hear me? {AT_ONCE}"
                 again = [user.ask_until_accepted(f"m{round_}", question, BACK_WITHIN * SLOW) for user in users]
                 assert set(chain.from_iterable(await asyncio.gather(*again))) <= {Code.UNAVAILABLE}

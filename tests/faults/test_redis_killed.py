@@ -1,4 +1,4 @@
-"""Redis is killed, is not there yet, or has carried out what nobody heard of."""
+"""Redis is killed, has not started yet, or has executed commands whose replies were lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.stage import AT_ONCE, fresh_redis, stage
 from tests.support.waiting import wait_until
 
 BACK_WITHIN = 5.0
-"""Seconds from Redis' return to the node's: it promises two, and this machine may be busy."""
+"""Seconds from Redis' return to the node's readiness: two are promised, and the machine may be busy."""
 
 
 async def test_nothing_accepted_is_lost_when_redis_is_killed_and_comes_back_with_its_file(
@@ -33,12 +33,12 @@ async def test_nothing_accepted_is_lost_when_redis_is_killed_and_comes_back_with
 
             server.start()
             await play.node.becomes(200, limit=BACK_WITHIN)
-            # What was in flight has an unknown outcome: clients send it again, with the same id.
+            # Commands in flight have an unknown outcome: clients resend with the same id.
             asked = [user.ask("unsure", f"while it dies {AT_ONCE}") for user in users]
             asked += [users[0].ask("dead", "while it is dead"), users[1].ask("new", "after its return")]
             assert set(await asyncio.gather(*asked)) == {Event.ACCEPTED}
             await play.curtain()
-            # Not more than once each, although some were admitted twice.
+            # Each at most once, although some were admitted twice.
             assert play.ai_calls() == len(users) * 3 + 2
 
 
@@ -56,7 +56,7 @@ async def test_a_message_whose_admission_timed_out_is_answered_once_when_it_is_s
             refusals = await user.ask_until_accepted("m1", "was it admitted?")
             assert await user.ended("m1") == "done"
             await play.curtain()
-            # Whether Redis still read what it was sent before it stopped is the kernel's affair: nobody can know.
+            # Whether Redis read the last commands before it stopped depends on the kernel and cannot be known.
             assert 2 <= play.admitted_ever() <= 3 + len(refusals)
             assert play.ai_calls() == 2
 

@@ -1,4 +1,4 @@
-"""Redis has done what it was asked, and its answer comes late or never."""
+"""Redis executes a command, and its reply arrives late or never."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def test_a_request_whose_delivery_was_not_heard_is_found_pending_and_answe
 ) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        # Without the sweep, what was delivered and not heard is found at once or never.
+        # The sweep is off: an entry whose delivery was lost is found at once or never.
         stage(redis_server, demo, tmp_path, redis_url=proxy.url, sweep_interval=NEVER) as play,
     ):
         user = await play.user()
@@ -45,7 +45,7 @@ STEPS = {
     "end": ("append", AT_ONCE),
     "removal": ("finish", AT_ONCE),
 }
-"""What a message goes through: the script, and the pace of the answer."""
+"""The scripts a message passes, and the pace of its answer."""
 
 
 async def test_an_answer_of_redis_that_is_lost_at_any_step_leaves_one_reply(
@@ -86,7 +86,7 @@ async def test_a_message_that_waits_is_not_called_accepted_when_the_answer_to_it
         user = await play.user()
         assert await user.ask("long", "so that the other waits [[demo first=3s length=1]]") == Event.ACCEPTED
         trap = proxy.on_answer_to(Script("queued").digest.encode(), fate=fate)
-        # What may not be recorded is not called accepted: on another node it could not be resumed (I1).
+        # A message that may not be recorded is not `accepted`: another node could not resume it (I1).
         assert await user.ask_until_accepted("waiting", f"lost at its mark {AT_ONCE}") == [Code.UNAVAILABLE]
         assert trap.sprung
         assert await user.ended("waiting") == "done"

@@ -1,4 +1,4 @@
-"""Redis is out of memory, or is set so that it may throw messages away."""
+"""Redis is out of memory, or is configured so that it may evict messages."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SLOWLY = "[[demo first=100ms pace=10ms]]"
 
 
 def fill_memory(play: Stage) -> None:
-    """From now on Redis refuses everything that takes memory."""
+    """Make Redis refuse every command that takes memory."""
     play.redis.config_set("maxmemory", 1)
 
 
 def warned(play: Stage) -> list[str]:
-    """What the node has warned of, besides its not asking for tokens."""
+    """Return the node's warnings, except the one about missing authentication."""
     return [event for event in play.node.logged("warning") if not event.startswith("identity is not checked")]
 
 
 def free_memory(play: Stage) -> None:
-    """Redis takes everything again."""
+    """Let Redis accept every command again."""
     play.redis.config_set("maxmemory", 0)
 
 

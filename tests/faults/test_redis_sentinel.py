@@ -1,4 +1,4 @@
-"""Sentinel replaces the master, and what had not reached the replica is lost: it is said, and nothing else is lost."""
+"""Sentinel replaces the master: only what had not reached the replica is lost, and the loss is announced."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.support.stage import AT_ONCE, REQUESTS, expected, stage
 from tests.support.waiting import wait_until
 
 REPLACED_WITHIN = 15.0
-"""Seconds in which the Sentinels have agreed and the node is back: two or three, on an idle machine."""
+"""Time limit, in seconds, for the Sentinels to agree and the node to recover: two or three on an idle machine."""
 
 SLOWLY = "[[demo first=0s pace=20ms length=200]]"
-"""Takes longer than a fail-over."""
+"""An answer that takes longer than a failover."""
 
 
 async def test_nothing_replicated_is_lost_when_the_master_is_killed(demo: DemoBackend, tmp_path: Path) -> None:
@@ -48,14 +48,14 @@ async def test_what_a_fail_over_loses_is_expired_for_its_client_who_sends_it_aga
             await _in_step(sentinels)
             _cut_off_replica(sentinels)
 
-            # From here on, nothing reaches the replica, and the master does not know.
+            # From here on, no write reaches the replica, and the master does not notice.
             assert await finished.ended("finished") == "done"
             assert await lost.ask("lost", f"who was too late? {AT_ONCE}") == Event.ACCEPTED
             sentinels.master.kill()
             await play.node.becomes(503, limit=REPLACED_WITHIN)
             await play.node.becomes(200, limit=REPLACED_WITHIN)
 
-            # The request is lost, and so is the reply. Who asks is told; who sends it again is answered.
+            # Request and reply are lost. A client that resumes is told; one that resends is answered.
             play.users.remove(lost)
             again = await play.user(lost.user_id, resume=[{"messageId": "lost"}])
             await again.until(lambda: again.is_expired("lost"), "the lost message is EXPIRED")
@@ -64,7 +64,7 @@ async def test_what_a_fail_over_loses_is_expired_for_its_client_who_sends_it_aga
                 [message_id] = user.asked
                 assert await user.ended(message_id) == "done"
                 assert user.text(message_id) == expected(user.asked[message_id])
-            # Its record was lost, so it is answered a second time, for the record: its client has seen the end already.
+            # Its record was lost, so it is answered and recorded a second time; its client has seen the end already.
             await wait_until(lambda: play.unfinished() == 0, "all is recorded")
             await finished.ask("after", f"is that all? {AT_ONCE}")
             assert await finished.ended("after") == "done"
@@ -72,7 +72,7 @@ async def test_what_a_fail_over_loses_is_expired_for_its_client_who_sends_it_aga
 
 
 async def _in_step(sentinels: SentinelSet) -> None:
-    """Wait until the replica has what the master has."""
+    """Wait until the replica has caught up with the master."""
     with sentinels.master.client() as master, sentinels.replica.client() as replica:
         await wait_until(
             lambda: (
@@ -84,7 +84,7 @@ async def _in_step(sentinels: SentinelSet) -> None:
 
 
 def _cut_off_replica(sentinels: SentinelSet) -> None:
-    """The master goes on without its replica, which may not come back."""
+    """Disconnect the replica from the master for good."""
     with sentinels.master.client() as master:
         master.execute_command("ACL SETUSER", "replica", "-psync")
         master.execute_command("CLIENT KILL", "TYPE", "replica")

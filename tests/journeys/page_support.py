@@ -1,7 +1,7 @@
-"""A real Chromium for the journeys of the page, driven over the DevTools protocol and nothing else.
+"""A real Chromium for the page's tests, driven over the DevTools protocol only.
 
 The protocol: https://chromedevtools.github.io/devtools-protocol/. One process serves all tests of a module; every page
-lives in a browser context of its own, so no test sees what another one stored.
+has its own browser context, so tests share no storage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.waiting import SLOW
 DESKTOP = (1100, 760)
 PHONE = (390, 844)
 _PATIENCE = 20.0 * SLOW
-"""Seconds a condition may take to become true on a busy machine."""
+"""Time limit, in seconds, for a condition on a busy machine."""
 
 _FLAGS = (
     "--headless=new",
@@ -56,7 +56,7 @@ def chromium_binary() -> str:
 
 @contextmanager
 def running_chromium(*flags: str) -> Iterator[str]:
-    """Run a headless Chromium with a new profile; gives the address of its DevTools socket."""
+    """Run a headless Chromium with a new profile; yield the address of its DevTools socket."""
     command = [chromium_binary(), *_FLAGS, *flags]
     with tempfile.TemporaryDirectory(prefix="imstream-chromium-", ignore_cleanup_errors=True) as folder:
         profile = Path(folder) / "profile"
@@ -81,7 +81,7 @@ class DevTools:
         self.events: list[dict[str, Any]] = []
 
     async def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-        """Carry out one command.
+        """Execute one command.
 
         Raises:
             AssertionError: Chromium refused it.
@@ -97,7 +97,7 @@ class DevTools:
         return result
 
     async def listen(self) -> None:
-        """Hand answers to those who wait for them, until the connection ends."""
+        """Deliver answers to their waiters until the connection ends."""
         with suppress(ConnectionClosed):
             async for text in self._socket:
                 said = json.loads(text)
@@ -108,7 +108,7 @@ class DevTools:
 
 
 class Page:
-    """One tab, with storage of its own."""
+    """One tab with its own storage."""
 
     def __init__(self, devtools: DevTools, session: str, context: str) -> None:
         self._devtools = devtools
@@ -117,16 +117,16 @@ class Page:
         self._forgiven: list[str] = []
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-        """Carry out one DevTools command in this tab."""
+        """Execute one DevTools command in this tab."""
         return await self._devtools.call(method, self._session, **params)
 
     async def visit(self, url: str) -> None:
-        """Open an address, and wait until its scripts have run."""
+        """Open an address and wait until its scripts have run."""
         await self.call("Page.navigate", url=url)
         await self.until(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
 
     async def evaluate(self, script: str) -> Any:  # noqa: ANN401 - whatever the script gives
-        """The JSON value of a JavaScript expression; promises are awaited.
+        """Return the JSON value of a JavaScript expression; promises are awaited.
 
         Raises:
             AssertionError: The script threw.
@@ -136,14 +136,14 @@ class Page:
         return said["result"].get("value")
 
     async def until(self, condition: str) -> Any:  # noqa: ANN401 - whatever the condition gives
-        """Wait until a JavaScript expression is truthy; gives its value.
+        """Wait until a JavaScript expression is truthy; return its value.
 
         Raises:
-            AssertionError: It did not become so in time. The text shows the page's own words.
+            AssertionError: It was not truthy in time. The message has the page's text.
         """
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
-            with suppress(AssertionError):  # a navigation may take the script's world away
+            with suppress(AssertionError):  # a navigation may destroy the script's context
                 if value := await self.evaluate(condition):
                     return value
             await asyncio.sleep(0.02)
@@ -161,7 +161,7 @@ class Page:
         await self.call("Input.dispatchMouseEvent", type="mouseReleased", **spot)
 
     async def fill(self, selector: str, text: str) -> None:
-        """Put the cursor into a field, and replace what stands there."""
+        """Focus a field and replace its content."""
         await self.click(selector)
         await self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
         await self.call("Input.insertText", text=text)
@@ -177,7 +177,7 @@ class Page:
     async def look(self, size: tuple[int, int], *, dark: bool = False) -> None:
         """Set the size of the screen in CSS pixels, and whether the person prefers dark colours."""
         width, height = size
-        phone = width < 600  # between any phone and any desk
+        phone = width < 600  # a width between phones and desktops
         await self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=phone
         )
@@ -186,12 +186,12 @@ class Page:
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     async def screenshot(self) -> bytes:
-        """A PNG of what is visible."""
+        """Return a PNG of the visible part."""
         await self.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
         return base64.b64decode((await self.call("Page.captureScreenshot", format="png"))["data"])
 
     async def allow_clipboard(self) -> None:
-        """Let the page of this tab read and write the clipboard, as if the person had been asked."""
+        """Grant this tab clipboard access, as if the user had allowed it."""
         origin = await self.evaluate("location.origin")
         permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
         await self._devtools.call(
@@ -199,12 +199,12 @@ class Page:
         )
 
     def forgive_absence(self) -> None:
-        """Forget complaints of a node that was away: the test has caused them."""
+        """Discard errors about an unreachable node: the test caused them."""
         self._forgiven += ("ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "Unexpected response code: 503")
 
     @property
     def complaints(self) -> list[str]:
-        """What the browser complained about: uncaught exceptions, console errors, violations of the page's policy."""
+        """Errors of the browser: uncaught exceptions, console errors, violations of the page's policy."""
         found = []
         for event in self._devtools.events:
             params = event.get("params", {})
@@ -219,7 +219,7 @@ class Page:
 
 @asynccontextmanager
 async def open_page(chromium: str, *, lang: str = "en-US") -> AsyncIterator[Page]:
-    """A new tab of a person who reads `lang`, closed at the end."""
+    """A new tab with the language `lang`, closed at the end."""
     async with connect(chromium, max_size=None, ping_interval=None) as socket:
         devtools = DevTools(socket)
         listening = asyncio.create_task(devtools.listen())

@@ -1,4 +1,4 @@
-"""The browser client in a real Chromium, against a server that says what the test wants."""
+"""The browser client in a real Chromium, against a scripted server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def chromium() -> Iterator[str]:
 
 
 class BrowserClient:
-    """An `ImstreamClient` in a page, and the server that it talks to. Messages are called by the name of their id."""
+    """An `ImstreamClient` in a page, and its server. Messages are named by their id."""
 
     def __init__(self, page: Page, server: ScriptedServer) -> None:
         self.page = page
@@ -64,7 +64,7 @@ class BrowserClient:
         await self.page.evaluate("client.connect()")
 
     async def logged_in(self, **options: Any) -> Peer:  # noqa: ANN401 - options of the client
-        """Make the client, and let it log in."""
+        """Make the client and let it log in."""
         await self.start(**options)
         return await self.server.logged_in(node="7")
 
@@ -73,14 +73,14 @@ class BrowserClient:
         await self.page.evaluate(f"keep(client.send({json.dumps(text)}, {json.dumps(history or [])}, '{name}'))")
 
     async def status(self, name: str, wanted: str, text: str | None = None) -> None:
-        """Wait until a message has this status, and this text."""
+        """Wait until a message has this status and this text."""
         condition = f"messages.{name}.status === '{wanted}'"
         if text is not None:
             condition += f" && messages.{name}.text === {json.dumps(text)}"
         await self.page.until(condition)
 
     async def events(self, name: str) -> list[str]:
-        """The events of one message so far."""
+        """Return the events of one message so far."""
         script = f"events.filter(([id]) => id === '{name}').map(([, type]) => type)"
         happened: list[str] = await self.page.evaluate(script)
         return happened
@@ -344,17 +344,17 @@ async def test_comes_back_after(browser: BrowserClient, code: int) -> None:
 
 
 NUMBERED = "options.token = async () => `token ${++shown}`"
-"""Makes the client show another token each time: token 1, token 2."""
+"""Makes the client present another token each time: token 1, token 2."""
 
 
 async def numbered(browser: BrowserClient) -> None:
-    """Make the client show such tokens, and let it connect."""
+    """Make the client present such tokens, and let it connect."""
     await browser.make()
     await browser.page.evaluate(f"(globalThis.shown = 0, client.{NUMBERED}, client.connect(), null)")
 
 
 async def refuse(peer: Peer) -> str | None:
-    """Refuse the login; the token that was shown."""
+    """Refuse the login; return the token presented."""
     init = await peer.hear_init()
     await peer.say("SYSTEM", code="UNAUTHORIZED", contents="not valid")
     await peer.close(4500)
@@ -577,7 +577,7 @@ async def test_cancels_again_when_the_server_could_not(browser: BrowserClient) -
 
 async def test_a_message_that_is_refused_while_it_is_cancelled_is_cancelled(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
-    await browser.state("online")  # sooner, it would be cancelled before it was ever sent
+    await browser.state("online")  # earlier, it would be cancelled before it was sent
     await browser.send("m1")
     await browser.page.evaluate("client.cancel('m1')")
     await peer.hear_chat()

@@ -1,4 +1,4 @@
-"""What a person does on the page, in a real Chromium, with a real node, Valkey and the demo backend behind it."""
+"""Use of the page in a real Chromium, with a real node, Valkey and the demo backend behind it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPa
 def long_named(
     valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[NodeProcess]:
-    """A node whose id is as long as ids get in practice."""
+    """A node whose id is as long as ids are in practice."""
     folder, node = tmp_path_factory.mktemp("node"), "eu-west-1-production-17"
     started = start_node(folder, redis_url=valkey.url, ai_url=demo.url, node=node)
     with started.process:
@@ -67,7 +67,7 @@ def long_named(
 
 @pytest.fixture
 async def page(chromium: str) -> AsyncIterator[Page]:
-    """A tab of a person who reads English. In the end the browser must have had nothing to complain about."""
+    """A tab with English as its language. At the end, the browser must have reported no error."""
     async with open_page(chromium) as opened:
         yield opened
         assert opened.complaints == []
@@ -92,14 +92,14 @@ async def ask(page: Page, question: str) -> None:
 
 
 async def stop(page: Page, button: str = ".stop") -> None:
-    """Press it; again if the answer, which grows, has pushed it away between looking and pressing."""
+    """Click it, again if the growing answer moved it between locating and clicking."""
 
     async def has_gone() -> bool:
         return not await page.evaluate(f"document.querySelector({json.dumps(button)})?.checkVisibility()")
 
     for _ in range(5):
         await page.click(button)
-        with suppress(AssertionError):  # it is drawn in the next frame, so what is there much later was missed
+        with suppress(AssertionError):  # it is drawn in the next frame, so text that appears much later was missed
             return await wait_until(has_gone, "the button has gone", limit=2)
     raise AssertionError("the button is still there")
 
@@ -110,23 +110,23 @@ async def status(page: Page, wanted: str) -> None:
 
 
 async def says(page: Page, words: str) -> None:
-    """Wait until the line below the last answer has these words."""
+    """Wait until the line below the last answer contains this text."""
     await page.until(f"{LAST}.querySelector('.status').textContent.includes({json.dumps(words)})")
 
 
 async def has_written(page: Page, length: int = 80) -> None:
-    """Wait until this much of the last answer can be seen."""
+    """Wait until this much of the last answer is visible."""
     await page.until(f"{LAST}.querySelector('.answer').textContent.length > {length}")
 
 
 async def kept(page: Page) -> dict[str, Any]:
-    """What the page keeps of the last message: its raw text too."""
+    """Return the page's state of the last message, with its raw text."""
     message: dict[str, Any] = await page.evaluate("JSON.parse(sessionStorage['imstream.chat']).at(-1)")
     return message
 
 
 async def whole_answer(page: Page, question: str) -> None:
-    """Wait for the end of the last answer. It must be, letter by letter, what the backend says."""
+    """Wait for the end of the last answer. It must equal the backend's text character by character."""
     await status(page, "done")
     assert (await kept(page))["text"] == "".join(canned_answer(question))
 
@@ -200,7 +200,7 @@ async def test_the_page_says_which_node_it_talks_to_and_which_one_answered(
         first.process.kill()
     await page.until("document.querySelector('#menu').dataset.state === 'waiting'")
     assert await page.evaluate("document.querySelector('#via').textContent") == ""
-    # As through a load balancer: the same address, another node.
+    # As behind a load balancer: the same address, another node.
     second = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="two", port=first.port)
     with second.process:
         await online(page)
@@ -308,17 +308,17 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
     await page.press("Enter")
     await page.until("document.querySelector('#problem').textContent.includes('no answer from this address')")
     page.forgive_absence()
-    settings = {"origins": "same,null", "page_token": PAGE_TOKEN}  # as imstream up has it
+    settings = {"origins": "same,null", "page_token": PAGE_TOKEN}  # as `imstream up` configures it
     late = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="late", port=port, settings=settings)
     with late.process:
         await page.click("#login .main")
         await page.until("document.querySelector('#problem').textContent.startsWith('Please log in with a token')")
-        async with peer(late.ws(10001), headers={"Origin": "null"}) as framed:  # as in a sandboxed frame of any page
+        async with peer(late.ws(10001), headers={"Origin": "null"}) as framed:  # a sandboxed frame
             await framed.say("INIT", userId=10001)
             await framed.say("CHAT", userId=10001, contents="Who is there?", messageId="m-framed")
             assert await framed.closed() == 4500
             assert [frame["code"] for frame in framed.frames] == ["UNAUTHORIZED"]
-        # The address that imstream up prints.
+        # The address that `imstream up` prints.
         await page.visit(f"{PAGE_ON_DISK.as_uri()}#node=127.0.0.1:{port}&token={PAGE_TOKEN}")
         await online(page)
         await ask(page, "From disk?")
@@ -433,14 +433,14 @@ async def test_what_people_and_models_write_is_never_html(page: Page, node: Node
 
 
 async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(page: Page, node: NodeProcess) -> None:
-    turned = "\u202e\u202d\u2067abc"  # overrides, and an isolate that nothing ends
+    turned = "\u202e\u202d\u2067abc"  # overrides, and an isolate without an end
     text = f"{turned} `{turned} d` **{turned} e** f\n```\n{turned}\n```\n- {turned}"
     message = {"id": "m1", "contents": f"{turned} ?", "text": text, "status": "done", "node": f"{turned}שלום"}
     await log_in(page, node)
     await page.evaluate(f"sessionStorage['imstream.chat'] = JSON.stringify([{json.dumps(message)}])")
     await page.call("Page.reload")
     await status(page, "done")
-    # From left to right, each character of a line stands behind the one before it.
+    # Each character of a line stands to the right of the one before it.
     in_order = """(root) => {
       const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
       let right = -1, top = -1, seen = 0;
@@ -459,7 +459,7 @@ async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(p
     assert await page.evaluate(f"({in_order})({LAST}.querySelector('.answer'))") == len("abc abc d abc e fabcabc")
     shown = await page.evaluate(f"{LAST}.querySelector('.status').textContent")
     assert shown == "Answered by node \u2068abcשלום\u2069"
-    assert (await kept(page))["text"] == text  # and what is copied is what was written
+    assert (await kept(page))["text"] == text  # and the copied text is the original
 
 
 async def test_answers_are_set_as_they_were_meant(page: Page, node: NodeProcess) -> None:

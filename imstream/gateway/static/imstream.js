@@ -1,5 +1,5 @@
 /**
- * The browser client of imstream: one socket that comes back by itself, and messages whose answers survive that.
+ * The browser client of imstream: a WebSocket that reconnects by itself, and messages whose answers resume.
  *
  *     import { ImstreamClient } from "./imstream.js";
  *
@@ -11,61 +11,61 @@
  *
  * @typedef {{role: "user" | "assistant" | "system", content: string}} Turn  One earlier message of a conversation.
  *
- * @typedef {object} Frame  What the server says. Fields that do not apply are missing.
- * @property {string} code          SUCCESS, or what kind of trouble: BUSY, AI_FAILED, EXPIRED, …
+ * @typedef {object} Frame  A frame from the server. Fields that do not apply are absent.
+ * @property {string} code          SUCCESS, or the kind of failure: BUSY, AI_FAILED, EXPIRED, …
  * @property {"INIT" | "CHAT" | "HEARTBEAT" | "SYSTEM"} msgType
- * @property {string} [contents]    Text for a person, or of the reply.
+ * @property {string} [contents]    Text for the user, or text of the reply.
  * @property {string} [messageId]
  * @property {string} [event]       accepted, delta, restart, done, failed or cancelled.
- * @property {number} [attempt]     Which attempt at an answer the text belongs to, from 1.
- * @property {number} [offset]      Where the reply stands after this frame; opaque.
+ * @property {number} [attempt]     The attempt that the text belongs to, from 1.
+ * @property {number} [offset]      Position in the reply after this frame; opaque.
  * @property {number} [position]    Place in the queue; 1 is next.
  * @property {number} [retryAfterMs]
- * @property {number} [heartbeatMs] How often the service wants to hear of us.
+ * @property {number} [heartbeatMs] Interval between heartbeats that the service asks for.
  * @property {string} [finishReason]
  * @property {Record<string, number>} [usage]
- * @property {string} [node]        The node that answers.
+ * @property {string} [node]        The node that sent the frame.
  *
  * @typedef {object} Options
- * @property {string} address       Where the service is: http, https, ws or wss.
+ * @property {string} address       URL of the service: http, https, ws or wss.
  * @property {number} userId        An integer above 10000.
- * @property {string | (() => string | Promise<string>)} [token]  The user's signed token, when the service asks for
- *     one; or a function that gives a fresh one, for each connection and whenever the login is about to end.
- * @property {string} [lang]        Language wished for the server's texts: a script cannot set Accept-Language.
- * @property {number} [heartbeat]   Milliseconds between heartbeats, unless the service asks for others.
- * @property {number} [patience]    Milliseconds that connecting and logging in may take.
- * @property {number} [firstWait]   Milliseconds before the first try to reconnect; doubled by every failure.
- * @property {number} [longestWait] Milliseconds that a wait never exceeds.
+ * @property {string | (() => string | Promise<string>)} [token]  The user's signed token, if the service requires
+ *     one; or a function that returns a fresh one, called for each connection and before the login expires.
+ * @property {string} [lang]        Language of the server's texts (a script cannot set Accept-Language).
+ * @property {number} [heartbeat]   Milliseconds between heartbeats, unless the service announces an interval.
+ * @property {number} [patience]    Time limit for connecting and logging in, in milliseconds.
+ * @property {number} [firstWait]   First reconnect delay in milliseconds; doubled by every failure.
+ * @property {number} [longestWait] Maximum reconnect delay in milliseconds.
  *
  * @typedef {"sending" | "refused" | "queued" | "answering" | "done" | "failed" | "cancelled" | "expired"} Status
  * @typedef {"idle" | "connecting" | "online" | "waiting" | "closed"} State
  */
 
 const DEFAULTS = { heartbeat: 25_000, patience: 10_000, firstWait: 1_000, longestWait: 30_000 };
-const STEADY = 5_000; // a connection that lasted this many ms was a good one: waits start small again
-const MOST_RESUMED = 64; // a node takes no more in one INIT
+const STABLE_AFTER = 5_000; // a connection that lasted this long (ms) resets the backoff
+const MAX_RESUMED = 64; // limit of one INIT
 const NOT_AUTHENTICATED = 4500;
 const FRAME_TOO_BIG = 1009;
 const DRAINING = 1012;
 const NODE_FULL = 1013;
 
 /**
- * One message, and what is known of its answer. Its events carry the frame that caused them as `detail`: `accepted`,
- * `delta`, `restart` (the text so far is void), and at the end exactly one of `done`, `failed`, `cancelled`,
- * `expired`. `refused` says that the service did not take the message, because it is busy for example: `resend` or
- * `cancel` it. `notice` is trouble with a message that it took: a cancel came too late, Redis is away for a moment.
+ * One message and its answer. Its events carry their frame as `detail`: `accepted`,
+ * `delta`, `restart` (discard the text so far), and finally exactly one of `done`, `failed`, `cancelled`,
+ * `expired`. `refused`: the service did not accept the message, for example because it is busy; `resend` or
+ * `cancel` it. `notice`: a problem with an accepted message (a late cancel, Redis is briefly unavailable).
  */
 export class Message extends EventTarget {
   /** @type {Status} */ status = "sending";
   /** The answer so far. */ text = "";
   /** The attempt that the text belongs to; 0 before the first. */ attempt = 0;
-  /** How far the text reaches, in the server's counting. */ offset = 0;
+  /** Offset of the end of the text, counted by the server. */ offset = 0;
   /** @type {number | undefined} Its place in the queue when it was accepted. */ position;
-  /** @type {string | undefined} The node that spoke last. */ node;
+  /** @type {string | undefined} The node that sent the last frame. */ node;
   /** @type {Frame | undefined} The last frame about it. */ frame;
-  /** Whether it was ever put on the wire. */ sent = false;
-  /** Whether the service has it. From then on it is resumed, never sent again. */ accepted = false;
-  /** Whether it is to be cancelled. */ cancelling = false;
+  /** Whether it was sent. */ sent = false;
+  /** Whether the service accepted it; then it is resumed, never resent. */ accepted = false;
+  /** Whether cancellation is requested. */ cancelling = false;
   /** @type {(message: Message) => void} */ #end = () => {};
 
   /** @param {string} id @param {string} contents @param {Turn[]} history */
@@ -74,7 +74,7 @@ export class Message extends EventTarget {
     this.id = id;
     this.contents = contents;
     this.history = history;
-    /** @type {Promise<Message>} Settles when nothing more will come. */
+    /** @type {Promise<Message>} Resolves when the message has ended. */
     this.ended = new Promise((resolve) => (this.#end = resolve));
   }
 
@@ -82,7 +82,7 @@ export class Message extends EventTarget {
     return ["done", "failed", "cancelled", "expired"].includes(this.status);
   }
 
-  /** Takes in what the server says about it. What is outdated or known changes nothing. @param {Frame} frame */
+  /** Applies a frame. Outdated and repeated frames change nothing. @param {Frame} frame */
   take(frame) {
     const { event, attempt = this.attempt, offset = this.offset } = frame;
     if (attempt < this.attempt) return;
@@ -115,11 +115,11 @@ export class Message extends EventTarget {
   #takeRefusal(frame) {
     if (this.cancelling && (frame.code === "UNKNOWN" || !this.accepted)) return this.become("cancelled");
     if (!this.accepted) return this.become("refused");
-    this.cancelling &&= frame.code === "UNAVAILABLE"; // then it is tried again
+    this.cancelling &&= frame.code === "UNAVAILABLE"; // then the cancel is sent again
     this.become(this.status, "notice");
   }
 
-  /** Changes the status, and tells who listens. @param {Status} status @param {string} [event] */
+  /** Changes the status and dispatches the event. @param {Status} status @param {string} [event] */
   become(status, event = status) {
     this.status = status;
     this.dispatchEvent(new CustomEvent(event, { detail: this.frame }));
@@ -128,20 +128,20 @@ export class Message extends EventTarget {
 }
 
 /**
- * One user's connection to a service. Its events: `state`, when `client.state` has changed (`detail` has the close
- * `code`, and the `wait` before the next try), and `notice` with a frame about no message, such as why it is closed.
+ * One user's connection to a service. Its events: `state` when `client.state` has changed (`detail`: the close
+ * `code` and the `wait` before the next attempt), and `notice` with a frame about no message, such as a close reason.
  */
 export class ImstreamClient extends EventTarget {
-  /** @type {State} `waiting` is the time before the next try; after `closed` there is none. */ state = "idle";
-  /** @type {string | undefined} The node that we talk to. */ node;
+  /** @type {State} `waiting`: until the next attempt; `closed`: no further attempt. */ state = "idle";
+  /** @type {string | undefined} The connected node. */ node;
   /** @type {Map<string, Message>} Messages without an end, in the order sent. */ #messages = new Map();
   /** @type {WebSocket | undefined} */ #socket;
-  /** @type {ReturnType<typeof setTimeout> | undefined} What comes next: a try, the end of our patience. */ #timer;
-  /** @type {ReturnType<typeof setInterval> | undefined} */ #pulse;
-  /** Whether nothing was heard since the last heartbeat. */ #silent = false;
-  /** @type {string | undefined} The token that was shown last. */ #shown;
-  /** @type {string | undefined} The token that has let us in. */ #believed;
-  /** @type {string | undefined} One that the service has refused since it last let us in. */ #refused;
+  /** @type {ReturnType<typeof setTimeout> | undefined} The next attempt, or the time limit of this one. */ #timer;
+  /** @type {ReturnType<typeof setInterval> | undefined} */ #heartbeatTimer;
+  /** Whether no frame arrived since the last heartbeat. */ #awaitingHeartbeat = false;
+  /** @type {string | undefined} The token sent last. */ #sentToken;
+  /** @type {string | undefined} The token of the current login. */ #acceptedToken;
+  /** @type {string | undefined} A token rejected since the last login. */ #rejectedToken;
   #failures = 0;
   #onlineSince = Infinity;
 
@@ -151,28 +151,28 @@ export class ImstreamClient extends EventTarget {
     this.options = { ...DEFAULTS, ...options };
   }
 
-  /** Connects and logs in, and keeps doing so until `close` or a close code that forbids it. */
+  /** Connects and logs in, and reconnects until `close` or a close code that forbids it. */
   connect() {
     if (this.state === "connecting" || this.state === "online") return;
-    this.#letGo();
-    if (this.state === "closed") this.#refused = undefined; // somebody has asked for another try
+    this.#dropSocket();
+    if (this.state === "closed") this.#rejectedToken = undefined; // the caller asks for another attempt
     const socket = (this.#socket = new WebSocket(socketUrl(this.options)));
-    socket.onopen = () => this.#logIn();
-    socket.onmessage = ({ data }) => this.#hear(JSON.parse(data));
-    socket.onclose = ({ code }) => this.#lose(code);
+    socket.onopen = () => this.#login();
+    socket.onmessage = ({ data }) => this.#onFrame(JSON.parse(data));
+    socket.onclose = ({ code }) => this.#onClose(code);
     this.#timer = setTimeout(() => this.drop(), this.options.patience);
-    this.#become("connecting");
+    this.#setState("connecting");
   }
 
-  /** Leaves. Messages without an end stay so, until `connect` takes them up again. */
+  /** Disconnects. Unfinished messages resume with the next `connect`. */
   close() {
-    this.#letGo();
-    this.#become("closed", { code: 1000 });
+    this.#dropSocket();
+    this.#setState("closed", { code: 1000 });
   }
 
-  /** Gives the connection up, as when the network fails. The usual reconnect and resume follow. */
+  /** Drops the connection as if the network had failed; reconnect and resume follow. */
   drop() {
-    if (this.#socket) this.#lose(1006);
+    if (this.#socket) this.#onClose(1006);
   }
 
   /**
@@ -205,142 +205,142 @@ export class ImstreamClient extends EventTarget {
     return message;
   }
 
-  /** Stops one message. The text so far stays. @param {string} messageId */
+  /** Cancels one message and keeps its text. @param {string} messageId */
   cancel(messageId) {
     const message = this.#messages.get(messageId);
     if (!message) return;
     message.cancelling = true;
     if (message.status === "refused" || !(message.sent || message.accepted)) message.become("cancelled");
-    else if (this.state === "online") this.#say({ msgType: "CANCEL", messageId });
+    else if (this.state === "online") this.#send({ msgType: "CANCEL", messageId });
     if (message.isEnded) this.#messages.delete(messageId);
   }
 
-  /** Shows who we are, and takes up what goes on; or only the former, to go on longer. */
-  async #logIn(resuming = true) {
+  /** Sends INIT. With `resuming`, resumes accepted messages; without, only renews the login. */
+  async #login(resuming = true) {
     const socket = this.#socket;
     const { token } = this.options;
     try {
-      this.#shown = typeof token === "function" ? await token() : token;
+      this.#sentToken = typeof token === "function" ? await token() : token;
     } catch {
-      if (socket === this.#socket && this.state === "connecting") this.drop(); // no token now, perhaps later
+      if (socket === this.#socket && this.state === "connecting") this.drop(); // no token now: try again later
       return;
     }
-    if (socket !== this.#socket) return; // lost meanwhile
-    if (this.#refused !== undefined && this.#shown === this.#refused) return this.#lose(NOT_AUTHENTICATED);
+    if (socket !== this.#socket) return; // the connection was lost meanwhile
+    if (this.#rejectedToken !== undefined && this.#sentToken === this.#rejectedToken) return this.#onClose(NOT_AUTHENTICATED);
     const resume = [...this.#messages.values()]
       .filter(({ accepted }) => accepted && resuming)
-      .slice(-MOST_RESUMED)
+      .slice(-MAX_RESUMED)
       .map(({ id, attempt, offset }) => ({ messageId: id, attempt, offset }));
-    this.#say({ msgType: "INIT", token: this.#shown, resume });
+    this.#send({ msgType: "INIT", token: this.#sentToken, resume });
   }
 
-  /** We are in. What was not acknowledged is said again: the server knows duplicates by their id. */
-  #enter(heartbeat = this.options.heartbeat) {
+  /** Logged in: resends unacknowledged messages; the server detects duplicates by their id. */
+  #onLoggedIn(heartbeat = this.options.heartbeat) {
     clearTimeout(this.#timer);
-    this.#refused = undefined;
-    this.#believed = this.#shown;
+    this.#rejectedToken = undefined;
+    this.#acceptedToken = this.#sentToken;
     this.#onlineSince = Date.now();
-    this.#pulse = setInterval(() => this.#beat(), heartbeat);
+    this.#heartbeatTimer = setInterval(() => this.#heartbeat(), heartbeat);
     for (const message of this.#messages.values()) if (message.status === "sending") this.#chat(message);
     this.#repeatCancels();
-    this.#become("online");
+    this.#setState("online");
   }
 
   #repeatCancels() {
     for (const { id, cancelling } of this.#messages.values()) {
-      if (cancelling) this.#say({ msgType: "CANCEL", messageId: id });
+      if (cancelling) this.#send({ msgType: "CANCEL", messageId: id });
     }
   }
 
-  /** The server could not look up a message of ours: it is asked again. What it follows already keeps its place. */
-  #askAgain(wait = this.options.firstWait) {
+  /** The server could not look up a message: resumes again after `wait` ms. Followed messages keep their offset. */
+  #retryLater(wait = this.options.firstWait) {
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => (this.#logIn(), this.#repeatCancels()), wait);
+    this.#timer = setTimeout(() => (this.#login(), this.#repeatCancels()), wait);
   }
 
   /** @param {Frame} frame */
-  #hear(frame) {
-    this.#silent = false;
+  #onFrame(frame) {
+    this.#awaitingHeartbeat = false;
     this.node = frame.node ?? this.node;
-    const message = this.#subject(frame);
+    const message = this.#messageOf(frame);
     if (message) {
-      if (frame.code === "EXPIRED" && !message.accepted) return this.#chat(message); // it never arrived
+      if (frame.code === "EXPIRED" && !message.accepted) return this.#chat(message); // the message never arrived
       message.take(frame);
-      if (message.accepted && frame.code === "UNAVAILABLE") this.#askAgain(frame.retryAfterMs);
+      if (message.accepted && frame.code === "UNAVAILABLE") this.#retryLater(frame.retryAfterMs);
       if (message.isEnded) this.#messages.delete(message.id);
     } else if (frame.msgType === "INIT" && this.state === "connecting") {
-      this.#enter(frame.heartbeatMs);
+      this.#onLoggedIn(frame.heartbeatMs);
     } else if (frame.msgType === "INIT") {
-      this.#believed = this.#shown;
+      this.#acceptedToken = this.#sentToken;
     } else if (frame.msgType === "SYSTEM") {
       this.dispatchEvent(new CustomEvent("notice", { detail: frame }));
-      if (frame.code === "UNAUTHORIZED" && this.state === "online" && this.#canRenew) this.#logIn(false);
-      if (frame.code === "UNAVAILABLE" && this.state === "connecting") this.drop(); // nobody can be let in now
+      if (frame.code === "UNAUTHORIZED" && this.state === "online" && this.#canRenew) this.#login(false);
+      if (frame.code === "UNAVAILABLE" && this.state === "connecting") this.drop(); // no login is possible now
     }
   }
 
   /** The message that a frame is about. @param {Frame} frame */
-  #subject({ messageId, code }) {
+  #messageOf({ messageId, code }) {
     if (messageId) return this.#messages.get(messageId);
-    // A frame that could not be read is refused without its id. Answers come in the order of what was sent.
+    // An unreadable frame is refused without its id. Replies come in the order of the frames sent.
     if (code === "BAD_REQUEST") return [...this.#messages.values()].find(({ status }) => status === "sending");
   }
 
-  /** Whether the next token is a new one. */
+  /** Whether a fresh token can be had. */
   get #canRenew() {
     return typeof this.options.token === "function";
   }
 
-  #beat() {
-    if (this.#silent) return this.drop(); // not even the last heartbeat was answered
-    this.#silent = true;
-    this.#say({ msgType: "HEARTBEAT" });
+  #heartbeat() {
+    if (this.#awaitingHeartbeat) return this.drop(); // the last heartbeat was not answered
+    this.#awaitingHeartbeat = true;
+    this.#send({ msgType: "HEARTBEAT" });
   }
 
   /** @param {Message} message */
   #chat(message) {
     message.sent = true;
-    this.#say({ msgType: "CHAT", messageId: message.id, contents: message.contents, history: message.history });
+    this.#send({ msgType: "CHAT", messageId: message.id, contents: message.contents, history: message.history });
   }
 
   /** @param {object} frame */
-  #say(frame) {
+  #send(frame) {
     this.#socket?.send(JSON.stringify({ userId: this.options.userId, ...frame }));
   }
 
-  /** The connection is gone. Its code says whether to come back now, later or never. @param {number} code */
-  #lose(code) {
-    if (Date.now() - this.#onlineSince > STEADY) this.#failures = 0;
-    this.#letGo();
+  /** Handles the end of a connection. The close code decides whether to reconnect now, later or never. @param {number} code */
+  #onClose(code) {
+    if (Date.now() - this.#onlineSince > STABLE_AFTER) this.#failures = 0;
+    this.#dropSocket();
     if (code === FRAME_TOO_BIG) this.#refuseLongest();
-    const renew = code === NOT_AUTHENTICATED && this.#canRenew && this.#refused === undefined;
-    // When a login ends, a newer token may have been said too late to be looked at.
-    const refused = this.state === "online" ? this.#believed : this.#shown;
-    this.#refused = code === NOT_AUTHENTICATED ? refused : this.#refused;
-    if (code >= 4500 && code <= 4999 && !renew) return this.#become("closed", { code });
+    const renew = code === NOT_AUTHENTICATED && this.#canRenew && this.#rejectedToken === undefined;
+    // When a login expires, a newer token may have been sent too late to be checked.
+    const refused = this.state === "online" ? this.#acceptedToken : this.#sentToken;
+    this.#rejectedToken = code === NOT_AUTHENTICATED ? refused : this.#rejectedToken;
+    if (code >= 4500 && code <= 4999 && !renew) return this.#setState("closed", { code });
     const { firstWait, longestWait } = this.options;
     const wait = reconnectWait(code, this.#failures++, firstWait, longestWait);
-    this.#timer = setTimeout(this.#comeBack, wait);
-    globalThis.addEventListener?.("online", this.#comeBack);
-    this.#become("waiting", { code, wait });
+    this.#timer = setTimeout(this.#reconnect, wait);
+    globalThis.addEventListener?.("online", this.#reconnect);
+    this.#setState("waiting", { code, wait });
   }
 
-  #comeBack = () => this.connect();
+  #reconnect = () => this.connect();
 
-  /** The longest message in the air is the one that was too big. Sent again, it would end the next connection too. */
+  /** Refuses the longest unacknowledged message: it was too big, and would close the next connection, too. */
   #refuseLongest() {
     const size = (/** @type {Message} */ { contents, history }) => JSON.stringify([contents, history]).length;
-    const inTheAir = [...this.#messages.values()].filter(({ status }) => status === "sending");
-    inTheAir.sort((one, other) => size(other) - size(one))[0]?.become("refused");
+    const unacknowledged = [...this.#messages.values()].filter(({ status }) => status === "sending");
+    unacknowledged.sort((one, other) => size(other) - size(one))[0]?.become("refused");
   }
 
-  #letGo() {
+  #dropSocket() {
     clearTimeout(this.#timer);
-    clearInterval(this.#pulse);
-    globalThis.removeEventListener?.("online", this.#comeBack);
+    clearInterval(this.#heartbeatTimer);
+    globalThis.removeEventListener?.("online", this.#reconnect);
     const socket = this.#socket;
     this.#socket = undefined;
-    this.#silent = false;
+    this.#awaitingHeartbeat = false;
     this.#onlineSince = Infinity;
     if (!socket) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
@@ -348,23 +348,23 @@ export class ImstreamClient extends EventTarget {
   }
 
   /** @param {State} state @param {{code: number, wait?: number}} [detail] */
-  #become(state, detail) {
+  #setState(state, detail) {
     this.state = state;
     this.dispatchEvent(new CustomEvent("state", { detail }));
   }
 }
 
 /**
- * Milliseconds to wait before reconnecting: doubled by each failure, and scattered, because everybody else lost the
- * same node. @param {number} code @param {number} failures @param {number} firstWait @param {number} longestWait
+ * Reconnect delay in milliseconds: doubled by each failure, with jitter, because other clients lost the same node,
+ * too. @param {number} code @param {number} failures @param {number} firstWait @param {number} longestWait
  */
 export function reconnectWait(code, failures, firstWait, longestWait) {
   if (code === DRAINING && failures === 0) return Math.random() * Math.min(500, firstWait);
-  const least = code === NODE_FULL ? 5 * firstWait : firstWait;
-  return Math.min(longestWait, least * 2 ** failures) * (0.5 + Math.random() / 2);
+  const base = code === NODE_FULL ? 5 * firstWait : firstWait;
+  return Math.min(longestWait, base * 2 ** failures) * (0.5 + Math.random() / 2);
 }
 
-/** A new id. Not `crypto.randomUUID`: that exists on secure origins only, and a plain http address is none. */
+/** Returns a new id. `crypto.randomUUID` exists on secure origins only, so not with plain http. */
 export function newMessageId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
