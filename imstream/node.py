@@ -78,26 +78,26 @@ class Node:
         self._reloading = asyncio.Event()
         self._requests = requests = RequestStream(commands, readers.requests, settings)
         replies = ReplyStore(commands, settings)
-        self.board = board = ReplyBuffers()
+        self.buffers = buffers = ReplyBuffers()
         self.registry = registry = Registry(settings)
         self._inbox = inbox = Inbox(commands, readers.inbox, settings)
         self._leases = leases = Leases(commands, settings)
-        self.tenure = tenure = LeaseKeeper(leases, settings)
-        self.jobs = jobs = Jobs(settings, replies, board, inbox)
-        following = ReplySync(settings, replies, board, registry)
+        self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
+        self.jobs = jobs = Jobs(settings, replies, buffers, inbox)
+        following = ReplySync(settings, replies, buffers, registry)
         self._guards = guards = GuardChain.make(GuardDeps(settings, commands, inbox))
         prompter = Prompter(settings, backend)
         parts = WorkerDeps(
-            settings, requests, replies, board, backend, prompter, Breaker(settings), guards, inbox, following.begun
+            settings, requests, replies, buffers, backend, prompter, Breaker(settings), guards, inbox, following.begun
         )
-        self.worker = StreamConsumer(parts, jobs, leases, tenure)
+        self.consumer = StreamConsumer(parts, jobs, leases, lease_keeper)
 
-        def worker_of(node: str) -> StreamConsumer:
+        def make_consumer(node: str) -> StreamConsumer:
             """The same worker, pointed at another stream."""
             other = RequestStream(commands, readers.requests, settings, node=node)
-            return StreamConsumer(replace(parts, requests=other), jobs, leases, tenure)
+            return StreamConsumer(replace(parts, requests=other), jobs, leases, lease_keeper)
 
-        self.adopter = Adopter(settings, Adoption(commands, settings), leases, tenure, worker_of)
+        self.adopter = Adopter(settings, Adoption(commands, settings), leases, lease_keeper, make_consumer)
         self._presence = Presence(settings, Routes(commands, settings), inbox, registry, guards)
         self._following = following
         self._listener = InboxConsumer(
@@ -109,8 +109,8 @@ class Node:
             guards,
             requests,
             replies,
-            board,
-            self.worker,
+            buffers,
+            self.consumer,
             jobs,
             registry,
             self._presence,
@@ -124,13 +124,13 @@ class Node:
         """Why the node cannot serve right now; None when it can."""
         if self._ending.is_set():
             return "draining"
-        if not self.worker.progressed_within(self._patience):
-            return "redis denies access, see the log" if self.worker.denied else "redis does not answer"
-        return None if self.tenure.held else "the lease is not held"
+        if not self.consumer.reached_redis_within(self._patience):
+            return "redis denies access, see the log" if self.consumer.denied else "redis does not answer"
+        return None if self.lease_keeper.held else "the lease is not held"
 
     def stuck(self) -> str | None:
         """Why the node will not come back by itself; None when all is well or can become so."""
-        return None if self.worker.turned_within(_STUCK * self._patience) else "the consumer loop does not go on"
+        return None if self.consumer.looped_within(_STUCK * self._patience) else "the consumer loop does not go on"
 
     @property
     def _patience(self) -> float:
@@ -170,19 +170,19 @@ class Node:
         for_ever = [
             group.create_task(task, name=name)
             for name, task in {
-                "tenure": kept_running("tenure", partial(self.tenure.run, self._server.address)),
-                "stall": kept_running("stall", self.tenure.stall.run),
+                "lease": kept_running("lease", partial(self.lease_keeper.run, self._server.address)),
+                "stall": kept_running("stall", self.lease_keeper.stall.run),
                 "registry": kept_running("registry", self.registry.run),
                 "presence": kept_running("presence", self._presence.run),
                 "following": kept_running("following", self._following.run),
                 "listener": kept_running("listener", self._listener.run),
-                "flusher": kept_running("flusher", self.jobs.flush_regularly),
+                "flusher": kept_running("flusher", self.jobs.flush_periodically),
                 "announce": self._announce(),
                 "reload": self._reload_when_asked(),
             }.items()
         ]
         working = [
-            group.create_task(self.worker.run(), name="worker"),
+            group.create_task(self.consumer.run(), name="worker"),
             group.create_task(kept_running("adopter", self.adopter.run), name="adopter"),
         ]
         serving = group.create_task(self._server.run(), name="server")
@@ -213,7 +213,7 @@ class Node:
     async def _drain(self, working: list[asyncio.Task[None]]) -> None:
         """Take nothing new, let what runs end, hand back the rest, send the clients elsewhere, let others take over."""
         log.info("draining", running=len(self.jobs), sessions=len(self.registry))
-        self.worker.stop()
+        self.consumer.stop()
         self.adopter.stop()
         all_work = asyncio.gather(*working, return_exceptions=True)
         await self._close_sessions(only_idle=True, until=all_work, limit=self.settings.drain_grace.total_seconds())
@@ -227,7 +227,9 @@ class Node:
     async def _note_stop(self) -> None:
         """Note that this process was told to stop: however it ends, what it works on does not die with it."""
         noted, _ = await asyncio.gather(
-            retry_until_available(self.tenure.note_stop), self.jobs.uncount_deliveries(), return_exceptions=True
+            retry_until_available(self.lease_keeper.mark_stopping),
+            self.jobs.uncount_deliveries(),
+            return_exceptions=True,
         )
         if isinstance(noted, Exception):
             log.warning("the stop is not noted in the lease", error=str(noted))
@@ -243,7 +245,7 @@ class Node:
 
     async def _leave(self) -> None:
         """Give the node up, and tell the others, so that what is left is adopted at once."""
-        await self.tenure.release()
+        await self.lease_keeper.release()
         try:
             await self._inbox.tell(await self._leases.others(), NodeLeft(self.settings.node))
         except StoreError:

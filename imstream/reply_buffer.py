@@ -31,7 +31,7 @@ class ReplyBuffer:
         "_texts",
         "_watchers",
         "attempt",
-        "live",
+        "has_writer",
         "message_id",
         "offset",
         "position",
@@ -45,7 +45,7 @@ class ReplyBuffer:
         self.attempt = 0
         self.offset = 0
         self.terminal: Terminal | None = None
-        self.live = False
+        self.has_writer = False
         """Whether a worker in this process writes it: then what it holds is newer than any record."""
         self.position = ""
         """Up to where the record was taken over; it is read on from here. Empty: from its beginning."""
@@ -55,7 +55,7 @@ class ReplyBuffer:
 
     def begin(self, attempt: int) -> None:
         """A worker here begins an attempt: the text so far is discarded."""
-        self.live = True
+        self.has_writer = True
         self.attempt = attempt
         self.position = ""
         self.terminal = None
@@ -81,7 +81,7 @@ class ReplyBuffer:
 
         False when the record goes on from a text that is not the one held here: it must be read from its beginning.
         """
-        if self.terminal is not None or (self.live and record.terminal is None):
+        if self.terminal is not None or (self.has_writer and record.terminal is None):
             return True
         if record.start > 0 and (record.attempt, record.start) != (self.attempt, self.offset):
             self.position = ""
@@ -98,7 +98,7 @@ class ReplyBuffer:
 
     def release(self) -> None:
         """The worker here leaves it to another: from now on, the record knows better."""
-        self.live = False
+        self.has_writer = False
 
     def text_from(self, offset: int, *, limit: int | None = MAX_DELTA) -> str:
         """The text from `offset` on, up to about `limit` characters: whole pieces, but at least one."""
@@ -111,29 +111,29 @@ class ReplyBuffer:
             text = "".join(self._texts[index:])[offset - self._starts[index] :]
         return text if limit is None else text[:limit]
 
-    def watch(self, wake: Callable[[ReplyBuffer], None]) -> None:
+    def subscribe(self, wake: Callable[[ReplyBuffer], None]) -> None:
         """Call `wake` with this reply whenever there is more to read."""
         self._watchers.add(wake)
 
-    def unwatch(self, wake: Callable[[ReplyBuffer], None]) -> None:
+    def unsubscribe(self, wake: Callable[[ReplyBuffer], None]) -> None:
         """Stop calling `wake`."""
         self._watchers.discard(wake)
 
-    async def recorded_within(self, seconds: float) -> bool:
+    async def wait_until_recorded(self, seconds: float) -> bool:
         """Wait until there is a record of it: a worker here has begun it, or has found it. False when none does so."""
         woken = asyncio.Event()
 
         def wake(_: ReplyBuffer) -> None:
             woken.set()
 
-        self.watch(wake)
+        self.subscribe(wake)
         try:
             async with asyncio.timeout(seconds):
                 await woken.wait()
         except TimeoutError:
             return False
         finally:
-            self.unwatch(wake)
+            self.unsubscribe(wake)
         return True
 
     def _clear(self) -> None:
@@ -157,7 +157,7 @@ class ReplyBuffers:
         return len(self._replies)
 
     def get(self, user_id: int, message_id: str) -> ReplyBuffer:
-        """The reply to a message. It stays on the board as long as the caller, or anybody else, holds it."""
+        """The reply to a message. It is kept as long as the caller, or anybody else, holds it."""
         key = (user_id, message_id)
         reply = self._replies.get(key)
         if reply is None:
@@ -168,9 +168,9 @@ class ReplyBuffers:
         """The reply to a message, if anybody here holds it."""
         return self._replies.get((user_id, message_id))
 
-    def unfinished(self) -> list[ReplyBuffer]:
+    def unfinished_elsewhere(self) -> list[ReplyBuffer]:
         """The replies that are followed here and written elsewhere, or by nobody yet."""
-        return [reply for reply in self._replies.values() if not reply.live and reply.terminal is None]
+        return [reply for reply in self._replies.values() if not reply.has_writer and reply.terminal is None]
 
 
 @dataclass(frozen=True, slots=True)

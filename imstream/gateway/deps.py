@@ -28,8 +28,8 @@ class SessionDeps:
     guards: GuardChain
     requests: RequestStream
     replies: ReplyStore
-    board: ReplyBuffers
-    worker: StreamConsumer
+    buffers: ReplyBuffers
+    consumer: StreamConsumer
     jobs: Jobs
     registry: Registry
     presence: Presence

@@ -164,7 +164,7 @@ class FrameHandler:
     async def _resume(self, point: ResumePoint) -> int:
         """Follow an answer from there; how many characters of it are told at once."""
         user_id, message_id = self._known_user(), point.message_id
-        reply = self._services.board.get(user_id, message_id)
+        reply = self._services.buffers.get(user_id, message_id)
         if not await self._services.following.catch_up(reply):
             self._pump.say(self._phrases.expired(message_id))
             return 0
@@ -176,7 +176,7 @@ class FrameHandler:
         services, phrases = self._services, self._phrases
         asked = self._request(frame)
         user_id, message_id = asked.user_id, asked.message_id
-        if services.worker.stopping:
+        if services.consumer.stopping:
             self._pump.say(phrases.system(Code.UNAVAILABLE, Text.DRAINING, message_id=message_id, retry=True))
             return
         passed = await services.guards.chat(asked)
@@ -184,7 +184,7 @@ class FrameHandler:
             self._refuse(passed, message_id)
             return
         # Held from here on: the worker may have answered before this socket follows.
-        reply = services.board.get(user_id, message_id)
+        reply = services.buffers.get(user_id, message_id)
         try:
             verdict = await services.requests.admit(passed.request)
         except (StoreFull, StoreRefused):  # by the server of the stream, which in a cluster is not that of the quota
@@ -194,7 +194,7 @@ class FrameHandler:
             await passed.undo()
             self._pump.say(phrases.busy(message_id, by_user=verdict.by_user))
             return
-        if not (reply.live or await self._is_begun_at_once(reply, verdict)):
+        if not (reply.has_writer or await self._is_begun_at_once(reply, verdict)):
             # Without the mark it would be answered too, but a resume or cancel on another node would not find it before
             # its turn. So it is not called accepted: sent again, it is a duplicate that is recognised.
             await services.replies.mark_queued(user_id, message_id)
@@ -204,7 +204,7 @@ class FrameHandler:
 
     async def _is_begun_at_once(self, reply: ReplyBuffer, admitted: Admitted) -> bool:
         """Whether a worker that is free begins the answer: that is recorded, and needs no other mark."""
-        return admitted.position <= self._services.jobs.room and await reply.recorded_within(BEGIN_WAIT)
+        return admitted.position <= self._services.jobs.free_slots and await reply.wait_until_recorded(BEGIN_WAIT)
 
     def _request(self, frame: ClientChat) -> ChatRequest:
         return ChatRequest(

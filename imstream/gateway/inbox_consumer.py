@@ -56,11 +56,11 @@ class InboxConsumer:
     async def _obey(self, notice: Notice) -> None:
         match notice:
             case ReplyGrew(user_id, message_id):
-                await self._jobs.look_at(user_id, message_id)
+                await self._jobs.recheck(user_id, message_id)
                 await self._following.on_growth(notice)
             case SessionReplaced():
                 self._presence.replace(notice)
             case AccountChanged(user_id):
                 await self._presence.review(user_id)
             case NodeLeft():
-                self._adopter.look_now()
+                self._adopter.scan_now()

@@ -23,10 +23,10 @@ limited = structlog.get_logger(**LIMITED)
 class ReplySync:
     """Brings what is recorded elsewhere to the sessions of this node."""
 
-    def __init__(self, settings: Settings, replies: ReplyStore, board: ReplyBuffers, registry: Registry) -> None:
+    def __init__(self, settings: Settings, replies: ReplyStore, buffers: ReplyBuffers, registry: Registry) -> None:
         self._interval = settings.sweep_interval.total_seconds()
         self._replies = replies
-        self._board = board
+        self._buffers = buffers
         self._registry = registry
 
     def begun(self, reply: ReplyBuffer) -> None:
@@ -36,9 +36,9 @@ class ReplySync:
 
     async def on_growth(self, notice: ReplyGrew) -> None:
         """Another node has added something to a reply."""
-        reply = self._board.find(notice.user_id, notice.message_id)
+        reply = self._buffers.find(notice.user_id, notice.message_id)
         if notice.begun:
-            reply = self._board.get(notice.user_id, notice.message_id)
+            reply = self._buffers.get(notice.user_id, notice.message_id)
             self.begun(reply)
         if reply is not None:
             await self._catch_up_with([reply])
@@ -49,13 +49,13 @@ class ReplySync:
         Raises:
             StoreError: Redis was not reached.
         """
-        while not reply.live and reply.terminal is None:
+        while not reply.has_writer and reply.terminal is None:
             position = reply.position
             record = await self._replies.read(reply.user_id, reply.message_id, after=position)
             if reply.position != position:
                 continue  # somebody else has read on meanwhile, perhaps less far
             if record is None:
-                return position != "" or reply.live
+                return position != "" or reply.has_writer
             if reply.load(record):
                 return True
         return True
@@ -64,7 +64,7 @@ class ReplySync:
         """Look at all of them now and then: a notice may get lost."""
         while True:
             await asyncio.sleep(self._interval)
-            await self._catch_up_with(self._board.unfinished())
+            await self._catch_up_with(self._buffers.unfinished_elsewhere())
 
     async def _catch_up_with(self, replies: list[ReplyBuffer]) -> None:
         for reply in replies:  # one by one: it is never urgent, and must not pile up while Redis is away

@@ -96,7 +96,7 @@ class SessionWriter:
         message_id = cursor.reply.message_id
         if message_id not in self._cursors:
             self._cursors[message_id] = cursor
-            cursor.reply.watch(self._mark)
+            cursor.reply.subscribe(self._mark)
         self._mark(cursor.reply)
 
     def follow_anew(self, cursor: Cursor) -> None:
@@ -115,7 +115,7 @@ class SessionWriter:
         self._abandoned = True
         self._taken.ring()
         for cursor in self._cursors.values():
-            cursor.reply.unwatch(self._mark)
+            cursor.reply.unsubscribe(self._mark)
         self._cursors.clear()
         self._grown.clear()
         self._socket.on_room(None)
@@ -171,7 +171,7 @@ class SessionWriter:
             del self._grown[message_id]
         if ended:
             del self._cursors[message_id]
-            cursor.reply.unwatch(self._mark)
+            cursor.reply.unsubscribe(self._mark)
             self._ended = (*self._ended[1 - MAX_REMEMBERED :], message_id)
         return None if step is None else self._phrases.step(message_id, step)
 

@@ -32,14 +32,14 @@ class Adopter:
         settings: Settings,
         adoption: Adoption,
         leases: Leases,
-        tenure: LeaseKeeper,
-        worker_of: Callable[[str], StreamConsumer],
+        lease_keeper: LeaseKeeper,
+        make_consumer: Callable[[str], StreamConsumer],
     ) -> None:
         self._settings = settings
         self._adoption = adoption
         self._leases = leases
-        self._tenure = tenure
-        self._worker_of = worker_of
+        self._lease_keeper = lease_keeper
+        self._make_consumer = make_consumer
         self._adopted: dict[str, StreamConsumer] = {}
         self._searched: set[str] = set()
         """Nodes in whose streams nothing is pending under our name that this process does not know of."""
@@ -56,7 +56,7 @@ class Adopter:
         """The nodes whose streams are looked after here."""
         return list(self._adopted)
 
-    def look_now(self) -> None:
+    def scan_now(self) -> None:
         """A node is said to have gone."""
         self._look.set()
 
@@ -91,9 +91,9 @@ class Adopter:
         left = await self._leases.left(seen)
         for node, since in seen.items():
             try:
-                if self._tenure.sure and left[node] is None and node not in self._adopted:
+                if self._lease_keeper.can_declare_dead and left[node] is None and node not in self._adopted:
                     await self._consider(group, node, since)
-                if self._tenure.held and node not in self._adopted and node not in self._searched:
+                if self._lease_keeper.held and node not in self._adopted and node not in self._searched:
                     await self._search(group, node)
             except StoreError as error:  # the others may be on a part of Redis that is well
                 if self._told.get(node) != str(error):
@@ -102,7 +102,7 @@ class Adopter:
             else:
                 self._told.pop(node, None)
         alive = [span.total_seconds() + _SOON for span in left.values() if span is not None]
-        unsure = [] if self._tenure.sure else [_UNSURE]
+        unsure = [] if self._lease_keeper.can_declare_dead else [_UNSURE]
         return max(_SOON, min([self._interval, *alive, *unsure]))
 
     async def _consider(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
@@ -120,7 +120,7 @@ class Adopter:
             await self._leave(node)
             return
         log.warning("stream of a dead node adopted", node=node, unfinished=verdict.unfinished)
-        self._begin(group, node, self._worker_of(node))
+        self._begin(group, node, self._make_consumer(node))
 
     async def _search(self, group: asyncio.TaskGroup, node: str) -> None:
         """Take up what an earlier process of ours had adopted and not finished: nobody else does while both live."""
@@ -128,7 +128,7 @@ class Adopter:
             await self._adoption.leave(node)  # the node itself may have taken it up, and our consumer is still there
         elif not self._stopping:
             log.info("taking up what was adopted before", node=node)
-            worker = self._worker_of(node)
+            worker = self._make_consumer(node)
             worker.leave()
             self._begin(group, node, worker)
         self._searched.add(node)

@@ -33,13 +33,13 @@ log = structlog.get_logger()
 class StreamConsumer:
     """The consumer of one requests stream. `run` until `stop`, or until it has left the stream."""
 
-    def __init__(self, parts: WorkerDeps, jobs: Jobs, leases: Leases, tenure: LeaseKeeper) -> None:
+    def __init__(self, parts: WorkerDeps, jobs: Jobs, leases: Leases, lease_keeper: LeaseKeeper) -> None:
         self._parts = parts
         self._requests = parts.requests
         self._settings = parts.settings
         self._all_jobs = jobs
         self._leases = leases
-        self._tenure = tenure
+        self._lease_keeper = lease_keeper
         self._jobs: dict[str, Job] = {}
         self._inherited: dict[str, int] | None = None
         """Deliveries of the entries that were pending when this process began: they died with the process before."""
@@ -72,11 +72,11 @@ class StreamConsumer:
         """Whether Redis was there when last asked, and denied what it was asked for."""
         return self._denied
 
-    def progressed_within(self, seconds: float) -> bool:
+    def reached_redis_within(self, seconds: float) -> bool:
         """Whether the worker has heard from Redis that lately: what `/readyz` asks."""
         return self._reachable and asyncio.get_running_loop().time() - self._progressed <= seconds
 
-    def turned_within(self, seconds: float) -> bool:
+    def looped_within(self, seconds: float) -> bool:
         """Whether its loop has gone round that lately, with or without Redis: what `/healthz` asks."""
         return self._stopping or asyncio.get_running_loop().time() - self._turned <= seconds
 
@@ -128,7 +128,7 @@ class StreamConsumer:
                 log.error("requests stream or its group was gone and is made again: accepted requests may be lost")
 
     async def _round(self, group: asyncio.TaskGroup) -> None:
-        if self._tenure.held:
+        if self._lease_keeper.held:
             await self._sweep_if_due(group)
         if self._leaving:
             self._left = not self._jobs and not await self._requests.pending(besides=self._newer)
@@ -161,7 +161,7 @@ class StreamConsumer:
 
     def _wanted(self) -> int:
         """How many requests to ask for."""
-        return 0 if self._leaving or not self._tenure.held else self._may_begin()
+        return 0 if self._leaving or not self._lease_keeper.held else self._may_begin()
 
     def _may_begin(self) -> int:
         """How many requests may be begun: none while the backend wants a pause, one to try whether it is back."""
@@ -194,7 +194,7 @@ class StreamConsumer:
             await self._inherit()
         busy = {*self._jobs, *self._newer}
         pending = await self._requests.pending(besides=busy)
-        if not self._tenure.sure:
+        if not self._lease_keeper.can_declare_dead:
             self._next_sweep = 0.0  # for those of the dead, as soon as they can be told from the living
         elif not self._leaving:
             for consumer in await self._dead_consumers():
@@ -211,7 +211,7 @@ class StreamConsumer:
     async def _inherit(self) -> None:
         """Note what is pending under our name before this process takes anything: it ended with the one before."""
         # In the node's own stream, the script that took the lease has judged that.
-        died = self._requests.is_own or not self._tenure.redis_restarted
+        died = self._requests.is_own or not self._lease_keeper.redis_restarted
         self._inherited = {one.entry_id: one.deliveries + died for one in await self._requests.pending()}
 
     async def _dead_consumers(self) -> list[str]:
@@ -307,7 +307,7 @@ class StreamConsumer:
             log.warning("redis says that the requests stream or its group is gone", error=str(error))
         elif isinstance(error, StoreDenied):
             pass  # the connection has said so, and how to mend it
-        elif self._tenure.stall.stalled_recently():
+        elif self._lease_keeper.stall.stalled_recently():
             await asyncio.sleep(_REDIS_PAUSE)
             return  # it has said so; whether Redis is there will be seen
         elif not self._loss_told and self._requests.is_own:

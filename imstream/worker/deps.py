@@ -31,7 +31,7 @@ class WorkerDeps:
     settings: Settings
     requests: RequestStream
     replies: ReplyStore
-    board: ReplyBuffers
+    buffers: ReplyBuffers
     backend: Backend
     prompter: Prompter
     breaker: Breaker

@@ -63,7 +63,7 @@ class Job:
         """`verdict`: what has been decided before: the request is not tried at all."""
         self.entry = entry
         self.request = request
-        self.reply: ReplyBuffer = parts.board.get(request.user_id, request.message_id)
+        self.reply: ReplyBuffer = parts.buffers.get(request.user_id, request.message_id)
         self.ended = asyncio.Event()
         self.is_finished = False
         """Whether its request has ended, or was found to be another node's."""

@@ -48,10 +48,10 @@ class Slots:
 class Jobs:
     """What this node works on, and how much more it may take. Its workers share the slots."""
 
-    def __init__(self, settings: Settings, replies: ReplyStore, board: ReplyBuffers, inbox: Inbox) -> None:
+    def __init__(self, settings: Settings, replies: ReplyStore, buffers: ReplyBuffers, inbox: Inbox) -> None:
         self._settings = settings
         self._replies = replies
-        self._board = board
+        self._buffers = buffers
         self._inbox = inbox
         self._jobs: list[Job] = []
         self._free = settings.concurrency
@@ -68,7 +68,7 @@ class Jobs:
         return len(self._jobs)
 
     @property
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """How many more jobs there may be."""
         return self._settings.concurrency - len(self._jobs)
 
@@ -166,16 +166,16 @@ class Jobs:
         await self._inbox.tell(receipt.nodes, ReplyGrew(user_id, message_id))
         record = await self._replies.read(user_id, message_id)
         if record is not None:
-            self._board.get(user_id, message_id).load(record)
+            self._buffers.get(user_id, message_id).load(record)
         return "cancelled"
 
-    async def look_at(self, user_id: int, message_id: str) -> None:
+    async def recheck(self, user_id: int, message_id: str) -> None:
         """Another node has said something about a message: stop the job here, if it is that node's now or has ended."""
         job = self._job_of(user_id, message_id)
         if job is not None:
             await job.look()
 
-    async def flush_regularly(self) -> None:
+    async def flush_periodically(self) -> None:
         """Record, batch by batch, what the answers say. Cancel it to end."""
         interval = self._settings.flush_interval.total_seconds()
         for number in itertools.count():

@@ -88,7 +88,7 @@ class LeaseKeeper:
         return self._restarted
 
     @property
-    def sure(self) -> bool:
+    def can_declare_dead(self) -> bool:
         """Whether a lease that nobody holds tells that its node is dead: not when Redis was away until a moment ago."""
         return self.held and asyncio.get_running_loop().time() >= self._sure_from
 
@@ -107,7 +107,7 @@ class LeaseKeeper:
             renewed = await self._renew()
             await asyncio.sleep(self._life / 3 if renewed else _AGAIN)
 
-    async def note_stop(self) -> None:
+    async def mark_stopping(self) -> None:
         """Write into the lease that this process was told to stop. Raises `StoreError`."""
         self._holder = replace(self._holder, stopping=True)
         if not self._released and self._until > float("-inf"):

@@ -24,10 +24,10 @@ async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: Re
         await dying.crash()
         await adopter.backend.call(1)
         async with workshop(redis_server, backend=backend, **settings) as back:
-            await wait_until(lambda: back.tenure.held and back.worker.progressed_within(1), "node 0 is back")
+            await wait_until(lambda: back.lease_keeper.held and back.consumer.reached_redis_within(1), "node 0 is back")
             await (adopter.stop() if how == "stopped" else adopter.crash())
             async with workshop(redis_server, node="1", backend=backend, **settings) as again:
-                await wait_until(lambda: again.tenure.held, "node 1 is back")
+                await wait_until(lambda: again.lease_keeper.held, "node 1 is back")
                 (await backend.call(1)).done("x")
                 await back.idle()
                 assert back.recorded() == ("done", "x")

@@ -27,7 +27,7 @@ async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer)
         await dying.ask("begun")
         (await dying.backend.call(1)).say("half of ")
         await wait_until(lambda: len(dying.entries("begun")) == 3, "half of it is recorded")
-        dying.worker.stop()  # so that the next one stays undelivered
+        dying.consumer.stop()  # so that the next one stays undelivered
         await dying.no_longer_reads()  # nor anybody else so far
         other.start()
         await dying.ask("waiting")
@@ -183,7 +183,7 @@ async def test_a_dead_node_with_requests_is_not_forgotten(redis_server: RedisSer
 async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServer) -> None:
     async with workshop(redis_server, lease=QUICK_LEASE) as dying:
         await wait_until(lambda: directory(dying) == ["0"], "it is in the directory")
-        dying.worker.stop()
+        dying.consumer.stop()
         for n in range(6):
             await dying.ask(f"theirs {n}")
         await dying.crash()
@@ -228,7 +228,7 @@ async def test_an_adopted_stream_gets_the_only_slot_of_a_node_that_has_nothing_e
     async with workshop(redis_server, lease=QUICK_LEASE) as dying:
         await dying.ask("begun")
         await dying.backend.call(1)
-        dying.worker.stop()
+        dying.consumer.stop()
         await dying.no_longer_reads()
         await dying.ask("waiting")
         await dying.crash()

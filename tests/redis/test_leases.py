@@ -196,15 +196,15 @@ async def test_a_lease_that_cannot_be_renewed_is_not_relied_on_to_its_end_and_is
     assert not tenure.held
     async with running(tenure):
         await wait_until(lambda: tenure.held, "it is held")
-        assert tenure.sure
+        assert tenure.can_declare_dead
         own.away = True
         await wait_until(lambda: not tenure.held, "it is relied on no more")
         assert store.redis.exists(store.keys.lease("0")), "before it ends"
         await wait_until(lambda: not store.redis.exists(store.keys.lease("0")), "it ends")
         own.away = False
         await wait_until(lambda: tenure.held, "it is held again")
-        assert not tenure.sure, "others may not have come back to Redis yet"
-        await wait_until(lambda: tenure.sure, "by now they would have")
+        assert not tenure.can_declare_dead, "others may not have come back to Redis yet"
+        await wait_until(lambda: tenure.can_declare_dead, "by now they would have")
         assert tenure.held
 
 

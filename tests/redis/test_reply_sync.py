@@ -81,7 +81,7 @@ class PlayedAdopter:
 
     looks = 0
 
-    def look_now(self) -> None:
+    def scan_now(self) -> None:
         """See `Adopter`."""
         self.looks += 1
 
@@ -92,7 +92,7 @@ class Desk:
 
     redis: redis.Redis
     replies: ReplyStore
-    board: ReplyBuffers
+    buffers: ReplyBuffers
     registry: Any
     inbox: Inbox
     others_inbox: Inbox
@@ -136,18 +136,18 @@ async def desk(
     known = Settings.load(**{**quick, **settings})
     reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
     async with RedisClient(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
-        inbox, replies, board = Inbox(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
+        inbox, replies, buffers = Inbox(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
         registry: Any = Registry(known)
         guard = PlayedGuard()
         routes, adopter = routes_of(commands, known), PlayedAdopter()
-        following = ReplySync(known, replies, board, registry)
+        following = ReplySync(known, replies, buffers, registry)
         presence = Presence(known, routes, inbox, registry, GuardChain([guard]))
         played: Any = adopter
-        jobs = Jobs(known, replies, board, inbox)
+        jobs = Jobs(known, replies, buffers, inbox)
         listener = InboxConsumer(inbox, following=following, presence=presence, jobs=jobs, adopter=played)
         others = Inbox(commands, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
-            found = Desk(client, replies, board, registry, inbox, others, routes, following, presence, adopter, guard)
+            found = Desk(client, replies, buffers, registry, inbox, others, routes, following, presence, adopter, guard)
             client.config_resetstat()
             tasks = [asyncio.create_task(part.run()) for part in (listener, following, presence)]
             await inbox.tell(["0"], NodeLeft("0"))  # to itself: it is not told
@@ -198,13 +198,13 @@ async def test_what_nobody_here_follows_is_not_read(redis_server: RedisServer) -
         await node.tell(NodeLeft("1"))
         await wait_until(lambda: node.adopter.looks == 1, "all notices are taken")
         assert node.redis.info("commandstats").get("cmdstat_xrange", {}).get("calls", 0) == reads
-        assert len(node.board) == 0
+        assert len(node.buffers) == 0
 
 
 async def test_a_reply_whose_notices_were_lost_is_looked_at_now_and_then(redis_server: RedisServer) -> None:
     async with desk(redis_server, sweep_interval="100ms") as node:
         await node.replies.open(USER, "m", request="1/1-0")
-        follower = Follower(reply := node.board.get(USER, "m"))
+        follower = Follower(reply := node.buffers.get(USER, "m"))
         assert await node.following.catch_up(reply)
         await written(node.replies, "all of it", end=True)
         assert await follower.end() == "done"
@@ -228,7 +228,7 @@ async def test_notices_that_are_malformed_or_of_a_newer_version_are_passed_over(
 
 async def test_a_record_that_somebody_has_spoilt_harms_no_other(redis_server: RedisServer) -> None:
     async with desk(redis_server, sweep_interval="100ms") as node:
-        spoilt, good = node.board.get(USER, "spoilt"), node.board.get(USER, "good")
+        spoilt, good = node.buffers.get(USER, "spoilt"), node.buffers.get(USER, "good")
         node.redis.xadd(node.keys.reply(USER, "spoilt"), {"what": "is this"})
         node.redis.expire(node.keys.reply(USER, "spoilt"), 60)
         await node.replies.open(USER, "good", request="1/1-0")

@@ -28,9 +28,9 @@ async def in_the_middle(shop: Workshop, *, ask: bool) -> None:
 
 async def stop_told(shop: Workshop) -> None:
     """As a node does first when it is told to stop."""
-    shop.worker.stop()
+    shop.consumer.stop()
     shop.adopter.stop()
-    await asyncio.gather(shop.tenure.note_stop(), shop.jobs.uncount_deliveries())
+    await asyncio.gather(shop.lease_keeper.mark_stopping(), shop.jobs.uncount_deliveries())
 
 
 async def everything_is_stopped_again_and_again(own_server: RedisServer, rounds: int) -> None:
@@ -78,7 +78,7 @@ async def test_a_node_that_is_killed_after_it_was_told_to_stop_has_not_died(redi
 
 async def test_a_request_that_comes_in_while_a_node_stops_does_not_die_with_it(redis_server: RedisServer) -> None:
     async with workshop(redis_server, read_block="500ms") as shop:
-        await wait_until(lambda: shop.worker.progressed_within(1) and shop.tenure.held, "it works")
+        await wait_until(lambda: shop.consumer.reached_redis_within(1) and shop.lease_keeper.held, "it works")
         await wait_until(
             lambda: any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in shop.redis.client_list()),
             "it waits for requests",

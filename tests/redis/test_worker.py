@@ -130,13 +130,13 @@ async def test_no_more_requests_run_at_once_than_there_are_slots(redis_server: R
 async def test_a_client_sees_the_end_only_when_it_is_recorded(redis_server: RedisServer) -> None:
     async with workshop(redis_server) as shop:
         recorded_at_end: list[str] = []
-        reply = shop.board.get(USER, "m")
+        reply = shop.buffers.get(USER, "m")
 
         def look(_: object) -> None:
             if reply.terminal is not None:
                 recorded_at_end.append(shop.recorded()[1])
 
-        reply.watch(look)
+        reply.subscribe(look)
         await shop.ask()
         (await shop.backend.call(1)).done("all ", "of it")
         await shop.idle()
@@ -252,15 +252,15 @@ async def test_nothing_is_held_for_a_message_that_has_ended(redis_server: RedisS
             await shop.ask(f"m{n}")
         await shop.idle()
         shop.backend.calls.clear()
-        assert len(shop.board) == 0
+        assert len(shop.buffers) == 0
 
 
 async def test_a_worker_that_is_told_to_stop_finishes_what_it_has_begun(redis_server: RedisServer) -> None:
     async with workshop(redis_server) as shop:
         await shop.ask("begun")
         call = await shop.backend.call(1)
-        shop.worker.stop()
-        assert shop.worker.stopping
+        shop.consumer.stop()
+        assert shop.consumer.stopping
         await shop.no_longer_reads()
         await shop.ask("later")
         call.done("x")
@@ -272,9 +272,9 @@ async def test_a_worker_that_is_told_to_stop_finishes_what_it_has_begun(redis_se
 
 async def test_readiness_follows_what_the_worker_hears_from_redis(redis_server: RedisServer) -> None:
     async with workshop(redis_server, start=False) as shop:
-        assert not shop.worker.progressed_within(60)
+        assert not shop.consumer.reached_redis_within(60)
         shop.start()
-        await wait_until(lambda: shop.worker.progressed_within(1), "the worker hears from Redis")
+        await wait_until(lambda: shop.consumer.reached_redis_within(1), "the worker hears from Redis")
         for n in range(64):
             await shop.ask(f"m{n}")
         await wait_until(lambda: len(shop.jobs) == 64, "all slots are taken")

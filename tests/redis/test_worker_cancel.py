@@ -174,7 +174,7 @@ async def test_text_that_comes_after_a_message_was_cancelled_elsewhere_is_shown_
         await shop.replies.cancel(USER, "m")
         record = await shop.replies.read(USER, "m")
         assert record is not None
-        reply = shop.board.get(USER, "m")
+        reply = shop.buffers.get(USER, "m")
         reply.load(record)  # a socket resumes, before the worker knows
         call.say(" and more")
         late = shop.follow()
@@ -209,7 +209,7 @@ async def test_a_cancel_of_an_answer_that_is_handed_back_is_not_too_late(redis_s
     async with workshop(redis_server) as shop:
         await shop.ask()
         await shop.backend.call(1)
-        shop.worker.stop()
+        shop.consumer.stop()
         shop.jobs.drain()
         with pytest.raises(StoreUnavailable):
             await shop.jobs.cancel(USER, "m")

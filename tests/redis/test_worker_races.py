@@ -66,7 +66,7 @@ async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_
     async with workshop(redis_server, retry_wait="1ms", sweep_interval="1h") as shop:
         await shop.ask()
         call = await shop.backend.call(1)
-        job = next(iter(shop.worker._jobs.values()))  # noqa: SLF001 - the race needs a hand on the job
+        job = next(iter(shop.consumer._jobs.values()))  # noqa: SLF001 - the race needs a hand on the job
         call.say("lost")
         append, release = shop.replies.append, asyncio.Event()
 

@@ -40,7 +40,7 @@ async def test_a_request_whose_worker_died_in_the_middle_is_answered_by_the_next
     async with workshop(redis_server) as shop:
         record = await shop.replies.read(USER, "m")
         assert record is not None
-        reply = shop.board.get(USER, "m")
+        reply = shop.buffers.get(USER, "m")
         reply.load(record)
         # The client comes back with more than was recorded.
         client = shop.follow(attempt=1, offset=len(client.text), text=client.text)
@@ -84,7 +84,7 @@ async def test_a_request_is_ended_once_wherever_its_worker_died(redis_server: Re
 
 async def test_a_request_that_was_read_but_never_heard_of_is_taken_up(redis_server: RedisServer) -> None:
     async with workshop(redis_server, sweep_interval="50ms") as shop:
-        await wait_until(lambda: shop.worker.progressed_within(1), "it works")
+        await wait_until(lambda: shop.consumer.reached_redis_within(1), "it works")
         # Somebody reads under the node's name: as if the answer had been lost on its way.
         with shop.redis.pipeline() as both:
             both.xadd(shop.keys.requests("0"), _fields("lost"))
@@ -158,7 +158,7 @@ def _open(call: Call) -> bool:
 def _asked(shop: Workshop, call: Call) -> str:
     return next(
         job.request.message_id
-        for job in shop.worker._jobs.values()  # noqa: SLF001 - nothing else knows which call is whose
+        for job in shop.consumer._jobs.values()  # noqa: SLF001 - nothing else knows which call is whose
         if job._recorder is not None and job._recorder.write == call.say  # noqa: SLF001
     )
 
@@ -295,7 +295,7 @@ async def test_a_request_read_while_the_node_drains_is_handed_back(redis_server:
         shop.start()
         await shop.ask()
         await asyncio.wait_for(arrived.wait(), 5)
-        shop.worker.stop()
+        shop.consumer.stop()
         shop.jobs.drain()
         go_on.set()
         assert shop.running is not None

@@ -127,7 +127,7 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
         assert shop.pending() == {first: 1}
         assert probe.at - tripped_at >= 0.3
         assert len(shop.jobs) == 1
-        assert shop.worker.progressed_within(1)  # it waits, and is well
+        assert shop.consumer.reached_redis_within(1)  # it waits, and is well
         probe.done("x")
         shop.backend.always = _answer
         await wait_until(lambda: len(shop.backend.calls) == 7, "the others are begun")

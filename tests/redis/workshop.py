@@ -111,7 +111,7 @@ class Follower:
         self.restarts = 0
         self.terminal: Terminal | None = None
         self._cursor = Cursor(reply, attempt=attempt, offset=offset)
-        reply.watch(self.wake)
+        reply.subscribe(self.wake)
         self.wake(reply)
 
     def wake(self, _: ReplyBuffer) -> None:
@@ -148,11 +148,11 @@ class Workshop:
     backend: PlayedBackend
     requests: RequestStream
     replies: ReplyStore
-    board: ReplyBuffers
-    worker: StreamConsumer
+    buffers: ReplyBuffers
+    consumer: StreamConsumer
     jobs: Jobs
     adopter: Adopter
-    tenure: LeaseKeeper
+    lease_keeper: LeaseKeeper
     begun: list[str]
     keys: Keys = field(default_factory=Keys)
     running: asyncio.Task[None] | None = None
@@ -163,9 +163,12 @@ class Workshop:
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            around = [group.create_task(self.tenure.run("here")), group.create_task(self.jobs.flush_regularly())]
+            around = [
+                group.create_task(self.lease_keeper.run("here")),
+                group.create_task(self.jobs.flush_periodically()),
+            ]
             adopting = group.create_task(self.adopter.run())
-            await self.worker.run()
+            await self.consumer.run()
             self.adopter.stop()
             await adopting
             for task in around:
@@ -174,11 +177,11 @@ class Workshop:
     async def stop(self) -> None:
         """End in good order: what is running is handed back."""
         if self.running is not None:
-            self.worker.stop()
+            self.consumer.stop()
             self.adopter.stop()
             self.jobs.drain()
             await self.running
-            await self.tenure.release()
+            await self.lease_keeper.release()
             self.running = None
 
     async def crash(self) -> None:
@@ -197,7 +200,7 @@ class Workshop:
 
     def follow(self, message_id: str = "m", *, user: int = USER, **where: Any) -> Follower:  # noqa: ANN401 - see there
         """Follow a reply as a socket does."""
-        return Follower(self.board.get(user, message_id), **where)
+        return Follower(self.buffers.get(user, message_id), **where)
 
     def consumers(self, node: str = "0") -> list[str]:
         """The nodes in the consumer group of a stream."""
@@ -290,17 +293,17 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     backend: PlayedBackend,
     guards: GuardChain,
 ) -> Workshop:
-    requests, replies, board = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
+    requests, replies, buffers = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
     inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
-    jobs, tenure, begun = Jobs(known, replies, board, inbox), LeaseKeeper(leases, known), list[str]()
+    jobs, lease_keeper, begun = Jobs(known, replies, buffers, inbox), LeaseKeeper(leases, known), list[str]()
     parts = WorkerDeps(
-        *(known, requests, replies, board, backend, Prompter(known, backend), Breaker(known), guards, inbox),
+        *(known, requests, replies, buffers, backend, Prompter(known, backend), Breaker(known), guards, inbox),
         begun=lambda reply: begun.append(reply.message_id),
     )
 
-    def worker_of(node: str) -> StreamConsumer:
+    def make_consumer(node: str) -> StreamConsumer:
         other = RequestStream(commands, reader, known, node=node)
-        return StreamConsumer(replace(parts, requests=other), jobs, leases, tenure)
+        return StreamConsumer(replace(parts, requests=other), jobs, leases, lease_keeper)
 
     return Workshop(
         settings=known,
@@ -308,10 +311,10 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
         backend=backend,
         requests=requests,
         replies=replies,
-        board=board,
-        worker=StreamConsumer(parts, jobs, leases, tenure),
+        buffers=buffers,
+        consumer=StreamConsumer(parts, jobs, leases, lease_keeper),
         jobs=jobs,
-        adopter=Adopter(known, Adoption(commands, known), leases, tenure, worker_of),
-        tenure=tenure,
+        adopter=Adopter(known, Adoption(commands, known), leases, lease_keeper, make_consumer),
+        lease_keeper=lease_keeper,
         begun=begun,
     )

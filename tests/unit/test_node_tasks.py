@@ -41,4 +41,4 @@ async def test_that_another_process_runs_the_node_is_no_failure() -> None:
         raise NodeTaken("0", "http://far:80", 1, "far")
 
     with pytest.raises(NodeTaken):
-        await kept_running("tenure", run)
+        await kept_running("lease", run)

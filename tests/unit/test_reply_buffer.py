@@ -60,7 +60,7 @@ def test_a_text_of_many_small_pieces_takes_little_memory_and_is_read_from_anywhe
 
 async def test_it_is_recorded_as_soon_as_a_worker_has_begun_it_or_its_record_is_read() -> None:
     begun, read = ReplyBuffer(10001, "begun"), ReplyBuffer(10001, "read")
-    recorded = asyncio.gather(begun.recorded_within(60), read.recorded_within(60))
+    recorded = asyncio.gather(begun.wait_until_recorded(60), read.wait_until_recorded(60))
     await asyncio.sleep(0)  # they wait
     begun.begin(1)
     read.load(Record(0, "", CANCELLED))
@@ -69,7 +69,7 @@ async def test_it_is_recorded_as_soon_as_a_worker_has_begun_it_or_its_record_is_
 
 async def test_it_is_not_recorded_when_nobody_begins_it_in_time() -> None:
     reply = reply_with("of an attempt before")  # which Redis may have lost
-    assert not await reply.recorded_within(0.01)
+    assert not await reply.wait_until_recorded(0.01)
 
 
 # One follower
@@ -135,13 +135,13 @@ def test_a_delta_is_never_longer_than_clients_take() -> None:
 
 def test_followers_wake_with_every_change_until_they_leave() -> None:
     reply, woken = ReplyBuffer(10001, "m"), list[ReplyBuffer]()
-    reply.watch(woken.append)
+    reply.subscribe(woken.append)
     reply.begin(1)
     reply.append("a")
     reply.end(DONE)
     assert woken == [reply] * 3
-    reply.unwatch(woken.append)
-    reply.unwatch(woken.append)  # may be repeated
+    reply.unsubscribe(woken.append)
+    reply.unsubscribe(woken.append)  # may be repeated
     reply.begin(2)
     assert len(woken) == 3
 
@@ -155,7 +155,7 @@ def test_text_is_read_from_anywhere() -> None:
 def test_a_record_is_taken_over_where_no_worker_writes() -> None:
     reply = ReplyBuffer(10001, "m")
     reply.load(Record(2, "abc", None))
-    assert (reply.attempt, reply.text_from(0), reply.live) == (2, "abc", False)
+    assert (reply.attempt, reply.text_from(0), reply.has_writer) == (2, "abc", False)
     reply.load(Record(2, "abcd", DONE))
     assert (reply.text_from(0), reply.terminal) == ("abcd", DONE)
 
@@ -180,7 +180,7 @@ def test_a_record_that_goes_on_from_another_text_is_to_be_read_whole(record: Rec
 def test_what_is_known_already_wakes_nobody() -> None:
     reply, woken = ReplyBuffer(10001, "m"), list[ReplyBuffer]()
     reply.load(Record(2, "abc", None))
-    reply.watch(woken.append)
+    reply.subscribe(woken.append)
     reply.load(Record(2, "abc", None))
     assert woken == []
 
@@ -206,23 +206,23 @@ def test_the_recorded_end_holds_whatever_a_worker_here_has_written() -> None:
 
 
 def test_writer_and_followers_of_a_message_share_one_reply() -> None:
-    board = ReplyBuffers()
-    reply = board.get(10001, "m")
-    assert board.get(10001, "m") is reply
-    assert board.get(10002, "m") is not reply
-    assert board.get(10001, "n") is not reply
+    buffers = ReplyBuffers()
+    reply = buffers.get(10001, "m")
+    assert buffers.get(10001, "m") is reply
+    assert buffers.get(10002, "m") is not reply
+    assert buffers.get(10001, "n") is not reply
 
 
 def test_a_reply_is_kept_as_long_as_somebody_holds_it() -> None:
-    board = ReplyBuffers()
-    reply = board.get(10001, "m")
+    buffers = ReplyBuffers()
+    reply = buffers.get(10001, "m")
     cursor = Cursor(reply)
     del reply
     gc.collect()
-    assert len(board) == 1
+    assert len(buffers) == 1
     del cursor
     gc.collect()
-    assert len(board) == 0
+    assert len(buffers) == 0
 
 
 # Any order of anything
@@ -356,7 +356,7 @@ class ReplyFollowed(RuleBasedStateMachine):
     def a_session_reads_the_record(self) -> Read:
         return Read(None, self.record())
 
-    @precondition(lambda self: not self.reply.live and self.reply.terminal is None)
+    @precondition(lambda self: not self.reply.has_writer and self.reply.terminal is None)
     @rule(target=reads)
     def a_session_reads_on(self) -> Read:
         return Read(self.reply.position, self.record(self.reply.position))

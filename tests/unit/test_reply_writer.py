@@ -193,7 +193,7 @@ async def test_an_attempt_that_was_overtaken_writes_no_more() -> None:
     assert await recorder.flush() == Rejected("superseded")
     assert store.appends == 0
     recorder.leave()
-    assert reply.live  # that is the later attempt's
+    assert reply.has_writer  # that is the later attempt's
 
 
 async def test_a_later_attempt_elsewhere_is_found_out_with_the_next_flush() -> None:
@@ -203,7 +203,7 @@ async def test_a_later_attempt_elsewhere_is_found_out_with_the_next_flush() -> N
     recorder.write("a")
     assert await recorder.flush() == Rejected("superseded")
     recorder.leave()
-    assert not reply.live
+    assert not reply.has_writer
 
 
 async def test_a_reply_that_has_ended_is_left_as_it_is() -> None:
@@ -211,7 +211,7 @@ async def test_a_reply_that_has_ended_is_left_as_it_is() -> None:
     reply, recorder = writing(store)
     reply.end(DONE)
     recorder.leave()
-    assert (reply.live, reply.terminal) == (True, DONE)
+    assert (reply.has_writer, reply.terminal) == (True, DONE)
 
 
 async def test_two_flushes_at_once_do_not_overtake_each_other() -> None:
