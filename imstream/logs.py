@@ -23,7 +23,7 @@ from structlog.stdlib import ProcessorFormatter
 from imstream.settings import Settings
 from imstream.token_bucket import NEVER_USED, TokenBucket
 
-FOREIGN_LENGTH = 64
+MAX_VALUE_LENGTH = 64
 """Maximum length of a value in a log line, unless `_LENGTHS` allows its field more."""
 
 _LENGTHS = {"event": 1000, "error": 1000, "address": 300, "url": 300, "file": 300, "detail": 300, "peer": 160}
@@ -59,9 +59,9 @@ _OVERHEARING = ("uvicorn.error", "websockets")
 log = structlog.get_logger()
 
 
-def foreign(text: str) -> str:
+def sanitize(text: str) -> str:
     """Show what somebody else has written, for a log line: at most 64 characters, those not printable escaped."""
-    return _cut(text, FOREIGN_LENGTH)
+    return _cut(text, MAX_VALUE_LENGTH)
 
 
 def configure(settings: Settings) -> None:
@@ -121,9 +121,9 @@ def _harmless(
         if name == "exception":
             event[name] = _trace(str(value))
         elif isinstance(value, list):
-            event[name] = [_plain(one, FOREIGN_LENGTH) for one in value[:_LIST]]
+            event[name] = [_plain(one, MAX_VALUE_LENGTH) for one in value[:_LIST]]
         else:
-            event[name] = _plain(value, _LENGTHS.get(name, FOREIGN_LENGTH))
+            event[name] = _plain(value, _LENGTHS.get(name, MAX_VALUE_LENGTH))
     return event
 
 

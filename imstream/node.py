@@ -41,7 +41,7 @@ from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.store.routes import Routes
 from imstream.texts import Text
-from imstream.wire import Close, FrameLimits
+from imstream.wire import CloseCode, FrameLimits
 from imstream.worker.adoption import Adopter
 from imstream.worker.consumer import StreamConsumer
 from imstream.worker.deps import WorkerDeps
@@ -258,7 +258,7 @@ class Node:
         while loop.time() < deadline and (len(self.registry) > 0 if until is None else not until.done()):
             for session in self.registry:
                 if not only_idle or session.is_idle():
-                    session.close(Close.DRAINING, Text.DRAINING)
+                    session.close(CloseCode.DRAINING, Text.DRAINING)
             await asyncio.sleep(_TICK)
 
 

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Literal
 
 Lang = Literal["zh", "en"]
 DEFAULT_LANG: Lang = "zh"
 
 
-class Sentence(Protocol):
-    """What a person is told, in both languages. Braces are filled in by `say`."""
-
-    @property
-    def zh(self) -> str:
-        """The Chinese sentence."""
-        ...
-
-    @property
-    def en(self) -> str:
-        """The English sentence."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class OwnSentence:
-    """A `Sentence` that only one module says, and so keeps."""
+@dataclass(frozen=True)
+class Sentence:
+    """A text for people in both languages. `localize` fills in the braces."""
 
     zh: str
     en: str
 
 
-class Text(Enum):
-    """One sentence in both languages. Braces are filled in by `say`."""
+class Text(Sentence, Enum):
+    """The sentences that several modules use. A module keeps its own ones as `Sentence` constants."""
 
     WELCOME = ("用户标识: {user_id} 登录成功", "User id {user_id}: logged in")
     HEARTBEAT = ("心跳测试,很高兴收到你的心跳包", "Heartbeat received, glad to hear from you")
@@ -77,7 +63,7 @@ class Text(Enum):
     NO_INIT = ("没有及时登录,连接已断开", "No login (INIT) in time, the connection was closed")
     INTERNAL = ("系统内部错误,请稍后再重试!", "Something went wrong on our side, please try again later!")
 
-    # What the terminal client says itself.
+    # The terminal client's own notes.
     CHAT_WELCOME = (
         "已连接 {url}。输入消息后按回车发送;Ctrl-C 取消回答,Ctrl-D 退出。",
         "Connected to {url}. Type a message and press Enter; Ctrl-C stops an answer, Ctrl-D leaves.",
@@ -88,33 +74,21 @@ class Text(Enum):
     CHAT_RETRY = ("{why} {seconds} 秒后自动重发(Ctrl-C 放弃)", "{why} Sent again in {seconds} s (Ctrl-C gives up)")
     CHAT_CANCELLING = ("正在取消……再按一次 Ctrl-C 立即退出", "Stopping the answer… press Ctrl-C again to leave at once")
 
-    @property
-    def zh(self) -> str:
-        """The Chinese sentence."""
-        return self.value[0]
 
-    @property
-    def en(self) -> str:
-        """The English sentence."""
-        return self.value[1]
-
-
-def say(text: Sentence, lang: Lang, **values: object) -> str:
-    """The sentence in the given language, with its braces filled in."""
+def localize(text: Sentence, lang: Lang, **values: object) -> str:
+    """The sentence in this language, with its braces filled in."""
     return (text.en if lang == "en" else text.zh).format(**values)
 
 
 def choose_lang(accept_language: str | None) -> Lang:
-    """The language a person prefers, of those we have, by the handshake's `Accept-Language` (RFC 9110, 12.5.4)."""
+    """Choose the language by the handshake's `Accept-Language` (RFC 9110, section 12.5.4)."""
     best: tuple[float, Lang] = (0.0, DEFAULT_LANG)
     for part in (accept_language or "").split(","):
         tag, _, parameters = part.strip().partition(";")
-        name = tag.strip().lower().partition("-")[0]
         weight = _quality(parameters)
-        if name == "zh" and weight > best[0]:
-            best = (weight, "zh")
-        elif name == "en" and weight > best[0]:
-            best = (weight, "en")
+        match tag.strip().lower().partition("-")[0]:
+            case "zh" | "en" as lang if weight > best[0]:
+                best = (weight, lang)
     return best[1]
 
 

@@ -21,10 +21,13 @@ Topology = Literal["server", "sentinel", "cluster"]
 
 
 class SecretUrl(SecretStr):
-    """An address that may hold a password: `str` and `repr` show it without, `get_secret_value` is all of it."""
+    """A URL that may hold a password: `str` and `repr` leave it out, `get_secret_value` returns the whole URL."""
 
-    def _display(self) -> str:
-        return without_password(self.get_secret_value())
+    def __str__(self) -> str:
+        return redact_url(self.get_secret_value())
+
+    def __repr__(self) -> str:
+        return f"SecretUrl({str(self)!r})"
 
 
 _URL = re.compile(
@@ -114,13 +117,13 @@ class RedisUrl:
             _query=f"?{urlencode(query)}" if query else "",
         )
 
-    def of_server(self, host: str, port: int) -> str:
+    def server_url(self, host: str, port: int) -> str:
         """The address of one server of these, with the user, password, database and TLS that were given."""
         shown = f"[{host}]" if ":" in host else host
         return f"{self._scheme}://{self._login}{shown}:{port}/{self._db}{self._query}"
 
 
-def valid_redis_url(url: SecretUrl) -> SecretUrl:
+def validate_redis_url(url: SecretUrl) -> SecretUrl:
     """The address itself.
 
     Raises:
@@ -130,7 +133,7 @@ def valid_redis_url(url: SecretUrl) -> SecretUrl:
     return url
 
 
-def without_password(url: str) -> str:
+def redact_url(url: str) -> str:
     """An address, of Redis or of anything else, without user and password, and without keys and the like behind `?`."""
     return _SECRET_IN_QUERY.sub(r"\g<name>…", re.sub(r"(?<=//).*@", "", url))
 

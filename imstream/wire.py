@@ -1,6 +1,6 @@
 """The frames of the wire, in both directions. JSON text frames; field names are those of the service replaced.
 
-`parse` turns what a client sent into one of the `Client*` models; `ServerFrame` is all that a server says.
+`parse_frame` turns what a client sent into one of the `Client*` models; `ServerFrame` is all that a server says.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Event(StrEnum):
     CANCELLED = "cancelled"
 
 
-class Close(IntEnum):
+class CloseCode(IntEnum):
     """Why a socket is closed. 1012, 1013 and 4000 to 4499: reconnect; 4500 to 4999: don't."""
 
     FRAME_TOO_BIG = 1009
@@ -150,7 +150,7 @@ _CLIENT_FRAME: TypeAdapter[ClientFrame] = TypeAdapter(Annotated[ClientFrame, Fie
 _PING = ClientHeartbeat(msg_type="HEARTBEAT")
 
 
-class BadFrame(Exception):  # noqa: N818 - their fault, not an error of ours
+class InvalidFrame(Exception):  # noqa: N818 - their fault, not an error of ours
     """A client's frame is not one of ours.
 
     Attributes:
@@ -182,11 +182,11 @@ class FrameLimits:
         return 8 * MAX_RESUMED + 3 * self.history
 
 
-def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
+def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
     """Read one text frame of a client.
 
     Raises:
-        BadFrame: It is not JSON, has an unknown `msgType`, a field has the wrong type or value, or it holds too much.
+        InvalidFrame: It is not JSON, not a known frame, a field is invalid, or a limit is exceeded.
     """
     if text == "PING":
         return _PING
@@ -195,13 +195,13 @@ def parse(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
         too_long = _empty_history_beyond(limits.history, value)
         frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False)  # Python's names are not the wire's
     except InvalidNumber as error:
-        raise _field_of_bad_number(text) or BadFrame("", str(error)) from None
+        raise _field_of_bad_number(text) or InvalidFrame("", str(error)) from None
     except InvalidJson as error:
-        raise BadFrame("", str(error)) from None
+        raise InvalidFrame("", str(error)) from None
     except ValidationError as error:
         raise _first_problem(error) from None
     if too_long and isinstance(frame, ClientChat):
-        raise BadFrame("history", f"more than {limits.history} turns")
+        raise InvalidFrame("history", f"more than {limits.history} turns")
     return frame
 
 
@@ -214,7 +214,7 @@ def _empty_history_beyond(limit: int, value: object) -> bool:
     return True
 
 
-def _field_of_bad_number(text: str) -> BadFrame | None:
+def _field_of_bad_number(text: str) -> InvalidFrame | None:
     """Which field has it; None when none that we know. Pydantic's own parser bears such numbers, up to a length."""
     try:
         _CLIENT_FRAME.validate_json(text, by_alias=True, by_name=False)
@@ -225,14 +225,14 @@ def _field_of_bad_number(text: str) -> BadFrame | None:
     return None
 
 
-def _first_problem(error: ValidationError) -> BadFrame:
+def _first_problem(error: ValidationError) -> InvalidFrame:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     # A wrong user id weighs more than anything else that is wrong with the frame.
     first = next((problem for problem in problems if problem["loc"][1:] == (USER_ID_FIELD,)), problems[0])
     if first["type"].startswith("union_tag"):
-        return BadFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT")
+        return InvalidFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT")
     # The location starts with the tag of the union, which is no field of the frame.
-    return BadFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"])
+    return InvalidFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"])
 
 
 def parse_user_id(text: str | None) -> int | None:

@@ -17,14 +17,14 @@ from imstream.client.errors import Busy, ClientError, RateLimited, SessionEnded,
 from imstream.client.message import Accepted, Outcome, Piece, Restarted, Result
 from imstream.client.reconnect import Timing
 from imstream.client.reply import Reply
-from imstream.texts import Lang, Text, say
+from imstream.texts import Lang, Text, localize
 from imstream.wire import Turn
 
 MAX_HISTORY = 32_768
 """Most bytes of earlier messages that are sent along; the oldest are left out. A node takes 64 KiB a frame."""
 
 LONGEST_PAUSE = timedelta(minutes=2)
-"""For longer nobody is kept waiting: a quota of the day, say, that is used up."""
+"""For longer nobody is kept waiting: a quota of the day, localize, that is used up."""
 
 RETRY = timedelta(seconds=3)
 """Wait before a message is sent again when the server did not say how long."""
@@ -116,7 +116,7 @@ class _Chat:
             self._screen.note(why)
             return False
         seconds = f"{wait.total_seconds():.0f}"
-        self._screen.note(say(Text.CHAT_RETRY, self._lang, why=isolated(why), seconds=seconds))
+        self._screen.note(localize(Text.CHAT_RETRY, self._lang, why=isolated(why), seconds=seconds))
         return await self._first(asyncio.create_task(asyncio.sleep(wait.total_seconds())))
 
     async def _follow(self, reply: Reply) -> Result:
@@ -127,7 +127,7 @@ class _Chat:
             while not await self._first(showing, keep=True):
                 if len(tasks) > 1:
                     raise _Leave
-                self._screen.note(say(Text.CHAT_CANCELLING, self._lang))
+                self._screen.note(localize(Text.CHAT_CANCELLING, self._lang))
                 tasks.append(asyncio.create_task(self._cancel(reply)))
             return showing.result()
         finally:
@@ -139,9 +139,9 @@ class _Chat:
         async for event in reply.events():
             if isinstance(event, Accepted):
                 if (event.position or 0) > 1:
-                    self._screen.note(say(Text.ACCEPTED, self._lang, position=event.position))
+                    self._screen.note(localize(Text.ACCEPTED, self._lang, position=event.position))
             elif isinstance(event, Restarted):
-                self._screen.note(say(Text.RESTART, self._lang))
+                self._screen.note(localize(Text.RESTART, self._lang))
             elif isinstance(event, Piece):
                 self._screen.piece(event.text)
             elif event.outcome is Outcome.DONE:
@@ -188,9 +188,9 @@ class _Changes:
     def tell(self, change: ConnectionChange) -> None:
         if isinstance(change, Connected):
             again = Text.CHAT_RESUMED if change.resumed else Text.CHAT_BACK
-            text = say(again if self._greeted else Text.CHAT_WELCOME, self._lang, url=isolated(change.url))
+            text = localize(again if self._greeted else Text.CHAT_WELCOME, self._lang, url=isolated(change.url))
             self._greeted = True
         else:
             seconds = f"{change.retry_in.total_seconds():.1f}"
-            text = say(Text.CHAT_LOST, self._lang, why=isolated(change.why), seconds=seconds)
+            text = localize(Text.CHAT_LOST, self._lang, why=isolated(change.why), seconds=seconds)
         self._screen.note(text)

@@ -16,7 +16,7 @@ from imstream.cli.up_settings import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.private_files import others_can_write
 from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
-from imstream.urls import without_password
+from imstream.urls import redact_url
 
 TOKEN = f"{ENV_PREFIX}TOKEN"
 """The variable of `imstream chat`, the only one that is in no group."""
@@ -70,7 +70,7 @@ def _is_secret(name: str, value: str) -> bool:
     field = _FIELDS.get(name)
     if field is None:
         return name == TOKEN
-    return value != "" and (is_secret(field) or without_password(value) != value)
+    return value != "" and (is_secret(field) or redact_url(value) != value)
 
 
 def _unknown(names: Mapping[str, str | None]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from imstream.cli.up_plan import UpPlan, make_plan, reach
 from imstream.keys import Keys
 from imstream.private_files import UMASK
 from imstream.settings import Settings
-from imstream.urls import RedisUrl, without_password
+from imstream.urls import RedisUrl, redact_url
 
 
 def run(typed: Mapping[str, str]) -> int:
@@ -65,12 +65,12 @@ def _redis_cli(plan: UpPlan) -> str | None:
     if known.topology == "sentinel":
         return None
     follow = "-c " if known.topology == "cluster" else ""
-    return f"redis-cli {follow}-u {shlex.quote(without_password(known.of_server(*known.servers[0])))}"
+    return f"redis-cli {follow}-u {shlex.quote(redact_url(known.server_url(*known.servers[0])))}"
 
 
 def _which_redis(plan: UpPlan) -> str:
     if plan.valkey is None:
-        return without_password(plan.redis_url)
+        return redact_url(plan.redis_url)
     where = f"data in {plan.valkey.data}, password in {PASSWORD_FILE} there"
     return f"{plan.redis_url.partition('?')[0]}   embedded Valkey, {where}"
 
@@ -79,7 +79,7 @@ def summary(plan: UpPlan) -> list[str]:
     """What a person wants to know of what runs, line by line."""
     host = reach(plan.settings.host)
     page = plan.door
-    redis_url = without_password(plan.redis_url)
+    redis_url = redact_url(plan.redis_url)
     stream = shlex.quote(Keys(plan.settings.key_prefix).requests(plan.settings.node))
     redis_cli = _redis_cli(plan)
     usual = {name: field.default for name, field in Settings.model_fields.items()}
@@ -90,7 +90,7 @@ def summary(plan: UpPlan) -> list[str]:
         *_front_line(plan),
         *(f"node {node:<3} ws://{host}:{port}/ws" for node, port in plan.nodes),
         *_from_disk(plan),
-        f"AI       {without_password(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
+        f"AI       {redact_url(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
         f"Redis    {_which_redis(plan)}",
         "",
         *([f"the stream        {redis_cli} XINFO STREAM {stream}"] if redis_cli else []),

@@ -27,7 +27,7 @@ from imstream.wire import (
     ClientFrame,
     ClientHeartbeat,
     ClientInit,
-    Close,
+    CloseCode,
     Code,
     MsgType,
     ServerFrame,
@@ -142,7 +142,7 @@ class ReconnectingConnection:
             self.last_word = str(error) or "no token in time"
             return Reaction(Patience.BACKOFF)
         if self._identity.is_refused:
-            self._ledger.end(SessionEnded(Close.NOT_AUTHENTICATED, self.last_word))
+            self._ledger.end(SessionEnded(CloseCode.NOT_AUTHENTICATED, self.last_word))
             return Reaction(Patience.NEVER)
         try:
             socket = await connect(
@@ -248,11 +248,11 @@ class ReconnectingConnection:
     def _closed(self, closed: ConnectionClosed, socket: ClientConnection) -> Reaction:
         code = None if closed.rcvd is None else closed.rcvd.code
         reaction = after_close(code)
-        if code == Close.NOT_AUTHENTICATED and self._identity.refused(was_in=self._logged_in.is_set()):
+        if code == CloseCode.NOT_AUTHENTICATED and self._identity.refused(was_in=self._logged_in.is_set()):
             return Reaction(Patience.BACKOFF)
         if reaction.patience is Patience.NEVER:
             self._ledger.end(SessionEnded(code or 0, self.last_word or "the server ended the session"))
-        elif code == Close.FRAME_TOO_BIG:
+        elif code == CloseCode.FRAME_TOO_BIG:
             self._ledger.drop_largest(socket)
         self.last_word = str(closed)
         return reaction

@@ -36,7 +36,7 @@ class SessionEnded(ClientError):  # noqa: N818 - reads as the state that it name
     """The server closed the session and does not want the client back.
 
     Attributes:
-        code: The close code, 4500 to 4999; see `imstream.wire.Close`.
+        code: The close code, 4500 to 4999; see `imstream.wire.CloseCode`.
     """
 
     def __init__(self, code: int, why: str) -> None:

@@ -10,7 +10,7 @@ from enum import Enum
 from ssl import SSLContext
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
-from imstream.wire import Close
+from imstream.wire import CloseCode
 
 _FINAL = range(4500, 5000)
 """Close codes after which a client does not come back."""
@@ -62,10 +62,10 @@ class Reaction:
 
 
 def after_close(code: int | None) -> Reaction:
-    """What a close code asks for (see `imstream.wire.Close`); None when the connection broke without one."""
-    if code == Close.DRAINING:
+    """What a close code asks for (see `imstream.wire.CloseCode`); None when the connection broke without one."""
+    if code == CloseCode.DRAINING:
         return Reaction(Patience.NOW, elsewhere=True)
-    if code == Close.NODE_FULL:
+    if code == CloseCode.NODE_FULL:
         return Reaction(Patience.LATER, elsewhere=True)
     if code in _FINAL:
         return Reaction(Patience.NEVER)

@@ -18,7 +18,7 @@ from imstream.gateway.page import page_routes
 from imstream.gateway.session import Session, asked_lang, origin_of, peer_of
 from imstream.guards.guard import Handshake
 from imstream.logs import LIMITED
-from imstream.texts import say
+from imstream.texts import localize
 
 limited = structlog.get_logger(**LIMITED)
 
@@ -51,7 +51,7 @@ def make_app(
         if refused is not None:
             who = {"peer": peer_of(websocket), "origin": origin_of(websocket)}
             limited.info("handshake refused", reason=refused.reason, **who)
-            text = say(refused.sentence, asked_lang(websocket))
+            text = localize(refused.sentence, asked_lang(websocket))
             await websocket.send_denial_response(PlainTextResponse(text, status_code=403))
         elif (why := not_ready()) is not None:
             # Instead of a socket that could do nothing: a load balancer takes its user to another node at once.

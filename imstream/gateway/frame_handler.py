@@ -22,16 +22,16 @@ from imstream.store.requests import Admitted
 from imstream.texts import Text
 from imstream.wire import (
     USER_ID_FIELD,
-    BadFrame,
     ClientCancel,
     ClientChat,
     ClientFrame,
     ClientHeartbeat,
     ClientInit,
-    Close,
+    CloseCode,
     Code,
+    InvalidFrame,
     ResumePoint,
-    parse,
+    parse_frame,
 )
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ class FrameHandler:
         """Obey one text frame. Whatever is wrong is said to the client."""
         began = time.thread_time()
         try:
-            frame = parse(text, self._services.frame_limits)
-        except BadFrame as error:
+            frame = parse_frame(text, self._services.frame_limits)
+        except InvalidFrame as error:
             if error.field == USER_ID_FIELD:
-                self._session.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
+                self._session.close(CloseCode.BAD_USER_ID, Text.BAD_USER_ID)
             else:
                 self._pump.say(self._phrases.bad_frame(error))
             return
@@ -140,7 +140,7 @@ class FrameHandler:
             self._refuse(welcome)
             return
         if session.user_id is None and not services.registry.has_room_for(frame.user_id):
-            session.close(Close.TOO_MANY_CONNECTIONS, Text.TOO_MANY_SOCKETS)
+            session.close(CloseCode.TOO_MANY_CONNECTIONS, Text.TOO_MANY_SOCKETS)
             return
         session.logged_in(frame.user_id, welcome.until)
         with self._holding(*(point.message_id for point in frame.resume)):

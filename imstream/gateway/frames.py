@@ -8,8 +8,8 @@ from math import ceil
 
 from imstream.guards.guard import Reject
 from imstream.reply_buffer import ReplyEnded, TextGrown, TextReset
-from imstream.texts import Lang, Sentence, Text, say
-from imstream.wire import BadFrame, Code, Event, MsgType, ServerFrame, encode_delta
+from imstream.texts import Lang, Sentence, Text, localize
+from imstream.wire import Code, Event, InvalidFrame, MsgType, ServerFrame, encode_delta
 
 RETRY_AFTER_MS = 2_000
 """When a refused client should try again, spread by half of it either way: they must not all come back at once."""
@@ -89,7 +89,7 @@ class FrameBuilder:
             retry_after_ms=ceil(rest * 1000),
         )
 
-    def bad_frame(self, error: BadFrame) -> ServerFrame:
+    def bad_frame(self, error: InvalidFrame) -> ServerFrame:
         """The frame is not one of ours."""
         return self.system(Code.BAD_REQUEST, Text.BAD_FRAME, problem=str(error))
 
@@ -162,4 +162,4 @@ class FrameBuilder:
         )
 
     def _say(self, text: Sentence, **values: object) -> str:
-        return say(text, self.lang, **values)
+        return localize(text, self.lang, **values)

@@ -9,7 +9,7 @@ import structlog
 from imstream.errors import StoreError, StoreRefused
 from imstream.gateway.presence import Presence
 from imstream.gateway.reply_sync import ReplySync
-from imstream.logs import LIMITED, foreign
+from imstream.logs import LIMITED, sanitize
 from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
 from imstream.worker.adoption import Adopter
 from imstream.worker.jobs import Jobs
@@ -51,7 +51,7 @@ class InboxConsumer:
             await self._obey(notice)
         except Exception:  # noqa: BLE001 - it is logged
             # What one notice leads to must not end the node: a record that a hand from outside has spoilt, say.
-            limited.exception("notice failed", notice=foreign(str(notice)))
+            limited.exception("notice failed", notice=sanitize(str(notice)))
 
     async def _obey(self, notice: Notice) -> None:
         match notice:

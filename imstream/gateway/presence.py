@@ -12,7 +12,7 @@ from imstream.errors import StoreError
 from imstream.store.inbox import SessionReplaced
 from imstream.store.routes import ROUTE_TTL
 from imstream.texts import Text
-from imstream.wire import Close
+from imstream.wire import CloseCode
 
 if TYPE_CHECKING:
     from imstream.gateway.registry import Registry
@@ -95,7 +95,7 @@ class Presence:
             if session in self._arriving:
                 self._arriving[session] = max(self._arriving[session], notice.login)
             elif session.login < notice.login:
-                session.close(Close.REPLACED, Text.REPLACED)
+                session.close(CloseCode.REPLACED, Text.REPLACED)
 
     async def _replace_everywhere(self, notice: SessionReplaced, login: RouteAdded) -> None:
         self.replace(notice)

@@ -9,7 +9,7 @@ import structlog
 
 from imstream.logs import LIMITED
 from imstream.texts import Text
-from imstream.wire import Close, Code
+from imstream.wire import CloseCode, Code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,19 +90,19 @@ class Registry:
         settings = self._settings
         if session.closing_since is not None:
             if now - session.closing_since > CLOSE_GRACE:
-                session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)  # with the words it was closing with
+                session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)  # with the words it was closing with
         elif session.blocked_since is not None and now - session.blocked_since > settings.stall_timeout.total_seconds():
             note = limited.info if session.user_id is None else log.info
             note("session closed", why="reader too slow", user=session.user_id, peer=session.peer)
-            session.expel(Close.READER_TOO_SLOW, Text.TOO_SLOW)
+            session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)
         elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():
             if session.has_asked:  # Redis, or the keys of tokens, are away
-                session.close(Close.NODE_FULL, Text.UNAVAILABLE, Code.UNAVAILABLE)
+                session.close(CloseCode.NODE_FULL, Text.UNAVAILABLE, Code.UNAVAILABLE)
             else:
-                session.close(Close.NOT_AUTHENTICATED, Text.NO_INIT)
+                session.close(CloseCode.NOT_AUTHENTICATED, Text.NO_INIT)
         elif session.ends_at is not None and now > session.ends_at:
-            session.close(Close.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED, Code.UNAUTHORIZED)
+            session.close(CloseCode.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED, Code.UNAUTHORIZED)
         elif now - session.heard_at > settings.idle_timeout.total_seconds():
-            session.close(Close.NO_HEARTBEAT, Text.NO_HEARTBEAT)
+            session.close(CloseCode.NO_HEARTBEAT, Text.NO_HEARTBEAT)
         elif session.warn_at is not None and now > session.warn_at:
             session.warn()

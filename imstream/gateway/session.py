@@ -19,10 +19,10 @@ from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import socket_of
 from imstream.guards.guard import Reject
-from imstream.logs import FOREIGN_LENGTH, foreign
+from imstream.logs import MAX_VALUE_LENGTH, sanitize
 from imstream.reply_buffer import ReplyBuffer
 from imstream.texts import Lang, Text, choose_lang
-from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, Close, Code, ServerFrame, parse_user_id
+from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, CloseCode, Code, ServerFrame, parse_user_id
 
 log = structlog.get_logger()
 
@@ -47,13 +47,13 @@ def peer_of(connection: HTTPConnection) -> str:
     """
     host = connection.client.host.removeprefix("::ffff:") if connection.client else "unknown"
     forwarded = ", ".join(connection.headers.getlist("x-forwarded-for"))
-    return f"{foreign(forwarded[-FOREIGN_LENGTH:])} by {host}" if forwarded else host
+    return f"{sanitize(forwarded[-MAX_VALUE_LENGTH:])} by {host}" if forwarded else host
 
 
 def origin_of(connection: HTTPConnection) -> str | None:
     """The origin of the page at the other end, as the log shows it; None when it names none."""
     origin = connection.headers.get("origin")
-    return None if origin is None else foreign(origin)
+    return None if origin is None else sanitize(origin)
 
 
 def offered_token(subprotocols: Sequence[str]) -> str | None:
@@ -96,7 +96,7 @@ class Session:
         self._phrases = FrameBuilder(asked_lang(websocket), services.settings.node)
         self._socket = socket_of(websocket.scope)
         self._pump = SessionWriter(self._socket, self._phrases, services.rounds)
-        self._last_words: tuple[Close, ServerFrame] | None = None
+        self._last_words: tuple[CloseCode, ServerFrame] | None = None
         self._socket.on_rest(self._say_slow_down)
         self.peer = peer_of(websocket)
         """Its address, for the log."""
@@ -135,11 +135,11 @@ class Session:
             await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
             self._socket.forget_handshake()
             if registry.is_full:
-                self.close(Close.NODE_FULL, Text.NODE_FULL)
+                self.close(CloseCode.NODE_FULL, Text.NODE_FULL)
             else:
                 registry.add(self)
             if self._names_nobody:
-                self.close(Close.BAD_USER_ID, Text.BAD_USER_ID)
+                self.close(CloseCode.BAD_USER_ID, Text.BAD_USER_ID)
             code = await self._receive()
         finally:
             registry.remove(self)
@@ -170,11 +170,11 @@ class Session:
             seconds = max(0, ceil(self.ends_at - asyncio.get_running_loop().time()))
             self._pump.say(self._phrases.system(Code.UNAUTHORIZED, Text.LOGIN_ENDING, seconds=seconds))
 
-    def close(self, code: Close, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
+    def close(self, code: CloseCode, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
         """Say why, and close when everything said before is sent."""
         self.close_with(code, self._phrases.system(kind, text))
 
-    def close_with(self, code: Close, last_words: ServerFrame) -> None:
+    def close_with(self, code: CloseCode, last_words: ServerFrame) -> None:
         """Close with these words when everything said before is sent."""
         if self.closing_since is None:
             self.closing_since = asyncio.get_running_loop().time()
@@ -183,9 +183,9 @@ class Session:
 
     def refuse(self, verdict: Reject) -> None:
         """Say why the user may not stay, and close."""
-        self.close_with(verdict.close or Close.LOCKED, self._phrases.refused(verdict))
+        self.close_with(verdict.close or CloseCode.LOCKED, self._phrases.refused(verdict))
 
-    def expel(self, code: Close, text: Text) -> None:
+    def expel(self, code: CloseCode, text: Text) -> None:
         """Say why and close, without waiting for a peer that does not read."""
         self.close(code, text)
         if self._last_words is not None:

@@ -16,7 +16,7 @@ from imstream.gateway.wake_event import WakeEvent
 from imstream.gateway.websocket_protocol import Socket
 from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyEnded
 from imstream.texts import Text
-from imstream.wire import Close, Code, ServerFrame
+from imstream.wire import CloseCode, Code, ServerFrame
 
 log = structlog.get_logger()
 
@@ -65,7 +65,7 @@ class SessionWriter:
         self._taken = WakeEvent(self._loop)
         self._scheduled = False
         self._abandoned = False
-        self._last_words: tuple[Close, ServerFrame] | None = None
+        self._last_words: tuple[CloseCode, ServerFrame] | None = None
         self.blocked_since: float | None = None
         """Since when the socket has taken nothing although there is something to send (loop time)."""
         socket.on_room(self._schedule)
@@ -105,7 +105,7 @@ class SessionWriter:
             self._cursors[cursor.reply.message_id] = cursor
         self.follow(cursor)
 
-    def finish(self, code: Close, last_words: ServerFrame) -> None:
+    def finish(self, code: CloseCode, last_words: ServerFrame) -> None:
         """Close the socket with these words when everything that is known has been sent."""
         self._last_words = (code, last_words)
         self._schedule()
@@ -133,7 +133,7 @@ class SessionWriter:
         except Exception:
             # A defect of ours. The client reconnects and resumes; nobody else notices.
             log.exception("pump failed")
-            self._socket.end(Close.INTERNAL_ERROR, self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL).encode())
+            self._socket.end(CloseCode.INTERNAL_ERROR, self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL).encode())
 
     def _send_what_is_due(self) -> None:
         while not self._abandoned:

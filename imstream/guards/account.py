@@ -20,14 +20,14 @@ from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.store.accounts import Accounts, Banned, Locked, QuotaExhausted
 from imstream.store.inbox import AccountChanged, Inbox
-from imstream.texts import OwnSentence
-from imstream.wire import Close, Code
+from imstream.texts import Sentence
+from imstream.wire import CloseCode, Code
 
-BANNED = OwnSentence(
+BANNED = Sentence(
     "您的账号已被封禁,如有疑问请联系客服!", "This account is banned. If you think that is wrong, please contact us!"
 )
-LOCKED = OwnSentence("您的账号已被暂时锁定,{until} 之后可以再次使用!", "This account is locked until {until}!")
-SPENT = OwnSentence(
+LOCKED = Sentence("您的账号已被暂时锁定,{until} 之后可以再次使用!", "This account is locked until {until}!")
+SPENT = Sentence(
     "您今天的 {quota} 条消息已用完,请在 {until} 之后再发送!",
     "Your {quota} messages for today are used up, please come back after {until}!",
 )
@@ -84,10 +84,10 @@ class Account(Guard):
 
     def _keep_out(self, standing: Banned | Locked) -> Reject:
         if isinstance(standing, Banned):
-            return Reject("banned", Code.FORBIDDEN, BANNED, close=Close.LOCKED)
+            return Reject("banned", Code.FORBIDDEN, BANNED, close=CloseCode.LOCKED)
         until = self._calendar.show(now() + standing.left // timedelta(milliseconds=1))
         return Reject(
-            *("locked", Code.FORBIDDEN, LOCKED, {"until": until}), retry_after=standing.left, close=Close.LOCKED
+            *("locked", Code.FORBIDDEN, LOCKED, {"until": until}), retry_after=standing.left, close=CloseCode.LOCKED
         )
 
 

@@ -11,14 +11,14 @@ from imstream.guards.auth import Claims, InvalidToken, KeySource, KeysUnavailabl
 from imstream.guards.auth.rules import TokenRules
 from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.settings import Settings
-from imstream.texts import OwnSentence, Sentence, Text
-from imstream.wire import Close, Code
+from imstream.texts import Sentence, Text
+from imstream.wire import CloseCode, Code
 
-_INVALID = OwnSentence("登录令牌无效", "This token is not valid")
+_INVALID = Sentence("登录令牌无效", "This token is not valid")
 _SENTENCES: dict[Reason, Sentence] = {
-    "missing": OwnSentence("请用令牌 (token) 登录", "Please log in with a token"),
+    "missing": Sentence("请用令牌 (token) 登录", "Please log in with a token"),
     "expired": Text.LOGIN_EXPIRED,
-    "not_yet_valid": OwnSentence("登录令牌尚未生效", "This token is not valid yet"),
+    "not_yet_valid": Sentence("登录令牌尚未生效", "This token is not valid yet"),
 }
 """What its bearer is told of it. Of all else no more than that it is not valid: they might be guessing."""
 
@@ -68,7 +68,7 @@ class TokenAuthentication(Guard):
                 raise InvalidToken("other_user")  # noqa: TRY301 - refused like all others
         except InvalidToken as why:
             sentence = _SENTENCES.get(why.reason, _INVALID)
-            return Reject(f"token_{why.reason}", Code.UNAUTHORIZED, sentence, close=Close.NOT_AUTHENTICATED)
+            return Reject(f"token_{why.reason}", Code.UNAUTHORIZED, sentence, close=CloseCode.NOT_AUTHENTICATED)
         except KeysUnavailable as away:
             return Reject("keys_away", Code.UNAVAILABLE, Text.UNAVAILABLE, retry_after=away.retry_after)
         return Allow(until=shown.until)

@@ -7,10 +7,10 @@ from typing import ClassVar, Self
 from imstream.ai.prompt.assembly import Assembly
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 
-_SENTENCE = OwnSentence(
+_SENTENCE = Sentence(
     "消息过长:约 {tokens:,} 个 token,最多 {possible:,} 个",
     "This message is too long: it has about {tokens:,} tokens, at most {possible:,} are possible",
 )

@@ -11,14 +11,14 @@ from imstream.errors import SettingsError
 from imstream.guards.authentication import keys_given
 from imstream.guards.guard import Guard, GuardDeps, Handshake, Reject
 from imstream.settings import Settings
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.urls import is_loopback
 from imstream.wire import Code
 
 _FROM_ELSEWHERE = Reject(
     "from_elsewhere",
     Code.FORBIDDEN,
-    OwnSentence(
+    Sentence(
         "本节点不验证用户身份,只接受来自本机的连接 (IMSTREAM_AUTH, IMSTREAM_ALLOW_INSECURE)",
         "This node asks nobody who they are, so it takes connections from its own machine only "
         "(IMSTREAM_AUTH, IMSTREAM_ALLOW_INSECURE)",

@@ -32,7 +32,7 @@ from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.texts import Sentence
-from imstream.wire import Close, Code
+from imstream.wire import CloseCode, Code
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Reject:
     sentence: Sentence
     values: Mapping[str, object] = field(default_factory=dict)
     retry_after: timedelta | None = None
-    close: Close | None = None
+    close: CloseCode | None = None
     violation: bool = False
     detail: str = ""
 

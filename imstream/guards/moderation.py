@@ -21,7 +21,7 @@ from imstream.errors import BackendError, PermanentBackendError, TransientBacken
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 
 FAILURES = 3
@@ -30,16 +30,16 @@ FAILURES = 3
 ABOUT_TEXTS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "bad_prompt", WRONG_NUMBER})
 """Reasons that may concern one text of several: asked by themselves, the others may be answered."""
 
-FLAGGED = OwnSentence(
+FLAGGED = Sentence(
     "抱歉,这条消息未通过内容审核,请修改后再发送!",
     "Sorry, this message did not pass moderation. Please change it and send it again!",
 )
-UNREADABLE = OwnSentence(
+UNREADABLE = Sentence(
     "抱歉,这条消息无法通过内容审核服务检查,请修改后再发送!",
     "Sorry, this message cannot be moderated. Please change it and send it again!",
 )
 
-EARLIER = OwnSentence(
+EARLIER = Sentence(
     "之前的对话未通过内容审核,请开始新的对话!",
     "Earlier in this conversation there is something that did not pass moderation. Please begin a new one!",
 )

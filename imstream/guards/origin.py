@@ -17,8 +17,8 @@ from pydantic import SecretStr
 from imstream.errors import SettingsError
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Handshake, LoginAttempt, Reject
 from imstream.settings import Settings
-from imstream.texts import OwnSentence
-from imstream.wire import Close, Code
+from imstream.texts import Sentence
+from imstream.wire import CloseCode, Code
 
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -29,15 +29,15 @@ NULL = "null"
 _REFUSAL = Reject(
     "origin",
     Code.FORBIDDEN,
-    OwnSentence("不允许此来源的网页连接 (IMSTREAM_ORIGINS)", "Pages of this origin may not connect (IMSTREAM_ORIGINS)"),
+    Sentence("不允许此来源的网页连接 (IMSTREAM_ORIGINS)", "Pages of this origin may not connect (IMSTREAM_ORIGINS)"),
 )
 
 
 _NO_TOKEN = Reject(
     "page_token",
     Code.UNAUTHORIZED,
-    OwnSentence("请用令牌 (token) 登录 (IMSTREAM_PAGE_TOKEN)", "Please log in with a token (IMSTREAM_PAGE_TOKEN)"),
-    close=Close.NOT_AUTHENTICATED,
+    Sentence("请用令牌 (token) 登录 (IMSTREAM_PAGE_TOKEN)", "Please log in with a token (IMSTREAM_PAGE_TOKEN)"),
+    close=CloseCode.NOT_AUTHENTICATED,
 )
 
 

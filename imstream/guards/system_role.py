@@ -6,10 +6,10 @@ from typing import ClassVar, Self
 
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 
-_SENTENCE = OwnSentence(
+_SENTENCE = Sentence(
     "不允许使用系统角色 (history.{number}.role: system)",
     "The role system is not allowed (history.{number}.role: system)",
 )

@@ -56,7 +56,7 @@ def connection_options(url: RedisUrl, server: tuple[str, int], timeout: timedelt
     a read that it ends would answer None, as if Redis had said that nothing came.
     """
     return {
-        **_with_password_file(url, parse_url(url.of_server(*server))),
+        **_with_password_file(url, parse_url(url.server_url(*server))),
         "socket_timeout": None,
         "socket_connect_timeout": timeout.total_seconds(),
         # A repeated XADD is a second entry, and a repeated XREADGROUP hides the first one's loss.

@@ -8,7 +8,7 @@ from imstream.ai.backend import Completion, PromptMessage
 from imstream.errors import TransientBackendError
 from imstream.guards.guard import GuardRejection, Reject
 from imstream.model import ChatRequest, Refusal
-from imstream.texts import DEFAULT_LANG, say
+from imstream.texts import DEFAULT_LANG, localize
 from imstream.worker.deps import WorkerDeps
 from imstream.worker.disposition import Decline
 
@@ -58,8 +58,8 @@ class AttemptRunner:
 
 def refusal(verdict: Reject, lang: str) -> Decline:
     """What becomes of a request that a guard refused."""
-    sentence = say(verdict.sentence, "en" if lang == "en" else DEFAULT_LANG, **verdict.values)
-    error = say(verdict.sentence, "en", **verdict.values)
+    sentence = localize(verdict.sentence, "en" if lang == "en" else DEFAULT_LANG, **verdict.values)
+    error = localize(verdict.sentence, "en", **verdict.values)
     if verdict.detail:
         error = f"{error} ({verdict.detail})"
     return Decline(verdict.reason, error, Refusal(verdict.code, sentence, verdict.violation))

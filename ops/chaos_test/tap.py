@@ -11,7 +11,7 @@ from itertools import cycle
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from imstream.texts import Text, say
+from imstream.texts import Text, localize
 from imstream.wire import Code, Event, MsgType, ServerFrame
 from ops.chaos_test.history import TERMINAL, Complaint
 
@@ -19,7 +19,7 @@ _SWITCHING, _ASKING = b"HTTP/1.1 101", b"GET "
 _TEXT, _CONTROL, _FIN, _MASKED = 0x1, 0x8, 0x80, 0x80
 _TWO_BYTES, _EIGHT_BYTES = 126, 127
 _KNOWN_FIELDS = {field.alias for field in ServerFrame.model_fields.values()}
-_INTERNAL = {say(Text.INTERNAL, lang) for lang in ("zh", "en")}
+_INTERNAL = {localize(Text.INTERNAL, lang) for lang in ("zh", "en")}
 _NEVER = (Code.BAD_REQUEST, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.RATE_LIMITED, Code.UNKNOWN)
 """Codes that nothing our clients do gives reason for."""
 

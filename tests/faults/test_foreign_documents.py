@@ -39,8 +39,8 @@ from imstream.settings import Settings
 from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, read_notice
 from imstream.store.leases import Holder
 from imstream.texts import choose_lang
-from imstream.urls import RedisUrl, SecretUrl, without_password
-from imstream.wire import BadFrame, parse, parse_user_id
+from imstream.urls import RedisUrl, SecretUrl, redact_url
+from imstream.wire import InvalidFrame, parse_frame, parse_user_id
 from imstream.worker.lease_keeper import is_alive, this_process
 from tests.support.one_node import one_node
 from tests.support.peer import peer
@@ -124,7 +124,7 @@ def read_headers(data: bytes) -> None:
 
 def read_setting(data: bytes) -> None:
     text = data.decode(errors="surrogateescape").replace("\0", "")  # as the environment is read
-    without_password(text)
+    redact_url(text)
     with suppress(SettingsError):
         secret_key(SecretStr(text), "IMSTREAM_AUTH_SECRET")
     with suppress(SettingsError):
@@ -160,8 +160,8 @@ PARSERS = {
     "key set": Parser(lambda data: [read_key_set(data, kind) for kind in PUBLIC], (NoKeySet,), [KEY_SET]),
     "token": Parser(read_token, (InvalidToken,), [token().encode(), token(key_of("ES256"), "ES256").encode()]),
     "client frame": Parser(
-        lambda data: parse(data.decode()),
-        (BadFrame, UnicodeDecodeError),  # the WebSocket refuses the latter before
+        lambda data: parse_frame(data.decode()),
+        (InvalidFrame, UnicodeDecodeError),  # the WebSocket refuses the latter before
         [json.dumps(frame).encode() for frame in (INIT, CHAT)],
     ),
     "headers": Parser(

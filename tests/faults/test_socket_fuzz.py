@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imstream.demo.answer import canned_answer
-from imstream.wire import Close, Code, MsgType
+from imstream.wire import CloseCode, Code, MsgType
 from tests.support.hostile_frames import ECHOED_CODES, Hostile
 from tests.support.observing import ObservedNode, start_observed_node
 from tests.support.one_node import NO_IDENTITY, QUICK, OneNode, standing_node
@@ -38,10 +38,10 @@ BATCH, BATCHES = 40, 4
 
 MB = 1 << 20
 
-CODES = {*Close, 1002, 1007} - {Close.INTERNAL_ERROR}
+CODES = {*CloseCode, 1002, 1007} - {CloseCode.INTERNAL_ERROR}
 """Close codes that are documented, and those of RFC 6455 for a broken frame and a broken text."""
 
-ECHOABLE_CODES = frozenset({*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}) - {Close.INTERNAL_ERROR}
+ECHOABLE_CODES = frozenset({*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}) - {CloseCode.INTERNAL_ERROR}
 """All close codes that a client may send, and that come back (RFC 6455, 7.4); but for the one that nobody may see."""
 
 

@@ -29,7 +29,7 @@ from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyG
 from imstream.store.replies import ReplyStore
 from imstream.store.routes import RouteAdded, Routes
 from imstream.texts import Text
-from imstream.wire import Close, Code
+from imstream.wire import CloseCode, Code
 from imstream.worker.jobs import Jobs
 from tests.redis.workshop import USER, Follower
 from tests.support.servers import RedisServer
@@ -42,20 +42,20 @@ class PlayedSession:
 
     user_id: int = USER
     login: int = 0
-    closed: list[Close] = field(default_factory=list)
+    closed: list[CloseCode] = field(default_factory=list)
     followed: list[ReplyBuffer] = field(default_factory=list)
 
     def follow(self, reply: ReplyBuffer) -> None:
         """See `Session`."""
         self.followed.append(reply)
 
-    def close(self, code: Close, _: Text) -> None:
+    def close(self, code: CloseCode, _: Text) -> None:
         """See `Session`."""
         self.closed.append(code)
 
     def refuse(self, verdict: Reject) -> None:
         """See `Session`."""
-        self.closed.append(verdict.close or Close.LOCKED)
+        self.closed.append(verdict.close or CloseCode.LOCKED)
 
 
 @dataclass
@@ -275,7 +275,7 @@ async def test_a_route_that_could_not_be_noted_is_mended_and_older_sessions_are_
         await node.presence.arrive(newer, USER)  # type: ignore[arg-type]
         await wait_until(lambda: node.route() == {"0"}, "the route is mended")
         await wait_until(lambda: newer.login > 1, "its login has a number")
-        assert (older.closed, newer.closed) == ([Close.REPLACED], [])
+        assert (older.closed, newer.closed) == ([CloseCode.REPLACED], [])
 
 
 class Slow(Routes):
@@ -306,7 +306,7 @@ async def test_who_hears_of_another_login_before_the_number_of_its_own_waits_for
         await arriving
         assert session.closed == []
         node.presence.replace(SessionReplaced(USER, session.login + 1))
-        assert session.closed == [Close.REPLACED]
+        assert session.closed == [CloseCode.REPLACED]
 
 
 async def test_who_turns_out_to_be_the_older_closes_when_it_knows(redis_server: RedisServer) -> None:
@@ -318,10 +318,10 @@ async def test_who_turns_out_to_be_the_older_closes_when_it_knows(redis_server: 
         assert session.closed == []
         node.routes.answers.set()
         await arriving
-        assert session.closed == [Close.REPLACED]
+        assert session.closed == [CloseCode.REPLACED]
 
 
-BANNED = Reject("banned", Code.FORBIDDEN, Text.OTHER_USER, close=Close.LOCKED)
+BANNED = Reject("banned", Code.FORBIDDEN, Text.OTHER_USER, close=CloseCode.LOCKED)
 
 
 async def test_when_an_account_has_changed_all_sessions_of_that_user_are_closed_and_no_others(
@@ -334,7 +334,7 @@ async def test_when_an_account_has_changed_all_sessions_of_that_user_are_closed_
         assert [one.closed for one in sessions] == [[], []]
         node.guard.verdict = BANNED
         await node.tell(AccountChanged(USER))
-        await wait_until(lambda: [one.closed for one in sessions] == [[Close.LOCKED]] * 2, "both are closed")
+        await wait_until(lambda: [one.closed for one in sessions] == [[CloseCode.LOCKED]] * 2, "both are closed")
         assert other.closed == []
 
 
@@ -344,7 +344,7 @@ async def test_an_account_that_cannot_be_looked_at_is_looked_at_again(redis_serv
         node.redis.hset(node.keys.account(USER), "banned", 1)
         node.guard.verdict, node.guard.away = BANNED, 2
         await node.tell(AccountChanged(USER))
-        await wait_until(lambda: session.closed == [Close.LOCKED], "it is closed")
+        await wait_until(lambda: session.closed == [CloseCode.LOCKED], "it is closed")
         assert node.guard.asked == 3
 
 
@@ -356,7 +356,7 @@ async def test_whoever_is_banned_while_coming_in_does_not_stay(redis_server: Red
         assert session.closed == []  # there is nothing in the account: nobody is asked, and it costs nothing
         node.redis.hset(node.keys.account(USER), "banned", 1)
         await node.presence.arrive(session, USER)  # type: ignore[arg-type]
-        assert session.closed == [Close.LOCKED]
+        assert session.closed == [CloseCode.LOCKED]
 
 
 async def test_a_ban_that_nobody_was_told_of_is_noticed_when_routes_are_renewed(
@@ -368,4 +368,4 @@ async def test_a_ban_that_nobody_was_told_of_is_noticed_when_routes_are_renewed(
         node.guard.verdict = BANNED
         node.redis.hset(node.keys.account(USER), "banned", 1)
         await wait_until(lambda: session.closed, "it is closed")
-        assert session.closed[0] == Close.LOCKED
+        assert session.closed[0] == CloseCode.LOCKED

@@ -12,7 +12,7 @@ from imstream.errors import TransientBackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardRejection, Reject
 from imstream.model import ChatRequest
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 from tests.redis.workshop import Call, workshop
 from tests.support.servers import RedisServer
@@ -30,7 +30,7 @@ class _Asked(Guard):
     async def request(self, request: ChatRequest) -> Allow | Reject:
         self.asked.append(request.message_id)
         if request.message_id == "bad":
-            return Reject("not_wanted", Code.FORBIDDEN, OwnSentence("不", "No"), detail="rudeness")
+            return Reject("not_wanted", Code.FORBIDDEN, Sentence("不", "No"), detail="rudeness")
         if request.message_id == "m" and self.silent > 0:
             self.silent -= 1
             raise TransientBackendError("guard_away", "nobody there")
@@ -119,7 +119,7 @@ class _Listens(Guard):
 
     async def request(self, request: ChatRequest) -> Allow | Reject:
         if request.contents == "bad":
-            return Reject("moderation", Code.FORBIDDEN, OwnSentence("不", "No"), violation=True)
+            return Reject("moderation", Code.FORBIDDEN, Sentence("不", "No"), violation=True)
         return ALLOW
 
     def answer(self, request: ChatRequest) -> AnswerFilter:  # noqa: ARG002 - the same for all
@@ -127,7 +127,7 @@ class _Listens(Guard):
 
     def feed(self, text: str) -> str:
         if text == "stop":
-            raise GuardRejection(Reject("words_answer", Code.FORBIDDEN, OwnSentence("不", "No")))
+            raise GuardRejection(Reject("words_answer", Code.FORBIDDEN, Sentence("不", "No")))
         return text
 
     def end(self) -> str:

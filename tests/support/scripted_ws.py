@@ -13,7 +13,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from imstream.client import Client, Reply, Timing
-from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ServerFrame, parse
+from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ServerFrame, parse_frame
 from tests.support.waiting import SLOW
 
 LIMIT = 5.0 * SLOW
@@ -72,7 +72,7 @@ class Peer:
         async with asyncio.timeout(LIMIT):
             text = await self.socket.recv()
         assert isinstance(text, str)
-        return parse(text)
+        return parse_frame(text)
 
     async def hear_init(self) -> ClientInit:
         """The next frame, which must be INIT."""

@@ -9,7 +9,7 @@ from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.node import run
 from imstream.settings import Settings
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 
 RUDE = "[[rude]]"
@@ -18,7 +18,7 @@ RUDE = "[[rude]]"
 RUDE_AT_SECOND_SIGHT = "[[rude at second sight]]"
 """Refused by the worker."""
 
-NO = Reject("rude", Code.FORBIDDEN, OwnSentence("请文明用语", "Be polite, please"), violation=True)
+NO = Reject("rude", Code.FORBIDDEN, Sentence("请文明用语", "Be polite, please"), violation=True)
 
 
 class Politeness(Guard):

@@ -18,8 +18,8 @@ from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.store.accounts import AccountOpen, Banned, Counted, Locked, QuotaExhausted, ViolationRecorded
 from imstream.store.inbox import AccountChanged
-from imstream.texts import say
-from imstream.wire import Close, Code
+from imstream.texts import localize
+from imstream.wire import CloseCode, Code
 
 USER = 10001
 MIDDAY = int(datetime(2026, 11, 24, 12, tzinfo=UTC).timestamp() * 1000)
@@ -107,9 +107,9 @@ async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
     one = with_quota(PlayedAccounts(Banned()))
     for verdict in (await one.login(LoginAttempt(USER)), await one.stay(USER), await one.chat(ASKED)):
         assert isinstance(verdict, Reject)
-        assert (verdict.code, verdict.close, verdict.retry_after) == (Code.FORBIDDEN, Close.LOCKED, None)
-        assert "banned" in say(verdict.sentence, "en", **verdict.values)
-        assert "封禁" in say(verdict.sentence, "zh", **verdict.values)
+        assert (verdict.code, verdict.close, verdict.retry_after) == (Code.FORBIDDEN, CloseCode.LOCKED, None)
+        assert "banned" in localize(verdict.sentence, "en", **verdict.values)
+        assert "封禁" in localize(verdict.sentence, "zh", **verdict.values)
 
 
 async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +118,11 @@ async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch)
     for verdict in (await one.login(LoginAttempt(USER)), await one.stay(USER), await one.chat(ASKED)):
         assert isinstance(verdict, Reject)
         assert (verdict.code, verdict.close, verdict.retry_after) == (
-            *(Code.FORBIDDEN, Close.LOCKED),
+            *(Code.FORBIDDEN, CloseCode.LOCKED),
             timedelta(minutes=30),
         )
         for lang in ("zh", "en"):
-            assert "2026-11-24 20:30 (Asia/Shanghai)" in say(verdict.sentence, lang, **verdict.values)
+            assert "2026-11-24 20:30 (Asia/Shanghai)" in localize(verdict.sentence, lang, **verdict.values)
 
 
 async def test_who_may_stay_is_not_bothered() -> None:
@@ -150,7 +150,7 @@ async def test_when_all_is_used_up_it_is_said_when_the_next_day_begins() -> None
     assert isinstance(verdict, Reject)
     assert (verdict.code, verdict.close, verdict.retry_after) == (Code.RATE_LIMITED, None, timedelta(hours=4))
     for lang in ("zh", "en"):
-        said = say(verdict.sentence, lang, **verdict.values)
+        said = localize(verdict.sentence, lang, **verdict.values)
         assert "3" in said
         assert "2026-11-25 00:00 (Asia/Shanghai)" in said
 

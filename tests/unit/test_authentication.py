@@ -15,7 +15,7 @@ from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Allow, GuardDeps, LoginAttempt, Reject
 from imstream.settings import Settings
 from imstream.texts import Text
-from imstream.wire import Close, Code
+from imstream.wire import CloseCode, Code
 from tests.support.tokens import (
     PUBLIC,
     SECRET,
@@ -191,7 +191,7 @@ async def test_a_pass_ends_when_the_token_is_refused_at_the_door() -> None:
 async def test_a_refusal_tells_the_log_more_than_the_bearer(shown: str | None, reason: str, sentence: str) -> None:
     refused = await said(made(auth_secret=SECRET), shown)
     assert isinstance(refused, Reject)
-    assert (refused.reason, refused.code, refused.close) == (reason, Code.UNAUTHORIZED, Close.NOT_AUTHENTICATED)
+    assert (refused.reason, refused.code, refused.close) == (reason, Code.UNAUTHORIZED, CloseCode.NOT_AUTHENTICATED)
     assert refused.sentence.en == sentence
     assert refused.sentence.zh != sentence
 

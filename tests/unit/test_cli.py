@@ -20,7 +20,7 @@ from imstream.cli.main import main
 from imstream.cli.up_settings import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
-from imstream.urls import without_password
+from imstream.urls import redact_url
 from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
 
 
@@ -224,5 +224,5 @@ def test_a_child_is_killed_when_its_parent_is(tmp_path: Path) -> None:
 
 
 def test_addresses_are_shown_without_their_password() -> None:
-    assert without_password("redis://me:hush@host:6379/0") == "redis://host:6379/0"
-    assert without_password("http://127.0.0.1:8081/v1") == "http://127.0.0.1:8081/v1"
+    assert redact_url("redis://me:hush@host:6379/0") == "redis://host:6379/0"
+    assert redact_url("http://127.0.0.1:8081/v1") == "http://127.0.0.1:8081/v1"

@@ -20,7 +20,7 @@ from imstream.client import (
     SessionEnded,
     Timing,
 )
-from imstream.wire import ClientCancel, ClientChat, ClientHeartbeat, Close, ResumePoint
+from imstream.wire import ClientCancel, ClientChat, ClientHeartbeat, CloseCode, ResumePoint
 from tests.support.scripted_ws import FAST, USER, all_of, connected, within
 
 
@@ -114,7 +114,7 @@ async def test_a_server_that_is_not_ready_is_asked_again_soon_and_the_reply_goes
     async with connected(on_change=changes.append) as session:
         reply = await session.asked()
         session.server.refusals = 2
-        await session.peer.close(Close.DRAINING)
+        await session.peer.close(CloseCode.DRAINING)
         peer = await session.server.logged_in()
         await peer.say_chat(reply.message_id, "delta", contents="here", attempt=1, offset=4)
         await peer.say_chat(reply.message_id, "done", attempt=1, offset=4)
@@ -158,7 +158,7 @@ async def test_what_a_server_says_before_it_closes_is_about_no_message() -> None
     async with connected() as session:
         reply = await session.client.send("hello")
         await session.peer.say("SYSTEM", code="SYSTEM_ERROR", contents="about to restart")
-        await session.peer.close(Close.DRAINING)
+        await session.peer.close(CloseCode.DRAINING)
         session.peer = await session.server.logged_in()
         assert (await session.peer.hear_chat()).message_id == reply.message_id
 
@@ -198,7 +198,7 @@ async def test_a_message_that_is_too_big_is_given_up_and_the_others_go_on() -> N
         small = await session.client.send("small")
         big = await session.client.send("big " * 1000)
         await session.peer.hear_chat()
-        await session.peer.close(Close.FRAME_TOO_BIG)
+        await session.peer.close(CloseCode.FRAME_TOO_BIG)
         with pytest.raises(BadMessage, match="too big"):
             await within(big.text())
         session.peer = await session.server.logged_in()

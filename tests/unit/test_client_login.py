@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from imstream.client import Client, NotConnected, SessionEnded, Timing
-from imstream.wire import Close
+from imstream.wire import CloseCode
 from tests.support.scripted_ws import FAST, USER, Session, scripted_server, within
 
 
@@ -87,7 +87,7 @@ async def test_a_login_that_is_not_possible_now_is_tried_again() -> None:
         await leave(await within(entering))
 
 
-@pytest.mark.parametrize("code", [Close.NOT_AUTHENTICATED, Close.BAD_USER_ID, Close.LOCKED, 4999])
+@pytest.mark.parametrize("code", [CloseCode.NOT_AUTHENTICATED, CloseCode.BAD_USER_ID, CloseCode.LOCKED, 4999])
 async def test_a_server_that_refuses_the_user_ends_the_login(code: int) -> None:
     async with scripted_server() as server:
         entering = asyncio.create_task(Client(server.url, USER, timing=FAST).__aenter__())
@@ -118,7 +118,7 @@ async def test_the_next_server_is_tried_when_one_cannot_be_reached() -> None:
             session = Session(second, client, await login)
             reply = await session.asked()
             await session.lose_connection()  # the one that worked is tried first
-            await session.peer.close(Close.DRAINING)  # and left when it asks for it
+            await session.peer.close(CloseCode.DRAINING)  # and left when it asks for it
             peer = await first.logged_in()
             await peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
             await within(reply.text())
@@ -127,6 +127,6 @@ async def test_the_next_server_is_tried_when_one_cannot_be_reached() -> None:
 async def test_a_full_server_is_left_for_another() -> None:
     async with scripted_server() as full, scripted_server() as free:
         entering = asyncio.create_task(Client([full.url, free.url], USER, timing=FAST).__aenter__())
-        await (await full.peer()).close(Close.NODE_FULL)
+        await (await full.peer()).close(CloseCode.NODE_FULL)
         await free.logged_in()
         await leave(await within(entering))

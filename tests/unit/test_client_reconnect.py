@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.client.reconnect import Backoff, Patience, Reaction, Servers, Timing, after_close
-from imstream.wire import Close
+from imstream.wire import CloseCode
 
 TIMING = Timing(backoff=timedelta(seconds=1), backoff_max=timedelta(seconds=20), later=timedelta(seconds=5))
 
@@ -25,14 +25,14 @@ def pace() -> Backoff:
         (None, Reaction(Patience.BACKOFF)),
         (1000, Reaction(Patience.BACKOFF)),
         (1006, Reaction(Patience.BACKOFF)),
-        (Close.FRAME_TOO_BIG, Reaction(Patience.BACKOFF)),
-        (Close.DRAINING, Reaction(Patience.NOW, elsewhere=True)),
-        (Close.NODE_FULL, Reaction(Patience.LATER, elsewhere=True)),
+        (CloseCode.FRAME_TOO_BIG, Reaction(Patience.BACKOFF)),
+        (CloseCode.DRAINING, Reaction(Patience.NOW, elsewhere=True)),
+        (CloseCode.NODE_FULL, Reaction(Patience.LATER, elsewhere=True)),
         (4000, Reaction(Patience.BACKOFF)),
-        (Close.NO_HEARTBEAT, Reaction(Patience.BACKOFF)),
+        (CloseCode.NO_HEARTBEAT, Reaction(Patience.BACKOFF)),
         (4499, Reaction(Patience.BACKOFF)),
         (4500, Reaction(Patience.NEVER)),
-        (Close.REPLACED, Reaction(Patience.NEVER)),
+        (CloseCode.REPLACED, Reaction(Patience.NEVER)),
         (4999, Reaction(Patience.NEVER)),
     ],
 )

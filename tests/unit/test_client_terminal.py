@@ -18,7 +18,7 @@ from imstream.cli.chat_terminal import INTERRUPTED, MAX_HISTORY
 from imstream.cli.keyboard import Keyboard
 from imstream.cli.screen import isolated
 from imstream.client import Turn
-from imstream.wire import Close
+from imstream.wire import CloseCode
 from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, at_terminal, command, piped
 from tests.support.waiting import wait_until
@@ -135,7 +135,7 @@ async def test_a_session_that_is_ended_for_good_ends_the_chat() -> None:
         peer = await server.logged_in()
         await peer.hear_chat()
         await peer.say("SYSTEM", code="SYSTEM_ERROR", contents="you are somewhere else now")
-        await peer.close(Close.REPLACED)
+        await peer.close(CloseCode.REPLACED)
         code, _, err = await within(chat)
         assert code == 1
         assert "you are somewhere else now (4502)" in err
@@ -278,7 +278,7 @@ async def test_a_lost_connection_is_told_and_the_answer_goes_on() -> None:
     async with scripted_server() as server, at_terminal(server.url) as terminal:
         peer = await greeted(server, terminal)
         message_id = await half_an_answer(peer, terminal)
-        await peer.close(Close.DRAINING)
+        await peer.close(CloseCode.DRAINING)
         await terminal.shows("\nNo connection (")
         peer = await server.logged_in()
         await terminal.shows("the answer goes on\n")

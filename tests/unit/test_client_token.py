@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from imstream.client import Client, Connected, ConnectionChange, NotConnected, SessionEnded
-from imstream.wire import ClientInit, Close
+from imstream.wire import ClientInit, CloseCode
 from tests.support.scripted_ws import FAST, USER, Peer, ScriptedServer, connected, scripted_server, within
 
 
@@ -29,7 +29,7 @@ async def refuse(peer: Peer) -> str | None:
     """Refuse the login; the token that was shown."""
     init = await peer.hear_init()
     await peer.say("SYSTEM", code="UNAUTHORIZED", contents="not valid")
-    await peer.close(Close.NOT_AUTHENTICATED)
+    await peer.close(CloseCode.NOT_AUTHENTICATED)
     return init.token
 
 
@@ -73,7 +73,7 @@ async def test_a_token_that_cannot_be_renewed_is_not_shown_again() -> None:
         reply = await session.client.send("hello")
         frame = await session.peer.hear()
         assert not isinstance(frame, ClientInit)
-        await session.peer.close(Close.NOT_AUTHENTICATED)
+        await session.peer.close(CloseCode.NOT_AUTHENTICATED)
         with pytest.raises(SessionEnded, match="ends in 30 s"):
             await within(reply.text())
 
@@ -81,7 +81,7 @@ async def test_a_token_that_cannot_be_renewed_is_not_shown_again() -> None:
 async def test_after_the_end_of_its_login_a_client_comes_back_with_a_fresh_token_and_resumes() -> None:
     async with connected(token=numbered()) as session:
         reply = await session.asked()
-        await session.peer.close(Close.NOT_AUTHENTICATED)
+        await session.peer.close(CloseCode.NOT_AUTHENTICATED)
         peer = await session.server.peer()
         init = await peer.hear_init()
         assert init.token == "2"  # noqa: S105 - no secret
@@ -96,7 +96,7 @@ async def test_a_token_that_came_too_late_for_a_login_that_ends_is_shown_again()
     async with connected(token=lambda: next(given, "new")) as session:
         await session.peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login has expired")
         assert (await session.peer.hear_init()).token == "new"  # noqa: S105 - no secret
-        await session.peer.close(Close.NOT_AUTHENTICATED)
+        await session.peer.close(CloseCode.NOT_AUTHENTICATED)
         peer = await session.server.peer()
         assert (await peer.hear_init()).token == "new"  # noqa: S105 - no secret
         await peer.say("INIT")
@@ -112,7 +112,7 @@ async def test_two_fresh_tokens_that_are_refused_are_enough() -> None:
         assert [await refuse(await server.peer()), await refuse(await server.peer())] == ["1", "2"]
         with pytest.raises(SessionEnded, match="not valid") as ended:
             await within(task)
-        assert ended.value.code == Close.NOT_AUTHENTICATED
+        assert ended.value.code == CloseCode.NOT_AUTHENTICATED
 
 
 async def test_a_token_that_was_refused_is_not_shown_a_second_time() -> None:
@@ -126,7 +126,7 @@ async def test_a_token_that_was_refused_is_not_shown_a_second_time() -> None:
 async def test_a_token_that_was_refused_once_matters_no_more_after_a_login() -> None:
     async with connected(token=numbered()) as session:
         for _ in range(3):
-            await session.peer.close(Close.NOT_AUTHENTICATED)
+            await session.peer.close(CloseCode.NOT_AUTHENTICATED)
             session.peer = await session.server.logged_in()
 
 

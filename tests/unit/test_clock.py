@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.clock import Calendar
-from imstream.settings import valid_zone
+from imstream.settings import validate_timezone
 
 HOUR = 3_600_000
 # Clocks that change at midnight, by half an hour, at the other end of the year, and a date that never was.
@@ -67,4 +67,4 @@ def test_a_moment_is_shown_in_the_zone_and_never_too_early() -> None:
 @pytest.mark.parametrize("name", ["Mars/Olympus", "Asia", "", "/etc/passwd", "../UTC", "x" * 300, "UTC\0"])
 def test_what_is_no_time_zone_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="a time zone such as UTC"):
-        valid_zone(name)
+        validate_timezone(name)

@@ -10,7 +10,7 @@ from imstream.gateway.frames import REFUSED_REASONS, RETRY_AFTER_MS, FrameBuilde
 from imstream.model import Terminal
 from imstream.reply_buffer import ReplyEnded, TextGrown, TextReset
 from imstream.texts import Lang, Text
-from imstream.wire import BadFrame, Code, Event, MsgType, ServerFrame
+from imstream.wire import Code, Event, InvalidFrame, MsgType, ServerFrame
 
 
 @pytest.fixture(params=["zh", "en"])
@@ -70,7 +70,7 @@ def test_refused_clients_do_not_all_come_back_at_once() -> None:
 
 
 def test_a_bad_frame_is_answered_with_its_problem(phrases: FrameBuilder) -> None:
-    frame = phrases.bad_frame(BadFrame("history.0.role", "must be a {role}"))
+    frame = phrases.bad_frame(InvalidFrame("history.0.role", "must be a {role}"))
     assert (frame.code, frame.msg_type) == (Code.BAD_REQUEST, MsgType.SYSTEM)
     assert (frame.contents or "").endswith("history.0.role: must be a {role}")
 

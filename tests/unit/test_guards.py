@@ -15,10 +15,10 @@ from imstream.guards.chain import ChatAllowed, GuardChain, LoginAccepted
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 
-NO = Reject("no", Code.FORBIDDEN, OwnSentence("不", "No"))
+NO = Reject("no", Code.FORBIDDEN, Sentence("不", "No"))
 ASKED = ChatRequest(10001, "m-1", "hello", (), "en", 0, "trace")
 
 
@@ -150,7 +150,7 @@ from pydantic_settings import SettingsConfigDict
 
 from imstream.guards.guard import ALLOW, Guard, Reject
 from imstream.settings import SettingsGroup
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 
 class Questions(SettingsGroup):
@@ -166,7 +166,7 @@ class NoQuestions(Guard):
 
     async def chat(self, request):
         if request.contents.endswith(self.end):
-            return Reject("question", Code.FORBIDDEN, OwnSentence("请勿提问", "No questions, please"))
+            return Reject("question", Code.FORBIDDEN, Sentence("请勿提问", "No questions, please"))
         return ALLOW
 """,
         "utf-8",

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from imstream import logs
-from imstream.logs import FOREIGN_LENGTH, LIMITED, foreign
+from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize
 from imstream.settings import Settings
 from tests.support.waiting import wait_until
 
@@ -51,10 +51,10 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 @example("x" * 8192)
 @example("\U0001f468\u200d" * 40)
 def test_a_foreign_value_is_short_and_has_nothing_that_is_obeyed(text: str) -> None:
-    shown = foreign(text)
-    assert len(shown) <= FOREIGN_LENGTH
+    shown = sanitize(text)
+    assert len(shown) <= MAX_VALUE_LENGTH
     assert shown.isprintable()
-    if text.isprintable() and len(text) <= FOREIGN_LENGTH:
+    if text.isprintable() and len(text) <= MAX_VALUE_LENGTH:
         assert shown == text
 
 

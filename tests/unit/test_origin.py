@@ -12,7 +12,7 @@ from imstream.errors import SettingsError
 from imstream.guards.guard import Allow, GuardDeps, Handshake, LoginAttempt
 from imstream.guards.origin import Origin, parse_origins
 from imstream.settings import Settings
-from imstream.wire import Close, Code
+from imstream.wire import CloseCode, Code
 
 PAGE_TOKEN = "shown by imstream up"  # noqa: S105 - of these tests
 
@@ -125,7 +125,7 @@ async def test_of_pages_of_the_origin_null_only_those_with_the_token_are_logged_
         verdict = await checks.login(LoginAttempt(10001, token, origin))
         assert isinstance(verdict, Allow) or (verdict.code, verdict.close) == (
             Code.UNAUTHORIZED,
-            Close.NOT_AUTHENTICATED,
+            CloseCode.NOT_AUTHENTICATED,
         )
         return isinstance(verdict, Allow)
 

@@ -11,7 +11,7 @@ from imstream.guards.guard import ALLOW, GuardDeps, Reject
 from imstream.guards.system_role import SystemRole
 from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.texts import say
+from imstream.texts import localize
 from imstream.wire import Code
 
 
@@ -45,8 +45,8 @@ async def test_a_message_that_does_not_fit_is_refused_with_the_numbers(text: str
     possible = refused.values["possible"]
     assert isinstance(possible, int)
     assert 7000 < possible < 8192 - 1024
-    assert f"at most {possible:,} are possible" in say(refused.sentence, "en", **refused.values)
-    assert f"最多 {possible:,} 个" in say(refused.sentence, "zh", **refused.values)
+    assert f"at most {possible:,} are possible" in localize(refused.sentence, "en", **refused.values)
+    assert f"最多 {possible:,} 个" in localize(refused.sentence, "zh", **refused.values)
 
 
 @pytest.mark.parametrize("text", ["hello", "词" * 7000, "the " * 8000])

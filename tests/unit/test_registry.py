@@ -10,7 +10,7 @@ from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.session import Session
 from imstream.settings import Settings
 from imstream.texts import Text
-from imstream.wire import Close, Code
+from imstream.wire import CloseCode, Code
 from tests.support.virtual_time import in_virtual_time
 
 INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0
@@ -29,10 +29,10 @@ class PlayedSession:
     ends_at: float | None = None
     warn_at: float | None = None
     has_asked: bool = False
-    told: list[tuple[str, Close, Text, float]] = field(default_factory=list)
+    told: list[tuple[str, CloseCode, Text, float]] = field(default_factory=list)
     warned: list[float] = field(default_factory=list)
 
-    def close(self, code: Close, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
+    def close(self, code: CloseCode, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
         """See `Session`."""
         now = asyncio.get_running_loop().time()
         self.closing_since = now
@@ -45,7 +45,7 @@ class PlayedSession:
         self.warn_at = None
         self.warned.append(asyncio.get_running_loop().time())
 
-    def expel(self, code: Close, text: Text) -> None:
+    def expel(self, code: CloseCode, text: Text) -> None:
         """See `Session`."""
         self.told.append(("expel", code, text, asyncio.get_running_loop().time()))
 
@@ -64,7 +64,7 @@ def played(one: Session) -> PlayedSession:
     return cast("PlayedSession", one)
 
 
-async def first_words(one: Session) -> tuple[str, Close, Text, float]:
+async def first_words(one: Session) -> tuple[str, CloseCode, Text, float]:
     """What the session is told first, when nothing happens for a long time."""
     sessions = registry()
     sessions.add(one)
@@ -77,28 +77,28 @@ async def first_words(one: Session) -> tuple[str, Close, Text, float]:
 @in_virtual_time
 async def test_a_socket_that_does_not_log_in_is_closed_within_a_second_after_its_time() -> None:
     how, code, text, at = await first_words(session())
-    assert (how, code, text) == ("close", Close.NOT_AUTHENTICATED, Text.NO_INIT)
+    assert (how, code, text) == ("close", CloseCode.NOT_AUTHENTICATED, Text.NO_INIT)
     assert INIT_LIMIT < at <= INIT_LIMIT + 1
 
 
 @in_virtual_time
 async def test_a_socket_that_could_not_be_logged_in_in_time_may_come_back_later() -> None:
     how, code, text, at = await first_words(session(has_asked=True))
-    assert (how, code, text) == ("close", Close.NODE_FULL, Text.UNAVAILABLE)
+    assert (how, code, text) == ("close", CloseCode.NODE_FULL, Text.UNAVAILABLE)
     assert INIT_LIMIT < at <= INIT_LIMIT + 1
 
 
 @in_virtual_time
 async def test_a_silent_session_is_closed_after_its_time() -> None:
     how, code, text, at = await first_words(session(user_id=10001, heard_at=3))
-    assert (how, code, text) == ("close", Close.NO_HEARTBEAT, Text.NO_HEARTBEAT)
+    assert (how, code, text) == ("close", CloseCode.NO_HEARTBEAT, Text.NO_HEARTBEAT)
     assert 3 + IDLE_LIMIT < at <= 3 + IDLE_LIMIT + 1
 
 
 @in_virtual_time
 async def test_a_reader_that_stalls_is_not_waited_for() -> None:
     how, code, text, at = await first_words(session(user_id=10001, blocked_since=5))
-    assert (how, code, text) == ("expel", Close.READER_TOO_SLOW, Text.TOO_SLOW)
+    assert (how, code, text) == ("expel", CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)
     assert 5 + STALL_LIMIT < at <= 5 + STALL_LIMIT + 1
 
 
@@ -113,7 +113,7 @@ async def test_a_session_that_cannot_close_is_cut_off_after_its_grace() -> None:
 async def test_a_login_that_ends_is_warned_once_and_closed_with_the_socket() -> None:
     one = session(user_id=10001, warn_at=20, ends_at=50)
     how, code, text, at = await first_words(one)
-    assert (how, code, text) == ("close", Close.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED)
+    assert (how, code, text) == ("close", CloseCode.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED)
     assert 50 < at <= 50 + 1
     [warned_at] = played(one).warned
     assert 20 < warned_at <= 20 + 1

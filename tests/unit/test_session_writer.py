@@ -17,7 +17,7 @@ from imstream.gateway.session_writer import ENOUGH_TOGETHER, MAX_OUTBOX, MAX_TOG
 from imstream.model import Terminal
 from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer
 from imstream.texts import Text
-from imstream.wire import Close, Code
+from imstream.wire import CloseCode, Code
 
 DONE = Terminal("done", "stop")
 
@@ -260,16 +260,16 @@ async def test_a_socket_closes_when_all_that_is_known_was_sent() -> None:
     pump = pump_on(socket)
     pump.follow(Cursor(reply))
     reply.append("a")
-    pump.finish(Close.DRAINING, FrameBuilder("en", "0").system(Code.SYSTEM_ERROR, Text.DRAINING))
+    pump.finish(CloseCode.DRAINING, FrameBuilder("en", "0").system(Code.SYSTEM_ERROR, Text.DRAINING))
     await a_tick()
     assert text_of(socket) == "a"
-    assert socket.ended == (Close.DRAINING, Text.DRAINING.en)
+    assert socket.ended == (CloseCode.DRAINING, Text.DRAINING.en)
 
 
 async def test_last_words_wait_for_room_as_all_else_does() -> None:
     socket = PlayedSocket(room=0)
     pump = pump_on(socket)
-    pump.finish(Close.DRAINING, heartbeat())
+    pump.finish(CloseCode.DRAINING, heartbeat())
     await a_tick()
     assert socket.ended is None
     socket.reads()
@@ -307,7 +307,7 @@ async def test_a_defect_ends_this_socket_with_words_for_the_person(monkeypatch: 
     pump.follow(Cursor(reply))
     reply.append("a")
     await a_tick()
-    assert socket.ended == (Close.INTERNAL_ERROR, Text.INTERNAL.en)
+    assert socket.ended == (CloseCode.INTERNAL_ERROR, Text.INTERNAL.en)
 
 
 # Any order

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imstream.texts import DEFAULT_LANG, Text, choose_lang, say
+from imstream.texts import DEFAULT_LANG, Text, choose_lang, localize
 
 
 def braces(sentence: str) -> set[str]:
@@ -33,12 +33,12 @@ def test_no_two_situations_are_told_alike() -> None:
 
 
 def test_braces_are_filled_in() -> None:
-    assert say(Text.WELCOME, "zh", user_id=10001) == "用户标识: 10001 登录成功"
-    assert say(Text.WELCOME, "en", user_id=10001) == "User id 10001: logged in"
+    assert localize(Text.WELCOME, "zh", user_id=10001) == "用户标识: 10001 登录成功"
+    assert localize(Text.WELCOME, "en", user_id=10001) == "User id 10001: logged in"
 
 
 def test_what_is_filled_in_may_hold_braces() -> None:
-    assert say(Text.BAD_FRAME, "en", problem="{0} {x} {") == "The message is not valid: {0} {x} {"
+    assert localize(Text.BAD_FRAME, "en", problem="{0} {x} {") == "The message is not valid: {0} {x} {"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from imstream.cli import up, up_plan
 from imstream.errors import SettingsError
 from imstream.settings import Settings
-from imstream.urls import RedisUrl, without_password
+from imstream.urls import RedisUrl, redact_url
 from tests.support.processes import free_port
 
 READ = {
@@ -35,13 +35,13 @@ READ = {
 @pytest.mark.parametrize("url", READ)
 def test_an_address_says_what_stands_where(url: str) -> None:
     read = RedisUrl.parse(url)
-    assert (read.topology, read.servers, read.service, read.of_server(*read.servers[0])) == READ[url]
+    assert (read.topology, read.servers, read.service, read.server_url(*read.servers[0])) == READ[url]
 
 
 def test_the_sentinels_may_ask_for_a_login_of_their_own() -> None:
     read = RedisUrl.parse("redis+sentinel://me:hush@a/m?sentinel_username=you&sentinel_password=p%26w&client_name=x")
     assert read.sentinel_login == {"username": "you", "password": "p&w"}
-    assert read.of_server("b", 1) == "redis://me:hush@b:1/0?client_name=x"
+    assert read.server_url("b", 1) == "redis://me:hush@b:1/0?client_name=x"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_wrong_address_is_refused_at_the_start_with_its_name_and_what_is_allow
 def test_the_password_may_be_in_a_file_that_need_not_be_there_yet() -> None:
     read = RedisUrl.parse("redis://me@host/1?password_file=.imstream/a%20b&client_name=x")
     assert read.password_file == Path(".imstream/a b")
-    assert read.of_server("host", 1) == "redis://me@host:1/1?client_name=x"
+    assert read.server_url("host", 1) == "redis://me@host:1/1?client_name=x"
     assert RedisUrl.parse("redis://me@host").password_file is None
     for both in ("redis://me:hush@host?password_file=f", "redis://host?password=hush&password_file=f"):
         with pytest.raises(SettingsError, match="a password or password_file, not both") as refused:
@@ -110,7 +110,7 @@ SHOWN = {
 
 @pytest.mark.parametrize("url", SHOWN)
 def test_addresses_are_shown_without_their_password(url: str) -> None:
-    assert without_password(url) == SHOWN[url]
+    assert redact_url(url) == SHOWN[url]
 
 
 @pytest.mark.parametrize(

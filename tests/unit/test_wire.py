@@ -1,4 +1,4 @@
-"""The frames of the wire: what goes in comes out, and whatever a client sends is either a frame or a `BadFrame`."""
+"""The frames of the wire: what goes in comes out, and whatever a client sends is either a frame or a `InvalidFrame`."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from imstream.wire import (
     MAX_RESUMED,
     MAX_USER_ID,
     MIN_USER_ID,
-    BadFrame,
     ClientCancel,
     ClientChat,
     ClientFrame,
     ClientHeartbeat,
     ClientInit,
-    Close,
+    CloseCode,
     Code,
     Event,
     FrameLimits,
+    InvalidFrame,
     MsgType,
     ResumePoint,
     ServerFrame,
     Turn,
     encode_delta,
     now_ms,
-    parse,
+    parse_frame,
     parse_user_id,
 )
 
@@ -126,11 +126,11 @@ NEARLY_FRAMES = st.fixed_dictionaries(
 """Objects with the right fields, of which any may be missing or wrong."""
 
 
-def refusal(text: str) -> BadFrame | None:
+def refusal(text: str) -> InvalidFrame | None:
     """Why it is not a frame; None when it is one."""
     try:
-        parse(text)
-    except BadFrame as error:
+        parse_frame(text)
+    except InvalidFrame as error:
         return error
     return None
 
@@ -140,9 +140,9 @@ def refusal(text: str) -> BadFrame | None:
 
 @given(CLIENT_FRAMES)
 def test_every_frame_of_a_client_is_read_as_it_was_meant(frame: ClientFrame) -> None:
-    assert parse(frame.model_dump_json(by_alias=True)) == frame
-    assert parse(frame.model_dump_json(by_alias=True, exclude_none=True)) == frame
-    assert parse(json.dumps(frame.model_dump(by_alias=True), ensure_ascii=True)) == frame
+    assert parse_frame(frame.model_dump_json(by_alias=True)) == frame
+    assert parse_frame(frame.model_dump_json(by_alias=True, exclude_none=True)) == frame
+    assert parse_frame(json.dumps(frame.model_dump(by_alias=True), ensure_ascii=True)) == frame
 
 
 @given(SERVER_FRAMES)
@@ -156,7 +156,7 @@ def test_every_frame_of_the_server_is_read_as_it_was_meant(frame: ServerFrame) -
 @given(CLIENT_FRAMES, st.dictionaries(TEXTS.filter(lambda name: name not in WIRE_FIELDS), HARMLESS_JSON))
 def test_fields_that_nobody_knows_are_ignored(frame: ClientFrame, more: dict[str, object]) -> None:
     text = json.dumps(frame.model_dump(by_alias=True) | more)
-    assert parse(text, FrameLimits(depth=20)) == frame
+    assert parse_frame(text, FrameLimits(depth=20)) == frame
 
 
 @pytest.mark.parametrize("name", ["user_id", "msg_type"])
@@ -169,7 +169,7 @@ def test_the_names_that_fields_have_in_python_are_not_those_of_the_wire(name: st
 
 
 def test_a_bare_ping_is_a_heartbeat() -> None:
-    assert parse("PING") == ClientHeartbeat(msg_type="HEARTBEAT")
+    assert parse_frame("PING") == ClientHeartbeat(msg_type="HEARTBEAT")
     assert refusal("ping") is not None
 
 
@@ -201,7 +201,7 @@ def test_text_that_is_no_unicode_is_refused_by_both_alike(before: str, surrogate
         ServerFrame(msg_type=MsgType.CHAT, contents=text).encode()
 
 
-# Whatever comes, it is a frame or a BadFrame that names the field
+# Whatever comes, it is a frame or a InvalidFrame that names the field
 
 
 @given(st.text() | st.binary().map(lambda data: data.decode("latin-1")) | JSON.map(json.dumps))
@@ -297,10 +297,10 @@ def _nested(depth: int, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["lists", "objects"])
 def test_a_frame_nests_up_to_its_limit(kind: str) -> None:
     for limit in (4, 8):
-        assert parse(_nested(limit, kind), FrameLimits(depth=limit)).msg_type == "HEARTBEAT"
+        assert parse_frame(_nested(limit, kind), FrameLimits(depth=limit)).msg_type == "HEARTBEAT"
         for depth in (limit + 1, 150, 900, 5_000, 60_000):
-            with pytest.raises(BadFrame, match=f"nested deeper than {limit} levels"):
-                parse(_nested(depth, kind), FrameLimits(depth=limit))
+            with pytest.raises(InvalidFrame, match=f"nested deeper than {limit} levels"):
+                parse_frame(_nested(depth, kind), FrameLimits(depth=limit))
 
 
 def _values(value: Any) -> int:  # noqa: ANN401 - whatever JSON holds
@@ -328,19 +328,19 @@ def test_a_text_has_as_many_values_as_its_limit_whatever_its_strings_hold(value:
 
 def test_a_full_history_fits_with_fields_that_nobody_knows_and_more_is_refused() -> None:
     turn = {"role": "user", "content": "x", "id": 1, "at": 2}
-    assert parse(_chat(history=[turn] * 200)).msg_type == "CHAT"
+    assert parse_frame(_chat(history=[turn] * 200)).msg_type == "CHAT"
     too_much: list[list[Any]] = [[{}] * 21_000, [turn] * 1_000, [1] * 30_000]
     for wrong in too_much:
-        with pytest.raises(BadFrame, match="more than 1112 values"):
-            parse(_chat(history=wrong))
-    with pytest.raises(BadFrame, match="history: more than 200 turns"):
-        parse(_chat(history=[{}] * 500))  # whatever is wrong with them
-    with pytest.raises(BadFrame, match="userId"):
-        parse(_chat(history=[{}] * 500, userId=7))
+        with pytest.raises(InvalidFrame, match="more than 1112 values"):
+            parse_frame(_chat(history=wrong))
+    with pytest.raises(InvalidFrame, match="history: more than 200 turns"):
+        parse_frame(_chat(history=[{}] * 500))  # whatever is wrong with them
+    with pytest.raises(InvalidFrame, match="userId"):
+        parse_frame(_chat(history=[{}] * 500, userId=7))
 
 
 def test_brackets_in_a_text_are_no_nesting() -> None:
-    chat = parse(
+    chat = parse_frame(
         _chat(contents="[[[[[[[{{{{{{{{", history=[{"role": "user", "content": "[{"}] * 20), FrameLimits(depth=3)
     )
     assert chat.msg_type == "CHAT"
@@ -348,10 +348,10 @@ def test_brackets_in_a_text_are_no_nesting() -> None:
 
 def test_a_message_has_as_many_turns_as_its_limit() -> None:
     turns = [{"role": "user", "content": "x"}] * 4
-    assert parse(_chat(history=turns), FrameLimits(history=4)).msg_type == "CHAT"
-    assert parse(_chat(), FrameLimits(history=0)).msg_type == "CHAT"
-    with pytest.raises(BadFrame, match="history: more than 3 turns"):
-        parse(_chat(history=turns), FrameLimits(history=3))
+    assert parse_frame(_chat(history=turns), FrameLimits(history=4)).msg_type == "CHAT"
+    assert parse_frame(_chat(), FrameLimits(history=0)).msg_type == "CHAT"
+    with pytest.raises(InvalidFrame, match="history: more than 3 turns"):
+        parse_frame(_chat(history=turns), FrameLimits(history=3))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_what_only_an_attacker_sends_is_refused_and_named(text: str, field: str,
 
 def test_what_looks_like_it_is_taken() -> None:
     for contents in ("\\u0000", "\\\\u0000 \\ud800", "😀 \x7f \u202e"):
-        chat = parse(_chat(contents=contents))
+        chat = parse_frame(_chat(contents=contents))
         assert isinstance(chat, ClientChat)
         assert chat.contents == contents
 
@@ -431,17 +431,17 @@ def test_a_user_id_in_the_address_is_digits_and_nothing_else(text: str | None) -
 
 
 def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:
-    reconnect = {Close.DRAINING, Close.NODE_FULL, Close.NO_HEARTBEAT, Close.READER_TOO_SLOW}
+    reconnect = {CloseCode.DRAINING, CloseCode.NODE_FULL, CloseCode.NO_HEARTBEAT, CloseCode.READER_TOO_SLOW}
     never = {
-        Close.NOT_AUTHENTICATED,
-        Close.BAD_USER_ID,
-        Close.REPLACED,
-        Close.LOCKED,
-        Close.TOO_MANY_CONNECTIONS,
+        CloseCode.NOT_AUTHENTICATED,
+        CloseCode.BAD_USER_ID,
+        CloseCode.REPLACED,
+        CloseCode.LOCKED,
+        CloseCode.TOO_MANY_CONNECTIONS,
     }
     assert all(code in {1012, 1013} or 4000 <= code < 4500 for code in reconnect)
     assert all(4500 <= code < 5000 for code in never)
-    assert set(Close) == reconnect | never | {Close.FRAME_TOO_BIG, Close.INTERNAL_ERROR}
+    assert set(CloseCode) == reconnect | never | {CloseCode.FRAME_TOO_BIG, CloseCode.INTERNAL_ERROR}
 
 
 def test_the_time_of_a_frame_is_milliseconds_since_1970() -> None:

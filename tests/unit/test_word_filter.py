@@ -17,7 +17,7 @@ from imstream.guards.guard import GuardRejection, Reject
 from imstream.guards.words.normalization import HEAVY, SPACE, normalise
 from imstream.guards.words.word_filter import WordFilter, has_word, mask
 from imstream.guards.words.word_list import MAX_GAP, WordList
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 from tests.support.slow_words import slowly_masked
 from tests.support.tiers import examples
@@ -226,7 +226,7 @@ def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once_by_any_list(
 @settings(max_examples=examples(300))
 @given(st.lists(_ATOMS, max_size=20).map("".join), st.lists(st.integers(0, 200)))
 def test_an_answer_with_a_word_is_refused_before_anything_of_it_is_shown(text: str, cuts: list[int]) -> None:
-    no = Reject("words_answer", Code.FORBIDDEN, OwnSentence("不", "No"))
+    no = Reject("words_answer", Code.FORBIDDEN, Sentence("不", "No"))
     shown, refused = "", False
     try:
         for piece in _streamed(text, cuts, LIST, no):

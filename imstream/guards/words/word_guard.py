@@ -21,7 +21,7 @@ from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, 
 from imstream.guards.words.word_file import read, stamp_of
 from imstream.guards.words.word_filter import WordFilter, has_word, mask
 from imstream.model import ChatRequest
-from imstream.texts import OwnSentence
+from imstream.texts import Sentence
 from imstream.wire import Code
 
 log = structlog.get_logger()
@@ -35,7 +35,7 @@ LOOK = timedelta(seconds=1)
 IN_MESSAGE = Reject(
     "words",
     Code.FORBIDDEN,
-    OwnSentence(
+    Sentence(
         "消息中含有不允许的词语,请修改后再发送!",
         "The message contains words that are not allowed here. Please change it and send it again!",
     ),
@@ -44,7 +44,7 @@ IN_MESSAGE = Reject(
 IN_HISTORY = Reject(
     "words_history",
     Code.FORBIDDEN,
-    OwnSentence(
+    Sentence(
         "之前的对话中含有不允许的词语,请开始新的对话!",
         "Earlier in this conversation there are words that are not allowed here. Please begin a new one!",
     ),
@@ -52,7 +52,7 @@ IN_HISTORY = Reject(
 IN_ANSWER = Reject(
     "words_answer",
     Code.FORBIDDEN,
-    OwnSentence(
+    Sentence(
         "回答中出现了不允许的词语,已停止",
         "The answer was stopped, because it came to words that are not allowed here",
     ),
