@@ -1,16 +1,16 @@
-"""Every error imstream raises, as one tree.
+"""Every error that imstream raises, as one tree.
 
 ImstreamError
-├── SettingsError            a setting has a wrong value; the text names it
+├── SettingsError            a setting has an invalid value; the text names it
 ├── NodeTaken                another process runs the node with this id
-├── StoreError               something about Redis
-│   ├── StoreUnavailable     not reached in time; whether the command was carried out is unknown
-│   │   └── StoreDenied      the login or a permission is denied, until an operator has seen to it
-│   ├── StoreFull            Redis is out of memory and refused to write; nothing was written
-│   └── StoreRefused         Redis refused the command for another reason
-└── BackendError             something about the AI backend; carries a `reason` for the dead stream
-    ├── TransientBackendError   may succeed when tried again, perhaps not before `retry_after`
-    └── PermanentBackendError   will never succeed: the request itself is refused
+├── StoreError               Redis
+│   ├── StoreUnavailable     not reached in time; the command may or may not have been executed
+│   │   └── StoreDenied      login or permission denied, until an operator changes it
+│   ├── StoreFull            out of memory; nothing was written
+│   └── StoreRefused         the command failed for another reason
+└── BackendError             the AI backend; `reason` goes into the dead stream
+    ├── TransientBackendError   a retry may succeed, perhaps not before `retry_after`
+    └── PermanentBackendError   a retry cannot succeed: the request itself is refused
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from datetime import timedelta
 
 
 class ImstreamError(Exception):
-    """Anything that is wrong and that imstream knows how to say."""
+    """An error whose text is meant for an operator or user, without a traceback."""
 
 
 class SettingsError(ImstreamError):
-    """A setting has a wrong value. The text names the setting, the value and what is allowed."""
+    """A setting is invalid. The text names the setting, the value and what is allowed."""
 
 
-class NodeTaken(ImstreamError):  # noqa: N818 - reads as the state that it names
-    """Another process runs the node with this id. The text says which."""
+class NodeTaken(ImstreamError):  # noqa: N818 - a state, as are the errors below
+    """Another process runs the node with this id. The text names the process."""
 
     def __init__(self, node: str, address: str, pid: int, host: str) -> None:
         super().__init__(
@@ -37,32 +37,31 @@ class NodeTaken(ImstreamError):  # noqa: N818 - reads as the state that it names
 
 
 class StoreError(ImstreamError):
-    """Redis did not do what it was asked."""
+    """A Redis command failed."""
 
 
-class StoreUnavailable(StoreError):  # noqa: N818 - reads as the state that it names
-    """Redis was not reached, or did not answer in time. The command may or may not have been carried out."""
+class StoreUnavailable(StoreError):  # noqa: N818 - same
+    """Redis was not reached, or did not answer in time. The command may or may not have been executed."""
 
 
 class StoreDenied(StoreUnavailable):
-    """Redis does not let us in, or denies the user a command or a key. As good as not being there until an operator has
-    seen to it, and then as if it was back. The text is Redis' own and says where to look."""  # noqa: D205, D209 - one thought
+    """Redis denies the login, a command or a key, which counts as unavailable. The text is Redis' own."""
 
 
-class StoreFull(StoreError):  # noqa: N818 - reads as the state that it names
-    """Redis is at `maxmemory` and refused the write. Nothing was written; reading and deleting still work."""
+class StoreFull(StoreError):  # noqa: N818 - same
+    """Redis is at `maxmemory`. Nothing was written; reads and deletes still work."""
 
 
-class StoreRefused(StoreError):  # noqa: N818 - reads as the state that it names
-    """Redis refused the command: a missing group, a key of another type. The text is Redis' own."""
+class StoreRefused(StoreError):  # noqa: N818 - same
+    """The command is invalid here, such as a missing group or a key of another type. The text is Redis' own."""
 
 
 class BackendError(ImstreamError):
-    """The AI backend gave no whole answer.
+    """The AI backend gave no complete answer.
 
     Attributes:
-        reason: A stable word for logs, tests and the dead stream, such as `http_503` or `first_token_timeout`.
-        detail: One line for an operator: what the backend said, shortened.
+        reason: Stable identifier for logs, tests and the dead stream, such as `http_503` or `first_token_timeout`.
+        detail: One line for operators: the backend's own words, shortened.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -72,11 +71,7 @@ class BackendError(ImstreamError):
 
 
 class TransientBackendError(BackendError):
-    """The same call may succeed later: no connection, a time limit, 429, 5xx, a broken stream.
-
-    Attributes:
-        retry_after: How long the backend asked to be left alone, when it said so.
-    """
+    """A retry may succeed: no connection, time-out, 429, 5xx, cut stream. The backend may ask for a `retry_after`."""
 
     def __init__(self, reason: str, detail: str = "", *, retry_after: timedelta | None = None) -> None:
         super().__init__(reason, detail)
@@ -84,4 +79,4 @@ class TransientBackendError(BackendError):
 
 
 class PermanentBackendError(BackendError):
-    """The same call can never succeed: the backend refuses the request itself (most 4xx, context too long)."""
+    """A retry cannot succeed: the backend refuses this request (most 4xx, context too long)."""

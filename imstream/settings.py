@@ -149,9 +149,7 @@ class Settings(SettingsGroup):
     redis_connections: int = Field(4, ge=1, le=64, description="Connections that carry the node's Redis commands.")
     key_prefix: str = Field("im", pattern=r"^[A-Za-z0-9._-]{1,32}$", description="Prefix of every Redis key.")
 
-    ai_url: HttpUrl = Field(
-        SecretUrl("http://127.0.0.1:8090/v1"), description="OpenAI-compatible base URL, ending in /v1."
-    )
+    ai_url: HttpUrl = Field(SecretUrl("http://127.0.0.1:8090/v1"), description="OpenAI-compatible base URL, with /v1.")
     ai_model: str = Field("demo", min_length=1, description="Model name sent to the AI backend.")
     ai_key: SecretStr | None = Field(None, description="API key of the AI backend, sent as a bearer token.")
     ai_connect_timeout: Positive = Field(timedelta(seconds=5), description="Time limit for connecting to the backend.")
@@ -180,46 +178,30 @@ class Settings(SettingsGroup):
     read_block: Positive = Field(timedelta(seconds=1), description="How long one XREADGROUP blocks.")
     sweep_interval: Positive = Field(timedelta(seconds=5), description="Time between two sweeps for orphaned requests.")
     lease: Positive = Field(timedelta(seconds=10), description="How long a node counts as alive after a renewal.")
-    retire_after: Positive = Field(
-        timedelta(hours=1), description="How long a dead node without requests stays in the directory."
-    )
+    retire_after: Positive = Field(timedelta(hours=1), description="How long a dead, empty node stays listed.")
 
-    auth: Literal["none", "jwt"] = Field(
-        "none", description="How users are authenticated; with none, the node listens on loopback only."
-    )
+    auth: Literal["none", "jwt"] = Field("none", description="How users are authenticated; none: loopback only.")
     auth_algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = Field(
         "HS256", description="The only signature algorithm that is accepted."
     )
     auth_secret: SecretStr | None = Field(None, description="Secret of HS256, at least 32 bytes.")
     auth_public_key: Annotated[Path | None, _EmptyIsUnset] = Field(
-        None, description="PEM file with the public key of the other algorithms."
+        None, description="PEM file of the other algorithms."
     )
     auth_jwks_url: Annotated[HttpUrl | None, _EmptyIsUnset] = Field(
-        None, description="URL of a JSON Web Key Set with the public keys; https, or http on loopback."
+        None, description="URL of a key set (JWKS); https, or http on loopback."
     )
-    auth_jwks_allow_http: bool = Field(
-        default=False, description="Fetch the key set over unencrypted http from other machines too."
-    )
+    auth_jwks_allow_http: bool = Field(default=False, description="Fetch the key set by http from other machines too.")
     auth_keys_max_age: Annotated[Duration, Field(ge=timedelta(seconds=1))] = Field(
         timedelta(hours=1), description="How long a key set is used after its last successful fetch."
     )
     auth_claim: str = Field("sub", min_length=1, description="Token claim that holds the user id.")
-    auth_issuer: Annotated[str | None, _EmptyIsUnset] = Field(
-        None, description="Required iss of a token; empty accepts any issuer."
-    )
-    auth_audience: Annotated[str | None, _EmptyIsUnset] = Field(
-        None, description="Required aud of a token; empty accepts only tokens without an audience."
-    )
-    auth_max_lifetime: Positive = Field(
-        timedelta(days=1), description="Maximum time from a token's iat, or from now, to its exp."
-    )
+    auth_issuer: Annotated[str | None, _EmptyIsUnset] = Field(None, description="Required iss; empty: any.")
+    auth_audience: Annotated[str | None, _EmptyIsUnset] = Field(None, description="Required aud; empty: no aud.")
+    auth_max_lifetime: Positive = Field(timedelta(days=1), description="Maximum time from iat, or now, to exp.")
     auth_leeway: Duration = Field(timedelta(seconds=5), description="Clock skew that exp and nbf tolerate.")
-    auth_warning: Positive = Field(
-        timedelta(seconds=30), description="How long before a token expires its client is asked for a new one."
-    )
-    allow_insecure: bool = Field(
-        default=False, description="Listen beyond loopback although clients are not authenticated."
-    )
+    auth_warning: Positive = Field(timedelta(seconds=30), description="How long before exp a new token is asked for.")
+    allow_insecure: bool = Field(default=False, description="Listen beyond loopback without authentication.")
     origins: str = Field(
         "same", description="Origins that may open sockets, comma-separated: same (host), null (file), *, or origins."
     )
@@ -237,12 +219,8 @@ class Settings(SettingsGroup):
     )
     init_timeout: Positive = Field(timedelta(seconds=10), description="Time limit for INIT on a new socket.")
     idle_timeout: Positive = Field(timedelta(seconds=75), description="Silence after which a socket is closed (4001).")
-    stall_timeout: Positive = Field(
-        timedelta(seconds=10), description="How long a client may not read before its socket is closed (4002)."
-    )
-    handshake_timeout: Positive = Field(
-        timedelta(seconds=10), description="Time limit for a handshake or an HTTP request."
-    )
+    stall_timeout: Positive = Field(timedelta(seconds=10), description="How long a client may not read before 4002.")
+    handshake_timeout: Positive = Field(timedelta(seconds=10), description="Time limit of a handshake or HTTP request.")
     heartbeat: Annotated[Positive, AfterValidator(_validate_heartbeat)] = Field(
         timedelta(seconds=25), description="Heartbeat interval announced to clients."
     )
@@ -258,10 +236,10 @@ class Settings(SettingsGroup):
 
     daily_quota: int = Field(0, ge=0, description="Messages of a user per day, on all nodes; 0 is unlimited.")
     quota_timezone: Annotated[str, AfterValidator(validate_timezone)] = Field(
-        "UTC", description="Time zone of the quota's day, such as Asia/Shanghai."
+        "UTC", description="Time zone of the quota's day."
     )
     violation_window: Positive = Field(
-        timedelta(minutes=10), description="Violations are forgotten after this time without a new one."
+        timedelta(minutes=10), description="Violations are forgotten after this time without one."
     )
     lock_after: int = Field(3, ge=0, description="Violations after which an account is locked; 0: never.")
     lock_time: Positive = Field(timedelta(hours=1), description="How long such an account is locked.")
@@ -269,9 +247,7 @@ class Settings(SettingsGroup):
 
     words: Path | None = Field(None, description="File of unwanted words, one per line.")
     words_action: Literal["refuse", "mask"] = Field("refuse", description="What happens to a text with such a word.")
-    moderation_url: HttpUrl | None = Field(
-        None, description="OpenAI-compatible base URL of a moderation service, ending in /v1."
-    )
+    moderation_url: HttpUrl | None = Field(None, description="OpenAI-compatible base URL that moderates, with /v1.")
     moderation_key: SecretStr | None = Field(None, description="Its API key, sent as a bearer token.")
     moderation_model: str = Field("omni-moderation-latest", min_length=1, description="Model name sent to it.")
     moderation_timeout: Positive = Field(timedelta(seconds=3), description="Time limit of one moderation call.")

@@ -1,10 +1,7 @@
-"""JSON from strangers: what is no JSON, or holds what only an attacker or a defect sends, is refused and named.
+"""Strict parser for untrusted JSON. All work is linear in the length of the text.
 
-Python's decoder and not pydantic's, because it tells of each object and number while it reads. It takes 3 µs more for
-a usual frame.
-
-All work on a text is linear in its length, and a text with too many values is refused before it is decoded: a value
-costs much more than a character.
+It uses Python's decoder and not pydantic's, because its hooks see each object and number (3 µs more for a usual frame).
+A text with too many values is rejected before it is decoded, because a value costs much more than a character.
 """
 
 from __future__ import annotations
@@ -16,62 +13,54 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 MAX_NUMBER = 64
-"""Most characters of a number. To read one with 10,000 digits takes longer than the whole frame may."""
-
+"""Maximum characters of a number; one with 10,000 digits takes too long to convert."""
 
 _CONTAINERS = (dict, list)
-_NO_MARKS = bytes(set(range(256)) - set(b",[{"))
+_NOT_COUNTED = bytes(set(range(256)) - set(b",[{"))
 
 
-class InvalidJson(ValueError):  # noqa: N818 - their fault, not an error of ours
-    """A text is not JSON, or not of a kind that is taken. The text of the error is for a person."""
+class InvalidJson(ValueError):  # noqa: N818 - the client's fault
+    """The text is not JSON, or not accepted here. The error text is for a person."""
 
 
 class InvalidNumber(InvalidJson):
-    """It has a number that is none, or one that no program could use."""
+    """NaN, Infinity, or a number that is too long or too large."""
 
 
 def parse_json(text: str, *, max_depth: int, max_values: int) -> object:
-    """The value that a JSON text stands for.
-
-    Args:
-        text: The text.
-        max_depth: Most arrays and objects within each other.
-        max_values: Most items of arrays and objects together, with the arrays and objects themselves.
+    """Parse a JSON text with at most `max_depth` nested containers and `max_values` items and containers.
 
     Raises:
-        BadJson: It is not JSON; or it holds too many values, nests too deep, or has a key twice, NUL, or half of a
-            surrogate pair.
-        BadNumber: It has NaN, Infinity, or a number beyond all bounds.
+        InvalidJson: Not JSON, too many values, too deep, a duplicate key, NUL, or half of a surrogate pair.
+        InvalidNumber: NaN, Infinity, or a number that is too long or too large.
     """
-    if len(text) > max_values and _holds_more(text, max_values):
-        raise InvalidJson(f"more than {max_values} values, or {_too_deep(max_depth)}")
+    if len(text) > max_values and _has_more_values(text, max_values):
+        raise InvalidJson(f"more than {max_values} values, or nested deeper than {max_depth} levels")
     try:
         value: object = _DECODER.decode(text)
     except JSONDecodeError as error:
         raise InvalidJson(f"not valid JSON: {error}") from None
     except RecursionError:
-        raise InvalidJson(_too_deep(max_depth)) from None
+        raise InvalidJson(f"nested deeper than {max_depth} levels") from None
     if _is_deeper(value, max_depth):
-        raise InvalidJson(_too_deep(max_depth))
-    if "\\u" in text:  # otherwise it has no characters but those that a socket lets through
+        raise InvalidJson(f"nested deeper than {max_depth} levels")
+    if "\\u" in text:  # else every character came through the UTF-8 check of the socket
         _check_characters(value)
     return value
 
 
-def _holds_more(text: str, limit: int) -> bool:
-    """Whether there are more commas and opening brackets outside of strings; without decoding anything."""
+def _has_more_values(text: str, limit: int) -> bool:
+    """Count commas and opening brackets outside of strings, without decoding."""
     data = text.encode(errors="replace")
-    if _count_marks(data) <= limit:
+    if len(data.translate(None, _NOT_COUNTED)) <= limit:
         return False
-    # Each quote that is left begins or ends a string. To replace by as many bytes is quicker than to remove.
+    # Now each quote begins or ends a string. Replacing by the same number of bytes is faster than removing.
     plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-    # A value has one string at most, and perhaps a name. To split at more quotes would take long, too.
-    return plain.count(b'"') > 4 * (limit + 1) or _count_marks(b"".join(plain.split(b'"')[::2])) > limit
-
-
-def _count_marks(data: bytes) -> int:
-    return len(data.translate(None, _NO_MARKS))
+    # A value has at most one string and one name, so more quotes are too many values; splitting there would be slow.
+    if plain.count(b'"') > 4 * (limit + 1):
+        return True
+    outside = b"".join(plain.split(b'"')[::2])
+    return len(outside.translate(None, _NOT_COUNTED)) > limit
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,22 +81,24 @@ def _integer(digits: str) -> int:
 def _fraction(digits: str) -> float:
     if len(digits) > MAX_NUMBER:
         raise InvalidNumber(f"a number has more than {MAX_NUMBER} digits")
-    # Not float(): correct rounding takes it up to 5 µs for digits that are chosen so, and this a tenth.
+    # float() rounds correctly, up to 5 µs for adversarial digits; this takes a tenth.
     number: float = from_json(digits)
     if not isfinite(number):
         raise InvalidNumber(f"the number {digits} is too large")
     return number
 
 
-def _no_number(name: str) -> float:
+def _reject_constant(name: str) -> float:
     raise InvalidNumber(f"not valid JSON: {name} is no number")
 
 
-_DECODER = JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_fraction, parse_constant=_no_number)
+_DECODER = JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_fraction, parse_constant=_reject_constant
+)
 
 
 def _is_deeper(value: object, limit: int) -> bool:
-    """Whether it nests deeper, looked at level by level: no recursion that a client could exhaust."""
+    """Check the nesting level by level, without recursion."""
     level: list[Any] = [value] if isinstance(value, _CONTAINERS) else []
     for _ in range(limit):
         members = (one.values() if isinstance(one, dict) else one for one in level)
@@ -118,14 +109,10 @@ def _is_deeper(value: object, limit: int) -> bool:
 
 
 def _check_characters(value: object) -> None:
-    """See that there is neither NUL nor half of a surrogate pair. Neither can be written as JSON as it is."""
+    """Reject NUL and halves of surrogate pairs."""
     try:
         written = to_json(value)
     except ValueError:
         raise InvalidJson("not valid Unicode: half of a surrogate pair") from None
     if b"\\u0000" in written.replace(b"\\\\", b""):
         raise InvalidJson("the character NUL is not taken")
-
-
-def _too_deep(limit: int) -> str:
-    return f"nested deeper than {limit} levels"

@@ -1,4 +1,4 @@
-"""The address of Redis: one server, servers watched by Sentinel, or a Redis Cluster. It is read here, not reached."""
+"""URLs of Redis (one server, Sentinel, Cluster), and URLs shown without their secrets. No I/O."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OPTIONS = (
     *("username", "password", "password_file", "client_name", "protocol"),
     *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"),
 )
-"""What may stand behind the question mark: options of redis-py that do not undo ours, such as its time limits."""
+"""Query options that are passed to redis-py; others could override settings such as time limits."""
 
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _CERT_REQS = ("required", "none")
@@ -55,14 +55,13 @@ _CERT_REQS = ("required", "none")
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """Where Redis is.
+    """A parsed Redis URL.
 
     Attributes:
-        topology: What stands there.
         servers: Host and port of the server, of each Sentinel, or of some nodes of the cluster.
-        service: For Sentinel: the name under which it knows the master.
-        sentinel_login: For Sentinel: user and password of the Sentinels themselves, where they were given.
-        password_file: File with the password, read for each connection; None when the address says all there is.
+        service: Sentinel's name of the master.
+        sentinel_login: User and password of the Sentinels themselves, if given.
+        password_file: File with the password, read for each connection.
     """
 
     topology: Topology
@@ -77,10 +76,10 @@ class RedisUrl:
 
     @classmethod
     def parse(cls, url: str | SecretUrl) -> RedisUrl:
-        """Read an address.
+        """Parse a URL.
 
         Raises:
-            ValueError: It is none. The text says what is allowed.
+            ValueError: The URL is invalid. The text says what is allowed.
         """
         match = _URL.fullmatch(url if isinstance(url, str) else url.get_secret_value())
         if match is None:
@@ -118,36 +117,32 @@ class RedisUrl:
         )
 
     def server_url(self, host: str, port: int) -> str:
-        """The address of one server of these, with the user, password, database and TLS that were given."""
+        """Build the URL of one server, with the user, password, database and TLS options of this URL."""
         shown = f"[{host}]" if ":" in host else host
         return f"{self._scheme}://{self._login}{shown}:{port}/{self._db}{self._query}"
 
 
 def validate_redis_url(url: SecretUrl) -> SecretUrl:
-    """The address itself.
-
-    Raises:
-        ValueError: It is none. The text says what is allowed.
-    """
+    """Return the URL, or raise `ValueError` saying what is allowed."""
     RedisUrl.parse(url)
     return url
 
 
 def redact_url(url: str) -> str:
-    """An address, of Redis or of anything else, without user and password, and without keys and the like behind `?`."""
+    """Remove user and password from any URL, and the values of secret parameters from its query."""
     return _SECRET_IN_QUERY.sub(r"\g<name>…", re.sub(r"(?<=//).*@", "", url))
 
 
-def _server(text: str, usual_port: int) -> tuple[str, int]:
+def _server(text: str, default_port: int) -> tuple[str, int]:
     match = _HOST.fullmatch(text)
-    port = int(match["port"] or usual_port) if match else 0
-    if match is None or not 0 < port < 65536:  # noqa: PLR2004 - TCP's
+    port = int(match["port"] or default_port) if match else 0
+    if match is None or not 0 < port < 65536:  # noqa: PLR2004 - TCP ports
         raise ValueError(ALLOWED)
     return match["host"].strip("[]"), port
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

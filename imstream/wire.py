@@ -1,6 +1,6 @@
-"""The frames of the wire, in both directions. JSON text frames; field names are those of the service replaced.
+"""The frames of the WebSocket protocol, as JSON text. Field names are those of the service that imstream replaces.
 
-`parse_frame` turns what a client sent into one of the `Client*` models; `ServerFrame` is all that a server says.
+`parse_frame` validates a client's frame; `ServerFrame` encodes every frame of the server. See ops/docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MAX_USER_ID = 2**53 - 1
 USER_ID_FIELD = "userId"
 
 SUBPROTOCOL = "imstream.v1.json"
-"""The name of this protocol in a WebSocket handshake. A client that names it may name its token beside it."""
+"""Subprotocol of the handshake. A client that offers it may offer its token as a second one."""
 
 MAX_RESUMED = 64
-"""Most messages one INIT may resume."""
+"""Maximum number of messages that one INIT may resume."""
 
 
 class Code(StrEnum):
-    """What kind of answer a frame is, for programs."""
+    """The `code` of a server frame: success, or the kind of error."""
 
     SUCCESS = "SUCCESS"
     SYSTEM_ERROR = "SYSTEM_ERROR"
@@ -57,7 +57,7 @@ class MsgType(StrEnum):
 
 
 class Event(StrEnum):
-    """The `event` of a CHAT frame. The last three are terminal: nothing follows them for that message."""
+    """The `event` of a CHAT frame. The last three are terminal."""
 
     ACCEPTED = "accepted"
     DELTA = "delta"
@@ -68,15 +68,15 @@ class Event(StrEnum):
 
 
 class CloseCode(IntEnum):
-    """Why a socket is closed. 1012, 1013 and 4000 to 4499: reconnect; 4500 to 4999: don't."""
+    """Why a socket is closed. Clients reconnect after 1012, 1013 and 4000 to 4499, but not after 4500 to 4999."""
 
     FRAME_TOO_BIG = 1009
     INTERNAL_ERROR = 1011
-    """Something unforeseen on our side: reconnect."""
+    """Unexpected error on the server: reconnect."""
     DRAINING = 1012
-    """The node is going away: reconnect now."""
+    """The node is shutting down: reconnect now."""
     NODE_FULL = 1013
-    """The node has too many sockets, or could log nobody in: reconnect later."""
+    """The node has too many sockets, or authentication is unavailable: reconnect later."""
     NO_HEARTBEAT = 4001
     READER_TOO_SLOW = 4002
     NOT_AUTHENTICATED = 4500
@@ -103,7 +103,7 @@ class Turn(_Frame):
 
 
 class ResumePoint(_Frame):
-    """How far a client got with one message: `offset` as it was last told, in `attempt`."""
+    """How far a client has read the reply to one message: the last `attempt` and `offset` that it received."""
 
     message_id: MessageId
     attempt: Count = 0
@@ -111,7 +111,7 @@ class ResumePoint(_Frame):
 
 
 class ClientInit(_Frame):
-    """Logs in. `resume` lists the messages the client has no terminal event for."""
+    """Login. `resume` lists the messages for which the client has no terminal event."""
 
     msg_type: Literal["INIT"]
     user_id: UserId
@@ -120,7 +120,7 @@ class ClientInit(_Frame):
 
 
 class ClientChat(_Frame):
-    """Asks the AI. Without `message_id` one is made up and told in `accepted`."""
+    """A question to the AI. Without `message_id`, the server generates one and returns it in `accepted`."""
 
     msg_type: Literal["CHAT"]
     user_id: UserId
@@ -130,7 +130,7 @@ class ClientChat(_Frame):
 
 
 class ClientCancel(_Frame):
-    """Stops one message of this user."""
+    """Cancellation of one message of this user."""
 
     msg_type: Literal["CANCEL"]
     user_id: UserId | None = None
@@ -138,7 +138,7 @@ class ClientCancel(_Frame):
 
 
 class ClientHeartbeat(_Frame):
-    """Says that the client is alive. The bare text `PING` means the same."""
+    """Heartbeat; the bare text `PING` is one too."""
 
     msg_type: Literal["HEARTBEAT"]
     user_id: UserId | None = None
@@ -150,13 +150,8 @@ _CLIENT_FRAME: TypeAdapter[ClientFrame] = TypeAdapter(Annotated[ClientFrame, Fie
 _PING = ClientHeartbeat(msg_type="HEARTBEAT")
 
 
-class InvalidFrame(Exception):  # noqa: N818 - their fault, not an error of ours
-    """A client's frame is not one of ours.
-
-    Attributes:
-        field: The field that is wrong, as it stands on the wire; empty when the whole frame is.
-        problem: What is wrong with it, for a person.
-    """
+class InvalidFrame(Exception):  # noqa: N818 - the client's fault
+    """A client's frame is invalid. `field` is the wire name of the invalid field, empty for the whole frame."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}" if field else problem)
@@ -166,24 +161,19 @@ class InvalidFrame(Exception):  # noqa: N818 - their fault, not an error of ours
 
 @dataclass(frozen=True, slots=True)
 class FrameLimits:
-    """How much a client's frame may hold; its length is limited before it is read.
-
-    Attributes:
-        depth: Most arrays and objects within each other.
-        history: Most turns in the history of one message.
-    """
+    """Maximum nesting, and maximum turns in `history`, of a client's frame. Its length is limited before."""
 
     depth: int = 8
     history: int = 200
 
     @property
     def values(self) -> int:
-        """Most values in the JSON of a frame: a full history or `resume`, and hundreds in fields that are not known."""
+        """Maximum values in the JSON of a frame: a full history or `resume`, and hundreds in unknown fields."""
         return 8 * MAX_RESUMED + 3 * self.history
 
 
 def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
-    """Read one text frame of a client.
+    """Parse one text frame of a client.
 
     Raises:
         InvalidFrame: It is not JSON, not a known frame, a field is invalid, or a limit is exceeded.
@@ -192,8 +182,10 @@ def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
         return _PING
     try:
         value = parse_json(text, max_depth=limits.depth, max_values=limits.values)
-        too_long = _empty_history_beyond(limits.history, value)
-        frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False)  # Python's names are not the wire's
+        history = value.get("history") if isinstance(value, dict) else None
+        if too_long := isinstance(history, list) and len(history) > limits.history:
+            history.clear()  # do not validate turns of a frame that is refused
+        frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False)  # only wire names
     except InvalidNumber as error:
         raise _field_of_bad_number(text) or InvalidFrame("", str(error)) from None
     except InvalidJson as error:
@@ -205,58 +197,49 @@ def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
     return frame
 
 
-def _empty_history_beyond(limit: int, value: object) -> bool:
-    """Empty a history that is too long; whether it was. Its turns need not be looked at any more."""
-    history = value.get("history") if isinstance(value, dict) else None
-    if not isinstance(history, list) or len(history) <= limit:
-        return False
-    history.clear()
-    return True
-
-
 def _field_of_bad_number(text: str) -> InvalidFrame | None:
-    """Which field has it; None when none that we know. Pydantic's own parser bears such numbers, up to a length."""
+    """Find the known field with this number, if any. Pydantic's own parser accepts such numbers, up to a length."""
     try:
         _CLIENT_FRAME.validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         return found if (found := _first_problem(error)).field else None
-    except UnicodeEncodeError:  # a lone surrogate that is not escaped, which no socket lets through
+    except UnicodeEncodeError:  # an unescaped lone surrogate, which cannot come over a socket
         return None
     return None
 
 
 def _first_problem(error: ValidationError) -> InvalidFrame:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    # A wrong user id weighs more than anything else that is wrong with the frame.
+    # An invalid user id is reported before any other problem.
     first = next((problem for problem in problems if problem["loc"][1:] == (USER_ID_FIELD,)), problems[0])
     if first["type"].startswith("union_tag"):
         return InvalidFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT")
-    # The location starts with the tag of the union, which is no field of the frame.
+    # The location starts with the tag of the union, which is not a field.
     return InvalidFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"])
 
 
 def parse_user_id(text: str | None) -> int | None:
-    """Read the `userId` of a URL; None when it is missing, not a number, or out of range."""
+    """Parse the `userId` of a URL. None if it is missing, not a number, or out of range."""
     if text is None or not (text.isascii() and text.isdecimal()) or len(text) > len(str(MAX_USER_ID)):
         return None
     return number if MIN_USER_ID <= (number := int(text)) <= MAX_USER_ID else None
 
 
 def now_ms() -> str:
-    """Wall-clock milliseconds since 1970, as the wire wants them."""
+    """Wall-clock milliseconds since 1970, as a string."""
     return str(time.time_ns() // 1_000_000)
 
 
 class ServerFrame(_Frame):
-    """All that a server says. Fields that do not apply are left out of the JSON.
+    """A frame of the server. Fields without a value are left out of the JSON.
 
     Attributes:
-        contents: Text for a person, or of the reply.
-        offset: Where the reply stands after this frame; opaque to clients, given back in `resume`.
-        attempt: The attempt the text belongs to, from 1.
-        position: Requests that wait for a worker up to and including this one; 1 is next.
-        remaining: Chats that the user has left today, where their number is limited.
-        heartbeat_ms: How often the client should be heard of.
+        contents: Text for a person, or text of the reply.
+        offset: Position in the reply after this frame; opaque to clients, returned in `resume`.
+        attempt: The attempt that the text belongs to, from 1.
+        position: Place in the queue; 1 is next.
+        remaining: Messages left of the daily quota.
+        heartbeat_ms: Interval at which the client should send heartbeats.
     """
 
     code: Code = Code.SUCCESS
@@ -282,10 +265,7 @@ class ServerFrame(_Frame):
 
 
 def encode_delta(message_id: str, *, attempt: int, offset: int, text: str) -> str:
-    """The JSON text of a `delta`, as `ServerFrame` would encode it, but written directly.
-
-    Nearly all frames are deltas, and a model costs ten times as much as this line. The ids need no escaping.
-    """
+    """Encode a `delta` exactly as `ServerFrame` does, at a tenth of the cost. Message ids need no escaping."""
     return (
         f'{{"code":"SUCCESS","respTime":"{now_ms()}","msgType":"CHAT","contents":{to_json(text).decode()},'
         f'"messageId":"{message_id}","event":"delta","attempt":{attempt},"offset":{offset}}}'

@@ -76,7 +76,7 @@ def check_log(node: OneNode) -> None:
     """A node has nothing to complain of."""
     node.check_log()
     # That lines were left out is how strangers cannot fill the log.
-    expected = (NO_IDENTITY, '"event": "log lines left out"')
+    expected = (NO_IDENTITY, '"event": "log lines dropped"')
     lines = [line for line in node.now.process.output().splitlines() if not any(one in line for one in expected)]
     complaints = [line for line in lines if '"level": "error"' in line or '"level": "warning"' in line]
     assert complaints == [], "strangers can fill the log"

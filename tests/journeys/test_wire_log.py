@@ -98,7 +98,7 @@ async def test_strangers_who_are_refused_cannot_fill_the_log_nor_give_it_orders(
         return [json.loads(line) for line in node.now.process.output()[before:].splitlines() if line.startswith("{")]
 
     def accounted() -> bool:
-        counts = [line["count"] for line in written() if line["event"] == "log lines left out"]
+        counts = [line["count"] for line in written() if line["event"] == "log lines dropped"]
         logged = [line for line in written() if line["event"] == "handshake refused"]
         return len(logged) + sum(map(int, counts)) == 150
 

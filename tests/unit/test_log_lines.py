@@ -113,7 +113,7 @@ async def test_of_lines_that_anybody_can_cause_only_some_are_written_and_the_oth
         nonlocal written
         written += capsys.readouterr().out
         events = [json.loads(line) for line in written.splitlines()]
-        return sum(event.get("count", 0) for event in events if event["event"] == "log lines left out")
+        return sum(event.get("count", 0) for event in events if event["event"] == "log lines dropped")
 
     await wait_until(counted, "the number of lines that were left out is logged")
     events = [json.loads(line) for line in written.splitlines()]
