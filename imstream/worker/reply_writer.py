@@ -58,7 +58,7 @@ class ReplyWriter:
     def leave(self) -> None:
         """Write no more. A reply that has not ended is left to whoever takes it up."""
         if self._is_ours and self._reply.terminal is None:
-            self._reply.release()
+            self._reply.has_writer = False
 
     @property
     def _is_ours(self) -> bool:

@@ -189,7 +189,7 @@ def test_a_record_is_older_than_what_a_worker_here_writes() -> None:
     reply = reply_with("abcdef")
     reply.load(Record(1, "abc", None))
     assert reply.text_from(0) == "abcdef"
-    reply.release()
+    reply.has_writer = False
     reply.load(Record(1, "abc", None))
     assert reply.text_from(0) == "abc"
 
@@ -202,7 +202,7 @@ def test_the_recorded_end_holds_whatever_a_worker_here_has_written() -> None:
     assert (reply.text_from(0), reply.terminal) == ("abc", CANCELLED)
 
 
-# The board
+# The buffers of a process
 
 
 def test_writer_and_followers_of_a_message_share_one_reply() -> None:
@@ -348,7 +348,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         """It drains, or has found out that it was overruled."""
         self.here = 0
         if self.reply.terminal is None:
-            self.reply.release()
+            self.reply.has_writer = False
 
     # Sessions
 
