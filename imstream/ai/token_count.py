@@ -116,7 +116,7 @@ def _load(file: Path) -> ModelTokenizer:
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415 - an extra that most do without
     except ImportError:
-        raise _refused(file, "needs the package tokenizers: pip install 'imstream[tokenizer]'") from None
+        raise _refused(file, "needs the package tokenizers: pip install 'imstream-server[tokenizer]'") from None
     try:
         return ModelTokenizer(Tokenizer.from_str(file.read_text("utf-8")))
     except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more precise

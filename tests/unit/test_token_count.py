@@ -90,5 +90,5 @@ def test_without_the_package_a_tokenizer_is_refused_and_the_way_to_it_told(
 ) -> None:
     file = trained(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(SettingsError, match=r"IMSTREAM_TOKENIZER=.*pip install 'imstream\[tokenizer\]'"):
+    with pytest.raises(SettingsError, match=r"IMSTREAM_TOKENIZER=.*pip install 'imstream-server\[tokenizer\]'"):
         make_token_counter(Settings(tokenizer=file))
