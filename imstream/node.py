@@ -16,6 +16,7 @@ import structlog
 from imstream import logs
 from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.breaker import Breaker
+from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
@@ -85,8 +86,9 @@ class Node:
         self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
         self.jobs = jobs = Jobs(settings, replies, buffers, inbox)
         following = ReplySync(settings, replies, buffers, registry)
-        self._guards = guards = GuardChain.make(GuardDeps(settings, commands, inbox))
-        prompter = Prompter(settings, backend)
+        assembler = PromptAssembler(settings)
+        self._guards = guards = GuardChain.make(GuardDeps(settings, commands, inbox, assembler))
+        prompter = Prompter(settings, backend, assembler)
         parts = WorkerDeps(
             settings, requests, replies, buffers, backend, prompter, Breaker(settings), guards, inbox, following.begun
         )

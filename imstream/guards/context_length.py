@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from imstream.ai.prompt.assembly import Assembly
+from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.texts import Sentence
@@ -21,18 +21,18 @@ class ContextLength(Guard):
 
     order: ClassVar[int] = 30
 
-    def __init__(self, assembly: Assembly) -> None:
-        self._assembly = assembly
+    def __init__(self, assembler: PromptAssembler) -> None:
+        self._assembler = assembler
 
     @classmethod
     def make(cls, supplies: GuardDeps) -> Self:
         """See `Guard.make`."""
-        return cls(Assembly(supplies.settings))
+        return cls(supplies.assembler)
 
     async def chat(self, request: ChatRequest) -> Allow | Reject:
         """See `Guard.chat`."""
-        excess = await self._assembly.excess(request)
+        excess = await self._assembler.excess(request)
         if excess is None:
             return ALLOW
-        values = {"tokens": excess.tokens, "possible": excess.possible}
+        values = {"tokens": excess.tokens, "possible": excess.limit}
         return Reject("context_too_long", Code.BAD_REQUEST, _SENTENCE, values)

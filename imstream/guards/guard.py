@@ -27,6 +27,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
+from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.model import ChatRequest
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
@@ -42,6 +43,7 @@ class GuardDeps:
     settings: Settings
     commands: RedisClient
     inbox: Inbox
+    assembler: PromptAssembler
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ NODE = Keys()
 RULES = TokenRules(Settings.load())
 _NOTHING = cast("Any", None)
 ORIGINS = [
-    cast("Origin", Origin.make(GuardDeps(Settings.load(origins=origins), _NOTHING, _NOTHING)))
+    cast("Origin", Origin.make(GuardDeps(Settings.load(origins=origins), _NOTHING, _NOTHING, _NOTHING)))
     for origins in ("same", "*", "https://chat.example.com")
 ]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from imstream.ai.backend import PromptMessage
-from imstream.ai.prompt.assembly import MESSAGE_TOKENS, PROMPT_TOKENS
-from imstream.ai.token_count import TokenEstimate
+from imstream.ai.prompt.assembler import MESSAGE_TOKENS, PROMPT_TOKENS
+from imstream.ai.prompt.token_count import TokenEstimate
 from imstream.errors import PermanentBackendError, TransientBackendError
 from tests.redis.workshop import USER, workshop
 from tests.support.servers import RedisServer

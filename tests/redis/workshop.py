@@ -16,6 +16,7 @@ import redis
 
 from imstream.ai.backend import Completion, PromptMessage
 from imstream.ai.breaker import Breaker
+from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.guards.chain import GuardChain
 from imstream.keys import GROUP, Keys
@@ -296,8 +297,9 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     requests, replies, buffers = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
     inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
     jobs, lease_keeper, begun = Jobs(known, replies, buffers, inbox), LeaseKeeper(leases, known), list[str]()
+    prompter = Prompter(known, backend, PromptAssembler(known))
     parts = WorkerDeps(
-        *(known, requests, replies, buffers, backend, Prompter(known, backend), Breaker(known), guards, inbox),
+        *(known, requests, replies, buffers, backend, prompter, Breaker(known), guards, inbox),
         begun=lambda reply: begun.append(reply.message_id),
     )
 

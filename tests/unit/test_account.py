@@ -89,7 +89,7 @@ def with_quota(accounts: PlayedAccounts, **more: Any) -> AccountWithQuota:  # no
 @pytest.mark.parametrize("quota", [0, 3])
 def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
     nothing = cast("Any", None)
-    guards = GuardChain.make(GuardDeps(Settings.load(daily_quota=quota), nothing, nothing))
+    guards = GuardChain.make(GuardDeps(Settings.load(daily_quota=quota), nothing, nothing, nothing))
     [one] = [guard for guard in guards if isinstance(guard, Account)]
     assert overrides(one, "login")
     assert (overrides(one, "chat"), overrides(one, "failed")) == (quota > 0, quota > 0)

@@ -39,7 +39,7 @@ def made(**settings: Any) -> TokenAuthentication:  # noqa: ANN401 - any setting
 
 def supplies(**settings: Any) -> GuardDeps:  # noqa: ANN401 - any setting
     nothing = cast("Any", None)
-    return GuardDeps(Settings.load(**{"auth": "jwt", **settings}), nothing, nothing)
+    return GuardDeps(Settings.load(**{"auth": "jwt", **settings}), nothing, nothing, nothing)
 
 
 def refusal(**settings: Any) -> str:  # noqa: ANN401 - any setting

@@ -18,7 +18,7 @@ from tests.support.tokens import SECRET
 
 def guard(**settings: Any) -> Exposure | None:  # noqa: ANN401 - any setting
     nothing = cast("Any", None)
-    return Exposure.make(GuardDeps(Settings.load(**settings), nothing, nothing))
+    return Exposure.make(GuardDeps(Settings.load(**settings), nothing, nothing, nothing))
 
 
 def may_come(one: Exposure | None, **headers: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import pytest
 
 import imstream.guards
+from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.errors import StoreUnavailable
 from imstream.guards.chain import ChatAllowed, GuardChain, LoginAccepted
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
@@ -174,7 +175,7 @@ class NoQuestions(Guard):
     monkeypatch.setattr(imstream.guards, "__path__", [*imstream.guards.__path__, str(tmp_path)])
     monkeypatch.setenv("IMSTREAM_QUESTIONS_END", "吗")
     nothing = cast("Any", None)
-    guards = GuardChain.make(GuardDeps(Settings(), nothing, nothing))
+    guards = GuardChain.make(GuardDeps(Settings(), nothing, nothing, PromptAssembler(Settings())))
     refused = await guards.chat(ChatRequest(10001, "m-1", "可以吗", (), "en", 0, "trace"))
     assert isinstance(refused, Reject)
     assert refused.reason == "question"

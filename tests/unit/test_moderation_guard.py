@@ -29,7 +29,7 @@ async def guarded(*scripts: Script, always: Script = flags_bad, **settings: Any)
     async with scripted_backend(always) as server:
         server.then(*scripts)
         given = {"moderation_url": server.url, "ai_breaker_pause": "100ms", **settings}
-        guard = Moderation.make(GuardDeps(Settings.load(**given), NOTHING, NOTHING))
+        guard = Moderation.make(GuardDeps(Settings.load(**given), NOTHING, NOTHING, NOTHING))
         assert guard is not None
         async with guard:
             yield _Guarded(guard, server)
@@ -54,7 +54,7 @@ class _Guarded:
 
 
 def test_without_an_address_there_is_no_moderation() -> None:
-    assert Moderation.make(GuardDeps(Settings.load(), NOTHING, NOTHING)) is None
+    assert Moderation.make(GuardDeps(Settings.load(), NOTHING, NOTHING, NOTHING)) is None
 
 
 async def test_what_is_flagged_is_refused_and_counts_as_a_violation() -> None:

@@ -19,7 +19,7 @@ PAGE_TOKEN = "shown by imstream up"  # noqa: S105 - of these tests
 
 def guard(origins: str, **settings: str) -> Origin | None:
     nothing = cast("Any", None)
-    return Origin.make(GuardDeps(Settings.load(origins=origins, **settings), nothing, nothing))
+    return Origin.make(GuardDeps(Settings.load(origins=origins, **settings), nothing, nothing, nothing))
 
 
 def may_come(

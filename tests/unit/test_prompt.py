@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.ai.backend import Completion, PromptMessage
-from imstream.ai.prompt.assembly import MESSAGE_TOKENS, PROMPT_TOKENS, Assembly, Excess
+from imstream.ai.prompt.assembler import MESSAGE_TOKENS, PROMPT_TOKENS, Excess, PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
-from imstream.ai.token_count import make_token_counter
+from imstream.ai.prompt.token_count import make_token_counter
 from imstream.errors import PermanentBackendError, SettingsError
 from imstream.model import ChatRequest
 from imstream.settings import Settings
@@ -37,7 +37,8 @@ class _Unasked:
 
 
 async def prompt(request: ChatRequest, **settings: Any) -> list[PromptMessage]:  # noqa: ANN401 - any setting
-    return await Prompter(Settings.load(**settings), _Unasked()).messages(request)
+    known = Settings.load(**settings)
+    return await Prompter(known, _Unasked(), PromptAssembler(known)).messages(request)
 
 
 # Who says what
@@ -130,7 +131,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("settings", "said"), WRONG)
 def test_what_makes_no_sense_is_refused_at_the_start(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError) as refused:
-        Assembly(Settings.load(**settings))
+        PromptAssembler(Settings.load(**settings))
     assert said in str(refused.value)
 
 
@@ -138,9 +139,9 @@ def test_a_file_that_is_not_utf8_and_two_system_prompts_are_refused(tmp_path: Pa
     file = tmp_path / "prompt.txt"
     file.write_bytes("你好".encode("gbk"))
     with pytest.raises(SettingsError, match=r"IMSTREAM_SYSTEM_PROMPT_FILE=.*it is not UTF-8"):
-        Assembly(Settings(system_prompt_file=file))
+        PromptAssembler(Settings(system_prompt_file=file))
     with pytest.raises(SettingsError, match=r"IMSTREAM_SYSTEM_PROMPT_FILE=.*IMSTREAM_SYSTEM_PROMPT is set too"):
-        Assembly(Settings(system_prompt_file=file, system_prompt="hello"))
+        PromptAssembler(Settings(system_prompt_file=file, system_prompt="hello"))
 
 
 # How much of it fits
@@ -199,19 +200,19 @@ def test_a_prompt_never_exceeds_the_budget_and_loses_only_its_oldest_turns(
     history: list[tuple[Role, str]], contents: str, system: str
 ) -> None:
     settings = Settings.load(system_prompt=system, **SMALL)
-    assembly = Assembly(settings)
+    assembler = PromptAssembler(settings)
     request = asked(*history, contents=contents)
-    plan = asyncio.run(assembly.plan(request))
+    plan = asyncio.run(assembler.plan(request))
     if isinstance(plan, Excess):
-        assert asyncio.run(assembly.excess(request)) == plan
+        assert asyncio.run(assembler.excess(request)) == plan
         return
-    assert asyncio.run(assembly.excess(request)) is None
-    dropped = plan.cut(plan.room)
-    messages = plan.without(dropped)
-    assert tokens(messages, settings) <= assembly.budget
-    assert messages[-1] == plan.last
-    assert messages[: len(plan.head)] == list(plan.head)
-    kept = messages[len(plan.head) : -1]
+    assert asyncio.run(assembler.excess(request)) is None
+    dropped = plan.turns_to_drop(plan.budget)
+    messages = plan.messages(dropped)
+    assert tokens(messages, settings) <= assembler.budget
+    assert messages[-1] == plan.question
+    assert messages[: len(plan.system)] == plan.system
+    kept = messages[len(plan.system) : -1]
     assert [turn for turn in kept if turn.role != "system"] == [
         turn for turn in plan.turns[dropped:] if turn.role != "system"
     ]
@@ -222,18 +223,18 @@ def test_a_prompt_never_exceeds_the_budget_and_loses_only_its_oldest_turns(
         earlier = [turn for turn in plan.turns[:dropped] if turn.role == "user"]
         begin = max((i for i, turn in enumerate(plan.turns[:dropped]) if turn.role == "user"), default=None)
         if earlier and begin is not None:
-            assert tokens(plan.without(begin), settings) > assembly.budget
+            assert tokens(plan.messages(begin), settings) > assembler.budget
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
 async def test_a_message_that_does_not_fit_alone_is_told_with_its_numbers(lang: str) -> None:
-    assembly = Assembly(Settings.load(**SMALL, system_prompt="You are kind."))
+    assembler = PromptAssembler(Settings.load(**SMALL, system_prompt="You are kind."))
     request = asked(contents="word " * 300, lang=lang)
-    excess = await assembly.excess(request)
+    excess = await assembler.excess(request)
     assert excess is not None
-    assert excess.tokens == assembly.counter.count(request.contents)
-    fits = "word " * (300 * excess.possible // excess.tokens - 2)
-    assert await assembly.excess(replace(request, contents=fits)) is None
+    assert excess.tokens == assembler.counter.count(request.contents)
+    fits = "word " * (300 * excess.limit // excess.tokens - 2)
+    assert await assembler.excess(replace(request, contents=fits)) is None
     with pytest.raises(PermanentBackendError, match=r"context_too_long: about .* tokens, at most .* are possible"):
         await prompt(request, **SMALL, system_prompt="You are kind.")
 
@@ -250,8 +251,8 @@ async def test_tokens_are_those_of_the_model_when_its_tokenizer_is_there(tmp_pat
 
 
 async def test_a_long_text_is_counted_beside_the_event_loop(tmp_path: Path) -> None:
-    assembly = Assembly(Settings(tokenizer=trained(tmp_path)))
-    counting = asyncio.create_task(assembly.excess(asked(contents="hello world " * 5000)))
+    assembler = PromptAssembler(Settings(tokenizer=trained(tmp_path)))
+    counting = asyncio.create_task(assembler.excess(asked(contents="hello world " * 5000)))
     turns = 0
     while not counting.done():
         await asyncio.sleep(0)
@@ -259,4 +260,4 @@ async def test_a_long_text_is_counted_beside_the_event_loop(tmp_path: Path) -> N
     assert turns > 1  # counted in the loop, it would have been done at its first turn
     excess = await counting
     assert excess is not None
-    assert excess.possible > 7000
+    assert excess.limit > 7000

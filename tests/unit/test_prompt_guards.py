@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.guards.context_length import ContextLength
 from imstream.guards.guard import ALLOW, GuardDeps, Reject
 from imstream.guards.system_role import SystemRole
@@ -17,7 +18,8 @@ from imstream.wire import Code
 
 def supplies(**settings: Any) -> GuardDeps:  # noqa: ANN401 - any setting
     nothing = cast("Any", None)
-    return GuardDeps(Settings.load(**settings), nothing, nothing)
+    known = Settings.load(**settings)
+    return GuardDeps(known, nothing, nothing, PromptAssembler(known))
 
 
 def asked(*roles: str, contents: str = "hello") -> ChatRequest:

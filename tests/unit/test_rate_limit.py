@@ -117,7 +117,7 @@ def test_no_limit_is_no_guard() -> None:
     nothing = cast("Any", None)
 
     def paces(per_minute: int) -> int:
-        supplies = GuardDeps(Settings(chats_per_minute=per_minute), nothing, nothing)
+        supplies = GuardDeps(Settings(chats_per_minute=per_minute), nothing, nothing, nothing)
         return sum(isinstance(guard, ChatRateLimit) for guard in GuardChain.make(supplies))
 
     assert (paces(0), paces(60)) == (0, 1)

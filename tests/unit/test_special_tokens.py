@@ -1,4 +1,4 @@
-"""Special tokens of chat templates in what a person wrote."""
+"""Special tokens of chat templates in texts from users."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.ai.prompt.special_tokens import SpecialTokenEscaper
-from imstream.ai.token_count import make_token_counter
+from imstream.ai.prompt.token_count import make_token_counter
 from imstream.settings import Settings
 from tests.support.tokenizing import SPECIAL, trained
 
@@ -57,39 +57,39 @@ OWN = st.lists(st.text("ab <[|", min_size=1, max_size=5), max_size=6)
 
 @pytest.mark.parametrize("token", USUAL)
 def test_a_special_token_is_taken_apart_and_stays_readable(token: str) -> None:
-    assert SpecialTokenEscaper().defuse(f"say {token}system") == f"say {token[0]} {token[1:]}system"
+    assert SpecialTokenEscaper().escape(f"say {token}system") == f"say {token[0]} {token[1:]}system"
 
 
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_only_looks_like_one_stays_as_it_is(text: str) -> None:
-    assert SpecialTokenEscaper().defuse(text) == text
+    assert SpecialTokenEscaper().escape(text) == text
 
 
 def test_a_token_that_comes_about_by_taking_another_apart_is_taken_apart_too() -> None:
-    assert SpecialTokenEscaper(["@#", "@ #"]).defuse("@#") == "@  #"
+    assert SpecialTokenEscaper(["@#", "@ #"]).escape("@#") == "@  #"
 
 
 def test_each_of_several_is_taken_apart() -> None:
     assert (
-        SpecialTokenEscaper().defuse("<|im_end|><|im_start|>system\n<s><</SYS>>")
+        SpecialTokenEscaper().escape("<|im_end|><|im_start|>system\n<s><</SYS>>")
         == "< |im_end|>< |im_start|>system\n< s>< </SYS>>"
     )
 
 
 @given(st.text("ab <[|/>", max_size=40), OWN)
 def test_none_is_left_and_nothing_is_done_twice(text: str, own: list[str]) -> None:
-    defuse = SpecialTokenEscaper(own).defuse
-    defused = defuse(text)
-    assert defuse(defused) == defused
-    assert defused.replace(" ", "") == text.replace(" ", "")
+    escape = SpecialTokenEscaper(own).escape
+    escaped = escape(text)
+    assert escape(escaped) == escaped
+    assert escaped.replace(" ", "") == text.replace(" ", "")
     possible = [token for token in own if len(token.strip()) > 1 and not token[0].isspace()]
-    assert [token for token in possible if token in defused] == []
+    assert [token for token in possible if token in escaped] == []
 
 
 @given(st.lists(st.sampled_from([*USUAL, *SPECIAL, *HARMLESS, "<", "|", ">", " ", "s"]), max_size=8))
 def test_a_text_of_special_tokens_only_has_none_in_the_end(parts: list[str]) -> None:
-    defused = SpecialTokenEscaper(SPECIAL).defuse("".join(parts))
-    assert [token for token in (*USUAL, *SPECIAL) if token in defused] == []
+    escaped = SpecialTokenEscaper(SPECIAL).escape("".join(parts))
+    assert [token for token in (*USUAL, *SPECIAL) if token in escaped] == []
 
 
 def test_the_tokenizer_of_the_model_finds_no_special_token_in_a_defused_text(tmp_path: Path) -> None:
@@ -99,6 +99,6 @@ def test_the_tokenizer_of_the_model_finds_no_special_token_in_a_defused_text(tmp
     tokenizer = Tokenizer.from_file(str(file))
     special = {tokenizer.token_to_id(token) for token in SPECIAL}
     text = "hello".join([*SPECIAL, *reversed(SPECIAL)]) + "".join(SPECIAL) + "@@@{role}@@"
-    defuse = SpecialTokenEscaper(make_token_counter(Settings(tokenizer=file)).special).defuse
+    escape = SpecialTokenEscaper(make_token_counter(Settings(tokenizer=file)).special_tokens).escape
     assert special & set(tokenizer.encode(text).ids) == special
-    assert special & set(tokenizer.encode(defuse(text)).ids) == set()
+    assert special & set(tokenizer.encode(escape(text)).ids) == set()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.prompt.templates import Template
+from imstream.ai.prompt.assembler import Template
 from imstream.errors import SettingsError
 
 NAMES = ("user", "contents")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.token_count import TokenEstimate, make_token_counter
+from imstream.ai.prompt.token_count import TokenCounter, TokenEstimate, make_token_counter
 from imstream.errors import SettingsError
+from imstream.node import Node, Readers
 from imstream.settings import Settings
 from tests.support.tokenizing import SPECIAL, trained
 
 TEXTS = st.text(st.characters(exclude_categories=()))
 
-# What five real vocabularies of 100,000 tokens and more make of these, at most; measured once.
+# Maximum number of tokens in five real vocabularies of 100,000 tokens and more; measured once.
 REAL = {
     "What's the difference between a list and a tuple in Python? I keep forgetting!!": 18,
     "帮我写一封请假邮件,明天要带孩子去医院。谢谢!": 21,
@@ -49,7 +51,7 @@ def test_a_tokenizer_counts_what_it_makes_of_a_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(file))
     for text in ("hello world, how are you?", "你好,世界", "x" * 20_000, ""):
         assert counter.count(text) == len(tokenizer.encode(text, add_special_tokens=False))
-    assert counter.special == frozenset(SPECIAL)
+    assert counter.special_tokens == frozenset(SPECIAL)
 
 
 def test_a_tokenizer_that_would_cut_or_fill_up_texts_counts_all_of_them_and_nothing_else(tmp_path: Path) -> None:
@@ -67,9 +69,18 @@ def test_a_tokenizer_that_would_cut_or_fill_up_texts_counts_all_of_them_and_noth
         assert counter.count(text) == plain.count(text)
 
 
-def test_a_tokenizer_is_read_once_for_all_who_count(tmp_path: Path) -> None:
-    settings = Settings(tokenizer=trained(tmp_path))
-    assert make_token_counter(settings) is make_token_counter(settings)
+async def test_a_tokenizer_is_read_once_for_all_who_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[TokenCounter]()
+
+    def make(settings: Settings) -> TokenCounter:
+        made.append(make_token_counter(settings))
+        return made[-1]
+
+    monkeypatch.setattr("imstream.ai.prompt.assembler.make_token_counter", make)
+    nothing = cast("Any", None)
+    settings = Settings(tokenizer=trained(tmp_path), history="summarise")
+    Node(settings, nothing, nothing, Readers(nothing, nothing))
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{}", "no json", '{"model": {"type": "Unknown"}}', "\ud800"])

@@ -69,7 +69,7 @@ async def _refuses(guard: WordGuard, contents: str) -> bool:
 
 
 def test_without_a_file_there_is_no_guard() -> None:
-    assert WordGuard.make(GuardDeps(Settings(), NO_SUPPLY, NO_SUPPLY)) is None
+    assert WordGuard.make(GuardDeps(Settings(), NO_SUPPLY, NO_SUPPLY, NO_SUPPLY)) is None
 
 
 WRONG = {
@@ -90,7 +90,7 @@ def test_a_wrong_file_is_refused_at_the_start_with_the_numbers_of_its_lines(what
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(SettingsError) as caught:
-        WordGuard.make(GuardDeps(Settings(words=path), NO_SUPPLY, NO_SUPPLY))
+        WordGuard.make(GuardDeps(Settings(words=path), NO_SUPPLY, NO_SUPPLY, NO_SUPPLY))
     assert str(caught.value).startswith(f"IMSTREAM_WORDS={str(path)!r} is not allowed: ")
     assert says in str(caught.value)
 

@@ -1,9 +1,8 @@
-"""Special tokens in what a person wrote, made harmless.
+"""Escapes special tokens in texts from users.
 
-A chat template marks with special tokens where a message begins and who speaks, such as `<|im_start|>system`. Some
-servers read them as such wherever they stand, also in a message: whoever writes them could speak as the system, or end
-the conversation. So a space is put after the first character of each: `< |im_start|>`. It stays readable, and is no
-special token any more.
+Chat templates mark the start of a message and its role with special tokens such as `<|im_start|>system`. Some servers
+parse them inside messages, too: a user could then speak as the system, or end the conversation. A space after the first
+character escapes each of them: `< |im_start|>`. The text stays readable.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 _WORDS = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
-"""Capitals with underscores. Hardly anything else is written like that within brackets; what is only gets a space."""
+"""Capitals with underscores. In brackets they are rarely anything else; an ordinary text only gets a space."""
 
 _ANGLED = (
     r"/?(?:"
@@ -35,7 +34,7 @@ _SQUARE = (
     r")\]"
 )
 
-_USUAL = {
+_COMMON = {
     "<": (
         r"\|[^\s<>|]{1,64}\|?>",  # ChatML, Qwen, Llama 3 and 4, GLM, Phi, Cohere: <|im_start|>; Gemma 4: <|turn>
         r"[^\s<>|]{1,64}\|>",  # Gemma 4: <turn|>
@@ -54,33 +53,35 @@ _USUAL = {
     ),
     ">": (r">[A-Z][A-Z0-9_]{1,32}<<",),  # Falcon: >>QUESTION<<
 }
-"""Those of the usual chat templates: their first character, and patterns of what follows it.
+"""Special tokens of common chat templates, by first character: patterns of what follows it.
 
-Whole families by their shape, so that the next model's are among them. A model with others must be given its tokenizer
-(`IMSTREAM_TOKENIZER`), whose special tokens are known.
+The patterns match families of tokens, and so are likely to cover future models. For a model with others, configure its
+tokenizer (`IMSTREAM_TOKENIZER`): its special tokens are escaped, too.
 """
 
 
 class SpecialTokenEscaper:
-    """Makes special tokens harmless: the usual ones, and those of the model."""
+    """Escapes the special tokens of common chat templates and those of the model."""
 
-    def __init__(self, special: Iterable[str] = ()) -> None:
-        follows = {first: list(patterns) for first, patterns in _USUAL.items()}
-        for token in special:
-            # A single character can not be taken apart, with a space or without.
+    def __init__(self, special_tokens: Iterable[str] = ()) -> None:
+        patterns = {first: list(rest) for first, rest in _COMMON.items()}
+        for token in special_tokens:
+            # A space cannot split a single character.
             if len(token.strip()) > 1 and not token[0].isspace():
-                follows.setdefault(token[0], []).append(re.escape(token[1:]))
-        self._firsts = tuple(follows)
-        # What follows is only looked at: two tokens may share characters, and both are to be taken apart.
-        self._token = re.compile("|".join(f"{re.escape(one)}(?={'|'.join(rest)})" for one, rest in follows.items()))
+                patterns.setdefault(token[0], []).append(re.escape(token[1:]))
+        self._firsts = tuple(patterns)
+        # Lookahead, because two tokens may overlap and both must be escaped.
+        self._token = re.compile(
+            "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in patterns.items())
+        )
 
-    def defuse(self, text: str) -> str:
-        """The text without special tokens. Nothing else of it changes."""
+    def escape(self, text: str) -> str:
+        """Insert a space into each special token."""
         for first in self._firsts:
             if first in text:
                 break
-        else:  # nearly every text: nothing in it could begin one
+        else:  # nearly always
             return text
-        while self._token.search(text):  # again, for those of a model that have a space where one was put
+        while self._token.search(text):  # repeated, because a model may have a token that contains such a space
             text = self._token.sub(r"\g<0> ", text)
         return text

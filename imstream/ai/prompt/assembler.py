@@ -1,0 +1,250 @@
+"""Assembles and measures prompts: the system prompt, the history that fits the context, and the user's message.
+
+The system prompt is set by the operator and is the only content of the system message. Texts from users keep their
+roles, with special tokens escaped. The oldest turns are dropped first; no turn is truncated. The remaining history
+begins with a user turn: an answer without its question is dropped, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, cast
+from zoneinfo import ZoneInfo
+
+from imstream.ai.backend import PromptMessage
+from imstream.ai.prompt.special_tokens import SpecialTokenEscaper
+from imstream.ai.prompt.token_count import make_token_counter
+from imstream.clock import Calendar
+from imstream.errors import SettingsError
+from imstream.model import ChatRequest
+from imstream.settings import Settings
+from imstream.wire import MAX_USER_ID
+
+MESSAGE_TOKENS = 5
+"""Tokens that a chat template adds to each message: in ChatML `<|im_start|>`, the role, a line break, `<|im_end|>` and
+another line break; 3 to 5 in others."""
+
+PROMPT_TOKENS = 32
+"""Tokens that a chat template adds to the prompt: the start of the answer, and its default system prompt (Qwen: 25)."""
+
+MIN_MESSAGE_TOKENS = 64
+"""Settings that leave fewer tokens for a message are rejected."""
+
+VARIABLES = ("user", "date", "language")
+"""Variables of the system prompt and the message template. The date is the day on which the message was sent."""
+
+CONTENTS = "contents"
+"""The variable of the message template that stands for the user's text."""
+
+_LANGUAGES = {"zh": "中文", "en": "English"}
+
+_THREAD_LENGTH = 8192
+"""Characters that a tokenizer counts in 4 ms. Longer texts are counted in a thread."""
+
+_PLACEHOLDER = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])")
+
+T = TypeVar("T")
+
+
+class Template:
+    """A text with variables: `{user}` is replaced by a value, `{{` and `}}` by a brace. Values are not parsed."""
+
+    def __init__(self, text: str, variables: Sequence[str], *, setting: str) -> None:
+        """Parse the text of a setting. Raises `SettingsError` for an unknown variable or a single brace."""
+        allowed = f"the variables are {', '.join(f'{{{name}}}' for name in variables)}; a brace is written {{{{ or }}}}"
+        self._parts: list[tuple[str, str]] = []
+        """Literal text, and the name of the variable that follows it."""
+        before, end = "", 0
+        for match in _PLACEHOLDER.finditer(text):
+            before += text[end : match.start()]
+            end = match.end()
+            if match["brace"]:
+                before += match["brace"][0]
+            elif match["name"] in variables:
+                self._parts.append((before, match["name"]))
+                before = ""
+            else:
+                line = text.count("\n", 0, match.start()) + 1
+                raise SettingsError(f"{setting} is not allowed: {match[0]} in line {line}: {allowed}")
+        self._rest = before + text[end:]
+        self.names = frozenset(name for _, name in self._parts)
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """Replace the variables by values."""
+        return "".join([part for before, name in self._parts for part in (before, values[name])] + [self._rest])
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """A message that is too long: its number of tokens, and the maximum."""
+
+    tokens: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPlan:
+    """The parts of a prompt, and which of them fit.
+
+    Attributes:
+        turns: The whole history, oldest first.
+        budget: Tokens available for the turns of users and the assistant. System turns are never dropped.
+        sizes: Tokens of the turns, newest first, including the first one that does not fit; 0 for system turns.
+    """
+
+    system: Sequence[PromptMessage]
+    turns: Sequence[PromptMessage]
+    question: PromptMessage
+    budget: int
+    sizes: Sequence[int]
+
+    def turns_to_drop(self, budget: int) -> int:
+        """How many of the oldest turns to drop so that the others fit the budget and begin with a user turn."""
+        turns, fitting = self.turns, 0
+        for size in self.sizes:
+            budget -= size
+            if budget < 0:
+                break
+            fitting += 1
+        begin = len(turns) - fitting
+        while 0 < begin < len(turns) and turns[begin].role != "user":
+            begin += 1
+        return begin
+
+    def messages(self, dropped: int, replacement: Iterable[PromptMessage] = ()) -> list[PromptMessage]:
+        """The prompt without the oldest turns, with a replacement for them."""
+        system = [turn for turn in self.turns[:dropped] if turn.role == "system"]
+        return [*self.system, *system, *replacement, *self.turns[dropped:], self.question]
+
+
+class PromptAssembler:
+    """Assembles and measures prompts: one object with one tokenizer for the gateway and the worker of a node.
+
+    Attributes:
+        budget: Maximum tokens of a prompt.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises `SettingsError` if settings conflict, name a missing file or variable, or leave no tokens."""
+        self.counter = make_token_counter(settings)
+        self.budget = settings.context_tokens - settings.answer_tokens
+        self.escape = SpecialTokenEscaper(self.counter.special_tokens).escape
+        self._system = _system_prompt(settings)
+        setting = Settings.variable("prompt_template")
+        self._template = Template(settings.prompt_template, (CONTENTS, *VARIABLES), setting=setting)
+        if CONTENTS not in self._template.names:
+            raise SettingsError(f"{setting} is not allowed: {{{CONTENTS}}} must stand in it")
+        self._calendar = Calendar(ZoneInfo(settings.quota_timezone))
+        self._template_tokens = self._check_budget(settings)
+
+    async def plan(self, request: ChatRequest) -> PromptPlan | Excess:
+        """Plan the prompt of a request, or tell that even the message alone does not fit."""
+        system, question = self._fixed(request)
+        turns = [self._turn(role, content) for role, content in request.history]
+        if self._fits_in_bytes([*system, *turns, question]):
+            return PromptPlan(system, turns, question, self.budget, (0,) * len(turns))
+        length = len(request.contents) + sum(len(turn.content) for turn in turns)
+        return await self._run(length, lambda: self._measure(system, turns, question))
+
+    async def excess(self, request: ChatRequest) -> Excess | None:
+        """Tell if a message is too long even without its history."""
+        system, question = self._fixed(request)
+        turns = [self._turn(role, content) for role, content in request.history if role == "system"]
+        fixed = [*system, *turns, question]
+        if self._fits_in_bytes(fixed):
+            return None
+        length = sum(len(message.content) for message in fixed)
+        remaining = await self._run(length, lambda: self._remaining(fixed))
+        return remaining if isinstance(remaining, Excess) else None
+
+    def size(self, message: PromptMessage) -> int:
+        """Tokens of a message within a prompt."""
+        return self.counter.count(message.content) + MESSAGE_TOKENS
+
+    def _fixed(self, request: ChatRequest) -> tuple[list[PromptMessage], PromptMessage]:
+        """The messages before and after the history."""
+        values = {
+            "user": str(request.user_id),
+            "date": self._calendar.day(request.at).name,
+            "language": _LANGUAGES.get(request.lang, request.lang),
+            CONTENTS: self.escape(request.contents),
+        }
+        return self._fill(values)
+
+    def _fill(self, values: Mapping[str, str]) -> tuple[list[PromptMessage], PromptMessage]:
+        system = [] if self._system is None else [PromptMessage("system", self._system.fill(values))]
+        return system, PromptMessage("user", self._template.fill(values))
+
+    def _turn(self, role: str, content: str) -> PromptMessage:
+        return PromptMessage(cast("Literal['user', 'assistant', 'system']", role), self.escape(content))
+
+    def _measure(
+        self, system: Sequence[PromptMessage], turns: Sequence[PromptMessage], question: PromptMessage
+    ) -> PromptPlan | Excess:
+        budget = self._remaining([*system, *(turn for turn in turns if turn.role == "system"), question])
+        if isinstance(budget, Excess):
+            return budget
+        remaining, sizes = budget, list[int]()
+        for turn in reversed(turns):
+            sizes.append(0 if turn.role == "system" else self.size(turn))
+            remaining -= sizes[-1]
+            if remaining < 0:
+                break
+        return PromptPlan(system, turns, question, budget, sizes)
+
+    def _remaining(self, fixed: Sequence[PromptMessage]) -> int | Excess:
+        """Tokens that are left beside the messages that cannot be dropped, of which the question is the last."""
+        *others, question = fixed
+        size = self.size(question)
+        remaining = self.budget - PROMPT_TOKENS - sum(map(self.size, others)) - size
+        if remaining >= 0:
+            return remaining
+        tokens = size - self._template_tokens
+        return Excess(tokens, max(0, tokens + remaining))
+
+    def _fits_in_bytes(self, messages: Sequence[PromptMessage]) -> bool:
+        """Whether messages fit without counting, as nearly always: no text has more tokens than bytes."""
+        remaining = self.budget - PROMPT_TOKENS - MESSAGE_TOKENS * len(messages)
+        for message in messages:
+            remaining -= len(message.content.encode("utf-8", "surrogatepass"))
+            if remaining < 0:
+                return False
+        return True
+
+    async def _run(self, length: int, count: Callable[[], T]) -> T:
+        """Count texts of a total length, in a thread if it would block the event loop."""
+        return await asyncio.to_thread(count) if self.counter.slow and length > _THREAD_LENGTH else count()
+
+    def _check_budget(self, settings: Settings) -> int:
+        """Check that the longest system prompt leaves tokens for a message; return the size of an empty message."""
+        empty = 0
+        for language in _LANGUAGES.values():
+            values = {"user": str(MAX_USER_ID), "date": "2026-12-31", "language": language, CONTENTS: ""}
+            system, question = self._fill(values)
+            empty = self.size(question)
+            remaining = self.budget - PROMPT_TOKENS - sum(map(self.size, system)) - empty
+            if remaining < MIN_MESSAGE_TOKENS:
+                raise SettingsError(
+                    f"{Settings.variable('context_tokens')}={settings.context_tokens} is not allowed: with the system "
+                    f"prompt, the template and {Settings.variable('answer_tokens')}={settings.answer_tokens} it leaves "
+                    f"{max(0, remaining)} tokens for a message; at least {MIN_MESSAGE_TOKENS} must be left"
+                )
+        return empty
+
+
+def _system_prompt(settings: Settings) -> Template | None:
+    text, file = settings.system_prompt, settings.system_prompt_file
+    if file is None:
+        return Template(text, VARIABLES, setting=Settings.variable("system_prompt")) if text else None
+    setting = f"{Settings.variable('system_prompt_file')}={str(file)!r}"
+    if text:
+        raise SettingsError(f"{setting} is not allowed: {Settings.variable('system_prompt')} is set too, choose one")
+    try:
+        text = file.read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(f"{setting} is not allowed: it cannot be read: {why}") from None
+    return Template(text, VARIABLES, setting=setting) if text else None

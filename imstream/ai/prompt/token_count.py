@@ -1,0 +1,163 @@
+"""Counts the tokens of a text: with the model's own tokenizer, or by an estimate.
+
+The estimate adds up a weight for each character, by its kind. The weights were fitted to the vocabularies of Qwen3,
+Llama 3.1, Gemma 3, GPT-4o and DeepSeek so that the estimate is rarely lower than any of them. Measured with each of
+the five on 2,680 other texts of 200 to 4,000 characters, of 67 kinds:
+
+    estimate / tokens                          minimum  median   maximum
+    ───────────────────────────────────────────────────────────────────
+    English                                     0.93      1.25      2.43
+    other European languages                    0.88      1.30      2.49
+    Chinese                                     0.91      1.29      1.88
+    Chinese with English, code or emoji         1.06      1.30      1.64
+    Japanese, Korean                            1.01      1.23      1.51
+    Arabic, Hebrew, Persian, Thai, Hindi        0.90      1.91      3.73
+    code, JSON, logs, addresses                 0.84      1.30      2.11
+    ───────────────────────────────────────────────────────────────────
+    numbers, base64, hex, random letters        0.83      1.08      3.45
+    emoji                                       0.91      1.43      2.52
+    formulas, boxes                             0.75      1.31      3.23
+    classical Chinese                           0.83      0.93      1.02
+    Tamil, Bengali, Georgian                    0.58      1.85      3.96
+    Chinese characters at random                0.44      0.50      0.61
+
+Above the second line 0.8 % of the estimates are too low, mostly for texts of 200 characters, and by at most 10 % for
+longer texts. Vocabularies of 32,000 tokens (Llama 2) need up to twice as many tokens for text that is not English:
+configure the tokenizer.json of such a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from imstream.errors import SettingsError
+from imstream.settings import Settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer  # an optional dependency
+
+_CACHE_SIZE = 2048
+"""Texts whose counts are cached: a conversation sends the same turns with every message."""
+
+_MAX_CACHED_LENGTH = 8192
+"""Maximum characters of a cached text. It bounds the cache to 64 MB; 2 MB are typical."""
+
+
+class TokenCounter(Protocol):
+    """Counts tokens.
+
+    Attributes:
+        slow: Whether long texts should be counted in a thread: they take about 0.5 ms for each 1,000 characters.
+        special_tokens: The control tokens of the model, which users must not be able to send.
+    """
+
+    slow: bool
+    special_tokens: frozenset[str]
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text. Thread-safe."""
+        ...
+
+
+class TokenEstimate:
+    """Estimates without a tokenizer: 10 µs for 2,000 characters."""
+
+    slow = False
+    special_tokens: frozenset[str] = frozenset()
+
+    def count(self, text: str) -> int:
+        """Estimate the tokens of a text, usually a little too high."""
+        encoded = text.encode("utf-8", "surrogatepass")
+        weights = encoded.translate(_TABLE, _CONTINUATION_BYTES)
+        hundredths = sum(weights) + _RARE_REST * weights.count(_RARE) + _AFTER_SYMBOL * weights.count(_SYMBOL_LETTER)
+        return min(-(-hundredths // 100), len(encoded))  # rounded up; no text has more tokens than bytes
+
+
+class ModelTokenizer:
+    """Counts with the tokenizer of the model."""
+
+    slow = True
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_truncation()  # files written for training may truncate and pad
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.special_tokens = frozenset(token.content for token in added if token.special)
+        self._count_cached = lru_cache(_CACHE_SIZE)(self._count)
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text."""
+        return self._count_cached(text) if len(text) <= _MAX_CACHED_LENGTH else self._count(text)
+
+    def _count(self, text: str) -> int:
+        # A batch, because it releases the GIL; `encode` does not.
+        [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return len(encoded)
+
+
+def make_token_counter(settings: Settings) -> TokenCounter:
+    """Make the counter that is configured. A tokenizer takes half a second to load and 100 MB or more.
+
+    Raises:
+        SettingsError: The tokenizer cannot be read, or the package that reads it is not installed.
+    """
+    file = settings.tokenizer
+    if file is None:
+        return TokenEstimate()
+    try:
+        from tokenizers import Tokenizer  # noqa: PLC0415 - an optional dependency
+    except ImportError:
+        raise _rejected(file, "needs the package tokenizers: pip install 'imstream-server[tokenizer]'") from None
+    try:
+        return ModelTokenizer(Tokenizer.from_str(file.read_text("utf-8")))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more precise
+        raise _rejected(file, f"must be a tokenizer.json that can be read: {error}") from None
+
+
+def _rejected(file: Path, why: str) -> SettingsError:
+    return SettingsError(f"{Settings.variable('tokenizer')}={str(file)!r} is not allowed: {why}")
+
+
+# The table of the estimate: for the first byte of each character in UTF-8 its weight, in hundredths of a token.
+
+_LETTER, _SYMBOL, _MAX = 24, 50, 255
+
+_WEIGHTS: list[tuple[int, Iterable[int]]] = [
+    (_LETTER, b"abcdefghilmnoprstuy"),  # with the spaces, four to five to a token
+    (140, b"jkqvwxz"),  # rare in words, frequent in other text (base64, keys, random letters)
+    (65, b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    (115, b"0123456789"),  # a token each in many models
+    (10, b" "),  # part of the token of the word that follows
+    (25, b"\n\r\t"),
+    (180, range(0xC2, 0xCC)),  # Latin with accents, which split a word into more tokens
+    (100, range(0xCC, 0xE0)),  # Greek, Hebrew, Arabic and other scripts of two bytes
+    (60, range(0xD0, 0xD4)),  # Cyrillic
+    (120, range(0xE0, 0xE2)),  # Indian and South-East Asian scripts, Georgian
+    (70, (0xE2, 0xEE)),  # punctuation, mathematics, arrows, boxes
+    (75, (0xE3, 0xEF)),  # kana, Chinese punctuation, full-width forms
+    (95, range(0xE4, 0xEA)),  # Chinese
+    (105, range(0xEA, 0xEE)),  # Korean
+    (_MAX, range(0xF0, 0xF5)),  # emoji and other rare characters: 300, which does not fit a byte
+]
+"""Weights and their characters; any other ASCII character is a symbol. All weights differ."""
+
+_RARE, _RARE_REST = bytes([_MAX]), 300 - _MAX
+_SYMBOL_LETTER, _AFTER_SYMBOL = bytes([_SYMBOL, _LETTER]), 140
+"""A letter directly after a symbol begins another token."""
+
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+
+
+def _make_table() -> bytes:
+    table = bytearray([_SYMBOL] * 256)
+    for weight, characters in _WEIGHTS:
+        for byte in characters:
+            table[byte] = weight
+    return bytes(table)
+
+
+_TABLE = _make_table()
