@@ -15,7 +15,7 @@ def milliseconds(span: timedelta) -> int:
     return max(1, int(span.total_seconds() * 1000))
 
 
-def span_of(count: float) -> timedelta:
+def to_timedelta(count: float) -> timedelta:
     """A span of so many milliseconds, as Redis has them; what is beyond all years, or no number, is the longest one."""
     try:
         return timedelta(milliseconds=count)
@@ -23,7 +23,7 @@ def span_of(count: float) -> timedelta:
         return timedelta.max
 
 
-def now() -> int:
+def now_ms() -> int:
     """What the clock says, in whole milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
@@ -34,13 +34,13 @@ class Day:
 
     Attributes:
         name: Its date, such as `2026-11-24`.
-        begins: When it begins.
-        ends: When the next one does.
+        start: When it begins.
+        end: When the next one does.
     """
 
     name: str
-    begins: int
-    ends: int
+    start: int
+    end: int
 
 
 class Calendar:
@@ -57,11 +57,11 @@ class Calendar:
             ValueError, OverflowError, OSError: It is beyond all years.
         """
         last = self._last
-        if not last.begins <= at < last.ends:
+        if not last.start <= at < last.end:
             last = self._last = self._find(at)
         return last
 
-    def show(self, at: float) -> str:
+    def format(self, at: float) -> str:
         """A moment, in milliseconds since 1970, as people read it: `2026-11-24 15:30 (UTC)`. Never too early."""
         try:
             minute = datetime.fromtimestamp(ceil(at / 60_000) * 60, self.zone)
@@ -74,4 +74,4 @@ class Calendar:
         # A midnight that a clock change leaves out is the moment of the change, one that comes twice the first of both.
         midnights = (datetime.combine(date + timedelta(days=n), time_of_day(), self.zone) for n in (0, 1))
         begins, ends = (int(midnight.timestamp()) * 1000 for midnight in midnights)
-        return Day(date.isoformat(), begins, ends)
+        return Day(date.isoformat(), start=begins, end=ends)

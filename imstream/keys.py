@@ -42,7 +42,7 @@ class Keys:
         """String that expires: who runs a node now."""
         return f"{self.prefix}:{{node:{node}}}:lease"
 
-    def redis(self, node: str) -> str:
+    def redis_run(self, node: str) -> str:
         """String that expires: on which run of Redis the node last held its lease."""
         return f"{self.prefix}:{{node:{node}}}:redis"
 

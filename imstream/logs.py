@@ -175,8 +175,8 @@ class _Limiter:
 
     def _take(self) -> bool:
         now = time.monotonic()
-        full_at = _LIMIT.take(self._full_at, now)
-        if not _LIMIT.wait(full_at, now):
+        full_at = _LIMIT.consume(self._full_at, now)
+        if not _LIMIT.wait_time(full_at, now):
             self._full_at = full_at
             return True
         self._dropped += 1

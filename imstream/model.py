@@ -35,16 +35,16 @@ def version_of(fields: Mapping[str, str]) -> int:
     return int(version) if version.isdecimal() and len(version) <= _DIGITS else 1
 
 
-class Malformed(Exception):  # noqa: N818 - their fault, not an error of ours
+class MalformedEntry(Exception):  # noqa: N818 - their fault, not an error of ours
     """An entry of the stream is no valid request: somebody added or changed it by hand.
 
     Attributes:
-        addressee: The request without what cannot be read, when its user and message id can be: the user is told.
+        partial: The request without what cannot be read, when its user and message id can be: the user is told.
     """
 
-    def __init__(self, text: str, addressee: ChatRequest | None = None) -> None:
+    def __init__(self, text: str, partial: ChatRequest | None = None) -> None:
         super().__init__(text)
-        self.addressee = addressee
+        self.partial = partial
 
 
 class NewerVersion(Exception):  # noqa: N818 - nobody's fault
@@ -93,7 +93,7 @@ class ChatRequest:
 
         Raises:
             NewerVersion: Its schema version is not known here.
-            Malformed: A required field is missing, or one has no valid value.
+            MalformedEntry: A required field is missing, or one has no valid value.
         """
         if (version := version_of(fields)) > SCHEMA_VERSION:
             raise NewerVersion(version)
@@ -107,8 +107,8 @@ class ChatRequest:
             known["contents"] = fields["contents"]
             known["history"] = _history(fields.get("history", "[]"))
         except (KeyError, TypeError, ValueError) as error:
-            addressee = cls(**known) if "message_id" in known else None
-            raise Malformed(f"{type(error).__name__}: {error}", addressee) from None
+            partial = cls(**known) if "message_id" in known else None
+            raise MalformedEntry(f"{type(error).__name__}: {error}", partial) from None
         return cls(**known)
 
 

@@ -30,9 +30,8 @@ from imstream.gateway.server import GatewayServer
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardDeps
 from imstream.redis import health
-from imstream.redis.access_log import AccessLog
 from imstream.redis.client import BlockingReader, RedisClient
-from imstream.redis.retry import retry_until_available
+from imstream.redis.errors import AccessLog, retry_until_available
 from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.adoption import Adoption
@@ -72,22 +71,22 @@ class Readers:
 class Node:
     """One node. `serve` runs it until `shut_down` is called; then it drains and returns."""
 
-    def __init__(self, settings: Settings, backend: Backend, commands: RedisClient, readers: Readers) -> None:
+    def __init__(self, settings: Settings, backend: Backend, redis: RedisClient, readers: Readers) -> None:
         self.settings = settings
-        self._commands = commands
+        self._redis = redis
         self._ending = asyncio.Event()
         self._reloading = asyncio.Event()
-        self._requests = requests = RequestStream(commands, readers.requests, settings)
-        replies = ReplyStore(commands, settings)
+        self._requests = requests = RequestStream(redis, readers.requests, settings)
+        replies = ReplyStore(redis, settings)
         self.buffers = buffers = ReplyBuffers()
         self.registry = registry = Registry(settings)
-        self._inbox = inbox = Inbox(commands, readers.inbox, settings)
-        self._leases = leases = Leases(commands, settings)
+        self._inbox = inbox = Inbox(redis, readers.inbox, settings)
+        self._leases = leases = Leases(redis, settings)
         self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
         self.jobs = jobs = Jobs(settings, replies, buffers, inbox)
         following = ReplySync(settings, replies, buffers, registry)
         assembler = PromptAssembler(settings)
-        self._guards = guards = GuardChain.make(GuardDeps(settings, commands, inbox, assembler))
+        self._guards = guards = GuardChain.make(GuardDeps(settings, redis, inbox, assembler))
         prompter = Prompter(settings, backend, assembler)
         parts = WorkerDeps(
             settings, requests, replies, buffers, backend, prompter, Breaker(settings), guards, inbox, following.begun
@@ -96,11 +95,11 @@ class Node:
 
         def make_consumer(node: str) -> StreamConsumer:
             """The same worker, pointed at another stream."""
-            other = RequestStream(commands, readers.requests, settings, node=node)
+            other = RequestStream(redis, readers.requests, settings, node=node)
             return StreamConsumer(replace(parts, requests=other), jobs, leases, lease_keeper)
 
-        self.adopter = Adopter(settings, Adoption(commands, settings), leases, lease_keeper, make_consumer)
-        self._presence = Presence(settings, Routes(commands, settings), inbox, registry, guards)
+        self.adopter = Adopter(settings, Adoption(redis, settings), leases, lease_keeper, make_consumer)
+        self._presence = Presence(settings, Routes(redis, settings), inbox, registry, guards)
         self._following = following
         self._listener = InboxConsumer(
             inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter
@@ -202,7 +201,7 @@ class Node:
         while not self._server.started or self.not_ready() is not None:  # noqa: ASYNC110 - two parts' states
             await asyncio.sleep(_TICK)
         log.info("ready", node=self.settings.node, address=self._server.address)
-        for warning in await health.warnings(self._commands):
+        for warning in await health.warnings(self._redis):
             log.warning(warning)
 
     async def _reload_when_asked(self) -> None:
@@ -249,7 +248,7 @@ class Node:
         """Give the node up, and tell the others, so that what is left is adopted at once."""
         await self.lease_keeper.release()
         try:
-            await self._inbox.tell(await self._leases.others(), NodeLeft(self.settings.node))
+            await self._inbox.notify(await self._leases.other_nodes(), NodeLeft(self.settings.node))
         except StoreError:
             return  # they see for themselves, a little later
 
@@ -284,25 +283,28 @@ async def kept_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
 @asynccontextmanager
 async def open_node(settings: Settings, backend: Backend | None = None) -> AsyncIterator[Node]:
     """Build a node with its connections; on leaving, close them. `backend` replaces the one of the settings."""
-    denials = AccessLog()
-    readers = Readers(_reader(settings, denials), _reader(settings, denials))
+    access_log = AccessLog()
+    readers = Readers(_reader(settings, access_log), _reader(settings, access_log))
     try:
         async with RedisClient(
-            settings.redis_url, lanes=settings.redis_connections, timeout=settings.redis_timeout, denials=denials
-        ) as commands:
+            settings.redis_url,
+            connections=settings.redis_connections,
+            timeout=settings.redis_timeout,
+            access_log=access_log,
+        ) as redis:
             if backend is not None:
-                yield Node(settings, backend, commands, readers)
+                yield Node(settings, backend, redis, readers)
             else:
                 async with OpenAIBackend(settings) as own:
-                    yield Node(settings, own, commands, readers)
+                    yield Node(settings, own, redis, readers)
     finally:
         await readers.requests.aclose()
         await readers.inbox.aclose()
 
 
-def _reader(settings: Settings, denials: AccessLog) -> BlockingReader:
+def _reader(settings: Settings, access_log: AccessLog) -> BlockingReader:
     return BlockingReader(
-        settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout, denials=denials
+        settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout, access_log=access_log
     )
 
 

@@ -26,11 +26,11 @@ class TokenBucket:
     rate: float
     size: int
 
-    def take(self, full_at: float, now: float, tokens: float = 1) -> float:
+    def consume(self, full_at: float, now: float, tokens: float = 1) -> float:
         """Take tokens, also those that are not there; when the bucket will be full again then."""
         return max(full_at, now) + tokens / self.rate
 
-    def wait(self, full_at: float, now: float) -> float:
+    def wait_time(self, full_at: float, now: float) -> float:
         """Seconds until a bucket owes nothing any more; 0 when it does not."""
         wait = full_at - now - self.size / self.rate
         return wait if wait > _ROUNDING else 0.0

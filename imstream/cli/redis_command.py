@@ -22,8 +22,8 @@ def ask(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) ->
     """
 
     async def connected() -> Answer:
-        async with RedisClient(settings.redis_url, lanes=1, timeout=settings.redis_timeout) as commands:
-            return await work(commands)
+        async with RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout) as redis:
+            return await work(redis)
 
     address = settings.redis_url
     try:

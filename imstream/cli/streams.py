@@ -19,17 +19,18 @@ def run(settings: Settings, *, newest: int) -> None:
         StoreUnavailable: Redis was not reached.
     """
     overview = ask(
-        settings, lambda commands: inspection.look(commands, Keys(settings.key_prefix), settings.node, newest=newest)
+        settings,
+        lambda redis: inspection.inspect_stream(redis, Keys(settings.key_prefix), settings.node, newest=newest),
     )
     click.echo(f"node {settings.node} at {settings.redis_url}")
     for line in _lines(overview):
         click.echo(line)
 
 
-def _lines(overview: inspection.Overview) -> Iterator[str]:
-    working = sum(overview.in_work.values())
+def _lines(overview: inspection.StreamOverview) -> Iterator[str]:
+    working = sum(overview.in_progress.values())
     yield f"  unfinished requests  {overview.unfinished}: {overview.waiting} waiting, {working} in work"
-    for consumer, count in overview.in_work.items():
+    for consumer, count in overview.in_progress.items():
         yield f"    node {consumer} works on {count}"
     for work in overview.oldest:
         yield f"      {work.entry_id}  for {work.since.total_seconds():.1f} s  delivery {work.deliveries}"
@@ -38,6 +39,6 @@ def _lines(overview: inspection.Overview) -> Iterator[str]:
     yield f"  dead letters         {overview.dead}" + (", the newest:" if overview.newest_dead else "")
     for letter in overview.newest_dead:
         yield (
-            f"    {letter.died:%Y-%m-%d %H:%M:%S} UTC  user {letter.user}  message {letter.message_id}  "
+            f"    {letter.dead_at:%Y-%m-%d %H:%M:%S} UTC  user {letter.user}  message {letter.message_id}  "
             f"{letter.reason} after {letter.attempts} attempts: {letter.error}"
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import structlog
 
-from imstream.clock import now
+from imstream.clock import now_ms
 from imstream.errors import StoreError, StoreFull, StoreRefused
 from imstream.gateway.throttling import BYTES_A_FRAME, SECONDS_A_FRAME
 from imstream.guards.guard import LoginAttempt, Reject
@@ -213,7 +213,7 @@ class FrameHandler:
             contents=frame.contents,
             history=tuple((turn.role, turn.content) for turn in frame.history),
             lang=self._phrases.lang,
-            at=now(),
+            at=now_ms(),
             trace=f"{random.getrandbits(64):016x}",
         )
 

@@ -52,7 +52,7 @@ class Presence:
         """
         self._arriving[session] = 0
         try:
-            login = await self._routes.arrive(user_id)
+            login = await self._routes.add_route(user_id)
         except StoreError as error:
             log.warning("route not noted", user=user_id, error=str(error))
             self._mark(user_id)
@@ -60,10 +60,10 @@ class Presence:
         finally:
             # Of two logins at the same moment, each may hear of the other before it knows which of them is the newer.
             newest = self._arriving.pop(session)
-        session.login = login.number
+        session.login = login.login
         if self._only_one:
-            await self._replace_everywhere(SessionReplaced(user_id, max(login.number, newest)), login)
-        if login.marked:  # since it was asked whether the user may come in
+            await self._replace_everywhere(SessionReplaced(user_id, max(login.login, newest)), login)
+        if login.has_account:  # since it was asked whether the user may come in
             await self.review(user_id)
 
     def left(self, user_id: int) -> None:
@@ -99,7 +99,7 @@ class Presence:
 
     async def _replace_everywhere(self, notice: SessionReplaced, login: RouteAdded) -> None:
         self.replace(notice)
-        await self._inbox.tell(login.nodes, notice)
+        await self._inbox.notify(login.nodes, notice)
 
     async def run(self) -> None:
         """Mend routes: those of users who have left, those that could not be noted, and all before they expire."""
@@ -127,12 +127,12 @@ class Presence:
 
     async def _mend(self, user_id: int) -> None:
         if self._registry.of(user_id):
-            login = await self._routes.arrive(user_id)
+            login = await self._routes.add_route(user_id)
             await self._number(user_id, login)
-            if login.marked:
+            if login.has_account:
                 await self._review(user_id)
             return
-        await self._routes.leave(user_id)
+        await self._routes.remove_route(user_id)
         if self._registry.of(user_id):  # somebody came meanwhile, and may have been noted before that
             self._stale.add(user_id)
 
@@ -140,9 +140,9 @@ class Presence:
         """Give the last of the sessions that came while Redis was away the number that it could not get then."""
         came = [one for one in self._registry.of(user_id) if one.login == 0 and one not in self._arriving]
         if came:
-            came[-1].login = login.number
+            came[-1].login = login.login
             if self._only_one:
-                await self._replace_everywhere(SessionReplaced(user_id, login.number), login)
+                await self._replace_everywhere(SessionReplaced(user_id, login.login), login)
 
     def _mark(self, user_id: int) -> None:
         self._stale.add(user_id)

@@ -64,8 +64,8 @@ class ThrottledProtocol(WebSocketsSansIOProtocol):
         if self._pace is None or self.close_sent or self.transport.is_closing():
             return
         now = self.loop.time()
-        self._full_at = self._pace.take(self._full_at, now, frames)
-        wait = self._pace.wait(self._full_at, now)
+        self._full_at = self._pace.consume(self._full_at, now, frames)
+        wait = self._pace.wait_time(self._full_at, now)
         if wait > 0 and self._rest is None:
             self.transport.pause_reading()
             self._rest = self.loop.call_later(wait, self._go_on)

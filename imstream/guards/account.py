@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import structlog
 
-from imstream.clock import Calendar, now
+from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreError
 from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.model import ChatRequest
@@ -54,30 +54,30 @@ class Account(Guard):
         settings = supplies.settings
         if cls.counts != (settings.daily_quota > 0):
             return None
-        return cls(Accounts(supplies.commands, settings), supplies.inbox, settings)
+        return cls(Accounts(supplies.redis, settings), supplies.inbox, settings)
 
     async def login(self, login: LoginAttempt) -> Allow | Reject:
         """Whether the account is neither banned nor locked; and how many messages are left today."""
-        standing = await self._accounts.look(login.user_id, self._calendar.day(now()))
+        standing = await self._accounts.check(login.user_id, self._calendar.day(now_ms()))
         if isinstance(standing, Banned | Locked):
             return self._keep_out(standing)
         return Allow(remaining=self._remaining(standing.used))
 
     async def stay(self, user_id: int) -> Reject | None:
         """Whether it still is."""
-        standing = await self._accounts.look(user_id, self._calendar.day(now()))
+        standing = await self._accounts.check(user_id, self._calendar.day(now_ms()))
         return self._keep_out(standing) if isinstance(standing, Banned | Locked) else None
 
     async def violated(self, user_id: int) -> None:
         """Count it. When that is one too many, have all nodes close the user's sessions, this one too."""
         try:
-            blamed = await self._accounts.blame(user_id)
+            blamed = await self._accounts.record_violation(user_id)
         except StoreError as error:
             log.warning("a refused content is not counted", user=user_id, error=str(error))
             return
         if blamed.verdict != "noted":
             log.warning("account restricted", user=user_id, verdict=blamed.verdict, violations=blamed.count)
-            await self._inbox.tell(blamed.nodes, AccountChanged(user_id), ourselves=True)
+            await self._inbox.notify(blamed.nodes, AccountChanged(user_id), include_self=True)
 
     def _remaining(self, used: int) -> int | None:
         return max(0, self._quota - used) if self.counts else None
@@ -85,9 +85,11 @@ class Account(Guard):
     def _keep_out(self, standing: Banned | Locked) -> Reject:
         if isinstance(standing, Banned):
             return Reject("banned", Code.FORBIDDEN, BANNED, close=CloseCode.LOCKED)
-        until = self._calendar.show(now() + standing.left // timedelta(milliseconds=1))
+        until = self._calendar.format(now_ms() + standing.remaining // timedelta(milliseconds=1))
         return Reject(
-            *("locked", Code.FORBIDDEN, LOCKED, {"until": until}), retry_after=standing.left, close=CloseCode.LOCKED
+            *("locked", Code.FORBIDDEN, LOCKED, {"until": until}),
+            retry_after=standing.remaining,
+            close=CloseCode.LOCKED,
         )
 
 
@@ -105,20 +107,20 @@ class AccountWithQuota(Account):
         """Count the message, if the account is neither banned nor locked and has one left."""
         user_id, message_id, at = request.user_id, request.message_id, request.at
         accounts, day = self._accounts, self._calendar.day(at)
-        verdict = await accounts.count(user_id, message_id, at, day)
+        verdict = await accounts.check_and_count(user_id, message_id, at, day)
         if isinstance(verdict, Banned | Locked):
             return self._keep_out(verdict)
         if isinstance(verdict, QuotaExhausted):
-            values = {"quota": self._quota, "until": self._calendar.show(day.ends)}
+            values = {"quota": self._quota, "until": self._calendar.format(day.end)}
             return Reject(
-                *("quota", Code.RATE_LIMITED, SPENT, values), retry_after=timedelta(milliseconds=day.ends - at)
+                *("quota", Code.RATE_LIMITED, SPENT, values), retry_after=timedelta(milliseconds=day.end - at)
             )
         remaining = self._remaining(verdict.used)
         if not verdict.new:
             return Allow(remaining=remaining)
-        return Allow(remaining=remaining, undo=lambda: accounts.uncount(user_id, message_id, at, day))
+        return Allow(remaining=remaining, undo=lambda: accounts.undo_count(user_id, message_id, at, day))
 
     async def failed(self, request: ChatRequest) -> None:
         """Give it back: on the day on which it was asked."""
         with suppress(ValueError, OverflowError, OSError):  # somebody wrote that time by hand, beyond all years
-            await self._accounts.give_back(request.user_id, request.message_id, self._calendar.day(request.at))
+            await self._accounts.refund(request.user_id, request.message_id, self._calendar.day(request.at))

@@ -41,7 +41,7 @@ class GuardDeps:
     """What guards are made of."""
 
     settings: Settings
-    commands: RedisClient
+    redis: RedisClient
     inbox: Inbox
     assembler: PromptAssembler
 

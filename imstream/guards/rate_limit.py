@@ -47,8 +47,8 @@ class ChatRateLimit(Guard):
         """See `Guard`."""
         now = self._clock()
         before = self._full_at.pop(request.user_id, NEVER_USED)
-        after = self._pace.take(before, now)
-        wait = self._pace.wait(after, now)
+        after = self._pace.consume(before, now)
+        wait = self._pace.wait_time(after, now)
         self._full_at[request.user_id] = before if wait else after
         if wait:
             return Reject("pace", Code.RATE_LIMITED, _TOO_MANY, retry_after=timedelta(seconds=wait))

@@ -6,22 +6,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import hashlib
+from collections.abc import Coroutine, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
 from redis.asyncio import ConnectionPool
+from redis.exceptions import NoScriptError
 
 from imstream.errors import StoreRefused
-from imstream.redis.access_log import AccessLog
 from imstream.redis.cluster import Cluster, NodeAddress
 from imstream.redis.connection import RedisConnection
+from imstream.redis.errors import AccessLog
 from imstream.redis.pipeline import Argument, Pipeline, ask, pack
 from imstream.redis.pools import make_pool, server_pool
 from imstream.urls import RedisUrl, SecretUrl, Topology
 
-__all__ = ["Argument", "BlockingReader", "RedisClient"]
+__all__ = ["Argument", "BlockingReader", "RedisClient", "Script"]
 
 
 class RedisClient:
@@ -31,16 +33,19 @@ class RedisClient:
     """
 
     def __init__(
-        self, url: str | SecretUrl, *, lanes: int, timeout: timedelta, denials: AccessLog | None = None
+        self, url: str | SecretUrl, *, connections: int, timeout: timedelta, access_log: AccessLog | None = None
     ) -> None:
-        denials = denials or AccessLog()
+        access_log = access_log or AccessLog()
         known = RedisUrl.parse(url)
         self.topology: Topology = known.topology
         self._way: Pipeline | _ClusterLanes = (
-            _ClusterLanes(known, lanes=lanes, timeout=timeout, denials=denials)
+            _ClusterLanes(known, connections=connections, timeout=timeout, access_log=access_log)
             if known.topology == "cluster"
             else Pipeline(
-                make_pool(known, connections=lanes, timeout=timeout), lanes=lanes, timeout=timeout, denials=denials
+                make_pool(known, connections=connections, timeout=timeout),
+                connections=connections,
+                timeout=timeout,
+                access_log=access_log,
             )
         )
 
@@ -74,14 +79,16 @@ class BlockingReader:
     from view (they stay pending, and `>` never returns them again)."""  # noqa: D205, D209 - one thought
 
     def __init__(
-        self, url: str | SecretUrl, *, block: timedelta, timeout: timedelta, denials: AccessLog | None = None
+        self, url: str | SecretUrl, *, block: timedelta, timeout: timedelta, access_log: AccessLog | None = None
     ) -> None:
-        denials = denials or AccessLog()
+        access_log = access_log or AccessLog()
         known = RedisUrl.parse(url)
         self._way: _Blocking | _ClusterLines = (
-            _ClusterLines(known, block=block, timeout=timeout, denials=denials)
+            _ClusterLines(known, block=block, timeout=timeout, access_log=access_log)
             if known.topology == "cluster"
-            else _Blocking(make_pool(known, connections=1, timeout=timeout), limit=block + timeout, denials=denials)
+            else _Blocking(
+                make_pool(known, connections=1, timeout=timeout), limit=block + timeout, access_log=access_log
+            )
         )
 
     async def execute(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
@@ -101,9 +108,9 @@ class BlockingReader:
 class _Blocking:
     """One line to one server, for one command at a time."""
 
-    def __init__(self, pool: ConnectionPool, *, limit: timedelta, denials: AccessLog) -> None:
+    def __init__(self, pool: ConnectionPool, *, limit: timedelta, access_log: AccessLog) -> None:
         self._pool = pool
-        self._line = RedisConnection(pool, limit=limit, when_free=lambda _: None, denials=denials)
+        self._line = RedisConnection(pool, limit=limit, when_free=lambda _: None, access_log=access_log)
         self._one_at_a_time = asyncio.Lock()
 
     async def aclose(self) -> None:
@@ -115,7 +122,7 @@ class _Blocking:
             loop = asyncio.get_running_loop()
             answer: asyncio.Future[Any] = loop.create_future()
             batch = [(pack(command), answer)]
-            self._line.carry([ask(loop), *batch] if asking else batch)
+            self._line.send([ask(loop), *batch] if asking else batch)
             try:
                 return await answer
             except asyncio.CancelledError:
@@ -128,36 +135,36 @@ class _Blocking:
 class _ClusterLanes:
     """Lanes to each master of a cluster."""
 
-    def __init__(self, url: RedisUrl, *, lanes: int, timeout: timedelta, denials: AccessLog) -> None:
+    def __init__(self, url: RedisUrl, *, connections: int, timeout: timedelta, access_log: AccessLog) -> None:
         def lanes_to(server: NodeAddress) -> Pipeline:
-            pool = server_pool(url, server, connections=lanes, timeout=timeout)
-            return Pipeline(pool, lanes=lanes, timeout=timeout, denials=denials)
+            pool = server_pool(url, server, connections=connections, timeout=timeout)
+            return Pipeline(pool, connections=connections, timeout=timeout, access_log=access_log)
 
-        self._cluster = Cluster(url, timeout=timeout, make_way=lanes_to, denials=denials)
+        self._cluster = Cluster(url, timeout=timeout, make_way=lanes_to, access_log=access_log)
 
     async def aclose(self) -> None:
         await self._cluster.aclose()
 
     async def send(self, *command: Argument, urgent: bool = True) -> Any:  # noqa: ANN401 - what Redis answers
         return await self._cluster.send(
-            command, lambda lanes, asking: lanes.send(*command, asking=asking, urgent=urgent)
+            command, lambda connections, asking: connections.send(*command, asking=asking, urgent=urgent)
         )
 
     async def send_to_all(self, *command: Argument) -> dict[str, Any]:
         masters = await self._cluster.masters()
-        answers = await asyncio.gather(*(lanes.send(*command) for lanes in masters.values()))
+        answers = await asyncio.gather(*(connections.send(*command) for connections in masters.values()))
         return {f"{one.host}:{one.port}": answer for one, answer in zip(masters, answers, strict=True)}
 
 
 class _ClusterLines:
     """A line to each master of a cluster whose streams are read."""
 
-    def __init__(self, url: RedisUrl, *, block: timedelta, timeout: timedelta, denials: AccessLog) -> None:
+    def __init__(self, url: RedisUrl, *, block: timedelta, timeout: timedelta, access_log: AccessLog) -> None:
         def line_to(server: NodeAddress) -> _Blocking:
             pool = server_pool(url, server, connections=1, timeout=timeout)
-            return _Blocking(pool, limit=block + timeout, denials=denials)
+            return _Blocking(pool, limit=block + timeout, access_log=access_log)
 
-        self._cluster = Cluster(url, timeout=timeout, make_way=line_to, denials=denials)
+        self._cluster = Cluster(url, timeout=timeout, make_way=line_to, access_log=access_log)
 
     async def aclose(self) -> None:
         await self._cluster.aclose()
@@ -174,3 +181,20 @@ class _ClusterLines:
 
     async def _send(self, command: tuple[Argument, ...]) -> Any:  # noqa: ANN401 - what Redis answers
         return await self._cluster.send(command, lambda line, asking: line.send(*command, asking=asking))
+
+
+class Script:
+    """A Lua script, sent by its digest, and as text only to a server that does not know it yet."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    async def run(
+        self, redis: RedisClient, keys: Sequence[str], arguments: Sequence[Argument], *, urgent: bool = True
+    ) -> Any:  # noqa: ANN401 - what Redis answers
+        """Run the script. Takes `urgent` and raises as `RedisClient.execute` does."""
+        try:
+            return await redis.execute("EVALSHA", self.digest, len(keys), *keys, *arguments, urgent=urgent)
+        except NoScriptError:  # a new or restarted server: nothing was executed, so the text may follow
+            return await redis.execute("EVAL", self.text, len(keys), *keys, *arguments)

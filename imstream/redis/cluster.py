@@ -16,8 +16,7 @@ from redis.crc import key_slot
 from redis.exceptions import MovedError, RedisClusterException
 
 from imstream.errors import StoreDenied, StoreUnavailable
-from imstream.redis.access_log import AccessLog
-from imstream.redis.error_map import Redirected, error_from_loss
+from imstream.redis.errors import AccessLog, Redirected, error_from_loss
 from imstream.redis.pipeline import Argument
 from imstream.redis.pools import connection_options
 from imstream.urls import RedisUrl
@@ -69,7 +68,7 @@ class Cluster(Generic[SomeWay]):
     """A way to each master, and who has which slot. `make_way` makes one when it is first needed; they are owned."""
 
     def __init__(
-        self, url: RedisUrl, *, timeout: timedelta, make_way: Callable[[NodeAddress], SomeWay], denials: AccessLog
+        self, url: RedisUrl, *, timeout: timedelta, make_way: Callable[[NodeAddress], SomeWay], access_log: AccessLog
     ) -> None:
         self._url = url
         # The nodes are asked one after the other, and one that hangs must not cost all the time there is.
@@ -80,7 +79,7 @@ class Cluster(Generic[SomeWay]):
         self._nodes = self._as_given()
         self._refreshing: asyncio.Task[None] | None = None
         self._next_refresh = 0.0
-        self._denials = denials
+        self._access_log = access_log
         self._why = StoreUnavailable("no node of the Redis Cluster answers in time")
         self._closed = False
 
@@ -185,7 +184,7 @@ class Cluster(Generic[SomeWay]):
         except Exception as error:  # noqa: BLE001 - whatever it is: who asks next is told, and asks again
             self._why = error_from_loss(error)
             if isinstance(self._why, StoreDenied):
-                self._denials.note(self._why)
+                self._access_log.report(self._why)
         finally:
             self._next_refresh = asyncio.get_running_loop().time() + REFRESH_PAUSE
             self._refreshing = None

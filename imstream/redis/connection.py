@@ -19,8 +19,7 @@ from redis.asyncio.connection import AbstractConnection, DefaultParser
 from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
 from imstream.errors import StoreDenied, StoreUnavailable
-from imstream.redis.access_log import AccessLog
-from imstream.redis.error_map import Demoted, error_from_loss, error_from_reply
+from imstream.redis.errors import AccessLog, Demoted, error_from_loss, error_from_reply
 from imstream.redis.pools import connection_of
 
 Waiting = tuple[bytes, asyncio.Future[Any]]
@@ -46,13 +45,13 @@ class RedisConnection(asyncio.Protocol):
         *,
         limit: timedelta,
         when_free: Callable[[RedisConnection], None],
-        denials: AccessLog,
+        access_log: AccessLog,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
         self._limit = limit.total_seconds()
         self._when_free = when_free
-        self._denials = denials
+        self._access_log = access_log
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.Transport | None = None
         """None when there is no connection, or one that is of no use any more."""
@@ -63,7 +62,7 @@ class RedisConnection(asyncio.Protocol):
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def carry(self, batch: list[Waiting]) -> None:
+    def send(self, batch: list[Waiting]) -> None:
         """Send commands and have them answered within the limit, one way or another. Only when the line is free."""
         self._carrying = True
         self._due = self._loop.time() + self._limit
@@ -165,7 +164,7 @@ class RedisConnection(asyncio.Protocol):
         error = error_from_reply(answer) if isinstance(answer, ResponseError) else None
         self._demoted = self._demoted or isinstance(error, Demoted)
         if isinstance(error, StoreDenied):
-            self._denials.note(error)
+            self._access_log.report(error)
         waiting = self._answers.popleft()
         if waiting.done():
             return  # whoever asked has gone
@@ -183,7 +182,7 @@ class RedisConnection(asyncio.Protocol):
     def _break_off(self, why: StoreUnavailable) -> None:
         self._hang_up()
         if isinstance(why, StoreDenied):
-            self._denials.note(why)
+            self._access_log.report(why)
         if self._carrying:
             give_up(self._answers, why)
             self._answers.clear()

@@ -11,17 +11,17 @@ from imstream.redis.client import RedisClient
 _SECTIONS = ("memory", "persistence", "replication")
 
 
-async def warnings(commands: RedisClient) -> list[str]:
+async def warnings(redis: RedisClient) -> list[str]:
     """One sentence for each setting of a master that can lose accepted messages, saying what to set instead."""
     found: dict[str, list[str]] = defaultdict(list)
     try:
-        infos = [await commands.on_every_master("INFO", section) for section in _SECTIONS]
+        infos = [await redis.on_every_master("INFO", section) for section in _SECTIONS]
     except StoreError as error:
         return [f"cannot look at the settings of Redis: {error}"]
     for master in infos[0]:
         # One that was promoted between two questions has not answered all of them.
         info = _fields("\n".join(answers.get(master, "") for answers in infos))
-        for sentence in _of_one(info, replicated=commands.topology != "server"):
+        for sentence in _of_one(info, replicated=redis.topology != "server"):
             found[sentence].append(master)
     return [
         sentence if len(masters) == len(infos[0]) else f"{sentence} (on {', '.join(masters)})"

@@ -18,8 +18,8 @@ from hiredis import pack_command
 from redis.asyncio import ConnectionPool
 
 from imstream.errors import StoreUnavailable
-from imstream.redis.access_log import AccessLog
 from imstream.redis.connection import CLOSED, RedisConnection, Waiting, give_up
+from imstream.redis.errors import AccessLog
 
 MAX_WAITING = 10_000
 """Most commands that wait for a lane. When it is reached Redis is hung, and the next is refused: `StoreUnavailable`."""
@@ -39,12 +39,13 @@ Argument = str | int | bytes
 class Pipeline:
     """Sends commands to one server in shared pipelines. It owns the pool, and a line for each lane."""
 
-    def __init__(self, pool: ConnectionPool, *, lanes: int, timeout: timedelta, denials: AccessLog) -> None:
+    def __init__(self, pool: ConnectionPool, *, connections: int, timeout: timedelta, access_log: AccessLog) -> None:
         self._pool = pool
         self._waiting: deque[Waiting] = deque()
         self._loop = asyncio.get_running_loop()
         self._lines = [
-            RedisConnection(pool, limit=timeout, when_free=self._take_back, denials=denials) for _ in range(lanes)
+            RedisConnection(pool, limit=timeout, when_free=self._take_back, access_log=access_log)
+            for _ in range(connections)
         ]
         self._free = list(self._lines)
         self._leaving = False
@@ -114,7 +115,7 @@ class Pipeline:
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
             if batch[-1][0] is ASKING:
                 batch.append(self._waiting.popleft())
-            self._free.pop().carry(batch)
+            self._free.pop().send(batch)
 
     def _take_back(self, line: RedisConnection) -> None:
         self._free.append(line)

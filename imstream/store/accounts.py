@@ -12,17 +12,17 @@ from typing import Literal
 from imstream.clock import Day, milliseconds
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
-from imstream.redis.scripts import Script
 from imstream.settings import Settings
+from imstream.store.scripts import load_script
 
 KEPT_AFTER_DAY = milliseconds(timedelta(hours=1))
 """For how many milliseconds the messages of a day are kept after its end: by that much clocks may differ."""
 
-_ALLOW = Script("allow")
-_UNCOUNT = Script("uncount")
-_BLAME = Script("blame")
-_RESTRICT = Script("restrict")
-_PARDON = Script("pardon")
+_CHECK_ACCOUNT_AND_COUNT = load_script("check_account_and_count")
+_UNDO_COUNT = load_script("undo_count")
+_RECORD_VIOLATION = load_script("record_violation")
+_RESTRICT = load_script("restrict")
+_LIFT_RESTRICTION = load_script("lift_restriction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Banned:
 class Locked:
     """The user does not come in for `left`."""
 
-    left: timedelta
+    remaining: timedelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,53 +83,53 @@ class Restricted:
 class Accounts:
     """The accounts of all users."""
 
-    def __init__(self, commands: RedisClient, settings: Settings) -> None:
-        self._commands = commands
+    def __init__(self, redis: RedisClient, settings: Settings) -> None:
+        self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._quota = settings.daily_quota
         self._same_for = milliseconds(settings.reply_ttl)
         lock, window = milliseconds(settings.lock_time), milliseconds(settings.violation_window)
         self._blame = (window, settings.lock_after, lock, settings.ban_after, f"node {settings.node}")
 
-    async def look(self, user_id: int, day: Day) -> AccountOpen | Locked | Banned:
+    async def check(self, user_id: int, day: Day) -> AccountOpen | Locked | Banned:
         """Whether a user may come in."""
         keys = (self._keys.account(user_id), self._keys.quota(user_id, day.name))
-        verdict, *rest = await _ALLOW.run(self._commands, keys, ())
+        verdict, *rest = await _CHECK_ACCOUNT_AND_COUNT.run(self._redis, keys, ())
         return _kept_out(verdict, rest) or AccountOpen(int(rest[0]))
 
-    async def count(
+    async def check_and_count(
         self, user_id: int, message_id: str, at: int, day: Day
     ) -> Counted | QuotaExhausted | Locked | Banned:
         """Count a message, unless it may not be asked. `at`: when it is asked, in milliseconds since 1970."""
         keys = self._keys
-        verdict, *rest = await _ALLOW.run(
-            self._commands,
+        verdict, *rest = await _CHECK_ACCOUNT_AND_COUNT.run(
+            self._redis,
             (keys.account(user_id), keys.quota(user_id, day.name), keys.reply(user_id, message_id)),
-            (message_id, at, self._quota, self._same_for, day.ends + KEPT_AFTER_DAY),
+            (message_id, at, self._quota, self._same_for, day.end + KEPT_AFTER_DAY),
         )
         if (kept_out := _kept_out(verdict, rest)) is not None:
             return kept_out
         return QuotaExhausted() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")
 
-    async def uncount(self, user_id: int, message_id: str, at: int, day: Day) -> None:
+    async def undo_count(self, user_id: int, message_id: str, at: int, day: Day) -> None:
         """Take back what `count` has counted as new: the message was not admitted."""
-        await _UNCOUNT.run(self._commands, (self._keys.quota(user_id, day.name),), (message_id, at))
+        await _UNDO_COUNT.run(self._redis, (self._keys.quota(user_id, day.name),), (message_id, at))
 
-    async def give_back(self, user_id: int, message_id: str, day: Day) -> bool:
+    async def refund(self, user_id: int, message_id: str, day: Day) -> bool:
         """Count a message of that day no more: it was not answered. May be repeated; False when it is not counted."""
-        return bool(await self._commands.execute("ZREM", self._keys.quota(user_id, day.name), message_id))
+        return bool(await self._redis.execute("ZREM", self._keys.quota(user_id, day.name), message_id))
 
-    async def give_all_back(self, user_id: int, day: Day) -> int:
+    async def reset_quota(self, user_id: int, day: Day) -> int:
         """Begin a day anew; how many messages were counted."""
         key = self._keys.quota(user_id, day.name)
-        used = int(await self._commands.execute("ZCARD", key))
-        await self._commands.execute("DEL", key)
+        used = int(await self._redis.execute("ZCARD", key))
+        await self._redis.execute("DEL", key)
         return used
 
-    async def blame(self, user_id: int) -> ViolationRecorded:
+    async def record_violation(self, user_id: int) -> ViolationRecorded:
         """Count a content that was refused, and lock or ban the user who has written too many."""
         keys = (self._keys.violations(user_id), self._keys.account(user_id), self._keys.route(user_id))
-        count, verdict, *nodes = await _BLAME.run(self._commands, keys, self._blame)
+        count, verdict, *nodes = await _RECORD_VIOLATION.run(self._redis, keys, self._blame)
         return ViolationRecorded(int(count), verdict, tuple(nodes))
 
     async def lock(self, user_id: int, span: timedelta, *, reason: str, by: str) -> Restricted:
@@ -150,12 +150,12 @@ class Accounts:
 
     async def _restrict(self, user_id: int, how: int | str, reason: str, by: str) -> Restricted:
         keys = (self._keys.account(user_id), self._keys.route(user_id))
-        until, *nodes = await _RESTRICT.run(self._commands, keys, (how, reason, by))
+        until, *nodes = await _RESTRICT.run(self._redis, keys, (how, reason, by))
         return Restricted(int(until), tuple(nodes))
 
     async def _pardon(self, user_id: int, what: str) -> bool:
         keys = (self._keys.account(user_id), self._keys.violations(user_id))
-        return bool(await _PARDON.run(self._commands, keys, (what,)))
+        return bool(await _LIFT_RESTRICTION.run(self._redis, keys, (what,)))
 
 
 def _kept_out(verdict: str, rest: list[int]) -> Locked | Banned | None:

@@ -13,10 +13,10 @@ from imstream.clock import milliseconds
 from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.redis.client import Argument, BlockingReader, RedisClient
-from imstream.redis.scripts import Script
 from imstream.settings import Settings
+from imstream.store.scripts import load_script
 
-KEPT_NOTICES = 1_000
+MAX_NOTICES = 1_000
 """About so many are kept; a node that is further behind finds out by looking."""
 
 INBOX_TTL = timedelta(minutes=10)
@@ -28,7 +28,7 @@ _AT_ONCE = 100
 _DIGITS = re.compile(r"[0-9]{1,20}")
 _MESSAGE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
-_TELL = Script("tell")
+_NOTIFY = load_script("notify")
 
 log = structlog.get_logger()
 
@@ -84,38 +84,38 @@ class AccountChanged:
 Notice = ReplyGrew | SessionReplaced | NodeLeft | AccountChanged
 
 
-async def leave(commands: RedisClient, keys: Keys, node: str, notice: Notice) -> None:
+async def notify(redis: RedisClient, keys: Keys, node: str, notice: Notice) -> None:
     """Leave a notice for a node. Raises `StoreError`."""
-    arguments: tuple[Argument, ...] = (KEPT_NOTICES, milliseconds(INBOX_TTL), *notice.fields())
-    await _TELL.run(commands, (keys.inbox(node),), arguments)
+    arguments: tuple[Argument, ...] = (MAX_NOTICES, milliseconds(INBOX_TTL), *notice.fields())
+    await _NOTIFY.run(redis, (keys.inbox(node),), arguments)
 
 
 class Inbox:
     """The inbox of this node, and the way to those of the others."""
 
-    def __init__(self, commands: RedisClient, reader: BlockingReader, settings: Settings) -> None:
+    def __init__(self, redis: RedisClient, reader: BlockingReader, settings: Settings) -> None:
         self.node = settings.node
-        self._commands = commands
+        self._redis = redis
         self._reader = reader
         self._keys = Keys(settings.key_prefix)
         self._block = milliseconds(settings.read_block)
         self._after: str | None = None
 
-    async def tell(self, nodes: Iterable[str], notice: Notice, *, ourselves: bool = False) -> bool:
+    async def notify(self, nodes: Iterable[str], notice: Notice, *, include_self: bool = False) -> bool:
         """Leave a notice for each of these nodes but this one. One that cannot be left is only logged.
 
         Args:
             nodes: The nodes.
             notice: What they are told.
-            ourselves: Leave it for this one too, as the last, whether it is among them or not.
+            include_self: Leave it for this one too, as the last, whether it is among them or not.
 
         Returns:
             Whether any of them is another node.
         """
         others = {*nodes} - {self.node}
-        for node in (*others, self.node) if ourselves else others:
+        for node in (*others, self.node) if include_self else others:
             try:
-                await leave(self._commands, self._keys, node, notice)
+                await notify(self._redis, self._keys, node, notice)
             except StoreError as error:
                 log.warning("notice not left", to=node, error=str(error))
         return bool(others)
@@ -128,7 +128,7 @@ class Inbox:
         """
         key = self._keys.inbox(self.node)
         if self._after is None:
-            newest = await self._commands.execute("XREVRANGE", key, "+", "-", "COUNT", 1)
+            newest = await self._redis.execute("XREVRANGE", key, "+", "-", "COUNT", 1)
             self._after = newest[0][0] if newest else "0-0"
         answer = await self._reader.execute(
             "XREAD", "COUNT", _AT_ONCE, "BLOCK", self._block, "STREAMS", key, self._after
@@ -137,10 +137,10 @@ class Inbox:
         rows = [row for _, entries in streams for row in entries]
         if rows:
             self._after = rows[-1][0]
-        return [notice for _, flat in rows if (notice := read_notice(flat)) is not None]
+        return [notice for _, flat in rows if (notice := parse_notice(flat)) is not None]
 
 
-def read_notice(flat: Sequence[str]) -> Notice | None:
+def parse_notice(flat: Sequence[str]) -> Notice | None:
     """Read an entry, given as field, value, …; None for what is no notice, or one of a newer version of imstream."""
     try:
         fields = dict(zip(flat[::2], flat[1::2], strict=True))

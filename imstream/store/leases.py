@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from imstream.clock import milliseconds, now, span_of
+from imstream.clock import milliseconds, now_ms, to_timedelta
 from imstream.errors import StoreError
 from imstream.keys import GROUP, Keys
 from imstream.redis.client import RedisClient
-from imstream.redis.scripts import Script
 from imstream.settings import Settings
+from imstream.store.scripts import load_script
 
 MAX_FIELD = 256
 """Maximum length of a text in a lease. More is not read."""
@@ -26,9 +26,9 @@ _MAX_PID = 2**31 - 1
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What the id of a node is, as in its setting."""
 
-_LEASE = Script("lease")
-_RELEASE = Script("release")
-_RESTARTED = Script("restarted")
+_ACQUIRE_LEASE = load_script("acquire_lease")
+_RELEASE_LEASE = load_script("release_lease")
+_REDIS_RESTARTED = load_script("redis_restarted")
 
 REDIS_KEPT = timedelta(days=7)
 """How long it is known on which run of Redis a node last held its lease: the longest night in which all is stopped."""
@@ -93,54 +93,54 @@ class HeldByOther:
     """Another process has it, for `left` at least."""
 
     holder: Holder
-    left: timedelta
+    remaining: timedelta
 
 
 class Leases:
     """The lease of this node, and what those of the others tell."""
 
-    def __init__(self, commands: RedisClient, settings: Settings) -> None:
+    def __init__(self, redis: RedisClient, settings: Settings) -> None:
         self.node = settings.node
-        self._commands = commands
+        self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._life = milliseconds(settings.lease)
 
-    async def hold(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
+    async def acquire(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
         """Take the lease of this node, or renew it.
 
         Args:
             holder: This process.
             dead: The instance of a holder that is known to be dead; its lease may be taken over.
         """
-        keys = (self._keys.lease(self.node), self._keys.redis(self.node), self._keys.requests(self.node))
+        keys = (self._keys.lease(self.node), self._keys.redis_run(self.node), self._keys.requests(self.node))
         lease = (holder.instance, holder.encode(), self._life, dead)
-        answer = await _LEASE.run(self._commands, keys, (*lease, GROUP, self.node, milliseconds(REDIS_KEPT)))
+        answer = await _ACQUIRE_LEASE.run(self._redis, keys, (*lease, GROUP, self.node, milliseconds(REDIS_KEPT)))
         if answer[0] == "held":
             return Held(restarted=answer[1] == "1")
         return HeldByOther(Holder.decode(answer[1]), _span(answer[2]) or timedelta())
 
     async def release(self, holder: Holder) -> None:
         """Give the lease up: the node's stream may be adopted at once."""
-        await _RELEASE.run(self._commands, (self._keys.lease(self.node),), (holder.instance,))
+        await _RELEASE_LEASE.run(self._redis, (self._keys.lease(self.node),), (holder.instance,))
 
     async def redis_restarted_since(self, node: str) -> bool:
         """Whether Redis was restarted since a node last held its lease: it may have ended when Redis did."""
-        return bool(await _RESTARTED.run(self._commands, (self._keys.redis(node),), ()))
+        return bool(await _REDIS_RESTARTED.run(self._redis, (self._keys.redis_run(node),), ()))
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         """Be seen in the directory of nodes."""
-        await self._commands.execute("ZADD", self._keys.nodes(), now(), self.node)
+        await self._redis.execute("ZADD", self._keys.nodes(), now_ms(), self.node)
 
-    async def others(self) -> dict[str, timedelta]:
+    async def other_nodes(self) -> dict[str, timedelta]:
         """The other nodes of the directory, and how long ago each was last seen. What is no node's id is ignored."""
-        rows = await self._commands.execute("ZRANGE", self._keys.nodes(), 0, -1, "WITHSCORES")
-        moment = now()
-        return {node: span_of(moment - at) for node, at in rows if node != self.node and _NODE.fullmatch(node)}
+        rows = await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1, "WITHSCORES")
+        moment = now_ms()
+        return {node: to_timedelta(moment - at) for node, at in rows if node != self.node and _NODE.fullmatch(node)}
 
-    async def left(self, nodes: Iterable[str]) -> dict[str, timedelta | None]:
+    async def time_left(self, nodes: Iterable[str]) -> dict[str, timedelta | None]:
         """How long the lease of each node lasts if it is not renewed; None: nobody holds it."""
         names = list(nodes)
-        asked = (self._commands.execute("PTTL", self._keys.lease(node)) for node in names)
+        asked = (self._redis.execute("PTTL", self._keys.lease(node)) for node in names)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return {node: _span(answer) for node, answer in zip(names, answers, strict=True)}
 
@@ -152,7 +152,7 @@ def _span(answer: int | BaseException) -> timedelta | None:
         raise answer
     if answer == -1:  # set by hand, without an end
         return timedelta.max
-    return span_of(answer) if answer >= 0 else None
+    return to_timedelta(answer) if answer >= 0 else None
 
 
 def _text(value: object, otherwise: str) -> str:

@@ -9,15 +9,15 @@ from imstream.clock import milliseconds
 from imstream.keys import Keys
 from imstream.model import TERMINAL_EVENTS, Record, Terminal, TerminalEvent
 from imstream.redis.client import Argument, RedisClient
-from imstream.redis.scripts import Script
 from imstream.settings import Settings
+from imstream.store.scripts import load_script
 
-_QUEUED = Script("queued")
-_OPEN = Script("open")
-_APPEND = Script("append")
-_CANCEL = Script("cancel")
+_MARK_QUEUED = load_script("mark_queued")
+_OPEN = load_script("open")
+_APPEND = load_script("append")
+_CANCEL = load_script("cancel")
 
-Receipt = Literal["cancelled", "too_late", "unknown"]
+CancelOutcome = Literal["cancelled", "too_late", "unknown"]
 _KNOWN = frozenset({"queued", "opened", "text", *TERMINAL_EVENTS})
 
 
@@ -56,11 +56,11 @@ class Rejected:
     """The reply takes nothing more from this attempt.
 
     Attributes:
-        why: `superseded` by a later attempt; `ended`; `gone` from Redis; `gap`: text would be missing or repeated.
+        reason: `superseded` by a later attempt; `ended`; `gone` from Redis; `gap`: text would be missing or repeated.
         offset: For a `gap`: up to where the text of this attempt is recorded.
     """
 
-    why: Literal["superseded", "ended", "gone", "gap"]
+    reason: Literal["superseded", "ended", "gone", "gap"]
     offset: int = field(default=0, compare=False)
 
 
@@ -74,8 +74,8 @@ class CancelRecorded:
 class ReplyStore:
     """The reply streams, each under its user and message id."""
 
-    def __init__(self, commands: RedisClient, settings: Settings) -> None:
-        self._commands = commands
+    def __init__(self, redis: RedisClient, settings: Settings) -> None:
+        self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._node = settings.node
         self._ttl = milliseconds(settings.reply_ttl)
@@ -85,7 +85,7 @@ class ReplyStore:
         """Note that the message waits, unless anything is known of it already."""
         # No worker is free: the message waits, and its mark may wait for others to travel with.
         keys = self._keys_of(user_id, message_id)[:1]
-        await _QUEUED.run(self._commands, keys, (self._queued_ttl,), urgent=False)
+        await _MARK_QUEUED.run(self._redis, keys, (self._queued_ttl,), urgent=False)
 
     async def open(
         self, user_id: int, message_id: str, *, request: str, lost: str = "", after: int = 0
@@ -100,7 +100,7 @@ class ReplyStore:
             after: An attempt that has been made, even if Redis has lost it: the next one has a later number.
         """
         arguments = (request, self._ttl, lost, after, self._node)
-        answer = await _OPEN.run(self._commands, self._keys_of(user_id, message_id), arguments)
+        answer = await _OPEN.run(self._redis, self._keys_of(user_id, message_id), arguments)
         match answer:
             case ["opened", attempt, *nodes]:
                 return Opened(int(attempt), tuple(nodes))
@@ -125,7 +125,7 @@ class ReplyStore:
         arguments: tuple[Argument, ...] = (attempt, event, before, after, text, self._ttl)
         if terminal is not None:
             arguments += terminal.fields()
-        answer = await _APPEND.run(self._commands, self._keys_of(user_id, message_id), arguments)
+        answer = await _APPEND.run(self._redis, self._keys_of(user_id, message_id), arguments)
         match answer:
             case ["appended", *nodes]:
                 return Appended(tuple(nodes))
@@ -136,7 +136,7 @@ class ReplyStore:
 
     async def cancel(self, user_id: int, message_id: str) -> CancelRecorded | Literal["too_late", "unknown"]:
         """End the reply as cancelled, wherever it is worked on."""
-        verdict, *nodes = await _CANCEL.run(self._commands, self._keys_of(user_id, message_id), (self._ttl,))
+        verdict, *nodes = await _CANCEL.run(self._redis, self._keys_of(user_id, message_id), (self._ttl,))
         return CancelRecorded(tuple(nodes)) if verdict == "cancelled" else verdict
 
     async def read(self, user_id: int, message_id: str, *, after: str = "") -> Record | None:
@@ -148,7 +148,7 @@ class ReplyStore:
             after: Position of an earlier record: only what is new since then. None then means that nothing is.
         """
         begin = f"({after}" if after else "-"
-        entries = await self._commands.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
+        entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
         if not entries:
             return None
         attempt, start, texts, terminal = 0, None, list[str](), None
@@ -167,9 +167,9 @@ class ReplyStore:
                 terminal = Terminal.from_fields(fields)
         return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0])
 
-    async def showed_text(self, user_id: int, message_id: str) -> bool:
+    async def has_shown_text(self, user_id: int, message_id: str) -> bool:
         """Whether any attempt has shown text, also one that was begun anew since."""
-        entries = await self._commands.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
+        entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
         texts = (dict(zip(flat[::2], flat[1::2], strict=True)).get("text") for _, flat in entries)
         return any(texts)
 

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from imstream.clock import milliseconds, now
+from imstream.clock import milliseconds, now_ms
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.model import ChatRequest
 from imstream.redis.client import Argument, BlockingReader, RedisClient
-from imstream.redis.scripts import Script
 from imstream.settings import Settings
+from imstream.store.scripts import load_script
 
-KEPT_DEAD_LETTERS = 10_000
+MAX_DEAD_LETTERS = 10_000
 MAX_PENDING_LISTED = 1_000
 
-_ADMIT = Script("admit")
-_FINISH = Script("finish")
-_BURY = Script("bury")
-_PREPARE = Script("prepare")
-_CLAIM = Script("claim")
-_DISMISS = Script("dismiss")
-_HAND_BACK = Script("hand_back")
+_ADMIT = load_script("admit")
+_FINISH = load_script("finish")
+_BURY = load_script("bury")
+_ENSURE_GROUP = load_script("ensure_group")
+_CLAIM = load_script("claim")
+_REMOVE_CONSUMER = load_script("remove_consumer")
+_HAND_BACK = load_script("hand_back")
 
 
 class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a fault of the caller
@@ -61,7 +61,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingEntry:
     """One entry that was given to a worker and is not finished. `consumer`: that worker's node."""
 
     entry_id: str
@@ -78,12 +78,12 @@ class RequestStream:
     """
 
     def __init__(
-        self, commands: RedisClient, reader: BlockingReader, settings: Settings, *, node: str | None = None
+        self, redis: RedisClient, reader: BlockingReader, settings: Settings, *, node: str | None = None
     ) -> None:
         self.consumer = settings.node
         self.node = settings.node if node is None else node
         keys = self._all_keys = Keys(settings.key_prefix)
-        self._commands = commands
+        self._redis = redis
         self._reader = reader
         self._limits = (settings.queue_limit, settings.user_limit)
         self._stream = keys.requests(self.node)
@@ -99,14 +99,14 @@ class RequestStream:
     async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request unless the node's or the user's cap is reached."""
         arguments: tuple[Argument, ...] = (*self._limits, GROUP, str(request.user_id), *request.fields())
-        verdict, *rest = await _ADMIT.run(self._commands, self._keys, arguments)
+        verdict, *rest = await _ADMIT.run(self._redis, self._keys, arguments)
         if verdict == "admitted":
             return Admitted(rest[0], int(rest[1]))
         return QueueFull(by_user=verdict == "user_full")
 
-    async def prepare(self) -> bool:
+    async def ensure_group(self) -> bool:
         """Make the consumer group if need be and count the users' requests anew; True when it had to be made."""
-        return bool(await _PREPARE.run(self._commands, self._keys, (GROUP,)))
+        return bool(await _ENSURE_GROUP.run(self._redis, self._keys, (GROUP,)))
 
     async def read(self, *, count: int, block: timedelta | None) -> list[Entry]:
         """Take requests never given to a worker, at most `count`; wait for the first up to `block`, if given.
@@ -120,7 +120,7 @@ class RequestStream:
         which = ("STREAMS", self._stream, ">")
         with _naming_a_missing_group():
             if block is None:
-                answer = await self._commands.execute(*command, *which)
+                answer = await self._redis.execute(*command, *which)
             else:
                 answer = await self._reader.execute(*command, "BLOCK", milliseconds(block), *which)
         return [entry for entry in _entries(answer) if entry is not None]
@@ -132,46 +132,46 @@ class RequestStream:
             GroupMissing: There is no such consumer group.
         """
         with _naming_a_missing_group():
-            rows = await self._commands.execute("XINFO", "CONSUMERS", self._stream, GROUP)
+            rows = await self._redis.execute("XINFO", "CONSUMERS", self._stream, GROUP)
         return {row["name"]: int(row["pending"]) for row in rows if row["name"] != self.consumer}
 
-    async def dismiss(self, consumer: str) -> None:
+    async def remove_consumer(self, consumer: str) -> None:
         """Take a node that is gone out of the group, unless it has requests that are not finished."""
-        await _DISMISS.run(self._commands, (self._stream,), (GROUP, consumer))
+        await _REMOVE_CONSUMER.run(self._redis, (self._stream,), (GROUP, consumer))
 
-    async def pending(self, consumer: str | None = None, *, besides: Iterable[str] = ()) -> list[Pending]:
-        """What was given to a node and is not finished, oldest first, without the entries named in `besides`.
+    async def pending(self, consumer: str | None = None, *, exclude: Iterable[str] = ()) -> list[PendingEntry]:
+        """What was given to a node and is not finished, oldest first, without the entries named in `exclude`.
 
         Args:
             consumer: The node; the one that works on the stream, unless given.
-            besides: Entry ids.
+            exclude: Entry ids.
 
         Raises:
             GroupMissing: There is no such consumer group.
         """
-        known, consumer = set(besides), consumer or self.consumer
+        known, consumer = set(exclude), consumer or self.consumer
         with _naming_a_missing_group():
-            rows = await self._commands.execute("XPENDING", self._stream, GROUP, "-", "+", MAX_PENDING_LISTED, consumer)
-        return [Pending(row[0], int(row[3]), consumer) for row in rows if row[0] not in known]
+            rows = await self._redis.execute("XPENDING", self._stream, GROUP, "-", "+", MAX_PENDING_LISTED, consumer)
+        return [PendingEntry(row[0], int(row[3]), consumer) for row in rows if row[0] not in known]
 
-    async def claim(self, entry: Pending, *, deliveries: int) -> Entry | None:
+    async def claim(self, entry: PendingEntry, *, deliveries: int) -> Entry | None:
         """Take up a pending entry, and note how often it was given to a worker.
 
         None when it is no longer there, or was given to somebody else meanwhile, or its node is alive again (I7).
         """
         needs_lease = int(entry.consumer == self.node and not self.is_own)
         fields = await _CLAIM.run(
-            self._commands,
+            self._redis,
             (self._stream, self._lease),
             (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease),
         )
         return None if fields is None else Entry(entry.entry_id, _pairs(fields), deliveries)
 
-    async def is_taken(self, entry: Entry) -> bool:
+    async def is_taken_over(self, entry: Entry) -> bool:
         """Whether an entry that was given to us is another node's by now. One that Redis has lost is nobody's."""
         try:
             with _naming_a_missing_group():
-                rows = await self._commands.execute("XPENDING", self._stream, GROUP, entry.entry_id, entry.entry_id, 1)
+                rows = await self._redis.execute("XPENDING", self._stream, GROUP, entry.entry_id, entry.entry_id, 1)
         except GroupMissing:
             return False
         return bool(rows) and rows[0][1] != self.consumer
@@ -184,36 +184,36 @@ class RequestStream:
             to: The node under whose name it is pending from now on, instead of ours.
         """
         arguments = (GROUP, self.consumer, entry.entry_id, entry.deliveries - 1, to or self.consumer)
-        await _HAND_BACK.run(self._commands, (self._stream,), arguments)
+        await _HAND_BACK.run(self._redis, (self._stream,), arguments)
 
     async def unfinished(self) -> int:
         """Requests in the stream."""
-        count: int = await self._commands.execute("XLEN", self._stream)
+        count: int = await self._redis.execute("XLEN", self._stream)
         return count
 
     async def ping(self) -> None:
         """Ask the server that has the stream for a sign of life."""
-        await self._commands.execute("EXISTS", self._stream)
+        await self._redis.execute("EXISTS", self._stream)
 
     async def is_unfinished(self, request: str) -> bool:
         """Whether a request, as `node/entry id`, is in the stream of its node."""
         node, _, entry_id = request.rpartition("/")
-        return bool(await self._commands.execute("XRANGE", self._all_keys.requests(node), entry_id, entry_id))
+        return bool(await self._redis.execute("XRANGE", self._all_keys.requests(node), entry_id, entry_id))
 
     async def finish(self, entry: Entry) -> None:
         """Acknowledge and delete a request whose terminal event is recorded."""
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""))
         # Nobody waits for it; and a request admitted meanwhile travels behind it, and finds its place free.
-        await _FINISH.run(self._commands, self._keys, arguments, urgent=False)
+        await _FINISH.run(self._redis, self._keys, arguments, urgent=False)
 
     async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
         """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""
         await _BURY.run(
-            self._commands,
+            self._redis,
             (*self._keys, self._dead),
             (
-                *(GROUP, entry.entry_id, entry.fields.get("user", ""), KEPT_DEAD_LETTERS),
-                *("reason", reason, "error", error, "attempts", attempts, "dead_at", now()),
+                *(GROUP, entry.entry_id, entry.fields.get("user", ""), MAX_DEAD_LETTERS),
+                *("reason", reason, "error", error, "attempts", attempts, "dead_at", now_ms()),
             ),
         )
 

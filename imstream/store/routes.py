@@ -8,13 +8,13 @@ from datetime import timedelta
 from imstream.clock import milliseconds
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
-from imstream.redis.scripts import Script
 from imstream.settings import Settings
+from imstream.store.scripts import load_script
 
 ROUTE_TTL = timedelta(minutes=30)
 """How long a route is kept unless it is noted again: that long a dead node is left notices which nobody reads."""
 
-_ARRIVE = Script("arrive")
+_ADD_ROUTE = load_script("add_route")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,30 +22,30 @@ class RouteAdded:
     """A login is noted.
 
     Attributes:
-        number: Of two logins of a user, on whichever nodes, the newer one has the higher number.
+        login: Of two logins of a user, on whichever nodes, the newer one has the higher number.
         nodes: Nodes that hold a socket of the user, this one included.
-        marked: Something is in the user's account: it is to be seen whether the user may stay.
+        has_account: Something is in the user's account: it is to be seen whether the user may stay.
     """
 
-    number: int
+    login: int
     nodes: tuple[str, ...]
-    marked: bool = False
+    has_account: bool = False
 
 
 class Routes:
     """The routes that lead to this node."""
 
-    def __init__(self, commands: RedisClient, settings: Settings) -> None:
+    def __init__(self, redis: RedisClient, settings: Settings) -> None:
         self.node = settings.node
-        self._commands = commands
+        self._redis = redis
         self._keys = Keys(settings.key_prefix)
 
-    async def arrive(self, user_id: int) -> RouteAdded:
+    async def add_route(self, user_id: int) -> RouteAdded:
         """Note that this node holds a socket of the user. May be repeated."""
         keys = (self._keys.route(user_id), self._keys.account(user_id))
-        number, marked, *nodes = await _ARRIVE.run(self._commands, keys, (self.node, milliseconds(ROUTE_TTL)))
-        return RouteAdded(int(number), tuple(nodes), marked=bool(marked))
+        login, has_account, *nodes = await _ADD_ROUTE.run(self._redis, keys, (self.node, milliseconds(ROUTE_TTL)))
+        return RouteAdded(int(login), tuple(nodes), has_account=bool(has_account))
 
-    async def leave(self, user_id: int) -> None:
+    async def remove_route(self, user_id: int) -> None:
         """Note that this node holds none any more."""
-        await self._commands.execute("SREM", self._keys.route(user_id), self.node)
+        await self._redis.execute("SREM", self._keys.route(user_id), self.node)

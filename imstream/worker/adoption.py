@@ -87,8 +87,8 @@ class Adopter:
 
     async def _look_around(self, group: asyncio.TaskGroup) -> float:
         """Adopt what can be adopted; seconds until the next look: at the end of the lease that ends first."""
-        seen = await self._leases.others()
-        left = await self._leases.left(seen)
+        seen = await self._leases.other_nodes()
+        left = await self._leases.time_left(seen)
         for node, since in seen.items():
             try:
                 if self._lease_keeper.can_declare_dead and left[node] is None and node not in self._adopted:
@@ -124,8 +124,10 @@ class Adopter:
 
     async def _search(self, group: asyncio.TaskGroup, node: str) -> None:
         """Take up what an earlier process of ours had adopted and not finished: nobody else does while both live."""
-        if not await self._adoption.left_behind(node):
-            await self._adoption.leave(node)  # the node itself may have taken it up, and our consumer is still there
+        if not await self._adoption.has_pending(node):
+            await self._adoption.release_stream(
+                node
+            )  # the node itself may have taken it up, and our consumer is still there
         elif not self._stopping:
             log.info("taking up what was adopted before", node=node)
             worker = self._make_consumer(node)
@@ -161,7 +163,7 @@ class Adopter:
 
     async def _leave(self, node: str) -> None:
         try:
-            left = await self._adoption.leave(node)
+            left = await self._adoption.release_stream(node)
         except StoreError as error:
             log.warning("adopted stream not left in good order", node=node, error=str(error))
             return

@@ -12,9 +12,9 @@ from dataclasses import replace
 import structlog
 
 from imstream.errors import StoreDenied, StoreError
-from imstream.model import SCHEMA_VERSION, ChatRequest, Malformed, NewerVersion
+from imstream.model import SCHEMA_VERSION, ChatRequest, MalformedEntry, NewerVersion
 from imstream.store.leases import Leases
-from imstream.store.requests import Entry, GroupMissing, Pending
+from imstream.store.requests import Entry, GroupMissing, PendingEntry
 from imstream.worker.deps import WorkerDeps
 from imstream.worker.disposition import MALFORMED, Bury
 from imstream.worker.job import Job
@@ -121,7 +121,7 @@ class StreamConsumer:
             self._heard()
 
     async def _prepare(self, *, first: bool) -> None:
-        if await self._requests.prepare():
+        if await self._requests.ensure_group():
             if first:
                 log.info("consumer group made", node=self._requests.node)
             else:
@@ -131,7 +131,7 @@ class StreamConsumer:
         if self._lease_keeper.held:
             await self._sweep_if_due(group)
         if self._leaving:
-            self._left = not self._jobs and not await self._requests.pending(besides=self._newer)
+            self._left = not self._jobs and not await self._requests.pending(exclude=self._newer)
         with self._all_jobs.reserve(self._wanted(), self) as slots:
             if slots.free:
                 # Another node's stream gets nothing new, or hardly ever: no connection is kept for waiting there.
@@ -193,13 +193,13 @@ class StreamConsumer:
         if self._inherited is None:  # only now: the deliveries were looked through when the lease was taken
             await self._inherit()
         busy = {*self._jobs, *self._newer}
-        pending = await self._requests.pending(besides=busy)
+        pending = await self._requests.pending(exclude=busy)
         if not self._lease_keeper.can_declare_dead:
             self._next_sweep = 0.0  # for those of the dead, as soon as they can be told from the living
         elif not self._leaving:
             for consumer in await self._dead_consumers():
                 died = not await self._leases.redis_restarted_since(consumer)
-                left = await self._requests.pending(consumer, besides=busy)
+                left = await self._requests.pending(consumer, exclude=busy)
                 pending += [replace(one, deliveries=one.deliveries + died) for one in left]
         for one in pending:
             with self._all_jobs.reserve(min(1, self._may_begin()), self) as slots:
@@ -219,14 +219,14 @@ class StreamConsumer:
         others = await self._requests.other_consumers()
         if not others:
             return []
-        left = await self._leases.left(others)
+        left = await self._leases.time_left(others)
         dead = [consumer for consumer in others if left[consumer] is None]
         for consumer in dead:
             if others[consumer] == 0 and consumer != self._requests.node:
-                await self._requests.dismiss(consumer)
+                await self._requests.remove_consumer(consumer)
         return [consumer for consumer in dead if others[consumer] > 0]
 
-    async def _take_up(self, group: asyncio.TaskGroup, pending: Pending, slots: Slots) -> None:
+    async def _take_up(self, group: asyncio.TaskGroup, pending: PendingEntry, slots: Slots) -> None:
         inherited = self._inherited or {}
         # A sum made now would count a claim twice whose answer was lost.
         deliveries = max(1, inherited.get(pending.entry_id, pending.deliveries))
@@ -250,12 +250,12 @@ class StreamConsumer:
         except NewerVersion as error:
             await self._leave_to_newer(entry, error.version)
             return
-        except Malformed as error:
-            if error.addressee is None:
+        except MalformedEntry as error:
+            if error.partial is None:
                 log.error("request buried", reason=MALFORMED, error=str(error), entry=entry.entry_id)  # noqa: TRY400 - no defect
                 await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
                 return
-            request, verdict = error.addressee, Bury(MALFORMED, str(error))
+            request, verdict = error.partial, Bury(MALFORMED, str(error))
         if verdict is None and self._parts.breaker.tripped:
             self._parts.breaker.probing()
         job = self._jobs[entry.entry_id] = Job(entry, request, self._parts, verdict)

@@ -12,7 +12,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
 from imstream.model import ChatRequest, Terminal
-from imstream.redis.retry import retry_until_available
+from imstream.redis.errors import retry_until_available
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import ReplyGrew
 from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected
@@ -137,7 +137,7 @@ class Job:
             return
         # A retry is not concerned by what becomes of the attempt before.
         if isinstance(result, Rejected) and recorder is self._recorder:
-            self._log.warning("reply stream refuses this attempt", why=result.why, attempt=self.reply.attempt)
+            self._log.warning("reply stream refuses this attempt", why=result.reason, attempt=self.reply.attempt)
             self.stop(Stop.OVERRULED)
 
     async def look(self) -> None:
@@ -157,7 +157,7 @@ class Job:
         user_id, message_id = self.request.user_id, self.request.message_id
         if not (
             self._showed_text
-            or await retry_until_available(lambda: self._parts.replies.showed_text(user_id, message_id))
+            or await retry_until_available(lambda: self._parts.replies.has_shown_text(user_id, message_id))
         ):
             await retry_until_available(lambda: self._parts.guards.failed(self.request))
 
@@ -213,7 +213,7 @@ class Job:
         if known:
             return known.pop()
         # Our lease may have run out during the attempt that failed: whoever has the request now is at work on it (I7).
-        if await retry_until_available(lambda: self._parts.requests.is_taken(self.entry)):
+        if await retry_until_available(lambda: self._parts.requests.is_taken_over(self.entry)):
             self._log.warning("request was taken over by another node", attempt=self.reply.attempt)
             return Leave()
         return await self._attempt()
@@ -252,7 +252,7 @@ class Job:
             if begun:
                 parts.begun(self.reply)
             notice = ReplyGrew(self.reply.user_id, self.reply.message_id, begun=begun)
-            self._recorder.read_elsewhere = await parts.inbox.tell(opened.nodes, notice)
+            self._recorder.read_elsewhere = await parts.inbox.notify(opened.nodes, notice)
         return opened
 
     async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate:
@@ -297,7 +297,7 @@ class Job:
                 await self._show_record()
                 return Finish()
             case rejected:
-                self._log.warning("reply stream refuses the end", why=rejected.why, attempt=self.reply.attempt)
+                self._log.warning("reply stream refuses the end", why=rejected.reason, attempt=self.reply.attempt)
                 return Leave()
 
     async def _after_stop(self) -> Disposition:
@@ -310,7 +310,7 @@ class Job:
                     await retry_until_available(self._recorder.flush)
                 receipt = await retry_until_available(lambda: replies.cancel(user_id, message_id))
                 if isinstance(receipt, CancelRecorded):
-                    await self._parts.inbox.tell(receipt.nodes, ReplyGrew(user_id, message_id))
+                    await self._parts.inbox.notify(receipt.nodes, ReplyGrew(user_id, message_id))
                 elif receipt == "unknown":  # Redis lost it, and nobody asks for it any more
                     self.reply.end(Terminal("cancelled"))
                 await self._show_record()

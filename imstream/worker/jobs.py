@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imstream.errors import StoreUnavailable
-from imstream.redis.retry import retry_until_available
+from imstream.redis.errors import retry_until_available
 from imstream.store.inbox import ReplyGrew
 from imstream.store.replies import CancelRecorded
 from imstream.worker.job import Stop
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from imstream.reply_buffer import ReplyBuffers
     from imstream.settings import Settings
     from imstream.store.inbox import Inbox
-    from imstream.store.replies import Receipt, ReplyStore
+    from imstream.store.replies import CancelOutcome, ReplyStore
     from imstream.worker.consumer import StreamConsumer
     from imstream.worker.job import Job
 
@@ -144,7 +144,7 @@ class Jobs:
         for job in self._jobs:
             job.stop(Stop.DRAINED)
 
-    async def cancel(self, user_id: int, message_id: str) -> Receipt:
+    async def cancel(self, user_id: int, message_id: str) -> CancelOutcome:
         """Cancel a message wherever it is: at once when it is worked on here. Raises `StoreError`."""
         job = self._job_of(user_id, message_id)
         if job is None:
@@ -159,11 +159,11 @@ class Jobs:
             raise StoreUnavailable("the end of the answer was not recorded")
         return "cancelled" if job.reply.terminal.event == "cancelled" else "too_late"
 
-    async def _cancel_elsewhere(self, user_id: int, message_id: str) -> Receipt:
+    async def _cancel_elsewhere(self, user_id: int, message_id: str) -> CancelOutcome:
         receipt = await self._replies.cancel(user_id, message_id)
         if not isinstance(receipt, CancelRecorded):
             return receipt
-        await self._inbox.tell(receipt.nodes, ReplyGrew(user_id, message_id))
+        await self._inbox.notify(receipt.nodes, ReplyGrew(user_id, message_id))
         record = await self._replies.read(user_id, message_id)
         if record is not None:
             self._buffers.get(user_id, message_id).load(record)

@@ -127,7 +127,7 @@ class LeaseKeeper:
         """Take the lease. One whose holder may be dead is waited for, one that is renewed meanwhile is not."""
         dead, before = "", None
         while (refusal := await self._ask(dead)) is not None:
-            holder, left = refusal.holder, refusal.left
+            holder, left = refusal.holder, refusal.remaining
             alive = is_alive(holder, self._holder.machine)
             if alive or (before is not None and left > before):
                 raise NodeTaken(self._leases.node, holder.address, holder.pid, holder.host)
@@ -172,7 +172,7 @@ class LeaseKeeper:
             if self._released:
                 return None
             try:
-                answer = await self._leases.hold(self._holder, dead=dead)
+                answer = await self._leases.acquire(self._holder, dead=dead)
             except StoreError:
                 self._sure_from = float("inf")
                 raise
@@ -183,5 +183,5 @@ class LeaseKeeper:
         if isinstance(answer, HeldByOther):
             return answer
         with suppress(StoreError):  # being seen can wait for the next time
-            await self._leases.beat()
+            await self._leases.heartbeat()
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from imstream.model import Terminal
-from imstream.redis.retry import retry_until_available
+from imstream.redis.errors import retry_until_available
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import Inbox, ReplyGrew
 from imstream.store.replies import Appended, Opened, Rejected, ReplyStore
@@ -91,7 +91,7 @@ class ReplyWriter:
         )
         if isinstance(result, Appended):
             self._recorded = after
-            self.read_elsewhere = await self._inbox.tell(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
+            self.read_elsewhere = await self._inbox.notify(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
         return result
 
     async def _reopen(self) -> bool:

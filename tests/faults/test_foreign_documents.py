@@ -34,9 +34,9 @@ from imstream.guards.guard import GuardDeps, Handshake
 from imstream.guards.origin import Origin
 from imstream.guards.words import word_file
 from imstream.keys import Keys
-from imstream.model import ChatRequest, Malformed
+from imstream.model import ChatRequest, MalformedEntry
 from imstream.settings import Settings
-from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, read_notice
+from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, parse_notice
 from imstream.store.leases import Holder
 from imstream.texts import choose_lang
 from imstream.urls import RedisUrl, SecretUrl, redact_url
@@ -78,7 +78,7 @@ def read_lease(data: bytes) -> None:
 
 
 def read_stored_notice(data: bytes) -> None:
-    notice = read_notice(data.decode(errors="replace").split("\0"))
+    notice = parse_notice(data.decode(errors="replace").split("\0"))
     if isinstance(notice, ReplyGrew | SessionReplaced | AccountChanged):
         Keys().reply(notice.user_id, getattr(notice, "message_id", ""))
 
@@ -188,7 +188,7 @@ PARSERS = {
         ],
     ),
     "lease": Parser(read_lease, (), [HERE.encode().encode()]),
-    "stored request": Parser(read_stored_request, (Malformed,), [flat(*REQUEST.fields())]),
+    "stored request": Parser(read_stored_request, (MalformedEntry,), [flat(*REQUEST.fields())]),
     "events": Parser(read_events, (EventTooLong,), [b"event: x\r\ndata: a\r\ndata: b\r\n\r\n: c\n\n"]),
     "answer": Parser(
         read_answer,

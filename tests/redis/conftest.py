@@ -41,7 +41,7 @@ class Store:
     """What one node has of the store, and a client of the test's own."""
 
     settings: Settings
-    commands: RedisClient
+    redis_client: RedisClient
     requests: RequestStream
     replies: ReplyStore
     redis: redis.Redis
@@ -59,12 +59,12 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
     settings = Settings.load(redis_url=redis_server.url, queue_limit=5, user_limit=2, node="0")
     reader = BlockingReader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
     client = redis_server.client()
-    async with RedisClient(settings.redis_url, lanes=2, timeout=settings.redis_timeout) as commands:
+    async with RedisClient(settings.redis_url, connections=2, timeout=settings.redis_timeout) as redis_client:
         yield Store(
             settings,
-            commands,
-            RequestStream(commands, reader, settings),
-            ReplyStore(commands, settings),
+            redis_client,
+            RequestStream(redis_client, reader, settings),
+            ReplyStore(redis_client, settings),
             client,
             Keys(settings.key_prefix),
         )

@@ -116,9 +116,9 @@ def _answers(client: redis.Redis) -> bool:
     ids=lambda command: " ".join(map(str, command)),
 )
 async def test_the_user_of_a_node_may_not(server: RedisServer, command: tuple[str | int, ...]) -> None:
-    async with RedisClient(server.url, lanes=1, timeout=TIMEOUT) as commands:
+    async with RedisClient(server.url, connections=1, timeout=TIMEOUT) as redis_client:
         with pytest.raises(StoreDenied, match=r"give the user what ops/redis-users\.acl lists"):
-            await commands.execute(*command)
+            await redis_client.execute(*command)
 
 
 # What is said when something is lacking
@@ -138,8 +138,8 @@ def logins(url: str) -> dict[str, str]:
 async def test_a_denied_login_is_told_from_an_absence(server: RedisServer, which: str) -> None:
     url = logins(server.url)[which]
     reader = BlockingReader(url, block=TIMEOUT, timeout=TIMEOUT)
-    async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
-        for ask in (commands.execute, reader.execute):
+    async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
+        for ask in (redis_client.execute, reader.execute):
             with pytest.raises(StoreDenied, match="look at the user and the password in IMSTREAM_REDIS_URL"):
                 await ask("XLEN", "im:a")
     await reader.aclose()
@@ -154,8 +154,8 @@ async def test_a_permission_that_is_lacking_is_said_also_when_a_script_lacks_it(
         client.script_flush()
         set_users(client, f"user imstream {rules}")
         try:
-            async with RedisClient(server.url, lanes=1, timeout=TIMEOUT) as commands:
-                requests = RequestStream(commands, reader, Settings.load())
+            async with RedisClient(server.url, connections=1, timeout=TIMEOUT) as redis_client:
+                requests = RequestStream(redis_client, reader, Settings.load())
                 with pytest.raises(StoreDenied, match="ACL LOG tells what was denied"):
                     await requests.admit(chat_request())
         finally:
@@ -168,8 +168,8 @@ async def test_without_the_permission_to_look_at_its_settings_a_node_says_so_and
     with server.client() as client:
         set_users(client, "user imstream -info")
         try:
-            async with RedisClient(server.url, lanes=1, timeout=TIMEOUT) as commands:
-                [warning] = await health.warnings(commands)
+            async with RedisClient(server.url, connections=1, timeout=TIMEOUT) as redis_client:
+                [warning] = await health.warnings(redis_client)
         finally:
             set_users(client, *USER_LINES)
     assert "cannot look at the settings of Redis: " in warning

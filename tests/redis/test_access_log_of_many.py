@@ -22,8 +22,8 @@ PERMISSION = "give the user what ops/redis-users.acl lists"
 async def is_denied(url: str, why: str) -> None:
     """Commands and readers are told this."""
     reader = BlockingReader(url, block=TIMEOUT, timeout=TIMEOUT)
-    async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
-        for ask in (commands.execute, reader.execute):
+    async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
+        for ask in (redis_client.execute, reader.execute):
             with pytest.raises(StoreDenied, match=why) as denied:
                 await ask("XLEN", "im:a")
             assert "secret" not in str(denied.value)
@@ -34,11 +34,11 @@ async def takes_a_password_file(url: str, file: Path) -> None:
     """The password is read for each connection: a file that is written later needs no restart."""
     with_file = f"{url.replace(USER, 'imstream')}{'&' if '?' in url else '?'}password_file={file}"
     reader = BlockingReader(with_file, block=TIMEOUT, timeout=TIMEOUT)
-    async with RedisClient(with_file, lanes=1, timeout=TIMEOUT) as commands:
+    async with RedisClient(with_file, connections=1, timeout=TIMEOUT) as redis_client:
 
         async def told() -> str:
             try:
-                return str([await commands.execute("XLEN", "im:a"), await reader.execute("XLEN", "im:a")])
+                return str([await redis_client.execute("XLEN", "im:a"), await reader.execute("XLEN", "im:a")])
             except StoreDenied as denied:
                 return str(denied)
 

@@ -24,7 +24,7 @@ from tests.support.waiting import wait_until
 USER = 10001
 NOW = time.time_ns() // 1_000_000
 DAY = Day("2026-11-24", NOW - 1000, NOW + 3_600_000)
-TOMORROW = Day("2026-11-25", DAY.ends, DAY.ends + 86_400_000)
+TOMORROW = Day("2026-11-25", DAY.end, DAY.end + 86_400_000)
 LONG = timedelta(hours=1)
 ACCOUNT, VIOLATIONS, QUOTA = Keys().account(USER), Keys().violations(USER), Keys().quota(USER, DAY.name)
 
@@ -32,38 +32,38 @@ ACCOUNT, VIOLATIONS, QUOTA = Keys().account(USER), Keys().violations(USER), Keys
 def accounts(store: Store, **settings: Any) -> Accounts:  # noqa: ANN401 - any setting
     """With a quota of three messages."""
     given = {"redis_url": store.settings.redis_url, "daily_quota": 3, **settings}
-    return Accounts(store.commands, Settings.load(**given))
+    return Accounts(store.redis_client, Settings.load(**given))
 
 
 # Bans and locks
 
 
 async def test_who_was_never_banned_or_locked_is_free_and_leaves_nothing_in_redis(store: Store) -> None:
-    assert await accounts(store).look(USER, DAY) == AccountOpen(0)
+    assert await accounts(store).check(USER, DAY) == AccountOpen(0)
     assert store.redis.dbsize() == 0
 
 
 async def test_a_ban_holds_until_it_is_taken_back_and_tells_where_the_sockets_are(store: Store) -> None:
     known = accounts(store)
-    await Routes(store.commands, store.settings).arrive(USER)
+    await Routes(store.redis_client, store.settings).add_route(USER)
     assert (await known.ban(USER, reason="spam", by="alice")).nodes == ("0",)
-    assert await known.look(USER, DAY) == Banned()
-    assert await known.count(USER, "m", NOW, DAY) == Banned()
+    assert await known.check(USER, DAY) == Banned()
+    assert await known.check_and_count(USER, "m", NOW, DAY) == Banned()
     written = store.redis.hgetall(ACCOUNT)
     assert (written["banned"], written["reason"], written["by"]) == ("1", "spam", "alice")
     assert abs(int(written["at"]) - time.time() * 1000) < 60_000
     assert await known.unban(USER)
     assert not await known.unban(USER)
-    assert await known.look(USER, DAY) == AccountOpen(0)
+    assert await known.check(USER, DAY) == AccountOpen(0)
     assert not store.redis.exists(ACCOUNT, QUOTA)
 
 
 async def test_a_lock_ends_by_itself_and_leaves_nothing(store: Store) -> None:
     known = accounts(store)
     until = (await known.lock(USER, LONG, reason="", by="alice")).until
-    standing = await known.look(USER, DAY)
+    standing = await known.check(USER, DAY)
     assert isinstance(standing, Locked)
-    assert LONG - timedelta(minutes=1) < standing.left <= LONG
+    assert LONG - timedelta(minutes=1) < standing.remaining <= LONG
     assert abs(until - (time.time() + 3600) * 1000) < 60_000
     await known.lock(USER, timedelta(milliseconds=20), reason="", by="alice")  # the later word holds
     await wait_until(lambda: _is_free(known), "the lock is over")
@@ -76,10 +76,10 @@ async def test_a_lock_and_a_ban_are_taken_back_one_by_one(store: Store) -> None:
     await known.ban(USER, reason="", by="alice")
     assert await known.unlock(USER)
     assert not await known.unlock(USER)
-    assert await known.look(USER, DAY) == Banned()
+    assert await known.check(USER, DAY) == Banned()
     await known.lock(USER, LONG, reason="", by="alice")
     assert await known.unban(USER)
-    assert isinstance(await known.look(USER, DAY), Locked)
+    assert isinstance(await known.check(USER, DAY), Locked)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ async def test_what_is_written_with_redis_cli_holds_and_what_has_no_sense_lets_n
 ) -> None:
     for name, value in fields.items():
         store.redis.hset(ACCOUNT, name, value)
-    assert await accounts(store).look(USER, DAY) == expected
-    assert await accounts(store).count(USER, "m", NOW, DAY) == (
+    assert await accounts(store).check(USER, DAY) == expected
+    assert await accounts(store).check_and_count(USER, "m", NOW, DAY) == (
         Counted(1, new=True) if expected == AccountOpen(0) else expected
     )
 
@@ -111,15 +111,15 @@ async def test_what_is_written_with_redis_cli_holds_and_what_has_no_sense_lets_n
 async def test_an_account_of_another_type_lets_nobody_in(store: Store) -> None:
     store.redis.set(ACCOUNT, "banned")
     with pytest.raises(StoreError):
-        await accounts(store).look(USER, DAY)
+        await accounts(store).check(USER, DAY)
 
 
 async def test_a_route_says_that_there_is_an_account_to_look_at(store: Store) -> None:
-    routes = Routes(store.commands, store.settings)
-    assert not (await routes.arrive(USER)).marked
+    routes = Routes(store.redis_client, store.settings)
+    assert not (await routes.add_route(USER)).has_account
     store.redis.hset(ACCOUNT, "banned", 1)
-    login = await routes.arrive(USER)
-    assert (login.marked, login.nodes) == (True, ("0",))
+    login = await routes.add_route(USER)
+    assert (login.has_account, login.nodes) == (True, ("0",))
 
 
 # Violations
@@ -127,45 +127,45 @@ async def test_a_route_says_that_there_is_an_account_to_look_at(store: Store) ->
 
 async def test_so_many_violations_lock_and_so_many_ban(store: Store) -> None:
     known = accounts(store, lock_after=2, ban_after=4)
-    await Routes(store.commands, store.settings).arrive(USER)
-    blamed = [await known.blame(USER) for _ in range(5)]
+    await Routes(store.redis_client, store.settings).add_route(USER)
+    blamed = [await known.record_violation(USER) for _ in range(5)]
     assert [one.count for one in blamed] == [1, 2, 3, 4, 5]
     assert [one.verdict for one in blamed] == ["noted", "locked", "locked", "banned", "noted"]
     assert [one.nodes for one in blamed] == [(), ("0",), ("0",), ("0",), ()]
-    assert await known.look(USER, DAY) == Banned()
+    assert await known.check(USER, DAY) == Banned()
     assert store.redis.hget(ACCOUNT, "reason") == "4 refused contents"
     assert store.redis.hget(ACCOUNT, "by") == "node 0"
 
 
 async def test_zero_means_never(store: Store) -> None:
     known = accounts(store, lock_after=0, ban_after=0)
-    assert {(await known.blame(USER)).verdict for _ in range(12)} == {"noted"}
-    assert await known.look(USER, DAY) == AccountOpen(0)
+    assert {(await known.record_violation(USER)).verdict for _ in range(12)} == {"noted"}
+    assert await known.check(USER, DAY) == AccountOpen(0)
 
 
 async def test_violations_are_forgotten_after_a_while_but_not_because_of_a_lock(store: Store) -> None:
     known = accounts(store, lock_after=2, lock_time="1h", violation_window="10m")
-    await known.blame(USER)
+    await known.record_violation(USER)
     assert 590_000 < store.redis.pttl(VIOLATIONS) <= 600_000
-    await known.blame(USER)
+    await known.record_violation(USER)
     assert 4_190_000 < store.redis.pttl(VIOLATIONS) <= 4_200_000
 
 
 async def test_a_violation_shortens_no_lock_and_changes_no_ban(store: Store) -> None:
     known = accounts(store, lock_after=1, lock_time="1s", ban_after=2)
     await known.lock(USER, LONG, reason="by hand", by="alice")
-    assert (await known.blame(USER)).verdict == "noted"
+    assert (await known.record_violation(USER)).verdict == "noted"
     await known.ban(USER, reason="by hand", by="alice")
-    assert (await known.blame(USER)).verdict == "noted"
+    assert (await known.record_violation(USER)).verdict == "noted"
     assert store.redis.hget(ACCOUNT, "reason") == "by hand"
 
 
 async def test_a_pardon_forgets_the_violations_too(store: Store) -> None:
     known = accounts(store, lock_after=2)
-    await known.blame(USER)
-    await known.blame(USER)
+    await known.record_violation(USER)
+    await known.record_violation(USER)
     assert await known.unlock(USER)
-    assert (await known.blame(USER)).verdict == "noted"
+    assert (await known.record_violation(USER)).verdict == "noted"
 
 
 # The messages of a day
@@ -174,69 +174,75 @@ async def test_a_pardon_forgets_the_violations_too(store: Store) -> None:
 async def test_a_day_has_so_many_messages_and_the_next_one_as_many(store: Store) -> None:
     known = accounts(store)
     for used in (1, 2, 3):
-        assert await known.count(USER, f"m{used}", NOW, DAY) == Counted(used, new=True)
-    assert await known.count(USER, "m4", NOW, DAY) == QuotaExhausted()
-    assert await known.count(USER, "m4", DAY.ends, TOMORROW) == Counted(1, new=True)
-    assert await known.look(USER, DAY) == AccountOpen(3)
+        assert await known.check_and_count(USER, f"m{used}", NOW, DAY) == Counted(used, new=True)
+    assert await known.check_and_count(USER, "m4", NOW, DAY) == QuotaExhausted()
+    assert await known.check_and_count(USER, "m4", DAY.end, TOMORROW) == Counted(1, new=True)
+    assert await known.check(USER, DAY) == AccountOpen(3)
     assert store.redis.zcard(QUOTA) == 3
     forgotten_at = time.time_ns() // 1_000_000 + store.redis.pttl(QUOTA)
-    assert abs(forgotten_at - (DAY.ends + 3_600_000)) < 5_000  # an hour longer than the day
+    assert abs(forgotten_at - (DAY.end + 3_600_000)) < 5_000  # an hour longer than the day
 
 
 async def test_a_message_that_is_sent_again_is_counted_once_and_passes_also_when_all_is_used_up(store: Store) -> None:
     known = accounts(store, daily_quota=1)
-    await known.count(USER, "m", NOW, DAY)
-    assert await known.count(USER, "m", NOW + 5, DAY) == Counted(1, new=False)  # nobody knows whether it was admitted
+    await known.check_and_count(USER, "m", NOW, DAY)
+    assert await known.check_and_count(USER, "m", NOW + 5, DAY) == Counted(
+        1, new=False
+    )  # nobody knows whether it was admitted
     await store.replies.mark_queued(USER, "m")
-    assert await known.count(USER, "m", NOW + 10, DAY) == Counted(1, new=False)
-    assert await known.count(USER, "m", DAY.ends, TOMORROW) == Counted(0, new=False)  # over midnight, too
+    assert await known.check_and_count(USER, "m", NOW + 10, DAY) == Counted(1, new=False)
+    assert await known.check_and_count(USER, "m", DAY.end, TOMORROW) == Counted(0, new=False)  # over midnight, too
 
 
 async def test_a_message_whose_answer_is_forgotten_is_counted_again_when_it_is_asked_again(store: Store) -> None:
     known = accounts(store, daily_quota=2, reply_ttl="15m")
     later = NOW + 15 * 60_000
-    await known.count(USER, "m", NOW, DAY)
-    assert await known.count(USER, "m", later, DAY) == Counted(2, new=True)
-    assert await known.count(USER, "m", 2 * later - NOW, DAY) == QuotaExhausted()
+    await known.check_and_count(USER, "m", NOW, DAY)
+    assert await known.check_and_count(USER, "m", later, DAY) == Counted(2, new=True)
+    assert await known.check_and_count(USER, "m", 2 * later - NOW, DAY) == QuotaExhausted()
     # What is given back is the latest asking.
-    assert await known.give_back(USER, "m", DAY)
+    assert await known.refund(USER, "m", DAY)
     assert store.redis.zrange(QUOTA, 0, -1) == [f"m#{NOW}"]
 
 
 async def test_what_is_not_admitted_is_given_back_once(store: Store) -> None:
     known = accounts(store, daily_quota=2)
-    await known.count(USER, "other", NOW, DAY)
-    await known.count(USER, "m", NOW, DAY)
+    await known.check_and_count(USER, "other", NOW, DAY)
+    await known.check_and_count(USER, "m", NOW, DAY)
     for _ in range(2):
-        await known.uncount(USER, "m", NOW, DAY)
-        assert await known.look(USER, DAY) == AccountOpen(1)
+        await known.undo_count(USER, "m", NOW, DAY)
+        assert await known.check(USER, DAY) == AccountOpen(1)
 
 
 async def test_what_another_request_relies_on_is_not_given_back(store: Store) -> None:
     """A user could otherwise ask at two nodes at once, one of which is full, and pay nothing."""
     known = accounts(store)
-    assert await known.count(USER, "m", NOW, DAY) == Counted(1, new=True)
-    assert await known.count(USER, "m", NOW, DAY) == Counted(1, new=False)  # the other one, and it is admitted
-    await known.uncount(USER, "m", NOW, DAY)
-    assert await known.look(USER, DAY) == AccountOpen(1)
+    assert await known.check_and_count(USER, "m", NOW, DAY) == Counted(1, new=True)
+    assert await known.check_and_count(USER, "m", NOW, DAY) == Counted(
+        1, new=False
+    )  # the other one, and it is admitted
+    await known.undo_count(USER, "m", NOW, DAY)
+    assert await known.check(USER, DAY) == AccountOpen(1)
 
 
 async def test_what_has_failed_is_given_back_on_its_own_day_however_often_that_is_said(store: Store) -> None:
     known = accounts(store)
-    await known.count(USER, "m", NOW, DAY)
-    await known.count(USER, "n", DAY.ends, TOMORROW)
-    assert await known.give_back(USER, "m", DAY)
-    assert not await known.give_back(USER, "m", DAY)
-    assert await known.look(USER, DAY) == AccountOpen(0)
-    assert await known.look(USER, TOMORROW) == AccountOpen(1)
+    await known.check_and_count(USER, "m", NOW, DAY)
+    await known.check_and_count(USER, "n", DAY.end, TOMORROW)
+    assert await known.refund(USER, "m", DAY)
+    assert not await known.refund(USER, "m", DAY)
+    assert await known.check(USER, DAY) == AccountOpen(0)
+    assert await known.check(USER, TOMORROW) == AccountOpen(1)
 
 
 async def test_of_many_at_the_last_free_place_exactly_one_gets_it(store: Store) -> None:
     known = accounts(store, daily_quota=50)
-    async with RedisClient(store.settings.redis_url, lanes=2, timeout=store.settings.redis_timeout) as others:
+    async with RedisClient(store.settings.redis_url, connections=2, timeout=store.settings.redis_timeout) as others:
         other = Accounts(others, Settings.load(redis_url=store.settings.redis_url, daily_quota=50))
         asked = [
-            one.count(USER, f"m{n}-{index}", NOW, DAY) for n in range(150) for index, one in enumerate((known, other))
+            one.check_and_count(USER, f"m{n}-{index}", NOW, DAY)
+            for n in range(150)
+            for index, one in enumerate((known, other))
         ]
         verdicts = await asyncio.gather(*asked)
     assert sum(isinstance(verdict, Counted) for verdict in verdicts) == 50
@@ -245,11 +251,11 @@ async def test_of_many_at_the_last_free_place_exactly_one_gets_it(store: Store) 
 
 async def test_a_quota_may_be_changed_at_any_time(store: Store) -> None:
     for n in range(3):
-        await accounts(store).count(USER, f"m{n}", NOW, DAY)
-    assert await accounts(store, daily_quota=1).count(USER, "more", NOW, DAY) == QuotaExhausted()
-    assert await accounts(store, daily_quota=5).count(USER, "more", NOW, DAY) == Counted(4, new=True)
-    assert await accounts(store).give_all_back(USER, DAY) == 4
-    assert await accounts(store).look(USER, DAY) == AccountOpen(0)
+        await accounts(store).check_and_count(USER, f"m{n}", NOW, DAY)
+    assert await accounts(store, daily_quota=1).check_and_count(USER, "more", NOW, DAY) == QuotaExhausted()
+    assert await accounts(store, daily_quota=5).check_and_count(USER, "more", NOW, DAY) == Counted(4, new=True)
+    assert await accounts(store).reset_quota(USER, DAY) == 4
+    assert await accounts(store).check(USER, DAY) == AccountOpen(0)
 
 
 # Redis Cluster
@@ -258,21 +264,21 @@ async def test_a_quota_may_be_changed_at_any_time(store: Store) -> None:
 async def test_all_of_it_works_in_a_cluster(tmp_path: Path) -> None:
     with cluster_set(tmp_path) as cluster:
         settings = Settings.load(redis_url=cluster.url, daily_quota=1, lock_after=1, ban_after=2)
-        async with RedisClient(cluster.url, lanes=1, timeout=settings.redis_timeout) as commands:
-            known = Accounts(commands, settings)
+        async with RedisClient(cluster.url, connections=1, timeout=settings.redis_timeout) as redis_client:
+            known = Accounts(redis_client, settings)
             for user in range(10001, 10011):  # on all masters
-                assert await known.count(user, "m", NOW, DAY) == Counted(1, new=True)
-                await known.uncount(user, "m", NOW, DAY)
-                assert await known.count(user, "n", NOW, DAY) == Counted(1, new=True)
-                assert await known.count(user, "o", NOW, DAY) == QuotaExhausted()
-                await Routes(commands, settings).arrive(user)
-                assert (await known.blame(user)).verdict == "locked"
-                assert isinstance(await known.look(user, DAY), Locked)
+                assert await known.check_and_count(user, "m", NOW, DAY) == Counted(1, new=True)
+                await known.undo_count(user, "m", NOW, DAY)
+                assert await known.check_and_count(user, "n", NOW, DAY) == Counted(1, new=True)
+                assert await known.check_and_count(user, "o", NOW, DAY) == QuotaExhausted()
+                await Routes(redis_client, settings).add_route(user)
+                assert (await known.record_violation(user)).verdict == "locked"
+                assert isinstance(await known.check(user, DAY), Locked)
                 assert await known.unlock(user)
                 assert (await known.ban(user, reason="", by="")).nodes == ("0",)
                 assert await known.unban(user)
-                assert await known.look(user, DAY) == AccountOpen(1)
+                assert await known.check(user, DAY) == AccountOpen(1)
 
 
 async def _is_free(known: Accounts) -> bool:
-    return isinstance(await known.look(USER, DAY), AccountOpen)
+    return isinstance(await known.check(USER, DAY), AccountOpen)

@@ -56,10 +56,10 @@ def mortal(tmp_path: Path) -> Iterator[ClusterSet]:
 
 
 @pytest.fixture
-async def commands(cluster: ClusterSet) -> AsyncIterator[RedisClient]:
+async def redis_client(cluster: ClusterSet) -> AsyncIterator[RedisClient]:
     """Two lanes to each master."""
     # Nothing dies in these tests, so nothing has to be given up early on a busy machine.
-    async with RedisClient(cluster.admin_url, lanes=2, timeout=TIMEOUT * 2 * SLOW) as made:
+    async with RedisClient(cluster.admin_url, connections=2, timeout=TIMEOUT * 2 * SLOW) as made:
         yield made
 
 
@@ -74,45 +74,45 @@ def streams_of(cluster: ClusterSet) -> list[str]:
     return [found[server.port] for server in cluster.masters]
 
 
-async def test_every_command_finds_the_master_of_its_key(commands: RedisClient, cluster: ClusterSet) -> None:
+async def test_every_command_finds_the_master_of_its_key(redis_client: RedisClient, cluster: ClusterSet) -> None:
     for stream, server in zip(streams_of(cluster), cluster.masters, strict=True):
         load = stream.replace("requests", "load")
         # The server does not know the script yet, and it has two keys.
-        assert await SCRIPT.run(commands, (stream, load), ("g",)) == 1
-        await commands.execute("XADD", stream, "*", "a", "b")
-        read = await commands.execute("XREADGROUP", "GROUP", "g", "c", "STREAMS", stream, ">")
+        assert await SCRIPT.run(redis_client, (stream, load), ("g",)) == 1
+        await redis_client.execute("XADD", stream, "*", "a", "b")
+        read = await redis_client.execute("XREADGROUP", "GROUP", "g", "c", "STREAMS", stream, ">")
         assert read[stream][0][1] == ["a", "b"]
-        assert await commands.execute("XINFO", "STREAM", stream)
+        assert await redis_client.execute("XINFO", "STREAM", stream)
         with server.client() as client:
             assert list(client.scan_iter()) == [stream]
-    assert await commands.execute("PING") in {"PONG", True}
-    assert set(await commands.on_every_master("DBSIZE")) == {f"127.0.0.1:{one.port}" for one in cluster.masters}
+    assert await redis_client.execute("PING") in {"PONG", True}
+    assert set(await redis_client.on_every_master("DBSIZE")) == {f"127.0.0.1:{one.port}" for one in cluster.masters}
     with pytest.raises(StoreRefused, match="same slot"):
-        await commands.execute("DEL", *streams_of(cluster))
+        await redis_client.execute("DEL", *streams_of(cluster))
 
 
-async def test_the_answers_of_many_at_once_are_not_mixed_up(commands: RedisClient) -> None:
+async def test_the_answers_of_many_at_once_are_not_mixed_up(redis_client: RedisClient) -> None:
     texts = [f"text {n}" for n in range(1000)]
     for n, text in enumerate(texts):
-        await commands.execute("SET", f"k{n}", text)
-    assert await asyncio.gather(*(commands.execute("GET", f"k{n}") for n in range(1000))) == texts
+        await redis_client.execute("SET", f"k{n}", text)
+    assert await asyncio.gather(*(redis_client.execute("GET", f"k{n}") for n in range(1000))) == texts
 
 
 async def test_the_address_of_one_server_does_not_do_for_a_cluster_and_the_error_says_so(cluster: ClusterSet) -> None:
     for server in cluster.masters[:2]:
-        async with RedisClient(server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
+        async with RedisClient(server.admin_url, connections=1, timeout=TIMEOUT) as redis_client:
             key = next(stream for stream in streams_of(cluster) if cluster.master_of(stream) is not server)
             with pytest.raises(StoreRefused, match=r"begins with redis\+cluster://"):
-                await commands.execute("XADD", key, "*", "a", "b")
+                await redis_client.execute("XADD", key, "*", "a", "b")
 
 
 # A slot moves
 
 
-async def test_commands_go_on_while_a_slot_moves_there_and_back(commands: RedisClient, cluster: ClusterSet) -> None:
+async def test_commands_go_on_while_a_slot_moves_there_and_back(redis_client: RedisClient, cluster: ClusterSet) -> None:
     stream = streams_of(cluster)[0]
     for target in (cluster.masters[1], cluster.masters[0]):
-        async with writing(commands, stream) as [writer]:
+        async with writing(redis_client, stream) as [writer]:
             source = await asyncio.to_thread(cluster.begin_move, stream, target)
             await writer.goes_on()
             await asyncio.to_thread(cluster.move_keys, stream, source, target)
@@ -127,74 +127,78 @@ async def test_commands_go_on_while_a_slot_moves_there_and_back(commands: RedisC
 
 @pytest.mark.parametrize("batch", [1, 2, 500])
 async def test_a_batch_may_ask_for_keys_that_are_being_moved(
-    commands: RedisClient, cluster: ClusterSet, monkeypatch: pytest.MonkeyPatch, batch: int
+    redis_client: RedisClient, cluster: ClusterSet, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     monkeypatch.setattr(pipeline, "MAX_BATCH", batch)
     tag = streams_of(cluster)[2]
     target = cluster.masters[0]
     source = cluster.begin_move(tag, target)
     keys = [f"{tag}:{n}" for n in range(50)]
-    assert await asyncio.gather(*(commands.execute("APPEND", key, "x") for key in keys)) == [1] * 50
-    assert await asyncio.gather(*(commands.execute("APPEND", key, "x") for key in keys)) == [2] * 50
+    assert await asyncio.gather(*(redis_client.execute("APPEND", key, "x") for key in keys)) == [1] * 50
+    assert await asyncio.gather(*(redis_client.execute("APPEND", key, "x") for key in keys)) == [2] * 50
     with target.client() as client:
         assert client.dbsize() == 50
     cluster.move_keys(tag, source, target)
     cluster.end_move(tag, target)
-    assert await asyncio.gather(*(commands.execute("GET", key) for key in keys)) == ["xx"] * 50
+    assert await asyncio.gather(*(redis_client.execute("GET", key) for key in keys)) == ["xx"] * 50
     cluster.move(tag, source)
-    assert await asyncio.gather(*(commands.execute("GET", key) for key in keys)) == ["xx"] * 50
+    assert await asyncio.gather(*(redis_client.execute("GET", key) for key in keys)) == ["xx"] * 50
 
 
 async def test_a_script_whose_keys_are_apart_for_a_moment_is_unavailable_for_that_moment(
-    commands: RedisClient, cluster: ClusterSet
+    redis_client: RedisClient, cluster: ClusterSet
 ) -> None:
     stream = streams_of(cluster)[1]
     keys = (stream, stream.replace("requests", "load"))
-    await commands.execute("HSET", keys[1], "10001", 1)
-    assert await SCRIPT.run(commands, keys, ("g",)) == 1
-    await commands.execute("HSET", keys[1], "10001", 1)
+    await redis_client.execute("HSET", keys[1], "10001", 1)
+    assert await SCRIPT.run(redis_client, keys, ("g",)) == 1
+    await redis_client.execute("HSET", keys[1], "10001", 1)
     target = cluster.masters[2]
     source = cluster.begin_move(stream, target)
     cluster.move_keys(stream, source, target, most=1)
     with pytest.raises(StoreUnavailable):
-        await SCRIPT.run(commands, keys, ("g",))
+        await SCRIPT.run(redis_client, keys, ("g",))
     cluster.move_keys(stream, source, target)
-    assert await SCRIPT.run(commands, keys, ("g",)) == 0  # the group is still there; the target has learnt the script
+    assert (
+        await SCRIPT.run(redis_client, keys, ("g",)) == 0
+    )  # the group is still there; the target has learnt the script
     cluster.end_move(stream, target)
-    assert await SCRIPT.run(commands, keys, ("g",)) == 0
+    assert await SCRIPT.run(redis_client, keys, ("g",)) == 0
     cluster.move(stream, source)
-    assert await SCRIPT.run(commands, keys, ("g",)) == 0
+    assert await SCRIPT.run(redis_client, keys, ("g",)) == 0
 
 
 @pytest.mark.parametrize("filled", [False, True], ids=["empty", "read to its end"])
 async def test_a_blocked_reader_follows_its_stream_when_the_slot_moves(
-    commands: RedisClient, cluster: ClusterSet, *, filled: bool
+    redis_client: RedisClient, cluster: ClusterSet, *, filled: bool
 ) -> None:
     stream, target = streams_of(cluster)[0], cluster.masters[1]
     reader = BlockingReader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
     read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
-    await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
+    await redis_client.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
     if filled:
-        await commands.execute("XADD", stream, "*", "n", 1)
+        await redis_client.execute("XADD", stream, "*", "n", 1)
         assert await reader.execute(*read)
     source = cluster.master_of(stream)
     for there in (target, source):
         blocked = asyncio.create_task(reader.execute(*read))
         await _is_blocked(cluster.master_of(stream))
         await asyncio.to_thread(cluster.move, stream, there)
-        await commands.execute("XADD", stream, "*", "n", 2)
+        await redis_client.execute("XADD", stream, "*", "n", 2)
         assert (await blocked)[stream][0][1] == ["n", "2"]
     await reader.aclose()
 
 
-async def test_a_blocked_reader_is_told_when_its_stream_was_deleted(commands: RedisClient, cluster: ClusterSet) -> None:
+async def test_a_blocked_reader_is_told_when_its_stream_was_deleted(
+    redis_client: RedisClient, cluster: ClusterSet
+) -> None:
     stream = streams_of(cluster)[0]
     reader = BlockingReader(cluster.admin_url, block=timedelta(seconds=10), timeout=TIMEOUT)
-    await commands.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
+    await redis_client.execute("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM")
     read = ("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "BLOCK", 10_000, "STREAMS", stream, ">")
     blocked = asyncio.create_task(reader.execute(*read))
     await _is_blocked(cluster.masters[0])
-    await commands.execute("DEL", stream)
+    await redis_client.execute("DEL", stream)
     with pytest.raises(StoreRefused, match="NOGROUP"):
         await blocked
     await reader.aclose()
@@ -209,11 +213,11 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
 ) -> None:
     streams = streams_of(mortal)
     reader = BlockingReader(mortal.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with RedisClient(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
-        await commands.execute("XGROUP", "CREATE", streams[0], "g", "$", "MKSTREAM")
+    async with RedisClient(mortal.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+        await redis_client.execute("XGROUP", "CREATE", streams[0], "g", "$", "MKSTREAM")
         with mortal.replicas[0].client() as client:
             await wait_until(client.dbsize, "the replica has the group")
-        async with writing(commands, *streams) as [dead, *alive]:
+        async with writing(redis_client, *streams) as [dead, *alive]:
             told = len(dead.told)
             process = mortal.masters[0].process
             assert process is not None
@@ -246,15 +250,15 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
 async def test_a_master_without_a_replica_is_found_again_when_it_is_back(mortal: ClusterSet) -> None:
     stream = streams_of(mortal)[0]
     mortal.replicas[0].kill()
-    async with RedisClient(mortal.admin_url, lanes=2, timeout=TIMEOUT) as commands:
-        await commands.execute("XADD", stream, "*", "n", 1)
+    async with RedisClient(mortal.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+        await redis_client.execute("XADD", stream, "*", "n", 1)
         mortal.masters[0].kill()
         for _ in range(3):
             with pytest.raises(StoreUnavailable):
-                await commands.execute("XLEN", stream)
+                await redis_client.execute("XLEN", stream)
         mortal.masters[0].start()
-        await wait_until(lambda: _is_done(commands, "XADD", stream, "*", "n", 2), "it is back", limit=LIMIT)
-        assert await commands.execute("XLEN", stream) == 2
+        await wait_until(lambda: _is_done(redis_client, "XADD", stream, "*", "n", 2), "it is back", limit=LIMIT)
+        assert await redis_client.execute("XLEN", stream) == 2
 
 
 async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(mortal: ClusterSet) -> None:
@@ -262,8 +266,8 @@ async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(mort
     assert first is not None
     first.signal(signal.SIGSTOP)
     for _ in range(5):  # which node is asked first is a matter of chance
-        async with RedisClient(mortal.admin_url, lanes=2, timeout=timedelta(seconds=1)) as commands:
-            assert await commands.execute("XLEN", stream) == 0
+        async with RedisClient(mortal.admin_url, connections=2, timeout=timedelta(seconds=1)) as redis_client:
+            assert await redis_client.execute("XLEN", stream) == 0
 
 
 async def test_a_cluster_all_of_whose_nodes_were_replaced_is_found_under_the_names_that_were_given(
@@ -272,13 +276,13 @@ async def test_a_cluster_all_of_whose_nodes_were_replaced_is_found_under_the_nam
     async with tcp_proxy(mortal.masters[0].port) as proxy:
         url = f"redis+cluster://admin:admin-secret@127.0.0.1:{proxy.port}"
         reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
-        async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
-            await commands.execute("SET", "k", "old")
+        async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
+            await redis_client.execute("SET", "k", "old")
             assert await reader.execute("GET", "k") == "old"
             await asyncio.to_thread(mortal.stop)
             with cluster_set(tmp_path / "new") as new:
                 proxy.target_port = new.masters[0].port
-                await wait_until(lambda: _is_done(commands, "SET", "k", "new"), "commands reach it", limit=LIMIT)
+                await wait_until(lambda: _is_done(redis_client, "SET", "k", "new"), "commands reach it", limit=LIMIT)
                 await wait_until(lambda: _is_done(reader, "GET", "k"), "the reader reaches it", limit=LIMIT)
                 assert await reader.execute("GET", "k") == "new"
         await reader.aclose()
@@ -292,8 +296,8 @@ async def test_without_any_node_or_at_something_else_commands_and_reader_are_tol
         f"redis+cluster://admin:admin-secret@127.0.0.1:{own_server.port}",
     ):
         reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
-        async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
-            for ask in (commands.execute, reader.execute):
+        async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
+            for ask in (redis_client.execute, reader.execute):
                 for _ in range(2):
                     with pytest.raises(StoreUnavailable, match="Redis Cluster"):
                         await ask("XLEN", "s")

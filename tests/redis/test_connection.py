@@ -14,7 +14,7 @@ import redis
 from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
 from imstream.redis import pipeline
 from imstream.redis.client import BlockingReader, RedisClient
-from imstream.redis.scripts import Script
+from imstream.store.scripts import load_script
 from tests.redis.conftest import Store
 from tests.support.letting_go import lets_go
 from tests.support.processes import free_port
@@ -25,14 +25,14 @@ SHORT = timedelta(milliseconds=300)
 
 
 @pytest.fixture
-async def commands(redis_server: RedisServer) -> AsyncIterator[RedisClient]:
+async def redis_client(redis_server: RedisServer) -> AsyncIterator[RedisClient]:
     """Two lanes with a short time limit."""
-    async with RedisClient(redis_server.admin_url, lanes=2, timeout=SHORT) as commands:
-        yield commands
+    async with RedisClient(redis_server.admin_url, connections=2, timeout=SHORT) as redis_client:
+        yield redis_client
 
 
-async def test_each_caller_gets_the_answer_to_its_own_command(commands: RedisClient) -> None:
-    answers = await asyncio.gather(*(commands.execute("ECHO", f"{n} 你好") for n in range(300)))
+async def test_each_caller_gets_the_answer_to_its_own_command(redis_client: RedisClient) -> None:
+    answers = await asyncio.gather(*(redis_client.execute("ECHO", f"{n} 你好") for n in range(300)))
     assert answers == [f"{n} 你好" for n in range(300)]
 
 
@@ -41,11 +41,11 @@ async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, s
         """How often the server has read from a socket; asking costs one."""
         return int(store.redis.info("stats")["total_reads_processed"])
 
-    async with RedisClient(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
-        await commands.execute("PING")
+    async with RedisClient(redis_server.admin_url, connections=4, timeout=timedelta(seconds=5)) as redis_client:
+        await redis_client.execute("PING")
         for together in (1, 2, 50):
             before = reads()
-            await asyncio.gather(*(commands.execute("ECHO", n) for n in range(together)))
+            await asyncio.gather(*(redis_client.execute("ECHO", n) for n in range(together)))
             assert reads() - before == 1 + 1
 
 
@@ -53,43 +53,45 @@ async def test_a_command_without_hurry_travels_with_the_next_one_and_before_it(
     redis_server: RedisServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "MAX_BATCH_DELAY", 30.0)
-    async with RedisClient(redis_server.admin_url, lanes=4, timeout=timedelta(seconds=5)) as commands:
-        unhurried = asyncio.create_task(commands.execute("RPUSH", "t:order", "unhurried", urgent=False))
+    async with RedisClient(redis_server.admin_url, connections=4, timeout=timedelta(seconds=5)) as redis_client:
+        unhurried = asyncio.create_task(redis_client.execute("RPUSH", "t:order", "unhurried", urgent=False))
         await asyncio.sleep(0)
-        assert await commands.execute("RPUSH", "t:order", "next") == 2
+        assert await redis_client.execute("RPUSH", "t:order", "next") == 2
         assert await unhurried == 1
     assert store.redis.lrange("t:order", 0, -1) == ["unhurried", "next"]
     store.redis.delete("t:order")
 
 
-async def test_a_command_without_hurry_does_not_wait_for_ever(commands: RedisClient) -> None:
-    assert await asyncio.gather(*(commands.execute("ECHO", n, urgent=False) for n in "ab")) == ["a", "b"]
-    assert await commands.execute("ECHO", "again", urgent=False) == "again"
+async def test_a_command_without_hurry_does_not_wait_for_ever(redis_client: RedisClient) -> None:
+    assert await asyncio.gather(*(redis_client.execute("ECHO", n, urgent=False) for n in "ab")) == ["a", "b"]
+    assert await redis_client.execute("ECHO", "again", urgent=False) == "again"
 
 
 async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
-    commands: RedisClient, monkeypatch: pytest.MonkeyPatch
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "MAX_BATCH", 7)
-    assert await asyncio.gather(*(commands.execute("ECHO", str(n)) for n in range(100))) == [str(n) for n in range(100)]
+    assert await asyncio.gather(*(redis_client.execute("ECHO", str(n)) for n in range(100))) == [
+        str(n) for n in range(100)
+    ]
 
 
 async def test_while_one_lane_waits_the_others_carry_on(redis_server: RedisServer, store: Store) -> None:
-    async with RedisClient(redis_server.admin_url, lanes=2, timeout=timedelta(seconds=5)) as commands:
-        blocked = asyncio.create_task(commands.execute("BLPOP", "nothing", 1))
+    async with RedisClient(redis_server.admin_url, connections=2, timeout=timedelta(seconds=5)) as redis_client:
+        blocked = asyncio.create_task(redis_client.execute("BLPOP", "nothing", 1))
         await wait_until(lambda: any(one["cmd"] == "blpop" for one in store.redis.client_list()), "one lane waits")
-        answers = [await commands.execute("ECHO", str(n)) for n in range(20)]
+        answers = [await redis_client.execute("ECHO", str(n)) for n in range(20)]
         assert answers == [str(n) for n in range(20)]
         assert not blocked.done()
         assert await blocked is None
 
 
-async def test_a_refused_command_fails_alone(commands: RedisClient) -> None:
+async def test_a_refused_command_fails_alone(redis_client: RedisClient) -> None:
     results = await asyncio.gather(
-        commands.execute("SET", "k", "text", "PX", 1000),
-        commands.execute("HGET", "k", "field"),
-        commands.execute("NO-SUCH-COMMAND"),
-        commands.execute("GET", "k"),
+        redis_client.execute("SET", "k", "text", "PX", 1000),
+        redis_client.execute("HGET", "k", "field"),
+        redis_client.execute("NO-SUCH-COMMAND"),
+        redis_client.execute("GET", "k"),
         return_exceptions=True,
     )
     assert isinstance(results[1], StoreRefused)
@@ -98,8 +100,8 @@ async def test_a_refused_command_fails_alone(commands: RedisClient) -> None:
     assert results[3] == "text"
 
 
-async def test_a_refused_command_lets_go_of_who_asked(commands: RedisClient, redis_server: RedisServer) -> None:
-    assert await lets_go(lambda _: commands.execute("NO-SUCH-COMMAND"))
+async def test_a_refused_command_lets_go_of_who_asked(redis_client: RedisClient, redis_server: RedisServer) -> None:
+    assert await lets_go(lambda _: redis_client.execute("NO-SUCH-COMMAND"))
     reader = BlockingReader(redis_server.admin_url, block=SHORT, timeout=SHORT)
     assert await lets_go(lambda _: reader.execute("NO-SUCH-COMMAND"))
     await reader.aclose()
@@ -107,43 +109,43 @@ async def test_a_refused_command_lets_go_of_who_asked(commands: RedisClient, red
 
 @pytest.mark.parametrize("argument", [None, object(), ["list"]])
 async def test_a_command_that_cannot_be_sent_is_its_callers_error_alone(
-    commands: RedisClient, argument: object
+    redis_client: RedisClient, argument: object
 ) -> None:
     results = await asyncio.gather(
-        commands.execute("ECHO", "before"),
-        commands.execute("ECHO", argument),  # type: ignore[arg-type]
-        commands.execute("ECHO", "after"),
+        redis_client.execute("ECHO", "before"),
+        redis_client.execute("ECHO", argument),  # type: ignore[arg-type]
+        redis_client.execute("ECHO", "after"),
         return_exceptions=True,
     )
     assert isinstance(results[1], TypeError)
     assert (results[0], results[2]) == ("before", "after")
-    assert await asyncio.gather(*(commands.execute("ECHO", n) for n in "abc")) == ["a", "b", "c"]
+    assert await asyncio.gather(*(redis_client.execute("ECHO", n) for n in "abc")) == ["a", "b", "c"]
 
 
-async def test_text_that_is_no_unicode_is_sent_with_marks_in_its_place(commands: RedisClient) -> None:
-    assert await commands.execute("ECHO", "a\ud800b") == "a?b"
+async def test_text_that_is_no_unicode_is_sent_with_marks_in_its_place(redis_client: RedisClient) -> None:
+    assert await redis_client.execute("ECHO", "a\ud800b") == "a?b"
 
 
-async def test_text_in_redis_that_is_no_utf8_does_no_harm(commands: RedisClient) -> None:
-    assert await commands.execute("ECHO", b"a\xffb") == "a\ufffdb"
+async def test_text_in_redis_that_is_no_utf8_does_no_harm(redis_client: RedisClient) -> None:
+    assert await redis_client.execute("ECHO", b"a\xffb") == "a\ufffdb"
 
 
-async def test_a_write_at_maxmemory_is_told_from_an_absence(commands: RedisClient, store: Store) -> None:
+async def test_a_write_at_maxmemory_is_told_from_an_absence(redis_client: RedisClient, store: Store) -> None:
     store.redis.config_set("maxmemory", 1)
     with pytest.raises(StoreFull):
-        await commands.execute("SET", "k", "v")
+        await redis_client.execute("SET", "k", "v")
     with pytest.raises(StoreFull):
-        await Script("queued").run(commands, ("k",), (1000,))
-    assert await commands.execute("GET", "k") is None
+        await load_script("mark_queued").run(redis_client, ("k",), (1000,))
+    assert await redis_client.execute("GET", "k") is None
 
 
-async def test_a_replica_that_cannot_be_written_is_as_good_as_away(commands: RedisClient, store: Store) -> None:
+async def test_a_replica_that_cannot_be_written_is_as_good_as_away(redis_client: RedisClient, store: Store) -> None:
     store.redis.replicaof("127.0.0.1", str(free_port()))
     try:
         with pytest.raises(StoreUnavailable, match="read only replica"):
-            await commands.execute("SET", "k", "v")
+            await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="read only replica"):
-            await Script("queued").run(commands, ("k",), (1000,))
+            await load_script("mark_queued").run(redis_client, ("k",), (1000,))
     finally:
         store.redis.replicaof("no", "one")
 
@@ -154,11 +156,11 @@ async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: Redis
         client.set("k", "v")
         shutil.rmtree(own_server.folder)  # where it would save
         await wait_until(lambda: _cannot_save(client), "a save has failed")
-    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
+    async with RedisClient(own_server.admin_url, connections=1, timeout=SHORT) as redis_client:
         with pytest.raises(StoreUnavailable, match="MISCONF"):
-            await commands.execute("SET", "k", "v")
+            await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="MISCONF"):
-            await Script("queued").run(commands, ("k2",), (1000,))
+            await load_script("mark_queued").run(redis_client, ("k2",), (1000,))
     own_server.kill()  # it would not end without having saved
 
 
@@ -171,24 +173,24 @@ def _cannot_save(client: redis.Redis) -> bool:
 
 
 async def test_a_script_is_sent_in_full_only_to_a_server_that_does_not_know_it(
-    commands: RedisClient, store: Store
+    redis_client: RedisClient, store: Store
 ) -> None:
-    script = Script("queued")
+    script = load_script("mark_queued")
     store.redis.script_flush()
     for n in range(3):
-        assert await script.run(commands, (f"im:{{user:1}}:reply:{n}",), (1000,)) == 1
+        assert await script.run(redis_client, (f"im:{{user:1}}:reply:{n}",), (1000,)) == 1
     stats = store.redis.info("commandstats")
     store.redis.script_flush()
     store.redis.config_resetstat()
-    assert await script.run(commands, ("im:{user:1}:reply:4",), (1000,)) == 1
-    assert await script.run(commands, ("im:{user:1}:reply:4",), (1000,)) == 0
+    assert await script.run(redis_client, ("im:{user:1}:reply:4",), (1000,)) == 1
+    assert await script.run(redis_client, ("im:{user:1}:reply:4",), (1000,)) == 0
     stats = store.redis.info("commandstats")
     assert stats["cmdstat_eval"]["calls"] == 1
     assert stats["cmdstat_evalsha"]["calls"] == 2
 
 
-async def test_a_caller_that_leaves_takes_nothing_from_the_others(commands: RedisClient) -> None:
-    callers = [asyncio.create_task(commands.execute("ECHO", str(n))) for n in range(10)]
+async def test_a_caller_that_leaves_takes_nothing_from_the_others(redis_client: RedisClient) -> None:
+    callers = [asyncio.create_task(redis_client.execute("ECHO", str(n))) for n in range(10)]
     await asyncio.sleep(0)
     for caller in callers[::2]:
         caller.cancel()

@@ -33,101 +33,101 @@ def resume(server: RedisServer) -> None:
 
 
 async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_server: RedisServer) -> None:
-    async with RedisClient(own_server.admin_url, lanes=2, timeout=SHORT) as commands:
-        await commands.execute("PING")
+    async with RedisClient(own_server.admin_url, connections=2, timeout=SHORT) as redis_client:
+        await redis_client.execute("PING")
         pause(own_server)
         began = asyncio.get_running_loop().time()
-        results = await asyncio.gather(*(commands.execute("ECHO", n) for n in range(20)), return_exceptions=True)
+        results = await asyncio.gather(*(redis_client.execute("ECHO", n) for n in range(20)), return_exceptions=True)
         assert all(isinstance(result, StoreUnavailable) for result in results)
         assert asyncio.get_running_loop().time() - began < 5
         resume(own_server)
-        await wait_until(lambda: _answers(commands), "it answers again")
+        await wait_until(lambda: _answers(redis_client), "it answers again")
         # The late answers of before meet nobody.
-        assert await asyncio.gather(*(commands.execute("ECHO", f"{n}") for n in range(20))) == [
+        assert await asyncio.gather(*(redis_client.execute("ECHO", f"{n}") for n in range(20))) == [
             f"{n}" for n in range(20)
         ]
 
 
-def _none_waits(commands: RedisClient) -> bool:
+def _none_waits(redis_client: RedisClient) -> bool:
     """Whether the lanes have taken all commands."""
-    assert isinstance(commands._way, Pipeline)  # noqa: SLF001 - nothing else tells
-    return not commands._way._waiting  # noqa: SLF001 - same
+    assert isinstance(redis_client._way, Pipeline)  # noqa: SLF001 - nothing else tells
+    return not redis_client._way._waiting  # noqa: SLF001 - same
 
 
-async def _answers(commands: RedisClient) -> bool:
+async def _answers(redis_client: RedisClient) -> bool:
     try:
-        return bool(await commands.execute("PING"))
+        return bool(await redis_client.execute("PING"))
     except StoreError:
         return False
 
 
 async def test_nothing_is_repeated_when_the_outcome_is_unknown(own_server: RedisServer) -> None:
-    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
-        await commands.execute("PING")
+    async with RedisClient(own_server.admin_url, connections=1, timeout=SHORT) as redis_client:
+        await redis_client.execute("PING")
         pause(own_server)
         with pytest.raises(StoreUnavailable):
-            await commands.execute("XADD", "s", "*", "a", "b")
+            await redis_client.execute("XADD", "s", "*", "a", "b")
         resume(own_server)
-        await wait_until(lambda: _answers(commands), "it answers again")
-        assert await commands.execute("XLEN", "s") == 1
+        await wait_until(lambda: _answers(redis_client), "it answers again")
+        assert await redis_client.execute("XLEN", "s") == 1
 
 
 async def test_a_server_killed_and_started_again_is_found_again(own_server: RedisServer) -> None:
-    async with RedisClient(own_server.admin_url, lanes=2, timeout=SHORT) as commands:
-        await commands.execute("PING")
+    async with RedisClient(own_server.admin_url, connections=2, timeout=SHORT) as redis_client:
+        await redis_client.execute("PING")
         own_server.kill()
         with pytest.raises(StoreUnavailable):
-            await commands.execute("PING")
+            await redis_client.execute("PING")
         own_server.start()
         # The very first command: nothing is tried on a connection that has died.
-        assert await commands.execute("ECHO", "back") == "back"
+        assert await redis_client.execute("ECHO", "back") == "back"
 
 
 async def test_while_redis_hangs_the_commands_that_wait_are_bounded(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "MAX_WAITING", 10)
-    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
-        await commands.execute("PING")
+    async with RedisClient(own_server.admin_url, connections=1, timeout=SHORT) as redis_client:
+        await redis_client.execute("PING")
         pause(own_server)
-        first = asyncio.create_task(commands.execute("PING"))
-        await wait_until(lambda: _none_waits(commands), "the lane has taken it")
-        waiting = [asyncio.create_task(commands.execute("PING")) for _ in range(10)]
+        first = asyncio.create_task(redis_client.execute("PING"))
+        await wait_until(lambda: _none_waits(redis_client), "the lane has taken it")
+        waiting = [asyncio.create_task(redis_client.execute("PING")) for _ in range(10)]
         await asyncio.sleep(0)
         with pytest.raises(StoreUnavailable, match="10 commands are waiting"):
-            await commands.execute("PING")
+            await redis_client.execute("PING")
         results = await asyncio.gather(first, *waiting, return_exceptions=True)
         assert all(isinstance(result, StoreUnavailable) for result in results)
         resume(own_server)
-        await wait_until(lambda: _answers(commands), "it answers again")
+        await wait_until(lambda: _answers(redis_client), "it answers again")
 
 
 async def test_a_caller_that_leaves_while_redis_hangs_does_no_harm(own_server: RedisServer) -> None:
-    async with RedisClient(own_server.admin_url, lanes=1, timeout=SHORT) as commands:
-        await commands.execute("PING")
+    async with RedisClient(own_server.admin_url, connections=1, timeout=SHORT) as redis_client:
+        await redis_client.execute("PING")
         pause(own_server)
-        callers = [asyncio.create_task(commands.execute("NO-SUCH-COMMAND")) for _ in range(2)]
+        callers = [asyncio.create_task(redis_client.execute("NO-SUCH-COMMAND")) for _ in range(2)]
         await asyncio.sleep(0)
         callers[0].cancel()
         with pytest.raises(StoreUnavailable):
             await callers[1]
         resume(own_server)
-        await wait_until(lambda: _answers(commands), "it answers again")
+        await wait_until(lambda: _answers(redis_client), "it answers again")
 
 
 async def test_who_still_waits_at_the_end_is_told_and_who_comes_later_too(own_server: RedisServer) -> None:
-    async with RedisClient(own_server.admin_url, lanes=1, timeout=timedelta(seconds=20)) as commands:
-        await commands.execute("PING")
+    async with RedisClient(own_server.admin_url, connections=1, timeout=timedelta(seconds=20)) as redis_client:
+        await redis_client.execute("PING")
         pause(own_server)
-        under_way = asyncio.create_task(commands.execute("PING"))
-        await wait_until(lambda: _none_waits(commands), "the lane has taken it")
-        waiting = asyncio.create_task(commands.execute("PING"))
+        under_way = asyncio.create_task(redis_client.execute("PING"))
+        await wait_until(lambda: _none_waits(redis_client), "the lane has taken it")
+        waiting = asyncio.create_task(redis_client.execute("PING"))
         await asyncio.sleep(0)
     for asked in (under_way, waiting):
         with pytest.raises(StoreUnavailable):
             await asked
     with pytest.raises(StoreUnavailable, match="closed"):
-        await commands.execute("PING")
+        await redis_client.execute("PING")
 
 
 @asynccontextmanager
@@ -147,10 +147,10 @@ async def server_that_says(words: bytes) -> AsyncIterator[str]:
 @pytest.mark.parametrize("words", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x01\x00\x02\x02F", b"$5\r\nab"])
 async def test_something_else_where_redis_should_be_is_no_redis(words: bytes) -> None:
     reader = None
-    async with server_that_says(words) as url, RedisClient(url, lanes=2, timeout=SHORT) as commands:
+    async with server_that_says(words) as url, RedisClient(url, connections=2, timeout=SHORT) as redis_client:
         for _ in range(3):  # more often than there are lanes: none has died of it
             with pytest.raises(StoreUnavailable):
-                await commands.execute("PING")
+                await redis_client.execute("PING")
         reader = BlockingReader(url, block=SHORT, timeout=SHORT)
         with pytest.raises(StoreUnavailable):
             await reader.execute("PING")
@@ -198,9 +198,12 @@ async def test_a_cancelled_caller_of_the_reader_ends_wherever_it_stands(redis_se
 
 async def test_lanes_end_wherever_they_stand(redis_server: RedisServer) -> None:
     for ticks in range(40):
-        async with asyncio.timeout(10), RedisClient(redis_server.admin_url, lanes=1, timeout=SHORT) as commands:
-            await commands.execute("PING")
-            callers = [asyncio.create_task(commands.execute("PING")) for _ in range(3)]
+        async with (
+            asyncio.timeout(10),
+            RedisClient(redis_server.admin_url, connections=1, timeout=SHORT) as redis_client,
+        ):
+            await redis_client.execute("PING")
+            callers = [asyncio.create_task(redis_client.execute("PING")) for _ in range(3)]
             for _ in range(ticks):
                 await asyncio.sleep(0)
         for answer in await asyncio.gather(*callers, return_exceptions=True):

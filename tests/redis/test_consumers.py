@@ -16,15 +16,15 @@ ROUNDS = 60
 async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_happens_at_once(store: Store) -> None:
     settings = store.settings.model_copy(update={"queue_limit": 10_000, "user_limit": 10_000})
     reader = BlockingReader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
-    home = RequestStream(store.commands, reader, settings)
+    home = RequestStream(store.redis_client, reader, settings)
     adopters = {
-        node: RequestStream(store.commands, reader, settings.model_copy(update={"node": node}), node="0")
+        node: RequestStream(store.redis_client, reader, settings.model_copy(update={"node": node}), node="0")
         for node in ("1", "2")
     }
-    adoptions = {node: Adoption(store.commands, settings.model_copy(update={"node": node})) for node in adopters}
+    adoptions = {node: Adoption(store.redis_client, settings.model_copy(update={"node": node})) for node in adopters}
     taken: list[str] = []
     finished: set[str] = set()
-    await home.prepare()
+    await home.ensure_group()
 
     async def deliver(node: str) -> None:
         for _ in range(ROUNDS):
@@ -37,8 +37,8 @@ async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_h
 
     async def tidy(node: str) -> None:
         for _ in range(2 * ROUNDS):
-            await adoptions[node].leave("0")
-            await home.dismiss(node)
+            await adoptions[node].release_stream("0")
+            await home.remove_consumer(node)
 
     await asyncio.gather(*(work(node) for node in adopters for work in (deliver, deliver, tidy, tidy)))
     await reader.aclose()
@@ -52,6 +52,6 @@ async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_h
             entry = await home.claim(one, deliveries=1)
             assert entry is not None
             await stream.finish(entry)
-        await home.dismiss(node)
+        await home.remove_consumer(node)
     consumers = store.redis.xinfo_consumers(store.keys.requests("0"), GROUP)
     assert {row["name"] for row in consumers} <= {"0"}

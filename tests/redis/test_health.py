@@ -20,8 +20,8 @@ EVICTS = "set maxmemory-policy noeviction"
 
 
 async def _warnings(url: str) -> list[str]:
-    async with RedisClient(url, lanes=1, timeout=timedelta(seconds=2)) as commands:
-        return await health.warnings(commands)
+    async with RedisClient(url, connections=1, timeout=timedelta(seconds=2)) as redis_client:
+        return await health.warnings(redis_client)
 
 
 async def test_a_server_that_keeps_all_is_not_warned_about(own_server: RedisServer) -> None:

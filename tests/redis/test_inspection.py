@@ -16,9 +16,9 @@ from tests.redis.conftest import Store, chat_request
 from tests.support.processes import free_port
 
 
-async def look(store: Store, *, newest: int = 5) -> inspection.Overview:
+async def look(store: Store, *, newest: int = 5) -> inspection.StreamOverview:
     """Look at node 0."""
-    return await inspection.look(store.commands, store.keys, "0", newest=newest)
+    return await inspection.inspect_stream(store.redis_client, store.keys, "0", newest=newest)
 
 
 async def printed(store: Store, *options: str) -> str:
@@ -31,7 +31,7 @@ async def printed(store: Store, *options: str) -> str:
 
 async def fill(store: Store) -> None:
     """Four requests: one dead, one in work, two waiting."""
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     for number in range(4):
         await store.requests.admit(chat_request(user_id=10001 + number, message_id=f"m{number}", contents="private"))
     doomed, _ = await store.requests.read(count=2, block=timedelta(seconds=1))
@@ -39,7 +39,7 @@ async def fill(store: Store) -> None:
 
 
 async def test_a_node_that_never_ran_has_nothing(store: Store) -> None:
-    assert await look(store) == inspection.Overview(0, {}, [], 0, [])
+    assert await look(store) == inspection.StreamOverview(0, {}, [], 0, [])
     out = await printed(store)
     assert "unfinished requests  0: 0 waiting, 0 in work" in out
     assert "dead letters         0\n" in out
@@ -48,7 +48,7 @@ async def test_a_node_that_never_ran_has_nothing(store: Store) -> None:
 async def test_requests_in_work_and_waiting_are_told_apart(store: Store) -> None:
     await fill(store)
     seen = await look(store)
-    assert (seen.unfinished, seen.waiting, seen.in_work) == (3, 2, {"0": 1})
+    assert (seen.unfinished, seen.waiting, seen.in_progress) == (3, 2, {"0": 1})
     [work] = seen.oldest
     assert (work.consumer, work.deliveries) == ("0", 1)
     assert timedelta(0) <= work.since < timedelta(minutes=1)
@@ -59,7 +59,7 @@ async def test_a_dead_letter_tells_who_what_and_why(store: Store) -> None:
     [letter] = (await look(store)).newest_dead
     assert (letter.user, letter.message_id, letter.attempts) == ("10001", "m0", "1")
     assert (letter.reason, letter.error) == ("http_400", "no such model")
-    assert abs(letter.died - datetime.now(UTC)) < timedelta(minutes=1)
+    assert abs(letter.dead_at - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 async def test_only_the_newest_dead_letters_are_read(store: Store) -> None:
@@ -87,7 +87,7 @@ async def test_many_requests_in_work_are_counted_and_the_oldest_are_listed(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspection, "MAX_SHOWN", 1)
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     for number in range(3):
         await store.requests.admit(chat_request(user_id=10001 + number))
     await store.requests.read(count=3, block=timedelta(seconds=1))

@@ -33,48 +33,48 @@ class Failing(Leases):
     away = False
     asked = 0
 
-    async def hold(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
+    async def acquire(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
         """See `Leases`."""
         self.asked += 1
         if self.away:
             raise StoreUnavailable("away")
-        return await super().hold(holder, dead=dead)
+        return await super().acquire(holder, dead=dead)
 
 
 def leases(store: Store, node: str = "0", **settings: Any) -> Failing:  # noqa: ANN401 - any setting
     """The leases as one node sees them."""
-    return Failing(store.commands, store.settings.model_copy(update={"node": node, **settings}))
+    return Failing(store.redis_client, store.settings.model_copy(update={"node": node, **settings}))
 
 
 async def test_one_holds_it_and_the_other_is_told_who(store: Store) -> None:
     own = leases(store)
-    assert await own.hold(ONE) == await own.hold(ONE) == Held()
-    refused = await own.hold(TWO)
+    assert await own.acquire(ONE) == await own.acquire(ONE) == Held()
+    refused = await own.acquire(TWO)
     assert isinstance(refused, HeldByOther)
     assert refused.holder == ONE
-    assert timedelta(seconds=9) < refused.left <= timedelta(seconds=10)
-    assert isinstance(await own.hold(TWO, dead="somebody else"), HeldByOther)
-    assert await own.hold(TWO, dead=ONE.instance) == Held()
-    assert isinstance(await own.hold(ONE), HeldByOther)
+    assert timedelta(seconds=9) < refused.remaining <= timedelta(seconds=10)
+    assert isinstance(await own.acquire(TWO, dead="somebody else"), HeldByOther)
+    assert await own.acquire(TWO, dead=ONE.instance) == Held()
+    assert isinstance(await own.acquire(ONE), HeldByOther)
 
 
 async def test_only_the_holder_gives_it_up(store: Store) -> None:
     own = leases(store)
-    await own.hold(ONE)
+    await own.acquire(ONE)
     await own.release(TWO)
-    assert isinstance(await own.hold(TWO), HeldByOther)
+    assert isinstance(await own.acquire(TWO), HeldByOther)
     await own.release(ONE)
-    assert await own.hold(TWO) == Held()
+    assert await own.acquire(TWO) == Held()
 
 
 async def test_others_see_how_long_it_lasts_and_who_was_ever_there(store: Store) -> None:
     own, other = leases(store), leases(store, "1")
-    await own.hold(ONE)
-    await own.beat()
-    await other.beat()
-    assert set(await other.others()) == {"0"}
-    assert set(await own.others()) == {"1"}
-    left = await other.left(["0", "1"])
+    await own.acquire(ONE)
+    await own.heartbeat()
+    await other.heartbeat()
+    assert set(await other.other_nodes()) == {"0"}
+    assert set(await own.other_nodes()) == {"1"}
+    left = await other.time_left(["0", "1"])
     assert left["1"] is None
     assert left["0"] is not None
     assert timedelta(seconds=9) < left["0"] <= timedelta(seconds=10)
@@ -84,22 +84,22 @@ async def test_what_was_written_by_hand_counts_as_a_holder_of_whom_nothing_is_kn
     own = leases(store)
     for text in ("me", "{}", '{"pid": 1}', "[]", "null"):
         store.redis.set(store.keys.lease("0"), text, ex=60)
-        refused = await own.hold(ONE)
+        refused = await own.acquire(ONE)
         assert isinstance(refused, HeldByOther)
         assert is_alive(refused.holder, ONE.machine) is None
     store.redis.persist(store.keys.lease("0"))
-    assert (await own.left(["0"]))["0"] == timedelta.max, "without an end, nobody adopts"
+    assert (await own.time_left(["0"]))["0"] == timedelta.max, "without an end, nobody adopts"
     store.redis.delete(store.keys.lease("0"))
 
 
 async def test_leases_that_make_no_sense_are_leases_all_the_same(store: Store) -> None:
     own, key = leases(store), store.keys.lease("1")
     store.redis.set(key, "far ahead", px=2**62)
-    assert (await own.left(["1"]))["1"] == timedelta.max
+    assert (await own.time_left(["1"]))["1"] == timedelta.max
     store.redis.set(store.keys.lease("0"), "far ahead", px=2**62)
-    refused = await own.hold(ONE)
+    refused = await own.acquire(ONE)
     assert isinstance(refused, HeldByOther)
-    assert refused.left == timedelta.max
+    assert refused.remaining == timedelta.max
     store.redis.delete(key, store.keys.lease("0"))
 
 
@@ -108,7 +108,7 @@ async def test_what_is_no_node_is_no_other_node_and_one_seen_at_no_time_was_not_
     scores = {"eu-1": float("-inf"), "eu-2": float("inf"), "eu-3": 1e300, "eu-4": -1e300, "eu-5": 0}
     nobody = ("", "a b", "x" * 65, "}{node:0}", "1\n", "\x9b31m", b"\xff", "节点")
     store.redis.zadd(store.keys.nodes(), {**scores, **dict.fromkeys(nobody, 1.0)})
-    others = await own.others()
+    others = await own.other_nodes()
     assert set(others) == set(scores)
     assert all(since > timedelta(days=365) for since in others.values())
     store.redis.delete(store.keys.nodes())

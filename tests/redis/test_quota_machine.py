@@ -71,7 +71,7 @@ class QuotaKept(RuleBasedStateMachine):
         self._replies = replies
         self._client = client
         self._user = 10001 + secrets.randbelow(2**40)
-        self._now = DAY.begins
+        self._now = DAY.start
         self._messages: dict[str, Message] = {}
         self._forgotten = 0
         """Counted messages whose answer was given and is forgotten."""
@@ -87,7 +87,7 @@ class QuotaKept(RuleBasedStateMachine):
     def it_is_asked(self, message_id: str, later: int) -> None:
         self._now += later
         message, used = self._messages.setdefault(message_id, Message()), self.used()
-        verdict = self.run(self._accounts.count(self._user, message_id, self._now, DAY))
+        verdict = self.run(self._accounts.check_and_count(self._user, message_id, self._now, DAY))
         if message.live:
             assert verdict == Counted(used, new=False)
         elif message.counted and self._now - message.at < REPLY_TTL:
@@ -115,7 +115,7 @@ class QuotaKept(RuleBasedStateMachine):
     def it_does_not_fit(self, data: st.DataObject) -> None:
         one = self._next(data)
         if one.new:
-            self.run(self._accounts.uncount(self._user, one.message_id, one.at, DAY))
+            self.run(self._accounts.undo_count(self._user, one.message_id, one.at, DAY))
             message = self._messages[one.message_id]
             message.counted = message.counted and message.at != one.at
 
@@ -129,8 +129,8 @@ class QuotaKept(RuleBasedStateMachine):
     def it_fails_and_that_is_told_twice(self, data: st.DataObject) -> None:
         message_id = data.draw(st.sampled_from([name for name, message in self._messages.items() if message.live]))
         message = self._messages[message_id]
-        assert self.run(self._accounts.give_back(self._user, message_id, DAY)) == message.counted
-        assert not self.run(self._accounts.give_back(self._user, message_id, DAY))
+        assert self.run(self._accounts.refund(self._user, message_id, DAY)) == message.counted
+        assert not self.run(self._accounts.refund(self._user, message_id, DAY))
         message.counted, message.failed = False, True
 
     @precondition(lambda self: not self._passing)
@@ -147,7 +147,7 @@ class QuotaKept(RuleBasedStateMachine):
 
     @invariant()
     def what_was_admitted_and_has_not_failed_is_counted_and_nothing_else(self) -> None:
-        assert self.run(self._accounts.look(self._user, DAY)).used == self.used() <= QUOTA
+        assert self.run(self._accounts.check(self._user, DAY)).used == self.used() <= QUOTA
         on_their_way = {one.message_id for one in self._passing}
         for message_id, message in self._messages.items():
             if message.live:
@@ -163,11 +163,11 @@ def test_the_quota_is_kept_in_any_order_of_events(redis_server: RedisServer) -> 
         connections = AsyncExitStack()
 
         async def connect() -> RedisClient:
-            commands = RedisClient(known.redis_url, lanes=1, timeout=known.redis_timeout)
-            return await connections.enter_async_context(commands)
+            redis_client = RedisClient(known.redis_url, connections=1, timeout=known.redis_timeout)
+            return await connections.enter_async_context(redis_client)
 
-        commands = runner.run(connect())
-        accounts, replies = Accounts(commands, known), ReplyStore(commands, known)
+        redis_client = runner.run(connect())
+        accounts, replies = Accounts(redis_client, known), ReplyStore(redis_client, known)
         try:
             run_state_machine_as_test(
                 # Any callable will do, whatever its type says.

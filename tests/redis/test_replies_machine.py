@@ -156,8 +156,8 @@ def test_any_order_of_writers_is_judged_rightly(redis_server: RedisServer) -> No
         connections = AsyncExitStack()
 
         async def connect() -> ReplyStore:
-            commands = RedisClient(known.redis_url, lanes=1, timeout=known.redis_timeout)
-            return ReplyStore(await connections.enter_async_context(commands), known)
+            redis_client = RedisClient(known.redis_url, connections=1, timeout=known.redis_timeout)
+            return ReplyStore(await connections.enter_async_context(redis_client), known)
 
         replies = runner.run(connect())
         try:

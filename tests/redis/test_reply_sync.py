@@ -117,7 +117,7 @@ class Desk:
 
     async def tell(self, notice: Notice) -> None:
         """Another node leaves a notice."""
-        await self.others_inbox.tell(["0", "1"], notice)
+        await self.others_inbox.notify(["0", "1"], notice)
 
     def route(self) -> set[str]:
         """The nodes on the route of the user."""
@@ -135,22 +135,22 @@ async def desk(
     quick = {"node": "0", "redis_url": server.url, "read_block": "50ms", "sweep_interval": "1h", "redis_timeout": "1s"}
     known = Settings.load(**{**quick, **settings})
     reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
-    async with RedisClient(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
-        inbox, replies, buffers = Inbox(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
+    async with RedisClient(known.redis_url, connections=2, timeout=known.redis_timeout) as redis_client:
+        inbox, replies, buffers = Inbox(redis_client, reader, known), ReplyStore(redis_client, known), ReplyBuffers()
         registry: Any = Registry(known)
         guard = PlayedGuard()
-        routes, adopter = routes_of(commands, known), PlayedAdopter()
+        routes, adopter = routes_of(redis_client, known), PlayedAdopter()
         following = ReplySync(known, replies, buffers, registry)
         presence = Presence(known, routes, inbox, registry, GuardChain([guard]))
         played: Any = adopter
         jobs = Jobs(known, replies, buffers, inbox)
         listener = InboxConsumer(inbox, following=following, presence=presence, jobs=jobs, adopter=played)
-        others = Inbox(commands, reader, known.model_copy(update={"node": "1"}))
+        others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
             found = Desk(client, replies, buffers, registry, inbox, others, routes, following, presence, adopter, guard)
             client.config_resetstat()
             tasks = [asyncio.create_task(part.run()) for part in (listener, following, presence)]
-            await inbox.tell(["0"], NodeLeft("0"))  # to itself: it is not told
+            await inbox.notify(["0"], NodeLeft("0"))  # to itself: it is not told
             await wait_until(lambda: client.info("commandstats").get("cmdstat_xread"), "it reads its inbox")
             try:
                 yield found
@@ -258,12 +258,12 @@ class LosesTheFirst(Routes):
 
     lost = False
 
-    async def arrive(self, user_id: int) -> RouteAdded:
+    async def add_route(self, user_id: int) -> RouteAdded:
         """See `Routes`."""
         if not self.lost:
             self.lost = True
             raise StoreUnavailable("away")
-        return await super().arrive(user_id)
+        return await super().add_route(user_id)
 
 
 async def test_a_route_that_could_not_be_noted_is_mended_and_older_sessions_are_replaced_then(
@@ -281,13 +281,13 @@ async def test_a_route_that_could_not_be_noted_is_mended_and_older_sessions_are_
 class Slow(Routes):
     """Routes whose answer the test holds back."""
 
-    def __init__(self, commands: RedisClient, settings: Settings) -> None:
-        super().__init__(commands, settings)
+    def __init__(self, redis_client: RedisClient, settings: Settings) -> None:
+        super().__init__(redis_client, settings)
         self.answers = asyncio.Event()
 
-    async def arrive(self, user_id: int) -> RouteAdded:
+    async def add_route(self, user_id: int) -> RouteAdded:
         """See `Routes`."""
-        login = await super().arrive(user_id)
+        login = await super().add_route(user_id)
         await self.answers.wait()
         return login
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from imstream.model import ChatRequest, Malformed
-from imstream.store.requests import Admitted, GroupMissing, Pending, QueueFull
+from imstream.model import ChatRequest, MalformedEntry
+from imstream.store.requests import Admitted, GroupMissing, PendingEntry, QueueFull
 from tests.redis.conftest import Store, chat_request
 from tests.support.waiting import wait_until
 
@@ -17,7 +17,7 @@ SOON = timedelta(milliseconds=50)
 
 async def test_a_request_comes_out_as_it_went_in(store: Store) -> None:
     asked = chat_request(contents="a\n“b” 你好 😀")
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     await store.requests.admit(asked)
     [entry] = await store.requests.read(count=5, block=SOON)
     assert ChatRequest.from_fields(entry.fields) == asked
@@ -25,7 +25,7 @@ async def test_a_request_comes_out_as_it_went_in(store: Store) -> None:
 
 async def test_a_request_that_came_before_the_group_is_delivered(store: Store) -> None:
     await store.requests.admit(chat_request())
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     assert len(await store.requests.read(count=5, block=SOON)) == 1
 
 
@@ -43,7 +43,7 @@ async def test_the_cap_of_a_user_leaves_room_for_others(store: Store) -> None:
 
 
 async def test_the_position_counts_those_that_wait_for_a_worker(store: Store) -> None:
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     first = await store.requests.admit(chat_request(10001))
     second = await store.requests.admit(chat_request(10002))
     assert isinstance(first, Admitted)
@@ -56,7 +56,7 @@ async def test_the_position_counts_those_that_wait_for_a_worker(store: Store) ->
 
 
 async def test_a_finished_request_leaves_nothing_behind(store: Store) -> None:
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
     await store.requests.finish(entry)
@@ -67,7 +67,7 @@ async def test_a_finished_request_leaves_nothing_behind(store: Store) -> None:
 
 
 async def test_a_finished_request_makes_room_for_its_user(store: Store) -> None:
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     for _ in range(2):
         await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
@@ -77,7 +77,7 @@ async def test_a_finished_request_makes_room_for_its_user(store: Store) -> None:
 
 async def test_a_buried_request_is_readable_in_the_dead_stream(store: Store) -> None:
     asked = chat_request()
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     await store.requests.admit(asked)
     [entry] = await store.requests.read(count=1, block=SOON)
     for _ in range(2):  # may be repeated: there is one dead letter all the same
@@ -91,40 +91,40 @@ async def test_a_buried_request_is_readable_in_the_dead_stream(store: Store) -> 
 
 
 async def test_what_a_dead_worker_left_is_pending_and_can_be_claimed(store: Store) -> None:
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
-    assert await store.requests.pending() == [Pending(entry.entry_id, 1, "0")]
-    assert await store.requests.pending(besides=[entry.entry_id]) == []
-    claimed = await store.requests.claim(Pending(entry.entry_id, 1, "0"), deliveries=2)
+    assert await store.requests.pending() == [PendingEntry(entry.entry_id, 1, "0")]
+    assert await store.requests.pending(exclude=[entry.entry_id]) == []
+    claimed = await store.requests.claim(PendingEntry(entry.entry_id, 1, "0"), deliveries=2)
     assert claimed is not None
     assert claimed.fields == entry.fields
-    assert await store.requests.pending() == [Pending(entry.entry_id, 2, "0")]
+    assert await store.requests.pending() == [PendingEntry(entry.entry_id, 2, "0")]
 
 
 async def test_handing_back_does_not_count_as_a_death(store: Store) -> None:
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
     await store.requests.hand_back(entry)
-    assert await store.requests.pending() == [Pending(entry.entry_id, 0, "0")]
+    assert await store.requests.pending() == [PendingEntry(entry.entry_id, 0, "0")]
 
 
 async def test_a_pending_entry_that_was_deleted_by_hand_is_forgotten(store: Store) -> None:
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
     store.redis.xdel(store.keys.requests("0"), entry.entry_id)
-    assert await store.requests.claim(Pending(entry.entry_id, 1, "0"), deliveries=2) is None
+    assert await store.requests.claim(PendingEntry(entry.entry_id, 1, "0"), deliveries=2) is None
     assert await store.requests.pending() == []
 
 
 async def test_preparing_twice_keeps_the_group_and_counts_the_load_anew(store: Store) -> None:
-    assert await store.requests.prepare() is True
+    assert await store.requests.ensure_group() is True
     await store.requests.admit(chat_request(10001))
     await store.requests.admit(chat_request(10002))
     store.redis.hset(store.keys.load("0"), mapping={"10001": 7, "10009": 3})
-    assert await store.requests.prepare() is False
+    assert await store.requests.ensure_group() is False
     assert store.redis.hgetall(store.keys.load("0")) == {"10001": "1", "10002": "1"}
 
 
@@ -137,7 +137,7 @@ async def test_reading_without_a_group_says_so(store: Store) -> None:
 
 
 async def test_the_stream_deleted_under_a_waiting_read_is_noticed(store: Store) -> None:
-    await store.requests.prepare()
+    await store.requests.ensure_group()
     reading = asyncio.create_task(store.requests.read(count=1, block=timedelta(seconds=1)))
     await wait_until(
         lambda: any(client["cmd"] == "xreadgroup" for client in store.redis.client_list()), "the read to begin"
@@ -155,5 +155,5 @@ async def test_the_stream_deleted_under_a_waiting_read_is_noticed(store: Store) 
 def test_an_entry_changed_by_hand_is_malformed(change: dict[str, str]) -> None:
     flat = chat_request().fields()
     fields = dict(zip(flat[::2], flat[1::2], strict=True)) | change
-    with pytest.raises(Malformed):
+    with pytest.raises(MalformedEntry):
         ChatRequest.from_fields(fields)

@@ -13,7 +13,7 @@ from tests.support.servers import RedisServer
 
 async def test_what_scripts_have_written_is_there_after_a_restart_of_redis(own_server: RedisServer) -> None:
     async with workshop(own_server, start=False) as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         await shop.ask()
     own_server.stop()
     own_server.start()

@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from imstream.keys import GROUP
-from imstream.model import SCHEMA_VERSION, ChatRequest, Malformed
+from imstream.model import SCHEMA_VERSION, ChatRequest, MalformedEntry
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, Workshop, workshop
 from tests.support.servers import RedisServer
@@ -170,10 +170,10 @@ async def test_events_of_a_newer_release_in_a_record_are_passed_over(redis_serve
 
 def test_what_cannot_be_read_of_a_request_does_not_hide_whose_it_is() -> None:
     fields = dict(zip(*[iter(chat_request(USER, "m").fields())] * 2, strict=True))
-    with pytest.raises(Malformed) as caught:
+    with pytest.raises(MalformedEntry) as caught:
         ChatRequest.from_fields({**fields, "history": "{"})
-    assert caught.value.addressee is not None
-    assert (caught.value.addressee.user_id, caught.value.addressee.lang) == (USER, "zh")
-    with pytest.raises(Malformed) as caught:
+    assert caught.value.partial is not None
+    assert (caught.value.partial.user_id, caught.value.partial.lang) == (USER, "zh")
+    with pytest.raises(MalformedEntry) as caught:
         ChatRequest.from_fields({**fields, "user": "9" * 5000})
-    assert caught.value.addressee is None
+    assert caught.value.partial is None

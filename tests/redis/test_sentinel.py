@@ -33,8 +33,8 @@ def sentinels(tmp_path: Path) -> Iterator[SentinelSet]:
 async def test_what_was_replicated_is_there_after_the_master_was_killed_and_writing_goes_on(
     sentinels: SentinelSet,
 ) -> None:
-    async with RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
-        async with writing(commands, "s") as [writer]:
+    async with RedisClient(sentinels.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+        async with writing(redis_client, "s") as [writer]:
             old, new = sentinels.master, sentinels.replica
             told = len(writer.told)
             old.kill()
@@ -53,8 +53,8 @@ async def test_what_was_replicated_is_there_after_the_master_was_killed_and_writ
 
 async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sentinels: SentinelSet) -> None:
     reader = BlockingReader(sentinels.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
-        await commands.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
+    async with RedisClient(sentinels.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+        await redis_client.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
         new = sentinels.replica
         with new.client() as client:
             await wait_until(lambda: client.exists("s"), "the replica has the group")
@@ -63,7 +63,7 @@ async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sent
             await reader.execute(*READ)
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
         began = asyncio.get_running_loop().time()
-        await wait_until(lambda: _is_done(commands, "XADD", "s", "*", "n", 1), "commands reach it", limit=LIMIT)
+        await wait_until(lambda: _is_done(redis_client, "XADD", "s", "*", "n", 1), "commands reach it", limit=LIMIT)
         [entry] = (await _answer(reader, *READ))["s"]
         assert entry[1] == ["n", "1"]
         assert asyncio.get_running_loop().time() - began < 2 + BLOCK.total_seconds()
@@ -72,8 +72,8 @@ async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sent
 
 async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(sentinels: SentinelSet) -> None:
     reader = BlockingReader(sentinels.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
-    async with RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands:
-        await commands.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
+    async with RedisClient(sentinels.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+        await redis_client.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
         blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
         old, new = sentinels.master, sentinels.replica
         with old.client() as client:
@@ -84,7 +84,7 @@ async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(
         with pytest.raises(StoreUnavailable):  # and not: the group is missing
             await blocked
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
-        await wait_until(lambda: _is_done(commands, "XADD", "s", "*", "n", 1), "commands reach it", limit=LIMIT)
+        await wait_until(lambda: _is_done(redis_client, "XADD", "s", "*", "n", 1), "commands reach it", limit=LIMIT)
         with new.client() as client:
             assert client.xlen("s") == 1
         assert await _answer(reader, *READ)
@@ -97,8 +97,8 @@ async def test_a_master_that_hangs_is_replaced_and_its_connections_are_not_used_
     old, new = sentinels.master, sentinels.replica
     assert old.process is not None
     async with (
-        RedisClient(sentinels.admin_url, lanes=2, timeout=TIMEOUT) as commands,
-        writing(commands, "s") as [writer],
+        RedisClient(sentinels.admin_url, connections=2, timeout=TIMEOUT) as redis_client,
+        writing(redis_client, "s") as [writer],
     ):
         old.process.signal(signal.SIGSTOP)
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
@@ -114,8 +114,8 @@ async def test_a_master_that_hangs_is_replaced_and_its_connections_are_not_used_
 
 async def test_the_master_is_found_while_the_first_sentinel_hangs(sentinels: SentinelSet) -> None:
     sentinels.sentinels[0].signal(signal.SIGSTOP)
-    async with RedisClient(sentinels.admin_url, lanes=4, timeout=timedelta(seconds=2)) as commands:
-        assert await commands.execute("SET", "k", "v")
+    async with RedisClient(sentinels.admin_url, connections=4, timeout=timedelta(seconds=2)) as redis_client:
+        assert await redis_client.execute("SET", "k", "v")
 
 
 async def test_without_a_sentinel_or_with_another_name_the_master_is_not_there(sentinels: SentinelSet) -> None:
@@ -123,8 +123,8 @@ async def test_without_a_sentinel_or_with_another_name_the_master_is_not_there(s
     other = sentinels.admin_url.replace(f"/{SERVICE}/", "/other/")
     for url in (nobody, other):
         reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
-        async with RedisClient(url, lanes=2, timeout=TIMEOUT) as commands:
-            for ask in (commands.execute, reader.execute):
+        async with RedisClient(url, connections=2, timeout=TIMEOUT) as redis_client:
+            for ask in (redis_client.execute, reader.execute):
                 with pytest.raises(StoreUnavailable, match="No master found for"):
                     await ask("PING")
         await reader.aclose()
@@ -149,14 +149,14 @@ async def test_a_connection_to_a_server_that_is_no_longer_the_master_is_given_up
     own_server: RedisServer, command: tuple[str | int, ...]
 ) -> None:
     reader = BlockingReader(own_server.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with RedisClient(own_server.admin_url, lanes=1, timeout=TIMEOUT) as commands:
-        before = await commands.execute("CLIENT", "ID"), await reader.execute("CLIENT", "ID")
+    async with RedisClient(own_server.admin_url, connections=1, timeout=TIMEOUT) as redis_client:
+        before = await redis_client.execute("CLIENT", "ID"), await reader.execute("CLIENT", "ID")
         with own_server.client() as client:
             client.replicaof("127.0.0.1", free_port())
-        for ask in (commands.execute, reader.execute):
+        for ask in (redis_client.execute, reader.execute):
             with pytest.raises(StoreUnavailable, match="read only replica"):
                 await ask(*command)
-        after = await commands.execute("CLIENT", "ID"), await reader.execute("CLIENT", "ID")
+        after = await redis_client.execute("CLIENT", "ID"), await reader.execute("CLIENT", "ID")
         assert not set(before) & set(after)
     await reader.aclose()
 
@@ -168,9 +168,9 @@ def _is_master(server: RedisServer) -> bool:
         return bool(info["role"] == "master")
 
 
-async def _is_done(commands: RedisClient, *command: str | int) -> bool:
+async def _is_done(redis_client: RedisClient, *command: str | int) -> bool:
     try:
-        await commands.execute(*command)
+        await redis_client.execute(*command)
     except StoreError:
         return False
     return True

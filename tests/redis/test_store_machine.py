@@ -106,7 +106,7 @@ class Site:
     """The parts of the store, on one server."""
 
     runner: asyncio.Runner
-    commands: RedisClient
+    redis_client: RedisClient
     reader: BlockingReader
     redis: Any  # its types name every shape that an answer may have
 
@@ -126,12 +126,12 @@ class StoreUsed(RuleBasedStateMachine):
         self._redis.flushall()  # of the run before
         self._keys = Keys()
         known = {node: site.settings_of(node) for node in NODES}
-        self._replies = {node: ReplyStore(site.commands, known[node]) for node in NODES}
+        self._replies = {node: ReplyStore(site.redis_client, known[node]) for node in NODES}
         # By the node whose stream it is, and the node that works on it.
         self._streams = {
-            (of, by): RequestStream(site.commands, site.reader, known[by], node=of) for of in NODES for by in NODES
+            (of, by): RequestStream(site.redis_client, site.reader, known[by], node=of) for of in NODES for by in NODES
         }
-        self._adoption = {node: Adoption(site.commands, known[node]) for node in NODES}
+        self._adoption = {node: Adoption(site.redis_client, known[node]) for node in NODES}
         self._alive: set[str] = set()
         self._adopters: dict[str, str] = {}
         self._unfinished: dict[str, dict[str, Unfinished]] = {node: {} for node in NODES}
@@ -147,7 +147,7 @@ class StoreUsed(RuleBasedStateMachine):
         for node, user, message in asked[:2]:
             self._ask(node, user, message, marked=False)
         for node in NODES:
-            assert self._run(self._streams[node, node].prepare()) is True
+            assert self._run(self._streams[node, node].ensure_group()) is True
             self._start_process(node)
         for node, user, message in asked[2:]:
             self._ask(node, user, message, marked=True)
@@ -230,7 +230,7 @@ class StoreUsed(RuleBasedStateMachine):
 
     def _take_up(self, stream: str, by: str, *, node_is_back: bool = False) -> None:
         requests = self._streams[stream, by]
-        pending = self._run(requests.pending(besides=self._at_work(stream, by)))
+        pending = self._run(requests.pending(exclude=self._at_work(stream, by)))
         for consumer in self._run(requests.other_consumers()):
             if consumer not in self._alive:
                 pending += self._run(requests.pending(consumer))
@@ -287,7 +287,7 @@ class StoreUsed(RuleBasedStateMachine):
     def _start_process(self, node: str) -> None:
         self._redis.set(self._keys.lease(node), "a process", ex=600)
         self._alive.add(node)
-        assert self._run(self._streams[node, node].prepare()) is False
+        assert self._run(self._streams[node, node].ensure_group()) is False
 
     @precondition(lambda self: self._alive)
     @rule(data=st.data(), stream=node_names, count=st.integers(1, 3), node_is_back=RARELY)
@@ -310,7 +310,7 @@ class StoreUsed(RuleBasedStateMachine):
                 self._take(stream, by, count)
 
     def _leave(self, stream: str, by: str) -> None:
-        clean = self._run(self._adoption[by].leave(stream))
+        clean = self._run(self._adoption[by].release_stream(stream))
         assert clean == all(one.consumer != by for one in self._unfinished[stream].values())
         assert not self._redis.exists(self._keys.adopter(stream))
         del self._adopters[stream]
@@ -468,10 +468,10 @@ def test_any_order_of_work_and_death_loses_and_repeats_nothing(redis_server: Red
         connections = AsyncExitStack()
 
         async def connect() -> Site:
-            commands = RedisClient(known.redis_url, lanes=1, timeout=known.redis_timeout)
+            redis_client = RedisClient(known.redis_url, connections=1, timeout=known.redis_timeout)
             reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
             connections.push_async_callback(reader.aclose)
-            return Site(runner, await connections.enter_async_context(commands), reader, client)
+            return Site(runner, await connections.enter_async_context(redis_client), reader, client)
 
         site = runner.run(connect())
         try:

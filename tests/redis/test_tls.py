@@ -56,9 +56,9 @@ def server(binary: str, tls: RedisTls, tmp_path_factory: pytest.TempPathFactory)
 async def refusal(url: str) -> str:
     """What a node is told that cannot connect, in one way or another."""
     reader = BlockingReader(url, block=timedelta(milliseconds=100), timeout=TIMEOUT)
-    async with RedisClient(url, lanes=1, timeout=TIMEOUT) as commands:
+    async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
         told = set[str]()
-        for ask in (commands.execute, reader.execute):
+        for ask in (redis_client.execute, reader.execute):
             with pytest.raises(StoreUnavailable) as refused:
                 await ask("EXISTS", "im:k")
             told.add(str(refused.value))
@@ -70,9 +70,9 @@ async def works(url: str) -> None:
     """A request goes in and comes out: by commands and by the reader."""
     settings = Settings.load(redis_url=url)
     reader = BlockingReader(settings.redis_url, block=TIMEOUT, timeout=TIMEOUT)
-    async with RedisClient(settings.redis_url, lanes=2, timeout=TIMEOUT) as commands:
-        requests = RequestStream(commands, reader, settings)
-        await requests.prepare()
+    async with RedisClient(settings.redis_url, connections=2, timeout=TIMEOUT) as redis_client:
+        requests = RequestStream(redis_client, reader, settings)
+        await requests.ensure_group()
         assert isinstance(await requests.admit(chat_request(message_id="m")), Admitted)
         [entry] = await requests.read(count=1, block=TIMEOUT)
         assert entry.fields["message_id"] == "m"

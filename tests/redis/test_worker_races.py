@@ -8,7 +8,7 @@ import pytest
 
 from imstream.errors import TransientBackendError
 from imstream.keys import GROUP
-from imstream.redis.scripts import Script
+from imstream.store.scripts import load_script
 from tests.redis.workshop import workshop
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 ON_SERVERS = ["valkey"]
 
-APPEND = Script("append").digest.encode()
+APPEND = load_script("append").digest.encode()
 
 
 @pytest.mark.parametrize("fate", [Fate.SILENCE, Fate.CUT])

@@ -8,8 +8,8 @@ import pytest
 
 from imstream.keys import GROUP
 from imstream.model import Terminal
-from imstream.redis.scripts import Script
 from imstream.store.requests import Entry
+from imstream.store.scripts import load_script
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, Call, PlayedBackend, Workshop, workshop
 from tests.support.servers import RedisServer
@@ -55,7 +55,7 @@ async def test_a_request_whose_worker_died_in_the_middle_is_answered_by_the_next
 @pytest.mark.parametrize("died_before", ["the end", "the acknowledgement", "the burial"])
 async def test_a_request_is_ended_once_wherever_its_worker_died(redis_server: RedisServer, died_before: str) -> None:
     async with workshop(redis_server, start=False) as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         entry_id = await shop.ask()
         leave_pending(shop, 1, entry_id)
         await shop.replies.open(USER, "m", request=f"0/{entry_id}")
@@ -136,7 +136,7 @@ async def test_a_request_that_was_handed_back_in_good_order_has_not_died(redis_s
 
 async def test_suspects_run_one_at_a_time_and_beside_requests_that_are_none(redis_server: RedisServer) -> None:
     async with workshop(redis_server, start=False, max_deliveries=9) as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         suspects = [await shop.ask(f"suspect {n}") for n in range(3)]
         leave_pending(shop, 2, *suspects)
         await shop.ask("harmless")
@@ -165,7 +165,7 @@ def _asked(shop: Workshop, call: Call) -> str:
 
 async def test_a_suspect_that_is_no_request_does_not_keep_the_others_waiting(redis_server: RedisServer) -> None:
     async with workshop(redis_server, start=False, max_deliveries=9) as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         garbage = shop.redis.xadd(shop.keys.requests("0"), {"a": "b"})
         suspects = [await shop.ask(f"m{n}") for n in range(2)]
         leave_pending(shop, 3, str(garbage), *suspects)
@@ -178,7 +178,7 @@ async def test_a_suspect_that_is_no_request_does_not_keep_the_others_waiting(red
 
 async def test_requests_left_by_the_dead_are_not_starved_by_new_ones(redis_server: RedisServer) -> None:
     async with workshop(redis_server, start=False, concurrency=1, sweep_interval="1h") as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         leave_pending(shop, 1, *[await shop.ask(f"old {n}") for n in range(3)])
         for n in range(10):
             await shop.ask(f"new {n}")
@@ -191,7 +191,7 @@ async def test_requests_left_by_the_dead_are_not_starved_by_new_ones(redis_serve
 
 async def test_a_claim_whose_answer_was_lost_is_no_further_death(redis_server: RedisServer) -> None:
     async with workshop(redis_server, start=False) as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         leave_pending(shop, 1, await shop.ask())
     async with (
         tcp_proxy(redis_server.port) as proxy,
@@ -200,7 +200,7 @@ async def test_a_claim_whose_answer_was_lost_is_no_further_death(redis_server: R
         traps = []
         shop.start()
         for _ in range(3):
-            traps.append(trap := proxy.on_answer_to(Script("claim").digest.encode(), fate=Fate.SILENCE))
+            traps.append(trap := proxy.on_answer_to(load_script("claim").digest.encode(), fate=Fate.SILENCE))
             await wait_until(lambda trap=trap: trap.sprung, "an answer to a claim is lost")
         (await shop.backend.call(1)).done("x")
         await shop.idle()
@@ -209,7 +209,7 @@ async def test_a_claim_whose_answer_was_lost_is_no_further_death(redis_server: R
 
 async def test_a_pending_entry_that_somebody_deleted_is_forgotten(redis_server: RedisServer) -> None:
     async with workshop(redis_server, start=False) as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         gone = await shop.ask("gone")
         leave_pending(shop, 1, gone)
         shop.redis.xdel(shop.keys.requests("0"), gone)
@@ -309,7 +309,7 @@ async def test_a_node_that_starts_while_redis_is_full_drains_it(redis_server: Re
     backend = PlayedBackend()
     backend.always = lambda call: call.done("x" * 1000)
     async with workshop(redis_server, backend=backend, start=False) as shop:
-        await shop.requests.prepare()
+        await shop.requests.ensure_group()
         for n in range(5):
             await shop.ask(f"m{n}")
         shop.redis.config_set("maxmemory", 1)

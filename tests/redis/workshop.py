@@ -274,9 +274,9 @@ async def workshop(
     known = Settings.load(redis_url=url or server.url, **{"node": "0", **QUICK, **settings})
     backend = backend or PlayedBackend()
     reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
-    async with RedisClient(known.redis_url, lanes=2, timeout=known.redis_timeout) as commands:
+    async with RedisClient(known.redis_url, connections=2, timeout=known.redis_timeout) as redis_client:
         with server.client() as client:
-            shop = _furnish(known, commands, reader, client, backend, guards or GuardChain())
+            shop = _furnish(known, redis_client, reader, client, backend, guards or GuardChain())
             if start:
                 shop.start()
             try:
@@ -288,14 +288,18 @@ async def workshop(
 
 def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     known: Settings,
-    commands: RedisClient,
+    redis_client: RedisClient,
     reader: BlockingReader,
     client: Any,  # noqa: ANN401 - see `Workshop`
     backend: PlayedBackend,
     guards: GuardChain,
 ) -> Workshop:
-    requests, replies, buffers = RequestStream(commands, reader, known), ReplyStore(commands, known), ReplyBuffers()
-    inbox, leases = Inbox(commands, reader, known), Leases(commands, known)
+    requests, replies, buffers = (
+        RequestStream(redis_client, reader, known),
+        ReplyStore(redis_client, known),
+        ReplyBuffers(),
+    )
+    inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
     jobs, lease_keeper, begun = Jobs(known, replies, buffers, inbox), LeaseKeeper(leases, known), list[str]()
     prompter = Prompter(known, backend, PromptAssembler(known))
     parts = WorkerDeps(
@@ -304,7 +308,7 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     )
 
     def make_consumer(node: str) -> StreamConsumer:
-        other = RequestStream(commands, reader, known, node=node)
+        other = RequestStream(redis_client, reader, known, node=node)
         return StreamConsumer(replace(parts, requests=other), jobs, leases, lease_keeper)
 
     return Workshop(
@@ -316,7 +320,7 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
         buffers=buffers,
         consumer=StreamConsumer(parts, jobs, leases, lease_keeper),
         jobs=jobs,
-        adopter=Adopter(known, Adoption(commands, known), leases, lease_keeper, make_consumer),
+        adopter=Adopter(known, Adoption(redis_client, known), leases, lease_keeper, make_consumer),
         lease_keeper=lease_keeper,
         begun=begun,
     )

@@ -12,7 +12,7 @@ import redis
 
 from imstream.errors import StoreUnavailable
 from imstream.redis.client import RedisClient
-from imstream.redis.scripts import Script
+from imstream.store.scripts import load_script
 from tests.support.waiting import wait_until
 
 LIMIT = 20.0
@@ -31,7 +31,7 @@ class Writer:
         over: It shall write no more.
     """
 
-    commands: RedisClient
+    redis_client: RedisClient
     stream: str
     told: list[int] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Writer:
             number += 1
             began = loop.time()
             try:
-                await self.commands.execute("XADD", self.stream, "*", "n", number)
+                await self.redis_client.execute("XADD", self.stream, "*", "n", number)
                 self.told.append(number)
             except StoreUnavailable as error:
                 self.unsure.append(str(error))
@@ -68,9 +68,9 @@ class Writer:
 
 
 @asynccontextmanager
-async def writing(commands: RedisClient, *streams: str) -> AsyncIterator[list[Writer]]:
+async def writing(redis_client: RedisClient, *streams: str) -> AsyncIterator[list[Writer]]:
     """One writer for each stream; at the end all have been told answers or `StoreUnavailable`."""
-    writers = [Writer(commands, stream) for stream in streams]
+    writers = [Writer(redis_client, stream) for stream in streams]
     tasks = [asyncio.create_task(writer.run()) for writer in writers]
     try:
         for writer in writers:
@@ -84,5 +84,5 @@ async def writing(commands: RedisClient, *streams: str) -> AsyncIterator[list[Wr
         assert writer.errors == []
 
 
-SCRIPT = Script("prepare")
+SCRIPT = load_script("ensure_group")
 """A script of ours, for a server that does not know it."""

@@ -34,26 +34,26 @@ class PlayedAccounts:
     blamed: ViolationRecorded | Exception = field(default_factory=lambda: ViolationRecorded(1, "noted", ()))
     asked: list[tuple[str, str]] = field(default_factory=list)
 
-    async def look(self, _: int, day: Day) -> object:
+    async def check(self, _: int, day: Day) -> object:
         """See `Accounts`."""
         self.asked.append(("look", day.name))
         return self.says
 
-    async def count(self, _: int, message_id: str, __: int, day: Day) -> object:
+    async def check_and_count(self, _: int, message_id: str, __: int, day: Day) -> object:
         """See `Accounts`."""
         self.asked.append((f"count {message_id}", day.name))
         return self.says
 
-    async def uncount(self, _: int, message_id: str, at: int, day: Day) -> None:
+    async def undo_count(self, _: int, message_id: str, at: int, day: Day) -> None:
         """See `Accounts`."""
         self.asked.append((f"uncount {message_id} of {at}", day.name))
 
-    async def give_back(self, _: int, message_id: str, day: Day) -> bool:
+    async def refund(self, _: int, message_id: str, day: Day) -> bool:
         """See `Accounts`."""
         self.asked.append((f"give back {message_id}", day.name))
         return True
 
-    async def blame(self, _: int) -> ViolationRecorded:
+    async def record_violation(self, _: int) -> ViolationRecorded:
         """See `Accounts`."""
         if isinstance(self.blamed, Exception):
             raise self.blamed
@@ -66,9 +66,9 @@ class PlayedInbox:
 
     told: list[tuple[tuple[str, ...], AccountChanged]] = field(default_factory=list)
 
-    async def tell(self, nodes: tuple[str, ...], notice: AccountChanged, *, ourselves: bool) -> None:
+    async def notify(self, nodes: tuple[str, ...], notice: AccountChanged, *, include_self: bool) -> None:
         """See `Inbox`."""
-        assert ourselves
+        assert include_self
         self.told.append((nodes, notice))
 
 
@@ -113,7 +113,7 @@ async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
 
 
 async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "now", lambda: MIDDAY)
+    monkeypatch.setattr(account, "now_ms", lambda: MIDDAY)
     one = with_quota(PlayedAccounts(Locked(timedelta(minutes=30))), zone="Asia/Shanghai")
     for verdict in (await one.login(LoginAttempt(USER)), await one.stay(USER), await one.chat(ASKED)):
         assert isinstance(verdict, Reject)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
-from imstream.redis.retry import retry_until_available
+from imstream.redis.errors import retry_until_available
 from tests.support.virtual_time import in_virtual_time
 
 

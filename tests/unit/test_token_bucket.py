@@ -21,8 +21,8 @@ def taken(pace: TokenBucket, times: list[float]) -> list[float]:
     """The times at which somebody gets a token who tries at all these times, and takes none when there is none."""
     full_at, got = NEVER_USED, []
     for now in times:
-        after = pace.take(full_at, now)
-        if not pace.wait(after, now):
+        after = pace.consume(full_at, now)
+        if not pace.wait_time(after, now):
             full_at = after
             got.append(now)
     return got
@@ -48,11 +48,11 @@ def test_all_that_fits_may_be_taken_at_once_and_then_one_for_each_that_flows_in(
 def test_who_waits_as_long_as_told_gets_a_token(rate: float, size: int, gaps: list[float]) -> None:
     pace, full_at = TokenBucket(rate, size), NEVER_USED
     for now in accumulate(gaps, initial=BEGIN):
-        after = pace.take(full_at, now)
-        if wait := pace.wait(after, now):
-            assert not pace.wait(pace.take(full_at, now + wait), now + wait)
+        after = pace.consume(full_at, now)
+        if wait := pace.wait_time(after, now):
+            assert not pace.wait_time(pace.consume(full_at, now + wait), now + wait)
             if wait > ROUNDING:
-                assert pace.wait(pace.take(full_at, now + wait / 2), now + wait / 2)
+                assert pace.wait_time(pace.consume(full_at, now + wait / 2), now + wait / 2)
         else:
             full_at = after
 
@@ -62,24 +62,24 @@ def test_a_bucket_whose_moment_has_passed_is_as_good_as_new(
     rate: float, size: int, tokens: int, gaps: list[float]
 ) -> None:
     pace = TokenBucket(rate, size)
-    full_at = pace.take(NEVER_USED, BEGIN, tokens)
+    full_at = pace.consume(NEVER_USED, BEGIN, tokens)
     now = full_at + gaps[0]
-    assert pace.take(full_at, now) == pace.take(NEVER_USED, now)
+    assert pace.consume(full_at, now) == pace.consume(NEVER_USED, now)
 
 
 @pytest.mark.parametrize("debt", [1, 40, 300])
 def test_who_takes_what_is_not_there_waits_until_it_has_flowed_in(debt: int) -> None:
     pace = TokenBucket(50, 200)
-    full_at = pace.take(NEVER_USED, BEGIN, 200 + debt)
-    assert pace.wait(full_at, BEGIN) == pytest.approx(debt / 50)
-    assert pace.wait(full_at, BEGIN + debt / 50) == 0
+    full_at = pace.consume(NEVER_USED, BEGIN, 200 + debt)
+    assert pace.wait_time(full_at, BEGIN) == pytest.approx(debt / 50)
+    assert pace.wait_time(full_at, BEGIN + debt / 50) == 0
 
 
 def test_more_tokens_at_once_are_as_many_one_by_one() -> None:
     pace = TokenBucket(3, 10)
-    at_once = pace.take(NEVER_USED, BEGIN, 5)
+    at_once = pace.consume(NEVER_USED, BEGIN, 5)
     one_by_one = [NEVER_USED]
     for _ in range(5):
-        one_by_one.append(pace.take(one_by_one[-1], BEGIN))
+        one_by_one.append(pace.consume(one_by_one[-1], BEGIN))
     assert one_by_one[-1] == pytest.approx(at_once)
     assert all(before < after for before, after in pairwise(one_by_one))

@@ -1,6 +1,6 @@
 -- Whether Redis was restarted, or replaced, since a node last held its lease: then the two may have ended together.
 --
--- KEYS[1]  string  the Redis on which the node last held its lease (see lease.lua)
+-- KEYS[1]  string  the Redis on which the node last held its lease (see acquire_lease.lua)
 -- Returns  1 when it was another one, 0 when it is the same or not known
 
 local known = redis.call('GET', KEYS[1])
