@@ -1,12 +1,10 @@
-"""Texts that come soon after each other go together, in one call.
+"""Groups texts that arrive at about the same time into one call, which costs little more than a call for one text.
 
-A call costs nearly the same for one text as for sixteen. So:
+    the last call began `MIN_INTERVAL` ago or earlier   texts of one turn of the event loop are sent together, at once
+    the last call began later                           texts are collected until then, or until the batch is full
+    `MAX_CALLS` calls are running                       texts are collected until one of them ends
 
-    the last call began `APART` ago or earlier    what comes in one turn of the event loop goes together, at once
-    it began later than that                      what comes gathers until then, or until a batch is full
-    `CALLS` are under way                         it gathers until one of them ends
-
-So a slow call holds nobody up, unless `CALLS` of them are slow.
+So a slow call delays no other text, unless `MAX_CALLS` calls are slow.
 """
 
 from __future__ import annotations
@@ -16,92 +14,97 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-CALLS = 8
-"""Most calls under way at once."""
+MAX_CALLS = 8
+"""Maximum concurrent calls."""
 
-APART = 0.020
-"""Least seconds between the beginnings of two calls, unless a batch is full. A text waits no longer for company."""
+MIN_INTERVAL = 0.020
+"""Minimum seconds between the starts of two calls, unless a batch is full. It bounds the time that batching adds."""
 
 T = TypeVar("T")
 
 
-class Batches(Generic[T]):
-    """Asks about texts, several in a call."""
+class Batcher(Generic[T]):
+    """Submits texts to `call`, at most `size` at a time."""
 
     def __init__(self, call: Callable[[Sequence[str]], Awaitable[Sequence[T]]], *, size: int) -> None:
         self._call = call
         self._size = size
-        self._waiting: deque[tuple[str, asyncio.Future[T]]] = deque()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._queue: deque[tuple[str, asyncio.Future[T]]] = deque()
+        self._calls: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
-        self._next = 0.0
-        """When the next call may begin without being full (loop time)."""
+        self._next_start = 0.0
+        """When a call may start without being full (loop time)."""
 
-    async def ask(self, text: str) -> T:
-        """What the call says about a text. Whoever is cancelled meanwhile changes nothing for the others."""
+    async def submit(self, text: str) -> T:
+        """The result for a text. Cancelling does not affect other texts of the same call."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-        self._waiting.append((text, answer))
-        if len(self._waiting) >= self._size:
-            self._send()
+        result: asyncio.Future[T] = loop.create_future()
+        self._queue.append((text, result))
+        if len(self._queue) >= self._size:
+            self._start_calls()
         elif self._timer is None:
-            self._timer = loop.call_at(self._next, self._send)  # in the next turn, when that is over
+            self._timer = loop.call_at(self._next_start, self._start_calls)  # if in the past: in the next turn
         try:
-            return await answer
+            return await result
         finally:
-            del answer  # an error that it holds has this frame in its trace
+            del result  # breaks a reference cycle: its exception has a traceback with this frame
 
-    def answer_waiting(self, answer: T) -> None:
-        """Give all whose call has not begun this answer."""
-        waiting, self._waiting = self._waiting, deque()
-        _give(list(waiting), [answer] * len(waiting))
+    def resolve_queued(self, result: T) -> None:
+        """Give this result to all texts whose call has not started."""
+        while self._queue:
+            _, future = self._queue.popleft()
+            if not future.done():
+                future.set_result(result)
 
     async def aclose(self) -> None:
-        """Break off what is under way; nobody waits for it any more."""
+        """Cancel all calls. Nothing may be waiting for a result any longer."""
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._under_way:
+        for task in self._calls:
             task.cancel()
-        if self._under_way:
-            await asyncio.wait(self._under_way)
+        if self._calls:
+            await asyncio.wait(self._calls)
 
-    def _send(self) -> None:
+    def _start_calls(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         loop = asyncio.get_running_loop()
-        while self._waiting and len(self._under_way) < CALLS:
-            if batch := self._next_batch():
-                self._under_way.add(loop.create_task(self._ask_together(batch)))
-                self._next = loop.time() + APART
+        while self._queue and len(self._calls) < MAX_CALLS:
+            batch = list[tuple[str, asyncio.Future[T]]]()
+            while self._queue and len(batch) < self._size:
+                text, future = self._queue.popleft()
+                if not future.done():  # cancelled
+                    batch.append((text, future))
+            if batch:
+                self._calls.add(loop.create_task(self._run(batch)))
+                self._next_start = loop.time() + MIN_INTERVAL
 
-    def _next_batch(self) -> list[tuple[str, asyncio.Future[T]]]:
-        batch = list[tuple[str, asyncio.Future[T]]]()
-        while self._waiting and len(batch) < self._size:
-            text, answer = self._waiting.popleft()
-            if not answer.done():  # not cancelled
-                batch.append((text, answer))
-        return batch
-
-    async def _ask_together(self, batch: list[tuple[str, asyncio.Future[T]]]) -> None:
+    async def _run(self, batch: list[tuple[str, asyncio.Future[T]]]) -> None:
         try:
-            _give(batch, await self._call([text for text, _ in batch]))
-        except Exception as error:  # noqa: BLE001 - for those who wait, each of whom needs a trace of its own
+            results = await self._call([text for text, _ in batch])
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+        except Exception as error:  # noqa: BLE001 - passed on to all texts
             _fail(batch, error)
         finally:
-            _cancel(batch)  # those that have no answer, when this is broken off
-            batch.clear()  # errors have this frame in their trace, and what is in it their errors
+            _cancel(batch)  # those without a result, when the call is cancelled
+            batch.clear()  # breaks reference cycles: exceptions have tracebacks with this frame
             task = asyncio.current_task()
-            assert task is not None  # noqa: S101 - it is one
-            self._under_way.discard(task)
-            if self._timer is None:  # what waits could not be sent before
-                self._send()
+            assert task is not None  # noqa: S101 - this coroutine runs in a task
+            self._calls.discard(task)
+            if self._timer is None:  # texts may be waiting because too many calls were running
+                self._start_calls()
+
+
+# Functions of their own: their frames are in no traceback, and so in no reference cycle.
 
 
 def _fail(batch: Sequence[tuple[str, asyncio.Future[T]]], error: Exception) -> None:
     for _, future in batch:
         if not future.done():
-            failure = RuntimeError("the call has failed")
+            failure = RuntimeError("the call has failed")  # one each: a traceback is part of the exception
             failure.__cause__ = error
             future.set_exception(failure)
 
@@ -109,9 +112,3 @@ def _fail(batch: Sequence[tuple[str, asyncio.Future[T]]], error: Exception) -> N
 def _cancel(batch: Sequence[tuple[str, asyncio.Future[T]]]) -> None:
     for _, future in batch:
         future.cancel()
-
-
-def _give(batch: Sequence[tuple[str, asyncio.Future[T]]], answers: Sequence[T]) -> None:
-    for (_, future), answer in zip(batch, answers, strict=True):
-        if not future.done():
-            future.set_result(answer)

@@ -1,10 +1,10 @@
-"""A circuit breaker: when the backend fails again and again, or asks to be left alone, no new work is begun for a time.
+"""A circuit breaker: after several failures in a row, or a Retry-After, no new calls are made for a while.
 
     closed ──failures in a row, or Retry-After──▶ open ──pause over──▶ half-open ──success──▶ closed
                                                    ▲                       │
                                                    └────────failure────────┘   the pause doubles
 
-Half-open means: one request is begun in each pause, until one succeeds.
+In the half-open state one call per pause is made, until one succeeds.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ from imstream.settings import Settings
 
 
 class Breaker:
-    """Counts what happens to AI calls and says how long to hold back. Times are seconds of a monotonic clock."""
+    """Counts the results of calls and tells how long to wait. Times are seconds of a monotonic clock."""
 
     def __init__(
         self, settings: Settings, *, failures: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`failures`: after how many in a row it opens, if not after `ai_breaker_failures`."""
+        """`failures` in a row open the breaker; the default is `ai_breaker_failures`."""
         self._clock = clock
         self._threshold = settings.ai_breaker_failures if failures is None else failures
-        self._first_pause = settings.ai_breaker_pause.total_seconds()
-        self._longest_pause = settings.retry_wait_max.total_seconds()
+        self._min_pause = settings.ai_breaker_pause.total_seconds()
+        self._max_pause = settings.retry_wait_max.total_seconds()
         self._failures = 0
-        self._pause = self._first_pause
+        self._pause = self._min_pause
         self._open_until = 0.0
-        self._asked_until = 0.0
+        self._retry_after_until = 0.0
 
     @property
     def tripped(self) -> bool:
-        """Whether no call has succeeded since the breaker last opened: try with one request at a time."""
+        """Whether the breaker is open or half-open: no call has succeeded since it opened."""
         return self._open_until > 0.0
 
     def remaining(self) -> float:
-        """Seconds until new work may begin; 0 when it may now."""
+        """Seconds until a call may be made; 0 if now."""
         return max(0.0, self._open_until - self._clock()) if self._open_until else 0.0
 
-    def probing(self) -> None:
-        """Work was begun to try whether the backend is back: no more until it succeeds, or for another pause."""
+    def record_probe(self) -> None:
+        """The one call of the half-open state is made: open for another pause, unless it succeeds."""
         self._open_until = max(self._open_until, self._clock() + self._pause)
 
-    def succeeded(self) -> None:
-        """A call was answered."""
+    def record_success(self) -> None:
+        """A call has succeeded."""
         self._failures = 0
-        self._pause = self._first_pause
-        # A call that began before, or slipped through, does not lift what the backend asked for.
-        self._open_until = self._asked_until if self._asked_until > self._clock() else 0.0
+        self._pause = self._min_pause
+        # A call that was made before does not end a Retry-After.
+        self._open_until = self._retry_after_until if self._retry_after_until > self._clock() else 0.0
 
-    def failed(self, retry_after: timedelta | None) -> None:
-        """A call failed in a way that another may share."""
+    def record_failure(self, retry_after: timedelta | None) -> None:
+        """A call has failed for a reason that other calls may share."""
         self._failures += 1
-        asked = min(retry_after.total_seconds(), self._longest_pause) if retry_after is not None else 0.0
-        self._asked_until = max(self._asked_until, self._clock() + asked)
+        pause = min(retry_after.total_seconds(), self._max_pause) if retry_after is not None else 0.0
+        self._retry_after_until = max(self._retry_after_until, self._clock() + pause)
         if self._failures >= self._threshold and self.remaining() == 0.0:
-            asked = max(asked, self._pause)
-            self._pause = min(2 * self._pause, self._longest_pause)
-        if asked:
-            self._open_until = max(self._open_until, self._clock() + asked)
+            pause = max(pause, self._pause)
+            self._pause = min(2 * self._pause, self._max_pause)
+        if pause:
+            self._open_until = max(self._open_until, self._clock() + pause)

@@ -14,9 +14,9 @@ from typing import ClassVar, Self
 
 import structlog
 
-from imstream.ai.batches import Batches
+from imstream.ai.batches import Batcher
 from imstream.ai.breaker import Breaker
-from imstream.ai.moderations import WRONG_NUMBER, Moderated, Moderations
+from imstream.ai.moderations import WRONG_NUMBER, ModerationClient, ModerationResult
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
@@ -56,8 +56,8 @@ class Moderation(Guard):
     order: ClassVar[int] = 90  # it costs the most, so the others refuse first
 
     def __init__(self, settings: Settings) -> None:
-        self._server = Moderations(settings)
-        self._batches = Batches[Moderated | BackendError](self._ask, size=settings.moderation_batch)
+        self._server = ModerationClient(settings)
+        self._batches = Batcher[ModerationResult | BackendError](self._ask, size=settings.moderation_batch)
         self._breaker = Breaker(settings, failures=FAILURES)
         self._open = settings.moderation_fail == "open"
         self._away = False
@@ -84,15 +84,15 @@ class Moderation(Guard):
         """Whether the service flags the message. Raises `TransientBackendError` when it is away and nothing passes."""
         earlier = self._earlier(request)
         answer, *others = await self._judge([request.contents, *earlier])
-        if isinstance(answer, Moderated) and answer.flagged:
+        if isinstance(answer, ModerationResult) and answer.flagged:
             return Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=answer.categories)
         if isinstance(answer, BackendError) and _blames_text(answer):
             return Reject("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(answer))
         for text, one in zip(earlier, others, strict=True):
-            if isinstance(one, Moderated) and not one.flagged:
+            if isinstance(one, ModerationResult) and not one.flagged:
                 self._remember(text)
-            elif isinstance(one, Moderated) or _blames_text(one):
-                detail = one.categories if isinstance(one, Moderated) else str(one)
+            elif isinstance(one, ModerationResult) or _blames_text(one):
+                detail = one.categories if isinstance(one, ModerationResult) else str(one)
                 return Reject("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
         away = next((one for one in (answer, *others) if isinstance(one, BackendError)), None)
         if away is None or self._open:
@@ -111,15 +111,15 @@ class Moderation(Guard):
             self._passed.clear()
         self._passed.add(hash(text))
 
-    async def _judge(self, texts: Sequence[str]) -> Sequence[Moderated | BackendError]:
+    async def _judge(self, texts: Sequence[str]) -> Sequence[ModerationResult | BackendError]:
         """What the service says about each text, or why it says nothing."""
         if (answer := self._held_back()) is not None:
             return [answer] * len(texts)
         if self._breaker.tripped:
-            self._breaker.probing()
-        return await asyncio.gather(*map(self._batches.ask, texts))
+            self._breaker.record_probe()
+        return await asyncio.gather(*map(self._batches.submit, texts))
 
-    async def _ask(self, texts: Sequence[str]) -> Sequence[Moderated | BackendError]:
+    async def _ask(self, texts: Sequence[str]) -> Sequence[ModerationResult | BackendError]:
         try:
             answers = await self._server.moderate(texts)
         except BackendError as error:
@@ -143,16 +143,16 @@ class Moderation(Guard):
         return TransientBackendError("paused", "after failures in a row", retry_after=timedelta(seconds=left))
 
     def _failed(self, error: BackendError) -> None:
-        self._breaker.failed(error.retry_after if isinstance(error, TransientBackendError) else None)
+        self._breaker.record_failure(error.retry_after if isinstance(error, TransientBackendError) else None)
         if (answer := self._held_back()) is not None:
-            self._batches.answer_waiting(answer)
+            self._batches.resolve_queued(answer)
         if not self._away:
             self._away = True
             what = "messages pass without it" if self._open else "messages wait, and fail"
             log.error("moderation is away", error=str(error), meanwhile=what)
 
     def _answered(self) -> None:
-        self._breaker.succeeded()
+        self._breaker.record_success()
         if self._away:
             self._away = False
             log.info("moderation is back")

@@ -50,9 +50,9 @@ class AttemptRunner:
         try:
             completion = await parts.backend.answer(messages, on_text=on_text)
         except TransientBackendError as error:
-            parts.breaker.failed(error.retry_after)
+            parts.breaker.record_failure(error.retry_after)
             raise
-        parts.breaker.succeeded()
+        parts.breaker.record_success()
         return completion
 
 

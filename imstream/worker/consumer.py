@@ -257,7 +257,7 @@ class StreamConsumer:
                 return
             request, verdict = error.partial, Bury(MALFORMED, str(error))
         if verdict is None and self._parts.breaker.tripped:
-            self._parts.breaker.probing()
+            self._parts.breaker.record_probe()
         job = self._jobs[entry.entry_id] = Job(entry, request, self._parts, verdict)
         self._all_jobs.add(job, slots)
         group.create_task(self._work(job))

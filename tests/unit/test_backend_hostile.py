@@ -17,7 +17,7 @@ import pytest
 from pydantic_core import to_json
 
 from imstream.ai.backend import PIECE, OpenAIBackend
-from imstream.ai.moderations import Moderations
+from imstream.ai.moderations import ModerationClient
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 from tests.support.asking import PROMPT, asking
@@ -319,7 +319,7 @@ async def test_a_hostile_moderation_costs_little_and_is_told_in_a_short_line(row
     usual = await usual_cost()
     with blaster(lambda _: answer) as url:
         settings = Settings.load(moderation_url=url, moderation_timeout="20s")
-        async with Moderations(settings) as client, measured() as cost:
+        async with ModerationClient(settings) as client, measured() as cost:
             try:
                 [found] = await client.moderate(["x"])
                 got, text = "flagged" if found.flagged else "", found.categories

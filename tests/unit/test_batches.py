@@ -1,4 +1,4 @@
-"""Batches: each gets its own answer, few calls are made, and a slow one holds nobody up. In virtual time."""
+"""Batcher: each gets its own answer, few calls are made, and a slow one holds nobody up. In virtual time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.batches import APART, CALLS, Batches
+from imstream.ai.batches import MAX_CALLS, MIN_INTERVAL, Batcher
 from tests.support.letting_go import lets_go
 from tests.support.virtual_time import in_virtual_time
 
@@ -43,37 +43,37 @@ class Service:
 @in_virtual_time
 async def test_the_first_goes_at_once_and_those_that_come_meanwhile_go_together() -> None:
     service = Service()
-    batches = Batches(service, size=16)
+    batches = Batcher(service, size=16)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    first = asyncio.create_task(batches.ask("a"))
-    await asyncio.sleep(APART / 2)
+    first = asyncio.create_task(batches.submit("a"))
+    await asyncio.sleep(MIN_INTERVAL / 2)
     assert service.asked == [["a"]]
-    others = [asyncio.create_task(batches.ask(text)) for text in "bcd"]
+    others = [asyncio.create_task(batches.submit(text)) for text in "bcd"]
     assert await first == "A"
     assert loop.time() - began == pytest.approx(0.1)
     assert await asyncio.gather(*others) == ["B", "C", "D"]
-    assert loop.time() - began == pytest.approx(APART + 0.1)
+    assert loop.time() - began == pytest.approx(MIN_INTERVAL + 0.1)
     assert service.asked == [["a"], ["b", "c", "d"]]
 
 
 @in_virtual_time
 async def test_what_comes_in_one_turn_of_the_loop_goes_together() -> None:
     service = Service()
-    batches = Batches(service, size=2)
-    assert await asyncio.gather(*map(batches.ask, "abcde")) == list("ABCDE")
+    batches = Batcher(service, size=2)
+    assert await asyncio.gather(*map(batches.submit, "abcde")) == list("ABCDE")
     assert [len(one) for one in service.asked] == [2, 2, 1]
 
 
 @in_virtual_time
 async def test_a_slow_call_holds_nobody_up() -> None:
     service = Service(durations=(1000.0, 0.1))
-    batches = Batches(service, size=16)
+    batches = Batcher(service, size=16)
     loop = asyncio.get_running_loop()
-    slow = asyncio.create_task(batches.ask("slow"))
+    slow = asyncio.create_task(batches.submit("slow"))
     await asyncio.sleep(1)
     began = loop.time()
-    assert await batches.ask("quick") == "QUICK"
+    assert await batches.submit("quick") == "QUICK"
     assert loop.time() - began == pytest.approx(0.1)
     assert not slow.done()
     assert await slow == "SLOW"
@@ -82,12 +82,12 @@ async def test_a_slow_call_holds_nobody_up() -> None:
 @in_virtual_time
 async def test_a_full_batch_does_not_wait() -> None:
     service = Service(durations=(1000.0, 0.1))
-    batches = Batches(service, size=2)
-    slow = asyncio.create_task(batches.ask("slow"))
-    await asyncio.sleep(APART / 2)
+    batches = Batcher(service, size=2)
+    slow = asyncio.create_task(batches.submit("slow"))
+    await asyncio.sleep(MIN_INTERVAL / 2)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    assert await asyncio.gather(*map(batches.ask, "ab")) == ["A", "B"]
+    assert await asyncio.gather(*map(batches.submit, "ab")) == ["A", "B"]
     assert loop.time() - began == pytest.approx(0.1)
     await slow
 
@@ -95,20 +95,20 @@ async def test_a_full_batch_does_not_wait() -> None:
 @in_virtual_time
 async def test_without_batching_each_text_is_asked_about_alone() -> None:
     service = Service()
-    batches = Batches(service, size=1)
-    assert await asyncio.gather(*map(batches.ask, "abcdefghijkl")) == list("ABCDEFGHIJKL")
+    batches = Batcher(service, size=1)
+    assert await asyncio.gather(*map(batches.submit, "abcdefghijkl")) == list("ABCDEFGHIJKL")
     assert all(len(one) == 1 for one in service.asked)
-    assert service.most == CALLS
+    assert service.most == MAX_CALLS
 
 
 @in_virtual_time
 async def test_who_is_cancelled_hurts_nobody_and_is_not_asked_about_if_there_is_time() -> None:
     service = Service()
-    batches = Batches(service, size=16)
-    first = [asyncio.create_task(batches.ask(text)) for text in "ab"]
-    await asyncio.sleep(APART / 4)
-    second = [asyncio.create_task(batches.ask(text)) for text in "cd"]
-    await asyncio.sleep(APART / 4)
+    batches = Batcher(service, size=16)
+    first = [asyncio.create_task(batches.submit(text)) for text in "ab"]
+    await asyncio.sleep(MIN_INTERVAL / 4)
+    second = [asyncio.create_task(batches.submit(text)) for text in "cd"]
+    await asyncio.sleep(MIN_INTERVAL / 4)
     for one in (first[0], second[0]):
         one.cancel()
     outcomes = await asyncio.gather(*first, *second, return_exceptions=True)
@@ -120,28 +120,28 @@ async def test_who_is_cancelled_hurts_nobody_and_is_not_asked_about_if_there_is_
 
 @in_virtual_time
 async def test_a_defect_is_told_to_all_of_its_batch_and_the_next_one_is_asked() -> None:
-    batches = Batches(Service(durations=(None, 0.1)), size=16)
-    for outcome in await asyncio.gather(*map(batches.ask, "ab"), return_exceptions=True):
+    batches = Batcher(Service(durations=(None, 0.1)), size=16)
+    for outcome in await asyncio.gather(*map(batches.submit, "ab"), return_exceptions=True):
         assert isinstance(outcome, RuntimeError)
         assert isinstance(outcome.__cause__, ValueError)
-    assert await batches.ask("c") == "C"
+    assert await batches.submit("c") == "C"
 
 
 @in_virtual_time
 async def test_a_defect_lets_go_of_who_asked() -> None:
-    batches = Batches(Service(durations=(None,)), size=16)
-    assert await lets_go(lambda _: batches.ask("a"))
+    batches = Batcher(Service(durations=(None,)), size=16)
+    assert await lets_go(lambda _: batches.submit("a"))
 
 
 @in_virtual_time
 async def test_those_that_wait_can_be_answered_without_a_call() -> None:
     service = Service(durations=(1000.0,))
-    batches = Batches(service, size=16)
-    under_way = asyncio.create_task(batches.ask("under way"))
-    await asyncio.sleep(APART / 4)
-    waiting = asyncio.create_task(batches.ask("waiting"))
-    await asyncio.sleep(APART / 4)
-    batches.answer_waiting("not now")
+    batches = Batcher(service, size=16)
+    under_way = asyncio.create_task(batches.submit("under way"))
+    await asyncio.sleep(MIN_INTERVAL / 4)
+    waiting = asyncio.create_task(batches.submit("waiting"))
+    await asyncio.sleep(MIN_INTERVAL / 4)
+    batches.resolve_queued("not now")
     assert await waiting == "not now"
     await asyncio.sleep(1)
     assert service.asked == [["under way"]]
@@ -153,24 +153,24 @@ async def test_those_that_wait_can_be_answered_without_a_call() -> None:
 Asked = tuple[float, float | None]
 """When somebody asks, after the one before; after how long they are cancelled. In seconds."""
 
-MOMENTS = st.sampled_from([0.0, APART / 2, APART, 2 * APART, 0.05, 0.3])
+MOMENTS = st.sampled_from([0.0, MIN_INTERVAL / 2, MIN_INTERVAL, 2 * MIN_INTERVAL, 0.05, 0.3])
 
 
 @given(
     size=st.integers(1, 4),
     people=st.lists(st.tuples(MOMENTS, st.none() | MOMENTS), max_size=60),
-    durations=st.lists(st.none() | st.sampled_from([0.0, APART, 0.1, 1.0]), min_size=1, max_size=8),
+    durations=st.lists(st.none() | st.sampled_from([0.0, MIN_INTERVAL, 0.1, 1.0]), min_size=1, max_size=8),
 )
 def test_in_any_interleaving_each_gets_its_own_answer(
     size: int, people: list[Asked], durations: list[float | None]
 ) -> None:
     service = Service(durations)
-    batches = Batches(service, size=size)
+    batches = Batcher(service, size=size)
 
     async def person(number: int, patience: float | None) -> None:
         try:
             async with asyncio.timeout(patience):
-                assert await batches.ask(f"text {number}") == f"TEXT {number}"
+                assert await batches.submit(f"text {number}") == f"TEXT {number}"
         except TimeoutError:
             assert patience is not None
         except RuntimeError:
@@ -187,7 +187,7 @@ def test_in_any_interleaving_each_gets_its_own_answer(
     texts = [text for batch in service.asked for text in batch]
     assert len(texts) == len(set(texts)), "nobody is asked about twice"
     assert all(1 <= len(batch) <= size for batch in service.asked)
-    assert service.most <= CALLS
+    assert service.most <= MAX_CALLS
     assert service.under_way == 0
     patient = {f"text {number}" for number, (_, patience) in enumerate(people) if patience is None}
     assert patient <= set(texts)

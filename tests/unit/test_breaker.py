@@ -43,7 +43,7 @@ def make_breaker(clock: Clock) -> Breaker:
 
 def fail(breaker: Breaker, times: int = 1, *, retry_after: float | None = None) -> None:
     for _ in range(times):
-        breaker.failed(None if retry_after is None else timedelta(seconds=retry_after))
+        breaker.record_failure(None if retry_after is None else timedelta(seconds=retry_after))
 
 
 def test_a_few_failures_hold_nothing_back(breaker: Breaker) -> None:
@@ -61,7 +61,7 @@ def test_failures_in_a_row_open_it_for_its_first_pause(breaker: Breaker, clock: 
 def test_a_success_in_between_begins_the_count_anew(breaker: Breaker) -> None:
     for _ in range(5):
         fail(breaker, FAILURES - 1)
-        breaker.succeeded()
+        breaker.record_success()
     assert not breaker.tripped
 
 
@@ -69,7 +69,7 @@ def test_after_the_pause_it_is_still_tripped_until_a_call_succeeds(breaker: Brea
     fail(breaker, FAILURES)
     clock.now += PAUSE
     assert (breaker.tripped, breaker.remaining()) == (True, 0)
-    breaker.succeeded()
+    breaker.record_success()
     assert (breaker.tripped, breaker.remaining()) == (False, 0)
 
 
@@ -87,7 +87,7 @@ def test_after_a_success_pauses_are_short_again(breaker: Breaker, clock: Clock) 
     for _ in range(10):
         fail(breaker)
         clock.now += LONGEST
-    breaker.succeeded()
+    breaker.record_success()
     fail(breaker, FAILURES)
     assert breaker.remaining() == PAUSE
 
@@ -105,9 +105,9 @@ def test_calls_that_fail_during_a_pause_do_not_lengthen_it(breaker: Breaker, clo
 def test_one_trial_is_made_in_each_pause(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, FAILURES)
     clock.now += PAUSE
-    breaker.probing()
+    breaker.record_probe()
     assert breaker.remaining() == 2 * PAUSE
-    breaker.succeeded()
+    breaker.record_success()
     assert breaker.remaining() == 0
 
 
@@ -124,16 +124,16 @@ def test_it_is_not_left_alone_for_longer_than_the_longest_wait(breaker: Breaker)
 def test_a_call_that_slipped_through_does_not_lift_what_the_backend_asked_for(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, retry_after=7)
     clock.now += 1
-    breaker.succeeded()
+    breaker.record_success()
     assert (breaker.tripped, breaker.remaining()) == (True, 6)
     clock.now += 6
-    breaker.succeeded()
+    breaker.record_success()
     assert not breaker.tripped
 
 
 def test_a_trial_does_not_lift_what_the_backend_asked_for(breaker: Breaker) -> None:
     fail(breaker, retry_after=7)
-    breaker.probing()  # a request that a dead worker left is taken up whatever the breaker says
+    breaker.record_probe()  # a request that a dead worker left is taken up whatever the breaker says
     assert breaker.remaining() == 7
 
 
@@ -163,13 +163,13 @@ class BreakerUsed(RuleBasedStateMachine):
 
     @rule()
     def a_call_succeeds(self) -> None:
-        self.breaker.succeeded()
+        self.breaker.record_success()
         self.failed_in_a_row = 0
         assert self.breaker.tripped == (self.asked_until > self.clock.now)
 
     @rule()
     def a_trial_is_begun(self) -> None:
-        self.breaker.probing()
+        self.breaker.record_probe()
         assert self.breaker.remaining() > 0
 
     @invariant()

@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 
-from imstream.ai.moderations import ANSWER_LIMIT, Moderated, Moderations
+from imstream.ai.moderations import ANSWER_LIMIT, ModerationClient, ModerationResult
 from imstream.errors import BackendError, PermanentBackendError, SettingsError, TransientBackendError
 from imstream.settings import Settings
 from tests.support.asking import unaccepting_port
 from tests.support.moderating import flags_bad, result, results
 from tests.support.scripted_backend import Exchange, Script, ScriptedBackend, hangs, refuses, says, scripted_backend
 
-CLEAN = Moderated(flagged=False)
+CLEAN = ModerationResult(flagged=False)
 KEY = "sk-very-secret"
 
 
 @asynccontextmanager
-async def service(*scripts: Script, **settings: Any) -> AsyncIterator[tuple[Moderations, ScriptedBackend]]:  # noqa: ANN401 - any setting
+async def service(*scripts: Script, **settings: Any) -> AsyncIterator[tuple[ModerationClient, ScriptedBackend]]:  # noqa: ANN401 - any setting
     async with scripted_backend() as backend:
         backend.then(*scripts)
-        async with Moderations(Settings.load(**{"moderation_url": backend.url, **settings})) as client:
+        async with ModerationClient(Settings.load(**{"moderation_url": backend.url, **settings})) as client:
             yield client, backend
 
 
@@ -50,7 +50,7 @@ async def test_one_text_is_sent_as_a_string_with_model_and_key() -> None:
 async def test_several_texts_are_sent_as_a_list_and_each_gets_its_own_result() -> None:
     async with service(flags_bad) as (client, server):
         found = await client.moderate(["good", "bad hate violence", "fine"])
-        assert found == [CLEAN, Moderated(flagged=True, categories="hate, violence"), CLEAN]
+        assert found == [CLEAN, ModerationResult(flagged=True, categories="hate, violence"), CLEAN]
         assert server.requests[0].json["input"] == ["good", "bad hate violence", "fine"]
 
 
@@ -64,7 +64,7 @@ async def test_calls_share_a_connection() -> None:
 @pytest.mark.parametrize("categories", [None, [], "hate", {"hate": 1}, {"hate": None}])
 async def test_strange_categories_flag_all_the_same(categories: object) -> None:
     async with service(results({"flagged": True, "categories": categories})) as (client, _):
-        assert await client.moderate(["x"]) == [Moderated(flagged=True)]
+        assert await client.moderate(["x"]) == [ModerationResult(flagged=True)]
 
 
 async def test_names_of_categories_are_one_short_line_without_secrets() -> None:
@@ -154,13 +154,13 @@ async def test_a_drip_of_bytes_does_not_lengthen_the_time_limit() -> None:
 async def test_a_server_that_takes_no_connection_is_given_up_in_time() -> None:
     with unaccepting_port() as port:
         settings = Settings.load(moderation_url=f"http://127.0.0.1:{port}/v1", moderation_timeout="100ms")
-        async with Moderations(settings) as client:
+        async with ModerationClient(settings) as client:
             with pytest.raises(TransientBackendError, match="timeout"):
                 await client.moderate(["x"])
 
 
 async def test_nobody_there_and_a_cut_answer_are_told_apart() -> None:
-    async with Moderations(Settings.load(moderation_url="http://127.0.0.1:1/v1")) as client:
+    async with ModerationClient(Settings.load(moderation_url="http://127.0.0.1:1/v1")) as client:
         with pytest.raises(TransientBackendError) as caught:
             await client.moderate(["x"])
         assert caught.value.reason == "connect_failed"
@@ -183,10 +183,10 @@ async def test_half_a_character_is_nothing_that_can_be_sent() -> None:
 async def test_the_key_is_in_no_text() -> None:
     error = await failure(refuses(500, f'{{"error": {{"message": "bad key {KEY}"}}}}'), moderation_key=KEY)
     assert KEY not in f"{error} {error!r} {error.__cause__!r} {error.__context__!r}"
-    client = Moderations(Settings.load(moderation_url="http://user:pass@host/v1", moderation_key=KEY))
+    client = ModerationClient(Settings.load(moderation_url="http://user:pass@host/v1", moderation_key=KEY))
     assert KEY not in repr(vars(client))
     with pytest.raises(SettingsError, match=r"IMSTREAM_MODERATION_KEY=\(hidden\)"):
-        Moderations(Settings.load(moderation_url="http://host/v1", moderation_key="鍵"))
+        ModerationClient(Settings.load(moderation_url="http://host/v1", moderation_key="鍵"))
 
 
 async def test_cancelling_closes_the_connection() -> None:
