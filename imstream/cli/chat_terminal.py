@@ -14,9 +14,8 @@ from imstream.cli.screen import Screen, isolated
 from imstream.client.client import Client
 from imstream.client.connection import Connected, ConnectionChange
 from imstream.client.errors import Busy, ClientError, RateLimited, SessionEnded, Unavailable
-from imstream.client.message import Accepted, Outcome, Piece, Restarted, Result
 from imstream.client.reconnect import Timing
-from imstream.client.reply import Reply
+from imstream.client.reply import Accepted, Outcome, Piece, Reply, Restarted, Result
 from imstream.texts import Lang, Text, localize
 from imstream.wire import Turn
 

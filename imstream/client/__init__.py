@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from imstream.client.cancel import Receipt
 from imstream.client.client import Client
 from imstream.client.connection import Connected, ConnectionChange, Disconnected
 from imstream.client.errors import (
@@ -21,9 +20,17 @@ from imstream.client.errors import (
     Unanswered,
     Unavailable,
 )
-from imstream.client.message import Accepted, Outcome, Piece, Restarted, Result
 from imstream.client.reconnect import Timing
-from imstream.client.reply import Reply, ReplyEvent
+from imstream.client.reply import (
+    Accepted,
+    Outcome,
+    Piece,
+    Receipt,
+    Reply,
+    ReplyEvent,
+    Restarted,
+    Result,
+)
 from imstream.wire import Turn
 
 __all__ = [

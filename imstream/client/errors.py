@@ -1,19 +1,19 @@
-"""What can go wrong for a client, as one tree below `ImstreamError`.
+"""The errors of the client, all below `ClientError`.
 
 ClientError
-├── NotConnected         no login within the time limit, or the server is not one of ours
-├── SessionEnded         the server closed the session for good (4500 to 4999); `code` says why
-├── ClientClosed         the client was closed while somebody waited for it
-├── ProtocolViolation    the server broke the wire contract: text missing or repeated, a frame that makes no sense
+├── NotConnected         no login within the time limit
+├── SessionEnded         the server ended the session (4500 to 4999); `code` is the close code
+├── ClientClosed         the client was closed while the call was waiting
+├── ProtocolViolation    the server violated the protocol: text missing, repeated, or an invalid frame
 ├── Refused              the message was not accepted; `code` says why, `retry_after` when to try again
 │   ├── Busy             the queue, or this user's share of it, is full
 │   ├── RateLimited      too many messages in too short a time
-│   ├── Unavailable      the service cannot take messages now
-│   └── BadMessage       the message itself is wrong: the same one will never be accepted
-└── Unanswered           the message was accepted and has no whole answer; `text` is what there is of it
-├── Failed           the service gave up
-├── Cancelled        somebody cancelled it
-└── Expired          the reply is no longer kept
+│   ├── Unavailable      the service cannot accept messages now
+│   └── BadMessage       the message is invalid and will never be accepted
+└── Unanswered           the message was accepted and has no complete answer; `text` is the incomplete one
+    ├── Failed           the service gave the message up
+    ├── Cancelled        the message was cancelled
+    └── Expired          the reply was deleted
 """
 
 from __future__ import annotations
@@ -25,19 +25,15 @@ from imstream.wire import Code, ServerFrame
 
 
 class ClientError(ImstreamError):
-    """Anything that a client knows how to say."""
+    """Base class of the client's errors."""
 
 
 class NotConnected(ClientError):  # noqa: N818 - reads as the state that it names
-    """No server let the client in: none was reached in time, or what answered is no imstream node."""
+    """No server accepted the login in time."""
 
 
 class SessionEnded(ClientError):  # noqa: N818 - reads as the state that it names
-    """The server closed the session and does not want the client back.
-
-    Attributes:
-        code: The close code, 4500 to 4999; see `imstream.wire.CloseCode`.
-    """
+    """The server ended the session. `code`: the close code; see `imstream.wire.CloseCode`."""
 
     def __init__(self, code: int, why: str) -> None:
         super().__init__(f"{why} ({code})")
@@ -45,20 +41,15 @@ class SessionEnded(ClientError):  # noqa: N818 - reads as the state that it name
 
 
 class ClientClosed(ClientError):  # noqa: N818 - reads as the state that it names
-    """The client was closed before the server had answered."""
+    """The client was closed before the server answered."""
 
 
 class ProtocolViolation(ClientError):  # noqa: N818 - names what happened
-    """The server said something that the wire contract rules out. What was received cannot be trusted."""
+    """The server violated the protocol; the text received cannot be trusted."""
 
 
 class Refused(ClientError):  # noqa: N818 - reads as the state that it names
-    """The server did not accept the message; nothing will be answered.
-
-    Attributes:
-        code: The code of the server's frame.
-        retry_after: How long to wait before sending again, when the server said so.
-    """
+    """The server did not accept the message. `retry_after`: the server's advice when to send it again."""
 
     def __init__(self, code: Code, why: str, *, retry_after: timedelta | None = None) -> None:
         super().__init__(why or code.value)
@@ -75,19 +66,15 @@ class RateLimited(Refused):
 
 
 class Unavailable(Refused):
-    """The service cannot take messages now. Whether this one was recorded is unknown: send it with the same id."""
+    """The service is unavailable. The message may have been recorded: send it again with the same id."""
 
 
 class BadMessage(Refused):
-    """The message itself is wrong, or too big. Sending the same one again is no use."""
+    """The message is invalid or too big. Sending it again fails again."""
 
 
 class Unanswered(ClientError):  # noqa: N818 - reads as the state that it names
-    """The message was accepted, and ended without a whole answer.
-
-    Attributes:
-        text: What there is of the answer.
-    """
+    """The message was accepted and ended without a complete answer. `text`: the incomplete answer."""
 
     def __init__(self, why: str, text: str) -> None:
         super().__init__(why)
@@ -103,7 +90,7 @@ class Cancelled(Unanswered):
 
 
 class Expired(Unanswered):
-    """The reply is no longer kept; the message has to be sent again."""
+    """The reply was deleted; the message has to be sent again."""
 
 
 _REFUSALS: dict[Code, type[Refused]] = {
@@ -115,6 +102,6 @@ _REFUSALS: dict[Code, type[Refused]] = {
 
 
 def refusal(frame: ServerFrame) -> Refused:
-    """The error that a frame with a code other than `SUCCESS` stands for."""
+    """The error for a frame with another code than `SUCCESS`."""
     wait = None if frame.retry_after_ms is None else timedelta(milliseconds=frame.retry_after_ms)
     return _REFUSALS.get(frame.code, Refused)(frame.code, frame.contents or "", retry_after=wait)

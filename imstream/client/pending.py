@@ -1,136 +1,161 @@
-"""Everything of one client that waits for the server: messages without an end, cancellations without a receipt.
+"""The unfinished requests of one client: messages whose reply has not ended, cancellations without a receipt.
 
-No I/O: the connection hands in what the server says, and asks what is still to be sent.
+No I/O: the connection passes in the server's frames and asks what is still to be sent.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
-from imstream.client.cancel import Cancel
 from imstream.client.errors import BadMessage, ClientError, refusal
-from imstream.client.message import Message
-from imstream.wire import MAX_RESUMED, Code, ServerFrame
+from imstream.client.reply import Receipt, Reply
+from imstream.wire import MAX_RESUMED, ClientCancel, Code, Event, ServerFrame
 
 MAX_OPEN = MAX_RESUMED
-"""Most unfinished messages of one client: as many as one INIT can resume. `add` waits while there are so many."""
+"""Maximum number of unfinished messages of one client: as many as one INIT can resume. Beyond it, `add` waits."""
 
 _REFUSES_MESSAGES = (Code.BAD_REQUEST, Code.FORBIDDEN, Code.BUSY)
-"""Codes that are about a message even when no id is told. Others are about the login, come before a close, or ask to
-wait (RATE_LIMITED) while the server takes what was sent."""
+"""Codes that refuse a message even without its id. The others concern the login, precede a close, or ask the client to
+wait (RATE_LIMITED) while the server handles what was sent."""
+
+
+_RECEIPTS = {Code.TOO_LATE: Receipt.TOO_LATE, Code.UNKNOWN: Receipt.UNKNOWN, Code.EXPIRED: Receipt.UNKNOWN}
+
+
+@dataclass(slots=True, eq=False)
+class CancelRequest:
+    """A request to cancel one message, shared by all callers that cancel it. `sent_on`: the last connection used."""
+
+    frame: ClientCancel
+    sent_on: object = None
+    _receipt: Receipt | None = None
+    _error: ClientError | None = None
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is a receipt or an error."""
+        return self._ended.is_set()
+
+    def apply(self, frame: ServerFrame) -> None:
+        """Apply a frame about the message; frames that are neither a receipt nor a refusal change nothing."""
+        receipt = Receipt.CANCELLED if frame.event is Event.CANCELLED else _RECEIPTS.get(frame.code)
+        if receipt is not None:
+            self._receipt = receipt
+            self._ended.set()
+        elif frame.code is not Code.SUCCESS and frame.event is None:
+            self.fail(refusal(frame))
+
+    def fail(self, error: ClientError) -> None:
+        """End it without a receipt."""
+        self._error = error
+        self._ended.set()
+
+    async def receipt(self) -> Receipt:
+        """Wait for the receipt; raises the error of a request that failed."""
+        await self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        return self._receipt or Receipt.UNKNOWN
 
 
 class PendingRequests:
-    """What waits for the server. Whatever ends is forgotten at once.
+    """All unfinished requests; a request is removed as soon as it ends.
 
     Attributes:
-        error: Why nothing can be added any more; None while it can.
+        error: Why no request is accepted any longer; None while the session lasts.
     """
 
     def __init__(self) -> None:
         self.error: ClientError | None = None
-        self._messages: dict[str, Message] = {}
-        self._cancels: dict[str, Cancel] = {}
-        self._free = asyncio.Semaphore(MAX_OPEN)
+        self._replies: dict[str, Reply] = {}
+        self._cancels: dict[str, CancelRequest] = {}
+        self._free_slots = asyncio.Semaphore(MAX_OPEN)
 
     @property
-    def accepted(self) -> list[Message]:
-        """What the server has promised to answer: a new connection resumes it."""
-        return [message for message in self._messages.values() if message.accepted]
+    def accepted(self) -> list[Reply]:
+        """Replies to accepted messages: a new connection resumes them."""
+        return [reply for reply in self._replies.values() if reply.is_accepted]
 
     @property
-    def unanswered(self) -> list[Message]:
-        """What the server has said nothing about: a new connection sends it again."""
-        return [message for message in self._messages.values() if not message.accepted]
+    def unanswered(self) -> list[Reply]:
+        """Replies to other messages: a new connection sends these again."""
+        return [reply for reply in self._replies.values() if not reply.is_accepted]
 
     @property
-    def cancels(self) -> list[Cancel]:
-        """What shall be cancelled: a new connection sends it again."""
+    def cancels(self) -> list[CancelRequest]:
+        """Cancellations without a receipt: a new connection sends them again."""
         return list(self._cancels.values())
 
-    def message(self, message_id: str) -> Message | None:
-        """The unfinished message with this id."""
-        return self._messages.get(message_id)
+    def reply(self, message_id: str) -> Reply | None:
+        """The unfinished reply to a message."""
+        return self._replies.get(message_id)
 
-    async def add(self, message: Message) -> None:
-        """Wait until there is room, and take the message in.
+    async def add(self, reply: Reply) -> None:
+        """Wait for a free slot and add a reply; raises `error`, or ValueError if its message id is in use."""
+        await self._free_slots.acquire()
+        if self.error is not None or reply.message_id in self._replies:
+            self._free_slots.release()
+            raise self.error or ValueError(f"message {reply.message_id} is still being answered")
+        self._replies[reply.message_id] = reply
 
-        Raises:
-            ValueError: A message with this id is unfinished.
-            ClientError: It is over; see `error`.
-        """
-        await self._free.acquire()
-        if self.error is not None or message.message_id in self._messages:
-            self._free.release()
-            raise self.error or ValueError(f"message {message.message_id} is still being answered")
-        self._messages[message.message_id] = message
-
-    def add_cancel(self, cancel: Cancel) -> Cancel:
-        """Take it in, or give the one that waits for the same message.
-
-        Raises:
-            ClientError: It is over; see `error`.
-        """
+    def add_cancel(self, frame: ClientCancel) -> CancelRequest:
+        """Add a cancellation, or return the pending one of the same message; raises `error`."""
         if self.error is not None:
             raise self.error
-        return self._cancels.setdefault(cancel.message_id, cancel)
+        return self._cancels.setdefault(frame.message_id, CancelRequest(frame))
 
-    def chat(self, frame: ServerFrame) -> None:
-        """Take in a CHAT frame: the answer to a message, or the receipt of a cancellation."""
+    def apply_chat(self, frame: ServerFrame) -> None:
+        """Apply a CHAT frame: an answer, or the receipt of a cancellation."""
         message_id = frame.message_id or ""
         if message_id in self._cancels:
             self._cancels[message_id].apply(frame)
-        if message_id in self._messages:
-            self._messages[message_id].apply(frame)
-        self._settle(message_id)
+        if message_id in self._replies:
+            self._replies[message_id].apply(frame)
+        self._remove_if_ended(message_id)
 
-    def system(self, frame: ServerFrame) -> bool:
-        """Take in a SYSTEM frame: a refusal, or a receipt. False when it is about nothing that waits."""
-        message = self._messages.get(frame.message_id or "") or self._meant_without_id(frame)
+    def apply_system(self, frame: ServerFrame) -> bool:
+        """Apply a SYSTEM frame: a refusal or a receipt. False if it concerns no pending request."""
+        reply = self._replies.get(frame.message_id or "")
+        if frame.message_id is None and frame.code in _REFUSES_MESSAGES and len(unanswered := self.unanswered) == 1:
+            reply = unanswered[0]
         cancel = self._cancels.get(frame.message_id or "")
-        if frame.code is Code.UNAVAILABLE and message and message.resuming:
-            return False  # it could not be resumed; whether it can be cancelled is not known yet
-        if frame.code not in (Code.SUCCESS, Code.TOO_LATE, Code.UNKNOWN) and message and not message.accepted:
-            message.fail(refusal(frame))
-            self._settle(message.message_id)
+        if frame.code is Code.UNAVAILABLE and reply and reply.resuming:
+            return False  # the resumption failed, which says nothing about the cancellation
+        if frame.code not in (Code.SUCCESS, Code.TOO_LATE, Code.UNKNOWN) and reply and not reply.is_accepted:
+            reply.fail(refusal(frame))
+            self._remove_if_ended(reply.message_id)
         elif cancel is not None:
             cancel.apply(frame)
-            self._settle(cancel.message_id)
+            self._remove_if_ended(cancel.frame.message_id)
         else:
             return False
         return True
 
-    def drop_largest(self, connection: object) -> None:
-        """Give up the message that was too big for this connection. Sent again, it would end the next one as well."""
-        suspects = [message for message in self.unanswered if message.sent_on is connection]
-        if suspects:
-            largest = max(suspects, key=lambda message: len(message.chat.model_dump_json()))
+    def fail_largest(self, connection: object) -> None:
+        """Fail the largest message sent on a connection that was closed because of its size."""
+        candidates = [reply for reply in self.unanswered if reply.sent_on is connection]
+        if candidates:  # sent again, it would end the next connection as well
+            largest = max(candidates, key=lambda reply: len(reply.frame.model_dump_json()))
             largest.fail(BadMessage(Code.BAD_REQUEST, "the message, with its history, is too big for the server"))
-            self._settle(largest.message_id)
+            self._remove_if_ended(largest.message_id)
 
-    def end(self, error: ClientError) -> None:
-        """End everything that waits, once, and let nothing new in."""
+    def fail_all(self, error: ClientError) -> None:
+        """Fail all pending requests and refuse new ones. Only the first call has an effect."""
         if self.error is not None:
             return
         self.error = error
-        for message in list(self._messages.values()):
-            message.fail(error)
-            self._settle(message.message_id)
+        for reply in list(self._replies.values()):
+            reply.fail(error)
+            self._remove_if_ended(reply.message_id)
         for cancel in self.cancels:
             cancel.fail(error)
-            self._settle(cancel.message_id)
+        self._cancels.clear()
 
-    def _meant_without_id(self, frame: ServerFrame) -> Message | None:
-        """The message that a refusal without an id must be about, when only one is possible."""
-        if frame.message_id is not None or frame.code not in _REFUSES_MESSAGES:
-            return None
-        unanswered = self.unanswered
-        return unanswered[0] if len(unanswered) == 1 else None
-
-    def _settle(self, message_id: str) -> None:
-        """Forget what has ended."""
-        if message_id in self._messages and self._messages[message_id].ended:
-            del self._messages[message_id]
-            self._free.release()
+    def _remove_if_ended(self, message_id: str) -> None:
+        if message_id in self._replies and self._replies[message_id].ended:
+            del self._replies[message_id]
+            self._free_slots.release()
         if message_id in self._cancels and self._cancels[message_id].ended:
             del self._cancels[message_id]

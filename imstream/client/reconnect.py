@@ -1,19 +1,24 @@
-"""Where to connect next, and when. No I/O; the client carries it out."""
+"""Where, when and with which token a client connects next. No I/O but the caller's token function."""
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from ssl import SSLContext
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
-from imstream.wire import CloseCode
+from imstream.client.errors import ClientError
+from imstream.texts import Lang
+from imstream.wire import CloseCode, UserId
 
-_FINAL = range(4500, 5000)
-"""Close codes after which a client does not come back."""
+Token = str | Callable[[], str | Awaitable[str]]
+"""A token, or a function that returns a new one at each call."""
+
+_FINAL_CODES = range(4500, 5000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +26,13 @@ class Timing:
     """The time limits and intervals of a client.
 
     Attributes:
-        open: Time until the first login, all tries together; then `NotConnected` is raised.
-        login: Time that one server has to take the connection, and again to answer INIT.
-        heartbeat: Time between two heartbeats, unless the server asks for another.
-        backoff: Upper end of the first wait before connecting again; it doubles with each failure.
-        backoff_max: Where it stops doubling.
-        later: Least wait after a server said that it is full.
-        close: Time that a server has to answer the closing handshake.
+        open: Time limit for the first login, all tries together; then `NotConnected` is raised.
+        login: Time limit for one server to accept the connection, and again to answer INIT.
+        heartbeat: Heartbeat interval unless the server announces another.
+        backoff: Upper bound of the first delay before reconnecting; it doubles with each failure.
+        backoff_max: Limit of the doubling.
+        later: Minimum delay after a server reported that it is full.
+        close: Time limit for the closing handshake.
     """
 
     open: timedelta = timedelta(seconds=10)
@@ -39,8 +44,8 @@ class Timing:
     close: timedelta = timedelta(seconds=2)
 
 
-class Patience(Enum):
-    """How long to wait before connecting again."""
+class RetryMode(Enum):
+    """When to connect again."""
 
     NOW = "now"
     BACKOFF = "backoff"
@@ -49,32 +54,25 @@ class Patience(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Reaction:
-    """What to do when a connection has ended.
+class ReconnectPolicy:
+    """What to do after a connection has ended. With `switch_server` the next server is tried first, if there is one."""
 
-    Attributes:
-        patience: When to connect again.
-        elsewhere: Whether another server shall be tried first, when there is one.
-    """
-
-    patience: Patience
-    elsewhere: bool = False
+    mode: RetryMode
+    switch_server: bool = False
 
 
-def after_close(code: int | None) -> Reaction:
-    """What a close code asks for (see `imstream.wire.CloseCode`); None when the connection broke without one."""
+def after_close(code: int | None) -> ReconnectPolicy:
+    """The policy for a close code (see `imstream.wire.CloseCode`); None: the connection broke without one."""
     if code == CloseCode.DRAINING:
-        return Reaction(Patience.NOW, elsewhere=True)
+        return ReconnectPolicy(RetryMode.NOW, switch_server=True)
     if code == CloseCode.NODE_FULL:
-        return Reaction(Patience.LATER, elsewhere=True)
-    if code in _FINAL:
-        return Reaction(Patience.NEVER)
-    return Reaction(Patience.BACKOFF)
+        return ReconnectPolicy(RetryMode.LATER, switch_server=True)
+    return ReconnectPolicy(RetryMode.NEVER if code in _FINAL_CODES else RetryMode.BACKOFF)
 
 
 @dataclass(slots=True)
 class Backoff:
-    """How long to wait before the next connection: exponential with full jitter.
+    """The delay before the next connection: exponential with full jitter.
 
     Full jitter spreads clients that lost their node at the same moment over the whole interval; see
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
@@ -82,26 +80,26 @@ class Backoff:
 
     timing: Timing
     failures: int = 0
-    chance: random.Random = field(default_factory=random.Random)
+    rng: random.Random = field(default_factory=random.Random)
 
-    def wait(self, patience: Patience) -> timedelta:
-        """The wait that `patience` stands for now. Every call counts as a failure until `succeed`."""
+    def delay(self, mode: RetryMode) -> timedelta:
+        """The delay for `mode`. Every call counts as a failure until `reset`."""
         first, self.failures = self.failures == 0, self.failures + 1
-        if patience is Patience.NOW and first:
+        if mode is RetryMode.NOW and first:
             return timedelta(0)
-        if patience is Patience.LATER:
-            return self.timing.later * self.chance.uniform(1, 2)
+        if mode is RetryMode.LATER:
+            return self.timing.later * self.rng.uniform(1, 2)
         doubled: timedelta = self.timing.backoff * (1 << min(self.failures - 1, 20))
-        return min(doubled, self.timing.backoff_max) * self.chance.random()
+        return min(doubled, self.timing.backoff_max) * self.rng.random()
 
-    def succeed(self) -> None:
-        """A connection was of use: begin anew."""
+    def reset(self) -> None:
+        """Forget the failures, after a connection that delivered an answer."""
         self.failures = 0
 
 
 @dataclass(slots=True)
 class Servers:
-    """The addresses of the servers, and which one is next. `tls`: whom to trust at `wss`; else whom the system does."""
+    """The addresses of the servers in order of preference. `tls` replaces the system's trust store for `wss`."""
 
     urls: Sequence[str]
     tls: SSLContext | None = None
@@ -113,30 +111,74 @@ class Servers:
         """The address to connect to."""
         return self.urls[self.index]
 
-    @property
-    def current_tls(self) -> SSLContext | bool | None:
-        """How to connect to it with TLS; None without."""
-        return (self.tls or True) if urlsplit(self.current).scheme == "wss" else None
-
-    def move(self) -> bool:
-        """Go on to the next address; False when every one was tried since the last `succeed`."""
+    def advance(self) -> bool:
+        """Switch to the next address; False if all of them were tried since the last `reset`."""
         self.index = (self.index + 1) % len(self.urls)
         self.tried += 1
         return self.tried % len(self.urls) != 0
 
-    def succeed(self) -> None:
-        """The current address let us in."""
+    def reset(self) -> None:
+        """Note that the current address accepted the login."""
         self.tried = 0
 
 
-def address(url: str, user_id: int) -> str:
-    """The URL with `userId` in its query, by which load balancers choose the node.
-
-    Raises:
-        ValueError: It is no WebSocket URL.
-    """
+def connect_url(url: str, user_id: int) -> str:
+    """A WebSocket URL with `userId` in its query, by which load balancers choose the node; ValueError for others."""
     parts = urlsplit(url)
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
         raise ValueError(f"not a WebSocket address: {url!r}; it looks like ws://127.0.0.1:8080/ws")
     query = "&".join(filter(None, (parts.query, urlencode({"userId": user_id}))))
     return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+
+
+class TokenUnavailable(ClientError):  # noqa: N818 - reads as the state that it names
+    """The caller's token function has raised an error."""
+
+
+@dataclass(slots=True)
+class Credentials:
+    """User, token and language of a client.
+
+    A rejected token is not sent again. A new one is sent once: if the server rejects two in a row, the session ends.
+    """
+
+    user_id: UserId
+    token: Token | None = field(repr=False)
+    lang: Lang
+    _last_sent: str | None = field(default=None, init=False, repr=False)
+    _accepted: str | None = field(default=None, init=False, repr=False)
+    _rejected: str | None = field(default=None, init=False, repr=False)
+
+    @property
+    def is_renewable(self) -> bool:
+        """Whether each token is a new one."""
+        return callable(self.token)
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether `next_token` has returned the token that the server rejected."""
+        return self._rejected is not None and self._last_sent == self._rejected
+
+    async def next_token(self) -> str | None:
+        """The token for the next login; raises `TokenUnavailable` if the caller's function fails."""
+        token = self.token
+        if callable(token):
+            try:
+                given = token()
+                token = await given if inspect.isawaitable(given) else given
+            except Exception as error:
+                raise TokenUnavailable(f"there is no token: {type(error).__name__}") from error
+        self._last_sent = token
+        return token
+
+    def on_accepted(self) -> None:
+        """The server has accepted the login."""
+        self._rejected, self._accepted = None, self._last_sent
+
+    def on_rejected(self, *, was_logged_in: bool) -> bool:
+        """The server has closed the connection with NOT_AUTHENTICATED. Returns whether to try again with a new token.
+
+        If a login expired, the token it began with is the rejected one: a newer token may have been sent too late.
+        """
+        first, self._rejected = self._rejected is None, self._accepted if was_logged_in else self._last_sent
+        return self.is_renewable and first

@@ -1,174 +1,297 @@
-"""The answer to one message, as the one who asked sees it."""
+"""The answer to one message: its state, every transition of it, and how it is read. No I/O.
+
+    unanswered ──accepted──▶ accepted ──done, failed, cancelled, expired──▶ ended (with a result)
+        └────────────────────────┴──refused, violation, closed──▶ ended (with an error)
+
+Repeated text is dropped. Text that is missing or contradicts the known text ends the reply with `ProtocolViolation`, so
+that no reader gets an answer that was never given (I5).
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
-from imstream.client.cancel import Receipt
-from imstream.client.errors import Cancelled, Expired, Failed, Unanswered
-from imstream.client.message import Accepted, Message, Outcome, Piece, Restarted, Result
+from imstream.client.errors import Cancelled, ClientError, Expired, Failed, ProtocolViolation
+from imstream.wire import ClientChat, Code, Event, ResumePoint, ServerFrame
+
+
+class Outcome(StrEnum):
+    """How an accepted message ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Receipt(StrEnum):
+    """The result of a request to cancel."""
+
+    CANCELLED = "cancelled"
+    """The answer was stopped; the text so far stays."""
+    TOO_LATE = "too_late"
+    """The answer had ended already."""
+    UNKNOWN = "unknown"
+    """The server knows no such message of this user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The message will be answered. `position`: its place in the queue if the server sent one; 1 is next."""
+
+    position: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """A new attempt has begun: discard the text so far."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of the answer. `attempt` counts from 1; with `restarted`, discard the text before this piece."""
+
+    text: str
+    attempt: int
+    restarted: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How an accepted message ended.
+
+    Attributes:
+        text: The answer of this `attempt`; complete only if `outcome` is `done`.
+        finish_reason: Why the model stopped, as reported by the backend.
+        usage: Token counts of the backend.
+        why: The server's message for a person.
+    """
+
+    outcome: Outcome
+    text: str
+    attempt: int
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    why: str = ""
+
 
 ReplyEvent = Accepted | Restarted | Piece | Result
 
-_ERRORS: dict[Outcome, type[Unanswered]] = {
-    Outcome.FAILED: Failed,
-    Outcome.CANCELLED: Cancelled,
-    Outcome.EXPIRED: Expired,
-}
+_OUTCOMES = {Event.DONE: Outcome.DONE, Event.FAILED: Outcome.FAILED, Event.CANCELLED: Outcome.CANCELLED}
+
+_ERRORS = {Outcome.FAILED: Failed, Outcome.CANCELLED: Cancelled, Outcome.EXPIRED: Expired}
 
 
 class Reply:
-    """The answer to one message while it comes in. `Client.send` gives it.
+    """The answer to one message while it is received; returned by `Client.send`.
 
-    Nobody has to read it: it costs its own text, and who reads slowly gets fewer, larger pieces. It can be read by
-    several at once, and again from the beginning.
+    A reply that is not read costs the memory of its text and nothing else; a slow reader gets fewer, larger pieces. A
+    reply can be read by several readers, and again from the beginning.
+
+    `accepted`, `result`, `text`, `events` and iteration raise `Refused` if the server did not accept the message, and
+    another `ClientError` if the session ended or the server violated the protocol. `text` and iteration also raise
+    `Unanswered` if the answer failed, was cancelled or has expired.
+
+    Attributes:
+        position: The last place in the queue that the server sent; 1 is next.
+        attempt: The attempt that `so_far` belongs to; 0 before the first.
+        offset: Length of `so_far` in code points.
+        repeated: Number of frames that were dropped because their text was known. A correct server causes none.
+        frame: The frame that asks.
+        sent_on: The last connection that carried `frame`.
+        is_accepted: The server has accepted the message.
+        resuming: The server was asked to resume the message and has not answered yet.
     """
 
-    def __init__(self, message: Message, cancel: Callable[[str], Awaitable[Receipt]]) -> None:
-        self._message = message
+    def __init__(self, frame: ClientChat, message_id: str, cancel: Callable[[str], Awaitable[Receipt]]) -> None:
+        self.message_id = message_id
+        self.position: int | None = None
+        self.attempt = 0
+        self.offset = 0
+        self.repeated = 0
+        self.frame = frame
+        self.sent_on: object = None
+        self.is_accepted = False
+        self.resuming = False
         self._cancel = cancel
-
-    @property
-    def message_id(self) -> str:
-        """Id of the message it answers."""
-        return self._message.message_id
-
-    @property
-    def position(self) -> int | None:
-        """Place in the queue as last told; 1 is next."""
-        return self._message.position
-
-    @property
-    def attempt(self) -> int:
-        """The attempt that `so_far` belongs to; 0 before the first."""
-        return self._message.attempt
-
-    @property
-    def offset(self) -> int:
-        """Where the reply stands; what a resuming client tells the server."""
-        return self._message.offset
+        self._pieces: list[str] = []
+        self._restarts = 0  # of attempts that had shown text
+        self._result: Result | None = None
+        self._error: ClientError | None = None
+        self._changed = asyncio.Event()  # replaced by a new one at each change
 
     @property
     def so_far(self) -> str:
         """The answer so far, of the latest attempt."""
-        return self._message.text
-
-    @property
-    def repeated(self) -> int:
-        """Deltas that brought nothing new and were dropped. A correct server causes none."""
-        return self._message.repeated
+        return "".join(self._pieces)
 
     @property
     def ended(self) -> bool:
-        """Nothing more will come."""
-        return self._message.ended
+        """Whether the reply has a result or an error."""
+        return self._result is not None or self._error is not None
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        """Where a server continues the answer."""
+        return ResumePoint(message_id=self.message_id, attempt=self.attempt, offset=self.offset)
 
     async def accepted(self) -> int | None:
-        """Wait until the server has promised an answer, and give the place in the queue.
-
-        Raises:
-            Refused: It was not accepted; a subclass says why.
-            ClientError: The session ended for good, or the server broke the contract.
-        """
-        while not self._message.accepted:
+        """Wait until the server accepts the message; returns the place in the queue."""
+        while not self.is_accepted:
             await self._change()
-        return self._message.position
+        return self.position
 
     async def result(self) -> Result:
-        """Wait for the end, whatever it is, and give it.
-
-        Raises:
-            Refused: It was not accepted; a subclass says why.
-            ClientError: The session ended for good, or the server broke the contract.
-        """
-        while self._message.result is None:
+        """Wait for the end of the answer, whatever its outcome."""
+        while self._result is None:
             await self._change()
-        return self._message.result
+        return self._result
 
     async def text(self) -> str:
-        """Wait for the whole answer.
-
-        Raises:
-            Unanswered: It failed, was cancelled or has expired; `text` of the error is what there is.
-            Refused: It was not accepted; a subclass says why.
-            ClientError: The session ended for good, or the server broke the contract.
-        """
-        return _whole(await self.result())
+        """Wait for the complete answer."""
+        return _complete_text(await self.result())
 
     async def events(self) -> AsyncIterator[ReplyEvent]:
-        """Everything that happens to the message, as it happens, from the beginning; last the `Result`.
+        """All events of the message from the beginning, as they happen; the last one is the `Result`.
 
-        Raises:
-            Refused: It was not accepted; a subclass says why.
-            ClientError: The session ended for good, or the server broke the contract.
+        Events are derived from the state, not from a log of frames, so that no queue can grow.
         """
-        reader = _Reader(self._message)
+        has_accepted, restarts, read = False, 0, 0
         while True:
-            event = reader.advance()
-            if event is None:
-                await self._change()
-                continue
-            yield event
-            if isinstance(event, Result):
+            if self.is_accepted and not has_accepted:
+                has_accepted = True
+                yield Accepted(self.position)
+            elif restarts != self._restarts:
+                restarts, read = self._restarts, 0
+                yield Restarted(self.attempt)
+            elif read < len(self._pieces):
+                text, read = "".join(self._pieces[read:]), len(self._pieces)
+                yield Piece(text, self.attempt)
+            elif self._result is not None:
+                yield self._result
                 return
+            else:
+                await self._change()
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """The text as it comes. A piece with `restarted` voids all before it.
-
-        Raises:
-            Unanswered: It failed, was cancelled or has expired; `text` of the error is what there is.
-            Refused: It was not accepted; a subclass says why.
-            ClientError: The session ended for good, or the server broke the contract.
-        """
-        void = False
+        """The text as it is received. A piece with `restarted` discards all pieces before it."""
+        restarted = False
         async for event in self.events():
             if isinstance(event, Restarted):
-                void = True
+                restarted = True
             elif isinstance(event, Piece):
-                yield Piece(event.text, event.attempt, restarted=void)
-                void = False
+                yield Piece(event.text, event.attempt, restarted)
+                restarted = False
             elif isinstance(event, Result):
-                _whole(event)
+                _complete_text(event)
 
     async def cancel(self) -> Receipt:
         """Stop the answer; see `Client.cancel`."""
         return await self._cancel(self.message_id)
 
     async def _change(self) -> None:
-        """Wait for the next change; raises the error that ended the message instead, if one did."""
-        if self._message.error is not None:
-            raise self._message.error
-        await self._message.changed.wait()
+        """Wait for the next change; raises the error of a reply that ended with one."""
+        if self._error is not None:
+            raise self._error
+        await self._changed.wait()
+
+    def fail(self, error: ClientError) -> None:
+        """End the reply with an error, unless it has ended."""
+        if not self.ended:
+            self._error = error
+            self._notify()
+
+    def apply(self, frame: ServerFrame) -> None:
+        """Apply a frame about this message, unless the reply has ended."""
+        if self.ended:
+            return
+        try:
+            self._apply(frame)
+        except ProtocolViolation as violation:
+            self._error = violation
+        self._notify()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _apply(self, frame: ServerFrame) -> None:
+        if not self.is_accepted and _continues_text(frame):
+            # The same id was sent before, refused with UNAVAILABLE and recorded all the same. This frame was in flight
+            # when the message was sent again; the whole answer follows after `accepted`.
+            self.repeated += 1
+            return
+        self.is_accepted = True
+        self.resuming = False
+        if frame.event is Event.ACCEPTED:
+            self.position = frame.position
+        elif frame.event is Event.DELTA:
+            self._append(frame)
+        elif frame.event is Event.RESTART:
+            if frame.attempt is None:
+                raise self._violation(frame, "it has no attempt")
+            if frame.attempt > self.attempt or (frame.attempt == self.attempt and self.offset):
+                self._begin(frame.attempt, restarted=True)
+        elif frame.event in _OUTCOMES:
+            self._finish(frame, _OUTCOMES[frame.event])
+        elif frame.code is Code.EXPIRED:
+            self._result = Result(Outcome.EXPIRED, self.so_far, self.attempt, why=frame.contents or "")
+        else:
+            raise self._violation(frame, "it has neither an event nor a code that ends the message")
+
+    def _append(self, frame: ServerFrame) -> None:
+        text = frame.contents or ""
+        if frame.attempt is None or frame.offset is None:
+            raise self._violation(frame, "it has no attempt or no offset")
+        if frame.attempt < self.attempt:
+            self.repeated += 1
+            return
+        if frame.attempt > self.attempt:
+            self._begin(frame.attempt, restarted=self.attempt > 0)
+        start = frame.offset - len(text)  # offsets count Unicode code points
+        if start == self.offset:
+            self._pieces.append(text)
+            self.offset = frame.offset
+        elif frame.offset <= self.offset:
+            self.repeated += 1
+        else:
+            raise self._violation(frame, f"it begins at {start}, the text known ends at {self.offset}")
+
+    def _begin(self, attempt: int, *, restarted: bool) -> None:
+        self._restarts += restarted
+        self.attempt = attempt
+        self.offset = 0
+        self._pieces = []
+
+    def _finish(self, frame: ServerFrame, outcome: Outcome) -> None:
+        if frame.attempt is not None and frame.attempt > self.attempt:
+            self._begin(frame.attempt, restarted=self.attempt > 0)
+        # A failed or cancelled answer may have been shown further than it was recorded; a complete one may not.
+        if outcome is Outcome.DONE and frame.offset not in (None, self.offset):
+            raise self._violation(frame, f"the answer ends at {frame.offset}, the text known ends at {self.offset}")
+        why = frame.contents or ""
+        self._result = Result(outcome, self.so_far, self.attempt, frame.finish_reason, frame.usage, why)
+
+    def _violation(self, frame: ServerFrame, problem: str) -> ProtocolViolation:
+        kind = frame.event or frame.code
+        return ProtocolViolation(f"{kind} for message {self.message_id}, attempt {frame.attempt}: {problem}")
 
 
-def _whole(result: Result) -> str:
+def _continues_text(frame: ServerFrame) -> bool:
+    """Whether a frame presupposes text that was sent before."""
+    start = (frame.offset or 0) - len(frame.contents or "" if frame.event is Event.DELTA else "")
+    return frame.event in (Event.DELTA, Event.DONE) and start > 0
+
+
+def _complete_text(result: Result) -> str:
     if result.outcome is Outcome.DONE:
         return result.text
     raise _ERRORS[result.outcome](result.why or result.outcome.value, result.text)
-
-
-@dataclass(slots=True)
-class _Reader:
-    """How far one reader got. It looks at the state and not at a log of frames, so that no queue can fill up."""
-
-    message: Message
-    told_position: bool = False
-    restarts: int = 0
-    pieces: int = 0
-
-    def advance(self) -> ReplyEvent | None:
-        """The next thing this reader has not seen, or None when there is nothing new."""
-        message = self.message
-        if message.accepted and not self.told_position:
-            self.told_position = True
-            return Accepted(message.position)
-        if self.restarts != message.restarts:
-            self.restarts = message.restarts
-            self.pieces = 0
-            return Restarted(message.attempt)
-        if self.pieces < len(message.pieces):
-            text = "".join(message.pieces[self.pieces :])
-            self.pieces = len(message.pieces)
-            return Piece(text, message.attempt)
-        return message.result

@@ -9,34 +9,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.client.reconnect import Backoff, Patience, Reaction, Servers, Timing, after_close
+from imstream.client.reconnect import Backoff, ReconnectPolicy, RetryMode, Servers, Timing, after_close
 from imstream.wire import CloseCode
 
 TIMING = Timing(backoff=timedelta(seconds=1), backoff_max=timedelta(seconds=20), later=timedelta(seconds=5))
 
 
-def pace() -> Backoff:
-    return Backoff(TIMING, chance=random.Random(1))  # noqa: S311 - no secret depends on it
+def backoff() -> Backoff:
+    return Backoff(TIMING, rng=random.Random(1))  # noqa: S311 - no secret depends on it
 
 
 @pytest.mark.parametrize(
     ("code", "reaction"),
     [
-        (None, Reaction(Patience.BACKOFF)),
-        (1000, Reaction(Patience.BACKOFF)),
-        (1006, Reaction(Patience.BACKOFF)),
-        (CloseCode.FRAME_TOO_BIG, Reaction(Patience.BACKOFF)),
-        (CloseCode.DRAINING, Reaction(Patience.NOW, elsewhere=True)),
-        (CloseCode.NODE_FULL, Reaction(Patience.LATER, elsewhere=True)),
-        (4000, Reaction(Patience.BACKOFF)),
-        (CloseCode.NO_HEARTBEAT, Reaction(Patience.BACKOFF)),
-        (4499, Reaction(Patience.BACKOFF)),
-        (4500, Reaction(Patience.NEVER)),
-        (CloseCode.REPLACED, Reaction(Patience.NEVER)),
-        (4999, Reaction(Patience.NEVER)),
+        (None, ReconnectPolicy(RetryMode.BACKOFF)),
+        (1000, ReconnectPolicy(RetryMode.BACKOFF)),
+        (1006, ReconnectPolicy(RetryMode.BACKOFF)),
+        (CloseCode.FRAME_TOO_BIG, ReconnectPolicy(RetryMode.BACKOFF)),
+        (CloseCode.DRAINING, ReconnectPolicy(RetryMode.NOW, switch_server=True)),
+        (CloseCode.NODE_FULL, ReconnectPolicy(RetryMode.LATER, switch_server=True)),
+        (4000, ReconnectPolicy(RetryMode.BACKOFF)),
+        (CloseCode.NO_HEARTBEAT, ReconnectPolicy(RetryMode.BACKOFF)),
+        (4499, ReconnectPolicy(RetryMode.BACKOFF)),
+        (4500, ReconnectPolicy(RetryMode.NEVER)),
+        (CloseCode.REPLACED, ReconnectPolicy(RetryMode.NEVER)),
+        (4999, ReconnectPolicy(RetryMode.NEVER)),
     ],
 )
-def test_a_close_code_says_when_to_come_back(code: int | None, reaction: Reaction) -> None:
+def test_a_close_code_says_when_to_come_back(code: int | None, reaction: ReconnectPolicy) -> None:
     assert after_close(code) == reaction
 
 
@@ -45,48 +45,48 @@ def test_a_wait_is_anywhere_below_a_bound_that_doubles_up_to_its_limit() -> None
     longest = [timedelta()] * len(bounds)
     for _ in range(500):
         one = Backoff(TIMING)
-        longest = [max(known, one.wait(Patience.BACKOFF)) for known in longest]
+        longest = [max(known, one.delay(RetryMode.BACKOFF)) for known in longest]
     for bound, wait in zip(bounds, longest, strict=True):
         assert timedelta(seconds=bound * 0.9) < wait <= timedelta(seconds=bound)
 
 
 def test_a_connection_that_was_of_use_begins_anew() -> None:
-    one = pace()
+    one = backoff()
     for _ in range(10):
-        one.wait(Patience.BACKOFF)
-    one.succeed()
-    assert one.wait(Patience.BACKOFF) <= TIMING.backoff
+        one.delay(RetryMode.BACKOFF)
+    one.reset()
+    assert one.delay(RetryMode.BACKOFF) <= TIMING.backoff
 
 
 def test_now_is_at_once_only_the_first_time() -> None:
-    one = pace()
-    assert one.wait(Patience.NOW) == timedelta(0)
-    assert one.wait(Patience.NOW) > timedelta(0)
+    one = backoff()
+    assert one.delay(RetryMode.NOW) == timedelta(0)
+    assert one.delay(RetryMode.NOW) > timedelta(0)
 
 
 def test_later_is_not_before_the_time_that_is_set() -> None:
-    one = pace()
-    assert all(timedelta(seconds=5) <= one.wait(Patience.LATER) <= timedelta(seconds=10) for _ in range(100))
+    one = backoff()
+    assert all(timedelta(seconds=5) <= one.delay(RetryMode.LATER) <= timedelta(seconds=10) for _ in range(100))
 
 
-@given(failures=st.integers(0, 10**6), patience=st.sampled_from([Patience.NOW, Patience.BACKOFF, Patience.LATER]))
-def test_no_wait_is_longer_than_its_bound(failures: int, patience: Patience) -> None:
-    wait = Backoff(TIMING, failures).wait(patience)
+@given(failures=st.integers(0, 10**6), mode=st.sampled_from([RetryMode.NOW, RetryMode.BACKOFF, RetryMode.LATER]))
+def test_no_wait_is_longer_than_its_bound(failures: int, mode: RetryMode) -> None:
+    wait = Backoff(TIMING, failures).delay(mode)
     assert timedelta(0) <= wait <= max(TIMING.backoff_max, 2 * TIMING.later)
 
 
 def test_every_server_is_tried_before_waiting() -> None:
     servers = Servers(["a", "b", "c"])
-    assert [(servers.move(), servers.current) for _ in range(4)] == [
+    assert [(servers.advance(), servers.current) for _ in range(4)] == [
         (True, "b"),
         (True, "c"),
         (False, "a"),
         (True, "b"),
     ]
-    servers.succeed()
-    assert [(servers.move(), servers.current) for _ in range(3)] == [(True, "c"), (True, "a"), (False, "b")]
+    servers.reset()
+    assert [(servers.advance(), servers.current) for _ in range(3)] == [(True, "c"), (True, "a"), (False, "b")]
 
 
 def test_a_single_server_is_waited_for() -> None:
     servers = Servers(["a"])
-    assert (servers.move(), servers.current) == (False, "a")
+    assert (servers.advance(), servers.current) == (False, "a")
