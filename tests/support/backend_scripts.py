@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import count
 
-from tests.support.scripted_backend import Exchange, Framing, Request, Script
+from tests.support.scripted_backend import DONE, Exchange, Framing, Request, Script, chunk, event
 
 
 def question_of(request: Request) -> str:
@@ -37,5 +39,24 @@ def breaks_off(*parts: bytes, reset: bool = False, framing: Framing = "chunked")
             exchange.reset()
         else:
             exchange.drop()
+
+    return script
+
+
+def goes_on_until(finished: asyncio.Event, sent: dict[str, str], *, pace: float) -> Script:
+    """A script: numbers, one every `pace` seconds, until the event is set. `sent` has the text of each question."""
+
+    async def script(exchange: Exchange) -> None:
+        question = question_of(exchange.request)
+        sent[question] = ""
+        await exchange.start()
+        for number in count():
+            sent[question] += f"{number} "
+            await exchange.send(event(chunk(f"{number} ")))
+            if finished.is_set():
+                break
+            await asyncio.sleep(pace)
+        await exchange.send(event(chunk(finish_reason="stop")), DONE)
+        await exchange.end()
 
     return script
