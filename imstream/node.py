@@ -20,13 +20,14 @@ from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
-from imstream.gateway.deps import SessionDeps
+from imstream.gateway.connection import serve_socket
 from imstream.gateway.flush_scheduler import FlushScheduler
-from imstream.gateway.inbox_consumer import InboxConsumer
+from imstream.gateway.frame_handler import SessionDeps
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import CLOSE_GRACE, Registry
-from imstream.gateway.reply_sync import ReplySync
+from imstream.gateway.reply_sync import InboxConsumer, ReplySync
 from imstream.gateway.server import GatewayServer
+from imstream.gateway.session import Session
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardDeps
 from imstream.redis import health
@@ -84,12 +85,21 @@ class Node:
         self._leases = leases = Leases(redis, settings)
         self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
         self.jobs = jobs = Jobs(settings, replies, buffers, inbox)
-        following = ReplySync(settings, replies, buffers, registry)
+        self._reply_sync = ReplySync(settings, replies=replies, buffers=buffers, registry=registry)
         assembler = PromptAssembler(settings)
         self._guards = guards = GuardChain.make(GuardDeps(settings, redis, inbox, assembler))
         prompter = Prompter(settings, backend, assembler)
         parts = WorkerDeps(
-            settings, requests, replies, buffers, backend, prompter, Breaker(settings), guards, inbox, following.begun
+            settings,
+            requests,
+            replies,
+            buffers,
+            backend,
+            prompter,
+            Breaker(settings),
+            guards,
+            inbox,
+            registry.follow_new,
         )
         self.consumer = StreamConsumer(parts, jobs, leases, lease_keeper)
 
@@ -99,27 +109,29 @@ class Node:
             return StreamConsumer(replace(parts, requests=other), jobs, leases, lease_keeper)
 
         self.adopter = Adopter(settings, Adoption(redis, settings), leases, lease_keeper, make_consumer)
-        self._presence = Presence(settings, Routes(redis, settings), inbox, registry, guards)
-        self._following = following
-        self._listener = InboxConsumer(
-            inbox, following=following, presence=self._presence, jobs=jobs, adopter=self.adopter
+        self._presence = Presence(
+            settings, routes=Routes(redis, settings), inbox=inbox, registry=registry, guards=guards
         )
-        frame_limits = FrameLimits(settings.max_depth, settings.max_history)
-        services = SessionDeps(
-            settings,
-            guards,
-            requests,
-            replies,
-            buffers,
-            self.consumer,
-            jobs,
-            registry,
-            self._presence,
-            following,
-            FlushScheduler(),
-            frame_limits,
+        self._inbox_consumer = InboxConsumer(
+            inbox, reply_sync=self._reply_sync, presence=self._presence, jobs=jobs, adopter=self.adopter
         )
-        self._server = GatewayServer(make_app(services, not_ready=self.not_ready, stuck=self.stuck), settings)
+        session_deps = SessionDeps(
+            settings=settings,
+            frame_limits=FrameLimits(settings.max_depth, settings.max_history),
+            guards=guards,
+            requests=requests,
+            replies=replies,
+            buffers=buffers,
+            consumer=self.consumer,
+            jobs=jobs,
+            registry=registry,
+            presence=self._presence,
+            reply_sync=self._reply_sync,
+            scheduler=FlushScheduler(),
+            not_ready=self.not_ready,
+        )
+        app = make_app(session_deps, stuck=self.stuck)
+        self._server = GatewayServer(app, settings, partial(serve_socket, deps=session_deps))
 
     def not_ready(self) -> str | None:
         """Why the node cannot serve right now; None when it can."""
@@ -175,8 +187,8 @@ class Node:
                 "stall": kept_running("stall", self.lease_keeper.stall.run),
                 "registry": kept_running("registry", self.registry.run),
                 "presence": kept_running("presence", self._presence.run),
-                "following": kept_running("following", self._following.run),
-                "listener": kept_running("listener", self._listener.run),
+                "reply-sync": kept_running("reply-sync", self._reply_sync.run),
+                "inbox": kept_running("inbox", self._inbox_consumer.run),
                 "flusher": kept_running("flusher", self.jobs.flush_periodically),
                 "announce": self._announce(),
                 "reload": self._reload_when_asked(),
@@ -252,13 +264,19 @@ class Node:
         except StoreError:
             return  # they see for themselves, a little later
 
+    def _is_idle(self, session: Session) -> bool:
+        """Whether no reply is made here that this session waits for."""
+        return session.user_id is None or not any(
+            self.jobs.is_working_on(session.user_id, message_id) for message_id in session.writer.followed
+        )
+
     async def _close_sessions(self, *, only_idle: bool, until: asyncio.Future[Any] | None, limit: float) -> None:
         """Close sessions as 1012, those that wait for an answer made here last, until a task has ended or `limit`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
         while loop.time() < deadline and (len(self.registry) > 0 if until is None else not until.done()):
             for session in self.registry:
-                if not only_idle or session.is_idle():
+                if not only_idle or self._is_idle(session):
                     session.close(CloseCode.DRAINING, Text.DRAINING)
             await asyncio.sleep(_TICK)
 

@@ -1,89 +1,102 @@
-"""The routes of a node: the socket, the page, and what a load balancer asks."""
+"""The HTTP routes of a node: health checks, the page, and the browser client.
+
+The page has headers under which a browser runs these two files and nothing else.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+import base64
+import hashlib
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
 
-import structlog
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from imstream.gateway.deps import SessionDeps
-from imstream.gateway.page import page_routes
-from imstream.gateway.session import Session, asked_lang, origin_of, peer_of
-from imstream.guards.guard import Handshake
-from imstream.logs import LIMITED
-from imstream.texts import localize
+from imstream.gateway.frame_handler import SessionDeps
 
-limited = structlog.get_logger(**LIMITED)
+_STATIC = resources.files("imstream.gateway") / "static"
 
-
-def joined(headers: Headers) -> dict[str, str]:
-    """The headers; several lines of one name are one list with commas (RFC 9110, section 5.3).
-
-    A balancer may put its X-Forwarded-For behind that of a client, which says what it likes.
-    """
-    found = defaultdict[str, list[str]](list)
-    for name, value in headers.items():
-        found[name].append(value)
-    return {name: ", ".join(values) for name, values in found.items()}
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
-def make_app(
-    services: SessionDeps, *, not_ready: Callable[[], str | None], stuck: Callable[[], str | None]
-) -> Starlette:
-    """The ASGI application of one node.
+def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette:
+    """The ASGI application of one node. Its sockets are served by `connection`, without ASGI.
 
     Args:
-        services: What its sessions use.
-        not_ready: Why the node cannot serve right now; None when it can.
-        stuck: Why the node will not come back by itself; None when all is well or can become so.
+        deps: What its sessions use; `/readyz` reports some of it.
+        stuck: Why the node cannot recover by itself; None when it can.
     """
-    node = services.settings.node
+    node = deps.settings.node
 
-    async def socket(websocket: WebSocket) -> None:
-        refused = services.guards.handshake(Handshake(joined(websocket.headers)))
-        if refused is not None:
-            who = {"peer": peer_of(websocket), "origin": origin_of(websocket)}
-            limited.info("handshake refused", reason=refused.reason, **who)
-            text = localize(refused.sentence, asked_lang(websocket))
-            await websocket.send_denial_response(PlainTextResponse(text, status_code=403))
-        elif (why := not_ready()) is not None:
-            # Instead of a socket that could do nothing: a load balancer takes its user to another node at once.
-            refusal = PlainTextResponse(f"not ready: {why}", status_code=503, headers={"Retry-After": "1"})
-            await websocket.send_denial_response(refusal)
-        elif services.registry.is_full and "x-forwarded-for" in websocket.headers:
-            # The same; nobody is behind a load balancer without it, and told by the socket itself to come back later.
-            await websocket.send_denial_response(PlainTextResponse("too many sockets", status_code=503))
-        else:
-            await Session(websocket, services).run()
+    def report(body: dict[str, object], why: str | None) -> JSONResponse:
+        return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
 
     async def readyz(_: Request) -> JSONResponse:
-        why = not_ready()
+        why = deps.not_ready()
         body = {
             "ready": why is None,
             "node": node,
-            "sessions": len(services.registry),
-            "running": len(services.jobs),
-            "refused": services.guards.refused,
+            "sessions": len(deps.registry),
+            "running": len(deps.jobs),
+            "refused": deps.guards.refused,
         }
-        return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
+        return report(body, why)
 
     async def healthz(_: Request) -> JSONResponse:
         why = stuck()
-        body = {"alive": why is None, "node": node}
-        return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
+        return report({"alive": why is None, "node": node}, why)
 
-    return Starlette(
-        routes=[
-            WebSocketRoute("/ws", socket),
-            Route("/readyz", readyz),
-            Route("/healthz", healthz),
-            *page_routes(),
-        ]
-    )
+    return Starlette(routes=[Route("/readyz", readyz), Route("/healthz", healthz), *page_routes()])
+
+
+def page_routes() -> list[Route]:
+    """The routes of the page at `/` and of the browser client at `/imstream.js`."""
+    page = (_STATIC / "index.html").read_text("utf-8")
+    client = (_STATIC / "imstream.js").read_text("utf-8")
+    return [
+        Route("/", _serve(page, "text/html; charset=utf-8", {"Content-Security-Policy": content_policy(page)})),
+        # Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only
+        # what a server allows to every origin.
+        Route("/imstream.js", _serve(client, "text/javascript; charset=utf-8", {"Access-Control-Allow-Origin": "*"})),
+    ]
+
+
+def content_policy(page: str) -> str:
+    """The Content-Security-Policy of the page: its own inline script and style by their hashes, no HTML from strings.
+
+    The socket may connect to any address, because the user can enter another node on the page.
+    """
+    return "; ".join((
+        "default-src 'none'",
+        f"script-src 'self' {_hash_of('script', page)}",
+        f"style-src {_hash_of('style', page)}",
+        "img-src data:",
+        "connect-src ws: wss:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ))  # fmt: skip
+
+
+def _hash_of(tag: str, page: str) -> str:
+    found = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+    if found is None:
+        raise ValueError(f"the page has no <{tag}>")
+    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
+
+
+def _serve(content: str, media_type: str, headers: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
+    async def serve(_: Request) -> Response:  # a plain function would run in a thread
+        return Response(content, media_type=media_type, headers={**_HEADERS, **headers})
+
+    return serve

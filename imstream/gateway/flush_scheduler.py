@@ -1,6 +1,6 @@
-"""When sockets are written: at once while little is said, else in rounds, so that many share what each round costs.
+"""When sockets are written: at once while the node is quiet, else together in rounds, which share their cost.
 
-The dearer the rounds, the further apart they are: a node short of time sends fewer and longer deltas.
+The more a round costs, the longer the interval to the next one: a busy node sends fewer and longer deltas.
 """
 
 from __future__ import annotations
@@ -9,64 +9,64 @@ import asyncio
 import time
 from collections.abc import Callable
 
-APART = 0.008
-"""Least seconds between two rounds of a busy node. Nobody reads so fast that he could tell; with 100 paced answers, 40
-deltas share a round, and a node needs 5 to 10 % less CPU than with a turn of the event loop for each."""
+MIN_INTERVAL = 0.008
+"""Minimum seconds between two rounds of a busy node; no reader notices them. With 100 paced answers, 40 deltas share
+a round, and a node needs 5 to 10 % less CPU than with a turn of the event loop for each."""
 
-AT_ONCE = 4
-"""Most rounds within that time that are held at once. One that would be the next waits, and the node is busy."""
+QUIET_ROUNDS = 4
+"""Maximum rounds within that time that are held at once. The next one waits, and the node counts as busy."""
 
-SHARE = 1 / 6
-"""Share of a busy node's time that rounds take, until they are `MOST_APART`: then the text of an answer that comes
-meanwhile shares a frame. Writing a frame is the dearest step of a delta."""
+CPU_SHARE = 1 / 6
+"""Share of a busy node's time for rounds, up to `MAX_INTERVAL`. The text that an answer gets meanwhile shares a frame:
+to write a frame is the most expensive step of a delta."""
 
-MOST_APART = 0.025
-"""Most seconds between two rounds: shorter than from one picture of a film to the next."""
+MAX_INTERVAL = 0.025
+"""Maximum seconds between two rounds: shorter than a frame of a film."""
 
 
 class FlushScheduler:
-    """Calls whoever has joined: in the next turn of the event loop, or when the next round is due."""
+    """Calls scheduled flushes in the next turn of the event loop, or when the next round is due."""
 
     def __init__(
         self,
         *,
-        apart: float = APART,
-        most_apart: float = MOST_APART,
-        at_once: int = AT_ONCE,
+        min_interval: float = MIN_INTERVAL,
+        max_interval: float = MAX_INTERVAL,
+        quiet_rounds: int = QUIET_ROUNDS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._apart = apart
-        self._most_apart = most_apart
+        self._min_interval = min_interval
+        self._max_interval = max_interval
+        self._quiet_rounds = quiet_rounds
         self._clock = clock
-        self._at_once = at_once
-        self._joined: list[Callable[[], None]] = []
-        self._next = 0.0
-        self._left = 0
+        self._scheduled: list[Callable[[], None]] = []
+        self._next_round = 0.0
+        self._rounds_left = 0
 
-    def join(self, call: Callable[[], None]) -> None:
-        """Have `call` called in the next round. It must not raise."""
-        if not self._joined:
+    def schedule(self, flush: Callable[[], None]) -> None:
+        """Call `flush` once, in the next round. It must not raise."""
+        if not self._scheduled:
             now = self._loop.time()
-            if now >= self._next:  # it was quiet
-                self._next, self._left = now + self._apart, self._at_once
-            if self._left > 0:
-                self._left -= 1
-                self._loop.call_soon(self._go)
+            if now >= self._next_round:
+                self._next_round, self._rounds_left = now + self._min_interval, self._quiet_rounds
+            if self._rounds_left > 0:
+                self._rounds_left -= 1
+                self._loop.call_soon(self._run)
             else:
-                self._loop.call_at(self._next, self._go_together)
-        self._joined.append(call)
+                self._loop.call_at(self._next_round, self._run_round)
+        self._scheduled.append(flush)
 
-    def _go_together(self) -> None:
-        began = self._loop.time()
-        self._next = began + self._apart  # whoever joins now waits for it
+    def _run_round(self) -> None:
+        start = self._loop.time()
+        self._next_round = start + self._min_interval  # for flushes that are scheduled within this round
         cost = -self._clock()
-        self._go()
+        self._run()
         cost += self._clock()
-        if not self._joined:
-            self._next = began + max(self._apart, min(cost / SHARE, self._most_apart))
+        if not self._scheduled:
+            self._next_round = start + max(self._min_interval, min(cost / CPU_SHARE, self._max_interval))
 
-    def _go(self) -> None:
-        joined, self._joined = self._joined, []
-        for call in joined:
-            call()
+    def _run(self) -> None:
+        scheduled, self._scheduled = self._scheduled, []
+        for flush in scheduled:
+            flush()

@@ -1,24 +1,21 @@
-"""Who is connected to this node: the sessions, by user; and the one clock that ends those that have gone silent."""
+"""The sessions of a node, by user, and the one timer that closes those that have gone silent."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import structlog
 
+from imstream.gateway.session import Session
 from imstream.logs import LIMITED
+from imstream.reply_buffer import ReplyBuffer
+from imstream.settings import Settings
 from imstream.texts import Text
 from imstream.wire import CloseCode, Code
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from imstream.gateway.session import Session
-    from imstream.settings import Settings
-
 CLOSE_GRACE = 2.0
-"""Seconds a closing session has to get its last frames out."""
+"""Seconds a closing session has to send its last frames."""
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
@@ -30,7 +27,7 @@ class Registry:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sessions: set[Session] = set()
-        self._of_user: dict[int, list[Session]] = {}
+        self._by_user: dict[int, list[Session]] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -40,42 +37,47 @@ class Registry:
 
     @property
     def is_full(self) -> bool:
-        """Whether the node has all the sockets that it may have."""
+        """Whether the node has the maximum number of sockets."""
         return len(self._sessions) >= self._settings.node_sockets
 
     def has_room_for(self, user_id: int) -> bool:
-        """Whether a user may have one more socket here. Where only one may stay, the newest replaces the others."""
-        open_ones = sum(one.closing_since is None for one in self._of_user.get(user_id, ()))
+        """Whether a user may have another socket here. With one session per user, the newest replaces the others."""
+        open_ones = sum(one.closing_since is None for one in self._by_user.get(user_id, ()))
         return open_ones < self._settings.user_sockets or self._settings.sessions == "one"
 
     def add(self, session: Session) -> None:
-        """A socket was accepted."""
+        """Add an accepted socket."""
         self._sessions.add(session)
 
     def log_in(self, session: Session, user_id: int) -> None:
-        """A socket is a user's. May be repeated."""
-        sessions = self._of_user.setdefault(user_id, [])
+        """Assign a socket to a user. May be repeated."""
+        sessions = self._by_user.setdefault(user_id, [])
         if session not in sessions:
             sessions.append(session)
 
     def remove(self, session: Session) -> None:
-        """A socket is gone."""
+        """Remove a closed socket. May be repeated."""
         self._sessions.discard(session)
-        if session.user_id is not None and (of_user := self._of_user.get(session.user_id)):
-            of_user.remove(session)
-            if not of_user:
-                del self._of_user[session.user_id]
+        if session.user_id is not None and (sessions := self._by_user.get(session.user_id)):
+            sessions.remove(session)
+            if not sessions:
+                del self._by_user[session.user_id]
 
-    def of(self, user_id: int) -> tuple[Session, ...]:
+    def sessions_of(self, user_id: int) -> tuple[Session, ...]:
         """The sessions of a user who has logged in here."""
-        return tuple(self._of_user.get(user_id, ()))
+        return tuple(self._by_user.get(user_id, ()))
 
     def users(self) -> list[int]:
         """The users who have logged in here."""
-        return list(self._of_user)
+        return list(self._by_user)
+
+    def follow_new(self, reply: ReplyBuffer) -> None:
+        """Have every socket of the user follow a reply that begins, here or on another node."""
+        for session in self.sessions_of(reply.user_id):
+            session.writer.follow_new(reply)
 
     async def run(self) -> None:
-        """Look after all sessions with one timer, instead of one for each: a second more or less matters to none."""
+        """Check all sessions with one timer instead of one for each: a second of delay does not matter."""
         settings = self._settings
         limits = [settings.init_timeout, settings.idle_timeout, settings.stall_timeout, settings.auth_warning]
         interval = min(1.0, min(limits).total_seconds() / 4)
@@ -84,19 +86,19 @@ class Registry:
             await asyncio.sleep(interval)
             now = loop.time()
             for session in self:
-                self._look_after(session, now)
+                self._check(session, now)
 
-    def _look_after(self, session: Session, now: float) -> None:
+    def _check(self, session: Session, now: float) -> None:
         settings = self._settings
         if session.closing_since is not None:
             if now - session.closing_since > CLOSE_GRACE:
-                session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)  # with the words it was closing with
+                session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)  # with the frame it was closing with
         elif session.blocked_since is not None and now - session.blocked_since > settings.stall_timeout.total_seconds():
-            note = limited.info if session.user_id is None else log.info
-            note("session closed", why="reader too slow", user=session.user_id, peer=session.peer)
+            level = limited.info if session.user_id is None else log.info
+            level("session closed", why="reader too slow", user=session.user_id, peer=session.peer)
             session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)
         elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():
-            if session.has_asked:  # Redis, or the keys of tokens, are away
+            if session.has_asked:  # Redis, or the key set for tokens, is not available
                 session.close(CloseCode.NODE_FULL, Text.UNAVAILABLE, Code.UNAVAILABLE)
             else:
                 session.close(CloseCode.NOT_AUTHENTICATED, Text.NO_INIT)

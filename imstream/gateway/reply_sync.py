@@ -1,50 +1,49 @@
-"""Follows the replies that are written on other nodes: their records are read on, whenever there is a sign of more."""
+"""Replies and notices from other nodes: reads the inbox of this node, and the records of replies written elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import structlog
 
-from imstream.errors import StoreError
-from imstream.logs import LIMITED
+from imstream.errors import StoreError, StoreRefused
+from imstream.gateway.presence import Presence
+from imstream.gateway.registry import Registry
+from imstream.logs import LIMITED, sanitize
+from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
+from imstream.settings import Settings
+from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
+from imstream.store.replies import ReplyStore
+from imstream.worker.adoption import Adopter
+from imstream.worker.jobs import Jobs
 
-if TYPE_CHECKING:
-    from imstream.gateway.registry import Registry
-    from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
-    from imstream.settings import Settings
-    from imstream.store.inbox import ReplyGrew
-    from imstream.store.replies import ReplyStore
+_RETRY_INTERVAL = 0.2
+"""Seconds between two attempts to read the inbox while Redis is not available."""
 
+log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
 
 
 class ReplySync:
-    """Brings what is recorded elsewhere to the sessions of this node."""
+    """Loads replies that are written on other nodes into the buffers of this one."""
 
-    def __init__(self, settings: Settings, replies: ReplyStore, buffers: ReplyBuffers, registry: Registry) -> None:
+    def __init__(self, settings: Settings, *, replies: ReplyStore, buffers: ReplyBuffers, registry: Registry) -> None:
         self._interval = settings.sweep_interval.total_seconds()
         self._replies = replies
         self._buffers = buffers
         self._registry = registry
 
-    def begun(self, reply: ReplyBuffer) -> None:
-        """An answer begins, here or elsewhere: every socket of the user follows it from now on."""
-        for session in self._registry.of(reply.user_id):
-            session.follow(reply)
-
     async def on_growth(self, notice: ReplyGrew) -> None:
-        """Another node has added something to a reply."""
+        """Load what another node has added to a reply, if a session here follows it."""
         reply = self._buffers.find(notice.user_id, notice.message_id)
         if notice.begun:
             reply = self._buffers.get(notice.user_id, notice.message_id)
-            self.begun(reply)
+            self._registry.follow_new(reply)
         if reply is not None:
-            await self._catch_up_with([reply])
+            await self._catch_up_all([reply])
 
     async def catch_up(self, reply: ReplyBuffer) -> bool:
-        """Take over what is recorded beyond what is known here. False when nothing is known, here or there.
+        """Load what is recorded beyond what is known here. False when nothing is known, here or there.
 
         Raises:
             StoreError: Redis was not reached.
@@ -53,7 +52,7 @@ class ReplySync:
             position = reply.position
             record = await self._replies.read(reply.user_id, reply.message_id, after=position)
             if reply.position != position:
-                continue  # somebody else has read on meanwhile, perhaps less far
+                continue  # another task has loaded more meanwhile, perhaps less than this one
             if record is None:
                 return position != "" or reply.has_writer
             if reply.load(record):
@@ -61,17 +60,61 @@ class ReplySync:
         return True
 
     async def run(self) -> None:
-        """Look at all of them now and then: a notice may get lost."""
+        """Catch up with all unfinished replies from time to time: a notice may get lost."""
         while True:
             await asyncio.sleep(self._interval)
-            await self._catch_up_with(self._buffers.unfinished_elsewhere())
+            await self._catch_up_all(self._buffers.unfinished_elsewhere())
 
-    async def _catch_up_with(self, replies: list[ReplyBuffer]) -> None:
-        for reply in replies:  # one by one: it is never urgent, and must not pile up while Redis is away
+    async def _catch_up_all(self, replies: list[ReplyBuffer]) -> None:
+        for reply in replies:  # one by one: it is not urgent, and must not pile up while Redis is not available
             try:
                 await self.catch_up(reply)
             except StoreError:
-                return  # they are looked at again
+                return  # the next run retries
             except Exception:  # noqa: BLE001 - it is logged
-                # It holds what only a hand from outside can have written. The others must go on.
+                # Only a write by hand can have caused this. The others must go on.
                 limited.exception("record cannot be read", user=reply.user_id, message_id=reply.message_id)
+
+
+class InboxConsumer:
+    """Reads the inbox of this node and dispatches its notices. `run` until cancelled."""
+
+    def __init__(
+        self, inbox: Inbox, *, reply_sync: ReplySync, presence: Presence, jobs: Jobs, adopter: Adopter
+    ) -> None:
+        self._inbox = inbox
+        self._reply_sync = reply_sync
+        self._presence = presence
+        self._jobs = jobs
+        self._adopter = adopter
+
+    async def run(self) -> None:
+        """Handle notices as they come; equal ones of one read only once."""
+        refused = False
+        while True:
+            try:
+                notices = await self._inbox.read()
+                refused = False
+            except StoreError as error:  # the worker logs that Redis is not available
+                if isinstance(error, StoreRefused) and not refused:
+                    refused = True
+                    log.error("inbox cannot be read", error=str(error))  # noqa: TRY400 - the operator needs no trace
+                await asyncio.sleep(_RETRY_INTERVAL)
+                continue
+            await asyncio.gather(*(self._handle(notice) for notice in dict.fromkeys(notices)))
+
+    async def _handle(self, notice: Notice) -> None:
+        try:
+            match notice:
+                case ReplyGrew(user_id, message_id):
+                    await self._jobs.recheck(user_id, message_id)
+                    await self._reply_sync.on_growth(notice)
+                case SessionReplaced():
+                    self._presence.replace(notice)
+                case AccountChanged(user_id):
+                    await self._presence.review(user_id)
+                case NodeLeft():
+                    self._adopter.scan_now()
+        except Exception:  # noqa: BLE001 - it is logged
+            # A notice must not end the node: it may lead to a record that was written by hand.
+            limited.exception("notice failed", notice=sanitize(str(notice)))

@@ -1,33 +1,296 @@
-"""The HTTP server of a node: uvicorn with our protocols, on a socket that is listening before anything else begins."""
+"""The HTTP server of a node: uvicorn with limits, on a socket that listens before anything else starts.
+
+uvicorn 0.54 has these gaps: a connection that sends nothing, half a request, or does not read its response is kept for
+ever; headers and pipelined requests are not limited, and responses to the latter fail when the connection ends; each
+invalid request logs a warning; connections are accepted until no file is left; and after an upgrade the parser and the
+protocol refer to each other, with all that was read, until the garbage collector runs.
+
+This is the only file that uses undocumented names of uvicorn; tests/unit/test_private_names.py checks them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from imstream.errors import SettingsError
-from imstream.gateway.http_protocol import SPARE_CONNECTIONS, GatewayConfig, HandshakeProtocol
 from imstream.gateway.registry import CLOSE_GRACE
-from imstream.gateway.websocket_protocol import SocketProtocol
+from imstream.gateway.websocket_protocol import SocketOptions, SocketProtocol
 from imstream.settings import ENV_PREFIX, Settings
+from imstream.token_bucket import TokenBucket
+
+MAX_HEAD = 16_384
+"""Maximum bytes of a request up to the end of its headers. More is answered with 431."""
+
+MAX_HEADERS = 128
+"""Maximum headers of a request, trailers included: each takes more memory than its bytes. More is answered with 431."""
+
+MAX_ITEMS = 8
+"""Maximum items of a handshake header that is a list, such as the subprotocols. More is answered with 400."""
+
+REFUSAL_TIME = 2.0
+"""Seconds a client has to read an error response. What it sends meanwhile is discarded; if it stayed unread, the kernel
+would send a reset, which might overtake the response."""
+
+MAX_DISCARDED = 1 << 20
+"""Maximum bytes that are discarded so; then the connection is aborted."""
+
+SPARE_CONNECTIONS = 512
+"""Connections besides the sockets of the settings: handshakes, the page, health checks, sockets that are closing."""
 
 OTHER_FILES = 64
-"""Files that a node has open beside its connections to clients and to the AI backend: Redis, logs, the event loop."""
+"""Files that a node has open besides connections to clients and the AI backend: Redis, logs, the event loop."""
 
 log = structlog.get_logger()
 
 
-def most_connections(settings: Settings) -> int:
-    """How many connections a node takes: all that its settings allow, unless this process may not open so many files.
+def _error_response(status: str, sentence: str, *headers: str) -> bytes:
+    lines = (f"HTTP/1.1 {status}", "Content-Type: text/plain; charset=utf-8", f"Content-Length: {len(sentence)}")
+    return "\r\n".join((*lines, *headers, "Connection: close", "", sentence)).encode()
 
-    Without this a flood would leave none for Redis and the backend.
+
+_HEADERS_TOO_LARGE = _error_response("431 Request Header Fields Too Large", "The request headers are too large")
+_TOO_MANY_ITEMS = _error_response("400 Bad Request", f"A header has more than {MAX_ITEMS} items")
+_OTHER_VERSION = _error_response(  # RFC 6455, section 4.4
+    "426 Upgrade Required", "Only version 13 of WebSocket is spoken", "Upgrade: websocket", "Sec-WebSocket-Version: 13"
+)
+_TOO_MANY_CONNECTIONS = _error_response("503 Service Unavailable", "Too many connections")
+
+
+class GatewayConfig(uvicorn.Config):
+    """The configuration of uvicorn, and what its connections need of the node's settings."""
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, serve_socket: Callable[[SocketProtocol], Awaitable[None]]
+    ) -> None:
+        frame_rate = TokenBucket(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
+        options = SocketOptions(settings.max_frame, frame_rate, serve_socket)
+
+        def socket_protocol(server_state: ServerState, **_: object) -> SocketProtocol:
+            return SocketProtocol(options, server_state.connections, server_state.tasks)  # type: ignore[arg-type]
+
+        super().__init__(
+            app,
+            http=HandshakeProtocol,
+            ws=socket_protocol,  # type: ignore[arg-type] # it is only called
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
+        )
+        self.handshake_timeout = settings.handshake_timeout.total_seconds()
+        self.max_connections = settings.node_sockets + SPARE_CONNECTIONS
+        self.request_log = logging.getLogger("uvicorn.error.request")
+        self.request_log.setLevel(logging.ERROR)  # a client's mistake is no warning for the operator
+
+
+class _RequestRejected(Exception):  # noqa: N818 - the client's fault, not an error of ours
+    """Raised in a callback of the parser to stop it."""
+
+
+class HandshakeProtocol(HttpToolsProtocol):
+    """A connection until it becomes a WebSocket, if it does. Each request and its response have a time limit."""
+
+    _in_head = False
+    _head_size = 0
+    _too_large = False
+    _upgrading = False
+    _discarded: int | None = None
+    _timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, config: GatewayConfig, **options: Any) -> None:  # noqa: ANN401 - uvicorn's
+        super().__init__(config, **options)
+        self.logger = config.request_log
+        self._time_limit = config.handshake_timeout
+        self._max_connections = config.max_connections
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the time limit, or refuse a connection too many."""
+        super().connection_made(transport)
+        self._start_timer(self._time_limit)
+        if len(self.connections) > self._max_connections:
+            transport.write(_TOO_MANY_CONNECTIONS)
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop all timers."""
+        self._stop_timer()
+        self._unset_keepalive_if_required()  # after a reset uvicorn keeps this timer, which refers to this object
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """Start the time limit of the next request; a connection that closes has the rest of the last one."""
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._start_timer(self._time_limit)
+
+    def on_message_begin(self) -> None:
+        """Start a request, unless the one before is not answered yet: no browser or load balancer pipelines."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            raise _RequestRejected  # it is answered with 400
+        super().on_message_begin()
+        self._in_head, self._head_size = True, 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Accept a header or trailer, up to their maximum number."""
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            self._too_large = True
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # it was a trailer
+            raise _RequestRejected
+
+    def on_headers_complete(self) -> None:
+        """Stop counting the bytes of the head."""
+        self._in_head, self._head_size = False, 0
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse bytes, but no more than a head may have before its end was found."""
+        while data and not self.transport.is_closing():
+            if self._discarded is not None:
+                self._discarded += len(data)
+                if self._discarded > MAX_DISCARDED:
+                    self.transport.abort()
+                return
+            piece, data = data[: MAX_HEAD - self._head_size], data[MAX_HEAD - self._head_size :]
+            super().data_received(piece)
+            if self._upgrading:
+                self._upgrade()  # what follows the handshake before it is answered is discarded
+                return
+            if self._in_head:
+                self._head_size += len(piece)
+                if self._head_size >= MAX_HEAD:
+                    self._refuse(_HEADERS_TOO_LARGE)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse an invalid request."""
+        if self._too_large:
+            self._refuse(_HEADERS_TOO_LARGE)
+        else:
+            super().send_400_response(msg)
+
+    def handle_websocket_upgrade(self) -> None:
+        """Upgrade after the call of the parser: uvicorn calls this in an exception handler, whose exception refers to
+        the frames of the parser, and would live as long as the socket."""  # noqa: D205, D209 - one sentence
+        self._upgrading = True
+
+    def _upgrade(self) -> None:
+        if (refusal := _handshake_refusal(self.headers)) is not None:
+            self._refuse(refusal)
+            return
+        self._stop_timer()
+        super().handle_websocket_upgrade()
+        del self.parser, self.cycle, self.headers, self.scope, self.url  # the first two refer to this object
+
+    def _refuse(self, response: bytes) -> None:
+        """Send a response and close; the client has some time to read it."""
+        if not self.transport.is_closing():
+            self._in_head, self._discarded = False, 0
+            self.transport.write(response)
+            self.transport.write_eof()
+            self._start_timer(REFUSAL_TIME)
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _handshake_refusal(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    """The response to a handshake that websockets should not parse; None if it may. It checks everything else."""
+    if any(name == b"sec-websocket-version" and value != b"13" for name, value in headers):
+        return _OTHER_VERSION
+    for of in (b"connection", b"upgrade", b"sec-websocket-protocol"):
+        if sum(value.count(b",") + 1 for name, value in headers if name == of) > MAX_ITEMS:
+            return _TOO_MANY_ITEMS
+    return None
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers, which would close every socket before it is drained."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class GatewayServer:
+    """Serves HTTP and sockets: `listen`, then `run` until `stop`."""
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, serve_socket: Callable[[SocketProtocol], Awaitable[None]]
+    ) -> None:
+        self._settings = settings
+        self._port = settings.port
+        self._listener: socket.socket | None = None
+        self._config = GatewayConfig(app, settings, serve_socket)
+        self._server = _Uvicorn(self._config)
+
+    @property
+    def started(self) -> bool:
+        """Whether it accepts connections."""
+        return self._server.started
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as `http://host:port`."""
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        return f"http://{host}:{self._port}"
+
+    def listen(self) -> None:
+        """Bind the address of the settings.
+
+        Raises:
+            SettingsError: It cannot be bound.
+        """
+        host, port = self._settings.host, self._settings.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # Without dualstack_ipv6, `::` would not include the addresses of IPv4.
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        try:
+            listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+        except OSError as error:
+            raise SettingsError(
+                f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {os.strerror(error.errno or 0)}"
+            ) from None
+        # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._config.max_connections = max_connections(self._settings)
+        self._port = listener.getsockname()[1]
+        self._listener = listener
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        await self._server.serve(None if self._listener is None else [self._listener])
+
+    def stop(self) -> None:
+        """Stop. uvicorn closes every socket at once: drain them before."""
+        self._server.should_exit = True
+
+
+def max_connections(settings: Settings) -> int:
+    """How many connections a node accepts: all that its settings allow, or what the file limit of the process leaves.
+
+    Without this bound, a flood would leave no files for Redis and the backend.
     """
     wanted = settings.node_sockets + SPARE_CONNECTIONS
     others = settings.concurrency + OTHER_FILES
@@ -38,86 +301,10 @@ def most_connections(settings: Settings) -> int:
 
 
 def _raise_file_limit(wanted: int) -> int:
-    """Have this process allowed to open so many files, as far as it may allow itself; how many it may open."""
+    """Raise the soft limit of open files towards `wanted`, as far as the hard limit allows; the limit then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted
     files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     return files
-
-
-class GatewayServer:
-    """Serves an application. `listen`, then `run` until `stop`."""
-
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._settings = settings
-        self._port = settings.port
-        self._listener: socket.socket | None = None
-        self._config = GatewayConfig(
-            settings,
-            app=app,
-            host=settings.host,
-            port=settings.port,
-            http=HandshakeProtocol,
-            ws=SocketProtocol,
-            ws_max_size=settings.max_frame,
-            ws_per_message_deflate=False,
-            # The heartbeat of the protocol tells more than a ping, and costs no timer for each socket.
-            ws_ping_interval=None,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
-        )
-        self._server = _Uvicorn(self._config)
-
-    @property
-    def started(self) -> bool:
-        """Whether it takes connections."""
-        return self._server.started
-
-    @property
-    def address(self) -> str:
-        """Where it listens, as `http://host:port`."""
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        return f"http://{host}:{self._port}"
-
-    def listen(self) -> None:
-        """Take the address.
-
-        Raises:
-            SettingsError: It cannot be had.
-        """
-        host, port = self._settings.host, self._settings.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # `::` is every address, those of IPv4 too. By itself Python asks for those of IPv6 alone.
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        try:
-            listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
-        except OSError as error:
-            raise SettingsError(
-                f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {os.strerror(error.errno or 0)}"
-            ) from None
-        # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._config.most_connections = most_connections(self._settings)
-        self._port = listener.getsockname()[1]
-        self._listener = listener
-
-    async def run(self) -> None:
-        """Serve on that address."""
-        await self._server.serve(None if self._listener is None else [self._listener])
-
-    def stop(self) -> None:
-        """End. uvicorn closes every socket at once: whatever is to be drained must be by now."""
-        self._server.should_exit = True
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: it would close every socket before anything is drained."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

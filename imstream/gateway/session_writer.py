@@ -1,167 +1,193 @@
-"""The session pump: the one sender of a socket. Back-pressure and coalescing are all here.
+"""The session writer: the one sender of a socket. Back-pressure and coalescing are all here.
 
-It keeps how far this socket has read each reply. Whenever the socket takes a frame, the next one holds all that is new
-by then: a fast socket gets each piece as it comes, a slow one fewer and larger ones, and nobody else waits.
+It has one cursor for each reply that the socket follows. Whenever the socket takes a frame, the next one holds all text
+that is new by then: a fast socket gets each piece as it comes, a slow one fewer and larger ones, and nobody else waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import structlog
 
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.wake_event import WakeEvent
-from imstream.gateway.websocket_protocol import Socket
+from imstream.gateway.websocket_protocol import SocketProtocol
 from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyEnded
 from imstream.texts import Text
 from imstream.wire import CloseCode, Code, ServerFrame
 
 log = structlog.get_logger()
 
-MAX_TOGETHER = 16
-"""Most frames that are written in one go."""
+MAX_BATCH = 16
+"""Maximum frames in one write."""
 
-ENOUGH_TOGETHER = 65_536
-"""Characters from which on no frame is added to such a write: it is what a stalled socket holds besides its reply."""
+MAX_BATCH_SIZE = 65_536
+"""Characters from which on no frame is added to a write: it is what a stalled socket holds besides its replies."""
 
-MAX_REMEMBERED = 32
-"""Ends that a socket remembers having told: the notice that an answer begins may come after the answer itself, when the
-node was frozen or its inbox out of reach."""
+MAX_SENT_ENDS = 32
+"""Maximum ends of replies that are remembered as sent: the notice that a reply begins may come after the reply itself,
+when the node was frozen or could not read its inbox."""
 
 MAX_OUTBOX = 32
-"""Answers that may wait for the socket; then nothing more is read from it until it takes one."""
+"""Maximum frames that wait for the socket; then nothing more is read from it until it takes one."""
 
 
 class SessionWriter:
-    """Sends what is said to one socket, and what is new in the replies that it follows."""
+    """Sends frames to one socket, and what is new in the replies that it follows."""
 
     __slots__ = (
-        "_abandoned",
+        "_closing",
         "_cursors",
-        "_ended",
+        "_frames",
         "_grown",
-        "_last_words",
+        "_held",
         "_loop",
         "_outbox",
-        "_phrases",
-        "_rounds",
+        "_outbox_taken",
         "_scheduled",
+        "_scheduler",
+        "_sent_ends",
         "_socket",
-        "_taken",
+        "_stopped",
         "blocked_since",
     )
 
-    def __init__(self, socket: Socket, phrases: FrameBuilder, rounds: FlushScheduler) -> None:
+    def __init__(self, socket: SocketProtocol, frames: FrameBuilder, scheduler: FlushScheduler) -> None:
         self._socket = socket
-        self._phrases = phrases
-        self._rounds = rounds
+        self._frames = frames
+        self._scheduler = scheduler
         self._loop = asyncio.get_running_loop()
         self._outbox: list[ServerFrame] = []
+        self._outbox_taken = WakeEvent(self._loop)
         self._cursors: dict[str, Cursor] = {}
-        self._ended: tuple[str, ...] = ()
         self._grown: dict[str, None] = {}
-        self._taken = WakeEvent(self._loop)
+        self._sent_ends: tuple[str, ...] = ()
+        self._held: list[ReplyBuffer] | None = None
         self._scheduled = False
-        self._abandoned = False
-        self._last_words: tuple[CloseCode, ServerFrame] | None = None
+        self._stopped = False
+        self._closing: tuple[CloseCode, ServerFrame] | None = None
         self.blocked_since: float | None = None
-        """Since when the socket has taken nothing although there is something to send (loop time)."""
-        socket.on_room(self._schedule)
+        """Loop time since when the socket has taken nothing although there is something to send."""
+        socket.on_writable = self._schedule
 
     @property
     def followed(self) -> list[str]:
-        """Ids of the messages whose end this socket has not seen."""
+        """Ids of the messages whose end was not sent yet."""
         return list(self._cursors)
 
-    def has_told(self, message_id: str) -> bool:
-        """Whether this socket was told the end of a message, not long ago."""
-        return message_id in self._ended
+    def has_sent_end(self, message_id: str) -> bool:
+        """Whether the end of a message was sent, among the last `MAX_SENT_ENDS`."""
+        return message_id in self._sent_ends
 
-    def say(self, frame: ServerFrame) -> None:
-        """Queue a frame; it goes out before what is new in replies."""
+    def send(self, frame: ServerFrame) -> None:
+        """Queue a frame; it is sent before what is new in replies."""
         self._outbox.append(frame)
         self._schedule()
 
-    async def room(self) -> None:
-        """Wait until the outbox has room again: who does not read is not read from."""
-        while len(self._outbox) >= MAX_OUTBOX and not self._abandoned:
-            await self._taken.wait()
+    async def drain(self) -> None:
+        """Wait until there is room in the outbox: a peer that does not read is not read from."""
+        while len(self._outbox) >= MAX_OUTBOX and not self._stopped:
+            await self._outbox_taken.wait()
 
-    def follow(self, cursor: Cursor) -> None:
-        """Send what is new in a reply from now on, until its end. A message already followed keeps its place."""
-        if self._abandoned:
+    def follow(self, cursor: Cursor, *, restart: bool = False) -> None:
+        """Send what is new in a reply, until its end. A reply that is followed keeps its cursor, unless `restart`."""
+        if self._stopped:
             return
         message_id = cursor.reply.message_id
         if message_id not in self._cursors:
+            cursor.reply.subscribe(self._on_growth)
             self._cursors[message_id] = cursor
-            cursor.reply.subscribe(self._mark)
-        self._mark(cursor.reply)
+        elif restart:
+            self._cursors[message_id] = cursor
+        self._on_growth(cursor.reply)
 
-    def follow_anew(self, cursor: Cursor) -> None:
-        """Follow a reply from where the cursor stands, wherever this socket has got to before."""
-        if not self._abandoned and cursor.reply.message_id in self._cursors:
-            self._cursors[cursor.reply.message_id] = cursor
-        self.follow(cursor)
+    def follow_new(self, reply: ReplyBuffer) -> None:
+        """Follow a reply that begins, unless its end was sent. While replies are held, do so afterwards."""
+        if self._held is not None:
+            self._held.append(reply)
+        elif not self.has_sent_end(reply.message_id):
+            self.follow(Cursor(reply))
 
-    def finish(self, code: CloseCode, last_words: ServerFrame) -> None:
-        """Close the socket with these words when everything that is known has been sent."""
-        self._last_words = (code, last_words)
+    @contextmanager
+    def hold_new(self, *known: str) -> Iterator[None]:
+        """Hold replies that begin meanwhile: a reply may begin before the answer to the frame that asks for it.
+
+        Replies to `known` messages are not followed then: the client has told how far it has read them.
+        """
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+            for reply in held:
+                if reply.message_id not in known:
+                    self.follow_new(reply)
+
+    def close(self, code: CloseCode, last_frame: ServerFrame) -> None:
+        """Close the socket with this frame when everything that is known was sent."""
+        self._closing = (code, last_frame)
         self._schedule()
 
-    def abandon(self) -> None:
-        """The socket is gone: follow nothing any more, and let nobody wait for room."""
-        self._abandoned = True
-        self._taken.ring()
+    def stop(self) -> None:
+        """Follow nothing any longer, and let nobody wait: the socket is gone."""
+        self._stopped = True
+        self._outbox_taken.set()
         for cursor in self._cursors.values():
-            cursor.reply.unsubscribe(self._mark)
+            cursor.reply.unsubscribe(self._on_growth)
         self._cursors.clear()
         self._grown.clear()
-        self._socket.on_room(None)
+        self._socket.on_writable = None
+
+    def _on_growth(self, reply: ReplyBuffer) -> None:
+        self._grown[reply.message_id] = None
+        self._schedule()
 
     def _schedule(self) -> None:
-        """Pump once in the next round, however many pieces come until then."""
-        if not self._scheduled and not self._abandoned:
+        """Flush once in the next round, however many pieces come until then."""
+        if not self._scheduled and not self._stopped:
             self._scheduled = True
-            self._rounds.join(self._pump)
+            self._scheduler.schedule(self._flush)
 
-    def _pump(self) -> None:
+    def _flush(self) -> None:
         self._scheduled = False
         try:
-            self._send_what_is_due()
+            self._write_all()
         except Exception:
-            # A defect of ours. The client reconnects and resumes; nobody else notices.
-            log.exception("pump failed")
-            self._socket.end(CloseCode.INTERNAL_ERROR, self._phrases.system(Code.SYSTEM_ERROR, Text.INTERNAL).encode())
+            # A defect of ours. The client reconnects and resumes; other sessions are not affected.
+            log.exception("session writer failed")
+            frame = self._frames.system(Code.SYSTEM_ERROR, Text.INTERNAL)
+            self._socket.end(CloseCode.INTERNAL_ERROR, frame.encode())
 
-    def _send_what_is_due(self) -> None:
-        while not self._abandoned:
-            if not self._socket.has_room:
+    def _write_all(self) -> None:
+        while not self._stopped:
+            if not self._socket.is_writable:
                 if self.blocked_since is None:
                     self.blocked_since = self._loop.time()
                 return
             self.blocked_since = None
-            frames = self._next_frames()
-            if not frames:
+            if not (batch := self._next_batch()):
                 break
-            self._socket.write(frames)
-        if self._last_words is not None and not self._abandoned:
-            (code, frame), self._last_words = self._last_words, None
+            self._socket.write(batch)
+        if self._closing is not None and not self._stopped:
+            (code, frame), self._closing = self._closing, None
             self._socket.end(code, frame.encode())
 
-    def _next_frames(self) -> list[str]:
-        frames: list[str] = []
+    def _next_batch(self) -> list[str]:
+        batch: list[str] = []
         size = 0
-        while (self._outbox or self._grown) and len(frames) < MAX_TOGETHER and size < ENOUGH_TOGETHER:
-            if (frame := self._next()) is not None:
-                frames.append(frame)
-                size += len(frame)
-        return frames
+        while (self._outbox or self._grown) and len(batch) < MAX_BATCH and size < MAX_BATCH_SIZE:
+            if (text := self._next_text()) is not None:
+                batch.append(text)
+                size += len(text)
+        return batch
 
-    def _next(self) -> str | None:
+    def _next_text(self) -> str | None:
         if self._outbox:
-            self._taken.ring()
+            self._outbox_taken.set()
             return self._outbox.pop(0).encode()
         message_id = next(iter(self._grown))
         cursor = self._cursors[message_id]
@@ -171,10 +197,6 @@ class SessionWriter:
             del self._grown[message_id]
         if ended:
             del self._cursors[message_id]
-            cursor.reply.unsubscribe(self._mark)
-            self._ended = (*self._ended[1 - MAX_REMEMBERED :], message_id)
-        return None if step is None else self._phrases.step(message_id, step)
-
-    def _mark(self, reply: ReplyBuffer) -> None:
-        self._grown[reply.message_id] = None
-        self._schedule()
+            cursor.reply.unsubscribe(self._on_growth)
+            self._sent_ends = (*self._sent_ends[1 - MAX_SENT_ENDS :], message_id)
+        return None if step is None else self._frames.reply_step(message_id, step)

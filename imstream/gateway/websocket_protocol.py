@@ -1,52 +1,71 @@
-"""uvicorn's protocol for sockets, mended where a hostile or stalled peer could hurt others.
+"""A WebSocket connection on the sans-I/O protocol of websockets, with a bound on everything that a peer can cause.
 
-Found in uvicorn 0.54: an upgrade request that its parser refuses gets no answer and makes the shutdown fail; a stalled
-reader blocks `send`, and with it every orderly close, also the one it asks for itself; fragments without end, and
-answers to pings that nobody reads, gather without limit; what a handshake said is kept as long as its socket, and a
-closed socket until the garbage collector runs.
+Input takes one way: bytes are cut into pieces, parsed to frames, joined to messages, and `receive` returns them. While
+a message waits for `receive`, nothing more is read. Peers over the frame rate are throttled, not disconnected: the
+node stops reading, and what they sent waits in the network. Every frame counts, also broken ones, pings and fragments;
+frames that are large, slow to parse or expensive to handle count as several. Output is written straight to the
+transport, and never waits for a peer that does not read.
+
+uvicorn's own WebSocket protocol is not used: it has no limit on fragments and unread pongs, `send` blocks on a stalled
+reader, and it keeps the handshake as long as the socket and a closed socket until the garbage collector runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
 from traceback import clear_frames
-from typing import Any, Protocol
+from urllib.parse import unquote
 
-from starlette.types import Scope
-from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
-from websockets.exceptions import InvalidState
-from websockets.frames import Frame
-from websockets.http11 import Request
+import structlog
+from starlette.requests import HTTPConnection
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.http11 import Request, Response
 from websockets.protocol import State
+from websockets.server import ServerProtocol
+from websockets.typing import BytesLike
 
-from imstream.gateway.http_protocol import HEADERS_TOO_LARGE, GatewayConfig
-from imstream.gateway.throttling import ThrottledProtocol
 from imstream.gateway.wake_event import WakeEvent
+from imstream.token_bucket import NEVER_USED, TokenBucket
 
 MAX_FRAGMENTS = 1_000
-"""Most fragments of one message; empty ones do not count towards its size. More closes 1009."""
+"""Maximum fragments of one message; empty ones do not count towards its size. More closes 1009."""
 
 MAX_FIRST = 16_384
-"""Most bytes of a message before the login: an INIT with all that it may resume, and with a long token."""
-
-_LONGEST_HEAD = 14
-"""Bytes of a frame before what it carries (RFC 6455, section 5.2)."""
+"""Maximum bytes of a message before the login: an INIT with all that it may resume and a long token. More: 1009."""
 
 CLOSE_REPLY_LIMIT = 2.0
-"""Seconds a peer has to read its last frames and answer the close frame; then the connection is cut."""
+"""Seconds a peer has to read its last frames and answer the close frame; then the connection is aborted."""
 
-_EXTENSION = "imstream.socket"
+PIECE = 2048
+"""Bytes that are parsed at a time: up to 340 frames, 5 ms. The event loop reads up to 256 KB at once."""
+
+BYTES_PER_FRAME = 4096
+"""Bytes that count as one frame towards the rate. A typical frame has a tenth of that."""
+
+SECONDS_PER_FRAME = 0.001
+"""CPU time that counts as one frame towards the rate. A typical frame takes a tenth of that."""
+
+NOTICE_INTERVAL = 1.0
+"""Minimum seconds between two calls of `on_throttle`: a flooder must not be answered frame by frame."""
+
+_MAX_FRAME_HEADER = 14
+"""Maximum bytes of a frame before its payload (RFC 6455, section 5.2)."""
 
 _FINAL_TEXT = 0x81
 _HEAD_7_BITS, _HEAD_16_BITS, _HEAD_64_BITS = struct.Struct("!BB"), struct.Struct("!BBH"), struct.Struct("!BBQ")
+
+log = structlog.get_logger()
 
 
 def text_frame(text: str) -> bytes:
     """A text frame from a server, without extensions (RFC 6455, section 5.2).
 
-    Nearly all that a node sends are these. websockets makes one through a dataclass and a BytesIO, in 1.1 µs, not 0.2.
+    Nearly all frames of a node are these. websockets builds one with a dataclass and a BytesIO, in 1.1 µs, not 0.2.
     """
     payload = text.encode()
     size = len(payload)
@@ -57,226 +76,356 @@ def text_frame(text: str) -> bytes:
     return _HEAD_64_BITS.pack(_FINAL_TEXT, 127, size) + payload
 
 
-class Socket(Protocol):
-    """A socket under its session: more direct than ASGI, and able to end a peer that does not read."""
+@dataclass(frozen=True, slots=True)
+class SocketClosed:
+    """The last message of a socket: it is closed, with this code."""
 
-    @property
-    def has_room(self) -> bool:
-        """Whether the peer has taken enough of what was written."""
+    code: int
 
-    def on_room(self, call: Callable[[], None] | None) -> None:
-        """Have `call` called whenever there is room again."""
 
-    def on_rest(self, call: Callable[[float], None] | None) -> None:
-        """Have `call` called with the seconds for which the peer is not read from, because it sends too much.
+@dataclass(frozen=True)
+class SocketOptions:
+    """What all sockets of a node have in common.
 
-        It is called at most once a second.
+    Attributes:
+        frame_rate: Limits incoming frames; None: unlimited.
+        serve: Runs a socket from its handshake to its end.
+    """
+
+    max_message: int
+    frame_rate: TokenBucket | None
+    serve: Callable[[SocketProtocol], Awaitable[None]]
+
+
+class SocketProtocol(asyncio.Protocol):
+    """One WebSocket connection. `accept` or `reject` the `request`, then `receive` until `SocketClosed`."""
+
+    request: HTTPConnection
+    """The handshake, until it is accepted. It is freed then: up to 16 KB, and several times that as objects."""
+    is_writable = True
+    """Whether the peer has read enough of what was written."""
+    on_writable: Callable[[], None] | None = None
+    """Is called when the socket becomes writable again."""
+    on_throttle: Callable[[float], None] | None = None
+    """Is called with the seconds for which reading is paused, at most once a second."""
+
+    _transport: asyncio.Transport
+    _response: Response
+    _accepted = _close_sent = _lost = False
+    _abort_timer: asyncio.TimerHandle | None = None
+    _unread: bytes | memoryview = b""
+    _reading_paused = _trusted = _is_text = False
+    _fragments_size = 0
+    _full_at = NEVER_USED
+    _throttle_timer: asyncio.TimerHandle | None = None
+    _noticed_at = -NOTICE_INTERVAL
+    _late_pong = b""
+
+    def __init__(
+        self, options: SocketOptions, connections: set[asyncio.Protocol], tasks: set[asyncio.Task[None]]
+    ) -> None:
+        self._options = options
+        self._connections = connections
+        self._tasks = tasks
+        self._loop = asyncio.get_running_loop()
+        # The logger of websockets would log each handshake at level info.
+        self._websocket = ServerProtocol(max_size=options.max_message, logger=logging.getLogger("uvicorn.error"))
+        self._fragments: list[BytesLike] = []
+        self._messages: list[str | bytes | SocketClosed] = []
+        self._arrived = WakeEvent(self._loop)
+
+    # For the session
+
+    def accept(self, subprotocol: str | None) -> None:
+        """Answer the handshake with 101 and forget it."""
+        response = self._response
+        del self._response, self.request
+        if self._transport.is_closing():
+            return
+        if subprotocol is not None:
+            response.headers["Sec-WebSocket-Protocol"] = subprotocol
+        self._accepted = True
+        self._websocket.send_response(response)
+        self._flush()
+
+    def reject(self, status: HTTPStatus, text: str = "", headers: Iterable[tuple[str, str]] = ()) -> None:
+        """Answer the handshake with an error."""
+        response = self._websocket.reject(status, text)
+        response.headers.update(headers)
+        self._send_rejection(response)
+
+    async def receive(self) -> str | bytes | SocketClosed:
+        """The next message; then the next one may be read.
+
+        Before the login it is read only when it is asked for: the message before may have been the login, after which
+        messages may be larger.
         """
-
-    def charge(self, frames: float) -> None:
-        """Count what was sent as so many frames more: it has cost that much. See `BYTES_A_FRAME`."""
+        if not self._trusted:
+            self._resume_reading()
+        while not self._messages:
+            await self._arrived.wait()
+        message = self._messages.pop(0)
+        if self._trusted:
+            self._resume_reading()
+        return message
 
     def trust(self) -> None:
-        """Take messages up to the size that is set: somebody has logged in."""
+        """Accept messages up to the size of the settings: a user has logged in."""
+        self._trusted = True
+        self._resume_reading()
+
+    def charge(self, frames: float) -> None:
+        """Count so many frames towards the rate; over the rate, pause reading."""
+        bucket = self._options.frame_rate
+        if bucket is None or self._close_sent or self._transport.is_closing():
+            return
+        now = self._loop.time()
+        self._full_at = bucket.consume(self._full_at, now, frames)
+        wait = bucket.wait_time(self._full_at, now)
+        if wait > 0 and self._throttle_timer is None:
+            self._transport.pause_reading()
+            self._throttle_timer = self._loop.call_later(wait, self._end_throttle)
+            if self.on_throttle is not None and now - self._noticed_at >= NOTICE_INTERVAL:
+                self._noticed_at = now
+                self.on_throttle(wait)
 
     def write(self, texts: Sequence[str]) -> None:
-        """Write text frames in one go. Nothing happens when the peer is gone: the receiver is told."""
+        """Write text frames with one system call. Does nothing once the socket is closing."""
+        if self._is_open():
+            self._transport.write(b"".join(map(text_frame, texts)))
 
-    def end(self, code: int, last_words: str) -> None:
-        """Put `last_words` and the close frame behind what is unsent; a peer that does not answer is cut off."""
-
-    def forget_handshake(self) -> None:
-        """Free what the handshake said: up to 16 KB, and several times that as objects. Its scope is empty then."""
-
-
-def socket_of(scope: Scope) -> Socket:
-    """The protocol under an ASGI WebSocket scope."""
-    socket: Socket = scope["extensions"][_EXTENSION]
-    return socket
-
-
-class _Inbox:
-    """What uvicorn uses of asyncio.Queue, for its one reader, in a tenth of the memory."""
-
-    __slots__ = ("_bell", "_events")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._events: list[ASGIReceiveEvent] = []
-        self._bell = WakeEvent(loop)
-
-    def empty(self) -> bool:
-        return not self._events
-
-    def put_nowait(self, event: ASGIReceiveEvent) -> None:
-        self._events.append(event)
-        self._bell.ring()
-
-    async def get(self) -> ASGIReceiveEvent:
-        while not self._events:
-            await self._bell.wait()
-        return self._events.pop(0)
-
-
-class SocketProtocol(ThrottledProtocol):
-    """One WebSocket connection."""
-
-    _late_pong = b""
-    _on_room: Callable[[], None] | None = None
-
-    def __init__(self, config: GatewayConfig, **given: Any) -> None:  # noqa: ANN401 - uvicorn's
-        super().__init__(config, **given)
-        self.queue = _Inbox(self.loop)  # type: ignore[assignment]
-
-    def handle_connect(self, event: Request) -> None:
-        """Let the application reach this object through its scope."""
-        super().handle_connect(event)
-        if self.response.status_code == 101:  # noqa: PLR2004 - Switching Protocols
-            self.scope["extensions"][_EXTENSION] = self  # type: ignore[assignment]
-            # Until it is accepted, nothing of it can be refused in order.
-            self.read_paused = True
-            self.transport.pause_reading()
-        # The parser of websockets holds its request as long as the connection.
-        event.headers.clear()
-        event.path = ""
-        if self.conn.handshake_exc is not None:  # its traceback holds it, and all frames down to the event loop
-            clear_frames(self.conn.handshake_exc.__traceback__)
-            event._exception = self.conn.handshake_exc = None  # noqa: SLF001 - websockets never forgets it
-        del self.request
-
-    async def run_asgi(self) -> None:
-        """Run the application; then its scope, which leads back here, is no longer needed."""
-        try:
-            await super().run_asgi()
-        finally:
-            self.scope.clear()  # type: ignore[attr-defined]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The peer is gone."""
-        super().connection_lost(exc)
-        # The parser is a generator that holds `conn`, and so does the traceback of its exception.
-        self.conn.parser = self.conn.parser_exc = self.conn.handshake_exc = None  # type: ignore[assignment]
-
-    async def send(self, message: ASGISendEvent) -> None:
-        """Send what the application says. uvicorn does not see that a refusal ends the handshake, and logs an error."""
-        await super().send(message)
-        if message["type"] == "websocket.http.response.body" and self.close_sent:
-            self.handshake_complete = True
-
-    def feed(self, data: bytes) -> None:
-        """Take bytes; answer an upgrade request that cannot be read, which uvicorn leaves without an answer."""
-        super().feed(data)
-        if not self._trusted and len(self.conn.reader.buffer) > MAX_FIRST + _LONGEST_HEAD:
-            self._fail(1009, "too big before INIT")
-        if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.close_sent:
-            self.close_sent = True
-            self.transport.write(b"".join(self.conn.data_to_send()) or HEADERS_TOO_LARGE)
-            self.transport.close()
-
-    def handle_close(self, event: Frame) -> None:
-        """Close as the peer asks, also when it does not read."""
-        super().handle_close(event)
-        self._cut_off_later()
-
-    def handle_parser_exception(self) -> None:
-        """Close with the code of what is wrong, also when the peer does not read."""
-        super().handle_parser_exception()
-        self._cut_off_later()
-
-    def handle_cont(self, event: Frame) -> None:
-        """Take a fragment, up to the limit."""
-        if len(self.frames) >= MAX_FRAGMENTS:
-            self._fail(1009, "too many fragments")
-        elif not self._trusted and (self.conn.current_size or 0) > MAX_FIRST:
-            self._fail(1009, "too big before INIT")
-        else:
-            super().handle_cont(event)
-
-    def send_receive_event_to_app(self) -> None:
-        """Hand a message on. Text that is no UTF-8 is the peer's fault, and not worth a traceback in our log."""
-        if not self._trusted and sum(map(len, self.frames)) > MAX_FIRST:
-            self._fail(1009, "too big before INIT")
+    def end(self, code: int, last_text: str) -> None:
+        """Write a last text and the close frame behind what is unsent, and abort if the peer does not answer it."""
+        if not self._is_open():
+            self._transport.abort()
             return
-        if self.curr_msg_data_type == "text":
-            message = b"".join(self.frames)
-            try:
-                message.decode()
-            except UnicodeDecodeError:
-                self._fail(1007, "not UTF-8")
-                return
-            self.frames = [message]
-        super().send_receive_event_to_app()
+        self.write([last_text])
+        self._send_close(code)
+        self._abort_later()
+        # Read whatever comes, without a limit on the rate, until the peer's close frame.
+        self._reading_paused = False
+        self._end_throttle()
 
-    def handle_ping(self) -> None:
-        """Answer a ping; while the peer does not read, only the latest answer waits for it (RFC 6455, 5.5.3)."""
-        if self.writable.is_set():
-            super().handle_ping()
-        else:
-            self._late_pong = b"".join(self.conn.data_to_send()) or self._late_pong
+    # For the transport and uvicorn
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        self._connections.add(self)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._unread = memoryview(bytes(self._unread) + data if self._unread else data)
+        self._read()
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self.is_writable = False
 
     def resume_writing(self) -> None:
-        """The peer reads again."""
-        super().resume_writing()
+        """See `asyncio.Protocol`."""
+        self.is_writable = True
         if self._late_pong:
-            self.transport.write(self._late_pong)
+            self._transport.write(self._late_pong)
             self._late_pong = b""
-        if self._on_room is not None:
-            self._on_room()
+        if self.on_writable is not None:
+            self.on_writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """See `asyncio.Protocol`."""
+        self._lost = True
+        self._connections.discard(self)
+        self._put(SocketClosed(CloseCode.NO_STATUS_RCVD if self._accepted else CloseCode.ABNORMAL_CLOSURE))
+        for timer in (self._throttle_timer, self._abort_timer):
+            if timer is not None:
+                timer.cancel()
+        self._throttle_timer = self._abort_timer = None
+        self._unread = b""
+        # The parser is a generator that refers to its protocol; so does the traceback of its exception.
+        websocket = self._websocket
+        websocket.parser = websocket.parser_exc = websocket.handshake_exc = None  # type: ignore[assignment]
 
     def shutdown(self) -> None:
-        """Close at shutdown, also a connection that never came to its handshake."""
-        if not self.handshake_initiated:
-            self.transport.close()
+        """Close when the server stops: uvicorn calls it. Sessions were closed before, with a sentence."""
+        if self._is_open():
+            self._send_close(CloseCode.SERVICE_RESTART)
+        self._transport.close()
+
+    # Input
+
+    def _read(self) -> None:
+        """Parse what was received, piece by piece, until there is a message or the rate is exceeded."""
+        while self._unread and not (self._reading_paused or self._throttle_timer or self._transport.is_closing()):
+            piece, self._unread = bytes(self._unread[:PIECE]), self._unread[PIECE:]
+            self.charge(max(self._parse(piece), len(piece) / BYTES_PER_FRAME))
+        if not self._unread:
+            self._unread = b""  # the view would keep what was read
+        if not (self._reading_paused or self._throttle_timer):
+            self._transport.resume_reading()
+
+    def _resume_reading(self) -> None:
+        if self._reading_paused and not self._messages:
+            self._reading_paused = False
+            self._read()
+
+    def _end_throttle(self) -> None:
+        if self._throttle_timer is not None:
+            self._throttle_timer.cancel()
+            self._throttle_timer = None
+        self._read()
+
+    def _parse(self, piece: bytes) -> int:
+        """Parse a piece and handle its frames; how many there are."""
+        websocket = self._websocket
+        websocket.receive_data(piece)
+        if websocket.parser_exc is not None:
+            self._close_failed()
+            return 0
+        events = websocket.events_received()
+        for event in events:
+            if isinstance(event, Request):
+                self._start(event)
+            elif isinstance(event, Frame):
+                self._handle(event)
+        if self._accepted and (pongs := b"".join(websocket.data_to_send())):
+            if self.is_writable:
+                self._transport.write(pongs)
+            else:
+                self._late_pong = pongs  # instead of earlier ones (RFC 6455, section 5.5.3)
+        if websocket.handshake_exc is not None and not self._close_sent:  # the request cannot be parsed
+            self._close_sent = True
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            refusal = websocket.reject(status, "The request headers are too large").serialize()
+            self._transport.write(b"".join(websocket.data_to_send()) or refusal)
+            self._transport.close()
+        if not self._trusted and len(websocket.reader.buffer) > MAX_FIRST + _MAX_FRAME_HEADER:
+            self._fail(CloseCode.MESSAGE_TOO_BIG, "too big before INIT")
+        return len(events)
+
+    def _start(self, request: Request) -> None:
+        """Have an upgrade request served, or reject it if it is not a valid handshake."""
+        websocket = self._websocket
+        self._response = websocket.accept(request)
+        if self._response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
+            self.request = _connection_of(request, self._transport)
+            self._reading_paused = True
+            self._transport.pause_reading()
+            task = self._loop.create_task(self._serve())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            self._send_rejection(self._response)
+        # The parser keeps its request as long as the connection.
+        request.headers.clear()
+        request.path = ""
+        if websocket.handshake_exc is not None:  # its traceback refers to it, and to all frames down to the event loop
+            clear_frames(websocket.handshake_exc.__traceback__)
+            request._exception = websocket.handshake_exc = None  # noqa: SLF001
+
+    async def _serve(self) -> None:
+        try:
+            await self._options.serve(self)
+        except Exception:
+            log.exception("connection failed")
+        finally:
+            if self._abort_timer is None:
+                self._transport.close()
+
+    def _handle(self, frame: Frame) -> None:
+        """Handle a frame. websockets has answered pings already."""
+        if frame.opcode is Opcode.CLOSE:
+            self._handle_close()
+        elif frame.opcode in {Opcode.PING, Opcode.PONG}:
             return
-        super().shutdown()
+        elif frame.opcode is Opcode.CONT and len(self._fragments) >= MAX_FRAGMENTS:
+            self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+        else:
+            if frame.opcode is not Opcode.CONT:
+                self._is_text = frame.opcode is Opcode.TEXT
+                self._fragments, self._fragments_size = [], 0
+            self._fragments.append(frame.data)
+            self._fragments_size += len(frame.data)
+            if not self._trusted and self._fragments_size > MAX_FIRST:
+                self._fail(CloseCode.MESSAGE_TOO_BIG, "too big before INIT")
+            elif frame.fin:
+                self._handle_message()
 
-    @property
-    def has_room(self) -> bool:
-        """See `Socket`."""
-        return self.writable.is_set()
-
-    def on_room(self, call: Callable[[], None] | None) -> None:
-        """See `Socket`."""
-        self._on_room = call
-
-    def write(self, texts: Sequence[str]) -> None:
-        """See `Socket`. One system call for all frames: each costs as much as making several."""
-        if self.disconnected or self.close_sent or self.conn.state is not State.OPEN:
-            return
-        self.transport.write(b"".join(map(text_frame, texts)))
-
-    def end(self, code: int, last_words: str) -> None:
-        """See `Socket`. It waits for nobody: the peer may not be reading at all."""
-        self.write([last_words])
-        if self.disconnected or self.close_sent:
-            self.transport.abort()
+    def _handle_message(self) -> None:
+        data, self._fragments = b"".join(self._fragments), []
+        if self._close_sent:
             return
         try:
-            self.conn.send_close(code)
-        except InvalidState:
-            self.transport.abort()
+            self._put(data.decode() if self._is_text else data)
+        except UnicodeDecodeError:
+            self._fail(CloseCode.INVALID_DATA, "not UTF-8")
             return
-        self.transport.write(b"".join(self.conn.data_to_send()))
-        self.close_sent = True
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": ""})
-        self._cut_off_later()
-        self.read_to_the_end()
+        if not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pause_reading()
 
-    def forget_handshake(self) -> None:
-        """See `Socket`."""
-        del self.response
-        # Starlette refers to this list, too.
-        self.scope["headers"].clear()  # type: ignore[attr-defined]
-        self.scope["subprotocols"] = []
-        self.scope["query_string"] = self.scope["raw_path"] = b""
+    def _handle_close(self) -> None:
+        """Close as the peer asks, also when it does not read."""
+        if not (self._close_sent or self._transport.is_closing()):
+            received = self._websocket.close_rcvd
+            self._put(SocketClosed(received.code if received else CloseCode.NO_STATUS_RCVD))
+            self._flush()
+        self._transport.close()
+        self._abort_later()
+
+    def _put(self, message: str | bytes | SocketClosed) -> None:
+        self._messages.append(message)
+        self._arrived.set()
+
+    # Output
+
+    def _is_open(self) -> bool:
+        return not (self._lost or self._close_sent) and self._websocket.state is State.OPEN
+
+    def _flush(self) -> None:
+        self._transport.write(b"".join(self._websocket.data_to_send()))
+
+    def _send_rejection(self, response: Response) -> None:
+        self._close_sent = True
+        self._websocket.send_response(response)
+        self._flush()
+        self._transport.close()
+
+    def _send_close(self, code: int) -> None:
+        self._websocket.send_close(code)
+        self._flush()
+        self._close_sent = True
+        self._put(SocketClosed(code))
 
     def _fail(self, code: int, reason: str) -> None:
         """Close because of what the peer has sent."""
-        if self.close_sent or self.disconnected:
-            return
-        self.frames = []
-        self.conn.fail(code, reason)
-        self.handle_parser_exception()
+        if not (self._close_sent or self._lost):
+            self._fragments = []
+            self._websocket.fail(code, reason)
+            self._close_failed()
 
-    def _cut_off_later(self) -> None:
-        if self.close_timer is None and not self.disconnected:
-            self.close_timer = self.loop.call_later(CLOSE_REPLY_LIMIT, self.transport.abort)
+    def _close_failed(self) -> None:
+        """Write the close frame that websockets has made of an error, and close, also when the peer does not read."""
+        sent = self._websocket.close_sent
+        self._put(SocketClosed(sent.code if sent else CloseCode.ABNORMAL_CLOSURE))
+        self._flush()
+        self._close_sent = True
+        self._transport.close()
+        self._abort_later()
+
+    def _abort_later(self) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+        if not self._lost:
+            self._abort_timer = self._loop.call_later(CLOSE_REPLY_LIMIT, self._transport.abort)
+
+
+def _connection_of(request: Request, transport: asyncio.Transport) -> HTTPConnection:
+    path, _, query = request.path.partition("?")
+    peer = transport.get_extra_info("peername")
+    return HTTPConnection({
+        "type": "websocket",
+        "path": unquote(path),
+        "query_string": query.encode("ascii", "surrogateescape"),
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in request.headers.raw_items()],
+        "client": peer[:2] if peer else None,
+    })  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from imstream.gateway.http_protocol import SPARE_CONNECTIONS
+from imstream.gateway.server import SPARE_CONNECTIONS
 from tests.support.handshakes import LARGE, PASSING, upgrade
 from tests.support.one_node import NO_IDENTITY, OneNode, standing_node
 from tests.support.peer import Peer

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from imstream.cli.balancer import Front, Program, configuration, find
-from imstream.gateway.page import page_routes
+from imstream.gateway.app import page_routes
 from tests.support.balancing import PROGRAMS
 from tests.support.processes import free_port, http_status, start, wait_for
 from tests.support.servers import missing

@@ -7,17 +7,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import redis
 
 from imstream.errors import StoreUnavailable
 from imstream.gateway import presence as presence_module
-from imstream.gateway.inbox_consumer import InboxConsumer
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import Registry
-from imstream.gateway.reply_sync import ReplySync
+from imstream.gateway.reply_sync import InboxConsumer, ReplySync
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Guard, Reject
 from imstream.keys import Keys
@@ -45,15 +44,20 @@ class PlayedSession:
     closed: list[CloseCode] = field(default_factory=list)
     followed: list[ReplyBuffer] = field(default_factory=list)
 
-    def follow(self, reply: ReplyBuffer) -> None:
-        """See `Session`."""
+    @property
+    def writer(self) -> Self:
+        """Its own writer."""
+        return self
+
+    def follow_new(self, reply: ReplyBuffer) -> None:
+        """See `SessionWriter`."""
         self.followed.append(reply)
 
     def close(self, code: CloseCode, _: Text) -> None:
         """See `Session`."""
         self.closed.append(code)
 
-    def refuse(self, verdict: Reject) -> None:
+    def close_rejected(self, verdict: Reject) -> None:
         """See `Session`."""
         self.closed.append(verdict.close or CloseCode.LOCKED)
 
@@ -97,7 +101,7 @@ class Desk:
     inbox: Inbox
     others_inbox: Inbox
     routes: Any
-    following: ReplySync
+    reply_sync: ReplySync
     presence: Presence
     adopter: PlayedAdopter
     guard: PlayedGuard
@@ -113,7 +117,7 @@ class Desk:
     def gone(self, session: PlayedSession) -> None:
         """The socket is closed."""
         self.registry.remove(session)
-        self.presence.left(session.user_id)
+        self.presence.on_disconnect(session.user_id)
 
     async def tell(self, notice: Notice) -> None:
         """Another node leaves a notice."""
@@ -140,16 +144,18 @@ async def desk(
         registry: Any = Registry(known)
         guard = PlayedGuard()
         routes, adopter = routes_of(redis_client, known), PlayedAdopter()
-        following = ReplySync(known, replies, buffers, registry)
-        presence = Presence(known, routes, inbox, registry, GuardChain([guard]))
+        reply_sync = ReplySync(known, replies=replies, buffers=buffers, registry=registry)
+        presence = Presence(known, routes=routes, inbox=inbox, registry=registry, guards=GuardChain([guard]))
         played: Any = adopter
         jobs = Jobs(known, replies, buffers, inbox)
-        listener = InboxConsumer(inbox, following=following, presence=presence, jobs=jobs, adopter=played)
+        listener = InboxConsumer(inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
         others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
-            found = Desk(client, replies, buffers, registry, inbox, others, routes, following, presence, adopter, guard)
+            found = Desk(
+                client, replies, buffers, registry, inbox, others, routes, reply_sync, presence, adopter, guard
+            )
             client.config_resetstat()
-            tasks = [asyncio.create_task(part.run()) for part in (listener, following, presence)]
+            tasks = [asyncio.create_task(part.run()) for part in (listener, reply_sync, presence)]
             await inbox.notify(["0"], NodeLeft("0"))  # to itself: it is not told
             await wait_until(lambda: client.info("commandstats").get("cmdstat_xread"), "it reads its inbox")
             try:
@@ -205,7 +211,7 @@ async def test_a_reply_whose_notices_were_lost_is_looked_at_now_and_then(redis_s
     async with desk(redis_server, sweep_interval="100ms") as node:
         await node.replies.open(USER, "m", request="1/1-0")
         follower = Follower(reply := node.buffers.get(USER, "m"))
-        assert await node.following.catch_up(reply)
+        assert await node.reply_sync.catch_up(reply)
         await written(node.replies, "all of it", end=True)
         assert await follower.end() == "done"
         assert follower.text == "all of it"
@@ -242,7 +248,7 @@ async def test_the_route_leads_here_while_a_socket_of_the_user_is_here(redis_ser
     async with desk(redis_server) as node:
         one, two = node.session(), node.session()
         for session in (one, two):
-            await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+            await node.presence.on_login(session, USER)  # type: ignore[arg-type]
         assert node.route() == {"0"}
         assert 0 < one.login < two.login
         assert node.redis.ttl(node.keys.route(USER)) > 60
@@ -272,7 +278,7 @@ async def test_a_route_that_could_not_be_noted_is_mended_and_older_sessions_are_
     async with desk(redis_server, LosesTheFirst, sessions="one") as node:
         older = node.session(login=1)
         newer = node.session()
-        await node.presence.arrive(newer, USER)  # type: ignore[arg-type]
+        await node.presence.on_login(newer, USER)  # type: ignore[arg-type]
         await wait_until(lambda: node.route() == {"0"}, "the route is mended")
         await wait_until(lambda: newer.login > 1, "its login has a number")
         assert (older.closed, newer.closed) == ([CloseCode.REPLACED], [])
@@ -297,7 +303,7 @@ async def test_who_hears_of_another_login_before_the_number_of_its_own_waits_for
 ) -> None:
     async with desk(redis_server, Slow, sessions="one") as node:
         session = node.session()
-        arriving = asyncio.create_task(node.presence.arrive(session, USER))  # type: ignore[arg-type]
+        arriving = asyncio.create_task(node.presence.on_login(session, USER))  # type: ignore[arg-type]
         await wait_until(lambda: node.route() == {"0"}, "its login is noted")
         await node.tell(SessionReplaced(USER, 1))  # older, heard of late
         await node.tell(NodeLeft("1"))
@@ -312,7 +318,7 @@ async def test_who_hears_of_another_login_before_the_number_of_its_own_waits_for
 async def test_who_turns_out_to_be_the_older_closes_when_it_knows(redis_server: RedisServer) -> None:
     async with desk(redis_server, Slow, sessions="one") as node:
         session = node.session()
-        arriving = asyncio.create_task(node.presence.arrive(session, USER))  # type: ignore[arg-type]
+        arriving = asyncio.create_task(node.presence.on_login(session, USER))  # type: ignore[arg-type]
         await wait_until(lambda: node.route() == {"0"}, "its login is noted")
         node.presence.replace(SessionReplaced(USER, 10**17))  # newer than all that this year can bring
         assert session.closed == []
@@ -352,10 +358,10 @@ async def test_whoever_is_banned_while_coming_in_does_not_stay(redis_server: Red
     async with desk(redis_server) as node:
         session = node.session()
         node.guard.verdict = BANNED
-        await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+        await node.presence.on_login(session, USER)  # type: ignore[arg-type]
         assert session.closed == []  # there is nothing in the account: nobody is asked, and it costs nothing
         node.redis.hset(node.keys.account(USER), "banned", 1)
-        await node.presence.arrive(session, USER)  # type: ignore[arg-type]
+        await node.presence.on_login(session, USER)  # type: ignore[arg-type]
         assert session.closed == [CloseCode.LOCKED]
 
 

@@ -12,21 +12,21 @@ from tests.support.virtual_time import in_virtual_time
 class Caller:
     """Joins rounds, and keeps when it was called."""
 
-    def __init__(self, rounds: FlushScheduler) -> None:
-        self._rounds = rounds
+    def __init__(self, scheduler: FlushScheduler) -> None:
+        self._scheduler = scheduler
         self._loop = asyncio.get_running_loop()
         self.called: list[float] = []
 
-    def join(self) -> None:
+    def schedule(self) -> None:
         """Join once."""
-        self._rounds.join(lambda: self.called.append(round(self._loop.time(), 6)))
+        self._scheduler.schedule(lambda: self.called.append(round(self._loop.time(), 6)))
 
-    async def join_each(self, pause: float, times: int) -> list[float]:
+    async def schedule_each(self, pause: float, times: int) -> list[float]:
         """Join so often, with a pause after each; how long after its joining each was called, in order."""
         joined = []
         for _ in range(times):
             joined.append(self._loop.time())
-            self.join()
+            self.schedule()
             await asyncio.sleep(pause)
         await asyncio.sleep(10)
         return [round(called - at, 6) for called, at in zip(self.called, joined, strict=True)]
@@ -34,9 +34,9 @@ class Caller:
 
 @in_virtual_time
 async def test_all_who_join_in_one_tick_are_called_in_the_next_in_order() -> None:
-    rounds, called = FlushScheduler(), list[str]()
-    rounds.join(lambda: called.append("a"))
-    rounds.join(lambda: called.append("b"))
+    scheduler, called = FlushScheduler(), list[str]()
+    scheduler.schedule(lambda: called.append("a"))
+    scheduler.schedule(lambda: called.append("b"))
     assert called == []
     await asyncio.sleep(0)
     assert called == ["a", "b"]
@@ -44,14 +44,14 @@ async def test_all_who_join_in_one_tick_are_called_in_the_next_in_order() -> Non
 
 @in_virtual_time
 async def test_while_little_is_said_nobody_waits() -> None:
-    caller = Caller(FlushScheduler(apart=1.0, at_once=4))
-    assert await caller.join_each(0.25, times=40) == [0] * 40
+    caller = Caller(FlushScheduler(min_interval=1.0, quiet_rounds=4))
+    assert await caller.schedule_each(0.25, times=40) == [0] * 40
 
 
 @in_virtual_time
 async def test_when_much_is_said_all_wait_for_rounds_of_many() -> None:
-    caller = Caller(FlushScheduler(apart=1.0, at_once=2))
-    waits = await caller.join_each(0.125, times=32)
+    caller = Caller(FlushScheduler(min_interval=1.0, quiet_rounds=2))
+    waits = await caller.schedule_each(0.125, times=32)
     assert waits[:2] == [0, 0]
     assert max(waits) <= 1
     assert sorted(set(caller.called[2:])) == [1.0, 2.0, 3.0, 4.0]
@@ -61,29 +61,29 @@ async def test_when_much_is_said_all_wait_for_rounds_of_many() -> None:
 async def test_rounds_that_cost_much_are_further_apart_up_to_a_limit() -> None:
     for cost, apart in ((0.1, 1.0), (0.5, 3.0), (2.0, 8.0)):  # a sixth of the time is theirs
         readings = itertools.count(0, cost)  # one before a round and one after it
-        caller = Caller(FlushScheduler(apart=1.0, most_apart=8.0, at_once=1, clock=readings.__next__))
-        await caller.join_each(0.125, times=300)
+        caller = Caller(FlushScheduler(min_interval=1.0, max_interval=8.0, quiet_rounds=1, clock=readings.__next__))
+        await caller.schedule_each(0.125, times=300)
         rounds = sorted(set(caller.called[2:]))
         assert {round(after - before, 6) for before, after in itertools.pairwise(rounds)} == {apart}
 
 
 @in_virtual_time
 async def test_after_a_quiet_time_nobody_waits_again() -> None:
-    caller = Caller(FlushScheduler(apart=1.0, at_once=1))
-    await caller.join_each(0.125, times=10)
+    caller = Caller(FlushScheduler(min_interval=1.0, quiet_rounds=1))
+    await caller.schedule_each(0.125, times=10)
     caller.called.clear()
-    assert await caller.join_each(2.0, times=3) == [0, 0, 0]
+    assert await caller.schedule_each(2.0, times=3) == [0, 0, 0]
 
 
 @in_virtual_time
 async def test_who_joins_within_a_round_is_called_in_another() -> None:
-    rounds, called = FlushScheduler(apart=1.0, at_once=1), list[str]()
+    scheduler, called = FlushScheduler(min_interval=1.0, quiet_rounds=1), list[str]()
 
     def first() -> None:
         called.append("first")
-        rounds.join(lambda: called.append("again"))
+        scheduler.schedule(lambda: called.append("again"))
 
-    rounds.join(first)
+    scheduler.schedule(first)
     await asyncio.sleep(0)
     assert called == ["first"]
     await asyncio.sleep(1)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from imstream.gateway.page import content_policy, page_routes
+from imstream.gateway.app import content_policy, page_routes
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0
 
 
 @dataclass(eq=False)
-class PlayedSession:
+class FakeSession:
     """What the registry sees of a session."""
 
     user_id: int | None = None
@@ -57,11 +57,11 @@ def registry() -> Registry:
 
 
 def session(**state: float | None) -> Session:
-    return cast("Session", PlayedSession(**state))  # type: ignore[arg-type]
+    return cast("Session", FakeSession(**state))  # type: ignore[arg-type]
 
 
-def played(one: Session) -> PlayedSession:
-    return cast("PlayedSession", one)
+def played(one: Session) -> FakeSession:
+    return cast("FakeSession", one)
 
 
 async def first_words(one: Session) -> tuple[str, CloseCode, Text, float]:
@@ -158,12 +158,12 @@ def test_a_user_has_the_sessions_that_have_logged_in() -> None:
         sessions.add(connected)
     sessions.log_in(one, 10001)
     sessions.log_in(one, 10001)  # may be repeated
-    assert sessions.of(10001) == (one,)
+    assert sessions.sessions_of(10001) == (one,)
     sessions.log_in(other, 10001)
-    assert sessions.of(10001) == (one, other)
+    assert sessions.sessions_of(10001) == (one, other)
     assert sessions.users() == [10001]
     sessions.remove(stranger)
     sessions.remove(one)
-    assert sessions.of(10001) == (other,)
+    assert sessions.sessions_of(10001) == (other,)
     sessions.remove(other)
-    assert (sessions.of(10001), sessions.users()) == ((), [])
+    assert (sessions.sessions_of(10001), sessions.users()) == ((), [])

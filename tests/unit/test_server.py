@@ -27,10 +27,15 @@ async def _hello(_: object) -> PlainTextResponse:
     return PlainTextResponse("hello")
 
 
+async def _no_socket(_: object) -> None:
+    raise AssertionError("this test opens no socket")
+
+
 @pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
 @pytest.mark.parametrize(("host", "reached_by"), [("::", ("127.0.0.1", "::1")), ("::1", ("::1",))])
 async def test_all_addresses_are_those_of_both_families(host: str, reached_by: tuple[str, ...]) -> None:
-    server = GatewayServer(Starlette(routes=[Route("/", _hello)]), Settings(host=host, port=0))
+    app = Starlette(routes=[Route("/", _hello)])
+    server = GatewayServer(app, Settings(host=host, port=0), _no_socket)
     server.listen()
     port = int(server.address.rpartition(":")[2])
     serving = asyncio.create_task(server.run())

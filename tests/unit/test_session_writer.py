@@ -1,11 +1,11 @@
-"""The session pump: the one sender of a socket. A slow socket costs its own text and nobody else anything (I6)."""
+"""The session writer: the one sender of a socket. A slow socket costs its own text and nobody else anything (I6)."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frames import FrameBuilder
-from imstream.gateway.session_writer import ENOUGH_TOGETHER, MAX_OUTBOX, MAX_TOGETHER, SessionWriter
+from imstream.gateway.session_writer import MAX_BATCH, MAX_BATCH_SIZE, MAX_OUTBOX, SessionWriter
+from imstream.gateway.websocket_protocol import SocketProtocol
 from imstream.model import Terminal
 from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer
 from imstream.texts import Text
@@ -22,63 +23,47 @@ from imstream.wire import CloseCode, Code
 DONE = Terminal("done", "stop")
 
 
-class PlayedSocket:
+class FakeSocket:
     """A socket whose peer reads as the test likes: it takes `room` writes, then none until there is room again."""
 
     def __init__(self, room: int = 1_000_000) -> None:
         self.room = room
         self.writes: list[list[str]] = []
         self.ended: tuple[int, str] | None = None
-        self._on_room: Callable[[], None] | None = None
+        self.on_writable: Callable[[], None] | None = None
 
     @property
-    def has_room(self) -> bool:
-        """See `Socket`."""
+    def is_writable(self) -> bool:
+        """See `SocketProtocol`."""
         return self.room > 0
 
     @property
     def frames(self) -> list[dict[str, Any]]:
-        """All that was sent."""
+        """All frames that were sent."""
         return [json.loads(text) for texts in self.writes for text in texts]
 
-    def on_rest(self, call: Callable[[float], None] | None) -> None:
-        """See `Socket`."""
-
-    def on_room(self, call: Callable[[], None] | None) -> None:
-        """See `Socket`."""
-        self._on_room = call
-
     def write(self, texts: Sequence[str]) -> None:
-        """See `Socket`."""
-        assert self.has_room
+        """See `SocketProtocol`."""
+        assert self.is_writable
         assert self.ended is None
         self.room -= 1
         self.writes.append(list(texts))
 
-    def end(self, code: int, last_words: str) -> None:
-        """See `Socket`."""
-        self.ended = (code, json.loads(last_words)["contents"])
-
-    def charge(self, frames: float) -> None:
-        """Nothing is paced here."""
-
-    def trust(self) -> None:
-        """Nothing comes in."""
-
-    def forget_handshake(self) -> None:
-        """See `Socket`."""
+    def end(self, code: int, last_text: str) -> None:
+        """See `SocketProtocol`."""
+        self.ended = (code, json.loads(last_text)["contents"])
 
     def reads(self, writes: int = 1_000_000) -> None:
-        """The peer reads: there is room for more."""
+        """The peer reads: there is room for more writes."""
         self.room += writes
-        if self._on_room is not None:
-            self._on_room()
+        if self.on_writable is not None:
+            self.on_writable()
 
 
-def pump_on(socket: PlayedSocket) -> SessionWriter:
-    phrases = FrameBuilder("en", "0")
-    phrases.user_id = 10001
-    return SessionWriter(socket, phrases, FlushScheduler(apart=0))
+def writer_on(socket: FakeSocket) -> SessionWriter:
+    frames = FrameBuilder("en", "0")
+    frames.user_id = 10001
+    return SessionWriter(cast("SocketProtocol", socket), frames, FlushScheduler(min_interval=0))
 
 
 def heartbeat() -> Any:  # noqa: ANN401 - a frame
@@ -92,12 +77,12 @@ def begun(message_id: str = "m") -> ReplyBuffer:
 
 
 async def a_tick() -> None:
-    """Let the pump run."""
+    """Let the writer run."""
     await asyncio.sleep(0)
     await asyncio.sleep(0)
 
 
-def text_of(socket: PlayedSocket, message_id: str = "m") -> str:
+def text_of(socket: FakeSocket, message_id: str = "m") -> str:
     """What the client has put together."""
     text = ""
     for frame in socket.frames:
@@ -114,17 +99,17 @@ def text_of(socket: PlayedSocket, message_id: str = "m") -> str:
 
 
 async def test_a_frame_goes_out_in_the_next_tick() -> None:
-    socket = PlayedSocket()
-    pump_on(socket).say(heartbeat())
+    socket = FakeSocket()
+    writer_on(socket).send(heartbeat())
     assert socket.frames == []
     await a_tick()
     assert [frame["msgType"] for frame in socket.frames] == ["HEARTBEAT"]
 
 
 async def test_each_piece_is_sent_as_it_comes_and_the_end_last() -> None:
-    socket, reply = PlayedSocket(), begun()
-    pump = pump_on(socket)
-    pump.follow(Cursor(reply))
+    socket, reply = FakeSocket(), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
     for piece in ("a", "b"):
         reply.append(piece)
         await a_tick()
@@ -135,12 +120,12 @@ async def test_each_piece_is_sent_as_it_comes_and_the_end_last() -> None:
         ("delta", "b"),
         ("done", None),
     ]
-    assert pump.followed == []
+    assert writer.followed == []
 
 
 async def test_pieces_of_one_tick_are_one_frame() -> None:
-    socket, reply = PlayedSocket(), begun()
-    pump_on(socket).follow(Cursor(reply))
+    socket, reply = FakeSocket(), begun()
+    writer_on(socket).follow(Cursor(reply))
     for piece in "abc":
         reply.append(piece)
     await a_tick()
@@ -148,35 +133,35 @@ async def test_pieces_of_one_tick_are_one_frame() -> None:
 
 
 async def test_what_is_said_goes_before_what_is_new_in_replies() -> None:
-    socket, reply = PlayedSocket(), begun()
-    pump = pump_on(socket)
-    pump.follow(Cursor(reply))
+    socket, reply = FakeSocket(), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
     reply.append("a")
-    pump.say(heartbeat())
+    writer.send(heartbeat())
     await a_tick()
     assert [frame["msgType"] for frame in socket.frames] == ["HEARTBEAT", "CHAT"]
     assert len(socket.writes) == 1
 
 
 async def test_a_message_that_is_followed_keeps_its_place_when_it_is_followed_again() -> None:
-    socket, reply = PlayedSocket(), begun()
-    pump = pump_on(socket)
-    pump.follow(Cursor(reply))
+    socket, reply = FakeSocket(), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
     reply.append("a")
     await a_tick()
-    pump.follow(Cursor(reply))
+    writer.follow(Cursor(reply))
     reply.append("b")
     await a_tick()
     assert text_of(socket) == "ab"
 
 
 async def test_a_message_followed_anew_is_told_from_where_the_client_says_it_is() -> None:
-    socket, reply = PlayedSocket(), begun()
-    pump = pump_on(socket)
-    pump.follow(Cursor(reply))
+    socket, reply = FakeSocket(), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
     reply.append("abc")
     await a_tick()
-    pump.follow_anew(Cursor(reply, attempt=1, offset=1))
+    writer.follow(Cursor(reply, attempt=1, offset=1), restart=True)
     await a_tick()
     assert [frame["contents"] for frame in socket.frames] == ["abc", "bc"]
 
@@ -185,12 +170,12 @@ async def test_a_message_followed_anew_is_told_from_where_the_client_says_it_is(
 
 
 async def test_a_socket_that_does_not_read_gets_later_all_that_has_gathered_in_one_frame() -> None:
-    socket, reply = PlayedSocket(room=1), begun()
-    pump = pump_on(socket)
-    pump.follow(Cursor(reply))
+    socket, reply = FakeSocket(room=1), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
     reply.append("a")
     await a_tick()
-    assert pump.blocked_since is not None
+    assert writer.blocked_since is not None
     for piece in "bcdef":
         reply.append(piece)
         await a_tick()
@@ -198,26 +183,26 @@ async def test_a_socket_that_does_not_read_gets_later_all_that_has_gathered_in_o
     socket.reads()
     await a_tick()
     assert [frame["contents"] for frame in socket.frames] == ["a", "bcdef"]
-    assert pump.blocked_since is None
+    assert writer.blocked_since is None
 
 
 async def test_the_time_of_blocking_is_that_of_its_beginning() -> None:
-    socket = PlayedSocket(room=0)
-    pump = pump_on(socket)
-    pump.say(heartbeat())
+    socket = FakeSocket(room=0)
+    writer = writer_on(socket)
+    writer.send(heartbeat())
     await a_tick()
-    since = pump.blocked_since
+    since = writer.blocked_since
     await asyncio.sleep(0.01)
-    pump.say(heartbeat())
+    writer.send(heartbeat())
     await a_tick()
-    assert pump.blocked_since == since is not None
+    assert writer.blocked_since == since is not None
 
 
 async def test_one_slow_socket_keeps_nothing_from_another() -> None:
-    slow, fast, reply = PlayedSocket(room=0), PlayedSocket(), begun()
-    pumps = [pump_on(slow), pump_on(fast)]
-    for pump in pumps:
-        pump.follow(Cursor(reply))
+    slow, fast, reply = FakeSocket(room=0), FakeSocket(), begun()
+    writers = [writer_on(slow), writer_on(fast)]
+    for writer in writers:
+        writer.follow(Cursor(reply))
     reply.append("a")
     reply.end(DONE)
     await a_tick()
@@ -226,26 +211,26 @@ async def test_one_slow_socket_keeps_nothing_from_another() -> None:
 
 
 async def test_what_a_stalled_socket_holds_besides_its_replies_is_bounded() -> None:
-    socket = PlayedSocket()
-    pump = pump_on(socket)
-    for n in range(4 * MAX_TOGETHER):
+    socket = FakeSocket()
+    writer = writer_on(socket)
+    for n in range(4 * MAX_BATCH):
         reply = begun(f"m{n}")
-        pump.follow(Cursor(reply))
+        writer.follow(Cursor(reply))
         reply.append("x" * MAX_DELTA)
     await a_tick()
-    assert all(len(texts) <= MAX_TOGETHER for texts in socket.writes)
-    assert all(sum(map(len, texts[:-1])) < ENOUGH_TOGETHER for texts in socket.writes)
-    assert len(socket.frames) == 4 * MAX_TOGETHER
+    assert all(len(texts) <= MAX_BATCH for texts in socket.writes)
+    assert all(sum(map(len, texts[:-1])) < MAX_BATCH_SIZE for texts in socket.writes)
+    assert len(socket.frames) == 4 * MAX_BATCH
 
 
 async def test_who_does_not_read_answers_is_not_read_from() -> None:
-    socket = PlayedSocket(room=0)
-    pump = pump_on(socket)
+    socket = FakeSocket(room=0)
+    writer = writer_on(socket)
     for _ in range(MAX_OUTBOX - 1):
-        pump.say(heartbeat())
-    await asyncio.wait_for(pump.room(), 1)
-    pump.say(heartbeat())
-    waiting = asyncio.create_task(pump.room())
+        writer.send(heartbeat())
+    await asyncio.wait_for(writer.drain(), 1)
+    writer.send(heartbeat())
+    waiting = asyncio.create_task(writer.drain())
     await a_tick()
     assert not waiting.done()
     socket.reads()
@@ -256,20 +241,20 @@ async def test_who_does_not_read_answers_is_not_read_from() -> None:
 
 
 async def test_a_socket_closes_when_all_that_is_known_was_sent() -> None:
-    socket, reply = PlayedSocket(), begun()
-    pump = pump_on(socket)
-    pump.follow(Cursor(reply))
+    socket, reply = FakeSocket(), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
     reply.append("a")
-    pump.finish(CloseCode.DRAINING, FrameBuilder("en", "0").system(Code.SYSTEM_ERROR, Text.DRAINING))
+    writer.close(CloseCode.DRAINING, FrameBuilder("en", "0").system(Code.SYSTEM_ERROR, Text.DRAINING))
     await a_tick()
     assert text_of(socket) == "a"
     assert socket.ended == (CloseCode.DRAINING, Text.DRAINING.en)
 
 
 async def test_last_words_wait_for_room_as_all_else_does() -> None:
-    socket = PlayedSocket(room=0)
-    pump = pump_on(socket)
-    pump.finish(CloseCode.DRAINING, heartbeat())
+    socket = FakeSocket(room=0)
+    writer = writer_on(socket)
+    writer.close(CloseCode.DRAINING, heartbeat())
     await a_tick()
     assert socket.ended is None
     socket.reads()
@@ -278,33 +263,33 @@ async def test_last_words_wait_for_room_as_all_else_does() -> None:
 
 
 async def test_an_abandoned_socket_is_sent_nothing_and_keeps_nobody_waiting() -> None:
-    socket, reply = PlayedSocket(room=0), begun()
-    pump = pump_on(socket)
-    pump.follow(Cursor(reply))
+    socket, reply = FakeSocket(room=0), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
     for _ in range(MAX_OUTBOX):
-        pump.say(heartbeat())
-    waiting = asyncio.create_task(pump.room())
+        writer.send(heartbeat())
+    waiting = asyncio.create_task(writer.drain())
     await a_tick()
-    pump.abandon()
+    writer.stop()
     await asyncio.wait_for(waiting, 1)
-    pump.follow(Cursor(reply))
-    pump.follow_anew(Cursor(reply))
+    writer.follow(Cursor(reply))
+    writer.follow(Cursor(reply), restart=True)
     reply.append("a")
     socket.reads()
     await a_tick()
     assert socket.frames == []
-    assert pump.followed == []
+    assert writer.followed == []
 
 
 async def test_a_defect_ends_this_socket_with_words_for_the_person(monkeypatch: pytest.MonkeyPatch) -> None:
-    socket, reply = PlayedSocket(), begun()
-    pump = pump_on(socket)
+    socket, reply = FakeSocket(), begun()
+    writer = writer_on(socket)
 
     def broken(*_: object) -> str:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(FrameBuilder, "step", broken)
-    pump.follow(Cursor(reply))
+    monkeypatch.setattr(FrameBuilder, "reply_step", broken)
+    writer.follow(Cursor(reply))
     reply.append("a")
     await a_tick()
     assert socket.ended == (CloseCode.INTERNAL_ERROR, Text.INTERNAL.en)
@@ -326,11 +311,11 @@ STEPS = st.lists(
 @given(STEPS)
 def test_however_a_client_reads_it_gets_every_word_once(steps: list[tuple[str, str, str]]) -> None:
     async def play() -> None:
-        socket = PlayedSocket(room=0)
-        pump = pump_on(socket)
+        socket = FakeSocket(room=0)
+        writer = writer_on(socket)
         replies = {message_id: begun(message_id) for message_id in "mn"}
         for reply in replies.values():
-            pump.follow(Cursor(reply))
+            writer.follow(Cursor(reply))
         said = 0
         for what, message_id, text in steps:
             match what:
@@ -339,7 +324,7 @@ def test_however_a_client_reads_it_gets_every_word_once(steps: list[tuple[str, s
                 case "restart":
                     replies[message_id].begin(replies[message_id].attempt + 1)
                 case "say":
-                    pump.say(heartbeat())
+                    writer.send(heartbeat())
                     said += 1
                 case "read":
                     socket.reads(1)

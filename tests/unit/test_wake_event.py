@@ -10,53 +10,53 @@ from imstream.gateway.wake_event import WakeEvent
 
 
 @pytest.fixture
-async def bell() -> WakeEvent:
+async def event() -> WakeEvent:
     return WakeEvent(asyncio.get_running_loop())
 
 
-async def waiting(bell: WakeEvent) -> asyncio.Task[None]:
+async def waiting(event: WakeEvent) -> asyncio.Task[None]:
     """Somebody who waits already."""
-    task = asyncio.create_task(bell.wait())
+    task = asyncio.create_task(event.wait())
     await asyncio.sleep(0)
     return task
 
 
-async def test_it_wakes_who_waits(bell: WakeEvent) -> None:
-    task = await waiting(bell)
+async def test_it_wakes_who_waits(event: WakeEvent) -> None:
+    task = await waiting(event)
     assert not task.done()
-    bell.ring()
+    event.set()
     await task
 
 
-async def test_a_ring_that_nobody_heard_is_kept_for_the_next_one(bell: WakeEvent) -> None:
-    bell.ring()
-    await bell.wait()
+async def test_a_ring_that_nobody_heard_is_kept_for_the_next_one(event: WakeEvent) -> None:
+    event.set()
+    await event.wait()
 
 
-async def test_it_is_silent_again_after_each_wake(bell: WakeEvent) -> None:
+async def test_it_is_silent_again_after_each_wake(event: WakeEvent) -> None:
     for _ in range(3):
-        bell.ring()
-    await bell.wait()
-    task = await waiting(bell)
+        event.set()
+    await event.wait()
+    task = await waiting(event)
     assert not task.done()
-    bell.ring()
+    event.set()
     await task
 
 
-async def test_many_rings_before_the_waiter_runs_are_one(bell: WakeEvent) -> None:
-    task = await waiting(bell)
-    bell.ring()
-    bell.ring()
+async def test_many_rings_before_the_waiter_runs_are_one(event: WakeEvent) -> None:
+    task = await waiting(event)
+    event.set()
+    event.set()
     await task
-    second = await waiting(bell)
+    second = await waiting(event)
     assert not second.done()
     second.cancel()
 
 
-async def test_a_waiter_that_gave_up_leaves_it_usable(bell: WakeEvent) -> None:
-    task = await waiting(bell)
+async def test_a_waiter_that_gave_up_leaves_it_usable(event: WakeEvent) -> None:
+    task = await waiting(event)
     task.cancel()
-    bell.ring()  # before the waiter has run: it meets a cancelled future
+    event.set()  # before the waiter has run: it meets a cancelled future
     with pytest.raises(asyncio.CancelledError):
         await task
-    await bell.wait()
+    await event.wait()
