@@ -78,6 +78,8 @@ Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Positive = Annotated[Duration, Field(gt=timedelta(0))]
 HttpUrl = Annotated[SecretUrl, AfterValidator(_validate_http_url)]
 _EmptyIsUnset = BeforeValidator(_strip_to_none)
+_OptionalPath = Annotated[Path | None, _EmptyIsUnset]
+_OptionalText = Annotated[str | None, _EmptyIsUnset]
 
 
 def is_secret(field: FieldInfo) -> bool:
@@ -156,7 +158,7 @@ class Settings(SettingsGroup):
     ai_first_token_timeout: Positive = Field(timedelta(seconds=60), description="Time limit for the first token.")
     ai_idle_timeout: Positive = Field(timedelta(seconds=30), description="Maximum silence between tokens.")
     ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
-    max_answer: int = Field(262_144, ge=1, description="Maximum characters of an answer; longer ones end (`length`).")
+    max_answer: int = Field(262_144, ge=1, description="Maximum characters of an answer; it is cut there (`length`).")
     ai_breaker_failures: int = Field(10, ge=1, description="Consecutive AI failures that open the circuit breaker.")
     ai_breaker_pause: Positive = Field(timedelta(seconds=2), description="First pause of the open breaker; it doubles.")
 
@@ -178,16 +180,14 @@ class Settings(SettingsGroup):
     read_block: Positive = Field(timedelta(seconds=1), description="How long one XREADGROUP blocks.")
     sweep_interval: Positive = Field(timedelta(seconds=5), description="Time between two sweeps for orphaned requests.")
     lease: Positive = Field(timedelta(seconds=10), description="How long a node counts as alive after a renewal.")
-    retire_after: Positive = Field(timedelta(hours=1), description="How long a dead, empty node stays listed.")
+    retire_after: Positive = Field(timedelta(hours=1), description="How long a dead, idle node stays listed.")
 
     auth: Literal["none", "jwt"] = Field("none", description="How users are authenticated; none: loopback only.")
     auth_algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = Field(
         "HS256", description="The only signature algorithm that is accepted."
     )
     auth_secret: SecretStr | None = Field(None, description="Secret of HS256, at least 32 bytes.")
-    auth_public_key: Annotated[Path | None, _EmptyIsUnset] = Field(
-        None, description="PEM file of the other algorithms."
-    )
+    auth_public_key: _OptionalPath = Field(None, description="PEM file with the public key of the other algorithms.")
     auth_jwks_url: Annotated[HttpUrl | None, _EmptyIsUnset] = Field(
         None, description="URL of a key set (JWKS); https, or http on loopback."
     )
@@ -196,11 +196,13 @@ class Settings(SettingsGroup):
         timedelta(hours=1), description="How long a key set is used after its last successful fetch."
     )
     auth_claim: str = Field("sub", min_length=1, description="Token claim that holds the user id.")
-    auth_issuer: Annotated[str | None, _EmptyIsUnset] = Field(None, description="Required iss; empty: any.")
-    auth_audience: Annotated[str | None, _EmptyIsUnset] = Field(None, description="Required aud; empty: no aud.")
-    auth_max_lifetime: Positive = Field(timedelta(days=1), description="Maximum time from iat, or now, to exp.")
+    auth_issuer: _OptionalText = Field(None, description="Required iss of tokens; empty accepts any.")
+    auth_audience: _OptionalText = Field(None, description="Required aud of tokens; empty accepts only those without.")
+    auth_max_lifetime: Positive = Field(
+        timedelta(days=1), description="Maximum time from iat, or now, to exp of a token."
+    )
     auth_leeway: Duration = Field(timedelta(seconds=5), description="Clock skew that exp and nbf tolerate.")
-    auth_warning: Positive = Field(timedelta(seconds=30), description="How long before exp a new token is asked for.")
+    auth_warning: Positive = Field(timedelta(seconds=30), description="How long before exp the client is warned.")
     allow_insecure: bool = Field(default=False, description="Listen beyond loopback without authentication.")
     origins: str = Field(
         "same", description="Origins that may open sockets, comma-separated: same (host), null (file), *, or origins."
@@ -210,7 +212,7 @@ class Settings(SettingsGroup):
     )
 
     sessions: Literal["many", "one"] = Field(
-        "many", description="Sockets of a user; with one, a new login closes the older socket (4502)."
+        "many", description="Sockets per user; one: a new login closes the older (4502)."
     )
     max_frame: int = Field(
         65536,
@@ -219,7 +221,7 @@ class Settings(SettingsGroup):
     )
     init_timeout: Positive = Field(timedelta(seconds=10), description="Time limit for INIT on a new socket.")
     idle_timeout: Positive = Field(timedelta(seconds=75), description="Silence after which a socket is closed (4001).")
-    stall_timeout: Positive = Field(timedelta(seconds=10), description="How long a client may not read before 4002.")
+    stall_timeout: Positive = Field(timedelta(seconds=10), description="Time without reading before a close with 4002.")
     handshake_timeout: Positive = Field(timedelta(seconds=10), description="Time limit of a handshake or HTTP request.")
     heartbeat: Annotated[Positive, AfterValidator(_validate_heartbeat)] = Field(
         timedelta(seconds=25), description="Heartbeat interval announced to clients."
@@ -227,7 +229,7 @@ class Settings(SettingsGroup):
     max_depth: int = Field(8, ge=4, description="Maximum nesting of a frame's JSON.")
     max_history: int = Field(200, ge=0, description="Maximum turns in the history of one message.")
     frame_rate: int = Field(
-        50, ge=0, description="Frames per second of a socket, each up to 4 KiB or 1 ms of CPU; 0 is unlimited."
+        50, ge=0, description="Frames per second of a socket (4 KiB or 1 ms of CPU each); 0: unlimited."
     )
     frame_burst: int = Field(200, ge=1, description="Frames that a socket may send at once.")
     chats_per_minute: int = Field(60, ge=0, description="Messages per minute of a user on one node; 0 is unlimited.")
@@ -238,16 +240,14 @@ class Settings(SettingsGroup):
     quota_timezone: Annotated[str, AfterValidator(validate_timezone)] = Field(
         "UTC", description="Time zone of the quota's day."
     )
-    violation_window: Positive = Field(
-        timedelta(minutes=10), description="Violations are forgotten after this time without one."
-    )
+    violation_window: Positive = Field(timedelta(minutes=10), description="Time without violations that clears them.")
     lock_after: int = Field(3, ge=0, description="Violations after which an account is locked; 0: never.")
     lock_time: Positive = Field(timedelta(hours=1), description="How long such an account is locked.")
     ban_after: int = Field(10, ge=0, description="Violations after which an account is banned; 0: never.")
 
     words: Path | None = Field(None, description="File of unwanted words, one per line.")
     words_action: Literal["refuse", "mask"] = Field("refuse", description="What happens to a text with such a word.")
-    moderation_url: HttpUrl | None = Field(None, description="OpenAI-compatible base URL that moderates, with /v1.")
+    moderation_url: HttpUrl | None = Field(None, description="OpenAI-compatible base URL of a moderation service.")
     moderation_key: SecretStr | None = Field(None, description="Its API key, sent as a bearer token.")
     moderation_model: str = Field("omni-moderation-latest", min_length=1, description="Model name sent to it.")
     moderation_timeout: Positive = Field(timedelta(seconds=3), description="Time limit of one moderation call.")
@@ -268,9 +268,7 @@ class Settings(SettingsGroup):
     context_tokens: int = Field(8192, ge=256, description="Context length of the model in tokens.")
     answer_tokens: int = Field(1024, ge=1, description="Tokens of the context that are reserved for the answer.")
     tokenizer: Path | None = Field(None, description="The model's tokenizer.json; without it tokens are estimated.")
-    history: Literal["drop", "summarise"] = Field(
-        "drop", description="What happens to the oldest turns when the context is full."
-    )
+    history: Literal["drop", "summarise"] = Field("drop", description="What happens to turns beyond the context.")
 
     drain_grace: Positive = Field(timedelta(seconds=30), description="How long running answers may finish on SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")

@@ -98,7 +98,7 @@ def _option(
     variable = group.variable(name)
     parameter = variable.removeprefix(ENV_PREFIX).lower() if full_name else name
     names = [f"--{parameter.replace('_', '-')}", parameter, *([alias] if alias else [])]
-    default = "" if field.default is None else f"; default {_show(field.default)}"
+    default = "" if field.default is None else f"; default {format_default(field.default)}"
     return click.option(*names, metavar=_metavar(field.annotation), help=f"{field.description} [{variable}{default}]")
 
 
@@ -112,7 +112,8 @@ def _metavar(annotation: object) -> str:
     return "NUMBER" if annotation in {int, float} else "TEXT"
 
 
-def _show(default: object) -> str:
+def format_default(default: object) -> str:
+    """Format a default as it is typed."""
     if isinstance(default, bool):
         return str(default).lower()
     if not isinstance(default, timedelta):

@@ -23,7 +23,7 @@ from tests.support.strict_node import NO, RUDE, RUDE_AT_SECOND_SIGHT
 from tests.support.waiting import wait_until
 
 USER, OTHER = 10001, 10002
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "ops" / "docs" / "operating.md"
 AT_ONCE = "hello [[demo first=0s pace=0s]]"
 SLOWLY = "hello [[demo first=0s pace=20ms length=100]]"
 QUOTA = 40
@@ -139,7 +139,7 @@ async def _is_free(nodes: ManyNodes) -> bool:
 
 
 async def test_the_lines_of_the_readme_for_redis_cli_do_the_same(nodes: ManyNodes) -> None:
-    [ban, route, notice] = re.findall(r"^(?:HSET|SMEMBERS|XADD) .*$", README.read_text("utf-8"), re.MULTILINE)
+    [ban, route, notice] = re.findall(r"^(?:HSET|SMEMBERS|XADD) .*$", DOCUMENT.read_text("utf-8"), re.MULTILINE)
     async with nodes["0"].peer(USER, lang="en") as here, nodes["1"].peer(USER, lang="en") as there:
         cli: Any = nodes.redis.execute_command
         cli(*ban.split())

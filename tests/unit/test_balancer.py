@@ -142,8 +142,8 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(started: list[l
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_limits_are_those_of_the_readme(program: Program) -> None:
     made = configuration(Front(program, "a:1", ["a:2"]))
-    readme = (ROOT / "README.md").read_text("utf-8")
-    table = readme.partition("| of one address |")[2].partition("\n\n")[0]
+    document = (ROOT / "ops" / "docs" / "balancers.md").read_text("utf-8")
+    table = document.partition("| of one address |")[2].partition("\n\n")[0]
     numbers = [line.split("|")[2].strip().replace(",", "") for line in table.splitlines()[2:]]
     assert numbers == ["1000", "400", "2000", "10"]
     used = "\n".join(line for line in made.splitlines() if not line.lstrip().startswith("#"))
