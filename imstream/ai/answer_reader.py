@@ -1,165 +1,170 @@
-"""Reads one answer out of the bytes of a response body, without I/O: chunks of a chat completion, or a whole one.
+"""Reads an answer from the bytes of a response body, without I/O: chat completion chunks, or one whole completion.
 
-https://platform.openai.com/docs/api-reference/chat-streaming, and what other servers make of it.
+https://platform.openai.com/docs/api-reference/chat-streaming, and the dialects of other servers.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from itertools import islice
 from typing import Any
 
 from pydantic_core import from_json
 
 from imstream.ai import failures
 from imstream.ai.error_report import ErrorReport
-from imstream.ai.fields import OTHER_FINISH, short_word, token_counts
 from imstream.ai.sse import BYTE_ORDER_MARK, EventParser, EventTooLong
 from imstream.errors import BackendError, TransientBackendError
 
 JSON_LIMIT = 1 << 20
-"""Maximum bytes of one piece of JSON: an event, or an answer that comes as one document. Where answers may be longer
-than usual it is higher, so that one document can hold them. An event carries one token, as a rule."""
+"""Maximum bytes of a JSON text: an event, or an answer in one document. It is raised with the limit of an answer. An
+event carries one token, as a rule."""
 
-BYTES_A_CHARACTER = 256
-"""Maximum bytes on the wire for each character that an answer may have. An event with one character has about 250."""
+BYTES_PER_CHARACTER = 256
+"""Maximum bytes of a response for each character of the maximum answer. An event with one character has about 250."""
+
+LARGE_JSON = 16 * 1024
+"""Bytes of JSON that take long to parse. Its strings do not go into the decoder's cache, where they would displace the
+recurring ones."""
 
 FAILED_FINISHES = frozenset({"error", "insufficient_system_resource"})
-"""Finish reasons by which OpenRouter and DeepSeek say that the model was stopped, not that it had finished."""
+"""Finish reasons of OpenRouter and DeepSeek for a model that was stopped and has not finished."""
 
-HEAVY = 16 * 1024
-"""Bytes of JSON that take longer to read than is usual. Its strings are not cached: they would take the places of those
-that come again."""
+OTHER_FINISH = "other"
+"""Replaces a finish reason that is not a short word."""
+
+MAX_TOKEN_COUNT = 2**53
+"""Maximum token count in a usage: JavaScript's JSON represents no larger integers exactly."""
+
+_WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+
+_MAX_COUNTS = 16
+"""Maximum counts kept of a usage. OpenAI sends 3, others up to 8."""
+
+_MAX_USAGE_FIELDS = 4 * _MAX_COUNTS
+"""Maximum fields of a usage that are read."""
+
+_USAGE_DETAILS = (
+    ("prompt_tokens_details", "cached_tokens"),
+    ("completion_tokens_details", "reasoning_tokens"),
+)
 
 
 class AnswerReader:
-    """Fed with a response body as it comes, gives the text as it comes.
+    """Is fed with a response body as it arrives, and returns the text.
 
     Attributes:
-        finish_reason: Why the model stopped, once it has said so.
-        usage: Tokens used, once the backend has told.
-        done: `[DONE]` has come: nothing follows that matters.
-        cut: Whether the answer was longer than the limit, and ends there.
-        heavy: Whether an event that has not ended, or a document, is large: what ends it takes long to read.
-        moved: Whether the last `feed` carried a sign of the model at work: text, hidden reasoning, an end. A comment
-            or a bare role is none, servers send those while the request waits for its turn.
+        finish_reason: Why the model stopped, once received.
+        usage: Tokens used, once received.
+        done: `[DONE]` was received, or the answer is truncated: the rest is ignored.
+        truncated: The answer was longer than the limit and ends there.
+        large: An incomplete event or document is large: the read that completes it takes long to parse.
+        progressed: The last `feed` contained a sign of progress of the model: text, hidden reasoning, a finish reason.
+            Comments and a bare role do not count; servers send them while a request is queued.
     """
 
     def __init__(self, *, limit: int, secrets: tuple[str, ...] = ()) -> None:
-        """Begin one answer.
-
-        Args:
-            limit: Maximum characters of the answer.
-            secrets: What no error may show, even when the backend repeats it.
-        """
+        """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does."""
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
         self.done = False
-        self.cut = False
-        self.heavy = False
-        self.moved = False
-        self._left = limit
+        self.truncated = False
+        self.large = False
+        self.progressed = False
+        self._remaining = limit
         self._secrets = secrets
         self._json_limit = max(JSON_LIMIT, 4 * limit)
-        self._still = 0
-        """Bytes since the model was last seen at work."""
+        self._idle_bytes = 0
+        """Bytes since the last sign of progress."""
         self._events = EventParser(limit=self._json_limit)
         self._document: bytearray | None = None
         self._begun = False
         self._surrogates: _SurrogateJoiner | None = None
 
     @property
-    def whole(self) -> bool:
-        """Whether all text has come. Usage may follow."""
+    def complete(self) -> bool:
+        """Whether all text was received. Usage may follow."""
         return self.done or self.finish_reason is not None
 
     def feed(self, data: bytes) -> str:
-        """Take what the network gave; return the text in it, of all its events in one piece.
+        """Read a part of the body; return the text of all its events.
 
         Raises:
-            TransientBackendError: `bad_stream`, or an error that the backend reports and that may pass.
-            PermanentBackendError: An error that the backend reports and that will not.
+            TransientBackendError: `bad_stream`, or a temporary error that the backend reports.
+            PermanentBackendError: A permanent error that the backend reports.
         """
-        self.moved = False
+        self.progressed = False
         size = len(data)
-        if not self._begun and not (data := self._begin(data)):
-            self._count_still(size)
-            return ""
+        if not self._begun:
+            data = data.removeprefix(BYTE_ORDER_MARK).lstrip()
+            if not data:
+                self._count_idle(size)
+                return ""
+            self._begun = True
+            # Content types are not reliable: JSON errors are sent as event streams.
+            if data.startswith((b"{", b"[", b"<")):
+                self._document = bytearray()
         if self._document is not None:
-            self._collect(data)
+            self._document += data
+            self.large = len(self._document) > LARGE_JSON
+            if len(self._document) > self._json_limit:
+                raise TransientBackendError("bad_stream", f"a document of more than {self._json_limit} bytes")
             return ""
         try:
             text = self._read_events(self._events.feed(data))
         except EventTooLong as error:
             raise TransientBackendError("bad_stream", str(error)) from None
-        if not self.moved:
-            self._count_still(size)
-        elif self._still:
-            self._still = 0
-            self.heavy = False
-        return self._taken(text) if text else text
+        if not self.progressed:
+            self._count_idle(size)
+        elif self._idle_bytes:
+            self._idle_bytes = 0
+            self.large = False
+        return self._bounded(text) if text else text
 
     def end(self) -> str:
-        """The body has ended: return the text that was held back.
+        """The body has ended: return the rest of the text.
 
         Raises:
-            TransientBackendError: `broken_stream` when the answer is not whole; else as `feed`.
+            TransientBackendError: `broken_stream` if the answer is incomplete; else as `feed`.
             PermanentBackendError: As `feed`.
         """
         if self._document is not None:
-            return self._taken(self._read_document(bytes(self._document)))
+            return self._bounded(self._read_document(bytes(self._document)))
         try:
             text = self._read_events(self._events.close())
         except BackendError as error:
             if error.reason != "bad_stream":
                 raise
-            text = ""  # the end cut the last event in two
-        if not self.whole:
+            text = ""  # the last event is incomplete
+        if not self.complete:
             raise TransientBackendError("broken_stream", "the answer ended without [DONE] and without a finish reason")
-        return self._taken(text)
+        return self._bounded(text)
 
-    def _taken(self, text: str) -> str:
-        """What is taken of a piece of text: all of it, or as much as the answer may still have.
-
-        Characters that no client could send back as `history` are replaced: NUL, and halves of surrogate pairs.
-        """
+    def _bounded(self, text: str) -> str:
+        """Truncate the answer at its limit, and replace what `history` does not allow: NUL and single surrogates."""
         if self._surrogates is not None:
             text = self._surrogates.join(text)
         if "\0" in text:
             text = text.replace("\0", "\ufffd")
-        self._left -= len(text)
-        if self._left < 0:
-            text = text[: self._left]
-            self._left = 0
+        self._remaining -= len(text)
+        if self._remaining < 0:
+            text = text[: self._remaining]
+            self._remaining = 0
             self.finish_reason = "length"
-            self.cut = self.done = True
+            self.truncated = self.done = True
         return text
 
-    def _count_still(self, size: int) -> None:
-        """Count what comes while the model does nothing: comments, empty events, blanks."""
-        self._still += size
-        held = self._events.held
-        self.heavy = held > HEAVY
-        if self._still - held <= self._json_limit:
+    def _count_idle(self, size: int) -> None:
+        """Bound the bytes without progress: comments, empty events, blanks."""
+        self._idle_bytes += size
+        buffered = self._events.buffered
+        self.large = buffered > LARGE_JSON
+        if self._idle_bytes - buffered <= self._json_limit:
             return
-        if not self.whole:
-            raise TransientBackendError("bad_stream", f"{self._still} bytes without a sign of the model at work")
+        if not self.complete:
+            raise TransientBackendError("bad_stream", f"{self._idle_bytes} bytes without a sign of the model at work")
         self.done = True
-
-    def _begin(self, data: bytes) -> bytes:
-        """Tell by its first character what comes. Content types lie: JSON errors come labelled as event streams."""
-        data = data.removeprefix(BYTE_ORDER_MARK).lstrip()
-        if data:
-            self._begun = True
-            if data[:1] in (b"{", b"[", b"<"):
-                self._document = bytearray()
-        return data
-
-    def _collect(self, data: bytes) -> None:
-        assert self._document is not None  # noqa: S101 - only called with one
-        self._document += data
-        self.heavy = len(self._document) > HEAVY
-        if len(self._document) > self._json_limit:
-            raise TransientBackendError("bad_stream", f"a document of more than {self._json_limit} bytes")
 
     def _read_events(self, events: list[bytes]) -> str:
         texts = []
@@ -167,43 +172,52 @@ class AnswerReader:
             if event == b"[DONE]":
                 self.done = True
                 break
-            try:
-                chunk = from_json(event) if len(event) < HEAVY else from_json(event, cache_strings=False)
-            except ValueError as error:
-                chunk = self._decode_again(event, str(error))
-            choice = self._read_envelope(chunk)
+            choice = self._read_envelope(self._decode(event))
             if choice is not None and (text := self._read_delta(choice)):
                 texts.append(text)
         if not texts:
             return ""
-        self.moved = True
+        self.progressed = True
         return texts[0] if len(texts) == 1 else "".join(texts)
 
     def _read_document(self, body: bytes) -> str:
         if body.startswith(b"<"):
             report = ErrorReport.from_body(body)
             raise TransientBackendError("bad_stream", f"a page instead of an answer: {report.summary(self._secrets)}")
-        try:
-            completion = from_json(body, cache_strings=False)
-        except ValueError as error:
-            completion = self._decode_again(body, str(error))
-        choice = self._read_envelope(completion)
+        choice = self._read_envelope(self._decode(body))
         if choice is None:
-            raise TransientBackendError("bad_stream", "JSON that holds no answer")
+            raise TransientBackendError("bad_stream", "JSON without an answer")
         text = _text_of(_object(choice.get("message")).get("content"))
         if choice.get("finish_reason"):
             self._read_finish(choice)
         self.done = True
         return text
 
+    def _decode(self, text: bytes) -> Any:  # noqa: ANN401 - JSON
+        try:
+            return from_json(text) if len(text) < LARGE_JSON else from_json(text, cache_strings=False)
+        except ValueError as error:
+            problem = str(error)
+        # Servers in JavaScript split text into UTF-16 units, and JSON allows single surrogates (RFC 8259, 8.2). Only
+        # the standard library accepts them; they are joined later.
+        if b"\\u" in text:
+            try:
+                value = json.loads(text.decode())
+            except (ValueError, RecursionError):
+                pass
+            else:
+                self._surrogates = self._surrogates or _SurrogateJoiner()
+                return value
+        raise TransientBackendError("bad_stream", f"an event that is not JSON: {problem}")
+
     def _read_envelope(self, value: Any) -> dict[str, Any] | None:  # noqa: ANN401 - JSON
-        """Read what a chunk and a whole completion share; return the choice in it, if any."""
+        """Read the fields that chunks and whole completions share; return the first choice, if any."""
         if not isinstance(value, dict):
-            value = _object(value[0] if isinstance(value, list) and value else value)  # Gemini lists its errors
+            value = _object(value[0] if isinstance(value, list) and value else value)  # Gemini sends errors in a list
         if value.get("error") or value.get("object") == "error":
             raise failures.from_report(ErrorReport.from_value(value), secrets=self._secrets)
         if usage := value.get("usage"):
-            self.usage = token_counts(_object(usage)) or self.usage
+            self.usage = _token_counts(_object(usage)) or self.usage
         choices = value.get("choices")
         if not choices:
             return None
@@ -219,57 +233,41 @@ class AnswerReader:
         content = delta.get("content") if isinstance(delta, dict) else _object(delta)
         if content:
             return content if isinstance(content, str) else _text_of(content)
-        # Hidden reasoning and whatever else is not shown: the model is at work.
-        self.moved = self.moved or any(value for name, value in delta.items() if name != "role")
+        # Hidden reasoning and other fields that are not shown are signs of progress.
+        self.progressed = self.progressed or any(value for name, value in delta.items() if name != "role")
         return ""
 
     def _read_finish(self, choice: dict[str, Any]) -> None:
         reason = choice["finish_reason"]
         if not isinstance(reason, str):
-            raise TransientBackendError("bad_stream", "a finish reason that is no text")
+            raise TransientBackendError("bad_stream", "a finish reason that is not text")
         if reason in FAILED_FINISHES:
             raise TransientBackendError("backend_error", f"finish reason {reason}")
-        self.finish_reason = short_word(reason) or OTHER_FINISH
-        self.moved = True
-
-    def _decode_again(self, event: bytes, problem: str) -> Any:  # noqa: ANN401 - JSON
-        """Decode what the fast decoder refuses, if it is only half a surrogate pair.
-
-        Servers in JavaScript send such halves when they cut text by UTF-16 units, and JSON allows it (RFC 8259, 8.2).
-        The standard library takes them; they are joined later.
-        """
-        if b"\\u" in event:
-            try:
-                value = json.loads(event.decode())
-            except (ValueError, RecursionError):
-                pass
-            else:
-                self._surrogates = self._surrogates or _SurrogateJoiner()
-                return value
-        raise TransientBackendError("bad_stream", f"an event that is no JSON: {problem}")
+        self.finish_reason = reason if _WORD.fullmatch(reason) else OTHER_FINISH
+        self.progressed = True
 
 
 class _SurrogateJoiner:
-    """Puts characters together whose two UTF-16 halves came in different events. A half without the other becomes �."""
+    """Joins surrogate pairs that are split over two events. A single surrogate becomes �."""
 
     def __init__(self) -> None:
-        self._half = ""
+        self._high = ""
 
     def join(self, text: str) -> str:
-        text, self._half = self._half + text, ""
+        text, self._high = self._high + text, ""
         if text and "\ud800" <= text[-1] <= "\udbff":
-            text, self._half = text[:-1], text[-1]
+            text, self._high = text[:-1], text[-1]
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _object(value: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
     if isinstance(value, dict):
         return value
-    raise TransientBackendError("bad_stream", "an event of another shape than a chat completion's")
+    raise TransientBackendError("bad_stream", "JSON of another shape than a chat completion's")
 
 
 def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
-    """The text of `content`: a string, null, or a list of parts of which only the text is shown."""
+    """The text of `content`: a string, null, or a list of parts, of which only the texts are shown."""
     if isinstance(content, str):
         return content
     if content is None:
@@ -277,4 +275,21 @@ def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
     if isinstance(content, list):
         texts = [part.get("text") for part in map(_object, content) if part.get("type") == "text"]
         return "".join(text for text in texts if isinstance(text, str))
-    raise TransientBackendError("bad_stream", "content that is no text")
+    raise TransientBackendError("bad_stream", "content that is not text")
+
+
+def _token_counts(usage: dict[str, Any]) -> dict[str, int]:
+    """The token counts of a usage, with the cached and the reasoning tokens out of its details."""
+    counts = dict[str, int]()
+    for name, value in islice(usage.items(), _MAX_USAGE_FIELDS):
+        if _is_count(value) and len(counts) < _MAX_COUNTS and _WORD.fullmatch(name):
+            counts[name] = value
+    for group, name in _USAGE_DETAILS:
+        details = usage.get(group)
+        if isinstance(details, dict) and _is_count(value := details.get(name)):
+            counts[name] = value
+    return counts
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TOKEN_COUNT

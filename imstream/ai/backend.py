@@ -1,6 +1,6 @@
-"""The AI backend as the worker sees it, and the client of any OpenAI-compatible server.
+"""The interface of an AI backend, and the client of servers that are compatible with OpenAI.
 
-One call of `answer` is one HTTP request. Nothing is tried again here: the worker has the only retry loop.
+One call of `answer` is one HTTP request. It is not retried here: only the worker retries.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ from aiohttp.abc import AbstractStreamWriter
 from pydantic_core import PydanticSerializationError, to_json
 
 from imstream.ai import failures
-from imstream.ai.answer_reader import BYTES_A_CHARACTER, JSON_LIMIT, AnswerReader
-from imstream.ai.bounded_http import ENCODED, is_encoded
+from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
+from imstream.ai.bounded_http import ENCODED, BodyBroken, is_encoded, stream_body
 from imstream.ai.endpoint import Endpoint, EndpointClient, read_error, read_until
-from imstream.ai.stream_body import BodyBroken, stream_body
 from imstream.ai.time_limits import TimeLimits
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 
 AFTER_FINISH = timedelta(seconds=2)
-"""How long usage, `[DONE]` and the end of the body are waited for when the text is complete."""
+"""Time limit for usage, `[DONE]` and the end of the body, after all text was received."""
 
 AFTER_DONE = timedelta(milliseconds=100)
-"""How long the end of the body is waited for after `[DONE]`, so that the connection can be used again."""
+"""Time limit for the end of the body after `[DONE]`. Only then can the connection be reused."""
 
-PIECE = 16 * 1024
-"""Maximum bytes of an answer that are parsed, and characters that are handed on, in one turn of the event loop."""
+CHUNK = 16 * 1024
+"""Maximum bytes of an answer that are parsed, and characters that are passed on, in one turn of the event loop."""
 
-LONG = 0.005
-"""Seconds of one turn of the event loop that others notice."""
+MAX_BLOCKING = 0.005
+"""Seconds after which large reads leave the event loop to others for as long as they have used it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptMessage:
-    """One message of a prompt."""
+    """A message of a prompt."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -49,12 +48,12 @@ class PromptMessage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """How a whole answer ended.
+    """The end of a complete answer.
 
     Attributes:
-        finish_reason: `stop`, `length` or what else the backend said; `stop` when it said only `[DONE]`.
-        usage: Tokens used, when the backend told: `prompt_tokens`, `completion_tokens`, `total_tokens` and others of
-            its own, with `reasoning_tokens` and `cached_tokens` taken out of their details.
+        finish_reason: `stop`, `length` or another word of the backend; `stop` if it sent only `[DONE]`.
+        usage: Token counts, if the backend sent any: `prompt_tokens`, `completion_tokens`, `total_tokens` and others,
+            also `reasoning_tokens` and `cached_tokens` out of their details.
     """
 
     finish_reason: str
@@ -62,47 +61,53 @@ class Completion:
 
 
 class Backend(Protocol):
-    """Whoever can answer a prompt."""
+    """Answers prompts."""
 
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
-        """Have a prompt answered; return when the answer is whole.
+        """Send a prompt; return when the answer is complete.
 
-        `on_text` gets the text in order, one piece per network read that held any (or several, when it held much), and
-        never an empty one. A text that is longer than `max_answer` ends there, with the finish reason `length`.
-        Cancelling closes the connection to the backend at once.
+        `on_text` receives the text in order, never empty: one part for each network read that contains text, or several
+        for a large read. A text longer than `max_answer` is truncated, with the finish reason `length`. Cancelling
+        closes the connection to the backend at once.
 
         Raises:
-            TransientBackendError: There is no whole answer, but trying again may give one.
-            PermanentBackendError: The backend refuses this request, and will again.
+            TransientBackendError: The answer is incomplete; a retry may succeed.
+            PermanentBackendError: The backend rejects this request, and would reject it again.
         """
         ...
 
 
 class OpenAIBackend(EndpointClient):
-    """A server that speaks `POST {ai_url}/chat/completions`. Use it as an async context manager.
+    """Client of a server that implements `POST {ai_url}/chat/completions`. Use it as an async context manager.
 
-    End every `answer` before leaving the context: the connections close with it.
+    End every `answer` before leaving the context, which closes the connections.
     """
 
     _accept = "text/event-stream, application/json"
 
     def __init__(self, settings: Settings) -> None:
-        limit = settings.max_answer * BYTES_A_CHARACTER + 2 * JSON_LIMIT
+        limit = settings.max_answer * BYTES_PER_CHARACTER + 2 * JSON_LIMIT
         super().__init__(Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions"), limit=limit)
         self._settings = settings
-        self._asks_for_usage = True
-        self._turns = _Turns()
+        self._request_usage = True
+        self._turn = _Turn()
 
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
-        with_usage = self._asks_for_usage
+        with_usage = self._request_usage
         body = self._encode(messages, with_usage=with_usage)
         total = self._settings.ai_total_timeout
         async with TimeLimits(total=total) as limits, await self._send(body, limits) as response:
             if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                 return await self._receive(response, limits, on_text)
             limits.stop()
-            raise await self._refusal(response, with_usage=with_usage)
+            error_body = await read_error(response)
+            if with_usage and response.status in failures.BLAMES_REQUEST and b"stream_options" in error_body:
+                self._request_usage = False  # the server does not support the option: answers without usage
+                raise TransientBackendError(
+                    "stream_options_refused", "from now on usage is not requested", retry_after=timedelta(0)
+                )
+            raise self._endpoint.refusal(response, error_body)
 
     def _encode(self, messages: Sequence[PromptMessage], *, with_usage: bool) -> bytes:
         body: dict[str, object] = {
@@ -118,14 +123,14 @@ class OpenAIBackend(EndpointClient):
             raise PermanentBackendError("bad_prompt", "the prompt is not valid Unicode") from None
 
     async def _send(self, body: bytes, limits: TimeLimits) -> aiohttp.ClientResponse:
-        """Send the request; return when the head of the response is there."""
+        """Send the request; return when the head of the response is received."""
         first_token = self._settings.ai_first_token_timeout
         limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
-        request = _Request(body, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
+        payload = _Payload(body, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
         try:
-            return await self._session.post(self._endpoint.url, data=request, allow_redirects=False)
+            return await self._session.post(self._endpoint.url, data=payload, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:
-            # Not "from error": aiohttp's exceptions carry the request with its headers, and so the key.
+            # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
             raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
 
     async def _receive(
@@ -134,60 +139,49 @@ class OpenAIBackend(EndpointClient):
         if is_encoded(response):
             raise TransientBackendError("bad_stream", ENCODED)
         reader = AnswerReader(limit=self._settings.max_answer, secrets=self._endpoint.secrets)
-        intake = _Intake(reader, limits, on_text, idle=self._settings.ai_idle_timeout, turns=self._turns)
+        intake = _Intake(reader, limits, on_text, idle_timeout=self._settings.ai_idle_timeout, turn=self._turn)
         try:
-            while not reader.whole:
-                await stream_body(response, intake.take)
-                await intake.catch_up()
+            while not reader.complete:
+                await stream_body(response, intake.feed)
+                await intake.feed_deferred()
         except BodyBroken as broken:
             raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
         limits.stop()
-        if not reader.cut:
+        if not reader.truncated:
             await self._receive_rest(response.content, reader, intake)
         return Completion(reader.finish_reason or "stop", reader.usage)
 
     async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: _Intake) -> None:
-        """Read what may follow a finish reason. The answer is whole: that nothing follows, or an end, is no error."""
+        """Read what may follow a finish reason. A timeout or a lost connection is no error: the answer is complete."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + AFTER_FINISH.total_seconds()
-        while not reader.done and loop.time() < until and (data := await read_until(content, until)):
-            intake.take(data)
-            await intake.catch_up()
+        deadline = loop.time() + AFTER_FINISH.total_seconds()
+        while not reader.done and loop.time() < deadline and (data := await read_until(content, deadline)):
+            intake.feed(data)
+            await intake.feed_deferred()
         if reader.done and not content.at_eof():
             await read_until(content, loop.time() + AFTER_DONE.total_seconds())
 
-    async def _refusal(self, response: aiohttp.ClientResponse, *, with_usage: bool) -> BackendError:
-        """The error for a response that is no success."""
-        body = await read_error(response)
-        if with_usage and response.status in failures.BLAMES_REQUEST and b"stream_options" in body:
-            # A server that does not know the option. Without it there is no usage, but there is an answer.
-            self._asks_for_usage = False
-            return TransientBackendError(
-                "stream_options_refused", "from now on usage is not asked for", retry_after=timedelta(0)
-            )
-        return self._endpoint.refusal(response, body)
 
-
-class _Turns(asyncio.Lock):
-    """Held by the answer that takes what costs much."""
+class _Turn(asyncio.Lock):
+    """Held by the answer that parses a large read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._spent = 0.0
+        self._used = 0.0
 
-    async def rest(self, spent: float) -> None:
-        """Leave the event loop to others for as long as they were held up, when that has become long (seconds)."""
-        self._spent += spent
-        if self._spent > LONG:
-            spent, self._spent = self._spent, 0.0
-            await asyncio.sleep(spent)
+    async def rest(self, used: float) -> None:
+        """Leave the event loop to others for as long as it was used (seconds), once that is long enough."""
+        self._used += used
+        if self._used > MAX_BLOCKING:
+            used, self._used = self._used, 0.0
+            await asyncio.sleep(used)
 
 
 class _Intake:
-    """Takes the pieces of one answer as they come.
+    """Feeds the reads of one answer to its reader, and passes the text on.
 
-    What costs more than usual, a large piece or the end of a large event, is put aside, and taken by `catch_up` in
-    small pieces. All answers that share `turns` take one at a time, and leave the event loop to others now and then.
+    Expensive reads (large ones, and the ends of large events) are deferred, and fed by `feed_deferred` in chunks. The
+    answers that share `turn` do so one at a time, and leave the event loop to others in between.
     """
 
     def __init__(
@@ -196,66 +190,66 @@ class _Intake:
         limits: TimeLimits,
         on_text: Callable[[str], None],
         *,
-        idle: timedelta,
-        turns: _Turns,
+        idle_timeout: timedelta,
+        turn: _Turn,
     ) -> None:
         self._reader = reader
         self._limits = limits
         self._on_text = on_text
-        self._idle = idle
-        self._turns = turns
+        self._idle_timeout = idle_timeout
+        self._turn = turn
         self._begun = False
-        self._aside: bytes | None = None
+        self._deferred: bytes | None = None
         self._text = ""
 
-    def take(self, data: bytes, *, now: bool = False) -> bool:
-        """Take a piece, or `b""` at the end of the body; whether there may be more of them before `catch_up`.
+    def feed(self, data: bytes, *, defer: bool = True) -> bool:
+        """Feed a read, or `b""` at the end of the body; return whether it takes another before `feed_deferred`.
 
-        With `now` nothing is put aside. Raises as `AnswerReader` does.
+        Raises as `AnswerReader` does.
         """
         reader = self._reader
-        if (len(data) > PIECE or (reader.heavy and (b"\n" in data or not data))) and not now:
-            self._aside = data
+        if defer and (len(data) > CHUNK or (reader.large and (b"\n" in data or not data))):
+            self._deferred = data
             return False
         text = reader.feed(data) if data else reader.end()
         if text:
-            if len(text) <= PIECE:
+            if len(text) <= CHUNK:
                 self._on_text(text)
             else:
                 self._text = text
-        if reader.moved:
+        if reader.progressed:
             if self._begun:
                 self._limits.renew()
             else:
                 self._begun = True
-                self._limits.expect("idle_timeout", within=self._idle)
-        return not (reader.whole or self._text)
+                self._limits.expect("idle_timeout", within=self._idle_timeout)
+        return not (reader.complete or self._text)
 
-    async def catch_up(self) -> None:
-        """Take what was put aside. Raises as `AnswerReader` does."""
-        data, self._aside = self._aside, None
+    async def feed_deferred(self) -> None:
+        """Feed a deferred read. Raises as `AnswerReader` does."""
+        data, self._deferred = self._deferred, None
         if data is None:
-            return await self._hand_on_text()
-        for begin in range(0, len(data) or 1, PIECE):
+            await self._pass_on_text()
+            return
+        for begin in range(0, len(data) or 1, CHUNK):
             if self._reader.done:
                 break
-            async with self._turns:
-                began = perf_counter()  # not the loop's clock: uvloop's stands still within a turn
-                self.take(data[begin : begin + PIECE], now=True)
-                await self._turns.rest(perf_counter() - began)
-                await self._hand_on_text()
-        return None
+            async with self._turn:
+                start = perf_counter()  # uvloop's clock does not advance within a turn
+                self.feed(data[begin : begin + CHUNK], defer=False)
+                await self._turn.rest(perf_counter() - start)
+                await self._pass_on_text()
 
-    async def _hand_on_text(self) -> None:
+    async def _pass_on_text(self) -> None:
         text, self._text = self._text, ""
-        for begin in range(0, len(text), PIECE):
+        for begin in range(0, len(text), CHUNK):
             if begin:
                 await asyncio.sleep(0)
-            self._on_text(text[begin : begin + PIECE])
+            self._on_text(text[begin : begin + CHUNK])
 
 
-class _Request(aiohttp.BytesPayload):
-    """The body of a request. Tells when it is sent, which is when there is a connection, new or used before."""
+class _Payload(aiohttp.BytesPayload):
+    """The body of a request. Calls `on_send` when a connection, new or reused, starts to send it."""
 
     def __init__(self, body: bytes, *, on_send: Callable[[], None]) -> None:
         super().__init__(body, content_type="application/json")

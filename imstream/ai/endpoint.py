@@ -1,4 +1,4 @@
-"""Where a server that speaks OpenAI's protocol is called: address, key, connections, and how its refusals are read."""
+"""An endpoint of a server that is compatible with OpenAI: its URL, key, connections and error responses."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ from imstream.settings import ENV_PREFIX
 from imstream.urls import SecretUrl
 
 KEEP_ALIVE = timedelta(seconds=4)
-"""How long an unused connection is kept. Servers close theirs after 5 s (uvicorn, Node) or later; whoever closes second
-may send a request into a connection that has just gone."""
+"""How long an unused connection is kept open. Servers close theirs after 5 s (uvicorn, Node) or later; a client that
+keeps it longer may send a request on a connection that was just closed."""
 
 ERROR_BODY_LIMIT = 8192
-"""Most bytes read of what comes with an error status."""
+"""Maximum bytes read of the body of an error response."""
 
 ERROR_BODY_WAIT = timedelta(seconds=2)
-"""How long these bytes are waited for. The status is known by then; the body only explains it."""
+"""Time limit for that body. The status is known by then; the body only explains it."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)  # each of its fields may hold a secret
+@dataclass(frozen=True, slots=True, repr=False)  # all fields may contain a secret
 class Endpoint:
-    """One thing that a server is called for.
+    """The URL of one API call.
 
     Attributes:
-        url: Where to send it.
-        authorization: The header that authorizes it; empty: the address does, or nothing.
-        secrets: What no text may show, even when the server repeats it.
+        authorization: The Authorization header; empty if there are credentials in the URL, or none.
+        secrets: Texts that no error may show, even if the server repeats them.
     """
 
     url: URL
@@ -47,18 +46,14 @@ class Endpoint:
 
     @classmethod
     def of(cls, name: str, base: SecretUrl | None, key: SecretStr | None, *, path: str) -> Self:
-        """The endpoint of a base URL.
-
-        Args:
-            name: How the two settings begin, such as `AI`.
-            base: The base URL, ending in `/v1`.
-            key: The key that calls show.
-            path: What is called, such as `chat/completions`.
+        """The endpoint at `path` below a base URL that ends in `/v1`; `name` is the prefix of the settings, as `AI`.
 
         Raises:
-            SettingsError: The base is no URL with a host, or the key cannot stand in a header.
+            SettingsError: The base is not a URL with a host, or the key is not allowed in a header.
         """
-        plain = _plain_key(name, key)
+        plain = key.get_secret_value().strip() if key is not None else ""
+        if not (plain.isascii() and plain.isprintable()):
+            raise SettingsError(f"{ENV_PREFIX}{name}_KEY=(hidden) is not allowed: must be printable ASCII")
         try:
             url = URL(base.get_secret_value() if base is not None else "")
         except ValueError:
@@ -67,9 +62,9 @@ class Endpoint:
             raise SettingsError(
                 f"{ENV_PREFIX}{name}_URL={str(base or '')!r} is not allowed: must be a URL with a host, ending in /v1"
             )
-        if plain:  # two ways to authorize would contradict each other
+        if plain:  # the key takes precedence over credentials in the URL
             url = url.with_user(None)
-        # Also as the server sees them: some repeat the header that they refuse.
+        # Also encoded: some servers repeat the header that they reject.
         password = url.password or ""
         basic = b64encode(f"{url.user or ''}:{password}".encode()).decode() if password else ""
         return cls(
@@ -78,44 +73,37 @@ class Endpoint:
             tuple(secret for secret in (plain, password, basic) if secret),
         )
 
-    def session(self, *, accept: str, limit: int) -> aiohttp.ClientSession:
-        """Connections to it. Their number has no limit: who waited for one would be told that it cannot be reached.
-
-        Args:
-            accept: Content types that are asked for.
-            limit: Maximum bytes of the body of a response.
-        """
-        headers = {
-            "Accept": accept,
-            "Accept-Encoding": "identity",  # compressed, a token would wait for others to fill a block
-            "User-Agent": f"imstream/{__version__}",
-        }
-        if self.authorization:
-            headers["Authorization"] = self.authorization
-        # All time limits are the caller's. aiohttp's own would set a timer at each read.
-        return bounded_session(headers=headers, limit=limit, keep_alive=KEEP_ALIVE)
-
     def refusal(self, response: aiohttp.ClientResponse, body: bytes) -> BackendError:
-        """The error for a response that is no success, and the beginning of its body."""
+        """The error for an error response and the beginning of its body."""
         return failures.from_response(
             response.status, response.headers, body, now=datetime.now(UTC), secrets=self.secrets
         )
 
 
 class EndpointClient:
-    """Whoever calls one endpoint, as an async context manager: inside it there are connections, which close with it."""
+    """Base of clients of one endpoint: an async context manager that opens and closes the connections.
+
+    Their number is not limited: a call that waits for a free one would be reported as a connect timeout.
+    """
 
     _accept: ClassVar[str]
-    """What answers are asked for, as content types."""
+    """Content types of the responses."""
 
     def __init__(self, endpoint: Endpoint, *, limit: int) -> None:
         """`limit`: maximum bytes of the body of a response."""
         self._endpoint = endpoint
-        self._body_limit = limit
+        self._limit = limit
         self._open_session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._open_session = self._endpoint.session(accept=self._accept, limit=self._body_limit)
+        headers = {
+            "Accept": self._accept,
+            "Accept-Encoding": "identity",  # compression would delay tokens until a block is full
+            "User-Agent": f"imstream/{__version__}",
+        }
+        if self._endpoint.authorization:
+            headers["Authorization"] = self._endpoint.authorization
+        self._open_session = bounded_session(headers=headers, limit=self._limit, keep_alive=KEEP_ALIVE)
         return self
 
     async def __aexit__(
@@ -131,27 +119,20 @@ class EndpointClient:
 
 
 async def read_error(response: aiohttp.ClientResponse) -> bytes:
-    """The beginning of the body of a response that is no success, as far as it comes in time and can be read."""
+    """The beginning of the body of an error response, as far as it arrives in time and is not encoded."""
     body = b""
     if is_encoded(response):
         return body
-    until = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
-    while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response.content, until)):
+    deadline = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
+    while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response.content, deadline)):
         body += data
     return body[:ERROR_BODY_LIMIT]
 
 
 async def read_until(content: aiohttp.StreamReader, deadline: float) -> bytes:
-    """Read whatever comes before the deadline, on the loop's clock; nothing when the stream ends or breaks first."""
+    """Read what arrives before the deadline (loop time); empty if the stream ends or breaks first."""
     try:
         async with asyncio.timeout_at(deadline):
             return await content.readany()
     except (TimeoutError, aiohttp.ClientError, OSError):
         return b""
-
-
-def _plain_key(name: str, key: SecretStr | None) -> str:
-    plain = key.get_secret_value().strip() if key is not None else ""
-    if not (plain.isascii() and plain.isprintable()):
-        raise SettingsError(f"{ENV_PREFIX}{name}_KEY=(hidden) is not allowed: must be printable ASCII")
-    return plain

@@ -1,6 +1,6 @@
-"""What a backend says is wrong, read from whatever form it says it in: JSON of several makers, HTML, or plain text.
+"""Extracts the error from a response body in any format: the JSON of several vendors, HTML, or plain text.
 
-Only the fields that name the error are taken. The rest of such a body may repeat the prompt, which no log may show.
+Only the fields that name the error are read. The rest of a body may contain the prompt, which must not be logged.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from typing import Any, Self, TypeGuard
 from pydantic_core import from_json
 
 DETAIL_LENGTH = 200
-"""Maximum characters of a backend's own words in the detail of an error."""
+"""Maximum characters of a backend's message in the detail of an error."""
 
 TEXT_LIMIT = 8192
-"""Maximum bytes of an error body, and characters of one text in it, that are looked at."""
+"""Maximum bytes of an error body, and characters of a text in it, that are read."""
 
 WORD_LIMIT = 64
-"""Maximum characters of a code, a type or a part of a path; a longer one is none."""
+"""Maximum characters of a code, a type or a part of a path. Longer ones are ignored."""
 
-_MOST_FIELDS = 8
-"""Maximum wrong fields, and parts of the path of one, that are told."""
+_MAX_FIELDS = 8
+"""Maximum wrong fields, and parts of the path of one, in a detail."""
 
-_LARGEST_INDEX = 10**9
+_MAX_INDEX = 10**9
 
-_TELLING = 4
-"""Characters of a secret that tell something of it."""
+_MIN_SECRET_PREFIX = 4
+"""Characters of a truncated secret that are hidden, too."""
 
 _ERROR_STATUSES = range(400, 600)
 
-# Each of these takes time that is linear in the text: what may be repeated has a bound, or is taken to its end.
+# All of these run in linear time: repetitions are bounded, or match to the end.
 _TITLE = re.compile(r"<title[^<>]{0,256}>", re.IGNORECASE)
 _TITLE_END = re.compile(r"</title", re.IGNORECASE)
 _HIDDEN = re.compile(r"<(script|style|head)\b.*?(</\1\s*>|\Z)|<!--.*?(-->|\Z)", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"<[^>]*(>|\Z)")
 _LONG_ENTITY = re.compile(r"&#[0-9]{9,}")
-"""Python refuses to read a number with thousands of digits. None with nine is a character."""
+"""No character has nine digits, and Python refuses to parse numbers of thousands of digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """What a backend says is wrong.
+    """An error as the backend reports it.
 
     Attributes:
-        words: Its code and type, lower case, the more telling first.
-        message: Its sentence for people, not shortened; empty when it has none.
-        status: An HTTP status that it names inside an answer whose own status was a success.
+        words: Its code and type in lower case, the more specific one first.
+        message: Its message for people, not shortened; may be empty.
+        status: The HTTP status in an error object, which may be part of a successful response.
     """
 
     words: tuple[str, ...] = ()
@@ -56,18 +56,18 @@ class ErrorReport:
 
     @classmethod
     def from_body(cls, body: bytes) -> Self:
-        """Read the beginning of an error body. Never fails: what is not understood becomes plain text, or nothing."""
+        """Read the beginning of an error body. Never fails: anything unknown is read as plain text."""
         text = body[:TEXT_LIMIT].decode("utf-8", "replace").strip()
         if text.startswith(("{", "[")):
             try:
                 return cls.from_value(from_json(text, allow_partial="trailing-strings"))
             except ValueError:
-                return cls(message="the body looks like JSON and is none")
+                return cls(message="the body looks like JSON but is not")
         return cls(message=_page_text(text) if text.startswith("<") else text)
 
     @classmethod
     def from_value(cls, value: Any) -> Self:  # noqa: ANN401 - JSON
-        """Read an error from decoded JSON: the whole body, or what stood under `error`."""
+        """Read an error from decoded JSON: the whole body, or the value of `error`."""
         if isinstance(value, list) and value:  # Gemini wraps its errors in a list
             value = value[0]
         if isinstance(value, dict) and value.get("error"):
@@ -81,25 +81,23 @@ class ErrorReport:
         return cls(words, _message(value), _status(code))
 
     def summary(self, secrets: tuple[str, ...] = ()) -> str:
-        """One line for an operator: the words, then the sentence, shortened and without secrets."""
+        """The words and the message as one shortened line without secrets."""
         return shorten(": ".join(part for part in (" ".join(dict.fromkeys(self.words)), self.message) if part), secrets)
 
 
 def shorten(text: str, secrets: tuple[str, ...] = ()) -> str:
-    """Make one line of at most `DETAIL_LENGTH` printable characters, without the secrets. They go first: a cut could
-    hide one from us and not from a reader."""  # noqa: D205, D209 - one thought
+    """One line of at most `DETAIL_LENGTH` printable characters without secrets, also without truncated ones."""
     text = text[:TEXT_LIMIT]
     for secret in secrets:
         text = text.replace(secret, "(hidden)")
-        # Wherever the text was cut, here or before, it may end within a secret.
-        for length in range(len(secret) - 1, _TELLING - 1, -1):
+        for length in range(len(secret) - 1, _MIN_SECRET_PREFIX - 1, -1):
             text = text.removesuffix(secret[:length])
     line = " ".join("".join(map(_printable, text)).split())
     return line if len(line) <= DETAIL_LENGTH else line[: DETAIL_LENGTH - 1].rstrip() + "…"
 
 
 def _printable(character: str) -> str:
-    """No control characters, no marks of direction (they could reorder a log), no halves of characters."""
+    """Replace control characters, marks of direction (they could reorder a log) and single surrogates."""
     if character.isprintable():
         return character
     return "?" if "\ud800" <= character <= "\udfff" else " "
@@ -113,28 +111,26 @@ def _status(code: Any) -> int | None:  # noqa: ANN401 - JSON
 
 
 def _message(error: dict[str, Any]) -> str:
-    message = error.get("message")
-    if isinstance(message, str):
-        return message[:TEXT_LIMIT]
     detail = error.get("detail")
-    if isinstance(detail, str):
-        return detail[:TEXT_LIMIT]
-    if isinstance(detail, list):  # FastAPI: a list of fields that are wrong, each with what stood there
-        fields = [_field_error(item) for item in detail[:_MOST_FIELDS] if isinstance(item, dict)]
+    for text in (error.get("message"), detail):
+        if isinstance(text, str):
+            return text[:TEXT_LIMIT]
+    if isinstance(detail, list):  # FastAPI: a list of wrong fields, each with its input
+        fields = [_field_error(item) for item in detail[:_MAX_FIELDS] if isinstance(item, dict)]
         return "; ".join(filter(None, fields))[:TEXT_LIMIT]
     return ""
 
 
 def _field_error(item: dict[str, Any]) -> str:
     place, problem = item.get("loc"), item.get("msg")
-    path = ".".join(map(_path_part, place[:_MOST_FIELDS])) if isinstance(place, list) else ""
+    path = ".".join(map(_path_part, place[:_MAX_FIELDS])) if isinstance(place, list) else ""
     return ": ".join(part for part in (path, problem) if isinstance(part, str) and part)
 
 
 def _path_part(part: object) -> str:
     if _is_word(part):
         return part
-    return str(part) if isinstance(part, int) and abs(part) <= _LARGEST_INDEX else "…"
+    return str(part) if isinstance(part, int) and abs(part) <= _MAX_INDEX else "…"
 
 
 def _is_word(value: object) -> TypeGuard[str]:
@@ -142,14 +138,10 @@ def _is_word(value: object) -> TypeGuard[str]:
 
 
 def _page_text(page: str) -> str:
-    """What a person would read first on an HTML page: its title, or else its text."""
-    text = _title(page)
+    """The title of an HTML page, or else its text."""
+    begin = _TITLE.search(page)
+    end = begin and _TITLE_END.search(page, begin.end())
+    text = page[begin.end() : end.start()] if begin and end else ""
     if not text.strip():
         text = _TAG.sub(" ", _HIDDEN.sub(" ", page))
     return html.unescape(_LONG_ENTITY.sub(" ", _TAG.sub(" ", text)))
-
-
-def _title(page: str) -> str:
-    begin = _TITLE.search(page)
-    end = begin and _TITLE_END.search(page, begin.end())
-    return page[begin.end() : end.start()] if begin and end else ""

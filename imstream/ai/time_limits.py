@@ -11,7 +11,7 @@ from imstream.errors import TransientBackendError
 
 
 class TimeLimits:
-    """Ends the block that it surrounds when something takes too long: the call as a whole, or what is expected next.
+    """Cancels its block when the call as a whole, or the expected next step, takes too long.
 
         async with TimeLimits(total=...) as limits:
             limits.expect("first_token_timeout", within=...)
@@ -20,20 +20,18 @@ class TimeLimits:
             async for token in tokens:
                 limits.renew()
 
-    A token only writes down when it came. The timer is set once, and when it rings it looks at what was written down
-    and is set again; so a thousand tokens cost a thousand assignments and no timer.
+    `renew` only stores a time. The timer compares it when it fires, and is set again: a thousand tokens cost a thousand
+    assignments and no timer.
 
-    Raises at its end `TransientBackendError`, with the reason of the limit that was exceeded.
+    Raises `TransientBackendError` on exit, with the reason of the exceeded limit.
     """
 
     def __init__(self, *, total: timedelta) -> None:
         self._loop = asyncio.get_running_loop()
         self._scope = asyncio.timeout(None)
-        self._total = total.total_seconds()
-        self._end = self._loop.time() + self._total
+        self._total = self._within = total.total_seconds()
+        self._deadline = self._due = self._loop.time() + self._total
         self._reason = "total_timeout"
-        self._within = self._total
-        self._due = self._end
         self._timer: asyncio.TimerHandle | None = None
         self._exceeded: tuple[str, float] | None = None
 
@@ -49,12 +47,12 @@ class TimeLimits:
         try:
             await self._scope.__aexit__(kind, error, traceback)
         except TimeoutError:
-            assert self._exceeded is not None  # noqa: S101 - nothing else ends the scope
+            assert self._exceeded is not None  # noqa: S101 - set before the scope is cancelled
             reason, seconds = self._exceeded
             raise TransientBackendError(reason, f"after {seconds:g} s") from None
 
     def expect(self, reason: str, *, within: timedelta) -> None:
-        """From now on something must happen within this time, and again after each `renew`."""
+        """Expect the next step within this time, and again after each `renew`."""
         self._reason = reason
         self._within = within.total_seconds()
         self.renew()
@@ -63,21 +61,21 @@ class TimeLimits:
             self._set_timer()
 
     def renew(self) -> None:
-        """It happened; the time to the next begins."""
+        """The expected step has happened; its time limit starts again."""
         self._due = self._loop.time() + self._within
 
     def stop(self) -> None:
-        """Let everything take the time it needs from here on."""
+        """Remove all limits."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _set_timer(self) -> None:
-        self._timer = self._loop.call_at(min(self._due, self._end), self._ring)
+        self._timer = self._loop.call_at(min(self._due, self._deadline), self._on_timer)
 
-    def _ring(self) -> None:
+    def _on_timer(self) -> None:
         now = self._loop.time()
-        if now >= self._end:
+        if now >= self._deadline:
             self._exceeded = ("total_timeout", self._total)
         elif now >= self._due:
             self._exceeded = (self._reason, self._within)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from imstream.ai.error_report import DETAIL_LENGTH, ErrorReport, shorten
-from imstream.ai.failures import LONGEST_RETRY_AFTER, from_report, from_response, retry_after
+from imstream.ai.failures import MAX_RETRY_AFTER, from_report, from_response, retry_after
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
@@ -177,7 +177,7 @@ def test_milliseconds_are_more_precise_than_seconds() -> None:
 @given(st.text())
 def test_any_retry_after_is_within_bounds(value: str) -> None:
     wait = retry_after({"retry-after": value}, now=NOW)
-    assert wait is None or timedelta(0) <= wait <= LONGEST_RETRY_AFTER
+    assert wait is None or timedelta(0) <= wait <= MAX_RETRY_AFTER
 
 
 # What an operator reads
@@ -200,7 +200,7 @@ def test_any_retry_after_is_within_bounds(value: str) -> None:
         (b'{"error": {"message": "cut in the mid', "cut in the mid"),
         (b'{"prompt": "a secret prompt"}', ""),
         (b'{"error": 7}', ""),
-        (b"{nonsense", "the body looks like JSON and is none"),
+        (b"{nonsense", "the body looks like JSON but is not"),
         (b"[]", ""),
         (b"", ""),
         (b"upstream connect error\n\tor disconnect", "upstream connect error or disconnect"),

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import to_json
 
-from imstream.ai.answer_reader import JSON_LIMIT, AnswerReader
-from imstream.ai.fields import LARGEST_COUNT
+from imstream.ai.answer_reader import JSON_LIMIT, MAX_TOKEN_COUNT, AnswerReader
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from tests.support.scripted_backend import DONE, chunk, event, usage_chunk
 
@@ -44,9 +43,9 @@ STOP = event(chunk(finish_reason="stop"))
 def test_all_events_of_one_read_become_one_piece() -> None:
     reader = AnswerReader(limit=LIMIT)
     assert reader.feed(event(chunk("Hel")) + event(chunk("lo")) + event(chunk(" 你好"))) == "Hello 你好"
-    assert not reader.whole
+    assert not reader.complete
     assert reader.feed(STOP) == ""
-    assert (reader.whole, reader.done, reader.finish_reason) == (True, False, "stop")
+    assert (reader.complete, reader.done, reader.finish_reason) == (True, False, "stop")
     assert reader.feed(DONE) == ""
     assert reader.done
 
@@ -100,7 +99,7 @@ def test_text_and_hidden_reasoning_show_the_model_at_work_and_comments_do_not(bo
     reader = AnswerReader(limit=LIMIT)
     reader.feed(event(chunk("before")))
     reader.feed(body)
-    assert reader.moved is moved
+    assert reader.progressed is moved
 
 
 @given(st.lists(st.text(max_size=5), max_size=8), st.data())
@@ -199,13 +198,13 @@ def test_an_answer_that_is_not_streamed_is_read() -> None:
     body = b" \n" + document(choices=[choice], usage={"total_tokens": 8})
     text, reader = read(*(body[at : at + 7] for at in range(0, len(body), 7)))
     assert text == "Hello"
-    assert (reader.finish_reason, reader.usage, reader.whole) == ("length", {"total_tokens": 8}, True)
+    assert (reader.finish_reason, reader.usage, reader.complete) == ("length", {"total_tokens": 8}, True)
 
 
 @pytest.mark.parametrize("message", [{"content": None}, {"content": ""}, {}])
 def test_an_answer_that_is_not_streamed_may_be_empty(message: dict[str, Any]) -> None:
     text, reader = read(document(choices=[{"message": message}]))
-    assert (text, reader.whole, reader.finish_reason) == ("", True, None)
+    assert (text, reader.complete, reader.finish_reason) == ("", True, None)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +312,7 @@ def test_whatever_json_comes_it_is_an_answer_that_can_be_told_or_an_error_of_the
         to_json([text, reader.finish_reason, reader.usage])
         assert "\0" not in text
         assert len(reader.finish_reason or "") <= 64
-        assert all(0 <= count <= LARGEST_COUNT for count in (reader.usage or {}).values())
+        assert all(0 <= count <= MAX_TOKEN_COUNT for count in (reader.usage or {}).values())
     assert all(len(problem) < 300 and problem.isprintable() for problem in problems)
 
 

@@ -245,7 +245,7 @@ async def test_a_call_leaves_nothing_on_a_connection_that_is_used_again() -> Non
             await asked.ask()
         assert [request.connection for request in asked.backend.requests] == [0, 0, 0]
         gc.collect()
-        left = [one for one in gc.get_objects() if type(one).__module__ == "imstream.ai.stream_body"]
+        left = [one for one in gc.get_objects() if type(one).__name__ == "_StreamedBody"]
         assert left == []
 
 

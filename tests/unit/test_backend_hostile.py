@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic_core import to_json
 
-from imstream.ai.backend import PIECE, OpenAIBackend
+from imstream.ai.backend import CHUNK, OpenAIBackend
 from imstream.ai.moderations import ModerationClient
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
@@ -187,7 +187,7 @@ async def test_a_hostile_answer_costs_little_and_is_told_in_a_short_line(row: st
     answer, end = HOSTILE[row]
     one = await told(answer)
     assert one.end == end, one.error
-    assert max(map(len, one.pieces), default=0) <= PIECE
+    assert max(map(len, one.pieces), default=0) <= CHUNK
     assert sum(map(len, one.pieces)) <= LIMIT
     if end == "length":
         assert sum(map(len, one.pieces)) == LIMIT
