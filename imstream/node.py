@@ -87,7 +87,9 @@ class Node:
         self.jobs = jobs = Jobs(settings, replies, buffers, inbox)
         self._reply_sync = ReplySync(settings, replies=replies, buffers=buffers, registry=registry)
         assembler = PromptAssembler(settings)
-        self._guards = guards = GuardChain.make(GuardDeps(settings, redis, inbox, assembler))
+        self._guards = guards = GuardChain.create(
+            GuardDeps(settings=settings, redis=redis, inbox=inbox, assembler=assembler)
+        )
         prompter = Prompter(settings, backend, assembler)
         parts = WorkerDeps(
             settings,
@@ -169,7 +171,7 @@ class Node:
         self._server.listen()
         taken: BaseException | None = None
         try:
-            async with self._guards, asyncio.TaskGroup() as group:
+            async with self._guards.running(), asyncio.TaskGroup() as group:
                 await self._serve(group)
         except* NodeTaken as refusal:
             taken = refusal

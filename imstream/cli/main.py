@@ -170,9 +170,9 @@ def token(user: int, ttl: timedelta, key: Path | None, **options: str | None) ->
     how: RSA (RS256), elliptic curve P-256 (ES256), Ed25519 or Ed448 (EdDSA). What else nodes check is taken from their
     settings.
     """
-    from imstream.guards.auth.signing import sign
+    from imstream.guards.auth.keys import sign
 
-    click.echo(sign(Settings.load(**given(options)), user, ttl, key))
+    click.echo(sign(Settings.load(**given(options)), user, ttl=ttl, key_file=key))
 
 
 _DEMO_AI = f"""Run the demo AI backend: canned answers, no model.

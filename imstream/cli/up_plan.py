@@ -19,7 +19,7 @@ from imstream.cli.supervisor import Part
 from imstream.cli.up_settings import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.errors import SettingsError
-from imstream.guards.exposure import check_exposure
+from imstream.guards.authentication import check_exposure
 from imstream.guards.origin import parse_origins
 from imstream.settings import Settings, SettingsGroup
 

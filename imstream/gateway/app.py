@@ -46,7 +46,7 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
             "node": node,
             "sessions": len(deps.registry),
             "running": len(deps.jobs),
-            "refused": deps.guards.refused,
+            "refused": deps.guards.rejections,
         }
         return report(body, why)
 

@@ -74,7 +74,7 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
     request = socket.request
     if request.scope["path"] != "/ws":
         socket.reject(HTTPStatus.FORBIDDEN)
-    elif (verdict := deps.guards.handshake(Handshake(_joined(request.headers)))) is not None:
+    elif (verdict := deps.guards.check_handshake(Handshake(_joined(request.headers)))) is not None:
         client = {"peer": client_address(request), "origin": client_origin(request)}
         limited.info("handshake refused", reason=verdict.reason, **client)
         socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, client_lang(request)))

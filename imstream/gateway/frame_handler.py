@@ -148,7 +148,7 @@ class FrameHandler:
     async def _init(self, frame: ClientInit) -> None:
         deps, session, user_id = self._deps, self._session, frame.user_id
         session.has_asked = True
-        verdict = await deps.guards.login(
+        verdict = await deps.guards.check_login(
             LoginAttempt(user_id, frame.token or session.token, session.origin, session.peer)
         )
         if isinstance(verdict, Reject):
@@ -157,7 +157,7 @@ class FrameHandler:
         if session.user_id is None and not deps.registry.has_room_for(user_id):
             session.close(CloseCode.TOO_MANY_CONNECTIONS, Text.TOO_MANY_SOCKETS)
             return
-        session.logged_in(user_id, verdict.until)
+        session.logged_in(user_id, verdict.expires_at)
         with self._writer.hold_new(*(point.message_id for point in frame.resume)):
             deps.registry.log_in(session, user_id)
             # The route first: then no batch falls between what is read here and the notices of other nodes, and a
@@ -199,7 +199,7 @@ class FrameHandler:
         if deps.consumer.stopping:
             self._send_error(Code.UNAVAILABLE, Text.DRAINING, message_id, retry=True)
             return
-        verdict = await deps.guards.chat(request)
+        verdict = await deps.guards.check_chat(request)
         if isinstance(verdict, Reject):
             self._reject(verdict, message_id)
             return

@@ -77,7 +77,7 @@ class Presence:
     async def _review(self, user_id: int) -> None:
         if not self._registry.sessions_of(user_id):
             return
-        verdict = await self._guards.stay(user_id)
+        verdict = await self._guards.check_session(user_id)
         if verdict is not None:
             sessions = self._registry.sessions_of(user_id)
             log.info("sessions closed", why=verdict.reason, user=user_id, sessions=len(sessions))

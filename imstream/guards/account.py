@@ -1,21 +1,21 @@
-"""Accounts: a banned or locked user does not come in, and may ask so many messages a day.
+"""Accounts: bans, temporary locks and the daily quota.
 
-Without a daily quota a chat costs nothing here: whoever bans or locks a user leaves a notice, upon which nodes ask
-`stay` and close the user's sessions. With one, ban, lock and quota are one round trip to Redis.
+Without a daily quota a message costs nothing here: nodes are notified of a ban or a lock, ask `check_session` and close
+the user's sessions. With one, ban, lock and quota are checked in one round trip to Redis for each message.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
-from typing import ClassVar, Self
+from typing import Self
 from zoneinfo import ZoneInfo
 
 import structlog
 
 from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreError
-from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
+from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.store.accounts import Accounts, Banned, Locked, QuotaExhausted
@@ -27,7 +27,7 @@ BANNED = Sentence(
     "您的账号已被封禁,如有疑问请联系客服!", "This account is banned. If you think that is wrong, please contact us!"
 )
 LOCKED = Sentence("您的账号已被暂时锁定,{until} 之后可以再次使用!", "This account is locked until {until}!")
-SPENT = Sentence(
+QUOTA_EXHAUSTED = Sentence(
     "您今天的 {quota} 条消息已用完,请在 {until} 之后再发送!",
     "Your {quota} messages for today are used up, please come back after {until}!",
 )
@@ -36,11 +36,12 @@ log = structlog.get_logger()
 
 
 class Account(Guard):
-    """Bans and locks, where there is no daily quota."""
+    """Rejects banned and locked users, and more messages a day than the quota (0: no quota).
 
-    # After all who may refuse as well: nobody is told of an account that is not theirs, and nothing is counted in vain.
-    order: ClassVar[int] = 90
-    counts: ClassVar[bool] = False
+    A message is counted before its admission. It is uncounted when it is not admitted, or fails without any text and
+    not because of its user. If the node dies before the admission it stays counted; sent again with the same id, it is
+    not counted twice.
+    """
 
     def __init__(self, accounts: Accounts, inbox: Inbox, settings: Settings) -> None:
         self._accounts = accounts
@@ -49,78 +50,57 @@ class Account(Guard):
         self._calendar = Calendar(ZoneInfo(settings.quota_timezone))
 
     @classmethod
-    def make(cls, supplies: GuardDeps) -> Self | None:
-        """One of the two: this one, or the one that counts too."""
-        settings = supplies.settings
-        if cls.counts != (settings.daily_quota > 0):
-            return None
-        return cls(Accounts(supplies.redis, settings), supplies.inbox, settings)
+    def create(cls, deps: GuardDeps) -> Self:
+        """See `Guard.create`."""
+        return cls(Accounts(deps.redis, deps.settings), deps.inbox, deps.settings)
 
-    async def login(self, login: LoginAttempt) -> Allow | Reject:
-        """Whether the account is neither banned nor locked; and how many messages are left today."""
-        standing = await self._accounts.check(login.user_id, self._calendar.day(now_ms()))
-        if isinstance(standing, Banned | Locked):
-            return self._keep_out(standing)
-        return Allow(remaining=self._remaining(standing.used))
+    async def check_login(self, login: LoginAttempt) -> Allow | Reject:
+        """See `Guard.check_login`."""
+        status = await self._accounts.check(login.user_id, self._calendar.day(now_ms()))
+        if isinstance(status, Banned | Locked):
+            return self._reject(status)
+        return Allow(remaining=max(0, self._quota - status.used) if self._quota else None)
 
-    async def stay(self, user_id: int) -> Reject | None:
-        """Whether it still is."""
-        standing = await self._accounts.check(user_id, self._calendar.day(now_ms()))
-        return self._keep_out(standing) if isinstance(standing, Banned | Locked) else None
+    async def check_session(self, user_id: int) -> Reject | None:
+        """See `Guard.check_session`."""
+        status = await self._accounts.check(user_id, self._calendar.day(now_ms()))
+        return self._reject(status) if isinstance(status, Banned | Locked) else None
 
-    async def violated(self, user_id: int) -> None:
-        """Count it. When that is one too many, have all nodes close the user's sessions, this one too."""
-        try:
-            blamed = await self._accounts.record_violation(user_id)
-        except StoreError as error:
-            log.warning("a refused content is not counted", user=user_id, error=str(error))
-            return
-        if blamed.verdict != "noted":
-            log.warning("account restricted", user=user_id, verdict=blamed.verdict, violations=blamed.count)
-            await self._inbox.notify(blamed.nodes, AccountChanged(user_id), include_self=True)
-
-    def _remaining(self, used: int) -> int | None:
-        return max(0, self._quota - used) if self.counts else None
-
-    def _keep_out(self, standing: Banned | Locked) -> Reject:
-        if isinstance(standing, Banned):
-            return Reject("banned", Code.FORBIDDEN, BANNED, close=CloseCode.LOCKED)
-        until = self._calendar.format(now_ms() + standing.remaining // timedelta(milliseconds=1))
-        return Reject(
-            *("locked", Code.FORBIDDEN, LOCKED, {"until": until}),
-            retry_after=standing.remaining,
-            close=CloseCode.LOCKED,
-        )
-
-
-class AccountWithQuota(Account):
-    """Bans and locks, and how many messages a user may ask each day.
-
-    A message is counted before it is admitted, and given back when it is not, or fails without any text and through no
-    fault of its user. A node that dies before the admission leaves it counted; sent again with the same id, it passes
-    without being counted a second time.
-    """
-
-    counts: ClassVar[bool] = True
-
-    async def chat(self, request: ChatRequest) -> Allow | Reject:
-        """Count the message, if the account is neither banned nor locked and has one left."""
+    async def check_chat(self, request: ChatRequest) -> Allow | Reject:
+        """Count the message against the quota, unless the account is banned or locked."""
+        if not self._quota:
+            return ALLOW
         user_id, message_id, at = request.user_id, request.message_id, request.at
         accounts, day = self._accounts, self._calendar.day(at)
-        verdict = await accounts.check_and_count(user_id, message_id, at, day)
-        if isinstance(verdict, Banned | Locked):
-            return self._keep_out(verdict)
-        if isinstance(verdict, QuotaExhausted):
+        result = await accounts.check_and_count(user_id, message_id, at, day)
+        if isinstance(result, Banned | Locked):
+            return self._reject(result)
+        if isinstance(result, QuotaExhausted):
             values = {"quota": self._quota, "until": self._calendar.format(day.end)}
-            return Reject(
-                *("quota", Code.RATE_LIMITED, SPENT, values), retry_after=timedelta(milliseconds=day.end - at)
-            )
-        remaining = self._remaining(verdict.used)
-        if not verdict.new:
-            return Allow(remaining=remaining)
-        return Allow(remaining=remaining, undo=lambda: accounts.undo_count(user_id, message_id, at, day))
+            until_next_day = timedelta(milliseconds=day.end - at)
+            return Reject("quota", Code.RATE_LIMITED, QUOTA_EXHAUSTED, values, retry_after=until_next_day)
+        undo = (lambda: accounts.undo_count(user_id, message_id, at, day)) if result.new else None
+        return Allow(remaining=max(0, self._quota - result.used), undo=undo)
 
-    async def failed(self, request: ChatRequest) -> None:
-        """Give it back: on the day on which it was asked."""
-        with suppress(ValueError, OverflowError, OSError):  # somebody wrote that time by hand, beyond all years
-            await self._accounts.refund(request.user_id, request.message_id, self._calendar.day(request.at))
+    async def on_failure(self, request: ChatRequest) -> None:
+        """Uncount the message, on the day on which it was sent."""
+        if self._quota:
+            with suppress(ValueError, OverflowError, OSError):  # entries edited by hand may have an impossible time
+                await self._accounts.refund(request.user_id, request.message_id, self._calendar.day(request.at))
+
+    async def on_violation(self, user_id: int) -> None:
+        """Count the violation. If it locks or bans the user, notify all nodes, this one too, to close the sessions."""
+        try:
+            violation = await self._accounts.record_violation(user_id)
+        except StoreError as error:
+            log.warning("a violation is not counted", user=user_id, error=str(error))
+            return
+        if violation.verdict != "noted":
+            log.warning("account restricted", user=user_id, verdict=violation.verdict, violations=violation.count)
+            await self._inbox.notify(violation.nodes, AccountChanged(user_id), include_self=True)
+
+    def _reject(self, status: Banned | Locked) -> Reject:
+        if isinstance(status, Banned):
+            return Reject("banned", Code.FORBIDDEN, BANNED, close=CloseCode.LOCKED)
+        values = {"until": self._calendar.format(now_ms() + status.remaining // timedelta(milliseconds=1))}
+        return Reject("locked", Code.FORBIDDEN, LOCKED, values, retry_after=status.remaining, close=CloseCode.LOCKED)

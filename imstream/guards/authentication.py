@@ -1,17 +1,22 @@
-"""Who a user is: shown by a signed token, when `IMSTREAM_AUTH` is `jwt`."""
+"""Authentication by signed tokens; without it (`IMSTREAM_AUTH=none`), only clients on this machine are accepted."""
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
-from types import TracebackType
-from typing import ClassVar, Self
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Self
+from urllib.parse import urlsplit
+
+import structlog
 
 from imstream.errors import SettingsError
-from imstream.guards.auth import Claims, InvalidToken, KeySource, KeysUnavailable, Reason
-from imstream.guards.auth.rules import TokenRules
-from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
+from imstream.guards.auth.jwks import JwksKeySource, check_url
+from imstream.guards.auth.keys import KeySource, KeysUnavailable, StaticKey, public_key, secret_key
+from imstream.guards.auth.rules import InvalidToken, Reason, TokenRules
+from imstream.guards.guard import Allow, Guard, GuardDeps, Handshake, LoginAttempt, Reject
 from imstream.settings import Settings
 from imstream.texts import Sentence, Text
+from imstream.urls import is_loopback
 from imstream.wire import CloseCode, Code
 
 _INVALID = Sentence("登录令牌无效", "This token is not valid")
@@ -20,94 +25,154 @@ _SENTENCES: dict[Reason, Sentence] = {
     "expired": Text.LOGIN_EXPIRED,
     "not_yet_valid": Sentence("登录令牌尚未生效", "This token is not valid yet"),
 }
-"""What its bearer is told of it. Of all else no more than that it is not valid: they might be guessing."""
+"""What the client learns about a token. For all other reasons only that it is not valid: the client may be guessing."""
+
+_NOT_LOCAL = Reject(
+    "from_elsewhere",
+    Code.FORBIDDEN,
+    Sentence(
+        "本节点不验证用户身份,只接受来自本机的连接 (IMSTREAM_AUTH, IMSTREAM_ALLOW_INSECURE)",
+        "This node does not authenticate users, so it only accepts connections from its own machine "
+        "(IMSTREAM_AUTH, IMSTREAM_ALLOW_INSECURE)",
+    ),
+)
+
+_KEY_SETTINGS = ("auth_secret", "auth_public_key", "auth_jwks_url")
+
+log = structlog.get_logger()
 
 
 class TokenAuthentication(Guard):
-    """Believes nobody without a token that says the same, and only until the token ends."""
-
-    order: ClassVar[int] = 10
+    """Rejects logins without a valid token of the same user. The login expires with the token."""
 
     def __init__(self, rules: TokenRules, keys: KeySource) -> None:
         self._rules = rules
         self._keys = keys
-        self._at_work: AbstractAsyncContextManager[object] | None = None
 
     @classmethod
-    def make(cls, supplies: GuardDeps) -> Self | None:
-        """See `Guard`."""
-        settings = supplies.settings
-        if settings.auth == "none":
-            return None
-        from imstream.guards.auth.rules import TokenRules  # noqa: PLC0415 - only nodes with tokens pay for it
+    def create(cls, deps: GuardDeps) -> Self | None:
+        """See `Guard.create`."""
+        settings = deps.settings
+        return None if settings.auth == "none" else cls(TokenRules(settings), create_key_source(settings))
 
-        return cls(TokenRules(settings), key_source(settings))
-
-    async def __aenter__(self) -> Self:
-        """Get the keys."""
-        self._at_work = self._keys.at_work()
-        await self._at_work.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Look for keys no more."""
-        if self._at_work is not None:
-            await self._at_work.__aexit__(kind, error, traceback)
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """See `Guard.running`."""
+        async with self._keys.running():
+            yield
 
     async def reload(self) -> str | None:
         """See `Guard.reload`."""
-        return "keys of tokens" if await self._keys.reload() else None
+        return "token keys" if await self._keys.reload() else None
 
-    async def login(self, login: LoginAttempt) -> Allow | Reject:
-        """Believe the token, if it is this user's."""
+    async def check_login(self, login: LoginAttempt) -> Allow | Reject:
+        """See `Guard.check_login`."""
         try:
-            shown = await self._read(login.token)
-            if shown.user_id != login.user_id:
-                raise InvalidToken("other_user")  # noqa: TRY301 - refused like all others
-        except InvalidToken as why:
-            sentence = _SENTENCES.get(why.reason, _INVALID)
-            return Reject(f"token_{why.reason}", Code.UNAUTHORIZED, sentence, close=CloseCode.NOT_AUTHENTICATED)
-        except KeysUnavailable as away:
-            return Reject("keys_away", Code.UNAVAILABLE, Text.UNAVAILABLE, retry_after=away.retry_after)
-        return Allow(until=shown.until)
-
-    async def _read(self, token: str | None) -> Claims:
-        token = self._rules.check_shape(token)
-        return self._rules.read(token, await self._keys.keys_for(token))
+            token = self._rules.check_shape(login.token)
+            claims = self._rules.verify(token, await self._keys.keys_for(token))
+        except InvalidToken as error:
+            return _reject(error.reason)
+        except KeysUnavailable as error:
+            return Reject("keys_away", Code.UNAVAILABLE, Text.UNAVAILABLE, retry_after=error.retry_after)
+        return Allow(expires_at=claims.expires_at) if claims.user_id == login.user_id else _reject("other_user")
 
 
-def key_source(settings: Settings) -> KeySource:
-    """Where the keys of the settings come from.
+def _reject(reason: Reason) -> Reject:
+    sentence = _SENTENCES.get(reason, _INVALID)
+    return Reject(f"token_{reason}", Code.UNAUTHORIZED, sentence, close=CloseCode.NOT_AUTHENTICATED)
+
+
+def create_key_source(settings: Settings) -> KeySource:
+    """Create the key source that the settings name.
 
     Raises:
-        SettingsError: There is none, there are two, or it is of the wrong kind.
+        SettingsError: They name none, several, or one of the wrong kind for the algorithm.
     """
-    from imstream.guards.auth.jwks import PublishedKeys, check_url  # noqa: PLC0415 - see `make`
-    from imstream.guards.auth.keys import FixedKey, public_key, secret_key  # noqa: PLC0415 - same
-
     algorithm, variable = settings.auth_algorithm, Settings.variable
-    takes = ("auth_secret",) if algorithm == "HS256" else ("auth_public_key", "auth_jwks_url")
-    allowed = f"{variable('auth_algorithm')}={algorithm} takes {' or '.join(map(variable, takes))}"
-    given = keys_given(settings)
+    accepted = ("auth_secret",) if algorithm == "HS256" else ("auth_public_key", "auth_jwks_url")
+    allowed = f"{variable('auth_algorithm')}={algorithm} takes {' or '.join(map(variable, accepted))}"
+    given = _given_keys(settings)
     if not given:
         raise SettingsError(f"{variable('auth')}=jwt is not allowed without a key: {allowed}")
-    if not set(given) <= set(takes):
-        wrong = ", ".join(variable(name) for name in given if name not in takes)
+    if not set(given) <= set(accepted):
+        wrong = ", ".join(variable(name) for name in given if name not in accepted)
         raise SettingsError(f"{wrong} is not allowed: {allowed}")
     if len(given) > 1:
         raise SettingsError(f"{' and '.join(map(variable, given))} are not allowed together: {allowed}")
     if settings.auth_secret is not None:
-        return FixedKey(secret_key(settings.auth_secret, variable("auth_secret")))
+        return StaticKey(secret_key(settings.auth_secret, variable("auth_secret")))
     if settings.auth_public_key is not None:
-        return FixedKey(public_key(settings.auth_public_key, algorithm, variable("auth_public_key")))
+        return StaticKey(public_key(settings.auth_public_key, algorithm, variable("auth_public_key")))
     assert settings.auth_jwks_url is not None  # noqa: S101 - one of the three is given
     check_url(settings.auth_jwks_url, allow_http=settings.auth_jwks_allow_http)
-    return PublishedKeys(settings.auth_jwks_url, algorithm, max_age=settings.auth_keys_max_age)
+    return JwksKeySource(settings.auth_jwks_url, algorithm, max_age=settings.auth_keys_max_age)
 
 
-def keys_given(settings: Settings) -> list[str]:
-    """The settings that name a key."""
-    names = ("auth_secret", "auth_public_key", "auth_jwks_url")
-    return [name for name in names if getattr(settings, name) is not None]
+class Exposure(Guard):
+    """Without authentication, rejects clients from other machines, also those that a balancer forwards."""
+
+    def __init__(self, *, insecure: bool) -> None:
+        self._insecure = insecure
+
+    @classmethod
+    def create(cls, deps: GuardDeps) -> Self | None:
+        """See `Guard.create`."""
+        check_exposure(deps.settings)
+        return cls(insecure=deps.settings.allow_insecure) if deps.settings.auth == "none" else None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Log at start-up that users are not authenticated."""
+        if self._insecure:
+            log.error(
+                "INSECURE: users are not authenticated, and this node is reachable from other machines "
+                "(IMSTREAM_ALLOW_INSECURE): any client can impersonate any user"
+            )
+        else:
+            log.warning(
+                "users are not authenticated (IMSTREAM_AUTH=none): any client on this machine can impersonate any user"
+            )
+        yield
+
+    def check_handshake(self, handshake: Handshake) -> Reject | None:
+        """Reject clients that a balancer forwards from other machines, and host names that do not name this machine.
+
+        The latter prevents DNS rebinding: such a page has the same origin as ours, but another host name.
+        """
+        return None if self._insecure or is_local(handshake) else _NOT_LOCAL
+
+
+def check_exposure(settings: Settings) -> None:
+    """Check that a node without authentication is not reachable from other machines.
+
+    Raises:
+        SettingsError: It would be; or a key is set, so authentication was intended.
+    """
+    if settings.auth != "none":
+        return
+    auth, host = Settings.variable("auth"), Settings.variable("host")
+    if given := _given_keys(settings):
+        raise SettingsError(
+            f"{auth}=none is not allowed with {', '.join(map(Settings.variable, given))}: set {auth}=jwt, or no key"
+        )
+    if not (settings.allow_insecure or is_loopback(settings.host)):
+        raise SettingsError(
+            f"{host}={settings.host} is not allowed with {auth}=none, because any client could impersonate any user: "
+            f"set {auth}=jwt and a key, or {host}=127.0.0.1, "
+            f"or {Settings.variable('allow_insecure')}=true in a network where every client is trusted"
+        )
+
+
+def is_local(handshake: Handshake) -> bool:
+    """Whether a handshake names this machine as its host and was not forwarded from another one."""
+    headers = handshake.headers
+    forwarded_for = [address.strip() for address in headers.get("x-forwarded-for", "127.0.0.1").split(",")]
+    try:
+        host = urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(host) and all(map(is_loopback, forwarded_for))
+
+
+def _given_keys(settings: Settings) -> list[str]:
+    return [name for name in _KEY_SETTINGS if getattr(settings, name) is not None]

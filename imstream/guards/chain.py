@@ -1,21 +1,18 @@
-"""All guards of a node, asked one after the other. Only those are asked that have something to say at the moment."""
+"""The guards of a node, in order, and the chain that asks them one after the other."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Self
 
 import structlog
 
-from imstream import guards as folder
 from imstream.errors import StoreError
+from imstream.guards.account import Account
+from imstream.guards.authentication import Exposure, TokenAuthentication
 from imstream.guards.guard import (
     Allow,
     AnswerFilter,
@@ -27,8 +24,29 @@ from imstream.guards.guard import (
     Reject,
     overrides,
 )
+from imstream.guards.moderation import Moderation
+from imstream.guards.origin import Origin
+from imstream.guards.prompt import ContextLength, SystemRole
+from imstream.guards.rate_limit import ChatRateLimit
+from imstream.guards.words.word_guard import WordGuard
 from imstream.logs import LIMITED
 from imstream.model import ChatRequest
+
+GUARDS: tuple[type[Guard], ...] = (
+    Exposure,  # without authentication: sockets from other machines
+    Origin,  # sockets of browser pages whose origin is not allowed
+    TokenAuthentication,  # logins without a valid token of this user
+    ChatRateLimit,  # more messages per minute than allowed
+    SystemRole,  # history with turns of the role system
+    WordGuard,  # listed words in messages, history and answers; may mask them instead, so it comes before the length
+    ContextLength,  # messages longer than the model's context
+    Moderation,  # what the moderation service flags; in the worker
+    # Last: a login must be verified before it may learn the state of the account, and only messages that passed every
+    # other guard are counted against the daily quota.
+    Account,  # banned and locked users; more messages per day than allowed
+)
+"""What each guard rejects, in the order in which they are asked; the first rejection ends it. To add a guard, write a
+subclass of `Guard` in a module of this package and list it here."""
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
@@ -36,70 +54,69 @@ limited = structlog.get_logger(**LIMITED)
 
 @dataclass(frozen=True, slots=True)
 class LoginAccepted:
-    """A user may come in: until when, in seconds since 1970, and how many chats are left today."""
+    """A login that every guard allows: when it expires (seconds since 1970), and how many messages remain today."""
 
-    until: float | None = None
+    expires_at: float | None = None
     remaining: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAllowed:
-    """A message may be admitted, as `request`. If it is not, `undo` takes back what that has cost."""
+    """A message that every guard allows. `request`: the message as the guards changed it."""
 
     request: ChatRequest
     remaining: int | None
-    passes: Sequence[Allow]
+    verdicts: Sequence[Allow]
 
     async def undo(self) -> None:
-        """Take back what the guards have counted. Without Redis it stays counted."""
-        for one in self.passes:
-            if one.undo is not None:
+        """Revert what the guards have counted, if the message is not admitted. Without Redis it stays counted."""
+        for verdict in self.verdicts:
+            if verdict.undo is not None:
                 try:
-                    await one.undo()
+                    await verdict.undo()
                 except StoreError as error:
                     log.warning("a refused message stays counted", user=self.request.user_id, error=str(error))
 
 
 class GuardChain:
-    """The guards of one node. An async context manager: inside it they are at work."""
+    """Asks the guards of one node in order. Each hook calls only the guards that implement it."""
 
     def __init__(self, guards: Iterable[Guard] = ()) -> None:
-        self._all = sorted(guards, key=lambda guard: guard.order)
-        self._handshake = self._at("handshake")
-        self._login = self._at("login")
-        self._stay = self._at("stay")
-        self._chat = self._at("chat")
-        self._request = self._at("request")
-        self._answer = self._at("answer")
-        self._violated = self._at("violated")
-        self._failed = self._at("failed")
-        self._stack = AsyncExitStack()
-        self.refused = Counter[str]()
-        """What was refused since the start, by reason."""
+        self._guards = list(guards)
+        self._handshake = self._implementing("check_handshake")
+        self._login = self._implementing("check_login")
+        self._session = self._implementing("check_session")
+        self._chat = self._implementing("check_chat")
+        self._ai_call = self._implementing("check_ai_call")
+        self._answer = self._implementing("answer_filter")
+        self._violation = self._implementing("on_violation")
+        self._failure = self._implementing("on_failure")
+        self.rejections = Counter[str]()
+        """Rejections since the start, by reason."""
 
     @classmethod
-    def make(cls, supplies: GuardDeps) -> Self:
-        """All guards that the settings ask for. Raises `SettingsError`."""
-        made = (guard.make(supplies) for guard in all_guards())
-        return cls(guard for guard in made if guard is not None)
+    def create(cls, deps: GuardDeps) -> Self:
+        """Build the guards of `GUARDS` that the settings enable. Raises `SettingsError`."""
+        return cls(guard for kind in GUARDS if (guard := kind.create(deps)) is not None)
 
     def __iter__(self) -> Iterator[Guard]:
-        return iter(self._all)
+        return iter(self._guards)
 
-    async def __aenter__(self) -> Self:
-        for guard in self._all:
-            await self._stack.enter_async_context(guard)
-        return self
+    def _implementing(self, hook: str) -> list[Guard]:
+        return [guard for guard in self._guards if overrides(guard, hook)]
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._stack.__aexit__(kind, error, traceback)
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run all guards; see `Guard.running`."""
+        async with AsyncExitStack() as stack:
+            for guard in self._guards:
+                await stack.enter_async_context(guard.running())
+            yield
 
     async def reload(self) -> list[str]:
-        """Have all guards read again what they have from elsewhere; what that is."""
+        """Reload all guards. Returns what was reloaded."""
         reloaded = list[str]()
-        for guard in self._all:
+        for guard in self._guards:
             try:
                 what = await guard.reload()
             except Exception:
@@ -108,76 +125,76 @@ class GuardChain:
                 reloaded += [] if what is None else [what]
         return reloaded
 
-    def handshake(self, handshake: Handshake) -> Reject | None:
-        """Whether a socket may be opened."""
+    def check_handshake(self, handshake: Handshake) -> Reject | None:
+        """See `Guard.check_handshake`."""
         for guard in self._handshake:
-            if (refusal := guard.handshake(handshake)) is not None:
-                self.refused[refusal.reason] += 1
-                return refusal
+            if (rejection := guard.check_handshake(handshake)) is not None:
+                self.rejections[rejection.reason] += 1
+                return rejection
         return None
 
-    async def login(self, login: LoginAttempt) -> LoginAccepted | Reject:
-        """Whether a user may come in. Raises `StoreError`."""
-        until, remaining = list[float](), list[int]()
+    async def check_login(self, login: LoginAttempt) -> LoginAccepted | Reject:
+        """See `Guard.check_login`. The earliest expiry and the lowest number of remaining messages apply."""
+        expires_at, remaining = list[float](), list[int]()
         for guard in self._login:
-            verdict = await guard.login(login)
+            verdict = await guard.check_login(login)
             if isinstance(verdict, Reject):
-                self.refused[verdict.reason] += 1
+                self.rejections[verdict.reason] += 1
                 limited.info("login refused", reason=verdict.reason, user=login.user_id, peer=login.peer)
                 return verdict
-            if verdict.until is not None:
-                until.append(verdict.until)
+            if verdict.expires_at is not None:
+                expires_at.append(verdict.expires_at)
             if verdict.remaining is not None:
                 remaining.append(verdict.remaining)
-        return LoginAccepted(min(until, default=None), min(remaining, default=None))
+        return LoginAccepted(min(expires_at, default=None), min(remaining, default=None))
 
-    async def stay(self, user_id: int) -> Reject | None:
-        """Whether a user who has come in may stay. Raises `StoreError`."""
-        for guard in self._stay:
-            if (refusal := await guard.stay(user_id)) is not None:
-                return refusal
+    async def check_session(self, user_id: int) -> Reject | None:
+        """See `Guard.check_session`."""
+        for guard in self._session:
+            if (rejection := await guard.check_session(user_id)) is not None:
+                return rejection
         return None
 
-    async def chat(self, request: ChatRequest) -> ChatAllowed | Reject:
-        """Whether a message may be admitted. Raises `StoreError`."""
-        passes = list[Allow]()
+    async def check_chat(self, request: ChatRequest) -> ChatAllowed | Reject:
+        """See `Guard.check_chat`. Each guard sees the message as the previous ones changed it."""
+        verdicts = list[Allow]()
         for guard in self._chat:
-            verdict = await guard.chat(request)
+            verdict = await guard.check_chat(request)
             if isinstance(verdict, Reject):
-                await ChatAllowed(request, None, passes).undo()
-                await self.note(verdict, request)
+                await ChatAllowed(request, None, verdicts).undo()
+                await self.record_rejection(verdict, request)
                 return verdict
-            request = _changed(request, verdict)
-            passes.append(verdict)
-        remaining = [one.remaining for one in passes if one.remaining is not None]
-        return ChatAllowed(request, min(remaining, default=None), passes)
+            request = _apply(verdict, request)
+            verdicts.append(verdict)
+        remaining = [one.remaining for one in verdicts if one.remaining is not None]
+        return ChatAllowed(request, min(remaining, default=None), verdicts)
 
-    async def request(self, request: ChatRequest) -> ChatRequest:
-        """What is to be asked. Raises `GuardRejection` when nothing is, `BackendError` when that cannot be told now."""
-        for guard in self._request:
-            verdict = await guard.request(request)
+    async def check_ai_call(self, request: ChatRequest) -> ChatRequest:
+        """See `Guard.check_ai_call`. Returns the request as the guards changed it. Raises `GuardRejection`."""
+        for guard in self._ai_call:
+            verdict = await guard.check_ai_call(request)
             if isinstance(verdict, Reject):
-                await self.note(verdict, request)
+                await self.record_rejection(verdict, request)
                 raise GuardRejection(verdict)
-            request = _changed(request, verdict)
+            request = _apply(verdict, request)
         return request
 
-    def answer(self, request: ChatRequest, write: Callable[[str], None]) -> Filtered | None:
-        """What stands between the AI and `write` during one attempt; None: nothing does."""
-        filters = [one for guard in self._answer if (one := guard.answer(request)) is not None]
-        return Filtered(filters, write) if filters else None
+    def answer_filter(self, request: ChatRequest, write: Callable[[str], None]) -> FilterChain | None:
+        """Create the filters between the AI and `write` for one attempt; None: no guard filters this answer."""
+        filters = [one for guard in self._answer if (one := guard.answer_filter(request)) is not None]
+        return FilterChain(filters, write) if filters else None
 
-    async def failed(self, request: ChatRequest) -> None:
-        """A request has ended as failed: see `Guard.failed`. Raises `StoreError`; may be told again."""
-        for guard in self._failed:
-            await guard.failed(request)
+    async def on_failure(self, request: ChatRequest) -> None:
+        """See `Guard.on_failure`."""
+        for guard in self._failure:
+            await guard.on_failure(request)
 
-    async def note(self, verdict: Reject, request: ChatRequest) -> None:
-        """Count and log that a guard has refused a message, or the answer to it; tell those who want to know."""
-        self.refused[verdict.reason] += 1
-        # Violations are few: they lock the account. Of others, such as those for too many messages, there is no end.
-        note = log.info if verdict.violation else limited.info
-        note(
+    async def record_rejection(self, verdict: Reject, request: ChatRequest) -> None:
+        """Count and log the rejection of a message or its answer. If it is a violation, notify the guards."""
+        self.rejections[verdict.reason] += 1
+        # Violations are few, since they lock the account; the number of other rejections has no bound.
+        write = log.info if verdict.violation else limited.info
+        write(
             "message refused",
             reason=verdict.reason,
             user=request.user_id,
@@ -186,29 +203,26 @@ class GuardChain:
             **({"detail": verdict.detail} if verdict.detail else {}),
         )
         if verdict.violation:
-            for guard in self._violated:
-                await guard.violated(request.user_id)
-
-    def _at(self, moment: str) -> list[Guard]:
-        return [guard for guard in self._all if overrides(guard, moment)]
+            for guard in self._violation:
+                await guard.on_violation(request.user_id)
 
 
-class Filtered:
-    """Passes an answer on, through all who listen to it."""
+class FilterChain:
+    """Passes an answer through all filters of an attempt, in order. Both methods raise `GuardRejection`."""
 
     def __init__(self, filters: Sequence[AnswerFilter], write: Callable[[str], None]) -> None:
         self._filters = filters
         self._write = write
 
     def feed(self, text: str) -> None:
-        """Take a piece of the answer. Raises `GuardRejection`."""
+        """Filter a piece of the answer and write what may be shown."""
         for one in self._filters:
             if not (text := one.feed(text)):
                 return
         self._write(text)
 
     def end(self) -> None:
-        """Write what was held back. Raises `GuardRejection`."""
+        """Write what the filters have buffered."""
         rest = ""
         for one in self._filters:
             rest = (one.feed(rest) if rest else "") + one.end()
@@ -216,20 +230,7 @@ class Filtered:
             self._write(rest)
 
 
-def all_guards() -> list[type[Guard]]:
-    """Every guard there is: the subclasses of `Guard` in the modules of this folder."""
-    modules = [
-        importlib.import_module(f"{folder.__name__}.{one.name}") for one in pkgutil.iter_modules(folder.__path__)
-    ]
-    return [
-        one
-        for module in modules
-        for one in vars(module).values()
-        if inspect.isclass(one) and issubclass(one, Guard) and one.__module__ == module.__name__ and one is not Guard
-    ]
-
-
-def _changed(request: ChatRequest, verdict: Allow) -> ChatRequest:
+def _apply(verdict: Allow, request: ChatRequest) -> ChatRequest:
     if verdict.text is not None:
         request = replace(request, contents=verdict.text)
     return request if verdict.history is None else replace(request, history=verdict.history)

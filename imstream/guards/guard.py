@@ -1,31 +1,31 @@
-"""The one interface of all guards: what they are asked, and what they may answer.
+"""The interface of guards: the hooks they implement and the verdicts they return.
 
-    moment      asked                                      by
-    ──────────  ─────────────────────────────────────────  ─────────────────────────────────────
-    handshake   may this page open a socket?               the gateway, before the socket is accepted
-    login       is this who it says, and may they come in? the gateway, at INIT
-    stay        may they stay?                             the gateway, when their account may have changed
-    chat        may this message be asked?                 the gateway, before it is admitted
-    request     the same, when it takes longer to find out the worker, before the first AI call
-    answer      what of the answer may be shown?           the worker, piece by piece
+    hook             question                                    called by
+    ───────────────  ──────────────────────────────────────────  ───────────────────────────────────────
+    check_handshake  may this page open a socket?                the gateway, before it accepts a socket
+    check_login      is this user authenticated and allowed in?  the gateway, at INIT
+    check_session    may this user stay connected?               the gateway, after an account has changed
+    check_chat       may this message be admitted?               the gateway, before admission
+    check_ai_call    the same, for checks that take long         the worker, before the first AI call
+    answer_filter    what of the answer may be shown?            the worker, for each attempt
 
-and what they are told, if they want to know:
+and two notifications:
 
-    violated    a guard has refused what a user wrote      the gateway or the worker
-    failed      a request has ended without any text, and  the worker, before it is buried
-                its user is not to blame
+    on_violation     a guard rejected what a user wrote          the gateway or the worker
+    on_failure       a request failed without any text, and      the worker, before it moves the request to the
+                     not because of its user                     dead letters
 
-A guard overrides the moments at which it has something to say; the others cost nothing. The gateway's moments should
-take microseconds, or one round trip to Redis. What takes longer belongs into the worker's.
+A guard implements the hooks it needs; the chain skips it for all others. The gateway's hooks must take microseconds, or
+one round trip to Redis; slower checks belong in the worker's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.model import ChatRequest
@@ -36,9 +36,9 @@ from imstream.texts import Sentence
 from imstream.wire import CloseCode, Code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GuardDeps:
-    """What guards are made of."""
+    """The objects of a node that guards are built from."""
 
     settings: Settings
     redis: RedisClient
@@ -48,19 +48,19 @@ class GuardDeps:
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """A request to open a socket. `headers`: by their names in lower case; several of one name are joined by commas."""
+    """A request to open a socket. `headers`: by lower-case name; repeated headers are joined by commas."""
 
     headers: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class LoginAttempt:
-    """Somebody says who they are.
+    """A login, not verified yet.
 
     Attributes:
-        token: What they show for it, from INIT or the handshake.
-        origin: The origin of their page; None when they named none.
-        peer: Their address, for the log.
+        token: From INIT or the handshake.
+        origin: Origin of the browser page; None for clients that send none.
+        peer: Remote address, for the log.
     """
 
     user_id: int
@@ -71,39 +71,38 @@ class LoginAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """Nothing is wrong.
+    """The guard has no objection.
 
     Attributes:
-        text: What the message says from now on, if that changes (chat, request).
-        history: What was said before, if that changes (chat, request), as in `ChatRequest`.
-        until: When the pass ends (login), in seconds since 1970.
-        remaining: How many chats the user has left today (login, chat).
-        undo: Takes back what the pass has cost, for a message that is not admitted after all (chat).
+        text: Replaces the text of the message (check_chat, check_ai_call).
+        history: Replaces its history, as in `ChatRequest` (check_chat, check_ai_call).
+        expires_at: When the login expires, in seconds since 1970 (check_login).
+        remaining: Messages that the user may still send today (check_login, check_chat).
+        undo: Reverts what the check has counted, for a message that is not admitted after all (check_chat).
     """
 
     text: str | None = None
     history: tuple[tuple[str, str], ...] | None = None
-    until: float | None = None
+    expires_at: float | None = None
     remaining: int | None = None
     undo: Callable[[], Awaitable[None]] | None = None
 
 
 ALLOW = Allow()
-"""Nothing is wrong, and nothing changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """It goes no further.
+    """The guard rejects the handshake, login, message or answer.
 
     Attributes:
-        reason: A stable word for logs, such as `words`.
-        code: What a program is told.
-        sentence: What a person is told; `values` fill its braces.
-        retry_after: When to try again, if that may help.
-        close: The socket is closed with this code (login, chat).
-        violation: The person is to blame: it is counted, and too many lock the account.
-        detail: What else an operator should know, in the log and in the record. Nothing of the text.
+        reason: Stable identifier for logs and metrics, such as `words`.
+        code: Status code sent to the client.
+        sentence: Text shown to the user; `values` fill its placeholders.
+        retry_after: When a retry may succeed; None: not by waiting.
+        close: Close the socket with this code (check_login, check_session, check_chat).
+        violation: The user is to blame: it is counted, and too many of them lock the account.
+        detail: More for operators, in the log and in the record. Must not contain text of the message.
     """
 
     reason: str
@@ -117,7 +116,7 @@ class Reject:
 
 
 class GuardRejection(Exception):  # noqa: N818 - a verdict, not an error of ours
-    """Raised in the worker for a request or an answer that goes no further."""
+    """Raised in the worker when a guard rejects a request or an answer."""
 
     def __init__(self, verdict: Reject) -> None:
         super().__init__(verdict.reason)
@@ -125,83 +124,76 @@ class GuardRejection(Exception):  # noqa: N818 - a verdict, not an error of ours
 
 
 class AnswerFilter(Protocol):
-    """Listens to one attempt at an answer and says what of it may be shown."""
+    """Filters the answer of one attempt. Both methods raise `GuardRejection`."""
 
     def feed(self, text: str) -> str:
-        """Take the next piece; what may be shown by now, perhaps nothing. Raises `GuardRejection`."""
+        """Process the next piece. Returns what may be shown now, possibly nothing."""
         ...
 
     def end(self) -> str:
-        """The answer is complete: the rest of what may be shown. Raises `GuardRejection`."""
+        """Complete the answer. Returns the rest that may be shown."""
         ...
 
 
 class Guard:
-    """Passes everything. Guards are asked in the `order` of their classes, the lowest first, until one refuses."""
-
-    order: ClassVar[int] = 50
+    """Base class: every check allows. `StoreError` from a check means that Redis cannot tell now."""
 
     @classmethod
-    def make(cls, supplies: GuardDeps) -> Self | None:
-        """The guard of a node; None when the settings leave it out.
+    def create(cls, deps: GuardDeps) -> Self | None:
+        """Build the guard; None when the settings disable it.
 
         Raises:
-            SettingsError: The settings of this guard contradict each other, or name what is not there.
+            SettingsError: The guard's settings contradict each other or name a missing file.
         """
         raise NotImplementedError
 
-    async def __aenter__(self) -> Self:
-        """The node starts. Must not wait for anything that may be away."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """The node ends."""
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Hold what the guard needs while the node runs. Entering must not wait for another service."""
+        yield
 
     async def reload(self) -> str | None:
-        """SIGHUP: read again what was read from a file or an address; what that is, None when there is no such thing.
+        """Read external data again, on SIGHUP. Returns a description of it; None: there is none.
 
-        What cannot be read leaves what there was before, and is logged.
+        On failure, log it and keep the previous data.
         """
         return None
 
-    def handshake(self, handshake: Handshake) -> Reject | None:  # noqa: ARG002 - for who overrides it
-        """Whether a socket may be opened. A refusal is answered with HTTP 403."""
+    def check_handshake(self, handshake: Handshake) -> Reject | None:  # noqa: ARG002 - for overriding methods
+        """Check a handshake. A rejection is sent as HTTP 403."""
         return None
 
-    async def login(self, login: LoginAttempt) -> Allow | Reject:  # noqa: ARG002 - same
-        """Whether a user may come in. Raises `StoreError` when that cannot be told now."""
+    async def check_login(self, login: LoginAttempt) -> Allow | Reject:  # noqa: ARG002 - same
+        """Check a login. Raises `StoreError`."""
         return ALLOW
 
-    async def stay(self, user_id: int) -> Reject | None:  # noqa: ARG002 - same
-        """Whether a user who has come in may stay; if not, all sessions are closed. Raises `StoreError`."""
+    async def check_session(self, user_id: int) -> Reject | None:  # noqa: ARG002 - same
+        """Check a user who is logged in. A rejection closes all the user's sessions. Raises `StoreError`."""
         return None
 
-    async def chat(self, request: ChatRequest) -> Allow | Reject:  # noqa: ARG002 - same
-        """Whether a message may be admitted. Raises `StoreError` when that cannot be told now."""
+    async def check_chat(self, request: ChatRequest) -> Allow | Reject:  # noqa: ARG002 - same
+        """Check a message before admission. Raises `StoreError`."""
         return ALLOW
 
-    async def request(self, request: ChatRequest) -> Allow | Reject:  # noqa: ARG002 - same
-        """Whether a message may be given to the AI. Raises `BackendError` when that cannot be told now."""
+    async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:  # noqa: ARG002 - same
+        """Check a message before its first AI call. Raises `BackendError` when the check itself fails."""
         return ALLOW
 
-    def answer(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - same
-        """Who listens to an attempt at an answer to this request; None: nobody."""
+    def answer_filter(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - same
+        """Create the filter for one attempt; None: the answer is not filtered."""
         return None
 
-    async def violated(self, user_id: int) -> None:
-        """A guard has refused what a user wrote."""
+    async def on_violation(self, user_id: int) -> None:
+        """Handle a rejection for which the user is to blame."""
 
-    async def failed(self, request: ChatRequest) -> None:
-        """A request has failed, through no fault of its user and without text. May be told again.
+    async def on_failure(self, request: ChatRequest) -> None:
+        """Handle a failed request that showed no text and whose user is not to blame.
 
-        Raises:
-            StoreError: Redis was not reached.
+        May be called again for the same request. Raises `StoreError`.
         """
 
 
-def overrides(guard: Guard, moment: str) -> bool:
-    """Whether a guard has something to say at a moment."""
-    own: Any = getattr(type(guard), moment)
-    return own is not getattr(Guard, moment)
+def overrides(guard: Guard, hook: str) -> bool:
+    """Whether a guard implements a hook."""
+    own: Any = getattr(type(guard), hook)
+    return own is not getattr(Guard, hook)

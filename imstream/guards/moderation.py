@@ -1,16 +1,16 @@
-"""Moderation by somebody else's service: the worker asks it about each message before the AI is asked.
+"""Moderation by an external service, which the worker asks about each message before its first AI call.
 
-What clients send as history reaches the model, too, and what a client says that the model has said is its own claim: so
-these turns are moderated as well, each once. A message is not held against its user for what earlier turns say.
+The history reaches the model, too, and also its assistant turns are only claimed by the client; so turns of the history
+are moderated as well, each text once. A flagged turn of the history is not a violation.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
-from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
 import structlog
 
@@ -25,10 +25,10 @@ from imstream.texts import Sentence
 from imstream.wire import Code
 
 FAILURES = 3
-"""Failed calls in a row after which the service is left alone, for as long as a failing AI backend would be."""
+"""Consecutive failures after which the circuit breaker opens. It pauses as long as that of the AI backend."""
 
-ABOUT_TEXTS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "bad_prompt", WRONG_NUMBER})
-"""Reasons that may concern one text of several: asked by themselves, the others may be answered."""
+TEXT_ERRORS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "bad_prompt", WRONG_NUMBER})
+"""Reasons of errors that one text of a batch may cause: sent alone, the others may succeed."""
 
 FLAGGED = Sentence(
     "抱歉,这条消息未通过内容审核,请修改后再发送!",
@@ -38,126 +38,127 @@ UNREADABLE = Sentence(
     "抱歉,这条消息无法通过内容审核服务检查,请修改后再发送!",
     "Sorry, this message cannot be moderated. Please change it and send it again!",
 )
-
-EARLIER = Sentence(
+FLAGGED_HISTORY = Sentence(
     "之前的对话未通过内容审核,请开始新的对话!",
     "Earlier in this conversation there is something that did not pass moderation. Please begin a new one!",
 )
 
-_MOST_REMEMBERED = 50_000
-"""How many texts that passed are remembered: some 4 MB."""
+_CACHE_SIZE = 50_000
+"""Maximum number of texts that are known to have passed: 4 MB."""
 
 log = structlog.get_logger()
 
+Result = ModerationResult | BackendError
+
 
 class Moderation(Guard):
-    """Refuses what the service flags; without the service, lets all pass or none, as the settings say."""
-
-    order: ClassVar[int] = 90  # it costs the most, so the others refuse first
+    """Rejects flagged messages. When the service is down, it allows all or none, as `moderation_fail` says."""
 
     def __init__(self, settings: Settings) -> None:
-        self._server = ModerationClient(settings)
-        self._batches = Batcher[ModerationResult | BackendError](self._ask, size=settings.moderation_batch)
+        self._service = ModerationClient(settings)
+        self._batches = Batcher[Result](self._moderate_batch, size=settings.moderation_batch)
         self._breaker = Breaker(settings, failures=FAILURES)
-        self._open = settings.moderation_fail == "open"
-        self._away = False
+        self._fails_open = settings.moderation_fail == "open"
+        self._is_down = False
         self._history = settings.moderation_history
         self._passed = set[int]()
-        """Earlier turns that passed, by their hash, which nobody can foresee. They come again with later messages."""
+        """Hashes of history turns that passed: they come again with later messages. Clients cannot forge collisions,
+        since Python's hashes of strings are randomized."""
 
     @classmethod
-    def make(cls, supplies: GuardDeps) -> Self | None:
-        """None without an address. Raises `SettingsError`."""
-        return None if supplies.settings.moderation_url is None else cls(supplies.settings)
+    def create(cls, deps: GuardDeps) -> Self | None:
+        """See `Guard.create`."""
+        return None if deps.settings.moderation_url is None else cls(deps.settings)
 
-    async def __aenter__(self) -> Self:
-        await self._server.__aenter__()
-        return self
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """See `Guard.running`."""
+        async with self._service:
+            try:
+                yield
+            finally:
+                await self._batches.aclose()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._batches.aclose()
-        await self._server.__aexit__(kind, error, traceback)
-
-    async def request(self, request: ChatRequest) -> Allow | Reject:
-        """Whether the service flags the message. Raises `TransientBackendError` when it is away and nothing passes."""
-        earlier = self._earlier(request)
-        answer, *others = await self._judge([request.contents, *earlier])
-        if isinstance(answer, ModerationResult) and answer.flagged:
-            return Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=answer.categories)
-        if isinstance(answer, BackendError) and _blames_text(answer):
-            return Reject("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(answer))
-        for text, one in zip(earlier, others, strict=True):
-            if isinstance(one, ModerationResult) and not one.flagged:
+    async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
+        """See `Guard.check_ai_call`."""
+        history = self._history_to_moderate(request)
+        message, *turns = await self._moderate([request.contents, *history])
+        if isinstance(message, ModerationResult) and message.flagged:
+            return Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=message.categories)
+        if _is_text_error(message):
+            return Reject("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(message))
+        for text, turn in zip(history, turns, strict=True):
+            if isinstance(turn, ModerationResult) and turn.flagged:
+                return Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail=turn.categories)
+            if _is_text_error(turn):
+                return Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail=str(turn))
+            if isinstance(turn, ModerationResult):
                 self._remember(text)
-            elif isinstance(one, ModerationResult) or _blames_text(one):
-                detail = one.categories if isinstance(one, ModerationResult) else str(one)
-                return Reject("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
-        away = next((one for one in (answer, *others) if isinstance(one, BackendError)), None)
-        if away is None or self._open:
+        error = next((result for result in (message, *turns) if isinstance(result, BackendError)), None)
+        if error is None or self._fails_open:
             return ALLOW
-        wait = away.retry_after if isinstance(away, TransientBackendError) else None
-        raise TransientBackendError("moderation_unavailable", str(away), retry_after=wait)
+        retry_after = error.retry_after if isinstance(error, TransientBackendError) else None
+        raise TransientBackendError("moderation_unavailable", str(error), retry_after=retry_after)
 
-    def _earlier(self, request: ChatRequest) -> list[str]:
-        """The texts of earlier turns that are to be moderated, each once."""
-        wanted = {"none": (), "assistant": ("assistant",)}.get(self._history)
-        turns = (text for role, text in request.history if wanted is None or role in wanted)
-        return [text for text in dict.fromkeys(turns) if text.strip() and hash(text) not in self._passed]
+    def _history_to_moderate(self, request: ChatRequest) -> list[str]:
+        """The texts of the turns that `moderation_history` selects, without those that passed, each once."""
+        turns = dict.fromkeys(
+            text
+            for role, text in request.history
+            if self._history == "all" or (self._history == "assistant" and role == "assistant")
+        )
+        return [text for text in turns if text.strip() and hash(text) not in self._passed]
 
     def _remember(self, text: str) -> None:
-        if len(self._passed) >= _MOST_REMEMBERED:
+        if len(self._passed) >= _CACHE_SIZE:
             self._passed.clear()
         self._passed.add(hash(text))
 
-    async def _judge(self, texts: Sequence[str]) -> Sequence[ModerationResult | BackendError]:
-        """What the service says about each text, or why it says nothing."""
-        if (answer := self._held_back()) is not None:
-            return [answer] * len(texts)
+    async def _moderate(self, texts: Sequence[str]) -> Sequence[Result]:
+        if (error := self._breaker_error()) is not None:
+            return [error] * len(texts)
         if self._breaker.tripped:
             self._breaker.record_probe()
         return await asyncio.gather(*map(self._batches.submit, texts))
 
-    async def _ask(self, texts: Sequence[str]) -> Sequence[ModerationResult | BackendError]:
+    async def _moderate_batch(self, texts: Sequence[str]) -> Sequence[Result]:
         try:
-            answers = await self._server.moderate(texts)
+            results = await self._service.moderate(texts)
         except BackendError as error:
-            if len(texts) > 1 and error.reason in ABOUT_TEXTS:
-                # One text that the service cannot take must not decide over those that came at the same time.
+            if len(texts) > 1 and error.reason in TEXT_ERRORS:
+                # Split the batch, so that one unreadable text does not decide about the texts of other users.
                 half = len(texts) // 2
-                return [*await self._ask(texts[:half]), *await self._ask(texts[half:])]
-            if _blames_text(error):
-                self._answered()
+                return [*await self._moderate_batch(texts[:half]), *await self._moderate_batch(texts[half:])]
+            if _is_text_error(error):
+                self._on_success()
             else:
-                self._failed(error)
+                self._on_failure(error)
             return [error] * len(texts)
-        self._answered()
-        return answers
+        self._on_success()
+        return results
 
-    def _held_back(self) -> TransientBackendError | None:
-        """Why the service is not asked right now."""
-        left = self._breaker.remaining()
-        if not left:
+    def _breaker_error(self) -> TransientBackendError | None:
+        """The error for all texts while the breaker is open."""
+        if not (seconds := self._breaker.remaining()):
             return None
-        return TransientBackendError("paused", "after failures in a row", retry_after=timedelta(seconds=left))
+        return TransientBackendError("paused", "after failures in a row", retry_after=timedelta(seconds=seconds))
 
-    def _failed(self, error: BackendError) -> None:
+    def _on_failure(self, error: BackendError) -> None:
         self._breaker.record_failure(error.retry_after if isinstance(error, TransientBackendError) else None)
-        if (answer := self._held_back()) is not None:
-            self._batches.resolve_queued(answer)
-        if not self._away:
-            self._away = True
-            what = "messages pass without it" if self._open else "messages wait, and fail"
-            log.error("moderation is away", error=str(error), meanwhile=what)
+        if (paused := self._breaker_error()) is not None:
+            self._batches.resolve_queued(paused)
+        if not self._is_down:
+            self._is_down = True
+            meanwhile = "messages pass without it" if self._fails_open else "messages wait, and fail"
+            log.error("moderation is away", error=str(error), meanwhile=meanwhile)
 
-    def _answered(self) -> None:
+    def _on_success(self) -> None:
         self._breaker.record_success()
-        if self._away:
-            self._away = False
+        if self._is_down:
+            self._is_down = False
             log.info("moderation is back")
 
 
-def _blames_text(error: BackendError) -> bool:
-    """Whether the service is there, and does not take this very text."""
-    return isinstance(error, PermanentBackendError) and error.reason in ABOUT_TEXTS
+def _is_text_error(result: Result) -> bool:
+    """Whether the service works, but rejects this text."""
+    return isinstance(result, PermanentBackendError) and result.reason in TEXT_ERRORS

@@ -1,7 +1,7 @@
-"""How many messages a user may ask in a minute, on one node.
+"""Rate limit of messages: per user and minute, on one node.
 
-Counted in memory, and for the user, whichever socket is used: who reconnects has no more. Each message that is asked
-counts, also one that is then refused as busy, or asked again. As many as a minute has may come at once.
+It is kept in memory for each user, whatever socket is used, so that reconnecting does not reset it. Every message
+counts, also one that is then rejected as busy, or sent again. A minute's worth of messages may come at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import ClassVar, Self
+from typing import Self
 
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
@@ -23,39 +23,33 @@ _TOO_MANY = Sentence(
 
 
 class ChatRateLimit(Guard):
-    """Refuses the messages that are too many, before anything else has to be done for them."""
-
-    order: ClassVar[int] = 10
+    """Rejects messages over the limit. It comes early, before checks that cost more."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pace = TokenBucket(per_minute / 60, per_minute)
+        self._bucket = TokenBucket(per_minute / 60, per_minute)
         self._clock = clock
         self._full_at: dict[int, float] = {}
-        """When the buckets of users will be full again; the user who asked last is last."""
+        """When the bucket of each user is full again; users in the order of their last message."""
 
     def __len__(self) -> int:
-        """How many users are remembered: at most those who have asked within a minute."""
+        """Number of users with a bucket that is not full: at most those who sent a message within the last minute."""
         return len(self._full_at)
 
     @classmethod
-    def make(cls, supplies: GuardDeps) -> Self | None:
-        """See `Guard`."""
-        per_minute = supplies.settings.chats_per_minute
+    def create(cls, deps: GuardDeps) -> Self | None:
+        """See `Guard.create`."""
+        per_minute = deps.settings.chats_per_minute
         return cls(per_minute) if per_minute else None
 
-    async def chat(self, request: ChatRequest) -> Allow | Reject:
-        """See `Guard`."""
+    async def check_chat(self, request: ChatRequest) -> Allow | Reject:
+        """See `Guard.check_chat`."""
         now = self._clock()
         before = self._full_at.pop(request.user_id, NEVER_USED)
-        after = self._pace.consume(before, now)
-        wait = self._pace.wait_time(after, now)
+        after = self._bucket.consume(before, now)
+        wait = self._bucket.wait_time(after, now)
         self._full_at[request.user_id] = before if wait else after
         if wait:
             return Reject("pace", Code.RATE_LIMITED, _TOO_MANY, retry_after=timedelta(seconds=wait))
-        self._forget_full_ones(now)
+        while self._full_at[oldest := next(iter(self._full_at))] <= now:
+            del self._full_at[oldest]
         return ALLOW
-
-    def _forget_full_ones(self, now: float) -> None:
-        """Forget, from the one who has asked nothing for the longest time on, whose bucket is as if never used."""
-        while self._full_at[longest_silent := next(iter(self._full_at))] <= now:
-            del self._full_at[longest_silent]

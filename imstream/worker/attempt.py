@@ -32,15 +32,15 @@ class AttemptRunner:
             BackendError: There is no whole answer.
         """
         parts = self._parts
-        request = self._passed = self._passed or await parts.guards.request(self._request)
+        request = self._passed = self._passed or await parts.guards.check_ai_call(self._request)
         messages = await parts.prompter.messages(request)
-        filtered = parts.guards.answer(request, write)
+        filtered = parts.guards.answer_filter(request, write)
         try:
             completion = await self._call(messages, write if filtered is None else filtered.feed)
             if filtered is not None:
                 filtered.end()
         except GuardRejection as refused:
-            await parts.guards.note(refused.verdict, request)
+            await parts.guards.record_rejection(refused.verdict, request)
             raise
         return completion
 

@@ -159,7 +159,7 @@ class Job:
             self._showed_text
             or await retry_until_available(lambda: self._parts.replies.has_shown_text(user_id, message_id))
         ):
-            await retry_until_available(lambda: self._parts.guards.failed(self.request))
+            await retry_until_available(lambda: self._parts.guards.on_failure(self.request))
 
     async def _decide_safely(self) -> Disposition:
         try:

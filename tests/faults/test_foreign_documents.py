@@ -25,14 +25,13 @@ from imstream.ai import failures
 from imstream.ai.answer_reader import AnswerReader
 from imstream.ai.sse import EventParser, EventTooLong
 from imstream.errors import BackendError, NodeTaken, SettingsError
-from imstream.guards.auth import InvalidToken
-from imstream.guards.auth.jwks import NoKeySet, check_url, read_key_set
+from imstream.guards.auth.jwks import InvalidKeySet, check_url, parse_key_set
 from imstream.guards.auth.keys import secret_key
-from imstream.guards.auth.rules import TokenRules, key_id
-from imstream.guards.exposure import is_from_here
-from imstream.guards.guard import GuardDeps, Handshake
+from imstream.guards.auth.rules import InvalidToken, TokenRules, key_id
+from imstream.guards.authentication import is_local
+from imstream.guards.guard import Handshake
 from imstream.guards.origin import Origin
-from imstream.guards.words import word_file
+from imstream.guards.words import word_guard
 from imstream.keys import Keys
 from imstream.model import ChatRequest, MalformedEntry
 from imstream.settings import Settings
@@ -42,6 +41,7 @@ from imstream.texts import choose_lang
 from imstream.urls import RedisUrl, SecretUrl, redact_url
 from imstream.wire import InvalidFrame, parse_frame, parse_user_id
 from imstream.worker.lease_keeper import is_alive, this_process
+from tests.support.guard_deps import guard_deps
 from tests.support.one_node import one_node
 from tests.support.peer import peer
 from tests.support.servers import DemoBackend, RedisServer
@@ -52,10 +52,8 @@ HERE = this_process("http://127.0.0.1:8080")
 NOW = datetime.now(UTC)
 NODE = Keys()
 RULES = TokenRules(Settings.load())
-_NOTHING = cast("Any", None)
 ORIGINS = [
-    cast("Origin", Origin.make(GuardDeps(Settings.load(origins=origins), _NOTHING, _NOTHING, _NOTHING)))
-    for origins in ("same", "*", "https://chat.example.com")
+    cast("Origin", Origin.create(guard_deps(origins=origins))) for origins in ("same", "*", "https://chat.example.com")
 ]
 
 
@@ -66,7 +64,7 @@ def read_word_list(data: bytes) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "words.txt"
         path.write_bytes(data)
-        word_file.read(path)
+        word_guard.read(path)
 
 
 def read_lease(data: bytes) -> None:
@@ -109,15 +107,15 @@ def read_refusal(data: bytes) -> None:
 def read_token(data: bytes) -> None:
     shown = RULES.check_shape(data.decode(errors="surrogateescape"))
     key_id(shown)
-    RULES.read(shown, [SECRET.encode()])
+    RULES.verify(shown, [SECRET.encode()])
 
 
 def read_headers(data: bytes) -> None:
     text = data.decode("latin-1")
     for guard in ORIGINS:
         for origin, host in ((text, "127.0.0.1"), ("http://127.0.0.1", text)):
-            guard.handshake(Handshake({"origin": origin, "host": host, "x-forwarded-proto": text}))
-    is_from_here(Handshake({"host": text, "x-forwarded-for": text}))
+            guard.check_handshake(Handshake({"origin": origin, "host": host, "x-forwarded-proto": text}))
+    is_local(Handshake({"host": text, "x-forwarded-for": text}))
     choose_lang(text)
     parse_user_id(text)
 
@@ -157,7 +155,7 @@ INIT = {"msgType": "INIT", "userId": 10001, "token": "a.b.c", "resume": [{"messa
 CHAT = {"msgType": "CHAT", "userId": 10001, "contents": "a", "history": [{"role": "user", "content": "b"}]}
 
 PARSERS = {
-    "key set": Parser(lambda data: [read_key_set(data, kind) for kind in PUBLIC], (NoKeySet,), [KEY_SET]),
+    "key set": Parser(lambda data: [parse_key_set(data, kind) for kind in PUBLIC], (InvalidKeySet,), [KEY_SET]),
     "token": Parser(read_token, (InvalidToken,), [token().encode(), token(key_of("ES256"), "ES256").encode()]),
     "client frame": Parser(
         lambda data: parse_frame(data.decode()),
@@ -333,7 +331,7 @@ async def test_a_node_lives_on_whatever_an_issuer_publishes_or_somebody_writes_i
             ] == "accepted"
             assert (await someone.end_of("m-1")).terminal is not None
         said = node.now.process.output()
-        assert said.count("keys of tokens cannot be used") == 1
+        assert said.count("unusable token keys skipped") == 1
         assert said.count("cannot be looked at") == 1
         assert "background task failed" not in said
         redis.delete(NODE.nodes(), NODE.lease("eu-1"), NODE.requests("eu-2"), inbox)

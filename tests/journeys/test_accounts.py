@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from imstream.cli.main import main
-from imstream.guards.account import BANNED, SPENT
+from imstream.guards.account import BANNED, QUOTA_EXHAUSTED
 from imstream.keys import Keys
 from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.peer import Frame, Peer, peer
@@ -198,7 +198,7 @@ async def test_of_300_messages_at_once_on_two_nodes_exactly_as_many_are_accepted
         assert sorted(frame["remaining"] for frame in accepted) == list(range(QUOTA))
         for frame in refused:
             assert frame["code"] == "RATE_LIMITED"
-            assert frame["contents"].startswith(SPENT.zh.partition("{until}")[0].format(quota=QUOTA))
+            assert frame["contents"].startswith(QUOTA_EXHAUSTED.zh.partition("{until}")[0].format(quota=QUOTA))
             assert 0 < frame["retryAfterMs"] <= timedelta(days=1) / timedelta(milliseconds=1)
         assert used(nodes) == QUOTA
         # One that was accepted may be sent again, and nobody else pays for it.

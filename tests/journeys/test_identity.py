@@ -325,13 +325,13 @@ async def test_a_node_that_would_ask_nobody_does_not_listen_beyond_its_machine(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     async with one_node(tmp_path, redis_server, demo.url) as node:
-        assert "identity is not checked: anybody on this machine" in node.now.process.output()
+        assert "users are not authenticated (IMSTREAM_AUTH=none)" in node.now.process.output()
         await node.terminated()
         await node.start(wait=False, host="0.0.0.0")
         assert await node.died() == 2
         assert "IMSTREAM_HOST=0.0.0.0 is not allowed with IMSTREAM_AUTH=none" in node.now.process.output()
         await node.start(allow_insecure="true")
-        assert "INSECURE: anybody who can reach this node" in node.now.process.output()
+        assert "INSECURE: users are not authenticated" in node.now.process.output()
 
 
 async def test_a_page_whose_name_was_made_to_lead_here_is_refused(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from imstream.demo.answer import canned_answer
-from imstream.guards.account import SPENT
+from imstream.guards.account import QUOTA_EXHAUSTED
 from imstream.texts import Text
 from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
 from tests.support.peer import peer
@@ -276,7 +276,7 @@ async def test_a_message_beyond_the_quota_of_the_day_is_told_so_and_not_sent_aga
         await whole_answer(page, "One")
         await ask(page, "Two")
         await status(page, "refused")
-        await says(page, SPENT.en.partition("{until}")[0].format(quota=1))
+        await says(page, QUOTA_EXHAUSTED.en.partition("{until}")[0].format(quota=1))
         await page.until("!document.querySelector('article:last-of-type .again').hidden")
     page.forgive_absence()
 

@@ -223,7 +223,7 @@ async def test_an_address_of_keys_is_shown_without_its_password(tmp_path: Path) 
         with fresh_redis(tmp_path) as server:
             published = {"auth_algorithm": "ES256", "auth_jwks_url": SECRETS["auth_jwks_url"]}
             async with node_with_secrets(tmp_path, server, backend, **published) as node:
-                await wait_until(lambda: "keys of tokens away" in node.now.process.output(), "the node says so")
+                await wait_until(lambda: "token keys not fetched" in node.now.process.output(), "the node says so")
 
 
 def body(url: str) -> str:

@@ -70,7 +70,7 @@ class PlayedGuard(Guard):
     away: int = 0
     asked: int = 0
 
-    async def stay(self, user_id: int) -> Reject | None:
+    async def check_session(self, user_id: int) -> Reject | None:
         """See `Guard`."""
         del user_id
         self.asked += 1

@@ -27,7 +27,7 @@ class _Asked(Guard):
     silent: int = 0
     asked: list[str] = field(default_factory=list)
 
-    async def request(self, request: ChatRequest) -> Allow | Reject:
+    async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
         self.asked.append(request.message_id)
         if request.message_id == "bad":
             return Reject("not_wanted", Code.FORBIDDEN, Sentence("不", "No"), detail="rudeness")
@@ -40,7 +40,7 @@ class _Asked(Guard):
 class _Softens(Guard):
     """Writes a message anew."""
 
-    async def request(self, request: ChatRequest) -> Allow | Reject:
+    async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
         return Allow(text=f"please: {request.contents}")
 
 
@@ -105,7 +105,7 @@ async def test_a_refusal_is_counted_logged_and_recorded_and_is_no_dead_letter(re
         assert (end["reason"], end["error"]) == ("not_wanted", "No (rudeness)")
         [line] = [line for line in logs if line["event"] == "message refused"]
         assert (line["reason"], line["message_id"], line["detail"]) == ("not_wanted", "bad", "rudeness")
-        assert guards.refused == {"not_wanted": 1}
+        assert guards.rejections == {"not_wanted": 1}
         assert client.terminal is not None
         assert client.terminal.refusal is not None
         assert client.terminal.refusal.sentence in {"不", "No"}
@@ -117,12 +117,12 @@ class _Listens(Guard):
     def __init__(self) -> None:
         self.given_back: list[str] = []
 
-    async def request(self, request: ChatRequest) -> Allow | Reject:
+    async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
         if request.contents == "bad":
             return Reject("moderation", Code.FORBIDDEN, Sentence("不", "No"), violation=True)
         return ALLOW
 
-    def answer(self, request: ChatRequest) -> AnswerFilter:  # noqa: ARG002 - the same for all
+    def answer_filter(self, request: ChatRequest) -> AnswerFilter:  # noqa: ARG002 - the same for all
         return self
 
     def feed(self, text: str) -> str:
@@ -133,7 +133,7 @@ class _Listens(Guard):
     def end(self) -> str:
         return ""
 
-    async def failed(self, request: ChatRequest) -> None:
+    async def on_failure(self, request: ChatRequest) -> None:
         self.given_back.append(request.message_id)
 
 

@@ -31,7 +31,7 @@ QUICK: dict[str, object] = {
 }
 """Settings that make a test wait less, and let one user do what takes several otherwise."""
 
-NO_IDENTITY = "identity is not checked"
+NO_IDENTITY = "users are not authenticated"
 """How the one warning begins that a node of these tests gives at its start."""
 
 NODE = ("-m", "imstream", "node")

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from imstream.guards.words.normalization import HEAVY, NOTHING, SIGNS, SPACE, continues, is_spaced, normalise, origins
+from imstream.guards.words.normalization import (
+    HEAVY,
+    IGNORED,
+    SEPARATORS,
+    SPACE,
+    is_dependent,
+    is_spaced,
+    normalize,
+    source_indexes,
+)
 
 _MAX_GAP = 16
 
@@ -13,11 +22,11 @@ _MAX_GAP = 16
 def slowly_masked(text: str, words: Iterable[str]) -> str:
     """The text with the words of a list masked."""
     # Each letter or sign of the normal form that is seen, with the index of its character.
-    whole = normalise(text)
-    parts = [(part, index) for part, index in zip(whole, origins(text, whole), strict=True) if part != NOTHING]
+    whole = normalize(text)
+    parts = [(part, index) for part, index in zip(whole, source_indexes(text, whole), strict=True) if part != IGNORED]
     normal = "".join(part for part, _ in parts)
     masked = list(text)
-    for word in (normalise(word).replace(NOTHING, "") for word in words):
+    for word in (normalize(word).replace(IGNORED, "") for word in words):
         for first in range(len(parts)):
             for last in range(first, len(parts)):
                 if normal[first] == word[0] and _is_word(normal, first, last, word):
@@ -27,9 +36,9 @@ def slowly_masked(text: str, words: Iterable[str]) -> str:
 
 
 def _is_word(normal: str, first: int, last: int, word: str) -> bool:
-    letters = [part for part in word if part not in SIGNS]
-    here = [(at, part) for at, part in enumerate(normal[first : last + 1]) if part not in SIGNS]
-    if [part for _, part in here] != letters or normal[first] in SIGNS or normal[last] in SIGNS:
+    letters = [part for part in word if part not in SEPARATORS]
+    here = [(at, part) for at, part in enumerate(normal[first : last + 1]) if part not in SEPARATORS]
+    if [part for _, part in here] != letters or normal[first] in SEPARATORS or normal[last] in SEPARATORS:
         return False
     gaps = [normal[first:][one + 1 : other] for (one, _), (other, _) in pairwise(here)]
     if any(len(gap) > _MAX_GAP for gap in gaps):
@@ -46,7 +55,7 @@ def _is_word(normal: str, first: int, last: int, word: str) -> bool:
 def _gaps_of(word: str) -> set[int]:
     gaps, letters = set[int](), 0
     for part in word:
-        if part not in SIGNS:
+        if part not in SEPARATORS:
             letters += 1
         else:
             gaps.add(letters)
@@ -60,6 +69,6 @@ def _touches_left(text: str, letter: str) -> bool:
 
 def _touches_right(text: str, letter: str) -> bool:
     neighbour = text[:1]
-    if neighbour == "" or neighbour in SIGNS:
+    if neighbour == "" or neighbour in SEPARATORS:
         return False
-    return is_spaced(neighbour) if is_spaced(letter) else continues(neighbour)
+    return is_spaced(neighbour) if is_spaced(letter) else is_dependent(neighbour)

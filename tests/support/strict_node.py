@@ -25,24 +25,23 @@ class Politeness(Guard):
     """Refuses them."""
 
     @classmethod
-    def make(cls, supplies: GuardDeps) -> Self:
+    def create(cls, deps: GuardDeps) -> Self:
         """On every node."""
-        del supplies
+        del deps
         return cls()
 
-    async def chat(self, request: ChatRequest) -> Allow | Reject:
+    async def check_chat(self, request: ChatRequest) -> Allow | Reject:
         """See `RUDE`."""
         return NO if RUDE in request.contents else ALLOW
 
-    async def request(self, request: ChatRequest) -> Allow | Reject:
+    async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
         """See `RUDE_AT_SECOND_SIGHT`."""
         return NO if RUDE_AT_SECOND_SIGHT in request.contents else ALLOW
 
 
 def main() -> None:
     """Run a node."""
-    known = chain.all_guards()
-    chain.all_guards = lambda: [*known, Politeness]
+    chain.GUARDS = (*chain.GUARDS, Politeness)
     run(Settings.load())
 
 

@@ -11,15 +11,16 @@ import pytest
 from imstream.clock import Day
 from imstream.errors import StoreUnavailable
 from imstream.guards import account
-from imstream.guards.account import Account, AccountWithQuota
+from imstream.guards.account import Account
 from imstream.guards.chain import ChatAllowed, GuardChain, LoginAccepted
-from imstream.guards.guard import Allow, GuardDeps, LoginAttempt, Reject, overrides
+from imstream.guards.guard import Allow, LoginAttempt, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.store.accounts import AccountOpen, Banned, Counted, Locked, QuotaExhausted, ViolationRecorded
 from imstream.store.inbox import AccountChanged
 from imstream.texts import localize
 from imstream.wire import CloseCode, Code
+from tests.support.guard_deps import guard_deps
 
 USER = 10001
 MIDDAY = int(datetime(2026, 11, 24, 12, tzinfo=UTC).timestamp() * 1000)
@@ -72,40 +73,48 @@ class PlayedInbox:
         self.told.append((nodes, notice))
 
 
-def guard(
-    accounts: PlayedAccounts, *, quota: int = 0, inbox: PlayedInbox | None = None, zone: str = "UTC"
-) -> Account | AccountWithQuota:
+def guard(accounts: PlayedAccounts, *, quota: int = 0, inbox: PlayedInbox | None = None, zone: str = "UTC") -> Account:
     """The guard of a node with these settings."""
     settings = Settings.load(daily_quota=quota, quota_timezone=zone)
-    kind = AccountWithQuota if quota else Account
-    return kind(cast("Any", accounts), cast("Any", inbox or PlayedInbox()), settings)
+    return Account(cast("Any", accounts), cast("Any", inbox or PlayedInbox()), settings)
 
 
-def with_quota(accounts: PlayedAccounts, **more: Any) -> AccountWithQuota:  # noqa: ANN401 - see `guard`
-    """The one that counts, up to three."""
-    return cast("AccountWithQuota", guard(accounts, quota=3, **more))
+def with_quota(accounts: PlayedAccounts, **more: Any) -> Account:  # noqa: ANN401 - see `guard`
+    """The guard with a daily quota of 3."""
+    return guard(accounts, quota=3, **more)
 
 
 @pytest.mark.parametrize("quota", [0, 3])
-def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
-    nothing = cast("Any", None)
-    guards = GuardChain.make(GuardDeps(Settings.load(daily_quota=quota), nothing, nothing, nothing))
-    [one] = [guard for guard in guards if isinstance(guard, Account)]
-    assert overrides(one, "login")
-    assert (overrides(one, "chat"), overrides(one, "failed")) == (quota > 0, quota > 0)
+async def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
+    [_] = [one for one in GuardChain.create(guard_deps(daily_quota=quota)) if isinstance(one, Account)]
+    accounts = PlayedAccounts(Counted(1, new=True))
+    one = guard(accounts, quota=quota)
+    await one.check_chat(ASKED)
+    await one.on_failure(ASKED)
+    assert bool(accounts.asked) == (quota > 0)
 
 
 async def test_who_may_come_in_is_told_what_remains_if_that_is_limited() -> None:
-    assert await GuardChain([guard(PlayedAccounts())]).login(LoginAttempt(USER)) == LoginAccepted(remaining=None)
-    assert await GuardChain([with_quota(PlayedAccounts())]).login(LoginAttempt(USER)) == LoginAccepted(remaining=1)
-    assert await GuardChain([with_quota(PlayedAccounts(AccountOpen(9)))]).login(LoginAttempt(USER)) == LoginAccepted(
-        remaining=0
+    assert await GuardChain([guard(PlayedAccounts())]).check_login(LoginAttempt(USER)) == LoginAccepted(remaining=None)
+    assert await GuardChain([with_quota(PlayedAccounts())]).check_login(LoginAttempt(USER)) == LoginAccepted(
+        remaining=1
     )
+    assert await GuardChain([with_quota(PlayedAccounts(AccountOpen(9)))]).check_login(
+        LoginAttempt(USER)
+    ) == LoginAccepted(remaining=0)
+
+
+async def verdicts(one: Account) -> list[Allow | Reject | None]:
+    return [await one.check_login(LoginAttempt(USER)), await one.check_session(USER), await one.check_chat(ASKED)]
 
 
 async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
     one = with_quota(PlayedAccounts(Banned()))
-    for verdict in (await one.login(LoginAttempt(USER)), await one.stay(USER), await one.chat(ASKED)):
+    for verdict in (
+        await one.check_login(LoginAttempt(USER)),
+        await one.check_session(USER),
+        await one.check_chat(ASKED),
+    ):
         assert isinstance(verdict, Reject)
         assert (verdict.code, verdict.close, verdict.retry_after) == (Code.FORBIDDEN, CloseCode.LOCKED, None)
         assert "banned" in localize(verdict.sentence, "en", **verdict.values)
@@ -115,7 +124,11 @@ async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
 async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account, "now_ms", lambda: MIDDAY)
     one = with_quota(PlayedAccounts(Locked(timedelta(minutes=30))), zone="Asia/Shanghai")
-    for verdict in (await one.login(LoginAttempt(USER)), await one.stay(USER), await one.chat(ASKED)):
+    for verdict in (
+        await one.check_login(LoginAttempt(USER)),
+        await one.check_session(USER),
+        await one.check_chat(ASKED),
+    ):
         assert isinstance(verdict, Reject)
         assert (verdict.code, verdict.close, verdict.retry_after) == (
             *(Code.FORBIDDEN, CloseCode.LOCKED),
@@ -126,13 +139,13 @@ async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_who_may_stay_is_not_bothered() -> None:
-    assert await guard(PlayedAccounts()).stay(USER) is None
+    assert await guard(PlayedAccounts()).check_session(USER) is None
 
 
 async def test_a_message_is_counted_on_the_day_of_the_zone_and_taken_back_if_it_was_new() -> None:
     accounts = PlayedAccounts(Counted(1, new=True))
     late = replace(ASKED, at=MIDDAY + 4 * 3_600_000)  # midnight in Shanghai
-    passed = await GuardChain([with_quota(accounts, zone="Asia/Shanghai")]).chat(late)
+    passed = await GuardChain([with_quota(accounts, zone="Asia/Shanghai")]).check_chat(late)
     assert isinstance(passed, ChatAllowed)
     assert passed.remaining == 2
     await passed.undo()
@@ -141,12 +154,12 @@ async def test_a_message_is_counted_on_the_day_of_the_zone_and_taken_back_if_it_
 
 async def test_a_message_that_was_counted_before_is_not_taken_back() -> None:
     accounts = PlayedAccounts(Counted(1, new=False))
-    passed = await with_quota(accounts).chat(ASKED)
+    passed = await with_quota(accounts).check_chat(ASKED)
     assert passed == Allow(remaining=2)
 
 
 async def test_when_all_is_used_up_it_is_said_when_the_next_day_begins() -> None:
-    verdict = await with_quota(PlayedAccounts(QuotaExhausted()), zone="Asia/Shanghai").chat(ASKED)
+    verdict = await with_quota(PlayedAccounts(QuotaExhausted()), zone="Asia/Shanghai").check_chat(ASKED)
     assert isinstance(verdict, Reject)
     assert (verdict.code, verdict.close, verdict.retry_after) == (Code.RATE_LIMITED, None, timedelta(hours=4))
     for lang in ("zh", "en"):
@@ -157,8 +170,8 @@ async def test_when_all_is_used_up_it_is_said_when_the_next_day_begins() -> None
 
 async def test_what_failed_is_given_back_on_the_day_it_was_asked() -> None:
     accounts = PlayedAccounts()
-    await with_quota(accounts).failed(ASKED)
-    await with_quota(accounts).failed(replace(ASKED, at=2**62))  # by hand, and on no day there is
+    await with_quota(accounts).on_failure(ASKED)
+    await with_quota(accounts).on_failure(replace(ASKED, at=2**62))  # by hand, and on no day there is
     assert accounts.asked == [("give back m-1", "2026-11-24")]
 
 
@@ -166,7 +179,7 @@ async def test_what_failed_is_given_back_on_the_day_it_was_asked() -> None:
 async def test_one_violation_too_many_is_told_to_all_nodes_with_the_user_and_to_this_one(verdict: Any) -> None:  # noqa: ANN401 - a parameter
     inbox = PlayedInbox()
     accounts = PlayedAccounts(blamed=ViolationRecorded(3, verdict, ("a", "b")))
-    await guard(accounts, inbox=inbox).violated(USER)
+    await guard(accounts, inbox=inbox).on_violation(USER)
     assert inbox.told == [(("a", "b"), AccountChanged(USER))]
 
 
@@ -175,5 +188,5 @@ async def test_an_earlier_one_is_only_counted_and_without_redis_not_even_that(
     blamed: ViolationRecorded | Exception,
 ) -> None:
     inbox = PlayedInbox()
-    await guard(PlayedAccounts(blamed=blamed), inbox=inbox).violated(USER)
+    await guard(PlayedAccounts(blamed=blamed), inbox=inbox).on_violation(USER)
     assert inbox.told == []

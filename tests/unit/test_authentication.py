@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -13,9 +13,9 @@ from imstream.errors import SettingsError
 from imstream.guards.authentication import TokenAuthentication
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Allow, GuardDeps, LoginAttempt, Reject
-from imstream.settings import Settings
 from imstream.texts import Text
 from imstream.wire import CloseCode, Code
+from tests.support.guard_deps import guard_deps
 from tests.support.tokens import (
     PUBLIC,
     SECRET,
@@ -32,14 +32,13 @@ from tests.support.waiting import wait_until
 
 
 def made(**settings: Any) -> TokenAuthentication:  # noqa: ANN401 - any setting
-    guard = TokenAuthentication.make(supplies(**settings))
+    guard = TokenAuthentication.create(supplies(**settings))
     assert guard is not None
     return guard
 
 
 def supplies(**settings: Any) -> GuardDeps:  # noqa: ANN401 - any setting
-    nothing = cast("Any", None)
-    return GuardDeps(Settings.load(**{"auth": "jwt", **settings}), nothing, nothing, nothing)
+    return guard_deps(**{"auth": "jwt", **settings})
 
 
 def refusal(**settings: Any) -> str:  # noqa: ANN401 - any setting
@@ -52,13 +51,14 @@ def refusal(**settings: Any) -> str:  # noqa: ANN401 - any setting
 
 
 def test_without_tokens_there_is_no_such_guard() -> None:
-    assert TokenAuthentication.make(supplies(auth="none")) is None
+    assert TokenAuthentication.create(supplies(auth="none")) is None
 
 
 async def test_a_node_asks_for_tokens_when_it_is_told_to() -> None:
-    async with GuardChain.make(supplies(auth_secret=SECRET)) as guards:
+    guards = GuardChain.create(supplies(auth_secret=SECRET))
+    async with guards.running():
         assert [type(guard) for guard in guards if isinstance(guard, TokenAuthentication)] == [TokenAuthentication]
-        assert isinstance(await guards.login(LoginAttempt(USER)), Reject)
+        assert isinstance(await guards.check_login(LoginAttempt(USER)), Reject)
 
 
 def test_a_key_is_needed() -> None:
@@ -115,7 +115,7 @@ def test_the_key_set_is_fetched_over_https_or_on_this_machine_unless_http_is_all
 def test_a_secret_that_is_a_public_key_is_refused() -> None:
     pem = public_pem(key_of("RS256")).decode()
     told = refusal(auth_secret=pem)
-    assert told == "IMSTREAM_AUTH_SECRET=(hidden) is not allowed: it is a key of another kind, no secret"
+    assert told == "IMSTREAM_AUTH_SECRET=(hidden) is not allowed: it is an asymmetric key, not a secret"
 
 
 def test_keys_that_contradict_each_other_or_the_algorithm_are_refused(tmp_path: Path) -> None:
@@ -142,9 +142,11 @@ def test_a_key_of_another_kind_or_too_weak_is_refused(algorithm: str, kind: str,
 
 def test_a_file_without_a_public_key_is_refused(tmp_path: Path) -> None:
     private = written(tmp_path, private_pem(key_of("ES256")), "private.pem")
-    assert "a private key is in it" in refusal(auth_algorithm="ES256", auth_public_key=private)
+    assert "it contains a private key; ES256 needs" in refusal(auth_algorithm="ES256", auth_public_key=private)
     empty = written(tmp_path, b"", "empty.pem")
-    assert "no public key in PEM is in it" in refusal(auth_algorithm="ES256", auth_public_key=empty)
+    assert "it contains no public key in PEM format; ES256 needs" in refusal(
+        auth_algorithm="ES256", auth_public_key=empty
+    )
     nothing = tmp_path / "nothing.pem"
     told = refusal(auth_algorithm="ES256", auth_public_key=nothing)
     assert told == f"IMSTREAM_AUTH_PUBLIC_KEY={nothing} is not allowed: cannot be read: No such file or directory"
@@ -154,14 +156,15 @@ def test_a_file_without_a_public_key_is_refused(tmp_path: Path) -> None:
 
 
 async def said(guard: TokenAuthentication, shown: str | None, user_id: int = USER) -> Allow | Reject:
-    return await guard.login(LoginAttempt(user_id, shown))
+    return await guard.check_login(LoginAttempt(user_id, shown))
 
 
 @pytest.mark.parametrize("kind", [*PUBLIC, "EdDSA-448"])
 async def test_a_key_in_a_file_is_believed(kind: str, tmp_path: Path) -> None:
     algorithm = kind.removesuffix("-448")
     path = written(tmp_path, public_pem(key_of(kind)))
-    async with made(auth_algorithm=algorithm, auth_public_key=path) as guard:
+    guard = made(auth_algorithm=algorithm, auth_public_key=path)
+    async with guard.running():
         assert isinstance(await said(guard, token(key_of(kind), algorithm)), Allow)
         assert isinstance(await said(guard, token(key_of(kind, 1), algorithm)), Reject)
 
@@ -170,7 +173,7 @@ async def test_a_pass_ends_when_the_token_is_refused_at_the_door() -> None:
     ends = int(time.time()) + 60
     passed = await said(made(auth_secret=SECRET, auth_leeway="2s"), token(exp=ends))
     assert isinstance(passed, Allow)
-    assert passed.until == ends + 2
+    assert passed.expires_at == ends + 2
 
 
 @pytest.mark.parametrize(
@@ -197,8 +200,10 @@ async def test_a_refusal_tells_the_log_more_than_the_bearer(shown: str | None, r
 
 
 async def test_while_there_are_no_keys_nobody_is_told_that_a_token_is_wrong() -> None:
-    async with issuer(away=True) as away, made(auth_algorithm="ES256", auth_jwks_url=away.url) as guard:
-        refused = await said(guard, token(key_of("ES256"), "ES256"))
+    async with issuer(away=True) as away:
+        guard = made(auth_algorithm="ES256", auth_jwks_url=away.url)
+        async with guard.running():
+            refused = await said(guard, token(key_of("ES256"), "ES256"))
     assert isinstance(refused, Reject)
     assert (refused.code, refused.close) == (Code.UNAVAILABLE, None)
     assert refused.retry_after is not None
@@ -207,12 +212,14 @@ async def test_while_there_are_no_keys_nobody_is_told_that_a_token_is_wrong() ->
 
 async def test_published_keys_are_believed() -> None:
     key = key_of("ES256")
-    async with issuer(as_jwk(key, "ES256")) as at, made(auth_algorithm="ES256", auth_jwks_url=at.url) as guard:
+    async with issuer(as_jwk(key, "ES256")) as at:
+        guard = made(auth_algorithm="ES256", auth_jwks_url=at.url)
 
-        async def is_believed() -> bool:
+        async def is_accepted() -> bool:
             return isinstance(await said(guard, token(key, "ES256")), Allow)
 
-        await wait_until(is_believed, "the keys were fetched")
+        async with guard.running():
+            await wait_until(is_accepted, "the keys were fetched")
 
 
 def test_a_token_is_in_no_repr() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,21 +10,20 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from imstream.errors import SettingsError
-from imstream.guards.exposure import Exposure
-from imstream.guards.guard import GuardDeps, Handshake
-from imstream.settings import Settings
+from imstream.guards.authentication import Exposure
+from imstream.guards.guard import Handshake
+from tests.support.guard_deps import guard_deps
 from tests.support.tokens import SECRET
 
 
 def guard(**settings: Any) -> Exposure | None:  # noqa: ANN401 - any setting
-    nothing = cast("Any", None)
-    return Exposure.make(GuardDeps(Settings.load(**settings), nothing, nothing, nothing))
+    return Exposure.create(guard_deps(**settings))
 
 
 def may_come(one: Exposure | None, **headers: str) -> bool:
     return (
         one is None
-        or one.handshake(Handshake({name.replace("_", "-"): value for name, value in headers.items()})) is None
+        or one.check_handshake(Handshake({name.replace("_", "-"): value for name, value in headers.items()})) is None
     )
 
 
@@ -38,7 +37,7 @@ def test_it_does_not_listen_beyond_unless_it_is_told_to(host: str) -> None:
     with pytest.raises(SettingsError) as refused:
         guard(host=host)
     assert str(refused.value).startswith(
-        f"IMSTREAM_HOST={host} is not allowed with IMSTREAM_AUTH=none, because anybody"
+        f"IMSTREAM_HOST={host} is not allowed with IMSTREAM_AUTH=none, because any client"
     )
     assert "IMSTREAM_ALLOW_INSECURE=true" in str(refused.value)
     assert guard(host=host, allow_insecure=True) is not None
@@ -87,8 +86,8 @@ async def test_it_says_at_the_start_that_nobody_is_asked(insecure: bool, level: 
     one = guard(allow_insecure=insecure)
     assert one is not None
     with capture_logs() as logged:
-        async with one:
+        async with one.running():
             pass
     [line] = logged
     assert line["log_level"] == level
-    assert "may claim to be anybody" in line["event"]
+    assert "can impersonate any user" in line["event"]

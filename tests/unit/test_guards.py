@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Self, cast
 
 import pytest
+from pydantic_settings import SettingsConfigDict
 
-import imstream.guards
-from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.errors import StoreUnavailable
+from imstream.guards import chain
 from imstream.guards.chain import ChatAllowed, GuardChain, LoginAccepted
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
 from imstream.model import ChatRequest
-from imstream.settings import Settings
+from imstream.settings import SettingsGroup
 from imstream.texts import Sentence
 from imstream.wire import Code
+from tests.support.guard_deps import guard_deps
 
 NO = Reject("no", Code.FORBIDDEN, Sentence("不", "No"))
 ASKED = ChatRequest(10001, "m-1", "hello", (), "en", 0, "trace")
@@ -29,56 +29,53 @@ class _Played(Guard):
 
     name: str = "one"
     says: Allow | Reject = ALLOW
-    order: ClassVar[int] = 50
     asked: list[str] = field(default_factory=list)
 
-    async def login(self, login: LoginAttempt) -> Allow | Reject:
+    async def check_login(self, login: LoginAttempt) -> Allow | Reject:
         self.asked.append(f"login {login.user_id}")
         return self.says
 
-    async def chat(self, request: ChatRequest) -> Allow | Reject:
+    async def check_chat(self, request: ChatRequest) -> Allow | Reject:
         self.asked.append(request.contents)
         return self.says
 
-    async def request(self, request: ChatRequest) -> Allow | Reject:
+    async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
         self.asked.append(request.contents)
         return self.says
 
-    async def stay(self, user_id: int) -> Reject | None:
+    async def check_session(self, user_id: int) -> Reject | None:
         self.asked.append(f"stay {user_id}")
         return self.says if isinstance(self.says, Reject) else None
 
-    async def violated(self, user_id: int) -> None:
+    async def on_violation(self, user_id: int) -> None:
         self.asked.append(f"violated {user_id}")
 
 
-class _Early(_Played):
-    order: ClassVar[int] = 1
-
-
 async def test_guards_are_asked_in_their_order_until_one_refuses() -> None:
-    late, early = _Played(), _Early(says=NO)
-    assert await GuardChain([late, early]).chat(ASKED) == NO
+    late, early = _Played(), _Played(says=NO)
+    assert await GuardChain([early, late]).check_chat(ASKED) == NO
     assert (early.asked, late.asked) == (["hello"], [])
 
 
 async def test_each_guard_sees_what_the_one_before_made_of_the_text() -> None:
-    late, early = _Played(says=Allow(text="h****")), _Early(says=Allow(text="HELLO"))
-    passed = await GuardChain([late, early]).chat(ASKED)
+    late, early = _Played(says=Allow(text="h****")), _Played(says=Allow(text="HELLO"))
+    passed = await GuardChain([early, late]).check_chat(ASKED)
     assert isinstance(passed, ChatAllowed)
     assert (late.asked, passed.request.contents) == (["HELLO"], "h****")
-    assert (await GuardChain([late, early]).request(ASKED)).contents == "h****"
+    assert (await GuardChain([early, late]).check_ai_call(ASKED)).contents == "h****"
 
 
 async def test_a_login_holds_as_long_as_the_shortest_pass_and_tells_the_least_that_remains() -> None:
-    guards = GuardChain([_Played(says=Allow(until=20.0, remaining=3)), _Early(says=Allow(until=10.0, remaining=5))])
-    assert await guards.login(LoginAttempt(10001)) == LoginAccepted(until=10.0, remaining=3)
+    guards = GuardChain(
+        [_Played(says=Allow(expires_at=10.0, remaining=5)), _Played(says=Allow(expires_at=20.0, remaining=3))]
+    )
+    assert await guards.check_login(LoginAttempt(10001)) == LoginAccepted(expires_at=10.0, remaining=3)
 
 
 async def test_a_user_may_stay_when_no_guard_says_otherwise() -> None:
-    assert await GuardChain([_Played(), _Early()]).stay(10001) is None
-    late, early = _Played(), _Early(says=NO)
-    assert await GuardChain([late, early]).stay(10001) == NO
+    assert await GuardChain([_Played(), _Played()]).check_session(10001) is None
+    late, early = _Played(), _Played(says=NO)
+    assert await GuardChain([early, late]).check_session(10001) == NO
     assert (early.asked, late.asked) == (["stay 10001"], [])
 
 
@@ -88,7 +85,7 @@ async def test_a_refusal_takes_back_what_earlier_guards_have_counted() -> None:
     async def undo() -> None:
         taken_back.append("counted")
 
-    assert await GuardChain([_Early(says=Allow(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
+    assert await GuardChain([_Played(says=Allow(undo=undo)), _Played(says=NO)]).check_chat(ASKED) == NO
     assert taken_back == ["counted"]
 
 
@@ -96,14 +93,14 @@ async def test_without_redis_a_refused_message_stays_counted() -> None:
     async def undo() -> None:
         raise StoreUnavailable("away")
 
-    assert await GuardChain([_Early(says=Allow(undo=undo)), _Played(says=NO)]).chat(ASKED) == NO
+    assert await GuardChain([_Played(says=Allow(undo=undo)), _Played(says=NO)]).check_chat(ASKED) == NO
 
 
 @pytest.mark.parametrize("violation", [True, False])
 async def test_a_violation_is_told_to_all_guards(violation: bool) -> None:  # noqa: FBT001 - a parameter of pytest
-    listens, refuses = _Played(), _Early(says=Reject("no", Code.FORBIDDEN, NO.sentence, violation=violation))
+    listens, refuses = _Played(), _Played(says=Reject("no", Code.FORBIDDEN, NO.sentence, violation=violation))
     with pytest.raises(GuardRejection):
-        await GuardChain([listens, refuses]).request(ASKED)
+        await GuardChain([refuses, listens]).check_ai_call(ASKED)
     assert listens.asked == (["violated 10001"] if violation else [])
 
 
@@ -122,13 +119,13 @@ class _Shouting:
 
 
 class _Listener(Guard):
-    def answer(self, request: ChatRequest) -> AnswerFilter | None:
+    def answer_filter(self, request: ChatRequest) -> AnswerFilter | None:
         return _Shouting() if request.lang == "en" else None
 
 
 def test_an_answer_passes_all_who_listen_and_nothing_is_lost() -> None:
     said: list[str] = []
-    filtered = GuardChain([_Listener(), _Listener()]).answer(ASKED, said.append)
+    filtered = GuardChain([_Listener(), _Listener()]).answer_filter(ASKED, said.append)
     assert filtered is not None
     for piece in ("a", "bc", "d"):
         filtered.feed(piece)
@@ -139,44 +136,34 @@ def test_an_answer_passes_all_who_listen_and_nothing_is_lost() -> None:
 
 def test_an_answer_that_nobody_listens_to_goes_its_way() -> None:
     write = cast("Callable[[str], None]", [].append)
-    assert GuardChain([_Played()]).answer(ASKED, write) is None
+    assert GuardChain([_Played()]).answer_filter(ASKED, write) is None
 
 
-async def test_a_file_in_the_folder_is_a_guard_with_settings_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "no_questions.py").write_text(
-        """
-from pydantic_settings import SettingsConfigDict
-
-from imstream.guards.guard import ALLOW, Guard, Reject
-from imstream.settings import SettingsGroup
-from imstream.texts import Sentence
-from imstream.wire import Code
-
-class Questions(SettingsGroup):
+class _Questions(SettingsGroup):
     model_config = SettingsConfigDict(env_prefix="IMSTREAM_QUESTIONS_")
     end: str = "?"
 
-class NoQuestions(Guard):
-    @classmethod
-    def make(cls, supplies):
-        made = cls()
-        made.end = Questions.load().end
-        return made
 
-    async def chat(self, request):
-        if request.contents.endswith(self.end):
+class _NoQuestions(Guard):
+    def __init__(self, end: str) -> None:
+        self._end = end
+
+    @classmethod
+    def create(cls, deps: GuardDeps) -> Self:
+        del deps
+        return cls(_Questions.load().end)
+
+    async def check_chat(self, request: ChatRequest) -> Allow | Reject:
+        if request.contents.endswith(self._end):
             return Reject("question", Code.FORBIDDEN, Sentence("请勿提问", "No questions, please"))
         return ALLOW
-""",
-        "utf-8",
-    )
-    monkeypatch.setattr(imstream.guards, "__path__", [*imstream.guards.__path__, str(tmp_path)])
+
+
+async def test_a_class_in_the_list_is_a_guard_with_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "GUARDS", (*chain.GUARDS, _NoQuestions))
     monkeypatch.setenv("IMSTREAM_QUESTIONS_END", "吗")
-    nothing = cast("Any", None)
-    guards = GuardChain.make(GuardDeps(Settings(), nothing, nothing, PromptAssembler(Settings())))
-    refused = await guards.chat(ChatRequest(10001, "m-1", "可以吗", (), "en", 0, "trace"))
+    guards = GuardChain.create(guard_deps())
+    refused = await guards.check_chat(ChatRequest(10001, "m-1", "可以吗", (), "en", 0, "trace"))
     assert isinstance(refused, Reject)
     assert refused.reason == "question"
-    assert isinstance(await guards.chat(ASKED), ChatAllowed)
+    assert isinstance(await guards.check_chat(ASKED), ChatAllowed)

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from imstream.guards.auth import Algorithm, InvalidToken, KeysUnavailable
-from imstream.guards.auth.jwks import MAX_KEYS, MAX_SIZE, NoKeySet, PublishedKeys, read_key_set
+from imstream.guards.auth.jwks import MAX_KEYS, MAX_SIZE, InvalidKeySet, JwksKeySource, parse_key_set
+from imstream.guards.auth.keys import Algorithm, KeysUnavailable
+from imstream.guards.auth.rules import InvalidToken
 from imstream.urls import SecretUrl
 from tests.support.tokens import PUBLIC, Issuer, as_jwk, issuer, key_of, token
 from tests.support.waiting import wait_until
@@ -27,18 +28,18 @@ OLD_TOKEN, NEW_TOKEN = token(OLD, "ES256", headers={"kid": "old"}), token(NEW, "
 
 
 @asynccontextmanager
-async def following(one: Issuer, *, known: bool = True, **timing: float) -> AsyncIterator[PublishedKeys]:
-    """The keys of an issuer, once they were fetched. Seldom looked at again by itself, unless `refresh` says so."""
-    usual = {"refresh": 60, "apart": 0.05, "max_age": 3600}
+async def following(one: Issuer, *, known: bool = True, **timing: float) -> AsyncIterator[JwksKeySource]:
+    """The key source of an issuer after its first fetch. Not refreshed during a test without `refresh_interval`."""
+    usual = {"refresh_interval": 60, "min_interval": 0.05, "max_age": 3600}
     spans = {name: timedelta(seconds=seconds) for name, seconds in {**usual, **timing}.items()}
-    keys = PublishedKeys(SecretUrl(one.url), "ES256", **spans)
-    async with keys.at_work():
+    keys = JwksKeySource(SecretUrl(one.url), "ES256", **spans)
+    async with keys.running():
         if known:
             await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys were fetched")
         yield keys
 
 
-async def is_known(keys: PublishedKeys, shown: str) -> bool:
+async def is_known(keys: JwksKeySource, shown: str) -> bool:
     try:
         return bool(await keys.keys_for(shown))
     except (KeysUnavailable, InvalidToken):
@@ -47,7 +48,7 @@ async def is_known(keys: PublishedKeys, shown: str) -> bool:
 
 def usable(document: object, algorithm: Algorithm) -> list[tuple[str | None, Any]]:
     """The keys of a document that can be used."""
-    return read_key_set(json.dumps(document).encode(), algorithm).keys
+    return parse_key_set(json.dumps(document).encode(), algorithm).keys
 
 
 def named(found: Any) -> list[str | None]:  # noqa: ANN401 - each algorithm has its own type of key
@@ -88,7 +89,7 @@ def test_no_more_keys_are_kept_than_can_be_tried() -> None:
 def test_any_document_is_a_key_set_or_refused(document: object) -> None:
     try:
         assert usable(document, "RS256") == []
-    except NoKeySet:
+    except InvalidKeySet:
         return
 
 
@@ -124,7 +125,7 @@ async def test_a_new_key_is_looked_for_as_soon_as_a_token_names_it() -> None:
 
 
 async def test_strangers_cannot_make_it_ask_more_than_seldom() -> None:
-    async with issuer(OLD_JWK) as one, following(one, apart=30) as keys:
+    async with issuer(OLD_JWK) as one, following(one, min_interval=30) as keys:
         for number in range(50):
             with pytest.raises(KeysUnavailable) as away:  # not "wrong": the key may have come since the last look
                 await keys.keys_for(token(NEW, "ES256", headers={"kid": f"made up {number}"}))
@@ -143,14 +144,14 @@ async def test_many_who_ask_at_once_for_an_unknown_key_share_one_look() -> None:
 
 
 async def test_a_key_that_is_not_there_after_a_look_is_none() -> None:
-    async with issuer(OLD_JWK) as one, following(one, apart=0) as keys:
+    async with issuer(OLD_JWK) as one, following(one, min_interval=0) as keys:
         with pytest.raises(InvalidToken, match="unknown_key"):
             await keys.keys_for(NEW_TOKEN)
         assert one.fetched == 2
 
 
 async def test_keys_that_were_withdrawn_are_dropped_at_the_next_look() -> None:
-    async with issuer(OLD_JWK, NEW_JWK) as one, following(one, refresh=0.02) as keys:
+    async with issuer(OLD_JWK, NEW_JWK) as one, following(one, refresh_interval=0.02) as keys:
         one.keys = [NEW_JWK]
 
         async def is_dropped() -> bool:
@@ -161,7 +162,7 @@ async def test_keys_that_were_withdrawn_are_dropped_at_the_next_look() -> None:
 
 
 async def test_while_the_issuer_is_away_the_old_keys_are_kept() -> None:
-    async with issuer(OLD_JWK) as one, following(one, refresh=0.02) as keys:
+    async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.02) as keys:
         await one.go()
         await asyncio.sleep(0.1)  # it has failed to look
         assert await is_known(keys, OLD_TOKEN)
@@ -195,7 +196,7 @@ async def test_before_the_first_answer_there_are_no_keys_and_then_they_come_by_t
     ],
 )
 async def test_an_answer_that_is_no_key_set_changes_nothing(published: str, status: int) -> None:
-    async with issuer(OLD_JWK) as one, following(one, refresh=0.02) as keys:
+    async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.02) as keys:
         one.keys, one.status = published, status
         before = one.fetched
         await wait_until(lambda: one.fetched > before + 1, "it was looked at again")
@@ -221,7 +222,7 @@ NO_KEY_SETS = ('{"keys": ' + "[" * 10_000, '{"keys": [' + "9" * 100_000 + "]}", 
 
 
 async def test_whatever_stands_in_a_key_set_the_good_key_in_it_holds_and_the_next_set_is_fetched() -> None:
-    async with issuer(OLD_JWK) as one, following(one, refresh=0.005) as keys:
+    async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.005) as keys:
         sets: list[list[Any] | str] = [*([poison, OLD_JWK, poison] for poison in POISON), *NO_KEY_SETS]
         for published in sets:
             one.keys = published
@@ -247,11 +248,11 @@ def test_a_key_with_any_field_changed_takes_no_other_with_it(good: dict[str, Any
 async def test_thousands_of_broken_keys_make_one_line_in_the_log_however_often_they_are_read() -> None:
     broken = [{"kty": "EC", "kid": str(number), "crv": "P-256", "x": 5} for number in range(4000)]
     with capture_logs() as logs:
-        async with issuer(*broken, OLD_JWK) as one, following(one, refresh=0.01):
+        async with issuer(*broken, OLD_JWK) as one, following(one, refresh_interval=0.01):
             await wait_until(lambda: one.fetched > 4, "it was read several times", limit=30)
     assert [(line["event"], line.get("broken")) for line in logs] == [
-        ("keys of tokens reached", None),
-        ("keys of tokens cannot be used", 4000),
+        ("token keys fetched", None),
+        ("unusable token keys skipped", 4000),
     ]
 
 
@@ -259,7 +260,7 @@ async def test_thousands_of_broken_keys_make_one_line_in_the_log_however_often_t
 
 
 async def test_an_empty_key_set_is_an_answer_and_the_keys_that_were_withdrawn_are_dropped() -> None:
-    async with issuer(OLD_JWK) as one, following(one, refresh=0.02, apart=0) as keys:
+    async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.02, min_interval=0) as keys:
         one.keys = []
 
         async def is_dropped() -> bool:
@@ -275,7 +276,7 @@ async def test_an_empty_key_set_is_an_answer_and_the_keys_that_were_withdrawn_ar
 
 
 async def test_so_is_a_key_set_with_keys_of_another_kind_only() -> None:
-    async with issuer(OLD_JWK) as one, following(one, refresh=0.02, apart=0) as keys:
+    async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.02, min_interval=0) as keys:
         one.keys = [as_jwk(key_of("RS256"), "RS256", kid="old"), {"kty": "EC", "kid": "old", "crv": "P-256", "x": 5}]
 
         async def is_refused() -> bool:
@@ -289,7 +290,7 @@ async def test_so_is_a_key_set_with_keys_of_another_kind_only() -> None:
 
 async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_used() -> None:
     with capture_logs() as logs:
-        async with issuer(OLD_JWK) as one, following(one, apart=0.02, max_age=0.6) as keys:
+        async with issuer(OLD_JWK) as one, following(one, min_interval=0.02, max_age=0.6) as keys:
             before = one.fetched
             await wait_until(lambda: one.fetched > before + 1, "it is looked at more often than keys grow too old")
             one.keys = "<html>"
@@ -306,20 +307,20 @@ async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_use
             await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys are fetched again")
     events = [line["event"] for line in logs]
     assert events == [
-        "keys of tokens reached",
-        "keys of tokens away",
-        "keys of tokens too old, nobody is logged in",
-        "keys of tokens reached",
+        "token keys fetched",
+        "token keys not fetched",
+        "token keys expired, no login is possible",
+        "token keys fetched",
     ]
 
 
 async def test_an_answer_that_was_packed_without_being_asked_for_is_not_unpacked() -> None:
-    async with issuer(OLD_JWK) as one, following(one, refresh=0.02) as keys:
+    async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.02) as keys:
         one.packed, one.keys = True, [NEW_JWK]
         before = one.fetched
         with capture_logs() as logs:
             await wait_until(lambda: one.fetched > before + 1, "it was looked at again")
-        assert "the answer is compressed, which was not asked for" in [line.get("error") for line in logs]
+        assert "the response is compressed, which was not requested" in [line.get("error") for line in logs]
         assert await is_known(keys, OLD_TOKEN)
 
 

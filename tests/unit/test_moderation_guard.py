@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import structlog
 
 from imstream.errors import TransientBackendError
-from imstream.guards.guard import ALLOW, Allow, GuardDeps, Reject
-from imstream.guards.moderation import EARLIER, FAILURES, FLAGGED, UNREADABLE, Moderation
+from imstream.guards.guard import ALLOW, Allow, Reject
+from imstream.guards.moderation import FAILURES, FLAGGED, FLAGGED_HISTORY, UNREADABLE, Moderation
 from imstream.model import ChatRequest
-from imstream.settings import Settings
 from imstream.wire import Code
+from tests.support.guard_deps import guard_deps
 from tests.support.moderating import chokes_on, flags_bad, moderated, result, results
 from tests.support.scripted_backend import Exchange, Script, ScriptedBackend, hangs, refuses, scripted_backend
 from tests.support.waiting import wait_until
 
 BROKEN = refuses(500, '{"error": {"message": "out of order"}}')
-NOTHING = cast("Any", None)
 
 
 @asynccontextmanager
@@ -29,9 +28,9 @@ async def guarded(*scripts: Script, always: Script = flags_bad, **settings: Any)
     async with scripted_backend(always) as server:
         server.then(*scripts)
         given = {"moderation_url": server.url, "ai_breaker_pause": "100ms", **settings}
-        guard = Moderation.make(GuardDeps(Settings.load(**given), NOTHING, NOTHING, NOTHING))
+        guard = Moderation.create(guard_deps(**given))
         assert guard is not None
-        async with guard:
+        async with guard.running():
             yield _Guarded(guard, server)
 
 
@@ -41,7 +40,7 @@ class _Guarded:
         self.server = server
 
     async def ask(self, text: str) -> Allow | Reject:
-        return await self.guard.request(ChatRequest(10001, "m-1", text, (), "en", 0, "trace"))
+        return await self.guard.check_ai_call(ChatRequest(10001, "m-1", text, (), "en", 0, "trace"))
 
     async def ask_all(self, texts: Iterable[str]) -> list[Allow | Reject | BaseException]:
         return await asyncio.gather(*map(self.ask, texts), return_exceptions=True)
@@ -54,7 +53,7 @@ class _Guarded:
 
 
 def test_without_an_address_there_is_no_moderation() -> None:
-    assert Moderation.make(GuardDeps(Settings.load(), NOTHING, NOTHING, NOTHING)) is None
+    assert Moderation.create(guard_deps()) is None
 
 
 async def test_what_is_flagged_is_refused_and_counts_as_a_violation() -> None:
@@ -65,7 +64,7 @@ async def test_what_is_flagged_is_refused_and_counts_as_a_violation() -> None:
 
 async def test_only_the_contents_are_sent() -> None:
     async with guarded() as it:
-        await it.guard.request(ChatRequest(10001, "m-1", "hello", (("user", "earlier"),), "en", 0, "t"))
+        await it.guard.check_ai_call(ChatRequest(10001, "m-1", "hello", (("user", "earlier"),), "en", 0, "t"))
         assert it.server.requests[0].json == {"model": "omni-moderation-latest", "input": "hello"}
 
 
@@ -77,8 +76,10 @@ HISTORY = (("user", "asked"), ("assistant", "said"), ("user", "bad asked"), ("as
 )
 async def test_earlier_turns_are_sent_as_the_setting_says_each_once(which: str, sent: list[str]) -> None:
     async with guarded(moderation_history=which) as it:
-        verdicts = [await it.guard.request(ChatRequest(10001, "m-1", "go on", HISTORY, "en", 0, "t")) for _ in range(2)]
-        refused = Reject("moderation_history", Code.FORBIDDEN, EARLIER, detail="asked")
+        verdicts = [
+            await it.guard.check_ai_call(ChatRequest(10001, "m-1", "go on", HISTORY, "en", 0, "t")) for _ in range(2)
+        ]
+        refused = Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail="asked")
         assert verdicts == [refused if which == "all" else ALLOW] * 2
         again = ["bad asked"] if which == "all" else []  # what passed is remembered
         assert [text for texts in moderated(it.server.requests) for text in texts] == ["go on", *sent, "go on", *again]
@@ -89,8 +90,8 @@ async def test_what_a_client_says_that_the_model_said_is_refused_and_no_violatio
     async with guarded(always=chokes_on("poison"), moderation_fail=mode) as it:
         for text, detail in (("bad hate", "hate"), ("poison", "http_400: cannot read that")):
             request = ChatRequest(10001, "m-1", "go on", (("assistant", text),), "en", 0, "t")
-            refused = Reject("moderation_history", Code.FORBIDDEN, EARLIER, detail=detail)
-            assert await it.guard.request(request) == refused
+            refused = Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail=detail)
+            assert await it.guard.check_ai_call(request) == refused
             assert not refused.violation
 
 
@@ -102,7 +103,7 @@ async def test_a_service_that_is_back_is_asked_about_a_message_and_its_history_a
 
         async def passes() -> bool:
             try:
-                return await it.guard.request(request) == ALLOW
+                return await it.guard.check_ai_call(request) == ALLOW
             except TransientBackendError:
                 return False
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from imstream.guards.words.normalization import (
     HEAVY,
+    IGNORED,
     LIGHT,
-    NOTHING,
-    SIGNS,
+    SEPARATORS,
     SPACE,
-    continues,
+    is_dependent,
     is_spaced,
-    normalise,
-    origins,
+    normalize,
+    source_indexes,
 )
 
 SAME = {
@@ -44,11 +44,11 @@ SAME = {
 
 @pytest.mark.parametrize("text", SAME)
 def test_letters_are_the_same_in_every_case_width_and_style(text: str) -> None:
-    assert normalise(text) == SAME[text]
+    assert normalize(text) == SAME[text]
 
 
 KINDS = {
-    NOTHING: "\u200b\u200d\u2060\ufeff\u00ad\u202e\ufe0f\u0301\u0336\u20dd\u064b\u3164\x00\x07\U000e0041",
+    IGNORED: "\u200b\u200d\u2060\ufeff\u00ad\u202e\ufe0f\u0301\u0336\u20dd\u064b\u3164\x00\x07\U000e0041",
     LIGHT: ".-_*·•~+=|/\\@#$%^&．＊★☆●→│😀🍆\ue000",
     SPACE: " \t\u00a0\u3000\u2003",
     HEAVY: ",，、。｡!！?？:：;；'\"‘’“”()（）[]【】《》「」{}…—\n\r\u2028\x85",
@@ -57,58 +57,58 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_letter_is_one_of_four_kinds(kind: str) -> None:
-    assert [(char, normalise(char)) for char in KINDS[kind] if normalise(char) != kind] == []
+    assert [(char, normalize(char)) for char in KINDS[kind] if normalize(char) != kind] == []
 
 
 def test_vowel_signs_stay_and_accents_go() -> None:
-    assert normalise("เด็ก") == "เด็ก"
-    assert normalise("z\u0351\u036fa\u0321") == f"z{NOTHING}{NOTHING}a{NOTHING}"
+    assert normalize("เด็ก") == "เด็ก"
+    assert normalize("z\u0351\u036fa\u0321") == f"z{IGNORED}{IGNORED}a{IGNORED}"
 
 
 def test_every_character_has_a_form_without_other_white_space() -> None:
     for code in (*range(0x3400), *range(0x3400, 0x20000, 3), *range(0x20000, sys.maxunicode, 101)):
-        form = normalise(chr(code))
+        form = normalize(chr(code))
         assert form
         assert form.encode()  # also for half a surrogate pair
-        assert all(part in SIGNS or not part.isspace() for part in form), hex(code)
+        assert all(part in SEPARATORS or not part.isspace() for part in form), hex(code)
 
 
 def test_scripts_with_and_without_spaces_are_told_apart() -> None:
     assert all(map(is_spaced, "azé9жλأ"))
-    assert not any(map(is_spaced, "中あカ한ไ𠀀" + SIGNS))
+    assert not any(map(is_spaced, "中あカ한ไ𠀀" + SEPARATORS))
 
 
 def test_a_vowel_sign_or_voicing_mark_continues_the_character_before_it() -> None:
-    assert all(map(continues, "\u3099\u0e31\u11ab\u1161"))
-    assert not any(map(continues, "中カ"))
+    assert all(map(is_dependent, "\u3099\u0e31\u11ab\u1161"))
+    assert not any(map(is_dependent, "中カ"))
 
 
 @given(st.text())
 def test_each_character_of_the_form_has_its_origin(text: str) -> None:
-    form = normalise(text)
-    origin = origins(text, form)
+    form = normalize(text)
+    origin = source_indexes(text, form)
     assert len(origin) == len(form)
     for index, char in enumerate(text):
-        assert "".join(part for part, at in zip(form, origin, strict=True) if at == index) == normalise(char)
+        assert "".join(part for part, at in zip(form, origin, strict=True) if at == index) == normalize(char)
 
 
 def test_composed_or_not_a_text_has_the_same_letters() -> None:
     for text in ("Ångström", "ガギグ", "한국어", "Việt Nam"):
         composed, decomposed = (
-            "".join(normalise(unicodedata.normalize(form, text)).split()) for form in ("NFC", "NFD")
+            "".join(normalize(unicodedata.normalize(form, text)).split()) for form in ("NFC", "NFD")
         )
         assert composed == decomposed
 
 
 def test_whoever_sends_all_characters_there_are_does_not_make_ordinary_ones_slow() -> None:
     at_first = _cost("".join(map(chr, range(0x4E00, 0x4F00))))
-    normalise("".join(map(chr, range(0x20000, 0x20000 + 100_001))))
+    normalize("".join(map(chr, range(0x20000, 0x20000 + 100_001))))
     assert _cost("".join(map(chr, range(0x9A00, 0x9B00)))) < 5 * at_first
 
 
 def _cost(text: str) -> float:
-    normalise(text)
+    normalize(text)
     begin = time.thread_time()
     for _ in range(20):
-        normalise(text)
+        normalize(text)
     return time.thread_time() - begin

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.errors import SettingsError
-from imstream.guards.guard import Allow, GuardDeps, Handshake, LoginAttempt
+from imstream.guards.guard import Allow, Handshake, LoginAttempt
 from imstream.guards.origin import Origin, parse_origins
-from imstream.settings import Settings
 from imstream.wire import CloseCode, Code
+from tests.support.guard_deps import guard_deps
 
 PAGE_TOKEN = "shown by imstream up"  # noqa: S105 - of these tests
 
 
 def guard(origins: str, **settings: str) -> Origin | None:
-    nothing = cast("Any", None)
-    return Origin.make(GuardDeps(Settings.load(origins=origins, **settings), nothing, nothing, nothing))
+    return Origin.create(guard_deps(origins=origins, **settings))
 
 
 def may_come(
@@ -33,7 +30,7 @@ def may_come(
 ) -> bool:
     asked = {"host": host, **headers, **({} if origin is None else {"origin": origin})}
     checks = guard(origins, auth=auth, **({"page_token": page_token} if page_token else {}))
-    return checks is None or checks.handshake(Handshake(asked)) is None
+    return checks is None or checks.check_handshake(Handshake(asked)) is None
 
 
 def test_who_is_no_browser_is_not_concerned() -> None:
@@ -122,7 +119,7 @@ async def test_of_pages_of_the_origin_null_only_those_with_the_token_are_logged_
     assert checks is not None
 
     async def logs_in(token: str | None, origin: str | None = "null") -> bool:
-        verdict = await checks.login(LoginAttempt(10001, token, origin))
+        verdict = await checks.check_login(LoginAttempt(10001, token, origin))
         assert isinstance(verdict, Allow) or (verdict.code, verdict.close) == (
             Code.UNAUTHORIZED,
             CloseCode.NOT_AUTHENTICATED,

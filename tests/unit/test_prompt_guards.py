@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import pytest
 
-from imstream.ai.prompt.assembler import PromptAssembler
-from imstream.guards.context_length import ContextLength
-from imstream.guards.guard import ALLOW, GuardDeps, Reject
-from imstream.guards.system_role import SystemRole
+from imstream.guards.guard import ALLOW, Reject
+from imstream.guards.prompt import ContextLength, SystemRole
 from imstream.model import ChatRequest
-from imstream.settings import Settings
 from imstream.texts import localize
 from imstream.wire import Code
-
-
-def supplies(**settings: Any) -> GuardDeps:  # noqa: ANN401 - any setting
-    nothing = cast("Any", None)
-    known = Settings.load(**settings)
-    return GuardDeps(known, nothing, nothing, PromptAssembler(known))
+from tests.support.guard_deps import guard_deps
 
 
 def asked(*roles: str, contents: str = "hello") -> ChatRequest:
@@ -27,21 +17,21 @@ def asked(*roles: str, contents: str = "hello") -> ChatRequest:
 
 
 async def test_a_system_turn_anywhere_in_the_history_is_refused_by_its_number() -> None:
-    guard = SystemRole.make(supplies())
+    guard = SystemRole.create(guard_deps())
     assert guard is not None
-    assert await guard.chat(asked("user", "assistant")) == ALLOW
-    refused = await guard.chat(asked("user", "assistant", "system"))
+    assert await guard.check_chat(asked("user", "assistant")) == ALLOW
+    refused = await guard.check_chat(asked("user", "assistant", "system"))
     assert isinstance(refused, Reject)
     assert (refused.code, refused.violation, dict(refused.values)) == (Code.FORBIDDEN, False, {"number": 2})
 
 
 def test_where_system_turns_are_allowed_nobody_looks() -> None:
-    assert SystemRole.make(supplies(allow_system_role=True)) is None
+    assert SystemRole.create(guard_deps(allow_system_role=True)) is None
 
 
 @pytest.mark.parametrize("text", ["word " * 9000, "词" * 20_000, "😀" * 9000])
 async def test_a_message_that_does_not_fit_is_refused_with_the_numbers(text: str) -> None:
-    refused = await ContextLength.make(supplies()).chat(asked(contents=text))
+    refused = await ContextLength.create(guard_deps()).check_chat(asked(contents=text))
     assert isinstance(refused, Reject)
     assert (refused.reason, refused.code) == ("context_too_long", Code.BAD_REQUEST)
     possible = refused.values["possible"]
@@ -53,10 +43,10 @@ async def test_a_message_that_does_not_fit_is_refused_with_the_numbers(text: str
 
 @pytest.mark.parametrize("text", ["hello", "词" * 7000, "the " * 8000])
 async def test_a_message_that_fits_passes_as_it_is(text: str) -> None:
-    assert await ContextLength.make(supplies()).chat(asked("user", "assistant", contents=text)) == ALLOW
+    assert await ContextLength.create(guard_deps()).check_chat(asked("user", "assistant", contents=text)) == ALLOW
 
 
 async def test_system_turns_that_are_allowed_count_with_the_message() -> None:
-    guard = ContextLength.make(supplies(allow_system_role=True))
+    guard = ContextLength.create(guard_deps(allow_system_role=True))
     full = ChatRequest(10001, "m", "hello", (("system", "word " * 9000),), "en", 0, "trace")
-    assert isinstance(await guard.chat(full), Reject)
+    assert isinstance(await guard.check_chat(full), Reject)

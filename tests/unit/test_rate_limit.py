@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.guards.chain import GuardChain
-from imstream.guards.guard import ALLOW, GuardDeps, Reject
+from imstream.guards.guard import ALLOW, Reject
 from imstream.guards.rate_limit import ChatRateLimit
 from imstream.model import ChatRequest
-from imstream.settings import Settings
 from imstream.wire import Code
+from tests.support.guard_deps import guard_deps
 from tests.support.virtual_time import in_virtual_time
 
 ASKED = ChatRequest(10001, "m-1", "hello", (), "en", 0, "trace")
@@ -32,9 +31,9 @@ class Clock:
         return self.now
 
 
-async def ask(pace: ChatRateLimit, user_id: int = 10001) -> timedelta | None:
+async def ask(limit: ChatRateLimit, user_id: int = 10001) -> timedelta | None:
     """Ask; how long to wait, None when the message passes."""
-    verdict = await pace.chat(replace(ASKED, user_id=user_id))
+    verdict = await limit.check_chat(replace(ASKED, user_id=user_id))
     if verdict is ALLOW:
         return None
     assert isinstance(verdict, Reject)
@@ -45,31 +44,31 @@ async def ask(pace: ChatRateLimit, user_id: int = 10001) -> timedelta | None:
 
 async def test_a_minutes_worth_passes_at_once_and_then_who_waits_as_told() -> None:
     clock = Clock()
-    pace = ChatRateLimit(60, clock)
-    assert [await ask(pace) for _ in range(60)] == [None] * 60
+    limit = ChatRateLimit(60, clock)
+    assert [await ask(limit) for _ in range(60)] == [None] * 60
     for _ in range(3):
-        wait = await ask(pace)
+        wait = await ask(limit)
         assert wait is not None
         assert wait.total_seconds() == pytest.approx(1.0)
         clock.now += wait.total_seconds()
-        assert await ask(pace) is None
+        assert await ask(limit) is None
 
 
 async def test_who_does_not_wait_only_waits_and_does_not_make_it_longer() -> None:
     clock = Clock()
-    pace = ChatRateLimit(6, clock)
+    limit = ChatRateLimit(6, clock)
     for _ in range(6):
-        await ask(pace)
-    waits = [await ask(pace) for _ in range(100)]
+        await ask(limit)
+    waits = [await ask(limit) for _ in range(100)]
     assert {wait and round(wait.total_seconds(), 6) for wait in waits} == {10.0}
     clock.now += 10
-    assert await ask(pace) is None
+    assert await ask(limit) is None
 
 
 async def test_each_user_has_a_pace_of_their_own() -> None:
-    pace = ChatRateLimit(2, Clock())
-    assert [await ask(pace, 10001) is None for _ in range(3)] == [True, True, False]
-    assert [await ask(pace, 10002) is None for _ in range(3)] == [True, True, False]
+    limit = ChatRateLimit(2, Clock())
+    assert [await ask(limit, 10001) is None for _ in range(3)] == [True, True, False]
+    assert [await ask(limit, 10002) is None for _ in range(3)] == [True, True, False]
 
 
 @given(st.lists(st.tuples(st.integers(10001, 10010), st.floats(0, 20)), max_size=200))
@@ -82,12 +81,12 @@ def test_in_two_minutes_nobody_asks_more_than_three_minutes_worth(
     @in_virtual_time
     async def play() -> None:
         clock = Clock()
-        pace = ChatRateLimit(per_minute, clock)
+        limit = ChatRateLimit(per_minute, clock)
         for user_id, gap in asking:
             clock.now += gap
-            if await ask(pace, user_id) is None:
+            if await ask(limit, user_id) is None:
                 passed.append((user_id, clock.now))
-            assert len(pace) <= 10
+            assert len(limit) <= 10
 
     play()
     for user_id, at in passed:
@@ -97,27 +96,25 @@ def test_in_two_minutes_nobody_asks_more_than_three_minutes_worth(
 
 async def test_a_user_who_asks_nothing_for_a_minute_is_forgotten() -> None:
     clock = Clock()
-    pace = ChatRateLimit(60, clock)
+    limit = ChatRateLimit(60, clock)
     for user_id in range(10001, 11001):
         clock.now += 0.5
-        await ask(pace, user_id)
-        assert len(pace) <= 3  # one message is forgotten after a second
+        await ask(limit, user_id)
+        assert len(limit) <= 3  # one message is forgotten after a second
     for _ in range(60):
-        await ask(pace, 20000)
+        await ask(limit, 20000)
     for user_id in range(10001, 10121):
         clock.now += 0.5
-        await ask(pace, user_id)
-    assert len(pace) <= 121
+        await ask(limit, user_id)
+    assert len(limit) <= 121
     clock.now += 61
-    await ask(pace, 10001)
-    assert len(pace) == 1
+    await ask(limit, 10001)
+    assert len(limit) == 1
 
 
 def test_no_limit_is_no_guard() -> None:
-    nothing = cast("Any", None)
+    def limits(per_minute: int) -> int:
+        chain = GuardChain.create(guard_deps(chats_per_minute=per_minute))
+        return sum(isinstance(guard, ChatRateLimit) for guard in chain)
 
-    def paces(per_minute: int) -> int:
-        supplies = GuardDeps(Settings(chats_per_minute=per_minute), nothing, nothing, nothing)
-        return sum(isinstance(guard, ChatRateLimit) for guard in GuardChain.make(supplies))
-
-    assert (paces(0), paces(60)) == (0, 1)
+    assert (limits(0), limits(60)) == (0, 1)

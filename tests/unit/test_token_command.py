@@ -11,8 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from imstream.cli.main import main
-from imstream.guards.auth import InvalidToken
-from imstream.guards.auth.rules import TokenRules
+from imstream.guards.auth.rules import InvalidToken, TokenRules
 from imstream.settings import Settings
 from tests.support.tokens import SECRET, USER, key_of, private_pem, public_pem, written
 
@@ -34,9 +33,9 @@ def believed(result: Result, key: object, **settings: Any) -> float:  # noqa: AN
     """How long it is believed to be `USER`'s, in seconds."""
     assert result.exit_code == 0, result.output
     assert result.output.count("\n") == 1
-    shown = TokenRules(Settings.load(auth_leeway=0, **settings)).read(result.output.strip(), [key])
+    shown = TokenRules(Settings.load(auth_leeway=0, **settings)).verify(result.output.strip(), [key])
     assert shown.user_id == USER
-    return shown.until - time.time()
+    return shown.expires_at - time.time()
 
 
 def test_it_signs_with_the_secret_for_an_hour() -> None:
@@ -73,10 +72,14 @@ def test_it_says_what_the_settings_of_the_node_ask_for() -> None:
         (
             ["--ttl", "25h"],
             {"auth_secret": SECRET},
-            "--ttl=90000s is not allowed: nodes take at most IMSTREAM_AUTH_MAX",
+            "--ttl=90000s is not allowed: nodes accept at most IMSTREAM_AUTH_MAX",
         ),
         (["--key", "nothing.pem"], {}, "--key=nothing.pem is not allowed: cannot be read: No such file"),
-        (["--key", "public.pem"], {}, "--key=public.pem is not allowed: no private key in PEM without a password"),
+        (
+            ["--key", "public.pem"],
+            {},
+            "--key=public.pem is not allowed: no private key in PEM format without a password",
+        ),
         (["--key", "weak.pem"], {}, "--key=weak.pem is not allowed: an RSA key of at least 2048 bits"),
         (
             ["--key", "ec.pem"],

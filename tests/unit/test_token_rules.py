@@ -14,8 +14,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from imstream.guards.auth import Algorithm, Claims, InvalidToken
-from imstream.guards.auth.rules import MAX_TOKEN, TokenRules, key_id
+from imstream.guards.auth.keys import Algorithm
+from imstream.guards.auth.rules import MAX_TOKEN, Claims, InvalidToken, TokenRules, key_id
 from imstream.settings import Settings
 from tests.support.tokens import PUBLIC, SECRET, USER, key_of, public_pem, token
 
@@ -39,7 +39,7 @@ def read(shown: str, algorithm: Algorithm = "HS256", **settings: Any) -> Claims 
     """Who is believed to be there, or why nobody is."""
     one = rules(algorithm, **settings)
     try:
-        return one.read(one.check_shape(shown), [checking(algorithm)])
+        return one.verify(one.check_shape(shown), [checking(algorithm)])
     except InvalidToken as why:
         return why.reason
 
@@ -235,13 +235,13 @@ def test_of_several_keys_each_is_tried() -> None:
     one = rules("ES256")
     for number in range(3):
         shown = token(key_of("ES256", number), "ES256", exp=NOW + 60)
-        assert one.read(shown, keys) == Claims(USER, NOW + 65)
+        assert one.verify(shown, keys) == Claims(USER, NOW + 65)
     with pytest.raises(InvalidToken, match="signature"):
-        one.read(token(key_of("ES256", 3), "ES256", exp=NOW + 60), keys)
+        one.verify(token(key_of("ES256", 3), "ES256", exp=NOW + 60), keys)
     with pytest.raises(InvalidToken, match="unknown_key"):
-        one.read(signed("ES256"), [])
+        one.verify(signed("ES256"), [])
 
 
 def test_by_default_the_time_is_now() -> None:
     one = TokenRules(Settings.load())
-    assert one.read(token(), [SECRET.encode()]).until > time.time()
+    assert one.verify(token(), [SECRET.encode()]).expires_at > time.time()

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imstream.guards.guard import GuardRejection, Reject
-from imstream.guards.words.normalization import HEAVY, SPACE, normalise
+from imstream.guards.words.normalization import HEAVY, SPACE, normalize
 from imstream.guards.words.word_filter import WordFilter, has_word, mask
 from imstream.guards.words.word_list import MAX_GAP, WordList
 from imstream.texts import Sentence
@@ -26,7 +26,7 @@ WORDS = (
     *("fuck", "ass", "hell", "penis", "two words", "e-mail", "11"),
     *("敏感词", "性感", "K粉", "傻b", "法轮", "日、本", "ガ", "キ", "가", "한국"),
 )
-LIST = WordList(map(normalise, WORDS))
+LIST = WordList(map(normalize, WORDS))
 
 FOUND = {
     # as it is, and written otherwise
@@ -109,7 +109,7 @@ def _is_no_letter(char: str) -> bool:
     """Whether a character is no letter or digit, nor stands for one, nor parts words as the documents say."""
     plain = unicodedata.normalize("NFKD", char)
     parts = {unicodedata.category(one)[0] for one in plain} & set("LN")
-    return not parts and not {HEAVY, SPACE} & set(normalise(char))
+    return not parts and not {HEAVY, SPACE} & set(normalize(char))
 
 
 @settings(max_examples=60)
@@ -142,7 +142,7 @@ def test_no_mark_and_no_character_that_is_not_seen_hides_a_word() -> None:
 
 
 def test_marks_of_its_own_script_make_another_word() -> None:
-    words = WordList(map(normalise, ["ตด", "कम", "は"]))
+    words = WordList(map(normalize, ["ตด", "कम", "は"]))
     for other in ("ตุด", "किम", "ば"):
         assert not has_word(other, words)
     for same in ("ต\u0301ด", "ตिด", "क\u0e31म", "は\u0e31"):
@@ -197,7 +197,7 @@ def test_what_is_masked_is_what_the_rules_say(text: str) -> None:
 @settings(max_examples=examples(300))
 @given(_ODD_TEXTS, _ODD_LISTS)
 def test_what_is_masked_is_what_the_rules_say_for_any_list(text: str, words: list[str]) -> None:
-    assert mask(text, WordList(map(normalise, words))) == slowly_masked(text, words)
+    assert mask(text, WordList(map(normalize, words))) == slowly_masked(text, words)
 
 
 @settings(max_examples=examples(500))
@@ -219,7 +219,7 @@ def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once(text: str, cuts: li
 def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once_by_any_list(
     text: str, words: list[str], cuts: list[int]
 ) -> None:
-    some = WordList(map(normalise, words))
+    some = WordList(map(normalize, words))
     assert _whole(text, cuts, some) == mask(text, some)
 
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 from structlog.testing import capture_logs
@@ -15,14 +14,19 @@ from structlog.typing import EventDict
 
 from imstream.errors import SettingsError
 from imstream.guards.chain import ChatAllowed, GuardChain
-from imstream.guards.guard import ALLOW, Guard, GuardDeps, GuardRejection, Reject
-from imstream.guards.words.word_file import Stamp, read, stamp_of
-from imstream.guards.words.word_guard import IN_ANSWER, IN_HISTORY, IN_MESSAGE, WordGuard
+from imstream.guards.guard import ALLOW, Guard, GuardRejection, Reject
+from imstream.guards.words.word_guard import (
+    IN_ANSWER,
+    IN_HISTORY,
+    IN_MESSAGE,
+    FileVersion,
+    WordGuard,
+    file_version,
+    read,
+)
 from imstream.model import ChatRequest
-from imstream.settings import Settings
+from tests.support.guard_deps import guard_deps
 from tests.support.waiting import wait_until
-
-NO_SUPPLY = cast("Any", None)
 
 
 def _asked(contents: str, *history: tuple[str, str]) -> ChatRequest:
@@ -55,27 +59,28 @@ def _change_unnoticed(path: Path, data: str) -> None:
 
 
 @asynccontextmanager
-async def _at_work(path: Path, look: float = 0.02) -> AsyncIterator[tuple[WordGuard, list[EventDict]]]:
+async def _at_work(path: Path, poll_interval: float = 0.02) -> AsyncIterator[tuple[WordGuard, list[EventDict]]]:
     with capture_logs() as logs:
-        async with WordGuard(path, masks=False, look=timedelta(seconds=look)) as guard:
+        guard = WordGuard(path, masks=False, poll_interval=timedelta(seconds=poll_interval))
+        async with guard.running():
             yield guard, logs
 
 
 async def _refuses(guard: WordGuard, contents: str) -> bool:
-    return await guard.chat(_asked(contents)) == IN_MESSAGE
+    return await guard.check_chat(_asked(contents)) == IN_MESSAGE
 
 
 # The file
 
 
 def test_without_a_file_there_is_no_guard() -> None:
-    assert WordGuard.make(GuardDeps(Settings(), NO_SUPPLY, NO_SUPPLY, NO_SUPPLY)) is None
+    assert WordGuard.create(guard_deps()) is None
 
 
 WRONG = {
     "not there": (None, "cannot be read: No such file or directory"),
     "not UTF-8": ("good\nGüte\n".encode("latin-1"), "line 2 is not UTF-8"),
-    "nothing in it": (b"# nothing\n\n", "there is no word in it"),
+    "nothing in it": (b"# nothing\n\n", "it contains no word"),
     "no letters": ("good\n***\n\u200b\n。\n".encode(), "lines 2, 3, 4: no letter and no digit"),
     "signs around it": (b"good\nc++\nfine\n", "line 2: begins or ends with a sign"),
     "too long": (b"good\n" + b"x" * 201, "line 2: longer than 200 characters"),
@@ -90,7 +95,7 @@ def test_a_wrong_file_is_refused_at_the_start_with_the_numbers_of_its_lines(what
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(SettingsError) as caught:
-        WordGuard.make(GuardDeps(Settings(words=path), NO_SUPPLY, NO_SUPPLY, NO_SUPPLY))
+        WordGuard.create(guard_deps(words=path))
     assert str(caught.value).startswith(f"IMSTREAM_WORDS={str(path)!r} is not allowed: ")
     assert says in str(caught.value)
 
@@ -122,11 +127,11 @@ async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(
 ) -> None:
     looks: list[Path] = []
 
-    def look(path: Path) -> Stamp | None:
+    def look(path: Path) -> FileVersion | None:
         looks.append(path)
-        return stamp_of(path)
+        return file_version(path)
 
-    monkeypatch.setattr("imstream.guards.words.word_guard.stamp_of", look)
+    monkeypatch.setattr("imstream.guards.words.word_guard.file_version", look)
     async with _at_work(file) as (guard, logs):
         _write(file, broken)
         await wait_until(lambda: len(logs) == 2, "the error is logged")
@@ -137,7 +142,7 @@ async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(
         await wait_until(lambda: _refuses(guard, "another"), "a good file is loaded again")
     assert [one["event"] for one in logs] == [
         "word list loaded",
-        "word list not loaded, the one before stays",
+        "word list not loaded, the previous one stays",
         "word list loaded",
     ]
     assert logs[1]["log_level"] == "error"
@@ -153,7 +158,7 @@ async def test_what_is_logged_never_holds_a_word(file: Path) -> None:
 
 async def test_the_file_is_read_again_when_that_is_asked_for(file: Path) -> None:
     _write(file, "badword")
-    async with _at_work(file, look=3600) as (guard, logs):
+    async with _at_work(file, poll_interval=3600) as (guard, logs):
         _change_unnoticed(file, "another")
         assert await GuardChain([guard, Guard()]).reload() == ["word list"]
         await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
@@ -176,7 +181,7 @@ async def test_a_defect_does_not_end_the_watch(file: Path, monkeypatch: pytest.M
 
 async def test_an_answer_that_runs_keeps_the_list_it_began_with(file: Path) -> None:
     async with _at_work(file) as (guard, _):
-        listening = guard.answer(_asked("hello"))
+        listening = guard.answer_filter(_asked("hello"))
         assert listening is not None
         assert listening.feed("so bad") == "so "
         _write(file, "another\n")
@@ -190,8 +195,8 @@ async def test_an_answer_that_runs_keeps_the_list_it_began_with(file: Path) -> N
 
 async def test_a_message_with_a_word_is_refused_as_a_violation(file: Path) -> None:
     guard = WordGuard(file, masks=False)
-    assert await guard.chat(_asked("these are fine words")) == ALLOW
-    assert await guard.chat(_asked("b-a-d-w-o-r-d")) is IN_MESSAGE
+    assert await guard.check_chat(_asked("these are fine words")) == ALLOW
+    assert await guard.check_chat(_asked("b-a-d-w-o-r-d")) is IN_MESSAGE
     assert IN_MESSAGE.violation
 
 
@@ -199,51 +204,51 @@ async def test_a_violation_is_told_and_others_are_not(file: Path) -> None:
     told = list[int]()
 
     class Listening(Guard):
-        async def violated(self, user_id: int) -> None:
+        async def on_violation(self, user_id: int) -> None:
             told.append(user_id)
 
     guards = GuardChain([WordGuard(file, masks=False), Listening()])
-    assert await guards.chat(_asked("go on", ("user", "badword"))) is IN_HISTORY
+    assert await guards.check_chat(_asked("go on", ("user", "badword"))) is IN_HISTORY
     assert told == []
-    assert await guards.chat(_asked("badword")) is IN_MESSAGE
+    assert await guards.check_chat(_asked("badword")) is IN_MESSAGE
     assert told == [10001]
 
 
 async def test_a_word_in_any_earlier_turn_is_refused_but_no_violation(file: Path) -> None:
     guard = WordGuard(file, masks=False)
     for role in ("user", "assistant", "system"):
-        assert await guard.chat(_asked("go on", ("user", "hello"), (role, "这是敏感词"))) is IN_HISTORY
+        assert await guard.check_chat(_asked("go on", ("user", "hello"), (role, "这是敏感词"))) is IN_HISTORY
     assert not IN_HISTORY.violation
-    assert await guard.chat(_asked("badword", ("user", "badword"))) is IN_MESSAGE
+    assert await guard.check_chat(_asked("badword", ("user", "badword"))) is IN_MESSAGE
 
 
 async def test_a_turn_that_was_clean_is_looked_at_again_when_the_list_has_changed(file: Path) -> None:
     asked = _asked("another", ("user", "another one"))
     async with _at_work(file) as (guard, logs):
-        assert await guard.chat(asked) == ALLOW
-        assert await guard.chat(asked) == ALLOW
+        assert await guard.check_chat(asked) == ALLOW
+        assert await guard.check_chat(asked) == ALLOW
         _write(file, "another one\n")
         await wait_until(lambda: len(logs) == 2, "the new list is loaded")
-        assert await guard.chat(asked) is IN_HISTORY
+        assert await guard.check_chat(asked) is IN_HISTORY
 
 
 async def test_masking_changes_the_message_and_the_earlier_turns(file: Path) -> None:
     guards = GuardChain([WordGuard(file, masks=True)])
-    passed = await guards.chat(_asked("a badword", ("user", "敏 感 词!"), ("assistant", "well")))
+    passed = await guards.check_chat(_asked("a badword", ("user", "敏 感 词!"), ("assistant", "well")))
     assert isinstance(passed, ChatAllowed)
     assert passed.request == _asked("a ＊＊＊＊＊＊＊", ("user", "＊＊＊＊＊!"), ("assistant", "well"))
-    assert await WordGuard(file, masks=True).chat(_asked("fine", ("user", "fine"))) is ALLOW
+    assert await WordGuard(file, masks=True).check_chat(_asked("fine", ("user", "fine"))) is ALLOW
 
 
 def test_an_answer_is_masked_or_ends_with_a_refusal_that_is_no_violation(file: Path) -> None:
     shown: list[str] = []
-    masking = GuardChain([WordGuard(file, masks=True)]).answer(_asked("hello"), shown.append)
+    masking = GuardChain([WordGuard(file, masks=True)]).answer_filter(_asked("hello"), shown.append)
     assert masking is not None
     for piece in ("A bad", "word, 敏", "感", "词。 And a bad"):
         masking.feed(piece)
     masking.end()
     assert "".join(shown) == "A ＊＊＊＊＊＊＊, ＊＊＊。 And a bad"
-    refusing = GuardChain([WordGuard(file, masks=False)]).answer(_asked("hello"), shown.append)
+    refusing = GuardChain([WordGuard(file, masks=False)]).answer_filter(_asked("hello"), shown.append)
     assert refusing is not None
     refusing.feed("so far so bad")
     with pytest.raises(GuardRejection) as caught:

@@ -1,7 +1,7 @@
-"""The public keys that an issuer of tokens publishes (JSON Web Key Set, RFC 7517): fetched, kept, and fetched anew.
+"""The public keys that a token issuer publishes as a JSON Web Key Set (JWKS, RFC 7517), fetched and kept fresh.
 
-A key set is a foreign document. Whatever is in it, the task that fetches it goes on: a document that is no key set
-changes nothing until the keys are too old, and of a key set each key that cannot be used is left out by itself.
+A key set is a foreign document: no content of it may stop the task that refreshes it. A response that is not a key set
+changes nothing until the known keys reach their maximum age; in a key set, each key that cannot be used is skipped.
 """
 
 from __future__ import annotations
@@ -20,47 +20,42 @@ import structlog
 from pydantic_core import from_json
 
 from imstream.errors import SettingsError
-from imstream.guards.auth import Algorithm, InvalidToken, KeysUnavailable
-from imstream.guards.auth.keys import algorithm_of
-from imstream.guards.auth.rules import key_id
+from imstream.guards.auth.keys import Algorithm, KeysUnavailable, algorithm_of
+from imstream.guards.auth.rules import InvalidToken, key_id
 from imstream.settings import Settings
 from imstream.urls import SecretUrl, is_loopback
 
-REFRESH = timedelta(minutes=5)
-"""Between two looks at the keys. One that was withdrawn is believed no longer than this."""
+REFRESH_INTERVAL = timedelta(minutes=5)
+"""Time between two fetches, and so the longest time that a withdrawn key is still accepted."""
 
-APART = timedelta(seconds=5)
-"""Least time between two looks, whatever keys the tokens of strangers name; and until the next one after a failure."""
+MIN_INTERVAL = timedelta(seconds=5)
+"""Minimum time between two fetches, whatever keys unverified tokens name; also the delay after a failed one."""
 
-FETCH_LIMIT = timedelta(seconds=5)
-"""Time that the address has to answer."""
+FETCH_TIMEOUT = timedelta(seconds=5)
 
 MAX_SIZE = 262_144
-"""Bytes of the largest answer that is taken."""
+"""Maximum size of a response in bytes."""
 
 MAX_KEYS = 64
-"""Most keys that are kept; a token that names none is tried with all of them."""
+"""Maximum number of keys; a token that names no key is tried with all of them."""
 
 log = structlog.get_logger()
 
-Found = list[tuple[str | None, Any]]
-"""Keys, with their names if they have some."""
 
-
-class NoKeySet(ValueError):  # noqa: N818 - a verdict on what somebody else publishes
-    """What came is no key set. The text is our own."""
+class InvalidKeySet(ValueError):  # noqa: N818 - a verdict on a foreign document
+    """A response is not a key set. The message quotes nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeySet:
-    """What a key set holds: `keys` that can be used, and how many are `broken`, for the log."""
+    """A parsed key set: the usable keys with their ids, and the number of `broken` ones."""
 
-    keys: Found
+    keys: list[tuple[str | None, Any]]
     broken: int
 
 
-class PublishedKeys:
-    """The keys at one URL. Before the first answer there are none, and none again when the last answer is too old."""
+class JwksKeySource:
+    """The keys at one URL. There are none before the first successful fetch, and `max_age` after the last one."""
 
     def __init__(
         self,
@@ -68,136 +63,159 @@ class PublishedKeys:
         algorithm: Algorithm,
         *,
         max_age: timedelta,
-        refresh: timedelta = REFRESH,
-        apart: timedelta = APART,
+        refresh_interval: timedelta = REFRESH_INTERVAL,
+        min_interval: timedelta = MIN_INTERVAL,
     ) -> None:
         self._url = url
         self._algorithm = algorithm
         self._max_age = max_age.total_seconds()
-        self._refresh = min(refresh, max_age / 2).total_seconds()
-        self._apart = apart.total_seconds()
-        self._known: KeySet | None = None
+        self._refresh_interval = min(refresh_interval, max_age / 2).total_seconds()
+        self._min_interval = min_interval.total_seconds()
+        self._key_set: KeySet | None = None
         self._failing = False
-        self._looked_at = self._fetched_at = float("-inf")
-        """When the last look began, and the last one that found a key set, in seconds of the event loop."""
-        self._looking = asyncio.Lock()
+        self._last_fetch = self._last_success = float("-inf")
+        """Start of the last fetch, and of the last successful one, by the clock of the event loop."""
+        self._lock = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
-    async def at_work(self) -> AsyncIterator[None]:
-        """See `KeySource`."""
+    async def running(self) -> AsyncIterator[None]:
+        """See `KeySource.running`."""
         session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT.total_seconds()),
+            timeout=aiohttp.ClientTimeout(total=FETCH_TIMEOUT.total_seconds()),
             headers={"Accept-Encoding": "identity"},
-            auto_decompress=False,  # a few bytes could unpack to any number
+            auto_decompress=False,  # a small response could decompress to any size
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         async with session as self._session, asyncio.TaskGroup() as group:
-            keeping = group.create_task(self._keep_fresh(), name="keys of tokens")
+            refreshing = group.create_task(self._refresh_periodically(), name="jwks")
             yield
-            keeping.cancel()
-
-    async def reload(self) -> bool:
-        """See `KeySource`."""
-        async with self._looking:
-            await self._look()
-        return True
+            refreshing.cancel()
 
     async def keys_for(self, token: str) -> Sequence[Any]:
-        """See `KeySource`. A key that is not known is looked for, but seldom."""
-        name = key_id(token)
-        self._drop_when_too_old()
-        if self._known is None:
-            raise KeysUnavailable(self._next_look())
-        return self._named(name) or await self._look_for(name)
-
-    def _named(self, name: str | None) -> list[Any]:
-        """The keys with this name, or else those without one; all of them for a token that names none."""
-        found = self._known.keys if self._known is not None else []
-        if name is None:
-            return [key for _, key in found]
-        named = [key for its_name, key in found if its_name == name]
-        return named or [key for its_name, key in found if its_name is None]
-
-    def _drop_when_too_old(self) -> None:
-        """Forget keys whose issuer has not confirmed them for too long: they may be withdrawn by now."""
-        age = asyncio.get_running_loop().time() - self._fetched_at
-        if self._known is not None and age > self._max_age:
-            self._known = None
-            log.error("keys of tokens too old, nobody is logged in", url=str(self._url), seconds=round(age))
-
-    def _next_look(self) -> timedelta:
-        now = asyncio.get_running_loop().time()
-        return timedelta(seconds=max(self._apart / 10, self._looked_at + self._apart - now))
-
-    async def _look_for(self, name: str | None) -> list[Any]:
-        """See whether there is such a key by now.
-
-        Raises:
-            InvalidToken: There is none.
-            KeysUnavailable: That is not known, because the last look is not long enough ago, or because this one fails.
-        """
-        async with self._looking:
-            if keys := self._named(name):
-                return keys  # somebody else has looked, meanwhile
-            if asyncio.get_running_loop().time() < self._looked_at + self._apart:
-                raise KeysUnavailable(self._next_look())
-            await self._look()
+        """See `KeySource.keys_for`. An unknown key id triggers a fetch, at most one in `MIN_INTERVAL`."""
+        kid = key_id(token)
+        self._drop_expired()
+        if self._key_set is None:
+            raise KeysUnavailable(self._retry_after())
+        if keys := self._matching(kid):
+            return keys
+        async with self._lock:
+            if keys := self._matching(kid):  # fetched while this call waited for the lock
+                return keys
+            if _now() < self._last_fetch + self._min_interval:  # the key may have been added since the last fetch
+                raise KeysUnavailable(self._retry_after())
+            await self._refresh()
             if self._failing:
-                raise KeysUnavailable(self._next_look())
-        if not (keys := self._named(name)):
-            raise InvalidToken("unknown_key")
-        return keys
+                raise KeysUnavailable(self._retry_after())
+        if keys := self._matching(kid):
+            return keys
+        raise InvalidToken("unknown_key")
 
-    async def _keep_fresh(self) -> None:
+    def _matching(self, kid: str | None) -> list[Any]:
+        """The keys with this id, or else those without an id; all keys for a token that names none."""
+        known = self._key_set.keys if self._key_set is not None else []
+        if kid is None:
+            return [key for _, key in known]
+        return [key for its_id, key in known if its_id == kid] or [key for its_id, key in known if its_id is None]
+
+    def _retry_after(self) -> timedelta:
+        return timedelta(seconds=max(self._min_interval / 10, self._last_fetch + self._min_interval - _now()))
+
+    def _drop_expired(self) -> None:
+        """Drop keys that have not been confirmed for `max_age`: the issuer may have withdrawn them."""
+        age = _now() - self._last_success
+        if self._key_set is not None and age > self._max_age:
+            self._key_set = None
+            log.error("token keys expired, no login is possible", url=str(self._url), seconds=round(age))
+
+    async def _refresh_periodically(self) -> None:
         while True:
-            async with self._looking:
-                await self._look()
-            self._drop_when_too_old()
-            await asyncio.sleep(self._apart if self._failing else self._refresh)
+            await self.reload()
+            self._drop_expired()
+            await asyncio.sleep(self._min_interval if self._failing else self._refresh_interval)
 
-    async def _look(self) -> None:
-        self._looked_at = asyncio.get_running_loop().time()
+    async def reload(self) -> bool:
+        """See `KeySource.reload`."""
+        async with self._lock:
+            await self._refresh()
+        return True
+
+    async def _refresh(self) -> None:
+        """Fetch the key set. On any failure, keep the known one."""
+        self._last_fetch = _now()
         try:
-            # In a thread: 256 KB of broken keys take a fifth of a second.
-            found = await asyncio.to_thread(read_key_set, await self._fetch(), self._algorithm)
-        except Exception as error:  # noqa: BLE001 - whatever a stranger publishes, the keys that are known stay
+            # In a thread: parsing 256 KB of broken keys takes 0.2 s.
+            fetched = await asyncio.to_thread(parse_key_set, await self._fetch(), self._algorithm)
+        except Exception as error:  # noqa: BLE001 - a foreign document must not end the task
             if not self._failing:
-                # Other texts may hold what came, or the URL with its password.
-                ours = isinstance(error, NoKeySet | aiohttp.ClientConnectorError)
-                why = str(error) if ours else type(error).__name__
-                kept = len(self._known.keys) if self._known is not None else 0
-                log.warning("keys of tokens away", url=str(self._url), error=why, kept=kept)
+                # The messages of other errors may quote the response, or the URL with its password.
+                is_safe = isinstance(error, InvalidKeySet | aiohttp.ClientConnectorError)
+                reason = str(error) if is_safe else type(error).__name__
+                kept = 0 if self._key_set is None else len(self._key_set.keys)
+                log.warning("token keys not fetched", url=str(self._url), error=reason, kept=kept)
             self._failing = True
             return
-        before, self._known = self._known, found
+        before = self._key_set
         if self._failing or before is None:
-            log.info("keys of tokens reached", url=str(self._url), keys=len(found.keys))
-        if found.broken and (before is None or before.broken != found.broken):
-            log.warning("keys of tokens cannot be used", url=str(self._url), broken=found.broken)
-        if not found.keys and (before is None or before.keys):
-            log.error("there is no key for tokens, nobody is logged in", url=str(self._url), algorithm=self._algorithm)
-        self._fetched_at, self._failing = self._looked_at, False
+            log.info("token keys fetched", url=str(self._url), keys=len(fetched.keys))
+        if fetched.broken and (before is None or before.broken != fetched.broken):
+            log.warning("unusable token keys skipped", url=str(self._url), broken=fetched.broken)
+        if not fetched.keys and (before is None or before.keys):
+            log.error("no usable token key, no login is possible", url=str(self._url), algorithm=self._algorithm)
+        self._key_set, self._last_success, self._failing = fetched, self._last_fetch, False
 
     async def _fetch(self) -> bytes:
-        assert self._session is not None  # noqa: S101 - it is, at work
-        # Not followed elsewhere: who says which keys are good says who anybody is.
-        async with self._session.get(self._url.get_secret_value(), allow_redirects=False) as answer:
-            if answer.status != 200:  # noqa: PLR2004 - OK
-                raise NoKeySet(f"the answer is HTTP {answer.status}")
-            if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise NoKeySet("the answer is compressed, which was not asked for")
+        assert self._session is not None  # noqa: S101 - set while running
+        # Redirects are not followed: the server that provides the keys can impersonate any user.
+        async with self._session.get(self._url.get_secret_value(), allow_redirects=False) as response:
+            if response.status != 200:  # noqa: PLR2004 - OK
+                raise InvalidKeySet(f"the response is HTTP {response.status}")
+            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise InvalidKeySet("the response is compressed, which was not requested")
             content = bytearray()
-            async for part in answer.content.iter_chunked(MAX_SIZE):
-                content += part
+            async for chunk in response.content.iter_chunked(MAX_SIZE):
+                content += chunk
                 if len(content) > MAX_SIZE:
-                    raise NoKeySet(f"the answer has more than {MAX_SIZE} bytes")
+                    raise InvalidKeySet(f"the response has more than {MAX_SIZE} bytes")
         return bytes(content)
 
 
+def parse_key_set(content: bytes, algorithm: Algorithm) -> KeySet:
+    """Parse a key set. Keeps the keys for signatures of this algorithm, possibly none. Raises `InvalidKeySet`."""
+    try:
+        document = from_json(content)
+    except ValueError:
+        raise InvalidKeySet("the response is not JSON") from None
+    published = document.get("keys") if isinstance(document, dict) else None
+    if not isinstance(published, list):
+        raise InvalidKeySet("the response is not a JSON Web Key Set")
+    keys, broken = list[tuple[str | None, Any]](), 0
+    for jwk in published:
+        try:
+            key, kid = _parse_key(jwk, algorithm), jwk.get("kid")
+        except Exception:  # noqa: BLE001 - whatever is wrong with this key, the others may be valid
+            broken += 1
+            continue
+        if key is not None:
+            keys.append((kid if isinstance(kid, str) else None, key))
+    return KeySet(keys[:MAX_KEYS], broken)
+
+
+def _parse_key(jwk: dict[str, Any], algorithm: Algorithm) -> object | None:
+    """The key, if it verifies signatures of this algorithm. May raise any exception."""
+    if jwk.get("use", "sig") != "sig" or jwk.get("alg", algorithm) != algorithm:
+        return None
+    if "verify" not in (jwk.get("key_ops") or ["verify"]):
+        return None
+    key: object = jwt.PyJWK(jwk, algorithm).key
+    # Excludes secrets and private keys, too: they should not have been published.
+    return key if algorithm_of(key) == algorithm else None
+
+
 def check_url(url: SecretUrl, *, allow_http: bool) -> None:
-    """See that nobody on the way can exchange the keys. Raises `SettingsError`."""
-    variable, allowing = Settings.variable("auth_jwks_url"), Settings.variable("auth_jwks_allow_http")
+    """Check that the keys cannot be replaced in transit. Raises `SettingsError`."""
+    variable, allow_variable = Settings.variable("auth_jwks_url"), Settings.variable("auth_jwks_allow_http")
     try:
         parts = urlsplit(url.get_secret_value())
         host = parts.hostname or ""
@@ -207,42 +225,10 @@ def check_url(url: SecretUrl, *, allow_http: bool) -> None:
         raise SettingsError(f"{variable}={url} is not allowed: must be a URL with a host")
     if parts.scheme != "https" and not (allow_http or is_loopback(host)):
         raise SettingsError(
-            f"{variable}={url} is not allowed: whoever can change what comes over http could be anybody; "
-            f"set an https URL, or {allowing}=true in a network where everybody is trusted"
+            f"{variable}={url} is not allowed: anyone who can change the response in transit can impersonate any user; "
+            f"set an https URL, or {allow_variable}=true in a network where every client is trusted"
         )
 
 
-def read_key_set(content: bytes, algorithm: Algorithm) -> KeySet:
-    """Read the keys of a key set that are for signatures of this algorithm. There may be none.
-
-    Raises:
-        NoKeySet: It is no key set.
-    """
-    try:
-        document = from_json(content)
-    except ValueError:
-        raise NoKeySet("the answer is no JSON") from None
-    published = document.get("keys") if isinstance(document, dict) else None
-    if not isinstance(published, list):
-        raise NoKeySet("the answer is no JSON Web Key Set")
-    found, broken = Found(), 0
-    for one in published:
-        try:
-            key, name = _key(one, algorithm), one.get("kid")
-        except Exception:  # noqa: BLE001 - whatever is wrong with it, the others may be good
-            broken += 1
-            continue
-        if key is not None:
-            found.append((name if isinstance(name, str) else None, key))
-    return KeySet(found[:MAX_KEYS], broken)
-
-
-def _key(published: dict[str, Any], algorithm: Algorithm) -> object | None:
-    """A key, if it is for signatures of this algorithm. Raises whatever is wrong with it."""
-    if published.get("use", "sig") != "sig" or published.get("alg", algorithm) != algorithm:
-        return None
-    if "verify" not in (published.get("key_ops") or ["verify"]):
-        return None
-    key: object = jwt.PyJWK(published, algorithm).key
-    # A secret or a private key is none that this algorithm takes: nobody should have published it.
-    return key if algorithm_of(key) == algorithm else None
+def _now() -> float:
+    return asyncio.get_running_loop().time()

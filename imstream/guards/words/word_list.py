@@ -1,15 +1,15 @@
-"""A list of words, found in texts whatever their case, width, accents, and the signs between their letters.
+"""A list of words, found in normalized text (see `normalization`) whatever separators stand between their letters.
 
-A word of the list is in a text where
+A text contains a listed word where
 
-1. its letters and digits follow each other in the text's normal form (see `normal_text`),
-2. only *light* signs stand between them, `f.u-ck` or `敏*感`, at most `MAX_GAP` in a row. What is not seen counts for
-   nothing, however much there is of it. What parts words or clauses ends a word: "pen is" is not "penis", "he'll" is
-   not "hell", 男性,感觉 is not 性感. That is commas, quotes, brackets and line breaks, and between letters of spaced
-   scripts also spaces. It ends no word where the list has a gap as well, and none whose letters, three or more, all
-   stand alone: `f u c k`, `敏,感,词`,
-3. and where it begins or ends with a letter or digit of a spaced script, no other such touches it: `ass` is in `a.s.s`
-   and in 你ass他, not in `class` or `ass1`. In dense scripts a word may stand within others.
+1. the letters and digits of the word follow each other,
+2. only *light* separators stand between them, at most `MAX_GAP` in a row: `f.u-ck`, `敏*感`. Ignored characters may
+   stand there in any number. *Heavy* separators (commas, quotes, brackets, line breaks) end a word, and so do spaces
+   between letters of spaced scripts: "pen is" is not "penis", "he'll" is not "hell", 男性,感觉 is not 性感. There are
+   two exceptions: where the listed word has a gap, too, and where three or more letters all stand alone: `f u c k`,
+   `敏,感,词`,
+3. and no letter or digit of a spaced script touches a first or last letter of such a script: `ass` is in `a.s.s` and in
+   你ass他, not in `class` or `ass1`. In unspaced scripts a word may be part of another.
 """
 
 from __future__ import annotations
@@ -22,130 +22,117 @@ from typing import Any
 
 import ahocorasick
 
-from imstream.guards.words.normalization import HEAVY, SIGNS, SPACE, continues, is_spaced, seen
+from imstream.guards.words.normalization import HEAVY, SEPARATORS, SPACE, is_dependent, is_spaced, strip_ignored
 
 MAX_GAP = 16
-"""Most characters between two letters of one word."""
+"""Maximum number of separators between two letters of a word."""
 
-_ALONE = 3
-"""How many letters a word must have for it to be seen when they are all set apart."""
+_MIN_ALONE = 3
+"""Minimum length of a word that is found when all its letters stand alone."""
 
-_GLANCE = 128
-"""Longest text that is worth a glance before it is searched."""
+_SHORT = 128
+"""Maximum length of a text that is searched quickly for prefixes before the full search."""
 
-_SPACED = "\u2e80"
-"""Where the large dense scripts begin: beyond it, there is no need to look closely."""
+_UNSPACED = "\u2e80"
+"""First character of the large unspaced scripts: from here on, words may begin anywhere."""
 
 _SHARE = 20_000
-"""About how many words share an automaton. While one is made, no other thread runs: for 100,000, that were 0.1 s."""
+"""Approximate number of words in one automaton. Building one blocks all threads: 0.1 s for 100,000 words."""
 
 _GAP = re.compile(r"\s+")
 _RUN = re.compile(r"\S+")
 
 _SYMBOLS = "".join(map(chr, (*range(0x80), *range(0x100, 0x180))))
-"""What the automaton sees of each byte of UTF-8. A node's children are searched one by one: by characters, thousands at
-the root. None of those above ASCII is white space, which the automaton skips."""
+"""The automaton's alphabet: a character for each byte of UTF-8, because it searches the children of a node one by one
+and the root would have thousands of characters. Above ASCII none is white space, which the automaton skips."""
 
 
 class WordList:
-    """Words, ready to be searched for. Building one of 100,000 takes half a second."""
+    """Searches text for words. Building a list of 100,000 words takes 0.5 s."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        """Take words in normal form, each with at least one letter. Signs in them are gaps."""
+        """Take normalized words, each with at least one letter. Separators in them are gaps."""
         self._gaps = dict[str, frozenset[int]]()
-        """For words with gaps: before which of their letters."""
+        """For words with gaps, the indexes of the letters after a gap."""
         letters = set[str]()
-        for word in map(seen, words):
+        for word in map(strip_ignored, words):
             plain = "".join(word.split())
             letters.add(plain)
-            if len(plain) < len(word) and (gaps := _gaps_of(word)):
+            if len(plain) < len(word) and (gaps := _gap_indexes(word)):
                 self._gaps[plain] = self._gaps.get(plain, frozenset()) | gaps
-        self._singles = {word for word in letters if len(word) == 1}
+        self._single_letters = {word for word in letters if len(word) == 1}
         firsts = {word[0] for word in letters}
-        self._heads = firsts | {word[:2] for word in letters} | {first + sign for first in firsts for sign in SIGNS}
-        """By what words begin: one letter, two letters, one letter and a sign."""
-        self._longest = max(map(len, letters), default=0)
+        self._prefixes = (
+            firsts
+            | {word[:2] for word in letters}
+            | {first + separator for first in firsts for separator in SEPARATORS}
+        )
+        """How words begin: with one letter, two letters, or a letter and a separator."""
+        self._max_length = max(map(len, letters), default=0)
         self._automata = [({word[0] for word in share}, _automaton(share)) for share in _shares(letters)]
-        self._by_first = {first: automaton for firsts, automaton in self._automata for first in firsts}
+        self._automaton_by_first = {first: automaton for firsts, automaton in self._automata for first in firsts}
         self._count = len(letters)
 
     def __len__(self) -> int:
         return self._count
 
     def find(self, normal: str, *, before: str = "") -> Iterator[tuple[int, int]]:
-        """Where words begin and end in a text in normal form, without what is not seen, in no order.
+        """Yield start and end of each word in normalized text without ignored characters, in no order.
 
         Args:
             normal: The text.
-            before: The last character before it: no word begins there, but it may touch one.
+            before: The character before it. No word begins there, but it may touch one.
         """
-        for last, count in self._runs(normal):
+        for last, length in self._letter_matches(normal):
             if "0" <= normal[last] <= "z" and "0" <= normal[last + 1 : last + 2] <= "z":
-                continue  # most are parts of longer words: a glance is enough
-            if _ends(normal, last):
-                first = _first(normal, last, count)
-                if _may_begin(normal, first, before) and self._holds_together(normal[first : last + 1]):
+                continue  # quick check: usually a part of a longer word
+            if _ends_at(normal, last):
+                first = _index_of_first(normal, last, length)
+                if _begins_at(normal, first, before) and self._allows_gaps(normal[first : last + 1]):
                     yield first, last + 1
 
-    def open_from(self, normal: str, *, before: str = "") -> tuple[int, bool]:
-        """Where in a text that goes on the first word may have begun whose end is not known yet; its length if none.
+    def pending_start(self, normal: str, *, before: str = "") -> tuple[int, bool]:
+        """Where in an incomplete text the first word may begin whose end is not known yet; its length if none does.
 
-        All words that begin earlier are known by now; the second value says, at a glance, whether there may be any.
+        The second value tells whether there may be complete words before it: then `find` them.
         """
-        if len(normal) <= _GLANCE:
-            return self._open_from(normal, before)
-        skip = self._tail(normal)
-        return skip + self._open_from(normal[skip:], normal[:skip] or before)[0], True
+        if len(normal) > _SHORT:
+            skipped = self._tail_start(normal)
+            return skipped + self._pending_start(normal[skipped:], normal[:skipped] or before)[0], True
+        return self._pending_start(normal, before)
 
-    def _open_from(self, normal: str, before: str) -> tuple[int, bool]:
+    def _pending_start(self, normal: str, before: str) -> tuple[int, bool]:
         if normal.isascii():
-            return self._open_from_runs(normal, before)
-        heads, doubt = self._heads, not self._singles.isdisjoint(normal)
-        if normal[-1] > "z" and not doubt and heads.isdisjoint(map(add, normal, normal[1:])):
-            return len(normal) - (normal[-1] in heads), False
-        for at, head in enumerate(map(add, normal, normal[1:] + SPACE)):
-            if head in heads and (head > _SPACED or _may_begin(normal, at, before)):
-                rest, automaton = _symbols("".join(normal[at:].split())), self._by_first[head[0]]
+            return self._pending_start_ascii(normal, before)
+        prefixes, may_match = self._prefixes, not self._single_letters.isdisjoint(normal)
+        if normal[-1] > "z" and not may_match and prefixes.isdisjoint(map(add, normal, normal[1:])):
+            return len(normal) - (normal[-1] in prefixes), False
+        for at, prefix in enumerate(map(add, normal, normal[1:] + SPACE)):
+            if prefix in prefixes and (prefix > _UNSPACED or _begins_at(normal, at, before)):
+                rest, automaton = _symbols("".join(normal[at:].split())), self._automaton_by_first[prefix[0]]
                 if automaton.match(rest):
-                    return at, doubt
-                # Some word is in what follows here; that it begins here is not asked.
-                doubt = doubt or next(automaton.iter(rest, 0, automaton.longest_prefix(rest)), None) is not None
-        return len(normal), doubt
+                    return at, may_match
+                # This finds a word anywhere in the rest, not only here: good enough for "may".
+                may_match = may_match or next(automaton.iter(rest, 0, automaton.longest_prefix(rest)), None) is not None
+        return len(normal), may_match
 
-    def _open_from_runs(self, normal: str, before: str) -> tuple[int, bool]:
+    def _pending_start_ascii(self, normal: str, before: str) -> tuple[int, bool]:
         """The same in ASCII, where words begin and end with runs of letters."""
-        runs, doubt = normal.split(), False
+        runs, may_match = normal.split(), False
         touched = bool(runs) and not normal[0].isspace() and "0" <= before[-1:] <= "z"
         for number in range(touched, len(runs)):
-            if runs[number][:2] in self._heads:
-                rest, automaton = "".join(runs[number:]), self._by_first[runs[number][0]]
+            if runs[number][:2] in self._prefixes:
+                rest, automaton = "".join(runs[number:]), self._automaton_by_first[runs[number][0]]
                 if automaton.match(rest):
-                    return [run.start() for run in _RUN.finditer(normal)][number], doubt
+                    return [run.start() for run in _RUN.finditer(normal)][number], may_match
                 reach, length = automaton.longest_prefix(rest), 0
                 for run in runs[number:]:
                     length += len(run)
-                    doubt = doubt or (length <= reach and rest[:length] in automaton)
-        return len(normal), doubt
+                    may_match = may_match or (length <= reach and rest[:length] in automaton)
+        return len(normal), may_match
 
-    def _runs(self, normal: str) -> Iterator[tuple[int, int]]:
-        """The index of the last letter, and the number of letters, of whatever has the letters of a word."""
-        letters = set(normal)
-        automata = [automaton for firsts, automaton in self._automata if not firsts.isdisjoint(letters)]
-        if normal.isascii():
-            for automaton in automata:
-                yield from automaton.iter(normal, ignore_white_space=True)
-            return
-        encoded = normal.encode()
-        symbols = _encoded(encoded)
-        for automaton in automata:
-            index, at = -1, 0
-            for last, count in automaton.iter(symbols, ignore_white_space=True):
-                index += len(encoded[at : last + 1].decode())
-                at = last + 1
-                yield index, count
-
-    def _tail(self, normal: str) -> int:
-        """Where the longest word would begin that is not complete yet, if there was one."""
+    def _tail_start(self, normal: str) -> int:
+        """Where the longest word would begin that is incomplete at the end of the text."""
         letters = gap = 0
         for index in range(len(normal) - 1, -1, -1):
             if normal[index].isspace():
@@ -155,32 +142,54 @@ class WordList:
             else:
                 gap = 0
                 letters += 1
-                if letters == self._longest:
+                if letters == self._max_length:
                     return index
         return 0
 
-    def _holds_together(self, span: str) -> bool:
-        """Whether what stands between the letters of a word leaves it one word."""
+    def _letter_matches(self, normal: str) -> Iterator[tuple[int, int]]:
+        """Yield index of the last letter and number of letters of each sequence with the letters of a word."""
+        letters = set(normal)
+        automata = [automaton for firsts, automaton in self._automata if not firsts.isdisjoint(letters)]
+        if normal.isascii():
+            for automaton in automata:
+                yield from automaton.iter(normal, ignore_white_space=True)
+            return
+        encoded = normal.encode()
+        symbols = _from_utf8(encoded)
+        for automaton in automata:
+            index, at = -1, 0
+            for last, length in automaton.iter(symbols, ignore_white_space=True):
+                index += len(encoded[at : last + 1].decode())
+                at = last + 1
+                yield index, length
+
+    def _allows_gaps(self, span: str) -> bool:
+        """Whether the separators between the letters of a word leave it one word (rule 2)."""
         plain = "".join(span.split())
         if len(plain) == len(span):
             return True
-        gaps, parted, signs = 0, [], 0
+        gaps, breaks, separators = 0, [], 0
         for gap in _GAP.finditer(span):
             run = gap[0]
             if len(run) > MAX_GAP:
                 return False
             gaps += 1
             if HEAVY in run or (SPACE in run and is_spaced(span[gap.start() - 1]) and is_spaced(span[gap.end()])):
-                parted.append(gap.start() - signs)
-            signs += len(run)
-        all_alone = gaps == len(plain) - 1 and len(plain) >= _ALONE
-        return all_alone or not parted or self._gaps.get(plain, frozenset()).issuperset(parted)
+                breaks.append(gap.start() - separators)
+            separators += len(run)
+        all_alone = gaps == len(plain) - 1 and len(plain) >= _MIN_ALONE
+        return all_alone or not breaks or self._gaps.get(plain, frozenset()).issuperset(breaks)
+
+
+def _gap_indexes(word: str) -> frozenset[int]:
+    """The indexes of the letters of a listed word after a gap."""
+    return frozenset(len("".join(word[: gap.start()].split())) for gap in _GAP.finditer(word))
 
 
 def _shares(words: Iterable[str]) -> Iterator[list[str]]:
-    """The words in sorted shares of about `_SHARE`, those that begin with the same letter in one.
+    """Split the words into sorted shares of about `_SHARE`; words with the same first letter stay together.
 
-    A text without any of a share's first letters need not be searched for its words: Chinese is not for English ones.
+    A share is skipped for texts without any of its first letters: English words for Chinese texts.
     """
     by_first = dict[str, list[str]]()
     for word in words:
@@ -203,43 +212,34 @@ def _automaton(words: list[str]) -> Any:  # noqa: ANN401 - the package is withou
     return automaton
 
 
-def _may_begin(normal: str, at: int, before: str) -> bool:
-    """Whether no letter touches the one at this index from the left."""
-    previous = normal[at - 1] if at else before[-1:]
-    return not (previous and is_spaced(previous) and is_spaced(normal[at]))
-
-
 def _symbols(normal: str) -> str:
-    return normal if normal.isascii() else _encoded(normal.encode())
+    return normal if normal.isascii() else _from_utf8(normal.encode())
 
 
-def _encoded(utf_8: bytes) -> str:
-    return codecs.charmap_decode(utf_8, "strict", _SYMBOLS)[0]
+def _from_utf8(encoded: bytes) -> str:
+    return codecs.charmap_decode(encoded, "strict", _SYMBOLS)[0]
 
 
-def _gaps_of(word: str) -> frozenset[int]:
-    """Before which of its letters a word of the list has a gap."""
-    gaps, signs = set[int](), 0
-    for gap in _GAP.finditer(word):
-        gaps.add(gap.start() - signs)
-        signs += len(gap[0])
-    return frozenset(gaps)
-
-
-def _first(normal: str, last: int, count: int) -> int:
-    """The index of the letter by which so many letters begin that end at `last`."""
+def _index_of_first(normal: str, last: int, length: int) -> int:
+    """The index of the first of `length` letters that end at `last`."""
     first = last
     while True:
         if not normal[first].isspace():
-            count -= 1
-            if count == 0:
+            length -= 1
+            if length == 0:
                 return first
         first -= 1
 
 
-def _ends(normal: str, last: int) -> bool:
-    """Whether no letter touches the one at `last` from the right."""
-    touching = normal[last + 1 : last + 2]
-    if not touching or touching.isspace():
+def _begins_at(normal: str, first: int, before: str) -> bool:
+    """Whether no letter touches the one at `first` from the left (rule 3)."""
+    previous = normal[first - 1] if first else before[-1:]
+    return not (previous and is_spaced(previous) and is_spaced(normal[first]))
+
+
+def _ends_at(normal: str, last: int) -> bool:
+    """Whether no letter touches the one at `last` from the right (rule 3)."""
+    following = normal[last + 1 : last + 2]
+    if not following or following.isspace():
         return True
-    return not (is_spaced(touching) if is_spaced(normal[last]) else continues(touching))
+    return not (is_spaced(following) if is_spaced(normal[last]) else is_dependent(following))
