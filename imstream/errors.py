@@ -59,9 +59,7 @@ class StoreRefused(StoreError):  # noqa: N818 - same
 class BackendError(ImstreamError):
     """The AI backend gave no complete answer.
 
-    Attributes:
-        reason: Stable identifier for logs, tests and the dead stream, such as `http_503` or `first_token_timeout`.
-        detail: One line for operators: the backend's own words, shortened.
+    `reason` is a stable identifier, such as `http_503`; `detail` is one line for operators, such as the backend's text.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

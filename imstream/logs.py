@@ -35,8 +35,7 @@ LIMITED = {"limited": True}
 """Fields of a logger for lines that unauthenticated clients can cause: `structlog.get_logger(**LIMITED)`."""
 
 _LIMIT = TokenBucket(rate=1, size=20)
-_COUNT_DELAY = 1.0
-"""Seconds from the first dropped line until the number of dropped lines is logged."""
+_COUNT_DELAY = 1.0  # seconds from the first dropped line until their number is logged
 
 _QUERY = re.compile(r"\?[^\s\"'>]+")
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-MAX_NUMBER = 64
-"""Maximum characters of a number; one with 10,000 digits takes too long to convert."""
+MAX_NUMBER = 64  # characters; converting 10,000 digits takes too long
 
 _CONTAINERS = (dict, list)
 _NOT_COUNTED = bytes(set(range(256)) - set(b",[{"))
@@ -28,11 +27,9 @@ class InvalidNumber(InvalidJson):
 
 
 def parse_json(text: str, *, max_depth: int, max_values: int) -> object:
-    """Parse a JSON text with at most `max_depth` nested containers and `max_values` items and containers.
+    """Parse a text with at most `max_depth` nested containers and `max_values` items and containers.
 
-    Raises:
-        InvalidJson: Not JSON, too many values, too deep, a duplicate key, NUL, or half of a surrogate pair.
-        InvalidNumber: NaN, Infinity, or a number that is too long or too large.
+    Raises `InvalidJson` also for duplicate keys, NUL and halves of surrogate pairs.
     """
     if len(text) > max_values and _has_more_values(text, max_values):
         raise InvalidJson(f"more than {max_values} values, or nested deeper than {max_depth} levels")

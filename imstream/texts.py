@@ -84,19 +84,13 @@ def choose_lang(accept_language: str | None) -> Lang:
     """Choose the language by the handshake's `Accept-Language` (RFC 9110, section 12.5.4)."""
     best: tuple[float, Lang] = (0.0, DEFAULT_LANG)
     for part in (accept_language or "").split(","):
-        tag, _, parameters = part.strip().partition(";")
-        weight = _quality(parameters)
+        tag, _, parameter = part.strip().partition(";")
+        name, _, value = parameter.partition("=")
+        try:
+            weight = float(value) if name.strip() == "q" else 1.0
+        except ValueError:
+            weight = 0.0
         match tag.strip().lower().partition("-")[0]:
             case "zh" | "en" as lang if weight > best[0]:
                 best = (weight, lang)
     return best[1]
-
-
-def _quality(parameters: str) -> float:
-    name, _, value = parameters.strip().partition("=")
-    if name.strip() != "q":
-        return 1.0
-    try:
-        return float(value)
-    except ValueError:
-        return 0.0

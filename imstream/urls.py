@@ -76,11 +76,7 @@ class RedisUrl:
 
     @classmethod
     def parse(cls, url: str | SecretUrl) -> RedisUrl:
-        """Parse a URL.
-
-        Raises:
-            ValueError: The URL is invalid. The text says what is allowed.
-        """
+        """Parse a URL, or raise `ValueError` saying what is allowed."""
         match = _URL.fullmatch(url if isinstance(url, str) else url.get_secret_value())
         if match is None:
             raise ValueError(ALLOWED)

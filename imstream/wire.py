@@ -72,11 +72,8 @@ class CloseCode(IntEnum):
 
     FRAME_TOO_BIG = 1009
     INTERNAL_ERROR = 1011
-    """Unexpected error on the server: reconnect."""
-    DRAINING = 1012
-    """The node is shutting down: reconnect now."""
-    NODE_FULL = 1013
-    """The node has too many sockets, or authentication is unavailable: reconnect later."""
+    DRAINING = 1012  # reconnect now
+    NODE_FULL = 1013  # or authentication is unavailable: reconnect later
     NO_HEARTBEAT = 4001
     READER_TOO_SLOW = 4002
     NOT_AUTHENTICATED = 4500
@@ -173,11 +170,7 @@ class FrameLimits:
 
 
 def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
-    """Parse one text frame of a client.
-
-    Raises:
-        InvalidFrame: It is not JSON, not a known frame, a field is invalid, or a limit is exceeded.
-    """
+    """Parse one text frame of a client. Raises `InvalidFrame`."""
     if text == "PING":
         return _PING
     try:
@@ -231,16 +224,7 @@ def now_ms() -> str:
 
 
 class ServerFrame(_Frame):
-    """A frame of the server. Fields without a value are left out of the JSON.
-
-    Attributes:
-        contents: Text for a person, or text of the reply.
-        offset: Position in the reply after this frame; opaque to clients, returned in `resume`.
-        attempt: The attempt that the text belongs to, from 1.
-        position: Place in the queue; 1 is next.
-        remaining: Messages left of the daily quota.
-        heartbeat_ms: Interval at which the client should send heartbeats.
-    """
+    """A frame of the server. Fields without a value are left out of the JSON."""
 
     code: Code = Code.SUCCESS
     resp_time: str = Field(default_factory=now_ms)
@@ -249,10 +233,10 @@ class ServerFrame(_Frame):
     user_id: int | None = None
     message_id: str | None = None
     event: Event | None = None
-    attempt: int | None = None
-    offset: int | None = None
-    position: int | None = None
-    remaining: int | None = None
+    attempt: int | None = None  # from 1
+    offset: int | None = None  # position after this frame; opaque to clients, returned in `resume`
+    position: int | None = None  # place in the queue; 1 is next
+    remaining: int | None = None  # messages left of the daily quota
     heartbeat_ms: int | None = None
     retry_after_ms: int | None = None
     finish_reason: str | None = None
@@ -260,7 +244,7 @@ class ServerFrame(_Frame):
     node: str | None = None
 
     def encode(self) -> str:
-        """The JSON text of this frame."""
+        """Encode as JSON text."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: real servers, and checks that nothing is left behind."""
+"""Fixtures for all tests: real servers, and checks for leaks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import tiers
 from tests.support.processes import free_port
 from tests.support.servers import DemoBackend, RedisServer, missing, redis_6_binary, redis_7_binary, valkey_binary
 
-# Whoever runs the tests in the background has these ignored; the processes under test would inherit that.
+# A background shell job ignores these signals, and processes under test would inherit that.
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
@@ -26,14 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose how thorough properties are tested."""
+    """Choose the number of examples of properties."""
     tiers.load(second=config.getoption("--all"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the second tier unless `--all` is given, and put the long files first.
+    """Deselect the second tier unless `--all` is given, and run the slow folders first.
 
-    When several processes share the tests, none is left with a long file at the end.
+    Then no test process is left with a slow file at the end.
     """
     if not config.getoption("--all"):
         second = [item for item in items if item.get_closest_marker("long")]
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module")
 def unmeasured() -> Iterator[None]:
-    """Processes are started without coverage, which takes half of their speed. Other tests cover what they run."""
+    """Start processes without coverage, which halves their speed. Other tests cover the same code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # coverage's `patch = subprocess`
         yield
@@ -53,7 +53,7 @@ def unmeasured() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[dict[str, RedisServer]]:
-    """The Redis servers that were asked for so far, by name; they run until the end."""
+    """The Redis servers started so far, by name; they run until the end of the session."""
     started: dict[str, RedisServer] = {}
     yield started
     for server in started.values():
@@ -64,7 +64,7 @@ def servers() -> Iterator[dict[str, RedisServer]]:
 def redis_server(
     request: pytest.FixtureRequest, servers: dict[str, RedisServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RedisServer]:
-    """An empty Redis server, shared by tests; the embedded Valkey unless the test is parametrised over `SERVERS`."""
+    """An empty, shared Redis server: the embedded Valkey unless the test is parametrised over `SERVERS`."""
     name = getattr(request, "param", "valkey")
     if name not in servers:
         binary = SERVERS[name]()
@@ -84,7 +84,7 @@ def redis_server(
 
 
 def _check_keys(server: RedisServer) -> None:
-    """Every key that is left either expires or is one of the few that stay."""
+    """Check that every remaining key expires or is permanent by design."""
     with server.client() as client:
         forever = [key for key in client.scan_iter() if client.ttl(key) == -1]
     permanent = (":requests", ":load", ":dead", ":nodes", ":account")
@@ -93,7 +93,7 @@ def _check_keys(server: RedisServer) -> None:
 
 
 def _check_permissions(server: RedisServer) -> None:
-    """Nothing was asked for that the users of ops/redis-users.acl may not do."""
+    """Check that no command was denied to the users of ops/redis-users.acl."""
     with server.client() as client:
         denied = [(entry["username"], entry["context"], entry["object"]) for entry in client.acl_log()]
     assert not denied, f"denied, and not in ops/redis-users.acl: {denied}"
@@ -101,7 +101,7 @@ def _check_permissions(server: RedisServer) -> None:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoBackend]:
-    """A demo AI backend that answers fast."""
+    """A fast demo AI backend."""
     from tests.support.servers import start_demo
 
     backend = start_demo(tmp_path_factory.mktemp("demo"), "--pace", "5ms")
@@ -111,12 +111,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoBackend]:
 
 @pytest.fixture(autouse=True)
 async def no_task_is_left() -> AsyncIterator[None]:
-    """After each test, no task of its own is left on the event loop."""
+    """Check that no task of the test is left on the event loop."""
     before = asyncio.all_tasks()
     yield
-    for _ in range(20):  # tasks that were cancelled get a few ticks to end
-        left = asyncio.all_tasks() - before - {asyncio.current_task()}
-        if not left:
+    for _ in range(20):  # cancelled tasks need a few ticks
+        remaining = asyncio.all_tasks() - before - {asyncio.current_task()}
+        if not remaining:
             return
         await asyncio.sleep(0.01)
-    raise AssertionError(f"tasks left behind: {left}")
+    raise AssertionError(f"leaked tasks: {remaining}")

@@ -1,10 +1,9 @@
-"""What others have written, in a log line: cut, escaped, and of lines that anybody can cause not too many."""
+"""Untrusted values in log lines are cut and escaped, and lines that clients can cause are limited."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -18,31 +17,20 @@ from tests.support.waiting import wait_until
 
 FORMATS = ["json", "console"]
 OBEYED = "\x1b[2J\x9b31m\x85\u2028\u202e\u2066\u200b\ufeff\x7f\0\r\n\ud800"
-"""What a terminal, a reader of lines or an editor obeys, or what cannot be encoded."""
+"""Control characters that a terminal, line reader or editor interprets, and text that cannot be encoded."""
 
 
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Logging belongs to the whole process: leave it as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in ("uvicorn.error", "websockets", "asyncio")}
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 def configure(log_format: str) -> None:
-    """Log as a node does, and only so: pytest would put what was logged into reports that must be valid Unicode."""
+    """Log as a node does, without pytest's handlers: its reports must be valid Unicode."""
     logging.getLogger().handlers.clear()
     logs.configure(Settings.load(log_format=log_format))
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines that were written, as a program reads them."""
+    """The lines that were written."""
     return capsys.readouterr().out.removesuffix("\n").split("\n")
 
 

@@ -1,4 +1,4 @@
-"""What a process writes about itself, as an operator or a log collector reads it."""
+"""Log lines, as an operator or a log collector reads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -15,20 +14,7 @@ from imstream import logs
 from imstream.settings import Settings
 
 
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Logging belongs to the whole process: leave it as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    levels = {
-        name: logging.getLogger(name).level for name in ("uvicorn.error", "uvicorn.access", "asyncio", "websockets")
-    }
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 def configure(**settings: object) -> None:
@@ -91,7 +77,7 @@ def test_a_line_for_each_connection_is_written_on_debug_only(capsys: pytest.Capt
 def test_what_goes_over_a_socket_is_never_written(capsys: pytest.CaptureFixture[str]) -> None:
     configure(log_level="debug")
     for name in ("uvicorn.error", "websockets.server", "websockets.client"):
-        logging.getLogger(name).debug("< TEXT 'what somebody said'")
+        logging.getLogger(name).debug("< TEXT 'a message'")
     assert capsys.readouterr().out == ""
 
 
@@ -136,13 +122,13 @@ def test_a_logger_made_before_configuring_writes_as_configured(capsys: pytest.Ca
 def test_a_line_that_cannot_be_written_is_lost_and_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    with open(writing, "w", buffering=1) as nobody_reads:  # noqa: PTH123 - a file descriptor
-        monkeypatch.setattr(sys, "stdout", nobody_reads)
+    with open(writing, "w", buffering=1) as unread:  # noqa: PTH123 - a file descriptor
+        monkeypatch.setattr(sys, "stdout", unread)
         configure()
         structlog.get_logger().info("accepted")
         logging.getLogger("some.library").warning("something")
         monkeypatch.undo()
-        sink = os.open(os.devnull, os.O_WRONLY)  # what is left in the buffer can be flushed there
+        sink = os.open(os.devnull, os.O_WRONLY)  # so that the rest of the buffer can be flushed
         os.dup2(sink, writing)
         os.close(sink)
 

@@ -1,4 +1,4 @@
-"""Settings: where they are read from, and how a wrong one is refused."""
+"""Settings: their sources, and how invalid values are refused."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def refusal(group: type[SettingsGroup] = Settings, **given_settings: Any) -> str:  # noqa: ANN401 - any setting
-    """What is said of wrong settings."""
+    """The error text for these settings."""
     with pytest.raises(SettingsError) as refused:
         group.load(**given_settings)
     return str(refused.value)
 
 
-# Where they come from
+# Sources
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of the test's own."""
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -65,7 +65,7 @@ def test_settings_do_not_change_once_they_are_read() -> None:
         Settings.load().port = 1  # type: ignore[misc]
 
 
-# How a wrong one is refused
+# Invalid values
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Texts for people: each in both languages, and the language that a person prefers."""
+"""Texts for people in both languages, and the choice of the language."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The address of Redis: what is read, what is refused, and what is shown of it."""
+"""Redis URLs: parsing, refusal, and how they are shown."""
 
 from __future__ import annotations
 

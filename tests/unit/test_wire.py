@@ -1,4 +1,4 @@
-"""The frames of the wire: what goes in comes out, and whatever a client sends is either a frame or a `InvalidFrame`."""
+"""Frames of the wire: round trips, and every text of a client is either a frame or an `InvalidFrame`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ COUNTS = st.integers(0, 2**53)
 
 
 def made(model: type[Model], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Model]:
-    """A frame with fields of these kinds. `st.builds` would warn of the patterns in the model."""
+    """Frames with these fields. `st.builds` would warn about the patterns in the model."""
     return st.fixed_dictionaries(fields).map(lambda given: model(**given))
 
 
@@ -96,7 +96,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
 )
-"""Anything that Python writes as JSON: lone surrogates, NaN and Infinity too."""
+"""Any JSON that Python writes, including lone surrogates, NaN and Infinity."""
 
 HARMLESS_JSON = st.recursive(
     st.none()
@@ -107,7 +107,7 @@ HARMLESS_JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXTS, inner, max_size=5),
     max_leaves=5,
 )
-"""What a decent client may send in a field that nobody knows."""
+"""Valid values of unknown fields."""
 
 NEARLY_FRAMES = st.fixed_dictionaries(
     {"msgType": st.sampled_from(["INIT", "CHAT", "CANCEL", "HEARTBEAT"]) | JSON},
@@ -123,11 +123,11 @@ NEARLY_FRAMES = st.fixed_dictionaries(
         "user_id": JSON,
     },
 )
-"""Objects with the right fields, of which any may be missing or wrong."""
+"""Objects with known fields, any of which may be missing or invalid."""
 
 
 def refusal(text: str) -> InvalidFrame | None:
-    """Why it is not a frame; None when it is one."""
+    """The error for this text, or None for a valid frame."""
     try:
         parse_frame(text)
     except InvalidFrame as error:
@@ -135,7 +135,7 @@ def refusal(text: str) -> InvalidFrame | None:
     return None
 
 
-# What goes in comes out
+# Round trips
 
 
 @given(CLIENT_FRAMES)
@@ -173,7 +173,7 @@ def test_a_bare_ping_is_a_heartbeat() -> None:
     assert refusal("ping") is not None
 
 
-# Deltas are written without a model
+# Deltas are encoded without a model
 
 
 @given(MESSAGE_IDS, st.integers(1, 2**53), COUNTS, TEXTS)
@@ -282,7 +282,7 @@ def test_one_login_resumes_up_to_its_limit() -> None:
     assert error.field == "resume"
 
 
-# What holds too much is refused, and told what of
+# Limits
 
 
 def _chat(**fields: object) -> str:
@@ -304,7 +304,7 @@ def test_a_frame_nests_up_to_its_limit(kind: str) -> None:
 
 
 def _values(value: Any) -> int:  # noqa: ANN401 - whatever JSON holds
-    """Items of arrays and objects, and these themselves: the commas and opening brackets of its JSON."""
+    """Count items and containers: the commas and opening brackets of the JSON."""
     if not isinstance(value, dict | list):
         return 0
     inner = list(value.values()) if isinstance(value, dict) else value
@@ -334,7 +334,7 @@ def test_a_full_history_fits_with_fields_that_nobody_knows_and_more_is_refused()
         with pytest.raises(InvalidFrame, match="more than 1112 values"):
             parse_frame(_chat(history=wrong))
     with pytest.raises(InvalidFrame, match="history: more than 200 turns"):
-        parse_frame(_chat(history=[{}] * 500))  # whatever is wrong with them
+        parse_frame(_chat(history=[{}] * 500))  # before the turns are validated
     with pytest.raises(InvalidFrame, match="userId"):
         parse_frame(_chat(history=[{}] * 500, userId=7))
 
@@ -394,7 +394,7 @@ def test_what_looks_like_it_is_taken() -> None:
         assert chat.contents == contents
 
 
-# The user id of the address
+# The user id of the URL
 
 
 @given(USER_IDS)
@@ -427,7 +427,7 @@ def test_a_user_id_in_the_address_is_digits_and_nothing_else(text: str | None) -
         assert MIN_USER_ID <= user_id <= MAX_USER_ID
 
 
-# Numbers that others rely on
+# Stable numbers
 
 
 def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:

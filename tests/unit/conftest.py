@@ -1,0 +1,24 @@
+"""Fixtures for unit tests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    """Restore the process-wide logging configuration after the test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    names = ("uvicorn.error", "uvicorn.access", "aiohttp.access", "asyncio", "websockets")
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
