@@ -85,7 +85,9 @@ class Node:
         self._leases = leases = Leases(redis, settings)
         self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
         self.jobs = jobs = Jobs(settings, replies, buffers, inbox)
-        self._reply_sync = ReplySync(settings, replies=replies, buffers=buffers, registry=registry)
+        self._reply_sync = ReplySync(
+            interval=settings.sweep_interval, replies=replies, buffers=buffers, registry=registry
+        )
         assembler = PromptAssembler(settings)
         self._guards = guards = GuardChain.create(
             GuardDeps(settings=settings, redis=redis, inbox=inbox, assembler=assembler)
@@ -115,7 +117,7 @@ class Node:
             settings, routes=Routes(redis, settings), inbox=inbox, registry=registry, guards=guards
         )
         self._inbox_consumer = InboxConsumer(
-            inbox, reply_sync=self._reply_sync, presence=self._presence, jobs=jobs, adopter=self.adopter
+            inbox=inbox, reply_sync=self._reply_sync, presence=self._presence, jobs=jobs, adopter=self.adopter
         )
         session_deps = SessionDeps(
             settings=settings,

@@ -6,15 +6,17 @@ import asyncio
 from http import HTTPStatus
 
 import structlog
-from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 
 from imstream.gateway.frame_handler import FrameHandler, SessionDeps
-from imstream.gateway.session import Session, client_address, client_lang, client_origin, offered_subprotocols
+from imstream.gateway.frames import FrameBuilder
+from imstream.gateway.session import Session
+from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import SocketClosed, SocketProtocol
 from imstream.guards.guard import Handshake
-from imstream.logs import LIMITED
-from imstream.texts import Text, localize
-from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, CloseCode, Code
+from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize
+from imstream.texts import Lang, Text, choose_lang, localize
+from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, CloseCode, Code, parse_user_id
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
@@ -24,40 +26,24 @@ async def serve_socket(socket: SocketProtocol, deps: SessionDeps) -> None:
     """Answer the handshake of a socket, and handle its frames until either side closes it."""
     if _reject_handshake(socket, deps):
         return
-    session = Session(socket, deps.settings, deps.scheduler)
-    handler = FrameHandler(session, deps)
-    has_bad_user = session.url_user is None and USER_ID_FIELD in socket.request.query_params
+    session = _accept_handshake(socket, deps)
     try:
-        socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered_subprotocols(socket.request) else None)
-        if deps.registry.is_full:
-            session.close(CloseCode.NODE_FULL, Text.NODE_FULL)
-        else:
-            deps.registry.add(session)
-        if has_bad_user:
-            session.close(CloseCode.BAD_USER_ID, Text.BAD_USER_ID)
-        code = await _receive(socket, session, handler)
+        code = await _receive(session, FrameHandler(session, deps))
     finally:
         deps.registry.remove(session)
         session.stop()
         if session.user_id is not None:
             deps.presence.on_disconnect(session.user_id)
-    # Quietly before a login, or strangers could fill the log.
-    level = log.debug if session.user_id is None else log.info
+    level = log.debug if session.user_id is None else log.info  # else strangers could fill the log
     seconds = round(asyncio.get_running_loop().time() - session.began_at, 1)
-    level(
-        "session closed",
-        user=session.user_id,
-        peer=session.peer,
-        code=code,
-        seconds=seconds,
-        slowed=session.throttled,
-    )
+    client = {"user": session.user_id, "peer": session.peer}
+    level("session closed", **client, code=code, seconds=seconds, slowed=session.throttled)
 
 
-async def _receive(socket: SocketProtocol, session: Session, handler: FrameHandler) -> int:
+async def _receive(session: Session, handler: FrameHandler) -> int:
     """Handle messages until the socket is closed; its close code."""
     loop = asyncio.get_running_loop()
-    while not isinstance(message := await socket.receive(), SocketClosed):
+    while not isinstance(message := await session.socket.receive(), SocketClosed):
         if session.closing_since is not None:
             continue
         session.heard_at = loop.time()
@@ -72,16 +58,18 @@ async def _receive(socket: SocketProtocol, session: Session, handler: FrameHandl
 def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
     """Reject a handshake that is not for us, not allowed, or cannot be served now; whether it was rejected."""
     request = socket.request
+    # Several headers of one name are one list with commas (RFC 9110, section 5.3): a load balancer may append its
+    # X-Forwarded-For to that of a client, which can claim anything.
+    headers = {name: ", ".join(request.headers.getlist(name)) for name in set(request.headers)}
     if request.scope["path"] != "/ws":
         socket.reject(HTTPStatus.FORBIDDEN)
-    elif (verdict := deps.guards.check_handshake(Handshake(_joined(request.headers)))) is not None:
-        client = {"peer": client_address(request), "origin": client_origin(request)}
-        limited.info("handshake refused", reason=verdict.reason, **client)
-        socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, client_lang(request)))
+    elif (verdict := deps.guards.check_handshake(Handshake(headers))) is not None:
+        limited.info("handshake refused", reason=verdict.reason, peer=_address(request), origin=_origin(request))
+        socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, _lang(request)))
     elif (why := deps.not_ready()) is not None:
         # Instead of a socket that can do nothing: a load balancer tries another node at once.
-        socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {why}", [("Retry-After", "1")])
-    elif deps.registry.is_full and "x-forwarded-for" in request.headers:
+        socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {why}", {"Retry-After": "1"})
+    elif deps.registry.is_full and "x-forwarded-for" in headers:
         # The same. Without a load balancer, the client is told on the socket to come back later.
         socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, "too many sockets")
     else:
@@ -89,9 +77,48 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
     return True
 
 
-def _joined(headers: Headers) -> dict[str, str]:
-    """Headers by name; several of one name are one list with commas (RFC 9110, section 5.3).
+def _accept_handshake(socket: SocketProtocol, deps: SessionDeps) -> Session:
+    """Accept a handshake. The session keeps nothing else of it, which may be large."""
+    request = socket.request
+    url_user = request.query_params.get(USER_ID_FIELD)
+    offered = [name.strip() for name in ",".join(request.headers.getlist("sec-websocket-protocol")).split(",")]
+    is_ours = SUBPROTOCOL in offered
+    # A page can set no other header, so a token may stand beside our subprotocol.
+    tokens = [name for name in offered if is_ours and not name.startswith("imstream.")]
+    frames = FrameBuilder(_lang(request), deps.settings.node)
+    session = Session(
+        socket=socket,
+        frames=frames,
+        writer=SessionWriter(socket, frames, deps.scheduler),
+        warning=deps.settings.auth_warning,
+        peer=_address(request),
+        origin=_origin(request),
+        url_user=parse_user_id(url_user),
+        token=tokens[0] if tokens else None,
+    )
+    socket.accept(SUBPROTOCOL if is_ours else None)
+    if deps.registry.is_full:
+        session.close(CloseCode.NODE_FULL, Text.NODE_FULL)
+    else:
+        deps.registry.add(session)
+    if url_user is not None and session.url_user is None:
+        session.close(CloseCode.BAD_USER_ID, Text.BAD_USER_ID)
+    return session
 
-    A load balancer may append its X-Forwarded-For to that of a client, which can claim anything.
-    """
-    return {name: ", ".join(headers.getlist(name)) for name in headers.keys()}  # noqa: SIM118 - not a dict
+
+def _lang(request: HTTPConnection) -> Lang:
+    """The language of a handshake. Browsers cannot set the header of a WebSocket, so the URL may name it too."""
+    return choose_lang(request.query_params.get("lang") or request.headers.get("accept-language"))
+
+
+def _address(request: HTTPConnection) -> str:
+    """The address of a client for the log, and the end of those that load balancers report: each appends one."""
+    host = request.client.host.removeprefix("::ffff:") if request.client else "unknown"
+    forwarded = ", ".join(request.headers.getlist("x-forwarded-for"))
+    return f"{sanitize(forwarded[-MAX_VALUE_LENGTH:])} by {host}" if forwarded else host
+
+
+def _origin(request: HTTPConnection) -> str | None:
+    """The origin of the client's page for the log; None when it names none."""
+    origin = request.headers.get("origin")
+    return None if origin is None else sanitize(origin)

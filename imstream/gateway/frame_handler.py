@@ -12,6 +12,7 @@ from typing import assert_never
 
 import structlog
 
+from imstream import wire
 from imstream.clock import now_ms
 from imstream.errors import StoreError, StoreFull, StoreRefused
 from imstream.gateway.flush_scheduler import FlushScheduler
@@ -29,20 +30,7 @@ from imstream.settings import Settings
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
-from imstream.wire import (
-    USER_ID_FIELD,
-    ClientCancel,
-    ClientChat,
-    ClientFrame,
-    ClientHeartbeat,
-    ClientInit,
-    CloseCode,
-    Code,
-    FrameLimits,
-    InvalidFrame,
-    ResumePoint,
-    parse_frame,
-)
+from imstream.wire import USER_ID_FIELD, ClientFrame, CloseCode, Code, FrameLimits, InvalidFrame, parse_frame
 from imstream.worker.consumer import StreamConsumer
 from imstream.worker.jobs import Jobs
 
@@ -101,7 +89,7 @@ class FrameHandler:
             return
         finally:
             if cost := (time.thread_time() - began) // SECONDS_PER_FRAME:
-                self._session.charge(cost)
+                self._session.socket.charge(cost)
         message_id = getattr(frame, "message_id", None)
         try:
             await self._dispatch(frame)
@@ -116,17 +104,17 @@ class FrameHandler:
 
     async def _dispatch(self, frame: ClientFrame) -> None:
         match frame:
-            case ClientInit():
+            case wire.ClientInit():
                 if self._is_own(frame.user_id):
                     await self._init(frame)
-            case ClientHeartbeat():
+            case wire.ClientHeartbeat():
                 if self._is_own(frame.user_id):
                     self._writer.send(self._frames.heartbeat())
-            case ClientChat():
+            case wire.ClientChat():
                 if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
                     with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
                         await self._chat(frame)
-            case ClientCancel():
+            case wire.ClientCancel():
                 if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
                     await self._cancel(frame.message_id)
             case _:
@@ -145,7 +133,7 @@ class FrameHandler:
         self._send_error(Code.FORBIDDEN, Text.OTHER_USER, message_id)
         return False
 
-    async def _init(self, frame: ClientInit) -> None:
+    async def _init(self, frame: wire.ClientInit) -> None:
         deps, session, user_id = self._deps, self._session, frame.user_id
         session.has_asked = True
         verdict = await deps.guards.check_login(
@@ -167,9 +155,9 @@ class FrameHandler:
             # All at once: their reads share a pipeline.
             sizes = await asyncio.gather(*(self._resume(user_id, point) for point in frame.resume))
             if sizes:
-                session.charge(len(sizes) + sum(sizes) / BYTES_PER_FRAME)  # by its results, not by its own size
+                session.socket.charge(len(sizes) + sum(sizes) / BYTES_PER_FRAME)  # by its results, not by its own size
 
-    async def _resume(self, user_id: int, point: ResumePoint) -> int:
+    async def _resume(self, user_id: int, point: wire.ResumePoint) -> int:
         """Follow a reply from a point; how many characters of it are sent at once."""
         reply = self._deps.buffers.get(user_id, point.message_id)
         try:
@@ -184,7 +172,7 @@ class FrameHandler:
         continues = point.attempt == reply.attempt and point.offset <= reply.offset
         return reply.offset - point.offset if continues else reply.offset
 
-    async def _chat(self, frame: ClientChat) -> None:
+    async def _chat(self, frame: wire.ClientChat) -> None:
         deps = self._deps
         request = ChatRequest(
             user_id=self._user_id(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
 
@@ -22,15 +23,13 @@ def _ms(duration: timedelta | None) -> int | None:
     return None if duration is None else ceil(duration.total_seconds() * 1000)
 
 
+@dataclass(slots=True)
 class FrameBuilder:
-    """Builds the frames for one session: its language, user id and node."""
+    """Builds the frames for one session: its language, node and user id."""
 
-    __slots__ = ("_node", "lang", "user_id")
-
-    def __init__(self, lang: Lang, node: str) -> None:
-        self.lang = lang
-        self.user_id: int | None = None
-        self._node = node
+    lang: Lang
+    node: str
+    user_id: int | None = None
 
     def welcome(self, remaining: int | None = None, heartbeat: timedelta | None = None) -> ServerFrame:
         """The answer to INIT."""
@@ -40,7 +39,7 @@ class FrameBuilder:
             user_id=self.user_id,
             remaining=remaining,
             heartbeat_ms=_ms(heartbeat),
-            node=self._node,
+            node=self.node,
         )
 
     def heartbeat(self) -> ServerFrame:
@@ -57,7 +56,7 @@ class FrameBuilder:
             message_id=message_id,
             position=position,
             remaining=remaining,
-            node=self._node,
+            node=self.node,
         )
 
     def busy(self, message_id: str, *, by_user: bool = False) -> ServerFrame:
@@ -150,7 +149,7 @@ class FrameBuilder:
             offset=step.offset,
             finish_reason=terminal.finish_reason,
             usage=terminal.usage,
-            node=self._node,
+            node=self.node,
         )
 
     def _text(self, text: Sentence, **values: object) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
+from datetime import timedelta
 
 import structlog
 
@@ -11,7 +13,6 @@ from imstream.gateway.presence import Presence
 from imstream.gateway.registry import Registry
 from imstream.logs import LIMITED, sanitize
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
-from imstream.settings import Settings
 from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
 from imstream.store.replies import ReplyStore
 from imstream.worker.adoption import Adopter
@@ -24,21 +25,21 @@ log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
 
 
+@dataclass(kw_only=True)
 class ReplySync:
     """Loads replies that are written on other nodes into the buffers of this one."""
 
-    def __init__(self, settings: Settings, *, replies: ReplyStore, buffers: ReplyBuffers, registry: Registry) -> None:
-        self._interval = settings.sweep_interval.total_seconds()
-        self._replies = replies
-        self._buffers = buffers
-        self._registry = registry
+    interval: timedelta
+    replies: ReplyStore
+    buffers: ReplyBuffers
+    registry: Registry
 
     async def on_growth(self, notice: ReplyGrew) -> None:
         """Load what another node has added to a reply, if a session here follows it."""
-        reply = self._buffers.find(notice.user_id, notice.message_id)
+        reply = self.buffers.find(notice.user_id, notice.message_id)
         if notice.begun:
-            reply = self._buffers.get(notice.user_id, notice.message_id)
-            self._registry.follow_new(reply)
+            reply = self.buffers.get(notice.user_id, notice.message_id)
+            self.registry.follow_new(reply)
         if reply is not None:
             await self._catch_up_all([reply])
 
@@ -50,7 +51,7 @@ class ReplySync:
         """
         while not reply.has_writer and reply.terminal is None:
             position = reply.position
-            record = await self._replies.read(reply.user_id, reply.message_id, after=position)
+            record = await self.replies.read(reply.user_id, reply.message_id, after=position)
             if reply.position != position:
                 continue  # another task has loaded more meanwhile, perhaps less than this one
             if record is None:
@@ -62,8 +63,8 @@ class ReplySync:
     async def run(self) -> None:
         """Catch up with all unfinished replies from time to time: a notice may get lost."""
         while True:
-            await asyncio.sleep(self._interval)
-            await self._catch_up_all(self._buffers.unfinished_elsewhere())
+            await asyncio.sleep(self.interval.total_seconds())
+            await self._catch_up_all(self.buffers.unfinished_elsewhere())
 
     async def _catch_up_all(self, replies: list[ReplyBuffer]) -> None:
         for reply in replies:  # one by one: it is not urgent, and must not pile up while Redis is not available
@@ -76,24 +77,22 @@ class ReplySync:
                 limited.exception("record cannot be read", user=reply.user_id, message_id=reply.message_id)
 
 
+@dataclass(kw_only=True)
 class InboxConsumer:
     """Reads the inbox of this node and dispatches its notices. `run` until cancelled."""
 
-    def __init__(
-        self, inbox: Inbox, *, reply_sync: ReplySync, presence: Presence, jobs: Jobs, adopter: Adopter
-    ) -> None:
-        self._inbox = inbox
-        self._reply_sync = reply_sync
-        self._presence = presence
-        self._jobs = jobs
-        self._adopter = adopter
+    inbox: Inbox
+    reply_sync: ReplySync
+    presence: Presence
+    jobs: Jobs
+    adopter: Adopter
 
     async def run(self) -> None:
         """Handle notices as they come; equal ones of one read only once."""
         refused = False
         while True:
             try:
-                notices = await self._inbox.read()
+                notices = await self.inbox.read()
                 refused = False
             except StoreError as error:  # the worker logs that Redis is not available
                 if isinstance(error, StoreRefused) and not refused:
@@ -107,14 +106,14 @@ class InboxConsumer:
         try:
             match notice:
                 case ReplyGrew(user_id, message_id):
-                    await self._jobs.recheck(user_id, message_id)
-                    await self._reply_sync.on_growth(notice)
+                    await self.jobs.recheck(user_id, message_id)
+                    await self.reply_sync.on_growth(notice)
                 case SessionReplaced():
-                    self._presence.replace(notice)
+                    self.presence.replace(notice)
                 case AccountChanged(user_id):
-                    await self._presence.review(user_id)
+                    await self.presence.review(user_id)
                 case NodeLeft():
-                    self._adopter.scan_now()
+                    self.adopter.scan_now()
         except Exception:  # noqa: BLE001 - it is logged
             # A notice must not end the node: it may lead to a record that was written by hand.
             limited.exception("notice failed", notice=sanitize(str(notice)))

@@ -1,11 +1,8 @@
 """The HTTP server of a node: uvicorn with limits, on a socket that listens before anything else starts.
 
-uvicorn 0.54 has these gaps: a connection that sends nothing, half a request, or does not read its response is kept for
-ever; headers and pipelined requests are not limited, and responses to the latter fail when the connection ends; each
-invalid request logs a warning; connections are accepted until no file is left; and after an upgrade the parser and the
-protocol refer to each other, with all that was read, until the garbage collector runs.
-
-This is the only file that uses undocumented names of uvicorn; tests/unit/test_private_names.py checks them.
+uvicorn 0.54 keeps a connection for ever that sends nothing, half a request, or does not read its response; it does not
+limit headers, pipelined requests and connections, logs a warning for each invalid request, and frees the parser of an
+upgraded connection only by garbage collection. The limits use its undocumented names (test_private_names.py).
 """
 
 from __future__ import annotations
@@ -98,7 +95,7 @@ class GatewayConfig(uvicorn.Config):
 
 
 class _RequestRejected(Exception):  # noqa: N818 - the client's fault, not an error of ours
-    """Raised in a callback of the parser to stop it."""
+    """Stops the parser from within its callback."""
 
 
 class HandshakeProtocol(HttpToolsProtocol):
@@ -274,7 +271,7 @@ class GatewayServer:
             ) from None
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._config.max_connections = max_connections(self._settings)
+        self._config.max_connections = _max_connections(self._settings)
         self._port = listener.getsockname()[1]
         self._listener = listener
 
@@ -287,24 +284,18 @@ class GatewayServer:
         self._server.should_exit = True
 
 
-def max_connections(settings: Settings) -> int:
-    """How many connections a node accepts: all that its settings allow, or what the file limit of the process leaves.
+def _max_connections(settings: Settings) -> int:
+    """How many connections a flood may open, so that files are left for Redis and the backend.
 
-    Without this bound, a flood would leave no files for Redis and the backend.
+    The soft limit of open files is raised as far as necessary and allowed.
     """
-    wanted = settings.node_sockets + SPARE_CONNECTIONS
-    others = settings.concurrency + OTHER_FILES
-    files = _raise_file_limit(wanted + others)
-    if files < wanted + others:
-        log.warning("fewer sockets than set: raise the limit of open files", files=files, needed=wanted + others)
-    return max(1, min(wanted, files - others))
-
-
-def _raise_file_limit(wanted: int) -> int:
-    """Raise the soft limit of open files towards `wanted`, as far as the hard limit allows; the limit then."""
+    connections, others = settings.node_sockets + SPARE_CONNECTIONS, settings.concurrency + OTHER_FILES
+    needed = connections + others
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return wanted
-    files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    files = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    return files
+    if files < needed:
+        log.warning("fewer sockets than set: raise the limit of open files", files=files, needed=needed)
+    return max(1, files - others)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -36,43 +37,30 @@ MAX_OUTBOX = 32
 """Maximum frames that wait for the socket; then nothing more is read from it until it takes one."""
 
 
+@dataclass(slots=True, eq=False)
 class SessionWriter:
-    """Sends frames to one socket, and what is new in the replies that it follows."""
+    """Sends frames to one socket, and what is new in the replies that it follows.
 
-    __slots__ = (
-        "_closing",
-        "_cursors",
-        "_frames",
-        "_grown",
-        "_held",
-        "_loop",
-        "_outbox",
-        "_outbox_taken",
-        "_scheduled",
-        "_scheduler",
-        "_sent_ends",
-        "_socket",
-        "_stopped",
-        "blocked_since",
-    )
+    Attributes:
+        blocked_since: Loop time since when the socket has taken nothing although there is something to send.
+    """
 
-    def __init__(self, socket: SocketProtocol, frames: FrameBuilder, scheduler: FlushScheduler) -> None:
-        self._socket = socket
-        self._frames = frames
-        self._scheduler = scheduler
-        self._loop = asyncio.get_running_loop()
-        self._outbox: list[ServerFrame] = []
-        self._outbox_taken = WakeEvent(self._loop)
-        self._cursors: dict[str, Cursor] = {}
-        self._grown: dict[str, None] = {}
-        self._sent_ends: tuple[str, ...] = ()
-        self._held: list[ReplyBuffer] | None = None
-        self._scheduled = False
-        self._stopped = False
-        self._closing: tuple[CloseCode, ServerFrame] | None = None
-        self.blocked_since: float | None = None
-        """Loop time since when the socket has taken nothing although there is something to send."""
-        socket.on_writable = self._schedule
+    _socket: SocketProtocol
+    _frames: FrameBuilder
+    _scheduler: FlushScheduler
+    blocked_since: float | None = None
+    _outbox: list[ServerFrame] = field(default_factory=list)
+    _outbox_taken: WakeEvent = field(default_factory=WakeEvent)
+    _cursors: dict[str, Cursor] = field(default_factory=dict)
+    _grown: dict[str, None] = field(default_factory=dict)
+    _sent_ends: tuple[str, ...] = ()
+    _held: list[ReplyBuffer] | None = None
+    _scheduled: bool = False
+    _stopped: bool = False
+    _closing: tuple[CloseCode, ServerFrame] | None = None
+
+    def __post_init__(self) -> None:
+        self._socket.on_writable = self._schedule
 
     @property
     def followed(self) -> list[str]:
@@ -166,7 +154,7 @@ class SessionWriter:
         while not self._stopped:
             if not self._socket.is_writable:
                 if self.blocked_since is None:
-                    self.blocked_since = self._loop.time()
+                    self.blocked_since = asyncio.get_running_loop().time()
                 return
             self.blocked_since = None
             if not (batch := self._next_batch()):

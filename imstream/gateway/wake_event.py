@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 
+@dataclass(slots=True, eq=False)
 class WakeEvent:
-    """Wakes one waiter, or the next one if there is none yet; `wait` clears it."""
+    """Wakes one waiter, or the next one if there is none yet. `wait` clears it."""
 
-    __slots__ = ("_is_set", "_loop", "_waiter")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._is_set = False
-        self._waiter: asyncio.Future[None] | None = None
+    _is_set: bool = False
+    _waiter: asyncio.Future[None] | None = None
 
     def set(self) -> None:
         """Wake the waiter."""
@@ -24,7 +22,7 @@ class WakeEvent:
     async def wait(self) -> None:
         """Wait until it is set, and clear it."""
         if not self._is_set:
-            self._waiter = self._loop.create_future()
+            self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:

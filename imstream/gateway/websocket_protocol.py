@@ -1,13 +1,11 @@
 """A WebSocket connection on the sans-I/O protocol of websockets, with a bound on everything that a peer can cause.
 
-Input takes one way: bytes are cut into pieces, parsed to frames, joined to messages, and `receive` returns them. While
-a message waits for `receive`, nothing more is read. Peers over the frame rate are throttled, not disconnected: the
-node stops reading, and what they sent waits in the network. Every frame counts, also broken ones, pings and fragments;
-frames that are large, slow to parse or expensive to handle count as several. Output is written straight to the
-transport, and never waits for a peer that does not read.
+Input: bytes are cut into pieces, parsed to frames and joined to messages, which `receive` returns; while one waits,
+nothing more is read. Peers over the frame rate are throttled, not disconnected: what they sent waits in the network.
+Every frame counts, also pings and fragments; one that is large or expensive counts as several. Output goes straight to
+the transport. uvicorn's own protocol has none of these bounds, and frees a closed socket only by garbage collection.
 
-uvicorn's own WebSocket protocol is not used: it has no limit on fragments and unread pongs, `send` blocks on a stalled
-reader, and it keeps the handshake as long as the socket and a closed socket until the garbage collector runs.
+Undocumented attributes of `ServerProtocol`: parser, parser_exc, reader, close_sent, close_rcvd (test_private_names.py).
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from traceback import clear_frames
@@ -53,9 +51,8 @@ SECONDS_PER_FRAME = 0.001
 NOTICE_INTERVAL = 1.0
 """Minimum seconds between two calls of `on_throttle`: a flooder must not be answered frame by frame."""
 
+# RFC 6455, section 5.2
 _MAX_FRAME_HEADER = 14
-"""Maximum bytes of a frame before its payload (RFC 6455, section 5.2)."""
-
 _FINAL_TEXT = 0x81
 _HEAD_7_BITS, _HEAD_16_BITS, _HEAD_64_BITS = struct.Struct("!BB"), struct.Struct("!BBH"), struct.Struct("!BBQ")
 
@@ -63,13 +60,10 @@ log = structlog.get_logger()
 
 
 def text_frame(text: str) -> bytes:
-    """A text frame from a server, without extensions (RFC 6455, section 5.2).
-
-    Nearly all frames of a node are these. websockets builds one with a dataclass and a BytesIO, in 1.1 µs, not 0.2.
-    """
+    """A text frame of a server (RFC 6455, section 5.2). It takes 0.2 µs to build; with websockets it takes 1.1."""
     payload = text.encode()
     size = len(payload)
-    if size < 126:  # noqa: PLR2004 - RFC 6455, section 5.2
+    if size < 126:  # noqa: PLR2004 - by the RFC
         return _HEAD_7_BITS.pack(_FINAL_TEXT, size) + payload
     if size < 65_536:  # noqa: PLR2004 - same
         return _HEAD_16_BITS.pack(_FINAL_TEXT, 126, size) + payload
@@ -85,12 +79,7 @@ class SocketClosed:
 
 @dataclass(frozen=True)
 class SocketOptions:
-    """What all sockets of a node have in common.
-
-    Attributes:
-        frame_rate: Limits incoming frames; None: unlimited.
-        serve: Runs a socket from its handshake to its end.
-    """
+    """What all sockets of a node have in common; `serve` runs one from its handshake to its end."""
 
     max_message: int
     frame_rate: TokenBucket | None
@@ -111,15 +100,14 @@ class SocketProtocol(asyncio.Protocol):
 
     _transport: asyncio.Transport
     _response: Response
-    _accepted = _close_sent = _lost = False
-    _abort_timer: asyncio.TimerHandle | None = None
     _unread: bytes | memoryview = b""
-    _reading_paused = _trusted = _is_text = False
+    _reading_paused = _trusted = _closing = _is_text = False
     _fragments_size = 0
-    _full_at = NEVER_USED
-    _throttle_timer: asyncio.TimerHandle | None = None
-    _noticed_at = -NOTICE_INTERVAL
     _late_pong = b""
+    _full_at = NEVER_USED
+    _noticed_at = -NOTICE_INTERVAL
+    _throttle_timer: asyncio.TimerHandle | None = None
+    _abort_timer: asyncio.TimerHandle | None = None
 
     def __init__(
         self, options: SocketOptions, connections: set[asyncio.Protocol], tasks: set[asyncio.Task[None]]
@@ -132,34 +120,30 @@ class SocketProtocol(asyncio.Protocol):
         self._websocket = ServerProtocol(max_size=options.max_message, logger=logging.getLogger("uvicorn.error"))
         self._fragments: list[BytesLike] = []
         self._messages: list[str | bytes | SocketClosed] = []
-        self._arrived = WakeEvent(self._loop)
+        self._arrived = WakeEvent()
 
     # For the session
 
     def accept(self, subprotocol: str | None) -> None:
-        """Answer the handshake with 101 and forget it."""
+        """Answer the handshake with 101, and free it."""
         response = self._response
         del self._response, self.request
         if self._transport.is_closing():
+            self._closing = True
             return
         if subprotocol is not None:
             response.headers["Sec-WebSocket-Protocol"] = subprotocol
-        self._accepted = True
         self._websocket.send_response(response)
         self._flush()
 
-    def reject(self, status: HTTPStatus, text: str = "", headers: Iterable[tuple[str, str]] = ()) -> None:
+    def reject(self, status: HTTPStatus, text: str = "", headers: Mapping[str, str] | None = None) -> None:
         """Answer the handshake with an error."""
-        response = self._websocket.reject(status, text)
-        response.headers.update(headers)
-        self._send_rejection(response)
+        self._response = self._websocket.reject(status, text)
+        self._response.headers.update(headers or {})
+        self._send_rejection()
 
     async def receive(self) -> str | bytes | SocketClosed:
-        """The next message; then the next one may be read.
-
-        Before the login it is read only when it is asked for: the message before may have been the login, after which
-        messages may be larger.
-        """
+        """The next message. The one after it is read now; before the login, which may allow it to be larger, later."""
         if not self._trusted:
             self._resume_reading()
         while not self._messages:
@@ -177,7 +161,7 @@ class SocketProtocol(asyncio.Protocol):
     def charge(self, frames: float) -> None:
         """Count so many frames towards the rate; over the rate, pause reading."""
         bucket = self._options.frame_rate
-        if bucket is None or self._close_sent or self._transport.is_closing():
+        if bucket is None or self._closing or self._transport.is_closing():
             return
         now = self._loop.time()
         self._full_at = bucket.consume(self._full_at, now, frames)
@@ -191,12 +175,12 @@ class SocketProtocol(asyncio.Protocol):
 
     def write(self, texts: Sequence[str]) -> None:
         """Write text frames with one system call. Does nothing once the socket is closing."""
-        if self._is_open():
+        if not self._closing:
             self._transport.write(b"".join(map(text_frame, texts)))
 
     def end(self, code: int, last_text: str) -> None:
         """Write a last text and the close frame behind what is unsent, and abort if the peer does not answer it."""
-        if not self._is_open():
+        if self._closing:
             self._transport.abort()
             return
         self.write([last_text])
@@ -206,7 +190,7 @@ class SocketProtocol(asyncio.Protocol):
         self._reading_paused = False
         self._end_throttle()
 
-    # For the transport and uvicorn
+    # For the transport and the server
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
@@ -233,9 +217,9 @@ class SocketProtocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """See `asyncio.Protocol`."""
-        self._lost = True
+        self._closing = True
         self._connections.discard(self)
-        self._put(SocketClosed(CloseCode.NO_STATUS_RCVD if self._accepted else CloseCode.ABNORMAL_CLOSURE))
+        self._put(SocketClosed(CloseCode.NO_STATUS_RCVD))
         for timer in (self._throttle_timer, self._abort_timer):
             if timer is not None:
                 timer.cancel()
@@ -246,8 +230,8 @@ class SocketProtocol(asyncio.Protocol):
         websocket.parser = websocket.parser_exc = websocket.handshake_exc = None  # type: ignore[assignment]
 
     def shutdown(self) -> None:
-        """Close when the server stops: uvicorn calls it. Sessions were closed before, with a sentence."""
-        if self._is_open():
+        """Close when the server stops. The sessions were closed before, with a sentence."""
+        if self._websocket.state is State.OPEN:
             self._send_close(CloseCode.SERVICE_RESTART)
         self._transport.close()
 
@@ -287,40 +271,38 @@ class SocketProtocol(asyncio.Protocol):
                 self._start(event)
             elif isinstance(event, Frame):
                 self._handle(event)
-        if self._accepted and (pongs := b"".join(websocket.data_to_send())):
+        if replies := b"".join(websocket.data_to_send()):
             if self.is_writable:
-                self._transport.write(pongs)
+                self._transport.write(replies)
             else:
-                self._late_pong = pongs  # instead of earlier ones (RFC 6455, section 5.5.3)
-        if websocket.handshake_exc is not None and not self._close_sent:  # the request cannot be parsed
-            self._close_sent = True
-            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            refusal = websocket.reject(status, "The request headers are too large").serialize()
-            self._transport.write(b"".join(websocket.data_to_send()) or refusal)
+                self._late_pong = replies  # instead of earlier ones (RFC 6455, section 5.5.3)
+        if websocket.handshake_exc is not None and not self._closing:  # the request cannot be parsed
+            if not replies:
+                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                self._transport.write(websocket.reject(status, "The request headers are too large").serialize())
+            self._closing = True
             self._transport.close()
         if not self._trusted and len(websocket.reader.buffer) > MAX_FIRST + _MAX_FRAME_HEADER:
             self._fail(CloseCode.MESSAGE_TOO_BIG, "too big before INIT")
         return len(events)
 
     def _start(self, request: Request) -> None:
-        """Have an upgrade request served, or reject it if it is not a valid handshake."""
-        websocket = self._websocket
-        self._response = websocket.accept(request)
-        if self._response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
+        """Have a handshake served, or reject it if it is not valid."""
+        self._response = self._websocket.accept(request)
+        if (error := self._websocket.handshake_exc) is None:
             self.request = _connection_of(request, self._transport)
-            self._reading_paused = True
-            self._transport.pause_reading()
+            self._pause_reading()
             task = self._loop.create_task(self._serve())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
-            self._send_rejection(self._response)
-        # The parser keeps its request as long as the connection.
+            self._send_rejection()
+            # Its traceback refers to it and to the request, in all frames down to the event loop.
+            clear_frames(error.__traceback__)
+            error.__traceback__ = self._websocket.handshake_exc = None
+        # The parser keeps the request as long as the connection.
         request.headers.clear()
         request.path = ""
-        if websocket.handshake_exc is not None:  # its traceback refers to it, and to all frames down to the event loop
-            clear_frames(websocket.handshake_exc.__traceback__)
-            request._exception = websocket.handshake_exc = None  # noqa: SLF001
 
     async def _serve(self) -> None:
         try:
@@ -335,11 +317,9 @@ class SocketProtocol(asyncio.Protocol):
         """Handle a frame. websockets has answered pings already."""
         if frame.opcode is Opcode.CLOSE:
             self._handle_close()
-        elif frame.opcode in {Opcode.PING, Opcode.PONG}:
-            return
         elif frame.opcode is Opcode.CONT and len(self._fragments) >= MAX_FRAGMENTS:
             self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
-        else:
+        elif frame.opcode not in {Opcode.PING, Opcode.PONG}:
             if frame.opcode is not Opcode.CONT:
                 self._is_text = frame.opcode is Opcode.TEXT
                 self._fragments, self._fragments_size = [], 0
@@ -352,25 +332,28 @@ class SocketProtocol(asyncio.Protocol):
 
     def _handle_message(self) -> None:
         data, self._fragments = b"".join(self._fragments), []
-        if self._close_sent:
+        if self._closing:
             return
         try:
             self._put(data.decode() if self._is_text else data)
         except UnicodeDecodeError:
             self._fail(CloseCode.INVALID_DATA, "not UTF-8")
-            return
-        if not self._reading_paused:
-            self._reading_paused = True
-            self._transport.pause_reading()
+        else:
+            self._pause_reading()
 
     def _handle_close(self) -> None:
         """Close as the peer asks, also when it does not read."""
-        if not (self._close_sent or self._transport.is_closing()):
-            received = self._websocket.close_rcvd
-            self._put(SocketClosed(received.code if received else CloseCode.NO_STATUS_RCVD))
+        if not self._closing and (received := self._websocket.close_rcvd) is not None:
+            self._closing = True
+            self._put(SocketClosed(received.code))
             self._flush()
         self._transport.close()
         self._abort_later()
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pause_reading()
 
     def _put(self, message: str | bytes | SocketClosed) -> None:
         self._messages.append(message)
@@ -378,45 +361,41 @@ class SocketProtocol(asyncio.Protocol):
 
     # Output
 
-    def _is_open(self) -> bool:
-        return not (self._lost or self._close_sent) and self._websocket.state is State.OPEN
-
     def _flush(self) -> None:
         self._transport.write(b"".join(self._websocket.data_to_send()))
 
-    def _send_rejection(self, response: Response) -> None:
-        self._close_sent = True
-        self._websocket.send_response(response)
+    def _send_rejection(self) -> None:
+        self._closing = True
+        self._websocket.send_response(self._response)
         self._flush()
         self._transport.close()
 
     def _send_close(self, code: int) -> None:
+        self._closing = True
         self._websocket.send_close(code)
         self._flush()
-        self._close_sent = True
         self._put(SocketClosed(code))
 
     def _fail(self, code: int, reason: str) -> None:
         """Close because of what the peer has sent."""
-        if not (self._close_sent or self._lost):
+        if not self._closing:
             self._fragments = []
             self._websocket.fail(code, reason)
             self._close_failed()
 
     def _close_failed(self) -> None:
-        """Write the close frame that websockets has made of an error, and close, also when the peer does not read."""
-        sent = self._websocket.close_sent
-        self._put(SocketClosed(sent.code if sent else CloseCode.ABNORMAL_CLOSURE))
+        """Send the close frame that websockets has made of an error, and close, also when the peer does not read."""
+        self._closing = True
+        if (sent := self._websocket.close_sent) is not None:
+            self._put(SocketClosed(sent.code))
         self._flush()
-        self._close_sent = True
         self._transport.close()
         self._abort_later()
 
     def _abort_later(self) -> None:
         if self._abort_timer is not None:
             self._abort_timer.cancel()
-        if not self._lost:
-            self._abort_timer = self._loop.call_later(CLOSE_REPLY_LIMIT, self._transport.abort)
+        self._abort_timer = self._loop.call_later(CLOSE_REPLY_LIMIT, self._transport.abort)
 
 
 def _connection_of(request: Request, transport: asyncio.Transport) -> HTTPConnection:

@@ -144,11 +144,11 @@ async def desk(
         registry: Any = Registry(known)
         guard = PlayedGuard()
         routes, adopter = routes_of(redis_client, known), PlayedAdopter()
-        reply_sync = ReplySync(known, replies=replies, buffers=buffers, registry=registry)
+        reply_sync = ReplySync(interval=known.sweep_interval, replies=replies, buffers=buffers, registry=registry)
         presence = Presence(known, routes=routes, inbox=inbox, registry=registry, guards=GuardChain([guard]))
         played: Any = adopter
         jobs = Jobs(known, replies, buffers, inbox)
-        listener = InboxConsumer(inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
+        listener = InboxConsumer(inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
         others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
             found = Desk(

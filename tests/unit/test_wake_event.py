@@ -11,7 +11,7 @@ from imstream.gateway.wake_event import WakeEvent
 
 @pytest.fixture
 async def event() -> WakeEvent:
-    return WakeEvent(asyncio.get_running_loop())
+    return WakeEvent()
 
 
 async def waiting(event: WakeEvent) -> asyncio.Task[None]:
