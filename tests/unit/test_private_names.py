@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from importlib.metadata import version
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import Server, ServerState
+from websockets.server import ServerProtocol
 
 
 def check(library: str, owner: object, *names: str, used_by: str) -> None:
@@ -25,3 +29,25 @@ async def test_aiohttp_has_the_names_that_bound_and_stream_a_response() -> None:
     check("aiohttp", handler, "_payload", "_buffer", "__len__", "exception", "set_response_params", used_by=used_by)
     reader = aiohttp.StreamReader(handler, limit=1, loop=loop)
     check("aiohttp", reader, "_protocol", "_read_nowait", "total_bytes", used_by=used_by)
+
+
+def test_uvicorn_has_the_names_that_limit_connections_and_requests() -> None:
+    used_by = "imstream/gateway/server.py"
+    methods = ("on_message_begin", "on_header", "on_headers_complete", "on_response_complete", "send_400_response")
+    check("uvicorn", HttpToolsProtocol, *methods, "handle_websocket_upgrade", used_by=used_by)
+    check("uvicorn", HttpToolsProtocol, "_unset_keepalive_if_required", used_by=used_by)
+    check("uvicorn", ServerState(), "connections", "tasks", used_by=used_by)
+    check("uvicorn", Server, "capture_signals", used_by=used_by)
+    source = inspect.getsource(HttpToolsProtocol)
+    attributes = ("connections", "transport", "logger", "loop", "cycle", "headers", "parser", "scope", "url")
+    unset = [name for name in attributes if f"self.{name} = " not in source and f"self.{name}: " not in source]
+    assert unset == [], f"uvicorn sets no such attributes of HttpToolsProtocol, which {used_by} uses"
+    call = "self.ws_protocol_class(  # type: ignore[call-arg, misc]\n            config=self.config,"
+    assert call in source, f"uvicorn does not call the factory of {used_by} with keyword arguments"
+
+
+def test_websockets_has_the_names_that_bound_and_free_a_socket() -> None:
+    used_by = "imstream/gateway/websocket_protocol.py"
+    names = ("parser", "parser_exc", "handshake_exc", "reader", "close_sent", "close_rcvd")
+    check("websockets", ServerProtocol(), *names, used_by=used_by)
+    check("websockets", ServerProtocol().reader, "buffer", used_by=used_by)
