@@ -13,7 +13,6 @@ import structlog
 from imstream import logs
 from imstream.settings import Settings
 
-
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
