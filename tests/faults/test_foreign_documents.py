@@ -317,7 +317,7 @@ async def test_a_node_lives_on_whatever_an_issuer_publishes_or_somebody_writes_i
         async with peer(node.now.ws(10002)) as stranger:
             for number in range(60):
                 made_up = token(key_of("ES256"), "ES256", headers={"kid": f"made up {number}"}, sub="10002")
-                await stranger.say("INIT", userId=10002, token=made_up)
+                await stranger.send_frame("INIT", userId=10002, token=made_up)
                 assert (await stranger.frame())["code"] in {"UNAVAILABLE", "UNAUTHORIZED"}
                 if stranger.frames[-1]["code"] == "UNAUTHORIZED":
                     break

@@ -80,7 +80,7 @@ async def test_sockets_on_nodes_of_both_releases_follow_resume_and_cancel_the_sa
         told = await someone.some_text("long")
         async with nodes[other].peer(USER, resume={"long": told}) as back:
             await back.some_text("long", len(told.text) + 1)
-            await back.say("CANCEL", userId=USER, messageId="long")
+            await back.send_frame("CANCEL", userId=USER, messageId="long")
             cancelled = await asyncio.gather(*(socket.end_of("long") for socket in (someone, follower, back)))
         assert {one.events[-1] for one in cancelled} == {"cancelled"}
         await follower.chat(USER, short, "short")  # sent again: answered from the record

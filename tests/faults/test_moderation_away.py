@@ -68,7 +68,7 @@ async def test_closed_messages_fail_in_the_end_and_those_being_answered_go_on(
             service.process.signal(signal.SIGSTOP)
             await someone.chat(USER, f"short {BRIEF}", "short")
             await someone.chat(USER, f"never mind {BRIEF}", "cancelled")
-            await someone.say("CANCEL", messageId="cancelled")
+            await someone.send_frame("CANCEL", messageId="cancelled")
             assert (await someone.end_of("cancelled")).events[-1] == "cancelled"
             ended = (await someone.end_of("short")).terminal
             assert ended is not None

@@ -40,7 +40,7 @@ async def test_a_message_is_answered_once_wherever_its_node_dies(
         if point == "flushed":  # a backend that is slow enough for the first text to be recorded by itself
             backend.then(hangs(event(chunk(ANSWER[0]))))
         async with node.peer(USER) as someone:
-            await someone.say("CHAT", userId=USER, contents="hello", messageId="m1")
+            await someone.send_frame("CHAT", userId=USER, contents="hello", messageId="m1")
             await _until_it_breaks(someone)
         assert await node.died() == -9
         told = someone.told.get("m1", Told())

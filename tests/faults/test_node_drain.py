@@ -119,9 +119,9 @@ async def test_a_stalled_reader_does_not_hold_up_the_end(redis_server: RedisServ
             raw_user(node.port, USER, narrow=True) as stalled,
             raw_user(node.port, OTHER, narrow=True) as stalled_and_busy,
         ):
-            await stalled.say(msgType="CHAT", userId=USER, contents="much", messageId="m1")
-            await stalled_and_busy.say(msgType="CHAT", userId=OTHER, contents="much", messageId="m1")
-            await stalled_and_busy.say(msgType="CHAT", userId=OTHER, contents="endless", messageId="endless")
+            await stalled.send_frame(msgType="CHAT", userId=USER, contents="much", messageId="m1")
+            await stalled_and_busy.send_frame(msgType="CHAT", userId=OTHER, contents="much", messageId="m1")
+            await stalled_and_busy.send_frame(msgType="CHAT", userId=OTHER, contents="endless", messageId="endless")
             await wait_until(lambda: node.ended() == 2, "the answers are there")
             await wait_until(lambda: len(backend.requests) == 3, "the endless one has begun")
             began = time.monotonic()

@@ -29,7 +29,7 @@ async def test_a_message_that_kills_its_worker_is_given_up_and_the_others_are_an
                 assert (await someone.chat(user, question, "m1"))["event"] == "accepted"
         async with node.kept_alive(crash_at="called") as deaths:
             async with node.peer(POISONER) as poisoner:
-                await poisoner.say("CHAT", userId=POISONER, contents=f"please {POISON}", messageId="p1")
+                await poisoner.send_frame("CHAT", userId=POISONER, contents=f"please {POISON}", messageId="p1")
                 assert await poisoner.closed() == 1006
             await wait_until(node.dead, "the message is buried", limit=40)
         assert deaths == [-9] * 3  # given to a worker MAX_DELIVERIES times, and not once more
@@ -94,6 +94,6 @@ async def test_no_burial_waits_for_a_suspect_that_takes_long(
         assert node.unfinished() == 1  # the suspect is still being answered, or its turn was taken from it
         assert {letter["reason"] for letter in node.dead()} == {WORKER_DIED}
         async with node.peer(10002) as someone:
-            await someone.say("CANCEL", messageId="m1")
+            await someone.send_frame("CANCEL", messageId="m1")
             await someone.until(event="cancelled")
         await node.settled()

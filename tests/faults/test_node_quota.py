@@ -29,7 +29,7 @@ def counted(node: OneNode) -> list[str]:
 async def asks_until_it_dies(node: OneNode, message_id: str) -> None:
     """Ask, and see the connection break."""
     async with node.peer(USER) as someone:
-        await someone.say("CHAT", userId=USER, contents="hello", messageId=message_id)
+        await someone.send_frame("CHAT", userId=USER, contents="hello", messageId=message_id)
         try:
             while True:
                 await someone.frame()
@@ -41,7 +41,7 @@ async def asks_until_it_dies(node: OneNode, message_id: str) -> None:
 async def answer_to_init(someone: Peer, user: int) -> Frame:
     """Log in, again while Redis is away; the first other answer."""
     while True:
-        await someone.say("INIT", userId=user)
+        await someone.send_frame("INIT", userId=user)
         frame = await someone.frame()
         if frame["code"] != "UNAVAILABLE":
             return frame
@@ -100,11 +100,11 @@ async def test_while_redis_is_away_nobody_comes_in_and_a_banned_user_does_not_wh
             async with peer(node.now.ws(USER), lang="en") as banned, peer(node.now.ws(USER + 1), lang="en") as free:
                 server.kill()
                 for someone, user in ((banned, USER), (free, USER + 1)):
-                    await someone.say("INIT", userId=user)
+                    await someone.send_frame("INIT", userId=user)
                     refusal = await someone.frame()
                     assert (refusal["code"], refusal["contents"]) == ("UNAVAILABLE", Text.UNAVAILABLE.en)
                     assert refusal["retryAfterMs"] > 0
-                    await someone.say("CHAT", userId=user, contents="hello", messageId="m")
+                    await someone.send_frame("CHAT", userId=user, contents="hello", messageId="m")
                     assert (await someone.frame())["code"] == "FORBIDDEN"
                 server.start()
                 assert (await answer_to_init(free, USER + 1))["msgType"] == "INIT"

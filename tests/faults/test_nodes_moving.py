@@ -103,7 +103,7 @@ async def test_all_sockets_of_a_user_follow_what_is_asked_on_any_and_nobody_else
                 assert "restart" not in told.events
                 assert told.events.count("accepted") == (socket is asking)
                 assert told.events.count("delta") > 1, "it came piece by piece"
-        await other.say("HEARTBEAT")
+        await other.send_frame("HEARTBEAT")
         await other.until(msgType="HEARTBEAT")
         assert [frame["msgType"] for frame in other.frames] == ["INIT", "HEARTBEAT"]
     assert nodes.ai_calls() == 2
@@ -114,7 +114,7 @@ async def test_a_second_socket_follows_what_is_asked_as_soon_as_it_is_logged_in(
         for n in range(15):
             message_id = f"at-once-{n}"
             async with nodes["bc"[n % 2]].peer(USER) as watching:
-                await asking.say("CHAT", userId=USER, contents=question(2, n), messageId=message_id)
+                await asking.send_frame("CHAT", userId=USER, contents=question(2, n), messageId=message_id)
                 assert (await watching.end_of(message_id)).text == whole(question(2, n))
                 await asking.end_of(message_id)
 
@@ -130,9 +130,9 @@ async def test_a_message_is_cancelled_on_another_node_than_the_one_that_answers_
         await wait_until(lambda: nodes.any.ai_stats()["running"] == 1, "the AI backend is asked")
         if behaviour == "talking":
             await asking.some_text(behaviour)
-        await other.say("CANCEL", messageId=behaviour)
+        await other.send_frame("CANCEL", messageId=behaviour)
         assert (await other.until(messageId=behaviour))["code"] == "UNKNOWN"
-        await cancelling.say("CANCEL", messageId=behaviour)
+        await cancelling.send_frame("CANCEL", messageId=behaviour)
         # A silent backend gives node a no reason to look at the record by itself.
         await wait_until(lambda: nodes.any.ai_stats()["abandoned"] == abandoned + 1, "the AI call is closed", limit=3)
         for socket in (asking, cancelling):
@@ -148,7 +148,7 @@ async def test_who_has_moved_cancels_where_he_is(nodes: ManyNodes) -> None:
         await wait_until(lambda: nodes.any.ai_stats()["running"] == 1, "the AI backend is asked")
     await wait_until(lambda: nodes["a"].clients() == 0, "the socket is gone")
     async with nodes["b"].peer(USER, resume=someone.told) as someone:
-        await someone.say("CANCEL", messageId="m1")
+        await someone.send_frame("CANCEL", messageId="m1")
         told = await someone.end_of("m1")
         assert told.terminal is not None
         assert told.terminal["event"] == "cancelled"

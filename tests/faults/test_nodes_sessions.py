@@ -34,7 +34,7 @@ async def test_a_newer_login_closes_the_older_session_on_whichever_node(nodes: M
             assert older.frames[-1]["msgType"] == "SYSTEM"
             assert older.frames[-1]["contents"] == Text.REPLACED.en
             assert (await someone.end_of(f"on-{newer}")).events[-1] == "done"
-            await other.say("HEARTBEAT")
+            await other.send_frame("HEARTBEAT")
             await other.until(msgType="HEARTBEAT")
 
 
@@ -43,11 +43,11 @@ async def test_of_logins_at_the_same_moment_exactly_one_session_is_left(nodes: M
         async with AsyncExitStack() as stack:
             urls = [url for url in nodes.urls() for _ in range(2)]
             sockets = [await stack.enter_async_context(peer(f"{url}?userId={USER}")) for url in urls]
-            await asyncio.gather(*(socket.say("INIT", userId=USER) for socket in sockets))
+            await asyncio.gather(*(socket.send_frame("INIT", userId=USER) for socket in sockets))
             ends = [asyncio.create_task(socket.closed()) for socket in sockets]
             await wait_until(lambda ends=ends: sum(end.done() for end in ends) >= 3, "three are closed")
             [left] = [socket for socket, end in zip(sockets, ends, strict=True) if not end.done()]
-            await left.say("HEARTBEAT")
+            await left.send_frame("HEARTBEAT")
             await wait_until(lambda one=left: one.frames and one.frames[-1]["msgType"] == "HEARTBEAT", "one is served")
             assert [end.result() for end in ends if end.done()] == [4502] * 3
             for end in ends:

@@ -210,7 +210,7 @@ async def test_who_reads_nothing_and_asks_to_close_is_cut(node: OneNode) -> None
     for goodbye in (frame(CLOSE, b"\x03\xe8"), frame(TEXT, b"not masked", mask=False)):
         async with raw_user(node.port, OTHER, narrow=True) as someone:
             question = "go on [[demo first=0 pace=0 length=60000]]"
-            await someone.say(msgType="CHAT", userId=OTHER, contents=question, messageId=f"m{goodbye[0]}")
+            await someone.send_frame(msgType="CHAT", userId=OTHER, contents=question, messageId=f"m{goodbye[0]}")
             await someone.until(event="accepted")
             await wait_until(lambda: node.unfinished() == 0, "all is answered and nobody has read it")
             await someone.send(goodbye)
@@ -279,7 +279,7 @@ async def test_a_socket_keeps_nothing_of_what_its_handshake_said(node: OneNode) 
                 one = await stack.enter_async_context(raw_socket(node.port))
                 await one.send(upgrade(*LARGE, line=f"GET /ws?userId={user} HTTP/1.1"))
                 assert (await one.head()).startswith(b"HTTP/1.1 101 ")
-                await one.say(msgType="INIT", userId=user)
+                await one.send_frame(msgType="INIT", userId=user)
                 await one.until(msgType="INIT")
             grown = process.memory_info().rss - memory
             assert node.sessions() == len(users)

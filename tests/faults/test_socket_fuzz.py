@@ -95,7 +95,7 @@ async def attack(port: int, hostile: Hostile, user: int, *, log_in: bool, seen: 
         head = await raw.upgrade(f"/ws?userId={user}")
         assert head.startswith(b"HTTP/1.1 101 "), head
         if log_in:
-            await raw.say(msgType="INIT", userId=user)
+            await raw.send_frame(msgType="INIT", userId=user)
         with suppress(ConnectionError):  # it may be closed while more is being sent
             for batch in range(BATCHES):
                 fence = f"{batch}".encode()
@@ -206,7 +206,7 @@ def test_any_frames_in_any_order_are_answered_or_close_the_socket_with_a_known_c
         async with raw_socket(standing.port) as raw:
             assert (await raw.upgrade("/ws?userId=10001")).startswith(b"HTTP/1.1 101 ")
             if log_in:
-                await raw.say(msgType="INIT", userId=10001)
+                await raw.send_frame(msgType="INIT", userId=10001)
             with suppress(ConnectionError):
                 await raw.send(data[:cut])
                 await raw.send(data[cut:] + frame(PING, b"fence"))

@@ -136,7 +136,7 @@ async def _costs(node: OneNode, texts: dict[str, bytes], *, log_in: bool) -> dic
         async with raw_socket(node.port) as someone:
             await someone.upgrade("/ws")
             if log_in:
-                await someone.say(msgType="INIT", userId=USER)
+                await someone.send_frame(msgType="INIT", userId=USER)
                 await someone.until(msgType="INIT")
             for what in dear:
                 before = time.clock_gettime(clock)
@@ -254,7 +254,7 @@ async def test_what_looks_odd_but_is_right_is_taken(node: OneNode) -> None:
             await someone.send(data[n : n + 1])
         assert (await someone.until(msgType="HEARTBEAT"))["code"] == "SUCCESS"
         contents = "\x1b[31m \u202e \ufffe 😀 [[demo first=0 length=1]]"
-        await someone.say(msgType="CHAT", userId=USER, contents=contents, messageId="odd")
+        await someone.send_frame(msgType="CHAT", userId=USER, contents=contents, messageId="odd")
         assert (await someone.until(messageId="odd", event="done"))["code"] == "SUCCESS"
 
 
@@ -269,7 +269,9 @@ async def test_who_does_not_wait_for_the_handshake_harms_nobody(node: OneNode) -
 @pytest.mark.parametrize("how", ["reset", "end"])
 async def test_a_peer_that_vanishes_within_a_frame_leaves_nothing(how: str, node: OneNode) -> None:
     async with raw_user(node.port, USER) as someone:
-        await someone.say(msgType="CHAT", userId=USER, contents="hello [[demo length=30 pace=5ms]]", messageId="gone")
+        await someone.send_frame(
+            msgType="CHAT", userId=USER, contents="hello [[demo length=30 pace=5ms]]", messageId="gone"
+        )
         await someone.until(event="accepted")
         await someone.send(frame(TEXT, HEARTBEAT)[:7])
         if how == "reset":

@@ -64,9 +64,9 @@ async def test_forged_and_expired_tokens_leave_nothing_in_redis(
         calls, before = node.ai_stats()["calls"], contents_of(node)
         for what, shown in FORGED.items():
             async with peer(node.now.ws(VICTIM)) as someone:
-                await someone.say("INIT", userId=VICTIM, token=shown, resume=[{"messageId": "m-1"}])
-                await someone.say("CHAT", userId=VICTIM, contents=f"hello {BRIEF}", messageId="m-1")
-                await someone.say("CANCEL", messageId="m-1")
+                await someone.send_frame("INIT", userId=VICTIM, token=shown, resume=[{"messageId": "m-1"}])
+                await someone.send_frame("CHAT", userId=VICTIM, contents=f"hello {BRIEF}", messageId="m-1")
+                await someone.send_frame("CANCEL", messageId="m-1")
                 assert await someone.closed() == 4500, what
                 assert [frame["code"] for frame in someone.frames] == ["UNAUTHORIZED"], what
         await node.nothing_open()
@@ -81,16 +81,16 @@ async def test_a_frame_for_another_user_is_refused_and_leaves_nothing_in_redis(
     async with guarded_node(tmp_path, redis_server, demo) as node:
         async with node.peer(ATTACKER, token=token(sub=str(ATTACKER))) as someone:
             before = contents_of(node)
-            await someone.say("CHAT", userId=claimed, contents=f"hello {BRIEF}", messageId="m-1")
-            await someone.say("CANCEL", userId=claimed, messageId="m-1")
-            await someone.say("HEARTBEAT", userId=claimed)
-            await someone.say("INIT", userId=claimed, token=token(sub=str(ATTACKER)))
+            await someone.send_frame("CHAT", userId=claimed, contents=f"hello {BRIEF}", messageId="m-1")
+            await someone.send_frame("CANCEL", userId=claimed, messageId="m-1")
+            await someone.send_frame("HEARTBEAT", userId=claimed)
+            await someone.send_frame("INIT", userId=claimed, token=token(sub=str(ATTACKER)))
             assert [(await someone.frame())["code"] for _ in range(4)] == ["FORBIDDEN"] * 4
             assert contents_of(node) == before
         # Nor before the login, on a socket whose address names the other one, or none.
         for url in (node.now.ws(claimed), node.now.ws()):
             async with peer(url) as someone:
-                await someone.say("CHAT", userId=claimed, contents=f"hello {BRIEF}", messageId="m-1")
+                await someone.send_frame("CHAT", userId=claimed, contents=f"hello {BRIEF}", messageId="m-1")
                 assert (await someone.frame())["code"] == "FORBIDDEN"
 
 
@@ -103,9 +103,9 @@ async def test_the_message_of_another_user_can_be_neither_read_nor_stopped(
             await victim.some_text("m-theirs")
             async with peer(node.now.ws(ATTACKER)) as someone:
                 points = [{"messageId": "m-theirs", "attempt": 1, "offset": 0}]
-                await someone.say("INIT", userId=ATTACKER, token=token(sub=str(ATTACKER)), resume=points)
-                await someone.say("CANCEL", messageId="m-theirs")
-                await someone.say("HEARTBEAT")
+                await someone.send_frame("INIT", userId=ATTACKER, token=token(sub=str(ATTACKER)), resume=points)
+                await someone.send_frame("CANCEL", messageId="m-theirs")
+                await someone.send_frame("HEARTBEAT")
                 told = [await someone.frame() for _ in range(4)]
                 assert [frame["code"] for frame in told] == ["SUCCESS", "EXPIRED", "UNKNOWN", "SUCCESS"]
                 seen = len(victim.told["m-theirs"].text)
@@ -113,6 +113,6 @@ async def test_the_message_of_another_user_can_be_neither_read_nor_stopped(
                 assert len(someone.frames) == 4
             left = [key for key in contents_of(node) if f"user:{ATTACKER}" in key]
             assert [key for key in left if "route" not in key] == []
-            await victim.say("CANCEL", messageId="m-theirs")
+            await victim.send_frame("CANCEL", messageId="m-theirs")
             await victim.end_of("m-theirs")
         await node.settled()

@@ -75,7 +75,7 @@ async def test_stalled_readers_cost_the_others_nothing_and_are_closed_in_time(
         stalled = {user: await stack.enter_async_context(raw_user(node.port, user, narrow=True)) for user in STALLED}
         began = time.monotonic()
         for user, someone in stalled.items():
-            await someone.say(msgType="CHAT", userId=user, contents="everything", messageId="m1")
+            await someone.send_frame(msgType="CHAT", userId=user, contents="everything", messageId="m1")
         beside = await _round(healthy, 1)
         assert time.monotonic() - began < stall  # they were stalled all the while, and not closed yet
         await wait_until(lambda: node.unfinished() == 0, "all is answered, whether anybody reads it or not")
@@ -103,7 +103,7 @@ async def test_who_stalled_and_then_reads_is_told_why_it_was_closed_and_resumes(
     ):
         user = STALLED[0]
         async with raw_user(node.port, user, narrow=True) as someone:
-            await someone.say(msgType="CHAT", userId=user, contents="everything", messageId="m1")
+            await someone.send_frame(msgType="CHAT", userId=user, contents="everything", messageId="m1")
             await wait_until(lambda: "reader too slow" in node.now.process.output(), "it is given up")
             assert await someone.close_code() == 4002
             assert someone.texts[-1]["contents"] == Text.TOO_SLOW.zh
@@ -111,7 +111,7 @@ async def test_who_stalled_and_then_reads_is_told_why_it_was_closed_and_resumes(
         assert not any(told.get("event") in TERMINAL for told in someone.texts)
         async with node.peer(user) as again:
             point = {"messageId": "m1", "attempt": seen[-1]["attempt"], "offset": seen[-1]["offset"]}
-            await again.say("INIT", userId=user, resume=[point])
+            await again.send_frame("INIT", userId=user, resume=[point])
             rest = await again.end_of("m1")
         assert "".join(told["contents"] for told in seen) + rest.text == "".join(LONG)
         await node.settled()

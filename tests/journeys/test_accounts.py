@@ -73,7 +73,7 @@ async def login_is_refused(nodes: ManyNodes, user: int, *, lang: str, sentence: 
     """On both nodes."""
     for url in nodes.urls():
         async with peer(url, lang=lang) as someone:
-            await someone.say("INIT", userId=user)
+            await someone.send_frame("INIT", userId=user)
             await is_shut_out(someone, sentence)
 
 
@@ -101,7 +101,7 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
         await is_shut_out(here, re.escape(BANNED.en))
         await is_shut_out(there, re.escape(BANNED.zh))
         await login_is_refused(nodes, USER, lang="en", sentence=re.escape(BANNED.en))
-        await other.say("HEARTBEAT")
+        await other.send_frame("HEARTBEAT")
         await other.until(msgType="HEARTBEAT")
         shown = await command(nodes, "show", str(USER))
         assert "account     banned" in shown
@@ -157,7 +157,7 @@ async def test_the_lines_of_the_readme_for_redis_cli_do_the_same(nodes: ManyNode
 async def test_with_a_quota_a_ban_that_no_node_was_told_of_holds_from_the_next_message_on(nodes: ManyNodes) -> None:
     async with nodes["0"].peer(USER, lang="en") as someone:
         nodes.redis.hset(Keys().account(USER), "banned", 1)
-        await someone.say("CHAT", userId=USER, contents=AT_ONCE, messageId="m")
+        await someone.send_frame("CHAT", userId=USER, contents=AT_ONCE, messageId="m")
         await is_shut_out(someone, re.escape(BANNED.en))
     assert used(nodes) == 0
     assert nodes.any.record(USER, "m") == []
@@ -170,7 +170,7 @@ async def test_too_many_violations_lock_the_user_on_all_nodes(nodes: ManyNodes) 
         terminal = (await rude.end_of("m2")).terminal
         assert terminal is not None
         assert (terminal["event"], terminal["contents"]) == ("failed", NO.sentence.en)
-        await rude.say("HEARTBEAT")
+        await rude.send_frame("HEARTBEAT")
         await rude.until(msgType="HEARTBEAT")
         assert "violations  2, forgotten in 0:09:" in await command(nodes, "show", str(USER))
         # The third: what was wrong with it is said before the door is shut.
@@ -190,7 +190,7 @@ async def test_of_300_messages_at_once_on_two_nodes_exactly_as_many_are_accepted
         sockets = [await stack.enter_async_context(peer(url, user=USER)) for url in nodes.urls() for _ in range(3)]
         for index, socket in enumerate(sockets):
             for n in range(50):
-                await socket.say("CHAT", userId=USER, contents=AT_ONCE, messageId=f"m-{index}-{n}")
+                await socket.send_frame("CHAT", userId=USER, contents=AT_ONCE, messageId=f"m-{index}-{n}")
         answers = [frame for part in await asyncio.gather(*map(_first_answers, sockets, range(6))) for frame in part]
         accepted = [frame for frame in answers if frame.get("event") == "accepted"]
         refused = [frame for frame in answers if frame["msgType"] == "SYSTEM"]

@@ -123,7 +123,7 @@ async def test_logs_in_and_sends_what_waited_for_the_connection(browser: Browser
     init = await peer.hear_init()
     assert peer.path == "/ws?userId=10001&lang=en"
     assert (init.user_id, init.token, init.resume) == (USER, "signed", [])
-    await peer.say("INIT", node="7")
+    await peer.send_frame("INIT", node="7")
     chat = await peer.hear_chat()
     assert (chat.message_id, chat.contents) == ("m1", "how are you?")
     assert chat.history == [Turn(role="user", content="hi"), Turn(role="assistant", content="hello")]
@@ -135,13 +135,13 @@ async def test_puts_an_answer_together(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=3, node="7")
+    await peer.send_chat("m1", "accepted", position=3, node="7")
     await browser.status("m1", "queued")
     assert await browser.page.evaluate("[messages.m1.position, messages.m1.node]") == [3, "7"]
-    await peer.say_chat("m1", "delta", attempt=1, offset=4, contents="Blue")
+    await peer.send_chat("m1", "delta", attempt=1, offset=4, contents="Blue")
     await browser.status("m1", "answering", "Blue")
-    await peer.say_chat("m1", "delta", attempt=1, offset=6, contents="! ")
-    await peer.say_chat("m1", "done", attempt=1, offset=6, finish_reason="stop", usage={"completion_tokens": 2})
+    await peer.send_chat("m1", "delta", attempt=1, offset=6, contents="! ")
+    await peer.send_chat("m1", "done", attempt=1, offset=6, finish_reason="stop", usage={"completion_tokens": 2})
     await browser.status("m1", "done", "Blue! ")
     ended = await browser.page.evaluate("messages.m1.ended.then((m) => [m.id, m.frame.usage.completion_tokens])")
     assert ended == ["m1", 2]
@@ -152,14 +152,14 @@ async def test_what_is_known_or_outdated_changes_nothing(browser: BrowserClient)
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "delta", attempt=2, offset=5, contents="seven")
-    await peer.say_chat("m1", "delta", attempt=2, offset=5, contents="seven")
-    await peer.say_chat("m1", "delta", attempt=2, offset=3, contents="sev")
-    await peer.say_chat("m1", "delta", attempt=1, offset=9, contents="forgotten")
-    await peer.say_chat("m1", "accepted", position=1)
-    await peer.say_chat("m1", "done", attempt=2, offset=5)
-    await peer.say_chat("m1", "delta", attempt=2, offset=9, contents="late")
-    await peer.say("HEARTBEAT")
+    await peer.send_chat("m1", "delta", attempt=2, offset=5, contents="seven")
+    await peer.send_chat("m1", "delta", attempt=2, offset=5, contents="seven")
+    await peer.send_chat("m1", "delta", attempt=2, offset=3, contents="sev")
+    await peer.send_chat("m1", "delta", attempt=1, offset=9, contents="forgotten")
+    await peer.send_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "done", attempt=2, offset=5)
+    await peer.send_chat("m1", "delta", attempt=2, offset=9, contents="late")
+    await peer.send_frame("HEARTBEAT")
     await browser.status("m1", "done", "seven")
     assert await browser.events("m1") == ["delta", "accepted", "done"]
     assert await browser.page.evaluate("events.find(([, type]) => type === 'accepted')[2]") == "answering"
@@ -170,10 +170,10 @@ async def test_restart_discards_the_text(browser: BrowserClient, attempt: int) -
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "delta", attempt=1, offset=5, contents="wrong")
-    await peer.say_chat("m1", "restart", attempt=attempt, offset=0, contents="once more")
+    await peer.send_chat("m1", "delta", attempt=1, offset=5, contents="wrong")
+    await peer.send_chat("m1", "restart", attempt=attempt, offset=0, contents="once more")
     await browser.status("m1", "answering", "")
-    await peer.say_chat("m1", "delta", attempt=attempt, offset=4, contents="true")
+    await peer.send_chat("m1", "delta", attempt=attempt, offset=4, contents="true")
     await browser.status("m1", "answering", "true")
 
 
@@ -181,8 +181,8 @@ async def test_a_later_attempt_discards_the_text_by_itself(browser: BrowserClien
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "delta", attempt=1, offset=5, contents="wrong")
-    await peer.say_chat("m1", "delta", attempt=2, offset=4, contents="true")
+    await peer.send_chat("m1", "delta", attempt=1, offset=5, contents="wrong")
+    await peer.send_chat("m1", "delta", attempt=2, offset=4, contents="true")
     await browser.status("m1", "answering", "true")
 
 
@@ -193,7 +193,7 @@ async def test_what_was_not_acknowledged_is_sent_again_under_its_id(browser: Bro
     peer.drop()
     again = await browser.server.peer()
     assert (await again.hear_init()).resume == []
-    await again.say("INIT")
+    await again.send_frame("INIT")
     chat = await again.hear_chat()
     assert (chat.message_id, chat.contents) == ("m1", "first")
 
@@ -202,15 +202,15 @@ async def test_an_accepted_message_is_resumed_where_it_stood(browser: BrowserCli
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=1)
-    await peer.say_chat("m1", "delta", attempt=2, offset=120, contents="one ")
+    await peer.send_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "delta", attempt=2, offset=120, contents="one ")
     await browser.status("m1", "answering", "one ")
     peer.drop()
     again = await browser.server.peer()
     assert (await again.hear_init()).resume == [ResumePoint(message_id="m1", attempt=2, offset=120)]
-    await again.say("INIT")
-    await again.say_chat("m1", "delta", attempt=2, offset=123, contents="two")
-    await again.say_chat("m1", "done", attempt=2, offset=123)
+    await again.send_frame("INIT")
+    await again.send_chat("m1", "delta", attempt=2, offset=123, contents="two")
+    await again.send_chat("m1", "done", attempt=2, offset=123)
     await browser.status("m1", "done", "one two")
     again.drop()
     assert (await (await browser.server.peer()).hear_init()).resume == []
@@ -221,9 +221,9 @@ async def test_a_message_of_an_earlier_page_is_followed_from_its_start(browser: 
     await browser.page.evaluate("keep(client.follow('m1', 'hello')); client.connect()")
     peer = await browser.server.peer()
     assert (await peer.hear_init()).resume == [ResumePoint(message_id="m1", attempt=0, offset=0)]
-    await peer.say("INIT")
-    await peer.say_chat("m1", "delta", attempt=1, offset=5, contents="whole")
-    await peer.say_chat("m1", "done", attempt=1, offset=5)
+    await peer.send_frame("INIT")
+    await peer.send_chat("m1", "delta", attempt=1, offset=5, contents="whole")
+    await peer.send_chat("m1", "done", attempt=1, offset=5)
     await browser.status("m1", "done", "whole")
 
 
@@ -231,11 +231,11 @@ async def test_an_expired_reply_is_told(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "accepted", position=1)
     await browser.status("m1", "queued")
     peer.drop()
     again = await browser.server.logged_in()
-    await again.say("CHAT", message_id="m1", code="EXPIRED", contents="expired")
+    await again.send_frame("CHAT", message_id="m1", code="EXPIRED", contents="expired")
     await browser.status("m1", "expired")
 
 
@@ -243,7 +243,7 @@ async def test_expired_for_what_never_arrived_sends_it_again(browser: BrowserCli
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say("CHAT", message_id="m1", code="EXPIRED")
+    await peer.send_frame("CHAT", message_id="m1", code="EXPIRED")
     assert (await peer.hear_chat()).message_id == "m1"
 
 
@@ -251,12 +251,12 @@ async def test_a_refused_message_can_be_sent_again(browser: BrowserClient) -> No
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=1500)
+    await peer.send_frame("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=1500)
     await browser.status("m1", "refused")
     assert await browser.page.evaluate("messages.m1.frame.retryAfterMs") == 1500
     await browser.page.evaluate("client.resend(messages.m1)")
     assert (await peer.hear_chat()).message_id == "m1"
-    await peer.say_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "accepted", position=1)
     await browser.status("m1", "queued")
 
 
@@ -264,12 +264,12 @@ async def test_a_refused_message_is_not_sent_by_itself(browser: BrowserClient) -
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=1500)
+    await peer.send_frame("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=1500)
     await browser.status("m1", "refused")
     peer.drop()
     again = await browser.server.peer()
     assert (await again.hear_init()).resume == []
-    await again.say("INIT")
+    await again.send_frame("INIT")
     await browser.send("m2")
     assert (await again.hear_chat()).message_id == "m2"
 
@@ -279,9 +279,9 @@ async def test_a_frame_that_could_not_be_read_refuses_the_oldest_unanswered_mess
     await browser.send("m1")
     await browser.send("m2")
     await browser.send("m3")
-    await peer.say_chat("m1", "accepted", position=1)
-    await peer.say("SYSTEM", code="BAD_REQUEST", contents="history: wrong")
-    await peer.say_chat("m3", "accepted", position=2)
+    await peer.send_chat("m1", "accepted", position=1)
+    await peer.send_frame("SYSTEM", code="BAD_REQUEST", contents="history: wrong")
+    await peer.send_chat("m3", "accepted", position=2)
     await browser.status("m3", "queued")
     await browser.status("m2", "refused")
 
@@ -290,11 +290,11 @@ async def test_a_running_message_is_cancelled(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "delta", attempt=1, offset=4, contents="some")
+    await peer.send_chat("m1", "delta", attempt=1, offset=4, contents="some")
     await browser.status("m1", "answering")
     await browser.page.evaluate("client.cancel('m1')")
     assert (await peer.hear_cancel()).message_id == "m1"
-    await peer.say_chat("m1", "cancelled", attempt=1, offset=4)
+    await peer.send_chat("m1", "cancelled", attempt=1, offset=4)
     await browser.status("m1", "cancelled", "some")
 
 
@@ -302,14 +302,14 @@ async def test_a_cancel_outlives_a_lost_connection(browser: BrowserClient) -> No
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "accepted", position=1)
     await browser.status("m1", "queued")
     await browser.page.evaluate("client.drop(); client.cancel('m1')")
     again = await browser.server.peer()
     assert [point.message_id for point in (await again.hear_init()).resume] == ["m1"]
-    await again.say("INIT")
+    await again.send_frame("INIT")
     assert (await again.hear_cancel()).message_id == "m1"
-    await again.say("SYSTEM", code="UNKNOWN", message_id="m1")
+    await again.send_frame("SYSTEM", code="UNKNOWN", message_id="m1")
     await browser.status("m1", "cancelled")
 
 
@@ -327,12 +327,12 @@ async def test_a_cancel_that_came_too_late_is_noticed(browser: BrowserClient) ->
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "accepted", position=1)
     await browser.status("m1", "queued")
     await browser.page.evaluate("client.cancel('m1')")
     await peer.hear_cancel()
-    await peer.say("SYSTEM", code="TOO_LATE", message_id="m1")
-    await peer.say_chat("m1", "done", attempt=1, offset=0)
+    await peer.send_frame("SYSTEM", code="TOO_LATE", message_id="m1")
+    await peer.send_chat("m1", "done", attempt=1, offset=0)
     await browser.status("m1", "done")
     assert await browser.events("m1") == ["accepted", "notice", "done"]
 
@@ -356,7 +356,7 @@ async def numbered(browser: BrowserClient) -> None:
 async def refuse(peer: Peer) -> str | None:
     """Refuse the login; return the token presented."""
     init = await peer.hear_init()
-    await peer.say("SYSTEM", code="UNAUTHORIZED", contents="not valid")
+    await peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="not valid")
     await peer.close(4500)
     return init.token
 
@@ -365,15 +365,15 @@ async def test_a_login_that_is_about_to_end_is_prolonged_with_a_fresh_token(brow
     await numbered(browser)
     peer = await browser.server.peer()
     assert (await peer.hear_init()).token == "token 1"  # noqa: S105 - no secret
-    await peer.say("INIT")
+    await peer.send_frame("INIT")
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=1)
-    await peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login ends in 30 s")
+    await peer.send_chat("m1", "accepted", position=1)
+    await peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="your login ends in 30 s")
     init = await peer.hear_init()
     assert (init.token, init.resume) == ("token 2", [])
-    await peer.say("INIT")
-    await peer.say_chat("m1", "done", attempt=1, offset=0)
+    await peer.send_frame("INIT")
+    await peer.send_chat("m1", "done", attempt=1, offset=0)
     await browser.status("m1", "done")
 
 
@@ -383,11 +383,11 @@ async def test_after_the_end_of_its_login_it_comes_back_with_a_fresh_token_and_r
         peer = await browser.server.peer()
         init = await peer.hear_init()
         assert init.token == f"token {number}"
-        await peer.say("INIT")
+        await peer.send_frame("INIT")
         if number == 1:
             await browser.send("m1")
             await peer.hear_chat()
-            await peer.say_chat("m1", "accepted", position=1)
+            await peer.send_chat("m1", "accepted", position=1)
             await browser.status("m1", "queued")
         else:
             assert [point.message_id for point in init.resume] == ["m1"]
@@ -401,12 +401,12 @@ async def test_a_token_that_came_too_late_for_a_login_that_ends_is_shown_again(b
     await browser.page.evaluate(f"(globalThis.shown = 0, client.options.token = {give}, client.connect(), null)")
     peer = await browser.server.logged_in()
     await browser.state("online")
-    await peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login has expired")
+    await peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="your login has expired")
     assert (await peer.hear_init()).token == "new"  # noqa: S105 - no secret
     await peer.close(4500)
     peer = await browser.server.peer()
     assert (await peer.hear_init()).token == "new"  # noqa: S105 - no secret
-    await peer.say("INIT")
+    await peer.send_frame("INIT")
     await browser.state("online")
 
 
@@ -430,7 +430,7 @@ async def test_when_nobody_can_be_let_in_now_it_tries_again(browser: BrowserClie
     await browser.start()
     peer = await browser.server.peer()
     await peer.hear_init()
-    await peer.say("SYSTEM", code="UNAVAILABLE", contents="try later")
+    await peer.send_frame("SYSTEM", code="UNAVAILABLE", contents="try later")
     await peer.gone()
     await browser.server.logged_in()
     await browser.state("online")
@@ -447,7 +447,7 @@ async def test_without_a_token_it_tries_again(browser: BrowserClient) -> None:
 @pytest.mark.parametrize("code", [4500, 4502, 4999])
 async def test_stays_away_after(browser: BrowserClient, code: int) -> None:
     peer = await browser.logged_in()
-    await peer.say("SYSTEM", code="SYSTEM_ERROR", contents="because")
+    await peer.send_frame("SYSTEM", code="SYSTEM_ERROR", contents="because")
     await peer.close(code)
     await browser.state("closed")
     events = await browser.page.evaluate("events.slice(-2)")
@@ -515,7 +515,7 @@ async def test_comes_back_at_once_when_the_network_does(browser: BrowserClient) 
 async def test_a_silent_server_is_left(browser: BrowserClient) -> None:
     peer = await browser.logged_in(heartbeat=100)
     assert isinstance(await peer.hear_anything(), ClientHeartbeat)
-    await peer.say("HEARTBEAT")
+    await peer.send_frame("HEARTBEAT")
     assert isinstance(await peer.hear_anything(), ClientHeartbeat)
     await peer.gone()
     await (await browser.server.peer()).hear_init()
@@ -525,10 +525,10 @@ async def test_beats_as_often_as_the_server_asks_for_it(browser: BrowserClient) 
     await browser.start(heartbeat=3_600_000)
     peer = await browser.server.peer()
     await peer.hear_init()
-    await peer.say("INIT", heartbeat_ms=50)
+    await peer.send_frame("INIT", heartbeat_ms=50)
     for _ in range(3):
         assert isinstance(await peer.hear_anything(), ClientHeartbeat)
-        await peer.say("HEARTBEAT")
+        await peer.send_frame("HEARTBEAT")
 
 
 async def test_a_server_that_never_answers_a_login_is_left(browser: BrowserClient) -> None:
@@ -541,7 +541,7 @@ async def test_a_server_that_cannot_log_anybody_in_is_left_and_asked_again(brows
     await browser.start(patience=60_000)
     peer = await browser.server.peer()
     await peer.hear_init()
-    await peer.say("SYSTEM", code="UNAVAILABLE", contents="Not now.", retry_after_ms=50)
+    await peer.send_frame("SYSTEM", code="UNAVAILABLE", contents="Not now.", retry_after_ms=50)
     await browser.server.logged_in()
     await browser.state("online")
     assert await browser.page.evaluate("events.find(([type]) => type === 'notice')[2].contents") == "Not now."
@@ -551,14 +551,14 @@ async def test_resumes_again_when_the_server_could_not_look(browser: BrowserClie
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "accepted", position=1)
     await browser.status("m1", "queued")
     peer.drop()
     again = await browser.server.logged_in()
-    await again.say("SYSTEM", code="UNAVAILABLE", message_id="m1", retry_after_ms=50)
+    await again.send_frame("SYSTEM", code="UNAVAILABLE", message_id="m1", retry_after_ms=50)
     assert [point.message_id for point in (await again.hear_init()).resume] == ["m1"]
-    await again.say("INIT")
-    await again.say_chat("m1", "delta", attempt=1, offset=4, contents="here")
+    await again.send_frame("INIT")
+    await again.send_chat("m1", "delta", attempt=1, offset=4, contents="here")
     await browser.status("m1", "answering", "here")
 
 
@@ -566,11 +566,11 @@ async def test_cancels_again_when_the_server_could_not(browser: BrowserClient) -
     peer = await browser.logged_in()
     await browser.send("m1")
     await peer.hear_chat()
-    await peer.say_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "accepted", position=1)
     await browser.status("m1", "queued")
     await browser.page.evaluate("client.cancel('m1')")
     await peer.hear_cancel()
-    await peer.say("SYSTEM", code="UNAVAILABLE", message_id="m1", retry_after_ms=50)
+    await peer.send_frame("SYSTEM", code="UNAVAILABLE", message_id="m1", retry_after_ms=50)
     await peer.hear_init()
     assert (await peer.hear_cancel()).message_id == "m1"
 
@@ -581,7 +581,7 @@ async def test_a_message_that_is_refused_while_it_is_cancelled_is_cancelled(brow
     await browser.send("m1")
     await browser.page.evaluate("client.cancel('m1')")
     await peer.hear_chat()
-    await peer.say("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=50)
+    await peer.send_frame("SYSTEM", code="BUSY", message_id="m1", retry_after_ms=50)
     await browser.status("m1", "cancelled")
 
 

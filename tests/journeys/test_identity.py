@@ -83,14 +83,14 @@ async def test_a_token_beside_the_subprotocol_does_the_same_and_is_not_echoed(no
 @pytest.mark.parametrize("beside", [[], ["imstream.v2.json"], ["chat"]])
 async def test_our_subprotocol_alone_is_no_token(beside: list[str], node: OneNode) -> None:
     async with peer(node.now.ws(USER), subprotocols=[SUBPROTOCOL, *beside]) as someone:
-        await someone.say("INIT", userId=USER)
+        await someone.send_frame("INIT", userId=USER)
         await refused(someone)
 
 
 async def test_without_our_subprotocol_nothing_beside_it_counts_and_none_is_chosen(node: OneNode) -> None:
     async with peer(node.now.ws(USER), subprotocols=[of(USER)]) as someone:
         assert someone.connection.subprotocol is None
-        await someone.say("INIT", userId=USER)
+        await someone.send_frame("INIT", userId=USER)
         await refused(someone)
 
 
@@ -113,7 +113,7 @@ async def test_others_are_told_in_their_language_and_closed(
 ) -> None:
     shows = None if claims is None else of(**{"user": USER, **claims})
     async with peer(node.now.ws(USER), lang=lang) as someone:
-        await someone.say("INIT", userId=USER, **({} if shows is None else {"token": shows}))
+        await someone.send_frame("INIT", userId=USER, **({} if shows is None else {"token": shows}))
         assert (await refused(someone))["contents"] == sentence
 
 
@@ -123,29 +123,29 @@ async def test_a_token_that_is_no_text_is_a_bad_request_that_does_not_repeat_it(
     node: OneNode,
 ) -> None:
     async with peer(node.now.ws(USER)) as someone:
-        await someone.say("INIT", userId=USER, token=wrong)
+        await someone.send_frame("INIT", userId=USER, token=wrong)
         assert (await someone.frame())["contents"].endswith("token: Input should be a valid string")
 
 
 async def test_the_user_of_the_address_must_be_the_one_who_logs_in(node: OneNode) -> None:
     async with peer(node.now.ws(OTHER)) as someone:
-        await someone.say("INIT", userId=USER, token=of(USER))
+        await someone.send_frame("INIT", userId=USER, token=of(USER))
         assert (await someone.frame())["code"] == "FORBIDDEN"
-        await someone.say("CHAT", userId=USER, contents="hello")
+        await someone.send_frame("CHAT", userId=USER, contents="hello")
         assert (await someone.frame())["code"] == "FORBIDDEN"
 
 
 async def test_who_has_logged_in_cannot_become_somebody_else(node: OneNode) -> None:
     async with peer(node.now.ws(), user=USER, token=of(USER)) as someone:
-        await someone.say("INIT", userId=OTHER, token=of(OTHER))
+        await someone.send_frame("INIT", userId=OTHER, token=of(OTHER))
         assert (await someone.frame())["code"] == "FORBIDDEN"
-        await someone.say("INIT", userId=USER, token=of(OTHER))
+        await someone.send_frame("INIT", userId=USER, token=of(OTHER))
         await refused(someone)
 
 
 async def test_a_token_in_the_address_is_none(node: OneNode) -> None:
     async with peer(f"{node.now.ws(USER)}&token={of(USER)}") as someone:
-        await someone.say("INIT", userId=USER)
+        await someone.send_frame("INIT", userId=USER)
         await refused(someone)
 
 
@@ -170,11 +170,11 @@ async def test_a_new_token_on_the_same_socket_prolongs_it_while_an_answer_goes_o
         first_ends = time.time() + 2
         await someone.chat(USER, f"long {LONG}", "m-long")
         await someone.until(msgType="SYSTEM", code="UNAUTHORIZED")
-        await someone.say("INIT", userId=USER, token=of(USER))
+        await someone.send_frame("INIT", userId=USER, token=of(USER))
         await someone.until(msgType="INIT")
         while time.time() < first_ends + 1.5:  # the clock that closes has struck
             await someone.until(messageId="m-long", event="delta")
-        await someone.say("CANCEL", messageId="m-long")
+        await someone.send_frame("CANCEL", messageId="m-long")
         await someone.end_of("m-long")
         assert "restart" not in someone.told["m-long"].events
 
@@ -211,10 +211,10 @@ async def test_the_message_of_another_user_looks_exactly_like_none(node: OneNode
 
         answers = []
         for message_id in ("m-none", "m-theirs", "m-ended"):
-            await other.say("CANCEL", messageId=message_id)
+            await other.send_frame("CANCEL", messageId=message_id)
             cancelled = await other.frame()
             points = [{"messageId": message_id, "attempt": 1, "offset": 3}]
-            await other.say("INIT", userId=OTHER, token=of(OTHER), resume=points)
+            await other.send_frame("INIT", userId=OTHER, token=of(OTHER), resume=points)
             welcome, resumed = await other.frame(), await other.frame()
             assert {cancelled["messageId"], resumed["messageId"]} == {message_id}
             assert (cancelled["code"], resumed["code"]) == ("UNKNOWN", "EXPIRED")
@@ -227,7 +227,7 @@ async def test_the_message_of_another_user_looks_exactly_like_none(node: OneNode
         assert mine.terminal is not None
         assert mine.terminal["event"] == "done"
         assert owner.told["m-theirs"].terminal is None
-        await owner.say("CANCEL", messageId="m-theirs")
+        await owner.send_frame("CANCEL", messageId="m-theirs")
         await owner.end_of("m-theirs")
         assert not [frame for frame in other.frames if frame.get("userId") == USER]
 
@@ -282,7 +282,7 @@ async def test_keys_may_come_after_the_node_and_change_while_it_runs(
             async def answer(shows: str) -> str:
                 """What an INIT with this token is told."""
                 async with peer(node.now.ws(USER)) as someone:
-                    await someone.say("INIT", userId=USER, token=shows)
+                    await someone.send_frame("INIT", userId=USER, token=shows)
                     code: str = (await someone.frame())["code"]
                     return code
 
@@ -290,14 +290,14 @@ async def test_keys_may_come_after_the_node_and_change_while_it_runs(
                 return await answer(shows) == "SUCCESS"
 
             async with peer(node.now.ws(USER)) as someone:
-                await someone.say("INIT", userId=USER, token=with_old)
+                await someone.send_frame("INIT", userId=USER, token=with_old)
                 told = await someone.frame()
                 assert (told["code"], told["msgType"]) == ("UNAVAILABLE", "SYSTEM")
                 assert told["retryAfterMs"] > 0
                 await keys.come()
 
                 async def comes_in() -> bool:  # the socket is still there to try again
-                    await someone.say("INIT", userId=USER, token=with_old)
+                    await someone.send_frame("INIT", userId=USER, token=with_old)
                     return bool((await someone.frame())["code"] == "SUCCESS")
 
                 await wait_until(comes_in, "the node has found the keys", limit=20)
@@ -316,7 +316,7 @@ async def test_who_cannot_be_logged_in_in_time_is_sent_away_to_come_back_later(
     settings = {"auth": "jwt", "auth_algorithm": "ES256", "auth_jwks_url": nowhere, "init_timeout": "600ms"}
     shown_key = token(key_of("ES256"), "ES256", sub=str(USER), exp=time.time() + 60)
     async with one_node(tmp_path, redis_server, demo.url, **settings) as node, peer(node.now.ws(USER)) as someone:
-        await someone.say("INIT", userId=USER, token=shown_key)
+        await someone.send_frame("INIT", userId=USER, token=shown_key)
         assert await someone.closed() == 1013
         assert {frame["code"] for frame in someone.frames} == {"UNAVAILABLE"}
 

@@ -56,7 +56,9 @@ async def test_other_messages_are_answered_and_a_burst_of_them_is_moderated_toge
     moderations = node.ai_stats()["moderations"]
     async with node.peer(USER) as someone:
         for number in range(MANY):
-            await someone.say("CHAT", userId=USER, messageId=f"many-{number}", contents=f"question {number} {BRIEF}")
+            await someone.send_frame(
+                "CHAT", userId=USER, messageId=f"many-{number}", contents=f"question {number} {BRIEF}"
+            )
         for number in range(MANY):
             told = await someone.end_of(f"many-{number}")
             assert told.events[-1] == "done"

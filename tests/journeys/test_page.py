@@ -314,8 +314,8 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
         await page.click("#login .main")
         await page.until("document.querySelector('#problem').textContent.startsWith('Please log in with a token')")
         async with peer(late.ws(10001), headers={"Origin": "null"}) as framed:  # a sandboxed frame
-            await framed.say("INIT", userId=10001)
-            await framed.say("CHAT", userId=10001, contents="Who is there?", messageId="m-framed")
+            await framed.send_frame("INIT", userId=10001)
+            await framed.send_frame("CHAT", userId=10001, contents="Who is there?", messageId="m-framed")
             assert await framed.closed() == 4500
             assert [frame["code"] for frame in framed.frames] == ["UNAUTHORIZED"]
         # The address that `imstream up` prints.

@@ -207,13 +207,13 @@ async def test_neither_a_token_nor_what_somebody_says_is_in_the_log_of_a_node(tm
                 protocols: Any = ["imstream.v1.json", f"{HUSH}subprotocol"]
                 async with connect(url, subprotocols=protocols, additional_headers=headers, proxy=None) as connection:
                     someone = Peer(connection)
-                    await someone.say("INIT", userId=10001, token=ticket())
+                    await someone.send_frame("INIT", userId=10001, token=ticket())
                     assert (await someone.frame())["msgType"] == "INIT"
                     await someone.chat(10001, f"what {HUSH} says", "m")
                     assert_hushed(connection.response)
                 async with connect(url, proxy=None) as connection:
                     someone = Peer(connection)
-                    await someone.say("INIT", userId=10001, token=f"{HUSH}init")
+                    await someone.send_frame("INIT", userId=10001, token=f"{HUSH}init")
                     assert (await someone.frame())["code"] == "UNAUTHORIZED"
                 assert ticket() not in node.now.process.output()
 

@@ -44,7 +44,7 @@ async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> Non
         [page_token] = re.findall(rf"or open  file:///.*#node=127\.0\.0\.1:{imstream.port}&token=(\S+)", said)
         for shown, code in ((None, "UNAUTHORIZED"), ("x" * 22, "UNAUTHORIZED"), (page_token, "SUCCESS")):
             async with peer(imstream.ws, headers={"Origin": "null"}) as someone:
-                await someone.say("INIT", userId=10001, **({} if shown is None else {"token": shown}))
+                await someone.send_frame("INIT", userId=10001, **({} if shown is None else {"token": shown}))
                 assert (await someone.frame())["code"] == code
         assert not any(page_token in word for child in imstream.children().values() for word in child.cmdline())
         assert re.search(

@@ -55,7 +55,7 @@ async def test_init_logs_in_and_says_so_in_the_language_of_the_handshake(
     accept_language: str | None, node: OneNode
 ) -> None:
     async with peer(node.now.ws(USER), lang=accept_language) as someone:
-        await someone.say("INIT", userId=USER)
+        await someone.send_frame("INIT", userId=USER)
         welcome = await someone.frame()
     texts = {"zh": "用户标识: 10001 登录成功", "en": "User id 10001: logged in"}
     assert abs(int(welcome.pop("respTime")) - time.time() * 1000) < 60_000
@@ -114,7 +114,7 @@ async def test_what_is_called_accepted_is_recorded_whether_a_worker_is_free_or_n
         entries: Any = node.redis.xrange(Keys().reply(USER, "waits"))
         assert [fields["event"] for _, fields in entries] == ["queued"]
         for message_id in ("waits", "begun"):
-            await someone.say("CANCEL", messageId=message_id)
+            await someone.send_frame("CANCEL", messageId=message_id)
             assert (await someone.end_of(message_id)).events[-1] == "cancelled"
 
 
@@ -135,7 +135,7 @@ async def test_a_message_without_an_id_is_given_one(node: OneNode) -> None:
     async with node.peer(USER) as someone:
         ids = []
         for _ in range(2):
-            await someone.say("CHAT", userId=USER, contents=f"hello {BRIEF}")
+            await someone.send_frame("CHAT", userId=USER, contents=f"hello {BRIEF}")
             ids.append((await someone.until(event="accepted"))["messageId"])
             assert (await someone.end_of(ids[-1])).events[-1] == "done"
     assert all(re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", one) for one in ids)
@@ -152,14 +152,16 @@ async def test_a_message_id_may_be_anything_of_its_alphabet(message_id: str, nod
 async def test_unknown_fields_are_ignored_in_every_frame(node: OneNode) -> None:
     unknown: dict[str, Any] = {"traceId": "x", "x": {"deep": [1, None]}, "event": "done", "code": 7, "user_id": None}
     async with peer(node.now.ws(USER)) as someone:
-        await someone.say("INIT", userId=USER, **unknown)
+        await someone.send_frame("INIT", userId=USER, **unknown)
         assert (await someone.frame())["msgType"] == "INIT"
-        await someone.say("HEARTBEAT", **unknown)
+        await someone.send_frame("HEARTBEAT", **unknown)
         assert (await someone.frame())["msgType"] == "HEARTBEAT"
         history = [{"role": "user", "content": "hi", "name": "somebody"}]
-        await someone.say("CHAT", userId=USER, contents=f"hi {BRIEF}", messageId="odd", history=history, **unknown)
+        await someone.send_frame(
+            "CHAT", userId=USER, contents=f"hi {BRIEF}", messageId="odd", history=history, **unknown
+        )
         assert (await someone.end_of("odd")).events[-1] == "done"
-        await someone.say("CANCEL", messageId="odd", **unknown)
+        await someone.send_frame("CANCEL", messageId="odd", **unknown)
         assert (await someone.frame())["code"] == "TOO_LATE"
 
 
@@ -218,7 +220,7 @@ async def test_nobody_chats_before_init_or_for_somebody_else(lang: str, node: On
     async with peer(node.now.ws(USER), lang=lang) as someone:
 
         async def refused(msg_type: str, **fields: object) -> str:
-            await someone.say(msg_type, **fields)
+            await someone.send_frame(msg_type, **fields)
             frame = await someone.frame()
             assert (frame["msgType"], frame["code"]) == ("SYSTEM", "FORBIDDEN")
             return str(frame["contents"])
@@ -260,7 +262,7 @@ async def test_what_does_not_fit_is_told_busy_at_once_and_fits_later(lang: str, 
         assert node.unfinished() == QUEUE
 
         for number in range(EACH):
-            await users[USER].say("CANCEL", messageId=f"{lang}-{number}")
+            await users[USER].send_frame("CANCEL", messageId=f"{lang}-{number}")
             assert (await users[USER].end_of(f"{lang}-{number}")).events[-1] == "cancelled"
         assert (await users[OTHER].end_of(f"{lang}-first")).events[-1] == "done"
         # The refused ones were not kept in secret; sent again on the same socket, they are answered.

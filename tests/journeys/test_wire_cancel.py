@@ -33,7 +33,7 @@ async def test_a_running_answer_is_stopped_and_its_text_so_far_stays(lang: str, 
     async with node.peer(USER, lang=lang) as someone:
         await someone.chat(USER, question, message_id)
         await someone.some_text(message_id, 40)
-        await someone.say("CANCEL", messageId=message_id)
+        await someone.send_frame("CANCEL", messageId=message_id)
         told = await someone.end_of(message_id)
         assert told.terminal is not None
         assert (told.terminal["event"], told.terminal["code"]) == ("cancelled", "SUCCESS")
@@ -53,9 +53,9 @@ async def test_a_waiting_message_is_never_begun(node: OneNode) -> None:
         await someone.chat(USER, f"first {LONG}", "blocking")
         await someone.some_text("blocking")
         await someone.chat(USER, f"second {LONG}", "waiting")
-        await someone.say("CANCEL", messageId="waiting")
+        await someone.send_frame("CANCEL", messageId="waiting")
         assert (await someone.end_of("waiting")).events == ["accepted", "cancelled"]
-        await someone.say("CANCEL", messageId="blocking")
+        await someone.send_frame("CANCEL", messageId="blocking")
         assert (await someone.end_of("blocking")).events[-1] == "cancelled"
     await node.settled()
     assert node.ai_stats()["calls"] == calls + 1
@@ -66,8 +66,8 @@ async def test_a_message_cancelled_in_the_same_breath_ends_once(node: OneNode) -
     async with node.peer(USER) as someone:
         for number in range(20):
             message_id = f"breath-{number}"
-            await someone.say("CHAT", userId=USER, contents=f"{number} {LONG}", messageId=message_id)
-            await someone.say("CANCEL", messageId=message_id)
+            await someone.send_frame("CHAT", userId=USER, contents=f"{number} {LONG}", messageId=message_id)
+            await someone.send_frame("CANCEL", messageId=message_id)
         for number in range(20):
             assert (await someone.end_of(f"breath-{number}")).events[-1] == "cancelled"
     await node.settled()
@@ -82,7 +82,7 @@ async def test_after_the_end_it_is_too_late_and_an_unknown_message_is_unknown(la
         await someone.chat(USER, f"hello {BRIEF}", ended)
         told = await someone.end_of(ended)
         for message_id, code, text in ((ended, "TOO_LATE", too_late), ("never-sent", "UNKNOWN", unknown)):
-            await someone.say("CANCEL", messageId=message_id)
+            await someone.send_frame("CANCEL", messageId=message_id)
             said = await someone.frame()
             assert (said["msgType"], said["code"], said["messageId"]) == ("SYSTEM", code, message_id)
             assert said["contents"] == text
@@ -94,10 +94,10 @@ async def test_a_second_cancel_is_told_the_same(node: OneNode) -> None:
     async with node.peer(USER) as someone:
         await someone.chat(USER, f"hello {LONG}", "twice")
         await someone.some_text("twice")
-        await someone.say("CANCEL", messageId="twice")
+        await someone.send_frame("CANCEL", messageId="twice")
         await someone.end_of("twice")
     async with node.peer(USER) as someone:
-        await someone.say("CANCEL", messageId="twice")
+        await someone.send_frame("CANCEL", messageId="twice")
         receipt = await someone.frame()
         assert (receipt["event"], receipt["code"], receipt["messageId"]) == ("cancelled", "SUCCESS", "twice")
 
@@ -106,9 +106,9 @@ async def test_nobody_cancels_the_message_of_another_user(node: OneNode) -> None
     async with node.peer(USER) as someone, node.peer(OTHER) as other:
         await someone.chat(USER, "mine [[demo first=0 pace=5ms length=100]]", "mine")
         await someone.some_text("mine")
-        await other.say("CANCEL", messageId="mine")
+        await other.send_frame("CANCEL", messageId="mine")
         assert (await other.frame())["code"] == "UNKNOWN"  # as if there were none
-        await other.say("CANCEL", userId=USER, messageId="mine")
+        await other.send_frame("CANCEL", userId=USER, messageId="mine")
         assert (await other.frame())["code"] == "FORBIDDEN"
         assert (await someone.end_of("mine")).events[-1] == "done"
 
@@ -117,7 +117,7 @@ async def test_another_socket_of_the_user_may_cancel_and_both_are_told(node: One
     async with node.peer(USER) as asking, node.peer(USER) as elsewhere:
         await asking.chat(USER, f"hello {LONG}", "from-elsewhere")
         told = await asking.some_text("from-elsewhere")
-        await elsewhere.say("CANCEL", messageId="from-elsewhere")
+        await elsewhere.send_frame("CANCEL", messageId="from-elsewhere")
         assert (await elsewhere.end_of("from-elsewhere")).events[-1] == "cancelled"
         assert (await asking.end_of("from-elsewhere")).events[-1] == "cancelled"
         assert told.text

@@ -64,7 +64,7 @@ async def test_heartbeats_keep_a_socket_open_and_an_answer_alone_does_not(node: 
         code, _ = await asyncio.gather(silent.closed(), beat())
         assert code == 4001
         for message_id in ("beating", "silent"):
-            await beating.say("CANCEL", messageId=message_id)
+            await beating.send_frame("CANCEL", messageId=message_id)
         assert (await beating.end_of("beating")).events[-1] == "cancelled"
 
 

@@ -102,7 +102,7 @@ async def test_who_sends_too_fast_is_told_once_a_second_and_all_that_was_sent_is
     async with raw_user(node.port, USER) as flooder:
         began = time.monotonic()
         await flooder.send(one * (3 * RATE // frames))
-        await flooder.say(msgType="CHAT", userId=USER, contents="still there?", messageId="last", history="none")
+        await flooder.send_frame(msgType="CHAT", userId=USER, contents="still there?", messageId="last", history="none")
         await flooder.until(code="BAD_REQUEST", contents="消息格式有误: history: Input should be a valid list")
         took = time.monotonic() - began
     slow = [told for told in flooder.texts if told["code"] == "RATE_LIMITED"]
@@ -129,7 +129,7 @@ async def test_who_resumes_many_messages_is_slowed_down_as_by_as_many_frames(nod
     async with raw_user(node.port, USER) as someone:
         began = time.monotonic()
         for n in range(4):
-            await someone.say(msgType="INIT", userId=USER, resume=[*resume[1:], {"messageId": f"last-{n}"}])
+            await someone.send_frame(msgType="INIT", userId=USER, resume=[*resume[1:], {"messageId": f"last-{n}"}])
             await someone.until(code="EXPIRED", messageId=f"last-{n}")
         for _ in range(2):  # the first may be read before the last INIT has been charged
             await someone.send(frame(TEXT, b"PING"))
@@ -214,7 +214,7 @@ async def test_a_frame_that_holds_too_much_is_told_what_of(node: OneNode) -> Non
 async def test_a_user_has_so_many_sockets_and_the_newest_is_closed_with_4504(node: OneNode) -> None:
     async with many_sockets(node, *[USER] * EACH) as sockets:
         async with peer(node.now.ws(USER), lang="en") as one_more:
-            await one_more.say("INIT", userId=USER)
+            await one_more.send_frame("INIT", userId=USER)
             assert await one_more.closed() == 4504
         assert "too many connections" in one_more.frames[-1]["contents"]
         for someone in sockets:

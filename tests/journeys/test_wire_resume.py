@@ -142,7 +142,7 @@ async def test_what_has_expired_or_never_was_is_told_as_expired(lang: str, node:
     await wait_until(lambda: not node.redis.exists(key), "it has expired")
     async with node.peer(USER, lang=lang) as someone:
         points = [{"messageId": one, "attempt": 1, "offset": 3} for one in (message_id, "never-was")]
-        await someone.say("INIT", userId=USER, resume=points)
+        await someone.send_frame("INIT", userId=USER, resume=points)
         assert (await someone.frame())["msgType"] == "INIT"
         for point in points:
             told = await someone.frame()
@@ -156,7 +156,7 @@ async def test_what_has_expired_or_never_was_is_told_as_expired(lang: str, node:
 async def test_nobody_resumes_the_message_of_another_user(node: OneNode) -> None:
     await _ask(node, "private")
     async with node.peer(OTHER) as other:
-        await other.say("INIT", userId=OTHER, resume=[{"messageId": "private"}])
+        await other.send_frame("INIT", userId=OTHER, resume=[{"messageId": "private"}])
         assert (await other.until(messageId="private"))["code"] == "EXPIRED"  # as if there were none
 
 
@@ -210,5 +210,5 @@ async def test_a_late_notice_that_an_answer_begins_does_not_tell_it_again(node: 
             node.redis.xadd(Keys().inbox("0"), dict(zip(notice[::2], notice[1::2], strict=True)))
             node.redis.expire(Keys().inbox("0"), 60)
         assert (await someone.end_of("elsewhere")).text == WHOLE
-        await someone.say("HEARTBEAT")
+        await someone.send_frame("HEARTBEAT")
         await someone.until(msgType="HEARTBEAT")  # the peer fails when anything comes after an end

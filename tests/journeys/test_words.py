@@ -85,7 +85,7 @@ async def test_a_message_with_a_word_is_refused_in_a_sentence_that_does_not_repe
                 IN_MESSAGE[lang],
             )
         assert (await someone.chat(USER, f"badwords {BRIEF}", "m-fine"))["event"] == "accepted"
-        await someone.say("CANCEL", messageId="m-fine")
+        await someone.send_frame("CANCEL", messageId="m-fine")
         await someone.end_of("m-fine")
     assert refusing.record(USER, "m-refused") == []
     assert refusing.ai_stats()["calls"] <= calls + 1
@@ -166,7 +166,7 @@ async def test_a_changed_list_counts_from_the_next_message_on(refusing: OneNode)
 
     async with refusing.peer(USER, lang="en") as someone:
         assert (await someone.chat(USER, "a newword [[demo fail=9]]", "m-new"))["event"] == "accepted"
-        await someone.say("CANCEL", messageId="m-new")
+        await someone.send_frame("CANCEL", messageId="m-new")
         await someone.end_of("m-new")
         before = loaded()
         _replace(refusing, f"{LIST}newword\n")

@@ -42,7 +42,7 @@ class Chatter:
         self._socket = socket
         self._heard = asyncio.Condition()
 
-    async def say(self, **frame: object) -> None:
+    async def send_frame(self, **frame: object) -> None:
         """Send a frame."""
         await self._socket.send(json.dumps(frame))
 
@@ -50,7 +50,7 @@ class Chatter:
         """Send a CHAT and wait for nothing. A message that has ended is asked about anew."""
         self._forget_if_ended(message_id)
         self.asked[message_id] = question
-        await self.say(msgType="CHAT", userId=self.user_id, messageId=message_id, contents=question)
+        await self.send_frame(msgType="CHAT", userId=self.user_id, messageId=message_id, contents=question)
 
     def _forget_if_ended(self, message_id: str) -> None:
         if self.ends(message_id):
@@ -133,7 +133,7 @@ class Chatter:
         """INIT, again while Redis is away."""
         while not any(frame["msgType"] == "INIT" for frame in self.frames[""]):
             self.frames[""].clear()
-            await self.say(msgType="INIT", userId=self.user_id, resume=resume)
+            await self.send_frame(msgType="INIT", userId=self.user_id, resume=resume)
             await self.until(lambda: bool(self.frames[""]), "an answer to the login")
 
     async def listen(self) -> None:

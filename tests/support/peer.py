@@ -83,7 +83,7 @@ class Peer:
         """Send a message as it is."""
         await self.connection.send(data)
 
-    async def say(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - any field, right or wrong
+    async def send_frame(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - any field, right or wrong
         """Send a frame."""
         await self.send(json.dumps({"msgType": msg_type, **fields}))
 
@@ -112,7 +112,7 @@ class Peer:
             self.told[message_id] = replace(told, events=list(told.events))
         points = [{"messageId": message_id, **told.point} for message_id, told in (resume or {}).items()]
         while True:
-            await self.say("INIT", userId=user, resume=points, **({} if token is None else {"token": token}))
+            await self.send_frame("INIT", userId=user, resume=points, **({} if token is None else {"token": token}))
             while (frame := await self.frame())["msgType"] != "INIT":
                 if frame["code"] == "UNAVAILABLE" and "messageId" not in frame:
                     await asyncio.sleep(0.1)
@@ -125,7 +125,7 @@ class Peer:
         told = self.told.get(message_id)
         if told is not None and told.terminal is not None:
             del self.told[message_id]  # sent again: all of it will be told again
-        await self.say("CHAT", userId=user, contents=contents, messageId=message_id, **fields)
+        await self.send_frame("CHAT", userId=user, contents=contents, messageId=message_id, **fields)
         while True:
             frame = await self.until(messageId=message_id)
             if frame["msgType"] == "SYSTEM" or frame["event"] == "accepted":
@@ -208,7 +208,9 @@ async def answered(urls: str | Sequence[str], user: int, questions: Mapping[str,
                     await someone.login(user, accepted)
                     for message_id in questions:
                         if not told[message_id].events:
-                            await someone.say("CHAT", userId=user, contents=questions[message_id], messageId=message_id)
+                            await someone.send_frame(
+                                "CHAT", userId=user, contents=questions[message_id], messageId=message_id
+                            )
                     for message_id in questions:
                         if told[message_id].terminal is None:
                             await someone.end_of(message_id)

@@ -77,7 +77,7 @@ class RawSocket:
         async with asyncio.timeout(limit):
             await self._loop.sock_sendall(self.sock, data)
 
-    async def say(self, **fields: Any) -> None:  # noqa: ANN401 - any field, right or wrong
+    async def send_frame(self, **fields: Any) -> None:  # noqa: ANN401 - any field, right or wrong
         """Send a well-formed text frame with JSON."""
         await self.send(frame(TEXT, json.dumps(fields).encode()))
 
@@ -209,6 +209,6 @@ async def raw_user(port: int, user: int, *, narrow: bool = False) -> AsyncIterat
     async with raw_socket(port, narrow=narrow) as raw:
         head = await raw.upgrade(f"/ws?userId={user}")
         assert head.startswith(b"HTTP/1.1 101 "), head
-        await raw.say(msgType="INIT", userId=user)
+        await raw.send_frame(msgType="INIT", userId=user)
         await raw.until(msgType="INIT")
         yield raw

@@ -92,13 +92,13 @@ class Peer:
         assert isinstance(frame, ClientCancel)
         return frame
 
-    async def say(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - fields of `ServerFrame`
+    async def send_frame(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - fields of `ServerFrame`
         """Send one frame; fields are named as in `ServerFrame`."""
         await self.socket.send(ServerFrame.model_validate({"msg_type": msg_type, **fields}).encode())
 
-    async def say_chat(self, message_id: str | None, event: str, **fields: Any) -> None:  # noqa: ANN401 - same
+    async def send_chat(self, message_id: str | None, event: str, **fields: Any) -> None:  # noqa: ANN401 - same
         """Send one CHAT frame."""
-        await self.say("CHAT", message_id=message_id, event=event, **fields)
+        await self.send_frame("CHAT", message_id=message_id, event=event, **fields)
 
     async def close(self, code: int) -> None:
         """Close the connection."""
@@ -140,7 +140,7 @@ class ScriptedServer:
         """The next connection, after its INIT was answered."""
         peer = await self.peer()
         await peer.hear_init()
-        await peer.say("INIT", **fields)
+        await peer.send_frame("INIT", **fields)
         return peer
 
     def refuse(self, socket: ServerConnection, _: Request) -> Response | None:
@@ -183,7 +183,7 @@ class Session:
         reply = await self.client.send(contents, **options)
         while (await self.peer.hear_chat()).message_id != reply.message_id:
             pass  # an earlier one, which shall stay without an answer
-        await self.peer.say_chat(reply.message_id, "accepted", position=1)
+        await self.peer.send_chat(reply.message_id, "accepted", position=1)
         await within(reply.accepted())
         return reply
 

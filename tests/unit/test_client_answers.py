@@ -20,17 +20,17 @@ async def test_an_answer_comes_in_pieces_and_as_a_whole() -> None:
         chat = await session.peer.hear_chat()
         assert (chat.user_id, chat.message_id, chat.contents) == (USER, "m1", "hello")
         assert chat.history == [Turn(role="user", content="before")]
-        await session.peer.say_chat("m1", "accepted", position=3)
+        await session.peer.send_chat("m1", "accepted", position=3)
         assert await within(reply.accepted()) == 3
         assert not reply.ended
         pieces = aiter(reply)
-        await session.peer.say_chat("m1", "delta", contents="你好", attempt=1, offset=2)
+        await session.peer.send_chat("m1", "delta", contents="你好", attempt=1, offset=2)
         assert await within(anext(pieces)) == Piece("你好", 1)
-        await session.peer.say_chat("m1", "delta", contents=" there", attempt=1, offset=8)
+        await session.peer.send_chat("m1", "delta", contents=" there", attempt=1, offset=8)
         second = await within(anext(pieces))
         assert second == Piece(" there", 1)
         assert str(second) == " there"
-        await session.peer.say_chat("m1", "done", attempt=1, offset=8, finish_reason="stop", usage={"total_tokens": 9})
+        await session.peer.send_chat("m1", "done", attempt=1, offset=8, finish_reason="stop", usage={"total_tokens": 9})
         assert await within(all_of(pieces)) == []
         assert await within(reply.text()) == "你好 there"
         assert await reply.result() == Result(Outcome.DONE, "你好 there", 1, "stop", {"total_tokens": 9})
@@ -42,8 +42,8 @@ async def test_who_reads_late_gets_one_large_piece_and_every_reader_gets_it_all(
     async with connected() as session:
         reply = await session.asked()
         for offset in range(1, 101):
-            await session.peer.say_chat(reply.message_id, "delta", contents="x", attempt=1, offset=offset)
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=100)
+            await session.peer.send_chat(reply.message_id, "delta", contents="x", attempt=1, offset=offset)
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=100)
         result = await within(reply.result())
         for _ in range(2):
             assert await within(all_of(reply.events())) == [Accepted(1), Piece("x" * 100, 1), result]
@@ -53,11 +53,11 @@ async def test_answers_to_several_messages_are_kept_apart() -> None:
     async with connected() as session:
         one = await session.asked(message_id="one")
         two = await session.asked(message_id="two")
-        await session.peer.say_chat("two", "delta", contents="B", attempt=1, offset=1)
-        await session.peer.say_chat("one", "delta", contents="A", attempt=1, offset=1)
-        await session.peer.say_chat("nobody's", "delta", contents="C", attempt=1, offset=1)
-        await session.peer.say_chat("one", "done", attempt=1, offset=1)
-        await session.peer.say_chat("two", "done", attempt=1, offset=1)
+        await session.peer.send_chat("two", "delta", contents="B", attempt=1, offset=1)
+        await session.peer.send_chat("one", "delta", contents="A", attempt=1, offset=1)
+        await session.peer.send_chat("nobody's", "delta", contents="C", attempt=1, offset=1)
+        await session.peer.send_chat("one", "done", attempt=1, offset=1)
+        await session.peer.send_chat("two", "done", attempt=1, offset=1)
         assert (await within(one.text()), await within(two.text())) == ("A", "B")
 
 
@@ -72,11 +72,11 @@ async def test_one_id_cannot_be_asked_twice_at_once_but_again_later() -> None:
         once = await session.asked(message_id="m1")
         with pytest.raises(ValueError, match="still being answered"):
             await session.client.send("again", message_id="m1")
-        await session.peer.say_chat("m1", "done", attempt=1, offset=0)
+        await session.peer.send_chat("m1", "done", attempt=1, offset=0)
         assert await within(once.text()) == ""
         again = await session.asked(message_id="m1")
-        await session.peer.say_chat("m1", "delta", contents="as recorded", attempt=1, offset=11)
-        await session.peer.say_chat("m1", "done", attempt=1, offset=11)
+        await session.peer.send_chat("m1", "delta", contents="as recorded", attempt=1, offset=11)
+        await session.peer.send_chat("m1", "done", attempt=1, offset=11)
         assert await within(again.text()) == "as recorded"
 
 
@@ -95,7 +95,7 @@ async def test_sending_waits_while_too_much_is_unfinished() -> None:
         for number in range(MAX_OPEN):
             assert (await session.peer.hear_chat()).message_id == str(number)
         assert not waiting.done()
-        await session.peer.say_chat("0", "done", attempt=1, offset=0)
+        await session.peer.send_chat("0", "done", attempt=1, offset=0)
         assert (await session.peer.hear_chat()).message_id == "more"
         await within(waiting)
 
@@ -108,15 +108,15 @@ async def test_a_restart_voids_the_text_so_far() -> None:
         reply = await session.asked()
         pieces, events = aiter(reply), reply.events()
         assert await within(anext(events)) == Accepted(1)
-        await session.peer.say_chat(reply.message_id, "delta", contents="wrong", attempt=1, offset=5)
+        await session.peer.send_chat(reply.message_id, "delta", contents="wrong", attempt=1, offset=5)
         assert await within(anext(pieces)) == Piece("wrong", 1)
         assert await within(anext(events)) == Piece("wrong", 1)
-        await session.peer.say_chat(reply.message_id, "restart", attempt=2, contents="again")
+        await session.peer.send_chat(reply.message_id, "restart", attempt=2, contents="again")
         assert await within(anext(events)) == Restarted(2)
         assert reply.so_far == ""
-        await session.peer.say_chat(reply.message_id, "delta", contents="late", attempt=1, offset=9)
-        await session.peer.say_chat(reply.message_id, "delta", contents="right", attempt=2, offset=5)
-        await session.peer.say_chat(reply.message_id, "done", attempt=2, offset=5)
+        await session.peer.send_chat(reply.message_id, "delta", contents="late", attempt=1, offset=9)
+        await session.peer.send_chat(reply.message_id, "delta", contents="right", attempt=2, offset=5)
+        await session.peer.send_chat(reply.message_id, "done", attempt=2, offset=5)
         assert await within(all_of(pieces)) == [Piece("right", 2, restarted=True)]
         result = Result(Outcome.DONE, "right", 2)
         assert await within(all_of(events)) == [Piece("right", 2), result]
@@ -126,9 +126,9 @@ async def test_a_restart_voids_the_text_so_far() -> None:
 async def test_a_delta_of_a_later_attempt_voids_the_text_even_without_a_word() -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say_chat(reply.message_id, "delta", contents="wrong", attempt=1, offset=5)
-        await session.peer.say_chat(reply.message_id, "delta", contents="right", attempt=3, offset=5)
-        await session.peer.say_chat(reply.message_id, "done", attempt=3, offset=5)
+        await session.peer.send_chat(reply.message_id, "delta", contents="wrong", attempt=1, offset=5)
+        await session.peer.send_chat(reply.message_id, "delta", contents="right", attempt=3, offset=5)
+        await session.peer.send_chat(reply.message_id, "done", attempt=3, offset=5)
         assert await within(reply.text()) == "right"
         assert Restarted(3) in await all_of(reply.events())
 
@@ -136,10 +136,10 @@ async def test_a_delta_of_a_later_attempt_voids_the_text_even_without_a_word() -
 async def test_the_same_attempt_may_be_told_from_its_beginning() -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say_chat(reply.message_id, "delta", contents="shown, not recorded", attempt=1, offset=19)
-        await session.peer.say_chat(reply.message_id, "restart", attempt=1)
-        await session.peer.say_chat(reply.message_id, "delta", contents="shown", attempt=1, offset=5)
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=5)
+        await session.peer.send_chat(reply.message_id, "delta", contents="shown, not recorded", attempt=1, offset=19)
+        await session.peer.send_chat(reply.message_id, "restart", attempt=1)
+        await session.peer.send_chat(reply.message_id, "delta", contents="shown", attempt=1, offset=5)
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=5)
         assert await within(reply.text()) == "shown"
 
 
@@ -147,11 +147,11 @@ async def test_the_rest_of_an_answer_to_an_earlier_asking_is_not_taken_for_the_b
     async with connected() as session:
         reply = await session.client.send("again", message_id="m1")  # UNAVAILABLE before, and yet it was recorded
         await session.peer.hear_chat()
-        await session.peer.say_chat("m1", "delta", contents="answer", attempt=1, offset=10)
-        await session.peer.say_chat("m1", "done", attempt=1, offset=10)
-        await session.peer.say_chat("m1", "accepted", position=1)
-        await session.peer.say_chat("m1", "delta", contents="the answer", attempt=1, offset=10)
-        await session.peer.say_chat("m1", "done", attempt=1, offset=10)
+        await session.peer.send_chat("m1", "delta", contents="answer", attempt=1, offset=10)
+        await session.peer.send_chat("m1", "done", attempt=1, offset=10)
+        await session.peer.send_chat("m1", "accepted", position=1)
+        await session.peer.send_chat("m1", "delta", contents="the answer", attempt=1, offset=10)
+        await session.peer.send_chat("m1", "done", attempt=1, offset=10)
         assert await within(reply.text()) == "the answer"
         assert reply.repeated == 2
 
@@ -160,9 +160,9 @@ async def test_an_answer_may_begin_before_it_is_said_that_the_message_was_accept
     async with connected() as session:
         reply = await session.client.send("hello", message_id="m1")
         await session.peer.hear_chat()
-        await session.peer.say_chat("m1", "delta", contents="the ", attempt=1, offset=4)
-        await session.peer.say_chat("m1", "delta", contents="answer", attempt=1, offset=10)
-        await session.peer.say_chat("m1", "done", attempt=1, offset=10)
+        await session.peer.send_chat("m1", "delta", contents="the ", attempt=1, offset=4)
+        await session.peer.send_chat("m1", "delta", contents="answer", attempt=1, offset=10)
+        await session.peer.send_chat("m1", "done", attempt=1, offset=10)
         assert await within(reply.text()) == "the answer"
 
 
@@ -172,10 +172,10 @@ async def test_an_answer_may_begin_before_it_is_said_that_the_message_was_accept
 async def test_a_repeated_delta_is_dropped_and_counted() -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say_chat(reply.message_id, "delta", contents="ab", attempt=1, offset=2)
-        await session.peer.say_chat(reply.message_id, "delta", contents="ab", attempt=1, offset=2)
-        await session.peer.say_chat(reply.message_id, "delta", contents="c", attempt=1, offset=3)
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=3)
+        await session.peer.send_chat(reply.message_id, "delta", contents="ab", attempt=1, offset=2)
+        await session.peer.send_chat(reply.message_id, "delta", contents="ab", attempt=1, offset=2)
+        await session.peer.send_chat(reply.message_id, "delta", contents="c", attempt=1, offset=3)
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=3)
         assert await within(reply.text()) == "abc"
         assert reply.repeated == 1
 
@@ -196,8 +196,8 @@ async def test_a_repeated_delta_is_dropped_and_counted() -> None:
 async def test_text_that_is_missing_or_repeated_ends_the_reply(fields: dict[str, Any], problem: str) -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say_chat(reply.message_id, "delta", contents="ab", attempt=1, offset=2)
-        await session.peer.say("CHAT", message_id=reply.message_id, **fields)
+        await session.peer.send_chat(reply.message_id, "delta", contents="ab", attempt=1, offset=2)
+        await session.peer.send_frame("CHAT", message_id=reply.message_id, **fields)
         with pytest.raises(ProtocolViolation, match=problem):
             await within(reply.text())
         other = await session.asked()
@@ -209,6 +209,6 @@ async def test_frames_of_a_newer_server_are_left_out() -> None:
         reply = await session.asked()
         await session.peer.socket.send('{"msgType": "WEATHER", "contents": "sunny"}')
         await session.peer.socket.send("no JSON")
-        await session.peer.say("HEARTBEAT")
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+        await session.peer.send_frame("HEARTBEAT")
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         assert await within(reply.text()) == ""

@@ -28,16 +28,16 @@ async def test_an_accepted_message_is_resumed_where_it_stood() -> None:
     changes: list[ConnectionChange] = []
     async with connected(on_change=changes.append) as session:
         reply = await session.asked(message_id="m1")
-        await session.peer.say_chat("m1", "delta", contents="one ", attempt=1, offset=4)
+        await session.peer.send_chat("m1", "delta", contents="one ", attempt=1, offset=4)
         pieces = aiter(reply)
         assert await within(anext(pieces)) == Piece("one ", 1)
         session.peer.drop()
         session.peer = await session.server.peer()
         init = await session.peer.hear_init()
         assert init.resume == [ResumePoint(message_id="m1", attempt=1, offset=4)]
-        await session.peer.say("INIT", node="1")
-        await session.peer.say_chat("m1", "delta", contents="two", attempt=1, offset=7)
-        await session.peer.say_chat("m1", "done", attempt=1, offset=7)
+        await session.peer.send_frame("INIT", node="1")
+        await session.peer.send_chat("m1", "delta", contents="two", attempt=1, offset=7)
+        await session.peer.send_chat("m1", "done", attempt=1, offset=7)
         assert await within(all_of(pieces)) == [Piece("two", 1)]
         assert await within(reply.text()) == "one two"
     assert [type(change) for change in changes] == [Connected, Disconnected, Connected]
@@ -48,12 +48,12 @@ async def test_an_accepted_message_is_resumed_where_it_stood() -> None:
 async def test_a_resumed_message_that_was_restarted_meanwhile_begins_again() -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say_chat(reply.message_id, "delta", contents="old", attempt=1, offset=3)
+        await session.peer.send_chat(reply.message_id, "delta", contents="old", attempt=1, offset=3)
         assert await within(anext(aiter(reply))) == Piece("old", 1)
         await session.lose_connection()
-        await session.peer.say_chat(reply.message_id, "restart", attempt=2)
-        await session.peer.say_chat(reply.message_id, "delta", contents="new", attempt=2, offset=3)
-        await session.peer.say_chat(reply.message_id, "done", attempt=2, offset=3)
+        await session.peer.send_chat(reply.message_id, "restart", attempt=2)
+        await session.peer.send_chat(reply.message_id, "delta", contents="new", attempt=2, offset=3)
+        await session.peer.send_chat(reply.message_id, "done", attempt=2, offset=3)
         assert await within(reply.text()) == "new"
 
 
@@ -64,9 +64,9 @@ async def test_a_message_without_an_answer_is_sent_again_with_its_id() -> None:
         session.peer.drop()
         session.peer = await session.server.peer()
         assert (await session.peer.hear_init()).resume == []
-        await session.peer.say("INIT")
+        await session.peer.send_frame("INIT")
         assert await session.peer.hear_chat() == first
-        await session.peer.say_chat(reply.message_id, "accepted")
+        await session.peer.send_chat(reply.message_id, "accepted")
         assert await within(reply.accepted()) is None
 
 
@@ -77,17 +77,17 @@ async def test_what_is_sent_without_a_connection_goes_out_after_the_login() -> N
         await session.peer.hear_init()
         await session.client.send("hello", message_id="m1")
         cancelling = asyncio.create_task(session.client.cancel("m1"))
-        await session.peer.say("INIT")
+        await session.peer.send_frame("INIT")
         assert (await session.peer.hear_chat()).message_id == "m1"
         assert (await session.peer.hear_cancel()).message_id == "m1"
-        await session.peer.say_chat("m1", "cancelled", attempt=0)
+        await session.peer.send_chat("m1", "cancelled", attempt=0)
         assert await within(cancelling) is Receipt.CANCELLED
 
 
 async def test_a_message_that_was_refused_is_not_sent_again() -> None:
     async with connected() as session:
         refused = await session.client.send("hello", message_id="m1")
-        await session.peer.say("SYSTEM", code="BUSY", message_id="m1")
+        await session.peer.send_frame("SYSTEM", code="BUSY", message_id="m1")
         with pytest.raises(Busy):
             await within(refused.text())
         await session.lose_connection()
@@ -101,10 +101,10 @@ async def test_a_resumption_that_is_not_possible_now_is_tried_again(message_id: 
         reply = await session.asked(message_id="m1")
         unanswered = await session.client.send("hello")
         await session.lose_connection()
-        await session.peer.say("SYSTEM", code="UNAVAILABLE", message_id=message_id)
+        await session.peer.send_frame("SYSTEM", code="UNAVAILABLE", message_id=message_id)
         await session.peer.gone()
         session.peer = await session.server.logged_in()
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         assert await within(reply.text()) == ""
         assert not unanswered.ended
 
@@ -116,8 +116,8 @@ async def test_a_server_that_is_not_ready_is_asked_again_soon_and_the_reply_goes
         session.server.refusals = 2
         await session.peer.close(CloseCode.DRAINING)
         peer = await session.server.logged_in()
-        await peer.say_chat(reply.message_id, "delta", contents="here", attempt=1, offset=4)
-        await peer.say_chat(reply.message_id, "done", attempt=1, offset=4)
+        await peer.send_chat(reply.message_id, "delta", contents="here", attempt=1, offset=4)
+        await peer.send_chat(reply.message_id, "done", attempt=1, offset=4)
         assert await within(reply.text()) == "here"
     why = [change.why for change in changes if isinstance(change, Disconnected)]
     assert ["503" in words for words in why] == [False, True, True]
@@ -143,21 +143,21 @@ async def test_a_message_is_sent_before_it_is_cancelled_even_when_much_waits_to_
         await session.peer.hear_init()
         for number in range(24):
             await session.client.send("x" * 2**20, message_id=str(number))
-        await session.peer.say("INIT")
+        await session.peer.send_frame("INIT")
         assert (await session.peer.hear_chat()).message_id == "0"
         # Nothing is read now, and not all of it fits into the buffers between the two.
         cancelling = asyncio.create_task(session.client.cancel("23"))
         heard = [await session.peer.hear() for _ in range(24)]
         about = [frame for frame in heard if isinstance(frame, ClientChat | ClientCancel)]
         assert [type(frame) for frame in about if frame.message_id == "23"] == [ClientChat, ClientCancel]
-        await session.peer.say_chat("23", "cancelled")
+        await session.peer.send_chat("23", "cancelled")
         assert await within(cancelling) is Receipt.CANCELLED
 
 
 async def test_what_a_server_says_before_it_closes_is_about_no_message() -> None:
     async with connected() as session:
         reply = await session.client.send("hello")
-        await session.peer.say("SYSTEM", code="SYSTEM_ERROR", contents="about to restart")
+        await session.peer.send_frame("SYSTEM", code="SYSTEM_ERROR", contents="about to restart")
         await session.peer.close(CloseCode.DRAINING)
         session.peer = await session.server.logged_in()
         assert (await session.peer.hear_chat()).message_id == reply.message_id
@@ -169,7 +169,7 @@ async def test_reconnects_after_a_close_code_that_allows_it(code: int) -> None:
         reply = await session.asked()
         await session.peer.close(code)
         session.peer = await session.server.logged_in()
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         await within(reply.text())
 
 
@@ -181,7 +181,9 @@ async def test_a_session_that_is_ended_for_good_ends_everything_that_waits(code:
         cancelling = asyncio.create_task(session.client.cancel(reply.message_id))
         await session.peer.hear_chat()
         await session.peer.hear_cancel()
-        await session.peer.say("SYSTEM", code="FORBIDDEN", contents="you are somewhere else now", message_id="other")
+        await session.peer.send_frame(
+            "SYSTEM", code="FORBIDDEN", contents="you are somewhere else now", message_id="other"
+        )
         await session.peer.close(code)
         for waited in (reply.text(), unanswered.accepted(), cancelling):
             with pytest.raises(SessionEnded, match="somewhere else now"):
@@ -221,7 +223,7 @@ async def test_heartbeats_are_sent_as_often_as_the_server_asks_for_them() -> Non
         session.peer.drop()
         session.peer = await session.server.peer()
         await session.peer.hear_init()
-        await session.peer.say("INIT", heartbeat_ms=20)
+        await session.peer.send_frame("INIT", heartbeat_ms=20)
         for _ in range(3):
             assert isinstance(await session.peer.hear_anything(), ClientHeartbeat)
 

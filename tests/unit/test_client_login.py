@@ -28,7 +28,7 @@ async def test_logs_in_with_its_user_token_and_language() -> None:
         assert peer.path == "/ws?userId=10001"
         assert peer.language == "en"
         assert not entering.done()
-        await peer.say("INIT")
+        await peer.send_frame("INIT")
         await within(entering)
         await leave(client)
 
@@ -81,7 +81,7 @@ async def test_a_login_that_is_not_possible_now_is_tried_again() -> None:
         entering = asyncio.create_task(Client(server.url, USER, timing=FAST).__aenter__())
         peer = await server.peer()
         await peer.hear_init()
-        await peer.say("SYSTEM", code="UNAVAILABLE", contents="Redis is away")
+        await peer.send_frame("SYSTEM", code="UNAVAILABLE", contents="Redis is away")
         await peer.gone()
         await server.logged_in()
         await leave(await within(entering))
@@ -93,7 +93,7 @@ async def test_a_server_that_refuses_the_user_ends_the_login(code: int) -> None:
         entering = asyncio.create_task(Client(server.url, USER, timing=FAST).__aenter__())
         peer = await server.peer()
         await peer.hear_init()
-        await peer.say("SYSTEM", code="SYSTEM_ERROR", contents="who are you?")
+        await peer.send_frame("SYSTEM", code="SYSTEM_ERROR", contents="who are you?")
         await peer.close(code)
         with pytest.raises(SessionEnded, match=r"who are you\?") as caught:
             await within(entering)
@@ -120,7 +120,7 @@ async def test_the_next_server_is_tried_when_one_cannot_be_reached() -> None:
             await session.lose_connection()  # the one that worked is tried first
             await session.peer.close(CloseCode.DRAINING)  # and left when it asks for it
             peer = await first.logged_in()
-            await peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+            await peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
             await within(reply.text())
 
 

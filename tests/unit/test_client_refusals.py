@@ -30,8 +30,8 @@ from tests.support.scripted_ws import all_of, connected, within
 async def test_an_answer_that_ends_early_says_why_and_what_there_is(event: str, kind: type[Failed | Cancelled]) -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say_chat(reply.message_id, "delta", contents="half", attempt=1, offset=4)
-        await session.peer.say_chat(reply.message_id, event, contents="sorry", attempt=1, offset=2)
+        await session.peer.send_chat(reply.message_id, "delta", contents="half", attempt=1, offset=4)
+        await session.peer.send_chat(reply.message_id, event, contents="sorry", attempt=1, offset=2)
         with pytest.raises(kind, match="sorry") as caught:
             await within(reply.text())
         assert caught.value.text == "half"
@@ -43,15 +43,15 @@ async def test_an_answer_that_ends_early_says_why_and_what_there_is(event: str, 
 async def test_text_of_an_attempt_before_the_one_that_failed_is_void() -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say_chat(reply.message_id, "delta", contents="half", attempt=1, offset=4)
-        await session.peer.say_chat(reply.message_id, "failed", contents="sorry", attempt=4)
+        await session.peer.send_chat(reply.message_id, "delta", contents="half", attempt=1, offset=4)
+        await session.peer.send_chat(reply.message_id, "failed", contents="sorry", attempt=4)
         assert await within(reply.result()) == Result(Outcome.FAILED, "", 4, why="sorry")
 
 
 async def test_a_reply_that_is_no_longer_kept_is_expired() -> None:
     async with connected() as session:
         reply = await session.asked()
-        await session.peer.say("CHAT", code="EXPIRED", message_id=reply.message_id, contents="too old")
+        await session.peer.send_frame("CHAT", code="EXPIRED", message_id=reply.message_id, contents="too old")
         with pytest.raises(Expired, match="too old"):
             await within(reply.text())
         assert (await reply.result()).outcome is Outcome.EXPIRED
@@ -71,7 +71,7 @@ async def test_a_message_that_is_refused_says_why_and_when_to_try_again(code: Co
     async with connected() as session:
         reply = await session.client.send("hello", message_id="m1")
         other = await session.client.send("hello", message_id="m2")
-        await session.peer.say("SYSTEM", code=code, message_id="m1", contents="not now", retry_after_ms=1500)
+        await session.peer.send_frame("SYSTEM", code=code, message_id="m1", contents="not now", retry_after_ms=1500)
         for waited in (reply.accepted(), reply.text(), reply.result(), all_of(reply.events())):
             with pytest.raises(kind, match="not now") as caught:
                 await within(waited)
@@ -82,11 +82,11 @@ async def test_a_message_that_is_refused_says_why_and_when_to_try_again(code: Co
 async def test_a_refusal_without_an_id_is_about_the_only_message_it_can_be_about() -> None:
     async with connected() as session:
         first = await session.client.send("hello")
-        await session.peer.say("SYSTEM", code="BAD_REQUEST", contents="history: too long")
+        await session.peer.send_frame("SYSTEM", code="BAD_REQUEST", contents="history: too long")
         with pytest.raises(BadMessage, match="history"):
             await within(first.text())
         both = [await session.client.send("hello"), await session.client.send("hello")]
-        await session.peer.say("SYSTEM", code="BUSY")
+        await session.peer.send_frame("SYSTEM", code="BUSY")
         await session.asked()
         assert not any(reply.ended for reply in both)
 
@@ -95,9 +95,9 @@ async def test_who_is_asked_to_send_slower_loses_nothing() -> None:
     async with connected() as session:
         reply = await session.client.send("hello")
         await session.peer.hear_chat()
-        await session.peer.say("SYSTEM", code="RATE_LIMITED", contents="too fast", retry_after_ms=500)
-        await session.peer.say_chat(reply.message_id, "accepted", position=1)
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+        await session.peer.send_frame("SYSTEM", code="RATE_LIMITED", contents="too fast", retry_after_ms=500)
+        await session.peer.send_chat(reply.message_id, "accepted", position=1)
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         assert await within(reply.text()) == ""
 
 
@@ -116,7 +116,7 @@ async def test_cancelling_gives_the_servers_receipt(answer: dict[str, str], rece
     async with connected() as session:
         twice = [asyncio.create_task(session.client.cancel("m1")) for _ in range(2)]
         assert (await session.peer.hear_cancel()).message_id == "m1"
-        await session.peer.say(message_id="m1", **answer)
+        await session.peer.send_frame(message_id="m1", **answer)
         assert await within(asyncio.gather(*twice)) == [receipt, receipt]
 
 
@@ -125,8 +125,8 @@ async def test_a_cancelled_answer_ends_with_the_text_so_far() -> None:
         reply = await session.asked()
         cancelling = asyncio.create_task(reply.cancel())
         await session.peer.hear_cancel()
-        await session.peer.say_chat(reply.message_id, "delta", contents="half", attempt=1, offset=4)
-        await session.peer.say_chat(reply.message_id, "cancelled", attempt=1, offset=4)
+        await session.peer.send_chat(reply.message_id, "delta", contents="half", attempt=1, offset=4)
+        await session.peer.send_chat(reply.message_id, "cancelled", attempt=1, offset=4)
         assert await within(cancelling) is Receipt.CANCELLED
         assert (await reply.result()).text == "half"
 
@@ -136,7 +136,9 @@ async def test_a_cancellation_that_is_not_possible_now_raises() -> None:
         reply = await session.asked()
         cancelling = asyncio.create_task(reply.cancel())
         await session.peer.hear_cancel()
-        await session.peer.say("SYSTEM", code="UNAVAILABLE", message_id=reply.message_id, contents="Redis is away")
+        await session.peer.send_frame(
+            "SYSTEM", code="UNAVAILABLE", message_id=reply.message_id, contents="Redis is away"
+        )
         with pytest.raises(Unavailable, match="Redis is away"):
             await within(cancelling)
         assert not reply.ended
@@ -149,7 +151,7 @@ async def test_a_cancellation_goes_on_over_a_new_connection() -> None:
         await session.peer.hear_cancel()
         await session.lose_connection()
         assert (await session.peer.hear_cancel()).message_id == reply.message_id
-        await session.peer.say("SYSTEM", code="TOO_LATE", message_id=reply.message_id)
+        await session.peer.send_frame("SYSTEM", code="TOO_LATE", message_id=reply.message_id)
         assert await within(cancelling) is Receipt.TOO_LATE
 
 
@@ -160,10 +162,10 @@ async def test_a_resumption_that_fails_does_not_end_the_cancellation() -> None:
         await session.peer.hear_cancel()
         await session.lose_connection()
         await session.peer.hear_cancel()
-        await session.peer.say("SYSTEM", code="UNAVAILABLE", message_id=reply.message_id)
+        await session.peer.send_frame("SYSTEM", code="UNAVAILABLE", message_id=reply.message_id)
         session.peer = await session.server.logged_in()
         await session.peer.hear_cancel()
-        await session.peer.say_chat(reply.message_id, "cancelled")
+        await session.peer.send_chat(reply.message_id, "cancelled")
         assert await within(cancelling) is Receipt.CANCELLED
         assert reply.ended
 

@@ -27,9 +27,9 @@ from tests.support.waiting import wait_until
 async def answer(peer: Peer, text: str) -> list[Turn]:
     """Answer the next message; the history it came with."""
     chat = await peer.hear_chat()
-    await peer.say_chat(chat.message_id, "accepted", position=1)
-    await peer.say_chat(chat.message_id, "delta", contents=text, attempt=1, offset=len(text))
-    await peer.say_chat(chat.message_id, "done", attempt=1, offset=len(text))
+    await peer.send_chat(chat.message_id, "accepted", position=1)
+    await peer.send_chat(chat.message_id, "delta", contents=text, attempt=1, offset=len(text))
+    await peer.send_chat(chat.message_id, "done", attempt=1, offset=len(text))
     return chat.history
 
 
@@ -46,8 +46,8 @@ async def half_an_answer(peer: Peer, terminal: Terminal) -> str:
     terminal.type("hello\n")
     message_id = (await peer.hear_chat()).message_id
     assert message_id is not None
-    await peer.say_chat(message_id, "accepted", position=1)
-    await peer.say_chat(message_id, "delta", contents="half", attempt=1, offset=4)
+    await peer.send_chat(message_id, "accepted", position=1)
+    await peer.send_chat(message_id, "delta", contents="half", attempt=1, offset=4)
     await terminal.shows("half")
     return message_id
 
@@ -87,13 +87,13 @@ async def test_a_pipe_gets_only_the_attempt_that_counts_and_an_exit_code() -> No
         chat = asyncio.create_task(piped(server.url, "one\ntwo\n"))
         peer = await server.logged_in()
         first = (await peer.hear_chat()).message_id
-        await peer.say_chat(first, "delta", contents="wrong", attempt=1, offset=5)
-        await peer.say_chat(first, "restart", attempt=2)
-        await peer.say_chat(first, "delta", contents="right", attempt=2, offset=5)
-        await peer.say_chat(first, "done", attempt=2, offset=5)
+        await peer.send_chat(first, "delta", contents="wrong", attempt=1, offset=5)
+        await peer.send_chat(first, "restart", attempt=2)
+        await peer.send_chat(first, "delta", contents="right", attempt=2, offset=5)
+        await peer.send_chat(first, "done", attempt=2, offset=5)
         second = (await peer.hear_chat()).message_id
-        await peer.say_chat(second, "delta", contents="half", attempt=1, offset=4)
-        await peer.say_chat(second, "failed", contents="sorry", attempt=1, offset=4)
+        await peer.send_chat(second, "delta", contents="half", attempt=1, offset=4)
+        await peer.send_chat(second, "failed", contents="sorry", attempt=1, offset=4)
         code, out, err = await within(chat)
         assert (code, out) == (1, "right\n")
         assert "sorry" in err
@@ -134,7 +134,7 @@ async def test_a_session_that_is_ended_for_good_ends_the_chat() -> None:
         chat = asyncio.create_task(piped(server.url, "hello\n"))
         peer = await server.logged_in()
         await peer.hear_chat()
-        await peer.say("SYSTEM", code="SYSTEM_ERROR", contents="you are somewhere else now")
+        await peer.send_frame("SYSTEM", code="SYSTEM_ERROR", contents="you are somewhere else now")
         await peer.close(CloseCode.REPLACED)
         code, _, err = await within(chat)
         assert code == 1
@@ -162,8 +162,8 @@ async def test_an_answer_is_seen_as_it_comes_and_ctrl_d_leaves() -> None:
     async with scripted_server() as server, at_terminal(server.url) as terminal:
         peer = await greeted(server, terminal)
         message_id = await half_an_answer(peer, terminal)
-        await peer.say_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)
-        await peer.say_chat(message_id, "done", attempt=1, offset=10)
+        await peer.send_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)
+        await peer.send_chat(message_id, "done", attempt=1, offset=10)
         await terminal.shows(" whole\n> ")
         terminal.type(CTRL_D)
         assert await terminal.exit_code() == 0
@@ -174,14 +174,14 @@ async def test_the_place_in_the_queue_and_a_new_attempt_are_told() -> None:
         peer = await greeted(server, terminal)
         terminal.type("hello\n")
         message_id = (await peer.hear_chat()).message_id
-        await peer.say_chat(message_id, "accepted", position=7)
+        await peer.send_chat(message_id, "accepted", position=7)
         await terminal.shows("place 7 in the queue\n")
-        await peer.say_chat(message_id, "delta", contents="wrong", attempt=1, offset=5)
+        await peer.send_chat(message_id, "delta", contents="wrong", attempt=1, offset=5)
         await terminal.shows("wrong")
-        await peer.say_chat(message_id, "restart", attempt=2)
+        await peer.send_chat(message_id, "restart", attempt=2)
         await terminal.shows("\nThe answer was interrupted and is being generated again\n")
-        await peer.say_chat(message_id, "delta", contents="right", attempt=2, offset=5)
-        await peer.say_chat(message_id, "done", attempt=2, offset=5)
+        await peer.send_chat(message_id, "delta", contents="right", attempt=2, offset=5)
+        await peer.send_chat(message_id, "done", attempt=2, offset=5)
         await terminal.shows("right\n> ")
 
 
@@ -190,10 +190,12 @@ async def test_a_busy_server_is_asked_again_after_telling() -> None:
         peer = await greeted(server, terminal)
         terminal.type("hello\n")
         chat = await peer.hear_chat()
-        await peer.say("SYSTEM", code="BUSY", message_id=chat.message_id, contents="Full.", retry_after_ms=10)
+        await peer.send_frame("SYSTEM", code="BUSY", message_id=chat.message_id, contents="Full.", retry_after_ms=10)
         await terminal.shows("Full. Sent again in 0 s")
         assert await peer.hear_chat() == chat
-        await peer.say("SYSTEM", code="BUSY", message_id=chat.message_id, contents="Full.", retry_after_ms=60_000)
+        await peer.send_frame(
+            "SYSTEM", code="BUSY", message_id=chat.message_id, contents="Full.", retry_after_ms=60_000
+        )
         await terminal.shows("Sent again in 60 s")
         terminal.type(CTRL_C)
         await terminal.shows("> ")
@@ -207,7 +209,7 @@ async def test_a_message_that_would_have_to_wait_for_tomorrow_is_not_waited_for(
         terminal.type("hello\n")
         chat = await peer.hear_chat()
         refusal = {"code": "RATE_LIMITED", "contents": "Used up.", "retry_after_ms": 3_600_000}
-        await peer.say("SYSTEM", message_id=chat.message_id, **refusal)
+        await peer.send_frame("SYSTEM", message_id=chat.message_id, **refusal)
         await terminal.shows("Used up.\n> ")
 
 
@@ -216,7 +218,7 @@ async def test_a_message_that_is_wrong_is_not_sent_again() -> None:
         peer = await greeted(server, terminal)
         terminal.type("hello\n")
         await peer.hear_chat()
-        await peer.say("SYSTEM", code="BAD_REQUEST", contents="contents: too rude")
+        await peer.send_frame("SYSTEM", code="BAD_REQUEST", contents="contents: too rude")
         await terminal.shows("contents: too rude\n> ")
 
 
@@ -227,17 +229,17 @@ async def test_ctrl_c_cancels_an_answer_and_leaves_at_the_prompt() -> None:
         terminal.type(CTRL_C)
         await terminal.shows("Stopping the answer")
         assert (await peer.hear_cancel()).message_id == message_id
-        await peer.say_chat(message_id, "cancelled", contents="Cancelled", attempt=1, offset=4)
+        await peer.send_chat(message_id, "cancelled", contents="Cancelled", attempt=1, offset=4)
         await terminal.shows("Cancelled\n> ")
         terminal.type("go on\n")
         assert [turn.content for turn in (await peer.hear_chat()).history] == ["hello", "half"]
         terminal.type(CTRL_C)
         await peer.hear_cancel()
-        await peer.say("SYSTEM", code="UNAVAILABLE", message_id=None, contents="not now")
+        await peer.send_frame("SYSTEM", code="UNAVAILABLE", message_id=None, contents="not now")
         peer = await server.logged_in()
         cancelled = (await peer.hear_chat()).message_id
         await peer.hear_cancel()
-        await peer.say_chat(cancelled, "cancelled", contents="Cancelled")
+        await peer.send_chat(cancelled, "cancelled", contents="Cancelled")
         await terminal.shows("Cancelled\n> ")
         terminal.type(CTRL_C)
         assert await terminal.exit_code() == 0
@@ -259,10 +261,10 @@ async def test_a_cancellation_that_is_refused_is_told_and_the_answer_goes_on() -
         message_id = await half_an_answer(peer, terminal)
         terminal.type(CTRL_C)
         await peer.hear_cancel()
-        await peer.say("SYSTEM", code="UNAVAILABLE", message_id=message_id, contents="not now")
+        await peer.send_frame("SYSTEM", code="UNAVAILABLE", message_id=message_id, contents="not now")
         await terminal.shows("not now\n")
-        await peer.say_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)
-        await peer.say_chat(message_id, "done", attempt=1, offset=10)
+        await peer.send_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)
+        await peer.send_chat(message_id, "done", attempt=1, offset=10)
         await terminal.shows(" whole\n> ")
 
 
@@ -282,8 +284,8 @@ async def test_a_lost_connection_is_told_and_the_answer_goes_on() -> None:
         await terminal.shows("\nNo connection (")
         peer = await server.logged_in()
         await terminal.shows("the answer goes on\n")
-        await peer.say_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)
-        await peer.say_chat(message_id, "done", attempt=1, offset=10)
+        await peer.send_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)
+        await peer.send_chat(message_id, "done", attempt=1, offset=10)
         await terminal.shows(" whole\n> ")
         peer.drop()
         await server.logged_in()

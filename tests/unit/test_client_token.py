@@ -28,7 +28,7 @@ def numbered() -> Callable[[], str]:
 async def refuse(peer: Peer) -> str | None:
     """Refuse the login; the token that was shown."""
     init = await peer.hear_init()
-    await peer.say("SYSTEM", code="UNAUTHORIZED", contents="not valid")
+    await peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="not valid")
     await peer.close(CloseCode.NOT_AUTHENTICATED)
     return init.token
 
@@ -49,7 +49,7 @@ async def test_a_token_may_take_its_time() -> None:
         entering = asyncio.create_task(Client(server.url, USER, token=give, timing=FAST).__aenter__())
         peer = await server.peer()
         assert (await peer.hear_init()).token == "signed"  # noqa: S105 - no secret
-        await peer.say("INIT")
+        await peer.send_frame("INIT")
         await (await within(entering)).__aexit__(None, None, None)
 
 
@@ -58,18 +58,18 @@ async def test_when_the_login_is_about_to_end_a_fresh_token_is_shown_on_the_same
     async with connected(token=numbered(), on_change=changes.append) as session:
         reply = await session.asked()
         for number in ("2", "3"):
-            await session.peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login ends in 30 s")
+            await session.peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="your login ends in 30 s")
             init = await session.peer.hear_init()
             assert (init.token, init.resume) == (number, [])
-            await session.peer.say("INIT")
-        await session.peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+            await session.peer.send_frame("INIT")
+        await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         assert await within(reply.text()) == ""
     assert [type(change) for change in changes] == [Connected]
 
 
 async def test_a_token_that_cannot_be_renewed_is_not_shown_again() -> None:
     async with connected(token="signed") as session:  # noqa: S106 - no secret
-        await session.peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login ends in 30 s")
+        await session.peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="your login ends in 30 s")
         reply = await session.client.send("hello")
         frame = await session.peer.hear()
         assert not isinstance(frame, ClientInit)
@@ -86,20 +86,20 @@ async def test_after_the_end_of_its_login_a_client_comes_back_with_a_fresh_token
         init = await peer.hear_init()
         assert init.token == "2"  # noqa: S105 - no secret
         assert [point.message_id for point in init.resume] == [reply.message_id]
-        await peer.say("INIT")
-        await peer.say_chat(reply.message_id, "done", attempt=1, offset=0)
+        await peer.send_frame("INIT")
+        await peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         await within(reply.text())
 
 
 async def test_a_token_that_came_too_late_for_a_login_that_ends_is_shown_again() -> None:
     given = iter(["old"])
     async with connected(token=lambda: next(given, "new")) as session:
-        await session.peer.say("SYSTEM", code="UNAUTHORIZED", contents="your login has expired")
+        await session.peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="your login has expired")
         assert (await session.peer.hear_init()).token == "new"  # noqa: S105 - no secret
         await session.peer.close(CloseCode.NOT_AUTHENTICATED)
         peer = await session.server.peer()
         assert (await peer.hear_init()).token == "new"  # noqa: S105 - no secret
-        await peer.say("INIT")
+        await peer.send_frame("INIT")
 
 
 async def entering(server: ScriptedServer, token: Callable[[], str]) -> asyncio.Task[Client]:
@@ -143,7 +143,7 @@ async def test_without_a_token_it_is_tried_again_and_said_why() -> None:
         task = await entering(server, give)
         peer = await server.peer()
         assert (await peer.hear_init()).token == "signed"  # noqa: S105 - no secret
-        await peer.say("INIT")
+        await peer.send_frame("INIT")
         await (await within(task)).__aexit__(None, None, None)
     assert len(calls) == 2
 
