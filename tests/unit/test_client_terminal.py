@@ -15,8 +15,7 @@ from typing import BinaryIO
 import pytest
 
 from imstream.cli.chat_terminal import INTERRUPTED, MAX_HISTORY
-from imstream.cli.keyboard import Keyboard
-from imstream.cli.screen import isolated
+from imstream.cli.terminal import LineReader, isolate_direction
 from imstream.client import Turn
 from imstream.wire import CloseCode
 from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
@@ -111,8 +110,8 @@ async def test_nothing_from_the_wire_turns_a_line_of_the_terminal() -> None:
         chat = asyncio.create_task(piped(server.url, "one\n"))
         await answer(await server.logged_in(), "a\u202eb\u202dc\u202a\u202b\u202cd\u2066\u2067e \u200fשלום\n")
         assert (await within(chat))[1] == "abcde \u200fשלום\n\n"
-    assert isolated("שלום\u2069 3 s") == "\u2068שלום 3 s\u2069"
-    assert isolated("away, 稍后") == "away, 稍后"
+    assert isolate_direction("שלום\u2069 3 s") == "\u2068שלום 3 s\u2069"
+    assert isolate_direction("away, 稍后") == "away, 稍后"
 
 
 async def test_says_why_there_is_no_connection() -> None:
@@ -304,7 +303,7 @@ async def test_the_oldest_of_a_long_conversation_is_left_out() -> None:
         assert (await within(chat))[0] == 0
 
 
-# The keyboard
+# Reading lines
 
 
 def unread(descriptor: int) -> int:
@@ -323,7 +322,7 @@ def pipe() -> Iterator[tuple[int, BinaryIO]]:
 
 async def test_a_line_may_come_in_any_pieces(pipe: tuple[int, BinaryIO]) -> None:
     reading, end = pipe
-    waiting = asyncio.create_task(Keyboard(reading).line())
+    waiting = asyncio.create_task(LineReader(reading).readline())
     for byte in "日本\n".encode():
         end.write(bytes([byte]))
         await wait_until(lambda: unread(reading) == 0, "the byte was read")
@@ -332,15 +331,15 @@ async def test_a_line_may_come_in_any_pieces(pipe: tuple[int, BinaryIO]) -> None
 
 async def test_waiting_for_a_line_may_be_given_up(pipe: tuple[int, BinaryIO]) -> None:
     reading, end = pipe
-    keyboard = Keyboard(reading)
-    waiting = asyncio.create_task(keyboard.line())
+    reader = LineReader(reading)
+    waiting = asyncio.create_task(reader.readline())
     end.write(b"be")
     await wait_until(lambda: unread(reading) == 0, "the beginning was read")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     end.write(b"gun\nnext")
-    assert await within(keyboard.line()) == "begun"
+    assert await within(reader.readline()) == "begun"
     end.close()
-    assert await within(keyboard.line()) == "next"
-    assert await within(keyboard.line()) is None
+    assert await within(reader.readline()) == "next"
+    assert await within(reader.readline()) is None
