@@ -1,7 +1,7 @@
-"""`imstream balancer`: the nginx or HAProxy of this machine in front of some nodes, with or without TLS.
+"""`imstream balancer`: runs nginx or HAProxy on this machine in front of nodes, with or without TLS.
 
-The configurations are those of `ops/`, which are usable as they are; for other nodes only addresses are replaced, and
-for TLS the lines marked `#tls` and `#redirect` are made use of.
+The configurations are those of `ops/`, which can be used directly. This module replaces the addresses, and enables the
+lines marked `#tls` and `#redirect`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from imstream.private_files import OWN_FOLDER, UMASK, close_to_others
 Program = Literal["haproxy", "nginx"]
 
 FOLDER = Path(f"{OWN_FOLDER}/balancer")
-"""Where the configuration and the temporary files of a running one are kept, unless another folder is named."""
+"""Default folder of the configuration and the temporary files."""
 
 _CONFIGURATIONS: dict[Program, str] = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
-_JOINED = "certificate-and-key.pem"
-_CONTENTS = (*_CONFIGURATIONS.values(), _JOINED, "nginx.pid", "body", "proxy", "fastcgi", "uwsgi", "scgi")
-"""What is kept in the folder."""
+_CERTIFICATE_AND_KEY = "certificate-and-key.pem"
+_CONTENTS = (*_CONFIGURATIONS.values(), _CERTIFICATE_AND_KEY, "nginx.pid", "body", "proxy", "fastcgi", "uwsgi", "scgi")
+"""The files and folders that are kept in the folder."""
 
 _LISTEN = "127.0.0.1:8000"
 _REDIRECT = "127.0.0.1:8001"
@@ -38,17 +38,17 @@ _MARKED = re.compile(r"(?P<indent>\s*)#(?P<mark>tls|redirect) (?P<line>.*)")
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 _FILE = re.compile(r"/[A-Za-z0-9._/@+-]+")
 _PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin")
-"""Where the programs are, besides PATH: that of an ordinary user of Debian lacks the first two."""
+"""Searched in addition to PATH, which lacks the first two for ordinary users of Debian."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """TLS for those who connect.
+    """TLS for clients.
 
     Attributes:
         certificate: PEM file of the certificate and its chain.
-        key: PEM file of its private key; None when that is in the same file.
-        redirect: Address at which those who come without TLS are sent on, if any.
+        key: PEM file of its private key; None if the certificate's file contains it.
+        redirect: Address from which plain HTTP is redirected to https.
     """
 
     certificate: Path
@@ -57,14 +57,8 @@ class Tls:
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
-    """What a balancer is to be. All addresses are `host:port`, with brackets around an IPv6 host.
-
-    Attributes:
-        program: Which one.
-        listen: The address it listens on.
-        nodes: The addresses of the nodes.
-    """
+class BalancerConfig:
+    """The configuration of a load balancer. Addresses are `host:port`, with brackets around an IPv6 host."""
 
     program: Program
     listen: str
@@ -72,65 +66,62 @@ class Front:
     tls: Tls | None = None
 
 
-def find(program: Program) -> str | None:
-    """The path of a program; None when it is not installed."""
+def find_program(program: Program) -> str | None:
+    """The path of a program; None if it is not installed."""
     return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *_PLACES]))
 
 
-def installed() -> Program | None:
-    """The program to take when either will do: HAProxy before nginx, because its health checks are active."""
-    return next((program for program in get_args(Program) if find(program)), None)
+def installed_program() -> Program | None:
+    """An installed program, if any: HAProxy before nginx, because its health checks are active."""
+    return next((program for program in get_args(Program) if find_program(program)), None)
 
 
-def configuration(front: Front) -> str:
-    """The configuration.
+def render(config: BalancerConfig) -> str:
+    """The text of the configuration file.
 
     Raises:
-        SettingsError: An address is none, or a file cannot be read or named in a configuration.
+        SettingsError: An address is malformed, or a file is unreadable or has a name that cannot be in the text.
     """
-    addresses = [front.listen, *front.nodes, *([front.tls.redirect] if front.tls and front.tls.redirect else [])]
-    for address in addresses:
+    redirect = config.tls.redirect if config.tls else None
+    for address in (config.listen, *config.nodes, *([redirect] if redirect else [])):
         if _ADDRESS.fullmatch(address) is None:
-            raise SettingsError(f"{address!r} is no address such as 10.0.0.1:8080 or [::1]:8080")
-    text = (resources.files("imstream.cli") / _CONFIGURATIONS[front.program]).read_text("utf-8")
-    return "\n".join([*_lines(front, text), ""])
+            raise SettingsError(f"{address!r} is not an address such as 10.0.0.1:8080 or [::1]:8080")
+    template = (resources.files("imstream.cli") / _CONFIGURATIONS[config.program]).read_text("utf-8")
+    return "\n".join([*_lines(config, template), ""])
 
 
-def _lines(front: Front, template: str) -> Iterator[str]:
-    words = _words(front)
-    redirect = front.tls is not None and front.tls.redirect is not None
+def _lines(config: BalancerConfig, template: str) -> Iterator[str]:
+    values = _values(config)
+    has_redirect = config.tls is not None and config.tls.redirect is not None
     for line in template.splitlines():
         marked = _MARKED.fullmatch(line)
         if _NODE_LINE.match(line):
             if _FIRST_NODE in line:
-                yield from (line.replace(_FIRST_NODE, _shown(front.program, node)) for node in front.nodes)
-        elif marked and front.tls and (marked["mark"] == "tls" or redirect):
-            yield _replaced(f"{marked['indent']}{marked['line']}", words)
-        elif front.tls is None or not line.strip().endswith((f" {_LISTEN}", f" {_LISTEN};")):
-            yield line.replace(_LISTEN, words[_LISTEN]) if marked is None else line
+                yield from (line.replace(_FIRST_NODE, _format(config.program, node)) for node in config.nodes)
+        elif marked and config.tls and (marked["mark"] == "tls" or has_redirect):
+            # All values at once: no value is replaced within another one.
+            pattern = "|".join(map(re.escape, values))
+            yield re.sub(pattern, lambda found: values[found[0]], f"{marked['indent']}{marked['line']}")
+        elif config.tls is None or not line.strip().endswith((f" {_LISTEN}", f" {_LISTEN};")):
+            yield line.replace(_LISTEN, values[_LISTEN]) if marked is None else line
 
 
-def _words(front: Front) -> dict[str, str]:
-    """What stands in the shipped files, and what takes its place."""
-    words = {_LISTEN: _shown(front.program, front.listen)}
-    if front.tls:
-        words[_CERTIFICATE] = _readable(front.tls.certificate)
-        words[_KEY] = _readable(front.tls.key or front.tls.certificate)
-        words[":8000"] = f":{front.listen.rpartition(':')[2]}"
-        if front.tls.key and front.program == "haproxy":
+def _values(config: BalancerConfig) -> dict[str, str]:
+    """What replaces the values of the template."""
+    values = {_LISTEN: _format(config.program, config.listen)}
+    if config.tls:
+        values[_CERTIFICATE] = _readable(config.tls.certificate)
+        values[_KEY] = _readable(config.tls.key or config.tls.certificate)
+        values[":8000"] = f":{config.listen.rpartition(':')[2]}"
+        if config.tls.key and config.program == "haproxy":
             raise SettingsError("HAProxy takes one file with the certificate, its chain and the key: leave out --key")
-        if front.tls.redirect:
-            words[_REDIRECT] = _shown(front.program, front.tls.redirect)
-    return words
+        if config.tls.redirect:
+            values[_REDIRECT] = _format(config.program, config.tls.redirect)
+    return values
 
 
-def _replaced(line: str, words: dict[str, str]) -> str:
-    """Replace all words at once, so that nothing is replaced in what has just been put there."""
-    return re.sub("|".join(map(re.escape, words)), lambda word: words[word[0]], line)
-
-
-def _shown(program: Program, address: str) -> str:
-    """An address as the program takes it. HAProxy knows no brackets: the port is what follows the last colon."""
+def _format(program: Program, address: str) -> str:
+    """An address in the program's syntax: HAProxy has no brackets, the port follows the last colon."""
     return address.translate({ord("["): None, ord("]"): None}) if program == "haproxy" else address
 
 
@@ -143,43 +134,39 @@ def _readable(file: Path) -> str:
     return path
 
 
-def become(front: Front, folder: Path) -> NoReturn:
-    """Turn this process into the balancer, in the foreground: its process id and its signals are the program's own.
-
-    Args:
-        front: What it is to be.
-        folder: Where its configuration and its temporary files are kept; made when there is none.
+def exec_balancer(config: BalancerConfig, folder: Path) -> NoReturn:
+    """Replace this process by the load balancer, in the foreground. `folder` is created if necessary.
 
     Raises:
-        ImstreamError: It is not installed.
-        SettingsError: As `configuration` does.
+        ImstreamError: The program is not installed.
+        SettingsError: The folder cannot be used, or `render` raises it.
     """
-    program = front.program
-    path = find(program)
+    program = config.program
+    path = find_program(program)
     if path is None:
         raise ImstreamError(f"{program} is not installed (Debian, Ubuntu: sudo apt install {program})")
     os.umask(UMASK)
-    config = folder.resolve() / _CONFIGURATIONS[program]
+    file = folder.resolve() / _CONFIGURATIONS[program]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         close_to_others(folder, _CONTENTS)
-        if program == "haproxy" and front.tls and front.tls.key:
-            front = replace(front, tls=replace(front.tls, certificate=_joined(front.tls, folder), key=None))
-        config.write_text(configuration(front), "utf-8")
+        if program == "haproxy" and config.tls and config.tls.key:
+            config = replace(config, tls=replace(config.tls, certificate=_join_files(config.tls, folder), key=None))
+        file.write_text(render(config), "utf-8")
     except OSError as error:
         raise SettingsError(f"--folder={folder} cannot be used: {error.strerror}: {error.filename}") from None
     arguments = {
-        "haproxy": ["-db", "-f", str(config)],
-        "nginx": ["-e", "stderr", "-p", str(config.parent), "-c", str(config)],
+        "haproxy": ["-db", "-f", str(file)],
+        "nginx": ["-e", "stderr", "-p", str(file.parent), "-c", str(file)],
     }[program]
-    os.execv(path, [program, *arguments])  # noqa: S606 - that is its purpose
+    os.execv(path, [program, *arguments])  # noqa: S606 - the purpose of this function
 
 
-def _joined(tls: Tls, folder: Path) -> Path:
-    """Certificate and key in one file, which nobody else can read."""
-    both = folder.resolve() / _JOINED
-    both.unlink(missing_ok=True)
+def _join_files(tls: Tls, folder: Path) -> Path:
+    """Certificate and key in one file that only this user can read."""
+    path = folder.resolve() / _CERTIFICATE_AND_KEY
+    path.unlink(missing_ok=True)
     parts = [Path(_readable(file)).read_bytes() for file in (tls.certificate, tls.key) if file]
-    with os.fdopen(os.open(both, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(b"\n".join(parts))
-    return both
+    return path

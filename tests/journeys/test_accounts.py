@@ -96,7 +96,7 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
         out = await command(nodes, "ban", str(USER), "--reason", "spam", "--by", "alice")
         assert out.splitlines() == [
             f"user {USER} is banned",
-            *(f"node {node} was told to close the user's sessions" for node in "01"),
+            *(f"node {node} was notified to close the user's sessions" for node in "01"),
         ]
         await is_shut_out(here, re.escape(BANNED.en))
         await is_shut_out(there, re.escape(BANNED.zh))
@@ -112,7 +112,7 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
         # What was accepted is answered, though nobody is shown it.
         await nodes["0"].all_finished()
         assert nodes.any.recorded(USER, "running")[0] == "done"
-        assert await command(nodes, "unban", str(USER)) == f"user {USER} is banned no more\n"
+        assert await command(nodes, "unban", str(USER)) == f"user {USER} is no longer banned\n"
         assert await command(nodes, "unban", str(USER)) == f"user {USER} was not banned\n"
     async with nodes["1"].peer(USER) as back:
         assert (await back.chat(USER, AT_ONCE, "after"))["event"] == "accepted"
@@ -127,7 +127,7 @@ async def test_a_lock_by_command_says_until_when_and_ends_by_itself(nodes: ManyN
         assert 3_500_000 < someone.frames[-1]["retryAfterMs"] <= 3_600_000
         await login_is_refused(nodes, USER, lang="en", sentence=sentence)
         assert "account     locked" in await command(nodes, "show", str(USER))
-        assert await command(nodes, "unlock", str(USER)) == f"user {USER} is locked no more\n"
+        assert await command(nodes, "unlock", str(USER)) == f"user {USER} is no longer locked\n"
         await command(nodes, "lock", str(USER), "--for", "50ms")
         await wait_until(lambda: _is_free(nodes), "the lock is over")
     async with nodes["0"].peer(USER):
@@ -172,7 +172,7 @@ async def test_too_many_violations_lock_the_user_on_all_nodes(nodes: ManyNodes) 
         assert (terminal["event"], terminal["contents"]) == ("failed", NO.sentence.en)
         await rude.send_frame("HEARTBEAT")
         await rude.until(msgType="HEARTBEAT")
-        assert "violations  2, forgotten in 0:09:" in await command(nodes, "show", str(USER))
+        assert "violations  2, expire in 0:09:" in await command(nodes, "show", str(USER))
         # The third: what was wrong with it is said before the door is shut.
         assert (await rude.chat(USER, RUDE, "m3"))["contents"] == NO.sentence.en
         for someone in (rude, too):
@@ -258,9 +258,11 @@ async def test_an_operator_sees_what_was_asked_today_and_may_give_it_back(nodes:
         assert f"user {USER}: 3 of {QUOTA} used" in shown
         assert re.search(r"^  \d{4}-\d\d-\d\d \d\d:\d\d \(UTC\)  m3$", shown, re.MULTILINE)
         given_back = await command(nodes, "quota", str(USER), "--give-back", "m2")
-        assert "message m2 is counted no more" in given_back
+        assert "message m2 is no longer counted" in given_back
         assert f"2 of {QUOTA} used" in given_back
         assert "not counted today" in await command(nodes, "quota", str(USER), "--give-back", "m2")
-        assert f"given back: 2\nuser {USER}: 0 of {QUOTA} used" in await command(nodes, "quota", str(USER), "--reset")
+        assert f"messages no longer counted: 2\nuser {USER}: 0 of {QUOTA} used" in await command(
+            nodes, "quota", str(USER), "--reset"
+        )
         assert (await someone.chat(USER, AT_ONCE, "m4"))["remaining"] == QUOTA - 1
         await someone.end_of("m4")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imstream.cli.balancer import Front, Program, configuration, find
+from imstream.cli.balancer import BalancerConfig, Program, find_program, render
 from imstream.gateway.app import page_routes
 from tests.support.balancing import PROGRAMS
 from tests.support.processes import free_port, http_status, start, wait_for
@@ -111,7 +111,7 @@ def status_of(line: bytes) -> int | None:
 @asynccontextmanager
 async def door(program: Program, folder: Path, limits: Mapping[str, int], *, seconds: int = 10) -> AsyncIterator[Door]:
     """The shipped configuration in front of a fake node, with some of its limits changed."""
-    path = find(program)
+    path = find_program(program)
     if path is None:
         missing(program)
         return
@@ -119,7 +119,7 @@ async def door(program: Program, folder: Path, limits: Mapping[str, int], *, sec
     server = await asyncio.start_server(node.answer, HERE)
     async with server:
         node.port = server.sockets[0].getsockname()[1]
-        text = configuration(Front(program, f"{HERE}:{port}", [f"{HERE}:{node.port}"]))
+        text = render(BalancerConfig(program, f"{HERE}:{port}", [f"{HERE}:{node.port}"]))
         for name, number in limits.items():
             shipped = LIMITS[name][program]
             assert text.count(shipped) == 1

@@ -17,7 +17,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from imstream.cli.balancer import Program, find
+from imstream.cli.balancer import Program, find_program
 from imstream.client import Client, NotConnected, Timing
 from imstream.demo.answer import canned_answer
 from tests.journeys.page_support import open_page, running_chromium
@@ -74,7 +74,7 @@ def start_front(
     folder: Path, program: Program, authority: Authority, certificate: Certificate, ports: Sequence[int]
 ) -> Front:
     """Start one with certificate and key in two files, and wait until it reaches a node."""
-    if find(program) is None:
+    if find_program(program) is None:
         missing(program)
     port, redirect = free_port(), free_port()
     command = [PYTHON, "-m", "imstream", "balancer", "--program", program, "--listen", f"127.0.0.1:{port}"]

@@ -126,7 +126,7 @@ def test_a_child_that_dies_takes_the_rest_down_and_is_named(tmp_path: Path, vict
         assert imstream.running.wait(30) == 1
         assert gone(list(children.values()))
     name = {"node": "node 0", "demo-ai": "ai", "redis": "redis"}[victim]
-    assert f"{name} ended by itself (killed by SIGKILL); stopping the rest" in imstream.running.output()
+    assert f"{name} exited unexpectedly (killed by SIGKILL); stopping the rest" in imstream.running.output()
 
 
 def test_a_child_that_cannot_start_is_named(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_child_that_cannot_start_is_named(tmp_path: Path) -> None:
             assert second.running.wait(30) == 1
         said = second.running.output()
     assert "redis  | Error: another embedded Valkey runs on .imstream/redis" in said
-    assert "redis ended before it served (exit code 1); stopping the rest" in said
+    assert "redis exited before it was ready (exit code 1); stopping the rest" in said
 
 
 def test_nobody_survives_when_it_is_killed(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ async def test_three_nodes_and_a_balancer_from_one_command(program: Program, tmp
         # A killed node is started again, and nobody else is disturbed.
         children["node 1"].kill()
         await wait_until(lambda: "node 1 is back" in imstream.running.output(), "node 1 to be back", limit=30)
-        assert "node 1 ended by itself (killed by SIGKILL); starting it again in 1 s" in imstream.running.output()
+        assert "node 1 exited unexpectedly (killed by SIGKILL); restarting in 1 s" in imstream.running.output()
         now = imstream.children()
         assert [name for name in children if children[name] != now[name]] == ["node 1"]
 

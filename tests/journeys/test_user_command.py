@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-import imstream.cli.accounts
+import imstream.cli.admin
 from imstream.cli.main import main
 from imstream.errors import StoreFull
 from imstream.keys import Keys
@@ -32,10 +32,10 @@ def test_commands_change_what_show_shows_wherever_redis_is(empty_redis: Topology
         ["by", "alice"],
         ["since", command(empty_redis, "show")[4].split()[1]],
     ]
-    assert command(empty_redis, "unban") == [f"user {USER} is banned no more"]
+    assert command(empty_redis, "unban") == [f"user {USER} is no longer banned"]
     assert command(empty_redis, "lock", "--for", "1h")[0].startswith(f"user {USER} is locked until 2")
     assert "until" in command(empty_redis, "show")[2]
-    assert command(empty_redis, "unlock") == [f"user {USER} is locked no more"]
+    assert command(empty_redis, "unlock") == [f"user {USER} is no longer locked"]
     assert command(empty_redis, "unlock") == [f"user {USER} was not locked"]
     [account, quota, violations, sockets] = command(empty_redis, "show")[1:]
     assert account == "  account     free"
@@ -82,9 +82,9 @@ def test_a_node_that_cannot_be_told_is_named(empty_redis: Topology, monkeypatch:
     async def full(*_: Any) -> None:  # noqa: ANN401 - whatever it is given
         raise StoreFull("out of memory")
 
-    monkeypatch.setattr(imstream.cli.accounts, "leave", full)
+    monkeypatch.setattr(imstream.cli.admin, "leave", full)
     with empty_redis.client() as client:
         client.sadd(Keys().route(USER), "7")
         told = command(empty_redis, "ban")[1]
-        assert told == "node 7 could not be told, and closes sessions within minutes: out of memory"
+        assert told == "node 7 was not notified and closes the sessions within minutes: out of memory"
         client.delete(Keys().route(USER), Keys().account(USER))

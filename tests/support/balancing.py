@@ -11,7 +11,7 @@ from pathlib import Path
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from imstream.cli.balancer import Program, find
+from imstream.cli.balancer import Program, find_program
 from tests.support.processes import PYTHON, Running, http_status, start, wait_for
 from tests.support.servers import missing
 
@@ -74,7 +74,7 @@ class Balancer:
 
 def start_balancer(folder: Path, program: Program, ports: Sequence[int], *, port: int, wait: bool = True) -> Balancer:
     """Start a balancer in front of the nodes with these ports, and wait until it reaches one."""
-    if find(program) is None:
+    if find_program(program) is None:
         missing(program)
     command = [PYTHON, "-m", "imstream", "balancer", "--program", program, "--listen", f"127.0.0.1:{port}"]
     command += ["--folder", str(folder / program), *(f"127.0.0.1:{node}" for node in ports)]

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from imstream.cli import balancer
-from imstream.cli.balancer import Front, Program, Tls, configuration
+from imstream.cli.balancer import BalancerConfig, Program, Tls, render
 from imstream.cli.main import main
 from imstream.errors import SettingsError
 from tests.support.processes import PYTHON
@@ -28,7 +28,7 @@ PROGRAMS = get_args(Program)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_shipped_configuration_is_that_of_three_nodes_on_this_machine(program: Program) -> None:
     nodes = [f"127.0.0.1:{port}" for port in (8080, 8081, 8082)]
-    assert configuration(Front(program, "127.0.0.1:8000", nodes)) == (ROOT / "ops" / SHIPPED[program]).read_text(
+    assert render(BalancerConfig(program, "127.0.0.1:8000", nodes)) == (ROOT / "ops" / SHIPPED[program]).read_text(
         "utf-8"
     )
 
@@ -36,7 +36,7 @@ def test_the_shipped_configuration_is_that_of_three_nodes_on_this_machine(progra
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_other_nodes_get_the_same_line_each(program: Program) -> None:
     nodes = [f"10.0.0.{number}:80" for number in range(1, 6)]
-    lines = [line.split() for line in configuration(Front(program, "0.0.0.0:9000", nodes)).splitlines()]
+    lines = [line.split() for line in render(BalancerConfig(program, "0.0.0.0:9000", nodes)).splitlines()]
     servers = [" ".join(words) for words in lines if words[:1] == ["server"] and words[1] != "{"]
     assert len(servers) == len(nodes)
     for node, server in zip(nodes, servers, strict=True):
@@ -48,11 +48,11 @@ def test_other_nodes_get_the_same_line_each(program: Program) -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("nodes", [["10.0.0.1:80"], ["[::1]:8080", "[::1]:8081"], ["localhost:1", "localhost:2"]])
 def test_the_programs_take_what_is_made(program: Program, nodes: list[str], tmp_path: Path) -> None:
-    path = balancer.find(program)
+    path = balancer.find_program(program)
     if path is None:
         missing(program)
         return
-    (tmp_path / "config").write_text(configuration(Front(program, "[::1]:8000", nodes)))
+    (tmp_path / "config").write_text(render(BalancerConfig(program, "[::1]:8000", nodes)))
     test = {"haproxy": "-c -f config", "nginx": f"-t -e stderr -p {tmp_path} -c {tmp_path}/config"}[program]
     subprocess.run([path, *test.split()], check=True, cwd=tmp_path)
 
@@ -62,8 +62,8 @@ def test_the_programs_take_what_is_made(program: Program, nodes: list[str], tmp_
 )
 def test_what_is_no_address_never_gets_into_a_configuration(address: str) -> None:
     for listen, node in ((address, "a:1"), ("a:1", address)):
-        with pytest.raises(SettingsError, match="is no address"):
-            configuration(Front("nginx", listen, [node]))
+        with pytest.raises(SettingsError, match="is not an address"):
+            render(BalancerConfig("nginx", listen, [node]))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -72,7 +72,7 @@ def test_with_a_certificate_nothing_is_listened_to_without_tls_but_what_sends_on
 ) -> None:
     (tmp_path / "c.pem").touch()
     for redirect, plain in ((None, []), ("[::1]:80", ["[::1]:80" if program == "nginx" else "::1:80"])):
-        made = configuration(Front(program, "0.0.0.0:443", ["a:1"], Tls(tmp_path / "c.pem", redirect=redirect)))
+        made = render(BalancerConfig(program, "0.0.0.0:443", ["a:1"], Tls(tmp_path / "c.pem", redirect=redirect)))
         lines = [line.split() for line in made.splitlines()]
         listens = [words[1:] for words in lines if words[:1] in (["listen"], ["bind"])]
         assert [words[0].rstrip(";") for words in listens if not {"ssl", "ssl;"} & {*words}] == plain
@@ -89,11 +89,11 @@ def test_a_file_that_cannot_be_read_or_named_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     for name, told in (("gone", "cannot be read"), ("a; include x", "cannot be named"), ("a b.pem", "cannot be named")):
         with pytest.raises(SettingsError, match=told):
-            configuration(Front("nginx", "a:1", ["a:2"], Tls(tmp_path / name)))
-    with pytest.raises(SettingsError, match="is no address"):
-        configuration(Front("nginx", "a:1", ["a:2"], Tls(tmp_path / "c.pem", redirect="a:1; include x")))
+            render(BalancerConfig("nginx", "a:1", ["a:2"], Tls(tmp_path / name)))
+    with pytest.raises(SettingsError, match="is not an address"):
+        render(BalancerConfig("nginx", "a:1", ["a:2"], Tls(tmp_path / "c.pem", redirect="a:1; include x")))
     with pytest.raises(SettingsError, match="HAProxy takes one file"):
-        configuration(Front("haproxy", "a:1", ["a:2"], Tls(tmp_path / "c.pem", key=tmp_path / "c.pem")))
+        render(BalancerConfig("haproxy", "a:1", ["a:2"], Tls(tmp_path / "c.pem", key=tmp_path / "c.pem")))
 
 
 def test_a_program_is_found_where_the_path_of_an_ordinary_user_does_not_lead(
@@ -104,9 +104,9 @@ def test_a_program_is_found_where_the_path_of_an_ordinary_user_does_not_lead(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(balancer, "_PLACES", (str(tmp_path),))
-    assert balancer.find("nginx") == str(program)
-    assert balancer.find("haproxy") is None
-    assert balancer.installed() == "nginx"
+    assert balancer.find_program("nginx") == str(program)
+    assert balancer.find_program("haproxy") is None
+    assert balancer.installed_program() == "nginx"
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[li
     """What would be executed; this process stays what it is, and keeps its umask."""
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
-    monkeypatch.setattr(balancer, "find", lambda _: "/bin/true")
+    monkeypatch.setattr(balancer, "find_program", lambda _: "/bin/true")
     monkeypatch.chdir(tmp_path)
     previous = os.umask(0o022)
     yield commands
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(started: list[l
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_limits_are_those_of_the_readme(program: Program) -> None:
-    made = configuration(Front(program, "a:1", ["a:2"]))
+    made = render(BalancerConfig(program, "a:1", ["a:2"]))
     document = (ROOT / "ops" / "docs" / "balancers.md").read_text("utf-8")
     table = document.partition("| of one address |")[2].partition("\n\n")[0]
     numbers = [line.split("|")[2].strip().replace(",", "") for line in table.splitlines()[2:]]

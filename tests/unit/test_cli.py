@@ -17,7 +17,7 @@ import imstream.cli.chat_terminal
 import imstream.node
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
-from imstream.cli.up_settings import UpSettings
+from imstream.cli.up_plan import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
 from imstream.urls import redact_url
@@ -109,12 +109,12 @@ def test_redis_and_ai_have_short_names(node_runs: list[Settings]) -> None:
         (("up", "--port", "0"), "IMSTREAM_PORT=0 is not allowed"),
         (("up", "--nodes", "0"), "IMSTREAM_UP_NODES='0' is not allowed: Input should be greater than"),
         (("up", "--nodes", "2", "--port", "65535"), "IMSTREAM_PORT=65535 is not allowed: 2 nodes need as many ports"),
-        (("balancer", "10.0.0.1"), "'10.0.0.1' is no address such as 10.0.0.1:8080"),
+        (("balancer", "10.0.0.1"), "'10.0.0.1' is not an address such as 10.0.0.1:8080"),
         (("streams", "--redis", "http://x"), "IMSTREAM_REDIS_URL='http://x' is not allowed"),
         (("node", "--quota-timezone", "Mars"), "IMSTREAM_QUOTA_TIMEZONE='Mars' is not allowed: a time zone such as"),
-        (("chat", "--user", "many"), "'many' is no user id: a number from 10001 to"),
-        (("token", "--user", "10000"), "'10000' is no user id: a number from 10001 to"),
-        (("user", "show", "10000"), "'10000' is no user id: a number from 10001 to"),
+        (("chat", "--user", "many"), "'many' is not a user id: a number from 10001 to"),
+        (("token", "--user", "10000"), "'10000' is not a user id: a number from 10001 to"),
+        (("user", "show", "10000"), "'10000' is not a user id: a number from 10001 to"),
         (("user", "lock", "10001", "--for", "soon"), "--for='soon' is not allowed: a time span such as 250ms"),
         (("user", "lock", "10001", "--for", "0"), "--for='0' is not allowed: more than 0, at most 3650d"),
     ],

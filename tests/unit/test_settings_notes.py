@@ -13,7 +13,7 @@ import imstream.node
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
-from imstream.cli.up_settings import UpSettings
+from imstream.cli.up_plan import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
 
@@ -50,7 +50,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_sentence(command: str, fol
 def test_a_mark_at_the_beginning_of_the_file_is_no_part_of_the_first_name(folder: Path) -> None:
     (folder / ".env").write_bytes(b"\xef\xbb\xbfIMSTREAM_PORT=1001\n")
     assert Settings.load().port == 1001
-    assert settings_notes.look()[1] == []
+    assert settings_notes.check()[1] == []
 
 
 def test_every_setting_is_known_in_any_case(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,29 +59,29 @@ def test_every_setting_is_known_in_any_case(folder: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, "1")
     (folder / ".env").write_text("".join(f"{name}=1\n" for name in names))
     (folder / ".env").chmod(0o600)
-    assert settings_notes.look()[1] == []
+    assert settings_notes.check()[1] == []
 
 
 def test_a_name_that_is_no_setting_is_told_with_the_nearest_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMSTREAM_QUEU_LIMIT", "hush")
     monkeypatch.setenv("imstream_embeded_port", "hush")
     (folder / ".env").write_text("IMSTREAM_DEMOPACE=hush\nSOMEBODY_ELSES=x\nIMSTREAM_ZZZZZZ=hush\nIMSTREAM_\x1b[2J=x\n")
-    assert sorted(settings_notes.look()[1]) == [
-        "IMSTREAM_DEMOPACE in .env is no setting; did you mean IMSTREAM_DEMO_PACE?",
-        "IMSTREAM_QUEU_LIMIT is no setting; did you mean IMSTREAM_QUEUE_LIMIT?",
-        "IMSTREAM_ZZZZZZ in .env is no setting",
-        "IMSTREAM_\\x1b[2J in .env is no setting",
-        "imstream_embeded_port is no setting; did you mean IMSTREAM_EMBEDDED_PORT?",
+    assert sorted(settings_notes.check()[1]) == [
+        "IMSTREAM_DEMOPACE in .env is not a setting; did you mean IMSTREAM_DEMO_PACE?",
+        "IMSTREAM_QUEU_LIMIT is not a setting; did you mean IMSTREAM_QUEUE_LIMIT?",
+        "IMSTREAM_ZZZZZZ in .env is not a setting",
+        "IMSTREAM_\\x1b[2J in .env is not a setting",
+        "imstream_embeded_port is not a setting; did you mean IMSTREAM_EMBEDDED_PORT?",
     ]
 
 
 def test_names_without_end_or_number_cost_little(folder: Path) -> None:
     (folder / ".env").write_text("".join(f"IMSTREAM_{number}{'X' * 200}=1\n" for number in range(2_000)))
     before = time.process_time()
-    told = settings_notes.look()[1]
+    told = settings_notes.check()[1]
     assert time.process_time() - before < 5
     assert len(told) == 11
-    assert told[-1] == "1990 more variables that begin with IMSTREAM_ are no settings"
+    assert told[-1] == "1990 more variables that begin with IMSTREAM_ are not settings"
     assert max(map(len, told)) < 200
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_others_can_change_or_read_secrets_in_is_a_warning(
     file = folder / ".env"
     file.write_text(content)
     file.chmod(mode)
-    warnings = settings_notes.look()[1]
+    warnings = settings_notes.check()[1]
     assert [warning.startswith(f"{file} {told}") for warning in warnings] == [True] * (told is not None)
 
 
@@ -113,7 +113,7 @@ def test_a_file_that_others_can_change_or_read_secrets_in_is_a_warning(
 def test_a_file_of_another_user_is_a_warning(folder: Path) -> None:
     (folder / ".env").write_text("IMSTREAM_PORT=1\n")
     os.chown(folder / ".env", 65534, -1)
-    assert settings_notes.look()[1] == [f"{folder / '.env'} belongs to another user, who can change every setting"]
+    assert settings_notes.check()[1] == [f"{folder / '.env'} belongs to another user, who can change every setting"]
 
 
 def test_a_node_logs_the_file_and_the_warnings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +123,13 @@ def test_a_node_logs_the_file_and_the_warnings(folder: Path, monkeypatch: pytest
     said = CliRunner().invoke(main, ["node", "--log-format", "json"]).output.splitlines()
     assert [line.partition('"level":')[2] for line in said] == [
         f' "info", "event": "settings read", "file": "{folder}/.env"}}',
-        ' "warning", "event": "IMSTREAM_NOD in .env is no setting; did you mean IMSTREAM_NODE?"}',
+        ' "warning", "event": "IMSTREAM_NOD in .env is not a setting; did you mean IMSTREAM_NODE?"}',
     ]
 
 
 def test_other_commands_warn_on_standard_error_and_servers_name_the_file(folder: Path) -> None:
     (folder / ".env").write_text("IMSTREAM_PORTT=1\n")
-    warning = "Warning: IMSTREAM_PORTT in .env is no setting; did you mean IMSTREAM_PORT?\n"
+    warning = "Warning: IMSTREAM_PORTT in .env is not a setting; did you mean IMSTREAM_PORT?\n"
     told = CliRunner().invoke(main, ["token", "--user", "10001", "--ttl", "0"])
     assert (told.stdout, told.stderr.startswith(warning)) == ("", True)
     for server in ("redis", "demo-ai", "up"):

@@ -28,15 +28,15 @@ async def test_a_child_that_never_serves_is_given_up(
     assert not announced
     out = capsys.readouterr().out
     assert out.startswith("starting ai, node …\n")
-    assert "ai does not serve after 1 s; stopping the rest" in out
+    assert "ai is not ready after 1 s; stopping the rest" in out
 
 
 async def test_a_child_that_does_not_come_back_is_tried_again_ever_more_slowly_until_it_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port, said = free_port(), ""
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.25)
-    monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.5)
+    monkeypatch.setattr(supervisor, "MIN_RESTART_DELAY", 0.25)
+    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY", 0.5)
 
     async def serves() -> bool:
         return await asyncio.to_thread(http_status, f"http://127.0.0.1:{port}/v1/models") == 200
@@ -53,11 +53,11 @@ async def test_a_child_that_does_not_come_back_is_tried_again_ever_more_slowly_u
         await started.wait()
         [child] = both.running
         os.kill(child.process.pid, signal.SIGKILL)
-        await wait_until(lambda: has_said("starting it again"), "its end is seen")
+        await wait_until(lambda: has_said("restarting"), "its end is seen")
         with socket.create_server(("127.0.0.1", port)):
-            await wait_until(lambda: has_said("ai ended by itself (exit code 2)", times=2), "two more tries", limit=20)
+            await wait_until(lambda: has_said("exited unexpectedly (exit code 2)", times=2), "two more tries", limit=20)
         await wait_until(lambda: has_said("ai is back"), "it is back", limit=20)
         os.kill(os.getpid(), signal.SIGTERM)
         assert await running == 0
-    pauses = [line.partition("again in ")[2] for line in said.splitlines() if "starting it again" in line]
+    pauses = [line.partition("restarting in ")[2] for line in said.splitlines() if "restarting" in line]
     assert pauses[:3] == ["0.25 s", "0.5 s", "0.5 s"]

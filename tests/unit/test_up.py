@@ -10,7 +10,7 @@ import pytest
 
 from imstream.cli import balancer
 from imstream.cli.up import summary
-from imstream.cli.up_plan import make_plan, numbered
+from imstream.cli.up_plan import make_plan, numbered_nodes
 from imstream.errors import SettingsError
 from tests.support.processes import consecutive_ports, free_port
 from tests.support.tokens import SECRET
@@ -23,7 +23,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
         monkeypatch.delenv(name)
     programs: dict[str, str] = {}
-    monkeypatch.setattr(balancer, "find", programs.get)
+    monkeypatch.setattr(balancer, "find_program", programs.get)
     return programs
 
 
@@ -44,7 +44,7 @@ def ports() -> dict[str, str]:
     ],
 )
 def test_nodes_count_on_from_the_first_one(node: str, ids: list[str]) -> None:
-    assert numbered(node, 8080, 3) == [(one, 8080 + number) for number, one in enumerate(ids)]
+    assert numbered_nodes(node, 8080, 3) == [(one, 8080 + number) for number, one in enumerate(ids)]
 
 
 def test_several_nodes_get_the_balancer_that_is_installed(machine: dict[str, str]) -> None:
@@ -72,7 +72,7 @@ def test_without_one_installed_it_says_so_and_where_the_nodes_are() -> None:
     said = summary(plan)
     first = int(options["port"])
     assert said[0] == f"page     http://127.0.0.1:{first}/"
-    assert said[1] == "balancer none: install haproxy or nginx, and it is in front of the nodes at the next start"
+    assert said[1] == "balancer none: install haproxy or nginx to have one at the next start"
     assert said[2:4] == [f"node 0   ws://127.0.0.1:{first}/ws", f"node 1   ws://127.0.0.1:{first + 1}/ws"]
 
 
@@ -92,8 +92,8 @@ def test_the_balancer_is_reached_where_the_nodes_are(machine: dict[str, str]) ->
     machine["haproxy"] = "/usr/sbin/haproxy"
     options = {**ports(), "nodes": "2", "host": "0.0.0.0", "allow_insecure": "true"}
     plan = make_plan(options)
-    assert plan.door == f"127.0.0.1:{options['balancer_port']}"
-    [front] = plan.order()[0][-1]
+    assert plan.entry_point == f"127.0.0.1:{options['balancer_port']}"
+    [front] = plan.stages()[0][-1]
     assert front.arguments[:5] == [
         "balancer",
         "--program",
@@ -107,7 +107,7 @@ def test_the_balancer_is_reached_where_the_nodes_are(machine: dict[str, str]) ->
 def test_the_balancer_starts_after_the_nodes_and_stops_after_them(machine: dict[str, str]) -> None:
     machine["haproxy"] = "/usr/sbin/haproxy"
     plan = make_plan({**ports(), "nodes": "2"})
-    starting, stopping = plan.order()
+    starting, stopping = plan.stages()
     names = [[part.name for part in stage] for stage in starting]
     assert names == [["redis"], ["ai"], ["node 0", "node 1"], ["haproxy"]]
     assert [[part.name for part in stage] for stage in stopping] == [names[2], names[3], names[1], names[0]]
@@ -136,7 +136,7 @@ def test_the_page_from_disk_gets_a_token_that_is_good_for_this_run(monkeypatch: 
         assert re.fullmatch(rf"or open  file:///.*/index\.html#node=127\.0\.0\.1:{options['port']}&token=.*", line)
         with_it = {
             part.name
-            for stage in plan.order()[0]
+            for stage in plan.stages()[0]
             for part in stage
             if page_token in (*part.environment.values(), *part.arguments)
         }
@@ -163,7 +163,7 @@ def test_each_part_gets_the_settings_of_its_own_and_no_other_secret(
     for name, value in {**hush, "IMSTREAM_TOKEN": "hush", "IMSTREAM_DEMO_SEED": "7", "IMSTREAM_X": "hush"}.items():
         monkeypatch.setenv(name, value)
     plan = make_plan({**ports(), "nodes": "2", "auth": "jwt", "demo_pace": "1ms"})
-    parts = {part.name: part.environment for stage in plan.order()[0] for part in stage}
+    parts = {part.name: part.environment for stage in plan.stages()[0] for part in stage}
     assert parts["nginx"] == {}
     assert parts["redis"].keys() == {"IMSTREAM_EMBEDDED_PORT", "IMSTREAM_EMBEDDED_LOG_LEVEL"}
     assert parts["ai"].keys() == {"IMSTREAM_DEMO_PORT", "IMSTREAM_DEMO_PACE", "IMSTREAM_DEMO_SEED"}

@@ -1,0 +1,237 @@
+"""Commands of operators that read or change Redis: `imstream streams` and `imstream user`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+from zoneinfo import ZoneInfo
+
+import click
+
+from imstream.cli.options import TimeSpan, UserId, given, settings_options
+from imstream.clock import Calendar, now_ms
+from imstream.errors import StoreDenied, StoreError, StoreUnavailable
+from imstream.keys import Keys
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
+from imstream.store.accounts import AccountOpen, Accounts, Banned, Locked, Restricted
+from imstream.store.inbox import AccountChanged, notify
+from imstream.store.inspection import StreamOverview, UserOverview, inspect_stream, inspect_user
+
+MAX_SHOWN = 20
+"""Maximum number of counted messages that are listed."""
+
+Command = TypeVar("Command", bound="Callable[..., Any]")
+Answer = TypeVar("Answer")
+
+_REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
+_QUOTA_SETTINGS = (*_REDIS_SETTINGS, "daily_quota", "quota_timezone")
+
+
+def _with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) -> Answer:
+    """Run `work` with one connection to Redis; errors name the server.
+
+    Raises:
+        StoreUnavailable: Redis cannot be reached, or denies access.
+        StoreError: Redis refused a command.
+    """
+
+    async def connected() -> Answer:
+        async with RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout) as redis:
+            return await work(redis)
+
+    try:
+        return asyncio.run(connected())
+    except StoreDenied as error:
+        raise StoreDenied(f"the Redis at {settings.redis_url} denies access: {error}") from None
+    except StoreUnavailable as error:
+        raise StoreUnavailable(f"no Redis at {settings.redis_url}: {error}") from None
+
+
+def show_stream(settings: Settings, *, newest: int) -> None:
+    """Print an overview of the node's stream, with the newest dead letters."""
+    keys = Keys(settings.key_prefix)
+    overview = _with_redis(settings, lambda redis: inspect_stream(redis, keys, settings.node, newest=newest))
+    click.echo(f"node {settings.node} at {settings.redis_url}")
+    for line in _stream_lines(overview):
+        click.echo(line)
+
+
+def _stream_lines(overview: StreamOverview) -> Iterator[str]:
+    working = sum(overview.in_progress.values())
+    yield f"  unfinished requests  {overview.unfinished}: {overview.waiting} waiting, {working} in work"
+    for consumer, count in overview.in_progress.items():
+        yield f"    node {consumer} works on {count}"
+    for work in overview.oldest:
+        yield f"      {work.entry_id}  for {work.since.total_seconds():.1f} s  delivery {work.deliveries}"
+    if working > len(overview.oldest):
+        yield f"      and {working - len(overview.oldest)} more"
+    yield f"  dead letters         {overview.dead}" + (", the newest:" if overview.newest_dead else "")
+    for letter in overview.newest_dead:
+        yield (
+            f"    {letter.dead_at:%Y-%m-%d %H:%M:%S} UTC  user {letter.user}  message {letter.message_id}  "
+            f"{letter.reason} after {letter.attempts} attempts: {letter.error}"
+        )
+
+
+def _user_command(*settings: str) -> Callable[[Command], Command]:
+    """Add the argument USER, and options for these settings."""
+
+    def decorate(command: Command) -> Command:
+        command = click.argument("user_id", type=UserId(), metavar="USER")(command)
+        return settings_options(Settings, only=settings, aliases={"redis_url": "--redis"})(command)
+
+    return decorate
+
+
+_reason = click.option("--reason", default="", help="Reason, for operators only.")
+_by = click.option(
+    "--by", default=lambda: os.environ.get("USER", "imstream user"), help="Name of the operator; default $USER."
+)
+
+
+@click.command()
+@_user_command(*_QUOTA_SETTINGS)
+def show(user_id: int, **options: str | None) -> None:
+    """Show account, quota, violations and route of a user."""
+    settings = Settings.load(**given(options))
+    calendar = Calendar(ZoneInfo(settings.quota_timezone))
+    day = calendar.day(now_ms())
+
+    async def work(redis: RedisClient) -> None:
+        overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
+        status = await Accounts(redis, settings).check(user_id, day)
+        click.echo(f"user {user_id} at {settings.redis_url}")
+        for line in _user_lines(overview, status, settings, calendar):
+            click.echo(line)
+
+    _with_redis(settings, work)
+
+
+def _user_lines(
+    overview: UserOverview, status: AccountOpen | Locked | Banned, settings: Settings, calendar: Calendar
+) -> Iterator[str]:
+    account = overview.account
+    yield f"  account     {'free' if isinstance(status, AccountOpen) else type(status).__name__.lower()}"
+    if isinstance(status, Locked):
+        # A value written by hand, such as 1.9e12, is shown as Redis interprets it.
+        written, ms = account.get("locked_until", ""), timedelta(milliseconds=1)
+        until = float(written) if written.isdecimal() else now_ms() + status.remaining // ms
+        yield f"    until     {calendar.format(until)}"
+    if not isinstance(status, AccountOpen):
+        for name in ("reason", "by"):
+            yield f"    {name:<9} {account.get(name) or '?'}"
+        if (since := account.get("at", "")).isdecimal():
+            yield f"    since     {calendar.format(float(since))}"
+    yield f"  quota       {_quota(overview, settings)}"
+    expiry = f", expire in {timedelta(seconds=overview.violations_expire_in.seconds)}" if overview.violations else ""
+    yield f"  violations  {overview.violations}{expiry}"
+    yield f"  sockets     {'on node ' + ', '.join(overview.nodes) if overview.nodes else 'none'}"
+
+
+def _quota(overview: UserOverview, settings: Settings) -> str:
+    used, limit = len(overview.counted), settings.daily_quota
+    day = f"{overview.day} ({settings.quota_timezone})"
+    if not limit:
+        return f"{used} used on {day}, no limit here"
+    return f"{used} of {limit} used on {day}, {max(0, limit - used)} left"
+
+
+@click.command()
+@click.option(
+    *("--for", "span"),
+    type=TimeSpan(),
+    metavar="TIME",
+    help="Duration, such as 90s or 7d; default IMSTREAM_LOCK_TIME.",
+)
+@_reason
+@_by
+@_user_command(*_REDIS_SETTINGS, "quota_timezone")
+def lock(user_id: int, span: timedelta | None, reason: str, by: str, **options: str | None) -> None:
+    """Lock a user out for a time."""
+    settings = Settings.load(**given(options))
+
+    async def work(redis: RedisClient) -> None:
+        locked = await Accounts(redis, settings).lock(user_id, span or settings.lock_time, reason=reason, by=by)
+        until = Calendar(ZoneInfo(settings.quota_timezone)).format(locked.until)
+        click.echo(f"user {user_id} is locked until {until}")
+        await _close_sessions(redis, settings, user_id, locked)
+
+    _with_redis(settings, work)
+
+
+@click.command()
+@_user_command(*_REDIS_SETTINGS)
+def unlock(user_id: int, **options: str | None) -> None:
+    """End a lock."""
+    settings = Settings.load(**given(options))
+    was_locked = _with_redis(settings, lambda redis: Accounts(redis, settings).unlock(user_id))
+    click.echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
+
+
+@click.command()
+@_reason
+@_by
+@_user_command(*_REDIS_SETTINGS)
+def ban(user_id: int, reason: str, by: str, **options: str | None) -> None:
+    """Ban a user."""
+    settings = Settings.load(**given(options))
+
+    async def work(redis: RedisClient) -> None:
+        banned = await Accounts(redis, settings).ban(user_id, reason=reason, by=by)
+        click.echo(f"user {user_id} is banned")
+        await _close_sessions(redis, settings, user_id, banned)
+
+    _with_redis(settings, work)
+
+
+@click.command()
+@_user_command(*_REDIS_SETTINGS)
+def unban(user_id: int, **options: str | None) -> None:
+    """End a ban."""
+    settings = Settings.load(**given(options))
+    was_banned = _with_redis(settings, lambda redis: Accounts(redis, settings).unban(user_id))
+    click.echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
+
+
+@click.command()
+@click.option("--give-back", metavar="MESSAGE", help="Remove this message from today's count.")
+@click.option("--reset", is_flag=True, help="Reset today's count.")
+@_user_command(*_QUOTA_SETTINGS)
+def quota(user_id: int, give_back: str | None, *, reset: bool, **options: str | None) -> None:
+    """Show the messages that count towards today's quota, or remove some."""
+    settings = Settings.load(**given(options))
+    calendar = Calendar(ZoneInfo(settings.quota_timezone))
+    day = calendar.day(now_ms())
+
+    async def work(redis: RedisClient) -> None:
+        accounts = Accounts(redis, settings)
+        if give_back is not None:
+            was_counted = await accounts.refund(user_id, give_back, day)
+            click.echo(f"message {give_back} is {'no longer counted' if was_counted else 'not counted today'}")
+        if reset:
+            click.echo(f"messages no longer counted: {await accounts.reset_quota(user_id, day)}")
+        overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
+        click.echo(f"user {user_id}: {_quota(overview, settings)}")
+        for message_id, at in overview.counted[:MAX_SHOWN]:
+            click.echo(f"  {calendar.format(at)}  {message_id}")
+        if len(overview.counted) > MAX_SHOWN:
+            click.echo(f"  and {len(overview.counted) - MAX_SHOWN} more")
+
+    _with_redis(settings, work)
+
+
+async def _close_sessions(redis: RedisClient, settings: Settings, user_id: int, restricted: Restricted) -> None:
+    for node in sorted(restricted.nodes):
+        try:
+            await notify(redis, Keys(settings.key_prefix), node, AccountChanged(user_id))
+        except StoreError as error:
+            click.echo(f"node {node} was not notified and closes the sessions within minutes: {error}", err=True)
+        else:
+            click.echo(f"node {node} was notified to close the user's sessions")
+
+
+USER_COMMANDS = {str(one.name): one for one in (show, lock, unlock, ban, unban, quota)}
