@@ -205,7 +205,7 @@ class Settings(SettingsGroup):
     auth_warning: Positive = Field(timedelta(seconds=30), description="How long before exp the client is warned.")
     allow_insecure: bool = Field(default=False, description="Listen beyond loopback without authentication.")
     origins: str = Field(
-        "same", description="Origins that may open sockets, comma-separated: same (host), null (file), *, or origins."
+        "same", description="Origins that may open sockets, with commas: same (host), null (file), *, or origins."
     )
     page_token: Annotated[Annotated[SecretStr, AfterValidator(_validate_page_token)] | None, _EmptyIsUnset] = Field(
         None, description="Token that pages of the origin null must send with auth none; at least 16 characters."

@@ -115,7 +115,9 @@ def test_commands_and_options_in_code_blocks_exist(path: Path) -> None:
             command: click.Command = main
             while isinstance(command, click.Group):
                 assert words, f"{call} names no command"
-                command = command.commands[words.pop(0)]
+                found = command.get_command(click.Context(command), words.pop(0))
+                assert found, f"{call} names an unknown command"
+                command = found
             options = {option for parameter in command.params for option in parameter.opts}
             assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, call
 
