@@ -1,4 +1,4 @@
-"""Asking an AI backend as the worker does, for tests of the client and of backends."""
+"""Calls an AI backend as the worker does, for tests of the client and of backends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Asking:
     """A client and its backend.
 
     Attributes:
-        pieces: The text of all answers so far, as `on_text` got it.
+        pieces: The text of all answers so far, as `on_text` received it.
     """
 
     client: OpenAIBackend
@@ -33,13 +33,13 @@ class Asking:
         return "".join(self.pieces)
 
     async def ask(self) -> Completion:
-        """Ask, and wait for the whole answer."""
+        """Send a question and wait for the whole answer."""
         return await self.client.answer(PROMPT, on_text=self.pieces.append)
 
 
 @asynccontextmanager
 async def asking(*scripts: Script, always: Script | None = None, **settings: Any) -> AsyncIterator[Asking]:  # noqa: ANN401 - any setting may be given
-    """A client of a backend that answers by these scripts."""
+    """Run a client and a backend that answers by these scripts."""
     async with scripted_backend(always) as backend:
         backend.then(*scripts)
         async with OpenAIBackend(Settings.load(**{"ai_url": backend.url, **settings})) as client:
@@ -48,7 +48,7 @@ async def asking(*scripts: Script, always: Script | None = None, **settings: Any
 
 @contextmanager
 def unaccepting_port() -> Iterator[int]:
-    """The port of a server whose queue of connections is full: another one is neither accepted nor refused."""
+    """The port of a server whose backlog is full: new connections are neither accepted nor refused."""
     with socket.socket() as server, socket.socket() as first, socket.socket() as second:
         server.bind(("127.0.0.1", 0))
         server.listen(0)

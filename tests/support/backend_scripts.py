@@ -1,4 +1,4 @@
-"""Scripts for the scripted backend that faults need: by question, broken off, waiting for the test."""
+"""Scripts of the scripted backend for fault tests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.support.scripted_backend import DONE, Exchange, Framing, Request, Scr
 
 
 def question_of(request: Request) -> str:
-    """What a request asks: its last message."""
+    """The question of a request: its last message."""
     question: str = request.json["messages"][-1]["content"]
     return question
 
 
 def by_question(scripts: Mapping[str, Sequence[Script]], *, otherwise: Script | None = None) -> Script:
-    """A script: each question has its own scripts, one for each time it is asked; then `otherwise`."""
+    """A script that chooses by question: its n-th script for the n-th call, then `otherwise`."""
     left = {question: deque(each) for question, each in scripts.items()}
 
     async def script(exchange: Exchange) -> None:
@@ -30,7 +30,7 @@ def by_question(scripts: Mapping[str, Sequence[Script]], *, otherwise: Script | 
 
 
 def breaks_off(*parts: bytes, reset: bool = False, framing: Framing = "chunked") -> Script:
-    """A script: these parts of a body, and the connection is gone."""
+    """A script: these parts of a body, then a broken connection."""
 
     async def script(exchange: Exchange) -> None:
         await exchange.start(framing=framing)
@@ -44,7 +44,7 @@ def breaks_off(*parts: bytes, reset: bool = False, framing: Framing = "chunked")
 
 
 def goes_on_until(finished: asyncio.Event, sent: dict[str, str], *, pace: float) -> Script:
-    """A script: numbers, one every `pace` seconds, until the event is set. `sent` has the text of each question."""
+    """A script: a number every `pace` seconds until the event is set. `sent` maps questions to texts."""
 
     async def script(exchange: Exchange) -> None:
         question = question_of(exchange.request)

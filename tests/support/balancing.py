@@ -1,4 +1,4 @@
-"""The real nginx and the real HAProxy in front of nodes, started as `imstream balancer` starts them."""
+"""Real nginx and HAProxy in front of nodes, started as by `imstream balancer`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.servers import missing
 PROGRAMS: tuple[Program, ...] = ("nginx", "haproxy")
 
 _AT_ONCE = 50
-"""Handshakes under way at once: enough to be quick, few enough that none waits for long."""
+"""Concurrent handshakes: enough to be quick, few enough that none waits long."""
 
 
 @dataclass
 class Balancer:
-    """A running one."""
+    """A running balancer."""
 
     program: Program
     port: int
@@ -44,7 +44,7 @@ class Balancer:
         return f"{self.url}?userId={user}"
 
     async def node_of(self, user: int) -> str:
-        """The node that takes a socket of this user now, as its answer to INIT says."""
+        """The node that accepts a socket of this user now, from its answer to INIT."""
         async with (
             asyncio.timeout(20),
             connect(self.ws(user), compression=None, ping_interval=None, proxy=None) as socket,
@@ -64,7 +64,7 @@ class Balancer:
         return dict(await asyncio.gather(*(one(user) for user in users)))
 
     async def refuses(self, user: int) -> bool:
-        """Whether a handshake is answered with 503."""
+        """Whether handshakes are answered with 503."""
         try:
             await self.node_of(user)
         except InvalidStatus as refused:

@@ -1,7 +1,7 @@
-"""A server in a thread that answers each request with bytes, as fast as they are taken, and a meter of what they cost.
+"""A server in a thread that sends fixed bytes as fast as they are read, and a meter of the CPU cost of reading.
 
-The scripted backend shares the event loop with whoever it answers. Here the loop has nothing else to do, so that its
-CPU time is that of reading the answer.
+The scripted backend shares the event loop with its client. Here the loop only reads, so its CPU time is that of
+reading the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def chunked(body: bytes, *fields: str, size: int = 60_000) -> bytes:
     """A successful response whose body comes in chunks."""
     parts = [body[at : at + size] for at in range(0, len(body), size)]
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-    # Closed by this side: kept alive, it could be used for another request in the moment in which it ends.
+    # Closed by the server: a kept-alive connection could be reused in the moment in which it ends.
     return head("Transfer-Encoding: chunked", "Connection: close", *fields) + chunks + b"0\r\n\r\n"
 
 
@@ -43,7 +43,7 @@ def _serve(connection: socket.socket, answer: Callable[[bytes], bytes]) -> None:
 
 @contextmanager
 def blaster(answer: Callable[[bytes], bytes]) -> Iterator[str]:
-    """Answer each request (its body) with these bytes, and end the connection; gives the base URL."""
+    """Answer each request with bytes made from its body, then close the connection. Yields the base URL."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def accept() -> None:
@@ -60,7 +60,7 @@ def blaster(answer: Callable[[bytes], bytes]) -> Iterator[str]:
 
 @dataclass
 class Cost:
-    """CPU seconds of the event loop's thread: all of them, and the most between two looks at the clock."""
+    """CPU seconds of the event loop's thread: the total, and the maximum between two readings."""
 
     total: float = 0.0
     pause: float = 0.0
@@ -68,7 +68,7 @@ class Cost:
 
 @asynccontextmanager
 async def measured() -> AsyncIterator[Cost]:
-    """What the block costs this thread."""
+    """Measure the CPU cost of the block in this thread."""
     cost = Cost()
     began = last = time.thread_time()
 

@@ -1,4 +1,4 @@
-"""A certificate authority of the tests' own, and what it has issued, as the files that servers and clients take."""
+"""A certificate authority for tests, and its certificates as files for servers and clients."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Certificate:
 
 @dataclass(frozen=True)
 class RedisTls:
-    """TLS of Redis servers, which then speak nothing else.
+    """TLS of Redis servers, which then accept TLS only.
 
     Attributes:
-        authority: Whom servers and clients trust.
-        server: What the servers show.
-        client: What clients show; None when servers do not ask for it.
+        authority: The authority that servers and clients trust.
+        server: The servers' certificate.
+        client: The clients' certificate; None if servers do not require one.
     """
 
     authority: Path
@@ -33,7 +33,7 @@ class RedisTls:
     client: Certificate | None = None
 
     def options(self, port: int) -> dict[str, str]:
-        """Of a server or a Sentinel, instead of its `port`."""
+        """Options of a server or a Sentinel, instead of its `port`."""
         return {
             "port": "0",
             "tls-port": str(port),
@@ -47,14 +47,14 @@ class RedisTls:
 
     @property
     def query(self) -> dict[str, str]:
-        """Of a URL, and what redis-py calls the same."""
+        """Options of a URL, which are also redis-py's."""
         own = {"ssl_certfile": str(self.client.chain), "ssl_keyfile": str(self.client.key)} if self.client else {}
         return {"ssl_ca_certs": str(self.authority), **own}
 
 
 @dataclass
 class Authority:
-    """An authority that nobody trusts who was not told to."""
+    """An authority that is trusted only where it is configured."""
 
     folder: Path
     _ca: trustme.CA = field(default_factory=trustme.CA)
@@ -78,5 +78,5 @@ class Authority:
         return made
 
     def client(self) -> ssl.SSLContext:
-        """What a client takes that trusts this authority and no other."""
+        """A context of a client that trusts this authority only."""
         return ssl.create_default_context(cafile=str(self.file))

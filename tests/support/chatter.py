@@ -1,4 +1,4 @@
-"""A raw WebSocket client that repeats nothing and hides nothing: it keeps every frame, and puts answers together."""
+"""A raw WebSocket client that keeps every frame, assembles answers, and retries nothing by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imstream.wire import Code, Event
 from tests.support.waiting import SLOW
 
 LIMIT = 20.0 * SLOW
-"""Seconds that anything may take; a test that means something by a duration says so itself."""
+"""Default time limit in seconds."""
 
 Frame = dict[str, Any]
 
@@ -27,10 +27,10 @@ class Chatter:
     """One user on one socket.
 
     Attributes:
-        asked: What was asked, by message id.
-        accepted: Ids of the messages that the node has promised to answer.
-        frames: What the node has said about each message. Frames about none are under the empty id.
-        close_code: How the socket was closed; None while it is open.
+        asked: Questions by message id.
+        accepted: Ids of the accepted messages.
+        frames: Frames by message id; frames without one are under the empty id.
+        close_code: The close code; None while the socket is open.
     """
 
     def __init__(self, user_id: int, socket: ClientConnection) -> None:
@@ -47,7 +47,7 @@ class Chatter:
         await self._socket.send(json.dumps(frame))
 
     async def send(self, message_id: str, question: str) -> None:
-        """Send a CHAT and wait for nothing. A message that has ended is asked about anew."""
+        """Send a CHAT without waiting. A message that has ended is sent again as a new one."""
         self._forget_if_ended(message_id)
         self.asked[message_id] = question
         await self.send_frame(msgType="CHAT", userId=self.user_id, messageId=message_id, contents=question)
@@ -57,7 +57,7 @@ class Chatter:
             self.frames[message_id].clear()
 
     async def ask(self, message_id: str, question: str) -> str:
-        """Send a CHAT; what the node says to it at once: `accepted`, or the code of its refusal."""
+        """Send a CHAT and return `accepted`, or the code of its refusal."""
         self._forget_if_ended(message_id)
         before = len(self.verdicts(message_id))
         await self.send(message_id, question)
@@ -65,28 +65,28 @@ class Chatter:
         return self.verdicts(message_id)[before]
 
     async def ask_until_accepted(self, message_id: str, question: str, limit: float = LIMIT) -> list[str]:
-        """Send a CHAT again and again, as a client does that was told UNAVAILABLE or BUSY; the refusals."""
+        """Send a CHAT until it is accepted, as clients do after UNAVAILABLE or BUSY. Return the refusals."""
         refusals = []
         async with asyncio.timeout(limit):
             while (verdict := await self.ask(message_id, question)) != Event.ACCEPTED:
                 refusals.append(verdict)
-                await asyncio.sleep(0.05)  # a client's own pace
+                await asyncio.sleep(0.05)  # a client's retry interval
         return refusals
 
     async def grown(self, message_id: str, length: int = 1) -> str:
-        """Wait until the answer has that many characters; the text so far."""
+        """Wait until the answer has that many characters, and return it."""
         await self.until(lambda: len(self.text(message_id)) >= length, f"{length} characters of {message_id}")
         return self.text(message_id)
 
     async def ended(self, message_id: str, limit: float = LIMIT) -> str:
-        """Wait for the end of an answer; how it ended."""
+        """Wait for the end of an answer, and return its event."""
         await self.until(lambda: bool(self.ends(message_id)), f"the end of {message_id}", limit)
         return self.ends(message_id)[0]
 
     def ends(self, message_id: str) -> list[str]:
-        """The terminal events that the node has told since it last accepted the message.
+        """The terminal events since the message was last accepted.
 
-        A CHAT that was told UNAVAILABLE may have been carried out all the same; asked again, all of it is told again.
+        A CHAT that got UNAVAILABLE may have been executed anyway; sent again, its whole answer is sent again.
         """
         frames = self.frames[message_id]
         accepted = [number for number, frame in enumerate(frames) if frame.get("event") == Event.ACCEPTED]
@@ -94,7 +94,7 @@ class Chatter:
         return [frame["event"] for frame in frames[since:] if frame.get("event") in _TERMINAL]
 
     def verdicts(self, message_id: str) -> list[str]:
-        """What the node has said to each CHAT with this id: `accepted`, or the code of its refusal."""
+        """The answers to each CHAT with this id: `accepted`, or the code of its refusal."""
         frames = self.frames[message_id]
         return [
             str(frame["event"] if frame["msgType"] == "CHAT" else frame["code"])
@@ -103,11 +103,11 @@ class Chatter:
         ]
 
     def is_expired(self, message_id: str) -> bool:
-        """Whether the node has said that it knows nothing of a message."""
+        """Whether the node has reported a message as unknown."""
         return any(frame["code"] == Code.EXPIRED for frame in self.frames[message_id])
 
     def text(self, message_id: str) -> str:
-        """The answer so far. Fails when text is missing or repeated (I5)."""
+        """The answer so far. Fails if text is missing or repeated (I5)."""
         text, attempt = "", None
         for frame in self.frames[message_id]:
             match frame.get("event"):
@@ -121,7 +121,7 @@ class Chatter:
         return text
 
     async def until(self, condition: Callable[[], bool], what: str, limit: float = LIMIT) -> None:
-        """Wait until what was heard fulfils a condition. Fails after `limit` seconds, or when the socket is closed."""
+        """Wait until a condition on the received frames holds, at most `limit` seconds or until the socket closes."""
         try:
             async with asyncio.timeout(limit), self._heard:
                 await self._heard.wait_for(lambda: condition() or self.close_code is not None)
@@ -130,14 +130,14 @@ class Chatter:
         assert condition(), f"closed with {self.close_code} before: {what}"
 
     async def log_in(self, resume: list[dict[str, object]]) -> None:
-        """INIT, again while Redis is away."""
+        """Send INIT, repeatedly while Redis is unavailable."""
         while not any(frame["msgType"] == "INIT" for frame in self.frames[""]):
             self.frames[""].clear()
             await self.send_frame(msgType="INIT", userId=self.user_id, resume=resume)
             await self.until(lambda: bool(self.frames[""]), "an answer to the login")
 
     async def listen(self) -> None:
-        """Keep what comes, until the socket is closed."""
+        """Collect frames until the socket is closed."""
         try:
             async for message in self._socket:
                 frame = json.loads(message)
@@ -156,8 +156,8 @@ class Chatter:
 
 @asynccontextmanager
 async def chatter(url: str, user_id: int, *, resume: list[dict[str, object]] | None = None) -> AsyncIterator[Chatter]:
-    """A user who is logged in. `url` is the node's WebSocket address."""
-    # The other clients of a test keep this process busy; that must not look like a node that does not answer.
+    """Connect and log in. `url` is the node's WebSocket URL."""
+    # Other clients of the test keep this process busy, which must not look like a node that does not answer.
     async with connect(url, compression=None, ping_interval=None, open_timeout=LIMIT) as socket:
         one = Chatter(user_id, socket)
         listening = asyncio.create_task(one.listen())

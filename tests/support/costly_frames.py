@@ -1,4 +1,4 @@
-"""Texts of one length that are refused, in all shapes that may cost more than others to refuse."""
+"""Texts of the same length that are refused, in all shapes that may be expensive to refuse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 PLAIN = "a long text with a wrong id"
-"""What the others are compared with."""
+"""The frame that the others are compared with."""
 
 _WRONG = '{"msgType":"CHAT","userId":10001,"messageId":"",'
 _UNKNOWN = _WRONG + '"contents":"a","x":'
@@ -15,7 +15,7 @@ _RESUME = '{"msgType":"INIT","userId":10001,"resume":['
 
 
 def _filled(size: int, head: str, units: Iterable[str], tail: str, between: str = ",") -> str:
-    """As many units as there is room for."""
+    """Repeat a unit up to the length."""
     made, room = list[str](), size - len(head) - len(tail)
     for unit in units:
         room -= len(unit.encode()) + len(between)
@@ -102,4 +102,4 @@ SHAPES: dict[str, Callable[[int], str]] = {
     ),
     "a list as text": _same(_WRONG + '"contents":[', "1", "]}"),
 }
-"""Each makes a text of about so many bytes. The socket stays open after it."""
+"""Functions that make a text of about that many bytes. The socket stays open after it."""

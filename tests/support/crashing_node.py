@@ -1,20 +1,20 @@
-"""A real node that kills itself at one point of a request's way: `python -m tests.support.crashing_node --at POINT`.
+"""A real node that kills itself at one step of a request: `python -m tests.support.crashing_node --at POINT`.
 
-The node is built and run as ever, from `IMSTREAM_*`; one method is wrapped before. It dies by SIGKILL, so nothing is
-cleaned up, flushed or said. The points, in the order in which a request comes by:
+The node is built and run as usual, from `IMSTREAM_*`, with one method wrapped. It dies by SIGKILL, so nothing is
+cleaned up, flushed or sent. The points, in the order of a request's steps:
 
-    counted     it is counted for the quota of the day, and not admitted
-    admitted    it is in the stream; its client knows nothing
-    delivered   it was given to the worker, which has not begun
+    counted     counted for the daily quota, not admitted
+    admitted    in the stream; the client is not informed
+    delivered   read by the worker, which has not begun
     opened      the attempt is in the reply stream
-    called      the backend is about to be asked; only for a text that holds POISON
-    first-text  the first text has come from the backend
+    called      the backend is about to be called; only for a text with POISON
+    first-text  the first text has arrived from the backend
     flushed     the first text is recorded
-    last-text   the answer is whole; its end is not recorded
-    ended       the end is recorded; no client was told, and the request is not acknowledged
-    told        clients may have been told; the request is not acknowledged
+    last-text   the answer is complete; its end is not recorded
+    ended       the end is recorded; no client is informed, and the request is not acknowledged
+    told        clients may be informed; the request is not acknowledged
     finished    the request is acknowledged
-    giving-back the failure is recorded; it is still counted for the quota of the day
+    giving-back the failure is recorded; the message is still counted for the daily quota
     burying     the failure is recorded; the dead letter is not written
 """
 
@@ -38,7 +38,7 @@ from imstream.store.requests import Admitted, RequestStream
 from imstream.worker.reply_writer import ReplyWriter
 
 POISON = "[[poison]]"
-"""A text that kills the worker which asks the backend about it."""
+"""A text that kills the worker when it calls the backend."""
 
 
 def _die(*_: object) -> None:
@@ -46,11 +46,11 @@ def _die(*_: object) -> None:
 
 
 def _before(owner: type, name: str, *, when: Callable[..., object] = lambda *_: True) -> None:
-    """Die when the method is called."""
+    """Kill this process when the method is called."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
-    def wrapped(*args: Any, **named: Any) -> Any:  # noqa: ANN401 - whatever the method takes
+    def wrapped(*args: Any, **named: Any) -> Any:  # noqa: ANN401 - any arguments
         if when(*args):
             _die()
         return original(*args, **named)
@@ -59,11 +59,11 @@ def _before(owner: type, name: str, *, when: Callable[..., object] = lambda *_: 
 
 
 def _after(owner: type, name: str, *, when: Callable[[Any], object] = lambda _: True) -> None:
-    """Die when the coroutine method returns something like that."""
+    """Kill this process when the coroutine method returns such a value."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
-    async def wrapped(*args: Any, **named: Any) -> Any:  # noqa: ANN401 - whatever the method takes
+    async def wrapped(*args: Any, **named: Any) -> Any:  # noqa: ANN401 - any arguments
         result = await original(*args, **named)
         if when(result):
             _die()
@@ -92,7 +92,7 @@ POINTS: dict[str, Callable[[], None]] = {
 @click.command()
 @click.option("--at", type=click.Choice(list(POINTS)), required=True)
 def main(at: str) -> None:
-    """Run a node until it comes to the point."""
+    """Run a node until it reaches the point."""
     POINTS[at]()
     run(Settings.load())
 

@@ -1,8 +1,8 @@
-"""Python processes that are forked from one which has imported imstream already.
+"""Python processes that are forked from one which has already imported imstream.
 
-Starting an interpreter and importing a node takes 0.6 to 1.4 s of CPU, forking takes a hundredth of it. The child is a
-process of its own like any other: it has its own environment, folder and log, and can be killed and waited for. Tests
-of the commands themselves (`ops/up`, the Procfile, the supervisor) start fresh interpreters.
+Starting an interpreter and importing a node takes 0.6 to 1.4 s of CPU; forking takes a hundredth of that. The child has
+its own environment, working directory and log, and can be killed and waited for. Tests of the commands themselves
+(`ops/up`, the Procfile, the supervisor) start fresh interpreters.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.preloaded"])
 
 _lock = threading.Lock()
-"""multiprocessing reads the exit code of a child from a pipe, once, whichever thread asks; it must be one at a time."""
+"""multiprocessing reads a child's exit code from a pipe, once; only one thread may do so at a time."""
 
 
 class ForkedProcess:
     """A child process with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, arguments: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path | None) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            arguments: What would follow `python`: `-m` and a module, or the path of a program; then its arguments.
-            log: The file that its output is appended to.
+            arguments: As after `python`: `-m` and a module, or the path of a program; then its arguments.
+            log: Its output is appended to this file.
             env: Its whole environment.
             cwd: Its working directory; None for that of the test run.
         """
@@ -46,12 +46,12 @@ class ForkedProcess:
         self.pid = pid
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """Return the exit code (negative for a signal), or None while it runs."""
         with _lock:
             return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end and return the exit code. Raises `subprocess.TimeoutExpired`."""
+        """Wait for the end and return the exit code. Raises `subprocess.TimeoutExpired`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if deadline is not None and time.monotonic() > deadline:
@@ -60,7 +60,7 @@ class ForkedProcess:
         return code
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal unless it has ended."""
+        """Send a signal unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -74,7 +74,7 @@ class ForkedProcess:
 
 
 def _run(arguments: list[str], log: str, env: dict[str, str], cwd: str) -> None:
-    """Become the process that was asked for. This runs in the child."""
+    """Turn the child into the requested process."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

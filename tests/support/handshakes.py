@@ -1,4 +1,4 @@
-"""What connections begin with that come to nothing, or to a socket that never says who it is. The heads have 12 KiB."""
+"""Heads of 12 KiB for connections that fail, or become sockets that never log in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def request(*lines: str) -> bytes:
 
 
 def upgrade(*headers: str, line: str = UPGRADE[0]) -> bytes:
-    """A handshake with these headers too."""
+    """A handshake with these additional headers."""
     return request(line, *UPGRADE[1:], KEY, VERSION, *headers)
 
 
@@ -47,4 +47,4 @@ PASSING: dict[str, tuple[bytes, bytes]] = {
     "half a head": (upgrade(*LARGE)[:-2], b""),
     "no HTTP": (b"\x16\x03\x01" * 4_000, b""),
 }
-"""What each says first, and then when it was accepted."""
+"""The first bytes of each, and those after the handshake was accepted."""

@@ -1,7 +1,7 @@
-"""Frames that no decent client sends, drawn from a seed: the same seed brings the same frames.
+"""Hostile frames from a seed: the same seed yields the same frames.
 
-Two kinds: those after which a socket may stay open (`Hostile.survivable`), and those that break the protocol itself
-(`Hostile.fatal`). Whether a node really keeps or closes a socket is not foretold: most are mutations.
+Two kinds: those after which a socket may stay open (`Hostile.survivable`), and those that violate the protocol
+(`Hostile.fatal`). Most are mutations, so whether a node keeps or closes the socket is not predicted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tests.support.raw_socket import BINARY, CLOSE, CONTINUATION, FIN, PING, PON
 RSV2, RSV3 = 0x20, 0x10
 
 ECHOED_CODES = (1000, 1001, 1003, 1007, 1008, 1010, 3000, 3999, 4000, 4501, 4999)
-"""Close codes that a peer may send, and that come back."""
+"""Close codes that a peer may send, and that are echoed."""
 
 FORBIDDEN_CODES = (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
-"""Close codes that nobody may send."""
+"""Close codes that must not be sent."""
 
 _ODD_TEXTS = (
     "",
@@ -138,18 +138,18 @@ class Hostile:
         )
 
     def survivable(self) -> bytes:
-        """A frame, or the frames of one message, that the protocol of WebSockets allows."""
+        """One message, in one or more frames that the WebSocket protocol allows."""
         kinds, weights = zip(*self._survivable, strict=True)
         made: bytes = self._random.choices(kinds, weights)[0]()
         return made
 
     def fatal(self) -> bytes:
-        """Bytes that it does not allow, or that end a socket."""
+        """Bytes that the WebSocket protocol does not allow, or that end a socket."""
         made: bytes = self._one_of(self._fatal)()
         return made
 
     def split(self, data: bytes) -> list[bytes]:
-        """The same bytes in pieces, as they may come from a network."""
+        """The same bytes in pieces, as from a network."""
         pieces, at = [], 0
         while at < len(data):
             size = self._one_of((1, 7, 100, 1_500, 65_536, 65_536))
@@ -182,7 +182,7 @@ class Hostile:
         return frame(TEXT, self._json().encode())
 
     def _mutated(self) -> bytes:
-        """A right frame whose text was changed here and there."""
+        """A valid frame with random changes in its text."""
         text = self._json()
         for _ in range(self._random.randrange(1, 4)):
             at, to = sorted(self._random.randrange(len(text) + 1) for _ in range(2))
@@ -192,12 +192,12 @@ class Hostile:
         return frame(TEXT, text.encode())
 
     def _nearly_right(self) -> bytes:
-        """A right frame with odd values, or without some."""
+        """A valid frame with odd or missing values."""
         made = self._right_frame()
         for _ in range(self._random.randrange(1, 3)):
             name = self._one_of(_FIELDS)
             if name == "userId" and self._random.random() < 0.9:
-                continue  # it ends the session, and there are other things to try
+                continue  # it ends the session, and others are still to be tried
             if self._random.random() < 0.2:
                 made.pop(name, None)
             else:
@@ -219,7 +219,7 @@ class Hostile:
         return frame(self._one_of((PING, PONG)), self._bytes(125))
 
     def _fragmented(self) -> bytes:
-        """A message in fragments, with other things in between that may be there."""
+        """A fragmented message with control frames in between."""
         text = self._json().encode()
         cuts = sorted(self._random.randrange(len(text) + 1) for _ in range(self._random.randrange(1, 6)))
         parts = [text[at:to] for at, to in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -236,5 +236,5 @@ class Hostile:
     def _bytes(self, most: int) -> bytes:
         return self._random.randbytes(self._random.randrange(1, most + 1))
 
-    def _one_of(self, things: Any) -> Any:  # noqa: ANN401 - any of them
+    def _one_of(self, things: Any) -> Any:  # noqa: ANN401 - any value
         return things[self._random.randrange(len(things))]

@@ -1,4 +1,4 @@
-"""What failed must let go of who asked, at once: an error whose trace holds itself keeps all that its frames hold."""
+"""Checks that a failure releases its caller at once: an error in a reference cycle keeps every object of its frames."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 
 
 class Asker:
-    """Somebody with something to lose."""
+    """A caller with a weak reference."""
 
     def take(self, text: str) -> None:
-        """Whatever comes."""
+        """Ignore the value."""
 
 
 async def lets_go(ask: Callable[[Asker], Awaitable[object]]) -> bool:
-    """Whether nothing holds the one who asked when that has failed, before any garbage is collected."""
+    """Whether a failed call releases its caller without garbage collection."""
 
     async def ask_in_vain() -> weakref.ref[Asker]:
         asker = Asker()
         try:
             await ask(asker)
-        except Exception:  # noqa: BLE001 - whatever it is
+        except Exception:  # noqa: BLE001 - any failure
             return weakref.ref(asker)
         pytest.fail("it did not fail")
 
@@ -32,7 +32,7 @@ async def lets_go(ask: Callable[[Asker], Awaitable[object]]) -> bool:
     gc.disable()
     try:
         asker = await ask_in_vain()
-        await asyncio.sleep(0)  # the event loop holds what has just woken us
+        await asyncio.sleep(0)  # the event loop holds the callback that has just run
         return asker() is None
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""Several nodes on one Redis, each of which may be killed, frozen and started again; users move between them.
+"""Several nodes on one Redis that can be killed, frozen and restarted while users move between them.
 
 async with many_nodes(folder, demo.url, "a", "b") as nodes:
 async with nodes["a"].peer(USER) as someone: ...
@@ -28,15 +28,15 @@ from tests.support.servers import RedisServer, valkey_binary
 from tests.support.waiting import wait_until
 
 LEASE: dict[str, object] = {**QUICK, "lease": "1s"}
-"""Settings under which a death is noticed within a second."""
+"""Settings with which a death is detected within a second."""
 
 
 @dataclass
 class ManyNodes:
-    """Nodes by their names, and what they stand on.
+    """Nodes by name, with their Redis and AI backend.
 
     Attributes:
-        calls_before: How often the AI backend had been called when the test began.
+        calls_before: Calls of the AI backend before the test.
     """
 
     server: RedisServer
@@ -49,11 +49,11 @@ class ManyNodes:
 
     @property
     def any(self) -> OneNode:
-        """One of them, for what is the same on each: the records, the AI backend."""
+        """Any of the nodes, for records and the AI backend, which they share."""
         return next(iter(self.nodes.values()))
 
     def urls(self, *first: str) -> list[str]:
-        """Their WebSocket addresses, those named `first` in front."""
+        """Their WebSocket URLs, those named `first` in front."""
         names = [*first, *(name for name in self.nodes if name not in first)]
         return [f"ws://127.0.0.1:{self.nodes[name].port}/ws" for name in names]
 
@@ -62,11 +62,11 @@ class ManyNodes:
         return self.any.ai_stats()["calls"] - self.calls_before
 
     def is_dead(self, name: str) -> bool:
-        """Whether no process runs the node."""
+        """Whether no process runs this node."""
         return self.nodes[name].now.process.process.poll() is not None
 
     async def start(self, *names: str) -> None:
-        """Start nodes, again if need be, all at once."""
+        """Start or restart nodes at the same time."""
         await asyncio.gather(*(self.nodes[name].start() for name in names))
 
     async def killed(self, *names: str) -> None:
@@ -76,30 +76,30 @@ class ManyNodes:
         await asyncio.gather(*(self.nodes[name].killed() for name in names))
 
     async def mended(self) -> None:
-        """All run again, and nothing is left of what they answered before."""
+        """Restart all that died, and wait until no request of the test before remains."""
         await self.start(*(name for name in self.nodes if self.is_dead(name)))
         for key in self.any.events():
             self.redis.delete(key)
         self.calls_before = self.any.ai_stats()["calls"]
 
-    # What they have agreed on in Redis
+    # Shared state in Redis
 
     def holder(self, name: str) -> dict[str, Any] | None:
-        """Who holds the lease of a node."""
+        """The holder of a node's lease."""
         text: Any = self.redis.get(Keys().lease(name))
         return None if text is None else dict(json.loads(text))
 
     def opened_by(self, user: int, message_id: str) -> list[str]:
-        """The nodes that began an attempt at a message, in their order."""
+        """The nodes that began attempts at a message, in order."""
         return [entry["by"] for entry in self.any.record(user, message_id) if entry["event"] == "opened"]
 
     async def opened(self, user: int, message_id: str, attempts: int) -> list[str]:
-        """Wait for that many attempts; who began them."""
+        """Wait for that many attempts, and return their nodes."""
         await wait_until(lambda: len(self.opened_by(user, message_id)) == attempts, f"attempt {attempts} has begun")
         return self.opened_by(user, message_id)
 
     async def settled(self) -> None:
-        """Wait until nothing is left to do, on any node; then every message has one end, and nothing is left over."""
+        """Wait until no node has work, and check that every message has one end and nothing leaks."""
         for node in self.nodes.values():
             await node.all_finished()
         for name, node in self.nodes.items():
@@ -112,19 +112,19 @@ class ManyNodes:
         assert forever <= {*permanent, Keys().nodes()}
 
     async def left_alone(self) -> None:
-        """Wait until no stream is looked after by another node: a third of a lease after all is done."""
+        """Wait until no stream is adopted: a third of a lease after the last request."""
         await wait_until(lambda: not self.redis.exists(*map(Keys().adopter, self.nodes)), "no stream is adopted")
 
     def check_logs(self) -> None:
-        """None has printed a traceback."""
+        """Check that no node has printed a traceback."""
         for node in self.nodes.values():
             node.check_log()
 
 
 def why_not(node: OneNode, path: str) -> str | None:
-    """What `/readyz` or `/healthz` names as the reason of its 503; None for a 200."""
+    """The reason of a 503 of `/readyz` or `/healthz`; None for a 200."""
     try:
-        with urllib.request.urlopen(f"{node.now.http}{path}", timeout=5):  # noqa: S310 - our own
+        with urllib.request.urlopen(f"{node.now.http}{path}", timeout=5):  # noqa: S310 - a URL of the test's own
             return None
     except urllib.error.HTTPError as refused:
         with refused:
@@ -134,7 +134,7 @@ def why_not(node: OneNode, path: str) -> str | None:
 
 
 async def becomes(node: OneNode, why: str | None, path: str = "/readyz", *, limit: float = 10.0) -> None:
-    """Wait until it names this reason; None: until it is well."""
+    """Wait for a 503 with this reason; None waits for a 200."""
 
     async def has_become() -> bool:
         return await asyncio.to_thread(why_not, node, path) == why
@@ -146,9 +146,9 @@ async def becomes(node: OneNode, why: str | None, path: str = "/readyz", *, limi
 def standing_nodes(
     folder: Path, ai_url: str, *names: str, pythons: Mapping[str, str] | None = None, **settings: object
 ) -> Iterator[ManyNodes]:
-    """Nodes that many tests use: `ManyNodes.mended` starts again what the test before has killed.
+    """Start nodes for many tests; `ManyNodes.mended` restarts those that the test before has killed.
 
-    `pythons` are the interpreters of nodes of another release, by name.
+    `pythons` maps names of nodes to the interpreter of another release.
     """
     pythons = pythons or {}
     server = RedisServer(valkey_binary(), free_port(), folder / "redis")
@@ -176,7 +176,7 @@ def standing_nodes(
 async def many_nodes(
     folder: Path, ai_url: str, *names: str, pythons: Mapping[str, str] | None = None, **settings: object
 ) -> AsyncIterator[ManyNodes]:
-    """Nodes for one test; see `standing_nodes`."""
+    """Start nodes for one test; see `standing_nodes`."""
     with standing_nodes(folder, ai_url, *names, pythons=pythons, **settings) as nodes:
         await nodes.mended()
         yield nodes

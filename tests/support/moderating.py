@@ -1,4 +1,4 @@
-"""A moderation service that a test writes: scripts for the scripted backend, and what they were asked."""
+"""A scripted moderation service, and the calls that it received."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tests.support.scripted_backend import Exchange, Request, Script, refuses, s
 
 
 def texts_of(request: Request) -> list[str]:
-    """The texts that a call is about."""
+    """The texts of a call."""
     given: str | list[str] = request.json["input"]
     return [given] if isinstance(given, str) else given
 
 
 def result(*categories: str, flagged: bool = True) -> dict[str, object]:
-    """One result, with these categories found."""
+    """One result with these categories."""
     return {"flagged": flagged, "categories": dict.fromkeys(categories, True) | {"harmless": False}}
 
 
@@ -25,12 +25,12 @@ def results(*each: object) -> Script:
 
 
 async def flags_bad(exchange: Exchange) -> None:
-    """A script: flags each text that holds `bad`, and finds the rest of the words in it as categories."""
+    """A script: flags each text that contains `bad`, with its other words as categories."""
     await results(*(_judge(text) for text in texts_of(exchange.request)))(exchange)
 
 
 def chokes_on(word: str, *, status: int = 400) -> Script:
-    """A script: refuses a call when any text holds this word; otherwise as `flags_bad`."""
+    """A script: refuses a call if any text contains this word; otherwise like `flags_bad`."""
 
     async def script(exchange: Exchange) -> None:
         if any(word in text for text in texts_of(exchange.request)):

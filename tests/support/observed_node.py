@@ -1,4 +1,4 @@
-"""A node that prints how many asyncio tasks it has, by what they run, when it gets SIGUSR1. Else as `imstream node`."""
+"""`imstream node` that prints its number of asyncio tasks by coroutine on SIGUSR1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node in its own process, seen from outside: its readiness, log, tasks, connections and memory."""
+"""A node in its own process, observed from outside: readiness, log, tasks, connections and memory."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ObservedNode:
         return psutil.Process(self.process.pid)
 
     def ws(self, user_id: int) -> str:
-        """Its WebSocket address for a user."""
+        """Its WebSocket URL for a user."""
         return f"ws://127.0.0.1:{self.port}/ws?userId={user_id}"
 
     async def status(self, path: str = "/readyz") -> int | None:
-        """What it answers to a GET now; None when nobody answers."""
+        """The status of a GET; None without an answer."""
         return await asyncio.to_thread(http_status, f"http://127.0.0.1:{self.port}{path}")
 
     async def becomes(self, status: int, limit: float) -> None:
@@ -47,27 +47,27 @@ class ObservedNode:
         await wait_until(has_become, f"/readyz answers {status}", limit=limit)
 
     def logged(self, level: str) -> list[str]:
-        """The events it has logged at a level."""
+        """The events logged at a level."""
         return [line["event"] for line in self._lines() if line.get("level") == level]
 
     def memory(self) -> int:
-        """Bytes that it has in memory."""
+        """Resident memory in bytes."""
         return int(self._system.memory_info().rss)
 
     def open_files(self) -> int:
-        """File descriptors that it has, sockets included."""
+        """Number of file descriptors, including sockets."""
         return int(self._system.num_fds())
 
     def connections_to(self, port: int) -> int:
-        """Connections that it has to a port of 127.0.0.1."""
+        """Number of its connections to a port of 127.0.0.1."""
         return sum(bool(one.raddr) and one.raddr.port == port for one in self._system.net_connections("tcp"))
 
     def clients(self) -> int:
-        """How many sockets of clients it has."""
+        """Number of client sockets."""
         return sum(bool(one.raddr) and one.laddr.port == self.port for one in self._system.net_connections("tcp"))
 
     async def tasks(self) -> int:
-        """How many asyncio tasks it has now."""
+        """Number of asyncio tasks."""
         known = len(self._told_tasks())
         self.process.signal(signal.SIGUSR1)
         await wait_until(lambda: len(self._told_tasks()) > known, "the node tells its tasks")
@@ -77,7 +77,7 @@ class ObservedNode:
         return [line for line in self._lines() if line["event"] == "tasks"]
 
     def _lines(self) -> list[dict[str, Any]]:
-        """What it has printed; a line that is being written is left for the next time."""
+        """Its complete output lines so far."""
         printed = self.process.output().splitlines()
         return [json.loads(line) for line in printed if line.startswith("{") and line.endswith("}")]
 
@@ -85,7 +85,7 @@ class ObservedNode:
 async def start_observed_node(
     folder: Path, *, redis_url: str, ai_url: str, settings: Mapping[str, object], wait: bool = True
 ) -> ObservedNode:
-    """Start a node, and wait until it is ready. The event loop goes on meanwhile: it may run a proxy to Redis."""
+    """Start a node and wait until it is ready, without blocking the event loop, which may run a proxy to Redis."""
     node = await asyncio.to_thread(
         start_node, folder, redis_url=redis_url, ai_url=ai_url, settings=settings, command=(_PROGRAM,), wait=wait
     )

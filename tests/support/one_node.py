@@ -1,4 +1,4 @@
-"""One node that may die and come back: the same id, port and Redis, and the checks that hold after every fault."""
+"""One node that can die and restart with the same id, port and Redis, and the checks after every fault."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ QUICK: dict[str, object] = {
     "user_limit": 100,
     "chats_per_minute": 0,
 }
-"""Settings that make a test wait less, and let one user do what takes several otherwise."""
+"""Settings for short waits, and with limits that one user does not reach."""
 
 NO_IDENTITY = "users are not authenticated"
-"""How the one warning begins that a node of these tests gives at its start."""
+"""Beginning of the only warning that such a node logs at its start."""
 
 NODE = ("-m", "imstream", "node")
 CRASHING = ("-m", "tests.support.crashing_node")
@@ -40,13 +40,13 @@ CRASHING = ("-m", "tests.support.crashing_node")
 
 @dataclass
 class OneNode:
-    """A node, what it stands on, and what it left in Redis.
+    """A node, its Redis and AI backend.
 
     Attributes:
         name: Its id.
-        python: The interpreter that runs it from its next start on, for another release; None for this one.
-        now: The process that runs it now.
-        fds: How many files it had open when it became ready.
+        python: The interpreter of another release for its next start; None for this one.
+        now: Its current process.
+        fds: Number of open files when it became ready.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class OneNode:
     def start_now(
         self, *, crash_at: str | None = None, command: tuple[str, ...] = NODE, wait: bool = True, **settings: object
     ) -> None:
-        """Start it, again if need be; `crash_at` is a point of `tests.support.crashing_node`."""
+        """Start or restart it; `crash_at` is a point of `tests.support.crashing_node`."""
         self.now = start_node(
             self.folder,
             redis_url=self.redis_url,
@@ -81,7 +81,7 @@ class OneNode:
     async def start(
         self, *, crash_at: str | None = None, command: tuple[str, ...] = NODE, wait: bool = True, **settings: object
     ) -> None:
-        """`start_now`, while the event loop of the test goes on."""
+        """`start_now` without blocking the event loop."""
         await asyncio.to_thread(self.start_now, crash_at=crash_at, command=command, wait=wait, **settings)
 
     async def killed(self) -> None:
@@ -89,13 +89,13 @@ class OneNode:
         await asyncio.to_thread(self.now.process.kill)
 
     async def died(self) -> int:
-        """Wait until it has died by itself; its exit code."""
+        """Wait until it has died by itself, and return its exit code."""
         await wait_until(lambda: self.now.process.process.poll() is not None, "the node is dead", limit=20)
         return self.now.process.wait()
 
     @asynccontextmanager
     async def kept_alive(self, *, crash_at: str) -> AsyncIterator[list[int]]:
-        """Start it again whenever it dies, as a supervisor does; gives the exit codes so far."""
+        """Restart it whenever it dies, as a supervisor does. Yields the exit codes so far."""
         deaths: list[int] = []
         over = asyncio.Event()
 
@@ -114,35 +114,35 @@ class OneNode:
                 over.set()
 
     async def terminated(self, limit: float = 15.0 * SLOW) -> int:
-        """SIGTERM it; its exit code."""
+        """SIGTERM it and return its exit code."""
         return await asyncio.to_thread(self.now.process.terminate, limit)
 
     def peer(
         self, user: int, *, resume: dict[str, Told] | None = None, lang: str | None = None, token: str | None = None
     ) -> AbstractAsyncContextManager[Peer]:
-        """A socket that is logged in."""
+        """Connect and log in."""
         return peer(self.now.ws(user), user=user, resume=resume, lang=lang, token=token)
 
     def ai_stats(self) -> dict[str, int]:
-        """What the demo backend counts: calls, running, answered, faulty, abandoned."""
-        with urllib.request.urlopen(f"{self.ai_url.removesuffix('/v1')}/stats", timeout=5) as answer:  # noqa: S310 - our own
+        """The demo backend's counters: calls, running, answered, faulty, abandoned."""
+        with urllib.request.urlopen(f"{self.ai_url.removesuffix('/v1')}/stats", timeout=5) as answer:  # noqa: S310 - a URL of the test's own
             found: dict[str, int] = json.load(answer)
             return found
 
     def sessions(self) -> int:
-        """How many sockets it says that it has."""
-        with urllib.request.urlopen(f"{self.now.http}/readyz", timeout=5) as answer:  # noqa: S310 - our own
+        """Number of sockets that it reports."""
+        with urllib.request.urlopen(f"{self.now.http}/readyz", timeout=5) as answer:  # noqa: S310 - a URL of the test's own
             found: dict[str, Any] = json.load(answer)
             return int(found["sessions"])
 
-    # What is in Redis
+    # State in Redis
 
     def unfinished(self) -> int:
-        """How many requests its stream holds."""
+        """Number of requests in its stream."""
         return self.redis.xlen(Keys().requests(self.name))
 
     def pending(self) -> list[dict[str, Any]]:
-        """The entries given to a worker and not finished."""
+        """The pending entries."""
         found: list[dict[str, Any]] = self.redis.xpending_range(Keys().requests(self.name), GROUP, "-", "+", 1000)
         return found
 
@@ -155,7 +155,7 @@ class OneNode:
         return self._entries(Keys().reply(user, message_id))
 
     def recorded(self, user: int, message_id: str) -> tuple[str, str]:
-        """What the reply stream says in the end: its terminal event and the text of its last attempt."""
+        """The recorded answer: the terminal event and the text of the last attempt."""
         entries = self.record(user, message_id)
         terminal = [entry for entry in entries if entry["event"] in TERMINAL]
         assert len(terminal) == 1, f"{len(terminal)} terminal events of {message_id}"
@@ -173,18 +173,18 @@ class OneNode:
         return [fields for _, fields in rows]
 
     def ended(self) -> int:
-        """How many messages have their terminal event."""
+        """Number of messages with a terminal event."""
         return sum(not TERMINAL.isdisjoint(events) for events in self.events().values())
 
-    # What holds after every fault
+    # Checks after every fault
 
     async def settled(self) -> None:
-        """Wait until nothing is left to do; then every message has one end and nothing is left open."""
+        """Wait until there is no work, and check that every message has one end and nothing leaks."""
         await self.all_finished()
         await self.nothing_open()
 
     async def all_finished(self) -> None:
-        """Wait until its stream is empty, whoever works on it; then every message has one end."""
+        """Wait until its stream is empty, and check that every message has one end."""
         await wait_until(lambda: self.unfinished() == 0, "every request is finished", limit=20)
         assert self.pending() == []
         await wait_until(lambda: not self.redis.exists(Keys().load(self.name)), "no user has a request left")
@@ -192,16 +192,16 @@ class OneNode:
             assert sum(event in TERMINAL for event in events) == 1, f"{key}: {events}"
 
     def clients(self) -> int:
-        """How many sockets of clients the process holds."""
+        """Number of client sockets of the process."""
         connections = psutil.Process(self.now.process.pid).net_connections("tcp")
         return sum(one.laddr.port == self.port and bool(one.raddr) for one in connections)
 
     async def nothing_open(self) -> None:
-        """Wait until the process holds no more files than at its start: no client, and only idle calls to the AI."""
+        """Wait until the process has at most as many files as at its start: no client, only idle AI connections."""
         process = psutil.Process(self.now.process.pid)
         ai_port = int(self.ai_url.split(":")[2].split("/")[0])
-        # Connections to Redis are opened when they are first needed; besides the lanes and the reader there are those
-        # that ask the Sentinels, or each node of a cluster, who is the master.
+        # Connections to Redis are opened on first use: those of the pipeline, the blocking reader, and those to the
+        # Sentinels or to each node of a cluster.
         allowed = {"redis": 5, "redis+sentinel": 5 + 5, "redis+cluster": 3 * 5 + 2 * 6}
         lanes = allowed[self.redis_url.partition(":")[0]]
 
@@ -212,7 +212,7 @@ class OneNode:
         await wait_until(lambda: leaked() == 0, "no file descriptor is left over")
 
     def check_log(self) -> None:
-        """It has printed no traceback."""
+        """Check that it has printed no traceback."""
         output = self.now.process.output()
         assert "Traceback" not in output, output
 
@@ -226,7 +226,7 @@ async def one_node(
     crash_at: str | None = None,
     **settings: object,
 ) -> AsyncIterator[OneNode]:
-    """Start a node with these settings; at the end, no process of it is left and none has printed a traceback."""
+    """Start a node with these settings. At the end, no process remains and none has printed a traceback."""
     with redis_server.client() as client:
         node = OneNode(folder, client, redis_server.url, ai_url, {**QUICK, **settings})
         await node.start(crash_at=crash_at)
@@ -241,7 +241,7 @@ async def one_node(
 def standing_node(
     folder: Path, ai_url: str, on: Topology | None = None, command: tuple[str, ...] = NODE, /, **settings: object
 ) -> Iterator[OneNode]:
-    """A node for many tests that do it no harm, on this Redis; without one, on a Redis of its own."""
+    """Start a node for many tests that do not harm it, on this Redis or on its own."""
     with ExitStack() as stack:
         on = on or stack.enter_context(fresh_redis(folder))
         client = stack.enter_context(on.client())

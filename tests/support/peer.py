@@ -1,10 +1,10 @@
-"""A client that shares no code with imstream: the `websockets` package, JSON, and what the protocol says.
+"""A client without code of imstream: the `websockets` package, JSON, and the documented protocol.
 
     async with peer(node.ws(10001), user=10001) as someone:   # connected, logged in
-        await someone.chat("hello", "m1")                      # its first answer: accepted, or why not
+        await someone.chat("hello", "m1")                      # its first answer: accepted, or the refusal
         told = await someone.end_of("m1")                      # told.text, told.terminal
 
-What it puts together it checks: nothing may come after the end of a message.
+It checks what it assembles: nothing may follow the end of a message.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from websockets.typing import Subprotocol
 from tests.support.waiting import SLOW
 
 LIMIT = 20.0 * SLOW
-"""Seconds that a test waits for one frame at most."""
+"""Maximum wait for one frame in seconds."""
 
 TERMINAL = frozenset({"done", "failed", "cancelled"})
 
@@ -33,12 +33,12 @@ Frame = dict[str, Any]
 
 @dataclass
 class Told:
-    """What was told of one message, put together as every client must.
+    """The frames of one message, assembled as every client must.
 
     Attributes:
-        text: The deltas since it was accepted, or since the last restart.
-        events: The events in their order, those told to earlier sockets included.
-        terminal: The frame that ended it.
+        text: The deltas since `accepted` or the last `restart`.
+        events: The events in order, including those of earlier sockets.
+        terminal: The terminal frame.
     """
 
     text: str = ""
@@ -52,7 +52,7 @@ class Told:
         event = frame["event"]
         assert self.terminal is None, f"{event} came after the end"
         self.events.append(event)
-        if event == "accepted":  # what follows begins at the beginning
+        if event == "accepted":  # the text starts again
             self.text, self.attempt, self.offset = "", 0, 0
         if event in {"delta", "restart"}:
             self.text = "" if event == "restart" else self.text + frame["contents"]
@@ -62,7 +62,7 @@ class Told:
 
     @property
     def point(self) -> Frame:
-        """Where to go on, for the next INIT, without the message id."""
+        """The position for `resume` in the next INIT, without the message id."""
         return {"attempt": self.attempt, "offset": self.offset}
 
 
@@ -71,7 +71,7 @@ class Peer:
 
     Attributes:
         frames: All frames so far.
-        told: What they say about each message.
+        told: The assembled frames of each message.
     """
 
     def __init__(self, connection: ClientConnection) -> None:
@@ -99,7 +99,7 @@ class Peer:
         return frame
 
     async def until(self, limit: float = LIMIT, **fields: Any) -> Frame:  # noqa: ANN401 - any field
-        """The next frame that has these fields; those before it are taken."""
+        """Skip to the next frame with these fields."""
         async with asyncio.timeout(limit):
             while True:
                 frame = await self.frame(limit)
@@ -107,7 +107,7 @@ class Peer:
                     return frame
 
     async def login(self, user: int, resume: Mapping[str, Told] | None = None, token: str | None = None) -> Frame:
-        """INIT, again while Redis is away, and go on with messages of which another socket was told that much."""
+        """Send INIT, repeatedly while Redis is unavailable, and resume messages that another socket received so far."""
         for message_id, told in (resume or {}).items():
             self.told[message_id] = replace(told, events=list(told.events))
         points = [{"messageId": message_id, **told.point} for message_id, told in (resume or {}).items()]
@@ -116,15 +116,15 @@ class Peer:
             while (frame := await self.frame())["msgType"] != "INIT":
                 if frame["code"] == "UNAVAILABLE" and "messageId" not in frame:
                     await asyncio.sleep(0.1)
-                    break  # and again
+                    break  # retry
             else:
                 return frame
 
     async def chat(self, user: int, contents: str, message_id: str, **fields: Any) -> Frame:  # noqa: ANN401 - any field
-        """CHAT; the first frame about it: `accepted`, or why not."""
+        """Send a CHAT and return the first frame about it: `accepted`, or the refusal."""
         told = self.told.get(message_id)
         if told is not None and told.terminal is not None:
-            del self.told[message_id]  # sent again: all of it will be told again
+            del self.told[message_id]  # sent again: the whole answer is sent again
         await self.send_frame("CHAT", userId=user, contents=contents, messageId=message_id, **fields)
         while True:
             frame = await self.until(messageId=message_id)
@@ -132,7 +132,7 @@ class Peer:
                 return frame
 
     async def some_text(self, message_id: str, length: int = 1) -> Told:
-        """Wait until that many characters were told; it must not have ended by then."""
+        """Wait for that many characters of an answer that must not end before."""
         while len(self._of(message_id).text) < length:
             await self.until(messageId=message_id)
         assert self._of(message_id).terminal is None, "it ended too early for this test"
@@ -145,7 +145,7 @@ class Peer:
         return self._of(message_id)
 
     async def closed(self, limit: float = LIMIT) -> int:
-        """Wait until the server closes the socket; its close code, 1006 when it just broke."""
+        """Wait until the server closes the socket, and return the close code; 1006 without a close frame."""
         async with asyncio.timeout(limit):
             while True:
                 try:
@@ -158,7 +158,7 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(  # noqa: PLR0913 - one is needed, the others are options
+async def peer(  # noqa: PLR0913 - one is required, the others are options
     url: str,
     *,
     user: int | None = None,
@@ -171,13 +171,13 @@ async def peer(  # noqa: PLR0913 - one is needed, the others are options
     """Connect; with a user, log in.
 
     Args:
-        url: The node's WebSocket address.
-        user: Who logs in; None leaves that to the test.
-        lang: What the handshake's `Accept-Language` says.
-        resume: What other sockets were told of messages that had not ended.
-        token: What INIT shows.
-        headers: More headers of the handshake.
-        subprotocols: What it offers.
+        url: The node's WebSocket URL.
+        user: The user that logs in; None leaves INIT to the test.
+        lang: The handshake's `Accept-Language`.
+        resume: What other sockets received of unfinished messages.
+        token: The token in INIT.
+        headers: Additional headers of the handshake.
+        subprotocols: The offered subprotocols.
     """
     all_headers = {**({} if lang is None else {"Accept-Language": lang}), **(headers or {})}
     async with connect(
@@ -196,8 +196,10 @@ async def peer(  # noqa: PLR0913 - one is needed, the others are options
 
 
 async def answered(urls: str | Sequence[str], user: int, questions: Mapping[str, str]) -> dict[str, Told]:
-    """Ask, and hold on until all is answered, as a good client does: whenever the socket breaks, it connects again, to
-    the next address if there are several, resumes what was accepted and sends what was not. Questions by message id."""  # noqa: D205, D209 - one thought
+    """Ask questions (by message id) until all are answered, as a good client does.
+
+    When the socket breaks, it reconnects to the next URL, resumes accepted messages and sends the others again.
+    """
     addresses = cycle([urls] if isinstance(urls, str) else urls)
     told = {message_id: Told() for message_id in questions}
     while any(one.terminal is None for one in told.values()):
@@ -217,14 +219,14 @@ async def answered(urls: str | Sequence[str], user: int, questions: Mapping[str,
                 finally:
                     told.update(someone.told)
         except (ConnectionClosed, InvalidHandshake, OSError):
-            await asyncio.sleep(0.05)  # and again
+            await asyncio.sleep(0.05)  # retry
     return told
 
 
 async def all_answered(
     urls: str | Mapping[int, Sequence[str]], asked: Mapping[int, Mapping[str, str]]
 ) -> dict[tuple[int, str], Told]:
-    """`answered` for several users at once, all at one address or each at addresses of its own; by user and message."""
+    """Run `answered` for several users concurrently, with shared URLs or URLs per user; results by user and message."""
     everybody: Sequence[dict[str, Told]] = await asyncio.gather(
         *(answered(urls if isinstance(urls, str) else urls[user], user, asked[user]) for user in asked)
     )

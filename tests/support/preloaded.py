@@ -1,4 +1,4 @@
-"""What a forked process has imported already; see `fork_server`."""
+"""The imports that forked processes share; see `fork_server`."""
 
 import imstream.cli.main
 import imstream.demo.server

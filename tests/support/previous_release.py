@@ -1,6 +1,6 @@
-"""The release before this one, as a test partner: its checkout, with the packages of its own lock file.
+"""A checkout of the previous release with its locked packages, as a test partner.
 
-It is made on first use, in a folder that git ignores, and kept for the next run.
+It is created on first use in a directory that git ignores, and kept for the next run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 COMMIT = "62a067c03b1e0f688123b17588c6b2d152f81492"
-"""The previous release. A later release moves it."""
+"""The previous release. Each release updates it."""
 
 _ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 def previous_python() -> str:
     """The interpreter that runs the previous release.
 
-    Skips the test where the history does not reach back to it; in CI, fails.
+    Skips the test if the git history lacks it; in CI, fails.
     """
     if _git("cat-file", "-e", COMMIT).returncode != 0:
         reason = f"the git history is shallow: it lacks {COMMIT[:7]}, the previous release (git fetch --unshallow)"
@@ -33,7 +33,7 @@ def previous_python() -> str:
         pytest.skip(reason)
     folder = _ROOT / ".previous" / COMMIT[:7]
     folder.parent.mkdir(exist_ok=True)
-    with (folder.parent / "lock").open("w") as lock:  # several processes run tests at once
+    with (folder.parent / "lock").open("w") as lock:  # several processes run tests concurrently
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "ops" / "venv").exists():
             _git("worktree", "add", "--quiet", "--force", "--detach", str(folder), COMMIT).check_returncode()
