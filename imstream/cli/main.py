@@ -191,7 +191,7 @@ It also moderates (IMSTREAM_MODERATION_URL): a text that contains [[flag]] or [[
 def demo_ai(**options: str | None) -> None:
     """Run the demo AI backend until SIGTERM."""
     settings = DemoSettings.load(**given(options))
-    from imstream.demo.server import run
+    from imstream.demo.backend import run
 
     try:
         run(settings, lambda url: click.echo(f"ready: demo AI backend at {url} (canned answers, no model)"))

@@ -1,17 +1,17 @@
-"""The canned answer: what the demo backend says, delta by delta. Pure, so that a test can know the text."""
+"""The canned answer of the demo backend, delta by delta. Pure, so that tests know the text."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 
-from imstream.demo.marker import read
+from imstream.demo.marker import parse_marker
 
-_LONGEST_QUOTE = 200
+_MAX_QUOTE = 200
 
-# A run of line breaks, a word with the blanks before it, two characters of a script without blanks, or whatever is
-# left: joined, the pieces are the text again. That is about the grain in which models send text.
+# Line breaks, a word with the blanks before it, two characters of a script without blanks, or any other character:
+# about the size of a model's tokens.
 _PIECE = re.compile(r"\n+|[ \t]*[!-~]+|[^\x00-~]{1,2}|.", re.DOTALL)
 _CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 
@@ -58,29 +58,24 @@ _MORE_ZH = "\n\n这个回答需要更长一些,所以继续:文字只是填充,�
 
 
 def pieces(text: str) -> list[str]:
-    """Cut a text into the pieces that a model would send; joined they are the text."""
+    """Split a text into pieces of about the size of a model's tokens."""
     return _PIECE.findall(text)
 
 
-@lru_cache(maxsize=256)  # a benchmark asks the same question thousands of times
-def _canned(question: str, length: int) -> tuple[str, ...]:
-    chinese = _CHINESE.search(question) is not None
-    quote = " ".join(question.split())
-    if len(quote) > _LONGEST_QUOTE:
-        quote = quote[:_LONGEST_QUOTE] + "…"
-    natural = pieces((_ZH if chinese else _EN).format(quote=quote))
-    if length <= len(natural):
-        return tuple(natural[: length or None])
-    more = cycle(pieces(_MORE_ZH if chinese else _MORE_EN))
-    return (*natural, *islice(more, length - len(natural)))
-
-
-def canned_answer(question: str, length: int = 0) -> list[str]:
-    """The deltas of the answer to a question; the same for the same question.
+@lru_cache(maxsize=256)  # benchmarks repeat questions
+def canned_answer(question: str, length: int = 0) -> tuple[str, ...]:
+    """The deltas of the answer to a question; deterministic.
 
     Args:
-        question: The user's last message, as it was sent. Its marker is not quoted, and its `length` is followed.
-        length: Number of deltas when the marker names none; 0 takes the answer as it is.
+        question: The user's last message. Its marker is not quoted, and its `length` is used.
+        length: Number of deltas if the marker has none; 0 for the natural length.
     """
-    plain, marker = read(question)
-    return list(_canned(plain, length if marker.length is None else marker.length))
+    plain, marker = parse_marker(question)
+    length = length if marker.length is None else marker.length
+    chinese = _CHINESE.search(plain) is not None
+    quote = " ".join(plain.split())
+    if len(quote) > _MAX_QUOTE:
+        quote = quote[:_MAX_QUOTE] + "…"
+    natural = pieces((_ZH if chinese else _EN).format(quote=quote))
+    filler = cycle(pieces(_MORE_ZH if chinese else _MORE_EN))
+    return tuple(islice(chain(natural, filler), length or len(natural)))

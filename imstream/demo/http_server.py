@@ -1,9 +1,8 @@
-"""A small HTTP/1.1 server that leaves every byte of an answer to its user.
+"""A small HTTP/1.1 server that lets its user write every byte of a response. httptools parses the requests.
 
-All that stands in for an AI backend is built on it: the demo, the backend of the benchmark, the scripted backend of the
-tests. httptools parses the requests.
+All stand-ins for an AI backend use it: the demo, the backend of the benchmark, and the scripted backend of the tests.
 """
-# ruff: noqa: D102 - what the event loop and the parser call is described by them
+# ruff: noqa: D102 - the callbacks of asyncio and httptools are described there
 
 from __future__ import annotations
 
@@ -18,16 +17,16 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 MAX_BODY = 8 * 1024 * 1024
-"""Maximum size of a request's body, in bytes."""
+"""Maximum bytes of a request body."""
 
 Framing = Literal["chunked", "close"] | int
-"""How the end of a body is marked: by chunks, by closing the connection, or by its length in bytes."""
+"""How a body ends: with a last chunk, with the connection, or after a number of bytes."""
 
 LAST_CHUNK = b"0\r\n\r\n"
 
 _BACKLOG = 2048
 KEEP_ALIVE = 75
-"""Seconds an idle connection is kept: longer than clients do, so that it is they who close."""
+"""Seconds that an idle connection is kept: longer than clients do, so that clients close first."""
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -37,12 +36,12 @@ def event(data: bytes) -> bytes:
 
 
 def chunked(data: bytes) -> bytes:
-    """One chunk of a body; nothing without data, because an empty chunk is the last one."""
+    """One chunk of a body; empty without data, because an empty chunk is the last one."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 def head(status: int, content_type: str, framing: Framing, headers: Mapping[str, str] | None = None) -> bytes:
-    """The status line and the headers of an answer."""
+    """The status line and the headers of a response."""
     end = {"chunked": "Transfer-Encoding: chunked", "close": "Connection: close"}.get(str(framing))
     lines = [
         f"HTTP/1.1 {status} {_PHRASES.get(status, '')}",
@@ -54,19 +53,19 @@ def head(status: int, content_type: str, framing: Framing, headers: Mapping[str,
 
 
 class HttpConnection(asyncio.Protocol):
-    """One connection of a client, with the request on it that is being answered.
+    """A connection of a client, and the request on it that is being answered.
 
     Attributes:
-        number: Which connection of its server it is, from 0.
-        closed_by_peer: When the client closed it, on the loop's clock; cancelled when this side did.
-        headers: Headers of the request, as they came.
+        number: Number of the connection on its server, from 0.
+        closed_by_peer: The loop time at which the client closed it; cancelled if the server did.
         body: Body of the request; incomplete if it is longer than `MAX_BODY`.
     """
+
+    transport: asyncio.Transport
 
     def __init__(self, server: HttpServer[Any]) -> None:
         self.number = server.accepted
         self.closed_by_peer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self.transport: asyncio.Transport
         self._server = server
         self._parser = HttpRequestParser(self)
         self._answering = False
@@ -85,20 +84,20 @@ class HttpConnection(asyncio.Protocol):
     ) -> None:
         """Send the status line and the headers."""
         self._framing = framing
-        await self.raw(head(status, content_type, framing, headers))
+        await self.write(head(status, content_type, framing, headers))
 
     async def send(self, *parts: bytes) -> None:
-        """Send parts of the body, each by itself."""
+        """Send parts of the body, each in its own write and chunk."""
         for part in parts:
-            await self.raw(chunked(part) if self._framing == "chunked" else part)
+            await self.write(chunked(part) if self._framing == "chunked" else part)
 
     async def end(self, last: bytes = b"") -> None:
-        """Send the last part of the body, and end it as its framing wants it."""
-        await self.raw(chunked(last) + LAST_CHUNK if self._framing == "chunked" else last)
+        """Send the last part of the body, and end it."""
+        await self.write(chunked(last) + LAST_CHUNK if self._framing == "chunked" else last)
         if self._framing == "close":
-            self.drop()
+            self.close()
 
-    async def raw(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
         """Send bytes as they are; wait while the client reads too slowly.
 
         Raises:
@@ -109,17 +108,17 @@ class HttpConnection(asyncio.Protocol):
         self.transport.write(data)
         await self._writable.wait()
 
-    def drop(self) -> None:
-        """Close the connection in an orderly way (FIN), whether the body is complete or not."""
+    def close(self) -> None:
+        """Close the connection (FIN), whether the body is complete or not."""
         self.transport.close()
 
-    def done(self) -> None:
-        """The request is answered; the next one may be."""
+    def finish(self) -> None:
+        """The request is answered: begin with the next one."""
         self._answering = False
         if not self._keep_alive:
-            self.drop()
+            self.close()
         if not self.transport.is_closing():
-            self._idle = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.drop)
+            self._idle = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.close)
             self._begin()
 
     def _begin(self) -> None:
@@ -133,7 +132,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.resume_writing()
-        self._idle = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.drop)
+        self._idle = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.close)
         self._server.accepted += 1
         self._server.connections.add(self)
 
@@ -141,12 +140,12 @@ class HttpConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except HttpParserUpgrade:
-            pass  # no other protocol is spoken; the request is answered as if it had not asked for one
+            pass  # answered as if no upgrade was requested
         except HttpParserError:
             self.transport.write(head(400, "text/plain", "close") + b"Invalid HTTP request received.")
-            self.drop()
+            self.close()
         if self._requests and self._answering:
-            self.transport.pause_reading()  # what is asked ahead of its turn waits
+            self.transport.pause_reading()  # bounds pipelined requests
         self._begin()
 
     def eof_received(self) -> None:
@@ -156,7 +155,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
             self.eof_received()
-        self.closed_by_peer.cancel()  # if it is not set by now, it was this side
+        self.closed_by_peer.cancel()  # no effect if it has a result
         self._idle.cancel()
         self.resume_writing()
         self._server.connections.remove(self)
@@ -168,61 +167,58 @@ class HttpConnection(asyncio.Protocol):
         self._writable.set()
 
     def on_message_begin(self) -> None:
-        self._target = ""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._body = bytearray()
+        self._next_target = ""
+        self._next_headers: list[tuple[bytes, bytes]] = []
+        self._next_body = bytearray()
 
     def on_url(self, part: bytes) -> None:
-        self._target += part.decode("latin-1")
+        self._next_target += part.decode("latin-1")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        self._next_headers.append((name, value))
         if name.lower() == b"expect":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, part: bytes) -> None:
-        if len(self._body) <= MAX_BODY:
-            self._body += part
+        if len(self._next_body) <= MAX_BODY:
+            self._next_body += part
 
     def on_message_complete(self) -> None:
         method, keep_alive = self._parser.get_method().decode(), self._parser.should_keep_alive()
-        self._requests.append((method, self._target, self._headers, self._body, keep_alive))
+        self._requests.append((method, self._next_target, self._next_headers, self._next_body, keep_alive))
 
 
 C = TypeVar("C", bound=HttpConnection)
 
 
 class HttpServer(Generic[C]):
-    """Has each request answered by a coroutine, or by a function that has `HttpConnection.done` called in the end.
+    """Answers each request with a coroutine, or with a function that has `HttpConnection.finish` called later.
 
     Attributes:
         accepted: Number of connections so far.
-        connections: Those that are open.
+        connections: The open connections.
     """
 
-    def __init__(self, kind: type[C], answer: Callable[[C], Coroutine[Any, Any, None] | None]) -> None:
+    def __init__(self, connection: type[C], answer: Callable[[C], Coroutine[Any, Any, None] | None]) -> None:
         self.accepted = 0
         self.connections: set[HttpConnection] = set()
-        self._kind = kind
+        self._connection = connection
         self._answer = answer
         self._tasks: dict[asyncio.Task[None], C] = {}
 
     @asynccontextmanager
     async def listening(self, host: str, port: int, *, grace: float = 0) -> AsyncIterator[tuple[str, int]]:
-        """Serve for as long as the context lasts; answers that are running then get `grace` seconds.
-
-        Yields:
-            The address.
+        """Serve while the context is open; yield the address. Running answers then have `grace` seconds to end.
 
         Raises:
-            OSError: The address cannot be listened on.
+            OSError: The address cannot be bound.
         """
         listener = socket.create_server((host, port))
-        # Accepted connections inherit it. asyncio sets it only on sockets whose protocol number says TCP, which this
-        # one's does not: each answer would wait 40 ms for an acknowledgement (uvloop sets it always).
+        # Inherited by accepted connections. asyncio sets it only on sockets whose protocol number is TCP, which this
+        # one's is not: each response would wait 40 ms for an acknowledgement (uvloop always sets it).
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: self._kind(self), sock=listener, backlog=_BACKLOG)
+        server = await loop.create_server(lambda: self._connection(self), sock=listener, backlog=_BACKLOG)
         try:
             yield listener.getsockname()[:2]
         finally:
@@ -237,18 +233,18 @@ class HttpServer(Generic[C]):
             await server.wait_closed()
 
     def begin(self, connection: C) -> None:
-        """Have the request on a connection answered."""
+        """Start to answer the request of a connection."""
         answering = self._answer(connection)
         if answering is not None:
             task = asyncio.get_running_loop().create_task(answering)
             self._tasks[task] = connection
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._on_done)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[None]) -> None:
         connection = self._tasks.pop(task)
         if not task.cancelled() and task.exception() is None:
-            return connection.done()
-        connection.drop()
-        with suppress(ConnectionError, asyncio.CancelledError):  # the client left, or the server ends
+            connection.finish()
+            return
+        connection.close()
+        with suppress(ConnectionError, asyncio.CancelledError):  # the client has closed it, or the server stops
             task.result()
-        return None

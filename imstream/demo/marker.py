@@ -1,17 +1,17 @@
-"""The marker `[[demo …]]`: anywhere in a question, it scripts the call that answers this question.
+"""The marker `[[demo …]]`, anywhere in a question, controls the call that answers the question.
 
     [[demo length=200 pace=20ms]]   200 deltas, one every 20 ms
     [[demo first=3s]]               three seconds before the first delta
-    [[demo fail=2]]                 503 twice; called again, the answer
-    [[demo fail=1 status=400]]      refused with 400; called again, the answer
-    [[demo busy=1 after=3s]]        429 with Retry-After: 3; called again, the answer
-    [[demo hang=1]]                 no first delta; called again, the answer
-    [[demo stall=1]]                silent from the middle on; called again, the answer
-    [[demo break=1]]                cut in the middle; called again, the answer
-    [[demo unended=1]]              ends in the middle as if whole; called again, the answer
+    [[demo fail=2]]                 503 for two calls, then the answer
+    [[demo fail=1 status=400]]      400 for one call, then the answer
+    [[demo busy=1 after=3s]]        429 with Retry-After: 3, then the answer
+    [[demo hang=1]]                 no first delta, then the answer
+    [[demo stall=1]]                no delta after the middle, then the answer
+    [[demo break=1]]                connection closed in the middle, then the answer
+    [[demo unended=1]]              ends in the middle without an error, then the answer
 
-Several may stand together: they come in the order fail, busy, hang, stall, break, unended. What is not understood is
-ignored, so that no text can do harm.
+Several can be combined: they apply in the order fail, busy, hang, stall, break, unended. Unknown or invalid words are
+ignored.
 """
 
 from __future__ import annotations
@@ -25,30 +25,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from imstream.demo.settings import Span
 
 _MARKER = re.compile(r"\s*\[\[demo\b(?P<words>[^\]]*)\]\]")
-_MANY = 1_000_000
 
-Calls = Annotated[int, Field(ge=0, le=_MANY)]
+Calls = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 class Fault(StrEnum):
-    """One way in which a call goes wrong. The order is the one in which a marker's faults come."""
+    """A way to fail, as described above, in the order in which they apply."""
 
     FAIL = "fail"
-    """Answered with an error status."""
     BUSY = "busy"
-    """Answered with 429 and Retry-After."""
     HANG = "hang"
-    """Never gets a first delta; the connection stays open."""
     STALL = "stall"
-    """Falls silent in the middle; the connection stays open."""
     BREAK = "break"
-    """The connection is cut in the middle."""
     UNENDED = "unended"
-    """Ends cleanly in the middle, without finish_reason and `[DONE]`."""
 
 
 class Marker(BaseModel):
-    """What a marker asks for. Numbers of faults are calls of that exact question, counted until one is answered."""
+    """The values of a marker. Faults are numbers of calls of exactly this question, until one is answered."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -66,14 +59,12 @@ class Marker(BaseModel):
     unended: Calls = 0
 
     def faults(self) -> list[tuple[Fault, int]]:
-        """The faults that are asked for, in their order, with the number of calls each takes."""
-        return [(fault, count) for fault in Fault if (count := self._count(fault))]
-
-    def _count(self, fault: Fault) -> int:
-        return int(getattr(self, "broken" if fault is Fault.BREAK else fault.value))
+        """The faults in their order, with the number of calls of each."""
+        counts = ((fault, int(getattr(self, "broken" if fault is Fault.BREAK else fault.value))) for fault in Fault)
+        return [(fault, count) for fault, count in counts if count]
 
     def fault_of(self, call: int) -> Fault | None:
-        """How call number `call` (from 0) of the question goes wrong; None when it is answered."""
+        """The fault of call number `call` (from 0) of the question; None if it is answered."""
         for fault, count in self.faults():
             if call < count:
                 return fault
@@ -81,18 +72,15 @@ class Marker(BaseModel):
         return None
 
 
-_NONE = Marker()
-
-
-def read(question: str) -> tuple[str, Marker]:
-    """Take the marker out of a question; a question without one has the marker that asks for nothing."""
-    found = _MARKER.search(question)
-    if found is None:
-        return question, _NONE
-    plain = (question[: found.start()] + question[found.end() :]).strip()
-    asked = dict(word.split("=", 1) for word in found["words"].split() if "=" in word)
+def parse_marker(question: str) -> tuple[str, Marker]:
+    """Split a question into its text and its marker; without one, the marker has its defaults."""
+    match = _MARKER.search(question)
+    if match is None:
+        return question, Marker()
+    plain = (question[: match.start()] + question[match.end() :]).strip()
+    values = dict(word.split("=", 1) for word in match["words"].split() if "=" in word)
     try:
-        return plain, Marker.model_validate(asked)
+        return plain, Marker.model_validate(values)
     except ValidationError as error:
-        wrong = {str(line["loc"][0]) for line in error.errors()}
-        return plain, Marker.model_validate({name: value for name, value in asked.items() if name not in wrong})
+        invalid = {str(line["loc"][0]) for line in error.errors()}
+        return plain, Marker.model_validate({name: value for name, value in values.items() if name not in invalid})

@@ -1,42 +1,47 @@
-"""The protocol of `/v1/chat/completions`, seen from the backend: what a call asks for, and its answer as bytes.
+"""The API of the demo backend, without I/O: requests parsed, and responses as bytes.
 
-The shapes are those of https://platform.openai.com/docs/api-reference/chat (chat completions, and their streaming
-chunks). No I/O here.
+Chat completions: https://platform.openai.com/docs/api-reference/chat. Moderations:
+https://platform.openai.com/docs/api-reference/moderations. A text is flagged if it contains `[[flag]]`, or
+`[[flag violence hate]]`, which names the categories; no other text is ever flagged.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from imstream.demo.answer import canned_answer, pieces
 from imstream.demo.http_server import event
 
 MODEL = "demo"
-"""The one model that is served; any name is accepted, and answered as this one."""
+"""The only model. Requests may name any model, and are answered by this one."""
 
-_HERE = "<delta>"
+CATEGORIES = ("demo", "harassment", "hate", "illicit", "self-harm", "sexual", "violence")
+"""Categories of OpenAI, and `demo`, for a flag that names none of them."""
+
+_FLAG = re.compile(r"\[\[flag\b(?P<categories>[^\]]*)\]\]")
+_PLACEHOLDER = "<delta>"
 
 
-class BadAsk(Exception):  # noqa: N818 - their fault, not an error of ours
-    """A call that is not one of this protocol; the text says why."""
+class InvalidRequest(Exception):  # noqa: N818 - the client's error
+    """The body of a request is not valid; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What one call asks for.
+class CompletionRequest:
+    """A request for a chat completion.
 
     Attributes:
         question: The text of the user's last message.
         context: The text of all messages.
-        stream: Whether the answer comes as events.
-        usage: Whether a stream ends with a chunk that carries the usage.
+        usage: A stream ends with a chunk that carries the usage.
     """
 
     question: str
@@ -45,99 +50,114 @@ class Ask:
     usage: bool
 
 
-def parse(body: bytes | bytearray) -> Ask:
-    """Read the body of a call.
-
-    Raises:
-        BadAsk: It is not JSON, or has no messages, or they are of another shape.
-    """
+def parse_completion(body: bytes | bytearray) -> CompletionRequest:
+    """Parse the body of a chat completion request. Raises `InvalidRequest`."""
     try:
-        asked = from_json(body)
-        texts = [(str(message["role"]), _text(message.get("content"))) for message in asked["messages"]]
-        options = asked.get("stream_options") or {}
-        usage = bool(options.get("include_usage"))
-        stream = bool(asked.get("stream"))
+        request = from_json(body)
+        texts = [(str(message["role"]), _text(message.get("content"))) for message in request["messages"]]
+        usage = bool((request.get("stream_options") or {}).get("include_usage"))
+        stream = bool(request.get("stream"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadAsk(f"not a chat completion request: {type(error).__name__}: {error}") from None
+        raise InvalidRequest(f"not a chat completion request: {type(error).__name__}: {error}") from None
     questions = [text for role, text in texts if role == "user"]
     if not questions:
-        raise BadAsk("messages must hold at least one of the role user")
-    return Ask(question=questions[-1], context="\n".join(text for _, text in texts), stream=stream, usage=usage)
+        raise InvalidRequest("messages must hold at least one of the role user")
+    return CompletionRequest(questions[-1], "\n".join(text for _, text in texts), stream=stream, usage=usage)
 
 
 def _text(content: object) -> str:
-    """The text of a message's content, which may be a string, parts, or nothing."""
+    """The text of a message's content: a string, a list of parts, or null."""
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content)
     return "" if content is None else str(content)
 
 
 class Answer:
-    """One answer to one call, rendered before its first byte is sent: what is left to do then is to write."""
+    """The answer to a request, rendered before its first byte is sent."""
 
-    def __init__(self, ask: Ask, length: int) -> None:
-        self._ask = ask
+    def __init__(self, request: CompletionRequest, length: int) -> None:
+        self._request = request
         self._length = length
-        self._deltas = canned_answer(ask.question, length)
+        self.deltas = canned_answer(request.question, length)
         self._id = f"chatcmpl-{uuid4().hex}"
         self._created = int(time.time())
 
-    @property
-    def deltas(self) -> int:
-        """How many deltas the answer has."""
-        return len(self._deltas)
-
     def events(self) -> list[bytes]:
-        """One event for each delta; the first one opens the message too, as models do."""
-        head, tail = self._chunk({"content": _HERE}).split(_json(_HERE))
-        first, *rest = [head + delta + tail for delta in _encoded(self._ask.question, self._length)]
+        """One event for each delta. The first also contains the chunk with the role, as models send it."""
+        head, tail = self._chunk({"content": _PLACEHOLDER}).split(to_json(_PLACEHOLDER))
+        first, *rest = [head + delta + tail for delta in _encoded(self._request.question, self._length)]
         return [self._chunk({"role": "assistant", "content": ""}) + first, *rest]
 
     def ending(self) -> bytes:
-        """What ends a stream: the finish reason, the usage when it was asked for, the end mark."""
-        usage = self._event(choices=[], usage=self._usage()) if self._ask.usage else b""
+        """The events after the text: the finish reason, the usage if requested, and `[DONE]`."""
+        usage = self._event(choices=[], usage=self._usage()) if self._request.usage else b""
         return self._chunk({}, "stop") + usage + event(b"[DONE]")
 
     def whole(self) -> bytes:
         """The answer as one JSON body."""
-        message = {"role": "assistant", "content": "".join(self._deltas)}
+        message = {"role": "assistant", "content": "".join(self.deltas)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return _json(self._base("chat.completion") | {"choices": [choice], "usage": self._usage()})
+        return to_json(self._base("chat.completion") | {"choices": [choice], "usage": self._usage()})
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
         return self._event(choices=[{"index": 0, "delta": delta, "finish_reason": finish_reason}])
 
     def _event(self, **fields: object) -> bytes:
-        return event(_json(self._base("chat.completion.chunk") | fields))
+        return event(to_json(self._base("chat.completion.chunk") | fields))
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": MODEL}
 
     def _usage(self) -> dict[str, int]:
-        prompt, completion = len(pieces(self._ask.context)), len(self._deltas)
+        prompt, completion = len(pieces(self._request.context)), len(self.deltas)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
+@lru_cache(maxsize=256)
+def _encoded(question: str, length: int) -> tuple[bytes, ...]:
+    return tuple(to_json(delta) for delta in canned_answer(question, length))
+
+
+def parse_moderation(body: bytes | bytearray) -> list[str]:
+    """The texts of a moderation request. Raises `InvalidRequest`."""
+    try:
+        request = from_json(body)
+    except ValueError as error:
+        raise InvalidRequest(f"not a moderation request: {error}") from None
+    given = request.get("input") if isinstance(request, dict) else None
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("input must be a text, or a list of at least one text")
+    return texts
+
+
+def flagged_categories(text: str) -> frozenset[str]:
+    """The categories of a text; none if it is not flagged."""
+    flag = _FLAG.search(text)
+    if flag is None:
+        return frozenset()
+    return frozenset(CATEGORIES).intersection(flag["categories"].split()) or frozenset(("demo",))
+
+
+def moderations(flagged: Sequence[frozenset[str]]) -> bytes:
+    """The JSON body with the result for each text."""
+    results = [
+        {
+            "flagged": bool(categories),
+            "categories": {name: name in categories for name in CATEGORIES},
+            "category_scores": {name: float(name in categories) for name in CATEGORIES},
+        }
+        for categories in flagged
+    ]
+    return to_json({"id": f"modr-{uuid4().hex}", "model": MODEL, "results": results})
+
+
 def error(kind: str, message: str) -> bytes:
-    """The JSON body of an answer with an error status."""
-    return _json({"error": {"message": message, "type": kind, "param": None, "code": kind}})
+    """The JSON body of an error response."""
+    return to_json({"error": {"message": message, "type": kind, "param": None, "code": kind}})
 
 
 def models() -> bytes:
     """The JSON body of `/v1/models`."""
     entry = {"id": MODEL, "object": "model", "created": 0, "owned_by": "imstream demo, not a model"}
-    return _json({"object": "list", "data": [entry]})
-
-
-def stats(counts: dict[str, int]) -> bytes:
-    """The JSON body of `/stats`."""
-    return _json(counts)
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-@lru_cache(maxsize=256)
-def _encoded(question: str, length: int) -> tuple[bytes, ...]:
-    return tuple(_json(delta) for delta in canned_answer(question, length))
+    return to_json({"object": "list", "data": [entry]})

@@ -117,7 +117,7 @@ class Backend:
 
 def _reply(connection: HttpConnection, body: bytes) -> None:
     connection.transport.write(head(200, "application/json", len(body)) + body)
-    connection.done()
+    connection.finish()
 
 
 def _write_rest(connection: HttpConnection, deltas: Iterator[bytes], last: bytes) -> None:
@@ -127,7 +127,7 @@ def _write_rest(connection: HttpConnection, deltas: Iterator[bytes], last: bytes
     if part:
         asyncio.get_running_loop().call_soon(_write_rest, connection, deltas, last)
     else:
-        connection.done()
+        connection.finish()
 
 
 def _step(answer: tuple[HttpConnection, int, bytes]) -> tuple[HttpConnection, int, bytes] | None:
@@ -139,7 +139,7 @@ def _step(answer: tuple[HttpConnection, int, bytes]) -> tuple[HttpConnection, in
         connection.transport.write(delta)
         return connection, written + 1, last
     connection.transport.write(delta + last)
-    connection.done()
+    connection.finish()
     return None
 
 

@@ -38,7 +38,7 @@ def breaks_off(*parts: bytes, reset: bool = False, framing: Framing = "chunked")
         if reset:
             exchange.reset()
         else:
-            exchange.drop()
+            exchange.close()
 
     return script
 

@@ -95,13 +95,13 @@ class Exchange(http_server.HttpConnection):
 
     request: Request
 
-    async def raw(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
         """Send bytes as they are, and give the client time to read them.
 
         Raises:
             ConnectionError: The connection is closed. A script that lets it pass has ended in order.
         """
-        await super().raw(data)
+        await super().write(data)
         for _ in range(4):  # turns of the loop: one to see the socket readable, the others to wake who waits for it
             await asyncio.sleep(0)
 
@@ -230,7 +230,7 @@ class ScriptedBackend:
             raise  # the client went first, or the script broke the connection
         except Exception as problem:  # noqa: BLE001 - told to the test at its end
             self.problems.append(problem)
-            exchange.drop()
+            exchange.close()
 
 
 @asynccontextmanager

@@ -270,10 +270,10 @@ async def test_the_key_is_in_no_error_no_log_and_no_representation(caplog: pytes
     echo = f'{{"error": {{"message": "Incorrect API key provided: {KEY}"}}}}'
 
     async def no_http(exchange: Exchange) -> None:
-        await exchange.raw(b"nonsense\r\n\r\n")
+        await exchange.write(b"nonsense\r\n\r\n")
 
     async def drops(exchange: Exchange) -> None:
-        exchange.drop()
+        exchange.close()
 
     async with asking(
         *(refuses(401, echo), says(b"data: " + echo.encode() + b"\n\n"), says(echo.encode()), no_http, drops),

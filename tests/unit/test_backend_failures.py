@@ -176,7 +176,7 @@ async def test_a_name_that_does_not_exist_is_a_failed_connection() -> None:
     assert caught.value.reason == "connect_failed"
 
 
-@pytest.mark.parametrize("how", ["drop", "reset"])
+@pytest.mark.parametrize("how", ["close", "reset"])
 async def test_a_connection_lost_before_the_answer_began_is_transient(how: str) -> None:
     async def script(exchange: Exchange) -> None:
         getattr(exchange, how)()
@@ -191,7 +191,7 @@ async def test_a_connection_lost_before_the_answer_began_is_transient(how: str) 
 )
 async def test_what_does_not_speak_http_is_a_bad_stream(reply: bytes) -> None:
     async def script(exchange: Exchange) -> None:
-        await exchange.raw(reply)
+        await exchange.write(reply)
         await exchange.gone()
 
     error = await failure(script)

@@ -269,7 +269,7 @@ async def test_a_response_that_nobody_asked_for_is_not_the_answer_to_the_next_re
         wrong = event(chunk("for somebody else")) + STOP + DONE
         await exchange.start()
         await exchange.send(event(chunk("a")), STOP + DONE)
-        await exchange.raw(b"0\r\n\r\n" + chunked(wrong) + chunked(wrong))
+        await exchange.write(b"0\r\n\r\n" + chunked(wrong) + chunked(wrong))
 
     async with asking(twice, streams("b"), streams("c")) as asked:
         await asked.ask()
@@ -285,7 +285,7 @@ async def test_a_body_whose_framing_breaks_is_broken_at_once() -> None:
     async def script(exchange: Exchange) -> None:
         await exchange.start()
         await exchange.send(event(chunk("a")))
-        await exchange.raw(b"no chunk size\r\n")
+        await exchange.write(b"no chunk size\r\n")
         await exchange.gone()
 
     async with asking(script) as asked:

@@ -13,7 +13,7 @@ import pytest
 
 from imstream.demo import backend, http_server
 from imstream.demo.answer import canned_answer
-from imstream.demo.server import serving
+from imstream.demo.backend import serving
 from imstream.demo.settings import DemoSettings
 from tests.support.waiting import wait_until
 

@@ -168,7 +168,7 @@ async def test_nobody_there_and_a_cut_answer_are_told_apart() -> None:
     async def cut(exchange: Exchange) -> None:
         await exchange.start(framing=100)
         await exchange.send(b'{"results"')
-        exchange.drop()
+        exchange.close()
 
     assert (await failure(cut)).reason == "broken_stream"
 
