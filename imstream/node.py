@@ -114,7 +114,11 @@ class Node:
 
         self.adopter = Adopter(settings, Adoption(redis, settings), leases, lease_keeper, make_consumer)
         self._presence = Presence(
-            settings, routes=Routes(redis, settings), inbox=inbox, registry=registry, guards=guards
+            one_session=settings.sessions == "one",
+            routes=Routes(redis, settings),
+            inbox=inbox,
+            registry=registry,
+            guards=guards,
         )
         self._inbox_consumer = InboxConsumer(
             inbox=inbox, reply_sync=self._reply_sync, presence=self._presence, jobs=jobs, adopter=self.adopter

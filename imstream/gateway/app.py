@@ -1,7 +1,4 @@
-"""The HTTP routes of a node: health checks, the page, and the browser client.
-
-The page has headers under which a browser runs these two files and nothing else.
-"""
+"""The HTTP routes of a node: health checks, and the page with its client, which may run nothing else."""
 
 from __future__ import annotations
 
@@ -20,20 +17,11 @@ from imstream.gateway.frame_handler import SessionDeps
 
 _STATIC = resources.files("imstream.gateway") / "static"
 
-_HEADERS = {
-    "Cache-Control": "no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+_HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette:
-    """The ASGI application of one node. Its sockets are served by `connection`, without ASGI.
-
-    Args:
-        deps: What its sessions use; `/readyz` reports some of it.
-        stuck: Why the node cannot recover by itself; None when it can.
-    """
+    """The ASGI application of one node. `stuck`: why the node cannot recover by itself; None when it can."""
     node = deps.settings.node
 
     def report(body: dict[str, object], why: str | None) -> JSONResponse:

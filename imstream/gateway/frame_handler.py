@@ -44,11 +44,7 @@ limited = structlog.get_logger(**LIMITED)
 
 @dataclass(frozen=True, kw_only=True)
 class SessionDeps:
-    """What the sessions of a node use.
-
-    Attributes:
-        not_ready: Why the node cannot serve right now; None when it can.
-    """
+    """What the sessions of a node use. `not_ready`: why the node cannot serve right now; None when it can."""
 
     settings: Settings
     frame_limits: FrameLimits
@@ -92,7 +88,8 @@ class FrameHandler:
                 self._session.socket.charge(cost)
         message_id = getattr(frame, "message_id", None)
         try:
-            await self._dispatch(frame)
+            if self._is_allowed(frame, message_id):
+                await self._dispatch(frame)
         except StoreFull:
             log.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
             self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
@@ -105,32 +102,26 @@ class FrameHandler:
     async def _dispatch(self, frame: ClientFrame) -> None:
         match frame:
             case wire.ClientInit():
-                if self._is_own(frame.user_id):
-                    await self._init(frame)
+                await self._init(frame)
             case wire.ClientHeartbeat():
-                if self._is_own(frame.user_id):
-                    self._writer.send(self._frames.heartbeat())
+                self._writer.send(self._frames.heartbeat())
             case wire.ClientChat():
-                if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
-                    with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
-                        await self._chat(frame)
+                with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
+                    await self._chat(frame)
             case wire.ClientCancel():
-                if self._is_logged_in() and self._is_own(frame.user_id, frame.message_id):
-                    await self._cancel(frame.message_id)
+                await self._cancel(frame.message_id)
             case _:
                 assert_never(frame)
 
-    def _is_logged_in(self) -> bool:
-        if self._session.user_id is None:
-            self._send_error(Code.FORBIDDEN, Text.NOT_LOGGED_IN)
-        return self._session.user_id is not None
-
-    def _is_own(self, user_id: int | None, message_id: str | None = None) -> bool:
+    def _is_allowed(self, frame: ClientFrame, message_id: str | None) -> bool:
         """Whether a frame is for the user of this socket: that of its INIT, or before that of its URL."""
         owner = self._session.url_user if self._session.user_id is None else self._session.user_id
-        if user_id is None or owner is None or user_id == owner:
+        if self._session.user_id is None and isinstance(frame, wire.ClientChat | wire.ClientCancel):
+            self._send_error(Code.FORBIDDEN, Text.NOT_LOGGED_IN)
+        elif owner is not None and frame.user_id not in {None, owner}:
+            self._send_error(Code.FORBIDDEN, Text.OTHER_USER, message_id)
+        else:
             return True
-        self._send_error(Code.FORBIDDEN, Text.OTHER_USER, message_id)
         return False
 
     async def _init(self, frame: wire.ClientInit) -> None:

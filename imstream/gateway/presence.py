@@ -4,6 +4,7 @@ have only one, and all of a user whose account was banned or locked."""  # noqa:
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -11,7 +12,6 @@ from imstream.errors import StoreError
 from imstream.gateway.registry import Registry
 from imstream.gateway.session import Session
 from imstream.guards.chain import GuardChain
-from imstream.settings import Settings
 from imstream.store.inbox import Inbox, SessionReplaced
 from imstream.store.routes import ROUTE_TTL, RouteAdded, Routes
 from imstream.texts import Text
@@ -23,22 +23,24 @@ _RETRY_INTERVAL = 1.0
 log = structlog.get_logger()
 
 
+@dataclass(kw_only=True)
 class Presence:
-    """Maintains the routes that lead to this node."""
+    """Maintains the routes that lead to this node.
 
-    def __init__(
-        self, settings: Settings, *, routes: Routes, inbox: Inbox, registry: Registry, guards: GuardChain
-    ) -> None:
-        self._one_session = settings.sessions == "one"
-        self._guards = guards
-        self._routes = routes
-        self._inbox = inbox
-        self._registry = registry
-        self._logging_in: dict[Session, int] = {}
-        """Sessions whose login has no number yet, and the newest login that was announced meanwhile."""
-        self._stale: set[int] = set()
-        """Users whose route has to be written."""
-        self._wake = asyncio.Event()
+    Attributes:
+        one_session: A user may have only one session.
+        _logging_in: Sessions whose login has no number yet, and the newest login that was announced meanwhile.
+        _stale: Users whose route has to be written.
+    """
+
+    one_session: bool
+    routes: Routes
+    inbox: Inbox
+    registry: Registry
+    guards: GuardChain
+    _logging_in: dict[Session, int] = field(default_factory=dict)
+    _stale: set[int] = field(default_factory=set)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def on_login(self, session: Session, user_id: int) -> None:
         """Write the route of a user, and close older sessions if there may be only one.
@@ -47,7 +49,7 @@ class Presence:
         """
         self._logging_in[session] = 0
         try:
-            login = await self._routes.add_route(user_id)
+            login = await self.routes.add_route(user_id)
         except StoreError as error:
             log.warning("route not noted", user=user_id, error=str(error))
             self._mark_stale(user_id)
@@ -56,14 +58,14 @@ class Presence:
             # Of two logins at the same moment, each may hear of the other before it knows which of them is the newer.
             newest = self._logging_in.pop(session)
         session.login = login.login
-        if self._one_session:
+        if self.one_session:
             await self._replace_everywhere(SessionReplaced(user_id, max(login.login, newest)), login)
         if login.has_account:  # the account may have changed since the guards checked the login
             await self.review(user_id)
 
     def on_disconnect(self, user_id: int) -> None:
         """Remove the route of a user if no socket is left."""
-        if not self._registry.sessions_of(user_id):
+        if not self.registry.sessions_of(user_id):
             self._mark_stale(user_id)
 
     async def review(self, user_id: int) -> None:
@@ -75,18 +77,18 @@ class Presence:
             self._mark_stale(user_id)
 
     async def _review(self, user_id: int) -> None:
-        if not self._registry.sessions_of(user_id):
+        if not self.registry.sessions_of(user_id):
             return
-        verdict = await self._guards.check_session(user_id)
+        verdict = await self.guards.check_session(user_id)
         if verdict is not None:
-            sessions = self._registry.sessions_of(user_id)
+            sessions = self.registry.sessions_of(user_id)
             log.info("sessions closed", why=verdict.reason, user=user_id, sessions=len(sessions))
             for session in sessions:
                 session.close_rejected(verdict)
 
     def replace(self, notice: SessionReplaced) -> None:
         """Close the sessions of the user with an older login."""
-        for session in self._registry.sessions_of(notice.user_id):
+        for session in self.registry.sessions_of(notice.user_id):
             if session in self._logging_in:
                 self._logging_in[session] = max(self._logging_in[session], notice.login)
             elif session.login < notice.login:
@@ -94,7 +96,7 @@ class Presence:
 
     async def _replace_everywhere(self, notice: SessionReplaced, login: RouteAdded) -> None:
         self.replace(notice)
-        await self._inbox.notify(login.nodes, notice)
+        await self.inbox.notify(login.nodes, notice)
 
     async def run(self) -> None:
         """Write stale routes: of users who have disconnected, those that failed, and all before they expire."""
@@ -107,7 +109,7 @@ class Presence:
                     await self._wake.wait()
             except TimeoutError:
                 refresh_at = loop.time() + interval
-                self._stale.update(self._registry.users())
+                self._stale.update(self.registry.users())
             self._wake.clear()
             while self._stale:
                 user_id = self._stale.pop()
@@ -118,23 +120,23 @@ class Presence:
                     await asyncio.sleep(_RETRY_INTERVAL)
 
     async def _write_route(self, user_id: int) -> None:
-        if self._registry.sessions_of(user_id):
-            login = await self._routes.add_route(user_id)
+        if self.registry.sessions_of(user_id):
+            login = await self.routes.add_route(user_id)
             await self._number_login(user_id, login)
             if login.has_account:
                 await self._review(user_id)
             return
-        await self._routes.remove_route(user_id)
-        if self._registry.sessions_of(user_id):  # it logged in meanwhile, perhaps before the route was removed
+        await self.routes.remove_route(user_id)
+        if self.registry.sessions_of(user_id):  # it logged in meanwhile, perhaps before the route was removed
             self._stale.add(user_id)
 
     async def _number_login(self, user_id: int, login: RouteAdded) -> None:
         """Give the newest session that logged in without Redis the number that it could not get then."""
-        sessions = self._registry.sessions_of(user_id)
+        sessions = self.registry.sessions_of(user_id)
         unnumbered = [one for one in sessions if one.login == 0 and one not in self._logging_in]
         if unnumbered:
             unnumbered[-1].login = login.login
-            if self._one_session:
+            if self.one_session:
                 await self._replace_everywhere(SessionReplaced(user_id, login.login), login)
 
     def _mark_stale(self, user_id: int) -> None:

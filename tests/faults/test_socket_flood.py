@@ -1,4 +1,4 @@
-"""Floods of connections that want nothing, slow handshakes, and peers that do not go: others notice nothing of them.
+"""Floods of idle connections, slow handshakes, and peers that do not close: other clients are not affected.
 
 After their time nothing is left of them: no connection, no file, no memory. The node has no garbage collector.
 """
@@ -48,12 +48,12 @@ FIRST_BYTES = {
     "a request and nothing more": PAGE,
     "a socket without INIT": UPGRADE + b"\r\n",
 }
-"""What a connection begins with, before it says nothing more, or a byte now and then."""
+"""The first bytes of a connection, before it goes silent or sends a byte from time to time."""
 
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node that gives handshakes and logins little time."""
+    """A node with short timeouts for handshakes and logins."""
     limits = {
         "handshake_timeout": f"{TIME}s",
         "init_timeout": f"{TIME}s",
@@ -66,16 +66,16 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
 
 @pytest.fixture
 async def node(standing: OneNode) -> AsyncIterator[OneNode]:
-    """The node; after the test nothing is left of anybody."""
+    """The node; after the test nothing is left of any connection."""
     yield standing
     await standing.settled()
     check_log(standing)
 
 
 def check_log(node: OneNode) -> None:
-    """A node has nothing to complain of."""
+    """The node has logged no error and no warning."""
     node.check_log()
-    # That lines were left out is how strangers cannot fill the log.
+    # Lines that anyone can cause are rate-limited; the count of dropped lines is expected.
     expected = (NO_IDENTITY, '"event": "log lines dropped"')
     lines = [line for line in node.now.process.output().splitlines() if not any(one in line for one in expected)]
     complaints = [line for line in lines if '"level": "error"' in line or '"level": "warning"' in line]
@@ -84,7 +84,7 @@ def check_log(node: OneNode) -> None:
 
 @asynccontextmanager
 async def crowd(port: int, first: bytes, count: int, *, narrow: bool = False) -> AsyncIterator[list[RawSocket]]:
-    """So many connections that begin with this."""
+    """Open `count` connections that send these first bytes."""
     async with AsyncExitStack() as stack:
         everybody = [await stack.enter_async_context(raw_socket(port, narrow=narrow)) for _ in range(count)]
         for one in everybody:
@@ -93,7 +93,7 @@ async def crowd(port: int, first: bytes, count: int, *, narrow: bool = False) ->
 
 
 async def beat(someone: Peer) -> float:
-    """Beat once; how long the answer took."""
+    """Send one heartbeat; how long the answer took."""
     began = time.monotonic()
     await someone.send("PING")
     while (await someone.frame())["msgType"] != "HEARTBEAT":
@@ -102,22 +102,22 @@ async def beat(someone: Peer) -> float:
 
 
 async def slowest_beat(someone: Peer, seconds: float) -> float:
-    """Beat for a while; the longest time that an answer took."""
+    """Send heartbeats for a while; the longest time that an answer took."""
     slowest, end = 0.0, time.monotonic() + seconds
     while time.monotonic() < end:
         slowest = max(slowest, await beat(someone))
-        await asyncio.sleep(0.01)  # its pace
+        await asyncio.sleep(0.01)  # the pace of the healthy client
     return slowest
 
 
 @asynccontextmanager
 async def trickling(everybody: list[RawSocket]) -> AsyncIterator[None]:
-    """Meanwhile, all of them say a little more, again and again."""
+    """Send a byte on each connection every 0.2 s meanwhile."""
 
     async def trickle() -> None:
         while True:
             await asyncio.gather(*(one.send(b"x") for one in everybody), return_exceptions=True)
-            await asyncio.sleep(0.2)  # the pace of somebody who has time
+            await asyncio.sleep(0.2)  # the pace of a slow client
 
     task = asyncio.create_task(trickle())
     try:
@@ -134,7 +134,7 @@ async def test_500_connections_that_never_come_to_anything_are_cut_in_time_and_c
     async with node.peer(OTHER) as healthy:
         calm = await slowest_beat(healthy, 0.5)
         files = memory = 0
-        for _ in range(2):  # what was taken from the system for the first crowd is there for the second
+        for _ in range(2):  # memory that the first crowd allocates is reused for the second
             files, memory = process.num_fds(), process.memory_info().rss
             async with AsyncExitStack() as stack:
                 began = time.monotonic()
@@ -143,15 +143,15 @@ async def test_500_connections_that_never_come_to_anything_are_cut_in_time_and_c
                     for first in FIRST_BYTES.values()
                     for one in await stack.enter_async_context(crowd(node.port, first, 500 // len(FIRST_BYTES)))
                 ]
-                await beat(healthy)  # they have come all at once, and the node takes them all before it goes on
+                await beat(healthy)  # the node accepts all of them before it continues
                 async with trickling(everybody[::2]):
                     assert await slowest_beat(healthy, 1) < calm + 0.5 * SLOW
                     async with node.peer(OTHER) as newcomer:
                         question = "still there? [[demo first=0 length=3]]"
                         assert (await newcomer.chat(OTHER, question, f"m{began}"))["event"] == "accepted"
                         assert (await newcomer.end_of(f"m{began}")).events[-1] == "done"
-                    await wait_until(lambda: node.clients() == 1, "only the healthy one is left", limit=TIME + 6)
-        # Up to five connections to Redis are opened when they are first needed at the same time.
+                    await wait_until(lambda: node.clients() == 1, "only the healthy connection is left", limit=TIME + 6)
+        # Up to five connections to Redis are opened on demand.
         await wait_until(lambda: process.num_fds() <= files + 5, "no file is left open")
         assert process.memory_info().rss - memory < 4 * MB
 
@@ -162,8 +162,8 @@ async def test_each_of_them_is_let_go(what: str, node: OneNode) -> None:
         await one.send(FIRST_BYTES[what])
         began = time.monotonic()
         await one.ended(limit=TIME + 8)
-        assert time.monotonic() - began > TIME * 0.5  # not before its time
-    await wait_until(lambda: node.clients() == 0, "it is gone")
+        assert time.monotonic() - began > TIME * 0.5  # not before the timeout
+    await wait_until(lambda: node.clients() == 0, "it is closed")
 
 
 async def test_half_of_a_second_request_is_not_waited_for_either(node: OneNode) -> None:
@@ -186,19 +186,19 @@ async def test_requests_that_do_not_wait_for_answers_are_refused_and_do_not_gath
                 one = await stack.enter_async_context(raw_socket(node.port, narrow=True))
                 with suppress(ConnectionError):
                     await one.send(PAGE * 8_000)
-            await wait_until(lambda: node.clients() == 0, "they are gone", limit=TIME + 6)
+            await wait_until(lambda: node.clients() == 0, "they are closed", limit=TIME + 6)
     assert process.memory_info().rss - memory < 4 * MB
 
 
 async def test_who_asks_for_a_page_and_does_not_read_it_is_cut(node: OneNode) -> None:
     async with crowd(node.port, PAGE, 50, narrow=True):
-        await wait_until(lambda: node.clients() == 0, "they are gone", limit=TIME + 6)
+        await wait_until(lambda: node.clients() == 0, "they are closed", limit=TIME + 6)
 
 
 async def test_a_request_in_time_is_answered_also_on_a_connection_that_is_used_again(node: OneNode) -> None:
     async with raw_socket(node.port) as someone:
         began = time.monotonic()
-        while time.monotonic() - began < 2 * TIME:  # longer than one request has time
+        while time.monotonic() - began < 2 * TIME:  # longer than the timeout of one request
             await someone.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             head = await someone.head()
             assert head.startswith(b"HTTP/1.1 200 ")
@@ -212,16 +212,16 @@ async def test_who_reads_nothing_and_asks_to_close_is_cut(node: OneNode) -> None
             question = "go on [[demo first=0 pace=0 length=60000]]"
             await someone.send_frame(msgType="CHAT", userId=OTHER, contents=question, messageId=f"m{goodbye[0]}")
             await someone.until(event="accepted")
-            await wait_until(lambda: node.unfinished() == 0, "all is answered and nobody has read it")
+            await wait_until(lambda: node.unfinished() == 0, "the answer is complete, and unread")
             await someone.send(goodbye)
-            await wait_until(lambda: node.clients() == 0, "it is cut off", limit=6)
+            await wait_until(lambda: node.clients() == 0, "it is aborted", limit=6)
 
 
 # Sockets that come and go
 
 
 async def _pass_by(port: int, what: str, *, reset: bool) -> None:
-    """Connect, say something, hear the answer if there is one, and go."""
+    """Connect, send something, read the answer if there is one, and disconnect."""
     first, then = PASSING[what]
     async with raw_socket(port) as one:
         with suppress(ConnectionError):
@@ -237,23 +237,23 @@ async def _pass_by(port: int, what: str, *, reset: bool) -> None:
 
 
 async def _more_objects(node: OneNode) -> Counter[str]:
-    """How many objects the node has more than when it was last asked, by their types."""
+    """How many more objects the node has than at the last call, by type."""
 
     def told() -> list[str]:
         return [line for line in node.now.process.output().splitlines() if line.startswith('{"event": "objects"')]
 
     before = len(told())
     node.now.process.signal(signal.SIGUSR1)
-    await wait_until(lambda: len(told()) > before, "it tells what it has")
+    await wait_until(lambda: len(told()) > before, "it reports its objects")
     return Counter(json.loads(told()[-1])["objects"])
 
 
 async def _churn(node: OneNode, sockets: int) -> None:
-    """So many of all kinds, half a hundred at a time, and nothing is left of them."""
+    """Open and close this many connections of all kinds, 50 at a time, and wait until all are closed."""
     kinds = [(what, reset) for what in PASSING for reset in (False, True)]
     for _ in range(max(1, sockets // len(kinds))):
         await asyncio.gather(*(_pass_by(node.port, what, reset=reset) for what, reset in kinds))
-    await wait_until(lambda: node.clients() + node.sessions() == 0, "all are gone", limit=TIME + 6)
+    await wait_until(lambda: node.clients() + node.sessions() == 0, "all are closed", limit=TIME + 6)
 
 
 @pytest.mark.parametrize("sockets", [2_000, pytest.param(20_000, marks=pytest.mark.long)])
@@ -261,7 +261,7 @@ async def test_nothing_is_left_of_sockets_that_are_gone_and_no_collector_is_need
     sockets: int, node: OneNode
 ) -> None:
     process = psutil.Process(node.now.process.pid)
-    await _churn(node, 200)  # what is made once, is made
+    await _churn(node, 200)  # warm up
     await _more_objects(node)
     memory = process.memory_info().rss
     await _churn(node, sockets)
@@ -272,7 +272,7 @@ async def test_nothing_is_left_of_sockets_that_are_gone_and_no_collector_is_need
 
 async def test_a_socket_keeps_nothing_of_what_its_handshake_said(node: OneNode) -> None:
     process = psutil.Process(node.now.process.pid)
-    for users in (range(20001, 20011), range(20011, 20091)):  # what is made once, is made for the first ones
+    for users in (range(20001, 20011), range(20011, 20091)):  # the first ones warm up
         memory = process.memory_info().rss
         async with AsyncExitStack() as stack:
             for user in users:
@@ -283,21 +283,21 @@ async def test_a_socket_keeps_nothing_of_what_its_handshake_said(node: OneNode) 
                 await one.until(msgType="INIT")
             grown = process.memory_info().rss - memory
             assert node.sessions() == len(users)
-        await wait_until(lambda: node.clients() + node.sessions() == 0, "they are gone")
-    assert grown < len(users) * 40_000  # a plain one takes 22 KB
+        await wait_until(lambda: node.clients() + node.sessions() == 0, "they are closed")
+    assert grown < len(users) * 40_000  # a socket with a small handshake takes 22 KB
 
 
 async def test_beyond_its_sockets_a_node_takes_a_few_connections_and_refuses_the_others_with_503(
     demo: DemoBackend, tmp_path: Path
 ) -> None:
-    # They have time: the last comes before the first is cut, however slow the machine is.
+    # A long timeout: the last one connects before the first one is aborted, even on a slow machine.
     with standing_node(tmp_path, demo.url, handshake_timeout="1m", node_sockets=SOCKETS) as node:
         async with node.peer(OTHER) as healthy, crowd(node.port, b"", SOCKETS + SPARE_CONNECTIONS - 1):
             async with raw_socket(node.port) as one_more:
                 assert (await one_more.head()).startswith(b"HTTP/1.1 503 ")
                 assert await one_more.ended() == b"Too many connections"
             assert await slowest_beat(healthy, 0.5) < 1
-        await wait_until(lambda: node.clients() == 0, "they are gone")
+        await wait_until(lambda: node.clients() == 0, "they are closed")
         async with node.peer(OTHER) as newcomer:
             await newcomer.send("PING")
             assert (await newcomer.frame())["msgType"] == "HEARTBEAT"
@@ -311,10 +311,10 @@ async def test_a_node_without_files_takes_connections_again_as_soon_as_it_has_so
         try:
             process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds() + 20, limits[1]))
             async with crowd(node.port, b"", 20):
-                await wait_until(lambda: node.clients() == 21, "it has no files left")
+                await wait_until(lambda: node.clients() == 21, "all its files are in use")
                 async with crowd(node.port, b"", 50):
                     assert await slowest_beat(healthy, 1) < 1
-            await wait_until(lambda: node.clients() == 1, "they are gone")
+            await wait_until(lambda: node.clients() == 1, "they are closed")
             async with node.peer(OTHER) as newcomer:
                 await newcomer.send("PING")
                 assert (await newcomer.frame())["msgType"] == "HEARTBEAT"

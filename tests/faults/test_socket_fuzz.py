@@ -1,4 +1,4 @@
-"""Thousands of hostile frames against one node, while others chat: they get their answers, and nothing is left over.
+"""Thousands of hostile frames against one node: other clients still get their answers, and nothing is left over.
 
 The frames are drawn from `SEED`; IMSTREAM_FUZZ_SEED and IMSTREAM_FUZZ_FRAMES change the seed and the number of frames.
 """
@@ -34,20 +34,20 @@ SEED = int(os.environ.get("IMSTREAM_FUZZ_SEED", "20261124"))
 FRAMES = int(os.environ.get("IMSTREAM_FUZZ_FRAMES", "6000"))
 ATTACKERS, DECENT = 8, range(20001, 20004)
 BATCH, BATCHES = 40, 4
-"""Frames after which an attacker waits until the node has taken them, and how often it does before it ends."""
+"""Frames that an attacker sends before it waits for the node, and how many such batches it sends."""
 
 MB = 1 << 20
 
 CODES = {*CloseCode, 1002, 1007} - {CloseCode.INTERNAL_ERROR}
-"""Close codes that are documented, and those of RFC 6455 for a broken frame and a broken text."""
+"""Documented close codes, and those of RFC 6455 for an invalid frame and invalid UTF-8."""
 
 ECHOABLE_CODES = frozenset({*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}) - {CloseCode.INTERNAL_ERROR}
-"""All close codes that a client may send, and that come back (RFC 6455, 7.4); but for the one that nobody may see."""
+"""All close codes that a client may send and that are echoed (RFC 6455, section 7.4), except that of a defect."""
 
 
 @dataclass
 class Seen:
-    """What the attackers have seen."""
+    """Frames and close codes that the attackers have received."""
 
     frames: int = 0
     closes: dict[int | None, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Seen:
 
 @asynccontextmanager
 async def fuzzed_node(redis_server: RedisServer, demo: DemoBackend, folder: Path) -> AsyncIterator[ObservedNode]:
-    """A node that hears all that is sent to it."""
+    """A node without a limit on the rate."""
     limits = {**QUICK, "frame_rate": 0, "user_limit": 2, "queue_limit": 1000, "max_frame": 65536}
     node = await start_observed_node(folder, redis_url=redis_server.url, ai_url=demo.url, settings=limits)
     with node.process:
@@ -70,10 +70,10 @@ async def fuzzed_node(redis_server: RedisServer, demo: DemoBackend, folder: Path
 async def hear(
     raw: RawSocket, seen: Seen, fence: bytes | None, *, echoed: frozenset[int] = frozenset(ECHOED_CODES)
 ) -> bool:
-    """Read until the answer to a ping with these bytes; False when the socket is closed before, and with which code."""
+    """Read until the answer to a ping with these bytes; False when the socket is closed before."""
     while (found := await raw.next_frame()) is not None:
         opcode, payload = found
-        assert opcode in {TEXT, PONG, CLOSE}, "a node says nothing else"
+        assert opcode in {TEXT, PONG, CLOSE}, "a node sends no other frames"
         if opcode == TEXT:
             told = raw.texts.pop()
             assert told["code"] in set(Code)
@@ -90,13 +90,13 @@ async def hear(
 
 
 async def attack(port: int, hostile: Hostile, user: int, *, log_in: bool, seen: Seen) -> None:
-    """One socket: hostile frames until the node closes it, or a last one that ends it."""
+    """Send hostile frames on one socket until the node closes it, or until a last one that must close it."""
     async with raw_socket(port) as raw:
         head = await raw.upgrade(f"/ws?userId={user}")
         assert head.startswith(b"HTTP/1.1 101 "), head
         if log_in:
             await raw.send_frame(msgType="INIT", userId=user)
-        with suppress(ConnectionError):  # it may be closed while more is being sent
+        with suppress(ConnectionError):  # the node may close it meanwhile
             for batch in range(BATCHES):
                 fence = f"{batch}".encode()
                 for piece in hostile.split(b"".join(hostile.survivable() for _ in range(BATCH))):
@@ -107,12 +107,12 @@ async def attack(port: int, hostile: Hostile, user: int, *, log_in: bool, seen: 
                 seen.frames += BATCH
             await raw.send(hostile.fatal())
             seen.frames += 1
-            raw.finish()  # a frame that has not ended never will
+            raw.finish()  # an incomplete frame stays incomplete
             await hear(raw, seen, None)
 
 
 async def decent(url: str, user: int, over: asyncio.Event) -> int:
-    """Ask one question after the other, and see that each is answered rightly; how many."""
+    """Ask one question after the other, and check each answer; how many were asked."""
     asked = 0
     while not over.is_set():
         async with peer(url, user=user) as someone:
@@ -152,21 +152,21 @@ async def test_thousands_of_hostile_frames_harm_nobody(
         answered = await asyncio.gather(*decents)
 
         await wait_until(lambda: node.clients() == 0, "no socket is left", limit=20)
-        await wait_until(lambda: node.open_files() <= files + 10, "no file is left but those to Redis and the backend")
+        await wait_until(lambda: node.open_files() <= files + 10, "only files for Redis and the backend are left")
 
         async def no_task_is_left() -> bool:
             return await node.tasks() <= tasks
 
-        await wait_until(no_task_is_left, "no task is left over")
+        await wait_until(no_task_is_left, "no task is left")
         assert process.memory_info().rss - memory < 10 * MB
     assert min(answered) >= 10
     assert seen.frames >= frames
-    # It has met what it was meant to.
+    # The attackers have caused each kind of answer.
     assert {Code.SUCCESS, Code.BAD_REQUEST, Code.FORBIDDEN} <= set(seen.answers)
     assert {1002, 1007, 1009, 4501} <= set(seen.closes)
 
 
-# The same with hypothesis: less frames, but what goes wrong is made as small as it can be
+# The same with hypothesis: fewer frames, but failures are minimised
 
 PAYLOADS = st.one_of(
     st.binary(max_size=300),
@@ -192,7 +192,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
         assert '"level": "error"' not in node.now.process.output()
 
 
-@example(frames=[frame(CLOSE, (3072).to_bytes(2))], log_in=False, cut=1)  # a code of its own
+@example(frames=[frame(CLOSE, (3072).to_bytes(2))], log_in=False, cut=1)  # an application code
 @settings(max_examples=examples(150), derandomize=True)
 @given(frames=st.lists(ANY_FRAME, min_size=1, max_size=15), log_in=st.booleans(), cut=st.integers(1, 10_000))
 def test_any_frames_in_any_order_are_answered_or_close_the_socket_with_a_known_code(

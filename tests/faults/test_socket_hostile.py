@@ -1,4 +1,4 @@
-"""Frames that no decent client sends: each gets the named answer, and the node goes on serving everybody else."""
+"""Invalid and malicious frames: each gets its documented answer, and the node keeps serving other clients."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ RSV2, RSV3 = 0x20, 0x10
 
 HEARTBEAT = json.dumps({"msgType": "HEARTBEAT", "userId": USER}).encode()
 BOMB = zlib.compress(b"\0" * (64 << 20))[2:-4]
-"""64 MB of nothing as a deflate stream of 64 KB."""
+"""64 MB of zeros as a deflate stream of 64 KB."""
 
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node that takes what comes."""
+    """A node without a limit on the rate."""
     with standing_node(tmp_path_factory.mktemp("hostile"), demo.url, max_frame=MAX_FRAME, frame_rate=0) as node:
         yield node
 
 
 @pytest.fixture
 async def node(standing: OneNode) -> AsyncIterator[OneNode]:
-    """The node; after the test it has kept nothing, has no complaint, and answers others as ever."""
+    """The node; after the test it holds no state, has logged no problem, and still answers others."""
     pid = standing.now.process.pid
     async with standing.peer(OTHER) as healthy:
         yield standing
@@ -102,7 +102,7 @@ REFUSED = {
         "resume",
     ),
 }
-"""What is refused on a socket that stays open, and the field that is named."""
+"""Frames that are rejected on a socket that stays open, and the field that is named."""
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -119,15 +119,15 @@ async def test_a_message_that_makes_no_sense_is_refused_and_the_socket_stays_ope
         assert (await someone.until(msgType="HEARTBEAT"))["code"] == "SUCCESS"
 
 
-# What it costs to refuse them
+# The cost of rejecting them
 
 
 async def _costs(node: OneNode, texts: dict[str, bytes], *, log_in: bool) -> dict[str, float]:
-    """The CPU time that the node takes for each of these frames, in seconds: what it was at best, of several times.
+    """The CPU time of the node for each of these frames, in seconds: the minimum of several runs.
 
     The machine may do other things too: frames that seem dear get more chances.
     """
-    clock = (~node.now.process.pid << 3) | 2  # of another process, see clock_getcpuclockid(3)
+    clock = (~node.now.process.pid << 3) | 2  # that of another process, see clock_getcpuclockid(3)
     costs = dict.fromkeys(texts, float("inf"))
     for round_ in range(15):
         dear = [what for what in texts if round_ < 3 or what == PLAIN or costs[what] > 2.5 * costs[PLAIN]]
@@ -153,7 +153,7 @@ OTHER_SIZES = [(log_in, size) for log_in in (False, True) for size in (3_000, 8_
 EACH_SIZE = [(False, MAX_FIRST), (True, MAX_FRAME)]
 
 
-# Three times, on a machine that does nothing else; beside other tests, caches are cold and the dear ones suffer more.
+# Three times on an idle machine; beside other tests, caches are cold, and expensive frames suffer more.
 @pytest.mark.parametrize(
     ("log_in", "size", "times"),
     [
@@ -211,14 +211,14 @@ CLOSED = {
     "a user id that is no number": (frame(TEXT, b'{"msgType":"INIT","userId":NaN}'), 4501),
     "an infinite user id": (frame(TEXT, b'{"msgType":"INIT","userId":-Infinity}'), 4501),
 }
-"""What closes the socket, and its code."""
+"""Frames that close the socket, and the close code."""
 
 
 @pytest.mark.parametrize("what", CLOSED)
 async def test_a_frame_that_breaks_the_protocol_closes_the_socket_with_its_code(what: str, node: OneNode) -> None:
     data, code = CLOSED[what]
     async with raw_socket(node.port) as someone:
-        # What it offers is not taken up: a compressed frame stays a broken one.
+        # The offered extension is not negotiated: a compressed frame is invalid.
         head = await someone.upgrade("/ws", ["Sec-WebSocket-Extensions: permessage-deflate"])
         assert head.startswith(b"HTTP/1.1 101 ")
         assert b"permessage-deflate" not in head
@@ -232,7 +232,7 @@ async def test_a_login_with_all_that_it_may_resume_and_a_long_token_fits_and_the
     points = [{"messageId": f"{n:064}", "attempt": 10 + n, "offset": 1_000_000 + n} for n in range(64)]
     async with raw_socket(node.port) as someone:
         await someone.upgrade("/ws")
-        await someone.send(frame(TEXT, b" " * MAX_FIRST))  # it is not the size that is wrong with it
+        await someone.send(frame(TEXT, b" " * MAX_FIRST))  # its size is allowed, its contents are not
         assert (await someone.until(msgType="SYSTEM"))["code"] == "BAD_REQUEST"
         login = json.dumps({"msgType": "INIT", "userId": USER, "token": "x" * 8192, "resume": points}).encode()
         large = _chat(messageId="", contents="x" * (MAX_FRAME - 100))

@@ -1,4 +1,4 @@
-"""A client that claims to be somebody else, or asks for what is somebody else's: refused, nothing of it in Redis."""
+"""A client that impersonates another user or requests another user's data is refused, and leaves nothing in Redis."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ FORGED = {
     "one signed with another algorithm": token(key_of("ES256"), "ES256", sub=str(VICTIM)),
     "one that is not signed": token(None, "none", sub=str(VICTIM)),
     "one with its signature cut off": token(sub=str(VICTIM)).rpartition(".")[0] + ".",
-    "one that is too long": "x" * 15_000,  # but not too long for a message before INIT
+    "one that is too long": "x" * 15_000,  # but within the limit for a message before INIT
 }
 
 
 def contents_of(node: OneNode) -> dict[str, Any]:
-    """All that Redis holds, besides the signs of life of the node itself."""
+    """The contents of Redis, without the keys that the node itself renews."""
     found: dict[str, Any] = {}
     for key in node.redis.scan_iter():
         kind: Any = node.redis.type(key)
@@ -87,7 +87,7 @@ async def test_a_frame_for_another_user_is_refused_and_leaves_nothing_in_redis(
             await someone.send_frame("INIT", userId=claimed, token=token(sub=str(ATTACKER)))
             assert [(await someone.frame())["code"] for _ in range(4)] == ["FORBIDDEN"] * 4
             assert contents_of(node) == before
-        # Nor before the login, on a socket whose address names the other one, or none.
+        # The same before the login, on a socket whose URL names the other user, or none.
         for url in (node.now.ws(claimed), node.now.ws()):
             async with peer(url) as someone:
                 await someone.send_frame("CHAT", userId=claimed, contents=f"hello {BRIEF}", messageId="m-1")
@@ -109,7 +109,7 @@ async def test_the_message_of_another_user_can_be_neither_read_nor_stopped(
                 told = [await someone.frame() for _ in range(4)]
                 assert [frame["code"] for frame in told] == ["SUCCESS", "EXPIRED", "UNKNOWN", "SUCCESS"]
                 seen = len(victim.told["m-theirs"].text)
-                await victim.some_text("m-theirs", seen + 100)  # it goes on
+                await victim.some_text("m-theirs", seen + 100)  # it continues
                 assert len(someone.frames) == 4
             left = [key for key in contents_of(node) if f"user:{ATTACKER}" in key]
             assert [key for key in left if "route" not in key] == []

@@ -1,4 +1,4 @@
-"""Readers that stall: they cost their own text at most, they are closed in time, and nobody else waits for them."""
+"""Stalled readers: each costs at most its own text, is closed in time, and delays no other client."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ STALLED = range(10101, 10151)
 HEALTHY = range(10201, 10251)
 LONG = [letter * 16_000 for letter in "abcdefghijklmnopqrst"]
 MOST = 400_000
-"""Characters of an answer: LONG has more than is usual."""
+"""Maximum characters of an answer; LONG exceeds the default."""
 SHORT = [f"word {n} " for n in range(40)]
 
 MB = 1 << 20
 
 
 async def _answer(exchange: Exchange) -> None:
-    """Long answers at once, short ones slowly."""
+    """Send long answers at once, short ones slowly."""
     if question_of(exchange.request) == "everything":
         await streams(*LONG)(exchange)
         return
@@ -44,7 +44,7 @@ async def _answer(exchange: Exchange) -> None:
 
 
 async def _round(healthy: dict[int, Peer], number: int) -> list[float]:
-    """Ask once with every healthy socket; the seconds that each waited for its whole answer."""
+    """Ask once on every healthy socket; the seconds until each whole answer."""
 
     async def ask(user: int, someone: Peer) -> float:
         began = time.monotonic()
@@ -77,16 +77,16 @@ async def test_stalled_readers_cost_the_others_nothing_and_are_closed_in_time(
         for user, someone in stalled.items():
             await someone.send_frame(msgType="CHAT", userId=user, contents="everything", messageId="m1")
         beside = await _round(healthy, 1)
-        assert time.monotonic() - began < stall  # they were stalled all the while, and not closed yet
-        await wait_until(lambda: node.unfinished() == 0, "all is answered, whether anybody reads it or not")
+        assert time.monotonic() - began < stall  # they were stalled all the time, and not closed yet
+        await wait_until(lambda: node.unfinished() == 0, "all answers are complete, read or unread")
 
-        # If anybody waited for a stalled reader, it would be for as long as they are borne.
+        # A client that waited for a stalled reader would wait for the whole stall timeout.
         assert median(beside) < median(before) + stall / 3
         assert max(beside) < max(before) + stall / 2
-        # 50 texts, and for each socket what was rendered of it for a write that is waiting.
+        # 50 texts, and for each socket the frames of one pending write.
         assert process.memory_info().rss - memory < len(STALLED) * 3 * whole + 40 * MB
 
-        await wait_until(lambda: node.clients() == len(HEALTHY), "the stalled are cut off", limit=stall + 6)
+        await wait_until(lambda: node.clients() == len(HEALTHY), "the stalled sockets are aborted", limit=stall + 6)
         assert await _round(healthy, 2)
         for user in STALLED:
             assert node.recorded(user, "m1")[0] == "done"
@@ -104,7 +104,7 @@ async def test_who_stalled_and_then_reads_is_told_why_it_was_closed_and_resumes(
         user = STALLED[0]
         async with raw_user(node.port, user, narrow=True) as someone:
             await someone.send_frame(msgType="CHAT", userId=user, contents="everything", messageId="m1")
-            await wait_until(lambda: "reader too slow" in node.now.process.output(), "it is given up")
+            await wait_until(lambda: "reader too slow" in node.now.process.output(), "it is closed")
             assert await someone.close_code() == 4002
             assert someone.texts[-1]["contents"] == Text.TOO_SLOW.zh
         seen = [told for told in someone.texts if told.get("event") == "delta"]
@@ -118,7 +118,7 @@ async def test_who_stalled_and_then_reads_is_told_why_it_was_closed_and_resumes(
 
 
 async def _flood(someone: RawSocket, data: bytes, total: int) -> int:
-    """Send the same bytes again and again; how many were taken until the peer closed or took no more."""
+    """Send the same bytes repeatedly; how many were sent until the peer closed or stopped reading."""
     sent = 0
     try:
         while sent < total:

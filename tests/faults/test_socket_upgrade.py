@@ -1,4 +1,4 @@
-"""An upgrade request that the parser refuses is told so, and does not spoil the end of the node."""
+"""An upgrade request that the parser rejects gets an answer, and does not disturb the shutdown of the node."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TOO_MUCH = {
 
 
 def _padded(size: int, *lines: str) -> bytes:
-    """A request that is so many bytes long, with no line of more than 8 KiB."""
+    """A request of `size` bytes, with no line over 8 KiB."""
     made = "\r\n".join((*lines, "Host: 127.0.0.1", *("X-Pad: " + "x" * 4_000,) * (size // 5_000), "X-Rest: "))
     return f"{made}{'x' * (size - len(made) - 4)}\r\n\r\n".encode()
 
 
 async def _check_bounds(port: int) -> None:
-    """A head has so many bytes, headers and items, and no more."""
+    """Check the limits on bytes, headers and items of a head."""
     key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
     upgrade = ("GET /ws HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key)
     page = ("GET /healthz HTTP/1.1",)
@@ -74,7 +74,7 @@ async def test_headers_that_are_too_large_are_answered_with_431_and_the_node_end
             async with raw_socket(node.port) as someone:
                 head = await someone.upgrade("/ws?userId=10001", headers)
                 assert head.startswith(b"HTTP/1.1 431 "), what
-                assert await someone.ended()  # a sentence that says what is too much, and the end
+                assert await someone.ended()  # a sentence that names the limit, and the end
         await node.nothing_open()
 
         process = psutil.Process(node.now.process.pid)
@@ -84,13 +84,13 @@ async def test_headers_that_are_too_large_are_answered_with_431_and_the_node_end
             with suppress(ConnectionError):
                 for _ in range(30):
                     await endless.send(b"X-Header: value\r\n" * 60_000)
-            # The answer may be lost with what was on its way when the connection was cut.
+            # The answer may be lost when the connection is aborted.
             assert (await endless.head()).split(b"\r\n")[0] in {b"HTTP/1.1 431 Request Header Fields Too Large", b""}
         assert process.memory_info().rss - memory < 10 << 20
         await node.nothing_open()
 
         async with AsyncExitStack() as stack:
-            # These stay on the line, refused, half said or silent, while the node ends.
+            # These connections stay open, refused, incomplete or silent, while the node stops.
             refused = await stack.enter_async_context(raw_socket(node.port))
             assert (await refused.upgrade(headers=TOO_MUCH["200 headers"])).startswith(b"HTTP/1.1 431 ")
             half = await stack.enter_async_context(raw_socket(node.port))

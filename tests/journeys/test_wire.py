@@ -1,4 +1,4 @@
-"""The wire, situation by situation, as any client meets it: what is said, and what comes back."""
+"""The wire protocol, situation by situation, as a client sees it: the frames sent, and the frames received."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.waiting import wait_until
 USER, OTHER, THIRD = 10001, 10002, 10003
 
 QUEUE, EACH = 3, 2
-"""The caps of this node: for all, and for one user."""
+"""The limits on unfinished requests: of the node, and of one user."""
 
 BRIEF = "[[demo first=0 pace=1ms length=30]]"
 LONG = "[[demo first=0 pace=20ms length=5000]]"
@@ -32,7 +32,7 @@ LANGUAGES = {None: "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9": "en"
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_redis: Topology) -> Iterator[OneNode]:
-    """A node with little room."""
+    """A node with small limits."""
     folder = tmp_path_factory.mktemp("wire")
     with standing_node(folder, demo.url, empty_redis, queue_limit=QUEUE, user_limit=EACH, concurrency=1) as node:
         yield node
@@ -40,7 +40,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_
 
 @pytest.fixture
 async def node(standing: OneNode) -> AsyncIterator[OneNode]:
-    """The node; after the test it is idle again, and has logged neither a complaint nor anybody's words."""
+    """The node; after the test it is idle again, and has logged no problem and no text of a user."""
     yield standing
     await standing.settled()
     standing.check_log()
@@ -110,7 +110,7 @@ async def test_what_is_called_accepted_is_recorded_whether_a_worker_is_free_or_n
     async with node.peer(USER) as someone:
         for message_id in ("begun", "waits"):
             assert (await someone.chat(USER, "hello [[demo first=30s]]", message_id))["event"] == "accepted"
-            assert node.redis.exists(Keys().reply(USER, message_id))  # so any node can resume or cancel it
+            assert node.redis.exists(Keys().reply(USER, message_id))  # so that any node can resume or cancel it
         entries: Any = node.redis.xrange(Keys().reply(USER, "waits"))
         assert [fields["event"] for _, fields in entries] == ["queued"]
         for message_id in ("waits", "begun"):
@@ -165,7 +165,7 @@ async def test_unknown_fields_are_ignored_in_every_frame(node: OneNode) -> None:
         assert (await someone.frame())["code"] == "TOO_LATE"
 
 
-# What is refused, on a socket that stays open
+# Rejected frames, on a socket that stays open
 
 
 def _chat(**fields: object) -> str:
@@ -227,13 +227,13 @@ async def test_nobody_chats_before_init_or_for_somebody_else(lang: str, node: On
 
         assert await refused("CHAT", userId=USER, contents="hello", messageId="m1") == first
         assert await refused("CANCEL", messageId="m1") == first
-        assert await refused("INIT", userId=OTHER) == other  # than the one of the URL
+        assert await refused("INIT", userId=OTHER) == other  # not the user of the URL
         await someone.login(USER)
         assert await refused("CHAT", userId=OTHER, contents="hello", messageId="m1") == other
         assert await refused("CANCEL", userId=OTHER, messageId="m1") == other
         assert await refused("HEARTBEAT", userId=OTHER) == other
         assert await refused("INIT", userId=OTHER) == other
-        await someone.login(USER)  # once more does no harm
+        await someone.login(USER)  # a second INIT is allowed
     assert node.unfinished() == 0
 
 
@@ -251,10 +251,10 @@ async def test_what_does_not_fit_is_told_busy_at_once_and_fits_later(lang: str, 
         users = {user: await stack.enter_async_context(node.peer(user, lang=lang)) for user in (USER, OTHER, THIRD)}
         for number in range(EACH):
             assert (await users[USER].chat(USER, f"{number} {LONG}", f"{lang}-{number}"))["event"] == "accepted"
-        await wait_until(lambda: len(node.pending()) == 1, "one is being answered")
+        await wait_until(lambda: len(node.pending()) == 1, "a worker has taken one request")
         too_many = await users[USER].chat(USER, "one more", f"{lang}-more")
         accepted = await users[OTHER].chat(OTHER, f"his first {BRIEF}", f"{lang}-first")
-        assert accepted["position"] == 2  # behind the one that waits
+        assert accepted["position"] == 2  # behind the one that is queued
         full = await users[THIRD].chat(THIRD, f"her first {BRIEF}", f"{lang}-first")
         for refused, text in ((too_many, for_one[lang]), (full, for_all[lang])):
             assert (refused["msgType"], refused["code"], refused["contents"]) == ("SYSTEM", "BUSY", text)
@@ -265,13 +265,13 @@ async def test_what_does_not_fit_is_told_busy_at_once_and_fits_later(lang: str, 
             await users[USER].send_frame("CANCEL", messageId=f"{lang}-{number}")
             assert (await users[USER].end_of(f"{lang}-{number}")).events[-1] == "cancelled"
         assert (await users[OTHER].end_of(f"{lang}-first")).events[-1] == "done"
-        # The refused ones were not kept in secret; sent again on the same socket, they are answered.
+        # Rejected messages leave no record; sent again on the same socket, they are answered.
         assert node.record(THIRD, f"{lang}-first") == []
         assert (await users[THIRD].chat(THIRD, f"her first {BRIEF}", f"{lang}-first"))["event"] == "accepted"
         assert (await users[THIRD].end_of(f"{lang}-first")).events[-1] == "done"
 
 
-# What closes the socket
+# Frames that close the socket
 
 BAD_IDS_IN_A_URL = [
     "",
@@ -311,7 +311,7 @@ async def test_a_bad_user_id_in_a_frame_ends_the_socket(msg_type: str, node: One
     rest = '"contents":"hello","messageId":"m1"'
     for user in BAD_IDS_IN_A_FRAME:
         if user == "null" and msg_type in {"HEARTBEAT", "CANCEL"}:
-            continue  # there it may be left out
+            continue  # optional there
         frame = f'{{"msgType":"{msg_type}","userId":{user},{rest}}}'
         await _is_refused(node, node.now.ws(), frame, "zh" if msg_type == "INIT" else "en")
     if msg_type in {"INIT", "CHAT"}:

@@ -1,4 +1,4 @@
-"""CANCEL on the wire, at every moment of a message's life."""
+"""CANCEL on the wire, in each state of a message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONG = "[[demo first=0 pace=10ms length=5000]]"
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_redis: Topology) -> Iterator[OneNode]:
-    """A node that works on one request at a time."""
+    """A node with one worker slot."""
     with standing_node(tmp_path_factory.mktemp("cancel"), demo.url, empty_redis, concurrency=1) as node:
         yield node
 
@@ -107,7 +107,7 @@ async def test_nobody_cancels_the_message_of_another_user(node: OneNode) -> None
         await someone.chat(USER, "mine [[demo first=0 pace=5ms length=100]]", "mine")
         await someone.some_text("mine")
         await other.send_frame("CANCEL", messageId="mine")
-        assert (await other.frame())["code"] == "UNKNOWN"  # as if there were none
+        assert (await other.frame())["code"] == "UNKNOWN"  # as for an unknown message
         await other.send_frame("CANCEL", userId=USER, messageId="mine")
         assert (await other.frame())["code"] == "FORBIDDEN"
         assert (await someone.end_of("mine")).events[-1] == "done"

@@ -1,4 +1,4 @@
-"""How the node ends a socket: it says why, and the close code says what to do next."""
+"""How a node closes a socket: with a sentence for the user, and a close code that tells the client what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USER = 10001
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node with little patience."""
+    """A node with short timeouts."""
     limits = {"init_timeout": "600ms", "idle_timeout": "1500ms", "heartbeat": "700ms", "max_frame": 4096}
     with standing_node(tmp_path_factory.mktemp("close"), demo.url, **limits) as node:
         yield node
@@ -55,7 +55,7 @@ async def test_heartbeats_keep_a_socket_open_and_an_answer_alone_does_not(node: 
     async with node.peer(USER) as beating, node.peer(USER) as silent:
 
         async def beat() -> None:
-            while len(beating.told["beating"].events) < 60:  # twice as long as silence is borne
+            while len(beating.told["beating"].events) < 60:  # twice the idle timeout
                 await beating.until(messageId="beating")
                 await beating.send("PING")
 

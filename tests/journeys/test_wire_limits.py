@@ -1,4 +1,4 @@
-"""How much a client may send, and how many sockets there may be: what goes beyond is told so, and harms nobody."""
+"""Limits on what a client may send and on the number of sockets: the client is told, and others are not affected."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
 
 @asynccontextmanager
 async def many_sockets(node: OneNode, *users: int) -> AsyncIterator[list[Peer]]:
-    """Sockets of these users, who are logged in, and no others: a flooder who is gone is noticed when its rest ends."""
-    await wait_until(lambda: node.sessions() == 0, "everybody else has left")
+    """Sockets of these users, logged in, and no others: a flooder's disconnect is noticed when its throttling ends."""
+    await wait_until(lambda: node.sessions() == 0, "no other session is open")
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(node.peer(user)) for user in users]
 
@@ -59,7 +59,7 @@ async def test_the_login_says_how_often_the_node_wants_to_hear_of_the_client(nod
         assert (await someone.login(USER))["heartbeatMs"] == 7_000
 
 
-# Messages a minute
+# Messages per minute
 
 
 async def test_who_asks_too_much_is_told_when_to_ask_again_on_any_socket(node: OneNode) -> None:
@@ -73,7 +73,7 @@ async def test_who_asks_too_much_is_told_when_to_ask_again_on_any_socket(node: O
         assert (told["msgType"], told["code"], told["messageId"]) == ("SYSTEM", "RATE_LIMITED", "m-more")
         assert "too many messages" in told["contents"]
         assert 0 < told["retryAfterMs"] <= 60_000 / CHATS
-        await someone.send("PING")  # all else goes on
+        await someone.send("PING")  # other frames are not limited
         assert (await someone.frame())["msgType"] == "HEARTBEAT"
     async with node.peer(OTHER) as another:
         assert (await another.chat(OTHER, AT_ONCE, "m1"))["event"] == "accepted"
@@ -81,7 +81,7 @@ async def test_who_asks_too_much_is_told_when_to_ask_again_on_any_socket(node: O
     assert node.record(user, "m-more") == []
 
 
-# Frames a second
+# Frames per second
 
 FRAMES = {
     "heartbeats": frame(TEXT, HEARTBEAT),
@@ -132,7 +132,7 @@ async def test_who_resumes_many_messages_is_slowed_down_as_by_as_many_frames(nod
         for n in range(4):
             await someone.send_frame(msgType="INIT", userId=USER, resume=[*resume[1:], {"messageId": f"last-{n}"}])
             await someone.until(code="EXPIRED", messageId=f"last-{n}")
-        for _ in range(2):  # the first may be read before the last INIT has been charged
+        for _ in range(2):  # the first may be read before the last INIT is charged
             await someone.send(frame(TEXT, b"PING"))
             await someone.until(msgType="HEARTBEAT")
         assert time.monotonic() - began > (4 * 64 - BURST) / RATE * 0.9
@@ -149,7 +149,7 @@ async def test_who_resumes_long_answers_is_slowed_down_by_their_length(node: One
         for _ in range(3):
             await someone.send(login)
             await someone.until(messageId="long", event="done")
-        for _ in range(2):  # the first may be read before the last INIT has been charged
+        for _ in range(2):  # the first may be read before the last INIT is charged
             await someone.send(frame(TEXT, b"PING"))
             await someone.until(msgType="HEARTBEAT")
         assert frames > BURST
@@ -165,7 +165,7 @@ async def test_flooders_cost_others_no_time(node: OneNode) -> None:
                 await healthy.send("PING")
                 await healthy.frame()
                 slowest = max(slowest, time.monotonic() - began)
-                await asyncio.sleep(0.02)  # its pace
+                await asyncio.sleep(0.02)  # the pace of the healthy client
             return slowest
 
         before = await slowest_beat()
@@ -187,7 +187,7 @@ async def test_who_keeps_to_the_pace_is_never_told_anything(node: OneNode) -> No
             assert (await someone.frame())["msgType"] == "HEARTBEAT"
 
 
-# What a frame may hold
+# Limits on the contents of a frame
 
 
 async def test_a_frame_that_holds_too_much_is_told_what_of(node: OneNode) -> None:
@@ -221,9 +221,9 @@ async def test_a_user_has_so_many_sockets_and_the_newest_is_closed_with_4504(nod
         for someone in sockets:
             await someone.send("PING")
             assert (await someone.frame())["msgType"] == "HEARTBEAT"
-            await someone.login(USER)  # a second INIT is no second socket
+            await someone.login(USER)  # a second INIT does not count as another socket
         await sockets[0].connection.close()
-        await wait_until(lambda: node.sessions() == EACH - 1, "it is gone")
+        await wait_until(lambda: node.sessions() == EACH - 1, "the session is closed")
         async with node.peer(USER) as instead:
             await instead.send("PING")
             assert (await instead.frame())["msgType"] == "HEARTBEAT"
@@ -240,7 +240,7 @@ async def test_a_node_has_so_many_sockets_and_the_newest_is_closed_with_1013(nod
                 pass
         assert refused.value.response.status_code == 503  # a load balancer tries the next node
         await sockets[0].connection.close()
-        await wait_until(lambda: node.sessions() == ALL - 1, "it is gone")
+        await wait_until(lambda: node.sessions() == ALL - 1, "the session is closed")
         async with node.peer(USER) as instead:
             await instead.send("PING")
             assert (await instead.frame())["msgType"] == "HEARTBEAT"

@@ -1,4 +1,4 @@
-"""What a node's log tells of sockets: who was there, from where, and how it ended."""
+"""Log events about sockets: user, address, origin and close code."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FROM = "https://chat.example.com"
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node that takes pages of one other origin, and five frames at once."""
+    """A node that allows one other origin, and bursts of five frames."""
     known = {"origins": f"same,{FROM}", "log_format": "json", "frame_rate": 5, "frame_burst": 5}
     with standing_node(tmp_path_factory.mktemp("log"), demo.url, **known) as node:
         yield node
 
 
 def told(node: OneNode, event: str, **fields: object) -> list[dict[str, Any]]:
-    """The lines about an event that have these fields."""
+    """The log lines of an event that have these fields."""
     lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
     return [line for line in lines if line["event"] == event and fields.items() <= line.items()]
 
@@ -39,7 +39,7 @@ async def test_a_socket_is_logged_when_its_user_has_logged_in_and_when_it_ends(n
     async with connect(node.now.ws(10077), origin=FROM, proxy=None) as socket:  # type: ignore[arg-type] # a NewType
         await socket.send('{"msgType": "INIT", "userId": 10077}')
         await socket.recv()
-        await wait_until(lambda: told(node, "session opened", user=10077), "the beginning is logged")
+        await wait_until(lambda: told(node, "session opened", user=10077), "the login is logged")
     await wait_until(lambda: told(node, "session closed", user=10077), "the end is logged")
     [opened], [closed] = told(node, "session opened", user=10077), told(node, "session closed", user=10077)
     assert (opened["peer"], opened["origin"]) == ("127.0.0.1", FROM)
@@ -70,7 +70,7 @@ async def test_a_page_from_elsewhere_is_logged_with_its_origin(node: OneNode) ->
 async def test_a_hangup_does_not_end_a_node_that_has_nothing_to_reload_and_it_says_so(node: OneNode) -> None:
     async with node.peer(10082) as someone:
         node.now.process.signal(signal.SIGHUP)
-        await wait_until(lambda: told(node, "nothing to reload"), "it says so")
+        await wait_until(lambda: told(node, "nothing to reload"), "it is logged")
         await someone.chat(10082, f"still there? {AT_ONCE}", "m1")
         assert (await someone.end_of("m1")).text == expected(f"still there? {AT_ONCE}")
 

@@ -1,4 +1,4 @@
-"""Resuming on the wire: whoever comes back gets what is missing, and nothing twice."""
+"""Resuming on the wire: a client that reconnects receives the missing text, and no text twice."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SLOW = "[[demo first=0 pace=5ms length=120]]"
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend, empty_redis: Topology) -> Iterator[OneNode]:
-    """A node that works on two requests at a time."""
+    """A node with two worker slots."""
     with standing_node(tmp_path_factory.mktemp("resume"), demo.url, empty_redis, concurrency=2) as node:
         yield node
 
 
 async def _ask(node: OneNode, message_id: str) -> None:
-    """Have the question answered to the end."""
+    """Send the question and wait for the whole answer."""
     async with node.peer(USER) as someone:
         await someone.chat(USER, QUESTION, message_id)
         assert (await someone.end_of(message_id)).text == WHOLE
@@ -82,7 +82,7 @@ async def test_a_dropped_socket_costs_the_answer_nothing(node: OneNode) -> None:
     async with node.peer(USER) as someone:
         await someone.chat(USER, question, "alone")
         told = await someone.some_text("alone")
-    await wait_until(lambda: node.unfinished() == 0, "it is answered although nobody listens")
+    await wait_until(lambda: node.unfinished() == 0, "it is answered without a client")
     async with node.peer(USER, resume={"alone": told}) as someone:
         assert (await someone.end_of("alone")).text == "".join(canned_answer(question))
     assert node.ai_stats()["calls"] == calls + 1
@@ -135,10 +135,10 @@ async def test_what_has_expired_or_never_was_is_told_as_expired(lang: str, node:
     }[lang]
     message_id = f"old-{lang}"
     await _ask(node, message_id)
-    await wait_until(lambda: node.clients() == 0, "the socket that knew it is gone")
+    await wait_until(lambda: node.clients() == 0, "its socket is closed")
     [key] = [key for key in node.events() if key.endswith(message_id)]
     assert 0 < node.redis.pttl(key) <= 15 * 60 * 1000
-    node.redis.pexpire(key, 1)  # as it will, a quarter of an hour from now
+    node.redis.pexpire(key, 1)  # as Redis does after 15 minutes
     await wait_until(lambda: not node.redis.exists(key), "it has expired")
     async with node.peer(USER, lang=lang) as someone:
         points = [{"messageId": one, "attempt": 1, "offset": 3} for one in (message_id, "never-was")]
@@ -157,7 +157,7 @@ async def test_nobody_resumes_the_message_of_another_user(node: OneNode) -> None
     await _ask(node, "private")
     async with node.peer(OTHER) as other:
         await other.send_frame("INIT", userId=OTHER, resume=[{"messageId": "private"}])
-        assert (await other.until(messageId="private"))["code"] == "EXPIRED"  # as if there were none
+        assert (await other.until(messageId="private"))["code"] == "EXPIRED"  # as for an unknown message
 
 
 async def test_a_message_sent_again_is_answered_from_the_record(node: OneNode) -> None:
@@ -189,7 +189,7 @@ async def test_every_socket_of_a_user_follows_what_the_user_asks_from_then_on(no
                 assert (await left.end_of(message_id)).text == (await right.end_of(message_id)).text == whole
             await late.send("PING")
             await late.until(msgType="HEARTBEAT")
-            assert late.told == {}  # it could not put together what had begun before it came, unless it resumes it
+            assert late.told == {}  # replies that began before its login are sent only if it resumes them
         await stranger.send("PING")
         await stranger.until(msgType="HEARTBEAT")
         assert stranger.told == {}
@@ -205,10 +205,10 @@ async def test_a_late_notice_that_an_answer_begins_does_not_tell_it_again(node: 
         for message_id in (
             "here",
             "elsewhere",
-        ):  # as another node leaves them; this socket has seen the end of the first
+        ):  # as another node sends them; this socket has received the end of the first
             notice = ReplyGrew(USER, message_id, begun=True).fields()
             node.redis.xadd(Keys().inbox("0"), dict(zip(notice[::2], notice[1::2], strict=True)))
             node.redis.expire(Keys().inbox("0"), 60)
         assert (await someone.end_of("elsewhere")).text == WHOLE
         await someone.send_frame("HEARTBEAT")
-        await someone.until(msgType="HEARTBEAT")  # the peer fails when anything comes after an end
+        await someone.until(msgType="HEARTBEAT")  # the peer fails on a frame after a terminal event

@@ -1,4 +1,4 @@
-"""Following replies that are written elsewhere, and telling others which users are here: the parts, on real servers."""
+"""Replies that are written on other nodes, routes and notices: the parts of a node, on real servers."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from tests.support.waiting import wait_until
 
 
 @dataclass(eq=False)
-class PlayedSession:
-    """A socket as the registry knows it."""
+class FakeSession:
+    """A session as the registry sees it."""
 
     user_id: int = USER
     login: int = 0
@@ -46,7 +46,7 @@ class PlayedSession:
 
     @property
     def writer(self) -> Self:
-        """Its own writer."""
+        """It is its own writer."""
         return self
 
     def follow_new(self, reply: ReplyBuffer) -> None:
@@ -63,8 +63,8 @@ class PlayedSession:
 
 
 @dataclass
-class PlayedGuard(Guard):
-    """Says of everybody whether they may stay, when it can tell."""
+class FakeGuard(Guard):
+    """Gives the same verdict on every session, once the store is available."""
 
     verdict: Reject | None = None
     away: int = 0
@@ -80,8 +80,8 @@ class PlayedGuard(Guard):
         return self.verdict
 
 
-class PlayedAdopter:
-    """Counts how often it is told to look."""
+class FakeAdopter:
+    """Counts the scans that are requested."""
 
     looks = 0
 
@@ -92,7 +92,7 @@ class PlayedAdopter:
 
 @dataclass
 class Desk:
-    """The parts of node 0 that listen to others, and what the test needs to be one of the others."""
+    """The parts of node 0 that react to other nodes, and what the test needs to act as another node."""
 
     redis: redis.Redis
     replies: ReplyStore
@@ -103,24 +103,24 @@ class Desk:
     routes: Any
     reply_sync: ReplySync
     presence: Presence
-    adopter: PlayedAdopter
-    guard: PlayedGuard
+    adopter: FakeAdopter
+    guard: FakeGuard
     keys: Keys = field(default_factory=Keys)
 
-    def session(self, **known: Any) -> PlayedSession:  # noqa: ANN401 - any attribute
-        """A socket that has logged in."""
-        session = PlayedSession(**known)
+    def session(self, **known: Any) -> FakeSession:  # noqa: ANN401 - any attribute
+        """Add a session that has logged in."""
+        session = FakeSession(**known)
         self.registry.add(session)
         self.registry.log_in(session, session.user_id)
         return session
 
-    def gone(self, session: PlayedSession) -> None:
-        """The socket is closed."""
+    def gone(self, session: FakeSession) -> None:
+        """Remove a session whose socket is closed."""
         self.registry.remove(session)
         self.presence.on_disconnect(session.user_id)
 
     async def tell(self, notice: Notice) -> None:
-        """Another node leaves a notice."""
+        """Send a notice as another node."""
         await self.others_inbox.notify(["0", "1"], notice)
 
     def route(self) -> set[str]:
@@ -135,17 +135,23 @@ async def desk(
     routes_of: type[Routes] = Routes,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Desk]:
-    """Build and run them."""
+    """Build and run the parts."""
     quick = {"node": "0", "redis_url": server.url, "read_block": "50ms", "sweep_interval": "1h", "redis_timeout": "1s"}
     known = Settings.load(**{**quick, **settings})
     reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
     async with RedisClient(known.redis_url, connections=2, timeout=known.redis_timeout) as redis_client:
         inbox, replies, buffers = Inbox(redis_client, reader, known), ReplyStore(redis_client, known), ReplyBuffers()
         registry: Any = Registry(known)
-        guard = PlayedGuard()
-        routes, adopter = routes_of(redis_client, known), PlayedAdopter()
+        guard = FakeGuard()
+        routes, adopter = routes_of(redis_client, known), FakeAdopter()
         reply_sync = ReplySync(interval=known.sweep_interval, replies=replies, buffers=buffers, registry=registry)
-        presence = Presence(known, routes=routes, inbox=inbox, registry=registry, guards=GuardChain([guard]))
+        presence = Presence(
+            one_session=known.sessions == "one",
+            routes=routes,
+            inbox=inbox,
+            registry=registry,
+            guards=GuardChain([guard]),
+        )
         played: Any = adopter
         jobs = Jobs(known, replies, buffers, inbox)
         listener = InboxConsumer(inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
@@ -156,11 +162,11 @@ async def desk(
             )
             client.config_resetstat()
             tasks = [asyncio.create_task(part.run()) for part in (listener, reply_sync, presence)]
-            await inbox.notify(["0"], NodeLeft("0"))  # to itself: it is not told
+            await inbox.notify(["0"], NodeLeft("0"))  # a node does not notify itself
             await wait_until(lambda: client.info("commandstats").get("cmdstat_xread"), "it reads its inbox")
             try:
                 yield found
-                assert not any(task.done() for task in tasks), "all of them go on"
+                assert not any(task.done() for task in tasks), "all of them still run"
             finally:
                 for task in tasks:
                     task.cancel()
@@ -169,7 +175,7 @@ async def desk(
 
 
 async def written(replies: ReplyStore, text: str, *, before: int = 0, end: bool = False, message_id: str = "m") -> None:
-    """Another node appends text to a reply."""
+    """Append text to a reply as another node."""
     result = await replies.append(
         *(USER, message_id),
         attempt=1,
@@ -202,7 +208,7 @@ async def test_what_nobody_here_follows_is_not_read(redis_server: RedisServer) -
         reads = node.redis.info("commandstats").get("cmdstat_xrange", {}).get("calls", 0)
         await node.tell(ReplyGrew(USER, "m"))
         await node.tell(NodeLeft("1"))
-        await wait_until(lambda: node.adopter.looks == 1, "all notices are taken")
+        await wait_until(lambda: node.adopter.looks == 1, "all notices are handled")
         assert node.redis.info("commandstats").get("cmdstat_xrange", {}).get("calls", 0) == reads
         assert len(node.buffers) == 0
 
@@ -229,7 +235,7 @@ async def test_notices_that_are_malformed_or_of_a_newer_version_are_passed_over(
         ):
             node.redis.xadd(node.keys.inbox("0"), fields)  # type: ignore[arg-type]
         await node.tell(NodeLeft("1"))
-        await wait_until(lambda: node.adopter.looks == 1, "the good one behind them is taken")
+        await wait_until(lambda: node.adopter.looks == 1, "the valid one behind them is handled")
 
 
 async def test_a_record_that_somebody_has_spoilt_harms_no_other(redis_server: RedisServer) -> None:
@@ -240,7 +246,7 @@ async def test_a_record_that_somebody_has_spoilt_harms_no_other(redis_server: Re
         await node.replies.open(USER, "good", request="1/1-0")
         await node.tell(ReplyGrew(USER, "spoilt"))
         await written(node.replies, "all of it", end=True, message_id="good")
-        await wait_until(lambda: good.terminal is not None, "the other one is followed")
+        await wait_until(lambda: good.terminal is not None, "the other one is loaded")
         assert spoilt.terminal is None
 
 
@@ -255,12 +261,12 @@ async def test_the_route_leads_here_while_a_socket_of_the_user_is_here(redis_ser
         node.redis.sadd(node.keys.route(USER), "1")
         node.gone(one)
         node.gone(two)
-        await wait_until(lambda: node.route() == {"1"}, "it leads here no more")
+        await wait_until(lambda: node.route() == {"1"}, "it no longer leads here")
         assert one.closed == two.closed == []
 
 
 class LosesTheFirst(Routes):
-    """Routes on a Redis that is away at the first login."""
+    """Routes on a Redis that is not available at the first login."""
 
     lost = False
 
@@ -279,13 +285,13 @@ async def test_a_route_that_could_not_be_noted_is_mended_and_older_sessions_are_
         older = node.session(login=1)
         newer = node.session()
         await node.presence.on_login(newer, USER)  # type: ignore[arg-type]
-        await wait_until(lambda: node.route() == {"0"}, "the route is mended")
+        await wait_until(lambda: node.route() == {"0"}, "the route is written")
         await wait_until(lambda: newer.login > 1, "its login has a number")
         assert (older.closed, newer.closed) == ([CloseCode.REPLACED], [])
 
 
 class Slow(Routes):
-    """Routes whose answer the test holds back."""
+    """Routes whose answer the test delays."""
 
     def __init__(self, redis_client: RedisClient, settings: Settings) -> None:
         super().__init__(redis_client, settings)
@@ -304,10 +310,10 @@ async def test_who_hears_of_another_login_before_the_number_of_its_own_waits_for
     async with desk(redis_server, Slow, sessions="one") as node:
         session = node.session()
         arriving = asyncio.create_task(node.presence.on_login(session, USER))  # type: ignore[arg-type]
-        await wait_until(lambda: node.route() == {"0"}, "its login is noted")
-        await node.tell(SessionReplaced(USER, 1))  # older, heard of late
+        await wait_until(lambda: node.route() == {"0"}, "its route is written")
+        await node.tell(SessionReplaced(USER, 1))  # an older login, announced late
         await node.tell(NodeLeft("1"))
-        await wait_until(lambda: node.adopter.looks == 1, "the notices are taken")
+        await wait_until(lambda: node.adopter.looks == 1, "the notices are handled")
         node.routes.answers.set()
         await arriving
         assert session.closed == []
@@ -319,8 +325,8 @@ async def test_who_turns_out_to_be_the_older_closes_when_it_knows(redis_server: 
     async with desk(redis_server, Slow, sessions="one") as node:
         session = node.session()
         arriving = asyncio.create_task(node.presence.on_login(session, USER))  # type: ignore[arg-type]
-        await wait_until(lambda: node.route() == {"0"}, "its login is noted")
-        node.presence.replace(SessionReplaced(USER, 10**17))  # newer than all that this year can bring
+        await wait_until(lambda: node.route() == {"0"}, "its route is written")
+        node.presence.replace(SessionReplaced(USER, 10**17))  # newer than any real login
         assert session.closed == []
         node.routes.answers.set()
         await arriving
@@ -336,7 +342,7 @@ async def test_when_an_account_has_changed_all_sessions_of_that_user_are_closed_
     async with desk(redis_server) as node:
         sessions, other = [node.session(), node.session()], node.session(user_id=USER + 1)
         await node.tell(AccountChanged(USER))
-        await wait_until(lambda: node.guard.asked, "it is asked whether the user may stay")
+        await wait_until(lambda: node.guard.asked, "the guard is asked")
         assert [one.closed for one in sessions] == [[], []]
         node.guard.verdict = BANNED
         await node.tell(AccountChanged(USER))
@@ -359,7 +365,7 @@ async def test_whoever_is_banned_while_coming_in_does_not_stay(redis_server: Red
         session = node.session()
         node.guard.verdict = BANNED
         await node.presence.on_login(session, USER)  # type: ignore[arg-type]
-        assert session.closed == []  # there is nothing in the account: nobody is asked, and it costs nothing
+        assert session.closed == []  # without an account entry, no guard is asked
         node.redis.hset(node.keys.account(USER), "banned", 1)
         await node.presence.on_login(session, USER)  # type: ignore[arg-type]
         assert session.closed == [CloseCode.LOCKED]

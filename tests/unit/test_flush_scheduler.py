@@ -1,4 +1,4 @@
-"""Sockets are written at once while little is said, else together. In virtual time."""
+"""Sockets are flushed at once while the node is quiet, else together. In virtual time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.virtual_time import in_virtual_time
 
 
 class Caller:
-    """Joins rounds, and keeps when it was called."""
+    """Schedules flushes, and records when they are called."""
 
     def __init__(self, scheduler: FlushScheduler) -> None:
         self._scheduler = scheduler
@@ -18,18 +18,18 @@ class Caller:
         self.called: list[float] = []
 
     def schedule(self) -> None:
-        """Join once."""
+        """Schedule one flush."""
         self._scheduler.schedule(lambda: self.called.append(round(self._loop.time(), 6)))
 
     async def schedule_each(self, pause: float, times: int) -> list[float]:
-        """Join so often, with a pause after each; how long after its joining each was called, in order."""
-        joined = []
+        """Schedule `times` flushes with a pause after each; the delay of each, in order."""
+        scheduled = []
         for _ in range(times):
-            joined.append(self._loop.time())
+            scheduled.append(self._loop.time())
             self.schedule()
             await asyncio.sleep(pause)
         await asyncio.sleep(10)
-        return [round(called - at, 6) for called, at in zip(self.called, joined, strict=True)]
+        return [round(called - at, 6) for called, at in zip(self.called, scheduled, strict=True)]
 
 
 @in_virtual_time
@@ -59,8 +59,8 @@ async def test_when_much_is_said_all_wait_for_rounds_of_many() -> None:
 
 @in_virtual_time
 async def test_rounds_that_cost_much_are_further_apart_up_to_a_limit() -> None:
-    for cost, apart in ((0.1, 1.0), (0.5, 3.0), (2.0, 8.0)):  # a sixth of the time is theirs
-        readings = itertools.count(0, cost)  # one before a round and one after it
+    for cost, apart in ((0.1, 1.0), (0.5, 3.0), (2.0, 8.0)):  # rounds take a sixth of the time
+        readings = itertools.count(0, cost)  # read before and after a round
         caller = Caller(FlushScheduler(min_interval=1.0, max_interval=8.0, quiet_rounds=1, clock=readings.__next__))
         await caller.schedule_each(0.125, times=300)
         rounds = sorted(set(caller.called[2:]))

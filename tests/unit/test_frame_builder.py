@@ -1,4 +1,4 @@
-"""What the gateway says in each situation, in both languages."""
+"""The frame for each situation, in both languages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from imstream.wire import Code, Event, InvalidFrame, MsgType, ServerFrame
 
 @pytest.fixture(params=["zh", "en"])
 def frames(request: pytest.FixtureRequest) -> FrameBuilder:
-    """Those for user 10001, in either language."""
+    """A builder for user 10001, in either language."""
     return frames_in(request.param)
 
 
@@ -144,4 +144,4 @@ def test_a_failed_answer_says_whether_the_person_can_mend_it(
     frame = said(encoded)
     assert (frame.code, frame.event, frame.attempt) == (Code.AI_FAILED, Event.FAILED, 4)
     assert frame.contents == sentence(frames, text)
-    assert "sk-123" not in encoded  # what the backend says is for operators
+    assert "sk-123" not in encoded  # errors of the backend are for operators

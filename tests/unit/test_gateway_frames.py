@@ -1,4 +1,4 @@
-"""Text frames, written without the help of websockets: its parser is to read them back."""
+"""Text frames that are built without websockets: its parser must read them back."""
 
 from __future__ import annotations
 

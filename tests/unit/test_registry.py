@@ -1,4 +1,4 @@
-"""Who is connected to a node, and the clock that ends sessions that have gone silent."""
+"""The sessions of a node, and the timer that closes those that have gone silent."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def played(one: Session) -> FakeSession:
 
 
 async def first_words(one: Session) -> tuple[str, CloseCode, Text, float]:
-    """What the session is told first, when nothing happens for a long time."""
+    """How the session is closed when nothing happens for a long time."""
     sessions = registry()
     sessions.add(one)
     running = asyncio.create_task(sessions.run())

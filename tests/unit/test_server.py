@@ -1,4 +1,4 @@
-"""Where a node listens."""
+"""The addresses a node listens on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The session writer: the one sender of a socket. A slow socket costs its own text and nobody else anything (I6)."""
+"""The session writer: the one sender of a socket. A slow socket costs others nothing (I6)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DONE = Terminal("done", "stop")
 
 
 class FakeSocket:
-    """A socket whose peer reads as the test likes: it takes `room` writes, then none until there is room again."""
+    """A socket whose peer the test controls: it takes `room` writes, then none until it reads again."""
 
     def __init__(self, room: int = 1_000_000) -> None:
         self.room = room
@@ -54,7 +54,7 @@ class FakeSocket:
         self.ended = (code, json.loads(last_text)["contents"])
 
     def reads(self, writes: int = 1_000_000) -> None:
-        """The peer reads: there is room for more writes."""
+        """The peer reads: the socket takes more writes."""
         self.room += writes
         if self.on_writable is not None:
             self.on_writable()
@@ -83,7 +83,7 @@ async def a_tick() -> None:
 
 
 def text_of(socket: FakeSocket, message_id: str = "m") -> str:
-    """What the client has put together."""
+    """The text that the client has assembled."""
     text = ""
     for frame in socket.frames:
         if frame.get("messageId") == message_id:

@@ -15,7 +15,7 @@ async def event() -> WakeEvent:
 
 
 async def waiting(event: WakeEvent) -> asyncio.Task[None]:
-    """Somebody who waits already."""
+    """A task that waits already."""
     task = asyncio.create_task(event.wait())
     await asyncio.sleep(0)
     return task
@@ -56,7 +56,7 @@ async def test_many_rings_before_the_waiter_runs_are_one(event: WakeEvent) -> No
 async def test_a_waiter_that_gave_up_leaves_it_usable(event: WakeEvent) -> None:
     task = await waiting(event)
     task.cancel()
-    event.set()  # before the waiter has run: it meets a cancelled future
+    event.set()  # before the waiter has run: its future is cancelled
     with pytest.raises(asyncio.CancelledError):
         await task
     await event.wait()
