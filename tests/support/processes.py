@@ -1,4 +1,4 @@
-"""Real processes for tests: started on free ports, ended by the pid that was started."""
+"""Real processes for tests, on free ports, ended by their own pid."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _FIRST, _LAST, _SHARES = 10_000, 30_000, 8
 
 
 def _own_ports() -> Iterator[int]:
-    """The ports of this process of the test run, round and round, beginning anywhere.
+    """Cycle through the ports of this test process, from a random start.
 
-    They lie below those that Linux gives to outgoing connections, and no two of the processes that run tests at the
-    same time share one: what a server that was killed has left is still free when it starts again.
+    They lie below Linux' ephemeral ports, and concurrent test processes use different ones: a killed server's port
+    is still free when it restarts.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     count = (_LAST - _FIRST) // _SHARES
@@ -46,12 +46,12 @@ _ports = _own_ports()
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
+    """A free port of 127.0.0.1."""
     return consecutive_ports(1)
 
 
 def consecutive_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on now."""
+    """The first of several consecutive free ports."""
     while True:
         row = [next(_ports) for _ in range(count)]
         with ExitStack() as held:
@@ -66,7 +66,7 @@ def consecutive_ports(count: int) -> int:
 
 @dataclass
 class Running:
-    """A child process. Use as a context manager: it is ended on leaving, by force if it must be."""
+    """A child process; as a context manager, it is terminated at the end, by force if necessary."""
 
     process: subprocess.Popen[bytes] | ForkedProcess
     log: Path
@@ -77,7 +77,7 @@ class Running:
         return self.process.pid
 
     def output(self) -> str:
-        """All that it has printed so far."""
+        """Its output so far."""
         return self.log.read_text("utf-8", errors="replace")
 
     def signal(self, number: signal.Signals) -> None:
@@ -85,16 +85,16 @@ class Running:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL and wait for its end."""
         self.process.kill()
         self.process.wait(10)
 
     def wait(self, limit: float = 15.0 * SLOW) -> int:
-        """Wait for its end; the exit code."""
+        """Wait for its end and return the exit code."""
         return self.process.wait(limit)
 
     def terminate(self, limit: float = 15.0 * SLOW) -> int:
-        """SIGTERM, and wait for its end; the exit code."""
+        """Send SIGTERM, wait for its end and return the exit code."""
         self.process.terminate()
         return self.process.wait(limit)
 
@@ -105,7 +105,7 @@ class Running:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)  # a stopped process would not end
+            self.process.send_signal(signal.SIGCONT)  # a stopped process does not handle SIGTERM
             self.process.terminate()
             try:
                 self.process.wait(8)
@@ -116,7 +116,7 @@ class Running:
 def start(
     command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> Running:
-    """Start a command; what it prints goes to `log`."""
+    """Start a command with its output in `log`."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             command,
@@ -132,25 +132,25 @@ def start(
 def start_python(
     arguments: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> Running:
-    """Start a Python program of this checkout, given as what would follow `python` on the command line.
+    """Start a Python program of this checkout; `arguments` are those after `python`.
 
-    It is forked from a process that has imported imstream, which is cheap; not when its coverage is measured or a
-    library is loaded before it, both of which begin with the interpreter.
+    It is forked from a process that has imported imstream, which is cheap, unless coverage or `LD_PRELOAD` need a fresh
+    interpreter.
     """
     if "LD_PRELOAD" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
         return start([PYTHON, *arguments], log, env=env, cwd=cwd)
-    log.touch()  # it is looked at before the child has opened it
+    log.touch()  # it is read before the child has opened it
     return Running(ForkedProcess(arguments, log, _environment(env), cwd), log)
 
 
 def _environment(added: Mapping[str, str] | None) -> dict[str, str]:
-    """The environment of the test run without settings of imstream, and what is added."""
+    """The environment of the test run without imstream settings, plus additions."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("IMSTREAM_")}
     return {**clean, **(added or {})}
 
 
 def wait_for(ready: Callable[[], bool], process: Running, what: str, limit: float = 15.0 * SLOW) -> None:
-    """Wait until a process that was just started is ready. Fails with its output when it ends or takes too long."""
+    """Wait until a new process is ready. Fails with its output if it ends or takes too long."""
     deadline = time.monotonic() + limit
     while not ready():
         if process.process.poll() is not None or time.monotonic() > deadline:
@@ -160,7 +160,7 @@ def wait_for(ready: Callable[[], bool], process: Running, what: str, limit: floa
 
 
 def http_status(url: str) -> int | None:
-    """The status of a GET, None when nobody answers."""
+    """The status of a GET; None without an answer."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - a URL of the test's own
             status: int = answer.status

@@ -1,4 +1,4 @@
-"""A WebSocket peer without manners: every byte is the test's own, and it reads only when it is told to."""
+"""A low-level WebSocket peer: the test writes every byte, and decides when to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from tests.support.waiting import SLOW
 
 LIMIT = 10.0 * SLOW
-"""Seconds that a test waits for one read at most."""
+"""Maximum wait for one read in seconds."""
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 
@@ -26,14 +26,14 @@ MASKED = 0x80
 def frame(
     opcode: int, payload: bytes = b"", *, first: int = FIN, mask: bool = True, length: int | None = None
 ) -> bytes:
-    """One frame (RFC 6455, 5.2).
+    """Build one frame (RFC 6455, section 5.2).
 
     Args:
-        opcode: What it is.
-        payload: What it carries.
+        opcode: The opcode.
+        payload: The payload.
         first: The bits of the first byte beside the opcode: FIN and the reserved ones.
         mask: Whether it is masked, as a client's frames must be.
-        length: What it says its length is, when that is a lie.
+        length: A false length, if any.
     """
     size = len(payload) if length is None else length
     if size < 126:
@@ -50,7 +50,7 @@ def frame(
 
 
 def fragments(parts: Iterable[bytes], opcode: int = TEXT, *, end: bool = True) -> bytes:
-    """One message in as many frames as there are parts; without `end`, more is to follow."""
+    """Build one message with a frame per part; without `end`, the last frame has no FIN."""
     pieces = list(parts)
     last = len(pieces) - 1
     return b"".join(
@@ -63,7 +63,7 @@ class RawSocket:
     """A TCP connection.
 
     Attributes:
-        texts: The JSON of the text frames that were read.
+        texts: The JSON of all text frames read so far.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -84,7 +84,7 @@ class RawSocket:
     async def upgrade(
         self, path: str = "/ws", headers: Iterable[str] = (), *, also: bytes = b"", encoding: str = "utf-8"
     ) -> bytes:
-        """Ask for the upgrade and read the head of the answer; `also` goes out in the same packet."""
+        """Request the upgrade and read the head of the response; `also` is sent in the same packet."""
         lines = [
             f"GET {path} HTTP/1.1",
             "Host: 127.0.0.1",
@@ -98,7 +98,7 @@ class RawSocket:
         return await self.head()
 
     async def head(self) -> bytes:
-        """Read the head of an HTTP answer; all that there is when the connection ends before."""
+        """Read the head of an HTTP response, or everything up to the end of the connection."""
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if not await self._read():
                 return bytes(self._buffer)
@@ -107,7 +107,7 @@ class RawSocket:
         return head
 
     async def body(self, head: bytes) -> bytes:
-        """Read the body of an HTTP answer with this head, as long as it says that it is."""
+        """Read the body of an HTTP response by the Content-Length in its head."""
         size = next(
             int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-length:")
         )
@@ -118,7 +118,7 @@ class RawSocket:
         return body
 
     async def next_frame(self, limit: float = LIMIT) -> tuple[int, bytes] | None:
-        """The next frame as opcode and payload; None when the connection has ended."""
+        """Read the next frame as opcode and payload; None at the end of the connection."""
         while (found := self._parse()) is None:
             if not await self._read(limit):
                 return None
@@ -128,14 +128,14 @@ class RawSocket:
         return opcode, payload
 
     async def until(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field
-        """The next text frame that has these fields."""
+        """Skip to the next text frame with these fields."""
         while (found := await self.next_frame()) is not None:
             if found[0] == TEXT and all(self.texts[-1].get(name) == value for name, value in fields.items()):
                 return self.texts[-1]
         raise AssertionError(f"the connection ended without {fields}: {self.texts}")
 
     async def close_code(self, limit: float = LIMIT) -> int | None:
-        """Read up to the close frame; its code, None when the connection just breaks."""
+        """Read up to the close frame and return its code; None if the connection breaks."""
         while (found := await self.next_frame(limit)) is not None:
             if found[0] == CLOSE:
                 code: int = struct.unpack("!H", found[1][:2])[0]
@@ -143,13 +143,13 @@ class RawSocket:
         return None
 
     async def ended(self, limit: float = LIMIT) -> bytes:
-        """Read to the end; the bytes that came."""
+        """Read to the end of the connection."""
         while await self._read(limit):
             pass
         return bytes(self._buffer)
 
     def finish(self) -> None:
-        """Say that nothing more will come (FIN). Whoever has gone already does not mind."""
+        """Close the sending side (FIN); the peer may have closed the connection already."""
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
@@ -187,15 +187,15 @@ class RawSocket:
 
 @asynccontextmanager
 async def raw_socket(port: int, *, narrow: bool = False) -> AsyncIterator[RawSocket]:
-    """Connect to a port of 127.0.0.1. When a narrow one does not read, the other side feels it after about 50 KB.
+    """Connect to a port of 127.0.0.1. A `narrow` connection that is not read blocks its sender after about 50 KB.
 
-    Otherwise that takes up to 4 MB: Linux lets a sender buffer as many segments, and those of the loopback are large.
+    Others block it after up to 4 MB, because Linux buffers a number of segments, and those of loopback are large.
     """
     sock = socket.socket()
     if narrow:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-    sock.setblocking(False)  # noqa: FBT003 - the only parameter there is
+    sock.setblocking(False)  # noqa: FBT003 - the only parameter
     try:
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
         yield RawSocket(sock)

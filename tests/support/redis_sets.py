@@ -1,4 +1,4 @@
-"""Several real servers that are one Redis: a master with replicas and Sentinels, and a Redis Cluster."""
+"""Several real servers as one Redis: a master with replicas and Sentinels, and a Redis Cluster."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.support.servers import ADMIN, ADMIN_LOGIN, REPLICATION, USER, RedisSe
 from tests.support.waiting import SLOW
 
 SERVICE = "im"
-"""The name under which the Sentinels know the master."""
+"""The Sentinels' service name of the master."""
 
 _QUICK_REPLICATION = (*REPLICATION, "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
 _QUICK_SENTINEL = ("info-period", 200, "publish-period", 100, "ask-period", 100)
 
 
 def until(condition: Callable[[], object], description: str, limit: float = 20.0 * SLOW) -> None:
-    """Wait until the condition holds, for set-ups; tests use `wait_until`. An error of Redis means: not yet."""
+    """Wait until a condition holds, for set-up code; errors of Redis count as not yet. Tests use `wait_until`."""
     deadline = time.monotonic() + limit
     while not _holds(condition):
         assert time.monotonic() < deadline, f"not within {limit} s: {description}"
@@ -46,10 +46,10 @@ def _holds(condition: Callable[[], object]) -> bool:
 
 @dataclass
 class SentinelSet:
-    """One master, its replicas, and three Sentinels that make one of these the master when it dies.
+    """One master, its replicas, and three Sentinels that promote a replica when it dies.
 
     Attributes:
-        servers: All servers; which of them is the master changes.
+        servers: All servers; the master changes.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class SentinelSet:
     tls: RedisTls | None = None
 
     def _sentinel(self, port: int | None = None) -> redis.Redis:
-        """A client of a Sentinel; of the first one, unless a port is given."""
+        """A client of a Sentinel, by default of the first one."""
         return redis.Redis(port=port or self.sentinel_ports[0], decode_responses=True, **as_admin(self.tls))
 
     @property
@@ -72,28 +72,28 @@ class SentinelSet:
 
     @property
     def admin_url(self) -> str:
-        """Its URL, for what is no node: it may do anything."""
+        """Its URL with unrestricted permissions, for tests."""
         return self.url.replace(USER, ADMIN_LOGIN)
 
     @property
     def master(self) -> RedisServer:
-        """The server that the Sentinels name now."""
+        """The current master according to the Sentinels."""
         with self._sentinel() as sentinel:
             _, port = sentinel.sentinel_get_master_addr_by_name(SERVICE)
         return next(server for server in self.servers if server.port == int(port))
 
     @property
     def replica(self) -> RedisServer:
-        """The first of the others."""
+        """The first server that is not the master."""
         return next(server for server in self.servers if server is not self.master)
 
     def fail_over(self) -> None:
-        """Have another server made the master, in good order."""
+        """Fail over to another server in an orderly way."""
         with self._sentinel() as sentinel:
             sentinel.execute_command("SENTINEL FAILOVER", SERVICE)
 
     def client(self) -> redis.Redis:
-        """A client that finds the master whenever it connects."""
+        """A client that looks up the master for each connection."""
         addresses = [("127.0.0.1", port) for port in self.sentinel_ports]
         sentinels = Sentinel(addresses, sentinel_kwargs=as_admin(self.tls))  # type: ignore[no-untyped-call] # redis-py's gap
         client: redis.Redis = sentinels.master_for(  # type: ignore[no-untyped-call] # same
@@ -102,7 +102,7 @@ class SentinelSet:
         return client
 
     def start(self) -> None:
-        """Start all, and wait until every Sentinel knows all others."""
+        """Start all servers, and wait until every Sentinel knows all others."""
         for server in self.servers:
             server.start()
         for replica in self.servers[1:]:
@@ -115,7 +115,7 @@ class SentinelSet:
                 until(lambda: self._knows_all(sentinel), "the Sentinels know each other")
 
     def stop(self) -> None:
-        """End all."""
+        """Stop all servers."""
         for sentinel in self.sentinels:
             sentinel.__exit__(None, None, None)
         for server in self.servers:
@@ -150,7 +150,7 @@ class SentinelSet:
 
 @dataclass
 class ClusterSet:
-    """A Redis Cluster: three masters that share the slots, and a replica of each."""
+    """A Redis Cluster of three masters with a replica each."""
 
     masters: list[RedisServer]
     replicas: list[RedisServer]
@@ -158,14 +158,14 @@ class ClusterSet:
 
     @property
     def url(self) -> str:
-        """Its URL: two nodes, the others are found."""
+        """Its URL with two of its nodes."""
         hosts = ",".join(f"127.0.0.1:{master.port}" for master in self.masters[:2])
         tls = f"?{urlencode(self.tls.query)}" if self.tls else ""
         return f"{'rediss' if self.tls else 'redis'}+cluster://{USER}@{hosts}{tls}"
 
     @property
     def admin_url(self) -> str:
-        """Its URL, for what is no node: it may do anything."""
+        """Its URL with unrestricted permissions, for tests."""
         return self.url.replace(USER, ADMIN_LOGIN)
 
     @property
@@ -174,7 +174,7 @@ class ClusterSet:
         return [*self.masters, *self.replicas]
 
     def client(self) -> redis.Redis:
-        """A client of the test's own. It has the commands of any client."""
+        """A client for the test, typed as an ordinary one."""
         return cast("redis.Redis", self._client())
 
     def _client(self) -> redis.RedisCluster:
@@ -188,17 +188,17 @@ class ClusterSet:
         )
 
     def master_of(self, key: str) -> RedisServer:
-        """The server that has the slot of a key now."""
+        """The server that owns the slot of a key."""
         with self._client() as client:
             node: Any = client.get_node_from_key(key)
         return next(server for server in self.all if server.port == node.port)
 
     def other_than(self, server: RedisServer) -> RedisServer:
-        """A master that is not this one."""
+        """Another master."""
         return next(one for one in self.masters if one is not server)
 
     def start(self) -> None:
-        """Start all, share the slots, and wait until every node agrees."""
+        """Start all servers, assign the slots, and wait until every node agrees."""
         with ThreadPoolExecutor() as pool:
             list(pool.map(RedisServer.start, self.all))
         each = -(-REDIS_CLUSTER_HASH_SLOTS // len(self.masters))
@@ -219,26 +219,26 @@ class ClusterSet:
         self.each_node(lambda node: _cluster_info(node)["cluster_state"] == "ok", "all slots are served")
 
     def each_node(self, condition: Callable[[redis.Redis], object], description: str) -> None:
-        """Wait until something holds of every node that lives."""
+        """Wait until a condition holds for every living node."""
         for server in self.all:
             if server.process is not None and server.process.process.poll() is None:
                 with server.client() as node:
                     until(lambda: condition(node), description)
 
     def stop(self) -> None:
-        """End all."""
+        """Stop all servers."""
         with ThreadPoolExecutor() as pool:
             list(pool.map(RedisServer.stop, self.all))
 
     def begin_move(self, key: str, target: RedisServer) -> RedisServer:
-        """Begin to move the slot of a key: nothing is moved yet, what is new goes to the target. The source."""
+        """Begin to migrate the slot of a key: new keys go to the target. Return the source."""
         slot, source = key_slot(key.encode()), self.master_of(key)
         _setslot(target, slot, "IMPORTING", node_id(source))
         _setslot(source, slot, "MIGRATING", node_id(target))
         return source
 
     def move_keys(self, key: str, source: RedisServer, target: RedisServer, *, most: int = 1000) -> None:
-        """Move keys of the slot."""
+        """Migrate keys of the slot."""
         slot = key_slot(key.encode())
         with source.client() as node:
             keys = node.execute_command("CLUSTER GETKEYSINSLOT", slot, most)
@@ -247,20 +247,20 @@ class ClusterSet:
                 node.execute_command(*migrate, "AUTH2", *ADMIN.values(), "KEYS", *keys)
 
     def end_move(self, key: str, target: RedisServer) -> None:
-        """The slot is the target's from now on."""
+        """Assign the slot to the target."""
         slot = key_slot(key.encode())
         for server in (target, *(one for one in self.masters if one is not target)):
             _setslot(server, slot, "NODE", node_id(target))
 
     def move(self, key: str, target: RedisServer) -> None:
-        """Move the slot of a key with all that is in it."""
+        """Migrate the slot of a key with all its keys."""
         source = self.begin_move(key, target)
         self.move_keys(key, source, target)
         self.end_move(key, target)
 
 
 Topology = RedisServer | SentinelSet | ClusterSet
-"""A Redis of any kind."""
+"""A Redis of any topology."""
 
 
 def flush(redis_: Topology) -> None:
@@ -288,7 +288,7 @@ def _cluster_info(node: redis.Redis) -> dict[str, str]:
 
 
 def _has_epoch(node: redis.Redis, epoch: int) -> bool:
-    """Give it to the node, once: a client that had no answer in time asks again, and a second time is an error."""
+    """Assign a slot once: a client that times out repeats the command, and the repetition is an error."""
     if _cluster_info(node)["cluster_my_epoch"] == "0":
         node.execute_command("CLUSTER SET-CONFIG-EPOCH", epoch)  # type: ignore[no-untyped-call] # redis-py's gap
     return _cluster_info(node)["cluster_my_epoch"] == str(epoch)
@@ -307,7 +307,7 @@ def _bus(server: RedisServer) -> str:
 def sentinel_set(
     folder: Path, *options: str, replicas: int = 1, binary: str | None = None, tls: RedisTls | None = None
 ) -> Iterator[SentinelSet]:
-    """Start one. `options` are those of the servers."""
+    """Start a master with Sentinels. `options` are those of the servers."""
     binary, quick = binary or valkey_binary(), (*_QUICK_REPLICATION, *options)
     servers = [RedisServer(binary, free_port(), folder / "master", quick, tls=tls)]
     for number in range(replicas):
@@ -325,7 +325,7 @@ def sentinel_set(
 def cluster_set(
     folder: Path, *options: str, binary: str | None = None, tls: RedisTls | None = None
 ) -> Iterator[ClusterSet]:
-    """Start one. `options` are those of the servers; `binary` is Redis or Valkey from 7.0 on."""
+    """Start a cluster. `options` are those of the servers; `binary` is Redis or Valkey from 7.0 on."""
     nodes = [_cluster_node(binary or valkey_binary(), folder / f"{number}", options, tls) for number in range(6)]
     made = ClusterSet(nodes[:3], nodes[3:], tls)
     try:
@@ -339,7 +339,7 @@ def _cluster_node(binary: str, folder: Path, options: tuple[str, ...], tls: Redi
     cluster = (
         *("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(free_port())),
         *("--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0"),
-        # A dead master shall cost the keys of the others nothing.
+        # The death of a master must not affect the keys of the others.
         *("--cluster-require-full-coverage", "no", "--cluster-allow-replica-migration", "no"),
     )
     return RedisServer(binary, free_port(), folder, (*_QUICK_REPLICATION, *cluster, *options), tls=tls)

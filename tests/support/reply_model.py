@@ -1,4 +1,4 @@
-"""What the scripts of the reply stream promise, in Python: proved against them, so that other tests may play with it.
+"""A model of the reply stream's scripts in Python. It is checked against them, so that other tests can use it.
 
 One model is one message.
 """
@@ -28,7 +28,7 @@ class Said:
 
     @classmethod
     def read(cls, fields: dict[str, str]) -> Said:
-        """An entry as it stands in Redis, without what a terminal event carries."""
+        """An entry as in Redis, without the data of a terminal event."""
         return cls(
             attempt=int(fields["attempt"]),
             event=fields["event"],
@@ -41,13 +41,13 @@ class Said:
 
 @dataclass
 class ReplyModel:
-    """All that was said about one message."""
+    """The events of one message."""
 
     entries: list[Said] = field(default_factory=list)
 
     @property
     def last(self) -> Said | None:
-        """What was said last."""
+        """The last event."""
         return self.entries[-1] if self.entries else None
 
     @property
@@ -61,7 +61,7 @@ class ReplyModel:
             self.entries.append(Said(0, "queued", 0))
 
     def open(self, *, request: str, lost: str = "", after: int = 0, by: str = "0") -> Opened | Ended | Duplicate:
-        """See `ReplyStore`. `by`: the node whose store it is."""
+        """See `ReplyStore`. `by` is the node of the store."""
         if self.last is not None:
             if self.last.terminal is not None:
                 return Ended(self.last.terminal.event, self.owner)
@@ -90,7 +90,7 @@ class ReplyModel:
         return Appended()
 
     def cancel(self) -> CancelRecorded | Literal["too_late", "unknown"]:
-        """See `ReplyStore`. No user has a socket anywhere: only the node that works on it is to be told."""
+        """See `ReplyStore`. No user has a socket, so only the node that works on the message is notified."""
         if self.last is None:
             return "unknown"
         if self.last.event in ("done", "failed"):

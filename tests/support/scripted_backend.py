@@ -1,4 +1,4 @@
-"""An AI backend whose every byte is written by the test, over a real socket: for what real servers do rarely.
+"""An AI backend whose bytes the test writes, over a real socket, for rare behaviour of real servers.
 
     async with scripted_backend() as backend:
         backend.then(streams("Hel", "lo"))             # the next request is answered
@@ -6,8 +6,8 @@
         ...                                            # point a client at backend.url
         assert backend.requests[0].json["stream"] is True
 
-A script is an async function of one `Exchange`, so a test can also write its own. Each request takes the next script;
-when none is left, the one given as `always`. A request without any script fails the test.
+A script is an async function of one `Exchange`, so a test can write its own. Each request uses the next script, or
+`always` when none remains. A request without a script fails the test.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from imstream.demo import http_server
 from tests.support.waiting import SLOW
 
 LIMIT = 5.0 * SLOW
-"""Seconds that a test waits for one thing at most."""
+"""Maximum wait of a test in seconds."""
 
 Framing = http_server.Framing
 
@@ -34,7 +34,7 @@ DONE = http_server.event(b"[DONE]")
 
 
 def event(value: object) -> bytes:
-    """One server-sent event that carries JSON."""
+    """One server-sent event with JSON."""
     return http_server.event(json.dumps(value, ensure_ascii=False).encode())
 
 
@@ -46,17 +46,17 @@ def chunk(text: str | None = None, *, finish_reason: str | None = None, **fields
 
 
 def usage_chunk(**counts: object) -> dict[str, Any]:
-    """The chunk without choices that tells how many tokens were used."""
+    """The chunk without choices that reports the token usage."""
     return {**chunk(), "choices": [], "usage": counts}
 
 
 @dataclass
 class Request:
-    """One request as it came.
+    """One request as received.
 
     Attributes:
-        connection: Number of the connection that it came over, from 0.
-        received_at: When all of it was there, on the loop's clock.
+        connection: Number of its connection, from 0.
+        received_at: When it was complete, on the loop's clock.
     """
 
     method: str
@@ -74,14 +74,14 @@ class Request:
 
     @property
     def closed_by_peer_at(self) -> float | None:
-        """When the client closed this connection, on the loop's clock; None while it has not."""
+        """When the client closed this connection, on the loop's clock; None before."""
         return self._closed.result() if self._closed.done() and not self._closed.cancelled() else None
 
     async def gone(self) -> float:
-        """Wait until the client closes this connection; when it did, on the loop's clock.
+        """Wait until the client closes this connection, and return the time on the loop's clock.
 
         Raises:
-            ConnectionAbortedError: This side closed it.
+            ConnectionAbortedError: The server closed it.
         """
         async with asyncio.timeout(LIMIT):
             await asyncio.wait([self._closed])
@@ -99,14 +99,14 @@ class Exchange(http_server.HttpConnection):
         """Send bytes as they are, and give the client time to read them.
 
         Raises:
-            ConnectionError: The connection is closed. A script that lets it pass has ended in order.
+            ConnectionError: The connection is closed. Scripts may let this exception end them.
         """
         await super().write(data)
-        for _ in range(4):  # turns of the loop: one to see the socket readable, the others to wake who waits for it
+        for _ in range(4):  # ticks of the loop: one to see the socket readable, the others to wake the reader
             await asyncio.sleep(0)
 
     def half_close(self) -> None:
-        """Say that nothing more will come, and leave it to the client to close the connection."""
+        """Close the sending side, so that the client closes the connection."""
         self.transport.write_eof()
 
     def reset(self) -> None:
@@ -116,7 +116,7 @@ class Exchange(http_server.HttpConnection):
         self.transport.abort()
 
     async def gone(self) -> float:
-        """Wait until the client closes the connection; when it did, on the loop's clock."""
+        """Wait until the client closes the connection, and return the time on the loop's clock."""
         return await self.request.gone()
 
 
@@ -124,7 +124,7 @@ Script = Callable[[Exchange], Awaitable[None]]
 
 
 def streams(*texts: str, usage: Mapping[str, int] | None = None, framing: Framing = "chunked") -> Script:
-    """A script: a whole answer, one event for each text."""
+    """A script: a complete answer with one event per text."""
 
     async def script(exchange: Exchange) -> None:
         events = [event(chunk(text)) for text in texts] + [event(chunk(finish_reason="stop"))]
@@ -167,7 +167,7 @@ def refuses(
 
 
 def hangs(*parts: bytes, head: bool = True) -> Script:
-    """A script: these parts of a body, and then nothing until the client has gone."""
+    """A script: these parts of a body, then silence until the client disconnects."""
 
     async def script(exchange: Exchange) -> None:
         if head:
@@ -185,7 +185,7 @@ class ScriptedBackend:
         self.port = 0
         self.requests: list[Request] = []
         self.problems: list[Exception] = []
-        """What went wrong in a script."""
+        """Exceptions of scripts."""
         self.server = http_server.HttpServer(Exchange, self._serve)
         self._always = always
         self._scripts: deque[Script] = deque()
@@ -193,7 +193,7 @@ class ScriptedBackend:
 
     @property
     def url(self) -> str:
-        """The base URL, as clients take it."""
+        """The base URL for clients."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     @property
@@ -202,11 +202,11 @@ class ScriptedBackend:
         return self.server.accepted
 
     def then(self, *scripts: Script) -> None:
-        """Answer the next requests by these scripts."""
+        """Use these scripts for the next requests."""
         self._scripts.extend(scripts)
 
     async def request(self, number: int = 0) -> Request:
-        """Wait until that many requests, and one, have come; the last of them."""
+        """Wait for the request with this index, and return it."""
         async with asyncio.timeout(LIMIT):
             while len(self.requests) <= number:
                 self._arrived.clear()
@@ -227,15 +227,15 @@ class ScriptedBackend:
             assert script is not None, f"no script for request {len(self.requests)}"
             await script(exchange)
         except ConnectionError:
-            raise  # the client went first, or the script broke the connection
-        except Exception as problem:  # noqa: BLE001 - told to the test at its end
+            raise  # the client disconnected, or the script broke the connection
+        except Exception as problem:  # noqa: BLE001 - raised at the end of the test
             self.problems.append(problem)
             exchange.close()
 
 
 @asynccontextmanager
 async def scripted_backend(always: Script | None = None) -> AsyncIterator[ScriptedBackend]:
-    """A backend on a free port of 127.0.0.1. Fails at its end if a script did."""
+    """Run a backend on a free port of 127.0.0.1. Fails at the end if a script failed."""
     backend = ScriptedBackend(always)
     async with backend.server.listening("127.0.0.1", 0, grace=LIMIT) as (_, backend.port):
         try:

@@ -1,4 +1,4 @@
-"""A WebSocket server whose every word is said by the test, over a real socket: for what a real node does rarely."""
+"""A WebSocket server whose frames the test writes, over a real socket, for rare behaviour of real nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat
 from tests.support.waiting import SLOW
 
 LIMIT = 5.0 * SLOW
-"""Seconds that a test waits for one thing at most."""
+"""Maximum wait of a test in seconds."""
 
 USER = 10001
 
@@ -29,16 +29,16 @@ FAST = Timing(
     later=timedelta(milliseconds=20),
     close=timedelta(seconds=1),
 )
-"""Time limits of a client that does not let a test wait."""
+"""Short time limits of a client."""
 
 
-async def within(awaitable: Awaitable[Any]) -> Any:  # noqa: ANN401 - whatever is waited for
-    """Wait for something, not for ever."""
+async def within(awaitable: Awaitable[Any]) -> Any:  # noqa: ANN401 - any result
+    """Wait with a time limit."""
     return await asyncio.wait_for(awaitable, LIMIT)
 
 
 async def all_of(iterator: AsyncIterator[Any]) -> list[Any]:
-    """Everything that an iterator gives."""
+    """Collect the items of an iterator."""
     return [item async for item in iterator]
 
 
@@ -50,7 +50,7 @@ class Peer:
 
     @property
     def path(self) -> str:
-        """Path and query that the client asked for."""
+        """Path and query of the client's request."""
         assert self.socket.request is not None
         return self.socket.request.path
 
@@ -61,7 +61,7 @@ class Peer:
         return self.socket.request.headers["Accept-Language"]
 
     async def hear(self) -> ClientFrame:
-        """The next frame of the client that is no heartbeat."""
+        """The next frame of the client except heartbeats."""
         while True:
             frame = await self.hear_anything()
             if not isinstance(frame, ClientHeartbeat):
@@ -115,10 +115,10 @@ class Peer:
 
 
 class ScriptedServer:
-    """Accepts connections and hands them to the test.
+    """Accepts connections for the test.
 
     Attributes:
-        refusals: How many handshakes are still to be answered with 503, as by a node that is not ready.
+        refusals: Number of next handshakes that get 503, as from a node that is not ready.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class ScriptedServer:
 
     @property
     def url(self) -> str:
-        """Address for a client."""
+        """URL for a client."""
         return f"ws://127.0.0.1:{self.port}/ws"
 
     async def peer(self) -> Peer:
@@ -137,28 +137,28 @@ class ScriptedServer:
             return await self._peers.get()
 
     async def logged_in(self, **fields: Any) -> Peer:  # noqa: ANN401 - fields of `ServerFrame`
-        """The next connection, after its INIT was answered."""
+        """The next connection, with its INIT answered."""
         peer = await self.peer()
         await peer.hear_init()
         await peer.send_frame("INIT", **fields)
         return peer
 
     def refuse(self, socket: ServerConnection, _: Request) -> Response | None:
-        """Refuse a handshake, if it is to be."""
+        """Refuse a handshake while `refusals` remain."""
         if self.refusals == 0:
             return None
         self.refusals -= 1
         return socket.respond(503, "not ready: draining")
 
     async def handle(self, socket: ServerConnection) -> None:
-        """Keep a connection open until somebody closes it."""
+        """Keep a connection open until either side closes it."""
         self._peers.put_nowait(Peer(socket))
         await socket.wait_closed()
 
 
 @asynccontextmanager
 async def scripted_server() -> AsyncIterator[ScriptedServer]:
-    """A server on a free port of 127.0.0.1. At its end nothing that was started meanwhile may be left."""
+    """Run a server on a free port of 127.0.0.1. At its end, no new task may remain."""
     before = asyncio.all_tasks()
     server = ScriptedServer()
     async with serve(
@@ -172,17 +172,17 @@ async def scripted_server() -> AsyncIterator[ScriptedServer]:
 
 @dataclass
 class Session:
-    """A client that is logged in, and the server's end of its latest connection."""
+    """A logged-in client, and the server's end of its latest connection."""
 
     server: ScriptedServer
     client: Client
     peer: Peer
 
     async def asked(self, contents: str = "hello", **options: Any) -> Reply:  # noqa: ANN401 - options of `send`
-        """The reply to a message that the server has accepted."""
+        """Send a message that the server accepts, and return its reply."""
         reply = await self.client.send(contents, **options)
         while (await self.peer.hear_chat()).message_id != reply.message_id:
-            pass  # an earlier one, which shall stay without an answer
+            pass  # an earlier message, which stays unanswered
         await self.peer.send_chat(reply.message_id, "accepted", position=1)
         await within(reply.accepted())
         return reply
@@ -195,7 +195,7 @@ class Session:
 
 @asynccontextmanager
 async def connected(**options: Any) -> AsyncIterator[Session]:  # noqa: ANN401 - options of `Client`
-    """A client of a scripted server."""
+    """Run a client of a scripted server."""
     async with scripted_server() as server:
         login = asyncio.create_task(server.logged_in())
         async with Client(server.url, USER, **{"timing": FAST, **options}) as client:

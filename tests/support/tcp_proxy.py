@@ -1,7 +1,7 @@
-"""A TCP proxy whose connections a test can break, silence and delay. It runs in the test's own event loop.
+"""A TCP proxy in the test's event loop whose connections a test can break, silence and delay.
 
-A network never loses bytes from the middle of a connection: what is lost is all that would have come after. So a
-connection that loses something stays silent for ever, in that direction, and both its ends still believe in it.
+A network never loses bytes from the middle of a connection; everything after them is lost too. So a connection that
+loses bytes stays silent in that direction, and neither end notices.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ CHUNK = 65536
 
 
 class Fate(StrEnum):
-    """What becomes of an answer."""
+    """What happens to a server's answer."""
 
     SILENCE = "silence"
-    """It is lost, with all that follows on its connection."""
+    """Lost, with everything after it on the connection."""
     DELAY = "delay"
-    """It comes late, and what follows comes after it."""
+    """Delayed, with everything after it."""
     CUT = "cut"
-    """It is lost, and the connection breaks."""
+    """Lost, and the connection breaks."""
 
 
 @dataclass
 class Trap:
-    """Waits for bytes that pass, and springs once.
+    """Matches passing bytes once.
 
     Attributes:
-        parts: Bytes that all stand in one piece that is read, in any order.
+        parts: Byte strings that must all occur in one read, in any order.
         delay: Seconds, for `Fate.DELAY`.
-        sprung: Whether the bytes have come.
+        sprung: Whether the bytes have passed.
     """
 
     parts: tuple[bytes, ...]
@@ -44,7 +44,7 @@ class Trap:
     sprung: bool = False
 
     def springs(self, data: bytes) -> bool:
-        """Whether this piece is the one."""
+        """Whether these bytes match for the first time."""
         if not self.sprung and all(part in data for part in self.parts):
             self.sprung = True
             return True
@@ -52,13 +52,13 @@ class Trap:
 
 
 class TcpProxy:
-    """Forwards bytes both ways.
+    """Forwards bytes in both directions.
 
     Attributes:
-        port: Where it listens.
-        target_port: Where new connections go.
+        port: The port it listens on.
+        target_port: The target of new connections.
         accepted: Connections so far.
-        delay: Seconds by which everything from the server comes late.
+        delay: Delay in seconds of everything from the server.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -74,39 +74,39 @@ class TcpProxy:
 
     @property
     def url(self) -> str:
-        """Its URL when the server is a Redis, for a node."""
+        """Its Redis URL for a node."""
         return f"redis://{USER}@127.0.0.1:{self.port}/0"
 
     @property
     def open(self) -> int:
-        """Connections that are open now."""
+        """Number of open connections."""
         return len(self._writers) // 2
 
     def drop(self) -> None:
-        """Break every connection, as a lost network does: without a word, in both directions."""
+        """Break every connection in both directions, as a lost network does."""
         for writer in self._writers:
             writer.transport.abort()
 
     def swallow(self) -> None:
-        """From now on nothing gets through, in either direction, on connections old and new."""
+        """Drop all bytes in both directions, on existing and new connections."""
         self._swallowing = True
 
     def forward(self) -> None:
-        """New connections work again. Those that lost something stay half-open: silent, and never closed."""
+        """Forward new connections again. Those that lost bytes stay half-open: silent and never closed."""
         self._swallowing = False
 
     def on_answer(self, *parts: bytes, fate: Fate, delay: float = 0.0) -> Trap:
-        """The next answer with these bytes meets this fate."""
+        """Set the fate of the next answer with these bytes."""
         self._answers.append(trap := Trap(parts, fate, delay))
         return trap
 
     def on_answer_to(self, *parts: bytes, fate: Fate, delay: float = 0.0) -> Trap:
-        """The next question with these bytes reaches the server, and its answer meets this fate."""
+        """Set the fate of the answer to the next request with these bytes, which reaches the server."""
         self._questions.append(trap := Trap(parts, fate, delay))
         return trap
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, until either side ends it."""
+        """Forward one connection until either side ends it."""
         self.accepted += 1
         task = asyncio.current_task()
         assert task is not None
@@ -120,7 +120,7 @@ class TcpProxy:
             connection = _Connection()
             await asyncio.gather(self._ask(reader, onward, connection), self._answer(onward_reader, writer, connection))
         except (OSError, asyncio.CancelledError):
-            pass  # nobody listens there, or the proxy is closed
+            pass  # the target does not listen, or the proxy is closed
         finally:
             self._writers -= both
             self._tasks.discard(task)
@@ -128,7 +128,7 @@ class TcpProxy:
                 one.transport.abort()
 
     async def close(self) -> None:
-        """Break all connections, and see them end."""
+        """Break all connections and wait for their end."""
         self.drop()
         for task in self._tasks:
             task.cancel()
@@ -174,17 +174,17 @@ class TcpProxy:
 
 @dataclass
 class _Connection:
-    """What became of one connection: `deaf` when the server hears nothing more, `mute` when it is not heard."""
+    """State of one connection: `deaf` drops bytes to the server, `mute` drops bytes from it."""
 
     deaf: bool = False
     mute: bool = False
     fate: Trap | None = None
-    """Of the next answer."""
+    """The fate of the next answer."""
 
 
 @asynccontextmanager
 async def tcp_proxy(target_port: int) -> AsyncIterator[TcpProxy]:
-    """A proxy on a free port of 127.0.0.1."""
+    """Run a proxy on a free port of 127.0.0.1."""
     proxy = TcpProxy(target_port)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.port = server.sockets[0].getsockname()[1]

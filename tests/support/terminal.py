@@ -1,4 +1,4 @@
-"""The terminal client in its own process, at a real terminal or at pipes."""
+"""The terminal client in its own process, on a real terminal or on pipes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 def command(url: str, *, lang: str = "en", patience: float = 10) -> list[str]:
-    """The command line that chats. `patience` is the time until the first login, in seconds."""
+    """The command line of a chat. `patience` limits the first login in seconds."""
     return [sys.executable, "-c", _PROGRAM, url, lang, str(patience)]
 
 
 async def piped(url: str, text: str, *, lang: str = "en", patience: float = 10) -> tuple[int, str, str]:
-    """Chat with what a pipe says; exit code, standard output and standard error."""
+    """Chat with input from a pipe. Return exit code, standard output and standard error."""
     line = command(url, lang=lang, patience=patience)
     process = await asyncio.create_subprocess_exec(*line, stdin=PIPE, stdout=PIPE, stderr=PIPE)
     out, err = await asyncio.wait_for(process.communicate(text.encode()), 20 * SLOW)
@@ -52,7 +52,7 @@ class Terminal:
         os.write(self._descriptor, text.encode())
 
     async def shows(self, text: str) -> None:
-        """Wait until something is on the screen; what came before it is forgotten."""
+        """Wait for a text on the screen, and forget everything before it."""
         await wait_until(lambda: text in self.seen, f"{text!r} on the screen")
         self.seen = self.seen.partition(text)[2]
 
@@ -61,10 +61,10 @@ class Terminal:
         return await asyncio.wait_for(self.process.wait(), 10 * SLOW)
 
     def read(self) -> None:
-        """Take in what was written to the screen."""
+        """Read the output to the screen."""
         try:
             data = os.read(self._descriptor, 65536)
-        except OSError:  # the process has closed its end
+        except OSError:  # the process has closed the terminal
             asyncio.get_running_loop().remove_reader(self._descriptor)
             return
         self.seen += re.sub(r"\x1b\[\d*m", "", data.decode()).replace("\r\n", "\n")
@@ -72,7 +72,7 @@ class Terminal:
 
 @asynccontextmanager
 async def at_terminal(url: str) -> AsyncIterator[Terminal]:
-    """Chat at a terminal."""
+    """Start a chat on a terminal."""
     ours, theirs = os.openpty()
     process = await asyncio.create_subprocess_exec(
         *command(url), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True

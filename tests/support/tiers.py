@@ -1,13 +1,13 @@
-"""How thorough properties are tested: the second tier takes all examples at random, the first the same third each time.
+"""Examples of properties: all of them at random in the second tier, always the same third in the first.
 
-A property that fails only now and then is found by the second tier, and does not stop a change that has not caused it.
+A property that fails rarely is found by the second tier, and does not block an unrelated change.
 """
 
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says nothing on a machine that does other things too.
+# No deadline: on a busy machine, the duration of an example means nothing.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 _SHARE = 3
 
@@ -16,10 +16,10 @@ settings.register_profile("all", _COMMON, max_examples=100)
 
 
 def load(*, second: bool) -> None:
-    """Choose the tier. Called before any test module is imported."""
+    """Choose the tier; must be called before test modules are imported."""
     settings.load_profile("all" if second else "first")
 
 
 def examples(count: int) -> int:
-    """How many examples a property gets that has `count` in the second tier."""
+    """The number of examples for a property with `count` in the second tier."""
     return count if settings.get_current_profile_name() == "all" else count // _SHARE

@@ -1,4 +1,4 @@
-"""A tokenizer.json of a model that is none: a byte-level BPE, trained on a few lines, with the tokens of ChatML."""
+"""A small tokenizer.json: a byte-level BPE, trained on a few lines, with the tokens of ChatML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LINES = ["hello world, how are you today?", "the quick brown fox jumps over the
 
 
 def trained(folder: Path) -> Path:
-    """Train one and write it; its file."""
+    """Train a tokenizer and return its file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

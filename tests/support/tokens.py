@@ -1,4 +1,4 @@
-"""Real keys of every kind, tokens signed with them, and an issuer that publishes keys over HTTP and can go away."""
+"""Real keys of every kind, tokens signed with them, and an issuer that publishes keys over HTTP."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PUBLIC: tuple[Algorithm, ...] = ("RS256", "ES256", "EdDSA")
 
 @cache
 def key_of(algorithm: str, number: int = 0) -> Any:  # noqa: ANN401 - each algorithm has its own type of key
-    """A private key; the same one whenever it is asked for. `number` tells several apart."""
+    """A cached private key of this algorithm. `number` distinguishes several."""
     del number
     match algorithm:
         case "RS256":
             return rsa.generate_private_key(65537, 2048)
         case "RS256-weak":
-            return rsa.generate_private_key(65537, 1024)  # noqa: S505 - to see it refused
+            return rsa.generate_private_key(65537, 1024)  # noqa: S505 - must be refused
         case "ES256":
             return ec.generate_private_key(ec.SECP256R1())
         case "ES384":
@@ -45,19 +45,19 @@ def key_of(algorithm: str, number: int = 0) -> Any:  # noqa: ANN401 - each algor
 
 
 def private_pem(key: Any) -> bytes:  # noqa: ANN401 - see `key_of`
-    """The private key as a file holds it."""
+    """The private key as PEM."""
     pem: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return pem
 
 
 def public_pem(key: Any) -> bytes:  # noqa: ANN401 - see `key_of`
-    """The public key as a file holds it."""
+    """The public key as PEM."""
     pem: bytes = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return pem
 
 
 def written(folder: Path, content: bytes, name: str = "key.pem") -> Path:
-    """A file with that content."""
+    """A file with this content."""
     path = folder / name
     path.write_bytes(content)
     return path
@@ -68,9 +68,9 @@ def token(
     algorithm: str = "HS256",
     *,
     headers: dict[str, Any] | None = None,
-    **claims: Any,  # noqa: ANN401 - right and wrong ones
+    **claims: Any,  # noqa: ANN401 - valid and invalid claims
 ) -> str:
-    """A token of `USER` that holds for an hour; a claim that is None is left out."""
+    """A token of `USER` that is valid for an hour; claims that are None are omitted."""
     all_claims = {"sub": str(USER), "exp": int(time.time()) + 3600, **claims}
     return jwt.PyJWS().encode(
         json.dumps({name: value for name, value in all_claims.items() if value is not None}).encode(),
@@ -81,7 +81,7 @@ def token(
 
 
 def as_jwk(key: Any, algorithm: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - see `key_of`
-    """The public key as an issuer publishes it."""
+    """The public key as JWK."""
     found: dict[str, Any] = jwt.get_algorithm_by_name(algorithm).to_jwk(key.public_key(), as_dict=True)
     found.pop("key_ops", None)
     return {**found, **fields}
@@ -89,12 +89,12 @@ def as_jwk(key: Any, algorithm: str, **fields: Any) -> dict[str, Any]:  # noqa: 
 
 @dataclass
 class Issuer:
-    """Publishes keys. It may be away: then nobody listens.
+    """Publishes keys while it listens.
 
     Attributes:
-        keys: What it publishes now; not JSON when it is a string.
-        packed: Whether it sends gzip, asked for or not.
-        fetched: How often it was asked.
+        keys: The published document; a string is sent as it is.
+        packed: Whether it sends gzip unconditionally.
+        fetched: Number of requests.
     """
 
     port: int = field(default_factory=free_port)
@@ -106,11 +106,11 @@ class Issuer:
 
     @property
     def url(self) -> str:
-        """The address of its key set."""
+        """The URL of its key set."""
         return f"http://127.0.0.1:{self.port}/keys.json"
 
     async def come(self) -> None:
-        """Listen."""
+        """Start listening."""
         app = web.Application()
         app.router.add_get("/keys.json", self._answer)
         self._runner = web.AppRunner(app)
@@ -118,7 +118,7 @@ class Issuer:
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
 
     async def go(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -134,7 +134,7 @@ class Issuer:
 
 @asynccontextmanager
 async def issuer(*keys: dict[str, Any], away: bool = False) -> AsyncIterator[Issuer]:
-    """An issuer on a port of its own."""
+    """Run an issuer on a free port."""
     one = Issuer(keys=list(keys))
     if not away:
         await one.come()

@@ -1,7 +1,7 @@
-"""A node without the garbage collector: `python -m tests.support.uncollected_node`. Else as `imstream node`.
+"""`imstream node` without the garbage collector: `python -m tests.support.uncollected_node`.
 
-What it does not free by itself, it never frees. When it gets SIGUSR1 it prints how many objects of each type it has, of
-those that the collector would look at, more than at the last time.
+Reference cycles are never freed. On SIGUSR1 it prints the increase in the number of objects of each type that the
+collector tracks, since the last time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _tell() -> None:
     more = found - _told
     _told.clear()
     _told.update(found)
-    # The first time these are all that there are: nobody wants to read them.
+    # The first time these are all objects, which are not of interest.
     print(json.dumps({"event": "objects", "objects": more if more != found else {}}), flush=True)  # noqa: T201
 
 

@@ -1,4 +1,4 @@
-"""`imstream up`, run as a person runs it."""
+"""`imstream up` as a user runs it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Up:
 
     @property
     def ws(self) -> str:
-        """Where its node takes clients."""
+        """The WebSocket URL of its node."""
         return f"ws://127.0.0.1:{self.port}/ws"
 
     def wait_until_ready(self) -> None:
-        """Wait until all of it runs, as it says itself."""
+        """Wait until it reports that everything runs."""
         said = "Ctrl-C stops everything"  # the last line
         wait_for(lambda: said in self.running.output(), self.running, "imstream up", limit=40)
 
     def children(self) -> dict[str, psutil.Process]:
-        """Its child processes by the command they run; nodes after the first with their id, such as `node 1`."""
+        """Its child processes by command; nodes after the first with their id, such as `node 1`."""
         found = psutil.Process(self.running.pid).children()
         return {_command(child): child for child in found}
 
@@ -44,7 +44,7 @@ def _command(process: psutil.Process) -> str:
         node = line[line.index("--node") + 1]
         return "node" if node == "0" else f"node {node}"
     balancer = next((program for program in PROGRAMS if any(program in word for word in line)), None)
-    return "demo-ai" if "demo-ai" in line else balancer or "redis"  # the server it turned into
+    return "demo-ai" if "demo-ai" in line else balancer or "redis"  # the process became the server
 
 
 @contextmanager
@@ -56,11 +56,11 @@ def up(
     in_terminal: bool = False,
     restricted: bool = True,
 ) -> Iterator[Up]:
-    """Start `imstream up` in a folder, on free ports unless some are given: the node's, the server's, the AI's.
+    """Start `imstream up` in a folder, on free ports unless some are given: of the node, the server, the AI.
 
-    Its nodes may do with the embedded server what `ops/redis-users.acl` grants them, and are denied nothing.
-    `in_terminal`: as a shell starts it, with a process group of its own. Without `restricted`, the server asks for its
-    password, as it does for everybody.
+    Its nodes have the permissions of `ops/redis-users.acl` on the embedded server, and no command may be denied.
+    `in_terminal` gives it its own process group, as a shell does. Without `restricted`, the server requires its usual
+    password instead.
     """
     port, redis_port, ai_port = ports or (free_port(), free_port(), free_port())
     command = [PYTHON, "-m", "imstream", "up", "--port", str(port)]
@@ -75,5 +75,5 @@ def up(
 
 
 def gone(processes: Sequence[psutil.Process]) -> bool:
-    """Whether none of the processes is left."""
+    """Whether all these processes have ended."""
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)

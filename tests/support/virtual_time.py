@@ -1,7 +1,4 @@
-"""An event loop whose clock jumps to the next timer instead of waiting for it: minutes pass at once, and exactly.
-
-Only for code without I/O: real sockets take real time.
-"""
+"""An event loop whose clock jumps to the next timer instead of waiting. Only for code without I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Its time is 0 at the start and moves only when there is nothing to do but wait."""
+    """Its clock starts at 0 and advances only when the loop would wait."""
 
     def __init__(self) -> None:
         self.now = 0.0

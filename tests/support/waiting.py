@@ -1,4 +1,4 @@
-"""Waiting for a condition, with a time limit."""
+"""Wait for a condition with a time limit."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import time
 from collections.abc import Awaitable, Callable
 
 SLOW = 3
-"""How many times slower a machine may be than the one that limits are thought of for."""
+"""How many times slower a machine may be than the reference for the time limits."""
 
 
 async def wait_until(
     condition: Callable[[], object] | Callable[[], Awaitable[object]], description: str, *, limit: float = 10.0
 ) -> None:
-    """Wait until the condition holds; it is asked again every 10 ms.
-
-    Fails after `limit` seconds of a machine that is not slow.
-    """
+    """Poll until the condition holds, every 10 ms. Fails after `limit` seconds of the reference machine."""
     deadline = time.monotonic() + limit * SLOW
     while True:
         holds = condition()

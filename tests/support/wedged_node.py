@@ -1,4 +1,4 @@
-"""A node whose consumer loop stops for ever at the next read when it gets SIGUSR1. Else as `imstream node`."""
+"""`imstream node` whose consumer loop hangs at its next read after SIGUSR1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def _serve(settings: Settings) -> None:
     wedged = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, wedged.set)
 
-    async def read(*args: Any, **named: Any) -> Any:  # noqa: ANN401 - whatever the method takes
+    async def read(*args: Any, **named: Any) -> Any:  # noqa: ANN401 - any arguments
         if wedged.is_set():
             await asyncio.Future()
         return await _read(*args, **named)
