@@ -1,170 +1,150 @@
-"""Finds the streams of nodes that are dead, and has them worked on here until they are empty or their node is back."""
+"""Finds the streams of dead nodes and consumes them here until they are empty or their node is back."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import structlog
 
 from imstream.errors import StoreError
-from imstream.settings import Settings
 from imstream.store.adoption import Adoption, NotAdopted
-from imstream.store.leases import Leases
+from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
-from imstream.worker.lease_keeper import LeaseKeeper
 
-_SOON = 0.05
-"""Seconds after the end of a lease at which others look again; and the least between two looks."""
+_MARGIN = 0.05
+"""Seconds from the end of a lease to the scan for it; also the minimum between two scans."""
 
-_UNSURE = 0.2
-"""Seconds between two looks while it cannot be told who is dead: at the start, and after Redis was away."""
+_UNCERTAIN = 0.2
+"""Seconds between two scans while it is not certain which nodes are dead: at the start, and after Redis was away."""
 
 log = structlog.get_logger()
 
 
 class Adopter:
-    """Looks after the streams of dead nodes. `run` until `stop`."""
+    """Adopts the streams of dead nodes. `run` until `stop`."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        adoption: Adoption,
-        leases: Leases,
-        lease_keeper: LeaseKeeper,
-        make_consumer: Callable[[str], StreamConsumer],
-    ) -> None:
-        self._settings = settings
+    def __init__(self, deps: WorkerDeps, adoption: Adoption, make_consumer: Callable[[str], StreamConsumer]) -> None:
+        self._deps = deps
         self._adoption = adoption
-        self._leases = leases
-        self._lease_keeper = lease_keeper
         self._make_consumer = make_consumer
-        self._adopted: dict[str, StreamConsumer] = {}
+        self._consumers: dict[str, StreamConsumer] = {}
         self._searched: set[str] = set()
-        """Nodes in whose streams nothing is pending under our name that this process does not know of."""
-        self._told: dict[str, str] = {}
-        """What was logged about nodes whose streams cannot be looked at: once, and not at each look."""
+        """Nodes in whose streams no entry is pending under our name from an earlier process."""
+        self._errors: dict[str, str] = {}
+        """The last error of each stream that cannot be read. It is logged once, not at each scan."""
         self._newer: dict[str, int] = {}
-        """How many requests there are in the streams of nodes that only a newer release knows."""
-        self._interval = settings.lease.total_seconds() / 3
-        self._look = asyncio.Event()
+        """Number of requests in each stream that only a newer release knows."""
+        self._interval = deps.settings.lease.total_seconds() / 3
+        self._wake = asyncio.Event()
         self._stopping = False
 
     @property
     def adopted(self) -> list[str]:
-        """The nodes whose streams are looked after here."""
-        return list(self._adopted)
+        """The nodes whose streams are consumed here."""
+        return list(self._consumers)
 
     def scan_now(self) -> None:
-        """A node is said to have gone."""
-        self._look.set()
+        """Scan without waiting: a node has announced that it is leaving."""
+        self._wake.set()
 
     def stop(self) -> None:
-        """Adopt nothing more, take nothing more from what was adopted."""
+        """Adopt no further streams, and read no further requests of adopted ones."""
         self._stopping = True
-        for worker in self._adopted.values():
-            worker.stop()
-        self._look.set()
+        for consumer in self._consumers.values():
+            consumer.stop()
+        self._wake.set()
 
     async def run(self) -> None:
-        """Look for dead nodes until `stop`, then wait for what was begun."""
+        """Scan for dead nodes until `stop`, then wait for the requests under way."""
         async with asyncio.TaskGroup() as group:
             while not self._stopping:
                 try:
-                    pause = await self._look_around(group)
+                    pause = await self._scan(group)
                 except StoreError:
-                    pause = self._interval  # the worker says that Redis is away
-                await self._pause(pause)
+                    pause = self._interval  # the consumer logs that Redis is away
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
+                self._wake.clear()
 
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._look.wait()
-        except TimeoutError:
-            return
-        self._look.clear()
-
-    async def _look_around(self, group: asyncio.TaskGroup) -> float:
-        """Adopt what can be adopted; seconds until the next look: at the end of the lease that ends first."""
-        seen = await self._leases.other_nodes()
-        left = await self._leases.time_left(seen)
-        for node, since in seen.items():
+    async def _scan(self, group: asyncio.TaskGroup) -> float:
+        """Adopt what can be adopted. Return the seconds until the next scan: when the next lease ends."""
+        last_seen = await self._deps.leases.other_nodes()
+        leases = await self._deps.leases.time_left(last_seen)
+        for node, since in last_seen.items():
             try:
-                if self._lease_keeper.can_declare_dead and left[node] is None and node not in self._adopted:
-                    await self._consider(group, node, since)
-                if self._lease_keeper.held and node not in self._adopted and node not in self._searched:
-                    await self._search(group, node)
-            except StoreError as error:  # the others may be on a part of Redis that is well
-                if self._told.get(node) != str(error):
-                    self._told[node] = str(error)
+                if self._deps.lease_keeper.can_declare_dead and leases[node] is None and node not in self._consumers:
+                    await self._adopt_or_retire(group, node, since)
+                if self._deps.lease_keeper.held and node not in self._consumers and node not in self._searched:
+                    await self._resume(group, node)
+            except StoreError as error:  # other streams may be on a healthy part of Redis
+                if self._errors.get(node) != str(error):
+                    self._errors[node] = str(error)
                     log.warning("stream of another node cannot be looked at", node=node, error=str(error))
             else:
-                self._told.pop(node, None)
-        alive = [span.total_seconds() + _SOON for span in left.values() if span is not None]
-        unsure = [] if self._lease_keeper.can_declare_dead else [_UNSURE]
-        return max(_SOON, min([self._interval, *alive, *unsure]))
+                self._errors.pop(node, None)
+        pauses = [self._interval, *(left.total_seconds() + _MARGIN for left in leases.values() if left is not None)]
+        if not self._deps.lease_keeper.can_declare_dead:
+            pauses.append(_UNCERTAIN)
+        return max(_MARGIN, min(pauses))
 
-    async def _consider(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
+    async def _adopt_or_retire(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
         unfinished = await self._adoption.unfinished(node)
-        if 0 < unfinished == self._newer.get(node):
-            return  # for a node that knows them
         if unfinished == 0:
-            if since > self._settings.retire_after and await self._adoption.retire(node):
+            if since > self._deps.settings.retire_after and await self._adoption.retire(node):
                 log.info("node retired", node=node, unseen=str(since))
             return
+        if unfinished == self._newer.get(node):
+            return  # left to a node that knows their schema
         verdict = await self._adoption.adopt(node)
         if isinstance(verdict, NotAdopted):
             return
-        if self._stopping:  # somebody else must not wait for the end of our time
-            await self._leave(node)
+        if self._stopping:  # another node must not wait until our adoption expires
+            await self._release(node)
             return
         log.warning("stream of a dead node adopted", node=node, unfinished=verdict.unfinished)
-        self._begin(group, node, self._make_consumer(node))
+        self._start(group, node, self._make_consumer(node))
 
-    async def _search(self, group: asyncio.TaskGroup, node: str) -> None:
-        """Take up what an earlier process of ours had adopted and not finished: nobody else does while both live."""
+    async def _resume(self, group: asyncio.TaskGroup, node: str) -> None:
+        """Finish what an earlier process of this node had adopted: no other node does while both nodes live."""
         if not await self._adoption.has_pending(node):
-            await self._adoption.release_stream(
-                node
-            )  # the node itself may have taken it up, and our consumer is still there
+            await self._adoption.release_stream(node)  # removes our consumer if the node has claimed its entries
         elif not self._stopping:
-            log.info("taking up what was adopted before", node=node)
-            worker = self._make_consumer(node)
-            worker.leave()
-            self._begin(group, node, worker)
+            log.info("resuming an earlier adoption", node=node)
+            consumer = self._make_consumer(node)
+            consumer.finish_pending()
+            self._start(group, node, consumer)
         self._searched.add(node)
 
-    def _begin(self, group: asyncio.TaskGroup, node: str, worker: StreamConsumer) -> None:
-        self._adopted[node] = worker
-        group.create_task(self._look_after(node, worker), name=f"adopted-{node}")
+    def _start(self, group: asyncio.TaskGroup, node: str, consumer: StreamConsumer) -> None:
+        self._consumers[node] = consumer
+        group.create_task(self._consume(node, consumer), name=f"adopted-{node}")
 
-    async def _look_after(self, node: str, worker: StreamConsumer) -> None:
-        working = asyncio.create_task(worker.run(), name=f"worker-{node}")
+    async def _consume(self, node: str, consumer: StreamConsumer) -> None:
+        """Run the consumer; renew the adoption until the stream is empty or its node is back."""
+        consuming = asyncio.create_task(consumer.run(), name=f"worker-{node}")
         try:
-            while not (await asyncio.wait([working], timeout=self._interval))[0]:
-                await self._go_on_or_leave(node, worker)
-            await working
+            while not (await asyncio.wait([consuming], timeout=self._interval))[0]:
+                with suppress(StoreError):  # unknown: reading on is safe, each entry is delivered once
+                    verdict = await self._adoption.adopt(node)
+                    if isinstance(verdict, NotAdopted) or verdict.unfinished <= consumer.newer_requests:
+                        consumer.finish_pending()
+                    else:  # also when the node was back and has died again
+                        consumer.resume()
+            await consuming
         finally:
-            working.cancel()
-            del self._adopted[node]
-            self._newer[node] = worker.newer_requests
-        await self._leave(node)
+            consuming.cancel()
+            del self._consumers[node]
+            self._newer[node] = consumer.newer_requests
+        await self._release(node)
 
-    async def _go_on_or_leave(self, node: str, worker: StreamConsumer) -> None:
+    async def _release(self, node: str) -> None:
         try:
-            verdict = await self._adoption.adopt(node)
-        except StoreError:
-            return  # not known: what is read meanwhile is read once all the same
-        if isinstance(verdict, NotAdopted) or verdict.unfinished <= worker.newer_requests:
-            worker.leave()
-        else:  # also when the node was back and has died again while the last answers of its life before are made
-            worker.stay()
-
-    async def _leave(self, node: str) -> None:
-        try:
-            left = await self._adoption.release_stream(node)
+            finished = await self._adoption.release_stream(node)
         except StoreError as error:
-            log.warning("adopted stream not left in good order", node=node, error=str(error))
+            log.warning("adopted stream cannot be released", node=node, error=str(error))
             return
-        log.info("adopted stream left", node=node, finished=left)
+        log.info("adopted stream released", node=node, finished=finished)

@@ -1,65 +1,74 @@
-"""The AI calls of one request, past all guards."""
+"""One AI call for a request, with the guards before and after it; and what the jobs of a worker work with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from imstream.ai.backend import Completion, PromptMessage
+from imstream.ai.backend import Backend, Completion
+from imstream.ai.breaker import Breaker
+from imstream.ai.prompt.prompter import Prompter
 from imstream.errors import TransientBackendError
-from imstream.guards.guard import GuardRejection, Reject
-from imstream.model import ChatRequest, Refusal
-from imstream.texts import DEFAULT_LANG, localize
-from imstream.worker.deps import WorkerDeps
-from imstream.worker.disposition import Decline
+from imstream.guards.chain import GuardChain
+from imstream.guards.guard import GuardRejection
+from imstream.model import ChatRequest
+from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
+from imstream.settings import Settings
+from imstream.store.inbox import Inbox
+from imstream.store.leases import Leases
+from imstream.store.replies import ReplyStore
+from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerDeps:
+    """Dependencies of the consumers and jobs of a node. `on_begun`: called when the first attempt at a reply begins."""
+
+    settings: Settings
+    replies: ReplyStore
+    buffers: ReplyBuffers
+    inbox: Inbox
+    guards: GuardChain
+    prompter: Prompter
+    backend: Backend
+    breaker: Breaker
+    leases: Leases
+    lease_keeper: LeaseKeeper
+    stall: StallDetector
+    on_begun: Callable[[ReplyBuffer], None]
 
 
 class AttemptRunner:
-    """Asks the AI, as often as there are attempts."""
+    """Calls the AI for one request, once per attempt."""
 
-    __slots__ = ("_parts", "_passed", "_request")
+    __slots__ = ("_checked", "_deps", "_request")
 
-    def __init__(self, request: ChatRequest, parts: WorkerDeps) -> None:
+    def __init__(self, request: ChatRequest, deps: WorkerDeps) -> None:
         self._request = request
-        self._parts = parts
-        self._passed: ChatRequest | None = None
-        """What the guards made of the request. What they let pass once, they are not asked about again."""
+        self._deps = deps
+        self._checked: ChatRequest | None = None
+        """The request as the guards returned it. They check it once, not before each attempt."""
 
-    async def ask(self, write: Callable[[str], None]) -> Completion:
-        """One AI call; `write` gets what may be shown of the answer.
+    async def run(self, on_text: Callable[[str], None]) -> Completion:
+        """Call the AI; pass text that may be shown to `on_text`.
 
         Raises:
-            Refused: A guard lets the request, or the answer, go no further.
-            BackendError: There is no whole answer.
+            GuardRejection: A guard rejects the request or the answer.
+            BackendError: The answer is not complete.
         """
-        parts = self._parts
-        request = self._passed = self._passed or await parts.guards.check_ai_call(self._request)
-        messages = await parts.prompter.messages(request)
-        filtered = parts.guards.answer_filter(request, write)
+        deps = self._deps
+        request = self._checked = self._checked or await deps.guards.check_ai_call(self._request)
+        messages = await deps.prompter.messages(request)
+        filtered = deps.guards.answer_filter(request, on_text)
         try:
-            completion = await self._call(messages, write if filtered is None else filtered.feed)
+            completion = await deps.backend.answer(messages, on_text=on_text if filtered is None else filtered.feed)
+            deps.breaker.record_success()
             if filtered is not None:
                 filtered.end()
-        except GuardRejection as refused:
-            await parts.guards.record_rejection(refused.verdict, request)
-            raise
-        return completion
-
-    async def _call(self, messages: Sequence[PromptMessage], on_text: Callable[[str], None]) -> Completion:
-        """The call itself; only what becomes of it concerns the breaker."""
-        parts = self._parts
-        try:
-            completion = await parts.backend.answer(messages, on_text=on_text)
         except TransientBackendError as error:
-            parts.breaker.record_failure(error.retry_after)
+            deps.breaker.record_failure(error.retry_after)
             raise
-        parts.breaker.record_success()
+        except GuardRejection as rejection:
+            await deps.guards.record_rejection(rejection.verdict, request)
+            raise
         return completion
-
-
-def refusal(verdict: Reject, lang: str) -> Decline:
-    """What becomes of a request that a guard refused."""
-    sentence = localize(verdict.sentence, "en" if lang == "en" else DEFAULT_LANG, **verdict.values)
-    error = localize(verdict.sentence, "en", **verdict.values)
-    if verdict.detail:
-        error = f"{error} ({verdict.detail})"
-    return Decline(verdict.reason, error, Refusal(verdict.code, sentence, verdict.violation))

@@ -1,18 +1,18 @@
-"""What becomes of a request: a pure decision, apart from the worker that carries it out.
+"""What becomes of a request: a pure decision, carried out by the job.
 
     outcome of an attempt                            disposition
     ───────────────────────────────────────────────  ─────────────────────────────────────────────
     answered, cancelled                              Finish
-    ended before, by this request, as failed         Bury: the dead letter is all that is missing; Decline: nothing is
+    ended before, by this request, as failed         Bury: only the dead letter is missing; or Decline
     ended before, otherwise; a duplicate             Finish
-    the backend refuses for good                     Bury, with the backend's reason
-    a guard refuses the message, or the answer       Decline, with the guard's reason and sentence
-    the backend failed, attempts and time are left   Retry, not before it asked for
+    the backend fails permanently                    Bury, with the backend's reason
+    a guard rejects the message, or the answer       Decline, with the guard's reason and sentence
+    the backend failed, attempts and time are left   Retry, not before the time it asked for
     the backend failed, none are left                Bury, with the last reason
-    another attempt took over; the node drains       Leave: it is, or will be, somebody else's
+    superseded by another attempt; the node drains   Leave: another node ends it
 
-A request that died with its worker too often, or that cannot be read, is buried before it is tried. One that a newer
-release wrote is left for a node that knows its schema.
+A request that died with its worker too often, or that cannot be read, is buried without an attempt. One that a newer
+release wrote is left to a node that knows its schema.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.guards.guard import Reject
 from imstream.model import Refusal
 from imstream.settings import Settings
+from imstream.texts import DEFAULT_LANG, localize
 
 WORKER_DIED = "worker_died"
 MALFORMED = "malformed"
 INTERNAL_ERROR = "internal_error"
 
-
 MAX_EXTRA_ATTEMPTS = 30
-"""Attempts beyond `max_attempts` after which a request is given up, however the earlier ones ended."""
+"""Attempts beyond `max_attempts` after which a request is buried, however the earlier ones ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The reply has its terminal event: acknowledge and delete."""
+    """The reply has its terminal event: acknowledge and delete the request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Not ours to end: leave it pending."""
+    """Another node ends it: leave the request pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Bury:
-    """Give up: tell the client `failed`, and move the request to the dead stream."""
+    """Give up: record `failed`, and move the request to the dead stream."""
 
     reason: str
     error: str
@@ -60,9 +61,9 @@ class Bury:
 
 @dataclass(frozen=True, slots=True)
 class Decline:
-    """Give up because a guard refused it: tell the client `failed` and why, and acknowledge and delete.
+    """Give up because of a guard: record `failed` with the guard's sentence, then acknowledge and delete.
 
-    That is no dead letter: anybody can write such messages, again and again, and nobody is to try them again.
+    It makes no dead letter: users could send any number of such messages, and a retry is pointless.
     """
 
     reason: str
@@ -75,12 +76,12 @@ Disposition = Finish | Leave | Retry | Bury | Decline
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long to go on.
+    """Limits of one request.
 
     Attributes:
-        attempts: AI calls for one request.
-        deliveries: Times a request may die with its worker.
-        window: No new attempt this long after the first one here.
+        attempts: Maximum AI calls.
+        deliveries: Maximum deaths of a worker during the request.
+        window: Maximum time from the first attempt of this worker to the beginning of the last.
     """
 
     attempts: int
@@ -89,22 +90,22 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
-        """The limits that are set."""
+        """Return the limits of the settings."""
         return cls(settings.max_attempts, settings.max_deliveries, settings.retry_window)
 
 
 def before_start(deliveries: int, limits: Limits) -> Bury | None:
-    """Bury a request that has died with its worker as often as is allowed; None: try it."""
+    """Bury a request that has died with its worker too often; None: make an attempt."""
     if deliveries > limits.deliveries:
         return Bury(WORKER_DIED, f"its worker died {deliveries - 1} times while working on it")
     return None
 
 
 def after_opening(attempt: int, limits: Limits) -> Bury | None:
-    """Bury a request that has been begun so often that there must be something about it; None: go on.
+    """Bury a request that was begun too often; None: go on.
 
-    Deliveries count deaths of workers, but not those of which it cannot be told whether Redis went away first. A
-    request that kills its worker, upon which a process runner stops everything else, must come to its end as well.
+    The count of deliveries leaves out deaths at which Redis was restarted, too. This limit also ends a request that
+    kills its worker when a process manager then restarts everything.
     """
     if attempt > limits.attempts + MAX_EXTRA_ATTEMPTS:
         return Bury(WORKER_DIED, f"it was begun {attempt - 1} times, and has not come to its end")
@@ -112,17 +113,19 @@ def after_opening(attempt: int, limits: Limits) -> Bury | None:
 
 
 def after_failure(error: BackendError, *, attempt: int, elapsed: timedelta, limits: Limits) -> Retry | Bury:
-    """Decide over a failed attempt.
-
-    Args:
-        error: What the backend did.
-        attempt: The attempt that failed, from 1.
-        elapsed: Time since this worker began with the request.
-        limits: How long to go on.
-    """
+    """Decide after a failed attempt, numbered from 1. `elapsed`: time since the first attempt of this worker."""
     if isinstance(error, PermanentBackendError):
         return Bury(error.reason, error.detail)
     after = (isinstance(error, TransientBackendError) and error.retry_after) or timedelta(0)
     if attempt >= limits.attempts or elapsed + after > limits.window:
         return Bury(error.reason, error.detail)
     return Retry(after)
+
+
+def after_rejection(verdict: Reject, lang: str) -> Decline:
+    """Decline a request that a guard rejected; its sentence is in the language of the user."""
+    sentence = localize(verdict.sentence, "en" if lang == "en" else DEFAULT_LANG, **verdict.values)
+    error = localize(verdict.sentence, "en", **verdict.values)
+    if verdict.detail:
+        error = f"{error} ({verdict.detail})"
+    return Decline(verdict.reason, error, Refusal(verdict.code, sentence, verdict.violation))

@@ -1,4 +1,4 @@
-"""One request being worked on, from its first attempt to its end."""
+"""The processing of one request, from its first attempt to its end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
 from imstream.model import ChatRequest, Terminal
 from imstream.redis.errors import retry_until_available
-from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import ReplyGrew
 from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected
-from imstream.store.requests import Entry
-from imstream.worker.attempt import AttemptRunner, refusal
-from imstream.worker.deps import WorkerDeps
+from imstream.store.requests import Entry, RequestStream
+from imstream.worker.attempt import AttemptRunner, WorkerDeps
 from imstream.worker.disposition import (
     INTERNAL_ERROR,
     Bury,
@@ -30,6 +28,7 @@ from imstream.worker.disposition import (
     Retry,
     after_failure,
     after_opening,
+    after_rejection,
     before_start,
 )
 from imstream.worker.reply_writer import ReplyWriter
@@ -37,301 +36,285 @@ from imstream.worker.reply_writer import ReplyWriter
 log = structlog.get_logger()
 
 
-def _wait(state: RetryCallState) -> float:
-    job: Job = state.args[0]
-    assert state.outcome is not None  # noqa: S101 - tenacity asks after an outcome only
-    return job.pause(state.outcome.result(), state)
-
-
-_RETRYING = AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry)), wait=_wait)
-"""The one retry loop. It is shared and knows no job: one that did would keep it alive in a cycle."""
-
-
-class Stop(Enum):
-    """Why a job ends before its answer does."""
+class StopReason(Enum):
+    """Why a job stops before its answer is complete."""
 
     CANCELLED = "cancelled"
-    OVERRULED = "overruled"
-    """The reply stream takes nothing more from us: cancelled elsewhere, or a later attempt has begun."""
+    SUPERSEDED = "superseded"
+    """The reply stream rejects this attempt: a later one has begun, or another node has recorded the end."""
     DRAINED = "drained"
 
 
 class Job:
-    """Has one request answered. `run` does all of it; `stop` ends it early; `flush` records what has gathered."""
+    """Answers one request. `run` does all of it; `stop` ends it early; `flush` records the text so far."""
 
-    def __init__(self, entry: Entry, request: ChatRequest, parts: WorkerDeps, verdict: Bury | None = None) -> None:
-        """`verdict`: what has been decided before: the request is not tried at all."""
+    def __init__(
+        self, entry: Entry, request: ChatRequest, stream: RequestStream, deps: WorkerDeps, verdict: Bury | None = None
+    ) -> None:
+        """With a `verdict`, the request is buried without an attempt."""
         self.entry = entry
         self.request = request
-        self.reply: ReplyBuffer = parts.buffers.get(request.user_id, request.message_id)
+        self.stream = stream
+        self.reply = deps.buffers.get(request.user_id, request.message_id)
         self.ended = asyncio.Event()
         self.is_finished = False
-        """Whether its request has ended, or was found to be another node's."""
-        self._parts = parts
-        self._limits = Limits.of(parts.settings)
-        self._id = f"{parts.requests.node}/{entry.entry_id}"
-        self._asking = AttemptRunner(request, parts)
+        """Whether the request has ended, or belongs to another node."""
+        self._deps = deps
+        self._limits = Limits.of(deps.settings)
+        self._id = f"{stream.node}/{entry.entry_id}"
+        self._runner = AttemptRunner(request, deps)
         self._verdict = verdict
-        self._showed_text = False
-        """Whether an attempt here has shown any, recorded or not."""
-        self._recorder: ReplyWriter | None = None
+        self._writer: ReplyWriter | None = None
         self._scope: asyncio.Timeout | None = None
-        self._stopped: Stop | None = None
+        """The cancel scope of the attempts; None when there is nothing left to stop."""
+        self._stop_reason: StopReason | None = None
         self._attempts = 0
+        self._showed_text = False
+        """Whether an attempt of this job has shown text, recorded or not."""
         self._began = asyncio.get_running_loop().time()
 
-    @property
-    def stream(self) -> str:
-        """The node whose stream its request is in."""
-        return self._parts.requests.node
-
     async def run(self) -> None:
-        """Answer the request, and take it out of the stream when its end is recorded. Raises `StoreError`."""
+        """Answer the request, and remove it from the stream when its end is recorded. Raises `StoreError`."""
         try:
-            disposition = await self._decide_safely()
+            disposition = await self._decide()
             if isinstance(disposition, Bury | Decline):
-                disposition = await self._give_up(disposition)
+                disposition = await self._record_failure(disposition)
             match disposition:
                 case Finish():
-                    await self._parts.requests.finish(self.entry)
+                    await self.stream.finish(self.entry)
                 case Bury(reason, error):
-                    await self._give_back()
-                    await self._parts.requests.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
+                    await self._refund()
+                    await self.stream.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
                     self._log.error("request buried", reason=reason, error=error, attempts=self._attempts)
                 case Decline(refusal=refusal):
                     if not refusal.violation:
-                        await self._give_back()
-                    await self._parts.requests.finish(self.entry)
-            self.is_finished = not (isinstance(disposition, Leave) and self._stopped is Stop.DRAINED)
+                        await self._refund()
+                    await self.stream.finish(self.entry)
+            self.is_finished = not (disposition == Leave() and self._stop_reason is StopReason.DRAINED)
         finally:
-            if self._recorder is not None:
-                self._recorder.leave()
+            if self._writer is not None:
+                self._writer.release()
             self.ended.set()
 
-    def stop(self, why: Stop) -> None:
-        """End the attempt, and close its AI call, now. Without effect when the answer is complete already."""
-        if self._stopped is None:
-            self._stopped = why
+    def stop(self, reason: StopReason) -> None:
+        """Cancel the attempts and their AI call. No effect when the answer is complete."""
+        if self._stop_reason is None:
+            self._stop_reason = reason
             if self._scope is not None:
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
-    def is_behind(self, *, for_others: bool) -> bool:
-        """Whether `flush` has anything to do; `for_others`: that somebody on another node may be waiting for."""
-        recorder = self._recorder
-        if recorder is None or self._scope is None or self._stopped is not None:
+    def needs_flush(self, *, only_remote: bool) -> bool:
+        """Whether there is something to record; with `only_remote`, only when another node reads the reply."""
+        writer = self._writer
+        if writer is None or self._scope is None or self._stop_reason is not None:
             return False
-        return recorder.behind and (recorder.read_elsewhere or not for_others)
+        return writer.needs_flush and (writer.has_remote_readers or not only_remote)
 
     async def uncount_delivery(self) -> None:
-        """Do not count this delivery as a death: the process was told to stop. Raises `StoreError`."""
-        await self._parts.requests.hand_back(self.entry)
+        """Do not count this delivery as a death of the worker. Raises `StoreError`."""
+        await self.stream.hand_back(self.entry)
 
     async def flush(self) -> None:
-        """Record the text so far. When Redis is away it stays for the next time."""
-        recorder = self._recorder
-        if recorder is None:
+        """Record the text so far. Without Redis, the next flush records it."""
+        writer = self._writer
+        if writer is None:
             return
         try:
-            result = await recorder.flush()
+            result = await writer.flush()
         except StoreError:
             return
-        # A retry is not concerned by what becomes of the attempt before.
-        if isinstance(result, Rejected) and recorder is self._recorder:
-            self._log.warning("reply stream refuses this attempt", why=result.reason, attempt=self.reply.attempt)
-            self.stop(Stop.OVERRULED)
+        if isinstance(result, Rejected) and writer is self._writer:  # else it was the attempt before
+            self._log.warning("reply stream rejects this attempt", why=result.reason, attempt=self.reply.attempt)
+            self.stop(StopReason.SUPERSEDED)
 
-    async def look(self) -> None:
-        """Another node has said something about the message: stop, if it has ended or is answered elsewhere by now."""
-        reply = self.reply
-        if self._recorder is None:
-            return  # its opening will tell
+    async def recheck(self) -> None:
+        """Stop if another node has ended the reply or begun a later attempt."""
+        if self._writer is None:
+            return  # opening the next attempt finds out
         try:
-            record = await self._parts.replies.read(reply.user_id, reply.message_id)
+            record = await self._deps.replies.read(self.reply.user_id, self.reply.message_id)
         except StoreError:
-            return  # the next batch will be told
-        if record is not None and (record.terminal is not None or record.attempt > reply.attempt):
-            self.stop(Stop.OVERRULED)
+            return  # the next flush finds out
+        if record is not None and (record.terminal is not None or record.attempt > self.reply.attempt):
+            self.stop(StopReason.SUPERSEDED)
 
-    async def _give_back(self) -> None:
-        """Take back what the message has cost its user, unless that has got something for it: some text."""
-        user_id, message_id = self.request.user_id, self.request.message_id
-        if not (
-            self._showed_text
-            or await retry_until_available(lambda: self._parts.replies.has_shown_text(user_id, message_id))
-        ):
-            await retry_until_available(lambda: self._parts.guards.on_failure(self.request))
-
-    async def _decide_safely(self) -> Disposition:
-        try:
-            verdict = self._verdict or before_start(self.entry.deliveries, self._limits)
-            return verdict or await self._decide()
-        except StoreError:
-            raise
-        except Exception as error:  # noqa: BLE001 - logged with its trace, and the client is told
-            # A defect of ours: this one request ends, with a trace for us, and the others go on.
-            self._log.exception("job failed")
-            return Bury(INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+    @property
+    def _log(self) -> structlog.typing.FilteringBoundLogger:
+        request = self.request
+        bound: structlog.typing.FilteringBoundLogger = log.bind(
+            trace=request.trace, user=request.user_id, message_id=request.message_id
+        )
+        return bound
 
     async def _decide(self) -> Disposition:
         try:
-            async with asyncio.timeout(None) as self._scope:
-                if self._stopped is not None:
-                    raise TimeoutError  # noqa: TRY301 - stopped before it began
+            return self._verdict or before_start(self.entry.deliveries, self._limits) or await self._answer()
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - logged with its trace, and the client is told
+            # A defect of ours ends this request only.
+            self._log.exception("job failed")
+            return Bury(INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+    async def _answer(self) -> Disposition:
+        if self._stop_reason is None:
+            try:
+                async with asyncio.timeout(None) as self._scope:
+                    decision = await self._attempt()
+                    return await self._retry(decision) if isinstance(decision, Retry) else decision
+            except TimeoutError:
+                if self._stop_reason is None:
+                    raise
+            finally:
+                self._scope = None
+        return await self._after_stop()
+
+    async def _retry(self, decision: Disposition) -> Disposition:
+        """Repeat a failed attempt. The first one is made without tenacity, which takes 40 µs of CPU per call."""
+        async for attempt in _retrying(self._deps):
+            if attempt.retry_state.attempt_number > 1:
+                # If the lease has run out meanwhile, another node may be working on the request (I7).
+                if await retry_until_available(lambda: self.stream.is_taken_over(self.entry)):
+                    self._log.warning("request was taken over by another node", attempt=self.reply.attempt)
+                    return Leave()
                 decision = await self._attempt()
-                if isinstance(decision, Retry):
-                    # Only now: nearly every call succeeds at once and should not pay for what retries need.
-                    decision = await _RETRYING.copy()(Job._retry, self, [decision])
-                return decision
-        except TimeoutError:
-            if self._stopped is None:
-                raise
-            return await self._after_stop()
-        finally:
-            self._scope = None
+            attempt.retry_state.set_result(decision)
+        return decision
 
     async def _attempt(self) -> Disposition:
         opened = await self._open()
         if not isinstance(opened, Opened):
-            return await self._already(opened)
-        assert self._recorder is not None  # noqa: S101 - there is one from the first opening on
+            return await self._not_opened(opened)
         if (verdict := after_opening(opened.attempt, self._limits)) is not None:
             return verdict
+        assert self._writer is not None  # noqa: S101 - there is one after opening
         try:
-            completion = await self._asking.ask(self._recorder.write)
-        except GuardRejection as refused:
-            return refusal(refused.verdict, self.request.lang)
+            completion = await self._runner.run(self._writer.append)
+        except GuardRejection as rejection:
+            return after_rejection(rejection.verdict, self.request.lang)
         except BackendError as error:
             elapsed = timedelta(seconds=asyncio.get_running_loop().time() - self._began)
             decision = after_failure(error, attempt=opened.attempt, elapsed=elapsed, limits=self._limits)
             if isinstance(decision, Retry):
                 self._log.warning("attempt failed, will retry", reason=error.reason, attempt=opened.attempt)
             return decision
-        self._scope = None  # complete: from here on, nothing stops it but its record
+        self._scope = None  # the answer is complete: from here on, nothing stops it but its record
         return await self._end(Terminal("done", completion.finish_reason, completion.usage))
 
-    async def _retry(self, known: list[Disposition]) -> Disposition:
-        if known:
-            return known.pop()
-        # Our lease may have run out during the attempt that failed: whoever has the request now is at work on it (I7).
-        if await retry_until_available(lambda: self._parts.requests.is_taken_over(self.entry)):
-            self._log.warning("request was taken over by another node", attempt=self.reply.attempt)
-            return Leave()
-        return await self._attempt()
-
-    def pause(self, decision: Retry, state: RetryCallState) -> float:
-        """Seconds to wait before the next attempt: as long as the backend asked for, and a random while on top."""
-        settings = self._parts.settings
-        backoff = wait_random_exponential(
-            multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
-        )
-        return backoff(state) + max(decision.after.total_seconds(), self._parts.breaker.remaining())
-
-    @property
-    def _log(self) -> structlog.typing.FilteringBoundLogger:
-        bound: structlog.typing.FilteringBoundLogger = log.bind(
-            trace=self.request.trace, user=self.request.user_id, message_id=self.request.message_id
-        )
-        return bound
-
     async def _open(self) -> Opened | Ended | Duplicate:
-        before, self._recorder = self._recorder, None
+        before, self._writer = self._writer, None
         if before is not None:
             self._showed_text = self._showed_text or self.reply.offset > 0
-            await before.retire()
+            await before.close()
         opened = await self._try_open()
-        if isinstance(opened, Duplicate) and await self._is_lost(lost := opened.owner):
-            self._log.warning("taking over a message whose request is lost", lost=lost)
-            opened = await self._try_open(lost)
+        if isinstance(opened, Duplicate):
+            # An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost.
+            owner = opened.owner
+            if not await retry_until_available(lambda: self.stream.is_unfinished(owner)):
+                self._log.warning("taking over a message whose request is lost", lost=owner)
+                opened = await self._try_open(lost=owner)
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
-            parts = self._parts
-            self._recorder = ReplyWriter(
-                self.reply, parts.replies, parts.inbox, request=self._id, attempt=opened.attempt
-            )
-            begun = opened.attempt == 1
-            if begun:
-                parts.begun(self.reply)
-            notice = ReplyGrew(self.reply.user_id, self.reply.message_id, begun=begun)
-            self._recorder.read_elsewhere = await parts.inbox.notify(opened.nodes, notice)
+            deps, reply, is_first = self._deps, self.reply, opened.attempt == 1
+            self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, attempt=opened.attempt)
+            if is_first:
+                deps.on_begun(reply)
+            notice = ReplyGrew(reply.user_id, reply.message_id, begun=is_first)
+            self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
 
     async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate:
-        reply, replies = self.reply, self._parts.replies
+        reply, replies = self.reply, self._deps.replies
         return await retry_until_available(
-            # After the attempt that is known here: should Redis have lost it, none is begun with the same number.
+            # If Redis has lost earlier attempts, `after` keeps their numbers from being used again.
             lambda: replies.open(reply.user_id, reply.message_id, request=self._id, lost=lost, after=reply.attempt)
         )
 
-    async def _is_lost(self, owner: str) -> bool:
-        """An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost."""
-        return not await retry_until_available(lambda: self._parts.requests.is_unfinished(owner))
-
-    async def _already(self, opened: Ended | Duplicate) -> Disposition:
-        """There is nothing to do: the message has ended, or another request has it."""
-        await self._show_record()
-        if isinstance(opened, Duplicate):
-            return Finish()
-        if opened.event == "failed" and opened.owner == self._id:  # the worker died before the burial
+    async def _not_opened(self, opened: Ended | Duplicate) -> Disposition:
+        """Decide about a message that has ended or belongs to another request."""
+        await self._load_record()
+        if isinstance(opened, Ended) and opened.event == "failed" and opened.owner == self._id:
+            # The worker died before it removed the request.
             terminal = self.reply.terminal or Terminal("failed")
             why = (terminal.reason or "unknown", terminal.error or "")
             return Bury(*why) if terminal.refusal is None else Decline(*why, terminal.refusal)
         return Finish()
 
-    async def _give_up(self, verdict: Bury | Decline) -> Disposition:
-        if self._recorder is None and not isinstance(opened := await self._open(), Opened):
-            return await self._already(opened)
+    async def _record_failure(self, verdict: Bury | Decline) -> Disposition:
+        if self._writer is None and not isinstance(opened := await self._open(), Opened):
+            return await self._not_opened(opened)
         if self.reply.terminal is not None:
             return verdict
         refusal = verdict.refusal if isinstance(verdict, Decline) else None
         disposition = await self._end(Terminal("failed", reason=verdict.reason, error=verdict.error, refusal=refusal))
-        return verdict if disposition == Finish() and self._ended_as("failed") else disposition
+        has_failed = self.reply.terminal is not None and self.reply.terminal.event == "failed"
+        return verdict if disposition == Finish() and has_failed else disposition
 
     async def _end(self, terminal: Terminal) -> Disposition:
-        """Record the end; only then do clients see it."""
-        assert self._recorder is not None  # noqa: S101 - there is one from the first opening on
-        match await self._recorder.end(terminal):
+        """Record the end, then show it to clients."""
+        assert self._writer is not None  # noqa: S101 - there is one after opening
+        match await self._writer.end(terminal):
             case Appended():
                 self.reply.end(terminal)
                 return Finish()
             case Rejected("ended"):
-                await self._show_record()
+                await self._load_record()
                 return Finish()
             case rejected:
-                self._log.warning("reply stream refuses the end", why=rejected.reason, attempt=self.reply.attempt)
+                self._log.warning("reply stream rejects the end", why=rejected.reason, attempt=self.reply.attempt)
                 return Leave()
 
     async def _after_stop(self) -> Disposition:
-        user_id, message_id = self.request.user_id, self.request.message_id
-        replies = self._parts.replies
-        match self._stopped:
-            case Stop.CANCELLED:
-                # The text so far stays, all that clients saw of it.
-                if self._recorder is not None:
-                    await retry_until_available(self._recorder.flush)
-                receipt = await retry_until_available(lambda: replies.cancel(user_id, message_id))
+        reply, replies = self.reply, self._deps.replies
+        match self._stop_reason:
+            case StopReason.CANCELLED:
+                if self._writer is not None:  # clients have seen the text so far
+                    await retry_until_available(self._writer.flush)
+                receipt = await retry_until_available(lambda: replies.cancel(reply.user_id, reply.message_id))
                 if isinstance(receipt, CancelRecorded):
-                    await self._parts.inbox.notify(receipt.nodes, ReplyGrew(user_id, message_id))
-                elif receipt == "unknown":  # Redis lost it, and nobody asks for it any more
-                    self.reply.end(Terminal("cancelled"))
-                await self._show_record()
+                    await self._deps.inbox.notify(receipt.nodes, ReplyGrew(reply.user_id, reply.message_id))
+                elif receipt == "unknown":  # Redis has lost the reply
+                    reply.end(Terminal("cancelled"))
+                await self._load_record()
                 return Finish()
-            case Stop.OVERRULED:
-                if self._recorder is not None:
-                    self._recorder.leave()  # the record knows better from now on
-                await self._show_record()
-                return Finish() if self.reply.terminal is not None else Leave()
+            case StopReason.SUPERSEDED:
+                if self._writer is not None:
+                    self._writer.release()
+                await self._load_record()
+                return Leave() if reply.terminal is None else Finish()
             case _:
                 await self.flush()
-                await self._parts.requests.hand_back(self.entry)
+                await self.uncount_delivery()
                 return Leave()
 
-    async def _show_record(self) -> None:
-        """Give followers what is recorded."""
-        record = await retry_until_available(
-            lambda: self._parts.replies.read(self.reply.user_id, self.reply.message_id)
-        )
-        if record is not None:
-            self.reply.load(record)
+    async def _refund(self) -> None:
+        """Give back what the message has cost its user, unless an attempt has shown text."""
+        user_id, message_id = self.request.user_id, self.request.message_id
+        if not (
+            self._showed_text
+            or await retry_until_available(lambda: self._deps.replies.has_shown_text(user_id, message_id))
+        ):
+            await retry_until_available(lambda: self._deps.guards.on_failure(self.request))
 
-    def _ended_as(self, event: str) -> bool:
-        return self.reply.terminal is not None and self.reply.terminal.event == event
+    async def _load_record(self) -> None:
+        """Show followers the recorded reply."""
+        reply, replies = self.reply, self._deps.replies
+        record = await retry_until_available(lambda: replies.read(reply.user_id, reply.message_id))
+        if record is not None:
+            reply.load(record)
+
+
+def _retrying(deps: WorkerDeps) -> AsyncRetrying:
+    """Return a loop over attempts. It must not refer to the job: it is part of a reference cycle."""
+    settings, breaker = deps.settings, deps.breaker
+    backoff = wait_random_exponential(
+        multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
+    )
+
+    def pause(state: RetryCallState) -> float:
+        """Seconds before the next attempt: what the backend asked for, plus a random backoff."""
+        assert state.outcome is not None  # noqa: S101 - set by the loop
+        failed: Retry = state.outcome.result()
+        return backoff(state) + max(failed.after.total_seconds(), breaker.remaining())
+
+    return AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry)), wait=pause)

@@ -1,155 +1,158 @@
-"""The jobs of one node, whichever stream their requests came from, and the free slots for more."""
+"""The registry of the jobs of one node, for all streams it consumes, and their slots."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections import Counter
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import structlog
 
 from imstream.errors import StoreUnavailable
 from imstream.redis.errors import retry_until_available
-from imstream.store.inbox import ReplyGrew
-from imstream.store.replies import CancelRecorded
-from imstream.worker.job import Stop
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from imstream.reply_buffer import ReplyBuffers
-    from imstream.settings import Settings
-    from imstream.store.inbox import Inbox
-    from imstream.store.replies import CancelOutcome, ReplyStore
-    from imstream.worker.consumer import StreamConsumer
-    from imstream.worker.job import Job
+from imstream.reply_buffer import ReplyBuffers
+from imstream.settings import Settings
+from imstream.store.inbox import Inbox, ReplyGrew
+from imstream.store.replies import CancelOutcome, CancelRecorded, ReplyStore
+from imstream.worker.job import Job, StopReason
 
 UNREAD_ROUNDS = 3
-"""Rounds in which an answer is recorded once while nobody reads it on another node. Its own sockets never wait for the
-record, and a batch costs a node and Redis 40 to 60 µs of CPU."""
+"""Flush rounds per flush of an answer that no other node reads. Sockets of this node never wait for the record, and a
+flush takes 40 to 60 µs of CPU of a node and Redis."""
 
 TOGETHER = 32
-"""Most answers that are recorded at once; then everything else has its turn. To record 400 paced answers a third at a
-time, and that in such parts, takes a node 5 % less CPU than to record all of them at once."""
+"""Maximum answers flushed at once, before other tasks run. 400 paced answers, a third per round and in such parts, take
+5 % less CPU than all of them at once."""
 
 log = structlog.get_logger()
 
 
 @dataclass
 class Slots:
-    """Slots that are reserved for jobs. `free`: how many are left."""
+    """Slots reserved for jobs; `free` of them are not used yet."""
 
     free: int
 
 
 class Jobs:
-    """What this node works on, and how much more it may take. Its workers share the slots."""
+    """The jobs of this node. Its stream consumers share the slots; each is identified by the node of its stream."""
 
-    def __init__(self, settings: Settings, replies: ReplyStore, buffers: ReplyBuffers, inbox: Inbox) -> None:
+    def __init__(self, settings: Settings, *, replies: ReplyStore, buffers: ReplyBuffers, inbox: Inbox) -> None:
         self._settings = settings
         self._replies = replies
         self._buffers = buffers
         self._inbox = inbox
         self._jobs: list[Job] = []
-        self._free = settings.concurrency
+        self._unreserved = settings.concurrency
         self._draining = False
         self._left: Counter[str] | None = None
-        """Once the node was told to stop: requests whose jobs have ended without them, by the node of their stream."""
-        self._workers: set[StreamConsumer] = set()
-        self._next: StreamConsumer | None = None
-        """Who found no free slot and gets the next: else the one that waits for requests would keep the last."""
-        self.changed = asyncio.Event()
-        """A job has ended, or a worker shall stop: look again."""
+        """Once the node was told to stop: requests whose jobs ended without them, by stream."""
+        self._consumers: set[str] = set()
+        self._next_consumer: str | None = None
+        """The consumer that found no free slot. It gets the next one; a blocked read would keep the last slot else."""
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     @property
     def free_slots(self) -> int:
-        """How many more jobs there may be."""
+        """Slots without a job, reserved or not."""
         return self._settings.concurrency - len(self._jobs)
 
-    def join(self, worker: StreamConsumer) -> None:
-        """A worker shares the slots from now on."""
-        self._workers.add(worker)
+    def join(self, stream: str) -> None:
+        """Add a consumer to those that share the slots."""
+        self._consumers.add(stream)
 
-    def leave(self, worker: StreamConsumer) -> None:
-        """It takes none any more."""
-        self._workers.discard(worker)
-        self._forget(worker)
+    def leave(self, stream: str) -> None:
+        """Remove a consumer."""
+        self._consumers.discard(stream)
+        self._forget(stream)
 
     @contextmanager
-    def reserve(self, most: int, worker: StreamConsumer) -> Iterator[Slots]:
-        """Reserve up to so many free slots for a worker, and give back on leaving what no job was added to.
+    def reserve(self, maximum: int, stream: str) -> Iterator[Slots]:
+        """Reserve free slots for a consumer; on leaving, give back those without a job.
 
-        Who shares them with other workers gets half, so that some are left for the next one that asks. Who gets none
-        is the next to get one.
+        One of several consumers gets at most half of them, so that some are left for the others.
         """
-        free = self._free if len(self._workers) <= 1 else (self._free + 1) // 2
-        if self._next not in (None, worker):
-            free = min(free, self._free - 1)
-        slots = Slots(max(0, min(most, free)))
-        if most == 0 or slots.free > 0:
-            self._forget(worker)
-        elif self._next is None:
-            self._next = worker
-        self._free -= slots.free
+        free = self._unreserved if len(self._consumers) <= 1 else (self._unreserved + 1) // 2
+        if self._next_consumer not in (None, stream):
+            free = min(free, self._unreserved - 1)
+        slots = Slots(max(0, min(maximum, free)))
+        if maximum == 0 or slots.free > 0:
+            self._forget(stream)
+        elif self._next_consumer is None:
+            self._next_consumer = stream
+        self._unreserved -= slots.free
         try:
             yield slots
         finally:
-            self._free += slots.free
-            if slots.free and len(self._workers) > 1:
-                self.changed.set()
+            self._unreserved += slots.free
+            if slots.free and len(self._consumers) > 1:
+                self._changed.set()
 
-    def _forget(self, worker: StreamConsumer) -> None:
-        if self._next is worker:
-            self._next = None
+    def _forget(self, stream: str) -> None:
+        if self._next_consumer == stream:
+            self._next_consumer = None
 
     def add(self, job: Job, slots: Slots) -> None:
-        """A job begins, in one of the slots."""
+        """Register a job in one of the slots."""
         slots.free -= 1
         self._jobs.append(job)
-        if self._draining:  # it was on its way when the node was told to end
-            job.stop(Stop.DRAINED)
+        if self._draining:  # it was read before the drain and arrived after it
+            job.stop(StopReason.DRAINED)
 
     def remove(self, job: Job) -> None:
-        """A job has ended; its slot is free."""
+        """Remove a job that has ended, and free its slot."""
         self._jobs.remove(job)
         if self._left is not None and not job.is_finished:
-            self._left[job.stream] += 1
-        self._free += 1
-        self.changed.set()
+            self._left[job.stream.node] += 1
+        self._unreserved += 1
+        self._changed.set()
 
-    def is_working_on(self, user_id: int, message_id: str) -> bool:
-        """Whether an answer to this message is being made here."""
-        return self._job_of(user_id, message_id) is not None
+    def wake_consumers(self) -> None:
+        """End `wait_for_change` in all consumers."""
+        self._changed.set()
+
+    async def wait_for_change(self, seconds: float) -> None:
+        """Wait until a slot is free or the consumers are woken, at most so long."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+    def find(self, user_id: int, message_id: str) -> Job | None:
+        """Return the job that answers a message, if there is one on this node."""
+        for job in self._jobs:
+            if job.request.message_id == message_id and job.request.user_id == user_id:
+                return job
+        return None
 
     async def uncount_deliveries(self) -> None:
-        """Do not count the deliveries of running requests as deaths: this process was told to stop, however it ends."""
+        """Do not count the deliveries of running requests as deaths of the worker: this process was told to stop."""
         self._left = Counter()
-        await asyncio.gather(
-            *(retry_until_available(job.uncount_delivery) for job in self._jobs), return_exceptions=True
-        )
+        uncounted = (retry_until_available(job.uncount_delivery) for job in self._jobs)
+        await asyncio.gather(*uncounted, return_exceptions=True)
 
     def unfinished(self) -> Counter[str]:
-        """Requests that are left to others now that the node was told to stop, by the node of their stream."""
-        return Counter(job.stream for job in self._jobs) + (self._left or Counter())
+        """Count the requests left to other nodes since this one was told to stop, by stream."""
+        return Counter(job.stream.node for job in self._jobs) + (self._left or Counter())
 
     def drain(self) -> None:
-        """End the running answers, and leave their requests pending for whoever takes them up."""
+        """Stop the running answers; leave their requests pending for other nodes."""
         self._draining = True
         for job in self._jobs:
-            job.stop(Stop.DRAINED)
+            job.stop(StopReason.DRAINED)
 
     async def cancel(self, user_id: int, message_id: str) -> CancelOutcome:
-        """Cancel a message wherever it is: at once when it is worked on here. Raises `StoreError`."""
-        job = self._job_of(user_id, message_id)
+        """Cancel a message on whichever node it is. Raises `StoreError`."""
+        job = self.find(user_id, message_id)
         if job is None:
-            return await self._cancel_elsewhere(user_id, message_id)
-        job.stop(Stop.CANCELLED)
+            return await self._cancel_remotely(user_id, message_id)
+        job.stop(StopReason.CANCELLED)
         try:
             async with asyncio.timeout(2 * self._settings.redis_timeout.total_seconds()):
                 await job.ended.wait()
@@ -159,7 +162,7 @@ class Jobs:
             raise StoreUnavailable("the end of the answer was not recorded")
         return "cancelled" if job.reply.terminal.event == "cancelled" else "too_late"
 
-    async def _cancel_elsewhere(self, user_id: int, message_id: str) -> CancelOutcome:
+    async def _cancel_remotely(self, user_id: int, message_id: str) -> CancelOutcome:
         receipt = await self._replies.cancel(user_id, message_id)
         if not isinstance(receipt, CancelRecorded):
             return receipt
@@ -170,37 +173,26 @@ class Jobs:
         return "cancelled"
 
     async def recheck(self, user_id: int, message_id: str) -> None:
-        """Another node has said something about a message: stop the job here, if it is that node's now or has ended."""
-        job = self._job_of(user_id, message_id)
-        if job is not None:
-            await job.look()
+        """Stop the job of a message if another node has ended the reply or begun a later attempt."""
+        if (job := self.find(user_id, message_id)) is not None:
+            await job.recheck()
 
     async def flush_periodically(self) -> None:
-        """Record, batch by batch, what the answers say. Cancel it to end."""
-        interval = self._settings.flush_interval.total_seconds()
+        """Record the running answers, batch by batch. Run until cancelled."""
         for number in itertools.count():
-            await asyncio.sleep(interval)
+            await asyncio.sleep(self._settings.flush_interval.total_seconds())
             await self.flush(number)
 
     async def flush(self, number: int) -> None:
-        """One round: a batch of each answer that has grown and is read on another node, and of some of the others."""
-        behind = [job for job in self._jobs if job.is_behind(for_others=_turn(job) != number % UNREAD_ROUNDS)]
-        for begin in range(0, len(behind), TOGETHER):
-            await self._flush_together(behind[begin : begin + TOGETHER])
-
-    async def _flush_together(self, jobs: list[Job]) -> None:
-        results = await asyncio.gather(*(job.flush() for job in jobs), return_exceptions=True)
-        for job, error in zip(jobs, results, strict=True):
-            if error is not None:
-                log.error("text cannot be recorded", entry=job.entry.entry_id, exc_info=error)
-
-    def _job_of(self, user_id: int, message_id: str) -> Job | None:
-        for job in self._jobs:
-            if job.request.message_id == message_id and job.request.user_id == user_id:
-                return job
-        return None
-
-
-def _turn(job: Job) -> int:
-    """The round in which it is recorded although nobody waits for it: not the same for all."""
-    return hash(job.entry.entry_id) % UNREAD_ROUNDS
+        """Run one round: flush each answer that another node reads, and a share of the others."""
+        due = [
+            job
+            for job in self._jobs
+            if job.needs_flush(only_remote=hash(job.entry.entry_id) % UNREAD_ROUNDS != number % UNREAD_ROUNDS)
+        ]
+        for begin in range(0, len(due), TOGETHER):
+            jobs = due[begin : begin + TOGETHER]
+            results = await asyncio.gather(*(job.flush() for job in jobs), return_exceptions=True)
+            for job, error in zip(jobs, results, strict=True):
+                if error is not None:
+                    log.error("text cannot be recorded", entry=job.entry.entry_id, exc_info=error)

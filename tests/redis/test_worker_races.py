@@ -9,7 +9,7 @@ import pytest
 from imstream.errors import TransientBackendError
 from imstream.keys import GROUP
 from imstream.store.scripts import load_script
-from tests.redis.workshop import workshop
+from tests.redis.workshop import USER, workshop
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
@@ -66,7 +66,8 @@ async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_
     async with workshop(redis_server, retry_wait="1ms", sweep_interval="1h") as shop:
         await shop.ask()
         call = await shop.backend.call(1)
-        job = next(iter(shop.consumer._jobs.values()))  # noqa: SLF001 - the race needs a hand on the job
+        job = shop.jobs.find(USER, "m")
+        assert job is not None
         call.say("lost")
         append, release = shop.replies.append, asyncio.Event()
 
@@ -79,7 +80,7 @@ async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_
         await asyncio.sleep(0)
         shop.replies.append = append  # type: ignore[method-assign]
         call.fail(TransientBackendError("http_503"))
-        await wait_until(lambda: job._recorder is None, "the first attempt is over")  # noqa: SLF001 - same
+        await wait_until(lambda: job._writer is None, "the first attempt is over")  # noqa: SLF001 - same
         assert [entry["event"] for entry in shop.entries()] == ["queued", "opened"]
         release.set()
         (await shop.backend.call(2)).done("kept")

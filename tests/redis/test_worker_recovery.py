@@ -158,8 +158,8 @@ def _open(call: Call) -> bool:
 def _asked(shop: Workshop, call: Call) -> str:
     return next(
         job.request.message_id
-        for job in shop.consumer._jobs.values()  # noqa: SLF001 - nothing else knows which call is whose
-        if job._recorder is not None and job._recorder.write == call.say  # noqa: SLF001
+        for job in shop.jobs._jobs  # noqa: SLF001 - nothing else knows which call is whose
+        if job._writer is not None and job._writer.append == call.say  # noqa: SLF001
     )
 
 

@@ -30,10 +30,10 @@ from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.worker.adoption import Adopter
+from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
-from imstream.worker.deps import WorkerDeps
 from imstream.worker.jobs import Jobs
-from imstream.worker.lease_keeper import LeaseKeeper
+from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 from tests.redis.conftest import chat_request
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
@@ -294,22 +294,27 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     backend: PlayedBackend,
     guards: GuardChain,
 ) -> Workshop:
-    requests, replies, buffers = (
-        RequestStream(redis_client, reader, known),
-        ReplyStore(redis_client, known),
-        ReplyBuffers(),
-    )
+    requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
     inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
-    jobs, lease_keeper, begun = Jobs(known, replies, buffers, inbox), LeaseKeeper(leases, known), list[str]()
-    prompter = Prompter(known, backend, PromptAssembler(known))
-    parts = WorkerDeps(
-        *(known, requests, replies, buffers, backend, prompter, Breaker(known), guards, inbox),
-        begun=lambda reply: begun.append(reply.message_id),
+    buffers, begun = ReplyBuffers(), list[str]()
+    jobs = Jobs(known, replies=replies, buffers=buffers, inbox=inbox)
+    deps = WorkerDeps(
+        settings=known,
+        replies=replies,
+        buffers=buffers,
+        inbox=inbox,
+        guards=guards,
+        prompter=Prompter(known, backend, PromptAssembler(known)),
+        backend=backend,
+        breaker=Breaker(known),
+        leases=leases,
+        lease_keeper=LeaseKeeper(leases, known),
+        stall=StallDetector(known.lease.total_seconds()),
+        on_begun=lambda reply: begun.append(reply.message_id),
     )
 
     def make_consumer(node: str) -> StreamConsumer:
-        other = RequestStream(redis_client, reader, known, node=node)
-        return StreamConsumer(replace(parts, requests=other), jobs, leases, lease_keeper)
+        return StreamConsumer(RequestStream(redis_client, reader, known, node=node), deps, jobs)
 
     return Workshop(
         settings=known,
@@ -318,9 +323,9 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
         requests=requests,
         replies=replies,
         buffers=buffers,
-        consumer=StreamConsumer(parts, jobs, leases, lease_keeper),
+        consumer=make_consumer(known.node),
         jobs=jobs,
-        adopter=Adopter(known, Adoption(redis_client, known), leases, lease_keeper, make_consumer),
-        lease_keeper=lease_keeper,
+        adopter=Adopter(deps, Adoption(redis_client, known), make_consumer),
+        lease_keeper=deps.lease_keeper,
         begun=begun,
     )

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from imstream.errors import NodeTaken
-from imstream.node import kept_running
+from imstream.node import keep_running
 from tests.support.virtual_time import in_virtual_time
 
 
@@ -27,7 +27,7 @@ async def test_a_background_task_that_fails_is_started_again_and_that_is_logged_
             raise reason
 
     with capture_logs() as logs:
-        await kept_running("following", run)
+        await keep_running("following", run)
     assert len(began) == 5
     assert all(after - before >= 1 for before, after in pairwise(began))
     event = "background task failed and is started again"
@@ -41,4 +41,4 @@ async def test_that_another_process_runs_the_node_is_no_failure() -> None:
         raise NodeTaken("0", "http://far:80", 1, "far")
 
     with pytest.raises(NodeTaken):
-        await kept_running("lease", run)
+        await keep_running("lease", run)

@@ -45,7 +45,7 @@ class PlayedStore:
         assert (user, message) == (USER, MESSAGE)
         return await self._meet_fault(lambda: self.model.open(**given))
 
-    async def tell(self, nodes: Iterable[str], notice: object) -> None:
+    async def notify(self, nodes: Iterable[str], notice: object) -> None:
         """See `Inbox`."""
         self.told.append((tuple(nodes), notice))
 
@@ -70,158 +70,158 @@ def writing(store: PlayedStore) -> tuple[ReplyBuffer, ReplyWriter]:
 
 async def test_text_is_shown_at_once_and_recorded_with_the_next_flush() -> None:
     store = PlayedStore()
-    reply, recorder = writing(store)
-    recorder.write("你好")
+    reply, writer = writing(store)
+    writer.append("你好")
     assert reply.text_from(0) == "你好"
     assert store.model.read() == Record(1, "", None)
-    assert recorder.behind
-    assert await recorder.flush() == Appended()
+    assert writer.needs_flush
+    assert await writer.flush() == Appended()
     assert store.model.read() == Record(1, "你好", None)
-    assert not recorder.behind
+    assert not writer.needs_flush
 
 
 async def test_all_that_has_gathered_is_one_append_and_nothing_is_none() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
+    _, writer = writing(store)
     for piece in "abc":
-        recorder.write(piece)
+        writer.append(piece)
     for _ in range(3):
-        await recorder.flush()
+        await writer.flush()
     assert store.appends == 1
 
 
 async def test_the_last_text_and_the_end_are_one_step() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
-    recorder.write("abc")
-    assert await recorder.end(DONE) == Appended()
+    _, writer = writing(store)
+    writer.append("abc")
+    assert await writer.end(DONE) == Appended()
     assert store.model.read() == Record(1, "abc", DONE)
     assert store.appends == 1
 
 
 async def test_nodes_with_sockets_of_the_user_are_told_of_what_is_recorded_and_of_nothing_else() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
-    recorder.write("a")
-    await recorder.flush()
+    _, writer = writing(store)
+    writer.append("a")
+    await writer.flush()
     store.model.cancel()
-    recorder.write("b")
-    await recorder.flush()
+    writer.append("b")
+    await writer.flush()
     assert store.told == [(("1",), ReplyGrew(USER, MESSAGE))]
 
 
 async def test_what_could_not_be_recorded_is_there_for_the_next_time() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
-    recorder.write("a")
+    _, writer = writing(store)
+    writer.append("a")
     store.faults = ["away"]
     with pytest.raises(StoreUnavailable):
-        await recorder.flush()
-    recorder.write("b")
-    await recorder.flush()
+        await writer.flush()
+    writer.append("b")
+    await writer.flush()
     assert store.model.read() == Record(1, "ab", None)
 
 
 async def test_an_append_whose_answer_was_lost_is_not_repeated() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
-    recorder.write("a")
+    _, writer = writing(store)
+    writer.append("a")
     store.faults = ["answer is lost"]
     with pytest.raises(StoreUnavailable):
-        await recorder.flush()
-    recorder.write("b")
-    await recorder.flush()
+        await writer.flush()
+    writer.append("b")
+    await writer.flush()
     assert store.model.read() == Record(1, "ab", None)
 
 
 async def test_a_reply_that_redis_lost_is_recorded_once_more() -> None:
     store = PlayedStore()
-    reply, recorder = writing(store)
-    recorder.write("a")
-    await recorder.flush()
+    reply, writer = writing(store)
+    writer.append("a")
+    await writer.flush()
     store.model.entries.clear()
-    recorder.write("b")
-    assert await recorder.flush() == Appended()
+    writer.append("b")
+    assert await writer.flush() == Appended()
     assert store.model.read() == Record(1, "ab", None)
     assert reply.attempt == 1
 
 
 async def test_a_reply_that_redis_lost_and_another_request_has_begun_is_the_others() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
+    _, writer = writing(store)
     store.model.entries.clear()
     store.model.open(request="0/2-0", after=1)
-    recorder.write("a")
-    assert await recorder.flush() == Rejected("superseded")
+    writer.append("a")
+    assert await writer.flush() == Rejected("superseded")
 
 
 async def test_an_end_that_redis_lost_the_beginning_of_is_recorded_whole() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
-    recorder.write("ab")
-    await recorder.flush()
+    _, writer = writing(store)
+    writer.append("ab")
+    await writer.flush()
     store.model.entries.clear()
-    assert await recorder.end(DONE) == Appended()
+    assert await writer.end(DONE) == Appended()
     assert store.model.read() == Record(1, "ab", DONE)
 
 
 @in_virtual_time
 async def test_the_end_is_recorded_however_long_redis_is_away() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
-    recorder.write("a")
+    _, writer = writing(store)
+    writer.append("a")
     store.faults = ["away"] * 50 + ["answer is lost"]
-    assert await recorder.end(DONE) == Appended()
+    assert await writer.end(DONE) == Appended()
     assert store.model.read() == Record(1, "a", DONE)
 
 
 async def test_nothing_is_written_after_the_end() -> None:
     store = PlayedStore()
-    reply, recorder = writing(store)
+    reply, writer = writing(store)
     reply.end(Terminal("cancelled"))
-    recorder.write("late")
+    writer.append("late")
     assert reply.text_from(0) == ""
-    assert recorder.behind  # for it has to find out
+    assert writer.needs_flush  # for it has to find out
 
 
 async def test_an_attempt_that_was_overtaken_writes_no_more() -> None:
     store = PlayedStore()
-    reply, recorder = writing(store)
+    reply, writer = writing(store)
     reply.begin(2)
-    recorder.write("late")
+    writer.append("late")
     assert reply.text_from(0) == ""
-    assert await recorder.flush() == Rejected("superseded")
+    assert await writer.flush() == Rejected("superseded")
     assert store.appends == 0
-    recorder.leave()
+    writer.release()
     assert reply.has_writer  # that is the later attempt's
 
 
 async def test_a_later_attempt_elsewhere_is_found_out_with_the_next_flush() -> None:
     store = PlayedStore()
-    reply, recorder = writing(store)
+    reply, writer = writing(store)
     store.model.open(request=REQUEST)
-    recorder.write("a")
-    assert await recorder.flush() == Rejected("superseded")
-    recorder.leave()
+    writer.append("a")
+    assert await writer.flush() == Rejected("superseded")
+    writer.release()
     assert not reply.has_writer
 
 
 async def test_a_reply_that_has_ended_is_left_as_it_is() -> None:
     store = PlayedStore()
-    reply, recorder = writing(store)
+    reply, writer = writing(store)
     reply.end(DONE)
-    recorder.leave()
+    writer.release()
     assert (reply.has_writer, reply.terminal) == (True, DONE)
 
 
 async def test_two_flushes_at_once_do_not_overtake_each_other() -> None:
     store = PlayedStore()
-    _, recorder = writing(store)
-    recorder.write("a")
-    first = asyncio.create_task(recorder.flush())
+    _, writer = writing(store)
+    writer.append("a")
+    first = asyncio.create_task(writer.flush())
     await asyncio.sleep(0)
-    recorder.write("b")
-    assert set(await asyncio.gather(first, recorder.flush(), recorder.end(DONE))) == {Appended()}
+    writer.append("b")
+    assert set(await asyncio.gather(first, writer.flush(), writer.end(DONE))) == {Appended()}
     assert store.model.read() == Record(1, "ab", DONE)
 
 
@@ -238,12 +238,12 @@ STEPS = st.lists(
 def test_whatever_redis_does_the_record_is_what_followers_saw(steps: list[tuple[str, str]], faults: list[str]) -> None:
     async def play() -> None:
         store = PlayedStore()
-        reply, recorder = writing(store)
+        reply, writer = writing(store)
         shown = ""
         for what, how in steps:
             match what, how:
                 case "write", text:
-                    recorder.write(text)
+                    writer.append(text)
                     shown += text
                 case "loss", "everything":
                     store.model.entries.clear()
@@ -253,12 +253,12 @@ def test_whatever_redis_does_the_record_is_what_followers_saw(steps: list[tuple[
                 case _:
                     store.faults = [how]
                     try:
-                        assert await recorder.flush() == Appended()
+                        assert await writer.flush() == Appended()
                     except StoreUnavailable:
                         assert how
             assert reply.text_from(0, limit=None) == shown
         store.faults = list(faults)
-        assert await recorder.end(DONE) == Appended()
+        assert await writer.end(DONE) == Appended()
         record = store.model.read()
         assert record is not None
         assert (record.text, record.terminal) == (shown, DONE)

@@ -7,7 +7,7 @@ import asyncio
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from imstream.worker.stall import AFTERMATH, TICK, StallWatch
+from imstream.worker.lease_keeper import STALL_AFTERMATH, STALL_TICK, StallDetector
 from tests.support.virtual_time import VirtualTimeLoop, in_virtual_time
 
 
@@ -15,7 +15,7 @@ async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:
     """Whether the loop is blamed before it stands still, right after it, when that was noticed, and later."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
-    watch = StallWatch(2.0)
+    watch = StallDetector(2.0)
     with capture_logs() as logs:
         watching = asyncio.create_task(watch.run())
         await asyncio.sleep(10)
@@ -23,9 +23,9 @@ async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:
         loop.now += stall  # as if the process had been frozen in this line
         blamed.append(watch.stalled_recently())
         await asyncio.sleep(0)
-        await asyncio.sleep(TICK / 2)
+        await asyncio.sleep(STALL_TICK / 2)
         blamed.append(watch.stalled_recently())
-        await asyncio.sleep(TICK + AFTERMATH)
+        await asyncio.sleep(STALL_TICK + STALL_AFTERMATH)
         blamed.append(watch.stalled_recently())
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)

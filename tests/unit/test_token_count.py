@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from imstream.ai.prompt.token_count import TokenCounter, TokenEstimate, make_token_counter
 from imstream.errors import SettingsError
-from imstream.node import Node, Readers
+from imstream.node import Node
 from imstream.settings import Settings
 from tests.support.tokenizing import SPECIAL, trained
 
@@ -79,7 +79,7 @@ async def test_a_tokenizer_is_read_once_for_all_who_count(tmp_path: Path, monkey
     monkeypatch.setattr("imstream.ai.prompt.assembler.make_token_counter", make)
     nothing = cast("Any", None)
     settings = Settings(tokenizer=trained(tmp_path), history="summarise")
-    Node(settings, nothing, nothing, Readers(nothing, nothing))
+    Node(settings, backend=nothing, redis=nothing, request_reader=nothing, inbox_reader=nothing)
     assert len(made) == 1
 
 
