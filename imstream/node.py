@@ -108,7 +108,7 @@ class Node:
         def make_consumer(node: str) -> StreamConsumer:
             return StreamConsumer(RequestStream(redis, request_reader, settings, node=node), worker_deps, jobs)
 
-        self.consumer = make_consumer(settings.node)
+        self.consumer = StreamConsumer(requests, worker_deps, jobs)
         self.adopter = Adopter(worker_deps, Adoption(redis, settings), make_consumer)
         reply_sync = ReplySync(interval=settings.sweep_interval, replies=replies, buffers=buffers, registry=registry)
         presence = Presence(

@@ -323,7 +323,7 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
         requests=requests,
         replies=replies,
         buffers=buffers,
-        consumer=make_consumer(known.node),
+        consumer=StreamConsumer(requests, deps, jobs),
         jobs=jobs,
         adopter=Adopter(deps, Adoption(redis_client, known), make_consumer),
         lease_keeper=deps.lease_keeper,
