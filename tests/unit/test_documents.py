@@ -71,6 +71,19 @@ def test_every_setting_that_is_named_exists(path: Path) -> None:
     assert named - known == set()
 
 
+def test_files_and_methods_that_are_named_exist() -> None:
+    package = ROOT / "imstream"
+    sources = {path: path.read_text("utf-8") for path in package.rglob("*.py")}
+    for path in (DOCS / "architecture.md", *sorted((DOCS / "decisions").glob("*.md"))):
+        text = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+        for file in re.findall(r"`([\w/]+\.(?:py|lua|js))`", text):
+            exists = any((root / file).exists() for root in (ROOT, package, ROOT / "tests" / "journeys"))
+            assert exists or file == "imstream/guards/links.py", f"{name(path)} names {file}"
+        for owner, method in re.findall(r"`([A-Z]\w+)\.(\w+)`", text):
+            found = [code for code in sources.values() if f"class {owner}" in code]
+            assert any(f"def {method}(" in code for code in found), f"{name(path)} names {owner}.{method}"
+
+
 def test_every_word_of_the_wire_is_explained() -> None:
     words = [*Code, *Event, *MsgType]
     assert [word for word in words if f"{word}" not in PROTOCOL] == []
