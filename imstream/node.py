@@ -35,12 +35,10 @@ from imstream.redis.client import BlockingReader, RedisClient
 from imstream.redis.errors import AccessLog, retry_until_available
 from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
-from imstream.store.adoption import Adoption
-from imstream.store.inbox import Inbox, NodeLeft
+from imstream.store.inbox import Inbox, NodeLeft, Routes
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
-from imstream.store.routes import Routes
 from imstream.texts import Text
 from imstream.wire import CloseCode, FrameLimits
 from imstream.worker.adoption import Adopter
@@ -109,7 +107,7 @@ class Node:
             return StreamConsumer(RequestStream(redis, request_reader, settings, node=node), worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)
-        self.adopter = Adopter(worker_deps, Adoption(redis, settings), make_consumer)
+        self.adopter = Adopter(worker_deps, make_consumer)
         reply_sync = ReplySync(interval=settings.sweep_interval, replies=replies, buffers=buffers, registry=registry)
         presence = Presence(
             one_session=settings.sessions == "one",

@@ -12,8 +12,7 @@ from imstream.errors import StoreError
 from imstream.gateway.registry import Registry
 from imstream.gateway.session import Session
 from imstream.guards.chain import GuardChain
-from imstream.store.inbox import Inbox, SessionReplaced
-from imstream.store.routes import ROUTE_TTL, RouteAdded, Routes
+from imstream.store.inbox import ROUTE_TTL, Inbox, RouteAdded, Routes, SessionReplaced
 from imstream.texts import Text
 from imstream.wire import CloseCode
 

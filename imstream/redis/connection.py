@@ -1,9 +1,14 @@
-"""One connection to one server: it carries a batch of commands at a time, and gives the answers to who asked.
+"""One connection to one server: it sends a batch of commands at a time and hands each reply to its caller.
 
-No task waits for them: they are given in the callback of the transport that reads them, and all that is under way
-shares one timer. A task for each connection, redis-py's streams, and a pool that lends the connection each time cost a
-node 6 % more CPU under paced answers.
+No task waits for replies: they are handed over in the callback of the transport that reads them, and all commands in
+flight share one timer. A task per connection, redis-py's streams, and a pool that lends the connection for each batch
+cost a node 6 % more CPU under paced answers.
+
+Private names of redis-py are used in this file only: `_writer.transport`, for reading and writing without its streams,
+and `DefaultParser.parse_error`, for its classes of errors.
 """
+
+# ruff: noqa: D102 - the callbacks of asyncio.Protocol are described there
 
 from __future__ import annotations
 
@@ -20,53 +25,58 @@ from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
 from imstream.errors import StoreDenied, StoreUnavailable
 from imstream.redis.errors import AccessLog, Demoted, error_from_loss, error_from_reply
-from imstream.redis.pools import connection_of
 
-Waiting = tuple[bytes, asyncio.Future[Any]]
-"""A packed command and where its answer goes."""
+Argument = str | int | bytes
+
+Command = tuple[bytes, asyncio.Future[Any] | None]
+"""A packed command and the future of its reply; None when the reply is ignored."""
+
+ASKING: Command = (b"*1\r\n$6\r\nASKING\r\n", None)
+"""Lets the next command of a connection use a key of a slot that is being moved to this server."""
 
 CLOSED = "the connections to Redis are closed"
-
-_HUNG_UP = "Redis has closed the connection"
+_CLOSED_BY_REDIS = "Redis has closed the connection"
 
 _INCOMPLETE = object()
 
+_pack = cast("Callable[[tuple[Argument, ...]], bytes]", hiredis.pack_command)  # its stub knows tuples of one part only
+
 
 class RedisConnection(asyncio.Protocol):
-    """One connection, made by a pool when it is needed. redis-py logs in, encrypts and asks Sentinel.
+    """A connection, made when it is first needed. redis-py logs in, encrypts and asks Sentinel.
 
-    Whatever goes wrong ends the connection: answers still on their way must not meet the next batch. `when_free` is
-    called after each batch, answered or given up.
+    Any failure closes it: replies still on their way must not reach the next batch. `on_idle` is called after each
+    batch, whether it was answered or failed.
     """
 
     def __init__(
         self,
         pool: ConnectionPool,
         *,
-        limit: timedelta,
-        when_free: Callable[[RedisConnection], None],
+        timeout: timedelta,
+        on_idle: Callable[[RedisConnection], None],
         access_log: AccessLog,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
-        self._limit = limit.total_seconds()
-        self._when_free = when_free
+        self._timeout = timeout.total_seconds()
+        self._on_idle = on_idle
         self._access_log = access_log
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.Transport | None = None
-        """None when there is no connection, or one that is of no use any more."""
+        """None while there is no usable connection."""
         self._opening: asyncio.Task[None] | None = None
-        self._answers: deque[asyncio.Future[Any]] = deque()
-        self._carrying = False
+        self._replies: deque[asyncio.Future[Any] | None] = deque()
+        self._busy = False
         self._demoted = False
-        self._due = 0.0
+        self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def send(self, batch: list[Waiting]) -> None:
-        """Send commands and have them answered within the limit, one way or another. Only when the line is free."""
-        self._carrying = True
-        self._due = self._loop.time() + self._limit
-        self._answers.extend([answer for _, answer in batch])
+    def send(self, batch: list[Command]) -> None:
+        """Send commands; each gets a reply or an error within the timeout. Only while the connection is idle."""
+        self._busy = True
+        self._deadline = self._loop.time() + self._timeout
+        self._replies.extend([reply for _, reply in batch])
         packed = b"".join([command for command, _ in batch])
         if self._transport is not None:
             self._write(self._transport, packed)
@@ -74,63 +84,58 @@ class RedisConnection(asyncio.Protocol):
             self._opening = self._loop.create_task(self._open(packed), name="redis-connect")
 
     async def aclose(self) -> None:
-        """Give up what is under way, and the connection. It may be used again."""
-        opening = self._opening
-        if opening is not None:
+        """Fail what is in flight and close the connection. It may be used again."""
+        if (opening := self._opening) is not None:
             opening.cancel()
             await asyncio.wait([opening])
-        self._break_off(StoreUnavailable(CLOSED))
+        self._fail(StoreUnavailable(CLOSED))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop."""
         self._reader.feed(data)
         try:
-            while (answer := self._reader.gets()) is not _INCOMPLETE:
-                self._give(answer)
+            while (reply := self._reader.gets()) is not _INCOMPLETE:
+                self._resolve(reply)
         except RedisError as error:
-            self._break_off(error_from_loss(error))
+            self._fail(error_from_loss(error))
             return
-        if self._carrying and not self._answers:
+        if self._busy and not self._replies:
             if self._demoted:
-                self._hang_up()  # the next connection is made to whoever is the master then
-            self._end()
+                self._disconnect()  # the next connection is made to the current master
+            self._become_idle()
 
     def eof_received(self) -> None:
-        """Called by the event loop."""
-        self._break_off(StoreUnavailable(_HUNG_UP))
+        self._fail(StoreUnavailable(_CLOSED_BY_REDIS))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the event loop."""
         self._streams.connection_lost(exc)
-        self._break_off(StoreUnavailable(_HUNG_UP) if exc is None else error_from_loss(exc))
+        self._fail(StoreUnavailable(_CLOSED_BY_REDIS) if exc is None else error_from_loss(exc))
 
     async def _open(self, packed: bytes) -> None:
         try:
-            async with asyncio.timeout_at(self._due):
-                transport = self._transport = await self._connect()
+            async with asyncio.timeout_at(self._deadline):
+                transport = await self._connect()
         except asyncio.CancelledError:
             self._opening = None
-            self._break_off(StoreUnavailable(CLOSED))
+            self._fail(StoreUnavailable(CLOSED))
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is: who asked is told
+        except Exception as error:  # noqa: BLE001 - whatever it is, the callers are told
             self._opening = None
-            self._break_off(error_from_loss(error))
+            self._fail(error_from_loss(error))
         else:
             self._opening = None
             self._write(transport, packed)
 
     async def _connect(self) -> asyncio.Transport:
-        connection = self._connection
-        if connection is None:
-            connection = self._connection = await connection_of(self._pool)
+        if self._connection is None:
+            self._connection = connection = await self._pool.get_connection()  # type: ignore[no-untyped-call] # redis-py's gap
         else:
+            connection = self._connection
             await connection.disconnect(nowait=True)
             await connection.connect()  # type: ignore[no-untyped-call] # redis-py's gap
-        # redis-py has no name for it.
-        transport = cast("asyncio.Transport", connection._writer.transport)  # type: ignore[union-attr] # noqa: SLF001
+        transport = self._transport = cast("asyncio.Transport", connection._writer.transport)  # noqa: SLF001 - see above
         self._streams = transport.get_protocol()
         self._reader = hiredis.Reader(
             protocolError=InvalidResponse,
@@ -145,56 +150,91 @@ class RedisConnection(asyncio.Protocol):
 
     def _write(self, transport: asyncio.Transport, packed: bytes) -> None:
         transport.write(packed)
-        if self._timer is None:  # else it looks again when it rings
-            self._timer = self._loop.call_at(self._due, self._ring)
+        if self._timer is None:  # else it is set again when it fires
+            self._timer = self._loop.call_at(self._deadline, self._check_deadline)
 
-    def _ring(self) -> None:
+    def _check_deadline(self) -> None:
         self._timer = None
-        if self._answers and self._opening is None:
-            if self._loop.time() >= self._due:
-                self._break_off(StoreUnavailable("no answer in time"))
+        if self._replies and self._opening is None:
+            if self._loop.time() >= self._deadline:
+                self._fail(StoreUnavailable("no answer in time"))
             else:
-                self._timer = self._loop.call_at(self._due, self._ring)
+                self._timer = self._loop.call_at(self._deadline, self._check_deadline)
 
-    def _give(self, answer: Any) -> None:  # noqa: ANN401 - what Redis answers
-        if isinstance(answer, RedisError) and not isinstance(answer, ResponseError):
-            raise answer  # no command was carried out: it is loading its data, for instance
-        if not self._answers:
-            raise InvalidResponse("Redis says what it was not asked")
-        error = error_from_reply(answer) if isinstance(answer, ResponseError) else None
+    def _resolve(self, reply: Any) -> None:  # noqa: ANN401 - what Redis answers
+        if isinstance(reply, RedisError) and not isinstance(reply, ResponseError):
+            raise reply  # not about one command: Redis is loading its data, for instance
+        if not self._replies:
+            raise InvalidResponse("Redis sent a reply without a command")
+        error = error_from_reply(reply) if isinstance(reply, ResponseError) else None
         self._demoted = self._demoted or isinstance(error, Demoted)
         if isinstance(error, StoreDenied):
             self._access_log.report(error)
-        waiting = self._answers.popleft()
-        if waiting.done():
-            return  # whoever asked has gone
+        future = self._replies.popleft()
+        if future is None or future.done():
+            return  # ignored, or the caller was cancelled
         if error is None:
-            waiting.set_result(answer)
+            future.set_result(reply)
         else:
-            waiting.set_exception(error)
+            future.set_exception(error)
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         transport, self._transport = self._transport, None
         if transport is not None:
-            transport.set_protocol(self._streams)  # its end is no more that of this line
+            transport.set_protocol(self._streams)  # its end no longer concerns this object
             transport.close()
 
-    def _break_off(self, why: StoreUnavailable) -> None:
-        self._hang_up()
-        if isinstance(why, StoreDenied):
-            self._access_log.report(why)
-        if self._carrying:
-            give_up(self._answers, why)
-            self._answers.clear()
-            self._end()
+    def _fail(self, error: StoreUnavailable) -> None:
+        self._disconnect()
+        if isinstance(error, StoreDenied):
+            self._access_log.report(error)
+        if self._busy:
+            fail_all(self._replies, error)
+            self._replies.clear()
+            self._become_idle()
 
-    def _end(self) -> None:
-        self._carrying = False
-        self._when_free(self)
+    def _become_idle(self) -> None:
+        self._busy = False
+        self._on_idle(self)
 
 
-def give_up(answers: Iterable[asyncio.Future[Any]], why: StoreUnavailable) -> None:
-    """Tell who waits that no answer will come."""
-    for answer in answers:
-        if not answer.done():
-            answer.set_exception(type(why)(*why.args))
+class BlockingConnection:
+    """A connection for one command at a time, which may block. It owns the pool."""
+
+    def __init__(self, pool: ConnectionPool, *, timeout: timedelta, access_log: AccessLog) -> None:
+        self._pool = pool
+        self._connection = RedisConnection(pool, timeout=timeout, on_idle=lambda _: None, access_log=access_log)
+        self._lock = asyncio.Lock()
+
+    async def aclose(self) -> None:
+        """Close the connection and the pool."""
+        await self._connection.aclose()
+        await self._pool.aclose()
+
+    async def send(self, *command: Argument, asking: bool = False, urgent: bool = True) -> Any:  # noqa: ANN401, ARG002 - what Redis answers; all is urgent here
+        """Send one command and wait for its reply. When this is cancelled, the connection is closed."""
+        async with self._lock:
+            reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._connection.send([*([ASKING] if asking else []), (pack(command), reply)])
+            try:
+                return await reply
+            except asyncio.CancelledError:
+                await self._connection.aclose()  # no other command may get the reply to this one
+                raise
+            finally:
+                del reply  # see `Pipeline.send`
+
+
+def fail_all(replies: Iterable[asyncio.Future[Any] | None], error: StoreUnavailable) -> None:
+    """Raise an error of its own for each caller that still waits."""
+    for reply in replies:
+        if reply is not None and not reply.done():
+            reply.set_exception(type(error)(*error.args))
+
+
+def pack(command: tuple[Argument, ...]) -> bytes:
+    """Encode a command. Lone surrogates become question marks."""
+    try:
+        return _pack(command)
+    except UnicodeEncodeError:
+        return _pack(tuple(part.encode("utf-8", "replace") if isinstance(part, str) else part for part in command))

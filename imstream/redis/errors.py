@@ -8,28 +8,16 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
-from redis.exceptions import (
-    AskError,
-    AuthenticationError,
-    ClusterDownError,
-    MasterDownError,
-    MovedError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-    TryAgainError,
-)
+from redis import exceptions
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from imstream.errors import StoreDenied, StoreFull, StoreRefused, StoreUnavailable
 
-_UNAVAILABLE = (ClusterDownError, TryAgainError)
+_UNAVAILABLE = (exceptions.ClusterDownError, exceptions.TryAgainError)
 _UNAVAILABLE_CODES = ("MISCONF", "BUSY ")
 """Errors that end without a change of ours, or once an operator has acted: Redis counts as unavailable."""
 
-_DEMOTED = (ReadOnlyError, MasterDownError)
+_DEMOTED = (exceptions.ReadOnlyError, exceptions.MasterDownError)
 _DEMOTED_CODES = ("READONLY", "NOREPLICAS", "UNBLOCKED force")
 """Errors of a server that is no longer the master, or of a master that cannot reach its replicas."""
 
@@ -63,27 +51,27 @@ class Demoted(StoreUnavailable):
 class Redirected(StoreRefused):
     """A node of a Redis Cluster names another node for this key. The command was not executed."""
 
-    def __init__(self, error: MovedError | AskError) -> None:
+    def __init__(self, error: exceptions.MovedError | exceptions.AskError) -> None:
         super().__init__(f"{error}: this is a Redis Cluster, and its address begins with redis+cluster://")
         self.error = error
 
 
-def error_from_reply(error: ResponseError) -> Exception:
+def error_from_reply(error: exceptions.ResponseError) -> Exception:
     """The exception for the caller when Redis answers a command with an error."""
     text = str(error)
     if in_script := _IN_SCRIPT.match(text):
         text = in_script["error"]
-    if isinstance(error, NoPermissionError) or any(words in text for words in _DENIED_IN_SCRIPT):
+    if isinstance(error, exceptions.NoPermissionError) or any(words in text for words in _DENIED_IN_SCRIPT):
         return StoreDenied(f"{text.rstrip('.')}: {_PERMISSION_HINT}")
-    if isinstance(error, OutOfMemoryError) or text.startswith("OOM "):
+    if isinstance(error, exceptions.OutOfMemoryError) or text.startswith("OOM "):
         return StoreFull(text)
     if isinstance(error, _DEMOTED) or text.startswith(_DEMOTED_CODES):
         return Demoted(text)
     if isinstance(error, _UNAVAILABLE) or text.startswith(_UNAVAILABLE_CODES):
         return StoreUnavailable(text)
-    if isinstance(error, MovedError | AskError):
+    if isinstance(error, exceptions.MovedError | exceptions.AskError):
         return Redirected(error)
-    return error if isinstance(error, NoScriptError) else StoreRefused(text)
+    return error if isinstance(error, exceptions.NoScriptError) else StoreRefused(text)
 
 
 def error_from_loss(error: BaseException) -> StoreUnavailable:
@@ -92,9 +80,9 @@ def error_from_loss(error: BaseException) -> StoreUnavailable:
     cause: BaseException | None = error
     while cause is not None:
         # redis-py reports what Sentinels answered as text, with the names of exceptions in it.
-        if isinstance(cause, AuthenticationError) or AuthenticationError.__name__ in str(cause):
+        if isinstance(cause, exceptions.AuthenticationError) or exceptions.AuthenticationError.__name__ in str(cause):
             return StoreDenied(f"{text.rstrip('.')}: {_LOGIN_HINT}")
-        if isinstance(cause, NoPermissionError):
+        if isinstance(cause, exceptions.NoPermissionError):
             return StoreDenied(f"{describe(cause).rstrip('.')}: {_PERMISSION_HINT}")
         cause = cause.__cause__ or cause.__context__
     return StoreUnavailable(text)

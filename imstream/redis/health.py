@@ -1,4 +1,4 @@
-"""What an operator should know about Redis before trusting it with messages."""
+"""Warnings about Redis settings that can lose accepted messages."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Iterator, Mapping
 from imstream.errors import StoreError
 from imstream.redis.client import RedisClient
 
-_SECTIONS = ("memory", "persistence", "replication")
-
 
 async def warnings(redis: RedisClient) -> list[str]:
-    """One sentence for each setting of a master that can lose accepted messages, saying what to set instead."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """One sentence for each unsafe setting of a master, with the setting to use instead."""
     try:
-        infos = [await redis.on_every_master("INFO", section) for section in _SECTIONS]
+        infos = [
+            await redis.execute_on_masters("INFO", section) for section in ("memory", "persistence", "replication")
+        ]
     except StoreError as error:
         return [f"cannot look at the settings of Redis: {error}"]
+    found: dict[str, list[str]] = defaultdict(list)
     for master in infos[0]:
-        # One that was promoted between two questions has not answered all of them.
-        info = _fields("\n".join(answers.get(master, "") for answers in infos))
-        for sentence in _of_one(info, replicated=redis.topology != "server"):
+        # A master promoted between two requests has not answered all of them.
+        lines = "\n".join(replies.get(master, "") for replies in infos).splitlines()
+        info = dict(line.split(":", 1) for line in lines if ":" in line)
+        for sentence in _warnings_of_master(info, replicated=redis.topology != "server"):
             found[sentence].append(master)
     return [
         sentence if len(masters) == len(infos[0]) else f"{sentence} (on {', '.join(masters)})"
@@ -29,7 +30,7 @@ async def warnings(redis: RedisClient) -> list[str]:
     ]
 
 
-def _of_one(info: Mapping[str, str], *, replicated: bool) -> Iterator[str]:
+def _warnings_of_master(info: Mapping[str, str], *, replicated: bool) -> Iterator[str]:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy.startswith("allkeys") or (policy.startswith("volatile") and info.get("maxmemory", "0") != "0"):
         yield (
@@ -38,13 +39,9 @@ def _of_one(info: Mapping[str, str], *, replicated: bool) -> Iterator[str]:
         )
     if info.get("aof_enabled") == "0":
         yield "Redis loses accepted messages when it restarts (appendonly no); set appendonly yes"
-    # The count of replicas in step is there only where a number of them is asked for.
+    # INFO counts good replicas only where min-replicas-to-write is set.
     if "min_slaves_good_slaves" not in info and (replicated or info.get("connected_slaves", "0") != "0"):
         yield (
-            "Redis loses what it has accepted since its replicas were last in step when it fails over "
+            "Redis loses messages accepted since the last replication when it fails over "
             "(min-replicas-to-write 0); set min-replicas-to-write 1"
         )
-
-
-def _fields(text: str) -> dict[str, str]:
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

@@ -1,10 +1,10 @@
-"""How commands reach one server: those of one event-loop tick travel together, over a few connections.
+"""Pipelining to one server: commands of one event-loop iteration travel together, over a few connections.
 
-A command of its own round trip costs the client several times what it costs as one of many in a pipeline. So nobody
-sends by himself: `Pipeline.send` queues, and the first free lane takes all that has gathered.
+A command with a round trip of its own costs the client several times as much as one of many in a pipeline. So
+`Pipeline.send` queues the command, and the first idle connection takes all that have gathered.
 
-Nothing is ever repeated here. A time-out means that the outcome is unknown; whoever asked decides (see the scripts:
-each may be repeated).
+Nothing is ever repeated here. After a time-out the outcome is unknown, and the caller decides (each Lua script may be
+repeated).
 """
 
 from __future__ import annotations
@@ -14,131 +14,93 @@ from collections import deque
 from datetime import timedelta
 from typing import Any
 
-from hiredis import pack_command
 from redis.asyncio import ConnectionPool
 
 from imstream.errors import StoreUnavailable
-from imstream.redis.connection import CLOSED, RedisConnection, Waiting, give_up
+from imstream.redis.connection import ASKING, CLOSED, Argument, Command, RedisConnection, fail_all, pack
 from imstream.redis.errors import AccessLog
 
 MAX_WAITING = 10_000
-"""Most commands that wait for a lane. When it is reached Redis is hung, and the next is refused: `StoreUnavailable`."""
+"""Maximum number of queued commands. When it is reached Redis hangs, and the next is refused: `StoreUnavailable`."""
 
 MAX_BATCH = 500
-"""Most commands that share a pipeline, so that a batch never delays its first answer by much."""
+"""Maximum number of commands in a batch, which bounds how long its first reply is delayed."""
 
 MAX_BATCH_DELAY = 0.005
-"""Seconds that a command without urgent waits for others. A round trip less saves both sides 60 µs of CPU and more."""
-
-ASKING = b"*1\r\n$6\r\nASKING\r\n"
-"""Lets the next command of its connection have a key of a slot that is being moved here."""
-
-Argument = str | int | bytes
+"""Seconds that a command that is not urgent waits for others. Each saved round trip saves both sides 60 µs of CPU."""
 
 
 class Pipeline:
-    """Sends commands to one server in shared pipelines. It owns the pool, and a line for each lane."""
+    """Sends commands to one server in shared batches. It owns the pool and the connections."""
 
     def __init__(self, pool: ConnectionPool, *, connections: int, timeout: timedelta, access_log: AccessLog) -> None:
         self._pool = pool
-        self._waiting: deque[Waiting] = deque()
+        self._queue: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
-        self._lines = [
-            RedisConnection(pool, limit=timeout, when_free=self._take_back, access_log=access_log)
+        self._connections = [
+            RedisConnection(pool, timeout=timeout, on_idle=self._on_idle, access_log=access_log)
             for _ in range(connections)
         ]
-        self._free = list(self._lines)
-        self._leaving = False
-        self._later: asyncio.TimerHandle | None = None
+        self._idle = list(self._connections)
+        self._flush_scheduled = False
+        self._delayed_flush: asyncio.TimerHandle | None = None
         self._closed = False
 
     async def aclose(self) -> None:
-        """Give up what is under way, and close the connections."""
+        """Fail all commands and close the connections and the pool."""
         self._closed = True
-        if self._later is not None:
-            self._later.cancel()
-        give_up([answer for _, answer in self._waiting], StoreUnavailable(CLOSED))
-        self._waiting.clear()
-        await asyncio.gather(*(line.aclose() for line in self._lines))
+        if self._delayed_flush is not None:
+            self._delayed_flush.cancel()
+        fail_all([reply for _, reply in self._queue], StoreUnavailable(CLOSED))
+        self._queue.clear()
+        await asyncio.gather(*(connection.aclose() for connection in self._connections))
         await self._pool.aclose()
 
     async def send(self, *command: Argument, asking: bool = False, urgent: bool = True) -> Any:  # noqa: ANN401 - what Redis answers
-        """Send one command and wait for its answer.
+        """Send one command and wait for its reply. Raises as `RedisClient.execute` does.
 
-        Args:
-            *command: The command.
-            asking: A node of a cluster has sent us here with it.
-            urgent: Without, it waits up to `MAX_BATCH_DELAY` for others to travel with.
-
-        Raises:
-            StoreUnavailable: No answer in time; the command may have been carried out.
-            StoreFull: Redis is at `maxmemory`; nothing was written.
-            StoreRefused: Redis refused the command for another reason.
+        `asking`: its key belongs to a slot that is being moved to this server. Unless it is `urgent`, it waits up to
+        `MAX_BATCH_DELAY` for others.
         """
         if self._closed:
             raise StoreUnavailable(CLOSED)
-        if len(self._waiting) >= MAX_WAITING:
+        if len(self._queue) >= MAX_WAITING:
             raise StoreUnavailable(f"{MAX_WAITING} commands are waiting for Redis already")
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        # Packed here: a command that cannot be is its caller's error, not that of a whole batch.
-        packed = pack(command)
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        packed = pack(command)  # here, because an invalid command is an error of its caller, not of a whole batch
         if asking:
-            self._waiting.append(ask(self._loop))
-        self._waiting.append((packed, answer))
-        if urgent:
-            self._leave_soon()
-        elif self._later is None:
-            self._later = self._loop.call_later(MAX_BATCH_DELAY, self._leave_at_last)
+            self._queue.append(ASKING)
+        self._queue.append((packed, reply))
+        if not urgent:
+            if self._delayed_flush is None:
+                self._delayed_flush = self._loop.call_later(MAX_BATCH_DELAY, self._flush_delayed)
+        elif self._idle and not self._flush_scheduled:
+            # In the next iteration of the event loop: until then, commands of other callers join this batch.
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
         try:
-            return await answer
+            return await reply
         finally:
-            # An error that it holds has this frame in its trace, and so all who wait above, with what they hold.
-            del answer
+            # An error in it refers to this frame, and through it to all callers with their variables: a cycle.
+            del reply
 
-    async def send_to_all(self, *command: Argument) -> dict[str, Any]:
-        """Send one command to every server there is: to this one. Raises as `send` does."""
+    async def send_to_masters(self, *command: Argument) -> dict[str, Any]:
+        """Send one command to this server, the only master. Raises as `send` does."""
         return {"": await self.send(*command)}
 
-    def _leave_soon(self) -> None:
-        if self._free and not self._leaving:
-            # In the next tick: until then, others' commands join this one.
-            self._leaving = True
-            self._loop.call_soon(self._leave)
+    def _flush_delayed(self) -> None:
+        self._delayed_flush = None
+        self._flush()
 
-    def _leave_at_last(self) -> None:
-        self._later = None
-        self._leave()
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        while self._queue and self._idle:
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
+            if batch[-1] is ASKING:  # it must travel with the command after it
+                batch.append(self._queue.popleft())
+            self._idle.pop().send(batch)
 
-    def _leave(self) -> None:
-        self._leaving = False
-        while self._waiting and self._free:
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
-            if batch[-1][0] is ASKING:
-                batch.append(self._waiting.popleft())
-            self._free.pop().send(batch)
-
-    def _take_back(self, line: RedisConnection) -> None:
-        self._free.append(line)
+    def _on_idle(self, connection: RedisConnection) -> None:
+        self._idle.append(connection)
         if not self._closed:
-            self._leave()
-
-
-def ask(loop: asyncio.AbstractEventLoop) -> Waiting:
-    """What goes before a command for a slot that is being moved. Nobody waits for its answer."""
-    nobody = loop.create_future()
-    nobody.cancel()
-    return ASKING, nobody
-
-
-def pack(command: tuple[Argument, ...]) -> bytes:
-    """A command as it is sent."""
-    try:
-        return _packed(command)
-    except UnicodeEncodeError:  # lone surrogates; as many marks take their place
-        parts = (part.encode("utf-8", "replace") if isinstance(part, str) else part for part in command)
-        return _packed(tuple(parts))
-
-
-def _packed(parts: tuple[Argument, ...]) -> bytes:
-    packed: bytes = pack_command(parts)  # type: ignore[arg-type] # its stub knows tuples of one part only
-    return packed
+            self._flush()

@@ -1,21 +1,14 @@
-"""Connections to Redis, as redis-py makes them and we want them."""
+"""redis-py's connection pools, with the options that imstream needs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, ConnectionPool
-from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_url
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, sentinel
+from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import (
-    Sentinel,
-    SentinelConnectionPool,
-    SentinelManagedConnection,
-    SentinelManagedSSLConnection,
-)
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError
@@ -25,9 +18,9 @@ from imstream.urls import RedisUrl
 
 
 def make_pool(url: RedisUrl, *, connections: int, timeout: timedelta) -> ConnectionPool:
-    """A pool for the server, or for the master that Sentinel names whenever a connection is made.
+    """A pool for the server, or for the master that Sentinel names each time a connection is made.
 
-    It never retries by itself and gives up a connection attempt after `timeout`.
+    It never retries, and gives up a connection attempt after `timeout`.
     """
     if url.topology == "sentinel":
         return _MasterPool(url, connections=connections, timeout=timeout)
@@ -37,95 +30,81 @@ def make_pool(url: RedisUrl, *, connections: int, timeout: timedelta) -> Connect
 def server_pool(
     url: RedisUrl, server: tuple[str, int], *, connections: int, timeout: timedelta
 ) -> BlockingConnectionPool:
-    """Such a pool for one server."""
-    options = connection_options(url, server, timeout)
+    """A pool for one server. It never retries, and gives up a connection attempt after `timeout`."""
+    options = _connection_options(url, server, timeout)
     return BlockingConnectionPool(max_connections=connections, timeout=timeout.total_seconds(), **options)
 
 
-async def connection_of(pool: ConnectionPool) -> AbstractConnection:
-    """A connection that is connected and has nothing left to read. To be released into the pool."""
-    connection: AbstractConnection = await pool.get_connection()  # type: ignore[no-untyped-call] # redis-py's gap
-    return connection
+def _connection_options(url: RedisUrl, server: tuple[str, int], timeout: timedelta) -> dict[str, Any]:
+    """The options of every connection.
 
-
-def connection_options(url: RedisUrl, server: tuple[str, int], timeout: timedelta) -> dict[str, Any]:
-    """What redis-py shall know of every connection.
-
-    Every time limit but that of connecting is the caller's. redis-py's own would send with `asyncio.wait_for`, which
-    costs a task each time and, in Python 3.11, forgets that it was cancelled when the sending ends at that moment; and
-    a read that it ends would answer None, as if Redis had said that nothing came.
+    Time limits other than that of connecting are the caller's. redis-py's own would send with `asyncio.wait_for`, which
+    costs a task each time and, in Python 3.11, loses a cancellation when sending ends at that moment; and a read that
+    it ends would answer None, as if Redis had said that nothing came.
     """
+    options: dict[str, Any] = {**parse_url(url.server_url(*server))}
+    if url.password_file is not None:
+        options["credential_provider"] = PasswordFile(options.pop("username", None) or "default", url.password_file)
     return {
-        **_with_password_file(url, parse_url(url.server_url(*server))),
+        **options,
         "socket_timeout": None,
         "socket_connect_timeout": timeout.total_seconds(),
-        # A repeated XADD is a second entry, and a repeated XREADGROUP hides the first one's loss.
+        # A repeated XADD is a second entry, and a repeated XREADGROUP hides the loss of the first.
         "retry": Retry(NoBackoff(), 0),
         "decode_responses": True,
         "encoding_errors": "replace",
         "legacy_responses": False,
-        # They switch off the check for stale connections, and no server here sends any. (None would mean the default.)
+        # They would switch off the check for stale connections, and no server here sends any. (None means the default.)
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
         "health_check_interval": 0,
-        # To say which library asks would be one more permission.
+        # Sending the name of the library needs one more permission.
         "driver_info": None,
     }
 
 
-def _with_password_file(url: RedisUrl, options: Mapping[str, Any]) -> dict[str, Any]:
-    if url.password_file is None:
-        return {**options}
-    login = PasswordFile(options.get("username") or "default", url.password_file)
-    return {**{name: value for name, value in options.items() if name != "username"}, "credential_provider": login}
-
-
 class PasswordFile(CredentialProvider):
-    """A password in a file, read for each connection: it may be written after a node has started, and be changed."""
+    """A password in a file, read for each connection: it may be written after the node starts, and be changed."""
 
     def __init__(self, user: str, file: Path) -> None:
-        self._login = user, file
+        self._user, self._file = user, file
 
     def get_credentials(self) -> tuple[str, str]:
-        """User and password: none without the file, for a server that asks for none, or is about to write it."""
-        user, file = self._login
+        """User and password. Without the file the password is empty: the server needs none, or is about to write it."""
         try:
-            return user, file.read_text("utf-8").strip()
+            return self._user, self._file.read_text("utf-8").strip()
         except FileNotFoundError:
-            return user, ""
+            return self._user, ""
         except UnicodeDecodeError:
             raise AuthenticationError("the password_file cannot be read: it is not UTF-8") from None
         except OSError as error:
             raise AuthenticationError(f"the password_file cannot be read: {error.strerror}") from None
 
     async def get_credentials_async(self) -> tuple[str, str]:
-        """See `get_credentials`. The file is small, and connections are rare."""
+        """As `get_credentials`. The file is small, and connections are rare."""
         return self.get_credentials()
 
 
-class _MasterPool(SentinelConnectionPool):
-    """Owns the connections to the Sentinels too. They may be asked one after the other within the time limit."""
+class _MasterPool(sentinel.SentinelConnectionPool):
+    """Owns the connections to the Sentinels, too. All of them may be asked within the timeout."""
 
     def __init__(self, url: RedisUrl, *, connections: int, timeout: timedelta) -> None:
-        options = connection_options(url, url.servers[0], timeout)
+        options = _connection_options(url, url.servers[0], timeout)
         del options["host"], options["port"]
         encrypted = options.pop("connection_class", None) is SSLConnection
-        each = timeout.total_seconds() / (len(url.servers) + 1)
-        tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
-        about_sentinels = {
-            "socket_timeout": each,
-            "socket_connect_timeout": each,
-            "retry": options["retry"],
-            "maint_notifications_config": options["maint_notifications_config"],
-            "driver_info": None,
+        sentinel_timeout = timeout.total_seconds() / (len(url.servers) + 1)
+        sentinel_options = {
+            **{name: value for name, value in options.items() if name.startswith("ssl_")},
+            **{name: options[name] for name in ("retry", "maint_notifications_config", "driver_info")},
+            "socket_timeout": sentinel_timeout,
+            "socket_connect_timeout": sentinel_timeout,
             "ssl": encrypted,
-            **tls,
             **url.sentinel_login,
         }
-        self._sentinels = Sentinel(url.servers, sentinel_kwargs=about_sentinels)  # type: ignore[no-untyped-call] # redis-py's gap
+        self._sentinels = sentinel.Sentinel(url.servers, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call] # redis-py's gap
         super().__init__(  # type: ignore[no-untyped-call] # redis-py's gap
             url.service,
             self._sentinels,
-            connection_class=SentinelManagedSSLConnection if encrypted else SentinelManagedConnection,
+            connection_class=sentinel.SentinelManagedSSLConnection if encrypted else sentinel.SentinelManagedConnection,
             max_connections=connections,
             **options,
         )

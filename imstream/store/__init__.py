@@ -1,1 +1,1 @@
-"""Every Redis command of imstream: the connection, the requests stream, the reply streams, and their Lua scripts."""
+"""The Redis keys of chat: requests, replies, leases, inboxes, routes and accounts, and their Lua scripts."""

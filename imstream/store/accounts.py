@@ -1,6 +1,6 @@
-"""Accounts: who is banned or locked, and what each user has asked today. All of it lies in the user's slot.
+"""Accounts: bans, locks, violations and daily quotas. All keys of an account lie in the user's slot.
 
-Bans and locks are told by Redis' clock, days by that of the node that took the message.
+Bans and locks follow Redis' clock, days the clock of the node that took the message.
 """
 
 from __future__ import annotations
@@ -13,40 +13,34 @@ from imstream.clock import Day, milliseconds
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 
 KEPT_AFTER_DAY = milliseconds(timedelta(hours=1))
-"""For how many milliseconds the messages of a day are kept after its end: by that much clocks may differ."""
-
-_CHECK_ACCOUNT_AND_COUNT = load_script("check_account_and_count")
-_UNDO_COUNT = load_script("undo_count")
-_RECORD_VIOLATION = load_script("record_violation")
-_RESTRICT = load_script("restrict")
-_LIFT_RESTRICTION = load_script("lift_restriction")
+"""Milliseconds for which the messages of a day are kept after its end: the tolerated difference between clocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Banned:
-    """The user does not come in."""
+    """The user is banned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """The user does not come in for `left`."""
+    """The user is locked for the time that is remaining."""
 
     remaining: timedelta
 
 
 @dataclass(frozen=True, slots=True)
 class AccountOpen:
-    """The user may come in, and has asked `used` messages today."""
+    """The user is neither banned nor locked, and `used` messages are counted today."""
 
     used: int
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A message may be asked; with it `used` are today. `new`: it was not counted before."""
+    """A message is allowed; with it, `used` messages are counted today. `new`: it was not counted before."""
 
     used: int
     new: bool
@@ -54,18 +48,12 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class QuotaExhausted:
-    """A message may not be asked: the user has asked enough today."""
+    """A message is not allowed: the daily quota is used up."""
 
 
 @dataclass(frozen=True, slots=True)
 class ViolationRecorded:
-    """A refused content is counted.
-
-    Attributes:
-        count: How many there are lately.
-        verdict: What has become of the user now.
-        nodes: Those that hold a socket of the user and are to be told, when the user is locked or banned.
-    """
+    """A violation is counted, with `count` in the window. `nodes`: those to notify of a lock or ban."""
 
     count: int
     verdict: Literal["noted", "locked", "banned"]
@@ -74,7 +62,7 @@ class ViolationRecorded:
 
 @dataclass(frozen=True, slots=True)
 class Restricted:
-    """A user is banned, or locked until a moment (ms since 1970). `nodes`: those to tell."""
+    """A user is banned, or locked until a moment (ms since 1970). `nodes`: those to notify."""
 
     until: int
     nodes: tuple[str, ...]
@@ -87,53 +75,53 @@ class Accounts:
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._quota = settings.daily_quota
-        self._same_for = milliseconds(settings.reply_ttl)
+        self._reply_ttl = milliseconds(settings.reply_ttl)
         lock, window = milliseconds(settings.lock_time), milliseconds(settings.violation_window)
-        self._blame = (window, settings.lock_after, lock, settings.ban_after, f"node {settings.node}")
+        self._penalty = (window, settings.lock_after, lock, settings.ban_after, f"node {settings.node}")
 
     async def check(self, user_id: int, day: Day) -> AccountOpen | Locked | Banned:
-        """Whether a user may come in."""
+        """Check whether a user is banned or locked."""
         keys = (self._keys.account(user_id), self._keys.quota(user_id, day.name))
-        verdict, *rest = await _CHECK_ACCOUNT_AND_COUNT.run(self._redis, keys, ())
-        return _kept_out(verdict, rest) or AccountOpen(int(rest[0]))
+        verdict, *rest = await LUA["check_account_and_count"].run(self._redis, keys, ())
+        return _restriction(verdict, rest) or AccountOpen(int(rest[0]))
 
     async def check_and_count(
         self, user_id: int, message_id: str, at: int, day: Day
     ) -> Counted | QuotaExhausted | Locked | Banned:
-        """Count a message, unless it may not be asked. `at`: when it is asked, in milliseconds since 1970."""
+        """Count a message if it is allowed. `at`: when it was asked, in milliseconds since 1970."""
         keys = self._keys
-        verdict, *rest = await _CHECK_ACCOUNT_AND_COUNT.run(
+        verdict, *rest = await LUA["check_account_and_count"].run(
             self._redis,
             (keys.account(user_id), keys.quota(user_id, day.name), keys.reply(user_id, message_id)),
-            (message_id, at, self._quota, self._same_for, day.end + KEPT_AFTER_DAY),
+            (message_id, at, self._quota, self._reply_ttl, day.end + KEPT_AFTER_DAY),
         )
-        if (kept_out := _kept_out(verdict, rest)) is not None:
-            return kept_out
+        if (restriction := _restriction(verdict, rest)) is not None:
+            return restriction
         return QuotaExhausted() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")
 
     async def undo_count(self, user_id: int, message_id: str, at: int, day: Day) -> None:
-        """Take back what `count` has counted as new: the message was not admitted."""
-        await _UNDO_COUNT.run(self._redis, (self._keys.quota(user_id, day.name),), (message_id, at))
+        """Undo a `Counted.new`: the message was not admitted."""
+        await LUA["undo_count"].run(self._redis, (self._keys.quota(user_id, day.name),), (message_id, at))
 
     async def refund(self, user_id: int, message_id: str, day: Day) -> bool:
-        """Count a message of that day no more: it was not answered. May be repeated; False when it is not counted."""
+        """Remove a message from the count of its day: it was not answered. False when it is not counted. Idempotent."""
         return bool(await self._redis.execute("ZREM", self._keys.quota(user_id, day.name), message_id))
 
     async def reset_quota(self, user_id: int, day: Day) -> int:
-        """Begin a day anew; how many messages were counted."""
+        """Remove all messages from the count of a day; return how many there were."""
         key = self._keys.quota(user_id, day.name)
         used = int(await self._redis.execute("ZCARD", key))
         await self._redis.execute("DEL", key)
         return used
 
     async def record_violation(self, user_id: int) -> ViolationRecorded:
-        """Count a content that was refused, and lock or ban the user who has written too many."""
+        """Count a violation, and lock or ban the user when there are too many."""
         keys = (self._keys.violations(user_id), self._keys.account(user_id), self._keys.route(user_id))
-        count, verdict, *nodes = await _RECORD_VIOLATION.run(self._redis, keys, self._blame)
+        count, verdict, *nodes = await LUA["record_violation"].run(self._redis, keys, self._penalty)
         return ViolationRecorded(int(count), verdict, tuple(nodes))
 
     async def lock(self, user_id: int, span: timedelta, *, reason: str, by: str) -> Restricted:
-        """Lock a user for so long from now on."""
+        """Lock a user for a time that begins now."""
         return await self._restrict(user_id, milliseconds(span), reason, by)
 
     async def ban(self, user_id: int, *, reason: str, by: str) -> Restricted:
@@ -141,24 +129,24 @@ class Accounts:
         return await self._restrict(user_id, "ban", reason, by)
 
     async def unlock(self, user_id: int) -> bool:
-        """Take a lock back; False when there is none."""
-        return await self._pardon(user_id, "locked_until")
+        """Lift a lock; False when there is none."""
+        return await self._lift_restriction(user_id, "locked_until")
 
     async def unban(self, user_id: int) -> bool:
-        """Take a ban back; False when there is none."""
-        return await self._pardon(user_id, "banned")
+        """Lift a ban; False when there is none."""
+        return await self._lift_restriction(user_id, "banned")
 
-    async def _restrict(self, user_id: int, how: int | str, reason: str, by: str) -> Restricted:
+    async def _restrict(self, user_id: int, lock_or_ban: int | str, reason: str, by: str) -> Restricted:
         keys = (self._keys.account(user_id), self._keys.route(user_id))
-        until, *nodes = await _RESTRICT.run(self._redis, keys, (how, reason, by))
+        until, *nodes = await LUA["restrict"].run(self._redis, keys, (lock_or_ban, reason, by))
         return Restricted(int(until), tuple(nodes))
 
-    async def _pardon(self, user_id: int, what: str) -> bool:
+    async def _lift_restriction(self, user_id: int, field: str) -> bool:
         keys = (self._keys.account(user_id), self._keys.violations(user_id))
-        return bool(await _LIFT_RESTRICTION.run(self._redis, keys, (what,)))
+        return bool(await LUA["lift_restriction"].run(self._redis, keys, (field,)))
 
 
-def _kept_out(verdict: str, rest: list[int]) -> Locked | Banned | None:
+def _restriction(verdict: str, rest: list[int]) -> Locked | Banned | None:
     if verdict == "banned":
         return Banned()
     return Locked(timedelta(milliseconds=int(rest[0]))) if verdict == "locked" else None

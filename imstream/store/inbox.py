@@ -1,4 +1,7 @@
-"""Inboxes: what nodes tell each other. A notice is a hint that makes things quick; nothing is lost when one is."""
+"""Routes, which tell the nodes that hold a socket of a user, and inboxes, which carry notices between nodes.
+
+A notice only saves waiting: nothing else is lost when one is.
+"""
 
 from __future__ import annotations
 
@@ -12,86 +15,83 @@ import structlog
 from imstream.clock import milliseconds
 from imstream.errors import StoreError
 from imstream.keys import Keys
-from imstream.redis.client import Argument, BlockingReader, RedisClient
+from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 
 MAX_NOTICES = 1_000
-"""About so many are kept; a node that is further behind finds out by looking."""
+"""Approximate number of notices kept. A node that is further behind finds out what changed by polling."""
+
+ROUTE_TTL = timedelta(minutes=30)
+"""How long a route is kept unless it is added again; so long a dead node is notified."""
 
 INBOX_TTL = timedelta(minutes=10)
-"""How long an inbox is kept in which nobody leaves anything: that of a node that is dead, mostly."""
+"""How long an inbox is kept after the last notice."""
 
-_AT_ONCE = 100
-"""Most notices taken in one read."""
+_MAX_READ = 100
+"""Maximum number of notices in one read."""
 
-_DIGITS = re.compile(r"[0-9]{1,20}")
-_MESSAGE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_NUMBER = re.compile(r"[0-9]{1,20}")
+_VALID = {"user": _NUMBER, "login": _NUMBER, "message_id": re.compile(r"[A-Za-z0-9._:-]{1,64}")}
 
-_NOTIFY = load_script("notify")
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyGrew:
-    """Something new is in the reply stream of a message. `begun`: it is the first attempt's beginning."""
+    """The reply stream of a message has new entries. `begun`: the first attempt has opened it."""
 
     user_id: int
     message_id: str
     begun: bool = False
 
-    def fields(self) -> tuple[str, ...]:
-        """As field, value, …."""
-        event = "begun" if self.begun else "grew"
-        return ("event", event, "user", str(self.user_id), "message_id", self.message_id)
-
 
 @dataclass(frozen=True, slots=True)
 class SessionReplaced:
-    """A user has logged in again; with one session for each user, those with an older login are to be closed."""
+    """A user has logged in again. With one session for each user, sessions with an older login are to be closed."""
 
     user_id: int
     login: int
 
-    def fields(self) -> tuple[str, ...]:
-        """As field, value, …."""
-        return ("event", "replaced", "user", str(self.user_id), "login", str(self.login))
-
 
 @dataclass(frozen=True, slots=True)
 class NodeLeft:
-    """A node has given up its lease; what it left may be adopted at once."""
+    """A node has released its lease; its stream may be adopted at once."""
 
     node: str
-
-    def fields(self) -> tuple[str, ...]:
-        """As field, value, …."""
-        return ("event", "left", "node", self.node)
 
 
 @dataclass(frozen=True, slots=True)
 class AccountChanged:
-    """A user was locked or banned: the sessions are to be closed."""
+    """A user was locked or banned: the user's sessions are to be closed."""
 
     user_id: int
-
-    def fields(self) -> tuple[str, ...]:
-        """As field, value, …."""
-        return ("event", "account", "user", str(self.user_id))
 
 
 Notice = ReplyGrew | SessionReplaced | NodeLeft | AccountChanged
 
 
+def notice_fields(notice: Notice) -> tuple[str, ...]:
+    """The stream entry of a notice, as field, value, …."""
+    match notice:
+        case ReplyGrew(user_id, message_id, begun):
+            return ("event", "begun" if begun else "grew", "user", str(user_id), "message_id", message_id)
+        case SessionReplaced(user_id, login):
+            return ("event", "replaced", "user", str(user_id), "login", str(login))
+        case NodeLeft(node):
+            return ("event", "left", "node", node)
+        case AccountChanged(user_id):
+            return ("event", "account", "user", str(user_id))
+
+
 async def notify(redis: RedisClient, keys: Keys, node: str, notice: Notice) -> None:
-    """Leave a notice for a node. Raises `StoreError`."""
-    arguments: tuple[Argument, ...] = (MAX_NOTICES, milliseconds(INBOX_TTL), *notice.fields())
-    await _NOTIFY.run(redis, (keys.inbox(node),), arguments)
+    """Append a notice to the inbox of a node. Raises `StoreError`."""
+    await LUA["notify"].run(redis, (keys.inbox(node),), (MAX_NOTICES, milliseconds(INBOX_TTL), *notice_fields(notice)))
 
 
 class Inbox:
-    """The inbox of this node, and the way to those of the others."""
+    """Reads the inbox of this node, and writes to those of others."""
 
     def __init__(self, redis: RedisClient, reader: BlockingReader, settings: Settings) -> None:
         self.node = settings.node
@@ -99,72 +99,87 @@ class Inbox:
         self._reader = reader
         self._keys = Keys(settings.key_prefix)
         self._block = milliseconds(settings.read_block)
-        self._after: str | None = None
+        self._last_id: str | None = None
 
     async def notify(self, nodes: Iterable[str], notice: Notice, *, include_self: bool = False) -> bool:
-        """Leave a notice for each of these nodes but this one. One that cannot be left is only logged.
-
-        Args:
-            nodes: The nodes.
-            notice: What they are told.
-            include_self: Leave it for this one too, as the last, whether it is among them or not.
+        """Notify these nodes but not this one, or with `include_self` this one, too, as the last. Errors are logged.
 
         Returns:
-            Whether any of them is another node.
+            Whether any of the nodes is another one.
         """
         others = {*nodes} - {self.node}
         for node in (*others, self.node) if include_self else others:
             try:
                 await notify(self._redis, self._keys, node, notice)
             except StoreError as error:
-                log.warning("notice not left", to=node, error=str(error))
+                log.warning("notice not sent", to=node, error=str(error))
         return bool(others)
 
     async def read(self) -> list[Notice]:
-        """Wait for notices left since the last call, or since this is called first. Empty after a while without any.
+        """Wait for notices since the last call; the first call skips older ones. Empty after `read_block` without any.
 
         Raises:
             StoreError: Redis was not reached.
         """
         key = self._keys.inbox(self.node)
-        if self._after is None:
+        if self._last_id is None:
             newest = await self._redis.execute("XREVRANGE", key, "+", "-", "COUNT", 1)
-            self._after = newest[0][0] if newest else "0-0"
-        answer = await self._reader.execute(
-            "XREAD", "COUNT", _AT_ONCE, "BLOCK", self._block, "STREAMS", key, self._after
+            self._last_id = newest[0][0] if newest else "0-0"
+        reply = await self._reader.execute(
+            *("XREAD", "COUNT", _MAX_READ, "BLOCK", self._block, "STREAMS", key, self._last_id)
         )
-        streams = answer.items() if isinstance(answer, dict) else answer or ()
+        streams = reply.items() if isinstance(reply, dict) else reply or ()
         rows = [row for _, entries in streams for row in entries]
         if rows:
-            self._after = rows[-1][0]
+            self._last_id = rows[-1][0]
         return [notice for _, flat in rows if (notice := parse_notice(flat)) is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class RouteAdded:
+    """A route is added. `nodes`: those with a socket of the user, this one included.
+
+    A later login of the user, on any node, has a higher number. `has_account`: check whether the user may stay.
+    """
+
+    login: int
+    nodes: tuple[str, ...]
+    has_account: bool = False
+
+
+class Routes:
+    """The routes that lead to this node."""
+
+    def __init__(self, redis: RedisClient, settings: Settings) -> None:
+        self.node = settings.node
+        self._redis = redis
+        self._keys = Keys(settings.key_prefix)
+
+    async def add_route(self, user_id: int) -> RouteAdded:
+        """Record that this node holds a socket of the user. Idempotent."""
+        keys = (self._keys.route(user_id), self._keys.account(user_id))
+        login, has_account, *nodes = await LUA["add_route"].run(self._redis, keys, (self.node, milliseconds(ROUTE_TTL)))
+        return RouteAdded(int(login), tuple(nodes), has_account=bool(has_account))
+
+    async def remove_route(self, user_id: int) -> None:
+        """Record that this node holds no socket of the user any longer."""
+        await self._redis.execute("SREM", self._keys.route(user_id), self.node)
+
+
 def parse_notice(flat: Sequence[str]) -> Notice | None:
-    """Read an entry, given as field, value, …; None for what is no notice, or one of a newer version of imstream."""
+    """Read an entry, given as field, value, …; None when it is invalid, or of a newer version of imstream."""
     try:
-        fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        fields = {name: text for name, text in pairs if name not in _VALID or _VALID[name].fullmatch(text)}
         match fields["event"]:
             case "grew" | "begun" as event:
-                return ReplyGrew(_number(fields["user"]), _message_id(fields["message_id"]), begun=event == "begun")
+                return ReplyGrew(int(fields["user"]), fields["message_id"], begun=event == "begun")
             case "replaced":
-                return SessionReplaced(_number(fields["user"]), _number(fields["login"]))
+                return SessionReplaced(int(fields["user"]), int(fields["login"]))
             case "left":
                 return NodeLeft(fields["node"])
             case "account":
-                return AccountChanged(_number(fields["user"]))
-    except (KeyError, TypeError, ValueError):  # whoever wrote it, it is a hint and no more
+                return AccountChanged(int(fields["user"]))
+    except (KeyError, TypeError, ValueError):
         pass
     return None
-
-
-def _number(text: str) -> int:
-    if _DIGITS.fullmatch(text) is None:
-        raise ValueError("no number")
-    return int(text)
-
-
-def _message_id(text: str) -> str:
-    if _MESSAGE_ID.fullmatch(text) is None:
-        raise ValueError("no message id")
-    return text

@@ -1,4 +1,4 @@
-"""Looks at a node's stream, or at a user, without changing anything: for `imstream streams` and `imstream user`."""
+"""Read-only views of a node's stream and of a user, for `imstream streams` and `imstream user`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from typing import Any
 from imstream.clock import Day
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
-from imstream.redis.client import Argument, RedisClient
+from imstream.redis.client import RedisClient
+from imstream.redis.connection import Argument
 
 MAX_SHOWN = 20
-"""Most requests in work that are listed; they are counted all the same."""
+"""Maximum number of requests in progress that are listed. All are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class InProgress:
-    """A request that a worker has.
+    """A request that was delivered to the worker of node `consumer`, `since` ago.
 
-    Attributes:
-        consumer: The id of the node that works on it.
-        since: Time since it was given to that worker.
-        deliveries: How often it was given to a worker that then dead_at with it, this time included.
+    `deliveries`: this one, and those before it whose worker died.
     """
 
     entry_id: str
@@ -48,14 +46,13 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class StreamOverview:
-    """One node's stream at a moment.
+    """The stream of one node.
 
     Attributes:
-        unfinished: Requests accepted and not ended.
-        in_progress: Those of them that workers have, by node.
-        oldest: Those that workers have had for longest by their place in the stream, at most `MAX_SHOWN`.
-        dead: Dead letters that are kept.
-        newest_dead: The newest of them.
+        unfinished: Requests in the stream.
+        in_progress: How many of them each consumer has.
+        oldest: The first of those by entry id, at most `MAX_SHOWN`.
+        dead: Number of dead letters.
     """
 
     unfinished: int
@@ -66,21 +63,18 @@ class StreamOverview:
 
     @property
     def waiting(self) -> int:
-        """Requests that no worker has yet."""
+        """Requests that were not delivered yet."""
         return self.unfinished - sum(self.in_progress.values())
 
 
 @dataclass(frozen=True, slots=True)
 class UserOverview:
-    """What is known of one user at a moment.
+    """What Redis holds about one user.
 
     Attributes:
-        account: The fields of a ban or lock; it may be over.
-        day: The date that `asked` is of.
-        asked: Messages that are counted, newest first, and when each was asked (ms since 1970).
-        violations: Contents that were refused lately.
-        violations_expire_in: How long these are remembered.
-        nodes: Where the user has sockets.
+        account: The fields of a ban or lock, possibly expired.
+        day: The date of `counted`.
+        counted: Messages of that day, newest first, and when each was asked (ms since 1970).
     """
 
     account: dict[str, str]
@@ -92,13 +86,8 @@ class UserOverview:
 
 
 async def inspect_user(redis: RedisClient, keys: Keys, user_id: int, day: Day) -> UserOverview:
-    """Look at a user.
-
-    Raises:
-        StoreUnavailable: Redis was not reached.
-        StoreRefused: A key is not what it should be: somebody wrote it by hand. The text names it.
-    """
-    account, asked, violations, left, nodes = await asyncio.gather(
+    """Look at a user. Raises as `inspect_stream` does."""
+    account, counted, violations, expiry, nodes = await asyncio.gather(
         _read(redis, "HGETALL", keys.account(user_id)),
         _read(redis, "ZREVRANGE", keys.quota(user_id, day.name), 0, -1, "WITHSCORES"),
         _read(redis, "GET", keys.violations(user_id)),
@@ -106,30 +95,23 @@ async def inspect_user(redis: RedisClient, keys: Keys, user_id: int, day: Day) -
         _read(redis, "SMEMBERS", keys.route(user_id)),
     )
     if violations is not None and not violations.isdecimal():
-        raise StoreRefused(f"{keys.violations(user_id)}: {violations!r} is no number")
+        raise StoreRefused(f"{keys.violations(user_id)}: {violations!r} is not a number")
     return UserOverview(
         account=account if isinstance(account, dict) else dict(zip(account[::2], account[1::2], strict=True)),
         day=day.name,
-        counted=[(message_id, float(at)) for message_id, at in asked],
+        counted=[(message_id, float(at)) for message_id, at in counted],
         violations=int(violations or 0),
-        violations_expire_in=timedelta(milliseconds=max(0, left)),
+        violations_expire_in=timedelta(milliseconds=max(0, expiry)),
         nodes=sorted(nodes),
     )
 
 
-async def _read(redis: RedisClient, command: str, key: str, *rest: Argument) -> Any:  # noqa: ANN401 - what Redis answers
-    try:
-        return await redis.execute(command, key, *rest)
-    except StoreRefused as refused:
-        raise StoreRefused(f"{key}: {refused}") from None
-
-
 async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: int) -> StreamOverview:
-    """Look at the stream of a node, and at its `newest` dead letters; a node that never ran has none.
+    """Look at the stream of a node, and at its `newest` dead letters. Both are empty for an unknown node.
 
     Raises:
         StoreUnavailable: Redis was not reached.
-        StoreRefused: A key is not what it should be: somebody wrote it by hand. The text names it.
+        StoreRefused: A key was written by hand and cannot be read. The text names it.
     """
     stream, dead = keys.requests(node), keys.dead(node)
     length, dead_length, letters, (in_progress, oldest) = await asyncio.gather(
@@ -147,8 +129,15 @@ async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: i
     )
 
 
+async def _read(redis: RedisClient, command: str, key: str, *rest: Argument) -> Any:  # noqa: ANN401 - what Redis answers
+    try:
+        return await redis.execute(command, key, *rest)
+    except StoreRefused as refused:
+        raise StoreRefused(f"{key}: {refused}") from None
+
+
 async def _in_progress(redis: RedisClient, stream: str) -> tuple[dict[str, int], list[InProgress]]:
-    with suppress(StoreRefused):  # no such stream or group: nothing was ever read from it
+    with suppress(StoreRefused):  # no such stream or group
         summary, rows = await asyncio.gather(
             redis.execute("XPENDING", stream, GROUP),
             redis.execute("XPENDING", stream, GROUP, "-", "+", MAX_SHOWN),

@@ -1,4 +1,7 @@
-"""Leases: who runs which node now. Whether a node is alive is told by its lease and by nothing else (I7)."""
+"""Leases and adoption. A node is alive while its lease exists, and only then (I7).
+
+The stream of a dead node is adopted by one living node until the node is back or the stream is empty (I1).
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,27 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from imstream.clock import milliseconds, now_ms, to_timedelta
-from imstream.errors import StoreError
+from imstream.errors import StoreError, StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 
 MAX_FIELD = 256
-"""Maximum length of a text in a lease. More is not read."""
+"""Maximum length of a text field in a lease. Longer ones are ignored."""
 
 _MAX_PID = 2**31 - 1
-
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
-"""What the id of a node is, as in its setting."""
 
-_ACQUIRE_LEASE = load_script("acquire_lease")
-_RELEASE_LEASE = load_script("release_lease")
-_REDIS_RESTARTED = load_script("redis_restarted")
-
-REDIS_KEPT = timedelta(days=7)
-"""How long it is known on which run of Redis a node last held its lease: the longest night in which all is stopped."""
+_REDIS_RUN_TTL = timedelta(days=7)
+"""How long it is remembered on which run of Redis a node last held its lease: the longest expected downtime."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The process that runs a node, readable as it stands in redis-cli.
+    """The process that runs a node. `instance` is unique to it, and `machine` to the machine or container of its pid.
 
-    Attributes:
-        instance: A word that no other process has.
-        host: Name of its machine.
-        machine: Tells machines and containers apart: only within one of them does a pid mean anything.
-        address: Where it listens.
-        stopping: It was told to stop: what it still works on does not die with it.
+    `stopping`: it was told to stop, so its deliveries do not count as ones that killed it.
     """
 
     instance: str
@@ -54,13 +46,13 @@ class Holder:
     stopping: bool = False
 
     def encode(self) -> str:
-        """As JSON, of schema version 1, whose field `v` may be missing: releases before it was there take no more than
-        the first five fields. To them, a process that stops is a holder of whom nothing is known."""  # noqa: D205, D209 - one thought
+        """As JSON of schema version 1, without its optional field `v`. Releases before `v` allow only the first five
+        fields; to them, a process that is stopping is an unknown holder."""  # noqa: D205, D209 - one thought
         return to_json({name: value for name, value in asdict(self).items() if value is not False}).decode()
 
     @classmethod
     def decode(cls, text: str) -> Holder:
-        """From JSON, whose unknown fields are ignored; of a field that cannot be read nothing is known."""
+        """From JSON. Unknown fields are ignored, and invalid ones replaced."""
         try:
             read: Any = from_json(text)
         except ValueError:
@@ -79,10 +71,9 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The lease is ours, for its whole life from now on.
+    """The lease is ours for its whole duration.
 
-    Attributes:
-        restarted: Redis was restarted since the process before this one last held it: the two may have ended together.
+    `restarted`: Redis was restarted since the process before this one held it, so that one may have ended with Redis.
     """
 
     restarted: bool = False
@@ -90,70 +81,114 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class HeldByOther:
-    """Another process has it, for `left` at least."""
+    """Another process holds the lease, for at least the time that is remaining."""
 
     holder: Holder
     remaining: timedelta
 
 
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The stream is ours, with this number of unfinished requests."""
+
+    unfinished: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotAdopted:
+    """The node is alive, or `adopter` has its stream."""
+
+    adopter: str | None
+
+
 class Leases:
-    """The lease of this node, and what those of the others tell."""
+    """The lease of this node, those of other nodes, and the adoption of dead nodes' streams."""
 
     def __init__(self, redis: RedisClient, settings: Settings) -> None:
         self.node = settings.node
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
-        self._life = milliseconds(settings.lease)
+        self._duration = milliseconds(settings.lease)
 
     async def acquire(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
-        """Take the lease of this node, or renew it.
-
-        Args:
-            holder: This process.
-            dead: The instance of a holder that is known to be dead; its lease may be taken over.
-        """
+        """Acquire or renew the lease of this node. `dead`: the instance of a dead holder, whose lease is taken over."""
         keys = (self._keys.lease(self.node), self._keys.redis_run(self.node), self._keys.requests(self.node))
-        lease = (holder.instance, holder.encode(), self._life, dead)
-        answer = await _ACQUIRE_LEASE.run(self._redis, keys, (*lease, GROUP, self.node, milliseconds(REDIS_KEPT)))
+        lease = (holder.instance, holder.encode(), self._duration, dead)
+        consumer = (GROUP, self.node, milliseconds(_REDIS_RUN_TTL))
+        answer = await LUA["acquire_lease"].run(self._redis, keys, (*lease, *consumer))
         if answer[0] == "held":
             return Held(restarted=answer[1] == "1")
-        return HeldByOther(Holder.decode(answer[1]), _span(answer[2]) or timedelta())
+        return HeldByOther(Holder.decode(answer[1]), _time_left(answer[2]) or timedelta())
 
     async def release(self, holder: Holder) -> None:
-        """Give the lease up: the node's stream may be adopted at once."""
-        await _RELEASE_LEASE.run(self._redis, (self._keys.lease(self.node),), (holder.instance,))
+        """Release the lease: the node's stream may be adopted at once."""
+        await LUA["release_lease"].run(self._redis, (self._keys.lease(self.node),), (holder.instance,))
 
     async def redis_restarted_since(self, node: str) -> bool:
-        """Whether Redis was restarted since a node last held its lease: it may have ended when Redis did."""
-        return bool(await _REDIS_RESTARTED.run(self._redis, (self._keys.redis_run(node),), ()))
+        """Whether Redis was restarted since a node last held its lease: the node may have ended with it."""
+        return bool(await LUA["redis_restarted"].run(self._redis, (self._keys.redis_run(node),), ()))
 
     async def heartbeat(self) -> None:
-        """Be seen in the directory of nodes."""
+        """Update this node in the directory of nodes."""
         await self._redis.execute("ZADD", self._keys.nodes(), now_ms(), self.node)
 
     async def other_nodes(self) -> dict[str, timedelta]:
-        """The other nodes of the directory, and how long ago each was last seen. What is no node's id is ignored."""
+        """The other nodes of the directory, and how long ago each was last seen. Invalid node ids are ignored."""
         rows = await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1, "WITHSCORES")
-        moment = now_ms()
-        return {node: to_timedelta(moment - at) for node, at in rows if node != self.node and _NODE.fullmatch(node)}
+        now = now_ms()
+        return {node: to_timedelta(now - at) for node, at in rows if node != self.node and _NODE.fullmatch(node)}
 
     async def time_left(self, nodes: Iterable[str]) -> dict[str, timedelta | None]:
-        """How long the lease of each node lasts if it is not renewed; None: nobody holds it."""
+        """How long the lease of each node lasts unless it is renewed; None when there is no lease."""
         names = list(nodes)
         asked = (self._redis.execute("PTTL", self._keys.lease(node)) for node in names)
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        return {node: _span(answer) for node, answer in zip(names, answers, strict=True)}
+        return {node: _time_left(answer) for node, answer in zip(names, answers, strict=True)}
+
+    async def unfinished(self, node: str) -> int:
+        """The number of requests in the stream of a node."""
+        return int(await self._redis.execute("XLEN", self._keys.requests(node)))
+
+    async def adopt(self, node: str) -> Adopted | NotAdopted:
+        """Adopt the stream of a node, or renew the adoption, for the duration of a lease."""
+        keys = (self._keys.lease(node), self._keys.adopter(node), self._keys.requests(node))
+        verdict, *rest = await LUA["adopt"].run(self._redis, keys, (self.node, self._duration))
+        return Adopted(int(rest[0])) if verdict == "adopted" else NotAdopted(rest[0] if rest else None)
+
+    async def has_pending(self, node: str) -> bool:
+        """Whether requests in the stream of a node are pending under our name."""
+        try:
+            rows = await self._redis.execute("XPENDING", self._keys.requests(node), GROUP, "-", "+", 1, self.node)
+        except StoreRefused as error:
+            if str(error).startswith("NOGROUP"):
+                return False
+            raise
+        return bool(rows)
+
+    async def release_stream(self, node: str) -> bool:
+        """End the adoption. False when requests are still pending under our name."""
+        keys = (self._keys.adopter(node), self._keys.requests(node))
+        return int(await LUA["release_stream"].run(self._redis, keys, (self.node, GROUP))) == 0
+
+    async def retire(self, node: str) -> bool:
+        """Delete all keys of a node but its dead letters. False when it is alive, adopted, or has requests."""
+        keys = self._keys
+        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run)
+        if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], ()):
+            return False
+        await self._redis.execute("ZREM", keys.nodes(), node)
+        return True
 
 
-def _span(answer: int | BaseException) -> timedelta | None:
-    if isinstance(answer, StoreError):  # not known: then it counts as alive
+def _time_left(answer: int | BaseException) -> timedelta | None:
+    if isinstance(answer, StoreError):  # unknown: the node counts as alive
         return timedelta.max
     if isinstance(answer, BaseException):
         raise answer
-    if answer == -1:  # set by hand, without an end
+    if answer == -1:  # set by hand, without expiry
         return timedelta.max
     return to_timedelta(answer) if answer >= 0 else None
 
 
-def _text(value: object, otherwise: str) -> str:
-    return value if isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_FIELD else otherwise
+def _text(value: object, default: str) -> str:
+    return value if isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_FIELD else default

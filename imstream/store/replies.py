@@ -1,4 +1,4 @@
-"""The reply stream of one message: all that was said about it, and the one judge over who may say more (I4)."""
+"""The reply stream of a message: all that is recorded about it. Each append is checked against it (I4)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from typing import Literal
 from imstream.clock import milliseconds
 from imstream.keys import Keys
 from imstream.model import TERMINAL_EVENTS, Record, Terminal, TerminalEvent
-from imstream.redis.client import Argument, RedisClient
+from imstream.redis.client import RedisClient
+from imstream.redis.connection import Argument
 from imstream.settings import Settings
-from imstream.store.scripts import load_script
-
-_MARK_QUEUED = load_script("mark_queued")
-_OPEN = load_script("open")
-_APPEND = load_script("append")
-_CANCEL = load_script("cancel")
+from imstream.store.scripts import LUA
 
 CancelOutcome = Literal["cancelled", "too_late", "unknown"]
-_KNOWN = frozenset({"queued", "opened", "text", *TERMINAL_EVENTS})
+_KNOWN_EVENTS = frozenset({"queued", "opened", "text", *TERMINAL_EVENTS})
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An attempt has begun and belongs to the request that opened it. `nodes`: where sockets of the user are."""
+    """An attempt has begun, and the message belongs to its request. `nodes`: those with a socket of the user."""
 
     attempt: int
     nodes: tuple[str, ...] = ()
@@ -31,7 +27,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """There is nothing to begin: the reply has its terminal event. `owner`: the request that it belongs to."""
+    """No attempt was begun: the reply has its terminal event. `owner`: the request that it belongs to."""
 
     event: TerminalEvent
     owner: str
@@ -39,25 +35,23 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """There is nothing to begin: another request with the same message id has the reply."""
+    """No attempt was begun: the reply belongs to another request with the same message id."""
 
     owner: str
 
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """The text, or the terminal event, is recorded. `nodes`: where sockets of the user are."""
+    """The text or terminal event is recorded. `nodes`: those with a socket of the user."""
 
     nodes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The reply takes nothing more from this attempt.
+    """The reply accepts nothing from this attempt: it is `superseded` by a later one, `ended`, or `gone` from Redis.
 
-    Attributes:
-        reason: `superseded` by a later attempt; `ended`; `gone` from Redis; `gap`: text would be missing or repeated.
-        offset: For a `gap`: up to where the text of this attempt is recorded.
+    `gap`: text would be missing or repeated; the recorded text of this attempt ends at `offset`.
     """
 
     reason: Literal["superseded", "ended", "gone", "gap"]
@@ -66,13 +60,13 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class CancelRecorded:
-    """The reply has ended as cancelled. `nodes`: the one that worked on it, and where sockets of the user are."""
+    """The reply has ended as cancelled. `nodes`: the one that worked on it, and those with a socket of the user."""
 
     nodes: tuple[str, ...]
 
 
 class ReplyStore:
-    """The reply streams, each under its user and message id."""
+    """The reply streams, by user and message id."""
 
     def __init__(self, redis: RedisClient, settings: Settings) -> None:
         self._redis = redis
@@ -82,25 +76,20 @@ class ReplyStore:
         self._queued_ttl = milliseconds(settings.queued_ttl)
 
     async def mark_queued(self, user_id: int, message_id: str) -> None:
-        """Note that the message waits, unless anything is known of it already."""
-        # No worker is free: the message waits, and its mark may wait for others to travel with.
-        keys = self._keys_of(user_id, message_id)[:1]
-        await _MARK_QUEUED.run(self._redis, keys, (self._queued_ttl,), urgent=False)
+        """Record that the message waits for a worker, unless its reply stream exists already."""
+        keys = (self._keys.reply(user_id, message_id),)
+        await LUA["mark_queued"].run(self._redis, keys, (self._queued_ttl,), urgent=False)
 
     async def open(
         self, user_id: int, message_id: str, *, request: str, lost: str = "", after: int = 0
     ) -> Opened | Ended | Duplicate:
-        """Begin the next attempt at a message.
+        """Begin the next attempt at a message, which `request` owns from now on.
 
-        Args:
-            user_id: Whose message it is.
-            message_id: The message.
-            request: The request that opens it, and that it belongs to from now on.
-            lost: Another request, known to be lost; what belongs to it may be taken over.
-            after: An attempt that has been made, even if Redis has lost it: the next one has a later number.
+        `lost`: a request known to be lost, from which the message may be taken over. `after`: the last attempt known to
+        the caller, in case Redis has lost it: no number is given twice.
         """
         arguments = (request, self._ttl, lost, after, self._node)
-        answer = await _OPEN.run(self._redis, self._keys_of(user_id, message_id), arguments)
+        answer = await LUA["open"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
         match answer:
             case ["opened", attempt, *nodes]:
                 return Opened(int(attempt), tuple(nodes))
@@ -125,7 +114,7 @@ class ReplyStore:
         arguments: tuple[Argument, ...] = (attempt, event, before, after, text, self._ttl)
         if terminal is not None:
             arguments += terminal.fields()
-        answer = await _APPEND.run(self._redis, self._keys_of(user_id, message_id), arguments)
+        answer = await LUA["append"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
         match answer:
             case ["appended", *nodes]:
                 return Appended(tuple(nodes))
@@ -135,17 +124,14 @@ class ReplyStore:
                 return Rejected(answer[0])
 
     async def cancel(self, user_id: int, message_id: str) -> CancelRecorded | Literal["too_late", "unknown"]:
-        """End the reply as cancelled, wherever it is worked on."""
-        verdict, *nodes = await _CANCEL.run(self._redis, self._keys_of(user_id, message_id), (self._ttl,))
+        """End the reply as cancelled, whichever node works on it."""
+        verdict, *nodes = await LUA["cancel"].run(self._redis, self._reply_and_route(user_id, message_id), (self._ttl,))
         return CancelRecorded(tuple(nodes)) if verdict == "cancelled" else verdict
 
     async def read(self, user_id: int, message_id: str, *, after: str = "") -> Record | None:
-        """What is recorded of the last attempt; None when the reply has expired or never was.
+        """The record of the last attempt; with `after`, the position of an earlier record, only what is new.
 
-        Args:
-            user_id: Whose message it is.
-            message_id: The message.
-            after: Position of an earlier record: only what is new since then. None then means that nothing is.
+        None when there is nothing new, or no reply, or it has expired.
         """
         begin = f"({after}" if after else "-"
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
@@ -155,8 +141,8 @@ class ReplyStore:
         for _, flat in entries:
             fields = dict(zip(flat[::2], flat[1::2], strict=True))
             attempt, text = int(fields["attempt"]), fields.get("text", "")
-            if fields["event"] not in _KNOWN:
-                continue  # of a newer release, or by hand
+            if fields["event"] not in _KNOWN_EVENTS:
+                continue  # of a newer release, or written by hand
             if fields["event"] == "opened":
                 texts.clear()
                 start = 0
@@ -168,10 +154,9 @@ class ReplyStore:
         return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0])
 
     async def has_shown_text(self, user_id: int, message_id: str) -> bool:
-        """Whether any attempt has shown text, also one that was begun anew since."""
+        """Whether any attempt has recorded text, including attempts that were restarted."""
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
-        texts = (dict(zip(flat[::2], flat[1::2], strict=True)).get("text") for _, flat in entries)
-        return any(texts)
+        return any(dict(zip(flat[::2], flat[1::2], strict=True)).get("text") for _, flat in entries)
 
-    def _keys_of(self, user_id: int, message_id: str) -> tuple[str, str]:
+    def _reply_and_route(self, user_id: int, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)

@@ -1,4 +1,4 @@
-"""The Lua scripts of the store: one file in `lua/` for each atomic step."""
+"""The Lua scripts of the store: each file in `lua/` is one atomic step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from importlib import resources
 
 from imstream.redis.client import Script
 
-_FOLDER = resources.files("imstream.store") / "lua"
-
-
-def load_script(name: str) -> Script:
-    """Load `lua/<name>.lua`."""
-    return Script(_FOLDER.joinpath(f"{name}.lua").read_text("utf-8"))
+LUA = {
+    file.name.removesuffix(".lua"): Script(file.read_text("utf-8"))
+    for file in (resources.files("imstream.store") / "lua").iterdir()
+}

@@ -10,7 +10,7 @@ from datetime import timedelta
 import structlog
 
 from imstream.errors import StoreError
-from imstream.store.adoption import Adoption, NotAdopted
+from imstream.store.leases import NotAdopted
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
 
@@ -26,9 +26,8 @@ log = structlog.get_logger()
 class Adopter:
     """Adopts the streams of dead nodes. `run` until `stop`."""
 
-    def __init__(self, deps: WorkerDeps, adoption: Adoption, make_consumer: Callable[[str], StreamConsumer]) -> None:
+    def __init__(self, deps: WorkerDeps, make_consumer: Callable[[str], StreamConsumer]) -> None:
         self._deps = deps
-        self._adoption = adoption
         self._make_consumer = make_consumer
         self._consumers: dict[str, StreamConsumer] = {}
         self._searched: set[str] = set()
@@ -92,14 +91,14 @@ class Adopter:
         return max(_MARGIN, min(pauses))
 
     async def _adopt_or_retire(self, group: asyncio.TaskGroup, node: str, since: timedelta) -> None:
-        unfinished = await self._adoption.unfinished(node)
+        unfinished = await self._deps.leases.unfinished(node)
         if unfinished == 0:
-            if since > self._deps.settings.retire_after and await self._adoption.retire(node):
+            if since > self._deps.settings.retire_after and await self._deps.leases.retire(node):
                 log.info("node retired", node=node, unseen=str(since))
             return
         if unfinished == self._newer.get(node):
             return  # left to a node that knows their schema
-        verdict = await self._adoption.adopt(node)
+        verdict = await self._deps.leases.adopt(node)
         if isinstance(verdict, NotAdopted):
             return
         if self._stopping:  # another node must not wait until our adoption expires
@@ -110,8 +109,8 @@ class Adopter:
 
     async def _resume(self, group: asyncio.TaskGroup, node: str) -> None:
         """Finish what an earlier process of this node had adopted: no other node does while both nodes live."""
-        if not await self._adoption.has_pending(node):
-            await self._adoption.release_stream(node)  # removes our consumer if the node has claimed its entries
+        if not await self._deps.leases.has_pending(node):
+            await self._deps.leases.release_stream(node)  # removes our consumer if the node has claimed its entries
         elif not self._stopping:
             log.info("resuming an earlier adoption", node=node)
             consumer = self._make_consumer(node)
@@ -129,7 +128,7 @@ class Adopter:
         try:
             while not (await asyncio.wait([consuming], timeout=self._interval))[0]:
                 with suppress(StoreError):  # unknown: reading on is safe, each entry is delivered once
-                    verdict = await self._adoption.adopt(node)
+                    verdict = await self._deps.leases.adopt(node)
                     if isinstance(verdict, NotAdopted) or verdict.unfinished <= consumer.newer_requests:
                         consumer.finish_pending()
                     else:  # also when the node was back and has died again
@@ -143,7 +142,7 @@ class Adopter:
 
     async def _release(self, node: str) -> None:
         try:
-            finished = await self._adoption.release_stream(node)
+            finished = await self._deps.leases.release_stream(node)
         except StoreError as error:
             log.warning("adopted stream cannot be released", node=node, error=str(error))
             return

@@ -35,7 +35,7 @@ from imstream.guards.words import word_guard
 from imstream.keys import Keys
 from imstream.model import ChatRequest, MalformedEntry
 from imstream.settings import Settings
-from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, parse_notice
+from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, notice_fields, parse_notice
 from imstream.store.leases import Holder
 from imstream.texts import choose_lang
 from imstream.urls import RedisUrl, SecretUrl, redact_url
@@ -176,7 +176,7 @@ PARSERS = {
         read_stored_notice,
         (),
         [
-            flat(*notice.fields())
+            flat(*notice_fields(notice))
             for notice in (
                 ReplyGrew(10001, "m-1"),
                 SessionReplaced(10001, 5),

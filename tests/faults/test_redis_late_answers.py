@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 from imstream.wire import Code, Event
 from tests.support.chatter import Chatter
 from tests.support.servers import DemoBackend, RedisServer
@@ -67,7 +67,7 @@ async def test_an_answer_of_redis_that_is_lost_at_any_step_leaves_one_reply(
 async def _ask_and_lose_an_answer(play: Stage, user: Chatter, proxy: TcpProxy, step: str, fate: Fate) -> None:
     await wait_until(lambda: play.unfinished() == 0, f"nothing is under way before {step}")
     script, pace = STEPS[step]
-    trap = proxy.on_answer_to(load_script(script).digest.encode(), fate=fate)
+    trap = proxy.on_answer_to(LUA[script].digest.encode(), fate=fate)
     message_id = f"{step}-{fate}"
     refusals = await user.ask_until_accepted(message_id, f"lost at its {step} {pace}")
     assert refusals == ([Code.UNAVAILABLE] if step == "admission" else [])
@@ -85,7 +85,7 @@ async def test_a_message_that_waits_is_not_called_accepted_when_the_answer_to_it
     ):
         user = await play.user()
         assert await user.ask("long", "so that the other waits [[demo first=3s length=1]]") == Event.ACCEPTED
-        trap = proxy.on_answer_to(load_script("mark_queued").digest.encode(), fate=fate)
+        trap = proxy.on_answer_to(LUA["mark_queued"].digest.encode(), fate=fate)
         # A message that may not be recorded is not `accepted`: another node could not resume it (I1).
         assert await user.ask_until_accepted("waiting", f"lost at its mark {AT_ONCE}") == [Code.UNAVAILABLE]
         assert trap.sprung
@@ -103,7 +103,7 @@ async def test_an_answer_that_begins_before_its_acceptance_can_be_said_is_told_a
     ):
         user = await play.user()
         assert await user.ask("first", f"so that Redis knows the scripts {AT_ONCE}") == Event.ACCEPTED
-        trap = proxy.on_answer_to(load_script("admit").digest.encode(), fate=Fate.DELAY, delay=0.4)
+        trap = proxy.on_answer_to(LUA["admit"].digest.encode(), fate=Fate.DELAY, delay=0.4)
         assert await user.ask("m1", "quick? [[demo first=0s pace=5ms length=40]]") == Event.ACCEPTED
         assert await user.ended("m1") == "done"
         assert trap.sprung
@@ -118,7 +118,7 @@ async def test_a_socket_that_was_welcomed_late_follows_what_was_asked_elsewhere_
         stage(redis_server, demo, tmp_path, redis_url=proxy.url) as play,
     ):
         asking = await play.user()
-        trap = proxy.on_answer_to(load_script("add_route").digest.encode(), fate=Fate.DELAY, delay=0.4)
+        trap = proxy.on_answer_to(LUA["add_route"].digest.encode(), fate=Fate.DELAY, delay=0.4)
         watching = asyncio.create_task(play.user())
         await wait_until(lambda: trap.sprung, "its login is on the way")
         await asking.ask("m1", "who is there? [[demo first=0s pace=5ms length=40]]")

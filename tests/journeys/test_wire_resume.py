@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from imstream.demo.answer import canned_answer
 from imstream.keys import Keys
-from imstream.store.inbox import ReplyGrew
+from imstream.store.inbox import ReplyGrew, notice_fields
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
 from tests.support.redis_sets import Topology
@@ -206,7 +206,7 @@ async def test_a_late_notice_that_an_answer_begins_does_not_tell_it_again(node: 
             "here",
             "elsewhere",
         ):  # as another node sends them; this socket has received the end of the first
-            notice = ReplyGrew(USER, message_id, begun=True).fields()
+            notice = notice_fields(ReplyGrew(USER, message_id, begun=True))
             node.redis.xadd(Keys().inbox("0"), dict(zip(notice[::2], notice[1::2], strict=True)))
             node.redis.expire(Keys().inbox("0"), 60)
         assert (await someone.end_of("elsewhere")).text == WHOLE

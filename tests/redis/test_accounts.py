@@ -16,7 +16,7 @@ from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.accounts import AccountOpen, Accounts, Banned, Counted, Locked, QuotaExhausted
-from imstream.store.routes import Routes
+from imstream.store.inbox import Routes
 from tests.redis.conftest import Store
 from tests.support.redis_sets import cluster_set
 from tests.support.waiting import wait_until

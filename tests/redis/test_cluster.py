@@ -86,7 +86,7 @@ async def test_every_command_finds_the_master_of_its_key(redis_client: RedisClie
         with server.client() as client:
             assert list(client.scan_iter()) == [stream]
     assert await redis_client.execute("PING") in {"PONG", True}
-    assert set(await redis_client.on_every_master("DBSIZE")) == {f"127.0.0.1:{one.port}" for one in cluster.masters}
+    assert set(await redis_client.execute_on_masters("DBSIZE")) == {f"127.0.0.1:{one.port}" for one in cluster.masters}
     with pytest.raises(StoreRefused, match="same slot"):
         await redis_client.execute("DEL", *streams_of(cluster))
 

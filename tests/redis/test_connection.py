@@ -14,7 +14,7 @@ import redis
 from imstream.errors import StoreFull, StoreRefused, StoreUnavailable
 from imstream.redis import pipeline
 from imstream.redis.client import BlockingReader, RedisClient
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 from tests.redis.conftest import Store
 from tests.support.letting_go import lets_go
 from tests.support.processes import free_port
@@ -135,7 +135,7 @@ async def test_a_write_at_maxmemory_is_told_from_an_absence(redis_client: RedisC
     with pytest.raises(StoreFull):
         await redis_client.execute("SET", "k", "v")
     with pytest.raises(StoreFull):
-        await load_script("mark_queued").run(redis_client, ("k",), (1000,))
+        await LUA["mark_queued"].run(redis_client, ("k",), (1000,))
     assert await redis_client.execute("GET", "k") is None
 
 
@@ -145,7 +145,7 @@ async def test_a_replica_that_cannot_be_written_is_as_good_as_away(redis_client:
         with pytest.raises(StoreUnavailable, match="read only replica"):
             await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="read only replica"):
-            await load_script("mark_queued").run(redis_client, ("k",), (1000,))
+            await LUA["mark_queued"].run(redis_client, ("k",), (1000,))
     finally:
         store.redis.replicaof("no", "one")
 
@@ -160,7 +160,7 @@ async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: Redis
         with pytest.raises(StoreUnavailable, match="MISCONF"):
             await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="MISCONF"):
-            await load_script("mark_queued").run(redis_client, ("k2",), (1000,))
+            await LUA["mark_queued"].run(redis_client, ("k2",), (1000,))
     own_server.kill()  # it would not end without having saved
 
 
@@ -175,7 +175,7 @@ def _cannot_save(client: redis.Redis) -> bool:
 async def test_a_script_is_sent_in_full_only_to_a_server_that_does_not_know_it(
     redis_client: RedisClient, store: Store
 ) -> None:
-    script = load_script("mark_queued")
+    script = LUA["mark_queued"]
     store.redis.script_flush()
     for n in range(3):
         assert await script.run(redis_client, (f"im:{{user:1}}:reply:{n}",), (1000,)) == 1

@@ -50,8 +50,8 @@ async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_ser
 
 def _none_waits(redis_client: RedisClient) -> bool:
     """Whether the lanes have taken all commands."""
-    assert isinstance(redis_client._way, Pipeline)  # noqa: SLF001 - nothing else tells
-    return not redis_client._way._waiting  # noqa: SLF001 - same
+    assert isinstance(redis_client._servers, Pipeline)  # noqa: SLF001 - nothing else tells
+    return not redis_client._servers._queue  # noqa: SLF001 - same
 
 
 async def _answers(redis_client: RedisClient) -> bool:
@@ -119,11 +119,11 @@ async def test_who_still_waits_at_the_end_is_told_and_who_comes_later_too(own_se
     async with RedisClient(own_server.admin_url, connections=1, timeout=timedelta(seconds=20)) as redis_client:
         await redis_client.execute("PING")
         pause(own_server)
-        under_way = asyncio.create_task(redis_client.execute("PING"))
+        under_servers = asyncio.create_task(redis_client.execute("PING"))
         await wait_until(lambda: _none_waits(redis_client), "the lane has taken it")
         waiting = asyncio.create_task(redis_client.execute("PING"))
         await asyncio.sleep(0)
-    for asked in (under_way, waiting):
+    for asked in (under_servers, waiting):
         with pytest.raises(StoreUnavailable):
             await asked
     with pytest.raises(StoreUnavailable, match="closed"):

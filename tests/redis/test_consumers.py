@@ -6,7 +6,7 @@ import asyncio
 
 from imstream.keys import GROUP
 from imstream.redis.client import BlockingReader
-from imstream.store.adoption import Adoption
+from imstream.store.leases import Leases
 from imstream.store.requests import RequestStream
 from tests.redis.conftest import Store, chat_request
 
@@ -21,7 +21,7 @@ async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_h
         node: RequestStream(store.redis_client, reader, settings.model_copy(update={"node": node}), node="0")
         for node in ("1", "2")
     }
-    adoptions = {node: Adoption(store.redis_client, settings.model_copy(update={"node": node})) for node in adopters}
+    leases = {node: Leases(store.redis_client, settings.model_copy(update={"node": node})) for node in adopters}
     taken: list[str] = []
     finished: set[str] = set()
     await home.ensure_group()
@@ -37,7 +37,7 @@ async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_h
 
     async def tidy(node: str) -> None:
         for _ in range(2 * ROUNDS):
-            await adoptions[node].release_stream("0")
+            await leases[node].release_stream("0")
             await home.remove_consumer(node)
 
     await asyncio.gather(*(work(node) for node in adopters for work in (deliver, deliver, tidy, tidy)))

@@ -24,9 +24,8 @@ from imstream.model import Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
-from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
+from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, RouteAdded, Routes, SessionReplaced
 from imstream.store.replies import ReplyStore
-from imstream.store.routes import RouteAdded, Routes
 from imstream.texts import Text
 from imstream.wire import CloseCode, Code
 from imstream.worker.jobs import Jobs

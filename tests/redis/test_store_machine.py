@@ -32,7 +32,7 @@ from imstream.keys import GROUP, Keys
 from imstream.model import ChatRequest, Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
-from imstream.store.adoption import Adopted, Adoption, NotAdopted
+from imstream.store.leases import Adopted, Leases, NotAdopted
 from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore
 from imstream.store.requests import Admitted, Entry, QueueFull, RequestStream
 from imstream.worker.disposition import Limits, before_start
@@ -131,7 +131,7 @@ class StoreUsed(RuleBasedStateMachine):
         self._streams = {
             (of, by): RequestStream(site.redis_client, site.reader, known[by], node=of) for of in NODES for by in NODES
         }
-        self._adoption = {node: Adoption(site.redis_client, known[node]) for node in NODES}
+        self._leases = {node: Leases(site.redis_client, known[node]) for node in NODES}
         self._alive: set[str] = set()
         self._adopters: dict[str, str] = {}
         self._unfinished: dict[str, dict[str, Unfinished]] = {node: {} for node in NODES}
@@ -296,7 +296,7 @@ class StoreUsed(RuleBasedStateMachine):
         by = data.draw(st.sampled_from(sorted(self._alive)), label="by")
         if by == stream:
             return
-        verdict = self._run(self._adoption[by].adopt(stream))
+        verdict = self._run(self._leases[by].adopt(stream))
         if stream in self._alive:
             assert verdict == NotAdopted(None)
             if self._adopters.get(stream) == by:
@@ -310,7 +310,7 @@ class StoreUsed(RuleBasedStateMachine):
                 self._take(stream, by, count)
 
     def _leave(self, stream: str, by: str) -> None:
-        clean = self._run(self._adoption[by].release_stream(stream))
+        clean = self._run(self._leases[by].release_stream(stream))
         assert clean == all(one.consumer != by for one in self._unfinished[stream].values())
         assert not self._redis.exists(self._keys.adopter(stream))
         del self._adopters[stream]

@@ -10,7 +10,7 @@ import pytest
 from imstream.errors import StoreUnavailable, TransientBackendError
 from imstream.model import Terminal
 from imstream.store.replies import CancelRecorded
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, Workshop, workshop
 from tests.support.servers import RedisServer
@@ -56,7 +56,7 @@ async def test_a_message_that_is_being_opened_is_never_asked(redis_server: Redis
         shop.backend.always = lambda call: call.done("x")
         await shop.ask("warm")
         await shop.idle()
-        opening = proxy.on_answer_to(load_script("open").digest.encode(), fate=Fate.DELAY, delay=0.3)
+        opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         await shop.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")
         assert await shop.jobs.cancel(USER, "m") == "cancelled"
@@ -92,7 +92,7 @@ async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: Red
         client = shop.follow()
         await shop.ask()
         call = await shop.backend.call(2)
-        ending = proxy.on_answer_to(load_script("append").digest.encode(), fate=Fate.DELAY, delay=0.3)
+        ending = proxy.on_answer_to(LUA["append"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         call.done("answer")
         await wait_until(lambda: ending.sprung, "its end is being recorded")
         assert await shop.jobs.cancel(USER, "m") == "too_late"

@@ -8,7 +8,7 @@ import pytest
 
 from imstream.errors import TransientBackendError
 from imstream.keys import GROUP
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 from tests.redis.workshop import USER, workshop
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 ON_SERVERS = ["valkey"]
 
-APPEND = load_script("append").digest.encode()
+APPEND = LUA["append"].digest.encode()
 
 
 @pytest.mark.parametrize("fate", [Fate.SILENCE, Fate.CUT])

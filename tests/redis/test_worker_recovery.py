@@ -9,7 +9,7 @@ import pytest
 from imstream.keys import GROUP
 from imstream.model import Terminal
 from imstream.store.requests import Entry
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 from tests.redis.conftest import chat_request
 from tests.redis.workshop import USER, Call, PlayedBackend, Workshop, workshop
 from tests.support.servers import RedisServer
@@ -200,7 +200,7 @@ async def test_a_claim_whose_answer_was_lost_is_no_further_death(redis_server: R
         traps = []
         shop.start()
         for _ in range(3):
-            traps.append(trap := proxy.on_answer_to(load_script("claim").digest.encode(), fate=Fate.SILENCE))
+            traps.append(trap := proxy.on_answer_to(LUA["claim"].digest.encode(), fate=Fate.SILENCE))
             await wait_until(lambda trap=trap: trap.sprung, "an answer to a claim is lost")
         (await shop.backend.call(1)).done("x")
         await shop.idle()

@@ -24,7 +24,6 @@ from imstream.model import Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, TextGrown, TextReset
 from imstream.settings import Settings
-from imstream.store.adoption import Adoption
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
@@ -325,7 +324,7 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
         buffers=buffers,
         consumer=StreamConsumer(requests, deps, jobs),
         jobs=jobs,
-        adopter=Adopter(deps, Adoption(redis_client, known), make_consumer),
+        adopter=Adopter(deps, make_consumer),
         lease_keeper=deps.lease_keeper,
         begun=begun,
     )

@@ -12,7 +12,7 @@ import redis
 
 from imstream.errors import StoreUnavailable
 from imstream.redis.client import RedisClient
-from imstream.store.scripts import load_script
+from imstream.store.scripts import LUA
 from tests.support.waiting import wait_until
 
 LIMIT = 20.0
@@ -84,5 +84,5 @@ async def writing(redis_client: RedisClient, *streams: str) -> AsyncIterator[lis
         assert writer.errors == []
 
 
-SCRIPT = load_script("ensure_group")
+SCRIPT = LUA["ensure_group"]
 """A script of ours, for a server that does not know it."""
