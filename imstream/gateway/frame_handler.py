@@ -225,7 +225,7 @@ class FrameHandler:
             self._session.close_rejected(verdict, message_id)
 
     def _send_unavailable(self, error: StoreError, message_id: str | None) -> None:
-        limited.warning("redis away, client told UNAVAILABLE", error=str(error), peer=self._session.peer)
+        limited.warning("redis not available, client told UNAVAILABLE", error=str(error), peer=self._session.peer)
         self._send_error(Code.UNAVAILABLE, Text.UNAVAILABLE, message_id, retry=True)
 
     def _send_error(self, code: Code, text: Text, message_id: str | None = None, *, retry: bool = False) -> None:

@@ -50,7 +50,7 @@ class Presence:
         try:
             login = await self.routes.add_route(user_id)
         except StoreError as error:
-            log.warning("route not noted", user=user_id, error=str(error))
+            log.warning("route not written", user=user_id, error=str(error))
             self._mark_stale(user_id)
             return
         finally:
@@ -72,7 +72,7 @@ class Presence:
         try:
             await self._review(user_id)
         except StoreError as error:
-            log.warning("account not looked at", user=user_id, error=str(error))
+            log.warning("account not checked", user=user_id, error=str(error))
             self._mark_stale(user_id)
 
     async def _review(self, user_id: int) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 
 from imstream.errors import SettingsError
 from imstream.gateway.registry import CLOSE_GRACE
-from imstream.gateway.websocket_protocol import SocketOptions, SocketProtocol
+from imstream.gateway.websocket_protocol import ServeSocket, SocketOptions, SocketProtocol
 from imstream.settings import ENV_PREFIX, Settings
 from imstream.token_bucket import TokenBucket
 
@@ -69,9 +69,7 @@ _TOO_MANY_CONNECTIONS = _error_response("503 Service Unavailable", "Too many con
 class GatewayConfig(uvicorn.Config):
     """The configuration of uvicorn, and what its connections need of the node's settings."""
 
-    def __init__(
-        self, app: ASGIApp, settings: Settings, serve_socket: Callable[[SocketProtocol], Awaitable[None]]
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, serve_socket: ServeSocket) -> None:
         frame_rate = TokenBucket(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
         options = SocketOptions(settings.max_frame, frame_rate, serve_socket)
 
@@ -182,8 +180,7 @@ class HandshakeProtocol(HttpToolsProtocol):
             super().send_400_response(msg)
 
     def handle_websocket_upgrade(self) -> None:
-        """Upgrade after the call of the parser: uvicorn calls this in an exception handler, whose exception refers to
-        the frames of the parser, and would live as long as the socket."""  # noqa: D205, D209 - one sentence
+        """Upgrade later: uvicorn calls this in an exception handler, which would keep the exception and its frames."""
         self._upgrading = True
 
     def _upgrade(self) -> None:
@@ -231,14 +228,12 @@ class _Uvicorn(uvicorn.Server):
 
 
 class GatewayServer:
-    """Serves HTTP and sockets: `listen`, then `run` until `stop`."""
+    """`listen`, then `run` until `stop`."""
 
-    def __init__(
-        self, app: ASGIApp, settings: Settings, serve_socket: Callable[[SocketProtocol], Awaitable[None]]
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, serve_socket: ServeSocket) -> None:
         self._settings = settings
         self._port = settings.port
-        self._listener: socket.socket | None = None
+        self._listener: socket.socket
         self._config = GatewayConfig(app, settings, serve_socket)
         self._server = _Uvicorn(self._config)
 
@@ -272,12 +267,11 @@ class GatewayServer:
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._config.max_connections = _max_connections(self._settings)
-        self._port = listener.getsockname()[1]
-        self._listener = listener
+        self._port, self._listener = listener.getsockname()[1], listener
 
     async def run(self) -> None:
         """Serve until `stop`."""
-        await self._server.serve(None if self._listener is None else [self._listener])
+        await self._server.serve([self._listener])
 
     def stop(self) -> None:
         """Stop. uvicorn closes every socket at once: drain them before."""

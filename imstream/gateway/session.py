@@ -57,7 +57,6 @@ class Session:
     began_at: float = field(default_factory=_loop_time)
     heard_at: float = field(default_factory=_loop_time)
     closing_since: float | None = None
-    _last_frame: tuple[CloseCode, ServerFrame] | None = None
 
     def __post_init__(self) -> None:
         self.socket.on_throttle = self._on_throttle
@@ -98,15 +97,12 @@ class Session:
     def _close(self, code: CloseCode, last_frame: ServerFrame) -> None:
         if self.closing_since is None:
             self.closing_since = _loop_time()
-            self._last_frame = (code, last_frame)
             self.writer.close(code, last_frame)
 
     def expel(self, code: CloseCode, text: Text) -> None:
         """Close with a sentence, without waiting for a peer that does not read."""
         self.close(code, text)
-        if self._last_frame is not None:
-            code, frame = self._last_frame
-            self.socket.end(code, frame.encode())
+        self.writer.close_now()
 
     def stop(self) -> None:
         """Release the socket, which is gone."""

@@ -120,6 +120,12 @@ class SessionWriter:
         self._closing = (code, last_frame)
         self._schedule()
 
+    def close_now(self) -> None:
+        """Close the socket with the frame of `close`, without what is unsent."""
+        if self._closing is not None:
+            (code, frame), self._closing = self._closing, None
+            self._socket.end(code, frame.encode())
+
     def stop(self) -> None:
         """Follow nothing any longer, and let nobody wait: the socket is gone."""
         self._stopped = True
@@ -160,9 +166,8 @@ class SessionWriter:
             if not (batch := self._next_batch()):
                 break
             self._socket.write(batch)
-        if self._closing is not None and not self._stopped:
-            (code, frame), self._closing = self._closing, None
-            self._socket.end(code, frame.encode())
+        if not self._stopped:
+            self.close_now()
 
     def _next_batch(self) -> list[str]:
         batch: list[str] = []

@@ -77,13 +77,13 @@ class SocketClosed:
     code: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SocketOptions:
     """What all sockets of a node have in common; `serve` runs one from its handshake to its end."""
 
     max_message: int
     frame_rate: TokenBucket | None
-    serve: Callable[[SocketProtocol], Awaitable[None]]
+    serve: ServeSocket
 
 
 class SocketProtocol(asyncio.Protocol):
@@ -297,9 +297,9 @@ class SocketProtocol(asyncio.Protocol):
             task.add_done_callback(self._tasks.discard)
         else:
             self._send_rejection()
-            # Its traceback refers to it and to the request, in all frames down to the event loop.
+            # The request keeps the error, whose tracebacks refer to both, in all frames down to the event loop.
             clear_frames(error.__traceback__)
-            error.__traceback__ = self._websocket.handshake_exc = None
+            error.__traceback__ = error.__context__ = error.__cause__ = self._websocket.handshake_exc = None
         # The parser keeps the request as long as the connection.
         request.headers.clear()
         request.path = ""
@@ -396,6 +396,9 @@ class SocketProtocol(asyncio.Protocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
         self._abort_timer = self._loop.call_later(CLOSE_REPLY_LIMIT, self._transport.abort)
+
+
+ServeSocket = Callable[[SocketProtocol], Awaitable[None]]
 
 
 def _connection_of(request: Request, transport: asyncio.Transport) -> HTTPConnection:
