@@ -172,7 +172,7 @@ def token(user: int, ttl: timedelta, key: Path | None, **options: str | None) ->
     decides the algorithm: RSA (RS256), elliptic curve P-256 (ES256), Ed25519 or Ed448 (EdDSA). The other claims follow
     the settings of the nodes.
     """
-    from imstream.guards.auth.keys import sign
+    from imstream.guards.auth.tokens import sign
 
     click.echo(sign(Settings.load(**given(options)), user, ttl=ttl, key_file=key))
 

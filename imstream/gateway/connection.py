@@ -13,7 +13,6 @@ from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.session import Session
 from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import SocketClosed, SocketProtocol
-from imstream.guards.guard import Handshake
 from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize
 from imstream.texts import Lang, Text, choose_lang, localize
 from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, CloseCode, Code, parse_user_id
@@ -63,7 +62,7 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
     headers = {name: ", ".join(request.headers.getlist(name)) for name in set(request.headers)}
     if request.scope["path"] != "/ws":
         socket.reject(HTTPStatus.FORBIDDEN)
-    elif (verdict := deps.guards.check_handshake(Handshake(headers))) is not None:
+    elif (verdict := deps.guards.check_handshake(headers)) is not None:
         limited.info("handshake refused", reason=verdict.reason, peer=_address(request), origin=_origin(request))
         socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, _lang(request)))
     elif (why := deps.not_ready()) is not None:

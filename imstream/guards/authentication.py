@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Self
 from urllib.parse import urlsplit
 
 import structlog
 
 from imstream.errors import SettingsError
-from imstream.guards.auth.jwks import JwksKeySource, check_url
-from imstream.guards.auth.keys import KeySource, KeysUnavailable, StaticKey, public_key, secret_key
-from imstream.guards.auth.rules import InvalidToken, Reason, TokenRules
-from imstream.guards.guard import Allow, Guard, GuardDeps, Handshake, LoginAttempt, Reject
+from imstream.guards.auth.jwks import JwksKeySource, KeysUnavailable, check_url
+from imstream.guards.auth.tokens import InvalidToken, Reason, StaticKey, TokenRules, public_key, secret_key
+from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.settings import Settings
 from imstream.texts import Sentence, Text
 from imstream.urls import is_loopback
@@ -37,15 +36,13 @@ _NOT_LOCAL = Reject(
     ),
 )
 
-_KEY_SETTINGS = ("auth_secret", "auth_public_key", "auth_jwks_url")
-
 log = structlog.get_logger()
 
 
 class TokenAuthentication(Guard):
     """Rejects logins without a valid token of the same user. The login expires with the token."""
 
-    def __init__(self, rules: TokenRules, keys: KeySource) -> None:
+    def __init__(self, rules: TokenRules, keys: StaticKey | JwksKeySource) -> None:
         self._rules = rules
         self._keys = keys
 
@@ -55,11 +52,9 @@ class TokenAuthentication(Guard):
         settings = deps.settings
         return None if settings.auth == "none" else cls(TokenRules(settings), create_key_source(settings))
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    def running(self) -> AbstractAsyncContextManager[None]:
         """See `Guard.running`."""
-        async with self._keys.running():
-            yield
+        return self._keys.running()
 
     async def reload(self) -> str | None:
         """See `Guard.reload`."""
@@ -82,21 +77,16 @@ def _reject(reason: Reason) -> Reject:
     return Reject(f"token_{reason}", Code.UNAUTHORIZED, sentence, close=CloseCode.NOT_AUTHENTICATED)
 
 
-def create_key_source(settings: Settings) -> KeySource:
-    """Create the key source that the settings name.
-
-    Raises:
-        SettingsError: They name none, several, or one of the wrong kind for the algorithm.
-    """
+def create_key_source(settings: Settings) -> StaticKey | JwksKeySource:
+    """Create the one key source that the settings name, for their algorithm. Raises `SettingsError`."""
     algorithm, variable = settings.auth_algorithm, Settings.variable
     accepted = ("auth_secret",) if algorithm == "HS256" else ("auth_public_key", "auth_jwks_url")
     allowed = f"{variable('auth_algorithm')}={algorithm} takes {' or '.join(map(variable, accepted))}"
     given = _given_keys(settings)
     if not given:
         raise SettingsError(f"{variable('auth')}=jwt is not allowed without a key: {allowed}")
-    if not set(given) <= set(accepted):
-        wrong = ", ".join(variable(name) for name in given if name not in accepted)
-        raise SettingsError(f"{wrong} is not allowed: {allowed}")
+    if wrong := [variable(name) for name in given if name not in accepted]:
+        raise SettingsError(f"{', '.join(wrong)} is not allowed: {allowed}")
     if len(given) > 1:
         raise SettingsError(f"{' and '.join(map(variable, given))} are not allowed together: {allowed}")
     if settings.auth_secret is not None:
@@ -120,34 +110,24 @@ class Exposure(Guard):
         check_exposure(deps.settings)
         return cls(insecure=deps.settings.allow_insecure) if deps.settings.auth == "none" else None
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    def running(self) -> AbstractAsyncContextManager[None]:
         """Log at start-up that users are not authenticated."""
         if self._insecure:
-            log.error(
-                "INSECURE: users are not authenticated, and this node is reachable from other machines "
-                "(IMSTREAM_ALLOW_INSECURE): any client can impersonate any user"
-            )
+            log.error("INSECURE: users are not authenticated, any client can be any user (IMSTREAM_ALLOW_INSECURE)")
         else:
-            log.warning(
-                "users are not authenticated (IMSTREAM_AUTH=none): any client on this machine can impersonate any user"
-            )
-        yield
+            log.warning("users are not authenticated (IMSTREAM_AUTH=none): local clients can impersonate any user")
+        return nullcontext()
 
-    def check_handshake(self, handshake: Handshake) -> Reject | None:
+    def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:
         """Reject clients that a balancer forwards from other machines, and host names that do not name this machine.
 
         The latter prevents DNS rebinding: such a page has the same origin as ours, but another host name.
         """
-        return None if self._insecure or is_local(handshake) else _NOT_LOCAL
+        return None if self._insecure or is_local(headers) else _NOT_LOCAL
 
 
 def check_exposure(settings: Settings) -> None:
-    """Check that a node without authentication is not reachable from other machines.
-
-    Raises:
-        SettingsError: It would be; or a key is set, so authentication was intended.
-    """
+    """Check that a node without authentication has no keys and only local clients. Raises `SettingsError`."""
     if settings.auth != "none":
         return
     auth, host = Settings.variable("auth"), Settings.variable("host")
@@ -163,9 +143,8 @@ def check_exposure(settings: Settings) -> None:
         )
 
 
-def is_local(handshake: Handshake) -> bool:
+def is_local(headers: Mapping[str, str]) -> bool:
     """Whether a handshake names this machine as its host and was not forwarded from another one."""
-    headers = handshake.headers
     forwarded_for = [address.strip() for address in headers.get("x-forwarded-for", "127.0.0.1").split(",")]
     try:
         host = urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
@@ -175,4 +154,5 @@ def is_local(handshake: Handshake) -> bool:
 
 
 def _given_keys(settings: Settings) -> list[str]:
-    return [name for name in _KEY_SETTINGS if getattr(settings, name) is not None]
+    names = ("auth_secret", "auth_public_key", "auth_jwks_url")
+    return [name for name in names if getattr(settings, name) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Self
@@ -13,17 +13,7 @@ import structlog
 from imstream.errors import StoreError
 from imstream.guards.account import Account
 from imstream.guards.authentication import Exposure, TokenAuthentication
-from imstream.guards.guard import (
-    Allow,
-    AnswerFilter,
-    Guard,
-    GuardDeps,
-    GuardRejection,
-    Handshake,
-    LoginAttempt,
-    Reject,
-    overrides,
-)
+from imstream.guards.guard import Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
 from imstream.guards.moderation import Moderation
 from imstream.guards.origin import Origin
 from imstream.guards.prompt import ContextLength, SystemRole
@@ -53,14 +43,6 @@ limited = structlog.get_logger(**LIMITED)
 
 
 @dataclass(frozen=True, slots=True)
-class LoginAccepted:
-    """A login that every guard allows: when it expires (seconds since 1970), and how many messages remain today."""
-
-    expires_at: float | None = None
-    remaining: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ChatAllowed:
     """A message that every guard allows. `request`: the message as the guards changed it."""
 
@@ -82,7 +64,7 @@ class GuardChain:
     """Asks the guards of one node in order. Each hook calls only the guards that implement it."""
 
     def __init__(self, guards: Iterable[Guard] = ()) -> None:
-        self._guards = list(guards)
+        self.guards = list(guards)
         self._handshake = self._implementing("check_handshake")
         self._login = self._implementing("check_login")
         self._session = self._implementing("check_session")
@@ -99,24 +81,21 @@ class GuardChain:
         """Build the guards of `GUARDS` that the settings enable. Raises `SettingsError`."""
         return cls(guard for kind in GUARDS if (guard := kind.create(deps)) is not None)
 
-    def __iter__(self) -> Iterator[Guard]:
-        return iter(self._guards)
-
     def _implementing(self, hook: str) -> list[Guard]:
-        return [guard for guard in self._guards if overrides(guard, hook)]
+        return [guard for guard in self.guards if getattr(type(guard), hook) is not getattr(Guard, hook)]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run all guards; see `Guard.running`."""
         async with AsyncExitStack() as stack:
-            for guard in self._guards:
+            for guard in self.guards:
                 await stack.enter_async_context(guard.running())
             yield
 
     async def reload(self) -> list[str]:
         """Reload all guards. Returns what was reloaded."""
         reloaded = list[str]()
-        for guard in self._guards:
+        for guard in self.guards:
             try:
                 what = await guard.reload()
             except Exception:
@@ -125,28 +104,26 @@ class GuardChain:
                 reloaded += [] if what is None else [what]
         return reloaded
 
-    def check_handshake(self, handshake: Handshake) -> Reject | None:
+    def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:
         """See `Guard.check_handshake`."""
         for guard in self._handshake:
-            if (rejection := guard.check_handshake(handshake)) is not None:
+            if (rejection := guard.check_handshake(headers)) is not None:
                 self.rejections[rejection.reason] += 1
                 return rejection
         return None
 
-    async def check_login(self, login: LoginAttempt) -> LoginAccepted | Reject:
+    async def check_login(self, login: LoginAttempt) -> Allow | Reject:
         """See `Guard.check_login`. The earliest expiry and the lowest number of remaining messages apply."""
-        expires_at, remaining = list[float](), list[int]()
+        verdicts = list[Allow]()
         for guard in self._login:
             verdict = await guard.check_login(login)
             if isinstance(verdict, Reject):
                 self.rejections[verdict.reason] += 1
                 limited.info("login refused", reason=verdict.reason, user=login.user_id, peer=login.peer)
                 return verdict
-            if verdict.expires_at is not None:
-                expires_at.append(verdict.expires_at)
-            if verdict.remaining is not None:
-                remaining.append(verdict.remaining)
-        return LoginAccepted(min(expires_at, default=None), min(remaining, default=None))
+            verdicts.append(verdict)
+        expiries = (one.expires_at for one in verdicts if one.expires_at is not None)
+        return Allow(expires_at=min(expiries, default=None), remaining=_remaining(verdicts))
 
     async def check_session(self, user_id: int) -> Reject | None:
         """See `Guard.check_session`."""
@@ -166,8 +143,7 @@ class GuardChain:
                 return verdict
             request = _apply(verdict, request)
             verdicts.append(verdict)
-        remaining = [one.remaining for one in verdicts if one.remaining is not None]
-        return ChatAllowed(request, min(remaining, default=None), verdicts)
+        return ChatAllowed(request, _remaining(verdicts), verdicts)
 
     async def check_ai_call(self, request: ChatRequest) -> ChatRequest:
         """See `Guard.check_ai_call`. Returns the request as the guards changed it. Raises `GuardRejection`."""
@@ -194,14 +170,9 @@ class GuardChain:
         self.rejections[verdict.reason] += 1
         # Violations are few, since they lock the account; the number of other rejections has no bound.
         write = log.info if verdict.violation else limited.info
-        write(
-            "message refused",
-            reason=verdict.reason,
-            user=request.user_id,
-            message_id=request.message_id,
-            trace=request.trace,
-            **({"detail": verdict.detail} if verdict.detail else {}),
-        )
+        details = {"detail": verdict.detail} if verdict.detail else {}
+        ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
+        write("message refused", reason=verdict.reason, **ids, **details)
         if verdict.violation:
             for guard in self._violation:
                 await guard.on_violation(request.user_id)
@@ -228,6 +199,10 @@ class FilterChain:
             rest = (one.feed(rest) if rest else "") + one.end()
         if rest:
             self._write(rest)
+
+
+def _remaining(verdicts: Iterable[Allow]) -> int | None:
+    return min((one.remaining for one in verdicts if one.remaining is not None), default=None)
 
 
 def _apply(verdict: Allow, request: ChatRequest) -> ChatRequest:

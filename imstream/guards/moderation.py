@@ -24,11 +24,11 @@ from imstream.settings import Settings
 from imstream.texts import Sentence
 from imstream.wire import Code
 
-FAILURES = 3
-"""Consecutive failures after which the circuit breaker opens. It pauses as long as that of the AI backend."""
+FAILURES = 3  # consecutive ones that open the circuit breaker; it pauses as long as that of the AI backend
+_CACHE_SIZE = 50_000  # texts that are known to have passed: 4 MB
 
+# Reasons of errors that one text of a batch may cause: sent alone, the others may succeed.
 TEXT_ERRORS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "bad_prompt", WRONG_NUMBER})
-"""Reasons of errors that one text of a batch may cause: sent alone, the others may succeed."""
 
 FLAGGED = Sentence(
     "抱歉,这条消息未通过内容审核,请修改后再发送!",
@@ -42,9 +42,6 @@ FLAGGED_HISTORY = Sentence(
     "之前的对话未通过内容审核,请开始新的对话!",
     "Earlier in this conversation there is something that did not pass moderation. Please begin a new one!",
 )
-
-_CACHE_SIZE = 50_000
-"""Maximum number of texts that are known to have passed: 4 MB."""
 
 log = structlog.get_logger()
 
@@ -61,9 +58,9 @@ class Moderation(Guard):
         self._fails_open = settings.moderation_fail == "open"
         self._is_down = False
         self._history = settings.moderation_history
+        # Hashes of history turns that passed: they come again with later messages. Collisions cannot be forged, because
+        # Python randomizes the hashes of strings.
         self._passed = set[int]()
-        """Hashes of history turns that passed: they come again with later messages. Clients cannot forge collisions,
-        since Python's hashes of strings are randomized."""
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self | None:
@@ -82,19 +79,20 @@ class Moderation(Guard):
     async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
         """See `Guard.check_ai_call`."""
         history = self._history_to_moderate(request)
-        message, *turns = await self._moderate([request.contents, *history])
+        message, *turns = results = await self._moderate([request.contents, *history])
         if isinstance(message, ModerationResult) and message.flagged:
             return Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=message.categories)
         if _is_text_error(message):
             return Reject("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(message))
         for text, turn in zip(history, turns, strict=True):
-            if isinstance(turn, ModerationResult) and turn.flagged:
-                return Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail=turn.categories)
-            if _is_text_error(turn):
-                return Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail=str(turn))
-            if isinstance(turn, ModerationResult):
-                self._remember(text)
-        error = next((result for result in (message, *turns) if isinstance(result, BackendError)), None)
+            if isinstance(turn, ModerationResult) and not turn.flagged:
+                if len(self._passed) >= _CACHE_SIZE:
+                    self._passed.clear()
+                self._passed.add(hash(text))
+            elif isinstance(turn, ModerationResult) or _is_text_error(turn):
+                detail = turn.categories if isinstance(turn, ModerationResult) else str(turn)
+                return Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail=detail)
+        error = next((result for result in results if isinstance(result, BackendError)), None)
         if error is None or self._fails_open:
             return ALLOW
         retry_after = error.retry_after if isinstance(error, TransientBackendError) else None
@@ -102,61 +100,48 @@ class Moderation(Guard):
 
     def _history_to_moderate(self, request: ChatRequest) -> list[str]:
         """The texts of the turns that `moderation_history` selects, without those that passed, each once."""
-        turns = dict.fromkeys(
-            text
-            for role, text in request.history
-            if self._history == "all" or (self._history == "assistant" and role == "assistant")
-        )
+        turns = dict.fromkeys(text for role, text in request.history if self._history in {"all", role})
         return [text for text in turns if text.strip() and hash(text) not in self._passed]
 
-    def _remember(self, text: str) -> None:
-        if len(self._passed) >= _CACHE_SIZE:
-            self._passed.clear()
-        self._passed.add(hash(text))
-
     async def _moderate(self, texts: Sequence[str]) -> Sequence[Result]:
-        if (error := self._breaker_error()) is not None:
-            return [error] * len(texts)
+        if (paused := self._paused()) is not None:
+            return [paused] * len(texts)
         if self._breaker.tripped:
             self._breaker.record_probe()
         return await asyncio.gather(*map(self._batches.submit, texts))
 
     async def _moderate_batch(self, texts: Sequence[str]) -> Sequence[Result]:
         try:
-            results = await self._service.moderate(texts)
+            results: Sequence[Result] = await self._service.moderate(texts)
         except BackendError as error:
             if len(texts) > 1 and error.reason in TEXT_ERRORS:
                 # Split the batch, so that one unreadable text does not decide about the texts of other users.
                 half = len(texts) // 2
                 return [*await self._moderate_batch(texts[:half]), *await self._moderate_batch(texts[half:])]
-            if _is_text_error(error):
-                self._on_success()
-            else:
-                self._on_failure(error)
-            return [error] * len(texts)
-        self._on_success()
+            results = [error] * len(texts)
+            if not _is_text_error(error):
+                self._on_service_failure(error)
+                return results
+        self._breaker.record_success()
+        if self._is_down:
+            self._is_down = False
+            log.info("moderation is back")
         return results
 
-    def _breaker_error(self) -> TransientBackendError | None:
-        """The error for all texts while the breaker is open."""
-        if not (seconds := self._breaker.remaining()):
-            return None
-        return TransientBackendError("paused", "after failures in a row", retry_after=timedelta(seconds=seconds))
-
-    def _on_failure(self, error: BackendError) -> None:
+    def _on_service_failure(self, error: BackendError) -> None:
         self._breaker.record_failure(error.retry_after if isinstance(error, TransientBackendError) else None)
-        if (paused := self._breaker_error()) is not None:
+        if (paused := self._paused()) is not None:
             self._batches.resolve_queued(paused)
         if not self._is_down:
             self._is_down = True
             meanwhile = "messages pass without it" if self._fails_open else "messages wait, and fail"
             log.error("moderation is away", error=str(error), meanwhile=meanwhile)
 
-    def _on_success(self) -> None:
-        self._breaker.record_success()
-        if self._is_down:
-            self._is_down = False
-            log.info("moderation is back")
+    def _paused(self) -> TransientBackendError | None:
+        """The error for all texts while the breaker is open."""
+        if not (seconds := self._breaker.remaining()):
+            return None
+        return TransientBackendError("paused", "after failures in a row", retry_after=timedelta(seconds=seconds))
 
 
 def _is_text_error(result: Result) -> bool:

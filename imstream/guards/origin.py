@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import SecretStr
 
 from imstream.errors import SettingsError
-from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Handshake, LoginAttempt, Reject
+from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.settings import Settings
 from imstream.texts import Sentence
 from imstream.wire import CloseCode, Code
@@ -61,24 +61,25 @@ class Origin(Guard):
             return None
         return cls(origins, authenticated=authenticated, page_token=settings.page_token)
 
-    def check_handshake(self, handshake: Handshake) -> Reject | None:
+    def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:
         """See `Guard.check_handshake`."""
-        origin = handshake.headers.get("origin")
+        origin = headers.get("origin")
         if origin is None or origin in self._origins:
             return None
         if origin == NULL and not self._authenticated and self._page_token is None:
             return _REJECTED
-        allowed = "*" in self._origins or ("same" in self._origins and is_same(origin, handshake.headers))
+        allowed = "*" in self._origins or ("same" in self._origins and is_same(origin, headers))
         return None if allowed else _REJECTED
 
     async def check_login(self, login: LoginAttempt) -> Allow | Reject:
         """Check the page token of pages with the origin null, where clients are not authenticated."""
         if login.origin != NULL or self._authenticated:
             return ALLOW
-        given, expected = login.token or "", self._page_token
-        if expected is not None and hmac.compare_digest(_as_bytes(given), _as_bytes(expected.get_secret_value())):
-            return ALLOW
-        return _NO_TOKEN
+        if self._page_token is None:
+            return _NO_TOKEN
+        given = (login.token or "").encode(errors="surrogatepass")
+        expected = self._page_token.get_secret_value().encode(errors="surrogatepass")
+        return ALLOW if hmac.compare_digest(given, expected) else _NO_TOKEN
 
 
 def parse_origins(text: str) -> list[str]:
@@ -119,10 +120,6 @@ def is_same(origin: str, headers: Mapping[str, str]) -> bool:
         target.hostname,
         target.port or default,
     )
-
-
-def _as_bytes(text: str) -> bytes:
-    return text.encode(errors="surrogatepass")
 
 
 def _split(url: str) -> SplitResult | None:

@@ -26,10 +26,8 @@ from imstream.ai.answer_reader import AnswerReader
 from imstream.ai.sse import EventParser, EventTooLong
 from imstream.errors import BackendError, NodeTaken, SettingsError
 from imstream.guards.auth.jwks import InvalidKeySet, check_url, parse_key_set
-from imstream.guards.auth.keys import secret_key
-from imstream.guards.auth.rules import InvalidToken, TokenRules, key_id
+from imstream.guards.auth.tokens import InvalidToken, TokenRules, key_id, secret_key
 from imstream.guards.authentication import is_local
-from imstream.guards.guard import Handshake
 from imstream.guards.origin import Origin
 from imstream.guards.words import word_guard
 from imstream.keys import Keys
@@ -114,8 +112,8 @@ def read_headers(data: bytes) -> None:
     text = data.decode("latin-1")
     for guard in ORIGINS:
         for origin, host in ((text, "127.0.0.1"), ("http://127.0.0.1", text)):
-            guard.check_handshake(Handshake({"origin": origin, "host": host, "x-forwarded-proto": text}))
-    is_local(Handshake({"host": text, "x-forwarded-for": text}))
+            guard.check_handshake({"origin": origin, "host": host, "x-forwarded-proto": text})
+    is_local({"host": text, "x-forwarded-for": text})
     choose_lang(text)
     parse_user_id(text)
 

@@ -16,7 +16,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from imstream.guards.auth.keys import Algorithm
+from imstream.guards.auth.tokens import Algorithm
 from tests.support.processes import free_port
 
 USER = 10001

@@ -12,7 +12,7 @@ from imstream.clock import Day
 from imstream.errors import StoreUnavailable
 from imstream.guards import account
 from imstream.guards.account import Account
-from imstream.guards.chain import ChatAllowed, GuardChain, LoginAccepted
+from imstream.guards.chain import ChatAllowed, GuardChain
 from imstream.guards.guard import Allow, LoginAttempt, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
@@ -86,7 +86,7 @@ def with_quota(accounts: PlayedAccounts, **more: Any) -> Account:  # noqa: ANN40
 
 @pytest.mark.parametrize("quota", [0, 3])
 async def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
-    [_] = [one for one in GuardChain.create(guard_deps(daily_quota=quota)) if isinstance(one, Account)]
+    [_] = [one for one in GuardChain.create(guard_deps(daily_quota=quota)).guards if isinstance(one, Account)]
     accounts = PlayedAccounts(Counted(1, new=True))
     one = guard(accounts, quota=quota)
     await one.check_chat(ASKED)
@@ -95,13 +95,11 @@ async def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_witho
 
 
 async def test_who_may_come_in_is_told_what_remains_if_that_is_limited() -> None:
-    assert await GuardChain([guard(PlayedAccounts())]).check_login(LoginAttempt(USER)) == LoginAccepted(remaining=None)
-    assert await GuardChain([with_quota(PlayedAccounts())]).check_login(LoginAttempt(USER)) == LoginAccepted(
-        remaining=1
+    assert await GuardChain([guard(PlayedAccounts())]).check_login(LoginAttempt(USER)) == Allow(remaining=None)
+    assert await GuardChain([with_quota(PlayedAccounts())]).check_login(LoginAttempt(USER)) == Allow(remaining=1)
+    assert await GuardChain([with_quota(PlayedAccounts(AccountOpen(9)))]).check_login(LoginAttempt(USER)) == Allow(
+        remaining=0
     )
-    assert await GuardChain([with_quota(PlayedAccounts(AccountOpen(9)))]).check_login(
-        LoginAttempt(USER)
-    ) == LoginAccepted(remaining=0)
 
 
 async def verdicts(one: Account) -> list[Allow | Reject | None]:

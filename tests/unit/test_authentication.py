@@ -57,7 +57,9 @@ def test_without_tokens_there_is_no_such_guard() -> None:
 async def test_a_node_asks_for_tokens_when_it_is_told_to() -> None:
     guards = GuardChain.create(supplies(auth_secret=SECRET))
     async with guards.running():
-        assert [type(guard) for guard in guards if isinstance(guard, TokenAuthentication)] == [TokenAuthentication]
+        assert [type(guard) for guard in guards.guards if isinstance(guard, TokenAuthentication)] == [
+            TokenAuthentication
+        ]
         assert isinstance(await guards.check_login(LoginAttempt(USER)), Reject)
 
 

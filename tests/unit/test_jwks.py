@@ -15,9 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from imstream.guards.auth.jwks import MAX_KEYS, MAX_SIZE, InvalidKeySet, JwksKeySource, parse_key_set
-from imstream.guards.auth.keys import Algorithm, KeysUnavailable
-from imstream.guards.auth.rules import InvalidToken
+from imstream.guards.auth.jwks import (
+    MAX_KEYS,
+    MAX_SIZE,
+    InvalidKeySet,
+    JwksKeySource,
+    KeysUnavailable,
+    parse_key_set,
+)
+from imstream.guards.auth.tokens import Algorithm, InvalidToken
 from imstream.urls import SecretUrl
 from tests.support.tokens import PUBLIC, Issuer, as_jwk, issuer, key_of, token
 from tests.support.waiting import wait_until

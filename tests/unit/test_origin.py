@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.errors import SettingsError
-from imstream.guards.guard import Allow, Handshake, LoginAttempt
+from imstream.guards.guard import Allow, LoginAttempt
 from imstream.guards.origin import Origin, parse_origins
 from imstream.wire import CloseCode, Code
 from tests.support.guard_deps import guard_deps
@@ -30,7 +30,7 @@ def may_come(
 ) -> bool:
     asked = {"host": host, **headers, **({} if origin is None else {"origin": origin})}
     checks = guard(origins, auth=auth, **({"page_token": page_token} if page_token else {}))
-    return checks is None or checks.check_handshake(Handshake(asked)) is None
+    return checks is None or checks.check_handshake(asked) is None
 
 
 def test_who_is_no_browser_is_not_concerned() -> None:

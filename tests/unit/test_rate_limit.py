@@ -115,6 +115,6 @@ async def test_a_user_who_asks_nothing_for_a_minute_is_forgotten() -> None:
 def test_no_limit_is_no_guard() -> None:
     def limits(per_minute: int) -> int:
         chain = GuardChain.create(guard_deps(chats_per_minute=per_minute))
-        return sum(isinstance(guard, ChatRateLimit) for guard in chain)
+        return sum(isinstance(guard, ChatRateLimit) for guard in chain.guards)
 
     assert (limits(0), limits(60)) == (0, 1)

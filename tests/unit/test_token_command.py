@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from imstream.cli.main import main
-from imstream.guards.auth.rules import InvalidToken, TokenRules
+from imstream.guards.auth.tokens import InvalidToken, TokenRules
 from imstream.settings import Settings
 from tests.support.tokens import SECRET, USER, key_of, private_pem, public_pem, written
 

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from imstream.guards.auth.keys import Algorithm
-from imstream.guards.auth.rules import MAX_TOKEN, Claims, InvalidToken, TokenRules, key_id
+from imstream.guards.auth.tokens import MAX_TOKEN, Algorithm, Claims, InvalidToken, TokenRules, key_id
 from imstream.settings import Settings
 from tests.support.tokens import PUBLIC, SECRET, USER, key_of, public_pem, token
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,26 +21,25 @@ import structlog
 from pydantic_core import from_json
 
 from imstream.errors import SettingsError
-from imstream.guards.auth.keys import Algorithm, KeysUnavailable, algorithm_of
-from imstream.guards.auth.rules import InvalidToken, key_id
+from imstream.guards.auth.tokens import Algorithm, InvalidToken, algorithm_of, key_id
 from imstream.settings import Settings
 from imstream.urls import SecretUrl, is_loopback
 
-REFRESH_INTERVAL = timedelta(minutes=5)
-"""Time between two fetches, and so the longest time that a withdrawn key is still accepted."""
-
-MIN_INTERVAL = timedelta(seconds=5)
-"""Minimum time between two fetches, whatever keys unverified tokens name; also the delay after a failed one."""
-
+REFRESH_INTERVAL = timedelta(minutes=5)  # also the longest time that a withdrawn key is still accepted
+MIN_INTERVAL = timedelta(seconds=5)  # between fetches, whatever keys unverified tokens name; also after a failed fetch
 FETCH_TIMEOUT = timedelta(seconds=5)
-
-MAX_SIZE = 262_144
-"""Maximum size of a response in bytes."""
-
-MAX_KEYS = 64
-"""Maximum number of keys; a token that names no key is tried with all of them."""
+MAX_SIZE = 262_144  # bytes of a response
+MAX_KEYS = 64  # a token that names no key is tried with all of them
 
 log = structlog.get_logger()
+
+
+class KeysUnavailable(Exception):  # noqa: N818 - reads as the state that it names
+    """The key of a token cannot be fetched now."""
+
+    def __init__(self, retry_after: timedelta) -> None:
+        super().__init__("no key")
+        self.retry_after = retry_after
 
 
 class InvalidKeySet(ValueError):  # noqa: N818 - a verdict on a foreign document
@@ -73,14 +73,13 @@ class JwksKeySource:
         self._min_interval = min_interval.total_seconds()
         self._key_set: KeySet | None = None
         self._failing = False
-        self._last_fetch = self._last_success = float("-inf")
-        """Start of the last fetch, and of the last successful one, by the clock of the event loop."""
+        self._last_fetch = self._last_success = float("-inf")  # their starts, by the clock of the event loop
         self._lock = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """See `KeySource.running`."""
+        """Keep the keys fresh while the node runs. Entering does not wait for the first fetch."""
         session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=FETCH_TIMEOUT.total_seconds()),
             headers={"Accept-Encoding": "identity"},
@@ -92,43 +91,6 @@ class JwksKeySource:
             yield
             refreshing.cancel()
 
-    async def keys_for(self, token: str) -> Sequence[Any]:
-        """See `KeySource.keys_for`. An unknown key id triggers a fetch, at most one in `MIN_INTERVAL`."""
-        kid = key_id(token)
-        self._drop_expired()
-        if self._key_set is None:
-            raise KeysUnavailable(self._retry_after())
-        if keys := self._matching(kid):
-            return keys
-        async with self._lock:
-            if keys := self._matching(kid):  # fetched while this call waited for the lock
-                return keys
-            if _now() < self._last_fetch + self._min_interval:  # the key may have been added since the last fetch
-                raise KeysUnavailable(self._retry_after())
-            await self._refresh()
-            if self._failing:
-                raise KeysUnavailable(self._retry_after())
-        if keys := self._matching(kid):
-            return keys
-        raise InvalidToken("unknown_key")
-
-    def _matching(self, kid: str | None) -> list[Any]:
-        """The keys with this id, or else those without an id; all keys for a token that names none."""
-        known = self._key_set.keys if self._key_set is not None else []
-        if kid is None:
-            return [key for _, key in known]
-        return [key for its_id, key in known if its_id == kid] or [key for its_id, key in known if its_id is None]
-
-    def _retry_after(self) -> timedelta:
-        return timedelta(seconds=max(self._min_interval / 10, self._last_fetch + self._min_interval - _now()))
-
-    def _drop_expired(self) -> None:
-        """Drop keys that have not been confirmed for `max_age`: the issuer may have withdrawn them."""
-        age = _now() - self._last_success
-        if self._key_set is not None and age > self._max_age:
-            self._key_set = None
-            log.error("token keys expired, no login is possible", url=str(self._url), seconds=round(age))
-
     async def _refresh_periodically(self) -> None:
         while True:
             await self.reload()
@@ -136,7 +98,7 @@ class JwksKeySource:
             await asyncio.sleep(self._min_interval if self._failing else self._refresh_interval)
 
     async def reload(self) -> bool:
-        """See `KeySource.reload`."""
+        """Fetch the keys now."""
         async with self._lock:
             await self._refresh()
         return True
@@ -169,7 +131,7 @@ class JwksKeySource:
         assert self._session is not None  # noqa: S101 - set while running
         # Redirects are not followed: the server that provides the keys can impersonate any user.
         async with self._session.get(self._url.get_secret_value(), allow_redirects=False) as response:
-            if response.status != 200:  # noqa: PLR2004 - OK
+            if response.status != HTTPStatus.OK:
                 raise InvalidKeySet(f"the response is HTTP {response.status}")
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise InvalidKeySet("the response is compressed, which was not requested")
@@ -179,6 +141,46 @@ class JwksKeySource:
                 if len(content) > MAX_SIZE:
                     raise InvalidKeySet(f"the response has more than {MAX_SIZE} bytes")
         return bytes(content)
+
+    def _drop_expired(self) -> None:
+        """Drop keys that have not been confirmed for `max_age`: the issuer may have withdrawn them."""
+        age = _now() - self._last_success
+        if self._key_set is not None and age > self._max_age:
+            self._key_set = None
+            log.error("token keys expired, no login is possible", url=str(self._url), seconds=round(age))
+
+    async def keys_for(self, token: str) -> Sequence[Any]:
+        """The keys that may have signed a token, at least one. Raises `InvalidToken`, `KeysUnavailable`.
+
+        An unknown key id triggers a fetch, at most one in `MIN_INTERVAL`.
+        """
+        kid = key_id(token)
+        self._drop_expired()
+        if self._key_set is None:
+            raise KeysUnavailable(self._retry_after())
+        if keys := self._matching(kid):
+            return keys
+        async with self._lock:
+            if keys := self._matching(kid):  # fetched while this call waited for the lock
+                return keys
+            if _now() < self._last_fetch + self._min_interval:  # the key may have been added since the last fetch
+                raise KeysUnavailable(self._retry_after())
+            await self._refresh()
+            if self._failing:
+                raise KeysUnavailable(self._retry_after())
+        if keys := self._matching(kid):
+            return keys
+        raise InvalidToken("unknown_key")
+
+    def _matching(self, kid: str | None) -> list[Any]:
+        """The keys with this id, or else those without an id; all keys for a token that names none."""
+        known = self._key_set.keys if self._key_set is not None else []
+        if kid is None:
+            return [key for _, key in known]
+        return [key for its_id, key in known if its_id == kid] or [key for its_id, key in known if its_id is None]
+
+    def _retry_after(self) -> timedelta:
+        return timedelta(seconds=max(self._min_interval / 10, self._last_fetch + self._min_interval - _now()))
 
 
 def parse_key_set(content: bytes, algorithm: Algorithm) -> KeySet:

@@ -12,22 +12,14 @@ import unicodedata
 from functools import lru_cache
 from typing import Final
 
-IGNORED: Final = "\t"
-"""Stands for invisible characters: zero-width characters, soft hyphens, controls, accents on their own, and marks of
-another script than the letter before."""
-
-LIGHT: Final = "\v"
-"""Stands for signs within words and between letters: `.`, `-`, `_`, `*`, symbols, emoji."""
-
+# The separators. They are the only white space in normalized text, so that the automaton and `str.split` skip them.
+IGNORED: Final = "\t"  # invisible characters, controls, accents on their own, marks of another script than the letter
+LIGHT: Final = "\v"  # signs within words and between letters: `.`, `-`, `_`, `*`, symbols, emoji
 SPACE: Final = " "
-"""Stands for spaces."""
-
-HEAVY: Final = "\n"
-"""Stands for signs that separate words, clauses and lines: commas, quotes, apostrophes, brackets, line breaks."""
-
+HEAVY: Final = "\n"  # signs between words, clauses and lines: commas, quotes, apostrophes, brackets, line breaks
 SEPARATORS: Final = IGNORED + LIGHT + SPACE + HEAVY
-"""All four, the only white space in normalized text: the automaton and `str.split` skip them."""
 
+# Scripts without spaces between words, or whose words take endings: word boundaries cannot be found.
 UNSPACED: Final = (
     "\u0e00-\u109f"  # Thai, Lao, Tibetan, Burmese
     "\u1100-\u11ff"  # Hangul, decomposed
@@ -36,37 +28,28 @@ UNSPACED: Final = (
     "\ua960-\ua97f\uaa60-\uaadf\uac00-\ud7ff\uf900-\ufaff"  # Hangul, Burmese, Tai, Chinese
     "\U0001b000-\U0001b2ff\U00020000-\U0003ffff"  # Japanese, Chinese
 )
-"""Scripts without spaces between words, or whose words take endings: word boundaries cannot be found."""
-
 _is_unspaced = re.compile(f"[{UNSPACED}]").match
 
 _HEAVY_SIGNS = frozenset(",;:!?'\"`()[]{}<>\u3001\u3002\uff61\u2026\u2014\u2013\n\r\v\f\x1c\x1d\x1e\x1f\x85")
 _HEAVY_CATEGORIES = frozenset({"Ps", "Pe", "Pi", "Pf", "Zl", "Zp"})
-_IGNORED_CATEGORIES = frozenset({"Cf", "Cc", "Me", "Cn"})
-"""Formats, controls, enclosing marks, and characters unknown to this Python, such as marks of a newer Unicode."""
+_IGNORED_CATEGORIES = frozenset({"Cf", "Cc", "Me", "Cn"})  # Cn: characters of a newer Unicode than this Python's
 
+# Invisible characters of other categories: fillers, blanks, variation selectors, code points reserved for them
+# (Default_Ignorable_Code_Point), and the tatweel, which only stretches a letter.
 _is_invisible = re.compile(
     "[\u034f\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\ufe00-\ufe0f\ufff0-\ufff8"
     "\U0001d159\U000e0000-\U000e0fff]"
 ).match
-"""Invisible characters of other categories: fillers, blanks, variation selectors, code points reserved for them
-(Default_Ignorable_Code_Point), and the tatweel, which only stretches a letter."""
 
+# Precedes each mark in the form of a character that consists of marks only: whether they are ignored depends on the
+# letter before. No other form contains it.
 _MARK_PREFIX: Final = "\x00"
-"""Precedes each mark in the form of a character that consists of marks only: whether they are ignored depends on the
-letter before. No other form contains it."""
 
-_KANA = frozenset({"HIRAGANA", "KATAKANA"})
-"""Scripts whose voicing marks, unlike all others named COMBINING in Unicode, make another letter."""
-
-_IOTA_SUBSCRIPT = "\u0345"
-"""An accent in Greek that case folding would turn into a letter."""
-
+_KANA = frozenset({"HIRAGANA", "KATAKANA"})  # their voicing marks, alone of those named COMBINING, make another letter
+_IOTA_SUBSCRIPT = "\u0345"  # an accent in Greek that case folding would turn into a letter
+# White letters on dark circles and squares: Unicode decomposes the other circled letters, but not these.
 _NEGATIVE = {chr(first + at): chr(ord("a") + at) for first in (0x1F150, 0x1F170) for at in range(26)}
-"""White letters on dark circles and squares: Unicode decomposes the other circled letters, but not these."""
-
-_CACHE_SIZE = 100_000
-"""Maximum number of cached forms, 15 MB: ordinary text has a few thousand characters."""
+_CACHE_SIZE = 100_000  # forms, 15 MB: ordinary text has a few thousand characters
 
 
 class _Forms(dict[int, str]):

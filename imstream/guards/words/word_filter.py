@@ -8,8 +8,7 @@ from imstream.guards.guard import GuardRejection, Reject
 from imstream.guards.words.normalization import IGNORED, last_letter, normalize, source_indexes, strip_ignored
 from imstream.guards.words.word_list import WordList
 
-MASK = "＊"
-"""Replaces each character of a word, and each separator in it. Full width, because `*` is Markdown."""
+MASK = "＊"  # for each character of a word, and each separator in it; of full width, because `*` is Markdown
 
 
 def has_word(text: str, words: WordList) -> bool:
@@ -40,15 +39,10 @@ class WordFilter:
         """Without a rejection, words are masked."""
         self._words = words
         self._rejection = rejection
-        self._buffer = ""
-        self._normal = ""
-        """The buffer, normalized."""
-        self._ignored: dict[int, list[str]] = {}
-        """Ignored characters, by the index in the buffer before which they belong."""
-        self._masked = 0
-        """Number of characters at the start of the buffer that belong to a word that began earlier."""
-        self._before = ""
-        """The normalized character before the buffer."""
+        self._buffer = self._normal = ""  # the second one is the buffer in normalized form
+        self._ignored: dict[int, list[str]] = {}  # by the index in the buffer before which they belong
+        self._masked = 0  # characters at the start of the buffer that belong to a word that began earlier
+        self._before = ""  # the normalized character before the buffer
         self._last_letter = ""
 
     def feed(self, text: str) -> str:

@@ -28,20 +28,11 @@ from imstream.settings import Settings
 from imstream.texts import Sentence
 from imstream.wire import Code
 
-MAX_WORD = 200
-"""Maximum length of a word in characters."""
-
-MAX_FILE_SIZE = 16 << 20
-"""Maximum size of the file in bytes: ten times a list of 100,000 words."""
-
-POLL_INTERVAL = timedelta(seconds=1)
-"""How often the file is checked for changes."""
-
-_MAX_REPORTED_LINES = 20
-"""Maximum number of lines that one error names."""
-
-_CACHE_SIZE = 50_000
-"""Maximum number of texts that are known to contain no word: 4 MB."""
+MAX_WORD = 200  # characters
+MAX_FILE_SIZE = 16 << 20  # bytes: ten times a list of 100,000 words
+POLL_INTERVAL = timedelta(seconds=1)  # for changes of the file
+_MAX_REPORTED_LINES = 20  # of one problem
+_CACHE_SIZE = 50_000  # texts that are known to contain no word: 4 MB
 
 IN_MESSAGE = Reject(
     "words",
@@ -64,8 +55,7 @@ IN_ANSWER = Reject(
     "words_answer",
     Code.FORBIDDEN,
     Sentence(
-        "回答中出现了不允许的词语,已停止",
-        "The answer was stopped, because it came to words that are not allowed here",
+        "回答中出现了不允许的词语,已停止", "The answer was stopped, because it came to words that are not allowed here"
     ),
 )
 
@@ -81,9 +71,9 @@ class WordGuard(Guard):
         self._poll_interval = poll_interval
         self._version = file_version(path)  # before the file is read: a change in between is read again
         self._list = read(path)
+        # Hashes of texts without words: history comes again with each message. Collisions cannot be forged, because
+        # Python randomizes the hashes of strings.
         self._clean = set[int]()
-        """Hashes of texts without words: history comes again with each message. Clients cannot forge collisions, since
-        Python's hashes of strings are randomized."""
         self._reload = asyncio.Event()
 
     @classmethod
@@ -132,8 +122,8 @@ class WordGuard(Guard):
         if clean and all(self._is_clean(text) for _, text in history):
             return ALLOW
         if self._masks:
-            words = self._list
-            return Allow(text=mask(contents, words), history=tuple((role, mask(text, words)) for role, text in history))
+            masked = tuple((role, mask(text, self._list)) for role, text in history)
+            return Allow(text=mask(contents, self._list), history=masked)
         return IN_HISTORY if clean else IN_MESSAGE
 
     def answer_filter(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - the same for all
@@ -151,8 +141,7 @@ class WordGuard(Guard):
         return True
 
 
-FileVersion = tuple[int, int, int]
-"""Changes when the file does: modification time, size, inode."""
+FileVersion = tuple[int, int, int]  # modification time, size, inode
 
 
 def file_version(path: Path) -> FileVersion | None:
@@ -165,12 +154,7 @@ def file_version(path: Path) -> FileVersion | None:
 
 
 def read(path: Path) -> WordList:
-    """Read a word list. Takes 0.5 s for 100,000 words.
-
-    Raises:
-        SettingsError: The file cannot be read, is too large, not UTF-8, empty, or has invalid lines. The message has
-            the line numbers, never their content.
-    """
+    """Read a word list: 0.5 s for 100,000 words. Raises `SettingsError`, which names lines without their content."""
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading a pipe could block forever

@@ -17,34 +17,26 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Iterator
-from operator import add
+from itertools import groupby
+from operator import add, itemgetter
 from typing import Any
 
 import ahocorasick
 
 from imstream.guards.words.normalization import HEAVY, SEPARATORS, SPACE, is_dependent, is_spaced, strip_ignored
 
-MAX_GAP = 16
-"""Maximum number of separators between two letters of a word."""
-
-_MIN_ALONE = 3
-"""Minimum length of a word that is found when all its letters stand alone."""
-
-_SHORT = 128
-"""Maximum length of a text that is searched quickly for prefixes before the full search."""
-
-_UNSPACED = "\u2e80"
-"""First character of the large unspaced scripts: from here on, words may begin anywhere."""
-
-_SHARE = 20_000
-"""Approximate number of words in one automaton. Building one blocks all threads: 0.1 s for 100,000 words."""
+MAX_GAP = 16  # separators between two letters of a word
+_MIN_ALONE = 3  # letters of a word that is found when all of them stand alone
+_SHORT = 128  # length of a text that is searched for prefixes before the full search
+_UNSPACED = "\u2e80"  # first character of the large unspaced scripts: from here on, words may begin anywhere
+_SHARE = 20_000  # approximate words of one automaton: building one blocks all threads, 0.1 s for 100,000 words
 
 _GAP = re.compile(r"\s+")
 _RUN = re.compile(r"\S+")
 
+# The automaton's alphabet: a character for each byte of UTF-8, because it searches the children of a node one by one
+# and the root would have thousands of characters. Above ASCII none is white space, which the automaton skips.
 _SYMBOLS = "".join(map(chr, (*range(0x80), *range(0x100, 0x180))))
-"""The automaton's alphabet: a character for each byte of UTF-8, because it searches the children of a node one by one
-and the root would have thousands of characters. Above ASCII none is white space, which the automaton skips."""
 
 
 class WordList:
@@ -52,22 +44,18 @@ class WordList:
 
     def __init__(self, words: Iterable[str]) -> None:
         """Take normalized words, each with at least one letter. Separators in them are gaps."""
-        self._gaps = dict[str, frozenset[int]]()
-        """For words with gaps, the indexes of the letters after a gap."""
+        self._gaps = dict[str, frozenset[int]]()  # for words with gaps, the indexes of the letters after them
         letters = set[str]()
         for word in map(strip_ignored, words):
             plain = "".join(word.split())
             letters.add(plain)
-            if len(plain) < len(word) and (gaps := _gap_indexes(word)):
+            if len(plain) < len(word):
+                gaps = {len("".join(word[: gap.start()].split())) for gap in _GAP.finditer(word)}
                 self._gaps[plain] = self._gaps.get(plain, frozenset()) | gaps
         self._single_letters = {word for word in letters if len(word) == 1}
         firsts = {word[0] for word in letters}
-        self._prefixes = (
-            firsts
-            | {word[:2] for word in letters}
-            | {first + separator for first in firsts for separator in SEPARATORS}
-        )
-        """How words begin: with one letter, two letters, or a letter and a separator."""
+        # How words begin: with one letter, two letters, or a letter and a separator.
+        self._prefixes = firsts | {word[:2] for word in letters} | {a + b for a in firsts for b in SEPARATORS}
         self._max_length = max(map(len, letters), default=0)
         self._automata = [({word[0] for word in share}, _automaton(share)) for share in _shares(letters)]
         self._automaton_by_first = {first: automaton for firsts, automaton in self._automata for first in firsts}
@@ -79,9 +67,7 @@ class WordList:
     def find(self, normal: str, *, before: str = "") -> Iterator[tuple[int, int]]:
         """Yield start and end of each word in normalized text without ignored characters, in no order.
 
-        Args:
-            normal: The text.
-            before: The character before it. No word begins there, but it may touch one.
+        `before`: the character before the text. No word begins there, but it may touch one.
         """
         for last, length in self._letter_matches(normal):
             if "0" <= normal[last] <= "z" and "0" <= normal[last + 1 : last + 2] <= "z":
@@ -181,25 +167,17 @@ class WordList:
         return all_alone or not breaks or self._gaps.get(plain, frozenset()).issuperset(breaks)
 
 
-def _gap_indexes(word: str) -> frozenset[int]:
-    """The indexes of the letters of a listed word after a gap."""
-    return frozenset(len("".join(word[: gap.start()].split())) for gap in _GAP.finditer(word))
-
-
 def _shares(words: Iterable[str]) -> Iterator[list[str]]:
     """Split the words into sorted shares of about `_SHARE`; words with the same first letter stay together.
 
     A share is skipped for texts without any of its first letters: English words for Chinese texts.
     """
-    by_first = dict[str, list[str]]()
-    for word in words:
-        by_first.setdefault(word[0], []).append(word)
     share = list[str]()
-    for first in sorted(by_first):
+    for first, group in groupby(sorted(words), key=itemgetter(0)):
         if share and (len(share) >= _SHARE or share[0][0].isascii() != first.isascii()):
             yield share
             share = []
-        share += sorted(by_first[first])
+        share += group
     if share:
         yield share
 
