@@ -1,4 +1,4 @@
-"""The wall clock and time spans: what Redis wants in milliseconds, and the days that quotas are counted by."""
+"""The wall clock, time spans in milliseconds for Redis, and the days of quotas."""
 
 from __future__ import annotations
 
@@ -11,32 +11,26 @@ from zoneinfo import ZoneInfo
 
 
 def milliseconds(span: timedelta) -> int:
-    """Whole milliseconds, at least one: Redis takes 0 for "at once" or "for ever"."""
+    """Whole milliseconds, at least 1: to Redis, 0 means "at once" or "for ever"."""
     return max(1, int(span.total_seconds() * 1000))
 
 
-def to_timedelta(count: float) -> timedelta:
-    """A span of so many milliseconds, as Redis has them; what is beyond all years, or no number, is the longest one."""
+def to_timedelta(milliseconds: float) -> timedelta:
+    """A span from milliseconds. Values out of range, or not numbers, give the longest span."""
     try:
-        return timedelta(milliseconds=count)
+        return timedelta(milliseconds=milliseconds)
     except (OverflowError, ValueError):
         return timedelta.max
 
 
 def now_ms() -> int:
-    """What the clock says, in whole milliseconds since 1970."""
+    """Whole milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """One day. Times are in milliseconds since 1970.
-
-    Attributes:
-        name: Its date, such as `2026-11-24`.
-        start: When it begins.
-        end: When the next one does.
-    """
+    """A date such as `2026-11-24`, from `start` to before `end`, in milliseconds since 1970."""
 
     name: str
     start: int
@@ -51,27 +45,22 @@ class Calendar:
         self._last = Day("", 0, 0)
 
     def day(self, at: int) -> Day:
-        """The day of a moment, in milliseconds since 1970.
+        """The day of a time in milliseconds since 1970.
 
         Raises:
-            ValueError, OverflowError, OSError: It is beyond all years.
+            ValueError, OverflowError, OSError: The time is out of range.
         """
-        last = self._last
-        if not last.start <= at < last.end:
-            last = self._last = self._find(at)
-        return last
+        if not self._last.start <= at < self._last.end:
+            date = datetime.fromtimestamp(at // 1000, self.zone).date()
+            # A midnight that a clock change skips is the time of the change; of a repeated one, the first is taken.
+            midnights = (datetime.combine(date + timedelta(days=n), time_of_day(), self.zone) for n in (0, 1))
+            self._last = Day(date.isoformat(), *(int(midnight.timestamp()) * 1000 for midnight in midnights))
+        return self._last
 
     def format(self, at: float) -> str:
-        """A moment, in milliseconds since 1970, as people read it: `2026-11-24 15:30 (UTC)`. Never too early."""
+        """A time in milliseconds since 1970, as `2026-11-24 15:30 (UTC)`, rounded up to the minute."""
         try:
             minute = datetime.fromtimestamp(ceil(at / 60_000) * 60, self.zone)
         except (ValueError, OverflowError, OSError):
             return "beyond all years"
         return f"{minute:%Y-%m-%d %H:%M} ({self.zone.key})"
-
-    def _find(self, at: int) -> Day:
-        date = datetime.fromtimestamp(at // 1000, self.zone).date()
-        # A midnight that a clock change leaves out is the moment of the change, one that comes twice the first of both.
-        midnights = (datetime.combine(date + timedelta(days=n), time_of_day(), self.zone) for n in (0, 1))
-        begins, ends = (int(midnight.timestamp()) * 1000 for midnight in midnights)
-        return Day(date.isoformat(), start=begins, end=ends)

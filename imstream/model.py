@@ -1,8 +1,8 @@
-"""The vocabulary of chat: a request, the end of its reply, and what is recorded of it, with their schema version.
+"""The vocabulary of chat: a request, the end of its reply, and its record, with their schema version.
 
-Nodes of two successive releases share one Redis during a rolling upgrade. A new field does not raise the version: a
-release that does not know it ignores it, and one that needs it has a default. The version is raised only for entries
-that an older release must not touch; it leaves them to a node that knows them.
+Nodes of two successive releases share one Redis during a rolling upgrade. A new field does not raise the version: older
+releases ignore it, and newer ones have a default. Only entries that an older release must not touch have a higher
+version; it leaves them to newer nodes.
 """
 
 from __future__ import annotations
@@ -20,35 +20,30 @@ TerminalEvent = Literal["done", "failed", "cancelled"]
 TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
 
 SCHEMA_FIELD = "v"
-"""The field that holds the version. The scripts that write reply events name it, too."""
+"""The field of the version, also written by the scripts that append to replies."""
 
 SCHEMA_VERSION = 1
-"""What this release writes, and the newest that it knows. Entries without the field are of version 1."""
+"""The version written by this release, and the newest it reads. Entries without the field have version 1."""
 
-_DIGITS = 9
-"""Digits of a version at most: what is longer was written by hand."""
+_MAX_VERSION_DIGITS = 9
 
 
 def version_of(fields: Mapping[str, str]) -> int:
-    """The version of an entry; 1 also for what is no number."""
+    """The version of an entry; 1 when it is not a number of at most 9 digits."""
     version = fields.get(SCHEMA_FIELD, "")
-    return int(version) if version.isdecimal() and len(version) <= _DIGITS else 1
+    return int(version) if version.isdecimal() and len(version) <= _MAX_VERSION_DIGITS else 1
 
 
 class MalformedEntry(Exception):  # noqa: N818 - their fault, not an error of ours
-    """An entry of the stream is no valid request: somebody added or changed it by hand.
-
-    Attributes:
-        partial: The request without what cannot be read, when its user and message id can be: the user is told.
-    """
+    """An entry is not a valid request: it was added or changed by hand. `partial`: its readable part, with the user."""
 
     def __init__(self, text: str, partial: ChatRequest | None = None) -> None:
         super().__init__(text)
         self.partial = partial
 
 
-class NewerVersion(Exception):  # noqa: N818 - nobody's fault
-    """An entry was written by a newer release, in a schema that this one does not know."""
+class NewerVersion(Exception):  # noqa: N818 - not an error
+    """An entry has a schema version that only a newer release knows."""
 
     def __init__(self, version: int) -> None:
         super().__init__(f"schema version {version}")
@@ -57,13 +52,13 @@ class NewerVersion(Exception):  # noqa: N818 - nobody's fault
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What a client asked.
+    """A request of a client.
 
     Attributes:
         history: Earlier turns, oldest first, as `(role, content)`.
-        lang: `zh` or `en`: the language of texts for this person.
+        lang: Language of texts for the user: `zh` or `en`.
         at: When it was accepted, in milliseconds since 1970.
-        trace: An id for logs, the same in every log line about this request.
+        trace: Id in every log line about this request.
     """
 
     user_id: int
@@ -75,7 +70,7 @@ class ChatRequest:
     trace: str
 
     def fields(self) -> tuple[str, ...]:
-        """The stream entry, as field, value, …: readable as it stands in redis-cli."""
+        """The stream entry, as field, value, …."""
         history = to_json([{"role": role, "content": content} for role, content in self.history]).decode()
         return (
             *("user", str(self.user_id), "message_id", self.message_id, "contents", self.contents),
@@ -85,25 +80,21 @@ class ChatRequest:
 
     @classmethod
     def from_fields(cls, fields: dict[str, str], entry_id: str = "") -> ChatRequest:
-        """Read a stream entry back. Only user, message id and contents are required; unknown fields are ignored.
-
-        Args:
-            fields: The entry.
-            entry_id: Its id, which tells when it was added if nothing else does.
+        """Read a stream entry. Only user, message id and contents are required; `at` defaults to the entry id's time.
 
         Raises:
             NewerVersion: Its schema version is not known here.
-            MalformedEntry: A required field is missing, or one has no valid value.
+            MalformedEntry: A required field is missing, or a field is invalid.
         """
         if (version := version_of(fields)) > SCHEMA_VERSION:
             raise NewerVersion(version)
-        known: dict[str, Any] = {"contents": "", "history": (), "lang": DEFAULT_LANG}
+        added_at = entry_id.partition("-")[0]
+        known: dict[str, Any] = {"contents": "", "history": (), "lang": fields.get("lang") or DEFAULT_LANG}
         try:
             known |= {"user_id": int(fields["user"]), "message_id": fields["message_id"]}
-            known |= {"trace": fields.get("trace") or secrets.token_hex(8), "at": _added_at(entry_id)}
-            known["lang"] = fields.get("lang") or DEFAULT_LANG
-            if "at" in fields:
-                known["at"] = int(fields["at"])
+            known["trace"] = fields.get("trace") or secrets.token_hex(8)
+            known["at"] = int(added_at) if added_at.isdecimal() else 0
+            known["at"] = int(fields.get("at", known["at"]))
             known["contents"] = fields["contents"]
             known["history"] = _history(fields.get("history", "[]"))
         except (KeyError, TypeError, ValueError) as error:
@@ -115,23 +106,13 @@ class ChatRequest:
 def _history(text: str) -> tuple[tuple[str, str], ...]:
     turns = tuple((turn["role"], turn["content"]) for turn in from_json(text))
     if not all(isinstance(part, str) for turn in turns for part in turn):
-        raise TypeError("a turn of the history that is no text")
+        raise TypeError("a turn of the history is not text")
     return turns
-
-
-def _added_at(entry_id: str) -> int:
-    """The first part of the id of an entry is when it was added, in milliseconds since 1970."""
-    added = entry_id.partition("-")[0]
-    return int(added) if added.isdecimal() else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a client is told of a message that a guard refused: a code for programs, a sentence in its language.
-
-    Attributes:
-        violation: The user is to blame.
-    """
+    """A refusal by a guard: a code for programs and a sentence for the user. `violation`: it counts against the user."""
 
     code: str
     sentence: str
@@ -143,8 +124,8 @@ class Terminal:
     """How a reply ended.
 
     Attributes:
-        reason: For `failed`: why, as in the dead stream.
-        refusal: For `failed`: what to tell instead of the usual, when a guard refused the message.
+        reason: For `failed`: the reason, as in the dead stream.
+        refusal: For `failed`: the refusal of a guard, whose sentence replaces the general one.
     """
 
     event: TerminalEvent
@@ -155,40 +136,38 @@ class Terminal:
     refusal: Refusal | None = None
 
     def fields(self) -> tuple[str, ...]:
-        """What the terminal entry carries beside attempt, event, offset and text, as field, value, …."""
+        """The terminal entry without attempt, event, offset and text, as field, value, …."""
         named = {
             "finish_reason": self.finish_reason,
             "usage": None if self.usage is None else to_json(self.usage).decode(),
             "reason": self.reason,
             "error": self.error,
-            "code": None if self.refusal is None else self.refusal.code,
-            "sentence": None if self.refusal is None else self.refusal.sentence,
-            "violation": "1" if self.refusal is not None and self.refusal.violation else None,
         }
+        if self.refusal is not None:
+            violation = "1" if self.refusal.violation else None
+            named |= {"code": self.refusal.code, "sentence": self.refusal.sentence, "violation": violation}
         return tuple(part for name, value in named.items() if value is not None for part in (name, value))
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Terminal:
-        """Read a terminal entry back."""
+        """Read a terminal entry."""
+        refused = "sentence" in fields
         return cls(
             event=fields["event"],
             finish_reason=fields.get("finish_reason"),
             usage=from_json(fields["usage"]) if "usage" in fields else None,
             reason=fields.get("reason"),
             error=fields.get("error"),
-            refusal=Refusal(fields["code"], fields["sentence"], "violation" in fields)
-            if "sentence" in fields
-            else None,
+            refusal=Refusal(fields["code"], fields["sentence"], "violation" in fields) if refused else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is recorded of one reply, or what of it is new since an earlier record.
+    """The record of a reply, or what is new since an earlier record.
 
     Attributes:
-        text: Text of the last attempt, from `start` on.
-        start: Offset of that text: 0, unless the record goes on where an earlier one ended.
+        text: Text of the last attempt, from the offset `start` on. That is 0 unless the record continues another one.
         position: Where this record ends; the next one may begin there.
     """
 

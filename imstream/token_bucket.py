@@ -1,36 +1,32 @@
-"""Token buckets: how much may come in a time on average, and how much at once."""
+"""Token buckets: limit an average rate and the size of a burst."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 NEVER_USED = 0.0
-"""A bucket from which nothing was taken yet."""
+"""The state of a bucket that was never used."""
 
 _ROUNDING = 1e-6
-"""Seconds by which a sum of times may be wrong."""
+"""Seconds of rounding error to tolerate in a sum of times."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBucket:
-    """So many tokens flow into a bucket in each second, up to its size; whatever comes takes one, or what it costs.
+    """`rate` tokens a second flow into a bucket, which holds at most `size`.
 
-    All that there is to know of one bucket is the moment at which it will be full again, in seconds of any clock. So a
-    bucket is a number, and one whose moment has passed need not be kept.
-
-    Attributes:
-        rate: Tokens that flow in each second.
-        size: Most tokens that a bucket holds.
+    The state of a bucket is one number, which the caller keeps: when it will be full again, in seconds of any clock.
+    Once that time has passed, the state may be dropped.
     """
 
     rate: float
     size: int
 
     def consume(self, full_at: float, now: float, tokens: float = 1) -> float:
-        """Take tokens, also those that are not there; when the bucket will be full again then."""
+        """Take tokens, if need be on credit; return the new state."""
         return max(full_at, now) + tokens / self.rate
 
     def wait_time(self, full_at: float, now: float) -> float:
-        """Seconds until a bucket owes nothing any more; 0 when it does not."""
+        """Seconds until the credit is paid back; 0 when there is none."""
         wait = full_at - now - self.size / self.rate
         return wait if wait > _ROUNDING else 0.0
