@@ -10,10 +10,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 UMASK = 0o077
-"""What a process that writes such files takes away from their permissions."""
+"""The umask of processes that write such files."""
 
 OWN_FOLDER = ".imstream"
-"""The folder, in the working directory, that holds everything imstream writes by default."""
+"""The folder in the working directory for everything that imstream writes by default."""
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -22,39 +22,32 @@ log = logging.getLogger(__name__)
 
 
 def close_to_others(folder: Path, contents: Collection[str]) -> None:
-    """Let nobody but the owner into a folder. What cannot be done is a warning.
+    """Remove the permissions of other users from a folder; log a warning if that is not possible.
 
-    A folder is closed only if it holds nothing but `contents`: one that was named by mistake, such as /tmp, stays as it
-    is, and only the `contents` in it are closed, with the files in those.
-
-    Args:
-        folder: The folder.
-        contents: The names of the files and folders that imstream keeps in it, as patterns of the shell.
-
-    Raises:
-        OSError: The folder cannot be read.
+    `contents` are the names (shell patterns) of imstream's files and folders in it. A folder that holds anything else,
+    such as /tmp named by mistake, keeps its permissions: only `contents` are closed, with the files in those.
     """
     own_parents = [parent for parent in folder.absolute().parents if parent.name == OWN_FOLDER]
     for path in (*own_parents, *_to_close(folder, contents)):
         _close(path)
     for path in (*own_parents, folder):
         if problem := others_can_write(path):
-            log.warning("%s %s: other users can replace what is in it", path, problem)
+            log.warning("%s %s: other users can replace its contents", path, problem)
 
 
 def _to_close(folder: Path, contents: Collection[str]) -> Iterator[Path]:
-    there = sorted(folder.iterdir())
-    ours = [path for path in there if any(fnmatch(path.name, pattern) for pattern in contents)]
-    if ours == there:
+    found = sorted(folder.iterdir())
+    own = [path for path in found if any(fnmatch(path.name, pattern) for pattern in contents)]
+    if own == found:
         yield folder.resolve()
-    for path in ours:
+    for path in own:
         yield path
         if path.is_dir() and not path.is_symlink():
             yield from path.iterdir()
 
 
 def _close(path: Path) -> None:
-    """Take all permissions from other users. A link is left alone: it may have been made to lead elsewhere."""
+    """Remove all permissions of other users. Links are not followed: they may lead to files of others."""
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode) or not found.st_mode & _OTHERS:
         return
@@ -67,11 +60,7 @@ def _close(path: Path) -> None:
 
 
 def others_can_write(path: Path) -> str | None:
-    """How somebody else than this user and root can change a file, or what is in a folder; None if nobody can.
-
-    Raises:
-        OSError: It cannot be looked at.
-    """
+    """How a user other than this one and root can change a file, or the contents of a folder; None if none can."""
     found = path.stat()
     if found.st_uid not in {os.geteuid(), 0}:
         return "belongs to another user"

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin
 
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import format_default
-from imstream.cli.up_plan import UpSettings
+from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
 

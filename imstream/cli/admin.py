@@ -6,12 +6,12 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from zoneinfo import ZoneInfo
 
 import click
 
-from imstream.cli.options import TimeSpan, UserId, given, settings_options
+from imstream.cli.options import Command, TimeSpan, UserId, given, settings_options
 from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreDenied, StoreError, StoreUnavailable
 from imstream.keys import Keys
@@ -24,7 +24,6 @@ from imstream.store.inspection import StreamOverview, UserOverview, inspect_stre
 MAX_SHOWN = 20
 """Maximum number of counted messages that are listed."""
 
-Command = TypeVar("Command", bound="Callable[..., Any]")
 Answer = TypeVar("Answer")
 
 _REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
@@ -32,12 +31,7 @@ _QUOTA_SETTINGS = (*_REDIS_SETTINGS, "daily_quota", "quota_timezone")
 
 
 def _with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) -> Answer:
-    """Run `work` with one connection to Redis; errors name the server.
-
-    Raises:
-        StoreUnavailable: Redis cannot be reached, or denies access.
-        StoreError: Redis refused a command.
-    """
+    """Run `work` with one connection to Redis; errors about the connection name the server."""
 
     async def connected() -> Answer:
         async with RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout) as redis:
@@ -55,9 +49,7 @@ def show_stream(settings: Settings, *, newest: int) -> None:
     """Print an overview of the node's stream, with the newest dead letters."""
     keys = Keys(settings.key_prefix)
     overview = _with_redis(settings, lambda redis: inspect_stream(redis, keys, settings.node, newest=newest))
-    click.echo(f"node {settings.node} at {settings.redis_url}")
-    for line in _stream_lines(overview):
-        click.echo(line)
+    click.echo("\n".join([f"node {settings.node} at {settings.redis_url}", *_stream_lines(overview)]))
 
 
 def _stream_lines(overview: StreamOverview) -> Iterator[str]:
@@ -79,21 +71,24 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
 
 def _user_command(*settings: str) -> Callable[[Command], Command]:
     """Add the argument USER, and options for these settings."""
-
-    def decorate(command: Command) -> Command:
-        command = click.argument("user_id", type=UserId(), metavar="USER")(command)
-        return settings_options(Settings, only=settings, aliases={"redis_url": "--redis"})(command)
-
-    return decorate
+    add_argument = click.argument("user_id", type=UserId(), metavar="USER")
+    add_options = settings_options(Settings, only=settings, aliases={"redis_url": "--redis"})
+    return lambda command: add_options(add_argument(command))
 
 
 _reason = click.option("--reason", default="", help="Reason, for operators only.")
-_by = click.option(
-    "--by", default=lambda: os.environ.get("USER", "imstream user"), help="Name of the operator; default $USER."
-)
+_by = click.option("--by", default=lambda: os.environ.get("USER", "imstream user"), help="Operator; default $USER.")
 
 
-@click.command()
+@click.group()
+def user() -> None:
+    """Show, lock and ban users, and see their quota.
+
+    Changes take effect at once, on all nodes: open sessions are notified and closed (4503).
+    """
+
+
+@user.command()
 @_user_command(*_QUOTA_SETTINGS)
 def show(user_id: int, **options: str | None) -> None:
     """Show account, quota, violations and route of a user."""
@@ -104,9 +99,8 @@ def show(user_id: int, **options: str | None) -> None:
     async def work(redis: RedisClient) -> None:
         overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
         status = await Accounts(redis, settings).check(user_id, day)
-        click.echo(f"user {user_id} at {settings.redis_url}")
-        for line in _user_lines(overview, status, settings, calendar):
-            click.echo(line)
+        lines = _user_lines(overview, status, settings, calendar)
+        click.echo("\n".join([f"user {user_id} at {settings.redis_url}", *lines]))
 
     _with_redis(settings, work)
 
@@ -140,7 +134,7 @@ def _quota(overview: UserOverview, settings: Settings) -> str:
     return f"{used} of {limit} used on {day}, {max(0, limit - used)} left"
 
 
-@click.command()
+@user.command()
 @click.option(
     *("--for", "span"),
     type=TimeSpan(),
@@ -163,7 +157,7 @@ def lock(user_id: int, span: timedelta | None, reason: str, by: str, **options: 
     _with_redis(settings, work)
 
 
-@click.command()
+@user.command()
 @_user_command(*_REDIS_SETTINGS)
 def unlock(user_id: int, **options: str | None) -> None:
     """End a lock."""
@@ -172,7 +166,7 @@ def unlock(user_id: int, **options: str | None) -> None:
     click.echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
 
 
-@click.command()
+@user.command()
 @_reason
 @_by
 @_user_command(*_REDIS_SETTINGS)
@@ -188,7 +182,7 @@ def ban(user_id: int, reason: str, by: str, **options: str | None) -> None:
     _with_redis(settings, work)
 
 
-@click.command()
+@user.command()
 @_user_command(*_REDIS_SETTINGS)
 def unban(user_id: int, **options: str | None) -> None:
     """End a ban."""
@@ -197,7 +191,7 @@ def unban(user_id: int, **options: str | None) -> None:
     click.echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
 
 
-@click.command()
+@user.command()
 @click.option("--give-back", metavar="MESSAGE", help="Remove this message from today's count.")
 @click.option("--reset", is_flag=True, help="Reset today's count.")
 @_user_command(*_QUOTA_SETTINGS)
@@ -228,10 +222,6 @@ async def _close_sessions(redis: RedisClient, settings: Settings, user_id: int, 
     for node in sorted(restricted.nodes):
         try:
             await notify(redis, Keys(settings.key_prefix), node, AccountChanged(user_id))
+            click.echo(f"node {node} was notified to close the user's sessions")
         except StoreError as error:
             click.echo(f"node {node} was not notified and closes the sessions within minutes: {error}", err=True)
-        else:
-            click.echo(f"node {node} was notified to close the user's sessions")
-
-
-USER_COMMANDS = {str(one.name): one for one in (show, lock, unlock, ban, unban, quota)}

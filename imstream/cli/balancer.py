@@ -21,18 +21,13 @@ from imstream.private_files import OWN_FOLDER, UMASK, close_to_others
 Program = Literal["haproxy", "nginx"]
 
 FOLDER = Path(f"{OWN_FOLDER}/balancer")
-"""Default folder of the configuration and the temporary files."""
-
 _CONFIGURATIONS: dict[Program, str] = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
 _CERTIFICATE_AND_KEY = "certificate-and-key.pem"
 _CONTENTS = (*_CONFIGURATIONS.values(), _CERTIFICATE_AND_KEY, "nginx.pid", "body", "proxy", "fastcgi", "uwsgi", "scgi")
-"""The files and folders that are kept in the folder."""
 
-_LISTEN = "127.0.0.1:8000"
-_REDIRECT = "127.0.0.1:8001"
-_FIRST_NODE = "127.0.0.1:8080"
-_CERTIFICATE = "/etc/ssl/chat.example.com.pem"
-_KEY = "/etc/ssl/chat.example.com.key"
+# Values of the templates.
+_LISTEN, _REDIRECT, _FIRST_NODE = "127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8080"
+_CERTIFICATE, _KEY = "/etc/ssl/chat.example.com.pem", "/etc/ssl/chat.example.com.key"
 _NODE_LINE = re.compile(r"\s*server 127\.0\.0\.1:\d+\b")
 _MARKED = re.compile(r"(?P<indent>\s*)#(?P<mark>tls|redirect) (?P<line>.*)")
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
@@ -43,13 +38,7 @@ _PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin")
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """TLS for clients.
-
-    Attributes:
-        certificate: PEM file of the certificate and its chain.
-        key: PEM file of its private key; None if the certificate's file contains it.
-        redirect: Address from which plain HTTP is redirected to https.
-    """
+    """TLS for clients: PEM files, and address that redirects plain HTTP. Without `key`, `certificate` holds both."""
 
     certificate: Path
     key: Path | None = None
@@ -77,11 +66,7 @@ def installed_program() -> Program | None:
 
 
 def render(config: BalancerConfig) -> str:
-    """The text of the configuration file.
-
-    Raises:
-        SettingsError: An address is malformed, or a file is unreadable or has a name that cannot be in the text.
-    """
+    """The text of the configuration file; raises SettingsError for malformed addresses and unusable files."""
     redirect = config.tls.redirect if config.tls else None
     for address in (config.listen, *config.nodes, *([redirect] if redirect else [])):
         if _ADDRESS.fullmatch(address) is None:
@@ -107,7 +92,7 @@ def _lines(config: BalancerConfig, template: str) -> Iterator[str]:
 
 
 def _values(config: BalancerConfig) -> dict[str, str]:
-    """What replaces the values of the template."""
+    """The values that replace those of the template."""
     values = {_LISTEN: _format(config.program, config.listen)}
     if config.tls:
         values[_CERTIFICATE] = _readable(config.tls.certificate)
@@ -122,7 +107,7 @@ def _values(config: BalancerConfig) -> dict[str, str]:
 
 def _format(program: Program, address: str) -> str:
     """An address in the program's syntax: HAProxy has no brackets, the port follows the last colon."""
-    return address.translate({ord("["): None, ord("]"): None}) if program == "haproxy" else address
+    return address.replace("[", "").replace("]", "") if program == "haproxy" else address
 
 
 def _readable(file: Path) -> str:
@@ -135,12 +120,7 @@ def _readable(file: Path) -> str:
 
 
 def exec_balancer(config: BalancerConfig, folder: Path) -> NoReturn:
-    """Replace this process by the load balancer, in the foreground. `folder` is created if necessary.
-
-    Raises:
-        ImstreamError: The program is not installed.
-        SettingsError: The folder cannot be used, or `render` raises it.
-    """
+    """Replace this process by the load balancer, in the foreground. `folder` is created if necessary."""
     program = config.program
     path = find_program(program)
     if path is None:
@@ -155,10 +135,9 @@ def exec_balancer(config: BalancerConfig, folder: Path) -> NoReturn:
         file.write_text(render(config), "utf-8")
     except OSError as error:
         raise SettingsError(f"--folder={folder} cannot be used: {error.strerror}: {error.filename}") from None
-    arguments = {
-        "haproxy": ["-db", "-f", str(file)],
-        "nginx": ["-e", "stderr", "-p", str(file.parent), "-c", str(file)],
-    }[program]
+    arguments = ["-db", "-f", str(file)]
+    if program == "nginx":
+        arguments = ["-e", "stderr", "-p", str(file.parent), "-c", str(file)]
     os.execv(path, [program, *arguments])  # noqa: S606 - the purpose of this function
 
 

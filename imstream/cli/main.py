@@ -15,9 +15,9 @@ import click
 from imstream.cli import balancer as balancers
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.options import TimeSpan, UserId, given, settings_options
+from imstream.cli.options import TOKEN, TimeSpan, UserId, given, settings_options
 from imstream.cli.supervisor import exit_with_parent
-from imstream.cli.up_plan import UpSettings
+from imstream.cli.up import UpSettings
 from imstream.demo import marker
 from imstream.demo.settings import DemoSettings
 from imstream.errors import ImstreamError, SettingsError
@@ -25,14 +25,12 @@ from imstream.settings import Settings
 from imstream.texts import DEFAULT_LANG, Lang
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_SERVERS = ("up", "redis", "demo-ai")
+_FOLDER = click.Path(file_okay=False, path_type=Path)
 _ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
 
 
 class _InvalidSetting(click.ClickException):
-    """A setting or an option is invalid; the exit code is click's for invalid options."""
-
-    exit_code = 2
+    exit_code = 2  # as for click's own errors of usage
 
 
 class _Commands(click.Group):
@@ -44,25 +42,15 @@ class _Commands(click.Group):
         except ImstreamError as error:
             raise (_InvalidSetting if isinstance(error, SettingsError) else click.ClickException)(str(error)) from None
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        del ctx
-        return list(self.commands)
-
-
-class _UserCommands(click.Group):
-    """The commands of `imstream user`, imported only when needed: they load the Redis client."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        from imstream.cli.admin import USER_COMMANDS
-
-        del ctx
-        return list(USER_COMMANDS)
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return [*self.commands, "user"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        from imstream.cli.admin import USER_COMMANDS
+        if cmd_name == "user":
+            from imstream.cli.admin import user
 
-        del ctx
-        return USER_COMMANDS.get(cmd_name)
+            return user
+        return super().get_command(ctx, cmd_name)
 
 
 def _system_lang() -> Lang:
@@ -94,7 +82,7 @@ def main(ctx: click.Context, parent: int | None) -> None:
         exit_with_parent(parent)  # the parent has printed the notes about settings
     elif ctx.invoked_subcommand != "node":  # which logs them
         file, warnings = settings_notes.check()
-        if file and ctx.invoked_subcommand in _SERVERS:
+        if file and ctx.invoked_subcommand in {"up", "redis", "demo-ai"}:
             click.echo(f"settings read from {file}", err=True)
         for warning in warnings:
             click.echo(f"Warning: {warning}", err=True)
@@ -108,13 +96,12 @@ def main(ctx: click.Context, parent: int | None) -> None:
 def up(**options: str | None) -> None:
     """Run everything on this machine: Valkey, demo AI, nodes.
 
-    IMSTREAM_REDIS_URL (--redis) replaces the embedded Valkey, IMSTREAM_AI_URL (--ai) replaces the demo AI. Data is kept
-    in .imstream/: accepted messages are answered after the next start.
+    --redis replaces the embedded Valkey, --ai the demo AI. Data is kept in .imstream/ until the next start.
 
     With --nodes 3 and HAProxy or nginx installed, a load balancer runs in front of the nodes, and a node that dies is
     restarted: kill one and watch its users continue on another.
 
-    Ctrl-C stops the nodes first, so that running answers can end, then the other parts. A second Ctrl-C kills them.
+    Ctrl-C stops the nodes first, so that running answers can end. A second Ctrl-C kills everything.
     """
     from imstream.cli.up import run
 
@@ -148,7 +135,7 @@ def node(ctx: click.Context, /, **options: str | None) -> None:
 @main.command()
 @click.option("--url", default="ws://127.0.0.1:8080/ws", show_default=True, help="The node's address.")
 @click.option("--user", type=UserId(), default=10001, show_default=True, help="Your user id: a number above 10000.")
-@click.option("--token", envvar=settings_notes.TOKEN, help="Your signed token; keep it secret with IMSTREAM_TOKEN.")
+@click.option("--token", envvar=TOKEN, help="Your signed token; keep it secret with IMSTREAM_TOKEN.")
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_system_lang, help="Default: the terminal's language.")
 def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
     """Chat in the terminal; it reconnects and resumes."""
@@ -205,8 +192,7 @@ def demo_ai(**options: str | None) -> None:
 def redis(**options: str | None) -> None:
     """Run the embedded Valkey in the foreground.
 
-    The server replaces this process: process id and signals are the server's. It listens on 127.0.0.1, appends every
-    write to a file and evicts nothing.
+    The server replaces this process. It listens on 127.0.0.1, appends every write to a file and evicts nothing.
     """
     from imstream.cli.embedded_redis import exec_server
 
@@ -216,13 +202,7 @@ def redis(**options: str | None) -> None:
 @main.command()
 @click.option("--program", type=click.Choice(get_args(balancers.Program)), help="Default: an installed one.")
 @click.option("--listen", default="127.0.0.1:8000", show_default=True, help="Address it listens on.")
-@click.option(
-    "--folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=balancers.FOLDER,
-    show_default=True,
-    help="Folder of its configuration and temporary files.",
-)
+@click.option("--folder", type=_FOLDER, default=balancers.FOLDER, show_default=True, help="Folder of its files.")
 @click.option("--cert", type=_EXISTING_FILE, help="For https and wss: PEM file of the certificate, with its chain.")
 @click.option("--key", type=_EXISTING_FILE, help="PEM file of its private key, if it is not in the same file.")
 @click.option("--redirect", metavar="ADDRESS", help="With --cert: address that redirects plain HTTP to https.")
@@ -273,11 +253,3 @@ def streams(newest: int, **options: str | None) -> None:
     from imstream.cli.admin import show_stream
 
     show_stream(Settings.load(**given(options)), newest=newest)
-
-
-@main.group("user", cls=_UserCommands)
-def user() -> None:
-    """Show, lock and ban users, and see their quota.
-
-    Changes take effect at once, on all nodes: open sessions are notified and closed (4503).
-    """

@@ -17,6 +17,9 @@ from imstream.errors import SettingsError
 from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret, parse_duration
 from imstream.wire import MAX_USER_ID, MIN_USER_ID, parse_user_id
 
+TOKEN = f"{ENV_PREFIX}TOKEN"
+"""The variable of `imstream chat`, which belongs to no settings group."""
+
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
 
@@ -57,13 +60,10 @@ def settings_options(
     aliases: Mapping[str, str] | None = None,
     full_names: bool = False,
 ) -> Callable[[Command], Command]:
-    """Add one option for each setting of a group to a command, which gets them as keyword arguments; see `given`.
+    """Add one option for each setting of a group, or for the fields in `only`; see also `given`.
 
-    Args:
-        group: The settings.
-        only: The fields that get an option, in this order; by default all.
-        aliases: Shorter names for some fields, such as `{"redis_url": "--redis"}`.
-        full_names: Whether names begin with the group's prefix (`--demo-pace`), for a command with several groups.
+    `aliases` are additional names, such as `{"redis_url": "--redis"}`. With `full_names`, names begin with the group's
+    prefix (`--demo-pace`), for a command with several groups.
     """
 
     def decorate(command: Command) -> Command:
@@ -100,8 +100,8 @@ def format_default(default: object) -> str:
         return str(default).lower()
     if not isinstance(default, timedelta):
         return f"{default:g}" if isinstance(default, float) else str(default)
-    for unit, span in (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("m", timedelta(minutes=1))):
-        if default and default % span == timedelta(0):
-            return f"{default // span}{unit}"
     seconds = default.total_seconds()
-    return f"{seconds:g}s" if seconds >= 1 or not default else f"{seconds * 1000:g}ms"
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds and seconds % length == 0:
+            return f"{seconds / length:g}{unit}"
+    return f"{seconds * 1000:g}ms" if 0 < seconds < 1 else f"{seconds:g}s"

@@ -12,14 +12,12 @@ import structlog
 from dotenv import dotenv_values
 
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.up_plan import UpSettings
+from imstream.cli.options import TOKEN
+from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.private_files import others_can_write
 from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
 from imstream.urls import redact_url
-
-TOKEN = f"{ENV_PREFIX}TOKEN"
-"""The variable of `imstream chat`, which belongs to no settings group."""
 
 _GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings)
 _FIELDS = {group.variable(name): field for group in _GROUPS for name, field in group.model_fields.items()}
@@ -69,8 +67,7 @@ def _file_warnings(file: Path, values: Mapping[str, str | None]) -> Iterator[str
 
 
 def _is_secret(name: str, value: str) -> bool:
-    field = _FIELDS.get(name)
-    if field is None:
+    if (field := _FIELDS.get(name)) is None:
         return name == TOKEN
     return value != "" and (is_secret(field) or redact_url(value) != value)
 

@@ -1,7 +1,4 @@
-"""Runs child processes together: started in order, stopped in order.
-
-When a child exits by itself, all are stopped, unless it is one that is restarted: the others can run without it for a
-moment.
+"""Runs child processes together: started in order, stopped in order, and stopped all when an essential one exits.
 
 Each child leads its own session, so that Ctrl-C in the terminal reaches only the supervisor, which stops the children
 in order. If the supervisor is killed, the kernel kills them (see `exit_with_parent`).
@@ -14,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+from asyncio.subprocess import DEVNULL, STDOUT, Process
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,14 +32,10 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def exit_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when the process `parent`, which started it, ends.
+    """Have the kernel send this process a signal when its parent ends; exit if it has ended already. Linux only.
 
-    Linux keeps this across `execve`, so it also covers the Valkey that a child turns into; a pipe watched by the
-    children would not. SIGKILL cannot be delayed, and accepted requests are in the append-only file. Systems other than
-    Linux have no such call.
-
-    Raises:
-        SystemExit: The parent has ended already.
+    The setting survives `execve`, so it also covers the Valkey that a child turns into; a pipe watched by the child
+    would not. SIGKILL loses nothing: accepted requests are in the append-only file.
     """
     if sys.platform != "linux":
         return
@@ -56,12 +50,10 @@ class Part:
     """What runs in one child process.
 
     Attributes:
-        name: Prefix of its lines of output.
         arguments: The imstream command, with its options.
-        is_ready: Checks whether it can serve.
         environment: All of its `IMSTREAM_*` variables: it inherits none, because they may hold secrets of other parts.
         stop_timeout: Seconds from SIGTERM to SIGKILL.
-        restarts: Whether it is restarted when it exits by itself after it was ready; otherwise all parts are stopped.
+        restarts: Whether it is restarted when it exits by itself after it was ready; otherwise it is essential.
     """
 
     name: str
@@ -83,9 +75,7 @@ class _Stopping(Exception):  # noqa: N818 - reads as the state that it names
 class _Child:
     """A running part."""
 
-    def __init__(
-        self, part: Part, process: asyncio.subprocess.Process, output: asyncio.StreamReader, width: int
-    ) -> None:
+    def __init__(self, part: Part, process: Process, output: asyncio.StreamReader, width: int) -> None:
         self.part = part
         self.process = process
         self.output = asyncio.create_task(_relay(output, f"{part.name:<{width}} | "))
@@ -109,15 +99,7 @@ class _Child:
 
 
 class Supervisor:
-    """Runs stages of parts: the parts of a stage start together, after all parts of the previous stage are ready.
-
-    Args:
-        stages: The parts in the order in which they start.
-        stopping: The parts in the order in which they stop; by default the reverse.
-
-    Attributes:
-        running: The children as they are now.
-    """
+    """Starts stages in order, each after all parts of the previous one are ready; stops in the order of `stopping`."""
 
     def __init__(self, stages: Sequence[Sequence[Part]], stopping: Sequence[Sequence[Part]] | None = None) -> None:
         self._stages = stages
@@ -128,11 +110,7 @@ class Supervisor:
         self._failed = False
 
     async def run(self, announce: Callable[[], None]) -> int:
-        """Run the parts until a signal, or until one of them exits. Returns the exit code: 0 after an orderly stop.
-
-        Args:
-            announce: Called when all parts are ready.
-        """
+        """Run the parts until a signal or a failure; returns the exit code. Calls `announce` when all are ready."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -167,14 +145,19 @@ class Supervisor:
 
     async def _spawn(self, part: Part) -> _Child:
         inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
-        output, write_end = await _open_pipe()
+        # With asyncio's own pipe, the child would count as running while any process holds the pipe.
+        read_end, write_end = os.pipe()
+        output = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(output), os.fdopen(read_end, "rb", buffering=0)
+        )
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "imstream", "--parent", str(os.getpid()), *part.arguments),
                 env={**inherited, "PYTHONUNBUFFERED": "1", **part.environment},
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=DEVNULL,
                 stdout=write_end,
-                stderr=asyncio.subprocess.STDOUT,
+                stderr=STDOUT,
                 start_new_session=True,
             )
         finally:
@@ -200,7 +183,7 @@ class Supervisor:
         raise _Stopping
 
     async def _supervise(self, child: _Child) -> None:
-        """Restart a part whenever it exits; raise `_ChildFailed` if it is not one that is restarted."""
+        """Restart a part whenever it exits, or raise `_ChildFailed` if it is essential."""
         part, delay = child.part, MIN_RESTART_DELAY
         while True:
             await asyncio.wait([child.exit])  # `wait` does not cancel the task when it is cancelled itself
@@ -229,25 +212,12 @@ def _status(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-async def _wait_and_reap(process: asyncio.subprocess.Process) -> int:
+async def _wait_and_reap(process: Process) -> int:
     """Wait for the exit code of a child, and kill its descendants: a killed nginx leaves workers that hold its port."""
     code = await process.wait()
     with suppress(ProcessLookupError, PermissionError):  # raised by Linux and by macOS if there are none
         os.killpg(process.pid, signal.SIGKILL)
     return code
-
-
-async def _open_pipe() -> tuple[asyncio.StreamReader, int]:
-    """A pipe for the output of a child: a reader, and the descriptor to write to.
-
-    With asyncio's own pipe, a child would count as running until the last process that holds the pipe has exited.
-    """
-    read_end, write_end = os.pipe()
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_end, "rb", buffering=0)
-    )
-    return reader, write_end
 
 
 async def _relay(output: asyncio.StreamReader, prefix: str) -> None:

@@ -7,28 +7,23 @@ import codecs
 import os
 import sys
 import unicodedata
-from typing import TextIO
 
-CHUNK = 65536
-"""Maximum number of bytes read from standard input at once. The rest stays in the kernel, which blocks the writer."""
+CHUNK = 65536  # maximum number of bytes read at once; the rest stays in the kernel, which blocks the writer
 
 _DIRECTIONS = (*range(0x202A, 0x202F), 0x2066, 0x2067)
-"""Characters that embed or override text directions (Unicode Standard Annex 9): they would reorder the rest of the
-line."""
+"""Characters that embed or override text directions (Unicode Standard Annex 9), and so reorder the rest of the line."""
 
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0), *_DIRECTIONS) if chr(code) not in "\n\t"}
 """Control characters. Text from the wire must not move the cursor, reorder a line or send commands to the terminal."""
 
 _FIRST_STRONG_ISOLATE, _POP_DIRECTIONAL_ISOLATE = "\u2068", "\u2069"
-_RIGHT_TO_LEFT = frozenset({"R", "AL"})
 _ISOLATES = {ord(_FIRST_STRONG_ISOLATE): None, ord(_POP_DIRECTIONAL_ISOLATE): None}
-
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 def isolate_direction(text: str) -> str:
     """Enclose text for the middle of a line so that right-to-left text does not reorder the rest of the line."""
-    if all(unicodedata.bidirectional(char) not in _RIGHT_TO_LEFT for char in text):
+    if all(unicodedata.bidirectional(char) not in {"R", "AL"} for char in text):
         return text
     return f"{_FIRST_STRONG_ISOLATE}{text.translate(_ISOLATES)}{_POP_DIRECTIONAL_ISOLATE}"
 
@@ -40,10 +35,8 @@ class TerminalOutput:
     would be part of the output, so each answer is written when it is complete.
     """
 
-    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        self._out = sys.stdout if out is None else out
-        self._err = sys.stderr if err is None else err
-        self._live = self._out.isatty()
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
         self._within_line = False
 
     def prompt(self) -> None:
@@ -68,8 +61,8 @@ class TerminalOutput:
         """Write a note on a line of its own."""
         self._end_line()
         text = text.translate(_CONTROL)
-        self._err.write(f"{_DIM}{text}{_RESET}\n" if self._err.isatty() else f"{text}\n")
-        self._err.flush()
+        sys.stderr.write(f"{_DIM}{text}{_RESET}\n" if sys.stderr.isatty() else f"{text}\n")
+        sys.stderr.flush()
 
     def end(self) -> None:
         """End the line of the prompt, so that the shell's prompt begins a new one."""
@@ -82,8 +75,8 @@ class TerminalOutput:
             self._within_line = False
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 class LineReader:

@@ -1,49 +1,251 @@
-"""`imstream up`: runs everything on this machine, for evaluation."""
+"""`imstream up`: plans which parts run on this machine, runs them, and prints their addresses."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
+import secrets
 import shlex
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlencode
 
 import click
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from imstream.cli import balancer as balancers
-from imstream.cli.embedded_redis import PASSWORD_FILE
-from imstream.cli.settings_notes import TOKEN
-from imstream.cli.supervisor import Supervisor
-from imstream.cli.up_plan import UpPlan, make_plan, reachable_host
+from imstream.cli import embedded_redis
+from imstream.cli.embedded_redis import EmbeddedSettings
+from imstream.cli.options import TOKEN
+from imstream.cli.supervisor import Part, Supervisor
+from imstream.demo.settings import DemoSettings
+from imstream.errors import SettingsError
 from imstream.keys import Keys
 from imstream.private_files import UMASK
-from imstream.settings import Settings
+from imstream.settings import ENV_PREFIX, Settings, SettingsGroup
 from imstream.urls import RedisUrl, redact_url
+
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
+_NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
+
+ORIGINS = "same,null"
+"""Default origins of the nodes: also the page opened from disk."""
+
+
+class UpSettings(SettingsGroup):
+    """The settings of `imstream up` itself; environment variables begin with `IMSTREAM_UP_`."""
+
+    model_config = SettingsConfigDict(env_prefix=f"{ENV_PREFIX}UP_")
+
+    nodes: int = Field(1, ge=1, le=99, description="Number of nodes; each further one has the next id and port.")
+    balancer: Literal["auto", "haproxy", "nginx", "none"] = Field(
+        "auto", description="Load balancer in front of the nodes; auto: an installed one if there are several nodes."
+    )
+    balancer_port: int = Field(8000, ge=1, le=65535, description="Port of the load balancer.")
+
+
+@dataclass(frozen=True, slots=True)
+class UpPlan:
+    """The parts and their addresses.
+
+    Attributes:
+        settings: Settings of the nodes; id and port are those of the first one.
+        environment: Settings of the children in addition to the environment; see `environment_of`.
+        page_token: The token that the page opened from disk needs in this run; None if that page is not allowed.
+    """
+
+    settings: Settings
+    valkey: EmbeddedSettings | None
+    demo: DemoSettings | None
+    environment: dict[str, str] = field(repr=False)
+    nodes: list[tuple[str, int]]
+    balancer: balancers.Program | None
+    balancer_port: int
+    page_token: str | None = field(repr=False)
+
+    @property
+    def entry_point(self) -> str:
+        """Where clients connect, as `host:port`."""
+        port = self.balancer_port if self.balancer else self.settings.port
+        return f"{reachable_host(self.settings.host)}:{port}"
+
+    @property
+    def redis_url(self) -> str:
+        """The Redis of the nodes."""
+        return self.valkey.url if self.valkey else self.settings.redis_url.get_secret_value()
+
+    @property
+    def ai_url(self) -> str:
+        """The AI backend of the nodes."""
+        if self.demo is None:
+            return self.settings.ai_url.get_secret_value()
+        return f"http://{reachable_host(self.demo.host)}:{self.demo.port}/v1"
+
+    def stages(self) -> tuple[list[list[Part]], list[list[Part]]]:
+        """The parts in the order in which they start and stop. Clients still use the balancer while nodes drain."""
+        servers = []
+        if self.valkey:
+            is_ready = partial(embedded_redis.answers, self.valkey.port, self.valkey.password_file)
+            servers.append([Part("redis", ["redis"], is_ready, self.environment_of(EmbeddedSettings))])
+        if self.demo:
+            is_ready = partial(_answers_http, reachable_host(self.demo.host), self.demo.port, "/v1/models")
+            servers.append([Part("ai", ["demo-ai"], is_ready, self.environment_of(DemoSettings))])
+        nodes = [self._node_part(*node) for node in self.nodes]
+        balancer = [[self._balancer_part(self.balancer)]] if self.balancer else []
+        return [*servers, nodes, *balancer], [nodes, *balancer, *servers[::-1]]
+
+    def environment_of(self, group: type[SettingsGroup]) -> dict[str, str]:
+        """The variables of one settings group only: each part gets only the secrets that it needs."""
+        names = {group.variable(name) for name in group.model_fields}
+        return {name: value for name, value in {**os.environ, **self.environment}.items() if name.upper() in names}
+
+    def _node_part(self, node: str, port: int) -> Part:
+        environment = self.environment_of(Settings)
+        environment[Settings.variable("redis_url")] = self.redis_url
+        environment[Settings.variable("ai_url")] = self.ai_url
+        if self.page_token is not None:
+            environment[Settings.variable("page_token")] = self.page_token
+        return Part(
+            name=f"node {node}",
+            arguments=["node", "--node", node, "--port", str(port)],
+            is_ready=partial(_answers_http, reachable_host(self.settings.host), port, "/readyz"),
+            environment=environment,
+            stop_timeout=self.settings.drain_grace.total_seconds() + 10,
+            restarts=len(self.nodes) > 1,  # if the only node dies, the exit code must report it
+        )
+
+    def _balancer_part(self, program: balancers.Program) -> Part:
+        host = self.settings.host
+        listen = f"[{host}]:{self.balancer_port}" if ":" in host else f"{host}:{self.balancer_port}"
+        nodes = [f"{reachable_host(host)}:{port}" for _, port in self.nodes]
+        return Part(
+            name=program,
+            arguments=["balancer", "--program", program, "--listen", listen, *nodes],
+            is_ready=partial(_answers_http, reachable_host(host), self.balancer_port, "/readyz"),
+            restarts=True,
+        )
+
+
+def make_plan(options: Mapping[str, str]) -> UpPlan:
+    """Make the plan from options (prefixes: `embedded_`, `demo_`), environment and `.env`; raises SettingsError."""
+    from imstream.guards.authentication import check_exposure  # noqa: PLC0415 - slow; not needed for help
+
+    valkey_options, demo_options = _with_prefix("embedded_", options), _with_prefix("demo_", options)
+    node_options = {name: value for name, value in options.items() if name in Settings.model_fields}
+    settings = Settings.load(**node_options)
+    up = UpSettings.load(**{name: value for name, value in options.items() if name in UpSettings.model_fields})
+    check_exposure(settings)
+    valkey = EmbeddedSettings.load(**valkey_options) if "redis_url" not in settings.model_fields_set else None
+    demo = DemoSettings.load(**demo_options) if "ai_url" not in settings.model_fields_set else None
+    groups = ((Settings, node_options), (EmbeddedSettings, valkey_options), (DemoSettings, demo_options))
+    environment = {group.variable(name): value for group, given in groups for name, value in given.items()}
+    if settings.log_format == "auto":  # the children write into pipes, but a person reads them
+        environment[Settings.variable("log_format")] = "console"
+    if "origins" not in settings.model_fields_set:
+        environment[Settings.variable("origins")] = ORIGINS
+    if valkey and "log_level" not in valkey.model_fields_set:
+        environment[EmbeddedSettings.variable("log_level")] = "warning"
+    plan = UpPlan(
+        settings=settings,
+        valkey=valkey,
+        demo=demo,
+        environment=environment,
+        nodes=numbered_nodes(settings.node, settings.port, up.nodes),
+        balancer=_choose_balancer(up),
+        balancer_port=up.balancer_port,
+        page_token=_page_token(settings),
+    )
+    _check_ports(plan)
+    return plan
+
+
+def _page_token(settings: Settings) -> str | None:
+    """A new token for each run, unless one is set; None if the page from disk is not allowed or must log in anyway."""
+    from imstream.guards.origin import parse_origins  # noqa: PLC0415 - as above
+
+    origins = parse_origins(settings.origins if "origins" in settings.model_fields_set else ORIGINS)
+    if settings.auth != "none" or not {"null", "*"} & set(origins):
+        return None
+    return secrets.token_urlsafe(16) if settings.page_token is None else settings.page_token.get_secret_value()
+
+
+def _check_ports(plan: UpPlan) -> None:
+    """Check all ports before anything starts; raises SettingsError."""
+    node_variable = Settings.variable("port")
+    nodes = {port: f"node {node}" for node, port in plan.nodes}
+    listeners = [(node_variable, plan.settings.host, port) for port in nodes]
+    listeners += [(part.variable("port"), part.host, part.port) for part in (plan.valkey, plan.demo) if part]
+    if plan.balancer:
+        listeners.append((UpSettings.variable("balancer_port"), plan.settings.host, plan.balancer_port))
+    for variable, host, port in listeners:
+        if port == 0:
+            raise SettingsError(f"{variable}=0 is not allowed: imstream up must know the port")
+        if variable != node_variable and port in nodes:
+            raise SettingsError(f"{variable}={port} is also the port of {nodes[port]}: choose another port for one")
+        try:
+            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        except OSError as error:
+            raise SettingsError(
+                f"{variable}={port} cannot be used on {host} ({error.strerror}): is imstream running already? "
+                f"Otherwise choose another port with {variable}"
+            ) from None
+
+
+def numbered_nodes(node: str, port: int, count: int) -> list[tuple[str, int]]:
+    """Ids and ports of `count` nodes. Ids count on from the number at the end of `node`, or from 1 if it has none."""
+    if port + count - 1 > 65535:  # noqa: PLR2004 - the last port
+        raise SettingsError(f"{Settings.variable('port')}={port} is not allowed: {count} nodes need as many ports")
+    found = _NUMBER_AT_END.fullmatch(node)
+    name, first = (found[1], int(found[2])) if found else (f"{node}-", 1)
+    return [(f"{name}{first + index}" if index else node, port + index) for index in range(count)]
+
+
+def _choose_balancer(up: UpSettings) -> balancers.Program | None:
+    if up.balancer == "auto":
+        return balancers.installed_program() if up.nodes > 1 else None
+    if up.balancer == "none":
+        return None
+    if balancers.find_program(up.balancer) is None:
+        raise SettingsError(f"{up.variable('balancer')}={up.balancer} is not allowed: {up.balancer} is not installed")
+    return up.balancer
+
+
+def _with_prefix(prefix: str, options: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
+
+
+def reachable_host(host: str) -> str:
+    """An address at which a listener on `host` is reached, for URLs."""
+    reached = _ANY_ADDRESS.get(host, host)
+    return f"[{reached}]" if ":" in reached else reached
+
+
+async def _answers_http(host: str, port: int, path: str) -> bool:
+    """Whether a GET is answered with 200."""
+    request = f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n"
+    [status] = await embedded_redis.probe(host.strip("[]"), port, request.encode())
+    return status.split()[1:2] == [b"200"]
 
 
 def run(options: Mapping[str, str]) -> int:
-    """Run everything until Ctrl-C; returns the exit code.
-
-    Args:
-        options: The command line options by name; those of the embedded server and of the demo have its prefix.
-
-    Raises:
-        SettingsError: A setting has a wrong value, or a port is in use.
-    """
+    """Run everything until Ctrl-C; returns the exit code. `options`: of the command line; see `make_plan`."""
     plan = make_plan(options)
     os.umask(UMASK)
     began = time.monotonic()
 
     def announce() -> None:
-        click.echo(f"\nimstream is ready after {time.monotonic() - began:.1f} s\n")
-        for line in summary(plan):
-            click.echo(f"  {line}" if line else "")
-        click.echo()
+        lines = "\n".join(f"  {line}".rstrip() for line in summary(plan))
+        click.echo(f"\nimstream is ready after {time.monotonic() - began:.1f} s\n\n{lines}\n")
 
     return asyncio.run(Supervisor(*plan.stages()).run(announce))
 
@@ -68,7 +270,7 @@ def _address_lines(plan: UpPlan) -> Iterator[str]:
         yield f"or open  {file}#{fragment}"
     yield f"AI       {redact_url(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else "")
     if plan.valkey:
-        data = f"data in {plan.valkey.data}, password in {PASSWORD_FILE} there"
+        data = f"data in {plan.valkey.data}, password in {embedded_redis.PASSWORD_FILE} there"
         yield f"Redis    {plan.redis_url.partition('?')[0]}   embedded Valkey, {data}"
     else:
         yield f"Redis    {redact_url(plan.redis_url)}"

@@ -14,7 +14,7 @@ import pytest
 
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
-from imstream.cli.up_plan import UpSettings
+from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
 from imstream.wire import Code, Event, MsgType, parse_frame

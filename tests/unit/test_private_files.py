@@ -51,7 +51,7 @@ def test_a_folder_that_holds_something_else_stays_open_and_what_is_ours_in_it_is
     other, data = opened(folder / "other"), opened(folder / "data", folder=True)
     close_to_others(folder, CONTENTS)
     assert (is_closed(folder), is_closed(other), is_closed(data)) == (False, False, True)
-    assert f"{folder} can be written by other users: other users can replace what is in it" in caplog.messages
+    assert f"{folder} can be written by other users: other users can replace its contents" in caplog.messages
 
 
 def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
@@ -76,4 +76,4 @@ def test_what_belongs_to_another_user_can_be_changed_by_that_one(
     for path in (folder.parent, folder):
         os.chown(path, 65534, -1)
         close_to_others(folder, CONTENTS)
-        assert caplog.messages[-1] == f"{path} belongs to another user: other users can replace what is in it"
+        assert caplog.messages[-1] == f"{path} belongs to another user: other users can replace its contents"

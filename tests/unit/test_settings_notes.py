@@ -13,7 +13,7 @@ import imstream.node
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
-from imstream.cli.up_plan import UpSettings
+from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from imstream.cli import balancer
-from imstream.cli.up import summary
-from imstream.cli.up_plan import make_plan, numbered_nodes
+from imstream.cli.up import make_plan, numbered_nodes, summary
 from imstream.errors import SettingsError
 from tests.support.processes import consecutive_ports, free_port
 from tests.support.tokens import SECRET

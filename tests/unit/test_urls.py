@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imstream.cli import up, up_plan
+from imstream.cli import up
 from imstream.errors import SettingsError
 from imstream.settings import Settings
 from imstream.urls import RedisUrl, redact_url
@@ -123,6 +123,6 @@ def test_addresses_are_shown_without_their_password(url: str) -> None:
 )
 def test_up_tells_how_redis_cli_finds_the_stream(url: str, shown: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMSTREAM_REDIS_URL", url)
-    said = "\n".join(up.summary(up_plan.make_plan({"port": str(free_port()), "ai_url": "http://ai/v1"})))
+    said = "\n".join(up.summary(up.make_plan({"port": str(free_port()), "ai_url": "http://ai/v1"})))
     assert "hush" not in said
     assert (f"{shown} STREAM" in said) if shown else ("  redis-cli" not in said)
