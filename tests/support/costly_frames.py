@@ -33,6 +33,9 @@ def _each(head: str, unit: Callable[[int], str], tail: str) -> Callable[[int], s
     return lambda size: _filled(size, head, map(unit, count()), tail)
 
 
+_LONG = '{"msgType":"CHAT","userId":10001,"messageId":"long","contents":"'
+
+
 def _text(unit: str, last: str = "") -> Callable[[int], str]:
     return _same(_WRONG + '"contents":"', unit, last + '"}', between="")
 
@@ -103,3 +106,16 @@ SHAPES: dict[str, Callable[[int], str]] = {
     "a list as text": _same(_WRONG + '"contents":[', "1", "]}"),
 }
 """Functions that make a text of about that many bytes. The socket stays open after it."""
+
+TOO_LONG: dict[str, Callable[[int], str]] = {
+    what: _same(_LONG, unit, '"}', between="")
+    for what, unit in {
+        "letters": "x",
+        "words": "hello ",
+        "Chinese": "字",
+        "the start of a special token": "<",
+        "special tokens": "<|a|>",
+        "almost special tokens": "<|" + "a" * 65,
+    }.items()
+}
+"""Valid messages of 64 KiB that do not fit the context of the model."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.ai.prompt.special_tokens import SpecialTokenEscaper
-from imstream.ai.prompt.token_count import make_token_counter
+from imstream.ai.prompt.token_count import TokenEstimate, make_token_counter
 from imstream.settings import Settings
 from tests.support.tokenizing import SPECIAL, trained
 
@@ -90,6 +90,12 @@ def test_none_is_left_and_nothing_is_done_twice(text: str, own: list[str]) -> No
 def test_a_text_of_special_tokens_only_has_none_in_the_end(parts: list[str]) -> None:
     escaped = SpecialTokenEscaper(SPECIAL).escape("".join(parts))
     assert [token for token in (*USUAL, *SPECIAL) if token in escaped] == []
+
+
+@given(st.lists(st.sampled_from([*USUAL, *HARMLESS, "<", "<s", ">", " ", "s", "j", "字"]), max_size=8))
+def test_escaping_never_halves_the_estimate(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert 2 * TokenEstimate().count(SpecialTokenEscaper().escape(text)) >= TokenEstimate().count(text)
 
 
 def test_the_tokenizer_of_the_model_finds_no_special_token_in_a_defused_text(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_WORDS = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
+_WORDS = r"[A-Z][A-Z0-9]*+(?:_[A-Z0-9]++)++"
 """Capitals with underscores. In brackets they are rarely anything else; an ordinary text only gets a space."""
 
 _ANGLED = (
@@ -18,11 +18,11 @@ _ANGLED = (
     rf"{_WORDS}"  # Cohere: <BOS_TOKEN>; Nemotron: <SPECIAL_11>, <TOOL_RESPONSE>; Mistral: <SPECIAL_20>
     r"|BOS|EOS|PAD|UNK|CLS|SEP|MASK|EOP|EOT|PRE|SUF|MID|TOOLCALL|AI|用户"  # Cohere, CodeLlama, MiniCPM
     r"|s|bos|eos|pad|unk|cls|sep|mask|sop|eop|eoh|eoa|eom|eod|eot|role"  # Llama 2, Mistral, GLM, InternLM, Ling
-    r"|(?:start|end|begin|beginning)_of_\w{1,32}"  # Gemma: <start_of_turn>; MiniMax: <end_of_sentence>
-    r"|(?:extra_id|reserved|unused|mask)[_:]?\d{1,6}"  # Nemotron, Baichuan, Gemma, ERNIE
-    r"|(?:seed|minimax|longcat)[:_][\w/:]{1,32}"  # Seed-OSS: <seed:bos>; LongCat
+    r"|(?:start|end|begin|beginning)_of_\w{1,32}+"  # Gemma: <start_of_turn>; MiniMax: <end_of_sentence>
+    r"|(?:extra_id|reserved|unused|mask)[_:]?\d{1,6}+"  # Nemotron, Baichuan, Gemma, ERNIE
+    r"|(?:seed|minimax|longcat)[:_][\w/:]{1,32}+"  # Seed-OSS: <seed:bos>; LongCat
     r"|_(?:system|user|bot|start|end)"  # TeleChat
-    r"|fim[_-]\w{1,16}"
+    r"|fim[_-]\w{1,16}+"
     r")>"
 )
 _SQUARE = (
@@ -30,28 +30,28 @@ _SQUARE = (
     rf"{_WORDS}"  # Mistral: [SYSTEM_PROMPT], [TOOL_CONTENT], [IMG_BREAK]; InternLM: [UNUSED_TOKEN_145]
     r"|INST|ARGS|AUDIO|IMG|MIDDLE|PREFIX|REF|SUFFIX|THINK|TRANSCRIBE"  # Mistral
     r"|BOS|EOS|EOT|PAD|UNK|CLS|SEP|BOT|USER|[gs]?MASK"  # EXAONE, Kimi, GLM
-    r"|control_\d{1,4}"  # Mistral
+    r"|control_\d{1,4}+"  # Mistral
     r")\]"
 )
 
 _COMMON = {
     "<": (
-        r"\|[^\s<>|]{1,64}\|?>",  # ChatML, Qwen, Llama 3 and 4, GLM, Phi, Cohere: <|im_start|>; Gemma 4: <|turn>
-        r"[^\s<>|]{1,64}\|>",  # Gemma 4: <turn|>
-        r"｜[^\s<>｜]{1,64}｜>",  # DeepSeek, Hunyuan: <｜User｜>, with bars of full width
+        r"\|[^\s<>|]{1,64}+\|?>",  # ChatML, Qwen, Llama 3 and 4, GLM, Phi, Cohere: <|im_start|>; Gemma 4: <|turn>
+        r"[^\s<>|]{1,64}+\|>",  # Gemma 4: <turn|>
+        r"｜[^\s<>｜]{1,64}+｜>",  # DeepSeek, Hunyuan: <｜User｜>, with bars of full width
         r"</?SYS>>",  # Llama 2
         _ANGLED,
     ),
     "[": (
-        r"\|[^\s\[\]|]{1,64}\|\]",  # EXAONE, BlueLM: [|system|], [|endofturn|]
+        r"\|[^\s\[\]|]{1,64}+\|\]",  # EXAONE, BlueLM: [|system|], [|endofturn|]
         _SQUARE,
         r"e~\[",  # MiniMax M1, M2
     ),
     "]": (
         r"[~!]!?[a-z]{1,2}~?[\[\]]",  # MiniMax M1, M2: ]~b], ]~!b[, ]!p~[
-        r"<\][^\[\]<>]{1,32}\[>\[",  # ]<]image[>[
+        r"<\][^\[\]<>]{1,32}+\[>\[",  # ]<]image[>[
     ),
-    ">": (r">[A-Z][A-Z0-9_]{1,32}<<",),  # Falcon: >>QUESTION<<
+    ">": (r">[A-Z][A-Z0-9_]{1,32}+<<",),  # Falcon: >>QUESTION<<
 }
 """Special tokens of common chat templates, by first character: patterns of what follows it.
 
@@ -75,12 +75,13 @@ class SpecialTokenEscaper:
             "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in patterns.items())
         )
 
+    def may_match(self, text: str) -> bool:
+        """Whether a text contains the first character of a special token. Nearly no text does."""
+        return any(first in text for first in self._firsts)
+
     def escape(self, text: str) -> str:
         """Insert a space into each special token."""
-        for first in self._firsts:
-            if first in text:
-                break
-        else:  # nearly always
+        if not self.may_match(text):
             return text
         while self._token.search(text):  # repeated, because a model may have a token that contains such a space
             text = self._token.sub(r"\g<0> ", text)
