@@ -44,6 +44,7 @@ from imstream.wire import CloseCode, FrameLimits
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
+from imstream.worker.disposition import Limits
 from imstream.worker.jobs import Jobs
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 
@@ -90,6 +91,7 @@ class Node:
         self._guards = guards = GuardChain.create(guard_deps)
         worker_deps = WorkerDeps(
             settings=settings,
+            limits=Limits.of(settings),
             replies=replies,
             buffers=buffers,
             inbox=inbox,

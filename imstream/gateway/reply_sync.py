@@ -106,7 +106,8 @@ class InboxConsumer:
         try:
             match notice:
                 case ReplyGrew(user_id, message_id):
-                    await self.jobs.recheck(user_id, message_id)
+                    if (job := self.jobs.find(user_id, message_id)) is not None:
+                        await job.recheck()
                     await self.reply_sync.on_growth(notice)
                 case SessionReplaced():
                     self.presence.replace(notice)

@@ -129,7 +129,7 @@ class Adopter:
             while not (await asyncio.wait([consuming], timeout=self._interval))[0]:
                 with suppress(StoreError):  # unknown: reading on is safe, each entry is delivered once
                     verdict = await self._deps.leases.adopt(node)
-                    if isinstance(verdict, NotAdopted) or verdict.unfinished <= consumer.newer_requests:
+                    if isinstance(verdict, NotAdopted) or verdict.unfinished <= len(consumer.newer):
                         consumer.finish_pending()
                     else:  # also when the node was back and has died again
                         consumer.resume()
@@ -137,7 +137,7 @@ class Adopter:
         finally:
             consuming.cancel()
             del self._consumers[node]
-            self._newer[node] = consumer.newer_requests
+            self._newer[node] = len(consumer.newer)
         await self._release(node)
 
     async def _release(self, node: str) -> None:

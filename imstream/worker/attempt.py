@@ -17,6 +17,7 @@ from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
+from imstream.worker.disposition import Limits
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 
 
@@ -25,6 +26,7 @@ class WorkerDeps:
     """Dependencies of the consumers and jobs of a node. `on_begun`: called when the first attempt at a reply begins."""
 
     settings: Settings
+    limits: Limits
     replies: ReplyStore
     buffers: ReplyBuffers
     inbox: Inbox
@@ -50,12 +52,7 @@ class AttemptRunner:
         """The request as the guards returned it. They check it once, not before each attempt."""
 
     async def run(self, on_text: Callable[[str], None]) -> Completion:
-        """Call the AI; pass text that may be shown to `on_text`.
-
-        Raises:
-            GuardRejection: A guard rejects the request or the answer.
-            BackendError: The answer is not complete.
-        """
+        """Call the AI; pass text that may be shown to `on_text`. Raises `GuardRejection` and `BackendError`."""
         deps = self._deps
         request = self._checked = self._checked or await deps.guards.check_ai_call(self._request)
         messages = await deps.prompter.messages(request)

@@ -40,8 +40,8 @@ class StreamConsumer:
         """Entries that have a job."""
         self._inherited: dict[str, int] | None = None
         """Deliveries of the entries that an earlier process left pending under our name."""
-        self._newer: set[str] = set()
-        """Entries in the schema of a newer release."""
+        self.newer: set[str] = set()
+        """Entries of a newer release, left to a node that knows their schema."""
         self._newest_version = SCHEMA_VERSION
         self._suspect: str | None = None
         self.stopping = False
@@ -53,11 +53,6 @@ class StreamConsumer:
         self._next_sweep = 0.0
         self._answered_at: float | None = None
         self._looped_at = asyncio.get_running_loop().time()
-
-    @property
-    def newer_requests(self) -> int:
-        """Number of requests left to a node that knows their schema."""
-        return len(self._newer)
 
     def reached_redis_within(self, seconds: float) -> bool:
         """Whether the last answer of Redis is at most so old (`/readyz`)."""
@@ -84,19 +79,19 @@ class StreamConsumer:
     def stop(self) -> None:
         """Read no new requests. A blocked read ends by its time limit."""
         self.stopping = True
-        self._jobs.wake_consumers()
+        self._jobs.changed.set()
 
     def finish_pending(self) -> None:
         """Read no new requests; finish those that are pending under our name, then end."""
         self._finishing = True
-        self._jobs.wake_consumers()
+        self._jobs.changed.set()
 
     def resume(self) -> None:
         """Read new requests again, unless it has ended."""
         if self._finishing:
             self._finishing = False
             self._sweep_soon()
-            self._jobs.wake_consumers()
+            self._jobs.changed.set()
 
     async def _consume(self, group: asyncio.TaskGroup) -> None:
         if await self._requests.ensure_group():
@@ -114,7 +109,7 @@ class StreamConsumer:
         if self._deps.lease_keeper.held:
             await self._sweep_if_due(group)
         if self._finishing:
-            self._finished = not self._running and not await self._requests.pending(exclude=self._newer)
+            self._finished = not self._running and not await self._requests.pending(exclude=self.newer)
         wanted = 0 if self._finishing or not self._deps.lease_keeper.held else self._startable()
         with self._jobs.reserve(wanted, self._requests.node) as slots:
             if slots.free:
@@ -157,7 +152,7 @@ class StreamConsumer:
             # In the node's own stream, the script that took the lease has looked through the deliveries.
             died = self._requests.is_own or not self._deps.lease_keeper.redis_restarted
             self._inherited = {one.entry_id: one.deliveries + died for one in await self._requests.pending()}
-        known = {*self._running, *self._newer}
+        known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
         if not self._deps.lease_keeper.can_declare_dead:
             self._sweep_soon()  # for the entries of the dead, as soon as they are known
@@ -231,7 +226,7 @@ class StreamConsumer:
                 known=SCHEMA_VERSION,
             )
         await self._requests.hand_back(entry, to=self._requests.node)
-        self._newer.add(entry.entry_id)
+        self.newer.add(entry.entry_id)
 
     async def _run_job(self, job: Job) -> None:
         entry_id = job.entry.entry_id
@@ -268,7 +263,6 @@ class StreamConsumer:
         elif not (isinstance(error, StoreDenied) or is_stall or self._loss_logged) and self._requests.is_own:
             log.error("redis lost" if self._reachable else "redis not reached", error=str(error))
             self._loss_logged = True
-        if not is_stall:  # else it was this process that did not answer: the next command tells
-            self.denied = isinstance(error, StoreDenied)
-            self._reachable = False
+        if not is_stall:  # else it was this process that did not listen
+            self.denied, self._reachable = isinstance(error, StoreDenied), False
         await asyncio.sleep(_REDIS_PAUSE)

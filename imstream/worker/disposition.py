@@ -76,13 +76,7 @@ Disposition = Finish | Leave | Retry | Bury | Decline
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of one request.
-
-    Attributes:
-        attempts: Maximum AI calls.
-        deliveries: Maximum deaths of a worker during the request.
-        window: Maximum time from the first attempt of this worker to the beginning of the last.
-    """
+    """Maximum AI calls and worker deaths of one request, and time from its first to its last attempt on one node."""
 
     attempts: int
     deliveries: int

@@ -7,6 +7,7 @@ from datetime import timedelta
 from enum import Enum
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
 from imstream.errors import BackendError, StoreError
@@ -24,7 +25,6 @@ from imstream.worker.disposition import (
     Disposition,
     Finish,
     Leave,
-    Limits,
     Retry,
     after_failure,
     after_opening,
@@ -33,7 +33,7 @@ from imstream.worker.disposition import (
 )
 from imstream.worker.reply_writer import ReplyWriter
 
-log = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 
 
 class StopReason(Enum):
@@ -60,7 +60,6 @@ class Job:
         self.is_finished = False
         """Whether the request has ended, or belongs to another node."""
         self._deps = deps
-        self._limits = Limits.of(deps.settings)
         self._id = f"{stream.node}/{entry.entry_id}"
         self._runner = AttemptRunner(request, deps)
         self._verdict = verdict
@@ -103,12 +102,12 @@ class Job:
             if self._scope is not None:
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
-    def needs_flush(self, *, only_remote: bool) -> bool:
-        """Whether there is something to record; with `only_remote`, only when another node reads the reply."""
+    def needs_flush(self, *, if_unread: bool) -> bool:
+        """Whether there is something to record. Without `if_unread`, only if another node reads the reply."""
         writer = self._writer
         if writer is None or self._scope is None or self._stop_reason is not None:
             return False
-        return writer.needs_flush and (writer.has_remote_readers or not only_remote)
+        return writer.needs_flush and (writer.has_remote_readers or if_unread)
 
     async def uncount_delivery(self) -> None:
         """Do not count this delivery as a death of the worker. Raises `StoreError`."""
@@ -139,16 +138,12 @@ class Job:
             self.stop(StopReason.SUPERSEDED)
 
     @property
-    def _log(self) -> structlog.typing.FilteringBoundLogger:
-        request = self.request
-        bound: structlog.typing.FilteringBoundLogger = log.bind(
-            trace=request.trace, user=request.user_id, message_id=request.message_id
-        )
-        return bound
+    def _log(self) -> FilteringBoundLogger:
+        return log.bind(trace=self.request.trace, user=self.request.user_id, message_id=self.request.message_id)
 
     async def _decide(self) -> Disposition:
         try:
-            return self._verdict or before_start(self.entry.deliveries, self._limits) or await self._answer()
+            return self._verdict or before_start(self.entry.deliveries, self._deps.limits) or await self._answer()
         except StoreError:
             raise
         except Exception as error:  # noqa: BLE001 - logged with its trace, and the client is told
@@ -185,7 +180,7 @@ class Job:
         opened = await self._open()
         if not isinstance(opened, Opened):
             return await self._not_opened(opened)
-        if (verdict := after_opening(opened.attempt, self._limits)) is not None:
+        if (verdict := after_opening(opened.attempt, self._deps.limits)) is not None:
             return verdict
         assert self._writer is not None  # noqa: S101 - there is one after opening
         try:
@@ -194,7 +189,7 @@ class Job:
             return after_rejection(rejection.verdict, self.request.lang)
         except BackendError as error:
             elapsed = timedelta(seconds=asyncio.get_running_loop().time() - self._began)
-            decision = after_failure(error, attempt=opened.attempt, elapsed=elapsed, limits=self._limits)
+            decision = after_failure(error, attempt=opened.attempt, elapsed=elapsed, limits=self._deps.limits)
             if isinstance(decision, Retry):
                 self._log.warning("attempt failed, will retry", reason=error.reason, attempt=opened.attempt)
             return decision
@@ -289,12 +284,12 @@ class Job:
 
     async def _refund(self) -> None:
         """Give back what the message has cost its user, unless an attempt has shown text."""
-        user_id, message_id = self.request.user_id, self.request.message_id
-        if not (
-            self._showed_text
-            or await retry_until_available(lambda: self._deps.replies.has_shown_text(user_id, message_id))
-        ):
-            await retry_until_available(lambda: self._deps.guards.on_failure(self.request))
+        reply, replies, guards = self.reply, self._deps.replies, self._deps.guards
+        self._showed_text = self._showed_text or await retry_until_available(
+            lambda: replies.has_shown_text(reply.user_id, reply.message_id)
+        )
+        if not self._showed_text:
+            await retry_until_available(lambda: guards.on_failure(self.request))
 
     async def _load_record(self) -> None:
         """Show followers the recorded reply."""

@@ -20,8 +20,7 @@ from imstream.store.replies import CancelOutcome, CancelRecorded, ReplyStore
 from imstream.worker.job import Job, StopReason
 
 UNREAD_ROUNDS = 3
-"""Flush rounds per flush of an answer that no other node reads. Sockets of this node never wait for the record, and a
-flush takes 40 to 60 µs of CPU of a node and Redis."""
+"""Flush rounds per flush of an answer that no other node reads: it takes 40 to 60 µs of CPU of a node and Redis."""
 
 TOGETHER = 32
 """Maximum answers flushed at once, before other tasks run. 400 paced answers, a third per round and in such parts, take
@@ -53,7 +52,8 @@ class Jobs:
         self._consumers: set[str] = set()
         self._next_consumer: str | None = None
         """The consumer that found no free slot. It gets the next one; a blocked read would keep the last slot else."""
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()
+        """A slot is free, or a consumer was told to stop."""
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -92,7 +92,7 @@ class Jobs:
         finally:
             self._unreserved += slots.free
             if slots.free and len(self._consumers) > 1:
-                self._changed.set()
+                self.changed.set()
 
     def _forget(self, stream: str) -> None:
         if self._next_consumer == stream:
@@ -111,25 +111,19 @@ class Jobs:
         if self._left is not None and not job.is_finished:
             self._left[job.stream.node] += 1
         self._unreserved += 1
-        self._changed.set()
-
-    def wake_consumers(self) -> None:
-        """End `wait_for_change` in all consumers."""
-        self._changed.set()
+        self.changed.set()
 
     async def wait_for_change(self, seconds: float) -> None:
-        """Wait until a slot is free or the consumers are woken, at most so long."""
-        self._changed.clear()
+        """Wait for `changed`, at most so long."""
+        self.changed.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._changed.wait()
+                await self.changed.wait()
 
     def find(self, user_id: int, message_id: str) -> Job | None:
         """Return the job that answers a message, if there is one on this node."""
-        for job in self._jobs:
-            if job.request.message_id == message_id and job.request.user_id == user_id:
-                return job
-        return None
+        own = (job for job in self._jobs if job.request.user_id == user_id and job.request.message_id == message_id)
+        return next(own, None)
 
     async def uncount_deliveries(self) -> None:
         """Do not count the deliveries of running requests as deaths of the worker: this process was told to stop."""
@@ -172,11 +166,6 @@ class Jobs:
             self._buffers.get(user_id, message_id).load(record)
         return "cancelled"
 
-    async def recheck(self, user_id: int, message_id: str) -> None:
-        """Stop the job of a message if another node has ended the reply or begun a later attempt."""
-        if (job := self.find(user_id, message_id)) is not None:
-            await job.recheck()
-
     async def flush_periodically(self) -> None:
         """Record the running answers, batch by batch. Run until cancelled."""
         for number in itertools.count():
@@ -185,10 +174,9 @@ class Jobs:
 
     async def flush(self, number: int) -> None:
         """Run one round: flush each answer that another node reads, and a share of the others."""
+        number %= UNREAD_ROUNDS
         due = [
-            job
-            for job in self._jobs
-            if job.needs_flush(only_remote=hash(job.entry.entry_id) % UNREAD_ROUNDS != number % UNREAD_ROUNDS)
+            job for job in self._jobs if job.needs_flush(if_unread=hash(job.entry.entry_id) % UNREAD_ROUNDS == number)
         ]
         for begin in range(0, len(due), TOGETHER):
             jobs = due[begin : begin + TOGETHER]

@@ -90,14 +90,7 @@ class LeaseKeeper:
         return self.held and asyncio.get_running_loop().time() >= self._certain_from
 
     async def run(self, address: str) -> None:
-        """Take the lease, and renew it every third of its time to live. Redis may come and go meanwhile.
-
-        Args:
-            address: Where this node listens.
-
-        Raises:
-            NodeTaken: Another process runs this node: at the start, or after this one was away for too long.
-        """
+        """Take the lease, with `address` in it, and renew it. Raises `NodeTaken`: another process runs this node."""
         self._holder = this_process(address)
         await self._acquire()
         while not self._released:
@@ -185,14 +178,12 @@ class LeaseKeeper:
 
 
 class StallDetector:
-    """Measures how late a timer is. `run` until cancelled.
+    """Measures how late a timer is; `limit` seconds are a stall. `run` until cancelled.
 
-    Time limits expire while the event loop stands still, so that Redis seems lost although it was this process that
-    was frozen, or had no CPU.
+    Time limits expire during a stall, so that Redis seems lost although it was this process that did not run.
     """
 
     def __init__(self, limit: float) -> None:
-        """The loop has stalled when it is `limit` seconds late."""
         self._loop = asyncio.get_running_loop()
         self._limit = limit
         self._due = float("inf")

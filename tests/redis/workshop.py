@@ -31,6 +31,7 @@ from imstream.store.requests import Admitted, RequestStream
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
+from imstream.worker.disposition import Limits
 from imstream.worker.jobs import Jobs
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 from tests.redis.conftest import chat_request
@@ -299,6 +300,7 @@ def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
     jobs = Jobs(known, replies=replies, buffers=buffers, inbox=inbox)
     deps = WorkerDeps(
         settings=known,
+        limits=Limits.of(known),
         replies=replies,
         buffers=buffers,
         inbox=inbox,

@@ -73,7 +73,7 @@ def _after(owner: type, name: str, *, when: Callable[[Any], object] = lambda _: 
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "counted": lambda: _after(Accounts, "count"),
+    "counted": lambda: _after(Accounts, "check_and_count"),
     "admitted": lambda: _after(RequestStream, "admit", when=lambda verdict: isinstance(verdict, Admitted)),
     "delivered": lambda: _after(RequestStream, "read", when=bool),
     "opened": lambda: _after(ReplyStore, "open"),
@@ -84,7 +84,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "ended": lambda: _after(ReplyWriter, "end"),
     "told": lambda: _before(RequestStream, "finish"),
     "finished": lambda: _after(RequestStream, "finish"),
-    "giving-back": lambda: _before(Accounts, "give_back"),
+    "giving-back": lambda: _before(Accounts, "refund"),
     "burying": lambda: _before(RequestStream, "bury"),
 }
 
