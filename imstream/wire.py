@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Annotated, Literal
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, Valida
 from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 
+from imstream.clock import now_ms
 from imstream.strict_json import InvalidJson, InvalidNumber, parse_json
 
 MIN_USER_ID = 10001
@@ -218,16 +218,11 @@ def parse_user_id(text: str | None) -> int | None:
     return number if MIN_USER_ID <= (number := int(text)) <= MAX_USER_ID else None
 
 
-def now_ms() -> str:
-    """Wall-clock milliseconds since 1970, as a string."""
-    return str(time.time_ns() // 1_000_000)
-
-
 class ServerFrame(_Frame):
     """A frame of the server. Fields without a value are left out of the JSON."""
 
     code: Code = Code.SUCCESS
-    resp_time: str = Field(default_factory=now_ms)
+    resp_time: str = Field(default_factory=lambda: str(now_ms()))  # milliseconds since 1970
     msg_type: MsgType
     contents: str | None = None
     user_id: int | None = None

@@ -11,6 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from imstream.clock import now_ms
 from imstream.strict_json import InvalidJson, parse_json
 from imstream.wire import (
     MAX_RESUMED,
@@ -31,7 +32,6 @@ from imstream.wire import (
     ServerFrame,
     Turn,
     encode_delta,
-    now_ms,
     parse_frame,
     parse_user_id,
 )
@@ -446,4 +446,4 @@ def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:
 
 def test_the_time_of_a_frame_is_milliseconds_since_1970() -> None:
     before = time.time_ns() // 1_000_000
-    assert before <= int(now_ms()) <= int(ServerFrame(msg_type=MsgType.SYSTEM).resp_time)
+    assert before <= now_ms() <= int(ServerFrame(msg_type=MsgType.SYSTEM).resp_time)
