@@ -20,7 +20,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
 from imstream.ai.bounded_http import ENCODED, BodyBroken, is_encoded, stream_body
-from imstream.ai.endpoint import Endpoint, EndpointClient, read_error, read_until
+from imstream.ai.endpoint import EndpointClient, read_until
 from imstream.ai.time_limits import TimeLimits
 from imstream.errors import PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
@@ -87,7 +87,7 @@ class OpenAIBackend(EndpointClient):
 
     def __init__(self, settings: Settings) -> None:
         limit = settings.max_answer * BYTES_PER_CHARACTER + 2 * JSON_LIMIT
-        super().__init__(Endpoint.of("AI", settings.ai_url, settings.ai_key, path="chat/completions"), limit=limit)
+        super().__init__("AI", settings.ai_url, settings.ai_key, path="chat/completions", limit=limit)
         self._settings = settings
         self._request_usage = True
         self._turn = _Turn()
@@ -101,13 +101,13 @@ class OpenAIBackend(EndpointClient):
             if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                 return await self._receive(response, limits, on_text)
             limits.stop()
-            error_body = await read_error(response)
+            error_body = await self._read_error(response)
             if with_usage and response.status in failures.BLAMES_REQUEST and b"stream_options" in error_body:
                 self._request_usage = False  # the server does not support the option: answers without usage
                 raise TransientBackendError(
                     "stream_options_refused", "from now on usage is not requested", retry_after=timedelta(0)
                 )
-            raise self._endpoint.refusal(response, error_body)
+            raise self._error(response, error_body)
 
     def _encode(self, messages: Sequence[PromptMessage], *, with_usage: bool) -> bytes:
         body: dict[str, object] = {
@@ -128,24 +128,24 @@ class OpenAIBackend(EndpointClient):
         limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
         payload = _Payload(body, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
         try:
-            return await self._session.post(self._endpoint.url, data=payload, allow_redirects=False)
+            return await self._session.post(self._url, data=payload, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:
             # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
-            raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
+            raise failures.from_exception(error, secrets=self._secrets) from None
 
     async def _receive(
         self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
     ) -> Completion:
         if is_encoded(response):
             raise TransientBackendError("bad_stream", ENCODED)
-        reader = AnswerReader(limit=self._settings.max_answer, secrets=self._endpoint.secrets)
+        reader = AnswerReader(limit=self._settings.max_answer, secrets=self._secrets)
         intake = _Intake(reader, limits, on_text, idle_timeout=self._settings.ai_idle_timeout, turn=self._turn)
         try:
             while not reader.complete:
                 await stream_body(response, intake.feed)
                 await intake.feed_deferred()
         except BodyBroken as broken:
-            raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
+            raise failures.from_exception(broken.cause, secrets=self._secrets) from None
         limits.stop()
         if not reader.truncated:
             await self._receive_rest(response.content, reader, intake)

@@ -1,10 +1,9 @@
-"""An endpoint of a server that is compatible with OpenAI: its URL, key, connections and error responses."""
+"""The base of clients of a server that is compatible with OpenAI: its URL, key, connections and error responses."""
 
 from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import ClassVar, Self
@@ -31,22 +30,24 @@ ERROR_BODY_WAIT = timedelta(seconds=2)
 """Time limit for that body. The status is known by then; the body only explains it."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)  # all fields may contain a secret
-class Endpoint:
-    """The URL of one API call.
+class EndpointClient:
+    """Calls one endpoint. An async context manager, which opens and closes the connections.
 
-    Attributes:
-        authorization: The Authorization header; empty if there are credentials in the URL, or none.
-        secrets: Texts that no error may show, even if the server repeats them.
+    Their number is not limited: a call that waits for a free one would be reported as a connect timeout.
     """
 
-    url: URL
-    authorization: str
-    secrets: tuple[str, ...]
+    _accept: ClassVar[str]
+    """Content types of the responses."""
 
-    @classmethod
-    def of(cls, name: str, base: SecretUrl | None, key: SecretStr | None, *, path: str) -> Self:
-        """The endpoint at `path` below a base URL that ends in `/v1`; `name` is the prefix of the settings, as `AI`.
+    def __init__(self, name: str, base: SecretUrl | None, key: SecretStr | None, *, path: str, limit: int) -> None:
+        """Check the settings.
+
+        Args:
+            name: Prefix of the settings, such as `AI`.
+            base: The base URL, which ends in `/v1`.
+            key: The API key; it takes precedence over credentials in the URL.
+            path: The path of the endpoint below the base URL.
+            limit: Maximum bytes of the body of a response.
 
         Raises:
             SettingsError: The base is not a URL with a host, or the key is not allowed in a header.
@@ -62,48 +63,24 @@ class Endpoint:
             raise SettingsError(
                 f"{ENV_PREFIX}{name}_URL={str(base or '')!r} is not allowed: must be a URL with a host, ending in /v1"
             )
-        if plain:  # the key takes precedence over credentials in the URL
-            url = url.with_user(None)
-        # Also encoded: some servers repeat the header that they reject.
-        password = url.password or ""
-        basic = b64encode(f"{url.user or ''}:{password}".encode()).decode() if password else ""
-        return cls(
-            url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True),
-            f"Bearer {plain}" if plain else "",
-            tuple(secret for secret in (plain, password, basic) if secret),
-        )
-
-    def refusal(self, response: aiohttp.ClientResponse, body: bytes) -> BackendError:
-        """The error for an error response and the beginning of its body."""
-        return failures.from_response(
-            response.status, response.headers, body, now=datetime.now(UTC), secrets=self.secrets
-        )
-
-
-class EndpointClient:
-    """Base of clients of one endpoint: an async context manager that opens and closes the connections.
-
-    Their number is not limited: a call that waits for a free one would be reported as a connect timeout.
-    """
-
-    _accept: ClassVar[str]
-    """Content types of the responses."""
-
-    def __init__(self, endpoint: Endpoint, *, limit: int) -> None:
-        """`limit`: maximum bytes of the body of a response."""
-        self._endpoint = endpoint
-        self._limit = limit
-        self._open_session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        headers = {
+        self._headers = {
             "Accept": self._accept,
             "Accept-Encoding": "identity",  # compression would delay tokens until a block is full
             "User-Agent": f"imstream/{__version__}",
         }
-        if self._endpoint.authorization:
-            headers["Authorization"] = self._endpoint.authorization
-        self._open_session = bounded_session(headers=headers, limit=self._limit, keep_alive=KEEP_ALIVE)
+        if plain:
+            url = url.with_user(None)
+            self._headers["Authorization"] = f"Bearer {plain}"
+        password = url.password or ""
+        basic = b64encode(f"{url.user or ''}:{password}".encode()).decode() if password else ""
+        self._secrets = tuple(secret for secret in (plain, password, basic) if secret)
+        """Texts that no error may show: some servers repeat the header that they reject."""
+        self._url = url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True)
+        self._body_limit = limit
+        self._open_session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._open_session = bounded_session(headers=self._headers, limit=self._body_limit, keep_alive=KEEP_ALIVE)
         return self
 
     async def __aexit__(
@@ -117,16 +94,20 @@ class EndpointClient:
             raise RuntimeError(f"{type(self).__name__} is used outside its context")
         return self._open_session
 
+    async def _read_error(self, response: aiohttp.ClientResponse) -> bytes:
+        """The beginning of the body of an error response, as far as it arrives in time and is not encoded."""
+        body = b""
+        if is_encoded(response):
+            return body
+        deadline = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
+        while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response.content, deadline)):
+            body += data
+        return body[:ERROR_BODY_LIMIT]
 
-async def read_error(response: aiohttp.ClientResponse) -> bytes:
-    """The beginning of the body of an error response, as far as it arrives in time and is not encoded."""
-    body = b""
-    if is_encoded(response):
-        return body
-    deadline = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
-    while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response.content, deadline)):
-        body += data
-    return body[:ERROR_BODY_LIMIT]
+    def _error(self, response: aiohttp.ClientResponse, body: bytes) -> BackendError:
+        """The error for an error response and the beginning of its body."""
+        now = datetime.now(UTC)
+        return failures.from_response(response.status, response.headers, body, now=now, secrets=self._secrets)
 
 
 async def read_until(content: aiohttp.StreamReader, deadline: float) -> bytes:

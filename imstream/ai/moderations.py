@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from imstream.ai import failures
 from imstream.ai.bounded_http import ENCODED, is_encoded
-from imstream.ai.endpoint import Endpoint, EndpointClient, read_error
+from imstream.ai.endpoint import EndpointClient
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.errors import PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
@@ -49,7 +49,7 @@ class ModerationClient(EndpointClient):
 
     def __init__(self, settings: Settings) -> None:
         base, key = settings.moderation_url, settings.moderation_key
-        super().__init__(Endpoint.of("MODERATION", base, key, path="moderations"), limit=2 * ANSWER_LIMIT)
+        super().__init__("MODERATION", base, key, path="moderations", limit=2 * ANSWER_LIMIT)
         self._model = settings.moderation_model
         self._timeout = settings.moderation_timeout.total_seconds()
 
@@ -73,11 +73,9 @@ class ModerationClient(EndpointClient):
 
     async def _post(self, data: bytes) -> bytes:
         try:
-            async with self._session.post(
-                self._endpoint.url, data=data, headers=_JSON, allow_redirects=False
-            ) as response:
+            async with self._session.post(self._url, data=data, headers=_JSON, allow_redirects=False) as response:
                 if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
-                    raise self._endpoint.refusal(response, await read_error(response))
+                    raise self._error(response, await self._read_error(response))
                 if is_encoded(response):
                     raise TransientBackendError("bad_answer", ENCODED)
                 body = bytearray()
@@ -91,7 +89,7 @@ class ModerationClient(EndpointClient):
             raise
         except (aiohttp.ClientError, OSError) as error:
             # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
-            raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
+            raise failures.from_exception(error, secrets=self._secrets) from None
 
     def _parse(self, body: bytes, number: int) -> list[ModerationResult]:
         try:
@@ -101,7 +99,7 @@ class ModerationClient(EndpointClient):
         if not isinstance(value, dict):
             raise TransientBackendError("bad_answer", "JSON of another shape than a moderation's")
         if value.get("error"):
-            raise failures.from_report(ErrorReport.from_value(value), secrets=self._endpoint.secrets)
+            raise failures.from_report(ErrorReport.from_value(value), secrets=self._secrets)
         results = value.get("results")
         if not isinstance(results, list):
             raise TransientBackendError("bad_answer", "JSON without results")
@@ -118,4 +116,4 @@ class ModerationClient(EndpointClient):
         categories = result.get("categories")
         names = (name for name, value in categories.items() if value is True) if isinstance(categories, dict) else ()
         line = ", ".join(islice(names, _MAX_CATEGORIES))
-        return ModerationResult(flagged=True, categories=shorten(line, self._endpoint.secrets))
+        return ModerationResult(flagged=True, categories=shorten(line, self._secrets))

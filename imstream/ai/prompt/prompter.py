@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import StringIO
 
 import structlog
@@ -67,19 +66,8 @@ class Prompter:
             detail = f"about {plan.tokens} tokens, at most {plan.limit} are possible"
             raise PermanentBackendError("context_too_long", detail)
         dropped = plan.turns_to_drop(plan.budget)
-        if dropped > 0 and self._summaries is not None:
-            summary = await self._summaries.get(request, plan)
-            if summary is not None:
-                return plan.messages(summary.turns, summary.messages)
-        return plan.messages(dropped)
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """The replacement for the oldest `turns` turns."""
-
-    turns: int
-    messages: Sequence[PromptMessage]
+        summarised = await self._summaries.apply(request, plan) if dropped > 0 and self._summaries is not None else None
+        return plan.messages(dropped) if summarised is None else summarised
 
 
 class Summaries:
@@ -92,8 +80,8 @@ class Summaries:
         self._timeout = settings.ai_first_token_timeout.total_seconds()
         self._cache: OrderedDict[int, str] = OrderedDict()
 
-    async def get(self, request: ChatRequest, plan: PromptPlan) -> Summary | None:
-        """A summary of as many of the oldest turns as do not fit beside it; None if there is none.
+    async def apply(self, request: ChatRequest, plan: PromptPlan) -> list[PromptMessage] | None:
+        """The prompt with a summary of as many of the oldest turns as do not fit beside it; None if there is none.
 
         Cancelling closes the connection to the AI at once.
         """
@@ -101,9 +89,9 @@ class Summaries:
         keys = _cache_keys(request)
         for turns in range(plan.turns_to_drop(plan.budget), len(keys)):
             if keys[turns] in self._cache:
-                summary = self._cached(turns, keys[turns], lang)
-                if plan.turns_to_drop(plan.budget - sum(map(self._assembler.size, summary.messages))) <= turns:
-                    return summary
+                replacement = self._cached(keys[turns], lang)
+                if plan.turns_to_drop(plan.budget - sum(map(self._assembler.size, replacement))) <= turns:
+                    return plan.messages(turns, replacement)
         if plan.budget < MIN_HISTORY_BUDGET:
             return None
         turns = plan.turns_to_drop(plan.budget // 2)
@@ -112,23 +100,18 @@ class Summaries:
         try:
             text = await self._summarise(plan.turns[known:turns], self._cache.get(keys[known], ""), limit, lang)
         except BackendError as error:
-            log.warning(
-                "summary failed, older turns are dropped",
-                reason=error.reason,
-                user=request.user_id,
-                message_id=request.message_id,
-                trace=request.trace,
-            )
+            about = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
+            log.warning("summary failed, older turns are dropped", reason=error.reason, **about)
             return None
         self._cache[keys[turns]] = text
         if len(self._cache) > _CACHE_SIZE:
             self._cache.popitem(last=False)
-        return self._cached(turns, keys[turns], lang)
+        return plan.messages(turns, self._cached(keys[turns], lang))
 
-    def _cached(self, turns: int, key: int, lang: Lang) -> Summary:
+    def _cached(self, key: int, lang: Lang) -> Sequence[PromptMessage]:
         self._cache.move_to_end(key)
         answer = localize(_ANSWER, lang, summary=self._cache[key])
-        return Summary(turns, (PromptMessage("user", localize(_QUESTION, lang)), PromptMessage("assistant", answer)))
+        return PromptMessage("user", localize(_QUESTION, lang)), PromptMessage("assistant", answer)
 
     async def _summarise(self, turns: Sequence[PromptMessage], earlier: str, limit: int, lang: Lang) -> str:
         """Have the AI summarise an earlier summary and turns in at most `limit` tokens. Raises `BackendError`."""
@@ -139,10 +122,12 @@ class Summaries:
         if not material:
             raise TransientBackendError("nothing_to_summarise", "the newest of the older turns is too long")
         prompt = [PromptMessage("system", task), PromptMessage("user", material)]
-        text = (await self._ask(prompt, max_length=limit * _MAX_TOKEN_LENGTH)).strip()
-        summary = self._truncate(self._assembler.escape(text), limit)
+        text = await self._ask(prompt, max_length=limit * _MAX_TOKEN_LENGTH)
+        summary = self._assembler.escape(text.strip())
+        while (tokens := self._assembler.counter.count(summary)) > limit:
+            summary = summary[: len(summary) * limit // tokens - 1]
         if not summary:
-            raise TransientBackendError("empty_summary", "the AI said nothing")
+            raise TransientBackendError("empty_summary", "the AI answered without text")
         return summary
 
     async def _ask(self, prompt: Sequence[PromptMessage], *, max_length: int) -> str:
@@ -162,11 +147,6 @@ class Summaries:
             if answer.tell() <= max_length:
                 raise TransientBackendError("summary_timeout", f"no summary within {self._timeout:g} s") from None
         return answer.getvalue()
-
-    def _truncate(self, text: str, limit: int) -> str:
-        while (tokens := self._assembler.counter.count(text)) > limit:
-            text = text[: len(text) * limit // tokens - 1]
-        return text
 
 
 def _cache_keys(request: ChatRequest) -> list[int]:
