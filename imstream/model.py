@@ -112,7 +112,7 @@ def _history(text: str) -> tuple[tuple[str, str], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A refusal by a guard: a code for programs and a sentence for the user. `violation`: it counts against the user."""
+    """A guard's refusal: a code for programs, a sentence for the user. `violation`: it counts against the user."""
 
     code: str
     sentence: str
