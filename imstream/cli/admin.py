@@ -18,7 +18,7 @@ from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.accounts import AccountOpen, Accounts, Banned, Locked, Restricted
-from imstream.store.inbox import AccountChanged, notify
+from imstream.store.inbox import AccountChanged, send_notice
 from imstream.store.inspection import StreamOverview, UserOverview, inspect_stream, inspect_user
 
 MAX_SHOWN = 20
@@ -221,7 +221,7 @@ def quota(user_id: int, give_back: str | None, *, reset: bool, **options: str | 
 async def _close_sessions(redis: RedisClient, settings: Settings, user_id: int, restricted: Restricted) -> None:
     for node in sorted(restricted.nodes):
         try:
-            await notify(redis, Keys(settings.key_prefix), node, AccountChanged(user_id))
+            await send_notice(redis, Keys(settings.key_prefix), node, AccountChanged(user_id))
             click.echo(f"node {node} was notified to close the user's sessions")
         except StoreError as error:
             click.echo(f"node {node} was not notified and closes the sessions within minutes: {error}", err=True)

@@ -15,8 +15,7 @@ from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
 
-KEPT_AFTER_DAY = milliseconds(timedelta(hours=1))
-"""Milliseconds for which the messages of a day are kept after its end: the tolerated difference between clocks."""
+KEPT_AFTER_DAY = milliseconds(timedelta(hours=1))  # the tolerated difference between clocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +88,10 @@ class Accounts:
         self, user_id: int, message_id: str, at: int, day: Day
     ) -> Counted | QuotaExhausted | Locked | Banned:
         """Count a message if it is allowed. `at`: when it was asked, in milliseconds since 1970."""
-        keys = self._keys
-        verdict, *rest = await LUA["check_account_and_count"].run(
-            self._redis,
-            (keys.account(user_id), keys.quota(user_id, day.name), keys.reply(user_id, message_id)),
-            (message_id, at, self._quota, self._reply_ttl, day.end + KEPT_AFTER_DAY),
-        )
+        account, quota = self._keys.account(user_id), self._keys.quota(user_id, day.name)
+        keys = (account, quota, self._keys.reply(user_id, message_id))
+        arguments = (message_id, at, self._quota, self._reply_ttl, day.end + KEPT_AFTER_DAY)
+        verdict, *rest = await LUA["check_account_and_count"].run(self._redis, keys, arguments)
         if (restriction := _restriction(verdict, rest)) is not None:
             return restriction
         return QuotaExhausted() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")

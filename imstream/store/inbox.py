@@ -19,17 +19,11 @@ from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
 
-MAX_NOTICES = 1_000
-"""Approximate number of notices kept. A node that is further behind finds out what changed by polling."""
+MAX_NOTICES = 1_000  # about; a node that is further behind finds out what changed by polling
 
-ROUTE_TTL = timedelta(minutes=30)
-"""How long a route is kept unless it is added again; so long a dead node is notified."""
-
-INBOX_TTL = timedelta(minutes=10)
-"""How long an inbox is kept after the last notice."""
-
-_MAX_READ = 100
-"""Maximum number of notices in one read."""
+ROUTE_TTL = timedelta(minutes=30)  # so long a dead node is notified
+INBOX_TTL = timedelta(minutes=10)  # after the last notice
+_MAX_READ = 100  # notices
 
 _NUMBER = re.compile(r"[0-9]{1,20}")
 _VALID = {"user": _NUMBER, "login": _NUMBER, "message_id": re.compile(r"[A-Za-z0-9._:-]{1,64}")}
@@ -85,7 +79,7 @@ def notice_fields(notice: Notice) -> tuple[str, ...]:
             return ("event", "account", "user", str(user_id))
 
 
-async def notify(redis: RedisClient, keys: Keys, node: str, notice: Notice) -> None:
+async def send_notice(redis: RedisClient, keys: Keys, node: str, notice: Notice) -> None:
     """Append a notice to the inbox of a node. Raises `StoreError`."""
     await LUA["notify"].run(redis, (keys.inbox(node),), (MAX_NOTICES, milliseconds(INBOX_TTL), *notice_fields(notice)))
 
@@ -102,32 +96,26 @@ class Inbox:
         self._last_id: str | None = None
 
     async def notify(self, nodes: Iterable[str], notice: Notice, *, include_self: bool = False) -> bool:
-        """Notify these nodes but not this one, or with `include_self` this one, too, as the last. Errors are logged.
+        """Notify these nodes but this one, or with `include_self` also this one, as the last. Errors are logged.
 
-        Returns:
-            Whether any of the nodes is another one.
+        Returns whether any of the nodes is another one.
         """
         others = {*nodes} - {self.node}
         for node in (*others, self.node) if include_self else others:
             try:
-                await notify(self._redis, self._keys, node, notice)
+                await send_notice(self._redis, self._keys, node, notice)
             except StoreError as error:
                 log.warning("notice not sent", to=node, error=str(error))
         return bool(others)
 
     async def read(self) -> list[Notice]:
-        """Wait for notices since the last call; the first call skips older ones. Empty after `read_block` without any.
-
-        Raises:
-            StoreError: Redis was not reached.
-        """
+        """Wait up to `read_block` for notices since the last call, or since the first. Raises `StoreError`."""
         key = self._keys.inbox(self.node)
         if self._last_id is None:
             newest = await self._redis.execute("XREVRANGE", key, "+", "-", "COUNT", 1)
             self._last_id = newest[0][0] if newest else "0-0"
-        reply = await self._reader.execute(
-            *("XREAD", "COUNT", _MAX_READ, "BLOCK", self._block, "STREAMS", key, self._last_id)
-        )
+        options = ("COUNT", _MAX_READ, "BLOCK", self._block)
+        reply = await self._reader.execute("XREAD", *options, "STREAMS", key, self._last_id)
         streams = reply.items() if isinstance(reply, dict) else reply or ()
         rows = [row for _, entries in streams for row in entries]
         if rows:

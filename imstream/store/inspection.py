@@ -14,16 +14,12 @@ from imstream.keys import GROUP, Keys
 from imstream.redis.client import RedisClient
 from imstream.redis.connection import Argument
 
-MAX_SHOWN = 20
-"""Maximum number of requests in progress that are listed. All are counted."""
+MAX_SHOWN = 20  # requests in progress that are listed; all are counted
 
 
 @dataclass(frozen=True, slots=True)
 class InProgress:
-    """A request that was delivered to the worker of node `consumer`, `since` ago.
-
-    `deliveries`: this one, and those before it whose worker died.
-    """
+    """A request delivered to a consumer, `since` ago. `deliveries`: this one, and those before whose worker died."""
 
     entry_id: str
     consumer: str
@@ -46,14 +42,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class StreamOverview:
-    """The stream of one node.
-
-    Attributes:
-        unfinished: Requests in the stream.
-        in_progress: How many of them each consumer has.
-        oldest: The first of those by entry id, at most `MAX_SHOWN`.
-        dead: Number of dead letters.
-    """
+    """The stream of one node. `in_progress`: requests by consumer; the first `MAX_SHOWN` of them are the `oldest`."""
 
     unfinished: int
     in_progress: dict[str, int]
@@ -69,12 +58,9 @@ class StreamOverview:
 
 @dataclass(frozen=True, slots=True)
 class UserOverview:
-    """What Redis holds about one user.
+    """The keys of one user. `account`: the fields of a ban or lock, possibly expired.
 
-    Attributes:
-        account: The fields of a ban or lock, possibly expired.
-        day: The date of `counted`.
-        counted: Messages of that day, newest first, and when each was asked (ms since 1970).
+    `counted`: the messages of `day`, newest first, and when each was asked (ms since 1970).
     """
 
     account: dict[str, str]
@@ -107,12 +93,7 @@ async def inspect_user(redis: RedisClient, keys: Keys, user_id: int, day: Day) -
 
 
 async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: int) -> StreamOverview:
-    """Look at the stream of a node, and at its `newest` dead letters. Both are empty for an unknown node.
-
-    Raises:
-        StoreUnavailable: Redis was not reached.
-        StoreRefused: A key was written by hand and cannot be read. The text names it.
-    """
+    """Look at the stream of a node and its `newest` dead letters. `StoreRefused` names a key written by hand."""
     stream, dead = keys.requests(node), keys.dead(node)
     length, dead_length, letters, (in_progress, oldest) = await asyncio.gather(
         _read(redis, "XLEN", stream),

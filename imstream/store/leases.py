@@ -21,9 +21,7 @@ from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
 
-MAX_FIELD = 256
-"""Maximum length of a text field in a lease. Longer ones are ignored."""
-
+MAX_FIELD = 256  # characters of a text field in a lease; longer ones are ignored
 _MAX_PID = 2**31 - 1
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -71,10 +69,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The lease is ours for its whole duration.
-
-    `restarted`: Redis was restarted since the process before this one held it, so that one may have ended with Redis.
-    """
+    """The lease is ours. `restarted`: Redis was restarted after its last holder, which may have ended with it."""
 
     restarted: bool = False
 

@@ -129,10 +129,7 @@ class ReplyStore:
         return CancelRecorded(tuple(nodes)) if verdict == "cancelled" else verdict
 
     async def read(self, user_id: int, message_id: str, *, after: str = "") -> Record | None:
-        """The record of the last attempt; with `after`, the position of an earlier record, only what is new.
-
-        None when there is nothing new, or no reply, or it has expired.
-        """
+        """The record of the last attempt, or what is new `after` the position of an earlier record. None: nothing."""
         begin = f"({after}" if after else "-"
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
         if not entries:

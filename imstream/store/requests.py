@@ -92,10 +92,8 @@ class RequestStream:
     async def read(self, *, count: int, block: timedelta | None) -> list[Entry]:
         """Read at most `count` new entries; wait up to `block` for the first, if given.
 
-        Never cancel this: entries that Redis is delivering would stay pending, unseen.
-
-        Raises:
-            GroupMissing: The group is missing, or the stream was deleted while waiting.
+        Never cancel this: entries that Redis is delivering would stay pending, unseen. Raises `GroupMissing`, also when
+        the stream is deleted while waiting.
         """
         command = ("XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count)
         streams = ("STREAMS", self._stream, ">")
@@ -118,11 +116,7 @@ class RequestStream:
         await LUA["remove_consumer"].run(self._redis, (self._stream,), (GROUP, consumer))
 
     async def pending(self, consumer: str | None = None, *, exclude: Iterable[str] = ()) -> list[PendingEntry]:
-        """The pending entries of a consumer (by default our own), oldest first, without the excluded entry ids.
-
-        Raises:
-            GroupMissing: The group is missing.
-        """
+        """Pending entries of a consumer (by default ours), oldest first, except the excluded. Raises `GroupMissing`."""
         excluded, consumer = set(exclude), consumer or self.consumer
         with _detecting_missing_group():
             rows = await self._redis.execute("XPENDING", self._stream, GROUP, "-", "+", MAX_PENDING_LISTED, consumer)
@@ -134,11 +128,8 @@ class RequestStream:
         None when it has ended or changed its consumer, or when the node of its consumer is alive again (I7).
         """
         needs_lease = int(entry.consumer == self.node and not self.is_own)
-        fields = await LUA["claim"].run(
-            self._redis,
-            (self._stream, self._lease),
-            (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease),
-        )
+        arguments = (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease)
+        fields = await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
         return None if fields is None else Entry(entry.entry_id, _to_dict(fields), deliveries)
 
     async def is_taken_over(self, entry: Entry) -> bool:
