@@ -17,34 +17,20 @@ from imstream.ai.error_report import ErrorReport
 from imstream.ai.sse import BYTE_ORDER_MARK, EventParser, EventTooLong
 from imstream.errors import BackendError, TransientBackendError
 
-JSON_LIMIT = 1 << 20
-"""Maximum bytes of a JSON text: an event, or an answer in one document. It is raised with the limit of an answer. An
-event carries one token, as a rule."""
-
-BYTES_PER_CHARACTER = 256
-"""Maximum bytes of a response for each character of the maximum answer. An event with one character has about 250."""
-
+JSON_LIMIT = 1 << 20  # bytes of an event, or of an answer in one document; raised with the limit of an answer
+BYTES_PER_CHARACTER = 256  # of a response, at most; an event with one character has about 250
 LARGE_JSON = 16 * 1024
-"""Bytes of JSON that take long to parse. Its strings do not go into the decoder's cache, where they would displace the
-recurring ones."""
+"""Bytes of JSON that take long to parse. Its strings would displace recurring ones from the decoder's cache."""
 
 FAILED_FINISHES = frozenset({"error", "insufficient_system_resource"})
 """Finish reasons of OpenRouter and DeepSeek for a model that was stopped and has not finished."""
 
-OTHER_FINISH = "other"
-"""Replaces a finish reason that is not a short word."""
-
-MAX_TOKEN_COUNT = 2**53
-"""Maximum token count in a usage: JavaScript's JSON represents no larger integers exactly."""
+OTHER_FINISH = "other"  # replaces a finish reason that is not a short word
+MAX_TOKEN_COUNT = 2**53  # JavaScript's JSON represents no larger integers exactly
 
 _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-
-_MAX_COUNTS = 16
-"""Maximum counts kept of a usage. OpenAI sends 3, others up to 8."""
-
+_MAX_COUNTS = 16  # kept of a usage; OpenAI sends 3, others up to 8
 _MAX_USAGE_FIELDS = 4 * _MAX_COUNTS
-"""Maximum fields of a usage that are read."""
-
 _USAGE_DETAILS = (
     ("prompt_tokens_details", "cached_tokens"),
     ("completion_tokens_details", "reasoning_tokens"),
@@ -55,10 +41,7 @@ class AnswerReader:
     """Is fed with a response body as it arrives, and returns the text.
 
     Attributes:
-        finish_reason: Why the model stopped, once received.
-        usage: Tokens used, once received.
         done: `[DONE]` was received, or the answer is truncated: the rest is ignored.
-        truncated: The answer was longer than the limit and ends there.
         large: An incomplete event or document is large: the read that completes it takes long to parse.
         progressed: The last `feed` contained a sign of progress of the model: text, hidden reasoning, a finish reason.
             Comments and a bare role do not count; servers send them while a request is queued.
@@ -68,19 +51,16 @@ class AnswerReader:
         """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does."""
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
-        self.done = False
-        self.truncated = False
-        self.large = False
-        self.progressed = False
+        self.done = self.truncated = self.large = self.progressed = False
         self._remaining = limit
         self._secrets = secrets
         self._json_limit = max(JSON_LIMIT, 4 * limit)
-        self._idle_bytes = 0
-        """Bytes since the last sign of progress."""
+        self._idle_bytes = 0  # since the last sign of progress
         self._events = EventParser(limit=self._json_limit)
         self._document: bytearray | None = None
         self._begun = False
-        self._surrogates: _SurrogateJoiner | None = None
+        self._high: str | None = None
+        """The first half of a surrogate pair, at the end of the text so far; None until a surrogate was received."""
 
     @property
     def complete(self) -> bool:
@@ -91,8 +71,7 @@ class AnswerReader:
         """Read a part of the body; return the text of all its events.
 
         Raises:
-            TransientBackendError: `bad_stream`, or a temporary error that the backend reports.
-            PermanentBackendError: A permanent error that the backend reports.
+            BackendError: `bad_stream` (transient), or an error that the backend reports.
         """
         self.progressed = False
         size = len(data)
@@ -126,8 +105,7 @@ class AnswerReader:
         """The body has ended: return the rest of the text.
 
         Raises:
-            TransientBackendError: `broken_stream` if the answer is incomplete; else as `feed`.
-            PermanentBackendError: As `feed`.
+            BackendError: `broken_stream` (transient) if the answer is incomplete; else as `feed`.
         """
         if self._document is not None:
             return self._bounded(self._read_document(bytes(self._document)))
@@ -143,8 +121,11 @@ class AnswerReader:
 
     def _bounded(self, text: str) -> str:
         """Truncate the answer at its limit, and replace what `history` does not allow: NUL and single surrogates."""
-        if self._surrogates is not None:
-            text = self._surrogates.join(text)
+        if self._high is not None:  # joins pairs that are split over two events
+            text, self._high = self._high + text, ""
+            if text and "\ud800" <= text[-1] <= "\udbff":
+                text, self._high = text[:-1], text[-1]
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         if "\0" in text:
             text = text.replace("\0", "\ufffd")
         self._remaining -= len(text)
@@ -198,15 +179,15 @@ class AnswerReader:
             return from_json(text) if len(text) < LARGE_JSON else from_json(text, cache_strings=False)
         except ValueError as error:
             problem = str(error)
-        # Servers in JavaScript split text into UTF-16 units, and JSON allows single surrogates (RFC 8259, 8.2). Only
-        # the standard library accepts them; they are joined later.
+        # Servers in JavaScript split text into UTF-16 units, and JSON allows single surrogates (RFC 8259, 8.2). The
+        # standard library accepts them; they are joined later.
         if b"\\u" in text:
             try:
                 value = json.loads(text.decode())
             except (ValueError, RecursionError):
                 pass
             else:
-                self._surrogates = self._surrogates or _SurrogateJoiner()
+                self._high = self._high or ""
                 return value
         raise TransientBackendError("bad_stream", f"an event that is not JSON: {problem}")
 
@@ -245,19 +226,6 @@ class AnswerReader:
             raise TransientBackendError("backend_error", f"finish reason {reason}")
         self.finish_reason = reason if _WORD.fullmatch(reason) else OTHER_FINISH
         self.progressed = True
-
-
-class _SurrogateJoiner:
-    """Joins surrogate pairs that are split over two events. A single surrogate becomes �."""
-
-    def __init__(self) -> None:
-        self._high = ""
-
-    def join(self, text: str) -> str:
-        text, self._high = self._high + text, ""
-        if text and "\ud800" <= text[-1] <= "\udbff":
-            text, self._high = text[:-1], text[-1]
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _object(value: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON

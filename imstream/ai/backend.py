@@ -25,17 +25,10 @@ from imstream.ai.time_limits import TimeLimits
 from imstream.errors import PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 
-AFTER_FINISH = timedelta(seconds=2)
-"""Time limit for usage, `[DONE]` and the end of the body, after all text was received."""
-
-AFTER_DONE = timedelta(milliseconds=100)
-"""Time limit for the end of the body after `[DONE]`. Only then can the connection be reused."""
-
-CHUNK = 16 * 1024
-"""Maximum bytes of an answer that are parsed, and characters that are passed on, in one turn of the event loop."""
-
-MAX_BLOCKING = 0.005
-"""Seconds after which large reads leave the event loop to others for as long as they have used it."""
+AFTER_FINISH = timedelta(seconds=2)  # time limit for usage, `[DONE]` and the end of the body, after all text
+AFTER_DONE = timedelta(milliseconds=100)  # for the end of the body; without it the connection cannot be reused
+CHUNK = 16 * 1024  # bytes that are parsed, and characters that are passed on, in one turn of the event loop
+MAX_BLOCKING = 0.005  # seconds after which large reads leave the event loop to others for as long as they used it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +61,13 @@ class Backend(Protocol):
 
         `on_text` receives the text in order, never empty: one part for each network read that contains text, or several
         for a large read. A text longer than `max_answer` is truncated, with the finish reason `length`. Cancelling
-        closes the connection to the backend at once.
-
-        Raises:
-            TransientBackendError: The answer is incomplete; a retry may succeed.
-            PermanentBackendError: The backend rejects this request, and would reject it again.
+        closes the connection to the backend at once. Raises `BackendError`, which tells whether a retry may succeed.
         """
         ...
 
 
 class OpenAIBackend(EndpointClient):
-    """Client of a server that implements `POST {ai_url}/chat/completions`. Use it as an async context manager.
-
-    End every `answer` before leaving the context, which closes the connections.
-    """
+    """Calls `POST {ai_url}/chat/completions`. End every `answer` before leaving the context."""
 
     _accept = "text/event-stream, application/json"
 
@@ -94,10 +80,19 @@ class OpenAIBackend(EndpointClient):
 
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
-        with_usage = self._request_usage
-        body = self._encode(messages, with_usage=with_usage)
+        body: dict[str, object] = {
+            "model": self._settings.ai_model,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "stream": True,
+        }
+        if with_usage := self._request_usage:
+            body["stream_options"] = {"include_usage": True}
+        try:
+            data = to_json(body)
+        except PydanticSerializationError:
+            raise PermanentBackendError("bad_prompt", "the prompt is not valid Unicode") from None
         total = self._settings.ai_total_timeout
-        async with TimeLimits(total=total) as limits, await self._send(body, limits) as response:
+        async with TimeLimits(total=total) as limits, await self._send(data, limits) as response:
             if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                 return await self._receive(response, limits, on_text)
             limits.stop()
@@ -109,24 +104,11 @@ class OpenAIBackend(EndpointClient):
                 )
             raise self._error(response, error_body)
 
-    def _encode(self, messages: Sequence[PromptMessage], *, with_usage: bool) -> bytes:
-        body: dict[str, object] = {
-            "model": self._settings.ai_model,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "stream": True,
-        }
-        if with_usage:
-            body["stream_options"] = {"include_usage": True}
-        try:
-            return to_json(body)
-        except PydanticSerializationError:
-            raise PermanentBackendError("bad_prompt", "the prompt is not valid Unicode") from None
-
-    async def _send(self, body: bytes, limits: TimeLimits) -> aiohttp.ClientResponse:
+    async def _send(self, data: bytes, limits: TimeLimits) -> aiohttp.ClientResponse:
         """Send the request; return when the head of the response is received."""
         first_token = self._settings.ai_first_token_timeout
         limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
-        payload = _Payload(body, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
+        payload = _Payload(data, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
         try:
             return await self._session.post(self._url, data=payload, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:
@@ -203,10 +185,7 @@ class _Intake:
         self._text = ""
 
     def feed(self, data: bytes, *, defer: bool = True) -> bool:
-        """Feed a read, or `b""` at the end of the body; return whether it takes another before `feed_deferred`.
-
-        Raises as `AnswerReader` does.
-        """
+        """Feed a read, or `b""` at the end of the body; return whether it takes another before `feed_deferred`."""
         reader = self._reader
         if defer and (len(data) > CHUNK or (reader.large and (b"\n" in data or not data))):
             self._deferred = data
@@ -226,7 +205,7 @@ class _Intake:
         return not (reader.complete or self._text)
 
     async def feed_deferred(self) -> None:
-        """Feed a deferred read. Raises as `AnswerReader` does."""
+        """Feed a deferred read."""
         data, self._deferred = self._deferred, None
         if data is None:
             await self._pass_on_text()
