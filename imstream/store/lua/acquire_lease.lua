@@ -1,21 +1,21 @@
--- Take the lease of a node, or renew it: whoever holds it is the one process that may run under this id.
+-- Acquire or renew the lease of a node: its holder is the one process that may run under this id.
 --
--- It is also noted which run of Redis that was. A process that ended when Redis did has not been killed by what it
--- worked on: when the next process takes the lease, and finds that Redis was restarted since, the deliveries of what is
--- pending are reduced by one, so that the end of the process before counts as none.
+-- Also record on which run of Redis that was. A process that ended together with Redis was not killed by what it worked
+-- on: when the next process acquires the lease and finds that Redis was restarted since, the deliveries of pending
+-- entries are reduced by one, so that the end of that process does not count.
 --
 -- KEYS[1]  string  lease of the node, expires
 -- KEYS[2]  string  the Redis on which the lease was last held, expires: its run id, the instance, and 1 when that one
 --                  found Redis restarted since the instance before it
 -- KEYS[3]  stream  requests of the node
--- ARGV[1]  instance: a word that no other process has
+-- ARGV[1]  instance, unique to the process
 -- ARGV[2]  the holder as JSON, with the instance in it
 -- ARGV[3]  milliseconds
 -- ARGV[4]  an instance known to be dead, whose lease may be taken over; or ''
 -- ARGV[5]  consumer group
 -- ARGV[6]  the node, as a consumer
 -- ARGV[7]  milliseconds to keep KEYS[2]
--- Returns  {'held', '1' when Redis was restarted since the instance before} by us from now on
+-- Returns  {'held', '1' when Redis was restarted since the instance before} by this process
 --          | {'refused', the holder as JSON, milliseconds left}
 
 local holder = redis.call('GET', KEYS[1])

@@ -1,9 +1,9 @@
--- Admit one request: test the caps and append, in one step, so that no lock exists and nothing is ever evicted (I2).
+-- Admit one request: test the caps and append, in one step, so that there is no lock and nothing is ever evicted (I2).
 --
 -- KEYS[1]  stream  requests of the node
 -- KEYS[2]  hash    user -> unfinished requests
--- ARGV[1]  most unfinished requests of the node
--- ARGV[2]  most unfinished requests of one user
+-- ARGV[1]  maximum of unfinished requests of the node
+-- ARGV[2]  maximum of unfinished requests of one user
 -- ARGV[3]  consumer group
 -- ARGV[4]  user
 -- ARGV[5…] field, value, … of the entry

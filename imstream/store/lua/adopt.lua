@@ -1,10 +1,10 @@
--- Become the one node that looks after the stream of a node without a lease, or go on being it (I7).
+-- Adopt the stream of a node without a lease, or renew the adoption (I7).
 --
 -- KEYS[1]  string  lease of that node
 -- KEYS[2]  string  its adopter, expires
 -- KEYS[3]  stream  its requests
 -- ARGV[1]  the node that adopts
--- ARGV[2]  milliseconds
+-- ARGV[2]  milliseconds of the adoption
 -- Returns  {'adopted', unfinished requests} | {'back'} when the node is alive | {'taken', adopter}
 
 if redis.call('EXISTS', KEYS[1]) == 1 then

@@ -1,5 +1,5 @@
 -- Append text, or the terminal event with the last text, to a reply. Refused when a later attempt has begun or the
--- reply has ended (I4), or when text would be missing or repeated (I5). May be repeated: what is there already is fine.
+-- reply has ended (I4), or when text would be missing or repeated (I5). Idempotent.
 --
 -- KEYS[1]  stream  reply to the message
 -- KEYS[2]  set     nodes that hold a socket of the user; read after the append, so that no batch falls between

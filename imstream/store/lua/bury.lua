@@ -1,4 +1,4 @@
--- Move one request to the dead stream: append there, acknowledge, delete and uncount in one step (I3). May be repeated.
+-- Move one request to the dead stream: append there, acknowledge, delete and uncount in one step (I3). Idempotent.
 --
 -- KEYS[1]  stream  requests of the node
 -- KEYS[2]  hash    user -> unfinished requests

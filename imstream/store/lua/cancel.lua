@@ -1,9 +1,9 @@
--- End a reply as cancelled; the text so far stays. May be repeated.
+-- End a reply as cancelled; the text so far stays. Idempotent.
 --
 -- KEYS[1]  stream  reply to the message
 -- KEYS[2]  set     nodes that hold a socket of the user
 -- ARGV[1]  milliseconds to keep the reply
--- Returns  {'cancelled', node, …}: those to tell, the one that works on it among them
+-- Returns  {'cancelled', node, …}: those to notify, including the one that works on it
 --          | {'too_late'} when it ended otherwise | {'unknown'} when there is no such reply
 
 local function fields(entry)

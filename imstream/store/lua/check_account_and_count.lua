@@ -1,19 +1,19 @@
--- May a user come in, or ask one more message today? Who is banned, locked, or has used up the day is counted nothing;
--- at the last free place, one of two nodes gets it. A message counts once, however often it is sent: sent again, it is
--- known by its reply, or before there is one by having been counted lately.
+-- Check whether a user is banned or locked, and count one more message of the day. Nothing is counted for a user who is
+-- banned, locked, or has used up the quota; when one message is left, one of two nodes gets it. A message counts once,
+-- however often it is sent: when it is sent again, its reply exists, or it was counted recently.
 --
 -- KEYS[1]  hash        account of the user
 -- KEYS[2]  sorted set  messages asked today -> when; expires after the day
--- KEYS[3]  stream      reply to the message; left out when none is asked
+-- KEYS[3]  stream      reply to the message; absent when only the account is checked
 -- ARGV[1]  message id
 -- ARGV[2]  when it is asked, ms since 1970
--- ARGV[3]  most messages a day
+-- ARGV[3]  maximum of messages a day
 -- ARGV[4]  milliseconds for which a message without a reply is the same one when it is sent again
--- ARGV[5]  when the messages of the day may be forgotten, ms since 1970
+-- ARGV[5]  when the messages of the day expire, ms since 1970
 -- Returns  {'banned'} | {'locked', ms left} | {'free', used} | {'spent', used}
 --          | {'counted', used} when it is counted now | {'known', used} when it was before
 
--- What somebody wrote by hand and has no sense is a ban: it was not meant to let anybody in.
+-- Values that cannot be parsed count as a ban (fail closed).
 local banned, locked = unpack(redis.call('HMGET', KEYS[1], 'banned', 'locked_until'))
 if banned and banned ~= '' and banned ~= '0' then
     return {'banned'}

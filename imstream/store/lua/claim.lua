@@ -1,14 +1,14 @@
--- Take up one pending request: what a consumer had that is dead now, or what we have and do not work on.
+-- Claim one pending request: of a consumer that is dead, or one of ours that we do not work on.
 --
 -- KEYS[1]  stream  requests of the node
 -- KEYS[2]  string  lease of that node
 -- ARGV[1]  consumer group
--- ARGV[2]  consumer that takes it
--- ARGV[3]  consumer under which it was seen
+-- ARGV[2]  consumer that claims it
+-- ARGV[3]  consumer that it had when it was listed
 -- ARGV[4]  entry id
 -- ARGV[5]  deliveries to note
--- ARGV[6]  '1' when the consumer under which it was seen is the node of the stream: then it must hold no lease (I7)
--- Returns  fields of the entry, as field, value, … | nil when it is somebody else's by now, or has ended
+-- ARGV[6]  '1' when that consumer is the node of the stream: then it must hold no lease (I7)
+-- Returns  fields of the entry, as field, value, … | nil when it has another consumer, or has ended
 
 local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[4], ARGV[4], 1)
 if #pending == 0 or pending[1][2] ~= ARGV[3] then
@@ -18,7 +18,7 @@ if ARGV[6] == '1' and redis.call('EXISTS', KEYS[2]) == 1 then
     return nil
 end
 local entries = redis.call('XRANGE', KEYS[1], ARGV[4], ARGV[4])
-if #entries == 0 then -- somebody deleted it, and did not acknowledge it
+if #entries == 0 then -- it was deleted by hand, and not acknowledged
     redis.call('XACK', KEYS[1], ARGV[1], ARGV[4])
     return nil
 end

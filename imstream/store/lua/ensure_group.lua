@@ -1,5 +1,5 @@
--- Make the consumer group when it is not there, from the beginning of the stream, so that nothing that came before the
--- group is overlooked; and count the users' unfinished requests anew, whatever was done to the stream by hand.
+-- Create the consumer group if it is missing, at the beginning of the stream, so that entries older than the group are
+-- delivered; and recount the users' unfinished requests, in case the stream was changed by hand.
 --
 -- KEYS[1]  stream  requests of the node
 -- KEYS[2]  hash    user -> unfinished requests

@@ -1,4 +1,4 @@
--- Take one finished request out of the stream: acknowledge, delete and uncount in one step (I3). May be repeated.
+-- Remove one finished request from the stream: acknowledge, delete and uncount in one step (I3). Idempotent.
 --
 -- KEYS[1]  stream  requests of the node
 -- KEYS[2]  hash    user -> unfinished requests

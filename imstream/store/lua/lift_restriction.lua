@@ -1,7 +1,7 @@
--- Take a ban or a lock back, and forget what led to it.
+-- Lift a ban or lock, and forget the violations that led to it.
 --
 -- KEYS[1]  hash    account of the user
--- KEYS[2]  number  contents refused lately
+-- KEYS[2]  number  violations within the window
 -- ARGV[1]  banned | locked_until
 -- Returns  1 when there was one, else 0
 

@@ -1,4 +1,4 @@
--- Mark that a message waits for a worker, unless anything is known of it already.
+-- Record that a message waits for a worker, unless its reply exists.
 --
 -- KEYS[1]  stream  reply to the message
 -- ARGV[1]  milliseconds to keep it

@@ -1,4 +1,4 @@
--- Leave a notice in the inbox of a node. It keeps about the newest so many, and goes when nobody leaves any.
+-- Append a notice to the inbox of a node. The inbox is trimmed, and expires after the last notice.
 --
 -- KEYS[1]  stream  inbox of the node, expires
 -- ARGV[1]  about how many notices are kept

@@ -1,12 +1,12 @@
--- Begin an attempt at answering a message. The reply stream is the one judge (I4): a message that has ended, or that
--- belongs to another request, is not begun.
+-- Begin an attempt at a message. The reply stream decides (I4): a message that has ended, or that belongs to another
+-- request, is not begun.
 --
 -- KEYS[1]  stream  reply to the message
 -- KEYS[2]  set     nodes that hold a socket of the user
 -- ARGV[1]  the request that opens: node and entry id
 -- ARGV[2]  milliseconds to keep the reply
--- ARGV[3]  a request known to be lost, whose message may be taken over; or ''
--- ARGV[4]  a number of attempts that have been made, even if Redis has lost them: none is ever given twice
+-- ARGV[3]  a request known to be lost, from which the message may be taken over; or ''
+-- ARGV[4]  the last attempt known to the caller, in case Redis has lost it: no number is given twice
 -- ARGV[5]  the node that works on it
 -- Returns  {'opened', attempt, node, …} | {'ended', event, owner} | {'duplicate', owner}
 

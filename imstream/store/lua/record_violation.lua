@@ -1,14 +1,14 @@
--- Count a content that was refused; after so many, lock or ban the user. A longer lock stays, and so does a ban.
+-- Count a violation, and lock or ban the user at a limit. A longer lock stays, and so does a ban.
 --
--- KEYS[1]  number  contents refused lately, expires
+-- KEYS[1]  number  violations within the window, expires
 -- KEYS[2]  hash    account of the user
 -- KEYS[3]  set     nodes that hold a socket of the user
--- ARGV[1]  milliseconds without another one after which they are forgotten; the time of a lock does not count
--- ARGV[2]  so many lock, 0 never
+-- ARGV[1]  milliseconds of the window, since the last violation; the time of a lock is added
+-- ARGV[2]  violations that lock, 0 never
 -- ARGV[3]  milliseconds of that lock
--- ARGV[4]  so many ban, 0 never
--- ARGV[5]  who says so
--- Returns  {count, 'noted' | 'locked' | 'banned', node, …}: what became of the user now, and whom to tell
+-- ARGV[4]  violations that ban, 0 never
+-- ARGV[5]  the author, for operators
+-- Returns  {count, 'noted' | 'locked' | 'banned', node, …}: the consequence of this one, and nodes to notify
 
 local window, lock_after, lock_time, ban_after = unpack(ARGV, 1, 4)
 local count = redis.call('INCR', KEYS[1])

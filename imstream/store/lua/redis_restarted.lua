@@ -1,7 +1,7 @@
--- Whether Redis was restarted, or replaced, since a node last held its lease: then the two may have ended together.
+-- Whether Redis was restarted or replaced since a node last held its lease: then both may have ended together.
 --
 -- KEYS[1]  string  the Redis on which the node last held its lease (see acquire_lease.lua)
--- Returns  1 when it was another one, 0 when it is the same or not known
+-- Returns  1 when it was another run, 0 when it is the same or unknown
 
 local known = redis.call('GET', KEYS[1])
 local run = known and string.match(known, '^(%S+) ')

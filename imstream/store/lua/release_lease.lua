@@ -1,8 +1,8 @@
--- Give up the lease of a node, unless another process has it by now.
+-- Release the lease of a node, unless another process holds it.
 --
 -- KEYS[1]  string  lease of the node
--- ARGV[1]  instance that gives it up
--- Returns  1 when it was given up, else 0
+-- ARGV[1]  instance that releases it
+-- Returns  1 when it was released, else 0
 
 local holder = redis.call('GET', KEYS[1])
 if not holder or not string.find(holder, ARGV[1], 1, true) then

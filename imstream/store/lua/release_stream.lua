@@ -1,9 +1,9 @@
--- Adopt a stream no longer, and leave its consumer group, unless requests are still pending under our name there:
--- deleting a consumer forgets what is pending.
+-- End the adoption of a stream and leave its consumer group, unless requests are still pending under our name: deleting
+-- a consumer forgets its pending entries.
 --
 -- KEYS[1]  string  adopter of the stream's node
 -- KEYS[2]  stream  its requests
--- ARGV[1]  the node that adopted
+-- ARGV[1]  the node that adopted it
 -- ARGV[2]  consumer group
 -- Returns  requests still pending under our name
 

@@ -1,10 +1,9 @@
--- Take a consumer that is gone out of the group of a stream, unless requests are pending under its name: deleting a
--- consumer forgets what is pending.
+-- Remove a consumer from the group of a stream, unless it has pending entries: deleting a consumer forgets them.
 --
 -- KEYS[1]  stream  requests of a node
 -- ARGV[1]  consumer group
 -- ARGV[2]  consumer
--- Returns  1 when it is gone, 0 when something is pending
+-- Returns  1 when it is removed, 0 when it has pending entries
 
 if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
     return 0

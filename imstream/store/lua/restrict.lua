@@ -1,11 +1,11 @@
--- Ban or lock a user, whatever was before.
+-- Ban or lock a user, whatever the state before.
 --
 -- KEYS[1]  hash    account of the user
 -- KEYS[2]  set     nodes that hold a socket of the user; read after the write, so that no login falls between
 -- ARGV[1]  milliseconds of a lock, or 'ban'
 -- ARGV[2]  reason, for operators
--- ARGV[3]  who says so
--- Returns  {until when, ms since 1970, node, …}; 0 for a ban
+-- ARGV[3]  the author, for operators
+-- Returns  {end in ms since 1970, 0 for a ban; node, …}
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -1,4 +1,4 @@
--- Forget a node that is gone for good: nothing is unfinished, nobody runs it or looks after it. Its dead letters stay.
+-- Delete the keys of a node that is gone for good: no unfinished requests, no lease, no adopter. Its dead letters stay.
 --
 -- KEYS[1]  string  lease of the node
 -- KEYS[2]  string  its adopter
@@ -6,7 +6,7 @@
 -- KEYS[4]  hash    user -> unfinished requests
 -- KEYS[5]  stream  its inbox
 -- KEYS[6]  string  the Redis on which it last held its lease
--- Returns  1 when it is forgotten, 0 when it is not gone
+-- Returns  1 when they are deleted, 0 when it is not gone
 
 if redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 or redis.call('XLEN', KEYS[3]) > 0 then
     return 0
