@@ -174,7 +174,7 @@ async def test_a_changed_list_counts_from_the_next_message_on(refusing: OneNode)
         assert (await someone.chat(USER, "a newword", "m-again"))["code"] == "FORBIDDEN"
         _replace(refusing, f"{LIST}newword!\n")
         await wait_until(
-            lambda: "word list not loaded, the one before stays" in refusing.now.process.output(), "it is refused"
+            lambda: "word list not loaded, the previous one stays" in refusing.now.process.output(), "it is refused"
         )
         assert (await someone.chat(USER, "a newword", "m-still"))["code"] == "FORBIDDEN"
         _replace(refusing, LIST)
