@@ -1,12 +1,12 @@
-"""`ops/bench`: what a chat costs on a node, beside two services without a queue. Everything runs on this machine.
+"""`ops/bench`: the cost of a chat on a node, compared with two services without a queue, all on this machine.
 
-*usual* is a Starlette route with httpx, line by line; *floor* is the same with aiohttp reading whatever arrived. The
-services take turns within each round, and ratios are taken within a round, because a machine is never quiet; their
-sockets stay open from round to round. Loads: `burst`, 32 deltas at once; `paced`, 32 deltas at a pace of 20 ms; each
-socket asks again when it has its answer.
+*typical* is a Starlette route with httpx, line by line; *baseline* is the same with aiohttp, which reads whatever has
+arrived. The services alternate within each round, and ratios are taken within a round, because other load on the
+machine varies; sockets stay open between rounds. Loads: `burst`, 32 deltas at once; `paced`, 32 deltas 20 ms apart;
+each socket sends its next message when the answer is complete.
 
-Then two other nodes take turns: one without any guard, and one with all of them. `--guards` measures only that, and
-each guard alone. `--against` measures only this node beside that of another release.
+Then two more nodes alternate: one without guards, and one with all of them. `--guards` measures only these, and each
+guard alone. `--against` measures only this node and that of another release.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ from pathlib import Path
 from ops.benchmark import guards, releases
 from ops.benchmark.processes import Stage
 from ops.benchmark.report import SERVICES, Found, as_json, bar_lines, bars, circumstances_lines, table
-from ops.benchmark.runs import Run, capacity, in_turns, memory_per_socket
+from ops.benchmark.runs import Run, alternate, capacity, memory_per_socket
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured; times in seconds.
+    """The extent of the measurement; times in seconds.
 
     Attributes:
-        rounds: How often each load is made on each service.
-        sockets: Sockets of a load.
-        seconds: Length of one load.
-        idle_sockets: Idle sockets that tell the memory of one.
-        steps: Paced answers at once that are tried.
-        step_seconds: Length of the load of one step.
+        rounds: Number of times each load is applied to each service.
+        sockets: Numbers of sockets of a load.
+        seconds: Duration of one load.
+        idle_sockets: Number of idle sockets that the memory of one is derived from.
+        steps: Numbers of concurrent paced answers that are tried.
+        step_seconds: Duration of the load of one step.
         stepped: Services that `steps` is tried on.
-        guards: Which share of the rounds of `ops.benchmark.guards` are made; half of it when each guard is measured
-            alone, too.
+        guards: Share of the rounds of `ops.benchmark.guards`; half of it if each guard is also measured alone.
     """
 
     rounds: int = 7
@@ -60,7 +59,7 @@ class Plan:
 QUICK = Plan(rounds=3, sockets=(100,), seconds=1.5, idle_sockets=300, steps=(400,), stepped=("imstream",), guards=0.1)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -69,24 +68,24 @@ def _progress(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _find(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: Path | None) -> Found:
+def _measure(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: Path | None) -> Found:
     stage.start_services(profile=profile)
     _progress("memory of idle sockets")
     idle = {name: memory_per_socket(service, plan.idle_sockets) for name, service in stage.services.items()}
     rounds = []
     for load, sockets in [("single", 1), *((load, sockets) for load in ("burst", "paced") for sockets in plan.sockets)]:
-        _progress(f"{load}, {sockets} sockets: {', '.join(SERVICES)} in turns, {plan.rounds} rounds")
-        rounds += in_turns(stage, SERVICES, load, sockets, plan.seconds, rounds=plan.rounds)
+        _progress(f"{load}, {sockets} sockets: {', '.join(SERVICES)} alternating, {plan.rounds} rounds")
+        rounds += alternate(stage, SERVICES, load, sockets, plan.seconds, rounds=plan.rounds)
     answers, runs = {}, []
     for name in plan.stepped:
-        _progress(f"paced answers at once: {name}")
-        answers[name], told = capacity(stage, name, list(plan.steps), plan.step_seconds)
-        runs += told
+        _progress(f"concurrent paced answers: {name}")
+        answers[name], capacity_runs = capacity(stage, name, list(plan.steps), plan.step_seconds)
+        runs += capacity_runs
     return Found(rounds, idle, answers, runs, circumstances)
 
 
-def _find_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | None) -> list[list[Run]]:
-    _progress(f"guards: none, {'each one, ' if alone else ''}and all of them in turns")
+def _measure_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | None) -> list[list[Run]]:
+    _progress(f"guards: none, {'each one, ' if alone else ''}and all of them, alternating")
     share = plan.guards / 2 if alone else plan.guards
     return guards.compare(stage, share=share, alone=alone, profile=profile)
 
@@ -102,9 +101,9 @@ def _circumstances(loop: str) -> dict[str, object]:
 
 
 def main() -> int:
-    """Measure, and tell; the exit code is 1 when a bar is missed."""
+    """Measure and report; the exit code is 1 if a limit is exceeded."""
     given = _options()
-    for number in (signal.SIGTERM, signal.SIGINT):  # so that everything started is ended
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that everything that was started is stopped
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     plan = QUICK if given.quick else Plan()
     circumstances = _circumstances(given.loop)
@@ -113,20 +112,20 @@ def main() -> int:
     if given.against:
         return _compare_releases(given.against, given.loop, given.json)
     with _stage(given.loop) as stage:
-        found = None if given.guards else _find(stage, plan, circumstances, profile)
-        guarded = _find_guards(stage, plan, alone=given.guards, profile=profile if given.guards else None)
+        found = None if given.guards else _measure(stage, plan, circumstances, profile)
+        guarded = _measure_guards(stage, plan, alone=given.guards, profile=profile if given.guards else None)
     results = [*(bars(found) if found else []), *guards.bars(guarded)]
     if found:
-        _say(table(found))
-    _say(guards.table(guarded))
-    _say(bar_lines(results))
+        _print(table(found))
+    _print(guards.table(guarded))
+    _print(bar_lines(results))
     if found:
-        _say(circumstances_lines(found))
-    _say(f"{time.monotonic() - began:.0f} s in all")
+        _print(circumstances_lines(found))
+    _print(f"{time.monotonic() - began:.0f} s in total")
     if given.json:
-        told = {**(as_json(found) if found else {"circumstances": circumstances}), **guards.as_json(guarded)}
-        told["bars"] = [{"met": met, "text": text} for met, text in results]
-        given.json.write_text(json.dumps(told, indent=1))
+        report = {**(as_json(found) if found else {"circumstances": circumstances}), **guards.as_json(guarded)}
+        report["bars"] = [{"met": met, "text": text} for met, text in results]
+        given.json.write_text(json.dumps(report, indent=1))
     return 0 if all(met for met, _ in results) else 1
 
 
@@ -140,8 +139,8 @@ def _compare_releases(python: str, loop: str, json_file: Path | None) -> int:
     with _stage(loop) as stage:
         rounds = releases.compare(stage, python)
     results = releases.bars(rounds)
-    _say(releases.table(rounds))
-    _say(bar_lines(results))
+    _print(releases.table(rounds))
+    _print(bar_lines(results))
     if json_file:
         json_file.write_text(json.dumps(releases.as_json(rounds), indent=1))
     return 0 if all(met for met, _ in results) else 1
@@ -151,21 +150,21 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ops/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="three rounds, 100 sockets: two minutes, less sure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    parser.add_argument("--quick", action="store_true", help="three rounds, 100 sockets: two minutes, less precise")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to FILE")
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop", help="event loop of all services")
     parser.add_argument(
         "--profile",
         type=Path,
         metavar="FILE",
-        help="run the node (with --guards, the one with all of them) under cProfile; read it with pstats",
+        help="run the node (with --guards: the one with all guards) under cProfile; for pstats",
     )
-    parser.add_argument("--guards", action="store_true", help="measure only what guards cost, each alone and all")
+    parser.add_argument("--guards", action="store_true", help="measure only the cost of guards, each alone and all")
     parser.add_argument(
         "--against",
-        type=os.path.abspath,  # not resolved: it is a link within its virtual environment
+        type=os.path.abspath,  # not resolved: the interpreter of a virtual environment is a link
         metavar="PYTHON",
-        help="measure only this node beside the one that this interpreter runs, of another release",
+        help="measure only this node and the one of this interpreter, which has another release installed",
     )
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""The AI backend of the benchmark: an answer of 32 deltas for next to no CPU, so that it is not what is measured.
+"""The AI backend of the benchmark: answers of 32 deltas that cost very little CPU.
 
-It speaks the streaming part of OpenAI's protocol over HTTP/1.1 with keep-alive and chunked encoding, one chunk for each
-event, as servers do. A question that contains `paced` gets a delta every 20 ms; any other gets all at once, in four
-writes. Texts carry times of CLOCK_MONOTONIC, which is one clock for all processes: the first one when the request came
-(`#` and microseconds), paced ones when they were written (`@` and microseconds).
+It implements the streaming part of OpenAI's protocol over HTTP/1.1 with keep-alive and chunked encoding, one chunk for
+each event. A question that contains `paced` gets a delta every 20 ms; others get all deltas in four writes. Texts carry
+times of CLOCK_MONOTONIC, which all processes share: the first delta the time of the request (`#` and microseconds),
+paced deltas the time of their write (`@` and microseconds).
 
-It moderates, too, flags nothing, and counts the texts (`GET /v1/moderated`).
+It also moderates: it flags nothing and counts the texts (`GET /v1/moderated`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from imstream.demo.http_server import LAST_CHUNK, HttpConnection, HttpServer, ch
 
 DELTAS = 32
 PACE = 0.020
-"""Seconds between two deltas of a paced answer."""
+"""Interval between two deltas of a paced answer, in seconds."""
 
 WRITES = 4
-"""Writes of an answer that is not paced."""
+"""Number of writes of an answer that is not paced."""
 
 TICK = 0.001
-"""Seconds between two looks at which paced answers are due: one timer for all of them."""
+"""Interval of the one timer that writes all paced answers, in seconds."""
 
 _HEAD = head(200, "text/event-stream; charset=utf-8", "chunked", {"Cache-Control": "no-cache"})
 _COMMON = '"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1700000000,"model":"bench",'
@@ -46,7 +46,7 @@ _CLEAN = json.dumps(
         "category_applied_input_types": {name: ["text"] for name in _CATEGORIES},
     }
 ).encode()
-"""What OpenAI answers for a text in which it finds nothing, in all its length."""
+"""OpenAI's complete result for a text without findings."""
 
 
 def _chunk(data: str) -> bytes:
@@ -75,7 +75,7 @@ _MIDDLE = [_delta(f" word{number:02}") for number in range(1, DELTAS)]
 
 
 class Backend:
-    """Answers what the services ask. The deltas of all paced answers are written by one timer."""
+    """Answers the requests of the services. One timer writes the deltas of all paced answers."""
 
     def __init__(self) -> None:
         self._due: list[list[tuple[HttpConnection, int, bytes]]] = [[] for _ in range(round(PACE / TICK))]
@@ -83,7 +83,7 @@ class Backend:
         self._moderated = 0
 
     def answer(self, connection: HttpConnection) -> None:
-        """Begin to answer a request."""
+        """Begin the answer to a request."""
         match connection.target:
             case "/v1/moderations":
                 given = json.loads(connection.body)["input"]
@@ -105,7 +105,7 @@ class Backend:
             _write_rest(connection, iter([first, *_MIDDLE]), last)
 
     async def run(self) -> None:
-        """Write what is due until cancelled. A late tick is made up for by the next ones."""
+        """Write due deltas until cancelled. Late ticks are caught up with."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
@@ -121,7 +121,7 @@ def _reply(connection: HttpConnection, body: bytes) -> None:
 
 
 def _write_rest(connection: HttpConnection, deltas: Iterator[bytes], last: bytes) -> None:
-    """Write the next part, and the one after it in the next round of the event loop."""
+    """Write the next part, and schedule the one after it for the next iteration of the event loop."""
     part = b"".join(islice(deltas, DELTAS // WRITES))
     connection.transport.write(part or last)
     if part:
@@ -144,7 +144,7 @@ def _step(answer: tuple[HttpConnection, int, bytes]) -> tuple[HttpConnection, in
 
 
 async def serve(port: int) -> None:
-    """Serve until the process is ended."""
+    """Serve until the process ends."""
     backend = Backend()
     async with HttpServer(HttpConnection, backend.answer).listening("127.0.0.1", port):
         await backend.run()

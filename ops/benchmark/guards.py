@@ -1,7 +1,7 @@
-"""What guards cost: a node with all of them beside one without any, and beside nodes with one alone.
+"""The cost of guards: a node with all of them, compared with one without any, and with nodes that have one each.
 
-All are asked the same, in the middle of a conversation; see `ops.benchmark.load`. What is counted per socket and per
-login (a token, an origin) is paid before a load begins. That messages were moderated is counted where that is done.
+All get the same messages, in the middle of a conversation; see `ops.benchmark.load`. Costs per socket and login (a
+token, an origin) are not included. The backend counts the moderated texts, which are checked.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from urllib.request import urlopen
 
 from ops.benchmark.processes import Stage
 from ops.benchmark.report import BUSY
-from ops.benchmark.runs import Generator, Run, in_turns, measure_once
+from ops.benchmark.runs import Generator, Run, alternate, measure_once
 
 OFF, ON, MODERATION = "off", "on", "moderation"
 SOCKETS = 100
 LOADS = {"burst": (40, 0.6), "paced": (16, 1.2)}
-"""How many rounds of each load there are, and how many seconds one takes. Many short ones: a few hundredths are what it
-is about, and a machine is never the same for long."""
+"""Number of rounds of each load, and seconds of a round. Many short rounds, because differences are a few hundredths
+and other load on the machine varies."""
 
 LIMIT = 1.15
-"""What all guards may cost, as a multiple of none."""
+"""Maximum cost of all guards, as a multiple of the cost without any."""
 
 _SECRET = "the secret of the benchmark, of enough bytes"  # noqa: S105 - of nothing else
 _WORDS = 100_000
 _MANY = 1_000_000
-"""More than any load asks for: a limit that counts and refuses nothing."""
+"""A limit that no load reaches: it counts and refuses nothing."""
 
 _NONE: dict[str, object] = {
     "auth": "none",
@@ -45,7 +45,7 @@ _NONE: dict[str, object] = {
 
 
 def settings(stage: Stage) -> dict[str, dict[str, object]]:
-    """The settings that turn guards on, by what they are called in the table."""
+    """The settings that enable guards, by their name in the table."""
     words = stage.folder / "words.txt"
     if not words.exists():
         write_words(words)
@@ -63,7 +63,7 @@ def settings(stage: Stage) -> dict[str, dict[str, object]]:
 
 
 def write_words(file: Path) -> None:
-    """A list of words, half of them Latin, half Chinese, that nobody says in a load. The same each time."""
+    """Write a list of words that occur in no load, half Latin, half Chinese. The list is always the same."""
     draw = random.Random(1)  # noqa: S311 - no secret
     latin, chinese = "abcdefghijklmnopqrstuvwxyz", [chr(code) for code in range(0x4E00, 0x9FA5)]
     words = set[str]()
@@ -75,9 +75,9 @@ def write_words(file: Path) -> None:
 
 
 def compare(stage: Stage, *, share: float, alone: bool, profile: Path | None) -> list[list[Run]]:
-    """Runs of nodes with no guard and with all, in turns; with `alone` also with each one. One list for each round.
+    """Alternating runs of nodes without guards and with all, with `alone` also with each one; one list for each round.
 
-    `share` is the part of all rounds that is made.
+    `share` is the share of all rounds that is run.
     """
     each = settings(stage)
     every: dict[str, Any] = {name: value for one in each.values() for name, value in one.items()}
@@ -88,7 +88,7 @@ def compare(stage: Stage, *, share: float, alone: bool, profile: Path | None) ->
     found = []
     for load, (all_rounds, seconds) in LOADS.items():
         rounds = max(1, round(all_rounds * share))
-        found += in_turns(stage, list(nodes), load, SOCKETS, seconds, *options, rounds=rounds, once=_measure)
+        found += alternate(stage, list(nodes), load, SOCKETS, seconds, *options, rounds=rounds, measure=_measure)
     return found
 
 
@@ -102,13 +102,13 @@ def _measure(stage: Stage, name: str, generator: Generator) -> Run:
 
 
 def _moderated(stage: Stage) -> int:
-    """How many texts the backend has moderated."""
+    """The number of texts that the backend has moderated."""
     with urlopen(f"{stage.ai_url}/moderated", timeout=5) as answer:  # noqa: S310 - our own
         return int(answer.read())
 
 
 def ratio(rounds: Sequence[Sequence[Run]], load: str, name: str) -> float:
-    """CPU of a node and Redis over that without guards; the median of the rounds, each compared in itself."""
+    """CPU of a node and Redis divided by that without guards, within each round; the median of the rounds."""
     costs = [{run.service: run.cost for run in runs} for runs in rounds if runs[0].load == load]
     return median(cost[name] / cost[OFF] for cost in costs)
 
@@ -123,12 +123,12 @@ def table(rounds: Sequence[Sequence[Run]]) -> str:
             redis_cpu = median(run.redis_cpu / run.seen["chats"] for run in runs) * 1000
             lines.append(f"{load:<6} {name:<11} {cpu:>10.3f} {redis_cpu:>6.3f} {ratio(rounds, load, name):>6.2f}")
     foreign = median(run.foreign for runs in rounds for run in runs)
-    doubt = "; TOO MUCH for these ratios to tell" if foreign > BUSY else ""
-    return "\n".join([*lines, f"busy with something else meanwhile: {foreign:.2f} CPUs (median of the runs){doubt}"])
+    doubt = "; TOO MUCH for reliable ratios" if foreign > BUSY else ""
+    return "\n".join([*lines, f"CPUs used by other processes: {foreign:.2f} (median of the runs){doubt}"])
 
 
 def bars(rounds: Sequence[Sequence[Run]]) -> list[tuple[bool, str]]:
-    """What guards may cost: whether they keep to it, and a sentence."""
+    """Whether the guards stay within their limit, and a sentence, for each load."""
     found = {load: ratio(rounds, load, ON) for load in LOADS}
     return [
         (value <= LIMIT, f"{load}, {SOCKETS} sockets, all guards on: {value:.2f} of all off, at most {LIMIT}")
@@ -137,5 +137,5 @@ def bars(rounds: Sequence[Sequence[Run]]) -> list[tuple[bool, str]]:
 
 
 def as_json(rounds: Sequence[Sequence[Run]]) -> dict[str, Any]:
-    """All that was measured, for programs."""
+    """All measurements, for programs."""
     return {"guards": [[asdict(run) for run in runs] for runs in rounds]}

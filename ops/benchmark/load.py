@@ -1,13 +1,13 @@
-"""The load generator: many sockets, one process, little CPU. It speaks just enough WebSocket by hand.
+"""The load generator: many sockets in one process with little CPU, with a minimal WebSocket implementation.
 
-It says `ready` when every socket is logged in. For a line on standard input each socket has one answer, so that the
-service has its connections, and it says `warm`; for the next line it makes the load and prints what it has seen as one
-line of JSON; and so on. It keeps its sockets open until standard input ends.
+It prints `ready` when all sockets are logged in. For a line on standard input, each socket gets one answer to warm up,
+and `warm` is printed; for the next line, the load is applied and the measurements are printed as one line of JSON; and
+so on. The sockets stay open until standard input ends.
 
 Loads: `burst` and `paced` (each socket sends its next CHAT when the last is answered), `single` (one chat after the
-other, with pauses between), `idle` (logged in, and nothing more).
+other, with pauses), `idle` (logged in only).
 
-A message is one word; with `--talk` it is a few sentences after some turns, as in the middle of a conversation.
+A message is one word; with `--talk` it is a few sentences in the middle of a conversation.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from ops.benchmark.backend import DELTAS, PACE
 
 FIRST_USER = 20_001
 OPENING = 50
-"""Sockets that are opened at the same time."""
+"""Maximum number of sockets that are opened concurrently."""
 
 DEADLINE = 60.0
-"""Seconds that anything may take at most; then the run has failed."""
+"""Time limit for each step, in seconds; then the run fails."""
 
 SENTENCES = (
     "I would like to understand how a message finds its way from one machine to another, and what happens when one "
@@ -46,7 +46,7 @@ SENTENCES = (
 HISTORY = [
     {"role": role, "content": f"{number}. {SENTENCES}"} for number in range(1, 4) for role in ("user", "assistant")
 ]
-"""What was said before."""
+"""The history of a message with `--talk`."""
 
 _RECEIVED = re.compile(rb"#(\d+)")
 _WRITTEN = re.compile(rb"@(\d+)")
@@ -56,7 +56,7 @@ _PING, _CLOSE, _PONG = 0x89, 0x88, 0x8A
 
 @dataclass
 class Seen:
-    """What one run has seen; times in seconds."""
+    """The measurements of one run; times in seconds."""
 
     chats: int = 0
     frames: int = 0
@@ -87,11 +87,11 @@ def encode(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Client:
-    """What all sockets have in common.
+    """Options of all sockets.
 
     Attributes:
-        secret: Signs their tokens (HS256); without it they have none.
-        talk: Whether they are in the middle of a conversation.
+        secret: Signs their tokens (HS256); None: no tokens.
+        talk: Whether messages are in the middle of a conversation.
     """
 
     url: str
@@ -131,7 +131,7 @@ class Socket(asyncio.Protocol):
             self.answered.set_exception(ConnectionError(f"socket of user {self._user} was closed: {exc}"))
 
     def log_in(self) -> asyncio.Future[None]:
-        """Send INIT; done when it is answered."""
+        """Send INIT; the future is done when it is answered."""
         frame: dict[str, object] = {"msgType": "INIT", "userId": self._user}
         if self._client.secret is not None:
             claims = {"sub": str(self._user), "exp": int(time.time()) + 3600}
@@ -139,7 +139,7 @@ class Socket(asyncio.Protocol):
         return self._send(frame)
 
     def chat(self, contents: str) -> asyncio.Future[None]:
-        """Send CHAT; done when the answer has ended."""
+        """Send CHAT; the future is done when the answer has ended."""
         self._chats += 1
         self._has_text = False
         message_id = f"b{self._user}-{time.monotonic_ns()}"
@@ -173,11 +173,11 @@ class Socket(asyncio.Protocol):
                 length, start = int.from_bytes(buffer[start : start + 8], "big"), start + 8
             if start + length > size:
                 break
-            self._take(buffer[position], buffer[start : start + length])
+            self._on_frame(buffer[position], buffer[start : start + length])
             position = start + length
         self._received = buffer[position:]
 
-    def _take(self, kind: int, payload: bytes) -> None:
+    def _on_frame(self, kind: int, payload: bytes) -> None:
         if kind == _PING:
             self.transport.write(struct.pack("!BBI", _PONG, 0x80 | len(payload), 0) + payload)
             return
@@ -188,7 +188,7 @@ class Socket(asyncio.Protocol):
         at = payload.find(_EVENT) + len(_EVENT)
         event = payload[at : at + 3] if at >= len(_EVENT) else b""
         if event == b"del":
-            self._take_delta(payload)
+            self._on_delta(payload)
         elif event == b"don":
             self._seen.chats += 1
             self._seen.done.append(time.monotonic() - self._sent_at)
@@ -198,7 +198,7 @@ class Socket(asyncio.Protocol):
         elif event != b"acc":
             self._end(payload.decode())
 
-    def _take_delta(self, payload: bytes) -> None:
+    def _on_delta(self, payload: bytes) -> None:
         now = time.monotonic()
         if not self._has_text:
             self._has_text = True
@@ -233,18 +233,18 @@ async def open_sockets(client: Client, count: int, seen: Seen) -> list[Socket]:
 
 
 async def make_load(sockets: Sequence[Socket], load: str, seconds: float) -> None:
-    """Make the load for about `seconds`, and wait for the last answers."""
+    """Apply the load for about `seconds`, and wait for the last answers."""
     end = time.monotonic() + seconds
 
     async def closed_loop(socket: Socket) -> None:
-        if load == "paced":  # people don't all start in the same millisecond
+        if load == "paced":  # users do not start in the same millisecond
             await asyncio.sleep(random.uniform(0, DELTAS * PACE))  # noqa: S311 - spreading load
         while time.monotonic() < end:
             await socket.chat(load)
 
     async def one_by_one(socket: Socket) -> None:
         while time.monotonic() < end:
-            await asyncio.sleep(random.uniform(0.01, 0.03))  # noqa: S311 - so that it meets no rhythm of the service
+            await asyncio.sleep(random.uniform(0.01, 0.03))  # noqa: S311 - not in step with the service
             await socket.chat(load)
 
     one = one_by_one if load == "single" else closed_loop
@@ -260,7 +260,7 @@ def _summary(seen: Seen) -> str:
 
 
 async def _line() -> str:
-    """The next line of standard input; empty at its end."""
+    """Read a line of standard input; empty at its end."""
     return await asyncio.to_thread(sys.stdin.readline)
 
 
@@ -270,7 +270,7 @@ def _print(text: str) -> None:
 
 
 async def run(client: Client, count: int, load: str, seconds: float) -> None:
-    """One run, as the module says."""
+    """Run; see the module docstring."""
     seen = Seen()
     async with asyncio.timeout(DEADLINE):
         sockets = await open_sockets(client, count, seen)

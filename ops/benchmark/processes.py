@@ -1,4 +1,4 @@
-"""The processes of the benchmark: started on free ports of 127.0.0.1, measured through /proc, ended by their pid."""
+"""The processes of the benchmark: started on free ports of 127.0.0.1, measured through /proc, stopped by their pid."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from imstream.cli.embedded_redis import server_command
 from imstream.settings import Settings
 
 START_LIMIT = 20.0
-"""Seconds that a process has until it listens."""
+"""Time limit for a process to listen, in seconds."""
 
 STOP_LIMIT = 10.0
-"""Seconds that a process has to end; then it is killed."""
+"""Seconds from SIGTERM to SIGKILL."""
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -38,8 +38,7 @@ _NODE_SETTINGS: dict[str, object] = {
     "frame_rate": 0,
     "chats_per_minute": 0,
 }
-"""What a node is given: the limits let every socket of a load have its answer at once, and ask as often as it likes, as
-the services beside it do; all else is the default."""
+"""Settings of a node: no limit restricts the load, as in the reference services; the others are defaults."""
 
 _NODE_ON_ASYNCIO = """
 import asyncio
@@ -62,7 +61,7 @@ class Process:
     log: Path
 
     def cpu(self) -> float:
-        """Seconds of CPU that all its threads have used, and its ended children."""
+        """Seconds of CPU of all its threads and of its ended children."""
         pid = self.popen.pid
         # The clock of another process, as clock_getcpuclockid(3) would name it: finer than the ticks of /proc.
         own = time.clock_gettime((~pid << 3) | 2)
@@ -70,11 +69,11 @@ class Process:
         return own + sum(map(int, fields[13:15])) / _TICKS  # cutime, cstime; see proc_pid_stat(5)
 
     def memory(self) -> int:
-        """Bytes of memory that it holds (resident set)."""
+        """Its resident set, in bytes."""
         return int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1]) * _PAGE
 
-    def wait_until_it_listens(self) -> None:
-        """Wait until a connection is taken."""
+    def wait_until_listening(self) -> None:
+        """Wait until it accepts a connection."""
         deadline = time.monotonic() + START_LIMIT
         while True:
             try:
@@ -87,7 +86,7 @@ class Process:
                 return
 
     def stop(self) -> None:
-        """End it, by force if it must be."""
+        """Stop it, with SIGKILL if necessary."""
         self.popen.send_signal(signal.SIGTERM)
         try:
             self.popen.wait(STOP_LIMIT)
@@ -97,10 +96,10 @@ class Process:
 
 
 class Stage:
-    """Everything that runs during the benchmark. Use as a context manager; on leaving, all of it is ended.
+    """All processes of the benchmark. A context manager: on exit, all of them are stopped.
 
     Attributes:
-        folder: Where they write, and what they read.
+        folder: Their working folder.
         redis: The Redis of the nodes.
         backend: The AI backend of all services.
         services: The services that are compared, by name.
@@ -136,22 +135,22 @@ class Stage:
         )
 
     def start_services(self, *, profile: Path | None) -> None:
-        """A node, profiled if there is a file for it, and the two services beside it."""
+        """Start a node, profiled into the file `profile` if given, and the two reference services."""
         self.start_node("imstream", profile=profile)
-        self.services["floor"] = self._start_baseline(
-            "floor", "--ws", "websockets-sansio", "--ws-per-message-deflate", "false"
+        self.services["baseline"] = self._start_reference(
+            "baseline", "--ws", "websockets-sansio", "--ws-per-message-deflate", "false"
         )
-        self.services["usual"] = self._start_baseline("usual")
+        self.services["typical"] = self._start_reference("typical")
 
     def start_node(
         self, name: str, *, profile: Path | None = None, python: str | None = None, **settings: object
     ) -> None:
-        """A node with these settings, profiled if there is a file for it.
+        """Start a node with these settings, profiled into the file `profile` if given.
 
         `python` is an interpreter with another release of imstream, to be run instead of this checkout.
 
-        Each has a database of its own: the same users have sockets on all of them, and what is asked on one would be
-        followed on the others.
+        Each node has its own database: the same users have sockets on all of them, and would be sent the answers of the
+        other nodes.
         """
         port = _free_port()
         given: dict[str, object] = {
@@ -172,14 +171,14 @@ class Stage:
             env["PYTHONPATH"] = ""  # not this checkout
         self.services[name] = self._start(name, port, [python or sys.executable, *command], env)
 
-    def _start_baseline(self, name: str, *options: str) -> Process:
+    def _start_reference(self, name: str, *options: str) -> Process:
         port = _free_port()
         command = [sys.executable, "-m", "uvicorn", f"ops.benchmark.{name}:app", "--port", str(port)]
         return self._start(name, port, [*command, "--loop", self._loop, *options], {"BENCH_AI_URL": self.ai_url})
 
     @property
     def ai_url(self) -> str:
-        """Where services find the backend."""
+        """The URL of the backend."""
         return f"http://127.0.0.1:{self.backend.port}/v1"
 
     def _start(self, name: str, port: int, command: Sequence[str], env: Mapping[str, str] | None = None) -> Process:
@@ -191,18 +190,18 @@ class Stage:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                cwd=self.folder,  # no `.env` of somebody's own
-                process_group=0,  # Ctrl-C is ours to handle
+                cwd=self.folder,  # without the `.env` of this checkout
+                process_group=0,  # Ctrl-C reaches only this process
                 env={**clean, "PYTHONPATH": str(ROOT), **(env or {})},
             )
         process = Process(name, popen, port, log)
         self._stack.callback(process.stop)
-        process.wait_until_it_listens()
+        process.wait_until_listening()
         return process
 
 
 def machine_cpu() -> float:
-    """Seconds of CPU that everything on this machine has used, also what its host took away from it."""
+    """Seconds of CPU of all processes on this machine, including time stolen by its host."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)  # see proc_stat(5)
     return (user + nice + system + irq + softirq + steal) / _TICKS

@@ -1,4 +1,4 @@
-"""This checkout's node beside that of another release, in turns: what a change costs, on any machine."""
+"""Compares this checkout's node with that of another release, in alternating runs: the cost of a change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from ops.benchmark.processes import Stage
-from ops.benchmark.runs import Run, in_turns
+from ops.benchmark.runs import Run, alternate
 
 NOW, BEFORE = "imstream", "other"
 
@@ -16,7 +16,7 @@ LOADS = (("single", 1), ("burst", 1), ("burst", 100), ("paced", 20), ("paced", 1
 ROUNDS, SECONDS = 9, 1.5
 
 LIMIT = 1.05
-"""CPU of this node over that of the other one, at most."""
+"""Maximum ratio of this node's CPU to that of the other one."""
 
 
 def compare(stage: Stage, python: str) -> list[list[Run]]:
@@ -26,7 +26,7 @@ def compare(stage: Stage, python: str) -> list[list[Run]]:
     return [
         runs
         for load, sockets in LOADS
-        for runs in in_turns(stage, (NOW, BEFORE), load, sockets, SECONDS, rounds=ROUNDS)
+        for runs in alternate(stage, (NOW, BEFORE), load, sockets, SECONDS, rounds=ROUNDS)
     ]
 
 
@@ -44,11 +44,11 @@ def table(rounds: Sequence[Sequence[Run]]) -> str:
             f"{_ms(now, 'late', 'p99'):>9}, {_ms(before, 'late', 'p99')}"
         )
     foreign = median(run.foreign for runs in rounds for run in runs)
-    return "\n".join([*lines, f"busy with something else meanwhile: {foreign:.2f} CPUs (median of the runs)"])
+    return "\n".join([*lines, f"CPUs used by other processes: {foreign:.2f} (median of the runs)"])
 
 
 def bars(rounds: Sequence[Sequence[Run]]) -> list[tuple[bool, str]]:
-    """Whether no load costs more than it may, and a sentence for each."""
+    """Whether each load stays within the limit, and a sentence for it."""
     found = []
     for load, sockets in LOADS:
         pairs = zip(_runs(rounds, load, sockets, NOW), _runs(rounds, load, sockets, BEFORE), strict=True)
@@ -59,7 +59,7 @@ def bars(rounds: Sequence[Sequence[Run]]) -> list[tuple[bool, str]]:
 
 
 def as_json(rounds: Sequence[Sequence[Run]]) -> dict[str, Any]:
-    """All that was measured, for programs."""
+    """All measurements, for programs."""
     return {"releases": [[asdict(run) for run in runs] for runs in rounds]}
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark found: one table, the bars, and the same as JSON."""
+"""The report of the benchmark: a table, the bars (limits that imstream is to meet), and the same as JSON."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from typing import Any
 
 from ops.benchmark.runs import Run
 
-SERVICES = ("imstream", "floor", "usual")
+SERVICES = ("imstream", "baseline", "typical")
 
 BUSY = 0.2
-"""CPUs busy with something else from which on ratios are no finding: two runs of the same code then differed by a
-third.
-Sharing caches with strangers costs most the service that has the larger code."""
+"""CPUs used by other processes above which ratios are not reliable: two runs of the same code then differed by a third.
+Shared caches affect the service with the larger code most."""
 
 REFERENCE = 0.68
-"""Seconds of CPU that 1,000 chats of floor cost, in a burst at 100 sockets, on the machine that bars were set for."""
+"""Seconds of CPU for 1,000 chats of baseline in a burst with 100 sockets, on the machine that the bars were set for."""
 
 _HEADER = (
-    "load sockets service  CPU s/1000 +Redis  ×floor   chats/s  first ms p50/p95/p99   done ms p50/p95/p99  frames "
+    "load sockets service  CPU s/1000 +Redis  ×base   chats/s  first ms p50/p95/p99   done ms p50/p95/p99  frames "
     "late ms p99"
 )
 
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that was measured.
+    """All measurements.
 
     Attributes:
-        rounds: Runs of one load, one list for each round: within a round the services take turns.
+        rounds: Runs of one load, one list for each round: within a round the services alternate.
         idle: Bytes of memory for each idle socket, by service.
-        capacity: Paced answers at once without late deltas, by service.
-        capacity_runs: The runs that tell.
+        capacity: Number of concurrent paced answers without late deltas, by service.
+        capacity_runs: The runs that determined `capacity`.
         circumstances: Machine, versions and options.
     """
 
@@ -53,7 +52,7 @@ class Found:
         ]
 
     def ratio(self, load: str, sockets: int, *, to: str, of: str = "imstream") -> float | None:
-        """CPU of one service and its Redis over that of another; the median of the rounds, each compared in itself."""
+        """CPU of one service and its Redis divided by that of another, within each round; the median of the rounds."""
         pairs = list(zip(self.runs(of, load, sockets), self.runs(to, load, sockets), strict=True))
         return median(one.cost / other.cost for one, other in pairs) if pairs else None
 
@@ -67,7 +66,7 @@ def _ms(runs: Iterable[Run], what: str) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"  # noqa: PLR2004 - three digits tell enough
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"  # noqa: PLR2004 - three digits are enough
 
 
 def _row(found: Found, load: str, sockets: int, service: str) -> str:
@@ -76,7 +75,7 @@ def _row(found: Found, load: str, sockets: int, service: str) -> str:
     def mid(value: Callable[[Run], float]) -> float:
         return median(map(value, runs))
 
-    ratio = found.ratio(load, sockets, of=service, to="floor") or 0.0
+    ratio = found.ratio(load, sockets, of=service, to="baseline") or 0.0
     late = _ms(runs, "late").rpartition("/")[2]
     return (
         f"{load:<6} {sockets:>5} {service:<9} {mid(lambda run: run.cpu / run.seen['chats'] * 1000):>8.3f} "
@@ -97,44 +96,44 @@ def table(found: Found) -> str:
         lines.append(
             f"{service:<9} CHAT to backend, ms p50/p95/p99: {single}; "
             f"idle socket: {found.idle[service] / 1024:.1f} KB; "
-            f"paced answers at once: {found.capacity.get(service, 'not tried')}"
+            f"concurrent paced answers: {found.capacity.get(service, 'not tried')}"
         )
     return "\n".join(lines)
 
 
 def circumstances_lines(found: Found) -> str:
-    """What else used CPU: the backend and the load generator, which must not be what is measured, and strangers."""
+    """Other uses of CPU: backend and load generator, which must not dominate, and other processes."""
     costs = [run.others_cpu / run.seen["chats"] * 1000 for run in found.runs("imstream", "burst", 100)]
     foreign = [run.foreign for runs in found.rounds for run in runs]
-    told = found.circumstances
-    floor = median(run.cost for run in found.runs("floor", "burst", 100))
-    doubt = "; TOO MUCH for ratios of CPU to tell: run again on an idle machine" if median(foreign) > BUSY else ""
+    machine = found.circumstances
+    baseline = median(run.cost for run in found.runs("baseline", "burst", 100))
+    doubt = "; TOO MUCH for reliable ratios: run again on an idle machine" if median(foreign) > BUSY else ""
     return (
         f"backend and load generator, burst, 100 sockets: {median(costs):.3f} CPU s/1000 chats\n"
-        f"floor, burst, 100 sockets: {floor:.2f} CPU s/1000 chats, {floor / REFERENCE:.1f} times what it costs on the "
-        "machine that bars were set for: milliseconds and answers at once tell of the machine, too\n"
-        f"{told['cpus']} CPUs, Python {told['python']}, {told['event_loop']}; busy with something else meanwhile: "
-        f"{median(foreign):.2f} CPUs (median of the runs), {max(foreign):.2f} at most{doubt}"
+        f"baseline, burst, 100 sockets: {baseline:.2f} CPU s/1000 chats, {baseline / REFERENCE:.1f} times that of the "
+        "machine that the bars were set for: milliseconds and concurrent answers depend on the machine\n"
+        f"{machine['cpus']} CPUs, Python {machine['python']}, {machine['event_loop']}; CPUs used by other processes: "
+        f"{median(foreign):.2f} (median of the runs), maximum {max(foreign):.2f}{doubt}"
     )
 
 
 def bars(found: Found) -> list[tuple[bool, str]]:
-    """What imstream is to reach: whether it did, and a sentence."""
+    """Whether imstream meets each bar, and a sentence for it."""
     single = [run.seen["to_backend"]["p50"] * 1000 for run in found.runs("imstream", "single", 1)]
     checks = [
         (
-            found.ratio("burst", 100, to="floor"),
+            found.ratio("burst", 100, to="baseline"),
             1.0,
-            "burst, 100 sockets: {:.2f} of floor's CPU, at most 1.0 (goal 0.85)",
+            "burst, 100 sockets: {:.2f} of baseline's CPU, at most 1.0 (goal 0.85)",
         ),
-        (found.ratio("burst", 100, to="usual"), 0.5, "burst, 100 sockets: {:.2f} of usual's CPU, at most 0.5"),
-        (found.ratio("paced", 100, to="floor"), 1.3, "paced, 100 sockets: {:.2f} of floor's CPU, at most 1.3"),
+        (found.ratio("burst", 100, to="typical"), 0.5, "burst, 100 sockets: {:.2f} of typical's CPU, at most 0.5"),
+        (found.ratio("paced", 100, to="baseline"), 1.3, "paced, 100 sockets: {:.2f} of baseline's CPU, at most 1.3"),
         (median(single) if single else None, 3.0, "CHAT to backend, idle node, p50: {:.2f} ms, under 3"),
         (found.idle["imstream"] / 1024, 30.0, "idle socket: {:.1f} KB, at most 30"),
     ]
-    told = [(value <= limit, text.format(value)) for value, limit, text in checks if value is not None]
+    results = [(value <= limit, text.format(value)) for value, limit, text in checks if value is not None]
     answers = found.capacity["imstream"]
-    return [*told, (answers >= 400, f"paced answers at once: {answers}, at least 400")]  # noqa: PLR2004 - a bar
+    return [*results, (answers >= 400, f"concurrent paced answers: {answers}, at least 400")]  # noqa: PLR2004 - a bar
 
 
 def bar_lines(results: Sequence[tuple[bool, str]]) -> str:
@@ -143,5 +142,5 @@ def bar_lines(results: Sequence[tuple[bool, str]]) -> str:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """Everything that was measured, for programs."""
+    """All measurements, for programs."""
     return {**asdict(found), "bars": [{"met": met, "text": text} for met, text in bars(found)]}

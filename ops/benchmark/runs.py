@@ -1,4 +1,4 @@
-"""Runs of the load generator against services: once, in turns, in steps up to what a service carries; and the cost."""
+"""Runs of the load generator against services: once, alternating, or in steps up to the capacity of a service."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ops.benchmark.load import DEADLINE
 from ops.benchmark.processes import ROOT, Process, Stage, machine_cpu
 
 SETTLE = 0.3
-"""Seconds that a service gets to finish what it does after the client has its answer."""
+"""Seconds that a service gets to finish its work after the client has its answer."""
 
-WITHOUT_REDIS = frozenset({"floor", "usual"})
+WITHOUT_REDIS = frozenset({"baseline", "typical"})
 
 LATE = 0.050
-"""A delta that reaches the client this many seconds after the backend wrote it is late."""
+"""Seconds from the backend's write to the client from which on a delta is late."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Run:
     Attributes:
         service: Name of the service.
         load: `burst`, `paced` or `single`.
-        sockets: Sockets that made it.
-        seen: What the load generator saw; see `ops.benchmark.load.Seen`.
-        cpu: Seconds of CPU that the service used.
-        redis_cpu: Seconds of CPU that its Redis used; 0 when it has none.
-        others_cpu: Seconds of CPU that the backend and the generator used.
-        foreign: CPUs that were busy with something else meanwhile: the less, the more the figures tell.
+        sockets: Number of sockets.
+        seen: Measurements of the load generator; see `ops.benchmark.load.Seen`.
+        cpu: Seconds of CPU of the service.
+        redis_cpu: Seconds of CPU of its Redis; 0 if it has none.
+        others_cpu: Seconds of CPU of the backend and the generator.
+        foreign: CPUs used by other processes; they make the measurement less reliable.
     """
 
     service: str
@@ -56,12 +56,12 @@ class Run:
 
     @property
     def late(self) -> bool:
-        """Whether more than one delta in a hundred was late."""
+        """Whether more than 1 % of the deltas were late."""
         return bool(self.seen["late"]["p99"] >= LATE)
 
 
 class Generator:
-    """The load generator in its own process. Use as a context manager; inside it, its sockets are open."""
+    """The load generator in its own process. A context manager, inside which its sockets are open."""
 
     def __init__(self, service: Process, load: str, sockets: int, seconds: float, *options: str) -> None:
         self.load = load
@@ -79,7 +79,7 @@ class Generator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._popen.stdin is not None  # noqa: S101 - it was asked for
+        assert self._popen.stdin is not None  # noqa: S101 - `PIPE` was passed
         assert self._popen.stdout is not None  # noqa: S101 - same
         self._popen.stdin.close()
         if error is not None:
@@ -92,22 +92,22 @@ class Generator:
         self._popen.stdout.close()
 
     def answer(self) -> str:
-        """The next line that it prints."""
-        assert self._popen.stdout is not None  # noqa: S101 - it was asked for
+        """Read the next line of its output."""
+        assert self._popen.stdout is not None  # noqa: S101 - `PIPE` was passed
         line = self._popen.stdout.readline()
         if not line:
-            sys.exit("the load generator has failed; see above")
+            sys.exit("the load generator failed; see above")
         return line
 
     def go(self) -> None:
-        """Let it go on."""
-        assert self._popen.stdin is not None  # noqa: S101 - it was asked for
+        """Let it continue."""
+        assert self._popen.stdin is not None  # noqa: S101 - `PIPE` was passed
         self._popen.stdin.write("go\n")
         self._popen.stdin.flush()
 
 
 def measure_once(stage: Stage, name: str, generator: Generator) -> Run:
-    """Make its load once, on the service for which it was started; warmed up, for it may have been idle for long."""
+    """Apply its load once to the service for which it was started, after a warm-up."""
     service, load, sockets = stage.services[name], generator.load, generator.sockets
     generator.go()
     generator.answer()
@@ -121,14 +121,14 @@ def measure_once(stage: Stage, name: str, generator: Generator) -> Run:
     seconds = time.monotonic() - began
     cpu, redis_cpu, backend_cpu, all_cpu = (end - start for start, end in zip(before, after, strict=True))
     if seen["errors"]["count"] or not seen["chats"]:
-        sys.exit(f"{name}: {load} with {sockets} sockets went wrong: {seen['errors']}, {seen['chats']} chats answered")
+        sys.exit(f"{name}: {load} with {sockets} sockets failed: {seen['errors']}, {seen['chats']} chats answered")
     others = backend_cpu + seen["cpu"]
     foreign = max(0.0, all_cpu - cpu - redis_cpu - others) / seconds
     own_redis = 0.0 if name in WITHOUT_REDIS else redis_cpu
     return Run(name, load, sockets, seen, cpu, own_redis, others, foreign)
 
 
-def in_turns(  # noqa: PLR0913 - what is measured, and how
+def alternate(  # noqa: PLR0913 - the load and its options
     stage: Stage,
     names: Sequence[str],
     load: str,
@@ -136,11 +136,11 @@ def in_turns(  # noqa: PLR0913 - what is measured, and how
     seconds: float,
     *options: str,
     rounds: int,
-    once: Callable[[Stage, str, Generator], Run] = measure_once,
+    measure: Callable[[Stage, str, Generator], Run] = measure_once,
 ) -> list[list[Run]]:
-    """Make one load on several services in turns; one list for each round. Their sockets stay open meanwhile.
+    """Apply one load to several services alternately; one list for each round. Sockets stay open between rounds.
 
-    Every other round goes the other way, so that what drifts favours none. `once` makes the load once.
+    Every other round has the reverse order, so that a drift of the machine favours no service.
     """
     with ExitStack() as stack:
         generators = {
@@ -148,13 +148,13 @@ def in_turns(  # noqa: PLR0913 - what is measured, and how
             for name in names
         }
         return [
-            [once(stage, name, generators[name]) for name in (names[::-1] if number % 2 else names)]
+            [measure(stage, name, generators[name]) for name in (names[::-1] if number % 2 else names)]
             for number in range(rounds)
         ]
 
 
 def memory_per_socket(service: Process, sockets: int) -> float:
-    """Bytes by which a service grows for each idle socket. Some are opened before, so that its pools are filled."""
+    """Bytes of memory for each idle socket. Some are opened before, so that the pools of the service are filled."""
     with Generator(service, "idle", sockets // 10, 0):
         time.sleep(SETTLE)
         before = service.memory()
@@ -164,12 +164,12 @@ def memory_per_socket(service: Process, sockets: int) -> float:
 
 
 def capacity(stage: Stage, name: str, steps: list[int], seconds: float) -> tuple[int, list[Run]]:
-    """The most paced answers at once without late deltas, among `steps`, and the runs that tell."""
+    """The maximum number of concurrent paced answers without late deltas, among `steps`, and the runs."""
     runs: list[Run] = []
     for step in steps:
         with Generator(stage.services[name], "paced", step, seconds) as generator:
             run = measure_once(stage, name, generator)
-            if run.late:  # once more: another process may have held the machine
+            if run.late:  # again: another process may have used the machine
                 run = measure_once(stage, name, generator)
         runs.append(run)
         if run.late:

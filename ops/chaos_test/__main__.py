@@ -1,8 +1,8 @@
 """`ops/chaos`: kills, freezes and restarts nodes, Redis, the AI backend and the load balancer at random, and breaks the
-connections of clients, while these ask questions. Then everything is brought back, and every message that was ever
-accepted is accounted for. What goes wrong, and when, is drawn from the seed alone.
+connections of clients, while these send messages. Then everything is restored, and every accepted message is accounted
+for. The schedule of faults depends only on the seed.
 
-The exit code is 1 when a message was lost, duplicated, answered wrongly or given up, or when something is left over.
+The exit code is 1 if a message was lost, duplicated, answered wrongly or given up, or if anything is left over.
 """  # noqa: D205 - the help text of the command
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ops.chaos_test.stage import installed_balancers
 FOLDER = Path(".imstream/chaos")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -32,19 +32,19 @@ def _parse() -> tuple[Plan, Path]:
     parser = argparse.ArgumentParser(
         prog="ops/chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, help="what everything is drawn from; made up and printed when not given")
-    parser.add_argument("--seconds", type=float, default=120, help="how long it goes on (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=3, help="nodes, besides one that dies for good (%(default)s)")
-    parser.add_argument("--clients", type=int, default=18, help="clients (%(default)s)")
-    parser.add_argument("--rate", type=float, default=8, help="questions per second, all together (%(default)s)")
-    parser.add_argument("--patience", type=float, default=60, help="seconds for the last answers (%(default)s)")
+    parser.add_argument("--seed", type=int, help="seed of the schedule; by default a random one, which is printed")
+    parser.add_argument("--seconds", type=float, default=120, help="duration (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=3, help="nodes, besides one that is killed for good (%(default)s)")
+    parser.add_argument("--clients", type=int, default=18, help="number of clients (%(default)s)")
+    parser.add_argument("--rate", type=float, default=8, help="messages per second of all clients (%(default)s)")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for the last answers (%(default)s)")
     parser.add_argument(
         "--balancer",
         choices=["any", "haproxy", "nginx", "none"],
         default="any",
-        help="what is in front of the nodes; any: one that is installed, else clients choose a node (%(default)s)",
+        help="load balancer; any: an installed one, otherwise clients choose a node (%(default)s)",
     )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the logs of each run are kept (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder for the logs of each run (%(default)s)")
     given = parser.parse_args()
     seed = random.randrange(1_000_000) if given.seed is None else given.seed  # noqa: S311 - draws faults, no secrets
     balancer = given.balancer
@@ -61,21 +61,21 @@ def _parse() -> tuple[Plan, Path]:
 
 
 def main() -> int:
-    """Run it, and tell; the exit code is 1 when anything is wrong."""
+    """Run and report; the exit code is 1 if there is any problem."""
     plan, folder = _parse()
     folder.mkdir(parents=True)
-    _say(str(plan))
-    # As Ctrl-C does: everything that was started is ended.
+    _print(str(plan))
+    # Handled like Ctrl-C: everything that was started is stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         found, streams = asyncio.run(run(plan, folder))
     except KeyboardInterrupt:
         return 130
     shutil.rmtree(folder / "redis-data", ignore_errors=True)
-    _say(table(found))
+    _print(table(found))
     if found.clean:
         return 0
-    _say(problems(found, streams))
+    _print(problems(found, streams))
     return 1
 
 

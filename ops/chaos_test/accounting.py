@@ -1,14 +1,14 @@
-"""Accounts for every message ever accepted, counting as the Jepsen test of RabbitMQ does. Pure.
+"""Accounts for every accepted message, with the categories of the Jepsen test of RabbitMQ. Pure.
 
-accepted     its client, or the wire to it, was told `accepted`
-answered     accepted, its client was told how it ended, and the same is recorded as the one terminal event, the last
-             entry of its reply stream; the text is the backend's
-lost         accepted, and not answered: nothing recorded, or the client was never told
-duplicated   a second terminal event is recorded, or was told on the same socket
-unexpected   another text than the backend's, an end that nobody asked for, a frame that makes no sense, a reply to a
-             message that was never asked
+accepted     `accepted` was sent to its client
+answered     accepted; the client received the end that is recorded as the only terminal event, the last entry of the
+             reply stream; the text is the backend's
+lost         accepted and not answered: no end is recorded, or the client did not receive it
+duplicated   a second terminal event is recorded, or was sent on the same socket
+unexpected   a text other than the backend's, a cancellation without a request, an invalid frame, a reply to a message
+             that was never sent
 failed       given up, with a reason
-recovered    its client was left in the dark whether it was accepted, and it ended as it should
+recovered    the client did not know whether it was accepted, and it was answered correctly
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOST, DUPLICATED, UNEXPECTED, FAILED = "lost", "duplicated", "unexpected", "fail
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with one message."""
+    """A problem with one message."""
 
     user_id: int
     message_id: str
@@ -37,16 +37,13 @@ class Account:
     """The sums of a run.
 
     Attributes:
-        asked: Messages that clients wanted answered.
-        accepted: Those that were accepted.
-        answered: Accepted, told and recorded once, with the right text; those cancelled by their client among them.
-        cancelled: Those cancelled by their client.
-        recovered: Those whose acceptance was in doubt and that ended well.
-        restarted: Those that took more than one attempt.
-        moved: Those that more than one node worked on.
-        attempts: Attempts at all messages: each is an AI call.
-        waits: Seconds from `accepted` to the end, as clients saw it.
-        problems: All that is wrong.
+        asked: Messages that clients sent.
+        answered: See the module; includes those cancelled by their client.
+        recovered: See the module.
+        restarted: Messages with more than one attempt.
+        moved: Messages that more than one node worked on.
+        attempts: Attempts of all messages; each is an AI call.
+        waits: Seconds from `accepted` to the end, as received by clients.
     """
 
     asked: int = 0
@@ -74,15 +71,18 @@ def account(asked: Iterable[Asked], recorded: Recorded, complaints: Iterable[Com
     for message in asked:
         known.add(message.key)
         _add(total, message, recorded.get(message.key, []), said.pop(message.key, []))
-    for (user_id, message_id), left in said.items():  # about no message, or about one that nobody asked
+    for (user_id, message_id), left in said.items():  # about no message, or about an unknown one
         total.problems += [Problem(user_id, message_id, UNEXPECTED, one.what) for one in left]
     for user_id, message_id in recorded.keys() - known:
-        total.problems.append(Problem(user_id, message_id, UNEXPECTED, "a reply to what was never asked"))
+        total.problems.append(Problem(user_id, message_id, UNEXPECTED, "a reply to a message that was never sent"))
     return total
 
 
 def _add(total: Account, message: Asked, entries: Sequence[Entry], complaints: Sequence[Complaint]) -> None:
-    problems = [*_wrong(message, entries), *((DUPLICATED if one.twice else UNEXPECTED, one.what) for one in complaints)]
+    problems = [
+        *_problems(message, entries),
+        *((DUPLICATED if one.twice else UNEXPECTED, one.what) for one in complaints),
+    ]
     total.problems += [Problem(*message.key, verdict, what) for verdict, what in problems]
     openings = [entry for entry in entries if entry.event == "opened"]
     total.asked += 1
@@ -102,8 +102,8 @@ def _ends(entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.event in TERMINAL]
 
 
-def _wrong(message: Asked, entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """What is wrong with one message, as verdict and sentence."""
+def _problems(message: Asked, entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """The problems of one message, as verdict and sentence."""
     ends = _ends(entries)
     wrong = []
     if len(ends) > 1:
@@ -113,35 +113,35 @@ def _wrong(message: Asked, entries: Sequence[Entry]) -> list[tuple[str, str]]:
     if message.error:
         wrong.append((UNEXPECTED, f"the client gave up: {message.why}"))
     if message.accepted_at is not None:
-        wrong += _unkept(message, ends)
+        wrong += _not_answered(message, ends)
     for end in ends[:1]:
-        wrong += _ended_badly(message, end)
-        wrong += _other_text(message, end.event, _text(entries), "recorded")
+        wrong += _wrong_end(message, end)
+        wrong += _wrong_text(message, end.event, _text(entries), "recorded")
     if message.outcome is not None and not message.error:
-        wrong += _other_text(message, message.outcome, message.text, "told")
+        wrong += _wrong_text(message, message.outcome, message.text, "received")
     return wrong
 
 
-def _unkept(message: Asked, ends: Sequence[Entry]) -> list[tuple[str, str]]:
-    """Whether the promise of `accepted` was broken."""
+def _not_answered(message: Asked, ends: Sequence[Entry]) -> list[tuple[str, str]]:
+    """The problems of an accepted message that was not answered."""
     if not ends:
-        return [(LOST, f"accepted, and no end is recorded; the client was told {message.outcome or 'nothing'}")]
+        return [(LOST, f"accepted, and no end is recorded; the client received {message.outcome or 'nothing'}")]
     if message.error:
         return []
     if message.outcome is None:
-        return [(LOST, f"{ends[0].event} is recorded, and its client was not told")]
+        return [(LOST, f"{ends[0].event} is recorded, and the client did not receive it")]
     if message.outcome == "expired":
-        return [(LOST, f"{ends[0].event} is recorded, and its client was told that nothing is known of it")]
+        return [(LOST, f"{ends[0].event} is recorded, and the client received EXPIRED")]
     if message.outcome != ends[0].event:
-        return [(UNEXPECTED, f"{ends[0].event} is recorded, and its client was told {message.outcome}")]
+        return [(UNEXPECTED, f"{ends[0].event} is recorded, and the client received {message.outcome}")]
     return []
 
 
-def _ended_badly(message: Asked, end: Entry) -> list[tuple[str, str]]:
+def _wrong_end(message: Asked, end: Entry) -> list[tuple[str, str]]:
     if end.event == "failed":
         return [(FAILED, f"{end.fields.get('reason', '?')}: {end.fields.get('error', '')}")]
     if end.event == "cancelled" and not message.cancelling:
-        return [(UNEXPECTED, "cancelled, and nobody asked for it")]
+        return [(UNEXPECTED, "cancelled without a request")]
     return []
 
 
@@ -155,8 +155,8 @@ def _text(entries: Sequence[Entry]) -> str:
     return "".join(texts)
 
 
-def _other_text(message: Asked, end: str, text: str, which: str) -> list[tuple[str, str]]:
-    """Whether a text is not the backend's: all of it when it is done, else its beginning."""
+def _wrong_text(message: Asked, end: str, text: str, which: str) -> list[tuple[str, str]]:
+    """The problem of a text that is not the backend's: all of it if it is done, otherwise a prefix."""
     expected = message.expected if end == "done" else message.expected[: len(text)]
     if end == "expired" or text == expected:
         return []

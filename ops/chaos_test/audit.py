@@ -1,4 +1,4 @@
-"""Looks at what is left when all is quiet: the reply streams, and everything that should be gone by then."""
+"""Inspects the state at the end of a run: the reply streams, and leftovers that should be gone."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from ops.chaos_test.parts import Part
 KEYS = Keys()
 
 SETTLE = 30.0
-"""Seconds after the last answer within which leftovers must have gone: retiring and idle connections take some."""
+"""Time limit for leftovers to disappear after the last answer, in seconds: retiring and idle connections take some."""
 
 MORE_FILES = 16
-"""File descriptors that an idle node may have more than at its start."""
+"""Maximum number of file descriptors that an idle node may have in addition to those at its start."""
 
-MOST_MEMORY = 200 * 2**20
-"""Bytes that an idle node may hold: it begins with about 60 MB, and nothing of what was asked is kept."""
+MAX_MEMORY = 200 * 2**20
+"""Maximum resident set of an idle node, in bytes; it starts with about 60 MB and keeps no messages."""
 
 _PERMANENT = (":requests", ":load", ":dead", ":nodes")
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """What a node takes when it has nothing to do."""
+    """The resources of an idle node."""
 
     files: int
     memory: int
 
     @classmethod
     def of(cls, part: Part) -> Idle:
-        """What it takes now."""
+        """Measure a node."""
         return cls(part.open_files(), part.memory())
 
 
 def connect(port: int, password: str) -> redis.Redis:
-    """A client of our own, to look at what is there: it may do anything."""
+    """Connect to Redis with all permissions."""
     return redis.Redis(port=port, username="admin", password=password, decode_responses=True, socket_timeout=10)
 
 
@@ -61,14 +61,14 @@ def _entry(fields: dict[str, str]) -> Entry:
 
 
 async def leftovers(client: redis.Redis, nodes: Sequence[Part], leaver: str, before: Idle) -> list[str]:
-    """What is left that should not be, one sentence each; waits up to `SETTLE` seconds for all to go."""
+    """Leftovers, one sentence each; waits up to `SETTLE` seconds for them to disappear."""
     deadline = asyncio.get_running_loop().time() + SETTLE
     names = [node.name.removeprefix("node ") for node in nodes]
     checks: list[Callable[[], list[str]]] = [
         lambda: _requests(client, [*names, leaver], living=names),
         lambda: _directory(client, names),
         lambda: _lasting_keys(client),
-        lambda: [sentence for node in nodes for sentence in _too_much(node, before)],
+        lambda: [sentence for node in nodes for sentence in _resource_leaks(node, before)],
     ]
     while True:
         left = [sentence for check in checks for sentence in check()]
@@ -78,7 +78,7 @@ async def leftovers(client: redis.Redis, nodes: Sequence[Part], leaver: str, bef
 
 
 def _requests(client: redis.Redis, nodes: Sequence[str], living: Sequence[str]) -> list[str]:
-    """Requests that are not finished, by stream, by user and by consumer; and consumers that are dead."""
+    """Unfinished requests by stream, by user and by consumer; and consumers of dead nodes."""
     left = []
     for node in nodes:
         stream, load = KEYS.requests(node), KEYS.load(node)
@@ -94,14 +94,14 @@ def _requests(client: redis.Redis, nodes: Sequence[str], living: Sequence[str]) 
             if consumer["pending"]:
                 left.append(f"{consumer['pending']} pending under {consumer['name']} in {stream}")
             if consumer["name"] not in living:
-                left.append(f"consumer {consumer['name']} in {stream}, a node that is dead")
+                left.append(f"consumer {consumer['name']} in {stream}, a dead node")
     return left
 
 
 def _consumers(client: redis.Redis, stream: str) -> list[dict[str, Any]]:
     try:
         consumers: list[dict[str, Any]] = client.xinfo_consumers(stream, GROUP)
-    except redis.ResponseError:  # no stream, no group: nothing is left
+    except redis.ResponseError:  # no stream or no group
         return []
     return consumers
 
@@ -120,11 +120,11 @@ def _lasting_keys(client: redis.Redis) -> list[str]:
         return [f"{key} never expires" for key, ttl in zip(keys, pipeline.execute(), strict=True) if ttl == -1]
 
 
-def _too_much(node: Part, before: Idle) -> list[str]:
+def _resource_leaks(node: Part, before: Idle) -> list[str]:
     now = Idle.of(node)
     left = []
     if now.files > before.files + MORE_FILES:
         left.append(f"{node.name} has {now.files} open files, {before.files} at its start")
-    if now.memory > MOST_MEMORY:
+    if now.memory > MAX_MEMORY:
         left.append(f"{node.name} holds {now.memory / 2**20:.0f} MB")
     return left

@@ -1,4 +1,4 @@
-"""The clients: they ask at random, and keep what they are told. Reconnecting and resuming is the library's."""
+"""The clients: they send random messages and record the replies. The client library reconnects and resumes."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ TIMING = Timing(
     close=timedelta(milliseconds=500),
 )
 
-AT_ONCE = 2
-"""Most messages of one client that are unfinished."""
+MAX_OPEN = 2
+"""Maximum number of unfinished messages of one client."""
 
 SHARED = 3
-"""Of so many clients, two are the same user on two sockets."""
+"""Of this number of clients, two are the same user on two sockets."""
 
 CANCELLED = 0.05
-"""Part of the messages that their client cancels."""
+"""Share of the messages that are cancelled by their client."""
 
-_LONGEST_PAUSE = 1.0
+_MAX_PAUSE = 1.0
 
 
 class Asker:
-    """One client: it asks until it is told to stop, then waits for all that it has asked.
+    """One client: it sends messages until `stop`, then waits for all replies.
 
     Args:
-        number: Which one, from 0.
-        seed: What its questions are drawn from.
-        url: Where it connects.
-        pause: Seconds between two of its questions, on average.
-        asked: Where it notes its messages.
+        number: Its number, from 0.
+        seed: Seed of its messages.
+        url: Address of the server.
+        pause: Mean time between two of its messages, in seconds.
+        asked: The list to which its messages are added.
     """
 
     def __init__(self, number: int, seed: int, url: str, pause: float, asked: list[Asked]) -> None:
         self.user_id = MIN_USER_ID + number - number // SHARED
         self._name = f"c{number}"
-        self._chance = random.Random(f"{seed} {self._name}")  # noqa: S311 - draws questions, no secrets
+        self._random = random.Random(f"{seed} {self._name}")  # noqa: S311 - no secrets
         self._url = url
         self._pause = pause
         self._asked = asked
         self._count = 0
-        self._open = asyncio.Semaphore(AT_ONCE)
+        self._open = asyncio.Semaphore(MAX_OPEN)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Ask until `stop`, and wait for the answers. Cancel it when patience is over."""
+        """Send messages until `stop`, and wait for the replies. Cancel it to stop waiting."""
         while True:
             try:
                 async with Client(self._url, self.user_id, lang="en", timing=TIMING) as client:
@@ -67,9 +67,9 @@ class Asker:
                     return
 
     async def _ask_until(self, stop: asyncio.Event, client: Client, group: asyncio.TaskGroup) -> None:
-        while not await _happens(stop, self._chance.expovariate(1 / self._pause)):
+        while not await _wait_for(stop, self._random.expovariate(1 / self._pause)):
             await self._open.acquire()
-            group.create_task(self._free_after(self._have_answered(client, self._next_message())))
+            group.create_task(self._free_after(self._exchange(client, self._next_message())))
 
     async def _free_after(self, asking: Coroutine[None, None, None]) -> None:
         try:
@@ -78,20 +78,20 @@ class Asker:
             self._open.release()
 
     def _next_message(self) -> Asked:
-        chance = self._chance
+        rng = self._random
         self._count += 1
-        length, pace = chance.randint(5, 120), chance.choice((0, 10, 20, 40))
-        words = chance.choice(("What becomes of it", "它会怎样", "And if you die now"))
+        length, pace = rng.randint(5, 120), rng.choice((0, 10, 20, 40))
+        words = rng.choice(("What becomes of it", "它会怎样", "And if you die now"))
         message_id = f"{self._name}-{self._count}"
         question = f"{words}, {message_id}? [[demo length={length} pace={pace}ms]]"
         message = Asked(self.user_id, message_id, question, "".join(canned_answer(question)))
-        message.cancelling = chance.random() < CANCELLED
+        message.cancelling = rng.random() < CANCELLED
         self._asked.append(message)
         return message
 
-    async def _have_answered(self, client: Client, message: Asked) -> None:
+    async def _exchange(self, client: Client, message: Asked) -> None:
         loop = asyncio.get_running_loop()
-        cancel_after = self._chance.uniform(0, 2)
+        cancel_after = self._random.uniform(0, 2)
         while True:
             try:
                 reply = await client.send(message.question, message_id=message.message_id)
@@ -105,8 +105,8 @@ class Asker:
                     message.refused += 1
                 else:
                     message.unknown += 1
-                wait = refused.retry_after or timedelta(seconds=_LONGEST_PAUSE)
-                await asyncio.sleep(min(wait.total_seconds(), _LONGEST_PAUSE))
+                wait = refused.retry_after or timedelta(seconds=_MAX_PAUSE)
+                await asyncio.sleep(min(wait.total_seconds(), _MAX_PAUSE))
             except ClientError as error:
                 message.error, message.why = True, f"{type(error).__name__}: {error}"
                 return
@@ -121,11 +121,11 @@ async def _cancel(reply: Reply, after: float) -> None:
     try:
         await reply.cancel()
     except Refused:
-        return  # it could not be done now, and the answer goes on
+        return  # not possible now; the answer continues
 
 
-async def _happens(event: asyncio.Event, within: float) -> bool:
-    """Whether an event happens within so many seconds."""
+async def _wait_for(event: asyncio.Event, within: float) -> bool:
+    """Wait for an event; False after `within` seconds."""
     try:
         async with asyncio.timeout(within):
             await event.wait()

@@ -1,4 +1,4 @@
-"""What was asked, what was told, what was recorded: the raw facts of a run, that accounts are made of. No I/O."""
+"""The raw facts of a run: messages sent, frames received, entries recorded. No I/O."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class Asked:
     """One message, as its client knows it. Times are seconds of one clock.
 
     Attributes:
-        question: What was asked.
+        question: The text of the message.
         expected: The backend's answer to it.
-        accepted_at: When it was told that the message will be answered; None when it never was.
-        ended_at: When it was told the end.
-        outcome: The end that it was told: `done`, `failed`, `cancelled` or `expired`.
-        text: The answer that it put together.
-        why: What it was told with the end, or the error that ended it.
-        error: Whether an error ended it: the server broke the contract, or the session.
-        unknown: How often it was left in the dark: told `UNAVAILABLE`, which may mean accepted or not.
-        refused: How often it was told `BUSY`.
-        cancelling: Whether it has asked to cancel.
+        accepted_at: When `accepted` was received, if ever.
+        ended_at: When the end was received.
+        outcome: The end that was received: `done`, `failed`, `cancelled` or `expired`.
+        text: The answer that was assembled.
+        why: The server's sentence at the end, or the error.
+        error: Whether an error ended it: a protocol violation, or the end of the session.
+        unknown: Number of `UNAVAILABLE` refusals, after which the message may be accepted or not.
+        refused: Number of `BUSY` refusals.
+        cancelling: Whether the client cancels it.
     """
 
     user_id: int
@@ -41,13 +41,13 @@ class Asked:
 
     @property
     def key(self) -> tuple[int, str]:
-        """User and message id: what a message is known by."""
+        """User and message id."""
         return self.user_id, self.message_id
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of a reply stream. `fields` are all of it, and its id, for whoever looks into what went wrong."""
+    """One entry of a reply stream. `fields`: all fields and the id, for debugging."""
 
     event: str
     attempt: int
@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Complaint:
-    """A frame on the wire that should not have been said. `twice`: a second end of the same message."""
+    """A frame that must not be sent. `twice`: a second end of the same message."""
 
     user_id: int
     message_id: str
@@ -67,4 +67,4 @@ class Complaint:
 
 
 Recorded = dict[tuple[int, str], list[Entry]]
-"""The reply streams that are in Redis at the end."""
+"""The reply streams in Redis at the end."""

@@ -1,4 +1,4 @@
-"""Carries out the schedule of faults."""
+"""Injects the faults of a schedule."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ops.chaos_test.schedule import NODE_KINDS, Fault, Kind
 from ops.chaos_test.stage import Stage
 
 LEAVER_DIES = 0.3
-"""The part of the time after which one node is killed for good."""
+"""Share of the duration after which one node is killed for good."""
 
 
 class Injector:
-    """Strikes. Keeps a log with the time of day, to be laid beside those of the processes.
+    """Injects faults, and logs them with the time of day, for comparison with the logs of the processes.
 
     Attributes:
-        injected: Faults, by kind.
+        injected: Number of faults, by kind.
     """
 
     def __init__(self, stage: Stage, network: Network, log: TextIO) -> None:
@@ -31,14 +31,14 @@ class Injector:
         self._log = log
 
     async def run(self, faults: Sequence[Fault], seconds: float) -> None:
-        """Strike for so many seconds, and wait until the last outage is over."""
+        """Inject faults for this time, and wait until the last outage is over."""
         async with asyncio.TaskGroup() as group:
             for fault in faults:
-                group.create_task(self._strike_at(fault))
-            group.create_task(self._lose_the_leaver(seconds * LEAVER_DIES))
+                group.create_task(self._inject_at(fault))
+            group.create_task(self._kill_leaver(seconds * LEAVER_DIES))
             await asyncio.sleep(seconds)
 
-    async def _strike_at(self, fault: Fault) -> None:
+    async def _inject_at(self, fault: Fault) -> None:
         await asyncio.sleep(fault.at)
         part = self._part(fault)
         if part is None and fault.kind is not Kind.CLIENT_DROP:
@@ -48,10 +48,10 @@ class Injector:
             self._network.drop(fault.target)
             return
         self.note(f"{fault.kind}: {part.name}, back after {fault.outage:.1f} s")
-        await self._strike(fault, part)
+        await self._inject(fault, part)
         self.note(f"back: {part.name}")
 
-    async def _strike(self, fault: Fault, part: Part) -> None:
+    async def _inject(self, fault: Fault, part: Part) -> None:
         match fault.kind:
             case Kind.NODE_FREEZE | Kind.REDIS_FREEZE:
                 part.freeze()
@@ -76,14 +76,14 @@ class Injector:
             Kind.BALANCER_RESTART: stage.balancer,
         }.get(fault.kind)
 
-    async def _lose_the_leaver(self, after: float) -> None:
+    async def _kill_leaver(self, after: float) -> None:
         await asyncio.sleep(after)
         self.injected["node killed for good"] += 1
         self.note(f"killed for good: {self._stage.leaver.name}")
         await self._stage.leaver.kill()
 
     def note(self, what: str) -> None:
-        """Write a line of the log."""
+        """Write a line to the log."""
         now = time.time()
         self._log.write(f"{time.strftime('%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03} {what}\n")
         self._log.flush()

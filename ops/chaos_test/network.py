@@ -1,4 +1,4 @@
-"""The network between the clients and the servers: it breaks connections, and hears all that the servers say."""
+"""The network between clients and servers: it breaks connections and checks the frames of the servers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _CHUNK = 65536
 
 
 class Network:
-    """A TCP proxy that all clients connect to. Use as a context manager.
+    """A TCP proxy that all clients connect to. A context manager.
 
     Args:
-        choose: The port on 127.0.0.1 that the next connection goes to.
+        choose: Returns the port on 127.0.0.1 for the next connection.
 
     Attributes:
-        port: Where clients connect.
-        complaints: What servers should not have said.
-        accepted: When each message was first accepted on the wire, by user and message id (time of the event loop).
+        port: The port that clients connect to.
+        complaints: Frames that servers must not send.
+        accepted: When `accepted` was first sent for each user and message id (time of the event loop).
     """
 
     def __init__(self, choose: Callable[[], int]) -> None:
@@ -52,7 +52,7 @@ class Network:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def drop(self, which: int) -> bool:
-        """Break one of the connections; False when there is none."""
+        """Break one of the connections; False if there is none."""
         if not self._connections:
             return False
         numbers = list(self._connections)
@@ -70,21 +70,21 @@ class Network:
         self._count += 1
         number, both = self._count, [writer]
         try:
-            onward_reader, onward = await asyncio.open_connection("127.0.0.1", self._choose())
-            both.append(onward)
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._choose())
+            both.append(server_writer)
             self._connections[number] = both
             tap = Tap(self.complaints.append, self._note_accepted)
-            onwards = asyncio.create_task(_pass_on(reader, onward, tap.feed_client))
-            back = asyncio.create_task(_pass_on(onward_reader, writer, tap.feed))
+            to_server = asyncio.create_task(_forward(reader, server_writer, tap.feed_client))
+            to_client = asyncio.create_task(_forward(server_reader, writer, tap.feed))
             try:
-                # What a server says before it closes must arrive, so its side ends the connection when both are there.
-                await asyncio.wait([onwards, back], return_when=asyncio.FIRST_COMPLETED)
+                # The last frames of a server before it closes must be delivered, so its side ends the connection.
+                await asyncio.wait([to_server, to_client], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                onwards.cancel()
-                back.cancel()
-                await asyncio.gather(onwards, back, return_exceptions=True)
+                to_server.cancel()
+                to_client.cancel()
+                await asyncio.gather(to_server, to_client, return_exceptions=True)
         except (OSError, asyncio.CancelledError):
-            pass  # nobody listens there, or all is over; asyncio would log a connection that was cancelled
+            pass  # refused, or the end of the run; asyncio would log a cancelled connection
         finally:
             self._connections.pop(number, None)
             for one in both:
@@ -95,10 +95,10 @@ class Network:
         self.accepted.setdefault((user_id, message_id), asyncio.get_running_loop().time())
 
 
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hear: Callable[[bytes], None]) -> None:
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, feed: Callable[[bytes], None]) -> None:
     try:
         while data := await reader.read(_CHUNK):
-            hear(data)
+            feed(data)
             writer.write(data)
             await writer.drain()
     except OSError:

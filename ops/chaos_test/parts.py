@@ -1,4 +1,4 @@
-"""The processes of a run: started on fixed ports, ended by the pid that was started, brought back where they were."""
+"""The processes of a run: started on fixed ports, stopped by their pid, restarted on the same port."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 START_LIMIT = 30.0
-"""Seconds that a part has until it serves."""
+"""Time limit for a part to be ready, in seconds."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PORTS = range(20_000, 32_000)
-"""Below those that the kernel gives to outgoing connections: one of these could have a part's port on its return."""
+"""Below the ports of outgoing connections, one of which could take a part's port while the part is down."""
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports of 127.0.0.1 that nobody listens on."""
+    """Unused ports of 127.0.0.1."""
     ports: list[int] = []
     candidates = iter(random.sample(_PORTS, len(_PORTS)))
     while len(ports) < count:
@@ -38,26 +38,26 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Part:
-    """One process, as often as it is started.
+    """One process, across restarts.
 
     Attributes:
-        name: What it is called in the table, and its log.
-        arguments: The imstream command that it runs.
-        port: Where it listens.
-        folder: Where its log is kept, and where it runs.
-        serves: Tells whether it answers.
-        patience: Seconds that it may take to end on SIGTERM.
-        starts: How often it was started.
-        deaths: When it ended although nobody had ended it: a sentence each.
+        name: Its name in the report and of its log.
+        arguments: The imstream command.
+        port: The port it listens on.
+        folder: Its working folder, which holds its log.
+        is_ready: Checks whether it can serve.
+        stop_timeout: Maximum number of seconds from SIGTERM to its end.
+        starts: Number of starts.
+        deaths: Unexpected ends, one sentence each.
     """
 
     name: str
     arguments: Sequence[str]
     port: int
     folder: Path
-    serves: Callable[[int], Awaitable[bool]]
+    is_ready: Callable[[int], Awaitable[bool]]
     environment: Mapping[str, str] = field(default_factory=dict)
-    patience: float = 10.0
+    stop_timeout: float = 10.0
     starts: int = 0
     deaths: list[str] = field(default_factory=list)
     _process: asyncio.subprocess.Process | None = None
@@ -66,7 +66,7 @@ class Part:
 
     @property
     def log(self) -> Path:
-        """What it printed, of all its starts."""
+        """Its output, of all starts."""
         return self.folder / f"{self.name.replace(' ', '-')}.log"
 
     @property
@@ -76,98 +76,94 @@ class Part:
         return self._process.pid
 
     @property
-    def runs(self) -> bool:
-        """Whether there is a process, frozen or not."""
+    def is_running(self) -> bool:
+        """Whether there is a process, stopped by SIGSTOP or not."""
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Start it; nothing happens when it runs."""
-        if self.runs:
+        """Start it, unless it is running."""
+        if self.is_running:
             return
         self.starts += 1
         self._ending = False
         clean = {name: value for name, value in os.environ.items() if not name.startswith("IMSTREAM_")}
         with self.log.open("ab") as out:
             self._process = await asyncio.create_subprocess_exec(
-                # The kernel ends it should this process be killed.
+                # The kernel kills it if this process is killed.
                 *(sys.executable, "-P", "-m", "imstream", "--parent", str(os.getpid()), *self.arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out,
                 stderr=asyncio.subprocess.STDOUT,
-                cwd=self.folder,  # no `.env` of somebody's own
-                start_new_session=True,  # Ctrl-C is ours to handle
+                cwd=self.folder,  # without the `.env` of this checkout
+                start_new_session=True,  # Ctrl-C reaches only this process
                 env={**clean, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **self.environment},
             )
-        self._watch = asyncio.create_task(self._notice_the_end(self._process))
+        self._watch = asyncio.create_task(self._watch_end(self._process))
 
-    async def wait_until_serving(self) -> None:
-        """Wait until it answers.
-
-        Raises:
-            TimeoutError: It does not within `START_LIMIT`.
-        """
+    async def wait_until_ready(self) -> None:
+        """Wait until it is ready; raises TimeoutError after `START_LIMIT`."""
         try:
             async with asyncio.timeout(START_LIMIT):
-                while not await self.serves(self.port):  # noqa: ASYNC110 - another process' state
+                while not await self.is_ready(self.port):  # noqa: ASYNC110 - another process' state
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            raise TimeoutError(f"{self.name} does not serve within {START_LIMIT:g} s: see {self.log}") from None
+            raise TimeoutError(f"{self.name} is not ready within {START_LIMIT:g} s: see {self.log}") from None
 
     async def kill(self) -> None:
-        """SIGKILL, to all that it has started too (nginx has workers)."""
-        if self.runs:
+        """Send SIGKILL, also to its child processes (nginx has workers)."""
+        if self.is_running:
             self._ending = True
             os.killpg(self.pid, signal.SIGKILL)
-            await self._gone()
+            await self._wait_gone()
 
     def freeze(self) -> None:
-        """SIGSTOP."""
-        if self.runs:
+        """Send SIGSTOP."""
+        if self.is_running:
             os.killpg(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT."""
-        if self.runs:
+        """Send SIGCONT."""
+        if self.is_running:
             os.killpg(self.pid, signal.SIGCONT)
 
     async def terminate(self) -> None:
-        """SIGTERM, and wait for the end. One that takes too long or fails is a death that is told."""
-        if not self.runs or self._process is None:
+        """Send SIGTERM and wait for the end. A late or failed end is added to `deaths`."""
+        if not self.is_running or self._process is None:
             return
         self._ending = True
         self._process.terminate()
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.stop_timeout):
                 code = await self._process.wait()
         except TimeoutError:
-            self.deaths.append(f"{self.name} did not end within {self.patience:g} s of SIGTERM")
+            self.deaths.append(f"{self.name} did not end within {self.stop_timeout:g} s of SIGTERM")
             await self.kill()
             return
-        await self._gone()
+        await self._wait_gone()
         if code not in (0, -signal.SIGTERM):
             self.deaths.append(f"{self.name} ended with exit code {code} on SIGTERM")
 
     def open_files(self) -> int:
-        """File descriptors that it has."""
+        """Number of its file descriptors."""
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     def memory(self) -> int:
-        """Bytes of memory that it holds (resident set)."""
+        """Its resident set, in bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * _PAGE
 
     def tracebacks(self) -> int:
-        """Lines of its log that tell of an exception nobody had foreseen."""
+        """Number of unexpected exceptions in its log."""
         with self.log.open(encoding="utf-8", errors="replace") as lines:
             return sum('"exception":' in line or line.startswith("Traceback") for line in lines)
 
-    async def _gone(self) -> None:
+    async def _wait_gone(self) -> None:
         if self._watch is not None:
             await self._watch
 
-    async def _notice_the_end(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch_end(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         if not self._ending:
-            self.deaths.append(f"{self.name} ended by itself with exit code {code}")
+            self.deaths.append(f"{self.name} exited unexpectedly with exit code {code}")
 
 
 async def answers_http(port: int, path: str) -> bool:

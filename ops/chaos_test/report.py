@@ -1,4 +1,4 @@
-"""What a run has found: one table, and every problem with where to look."""
+"""The report of a run: one table, and every problem with the place to look."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from ops.chaos_test.audit import Idle
 from ops.chaos_test.history import Recorded
 
 SHOWN = 20
-"""Problems that are printed in full."""
+"""Maximum number of problems that are printed."""
 
 _WIDTH = 22
 
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that a run has found.
+    """The results of a run.
 
     Attributes:
-        account: The sums.
-        injected: Faults, by kind.
-        leftovers: What was left that should have gone.
-        unforeseen: What processes did that no fault explains: they ended by themselves, or logged an exception.
-        before: What a node takes at its start.
-        after: What the nodes take at the end, by name.
-        folder: Where the logs are.
+        injected: Number of faults, by kind.
+        leftovers: What should be gone at the end, one sentence each.
+        unforeseen: Events that no fault explains: a process exited or logged an exception.
+        before: Resources of a node at its start.
+        after: Resources of the nodes at the end, by name.
+        folder: The folder of the logs.
     """
 
     account: Account
@@ -41,7 +40,7 @@ class Found:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no problem."""
         return not (self.account.problems or self.leftovers or self.unforeseen)
 
 
@@ -66,7 +65,7 @@ def table(found: Found) -> str:
         f"longest {_quantile(waits, 1):.2f} s",
         "faults": faults,
         "left over": f"{len(found.leftovers)}",
-        "unforeseen": f"{len(found.unforeseen)} (a process ended by itself, or logged an exception)",
+        "unforeseen": f"{len(found.unforeseen)} (a process exited unexpectedly, or logged an exception)",
         "idle nodes": ", ".join(f"{name}: {idle.files} files, {_mb(idle)}" for name, idle in found.after.items())
         + f" (at the start: {found.before.files} files, {_mb(found.before)})",
     }
@@ -74,7 +73,7 @@ def table(found: Found) -> str:
 
 
 def problems(found: Found, recorded: Recorded) -> str:
-    """All that is wrong, and where to look."""
+    """All problems, and where to look."""
     every = found.account.problems
     lines = [line for problem in every[:SHOWN] for line in _problem(problem, recorded)]
     if len(every) > SHOWN:
@@ -97,5 +96,5 @@ def _mb(idle: Idle) -> str:
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
-    """A quantile of sorted values; 0 when there are none."""
+    """A quantile of sorted values; 0 if there are none."""
     return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0

@@ -1,4 +1,4 @@
-"""One run: everything is started, struck for a while, brought back, awaited and accounted for."""
+"""One run: start everything, inject faults, restore everything, wait for the replies and account for them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ops.chaos_test.stage import Stage
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run.
+    """The parameters of a run.
 
     Attributes:
-        seconds: How long faults are injected and questions asked.
-        nodes: Nodes that come back; one more dies for good.
-        clients: How many there are.
-        rate: Questions per second, of all clients together, at most.
-        patience: Seconds after that within which every accepted message must have ended.
+        seconds: How long faults are injected and messages sent.
+        nodes: Number of nodes that are restarted; one more is killed for good.
+        clients: Number of clients.
+        rate: Maximum number of messages per second, of all clients together.
+        patience: Seconds after that within which every accepted message must end.
         balancer: `haproxy`, `nginx`, or None: clients choose a node at random.
     """
 
@@ -48,15 +48,15 @@ class Plan:
 
 
 async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
-    """Run it; what was found, and the reply streams that it was found from."""
+    """Run; returns the results and the reply streams."""
     asked: list[Asked] = []
-    unread = _Unread()
-    logging.getLogger("imstream.client.connection").addHandler(unread)
+    ignored = _IgnoredFrames()
+    logging.getLogger("imstream.client.connection").addHandler(ignored)
     faults = draw(plan.seed, plan.seconds, nodes=plan.nodes, clients=plan.clients)
     with (folder / "faults.log").open("w", encoding="utf-8") as log:
         async with Stage(folder, nodes=plan.nodes, seed=plan.seed, balancer=plan.balancer) as stage:
             before = Idle.of(stage.nodes[0])
-            async with Network(stage.port_for_a_client) as network:
+            async with Network(stage.port_for_client) as network:
                 injector = Injector(stage, network, log)
                 injector.note(str(plan))
                 stop = asyncio.Event()
@@ -66,8 +66,8 @@ async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
                 asking = [asyncio.create_task(asker.run(stop)) for asker in askers]
                 await injector.run(faults, plan.seconds)
                 stop.set()
-                await stage.bring_back()
-                injector.note("all is brought back")
+                await stage.restore()
+                injector.note("everything is restored")
                 await _await_all(asking, plan.patience)
                 injector.note("the clients have ended")
             with connect(stage.redis_port, stage.password) as client:
@@ -75,15 +75,15 @@ async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
                 streams = recorded(client)
             after = {node.name: Idle.of(node) for node in stage.nodes}
         unforeseen = _unforeseen([*stage.parts, stage.leaver])
-    _take_over(asked, network)
-    _write_down(folder / "messages.jsonl", asked, streams)
-    complaints = [*network.complaints, *unread.complaints]
+    _add_accepted(asked, network)
+    _write_messages(folder / "messages.jsonl", asked, streams)
+    complaints = [*network.complaints, *ignored.complaints]
     sums = account(asked, streams, complaints)
     return Found(sums, injector.injected, left, unforeseen, before, after, folder), streams
 
 
 def _unforeseen(parts: Sequence[Part]) -> list[str]:
-    """What processes did that no fault explains."""
+    """Events that no fault explains."""
     found = [death for part in parts for death in part.deaths]
     found += [
         f"{part.name} logged {count} exceptions: see {part.log}" for part in parts if (count := part.tracebacks())
@@ -92,33 +92,33 @@ def _unforeseen(parts: Sequence[Part]) -> list[str]:
 
 
 async def _await_all(asking: Sequence[asyncio.Task[None]], patience: float) -> None:
-    """Wait until all clients have ended; those that still wait when patience is over have lost something."""
+    """Wait until all clients have ended; those that are still waiting after `patience` have lost a message."""
     _, late = await asyncio.wait(asking, timeout=patience)
     for task in late:
         task.cancel()
     results = await asyncio.gather(*asking, return_exceptions=True)
     for result in results:
-        if isinstance(result, Exception):  # a defect of ours
+        if isinstance(result, Exception):  # a defect of this program
             raise result
 
 
-def _take_over(asked: Sequence[Asked], network: Network) -> None:
-    """A message is accepted when the server says so, even if the connection broke before its client heard it."""
+def _add_accepted(asked: Sequence[Asked], network: Network) -> None:
+    """A message counts as accepted once the server sent `accepted`, even if its client did not receive it."""
     for message in asked:
         if message.accepted_at is None:
             message.accepted_at = network.accepted.get(message.key)
 
 
-def _write_down(file: Path, asked: Sequence[Asked], streams: Recorded) -> None:
-    """Keep all that is known of every message, one line each: Redis and its data go with the run."""
+def _write_messages(file: Path, asked: Sequence[Asked], streams: Recorded) -> None:
+    """Write all that is known of every message, one line each: Redis and its data are deleted after the run."""
     with file.open("w", encoding="utf-8") as out:
         for message in asked:
             entries = [entry.fields for entry in streams.get(message.key, [])]
             out.write(json.dumps({**asdict(message), "recorded": entries}, ensure_ascii=False) + "\n")
 
 
-class _Unread(logging.Handler):
-    """Complains of the frames that the client library did not understand."""
+class _IgnoredFrames(logging.Handler):
+    """Collects the frames that the client library ignored as invalid."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What goes wrong, and when: drawn from the seed alone, before anything has started. Pure."""
+"""The schedule of faults, drawn from the seed alone before anything starts. Pure."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Kind(StrEnum):
     NODE_KILL = "node killed"
     """SIGKILL; started again."""
     NODE_FREEZE = "node frozen"
-    """SIGSTOP, often past its lease, and SIGCONT: a zombie that does not know how late it is."""
+    """SIGSTOP, often longer than its lease, and SIGCONT."""
     NODE_RESTART = "node restarted"
     """SIGTERM; started again when it has ended."""
     REDIS_KILL = "Redis killed"
     """SIGKILL; started again on the same data and port."""
     REDIS_FREEZE = "Redis frozen"
-    """SIGSTOP and SIGCONT: the outcome of what was under way is unknown."""
+    """SIGSTOP and SIGCONT: the outcome of pending commands is unknown."""
     AI_KILL = "AI killed"
     """SIGKILL; started again."""
     BALANCER_RESTART = "balancer restarted"
-    """Every socket breaks at once."""
+    """All sockets break at the same time."""
     CLIENT_DROP = "client dropped"
-    """The connection of one client breaks, without a word to either side."""
+    """The connection of one client breaks without a close frame."""
 
 
 NODE_KINDS = (Kind.NODE_KILL, Kind.NODE_FREEZE, Kind.NODE_RESTART)
@@ -34,17 +34,15 @@ FIRST = 1.0
 """Seconds before the first fault."""
 
 REST = 1.5
-"""Seconds that a part is let alone after it was brought back: what never serves is not tested."""
+"""Minimum time between a restart and the next fault of a part, in seconds, so that it serves in between."""
 
 
 @dataclass(frozen=True, slots=True)
-class Habit:
-    """How one kind of fault comes. Times in seconds.
+class FaultRate:
+    """The frequency of one kind of fault, and the bounds of its outages. Times in seconds.
 
     Attributes:
-        every: From one to the next, on average.
-        shortest: Shortest outage.
-        longest: Longest outage.
+        every: Mean time between two faults.
     """
 
     every: float
@@ -53,19 +51,19 @@ class Habit:
 
 
 LEASE = 3.0
-"""The lease of every node, in seconds: outages of nodes are shorter as often as longer."""
+"""The lease of every node, in seconds: about half of the outages of nodes are longer."""
 
-HABITS = {
-    Kind.NODE_KILL: Habit(10, 0, 2 * LEASE),
-    Kind.NODE_FREEZE: Habit(16, LEASE / 6, 3 * LEASE),
-    Kind.NODE_RESTART: Habit(14, 0, 1.5 * LEASE),
-    Kind.REDIS_KILL: Habit(25, 0, 3),
-    Kind.REDIS_FREEZE: Habit(40, 0.2, 3),
-    Kind.AI_KILL: Habit(20, 0, 4),
-    Kind.BALANCER_RESTART: Habit(30, 0, 1.5),
-    Kind.CLIENT_DROP: Habit(1.5, 0, 0),
+FAULT_RATES = {
+    Kind.NODE_KILL: FaultRate(10, 0, 2 * LEASE),
+    Kind.NODE_FREEZE: FaultRate(16, LEASE / 6, 3 * LEASE),
+    Kind.NODE_RESTART: FaultRate(14, 0, 1.5 * LEASE),
+    Kind.REDIS_KILL: FaultRate(25, 0, 3),
+    Kind.REDIS_FREEZE: FaultRate(40, 0.2, 3),
+    Kind.AI_KILL: FaultRate(20, 0, 4),
+    Kind.BALANCER_RESTART: FaultRate(30, 0, 1.5),
+    Kind.CLIENT_DROP: FaultRate(1.5, 0, 0),
 }
-"""None is longer than clients are patient, and several are never all: Redis is away for a tenth of the time at most."""
+"""No outage is longer than clients wait, and Redis is unavailable for at most a tenth of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +71,9 @@ class Fault:
     """One fault.
 
     Attributes:
-        at: When, in seconds since the start.
-        kind: What.
-        target: Which node or client, from 0; 0 where there is only one.
-        outage: Seconds until it is brought back. A node that is restarted is started that long after it has ended.
+        at: Seconds since the start.
+        target: Index of the node or client; 0 where there is only one.
+        outage: Seconds until it is restored. A node that is restarted is started this long after it has ended.
     """
 
     at: float
@@ -86,7 +83,7 @@ class Fault:
 
 
 def draw(seed: int, seconds: float, *, nodes: int, clients: int) -> list[Fault]:
-    """The faults of a run, in order. No part is struck again before it was brought back and had its rest."""
+    """The faults of a run, in order. No part has a fault before it is restored and has run for `REST`."""
     faults = [fault for kind in Kind for fault in _draw_kind(seed, kind, seconds, nodes=nodes, clients=clients)]
     free_at: dict[tuple[str, int], float] = {}
     drawn = []
@@ -99,13 +96,13 @@ def draw(seed: int, seconds: float, *, nodes: int, clients: int) -> list[Fault]:
 
 
 def _draw_kind(seed: int, kind: Kind, seconds: float, *, nodes: int, clients: int) -> list[Fault]:
-    # Each kind has a sequence of its own: another number of nodes leaves what happens to Redis as it was.
-    chance = random.Random(f"{seed} {kind}")  # noqa: S311 - draws faults, no secrets
-    habit, faults = HABITS[kind], []
-    at = FIRST + chance.uniform(0, habit.every)
+    # Each kind has its own sequence: another number of nodes does not change the faults of Redis.
+    rng = random.Random(f"{seed} {kind}")  # noqa: S311 - no secrets
+    rate, faults = FAULT_RATES[kind], []
+    at = FIRST + rng.uniform(0, rate.every)
     while at < seconds:
-        place, outage = chance.random(), chance.uniform(habit.shortest, habit.longest)
+        place, outage = rng.random(), rng.uniform(rate.shortest, rate.longest)
         candidates = nodes if kind in NODE_KINDS else clients if kind is Kind.CLIENT_DROP else 1
         faults.append(Fault(at, kind, int(place * candidates), outage))
-        at += chance.uniform(0.2, 1.8) * habit.every
+        at += rng.uniform(0.2, 1.8) * rate.every
     return faults

@@ -1,4 +1,4 @@
-"""Everything that runs: Redis, the AI backend, nodes, a load balancer; and the faults that strike it."""
+"""The processes of a run: Redis, the AI backend, nodes and a load balancer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ops.chaos_test.parts import Part, answers_http, free_ports
 from ops.chaos_test.schedule import LEASE
 
 RETIRE_AFTER = 12.0
-"""Seconds after which a node that is gone for good is forgotten; longer than any outage."""
+"""Seconds after which a dead node is retired; longer than any outage."""
 
 USERS = Path(__file__).parents[1] / "redis-users.acl"
 
-_ENOUGH = 100_000
+_UNLIMITED = 100_000
 
 _NODE_SETTINGS = {
     "lease": f"{LEASE}s",
@@ -34,16 +34,16 @@ _NODE_SETTINGS = {
     "queue_limit": 200,
     "user_limit": 8,
     "chats_per_minute": 0,
-    # The backend's faults must show within the patience of the run, and nothing may be given up because of them.
+    # The backend's faults must be detected during the run, and no request may be given up because of them.
     "ai_connect_timeout": "2s",
     "ai_first_token_timeout": "4s",
     "ai_idle_timeout": "4s",
     "ai_breaker_pause": "500ms",
     "retry_wait_max": "3s",
     "retry_window": "1d",
-    "max_attempts": _ENOUGH,
-    "max_deliveries": _ENOUGH,
-    # Every reply must be there at the end.
+    "max_attempts": _UNLIMITED,
+    "max_deliveries": _UNLIMITED,
+    # Replies must not expire before the end.
     "reply_ttl": "6h",
     "log_format": "json",
 }
@@ -59,24 +59,24 @@ _AI_SETTINGS = {
 
 
 def installed_balancers() -> list[str]:
-    """The load balancers that can be used."""
+    """The load balancers that are installed."""
     return [program for program in get_args(Program) if find_program(program)]
 
 
 def users(password: str) -> str:
-    """The users of `ops/redis-users.acl`, all with the same password: nodes may do no more than they need."""
+    """The users of `ops/redis-users.acl`, all with the same password: nodes have only the permissions they need."""
     digest = hashlib.sha256(password.encode()).hexdigest()
     return re.sub(r"(?<=#)0{64}", digest, USERS.read_text("utf-8"))
 
 
 class Stage:
-    """All processes. Use as a context manager: on entering they serve, on leaving they are ended.
+    """All processes. A context manager: after entering they are ready, on exit they are killed.
 
     Attributes:
-        password: Of all users of Redis.
-        nodes: The nodes that come back whenever they die.
-        leaver: One more, which dies early and never comes back.
-        balancer: What is in front of the nodes; None when clients choose one themselves.
+        password: Password of all users of Redis.
+        nodes: The nodes that are restarted.
+        leaver: One more node, which is killed early and not restarted.
+        balancer: The load balancer; None if clients choose a node themselves.
     """
 
     def __init__(self, folder: Path, *, nodes: int, seed: int, balancer: str | None) -> None:
@@ -85,7 +85,7 @@ class Stage:
         self.password = secrets.token_hex()
         config = (folder / "users.conf").resolve()
         config.write_text(users(self.password), "utf-8")
-        self._chance = random.Random(f"{seed} stage")  # noqa: S311 - draws faults, no secrets
+        self._random = random.Random(f"{seed} stage")  # noqa: S311 - no secrets
         self.redis = Part(
             "redis",
             ["redis"],
@@ -130,7 +130,7 @@ class Stage:
 
     @property
     def parts(self) -> Iterator[Part]:
-        """All that shall run, in the order in which it starts."""
+        """The parts that are kept running, in the order in which they start."""
         yield from (self.redis, self.ai, *self.nodes)
         if self.balancer is not None:
             yield self.balancer
@@ -138,8 +138,8 @@ class Stage:
     async def __aenter__(self) -> Self:
         try:
             await self.leaver.start()
-            await self.bring_back()
-            await self.leaver.wait_until_serving()
+            await self.restore()
+            await self.leaver.wait_until_ready()
         except BaseException:
             await self._end()
             raise
@@ -150,22 +150,22 @@ class Stage:
     ) -> None:
         await self._end()
 
-    async def bring_back(self) -> None:
-        """Have everything run and serve."""
+    async def restore(self) -> None:
+        """Restore all parts, and wait until they are ready."""
         for part in self.parts:
             part.thaw()
             await part.start()
         for part in self.parts:
-            await part.wait_until_serving()
+            await part.wait_until_ready()
 
-    def port_for_a_client(self) -> int:
-        """Where the next connection goes: to the load balancer, or to any node."""
+    def port_for_client(self) -> int:
+        """The port for the next connection: of the load balancer, or of a random node."""
         if self.balancer is not None:
             return self.balancer.port
-        return self._chance.choice([*self.nodes, self.leaver]).port  # they do not know that it is gone
+        return self._random.choice([*self.nodes, self.leaver]).port  # clients do not know that it is dead
 
     async def _end(self) -> None:
-        """End everything; how does not matter any more, so that it is quick."""
+        """Kill everything."""
         await asyncio.gather(*(part.kill() for part in (*self.parts, self.leaver)))
 
 

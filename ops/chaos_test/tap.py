@@ -1,6 +1,6 @@
-"""Listens to what the servers say to one client on one connection, and complains of what must not be said. No I/O.
+"""Checks the frames of the servers on one connection, and complains about those that must not be sent. No I/O.
 
-The client library forgives: it drops what comes twice. Here nothing is forgiven.
+The check is stricter than the client library, which drops repeated text.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ _TWO_BYTES, _EIGHT_BYTES = 126, 127
 _KNOWN_FIELDS = {field.alias for field in ServerFrame.model_fields.values()}
 _INTERNAL = {localize(Text.INTERNAL, lang) for lang in ("zh", "en")}
 _NEVER = (Code.BAD_REQUEST, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.RATE_LIMITED, Code.UNKNOWN)
-"""Codes that nothing our clients do gives reason for."""
+"""Codes that these clients must never get."""
 
 
 class FrameReader:
-    """Cuts the bytes of one side into the texts of its frames: RFC 6455, section 5.2, uncompressed.
+    """Splits the bytes of one side into the texts of its frames: RFC 6455, section 5.2, uncompressed.
 
     Args:
-        opening: How its part of the handshake begins; after another beginning nothing is a frame.
+        opening: The beginning of its handshake; after another one, everything is ignored.
     """
 
     def __init__(self, opening: bytes = _SWITCHING) -> None:
         self._opening = opening
         self._rest = b""
         self._open = False
-        self._deaf = False
+        self._ignored = False
 
     def feed(self, data: bytes) -> Iterator[str]:
-        """Take in what has arrived.
+        """Parse bytes.
 
         Raises:
-            ValueError: A frame is neither a whole text nor a control frame, or is no UTF-8.
+            ValueError: A frame is neither a complete text nor a control frame, or is not UTF-8.
         """
-        if self._deaf:
+        if self._ignored:
             return
         self._rest += data
         if not self._open:
@@ -51,13 +51,13 @@ class FrameReader:
             if not end:
                 return
             self._open, self._rest = True, rest
-            self._deaf = not head.startswith(self._opening)
-        while not self._deaf and (payload := self._next()) is not None:
+            self._ignored = not head.startswith(self._opening)
+        while not self._ignored and (payload := self._next()) is not None:
             yield payload
 
     def _next(self) -> str | None:
-        """The next text frame; control frames are passed over."""
-        while len(self._rest) >= 2:  # noqa: PLR2004 - the two bytes of every head
+        """The next text frame; control frames are skipped."""
+        while len(self._rest) >= 2:  # noqa: PLR2004 - the minimum header
             first, length = self._rest[0], self._rest[1] & 0x7F
             size = {_TWO_BYTES: 2, _EIGHT_BYTES: 8}.get(length, 0)
             start = 2 + size
@@ -79,23 +79,23 @@ class FrameReader:
         return None
 
 
-class _Told:
-    """How far one connection was told one message; None: nobody knows yet."""
+class _MessageState:
+    """What one connection was sent about one message; None: not known yet."""
 
     def __init__(self) -> None:
         self.attempt: int | None = None
         self.offset: int | None = None
         self.ended = False
         self.cancels = 0
-        """How often its client has asked to cancel it: so many receipts may come, also after the end."""
+        """Number of cancel requests: this many receipts are allowed, also after the end."""
 
 
 class Tap:
-    """Listens to one connection.
+    """Checks one connection.
 
     Args:
-        complain: Gets every complaint.
-        on_accepted: Gets user and id of every message that is accepted.
+        complain: Called with every complaint.
+        on_accepted: Called with user and id of every accepted message.
     """
 
     def __init__(self, complain: Callable[[Complaint], None], on_accepted: Callable[[int, str], None]) -> None:
@@ -103,78 +103,78 @@ class Tap:
         self._on_accepted = on_accepted
         self._frames = FrameReader()
         self._asked = FrameReader(_ASKING)
-        self._told: dict[str, _Told] = {}
+        self._states: dict[str, _MessageState] = {}
         self._user_id = 0
 
     def feed(self, data: bytes) -> None:
-        """Take in what the server has sent."""
+        """Check bytes of the server."""
         try:
             for text in self._frames.feed(data):
-                self._take(text)
+                self._check(text)
         except ValueError as error:
-            self._say("", f"not the WebSocket of imstream: {error}")
+            self._report("", f"not the WebSocket of imstream: {error}")
 
     def feed_client(self, data: bytes) -> None:
-        """Take in what the client has sent: only that it asks to cancel matters here."""
+        """Note the cancel requests in bytes of the client."""
         for text in self._asked.feed(data):
             frame = from_json(text)
             if frame["msgType"] == MsgType.CANCEL:
-                self._told.setdefault(frame["messageId"], _Told()).cancels += 1
+                self._states.setdefault(frame["messageId"], _MessageState()).cancels += 1
 
-    def _take(self, text: str) -> None:
+    def _check(self, text: str) -> None:
         try:
             frame = ServerFrame.model_validate_json(text)
         except ValidationError as error:
-            return self._say("", f"a frame that makes no sense ({error.errors()[0]['msg']}): {text[:300]}")
+            return self._report("", f"an invalid frame ({error.errors()[0]['msg']}): {text[:300]}")
         if unknown := from_json(text).keys() - _KNOWN_FIELDS:
-            self._say(frame.message_id or "", f"a frame with unknown fields {sorted(unknown)}: {text[:300]}")
+            self._report(frame.message_id or "", f"a frame with unknown fields {sorted(unknown)}: {text[:300]}")
         if frame.msg_type is MsgType.INIT and frame.user_id is not None:
             self._user_id = frame.user_id
         elif frame.msg_type is MsgType.CHAT:
             self._chat(frame)
         elif frame.msg_type is MsgType.SYSTEM and (frame.code in _NEVER or frame.contents in _INTERNAL):
-            self._say(frame.message_id or "", f"{frame.code}: {frame.contents}")
+            self._report(frame.message_id or "", f"{frame.code}: {frame.contents}")
         return None
 
     def _chat(self, frame: ServerFrame) -> None:
         message_id = frame.message_id or ""
-        told = self._told.setdefault(message_id, _Told())
+        state = self._states.setdefault(message_id, _MessageState())
         if frame.code is Code.EXPIRED:
-            return self._say(message_id, "EXPIRED")
+            return self._report(message_id, "EXPIRED")
         if frame.event is Event.ACCEPTED:
-            self._told[message_id] = anew = _Told()
-            anew.cancels = told.cancels
+            self._states[message_id] = fresh = _MessageState()
+            fresh.cancels = state.cancels
             return self._on_accepted(self._user_id, message_id)
-        if told.ended and frame.event is Event.CANCELLED and told.cancels > 0:
-            told.cancels -= 1
+        if state.ended and frame.event is Event.CANCELLED and state.cancels > 0:
+            state.cancels -= 1
             return None
-        if told.ended:
+        if state.ended:
             twice = frame.event in TERMINAL
-            return self._say(message_id, f"{frame.event} after the end", twice=twice)
+            return self._report(message_id, f"{frame.event} after the end", twice=twice)
         if frame.event in TERMINAL:
-            told.ended = True
-            if frame.event is Event.DONE and told.offset not in (None, frame.offset):
-                self._say(message_id, f"done at {frame.offset}, told up to {told.offset}")
+            state.ended = True
+            if frame.event is Event.DONE and state.offset not in (None, frame.offset):
+                self._report(message_id, f"done at {frame.offset}, sent up to {state.offset}")
         elif frame.event is Event.RESTART:
-            told.attempt, told.offset = frame.attempt, 0
+            state.attempt, state.offset = frame.attempt, 0
         elif frame.event is Event.DELTA:
-            self._delta(frame, told)
+            self._delta(frame, state)
         else:
-            self._say(message_id, f"a CHAT frame without an event: {frame.encode()[:300]}")
+            self._report(message_id, f"a CHAT frame without an event: {frame.encode()[:300]}")
         return None
 
-    def _delta(self, frame: ServerFrame, told: _Told) -> None:
+    def _delta(self, frame: ServerFrame, state: _MessageState) -> None:
         if frame.attempt is None or frame.offset is None or not frame.contents:
-            return self._say(frame.message_id or "", f"a delta without attempt, offset or text: {frame.encode()[:300]}")
+            return self._report(frame.message_id or "", f"an incomplete delta: {frame.encode()[:300]}")
         start = frame.offset - len(frame.contents)
-        if told.attempt not in (None, frame.attempt):
-            self._say(
-                frame.message_id or "", f"a delta of attempt {frame.attempt} after {told.attempt}, without restart"
+        if state.attempt not in (None, frame.attempt):
+            self._report(
+                frame.message_id or "", f"a delta of attempt {frame.attempt} after {state.attempt}, without restart"
             )
-        elif told.offset not in (None, start):
-            self._say(frame.message_id or "", f"a delta from {start} on, told up to {told.offset}")
-        told.attempt, told.offset = frame.attempt, frame.offset
+        elif state.offset not in (None, start):
+            self._report(frame.message_id or "", f"a delta from {start} on, sent up to {state.offset}")
+        state.attempt, state.offset = frame.attempt, frame.offset
         return None
 
-    def _say(self, message_id: str, what: str, *, twice: bool = False) -> None:
+    def _report(self, message_id: str, what: str, *, twice: bool = False) -> None:
         self._complain(Complaint(self._user_id, message_id, what, twice))

@@ -66,7 +66,7 @@ def test_a_message_that_was_counted_by_hand_is_shown_whenever_it_claims_to_be(em
 
 @pytest.mark.parametrize(
     ("key", "wrong"),
-    [(Keys().account(USER), "WRONGTYPE"), (Keys().route(USER), "WRONGTYPE"), (Keys().violations(USER), "no number")],
+    [(Keys().account(USER), "WRONGTYPE"), (Keys().route(USER), "WRONGTYPE"), (Keys().violations(USER), "not a number")],
 )
 def test_a_key_that_was_spoilt_by_hand_is_named(key: str, wrong: str, empty_redis: Topology) -> None:
     with empty_redis.client() as client:
@@ -82,7 +82,7 @@ def test_a_node_that_cannot_be_told_is_named(empty_redis: Topology, monkeypatch:
     async def full(*_: Any) -> None:  # noqa: ANN401 - whatever it is given
         raise StoreFull("out of memory")
 
-    monkeypatch.setattr(imstream.cli.admin, "leave", full)
+    monkeypatch.setattr(imstream.cli.admin, "notify", full)
     with empty_redis.client() as client:
         client.sadd(Keys().route(USER), "7")
         told = command(empty_redis, "ban")[1]

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-from ops.chaos_test.schedule import HABITS, NODE_KINDS, REST, Kind, draw
+from ops.chaos_test.schedule import FAULT_RATES, NODE_KINDS, REST, Kind, draw
 
 
 def test_the_seed_alone_makes_the_schedule() -> None:
@@ -29,9 +29,9 @@ def test_faults_are_in_order_in_time_and_bounded(seed: int) -> None:
     faults = draw(seed, 300, nodes=3, clients=18)
     assert faults == sorted(faults, key=lambda fault: fault.at)
     for fault in faults:
-        habit = HABITS[fault.kind]
+        rate = FAULT_RATES[fault.kind]
         assert 0 < fault.at < 300
-        assert habit.shortest <= fault.outage <= habit.longest
+        assert rate.shortest <= fault.outage <= rate.longest
         assert fault.target in range({**dict.fromkeys(NODE_KINDS, 3), Kind.CLIENT_DROP: 18}.get(fault.kind, 1))
 
 

@@ -93,10 +93,10 @@ def test_what_was_asked_again_may_be_answered_again() -> None:
     [
         ((chat(Event.DONE, offset=0), chat(Event.DONE, offset=0)), "done after the end", True),
         ((chat(Event.DONE, offset=0), delta("more", 4)), "delta after the end", False),
-        ((delta("the ", 4), delta("answer", 11)), "a delta from 5 on, told up to 4", False),
-        ((delta("the ", 4), delta("the ", 4)), "a delta from 0 on, told up to 4", False),
+        ((delta("the ", 4), delta("answer", 11)), "a delta from 5 on, sent up to 4", False),
+        ((delta("the ", 4), delta("the ", 4)), "a delta from 0 on, sent up to 4", False),
         ((delta("the ", 4), delta("the ", 4, 2)), "a delta of attempt 2 after 1, without restart", False),
-        ((delta("the ", 4), chat(Event.DONE, offset=10)), "done at 10, told up to 4", False),
+        ((delta("the ", 4), chat(Event.DONE, offset=10)), "done at 10, sent up to 4", False),
         ((chat(None, code=Code.EXPIRED),), "EXPIRED", False),
     ],
 )

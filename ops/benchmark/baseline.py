@@ -1,7 +1,7 @@
-"""The baseline *floor*: about the least that Python can spend on streaming a chat, without a queue, a log or a retry.
+"""The reference service *baseline*: about the minimum CPU of a chat service in Python, without queue, log or retries.
 
-aiohttp reads whatever has arrived, every event in it is parsed, and each delta goes out as one frame. What it leaves
-out is what imstream is for: when this process, the socket or the backend dies, the answer is lost.
+aiohttp reads whatever has arrived, each event is parsed, and each delta is sent as one frame. If this process, the
+socket or the backend dies, the answer is lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ URL = os.environ.get("BENCH_AI_URL", "http://127.0.0.1:8090/v1") + "/chat/comple
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Keep one HTTP session for all sockets."""
+    """Use one HTTP session for all sockets."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(None)) as session:
         app.state.session = session
@@ -29,33 +29,33 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 async def chat(websocket: WebSocket) -> None:
-    """One socket: each CHAT is answered before the next is read."""
+    """Serve one socket: each CHAT is answered before the next is read."""
     session: aiohttp.ClientSession = websocket.app.state.session
     await websocket.accept()
     try:
         while True:
             frame = json.loads(await websocket.receive_text())
             if frame["msgType"] != "CHAT":
-                await say(websocket, msgType=frame["msgType"])
+                await send(websocket, msgType=frame["msgType"])
                 continue
             message_id = frame["messageId"]
             messages = [*frame.get("history", []), {"role": "user", "content": frame["contents"]}]
             body = {"model": "bench", "messages": messages, "stream": True}
             async with session.post(URL, json=body) as response:
                 async for text in deltas(response.content):
-                    await say(websocket, msgType="CHAT", messageId=message_id, event="delta", contents=text)
-            await say(websocket, msgType="CHAT", messageId=message_id, event="done")
+                    await send(websocket, msgType="CHAT", messageId=message_id, event="delta", contents=text)
+            await send(websocket, msgType="CHAT", messageId=message_id, event="done")
     except WebSocketDisconnect:
         return
 
 
-async def say(websocket: WebSocket, **frame: str) -> None:
+async def send(websocket: WebSocket, **frame: str) -> None:
     """Send one frame."""
     await websocket.send_text(json.dumps(frame, ensure_ascii=False, separators=(",", ":")))
 
 
 async def deltas(content: aiohttp.StreamReader) -> AsyncIterator[str]:
-    """The texts of an answer, as fast as they arrive."""
+    """The texts of an answer, as they arrive."""
     rest = b""
     while data := await content.readany():
         *events, rest = (rest + data).split(b"\n\n")

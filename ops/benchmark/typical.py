@@ -1,7 +1,7 @@
-"""The baseline *usual*: a chat service as most people would write it, without a queue, a log or a retry.
+"""The reference service *typical*: a chat service as commonly written, without queue, log or retries.
 
-httpx streams the answer line by line, each line is parsed, and each delta goes out as one frame. httpx and uvicorn keep
-their defaults, except for a time limit with which an answer can come in full.
+httpx streams the answer line by line, each line is parsed, and each delta is sent as one frame. httpx and uvicorn have
+their defaults, except for a time limit that allows a complete answer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ URL = os.environ.get("BENCH_AI_URL", "http://127.0.0.1:8090/v1") + "/chat/comple
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Keep one HTTP client for all sockets."""
+    """Use one HTTP client for all sockets."""
     async with httpx.AsyncClient(timeout=60) as client:
         app.state.client = client
         yield
 
 
 async def chat(websocket: WebSocket) -> None:
-    """One socket: each CHAT is answered before the next is read."""
+    """Serve one socket: each CHAT is answered before the next is read."""
     client: httpx.AsyncClient = websocket.app.state.client
     await websocket.accept()
     try:
