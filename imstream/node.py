@@ -63,21 +63,19 @@ _POLL_INTERVAL = 0.05
 class Node:
     """One node. `serve` runs it until `shut_down` is called; then it drains and returns."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        backend: Backend,
-        redis: RedisClient,
-        request_reader: BlockingReader,
-        inbox_reader: BlockingReader,
-    ) -> None:
+    def __init__(self, settings: Settings, backend: Backend) -> None:
         self.settings = settings
         self._max_round = (settings.read_block + 2 * settings.redis_timeout).total_seconds()
         """Maximum seconds of one round of the consumer loop: a blocked read and two slow commands."""
-        self._redis = redis
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
+        url, timeout, access = settings.redis_url, settings.redis_timeout, AccessLog()
+        self._redis = redis = RedisClient(
+            url, connections=settings.redis_connections, timeout=timeout, access_log=access
+        )
+        request_reader, inbox_reader = self._readers = [
+            BlockingReader(url, block=settings.read_block, timeout=timeout, access_log=access) for _ in range(2)
+        ]
         self._requests = requests = RequestStream(redis, request_reader, settings)
         self._leases = leases = Leases(redis, settings)
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
@@ -158,8 +156,11 @@ class Node:
 
     def stuck(self) -> str | None:
         """Return why the node needs a restart; None when it works or may recover."""
-        is_alive = self.consumer.looped_within(_MISSED_ROUNDS * self._max_round)
-        return None if is_alive else "the consumer loop does not go on"
+        return (
+            None
+            if self.consumer.looped_within(_MISSED_ROUNDS * self._max_round)
+            else "the consumer loop does not go on"
+        )
 
     def reload(self) -> None:
         """Reload what can change while the node runs."""
@@ -170,19 +171,16 @@ class Node:
         self._stopping.set()
 
     async def serve(self) -> None:
-        """Serve until `shut_down`.
-
-        Raises:
-            SettingsError: The configured address cannot be listened on.
-            NodeTaken: Another process runs this node.
-        """
-        self._server.listen()
+        """Serve until `shut_down`. Raises `SettingsError` if it cannot listen, `NodeTaken` if the lease is taken."""
+        requests, notices = self._readers
         taken: BaseException | None = None
-        try:
-            async with self._guards.running(), asyncio.TaskGroup() as group:
-                await self._serve(group)
-        except* NodeTaken as refusal:
-            taken = refusal
+        async with aclosing(requests), aclosing(notices), self._redis:
+            self._server.listen()
+            try:
+                async with self._guards.running(), asyncio.TaskGroup() as group:
+                    await self._serve(group)
+            except* NodeTaken as refusal:
+                taken = refusal
         # There is only one. Outside, because what is raised in `except*` becomes a group again (in Python 3.11.2).
         while isinstance(taken, BaseExceptionGroup):
             taken = taken.exceptions[0]
@@ -245,11 +243,8 @@ class Node:
 
     async def _record_stop(self) -> None:
         """Record that this process was told to stop: however it ends, its requests do not count as its victims."""
-        recorded, _ = await asyncio.gather(
-            retry_until_available(self.lease_keeper.mark_stopping),
-            self.jobs.uncount_deliveries(),
-            return_exceptions=True,
-        )
+        stopping = retry_until_available(self.lease_keeper.mark_stopping)
+        recorded, _ = await asyncio.gather(stopping, self.jobs.uncount_deliveries(), return_exceptions=True)
         if isinstance(recorded, Exception):
             log.warning("shutdown is not recorded in the lease", error=str(recorded))
 
@@ -286,20 +281,9 @@ async def keep_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
 
 
 async def serve(settings: Settings, backend: Backend | None = None) -> None:
-    """Serve one node until SIGTERM or SIGINT, then drain it. SIGHUP reloads what can change while it runs.
-
-    Args:
-        settings: The settings of the node.
-        backend: Replaces the backend of the settings.
-    """
-    limits: dict[str, Any] = {"timeout": settings.redis_timeout, "access_log": AccessLog()}
-    async with (
-        aclosing(BlockingReader(settings.redis_url, block=settings.read_block, **limits)) as request_reader,
-        aclosing(BlockingReader(settings.redis_url, block=settings.read_block, **limits)) as inbox_reader,
-        RedisClient(settings.redis_url, connections=settings.redis_connections, **limits) as redis,
-        OpenAIBackend(settings) if backend is None else nullcontext(backend) as used,
-    ):
-        node = Node(settings, backend=used, redis=redis, request_reader=request_reader, inbox_reader=inbox_reader)
+    """Serve one node until SIGTERM or SIGINT, then drain it; reload on SIGHUP. Default: the backend of the settings."""
+    async with OpenAIBackend(settings) if backend is None else nullcontext(backend) as used:
+        node = Node(settings, used)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, node.shut_down)

@@ -79,7 +79,7 @@ async def test_a_tokenizer_is_read_once_for_all_who_count(tmp_path: Path, monkey
     monkeypatch.setattr("imstream.ai.prompt.assembler.make_token_counter", make)
     nothing = cast("Any", None)
     settings = Settings(tokenizer=trained(tmp_path), history="summarise")
-    Node(settings, backend=nothing, redis=nothing, request_reader=nothing, inbox_reader=nothing)
+    Node(settings, nothing)
     assert len(made) == 1
 
 
