@@ -1,8 +1,4 @@
-"""Accounts: bans, temporary locks and the daily quota.
-
-Without a daily quota a message costs nothing here: nodes are notified of a ban or a lock, ask `check_session` and close
-the user's sessions. With one, ban, lock and quota are checked in one round trip to Redis for each message.
-"""
+"""Accounts: bans, temporary locks and the daily quota."""
 
 from __future__ import annotations
 
@@ -36,11 +32,12 @@ log = structlog.get_logger()
 
 
 class Account(Guard):
-    """Rejects banned and locked users, and more messages a day than the quota (0: no quota).
+    """Rejects banned and locked users, and more messages a day than the quota.
 
-    A message is counted before its admission. It is uncounted when it is not admitted, or fails without any text and
-    not because of its user. If the node dies before the admission it stays counted; sent again with the same id, it is
-    not counted twice.
+    Without a quota, messages cost nothing here: nodes are notified of a ban or a lock and close the user's sessions.
+    With one, each message takes one round trip to Redis. It is counted before its admission, and uncounted when it is
+    not admitted, or fails without text and not because of its user. If the node dies before the admission, it stays
+    counted; sent again with the same id, it is not counted twice.
     """
 
     def __init__(self, accounts: Accounts, inbox: Inbox, settings: Settings) -> None:
@@ -51,18 +48,15 @@ class Account(Guard):
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self:
-        """See `Guard.create`."""
         return cls(Accounts(deps.redis, deps.settings), deps.inbox, deps.settings)
 
     async def check_login(self, login: LoginAttempt) -> Allow | Reject:
-        """See `Guard.check_login`."""
         status = await self._accounts.check(login.user_id, self._calendar.day(now_ms()))
         if isinstance(status, Banned | Locked):
             return self._reject(status)
         return Allow(remaining=max(0, self._quota - status.used) if self._quota else None)
 
     async def check_session(self, user_id: int) -> Reject | None:
-        """See `Guard.check_session`."""
         status = await self._accounts.check(user_id, self._calendar.day(now_ms()))
         return self._reject(status) if isinstance(status, Banned | Locked) else None
 

@@ -19,20 +19,19 @@ from imstream.urls import is_loopback
 from imstream.wire import CloseCode, Code
 
 _INVALID = Sentence("登录令牌无效", "This token is not valid")
+# What the client learns about a token. For all other reasons only that it is not valid: the client may be guessing.
 _SENTENCES: dict[Reason, Sentence] = {
     "missing": Sentence("请用令牌 (token) 登录", "Please log in with a token"),
     "expired": Text.LOGIN_EXPIRED,
     "not_yet_valid": Sentence("登录令牌尚未生效", "This token is not valid yet"),
 }
-"""What the client learns about a token. For all other reasons only that it is not valid: the client may be guessing."""
 
 _NOT_LOCAL = Reject(
     "from_elsewhere",
     Code.FORBIDDEN,
     Sentence(
         "本节点不验证用户身份,只接受来自本机的连接 (IMSTREAM_AUTH, IMSTREAM_ALLOW_INSECURE)",
-        "This node does not authenticate users, so it only accepts connections from its own machine "
-        "(IMSTREAM_AUTH, IMSTREAM_ALLOW_INSECURE)",
+        "Without authentication, this node accepts local clients only (IMSTREAM_AUTH, IMSTREAM_ALLOW_INSECURE)",
     ),
 )
 
@@ -48,20 +47,16 @@ class TokenAuthentication(Guard):
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self | None:
-        """See `Guard.create`."""
         settings = deps.settings
         return None if settings.auth == "none" else cls(TokenRules(settings), create_key_source(settings))
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """See `Guard.running`."""
         return self._keys.running()
 
     async def reload(self) -> str | None:
-        """See `Guard.reload`."""
         return "token keys" if await self._keys.reload() else None
 
     async def check_login(self, login: LoginAttempt) -> Allow | Reject:
-        """See `Guard.check_login`."""
         try:
             token = self._rules.check_shape(login.token)
             claims = self._rules.verify(token, await self._keys.keys_for(token))
@@ -106,7 +101,6 @@ class Exposure(Guard):
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self | None:
-        """See `Guard.create`."""
         check_exposure(deps.settings)
         return cls(insecure=deps.settings.allow_insecure) if deps.settings.auth == "none" else None
 
@@ -119,10 +113,7 @@ class Exposure(Guard):
         return nullcontext()
 
     def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:
-        """Reject clients that a balancer forwards from other machines, and host names that do not name this machine.
-
-        The latter prevents DNS rebinding: such a page has the same origin as ours, but another host name.
-        """
+        """Reject clients that were forwarded from other machines, and foreign host names: those of DNS rebinding."""
         return None if self._insecure or is_local(headers) else _NOT_LOCAL
 
 
@@ -130,7 +121,7 @@ def check_exposure(settings: Settings) -> None:
     """Check that a node without authentication has no keys and only local clients. Raises `SettingsError`."""
     if settings.auth != "none":
         return
-    auth, host = Settings.variable("auth"), Settings.variable("host")
+    auth, host, insecure = map(Settings.variable, ("auth", "host", "allow_insecure"))
     if given := _given_keys(settings):
         raise SettingsError(
             f"{auth}=none is not allowed with {', '.join(map(Settings.variable, given))}: set {auth}=jwt, or no key"
@@ -138,8 +129,7 @@ def check_exposure(settings: Settings) -> None:
     if not (settings.allow_insecure or is_loopback(settings.host)):
         raise SettingsError(
             f"{host}={settings.host} is not allowed with {auth}=none, because any client could impersonate any user: "
-            f"set {auth}=jwt and a key, or {host}=127.0.0.1, "
-            f"or {Settings.variable('allow_insecure')}=true in a network where every client is trusted"
+            f"set {auth}=jwt and a key, {host}=127.0.0.1, or {insecure}=true in a trusted network"
         )
 
 

@@ -13,15 +13,16 @@ import structlog
 from imstream.errors import StoreError
 from imstream.guards.account import Account
 from imstream.guards.authentication import Exposure, TokenAuthentication
+from imstream.guards.chat_limits import ChatRateLimit, ContextLength, SystemRole
 from imstream.guards.guard import Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
 from imstream.guards.moderation import Moderation
 from imstream.guards.origin import Origin
-from imstream.guards.prompt import ContextLength, SystemRole
-from imstream.guards.rate_limit import ChatRateLimit
 from imstream.guards.words.word_guard import WordGuard
 from imstream.logs import LIMITED
 from imstream.model import ChatRequest
 
+# What each guard rejects, in the order in which they are asked; the first rejection ends it. To add a guard, write a
+# subclass of `Guard` in a module of this package and list it here.
 GUARDS: tuple[type[Guard], ...] = (
     Exposure,  # without authentication: sockets from other machines
     Origin,  # sockets of browser pages whose origin is not allowed
@@ -31,12 +32,9 @@ GUARDS: tuple[type[Guard], ...] = (
     WordGuard,  # listed words in messages, history and answers; may mask them instead, so it comes before the length
     ContextLength,  # messages longer than the model's context
     Moderation,  # what the moderation service flags; in the worker
-    # Last: a login must be verified before it may learn the state of the account, and only messages that passed every
-    # other guard are counted against the daily quota.
+    # Last: only verified users may learn about an account, and only messages that pass all guards are counted.
     Account,  # banned and locked users; more messages per day than allowed
 )
-"""What each guard rejects, in the order in which they are asked; the first rejection ends it. To add a guard, write a
-subclass of `Guard` in a module of this package and list it here."""
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
@@ -65,24 +63,17 @@ class GuardChain:
 
     def __init__(self, guards: Iterable[Guard] = ()) -> None:
         self.guards = list(guards)
-        self._handshake = self._implementing("check_handshake")
-        self._login = self._implementing("check_login")
-        self._session = self._implementing("check_session")
-        self._chat = self._implementing("check_chat")
-        self._ai_call = self._implementing("check_ai_call")
-        self._answer = self._implementing("answer_filter")
-        self._violation = self._implementing("on_violation")
-        self._failure = self._implementing("on_failure")
-        self.rejections = Counter[str]()
-        """Rejections since the start, by reason."""
+        self._by_hook = {
+            hook: [guard for guard in self.guards if getattr(type(guard), hook) is not default]
+            for hook, default in vars(Guard).items()
+            if callable(default)
+        }
+        self.rejections = Counter[str]()  # since the start, by reason
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self:
         """Build the guards of `GUARDS` that the settings enable. Raises `SettingsError`."""
         return cls(guard for kind in GUARDS if (guard := kind.create(deps)) is not None)
-
-    def _implementing(self, hook: str) -> list[Guard]:
-        return [guard for guard in self.guards if getattr(type(guard), hook) is not getattr(Guard, hook)]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -94,28 +85,25 @@ class GuardChain:
 
     async def reload(self) -> list[str]:
         """Reload all guards. Returns what was reloaded."""
-        reloaded = list[str]()
+        reloaded = list[str | None]()
         for guard in self.guards:
             try:
-                what = await guard.reload()
+                reloaded.append(await guard.reload())
             except Exception:
                 log.exception("not reloaded", guard=type(guard).__name__)
-            else:
-                reloaded += [] if what is None else [what]
-        return reloaded
+        return [what for what in reloaded if what is not None]
 
     def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:
-        """See `Guard.check_handshake`."""
-        for guard in self._handshake:
+        for guard in self._by_hook["check_handshake"]:
             if (rejection := guard.check_handshake(headers)) is not None:
                 self.rejections[rejection.reason] += 1
                 return rejection
         return None
 
     async def check_login(self, login: LoginAttempt) -> Allow | Reject:
-        """See `Guard.check_login`. The earliest expiry and the lowest number of remaining messages apply."""
+        """The earliest expiry and the lowest number of remaining messages apply."""
         verdicts = list[Allow]()
-        for guard in self._login:
+        for guard in self._by_hook["check_login"]:
             verdict = await guard.check_login(login)
             if isinstance(verdict, Reject):
                 self.rejections[verdict.reason] += 1
@@ -126,8 +114,7 @@ class GuardChain:
         return Allow(expires_at=min(expiries, default=None), remaining=_remaining(verdicts))
 
     async def check_session(self, user_id: int) -> Reject | None:
-        """See `Guard.check_session`."""
-        for guard in self._session:
+        for guard in self._by_hook["check_session"]:
             if (rejection := await guard.check_session(user_id)) is not None:
                 return rejection
         return None
@@ -135,7 +122,7 @@ class GuardChain:
     async def check_chat(self, request: ChatRequest) -> ChatAllowed | Reject:
         """See `Guard.check_chat`. Each guard sees the message as the previous ones changed it."""
         verdicts = list[Allow]()
-        for guard in self._chat:
+        for guard in self._by_hook["check_chat"]:
             verdict = await guard.check_chat(request)
             if isinstance(verdict, Reject):
                 await ChatAllowed(request, None, verdicts).undo()
@@ -147,7 +134,7 @@ class GuardChain:
 
     async def check_ai_call(self, request: ChatRequest) -> ChatRequest:
         """See `Guard.check_ai_call`. Returns the request as the guards changed it. Raises `GuardRejection`."""
-        for guard in self._ai_call:
+        for guard in self._by_hook["check_ai_call"]:
             verdict = await guard.check_ai_call(request)
             if isinstance(verdict, Reject):
                 await self.record_rejection(verdict, request)
@@ -157,12 +144,11 @@ class GuardChain:
 
     def answer_filter(self, request: ChatRequest, write: Callable[[str], None]) -> FilterChain | None:
         """Create the filters between the AI and `write` for one attempt; None: no guard filters this answer."""
-        filters = [one for guard in self._answer if (one := guard.answer_filter(request)) is not None]
+        filters = [one for guard in self._by_hook["answer_filter"] if (one := guard.answer_filter(request)) is not None]
         return FilterChain(filters, write) if filters else None
 
     async def on_failure(self, request: ChatRequest) -> None:
-        """See `Guard.on_failure`."""
-        for guard in self._failure:
+        for guard in self._by_hook["on_failure"]:
             await guard.on_failure(request)
 
     async def record_rejection(self, verdict: Reject, request: ChatRequest) -> None:
@@ -174,7 +160,7 @@ class GuardChain:
         ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
         write("message refused", reason=verdict.reason, **ids, **details)
         if verdict.violation:
-            for guard in self._violation:
+            for guard in self._by_hook["on_violation"]:
                 await guard.on_violation(request.user_id)
 
 

@@ -82,11 +82,9 @@ class AnswerFilter(Protocol):
 
     def feed(self, text: str) -> str:
         """Process the next piece. Returns what may be shown now, possibly nothing."""
-        ...
 
     def end(self) -> str:
         """Complete the answer. Returns the rest that may be shown."""
-        ...
 
 
 class Guard:
@@ -136,7 +134,4 @@ class Guard:
         """Handle the rejection of a message whose user is to blame, in the gateway or the worker."""
 
     async def on_failure(self, request: ChatRequest) -> None:
-        """Handle the failure of a request that showed no text and whose user is not to blame, in the worker.
-
-        May be called again for the same request. Raises `StoreError`.
-        """
+        """Handle the failure of a request without text and not because of its user, in the worker; possibly again."""

@@ -1,7 +1,6 @@
 """Moderation by an external service, which the worker asks about each message before its first AI call.
 
-The history reaches the model, too, and also its assistant turns are only claimed by the client; so turns of the history
-are moderated as well, each text once. A flagged turn of the history is not a violation.
+History is moderated as well, each text once: it reaches the model, and clients can claim any. It is never a violation.
 """
 
 from __future__ import annotations
@@ -64,12 +63,10 @@ class Moderation(Guard):
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self | None:
-        """See `Guard.create`."""
         return None if deps.settings.moderation_url is None else cls(deps.settings)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """See `Guard.running`."""
         async with self._service:
             try:
                 yield
@@ -77,14 +74,14 @@ class Moderation(Guard):
                 await self._batches.aclose()
 
     async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
-        """See `Guard.check_ai_call`."""
-        history = self._history_to_moderate(request)
-        message, *turns = results = await self._moderate([request.contents, *history])
+        turns = dict.fromkeys(text for role, text in request.history if self._history in {"all", role})  # each once
+        history = [text for text in turns if text.strip() and hash(text) not in self._passed]
+        message, *others = results = await self._moderate([request.contents, *history])
         if isinstance(message, ModerationResult) and message.flagged:
             return Reject("moderation", Code.FORBIDDEN, FLAGGED, violation=True, detail=message.categories)
         if _is_text_error(message):
             return Reject("moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=str(message))
-        for text, turn in zip(history, turns, strict=True):
+        for text, turn in zip(history, others, strict=True):
             if isinstance(turn, ModerationResult) and not turn.flagged:
                 if len(self._passed) >= _CACHE_SIZE:
                     self._passed.clear()
@@ -97,11 +94,6 @@ class Moderation(Guard):
             return ALLOW
         retry_after = error.retry_after if isinstance(error, TransientBackendError) else None
         raise TransientBackendError("moderation_unavailable", str(error), retry_after=retry_after)
-
-    def _history_to_moderate(self, request: ChatRequest) -> list[str]:
-        """The texts of the turns that `moderation_history` selects, without those that passed, each once."""
-        turns = dict.fromkeys(text for role, text in request.history if self._history in {"all", role})
-        return [text for text in turns if text.strip() and hash(text) not in self._passed]
 
     async def _moderate(self, texts: Sequence[str]) -> Sequence[Result]:
         if (paused := self._paused()) is not None:

@@ -48,7 +48,6 @@ class Origin(Guard):
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self | None:
-        """See `Guard.create`."""
         settings = deps.settings
         origins, authenticated = parse_origins(settings.origins), settings.auth != "none"
         if NULL in origins and not authenticated and settings.page_token is None:
@@ -62,7 +61,6 @@ class Origin(Guard):
         return cls(origins, authenticated=authenticated, page_token=settings.page_token)
 
     def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:
-        """See `Guard.check_handshake`."""
         origin = headers.get("origin")
         if origin is None or origin in self._origins:
             return None
@@ -116,10 +114,8 @@ def is_same(origin: str, headers: Mapping[str, str]) -> bool:
     if page.scheme == "http" and target_scheme in {"https", "wss"}:
         return False  # a page that anyone on the network path may have changed
     default = _PORTS[page.scheme]
-    return page.hostname is not None and (page.hostname, page.port or default) == (
-        target.hostname,
-        target.port or default,
-    )
+    same_port = (page.port or default) == (target.port or default)
+    return same_port and page.hostname is not None and page.hostname == target.hostname
 
 
 def _split(url: str) -> SplitResult | None:

@@ -23,7 +23,7 @@ IN_MESSAGE = {
 }
 IN_ANSWER = {
     "zh": "回答中出现了不允许的词语,已停止",
-    "en": "The answer was stopped, because it came to words that are not allowed here",
+    "en": "The answer was stopped because of words that are not allowed here",
 }
 
 LIST = "# for the tests\nbadword\n敏感词\n演示后端\nprotocol of one\n全程\n"

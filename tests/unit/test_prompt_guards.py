@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from imstream.guards.chat_limits import ContextLength, SystemRole
 from imstream.guards.guard import ALLOW, Reject
-from imstream.guards.prompt import ContextLength, SystemRole
 from imstream.model import ChatRequest
 from imstream.texts import localize
 from imstream.wire import Code

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.guards.chain import GuardChain
+from imstream.guards.chat_limits import ChatRateLimit
 from imstream.guards.guard import ALLOW, Reject
-from imstream.guards.rate_limit import ChatRateLimit
 from imstream.model import ChatRequest
 from imstream.wire import Code
 from tests.support.guard_deps import guard_deps

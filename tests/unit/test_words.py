@@ -19,7 +19,6 @@ from imstream.guards.words.word_guard import (
     IN_ANSWER,
     IN_HISTORY,
     IN_MESSAGE,
-    FileVersion,
     WordGuard,
     file_version,
     read,
@@ -127,7 +126,7 @@ async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(
 ) -> None:
     looks: list[Path] = []
 
-    def look(path: Path) -> FileVersion | None:
+    def look(path: Path) -> tuple[int, int, int] | None:
         looks.append(path)
         return file_version(path)
 

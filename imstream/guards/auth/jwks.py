@@ -7,6 +7,7 @@ changes nothing until the known keys reach their maximum age; in a key set, each
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -54,26 +55,20 @@ class KeySet:
     broken: int
 
 
+@dataclass(eq=False, repr=False)
 class JwksKeySource:
     """The keys at one URL. There are none before the first successful fetch, and `max_age` after the last one."""
 
-    def __init__(
-        self,
-        url: SecretUrl,
-        algorithm: Algorithm,
-        *,
-        max_age: timedelta,
-        refresh_interval: timedelta = REFRESH_INTERVAL,
-        min_interval: timedelta = MIN_INTERVAL,
-    ) -> None:
-        self._url = url
-        self._algorithm = algorithm
-        self._max_age = max_age.total_seconds()
-        self._refresh_interval = min(refresh_interval, max_age / 2).total_seconds()
-        self._min_interval = min_interval.total_seconds()
+    url: SecretUrl
+    algorithm: Algorithm
+    max_age: timedelta
+    refresh_interval: timedelta = REFRESH_INTERVAL
+    min_interval: timedelta = MIN_INTERVAL
+
+    def __post_init__(self) -> None:
         self._key_set: KeySet | None = None
         self._failing = False
-        self._last_fetch = self._last_success = float("-inf")  # their starts, by the clock of the event loop
+        self._last_success = self._next_fetch = 0.0  # when keys were fetched, and may be fetched again; monotonic
         self._lock = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
@@ -95,42 +90,43 @@ class JwksKeySource:
         while True:
             await self.reload()
             self._drop_expired()
-            await asyncio.sleep(self._min_interval if self._failing else self._refresh_interval)
+            interval = self.min_interval if self._failing else min(self.refresh_interval, self.max_age / 2)
+            await asyncio.sleep(interval.total_seconds())
 
     async def reload(self) -> bool:
-        """Fetch the keys now."""
         async with self._lock:
             await self._refresh()
         return True
 
     async def _refresh(self) -> None:
         """Fetch the key set. On any failure, keep the known one."""
-        self._last_fetch = _now()
+        started = time.monotonic()
+        self._next_fetch = started + self.min_interval.total_seconds()
         try:
             # In a thread: parsing 256 KB of broken keys takes 0.2 s.
-            fetched = await asyncio.to_thread(parse_key_set, await self._fetch(), self._algorithm)
+            fetched = await asyncio.to_thread(parse_key_set, await self._fetch(), self.algorithm)
         except Exception as error:  # noqa: BLE001 - a foreign document must not end the task
             if not self._failing:
                 # The messages of other errors may quote the response, or the URL with its password.
                 is_safe = isinstance(error, InvalidKeySet | aiohttp.ClientConnectorError)
                 reason = str(error) if is_safe else type(error).__name__
                 kept = 0 if self._key_set is None else len(self._key_set.keys)
-                log.warning("token keys not fetched", url=str(self._url), error=reason, kept=kept)
+                log.warning("token keys not fetched", url=str(self.url), error=reason, kept=kept)
             self._failing = True
             return
         before = self._key_set
         if self._failing or before is None:
-            log.info("token keys fetched", url=str(self._url), keys=len(fetched.keys))
+            log.info("token keys fetched", url=str(self.url), keys=len(fetched.keys))
         if fetched.broken and (before is None or before.broken != fetched.broken):
-            log.warning("unusable token keys skipped", url=str(self._url), broken=fetched.broken)
+            log.warning("unusable token keys skipped", url=str(self.url), broken=fetched.broken)
         if not fetched.keys and (before is None or before.keys):
-            log.error("no usable token key, no login is possible", url=str(self._url), algorithm=self._algorithm)
-        self._key_set, self._last_success, self._failing = fetched, self._last_fetch, False
+            log.error("no usable token key, no login is possible", url=str(self.url), algorithm=self.algorithm)
+        self._key_set, self._last_success, self._failing = fetched, started, False
 
     async def _fetch(self) -> bytes:
         assert self._session is not None  # noqa: S101 - set while running
         # Redirects are not followed: the server that provides the keys can impersonate any user.
-        async with self._session.get(self._url.get_secret_value(), allow_redirects=False) as response:
+        async with self._session.get(self.url.get_secret_value(), allow_redirects=False) as response:
             if response.status != HTTPStatus.OK:
                 raise InvalidKeySet(f"the response is HTTP {response.status}")
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -144,16 +140,13 @@ class JwksKeySource:
 
     def _drop_expired(self) -> None:
         """Drop keys that have not been confirmed for `max_age`: the issuer may have withdrawn them."""
-        age = _now() - self._last_success
-        if self._key_set is not None and age > self._max_age:
+        age = time.monotonic() - self._last_success
+        if self._key_set is not None and age > self.max_age.total_seconds():
             self._key_set = None
-            log.error("token keys expired, no login is possible", url=str(self._url), seconds=round(age))
+            log.error("token keys expired, no login is possible", url=str(self.url), seconds=round(age))
 
     async def keys_for(self, token: str) -> Sequence[Any]:
-        """The keys that may have signed a token, at least one. Raises `InvalidToken`, `KeysUnavailable`.
-
-        An unknown key id triggers a fetch, at most one in `MIN_INTERVAL`.
-        """
+        """The keys that may have signed a token; an unknown id is fetched. Raises `InvalidToken`, `KeysUnavailable`."""
         kid = key_id(token)
         self._drop_expired()
         if self._key_set is None:
@@ -163,7 +156,7 @@ class JwksKeySource:
         async with self._lock:
             if keys := self._matching(kid):  # fetched while this call waited for the lock
                 return keys
-            if _now() < self._last_fetch + self._min_interval:  # the key may have been added since the last fetch
+            if time.monotonic() < self._next_fetch:  # the key may have been added since the last fetch
                 raise KeysUnavailable(self._retry_after())
             await self._refresh()
             if self._failing:
@@ -180,7 +173,7 @@ class JwksKeySource:
         return [key for its_id, key in known if its_id == kid] or [key for its_id, key in known if its_id is None]
 
     def _retry_after(self) -> timedelta:
-        return timedelta(seconds=max(self._min_interval / 10, self._last_fetch + self._min_interval - _now()))
+        return max(self.min_interval / 10, timedelta(seconds=self._next_fetch - time.monotonic()))
 
 
 def parse_key_set(content: bytes, algorithm: Algorithm) -> KeySet:
@@ -217,7 +210,7 @@ def _parse_key(jwk: dict[str, Any], algorithm: Algorithm) -> object | None:
 
 def check_url(url: SecretUrl, *, allow_http: bool) -> None:
     """Check that the keys cannot be replaced in transit. Raises `SettingsError`."""
-    variable, allow_variable = Settings.variable("auth_jwks_url"), Settings.variable("auth_jwks_allow_http")
+    variable = Settings.variable("auth_jwks_url")
     try:
         parts = urlsplit(url.get_secret_value())
         host = parts.hostname or ""
@@ -228,9 +221,5 @@ def check_url(url: SecretUrl, *, allow_http: bool) -> None:
     if parts.scheme != "https" and not (allow_http or is_loopback(host)):
         raise SettingsError(
             f"{variable}={url} is not allowed: anyone who can change the response in transit can impersonate any user; "
-            f"set an https URL, or {allow_variable}=true in a network where every client is trusted"
+            f"set an https URL, or {Settings.variable('auth_jwks_allow_http')}=true in a trusted network"
         )
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

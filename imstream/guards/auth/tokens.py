@@ -91,21 +91,18 @@ class TokenRules:
 
     def verify(self, token: str, keys: Sequence[Any]) -> Claims:
         """Verify a token that is signed with one of these keys. Raises `InvalidToken`."""
-        for key in keys:
-            try:
-                return self._check_claims(self._decode(token, key))
-            except InvalidToken as error:
-                if error.reason != "signature" or key is keys[-1]:
-                    raise
-        raise InvalidToken("unknown_key")
-
-    def _decode(self, token: str, key: Any) -> dict[str, Any]:  # noqa: ANN401 - each algorithm has its own type of key
         algorithms = [self._settings.auth_algorithm]
         audience, issuer = self._settings.auth_audience, self._settings.auth_issuer
-        try:
-            return jwt.decode(token, key, algorithms, _OPTIONS, audience=audience, issuer=issuer)
-        except jwt.PyJWTError as error:
-            raise InvalidToken(_REASONS.get(type(error), "malformed")) from None
+        for key in keys:
+            try:
+                claims = jwt.decode(token, key, algorithms, _OPTIONS, audience=audience, issuer=issuer)
+            except jwt.PyJWTError as error:
+                reason = _REASONS.get(type(error), "malformed")
+                if reason != "signature" or key is keys[-1]:
+                    raise InvalidToken(reason) from None
+            else:
+                return self._check_claims(claims)
+        raise InvalidToken("unknown_key")
 
     def _check_claims(self, claims: dict[str, Any]) -> Claims:
         now, leeway = self._clock(), self._settings.auth_leeway.total_seconds()
@@ -143,30 +140,27 @@ def _time(claims: dict[str, Any], name: str, *, default: float | None = None) ->
 
 def _user_id(value: object) -> int:
     """A user id: a whole number, or its digits in canonical form. Raises `InvalidToken`."""
-    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-    user_id = parse_user_id(text)
-    if user_id is None or str(user_id) != text:
-        raise InvalidToken("claims")
-    return user_id
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        user_id = parse_user_id(str(value))
+        if user_id is not None and str(user_id) == str(value):
+            return user_id
+    raise InvalidToken("claims")
 
 
+@dataclass(frozen=True, slots=True)
 class StaticKey:
     """A key source with one key; see `JwksKeySource`."""
 
-    def __init__(self, key: Any) -> None:  # noqa: ANN401 - each algorithm has its own type of key
-        self._keys = (key,)
+    key: Any
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """Do nothing."""
         return nullcontext()
 
     async def reload(self) -> bool:
-        """Reload nothing."""
         return False
 
     async def keys_for(self, _token: str) -> Sequence[Any]:
-        """Return the key."""
-        return self._keys
+        return (self.key,)
 
 
 def secret_key(secret: SecretStr, variable: str) -> bytes:
@@ -206,21 +200,15 @@ def algorithm_of(key: object) -> Algorithm | None:
 def sign(settings: Settings, user_id: int, *, ttl: timedelta, key_file: Path | None) -> str:
     """Sign a token that nodes with these settings accept, for development. Raises `SettingsError`.
 
-    Args:
-        settings: Those of the nodes. Their secret signs, unless there is a key file.
-        user_id: The user who may log in with the token.
-        ttl: How long it is valid.
-        key_file: PEM file with a private key, which determines the algorithm.
+    The secret of the settings signs, or the private key of a PEM file, which determines the algorithm.
     """
     if ttl > settings.auth_max_lifetime:
         maximum = f"{settings.variable('auth_max_lifetime')}={settings.auth_max_lifetime.total_seconds():g}s"
         raise SettingsError(f"--ttl={ttl.total_seconds():g}s is not allowed: nodes accept at most {maximum}")
     now = int(time.time())
     claims: dict[str, Any] = {settings.auth_claim: str(user_id), "iat": now, "exp": now + int(ttl.total_seconds())}
-    if settings.auth_issuer is not None:
-        claims["iss"] = settings.auth_issuer
-    if settings.auth_audience is not None:
-        claims["aud"] = settings.auth_audience
+    optional = {"iss": settings.auth_issuer, "aud": settings.auth_audience}
+    claims |= {name: value for name, value in optional.items() if value is not None}
     key, algorithm = _signing_key(settings, key_file)
     return jwt.encode(claims, key, algorithm)
 

@@ -1,8 +1,8 @@
 """Normalization: one form for all the ways in which the same letters can be written.
 
 Case, width, letter styles and accents are removed (NFKD, case folding). Each character becomes one or more letters, or
-one of four kinds of separators, which matching skips by the rules of `word_list`. Vowel signs and other marks count as
-letters of their own script; after a letter of another script, where no ordinary text has them, they are ignored.
+one of four kinds of separators. Vowel signs and other marks count as letters of their own script; after a letter of
+another script, where no ordinary text has them, they are ignored.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ _is_invisible = re.compile(
     "\U0001d159\U000e0000-\U000e0fff]"
 ).match
 
-# Precedes each mark in the form of a character that consists of marks only: whether they are ignored depends on the
-# letter before. No other form contains it.
+# Precedes each mark in the forms of characters that are marks only: the letter before decides whether it is ignored.
 _MARK_PREFIX: Final = "\x00"
-
 _KANA = frozenset({"HIRAGANA", "KATAKANA"})  # their voicing marks, alone of those named COMBINING, make another letter
 _IOTA_SUBSCRIPT = "\u0345"  # an accent in Greek that case folding would turn into a letter
 # White letters on dark circles and squares: Unicode decomposes the other circled letters, but not these.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from imstream.guards.guard import GuardRejection, Reject
 from imstream.guards.words.normalization import IGNORED, last_letter, normalize, source_indexes, strip_ignored
@@ -26,27 +27,24 @@ def mask(text: str, words: WordList) -> str:
     return _masked(text, _spans_in_text(found, indexes))
 
 
+@dataclass(slots=True, repr=False)
 class WordFilter:
     """An `AnswerFilter` that masks or rejects listed words. Only a possible beginning of a word is buffered.
 
-    Ignored characters are stored apart from the buffered text: a word may contain any number of them, and each must
-    cost only its length.
+    Ignored characters are stored apart: a word may contain any number of them, and each must cost only its length.
     """
 
-    __slots__ = ("_before", "_buffer", "_ignored", "_last_letter", "_masked", "_normal", "_rejection", "_words")
+    words: WordList
+    rejection: Reject | None  # None: words are masked
 
-    def __init__(self, words: WordList, rejection: Reject | None) -> None:
-        """Without a rejection, words are masked."""
-        self._words = words
-        self._rejection = rejection
-        self._buffer = self._normal = ""  # the second one is the buffer in normalized form
-        self._ignored: dict[int, list[str]] = {}  # by the index in the buffer before which they belong
-        self._masked = 0  # characters at the start of the buffer that belong to a word that began earlier
-        self._before = ""  # the normalized character before the buffer
-        self._last_letter = ""
+    _buffer: str = ""
+    _normal: str = ""  # the buffer, normalized
+    _ignored: dict[int, list[str]] = field(default_factory=dict)  # by the index in the buffer before which they belong
+    _masked: int = 0  # characters at the start of the buffer that belong to a word that began earlier
+    _before: str = ""  # the normalized character before the buffer
+    _last_letter: str = ""
 
     def feed(self, text: str) -> str:
-        """See `AnswerFilter.feed`."""
         normal = normalize(text, after=self._last_letter)
         self._last_letter = last_letter(normal) or self._last_letter
         if IGNORED in normal:
@@ -54,7 +52,7 @@ class WordFilter:
             if not text and self._buffer:
                 return ""
         text, normal = self._buffer + text, self._normal + normal
-        end, may_match = self._words.pending_start(normal, before=self._before)
+        end, may_match = self.words.pending_start(normal, before=self._before)
         if may_match or self._masked or len(normal) != len(text):
             return self._release(text, normal, end)
         shown, self._buffer, self._normal = text[:end], text[end:], normal[end:]
@@ -62,7 +60,6 @@ class WordFilter:
         return self._insert_ignored(shown, ()) if self._ignored else shown
 
     def end(self) -> str:
-        """See `AnswerFilter.end`."""
         return self._release(self._buffer, self._normal, len(self._normal)) if self._buffer else ""
 
     def _set_ignored_apart(self, text: str, normal: str) -> tuple[str, str]:
@@ -83,9 +80,9 @@ class WordFilter:
         while end > 0 and indexes[end - 1] == cut:  # `end` is within the form of one character: buffer all of it
             end -= 1
         # Words that begin at `end` or later may be incomplete: they are found again.
-        found = [span for span in self._words.find(normal, before=self._before) if span[0] < end]
-        if found and self._rejection is not None:
-            raise GuardRejection(self._rejection)
+        found = [span for span in self.words.find(normal, before=self._before) if span[0] < end]
+        if found and self.rejection is not None:
+            raise GuardRejection(self.rejection)
         spans = _spans_in_text(found, indexes)
         shown = _masked(text, [(0, self._masked), *spans])[:cut] if found or self._masked else text[:cut]
         if self._ignored:

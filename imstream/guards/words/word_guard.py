@@ -1,8 +1,7 @@
 """The guard of listed words in messages and answers. The list is a UTF-8 file with one word a line and `#` comments.
 
-Clients send the history, and all of it reaches the model, whatever role its turns name; so all turns are checked. A
-listed word in the history is not a violation: it may have been allowed when it was sent, and would lock out users who
-continue a conversation after the list has grown.
+The whole history is checked, since all of it reaches the model, whatever the client claims about its roles. A listed
+word in it is not a violation: it may have been allowed when it was sent, and would lock out those who go on.
 """
 
 from __future__ import annotations
@@ -54,9 +53,7 @@ IN_HISTORY = Reject(
 IN_ANSWER = Reject(
     "words_answer",
     Code.FORBIDDEN,
-    Sentence(
-        "回答中出现了不允许的词语,已停止", "The answer was stopped, because it came to words that are not allowed here"
-    ),
+    Sentence("回答中出现了不允许的词语,已停止", "The answer was stopped because of words that are not allowed here"),
 )
 
 log = structlog.get_logger()
@@ -78,13 +75,11 @@ class WordGuard(Guard):
 
     @classmethod
     def create(cls, deps: GuardDeps) -> Self | None:
-        """See `Guard.create`."""
         settings = deps.settings
         return None if settings.words is None else cls(settings.words, masks=settings.words_action == "mask")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """See `Guard.running`."""
         log.info("word list loaded", words=len(self._list))
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch_file(), name="words")
@@ -111,12 +106,10 @@ class WordGuard(Guard):
                 log.exception("word list not loaded, the previous one stays")
 
     async def reload(self) -> str:
-        """See `Guard.reload`."""
         self._reload.set()
         return "word list"
 
     async def check_chat(self, request: ChatRequest) -> Allow | Reject:
-        """See `Guard.check_chat`."""
         contents, history = request.contents, request.history
         clean = self._is_clean(contents)
         if clean and all(self._is_clean(text) for _, text in history):
@@ -127,7 +120,6 @@ class WordGuard(Guard):
         return IN_HISTORY if clean else IN_MESSAGE
 
     def answer_filter(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - the same for all
-        """See `Guard.answer_filter`."""
         return WordFilter(self._list, None if self._masks else IN_ANSWER)
 
     def _is_clean(self, text: str) -> bool:
@@ -141,11 +133,8 @@ class WordGuard(Guard):
         return True
 
 
-FileVersion = tuple[int, int, int]  # modification time, size, inode
-
-
-def file_version(path: Path) -> FileVersion | None:
-    """The current version of a file; None if it does not exist."""
+def file_version(path: Path) -> tuple[int, int, int] | None:
+    """Modification time, size and inode of a file; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:

@@ -3,11 +3,10 @@
 A text contains a listed word where
 
 1. the letters and digits of the word follow each other,
-2. only *light* separators stand between them, at most `MAX_GAP` in a row: `f.u-ck`, `敏*感`. Ignored characters may
-   stand there in any number. *Heavy* separators (commas, quotes, brackets, line breaks) end a word, and so do spaces
-   between letters of spaced scripts: "pen is" is not "penis", "he'll" is not "hell", 男性,感觉 is not 性感. There are
-   two exceptions: where the listed word has a gap, too, and where three or more letters all stand alone: `f u c k`,
-   `敏,感,词`,
+2. at most `MAX_GAP` *light* separators stand between them: `f.u-ck`, `敏*感`; and any number of ignored characters. A
+   *heavy* separator (comma, quote, bracket, line break) ends a word, and so does a space between letters of spaced
+   scripts: "pen is" is not "penis", "he'll" is not "hell", 男性,感觉 is not 性感. It does not where the listed word has
+   a gap, too, and where three or more letters all stand alone: `f u c k`, `敏,感,词`,
 3. and no letter or digit of a spaced script touches a first or last letter of such a script: `ass` is in `a.s.s` and in
    你ass他, not in `class` or `ass1`. In unspaced scripts a word may be part of another.
 """
@@ -40,10 +39,9 @@ _SYMBOLS = "".join(map(chr, (*range(0x80), *range(0x100, 0x180))))
 
 
 class WordList:
-    """Searches text for words. Building a list of 100,000 words takes 0.5 s."""
+    """Searches text for normalized words of at least one letter; separators in them are gaps. 100,000 take 0.5 s."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        """Take normalized words, each with at least one letter. Separators in them are gaps."""
         self._gaps = dict[str, frozenset[int]]()  # for words with gaps, the indexes of the letters after them
         letters = set[str]()
         for word in map(strip_ignored, words):
@@ -168,10 +166,7 @@ class WordList:
 
 
 def _shares(words: Iterable[str]) -> Iterator[list[str]]:
-    """Split the words into sorted shares of about `_SHARE`; words with the same first letter stay together.
-
-    A share is skipped for texts without any of its first letters: English words for Chinese texts.
-    """
+    """Split the words by first letter into shares of about `_SHARE`; texts without these letters skip a share."""
     share = list[str]()
     for first, group in groupby(sorted(words), key=itemgetter(0)):
         if share and (len(share) >= _SHARE or share[0][0].isascii() != first.isascii()):
@@ -200,13 +195,11 @@ def _from_utf8(encoded: bytes) -> str:
 
 def _index_of_first(normal: str, last: int, length: int) -> int:
     """The index of the first of `length` letters that end at `last`."""
-    first = last
-    while True:
-        if not normal[first].isspace():
-            length -= 1
-            if length == 0:
-                return first
+    first = last + 1
+    while length:
         first -= 1
+        length -= not normal[first].isspace()
+    return first
 
 
 def _begins_at(normal: str, first: int, before: str) -> bool:
