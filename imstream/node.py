@@ -197,7 +197,7 @@ class Node:
             group.create_task(self.consumer.run(), name="worker"),
             group.create_task(keep_running("adopter", self.adopter.run), name="adopter"),
         ]
-        serving = group.create_task(self._server.run(), name="server")
+        serving = group.create_task(self._server.serve(), name="server")
         await self._stopping.wait()
         background.append(group.create_task(self._record_stop(), name="record-stop"))
         await asyncio.sleep(0)  # before anything else: a process manager may be stopping Redis, too

@@ -1,1 +1,1 @@
-"""The WebSocket gateway: sockets, the sessions on them, and the registry of who is connected."""
+"""The WebSocket gateway: sockets, sessions, their registry, and the page."""

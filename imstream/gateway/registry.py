@@ -90,10 +90,11 @@ class Registry:
 
     def _check(self, session: Session, now: float) -> None:
         settings = self._settings
+        stall_timeout = settings.stall_timeout.total_seconds()
         if session.closing_since is not None:
             if now - session.closing_since > CLOSE_GRACE:
                 session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)  # with the frame it was closing with
-        elif session.blocked_since is not None and now - session.blocked_since > settings.stall_timeout.total_seconds():
+        elif (blocked := session.writer.blocked_since) is not None and now - blocked > stall_timeout:
             level = limited.info if session.user_id is None else log.info
             level("session closed", why="reader too slow", user=session.user_id, peer=session.peer)
             session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)

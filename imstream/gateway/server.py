@@ -51,6 +51,7 @@ OTHER_FILES = 64
 """Files that a node has open besides connections to clients and the AI backend: Redis, logs, the event loop."""
 
 log = structlog.get_logger()
+_request_log = logging.getLogger("uvicorn.error.request")
 
 
 def _error_response(status: str, sentence: str, *headers: str) -> bytes:
@@ -66,32 +67,6 @@ _OTHER_VERSION = _error_response(  # RFC 6455, section 4.4
 _TOO_MANY_CONNECTIONS = _error_response("503 Service Unavailable", "Too many connections")
 
 
-class GatewayConfig(uvicorn.Config):
-    """The configuration of uvicorn, and what its connections need of the node's settings."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, serve_socket: ServeSocket) -> None:
-        frame_rate = TokenBucket(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
-        options = SocketOptions(settings.max_frame, frame_rate, serve_socket)
-
-        def socket_protocol(server_state: ServerState, **_: object) -> SocketProtocol:
-            return SocketProtocol(options, server_state.connections, server_state.tasks)  # type: ignore[arg-type]
-
-        super().__init__(
-            app,
-            http=HandshakeProtocol,
-            ws=socket_protocol,  # type: ignore[arg-type] # it is only called
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
-        )
-        self.handshake_timeout = settings.handshake_timeout.total_seconds()
-        self.max_connections = settings.node_sockets + SPARE_CONNECTIONS
-        self.request_log = logging.getLogger("uvicorn.error.request")
-        self.request_log.setLevel(logging.ERROR)  # a client's mistake is no warning for the operator
-
-
 class _RequestRejected(Exception):  # noqa: N818 - the client's fault, not an error of ours
     """Stops the parser from within its callback."""
 
@@ -99,18 +74,17 @@ class _RequestRejected(Exception):  # noqa: N818 - the client's fault, not an er
 class HandshakeProtocol(HttpToolsProtocol):
     """A connection until it becomes a WebSocket, if it does. Each request and its response have a time limit."""
 
-    _in_head = False
-    _head_size = 0
+    _head_size: int | None = None
     _too_large = False
     _upgrading = False
     _discarded: int | None = None
     _timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, config: GatewayConfig, **options: Any) -> None:  # noqa: ANN401 - uvicorn's
-        super().__init__(config, **options)
-        self.logger = config.request_log
-        self._time_limit = config.handshake_timeout
-        self._max_connections = config.max_connections
+    def __init__(self, max_connections: int, time_limit: float, **options: Any) -> None:  # noqa: ANN401 - uvicorn's
+        super().__init__(**options)
+        self.logger = _request_log
+        self._max_connections = max_connections
+        self._time_limit = time_limit
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the time limit, or refuse a connection too many."""
@@ -138,7 +112,7 @@ class HandshakeProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True
             raise _RequestRejected  # it is answered with 400
         super().on_message_begin()
-        self._in_head, self._head_size = True, 0
+        self._head_size = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Accept a header or trailer, up to their maximum number."""
@@ -151,7 +125,7 @@ class HandshakeProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Stop counting the bytes of the head."""
-        self._in_head, self._head_size = False, 0
+        self._head_size = None
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
@@ -162,12 +136,13 @@ class HandshakeProtocol(HttpToolsProtocol):
                 if self._discarded > MAX_DISCARDED:
                     self.transport.abort()
                 return
-            piece, data = data[: MAX_HEAD - self._head_size], data[MAX_HEAD - self._head_size :]
+            limit = MAX_HEAD - (self._head_size or 0)
+            piece, data = data[:limit], data[limit:]
             super().data_received(piece)
             if self._upgrading:
                 self._upgrade()  # what follows the handshake before it is answered is discarded
                 return
-            if self._in_head:
+            if self._head_size is not None:
                 self._head_size += len(piece)
                 if self._head_size >= MAX_HEAD:
                     self._refuse(_HEADERS_TOO_LARGE)
@@ -194,7 +169,7 @@ class HandshakeProtocol(HttpToolsProtocol):
     def _refuse(self, response: bytes) -> None:
         """Send a response and close; the client has some time to read it."""
         if not self.transport.is_closing():
-            self._in_head, self._discarded = False, 0
+            self._head_size, self._discarded = None, 0
             self.transport.write(response)
             self.transport.write_eof()
             self._start_timer(REFUSAL_TIME)
@@ -219,28 +194,37 @@ def _handshake_refusal(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
     return None
 
 
-class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers, which would close every socket before it is drained."""
+class GatewayServer(uvicorn.Server):
+    """`listen`, then `serve` until `stop`."""
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class GatewayServer:
-    """`listen`, then `run` until `stop`."""
+    _listener: socket.socket
+    _max_connections: int
 
     def __init__(self, app: ASGIApp, settings: Settings, serve_socket: ServeSocket) -> None:
+        frame_rate = TokenBucket(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
+        options = SocketOptions(settings.max_frame, frame_rate, serve_socket)
+        time_limit = settings.handshake_timeout.total_seconds()
+        _request_log.setLevel(logging.ERROR)  # a client's mistake is no warning for the operator
+
+        def make_connection(**arguments: Any) -> HandshakeProtocol:  # noqa: ANN401 - uvicorn's
+            return HandshakeProtocol(self._max_connections, time_limit, **arguments)
+
+        def make_socket(server_state: ServerState, **_: object) -> SocketProtocol:
+            return SocketProtocol(options, server_state.connections, server_state.tasks)  # type: ignore[arg-type]
+
+        config = uvicorn.Config(
+            app,
+            http=make_connection,  # type: ignore[arg-type] # it is only called
+            ws=make_socket,  # type: ignore[arg-type] # same
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
+        )
+        super().__init__(config)
         self._settings = settings
         self._port = settings.port
-        self._listener: socket.socket
-        self._config = GatewayConfig(app, settings, serve_socket)
-        self._server = _Uvicorn(self._config)
-
-    @property
-    def started(self) -> bool:
-        """Whether it accepts connections."""
-        return self._server.started
 
     @property
     def address(self) -> str:
@@ -266,16 +250,21 @@ class GatewayServer:
             ) from None
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._config.max_connections = _max_connections(self._settings)
+        self._max_connections = _max_connections(self._settings)
         self._port, self._listener = listener.getsockname()[1], listener
 
-    async def run(self) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until `stop`."""
-        await self._server.serve([self._listener])
+        await super().serve(sockets or [self._listener])
 
     def stop(self) -> None:
         """Stop. uvicorn closes every socket at once: drain them before."""
-        self._server.should_exit = True
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the node: uvicorn would close every socket before it is drained."""
+        yield
 
 
 def _max_connections(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""The state of one socket: who is at the other end, until when, and how it closes."""
+"""The state of one socket: its client, its login, and its end."""
 
 from __future__ import annotations
 
@@ -60,11 +60,6 @@ class Session:
 
     def __post_init__(self) -> None:
         self.socket.on_throttle = self._on_throttle
-
-    @property
-    def blocked_since(self) -> float | None:
-        """Since when the peer has read nothing although there is something to send; None while it reads."""
-        return self.writer.blocked_since
 
     def logged_in(self, user_id: int, until: float | None) -> None:
         """Note a login, until a time in seconds since 1970. It may be repeated to extend it."""

@@ -1,7 +1,7 @@
 """The session writer: the one sender of a socket. Back-pressure and coalescing are all here.
 
 It has one cursor for each reply that the socket follows. Whenever the socket takes a frame, the next one holds all text
-that is new by then: a fast socket gets each piece as it comes, a slow one fewer and larger ones, and nobody else waits.
+that is new by then: a fast socket gets each piece as it comes, a slow one fewer and larger ones, and no other waits.
 """
 
 from __future__ import annotations
@@ -39,16 +39,13 @@ MAX_OUTBOX = 32
 
 @dataclass(slots=True, eq=False)
 class SessionWriter:
-    """Sends frames to one socket, and what is new in the replies that it follows.
-
-    Attributes:
-        blocked_since: Loop time since when the socket has taken nothing although there is something to send.
-    """
+    """Sends frames to one socket, and what is new in the replies that it follows."""
 
     _socket: SocketProtocol
     _frames: FrameBuilder
     _scheduler: FlushScheduler
     blocked_since: float | None = None
+    """Loop time since when the socket has taken nothing although there is something to send."""
     _outbox: list[ServerFrame] = field(default_factory=list)
     _outbox_taken: WakeEvent = field(default_factory=WakeEvent)
     _cursors: dict[str, Cursor] = field(default_factory=dict)
@@ -67,10 +64,6 @@ class SessionWriter:
         """Ids of the messages whose end was not sent yet."""
         return list(self._cursors)
 
-    def has_sent_end(self, message_id: str) -> bool:
-        """Whether the end of a message was sent, among the last `MAX_SENT_ENDS`."""
-        return message_id in self._sent_ends
-
     def send(self, frame: ServerFrame) -> None:
         """Queue a frame; it is sent before what is new in replies."""
         self._outbox.append(frame)
@@ -86,10 +79,8 @@ class SessionWriter:
         if self._stopped:
             return
         message_id = cursor.reply.message_id
-        if message_id not in self._cursors:
+        if restart or message_id not in self._cursors:
             cursor.reply.subscribe(self._on_growth)
-            self._cursors[message_id] = cursor
-        elif restart:
             self._cursors[message_id] = cursor
         self._on_growth(cursor.reply)
 
@@ -97,15 +88,12 @@ class SessionWriter:
         """Follow a reply that begins, unless its end was sent. While replies are held, do so afterwards."""
         if self._held is not None:
             self._held.append(reply)
-        elif not self.has_sent_end(reply.message_id):
+        elif reply.message_id not in self._sent_ends:
             self.follow(Cursor(reply))
 
     @contextmanager
     def hold_new(self, *known: str) -> Iterator[None]:
-        """Hold replies that begin meanwhile: a reply may begin before the answer to the frame that asks for it.
-
-        Replies to `known` messages are not followed then: the client has told how far it has read them.
-        """
+        """Hold replies that begin until the frame is answered. Those to `known` messages are followed by then."""
         held = self._held = []
         try:
             yield
@@ -127,7 +115,7 @@ class SessionWriter:
             self._socket.end(code, frame.encode())
 
     def stop(self) -> None:
-        """Follow nothing any longer, and let nobody wait: the socket is gone."""
+        """Stop following replies and release `drain`: the socket is gone."""
         self._stopped = True
         self._outbox_taken.set()
         for cursor in self._cursors.values():

@@ -319,7 +319,7 @@ class SocketProtocol(asyncio.Protocol):
             self._handle_close()
         elif frame.opcode is Opcode.CONT and len(self._fragments) >= MAX_FRAGMENTS:
             self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
-        elif frame.opcode not in {Opcode.PING, Opcode.PONG}:
+        elif frame.opcode < Opcode.CLOSE:  # not a control frame
             if frame.opcode is not Opcode.CONT:
                 self._is_text = frame.opcode is Opcode.TEXT
                 self._fragments, self._fragments_size = [], 0

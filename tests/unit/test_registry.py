@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Self, cast
 
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.session import Session
@@ -31,6 +31,11 @@ class FakeSession:
     has_asked: bool = False
     told: list[tuple[str, CloseCode, Text, float]] = field(default_factory=list)
     warned: list[float] = field(default_factory=list)
+
+    @property
+    def writer(self) -> Self:
+        """It is its own writer."""
+        return self
 
     def close(self, code: CloseCode, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
         """See `Session`."""

@@ -38,7 +38,7 @@ async def test_all_addresses_are_those_of_both_families(host: str, reached_by: t
     server = GatewayServer(app, Settings(host=host, port=0), _no_socket)
     server.listen()
     port = int(server.address.rpartition(":")[2])
-    serving = asyncio.create_task(server.run())
+    serving = asyncio.create_task(server.serve())
     await wait_until(lambda: server.started, "it serves")
     try:
         for address in reached_by:
