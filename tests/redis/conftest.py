@@ -1,4 +1,4 @@
-"""A store on a real server: each test here runs on the embedded Valkey, on Redis 6.2 and on Redis 7.0."""
+"""A store on a real server. Each test runs on the embedded Valkey, on Redis 6.2 and on Redis 7.0."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def examples_on(server: RedisServer, count: int) -> int:
-    """How many examples a state machine gets: all on the embedded server, a third on others, which hardly differ."""
+    """Number of examples of a state machine: `count` on the embedded server, a third on others, which hardly differ."""
     return examples(count if server.binary == SERVERS["valkey"]() else count // 3)
 
 
 @dataclass
 class Store:
-    """What one node has of the store, and a client of the test's own."""
+    """The store of one node, and a client of the test's own."""
 
     settings: Settings
     redis_client: RedisClient
@@ -74,7 +74,7 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
 
 @pytest.fixture
 def own_server(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to be stopped and killed."""
+    """A server of the test's own, which it may stop and kill."""
     server = RedisServer(redis_server.binary, free_port(), tmp_path)
     server.start()
     yield server
@@ -82,7 +82,7 @@ def own_server(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisServe
 
 
 def chat_request(user_id: int = 10001, message_id: str | None = None, contents: str = "你好") -> ChatRequest:
-    """A request with everything filled in."""
+    """A complete request."""
     return ChatRequest(
         user_id=user_id,
         message_id=message_id or secrets.token_hex(4),

@@ -1,4 +1,4 @@
-"""The users of ops/redis-users.acl: what a node's may not do, and how it is told when it lacks something."""
+"""The users of ops/redis-users.acl: what the user of nodes may not do, and how a missing permission is reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def started() -> Iterator[dict[str, RedisServer]]:
 def server(
     started: dict[str, RedisServer], redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> RedisServer:
-    """One of each kind, of the module's own: the shared ones must have denied nothing."""
+    """A server for this module only: the shared servers must have denied nothing."""
     binary = redis_server.binary
     if binary not in started:
         started[binary] = RedisServer(binary, free_port(), tmp_path_factory.mktemp("denying"))
@@ -82,7 +82,7 @@ def test_the_users_are_taken_as_an_aclfile_and_at_once(redis_server: RedisServer
 
 
 def _permissions(client: redis.Redis) -> dict[str, object]:
-    """What the user of nodes may do; redis-py gives the commands in any order."""
+    """The permissions of the user of nodes, sorted: redis-py lists commands in any order."""
     user: dict[str, object] = client.acl_getuser("imstream")  # type: ignore[assignment] # typed for both kinds of client
     return {name: sorted(value) if isinstance(value, list) else value for name, value in user.items()}
 
@@ -121,11 +121,11 @@ async def test_the_user_of_a_node_may_not(server: RedisServer, command: tuple[st
             await redis_client.execute(*command)
 
 
-# What is said when something is lacking
+# Reports of missing permissions
 
 
 def logins(url: str) -> dict[str, str]:
-    """Logins that are denied."""
+    """URLs with a login that is denied."""
     return {
         "wrong password": url.replace(USER, "imstream:wrong"),
         "unknown user": url.replace(USER, "nobody:imstream-secret"),

@@ -1,4 +1,4 @@
-"""Sentinels, and nodes of a Redis Cluster, that deny a login or a permission: told apart from their absence."""
+"""Sentinels and cluster nodes that deny a login or a permission are distinguished from unavailable ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PERMISSION = "give the user what ops/redis-users.acl lists"
 
 
 async def is_denied(url: str, why: str) -> None:
-    """Commands and readers are told this."""
+    """Assert that commands and readers get this error."""
     reader = BlockingReader(url, block=TIMEOUT, timeout=TIMEOUT)
     async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
         for ask in (redis_client.execute, reader.execute):
@@ -31,12 +31,12 @@ async def is_denied(url: str, why: str) -> None:
 
 
 async def takes_a_password_file(url: str, file: Path) -> None:
-    """The password is read for each connection: a file that is written later needs no restart."""
+    """Assert that the password is read for each connection, so that a changed file needs no restart."""
     with_file = f"{url.replace(USER, 'imstream')}{'&' if '?' in url else '?'}password_file={file}"
     reader = BlockingReader(with_file, block=TIMEOUT, timeout=TIMEOUT)
     async with RedisClient(with_file, connections=1, timeout=TIMEOUT) as redis_client:
 
-        async def told() -> str:
+        async def reply() -> str:
             try:
                 return str([await redis_client.execute("XLEN", "im:a"), await reader.execute("XLEN", "im:a")])
             except StoreDenied as denied:
@@ -44,9 +44,9 @@ async def takes_a_password_file(url: str, file: Path) -> None:
 
         async def tells(what: str) -> None:
             async def does() -> bool:
-                return what in await told()
+                return what in await reply()
 
-            await wait_until(does, what)  # a cluster is asked again after half a second
+            await wait_until(does, what)  # a cluster refreshes its slots after half a second
 
         await tells(LOGIN)
         for written, what in ((b"\xff", "it is not UTF-8"), (b"wrong\n", LOGIN), (b" imstream-secret\n", "[0, 0]")):
@@ -61,7 +61,7 @@ async def test_with_sentinel_the_logins_of_the_sentinels_and_of_the_master_are_b
         await takes_a_password_file(url, tmp_path / "password")
         await is_denied(url.replace(USER, "imstream:wrong-secret"), LOGIN)
         await is_denied(url.replace("sentinel_password=imstream-secret", "sentinel_password=wrong-secret"), LOGIN)
-        # Sentinels know this one, but do not let it ask for the master.
+        # Sentinels accept this user, but do not let it request the master.
         other = "sentinel_username=sentinel&sentinel_password=sentinel-secret"
         await is_denied(url.replace("sentinel_username=imstream&sentinel_password=imstream-secret", other), PERMISSION)
 

@@ -1,4 +1,4 @@
-"""Accounts in Redis: bans, locks, violations and the messages of a day, on every server and in a cluster."""
+"""Accounts in Redis: bans, locks, violations and quotas, on every server and in a cluster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ACCOUNT, VIOLATIONS, QUOTA = Keys().account(USER), Keys().violations(USER), Keys
 
 
 def accounts(store: Store, **settings: Any) -> Accounts:  # noqa: ANN401 - any setting
-    """With a quota of three messages."""
+    """Accounts with a quota of three messages."""
     given = {"redis_url": store.settings.redis_url, "daily_quota": 3, **settings}
     return Accounts(store.redis_client, Settings.load(**given))
 
@@ -65,8 +65,8 @@ async def test_a_lock_ends_by_itself_and_leaves_nothing(store: Store) -> None:
     assert isinstance(standing, Locked)
     assert LONG - timedelta(minutes=1) < standing.remaining <= LONG
     assert abs(until - (time.time() + 3600) * 1000) < 60_000
-    await known.lock(USER, timedelta(milliseconds=20), reason="", by="alice")  # the later word holds
-    await wait_until(lambda: _is_free(known), "the lock is over")
+    await known.lock(USER, timedelta(milliseconds=20), reason="", by="alice")  # the later lock replaces the earlier one
+    await wait_until(lambda: _is_open(known), "the lock is over")
     assert not store.redis.exists(ACCOUNT)
 
 
@@ -128,10 +128,10 @@ async def test_a_route_says_that_there_is_an_account_to_look_at(store: Store) ->
 async def test_so_many_violations_lock_and_so_many_ban(store: Store) -> None:
     known = accounts(store, lock_after=2, ban_after=4)
     await Routes(store.redis_client, store.settings).add_route(USER)
-    blamed = [await known.record_violation(USER) for _ in range(5)]
-    assert [one.count for one in blamed] == [1, 2, 3, 4, 5]
-    assert [one.verdict for one in blamed] == ["noted", "locked", "locked", "banned", "noted"]
-    assert [one.nodes for one in blamed] == [(), ("0",), ("0",), ("0",), ()]
+    recorded = [await known.record_violation(USER) for _ in range(5)]
+    assert [one.count for one in recorded] == [1, 2, 3, 4, 5]
+    assert [one.verdict for one in recorded] == ["noted", "locked", "locked", "banned", "noted"]
+    assert [one.nodes for one in recorded] == [(), ("0",), ("0",), ("0",), ()]
     assert await known.check(USER, DAY) == Banned()
     assert store.redis.hget(ACCOUNT, "reason") == "4 refused contents"
     assert store.redis.hget(ACCOUNT, "by") == "node 0"
@@ -180,15 +180,13 @@ async def test_a_day_has_so_many_messages_and_the_next_one_as_many(store: Store)
     assert await known.check(USER, DAY) == AccountOpen(3)
     assert store.redis.zcard(QUOTA) == 3
     forgotten_at = time.time_ns() // 1_000_000 + store.redis.pttl(QUOTA)
-    assert abs(forgotten_at - (DAY.end + 3_600_000)) < 5_000  # an hour longer than the day
+    assert abs(forgotten_at - (DAY.end + 3_600_000)) < 5_000  # an hour after the end of the day
 
 
 async def test_a_message_that_is_sent_again_is_counted_once_and_passes_also_when_all_is_used_up(store: Store) -> None:
     known = accounts(store, daily_quota=1)
     await known.check_and_count(USER, "m", NOW, DAY)
-    assert await known.check_and_count(USER, "m", NOW + 5, DAY) == Counted(
-        1, new=False
-    )  # nobody knows whether it was admitted
+    assert await known.check_and_count(USER, "m", NOW + 5, DAY) == Counted(1, new=False)  # it may have been admitted
     await store.replies.mark_queued(USER, "m")
     assert await known.check_and_count(USER, "m", NOW + 10, DAY) == Counted(1, new=False)
     assert await known.check_and_count(USER, "m", DAY.end, TOMORROW) == Counted(0, new=False)  # over midnight, too
@@ -200,7 +198,7 @@ async def test_a_message_whose_answer_is_forgotten_is_counted_again_when_it_is_a
     await known.check_and_count(USER, "m", NOW, DAY)
     assert await known.check_and_count(USER, "m", later, DAY) == Counted(2, new=True)
     assert await known.check_and_count(USER, "m", 2 * later - NOW, DAY) == QuotaExhausted()
-    # What is given back is the latest asking.
+    # The latest count is refunded.
     assert await known.refund(USER, "m", DAY)
     assert store.redis.zrange(QUOTA, 0, -1) == [f"m#{NOW}"]
 
@@ -215,12 +213,12 @@ async def test_what_is_not_admitted_is_given_back_once(store: Store) -> None:
 
 
 async def test_what_another_request_relies_on_is_not_given_back(store: Store) -> None:
-    """A user could otherwise ask at two nodes at once, one of which is full, and pay nothing."""
+    """Otherwise a user could send one message to two nodes at once, one of which is full, without being counted."""
     known = accounts(store)
     assert await known.check_and_count(USER, "m", NOW, DAY) == Counted(1, new=True)
     assert await known.check_and_count(USER, "m", NOW, DAY) == Counted(
         1, new=False
-    )  # the other one, and it is admitted
+    )  # the other request, which is admitted
     await known.undo_count(USER, "m", NOW, DAY)
     assert await known.check(USER, DAY) == AccountOpen(1)
 
@@ -280,5 +278,5 @@ async def test_all_of_it_works_in_a_cluster(tmp_path: Path) -> None:
                 assert await known.check(user, DAY) == AccountOpen(1)
 
 
-async def _is_free(known: Accounts) -> bool:
+async def _is_open(known: Accounts) -> bool:
     return isinstance(await known.check(USER, DAY), AccountOpen)

@@ -1,4 +1,4 @@
-"""A Redis Cluster: commands go where their key is, also while slots move and masters die, and nothing is repeated."""
+"""Redis Cluster: commands reach the owner of their key, also while slots move and masters die. None is repeated."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ BLOCK = timedelta(milliseconds=300)
 
 
 @pytest.fixture(scope="module", params=["valkey", "redis-7.0"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSet]:
-    """A cluster for all tests that kill nothing."""
+def shared_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSet]:
+    """A cluster shared by the tests that kill nothing."""
     binary = SERVERS[request.param]()
     if binary is None:
         missing(request.param)
@@ -39,32 +39,32 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def cluster(whole: ClusterSet) -> ClusterSet:
-    """That cluster, empty."""
-    for server in whole.masters:
+def cluster(shared_cluster: ClusterSet) -> ClusterSet:
+    """The shared cluster, emptied."""
+    for server in shared_cluster.masters:
         with server.client() as client:
             client.flushall()
             client.script_flush()
-    return whole
+    return shared_cluster
 
 
 @pytest.fixture
-def mortal(tmp_path: Path) -> Iterator[ClusterSet]:
-    """A cluster of the test's own."""
+def own_cluster(tmp_path: Path) -> Iterator[ClusterSet]:
+    """A cluster of the test's own, which it may damage."""
     with cluster_set(tmp_path) as made:
         yield made
 
 
 @pytest.fixture
 async def redis_client(cluster: ClusterSet) -> AsyncIterator[RedisClient]:
-    """Two lanes to each master."""
-    # Nothing dies in these tests, so nothing has to be given up early on a busy machine.
+    """A client with two connections to each master."""
+    # Nothing dies in these tests, so a long timeout avoids failures on a busy machine.
     async with RedisClient(cluster.admin_url, connections=2, timeout=TIMEOUT * 2 * SLOW) as made:
         yield made
 
 
 def streams_of(cluster: ClusterSet) -> list[str]:
-    """The requests stream of some node for each master, in the order of the masters."""
+    """One requests stream on each master, in the order of the masters."""
     found: dict[int, str] = {}
     for number in range(100):
         stream = Keys().requests(str(number))
@@ -116,12 +116,12 @@ async def test_commands_go_on_while_a_slot_moves_there_and_back(redis_client: Re
             source = await asyncio.to_thread(cluster.begin_move, stream, target)
             await writer.goes_on()
             await asyncio.to_thread(cluster.move_keys, stream, source, target)
-            await writer.goes_on()  # asked for by ASKING
+            await writer.goes_on()  # by ASKING
             await asyncio.to_thread(cluster.end_move, stream, target)
             await writer.goes_on()
         assert writer.unsure == []
         with cluster.client() as client:
-            assert writer.in_redis(client) == writer.told
+            assert writer.in_redis(client) == writer.confirmed
             client.delete(stream)
 
 
@@ -159,9 +159,7 @@ async def test_a_script_whose_keys_are_apart_for_a_moment_is_unavailable_for_tha
     with pytest.raises(StoreUnavailable):
         await SCRIPT.run(redis_client, keys, ("g",))
     cluster.move_keys(stream, source, target)
-    assert (
-        await SCRIPT.run(redis_client, keys, ("g",)) == 0
-    )  # the group is still there; the target has learnt the script
+    assert await SCRIPT.run(redis_client, keys, ("g",)) == 0  # the group exists; the target has loaded the script
     cluster.end_move(stream, target)
     assert await SCRIPT.run(redis_client, keys, ("g",)) == 0
     cluster.move(stream, source)
@@ -209,20 +207,20 @@ async def test_a_blocked_reader_is_told_when_its_stream_was_deleted(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_replica_takes_over(
-    mortal: ClusterSet, number: signal.Signals
+    own_cluster: ClusterSet, number: signal.Signals
 ) -> None:
-    streams = streams_of(mortal)
-    reader = BlockingReader(mortal.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with RedisClient(mortal.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+    streams = streams_of(own_cluster)
+    reader = BlockingReader(own_cluster.admin_url, block=BLOCK, timeout=TIMEOUT)
+    async with RedisClient(own_cluster.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
         await redis_client.execute("XGROUP", "CREATE", streams[0], "g", "$", "MKSTREAM")
-        with mortal.replicas[0].client() as client:
+        with own_cluster.replicas[0].client() as client:
             await wait_until(client.dbsize, "the replica has the group")
         async with writing(redis_client, *streams) as [dead, *alive]:
-            told = len(dead.told)
-            process = mortal.masters[0].process
+            confirmed_before = len(dead.confirmed)
+            process = own_cluster.masters[0].process
             assert process is not None
             process.signal(number)
-            await wait_until(lambda: _is_master(mortal.replicas[0]), "the replica is a master", limit=LIMIT)
+            await wait_until(lambda: _is_master(own_cluster.replicas[0]), "the replica is a master", limit=LIMIT)
             began = asyncio.get_running_loop().time()
             await dead.goes_on()
             assert asyncio.get_running_loop().time() - began < 2 + TIMEOUT.total_seconds()
@@ -233,53 +231,53 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
             read = ("XREADGROUP", "GROUP", "g", "c", "BLOCK", 300, "STREAMS", streams[0], ">")
             await wait_until(lambda: _is_done(reader, *read), "the reader reads there", limit=LIMIT)
         assert dead.longest < 2 * TIMEOUT.total_seconds() + 0.5
-        with mortal.replicas[0].client() as client:
+        with own_cluster.replicas[0].client() as client:
             present = dead.in_redis(client)
-        before, after = dead.told[:told], dead.told[told:]
+        before, after = dead.confirmed[:confirmed_before], dead.confirmed[confirmed_before:]
         kept = [n for n in before if n in set(present)]
         assert kept == before[: len(kept)]  # replication is asynchronous: the last ones may be missing
         assert len(before) - len(kept) < 20
         assert set(after[-20:]) <= set(present)
         assert len(present) == len(set(present))
-        for writer, server in zip(alive, mortal.masters[1:], strict=True):
+        for writer, server in zip(alive, own_cluster.masters[1:], strict=True):
             with server.client() as client:
-                assert set(writer.told) <= set(writer.in_redis(client))
+                assert set(writer.confirmed) <= set(writer.in_redis(client))
     await reader.aclose()
 
 
-async def test_a_master_without_a_replica_is_found_again_when_it_is_back(mortal: ClusterSet) -> None:
-    stream = streams_of(mortal)[0]
-    mortal.replicas[0].kill()
-    async with RedisClient(mortal.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+async def test_a_master_without_a_replica_is_found_again_when_it_is_back(own_cluster: ClusterSet) -> None:
+    stream = streams_of(own_cluster)[0]
+    own_cluster.replicas[0].kill()
+    async with RedisClient(own_cluster.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
         await redis_client.execute("XADD", stream, "*", "n", 1)
-        mortal.masters[0].kill()
+        own_cluster.masters[0].kill()
         for _ in range(3):
             with pytest.raises(StoreUnavailable):
                 await redis_client.execute("XLEN", stream)
-        mortal.masters[0].start()
+        own_cluster.masters[0].start()
         await wait_until(lambda: _is_done(redis_client, "XADD", stream, "*", "n", 2), "it is back", limit=LIMIT)
         assert await redis_client.execute("XLEN", stream) == 2
 
 
-async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(mortal: ClusterSet) -> None:
-    first, stream = mortal.masters[0].process, streams_of(mortal)[1]
+async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(own_cluster: ClusterSet) -> None:
+    first, stream = own_cluster.masters[0].process, streams_of(own_cluster)[1]
     assert first is not None
     first.signal(signal.SIGSTOP)
-    for _ in range(5):  # which node is asked first is a matter of chance
-        async with RedisClient(mortal.admin_url, connections=2, timeout=timedelta(seconds=1)) as redis_client:
+    for _ in range(5):  # the node that is asked first is chosen at random
+        async with RedisClient(own_cluster.admin_url, connections=2, timeout=timedelta(seconds=1)) as redis_client:
             assert await redis_client.execute("XLEN", stream) == 0
 
 
 async def test_a_cluster_all_of_whose_nodes_were_replaced_is_found_under_the_names_that_were_given(
-    mortal: ClusterSet, tmp_path: Path
+    own_cluster: ClusterSet, tmp_path: Path
 ) -> None:
-    async with tcp_proxy(mortal.masters[0].port) as proxy:
+    async with tcp_proxy(own_cluster.masters[0].port) as proxy:
         url = f"redis+cluster://admin:admin-secret@127.0.0.1:{proxy.port}"
         reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
         async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
             await redis_client.execute("SET", "k", "old")
             assert await reader.execute("GET", "k") == "old"
-            await asyncio.to_thread(mortal.stop)
+            await asyncio.to_thread(own_cluster.stop)
             with cluster_set(tmp_path / "new") as new:
                 proxy.target_port = new.masters[0].port
                 await wait_until(lambda: _is_done(redis_client, "SET", "k", "new"), "commands reach it", limit=LIMIT)

@@ -1,4 +1,4 @@
-"""How commands reach Redis: together, with a time limit, and never repeated."""
+"""Commands reach Redis in shared pipelines, with a timeout, and are never repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORT = timedelta(milliseconds=300)
 
 @pytest.fixture
 async def redis_client(redis_server: RedisServer) -> AsyncIterator[RedisClient]:
-    """Two lanes with a short time limit."""
+    """A client with two connections and a short timeout."""
     async with RedisClient(redis_server.admin_url, connections=2, timeout=SHORT) as redis_client:
         yield redis_client
 
@@ -38,7 +38,7 @@ async def test_each_caller_gets_the_answer_to_its_own_command(redis_client: Redi
 
 async def test_commands_of_one_tick_travel_together(redis_server: RedisServer, store: Store) -> None:
     def reads() -> int:
-        """How often the server has read from a socket; asking costs one."""
+        """Number of reads by the server; this request counts as one."""
         return int(store.redis.info("stats")["total_reads_processed"])
 
     async with RedisClient(redis_server.admin_url, connections=4, timeout=timedelta(seconds=5)) as redis_client:
@@ -54,11 +54,11 @@ async def test_a_command_without_hurry_travels_with_the_next_one_and_before_it(
 ) -> None:
     monkeypatch.setattr(pipeline, "MAX_BATCH_DELAY", 30.0)
     async with RedisClient(redis_server.admin_url, connections=4, timeout=timedelta(seconds=5)) as redis_client:
-        unhurried = asyncio.create_task(redis_client.execute("RPUSH", "t:order", "unhurried", urgent=False))
+        not_urgent = asyncio.create_task(redis_client.execute("RPUSH", "t:order", "not urgent", urgent=False))
         await asyncio.sleep(0)
         assert await redis_client.execute("RPUSH", "t:order", "next") == 2
-        assert await unhurried == 1
-    assert store.redis.lrange("t:order", 0, -1) == ["unhurried", "next"]
+        assert await not_urgent == 1
+    assert store.redis.lrange("t:order", 0, -1) == ["not urgent", "next"]
     store.redis.delete("t:order")
 
 
@@ -79,7 +79,9 @@ async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
 async def test_while_one_lane_waits_the_others_carry_on(redis_server: RedisServer, store: Store) -> None:
     async with RedisClient(redis_server.admin_url, connections=2, timeout=timedelta(seconds=5)) as redis_client:
         blocked = asyncio.create_task(redis_client.execute("BLPOP", "nothing", 1))
-        await wait_until(lambda: any(one["cmd"] == "blpop" for one in store.redis.client_list()), "one lane waits")
+        await wait_until(
+            lambda: any(one["cmd"] == "blpop" for one in store.redis.client_list()), "one connection waits"
+        )
         answers = [await redis_client.execute("ECHO", str(n)) for n in range(20)]
         assert answers == [str(n) for n in range(20)]
         assert not blocked.done()
@@ -154,14 +156,14 @@ async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: Redis
     with own_server.client() as client:
         client.config_set("save", "1 1")
         client.set("k", "v")
-        shutil.rmtree(own_server.folder)  # where it would save
+        shutil.rmtree(own_server.folder)  # the folder of its snapshots
         await wait_until(lambda: _cannot_save(client), "a save has failed")
     async with RedisClient(own_server.admin_url, connections=1, timeout=SHORT) as redis_client:
         with pytest.raises(StoreUnavailable, match="MISCONF"):
             await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="MISCONF"):
             await LUA["mark_queued"].run(redis_client, ("k2",), (1000,))
-    own_server.kill()  # it would not end without having saved
+    own_server.kill()  # it does not stop before a save succeeds
 
 
 def _cannot_save(client: redis.Redis) -> bool:

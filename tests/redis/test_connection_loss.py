@@ -1,4 +1,4 @@
-"""Redis hangs, dies, or is something else: whoever asked is told in time, and nothing is repeated."""
+"""Redis hangs, dies, or is another service: callers get an error in time, and nothing is repeated."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SHORT = timedelta(milliseconds=300)
 
 
 def pause(server: RedisServer) -> None:
-    """The server hangs: its connections stay open and nothing answers."""
+    """Make the server hang: its connections stay open, and it does not answer."""
     assert server.process is not None
     server.process.signal(signal.SIGSTOP)
 
 
 def resume(server: RedisServer) -> None:
-    """It goes on, with all that has reached it meanwhile."""
+    """Let it continue, with all commands that have arrived meanwhile."""
     assert server.process is not None
     server.process.signal(signal.SIGCONT)
 
@@ -42,14 +42,14 @@ async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_ser
         assert asyncio.get_running_loop().time() - began < 5
         resume(own_server)
         await wait_until(lambda: _answers(redis_client), "it answers again")
-        # The late answers of before meet nobody.
+        # The late replies reach no other caller.
         assert await asyncio.gather(*(redis_client.execute("ECHO", f"{n}") for n in range(20))) == [
             f"{n}" for n in range(20)
         ]
 
 
-def _none_waits(redis_client: RedisClient) -> bool:
-    """Whether the lanes have taken all commands."""
+def _all_sent(redis_client: RedisClient) -> bool:
+    """Whether all commands were sent."""
     assert isinstance(redis_client._servers, Pipeline)  # noqa: SLF001 - nothing else tells
     return not redis_client._servers._queue  # noqa: SLF001 - same
 
@@ -79,7 +79,7 @@ async def test_a_server_killed_and_started_again_is_found_again(own_server: Redi
         with pytest.raises(StoreUnavailable):
             await redis_client.execute("PING")
         own_server.start()
-        # The very first command: nothing is tried on a connection that has died.
+        # Already the first command: no command is sent over a dead connection.
         assert await redis_client.execute("ECHO", "back") == "back"
 
 
@@ -91,7 +91,7 @@ async def test_while_redis_hangs_the_commands_that_wait_are_bounded(
         await redis_client.execute("PING")
         pause(own_server)
         first = asyncio.create_task(redis_client.execute("PING"))
-        await wait_until(lambda: _none_waits(redis_client), "the lane has taken it")
+        await wait_until(lambda: _all_sent(redis_client), "it is sent")
         waiting = [asyncio.create_task(redis_client.execute("PING")) for _ in range(10)]
         await asyncio.sleep(0)
         with pytest.raises(StoreUnavailable, match="10 commands are waiting"):
@@ -120,7 +120,7 @@ async def test_who_still_waits_at_the_end_is_told_and_who_comes_later_too(own_se
         await redis_client.execute("PING")
         pause(own_server)
         under_servers = asyncio.create_task(redis_client.execute("PING"))
-        await wait_until(lambda: _none_waits(redis_client), "the lane has taken it")
+        await wait_until(lambda: _all_sent(redis_client), "it is sent")
         waiting = asyncio.create_task(redis_client.execute("PING"))
         await asyncio.sleep(0)
     for asked in (under_servers, waiting):
@@ -132,7 +132,7 @@ async def test_who_still_waits_at_the_end_is_told_and_who_comes_later_too(own_se
 
 @asynccontextmanager
 async def server_that_says(words: bytes) -> AsyncIterator[str]:
-    """Something that listens where Redis should be, and says this to everybody."""
+    """A service in the place of Redis that sends this to every client."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(4096):
@@ -148,7 +148,7 @@ async def server_that_says(words: bytes) -> AsyncIterator[str]:
 async def test_something_else_where_redis_should_be_is_no_redis(words: bytes) -> None:
     reader = None
     async with server_that_says(words) as url, RedisClient(url, connections=2, timeout=SHORT) as redis_client:
-        for _ in range(3):  # more often than there are lanes: none has died of it
+        for _ in range(3):  # more often than there are connections: all are still usable
             with pytest.raises(StoreUnavailable):
                 await redis_client.execute("PING")
         reader = BlockingReader(url, block=SHORT, timeout=SHORT)
@@ -159,7 +159,7 @@ async def test_something_else_where_redis_should_be_is_no_redis(words: bytes) ->
 
 async def test_the_reader_blocks_for_as_long_as_it_may(redis_server: RedisServer) -> None:
     reader = BlockingReader(redis_server.admin_url, block=timedelta(seconds=1), timeout=SHORT)
-    assert await reader.execute("BLPOP", "nothing", "0.5") is None  # longer than the time limit of a round trip
+    assert await reader.execute("BLPOP", "nothing", "0.5") is None  # longer than the timeout
     with pytest.raises(StoreRefused):
         await reader.execute("XREADGROUP", "GROUP", "g", "c", "STREAMS", "s", ">")
     await reader.aclose()

@@ -1,4 +1,4 @@
-"""No consumer is deleted while a request is pending under its name: what is pending would be forgotten."""
+"""No consumer is deleted while it has pending requests: they would be forgotten."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def test_a_consumer_with_a_pending_request_is_never_deleted_however_much_h
     pending = {one.entry_id for node in adopters for one in await home.pending(node)}
     assert pending == set(taken) - finished
     assert len(pending) > ROUNDS / 2
-    # Those with nothing pending go.
+    # Consumers without pending requests are removed.
     for node, stream in adopters.items():
         for one in await home.pending(node):
             entry = await home.claim(one, deliveries=1)

@@ -1,4 +1,4 @@
-"""What an operator is told at the start about the settings of Redis, on one server, Sentinel and Cluster."""
+"""Warnings about unsafe settings of Redis, on one server, Sentinel and Cluster."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def test_a_server_that_is_not_there_cannot_be_looked_at() -> None:
 
 async def test_a_master_that_needs_no_replica_to_write_is_warned_about(tmp_path: Path) -> None:
     with sentinel_set(tmp_path) as sentinels:
-        for url in (sentinels.url, sentinels.master.url):  # also without Sentinel: it has a replica
+        for url in (sentinels.url, sentinels.master.url):  # without Sentinel, too: it has a replica
             [warning] = await _warnings(url)
             assert warning.endswith(MAY_LOSE)
         with sentinels.client() as client:
@@ -57,14 +57,14 @@ async def test_a_master_that_needs_no_replica_to_write_is_warned_about(tmp_path:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSet]:
-    """A cluster with its usual settings."""
+    """A cluster with default settings."""
     with cluster_set(tmp_path_factory.mktemp("health")) as made:
         yield made
 
 
 async def test_every_master_of_a_cluster_is_looked_at(cluster: ClusterSet) -> None:
     [warning] = await _warnings(cluster.url)
-    assert warning.endswith(MAY_LOSE)  # all alike: no names
+    assert warning.endswith(MAY_LOSE)  # all masters alike: no addresses
     settings = (("min-replicas-to-write", 1), ("appendonly", "no"), ("maxmemory-policy", "allkeys-lfu"))
     for server, (name, value) in zip(cluster.masters, settings, strict=True):
         with server.client() as client:

@@ -1,4 +1,4 @@
-"""What `imstream streams` finds in a node's stream and says of it."""
+"""What `imstream streams` reports about a node's stream."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.support.processes import free_port
 
 
 async def look(store: Store, *, newest: int = 5) -> inspection.StreamOverview:
-    """Look at node 0."""
+    """Inspect the stream of node 0."""
     return await inspection.inspect_stream(store.redis_client, store.keys, "0", newest=newest)
 
 
 async def printed(store: Store, *options: str) -> str:
-    """What the command prints for node 0. It runs an event loop of its own, so it gets a thread of its own."""
+    """The output of the command for node 0. It runs its own event loop, so it runs in a thread."""
     command = ["streams", "--redis", store.settings.redis_url.get_secret_value(), *options]
     result = await asyncio.to_thread(CliRunner().invoke, main, command)
     assert result.exit_code == 0, result.output
@@ -30,7 +30,7 @@ async def printed(store: Store, *options: str) -> str:
 
 
 async def fill(store: Store) -> None:
-    """Four requests: one dead, one in work, two waiting."""
+    """Four requests: one dead, one in progress, two waiting."""
     await store.requests.ensure_group()
     for number in range(4):
         await store.requests.admit(chat_request(user_id=10001 + number, message_id=f"m{number}", contents="private"))
@@ -68,7 +68,7 @@ async def test_only_the_newest_dead_letters_are_read(store: Store) -> None:
     seen = await look(store, newest=2)
     assert seen.dead == 5
     assert [letter.user for letter in seen.newest_dead] == ["4", "3"]
-    assert seen.newest_dead[0].reason == "?"  # an entry that somebody wrote by hand
+    assert seen.newest_dead[0].reason == "?"  # an entry written by hand
 
 
 async def test_the_command_prints_all_of_it_and_never_the_text(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""Leases: one holder for each node, who knows when it is not the holder any more (I7)."""
+"""Leases: each node has at most one holder, which notices when it loses the lease (I7)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TWO = Holder("two", "host", "machine", 2, "http://two")
 
 
 class Failing(Leases):
-    """Leases on a Redis that is away when the test says so."""
+    """Leases whose Redis is unavailable when the test says so."""
 
     away = False
     asked = 0
@@ -42,7 +42,7 @@ class Failing(Leases):
 
 
 def leases(store: Store, node: str = "0", **settings: Any) -> Failing:  # noqa: ANN401 - any setting
-    """The leases as one node sees them."""
+    """The leases of one node."""
     return Failing(store.redis_client, store.settings.model_copy(update={"node": node, **settings}))
 
 
@@ -88,7 +88,7 @@ async def test_what_was_written_by_hand_counts_as_a_holder_of_whom_nothing_is_kn
         assert isinstance(refused, HeldByOther)
         assert is_alive(refused.holder, ONE.machine) is None
     store.redis.persist(store.keys.lease("0"))
-    assert (await own.time_left(["0"]))["0"] == timedelta.max, "without an end, nobody adopts"
+    assert (await own.time_left(["0"]))["0"] == timedelta.max, "without expiry, the node counts as alive"
     store.redis.delete(store.keys.lease("0"))
 
 
@@ -115,7 +115,7 @@ async def test_what_is_no_node_is_no_other_node_and_one_seen_at_no_time_was_not_
 
 
 def lease_of(store: Store, **fields: object) -> str:
-    """A lease as an attacker or a defect could write it; by default that of a process of this machine that is dead."""
+    """Write a lease with any fields; by default, that of a dead process of this machine."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     store.redis.set(
@@ -128,34 +128,34 @@ async def test_a_tenure_waits_for_the_end_of_a_lease_that_it_cannot_read(store: 
     own = leases(store)
     lease_of(store, pid="1")
     wrong: list[object] = [{}, 10**30, 1.5, None]
-    async with running(tenure := tenure_of(store, own)) as task:
+    async with running(keeper := keeper_of(store, own)) as task:
         for pid in wrong:
             await wait_until(partial(lambda asked: own.asked > asked, own.asked), "it asks for it")
             assert not task.done()
             lease_of(store, pid=pid)
         store.redis.delete(store.keys.lease("0"))
-        await wait_until(lambda: tenure.held, "it is held")
+        await wait_until(lambda: keeper.held, "it is held")
 
 
 async def test_a_tenure_does_not_insist_on_a_dead_holder_whom_redis_does_not_recognise(store: Store) -> None:
     text = lease_of(store, instance="quetzal")
     store.redis.set(store.keys.lease("0"), text.replace('"quetzal"', '"\\u0071uetzal"'))
     own = leases(store)
-    async with running(tenure := tenure_of(store, own)) as task:
+    async with running(keeper := keeper_of(store, own)) as task:
         await wait_until(lambda: own.asked > 1, "it has asked for it")
         asked, began = own.asked, time.monotonic()
         await wait_until(lambda: own.asked > asked + 1, "it asks again")
         assert time.monotonic() - began > 0.1, "but not without a pause"
         assert not task.done()
         store.redis.delete(store.keys.lease("0"))
-        await wait_until(lambda: tenure.held, "it is held")
+        await wait_until(lambda: keeper.held, "it is held")
 
 
 def test_whether_a_process_of_this_machine_lives_is_known_at_once() -> None:
     us = this_process("http://us")
     assert us.machine
     assert is_alive(replace(us, pid=os.getppid()), us.machine) is True
-    assert is_alive(us, us.machine) is False, "it had our process id before us"
+    assert is_alive(us, us.machine) is False, "another process had our process id"
     assert is_alive(replace(us, pid=os.getppid(), machine="elsewhere"), us.machine) is None
     assert is_alive(replace(us, pid=os.getppid(), machine=""), "") is None
     for pid in (0, -1):
@@ -165,7 +165,7 @@ def test_whether_a_process_of_this_machine_lives_is_known_at_once() -> None:
         child = replace(us, pid=process.pid)
         assert is_alive(child, us.machine) is True
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked for its exit code
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but its exit code was not read
         assert is_alive(child, us.machine) is False
     finally:
         process.communicate()
@@ -173,9 +173,9 @@ def test_whether_a_process_of_this_machine_lives_is_known_at_once() -> None:
 
 
 @asynccontextmanager
-async def running(tenure: LeaseKeeper) -> AsyncIterator[asyncio.Task[None]]:
-    """Run it until the end of the block."""
-    task = asyncio.create_task(tenure.run("http://here"))
+async def running(keeper: LeaseKeeper) -> AsyncIterator[asyncio.Task[None]]:
+    """Run the lease keeper until the end of the block."""
+    task = asyncio.create_task(keeper.run("http://here"))
     try:
         yield task
     finally:
@@ -183,7 +183,7 @@ async def running(tenure: LeaseKeeper) -> AsyncIterator[asyncio.Task[None]]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def tenure_of(store: Store, own: Leases, **settings: Any) -> LeaseKeeper:  # noqa: ANN401 - any setting
+def keeper_of(store: Store, own: Leases, **settings: Any) -> LeaseKeeper:  # noqa: ANN401 - any setting
     quick = {"lease": timedelta(milliseconds=1200), "redis_timeout": timedelta(milliseconds=300), **settings}
     return LeaseKeeper(own, store.settings.model_copy(update=quick))
 
@@ -192,41 +192,41 @@ async def test_a_lease_that_cannot_be_renewed_is_not_relied_on_to_its_end_and_is
     store: Store,
 ) -> None:
     own = leases(store, lease=timedelta(milliseconds=1200))
-    tenure = tenure_of(store, own)
-    assert not tenure.held
-    async with running(tenure):
-        await wait_until(lambda: tenure.held, "it is held")
-        assert tenure.can_declare_dead
+    keeper = keeper_of(store, own)
+    assert not keeper.held
+    async with running(keeper):
+        await wait_until(lambda: keeper.held, "it is held")
+        assert keeper.can_declare_dead
         own.away = True
-        await wait_until(lambda: not tenure.held, "it is relied on no more")
+        await wait_until(lambda: not keeper.held, "it is no longer relied on")
         assert store.redis.exists(store.keys.lease("0")), "before it ends"
         await wait_until(lambda: not store.redis.exists(store.keys.lease("0")), "it ends")
         own.away = False
-        await wait_until(lambda: tenure.held, "it is held again")
-        assert not tenure.can_declare_dead, "others may not have come back to Redis yet"
-        await wait_until(lambda: tenure.can_declare_dead, "by now they would have")
-        assert tenure.held
+        await wait_until(lambda: keeper.held, "it is held again")
+        assert not keeper.can_declare_dead, "others may not have come back to Redis yet"
+        await wait_until(lambda: keeper.can_declare_dead, "others have had time to reconnect")
+        assert keeper.held
 
 
 async def test_a_tenure_ends_when_another_process_has_the_lease(store: Store) -> None:
     own = leases(store, lease=timedelta(milliseconds=1200))
-    tenure = tenure_of(store, own)
-    async with running(tenure) as task:
-        await wait_until(lambda: tenure.held, "it is held")
+    keeper = keeper_of(store, own)
+    async with running(keeper) as task:
+        await wait_until(lambda: keeper.held, "it is held")
         store.redis.set(store.keys.lease("0"), ONE.encode(), ex=60)
         with pytest.raises(NodeTaken, match=r"node 0 is run by another process \(http://one, process 1 on host\)"):
             await task
-        assert not tenure.held
-        await tenure.release()
-        assert store.redis.get(store.keys.lease("0")) == ONE.encode(), "it is not ours to give up"
+        assert not keeper.held
+        await keeper.release()
+        assert store.redis.get(store.keys.lease("0")) == ONE.encode(), "another process holds it"
 
 
 async def test_a_tenure_that_was_given_up_is_not_taken_again_by_a_renewal_on_its_way(store: Store) -> None:
     own = leases(store)
-    tenure = tenure_of(store, own, lease=timedelta(milliseconds=3))
-    async with running(tenure) as task:
+    keeper = keeper_of(store, own, lease=timedelta(milliseconds=3))
+    async with running(keeper) as task:
         await wait_until(lambda: store.redis.exists(store.keys.lease("0")), "it is held")
-        await tenure.release()
+        await keeper.release()
         await task
         assert not store.redis.exists(store.keys.lease("0"))
-        assert not tenure.held
+        assert not keeper.held

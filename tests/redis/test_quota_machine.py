@@ -1,5 +1,5 @@
-"""The quota in any order of messages, repetitions, refusals, crashes and failures, on every server: what is used is
-what was accepted and has not failed, and never more than there is."""  # noqa: D205, D209 - one thought
+"""The quota under any order of messages, repetitions, refusals, crashes and failures, on every server: exactly the
+messages that were admitted and have not failed are counted, and never more than the quota."""  # noqa: D205, D209 - one thought
 
 # ruff: noqa: D102 - the rules of the state machine have sentences for names
 
@@ -35,14 +35,14 @@ MESSAGES = st.sampled_from(["a", "b", "c", "d", "e"])
 
 @dataclass
 class Message:
-    """What must be true of one message id.
+    """The expected state of one message id.
 
     Attributes:
         counted: It is counted.
-        at: When it was, or another request relied on that.
-        live: Its reply is there, so it was admitted.
-        failed: And has ended as failed.
-        excused: A node died, or two requests ran into each other: it may be counted although none was admitted.
+        at: When it was counted, or another request relied on that.
+        live: Its reply exists, so it was admitted.
+        failed: Its reply has ended as failed.
+        excused: A node died, or two requests raced: it may be counted although neither was admitted.
     """
 
     counted: bool = False
@@ -62,7 +62,7 @@ class Passing:
 
 
 class QuotaKept(RuleBasedStateMachine):
-    """One user with sockets on several nodes, and all that may become of a message."""
+    """One user with sockets on several nodes, and every fate of a message."""
 
     def __init__(self, runner: asyncio.Runner, accounts: Accounts, replies: ReplyStore, client: redis.Redis) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class QuotaKept(RuleBasedStateMachine):
         self._now = DAY.start
         self._messages: dict[str, Message] = {}
         self._forgotten = 0
-        """Counted messages whose answer was given and is forgotten."""
+        """Number of counted messages whose reply has expired."""
         self._passing: list[Passing] = []
 
     def run(self, step: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - what the step returns
@@ -156,7 +156,7 @@ class QuotaKept(RuleBasedStateMachine):
                 assert not message.counted or message.excused
 
 
-@pytest.mark.timeout(600)  # it takes seconds, but the shortest example of a failure takes a while to find
+@pytest.mark.timeout(600)  # it takes seconds, but shrinking a failure takes longer
 def test_the_quota_is_kept_in_any_order_of_events(redis_server: RedisServer) -> None:
     known = Settings.load(redis_url=redis_server.url, daily_quota=QUOTA, reply_ttl=REPLY_TTL / 1000)
     with asyncio.Runner() as runner, redis_server.client() as client:

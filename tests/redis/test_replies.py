@@ -1,4 +1,4 @@
-"""The reply stream: the one judge over attempts, ends and duplicates (I4, I5)."""
+"""The reply stream decides on attempts, ends and duplicates (I4, I5)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_appending_to_a_reply_that_redis_lost_is_told(store: Store) -> Non
 
 async def test_a_message_belongs_to_the_request_that_opened_it(store: Store) -> None:
     await store.replies.open(USER, MESSAGE, request="0/1-0")
-    for n in range(250):  # the owner is found behind any number of batches
+    for n in range(250):  # the owner is found behind more than one page of entries
         await append(store.replies, n, "x")
     assert await store.replies.open(USER, MESSAGE, request="1/9-0") == Duplicate("0/1-0")
     assert await store.replies.open(USER, MESSAGE, request="0/1-0") == Opened(2)

@@ -1,4 +1,4 @@
-"""The reply stream as the one judge: any order of writers, stale ones too, keeps I4 and I5 on every server."""
+"""The reply stream keeps I4 and I5 under any order of writers, including stale ones, on every server."""
 
 # ruff: noqa: D102 - the rules of the state machine have sentences for names
 
@@ -30,25 +30,25 @@ USER = 10001
 REQUESTS = st.sampled_from(["0/1-0", "0/2-0", "1/1-0"])
 ENDS = st.sampled_from(
     [
-        *[None] * 6,  # most have more to say
+        *[None] * 6,  # most appends are not the last
         Terminal("done", "stop", {"total_tokens": 7}),
         Terminal("done", "length"),
         Terminal("failed", reason="http_503", error="overloaded"),
     ]
 )
 RARELY = st.sampled_from([False, False, False, False, True])
-"""For what ends everything: else most runs would be short."""
+"""For steps that end everything: otherwise most runs would be short."""
 
 LONGEST = 12
 
 
 def text_of(attempt: int) -> str:
-    """What the model says in an attempt: of another attempt, no character is the same."""
+    """The text of an attempt. No two attempts share a character."""
     return "".join(chr(0x4E00 + 100 * attempt + index) for index in range(LONGEST))
 
 
 class ReplyJudged(RuleBasedStateMachine):
-    """One message: several requests open it, writers of any attempt append, right or wrong, again or late."""
+    """One message: several requests open it, and writers of any attempt append, valid or not, repeated or late."""
 
     attempts: Bundle[int] = Bundle("attempts")
     appends: Bundle[dict[str, Any]] = Bundle("appends")
@@ -58,7 +58,7 @@ class ReplyJudged(RuleBasedStateMachine):
         super().__init__()
         self._runner = runner
         self._replies = replies
-        self._client: Any = client  # its types name every shape that an answer may have
+        self._client: Any = client  # redis-py's return types are unions of all shapes
         self._message = secrets.token_hex(8)
         self._key = keys.reply(USER, self._message)
         self._model = ReplyModel()
@@ -96,7 +96,7 @@ class ReplyJudged(RuleBasedStateMachine):
         return self.appended(attempt, before, before + more, end)
 
     def appended(self, attempt: int, before: int, after: int, end: Terminal | None) -> dict[str, Any]:
-        # What was said before the first attempt, nobody writes.
+        # There is no writer before the first attempt.
         attempt, after = max(attempt, 1), min(after, LONGEST)
         given = {
             "attempt": attempt,
@@ -119,7 +119,7 @@ class ReplyJudged(RuleBasedStateMachine):
             assert record.attempt == given["attempt"]
             assert len(record.text) == given["after"]
         else:
-            assert self.entries() == before  # whoever is refused changes nothing
+            assert self.entries() == before  # a rejected writer changes nothing
 
     @rule(really=RARELY)
     def somebody_cancels(self, *, really: bool) -> None:
@@ -135,7 +135,7 @@ class ReplyJudged(RuleBasedStateMachine):
         assert entries == [replace(said, terminal=None) for said in self._model.entries]
         # At most one end, and nothing after it (I4).
         assert not any(said.event in TERMINAL for said in entries[:-1])
-        # Attempts only rise, and the text of each has no gap and no repeat (I5).
+        # Attempts only increase, and the text of each has no gap and no repetition (I5).
         attempt, offset = 0, 0
         for said in entries:
             if said.event == "opened":
@@ -149,7 +149,7 @@ class ReplyJudged(RuleBasedStateMachine):
         assert not entries or self._client.pttl(self._key) > 0
 
 
-@pytest.mark.timeout(600)  # it takes seconds, but the shortest example of a failure takes a while to find
+@pytest.mark.timeout(600)  # it takes seconds, but shrinking a failure takes longer
 def test_any_order_of_writers_is_judged_rightly(redis_server: RedisServer) -> None:
     known = Settings.load(redis_url=redis_server.url)
     with asyncio.Runner() as runner, redis_server.client() as client:

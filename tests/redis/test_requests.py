@@ -60,7 +60,7 @@ async def test_a_finished_request_leaves_nothing_behind(store: Store) -> None:
     await store.requests.admit(chat_request())
     [entry] = await store.requests.read(count=1, block=SOON)
     await store.requests.finish(entry)
-    await store.requests.finish(entry)  # may be repeated
+    await store.requests.finish(entry)  # idempotent
     assert store.redis.xlen(store.keys.requests("0")) == 0
     assert store.redis.xpending(store.keys.requests("0"), "workers")["pending"] == 0
     assert store.redis.exists(store.keys.load("0")) == 0
@@ -80,7 +80,7 @@ async def test_a_buried_request_is_readable_in_the_dead_stream(store: Store) -> 
     await store.requests.ensure_group()
     await store.requests.admit(asked)
     [entry] = await store.requests.read(count=1, block=SOON)
-    for _ in range(2):  # may be repeated: there is one dead letter all the same
+    for _ in range(2):  # idempotent: there is one dead letter
         await store.requests.bury(entry, reason="http_400", error="no such model", attempts=1)
     [letter] = store.dead()
     assert letter["contents"] == asked.contents
@@ -143,7 +143,7 @@ async def test_the_stream_deleted_under_a_waiting_read_is_noticed(store: Store) 
         lambda: any(client["cmd"] == "xreadgroup" for client in store.redis.client_list()), "the read to begin"
     )
     store.redis.delete(store.keys.requests("0"))
-    store.redis.xadd(store.keys.requests("0"), {"a": "b"})  # 6.2 notices only when the key is there again
+    store.redis.xadd(store.keys.requests("0"), {"a": "b"})  # 6.2 notices only when the key exists again
     with pytest.raises(GroupMissing):
         await reading
 

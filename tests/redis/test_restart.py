@@ -1,4 +1,4 @@
-"""What was accepted is there after a restart of Redis, with the users that imstream comes with."""
+"""Accepted requests survive a restart of Redis, with the users of ops/redis-users.acl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries that another release, or a hand, has written: answered where possible, told, or left to who knows them."""
+"""Entries written by another release or by hand: answered if possible, refused, or left to a newer release."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add(shop: Workshop, fields: dict[str, str], node: str = "0") -> str:
 
 
 def newer(message_id: str) -> dict[str, str]:
-    """A request of a release to come, in which not much is as it was."""
+    """A request of a future release, with other fields."""
     return {"v": str(SCHEMA_VERSION + 1), "sender": str(USER), "id": message_id}
 
 
@@ -101,7 +101,7 @@ async def test_requests_of_a_newer_release_stay_pending_with_one_error_and_the_o
                     lambda s=shop, n=sweeps: s.redis.info("commandstats")["cmdstat_xpending"]["calls"] > n + 4,
                     "it is swept again",
                 )
-                assert shop.pending() == dict.fromkeys(ids, 0), "they have not died with anybody"
+                assert shop.pending() == dict.fromkeys(ids, 0), "no worker has died with them"
                 assert shop.recorded("old") == ("done", "x")
                 assert shop.dead() == []
                 shop.redis.delete(shop.keys.reply(USER, "old"))
@@ -122,8 +122,8 @@ async def test_who_adopts_requests_of_a_newer_release_leaves_them_to_their_node_
         async with workshop(redis_server, node="1", lease="300ms") as other:
             (await other.backend.call(1)).done("x")
             await wait_until(lambda: other.pending() == {entry_id: 0}, "only the newer one is left")
-            await wait_until(lambda: not other.redis.exists(other.keys.adopter("0")), "somebody else may adopt")
-            await wait_until(lambda: other.adopter.adopted == [], "the stream is left")
+            await wait_until(lambda: not other.redis.exists(other.keys.adopter("0")), "another node may adopt")
+            await wait_until(lambda: other.adopter.adopted == [], "the stream is released")
             [row] = other.redis.xpending_range(other.keys.requests("0"), GROUP, "-", "+", 10)
             assert row["consumer"] == "0"
             assert other.recorded("old") == ("done", "x")

@@ -1,4 +1,4 @@
-"""Sentinel makes another server the master: connections follow it, and nothing that it has is lost."""
+"""Sentinel promotes another server: connections follow it, and nothing that it has is lost."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ async def test_what_was_replicated_is_there_after_the_master_was_killed_and_writ
     async with RedisClient(sentinels.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
         async with writing(redis_client, "s") as [writer]:
             old, new = sentinels.master, sentinels.replica
-            told = len(writer.told)
+            confirmed_before = len(writer.confirmed)
             old.kill()
             await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
             await writer.goes_on()
-        # Replication is asynchronous: the last that were answered may be missing, and only they.
+        # Replication is asynchronous: only the last confirmed entries may be missing.
         with new.client() as client:
             present = writer.in_redis(client)
-        before, after = writer.told[:told], writer.told[told:]
+        before, after = writer.confirmed[:confirmed_before], writer.confirmed[confirmed_before:]
         kept = [number for number in before if number in set(present)]
         assert kept == before[: len(kept)]
         assert len(before) - len(kept) < 20
@@ -81,7 +81,7 @@ async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(
         with new.client() as client:
             await wait_until(lambda: client.exists("s"), "the replica has the group")
             sentinels.fail_over()
-        with pytest.raises(StoreUnavailable):  # and not: the group is missing
+        with pytest.raises(StoreUnavailable):  # not GroupMissing
             await blocked
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
         await wait_until(lambda: _is_done(redis_client, "XADD", "s", "*", "n", 1), "commands reach it", limit=LIMIT)
@@ -103,12 +103,12 @@ async def test_a_master_that_hangs_is_replaced_and_its_connections_are_not_used_
         old.process.signal(signal.SIGSTOP)
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
         await writer.goes_on()
-        since = len(writer.told)
+        since = len(writer.confirmed)
         old.process.signal(signal.SIGCONT)
         await wait_until(lambda: not _is_master(old), "the old master is a replica", limit=LIMIT)
         await writer.goes_on()
         with new.client() as client:
-            assert set(writer.told[since:]) <= set(writer.in_redis(client))
+            assert set(writer.confirmed[since:]) <= set(writer.in_redis(client))
         assert writer.longest < 2 * TIMEOUT.total_seconds() + 1
 
 
@@ -139,7 +139,7 @@ async def test_a_reader_that_is_blocked_as_its_server_is_demoted_is_told_that_re
         blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
         await wait_until(lambda: "xreadgroup" in [one["cmd"] for one in client.client_list()], "it is blocked")
         client.replicaof("127.0.0.1", free_port())
-        with pytest.raises(StoreUnavailable):  # and not: the group is missing
+        with pytest.raises(StoreUnavailable):  # not GroupMissing
             await blocked
     await reader.aclose()
 
@@ -177,7 +177,7 @@ async def _is_done(redis_client: RedisClient, *command: str | int) -> bool:
 
 
 async def _answer(reader: BlockingReader, *command: str | int) -> dict[str, list[list[object]]]:
-    """The reader's first answer: a connection that has died is noticed by the first that uses it."""
+    """The reader's first reply. A dead connection is noticed by the first command that uses it."""
     answers = []
 
     async def ask() -> bool:

@@ -1,7 +1,7 @@
 """The store as a whole: nodes admit, take, answer, crash, freeze, come back and adopt, in any order (I1 to I5, I7).
 
-The machine does what workers do, step by step, and may stop between any two. A worker that is forgotten by its node is
-not gone: it may be a frozen process, which goes on where it was, long after somebody else took up its request.
+The machine does what workers do, step by step, and may stop between any two steps. A dead process may be frozen: it
+continues where it stopped, long after another worker has claimed its request.
 """
 
 # ruff: noqa: D102 - the rules of the state machine have sentences for names
@@ -51,7 +51,7 @@ LONGEST = 40
 
 node_names = st.sampled_from(NODES)
 RARELY = st.sampled_from([False, False, False, True])
-"""For what ends things: else hardly any request would come far."""
+"""For steps that end things: otherwise hardly any request would proceed."""
 
 users = st.sampled_from(USERS)
 messages = st.sampled_from(MESSAGES)
@@ -62,13 +62,13 @@ STEPS: st.SearchStrategy[int | Terminal | str] = st.sampled_from([0, 1, 2, 3, 1,
 
 
 def text_of(attempt: int) -> str:
-    """What the model says in an attempt: of another attempt, no character is the same."""
+    """The text of an attempt. No two attempts share a character."""
     return "".join(chr(0x4E00 + 100 * attempt + index) for index in range(LONGEST))
 
 
 @dataclass
 class Unfinished:
-    """A request that was accepted and has not ended. `deliveries`: 0 as long as no worker has it."""
+    """A request that was accepted and has not ended. `deliveries` is 0 until a worker has it."""
 
     user: int
     message: str
@@ -78,14 +78,14 @@ class Unfinished:
 
 @dataclass(eq=False)
 class Job:
-    """What one worker has of one request.
+    """The work of one node on one request.
 
     Attributes:
         stream: The node whose stream it is from.
         by: The node that works on it.
-        attempt: Its attempt; 0 before it has one.
-        said: Characters of it that are recorded.
-        then: What is left to do when the end is recorded.
+        attempt: Its attempt; 0 before the first.
+        recorded: Number of recorded characters.
+        then: The step that remains when the end is recorded.
     """
 
     stream: str
@@ -93,7 +93,7 @@ class Job:
     entry: Entry
     request: ChatRequest
     attempt: int = 0
-    said: int = 0
+    recorded: int = 0
     then: Callable[[], Coroutine[Any, Any, None]] | None = None
 
     @property
@@ -103,31 +103,31 @@ class Job:
 
 @dataclass
 class Site:
-    """The parts of the store, on one server."""
+    """Connections to one server."""
 
     runner: asyncio.Runner
     redis_client: RedisClient
     reader: BlockingReader
-    redis: Any  # its types name every shape that an answer may have
+    redis: Any  # redis-py's return types are unions of all shapes
 
     def settings_of(self, node: str) -> Settings:
-        """Those of one node."""
+        """The settings of one node."""
         given = {"node": node, "queue_limit": NODE_CAP, "user_limit": USER_CAP}
         return Settings.load(**given)
 
 
 class StoreUsed(RuleBasedStateMachine):
-    """Three nodes, two users who ask any of them, and more than once, for the same messages."""
+    """Three nodes, and two users who send the same messages to any of them, repeatedly."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self._run = site.runner.run
         self._redis = site.redis
-        self._redis.flushall()  # of the run before
+        self._redis.flushall()  # of the previous run
         self._keys = Keys()
         known = {node: site.settings_of(node) for node in NODES}
         self._replies = {node: ReplyStore(site.redis_client, known[node]) for node in NODES}
-        # By the node whose stream it is, and the node that works on it.
+        # By the node of the stream and the node that works on it.
         self._streams = {
             (of, by): RequestStream(site.redis_client, site.reader, known[by], node=of) for of in NODES for by in NODES
         }
@@ -160,7 +160,7 @@ class StoreUsed(RuleBasedStateMachine):
         then=st.sampled_from(["taken", "cancelled", ""]),
     )
     def a_user_asks(self, node: str, user: int, message: str, *, marked: bool, then: str) -> None:
-        """The gateway may die before it has marked the message as queued."""
+        """The gateway may die before it marks the message as queued."""
         if node not in self._alive:
             return
         self._ask(node, user, message, marked=marked)
@@ -209,14 +209,16 @@ class StoreUsed(RuleBasedStateMachine):
         for entry in entries:
             self._start(stream, by, entry)
 
-    @precondition(lambda self: any(self._left(node, node) for node in self._alive))
+    @precondition(lambda self: any(self._to_claim(node, node) for node in self._alive))
     @rule(data=st.data())
     def a_worker_takes_up_what_was_left_in_its_stream(self, data: st.DataObject) -> None:
-        node = data.draw(st.sampled_from(sorted(node for node in self._alive if self._left(node, node))), label="node")
+        node = data.draw(
+            st.sampled_from(sorted(node for node in self._alive if self._to_claim(node, node))), label="node"
+        )
         self._take_up(node, node)
 
-    def _left(self, stream: str, by: str) -> dict[str, int]:
-        """What was given to a worker that does not work on it, or to a node that is dead; and how often."""
+    def _to_claim(self, stream: str, by: str) -> dict[str, int]:
+        """Entries delivered to a worker that does not work on them, or to a dead node, with their deliveries."""
         at_work = self._at_work(stream, by)
         return {
             entry_id: one.deliveries
@@ -225,7 +227,7 @@ class StoreUsed(RuleBasedStateMachine):
         }
 
     def _at_work(self, stream: str, by: str) -> set[str]:
-        """In two streams, two entries may have the same id."""
+        """Entries that are worked on. Entries of two streams may have the same id."""
         return {job.entry.entry_id for job in self._jobs if (job.stream, job.by) == (stream, by)}
 
     def _take_up(self, stream: str, by: str, *, node_is_back: bool = False) -> None:
@@ -234,13 +236,13 @@ class StoreUsed(RuleBasedStateMachine):
         for consumer in self._run(requests.other_consumers()):
             if consumer not in self._alive:
                 pending += self._run(requests.pending(consumer))
-        assert {one.entry_id: one.deliveries for one in pending} == self._left(stream, by)
+        assert {one.entry_id: one.deliveries for one in pending} == self._to_claim(stream, by)
         if node_is_back:
             self._start_process(stream)
         for one in pending:
             entry = self._run(requests.claim(one, deliveries=one.deliveries + 1))
             if node_is_back and one.consumer == stream:
-                assert entry is None  # it is the node's own again (I7)
+                assert entry is None  # its node is alive again (I7)
             else:
                 assert entry is not None
                 self._start(stream, by, entry, deliveries=one.deliveries + 1)
@@ -264,7 +266,7 @@ class StoreUsed(RuleBasedStateMachine):
             self._end_process(data.draw(st.sampled_from(sorted({job.by for job in self._jobs})), label="node"), how)
 
     def _end_process(self, node: str, how: str) -> None:
-        """Its lease is gone. One that was frozen goes on some time, when others have long taken its place."""
+        """Its lease ends. A frozen process continues some time, long after others have replaced it."""
         for job in [job for job in self._jobs if job.by == node]:
             self._jobs.remove(job)
             if how == "frozen":
@@ -292,7 +294,7 @@ class StoreUsed(RuleBasedStateMachine):
     @precondition(lambda self: self._alive)
     @rule(data=st.data(), stream=node_names, count=st.integers(1, 3), node_is_back=RARELY)
     def a_node_adopts_another(self, data: st.DataObject, stream: str, count: int, *, node_is_back: bool) -> None:
-        """Or finds that the other one is alive, or adopted. It may come back at that very moment."""
+        """Or finds that the other node is alive or adopted. It may come back at that moment."""
         by = data.draw(st.sampled_from(sorted(self._alive)), label="by")
         if by == stream:
             return
@@ -300,7 +302,7 @@ class StoreUsed(RuleBasedStateMachine):
         if stream in self._alive:
             assert verdict == NotAdopted(None)
             if self._adopters.get(stream) == by:
-                self._leave(stream, by)
+                self._release(stream, by)
         elif self._adopters.setdefault(stream, by) != by:
             assert verdict == NotAdopted(self._adopters[stream])
         else:
@@ -309,37 +311,37 @@ class StoreUsed(RuleBasedStateMachine):
             if not node_is_back:
                 self._take(stream, by, count)
 
-    def _leave(self, stream: str, by: str) -> None:
+    def _release(self, stream: str, by: str) -> None:
         clean = self._run(self._leases[by].release_stream(stream))
         assert clean == all(one.consumer != by for one in self._unfinished[stream].values())
         assert not self._redis.exists(self._keys.adopter(stream))
         del self._adopters[stream]
 
-    # What a worker does with a request, one step at a time
+    # The steps of a worker
 
     @precondition(lambda self: self._jobs or self._frozen)
     @rule(data=st.data(), steps=st.lists(STEPS, min_size=1, max_size=4))
     def a_worker_goes_on(self, data: st.DataObject, steps: list[int | Terminal | str]) -> None:
-        """It opens; it says something, or tries again; the user may cancel; it says the end; it takes it out."""
+        """Open; append, or retry; the user may cancel; append the end; finish."""
         job = data.draw(st.sampled_from(self._jobs + self._frozen), label="job")
         for step in steps:
             if job in self._jobs or job in self._frozen:
-                self._go_on(job, step)
+                self._step(job, step)
 
-    def _go_on(self, job: Job, step: int | Terminal | str) -> None:
+    def _step(self, job: Job, step: int | Terminal | str) -> None:
         if step == CANCEL:
             self._cancel(job.request.user_id, job.request.message_id)
         elif job.then is not None:
             self._run(job.then())
-            self._forget(job)
+            self._drop(job)
         elif job.attempt == 0 or step == AGAIN:
             self._open(job)
         elif before_start(job.entry.deliveries, LIMITS) is not None:
-            self._say(job, 0, FAILED)
+            self._append(job, 0, FAILED)
         elif isinstance(step, Terminal):
-            self._say(job, 1, step)
+            self._append(job, 1, step)
         else:
-            self._say(job, int(step), None)
+            self._append(job, int(step), None)
 
     def _open(self, job: Job) -> None:
         user, message = job.request.user_id, job.request.message_id
@@ -347,33 +349,33 @@ class StoreUsed(RuleBasedStateMachine):
         assert verdict == self._models[user, message].open(request=job.request_id, by=job.by)
         match verdict:
             case Opened(attempt):
-                job.attempt, job.said = attempt, 0
+                job.attempt, job.recorded = attempt, 0
             case Ended("failed", owner) if owner == job.request_id:
                 job.then = self._burying(job)
             case _:
                 job.then = self._finishing(job)
 
-    def _say(self, job: Job, more: int, end: Terminal | None) -> None:
-        user, message, after = job.request.user_id, job.request.message_id, min(job.said + more, LONGEST)
+    def _append(self, job: Job, more: int, end: Terminal | None) -> None:
+        user, message, after = job.request.user_id, job.request.message_id, min(job.recorded + more, LONGEST)
         given: dict[str, Any] = {
             "attempt": job.attempt,
-            "before": job.said,
+            "before": job.recorded,
             "after": after,
-            "text": text_of(job.attempt)[job.said : after],
+            "text": text_of(job.attempt)[job.recorded : after],
             "terminal": end,
         }
         verdict = self._run(self._replies[job.by].append(user, message, **given))
         assert verdict == self._models[user, message].append(**given)
         match verdict:
             case Appended():
-                job.said = after
+                job.recorded = after
                 if end is not None:
                     job.then = self._burying(job) if end == FAILED else self._finishing(job)
             case Rejected("ended"):
                 job.then = self._finishing(job)
             case _:
                 assert verdict == Rejected("superseded")
-                self._forget(job)
+                self._drop(job)
 
     def _finishing(self, job: Job) -> Callable[[], Coroutine[Any, Any, None]]:
         return lambda: self._streams[job.stream, job.by].finish(job.entry)
@@ -386,12 +388,12 @@ class StoreUsed(RuleBasedStateMachine):
 
         return bury
 
-    def _forget(self, job: Job) -> None:
+    def _drop(self, job: Job) -> None:
         (self._jobs if job in self._jobs else self._frozen).remove(job)
         if job.then is not None:
             self._unfinished[job.stream].pop(job.entry.entry_id, None)
 
-    # What holds after every step
+    # Invariants
 
     @invariant()
     def every_accepted_message_has_its_end_or_a_request(self) -> None:
@@ -421,15 +423,15 @@ class StoreUsed(RuleBasedStateMachine):
     @invariant()
     def every_reply_is_sound(self) -> None:
         for message, entries in self._entries().items():
-            assert entries == [replace(said, terminal=None) for said in self._models[message].entries]
-            assert not any(said.event in TERMINAL for said in entries[:-1])  # I4
+            assert entries == [replace(entry, terminal=None) for entry in self._models[message].entries]
+            assert not any(entry.event in TERMINAL for entry in entries[:-1])  # I4
             if entries:
-                latest = [said for said in entries if said.attempt == entries[-1].attempt]
-                text = "".join(said.text for said in latest)
+                latest = [recorded for recorded in entries if recorded.attempt == entries[-1].attempt]
+                text = "".join(recorded.text for recorded in latest)
                 assert text == text_of(entries[-1].attempt)[: entries[-1].offset]  # I5
 
     def _entries(self) -> dict[tuple[int, str], list[Said]]:
-        """What is recorded of every message."""
+        """The record of every message."""
         with self._redis.pipeline(transaction=False) as pipeline:
             for user, message in self._models:
                 pipeline.xrange(self._keys.reply(user, message))
@@ -440,28 +442,28 @@ class StoreUsed(RuleBasedStateMachine):
         }
 
     def teardown(self) -> None:
-        """However it came to this: the nodes start once more, and everything that was accepted is answered, once."""
+        """Whatever happened, the nodes start again, and every accepted message is answered once."""
         for node in NODES:
             self._end_process(node, "frozen")
         for node in NODES:
             self._start_process(node)
         for stream in NODES:
-            for by in NODES:  # also what it had of another's stream, and what that one must now take for at work
+            for by in NODES:  # also the entries of a stream that another node had claimed
                 self._take_up(stream, by)
             self._take(stream, stream, NODE_CAP)
         while self._jobs:
-            self._go_on(self._jobs[0], DONE)
+            self._step(self._jobs[0], DONE)
         assert not any(self._unfinished.values())
         self.every_accepted_message_has_its_end_or_a_request()
         replies = self._entries()
-        while self._frozen:  # whatever they had in mind, it comes too late
-            self._go_on(self._frozen[0], DONE)
+        while self._frozen:  # their late steps change nothing
+            self._step(self._frozen[0], DONE)
         assert self._entries() == replies
         self.redis_shows_the_requests_that_are_unfinished()
         self.every_reply_is_sound()
 
 
-@pytest.mark.timeout(600)  # it takes seconds, but the shortest example of a failure takes a while to find
+@pytest.mark.timeout(600)  # it takes seconds, but shrinking a failure takes longer
 def test_any_order_of_work_and_death_loses_and_repeats_nothing(redis_server: RedisServer) -> None:
     known = Settings.load(redis_url=redis_server.url)
     with asyncio.Runner() as runner, redis_server.client() as client:

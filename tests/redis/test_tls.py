@@ -1,4 +1,4 @@
-"""Redis over TLS: one server, Sentinel and Cluster that speak nothing else. Of the servers here, Debian's Redis can."""
+"""Redis over TLS only: one server, Sentinel and Cluster. Of the tested servers, only Debian's Redis supports it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module")
 def tls(authority: Authority) -> RedisTls:
-    """Clients have to show a certificate, too."""
+    """A server that requires a certificate of clients."""
     return RedisTls(authority.file, authority.issue("127.0.0.1"), authority.issue("node"))
 
 
@@ -54,7 +54,7 @@ def server(binary: str, tls: RedisTls, tmp_path_factory: pytest.TempPathFactory)
 
 
 async def refusal(url: str) -> str:
-    """What a node is told that cannot connect, in one way or another."""
+    """The errors of commands and of a reader that cannot connect."""
     reader = BlockingReader(url, block=timedelta(milliseconds=100), timeout=TIMEOUT)
     async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
         told = set[str]()
@@ -67,7 +67,7 @@ async def refusal(url: str) -> str:
 
 
 async def works(url: str) -> None:
-    """A request goes in and comes out: by commands and by the reader."""
+    """Assert that a request is admitted and read, by commands and by the reader."""
     settings = Settings.load(redis_url=url)
     reader = BlockingReader(settings.redis_url, block=TIMEOUT, timeout=TIMEOUT)
     async with RedisClient(settings.redis_url, connections=2, timeout=TIMEOUT) as redis_client:

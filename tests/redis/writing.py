@@ -1,4 +1,4 @@
-"""Someone who writes all the time while Redis changes, and knows what he was told."""
+"""A writer that appends continuously while Redis changes, and remembers each reply."""
 
 from __future__ import annotations
 
@@ -24,52 +24,52 @@ class Writer:
 
     Attributes:
         stream: Its key.
-        told: The numbers that Redis has answered for.
-        unsure: Those for which it was told `StoreUnavailable`.
-        errors: Anything else it was told, which must be nothing.
-        longest: Seconds that it waited for an answer at most.
-        over: It shall write no more.
+        confirmed: The numbers whose append was confirmed.
+        unsure: Texts of `StoreUnavailable`.
+        errors: Any other errors; there must be none.
+        longest: The longest wait for a reply, in seconds.
+        stopped: Set to end `run`.
     """
 
     redis_client: RedisClient
     stream: str
-    told: list[int] = field(default_factory=list)
+    confirmed: list[int] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     longest: float = 0.0
-    over: bool = False
+    stopped: bool = False
 
     async def run(self) -> None:
-        """Write until it is over."""
+        """Write until stopped."""
         loop = asyncio.get_running_loop()
         number = 0
-        while not self.over:
+        while not self.stopped:
             number += 1
             began = loop.time()
             try:
                 await self.redis_client.execute("XADD", self.stream, "*", "n", number)
-                self.told.append(number)
+                self.confirmed.append(number)
             except StoreUnavailable as error:
                 self.unsure.append(str(error))
-                await asyncio.sleep(0.005)  # as long as an answer takes; nothing answers now
-            except Exception as error:  # noqa: BLE001 - the test looks at it
+                await asyncio.sleep(0.005)  # about a round trip
+            except Exception as error:  # noqa: BLE001 - the test checks it
                 self.errors.append(error)
             self.longest = max(self.longest, loop.time() - began)
 
     async def goes_on(self, entries: int = 20) -> None:
-        """Wait until that many more are written."""
-        before = len(self.told)
-        await wait_until(lambda: len(self.told) >= before + entries, f"{self.stream} is written to", limit=LIMIT)
+        """Wait until so many more entries are confirmed."""
+        before = len(self.confirmed)
+        await wait_until(lambda: len(self.confirmed) >= before + entries, f"{self.stream} is written to", limit=LIMIT)
 
     def in_redis(self, client: redis.Redis) -> list[int]:
-        """The numbers that are in the stream."""
+        """The numbers in the stream."""
         rows: Any = client.xrange(self.stream)
         return [int(fields["n"]) for _, fields in rows]
 
 
 @asynccontextmanager
 async def writing(redis_client: RedisClient, *streams: str) -> AsyncIterator[list[Writer]]:
-    """One writer for each stream; at the end all have been told answers or `StoreUnavailable`."""
+    """One writer for each stream. At the end, each append was confirmed or raised `StoreUnavailable`."""
     writers = [Writer(redis_client, stream) for stream in streams]
     tasks = [asyncio.create_task(writer.run()) for writer in writers]
     try:
@@ -78,11 +78,11 @@ async def writing(redis_client: RedisClient, *streams: str) -> AsyncIterator[lis
         yield writers
     finally:
         for writer in writers:
-            writer.over = True
+            writer.stopped = True
         await asyncio.wait(tasks)
     for writer in writers:
         assert writer.errors == []
 
 
 SCRIPT = LUA["ensure_group"]
-"""A script of ours, for a server that does not know it."""
+"""A script that the server does not know yet."""

@@ -1,10 +1,13 @@
-"""Which key of a command decides where in a cluster it goes."""
+"""The key of a command, and the slot of a key."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from redis.crc import key_slot
 
-from imstream.redis.cluster import key_of
+from imstream.redis.cluster import key_of, slot_of
 
 KEYS = {
     ("XADD", "s", "*", "a", "b"): "s",
@@ -24,3 +27,10 @@ KEYS = {
 @pytest.mark.parametrize("command", KEYS, ids=lambda command: " ".join(map(str, command)))
 def test_a_command_goes_where_its_key_is(command: tuple[str | int, ...]) -> None:
     assert key_of(command) == KEYS[command]
+
+
+@example(b"a{}b{c}")
+@example(b"}{tag}")
+@given(st.text("{}ab").map(str.encode))
+def test_a_key_has_the_slot_that_a_cluster_gives_it(key: bytes) -> None:
+    assert slot_of(key) == key_slot(key)

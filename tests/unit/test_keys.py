@@ -1,4 +1,4 @@
-"""Redis keys: no two things share one, and what one script touches lies in one slot."""
+"""Redis keys: all are distinct, and those of one script share a slot."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MESSAGES = st.from_regex(r"[A-Za-z0-9._:-]{1,64}", fullmatch=True)
 
 
 def hash_tag(key: str) -> str:
-    """What a cluster takes a key's slot from: what is between the first brace and the first closing one behind it."""
+    """The hash tag of a key: the text between the first `{` and the next `}`."""
     match = re.search(r"\{([^}]+)\}", key)
     return match[1] if match else key
 
 
 def all_of_node(keys: Keys, node: str) -> set[str]:
-    """Every key that belongs to one node."""
+    """The keys of one node."""
     return {
         keys.requests(node),
         keys.load(node),

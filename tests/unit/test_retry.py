@@ -1,4 +1,4 @@
-"""Asking Redis again until it answers."""
+"""Retrying until Redis is available."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.virtual_time import in_virtual_time
 
 
 class Redis:
-    """Raises what it was given, one after the other, then answers."""
+    """Raises the given errors one after the other, then answers."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -46,7 +46,7 @@ async def test_however_long_redis_was_away_it_is_asked_again_within_a_second() -
     await retry_until_available(redis.ask)
     waits = [later - earlier for earlier, later in zip(redis.at, redis.at[1:], strict=False)]
     assert max(waits) <= 1
-    assert len(set(waits[10:])) > 100  # those who wait must not all come at once
+    assert len(set(waits[10:])) > 100  # waiting clients must not retry all at once
 
 
 @in_virtual_time
