@@ -110,24 +110,24 @@ class OpenAIBackend(EndpointClient):
         limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
         payload = _Payload(data, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
         try:
-            return await self._session.post(self._url, data=payload, allow_redirects=False)
+            return await self._session.post(self._endpoint.url, data=payload, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:
             # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
-            raise failures.from_exception(error, secrets=self._secrets) from None
+            raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
 
     async def _receive(
         self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
     ) -> Completion:
         if is_encoded(response):
             raise TransientBackendError("bad_stream", ENCODED)
-        reader = AnswerReader(limit=self._settings.max_answer, secrets=self._secrets)
+        reader = AnswerReader(limit=self._settings.max_answer, secrets=self._endpoint.secrets)
         intake = _Intake(reader, limits, on_text, idle_timeout=self._settings.ai_idle_timeout, turn=self._turn)
         try:
             while not reader.complete:
                 await stream_body(response, intake.feed)
                 await intake.feed_deferred()
         except BodyBroken as broken:
-            raise failures.from_exception(broken.cause, secrets=self._secrets) from None
+            raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
         limits.stop()
         if not reader.truncated:
             await self._receive_rest(response.content, reader, intake)

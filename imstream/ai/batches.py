@@ -12,13 +12,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
-MAX_CALLS = 8
-"""Maximum concurrent calls."""
-
-MIN_INTERVAL = 0.020
-"""Minimum seconds between the starts of two calls, unless a batch is full. It bounds the time that batching adds."""
+MAX_CALLS = 8  # at the same time
+MIN_INTERVAL = 0.020  # seconds between the starts of two calls, unless a batch is full: bounds the delay
 
 T = TypeVar("T")
 
@@ -32,8 +29,7 @@ class Batcher(Generic[T]):
         self._queue: deque[tuple[str, asyncio.Future[T]]] = deque()
         self._calls: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
-        self._next_start = 0.0
-        """When a call may start without being full (loop time)."""
+        self._next_start = 0.0  # of a call that is not full (loop time)
 
     async def submit(self, text: str) -> T:
         """The result for a text. Cancelling does not affect other texts of the same call."""
@@ -91,9 +87,7 @@ class Batcher(Generic[T]):
         finally:
             _cancel(batch)  # those without a result, when the call is cancelled
             batch.clear()  # breaks reference cycles: exceptions have tracebacks with this frame
-            task = asyncio.current_task()
-            assert task is not None  # noqa: S101 - this coroutine runs in a task
-            self._calls.discard(task)
+            self._calls.discard(cast("asyncio.Task[None]", asyncio.current_task()))
             if self._timer is None:  # texts may be waiting because too many calls were running
                 self._start_calls()
 

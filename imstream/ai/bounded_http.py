@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -24,19 +24,12 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-HEAD_LIMIT = 32 * 1024
-"""Maximum bytes of the head of a response, including all interim responses before it."""
-
-RECEIVE_BUFFER = 32 * 1024
-"""Requested size of the kernel's receive buffer. It bounds the bytes parsed in one turn of the event loop."""
-
-OVERHEAD_LIMIT = 512 * 1024
-"""Maximum bytes of a response that are not body, such as chunk sizes, beyond the number of bytes of its body."""
+HEAD_LIMIT = 32 * 1024  # bytes of the head of a response, including all interim responses before it
+OVERHEAD_LIMIT = 512 * 1024  # bytes of a response that are not body, such as chunk sizes, beyond the size of its body
+RECEIVE_BUFFER = 32 * 1024  # bytes; bounds what is parsed in one turn of the event loop
+_SLICE = 2048  # bytes of a head that are parsed at once: by how much a read can exceed the limit
 
 ENCODED = "a body with a content encoding, which is not supported"
-
-_SLICE = 2048
-"""Bytes of a head that are parsed at once: by how much a read can exceed the limit."""
 
 
 class ResponseTooLarge(aiohttp.ClientPayloadError):
@@ -56,14 +49,11 @@ class BoundedHandler(ResponseHandler):
 
     It also aborts a connection that receives a response without a request, which aiohttp would take for the response to
     the next request.
-
-    Attributes:
-        unchecked: Bytes that may be received before the limits are checked again.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, limit: int) -> None:
         super().__init__(loop)
-        self.unchecked = 0
+        self.unchecked = 0  # bytes that may be received before the limits are checked again
         self._limit = limit
         self._head_remaining = 0
         self._allowed = 0
@@ -126,13 +116,10 @@ class _NoCookies(aiohttp.DummyCookieJar):
         """See `aiohttp.abc.AbstractCookieJar`."""
 
 
-def bounded_session(*, headers: dict[str, str], limit: int, keep_alive: timedelta) -> aiohttp.ClientSession:
-    """A session without time limits (they are the caller's) and without a limit on the number of connections.
+def bounded_session(*, headers: Mapping[str, str], limit: int, keep_alive: timedelta) -> aiohttp.ClientSession:
+    """A session without time limits, which are the caller's, and with any number of connections.
 
-    Args:
-        headers: Headers of every request.
-        limit: Maximum bytes of the body of a response on the wire.
-        keep_alive: How long an unused connection is kept open.
+    `limit`: maximum bytes of a response. `keep_alive`: how long an unused connection is kept open.
     """
     connector = aiohttp.TCPConnector(
         limit=0, keepalive_timeout=keep_alive.total_seconds(), socket_factory=_small_socket
@@ -165,11 +152,8 @@ def is_encoded(response: aiohttp.ClientResponse) -> bool:
 async def stream_body(response: aiohttp.ClientResponse, on_data: Callable[[bytes], bool]) -> None:
     """Call `on_data` with each part of the body as soon as it is received, and with `b""` at its end.
 
-    `on_data` returns whether it takes more; the rest can be read from `response.content`.
-
-    Raises:
-        BodyBroken: The connection was lost within the body, or it is not valid HTTP.
-        Exception: Whatever `on_data` raises.
+    `on_data` returns whether it takes more; the rest can be read from `response.content`. Raises `BodyBroken` if the
+    connection is lost or the body is not valid HTTP, and what `on_data` raises.
     """
     body = _StreamedBody(response, on_data)
     body.attach()
@@ -195,8 +179,7 @@ class _StreamedBody(asyncio.Protocol):
         self._on_data = on_data
         self._transport: asyncio.Transport | None = None
         self._lost = False
-        self._paused = True
-        """Whether aiohttp may have paused reading, or buffered data that it has not parsed."""
+        self._paused = True  # aiohttp may have paused reading, or buffered data that it has not parsed
         self._connected = response.connection is not None
         if response.connection is not None:  # None: the whole body was received with the head
             assert isinstance(response.connection.protocol, BoundedHandler)  # noqa: S101 - from a bounded session
@@ -244,7 +227,6 @@ class _StreamedBody(asyncio.Protocol):
         self._handler.resume_writing()
 
     def pause_reading(self) -> None:
-        """Called by the body when its buffer is full."""
         self._paused = True
         self._handler.pause_reading()
 
@@ -252,16 +234,13 @@ class _StreamedBody(asyncio.Protocol):
         """Called by the body after each read. Reading is resumed when all of its buffer was delivered."""
 
     def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            if self._connected:
-                self._handler.resume_reading()  # may parse buffered data, and pause again
+        was_paused, self._paused = self._paused, False
+        if was_paused and self._connected:
+            self._handler.resume_reading()  # may parse buffered data, and pause again
 
     def _deliver(self) -> None:
-        if self.ended.done():
-            return
         try:
-            if not self._deliver_buffered():
+            if not self.ended.done() and not self._deliver_buffered():
                 self.ended.set_result(None)
         except Exception as error:  # noqa: BLE001 - raised by `stream_body`
             self.ended.set_exception(error)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import ClassVar, Self
@@ -23,11 +25,17 @@ KEEP_ALIVE = timedelta(seconds=4)
 """How long an unused connection is kept open. Servers close theirs after 5 s (uvicorn, Node) or later; a client that
 keeps it longer may send a request on a connection that was just closed."""
 
-ERROR_BODY_LIMIT = 8192
-"""Maximum bytes read of the body of an error response."""
+ERROR_BODY_LIMIT = 8192  # bytes read of the body of an error response
+ERROR_BODY_WAIT = timedelta(seconds=2)  # time limit for that body, which only explains the status
 
-ERROR_BODY_WAIT = timedelta(seconds=2)
-"""Time limit for that body. The status is known by then; the body only explains it."""
+
+@dataclass(frozen=True, slots=True, repr=False)  # all fields may contain a secret
+class Endpoint:
+    """A URL, the headers of each request, and the texts that no error may show."""
+
+    url: URL
+    headers: Mapping[str, str]
+    secrets: tuple[str, ...]
 
 
 class EndpointClient:
@@ -40,17 +48,10 @@ class EndpointClient:
     """Content types of the responses."""
 
     def __init__(self, name: str, base: SecretUrl | None, key: SecretStr | None, *, path: str, limit: int) -> None:
-        """Check the settings.
+        """Call `path` below the base URL, with at most `limit` bytes of the body of a response.
 
-        Args:
-            name: Prefix of the settings, such as `AI`.
-            base: The base URL, which ends in `/v1`.
-            key: The API key; it takes precedence over credentials in the URL.
-            path: The path of the endpoint below the base URL.
-            limit: Maximum bytes of the body of a response.
-
-        Raises:
-            SettingsError: The base is not a URL with a host, or the key is not allowed in a header.
+        The key takes precedence over credentials in the URL. Raises `SettingsError` about the settings `{name}_URL` and
+        `{name}_KEY`: a base URL without a host, or a key that is not allowed in a header.
         """
         plain = key.get_secret_value().strip() if key is not None else ""
         if not (plain.isascii() and plain.isprintable()):
@@ -63,24 +64,26 @@ class EndpointClient:
             raise SettingsError(
                 f"{ENV_PREFIX}{name}_URL={str(base or '')!r} is not allowed: must be a URL with a host, ending in /v1"
             )
-        self._headers = {
+        headers = {
             "Accept": self._accept,
             "Accept-Encoding": "identity",  # compression would delay tokens until a block is full
             "User-Agent": f"imstream/{__version__}",
         }
         if plain:
             url = url.with_user(None)
-            self._headers["Authorization"] = f"Bearer {plain}"
+            headers["Authorization"] = f"Bearer {plain}"
         password = url.password or ""
         basic = b64encode(f"{url.user or ''}:{password}".encode()).decode() if password else ""
-        self._secrets = tuple(secret for secret in (plain, password, basic) if secret)
-        """Texts that no error may show: some servers repeat the header that they reject."""
-        self._url = url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True)
+        secrets = (plain, password, basic)  # also encoded: some servers repeat the header that they reject
+        url = url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True)
+        self._endpoint = Endpoint(url, headers, tuple(filter(None, secrets)))
         self._body_limit = limit
         self._open_session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._open_session = bounded_session(headers=self._headers, limit=self._body_limit, keep_alive=KEEP_ALIVE)
+        self._open_session = bounded_session(
+            headers=self._endpoint.headers, limit=self._body_limit, keep_alive=KEEP_ALIVE
+        )
         return self
 
     async def __aexit__(
@@ -107,7 +110,7 @@ class EndpointClient:
     def _error(self, response: aiohttp.ClientResponse, body: bytes) -> BackendError:
         """The error for an error response and the beginning of its body."""
         now = datetime.now(UTC)
-        return failures.from_response(response.status, response.headers, body, now=now, secrets=self._secrets)
+        return failures.from_response(response.status, response.headers, body, now=now, secrets=self._endpoint.secrets)
 
 
 async def read_until(content: aiohttp.StreamReader, deadline: float) -> bytes:

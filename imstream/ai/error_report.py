@@ -12,23 +12,12 @@ from typing import Any, Self, TypeGuard
 
 from pydantic_core import from_json
 
-DETAIL_LENGTH = 200
-"""Maximum characters of a backend's message in the detail of an error."""
-
-TEXT_LIMIT = 8192
-"""Maximum bytes of an error body, and characters of a text in it, that are read."""
-
-WORD_LIMIT = 64
-"""Maximum characters of a code, a type or a part of a path. Longer ones are ignored."""
-
-_MAX_FIELDS = 8
-"""Maximum wrong fields, and parts of the path of one, in a detail."""
-
-_MAX_INDEX = 10**9
-
-_MIN_SECRET_PREFIX = 4
-"""Characters of a truncated secret that are hidden, too."""
-
+DETAIL_LENGTH = 200  # characters of a backend's message in the detail of an error
+TEXT_LIMIT = 8192  # bytes of an error body, and characters of a text in it, that are read
+WORD_LIMIT = 64  # characters of a code, a type or a part of a path; longer ones are ignored
+_MAX_FIELDS = 8  # wrong fields, and parts of the path of one, in a detail
+_MAX_INDEX = 10**9  # in the path of a wrong field
+_MIN_SECRET_PREFIX = 4  # characters of a truncated secret that are hidden, too
 _ERROR_STATUSES = range(400, 600)
 
 # All of these run in linear time: repetitions are bounded, or match to the end.

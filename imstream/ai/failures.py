@@ -29,8 +29,7 @@ from imstream.ai.bounded_http import ResponseTooLarge
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 
-MAX_RETRY_AFTER = timedelta(hours=1)
-"""A longer Retry-After is shortened to this."""
+MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
 
 TRANSIENT_STATUSES = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
@@ -75,15 +74,7 @@ TRANSIENT_WORDS = frozenset(
 def from_response(
     status: int, headers: Mapping[str, str], body: bytes, *, now: datetime, secrets: tuple[str, ...] = ()
 ) -> BackendError:
-    """The error for an error status.
-
-    Args:
-        status: The status of the response.
-        headers: Its headers, case-insensitive.
-        body: The beginning of its body.
-        now: The current time with a time zone, for dates in `Retry-After`.
-        secrets: Texts that the error may not show.
-    """
+    """The error for a response with an error status, from the beginning of its body. It does not show `secrets`."""
     report = ErrorReport.from_body(body)
     detail = report.summary(secrets)
     if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:

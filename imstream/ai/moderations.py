@@ -22,15 +22,9 @@ from imstream.ai.error_report import ErrorReport, shorten
 from imstream.errors import PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 
-ANSWER_LIMIT = 1 << 18
-"""Maximum bytes of an answer. One result of OpenAI has about 1 KB."""
-
-_MAX_CATEGORIES = 16
-"""Maximum categories of one text that are logged. OpenAI has 13."""
-
-WRONG_NUMBER = "wrong_number"
-"""Reason of an error: the number of results is not that of the texts."""
-
+ANSWER_LIMIT = 1 << 18  # bytes of an answer; one result of OpenAI has about 1 KB
+WRONG_NUMBER = "wrong_number"  # reason of an error: the number of results is not that of the texts
+_MAX_CATEGORIES = 16  # of one text that are logged; OpenAI has 13
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -54,12 +48,7 @@ class ModerationClient(EndpointClient):
         self._timeout = settings.moderation_timeout.total_seconds()
 
     async def moderate(self, texts: Sequence[str]) -> list[ModerationResult]:
-        """Moderate texts. A single text is sent as a string, which every server accepts.
-
-        Raises:
-            TransientBackendError: The service is unavailable.
-            PermanentBackendError: The server rejects the request, and would reject it again.
-        """
+        """Moderate texts. A single text is sent as a string, which every server accepts. Raises `BackendError`."""
         try:
             data = to_json({"model": self._model, "input": texts[0] if len(texts) == 1 else texts})
         except PydanticSerializationError:
@@ -73,7 +62,9 @@ class ModerationClient(EndpointClient):
 
     async def _post(self, data: bytes) -> bytes:
         try:
-            async with self._session.post(self._url, data=data, headers=_JSON, allow_redirects=False) as response:
+            async with self._session.post(
+                self._endpoint.url, data=data, headers=_JSON, allow_redirects=False
+            ) as response:
                 if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                     raise self._error(response, await self._read_error(response))
                 if is_encoded(response):
@@ -89,7 +80,7 @@ class ModerationClient(EndpointClient):
             raise
         except (aiohttp.ClientError, OSError) as error:
             # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
-            raise failures.from_exception(error, secrets=self._secrets) from None
+            raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
 
     def _parse(self, body: bytes, number: int) -> list[ModerationResult]:
         try:
@@ -99,7 +90,7 @@ class ModerationClient(EndpointClient):
         if not isinstance(value, dict):
             raise TransientBackendError("bad_answer", "JSON of another shape than a moderation's")
         if value.get("error"):
-            raise failures.from_report(ErrorReport.from_value(value), secrets=self._secrets)
+            raise failures.from_report(ErrorReport.from_value(value), secrets=self._endpoint.secrets)
         results = value.get("results")
         if not isinstance(results, list):
             raise TransientBackendError("bad_answer", "JSON without results")
@@ -116,4 +107,4 @@ class ModerationClient(EndpointClient):
         categories = result.get("categories")
         names = (name for name, value in categories.items() if value is True) if isinstance(categories, dict) else ()
         line = ", ".join(islice(names, _MAX_CATEGORIES))
-        return ModerationResult(flagged=True, categories=shorten(line, self._secrets))
+        return ModerationResult(flagged=True, categories=shorten(line, self._endpoint.secrets))

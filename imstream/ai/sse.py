@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 
-EVENT_LIMIT = 1 << 20
-"""Maximum bytes buffered of an incomplete event. An event carries one token, as a rule."""
+EVENT_LIMIT = 1 << 20  # bytes buffered of an incomplete event, which carries one token, as a rule
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -27,30 +26,20 @@ class EventParser:
 
     It works on bytes: line ends and `data:` never occur inside a UTF-8 character, so nothing has to be decoded, and a
     fragmented character is complete before its event is.
-
-    Attributes:
-        buffered: About how many bytes of an incomplete event are buffered.
     """
 
     __slots__ = ("_after_cr", "_begun", "_data", "_limit", "_line", "buffered")
 
     def __init__(self, *, limit: int = EVENT_LIMIT) -> None:
-        self.buffered = 0
+        self.buffered = 0  # bytes of an incomplete event, approximately
         self._limit = limit
-        self._line: list[bytes] = []
-        """The fragments of an incomplete line."""
-        self._data: list[bytes] = []
-        """The data lines of an incomplete event."""
-        self._after_cr = False
-        """The last byte was a carriage return: a line feed that follows belongs to it."""
+        self._line: list[bytes] = []  # the fragments of an incomplete line
+        self._data: list[bytes] = []  # the data lines of an incomplete event
+        self._after_cr = False  # the last byte was a carriage return: a line feed that follows belongs to it
         self._begun = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Parse a read; return the data of the events that it completes.
-
-        Raises:
-            EventTooLong: An incomplete event is longer than the limit.
-        """
+        """Parse a read; return the data of the events that it completes. Raises `EventTooLong`."""
         stateful = self._line or self._data or self._after_cr or not self._begun
         if not stateful and (match := _SINGLE_EVENT.fullmatch(chunk)) and b"\r" not in chunk:
             return [match[1]]

@@ -23,27 +23,15 @@ from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.wire import MAX_USER_ID
 
-MESSAGE_TOKENS = 5
-"""Tokens that a chat template adds to each message: in ChatML `<|im_start|>`, the role, a line break, `<|im_end|>` and
-another line break; 3 to 5 in others."""
+MESSAGE_TOKENS = 5  # that a chat template adds to each message, in ChatML; 3 to 5 in others
+PROMPT_TOKENS = 32  # that it adds to the prompt: the start of the answer, and a default system prompt (Qwen: 25)
+MIN_MESSAGE_TOKENS = 64  # that the settings must leave for a message
 
-PROMPT_TOKENS = 32
-"""Tokens that a chat template adds to the prompt: the start of the answer, and its default system prompt (Qwen: 25)."""
-
-MIN_MESSAGE_TOKENS = 64
-"""Settings that leave fewer tokens for a message are rejected."""
-
-VARIABLES = ("user", "date", "language")
-"""Variables of the system prompt and the message template. The date is the day on which the message was sent."""
-
-CONTENTS = "contents"
-"""The variable of the message template that stands for the user's text."""
+VARIABLES = ("user", "date", "language")  # of system prompt and message template; the date is that of the message
+CONTENTS = "contents"  # the variable of the message template that stands for the user's text
 
 _LANGUAGES = {"zh": "中文", "en": "English"}
-
-_THREAD_LENGTH = 8192
-"""Characters that a tokenizer counts in 4 ms. Longer texts are counted in a thread."""
-
+_THREAD_LENGTH = 8192  # characters that a tokenizer counts in 4 ms; longer texts are counted in a thread
 _CERTAIN_EXCESS = 2
 """A message with an estimate of this many times the budget is rejected unescaped: escaping never halves the estimate,
 but takes up to 40 ms for 64 KiB."""
@@ -125,16 +113,12 @@ class PromptPlan:
 
 
 class PromptAssembler:
-    """Assembles and measures prompts: one object with one tokenizer for the gateway and the worker of a node.
-
-    Attributes:
-        budget: Maximum tokens of a prompt.
-    """
+    """Assembles and measures prompts: one object with one tokenizer for the gateway and the worker of a node."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises `SettingsError` if settings conflict, name a missing file or variable, or leave no tokens."""
         self.counter = make_token_counter(settings)
-        self.budget = settings.context_tokens - settings.answer_tokens
+        self.budget = settings.context_tokens - settings.answer_tokens  # tokens of a prompt
         self._escaper = SpecialTokenEscaper(self.counter.special_tokens)
         self.escape = self._escaper.escape
         self._system = _system_prompt(settings)
@@ -144,8 +128,7 @@ class PromptAssembler:
             raise SettingsError(f"{setting} is not allowed: {{{CONTENTS}}} must stand in it")
         self._calendar = Calendar(ZoneInfo(settings.quota_timezone))
         for language in _LANGUAGES.values():
-            values = {"user": str(MAX_USER_ID), "date": "2026-12-31", "language": language, CONTENTS: ""}
-            system, question = self._fill(values)
+            system, question = self._fill(user=str(MAX_USER_ID), date="2026-12-31", language=language, contents="")
             self._template_tokens = self.size(question)
             self._message_budget = self.budget - PROMPT_TOKENS - sum(map(self.size, system)) - self._template_tokens
             if self._message_budget < MIN_MESSAGE_TOKENS:
@@ -161,8 +144,7 @@ class PromptAssembler:
         turns = [self._turn(role, content) for role, content in request.history]
         if self._fits_in_bytes([*system, *turns, question]):
             return PromptPlan(system, turns, question, self.budget, (0,) * len(turns))
-        length = len(request.contents) + sum(len(turn.content) for turn in turns)
-        return await self._run(length, lambda: self._measure(system, turns, question))
+        return await self._run([*turns, question], lambda: self._measure(system, turns, question))
 
     async def excess(self, request: ChatRequest) -> Excess | None:
         """Tell if a message is too long even without its history."""
@@ -176,8 +158,7 @@ class PromptAssembler:
         fixed = [*system, *turns, question]
         if self._fits_in_bytes(fixed):
             return None
-        length = sum(len(message.content) for message in fixed)
-        remaining = await self._run(length, lambda: self._remaining(fixed))
+        remaining = await self._run(fixed, lambda: self._remaining(fixed))
         return remaining if isinstance(remaining, Excess) else None
 
     def size(self, message: PromptMessage) -> int:
@@ -186,15 +167,12 @@ class PromptAssembler:
 
     def _fixed(self, request: ChatRequest) -> tuple[list[PromptMessage], PromptMessage]:
         """The messages before and after the history."""
-        values = {
-            "user": str(request.user_id),
-            "date": self._calendar.day(request.at).name,
-            "language": _LANGUAGES.get(request.lang, request.lang),
-            CONTENTS: self.escape(request.contents),
-        }
-        return self._fill(values)
+        date, language = self._calendar.day(request.at).name, _LANGUAGES.get(request.lang, request.lang)
+        return self._fill(
+            user=str(request.user_id), date=date, language=language, contents=self.escape(request.contents)
+        )
 
-    def _fill(self, values: Mapping[str, str]) -> tuple[list[PromptMessage], PromptMessage]:
+    def _fill(self, **values: str) -> tuple[list[PromptMessage], PromptMessage]:
         system = [] if self._system is None else [PromptMessage("system", self._system.fill(values))]
         return system, PromptMessage("user", self._template.fill(values))
 
@@ -234,9 +212,10 @@ class PromptAssembler:
                 return False
         return True
 
-    async def _run(self, length: int, count: Callable[[], T]) -> T:
-        """Count texts of a total length, in a thread if it would block the event loop."""
-        return await asyncio.to_thread(count) if self.counter.slow and length > _THREAD_LENGTH else count()
+    async def _run(self, messages: Iterable[PromptMessage], count: Callable[[], T]) -> T:
+        """Count the tokens of messages, in a thread if it would block the event loop."""
+        in_thread = self.counter.slow and sum(len(message.content) for message in messages) > _THREAD_LENGTH
+        return await asyncio.to_thread(count) if in_thread else count()
 
 
 def _system_prompt(settings: Settings) -> Template | None:

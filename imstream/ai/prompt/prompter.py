@@ -10,6 +10,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from io import StringIO
+from itertools import accumulate
 
 import structlog
 
@@ -21,17 +22,10 @@ from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.texts import DEFAULT_LANG, Lang, Sentence, localize
 
-SUMMARY_TOKENS = 512
-"""Maximum tokens of a summary."""
-
-MIN_HISTORY_BUDGET = 256
-"""With fewer tokens for the history, turns are dropped and not summarised."""
-
-_CACHE_SIZE = 256
-"""Summaries kept in memory, for retries and for the next messages of the same conversations."""
-
-_MAX_TOKEN_LENGTH = 8
-"""Average characters of a token, at most: a longer summary is cut off."""
+SUMMARY_TOKENS = 512  # maximum
+MIN_HISTORY_BUDGET = 256  # with fewer tokens for the history, turns are dropped and not summarised
+_CACHE_SIZE = 256  # summaries kept in memory, for retries and for the next messages of the same conversations
+_MAX_TOKEN_LENGTH = 8  # characters of a token on average, at most: a longer summary is cut off
 
 _TASK = Sentence(
     "请用不超过 {words} 个字概括下面的对话,供助手继续对话时参考:保留事实、名字、数字、已做的决定和未解决的问题。"
@@ -81,10 +75,7 @@ class Summaries:
         self._cache: OrderedDict[int, str] = OrderedDict()
 
     async def apply(self, request: ChatRequest, plan: PromptPlan) -> list[PromptMessage] | None:
-        """The prompt with a summary of as many of the oldest turns as do not fit beside it; None if there is none.
-
-        Cancelling closes the connection to the AI at once.
-        """
+        """The prompt with a summary of as many of the oldest turns as do not fit beside it; None if there is none."""
         lang: Lang = "en" if request.lang == "en" else DEFAULT_LANG
         keys = _cache_keys(request)
         for turns in range(plan.turns_to_drop(plan.budget), len(keys)):
@@ -151,10 +142,7 @@ class Summaries:
 
 def _cache_keys(request: ChatRequest) -> list[int]:
     """For each number of the oldest turns a key, different for each user and process."""
-    keys = [hash(request.user_id)]
-    for turn in request.history:
-        keys.append(hash((keys[-1], turn)))
-    return keys
+    return list(accumulate(request.history, lambda key, turn: hash((key, turn)), initial=hash(request.user_id)))
 
 
 def _newest(turns: Sequence[PromptMessage], budget: int, lang: Lang) -> list[str]:

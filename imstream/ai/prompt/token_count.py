@@ -39,23 +39,15 @@ from imstream.settings import Settings
 if TYPE_CHECKING:
     from tokenizers import Tokenizer  # an optional dependency
 
-_CACHE_SIZE = 2048
-"""Texts whose counts are cached: a conversation sends the same turns with every message."""
-
-_MAX_CACHED_LENGTH = 8192
-"""Maximum characters of a cached text. It bounds the cache to 64 MB; 2 MB are typical."""
+_CACHE_SIZE = 2048  # texts whose counts are cached: a conversation sends the same turns with every message
+_MAX_CACHED_LENGTH = 8192  # characters of a cached text: bounds the cache to 64 MB; 2 MB are typical
 
 
 class TokenCounter(Protocol):
-    """Counts tokens.
+    """Counts tokens."""
 
-    Attributes:
-        slow: Whether long texts should be counted in a thread: they take about 0.5 ms for each 1,000 characters.
-        special_tokens: The control tokens of the model, which users must not be able to send.
-    """
-
-    slow: bool
-    special_tokens: frozenset[str]
+    slow: bool  # long texts should be counted in a thread: they take about 0.5 ms for each 1,000 characters
+    special_tokens: frozenset[str]  # control tokens of the model, which users must not be able to send
 
     def count(self, text: str) -> int:
         """Count the tokens of a text. Thread-safe."""
@@ -102,8 +94,7 @@ class ModelTokenizer:
 def make_token_counter(settings: Settings) -> TokenCounter:
     """Make the counter that is configured. A tokenizer takes half a second to load and 100 MB or more.
 
-    Raises:
-        SettingsError: The tokenizer cannot be read, or the package that reads it is not installed.
+    Raises `SettingsError` if it cannot be read, or the package that reads it is not installed.
     """
     file = settings.tokenizer
     if file is None:
@@ -150,14 +141,5 @@ _SYMBOL_LETTER, _AFTER_SYMBOL = bytes([_SYMBOL, _LETTER]), 140
 """A letter directly after a symbol begins another token."""
 
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
-
-
-def _make_table() -> bytes:
-    table = bytearray([_SYMBOL] * 256)
-    for weight, characters in _WEIGHTS:
-        for byte in characters:
-            table[byte] = weight
-    return bytes(table)
-
-
-_TABLE = _make_table()
+_BY_FIRST_BYTE = {byte: weight for weight, characters in _WEIGHTS for byte in characters}
+_TABLE = bytes(_BY_FIRST_BYTE.get(byte, _SYMBOL) for byte in range(256))
