@@ -1,4 +1,4 @@
-"""Three nodes behind the real nginx and the real HAProxy, configured as in ops/: who lands where, and when."""
+"""Three nodes behind the real nginx and the real HAProxy, with the configurations of ops/: routing of users."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FEW = range(10001, 10151)
 
 @dataclass
 class Farm:
-    """Three nodes, and what they stand on."""
+    """Three nodes with their Redis and AI backend."""
 
     folder: Path
     redis: RedisServer
@@ -39,7 +39,7 @@ class Farm:
     nodes: dict[str, NodeProcess]
 
     def start(self, node: str) -> None:
-        """Start a node, again where it was if it was there."""
+        """Start a node, on its previous port if it had one."""
         port = self.nodes[node].port if node in self.nodes else None
         started = start_node(
             self.folder, redis_url=self.redis.url, ai_url=self.ai_url, node=node, port=port, settings={"lease": "2s"}
@@ -47,7 +47,7 @@ class Farm:
         self.nodes[node] = started
 
     def unfinished(self) -> int:
-        """Requests that have not ended, of all nodes."""
+        """Number of unfinished requests of all nodes."""
         with self.redis.client() as client:
             return sum(client.xlen(f"im:{{node:{node}}}:requests") for node in NODES)
 
@@ -77,7 +77,7 @@ def balancer(request: pytest.FixtureRequest, farm: Farm) -> Iterator[Balancer]:
 
 
 async def homes_of(balancer: Balancer, users: Sequence[int]) -> dict[int, str]:
-    """The node of each user when all nodes are up and nobody is sent elsewhere.
+    """The node of each user when all nodes are up and none is skipped.
 
     A node that misses two checks or answers one handshake late, as happens on a busy machine, is passed over for a
     moment. So users are looked up until two rounds in a row agree, the second of them with all nodes.
@@ -94,7 +94,7 @@ async def homes_of(balancer: Balancer, users: Sequence[int]) -> dict[int, str]:
 
 
 async def all_home(balancer: Balancer, homes: dict[int, str]) -> None:
-    """Wait until all users come to their own nodes again: a node that returns is found within some seconds."""
+    """Wait until all users are routed to their own nodes again: a restarted node is detected within seconds."""
 
     async def at_home() -> bool:
         return await balancer.nodes_of(homes) == homes
@@ -103,13 +103,13 @@ async def all_home(balancer: Balancer, homes: dict[int, str]) -> None:
 
 
 def spread_over_both(nodes: Iterable[str], lost: str) -> bool:
-    """Whether the users of the lost node went to both of the others, neither of which got nearly all."""
+    """Whether the users of the lost node were spread over both other nodes."""
     shares = Counter(nodes)
     assert lost not in shares
     return min(shares[node] for node in NODES if node != lost) >= 0.25 * shares.total()
 
 
-# The users that a node gets are a third of the ring, within 5 %, and by chance some more or fewer.
+# A node gets a third of the ring, within 5 %, and the number of users in it varies.
 @pytest.mark.parametrize(
     ("users", "deviation"), [(USERS[:600], 70), pytest.param(USERS, 150, marks=pytest.mark.long)], ids=["600", "3000"]
 )
@@ -166,15 +166,15 @@ async def test_a_draining_node_keeps_its_sockets_and_gets_no_new_ones(balancer: 
     homes = await homes_of(balancer, FEW)
     user, question = FEW[0], "A last one [[demo length=150 pace=10ms]]"
     draining = homes[user]
-    async with peer(balancer.ws(user), user=user) as someone:
-        await someone.chat(user, question, f"last-{balancer.program}")
-        await someone.some_text(f"last-{balancer.program}")
+    async with peer(balancer.ws(user), user=user) as socket:
+        await socket.chat(user, question, f"last-{balancer.program}")
+        await socket.some_text(f"last-{balancer.program}")
         farm.nodes[draining].process.signal(signal.SIGTERM)
         await wait_until(lambda: http_status(f"{farm.nodes[draining].http}/readyz") == 503, "it drains")
         now = await balancer.nodes_of(user for user in FEW if homes[user] == draining)
         assert spread_over_both(now.values(), draining)
-        assert (await someone.end_of(f"last-{balancer.program}")).text == "".join(canned_answer(question))
-        assert await someone.closed() == 1012
+        assert (await socket.end_of(f"last-{balancer.program}")).text == "".join(canned_answer(question))
+        assert await socket.closed() == 1012
     assert farm.nodes[draining].process.wait() == 0
     farm.start(draining)
     await all_home(balancer, homes)
@@ -201,14 +201,14 @@ async def test_words_pass_one_by_one_while_the_answer_is_being_made(balancer: Ba
     question = "Word by word [[demo length=60 pace=30ms]]"
     pieces = canned_answer(question, 60)
     message_id = f"words-{balancer.program}"
-    async with peer(balancer.ws(10001), user=10001) as someone:
-        await someone.chat(10001, question, message_id)
+    async with peer(balancer.ws(10001), user=10001) as socket:
+        await socket.chat(10001, question, message_id)
         deltas: list[str] = []
         while len(deltas) < 30:
-            deltas.append((await someone.until(messageId=message_id, event="delta"))["contents"])
-        assert farm.unfinished() == 1  # half of it is here, and the other half is not yet said
+            deltas.append((await socket.until(messageId=message_id, event="delta"))["contents"])
+        assert farm.unfinished() == 1  # half of the answer is here, the other half is not generated yet
         assert sum(delta in pieces for delta in deltas) >= 20  # a busy machine may merge some
-        assert (await someone.end_of(message_id)).text == "".join(pieces)
+        assert (await socket.end_of(message_id)).text == "".join(pieces)
 
 
 async def test_the_page_comes_through_the_balancer(balancer: Balancer) -> None:
@@ -236,11 +236,11 @@ async def test_without_a_node_that_is_ready_a_handshake_is_refused_until_there_i
 
 async def test_a_page_behind_the_balancer_is_of_the_same_origin_and_another_one_is_not(balancer: Balancer) -> None:
     url, door = balancer.ws(USERS[0]), f"127.0.0.1:{balancer.port}"
-    # What a client says of itself does not arrive: it came from here, whatever it claims.
+    # Forwarding headers of the client are replaced: it connected from here.
     headers = {"Origin": f"http://{door}", "X-Forwarded-For": "10.0.0.7", "X-Forwarded-Proto": "https"}
-    async with peer(url, user=USERS[0], headers=headers, subprotocols=[SUBPROTOCOL, "token"]) as someone:
-        assert someone.connection.subprotocol == SUBPROTOCOL
-    with pytest.raises(InvalidStatus) as told:
+    async with peer(url, user=USERS[0], headers=headers, subprotocols=[SUBPROTOCOL, "token"]) as socket:
+        assert socket.connection.subprotocol == SUBPROTOCOL
+    with pytest.raises(InvalidStatus) as refused:
         async with peer(url, headers={"Origin": "https://evil.example.com"}):
             pass
-    assert told.value.response.status_code == 403
+    assert refused.value.response.status_code == 403

@@ -1,6 +1,6 @@
-"""What strangers can do to a load balancer with the shipped configuration, shown with the real nginx and HAProxy.
+"""Limits of the shipped load balancer configurations for untrusted clients, with the real nginx and HAProxy.
 
-This machine itself, 127.0.0.1, is not limited; strangers come from other addresses of the loopback network.
+This machine itself, 127.0.0.1, is not limited; clients come from other addresses of the loopback network.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tests.support.processes import free_port, http_status, start, wait_for
 from tests.support.servers import missing
 from tests.support.waiting import wait_until
 
-HERE, STRANGER, ANOTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+LOCAL, CLIENT, OTHER_CLIENT = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
 LIMITS = {
     "connections": {"nginx": "limit_conn connections 1000", "haproxy": "sc0_conn_cur(connections) gt 1000"},
     "handshakes": {"nginx": "zone=handshakes burst=400", "haproxy": "sc1_gpc0_rate(handshakes) ge 400"},
     "requests": {"nginx": "zone=requests burst=2000", "haproxy": "sc2_gpc0_rate(requests) ge 2000"},
 }
-"""Where the numbers stand, each at the end."""
+"""The text of each limit, which ends with its number."""
 
 HEAD = b"GET %b HTTP/1.1\r\nHost: chat.example.com\r\n%b\r\n"
 UPGRADE = (
@@ -43,15 +43,15 @@ SWITCHING = (
 
 @dataclass
 class FakeNode:
-    """A node that is ready, takes every socket, and says nothing about `/` until it is told to."""
+    """A node that is ready, accepts every socket, and delays the answer to `/` until `answering` is set."""
 
     port: int = 0
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     answering: asyncio.Event = field(default_factory=asyncio.Event)
     connections: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = field(default_factory=dict)
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         self.answering.set()
         for writer in self.connections.values():
             writer.close()
@@ -64,7 +64,7 @@ class FakeNode:
             while True:
                 path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
                 if path != "/readyz":
-                    self.asked.append(path)
+                    self.requests.append(path)
                 if path == "/":
                     await self.answering.wait()
                 if path.startswith("/ws"):
@@ -78,18 +78,18 @@ class FakeNode:
 
 
 @dataclass
-class Door:
-    """A running load balancer, as a stranger sees it."""
+class RunningBalancer:
+    """A running load balancer, as its clients see it."""
 
     port: int
     node: FakeNode
 
     async def connect(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection from an address."""
-        return await asyncio.open_connection(HERE, self.port, local_addr=(address, 0))
+        """Connect from an address."""
+        return await asyncio.open_connection(LOCAL, self.port, local_addr=(address, 0))
 
-    async def ask(self, address: str, path: str, headers: bytes = b"Connection: close\r\n") -> int | None:
-        """The status of a GET; None when it is refused without one."""
+    async def get(self, address: str, path: str, headers: bytes = b"Connection: close\r\n") -> int | None:
+        """The status of a GET; None if the connection is refused."""
         with suppress(ConnectionError):
             reader, writer = await self.connect(address)
             with closing(writer):
@@ -98,33 +98,35 @@ class Door:
                     return status_of(await reader.readline())
         return None
 
-    async def shake(self, address: str) -> int | None:
+    async def handshake(self, address: str) -> int | None:
         """The status of a handshake; a socket that it opens is closed."""
-        return await self.ask(address, "/ws?userId=10001", UPGRADE)
+        return await self.get(address, "/ws?userId=10001", UPGRADE)
 
 
 def status_of(line: bytes) -> int | None:
-    """The status in the first line of an answer; None without one."""
+    """The status in the first line of a response; None without a line."""
     return int(line.split()[1]) if line else None
 
 
 @asynccontextmanager
-async def door(program: Program, folder: Path, limits: Mapping[str, int], *, seconds: int = 10) -> AsyncIterator[Door]:
+async def run_balancer(
+    program: Program, folder: Path, limits: Mapping[str, int], *, seconds: int = 10
+) -> AsyncIterator[RunningBalancer]:
     """The shipped configuration in front of a fake node, with some of its limits changed."""
     path = find_program(program)
     if path is None:
         missing(program)
         return
     node, port = FakeNode(), free_port()
-    server = await asyncio.start_server(node.answer, HERE)
+    server = await asyncio.start_server(node.answer, LOCAL)
     async with server:
         node.port = server.sockets[0].getsockname()[1]
-        text = render(BalancerConfig(program, f"{HERE}:{port}", [f"{HERE}:{node.port}"]))
+        text = render(BalancerConfig(program, f"{LOCAL}:{port}", [f"{LOCAL}:{node.port}"]))
         for name, number in limits.items():
             shipped = LIMITS[name][program]
             assert text.count(shipped) == 1
             text = text.replace(shipped, re.sub(r"\d+$", str(number), shipped))
-        if limits:  # on a slow machine, none of the few is given back meanwhile
+        if limits:  # a slow machine must not regain tokens during the test
             text = re.sub(r"rate=\d+r/s", "rate=1r/s", text)
         if seconds != 10:
             text = re.sub(r"(client_header_timeout|http-request|timeout client) ( *)10s", rf"\1 \g<2>{seconds}s", text)
@@ -135,73 +137,73 @@ async def door(program: Program, folder: Path, limits: Mapping[str, int], *, sec
             command = [path, "-e", "stderr", "-p", str(folder), "-c", str(config)]
         with start(command, folder / "log", cwd=folder) as running:
             await asyncio.to_thread(
-                wait_for, lambda: http_status(f"http://{HERE}:{port}/readyz") == 200, running, program
+                wait_for, lambda: http_status(f"http://{LOCAL}:{port}/readyz") == 200, running, program
             )
-            yield Door(port, node)
+            yield RunningBalancer(port, node)
         await node.close()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("most", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("limit", [20, pytest.param(1000, marks=pytest.mark.long)])
 async def test_one_address_has_so_many_connections_at_once_and_others_do_not_notice(
-    program: Program, most: int, tmp_path: Path
+    program: Program, limit: int, tmp_path: Path
 ) -> None:
-    async with door(program, tmp_path, {} if most == 1000 else {"connections": most}) as front:
-        waiting = await asyncio.gather(*(front.connect(STRANGER) for _ in range(most)))
+    async with run_balancer(program, tmp_path, {} if limit == 1000 else {"connections": limit}) as balancer:
+        waiting = await asyncio.gather(*(balancer.connect(CLIENT) for _ in range(limit)))
         for _, writer in waiting:
             writer.write(HEAD % (b"/", b""))
-        await wait_until(lambda: len(front.node.asked) == most, "all are asked")
-        assert await front.shake(STRANGER) in {429, None}
-        assert await front.shake(ANOTHER) == 101
-        assert await front.shake(HERE) == 101
-        front.node.answering.set()
+        await wait_until(lambda: len(balancer.node.requests) == limit, "all requests have arrived")
+        assert await balancer.handshake(CLIENT) in {429, None}
+        assert await balancer.handshake(OTHER_CLIENT) == 101
+        assert await balancer.handshake(LOCAL) == 101
+        balancer.node.answering.set()
         for _, writer in waiting:
             writer.close()
 
-        async def let_in() -> bool:
-            return await front.shake(STRANGER) == 101
+        async def is_accepted() -> bool:
+            return await balancer.handshake(CLIENT) == 101
 
-        await wait_until(let_in, "there is room again")
+        await wait_until(is_accepted, "connections are free again")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("most", [10, pytest.param(400, marks=pytest.mark.long)])
+@pytest.mark.parametrize("limit", [10, pytest.param(400, marks=pytest.mark.long)])
 async def test_one_address_opens_so_many_sockets_in_a_row_and_others_do_not_notice(
-    program: Program, most: int, tmp_path: Path
+    program: Program, limit: int, tmp_path: Path
 ) -> None:
-    async with door(program, tmp_path, {} if most == 400 else {"handshakes": most}) as front:
-        told = [await front.shake(STRANGER) for _ in range(3 * most)]
-        assert told[:most] == [101] * most
-        assert told.count(429) >= most
-        assert set(told) == {101, 429}
-        assert await front.shake(ANOTHER) == 101
-        assert await front.ask(STRANGER, "/imstream.js") == 200
-        assert [await front.shake(HERE) for _ in range(2 * most)] == [101] * 2 * most
+    async with run_balancer(program, tmp_path, {} if limit == 400 else {"handshakes": limit}) as balancer:
+        statuses = [await balancer.handshake(CLIENT) for _ in range(3 * limit)]
+        assert statuses[:limit] == [101] * limit
+        assert statuses.count(429) >= limit
+        assert set(statuses) == {101, 429}
+        assert await balancer.handshake(OTHER_CLIENT) == 101
+        assert await balancer.get(CLIENT, "/imstream.js") == 200
+        assert [await balancer.handshake(LOCAL) for _ in range(2 * limit)] == [101] * 2 * limit
 
-        if most == 400:
+        if limit == 400:
 
-            async def let_in() -> bool:  # whoever goes on trying does not keep itself out
-                return await front.shake(STRANGER) == 101
+            async def is_accepted() -> bool:  # retries do not extend the limitation
+                return await balancer.handshake(CLIENT) == 101
 
-            await wait_until(let_in, "it is let in again", limit=40)
+            await wait_until(is_accepted, "it is accepted again", limit=40)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 async def test_one_address_makes_so_many_requests_in_a_row(program: Program, tmp_path: Path) -> None:
-    async with door(program, tmp_path, {"requests": 10}) as front:
-        told = [await front.ask(STRANGER, "/imstream.js") for _ in range(40)]
-        assert told[:10] == [200] * 10
-        assert told.count(429) >= 10
-        assert await front.ask(ANOTHER, "/imstream.js") == 200
-        assert await front.shake(STRANGER) == 101
-        assert [await front.ask(HERE, "/imstream.js") for _ in range(20)] == [200] * 20
+    async with run_balancer(program, tmp_path, {"requests": 10}) as balancer:
+        statuses = [await balancer.get(CLIENT, "/imstream.js") for _ in range(40)]
+        assert statuses[:10] == [200] * 10
+        assert statuses.count(429) >= 10
+        assert await balancer.get(OTHER_CLIENT, "/imstream.js") == 200
+        assert await balancer.handshake(CLIENT) == 101
+        assert [await balancer.get(LOCAL, "/imstream.js") for _ in range(20)] == [200] * 20
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("seconds", [1, pytest.param(10, marks=pytest.mark.long)])
 async def test_a_head_that_comes_byte_by_byte_is_cut_in_time(program: Program, seconds: int, tmp_path: Path) -> None:
-    async with door(program, tmp_path, {}, seconds=seconds) as front:
-        reader, writer = await front.connect(STRANGER)
+    async with run_balancer(program, tmp_path, {}, seconds=seconds) as balancer:
+        reader, writer = await balancer.connect(CLIENT)
         with closing(writer):
             end = asyncio.create_task(reader.read())
             writer.write(b"GET / HTTP/1.1\r\nX: ")
@@ -212,7 +214,7 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_in_time(program: Program, s
                 await asyncio.wait([end], timeout=0.1)
             assert pieces >= 5 * seconds
             assert end.exception() is not None or status_of(end.result()) in {408, None}
-        assert front.node.asked == []
+        assert balancer.node.requests == []
 
 
 HIDDEN = [
@@ -224,15 +226,15 @@ HIDDEN = [
 
 @pytest.mark.parametrize("program", PROGRAMS)
 async def test_strangers_reach_the_page_and_the_socket_and_nothing_else(program: Program, tmp_path: Path) -> None:
-    async with door(program, tmp_path, {}) as front:
-        front.node.answering.set()
-        told = {path: await front.ask(STRANGER, path) for path in HIDDEN}
-        assert told == dict.fromkeys(HIDDEN, 404)
-        assert front.node.asked == []
+    async with run_balancer(program, tmp_path, {}) as balancer:
+        balancer.node.answering.set()
+        statuses = {path: await balancer.get(CLIENT, path) for path in HIDDEN}
+        assert statuses == dict.fromkeys(HIDDEN, 404)
+        assert balancer.node.requests == []
         for route in page_routes():
-            assert await front.ask(STRANGER, f"{route.path}?x=1") == 200
-        assert await front.shake(STRANGER) == 101
+            assert await balancer.get(CLIENT, f"{route.path}?x=1") == 200
+        assert await balancer.handshake(CLIENT) == 101
         for path in ("/readyz", "/healthz", "/metrics"):
-            assert await front.ask(HERE, path) == 200
+            assert await balancer.get(LOCAL, path) == 200
             for header in (b"X-Forwarded-For: 192.0.2.1", b"Forwarded: for=192.0.2.1"):  # by a proxy on this machine
-                assert await front.ask(HERE, path, header + b"\r\nConnection: close\r\n") == 404
+                assert await balancer.get(LOCAL, path, header + b"\r\nConnection: close\r\n") == 404

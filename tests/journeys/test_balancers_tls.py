@@ -32,8 +32,8 @@ USERS = range(10001, 10041)
 
 
 @dataclass
-class Front:
-    """A balancer that takes TLS only, and where it sends those who come without."""
+class TlsBalancer:
+    """A balancer with TLS, and the port that redirects plain HTTP."""
 
     program: Program
     port: int
@@ -47,14 +47,14 @@ class Front:
         return f"wss://localhost:{self.port}/ws"
 
     async def node_of(self, user: int) -> str:
-        """The node that takes a socket of this user."""
+        """The node that accepts a socket of this user."""
         async with connect(f"{self.wss}?userId={user}", ssl=self.authority.client(), proxy=None) as opened:
             await opened.send(json.dumps({"msgType": "INIT", "userId": user}))
             node: str = json.loads(await opened.recv())["node"]
             return node
 
     def get(self, path: str, *, port: int | None = None) -> http.client.HTTPResponse:
-        """The answer to a GET: with TLS, or without at another port."""
+        """The response to a GET, with TLS or without on another port."""
         if port is None:
             asked: http.client.HTTPConnection = http.client.HTTPSConnection(
                 "localhost", self.port, context=self.authority.client(), timeout=5
@@ -70,10 +70,10 @@ class Front:
             asked.close()
 
 
-def start_front(
+def start_balancer(
     folder: Path, program: Program, authority: Authority, certificate: Certificate, ports: Sequence[int]
-) -> Front:
-    """Start one with certificate and key in two files, and wait until it reaches a node."""
+) -> TlsBalancer:
+    """Start a balancer with certificate and key in two files, and wait until it reaches a node."""
     if find_program(program) is None:
         missing(program)
     port, redirect = free_port(), free_port()
@@ -81,14 +81,14 @@ def start_front(
     command += ["--cert", str(certificate.chain), "--key", str(certificate.key), "--redirect", f"127.0.0.1:{redirect}"]
     command += ["--folder", str(folder / program), *(f"127.0.0.1:{node}" for node in ports)]
     running = start(command, folder / f"{program}.log", cwd=folder)
-    front = Front(program, port, redirect, authority, running)
-    wait_for(lambda: _serves(front), running, program)
-    return front
+    balancer = TlsBalancer(program, port, redirect, authority, running)
+    wait_for(lambda: _serves(balancer), running, program)
+    return balancer
 
 
-def _serves(front: Front) -> bool:
+def _serves(balancer: TlsBalancer) -> bool:
     try:
-        return front.get("/readyz").status == 200
+        return balancer.get("/readyz").status == 200
     except OSError:
         return False
 
@@ -116,58 +116,58 @@ def nodes(demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)
-def front(
+def balancer(
     request: pytest.FixtureRequest,
     authority: Authority,
     certificate: Certificate,
     nodes: list[NodeProcess],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("front")
-    started = start_front(folder, request.param, authority, certificate, [node.port for node in nodes])
+) -> Iterator[TlsBalancer]:
+    folder = tmp_path_factory.mktemp("balancer")
+    started = start_balancer(folder, request.param, authority, certificate, [node.port for node in nodes])
     with started.process:
         yield started
 
 
-async def test_a_chat_over_wss_is_answered(front: Front) -> None:
-    async with Client(front.wss, 10001, tls=front.authority.client()) as client, asyncio.timeout(30):
+async def test_a_chat_over_wss_is_answered(balancer: TlsBalancer) -> None:
+    async with Client(balancer.wss, 10001, tls=balancer.authority.client()) as client, asyncio.timeout(30):
         assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
 
 
-async def test_each_user_comes_to_the_same_node_over_wss_too(front: Front) -> None:
-    first = await asyncio.gather(*map(front.node_of, USERS))
+async def test_each_user_comes_to_the_same_node_over_wss_too(balancer: TlsBalancer) -> None:
+    first = await asyncio.gather(*map(balancer.node_of, USERS))
     assert set(first) == {"0", "1"}
-    assert await asyncio.gather(*map(front.node_of, USERS)) == first
+    assert await asyncio.gather(*map(balancer.node_of, USERS)) == first
 
 
-async def test_a_client_that_does_not_trust_the_authority_does_not_connect(front: Front) -> None:
+async def test_a_client_that_does_not_trust_the_authority_does_not_connect(balancer: TlsBalancer) -> None:
     timing = Timing(open=Timing().close)
     with pytest.raises(NotConnected, match="CERTIFICATE_VERIFY_FAILED"):
-        async with Client(front.wss, 10001, timing=timing):
+        async with Client(balancer.wss, 10001, timing=timing):
             pass
 
 
-async def test_a_certificate_for_another_name_is_not_taken(front: Front) -> None:
+async def test_a_certificate_for_another_name_is_not_taken(balancer: TlsBalancer) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=r"127\.0\.0\.1"):
-        async with connect(front.wss.replace("localhost", "127.0.0.1"), ssl=front.authority.client(), proxy=None):
+        async with connect(balancer.wss.replace("localhost", "127.0.0.1"), ssl=balancer.authority.client(), proxy=None):
             pass
 
 
-async def test_the_chat_command_trusts_what_openssl_is_told_to(front: Front, tmp_path: Path) -> None:
-    command = [PYTHON, "-m", "imstream", "chat", "--url", front.wss, "--user", "10002", "--lang", "en"]
-    with start(command, tmp_path / "log", env={"SSL_CERT_FILE": str(front.authority.file)}) as chat:
+async def test_the_chat_command_trusts_what_openssl_is_told_to(balancer: TlsBalancer, tmp_path: Path) -> None:
+    command = [PYTHON, "-m", "imstream", "chat", "--url", balancer.wss, "--user", "10002", "--lang", "en"]
+    with start(command, tmp_path / "log", env={"SSL_CERT_FILE": str(balancer.authority.file)}) as chat:
         assert await asyncio.to_thread(chat.wait) == 0, chat.output()
-    assert f"Connected to {front.wss}" in chat.output()
+    assert f"Connected to {balancer.wss}" in chat.output()
 
 
-def test_only_tls_1_2_and_1_3_are_spoken(front: Front) -> None:
+def test_only_tls_1_2_and_1_3_are_spoken(balancer: TlsBalancer) -> None:
     for version, spoken in (("TLSv1_3", True), ("TLSv1_2", True), ("TLSv1_1", False)):
-        context = front.authority.client()
-        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # else it would be our own side that refuses
+        context = balancer.authority.client()
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # otherwise the client would refuse
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of TLS 1.1, which is why
+            warnings.simplefilter("ignore", DeprecationWarning)  # about TLS 1.1
             context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
-        with socket.create_connection(("localhost", front.port), 5) as plain:
+        with socket.create_connection(("localhost", balancer.port), 5) as plain:
             try:
                 with context.wrap_socket(plain, server_hostname="localhost"):
                     assert spoken, version
@@ -175,37 +175,37 @@ def test_only_tls_1_2_and_1_3_are_spoken(front: Front) -> None:
                 assert not spoken, version
 
 
-def test_browsers_are_told_to_come_by_tls_only(front: Front) -> None:
+def test_browsers_are_told_to_come_by_tls_only(balancer: TlsBalancer) -> None:
     for path in ("/", "/nothing"):
-        assert front.get(path).getheader("Strict-Transport-Security") == "max-age=31536000"
+        assert balancer.get(path).getheader("Strict-Transport-Security") == "max-age=31536000"
 
 
-def test_whoever_comes_without_tls_is_sent_on(front: Front) -> None:
-    sent_on = front.get("/page?userId=10001", port=front.redirect)
-    assert sent_on.status == 308
-    assert sent_on.getheader("Location") == f"https://localhost:{front.port}/page?userId=10001"
-    assert sent_on.getheader("Strict-Transport-Security") is None  # which browsers would not believe here
-    if front.program == "nginx":  # HAProxy closes what speaks plain HTTP at the port for TLS
-        again = front.get("/page?userId=10001", port=front.port)
-        assert (again.status, again.getheader("Location")) == (308, sent_on.getheader("Location"))
+def test_whoever_comes_without_tls_is_sent_on(balancer: TlsBalancer) -> None:
+    redirect = balancer.get("/page?userId=10001", port=balancer.redirect)
+    assert redirect.status == 308
+    assert redirect.getheader("Location") == f"https://localhost:{balancer.port}/page?userId=10001"
+    assert redirect.getheader("Strict-Transport-Security") is None  # browsers ignore it over plain HTTP
+    if balancer.program == "nginx":  # HAProxy closes plain HTTP on the port for TLS
+        again = balancer.get("/page?userId=10001", port=balancer.port)
+        assert (again.status, again.getheader("Location")) == (308, redirect.getheader("Location"))
 
 
-async def test_the_private_key_is_nobody_elses_to_read(front: Front) -> None:
-    folder = front.process.log.parent
+async def test_the_private_key_is_nobody_elses_to_read(balancer: TlsBalancer) -> None:
+    folder = balancer.process.log.parent
     kept = [path for path in folder.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
-    assert len(kept) == (1 if front.program == "haproxy" else 0)
+    assert len(kept) == (1 if balancer.program == "haproxy" else 0)
     assert [path.stat().st_mode & 0o077 for path in kept] == [0] * len(kept)
 
 
 @asynccontextmanager
 async def listening() -> AsyncIterator[tuple[int, list[dict[str, str]]]]:
-    """A node that is ready and takes no socket; gives its port, and the headers of each handshake."""
-    seen: list[dict[str, str]] = []
+    """A node that is ready and refuses all sockets; yields its port, and the headers of each handshake."""
+    handshakes: list[dict[str, str]] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
         if " /ws" in request:
-            seen.append({name.lower(): value for name, value in (line.split(": ", 1) for line in lines)})
+            handshakes.append({name.lower(): value for name, value in (line.split(": ", 1) for line in lines)})
         status = "200 OK" if " /readyz" in request else "404 Not Found"
         writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
         await writer.drain()
@@ -213,36 +213,36 @@ async def listening() -> AsyncIterator[tuple[int, list[dict[str, str]]]]:
 
     server = await asyncio.start_server(answer, "127.0.0.1")
     async with server:
-        yield server.sockets[0].getsockname()[1], seen
+        yield server.sockets[0].getsockname()[1], handshakes
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 async def test_a_node_sees_host_and_origin_as_the_browser_sent_them_and_who_came_how(
     program: Program, authority: Authority, certificate: Certificate, tmp_path: Path
 ) -> None:
-    async with listening() as (port, seen):
-        front = await asyncio.to_thread(start_front, tmp_path, program, authority, certificate, [port])
-        with front.process:
+    async with listening() as (port, handshakes):
+        balancer = await asyncio.to_thread(start_balancer, tmp_path, program, authority, certificate, [port])
+        with balancer.process:
             forged = {"X-Forwarded-For": "10.9.8.7", "X-Forwarded-Proto": "http"}
             with pytest.raises(InvalidStatus):
                 async with connect(
-                    f"{front.wss}?userId=10001",
+                    f"{balancer.wss}?userId=10001",
                     ssl=authority.client(),
-                    origin=f"https://localhost:{front.port}",  # type: ignore[arg-type] # a string of its own kind
+                    origin=f"https://localhost:{balancer.port}",  # type: ignore[arg-type] # a string of its own kind
                     additional_headers=forged,
                     proxy=None,
                 ):
                     pass
-    [headers] = seen
-    assert headers["host"] == f"localhost:{front.port}"
-    assert headers["origin"] == f"https://localhost:{front.port}"
+    [headers] = handshakes
+    assert headers["host"] == f"localhost:{balancer.port}"
+    assert headers["origin"] == f"https://localhost:{balancer.port}"
     assert (headers["x-forwarded-for"], headers["x-forwarded-proto"]) == ("127.0.0.1", "https")
 
 
-async def test_the_page_chooses_wss_when_it_came_by_https(front: Front) -> None:
+async def test_the_page_chooses_wss_when_it_came_by_https(balancer: TlsBalancer) -> None:
     with running_chromium("--ignore-certificate-errors") as chromium:
         async with open_page(chromium) as page:
-            await page.visit(f"https://localhost:{front.port}/")
+            await page.visit(f"https://localhost:{balancer.port}/")
             await page.fill("#user", "10003")
             await page.press("Enter")
             await page.until("document.querySelector('#menu').dataset.state === 'online'")
@@ -250,4 +250,4 @@ async def test_the_page_chooses_wss_when_it_came_by_https(front: Front) -> None:
             await page.press("Enter")
             await page.until("[...document.querySelectorAll('article')].at(-1)?.dataset.status === 'done'")
             assert page.complaints == []
-    assert http_status(f"http://localhost:{front.port}/") != 200
+    assert http_status(f"http://localhost:{balancer.port}/") != 200

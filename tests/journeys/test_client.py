@@ -1,4 +1,4 @@
-"""What a program sees of a node through the Python client. Read it as the client's manual."""
+"""The Python client with a real node. These tests also document the client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LIMIT = 30.0
 
 @pytest.fixture
 def node(redis_server: RedisServer, demo: DemoBackend, tmp_path: Path) -> Iterator[NodeProcess]:
-    """A node with room for three messages, two of each user."""
+    """A node with limits of three messages, and two per user."""
     settings = {"queue_limit": 3, "user_limit": 2, "retry_wait": "20ms", "drain_grace": "200ms"}
     running = start_node(tmp_path, redis_url=redis_server.url, ai_url=demo.url, settings=settings)
     with running.process:
@@ -50,13 +50,13 @@ def node(redis_server: RedisServer, demo: DemoBackend, tmp_path: Path) -> Iterat
 
 @pytest.fixture
 async def proxy(node: NodeProcess) -> AsyncIterator[TcpProxy]:
-    """A way to the node that can be cut."""
+    """A TCP proxy in front of the node."""
     async with tcp_proxy(node.port) as running:
         yield running
 
 
 def recorded(server: RedisServer, reply: Reply) -> str:
-    """The answer as the reply stream holds it: the texts of the last attempt."""
+    """The recorded answer: the texts of the last attempt in the reply stream."""
     with server.client() as redis:
         entries = [fields for _, fields in redis.xrange(Keys().reply(USER, reply.message_id))]
     return "".join(fields.get("text", "") for fields in entries if fields["attempt"] == entries[-1]["attempt"])

@@ -1,4 +1,4 @@
-"""The Procfile under real process runners: two nodes beside one Redis and one AI, and nothing left when it ends."""
+"""The Procfile with real process runners: two nodes, one Redis, one AI; no process is left at the end."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 PROCFILE = Path(__file__).parents[2] / "Procfile"
 THIRD = 200
-"""A runner gives the first process of the third line its base port and 200, the second one 201."""
+"""Offset of the port of the first process of the third line; the second process gets the next port."""
 
 
 def runner(name: str) -> list[str]:
-    """The command of a process runner, with its option for how many of each are wanted."""
+    """The command of a process runner, with its option for the number of processes."""
     if name == "honcho":
         return [PYTHON, "-m", "honcho", "start", "-c"]
     program = shutil.which("foreman")
@@ -37,18 +37,18 @@ def runner(name: str) -> list[str]:
 
 
 def gone(processes: Sequence[psutil.Process]) -> bool:
-    """Whether none of the processes is left."""
+    """Whether all processes have ended."""
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def is_ready(port: int) -> bool:
-    """Whether a node serves there."""
+    """Whether a node on this port is ready."""
     return http_status(f"http://127.0.0.1:{port}/readyz") == 200
 
 
 @pytest.mark.parametrize("name", ["honcho", "foreman"])
 async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str, tmp_path: Path) -> None:
-    # The tests' own Python instead of the script that makes a virtual environment first.
+    # The Python of the tests instead of the script that creates a virtual environment.
     procfile = PROCFILE.read_text().replace("ops/imstream", f"{sys.executable} -m imstream")
     assert procfile.count(" -m imstream ") == 3
     (tmp_path / "Procfile").write_text(procfile)
@@ -71,15 +71,15 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
                 assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
         processes = psutil.Process(running.pid).children(recursive=True)
         assert len(processes) >= 4
-        # With an answer that does not end: the runner kills whoever takes 5 s to stop.
+        # With an answer that does not end: the runner kills processes after 5 s.
         async with Client(f"ws://127.0.0.1:{nodes[0]}/ws", 10001) as client:
             reply = await client.send("[[demo length=5000 pace=20ms]]")
             await anext(aiter(reply))
             await asyncio.to_thread(running.terminate, 20)
         psutil.wait_procs(processes, timeout=10)
         assert gone(processes)
-    said = running.output()
-    assert re.search(r"node\.2.*ready", said)
-    assert len(re.findall(r"node\.[12].*drained", said)) == 2, said
-    assert "SIGKILL" not in said
-    assert DENIED not in said
+    output = running.output()
+    assert re.search(r"node\.2.*ready", output)
+    assert len(re.findall(r"node\.[12].*drained", output)) == 2, output
+    assert "SIGKILL" not in output
+    assert DENIED not in output

@@ -1,4 +1,4 @@
-"""`imstream up` on a newcomer's machine: everything runs, says where, survives, and leaves nothing behind."""
+"""`imstream up`: starts all parts, prints addresses, handles failures and signals, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ QUICK = ("--demo-pace", "1ms", "--demo-first", "0", "--drain-grace", "2s")
 async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> None:
     with up(tmp_path, *QUICK) as imstream:
         imstream.wait_until_ready()
-        said = imstream.running.output()
-        assert f"page     http://127.0.0.1:{imstream.port}/" in said
+        output = imstream.running.output()
+        assert f"page     http://127.0.0.1:{imstream.port}/" in output
         assert http_status(f"http://127.0.0.1:{imstream.port}/") == 200
         assert http_status(f"http://127.0.0.1:{imstream.port}/readyz") == 200
-        assert "demo: canned answers, no model" in said
-        assert "embedded Valkey, data in .imstream/redis" in said
+        assert "demo: canned answers, no model" in output
+        assert "embedded Valkey, data in .imstream/redis" in output
         assert (tmp_path / ".imstream/redis/appendonlydir").is_dir()
         assert sorted(imstream.children()) == ["demo-ai", "node", "redis"]
         async with Client(imstream.ws, 10001) as client:
             assert await (await client.send("为什么?")).text() == "".join(canned_answer("为什么?"))
-        # The page opened from disk shows the token of this run; a frame of any page has the same origin, and none.
-        [page_token] = re.findall(rf"or open  file:///.*#node=127\.0\.0\.1:{imstream.port}&token=(\S+)", said)
+        # The page opened from disk has the token of this run; a sandboxed frame has the same origin without it.
+        [page_token] = re.findall(rf"or open  file:///.*#node=127\.0\.0\.1:{imstream.port}&token=(\S+)", output)
         for shown, code in ((None, "UNAUTHORIZED"), ("x" * 22, "UNAUTHORIZED"), (page_token, "SUCCESS")):
-            async with peer(imstream.ws, headers={"Origin": "null"}) as someone:
-                await someone.send_frame("INIT", userId=10001, **({} if shown is None else {"token": shown}))
-                assert (await someone.frame())["code"] == code
+            async with peer(imstream.ws, headers={"Origin": "null"}) as socket:
+                await socket.send_frame("INIT", userId=10001, **({} if shown is None else {"token": shown}))
+                assert (await socket.frame())["code"] == code
         assert not any(page_token in word for child in imstream.children().values() for word in child.cmdline())
         assert re.search(
             r"^node 0 \| .*ready", imstream.running.output(), re.MULTILINE
-        )  # a child's line, with its name
+        )  # a line of a child begins with its name
 
 
 def test_the_commands_it_prints_show_the_stream(tmp_path: Path) -> None:
     with up(tmp_path, restricted=False) as imstream:
         imstream.wait_until_ready()
-        said = imstream.running.output()
-        [with_cli] = re.findall(r"the stream +(.*)", said)
-        [without_cli] = re.findall(r"without redis-cli +(.*)", said)
+        output = imstream.running.output()
+        [with_cli] = re.findall(r"the stream +(.*)", output)
+        [without_cli] = re.findall(r"without redis-cli +(.*)", output)
         login = 'REDISCLI_AUTH="$(cat .imstream/redis/password)"'
         assert with_cli == f"{login} redis-cli -p {imstream.redis_port} XINFO STREAM 'im:{{node:0}}:requests'"
         words = shlex.split(without_cli)
@@ -80,8 +80,8 @@ def test_a_signal_stops_the_node_first_and_everything_in_the_end(tmp_path: Path,
         imstream.running.signal(number)
         assert imstream.running.wait(30) == 0
         assert gone(children)
-        said = imstream.running.output()
-        assert said.index("drained") < said.index("ready to exit, bye bye")  # the server's last words
+        output = imstream.running.output()
+        assert output.index("drained") < output.index("ready to exit, bye bye")  # the server's last line
 
 
 async def test_ctrl_c_in_a_terminal_lets_a_running_answer_end(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ async def test_ctrl_c_in_a_terminal_lets_a_running_answer_end(tmp_path: Path) ->
         async with Client(imstream.ws, 10001) as client, asyncio.timeout(30):
             reply = await client.send("Will this end?")
             await anext(aiter(reply))
-            os.killpg(imstream.running.pid, signal.SIGINT)  # a terminal sends it to all of the group
+            os.killpg(imstream.running.pid, signal.SIGINT)  # a terminal signals the whole group
             assert await reply.text() == "".join(canned_answer("Will this end?"))
         assert await asyncio.to_thread(imstream.running.wait, 30) == 0
 
@@ -134,9 +134,9 @@ def test_a_child_that_cannot_start_is_named(tmp_path: Path) -> None:
         first.wait_until_ready()
         with up(tmp_path) as second:  # other ports, the same data
             assert second.running.wait(30) == 1
-        said = second.running.output()
-    assert "redis  | Error: another embedded Valkey runs on .imstream/redis" in said
-    assert "redis exited before it was ready (exit code 1); stopping the rest" in said
+        output = second.running.output()
+    assert "redis  | Error: another embedded Valkey runs on .imstream/redis" in output
+    assert "redis exited before it was ready (exit code 1); stopping the rest" in output
 
 
 def test_nobody_survives_when_it_is_killed(tmp_path: Path) -> None:
@@ -197,18 +197,18 @@ def test_a_redis_and_an_ai_of_ones_own_are_used_instead(
     tmp_path: Path, redis_server: RedisServer, demo: DemoBackend
 ) -> None:
     ai_url = demo.url.replace("//", "//me:hush@")
-    # Also as an option: that is the command line of imstream up, and shall not be that of what it starts.
+    # The option is on the command line of imstream up and must not be on those of its children.
     with up(tmp_path, "--redis", redis_server.url, env={"IMSTREAM_AI_URL": ai_url}) as imstream:
         imstream.wait_until_ready()
         children = imstream.children()
         assert list(children) == ["node"]
         assert not any(secret in word for word in children["node"].cmdline() for secret in ("hush", "imstream-secret"))
         assert imstream.running.terminate(30) == 0
-    said = imstream.running.output()
-    assert f"AI       {demo.url}\n" in said
-    assert f"redis-cli -u redis://127.0.0.1:{redis_server.port}/0 XINFO" in said
-    assert "hush" not in said
-    assert "imstream-secret" not in said
+    output = imstream.running.output()
+    assert f"AI       {demo.url}\n" in output
+    assert f"redis-cli -u redis://127.0.0.1:{redis_server.port}/0 XINFO" in output
+    assert "hush" not in output
+    assert "imstream-secret" not in output
     assert not (tmp_path / ".imstream").exists()
 
 
@@ -225,7 +225,7 @@ HUSH = "hush-of-more-than-thirty-two-bytes-in-length"
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user of this machine may look into, with what an earlier version had left there."""
+    """A folder that every user of this machine can read, with data of an earlier version."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -240,7 +240,7 @@ def open_folder() -> Iterator[Path]:
 
 
 def as_somebody_else(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the shell as another user of this machine, which only root can."""
+    """Run a shell script as another user of this machine, if this user is root."""
     user = "nobody" if os.geteuid() == 0 else None
     return subprocess.run(["bash", "-c", script], user=user, cwd="/", capture_output=True, text=True, check=False)
 
@@ -251,11 +251,11 @@ async def test_no_other_user_of_the_machine_reads_the_data_or_connects_without_t
     env = {"IMSTREAM_AUTH": "jwt", **{f"IMSTREAM_{name}": f"{HUSH}-{name}" for name in secrets}}
     with up(open_folder, *QUICK, restricted=False, env=env) as imstream:
         await asyncio.to_thread(imstream.wait_until_ready)
-        said = imstream.running.output()
+        output = imstream.running.output()
         password = (own / "redis" / "password").read_text().strip()
         assert len(password) > 40
 
-        assert said.count("was open to other users of this machine and is now closed to them") >= 4
+        assert output.count("was open to other users of this machine and is now closed to them") >= 4
         everything = [own, *own.rglob("*")]
         assert len(everything) > 9
         assert [path for path in everything if path.stat().st_mode & 0o077] == []

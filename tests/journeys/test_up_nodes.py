@@ -1,4 +1,4 @@
-"""`imstream up --nodes 3`: three nodes and a balancer, of which any may be killed while people chat."""
+"""`imstream up --nodes 3`: three nodes and a balancer, each of which can be killed during chats."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ async def test_three_nodes_and_a_balancer_from_one_command(program: Program, tmp
     options = ("--nodes", "3", "--balancer", program, "--balancer-port", str(port), "--drain-grace", "20s")
     with up(tmp_path, *options, ports=(first, free_port(), free_port())) as imstream:
         await asyncio.to_thread(imstream.wait_until_ready)
-        said = imstream.running.output()
-        assert f"page     http://127.0.0.1:{port}/\n" in said
+        output = imstream.running.output()
+        assert f"page     http://127.0.0.1:{port}/\n" in output
         for node in range(3):
-            assert f"node {node}   ws://127.0.0.1:{first + node}/ws\n" in said
+            assert f"node {node}   ws://127.0.0.1:{first + node}/ws\n" in output
         children = imstream.children()
         assert sorted(children) == sorted(["redis", "demo-ai", "node", "node 1", "node 2", program])
         balancer = Balancer(program, port, imstream.running)
@@ -40,14 +40,14 @@ async def test_three_nodes_and_a_balancer_from_one_command(program: Program, tmp
         homes = await balancer.nodes_of(USERS)
         assert set(homes.values()) == {"0", "1", "2"}
 
-        # A killed node is started again, and nobody else is disturbed.
+        # A killed node is restarted; the other parts keep running.
         children["node 1"].kill()
         await wait_until(lambda: "node 1 is back" in imstream.running.output(), "node 1 to be back", limit=30)
         assert "node 1 exited unexpectedly (killed by SIGKILL); restarting in 1 s" in imstream.running.output()
         now = imstream.children()
         assert [name for name in children if children[name] != now[name]] == ["node 1"]
 
-        # So is the balancer; its clients come back and go on. They do while the nodes drain, too.
+        # The balancer is restarted, too; its clients reconnect and resume, also while the nodes drain.
         changes: list[ConnectionChange] = []
         async with Client(balancer.url, 10001, on_change=changes.append) as client, asyncio.timeout(60):
             question = "Still there? [[demo length=400 pace=10ms]]"

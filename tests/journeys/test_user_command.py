@@ -18,7 +18,7 @@ USER = 10001
 
 
 def command(on: Topology, *words: str) -> list[str]:
-    """Run `imstream user …`; the lines that it prints."""
+    """Run `imstream user …` and return the lines of its output."""
     result = CliRunner().invoke(main, ["user", *words, str(USER), "--redis", on.url], env={"USER": "alice"})
     assert result.exit_code == 0, result.output
     return result.output.splitlines()
@@ -79,12 +79,12 @@ def test_a_key_that_was_spoilt_by_hand_is_named(key: str, wrong: str, empty_redi
 
 
 def test_a_node_that_cannot_be_told_is_named(empty_redis: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def full(*_: Any) -> None:  # noqa: ANN401 - whatever it is given
+    async def full(*_: Any) -> None:  # noqa: ANN401 - any arguments
         raise StoreFull("out of memory")
 
-    monkeypatch.setattr(imstream.cli.admin, "notify", full)
+    monkeypatch.setattr(imstream.cli.admin, "send_notice", full)
     with empty_redis.client() as client:
         client.sadd(Keys().route(USER), "7")
-        told = command(empty_redis, "ban")[1]
-        assert told == "node 7 was not notified and closes the sessions within minutes: out of memory"
+        line = command(empty_redis, "ban")[1]
+        assert line == "node 7 was not notified and closes the sessions within minutes: out of memory"
         client.delete(Keys().route(USER), Keys().account(USER))

@@ -1,4 +1,4 @@
-"""The embedded server, run by its command as `imstream up` and the Procfile run it."""
+"""The embedded server, run by `imstream redis` as in `imstream up` and the Procfile."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def command(port: int, folder: Path) -> list[str]:
 
 @contextmanager
 def running(port: int, folder: Path, log: Path) -> Iterator[Running]:
-    """The embedded server, started and ended by its command."""
+    """Run the embedded server."""
     with start(command(port, folder), log) as server:
         yield server
 
 
 @contextmanager
 def client(port: int, folder: Path) -> Iterator[redis.Redis]:
-    """A client of the test's own, with the password in the folder."""
+    """Connect with the password in the folder."""
     password = (folder / "password").read_text().strip()
     with redis.Redis(port=port, password=password, decode_responses=True, socket_timeout=5) as connected:
         yield connected
@@ -87,21 +87,21 @@ async def test_a_password_that_others_could_have_read_is_replaced_and_one_that_t
 async def test_a_server_that_still_loads_its_data_does_not_answer(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("secret\n")
-    said: list[bytes] = []
+    requests: list[bytes] = []
 
     async def loads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        said.append(await reader.readuntil(b"PING\r\n"))
+        requests.append(await reader.readuntil(b"PING\r\n"))
         writer.write(b"+OK\r\n-LOADING Valkey is loading the dataset in memory\r\n")
         writer.close()
 
     async with await asyncio.start_server(loads, "127.0.0.1") as server:
         assert not await embedded_redis.answers(server.sockets[0].getsockname()[1], file)
-    assert said == [b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$6\r\nsecret\r\nPING\r\n"]
+    assert requests == [b"*3\r\n$4\r\nAUTH\r\n$7\r\ndefault\r\n$6\r\nsecret\r\nPING\r\n"]
 
 
 @pytest.fixture
 def _no_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process does not become the server, and keeps its umask."""
+    """Prevent `execv`, and restore the umask."""
     monkeypatch.setattr(os, "execv", pytest.fail)
     previous = os.umask(0o077)
     yield
@@ -113,11 +113,11 @@ def test_a_folder_that_cannot_be_made_or_used_is_refused_in_one_sentence(tmp_pat
     (tmp_path / "file").touch()
     (tmp_path / "used" / "lock").mkdir(parents=True)
     for folder in ("file", "file/below", "used", "/proc/nothing", "x" * 300):
-        told = CliRunner().invoke(main, command(free_port(), tmp_path / folder)[3:])
-        assert told.exit_code == 2
-        assert told.output.startswith(f"Error: IMSTREAM_EMBEDDED_DATA={tmp_path / folder} cannot be used: ")
-        assert told.output.count("\n") == 1
-        assert "Traceback" not in told.output
+        result = CliRunner().invoke(main, command(free_port(), tmp_path / folder)[3:])
+        assert result.exit_code == 2
+        assert result.output.startswith(f"Error: IMSTREAM_EMBEDDED_DATA={tmp_path / folder} cannot be used: ")
+        assert result.output.count("\n") == 1
+        assert "Traceback" not in result.output
 
 
 async def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ async def test_a_port_where_nobody_listens_is_no_server() -> None:
 
 
 async def test_a_stranger_on_the_port_is_not_taken_for_the_server() -> None:
-    # It accepts and says nothing.
+    # It accepts connections and sends nothing.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with asyncio.timeout(10):
             assert not await embedded_redis.answers(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The configurations of ops/, and those made of them."""
+"""The configurations of ops/, and those rendered from them."""
 
 from __future__ import annotations
 
@@ -87,8 +87,12 @@ def test_with_a_certificate_nothing_is_listened_to_without_tls_but_what_sends_on
 def test_a_file_that_cannot_be_read_or_named_is_refused(tmp_path: Path) -> None:
     for name in ("a; include x", "a b.pem", "c.pem"):
         (tmp_path / name).touch()
-    for name, told in (("gone", "cannot be read"), ("a; include x", "cannot be named"), ("a b.pem", "cannot be named")):
-        with pytest.raises(SettingsError, match=told):
+    for name, result in (
+        ("gone", "cannot be read"),
+        ("a; include x", "cannot be named"),
+        ("a b.pem", "cannot be named"),
+    ):
+        with pytest.raises(SettingsError, match=problem):
             render(BalancerConfig("nginx", "a:1", ["a:2"], Tls(tmp_path / name)))
     with pytest.raises(SettingsError, match="is not an address"):
         render(BalancerConfig("nginx", "a:1", ["a:2"], Tls(tmp_path / "c.pem", redirect="a:1; include x")))
@@ -111,7 +115,7 @@ def test_a_program_is_found_where_the_path_of_an_ordinary_user_does_not_lead(
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[list[str]]]:
-    """What would be executed; this process stays what it is, and keeps its umask."""
+    """The commands that would be executed; the umask is restored."""
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
     monkeypatch.setattr(balancer, "find_program", lambda _: "/bin/true")
@@ -134,9 +138,9 @@ def test_what_it_keeps_is_nobody_elses_to_read(program: Program, started: list[l
 
 def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(started: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    told = CliRunner().invoke(main, ["balancer", "--program", "nginx", "--folder", "file/below", "127.0.0.1:8080"])
-    assert (told.exit_code, started) == (2, [])
-    assert told.output == "Error: --folder=file/below cannot be used: Not a directory: file/below\n"
+    result = CliRunner().invoke(main, ["balancer", "--program", "nginx", "--folder", "file/below", "127.0.0.1:8080"])
+    assert (result.exit_code, started) == (2, [])
+    assert result.output == "Error: --folder=file/below cannot be used: Not a directory: file/below\n"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help, options, and what is said about wrong ones."""
+"""The command line: help, options, and errors about wrong ones."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
 
 
 def words(text: str) -> str:
-    """Text without the line breaks that help puts in."""
+    """Text without the line breaks of help."""
     return " ".join(text.split())
 
 
 @pytest.fixture
 def node_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
-    """The settings that nodes were run with; no node is run."""
+    """The settings that `run` was called with; no node runs."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
         monkeypatch.delenv(name)

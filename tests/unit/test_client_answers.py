@@ -1,4 +1,4 @@
-"""How the client puts an answer together, and what it does when text is missing or repeated."""
+"""How the client assembles an answer, and handles missing and repeated text."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ async def test_the_same_attempt_may_be_told_from_its_beginning() -> None:
 
 async def test_the_rest_of_an_answer_to_an_earlier_asking_is_not_taken_for_the_beginning() -> None:
     async with connected() as session:
-        reply = await session.client.send("again", message_id="m1")  # UNAVAILABLE before, and yet it was recorded
+        reply = await session.client.send("again", message_id="m1")  # recorded before although UNAVAILABLE was sent
         await session.peer.hear_chat()
         await session.peer.send_chat("m1", "delta", contents="answer", attempt=1, offset=10)
         await session.peer.send_chat("m1", "done", attempt=1, offset=10)

@@ -1,4 +1,4 @@
-"""What the client does when the connection ends, and what it does to keep it."""
+"""Reconnecting, resuming and heartbeats of the client."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ async def test_a_message_is_sent_before_it_is_cancelled_even_when_much_waits_to_
             await session.client.send("x" * 2**20, message_id=str(number))
         await session.peer.send_frame("INIT")
         assert (await session.peer.hear_chat()).message_id == "0"
-        # Nothing is read now, and not all of it fits into the buffers between the two.
+        # The server reads nothing now, and the socket buffers cannot hold all messages.
         cancelling = asyncio.create_task(session.client.cancel("23"))
         heard = [await session.peer.hear() for _ in range(24)]
         about = [frame for frame in heard if isinstance(frame, ClientChat | ClientCancel)]
@@ -219,7 +219,7 @@ async def test_heartbeats_are_sent_while_nothing_else_is() -> None:
 
 
 async def test_heartbeats_are_sent_as_often_as_the_server_asks_for_them() -> None:
-    async with connected() as session:  # which beats every 25 s by itself
+    async with connected() as session:  # the default interval is 25 s
         session.peer.drop()
         session.peer = await session.server.peer()
         await session.peer.hear_init()

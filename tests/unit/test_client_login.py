@@ -1,4 +1,4 @@
-"""How a client logs in, on one server or on several."""
+"""The login of the client, with one server or several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.scripted_ws import FAST, USER, Session, scripted_server, with
 
 
 async def leave(client: Client) -> None:
-    """End a client that was entered by a task of its own."""
+    """Close a client that was entered in another task."""
     await client.__aexit__(None, None, None)
 
 
@@ -59,7 +59,7 @@ async def test_a_client_needs_an_address() -> None:
 
 async def test_says_why_when_no_server_lets_it_in_in_time() -> None:
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound and not listening: connecting is refused
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         url = f"ws://127.0.0.1:{unused.getsockname()[1]}/ws"
         with pytest.raises(NotConnected, match=r"ws://127\.0\.0\.1"):
             await Client(url, USER, timing=Timing(open=timedelta(milliseconds=200))).__aenter__()
@@ -112,13 +112,13 @@ async def test_giving_up_the_login_leaves_nothing() -> None:
 
 async def test_the_next_server_is_tried_when_one_cannot_be_reached() -> None:
     async with scripted_server() as first, scripted_server() as second:
-        dead = "ws://127.0.0.1:9/ws"  # the discard port: nobody listens
+        dead = "ws://127.0.0.1:9/ws"  # the discard port, which is not in use
         login = asyncio.create_task(second.logged_in())
         async with Client([dead, second.url, first.url], USER, timing=FAST) as client:
             session = Session(second, client, await login)
             reply = await session.asked()
             await session.lose_connection()  # the one that worked is tried first
-            await session.peer.close(CloseCode.DRAINING)  # and left when it asks for it
+            await session.peer.close(CloseCode.DRAINING)  # and replaced when it drains
             peer = await first.logged_in()
             await peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
             await within(reply.text())

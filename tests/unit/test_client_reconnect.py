@@ -1,4 +1,4 @@
-"""When and where a client connects again."""
+"""When and where a client reconnects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the client says when there is no answer, and how it cancels one."""
+"""Errors of the client when there is no answer, and cancellation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from imstream.client import (
 from imstream.wire import Code
 from tests.support.scripted_ws import all_of, connected, within
 
-# The ends that are no answer
+# Ends without an answer
 
 
 @pytest.mark.parametrize(("event", "kind"), [("failed", Failed), ("cancelled", Cancelled)])

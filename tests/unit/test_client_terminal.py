@@ -1,4 +1,4 @@
-"""The terminal client, in its own process, against a server that says what the test wants."""
+"""The terminal client, in its own process, with a scripted server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.waiting import wait_until
 
 
 async def answer(peer: Peer, text: str) -> list[Turn]:
-    """Answer the next message; the history it came with."""
+    """Answer the next message; returns its history."""
     chat = await peer.hear_chat()
     await peer.send_chat(chat.message_id, "accepted", position=1)
     await peer.send_chat(chat.message_id, "delta", contents=text, attempt=1, offset=len(text))
@@ -33,7 +33,7 @@ async def answer(peer: Peer, text: str) -> list[Turn]:
 
 
 async def greeted(server: ScriptedServer, terminal: Terminal) -> Peer:
-    """The server's end of a chat that has begun."""
+    """Log the chat in and wait for its prompt; returns the server's end."""
     peer = await server.logged_in()
     await terminal.shows("Connected to ws://")
     await terminal.shows("> ")
@@ -41,7 +41,7 @@ async def greeted(server: ScriptedServer, terminal: Terminal) -> Peer:
 
 
 async def half_an_answer(peer: Peer, terminal: Terminal) -> str:
-    """Ask, and answer half; the id of the message."""
+    """Send a message and half of its answer; returns the message id."""
     terminal.type("hello\n")
     message_id = (await peer.hear_chat()).message_id
     assert message_id is not None
@@ -51,7 +51,7 @@ async def half_an_answer(peer: Peer, terminal: Terminal) -> str:
     return message_id
 
 
-# At a pipe
+# With pipes
 
 
 async def test_every_line_of_a_pipe_is_asked_and_only_answers_are_written() -> None:
@@ -154,7 +154,7 @@ async def test_nobody_who_reads_the_answers_is_no_reason_for_a_traceback() -> No
         assert b"Traceback" not in err
 
 
-# At a terminal
+# On a terminal
 
 
 async def test_an_answer_is_seen_as_it_comes_and_ctrl_d_leaves() -> None:
@@ -307,7 +307,7 @@ async def test_the_oldest_of_a_long_conversation_is_left_out() -> None:
 
 
 def unread(descriptor: int) -> int:
-    """Bytes that wait in a pipe."""
+    """Number of unread bytes in a pipe."""
     count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4)
     return int.from_bytes(count, sys.byteorder)
 

@@ -1,4 +1,4 @@
-"""How a client shows who it is, when that ends and when it is refused."""
+"""Tokens of the client: login, renewal and rejection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.scripted_ws import FAST, USER, Peer, ScriptedServer, connecte
 
 
 def numbered() -> Callable[[], str]:
-    """Gives another token at each call: 1, 2, 3."""
+    """A function that returns another token at each call: 1, 2, 3."""
     given: list[str] = []
 
     def give() -> str:
@@ -26,7 +26,7 @@ def numbered() -> Callable[[], str]:
 
 
 async def refuse(peer: Peer) -> str | None:
-    """Refuse the login; the token that was shown."""
+    """Refuse the login; returns its token."""
     init = await peer.hear_init()
     await peer.send_frame("SYSTEM", code="UNAUTHORIZED", contents="not valid")
     await peer.close(CloseCode.NOT_AUTHENTICATED)
@@ -154,9 +154,9 @@ async def test_a_client_that_never_gets_a_token_says_so_without_repeating_what_i
 
     async with scripted_server() as server:
         client = Client(server.url, USER, token=give, timing=replace(FAST, open=timedelta(milliseconds=200)))
-        with pytest.raises(NotConnected) as told:
+        with pytest.raises(NotConnected) as error:
             await client.__aenter__()
-    assert str(told.value) == "there is no token: OSError"
+    assert str(error.value) == "there is no token: OSError"
 
 
 def test_a_token_is_in_no_repr() -> None:

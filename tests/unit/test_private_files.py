@@ -1,4 +1,4 @@
-"""What is closed to other users of the machine, and what is left as it is."""
+"""Which files and folders are closed to other users of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONTENTS = ("data", "lock")
 
 
 def opened(path: Path, *, folder: bool = False) -> Path:
-    """A path that everybody may do anything with."""
+    """Create a path with all permissions for all users."""
     if folder:
         path.mkdir()
     else:
@@ -23,7 +23,7 @@ def opened(path: Path, *, folder: bool = False) -> Path:
 
 
 def is_closed(path: Path) -> bool:
-    """Whether nobody but the owner may do anything with it."""
+    """Whether only the owner has permissions."""
     return not path.stat().st_mode & 0o077
 
 

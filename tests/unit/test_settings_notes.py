@@ -1,4 +1,4 @@
-"""What a start says of where its settings come from, and of what cannot be read."""
+"""Notes and errors about settings at start-up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imstream.settings import Settings, SettingsGroup
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of the test's own, and no variables."""
+    """An empty working folder, and no variables."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
         monkeypatch.delenv(name)
@@ -37,14 +37,14 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_sentence(command: str, fol
     for make, why in (
         (lambda: file.write_bytes(b"IMSTREAM_PORT=8080\n# caf\xe9\n"), "it is not UTF-8"),
         (lambda: file.write_bytes("IMSTREAM_PORT=8080\n".encode("utf-16")), "it is not UTF-8"),
-        (lambda: file.symlink_to("/proc/self/mem"), "Input/output error"),  # root may read all others
+        (lambda: file.symlink_to("/proc/self/mem"), "Input/output error"),  # root can read all other files
     ):
         file.unlink(missing_ok=True)
         make()
-        told = CliRunner().invoke(main, command.split())
-        assert (told.exit_code, told.output.count("\n")) == (2, 1), told.output
-        assert ".env" in told.output
-        assert told.output.endswith(f"cannot be read: {why}\n")
+        result = CliRunner().invoke(main, command.split())
+        assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+        assert ".env" in result.output
+        assert result.output.endswith(f"cannot be read: {why}\n")
 
 
 def test_a_mark_at_the_beginning_of_the_file_is_no_part_of_the_first_name(folder: Path) -> None:
@@ -78,15 +78,15 @@ def test_a_name_that_is_no_setting_is_told_with_the_nearest_one(folder: Path, mo
 def test_names_without_end_or_number_cost_little(folder: Path) -> None:
     (folder / ".env").write_text("".join(f"IMSTREAM_{number}{'X' * 200}=1\n" for number in range(2_000)))
     before = time.process_time()
-    told = settings_notes.check()[1]
+    warnings = settings_notes.check()[1]
     assert time.process_time() - before < 5
-    assert len(told) == 11
-    assert told[-1] == "1990 more variables that begin with IMSTREAM_ are not settings"
-    assert max(map(len, told)) < 200
+    assert len(warnings) == 11
+    assert warnings[-1] == "1990 more variables that begin with IMSTREAM_ are not settings"
+    assert max(map(len, warnings)) < 200
 
 
 @pytest.mark.parametrize(
-    ("mode", "content", "told"),
+    ("mode", "content", "expected"),
     [
         (0o600, "IMSTREAM_AI_KEY=x", None),
         (0o644, "IMSTREAM_PORT=1", None),
@@ -100,13 +100,13 @@ def test_names_without_end_or_number_cost_little(folder: Path) -> None:
     ],
 )
 def test_a_file_that_others_can_change_or_read_secrets_in_is_a_warning(
-    mode: int, content: str, told: str | None, folder: Path
+    mode: int, content: str, expected: str | None, folder: Path
 ) -> None:
     file = folder / ".env"
     file.write_text(content)
     file.chmod(mode)
     warnings = settings_notes.check()[1]
-    assert [warning.startswith(f"{file} {told}") for warning in warnings] == [True] * (told is not None)
+    assert [warning.startswith(f"{file} {expected}") for warning in warnings] == [True] * (expected is not None)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -120,8 +120,8 @@ def test_a_node_logs_the_file_and_the_warnings(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(imstream.node, "run", lambda _: None)
     assert "settings read" not in CliRunner().invoke(main, ["node"]).output
     (folder / ".env").write_text("IMSTREAM_NOD=1\n")
-    said = CliRunner().invoke(main, ["node", "--log-format", "json"]).output.splitlines()
-    assert [line.partition('"level":')[2] for line in said] == [
+    lines = CliRunner().invoke(main, ["node", "--log-format", "json"]).output.splitlines()
+    assert [line.partition('"level":')[2] for line in lines] == [
         f' "info", "event": "settings read", "file": "{folder}/.env"}}',
         ' "warning", "event": "IMSTREAM_NOD in .env is not a setting; did you mean IMSTREAM_NODE?"}',
     ]
@@ -130,8 +130,8 @@ def test_a_node_logs_the_file_and_the_warnings(folder: Path, monkeypatch: pytest
 def test_other_commands_warn_on_standard_error_and_servers_name_the_file(folder: Path) -> None:
     (folder / ".env").write_text("IMSTREAM_PORTT=1\n")
     warning = "Warning: IMSTREAM_PORTT in .env is not a setting; did you mean IMSTREAM_PORT?\n"
-    told = CliRunner().invoke(main, ["token", "--user", "10001", "--ttl", "0"])
-    assert (told.stdout, told.stderr.startswith(warning)) == ("", True)
+    result = CliRunner().invoke(main, ["token", "--user", "10001", "--ttl", "0"])
+    assert (result.stdout, result.stderr.startswith(warning)) == ("", True)
     for server in ("redis", "demo-ai", "up"):
-        told = CliRunner().invoke(main, [server, "--port", "x"])
-        assert told.stderr.startswith(f"settings read from {folder}/.env\n{warning}"), told.stderr
+        result = CliRunner().invoke(main, [server, "--port", "x"])
+        assert result.stderr.startswith(f"settings read from {folder}/.env\n{warning}"), result.stderr

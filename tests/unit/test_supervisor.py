@@ -1,4 +1,4 @@
-"""What the supervisor does with a child that never serves, and with one that does not come back."""
+"""The supervisor with a child that is never ready, and with one that fails to restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `imstream up` decides before it starts anything."""
+"""The plan of `imstream up`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.tokens import SECRET
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """A machine without settings, and the balancers that are installed on it: none, until a test says so."""
+    """A machine without settings, and its installed balancers, which tests can add."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
         monkeypatch.delenv(name)
@@ -27,7 +27,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
 
 
 def ports() -> dict[str, str]:
-    """Options under which nothing is taken by another test."""
+    """Options with unused ports."""
     names = ("embedded_port", "demo_port", "balancer_port")
     return {"port": str(consecutive_ports(3)), **{name: str(free_port()) for name in names}}
 
@@ -51,9 +51,9 @@ def test_several_nodes_get_the_balancer_that_is_installed(machine: dict[str, str
     options = ports()
     plan = make_plan({**options, "nodes": "2"})
     assert plan.balancer == "nginx"
-    said = "\n".join(summary(plan))
-    assert f"page     http://127.0.0.1:{options['balancer_port']}/" in said
-    assert f"chat --url ws://127.0.0.1:{options['balancer_port']}/ws" in said
+    lines = "\n".join(summary(plan))
+    assert f"page     http://127.0.0.1:{options['balancer_port']}/" in lines
+    assert f"chat --url ws://127.0.0.1:{options['balancer_port']}/ws" in lines
     machine["haproxy"] = "/usr/sbin/haproxy"
     assert make_plan({**ports(), "nodes": "2"}).balancer == "haproxy"
 
@@ -68,11 +68,11 @@ def test_one_node_gets_a_balancer_only_when_it_is_named(machine: dict[str, str])
 def test_without_one_installed_it_says_so_and_where_the_nodes_are() -> None:
     options = ports()
     plan = make_plan({**options, "nodes": "2"})
-    said = summary(plan)
+    lines = summary(plan)
     first = int(options["port"])
-    assert said[0] == f"page     http://127.0.0.1:{first}/"
-    assert said[1] == "balancer none: install haproxy or nginx to have one at the next start"
-    assert said[2:4] == [f"node 0   ws://127.0.0.1:{first}/ws", f"node 1   ws://127.0.0.1:{first + 1}/ws"]
+    assert lines[0] == f"page     http://127.0.0.1:{first}/"
+    assert lines[1] == "balancer none: install haproxy or nginx to have one at the next start"
+    assert lines[2:4] == [f"node 0   ws://127.0.0.1:{first}/ws", f"node 1   ws://127.0.0.1:{first + 1}/ws"]
 
 
 def test_a_balancer_that_is_named_and_not_installed_is_refused() -> None:
