@@ -87,11 +87,8 @@ def test_with_a_certificate_nothing_is_listened_to_without_tls_but_what_sends_on
 def test_a_file_that_cannot_be_read_or_named_is_refused(tmp_path: Path) -> None:
     for name in ("a; include x", "a b.pem", "c.pem"):
         (tmp_path / name).touch()
-    for name, result in (
-        ("gone", "cannot be read"),
-        ("a; include x", "cannot be named"),
-        ("a b.pem", "cannot be named"),
-    ):
+    problems = {"gone": "cannot be read", "a; include x": "cannot be named", "a b.pem": "cannot be named"}
+    for name, problem in problems.items():
         with pytest.raises(SettingsError, match=problem):
             render(BalancerConfig("nginx", "a:1", ["a:2"], Tls(tmp_path / name)))
     with pytest.raises(SettingsError, match="is not an address"):
