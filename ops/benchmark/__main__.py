@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ops.benchmark import guards, releases
 from ops.benchmark.processes import Stage
-from ops.benchmark.report import SERVICES, Found, as_json, bar_lines, bars, circumstances_lines, table
+from ops.benchmark.report import SERVICES, Results, as_json, bar_lines, bars, circumstances_lines, table
 from ops.benchmark.runs import Run, alternate, capacity, memory_per_socket
 
 
@@ -68,7 +68,7 @@ def _progress(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _measure(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: Path | None) -> Found:
+def _measure(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: Path | None) -> Results:
     stage.start_services(profile=profile)
     _progress("memory of idle sockets")
     idle = {name: memory_per_socket(service, plan.idle_sockets) for name, service in stage.services.items()}
@@ -81,7 +81,7 @@ def _measure(stage: Stage, plan: Plan, circumstances: dict[str, object], profile
         _progress(f"concurrent paced answers: {name}")
         answers[name], capacity_runs = capacity(stage, name, list(plan.steps), plan.step_seconds)
         runs += capacity_runs
-    return Found(rounds, idle, answers, runs, circumstances)
+    return Results(rounds, idle, answers, runs, circumstances)
 
 
 def _measure_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | None) -> list[list[Run]]:

@@ -162,7 +162,7 @@ class Stage:
             **settings,
         }
         if unknown := given.keys() - Settings.model_fields:
-            sys.exit(f"there is no setting {', '.join(unknown)}")
+            sys.exit(f"unknown settings: {', '.join(unknown)}")
         command = ["-c", _NODE_ON_ASYNCIO] if self._loop == "asyncio" else ["-m", "imstream", "node"]
         if profile is not None:
             command = ["-m", "cProfile", "-o", str(profile), *command]

@@ -25,7 +25,7 @@ _HEADER = (
 
 
 @dataclass(frozen=True)
-class Found:
+class Results:
     """All measurements.
 
     Attributes:
@@ -69,7 +69,7 @@ def _short(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"  # noqa: PLR2004 - three digits are enough
 
 
-def _row(found: Found, load: str, sockets: int, service: str) -> str:
+def _row(found: Results, load: str, sockets: int, service: str) -> str:
     runs = found.runs(service, load, sockets)
 
     def mid(value: Callable[[Run], float]) -> float:
@@ -85,7 +85,7 @@ def _row(found: Found, load: str, sockets: int, service: str) -> str:
     )
 
 
-def table(found: Found) -> str:
+def table(found: Results) -> str:
     """One line for each load and service; medians over the rounds."""
     kinds = dict.fromkeys((run.load, run.sockets) for runs in found.rounds for run in runs if run.load != "single")
     lines = [_HEADER]
@@ -101,7 +101,7 @@ def table(found: Found) -> str:
     return "\n".join(lines)
 
 
-def circumstances_lines(found: Found) -> str:
+def circumstances_lines(found: Results) -> str:
     """Other uses of CPU: backend and load generator, which must not dominate, and other processes."""
     costs = [run.others_cpu / run.seen["chats"] * 1000 for run in found.runs("imstream", "burst", 100)]
     foreign = [run.foreign for runs in found.rounds for run in runs]
@@ -117,7 +117,7 @@ def circumstances_lines(found: Found) -> str:
     )
 
 
-def bars(found: Found) -> list[tuple[bool, str]]:
+def bars(found: Results) -> list[tuple[bool, str]]:
     """Whether imstream meets each bar, and a sentence for it."""
     single = [run.seen["to_backend"]["p50"] * 1000 for run in found.runs("imstream", "single", 1)]
     checks = [
@@ -141,6 +141,6 @@ def bar_lines(results: Sequence[tuple[bool, str]]) -> str:
     return "\n".join(f"{'met   ' if met else 'MISSED'} {text}" for met, text in results)
 
 
-def as_json(found: Found) -> dict[str, Any]:
+def as_json(found: Results) -> dict[str, Any]:
     """All measurements, for programs."""
     return {**asdict(found), "bars": [{"met": met, "text": text} for met, text in bars(found)]}

@@ -68,14 +68,14 @@ def main() -> int:
     # Handled like Ctrl-C: everything that was started is stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        found, streams = asyncio.run(run(plan, folder))
+        results, streams = asyncio.run(run(plan, folder))
     except KeyboardInterrupt:
         return 130
     shutil.rmtree(folder / "redis-data", ignore_errors=True)
-    _print(table(found))
-    if found.clean:
+    _print(table(results))
+    if results.clean:
         return 0
-    _print(problems(found, streams))
+    _print(problems(results, streams))
     return 1
 
 

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ops.chaos_test.history import TERMINAL, Asked, Complaint, Entry, Recorded
+from ops.chaos_test.history import TERMINAL, Complaint, Entry, Recorded, SentMessage
 
 LOST, DUPLICATED, UNEXPECTED, FAILED = "lost", "duplicated", "unexpected", "failed"
 
@@ -62,23 +62,23 @@ class Account:
         return len({(one.user_id, one.message_id) for one in self.problems if one.verdict == verdict})
 
 
-def account(asked: Iterable[Asked], recorded: Recorded, complaints: Iterable[Complaint] = ()) -> Account:
+def account(asked: Iterable[SentMessage], recorded: Recorded, complaints: Iterable[Complaint] = ()) -> Account:
     """Account for all messages."""
     total, known = Account(), set()
-    said: dict[tuple[int, str], list[Complaint]] = defaultdict(list)
+    by_message: dict[tuple[int, str], list[Complaint]] = defaultdict(list)
     for complaint in complaints:
-        said[complaint.user_id, complaint.message_id].append(complaint)
+        by_message[complaint.user_id, complaint.message_id].append(complaint)
     for message in asked:
         known.add(message.key)
-        _add(total, message, recorded.get(message.key, []), said.pop(message.key, []))
-    for (user_id, message_id), left in said.items():  # about no message, or about an unknown one
-        total.problems += [Problem(user_id, message_id, UNEXPECTED, one.what) for one in left]
+        _add(total, message, recorded.get(message.key, []), by_message.pop(message.key, []))
+    for (user_id, message_id), rest in by_message.items():  # about no message, or about an unknown one
+        total.problems += [Problem(user_id, message_id, UNEXPECTED, one.what) for one in rest]
     for user_id, message_id in recorded.keys() - known:
         total.problems.append(Problem(user_id, message_id, UNEXPECTED, "a reply to a message that was never sent"))
     return total
 
 
-def _add(total: Account, message: Asked, entries: Sequence[Entry], complaints: Sequence[Complaint]) -> None:
+def _add(total: Account, message: SentMessage, entries: Sequence[Entry], complaints: Sequence[Complaint]) -> None:
     problems = [
         *_problems(message, entries),
         *((DUPLICATED if one.twice else UNEXPECTED, one.what) for one in complaints),
@@ -102,7 +102,7 @@ def _ends(entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.event in TERMINAL]
 
 
-def _problems(message: Asked, entries: Sequence[Entry]) -> list[tuple[str, str]]:
+def _problems(message: SentMessage, entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """The problems of one message, as verdict and sentence."""
     ends = _ends(entries)
     wrong = []
@@ -122,7 +122,7 @@ def _problems(message: Asked, entries: Sequence[Entry]) -> list[tuple[str, str]]
     return wrong
 
 
-def _not_answered(message: Asked, ends: Sequence[Entry]) -> list[tuple[str, str]]:
+def _not_answered(message: SentMessage, ends: Sequence[Entry]) -> list[tuple[str, str]]:
     """The problems of an accepted message that was not answered."""
     if not ends:
         return [(LOST, f"accepted, and no end is recorded; the client received {message.outcome or 'nothing'}")]
@@ -137,7 +137,7 @@ def _not_answered(message: Asked, ends: Sequence[Entry]) -> list[tuple[str, str]
     return []
 
 
-def _wrong_end(message: Asked, end: Entry) -> list[tuple[str, str]]:
+def _wrong_end(message: SentMessage, end: Entry) -> list[tuple[str, str]]:
     if end.event == "failed":
         return [(FAILED, f"{end.fields.get('reason', '?')}: {end.fields.get('error', '')}")]
     if end.event == "cancelled" and not message.cancelling:
@@ -155,7 +155,7 @@ def _text(entries: Sequence[Entry]) -> str:
     return "".join(texts)
 
 
-def _wrong_text(message: Asked, end: str, text: str, which: str) -> list[tuple[str, str]]:
+def _wrong_text(message: SentMessage, end: str, text: str, which: str) -> list[tuple[str, str]]:
     """The problem of a text that is not the backend's: all of it if it is done, otherwise a prefix."""
     expected = message.expected if end == "done" else message.expected[: len(text)]
     if end == "expired" or text == expected:

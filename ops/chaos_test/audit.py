@@ -28,14 +28,14 @@ _PERMANENT = (":requests", ":load", ":dead", ":nodes")
 
 
 @dataclass(frozen=True, slots=True)
-class Idle:
+class Resources:
     """The resources of an idle node."""
 
     files: int
     memory: int
 
     @classmethod
-    def of(cls, part: Part) -> Idle:
+    def of(cls, part: Part) -> Resources:
         """Measure a node."""
         return cls(part.open_files(), part.memory())
 
@@ -60,7 +60,7 @@ def _entry(fields: dict[str, str]) -> Entry:
     return Entry(fields["event"], int(fields["attempt"]), text, by, fields)
 
 
-async def leftovers(client: redis.Redis, nodes: Sequence[Part], leaver: str, before: Idle) -> list[str]:
+async def find_leftovers(client: redis.Redis, nodes: Sequence[Part], leaver: str, before: Resources) -> list[str]:
     """Leftovers, one sentence each; waits up to `SETTLE` seconds for them to disappear."""
     deadline = asyncio.get_running_loop().time() + SETTLE
     names = [node.name.removeprefix("node ") for node in nodes]
@@ -71,31 +71,31 @@ async def leftovers(client: redis.Redis, nodes: Sequence[Part], leaver: str, bef
         lambda: [sentence for node in nodes for sentence in _resource_leaks(node, before)],
     ]
     while True:
-        left = [sentence for check in checks for sentence in check()]
-        if not left or asyncio.get_running_loop().time() > deadline:
-            return left
+        leftovers = [sentence for check in checks for sentence in check()]
+        if not leftovers or asyncio.get_running_loop().time() > deadline:
+            return leftovers
         await asyncio.sleep(0.5)
 
 
 def _requests(client: redis.Redis, nodes: Sequence[str], living: Sequence[str]) -> list[str]:
     """Unfinished requests by stream, by user and by consumer; and consumers of dead nodes."""
-    left = []
+    leftovers = []
     for node in nodes:
         stream, load = KEYS.requests(node), KEYS.load(node)
         unfinished: Any = client.xrange(stream)
         if unfinished:
             which = ", ".join(f"{fields.get('user')} {fields.get('message_id')}" for _, fields in unfinished[:10])
-            left.append(f"{len(unfinished)} requests in {stream}: {which}")
+            leftovers.append(f"{len(unfinished)} requests in {stream}: {which}")
         if counts := client.hgetall(load):
-            left.append(f"users with unfinished requests in {load}: {counts}")
+            leftovers.append(f"users with unfinished requests in {load}: {counts}")
         if letters := client.xlen(KEYS.dead(node)):
-            left.append(f"{letters} dead letters in {KEYS.dead(node)}")
+            leftovers.append(f"{letters} dead letters in {KEYS.dead(node)}")
         for consumer in _consumers(client, stream):
             if consumer["pending"]:
-                left.append(f"{consumer['pending']} pending under {consumer['name']} in {stream}")
+                leftovers.append(f"{consumer['pending']} pending under {consumer['name']} in {stream}")
             if consumer["name"] not in living:
-                left.append(f"consumer {consumer['name']} in {stream}, a dead node")
-    return left
+                leftovers.append(f"consumer {consumer['name']} in {stream}, a dead node")
+    return leftovers
 
 
 def _consumers(client: redis.Redis, stream: str) -> list[dict[str, Any]]:
@@ -120,11 +120,11 @@ def _lasting_keys(client: redis.Redis) -> list[str]:
         return [f"{key} never expires" for key, ttl in zip(keys, pipeline.execute(), strict=True) if ttl == -1]
 
 
-def _resource_leaks(node: Part, before: Idle) -> list[str]:
-    now = Idle.of(node)
-    left = []
+def _resource_leaks(node: Part, before: Resources) -> list[str]:
+    now = Resources.of(node)
+    leftovers = []
     if now.files > before.files + MORE_FILES:
-        left.append(f"{node.name} has {now.files} open files, {before.files} at its start")
+        leftovers.append(f"{node.name} has {now.files} open files, {before.files} at its start")
     if now.memory > MAX_MEMORY:
-        left.append(f"{node.name} holds {now.memory / 2**20:.0f} MB")
-    return left
+        leftovers.append(f"{node.name} holds {now.memory / 2**20:.0f} MB")
+    return leftovers

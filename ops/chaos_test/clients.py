@@ -10,7 +10,7 @@ from datetime import timedelta
 from imstream.client import Busy, Client, ClientError, NotConnected, Refused, Reply, Timing
 from imstream.demo.answer import canned_answer
 from imstream.wire import MIN_USER_ID
-from ops.chaos_test.history import Asked
+from ops.chaos_test.history import SentMessage
 
 TIMING = Timing(
     open=timedelta(seconds=5),
@@ -33,7 +33,7 @@ CANCELLED = 0.05
 _MAX_PAUSE = 1.0
 
 
-class Asker:
+class RandomClient:
     """One client: it sends messages until `stop`, then waits for all replies.
 
     Args:
@@ -44,7 +44,7 @@ class Asker:
         asked: The list to which its messages are added.
     """
 
-    def __init__(self, number: int, seed: int, url: str, pause: float, asked: list[Asked]) -> None:
+    def __init__(self, number: int, seed: int, url: str, pause: float, asked: list[SentMessage]) -> None:
         self.user_id = MIN_USER_ID + number - number // SHARED
         self._name = f"c{number}"
         self._random = random.Random(f"{seed} {self._name}")  # noqa: S311 - no secrets
@@ -77,19 +77,19 @@ class Asker:
         finally:
             self._open.release()
 
-    def _next_message(self) -> Asked:
+    def _next_message(self) -> SentMessage:
         rng = self._random
         self._count += 1
         length, pace = rng.randint(5, 120), rng.choice((0, 10, 20, 40))
         words = rng.choice(("What becomes of it", "它会怎样", "And if you die now"))
         message_id = f"{self._name}-{self._count}"
         question = f"{words}, {message_id}? [[demo length={length} pace={pace}ms]]"
-        message = Asked(self.user_id, message_id, question, "".join(canned_answer(question)))
+        message = SentMessage(self.user_id, message_id, question, "".join(canned_answer(question)))
         message.cancelling = rng.random() < CANCELLED
         self._asked.append(message)
         return message
 
-    async def _exchange(self, client: Client, message: Asked) -> None:
+    async def _exchange(self, client: Client, message: SentMessage) -> None:
         loop = asyncio.get_running_loop()
         cancel_after = self._random.uniform(0, 2)
         while True:

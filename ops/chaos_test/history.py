@@ -8,7 +8,7 @@ TERMINAL = ("done", "failed", "cancelled")
 
 
 @dataclass
-class Asked:
+class SentMessage:
     """One message, as its client knows it. Times are seconds of one clock.
 
     Attributes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops.chaos_test.accounting import DUPLICATED, FAILED, LOST, UNEXPECTED, Account, Problem
-from ops.chaos_test.audit import Idle
+from ops.chaos_test.audit import Resources
 from ops.chaos_test.history import Recorded
 
 SHOWN = 20
@@ -18,7 +18,7 @@ _WIDTH = 22
 
 
 @dataclass(frozen=True)
-class Found:
+class Results:
     """The results of a run.
 
     Attributes:
@@ -34,8 +34,8 @@ class Found:
     injected: Mapping[str, int]
     leftovers: Sequence[str]
     unforeseen: Sequence[str]
-    before: Idle
-    after: Mapping[str, Idle]
+    before: Resources
+    after: Mapping[str, Resources]
     folder: Path
 
     @property
@@ -44,10 +44,10 @@ class Found:
         return not (self.account.problems or self.leftovers or self.unforeseen)
 
 
-def table(found: Found) -> str:
+def table(results: Results) -> str:
     """The table."""
-    sums = found.account
-    faults = ", ".join(f"{count} × {kind}" for kind, count in sorted(found.injected.items()))
+    sums = results.account
+    faults = ", ".join(f"{count} × {kind}" for kind, count in sorted(results.injected.items()))
     waits = sorted(sums.waits)
     rows = {
         "asked": f"{sums.asked}",
@@ -64,23 +64,23 @@ def table(found: Found) -> str:
         "accepted → end": f"p50 {_quantile(waits, 0.5):.2f} s, p99 {_quantile(waits, 0.99):.2f} s, "
         f"longest {_quantile(waits, 1):.2f} s",
         "faults": faults,
-        "left over": f"{len(found.leftovers)}",
-        "unforeseen": f"{len(found.unforeseen)} (a process exited unexpectedly, or logged an exception)",
-        "idle nodes": ", ".join(f"{name}: {idle.files} files, {_mb(idle)}" for name, idle in found.after.items())
-        + f" (at the start: {found.before.files} files, {_mb(found.before)})",
+        "left over": f"{len(results.leftovers)}",
+        "unforeseen": f"{len(results.unforeseen)} (a process exited unexpectedly, or logged an exception)",
+        "idle nodes": ", ".join(f"{name}: {idle.files} files, {_mb(idle)}" for name, idle in results.after.items())
+        + f" (at the start: {results.before.files} files, {_mb(results.before)})",
     }
     return "\n".join(f"{name:<{_WIDTH}} {value}" for name, value in rows.items())
 
 
-def problems(found: Found, recorded: Recorded) -> str:
+def problems(results: Results, recorded: Recorded) -> str:
     """All problems, and where to look."""
-    every = found.account.problems
+    every = results.account.problems
     lines = [line for problem in every[:SHOWN] for line in _problem(problem, recorded)]
     if len(every) > SHOWN:
         lines.append(f"and {len(every) - SHOWN} more")
-    lines += [f"left over: {sentence}" for sentence in found.leftovers]
-    lines += [f"unforeseen: {sentence}" for sentence in found.unforeseen]
-    return "\n".join([*lines, f"logs of all processes, faults.log and messages.jsonl: {found.folder}"])
+    lines += [f"left over: {sentence}" for sentence in results.leftovers]
+    lines += [f"unforeseen: {sentence}" for sentence in results.unforeseen]
+    return "\n".join([*lines, f"logs of all processes, faults.log and messages.jsonl: {results.folder}"])
 
 
 def _problem(problem: Problem, recorded: Recorded) -> list[str]:
@@ -91,7 +91,7 @@ def _problem(problem: Problem, recorded: Recorded) -> list[str]:
     ]
 
 
-def _mb(idle: Idle) -> str:
+def _mb(idle: Resources) -> str:
     return f"{idle.memory / 2**20:.0f} MB"
 
 

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ops.chaos_test.accounting import account
-from ops.chaos_test.audit import Idle, connect, leftovers, recorded
-from ops.chaos_test.clients import Asker
-from ops.chaos_test.history import Asked, Complaint, Recorded
+from ops.chaos_test.audit import Resources, connect, find_leftovers, recorded
+from ops.chaos_test.clients import RandomClient
+from ops.chaos_test.history import Complaint, Recorded, SentMessage
 from ops.chaos_test.injector import Injector
 from ops.chaos_test.network import Network
 from ops.chaos_test.parts import Part
-from ops.chaos_test.report import Found
+from ops.chaos_test.report import Results
 from ops.chaos_test.schedule import draw
 from ops.chaos_test.stage import Stage
 
@@ -47,23 +47,23 @@ class Plan:
         return f"seed {self.seed}: {self.seconds:g} s, {self.nodes} + 1 nodes {front}, {self.clients} clients"
 
 
-async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
+async def run(plan: Plan, folder: Path) -> tuple[Results, Recorded]:
     """Run; returns the results and the reply streams."""
-    asked: list[Asked] = []
+    asked: list[SentMessage] = []
     ignored = _IgnoredFrames()
     logging.getLogger("imstream.client.connection").addHandler(ignored)
     faults = draw(plan.seed, plan.seconds, nodes=plan.nodes, clients=plan.clients)
     with (folder / "faults.log").open("w", encoding="utf-8") as log:
         async with Stage(folder, nodes=plan.nodes, seed=plan.seed, balancer=plan.balancer) as stage:
-            before = Idle.of(stage.nodes[0])
+            before = Resources.of(stage.nodes[0])
             async with Network(stage.port_for_client) as network:
                 injector = Injector(stage, network, log)
                 injector.note(str(plan))
                 stop = asyncio.Event()
                 url = f"ws://127.0.0.1:{network.port}/ws"
                 pause = plan.clients / plan.rate
-                askers = [Asker(number, plan.seed, url, pause, asked) for number in range(plan.clients)]
-                asking = [asyncio.create_task(asker.run(stop)) for asker in askers]
+                clients = [RandomClient(number, plan.seed, url, pause, asked) for number in range(plan.clients)]
+                asking = [asyncio.create_task(client.run(stop)) for client in clients]
                 await injector.run(faults, plan.seconds)
                 stop.set()
                 await stage.restore()
@@ -71,15 +71,15 @@ async def run(plan: Plan, folder: Path) -> tuple[Found, Recorded]:
                 await _await_all(asking, plan.patience)
                 injector.note("the clients have ended")
             with connect(stage.redis_port, stage.password) as client:
-                left = await leftovers(client, stage.nodes, stage.leaver.name.removeprefix("node "), before)
+                leftovers = await find_leftovers(client, stage.nodes, stage.leaver.name.removeprefix("node "), before)
                 streams = recorded(client)
-            after = {node.name: Idle.of(node) for node in stage.nodes}
+            after = {node.name: Resources.of(node) for node in stage.nodes}
         unforeseen = _unforeseen([*stage.parts, stage.leaver])
     _add_accepted(asked, network)
     _write_messages(folder / "messages.jsonl", asked, streams)
     complaints = [*network.complaints, *ignored.complaints]
     sums = account(asked, streams, complaints)
-    return Found(sums, injector.injected, left, unforeseen, before, after, folder), streams
+    return Results(sums, injector.injected, leftovers, unforeseen, before, after, folder), streams
 
 
 def _unforeseen(parts: Sequence[Part]) -> list[str]:
@@ -102,14 +102,14 @@ async def _await_all(asking: Sequence[asyncio.Task[None]], patience: float) -> N
             raise result
 
 
-def _add_accepted(asked: Sequence[Asked], network: Network) -> None:
+def _add_accepted(asked: Sequence[SentMessage], network: Network) -> None:
     """A message counts as accepted once the server sent `accepted`, even if its client did not receive it."""
     for message in asked:
         if message.accepted_at is None:
             message.accepted_at = network.accepted.get(message.key)
 
 
-def _write_messages(file: Path, asked: Sequence[Asked], streams: Recorded) -> None:
+def _write_messages(file: Path, asked: Sequence[SentMessage], streams: Recorded) -> None:
     """Write all that is known of every message, one line each: Redis and its data are deleted after the run."""
     with file.open("w", encoding="utf-8") as out:
         for message in asked:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from ops.chaos_test.accounting import DUPLICATED, FAILED, LOST, UNEXPECTED, account
-from ops.chaos_test.history import Asked, Complaint, Entry
+from ops.chaos_test.history import Complaint, Entry, SentMessage
 
-GOOD = Asked(10001, "m", "q", "the answer", accepted_at=1.0, ended_at=3.5, outcome="done", text="the answer")
+GOOD = SentMessage(10001, "m", "q", "the answer", accepted_at=1.0, ended_at=3.5, outcome="done", text="the answer")
 RECORD = [
     Entry("queued", 0),
     Entry("opened", 1, by="0"),
@@ -20,7 +20,7 @@ RECORD = [
 ]
 
 
-def verdicts(asked: Asked, record: list[Entry] | None, *complaints: Complaint) -> list[str]:
+def verdicts(asked: SentMessage, record: list[Entry] | None, *complaints: Complaint) -> list[str]:
     """What is wrong with one message."""
     return [one.verdict for one in account([asked], {asked.key: record} if record else {}, complaints).problems]
 
