@@ -59,8 +59,7 @@ class AnswerReader:
         self._events = EventParser(limit=self._json_limit)
         self._document: bytearray | None = None
         self._begun = False
-        self._high: str | None = None
-        """The first half of a surrogate pair, at the end of the text so far; None until a surrogate was received."""
+        self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
 
     @property
     def complete(self) -> bool:
@@ -70,8 +69,7 @@ class AnswerReader:
     def feed(self, data: bytes) -> str:
         """Read a part of the body; return the text of all its events.
 
-        Raises:
-            BackendError: `bad_stream` (transient), or an error that the backend reports.
+        Raises `BackendError`: `bad_stream`, or an error that the backend reports.
         """
         self.progressed = False
         size = len(data)
@@ -102,11 +100,7 @@ class AnswerReader:
         return self._bounded(text) if text else text
 
     def end(self) -> str:
-        """The body has ended: return the rest of the text.
-
-        Raises:
-            BackendError: `broken_stream` (transient) if the answer is incomplete; else as `feed`.
-        """
+        """Return the rest of the text at the end of the body. Raises as `feed`, also `broken_stream` if incomplete."""
         if self._document is not None:
             return self._bounded(self._read_document(bytes(self._document)))
         try:
@@ -141,11 +135,10 @@ class AnswerReader:
         self._idle_bytes += size
         buffered = self._events.buffered
         self.large = buffered > LARGE_JSON
-        if self._idle_bytes - buffered <= self._json_limit:
-            return
-        if not self.complete:
-            raise TransientBackendError("bad_stream", f"{self._idle_bytes} bytes without a sign of the model at work")
-        self.done = True
+        if self._idle_bytes - buffered > self._json_limit:
+            if not self.complete:
+                raise TransientBackendError("bad_stream", f"{self._idle_bytes} bytes without a sign of progress")
+            self.done = True
 
     def _read_events(self, events: list[bytes]) -> str:
         texts = []

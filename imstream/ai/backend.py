@@ -121,7 +121,7 @@ class OpenAIBackend(EndpointClient):
         if is_encoded(response):
             raise TransientBackendError("bad_stream", ENCODED)
         reader = AnswerReader(limit=self._settings.max_answer, secrets=self._endpoint.secrets)
-        intake = _Intake(reader, limits, on_text, idle_timeout=self._settings.ai_idle_timeout, turn=self._turn)
+        intake = _Intake(reader, limits, on_text, self._settings.ai_idle_timeout, self._turn)
         try:
             while not reader.complete:
                 await stream_body(response, intake.feed)
@@ -159,6 +159,7 @@ class _Turn(asyncio.Lock):
             await asyncio.sleep(used)
 
 
+@dataclass(slots=True)
 class _Intake:
     """Feeds the reads of one answer to its reader, and passes the text on.
 
@@ -166,42 +167,33 @@ class _Intake:
     answers that share `turn` do so one at a time, and leave the event loop to others in between.
     """
 
-    def __init__(
-        self,
-        reader: AnswerReader,
-        limits: TimeLimits,
-        on_text: Callable[[str], None],
-        *,
-        idle_timeout: timedelta,
-        turn: _Turn,
-    ) -> None:
-        self._reader = reader
-        self._limits = limits
-        self._on_text = on_text
-        self._idle_timeout = idle_timeout
-        self._turn = turn
-        self._begun = False
-        self._deferred: bytes | None = None
-        self._text = ""
+    reader: AnswerReader
+    limits: TimeLimits
+    on_text: Callable[[str], None]
+    idle_timeout: timedelta
+    turn: _Turn
+    _begun: bool = False
+    _deferred: bytes | None = None
+    _text: str = ""
 
     def feed(self, data: bytes, *, defer: bool = True) -> bool:
         """Feed a read, or `b""` at the end of the body; return whether it takes another before `feed_deferred`."""
-        reader = self._reader
+        reader = self.reader
         if defer and (len(data) > CHUNK or (reader.large and (b"\n" in data or not data))):
             self._deferred = data
             return False
         text = reader.feed(data) if data else reader.end()
         if text:
             if len(text) <= CHUNK:
-                self._on_text(text)
+                self.on_text(text)
             else:
                 self._text = text
         if reader.progressed:
             if self._begun:
-                self._limits.renew()
+                self.limits.renew()
             else:
                 self._begun = True
-                self._limits.expect("idle_timeout", within=self._idle_timeout)
+                self.limits.expect("idle_timeout", within=self.idle_timeout)
         return not (reader.complete or self._text)
 
     async def feed_deferred(self) -> None:
@@ -211,12 +203,12 @@ class _Intake:
             await self._pass_on_text()
             return
         for begin in range(0, len(data) or 1, CHUNK):
-            if self._reader.done:
+            if self.reader.done:
                 break
-            async with self._turn:
+            async with self.turn:
                 start = perf_counter()  # uvloop's clock does not advance within a turn
                 self.feed(data[begin : begin + CHUNK], defer=False)
-                await self._turn.rest(perf_counter() - start)
+                await self.turn.rest(perf_counter() - start)
                 await self._pass_on_text()
 
     async def _pass_on_text(self) -> None:
@@ -224,7 +216,7 @@ class _Intake:
         for begin in range(0, len(text), CHUNK):
             if begin:
                 await asyncio.sleep(0)
-            self._on_text(text[begin : begin + CHUNK])
+            self.on_text(text[begin : begin + CHUNK])
 
 
 class _Payload(aiohttp.BytesPayload):

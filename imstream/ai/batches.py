@@ -83,16 +83,13 @@ class Batcher(Generic[T]):
                 if not future.done():
                     future.set_result(result)
         except Exception as error:  # noqa: BLE001 - passed on to all texts
-            _fail(batch, error)
+            _fail(batch, error)  # a function, whose frame is in no traceback and so in no reference cycle
         finally:
-            _cancel(batch)  # those without a result, when the call is cancelled
-            batch.clear()  # breaks reference cycles: exceptions have tracebacks with this frame
+            while batch:  # emptied to break reference cycles: exceptions have tracebacks with this frame
+                batch.pop()[1].cancel()  # has no result yet if the call is cancelled
             self._calls.discard(cast("asyncio.Task[None]", asyncio.current_task()))
             if self._timer is None:  # texts may be waiting because too many calls were running
                 self._start_calls()
-
-
-# Functions of their own: their frames are in no traceback, and so in no reference cycle.
 
 
 def _fail(batch: Sequence[tuple[str, asyncio.Future[T]]], error: Exception) -> None:
@@ -101,8 +98,3 @@ def _fail(batch: Sequence[tuple[str, asyncio.Future[T]]], error: Exception) -> N
             failure = RuntimeError("the call has failed")  # one each: a traceback is part of the exception
             failure.__cause__ = error
             future.set_exception(failure)
-
-
-def _cancel(batch: Sequence[tuple[str, asyncio.Future[T]]]) -> None:
-    for _, future in batch:
-        future.cancel()

@@ -156,7 +156,6 @@ async def stream_body(response: aiohttp.ClientResponse, on_data: Callable[[bytes
     connection is lost or the body is not valid HTTP, and what `on_data` raises.
     """
     body = _StreamedBody(response, on_data)
-    body.attach()
     try:
         await body.ended
     finally:
@@ -166,7 +165,7 @@ async def stream_body(response: aiohttp.ClientResponse, on_data: Callable[[bytes
 class _StreamedBody(asyncio.Protocol):
     """Delivers a body in the callback of its connection: no future, no turn of the loop, no task to wake for a read.
 
-    From `attach` to `detach` it replaces aiohttp's protocol on both of its sides. As protocol of the transport it lets
+    Until `detach` it replaces aiohttp's protocol on both of its sides. As protocol of the transport it lets
     aiohttp parse what is received, and delivers the result. As protocol of the body it ignores the requests to resume
     reading: after each read, aiohttp 3.14 would parse again and resume a transport that is not paused.
     """
@@ -186,8 +185,6 @@ class _StreamedBody(asyncio.Protocol):
             self._handler = response.connection.protocol
             self._transport = response.connection.transport
             self._lost = self._transport is None
-
-    def attach(self) -> None:
         if self._transport is not None:
             self._transport.set_protocol(self)
             self._content._protocol = self  # type: ignore[assignment] # noqa: SLF001 - see above
@@ -204,11 +201,10 @@ class _StreamedBody(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         handler = self._handler
-        handler.unchecked -= len(data)
-        if handler.unchecked >= 0:
+        if len(data) <= handler.unchecked:
+            handler.unchecked -= len(data)
             ResponseHandler.data_received(handler, data)  # skips the check
         else:
-            handler.unchecked += len(data)
             handler.data_received(data)
         self._deliver()
 

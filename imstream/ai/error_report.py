@@ -31,17 +31,11 @@ _LONG_ENTITY = re.compile(r"&#[0-9]{9,}")
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """An error as the backend reports it.
+    """An error as the backend reports it."""
 
-    Attributes:
-        words: Its code and type in lower case, the more specific one first.
-        message: Its message for people, not shortened; may be empty.
-        status: The HTTP status in an error object, which may be part of a successful response.
-    """
-
-    words: tuple[str, ...] = ()
-    message: str = ""
-    status: int | None = None
+    words: tuple[str, ...] = ()  # code and type in lower case, the more specific one first
+    message: str = ""  # not shortened
+    status: int | None = None  # in an error object, which may be part of a successful response
 
     @classmethod
     def from_body(cls, body: bytes) -> Self:
@@ -112,14 +106,13 @@ def _message(error: dict[str, Any]) -> str:
 
 def _field_error(item: dict[str, Any]) -> str:
     place, problem = item.get("loc"), item.get("msg")
-    path = ".".join(map(_path_part, place[:_MAX_FIELDS])) if isinstance(place, list) else ""
+    parts = place[:_MAX_FIELDS] if isinstance(place, list) else []
+    path = ".".join(str(part) if _is_word(part) or _is_index(part) else "…" for part in parts)
     return ": ".join(part for part in (path, problem) if isinstance(part, str) and part)
 
 
-def _path_part(part: object) -> str:
-    if _is_word(part):
-        return part
-    return str(part) if isinstance(part, int) and abs(part) <= _MAX_INDEX else "…"
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and abs(value) <= _MAX_INDEX
 
 
 def _is_word(value: object) -> TypeGuard[str]:

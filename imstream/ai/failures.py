@@ -31,10 +31,8 @@ from imstream.errors import BackendError, PermanentBackendError, TransientBacken
 
 MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
 
-TRANSIENT_STATUSES = frozenset(
-    {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
-)
-"""The only statuses below 500 that do not blame the request."""
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})  # the only ones below 500 that do not blame the request
+BLAMES_REQUEST = frozenset({400, 413, 422})
 
 CONTEXT_WORDS = frozenset({"context_length_exceeded", "exceed_context_size_error", "context_window_exceeded"})
 CONTEXT_PHRASES = (
@@ -46,10 +44,6 @@ CONTEXT_PHRASES = (
     "max_new_tokens` must be <=",  # TGI
 )
 """For servers without a code for it. Only for statuses that blame the request."""
-
-BLAMES_REQUEST = frozenset(
-    {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
-)
 
 QUOTA_WORDS = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 """OpenAI sends these with 429, which is otherwise transient."""
@@ -119,14 +113,11 @@ def retry_after(headers: Mapping[str, str], *, now: datetime) -> timedelta | Non
 
     A time in the past is zero, a longer one `MAX_RETRY_AFTER`, and an invalid one None.
     """
-    wait = _number(headers.get("retry-after-ms"), unit=0.001)
-    if wait is None and (text := headers.get("retry-after")) is not None:
-        wait = _number(text, unit=1.0)
-        if wait is None:
-            wait = _seconds_until(text, now)
-    if wait is None:
-        return None
-    return timedelta(seconds=min(max(wait, 0.0), MAX_RETRY_AFTER.total_seconds()))
+    text = headers.get("retry-after", "")
+    wait = _number(headers.get("retry-after-ms", ""), unit=0.001)
+    wait = _number(text, unit=1.0) if wait is None else wait
+    wait = _seconds_until(text, now) if wait is None else wait
+    return None if wait is None else timedelta(seconds=min(max(wait, 0.0), MAX_RETRY_AFTER.total_seconds()))
 
 
 def _specific_reason(report: ErrorReport, status: int | None) -> str | None:
@@ -144,9 +135,9 @@ def _is_transient(status: int) -> bool:
     return status in TRANSIENT_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-def _number(text: str | None, *, unit: float) -> float | None:
+def _number(text: str, *, unit: float) -> float | None:
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         return None
     return None if math.isnan(value) else value * unit

@@ -47,26 +47,20 @@ class Template:
     def __init__(self, text: str, variables: Sequence[str], *, setting: str) -> None:
         """Parse the text of a setting. Raises `SettingsError` for an unknown variable or a single brace."""
         allowed = f"the variables are {', '.join(f'{{{name}}}' for name in variables)}; a brace is written {{{{ or }}}}"
-        self._parts: list[tuple[str, str]] = []
-        """Literal text, and the name of the variable that follows it."""
-        before, end = "", 0
+        self._text = text
+        self.names = set[str]()
         for match in _PLACEHOLDER.finditer(text):
-            before += text[end : match.start()]
-            end = match.end()
-            if match["brace"]:
-                before += match["brace"][0]
-            elif match["name"] in variables:
-                self._parts.append((before, match["name"]))
-                before = ""
-            else:
+            if match["name"] in variables:
+                self.names.add(match["name"])
+            elif not match["brace"]:
                 line = text.count("\n", 0, match.start()) + 1
                 raise SettingsError(f"{setting} is not allowed: {match[0]} in line {line}: {allowed}")
-        self._rest = before + text[end:]
-        self.names = frozenset(name for _, name in self._parts)
 
     def fill(self, values: Mapping[str, str]) -> str:
         """Replace the variables by values."""
-        return "".join([part for before, name in self._parts for part in (before, values[name])] + [self._rest])
+        return _PLACEHOLDER.sub(
+            lambda match: match["brace"][0] if match["brace"] else values[match["name"]], self._text
+        )
 
 
 @dataclass(frozen=True, slots=True)
