@@ -92,7 +92,7 @@ class Cluster:
             except StoreUnavailable:
                 self._refresh_soon(address)
                 raise
-        raise StoreUnavailable(f"the nodes of the Redis Cluster do not agree who has {key!r}")
+        raise StoreUnavailable(f"the nodes of the Redis Cluster do not agree on the owner of {key!r}")
 
     async def send_to_masters(self, *command: Argument) -> dict[str, Any]:
         """Send a command to each master, whatever its key; the replies by address. Raises as `send` does."""

@@ -21,8 +21,8 @@ _DEMOTED = (exceptions.ReadOnlyError, exceptions.MasterDownError)
 _DEMOTED_CODES = ("READONLY", "NOREPLICAS", "UNBLOCKED force")
 """Errors of a server that is no longer the master, or of a master that cannot reach its replicas."""
 
-_LOGIN_HINT = "look at the user and the password in IMSTREAM_REDIS_URL"
-_PERMISSION_HINT = "give the user what ops/redis-users.acl lists (ACL LOG tells what was denied)"
+_LOGIN_HINT = "check the user and the password in IMSTREAM_REDIS_URL"
+_PERMISSION_HINT = "grant the user the permissions in ops/redis-users.acl (ACL LOG shows what was denied)"
 _DENIED_IN_SCRIPT = ("The user executing the script can't ", "ACL failure in script: ")
 """How Redis and Valkey report a permission missing inside a script; the code is not always NOPERM."""
 

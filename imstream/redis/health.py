@@ -16,7 +16,7 @@ async def warnings(redis: RedisClient) -> list[str]:
             await redis.execute_on_masters("INFO", section) for section in ("memory", "persistence", "replication")
         ]
     except StoreError as error:
-        return [f"cannot look at the settings of Redis: {error}"]
+        return [f"cannot read the settings of Redis: {error}"]
     found: dict[str, list[str]] = defaultdict(list)
     for master in infos[0]:
         # A master promoted between two requests has not answered all of them.

@@ -40,7 +40,7 @@ def _connection_options(url: RedisUrl, server: tuple[str, int], timeout: timedel
 
     Time limits other than that of connecting are the caller's. redis-py's own would send with `asyncio.wait_for`, which
     costs a task each time and, in Python 3.11, loses a cancellation when sending ends at that moment; and a read that
-    it ends would answer None, as if Redis had said that nothing came.
+    it ends would answer None, as if Redis had sent an empty reply.
     """
     options: dict[str, Any] = {**parse_url(url.server_url(*server))}
     if url.password_file is not None:

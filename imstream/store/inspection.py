@@ -72,7 +72,7 @@ class UserOverview:
 
 
 async def inspect_user(redis: RedisClient, keys: Keys, user_id: int, day: Day) -> UserOverview:
-    """Look at a user. Raises as `inspect_stream` does."""
+    """Inspect a user. Raises as `inspect_stream` does."""
     account, counted, violations, expiry, nodes = await asyncio.gather(
         _read(redis, "HGETALL", keys.account(user_id)),
         _read(redis, "ZREVRANGE", keys.quota(user_id, day.name), 0, -1, "WITHSCORES"),
@@ -93,7 +93,7 @@ async def inspect_user(redis: RedisClient, keys: Keys, user_id: int, day: Day) -
 
 
 async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: int) -> StreamOverview:
-    """Look at the stream of a node and its `newest` dead letters. `StoreRefused` names a key written by hand."""
+    """Inspect the stream of a node and its `newest` dead letters. `StoreRefused` names a key written by hand."""
     stream, dead = keys.requests(node), keys.dead(node)
     length, dead_length, letters, (in_progress, oldest) = await asyncio.gather(
         _read(redis, "XLEN", stream),

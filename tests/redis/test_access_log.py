@@ -117,7 +117,7 @@ def _answers(client: redis.Redis) -> bool:
 )
 async def test_the_user_of_a_node_may_not(server: RedisServer, command: tuple[str | int, ...]) -> None:
     async with RedisClient(server.url, connections=1, timeout=TIMEOUT) as redis_client:
-        with pytest.raises(StoreDenied, match=r"give the user what ops/redis-users\.acl lists"):
+        with pytest.raises(StoreDenied, match=r"grant the user the permissions in ops/redis-users\.acl"):
             await redis_client.execute(*command)
 
 
@@ -140,7 +140,7 @@ async def test_a_denied_login_is_told_from_an_absence(server: RedisServer, which
     reader = BlockingReader(url, block=TIMEOUT, timeout=TIMEOUT)
     async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
         for ask in (redis_client.execute, reader.execute):
-            with pytest.raises(StoreDenied, match="look at the user and the password in IMSTREAM_REDIS_URL"):
+            with pytest.raises(StoreDenied, match="check the user and the password in IMSTREAM_REDIS_URL"):
                 await ask("XLEN", "im:a")
     await reader.aclose()
 
@@ -156,7 +156,7 @@ async def test_a_permission_that_is_lacking_is_said_also_when_a_script_lacks_it(
         try:
             async with RedisClient(server.url, connections=1, timeout=TIMEOUT) as redis_client:
                 requests = RequestStream(redis_client, reader, Settings.load())
-                with pytest.raises(StoreDenied, match="ACL LOG tells what was denied"):
+                with pytest.raises(StoreDenied, match="ACL LOG shows what was denied"):
                     await requests.admit(chat_request())
         finally:
             set_users(client, *USER_LINES)
@@ -172,5 +172,5 @@ async def test_without_the_permission_to_look_at_its_settings_a_node_says_so_and
                 [warning] = await health.warnings(redis_client)
         finally:
             set_users(client, *USER_LINES)
-    assert "cannot look at the settings of Redis: " in warning
+    assert "cannot read the settings of Redis: " in warning
     assert "'info'" in warning

@@ -15,8 +15,8 @@ from tests.support.servers import USER
 from tests.support.waiting import wait_until
 
 TIMEOUT = timedelta(seconds=2)
-LOGIN = "look at the user and the password in IMSTREAM_REDIS_URL"
-PERMISSION = "give the user what ops/redis-users.acl lists"
+LOGIN = "check the user and the password in IMSTREAM_REDIS_URL"
+PERMISSION = "grant the user the permissions in ops/redis-users.acl"
 
 
 async def is_denied(url: str, why: str) -> None:

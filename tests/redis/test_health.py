@@ -42,7 +42,7 @@ async def test_a_server_that_evicts_or_forgets_is_warned_about(own_server: Redis
 
 async def test_a_server_that_is_not_there_cannot_be_looked_at() -> None:
     [warning] = await _warnings(f"redis://127.0.0.1:{free_port()}")
-    assert warning.startswith("cannot look at the settings of Redis: ")
+    assert warning.startswith("cannot read the settings of Redis: ")
 
 
 async def test_a_master_that_needs_no_replica_to_write_is_warned_about(tmp_path: Path) -> None:

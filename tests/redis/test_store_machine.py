@@ -426,8 +426,8 @@ class StoreUsed(RuleBasedStateMachine):
             assert entries == [replace(entry, terminal=None) for entry in self._models[message].entries]
             assert not any(entry.event in TERMINAL for entry in entries[:-1])  # I4
             if entries:
-                latest = [recorded for recorded in entries if recorded.attempt == entries[-1].attempt]
-                text = "".join(recorded.text for recorded in latest)
+                latest = [entry for entry in entries if entry.attempt == entries[-1].attempt]
+                text = "".join(entry.text for entry in latest)
                 assert text == text_of(entries[-1].attempt)[: entries[-1].offset]  # I5
 
     def _entries(self) -> dict[tuple[int, str], list[Said]]:
