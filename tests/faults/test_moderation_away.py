@@ -1,4 +1,4 @@
-"""The moderation service dies, hangs and comes back, while the AI backend is well."""
+"""The moderation service dies, hangs and recovers, while the AI backend works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = {"moderation_timeout": "300ms", "ai_breaker_pause": "100ms", "retry_wait
 async def moderated_node(
     folder: Path, redis_server: RedisServer, ai: DemoBackend, **settings: object
 ) -> AsyncIterator[tuple[OneNode, DemoBackend]]:
-    """A node, and the service that moderates for it."""
+    """A node and its moderation service."""
     service = await asyncio.to_thread(start_demo, folder, "--first", "0")
     with service.process:
         given: dict[str, Any] = {**QUICK, "moderation_url": service.url, **settings}
@@ -42,7 +42,7 @@ async def test_closed_messages_wait_until_the_service_is_back(
             for number in range(8):
                 await someone.chat(USER, f"question {number} {BRIEF}", f"m{number}")
             await someone.chat(USER, "[[flag]]", "flagged")
-            await wait_until(lambda: node.now.process.output().count("will retry") > 20, "all are tried again")
+            await wait_until(lambda: node.now.process.output().count("will retry") > 20, "all are retried")
             assert node.ai_stats()["calls"] == calls
             assert node.unfinished() == 9
             again = await asyncio.to_thread(start_demo, tmp_path, "--first", "0", port=service.port)

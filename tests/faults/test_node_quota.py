@@ -1,4 +1,4 @@
-"""A node that dies between counting a message and what becomes of it; a Redis that is away when somebody comes in."""
+"""A node dies between counting a message and its end; Redis is down during a login."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ USER = 10001
 
 
 def counted(node: OneNode) -> list[str]:
-    """The messages that are counted today."""
+    """The ids of the messages counted today."""
     found: Any = node.redis.zrange(Keys().quota(USER, f"{datetime.now(UTC):%Y-%m-%d}"), 0, -1)
     return list(found)
 
 
 async def asks_until_it_dies(node: OneNode, message_id: str) -> None:
-    """Ask, and see the connection break."""
+    """Send a message and wait until the node dies."""
     async with node.peer(USER) as someone:
         await someone.send_frame("CHAT", userId=USER, contents="hello", messageId=message_id)
         try:
@@ -39,7 +39,7 @@ async def asks_until_it_dies(node: OneNode, message_id: str) -> None:
 
 
 async def answer_to_init(someone: Peer, user: int) -> Frame:
-    """Log in, again while Redis is away; the first other answer."""
+    """Log in, repeatedly while Redis is down; the first other response."""
     while True:
         await someone.send_frame("INIT", userId=user)
         frame = await someone.frame()
@@ -75,20 +75,20 @@ async def test_a_failed_message_is_given_back_also_when_its_node_dies_before_tha
     ):
         await asks_until_it_dies(node, "m1")
         assert (counted(node), node.recorded(USER, "m1")[0]) == (["m1"], "failed")
-        await node.start(crash_at="burying", wait=False)  # given back, and dead once more before that is noted
+        await node.start(crash_at="burying", wait=False)  # uncounted, then the node dies again before it records that
         assert await node.died() == -9
         assert counted(node) == []
         await node.start()
-        await wait_until(lambda: len(node.dead()) == 1, "the message is buried")
+        await wait_until(lambda: len(node.dead()) == 1, "the message is a dead letter")
         async with node.peer(USER) as someone:
-            # Sent again, it is told as it ended, and nobody pays for that.
+            # Sent again, its recorded end is shown, and it is not counted.
             again = await someone.chat(USER, "hello", "m1")
             assert (again["event"], again["remaining"]) == ("accepted", 1)
             assert (await someone.end_of("m1")).events[-1] == "failed"
             assert (await someone.chat(USER, "hello", "m2"))["remaining"] == 0
             await someone.end_of("m2")
         await node.settled()
-        await wait_until(lambda: counted(node) == [], "both are given back")
+        await wait_until(lambda: counted(node) == [], "both are uncounted")
 
 
 async def test_while_redis_is_away_nobody_comes_in_and_a_banned_user_does_not_when_it_is_back(

@@ -1,4 +1,4 @@
-"""Bans, locks and quotas as users and operators meet them, on two nodes: by command, with redis-cli, by violations."""
+"""Bans, locks and quotas on two nodes: by command, with redis-cli, and after violations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUOTA = 40
 
 @pytest.fixture(scope="module")
 def standing_pair(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    """Two nodes with a quota. The first is strict; it may ask the AI twice."""
+    """Two nodes with a quota and two AI calls per message. The first one has the guard of `strict_node`."""
     folder = tmp_path_factory.mktemp("accounts")
     limits: dict[str, Any] = {"daily_quota": QUOTA, "max_attempts": 2, "chats_per_minute": 0, "frame_rate": 0}
     with standing_nodes(folder, demo.url, "0", "1", **limits) as nodes:
@@ -42,7 +42,7 @@ def standing_pair(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -
 
 @pytest.fixture
 async def nodes(standing_pair: ManyNodes) -> AsyncIterator[ManyNodes]:
-    """These; at the end nothing is left of the users."""
+    """The nodes; at the end, the keys of the users are deleted."""
     await standing_pair.mended()
     yield standing_pair
     for user in (USER, OTHER):
@@ -54,15 +54,15 @@ async def nodes(standing_pair: ManyNodes) -> AsyncIterator[ManyNodes]:
 
 
 async def command(nodes: ManyNodes, *words: str) -> str:
-    """Run `imstream user …`; what it prints."""
+    """Run `imstream user …` and return its output."""
     words = ("user", *words, "--redis", nodes.server.url)
     result = await asyncio.to_thread(CliRunner().invoke, main, words, env={"IMSTREAM_DAILY_QUOTA": str(QUOTA)})
     assert result.exit_code == 0, result.output
     return result.output
 
 
-async def is_shut_out(someone: Peer, sentence: str) -> None:
-    """Wait until the socket is told so and closed."""
+async def is_closed(someone: Peer, sentence: str) -> None:
+    """Wait until the socket is closed with this sentence."""
     assert await someone.closed() == 4503
     last = someone.frames[-1]
     assert (last["msgType"], last["code"]) == ("SYSTEM", "FORBIDDEN")
@@ -70,15 +70,15 @@ async def is_shut_out(someone: Peer, sentence: str) -> None:
 
 
 async def login_is_refused(nodes: ManyNodes, user: int, *, lang: str, sentence: str) -> None:
-    """On both nodes."""
+    """Check this on both nodes."""
     for url in nodes.urls():
         async with peer(url, lang=lang) as someone:
             await someone.send_frame("INIT", userId=user)
-            await is_shut_out(someone, sentence)
+            await is_closed(someone, sentence)
 
 
 def used(nodes: ManyNodes, user: int = USER) -> int:
-    """What is counted today."""
+    """The number of messages counted today."""
     return int(nodes.redis.zcard(Keys().quota(user, f"{datetime.now(UTC):%Y-%m-%d}")))
 
 
@@ -98,8 +98,8 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
             f"user {USER} is banned",
             *(f"node {node} was notified to close the user's sessions" for node in "01"),
         ]
-        await is_shut_out(here, re.escape(BANNED.en))
-        await is_shut_out(there, re.escape(BANNED.zh))
+        await is_closed(here, re.escape(BANNED.en))
+        await is_closed(there, re.escape(BANNED.zh))
         await login_is_refused(nodes, USER, lang="en", sentence=re.escape(BANNED.en))
         await other.send_frame("HEARTBEAT")
         await other.until(msgType="HEARTBEAT")
@@ -109,7 +109,7 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
         assert "by        alice" in shown
         assert f"1 of {QUOTA} used" in shown
         assert "sockets     none" in shown
-        # What was accepted is answered, though nobody is shown it.
+        # Accepted messages are answered, although no socket shows the answer.
         await nodes["0"].all_finished()
         assert nodes.any.recorded(USER, "running")[0] == "done"
         assert await command(nodes, "unban", str(USER)) == f"user {USER} is no longer banned\n"
@@ -123,7 +123,7 @@ async def test_a_lock_by_command_says_until_when_and_ends_by_itself(nodes: ManyN
     async with nodes["1"].peer(USER, lang="en") as someone:
         assert re.match(rf"user {USER} is locked until \S+ \S+ \(UTC\)\n", await command(nodes, "lock", str(USER)))
         sentence = r"This account is locked until \d{4}-\d\d-\d\d \d\d:\d\d \(UTC\)!"
-        await is_shut_out(someone, sentence)
+        await is_closed(someone, sentence)
         assert 3_500_000 < someone.frames[-1]["retryAfterMs"] <= 3_600_000
         await login_is_refused(nodes, USER, lang="en", sentence=sentence)
         assert "account     locked" in await command(nodes, "show", str(USER))
@@ -147,10 +147,10 @@ async def test_the_lines_of_the_readme_for_redis_cli_do_the_same(nodes: ManyNode
         assert sorted(holders) == ["0", "1"]
         for node in holders:
             cli(*notice.replace("{node:0}", f"{{node:{node}}}").split())
-            # An inbox that is made by hand has no expiry until a node tells something, too.
+            # An inbox created by hand has no expiry until a node writes to it.
             nodes.redis.expire(Keys().inbox(node), 60)
-        await is_shut_out(here, re.escape(BANNED.en))
-        await is_shut_out(there, re.escape(BANNED.en))
+        await is_closed(here, re.escape(BANNED.en))
+        await is_closed(there, re.escape(BANNED.en))
     await login_is_refused(nodes, USER, lang="zh", sentence=re.escape(BANNED.zh))
 
 
@@ -158,7 +158,7 @@ async def test_with_a_quota_a_ban_that_no_node_was_told_of_holds_from_the_next_m
     async with nodes["0"].peer(USER, lang="en") as someone:
         nodes.redis.hset(Keys().account(USER), "banned", 1)
         await someone.send_frame("CHAT", userId=USER, contents=AT_ONCE, messageId="m")
-        await is_shut_out(someone, re.escape(BANNED.en))
+        await is_closed(someone, re.escape(BANNED.en))
     assert used(nodes) == 0
     assert nodes.any.record(USER, "m") == []
 
@@ -173,13 +173,13 @@ async def test_too_many_violations_lock_the_user_on_all_nodes(nodes: ManyNodes) 
         await rude.send_frame("HEARTBEAT")
         await rude.until(msgType="HEARTBEAT")
         assert "violations  2, expire in 0:09:" in await command(nodes, "show", str(USER))
-        # The third: what was wrong with it is said before the door is shut.
+        # The third one: the reason is sent before the socket is closed.
         assert (await rude.chat(USER, RUDE, "m3"))["contents"] == NO.sentence.en
         for someone in (rude, too):
-            await is_shut_out(someone, "This account is locked until .*")
+            await is_closed(someone, "This account is locked until .*")
         assert nodes.redis.hget(Keys().account(USER), "reason") == "3 refused contents"
         await nodes["0"].all_finished()
-        assert used(nodes) == 1, "what was asked and then refused is counted, what was not asked is not"
+        assert used(nodes) == 1, "messages refused by the worker are counted, those refused before admission are not"
 
 
 # The quota
@@ -201,7 +201,7 @@ async def test_of_300_messages_at_once_on_two_nodes_exactly_as_many_are_accepted
             assert frame["contents"].startswith(QUOTA_EXHAUSTED.zh.partition("{until}")[0].format(quota=QUOTA))
             assert 0 < frame["retryAfterMs"] <= timedelta(days=1) / timedelta(milliseconds=1)
         assert used(nodes) == QUOTA
-        # One that was accepted may be sent again, and nobody else pays for it.
+        # An accepted message may be sent again, and other users' quotas are separate.
         again = await sockets[0].chat(USER, AT_ONCE, accepted[0]["messageId"])
         assert (again["event"], again["remaining"]) == ("accepted", 0)
         async with nodes["1"].peer(OTHER) as other:
@@ -213,7 +213,7 @@ async def test_of_300_messages_at_once_on_two_nodes_exactly_as_many_are_accepted
 
 
 async def _first_answers(socket: Peer, index: int) -> list[Frame]:
-    """Whether each of its own messages was accepted. Sockets of one user are told of all of them."""
+    """The first answer to each message of this socket; sockets of one user receive the events of all messages."""
     waiting = {f"m-{index}-{n}" for n in range(50)}
     found: list[Frame] = []
     while waiting:
@@ -228,7 +228,7 @@ async def test_what_fails_is_given_back_and_what_is_refused_as_busy_is_not_count
     async with nodes["1"].peer(USER) as someone:
         assert (await someone.chat(USER, "hello [[demo fail=9]]", "fails"))["remaining"] == QUOTA - 1
         assert (await someone.end_of("fails")).events[-1] == "failed"
-        await wait_until(lambda: used(nodes) == 0, "it is given back")
+        await wait_until(lambda: used(nodes) == 0, "it is no longer counted")
         assert (await someone.chat(USER, AT_ONCE, "succeeds"))["remaining"] == QUOTA - 1
         await someone.end_of("succeeds")
         nodes.redis.hset(Keys().load("1"), str(USER), 1000)

@@ -1,4 +1,4 @@
-"""Who may come in where tokens are asked for, and until when; on a real node."""
+"""Logins with tokens, and their expiry, on a real node."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ LONG = "[[demo first=0 pace=10ms length=5000]]"
 WARNING = 1.0
 
 shown: list[str] = []
-"""All tokens of this module: none may be found in the node's log."""
+"""All tokens of this module, none of which may be in the node's log."""
 
 
 def of(user: int, *, holds: float = 60.0, **claims: Any) -> str:  # noqa: ANN401 - right and wrong ones
-    """A token that the node believes, as far as the claims allow."""
+    """A token with the node's signature; other claims may make it invalid."""
     shown.append(token(sub=str(user), exp=time.time() + holds, **claims))
     return shown[-1]
 
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node that asks for tokens, and says all that it can say."""
+    """A node with token authentication that logs at level debug."""
     settings = {"auth": "jwt", "auth_secret": SECRET, "auth_leeway": "0s", "auth_warning": f"{WARNING}s"}
     folder = tmp_path_factory.mktemp("identity")
     with standing_node(folder, demo.url, **settings, log_level="debug", origins="same") as node:
@@ -54,13 +54,13 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
 
 
 async def refused(someone: Peer, code: str = "UNAUTHORIZED") -> Frame:
-    """The frame that says why, before the socket is closed as not authenticated."""
+    """The error frame before the socket is closed as not authenticated."""
     assert await someone.closed() == 4500
     assert (someone.frames[-1]["msgType"], someone.frames[-1]["code"]) == ("SYSTEM", code)
     return someone.frames[-1]
 
 
-# Coming in
+# Login
 
 
 async def test_a_token_in_init_lets_its_user_in(node: OneNode) -> None:
@@ -149,14 +149,14 @@ async def test_a_token_in_the_address_is_none(node: OneNode) -> None:
         await refused(someone)
 
 
-# Going out
+# Expiry
 
 
 async def test_a_login_ends_with_its_token_after_a_warning(node: OneNode) -> None:
     began = time.time()
     async with node.peer(USER, token=of(USER, holds=2.5)) as someone:
         warning = await someone.until(msgType="SYSTEM")
-        assert time.time() < began + 2.5, "it came before the end"
+        assert time.time() < began + 2.5, "the warning comes before the login expires"
         assert warning["code"] == "UNAUTHORIZED"
         assert "请用新的令牌再次登录" in warning["contents"]
         await someone.chat(USER, f"still here {BRIEF}", "m-warned")
@@ -172,7 +172,7 @@ async def test_a_new_token_on_the_same_socket_prolongs_it_while_an_answer_goes_o
         await someone.until(msgType="SYSTEM", code="UNAUTHORIZED")
         await someone.send_frame("INIT", userId=USER, token=of(USER))
         await someone.until(msgType="INIT")
-        while time.time() < first_ends + 1.5:  # the clock that closes has struck
+        while time.time() < first_ends + 1.5:  # the first login has expired
             await someone.until(messageId="m-long", event="delta")
         await someone.send_frame("CANCEL", messageId="m-long")
         await someone.end_of("m-long")
@@ -194,11 +194,11 @@ async def test_a_python_client_goes_on_with_fresh_tokens_and_notices_nothing(nod
     assert len(changes) == 1, "it was never disconnected"
 
 
-# Whose messages
+# Messages of other users
 
 
 def comparable(frame: Frame) -> str:
-    """A frame without what differs from answer to answer anyway."""
+    """A frame without the fields that differ in every response."""
     return json.dumps({**frame, "respTime": "", "messageId": ""})
 
 
@@ -221,7 +221,7 @@ async def test_the_message_of_another_user_looks_exactly_like_none(node: OneNode
             answers.append([*map(comparable, (cancelled, welcome, resumed))])
         assert answers[0] == answers[1] == answers[2]
 
-        # Its id is free for them, too, and means another message.
+        # They may use the same id for a message of their own.
         await other.chat(OTHER, f"mine {BRIEF}", "m-theirs")
         mine = await other.end_of("m-theirs")
         assert mine.terminal is not None
@@ -280,7 +280,7 @@ async def test_keys_may_come_after_the_node_and_change_while_it_runs(
         async with one_node(tmp_path, redis_server, demo.url, **settings) as node:
 
             async def answer(shows: str) -> str:
-                """What an INIT with this token is told."""
+                """The code that an INIT with this token receives."""
                 async with peer(node.now.ws(USER)) as someone:
                     await someone.send_frame("INIT", userId=USER, token=shows)
                     code: str = (await someone.frame())["code"]
@@ -296,7 +296,7 @@ async def test_keys_may_come_after_the_node_and_change_while_it_runs(
                 assert told["retryAfterMs"] > 0
                 await keys.come()
 
-                async def comes_in() -> bool:  # the socket is still there to try again
+                async def comes_in() -> bool:  # the socket stays open for another login
                     await someone.send_frame("INIT", userId=USER, token=with_old)
                     return bool((await someone.frame())["code"] == "SUCCESS")
 
@@ -341,7 +341,7 @@ async def test_a_page_whose_name_was_made_to_lead_here_is_refused(
         for headers in (
             [("Host", "evil.example.com")],
             [("X-Forwarded-For", "10.0.0.7")],
-            [("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-For", "10.0.0.7")],  # what a client, then a balancer says
+            [("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-For", "10.0.0.7")],  # of a client, then of a balancer
         ):
             origin = f"http://{dict(headers).get('Host', f'127.0.0.1:{node.port}')}"
             with pytest.raises(InvalidStatus) as told:

@@ -18,7 +18,7 @@ MANY = 32
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node whose messages are moderated by the service that answers them."""
+    """A node whose AI backend is its moderation service, too."""
     settings = {"moderation_url": demo.url, "lock_after": 0, "ban_after": 0}
     with standing_node(tmp_path_factory.mktemp("moderation"), demo.url, **settings) as node:
         yield node

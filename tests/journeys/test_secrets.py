@@ -1,5 +1,4 @@
-"""What is secret is shown nowhere: every setting that holds something secret is set here, and looked for in all that a
-node writes, answers, records and is started with."""  # noqa: D205, D209 - one thought
+"""No secret is shown: all secret settings are set here, and searched for in a node's output, records and arguments."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 HUSH = "hush7f3a"
-"""In every secret."""
+"""A part of every secret."""
 
 SECRETS = {
     "redis_url": f"redis://imstream:{HUSH}redis@127.0.0.1:1/0?password={HUSH}again",
@@ -54,7 +53,7 @@ SHOWN_SECRETS = [HUSH, base64.b64encode(f"me:{HUSH}ai".encode()).decode()]
 
 
 def assert_hushed(*texts: object) -> None:
-    """None of the texts shows a secret, as it is or as HTTP sends it."""
+    """Check that no text shows a secret, plain or encoded for HTTP."""
     for text in texts:
         for secret in SHOWN_SECRETS:
             assert secret not in str(text), text
@@ -109,12 +108,12 @@ def test_help_shows_no_secret_of_the_environment(command: str, tmp_path: Path) -
 
 
 def ticket() -> str:
-    """What user 10001 shows: the same each time."""
+    """The token of user 10001, the same in each call."""
     return token(SECRETS["auth_secret"], sub="10001", exp=4_000_000_000)
 
 
 async def echoes(exchange: Exchange) -> None:
-    """A script: refuses a call, and repeats what it was called with."""
+    """A script of the backend: refuse the call and quote the request."""
     headers = exchange.request.headers
     await refuses(HTTPStatus.UNAUTHORIZED, f"no entry with {headers.get('authorization')}")(exchange)
 
@@ -123,7 +122,7 @@ async def echoes(exchange: Exchange) -> None:
 async def node_with_secrets(
     folder: Path, server: RedisServer, backend: ScriptedBackend, **settings: object
 ) -> AsyncIterator[OneNode]:
-    """A node with every secret there is, which logs all that it can; at its end none was shown."""
+    """A node with all secrets that logs at level debug; at the end, none was shown."""
     with server.client() as client:
         allow(client, f">{HUSH}redis")
         url = server.url.replace(USER, f"imstream:{HUSH}redis")
@@ -158,12 +157,12 @@ async def node_with_secrets(
 
 
 def allow(client: redis.Redis, *rules: str) -> None:
-    """Change what the user of the node may do, or its password."""
+    """Change the permissions or the password of the node's Redis user."""
     client.execute_command("ACL", "SETUSER", "imstream", *rules)  # type: ignore[no-untyped-call] # redis-py's gap
 
 
 async def ask(someone: Peer, message_id: str) -> dict[str, Any]:
-    """Ask, and wait for what comes of it: a refusal or the end."""
+    """Send a message and wait for a refusal or the end of its answer."""
     answer = await someone.chat(10001, "why?", message_id)
     if answer["msgType"] == "CHAT":
         await someone.end_of(message_id)
@@ -177,7 +176,7 @@ async def test_a_node_shows_no_secret_whatever_goes_wrong(settings: dict[str, ob
             async with node_with_secrets(tmp_path, server, backend, **settings) as node:
                 async with peer(node.now.ws(10001), user=10001, token=ticket()) as someone:
                     assert (await ask(someone, "refused-by-the-ai"))["event"] == "failed"
-                    await wait_until(lambda: len(node.dead()) == 1, "the refused request is buried")
+                    await wait_until(lambda: len(node.dead()) == 1, "the request is a dead letter")
                     allow(node.redis, "-xadd")
                     assert (await ask(someone, "refused-by-redis"))["code"] == "UNAVAILABLE"
                     allow(node.redis, "+xadd")
@@ -186,7 +185,7 @@ async def test_a_node_shows_no_secret_whatever_goes_wrong(settings: dict[str, ob
                     [letter] = node.dead()
                     assert "401" in letter["reason"] + letter["error"]
                     assert_hushed(letter, node.redis.get(Keys().lease("0")))
-                    # The password is no longer the right one, and every connection has to log in anew.
+                    # The password is no longer valid, and every connection has to authenticate again.
                     allow(node.redis, f"<{HUSH}redis")
                     node.redis.client_kill_filter(user="imstream")
                     await becomes(node, "redis denies access, see the log")
@@ -223,13 +222,13 @@ async def test_an_address_of_keys_is_shown_without_its_password(tmp_path: Path) 
         with fresh_redis(tmp_path) as server:
             published = {"auth_algorithm": "ES256", "auth_jwks_url": SECRETS["auth_jwks_url"]}
             async with node_with_secrets(tmp_path, server, backend, **published) as node:
-                await wait_until(lambda: "token keys not fetched" in node.now.process.output(), "the node says so")
+                await wait_until(lambda: "token keys not fetched" in node.now.process.output(), "the failure is logged")
 
 
 def body(url: str) -> str:
-    """What a GET is answered, whatever its status."""
+    """The body of the response to a GET, with any status."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - a URL of this test
             return str(answer.read())
     except urllib.error.HTTPError as refused:
         with refused:

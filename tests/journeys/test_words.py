@@ -1,4 +1,4 @@
-"""A list of unwanted words on a real node: messages and answers, refused and masked, and the list that changes."""
+"""The word list on a real node: messages and answers, refused and masked, and reloading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IN_ANSWER = {
 }
 
 LIST = "# for the tests\nbadword\n敏感词\n演示后端\nprotocol of one\n全程\n"
-"""The last three are in the demo's answers, cut in pieces of a word or of two characters."""
+"""The demo's answers contain the last three, in deltas of a word or two characters."""
 
 BRIEF = "[[demo first=0 pace=1ms]]"
 LONG = "[[demo first=0 pace=10ms length=3000]]"
@@ -35,7 +35,7 @@ LONG = "[[demo first=0 pace=10ms length=3000]]"
 
 def _node(folder: Path, demo: DemoBackend, action: str) -> Iterator[OneNode]:
     (folder / "words.txt").write_text(LIST, "utf-8")
-    lenient = {"lock_after": 0, "ban_after": 0}  # one user says it all
+    lenient = {"lock_after": 0, "ban_after": 0}  # one user sends all messages
     with standing_node(folder, demo.url, words=folder / "words.txt", words_action=action, **lenient) as node:
         yield node
     output = node.now.process.output()
@@ -45,19 +45,19 @@ def _node(folder: Path, demo: DemoBackend, action: str) -> Iterator[OneNode]:
 
 @pytest.fixture(scope="module")
 def refusing_node(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node that refuses."""
+    """A node that rejects listed words."""
     yield from _node(tmp_path_factory.mktemp("refusing"), demo, "refuse")
 
 
 @pytest.fixture(scope="module")
 def masking_node(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node that masks."""
+    """A node that masks listed words."""
     yield from _node(tmp_path_factory.mktemp("masking"), demo, "mask")
 
 
 @pytest.fixture
 async def refusing(refusing_node: OneNode) -> AsyncIterator[OneNode]:
-    """The node that refuses; afterwards it is idle."""
+    """The rejecting node; afterwards it is idle."""
     yield refusing_node
     await refusing_node.settled()
     refusing_node.check_log()
@@ -65,7 +65,7 @@ async def refusing(refusing_node: OneNode) -> AsyncIterator[OneNode]:
 
 @pytest.fixture
 async def masking(masking_node: OneNode) -> AsyncIterator[OneNode]:
-    """The node that masks; afterwards it is idle."""
+    """The masking node; afterwards it is idle."""
     yield masking_node
     await masking_node.settled()
     masking_node.check_log()
@@ -116,7 +116,7 @@ async def test_an_answer_stops_before_a_word_and_so_does_the_call_to_the_backend
         "FORBIDDEN",
         IN_ANSWER[lang],
     )
-    # What came in one piece with the word is not shown either.
+    # Text in the same delta as the word is not shown either.
     assert "".join(canned_answer(question)).partition(word)[0].startswith(told.text)
     assert refusing.recorded(USER, message_id) == ("failed", told.text)
     assert refusing.dead() == []
@@ -187,12 +187,12 @@ async def test_a_hangup_has_the_list_read_again_and_harms_nobody(refusing: OneNo
     async with refusing.peer(USER, lang="en") as someone:
         process.signal(signal.SIGHUP)
         await wait_until(lambda: process.output().count("word list loaded") == loaded + 1, "the list is loaded again")
-        await wait_until(lambda: '"event": "reloaded", "what": ["word list"]' in process.output(), "it says so")
+        await wait_until(lambda: '"event": "reloaded", "what": ["word list"]' in process.output(), "it is logged")
         assert (await someone.chat(USER, "a badword", "m-hangup"))["code"] == "FORBIDDEN"
 
 
 def _replace(node: OneNode, text: str) -> None:
-    """Another list, put in the place of the one before."""
+    """Replace the list."""
     new = node.folder / "new.txt"
     new.write_text(text, "utf-8")
     new.replace(node.folder / "words.txt")

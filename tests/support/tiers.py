@@ -20,6 +20,7 @@ def load(*, second: bool) -> None:
     settings.load_profile("all" if second else "first")
 
 
-def examples(count: int) -> int:
-    """The number of examples for a property with `count` in the second tier."""
-    return count if settings.get_current_profile_name() == "all" else count // _SHARE
+def examples(count: int, *, first: int | None = None) -> int:
+    """The number of examples for a property with `count` in the second tier, and `first` or a third in the first."""
+    is_second = settings.get_current_profile_name() == "all"
+    return count if is_second else first or count // _SHARE

@@ -1,4 +1,4 @@
-"""The guard of accounts: whom it lets in, what it says to the others, and what it counts."""
+"""The account guard: bans, locks, the daily quota and violations."""
 
 from __future__ import annotations
 
@@ -28,58 +28,58 @@ ASKED = ChatRequest(USER, "m-1", "hello", (), "en", MIDDAY, "trace")
 
 
 @dataclass
-class PlayedAccounts:
-    """Says what it is told to, and notes what is asked of it."""
+class FakeAccounts:
+    """Returns the given results, and records the calls."""
 
-    says: Any = field(default_factory=lambda: AccountOpen(2))
-    blamed: ViolationRecorded | Exception = field(default_factory=lambda: ViolationRecorded(1, "noted", ()))
-    asked: list[tuple[str, str]] = field(default_factory=list)
+    result: Any = field(default_factory=lambda: AccountOpen(2))
+    violation: ViolationRecorded | Exception = field(default_factory=lambda: ViolationRecorded(1, "noted", ()))
+    calls: list[tuple[str, str]] = field(default_factory=list)
 
     async def check(self, _: int, day: Day) -> object:
         """See `Accounts`."""
-        self.asked.append(("look", day.name))
-        return self.says
+        self.calls.append(("look", day.name))
+        return self.result
 
     async def check_and_count(self, _: int, message_id: str, __: int, day: Day) -> object:
         """See `Accounts`."""
-        self.asked.append((f"count {message_id}", day.name))
-        return self.says
+        self.calls.append((f"count {message_id}", day.name))
+        return self.result
 
     async def undo_count(self, _: int, message_id: str, at: int, day: Day) -> None:
         """See `Accounts`."""
-        self.asked.append((f"uncount {message_id} of {at}", day.name))
+        self.calls.append((f"uncount {message_id} of {at}", day.name))
 
     async def refund(self, _: int, message_id: str, day: Day) -> bool:
         """See `Accounts`."""
-        self.asked.append((f"give back {message_id}", day.name))
+        self.calls.append((f"give back {message_id}", day.name))
         return True
 
     async def record_violation(self, _: int) -> ViolationRecorded:
         """See `Accounts`."""
-        if isinstance(self.blamed, Exception):
-            raise self.blamed
-        return self.blamed
+        if isinstance(self.violation, Exception):
+            raise self.violation
+        return self.violation
 
 
 @dataclass
-class PlayedInbox:
-    """Notes what nodes are told."""
+class FakeInbox:
+    """Records the notices."""
 
-    told: list[tuple[tuple[str, ...], AccountChanged]] = field(default_factory=list)
+    notices: list[tuple[tuple[str, ...], AccountChanged]] = field(default_factory=list)
 
     async def notify(self, nodes: tuple[str, ...], notice: AccountChanged, *, include_self: bool) -> None:
         """See `Inbox`."""
         assert include_self
-        self.told.append((nodes, notice))
+        self.notices.append((nodes, notice))
 
 
-def guard(accounts: PlayedAccounts, *, quota: int = 0, inbox: PlayedInbox | None = None, zone: str = "UTC") -> Account:
+def guard(accounts: FakeAccounts, *, quota: int = 0, inbox: FakeInbox | None = None, zone: str = "UTC") -> Account:
     """The guard of a node with these settings."""
     settings = Settings.load(daily_quota=quota, quota_timezone=zone)
-    return Account(cast("Any", accounts), cast("Any", inbox or PlayedInbox()), settings)
+    return Account(cast("Any", accounts), cast("Any", inbox or FakeInbox()), settings)
 
 
-def with_quota(accounts: PlayedAccounts, **more: Any) -> Account:  # noqa: ANN401 - see `guard`
+def with_quota(accounts: FakeAccounts, **more: Any) -> Account:  # noqa: ANN401 - see `guard`
     """The guard with a daily quota of 3."""
     return guard(accounts, quota=3, **more)
 
@@ -87,17 +87,17 @@ def with_quota(accounts: PlayedAccounts, **more: Any) -> Account:  # noqa: ANN40
 @pytest.mark.parametrize("quota", [0, 3])
 async def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
     [_] = [one for one in GuardChain.create(guard_deps(daily_quota=quota)).guards if isinstance(one, Account)]
-    accounts = PlayedAccounts(Counted(1, new=True))
+    accounts = FakeAccounts(Counted(1, new=True))
     one = guard(accounts, quota=quota)
     await one.check_chat(ASKED)
     await one.on_failure(ASKED)
-    assert bool(accounts.asked) == (quota > 0)
+    assert bool(accounts.calls) == (quota > 0)
 
 
 async def test_who_may_come_in_is_told_what_remains_if_that_is_limited() -> None:
-    assert await GuardChain([guard(PlayedAccounts())]).check_login(LoginAttempt(USER)) == Allow(remaining=None)
-    assert await GuardChain([with_quota(PlayedAccounts())]).check_login(LoginAttempt(USER)) == Allow(remaining=1)
-    assert await GuardChain([with_quota(PlayedAccounts(AccountOpen(9)))]).check_login(LoginAttempt(USER)) == Allow(
+    assert await GuardChain([guard(FakeAccounts())]).check_login(LoginAttempt(USER)) == Allow(remaining=None)
+    assert await GuardChain([with_quota(FakeAccounts())]).check_login(LoginAttempt(USER)) == Allow(remaining=1)
+    assert await GuardChain([with_quota(FakeAccounts(AccountOpen(9)))]).check_login(LoginAttempt(USER)) == Allow(
         remaining=0
     )
 
@@ -107,7 +107,7 @@ async def verdicts(one: Account) -> list[Allow | Reject | None]:
 
 
 async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
-    one = with_quota(PlayedAccounts(Banned()))
+    one = with_quota(FakeAccounts(Banned()))
     for verdict in (
         await one.check_login(LoginAttempt(USER)),
         await one.check_session(USER),
@@ -121,7 +121,7 @@ async def test_a_banned_user_is_kept_out_at_every_moment() -> None:
 
 async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account, "now_ms", lambda: MIDDAY)
-    one = with_quota(PlayedAccounts(Locked(timedelta(minutes=30))), zone="Asia/Shanghai")
+    one = with_quota(FakeAccounts(Locked(timedelta(minutes=30))), zone="Asia/Shanghai")
     for verdict in (
         await one.check_login(LoginAttempt(USER)),
         await one.check_session(USER),
@@ -137,27 +137,27 @@ async def test_a_locked_user_is_told_until_when(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_who_may_stay_is_not_bothered() -> None:
-    assert await guard(PlayedAccounts()).check_session(USER) is None
+    assert await guard(FakeAccounts()).check_session(USER) is None
 
 
 async def test_a_message_is_counted_on_the_day_of_the_zone_and_taken_back_if_it_was_new() -> None:
-    accounts = PlayedAccounts(Counted(1, new=True))
+    accounts = FakeAccounts(Counted(1, new=True))
     late = replace(ASKED, at=MIDDAY + 4 * 3_600_000)  # midnight in Shanghai
     passed = await GuardChain([with_quota(accounts, zone="Asia/Shanghai")]).check_chat(late)
     assert isinstance(passed, ChatAllowed)
     assert passed.remaining == 2
     await passed.undo()
-    assert accounts.asked == [("count m-1", "2026-11-25"), (f"uncount m-1 of {late.at}", "2026-11-25")]
+    assert accounts.calls == [("count m-1", "2026-11-25"), (f"uncount m-1 of {late.at}", "2026-11-25")]
 
 
 async def test_a_message_that_was_counted_before_is_not_taken_back() -> None:
-    accounts = PlayedAccounts(Counted(1, new=False))
+    accounts = FakeAccounts(Counted(1, new=False))
     passed = await with_quota(accounts).check_chat(ASKED)
     assert passed == Allow(remaining=2)
 
 
 async def test_when_all_is_used_up_it_is_said_when_the_next_day_begins() -> None:
-    verdict = await with_quota(PlayedAccounts(QuotaExhausted()), zone="Asia/Shanghai").check_chat(ASKED)
+    verdict = await with_quota(FakeAccounts(QuotaExhausted()), zone="Asia/Shanghai").check_chat(ASKED)
     assert isinstance(verdict, Reject)
     assert (verdict.code, verdict.close, verdict.retry_after) == (Code.RATE_LIMITED, None, timedelta(hours=4))
     for lang in ("zh", "en"):
@@ -167,24 +167,24 @@ async def test_when_all_is_used_up_it_is_said_when_the_next_day_begins() -> None
 
 
 async def test_what_failed_is_given_back_on_the_day_it_was_asked() -> None:
-    accounts = PlayedAccounts()
+    accounts = FakeAccounts()
     await with_quota(accounts).on_failure(ASKED)
-    await with_quota(accounts).on_failure(replace(ASKED, at=2**62))  # by hand, and on no day there is
-    assert accounts.asked == [("give back m-1", "2026-11-24")]
+    await with_quota(accounts).on_failure(replace(ASKED, at=2**62))  # edited by hand: no such day
+    assert accounts.calls == [("give back m-1", "2026-11-24")]
 
 
 @pytest.mark.parametrize("verdict", ["locked", "banned"])
 async def test_one_violation_too_many_is_told_to_all_nodes_with_the_user_and_to_this_one(verdict: Any) -> None:  # noqa: ANN401 - a parameter
-    inbox = PlayedInbox()
-    accounts = PlayedAccounts(blamed=ViolationRecorded(3, verdict, ("a", "b")))
+    inbox = FakeInbox()
+    accounts = FakeAccounts(violation=ViolationRecorded(3, verdict, ("a", "b")))
     await guard(accounts, inbox=inbox).on_violation(USER)
-    assert inbox.told == [(("a", "b"), AccountChanged(USER))]
+    assert inbox.notices == [(("a", "b"), AccountChanged(USER))]
 
 
-@pytest.mark.parametrize("blamed", [ViolationRecorded(1, "noted", ()), StoreUnavailable("away")])
+@pytest.mark.parametrize("violation", [ViolationRecorded(1, "noted", ()), StoreUnavailable("away")])
 async def test_an_earlier_one_is_only_counted_and_without_redis_not_even_that(
-    blamed: ViolationRecorded | Exception,
+    violation: ViolationRecorded | Exception,
 ) -> None:
-    inbox = PlayedInbox()
-    await guard(PlayedAccounts(blamed=blamed), inbox=inbox).on_violation(USER)
-    assert inbox.told == []
+    inbox = FakeInbox()
+    await guard(FakeAccounts(violation=violation), inbox=inbox).on_violation(USER)
+    assert inbox.notices == []

@@ -1,4 +1,4 @@
-"""The guard that asks for tokens: which settings it takes, and what it says at a login."""
+"""The authentication guard: its settings, and its verdicts at a login."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from tests.support.tokens import (
 from tests.support.waiting import wait_until
 
 
-def made(**settings: Any) -> TokenAuthentication:  # noqa: ANN401 - any setting
-    guard = TokenAuthentication.create(supplies(**settings))
+def create(**settings: Any) -> TokenAuthentication:  # noqa: ANN401 - any setting
+    guard = TokenAuthentication.create(deps(**settings))
     assert guard is not None
     return guard
 
 
-def supplies(**settings: Any) -> GuardDeps:  # noqa: ANN401 - any setting
+def deps(**settings: Any) -> GuardDeps:  # noqa: ANN401 - any setting
     return guard_deps(**{"auth": "jwt", **settings})
 
 
 def refusal(**settings: Any) -> str:  # noqa: ANN401 - any setting
     with pytest.raises(SettingsError) as refused:
-        made(**settings)
+        create(**settings)
     return str(refused.value)
 
 
@@ -51,11 +51,11 @@ def refusal(**settings: Any) -> str:  # noqa: ANN401 - any setting
 
 
 def test_without_tokens_there_is_no_such_guard() -> None:
-    assert TokenAuthentication.create(supplies(auth="none")) is None
+    assert TokenAuthentication.create(deps(auth="none")) is None
 
 
 async def test_a_node_asks_for_tokens_when_it_is_told_to() -> None:
-    guards = GuardChain.create(supplies(auth_secret=SECRET))
+    guards = GuardChain.create(deps(auth_secret=SECRET))
     async with guards.running():
         assert [type(guard) for guard in guards.guards if isinstance(guard, TokenAuthentication)] == [
             TokenAuthentication
@@ -80,8 +80,8 @@ def test_a_short_secret_is_refused_and_not_shown(secret: str) -> None:
 
 @pytest.mark.parametrize("around", ["{}\n", "{}\r\n", "\n {}\t\n"])
 async def test_a_line_end_after_a_secret_is_no_part_of_it(around: str) -> None:
-    guard = made(auth_secret=around.format(SECRET))
-    assert isinstance(await said(guard, token()), Allow)
+    guard = create(auth_secret=around.format(SECRET))
+    assert isinstance(await check(guard, token()), Allow)
     assert "it has 5" in refusal(auth_secret=around.format("short") + "\n" * 40)
 
 
@@ -89,15 +89,15 @@ async def test_a_line_end_after_a_secret_is_no_part_of_it(around: str) -> None:
 async def test_an_empty_issuer_or_audience_counts_as_unset(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AUTH_ISSUER", "AUTH_AUDIENCE", "AUTH_PUBLIC_KEY", "AUTH_JWKS_URL"):
         monkeypatch.setenv(f"IMSTREAM_{name}", empty)
-    guard = made(auth_secret=SECRET)
-    assert isinstance(await said(guard, token()), Allow)
-    assert isinstance(await said(guard, token(iss="https://id.example.com")), Allow)
-    assert isinstance(await said(guard, token(aud="others")), Reject)
+    guard = create(auth_secret=SECRET)
+    assert isinstance(await check(guard, token()), Allow)
+    assert isinstance(await check(guard, token(iss="https://id.example.com")), Allow)
+    assert isinstance(await check(guard, token(aud="others")), Reject)
 
 
 def test_the_key_set_is_fetched_over_https_or_on_this_machine_unless_http_is_allowed() -> None:
     for url in ("https://id.example.com/keys", "http://127.0.0.1:9/keys", "http://[::1]/keys", "http://localhost:8080"):
-        assert made(auth_algorithm="ES256", auth_jwks_url=url)
+        assert create(auth_algorithm="ES256", auth_jwks_url=url)
     for url in (
         "http://id.example.com/keys",
         "http://localhost.example.com/",
@@ -107,7 +107,7 @@ def test_the_key_set_is_fetched_over_https_or_on_this_machine_unless_http_is_all
         told = refusal(auth_algorithm="ES256", auth_jwks_url=url)
         assert told.startswith("IMSTREAM_AUTH_JWKS_URL=http://")
         assert "set an https URL, or IMSTREAM_AUTH_JWKS_ALLOW_HTTP=true" in told
-        assert made(auth_algorithm="ES256", auth_jwks_url=url, auth_jwks_allow_http=True)
+        assert create(auth_algorithm="ES256", auth_jwks_url=url, auth_jwks_allow_http=True)
     for url in ("http://", "https://", "https:///keys", "http://[::1", "https://me:hush@"):
         told = refusal(auth_algorithm="ES256", auth_jwks_url=url, auth_jwks_allow_http=True)
         assert told.endswith("is not allowed: must be a URL with a host")
@@ -157,7 +157,7 @@ def test_a_file_without_a_public_key_is_refused(tmp_path: Path) -> None:
 # Logins
 
 
-async def said(guard: TokenAuthentication, shown: str | None, user_id: int = USER) -> Allow | Reject:
+async def check(guard: TokenAuthentication, shown: str | None, user_id: int = USER) -> Allow | Reject:
     return await guard.check_login(LoginAttempt(user_id, shown))
 
 
@@ -165,15 +165,15 @@ async def said(guard: TokenAuthentication, shown: str | None, user_id: int = USE
 async def test_a_key_in_a_file_is_believed(kind: str, tmp_path: Path) -> None:
     algorithm = kind.removesuffix("-448")
     path = written(tmp_path, public_pem(key_of(kind)))
-    guard = made(auth_algorithm=algorithm, auth_public_key=path)
+    guard = create(auth_algorithm=algorithm, auth_public_key=path)
     async with guard.running():
-        assert isinstance(await said(guard, token(key_of(kind), algorithm)), Allow)
-        assert isinstance(await said(guard, token(key_of(kind, 1), algorithm)), Reject)
+        assert isinstance(await check(guard, token(key_of(kind), algorithm)), Allow)
+        assert isinstance(await check(guard, token(key_of(kind, 1), algorithm)), Reject)
 
 
 async def test_a_pass_ends_when_the_token_is_refused_at_the_door() -> None:
     ends = int(time.time()) + 60
-    passed = await said(made(auth_secret=SECRET, auth_leeway="2s"), token(exp=ends))
+    passed = await check(create(auth_secret=SECRET, auth_leeway="2s"), token(exp=ends))
     assert isinstance(passed, Allow)
     assert passed.expires_at == ends + 2
 
@@ -194,7 +194,7 @@ async def test_a_pass_ends_when_the_token_is_refused_at_the_door() -> None:
     ],
 )
 async def test_a_refusal_tells_the_log_more_than_the_bearer(shown: str | None, reason: str, sentence: str) -> None:
-    refused = await said(made(auth_secret=SECRET), shown)
+    refused = await check(create(auth_secret=SECRET), shown)
     assert isinstance(refused, Reject)
     assert (refused.reason, refused.code, refused.close) == (reason, Code.UNAUTHORIZED, CloseCode.NOT_AUTHENTICATED)
     assert refused.sentence.en == sentence
@@ -203,9 +203,9 @@ async def test_a_refusal_tells_the_log_more_than_the_bearer(shown: str | None, r
 
 async def test_while_there_are_no_keys_nobody_is_told_that_a_token_is_wrong() -> None:
     async with issuer(away=True) as away:
-        guard = made(auth_algorithm="ES256", auth_jwks_url=away.url)
+        guard = create(auth_algorithm="ES256", auth_jwks_url=away.url)
         async with guard.running():
-            refused = await said(guard, token(key_of("ES256"), "ES256"))
+            refused = await check(guard, token(key_of("ES256"), "ES256"))
     assert isinstance(refused, Reject)
     assert (refused.code, refused.close) == (Code.UNAVAILABLE, None)
     assert refused.retry_after is not None
@@ -215,10 +215,10 @@ async def test_while_there_are_no_keys_nobody_is_told_that_a_token_is_wrong() ->
 async def test_published_keys_are_believed() -> None:
     key = key_of("ES256")
     async with issuer(as_jwk(key, "ES256")) as at:
-        guard = made(auth_algorithm="ES256", auth_jwks_url=at.url)
+        guard = create(auth_algorithm="ES256", auth_jwks_url=at.url)
 
         async def is_accepted() -> bool:
-            return isinstance(await said(guard, token(key, "ES256")), Allow)
+            return isinstance(await check(guard, token(key, "ES256")), Allow)
 
         async with guard.running():
             await wait_until(is_accepted, "the keys were fetched")

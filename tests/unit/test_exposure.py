@@ -1,4 +1,4 @@
-"""A node that asks nobody who they are keeps to its own machine."""
+"""A node without authentication accepts local clients only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def guard(**settings: Any) -> Exposure | None:  # noqa: ANN401 - any setting
     return Exposure.create(guard_deps(**settings))
 
 
-def may_come(one: Exposure | None, **headers: str) -> bool:
+def is_accepted(one: Exposure | None, **headers: str) -> bool:
     return (
         one is None or one.check_handshake({name.replace("_", "-"): value for name, value in headers.items()}) is None
     )
@@ -55,7 +55,7 @@ def test_a_key_without_tokens_is_refused_because_somebody_thinks_they_are_checke
     {"host": "127.0.0.1:8000", "x_forwarded_for": "127.0.0.1"},
 ])  # fmt: skip
 def test_who_comes_from_here_may_come(headers: dict[str, str]) -> None:
-    assert may_come(guard(), **headers)
+    assert is_accepted(guard(), **headers)
 
 
 @pytest.mark.parametrize("headers", [
@@ -69,14 +69,14 @@ def test_who_comes_from_here_may_come(headers: dict[str, str]) -> None:
     {"host": ""},
 ])  # fmt: skip
 def test_who_comes_through_a_balancer_from_elsewhere_or_by_another_name_may_not(headers: dict[str, str]) -> None:
-    assert not may_come(guard(), **headers)
-    assert may_come(guard(allow_insecure=True), **headers)
-    assert may_come(guard(auth="jwt", auth_secret=SECRET), **headers)
+    assert not is_accepted(guard(), **headers)
+    assert is_accepted(guard(allow_insecure=True), **headers)
+    assert is_accepted(guard(auth="jwt", auth_secret=SECRET), **headers)
 
 
 @given(st.text(), st.text())
 def test_no_header_breaks_it(host: str, forwarded: str) -> None:
-    may_come(guard(), host=host, x_forwarded_for=forwarded)
+    is_accepted(guard(), host=host, x_forwarded_for=forwarded)
 
 
 @pytest.mark.parametrize(("insecure", "level"), [(False, "warning"), (True, "error")])

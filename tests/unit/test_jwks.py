@@ -1,4 +1,4 @@
-"""Keys that an issuer publishes: which are taken, and what happens when they change or the issuer is away."""
+"""Key sets: which keys are used, and what happens when they change or the issuer is away."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def following(one: Issuer, *, known: bool = True, **timing: float) -> Asyn
     keys = JwksKeySource(SecretUrl(one.url), "ES256", **spans)
     async with keys.running():
         if known:
-            await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys were fetched")
+            await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys are fetched")
         yield keys
 
 
@@ -53,7 +53,7 @@ async def is_known(keys: JwksKeySource, shown: str) -> bool:
 
 
 def usable(document: object, algorithm: Algorithm) -> list[tuple[str | None, Any]]:
-    """The keys of a document that can be used."""
+    """The usable keys of a document."""
     return parse_key_set(json.dumps(document).encode(), algorithm).keys
 
 
@@ -61,7 +61,7 @@ def named(found: Any) -> list[str | None]:  # noqa: ANN401 - each algorithm has 
     return [name for name, _ in found]
 
 
-# Which keys are taken
+# Parsing
 
 
 @pytest.mark.parametrize("algorithm", PUBLIC)
@@ -106,7 +106,7 @@ def test_a_key_that_makes_no_sense_is_left_out(jwk: dict[str, Any]) -> None:
         assert usable({"keys": [{**jwk, "kty": fitting}]}, algorithm) == []
 
 
-# How they are kept fresh
+# Refreshing
 
 
 async def test_a_key_is_found_by_its_name() -> None:
@@ -133,7 +133,7 @@ async def test_a_new_key_is_looked_for_as_soon_as_a_token_names_it() -> None:
 async def test_strangers_cannot_make_it_ask_more_than_seldom() -> None:
     async with issuer(OLD_JWK) as one, following(one, min_interval=30) as keys:
         for number in range(50):
-            with pytest.raises(KeysUnavailable) as away:  # not "wrong": the key may have come since the last look
+            with pytest.raises(KeysUnavailable) as away:  # not InvalidToken: it may be a new key
                 await keys.keys_for(token(NEW, "ES256", headers={"kid": f"made up {number}"}))
             assert timedelta(0) < away.value.retry_after <= timedelta(seconds=30)
         assert one.fetched == 1
@@ -143,7 +143,7 @@ async def test_strangers_cannot_make_it_ask_more_than_seldom() -> None:
 async def test_many_who_ask_at_once_for_an_unknown_key_share_one_look() -> None:
     async with issuer(OLD_JWK) as one, following(one) as keys:
         one.keys = [NEW_JWK]
-        await asyncio.sleep(0.06)  # the last look is long enough ago
+        await asyncio.sleep(0.06)  # longer than `min_interval`
         found = await asyncio.gather(*(keys.keys_for(NEW_TOKEN) for _ in range(20)))
         assert [len(each) for each in found] == [1] * 20
         assert one.fetched == 2
@@ -170,7 +170,7 @@ async def test_keys_that_were_withdrawn_are_dropped_at_the_next_look() -> None:
 async def test_while_the_issuer_is_away_the_old_keys_are_kept() -> None:
     async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.02) as keys:
         await one.go()
-        await asyncio.sleep(0.1)  # it has failed to look
+        await asyncio.sleep(0.1)  # fetches have failed
         assert await is_known(keys, OLD_TOKEN)
         with pytest.raises(KeysUnavailable):
             await keys.keys_for(NEW_TOKEN)
@@ -184,7 +184,7 @@ async def test_before_the_first_answer_there_are_no_keys_and_then_they_come_by_t
         with pytest.raises(KeysUnavailable):
             await keys.keys_for(OLD_TOKEN)
         await one.come()
-        await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys were fetched")
+        await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys are fetched")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ async def test_an_answer_that_is_no_key_set_changes_nothing(published: str, stat
     async with issuer(OLD_JWK) as one, following(one, refresh_interval=0.02) as keys:
         one.keys, one.status = published, status
         before = one.fetched
-        await wait_until(lambda: one.fetched > before + 1, "it was looked at again")
+        await wait_until(lambda: one.fetched > before + 1, "it is fetched again")
         assert await is_known(keys, OLD_TOKEN)
 
 
@@ -222,7 +222,7 @@ POISON: list[Any] = [
     *({**NEW_JWK, field: wrong} for field, values in WRONG.items() for wrong in values),
     {"kty": "RSA", "n": "A" * 10_000, "e": "AQ"},
 ]
-"""What may stand in a key set beside a good key."""
+"""Broken entries of a key set."""
 
 NO_KEY_SETS = ('{"keys": ' + "[" * 10_000, '{"keys": [' + "9" * 100_000 + "]}", "\ufeff{}", '{"keys": NaN}')
 
@@ -233,7 +233,7 @@ async def test_whatever_stands_in_a_key_set_the_good_key_in_it_holds_and_the_nex
         for published in sets:
             one.keys = published
             until = one.fetched + 2
-            await wait_until(partial(lambda until: one.fetched >= until, until), f"it was read: {published}")
+            await wait_until(partial(lambda until: one.fetched >= until, until), f"it is fetched: {published}")
             assert await is_known(keys, OLD_TOKEN), published
         one.keys = [NEW_JWK]
         await wait_until(lambda: is_known(keys, NEW_TOKEN), "the new key is known")
@@ -255,7 +255,7 @@ async def test_thousands_of_broken_keys_make_one_line_in_the_log_however_often_t
     broken = [{"kty": "EC", "kid": str(number), "crv": "P-256", "x": 5} for number in range(4000)]
     with capture_logs() as logs:
         async with issuer(*broken, OLD_JWK) as one, following(one, refresh_interval=0.01):
-            await wait_until(lambda: one.fetched > 4, "it was read several times", limit=30)
+            await wait_until(lambda: one.fetched > 4, "it is fetched several times", limit=30)
     assert [(line["event"], line.get("broken")) for line in logs] == [
         ("token keys fetched", None),
         ("unusable token keys skipped", 4000),
@@ -298,7 +298,7 @@ async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_use
     with capture_logs() as logs:
         async with issuer(OLD_JWK) as one, following(one, min_interval=0.02, max_age=0.6) as keys:
             before = one.fetched
-            await wait_until(lambda: one.fetched > before + 1, "it is looked at more often than keys grow too old")
+            await wait_until(lambda: one.fetched > before + 1, "it is fetched more often than keys expire")
             one.keys = "<html>"
 
             async def is_away() -> bool:
@@ -308,7 +308,7 @@ async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_use
                     return True
                 return False
 
-            await wait_until(is_away, "the keys are too old")
+            await wait_until(is_away, "the keys expire")
             one.keys = [OLD_JWK]
             await wait_until(lambda: is_known(keys, OLD_TOKEN), "the keys are fetched again")
     events = [line["event"] for line in logs]
@@ -325,7 +325,7 @@ async def test_an_answer_that_was_packed_without_being_asked_for_is_not_unpacked
         one.packed, one.keys = True, [NEW_JWK]
         before = one.fetched
         with capture_logs() as logs:
-            await wait_until(lambda: one.fetched > before + 1, "it was looked at again")
+            await wait_until(lambda: one.fetched > before + 1, "it is fetched again")
         assert "the response is compressed, which was not requested" in [line.get("error") for line in logs]
         assert await is_known(keys, OLD_TOKEN)
 

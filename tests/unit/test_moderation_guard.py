@@ -1,4 +1,4 @@
-"""The moderation guard before a service that the test writes, over a real socket."""
+"""The moderation guard with a scripted moderation service."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Guarded:
         return await asyncio.gather(*map(self.ask, texts), return_exceptions=True)
 
     async def reason(self, text: str = "hello") -> str:
-        """Why nothing can be told."""
+        """The error of a check that cannot tell."""
         with pytest.raises(TransientBackendError) as caught:
             await self.ask(text)
         return f"{caught.value}"
@@ -81,7 +81,7 @@ async def test_earlier_turns_are_sent_as_the_setting_says_each_once(which: str, 
         ]
         refused = Reject("moderation_history", Code.FORBIDDEN, FLAGGED_HISTORY, detail="asked")
         assert verdicts == [refused if which == "all" else ALLOW] * 2
-        again = ["bad asked"] if which == "all" else []  # what passed is remembered
+        again = ["bad asked"] if which == "all" else []  # texts that passed are not sent again
         assert [text for texts in moderated(it.server.requests) for text in texts] == ["go on", *sent, "go on", *again]
 
 
@@ -140,7 +140,7 @@ async def test_a_text_that_the_service_cannot_take_fails_alone_and_never_passes(
             "moderation_impossible", Code.FORBIDDEN, UNREADABLE, detail=f"http_{status}: cannot read that"
         )
         assert len(refused) == 2
-        assert len(it.server.requests) == 9  # 16, then halves of what holds the poison
+        assert len(it.server.requests) == 9  # 16, then each half that contains the poison
 
 
 async def test_a_service_that_takes_no_lists_is_asked_about_each_text() -> None:

@@ -1,4 +1,4 @@
-"""The normal form of texts: what is the same to a word list, and what is left out."""
+"""Normalization: which letters are the same, and which characters are separators."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_character_has_a_form_without_other_white_space() -> None:
     for code in (*range(0x3400), *range(0x3400, 0x20000, 3), *range(0x20000, sys.maxunicode, 101)):
         form = normalize(chr(code))
         assert form
-        assert form.encode()  # also for half a surrogate pair
+        assert form.encode()  # half a surrogate pair, too
         assert all(part in SEPARATORS or not part.isspace() for part in form), hex(code)
 
 

@@ -1,4 +1,4 @@
-"""Which pages may open sockets."""
+"""The origin guard: which pages may open sockets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from imstream.guards.origin import Origin, parse_origins
 from imstream.wire import CloseCode, Code
 from tests.support.guard_deps import guard_deps
 
-PAGE_TOKEN = "shown by imstream up"  # noqa: S105 - of these tests
+PAGE_TOKEN = "printed by imstream up"  # noqa: S105 - of these tests
 
 
 def guard(origins: str, **settings: str) -> Origin | None:
     return Origin.create(guard_deps(origins=origins, **settings))
 
 
-def may_come(
+def is_accepted(
     origin: str | None,
     host: str = "chat.example.com",
     *,
@@ -34,7 +34,7 @@ def may_come(
 
 
 def test_who_is_no_browser_is_not_concerned() -> None:
-    assert may_come(None)
+    assert is_accepted(None)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_who_is_no_browser_is_not_concerned() -> None:
     ],
 )
 def test_a_page_of_the_same_host_may_come(origin: str, host: str) -> None:
-    assert may_come(origin, host)
-    assert not may_come(origin, host, origins="https://other.example.com")
+    assert is_accepted(origin, host)
+    assert not is_accepted(origin, host, origins="https://other.example.com")
 
 
 @pytest.mark.parametrize(
@@ -79,24 +79,24 @@ def test_a_page_of_the_same_host_may_come(origin: str, host: str) -> None:
     ],
 )
 def test_any_other_page_may_not(origin: str, host: str) -> None:
-    assert not may_come(origin, host)
+    assert not is_accepted(origin, host)
 
 
 def test_where_tls_ends_before_the_node_a_page_without_it_is_another_one() -> None:
     forwarded = {"x-forwarded-proto": "https"}
-    assert may_come("https://chat.example.com", **forwarded)
-    assert not may_come("http://chat.example.com", **forwarded)
-    # A balancer behind the one that ends TLS knows nothing of it.
-    assert may_come("https://chat.example.com", **{"x-forwarded-proto": "http"})
+    assert is_accepted("https://chat.example.com", **forwarded)
+    assert not is_accepted("http://chat.example.com", **forwarded)
+    # A balancer behind the one that terminates TLS does not know of it.
+    assert is_accepted("https://chat.example.com", **{"x-forwarded-proto": "http"})
     # Of several balancers, the outermost is first.
-    assert not may_come("http://chat.example.com", **{"x-forwarded-proto": "https, http"})
+    assert not is_accepted("http://chat.example.com", **{"x-forwarded-proto": "https, http"})
 
 
 def test_the_page_from_disk_may_come_where_it_is_named() -> None:
     needed = [{"page_token": PAGE_TOKEN}, {"auth": "jwt"}]
     for settings in needed:
-        assert may_come("null", origins="same,null", **settings)
-        assert not may_come("https://evil.example.com", origins="same,null", **settings)
+        assert is_accepted("null", origins="same,null", **settings)
+        assert not is_accepted("https://evil.example.com", origins="same,null", **settings)
 
 
 def test_where_clients_are_not_authenticated_the_page_from_disk_needs_a_token() -> None:
@@ -136,17 +136,17 @@ async def test_of_pages_of_the_origin_null_only_those_with_the_token_are_logged_
 def test_named_origins_may_come_and_no_others() -> None:
     origins = "https://a.example.com:443, HTTP://B.example.com:8080 ,tauri://localhost"
     for origin in ("https://a.example.com", "http://b.example.com:8080", "tauri://localhost"):
-        assert may_come(origin, origins=origins)
+        assert is_accepted(origin, origins=origins)
     for origin in ("http://a.example.com", "https://b.example.com:8080", "https://chat.example.com", "null"):
-        assert not may_come(origin, origins=origins)
+        assert not is_accepted(origin, origins=origins)
 
 
 def test_all_may_come_where_that_is_said() -> None:
     assert guard("*", auth="jwt") is None
     for origin in ("https://evil.example.com", "http://chat.example.com", "tauri://localhost"):
-        assert may_come(origin, origins="*")
-    assert not may_come("null", origins="*"), "it tells nothing, and there is no token to be shown"
-    assert may_come("null", origins="*", page_token=PAGE_TOKEN)
+        assert is_accepted(origin, origins="*")
+    assert not is_accepted("null", origins="*"), "it identifies no page, and no page token is set"
+    assert is_accepted("null", origins="*", page_token=PAGE_TOKEN)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_what_is_no_origin_is_refused_at_the_start(text: str) -> None:
 
 @given(st.text(), st.text())
 def test_no_header_breaks_it(origin: str, host: str) -> None:
-    may_come(origin, host)
+    is_accepted(origin, host)
 
 
 @given(st.text() | st.from_regex(r"[a-z]+://[a-z.]*(:[0-9]*)?", fullmatch=True))

@@ -1,4 +1,4 @@
-"""The guards of the prompt: who may speak as the system, and how long a message may be."""
+"""The guards of roles and length of a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard that counts messages by the minute."""
+"""The rate limit of messages."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ ASKED = ChatRequest(10001, "m-1", "hello", (), "en", 0, "trace")
 
 
 class Clock:
-    """Stands still, unless it is told to go on."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 5_000.0
 
     def __call__(self) -> float:
-        """The time."""
+        """Return the time."""
         return self.now
 
 
 async def ask(limit: ChatRateLimit, user_id: int = 10001) -> timedelta | None:
-    """Ask; how long to wait, None when the message passes."""
+    """Send a message; how long to wait, None when it is allowed."""
     verdict = await limit.check_chat(replace(ASKED, user_id=user_id))
     if verdict is ALLOW:
         return None
@@ -100,7 +100,7 @@ async def test_a_user_who_asks_nothing_for_a_minute_is_forgotten() -> None:
     for user_id in range(10001, 11001):
         clock.now += 0.5
         await ask(limit, user_id)
-        assert len(limit) <= 3  # one message is forgotten after a second
+        assert len(limit) <= 3  # a bucket is full a second after one message
     for _ in range(60):
         await ask(limit, 20000)
     for user_id in range(10001, 10121):

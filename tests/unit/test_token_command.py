@@ -1,4 +1,4 @@
-"""`imstream token`: what it prints is what a node with these settings believes."""
+"""`imstream token`: its tokens are accepted by nodes with the same settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tokens import SECRET, USER, key_of, private_pem, public_pem, 
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting but the test's own."""
+    """Remove all settings of the environment."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
         monkeypatch.delenv(name)
@@ -29,8 +29,8 @@ def run(*arguments: object, **settings: str) -> Result:
     return CliRunner().invoke(main, ["token", *map(str, arguments)], env=env, prog_name="imstream")
 
 
-def believed(result: Result, key: object, **settings: Any) -> float:  # noqa: ANN401 - any setting
-    """How long it is believed to be `USER`'s, in seconds."""
+def validity(result: Result, key: object, **settings: Any) -> float:  # noqa: ANN401 - any setting
+    """How long the printed token is valid for `USER`, in seconds."""
     assert result.exit_code == 0, result.output
     assert result.output.count("\n") == 1
     shown = TokenRules(Settings.load(auth_leeway=0, **settings)).verify(result.output.strip(), [key])
@@ -39,7 +39,7 @@ def believed(result: Result, key: object, **settings: Any) -> float:  # noqa: AN
 
 
 def test_it_signs_with_the_secret_for_an_hour() -> None:
-    holds = believed(run("--user", USER, auth_secret=SECRET), SECRET.encode())
+    holds = validity(run("--user", USER, auth_secret=SECRET), SECRET.encode())
     assert 3590 < holds <= 3600
 
 
@@ -49,16 +49,16 @@ def test_it_signs_with_the_key_in_a_file_by_its_kind(kind: str, tmp_path: Path) 
     path = written(tmp_path, private_pem(key_of(kind)))
     for set_by in ({}, {"auth_algorithm": algorithm}):
         result = run("--user", USER, "--ttl", "90s", "--key", path, **set_by)
-        assert 80 < believed(result, key_of(kind).public_key(), auth_algorithm=algorithm) <= 90
+        assert 80 < validity(result, key_of(kind).public_key(), auth_algorithm=algorithm) <= 90
 
 
 def test_it_says_what_the_settings_of_the_node_ask_for() -> None:
     asked = {"auth_claim": "uid", "auth_issuer": "https://id.example.com", "auth_audience": "chat"}
-    believed(run("--user", USER, auth_secret=SECRET, **asked), SECRET.encode(), **asked)
+    validity(run("--user", USER, auth_secret=SECRET, **asked), SECRET.encode(), **asked)
     options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
-    believed(run("--user", USER, *options, auth_secret=SECRET), SECRET.encode(), **asked)
+    validity(run("--user", USER, *options, auth_secret=SECRET), SECRET.encode(), **asked)
     with pytest.raises(InvalidToken, match="claims"):
-        believed(run("--user", USER, auth_secret=SECRET), SECRET.encode(), **asked)
+        validity(run("--user", USER, auth_secret=SECRET), SECRET.encode(), **asked)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which tokens are believed, by every algorithm, and that no other one is."""
+"""Which tokens are valid, for every algorithm."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def checking(algorithm: Algorithm) -> Any:  # noqa: ANN401 - same
 
 
 def read(shown: str, algorithm: Algorithm = "HS256", **settings: Any) -> Claims | str:  # noqa: ANN401 - same
-    """Who is believed to be there, or why nobody is."""
+    """The verified claims, or the reason of the rejection."""
     one = rules(algorithm, **settings)
     try:
         return one.verify(one.check_shape(shown), [checking(algorithm)])
-    except InvalidToken as why:
-        return why.reason
+    except InvalidToken as error:
+        return error.reason
 
 
 def signed(algorithm: Algorithm = "HS256", **claims: Any) -> str:  # noqa: ANN401 - right and wrong ones
@@ -96,7 +96,7 @@ def test_only_the_one_algorithm_is_taken_whatever_a_token_says_of_itself(
 def test_a_token_sealed_with_the_public_key_as_its_secret_is_not_believed(algorithm: Algorithm) -> None:
     said = f"{encoded({'typ': 'JWT', 'alg': 'HS256'})}.{encoded({'sub': str(USER), 'exp': NOW + 60})}"
     forged = f"{said}.{encoded(hmac.digest(public_pem(key_of(algorithm)), said.encode(), hashlib.sha256))}"
-    assert jwt.get_unverified_header(forged)["alg"] == "HS256"  # it is well made
+    assert jwt.get_unverified_header(forged)["alg"] == "HS256"  # the header is valid
     assert read(forged, algorithm) == "algorithm"
 
 
@@ -162,7 +162,7 @@ def test_what_counts_is_how_long_it_was_issued_for_and_not_how_long_it_still_hol
     assert read(signed(exp=NOW + 60, iat=NOW + 60 - day)) == Claims(USER, NOW + 65)
     assert read(signed(exp=NOW + 60, iat=NOW + 54 - day)) == "lifetime"
     assert read(signed(exp=NOW + 60, iat=0)) == "lifetime"
-    assert read(signed(exp=NOW + 2 * day, iat=NOW + 2 * day - 60)) == "lifetime", "issued in the future, it is a lie"
+    assert read(signed(exp=NOW + 2 * day, iat=NOW + 2 * day - 60)) == "lifetime", "issued in the future"
     assert read(signed(exp=NOW + 3600, iat=NOW - 60), auth_max_lifetime="1h") == "lifetime"
     assert read(signed(exp=NOW + 300 * day), auth_max_lifetime="365d") == Claims(USER, NOW + 300 * day + 5)
     for wrong in ("now", float("nan"), True, [1], 10**400):

@@ -1,4 +1,4 @@
-"""Words of a list in texts: what is one, what is not, and the same in an answer that comes piece by piece."""
+"""Search and masking of listed words, in whole texts and in streamed answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = (
 LIST = WordList(map(normalize, WORDS))
 
 FOUND = {
-    # as it is, and written otherwise
+    # other cases, widths and styles
     "fuck": "＊＊＊＊",
     "oh, Fuck!": "oh, ＊＊＊＊!",
     "ＦＵＣＫ": "＊＊＊＊",
@@ -38,12 +38,12 @@ FOUND = {
     "f\u200b\u2800\U000e0041\U000e0fff\u3164uck": "＊＊＊＊＊＊＊＊＊",
     "f\u0e31u\u093fc\u3099k\u0e31": "＊＊＊＊＊＊＊\u0e31",  # marks of other scripts
     "敏\u0e31感\u3099词": "＊＊＊＊＊",
-    "f\u00a8u\u02bcck": "＊＊＊＊＊＊",  # signs that Unicode puts on a space, or among the letters
+    "f\u00a8u\u02bcck": "＊＊＊＊＊＊",  # signs that Unicode decomposes to a space, or calls letters
     "f\u0336u\u0336c\u0336k": "＊＊＊＊＊＊＊",
     "fùck": "＊＊＊＊",
     "这是敏感词吗": "这是＊＊＊吗",
     "ｶﾞ": "＊＊",
-    # signs between the letters
+    # separators between the letters
     "f.u.c.k": "＊＊＊＊＊＊＊",
     "f**u-ck": "＊＊＊＊＊＊＊",
     "敏-感 词": "＊＊＊＊＊",
@@ -52,19 +52,19 @@ FOUND = {
     "a_ss": "＊＊＊＊",
     "big_ass": "big_＊＊＊",
     "K 粉": "＊＊＊",
-    # set apart, letter by letter
+    # all letters alone
     "f u c k": "＊＊＊＊＊＊＊",
     "h'e'l'l": "＊＊＊＊＊＊＊",
     "敏，感，词": "＊＊＊＊＊",
     "敏\n感\n词": "＊＊＊＊＊",
     "p\ne\nn\ni\ns": "＊＊＊＊＊＊＊＊＊",
-    # a gap that the list has
+    # a gap in the listed word
     "two words": "＊＊＊＊＊＊＊＊＊",
     "Two\nWords": "＊＊＊＊＊＊＊＊＊",
     "twowords": "＊＊＊＊＊＊＊＊",
     "e-mail, email, e mail": "＊＊＊＊＊＊, ＊＊＊＊＊, ＊＊＊＊＊＊",
     "日，本": "＊＊＊",
-    # whole words, next to other scripts
+    # words next to other scripts
     "你ass他": "你＊＊＊他",
     "大傻B了": "大＊＊了",
     "ass": "＊＊＊",
@@ -106,7 +106,7 @@ UNSEEN = st.sampled_from(
 
 
 def _is_no_letter(char: str) -> bool:
-    """Whether a character is no letter or digit, nor stands for one, nor parts words as the documents say."""
+    """Whether a character is neither a letter or digit, nor stands for one, nor separates words."""
     plain = unicodedata.normalize("NFKD", char)
     parts = {unicodedata.category(one)[0] for one in plain} & set("LN")
     return not parts and not {HEAVY, SPACE} & set(normalize(char))
@@ -138,7 +138,7 @@ def test_no_mark_and_no_character_that_is_not_seen_hides_a_word() -> None:
         if unicodedata.category(chr(code)) in {"Mn", "Mc", "Me", "Cf"} and not has_word(f"f{chr(code) * 20}uck", LIST)
     ]
     assert missed == []
-    assert has_word(f"f{chr(0x1E08F) * 20}uck", LIST), "a mark that is newer than some of the Pythons that run here"
+    assert has_word(f"f{chr(0x1E08F) * 20}uck", LIST), "a mark that some supported versions of Python do not know"
 
 
 def test_marks_of_its_own_script_make_another_word() -> None:
@@ -151,7 +151,7 @@ def test_marks_of_its_own_script_make_another_word() -> None:
 
 @pytest.mark.parametrize("unseen", ["\u200b", "\u0e31"])
 def test_what_is_not_seen_costs_no_more_than_its_length(unseen: str) -> None:
-    """Twice as much costs twice as much, whole and in pieces: not four times."""
+    """The cost is linear, whole and in pieces: twice the length costs twice as much, not four times."""
 
     def cost(length: int) -> float:
         gap = unseen * length
@@ -166,7 +166,7 @@ def test_words_that_overlap_are_all_masked() -> None:
     assert mask("法轮功 a b c", words) == "＊＊＊ ＊＊＊＊＊"
 
 
-# Everything that matters to some rule, and parts of words.
+# Characters that rules depend on, and parts of words.
 _ATOMS = st.sampled_from(
     [*"fuckashelpnitwowrdbK1敏感词性傻法轮日本カ한구국ガ", *"éÉﬁ½㍿", *".-* ,，\n'\t\u200b\u0301\u3099", *WORDS]
 )
@@ -177,7 +177,7 @@ _ODD_TEXTS = st.lists(st.sampled_from([*"ab12中国", *". ,\u200b", "½", "." * 
 
 
 def _streamed(text: str, cuts: list[int], words: WordList, refusal: Reject | None = None) -> Iterator[str]:
-    """What is shown of an answer that is cut at these places: at each piece, and at the end."""
+    """What is shown of an answer that is cut at these places, for each piece and at the end."""
     stream = WordFilter(words, refusal)
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     yield from (stream.feed(text[first:last]) for first, last in pairwise(places))
@@ -208,7 +208,7 @@ def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once(text: str, cuts: li
     shown, whole = "", mask(text, LIST)
     for piece in _streamed(text, cuts, LIST):
         shown += piece
-        assert whole.startswith(shown)  # nothing is shown that is taken back: no word before it is known
+        assert whole.startswith(shown)  # what was shown is never wrong later
     assert shown == whole
 
 
@@ -248,7 +248,7 @@ def test_ordinary_text_is_held_back_only_as_far_as_it_may_become_a_word() -> Non
     assert stream.feed(" hel") == " "
     assert stream.feed("p ") == "help "
     assert stream.feed("an ass") == "an "
-    assert stream.feed(".") == ""  # `ass.` may be the beginning of nothing, but it begins a word of the list
+    assert stream.feed(".") == ""  # `ass` counts as a prefix, although no longer word begins with it
     assert stream.feed(" So") == "＊＊＊. So"
     assert stream.end() == ""
 
@@ -258,14 +258,14 @@ def test_no_answer_makes_the_filter_hold_back_without_bound() -> None:
         for endless in (".", "\u200b", " ", "\n", "f", "f.", "敏", "敏\u200b"):
             stream = WordFilter(LIST, None)
             shown = len(stream.feed(begin)) + sum(len(stream.feed(endless)) for _ in range(500))
-            if endless == "\u200b" and begin:  # it counts for nothing: what may become a word is no longer for it
+            if endless == "\u200b" and begin:  # ignored: the possible word stays open
                 assert len(stream.feed("x, " * 100)) > 500 + 300 - shown - 150
                 continue
             assert shown > 500 * len(endless) - 150, (begin, endless)
 
 
 def _hundred_thousand() -> WordList:
-    chosen = random.Random(7)  # noqa: S311 - the same each time
+    chosen = random.Random(7)  # noqa: S311 - reproducible
     syllables = [one + two for one in "bcdfghklmnprstvw" for two in "aeiou"]
     hanzi = [chr(0x4E00 + number) for number in range(3000)]
     words = {"".join(chosen.choices(syllables, k=chosen.randint(2, 5))) for _ in range(60_000)}
@@ -275,12 +275,12 @@ def _hundred_thousand() -> WordList:
 
 @pytest.fixture(scope="module")
 def many() -> WordList:
-    """A hundred thousand words."""
+    """A list of 100,000 words."""
     return _hundred_thousand()
 
 
 def _sentences(letters: int) -> tuple[str, str]:
-    chosen = random.Random(8)  # noqa: S311 - the same each time
+    chosen = random.Random(8)  # noqa: S311 - reproducible
     words = ["the", "message", "was", "banana", "sorry", "fetuvo", "accepted,"]
     english = " ".join(chosen.choice(words) for _ in range(letters))
     chinese = "".join(chr(0x4E00 + chosen.randrange(3000)) for _ in range(letters))
@@ -288,7 +288,7 @@ def _sentences(letters: int) -> tuple[str, str]:
 
 
 def _best(what: Callable[[], object], times: int = 50) -> float:
-    """Seconds of CPU, at best, of a machine that adds 3,000 ones in 0.1 ms: a slow or busy one should fail no test."""
+    """Minimum CPU time, scaled to a machine that adds 3,000 ones in 0.1 ms, so that slow machines fail no test."""
     best = yardstick = float("inf")
     for _ in range(times):
         best = min(best, _cpu(what))
@@ -314,4 +314,4 @@ def test_an_answer_of_32_deltas_costs_a_tenth_of_a_millisecond(many: WordList) -
         cuts = [*range(0, 128, 4)]
         assert _whole(text, cuts, many) == mask(text, many)
         best = _best(partial(_whole, text, cuts, many))
-        assert best < 3 * 0.0002, f"{best * 1e6:.0f} µs"  # measured: 0.1 ms, and what the test itself costs
+        assert best < 3 * 0.0002, f"{best * 1e6:.0f} µs"  # measured: 0.1 ms, and the overhead of the test

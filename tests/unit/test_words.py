@@ -1,4 +1,4 @@
-"""The guard of unwanted words: its file, followed while it changes, and its verdicts."""
+"""The word guard: its file, reloading, and its verdicts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def _write(path: Path, data: str | bytes | None) -> None:
-    """Put another file in its place, as one should, or none."""
+    """Replace the file atomically, or delete it."""
     if data is None:
         path.unlink()
         return
@@ -50,7 +50,7 @@ def _write(path: Path, data: str | bytes | None) -> None:
 
 
 def _change_unnoticed(path: Path, data: str) -> None:
-    """Write something as long into the same file, as if it was not changed."""
+    """Overwrite the file without a change of size, inode or modification time."""
     before = path.stat()
     assert len(data) == before.st_size
     path.write_text(data, "utf-8")
@@ -58,7 +58,7 @@ def _change_unnoticed(path: Path, data: str) -> None:
 
 
 @asynccontextmanager
-async def _at_work(path: Path, poll_interval: float = 0.02) -> AsyncIterator[tuple[WordGuard, list[EventDict]]]:
+async def _running(path: Path, poll_interval: float = 0.02) -> AsyncIterator[tuple[WordGuard, list[EventDict]]]:
     with capture_logs() as logs:
         guard = WordGuard(path, masks=False, poll_interval=timedelta(seconds=poll_interval))
         async with guard.running():
@@ -111,7 +111,7 @@ def test_a_pipe_or_a_huge_file_is_refused_and_not_waited_for(tmp_path: Path) -> 
 
 
 async def test_a_list_follows_its_file(file: Path) -> None:
-    async with _at_work(file) as (guard, logs):
+    async with _running(file) as (guard, logs):
         assert await _refuses(guard, "a Badword")
         assert not await _refuses(guard, "another")
         _write(file, "another\nand this\n")
@@ -124,18 +124,18 @@ async def test_a_list_follows_its_file(file: Path) -> None:
 async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(
     broken: bytes | None, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[Path] = []
+    checks: list[Path] = []
 
-    def look(path: Path) -> tuple[int, int, int] | None:
-        looks.append(path)
+    def checked(path: Path) -> tuple[int, int, int] | None:
+        checks.append(path)
         return file_version(path)
 
-    monkeypatch.setattr("imstream.guards.words.word_guard.file_version", look)
-    async with _at_work(file) as (guard, logs):
+    monkeypatch.setattr("imstream.guards.words.word_guard.file_version", checked)
+    async with _running(file) as (guard, logs):
         _write(file, broken)
         await wait_until(lambda: len(logs) == 2, "the error is logged")
-        so_far = len(looks)
-        await wait_until(lambda: len(looks) > so_far + 2, "it is looked at again")
+        so_far = len(checks)
+        await wait_until(lambda: len(checks) > so_far + 2, "the file is checked again")
         assert await _refuses(guard, "badword")
         _write(file, "another\n")
         await wait_until(lambda: _refuses(guard, "another"), "a good file is loaded again")
@@ -148,7 +148,7 @@ async def test_a_broken_file_leaves_the_list_as_it_was_and_is_said_once(
 
 
 async def test_what_is_logged_never_holds_a_word(file: Path) -> None:
-    async with _at_work(file) as (guard, logs):
+    async with _running(file) as (guard, logs):
         _write(file, "!badword!\nanother\n")
         await wait_until(lambda: len(logs) == 2, "the error is logged")
         assert await _refuses(guard, "badword")
@@ -157,19 +157,19 @@ async def test_what_is_logged_never_holds_a_word(file: Path) -> None:
 
 async def test_the_file_is_read_again_when_that_is_asked_for(file: Path) -> None:
     _write(file, "badword")
-    async with _at_work(file, poll_interval=3600) as (guard, logs):
+    async with _running(file, poll_interval=3600) as (guard, logs):
         _change_unnoticed(file, "another")
         assert await GuardChain([guard, Guard()]).reload() == ["word list"]
         await wait_until(lambda: _refuses(guard, "another"), "the new list is loaded")
         assert await guard.reload() == "word list"
-        await wait_until(lambda: len(logs) == 3, "it is loaded again, though it has not changed")
+        await wait_until(lambda: len(logs) == 3, "it is loaded again, although it has not changed")
 
 
 async def test_a_defect_does_not_end_the_watch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Path) -> None:
         raise MemoryError
 
-    async with _at_work(file) as (guard, logs):
+    async with _running(file) as (guard, logs):
         with monkeypatch.context() as patched:
             patched.setattr("imstream.guards.words.word_guard.read", fails)
             _write(file, "another\n")
@@ -179,7 +179,7 @@ async def test_a_defect_does_not_end_the_watch(file: Path, monkeypatch: pytest.M
 
 
 async def test_an_answer_that_runs_keeps_the_list_it_began_with(file: Path) -> None:
-    async with _at_work(file) as (guard, _):
+    async with _running(file) as (guard, _):
         listening = guard.answer_filter(_asked("hello"))
         assert listening is not None
         assert listening.feed("so bad") == "so "
@@ -200,17 +200,17 @@ async def test_a_message_with_a_word_is_refused_as_a_violation(file: Path) -> No
 
 
 async def test_a_violation_is_told_and_others_are_not(file: Path) -> None:
-    told = list[int]()
+    notified = list[int]()
 
     class Listening(Guard):
         async def on_violation(self, user_id: int) -> None:
-            told.append(user_id)
+            notified.append(user_id)
 
     guards = GuardChain([WordGuard(file, masks=False), Listening()])
     assert await guards.check_chat(_asked("go on", ("user", "badword"))) is IN_HISTORY
-    assert told == []
+    assert notified == []
     assert await guards.check_chat(_asked("badword")) is IN_MESSAGE
-    assert told == [10001]
+    assert notified == [10001]
 
 
 async def test_a_word_in_any_earlier_turn_is_refused_but_no_violation(file: Path) -> None:
@@ -223,7 +223,7 @@ async def test_a_word_in_any_earlier_turn_is_refused_but_no_violation(file: Path
 
 async def test_a_turn_that_was_clean_is_looked_at_again_when_the_list_has_changed(file: Path) -> None:
     asked = _asked("another", ("user", "another one"))
-    async with _at_work(file) as (guard, logs):
+    async with _running(file) as (guard, logs):
         assert await guard.check_chat(asked) == ALLOW
         assert await guard.check_chat(asked) == ALLOW
         _write(file, "another one\n")
