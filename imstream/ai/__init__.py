@@ -1,1 +1,1 @@
-"""The AI side: what is asked of the model, the client of an OpenAI-compatible backend, and the demo backend."""
+"""AI backends: streaming client, answer reader, failures, breaker, moderation client, and the prompt."""

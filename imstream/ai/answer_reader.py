@@ -19,8 +19,7 @@ from imstream.errors import BackendError, TransientBackendError
 
 JSON_LIMIT = 1 << 20  # bytes of an event, or of an answer in one document; raised with the limit of an answer
 BYTES_PER_CHARACTER = 256  # of a response, at most; an event with one character has about 250
-LARGE_JSON = 16 * 1024
-"""Bytes of JSON that take long to parse. Its strings would displace recurring ones from the decoder's cache."""
+LARGE_JSON = 16 * 1024  # bytes that take long to parse; its strings would displace others from the decoder's cache
 
 FAILED_FINISHES = frozenset({"error", "insufficient_system_resource"})
 """Finish reasons of OpenRouter and DeepSeek for a model that was stopped and has not finished."""

@@ -41,16 +41,12 @@ class PromptMessage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The end of a complete answer.
+    """The end of a complete answer."""
 
-    Attributes:
-        finish_reason: `stop`, `length` or another word of the backend; `stop` if it sent only `[DONE]`.
-        usage: Token counts, if the backend sent any: `prompt_tokens`, `completion_tokens`, `total_tokens` and others,
-            also `reasoning_tokens` and `cached_tokens` out of their details.
-    """
-
-    finish_reason: str
+    finish_reason: str  # `stop`, `length` or another word of the backend; `stop` if it sent only `[DONE]`
     usage: dict[str, int] | None
+    """Token counts, if the backend sent any: `prompt_tokens`, `completion_tokens`, `total_tokens` and others, also
+    `reasoning_tokens` and `cached_tokens` out of their details."""
 
 
 class Backend(Protocol):

@@ -1,10 +1,8 @@
 """Groups texts that arrive at about the same time into one call, which costs little more than a call for one text.
 
-    the last call began `MIN_INTERVAL` ago or earlier   texts of one turn of the event loop are sent together, at once
-    the last call began later                           texts are collected until then, or until the batch is full
-    `MAX_CALLS` calls are running                       texts are collected until one of them ends
-
-So a slow call delays no other text, unless `MAX_CALLS` calls are slow.
+the last call began `MIN_INTERVAL` ago or earlier   texts of one turn of the event loop are sent together, at once
+the last call began later                           texts are collected until then, or until the batch is full
+`MAX_CALLS` calls are running                       texts are collected until one of them ends
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Breaker:
         """A call has succeeded."""
         self._failures = 0
         self._pause = self._min_pause
-        # A call that was made before does not end a Retry-After.
+        # A call that began earlier does not end a Retry-After.
         self._open_until = self._retry_after_until if self._retry_after_until > self._clock() else 0.0
 
     def record_failure(self, retry_after: timedelta | None) -> None:

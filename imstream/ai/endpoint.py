@@ -21,10 +21,7 @@ from imstream.errors import BackendError, SettingsError
 from imstream.settings import ENV_PREFIX
 from imstream.urls import SecretUrl
 
-KEEP_ALIVE = timedelta(seconds=4)
-"""How long an unused connection is kept open. Servers close theirs after 5 s (uvicorn, Node) or later; a client that
-keeps it longer may send a request on a connection that was just closed."""
-
+KEEP_ALIVE = timedelta(seconds=4)  # of an unused connection: servers close theirs after 5 s (uvicorn, Node) or later
 ERROR_BODY_LIMIT = 8192  # bytes read of the body of an error response
 ERROR_BODY_WAIT = timedelta(seconds=2)  # time limit for that body, which only explains the status
 
@@ -44,8 +41,7 @@ class EndpointClient:
     Their number is not limited: a call that waits for a free one would be reported as a connect timeout.
     """
 
-    _accept: ClassVar[str]
-    """Content types of the responses."""
+    _accept: ClassVar[str]  # content types of the responses
 
     def __init__(self, name: str, base: SecretUrl | None, key: SecretStr | None, *, path: str, limit: int) -> None:
         """Call `path` below the base URL, with at most `limit` bytes of the body of a response.
@@ -99,9 +95,9 @@ class EndpointClient:
 
     async def _read_error(self, response: aiohttp.ClientResponse) -> bytes:
         """The beginning of the body of an error response, as far as it arrives in time and is not encoded."""
-        body = b""
         if is_encoded(response):
-            return body
+            return b""
+        body = b""
         deadline = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
         while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response.content, deadline)):
             body += data

@@ -25,8 +25,7 @@ _TITLE = re.compile(r"<title[^<>]{0,256}>", re.IGNORECASE)
 _TITLE_END = re.compile(r"</title", re.IGNORECASE)
 _HIDDEN = re.compile(r"<(script|style|head)\b.*?(</\1\s*>|\Z)|<!--.*?(-->|\Z)", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"<[^>]*(>|\Z)")
-_LONG_ENTITY = re.compile(r"&#[0-9]{9,}")
-"""No character has nine digits, and Python refuses to parse numbers of thousands of digits."""
+_LONG_ENTITY = re.compile(r"&#[0-9]{9,}")  # no character; Python refuses to parse numbers of thousands of digits
 
 
 @dataclass(frozen=True, slots=True)

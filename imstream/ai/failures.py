@@ -43,7 +43,7 @@ CONTEXT_PHRASES = (
     "prompt is too long",  # Anthropic
     "max_new_tokens` must be <=",  # TGI
 )
-"""For servers without a code for it. Only for statuses that blame the request."""
+"""For servers without a code for it, and statuses that blame the request."""
 
 QUOTA_WORDS = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 """OpenAI sends these with 429, which is otherwise transient."""
@@ -109,10 +109,7 @@ def from_exception(error: aiohttp.ClientError | OSError, *, secrets: tuple[str, 
 
 
 def retry_after(headers: Mapping[str, str], *, now: datetime) -> timedelta | None:
-    """Read `Retry-After` (RFC 9110, 10.2.3: seconds or a date), or `retry-after-ms` of OpenAI.
-
-    A time in the past is zero, a longer one `MAX_RETRY_AFTER`, and an invalid one None.
-    """
+    """Read `Retry-After` (RFC 9110, 10.2.3: seconds or a date), or `retry-after-ms` of OpenAI; None if invalid."""
     text = headers.get("retry-after", "")
     wait = _number(headers.get("retry-after-ms", ""), unit=0.001)
     wait = _number(text, unit=1.0) if wait is None else wait

@@ -69,10 +69,9 @@ class EventParser:
         return events
 
     def close(self) -> list[bytes]:
-        """The stream has ended: return the data of an event that lacks its blank line, if any.
+        """Return the data of an event that lacks its blank line at the end of the stream, if any.
 
-        The standard drops such an event. Some servers end with `data: [DONE]` and nothing after it, so the caller must
-        decide whether the event is complete.
+        The standard drops such an event, but some servers end with `data: [DONE]`: the caller must check it.
         """
         return self.feed(b"\n\n")
 

@@ -15,15 +15,12 @@ class TimeLimits:
 
         async with TimeLimits(total=...) as limits:
             limits.expect("first_token_timeout", within=...)
-            ...
             limits.expect("idle_timeout", within=...)
             async for token in tokens:
                 limits.renew()
 
-    `renew` only stores a time. The timer compares it when it fires, and is set again: a thousand tokens cost a thousand
-    assignments and no timer.
-
-    Raises `TransientBackendError` on exit, with the reason of the exceeded limit.
+    Raises `TransientBackendError` on exit, with the reason of the exceeded limit. `renew` only stores a time, which the
+    timer compares when it fires: a thousand tokens cost a thousand assignments and one timer.
     """
 
     def __init__(self, *, total: timedelta) -> None:

@@ -20,18 +20,14 @@ from imstream.demo.http_server import HttpConnection, HttpServer, head
 from imstream.demo.marker import Fault, Marker, parse_marker
 from imstream.demo.settings import DemoSettings
 
-MAX_COUNTED = 1000
-"""Maximum questions whose calls are counted; the least recently asked one is forgotten."""
-
+MAX_COUNTED = 1000  # questions whose calls are counted; the least recently asked one is forgotten
 _JSON = "application/json"
 _EVENTS = "text/event-stream; charset=utf-8"
 _HEADERS = {"Cache-Control": "no-store", "Server": "imstream-demo (canned answers, no model)"}
 
+_GRACE = 1  # seconds that running answers get when the server stops
 _EARLY = 0.002
 """Seconds that a delta may be early: timers are, and waiting for the rest of a millisecond doubles the CPU cost."""
-
-_GRACE = 1
-"""Seconds that running answers get when the server stops."""
 
 
 @dataclass(slots=True)
@@ -221,11 +217,7 @@ def _seconds(own: timedelta | None, default: timedelta) -> float:
 
 @asynccontextmanager
 async def serving(settings: DemoSettings) -> AsyncIterator[str]:
-    """Serve in this event loop while the context is open; yield the base URL, which ends in `/v1`.
-
-    Raises:
-        OSError: The address cannot be bound.
-    """
+    """Serve in this event loop while the context is open; yield the base URL, which ends in `/v1`."""
     server = HttpServer(DemoCall, DemoBackend(settings).answer)
     async with server.listening(settings.host, settings.port, grace=_GRACE) as (host, port):
         yield f"http://{host}:{port}/v1"

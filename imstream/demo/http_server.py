@@ -16,17 +16,15 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-MAX_BODY = 8 * 1024 * 1024
-"""Maximum bytes of a request body."""
+MAX_BODY = 8 * 1024 * 1024  # bytes of a request body; what exceeds them is not kept
 
 Framing = Literal["chunked", "close"] | int
 """How a body ends: with a last chunk, with the connection, or after a number of bytes."""
 
 LAST_CHUNK = b"0\r\n\r\n"
 
+KEEP_ALIVE = 75  # seconds that an idle connection is kept: longer than clients do, so that clients close first
 _BACKLOG = 2048
-KEEP_ALIVE = 75
-"""Seconds that an idle connection is kept: longer than clients do, so that clients close first."""
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -53,12 +51,11 @@ def head(status: int, content_type: str, framing: Framing, headers: Mapping[str,
 
 
 class HttpConnection(asyncio.Protocol):
-    """A connection of a client, and the request on it that is being answered.
+    """A connection of a client, and the request on it that is being answered (`method`, `target`, `headers`, `body`).
 
     Attributes:
         number: Number of the connection on its server, from 0.
         closed_by_peer: The loop time at which the client closed it; cancelled if the server did.
-        body: Body of the request; incomplete if it is longer than `MAX_BODY`.
     """
 
     transport: asyncio.Transport
@@ -98,11 +95,7 @@ class HttpConnection(asyncio.Protocol):
             self.close()
 
     async def write(self, data: bytes) -> None:
-        """Send bytes as they are; wait while the client reads too slowly.
-
-        Raises:
-            ConnectionResetError: The connection is closed.
-        """
+        """Send bytes as they are; wait while the client reads too slowly. Raises `ConnectionResetError` if closed."""
         if self.transport.is_closing():
             raise ConnectionResetError
         self.transport.write(data)
@@ -208,11 +201,7 @@ class HttpServer(Generic[C]):
 
     @asynccontextmanager
     async def listening(self, host: str, port: int, *, grace: float = 0) -> AsyncIterator[tuple[str, int]]:
-        """Serve while the context is open; yield the address. Running answers then have `grace` seconds to end.
-
-        Raises:
-            OSError: The address cannot be bound.
-        """
+        """Serve while the context is open; yield the address. Running answers then have `grace` seconds to end."""
         listener = socket.create_server((host, port))
         # Inherited by accepted connections. asyncio sets it only on sockets whose protocol number is TCP, which this
         # one's is not: each response would wait 40 ms for an acknowledgement (uvloop always sets it).

@@ -33,8 +33,7 @@ CONTENTS = "contents"  # the variable of the message template that stands for th
 _LANGUAGES = {"zh": "中文", "en": "English"}
 _THREAD_LENGTH = 8192  # characters that a tokenizer counts in 4 ms; longer texts are counted in a thread
 _CERTAIN_EXCESS = 2
-"""A message with an estimate of this many times the budget is rejected unescaped: escaping never halves the estimate,
-but takes up to 40 ms for 64 KiB."""
+"""Estimate, in budgets, of a message that is rejected unescaped: escaping cannot halve it, but may take 40 ms."""
 
 _PLACEHOLDER = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])")
 
@@ -73,19 +72,13 @@ class Excess:
 
 @dataclass(frozen=True, slots=True)
 class PromptPlan:
-    """The parts of a prompt, and which of them fit.
-
-    Attributes:
-        turns: The whole history, oldest first.
-        budget: Tokens available for the turns of users and the assistant. System turns are never dropped.
-        sizes: Tokens of the turns, newest first, including the first one that does not fit; 0 for system turns.
-    """
+    """The parts of a prompt, and which of them fit."""
 
     system: Sequence[PromptMessage]
-    turns: Sequence[PromptMessage]
+    turns: Sequence[PromptMessage]  # the whole history, oldest first
     question: PromptMessage
-    budget: int
-    sizes: Sequence[int]
+    budget: int  # tokens available for the turns of users and the assistant; system turns are never dropped
+    sizes: Sequence[int]  # tokens of turns, newest first, including the first that does not fit; 0 for system turns
 
     def turns_to_drop(self, budget: int) -> int:
         """How many of the oldest turns to drop so that the others fit the budget and begin with a user turn."""

@@ -52,8 +52,7 @@ class Prompter:
     async def messages(self, request: ChatRequest) -> list[PromptMessage]:
         """The messages of one AI call, oldest first. May call the AI for a summary of what does not fit.
 
-        Raises:
-            PermanentBackendError: Even the message alone does not fit: a node with other settings admitted it.
+        Raises `PermanentBackendError` if even the message alone does not fit: a node with other settings admitted it.
         """
         plan = await self._assembler.plan(request)
         if isinstance(plan, Excess):

@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+# Capitals with underscores, which are rarely anything else in brackets. Quantifiers are possessive: no backtracking.
 _WORDS = r"[A-Z][A-Z0-9]*+(?:_[A-Z0-9]++)++"
-"""Capitals with underscores. In brackets they are rarely anything else; an ordinary text only gets a space."""
-
 _ANGLED = (
     r"/?(?:"
     rf"{_WORDS}"  # Cohere: <BOS_TOKEN>; Nemotron: <SPECIAL_11>, <TOOL_RESPONSE>; Mistral: <SPECIAL_20>
@@ -53,11 +52,8 @@ _COMMON = {
     ),
     ">": (r">[A-Z][A-Z0-9_]{1,32}+<<",),  # Falcon: >>QUESTION<<
 }
-"""Special tokens of common chat templates, by first character: patterns of what follows it.
-
-The patterns match families of tokens, and so are likely to cover future models. For a model with others, configure its
-tokenizer (`IMSTREAM_TOKENIZER`): its special tokens are escaped, too.
-"""
+"""Special tokens of common chat templates, by first character: patterns of what follows it. They match families of
+tokens, and so are likely to cover future models. Those of a configured tokenizer are escaped, too."""
 
 
 class SpecialTokenEscaper:

@@ -92,10 +92,7 @@ class ModelTokenizer:
 
 
 def make_token_counter(settings: Settings) -> TokenCounter:
-    """Make the counter that is configured. A tokenizer takes half a second to load and 100 MB or more.
-
-    Raises `SettingsError` if it cannot be read, or the package that reads it is not installed.
-    """
+    """Make the configured counter. A tokenizer takes half a second to load and 100 MB. Raises `SettingsError`."""
     file = settings.tokenizer
     if file is None:
         return TokenEstimate()
