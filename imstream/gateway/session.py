@@ -29,10 +29,7 @@ class Session:
     """One socket. Times are those of the event loop, in seconds.
 
     Attributes:
-        peer: Address of the client, for the log.
-        url_user: The user that the URL names; None when it names none.
         token: Authenticates the user if INIT has no token.
-        user_id: The user who has logged in.
         has_asked: An INIT was received. If it could not be checked in time, the client may come back later.
         login: Number of the login: of two, the newer one has the higher number. 0: not known.
         ends_at: When the login expires; None: with the socket.

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 import structlog
 from starlette.requests import HTTPConnection
-from websockets.frames import CloseCode, Frame, Opcode
+from websockets.frames import Close, CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -116,7 +116,7 @@ class SocketProtocol(asyncio.Protocol):
         self._connections = connections
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
-        # The logger of websockets would log each handshake at level info.
+        # Its own logger would log each handshake at level info.
         self._websocket = ServerProtocol(max_size=options.max_message, logger=logging.getLogger("uvicorn.error"))
         self._fragments: list[BytesLike] = []
         self._messages: list[str | bytes | SocketClosed] = []
@@ -263,7 +263,7 @@ class SocketProtocol(asyncio.Protocol):
         websocket = self._websocket
         websocket.receive_data(piece)
         if websocket.parser_exc is not None:
-            self._close_failed()
+            self._close(websocket.close_sent)
             return 0
         events = websocket.events_received()
         for event in events:
@@ -316,7 +316,7 @@ class SocketProtocol(asyncio.Protocol):
     def _handle(self, frame: Frame) -> None:
         """Handle a frame. websockets has answered pings already."""
         if frame.opcode is Opcode.CLOSE:
-            self._handle_close()
+            self._close(self._websocket.close_rcvd)
         elif frame.opcode is Opcode.CONT and len(self._fragments) >= MAX_FRAGMENTS:
             self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
         elif frame.opcode < Opcode.CLOSE:  # not a control frame
@@ -340,15 +340,6 @@ class SocketProtocol(asyncio.Protocol):
             self._fail(CloseCode.INVALID_DATA, "not UTF-8")
         else:
             self._pause_reading()
-
-    def _handle_close(self) -> None:
-        """Close as the peer asks, also when it does not read."""
-        if not self._closing and (received := self._websocket.close_rcvd) is not None:
-            self._closing = True
-            self._put(SocketClosed(received.code))
-            self._flush()
-        self._transport.close()
-        self._abort_later()
 
     def _pause_reading(self) -> None:
         if not self._reading_paused:
@@ -381,13 +372,13 @@ class SocketProtocol(asyncio.Protocol):
         if not self._closing:
             self._fragments = []
             self._websocket.fail(code, reason)
-            self._close_failed()
+            self._close(self._websocket.close_sent)
 
-    def _close_failed(self) -> None:
-        """Send the close frame that websockets has made of an error, and close, also when the peer does not read."""
-        self._closing = True
-        if (sent := self._websocket.close_sent) is not None:
-            self._put(SocketClosed(sent.code))
+    def _close(self, close: Close | None) -> None:
+        """Send the close frame that websockets has prepared, and close, also when the peer does not read."""
+        if not self._closing:
+            self._closing = True
+            self._put(SocketClosed(close.code if close else CloseCode.NO_STATUS_RCVD))
         self._flush()
         self._transport.close()
         self._abort_later()
