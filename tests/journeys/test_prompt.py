@@ -1,4 +1,4 @@
-"""From the socket to the prompt: what the AI is given, and what is refused before it is asked."""
+"""From the socket to the prompt: the request to the AI, and messages that are rejected before."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def scene(
     redis_server: RedisServer,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[tuple[OneNode, ScriptedBackend]]:
-    """A node, and an AI that answers `fine` to everything and keeps what it was asked."""
+    """A node, and an AI that answers `fine` to everything and records the requests."""
     async with (
         scripted_backend(streams("fine")) as ai,
         one_node(folder, redis_server, ai.url, **PROMPT, **settings) as node,
@@ -46,7 +46,7 @@ async def scene(
 
 
 def messages(ai: ScriptedBackend, number: int) -> list[tuple[str, str]]:
-    """What the AI was asked, the first time, the second, …, as `(role, content)`."""
+    """The messages of the n-th request to the AI, from 1, as `(role, content)`."""
     body: Any = ai.requests[number - 1].json
     assert not {"max_tokens", "max_completion_tokens"} & set(body)
     return [(message["role"], message["content"]) for message in body["messages"]]
@@ -100,7 +100,7 @@ async def test_a_system_turn_and_a_message_too_long_are_refused_and_cost_nothing
         assert (refused["msgType"], refused["code"], refused["messageId"]) == ("SYSTEM", "BAD_REQUEST", "m2")
         assert refused["contents"] == TOO_LONG[lang]
         assert (node.unfinished(), node.record(ZH, "m1"), node.record(ZH, "m2")) == (0, [], [])
-        await someone.chat(ZH, "hello", "m1")  # the socket and the ids are good for another try
+        await someone.chat(ZH, "hello", "m1")  # the socket and the message id can be used again
         assert (await someone.end_of("m1")).text == "fine"
         assert len(ai.requests) == 1
 
@@ -115,7 +115,7 @@ async def test_system_turns_are_taken_where_they_are_allowed_and_tokens_counted_
         assert messages(ai, 1)[1] == ("system", "be brief")
         await someone.chat(ZH, "and now?", "m2", history=LONG)
         assert (await someone.end_of("m2")).text == "fine"
-        assert [role for role, _ in messages(ai, 2)] == ["system", "user"]  # the summary was asked for first
+        assert [role for role, _ in messages(ai, 2)] == ["system", "user"]  # the first request asked for the summary
         assert messages(ai, 3)[2] == ("assistant", "【之前对话的摘要】fine")
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a failed AI call: transient or permanent, its reason, what an operator reads, when to try again."""
+"""Failures of AI calls: transient or permanent, the reason, the detail for the operator, and Retry-After."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_any_retry_after_is_within_bounds(value: str) -> None:
     assert wait is None or timedelta(0) <= wait <= MAX_RETRY_AFTER
 
 
-# What an operator reads
+# The detail for the operator
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the chunks of an answer mean, in the dialects of many servers. The bytes reach it in any cut."""
+"""The answer reader: the dialects of many servers, in any fragmentation."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_the_newest_usage_wins_and_an_empty_one_does_not() -> None:
     assert reader.usage == {"total_tokens": 2}
 
 
-# An answer as one document
+# Answers in one document
 
 
 def document(**fields: object) -> bytes:
@@ -291,7 +291,7 @@ FIELDS = st.sampled_from(
     ["choices", "delta", "content", "finish_reason", "usage", "error", "message", "code", "object", "detail", "loc"]
 )
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=3)
-"""Half characters and NUL too."""
+"""Includes single surrogates and NUL."""
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT | st.just(10**400) | st.just("x" * 300),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(FIELDS | ANY_TEXT, inner, max_size=4),
@@ -316,7 +316,7 @@ def test_whatever_json_comes_it_is_an_answer_that_can_be_told_or_an_error_of_the
     assert all(len(problem) < 300 and problem.isprintable() for problem in problems)
 
 
-# Characters in two halves
+# Surrogate pairs in two events
 
 SMILE_HIGH, SMILE_LOW = (
     b'{"choices":[{"delta":{"content":"a\\ud83d"}}]}',

@@ -1,4 +1,4 @@
-"""The client of an AI backend: what it asks, how it stops, and what it keeps to itself."""
+"""The client of an AI backend: requests, cancellation, and secrets."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_proxies_of_the_environment_and_cookies_are_left_alone(monkeypatch
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     async with scripted_backend(says(b"data: [DONE]\n\n", headers={"Set-Cookie": "a=b"})) as backend:
-        url = backend.url.replace("127.0.0.1", "localhost")  # an address would get no cookies anyway
+        url = backend.url.replace("127.0.0.1", "localhost")  # cookies are never sent to an IP address
         async with OpenAIBackend(Settings.load(ai_url=url)) as client:
             for _ in range(2):
                 await client.answer(PROMPT, on_text=lambda _: None)
@@ -285,7 +285,7 @@ async def test_the_key_is_in_no_error_no_log_and_no_representation(caplog: pytes
             with pytest.raises(BackendError) as caught:
                 await asked.ask()
             shown += [repr(caught.value), *traceback.format_exception(caught.value)]
-            # Errors of the HTTP client show the headers of the request to whoever looks closely.
+            # Exceptions of the HTTP client contain the request headers.
             assert caught.value.__cause__ is None
             assert caught.value.__context__ is None or caught.value.__suppress_context__
     assert "(hidden)" in "".join(shown)

@@ -1,4 +1,4 @@
-"""How calls fail: refusals, connections that are not made or lost, time limits. All over a real socket."""
+"""Failed calls over a real socket: error responses, lost connections, time limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def failure(script: Script, **settings: Any) -> BackendError:  # noqa: ANN
         return await failure_of(asked)
 
 
-# Refusals
+# Error responses
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504])
@@ -129,7 +129,7 @@ async def test_an_error_body_that_never_comes_does_not_hide_the_status(
     assert (error.reason, error.retry_after) == ("http_503", timedelta(seconds=3))
 
 
-# Servers that do not know how to tell usage
+# Servers without support for usage
 
 
 async def test_usage_is_asked_for_until_a_server_refuses_the_question() -> None:
@@ -245,7 +245,7 @@ async def test_silence_before_the_first_token_has_a_limit(script: Script) -> Non
 
 
 async def comments(exchange: Exchange) -> None:
-    """Send keep-alive comments until the client has gone."""
+    """Send keep-alive comments until the client disconnects."""
     while exchange.request.closed_by_peer_at is None:
         await exchange.send(b": keep-alive\n\n")
         await asyncio.sleep(0.01)
@@ -302,7 +302,7 @@ async def test_a_whole_answer_has_a_limit() -> None:
     assert (error.reason, error.detail) == ("total_timeout", "after 0.2 s")
 
 
-# What may take its time when the text is complete
+# After the text is complete
 
 
 async def test_a_server_that_does_not_end_its_body_after_done_delays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Backends that mean harm: whatever they send costs little, is bounded, and is told in a short line."""
+"""Hostile backends: responses have bounded costs and end in a short error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def filled(pattern: bytes, size: int = MIB) -> bytes:
 
 
 def wrapped(value: bytes, where: bytes = b"x") -> bytes:
-    """An event with this JSON in a field, and what makes it whole."""
+    """A complete answer with this JSON in a field of an event."""
     return b'data: {"%b":%b,"choices":[]}\n\n' % (where, value) + STOP + DONE
 
 
@@ -48,7 +48,7 @@ PLAIN = chunked(filled(event(chunk("word "))) + STOP + event(usage_chunk(total_t
 
 @dataclass
 class Told:
-    """What became of a call: how the answer ended, or the error; and its text."""
+    """The result of a call: the completion or the error, and the text."""
 
     end: str
     error: BackendError | None
@@ -58,7 +58,7 @@ class Told:
 
 
 async def told(answer: bytes | Callable[[bytes], bytes], **settings: Any) -> Told:  # noqa: ANN401 - any setting
-    """Ask a backend that answers like this."""
+    """Call a backend that answers like this."""
     give = answer if callable(answer) else lambda _: answer
     pieces = list[str]()
     with blaster(give) as url:
@@ -75,7 +75,7 @@ BROKEN = "broken_stream"
 BOMB = gzip.compress(gzip.compress(b"\n" * (256 * MIB), 1), 1)
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    # Much that says nothing
+    # Large and empty
     "empty events": (chunked(filled(b"data:{}\n\n", 3 * MIB // 2), SSE), BAD),
     "comments": (chunked(b"data: {}\n\n" + filled(b":\n", 3 * MIB // 2), SSE), BAD),
     "blank lines": (chunked(b"data: {}\n\n" + filled(b"\n", 3 * MIB // 2), SSE), BAD),
@@ -85,7 +85,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a line without an end": (chunked(b"data: " + filled(b"x", 3 * MIB // 2), SSE), BAD),
     "hidden reasoning": (chunked(filled(b'data:{"choices":[{"delta":{"r":1}}]}\n\n') + STOP + DONE, SSE), "stop"),
     "after the finish reason": (chunked(event(chunk("a")) + STOP + filled(b":\n", 3 * MIB // 2), SSE), "stop"),
-    # JSON that takes long to read, or much memory
+    # JSON that is expensive to parse
     "many lists": (chunked(wrapped(b"[" + filled(b"[],", 9 * MIB // 10) + b"[]]"), SSE), "stop"),
     "many keys": (
         chunked(wrapped(b"{" + b",".join(b'"%d":0' % n for n in range(90_000)) + b"}"), SSE),
@@ -98,7 +98,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a long fraction": (chunked(wrapped(b"1." + filled(b"1", 9 * MIB // 10)), SSE), "stop"),
     "a document that is too long": (chunked(b'{"x":"' + filled(b"x", 9 * MIB)), BAD),
     "a document of many lists": (chunked(b"[" + filled(b"[],", 9 * MIB // 10) + b"[]]"), BAD),
-    # Pages
+    # HTML
     "titles that begin": (chunked(b"<p>" + filled(b"<title", MIB // 8)), BAD),
     "titles": (chunked(b"<p>" + filled(b"<title>", MIB // 8)), BAD),
     "scripts": (chunked(filled(b"<script></script  ", MIB // 8)), BAD),
@@ -159,7 +159,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 @pytest.fixture(autouse=True)
 def collected_as_in_a_node() -> Iterator[None]:
-    """What a hundred thousand new objects cost depends on the garbage collector, which a node has set like this."""
+    """Configures the garbage collector as a node does: it decides what many new objects cost."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -172,7 +172,7 @@ _PLAIN_COSTS: list[float] = []
 
 
 async def usual_cost() -> float:
-    """CPU seconds of a plain answer of a mebibyte: the median of three, measured when it is first needed."""
+    """CPU seconds of a plain answer of a mebibyte: the median of three."""
     while len(_PLAIN_COSTS) < 3:
         usual = await told(PLAIN)
         assert (usual.end, "".join(usual.pieces)) == ("stop", "word " * (MIB // len(event(chunk("word ")))))
@@ -277,7 +277,7 @@ async def test_a_response_that_nobody_asked_for_is_not_the_answer_to_the_next_re
             try:
                 await asked.ask()
             except TransientBackendError as error:
-                assert error.reason == "connection_lost"  # noqa: PT017 - it may happen to the first, and is tried again
+                assert error.reason == "connection_lost"  # noqa: PT017 - may happen to the first call, which is then retried
         assert asked.text in {"abc", "ab"}
 
 
@@ -358,7 +358,7 @@ SPICE += [b"<title", b"&#", b'"', b"Content-Encoding: gzip\r\n", b"Content-Lengt
 
 
 def spoiled(random: Random) -> bytes:
-    """A response that is nearly one."""
+    """A corrupted response."""
     answer = random.choice(SEEDS)
     for _ in range(random.randint(1, 4)):
         at, other = sorted(random.choices(range(len(answer) + 1), k=2))
@@ -372,7 +372,7 @@ def spoiled(random: Random) -> bytes:
 
 @pytest.mark.parametrize("number", [300, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
 async def test_any_bytes_are_an_answer_or_an_error_of_the_backend(number: int) -> None:
-    random = Random(number)  # noqa: S311 - no secret
+    random = Random(number)  # noqa: S311 - no secrets
     answer = b""
     with blaster(lambda _: answer) as url:
         settings = Settings.load(ai_url=url, max_answer=1000)

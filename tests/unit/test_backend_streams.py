@@ -1,4 +1,4 @@
-"""What the answers of real servers look like on the wire, and what comes out of them."""
+"""Answers of real servers on the wire."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTS = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 
 
 async def answer_to(*parts: bytes, framing: Framing = "chunked") -> tuple[str, Completion]:
-    """The text and the end of an answer whose body is sent in these parts."""
+    """The text and the completion of an answer whose body is sent in these parts."""
     async with asking(says(*parts, framing=framing)) as asked:
         completion = await asked.ask()
         assert "" not in asked.pieces
@@ -35,7 +35,7 @@ async def failure_of(*parts: bytes, framing: Framing = "chunked") -> BackendErro
         return caught.value
 
 
-# How the body is cut and ended
+# Fragmentation and framing
 
 ANSWER = event(chunk("Hello ")) + event(chunk("你好😀")) + STOP + event(usage_chunk(**COUNTS)) + DONE
 
@@ -100,7 +100,7 @@ async def test_what_comes_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     async with asking(says(*[event(chunk("word "))] * 20, STOP + DONE)) as asked:
         await asked.ask()
         assert asked.pieces == ["word "] * 20
-    assert sizes.count(0) <= 3  # at its begin and its end: not for each piece
+    assert sizes.count(0) <= 3  # at the start and the end, not for each read
 
 
 async def test_one_http_chunk_may_hold_half_an_event_and_one_read_many_chunks() -> None:
@@ -187,7 +187,7 @@ async def test_a_connection_lost_within_the_answer_is_a_broken_answer(how: str, 
     async def script(exchange: Exchange) -> None:
         await exchange.start(framing=1000 if framing == "length" else "chunked")
         await exchange.send(event(chunk("a")))
-        if torn:  # within an HTTP chunk, and within a character
+        if torn:  # within an HTTP chunk and within a character
             await exchange.write(b"40\r\ndata: \xe4")
         await wait_until(lambda: asked.pieces == ["a"], "the text has come")
         getattr(exchange, how)()
@@ -232,7 +232,7 @@ async def test_a_connection_lost_after_the_finish_reason_takes_nothing_away(how:
 
 
 async def test_broken_chunk_framing_ends_with_the_idle_limit_at_the_latest() -> None:
-    """The HTTP client (aiohttp 3.14) closes such a connection without a word to whoever reads from it."""
+    """Aiohttp 3.14 closes such a connection without notifying the reader of the body."""
 
     async def script(exchange: Exchange) -> None:
         await exchange.start()
@@ -304,7 +304,7 @@ async def test_a_page_in_a_success_is_a_bad_stream() -> None:
     assert (error.reason, error.detail) == ("bad_stream", "a page instead of an answer: Welcome")
 
 
-# A connection after an answer
+# The connection after an answer
 
 
 async def test_one_connection_carries_one_answer_after_another() -> None:

@@ -1,4 +1,4 @@
-"""Batcher: each gets its own answer, few calls are made, and a slow one holds nobody up. In virtual time."""
+"""The batcher, in virtual time: each text gets its own result, calls are few, and a slow one delays no other text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.virtual_time import in_virtual_time
 
 @dataclass
 class Service:
-    """Says each text in capitals. How long its calls take, in their order; None: it fails at once."""
+    """Returns texts in capitals. `durations`: seconds of each call, in order; None: the call fails at once."""
 
     durations: Sequence[float | None] = ()
     asked: list[list[str]] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Service:
     most: int = 0
 
     async def __call__(self, texts: Sequence[str]) -> list[str]:
-        """One call."""
+        """Make one call."""
         number = len(self.asked)
         duration = self.durations[number % len(self.durations)] if self.durations else 0.1
         self.asked.append(list(texts))
@@ -150,8 +150,8 @@ async def test_those_that_wait_can_be_answered_without_a_call() -> None:
         await under_way
 
 
-Asked = tuple[float, float | None]
-"""When somebody asks, after the one before; after how long they are cancelled. In seconds."""
+Submitted = tuple[float, float | None]
+"""Seconds from the previous text to this one, and until it is cancelled."""
 
 MOMENTS = st.sampled_from([0.0, MIN_INTERVAL / 2, MIN_INTERVAL, 2 * MIN_INTERVAL, 0.05, 0.3])
 
@@ -162,7 +162,7 @@ MOMENTS = st.sampled_from([0.0, MIN_INTERVAL / 2, MIN_INTERVAL, 2 * MIN_INTERVAL
     durations=st.lists(st.none() | st.sampled_from([0.0, MIN_INTERVAL, 0.1, 1.0]), min_size=1, max_size=8),
 )
 def test_in_any_interleaving_each_gets_its_own_answer(
-    size: int, people: list[Asked], durations: list[float | None]
+    size: int, people: list[Submitted], durations: list[float | None]
 ) -> None:
     service = Service(durations)
     batches = Batcher(service, size=size)
@@ -185,7 +185,7 @@ def test_in_any_interleaving_each_gets_its_own_answer(
 
     in_virtual_time(everybody)()
     texts = [text for batch in service.asked for text in batch]
-    assert len(texts) == len(set(texts)), "nobody is asked about twice"
+    assert len(texts) == len(set(texts)), "no text is submitted twice"
     assert all(1 <= len(batch) <= size for batch in service.asked)
     assert service.most <= MAX_CALLS
     assert service.under_way == 0

@@ -1,6 +1,6 @@
 """The circuit breaker: when it opens, for how long, and what closes it."""
 
-# ruff: noqa: D102 - the rules of the state machine have sentences for names
+# ruff: noqa: D102 - the rules of the state machine are described by their names
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAILURES, PAUSE, LONGEST = 3, 2.0, 30.0
 
 
 class Clock:
-    """A clock that a test turns."""
+    """A clock set by the test."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -133,12 +133,12 @@ def test_a_call_that_slipped_through_does_not_lift_what_the_backend_asked_for(br
 
 def test_a_trial_does_not_lift_what_the_backend_asked_for(breaker: Breaker) -> None:
     fail(breaker, retry_after=7)
-    breaker.record_probe()  # a request that a dead worker left is taken up whatever the breaker says
+    breaker.record_probe()  # an abandoned request is claimed whatever the state of the breaker
     assert breaker.remaining() == 7
 
 
 class BreakerUsed(RuleBasedStateMachine):
-    """Whatever happens to calls, and whenever."""
+    """Any sequence of results of calls."""
 
     def __init__(self) -> None:
         super().__init__()

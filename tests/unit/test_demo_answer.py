@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from imstream.demo.answer import canned_answer, pieces
 
-# What can arrive in JSON: no lone surrogates.
+# No single surrogates: JSON requests with them are rejected.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 

@@ -1,4 +1,4 @@
-"""The demo backend over a real socket, read by a client that knows nothing of it."""
+"""The demo backend over a real socket, with an independent client."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from tests.support.waiting import wait_until
 
 
 class Client:
-    """Speaks the protocol to one demo backend."""
+    """A client of one demo backend."""
 
     def __init__(self, http: aiohttp.ClientSession, url: str) -> None:
         self.http = http
         self.url = url
 
     def ask(self, question: object, **fields: object) -> Any:  # noqa: ANN401 - aiohttp's context manager
-        """Ask a question, streamed unless `fields` say otherwise."""
+        """Send a question, with `stream` unless `fields` override it."""
         body = {"model": "any", "stream": True, "messages": [{"role": "user", "content": question}], **fields}
         return self.http.post(f"{self.url}/chat/completions", json=body)
 
     async def events(self, question: str, **fields: object) -> list[Any]:
-        """The events of an answer."""
+        """Send a question; return the events of the answer."""
         async with self.ask(question, **fields) as answer:
             assert answer.status == 200
             assert answer.content_type == "text/event-stream"
             return parse(await answer.read())
 
     async def status(self, question: str, **fields: object) -> int:
-        """The status of an answer, read to its end."""
+        """Send a question, read the response, and return its status."""
         async with self.ask(question, **fields) as answer:
             await answer.read()
             status: int = answer.status
             return status
 
     async def stats(self) -> Any:  # noqa: ANN401 - JSON
-        """What the demo counted so far."""
+        """The counters of the demo backend."""
         async with self.http.get(self.url.removesuffix("/v1") + "/stats") as answer:
             return await answer.json()
 
 
 def parse(body: bytes) -> list[Any]:
-    """The events of a stream; the end mark as a string."""
+    """The events of a stream; `[DONE]` as a string."""
     lines = [part.removeprefix("data: ") for part in body.decode().split("\n\n") if part]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 def text_of(events: list[Any]) -> str:
-    """The text of the answer."""
+    """The text of an answer."""
     chunks = [event for event in events if event != "[DONE]" and event["choices"]]
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
@@ -232,7 +232,7 @@ async def test_only_so_many_questions_are_counted(monkeypatch: pytest.MonkeyPatc
         questions = [f"{number} [[demo fail=1]]" for number in range(3)]
         assert [await client.status(question) for question in questions] == [503, 503, 503]
         assert await client.status(questions[2]) == 200
-        assert await client.status(questions[0]) == 503  # forgotten: it starts anew
+        assert await client.status(questions[0]) == 503  # its count was dropped
 
 
 def _running(client: Client, count: int) -> Any:  # noqa: ANN401 - a predicate

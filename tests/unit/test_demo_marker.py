@@ -1,4 +1,4 @@
-"""The marker by which a question scripts its own call."""
+"""The marker in a question that controls its call."""
 
 from __future__ import annotations
 

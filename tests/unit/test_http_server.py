@@ -1,4 +1,4 @@
-"""The HTTP server below all that stands in for an AI backend, by raw sockets."""
+"""The HTTP server of the stand-ins for an AI backend, over raw sockets."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ GET = b"GET /%b HTTP/1.1\r\nHost: here\r\n\r\n"
 
 
 class Echo(HttpConnection):
-    """Tells what it was asked."""
+    """Repeats the request."""
 
     async def answer(self) -> None:
-        """Answer; `slow` and `error` are what they say."""
+        """Answer; `/slow` is delayed and `/error` raises."""
         if self.target == "/error":
             raise RuntimeError("as it was asked to")
         if self.target == "/slow":
@@ -37,13 +37,13 @@ async def connected(grace: float = 0) -> AsyncIterator[tuple[asyncio.StreamReade
 
 
 async def answers(reader: asyncio.StreamReader, count: int) -> list[str]:
-    """The bodies of the next answers."""
+    """The bodies of the next responses."""
     async with asyncio.timeout(5):
         return [(await reader.readuntil(b";")).rpartition(b"\r\n")[2].decode() for _ in range(count)]
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
-    """All until the server closes the connection."""
+    """Everything until the server closes the connection."""
     async with asyncio.timeout(5):
         return await reader.read()
 
@@ -108,7 +108,7 @@ async def test_an_answer_that_raises_closes_the_connection_and_is_told_to_the_lo
 async def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected() as (reader, writer):
         monkeypatch.setattr(http_server, "KEEP_ALIVE", 0.01)
-        writer.write(GET % b"a" + GET % b"slow")  # takes longer, and is not idle
+        writer.write(GET % b"a" + GET % b"slow")  # takes longer than the limit, but is not idle
         assert (await rest(reader)).endswith(b"GET /slow 0;")
 
 

@@ -101,7 +101,7 @@ async def test_a_huge_answer_is_not_read_to_its_end() -> None:
     async def script(exchange: Exchange) -> None:
         nonlocal taken
         await exchange.start(content_type="application/json")
-        while True:  # until the client has gone
+        while True:  # until the client disconnects
             await exchange.send(b" " * 65536)
             taken += 65536
 

@@ -1,4 +1,4 @@
-"""What the model is given: who says what, and how much of it fits."""
+"""The prompt: its roles, and how much of the history fits."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def asked(*history: tuple[Role, str], contents: str = "and now?", lang: str = "e
     return ChatRequest(10001, "m", contents, history, lang, AT, "trace")
 
 
-class _Unasked:
+class _UnusedBackend:
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         raise NotImplementedError
 
 
 async def prompt(request: ChatRequest, **settings: Any) -> list[PromptMessage]:  # noqa: ANN401 - any setting
     known = Settings.load(**settings)
-    return await Prompter(known, _Unasked(), PromptAssembler(known)).messages(request)
+    return await Prompter(known, _UnusedBackend(), PromptAssembler(known)).messages(request)
 
 
-# Who says what
+# Roles
 
 
 async def test_a_question_alone_is_one_message_of_the_user() -> None:
@@ -144,20 +144,20 @@ def test_a_file_that_is_not_utf8_and_two_system_prompts_are_refused(tmp_path: Pa
         PromptAssembler(Settings(system_prompt_file=file, system_prompt="hello"))
 
 
-# How much of it fits
+# The budget
 
 
 SMALL: dict[str, Any] = {"context_tokens": 400, "answer_tokens": 100}
 
 
 def tokens(messages: Sequence[PromptMessage], settings: Settings) -> int:
-    """How many tokens a prompt has, as the README says."""
+    """The tokens of a prompt, as documented."""
     counter = make_token_counter(settings)
     return PROMPT_TOKENS + sum(MESSAGE_TOKENS + counter.count(message.content) for message in messages)
 
 
 def talk(turns: int, length: int = 20) -> list[tuple[Role, str]]:
-    """A conversation, each turn with its number."""
+    """A conversation of numbered turns."""
     return [("assistant" if number % 2 else "user", f"{number} " + "word " * length) for number in range(turns)]
 
 
@@ -219,7 +219,7 @@ def test_a_prompt_never_exceeds_the_budget_and_loses_only_its_oldest_turns(
     assert [turn for turn in kept if turn.role == "system"] == [turn for turn in plan.turns if turn.role == "system"]
     if 0 < dropped < len(plan.turns):
         assert plan.turns[dropped].role == "user"
-    if dropped > 0:  # one more would not have fitted, unless it is an answer without its question
+    if dropped > 0:  # one more turn does not fit, unless it is an answer without its question
         earlier = [turn for turn in plan.turns[:dropped] if turn.role == "user"]
         begin = max((i for i, turn in enumerate(plan.turns[:dropped]) if turn.role == "user"), default=None)
         if earlier and begin is not None:
@@ -257,7 +257,7 @@ async def test_a_long_text_is_counted_beside_the_event_loop(tmp_path: Path) -> N
     while not counting.done():
         await asyncio.sleep(0)
         turns += 1
-    assert turns > 1  # counted in the loop, it would have been done at its first turn
+    assert turns > 1  # in the loop, it would be done in one turn
     excess = await counting
     assert excess is not None
     assert excess.limit > 7000

@@ -1,4 +1,4 @@
-"""Server-sent events: any split of the bytes, any line ends, any field."""
+"""Server-sent events in any fragmentation, with any line ends and fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def parse(*chunks: bytes) -> list[bytes]:
     return [event for chunk in chunks for event in parser.feed(chunk)]
 
 
-# What an event is
+# The standard
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 LINES = st.tuples(NAMES, TEXTS).map("".join)
 ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 BLANK_LINES = st.tuples(ENDS, ENDS).filter(lambda ends: ends != ("\r", "\n")).map("".join)
-"""The end of a line and that of an empty one. The pair left out is one line end, not two."""
+"""The ends of a line and of an empty line. CR LF is excluded: it is one line end."""
 STREAMS = st.lists(st.tuples(LINES | st.just(""), ENDS)).map(lambda lines: "".join(map("".join, lines)).encode())
 
 
@@ -123,7 +123,7 @@ def cut(draw: st.DrawFn, streams: st.SearchStrategy[bytes] = STREAMS) -> list[by
 
 
 def as_the_standard_says(stream: bytes) -> list[bytes]:
-    """The algorithm of the HTML standard, word for word, on the whole text."""
+    """The algorithm of the HTML standard, literally, for the whole text."""
     text = stream.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     events, data = [], ""
     for line in text.split("\n")[:-1]:

@@ -1,4 +1,4 @@
-"""Templates: what an operator writes, and what fills it."""
+"""Templates of the system prompt and the message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time limits of one call: which one ends it, when, and that they leave no trace."""
+"""The time limits of one call: which one ends it, and when; they leave no timer and no reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def never() -> None:
 async def end_of(
     *expectations: tuple[str, float], total: float, renewed_at: tuple[float, ...] = ()
 ) -> tuple[str, float]:
-    """The reason for which a call that hangs is ended, and when."""
+    """The reason and the time of the end of a call that hangs."""
 
     async def hang() -> None:
         async with TimeLimits(total=seconds(total)) as limits:

@@ -1,4 +1,4 @@
-"""Tokens: counted by a tokenizer.json, estimated without one."""
+"""Token counts with a tokenizer.json, and estimates without one."""
 
 from __future__ import annotations
 
