@@ -44,9 +44,7 @@ class Completion:
     """The end of a complete answer."""
 
     finish_reason: str  # `stop`, `length` or another word of the backend; `stop` if it sent only `[DONE]`
-    usage: dict[str, int] | None
-    """Token counts, if the backend sent any: `prompt_tokens`, `completion_tokens`, `total_tokens` and others, also
-    `reasoning_tokens` and `cached_tokens` out of their details."""
+    usage: dict[str, int] | None  # token counts, as sent, with `reasoning_tokens` and `cached_tokens` of their details
 
 
 class Backend(Protocol):

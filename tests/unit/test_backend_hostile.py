@@ -47,7 +47,7 @@ PLAIN = chunked(filled(event(chunk("word "))) + STOP + event(usage_chunk(total_t
 
 
 @dataclass
-class Told:
+class CallResult:
     """The result of a call: the completion or the error, and the text."""
 
     end: str
@@ -57,7 +57,7 @@ class Told:
     cost: Cost
 
 
-async def told(answer: bytes | Callable[[bytes], bytes], **settings: Any) -> Told:  # noqa: ANN401 - any setting
+async def call(answer: bytes | Callable[[bytes], bytes], **settings: Any) -> CallResult:  # noqa: ANN401 - any setting
     """Call a backend that answers like this."""
     give = answer if callable(answer) else lambda _: answer
     pieces = list[str]()
@@ -66,8 +66,8 @@ async def told(answer: bytes | Callable[[bytes], bytes], **settings: Any) -> Tol
             try:
                 completion = await client.answer(PROMPT, on_text=pieces.append)
             except BackendError as error:
-                return Told(error.reason, error, pieces, None, cost)
-    return Told(completion.finish_reason, None, pieces, completion.usage, cost)
+                return CallResult(error.reason, error, pieces, None, cost)
+    return CallResult(completion.finish_reason, None, pieces, completion.usage, cost)
 
 
 BAD = "bad_stream"
@@ -171,21 +171,21 @@ def collected_as_in_a_node() -> Iterator[None]:
 _PLAIN_COSTS: list[float] = []
 
 
-async def usual_cost() -> float:
+async def plain_cost() -> float:
     """CPU seconds of a plain answer of a mebibyte: the median of three."""
     while len(_PLAIN_COSTS) < 3:
-        usual = await told(PLAIN)
-        assert (usual.end, "".join(usual.pieces)) == ("stop", "word " * (MIB // len(event(chunk("word ")))))
-        assert usual.usage == {"total_tokens": 7}
-        _PLAIN_COSTS.append(usual.cost.total)
+        plain = await call(PLAIN)
+        assert (plain.end, "".join(plain.pieces)) == ("stop", "word " * (MIB // len(event(chunk("word ")))))
+        assert plain.usage == {"total_tokens": 7}
+        _PLAIN_COSTS.append(plain.cost.total)
     return sorted(_PLAIN_COSTS)[1]
 
 
 @pytest.mark.parametrize("row", HOSTILE)
 async def test_a_hostile_answer_costs_little_and_is_told_in_a_short_line(row: str) -> None:
-    usual = await usual_cost()
+    plain = await plain_cost()
     answer, end = HOSTILE[row]
-    one = await told(answer)
+    one = await call(answer)
     assert one.end == end, one.error
     assert max(map(len, one.pieces), default=0) <= CHUNK
     assert sum(map(len, one.pieces)) <= LIMIT
@@ -195,26 +195,26 @@ async def test_a_hostile_answer_costs_little_and_is_told_in_a_short_line(row: st
         assert len(str(one.error)) < 300
         assert str(one.error).isprintable()
         assert isinstance(one.error, PermanentBackendError) == (end == "http_101")
-    assert one.cost.total < 12 * usual, f"{one.cost.total / usual:.1f} times a plain answer of a mebibyte"
-    assert one.cost.pause < 4 * usual, f"a pause of {one.cost.pause / usual:.1f} times a plain answer of a mebibyte"
+    assert one.cost.total < 12 * plain, f"{one.cost.total / plain:.1f} times a plain answer of a mebibyte"
+    assert one.cost.pause < 4 * plain, f"a pause of {one.cost.pause / plain:.1f} times a plain answer of a mebibyte"
 
 
 @pytest.mark.parametrize("row", ["many lists", pytest.param("a document of many lists", marks=pytest.mark.long)])
 async def test_many_hostile_answers_at_once_hold_up_the_loop_no_longer_than_one(row: str) -> None:
-    usual = await usual_cost()
+    plain = await plain_cost()
     answer, end = HOSTILE[row]
     with blaster(lambda _: answer) as url:
         async with OpenAIBackend(Settings.load(ai_url=url)) as client, measured() as cost:
             calls = [client.answer(PROMPT, on_text=lambda _: None) for _ in range(8)]
             for got in await asyncio.gather(*calls, return_exceptions=True):
                 assert (got.reason if isinstance(got, BackendError) else got.finish_reason) == end  # type: ignore[union-attr]
-    assert cost.pause < 7 * usual, f"a pause of {cost.pause / usual:.1f} times a plain answer of a mebibyte"
+    assert cost.pause < 7 * plain, f"a pause of {cost.pause / plain:.1f} times a plain answer of a mebibyte"
 
 
 async def test_absurd_waits_are_an_hour_at_most_or_none() -> None:
     for value, seconds in (("9" * 4000, 3600), ("1e999", 3600), ("-1", 0), ("\xb2", None), ("Mon, 99 Nov 9999", None)):
         answer = head(f"Retry-After: {value}", "Content-Length: 0", status="429 Slow")
-        error = (await told(answer)).error
+        error = (await call(answer)).error
         assert isinstance(error, TransientBackendError)
         assert error.retry_after == (None if seconds is None else timedelta(seconds=seconds)), value[:20]
 
@@ -224,7 +224,7 @@ async def test_usage_is_a_few_counts_with_plain_names() -> None:
     many = {f"count_{number}": number for number in range(5000)}
     details = {"completion_tokens_details": {"reasoning_tokens": -5}, "prompt_tokens_details": {"cached_tokens": 3}}
     end = event(chunk("a")) + STOP + b"data: " + json.dumps({"usage": usage | many | details}).encode() + b"\n\n" + DONE
-    kept = (await told(chunked(end))).usage
+    kept = (await call(chunked(end))).usage
     assert kept is not None
     assert kept.items() >= {"total_tokens": 8, "count_0": 0}.items()
     assert len(kept) <= 18
@@ -233,10 +233,10 @@ async def test_usage_is_a_few_counts_with_plain_names() -> None:
 
 async def test_what_clients_could_not_send_back_is_replaced() -> None:
     halves = b'data: {"choices":[{"delta":{"content":"a\\u0000b\\ud800c\\ude00\\u0000"}}]}\n\n'
-    one = await told(chunked(halves + event(chunk("d\0")) + STOP + DONE))
+    one = await call(chunked(halves + event(chunk("d\0")) + STOP + DONE))
     assert "".join(one.pieces) == "a\ufffdb\ufffdc\ufffd\ufffdd\ufffd"
     document = b'{"choices":[{"message":{"content":"a\\u0000\\ud800 b"}}]}'
-    assert "".join((await told(chunked(document))).pieces) == "a\ufffd\ufffd b"
+    assert "".join((await call(chunked(document))).pieces) == "a\ufffd\ufffd b"
 
 
 @pytest.mark.parametrize("limit", [1, 7, 5000])
@@ -245,7 +245,7 @@ async def test_an_answer_ends_at_its_limit_however_it_comes_and_so_does_the_call
     events = b"".join(event(chunk(text[at : at + 3])) for at in range(0, len(text), 3))
     document = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
     for answer in (chunked(events, size=1000), chunked(event(chunk(text))), chunked(document)):
-        one = await told(answer, max_answer=limit)
+        one = await call(answer, max_answer=limit)
         assert (one.end, "".join(one.pieces)) == ("length", text[:limit])
 
     async def endless(exchange: Exchange) -> None:
@@ -260,7 +260,7 @@ async def test_an_answer_ends_at_its_limit_however_it_comes_and_so_does_the_call
 
 
 async def test_an_answer_of_exactly_the_limit_is_not_cut() -> None:
-    one = await told(chunked(event(chunk("12345")) + STOP + DONE), max_answer=5)
+    one = await call(chunked(event(chunk("12345")) + STOP + DONE), max_answer=5)
     assert (one.end, one.pieces) == ("stop", ["12345"])
 
 
@@ -316,7 +316,7 @@ MODERATION: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("row", MODERATION)
 async def test_a_hostile_moderation_costs_little_and_is_told_in_a_short_line(row: str) -> None:
     answer, end = MODERATION[row]
-    usual = await usual_cost()
+    plain = await plain_cost()
     with blaster(lambda _: answer) as url:
         settings = Settings.load(moderation_url=url, moderation_timeout="20s")
         async with ModerationClient(settings) as client, measured() as cost:
@@ -328,7 +328,7 @@ async def test_a_hostile_moderation_costs_little_and_is_told_in_a_short_line(row
     assert got == end
     assert len(text) < 300
     assert text.isprintable()
-    assert cost.total < 12 * usual, f"{cost.total / usual:.1f} times a plain answer of a mebibyte"
+    assert cost.total < 12 * plain, f"{cost.total / plain:.1f} times a plain answer of a mebibyte"
 
 
 # Any bytes

@@ -46,8 +46,7 @@ class Template:
     def __init__(self, text: str, variables: Sequence[str], *, setting: str) -> None:
         """Parse the text of a setting. Raises `SettingsError` for an unknown variable or a single brace."""
         allowed = f"the variables are {', '.join(f'{{{name}}}' for name in variables)}; a brace is written {{{{ or }}}}"
-        self._text = text
-        self.names = set[str]()
+        self._text, self.names = text, set[str]()
         for match in _PLACEHOLDER.finditer(text):
             if match["name"] in variables:
                 self.names.add(match["name"])
