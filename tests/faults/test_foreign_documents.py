@@ -31,7 +31,7 @@ from imstream.guards.authentication import is_local
 from imstream.guards.origin import Origin
 from imstream.guards.words import word_guard
 from imstream.keys import Keys
-from imstream.model import ChatRequest, MalformedEntry
+from imstream.model import ChatRequest, MalformedEntry, NewerVersion
 from imstream.settings import Settings
 from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, notice_fields, parse_notice
 from imstream.store.leases import Holder
@@ -185,7 +185,7 @@ PARSERS = {
         ],
     ),
     "lease": Parser(read_lease, (), [HERE.encode().encode()]),
-    "stored request": Parser(read_stored_request, (MalformedEntry,), [flat(*REQUEST.fields())]),
+    "stored request": Parser(read_stored_request, (MalformedEntry, NewerVersion), [flat(*REQUEST.fields())]),
     "events": Parser(read_events, (EventTooLong,), [b"event: x\r\ndata: a\r\ndata: b\r\n\r\n: c\n\n"]),
     "answer": Parser(
         read_answer,
