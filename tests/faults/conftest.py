@@ -1,10 +1,24 @@
-"""Nodes under these tests have all of their speed."""
+"""Nodes under these tests run at full speed, and are restarted for the next test of their module."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
+
+from tests.support.many_nodes import ManyNodes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fast(unmeasured: None) -> None:
-    """For all of them."""
+    """Run without coverage."""
+
+
+@pytest.fixture
+async def nodes(standing: ManyNodes) -> AsyncIterator[ManyNodes]:
+    """The `standing` nodes of the module, all alive; after the test nothing is unfinished."""
+    await standing.mended()
+    yield standing
+    await standing.settled()
+    await standing.left_alone()
+    standing.check_logs()

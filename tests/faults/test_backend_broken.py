@@ -1,4 +1,4 @@
-"""An answer that is broken off: a new attempt, the client is told, and no two answers are spliced."""
+"""An answer breaks off: a new attempt begins, the client sees a restart, and answers are never mixed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BROKEN = {
 
 async def test_a_broken_answer_is_made_again_and_never_spliced(redis_server: RedisServer, tmp_path: Path) -> None:
     questions = {f"m{number}": name for number, name in enumerate(BROKEN)}
-    # Each breaks off twice, then the answer is whole.
+    # Each breaks off twice, then the answer is complete.
     scripts = {name: [script, script, streams(*WHOLE)] for name, script in BROKEN.items()}
     async with (
         scripted_backend(always=by_question(scripts)) as backend,
@@ -45,7 +45,7 @@ async def test_a_broken_answer_is_made_again_and_never_spliced(redis_server: Red
             for message_id, question in questions.items():
                 told = await someone.end_of(message_id)
                 assert told.text == "".join(WHOLE), question
-                # What it was not told of an attempt, it need not be told to discard.
+                # Without text of an attempt, no restart is needed.
                 assert told.events.count("restart") <= 2, question
                 assert told.attempt == 3, question
         for message_id in questions:

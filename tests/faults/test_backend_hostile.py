@@ -1,4 +1,4 @@
-"""A backend that means harm, behind a node: its answers are bounded in the node and in Redis, and no socket notices."""
+"""A hostile backend: its answers are bounded in the node and in Redis, and other sockets are not affected."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_hostile_answers_are_bounded_and_leave_the_conversation_alone(
                 assert peak_memory(node) - memory < 16 * MIB
                 assert redis_memory(node) - stored < 8 * MIB
 
-                # The same socket, and a history with the answer, go on.
+                # The same socket and a history with that answer still work.
                 history = [{"role": "user", "content": "NUL"}, {"role": "assistant", "content": text}]
                 assert (await someone.chat(USER, "NUL", "again", history=history))["event"] == "accepted"
                 assert (await someone.end_of("again")).text == text
@@ -74,7 +74,7 @@ async def test_hostile_answers_are_bounded_and_leave_the_conversation_alone(
 
 
 def check(question: str, told: Told) -> None:
-    """Whether it ended as it should."""
+    """Whether it has ended as expected."""
     assert told.terminal is not None
     if question in ENDLESS:
         assert (len(told.text), told.terminal["finishReason"]) == (LIMIT, "length")
@@ -85,7 +85,7 @@ def check(question: str, told: Told) -> None:
 
 
 def peak_memory(node: OneNode) -> int:
-    """The most memory that its process has had, in bytes."""
+    """Peak memory of its process in bytes."""
     status = Path(f"/proc/{node.now.process.pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 

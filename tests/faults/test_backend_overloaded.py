@@ -1,4 +1,4 @@
-"""A backend that is overloaded: it is left alone for as long as it asks, nothing piles up, and all is well after."""
+"""An overloaded backend: nodes respect Retry-After, nothing accumulates, and all requests are answered."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_retry_after_is_honoured_by_the_request_and_by_those_behind_it(
             for number in range(6):
                 assert (await someone.end_of(f"m{number}")).text == "At last"
         early = [request for request in backend.requests[1:] if request.received_at - refused.received_at < 1.95]
-        # One may slip through: it comes to the read that waited already when the refusal came.
+        # One more call is possible, by a read that was blocked when the refusal came.
         assert len(early) <= 1
         assert all(question_of(request) != "first" for request in early)
         assert len(backend.requests) == 7
@@ -75,14 +75,14 @@ async def test_a_storm_of_errors_slows_the_intake_bounds_the_queue_and_passes(
             assert len(busy) == cap
             assert {frame["contents"] for frame in busy} == {Text.BUSY.zh}
 
-            await wait_until(lambda: len(backend.requests) >= threshold, "the breaker has something to count")
+            await wait_until(lambda: len(backend.requests) >= threshold, "the breaker has counted failures")
             before = len(backend.requests)
-            await asyncio.sleep(2.0)  # the time over which calls are counted
+            await asyncio.sleep(2.0)  # the time in which calls are counted
             calls = len(backend.requests) - before
-            # 8 workers that wait 10 to 600 ms would call some 40 times; a breaker lets 8 through after each pause.
+            # 8 jobs that wait 10 to 600 ms would call some 40 times; the breaker allows 8 calls after each pause.
             assert 1 <= calls <= 8 * (2.0 / pause)
             assert node.unfinished() == cap
-            assert len(node.pending()) <= 8  # the others wait where they can be seen, not in memory
+            assert len(node.pending()) <= 8  # the others wait in the stream, not in memory
 
             storm = False
             for message_id in accepted:

@@ -1,4 +1,4 @@
-"""A backend that says nothing: two time limits, the call is closed, and the question is asked again."""
+"""A silent backend: after one of two time limits the call is closed, and another attempt is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEGINNING = event(chunk("It begins and then"))
 async def test_silence_before_and_between_tokens_ends_the_call_and_it_is_made_again(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    # Limits that differ, so that it shows which of them was taken.
+    # Different limits, to tell which one applied.
     first, idle, spread = 0.9, 0.3, 0.8
     answer = streams("The answer")
     scripts = {
@@ -56,7 +56,7 @@ async def test_silence_before_and_between_tokens_ends_the_call_and_it_is_made_ag
 async def test_a_slow_answer_that_goes_on_is_left_alone(redis_server: RedisServer, tmp_path: Path) -> None:
     async def slow(exchange: Exchange) -> None:
         await exchange.start()
-        for n in range(8):  # longer than both limits together, and never silent for as long as one of them
+        for n in range(8):  # longer than both limits together, but never silent for as long as one of them
             await exchange.send(event(chunk(f"{n} ")))
             await asyncio.sleep(0.15)
         await exchange.send(event(chunk(finish_reason="stop")))

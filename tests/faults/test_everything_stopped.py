@@ -1,9 +1,10 @@
-"""A process runner, or a person, stops everything at once, in the middle of an answer, again and again."""
+"""Node and Redis are stopped together during an answer, again and again, as a process manager does."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,21 @@ ROUNDS = 10
 QUESTION = "a long story [[demo first=0 length=150 pace=10ms]]"
 
 
-def _lease(node: OneNode) -> str:
-    return str(node.redis.get(Keys().lease("0")))
+async def interrupt_an_answer(node: OneNode, stop: Callable[[], Awaitable[None]]) -> None:
+    """Stop the node `ROUNDS` times during one answer; check that it is complete in the end."""
+    told = Told()
+    for number in range(ROUNDS):
+        async with node.peer(USER, resume={"m1": told} if number else None) as someone:
+            if number == 0:
+                await someone.chat(USER, QUESTION, "m1")
+            await someone.some_text("m1")
+            told = someone.told["m1"]
+            await stop()
+        await node.start()
+    async with node.peer(USER, resume={"m1": told}) as someone:
+        assert (await someone.end_of("m1")).text == "".join(canned_answer(QUESTION))
+    await node.settled()
+    assert node.dead() == []
 
 
 @pytest.mark.long
@@ -32,43 +46,27 @@ async def test_an_answer_during_which_everything_is_stopped_ten_times_is_made_in
 ) -> None:
     with fresh_redis(tmp_path) as server:
         async with one_node(tmp_path, server, demo.url, drain_grace="300ms", max_deliveries=1) as node:
-            told = Told()
-            for number in range(ROUNDS):
-                async with node.peer(USER, resume={"m1": told} if number else None) as someone:
-                    if number == 0:
-                        await someone.chat(USER, QUESTION, "m1")
-                    await someone.some_text("m1")
-                    told = someone.told["m1"]
-                    assert server.process is not None
-                    processes = [server.process, node.now.process]
-                    for process in processes if first == "redis" else processes[::-1]:
-                        process.signal(signal.SIGTERM)
-                    await asyncio.gather(*(asyncio.to_thread(process.wait) for process in processes))
+
+            async def stop() -> None:
+                assert server.process is not None
+                processes = [server.process, node.now.process]
+                for process in processes if first == "redis" else processes[::-1]:
+                    process.signal(signal.SIGTERM)
+                await asyncio.gather(*(asyncio.to_thread(process.wait) for process in processes))
                 server.process = None
                 await asyncio.to_thread(server.start)
-                await node.start()
-            async with node.peer(USER, resume={"m1": told}) as someone:
-                assert (await someone.end_of("m1")).text == "".join(canned_answer(QUESTION))
-            await node.settled()
-            assert node.dead() == []
+
+            await interrupt_an_answer(node, stop)
 
 
 @pytest.mark.long
 async def test_a_node_that_is_killed_in_its_grace_ten_times_has_not_died(demo: DemoBackend, tmp_path: Path) -> None:
     with fresh_redis(tmp_path) as server:
         async with one_node(tmp_path, server, demo.url, drain_grace="30s", max_deliveries=1) as node:
-            told = Told()
-            for number in range(ROUNDS):
-                async with node.peer(USER, resume={"m1": told} if number else None) as someone:
-                    if number == 0:
-                        await someone.chat(USER, QUESTION, "m1")
-                    await someone.some_text("m1")
-                    told = someone.told["m1"]
-                    node.now.process.signal(signal.SIGTERM)
-                    await wait_until(lambda: "stopping" in _lease(node), "the stop is noted")
-                    await node.killed()
-                await node.start()
-            async with node.peer(USER, resume={"m1": told}) as someone:
-                assert (await someone.end_of("m1")).text == "".join(canned_answer(QUESTION))
-            await node.settled()
-            assert node.dead() == []
+
+            async def stop() -> None:
+                node.now.process.signal(signal.SIGTERM)
+                await wait_until(lambda: "stopping" in str(node.redis.get(Keys().lease("0"))), "the stop is recorded")
+                await node.killed()
+
+            await interrupt_an_answer(node, stop)

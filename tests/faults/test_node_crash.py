@@ -1,4 +1,4 @@
-"""A node that dies at any point of a request's way: the message is answered once, and its client gets all of it."""
+"""A node is killed at each step of a request: the message is answered once, and its client gets all of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AFTER_THE_END = ("ended", "told", "finished")
 
 
 async def _until_it_breaks(someone: Peer) -> None:
-    """Take frames until the connection is gone."""
+    """Read frames until the connection ends."""
     try:
         while True:
             await someone.frame()
@@ -37,7 +37,7 @@ async def test_a_message_is_answered_once_wherever_its_node_dies(
         scripted_backend(always=streams(*ANSWER)) as backend,
         one_node(tmp_path, redis_server, backend.url, crash_at=point, flush_interval="20ms") as node,
     ):
-        if point == "flushed":  # a backend that is slow enough for the first text to be recorded by itself
+        if point == "flushed":  # slow enough that the first text is recorded alone
             backend.then(hangs(event(chunk(ANSWER[0]))))
         async with node.peer(USER) as someone:
             await someone.send_frame("CHAT", userId=USER, contents="hello", messageId="m1")
@@ -58,5 +58,5 @@ async def test_a_message_is_answered_once_wherever_its_node_dies(
         assert node.recorded(USER, "m1") == ("done", again.text)
         if told.terminal is not None:
             assert told.text == again.text
-        # A recorded answer is never asked for a second time; an unfinished one once more, and no more than that.
+        # The AI is not called again for a recorded answer, and only once more for an unfinished one.
         assert len(backend.requests) == (1 if point in {"admitted", "delivered", "opened", *AFTER_THE_END} else 2)

@@ -1,4 +1,4 @@
-"""SIGTERM: nothing new is begun, what runs may end, everybody is told, and what is left is there for the next start."""
+"""SIGTERM: no request is started, running ones may end, clients are informed, the rest is left for the next start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ USER, OTHER = 10001, 10002
 
 def _why_not_ready(url: str) -> str:
     with pytest.raises(urllib.error.HTTPError, match="503") as refused:
-        urllib.request.urlopen(f"{url}/readyz", timeout=5)  # noqa: S310 - our own
+        urllib.request.urlopen(f"{url}/readyz", timeout=5)  # noqa: S310 - our own URL
     with refused.value as answer:
         return str(json.load(answer)["why"])
 
@@ -50,7 +50,7 @@ async def test_running_answers_end_and_idle_sockets_are_told_at_once(
             assert busy.told["m1"].terminal is None
             assert _why_not_ready(node.now.http) == "draining"
             assert http_status(f"{node.now.http}/healthz") == 200
-            with pytest.raises(InvalidStatus, match="503"):  # a load balancer goes to the next node then
+            with pytest.raises(InvalidStatus, match="503"):  # for load balancers
                 async with peer(node.now.ws(OTHER)):
                     pass
             refused = await busy.chat(USER, "one more", "m3")
@@ -62,7 +62,7 @@ async def test_running_answers_end_and_idle_sockets_are_told_at_once(
             assert busy.told["m2"].events == ["accepted"]
         assert await node.died() == 0
         assert node.recorded(USER, "m1")[0] == "done"
-        assert (node.unfinished(), node.pending()) == (1, [])  # the one that waited was not begun
+        assert (node.unfinished(), node.pending()) == (1, [])  # the waiting one was not started
 
         await node.start()
         async with node.peer(USER, resume={"m2": busy.told["m2"]}) as someone:
@@ -80,11 +80,13 @@ async def test_what_does_not_end_within_the_grace_is_handed_back_and_answered_af
     ):
         backend.then(*(hangs(event(chunk(f"Life {life} begins"))) for life in range(2)))
         told = Told()
-        for life, stop in enumerate((signal.SIGTERM, signal.SIGINT)):  # once more than it may die with its worker
+        for life, stop in enumerate(
+            (signal.SIGTERM, signal.SIGINT)
+        ):  # one more time than a request may die with its worker
             async with node.peer(USER, resume={"m1": told} if life else None) as someone:
                 if life == 0:
                     await someone.chat(USER, "hello", "m1")
-                await wait_until(lambda n=life: len(backend.requests) == n + 1, "the backend is asked")
+                await wait_until(lambda n=life: len(backend.requests) == n + 1, "the backend is called")
                 while someone.told["m1"].text != f"Life {life} begins":
                     await someone.until(messageId="m1")
                 node.now.process.signal(stop)
@@ -94,7 +96,7 @@ async def test_what_does_not_end_within_the_grace_is_handed_back_and_answered_af
             assert await node.died() == 0
             await backend.requests[life].gone()  # the AI call was closed, not left running
             [left] = node.pending()
-            assert left["times_delivered"] == 0  # it did not die with its worker
+            assert left["times_delivered"] == 0  # no death of the worker was counted
             assert "".join(entry.get("text", "") for entry in node.record(USER, "m1")).endswith(f"Life {life} begins")
             await node.start()
 
@@ -110,7 +112,7 @@ async def test_what_does_not_end_within_the_grace_is_handed_back_and_answered_af
 async def test_a_stalled_reader_does_not_hold_up_the_end(redis_server: RedisServer, tmp_path: Path) -> None:
     much = [letter * 16_000 for letter in "abcdefghijklmnopqrst"]
     scripts = {"endless": [hangs(event(chunk("It begins")))]}
-    # The default stall limit is 10 s: it is the drain that must not wait for it.
+    # The default stall limit is 10 s: the drain must not wait for it.
     async with (
         scripted_backend(always=by_question(scripts, otherwise=streams(*much))) as backend,
         one_node(tmp_path, redis_server, backend.url, drain_grace="1s", max_answer=400_000) as node,
@@ -122,8 +124,8 @@ async def test_a_stalled_reader_does_not_hold_up_the_end(redis_server: RedisServ
             await stalled.send_frame(msgType="CHAT", userId=USER, contents="much", messageId="m1")
             await stalled_and_busy.send_frame(msgType="CHAT", userId=OTHER, contents="much", messageId="m1")
             await stalled_and_busy.send_frame(msgType="CHAT", userId=OTHER, contents="endless", messageId="endless")
-            await wait_until(lambda: node.ended() == 2, "the answers are there")
-            await wait_until(lambda: len(backend.requests) == 3, "the endless one has begun")
+            await wait_until(lambda: node.ended() == 2, "the answers are complete")
+            await wait_until(lambda: len(backend.requests) == 3, "the endless one is running")
             began = time.monotonic()
             assert await node.terminated(20) == 0
             # The grace, and the bounded waits after it: for the last records, for close frames, and uvicorn's own.

@@ -41,7 +41,7 @@ async def test_a_killed_node_that_is_started_again_finishes_what_it_had(
             assert one.events[-1] == "done"
             assert node.recorded(user, message_id) == ("done", whole)
         restarted = [one for one in told.values() if "restart" in one.events]
-        assert restarted  # some were cut in the middle, and said so
+        assert restarted  # some were interrupted, and their clients saw a restart
         assert all(one.attempt >= 2 for one in restarted)
-        # Each kill cost one more call for those that were running, and none for those that had ended or waited.
+        # Each kill costs one more AI call for each running answer, and none for ended or waiting ones.
         assert node.ai_stats()["calls"] - before <= len(told) + 2 * 6

@@ -1,4 +1,4 @@
-"""A message that kills its worker each time: it is given up, and costs nobody else an answer."""
+"""A message that kills its worker each time is buried; all other messages are answered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_a_message_that_kills_its_worker_is_given_up_and_the_others_are_an
                 await poisoner.send_frame("CHAT", userId=POISONER, contents=f"please {POISON}", messageId="p1")
                 assert await poisoner.closed() == 1006
             await wait_until(node.dead, "the message is buried", limit=40)
-        assert deaths == [-9] * 3  # given to a worker MAX_DELIVERIES times, and not once more
+        assert deaths == [-9] * 3  # delivered exactly MAX_DELIVERIES times
 
         async with node.peer(POISONER, resume={"p1": Told()}, lang="en") as poisoner:
             failed = (await poisoner.end_of("p1")).terminal
@@ -73,7 +73,7 @@ async def test_a_failure_whose_worker_dies_before_the_burial_is_buried_by_the_ne
 
 
 def _died_with(node: OneNode, user: int, contents: str, deliveries: int) -> None:
-    """Put a request into the stream that was given to this node so many times and is not finished."""
+    """Add a pending request with this number of deliveries to the stream."""
     stream = Keys().requests("0")
     fields = ChatRequest(user, "m1", contents, (), "en", 0, "trace").fields()
     entry = node.redis.xadd(stream, dict(zip(fields[::2], fields[1::2], strict=True)))
@@ -91,7 +91,7 @@ async def test_no_burial_waits_for_a_suspect_that_takes_long(
             _died_with(node, user, f"please {POISON}", deliveries=3)
         await node.start()
         await wait_until(lambda: len(node.dead()) == 10, "all are buried", limit=8)
-        assert node.unfinished() == 1  # the suspect is still being answered, or its turn was taken from it
+        assert node.unfinished() == 1  # the suspect is still being answered, or not started
         assert {letter["reason"] for letter in node.dead()} == {WORKER_DIED}
         async with node.peer(10002) as someone:
             await someone.send_frame("CANCEL", messageId="m1")

@@ -1,4 +1,4 @@
-"""Redis dies or hangs under several nodes: none of them takes the others for dead, and all come back by themselves."""
+"""Redis dies or hangs under several nodes: none declares others dead, and all recover by themselves."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.waiting import wait_until
 USER = 10001
 
 BACK_WITHIN = 5.0
-"""Seconds from Redis' return to the nodes': they promise two, and this machine may be busy."""
+"""Maximum seconds from the return of Redis to that of the nodes: two, and a margin for a busy machine."""
 
 SLOWLY = "[[demo first=0 pace=20ms length=150]]"
 NAMES = ("a", "b", "c")
 
 
 async def passed(seconds: float) -> None:
-    """Let time pass that belongs to the fault: a lease that ends while Redis is dead can be seen nowhere."""
+    """Wait for a part of the fault: the end of a lease cannot be observed while Redis is dead."""
     end = time.monotonic() + seconds
     await wait_until(lambda: time.monotonic() > end, "time has passed")
 
@@ -54,5 +54,5 @@ async def test_nodes_that_lose_redis_for_longer_than_a_lease_go_on_with_their_ow
                 assert await user.ended(message_id) == "done"
                 assert user.text(message_id) == expected(f"{user.user_id} {SLOWLY}")
         for user in users:
-            assert len(nodes.opened_by(user.user_id, message_id)) == 1, "nothing is stolen from the living"
+            assert len(nodes.opened_by(user.user_id, message_id)) == 1, "nothing is taken from living nodes"
         await nodes.settled()

@@ -1,4 +1,4 @@
-"""Nodes that are told to end while others live: what they cannot finish is taken over at once, and nobody notices."""
+"""Nodes drain while others live: others take over unfinished answers at once, and clients do not notice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.talk import Talk, question, whole
 USER, OTHER = 10001, 10002
 
 A_LONG_LEASE = "10m"
-"""So long that nothing in a test happens because it has ended."""
+"""So long that no test depends on its end."""
 
 
 async def test_what_a_node_cannot_finish_before_it_ends_is_adopted_at_once(demo: DemoBackend, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ async def test_a_rolling_restart_under_load_loses_and_repeats_nothing(demo: Demo
                 assert await nodes[name].terminated() == 0
                 await nodes.start(name)
                 await becomes(nodes[name], None)
-                assert sum(len(talk.texts) for talk in talks) > answered, "the others went on meanwhile"
+                assert sum(len(talk.texts) for talk in talks) > answered, "the other answers went on"
             over.set()
         for talk in talks:
             assert talk.repeated == 0
@@ -81,5 +81,5 @@ async def test_a_rolling_restart_under_load_loses_and_repeats_nothing(demo: Demo
                 assert text == whole(asked)
                 assert nodes.any.recorded(talk.user, message_id) == ("done", text)
         restarted = nodes.ai_calls() - sum(len(talk.texts) for talk in talks)
-        assert 0 < restarted <= len(talks) * len(nodes.nodes), "some were cut in the middle, and no other asked twice"
+        assert 0 < restarted <= len(talks) * len(nodes.nodes), "only interrupted answers are asked twice"
         await nodes.settled()

@@ -1,4 +1,4 @@
-"""Who runs a node is told by its lease; what a node says of itself is true."""
+"""The lease decides which process runs a node; health reports of a node are true."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEDGED = ("-m", "tests.support.wedged_node")
 
 @asynccontextmanager
 async def second_process(node: OneNode, folder: Path, **settings: object) -> AsyncIterator[OneNode]:
-    """Another process with the same node id, on a port and with a log of its own."""
+    """Another process with the same node id, with its own port and log."""
     await asyncio.to_thread(folder.mkdir)
     second = OneNode(folder, node.redis, node.redis_url, node.ai_url, {**node.settings, **settings}, node.name)
     await second.start(wait=False)
@@ -35,19 +35,19 @@ async def second_process(node: OneNode, folder: Path, **settings: object) -> Asy
 
 
 def lease_on_another_machine(node: OneNode, life: int) -> None:
-    """Write the lease of a process of which nothing can be known here."""
+    """Write a lease of a process on an unknown machine."""
     holder = {"instance": "elsewhere", "host": "far.example", "machine": "far", "pid": 1, "address": "http://far:80"}
     node.redis.set(LEASE, json.dumps(holder), px=life)
 
 
 def _reads(node: OneNode) -> bool:
-    """Whether a request would be given to it now."""
+    """Whether it is ready for requests."""
     clients: list[dict[str, str]] = node.redis.client_list()
     return any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in clients)
 
 
 def _asked_for_life(node: OneNode) -> int:
-    """How often its loop has gone round without taking a request."""
+    """Rounds of its loop without a request."""
     return int(node.redis.info("commandstats")["cmdstat_exists"]["calls"])
 
 
@@ -99,7 +99,7 @@ async def test_a_process_waits_for_a_lease_that_was_held_on_another_machine_unle
         assert await node.terminated() == 0
         lease_on_another_machine(node, 60_000)
         await node.start(wait=False)
-        await wait_until(lambda: node.now.process.output().count("waiting for the lease") == 2, "it waits again")
+        await wait_until(lambda: node.now.process.output().count("waiting for the lease") == 2, "it is waiting again")
         lease_on_another_machine(node, 90_000)
         assert await node.died() == 1
         assert "(http://far:80, process 1 on far.example)" in node.now.process.output()
@@ -117,7 +117,7 @@ async def test_a_node_that_cannot_renew_its_lease_takes_no_requests_until_it_can
         await wait_until(lambda: not _reads(node), "its last read has ended")
         assert (await someone.chat(USER, f"are you there? {AT_ONCE}", "m1"))["event"] == "accepted"
         rounds = _asked_for_life(node)
-        await wait_until(lambda: _asked_for_life(node) > rounds + 2, "its loop goes on")
+        await wait_until(lambda: _asked_for_life(node) > rounds + 2, "its loop continues")
         assert (node.unfinished(), node.pending()) == (1, [])
         node.redis.delete(LEASE)
         await becomes(node, None)
@@ -128,7 +128,7 @@ async def test_a_node_that_cannot_renew_its_lease_takes_no_requests_until_it_can
 async def test_a_node_whose_redis_hangs_lets_its_lease_go_and_comes_back_by_itself(
     demo: DemoBackend, tmp_path: Path
 ) -> None:
-    # So patient with Redis that it is the lease, and nothing else, that ends.
+    # A time limit so long that only the lease expires.
     async with many_nodes(tmp_path, demo.url, "0", redis_timeout="5s") as nodes:
         assert nodes.server.process is not None
         nodes.server.process.signal(signal.SIGSTOP)
@@ -164,7 +164,7 @@ async def test_a_node_that_stood_still_for_longer_than_all_time_limits_says_that
         await asyncio.sleep(16)
         nodes["0"].now.process.signal(signal.SIGCONT)
         await becomes(nodes["0"], None)
-        await wait_until(lambda: "lease was lost" in nodes["0"].now.process.output(), "it says that its lease was lost")
+        await wait_until(lambda: "lease was lost" in nodes["0"].now.process.output(), "it logs that its lease was lost")
         output = nodes["0"].now.process.output()
         assert "event loop stood still" in output
         assert "redis lost" not in output
@@ -193,6 +193,6 @@ async def test_a_node_that_was_frozen_past_its_lease_says_nothing_more_and_its_c
             await becomes(nodes["a"], None)
         assert nodes.ai_calls() == 4
         output = nodes["a"].now.process.output()
-        assert "redis lost" not in output, "it was not Redis that stood still"
+        assert "redis lost" not in output, "the node was frozen, not Redis"
         assert output.count("lease was lost and is held again") + output.count("lease held again") >= 2
         await nodes.settled()

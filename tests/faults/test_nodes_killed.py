@@ -1,19 +1,19 @@
-"""Nodes that are killed: others answer what they had accepted, and users get it there, whole and once (I1, I5)."""
+"""Nodes are killed: others answer what they had accepted, and users get it from them, whole and once (I1, I5)."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
 from imstream.client import Client
 from imstream.client.connection import ConnectionChange, Disconnected
-from imstream.demo.answer import canned_answer
 from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.peer import all_answered
 from tests.support.servers import DemoBackend
+from tests.support.talk import question, whole
 from tests.support.waiting import wait_until
 
 USER, OTHER = 10001, 10002
@@ -22,28 +22,10 @@ ACTIVE = 8
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    """Three nodes. They look for lost notices so rarely that nothing here can be the work of that look."""
+    """Three nodes. Sweeps are so rare that no test depends on one."""
     folder = tmp_path_factory.mktemp("killed")
     with standing_nodes(folder, demo.url, "a", "b", "c", queue_limit=400, sweep_interval="1m") as nodes:
         yield nodes
-
-
-@pytest.fixture
-async def nodes(standing: ManyNodes) -> AsyncIterator[ManyNodes]:
-    """All three alive; after the test nothing is left to do."""
-    await standing.mended()
-    yield standing
-    await standing.settled()
-    await standing.left_alone()
-    standing.check_logs()
-
-
-def question(length: int, pace: str = "10ms", about: object = "") -> str:
-    return f"tell me more {about} [[demo first=0 length={length} pace={pace}]]"
-
-
-def whole(asked: str) -> str:
-    return "".join(canned_answer(asked))
 
 
 async def test_the_user_of_a_killed_node_gets_one_whole_answer_from_another_or_finds_it_later(nodes: ManyNodes) -> None:
@@ -61,7 +43,7 @@ async def test_the_user_of_a_killed_node_gets_one_whole_answer_from_another_or_f
     await nodes["a"].all_finished()
     assert nodes.any.recorded(USER, "m1") == nodes.any.recorded(OTHER, "m2") == ("done", whole(asked))
     assert len(nodes.opened_by(USER, "m1")) == len(nodes.opened_by(OTHER, "m2")) == 2
-    async with nodes["c"].peer(OTHER) as absent:  # much later, and not knowing that it was accepted
+    async with nodes["c"].peer(OTHER) as absent:  # much later, without knowing that it was accepted
         await absent.chat(OTHER, asked, "m2")
         assert (await absent.end_of("m2")).text == whole(asked)
     assert nodes.ai_calls() == 4
@@ -104,7 +86,7 @@ async def test_a_killed_node_that_comes_back_while_its_stream_is_adopted_answers
             assert (await someone.end_of(message_id)).text == whole(text)
     assert nodes.opened_by(USER, "new") == ["a"]
     by = [nodes.opened_by(USER, message_id) for message_id in old]
-    assert all(opened == by[0] and len(opened) == 2 for opened in by), "one node has adopted all, and finishes it"
+    assert all(opened == by[0] and len(opened) == 2 for opened in by), "one node adopts and finishes all"
     assert nodes.ai_calls() == 2 * ACTIVE + 1
 
 
@@ -114,26 +96,28 @@ async def test_hundreds_of_clients_that_lose_their_node_come_back_spread_over_ti
     waits: dict[int, float] = {}
 
     def note(client: int, change: ConnectionChange) -> None:
-        if isinstance(change, Disconnected):  # who waits shortly may do so again before another has noticed
+        if isinstance(change, Disconnected):  # a client with a short wait may lose its connection again
             waits.setdefault(client, change.retry_in.total_seconds())
 
     clients = [Client(nodes.urls("a"), USER + n, on_change=partial(note, n)) for n in range(250)]
-    asked = [question(20, "50ms", about=n) for n in range(len(clients))]
+    asked = [question(20, n, pace="50ms") for n in range(len(clients))]
     try:
-        for first in range(0, len(clients), 25):  # all at once, a busy node refuses some, and they log in elsewhere
+        for first in range(
+            0, len(clients), 25
+        ):  # all at once, a busy node would refuse some, and they would log in to another node
             await asyncio.gather(*(client.__aenter__() for client in clients[first : first + 25]))
         replies = await asyncio.gather(
             *(client.send(text, message_id="crowd") for client, text in zip(clients, asked, strict=True))
         )
         await asyncio.gather(*(reply.accepted() for reply in replies))
-        waits.clear()  # of clients that a busy node refused: they are connected elsewhere
+        waits.clear()  # those of clients that a busy node has refused
         await nodes.killed("a")
         texts = await asyncio.gather(*(reply.text() for reply in replies))
     finally:
         await asyncio.gather(*(client.__aexit__(None, None, None) for client in clients))
     assert texts == [whole(text) for text in asked]
     assert sum(reply.repeated for reply in replies) == 0
-    # Full jitter: the first waits are spread evenly over half a second, each tenth of it has its share.
+    # Full jitter: the first waits are spread evenly over half a second.
     firsts = [sum(low <= wait * 20 < low + 1 for wait in waits.values()) for low in range(10)]
     assert sum(firsts) == len(waits) > 50
     assert max(firsts) < len(waits) / 4, firsts

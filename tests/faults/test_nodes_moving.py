@@ -1,15 +1,15 @@
-"""Users who move between living nodes, or are on several at once: everything reaches them, wherever it is answered."""
+"""Users move between living nodes, or use several at once: they see all replies, whichever node answers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from imstream.demo.answer import canned_answer
 from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.peer import Peer
 from tests.support.servers import DemoBackend
+from tests.support.talk import question, whole
 from tests.support.waiting import wait_until
 
 USER, OTHER = 10001, 10002
@@ -17,31 +17,14 @@ USER, OTHER = 10001, 10002
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    """Three nodes. They look for lost notices so rarely that all that comes in time has come through an inbox."""
+    """Three nodes. Sweeps are so rare that replies can only arrive by notices in inboxes."""
     folder = tmp_path_factory.mktemp("moving")
     with standing_nodes(folder, demo.url, "a", "b", "c", sweep_interval="1m") as nodes:
         yield nodes
 
 
-@pytest.fixture
-async def nodes(standing: ManyNodes) -> AsyncIterator[ManyNodes]:
-    """All three alive; after the test nothing is left to do."""
-    await standing.mended()
-    yield standing
-    await standing.settled()
-    standing.check_logs()
-
-
-def question(length: int, about: object = "") -> str:
-    return f"tell me more {about} [[demo first=0 length={length} pace=10ms]]"
-
-
-def whole(asked: str) -> str:
-    return "".join(canned_answer(asked))
-
-
 async def grown(someone: Peer, message_id: str) -> None:
-    """Wait for a good deal more of an answer that is still being made."""
+    """Wait for much more text of a running answer."""
     await someone.some_text(message_id, len(someone.told[message_id].text) + 120)
 
 
@@ -56,13 +39,13 @@ async def test_a_client_that_moves_twice_and_back_while_its_answer_is_made_misse
         async with nodes[name].peer(USER, resume=someone.told) as someone:
             if name != "a":
                 await grown(someone, "m1")
-                assert nodes["a"].pending(), "node a is still working on it"
+                assert nodes["a"].pending(), "node a is still answering it"
             else:
                 told = await someone.end_of("m1")
     assert told.text == whole(asked)
     assert told.events.count("accepted") == 1
     assert "restart" not in told.events
-    assert len([event for event in told.events if event == "delta"]) > 15, "it came piece by piece"
+    assert len([event for event in told.events if event == "delta"]) > 15, "it arrived in pieces"
     assert nodes.opened_by(USER, "m1") == ["a"]
     assert nodes.ai_calls() == 1
 
@@ -79,7 +62,7 @@ async def test_a_client_that_has_moved_sees_its_answer_restart_when_the_node_tha
         await nodes.killed("a")
         await someone.until(messageId="m1", event="restart")
         await grown(someone, "m1")
-        assert nodes["a"].pending(), "its adopter is still working on it"
+        assert nodes["a"].pending(), "its adopter is still answering it"
     async with nodes["c"].peer(USER, resume=someone.told) as someone:
         told = await someone.end_of("m1")
     assert told.text == whole(asked)
@@ -102,7 +85,7 @@ async def test_all_sockets_of_a_user_follow_what_is_asked_on_any_and_nobody_else
                 assert told.text == whole(asked)
                 assert "restart" not in told.events
                 assert told.events.count("accepted") == (socket is asking)
-                assert told.events.count("delta") > 1, "it came piece by piece"
+                assert told.events.count("delta") > 1, "it arrived in pieces"
         await other.send_frame("HEARTBEAT")
         await other.until(msgType="HEARTBEAT")
         assert [frame["msgType"] for frame in other.frames] == ["INIT", "HEARTBEAT"]
@@ -127,13 +110,13 @@ async def test_a_message_is_cancelled_on_another_node_than_the_one_that_answers_
     abandoned = nodes.any.ai_stats()["abandoned"]
     async with nodes["a"].peer(USER) as asking, nodes["b"].peer(USER) as cancelling, nodes["c"].peer(OTHER) as other:
         await asking.chat(USER, f"never mind [[demo {marker}]]", behaviour)
-        await wait_until(lambda: nodes.any.ai_stats()["running"] == 1, "the AI backend is asked")
+        await wait_until(lambda: nodes.any.ai_stats()["running"] == 1, "the AI backend is called")
         if behaviour == "talking":
             await asking.some_text(behaviour)
         await other.send_frame("CANCEL", messageId=behaviour)
         assert (await other.until(messageId=behaviour))["code"] == "UNKNOWN"
         await cancelling.send_frame("CANCEL", messageId=behaviour)
-        # A silent backend gives node a no reason to look at the record by itself.
+        # With a silent backend, node a has nothing to flush, and so no reason to read the record.
         await wait_until(lambda: nodes.any.ai_stats()["abandoned"] == abandoned + 1, "the AI call is closed", limit=3)
         for socket in (asking, cancelling):
             told = await socket.end_of(behaviour)
@@ -145,8 +128,8 @@ async def test_a_message_is_cancelled_on_another_node_than_the_one_that_answers_
 async def test_who_has_moved_cancels_where_he_is(nodes: ManyNodes) -> None:
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, "never mind [[demo first=60s]]", "m1")
-        await wait_until(lambda: nodes.any.ai_stats()["running"] == 1, "the AI backend is asked")
-    await wait_until(lambda: nodes["a"].clients() == 0, "the socket is gone")
+        await wait_until(lambda: nodes.any.ai_stats()["running"] == 1, "the AI backend is called")
+    await wait_until(lambda: nodes["a"].clients() == 0, "the socket is closed")
     async with nodes["b"].peer(USER, resume=someone.told) as someone:
         await someone.send_frame("CANCEL", messageId="m1")
         told = await someone.end_of("m1")

@@ -1,4 +1,4 @@
-"""One session for each user: the newest wins, and the older is closed, wherever it is."""
+"""One session per user: the newest stays, and older ones are closed on all nodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USER, OTHER = 10001, 10002
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    """Two nodes where a user may have one session."""
+    """Two nodes that allow one session per user."""
     with standing_nodes(tmp_path_factory.mktemp("one"), demo.url, "a", "b", sessions="one") as nodes:
         yield nodes
 

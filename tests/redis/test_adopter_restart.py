@@ -1,4 +1,4 @@
-"""An adopter that is restarted while the node whose stream it had is back (I1)."""
+"""An adopter is restarted after the node of the adopted stream came back (I1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ON_SERVERS = ["valkey"]
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: RedisServer, how: str) -> None:
-    """A rolling restart: 1 works on what 0 left, 0 comes back, and 1 is restarted faster than anybody looks."""
+    """Rolling restart: 1 adopts the stream of 0, 0 comes back, and 1 is restarted before the next scan."""
     settings: dict[str, Any] = {"lease": "400ms", "sweep_interval": "2s"}
     backend = PlayedBackend()
     async with workshop(redis_server, lease="400ms") as dying, workshop(redis_server, node="1", **settings) as adopter:
@@ -31,5 +31,5 @@ async def test_what_a_restarted_adopter_left_behind_is_answered(redis_server: Re
                 (await backend.call(1)).done("x")
                 await back.idle()
                 assert back.recorded() == ("done", "x")
-                await wait_until(lambda: back.consumers() == ["0"], "the stream is left")
+                await wait_until(lambda: back.consumers() == ["0"], "the stream is released")
                 assert again.adopter.adopted == []

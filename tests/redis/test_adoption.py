@@ -1,4 +1,4 @@
-"""Streams whose node is dead are worked on by another, and by one only; nothing is taken from the living (I1, I7)."""
+"""Exactly one node adopts the stream of a dead node; requests are never taken from living nodes (I1, I7)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def directory(shop: Workshop) -> list[str]:
 
 
 async def no_longer_adopted(shop: Workshop) -> None:
-    """Wait until the adopter of node 0 has seen that it is back, and takes nothing more from it."""
+    """Wait until the adopter of node 0 has noticed that it is back, and reads no further requests."""
     await wait_until(lambda: not shop.redis.exists(shop.keys.adopter("0")), "it is no longer adopted")
 
 
@@ -25,10 +25,10 @@ async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer)
         workshop(redis_server, node="1", lease=QUICK_LEASE, start=False) as other,
     ):
         await dying.ask("begun")
-        (await dying.backend.call(1)).say("half of ")
+        (await dying.backend.call(1)).send("half of ")
         await wait_until(lambda: len(dying.entries("begun")) == 3, "half of it is recorded")
-        dying.consumer.stop()  # so that the next one stays undelivered
-        await dying.no_longer_reads()  # nor anybody else so far
+        dying.consumer.stop()  # the next request stays undelivered
+        await dying.no_longer_reads()  # and no other node reads it yet
         other.start()
         await dying.ask("waiting")
         await dying.crash()
@@ -87,7 +87,7 @@ async def test_a_long_answer_is_never_stolen_from_a_living_node(redis_server: Re
             return int(other.redis.info("commandstats").get("cmdstat_pttl", {"calls": 0})["calls"])
 
         looked = looks()
-        await wait_until(lambda: looks() > looked + 20, "the other looks often")
+        await wait_until(lambda: looks() > looked + 20, "the other scans often")
         call.done("x")
         await working.idle()
         assert working.recorded() == ("done", "x")
@@ -112,7 +112,7 @@ async def test_a_node_that_is_back_takes_what_comes_and_the_adopter_finishes_wha
             await back.idle()
             assert back.recorded("new") == ("done", "by the node itself")
             assert back.recorded("old") == ("done", "by the adopter")
-            await wait_until(lambda: other.adopter.adopted == [], "the stream is left")
+            await wait_until(lambda: other.adopter.adopted == [], "the stream is released")
         assert len(other.backend.calls) == 1
 
 
@@ -219,7 +219,7 @@ async def test_a_node_that_dies_again_is_adopted_again_by_who_still_works_on_wha
         first.done("the first")
         await other.idle()
         assert other.recorded("first") == ("done", "the first")
-        await wait_until(lambda: other.adopter.adopted == [], "the stream is left")
+        await wait_until(lambda: other.adopter.adopted == [], "the stream is released")
 
 
 async def test_an_adopted_stream_gets_the_only_slot_of_a_node_that_has_nothing_else_to_do(
@@ -232,7 +232,7 @@ async def test_an_adopted_stream_gets_the_only_slot_of_a_node_that_has_nothing_e
         await dying.no_longer_reads()
         await dying.ask("waiting")
         await dying.crash()
-    # A read of its own stream that waits for so long gives the slot away hardly ever.
+    # With such a long blocked read of its own stream, the slot is rarely free.
     async with workshop(redis_server, node="1", lease=QUICK_LEASE, concurrency=1, read_block="1s") as other:
         (await other.backend.call(1)).done("x")
         (await other.backend.call(2)).done("x")

@@ -142,7 +142,7 @@ async def test_what_this_release_writes_says_its_version(redis_server: RedisServ
         call = await shop.backend.call(1)
         [(_, fields)] = shop.redis.xrange(shop.keys.requests("0"))
         assert fields["v"] == str(SCHEMA_VERSION)
-        call.say("some text")
+        call.send("some text")
         await wait_until(lambda: len(shop.entries()) == 3, "it is recorded")
         await shop.jobs.cancel(USER, "m")
         await shop.idle()
@@ -155,7 +155,7 @@ async def test_events_of_a_newer_release_in_a_record_are_passed_over(redis_serve
     async with workshop(redis_server) as shop:
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("some ")
+        call.send("some ")
         await wait_until(lambda: len(shop.entries()) == 3, "it is recorded")
         shop.redis.xadd(
             shop.keys.reply(USER, "m"),

@@ -1,4 +1,4 @@
-"""A request dies with its worker only if nobody told the worker to stop, and if Redis did not go away with it."""
+"""Deliveries do not count as deaths when the worker was told to stop, or when Redis stopped together with it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ async def in_the_middle(shop: Workshop, *, ask: bool) -> None:
     if ask:
         await shop.ask()
     call = await shop.backend.call(1)
-    call.say(TEXT)
+    call.send(TEXT)
     await wait_until(lambda: shop.recorded_text() == TEXT, "some text is recorded")
 
 
-async def stop_told(shop: Workshop) -> None:
-    """As a node does first when it is told to stop."""
+async def begin_to_stop(shop: Workshop) -> None:
+    """What a node does first on SIGTERM."""
     shop.consumer.stop()
     shop.adopter.stop()
     await asyncio.gather(shop.lease_keeper.mark_stopping(), shop.jobs.uncount_deliveries())
@@ -64,7 +64,7 @@ async def test_a_node_that_is_killed_after_it_was_told_to_stop_has_not_died(redi
     for number in range(2):
         async with workshop(redis_server, max_deliveries=1) as shop:
             await in_the_middle(shop, ask=number == 0)
-            await stop_told(shop)
+            await begin_to_stop(shop)
             assert json.loads(shop.redis.get(shop.keys.lease("0")))["stopping"] is True
             assert list(shop.pending().values()) == [0]
             await shop.crash()
@@ -78,12 +78,12 @@ async def test_a_node_that_is_killed_after_it_was_told_to_stop_has_not_died(redi
 
 async def test_a_request_that_comes_in_while_a_node_stops_does_not_die_with_it(redis_server: RedisServer) -> None:
     async with workshop(redis_server, read_block="500ms") as shop:
-        await wait_until(lambda: shop.consumer.reached_redis_within(1) and shop.lease_keeper.held, "it works")
+        await wait_until(lambda: shop.consumer.reached_redis_within(1) and shop.lease_keeper.held, "it is running")
         await wait_until(
             lambda: any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in shop.redis.client_list()),
             "it waits for requests",
         )
-        await stop_told(shop)
+        await begin_to_stop(shop)
         await shop.ask()
         await shop.backend.call(1)
         assert list(shop.pending().values()) == [0]
@@ -118,14 +118,14 @@ async def test_a_death_counts_also_when_redis_was_restarted_earlier_in_the_life_
 
 
 def _leases_taken(shop: Workshop) -> int:
-    """How often the directory was written to, which is after each renewal."""
+    """Number of writes to the directory; each renewal makes one."""
     return int(shop.redis.info("commandstats").get("cmdstat_zadd", {"calls": 0})["calls"])
 
 
 @pytest.mark.long
 async def test_what_was_stopped_together_with_redis_is_adopted_as_what_has_not_died(own_server: RedisServer) -> None:
     for number in range(2):
-        node = str(number)  # the first time its own node is stopped, then the one that had adopted it
+        node = str(number)  # first its own node is stopped, then its adopter
         async with workshop(own_server, node=node, max_deliveries=1, lease=QUICK_LEASE) as shop:
             await in_the_middle(shop, ask=number == 0)
             await asyncio.to_thread(own_server.stop)
@@ -158,7 +158,7 @@ async def test_a_request_that_was_taken_over_is_not_taken_back_by_whoever_stops(
         stream = frozen.keys.requests("0")
         [entry_id] = frozen.pending()
         frozen.redis.xclaim(stream, "workers", "1", 0, [entry_id], retrycount=2, justid=True)
-        await stop_told(frozen)
+        await begin_to_stop(frozen)
         await frozen.stop()
         [row] = frozen.redis.xpending_range(stream, "workers", "-", "+", 1)
         assert (row["consumer"], row["times_delivered"]) == ("1", 2)

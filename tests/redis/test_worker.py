@@ -1,4 +1,4 @@
-"""The worker in this process: requests taken, answered, recorded and finished, whatever one of them does."""
+"""The worker in this process: it reads, answers, records and finishes requests; a failing request affects no other."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ async def test_a_request_is_answered_recorded_and_finished(redis_server: RedisSe
             PromptMessage("assistant", "hello"),
             PromptMessage("user", "你好"),
         ]
-        call.say("你好,")
-        assert follower.text == "你好,"  # at once, before it is recorded
+        call.send("你好,")
+        assert follower.text == "你好,"  # shown before it is recorded
         await wait_until(lambda: len(shop.entries()) == 3, "the text is recorded while the answer goes on")
         call.done("世界", "!", finish_reason="length", usage={"total_tokens": 7})
         assert await follower.end() == "done"
@@ -44,7 +44,7 @@ async def test_an_answer_that_nobody_reads_on_another_node_is_recorded_in_one_ro
         await shop.ask()
         call = await shop.backend.call(1)
         for number in range(6):
-            call.say(str(number))
+            call.send(str(number))
             await shop.jobs.flush(number)
         assert [entry["event"] for entry in shop.entries()] == ["queued", "opened", "text", "text"]
         call.done()
@@ -58,11 +58,11 @@ async def test_an_answer_that_is_read_on_another_node_is_recorded_in_every_round
         call = await shop.backend.call(1)
         shop.redis.sadd(shop.keys.route(USER), "elsewhere")
         shop.redis.pexpire(shop.keys.route(USER), 60_000)
-        call.say("hello ")
-        for number in range(3):  # one of them tells the other node, and that there is one
+        call.send("hello ")
+        for number in range(3):  # one of them notifies the other node, and finds out that there is one
             await shop.jobs.flush(number)
         for number in range(3):
-            call.say(str(number))
+            call.send(str(number))
             await shop.jobs.flush(number)
             assert shop.recorded_text() == "hello 012"[: 7 + number]
         assert shop.redis.xlen(shop.keys.inbox("elsewhere")) == 4
@@ -79,7 +79,7 @@ async def test_an_answer_is_recorded_in_every_round_when_the_other_node_was_ther
         await shop.ask()
         call = await shop.backend.call(1)
         for number in range(3):
-            call.say(str(number))
+            call.send(str(number))
             await shop.jobs.flush(number)
             assert shop.recorded_text() == "012"[: 1 + number]
         call.done()
@@ -93,12 +93,12 @@ async def test_many_answers_are_recorded_a_share_in_each_round(redis_server: Red
             await shop.ask(message_id)
         await shop.backend.call(len(messages))
         for call in shop.backend.calls:
-            call.say("hello")
+            call.send("hello")
         recorded = [0]
         for number in range(3):
             await shop.jobs.flush(number)
             recorded.append(sum(shop.recorded_text(message_id) == "hello" for message_id in messages))
-        assert sorted(set(recorded)) == recorded  # more each time
+        assert sorted(set(recorded)) == recorded  # more in each round
         assert recorded[-1] == len(messages)
         for call in shop.backend.calls:
             call.done()
@@ -150,7 +150,7 @@ async def test_a_defect_in_one_request_buries_it_and_the_others_go_on(redis_serv
         await shop.ask("good")
         await shop.backend.call(2)
         bad, good = shop.backend.calls
-        bad.say("so far")
+        bad.send("so far")
         bad.fail(ZeroDivisionError("a defect"))
         assert await follower.end() == "failed"
         good.done("fine")
@@ -183,7 +183,7 @@ async def test_a_reply_stream_that_was_tampered_with_stops_nobody_else(
         await wait_until(lambda: shop.redis.xlen(shop.keys.requests("0")) == 1, "the other request is finished")
         assert shop.recorded("good") == ("done", "fine")
         await shop.ask("another")
-        await wait_until(lambda: shop.redis.xlen(shop.keys.requests("0")) == 1, "and one that came later")
+        await wait_until(lambda: shop.redis.xlen(shop.keys.requests("0")) == 1, "a later one is finished, too")
         assert shop.recorded("another") == ("done", "fine")
         assert len(shop.backend.calls) == 2
 
@@ -205,15 +205,15 @@ async def test_the_same_message_twice_is_answered_once(redis_server: RedisServer
         first = shop.follow()
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("one ")
+        call.send("one ")
         second = shop.follow()
-        await shop.ask()  # a resend while the answer is made
+        await shop.ask()  # sent again during the answer
         await wait_until(lambda: shop.redis.xlen(shop.keys.requests("0")) == 1, "the duplicate is finished")
         call.done("answer")
         assert await first.end() == await second.end() == "done"
         await shop.idle()
         third = shop.follow()
-        await shop.ask()  # and one after its end, when nobody here knows of it any more
+        await shop.ask()  # sent again after the end, when this process no longer knows it
         assert await third.end() == "done"
         await shop.idle()
         assert {first.text, second.text, third.text} == {"one answer"}
@@ -274,12 +274,12 @@ async def test_readiness_follows_what_the_worker_hears_from_redis(redis_server: 
     async with workshop(redis_server, start=False) as shop:
         assert not shop.consumer.reached_redis_within(60)
         shop.start()
-        await wait_until(lambda: shop.consumer.reached_redis_within(1), "the worker hears from Redis")
+        await wait_until(lambda: shop.consumer.reached_redis_within(1), "the worker reaches Redis")
         for n in range(64):
             await shop.ask(f"m{n}")
         await wait_until(lambda: len(shop.jobs) == 64, "all slots are taken")
         shop.redis.config_resetstat()
-        await wait_until(lambda: "cmdstat_exists" in shop.redis.info("commandstats"), "it asks for a sign of life")
+        await wait_until(lambda: "cmdstat_exists" in shop.redis.info("commandstats"), "it pings Redis")
         for call in shop.backend.calls:
             call.done("x")
         await shop.idle()

@@ -1,4 +1,4 @@
-"""Cancelling: wherever the message stands, at once, with an honest receipt."""
+"""Cancel: takes effect at once in every state of a message, and returns what happened."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ async def test_a_message_that_is_being_answered_is_stopped_at_once(redis_server:
         client = shop.follow()
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("so far")
+        call.send("so far")
         assert await shop.jobs.cancel(USER, "m") == "cancelled"
         assert call.cancelled
         assert await client.end() == "cancelled"
         assert client.text == "so far"
         await shop.idle()
-        assert shop.recorded() == ("cancelled", "so far")  # all that the client saw
+        assert shop.recorded() == ("cancelled", "so far")  # exactly what the client saw
         assert shop.dead() == []
         assert len(shop.backend.calls) == 1
 
@@ -70,9 +70,9 @@ async def test_a_message_that_waits_for_its_next_attempt_is_cancelled(redis_serv
         client = shop.follow()
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("first try")
+        call.send("first try")
         call.fail(TransientBackendError("http_503", retry_after=timedelta(seconds=60)))
-        await wait_until(lambda: shop.recorded_text() == "first try", "the first try is recorded")
+        await wait_until(lambda: shop.recorded_text() == "first try", "the first attempt is recorded")
         assert await shop.jobs.cancel(USER, "m") == "cancelled"
         assert await client.end() == "cancelled"
         await shop.idle()
@@ -123,7 +123,7 @@ async def test_a_message_that_has_ended_stays_as_it_is(redis_server: RedisServer
     async with workshop(redis_server, max_attempts=1) as shop:
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("text")
+        call.send("text")
         match end:
             case "done":
                 call.done()
@@ -152,10 +152,10 @@ async def test_a_message_cancelled_elsewhere_stops_here(redis_server: RedisServe
         client = shop.follow()
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("recorded ")
+        call.send("recorded ")
         await wait_until(lambda: shop.recorded_text() == "recorded ", "the text is recorded")
         assert isinstance(await shop.replies.cancel(USER, "m"), CancelRecorded)  # by another node
-        call.say("and not recorded")
+        call.send("and not recorded")
         await wait_until(lambda: call.cancelled, "the AI call is stopped")
         assert await client.end() == "cancelled"
         assert client.text == "recorded "
@@ -169,14 +169,14 @@ async def test_text_that_comes_after_a_message_was_cancelled_elsewhere_is_shown_
     async with workshop(redis_server) as shop:
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("kept")
+        call.send("kept")
         await wait_until(lambda: shop.recorded_text() == "kept", "the text is recorded")
         await shop.replies.cancel(USER, "m")
         record = await shop.replies.read(USER, "m")
         assert record is not None
         reply = shop.buffers.get(USER, "m")
         reply.load(record)  # a socket resumes, before the worker knows
-        call.say(" and more")
+        call.send(" and more")
         late = shop.follow()
         assert (late.text, late.terminal) == ("kept", CANCELLED)
         await wait_until(lambda: call.cancelled, "the AI call is stopped")
@@ -230,4 +230,4 @@ async def test_a_message_that_redis_has_lost_can_still_be_cancelled(redis_server
 
 async def _lose_everything(shop: Workshop) -> None:
     shop.redis.flushall()
-    await wait_until(lambda: shop.redis.exists(shop.keys.requests("0")), "the stream is made again")
+    await wait_until(lambda: shop.redis.exists(shop.keys.requests("0")), "the stream is created again")

@@ -1,4 +1,4 @@
-"""Guards in the worker: asked before the AI is, once for a message, and nobody else is held up by them."""
+"""Guards in the worker: called before the AI, once per message, without delaying other messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ON_SERVERS = ["valkey"]
 
 @dataclass
 class _Asked(Guard):
-    """Cannot tell about the message `m` so many times, and refuses `bad`."""
+    """Fails `silent` times on the message `m`, and rejects `bad`."""
 
     silent: int = 0
     asked: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class _Asked(Guard):
 
 
 class _Softens(Guard):
-    """Writes a message anew."""
+    """Rewrites a message."""
 
     async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:
         return Allow(text=f"please: {request.contents}")
@@ -56,7 +56,7 @@ async def test_a_guard_that_cannot_tell_is_asked_again_and_the_ai_is_not_blamed(
         client = shop.follow()
         await shop.ask()
         assert await client.end() == "done"
-        await shop.ask("other")  # a breaker that had opened would keep this one waiting
+        await shop.ask("other")  # an open breaker would delay this one
         await shop.idle()
         assert guard.asked == ["m", "m", "m", "m", "other"]
         assert len(shop.backend.calls) == 2
@@ -112,7 +112,7 @@ async def test_a_refusal_is_counted_logged_and_recorded_and_is_no_dead_letter(re
 
 
 class _Listens(Guard):
-    """Refuses an answer when it comes to `stop`, a message that says `bad`, and is told who pays nothing."""
+    """Rejects an answer at `stop` and the message `bad`; records which messages are refunded."""
 
     def __init__(self) -> None:
         self.given_back: list[str] = []
@@ -166,7 +166,7 @@ async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_se
                 call = await shop.backend.call(number)
             if isinstance(step, str):
                 try:
-                    call.say(step)
+                    call.send(step)
                 except GuardRejection as refused:
                     call.fail(refused)
             else:
@@ -189,7 +189,7 @@ async def test_who_is_to_blame_for_a_refusal_does_not_get_the_message_back_even_
         terminal = shop.entries()[-1]
         shop.redis.delete(shop.keys.reply(10001, "m"))
         assert (terminal["event"], terminal["violation"]) == ("failed", "1")
-    # As if the worker had died before it had finished: the next one finds the end, and who is to blame.
+    # As if the worker had died before it finished: the next one finds the end and whether it was a violation.
     async with workshop(redis_server, guards=GuardChain([guard]), start=False) as shop:
         request = f"0/{await shop.ask(contents='bad')}"
         await shop.replies.open(10001, "m", request=request)

@@ -1,4 +1,4 @@
-"""The worker when answers of Redis come late, never, or in another order than they were asked for."""
+"""The worker when replies of Redis are late, lost, or out of order."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: 
         workshop(redis_server, url=proxy.url, redis_timeout="300ms") as shop,
     ):
         await shop.ask("warm")
-        (await shop.backend.call(1)).done("x")  # from now on Redis knows the scripts
+        (await shop.backend.call(1)).done("x")  # now Redis has the scripts
         await shop.idle()
         await shop.ask()
         follower = shop.follow()
         call = await shop.backend.call(2)
         trap = proxy.on_answer_to(APPEND, fate=fate)
-        call.say("one ")
+        call.send("one ")
         await wait_until(lambda: trap.sprung, "the append has reached Redis")
-        call.say("two ")  # more, while nobody knows of the first
+        call.send("two ")  # more, before the first is known to be recorded
         await wait_until(lambda: "two " in [entry.get("text") for entry in shop.entries()], "the rest is recorded too")
         call.done("three")
         assert await follower.end() == "done"
@@ -54,7 +54,7 @@ async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_se
         await shop.ask()
         call = await shop.backend.call(2)
         trap = proxy.on_answer_to(APPEND, fate=Fate.SILENCE)
-        call.say("one ")
+        call.send("one ")
         await wait_until(lambda: trap.sprung, "the append has reached Redis")
         call.done("two")
         await shop.idle()
@@ -68,7 +68,7 @@ async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_
         call = await shop.backend.call(1)
         job = shop.jobs.find(USER, "m")
         assert job is not None
-        call.say("lost")
+        call.send("lost")
         append, release = shop.replies.append, asyncio.Event()
 
         async def late(*args: object, **kwargs: object) -> object:
@@ -80,7 +80,7 @@ async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_
         await asyncio.sleep(0)
         shop.replies.append = append  # type: ignore[method-assign]
         call.fail(TransientBackendError("http_503"))
-        await wait_until(lambda: job._writer is None, "the first attempt is over")  # noqa: SLF001 - same
+        await wait_until(lambda: job._writer is None, "the first attempt is over")  # noqa: SLF001 - the state of the race
         assert [entry["event"] for entry in shop.entries()] == ["queued", "opened"]
         release.set()
         (await shop.backend.call(2)).done("kept")
@@ -97,7 +97,7 @@ async def test_when_redis_lost_everything_between_two_attempts_their_texts_are_n
         await shop.ask()
         follower = shop.follow()
         call = await shop.backend.call(1)
-        call.say("first try")
+        call.send("first try")
         shop.redis.flushall()
         call.fail(TransientBackendError("http_503"))
         (await shop.backend.call(2)).done("and the second")
@@ -113,14 +113,14 @@ async def test_a_message_sent_again_after_redis_lost_everything_is_answered_by_o
         await shop.ask()
         follower = shop.follow()
         first = await shop.backend.call(1)
-        first.say("1 ")
+        first.send("1 ")
         shop.redis.flushall()
-        await wait_until(lambda: shop.redis.exists(shop.keys.requests("0")), "the group is made again")
-        await shop.ask()  # the client, impatient
+        await wait_until(lambda: shop.redis.exists(shop.keys.requests("0")), "the group is created again")
+        await shop.ask()  # the client sends it again
         second = await shop.backend.call(2)
         for n in range(5):
-            first.say("1 ")
-            second.say(f"2.{n} ")
+            first.send("1 ")
+            second.send(f"2.{n} ")
         first.done("1 ")
         second.done("2 ")
         assert await follower.end() == "done"
@@ -136,7 +136,7 @@ async def test_a_call_that_fails_after_the_request_was_taken_over_is_not_tried_a
         entry_id = await frozen.ask()
         call = await frozen.backend.call(1)
         stream = frozen.keys.requests("0")
-        # As an adopter does, when the lease has run out; it has not begun yet.
+        # As an adopter does when the lease has expired; it has not opened the reply yet.
         frozen.redis.xclaim(stream, GROUP, "1", 0, [entry_id], justid=True)
         call.fail(TransientBackendError("http_503", "it took too long"))
         await wait_until(lambda: len(frozen.jobs) == 0, "the job has ended")

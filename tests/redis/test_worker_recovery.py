@@ -1,4 +1,4 @@
-"""What a worker does with requests that another process, or an accident, has left pending."""
+"""Requests left pending by another process or by an accident are recovered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.waiting import wait_until
 
 
 def leave_pending(shop: Workshop, deliveries: int, *entry_ids: str) -> None:
-    """Make it look as if a process had been given these entries that often, and died each time."""
+    """Make the entries pending as if a process had died with each of them `deliveries` times."""
     stream = shop.keys.requests("0")
     shop.redis.xreadgroup(GROUP, "0", {stream: ">"}, count=len(entry_ids))
     for entry_id in entry_ids:
@@ -32,9 +32,9 @@ async def test_a_request_whose_worker_died_in_the_middle_is_answered_by_the_next
         await shop.ask()
         client = shop.follow()
         call = await shop.backend.call(1)
-        call.say("half of ")
+        call.send("half of ")
         await wait_until(lambda: len(shop.entries()) == 3, "half of it is recorded")
-        call.say("an answer")  # the client has seen it, Redis has not
+        call.send("an answer")  # shown to the client, not recorded
         await shop.crash()
         assert call.cancelled
     async with workshop(redis_server) as shop:
@@ -42,7 +42,7 @@ async def test_a_request_whose_worker_died_in_the_middle_is_answered_by_the_next
         assert record is not None
         reply = shop.buffers.get(USER, "m")
         reply.load(record)
-        # The client comes back with more than was recorded.
+        # The client resumes with more text than was recorded.
         client = shop.follow(attempt=1, offset=len(client.text), text=client.text)
         (await shop.backend.call(1)).done("the whole answer")
         assert await client.end() == "done"
@@ -84,8 +84,8 @@ async def test_a_request_is_ended_once_wherever_its_worker_died(redis_server: Re
 
 async def test_a_request_that_was_read_but_never_heard_of_is_taken_up(redis_server: RedisServer) -> None:
     async with workshop(redis_server, sweep_interval="50ms") as shop:
-        await wait_until(lambda: shop.consumer.reached_redis_within(1), "it works")
-        # Somebody reads under the node's name: as if the answer had been lost on its way.
+        await wait_until(lambda: shop.consumer.reached_redis_within(1), "it is running")
+        # Read under the node's name, as if Redis' reply had been lost.
         with shop.redis.pipeline() as both:
             both.xadd(shop.keys.requests("0"), _fields("lost"))
             both.xreadgroup(GROUP, "0", {shop.keys.requests("0"): ">"})
@@ -144,7 +144,7 @@ async def test_suspects_run_one_at_a_time_and_beside_requests_that_are_none(redi
         await shop.backend.call(2)
         await wait_until(lambda: len(shop.pending()) == 4, "everything is delivered")
         for answered in range(3):
-            await wait_until(lambda n=answered: len(shop.backend.calls) == n + 2, "one suspect more")
+            await wait_until(lambda n=answered: len(shop.backend.calls) == n + 2, "one more suspect runs")
             assert len(shop.jobs) == 2
             next(call for call in shop.backend.calls if _open(call) and "suspect" in _asked(shop, call)).done("x")
         next(call for call in shop.backend.calls if _open(call)).done("x")
@@ -158,8 +158,8 @@ def _open(call: Call) -> bool:
 def _asked(shop: Workshop, call: Call) -> str:
     return next(
         job.request.message_id
-        for job in shop.jobs._jobs  # noqa: SLF001 - nothing else knows which call is whose
-        if job._writer is not None and job._writer.append == call.say  # noqa: SLF001
+        for job in shop.jobs._jobs  # noqa: SLF001 - only the job knows its call
+        if job._writer is not None and job._writer.append == call.send  # noqa: SLF001
     )
 
 
@@ -201,7 +201,7 @@ async def test_a_claim_whose_answer_was_lost_is_no_further_death(redis_server: R
         shop.start()
         for _ in range(3):
             traps.append(trap := proxy.on_answer_to(LUA["claim"].digest.encode(), fate=Fate.SILENCE))
-            await wait_until(lambda trap=trap: trap.sprung, "an answer to a claim is lost")
+            await wait_until(lambda trap=trap: trap.sprung, "the reply to a claim is lost")
         (await shop.backend.call(1)).done("x")
         await shop.idle()
         assert shop.recorded() == ("done", "x")
@@ -243,15 +243,15 @@ async def test_a_request_deleted_while_it_is_answered_leaves_the_message_to_its_
         client = shop.follow()
         entry_id = await shop.ask()
         first = await shop.backend.call(1)
-        first.say("first ")
+        first.send("first ")
         shop.redis.xdel(shop.keys.requests("0"), entry_id)
         await shop.ask()
         second = await shop.backend.call(2)
-        first.say("more of the first")
+        first.send("more of the first")
         await wait_until(lambda: client.restarts == 1, "the second attempt has begun")
-        second.say("second ")
-        first.say("and more")
-        second.say("attempt")
+        second.send("second ")
+        first.send("and more")
+        second.send("attempt")
         second.done()
         assert await client.end() == "done"
         assert client.text == "second attempt"
@@ -265,17 +265,17 @@ async def test_everything_lost_in_the_middle_of_an_answer_is_recovered_from_memo
         client = shop.follow()
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("before ")
+        call.send("before ")
         await wait_until(lambda: len(shop.entries()) == 3, "the text is recorded")
         shop.redis.flushall()
-        call.say("after")
+        call.send("after")
         await wait_until(lambda: len(shop.entries()) == 2, "all of it is recorded again")
         call.done()
         assert await client.end() == "done"
         assert (client.text, client.restarts) == ("before after", 0)
         await shop.idle()
         assert shop.recorded() == ("done", "before after")
-        await shop.ask("next")  # the stream and its group are there again
+        await shop.ask("next")  # the stream and its group exist again
         (await shop.backend.call(2)).done("x")
         await shop.idle()
 

@@ -1,4 +1,4 @@
-"""Attempts: how many, how long apart, and what the client is told."""
+"""Attempts: their number, their distance in time, and what the client sees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 
 def overloaded(retry_after: timedelta | None = None) -> TransientBackendError:
-    """What a backend with too much to do says."""
+    """The error of an overloaded backend."""
     return TransientBackendError("http_503", "overloaded", retry_after=retry_after)
 
 
@@ -25,7 +25,7 @@ async def test_a_failed_attempt_is_followed_by_another_and_the_client_told(redis
         client = shop.follow()
         await shop.ask()
         first = await shop.backend.call(1)
-        first.say("the first words")
+        first.send("the first words")
         assert client.text == "the first words"
         first.fail(overloaded())
         second = await shop.backend.call(2)
@@ -69,7 +69,7 @@ async def test_what_can_never_succeed_is_not_tried_again(redis_server: RedisServ
         client = shop.follow()
         await shop.ask()
         call = await shop.backend.call(1)
-        call.say("some text")
+        call.send("some text")
         call.fail(PermanentBackendError("context_too_long", "at most 8192 tokens"))
         assert await client.end() == "failed"
         await shop.idle()
@@ -87,7 +87,7 @@ async def test_a_backend_that_names_a_time_is_left_alone_until_then(redis_server
         failed_at = asyncio.get_running_loop().time()
         call.fail(overloaded(timedelta(seconds=0.5)))
         await shop.no_longer_reads()
-        await shop.ask("other")  # new work waits as well
+        await shop.ask("other")  # new requests wait, too
         await shop.idle()
         assert len(shop.backend.calls) == 3
         assert all(call.at - failed_at >= 0.5 for call in shop.backend.calls[1:])
@@ -110,7 +110,7 @@ async def test_a_time_beyond_the_window_is_not_waited_for(redis_server: RedisSer
 async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_a_time(
     redis_server: RedisServer,
 ) -> None:
-    # A read is blocked when the breaker trips, and brings one of the four below within the pause.
+    # A read is blocked when the breaker opens, and returns one of the four below during the pause.
     async with workshop(
         redis_server, max_attempts=1, ai_breaker_failures=3, ai_breaker_pause="300ms", read_block="1s"
     ) as shop:
@@ -122,15 +122,17 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
             call.fail(overloaded())
         await shop.idle()
         first, *_ = [await shop.ask(f"m{n}") for n in range(4)]
-        await wait_until(lambda: shop.pending() == {first: 0}, "the first is put off, as one that has not died")
+        await wait_until(
+            lambda: shop.pending() == {first: 0}, "the first is handed back, and does not count as a death"
+        )
         probe = await shop.backend.call(4)
         assert shop.pending() == {first: 1}
         assert probe.at - tripped_at >= 0.3
         assert len(shop.jobs) == 1
-        assert shop.consumer.reached_redis_within(1)  # it waits, and is well
+        assert shop.consumer.reached_redis_within(1)  # it waits, and is ready
         probe.done("x")
         shop.backend.always = _answer
-        await wait_until(lambda: len(shop.backend.calls) == 7, "the others are begun")
+        await wait_until(lambda: len(shop.backend.calls) == 7, "the others are started")
         await shop.idle()
 
 
@@ -140,7 +142,7 @@ async def test_what_the_dead_have_left_waits_for_the_end_of_a_pause_too(redis_se
         call = await shop.backend.call(1)
         for n in range(3):
             await shop.ask(f"m{n}")
-        shop.redis.xreadgroup(GROUP, "0", {shop.keys.requests("0"): ">"})  # as if the answer had been lost on its way
+        shop.redis.xreadgroup(GROUP, "0", {shop.keys.requests("0"): ">"})  # as if Redis' reply had been lost
         tripped_at = asyncio.get_running_loop().time()
         call.fail(overloaded(timedelta(milliseconds=300)))
         probe = await shop.backend.call(2)

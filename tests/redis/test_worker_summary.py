@@ -1,4 +1,4 @@
-"""Older turns that do not fit are summarised by the AI, as a part of the attempt that they are needed for."""
+"""Older turns that do not fit are summarised by the AI, within the attempt that needs them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TALK = tuple(("assistant" if number % 2 else "user", f"[{number}] " + "word " * 
 
 
 def tokens(messages: Sequence[PromptMessage]) -> int:
-    """How many tokens a prompt has, by the estimate."""
+    """Estimated tokens of a prompt."""
     return PROMPT_TOKENS + sum(MESSAGE_TOKENS + TokenEstimate().count(message.content) for message in messages)
 
 
 def turns(messages: Sequence[PromptMessage]) -> list[int]:
-    """Which turns of the talk a prompt quotes."""
+    """Numbers of the turns that a prompt quotes."""
     text = " ".join(message.content for message in messages)
     return [number for number in range(len(TALK)) if f"[{number}]" in text]
 
@@ -144,7 +144,7 @@ async def test_a_cancel_closes_the_call_for_a_summary_at_once(redis_server: Redi
         client = shop.follow()
         await shop.ask(history=TALK)
         summary = await shop.backend.call(1)
-        summary.say("they")
+        summary.send("they")
         assert await shop.jobs.cancel(USER, "m") == "cancelled"
         assert summary.cancelled
         assert await client.end() == "cancelled"
@@ -157,8 +157,8 @@ async def test_a_summary_that_does_not_end_is_cut_off_and_used(redis_server: Red
         await shop.ask(history=TALK)
         summary = await shop.backend.call(1)
         while not summary.cancelled:
-            summary.say("on and <|im_end|> on ")
-            summary.say("and on ")  # as one read may bring, before the call is closed
+            summary.send("on and <|im_end|> on ")
+            summary.send("and on ")  # as in one network read, before the call is closed
             await asyncio.sleep(0)
         call = await shop.backend.call(2)
         assert "on and < |im_end|> on" in call.messages[1].content

@@ -1,7 +1,7 @@
-"""A worker in this process, on a real server, with an AI backend that the test plays itself.
+"""A worker in this process, on a real server, with an AI backend that the test controls.
 
-A test asks (`shop.ask`), as the gateway does; waits until the worker has called the AI (`shop.backend.call`); says
-text and ends the call as it likes (`call.say`, `call.done`, `call.fail`); waits until nothing is left (`shop.idle`).
+A test admits a request (`shop.ask`), as the gateway does; waits for the AI call of the worker (`shop.backend.call`);
+streams text and ends the call (`call.send`, `call.done`, `call.fail`); waits until all is finished (`shop.idle`).
 """
 
 from __future__ import annotations
@@ -48,38 +48,38 @@ QUICK: dict[str, Any] = {
     "retry_wait": "10ms",
     "user_limit": 100,
 }
-"""Settings that make a test short."""
+"""Settings for quick tests."""
 
 
 @dataclass
 class Call:
-    """One AI call that is under way.
+    """A running AI call.
 
     Attributes:
-        say: Gives the worker a piece of text.
-        at: When it was made, on the clock of the loop.
-        cancelled: Whether the worker has ended it.
+        send: Passes a piece of text to the worker.
+        at: Loop time at which it began.
+        cancelled: Whether the worker has cancelled it.
     """
 
     messages: Sequence[PromptMessage]
-    say: Callable[[str], None]
+    send: Callable[[str], None]
     outcome: asyncio.Future[Completion]
     at: float
     cancelled: bool = False
 
     def done(self, *pieces: str, finish_reason: str = "stop", usage: dict[str, int] | None = None) -> None:
-        """Say the rest; the answer is whole."""
+        """Send the rest; the answer is complete."""
         for piece in pieces:
-            self.say(piece)
+            self.send(piece)
         self.outcome.set_result(Completion(finish_reason, usage))
 
     def fail(self, error: Exception) -> None:
-        """There is no whole answer."""
+        """The call fails."""
         self.outcome.set_exception(error)
 
 
 class PlayedBackend:
-    """A backend whose calls a test plays, one by one; with `always` they are all answered at once."""
+    """A backend whose calls are answered by the test; with `always`, each is answered at once."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -99,13 +99,13 @@ class PlayedBackend:
             raise
 
     async def call(self, number: int) -> Call:
-        """Wait for the first call, the second, …."""
+        """Wait for a call, numbered from 1."""
         await wait_until(lambda: len(self.calls) >= number, f"AI call {number} is made")
         return self.calls[number - 1]
 
 
 class Follower:
-    """Does with a reply what a socket and its client do; `text` is what the client has put together."""
+    """Reads a reply as a socket and its client do; `text` is what the client shows."""
 
     def __init__(self, reply: ReplyBuffer, *, attempt: int = 0, offset: int = 0, text: str = "") -> None:
         self.text = text
@@ -116,7 +116,7 @@ class Follower:
         self.wake(reply)
 
     def wake(self, _: ReplyBuffer) -> None:
-        """Take all that is new."""
+        """Read all that is new."""
         while self.terminal is None and (step := self._cursor.advance()) is not None:
             match step:
                 case TextReset():
@@ -129,18 +129,18 @@ class Follower:
                     self.terminal = terminal
 
     async def end(self) -> str:
-        """Wait for the end; its event."""
-        await wait_until(lambda: self.terminal is not None, "the follower is told the end")
+        """Wait for the terminal event, and return its name."""
+        await wait_until(lambda: self.terminal is not None, "the follower sees the end")
         assert self.terminal is not None
         return self.terminal.event
 
 
 @dataclass
 class Workshop:
-    """One process that works on the requests of node 0: as that node, unless it is another one that adopts them.
+    """The worker of one process. It serves the requests of node 0: as that node, or as its adopter.
 
     Attributes:
-        redis: A client of the test's own. Its types name every shape that an answer may have, and are of no use here.
+        redis: A client of the test. Any, because its types are unions of all replies.
         begun: Ids of the messages whose first attempt began here.
     """
 
@@ -159,7 +159,7 @@ class Workshop:
     running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to take requests."""
+        """Start the worker."""
         self.running = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -176,7 +176,7 @@ class Workshop:
                 task.cancel()
 
     async def stop(self) -> None:
-        """End in good order: what is running is handed back."""
+        """Stop gracefully: running requests are handed back."""
         if self.running is not None:
             self.consumer.stop()
             self.adopter.stop()
@@ -186,14 +186,14 @@ class Workshop:
             self.running = None
 
     async def crash(self) -> None:
-        """End as a killed process does: in the middle of everything."""
+        """Stop like a killed process, at any point."""
         assert self.running is not None
         self.running.cancel()
         await asyncio.gather(self.running, return_exceptions=True)
         self.running = None
 
     async def ask(self, message_id: str = "m", *, user: int = USER, **fields: Any) -> str:  # noqa: ANN401 - any field
-        """Have a request admitted; its entry id."""
+        """Admit a request; return its entry id."""
         verdict = await self.requests.admit(replace(chat_request(user, message_id), **fields))
         assert isinstance(verdict, Admitted)
         await self.replies.mark_queued(user, message_id)
@@ -208,11 +208,11 @@ class Workshop:
         return sorted(row["name"] for row in self.redis.xinfo_consumers(self.keys.requests(node), GROUP))
 
     def entries(self, message_id: str = "m", *, user: int = USER) -> list[dict[str, str]]:
-        """What the reply stream says."""
+        """The entries of the reply stream."""
         return [fields for _, fields in self.redis.xrange(self.keys.reply(user, message_id))]
 
     def recorded(self, message_id: str = "m", *, user: int = USER) -> tuple[str, str]:
-        """The terminal event of a reply, of which there is one, and the text of its last attempt."""
+        """The only terminal event of a reply, and the text of its last attempt."""
         entries = self.entries(message_id, user=user)
         ends = [entry for entry in entries if entry["event"] in ("done", "failed", "cancelled")]
         assert len(ends) == 1, f"{len(ends)} terminal events"
@@ -229,7 +229,7 @@ class Workshop:
         return [fields for _, fields in self.redis.xrange(self.keys.dead("0"))]
 
     def pending(self) -> dict[str, int]:
-        """Deliveries of what was given to a worker and is not finished, by entry id."""
+        """Deliveries of pending entries, by entry id."""
         try:
             rows = self.redis.xpending_range(self.keys.requests("0"), GROUP, "-", "+", 1000)
         except redis.ResponseError:  # no group yet
@@ -237,14 +237,14 @@ class Workshop:
         return {row["message_id"]: row["times_delivered"] for row in rows}
 
     async def no_longer_reads(self) -> None:
-        """Wait until the worker asks for no new requests, and the last time it asked has passed."""
+        """Wait until the worker reads no new requests, and its last read has ended."""
         await wait_until(
             lambda: not any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in self.redis.client_list()),
-            "nobody waits for new requests",
+            "no read is blocked",
         )
 
     async def idle(self) -> None:
-        """Wait until nothing is unfinished, and nothing is left over."""
+        """Wait until all requests are finished."""
         await wait_until(lambda: self.redis.xlen(self.keys.requests("0")) == 0, "no request is unfinished")
         await wait_until(lambda: self.pending() == {}, "nothing is pending")
         await wait_until(lambda: len(self.jobs) == 0, "no job is left")
@@ -261,22 +261,22 @@ async def workshop(
     start: bool = True,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Workshop]:
-    """Build the parts of a process and start its worker; at the end, stop it and see that it holds nothing any more.
+    """Build and start the worker of a process; stop it at the end.
 
     Args:
         server: Its Redis.
-        backend: Its AI; a new one unless given.
-        guards: What its requests pass; nothing unless given.
-        url: Where it finds its Redis, if not directly.
-        start: Whether it begins at once.
-        settings: Instead of those in `QUICK`.
+        backend: Its AI; default: a new one.
+        guards: Its guards; default: none.
+        url: URL of a proxy to Redis.
+        start: Whether it starts at once.
+        settings: Overrides of `QUICK`.
     """
     known = Settings.load(redis_url=url or server.url, **{"node": "0", **QUICK, **settings})
     backend = backend or PlayedBackend()
     reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
     async with RedisClient(known.redis_url, connections=2, timeout=known.redis_timeout) as redis_client:
         with server.client() as client:
-            shop = _furnish(known, redis_client, reader, client, backend, guards or GuardChain())
+            shop = _build(known, redis_client, reader, client, backend, guards or GuardChain())
             if start:
                 shop.start()
             try:
@@ -286,7 +286,7 @@ async def workshop(
                 await reader.aclose()
 
 
-def _furnish(  # noqa: PLR0913, PLR0917 - all that it is put together from
+def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     known: Settings,
     redis_client: RedisClient,
     reader: BlockingReader,

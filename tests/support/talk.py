@@ -10,9 +10,9 @@ from imstream.demo.answer import canned_answer
 from tests.support.many_nodes import ManyNodes
 
 
-def question(length: int, about: object = "") -> str:
-    """A question whose answer has that many deltas, one every 10 ms."""
-    return f"tell me more {about} [[demo first=0 length={length} pace=10ms]]"
+def question(length: int, about: object = "", *, pace: str = "10ms") -> str:
+    """A question whose answer has that many deltas, one every `pace`."""
+    return f"tell me more {about} [[demo first=0 length={length} pace={pace}]]"
 
 
 def whole(asked: str) -> str:

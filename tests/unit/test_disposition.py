@@ -1,4 +1,4 @@
-"""What becomes of a request, as a table and as rules that hold for all inputs."""
+"""The decision about a request: as a table, and as properties for all inputs."""
 
 from __future__ import annotations
 

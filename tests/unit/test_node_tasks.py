@@ -1,4 +1,4 @@
-"""The background tasks of a node: one that fails ends nothing."""
+"""Background tasks of a node: a failing one is restarted and ends nothing."""
 
 from __future__ import annotations
 

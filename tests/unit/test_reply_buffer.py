@@ -1,4 +1,4 @@
-"""The reply buffer: whatever writers, records and sockets do, a client puts together what is recorded (I5)."""
+"""The reply buffer: in any order of writes, records and reads, a client assembles the recorded text (I5)."""
 
 # ruff: noqa: D102 - the rules of the state machine have sentences for names
 
@@ -31,7 +31,7 @@ def reply_with(*pieces: str, attempt: int = 1) -> ReplyBuffer:
 
 
 def all_steps(cursor: Cursor) -> list[TextReset | TextGrown | ReplyEnded]:
-    """All that there is to tell, up to the end."""
+    """All steps up to the end."""
     steps = []
     while (step := cursor.advance()) is not None:
         steps.append(step)
@@ -68,7 +68,7 @@ async def test_it_is_recorded_as_soon_as_a_worker_has_begun_it_or_its_record_is_
 
 
 async def test_it_is_not_recorded_when_nobody_begins_it_in_time() -> None:
-    reply = reply_with("of an attempt before")  # which Redis may have lost
+    reply = reply_with("of an attempt before")  # its record may be lost
     assert not await reply.wait_until_recorded(0.01)
 
 
@@ -230,11 +230,11 @@ def test_a_reply_is_kept_as_long_as_somebody_holds_it() -> None:
 
 @dataclass
 class Client:
-    """One socket and the client at its other end.
+    """One socket and its client.
 
     Attributes:
-        text: What the client has put together.
-        ended: What it was told of the end.
+        text: The text that the client shows.
+        ended: The terminal event that it has seen.
     """
 
     cursor: Cursor
@@ -245,7 +245,7 @@ class Client:
 
 @dataclass
 class Read:
-    """What a session has read. `after`: from which position on; None: all of it, whatever is known here."""
+    """A record that a session has read, after a position; None: from the beginning."""
 
     after: str | None
     record: Record
@@ -255,9 +255,9 @@ PIECES = st.text(max_size=5) | st.integers(0, 3 * MAX_DELTA).map(lambda size: "å
 
 
 class ReplyFollowed(RuleBasedStateMachine):
-    """One message: a worker here and one elsewhere, what Redis has recorded, and sockets here that come and go.
+    """One message, a worker here and one on another node, the record in Redis, and sockets that come and go.
 
-    `written` is all that ever was the text of an attempt, whether it was recorded or not: clients may have seen it.
+    `written` holds the text of each attempt, recorded or not: clients may have seen it.
     """
 
     clients: Bundle[Client] = Bundle("clients")
@@ -271,7 +271,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         self.recorded = 0
         self.terminal: Terminal | None = None
         self.positions = [(0, 0)]
-        """For each position of the record: the attempt, and how much of its text was recorded."""
+        """For each position of the record: the attempt, and the length of its recorded text."""
         self.here = 0
         """The attempt of the worker here; 0 when there is none."""
 
@@ -281,7 +281,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         return len(self.written) - 1
 
     def record(self, after: str = "") -> Record:
-        """What Redis knows, or what of it is new since a position."""
+        """The record, or what is new in it since a position."""
         if self.positions[-1] != (self.attempt, self.recorded):
             self.positions.append((self.attempt, self.recorded))
         attempt, start = self.positions[int(after)] if after else (0, 0)
@@ -317,7 +317,7 @@ class ReplyFollowed(RuleBasedStateMachine):
     @precondition(is_writing_here)
     @rule(piece=PIECES)
     def the_worker_here_writes(self, piece: str) -> None:
-        """It may have been overruled and not know it yet."""
+        """It may have been superseded without knowing it."""
         self.written[self.here] += piece
         self.reply.append(piece)
 
@@ -334,7 +334,7 @@ class ReplyFollowed(RuleBasedStateMachine):
     @precondition(is_open)
     @rule(cancelled=st.booleans())
     def it_ends(self, *, cancelled: bool) -> None:
-        """It is recorded. The worker here knows at once when it has ended it, clients elsewhere learn of it later."""
+        """Record the end. The worker here knows at once if it was its own end, readers learn of it later."""
         if cancelled or self.attempt == 0:
             self.terminal = CANCELLED
             return
@@ -345,7 +345,7 @@ class ReplyFollowed(RuleBasedStateMachine):
     @precondition(lambda self: self.here > 0)
     @rule()
     def the_worker_here_leaves(self) -> None:
-        """It drains, or has found out that it was overruled."""
+        """It drains, or has found out that it was superseded."""
         self.here = 0
         if self.reply.terminal is None:
             self.reply.has_writer = False
@@ -363,13 +363,13 @@ class ReplyFollowed(RuleBasedStateMachine):
 
     @rule(read=consumes(reads))
     def what_was_read_is_loaded(self, read: Read) -> None:
-        """Meanwhile, more may have been recorded, and loaded."""
+        """More may have been recorded and loaded meanwhile."""
         if read.after in (None, self.reply.position) and not self.reply.load(read.record):
             assert self.reply.load(self.record())
 
     @rule(target=clients, data=st.data())
     def a_client_comes(self, data: st.DataObject) -> Client:
-        """It may have followed any attempt elsewhere, and have seen all that was written."""
+        """It may have followed any attempt on another node, and have seen all text written."""
         attempt = data.draw(st.integers(0, self.attempt), label="attempt")
         text = self.written[attempt][: data.draw(st.integers(0, len(self.written[attempt])), label="offset")]
         client = Client(Cursor(self.reply, attempt=attempt, offset=len(text)), attempt, text)
@@ -387,7 +387,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         self.tell(client)
 
     def tell(self, client: Client) -> bool:
-        """Do what a socket and its client do; False when there is nothing to tell."""
+        """Take one step as a socket and its client do; False when the client is up to date."""
         if client.ended is not None or (step := client.cursor.advance()) is None:
             return False
         match step:
@@ -406,7 +406,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         return True
 
     def teardown(self) -> None:
-        """However it came to this: it ends, the worker here learns of it, and everybody is told."""
+        """In the end the reply ends, the worker here learns of it, and all clients see the recorded text."""
         if self.terminal is None:
             self.terminal = CANCELLED
         assert self.reply.load(self.record())

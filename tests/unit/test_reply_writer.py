@@ -1,4 +1,4 @@
-"""The writer of one attempt: whatever Redis does, the record is the text that followers saw, without gap or repeat."""
+"""The writer of one attempt: whatever Redis does, the record is the text that followers saw."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DONE = Terminal("done", "stop")
 
 
 class PlayedStore:
-    """A reply stream and inboxes. Each command may meet a fault: Redis is `away`, or its `answer is lost`."""
+    """A reply stream and inboxes. A command may fail: Redis is `away`, or its `answer is lost`."""
 
     def __init__(self) -> None:
         self.model = ReplyModel()
@@ -181,7 +181,7 @@ async def test_nothing_is_written_after_the_end() -> None:
     reply.end(Terminal("cancelled"))
     writer.append("late")
     assert reply.text_from(0) == ""
-    assert writer.needs_flush  # for it has to find out
+    assert writer.needs_flush  # the flush finds out that it has ended
 
 
 async def test_an_attempt_that_was_overtaken_writes_no_more() -> None:
@@ -193,7 +193,7 @@ async def test_an_attempt_that_was_overtaken_writes_no_more() -> None:
     assert await writer.flush() == Rejected("superseded")
     assert store.appends == 0
     writer.release()
-    assert reply.has_writer  # that is the later attempt's
+    assert reply.has_writer  # the later attempt's
 
 
 async def test_a_later_attempt_elsewhere_is_found_out_with_the_next_flush() -> None:

@@ -1,4 +1,4 @@
-"""An event loop that stood still is noticed, and blamed for what ran into its time limit meanwhile."""
+"""A stall of the event loop is detected, and time-outs are attributed to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.virtual_time import VirtualTimeLoop, in_virtual_time
 
 
 async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:
-    """Whether the loop is blamed before it stands still, right after it, when that was noticed, and later."""
+    """Whether a stall is reported before it, right after it, when it was detected, and later."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     watch = StallDetector(2.0)
@@ -20,7 +20,7 @@ async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:
         watching = asyncio.create_task(watch.run())
         await asyncio.sleep(10)
         blamed = [watch.stalled_recently()]
-        loop.now += stall  # as if the process had been frozen in this line
+        loop.now += stall  # as if the process had been frozen here
         blamed.append(watch.stalled_recently())
         await asyncio.sleep(0)
         await asyncio.sleep(STALL_TICK / 2)
