@@ -143,7 +143,6 @@ class Adopter:
     async def _release(self, node: str) -> None:
         try:
             finished = await self._deps.leases.release_stream(node)
+            log.info("adopted stream released", node=node, finished=finished)
         except StoreError as error:
             log.warning("adopted stream cannot be released", node=node, error=str(error))
-            return
-        log.info("adopted stream released", node=node, finished=finished)

@@ -40,21 +40,18 @@ class WorkerDeps:
     on_begun: Callable[[ReplyBuffer], None]
 
 
+@dataclass(slots=True, eq=False)
 class AttemptRunner:
-    """Calls the AI for one request, once per attempt."""
+    """Calls the AI for one request, once per attempt. Guards check the request once, and may change it (`checked`)."""
 
-    __slots__ = ("_checked", "_deps", "_request")
-
-    def __init__(self, request: ChatRequest, deps: WorkerDeps) -> None:
-        self._request = request
-        self._deps = deps
-        self._checked: ChatRequest | None = None
-        """The request as the guards returned it. They check it once, not before each attempt."""
+    request: ChatRequest
+    deps: WorkerDeps
+    checked: ChatRequest | None = None
 
     async def run(self, on_text: Callable[[str], None]) -> Completion:
         """Call the AI; pass text that may be shown to `on_text`. Raises `GuardRejection` and `BackendError`."""
-        deps = self._deps
-        request = self._checked = self._checked or await deps.guards.check_ai_call(self._request)
+        deps = self.deps
+        request = self.checked = self.checked or await deps.guards.check_ai_call(self.request)
         messages = await deps.prompter.messages(request)
         filtered = deps.guards.answer_filter(request, on_text)
         try:

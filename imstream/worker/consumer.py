@@ -1,8 +1,4 @@
-"""The consumer of one requests stream: reads as many requests as there are free slots, and claims what the dead left.
-
-It runs on the node's own stream as long as the node does, and on an adopted one (see `adoption`) until that is empty or
-its node is back.
-"""
+"""The consumer of one requests stream, its own or an adopted one: reads requests, and claims those of dead nodes."""
 
 from __future__ import annotations
 
@@ -65,16 +61,13 @@ class StreamConsumer:
 
     async def run(self) -> None:
         """Consume the stream, then wait for the jobs. Redis may come and go meanwhile."""
-        self._jobs.join(self._requests.node)
-        try:
+        with self._jobs.shared_with(self._requests.node):
             async with asyncio.TaskGroup() as group:
                 while not self.stopping and not self._finished:
                     try:
                         await self._consume(group)
                     except (StoreError, GroupMissing) as error:
                         await self._after_error(error)
-        finally:
-            self._jobs.leave(self._requests.node)
 
     def stop(self) -> None:
         """Read no new requests. A blocked read ends by its time limit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
-from enum import Enum
+from typing import Literal
 
 import structlog
 from structlog.typing import FilteringBoundLogger
@@ -36,13 +36,8 @@ from imstream.worker.reply_writer import ReplyWriter
 log: FilteringBoundLogger = structlog.get_logger()
 
 
-class StopReason(Enum):
-    """Why a job stops before its answer is complete."""
-
-    CANCELLED = "cancelled"
-    SUPERSEDED = "superseded"
-    """The reply stream rejects this attempt: a later one has begun, or another node has recorded the end."""
-    DRAINED = "drained"
+StopReason = Literal["cancelled", "drained", "superseded"]
+"""Why a job stops before its answer is complete. Superseded: the reply stream rejects further text of the attempt."""
 
 
 class Job:
@@ -89,7 +84,7 @@ class Job:
                     if not refusal.violation:
                         await self._refund()
                     await self.stream.finish(self.entry)
-            self.is_finished = not (disposition == Leave() and self._stop_reason is StopReason.DRAINED)
+            self.is_finished = not (disposition == Leave() and self._stop_reason == "drained")
         finally:
             if self._writer is not None:
                 self._writer.release()
@@ -124,7 +119,7 @@ class Job:
             return
         if isinstance(result, Rejected) and writer is self._writer:  # else it was the attempt before
             self._log.warning("reply stream rejects this attempt", why=result.reason, attempt=self.reply.attempt)
-            self.stop(StopReason.SUPERSEDED)
+            self.stop("superseded")
 
     async def recheck(self) -> None:
         """Stop if another node has ended the reply or begun a later attempt."""
@@ -135,7 +130,7 @@ class Job:
         except StoreError:
             return  # the next flush finds out
         if record is not None and (record.terminal is not None or record.attempt > self.reply.attempt):
-            self.stop(StopReason.SUPERSEDED)
+            self.stop("superseded")
 
     @property
     def _log(self) -> FilteringBoundLogger:
@@ -262,7 +257,7 @@ class Job:
     async def _after_stop(self) -> Disposition:
         reply, replies = self.reply, self._deps.replies
         match self._stop_reason:
-            case StopReason.CANCELLED:
+            case "cancelled":
                 if self._writer is not None:  # clients have seen the text so far
                     await retry_until_available(self._writer.flush)
                 receipt = await retry_until_available(lambda: replies.cancel(reply.user_id, reply.message_id))
@@ -272,7 +267,7 @@ class Job:
                     reply.end(Terminal("cancelled"))
                 await self._load_record()
                 return Finish()
-            case StopReason.SUPERSEDED:
+            case "superseded":
                 if self._writer is not None:
                     self._writer.release()
                 await self._load_record()

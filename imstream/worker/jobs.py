@@ -17,7 +17,7 @@ from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox, ReplyGrew
 from imstream.store.replies import CancelOutcome, CancelRecorded, ReplyStore
-from imstream.worker.job import Job, StopReason
+from imstream.worker.job import Job
 
 UNREAD_ROUNDS = 3
 """Flush rounds per flush of an answer that no other node reads: it takes 40 to 60 µs of CPU of a node and Redis."""
@@ -63,14 +63,15 @@ class Jobs:
         """Slots without a job, reserved or not."""
         return self._settings.concurrency - len(self._jobs)
 
-    def join(self, stream: str) -> None:
-        """Add a consumer to those that share the slots."""
+    @contextmanager
+    def shared_with(self, stream: str) -> Iterator[None]:
+        """Share the slots with a consumer."""
         self._consumers.add(stream)
-
-    def leave(self, stream: str) -> None:
-        """Remove a consumer."""
-        self._consumers.discard(stream)
-        self._forget(stream)
+        try:
+            yield
+        finally:
+            self._consumers.discard(stream)
+            self._forget(stream)
 
     @contextmanager
     def reserve(self, maximum: int, stream: str) -> Iterator[Slots]:
@@ -103,7 +104,7 @@ class Jobs:
         slots.free -= 1
         self._jobs.append(job)
         if self._draining:  # it was read before the drain and arrived after it
-            job.stop(StopReason.DRAINED)
+            job.stop("drained")
 
     def remove(self, job: Job) -> None:
         """Remove a job that has ended, and free its slot."""
@@ -139,14 +140,14 @@ class Jobs:
         """Stop the running answers; leave their requests pending for other nodes."""
         self._draining = True
         for job in self._jobs:
-            job.stop(StopReason.DRAINED)
+            job.stop("drained")
 
     async def cancel(self, user_id: int, message_id: str) -> CancelOutcome:
         """Cancel a message on whichever node it is. Raises `StoreError`."""
         job = self.find(user_id, message_id)
         if job is None:
             return await self._cancel_remotely(user_id, message_id)
-        job.stop(StopReason.CANCELLED)
+        job.stop("cancelled")
         try:
             async with asyncio.timeout(2 * self._settings.redis_timeout.total_seconds()):
                 await job.ended.wait()

@@ -30,15 +30,11 @@ log = structlog.get_logger()
 
 def this_process(address: str) -> Holder:
     """Describe this process as the holder of a lease."""
-    return Holder(secrets.token_hex(8), socket.gethostname(), _pid_namespace(), os.getpid(), address)
-
-
-def _pid_namespace() -> str:
-    """Return an id of the boot and container within which process ids are unique; empty when unknown."""
-    with suppress(OSError):
+    machine = ""
+    with suppress(OSError):  # process ids are unique within one boot and one container
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    return ""
+        machine = f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    return Holder(secrets.token_hex(8), socket.gethostname(), machine, os.getpid(), address)
 
 
 def is_alive(holder: Holder, machine: str) -> bool | None:
