@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from tests.redis.workshop import USER, PlayedBackend, Workshop, workshop
+from tests.redis.worker_harness import USER, PlayedBackend, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
 QUICK_LEASE = "1s"
 
 
-def directory(shop: Workshop) -> list[str]:
+def directory(worker: WorkerHarness) -> list[str]:
     """The nodes in the directory."""
-    return sorted(shop.redis.zrange(shop.keys.nodes(), 0, -1))
+    return sorted(worker.redis.zrange(worker.keys.nodes(), 0, -1))
 
 
-async def no_longer_adopted(shop: Workshop) -> None:
+async def no_longer_adopted(worker: WorkerHarness) -> None:
     """Wait until the adopter of node 0 has noticed that it is back, and reads no further requests."""
-    await wait_until(lambda: not shop.redis.exists(shop.keys.adopter("0")), "it is no longer adopted")
+    await wait_until(lambda: not worker.redis.exists(worker.keys.adopter("0")), "it is no longer adopted")
 
 
 async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer) -> None:
     async with (
-        workshop(redis_server, lease=QUICK_LEASE) as dying,
-        workshop(redis_server, node="1", lease=QUICK_LEASE, start=False) as other,
+        run_worker(redis_server, lease=QUICK_LEASE) as dying,
+        run_worker(redis_server, node="1", lease=QUICK_LEASE, start=False) as other,
     ):
         await dying.ask("begun")
         (await dying.backend.call(1)).send("half of ")
@@ -43,8 +43,8 @@ async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer)
 
 async def test_when_all_is_done_the_adopter_leaves_no_trace_in_the_group(redis_server: RedisServer) -> None:
     async with (
-        workshop(redis_server, lease=QUICK_LEASE) as dying,
-        workshop(redis_server, node="1", lease=QUICK_LEASE) as other,
+        run_worker(redis_server, lease=QUICK_LEASE) as dying,
+        run_worker(redis_server, node="1", lease=QUICK_LEASE) as other,
     ):
         other.backend.always = lambda call: call.done("x")
         await dying.ask()
@@ -59,15 +59,15 @@ async def test_when_all_is_done_the_adopter_leaves_no_trace_in_the_group(redis_s
 async def test_one_of_many_adopts(redis_server: RedisServer) -> None:
     backend = PlayedBackend()
     async with (
-        workshop(redis_server, lease=QUICK_LEASE) as dying,
-        workshop(redis_server, node="1", lease=QUICK_LEASE, backend=backend) as one,
-        workshop(redis_server, node="2", lease=QUICK_LEASE, backend=backend) as two,
+        run_worker(redis_server, lease=QUICK_LEASE) as dying,
+        run_worker(redis_server, node="1", lease=QUICK_LEASE, backend=backend) as one,
+        run_worker(redis_server, node="2", lease=QUICK_LEASE, backend=backend) as two,
     ):
         await dying.ask()
         await dying.backend.call(1)
         await dying.crash()
         call = await backend.call(1)
-        adopters = [shop for shop in (one, two) if shop.adopter.adopted == ["0"]]
+        adopters = [worker for worker in (one, two) if worker.adopter.adopted == ["0"]]
         assert len(adopters) == 1
         assert dying.redis.get(dying.keys.adopter("0")) == adopters[0].settings.node
         call.done("x")
@@ -77,8 +77,8 @@ async def test_one_of_many_adopts(redis_server: RedisServer) -> None:
 
 async def test_a_long_answer_is_never_stolen_from_a_living_node(redis_server: RedisServer) -> None:
     async with (
-        workshop(redis_server, lease="300ms") as working,
-        workshop(redis_server, node="1", lease="300ms") as other,
+        run_worker(redis_server, lease="300ms") as working,
+        run_worker(redis_server, node="1", lease="300ms") as other,
     ):
         await working.ask()
         call = await working.backend.call(1)
@@ -97,13 +97,13 @@ async def test_a_long_answer_is_never_stolen_from_a_living_node(redis_server: Re
 async def test_a_node_that_is_back_takes_what_comes_and_the_adopter_finishes_what_it_has(
     redis_server: RedisServer,
 ) -> None:
-    async with workshop(redis_server, node="1", lease=QUICK_LEASE) as other:
-        async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+    async with run_worker(redis_server, node="1", lease=QUICK_LEASE) as other:
+        async with run_worker(redis_server, lease=QUICK_LEASE) as dying:
             await dying.ask("old")
             await dying.backend.call(1)
             await dying.crash()
         old = await other.backend.call(1)
-        async with workshop(redis_server, lease=QUICK_LEASE) as back:
+        async with run_worker(redis_server, lease=QUICK_LEASE) as back:
             await no_longer_adopted(back)
             await back.ask("new")
             (await back.backend.call(1)).done("by the node itself")
@@ -119,8 +119,8 @@ async def test_a_node_that_is_back_takes_what_comes_and_the_adopter_finishes_wha
 async def test_what_a_node_hands_back_when_it_drains_is_adopted_and_does_not_count_as_a_death(
     redis_server: RedisServer,
 ) -> None:
-    async with workshop(redis_server, node="1", lease="1s", max_deliveries=1) as other:
-        async with workshop(redis_server, lease="1s", max_deliveries=1) as leaving:
+    async with run_worker(redis_server, node="1", lease="1s", max_deliveries=1) as other:
+        async with run_worker(redis_server, lease="1s", max_deliveries=1) as leaving:
             await leaving.ask()
             await leaving.backend.call(1)
         (await other.backend.call(1)).done("x")
@@ -130,12 +130,12 @@ async def test_what_a_node_hands_back_when_it_drains_is_adopted_and_does_not_cou
 
 async def test_a_request_that_kills_every_node_is_buried(redis_server: RedisServer) -> None:
     for node in ("0", "1"):
-        async with workshop(redis_server, node=node, lease="200ms", max_deliveries=2) as dying:
+        async with run_worker(redis_server, node=node, lease="200ms", max_deliveries=2) as dying:
             if node == "0":
                 await dying.ask()
             await dying.backend.call(1)
             await dying.crash()
-    async with workshop(redis_server, node="2", lease="200ms", max_deliveries=2) as last:
+    async with run_worker(redis_server, node="2", lease="200ms", max_deliveries=2) as last:
         await last.idle()
         assert last.recorded()[0] == "failed"
         assert [letter["reason"] for letter in last.dead()] == ["worker_died"]
@@ -143,14 +143,14 @@ async def test_a_request_that_kills_every_node_is_buried(redis_server: RedisServ
 
 
 async def test_an_adopter_that_dies_is_followed_by_another(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, lease=QUICK_LEASE) as first:
+    async with run_worker(redis_server, lease=QUICK_LEASE) as first:
         await first.ask()
         await first.backend.call(1)
         await first.crash()
-    async with workshop(redis_server, node="1", lease=QUICK_LEASE) as second:
+    async with run_worker(redis_server, node="1", lease=QUICK_LEASE) as second:
         await second.backend.call(1)
         await second.crash()
-    async with workshop(redis_server, node="2", lease=QUICK_LEASE) as third:
+    async with run_worker(redis_server, node="2", lease=QUICK_LEASE) as third:
         (await third.backend.call(1)).done("x")
         await third.idle()
         assert third.recorded() == ("done", "x")
@@ -158,21 +158,21 @@ async def test_an_adopter_that_dies_is_followed_by_another(redis_server: RedisSe
 
 
 async def test_a_node_that_is_gone_for_good_is_forgotten(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, lease="200ms") as leaving:
+    async with run_worker(redis_server, lease="200ms") as leaving:
         await leaving.ask()
         (await leaving.backend.call(1)).done("x")
         await leaving.idle()
-    async with workshop(redis_server, node="1", lease="200ms", retire_after="300ms") as other:
+    async with run_worker(redis_server, node="1", lease="200ms", retire_after="300ms") as other:
         await wait_until(lambda: directory(other) == ["1"], "it has left the directory")
         assert not other.redis.exists(*(key(node="0") for key in (other.keys.requests, other.keys.load)))
 
 
 async def test_a_dead_node_with_requests_is_not_forgotten(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, lease="200ms") as dying:
+    async with run_worker(redis_server, lease="200ms") as dying:
         await dying.ask()
         await dying.backend.call(1)
         await dying.crash()
-    async with workshop(redis_server, node="1", lease="200ms", retire_after="1ms") as other:
+    async with run_worker(redis_server, node="1", lease="200ms", retire_after="1ms") as other:
         call = await other.backend.call(1)
         assert directory(other) == ["0", "1"]
         call.done("x")
@@ -181,13 +181,13 @@ async def test_a_dead_node_with_requests_is_not_forgotten(redis_server: RedisSer
 
 
 async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+    async with run_worker(redis_server, lease=QUICK_LEASE) as dying:
         await wait_until(lambda: directory(dying) == ["0"], "it is in the directory")
         dying.consumer.stop()
         for n in range(6):
             await dying.ask(f"theirs {n}")
         await dying.crash()
-    async with workshop(redis_server, node="1", lease=QUICK_LEASE, concurrency=4) as other:
+    async with run_worker(redis_server, node="1", lease=QUICK_LEASE, concurrency=4) as other:
         for n in range(6):
             await other.ask(f"ours {n}", user=USER + 1)
         answered = 0
@@ -203,13 +203,13 @@ async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServe
 async def test_a_node_that_dies_again_is_adopted_again_by_who_still_works_on_what_it_left_the_first_time(
     redis_server: RedisServer,
 ) -> None:
-    async with workshop(redis_server, node="1", lease=QUICK_LEASE) as other:
-        async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+    async with run_worker(redis_server, node="1", lease=QUICK_LEASE) as other:
+        async with run_worker(redis_server, lease=QUICK_LEASE) as dying:
             await dying.ask("first")
             await dying.backend.call(1)
             await dying.crash()
         first = await other.backend.call(1)
-        async with workshop(redis_server, lease=QUICK_LEASE) as back:
+        async with run_worker(redis_server, lease=QUICK_LEASE) as back:
             await no_longer_adopted(back)
             await back.ask("second")
             await back.backend.call(1)
@@ -225,7 +225,7 @@ async def test_a_node_that_dies_again_is_adopted_again_by_who_still_works_on_wha
 async def test_an_adopted_stream_gets_the_only_slot_of_a_node_that_has_nothing_else_to_do(
     redis_server: RedisServer,
 ) -> None:
-    async with workshop(redis_server, lease=QUICK_LEASE) as dying:
+    async with run_worker(redis_server, lease=QUICK_LEASE) as dying:
         await dying.ask("begun")
         await dying.backend.call(1)
         dying.consumer.stop()
@@ -233,7 +233,7 @@ async def test_an_adopted_stream_gets_the_only_slot_of_a_node_that_has_nothing_e
         await dying.ask("waiting")
         await dying.crash()
     # With such a long blocked read of its own stream, the slot is rarely free.
-    async with workshop(redis_server, node="1", lease=QUICK_LEASE, concurrency=1, read_block="1s") as other:
+    async with run_worker(redis_server, node="1", lease=QUICK_LEASE, concurrency=1, read_block="1s") as other:
         (await other.backend.call(1)).done("x")
         (await other.backend.call(2)).done("x")
         await other.idle()

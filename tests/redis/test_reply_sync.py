@@ -29,7 +29,7 @@ from imstream.store.replies import ReplyStore
 from imstream.texts import Text
 from imstream.wire import CloseCode, Code
 from imstream.worker.jobs import Jobs
-from tests.redis.workshop import USER, Follower
+from tests.redis.worker_harness import USER, Follower
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 

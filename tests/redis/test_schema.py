@@ -9,7 +9,7 @@ from structlog.typing import EventDict
 from imstream.keys import GROUP
 from imstream.model import SCHEMA_VERSION, ChatRequest, MalformedEntry
 from tests.redis.conftest import chat_request
-from tests.redis.workshop import USER, Workshop, workshop
+from tests.redis.worker_harness import USER, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
@@ -19,9 +19,9 @@ ON_SERVERS = ["valkey"]
 REQUIRED = {"user": str(USER), "message_id": "m", "contents": "hello"}
 
 
-def add(shop: Workshop, fields: dict[str, str], node: str = "0") -> str:
+def add(worker: WorkerHarness, fields: dict[str, str], node: str = "0") -> str:
     """Put an entry into the stream by hand."""
-    return str(shop.redis.xadd(shop.keys.requests(node), fields))
+    return str(worker.redis.xadd(worker.keys.requests(node), fields))
 
 
 def newer(message_id: str) -> dict[str, str]:
@@ -34,13 +34,13 @@ def said_about_newer(logs: list[EventDict]) -> list[EventDict]:
 
 
 async def test_a_request_without_optional_fields_is_answered(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        shop.backend.always = lambda call: call.done("x")
-        entry_id = add(shop, {**REQUIRED, "colour": "green"})
-        await wait_until(lambda: shop.backend.calls, "the AI is asked")
-        await shop.idle()
-        assert shop.recorded() == ("done", "x")
-        assert [message.content for message in shop.backend.calls[0].messages] == ["hello"]
+    async with run_worker(redis_server) as worker:
+        worker.backend.always = lambda call: call.done("x")
+        entry_id = add(worker, {**REQUIRED, "colour": "green"})
+        await wait_until(lambda: worker.backend.calls, "the AI is asked")
+        await worker.idle()
+        assert worker.recorded() == ("done", "x")
+        assert [message.content for message in worker.backend.calls[0].messages] == ["hello"]
         request = ChatRequest.from_fields(REQUIRED, entry_id)
         assert (request.history, request.lang, str(request.at)) == ((), "zh", entry_id.partition("-")[0])
         assert request.trace
@@ -59,28 +59,28 @@ WRONG = {
 async def test_a_request_that_cannot_be_answered_is_told_failed_and_kept_whole(
     what: str, redis_server: RedisServer
 ) -> None:
-    async with workshop(redis_server) as shop:
-        client = shop.follow()
-        add(shop, {**WRONG[what], "colour": "green", "v": "1"})
+    async with run_worker(redis_server) as worker:
+        client = worker.follow()
+        add(worker, {**WRONG[what], "colour": "green", "v": "1"})
         assert await client.end() == "failed"
-        await shop.idle()
-        assert shop.recorded() == ("failed", "")
-        [letter] = shop.dead()
+        await worker.idle()
+        assert worker.recorded() == ("failed", "")
+        [letter] = worker.dead()
         assert letter["reason"] == "malformed"
         assert WRONG[what].items() <= letter.items()
         assert letter["colour"] == "green"
-        assert shop.backend.calls == []
+        assert worker.backend.calls == []
 
 
 @pytest.mark.parametrize("missing", ["user", "message_id"])
 async def test_a_request_of_nobody_is_buried_and_harms_no_other(missing: str, redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        shop.backend.always = lambda call: call.done("x")
-        add(shop, {name: value for name, value in REQUIRED.items() if name != missing})
-        await shop.ask("other")
-        await shop.idle()
-        assert [letter["reason"] for letter in shop.dead()] == ["malformed"]
-        assert shop.recorded("other") == ("done", "x")
+    async with run_worker(redis_server) as worker:
+        worker.backend.always = lambda call: call.done("x")
+        add(worker, {name: value for name, value in REQUIRED.items() if name != missing})
+        await worker.ask("other")
+        await worker.idle()
+        assert [letter["reason"] for letter in worker.dead()] == ["malformed"]
+        assert worker.recorded("other") == ("done", "x")
 
 
 async def test_requests_of_a_newer_release_stay_pending_with_one_error_and_the_others_are_answered(
@@ -89,22 +89,22 @@ async def test_requests_of_a_newer_release_stay_pending_with_one_error_and_the_o
     ids = set[str]()
     with capture_logs() as logs:
         for _ in range(2):  # by the next process, too
-            async with workshop(redis_server, max_deliveries=1) as shop:
-                shop.backend.always = lambda call: call.done("x")
-                if shop.redis.xlen(shop.keys.requests("0")) == 0:
-                    ids |= {add(shop, newer("new 1")), add(shop, newer("new 2"))}
-                await shop.ask("old")
-                await wait_until(lambda s=shop: s.entries("old")[-1]["event"] == "done", "the old one is answered")
-                await wait_until(lambda s=shop: len(s.pending()) == 2, "the old one has ended")
-                sweeps = int(shop.redis.info("commandstats")["cmdstat_xpending"]["calls"])
+            async with run_worker(redis_server, max_deliveries=1) as worker:
+                worker.backend.always = lambda call: call.done("x")
+                if worker.redis.xlen(worker.keys.requests("0")) == 0:
+                    ids |= {add(worker, newer("new 1")), add(worker, newer("new 2"))}
+                await worker.ask("old")
+                await wait_until(lambda s=worker: s.entries("old")[-1]["event"] == "done", "the old one is answered")
+                await wait_until(lambda s=worker: len(s.pending()) == 2, "the old one has ended")
+                sweeps = int(worker.redis.info("commandstats")["cmdstat_xpending"]["calls"])
                 await wait_until(
-                    lambda s=shop, n=sweeps: s.redis.info("commandstats")["cmdstat_xpending"]["calls"] > n + 4,
+                    lambda s=worker, n=sweeps: s.redis.info("commandstats")["cmdstat_xpending"]["calls"] > n + 4,
                     "it is swept again",
                 )
-                assert shop.pending() == dict.fromkeys(ids, 0), "no worker has died with them"
-                assert shop.recorded("old") == ("done", "x")
-                assert shop.dead() == []
-                shop.redis.delete(shop.keys.reply(USER, "old"))
+                assert worker.pending() == dict.fromkeys(ids, 0), "no worker has died with them"
+                assert worker.recorded("old") == ("done", "x")
+                assert worker.dead() == []
+                worker.redis.delete(worker.keys.reply(USER, "old"))
     assert [(line["log_level"], line["version"]) for line in said_about_newer(logs)] == [
         ("error", SCHEMA_VERSION + 1)
     ] * 2
@@ -114,12 +114,12 @@ async def test_who_adopts_requests_of_a_newer_release_leaves_them_to_their_node_
     redis_server: RedisServer,
 ) -> None:
     with capture_logs() as logs:
-        async with workshop(redis_server, lease="300ms") as dying:
+        async with run_worker(redis_server, lease="300ms") as dying:
             await dying.ask("old")
             await dying.backend.call(1)
             await dying.crash()
             entry_id = add(dying, newer("new"))
-        async with workshop(redis_server, node="1", lease="300ms") as other:
+        async with run_worker(redis_server, node="1", lease="300ms") as other:
             (await other.backend.call(1)).done("x")
             await wait_until(lambda: other.pending() == {entry_id: 0}, "only the newer one is left")
             await wait_until(lambda: not other.redis.exists(other.keys.adopter("0")), "another node may adopt")
@@ -136,34 +136,34 @@ async def test_who_adopts_requests_of_a_newer_release_leaves_them_to_their_node_
 
 
 async def test_what_this_release_writes_says_its_version(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        await shop.replies.mark_queued(USER, "m")
-        await shop.ask()
-        call = await shop.backend.call(1)
-        [(_, fields)] = shop.redis.xrange(shop.keys.requests("0"))
+    async with run_worker(redis_server) as worker:
+        await worker.replies.mark_queued(USER, "m")
+        await worker.ask()
+        call = await worker.backend.call(1)
+        [(_, fields)] = worker.redis.xrange(worker.keys.requests("0"))
         assert fields["v"] == str(SCHEMA_VERSION)
         call.send("some text")
-        await wait_until(lambda: len(shop.entries()) == 3, "it is recorded")
-        await shop.jobs.cancel(USER, "m")
-        await shop.idle()
-        assert [(one["event"], one["v"]) for one in shop.entries()] == [
+        await wait_until(lambda: len(worker.entries()) == 3, "it is recorded")
+        await worker.jobs.cancel(USER, "m")
+        await worker.idle()
+        assert [(one["event"], one["v"]) for one in worker.entries()] == [
             (event, str(SCHEMA_VERSION)) for event in ("queued", "opened", "text", "cancelled")
         ]
 
 
 async def test_events_of_a_newer_release_in_a_record_are_passed_over(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        await shop.ask()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server) as worker:
+        await worker.ask()
+        call = await worker.backend.call(1)
         call.send("some ")
-        await wait_until(lambda: len(shop.entries()) == 3, "it is recorded")
-        shop.redis.xadd(
-            shop.keys.reply(USER, "m"),
+        await wait_until(lambda: len(worker.entries()) == 3, "it is recorded")
+        worker.redis.xadd(
+            worker.keys.reply(USER, "m"),
             {"attempt": "1", "event": "thinking", "offset": "5", "v": "2", "text": "hm", "mood": "good"},
         )
         call.done("text")
-        await shop.idle()
-        record = await shop.replies.read(USER, "m")
+        await worker.idle()
+        record = await worker.replies.read(USER, "m")
         assert record is not None
         assert record.text == "some text"
 

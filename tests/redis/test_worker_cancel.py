@@ -12,7 +12,7 @@ from imstream.model import Terminal
 from imstream.store.replies import CancelRecorded
 from imstream.store.scripts import LUA
 from tests.redis.conftest import chat_request
-from tests.redis.workshop import USER, Workshop, workshop
+from tests.redis.worker_harness import USER, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
@@ -21,108 +21,108 @@ CANCELLED = Terminal("cancelled")
 
 
 async def test_a_message_that_is_being_answered_is_stopped_at_once(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, flush_interval="1h") as shop:
-        client = shop.follow()
-        await shop.ask()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server, flush_interval="1h") as worker:
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(1)
         call.send("so far")
-        assert await shop.jobs.cancel(USER, "m") == "cancelled"
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
         assert call.cancelled
         assert await client.end() == "cancelled"
         assert client.text == "so far"
-        await shop.idle()
-        assert shop.recorded() == ("cancelled", "so far")  # exactly what the client saw
-        assert shop.dead() == []
-        assert len(shop.backend.calls) == 1
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "so far")  # exactly what the client saw
+        assert worker.dead() == []
+        assert len(worker.backend.calls) == 1
 
 
 async def test_a_message_that_waits_is_never_begun(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, start=False) as shop:
-        client = shop.follow()
-        await shop.ask()
-        assert await shop.jobs.cancel(USER, "m") == "cancelled"
+    async with run_worker(redis_server, start=False) as worker:
+        client = worker.follow()
+        await worker.ask()
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
         assert await client.end() == "cancelled"
-        shop.start()
-        await shop.idle()
-        assert shop.recorded() == ("cancelled", "")
-        assert shop.backend.calls == []
+        worker.start()
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "")
+        assert worker.backend.calls == []
 
 
 async def test_a_message_that_is_being_opened_is_never_asked(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        workshop(redis_server, url=proxy.url, redis_timeout="3s") as shop,
+        run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        shop.backend.always = lambda call: call.done("x")
-        await shop.ask("warm")
-        await shop.idle()
+        worker.backend.always = lambda call: call.done("x")
+        await worker.ask("warm")
+        await worker.idle()
         opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.3)
-        await shop.requests.admit(chat_request(USER, "m"))
+        await worker.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")
-        assert await shop.jobs.cancel(USER, "m") == "cancelled"
-        await shop.idle()
-        assert shop.recorded() == ("cancelled", "")
-        assert len(shop.backend.calls) == 1
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "")
+        assert len(worker.backend.calls) == 1
 
 
 async def test_a_message_that_waits_for_its_next_attempt_is_cancelled(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        client = shop.follow()
-        await shop.ask()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server) as worker:
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(1)
         call.send("first try")
         call.fail(TransientBackendError("http_503", retry_after=timedelta(seconds=60)))
-        await wait_until(lambda: shop.recorded_text() == "first try", "the first attempt is recorded")
-        assert await shop.jobs.cancel(USER, "m") == "cancelled"
+        await wait_until(lambda: worker.recorded_text() == "first try", "the first attempt is recorded")
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
         assert await client.end() == "cancelled"
-        await shop.idle()
-        assert shop.recorded() == ("cancelled", "first try")
-        assert len(shop.backend.calls) == 1
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "first try")
+        assert len(worker.backend.calls) == 1
 
 
 async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        workshop(redis_server, url=proxy.url, redis_timeout="3s", flush_interval="1h") as shop,
+        run_worker(redis_server, url=proxy.url, redis_timeout="3s", flush_interval="1h") as worker,
     ):
-        shop.backend.always = lambda call: call.done("x")
-        await shop.ask("warm")
-        await shop.idle()
-        shop.backend.always = None
-        client = shop.follow()
-        await shop.ask()
-        call = await shop.backend.call(2)
+        worker.backend.always = lambda call: call.done("x")
+        await worker.ask("warm")
+        await worker.idle()
+        worker.backend.always = None
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(2)
         ending = proxy.on_answer_to(LUA["append"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         call.done("answer")
         await wait_until(lambda: ending.sprung, "its end is being recorded")
-        assert await shop.jobs.cancel(USER, "m") == "too_late"
+        assert await worker.jobs.cancel(USER, "m") == "too_late"
         assert await client.end() == "done"
-        await shop.idle()
-        assert shop.recorded() == ("done", "answer")
+        await worker.idle()
+        assert worker.recorded() == ("done", "answer")
 
 
 async def test_an_answer_complete_in_the_same_moment_has_one_end(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
+    async with run_worker(redis_server) as worker:
         for n in range(20):
-            client = shop.follow(f"m{n}")
-            await shop.ask(f"m{n}")
-            call = await shop.backend.call(n + 1)
-            cancelling = asyncio.create_task(shop.jobs.cancel(USER, f"m{n}"))
+            client = worker.follow(f"m{n}")
+            await worker.ask(f"m{n}")
+            call = await worker.backend.call(n + 1)
+            cancelling = asyncio.create_task(worker.jobs.cancel(USER, f"m{n}"))
             for _ in range(n % 5):
                 await asyncio.sleep(0)
             if not call.outcome.done():
                 call.done("answer")
             receipt = await cancelling
             assert await client.end() == {"cancelled": "cancelled", "too_late": "done"}[receipt]
-            await shop.idle()
-            assert shop.recorded(f"m{n}") == (await client.end(), client.text)
+            await worker.idle()
+            assert worker.recorded(f"m{n}") == (await client.end(), client.text)
 
 
 @pytest.mark.parametrize("end", ["done", "failed", "cancelled"])
 async def test_a_message_that_has_ended_stays_as_it_is(redis_server: RedisServer, end: str) -> None:
-    async with workshop(redis_server, max_attempts=1) as shop:
-        await shop.ask()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server, max_attempts=1) as worker:
+        await worker.ask()
+        call = await worker.backend.call(1)
         call.send("text")
         match end:
             case "done":
@@ -130,104 +130,104 @@ async def test_a_message_that_has_ended_stays_as_it_is(redis_server: RedisServer
             case "failed":
                 call.fail(TransientBackendError("http_503"))
             case _:
-                await shop.jobs.cancel(USER, "m")
-        await shop.idle()
-        assert await shop.jobs.cancel(USER, "m") == ("cancelled" if end == "cancelled" else "too_late")
-        assert shop.recorded() == (end, "text")
+                await worker.jobs.cancel(USER, "m")
+        await worker.idle()
+        assert await worker.jobs.cancel(USER, "m") == ("cancelled" if end == "cancelled" else "too_late")
+        assert worker.recorded() == (end, "text")
 
 
 async def test_a_message_nobody_knows_and_that_of_another_user_look_the_same(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        await shop.ask(user=10002)
-        call = await shop.backend.call(1)
-        assert await shop.jobs.cancel(10001, "m") == "unknown"
-        assert await shop.jobs.cancel(10001, "never seen") == "unknown"
+    async with run_worker(redis_server) as worker:
+        await worker.ask(user=10002)
+        call = await worker.backend.call(1)
+        assert await worker.jobs.cancel(10001, "m") == "unknown"
+        assert await worker.jobs.cancel(10001, "never seen") == "unknown"
         call.done("x")
-        await shop.idle()
-        assert shop.recorded(user=10002) == ("done", "x")
+        await worker.idle()
+        assert worker.recorded(user=10002) == ("done", "x")
 
 
 async def test_a_message_cancelled_elsewhere_stops_here(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        client = shop.follow()
-        await shop.ask()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server) as worker:
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(1)
         call.send("recorded ")
-        await wait_until(lambda: shop.recorded_text() == "recorded ", "the text is recorded")
-        assert isinstance(await shop.replies.cancel(USER, "m"), CancelRecorded)  # by another node
+        await wait_until(lambda: worker.recorded_text() == "recorded ", "the text is recorded")
+        assert isinstance(await worker.replies.cancel(USER, "m"), CancelRecorded)  # by another node
         call.send("and not recorded")
         await wait_until(lambda: call.cancelled, "the AI call is stopped")
         assert await client.end() == "cancelled"
         assert client.text == "recorded "
-        await shop.idle()
-        assert shop.recorded() == ("cancelled", "recorded ")
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "recorded ")
 
 
 async def test_text_that_comes_after_a_message_was_cancelled_elsewhere_is_shown_to_nobody(
     redis_server: RedisServer,
 ) -> None:
-    async with workshop(redis_server) as shop:
-        await shop.ask()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server) as worker:
+        await worker.ask()
+        call = await worker.backend.call(1)
         call.send("kept")
-        await wait_until(lambda: shop.recorded_text() == "kept", "the text is recorded")
-        await shop.replies.cancel(USER, "m")
-        record = await shop.replies.read(USER, "m")
+        await wait_until(lambda: worker.recorded_text() == "kept", "the text is recorded")
+        await worker.replies.cancel(USER, "m")
+        record = await worker.replies.read(USER, "m")
         assert record is not None
-        reply = shop.buffers.get(USER, "m")
+        reply = worker.buffers.get(USER, "m")
         reply.load(record)  # a socket resumes, before the worker knows
         call.send(" and more")
-        late = shop.follow()
+        late = worker.follow()
         assert (late.text, late.terminal) == ("kept", CANCELLED)
         await wait_until(lambda: call.cancelled, "the AI call is stopped")
-        await shop.idle()
-        assert shop.recorded() == ("cancelled", "kept")
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "kept")
 
 
 async def test_while_redis_is_away_a_cancel_says_so_in_time_and_counts_later(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        workshop(redis_server, url=proxy.url, redis_timeout="200ms") as shop,
+        run_worker(redis_server, url=proxy.url, redis_timeout="200ms") as worker,
     ):
-        client = shop.follow()
-        await shop.ask()
-        call = await shop.backend.call(1)
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(1)
         proxy.swallow()
         proxy.drop()
         with pytest.raises(StoreUnavailable):
-            await asyncio.wait_for(shop.jobs.cancel(USER, "m"), 5)
+            await asyncio.wait_for(worker.jobs.cancel(USER, "m"), 5)
         assert call.cancelled
         with pytest.raises(StoreUnavailable):
-            await asyncio.wait_for(shop.jobs.cancel(USER, "not here"), 5)
+            await asyncio.wait_for(worker.jobs.cancel(USER, "not here"), 5)
         proxy.forward()
         proxy.drop()
         assert await client.end() == "cancelled"
-        await shop.idle()
+        await worker.idle()
 
 
 async def test_a_cancel_of_an_answer_that_is_handed_back_is_not_too_late(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        await shop.ask()
-        await shop.backend.call(1)
-        shop.consumer.stop()
-        shop.jobs.drain()
+    async with run_worker(redis_server) as worker:
+        await worker.ask()
+        await worker.backend.call(1)
+        worker.consumer.stop()
+        worker.jobs.drain()
         with pytest.raises(StoreUnavailable):
-            await shop.jobs.cancel(USER, "m")
-        await shop.stop()
-        assert await shop.jobs.cancel(USER, "m") == "cancelled"
+            await worker.jobs.cancel(USER, "m")
+        await worker.stop()
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
 
 
 async def test_a_message_that_redis_has_lost_can_still_be_cancelled(redis_server: RedisServer) -> None:
-    async with workshop(redis_server) as shop:
-        client = shop.follow()
-        await shop.ask()
-        call = await shop.backend.call(1)
-        await _lose_everything(shop)
-        assert await shop.jobs.cancel(USER, "m") == "cancelled"
+    async with run_worker(redis_server) as worker:
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(1)
+        await _lose_everything(worker)
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
         assert call.cancelled
         assert await client.end() == "cancelled"
 
 
-async def _lose_everything(shop: Workshop) -> None:
-    shop.redis.flushall()
-    await wait_until(lambda: shop.redis.exists(shop.keys.requests("0")), "the stream is created again")
+async def _lose_everything(worker: WorkerHarness) -> None:
+    worker.redis.flushall()
+    await wait_until(lambda: worker.redis.exists(worker.keys.requests("0")), "the stream is created again")

@@ -14,7 +14,7 @@ from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardReject
 from imstream.model import ChatRequest
 from imstream.texts import Sentence
 from imstream.wire import Code
-from tests.redis.workshop import Call, workshop
+from tests.redis.worker_harness import Call, run_worker
 from tests.support.servers import RedisServer
 
 ON_SERVERS = ["valkey"]
@@ -51,57 +51,57 @@ def _answer(call: Call) -> None:
 async def test_a_guard_that_cannot_tell_is_asked_again_and_the_ai_is_not_blamed(redis_server: RedisServer) -> None:
     guard = _Asked(silent=3)
     breaker: dict[str, Any] = {"ai_breaker_failures": 1, "ai_breaker_pause": "1h"}
-    async with workshop(redis_server, guards=GuardChain([guard]), max_attempts=4, **breaker) as shop:
-        shop.backend.always = _answer
-        client = shop.follow()
-        await shop.ask()
+    async with run_worker(redis_server, guards=GuardChain([guard]), max_attempts=4, **breaker) as worker:
+        worker.backend.always = _answer
+        client = worker.follow()
+        await worker.ask()
         assert await client.end() == "done"
-        await shop.ask("other")  # an open breaker would delay this one
-        await shop.idle()
+        await worker.ask("other")  # an open breaker would delay this one
+        await worker.idle()
         assert guard.asked == ["m", "m", "m", "m", "other"]
-        assert len(shop.backend.calls) == 2
+        assert len(worker.backend.calls) == 2
 
 
 async def test_a_guard_that_can_never_tell_ends_the_message_with_its_reason(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, guards=GuardChain([_Asked(silent=99)]), max_attempts=2) as shop:
-        client = shop.follow()
-        await shop.ask()
+    async with run_worker(redis_server, guards=GuardChain([_Asked(silent=99)]), max_attempts=2) as worker:
+        client = worker.follow()
+        await worker.ask()
         assert await client.end() == "failed"
-        await shop.idle()
-        [letter] = shop.dead()
+        await worker.idle()
+        [letter] = worker.dead()
         assert (letter["reason"], letter["error"], letter["attempts"]) == ("guard_away", "nobody there", "2")
-        assert shop.backend.calls == []
+        assert worker.backend.calls == []
 
 
 async def test_what_a_guard_let_pass_is_not_asked_about_again_when_the_ai_fails(redis_server: RedisServer) -> None:
     guard = _Asked()
-    async with workshop(redis_server, guards=GuardChain([guard])) as shop:
-        await shop.ask()
-        (await shop.backend.call(1)).fail(TransientBackendError("http_503"))
-        (await shop.backend.call(2)).done("x")
-        await shop.idle()
+    async with run_worker(redis_server, guards=GuardChain([guard])) as worker:
+        await worker.ask()
+        (await worker.backend.call(1)).fail(TransientBackendError("http_503"))
+        (await worker.backend.call(2)).done("x")
+        await worker.idle()
         assert guard.asked == ["m"]
 
 
 async def test_the_ai_is_asked_what_the_guards_made_of_a_message(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, guards=GuardChain([_Softens()])) as shop:
-        await shop.ask()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server, guards=GuardChain([_Softens()])) as worker:
+        await worker.ask()
+        call = await worker.backend.call(1)
         assert call.messages[-1].content == "please: 你好"
         call.done("x")
-        await shop.idle()
+        await worker.idle()
 
 
 async def test_a_refusal_is_counted_logged_and_recorded_and_is_no_dead_letter(redis_server: RedisServer) -> None:
     guards = GuardChain([_Asked()])
-    async with workshop(redis_server, guards=guards) as shop:
-        client = shop.follow("bad")
+    async with run_worker(redis_server, guards=guards) as worker:
+        client = worker.follow("bad")
         with capture_logs() as logs:
-            await shop.ask("bad")
+            await worker.ask("bad")
             assert await client.end() == "failed"
-            await shop.idle()
-        assert shop.dead() == []
-        end = shop.entries("bad")[-1]
+            await worker.idle()
+        assert worker.dead() == []
+        end = worker.entries("bad")[-1]
         assert (end["reason"], end["error"]) == ("not_wanted", "No (rudeness)")
         [line] = [line for line in logs if line["event"] == "message refused"]
         assert (line["reason"], line["message_id"], line["detail"]) == ("not_wanted", "bad", "rudeness")
@@ -154,16 +154,16 @@ GIVEN_BACK: dict[str, tuple[list[str | Exception], bool]] = {
 async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_server: RedisServer) -> None:
     script, is_given_back = GIVEN_BACK[what]
     guard, failures = _Listens(), sum(isinstance(one, Exception) for one in script)
-    async with workshop(
+    async with run_worker(
         redis_server, guards=GuardChain([guard]), max_attempts=max(1, failures + ("stop" in script))
-    ) as shop:
-        client = shop.follow()
-        await shop.ask()
-        number, call = 1, await shop.backend.call(1)
+    ) as worker:
+        client = worker.follow()
+        await worker.ask()
+        number, call = 1, await worker.backend.call(1)
         for step in script:
             if call.outcome.done():
                 number += 1
-                call = await shop.backend.call(number)
+                call = await worker.backend.call(number)
             if isinstance(step, str):
                 try:
                     call.send(step)
@@ -172,29 +172,29 @@ async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_se
             else:
                 call.fail(step)
         assert await client.end() == "failed"
-        await shop.idle()
+        await worker.idle()
         assert guard.given_back == ["m"] * is_given_back
-        assert len(shop.dead()) == ("stop" not in script)
+        assert len(worker.dead()) == ("stop" not in script)
 
 
 async def test_who_is_to_blame_for_a_refusal_does_not_get_the_message_back_even_if_the_worker_dies(
     redis_server: RedisServer,
 ) -> None:
     guard = _Listens()
-    async with workshop(redis_server, guards=GuardChain([guard])) as shop:
-        client = shop.follow()
-        await shop.ask(contents="bad")
+    async with run_worker(redis_server, guards=GuardChain([guard])) as worker:
+        client = worker.follow()
+        await worker.ask(contents="bad")
         assert await client.end() == "failed"
-        await shop.idle()
-        terminal = shop.entries()[-1]
-        shop.redis.delete(shop.keys.reply(10001, "m"))
+        await worker.idle()
+        terminal = worker.entries()[-1]
+        worker.redis.delete(worker.keys.reply(10001, "m"))
         assert (terminal["event"], terminal["violation"]) == ("failed", "1")
     # As if the worker had died before it finished: the next one finds the end and whether it was a violation.
-    async with workshop(redis_server, guards=GuardChain([guard]), start=False) as shop:
-        request = f"0/{await shop.ask(contents='bad')}"
-        await shop.replies.open(10001, "m", request=request)
-        shop.redis.xadd(shop.keys.reply(10001, "m"), terminal)
-        shop.start()
-        await shop.idle()
-        assert shop.dead() == []
+    async with run_worker(redis_server, guards=GuardChain([guard]), start=False) as worker:
+        request = f"0/{await worker.ask(contents='bad')}"
+        await worker.replies.open(10001, "m", request=request)
+        worker.redis.xadd(worker.keys.reply(10001, "m"), terminal)
+        worker.start()
+        await worker.idle()
+        assert worker.dead() == []
     assert guard.given_back == []

@@ -9,7 +9,7 @@ import pytest
 from imstream.errors import TransientBackendError
 from imstream.keys import GROUP
 from imstream.store.scripts import LUA
-from tests.redis.workshop import USER, workshop
+from tests.redis.worker_harness import USER, run_worker
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
@@ -23,116 +23,118 @@ APPEND = LUA["append"].digest.encode()
 async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: RedisServer, fate: Fate) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        workshop(redis_server, url=proxy.url, redis_timeout="300ms") as shop,
+        run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        await shop.ask("warm")
-        (await shop.backend.call(1)).done("x")  # now Redis has the scripts
-        await shop.idle()
-        await shop.ask()
-        follower = shop.follow()
-        call = await shop.backend.call(2)
+        await worker.ask("warm")
+        (await worker.backend.call(1)).done("x")  # now Redis has the scripts
+        await worker.idle()
+        await worker.ask()
+        follower = worker.follow()
+        call = await worker.backend.call(2)
         trap = proxy.on_answer_to(APPEND, fate=fate)
         call.send("one ")
         await wait_until(lambda: trap.sprung, "the append has reached Redis")
         call.send("two ")  # more, before the first is known to be recorded
-        await wait_until(lambda: "two " in [entry.get("text") for entry in shop.entries()], "the rest is recorded too")
+        await wait_until(
+            lambda: "two " in [entry.get("text") for entry in worker.entries()], "the rest is recorded too"
+        )
         call.done("three")
         assert await follower.end() == "done"
-        assert shop.recorded() == ("done", "one two three")
+        assert worker.recorded() == ("done", "one two three")
         assert (follower.text, follower.restarts) == ("one two three", 0)
-        assert len(shop.backend.calls) == 2
+        assert len(worker.backend.calls) == 2
 
 
 async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        workshop(redis_server, url=proxy.url, redis_timeout="300ms") as shop,
+        run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        await shop.ask("warm")
-        (await shop.backend.call(1)).done("x")
-        await shop.idle()
-        await shop.ask()
-        call = await shop.backend.call(2)
+        await worker.ask("warm")
+        (await worker.backend.call(1)).done("x")
+        await worker.idle()
+        await worker.ask()
+        call = await worker.backend.call(2)
         trap = proxy.on_answer_to(APPEND, fate=Fate.SILENCE)
         call.send("one ")
         await wait_until(lambda: trap.sprung, "the append has reached Redis")
         call.done("two")
-        await shop.idle()
-        assert shop.recorded() == ("done", "one two")
-        assert len(shop.backend.calls) == 2
+        await worker.idle()
+        assert worker.recorded() == ("done", "one two")
+        assert len(worker.backend.calls) == 2
 
 
 async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_way(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, retry_wait="1ms", sweep_interval="1h") as shop:
-        await shop.ask()
-        call = await shop.backend.call(1)
-        job = shop.jobs.find(USER, "m")
+    async with run_worker(redis_server, retry_wait="1ms", sweep_interval="1h") as worker:
+        await worker.ask()
+        call = await worker.backend.call(1)
+        job = worker.jobs.find(USER, "m")
         assert job is not None
         call.send("lost")
-        append, release = shop.replies.append, asyncio.Event()
+        append, release = worker.replies.append, asyncio.Event()
 
         async def late(*args: object, **kwargs: object) -> object:
             await release.wait()
             return await append(*args, **kwargs)  # type: ignore[arg-type]
 
-        shop.replies.append = late  # type: ignore[method-assign, assignment]
+        worker.replies.append = late  # type: ignore[method-assign, assignment]
         flushing = asyncio.create_task(job.flush())
         await asyncio.sleep(0)
-        shop.replies.append = append  # type: ignore[method-assign]
+        worker.replies.append = append  # type: ignore[method-assign]
         call.fail(TransientBackendError("http_503"))
         await wait_until(lambda: job._writer is None, "the first attempt is over")  # noqa: SLF001 - the state of the race
-        assert [entry["event"] for entry in shop.entries()] == ["queued", "opened"]
+        assert [entry["event"] for entry in worker.entries()] == ["queued", "opened"]
         release.set()
-        (await shop.backend.call(2)).done("kept")
+        (await worker.backend.call(2)).done("kept")
         await flushing
-        await shop.idle()
-        assert shop.recorded() == ("done", "kept")
-        assert len(shop.backend.calls) == 2
+        await worker.idle()
+        assert worker.recorded() == ("done", "kept")
+        assert len(worker.backend.calls) == 2
 
 
 async def test_when_redis_lost_everything_between_two_attempts_their_texts_are_not_mixed(
     redis_server: RedisServer,
 ) -> None:
-    async with workshop(redis_server, retry_wait="1ms") as shop:
-        await shop.ask()
-        follower = shop.follow()
-        call = await shop.backend.call(1)
+    async with run_worker(redis_server, retry_wait="1ms") as worker:
+        await worker.ask()
+        follower = worker.follow()
+        call = await worker.backend.call(1)
         call.send("first try")
-        shop.redis.flushall()
+        worker.redis.flushall()
         call.fail(TransientBackendError("http_503"))
-        (await shop.backend.call(2)).done("and the second")
+        (await worker.backend.call(2)).done("and the second")
         assert await follower.end() == "done"
         assert follower.text == "and the second"
-        assert shop.recorded() == ("done", "and the second")
+        assert worker.recorded() == ("done", "and the second")
 
 
 async def test_a_message_sent_again_after_redis_lost_everything_is_answered_by_one_of_both(
     redis_server: RedisServer,
 ) -> None:
-    async with workshop(redis_server, flush_interval="1h") as shop:
-        await shop.ask()
-        follower = shop.follow()
-        first = await shop.backend.call(1)
+    async with run_worker(redis_server, flush_interval="1h") as worker:
+        await worker.ask()
+        follower = worker.follow()
+        first = await worker.backend.call(1)
         first.send("1 ")
-        shop.redis.flushall()
-        await wait_until(lambda: shop.redis.exists(shop.keys.requests("0")), "the group is created again")
-        await shop.ask()  # the client sends it again
-        second = await shop.backend.call(2)
+        worker.redis.flushall()
+        await wait_until(lambda: worker.redis.exists(worker.keys.requests("0")), "the group is created again")
+        await worker.ask()  # the client sends it again
+        second = await worker.backend.call(2)
         for n in range(5):
             first.send("1 ")
             second.send(f"2.{n} ")
         first.done("1 ")
         second.done("2 ")
         assert await follower.end() == "done"
-        await shop.idle()
-        event, text = shop.recorded()
+        await worker.idle()
+        event, text = worker.recorded()
         assert event == "done"
         assert follower.text == text
         assert text == "2.0 2.1 2.2 2.3 2.4 2 "
 
 
 async def test_a_call_that_fails_after_the_request_was_taken_over_is_not_tried_again(redis_server: RedisServer) -> None:
-    async with workshop(redis_server, sweep_interval="1h") as frozen:
+    async with run_worker(redis_server, sweep_interval="1h") as frozen:
         entry_id = await frozen.ask()
         call = await frozen.backend.call(1)
         stream = frozen.keys.requests("0")

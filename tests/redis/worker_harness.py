@@ -1,7 +1,7 @@
 """A worker in this process, on a real server, with an AI backend that the test controls.
 
-A test admits a request (`shop.ask`), as the gateway does; waits for the AI call of the worker (`shop.backend.call`);
-streams text and ends the call (`call.send`, `call.done`, `call.fail`); waits until all is finished (`shop.idle`).
+A test admits a request (`worker.ask`), as the gateway does; waits for the AI call (`worker.backend.call`); streams text
+and ends the call (`call.send`, `call.done`, `call.fail`); waits until all is finished (`worker.idle`).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Follower:
 
 
 @dataclass
-class Workshop:
+class WorkerHarness:
     """The worker of one process. It serves the requests of node 0: as that node, or as its adopter.
 
     Attributes:
@@ -252,7 +252,7 @@ class Workshop:
 
 
 @asynccontextmanager
-async def workshop(
+async def run_worker(
     server: RedisServer,
     *,
     backend: PlayedBackend | None = None,
@@ -260,7 +260,7 @@ async def workshop(
     url: str | None = None,
     start: bool = True,
     **settings: Any,  # noqa: ANN401 - any setting
-) -> AsyncIterator[Workshop]:
+) -> AsyncIterator[WorkerHarness]:
     """Build and start the worker of a process; stop it at the end.
 
     Args:
@@ -276,13 +276,13 @@ async def workshop(
     reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
     async with RedisClient(known.redis_url, connections=2, timeout=known.redis_timeout) as redis_client:
         with server.client() as client:
-            shop = _build(known, redis_client, reader, client, backend, guards or GuardChain())
+            worker = _build(known, redis_client, reader, client, backend, guards or GuardChain())
             if start:
-                shop.start()
+                worker.start()
             try:
-                yield shop
+                yield worker
             finally:
-                await shop.stop()
+                await worker.stop()
                 await reader.aclose()
 
 
@@ -290,10 +290,10 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     known: Settings,
     redis_client: RedisClient,
     reader: BlockingReader,
-    client: Any,  # noqa: ANN401 - see `Workshop`
+    client: Any,  # noqa: ANN401 - see `WorkerHarness`
     backend: PlayedBackend,
     guards: GuardChain,
-) -> Workshop:
+) -> WorkerHarness:
     requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
     inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
     buffers, begun = ReplyBuffers(), list[str]()
@@ -317,7 +317,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     def make_consumer(node: str) -> StreamConsumer:
         return StreamConsumer(RequestStream(redis_client, reader, known, node=node), deps, jobs)
 
-    return Workshop(
+    return WorkerHarness(
         settings=known,
         redis=client,
         backend=backend,
