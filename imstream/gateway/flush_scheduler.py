@@ -25,7 +25,7 @@ CPU_SHARE = 1 / 6
 write a frame is the most expensive step of a delta."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class FlushScheduler:
     """Calls scheduled flushes in the next turn of the event loop, or when the next round is due."""
 

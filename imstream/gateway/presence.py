@@ -22,7 +22,7 @@ _RETRY_INTERVAL = 1.0
 log = structlog.get_logger()
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Presence:
     """Maintains the routes that lead to this node.
 

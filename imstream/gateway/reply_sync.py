@@ -25,7 +25,7 @@ log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class ReplySync:
     """Loads replies that are written on other nodes into the buffers of this one."""
 
@@ -77,7 +77,7 @@ class ReplySync:
                 limited.exception("record cannot be read", user=reply.user_id, message_id=reply.message_id)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class InboxConsumer:
     """Reads the inbox of this node and dispatches its notices. `run` until cancelled."""
 

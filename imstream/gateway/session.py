@@ -24,7 +24,7 @@ def _loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Session:
     """One socket. Times are those of the event loop, in seconds.
 

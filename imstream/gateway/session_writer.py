@@ -37,7 +37,7 @@ MAX_OUTBOX = 32
 """Maximum frames that wait for the socket; then nothing more is read from it until it takes one."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class SessionWriter:
     """Sends frames to one socket, and what is new in the replies that it follows."""
 

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import struct
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from traceback import clear_frames
 from urllib.parse import unquote
@@ -86,41 +86,47 @@ class SocketOptions:
     serve: ServeSocket
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class SocketProtocol(asyncio.Protocol):
-    """One WebSocket connection. `accept` or `reject` the `request`, then `receive` until `SocketClosed`."""
+    """One WebSocket connection. `accept` or `reject` the `request`, then `receive` until `SocketClosed`.
 
-    request: HTTPConnection
-    """The handshake, until it is accepted. It is freed then: up to 16 KB, and several times that as objects."""
-    is_writable = True
-    """Whether the peer has read enough of what was written."""
+    Attributes:
+        request: The handshake. `accept` frees it: up to 16 KB, and several times that as objects.
+        is_writable: Whether the peer has read enough of what was written.
+        on_writable: Is called when the socket becomes writable again.
+        on_throttle: Is called with the seconds for which reading is paused, at most once a second.
+    """
+
+    _options: SocketOptions
+    _connections: set[asyncio.Protocol]
+    _tasks: set[asyncio.Task[None]]
+    request: HTTPConnection = field(init=False)
+    is_writable: bool = True
     on_writable: Callable[[], None] | None = None
-    """Is called when the socket becomes writable again."""
     on_throttle: Callable[[float], None] | None = None
-    """Is called with the seconds for which reading is paused, at most once a second."""
-
-    _transport: asyncio.Transport
-    _response: Response
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _transport: asyncio.Transport = field(init=False)
+    _websocket: ServerProtocol = field(init=False)
+    _response: Response = field(init=False)
     _unread: bytes | memoryview = b""
-    _reading_paused = _trusted = _closing = _is_text = False
-    _fragments_size = 0
-    _late_pong = b""
-    _full_at = NEVER_USED
-    _noticed_at = -NOTICE_INTERVAL
+    _fragments: list[BytesLike] = field(default_factory=list)
+    _fragments_size: int = 0
+    _is_text: bool = False
+    _messages: list[str | bytes | SocketClosed] = field(default_factory=list)
+    _arrived: WakeEvent = field(default_factory=WakeEvent)
+    _trusted: bool = False
+    _reading_paused: bool = False
+    _full_at: float = NEVER_USED
+    _noticed_at: float = -NOTICE_INTERVAL
     _throttle_timer: asyncio.TimerHandle | None = None
+    _late_pong: bytes = b""
+    _closing: bool = False
     _abort_timer: asyncio.TimerHandle | None = None
 
-    def __init__(
-        self, options: SocketOptions, connections: set[asyncio.Protocol], tasks: set[asyncio.Task[None]]
-    ) -> None:
-        self._options = options
-        self._connections = connections
-        self._tasks = tasks
-        self._loop = asyncio.get_running_loop()
+    def __post_init__(self) -> None:
         # Its own logger would log each handshake at level info.
-        self._websocket = ServerProtocol(max_size=options.max_message, logger=logging.getLogger("uvicorn.error"))
-        self._fragments: list[BytesLike] = []
-        self._messages: list[str | bytes | SocketClosed] = []
-        self._arrived = WakeEvent()
+        logger = logging.getLogger("uvicorn.error")
+        self._websocket = ServerProtocol(max_size=self._options.max_message, logger=logger)
 
     # For the session
 

@@ -11,6 +11,7 @@ from aiohttp.client_proto import ResponseHandler
 from redis.asyncio.connection import Connection, DefaultParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import Server, ServerState
+from websockets.http11 import Response
 from websockets.server import ServerProtocol
 
 
@@ -52,6 +53,7 @@ def test_websockets_has_the_names_that_bound_and_free_a_socket() -> None:
     names = ("parser", "parser_exc", "handshake_exc", "reader", "close_sent", "close_rcvd")
     check("websockets", ServerProtocol(), *names, used_by=used_by)
     check("websockets", ServerProtocol().reader, "buffer", used_by=used_by)
+    check("websockets", Response, "serialize", used_by=used_by)
 
 
 def test_redis_has_the_names_that_read_and_write_without_its_streams() -> None:
