@@ -178,9 +178,7 @@ def test_a_command_about_a_user_says_in_one_line_that_there_is_no_redis() -> Non
 
 
 def test_help_of_the_demo_backend_lists_the_markers_line_by_line() -> None:
-    assert (
-        "\n      [[demo fail=2]]                 503 for two calls, then the answer\n" in run("demo-ai", "-h").output
-    )
+    assert "\n      [[demo fail=2]]                 503 for two calls, then the answer\n" in run("demo-ai", "-h").output
 
 
 def test_chat_passes_on_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
