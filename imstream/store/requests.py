@@ -142,7 +142,7 @@ class RequestStream:
         return bool(rows) and rows[0][1] != self.consumer
 
     async def hand_back(self, entry: Entry, *, to: str | None = None) -> None:
-        """Take our delivery of an entry out of its count: the worker stops and does not die of it. Idempotent.
+        """Do not count our delivery of an entry: the worker stops, and did not die of it. Idempotent.
 
         Nothing happens when the entry has another consumer. `to`: the consumer that has it from now on.
         """
