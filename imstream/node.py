@@ -27,7 +27,6 @@ from imstream.gateway.presence import Presence
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.reply_sync import InboxConsumer, ReplySync
 from imstream.gateway.server import GatewayServer
-from imstream.gateway.session import Session
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardDeps
 from imstream.redis import health
@@ -248,19 +247,15 @@ class Node:
         if isinstance(recorded, Exception):
             log.warning("shutdown is not recorded in the lease", error=str(recorded))
 
-    def _is_idle(self, session: Session) -> bool:
-        """Whether no reply is made here that this session waits for."""
-        return session.user_id is None or not any(
-            self.jobs.find(session.user_id, message_id) for message_id in session.writer.followed
-        )
-
     async def _close_sessions(self, *, only_idle: bool, until: asyncio.Future[Any] | None, limit: float) -> None:
-        """Close sessions with 1012 until `until` is done, or all are closed, or `limit` seconds have passed."""
+        """Close sessions, at first only those that wait for no answer of this node, until `until` or for `limit` s."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
         while loop.time() < deadline and (len(self.registry) > 0 if until is None else not until.done()):
             for session in self.registry:
-                if not only_idle or self._is_idle(session):
+                user_id, followed = session.user_id, session.writer.followed
+                waits = user_id is not None and any(self.jobs.find(user_id, message_id) for message_id in followed)
+                if not (only_idle and waits):
                     session.close(CloseCode.DRAINING, Text.DRAINING)
             await asyncio.sleep(_POLL_INTERVAL)
 
