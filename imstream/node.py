@@ -171,9 +171,8 @@ class Node:
 
     async def serve(self) -> None:
         """Serve until `shut_down`. Raises `SettingsError` if it cannot listen, `NodeTaken` if the lease is taken."""
-        requests, notices = self._readers
         taken: BaseException | None = None
-        async with aclosing(requests), aclosing(notices), self._redis:
+        async with aclosing(self._readers[0]), aclosing(self._readers[1]), self._redis:
             self._server.listen()
             try:
                 async with self._guards.running(), asyncio.TaskGroup() as group:
@@ -248,7 +247,7 @@ class Node:
             log.warning("shutdown is not recorded in the lease", error=str(recorded))
 
     async def _close_sessions(self, *, only_idle: bool, until: asyncio.Future[Any] | None, limit: float) -> None:
-        """Close sessions, at first only those that wait for no answer of this node, until `until` or for `limit` s."""
+        """Close sessions with 1012 for `limit` seconds; with `only_idle`, those that wait for no answer of this node."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
         while loop.time() < deadline and (len(self.registry) > 0 if until is None else not until.done()):

@@ -31,7 +31,7 @@ class Adopter:
         self._make_consumer = make_consumer
         self._consumers: dict[str, StreamConsumer] = {}
         self._searched: set[str] = set()
-        """Nodes in whose streams no entry is pending under our name from an earlier process."""
+        """Nodes in whose streams an earlier process of this node has left no pending entry."""
         self._errors: dict[str, str] = {}
         """The last error of each stream that cannot be read. It is logged once, not at each scan."""
         self._newer: dict[str, int] = {}

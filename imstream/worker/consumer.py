@@ -16,7 +16,7 @@ from imstream.worker.job import Job
 from imstream.worker.jobs import Jobs, Slots
 
 SUSPECT = 3
-"""From this delivery on, a request runs beside no other suspect: if the worker dies again, the culprit is known."""
+"""From this delivery on, a request runs beside no other suspect: if the worker dies again, the cause is known."""
 
 _REDIS_PAUSE = 0.2
 """Seconds between two tries while Redis is away."""
@@ -30,7 +30,6 @@ class StreamConsumer:
     def __init__(self, requests: RequestStream, deps: WorkerDeps, jobs: Jobs) -> None:
         self._requests = requests
         self._deps = deps
-        self._settings = deps.settings
         self._jobs = jobs
         self._running: set[str] = set()
         """Entries that have a job."""
@@ -107,7 +106,7 @@ class StreamConsumer:
         with self._jobs.reserve(wanted, self._requests.node) as slots:
             if slots.free:
                 # The stream of another node gets hardly any new requests: no connection blocks on it.
-                block = self._settings.read_block if self._requests.is_own else None
+                block = self._deps.settings.read_block if self._requests.is_own else None
                 for entry in await self._requests.read(count=slots.free, block=block):
                     if entry.entry_id in self._running:
                         continue  # a group that was created again delivers it again
@@ -121,7 +120,7 @@ class StreamConsumer:
                     await asyncio.sleep(0)  # the jobs queue their commands
                     await asyncio.sleep(0)  # the pipeline sends them
                     return
-        limit, pause = self._settings.read_block.total_seconds(), self._deps.breaker.remaining()
+        limit, pause = self._deps.settings.read_block.total_seconds(), self._deps.breaker.remaining()
         await self._jobs.wait_for_change(min(limit, pause) if pause else limit)
         await self._requests.ping()
 
@@ -130,7 +129,7 @@ class StreamConsumer:
         breaker = self._deps.breaker
         if breaker.remaining() > 0:
             return 0
-        return 1 if breaker.tripped else self._settings.concurrency
+        return 1 if breaker.tripped else self._deps.settings.concurrency
 
     def _sweep_soon(self) -> None:
         self._next_sweep = 0.0
@@ -140,7 +139,7 @@ class StreamConsumer:
         now = asyncio.get_running_loop().time()
         if now < self._next_sweep:
             return
-        self._next_sweep = now + self._settings.sweep_interval.total_seconds()
+        self._next_sweep = now + self._deps.settings.sweep_interval.total_seconds()
         if self._inherited is None:  # before this process reads anything
             # In the node's own stream, the script that took the lease has looked through the deliveries.
             died = self._requests.is_own or not self._deps.lease_keeper.redis_restarted
@@ -175,7 +174,8 @@ class StreamConsumer:
         inherited = self._inherited or {}
         # Counted when this process began: a sum made now would count a claim twice whose answer was lost.
         deliveries = max(1, inherited.get(pending.entry_id, pending.deliveries))
-        is_suspect = SUSPECT <= deliveries <= self._settings.max_deliveries  # above that, it is buried without a run
+        # With more deliveries than the maximum, it is buried without a run.
+        is_suspect = SUSPECT <= deliveries <= self._deps.settings.max_deliveries
         if is_suspect and self._suspect is not None:
             return
         entry = await self._requests.claim(pending, deliveries=deliveries)

@@ -51,7 +51,7 @@ class Jobs:
         """Once the node was told to stop: requests whose jobs ended without them, by stream."""
         self._consumers: set[str] = set()
         self._next_consumer: str | None = None
-        """The consumer that found no free slot. It gets the next one; a blocked read would keep the last slot else."""
+        """The consumer that found no free slot. It gets the next one, which a blocked read would keep otherwise."""
         self.changed = asyncio.Event()
         """A slot is free, or a consumer was told to stop."""
 

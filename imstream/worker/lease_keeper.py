@@ -1,4 +1,4 @@
-"""Holds and renews the lease of this node; detects stalls of the process, after which time limits mislead."""
+"""Holds and renews the lease of this node; detects stalls of the process, which can cost it the lease."""
 
 from __future__ import annotations
 
@@ -174,10 +174,7 @@ class LeaseKeeper:
 
 
 class StallDetector:
-    """Measures how late a timer is; `limit` seconds are a stall. `run` until cancelled.
-
-    Time limits expire during a stall, so that Redis seems lost although it was this process that did not run.
-    """
+    """Measures how late a timer is; `limit` seconds are a stall, and make Redis seem lost. `run` until cancelled."""
 
     def __init__(self, limit: float) -> None:
         self._loop = asyncio.get_running_loop()
