@@ -247,7 +247,7 @@ class Node:
             log.warning("shutdown is not recorded in the lease", error=str(recorded))
 
     async def _close_sessions(self, *, only_idle: bool, until: asyncio.Future[Any] | None, limit: float) -> None:
-        """Close sessions with 1012 for `limit` seconds; with `only_idle`, those that wait for no answer of this node."""
+        """Close sessions with 1012 for `limit` seconds; with `only_idle`, those waiting for no answer of this node."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
         while loop.time() < deadline and (len(self.registry) > 0 if until is None else not until.done()):
