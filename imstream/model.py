@@ -7,6 +7,7 @@ version; it leaves them to newer nodes.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from pydantic_core import from_json, to_json
 
 from imstream.texts import DEFAULT_LANG
+from imstream.wire import MESSAGE_ID_PATTERN
 
 TerminalEvent = Literal["done", "failed", "cancelled"]
 TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
@@ -91,7 +93,7 @@ class ChatRequest:
         added_at = entry_id.partition("-")[0]
         known: dict[str, Any] = {"contents": "", "history": (), "lang": fields.get("lang") or DEFAULT_LANG}
         try:
-            known |= {"user_id": int(fields["user"]), "message_id": fields["message_id"]}
+            known |= {"user_id": int(fields["user"]), "message_id": _message_id(fields["message_id"])}
             known["trace"] = fields.get("trace") or secrets.token_hex(8)
             known["at"] = int(added_at) if added_at.isdecimal() else 0
             known["at"] = int(fields.get("at", known["at"]))
@@ -101,6 +103,12 @@ class ChatRequest:
             partial = cls(**known) if "message_id" in known else None
             raise MalformedEntry(f"{type(error).__name__}: {error}", partial) from None
         return cls(**known)
+
+
+def _message_id(text: str) -> str:
+    if re.fullmatch(MESSAGE_ID_PATTERN, text) is None:  # added by hand: no client waits for it
+        raise ValueError("message_id has characters that are not allowed, or is too long")
+    return text
 
 
 def _history(text: str) -> tuple[tuple[str, str], ...]:

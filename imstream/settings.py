@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -69,17 +78,10 @@ def _validate_heartbeat(heartbeat: timedelta, info: ValidationInfo) -> timedelta
     return heartbeat
 
 
-def _strip_to_none(value: object) -> object:
-    """Strip whitespace; an empty value counts as unset."""
-    return value.strip() or None if isinstance(value, str) else value
-
-
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Positive = Annotated[Duration, Field(gt=timedelta(0))]
 HttpUrl = Annotated[SecretUrl, AfterValidator(_validate_http_url)]
-_EmptyIsUnset = BeforeValidator(_strip_to_none)
-_OptionalPath = Annotated[Path | None, _EmptyIsUnset]
-_OptionalText = Annotated[str | None, _EmptyIsUnset]
+Stripped = Annotated[str, StringConstraints(strip_whitespace=True)]
 
 
 def is_secret(field: FieldInfo) -> bool:
@@ -102,6 +104,13 @@ class SettingsGroup(BaseSettings):
         frozen=True,
         hide_input_in_errors=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """An empty value of an optional setting counts as unset."""
+        optional = {name for name, field in cls.model_fields.items() if field.default is None}
+        return {k: v for k, v in values.items() if not (k in optional and isinstance(v, str) and not v.strip())}
 
     @classmethod
     def variable(cls, field: str) -> str:
@@ -187,17 +196,17 @@ class Settings(SettingsGroup):
         "HS256", description="The only signature algorithm that is accepted."
     )
     auth_secret: SecretStr | None = Field(None, description="Secret of HS256, at least 32 bytes.")
-    auth_public_key: _OptionalPath = Field(None, description="PEM file with the public key of the other algorithms.")
-    auth_jwks_url: Annotated[HttpUrl | None, _EmptyIsUnset] = Field(
-        None, description="URL of a key set (JWKS); https, or http on loopback."
-    )
+    auth_public_key: Path | None = Field(None, description="PEM file with the public key of the other algorithms.")
+    auth_jwks_url: HttpUrl | None = Field(None, description="URL of a key set (JWKS); https, or http on loopback.")
     auth_jwks_allow_http: bool = Field(default=False, description="Fetch the key set by http from other machines too.")
     auth_keys_max_age: Annotated[Duration, Field(ge=timedelta(seconds=1))] = Field(
         timedelta(hours=1), description="How long a key set is used after its last successful fetch."
     )
     auth_claim: str = Field("sub", min_length=1, description="Token claim that holds the user id.")
-    auth_issuer: _OptionalText = Field(None, description="Required iss of tokens; empty accepts any.")
-    auth_audience: _OptionalText = Field(None, description="Required aud of tokens; empty accepts only those without.")
+    auth_issuer: Stripped | None = Field(None, description="Required iss of tokens; empty accepts any.")
+    auth_audience: Stripped | None = Field(
+        None, description="Required aud of tokens; empty accepts only those without."
+    )
     auth_max_lifetime: Positive = Field(
         timedelta(days=1), description="Maximum time from iat, or now, to exp of a token."
     )
@@ -207,7 +216,7 @@ class Settings(SettingsGroup):
     origins: str = Field(
         "same", description="Origins that may open sockets, with commas: same (host), null (file), *, or origins."
     )
-    page_token: Annotated[Annotated[SecretStr, AfterValidator(_validate_page_token)] | None, _EmptyIsUnset] = Field(
+    page_token: Annotated[SecretStr, AfterValidator(_validate_page_token)] | None = Field(
         None, description="Token that pages of the origin null must send with auth none; at least 16 characters."
     )
 

@@ -85,7 +85,8 @@ class CloseCode(IntEnum):
 
 UserId = Annotated[int, Field(ge=MIN_USER_ID, le=MAX_USER_ID)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-MessageId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
+MESSAGE_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,64}$"
+MessageId = Annotated[str, Field(pattern=MESSAGE_ID_PATTERN)]
 
 
 class _Frame(BaseModel):

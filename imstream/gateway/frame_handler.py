@@ -200,8 +200,11 @@ class FrameHandler:
             # not called accepted then: sent again, it is recognised as a duplicate.
             await deps.replies.mark_queued(user_id, message_id)
         self._writer.send(self._frames.accepted(message_id, admission.position, verdict.remaining))
-        # From the beginning, also if this socket has received some of it and the message was sent again.
+        # From the beginning, also if this socket has received some of it and the message was sent again: that costs as
+        # much as a resume.
         self._writer.follow(Cursor(reply), restart=True)
+        if reply.offset:
+            self._session.socket.charge(reply.offset / BYTES_PER_FRAME)
 
     async def _cancel(self, message_id: str) -> None:
         followed = message_id in self._writer.followed

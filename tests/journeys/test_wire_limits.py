@@ -156,6 +156,25 @@ async def test_who_resumes_long_answers_is_slowed_down_by_their_length(node: One
         assert time.monotonic() - began > (frames - BURST) / RATE * 0.9
 
 
+async def test_a_client_that_sends_a_message_again_is_throttled_by_the_length_of_its_answer(node: OneNode) -> None:
+    question = "tell me all [[demo first=0 pace=0 length=40000]]"
+    async with node.peer(USER) as someone:
+        await someone.chat(USER, question, "long-again")
+        told = await someone.end_of("long-again")
+    frames = 3 * len(told.text) / 4096
+    again = {"msgType": "CHAT", "userId": USER, "messageId": "long-again", "contents": question}
+    async with raw_user(node.port, USER) as someone:
+        began = time.monotonic()
+        for _ in range(3):
+            await someone.send(frame(TEXT, json.dumps(again).encode()))
+            await someone.until(messageId="long-again", event="done")
+        for _ in range(2):  # the first may be read before the last answer is charged
+            await someone.send(frame(TEXT, b"PING"))
+            await someone.until(msgType="HEARTBEAT")
+        assert frames > BURST
+        assert time.monotonic() - began > (frames - BURST) / RATE * 0.9
+
+
 async def test_flooders_cost_others_no_time(node: OneNode) -> None:
     async with node.peer(OTHER) as healthy, AsyncExitStack() as stack:
 

@@ -72,11 +72,19 @@ async def test_a_request_that_cannot_be_answered_is_told_failed_and_kept_whole(
         assert worker.backend.calls == []
 
 
-@pytest.mark.parametrize("missing", ["user", "message_id"])
-async def test_a_request_of_nobody_is_buried_and_harms_no_other(missing: str, redis_server: RedisServer) -> None:
+UNADDRESSED = {
+    "without user": {name: value for name, value in REQUIRED.items() if name != "user"},
+    "without message id": {name: value for name, value in REQUIRED.items() if name != "message_id"},
+    "a message id that is no JSON text": {**REQUIRED, "message_id": 'm",\n'},
+    "a message id that is too long": {**REQUIRED, "message_id": "m" * 65},
+}
+
+
+@pytest.mark.parametrize("what", UNADDRESSED)
+async def test_a_request_of_nobody_is_buried_and_harms_no_other(what: str, redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
         worker.backend.always = lambda call: call.done("x")
-        add(worker, {name: value for name, value in REQUIRED.items() if name != missing})
+        add(worker, UNADDRESSED[what])
         await worker.ask("other")
         await worker.idle()
         assert [letter["reason"] for letter in worker.dead()] == ["malformed"]

@@ -70,7 +70,7 @@ def test_a_key_is_needed() -> None:
     assert refusal(auth_algorithm="RS256").endswith("takes IMSTREAM_AUTH_PUBLIC_KEY or IMSTREAM_AUTH_JWKS_URL")
 
 
-@pytest.mark.parametrize("secret", ["", "short", "é" * 15 + "x"])
+@pytest.mark.parametrize("secret", ["short", "é" * 15 + "x"])
 def test_a_short_secret_is_refused_and_not_shown(secret: str) -> None:
     told = refusal(auth_secret=secret)
     assert told == (

@@ -48,10 +48,11 @@ def test_letters_are_the_same_in_every_case_width_and_style(text: str) -> None:
 
 
 KINDS = {
-    IGNORED: "\u200b\u200d\u2060\ufeff\u00ad\u202e\ufe0f\u0301\u0336\u20dd\u064b\u3164\x00\x07\U000e0041",
-    LIGHT: ".-_*·•~+=|/\\@#$%^&．＊★☆●→│😀🍆\ue000",
+    IGNORED: "\u200b\u200d\u2060\ufeff\u00ad\u202e\ufe0f\u0301\u0336\u20dd\u064b\u3164\x00\x07"
+    "\x0b\x0c\x1c\x1f\x85\ue000\ufffc\ufffd\U000e0041\U00100000",
+    LIGHT: ".-_*·•~+=|/\\@#$%^&．＊★☆●→│😀🍆",
     SPACE: " \t\u00a0\u3000\u2003",
-    HEAVY: ",，、。｡!！?？:：;；'\"‘’“”()（）[]【】《》「」{}…—\n\r\u2028\x85",
+    HEAVY: ",，、。｡!！?？:：;；'\"‘’“”()（）[]【】《》「」{}…—\n\r\u2028",
 }
 
 

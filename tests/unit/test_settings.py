@@ -65,6 +65,15 @@ def test_settings_do_not_change_once_they_are_read() -> None:
         Settings.load().port = 1  # type: ignore[misc]
 
 
+def test_empty_values_of_optional_settings_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    optional = [name for name, field in Settings.model_fields.items() if field.default is None]
+    assert {"auth_secret", "words", "tokenizer", "moderation_url"} < set(optional)
+    for name in optional:
+        monkeypatch.setenv(Settings.variable(name), " ")
+    settings = Settings.load()
+    assert [name for name in optional if getattr(settings, name) is not None] == []
+
+
 # Invalid values
 
 

@@ -135,7 +135,9 @@ def test_no_mark_and_no_character_that_is_not_seen_hides_a_word() -> None:
     missed = [
         f"U+{code:04X}"
         for code in (*range(0x20000), *range(0xE0000, 0xE1000))
-        if unicodedata.category(chr(code)) in {"Mn", "Mc", "Me", "Cf"} and not has_word(f"f{chr(code) * 20}uck", LIST)
+        if unicodedata.category(chr(code)) in {"Mn", "Mc", "Me", "Cf", "Cc", "Co"}
+        and chr(code) not in "\t\n\r"
+        and not has_word(f"f{chr(code) * 20}uck", LIST)
     ]
     assert missed == []
     assert has_word(f"f{chr(0x1E08F) * 20}uck", LIST), "a mark that some supported versions of Python do not know"
@@ -145,7 +147,7 @@ def test_marks_of_its_own_script_make_another_word() -> None:
     words = WordList(map(normalize, ["ตด", "कम", "は"]))
     for other in ("ตุด", "किम", "ば"):
         assert not has_word(other, words)
-    for same in ("ต\u0301ด", "ตिด", "क\u0e31म", "は\u0e31"):
+    for same in ("ต\u0301ด", "ตिด", "क\u0e31म", "は\u0e31", "は\U0001133b"):
         assert has_word(same, words)
 
 
@@ -156,9 +158,9 @@ def test_what_is_not_seen_costs_no_more_than_its_length(unseen: str) -> None:
     def cost(length: int) -> float:
         gap = unseen * length
         text = f"f{gap}u{gap}c{gap}d "
-        return _best(lambda: (mask(text, LIST), _whole(text, [*range(0, len(text), 16)], LIST)), 4)
+        return _best(lambda: (mask(text, LIST), _whole(text, [*range(0, len(text), 16)], LIST)), 12)
 
-    assert cost(4000) < 2.8 * cost(2000)
+    assert cost(4000) < 3.2 * cost(2000)
 
 
 def test_words_that_overlap_are_all_masked() -> None:

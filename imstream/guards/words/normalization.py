@@ -30,20 +30,21 @@ UNSPACED: Final = (
 )
 _is_unspaced = re.compile(f"[{UNSPACED}]").match
 
-_HEAVY_SIGNS = frozenset(",;:!?'\"`()[]{}<>\u3001\u3002\uff61\u2026\u2014\u2013\n\r\v\f\x1c\x1d\x1e\x1f\x85")
+_HEAVY_SIGNS = frozenset(",;:!?'\"`()[]{}<>\u3001\u3002\uff61\u2026\u2014\u2013\n\r")
 _HEAVY_CATEGORIES = frozenset({"Ps", "Pe", "Pi", "Pf", "Zl", "Zp"})
-_IGNORED_CATEGORIES = frozenset({"Cf", "Cc", "Me", "Cn"})  # Cn: characters of a newer Unicode than this Python's
+_IGNORED_CATEGORIES = frozenset({"Cf", "Cc", "Co", "Me", "Cn"})  # Cn: also characters of a newer Unicode than Python's
 
 # Invisible characters of other categories: fillers, blanks, variation selectors, code points reserved for them
 # (Default_Ignorable_Code_Point), and the tatweel, which only stretches a letter.
 _is_invisible = re.compile(
-    "[\u034f\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\ufe00-\ufe0f\ufff0-\ufff8"
+    "[\u034f\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\ufe00-\ufe0f\ufff0-\ufffd"
     "\U0001d159\U000e0000-\U000e0fff]"
 ).match
 
 # Precedes each mark in the forms of characters that are marks only: the letter before decides whether it is ignored.
 _MARK_PREFIX: Final = "\x00"
-_KANA = frozenset({"HIRAGANA", "KATAKANA"})  # their voicing marks, alone of those named COMBINING, make another letter
+_KANA = frozenset({"HIRAGANA", "KATAKANA"})
+_VOICING_MARKS = frozenset("\u3099\u309a")  # of both kana: alone of the marks named COMBINING, they make another letter
 _IOTA_SUBSCRIPT = "\u0345"  # an accent in Greek that case folding would turn into a letter
 # White letters on dark circles and squares: Unicode decomposes the other circled letters, but not these.
 _NEGATIVE = {chr(first + at): chr(ord("a") + at) for first in (0x1F150, 0x1F170) for at in range(26)}
@@ -106,7 +107,7 @@ def _resolve_marks(normal: str, letter: str) -> str:
     for part in others:
         mark, rest = part[0], part[1:]
         mark_script, script = _script(mark), _script(letter) if letter else None
-        if mark_script == script or (mark_script == "COMBINING" and script in _KANA):
+        if mark_script == script or (mark in _VOICING_MARKS and script in _KANA):
             letter = mark
         else:
             mark = IGNORED
@@ -117,7 +118,7 @@ def _resolve_marks(normal: str, letter: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _script(char: str) -> str:
-    """The script of a letter or mark: the first word of its name, which is COMBINING for voicing marks."""
+    """The script of a letter or mark: the first word of its name."""
     return unicodedata.name(char, "").partition(" ")[0]
 
 
