@@ -178,7 +178,7 @@ class FrameHandler:
         if deps.consumer.stopping:
             self._send_error(Code.UNAVAILABLE, Text.DRAINING, message_id, retry=True)
             return
-        verdict = await deps.guards.check_chat(request)
+        verdict = await deps.guards.check_chat(request, peer=self._session.peer)
         if isinstance(verdict, Reject):
             self._reject(verdict, message_id)
             return

@@ -119,14 +119,14 @@ class GuardChain:
                 return rejection
         return None
 
-    async def check_chat(self, request: ChatRequest) -> ChatAllowed | Reject:
-        """See `Guard.check_chat`. Each guard sees the message as the previous ones changed it."""
+    async def check_chat(self, request: ChatRequest, *, peer: str = "") -> ChatAllowed | Reject:
+        """See `Guard.check_chat`. `peer` is the client's address, for the log. Each guard sees the message as the previous ones changed it."""
         verdicts = list[Allow]()
         for guard in self._by_hook["check_chat"]:
             verdict = await guard.check_chat(request)
             if isinstance(verdict, Reject):
                 await ChatAllowed(request, None, verdicts).undo()
-                await self.record_rejection(verdict, request)
+                await self.record_rejection(verdict, request, peer)
                 return verdict
             request = _apply(verdict, request)
             verdicts.append(verdict)
@@ -151,12 +151,12 @@ class GuardChain:
         for guard in self._by_hook["on_failure"]:
             await guard.on_failure(request)
 
-    async def record_rejection(self, verdict: Reject, request: ChatRequest) -> None:
+    async def record_rejection(self, verdict: Reject, request: ChatRequest, peer: str = "") -> None:
         """Count and log the rejection of a message or its answer. If it is a violation, notify the guards."""
         self.rejections[verdict.reason] += 1
         # Violations are few, since they lock the account; the number of other rejections has no bound.
         write = log.info if verdict.violation else limited.info
-        details = {"detail": verdict.detail} if verdict.detail else {}
+        details = {name: value for name, value in (("peer", peer), ("detail", verdict.detail)) if value}
         ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
         write("message refused", reason=verdict.reason, **ids, **details)
         if verdict.violation:

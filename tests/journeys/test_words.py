@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -89,6 +90,8 @@ async def test_a_message_with_a_word_is_refused_in_a_sentence_that_does_not_repe
         await someone.end_of("m-fine")
     assert refusing.record(USER, "m-refused") == []
     assert refusing.ai_stats()["calls"] <= calls + 1
+    lines = [json.loads(line) for line in refusing.now.process.output().splitlines() if '"m-refused"' in line]
+    assert {(line["event"], line["user"], line["peer"]) for line in lines} == {("message refused", USER, "127.0.0.1")}
 
 
 async def test_a_word_in_the_history_is_refused_too(refusing: OneNode) -> None:
