@@ -120,7 +120,7 @@ class GuardChain:
         return None
 
     async def check_chat(self, request: ChatRequest, *, peer: str = "") -> ChatAllowed | Reject:
-        """See `Guard.check_chat`. `peer` is the client's address, for the log. Each guard sees the message as the previous ones changed it."""
+        """See `Guard.check_chat`. Each guard sees the message as the previous ones changed it. `peer` is logged."""
         verdicts = list[Allow]()
         for guard in self._by_hook["check_chat"]:
             verdict = await guard.check_chat(request)
