@@ -8,16 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    SecretStr,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -81,7 +72,7 @@ def _validate_heartbeat(heartbeat: timedelta, info: ValidationInfo) -> timedelta
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Positive = Annotated[Duration, Field(gt=timedelta(0))]
 HttpUrl = Annotated[SecretUrl, AfterValidator(_validate_http_url)]
-Stripped = Annotated[str, StringConstraints(strip_whitespace=True)]
+Stripped = Annotated[str, AfterValidator(str.strip)]
 
 
 def is_secret(field: FieldInfo) -> bool:
@@ -108,7 +99,7 @@ class SettingsGroup(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """An empty value of an optional setting counts as unset."""
+        """Treat an empty value of an optional setting as unset."""
         optional = {name for name, field in cls.model_fields.items() if field.default is None}
         return {k: v for k, v in values.items() if not (k in optional and isinstance(v, str) and not v.strip())}
 
@@ -204,9 +195,7 @@ class Settings(SettingsGroup):
     )
     auth_claim: str = Field("sub", min_length=1, description="Token claim that holds the user id.")
     auth_issuer: Stripped | None = Field(None, description="Required iss of tokens; empty accepts any.")
-    auth_audience: Stripped | None = Field(
-        None, description="Required aud of tokens; empty accepts only those without."
-    )
+    auth_audience: Stripped | None = Field(None, description="Required aud of tokens; empty: they have none.")
     auth_max_lifetime: Positive = Field(
         timedelta(days=1), description="Maximum time from iat, or now, to exp of a token."
     )

@@ -22,6 +22,7 @@ _HEAD = """\
 Settings are read from command-line options (`--queue-limit` is `IMSTREAM_QUEUE_LIMIT`), the environment, and `.env` in
 the working directory, in this order of precedence. Secrets have no option.
 
+- An empty value of an optional setting counts as unset.
 - Time spans are `250ms`, `30s`, `15m`, `1h`, `1d` or plain seconds.
 - An invalid value is refused at the start, naming the setting, the value and what is allowed.
 - The start logs which `.env` was read. It warns if another user owns the file or can write to it, if it holds secrets
