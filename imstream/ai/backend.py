@@ -101,8 +101,8 @@ class OpenAIBackend(EndpointClient):
     async def _send(self, data: bytes, limits: TimeLimits) -> aiohttp.ClientResponse:
         """Send the request; return when the head of the response is received."""
         first_token = self._settings.ai_first_token_timeout
-        limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
         payload = _Payload(data, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
+        limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
         try:
             return await self._session.post(self._endpoint.url, data=payload, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:

@@ -15,7 +15,6 @@ import structlog
 
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frames import FrameBuilder
-from imstream.gateway.wake_event import WakeEvent
 from imstream.gateway.websocket_protocol import SocketProtocol
 from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyEnded
 from imstream.texts import Text
@@ -47,7 +46,7 @@ class SessionWriter:
     blocked_since: float | None = None
     """Loop time since when the socket has taken nothing although there is something to send."""
     _outbox: list[ServerFrame] = field(default_factory=list)
-    _outbox_taken: WakeEvent = field(default_factory=WakeEvent)
+    _outbox_taken: asyncio.Event | None = None
     _cursors: dict[str, Cursor] = field(default_factory=dict)
     _grown: dict[str, None] = field(default_factory=dict)
     _sent_ends: tuple[str, ...] = ()
@@ -72,6 +71,7 @@ class SessionWriter:
     async def drain(self) -> None:
         """Wait until there is room in the outbox: a peer that does not read is not read from."""
         while len(self._outbox) >= MAX_OUTBOX and not self._stopped:
+            self._outbox_taken = asyncio.Event()
             await self._outbox_taken.wait()
 
     def follow(self, cursor: Cursor, *, restart: bool = False) -> None:
@@ -117,12 +117,16 @@ class SessionWriter:
     def stop(self) -> None:
         """Stop following replies and release `drain`: the socket is gone."""
         self._stopped = True
-        self._outbox_taken.set()
+        self._notify_drain()
         for cursor in self._cursors.values():
             cursor.reply.unsubscribe(self._on_growth)
         self._cursors.clear()
         self._grown.clear()
         self._socket.on_writable = None
+
+    def _notify_drain(self) -> None:
+        if self._outbox_taken is not None:
+            self._outbox_taken.set()
 
     def _on_growth(self, reply: ReplyBuffer) -> None:
         self._grown[reply.message_id] = None
@@ -168,7 +172,7 @@ class SessionWriter:
 
     def _next_text(self) -> str | None:
         if self._outbox:
-            self._outbox_taken.set()
+            self._notify_drain()
             return self._outbox.pop(0).encode()
         message_id = next(iter(self._grown))
         cursor = self._cursors[message_id]

@@ -27,7 +27,6 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.typing import BytesLike
 
-from imstream.gateway.wake_event import WakeEvent
 from imstream.token_bucket import NEVER_USED, TokenBucket
 
 MAX_FRAGMENTS = 1_000
@@ -113,7 +112,7 @@ class SocketProtocol(asyncio.Protocol):
     _fragments_size: int = 0
     _is_text: bool = False
     _messages: list[str | bytes | SocketClosed] = field(default_factory=list)
-    _arrived: WakeEvent = field(default_factory=WakeEvent)
+    _arrived: asyncio.Future[None] | None = None
     _trusted: bool = False
     _reading_paused: bool = False
     _full_at: float = NEVER_USED
@@ -153,7 +152,8 @@ class SocketProtocol(asyncio.Protocol):
         if not self._trusted:
             self._resume_reading()
         while not self._messages:
-            await self._arrived.wait()
+            self._arrived = self._loop.create_future()
+            await self._arrived
         message = self._messages.pop(0)
         if self._trusted:
             self._resume_reading()
@@ -354,7 +354,8 @@ class SocketProtocol(asyncio.Protocol):
 
     def _put(self, message: str | bytes | SocketClosed) -> None:
         self._messages.append(message)
-        self._arrived.set()
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     # Output
 

@@ -14,7 +14,7 @@ from imstream.errors import StoreError
 from imstream.guards.account import Account
 from imstream.guards.authentication import Exposure, TokenAuthentication
 from imstream.guards.chat_limits import ChatRateLimit, ContextLength, SystemRole
-from imstream.guards.guard import Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
+from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
 from imstream.guards.moderation import Moderation
 from imstream.guards.origin import Origin
 from imstream.guards.words.word_guard import WordGuard
@@ -128,8 +128,9 @@ class GuardChain:
                 await ChatAllowed(request, None, verdicts).undo()
                 await self.record_rejection(verdict, request, peer)
                 return verdict
-            request = _apply(verdict, request)
-            verdicts.append(verdict)
+            if verdict is not ALLOW:
+                request = _apply(verdict, request)
+                verdicts.append(verdict)
         return ChatAllowed(request, _remaining(verdicts), verdicts)
 
     async def check_ai_call(self, request: ChatRequest) -> ChatRequest:
@@ -139,7 +140,7 @@ class GuardChain:
             if isinstance(verdict, Reject):
                 await self.record_rejection(verdict, request)
                 raise GuardRejection(verdict)
-            request = _apply(verdict, request)
+            request = request if verdict is ALLOW else _apply(verdict, request)
         return request
 
     def answer_filter(self, request: ChatRequest, write: Callable[[str], None]) -> FilterChain | None:

@@ -113,6 +113,8 @@ class PromptAssembler:
         if CONTENTS not in self._template.names:
             raise SettingsError(f"{setting} is not allowed: {{{CONTENTS}}} must stand in it")
         self._calendar = Calendar(ZoneInfo(settings.quota_timezone))
+        templates = [self._template] if self._system is None else [self._system, self._template]
+        self._names_date = any("date" in template.names for template in templates)
         for language in _LANGUAGES.values():
             system, question = self._fill(user=str(MAX_USER_ID), date="2026-12-31", language=language, contents="")
             self._template_tokens = self.size(question)
@@ -153,7 +155,8 @@ class PromptAssembler:
 
     def _fixed(self, request: ChatRequest) -> tuple[list[PromptMessage], PromptMessage]:
         """The messages before and after the history."""
-        date, language = self._calendar.day(request.at).name, _LANGUAGES.get(request.lang, request.lang)
+        date = self._calendar.day(request.at).name if self._names_date else ""
+        language = _LANGUAGES.get(request.lang, request.lang)
         return self._fill(
             user=str(request.user_id), date=date, language=language, contents=self.escape(request.contents)
         )
