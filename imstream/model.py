@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic_core import from_json, to_json
 
 from imstream.texts import DEFAULT_LANG
-from imstream.wire import MESSAGE_ID_PATTERN
+from imstream.wire import MESSAGE_ID_PATTERN, parse_user_id
 
 TerminalEvent = Literal["done", "failed", "cancelled"]
 TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
@@ -28,6 +28,7 @@ SCHEMA_VERSION = 1
 """The version written by this release, and the newest it reads. Entries without the field have version 1."""
 
 _MAX_VERSION_DIGITS = 9
+_MAX_TIME = 253_402_300_799_999  # the end of the year 9999
 
 
 def version_of(fields: Mapping[str, str]) -> int:
@@ -93,16 +94,28 @@ class ChatRequest:
         added_at = entry_id.partition("-")[0]
         known: dict[str, Any] = {"contents": "", "history": (), "lang": fields.get("lang") or DEFAULT_LANG}
         try:
-            known |= {"user_id": int(fields["user"]), "message_id": _message_id(fields["message_id"])}
+            known |= {"user_id": _user_id(fields["user"]), "message_id": _message_id(fields["message_id"])}
             known["trace"] = fields.get("trace") or secrets.token_hex(8)
             known["at"] = int(added_at) if added_at.isdecimal() else 0
-            known["at"] = int(fields.get("at", known["at"]))
+            known["at"] = _time(fields["at"]) if "at" in fields else known["at"]
             known["contents"] = fields["contents"]
             known["history"] = _history(fields.get("history", "[]"))
         except (KeyError, TypeError, ValueError) as error:
             partial = cls(**known) if "message_id" in known else None
             raise MalformedEntry(f"{type(error).__name__}: {error}", partial) from None
         return cls(**known)
+
+
+def _user_id(text: str) -> int:
+    if (user_id := parse_user_id(text)) is None:
+        raise ValueError("user is not a user id")
+    return user_id
+
+
+def _time(text: str) -> int:
+    if not 0 <= (time := int(text)) <= _MAX_TIME:
+        raise ValueError("at is not a time in milliseconds since 1970")
+    return time
 
 
 def _message_id(text: str) -> str:

@@ -156,6 +156,10 @@ class FrameHandler:
         except StoreError as error:
             self._send_unavailable(error, point.message_id)
             return 0
+        except Exception:  # noqa: BLE001 - it is logged; a record edited by hand must not end the others
+            limited.exception("record cannot be read", user=user_id, message_id=point.message_id)
+            self._send_error(Code.SYSTEM_ERROR, Text.INTERNAL, point.message_id)
+            return 0
         if not found:
             self._writer.send(self._frames.expired(point.message_id))
             return 0

@@ -15,6 +15,7 @@ from imstream.wire import Code, Event, InvalidFrame, MsgType, ServerFrame, encod
 RETRY_AFTER_MS = 2_000
 """When a refused client should retry, spread by half of it either way: they must not all come back at once."""
 
+_CODES = frozenset(Code)
 REFUSED_REASONS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "content_filter"})
 """Failures that the user can fix by changing the message."""
 
@@ -134,7 +135,9 @@ class FrameBuilder:
         if terminal.event == "cancelled":
             contents = self._text(Text.CANCELLED)
         elif terminal.event == "failed" and terminal.refusal is not None:
-            code, contents = Code(terminal.refusal.code), terminal.refusal.sentence
+            # A newer release may have recorded a code that this one does not know.
+            code = Code(terminal.refusal.code) if terminal.refusal.code in _CODES else Code.AI_FAILED
+            contents = terminal.refusal.sentence
         elif terminal.event == "failed":
             code = Code.AI_FAILED
             contents = self._text(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)

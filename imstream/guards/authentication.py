@@ -135,12 +135,13 @@ def check_exposure(settings: Settings) -> None:
 
 def is_local(headers: Mapping[str, str]) -> bool:
     """Whether a handshake names this machine as its host and was not forwarded from another one."""
-    forwarded_for = [address.strip() for address in headers.get("x-forwarded-for", "127.0.0.1").split(",")]
+    forwarded_for = ",".join(headers.get(name, "127.0.0.1") for name in ("x-forwarded-for", "x-real-ip")).split(",")
     try:
         host = urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
     except ValueError:
         return False
-    return is_loopback(host) and all(map(is_loopback, forwarded_for))
+    is_forwarded = "forwarded" in headers or not all(is_loopback(address.strip()) for address in forwarded_for)
+    return is_loopback(host) and not is_forwarded
 
 
 def _given_keys(settings: Settings) -> list[str]:

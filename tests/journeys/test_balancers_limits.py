@@ -167,6 +167,21 @@ async def test_one_address_has_so_many_connections_at_once_and_others_do_not_not
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+async def test_refusals_do_not_fill_the_log_of_the_balancer(program: Program, tmp_path: Path) -> None:
+    huge = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
+    async with run_balancer(program, tmp_path, {"handshakes": 5, "connections": 20}) as balancer:
+        before = (tmp_path / "log").read_text()
+        statuses = [await balancer.handshake(CLIENT) for _ in range(20)]
+        assert 429 in statuses
+        for _ in range(5):
+            reader, writer = await balancer.connect(CLIENT)
+            writer.write(huge)
+            assert int((await reader.readline()).split()[1]) >= 400
+            writer.close()
+        assert (tmp_path / "log").read_text() == before
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("limit", [10, pytest.param(400, marks=pytest.mark.long)])
 async def test_one_address_opens_so_many_sockets_in_a_row_and_others_do_not_notice(
     program: Program, limit: int, tmp_path: Path

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from imstream.errors import StoreRefused
 from imstream.model import Record, Terminal
 from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected, ReplyStore
 from tests.redis.conftest import Store
@@ -43,6 +46,21 @@ async def test_marking_comes_second_to_anything_that_is_known(store: Store) -> N
     await store.replies.open(USER, MESSAGE, request="0/1-0")
     await store.replies.mark_queued(USER, MESSAGE)
     assert store.redis.xlen(store.keys.reply(USER, MESSAGE)) == 1
+
+
+async def test_a_reply_whose_owner_is_not_recorded_ends_what_opens_it(store: Store) -> None:
+    key = store.keys.reply(USER, "m")
+    for event in ("opened", "done"):
+        store.redis.xadd(key, {"attempt": "1", "event": event, "offset": "0"})
+    store.redis.expire(key, 60)
+    assert await store.replies.open(USER, "m", request="0/2-0") == Ended("done", "")
+
+
+async def test_a_route_of_another_type_is_found_before_anything_is_written(store: Store) -> None:
+    store.redis.set(store.keys.route(USER), "by hand", ex=60)
+    with pytest.raises(StoreRefused, match="WRONGTYPE"):
+        await store.replies.open(USER, "m", request="0/2-0")
+    assert store.redis.exists(store.keys.reply(USER, "m")) == 0
 
 
 async def test_a_later_attempt_shuts_out_the_earlier_one(store: Store) -> None:

@@ -52,6 +52,7 @@ WRONG = {
     "history of something else": {**REQUIRED, "history": '[["user", "hi"]]'},
     "history of numbers": {**REQUIRED, "history": '[{"role": "user", "content": 7}]'},
     "a time that is none": {**REQUIRED, "at": "yesterday"},
+    "a time beyond all calendars": {**REQUIRED, "at": "9" * 20},
 }
 
 
@@ -76,6 +77,7 @@ UNADDRESSED = {
     "without user": {name: value for name, value in REQUIRED.items() if name != "user"},
     "without message id": {name: value for name, value in REQUIRED.items() if name != "message_id"},
     "a message id that is no JSON text": {**REQUIRED, "message_id": 'm",\n'},
+    "a user that is written as no client writes it": {**REQUIRED, "user": "1_0001"},
     "a message id that is too long": {**REQUIRED, "message_id": "m" * 65},
 }
 

@@ -62,6 +62,8 @@ def test_who_comes_from_here_may_come(headers: dict[str, str]) -> None:
     {"host": "127.0.0.1:8000", "x_forwarded_for": "10.0.0.7"},
     {"host": "127.0.0.1:8000", "x_forwarded_for": "127.0.0.1, 10.0.0.7"},
     {"host": "127.0.0.1:8000", "x_forwarded_for": ""},
+    {"host": "127.0.0.1:8000", "x_real_ip": "10.0.0.7"},
+    {"host": "127.0.0.1:8000", "forwarded": "for=10.0.0.7"},
     {"host": "10.0.0.5:8000"},
     {"host": "evil.example.com:8080"},
     {"host": "127.0.0.1.evil.example.com"},

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.gateway.frames import REFUSED_REASONS, RETRY_AFTER_MS, FrameBuilder
-from imstream.model import Terminal
+from imstream.model import Refusal, Terminal
 from imstream.reply_buffer import ReplyEnded, TextGrown, TextReset
 from imstream.texts import Lang, Text
 from imstream.wire import Code, Event, InvalidFrame, MsgType, ServerFrame
@@ -42,6 +42,15 @@ def test_a_login_is_answered_with_the_user_and_the_node(frames: FrameBuilder) ->
 def test_a_heartbeat_is_answered_with_one(frames: FrameBuilder) -> None:
     frame = frames.heartbeat()
     assert (frame.msg_type, frame.contents) == (MsgType.HEARTBEAT, sentence(frames, Text.HEARTBEAT))
+
+
+@pytest.mark.parametrize(("recorded", "told"), [("FORBIDDEN", Code.FORBIDDEN), ("OF_A_NEWER_RELEASE", Code.AI_FAILED)])
+def test_a_refusal_with_a_code_of_a_newer_release_is_told_as_a_failure(
+    frames: FrameBuilder, recorded: str, told: Code
+) -> None:
+    terminal = Terminal("failed", reason="a_guard", refusal=Refusal(recorded, "No."))
+    frame = said(frames.reply_step("m", ReplyEnded(1, 0, terminal)))
+    assert (frame.code, frame.contents) == (told, "No.")
 
 
 def test_an_accepted_message_is_told_its_place(frames: FrameBuilder) -> None:

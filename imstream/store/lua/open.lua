@@ -27,7 +27,7 @@ local function owner()
         local page = redis.call('XREVRANGE', KEYS[1], before, '-', 'COUNT', 100)
         for _, entry in ipairs(page) do
             if field(entry, 'event') == 'opened' then
-                return field(entry, 'request')
+                return field(entry, 'request') or ''
             end
         end
         if #page < 100 then
@@ -37,6 +37,7 @@ local function owner()
     end
 end
 
+local nodes = redis.call('SMEMBERS', KEYS[2]) -- before any write: it fails if the key has another type
 local attempt = 0
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
@@ -62,4 +63,4 @@ redis.call(
 if kept == 0 then -- there was no reply yet
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
 end
-return {'opened', attempt + 1, unpack(redis.call('SMEMBERS', KEYS[2]))}
+return {'opened', attempt + 1, unpack(nodes)}
