@@ -1,7 +1,5 @@
 """The wall clock, time spans in milliseconds for Redis, and the days of quotas."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta

@@ -13,8 +13,6 @@ ImstreamError
     └── PermanentBackendError   a retry cannot succeed: the request itself is refused
 """
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 

@@ -4,8 +4,6 @@ Braces are Redis Cluster hash tags (https://redis.io/docs/latest/operate/oss_and
 all keys of one node, or of one user, share a slot, so that every script uses one slot.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 GROUP = "workers"

@@ -7,8 +7,6 @@ Values are untrusted: characters that are not printable are escaped, and long va
 clients can cause share one token bucket (`LIMITED`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

@@ -5,13 +5,11 @@ releases ignore it, and newer ones have a default. Only entries that an older re
 version; it leaves them to newer nodes.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic_core import from_json, to_json
 
@@ -40,7 +38,7 @@ def version_of(fields: Mapping[str, str]) -> int:
 class MalformedEntry(Exception):  # noqa: N818 - their fault, not an error of ours
     """An entry is not a valid request: it was added or changed by hand. `partial`: its readable part, with the user."""
 
-    def __init__(self, text: str, partial: ChatRequest | None = None) -> None:
+    def __init__(self, text: str, partial: "ChatRequest | None" = None) -> None:
         super().__init__(text)
         self.partial = partial
 
@@ -82,7 +80,7 @@ class ChatRequest:
         )
 
     @classmethod
-    def from_fields(cls, fields: dict[str, str], entry_id: str = "") -> ChatRequest:
+    def from_fields(cls, fields: dict[str, str], entry_id: str = "") -> Self:
         """Read a stream entry. Only user, message id and contents are required; `at` defaults to the entry id's time.
 
         Raises:
@@ -170,7 +168,7 @@ class Terminal:
         return tuple(part for name, value in named.items() if value is not None for part in (name, value))
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Terminal:
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
         """Read a terminal entry."""
         refused = "sentence" in fields
         return cls(

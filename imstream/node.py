@@ -1,7 +1,5 @@
 """The composition root: builds all parts of one node, starts them, and drains them in order."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import signal

@@ -1,7 +1,5 @@
 """Folders and files that other users of this machine must not read or change."""
 
-from __future__ import annotations
-
 import logging
 import os
 import stat

@@ -3,8 +3,6 @@
 Writers and readers never wait for each other: a fast session reads each piece, a slow one reads all that has gathered.
 """
 
-from __future__ import annotations
-
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable
@@ -39,7 +37,7 @@ class ReplyBuffer:
     position: str = ""
     _texts: list[str] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
-    _subscribers: set[Callable[[ReplyBuffer], None]] = field(default_factory=set)
+    _subscribers: set[Callable[["ReplyBuffer"], None]] = field(default_factory=set)
 
     def begin(self, attempt: int) -> None:
         """Begin an attempt of this process; discard the text so far."""
@@ -87,11 +85,11 @@ class ReplyBuffer:
         text = (self._texts[index] if last else "".join(self._texts[index:]))[offset - self._starts[index] :]
         return text if limit is None else text[:limit]
 
-    def subscribe(self, on_change: Callable[[ReplyBuffer], None]) -> None:
+    def subscribe(self, on_change: Callable[["ReplyBuffer"], None]) -> None:
         """Call `on_change` whenever there is more to read."""
         self._subscribers.add(on_change)
 
-    def unsubscribe(self, on_change: Callable[[ReplyBuffer], None]) -> None:
+    def unsubscribe(self, on_change: Callable[["ReplyBuffer"], None]) -> None:
         """Stop calling `on_change`. May be repeated."""
         self._subscribers.discard(on_change)
 

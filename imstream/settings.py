@@ -1,7 +1,5 @@
 """The settings of a node, read from `IMSTREAM_*` environment variables, `.env` or command-line options."""
 
-from __future__ import annotations
-
 import re
 from datetime import timedelta
 from pathlib import Path

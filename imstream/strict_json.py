@@ -4,8 +4,6 @@ It uses Python's decoder and not pydantic's, because its hooks see each object a
 A text with too many values is rejected before it is decoded, because a value costs much more than a character.
 """
 
-from __future__ import annotations
-
 from json import JSONDecodeError, JSONDecoder
 from math import isfinite
 from typing import Any

@@ -1,7 +1,5 @@
 """Texts for people, in Chinese and English. The handshake's `Accept-Language` chooses; Chinese is the default."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal

@@ -1,7 +1,5 @@
 """Token buckets: limit an average rate and the size of a burst."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 NEVER_USED = 0.0

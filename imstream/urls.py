@@ -1,12 +1,10 @@
 """URLs of Redis (one server, Sentinel, Cluster), and URLs shown without their secrets. No I/O."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Self, cast
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic import SecretStr
@@ -75,7 +73,7 @@ class RedisUrl:
     _query: str = field(repr=False)
 
     @classmethod
-    def parse(cls, url: str | SecretUrl) -> RedisUrl:
+    def parse(cls, url: str | SecretUrl) -> Self:
         """Parse a URL, or raise `ValueError` saying what is allowed."""
         match = _URL.fullmatch(url if isinstance(url, str) else url.get_secret_value())
         if match is None:

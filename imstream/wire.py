@@ -3,8 +3,6 @@
 `parse_frame` validates a client's frame; `ServerFrame` encodes every frame of the server. See ops/docs/protocol.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Generates ops/docs/settings.md from the settings classes. Run it with `.venv/bin/python -m ops.settings_table`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin

@@ -1,7 +1,5 @@
 """Fixtures for all tests: real servers, and checks for leaks."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator

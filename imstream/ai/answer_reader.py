@@ -3,8 +3,6 @@
 https://platform.openai.com/docs/api-reference/chat-streaming, and the dialects of other servers.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import islice

@@ -3,8 +3,6 @@
 One call of `answer` is one HTTP request. It is not retried here: only the worker retries.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,7 +125,7 @@ class OpenAIBackend(EndpointClient):
             await self._receive_rest(response.content, reader, intake)
         return Completion(reader.finish_reason or "stop", reader.usage)
 
-    async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: _Intake) -> None:
+    async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: "_Intake") -> None:
         """Read what may follow a finish reason. A timeout or a lost connection is no error: the answer is complete."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + AFTER_FINISH.total_seconds()

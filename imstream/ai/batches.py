@@ -5,8 +5,6 @@ the last call began later                           texts are collected until th
 `MAX_CALLS` calls are running                       texts are collected until one of them ends
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence

@@ -8,8 +8,6 @@ The only file that uses private names of aiohttp (`TCPConnector._factory`, `Resp
 5 to 8 % of a node's CPU under paced answers. tests/unit/test_private_names.py checks them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import Callable, Mapping, Sequence

@@ -7,8 +7,6 @@
 In the half-open state one call per pause is made, until one succeeds.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """The base of clients of a server that is compatible with OpenAI: its URL, key, connections and error responses."""
 
-from __future__ import annotations
-
 import asyncio
 from base64 import b64encode
 from collections.abc import Mapping

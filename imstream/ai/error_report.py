@@ -3,8 +3,6 @@
 Only the fields that name the error are read. The rest of a body may contain the prompt, which must not be logged.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from dataclasses import dataclass

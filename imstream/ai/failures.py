@@ -15,8 +15,6 @@ Pure functions from statuses, headers, bodies and exceptions to errors. The firs
     not HTTP, encoded, or too large                    transient   bad_stream
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta

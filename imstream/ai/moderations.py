@@ -3,8 +3,6 @@
 https://platform.openai.com/docs/api-reference/moderations
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass

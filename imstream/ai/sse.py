@@ -5,8 +5,6 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-inte
 Only the data of events is kept. Chat completions do not use names, ids and retry times.
 """
 
-from __future__ import annotations
-
 import re
 
 EVENT_LIMIT = 1 << 20  # bytes buffered of an incomplete event, which carries one token, as a rule

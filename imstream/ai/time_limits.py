@@ -1,7 +1,5 @@
 """The time limits of one AI call, on one timer."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 from types import TracebackType

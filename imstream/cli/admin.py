@@ -1,7 +1,5 @@
 """Commands of operators that read or change Redis: `imstream streams` and `imstream user`."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator

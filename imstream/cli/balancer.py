@@ -4,8 +4,6 @@ The configurations are those of `ops/`, which can be used directly. This module 
 lines marked `#tls` and `#redirect`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

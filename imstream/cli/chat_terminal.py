@@ -1,7 +1,5 @@
 """The terminal client, `imstream chat`: one conversation, line by line."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

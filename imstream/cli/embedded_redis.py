@@ -4,8 +4,6 @@ The package has wheels for Python 3.11 and later, for Linux and macOS on x86-64 
 used: it is found through the package's file list, and nothing of the package is imported.
 """
 
-from __future__ import annotations
-
 import asyncio
 import fcntl
 import os

@@ -1,8 +1,6 @@
 """The commands. Modules that only one command needs are imported inside it, so that start-up and help stay quick."""
 # ruff: noqa: PLC0415 - see above
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

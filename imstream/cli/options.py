@@ -4,8 +4,6 @@
 because every user of a machine can read command lines.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args, get_origin

@@ -1,7 +1,5 @@
 """Notes about the settings at start-up: the file they were read from, its permissions, and unknown names."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator, Mapping

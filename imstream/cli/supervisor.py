@@ -4,8 +4,6 @@ Each child leads its own session, so that Ctrl-C in the terminal reaches only th
 in order. If the supervisor is killed, the kernel kills them (see `exit_with_parent`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import os

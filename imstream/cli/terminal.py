@@ -1,7 +1,5 @@
 """Input and output of the terminal chat, on a terminal, pipes or files."""
 
-from __future__ import annotations
-
 import asyncio
 import codecs
 import os

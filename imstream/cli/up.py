@@ -1,7 +1,5 @@
 """`imstream up`: plans which parts run on this machine, runs them, and prints their addresses."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

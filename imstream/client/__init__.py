@@ -1,7 +1,5 @@
 """The Python client: `async with Client(url, user_id) as client: reply = await client.send("hello")`."""
 
-from __future__ import annotations
-
 from imstream.client.client import Client
 from imstream.client.connection import Connected, ConnectionChange, Disconnected
 from imstream.client.errors import (

@@ -9,8 +9,6 @@ The client reconnects by itself: accepted messages are resumed where they stood,
 again with the same id.
 """
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import Callable, Sequence

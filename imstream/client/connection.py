@@ -4,8 +4,6 @@ Two coroutines share one connection: `_send_frames` logs in, sends pending reque
 frames and decides what a close means.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Callable

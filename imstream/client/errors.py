@@ -16,8 +16,6 @@ ClientError
     └── Expired          the reply was deleted
 """
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 from imstream.errors import ImstreamError

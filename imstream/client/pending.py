@@ -3,8 +3,6 @@
 No I/O: the connection passes in the server's frames and asks what is still to be sent.
 """
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, field
 

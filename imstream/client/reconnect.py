@@ -1,7 +1,5 @@
 """Where, when and with which token a client connects next. No I/O but the caller's token function."""
 
-from __future__ import annotations
-
 import inspect
 import random
 from collections.abc import Awaitable, Callable, Sequence

@@ -7,8 +7,6 @@ Repeated text is dropped. Text that is missing or contradicts the known text end
 that no reader gets an answer that was never given (I5).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The canned answer of the demo backend, delta by delta. Pure, so that tests know the text."""
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from itertools import chain, cycle, islice

@@ -1,7 +1,5 @@
 """The demo backend: answers requests, and runs in an event loop or as a process."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import random

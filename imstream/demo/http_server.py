@@ -4,8 +4,6 @@ All stand-ins for an AI backend use it: the demo, the backend of the benchmark, 
 """
 # ruff: noqa: D102 - the callbacks of asyncio and httptools are described there
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections import deque
@@ -60,7 +58,7 @@ class HttpConnection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, server: HttpServer[Any]) -> None:
+    def __init__(self, server: "HttpServer[Any]") -> None:
         self.number = server.accepted
         self.closed_by_peer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._server = server

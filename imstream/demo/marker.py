@@ -14,8 +14,6 @@ Several can be combined: they apply in the order fail, busy, hang, stall, break,
 ignored.
 """
 
-from __future__ import annotations
-
 import re
 from enum import StrEnum
 from typing import Annotated

@@ -5,8 +5,6 @@ https://platform.openai.com/docs/api-reference/moderations. A text is flagged if
 `[[flag violence hate]]`, which names the categories; no other text is ever flagged.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence

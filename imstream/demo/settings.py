@@ -1,7 +1,5 @@
 """Settings of the demo backend, from `IMSTREAM_DEMO_*`, `.env` or the command line."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from typing import Annotated
 

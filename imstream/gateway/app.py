@@ -1,7 +1,5 @@
 """The HTTP routes of a node: health checks, and the page with its client, which may run nothing else."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

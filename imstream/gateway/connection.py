@@ -1,7 +1,5 @@
 """The connection loop: one socket from its handshake to its end."""
 
-from __future__ import annotations
-
 import asyncio
 from http import HTTPStatus
 

@@ -3,8 +3,6 @@
 The more a round costs, the longer the interval to the next one: a busy node sends fewer and longer deltas.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Handles the frames of a client: login and resume, messages, cancels, heartbeats."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import secrets

@@ -1,7 +1,5 @@
 """The frames of the gateway: one for each situation, in the language of the client."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from datetime import timedelta

@@ -1,8 +1,6 @@
 """Tells other nodes which users have sockets here, and closes sessions that may not stay: older ones where a user may
 have only one, and all of a user whose account was banned or locked."""  # noqa: D205, D209 - one sentence
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The sessions of a node, by user, and the one timer that closes those that have gone silent."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 

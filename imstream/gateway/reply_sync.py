@@ -1,7 +1,5 @@
 """Replies and notices from other nodes: reads the inbox of this node, and the records of replies written elsewhere."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass
 from datetime import timedelta

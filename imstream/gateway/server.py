@@ -5,8 +5,6 @@ limit headers, pipelined requests and connections, logs a warning for each inval
 upgraded connection only by garbage collection. The limits use its undocumented names (test_private_names.py).
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

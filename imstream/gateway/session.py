@@ -1,7 +1,5 @@
 """The state of one socket: its client, its login, and its end."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ It has one cursor for each reply that the socket follows. Whenever the socket ta
 that is new by then: a fast socket gets each piece as it comes, a slow one fewer and larger ones, and no other waits.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager

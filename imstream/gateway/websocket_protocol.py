@@ -8,8 +8,6 @@ the transport. uvicorn's own protocol has none of these bounds, and frees a clos
 Undocumented attributes of `ServerProtocol`: parser, parser_exc, reader, close_sent, close_rcvd (test_private_names.py).
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import struct
@@ -74,6 +72,9 @@ class SocketClosed:
     """The last message of a socket: it is closed, with this code."""
 
     code: int
+
+
+ServeSocket = Callable[["SocketProtocol"], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,9 +395,6 @@ class SocketProtocol(asyncio.Protocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
         self._abort_timer = self._loop.call_later(CLOSE_REPLY_LIMIT, self._transport.abort)
-
-
-ServeSocket = Callable[[SocketProtocol], Awaitable[None]]
 
 
 def _connection_of(request: Request, transport: asyncio.Transport) -> HTTPConnection:

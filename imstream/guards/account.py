@@ -1,7 +1,5 @@
 """Accounts: bans, temporary locks and the daily quota."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from datetime import timedelta
 from typing import Self

@@ -1,7 +1,5 @@
 """Authentication by signed tokens; without it (`IMSTREAM_AUTH=none`), only clients on this machine are accepted."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Self

@@ -1,7 +1,5 @@
 """The guards of a node, in order, and the chain that asks them one after the other."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -143,7 +141,7 @@ class GuardChain:
             request = request if verdict is ALLOW else _apply(verdict, request)
         return request
 
-    def answer_filter(self, request: ChatRequest, write: Callable[[str], None]) -> FilterChain | None:
+    def answer_filter(self, request: ChatRequest, write: Callable[[str], None]) -> "FilterChain | None":
         """Create the filters between the AI and `write` for one attempt; None: no guard filters this answer."""
         filters = [one for guard in self._by_hook["answer_filter"] if (one := guard.answer_filter(request)) is not None]
         return FilterChain(filters, write) if filters else None

@@ -1,7 +1,5 @@
 """Limits of chat messages: how many a minute, with which roles, and how long."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from datetime import timedelta

@@ -4,8 +4,6 @@ The chain calls a hook only for guards that override it. Hooks of the gateway mu
 to Redis; slower checks belong in `check_ai_call`, which the worker runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field

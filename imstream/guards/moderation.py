@@ -3,8 +3,6 @@
 History is moderated as well, each text once: it reaches the model, and clients can claim any. It is never a violation.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager

@@ -4,8 +4,6 @@ The origin `null` identifies no page: files opened from disk have it, but also a
 clients are not authenticated, such pages must therefore log in with the page token of the settings.
 """
 
-from __future__ import annotations
-
 import hmac
 import re
 from collections.abc import Collection, Mapping

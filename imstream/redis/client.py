@@ -1,7 +1,5 @@
 """The Redis client: for one server, for Sentinel and for a Redis Cluster."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Coroutine, Sequence
 from datetime import timedelta

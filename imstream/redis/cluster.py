@@ -1,7 +1,5 @@
 """Redis Cluster: send each command to the master that owns the slot of its key, and follow redirections."""
 
-from __future__ import annotations
-
 import asyncio
 from binascii import crc_hqx
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from imstream.redis.pools import server_pool
 from imstream.urls import RedisUrl
 
 SLOTS = 16_384
-_NO_OWNERS: list[NodeAddress | None] = [None] * SLOTS
+_NO_OWNERS: list["NodeAddress | None"] = [None] * SLOTS
 
 MAX_REDIRECTIONS = 5
 """Maximum number of redirections of one command. Beyond it the nodes do not agree: `StoreUnavailable`."""

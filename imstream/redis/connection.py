@@ -10,8 +10,6 @@ and `DefaultParser.parse_error`, for its classes of errors.
 
 # ruff: noqa: D102 - the callbacks of asyncio.Protocol are described there
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -54,7 +52,7 @@ class RedisConnection(asyncio.Protocol):
         pool: ConnectionPool,
         *,
         timeout: timedelta,
-        on_idle: Callable[[RedisConnection], None],
+        on_idle: Callable[["RedisConnection"], None],
         access_log: AccessLog,
     ) -> None:
         self._loop = asyncio.get_running_loop()

@@ -1,7 +1,5 @@
 """Errors from Redis: what they mean to the caller, the log of denied access, and retrying until Redis is available."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Awaitable, Callable

@@ -1,7 +1,5 @@
 """Warnings about Redis settings that can lose accepted messages."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 

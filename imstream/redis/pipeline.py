@@ -7,8 +7,6 @@ Nothing is ever repeated here. After a time-out the outcome is unknown, and the 
 repeated).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from datetime import timedelta

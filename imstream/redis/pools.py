@@ -1,7 +1,5 @@
 """redis-py's connection pools, with the options that imstream needs."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from pathlib import Path
 from typing import Any

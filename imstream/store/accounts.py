@@ -3,8 +3,6 @@
 Bans and locks follow Redis' clock, days the clock of the node that took the message.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal

@@ -3,8 +3,6 @@
 A notice only saves waiting: nothing else is lost when one is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

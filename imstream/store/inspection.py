@@ -1,7 +1,5 @@
 """Read-only views of a node's stream and of a user, for `imstream streams` and `imstream user`."""
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass

@@ -3,14 +3,12 @@
 The stream of a dead node is adopted by one living node until the node is back or the stream is empty (I1).
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from pydantic_core import from_json, to_json
 
@@ -49,7 +47,7 @@ class Holder:
         return to_json({name: value for name, value in asdict(self).items() if value is not False}).decode()
 
     @classmethod
-    def decode(cls, text: str) -> Holder:
+    def decode(cls, text: str) -> Self:
         """From JSON. Unknown fields are ignored, and invalid ones replaced."""
         try:
             read: Any = from_json(text)

@@ -1,7 +1,5 @@
 """The reply stream of a message: all that is recorded about it. Each append is checked against it (I4)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The requests stream of one node: admit, read by consumer group, finish or bury (I2, I3)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The Lua scripts of the store: each file in `lua/` is one atomic step."""
 
-from __future__ import annotations
-
 from importlib import resources
 
 from imstream.redis.client import Script

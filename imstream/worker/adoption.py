@@ -1,7 +1,5 @@
 """Finds the streams of dead nodes and consumes them here until they are empty or their node is back."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """One AI call for a request, with the guards before and after it; and what the jobs of a worker work with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The consumer of one requests stream, its own or an adopted one: reads requests, and claims those of dead nodes."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import replace
 

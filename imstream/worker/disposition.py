@@ -15,10 +15,9 @@ A request that died with its worker too often, or that cannot be read, is buried
 release wrote is left to a node that knows its schema.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Self
 
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.guards.guard import Reject
@@ -83,7 +82,7 @@ class Limits:
     window: timedelta
 
     @classmethod
-    def of(cls, settings: Settings) -> Limits:
+    def of(cls, settings: Settings) -> Self:
         """Return the limits of the settings."""
         return cls(settings.max_attempts, settings.max_deliveries, settings.retry_window)
 

@@ -1,7 +1,5 @@
 """The processing of one request, from its first attempt to its end."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 from typing import Literal

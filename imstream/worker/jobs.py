@@ -1,7 +1,5 @@
 """The registry of the jobs of one node, for all streams it consumes, and their slots."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections import Counter

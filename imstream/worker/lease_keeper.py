@@ -1,7 +1,5 @@
 """Holds and renews the lease of this node; detects stalls of the process, which can cost it the lease."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import secrets

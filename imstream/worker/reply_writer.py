@@ -1,7 +1,5 @@
 """Writes the text of one attempt: to the reply buffer at once, to the reply stream in batches (I4, I5)."""
 
-from __future__ import annotations
-
 import asyncio
 
 from imstream.model import Terminal

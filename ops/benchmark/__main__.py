@@ -9,8 +9,6 @@ Then two more nodes alternate: one without guards, and one with all of them. `--
 guard alone. `--against` measures only this node and that of another release.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ paced deltas the time of their write (`@` and microseconds).
 It also moderates: it flags nothing and counts the texts (`GET /v1/moderated`).
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -4,8 +4,6 @@ aiohttp reads whatever has arrived, each event is parsed, and each delta is sent
 socket or the backend dies, the answer is lost.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import AsyncIterator

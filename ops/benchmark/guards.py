@@ -4,8 +4,6 @@ All get the same messages, in the middle of a conversation; see `ops.benchmark.l
 token, an origin) are not included. The backend counts the moderated texts, which are checked.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Mapping, Sequence

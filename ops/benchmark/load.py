@@ -10,8 +10,6 @@ other, with pauses), `idle` (logged in only).
 A message is one word; with `--talk` it is a few sentences in the middle of a conversation.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import gc

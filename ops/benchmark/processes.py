@@ -1,7 +1,5 @@
 """The processes of the benchmark: started on free ports of 127.0.0.1, measured through /proc, stopped by their pid."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

@@ -1,7 +1,5 @@
 """Compares this checkout's node with that of another release, in alternating runs: the cost of a change."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median

@@ -1,7 +1,5 @@
 """The report of the benchmark: a table, the bars (limits that imstream is to meet), and the same as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median

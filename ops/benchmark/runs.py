@@ -1,7 +1,5 @@
 """Runs of the load generator against services: once, alternating, or in steps up to the capacity of a service."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@ httpx streams the answer line by line, each line is parsed, and each delta is se
 their defaults, except for a time limit that allows a complete answer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import AsyncIterator

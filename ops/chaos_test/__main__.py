@@ -5,8 +5,6 @@ for. The schedule of faults depends only on the seed.
 The exit code is 1 if a message was lost, duplicated, answered wrongly or given up, or if anything is left over.
 """  # noqa: D205 - the help text of the command
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import random

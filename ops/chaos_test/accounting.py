@@ -11,8 +11,6 @@ failed       given up, with a reason
 recovered    the client did not know whether it was accepted, and it was answered correctly
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,11 +1,9 @@
 """Inspects the state at the end of a run: the reply streams, and leftovers that should be gone."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import redis
 
@@ -35,7 +33,7 @@ class Resources:
     memory: int
 
     @classmethod
-    def of(cls, part: Part) -> Resources:
+    def of(cls, part: Part) -> Self:
         """Measure a node."""
         return cls(part.open_files(), part.memory())
 

@@ -1,7 +1,5 @@
 """The clients: they send random messages and record the replies. The client library reconnects and resumes."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import Coroutine

@@ -1,7 +1,5 @@
 """The raw facts of a run: messages sent, frames received, entries recorded. No I/O."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 TERMINAL = ("done", "failed", "cancelled")

@@ -1,7 +1,5 @@
 """Injects the faults of a schedule."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import Counter

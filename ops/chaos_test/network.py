@@ -1,7 +1,5 @@
 """The network between clients and servers: it breaks connections and checks the frames of the servers."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from types import TracebackType

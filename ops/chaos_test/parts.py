@@ -1,7 +1,5 @@
 """The processes of a run: started on fixed ports, stopped by their pid, restarted on the same port."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

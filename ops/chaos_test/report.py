@@ -1,7 +1,5 @@
 """The report of a run: one table, and every problem with the place to look."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

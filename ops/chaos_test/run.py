@@ -1,7 +1,5 @@
 """One run: start everything, inject faults, restore everything, wait for the replies and account for them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

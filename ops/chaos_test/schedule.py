@@ -1,7 +1,5 @@
 """The schedule of faults, drawn from the seed alone before anything starts. Pure."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """The processes of a run: Redis, the AI backend, nodes and a load balancer."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import random

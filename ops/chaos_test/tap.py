@@ -3,8 +3,6 @@
 The check is stricter than the client library, which drops repeated text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import cycle
 

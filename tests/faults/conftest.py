@@ -1,7 +1,5 @@
 """Nodes under these tests run at full speed, and are restarted for the next test of their module."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 
 import pytest

@@ -1,7 +1,5 @@
 """An answer breaks off: a new attempt begins, the client sees a restart, and answers are never mixed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

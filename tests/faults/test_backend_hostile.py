@@ -1,7 +1,5 @@
 """A hostile backend: its answers are bounded in the node and in Redis, and other sockets are not affected."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

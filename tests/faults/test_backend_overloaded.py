@@ -1,7 +1,5 @@
 """An overloaded backend: nodes respect Retry-After, nothing accumulates, and all requests are answered."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

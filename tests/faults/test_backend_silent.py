@@ -1,7 +1,5 @@
 """A silent backend: after one of two time limits the call is closed, and another attempt is made."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

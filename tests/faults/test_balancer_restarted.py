@@ -1,7 +1,5 @@
 """The load balancer restarts during answers: clients reconnect and resume, and nothing is lost."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from pathlib import Path

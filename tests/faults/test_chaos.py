@@ -1,7 +1,5 @@
 """Chaos with a seed that causes most kinds of faults early; for a random minute in the `long` tier."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Node and Redis are stopped together during an answer, again and again, as a process manager does."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable

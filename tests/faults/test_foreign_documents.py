@@ -4,8 +4,6 @@ Issuers, backends, clients, operators and other nodes write key sets, tokens, an
 notices, leases and stored requests.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Nodes of the previous release and of this one on one Redis: each finishes and reads replies of the other (I10)."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator

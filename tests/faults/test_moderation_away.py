@@ -1,7 +1,5 @@
 """The moderation service dies, hangs and recovers, while the AI backend works."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """A node is killed at each step of a request: the message is answered once, and its client gets all of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

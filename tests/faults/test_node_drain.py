@@ -1,7 +1,5 @@
 """SIGTERM: no request is started, running ones may end, clients are informed, the rest is left for the next start."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time

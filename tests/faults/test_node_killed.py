@@ -1,7 +1,5 @@
 """A node killed with SIGKILL in the middle of answers and started again finishes them."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

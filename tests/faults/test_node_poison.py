@@ -1,7 +1,5 @@
 """A message that kills its worker each time is buried; all other messages are answered."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from imstream.demo.answer import canned_answer

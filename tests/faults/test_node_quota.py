@@ -1,7 +1,5 @@
 """A node dies between counting a message and its end; Redis is down during a login."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Redis dies or hangs under several nodes: none declares others dead, and all recover by themselves."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Nodes drain while others live: others take over unfinished answers at once, and clients do not notice."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from pathlib import Path

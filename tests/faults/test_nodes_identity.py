@@ -1,7 +1,5 @@
 """The lease decides which process runs a node; health reports of a node are true."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal

@@ -1,7 +1,5 @@
 """Nodes are killed: others answer what they had accepted, and users get it from them, whole and once (I1, I5)."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from functools import partial

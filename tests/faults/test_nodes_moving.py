@@ -1,7 +1,5 @@
 """Users move between living nodes, or use several at once: they see all replies, whichever node answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """One session per user: the newest stays, and older ones are closed on all nodes."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import AsyncExitStack

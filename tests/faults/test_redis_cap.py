@@ -1,7 +1,5 @@
 """A burst of ten times the stream's cap."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections import Counter

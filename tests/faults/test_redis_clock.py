@@ -1,7 +1,5 @@
 """The wall clock jumps, for the node and for Redis."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A slot of a Redis Cluster moves, or a master dies: accepted messages are answered, other users are not affected."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager

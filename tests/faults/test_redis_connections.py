@@ -1,7 +1,5 @@
 """There are few, slow connections to Redis, or Redis accepts no further ones."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

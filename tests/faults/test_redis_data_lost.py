@@ -1,7 +1,5 @@
 """Redis loses data: FLUSHALL, a deleted stream, or a restart without persistence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Redis denies a node its login or a permission: the node logs it once, waits, and continues when it is fixed."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Redis accepts connections and does not answer: stopped, paused, or behind a network that drops everything."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Redis is killed, has not started yet, or has executed commands whose replies were lost."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Redis executes a command, and its reply arrives late or never."""
 
-from __future__ import annotations
-
 import asyncio
 from itertools import product
 from pathlib import Path

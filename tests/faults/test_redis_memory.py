@@ -1,7 +1,5 @@
 """Redis is out of memory, or is configured so that it may evict messages."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from pathlib import Path

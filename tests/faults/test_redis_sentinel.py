@@ -1,7 +1,5 @@
 """Sentinel replaces the master: only what had not reached the replica is lost, and the loss is announced."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 After their time nothing is left of them: no connection, no file, no memory. The node has no garbage collector.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import resource

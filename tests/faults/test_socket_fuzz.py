@@ -3,8 +3,6 @@
 The frames are drawn from `SEED`; IMSTREAM_FUZZ_SEED and IMSTREAM_FUZZ_FRAMES change the seed and the number of frames.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """Invalid and malicious frames: each gets its documented answer, and the node keeps serving other clients."""
 
-from __future__ import annotations
-
 import json
 import struct
 import time

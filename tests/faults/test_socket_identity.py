@@ -1,7 +1,5 @@
 """A client that impersonates another user or requests another user's data is refused, and leaves nothing in Redis."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Stalled readers: each costs at most its own text, is closed in time, and delays no other client."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from contextlib import AsyncExitStack

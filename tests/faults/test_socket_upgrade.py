@@ -1,7 +1,5 @@
 """An upgrade request that the parser rejects gets an answer, and does not disturb the shutdown of the node."""
 
-from __future__ import annotations
-
 import time
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Redis that journeys run on: one server, Sentinel and Cluster; and the node of a module's own, `standing`."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path

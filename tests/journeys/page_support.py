@@ -4,8 +4,6 @@ The protocol: https://chromedevtools.github.io/devtools-protocol/. One process s
 has its own browser context, so tests share no storage.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import itertools

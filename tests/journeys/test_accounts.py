@@ -1,7 +1,5 @@
 """Bans, locks and quotas on two nodes: by command, with redis-cli, and after violations."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator

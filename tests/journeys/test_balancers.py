@@ -1,7 +1,5 @@
 """Three nodes behind the real nginx and the real HAProxy, with the configurations of ops/: routing of users."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections import Counter

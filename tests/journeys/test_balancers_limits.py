@@ -3,8 +3,6 @@
 This machine itself, 127.0.0.1, is not limited; clients come from other addresses of the loopback network.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping

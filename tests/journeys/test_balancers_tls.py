@@ -1,7 +1,5 @@
 """https and wss through the real nginx and the real HAProxy, as `imstream balancer --cert` starts them."""
 
-from __future__ import annotations
-
 import asyncio
 import http.client
 import json

@@ -1,7 +1,5 @@
 """The browser client in a real Chromium, against a scripted server."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import AsyncIterator, Iterator

@@ -1,7 +1,5 @@
 """The Python client with a real node. These tests also document the client."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator

@@ -1,7 +1,5 @@
 """Logins with tokens, and their expiry, on a real node."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

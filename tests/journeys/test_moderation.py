@@ -1,7 +1,5 @@
 """Moderation, from a socket through a node to the service and back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Use of the page in a real Chromium, with a real node, Valkey and the demo backend behind it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

@@ -1,7 +1,5 @@
 """The Procfile with real process runners: two nodes, one Redis, one AI; no process is left at the end."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import shutil

@@ -1,7 +1,5 @@
 """From the socket to the prompt: the request to the AI, and messages that are rejected before."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path

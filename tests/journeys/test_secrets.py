@@ -1,7 +1,5 @@
 """No secret is shown: all secret settings are set here, and searched for in a node's output, records and arguments."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import re

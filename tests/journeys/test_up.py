@@ -1,7 +1,5 @@
 """`imstream up`: starts all parts, prints addresses, handles failures and signals, and leaves no process behind."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

@@ -1,7 +1,5 @@
 """`imstream up --nodes 3`: three nodes and a balancer, each of which can be killed during chats."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import signal

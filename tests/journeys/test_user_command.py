@@ -1,7 +1,5 @@
 """`imstream user` on one server, behind Sentinel and in a cluster."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The wire protocol, situation by situation, as a client sees it: the frames sent, and the frames received."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

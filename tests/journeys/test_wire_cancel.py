@@ -1,7 +1,5 @@
 """CANCEL on the wire, in each state of a message."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """How a node closes a socket: with a sentence for the user, and a close code that tells the client what to do."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator

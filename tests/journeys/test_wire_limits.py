@@ -1,7 +1,5 @@
 """Limits on what a client may send and on the number of sockets: the client is told, and others are not affected."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

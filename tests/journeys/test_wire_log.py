@@ -1,7 +1,5 @@
 """Log events about sockets: user, address, origin and close code."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Iterator

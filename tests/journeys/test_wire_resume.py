@@ -1,7 +1,5 @@
 """Resuming on the wire: a client that reconnects receives the missing text, and no text twice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

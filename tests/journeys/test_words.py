@@ -1,7 +1,5 @@
 """The word list on a real node: messages and answers, refused and masked, and reloading."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import AsyncIterator, Iterator

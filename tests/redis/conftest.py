@@ -1,7 +1,5 @@
 """A store on a real server. Each test runs on the embedded Valkey, on Redis 6.2 and on Redis 7.0."""
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator

@@ -1,7 +1,5 @@
 """The users of ops/redis-users.acl: what the user of nodes may not do, and how a missing permission is reported."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path

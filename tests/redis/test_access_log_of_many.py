@@ -1,7 +1,5 @@
 """Sentinels and cluster nodes that deny a login or a permission are distinguished from unavailable ones."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 from pathlib import Path

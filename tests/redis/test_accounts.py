@@ -1,7 +1,5 @@
 """Accounts in Redis: bans, locks, violations and quotas, on every server and in a cluster."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """An adopter is restarted after the node of the adopted stream came back (I1)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

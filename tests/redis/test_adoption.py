@@ -1,7 +1,5 @@
 """Exactly one node adopts the stream of a dead node; requests are never taken from living nodes (I1, I7)."""
 
-from __future__ import annotations
-
 from tests.redis.worker_harness import USER, PlayedBackend, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until

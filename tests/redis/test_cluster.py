@@ -1,7 +1,5 @@
 """Redis Cluster: commands reach the owner of their key, also while slots move and masters die. None is repeated."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator

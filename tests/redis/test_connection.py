@@ -1,7 +1,5 @@
 """Commands reach Redis in shared pipelines, with a timeout, and are never repeated."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 from collections.abc import AsyncIterator

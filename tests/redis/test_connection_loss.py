@@ -1,7 +1,5 @@
 """Redis hangs, dies, or is another service: callers get an error in time, and nothing is repeated."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """No consumer is deleted while it has pending requests: they would be forgotten."""
 
-from __future__ import annotations
-
 import asyncio
 
 from imstream.keys import GROUP

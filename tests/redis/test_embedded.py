@@ -1,7 +1,5 @@
 """The embedded server, run by `imstream redis` as in `imstream up` and the Procfile."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket

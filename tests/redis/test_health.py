@@ -1,7 +1,5 @@
 """Warnings about unsafe settings of Redis, on one server, Sentinel and Cluster."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path

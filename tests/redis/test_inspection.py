@@ -1,7 +1,5 @@
 """What `imstream streams` reports about a node's stream."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """Leases: each node has at most one holder, which notices when it loses the lease (I7)."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

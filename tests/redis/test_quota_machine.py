@@ -3,8 +3,6 @@ messages that were admitted and have not failed are counted, and never more than
 
 # ruff: noqa: D102 - the rules of the state machine have sentences for names
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import Coroutine

@@ -1,7 +1,5 @@
 """The reply stream decides on attempts, ends and duplicates (I4, I5)."""
 
-from __future__ import annotations
-
 import pytest
 
 from imstream.errors import StoreRefused

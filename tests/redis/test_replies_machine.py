@@ -2,8 +2,6 @@
 
 # ruff: noqa: D102 - the rules of the state machine have sentences for names
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import Coroutine

@@ -1,7 +1,5 @@
 """Replies that are written on other nodes, routes and notices: the parts of a node, on real servers."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """The requests stream: admission, delivery, the end of a request."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 

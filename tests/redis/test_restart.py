@@ -1,7 +1,5 @@
 """Accepted requests survive a restart of Redis, with the users of ops/redis-users.acl."""
 
-from __future__ import annotations
-
 import pytest
 import redis
 from redis.backoff import NoBackoff

@@ -1,7 +1,5 @@
 """Entries written by another release or by hand: answered if possible, refused, or left to a newer release."""
 
-from __future__ import annotations
-
 import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict

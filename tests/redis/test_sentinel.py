@@ -1,7 +1,5 @@
 """Sentinel promotes another server: connections follow it, and nothing that it has is lost."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Deliveries do not count as deaths when the worker was told to stop, or when Redis stopped together with it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 

@@ -6,8 +6,6 @@ continues where it stopped, long after another worker has claimed its request.
 
 # ruff: noqa: D102 - the rules of the state machine have sentences for names
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine

@@ -1,7 +1,5 @@
 """Redis over TLS only: one server, Sentinel and Cluster. Of the tested servers, only Debian's Redis supports it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """The worker in this process: it reads, answers, records and finishes requests; a failing request affects no other."""
 
-from __future__ import annotations
-
 import pytest
 
 from imstream.ai.backend import PromptMessage

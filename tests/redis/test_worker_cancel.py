@@ -1,7 +1,5 @@
 """Cancel: takes effect at once in every state of a message, and returns what happened."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """Guards in the worker: called before the AI, once per message, without delaying other messages."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The worker when replies of Redis are late, lost, or out of order."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

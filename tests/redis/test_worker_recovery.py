@@ -1,7 +1,5 @@
 """Requests left pending by another process or by an accident are recovered."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

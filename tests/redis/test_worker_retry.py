@@ -1,7 +1,5 @@
 """Attempts: their number, their distance in time, and what the client sees."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 

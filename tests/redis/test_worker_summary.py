@@ -1,7 +1,5 @@
 """Older turns that do not fit are summarised by the AI, within the attempt that needs them."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ A test admits a request (`worker.ask`), as the gateway does; waits for the AI ca
 and ends the call (`call.send`, `call.done`, `call.fail`); waits until all is finished (`worker.idle`).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """A writer that appends continuously while Redis changes, and remembers each reply."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Calls an AI backend as the worker does, for tests of the client and of backends."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager

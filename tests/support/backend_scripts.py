@@ -1,7 +1,5 @@
 """Scripts of the scripted backend for fault tests."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence

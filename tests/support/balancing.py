@@ -1,7 +1,5 @@
 """Real nginx and HAProxy in front of nodes, started as by `imstream balancer`."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterable, Sequence

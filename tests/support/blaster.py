@@ -4,8 +4,6 @@ The scripted backend shares the event loop with its client. Here the loop only r
 reading the answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import threading

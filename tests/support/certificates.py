@@ -1,7 +1,5 @@
 """A certificate authority for tests, and its certificates as files for servers and clients."""
 
-from __future__ import annotations
-
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path

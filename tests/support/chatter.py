@@ -1,7 +1,5 @@
 """A raw WebSocket client that keeps every frame, assembles answers, and retries nothing by itself."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Texts of the same length that are refused, in all shapes that may be expensive to refuse."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from itertools import count
 

@@ -18,8 +18,6 @@ cleaned up, flushed or sent. The points, in the order of a request's steps:
     burying     the failure is recorded; the dead letter is not written
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

@@ -5,8 +5,6 @@ its own environment, working directory and log, and can be killed and waited for
 (`ops/up`, the Procfile, the supervisor) start fresh interpreters.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

@@ -1,7 +1,5 @@
 """`GuardDeps` for guards that use neither Redis nor the inbox."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 from imstream.ai.prompt.assembler import PromptAssembler

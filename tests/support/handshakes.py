@@ -1,7 +1,5 @@
 """Heads of 12 KiB for connections that fail, or become sockets that never log in."""
 
-from __future__ import annotations
-
 from tests.support.raw_socket import CLOSE, PING, TEXT, frame
 
 KEY, VERSION = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"

@@ -4,8 +4,6 @@ Two kinds: those after which a socket may stay open (`Hostile.survivable`), and 
 (`Hostile.fatal`). Most are mutations, so whether a node keeps or closes the socket is not predicted.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import struct

@@ -1,7 +1,5 @@
 """Checks that a failure releases its caller at once: an error in a reference cycle keeps every object of its frames."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import weakref

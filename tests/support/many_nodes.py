@@ -6,8 +6,6 @@ await nodes["a"].killed()
 await nodes.settled()
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import urllib.error

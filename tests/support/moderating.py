@@ -1,7 +1,5 @@
 """A scripted moderation service, and the calls that it received."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """`imstream node` that prints its number of asyncio tasks by coroutine on SIGUSR1."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal

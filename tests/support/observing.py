@@ -1,7 +1,5 @@
 """A node in its own process, observed from outside: readiness, log, tasks, connections and memory."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal

@@ -1,7 +1,5 @@
 """One node that can die and restart with the same id, port and Redis, and the checks after every fault."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import urllib.request

@@ -7,8 +7,6 @@
 It checks what it assembles: nothing may follow the end of a message.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence

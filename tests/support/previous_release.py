@@ -3,8 +3,6 @@
 It is created on first use in a directory that git ignores, and kept for the next run.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import subprocess

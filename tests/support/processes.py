@@ -1,7 +1,5 @@
 """Real processes for tests, on free ports, ended by their own pid."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

@@ -1,7 +1,5 @@
 """A low-level WebSocket peer: the test writes every byte, and decides when to read."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

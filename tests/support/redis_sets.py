@@ -1,7 +1,5 @@
 """Several real servers as one Redis: a master with replicas and Sentinels, and a Redis Cluster."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

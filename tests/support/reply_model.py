@@ -3,10 +3,8 @@
 One model is one message.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from imstream.model import Record, Terminal
 from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected
@@ -27,7 +25,7 @@ class Said:
     terminal: Terminal | None = None
 
     @classmethod
-    def read(cls, fields: dict[str, str]) -> Said:
+    def read(cls, fields: dict[str, str]) -> Self:
         """An entry as in Redis, without the data of a terminal event."""
         return cls(
             attempt=int(fields["attempt"]),

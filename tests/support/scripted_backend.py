@@ -10,8 +10,6 @@ A script is an async function of one `Exchange`, so a test can write its own. Ea
 `always` when none remains. A request without a script fails the test.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket

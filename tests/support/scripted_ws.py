@@ -1,7 +1,5 @@
 """A WebSocket server whose frames the test writes, over a real socket, for rare behaviour of real nodes."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Servers for tests: Valkey and several versions of Redis, the demo backend, and nodes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

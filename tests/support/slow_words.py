@@ -1,7 +1,5 @@
 """A slow reference implementation of the word filter: compares every part of a text with every word."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import pairwise
 

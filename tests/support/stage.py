@@ -1,7 +1,5 @@
 """The set-up for faults of Redis: a Redis, the demo backend, a node and users, with checks at the end."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import urllib.request

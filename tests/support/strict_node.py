@@ -1,7 +1,5 @@
 """A real node with an additional guard: `python -m tests.support.strict_node` refuses RUDE texts as violations."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from imstream.guards import chain

@@ -1,7 +1,5 @@
 """Users that keep asking while nodes come and go."""
 
-from __future__ import annotations
-
 import asyncio
 
 from imstream.client import Client

@@ -4,8 +4,6 @@ A network never loses bytes from the middle of a connection; everything after th
 loses bytes stays silent in that direction, and neither end notices.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -134,7 +132,7 @@ class TcpProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection) -> None:
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: "_Connection") -> None:
         try:
             while data := await reader.read(CHUNK):
                 if self._swallowing or connection.deaf:
@@ -150,7 +148,7 @@ class TcpProxy:
         writer.transport.abort()
 
     async def _answer(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: "_Connection"
     ) -> None:
         try:
             while data := await reader.read(CHUNK):

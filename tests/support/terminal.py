@@ -1,7 +1,5 @@
 """The terminal client in its own process, on a real terminal or on pipes."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

@@ -3,8 +3,6 @@
 A property that fails rarely is found by the second tier, and does not block an unrelated change.
 """
 
-from __future__ import annotations
-
 from hypothesis import HealthCheck, settings
 
 # No deadline: on a busy machine, the duration of an example means nothing.

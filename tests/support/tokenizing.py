@@ -1,7 +1,5 @@
 """A small tokenizer.json: a byte-level BPE, trained on a few lines, with the tokens of ChatML."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "{role}", "@@"]

@@ -1,7 +1,5 @@
 """Real keys of every kind, tokens signed with them, and an issuer that publishes keys over HTTP."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import AsyncIterator

@@ -4,8 +4,6 @@ Reference cycles are never freed. On SIGUSR1 it prints the increase in the numbe
 collector tracks, since the last time.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

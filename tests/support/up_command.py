@@ -1,7 +1,5 @@
 """`imstream up` as a user runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """An event loop whose clock jumps to the next timer instead of waiting. Only for code without I/O."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import selectors

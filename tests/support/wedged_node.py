@@ -1,7 +1,5 @@
 """`imstream node` whose consumer loop hangs at its next read after SIGUSR1."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from typing import Any

@@ -1,7 +1,5 @@
 """The account guard: bans, locks, the daily quota and violations."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast

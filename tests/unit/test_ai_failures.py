@@ -1,7 +1,5 @@
 """Failures of AI calls: transient or permanent, the reason, the detail for the operator, and Retry-After."""
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any

@@ -1,7 +1,5 @@
 """The answer reader: the dialects of many servers, in any fragmentation."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The authentication guard: its settings, and its verdicts at a login."""
 
-from __future__ import annotations
-
 import time
 from datetime import timedelta
 from pathlib import Path

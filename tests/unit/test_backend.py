@@ -1,7 +1,5 @@
 """The client of an AI backend: requests, cancellation, and secrets."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging

@@ -1,7 +1,5 @@
 """Failed calls over a real socket: error responses, lost connections, time limits."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime

@@ -1,7 +1,5 @@
 """Hostile backends: responses have bounded costs and end in a short error."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import gzip

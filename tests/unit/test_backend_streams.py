@@ -1,7 +1,5 @@
 """Answers of real servers on the wire."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from typing import Any

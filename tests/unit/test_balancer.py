@@ -1,7 +1,5 @@
 """The configurations of ops/, and those rendered from them."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

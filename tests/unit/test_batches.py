@@ -1,7 +1,5 @@
 """The batcher, in virtual time: each text gets its own result, calls are few, and a slow one delays no other text."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -2,8 +2,6 @@
 
 # ruff: noqa: D102 - the rules of the state machine are described by their names
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import pytest

@@ -1,7 +1,5 @@
 """The accounts of a chaos run: made-up histories, and what is counted."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

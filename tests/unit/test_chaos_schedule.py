@@ -1,7 +1,5 @@
 """The schedule of a chaos run."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 import pytest

@@ -1,7 +1,5 @@
 """What the ear on the wire hears, and what it complains of."""
 
-from __future__ import annotations
-
 import struct
 from typing import Any
 

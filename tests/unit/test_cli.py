@@ -1,7 +1,5 @@
 """The command line: help, options, and errors about wrong ones."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """How the client assembles an answer, and handles missing and repeated text."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reconnecting, resuming and heartbeats of the client."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import replace
 from datetime import timedelta

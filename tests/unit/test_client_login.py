@@ -1,7 +1,5 @@
 """The login of the client, with one server or several."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from datetime import timedelta

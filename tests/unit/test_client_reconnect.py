@@ -1,7 +1,5 @@
 """When and where a client reconnects."""
 
-from __future__ import annotations
-
 import random
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """Errors of the client when there is no answer, and cancellation."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """The terminal client, in its own process, with a scripted server."""
 
-from __future__ import annotations
-
 import asyncio
 import fcntl
 import os

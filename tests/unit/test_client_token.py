@@ -1,7 +1,5 @@
 """Tokens of the client: login, renewal and rejection."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Days of quotas, in time zones with unusual midnights."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 

@@ -1,7 +1,5 @@
 """The key of a command, and the slot of a key."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st

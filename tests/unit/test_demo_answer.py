@@ -1,7 +1,5 @@
 """The canned answer, as a pure function."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

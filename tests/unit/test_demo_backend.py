@@ -1,7 +1,5 @@
 """The demo backend over a real socket, with an independent client."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """The marker in a question that controls its call."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import pytest

@@ -1,7 +1,5 @@
 """The decision about a request: as a table, and as properties for all inputs."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import pytest

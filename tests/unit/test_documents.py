@@ -1,7 +1,5 @@
 """README.md, ops/docs/ and .github/ agree with the code and with each other."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

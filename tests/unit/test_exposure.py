@@ -1,7 +1,5 @@
 """A node without authentication accepts local clients only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

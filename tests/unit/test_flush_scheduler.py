@@ -1,7 +1,5 @@
 """Sockets are flushed at once while the node is quiet, else together. In virtual time."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 

@@ -1,7 +1,5 @@
 """The frame for each situation, in both languages."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Text frames that are built without websockets: its parser must read them back."""
 
-from __future__ import annotations
-
 import pytest
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode

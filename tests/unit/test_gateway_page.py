@@ -1,7 +1,5 @@
 """The page and the browser client, as a node serves them."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

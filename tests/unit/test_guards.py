@@ -1,7 +1,5 @@
 """The chain of guards: order, verdicts, notifications and answer filters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self, cast

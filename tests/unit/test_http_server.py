@@ -1,7 +1,5 @@
 """The HTTP server of the stand-ins for an AI backend, over raw sockets."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Key sets: which keys are used, and what happens when they change or the issuer is away."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

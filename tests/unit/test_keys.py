@@ -1,7 +1,5 @@
 """Redis keys: all are distinct, and those of one script share a slot."""
 
-from __future__ import annotations
-
 import re
 
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Untrusted values in log lines are cut and escaped, and lines that clients can cause are limited."""
 
-from __future__ import annotations
-
 import json
 import logging
 

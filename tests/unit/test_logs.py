@@ -1,7 +1,5 @@
 """Log lines, as an operator or a log collector reads them."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

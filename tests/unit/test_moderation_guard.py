@@ -1,7 +1,5 @@
 """The moderation guard with a scripted moderation service."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -24,7 +22,7 @@ BROKEN = refuses(500, '{"error": {"message": "out of order"}}')
 
 
 @asynccontextmanager
-async def guarded(*scripts: Script, always: Script = flags_bad, **settings: Any) -> AsyncIterator[_Guarded]:  # noqa: ANN401 - any setting
+async def guarded(*scripts: Script, always: Script = flags_bad, **settings: Any) -> AsyncIterator["_Guarded"]:  # noqa: ANN401 - any setting
     async with scripted_backend(always) as server:
         server.then(*scripts)
         given = {"moderation_url": server.url, "ai_breaker_pause": "100ms", **settings}

@@ -1,7 +1,5 @@
 """The client of a moderation service, over a real socket."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

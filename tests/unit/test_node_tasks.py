@@ -1,7 +1,5 @@
 """Background tasks of a node: a failing one is restarted and ends nothing."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Normalization: which letters are the same, and which characters are separators."""
 
-from __future__ import annotations
-
 import sys
 import time
 import unicodedata

@@ -1,7 +1,5 @@
 """The origin guard: which pages may open sockets."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

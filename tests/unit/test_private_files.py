@@ -1,7 +1,5 @@
 """Which files and folders are closed to other users of the machine."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Private names of libraries that imstream uses: an upgrade that removes one fails here, with a sentence."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """The prompt: its roles, and how much of the history fits."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The guards of roles and length of a message."""
 
-from __future__ import annotations
-
 import pytest
 
 from imstream.guards.chat_limits import ContextLength, SystemRole

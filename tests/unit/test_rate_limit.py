@@ -1,7 +1,5 @@
 """The rate limit of messages."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 

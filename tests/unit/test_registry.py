@@ -1,7 +1,5 @@
 """The sessions of a node, and the timer that closes those that have gone silent."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, field
 from typing import Self, cast

@@ -1,7 +1,5 @@
 """The writer of one attempt: whatever Redis does, the record is the text that followers saw."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Retrying until Redis is available."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

@@ -1,7 +1,5 @@
 """The addresses a node listens on."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 

@@ -1,7 +1,5 @@
 """The session writer: the one sender of a socket. A slow socket costs others nothing (I6)."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Settings: their sources, and how invalid values are refused."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from pathlib import Path
 from typing import Any

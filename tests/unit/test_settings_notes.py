@@ -1,7 +1,5 @@
 """Notes and errors about settings at start-up."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Special tokens of chat templates in texts from users."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

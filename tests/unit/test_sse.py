@@ -1,7 +1,5 @@
 """Server-sent events in any fragmentation, with any line ends and fields."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st

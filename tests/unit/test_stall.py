@@ -1,7 +1,5 @@
 """A stall of the event loop is detected, and time-outs are attributed to it."""
 
-from __future__ import annotations
-
 import asyncio
 
 from structlog.testing import capture_logs

@@ -1,7 +1,5 @@
 """The supervisor with a child that is never ready, and with one that fails to restart."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

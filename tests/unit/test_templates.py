@@ -1,7 +1,5 @@
 """Templates of the system prompt and the message."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

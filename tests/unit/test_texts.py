@@ -1,7 +1,5 @@
 """Texts for people in both languages, and the choice of the language."""
 
-from __future__ import annotations
-
 from string import Formatter
 
 import pytest

@@ -1,7 +1,5 @@
 """The time limits of one call: which one ends it, and when; they leave no timer and no reference."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 

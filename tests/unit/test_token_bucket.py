@@ -1,7 +1,5 @@
 """Token buckets allow exactly bursts of their size and their rate in the long run."""
 
-from __future__ import annotations
-
 from itertools import accumulate, pairwise
 
 import pytest

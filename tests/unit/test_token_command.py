@@ -1,7 +1,5 @@
 """`imstream token`: its tokens are accepted by nodes with the same settings."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Token counts with a tokenizer.json, and estimates without one."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any, cast

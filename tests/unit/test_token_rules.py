@@ -1,7 +1,5 @@
 """Which tokens are valid, for every algorithm."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac

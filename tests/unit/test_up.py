@@ -1,7 +1,5 @@
 """The plan of `imstream up`."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Redis URLs: parsing, refusal, and how they are shown."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Frames of the wire: round trips, and every text of a client is either a frame or an `InvalidFrame`."""
 
-from __future__ import annotations
-
 import json
 import time
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Search and masking of listed words, in whole texts and in streamed answers."""
 
-from __future__ import annotations
-
 import random
 import time
 import unicodedata

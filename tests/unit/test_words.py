@@ -1,7 +1,5 @@
 """The word guard: its file, reloading, and its verdicts."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -5,8 +5,6 @@ roles, with special tokens escaped. The oldest turns are dropped first; no turn 
 begins with a user turn: an answer without its question is dropped, too.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ A summary covers more turns than it must, so that one call serves several of the
 user's question and the assistant's answer, never as a system message: it is derived from users' texts.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ parse them inside messages, too: a user could then speak as the system, or end t
 character escapes each of them: `< |im_start|>`. The text stays readable.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -26,8 +26,6 @@ longer texts. Vocabularies of 32,000 tokens (Llama 2) need up to twice as many t
 configure the tokenizer.json of such a model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -73,7 +71,7 @@ class ModelTokenizer:
 
     slow = True
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: "Tokenizer") -> None:
         tokenizer.no_truncation()  # files written for training may truncate and pad
         tokenizer.no_padding()
         self._tokenizer = tokenizer

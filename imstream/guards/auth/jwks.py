@@ -4,8 +4,6 @@ A key set is a foreign document: no content of it may stop the task that refresh
 changes nothing until the known keys reach their maximum age; in a key set, each key that cannot be used is skipped.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence

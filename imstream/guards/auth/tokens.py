@@ -1,7 +1,5 @@
 """Tokens (JSON Web Tokens, RFC 7519): the rules that they must meet, and the secret or PEM file that verifies them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress

@@ -5,8 +5,6 @@ one of four kinds of separators. Vowel signs and other marks count as letters of
 another script, where no ordinary text has them, they are ignored.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Search and masking of listed words, in whole texts and in answers that are still being streamed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 

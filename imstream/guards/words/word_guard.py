@@ -4,8 +4,6 @@ The whole history is checked, since all of it reaches the model, whatever the cl
 word in it is not a violation: it may have been allowed when it was sent, and would lock out those who go on.
 """
 
-from __future__ import annotations
-
 import asyncio
 import codecs
 import stat

@@ -11,8 +11,6 @@ A text contains a listed word where
    你ass他, not in `class` or `ass1`. In unspaced scripts a word may be part of another.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 from collections.abc import Iterable, Iterator
