@@ -45,7 +45,9 @@ _FLAGS = (
 
 def chromium_binary() -> str:
     """The Chromium on this machine. Without one the test is skipped; in CI it fails."""
-    for name in ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"):
+    # Debian's /usr/bin/chromium-headless-shell is a script that does not pass signals on to the browser.
+    debian = "/usr/lib/chromium/chromium-headless-shell"
+    for name in (debian, "chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
     missing("chromium")
