@@ -367,10 +367,10 @@ async def test_a_conversation_goes_on_after_its_login_has_ended(
     with asks.process:
         await page.visit(f"{asks.http}/")
         await page.press("Enter")
-        await page.fill("#token", token(exp=time.time() + 5))
+        await page.fill("#token", token(exp=time.time() + 10))  # long enough to ask, on a busy machine too
         await page.press("Enter")
         await online(page)
-        question = "Who ends first? [[demo length=200 pace=30ms]]"
+        question = "Who ends first? [[demo length=400 pace=30ms]]"
         await ask(page, question)
         await has_written(page)
         await page.until(f"document.querySelector('#problem').textContent === {json.dumps(Text.LOGIN_EXPIRED.en)}")
