@@ -183,11 +183,11 @@ async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServe
         await wait_until(lambda: directory(dying) == ["0"], "it is in the directory")
         dying.consumer.stop()
         for n in range(6):
-            await dying.ask(f"theirs {n}")
+            await dying.ask(f"theirs-{n}")
         await dying.crash()
     async with run_worker(redis_server, node="1", lease=QUICK_LEASE, concurrency=4) as other:
         for n in range(6):
-            await other.ask(f"ours {n}", user=USER + 1)
+            await other.ask(f"ours-{n}", user=USER + 1)
         answered = 0
         while answered < 12:
             call = await other.backend.call(answered + 1)
@@ -195,7 +195,7 @@ async def test_home_and_adopted_streams_share_the_slots(redis_server: RedisServe
             call.done("x")
             answered += 1
         await wait_until(lambda: len(other.jobs) == 0, "all are done")
-        assert [other.recorded(f"theirs {n}") for n in range(6)] == [("done", "x")] * 6
+        assert [other.recorded(f"theirs-{n}") for n in range(6)] == [("done", "x")] * 6
 
 
 async def test_a_node_that_dies_again_is_adopted_again_by_who_still_works_on_what_it_left_the_first_time(

@@ -135,7 +135,7 @@ async def test_a_request_that_was_handed_back_in_good_order_has_not_died(redis_s
 async def test_suspects_run_one_at_a_time_and_beside_requests_that_are_none(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, start=False, max_deliveries=9) as worker:
         await worker.requests.ensure_group()
-        suspects = [await worker.ask(f"suspect {n}") for n in range(3)]
+        suspects = [await worker.ask(f"suspect-{n}") for n in range(3)]
         leave_pending(worker, 2, *suspects)
         await worker.ask("harmless")
         worker.start()
@@ -177,9 +177,9 @@ async def test_a_suspect_that_is_no_request_does_not_keep_the_others_waiting(red
 async def test_requests_left_by_the_dead_are_not_starved_by_new_ones(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, start=False, concurrency=1, sweep_interval="1h") as worker:
         await worker.requests.ensure_group()
-        leave_pending(worker, 1, *[await worker.ask(f"old {n}") for n in range(3)])
+        leave_pending(worker, 1, *[await worker.ask(f"old-{n}") for n in range(3)])
         for n in range(10):
-            await worker.ask(f"new {n}")
+            await worker.ask(f"new-{n}")
         worker.backend.always = lambda call: call.done("x")
         worker.start()
         await wait_until(lambda: worker.redis.xlen(worker.keys.requests("0")) == 0, "all are finished")

@@ -113,7 +113,7 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
         redis_server, max_attempts=1, ai_breaker_failures=3, ai_breaker_pause="300ms", read_block="1s"
     ) as worker:
         for n in range(3):
-            await worker.ask(f"bad {n}")
+            await worker.ask(f"bad-{n}")
         await worker.backend.call(3)
         tripped_at = asyncio.get_running_loop().time()
         for call in worker.backend.calls:
