@@ -200,7 +200,14 @@ class Page:
 
     def forgive_absence(self) -> None:
         """Discard errors about an unreachable node: the test caused them."""
-        self._forgiven += ("ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "Unexpected response code: 503")
+        unreachable = (
+            "CONNECTION_REFUSED",
+            "CONNECTION_RESET",
+            "CONNECTION_CLOSED",
+            "SOCKET_NOT_CONNECTED",
+            "EMPTY_RESPONSE",
+        )
+        self._forgiven += (*(f"ERR_{name}" for name in unreachable), "Unexpected response code: 503")
 
     @property
     def complaints(self) -> list[str]:
