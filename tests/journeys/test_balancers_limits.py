@@ -116,7 +116,7 @@ async def run_balancer(
         missing(program)
         return
     node, port = FakeNode(), free_port()
-    server = await asyncio.start_server(node.answer, LOCAL)
+    server = await asyncio.start_server(node.answer, LOCAL, backlog=2048)  # as a node has
     async with server:
         node.port = server.sockets[0].getsockname()[1]
         text = render(BalancerConfig(program, f"{LOCAL}:{port}", [f"{LOCAL}:{node.port}"]))
