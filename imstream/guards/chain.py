@@ -109,7 +109,8 @@ class GuardChain:
                 return verdict
             verdicts.append(verdict)
         expiries = (one.expires_at for one in verdicts if one.expires_at is not None)
-        return Allow(expires_at=min(expiries, default=None), remaining=_remaining(verdicts))
+        remaining = (one.remaining for one in verdicts if one.remaining is not None)
+        return Allow(expires_at=min(expiries, default=None), remaining=min(remaining, default=None))
 
     async def check_session(self, user_id: int) -> Reject | None:
         for guard in self._by_hook["check_session"]:
@@ -129,7 +130,8 @@ class GuardChain:
             if verdict is not ALLOW:
                 request = _apply(verdict, request)
                 verdicts.append(verdict)
-        return ChatAllowed(request, _remaining(verdicts), verdicts)
+        remaining = min((one.remaining for one in verdicts if one.remaining is not None), default=None)
+        return ChatAllowed(request, remaining, verdicts)
 
     async def check_ai_call(self, request: ChatRequest) -> ChatRequest:
         """See `Guard.check_ai_call`. Returns the request as the guards changed it. Raises `GuardRejection`."""
@@ -184,10 +186,6 @@ class FilterChain:
             rest = (one.feed(rest) if rest else "") + one.end()
         if rest:
             self._write(rest)
-
-
-def _remaining(verdicts: Iterable[Allow]) -> int | None:
-    return min((one.remaining for one in verdicts if one.remaining is not None), default=None)
 
 
 def _apply(verdict: Allow, request: ChatRequest) -> ChatRequest:

@@ -1,6 +1,6 @@
 """The requests stream of one node: admit, read by consumer group, finish or bury (I2, I3)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,7 +101,8 @@ class RequestStream:
             else:
                 answer = await self._reader.execute(*command, "BLOCK", milliseconds(block), *streams)
         pairs = answer.items() if isinstance(answer, dict) else answer or ()
-        return [Entry(row[0], _to_dict(row[1])) for _, rows in pairs for row in rows if row[1] is not None]
+        rows = (row for _, rows in pairs for row in rows if row[1] is not None)
+        return [Entry(row[0], dict(zip(row[1][::2], row[1][1::2], strict=True))) for row in rows]
 
     async def other_consumers(self) -> dict[str, int]:
         """The other consumers, and how many entries are pending for each. Raises `GroupMissing`."""
@@ -128,7 +129,11 @@ class RequestStream:
         needs_lease = int(entry.consumer == self.node and not self.is_own)
         arguments = (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease)
         fields = await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
-        return None if fields is None else Entry(entry.entry_id, _to_dict(fields), deliveries)
+        return (
+            None
+            if fields is None
+            else Entry(entry.entry_id, dict(zip(fields[::2], fields[1::2], strict=True)), deliveries)
+        )
 
     async def is_taken_over(self, entry: Entry) -> bool:
         """Whether an entry that was delivered to us has another consumer now. False when Redis has lost it."""
@@ -171,10 +176,6 @@ class RequestStream:
         added = ("reason", reason, "error", error, "attempts", attempts, "dead_at", now_ms())
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), MAX_DEAD_LETTERS, *added)
         await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
-
-
-def _to_dict(flat: Sequence[str]) -> dict[str, str]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 @contextmanager
