@@ -57,7 +57,7 @@ def _system_lang() -> Lang:
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option("--parent", type=int, hidden=True, help="Exit when this process ends.")
-@click.version_option(package_name="imstream")
+@click.version_option(package_name="imstream-server", prog_name="imstream")
 @click.pass_context
 def main(ctx: click.Context, parent: int | None) -> None:
     """Chat between people and AI models that loses no message.

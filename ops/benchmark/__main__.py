@@ -89,7 +89,7 @@ def _measure_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | No
 
 
 def _circumstances(loop: str) -> dict[str, object]:
-    packages = ("imstream", "aiohttp", "httpx", "redis", "starlette", "uvicorn", "uvloop", "websockets")
+    packages = ("imstream-server", "aiohttp", "httpx", "redis", "starlette", "uvicorn", "uvloop", "websockets")
     return {
         "python": platform.python_version(),
         "cpus": os.cpu_count(),

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def node_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]
     runs: list[Settings] = []
     monkeypatch.setattr(imstream.node, "run", runs.append)
     return runs
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert run("--version").output == f"imstream, version {version('imstream-server')}\n"
 
 
 def test_help_draws_the_flow_and_says_what_to_start_first() -> None:
