@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic_core import from_json, to_json
 
 from imstream.texts import DEFAULT_LANG
-from imstream.wire import MAX_USER_ID, MESSAGE_ID_PATTERN, MIN_USER_ID
+from imstream.wire import MESSAGE_ID_PATTERN, parse_user_id
 
 TerminalEvent = Literal["done", "failed", "cancelled"]
 TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
@@ -105,7 +105,7 @@ class ChatRequest:
 
 
 def _user_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and MIN_USER_ID <= (user_id := int(text)) <= MAX_USER_ID):
+    if (user_id := parse_user_id(text)) is None:
         raise ValueError("user is not a user id")
     return user_id
 

@@ -130,7 +130,7 @@ class ReplyBuffers:
         return len(self._buffers)
 
     def get(self, user_id: int, message_id: str) -> ReplyBuffer:
-        """Return the buffer of a message; create it if there is none."""
+        """Return the buffer of a message; create it if it does not exist."""
         buffer = self._buffers.get((user_id, message_id))
         if buffer is None:
             buffer = self._buffers[user_id, message_id] = ReplyBuffer(user_id, message_id)

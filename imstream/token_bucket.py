@@ -25,6 +25,6 @@ class TokenBucket:
         return max(full_at, now) + tokens / self.rate
 
     def wait_time(self, full_at: float, now: float) -> float:
-        """Seconds until the credit is paid back; 0 when there is none."""
+        """Seconds until the credit is paid back; 0 without credit."""
         wait = full_at - now - self.size / self.rate
         return wait if wait > _ROUNDING else 0.0

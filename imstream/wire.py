@@ -211,7 +211,7 @@ def _first_problem(error: ValidationError) -> InvalidFrame:
 
 
 def parse_user_id(text: str | None) -> int | None:
-    """Parse the `userId` of a URL. None if it is missing, not a number, or out of range."""
+    """Parse a user id in a URL or a stored entry. None if it is missing, not a number, or out of range."""
     if text is None or not (text.isascii() and text.isdecimal()) or len(text) > len(str(MAX_USER_ID)):
         return None
     return number if MIN_USER_ID <= (number := int(text)) <= MAX_USER_ID else None

@@ -29,7 +29,7 @@ from imstream.errors import BackendError, PermanentBackendError, TransientBacken
 
 MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
 
-TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})  # the only ones below 500 that do not blame the request
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})  # the only ones below 500 that the request did not cause
 BLAMES_REQUEST = frozenset({400, 413, 422})
 
 CONTEXT_WORDS = frozenset({"context_length_exceeded", "exceed_context_size_error", "context_window_exceeded"})
@@ -41,7 +41,7 @@ CONTEXT_PHRASES = (
     "prompt is too long",  # Anthropic
     "max_new_tokens` must be <=",  # TGI
 )
-"""For servers without a code for it, and statuses that blame the request."""
+"""For servers without a code for it, and statuses that the request caused."""
 
 QUOTA_WORDS = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 """OpenAI sends these with 429, which is otherwise transient."""

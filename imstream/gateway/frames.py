@@ -74,7 +74,7 @@ class FrameBuilder:
         )
 
     def throttled(self, seconds: float) -> ServerFrame:
-        """The socket is not read from for so long. What was sent is not lost."""
+        """Tell the client for how long its socket is not read. Frames already sent are processed later."""
         frame = self.system(Code.RATE_LIMITED, Text.TOO_FAST)
         return frame.model_copy(update={"retry_after_ms": ceil(seconds * 1000)})
 
@@ -113,7 +113,7 @@ class FrameBuilder:
         )
 
     def reply_step(self, message_id: str, step: TextReset | TextGrown | ReplyEnded) -> str:
-        """What is new in a reply, as the text of a frame."""
+        """The text of the frame for one step of a reply."""
         if isinstance(step, TextGrown):
             return encode_delta(message_id, attempt=step.attempt, offset=step.offset, text=step.text)
         if isinstance(step, ReplyEnded):

@@ -109,8 +109,7 @@ class GuardChain:
                 return verdict
             verdicts.append(verdict)
         expiries = (one.expires_at for one in verdicts if one.expires_at is not None)
-        remaining = (one.remaining for one in verdicts if one.remaining is not None)
-        return Allow(expires_at=min(expiries, default=None), remaining=min(remaining, default=None))
+        return Allow(expires_at=min(expiries, default=None), remaining=_remaining(verdicts))
 
     async def check_session(self, user_id: int) -> Reject | None:
         for guard in self._by_hook["check_session"]:
@@ -130,8 +129,7 @@ class GuardChain:
             if verdict is not ALLOW:
                 request = _apply(verdict, request)
                 verdicts.append(verdict)
-        remaining = min((one.remaining for one in verdicts if one.remaining is not None), default=None)
-        return ChatAllowed(request, remaining, verdicts)
+        return ChatAllowed(request, _remaining(verdicts), verdicts)
 
     async def check_ai_call(self, request: ChatRequest) -> ChatRequest:
         """See `Guard.check_ai_call`. Returns the request as the guards changed it. Raises `GuardRejection`."""
@@ -186,6 +184,11 @@ class FilterChain:
             rest = (one.feed(rest) if rest else "") + one.end()
         if rest:
             self._write(rest)
+
+
+def _remaining(verdicts: Iterable[Allow]) -> int | None:
+    """The lowest number of remaining messages; None if no guard counts them."""
+    return min((one.remaining for one in verdicts if one.remaining is not None), default=None)
 
 
 def _apply(verdict: Allow, request: ChatRequest) -> ChatRequest:

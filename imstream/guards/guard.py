@@ -63,7 +63,7 @@ class Reject:
     values: Mapping[str, object] = field(default_factory=dict)
     retry_after: timedelta | None = None
     close: CloseCode | None = None  # closes the socket (check_login, check_session, check_chat)
-    violation: bool = False  # the user is to blame: it is counted, and too many lock the account
+    violation: bool = False  # caused by the user: it is counted, and too many lock the account
     detail: str = ""  # for operators, in the log and in the record; must not contain text of the message
 
 
@@ -129,7 +129,7 @@ class Guard:
         return None
 
     async def on_violation(self, user_id: int) -> None:
-        """Handle the rejection of a message whose user is to blame, in the gateway or the worker."""
+        """Handle a violation by a user, found in the gateway or the worker."""
 
     async def on_failure(self, request: ChatRequest) -> None:
         """Handle the failure of a request without text and not because of its user, in the worker; possibly again."""

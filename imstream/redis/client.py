@@ -17,6 +17,11 @@ from imstream.redis.pools import make_pool
 from imstream.urls import RedisUrl, SecretUrl, Topology
 
 
+def to_dict(flat: Sequence[Any]) -> dict[Any, Any]:
+    """The fields of a stream entry or a hash, which Redis returns as field, value, …."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
 class RedisClient:
     """Sends commands in shared pipelines, over at most `connections` to each server. Use as a context manager."""
 

@@ -124,11 +124,11 @@ class Accounts:
         return await self._restrict(user_id, "ban", reason, by)
 
     async def unlock(self, user_id: int) -> bool:
-        """Lift a lock; False when there is none."""
+        """Lift a lock; False when the account is not locked."""
         return await self._lift_restriction(user_id, "locked_until")
 
     async def unban(self, user_id: int) -> bool:
-        """Lift a ban; False when there is none."""
+        """Lift a ban; False when the account is not banned."""
         return await self._lift_restriction(user_id, "banned")
 
     async def _restrict(self, user_id: int, lock_or_ban: int | str, reason: str, by: str) -> Restricted:

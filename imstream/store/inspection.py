@@ -9,7 +9,7 @@ from typing import Any
 from imstream.clock import Day
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
-from imstream.redis.client import RedisClient
+from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 
 MAX_SHOWN = 20  # requests in progress that are listed; all are counted
@@ -81,7 +81,7 @@ async def inspect_user(redis: RedisClient, keys: Keys, user_id: int, day: Day) -
     if violations is not None and not violations.isdecimal():
         raise StoreRefused(f"{keys.violations(user_id)}: {violations!r} is not a number")
     return UserOverview(
-        account=account if isinstance(account, dict) else dict(zip(account[::2], account[1::2], strict=True)),
+        account=account if isinstance(account, dict) else to_dict(account),
         day=day.name,
         counted=[(message_id, float(at)) for message_id, at in counted],
         violations=int(violations or 0),
@@ -127,7 +127,7 @@ async def _in_progress(redis: RedisClient, stream: str) -> tuple[dict[str, int],
 
 
 def _dead_letter(entry_id: str, flat: list[str]) -> DeadLetter:
-    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    fields = to_dict(flat)
     return DeadLetter(
         entry_id=entry_id,
         dead_at=datetime.fromtimestamp(int(fields.get("dead_at") or entry_id.partition("-")[0]) / 1000, UTC),

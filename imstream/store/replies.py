@@ -6,7 +6,7 @@ from typing import Literal
 from imstream.clock import milliseconds
 from imstream.keys import Keys
 from imstream.model import TERMINAL_EVENTS, Record, Terminal, TerminalEvent
-from imstream.redis.client import RedisClient
+from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
@@ -134,7 +134,7 @@ class ReplyStore:
             return None
         attempt, start, texts, terminal = 0, None, list[str](), None
         for _, flat in entries:
-            fields = dict(zip(flat[::2], flat[1::2], strict=True))
+            fields = to_dict(flat)
             attempt, text = int(fields["attempt"]), fields.get("text", "")
             if fields["event"] not in _KNOWN_EVENTS:
                 continue  # of a newer release, or written by hand
@@ -151,7 +151,7 @@ class ReplyStore:
     async def has_shown_text(self, user_id: int, message_id: str) -> bool:
         """Whether any attempt has recorded text, including attempts that were restarted."""
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
-        return any(dict(zip(flat[::2], flat[1::2], strict=True)).get("text") for _, flat in entries)
+        return any(to_dict(flat).get("text") for _, flat in entries)
 
     def _reply_and_route(self, user_id: int, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)

@@ -9,7 +9,7 @@ from imstream.clock import milliseconds, now_ms
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.model import ChatRequest
-from imstream.redis.client import BlockingReader, RedisClient
+from imstream.redis.client import BlockingReader, RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
@@ -102,7 +102,7 @@ class RequestStream:
                 answer = await self._reader.execute(*command, "BLOCK", milliseconds(block), *streams)
         pairs = answer.items() if isinstance(answer, dict) else answer or ()
         rows = (row for _, rows in pairs for row in rows if row[1] is not None)
-        return [Entry(row[0], dict(zip(row[1][::2], row[1][1::2], strict=True))) for row in rows]
+        return [Entry(row[0], to_dict(row[1])) for row in rows]
 
     async def other_consumers(self) -> dict[str, int]:
         """The other consumers, and how many entries are pending for each. Raises `GroupMissing`."""
@@ -129,11 +129,7 @@ class RequestStream:
         needs_lease = int(entry.consumer == self.node and not self.is_own)
         arguments = (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease)
         fields = await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
-        return (
-            None
-            if fields is None
-            else Entry(entry.entry_id, dict(zip(fields[::2], fields[1::2], strict=True)), deliveries)
-        )
+        return None if fields is None else Entry(entry.entry_id, to_dict(fields), deliveries)
 
     async def is_taken_over(self, entry: Entry) -> bool:
         """Whether an entry that was delivered to us has another consumer now. False when Redis has lost it."""

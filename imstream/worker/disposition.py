@@ -1,4 +1,4 @@
-"""What becomes of a request: a pure decision, carried out by the job.
+"""The disposition of a request: a pure decision, carried out by the job.
 
     outcome of an attempt                            disposition
     ───────────────────────────────────────────────  ─────────────────────────────────────────────

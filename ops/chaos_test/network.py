@@ -50,7 +50,7 @@ class Network:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def drop(self, which: int) -> bool:
-        """Break one of the connections; False if there is none."""
+        """Break one of the connections; False without a connection."""
         if not self._connections:
             return False
         numbers = list(self._connections)

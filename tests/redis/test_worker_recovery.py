@@ -65,11 +65,11 @@ async def test_a_request_is_ended_once_wherever_its_worker_died(redis_server: Re
             await worker.replies.append(USER, "m", **script, terminal=failed)  # type: ignore[arg-type]
         else:
             await worker.replies.append(USER, "m", **script)  # type: ignore[arg-type]
-        worker.backend.always = lambda call: call.done("anew")
+        worker.backend.always = lambda call: call.done("again")
         worker.start()
         await worker.idle()
         if died_before == "the end":
-            assert worker.recorded() == ("done", "anew")
+            assert worker.recorded() == ("done", "again")
             assert worker.dead() == []
         elif died_before == "the acknowledgement":
             assert worker.recorded() == ("done", "text")

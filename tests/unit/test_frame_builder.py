@@ -103,7 +103,7 @@ def test_only_what_may_be_tried_again_says_when() -> None:
     assert frames.system(Code.UNAVAILABLE, Text.UNAVAILABLE, retry=True).retry_after_ms is not None
 
 
-# What is new in a reply
+# Steps of a reply
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.integers(1, 99), st.integers(0, 10**9))

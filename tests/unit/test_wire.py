@@ -199,7 +199,7 @@ def test_text_that_is_no_unicode_is_refused_by_both_alike(before: str, surrogate
         ServerFrame(msg_type=MsgType.CHAT, contents=text).encode()
 
 
-# Whatever comes, it is a frame or a InvalidFrame that names the field
+# Any text is a frame or an InvalidFrame that names the field
 
 
 @given(st.text() | st.binary().map(lambda data: data.decode("latin-1")) | JSON.map(json.dumps))

@@ -177,7 +177,7 @@ _ODD_TEXTS = st.lists(st.sampled_from([*"ab12中国", *". ,\u200b", "½", "." * 
 
 
 def _streamed(text: str, cuts: list[int], words: WordList, refusal: Reject | None = None) -> Iterator[str]:
-    """What is shown of an answer that is cut at these places, for each piece and at the end."""
+    """The shown text of an answer that is cut at these places, for each piece and at the end."""
     stream = WordFilter(words, refusal)
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     yield from (stream.feed(text[first:last]) for first, last in pairwise(places))

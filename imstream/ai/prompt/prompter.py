@@ -72,7 +72,7 @@ class Summaries:
         self._cache: OrderedDict[int, str] = OrderedDict()
 
     async def apply(self, request: ChatRequest, plan: PromptPlan) -> list[PromptMessage] | None:
-        """The prompt with a summary of as many of the oldest turns as do not fit beside it; None if there is none."""
+        """The prompt with a summary of as many of the oldest turns as do not fit beside it; None without a summary."""
         lang: Lang = "en" if request.lang == "en" else DEFAULT_LANG
         keys = _cache_keys(request)
         for turns in range(plan.turns_to_drop(plan.budget), len(keys)):

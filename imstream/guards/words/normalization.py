@@ -77,7 +77,7 @@ def strip_ignored(normal: str) -> str:
 
 
 def last_letter(normal: str) -> str:
-    """The last letter of normalized text; empty when there is none."""
+    """The last letter of normalized text; empty for a text without letters."""
     return normal.rstrip()[-1:]
 
 
