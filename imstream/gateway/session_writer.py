@@ -156,7 +156,7 @@ class SessionWriter:
             if not (batch := self._next_batch()):
                 break
             self._socket.write(batch)
-        if not self._stopped:
+        if self._closing is not None and not self._stopped:
             self.close_now()
 
     def _next_batch(self) -> list[str]:

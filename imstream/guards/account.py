@@ -2,14 +2,13 @@
 
 from contextlib import suppress
 from datetime import timedelta
-from typing import Self
 from zoneinfo import ZoneInfo
 
 import structlog
 
 from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreError
-from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, LoginAttempt, Reject
+from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.store.accounts import Accounts, Banned, Locked, QuotaExhausted
@@ -30,13 +29,7 @@ log = structlog.get_logger()
 
 
 class Account(Guard):
-    """Rejects banned and locked users, and more messages a day than the quota.
-
-    Without a quota, messages cost nothing here: nodes are notified of a ban or a lock and close the user's sessions.
-    With one, each message takes one round trip to Redis. It is counted before its admission, and uncounted when it is
-    not admitted, or fails without text and not because of its user. If the node dies before the admission, it stays
-    counted; sent again with the same id, it is not counted twice.
-    """
+    """Rejects banned and locked users. Messages cost nothing: nodes are notified, and close the user's sessions."""
 
     def __init__(self, accounts: Accounts, inbox: Inbox, settings: Settings) -> None:
         self._accounts = accounts
@@ -45,8 +38,9 @@ class Account(Guard):
         self._calendar = Calendar(ZoneInfo(settings.quota_timezone))
 
     @classmethod
-    def create(cls, deps: GuardDeps) -> Self:
-        return cls(Accounts(deps.redis, deps.settings), deps.inbox, deps.settings)
+    def create(cls, deps: GuardDeps) -> "Account":
+        kind = AccountWithQuota if deps.settings.daily_quota else Account
+        return kind(Accounts(deps.redis, deps.settings), deps.inbox, deps.settings)
 
     async def check_login(self, login: LoginAttempt) -> Allow | Reject:
         status = await self._accounts.check(login.user_id, self._calendar.day(now_ms()))
@@ -57,28 +51,6 @@ class Account(Guard):
     async def check_session(self, user_id: int) -> Reject | None:
         status = await self._accounts.check(user_id, self._calendar.day(now_ms()))
         return self._reject(status) if isinstance(status, Banned | Locked) else None
-
-    async def check_chat(self, request: ChatRequest) -> Allow | Reject:
-        """Count the message against the quota, unless the account is banned or locked."""
-        if not self._quota:
-            return ALLOW
-        user_id, message_id, at = request.user_id, request.message_id, request.at
-        accounts, day = self._accounts, self._calendar.day(at)
-        result = await accounts.check_and_count(user_id, message_id, at, day)
-        if isinstance(result, Banned | Locked):
-            return self._reject(result)
-        if isinstance(result, QuotaExhausted):
-            values = {"quota": self._quota, "until": self._calendar.format(day.end)}
-            until_next_day = timedelta(milliseconds=day.end - at)
-            return Reject("quota", Code.RATE_LIMITED, QUOTA_EXHAUSTED, values, retry_after=until_next_day)
-        undo = (lambda: accounts.undo_count(user_id, message_id, at, day)) if result.new else None
-        return Allow(remaining=max(0, self._quota - result.used), undo=undo)
-
-    async def on_failure(self, request: ChatRequest) -> None:
-        """Uncount the message, on the day on which it was sent."""
-        if self._quota:
-            with suppress(ValueError, OverflowError, OSError):  # entries edited by hand may have an impossible time
-                await self._accounts.refund(request.user_id, request.message_id, self._calendar.day(request.at))
 
     async def on_violation(self, user_id: int) -> None:
         """Count the violation. If it locks or bans the user, notify all nodes, this one too, to close the sessions."""
@@ -96,3 +68,31 @@ class Account(Guard):
             return Reject("banned", Code.FORBIDDEN, BANNED, close=CloseCode.LOCKED)
         values = {"until": self._calendar.format(now_ms() + status.remaining // timedelta(milliseconds=1))}
         return Reject("locked", Code.FORBIDDEN, LOCKED, values, retry_after=status.remaining, close=CloseCode.LOCKED)
+
+
+class AccountWithQuota(Account):
+    """Also rejects more messages a day than the quota; each message takes one round trip to Redis.
+
+    It is counted before its admission, and uncounted when it is not admitted, or fails without text and not because of
+    its user. If the node dies before the admission, it stays counted; sent again with the same id, it is not counted
+    twice.
+    """
+
+    async def check_chat(self, request: ChatRequest) -> Allow | Reject:
+        """Count the message against the quota, unless the account is banned or locked."""
+        user_id, message_id, at = request.user_id, request.message_id, request.at
+        accounts, day = self._accounts, self._calendar.day(at)
+        result = await accounts.check_and_count(user_id, message_id, at, day)
+        if isinstance(result, Banned | Locked):
+            return self._reject(result)
+        if isinstance(result, QuotaExhausted):
+            values = {"quota": self._quota, "until": self._calendar.format(day.end)}
+            until_next_day = timedelta(milliseconds=day.end - at)
+            return Reject("quota", Code.RATE_LIMITED, QUOTA_EXHAUSTED, values, retry_after=until_next_day)
+        undo = (lambda: accounts.undo_count(user_id, message_id, at, day)) if result.new else None
+        return Allow(remaining=max(0, self._quota - result.used), undo=undo)
+
+    async def on_failure(self, request: ChatRequest) -> None:
+        """Uncount the message, on the day on which it was sent."""
+        with suppress(ValueError, OverflowError, OSError):  # entries edited by hand may have an impossible time
+            await self._accounts.refund(request.user_id, request.message_id, self._calendar.day(request.at))

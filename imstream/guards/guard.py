@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol, Self
+from typing import Protocol
 
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.model import ChatRequest
@@ -89,7 +89,7 @@ class Guard:
     """Base class of guards; every check allows. `StoreError` from a check means that Redis is needed and away."""
 
     @classmethod
-    def create(cls, deps: GuardDeps) -> Self | None:
+    def create(cls, deps: GuardDeps) -> "Guard | None":
         """Build the guard; None when the settings disable it. Raises `SettingsError`."""
         raise NotImplementedError
 

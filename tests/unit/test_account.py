@@ -9,7 +9,7 @@ import pytest
 from imstream.clock import Day
 from imstream.errors import StoreUnavailable
 from imstream.guards import account
-from imstream.guards.account import Account
+from imstream.guards.account import Account, AccountWithQuota
 from imstream.guards.chain import ChatAllowed, GuardChain
 from imstream.guards.guard import Allow, LoginAttempt, Reject
 from imstream.model import ChatRequest
@@ -74,7 +74,8 @@ class FakeInbox:
 def guard(accounts: FakeAccounts, *, quota: int = 0, inbox: FakeInbox | None = None, zone: str = "UTC") -> Account:
     """The guard of a node with these settings."""
     settings = Settings.load(daily_quota=quota, quota_timezone=zone)
-    return Account(cast("Any", accounts), cast("Any", inbox or FakeInbox()), settings)
+    kind = AccountWithQuota if quota else Account
+    return kind(cast("Any", accounts), cast("Any", inbox or FakeInbox()), settings)
 
 
 def with_quota(accounts: FakeAccounts, **more: Any) -> Account:  # noqa: ANN401 - see `guard`
@@ -84,9 +85,10 @@ def with_quota(accounts: FakeAccounts, **more: Any) -> Account:  # noqa: ANN401 
 
 @pytest.mark.parametrize("quota", [0, 3])
 async def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
-    [_] = [one for one in GuardChain.create(guard_deps(daily_quota=quota)).guards if isinstance(one, Account)]
+    [built] = [one for one in GuardChain.create(guard_deps(daily_quota=quota)).guards if isinstance(one, Account)]
     accounts = FakeAccounts(Counted(1, new=True))
     one = guard(accounts, quota=quota)
+    assert type(built) is type(one)
     await one.check_chat(ASKED)
     await one.on_failure(ASKED)
     assert bool(accounts.calls) == (quota > 0)
