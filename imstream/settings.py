@@ -53,10 +53,9 @@ def _validate_http_url(url: SecretUrl) -> SecretUrl:
 
 
 def _validate_page_token(token: SecretStr) -> SecretStr:
-    stripped = token.get_secret_value().strip()
-    if len(stripped) < MIN_PAGE_TOKEN:
+    if len(token.get_secret_value()) < MIN_PAGE_TOKEN:
         raise ValueError(f"at least {MIN_PAGE_TOKEN} characters")
-    return SecretStr(stripped)
+    return token
 
 
 def _validate_heartbeat(heartbeat: timedelta, info: ValidationInfo) -> timedelta:
@@ -70,7 +69,6 @@ def _validate_heartbeat(heartbeat: timedelta, info: ValidationInfo) -> timedelta
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Positive = Annotated[Duration, Field(gt=timedelta(0))]
 HttpUrl = Annotated[SecretUrl, AfterValidator(_validate_http_url)]
-Stripped = Annotated[str, AfterValidator(str.strip)]
 
 
 def is_secret(field: FieldInfo) -> bool:
@@ -96,10 +94,11 @@ class SettingsGroup(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_is_unset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Treat an empty value of an optional setting as unset."""
+    def _tidy(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Remove blanks and line ends around values; an empty value of an optional setting is unset."""
         optional = {name for name, field in cls.model_fields.items() if field.default is None}
-        return {k: v for k, v in values.items() if not (k in optional and isinstance(v, str) and not v.strip())}
+        tidy = {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
+        return {name: value for name, value in tidy.items() if not (name in optional and value == "")}
 
     @classmethod
     def variable(cls, field: str) -> str:
@@ -192,8 +191,8 @@ class Settings(SettingsGroup):
         timedelta(hours=1), description="How long a key set is used after its last successful fetch."
     )
     auth_claim: str = Field("sub", min_length=1, description="Token claim that holds the user id.")
-    auth_issuer: Stripped | None = Field(None, description="Required iss of tokens; empty accepts any.")
-    auth_audience: Stripped | None = Field(None, description="Required aud of tokens; empty: they have none.")
+    auth_issuer: str | None = Field(None, description="Required iss of tokens; empty accepts any.")
+    auth_audience: str | None = Field(None, description="Required aud of tokens; empty: they have none.")
     auth_max_lifetime: Positive = Field(
         timedelta(days=1), description="Maximum time from iat, or now, to exp of a token."
     )

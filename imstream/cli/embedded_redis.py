@@ -112,7 +112,7 @@ def _load_password(file: Path) -> str:
     """Read the password; replace it if it is missing or if other users could have read or written it."""
     with (
         suppress(OSError, UnicodeDecodeError),
-        os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as stored,
+        os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as stored,
     ):
         found = os.fstat(stored.fileno())
         password = stored.read().strip()

@@ -184,7 +184,7 @@ class HandshakeProtocol(HttpToolsProtocol):
 
 def _handshake_refusal(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
     """The response to a handshake that websockets should not parse; None if it may. It checks everything else."""
-    if any(name == b"sec-websocket-version" and value != b"13" for name, value in headers):
+    if any(name == b"sec-websocket-version" and value.strip() != b"13" for name, value in headers):
         return _OTHER_VERSION
     for of in (b"connection", b"upgrade", b"sec-websocket-protocol"):
         if sum(value.count(b",") + 1 for name, value in headers if name == of) > MAX_ITEMS:

@@ -277,6 +277,15 @@ async def test_a_peer_that_vanishes_within_a_frame_leaves_nothing(how: str, node
             someone.reset()
 
 
+async def test_blanks_around_the_version_of_a_handshake_mean_nothing(node: OneNode) -> None:
+    handshake = (
+        NO_HANDSHAKE["an old version"].replace(b"Version: 8", b"Version:\t 13 ").replace(b"Host: x", b"Host: 127.0.0.1")
+    )
+    async with raw_socket(node.port) as someone:
+        await someone.send(handshake.replace(b"GET /ws", b"GET /ws?userId=10001"))
+        assert (await someone.head()).startswith(b"HTTP/1.1 101 ")
+
+
 NO_HANDSHAKE = {
     "nothing": b"",
     "noise": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20,

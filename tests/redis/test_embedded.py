@@ -63,6 +63,15 @@ async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path
         assert server.terminate() == 0
 
 
+async def test_a_pipe_in_the_place_of_the_password_does_not_hold_up_the_start(tmp_path: Path) -> None:
+    file, port = tmp_path / "data" / "password", free_port()
+    file.parent.mkdir()
+    os.mkfifo(file, 0o600)
+    with running(port, file.parent, tmp_path / "log"):
+        await wait_until(lambda: embedded_redis.answers(port), "it serves")
+        assert file.is_file()
+
+
 async def test_a_password_that_others_could_have_read_is_replaced_and_one_that_they_could_not_stays(
     tmp_path: Path,
 ) -> None:

@@ -56,6 +56,15 @@ async def test_one_holds_it_and_the_other_is_told_who(store: Store) -> None:
     assert isinstance(await own.acquire(ONE), HeldByOther)
 
 
+async def test_a_note_of_another_type_about_the_run_of_redis_is_replaced(store: Store) -> None:
+    own = leases(store)
+    key = store.keys.redis_run("0")
+    store.redis.hset(key, "by", "hand")
+    assert not await own.redis_restarted_since("0")
+    assert await own.acquire(ONE) == Held()
+    assert store.redis.type(key) == "string"
+
+
 async def test_only_the_holder_gives_it_up(store: Store) -> None:
     own = leases(store)
     await own.acquire(ONE)

@@ -63,6 +63,14 @@ def test_settings_do_not_change_once_they_are_read() -> None:
         Settings.load().port = 1  # type: ignore[misc]
 
 
+def test_line_ends_around_a_value_are_not_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AI_MODEL": "llama\n", "AI_URL": "\r\nhttp://ai/v1\r\n", "WORDS": "words.txt\n"}.items():
+        monkeypatch.setenv(f"IMSTREAM_{name}", value)
+    read = Settings.load(host="::1\n", system_prompt="one\ntwo\n")
+    assert (read.ai_model, read.ai_url.get_secret_value()) == ("llama", "http://ai/v1")
+    assert (read.words, read.host, read.system_prompt) == (Path("words.txt"), "::1", "one\ntwo")
+
+
 def test_empty_values_of_optional_settings_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     optional = [name for name, field in Settings.model_fields.items() if field.default is None]
     assert {"auth_secret", "words", "tokenizer", "moderation_url"} < set(optional)

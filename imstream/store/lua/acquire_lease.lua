@@ -33,7 +33,8 @@ else
 end
 
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or '?'
-local known = redis.call('GET', KEYS[2]) or ''
+local known = redis.pcall('GET', KEYS[2])
+known = type(known) == 'string' and known or '' -- a key of another type is replaced below
 local before, instance, restarted = string.match(known, '^(%S+) (%S+) (%S+)$')
 if instance ~= ARGV[1] then
     restarted = before and before ~= run and '1' or '0'
