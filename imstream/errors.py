@@ -10,10 +10,20 @@ ImstreamError
 │   └── StoreRefused         the command failed for another reason
 └── BackendError             the AI backend; `reason` goes into the dead stream
     ├── TransientBackendError   a retry may succeed, perhaps not before `retry_after`
-    └── PermanentBackendError   a retry cannot succeed: the request itself is refused
+    └── PermanentBackendError   a retry cannot succeed by itself
 """
 
 from datetime import timedelta
+from typing import Literal
+
+FailureKind = Literal["away", "broken", "impossible", "misconfigured"]
+"""Whose fault the failure of an AI call is.
+
+- `away`: the backend cannot be reached, is full, or rejects our key or our credit. Other calls may share the reason.
+- `broken`: the answer broke, such as a cut stream or an answer without text.
+- `impossible`: this request cannot succeed, such as a context that is too long. It says nothing about other requests.
+- `misconfigured`: the URL, the model or an option is wrong. No request can succeed until an operator changes it.
+"""
 
 
 class ImstreamError(Exception):
@@ -57,22 +67,31 @@ class StoreRefused(StoreError):  # noqa: N818 - same
 class BackendError(ImstreamError):
     """The AI backend gave no complete answer.
 
-    `reason` is a stable identifier, such as `http_503`; `detail` is one line for operators, such as the backend's text.
+    Attributes:
+        kind: Whose fault it is, which decides what happens next; see `FailureKind`.
+        reason: A stable identifier, such as `http_503`.
+        detail: One line for operators, such as the backend's text.
+        retry_after: How long the backend asks to be left alone, if it says so.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(
+        self, reason: str, detail: str = "", *, kind: FailureKind = "broken", retry_after: timedelta | None = None
+    ) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
-
-
-class TransientBackendError(BackendError):
-    """A retry may succeed: no connection, time-out, 429, 5xx, cut stream. The backend may ask for a `retry_after`."""
-
-    def __init__(self, reason: str, detail: str = "", *, retry_after: timedelta | None = None) -> None:
-        super().__init__(reason, detail)
+        self.kind = kind
         self.retry_after = retry_after
 
 
+class TransientBackendError(BackendError):
+    """A retry may succeed: the kinds `away` and `broken`."""
+
+
 class PermanentBackendError(BackendError):
-    """A retry cannot succeed: the backend refuses this request (most 4xx, context too long)."""
+    """A retry cannot succeed by itself: the kinds `impossible` and `misconfigured`."""
+
+    def __init__(
+        self, reason: str, detail: str = "", *, kind: FailureKind = "impossible", retry_after: timedelta | None = None
+    ) -> None:
+        super().__init__(reason, detail, kind=kind, retry_after=retry_after)

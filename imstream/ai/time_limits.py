@@ -5,7 +5,10 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-from imstream.errors import TransientBackendError
+from imstream.errors import FailureKind, TransientBackendError
+
+AWAY = frozenset({"connect_timeout", "first_token_timeout"})
+"""Limits that are exceeded before the answer begins: the backend is not there, or is full."""
 
 
 class TimeLimits:
@@ -44,7 +47,7 @@ class TimeLimits:
         except TimeoutError:
             assert self._exceeded is not None  # noqa: S101 - set before the scope is cancelled
             reason, seconds = self._exceeded
-            raise TransientBackendError(reason, f"after {seconds:g} s") from None
+            raise TransientBackendError(reason, f"after {seconds:g} s", kind=_kind(reason)) from None
 
     def expect(self, reason: str, *, within: timedelta) -> None:
         """Expect the next step within this time, and again after each `renew`."""
@@ -79,3 +82,7 @@ class TimeLimits:
             return
         self._timer = None
         self._scope.reschedule(now)
+
+
+def _kind(reason: str) -> FailureKind:
+    return "away" if reason in AWAY else "broken"
