@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imstream.errors import SettingsError
+from imstream.texts import DEFAULT_LANG, Lang
 from imstream.urls import SecretUrl, redact_url, validate_redis_url
 
 ENV_PREFIX = "IMSTREAM_"
@@ -206,6 +207,7 @@ class Settings(SettingsGroup):
         None, description="Token that pages of the origin null must send with auth none; at least 16 characters."
     )
 
+    language: Lang = Field(DEFAULT_LANG, description="Language of texts for clients that ask for none: zh or en.")
     sessions: Literal["many", "one"] = Field(
         "many", description="Sockets per user; one: a new login closes the older (4502)."
     )

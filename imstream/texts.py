@@ -1,11 +1,15 @@
-"""Texts for people, in Chinese and English. The handshake's `Accept-Language` chooses; Chinese is the default."""
+"""Texts for people, in Chinese and English, and the choice between the two."""
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
 Lang = Literal["zh", "en"]
 DEFAULT_LANG: Lang = "zh"
+
+_SUBTAGS = re.compile(r"[-_.@].*", re.DOTALL)
+"""What follows the language: `-TW` in `zh-TW`, `_CN.UTF-8` in the locale `zh_CN.UTF-8`."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,12 @@ def localize(text: Sentence, lang: Lang, **values: object) -> str:
     return (text.en if lang == "en" else text.zh).format(**values)
 
 
-def choose_lang(accept_language: str | None) -> Lang:
-    """Choose the language by the handshake's `Accept-Language` (RFC 9110, section 12.5.4)."""
-    best: tuple[float, Lang] = (0.0, DEFAULT_LANG)
+def choose_lang(accept_language: str | None, default: Lang) -> Lang:
+    """Choose the language by an `Accept-Language` (RFC 9110, section 12.5.4), or by the name of a locale.
+
+    The preferred one of Chinese and English if either is named, English for other languages, else `default`.
+    """
+    best: tuple[float, Lang] = (0.0, default)
     for part in (accept_language or "").split(","):
         tag, _, parameter = part.strip().partition(";")
         name, _, value = parameter.partition("=")
@@ -88,7 +95,9 @@ def choose_lang(accept_language: str | None) -> Lang:
             weight = float(value) if name.strip() == "q" else 1.0
         except ValueError:
             weight = 0.0
-        match tag.strip().lower().partition("-")[0]:
+        match _SUBTAGS.sub("", tag.strip().lower()):
             case "zh" | "en" as lang if weight > best[0]:
                 best = (weight, lang)
+            case other if weight > 0 and best[0] == 0 and other.isascii() and other.isalpha():
+                best = (0.0, "en")
     return best[1]

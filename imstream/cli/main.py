@@ -20,7 +20,7 @@ from imstream.demo import marker
 from imstream.demo.settings import DemoSettings
 from imstream.errors import ImstreamError, SettingsError
 from imstream.settings import Settings
-from imstream.texts import DEFAULT_LANG, Lang
+from imstream.texts import Lang, choose_lang
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -52,7 +52,9 @@ class _Commands(click.Group):
 
 
 def _system_lang() -> Lang:
-    return "en" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("en") else DEFAULT_LANG
+    """The language of the locale (POSIX, section 8.2). Unset is the locale C, in English."""
+    names = (os.environ.get(variable) for variable in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return choose_lang(next(filter(None, names), "C"), "en")
 
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})

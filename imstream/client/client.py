@@ -21,7 +21,6 @@ from imstream.client.errors import NotConnected
 from imstream.client.pending import PendingRequests
 from imstream.client.reconnect import Credentials, Servers, Timing, Token, connect_url
 from imstream.client.reply import Receipt, Reply
-from imstream.texts import DEFAULT_LANG, Lang
 from imstream.wire import MAX_USER_ID, MIN_USER_ID, ClientCancel, ClientChat, Turn, parse_user_id
 
 
@@ -33,7 +32,7 @@ class Client:
         user_id: The user's id.
         token: The user's signed token, if the server requires one; or a function that returns a new one at each call,
             called for each connection and when the server announces that the login expires.
-        lang: Language of the server's sentences.
+        lang: Language of the server's sentences, as in `Accept-Language`; None: the server's own choice.
         timing: Time limits and intervals.
         tls: For `wss`, replaces the system's trust store.
         on_change: Called with every change of the connection; must neither block nor raise.
@@ -48,7 +47,7 @@ class Client:
         user_id: int,
         *,
         token: Token | None = None,
-        lang: Lang = DEFAULT_LANG,
+        lang: str | None = None,
         timing: Timing | None = None,
         tls: SSLContext | None = None,
         on_change: Callable[[ConnectionChange], None] | None = None,

@@ -122,7 +122,7 @@ class ReconnectingConnection:
         try:
             socket = await connect(
                 connect_url(url, self._credentials.user_id),
-                additional_headers={"Accept-Language": self._credentials.lang},
+                additional_headers={"Accept-Language": self._credentials.lang} if self._credentials.lang else None,
                 compression=None,
                 open_timeout=self._timing.login.total_seconds(),
                 close_timeout=self._timing.close.total_seconds(),

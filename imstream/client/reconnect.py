@@ -10,7 +10,6 @@ from ssl import SSLContext
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from imstream.client.errors import ClientError
-from imstream.texts import Lang
 from imstream.wire import CloseCode, UserId
 
 Token = str | Callable[[], str | Awaitable[str]]
@@ -142,7 +141,7 @@ class Credentials:
 
     user_id: UserId
     token: Token | None = field(repr=False)
-    lang: Lang
+    lang: str | None
     _last_sent: str | None = field(default=None, init=False, repr=False)
     _accepted: str | None = field(default=None, init=False, repr=False)
     _rejected: str | None = field(default=None, init=False, repr=False)

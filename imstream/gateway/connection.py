@@ -62,7 +62,7 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
         socket.reject(HTTPStatus.FORBIDDEN)
     elif (verdict := deps.guards.check_handshake(headers)) is not None:
         limited.info("handshake refused", reason=verdict.reason, peer=_address(request), origin=_origin(request))
-        socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, _lang(request)))
+        socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, _lang(request, deps)))
     elif (why := deps.not_ready()) is not None:
         # Instead of a socket that can do nothing: a load balancer tries another node at once.
         socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {why}", {"Retry-After": "1"})
@@ -82,7 +82,7 @@ def _accept_handshake(socket: SocketProtocol, deps: SessionDeps) -> Session:
     is_ours = SUBPROTOCOL in offered
     # A page can set no other header, so a token may stand beside our subprotocol.
     tokens = [name for name in offered if is_ours and not name.startswith("imstream.")]
-    frames = FrameBuilder(_lang(request), deps.settings.node)
+    frames = FrameBuilder(_lang(request, deps), deps.settings.node)
     session = Session(
         socket=socket,
         frames=frames,
@@ -103,9 +103,10 @@ def _accept_handshake(socket: SocketProtocol, deps: SessionDeps) -> Session:
     return session
 
 
-def _lang(request: HTTPConnection) -> Lang:
+def _lang(request: HTTPConnection, deps: SessionDeps) -> Lang:
     """The language of a handshake. Browsers cannot set the header of a WebSocket, so the URL may name it too."""
-    return choose_lang(request.query_params.get("lang") or request.headers.get("accept-language"))
+    asked = request.query_params.get("lang") or request.headers.get("accept-language")
+    return choose_lang(asked, deps.settings.language)
 
 
 def _address(request: HTTPConnection) -> str:

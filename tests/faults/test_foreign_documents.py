@@ -113,7 +113,7 @@ def read_headers(data: bytes) -> None:
         for origin, host in ((text, "127.0.0.1"), ("http://127.0.0.1", text)):
             guard.check_handshake({"origin": origin, "host": host, "x-forwarded-proto": text})
     is_local({"host": text, "x-forwarded-for": text})
-    choose_lang(text)
+    choose_lang(text, "zh")
     parse_user_id(text)
 
 

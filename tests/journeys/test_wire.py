@@ -25,7 +25,7 @@ QUEUE, EACH = 3, 2
 BRIEF = "[[demo first=0 pace=1ms length=30]]"
 LONG = "[[demo first=0 pace=20ms length=5000]]"
 
-LANGUAGES = {None: "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9": "en", "fr": "zh", "fr, en;q=0.5": "en"}
+LANGUAGES = {None: "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9": "en", "fr": "en", "fr, zh;q=0.5": "zh"}
 
 
 @pytest.fixture(scope="module")

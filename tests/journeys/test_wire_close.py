@@ -15,10 +15,24 @@ USER = 10001
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node with short timeouts."""
-    limits = {"init_timeout": "600ms", "idle_timeout": "1500ms", "heartbeat": "700ms", "max_frame": 4096}
+    """A node with short timeouts, which speaks English by default."""
+    limits = {
+        "init_timeout": "600ms",
+        "idle_timeout": "1500ms",
+        "heartbeat": "700ms",
+        "max_frame": 4096,
+        "language": "en",
+    }
     with standing_node(tmp_path_factory.mktemp("close"), demo.url, **limits) as node:
         yield node
+
+
+@pytest.mark.parametrize(("lang", "text"), [(None, "User id 10001: logged in"), ("zh", "用户标识: 10001 登录成功")])
+async def test_a_client_that_asks_for_no_language_gets_that_of_the_node(
+    lang: str | None, text: str, node: OneNode
+) -> None:
+    async with node.peer(USER, lang=lang) as someone:
+        assert someone.frames[0]["contents"] == text
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,10 @@ class Peer:
         return self.socket.request.path
 
     @property
-    def language(self) -> str:
-        """The client's `Accept-Language`."""
+    def language(self) -> str | None:
+        """The client's `Accept-Language`, if it sent one."""
         assert self.socket.request is not None
-        return self.socket.request.headers["Accept-Language"]
+        return self.socket.request.headers.get("Accept-Language")
 
     async def hear(self) -> ClientFrame:
         """The next frame of the client except heartbeats."""

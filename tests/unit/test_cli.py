@@ -195,12 +195,35 @@ def test_chat_passes_on_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"LC_ALL": "en_GB.UTF-8", "IMSTREAM_TOKEN": "hush"}
     assert run("chat", "--user", "10002", env=env).exit_code == 3
     assert run("chat", "--url", "ws://h/ws", "--lang", "zh", env=env).exit_code == 3
-    assert run("chat", env={"LC_ALL": "C", "IMSTREAM_TOKEN": ""}).exit_code == 3
+    assert run("chat", env={"LC_ALL": "zh_CN.UTF-8", "IMSTREAM_TOKEN": ""}).exit_code == 3
     assert runs == [
         ("ws://127.0.0.1:8080/ws", 10002, "hush", "en"),
         ("ws://h/ws", 10001, "hush", "zh"),
         ("ws://127.0.0.1:8080/ws", 10001, None, "zh"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("env", "lang"),
+    [
+        ({"LC_ALL": "zh_TW.UTF-8", "LC_MESSAGES": "en_GB.UTF-8", "LANG": "en_GB.UTF-8"}, "zh"),
+        ({"LC_MESSAGES": "zh_CN.UTF-8@pinyin", "LANG": "en_GB.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN"}, "zh"),
+        ({"LC_ALL": "", "LC_MESSAGES": "", "LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, "en"),
+        ({"LC_ALL": "C.UTF-8"}, "en"),
+        ({"LANG": "POSIX"}, "en"),
+        ({"LANG": "de_AT.UTF-8"}, "en"),
+        ({}, "en"),
+    ],
+)
+def test_commands_speak_the_language_of_the_locale(
+    env: dict[str, str], lang: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(imstream.cli.chat_terminal, "run", lambda *arguments: {"zh": 3, "en": 4}[arguments[3]])
+    assert run("chat", env=env).exit_code == {"zh": 3, "en": 4}[lang]
 
 
 def test_a_child_whose_parent_has_gone_ends_at_once(tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ async def test_logs_in_with_its_user_token_and_language() -> None:
         await leave(client)
 
 
+async def test_without_a_language_the_server_chooses() -> None:
+    async with scripted_server() as server:
+        login = asyncio.create_task(server.logged_in())
+        async with Client(server.url, USER, timing=FAST):
+            assert (await login).language is None
+
+
 async def test_the_query_of_the_address_is_kept() -> None:
     async with scripted_server() as server:
         login = asyncio.create_task(server.logged_in())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imstream.texts import DEFAULT_LANG, Text, choose_lang, localize
+from imstream.texts import Lang, Text, choose_lang, localize
 
 
 def braces(sentence: str) -> set[str]:
@@ -50,17 +50,33 @@ def test_what_is_filled_in_may_hold_braces() -> None:
         ("en-US,en;q=0.9,zh-CN;q=0.8", "en"),
         ("zh;q=0.5, en;q=0.8", "en"),
         ("fr, de;q=0.9, en;q=0.1", "en"),
-        ("fr, de", "zh"),
+        ("fr, de", "en"),
+        ("fr, zh;q=0.1", "zh"),
+        ("zh;q=0.1, fr", "zh"),
         ("en;q=0", "zh"),
+        ("fr;q=0", "zh"),
         ("zh;q=0.5, en;q=much", "zh"),
         ("en ; q=0.9 , zh ; q=0.1", "en"),
         ("en;level=1", "en"),
-        ("english", "zh"),
+        ("english", "en"),
+        ("zh_TW", "zh"),
+        ("de_AT", "en"),
         ("*", "zh"),
+        ("fr, *;q=0.1", "en"),
+        (";;,=", "zh"),
+        ("中文", "zh"),
     ],
 )
 def test_the_language_is_the_preferred_one_of_those_there_are(accept_language: str | None, lang: str) -> None:
-    assert choose_lang(accept_language) == lang
+    assert choose_lang(accept_language, "zh") == lang
+
+
+@pytest.mark.parametrize(
+    ("accept_language", "lang"),
+    [(None, "en"), ("", "en"), ("*", "en"), ("zh;q=0", "en"), ("zh", "zh"), ("fr, zh", "zh"), ("fr", "en")],
+)
+def test_a_client_that_asks_for_no_language_gets_the_default(accept_language: str | None, lang: str) -> None:
+    assert choose_lang(accept_language, "en") == lang
 
 
 @given(
@@ -70,9 +86,9 @@ def test_the_language_is_the_preferred_one_of_those_there_are(accept_language: s
 @example("en;q=nan,zh;q=nan")
 @example("en;q=1e999")
 def test_no_header_makes_it_fail(header: str) -> None:
-    assert choose_lang(header) in {"zh", "en"}
+    assert choose_lang(header, "zh") in {"zh", "en"}
 
 
-@given(st.text().filter(lambda header: "en" not in header.lower()))
-def test_who_does_not_ask_for_english_gets_the_default(header: str) -> None:
-    assert choose_lang(header) == DEFAULT_LANG
+@given(st.text().filter(lambda header: "zh" not in header.lower()), st.sampled_from(["zh", "en"]))
+def test_a_client_that_does_not_ask_for_chinese_gets_english_or_the_default(header: str, default: Lang) -> None:
+    assert choose_lang(header, default) in {"en", default}
