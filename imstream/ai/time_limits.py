@@ -15,7 +15,7 @@ class TimeLimits:
     """Cancels its block when the call as a whole, or the expected next step, takes too long.
 
         async with TimeLimits(total=...) as limits:
-            limits.expect("first_token_timeout", within=...)
+            limits.expect("first_token_timeout", within=..., at_most=...)
             limits.expect("idle_timeout", within=...)
             async for token in tokens:
                 limits.renew()
@@ -28,8 +28,9 @@ class TimeLimits:
         self._loop = asyncio.get_running_loop()
         self._scope = asyncio.timeout(None)
         self._total = self._within = total.total_seconds()
-        self._deadline = self._due = self._loop.time() + self._total
+        self._end = self._due = self._loop.time() + self._total
         self._reason = "total_timeout"
+        self._deadline, self._deadline_reason = self._end, ("total_timeout", self._total)
         self._timer: asyncio.TimerHandle | None = None
         self._exceeded: tuple[str, float] | None = None
 
@@ -49,12 +50,15 @@ class TimeLimits:
             reason, seconds = self._exceeded
             raise TransientBackendError(reason, f"after {seconds:g} s", kind=_kind(reason)) from None
 
-    def expect(self, reason: str, *, within: timedelta) -> None:
-        """Expect the next step within this time, and again after each `renew`."""
+    def expect(self, reason: str, *, within: timedelta, at_most: timedelta | None = None) -> None:
+        """Expect the next step within this time, and again after each `renew`; for `at_most` in all."""
         self._reason = reason
         self._within = within.total_seconds()
+        self._deadline, self._deadline_reason = self._end, ("total_timeout", self._total)
+        if at_most is not None and (end := self._loop.time() + at_most.total_seconds()) < self._end:
+            self._deadline, self._deadline_reason = end, (reason, at_most.total_seconds())
         self.renew()
-        if self._timer is not None and self._due < self._timer.when():
+        if self._timer is not None and min(self._due, self._deadline) < self._timer.when():
             self._timer.cancel()
             self._set_timer()
 
@@ -74,7 +78,7 @@ class TimeLimits:
     def _on_timer(self) -> None:
         now = self._loop.time()
         if now >= self._deadline:
-            self._exceeded = ("total_timeout", self._total)
+            self._exceeded = self._deadline_reason
         elif now >= self._due:
             self._exceeded = (self._reason, self._within)
         else:

@@ -72,6 +72,40 @@ async def test_renewals_do_not_move_the_total() -> None:
     assert await end_of(("idle", 3), total=10, renewed_at=(2, 4, 6, 8)) == ("total_timeout", 10)
 
 
+async def end_of_queueing(*, at_most: float, total: float = 100) -> tuple[str, float]:
+    """The reason and the time of the end of a call that renews its first limit, of 3 s, every 2 s."""
+
+    async def queue() -> None:
+        async with TimeLimits(total=seconds(total)) as limits:
+            limits.expect("first", within=seconds(3), at_most=seconds(at_most))
+            while True:
+                await asyncio.sleep(2)
+                limits.renew()
+
+    with pytest.raises(TransientBackendError) as caught:
+        await queue()
+    return str(caught.value), asyncio.get_running_loop().time()
+
+
+@in_virtual_time
+async def test_renewals_do_not_move_the_limit_of_the_whole_step() -> None:
+    assert await end_of_queueing(at_most=9) == ("first: after 9 s", 9)
+
+
+@in_virtual_time
+async def test_the_limit_of_a_step_does_not_move_the_total() -> None:
+    assert await end_of_queueing(at_most=9, total=5) == ("total_timeout: after 5 s", 5)
+
+
+@in_virtual_time
+async def test_the_limit_of_a_step_ends_with_the_step() -> None:
+    async with TimeLimits(total=seconds(100)) as limits:
+        limits.expect("first", within=seconds(3), at_most=seconds(5))
+        await asyncio.sleep(2)
+        limits.expect("second", within=seconds(10))
+        await asyncio.sleep(9)
+
+
 @in_virtual_time
 async def test_the_error_says_how_long_was_waited() -> None:
     with pytest.raises(TransientBackendError, match=r"^total_timeout: after 1.5 s$"):
