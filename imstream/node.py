@@ -16,6 +16,7 @@ from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.breaker import Breaker
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
+from imstream.codes import CloseCode
 from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
 from imstream.gateway.connection import serve_socket
@@ -37,7 +38,7 @@ from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.texts import Text
-from imstream.wire import CloseCode, FrameLimits
+from imstream.wire import FrameLimits
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer

@@ -1,10 +1,10 @@
 """The frames of the WebSocket protocol, as JSON text. Field names are those of the service that imstream replaces.
 
-`parse_frame` validates a client's frame; `ServerFrame` encodes every frame of the server. See ops/docs/protocol.md.
+`parse_frame` validates a client's frame. Each kind of server frame is one model below `ServerFrame`; clients read all
+kinds as `ReceivedFrame`. The words of the protocol and their meanings are in codes.py. See ops/docs/protocol.md.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
@@ -12,6 +12,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 
 from imstream.clock import now_ms
+from imstream.codes import Code, Event, MsgType
 from imstream.strict_json import InvalidJson, InvalidNumber, parse_json
 
 MIN_USER_ID = 10001
@@ -25,60 +26,6 @@ SUBPROTOCOL = "imstream.v1.json"
 
 MAX_RESUMED = 64
 """Maximum number of messages that one INIT may resume."""
-
-
-class Code(StrEnum):
-    """The `code` of a server frame: success, or the kind of error."""
-
-    SUCCESS = "SUCCESS"
-    SYSTEM_ERROR = "SYSTEM_ERROR"
-    BAD_REQUEST = "BAD_REQUEST"
-    UNAUTHORIZED = "UNAUTHORIZED"
-    FORBIDDEN = "FORBIDDEN"
-    BUSY = "BUSY"
-    RATE_LIMITED = "RATE_LIMITED"
-    AI_FAILED = "AI_FAILED"
-    UNAVAILABLE = "UNAVAILABLE"
-    EXPIRED = "EXPIRED"
-    TOO_LATE = "TOO_LATE"
-    UNKNOWN = "UNKNOWN"
-
-
-class MsgType(StrEnum):
-    """The `msgType` of a frame."""
-
-    INIT = "INIT"
-    CHAT = "CHAT"
-    CANCEL = "CANCEL"
-    HEARTBEAT = "HEARTBEAT"
-    SYSTEM = "SYSTEM"
-
-
-class Event(StrEnum):
-    """The `event` of a CHAT frame. The last three are terminal."""
-
-    ACCEPTED = "accepted"
-    DELTA = "delta"
-    RESTART = "restart"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-class CloseCode(IntEnum):
-    """Why a socket is closed. Clients reconnect after 1012, 1013 and 4000 to 4499, but not after 4500 to 4999."""
-
-    FRAME_TOO_BIG = 1009
-    INTERNAL_ERROR = 1011
-    DRAINING = 1012  # reconnect now
-    NODE_FULL = 1013  # or authentication is unavailable: reconnect later
-    NO_HEARTBEAT = 4001
-    READER_TOO_SLOW = 4002
-    NOT_AUTHENTICATED = 4500
-    BAD_USER_ID = 4501
-    REPLACED = 4502
-    LOCKED = 4503
-    TOO_MANY_CONNECTIONS = 4504
 
 
 UserId = Annotated[int, Field(ge=MIN_USER_ID, le=MAX_USER_ID)]
@@ -218,32 +165,152 @@ def parse_user_id(text: str | None) -> int | None:
 
 
 class ServerFrame(_Frame):
-    """A frame of the server. Fields without a value are left out of the JSON."""
+    """A frame of the server: the fields that every kind has. Fields without a value are left out of the JSON."""
 
     code: Code = Code.SUCCESS
     resp_time: str = Field(default_factory=lambda: str(now_ms()))  # milliseconds since 1970
     msg_type: MsgType
-    contents: str | None = None
-    user_id: int | None = None
-    message_id: str | None = None
-    event: Event | None = None
-    attempt: int | None = None  # from 1
-    offset: int | None = None  # position after this frame; opaque to clients, returned in `resume`
-    position: int | None = None  # place in the queue; 1 is next
-    remaining: int | None = None  # messages left of the daily quota
-    heartbeat_ms: int | None = None
-    retry_after_ms: int | None = None
-    finish_reason: str | None = None
-    usage: dict[str, int] | None = None
-    node: str | None = None
 
     def encode(self) -> str:
         """Encode as JSON text."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
 
+class Welcome(ServerFrame):
+    """The answer to INIT: the user is logged in."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.INIT] = MsgType.INIT
+    contents: str
+    user_id: int
+    remaining: int | None = None  # messages left of the daily quota
+    heartbeat_ms: int | None = None
+    node: str | None = None
+
+
+class HeartbeatReply(ServerFrame):
+    """The answer to a heartbeat."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.HEARTBEAT] = MsgType.HEARTBEAT
+    contents: str
+    user_id: int | None = None
+
+
+class Problem(ServerFrame):
+    """An error: a refused frame or message, a throttled socket, or the reason of the close that follows."""
+
+    code: Code
+    msg_type: Literal[MsgType.SYSTEM] = MsgType.SYSTEM
+    contents: str
+    user_id: int | None = None
+    message_id: str | None = None
+    retry_after_ms: int | None = None
+
+
+class Expired(ServerFrame):
+    """There is no record of a message that was to be resumed."""
+
+    code: Literal[Code.EXPIRED] = Code.EXPIRED
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    contents: str
+    message_id: str
+
+
+class Accepted(ServerFrame):
+    """A message will be answered."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    contents: str
+    user_id: int
+    message_id: str
+    event: Literal[Event.ACCEPTED] = Event.ACCEPTED
+    position: int | None = None  # place in the queue; 1 is next
+    remaining: int | None = None  # messages left of the daily quota
+    node: str | None = None
+
+
+class Delta(ServerFrame):
+    """New text of an answer; see `encode_delta`."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    contents: str
+    message_id: str
+    event: Literal[Event.DELTA] = Event.DELTA
+    attempt: int  # from 1
+    offset: int  # position after this frame; opaque to clients, returned in `resume`
+
+
+class Restart(ServerFrame):
+    """A new attempt begins: the text so far is discarded."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    contents: str
+    message_id: str
+    event: Literal[Event.RESTART] = Event.RESTART
+    attempt: int
+    offset: int
+
+
+class Ending(ServerFrame):
+    """The end of an answer: the fields that its three kinds have."""
+
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    contents: str | None = None
+    user_id: int | None = None
+    message_id: str
+    event: Event
+    attempt: int | None = None
+    offset: int | None = None
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    node: str | None = None
+
+
+class Done(Ending):
+    """The answer is complete."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    event: Literal[Event.DONE] = Event.DONE
+
+
+class Failed(Ending):
+    """The message could not be answered, or a guard refused it."""
+
+    code: Code = Code.AI_FAILED
+    event: Literal[Event.FAILED] = Event.FAILED
+
+
+class Cancelled(Ending):
+    """The message was cancelled. Without an offset: the socket did not follow the answer."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    event: Literal[Event.CANCELLED] = Event.CANCELLED
+
+
+class ReceivedFrame(ServerFrame):
+    """A server frame of any kind, as clients read it: every field may be missing, and unknown ones are ignored."""
+
+    contents: str | None = None
+    user_id: int | None = None
+    message_id: str | None = None
+    event: Event | None = None
+    attempt: int | None = None
+    offset: int | None = None
+    position: int | None = None
+    remaining: int | None = None
+    heartbeat_ms: int | None = None
+    retry_after_ms: int | None = None
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    node: str | None = None
+
+
 def encode_delta(message_id: str, *, attempt: int, offset: int, text: str) -> str:
-    """Encode a `delta` exactly as `ServerFrame` does, at a tenth of the cost. Message ids need no escaping."""
+    """Encode a `delta` exactly as `Delta` does, at a tenth of the cost. Message ids need no escaping."""
     return (
         f'{{"code":"SUCCESS","respTime":"{now_ms()}","msgType":"CHAT","contents":{to_json(text).decode()},'
         f'"messageId":"{message_id}","event":"delta","attempt":{attempt},"offset":{offset}}}'

@@ -28,7 +28,8 @@ from imstream.client.reconnect import (
     connect_url,
 )
 from imstream.client.reply import Reply
-from imstream.wire import ClientFrame, ClientHeartbeat, ClientInit, CloseCode, Code, MsgType, ServerFrame
+from imstream.codes import CloseCode, Code, MsgType
+from imstream.wire import ClientFrame, ClientHeartbeat, ClientInit, ReceivedFrame
 
 MAX_FRAME = 16 * 2**20
 """Maximum size of a server's frame in bytes; a resumed answer is one frame. A larger one ends the connection."""
@@ -197,7 +198,7 @@ class ReconnectingConnection:
         except ConnectionClosed as closed:
             return self._on_close(closed, socket)
 
-    def _apply(self, frame: ServerFrame, socket: ClientConnection) -> bool:
+    def _apply(self, frame: ReceivedFrame, socket: ClientConnection) -> bool:
         """Apply one frame; False if the server could not log the client in, or could not resume."""
         if frame.msg_type is MsgType.CHAT:
             self._backoff.reset()
@@ -213,7 +214,7 @@ class ReconnectingConnection:
             return frame.code is not Code.UNAVAILABLE
         return True
 
-    def _on_login(self, frame: ServerFrame, socket: ClientConnection) -> None:
+    def _on_login(self, frame: ReceivedFrame, socket: ClientConnection) -> None:
         self._socket = socket
         self._servers.reset()
         announced = frame.heartbeat_ms
@@ -245,10 +246,10 @@ def _encode(frame: ClientFrame) -> str:
     return frame.model_dump_json(by_alias=True, exclude_none=True)
 
 
-def _decode(text: str | bytes) -> ServerFrame | None:
+def _decode(text: str | bytes) -> ReceivedFrame | None:
     """Parse a frame; None if this client does not know its form, such as a frame of a newer server."""
     try:
-        return ServerFrame.model_validate_json(text)
+        return ReceivedFrame.model_validate_json(text)
     except ValidationError as error:
         logger.warning("frame ignored: %s", error.errors(include_input=False)[0])
         return None

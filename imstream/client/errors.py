@@ -18,8 +18,9 @@ ClientError
 
 from datetime import timedelta
 
+from imstream.codes import Code
 from imstream.errors import ImstreamError
-from imstream.wire import Code, ServerFrame
+from imstream.wire import ReceivedFrame
 
 
 class ClientError(ImstreamError):
@@ -31,7 +32,7 @@ class NotConnected(ClientError):  # noqa: N818 - reads as the state that it name
 
 
 class SessionEnded(ClientError):  # noqa: N818 - reads as the state that it names
-    """The server ended the session. `code`: the close code; see `imstream.wire.CloseCode`."""
+    """The server ended the session. `code`: the close code; see `imstream.codes.CloseCode`."""
 
     def __init__(self, code: int, why: str) -> None:
         super().__init__(f"{why} ({code})")
@@ -99,7 +100,7 @@ _REFUSALS: dict[Code, type[Refused]] = {
 }
 
 
-def refusal(frame: ServerFrame) -> Refused:
+def refusal(frame: ReceivedFrame) -> Refused:
     """The error for a frame with another code than `SUCCESS`."""
     wait = None if frame.retry_after_ms is None else timedelta(milliseconds=frame.retry_after_ms)
     return _REFUSALS.get(frame.code, Refused)(frame.code, frame.contents or "", retry_after=wait)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from imstream.client.errors import BadMessage, ClientError, refusal
 from imstream.client.reply import Receipt, Reply
-from imstream.wire import MAX_RESUMED, ClientCancel, Code, Event, ServerFrame
+from imstream.codes import Code, Event
+from imstream.wire import MAX_RESUMED, ClientCancel, ReceivedFrame
 
 MAX_OPEN = MAX_RESUMED
 """Maximum number of unfinished messages of one client: as many as one INIT can resume. Beyond it, `add` waits."""
@@ -36,7 +37,7 @@ class CancelRequest:
         """Whether there is a receipt or an error."""
         return self._ended.is_set()
 
-    def apply(self, frame: ServerFrame) -> None:
+    def apply(self, frame: ReceivedFrame) -> None:
         """Apply a frame about the message; frames that are neither a receipt nor a refusal change nothing."""
         receipt = Receipt.CANCELLED if frame.event is Event.CANCELLED else _RECEIPTS.get(frame.code)
         if receipt is not None:
@@ -104,7 +105,7 @@ class PendingRequests:
             raise self.error
         return self._cancels.setdefault(frame.message_id, CancelRequest(frame))
 
-    def apply_chat(self, frame: ServerFrame) -> None:
+    def apply_chat(self, frame: ReceivedFrame) -> None:
         """Apply a CHAT frame: an answer, or the receipt of a cancellation."""
         message_id = frame.message_id or ""
         if message_id in self._cancels:
@@ -113,7 +114,7 @@ class PendingRequests:
             self._replies[message_id].apply(frame)
         self._remove_if_ended(message_id)
 
-    def apply_system(self, frame: ServerFrame) -> bool:
+    def apply_system(self, frame: ReceivedFrame) -> bool:
         """Apply a SYSTEM frame: a refusal or a receipt. False if it concerns no pending request."""
         reply = self._replies.get(frame.message_id or "")
         if frame.message_id is None and frame.code in _REFUSES_MESSAGES and len(unanswered := self.unanswered) == 1:

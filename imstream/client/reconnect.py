@@ -10,7 +10,8 @@ from ssl import SSLContext
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from imstream.client.errors import ClientError
-from imstream.wire import CloseCode, UserId
+from imstream.codes import CloseCode
+from imstream.wire import UserId
 
 Token = str | Callable[[], str | Awaitable[str]]
 """A token, or a function that returns a new one at each call."""
@@ -59,7 +60,7 @@ class ReconnectPolicy:
 
 
 def after_close(code: int | None) -> ReconnectPolicy:
-    """The policy for a close code (see `imstream.wire.CloseCode`); None: the connection broke without one."""
+    """The policy for a close code (see `imstream.codes.CloseCode`); None: the connection broke without one."""
     if code == CloseCode.DRAINING:
         return ReconnectPolicy(RetryMode.NOW, switch_server=True)
     if code == CloseCode.NODE_FULL:

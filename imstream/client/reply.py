@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from imstream.client.errors import Cancelled, ClientError, Expired, Failed, ProtocolViolation
-from imstream.wire import ClientChat, Code, Event, ResumePoint, ServerFrame
+from imstream.codes import Code, Event
+from imstream.wire import ClientChat, ReceivedFrame, ResumePoint
 
 
 class Outcome(StrEnum):
@@ -207,7 +208,7 @@ class Reply:
             self._error = error
             self._notify()
 
-    def apply(self, frame: ServerFrame) -> None:
+    def apply(self, frame: ReceivedFrame) -> None:
         """Apply a frame about this message, unless the reply has ended."""
         if self.ended:
             return
@@ -221,7 +222,7 @@ class Reply:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _apply(self, frame: ServerFrame) -> None:
+    def _apply(self, frame: ReceivedFrame) -> None:
         if not self.is_accepted and _continues_text(frame):
             # The same id was sent before, refused with UNAVAILABLE and recorded all the same. This frame was in flight
             # when the message was sent again; the whole answer follows after `accepted`.
@@ -245,7 +246,7 @@ class Reply:
         else:
             raise self._violation(frame, "it has neither an event nor a code that ends the message")
 
-    def _append(self, frame: ServerFrame) -> None:
+    def _append(self, frame: ReceivedFrame) -> None:
         text = frame.contents or ""
         if frame.attempt is None or frame.offset is None:
             raise self._violation(frame, "it has no attempt or no offset")
@@ -269,7 +270,7 @@ class Reply:
         self.offset = 0
         self._pieces = []
 
-    def _finish(self, frame: ServerFrame, outcome: Outcome) -> None:
+    def _finish(self, frame: ReceivedFrame, outcome: Outcome) -> None:
         if frame.attempt is not None and frame.attempt > self.attempt:
             self._begin(frame.attempt, restarted=self.attempt > 0)
         # A failed or cancelled answer may have been shown further than it was recorded; a complete one may not.
@@ -278,12 +279,12 @@ class Reply:
         why = frame.contents or ""
         self._result = Result(outcome, self.so_far, self.attempt, frame.finish_reason, frame.usage, why)
 
-    def _violation(self, frame: ServerFrame, problem: str) -> ProtocolViolation:
+    def _violation(self, frame: ReceivedFrame, problem: str) -> ProtocolViolation:
         kind = frame.event or frame.code
         return ProtocolViolation(f"{kind} for message {self.message_id}, attempt {frame.attempt}: {problem}")
 
 
-def _continues_text(frame: ServerFrame) -> bool:
+def _continues_text(frame: ReceivedFrame) -> bool:
     """Whether a frame presupposes text that was sent before."""
     start = (frame.offset or 0) - len(frame.contents or "" if frame.event is Event.DELTA else "")
     return frame.event in (Event.DELTA, Event.DONE) and start > 0

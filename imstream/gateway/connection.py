@@ -6,6 +6,7 @@ from http import HTTPStatus
 import structlog
 from starlette.requests import HTTPConnection
 
+from imstream.codes import CloseCode, Code
 from imstream.gateway.frame_handler import FrameHandler, SessionDeps
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.session import Session
@@ -13,7 +14,7 @@ from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import SocketClosed, SocketProtocol
 from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize
 from imstream.texts import Lang, Text, choose_lang, localize
-from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, CloseCode, Code, parse_user_id
+from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, parse_user_id
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)

@@ -12,6 +12,7 @@ import structlog
 
 from imstream import wire
 from imstream.clock import now_ms
+from imstream.codes import CloseCode, Code
 from imstream.errors import StoreError, StoreFull, StoreRefused
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.presence import Presence
@@ -28,7 +29,7 @@ from imstream.settings import Settings
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
-from imstream.wire import USER_ID_FIELD, ClientFrame, CloseCode, Code, FrameLimits, InvalidFrame, parse_frame
+from imstream.wire import USER_ID_FIELD, ClientFrame, FrameLimits, InvalidFrame, parse_frame
 from imstream.worker.consumer import StreamConsumer
 from imstream.worker.jobs import Jobs
 

@@ -5,10 +5,25 @@ from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
 
+from imstream.codes import Code
 from imstream.guards.guard import Reject
+from imstream.model import Terminal
 from imstream.reply_buffer import ReplyEnded, TextGrown, TextReset
 from imstream.texts import Lang, Sentence, Text, localize
-from imstream.wire import Code, Event, InvalidFrame, MsgType, ServerFrame, encode_delta
+from imstream.wire import (
+    Accepted,
+    Cancelled,
+    Done,
+    Ending,
+    Expired,
+    Failed,
+    HeartbeatReply,
+    InvalidFrame,
+    Problem,
+    Restart,
+    Welcome,
+    encode_delta,
+)
 
 RETRY_AFTER_MS = 2_000
 """When a refused client should retry, spread by half of it either way: they must not all come back at once."""
@@ -30,82 +45,69 @@ class FrameBuilder:
     node: str
     user_id: int | None = None
 
-    def welcome(self, remaining: int | None = None, heartbeat: timedelta | None = None) -> ServerFrame:
+    def welcome(self, remaining: int | None = None, heartbeat: timedelta | None = None) -> Welcome:
         """The answer to INIT."""
-        return ServerFrame(
-            msg_type=MsgType.INIT,
+        return Welcome(
             contents=self._text(Text.WELCOME, user_id=self.user_id),
-            user_id=self.user_id,
+            user_id=self._logged_in(),
             remaining=remaining,
             heartbeat_ms=_ms(heartbeat),
             node=self.node,
         )
 
-    def heartbeat(self) -> ServerFrame:
+    def heartbeat(self) -> HeartbeatReply:
         """The answer to PING and HEARTBEAT."""
-        return ServerFrame(msg_type=MsgType.HEARTBEAT, contents=self._text(Text.HEARTBEAT), user_id=self.user_id)
+        return HeartbeatReply(contents=self._text(Text.HEARTBEAT), user_id=self.user_id)
 
-    def accepted(self, message_id: str, position: int, remaining: int | None = None) -> ServerFrame:
+    def accepted(self, message_id: str, position: int, remaining: int | None = None) -> Accepted:
         """A message is in the stream."""
-        return ServerFrame(
-            msg_type=MsgType.CHAT,
-            event=Event.ACCEPTED,
+        return Accepted(
             contents=self._text(Text.ACCEPTED, position=position),
-            user_id=self.user_id,
+            user_id=self._logged_in(),
             message_id=message_id,
             position=position,
             remaining=remaining,
             node=self.node,
         )
 
-    def busy(self, message_id: str, *, by_user: bool = False) -> ServerFrame:
+    def busy(self, message_id: str, *, by_user: bool = False) -> Problem:
         """A message does not fit: the cap of the node, or that of the user, is reached."""
         return self.system(Code.BUSY, Text.USER_BUSY if by_user else Text.BUSY, message_id=message_id, retry=True)
 
-    def rejected(self, verdict: Reject, message_id: str | None = None) -> ServerFrame:
+    def rejected(self, verdict: Reject, message_id: str | None = None) -> Problem:
         """A guard has rejected a login or a message."""
-        return ServerFrame(
+        return Problem(
             code=verdict.code,
-            msg_type=MsgType.SYSTEM,
             contents=self._text(verdict.sentence, **verdict.values),
             user_id=self.user_id,
             message_id=message_id,
             retry_after_ms=_ms(verdict.retry_after),
         )
 
-    def throttled(self, seconds: float) -> ServerFrame:
+    def throttled(self, seconds: float) -> Problem:
         """Tell the client for how long its socket is not read. Frames already sent are processed later."""
         frame = self.system(Code.RATE_LIMITED, Text.TOO_FAST)
         return frame.model_copy(update={"retry_after_ms": ceil(seconds * 1000)})
 
-    def bad_frame(self, error: InvalidFrame) -> ServerFrame:
+    def bad_frame(self, error: InvalidFrame) -> Problem:
         """A frame is not valid."""
         return self.system(Code.BAD_REQUEST, Text.BAD_FRAME, problem=str(error))
 
-    def expired(self, message_id: str) -> ServerFrame:
+    def expired(self, message_id: str) -> Expired:
         """There is no record of a message that was to be resumed."""
-        return ServerFrame(
-            code=Code.EXPIRED, msg_type=MsgType.CHAT, contents=self._text(Text.EXPIRED), message_id=message_id
-        )
+        return Expired(contents=self._text(Text.EXPIRED), message_id=message_id)
 
-    def cancelled(self, message_id: str) -> ServerFrame:
+    def cancelled(self, message_id: str) -> Cancelled:
         """The answer to a CANCEL of a message that the socket does not follow."""
-        return ServerFrame(
-            msg_type=MsgType.CHAT,
-            event=Event.CANCELLED,
-            contents=self._text(Text.CANCELLED),
-            user_id=self.user_id,
-            message_id=message_id,
-        )
+        return Cancelled(contents=self._text(Text.CANCELLED), user_id=self.user_id, message_id=message_id)
 
     def system(
         self, code: Code, text: Sentence, *, message_id: str | None = None, retry: bool = False, **values: object
-    ) -> ServerFrame:
+    ) -> Problem:
         """A SYSTEM frame; with `retry` it says when to retry."""
         spread = random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, no secret
-        return ServerFrame(
+        return Problem(
             code=code,
-            msg_type=MsgType.SYSTEM,
             contents=self._text(text, **values),
             user_id=self.user_id,
             message_id=message_id,
@@ -118,40 +120,39 @@ class FrameBuilder:
             return encode_delta(message_id, attempt=step.attempt, offset=step.offset, text=step.text)
         if isinstance(step, ReplyEnded):
             return self._end(message_id, step).encode()
-        return ServerFrame(
-            msg_type=MsgType.CHAT,
-            event=Event.RESTART,
-            contents=self._text(Text.RESTART),
-            message_id=message_id,
-            attempt=step.attempt,
-            offset=0,
+        return Restart(
+            contents=self._text(Text.RESTART), message_id=message_id, attempt=step.attempt, offset=0
         ).encode()
 
-    def _end(self, message_id: str, step: ReplyEnded) -> ServerFrame:
+    def _end(self, message_id: str, step: ReplyEnded) -> Ending:
         terminal = step.terminal
-        code, contents = Code.SUCCESS, None
-        if terminal.event == "cancelled":
-            contents = self._text(Text.CANCELLED)
-        elif terminal.event == "failed" and terminal.refusal is not None:
+        common = {
+            "user_id": self.user_id,
+            "message_id": message_id,
+            "attempt": step.attempt,
+            "offset": step.offset,
+            "finish_reason": terminal.finish_reason,
+            "usage": terminal.usage,
+            "node": self.node,
+        }
+        match terminal.event:
+            case "done":
+                return Done.model_validate(common)
+            case "cancelled":
+                return Cancelled.model_validate({"contents": self._text(Text.CANCELLED), **common})
+            case "failed":
+                return Failed.model_validate({**self._failure(terminal), **common})
+
+    def _failure(self, terminal: Terminal) -> dict[str, object]:
+        """Code and contents of a `failed` frame."""
+        if (refusal := terminal.refusal) is not None:
             # A newer release may have recorded a code that this one does not know.
-            code = Code(terminal.refusal.code) if terminal.refusal.code in _CODES else Code.AI_FAILED
-            contents = terminal.refusal.sentence
-        elif terminal.event == "failed":
-            code = Code.AI_FAILED
-            contents = self._text(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)
-        return ServerFrame(
-            code=code,
-            msg_type=MsgType.CHAT,
-            event=Event(terminal.event),
-            contents=contents,
-            user_id=self.user_id,
-            message_id=message_id,
-            attempt=step.attempt,
-            offset=step.offset,
-            finish_reason=terminal.finish_reason,
-            usage=terminal.usage,
-            node=self.node,
-        )
+            return {"code": refusal.code if refusal.code in _CODES else Code.AI_FAILED, "contents": refusal.sentence}
+        return {"contents": self._text(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)}
+
+    def _logged_in(self) -> int:
+        assert self.user_id is not None  # noqa: S101 - set by the login
+        return self.user_id
 
     def _text(self, text: Sentence, **values: object) -> str:
         return localize(text, self.lang, **values)

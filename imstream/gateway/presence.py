@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from imstream.codes import CloseCode
 from imstream.errors import StoreError
 from imstream.gateway.registry import Registry
 from imstream.gateway.session import Session
 from imstream.guards.chain import GuardChain
 from imstream.store.inbox import ROUTE_TTL, Inbox, RouteAdded, Routes, SessionReplaced
 from imstream.texts import Text
-from imstream.wire import CloseCode
 
 _RETRY_INTERVAL = 1.0
 """Seconds between two attempts to write a route while Redis is not available."""

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import structlog
 
+from imstream.codes import CloseCode, Code
 from imstream.gateway.session import Session
 from imstream.logs import LIMITED
 from imstream.reply_buffer import ReplyBuffer
 from imstream.settings import Settings
 from imstream.texts import Text
-from imstream.wire import CloseCode, Code
 
 CLOSE_GRACE = 2.0
 """Seconds a closing session has to send its last frames."""

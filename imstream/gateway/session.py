@@ -8,12 +8,13 @@ from math import ceil
 
 import structlog
 
+from imstream.codes import CloseCode, Code
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import SocketProtocol
 from imstream.guards.guard import Reject
 from imstream.texts import Text
-from imstream.wire import CloseCode, Code, ServerFrame
+from imstream.wire import ServerFrame
 
 log = structlog.get_logger()
 

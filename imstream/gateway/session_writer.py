@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from imstream.codes import CloseCode, Code
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.websocket_protocol import SocketProtocol
 from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyEnded
 from imstream.texts import Text
-from imstream.wire import CloseCode, Code, ServerFrame
+from imstream.wire import ServerFrame
 
 log = structlog.get_logger()
 

@@ -7,6 +7,7 @@ from zoneinfo import ZoneInfo
 import structlog
 
 from imstream.clock import Calendar, now_ms
+from imstream.codes import CloseCode, Code
 from imstream.errors import StoreError
 from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.model import ChatRequest
@@ -14,7 +15,6 @@ from imstream.settings import Settings
 from imstream.store.accounts import Accounts, Banned, Locked, QuotaExhausted
 from imstream.store.inbox import AccountChanged, Inbox
 from imstream.texts import Sentence
-from imstream.wire import CloseCode, Code
 
 BANNED = Sentence(
     "您的账号已被封禁,如有疑问请联系客服!", "This account is banned. If you think that is wrong, please contact us!"

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
 from imstream.guards.auth.jwks import JwksKeySource, KeysUnavailable, check_url
 from imstream.guards.auth.tokens import InvalidToken, Reason, StaticKey, TokenRules, public_key, secret_key
@@ -14,7 +15,6 @@ from imstream.guards.guard import Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.settings import Settings
 from imstream.texts import Sentence, Text
 from imstream.urls import is_loopback
-from imstream.wire import CloseCode, Code
 
 _INVALID = Sentence("登录令牌无效", "This token is not valid")
 # What the client learns about a token. For all other reasons only that it is not valid: the client may be guessing.

@@ -6,11 +6,11 @@ from datetime import timedelta
 from typing import Self
 
 from imstream.ai.prompt.assembler import PromptAssembler
+from imstream.codes import Code
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.texts import Sentence
 from imstream.token_bucket import NEVER_USED, TokenBucket
-from imstream.wire import Code
 
 _TOO_MANY = Sentence(
     "您发送的消息过于频繁,请稍后再发送!", "You are sending too many messages, please wait a moment before the next one!"

@@ -11,12 +11,12 @@ from datetime import timedelta
 from typing import Protocol
 
 from imstream.ai.prompt.assembler import PromptAssembler
+from imstream.codes import CloseCode, Code
 from imstream.model import ChatRequest
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.texts import Sentence
-from imstream.wire import CloseCode, Code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ import structlog
 from imstream.ai.batches import Batcher
 from imstream.ai.breaker import Breaker
 from imstream.ai.moderations import WRONG_NUMBER, ModerationClient, ModerationResult
+from imstream.codes import Code
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.texts import Sentence
-from imstream.wire import Code
 
 FAILURES = 3  # consecutive ones that open the circuit breaker; it pauses as long as that of the AI backend
 _CACHE_SIZE = 50_000  # texts that are known to have passed: 4 MB

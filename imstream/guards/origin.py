@@ -12,11 +12,11 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
 
+from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, LoginAttempt, Reject
 from imstream.settings import Settings
 from imstream.texts import Sentence
-from imstream.wire import CloseCode, Code
 
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")

@@ -9,14 +9,15 @@ from itertools import cycle
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from imstream.codes import Code, Event, MsgType
 from imstream.texts import Text, localize
-from imstream.wire import Code, Event, MsgType, ServerFrame
+from imstream.wire import ReceivedFrame
 from ops.chaos_test.history import TERMINAL, Complaint
 
 _SWITCHING, _ASKING = b"HTTP/1.1 101", b"GET "
 _TEXT, _CONTROL, _FIN, _MASKED = 0x1, 0x8, 0x80, 0x80
 _TWO_BYTES, _EIGHT_BYTES = 126, 127
-_KNOWN_FIELDS = {field.alias for field in ServerFrame.model_fields.values()}
+_KNOWN_FIELDS = {field.alias for field in ReceivedFrame.model_fields.values()}
 _INTERNAL = {localize(Text.INTERNAL, lang) for lang in ("zh", "en")}
 _NEVER = (Code.BAD_REQUEST, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.RATE_LIMITED, Code.UNKNOWN)
 """Codes that these clients must never get."""
@@ -121,7 +122,7 @@ class Tap:
 
     def _check(self, text: str) -> None:
         try:
-            frame = ServerFrame.model_validate_json(text)
+            frame = ReceivedFrame.model_validate_json(text)
         except ValidationError as error:
             return self._report("", f"an invalid frame ({error.errors()[0]['msg']}): {text[:300]}")
         if unknown := from_json(text).keys() - _KNOWN_FIELDS:
@@ -134,7 +135,7 @@ class Tap:
             self._report(frame.message_id or "", f"{frame.code}: {frame.contents}")
         return None
 
-    def _chat(self, frame: ServerFrame) -> None:
+    def _chat(self, frame: ReceivedFrame) -> None:
         message_id = frame.message_id or ""
         state = self._states.setdefault(message_id, _MessageState())
         if frame.code is Code.EXPIRED:
@@ -161,7 +162,7 @@ class Tap:
             self._report(message_id, f"a CHAT frame without an event: {frame.encode()[:300]}")
         return None
 
-    def _delta(self, frame: ServerFrame, state: _MessageState) -> None:
+    def _delta(self, frame: ReceivedFrame, state: _MessageState) -> None:
         if frame.attempt is None or frame.offset is None or not frame.contents:
             return self._report(frame.message_id or "", f"an incomplete delta: {frame.encode()[:300]}")
         start = frame.offset - len(frame.contents)

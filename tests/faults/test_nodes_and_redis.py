@@ -4,7 +4,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.chatter import chatter
 from tests.support.many_nodes import becomes, many_nodes
 from tests.support.servers import DemoBackend

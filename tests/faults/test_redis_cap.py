@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import REQUESTS, stage
 

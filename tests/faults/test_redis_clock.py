@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imstream.wire import Event
+from imstream.codes import Event
 from tests.support.chatter import Frame
 from tests.support.servers import DemoBackend, missing
 from tests.support.stage import fresh_redis, stage

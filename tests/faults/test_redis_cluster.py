@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.chatter import Chatter
 from tests.support.redis_sets import ClusterSet, cluster_set
 from tests.support.servers import DemoBackend, RedisServer

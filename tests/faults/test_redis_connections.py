@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, fresh_redis, stage
 from tests.support.tcp_proxy import tcp_proxy

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from imstream.codes import Event
 from imstream.keys import GROUP
-from imstream.wire import Event
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, REQUESTS, Stage, expected, fresh_redis, stage
 from tests.support.waiting import wait_until

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, fresh_redis, stage
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy

@@ -4,7 +4,7 @@ import asyncio
 import signal
 from pathlib import Path
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.processes import free_port
 from tests.support.servers import DemoBackend, RedisServer, valkey_binary
 from tests.support.stage import AT_ONCE, fresh_redis, stage

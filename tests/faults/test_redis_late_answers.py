@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from imstream.codes import Code, Event
 from imstream.store.scripts import LUA
-from imstream.wire import Code, Event
 from tests.support.chatter import Chatter
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, Stage, expected, stage

@@ -4,7 +4,7 @@ import asyncio
 import signal
 from pathlib import Path
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, Stage, fresh_redis, stage
 from tests.support.waiting import wait_until

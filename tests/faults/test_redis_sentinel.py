@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.redis_sets import SentinelSet, sentinel_set
 from tests.support.servers import DemoBackend
 from tests.support.stage import AT_ONCE, REQUESTS, expected, stage

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from imstream.codes import CloseCode, Code, MsgType
 from imstream.demo.answer import canned_answer
-from imstream.wire import CloseCode, Code, MsgType
 from tests.support.hostile_frames import ECHOED_CODES, Hostile
 from tests.support.observing import ObservedNode, start_observed_node
 from tests.support.one_node import NO_IDENTITY, QUICK, OneNode, standing_node

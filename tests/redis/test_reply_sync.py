@@ -10,6 +10,7 @@ from typing import Any, Self
 import pytest
 import redis
 
+from imstream.codes import CloseCode, Code
 from imstream.errors import StoreUnavailable
 from imstream.gateway import presence as presence_module
 from imstream.gateway.presence import Presence
@@ -25,7 +26,6 @@ from imstream.settings import Settings
 from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, RouteAdded, Routes, SessionReplaced
 from imstream.store.replies import ReplyStore
 from imstream.texts import Text
-from imstream.wire import CloseCode, Code
 from imstream.worker.jobs import Jobs
 from tests.redis.worker_harness import USER, Follower
 from tests.support.servers import RedisServer

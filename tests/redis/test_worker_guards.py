@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from imstream.codes import Code
 from imstream.errors import TransientBackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardRejection, Reject
 from imstream.model import ChatRequest
 from imstream.texts import Sentence
-from imstream.wire import Code
 from tests.redis.worker_harness import Call, run_worker
 from tests.support.servers import RedisServer
 

@@ -10,7 +10,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from imstream.wire import Code, Event
+from imstream.codes import Code, Event
 from tests.support.waiting import SLOW
 
 LIMIT = 20.0 * SLOW

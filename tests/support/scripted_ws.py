@@ -11,7 +11,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from imstream.client import Client, Reply, Timing
-from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ServerFrame, parse_frame
+from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ReceivedFrame, parse_frame
 from tests.support.waiting import SLOW
 
 LIMIT = 5.0 * SLOW
@@ -90,9 +90,9 @@ class Peer:
         assert isinstance(frame, ClientCancel)
         return frame
 
-    async def send_frame(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - fields of `ServerFrame`
-        """Send one frame; fields are named as in `ServerFrame`."""
-        await self.socket.send(ServerFrame.model_validate({"msg_type": msg_type, **fields}).encode())
+    async def send_frame(self, msg_type: str, **fields: Any) -> None:  # noqa: ANN401 - fields of `ReceivedFrame`
+        """Send one frame; fields are named as in `ReceivedFrame`."""
+        await self.socket.send(ReceivedFrame.model_validate({"msg_type": msg_type, **fields}).encode())
 
     async def send_chat(self, message_id: str | None, event: str, **fields: Any) -> None:  # noqa: ANN401 - same
         """Send one CHAT frame."""
@@ -134,7 +134,7 @@ class ScriptedServer:
         async with asyncio.timeout(LIMIT):
             return await self._peers.get()
 
-    async def logged_in(self, **fields: Any) -> Peer:  # noqa: ANN401 - fields of `ServerFrame`
+    async def logged_in(self, **fields: Any) -> Peer:  # noqa: ANN401 - fields of `ReceivedFrame`
         """The next connection, with its INIT answered."""
         peer = await self.peer()
         await peer.hear_init()

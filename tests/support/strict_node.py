@@ -2,13 +2,13 @@
 
 from typing import Self
 
+from imstream.codes import Code
 from imstream.guards import chain
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.node import run
 from imstream.settings import Settings
 from imstream.texts import Sentence
-from imstream.wire import Code
 
 RUDE = "[[rude]]"
 """Refused before admission."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from imstream.clock import Day
+from imstream.codes import CloseCode, Code
 from imstream.errors import StoreUnavailable
 from imstream.guards import account
 from imstream.guards.account import Account, AccountWithQuota
@@ -17,7 +18,6 @@ from imstream.settings import Settings
 from imstream.store.accounts import AccountOpen, Banned, Counted, Locked, QuotaExhausted, ViolationRecorded
 from imstream.store.inbox import AccountChanged
 from imstream.texts import localize
-from imstream.wire import CloseCode, Code
 from tests.support.guard_deps import guard_deps
 
 USER = 10001

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
 from imstream.guards.authentication import TokenAuthentication
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Allow, GuardDeps, LoginAttempt, Reject
 from imstream.texts import Text
-from imstream.wire import CloseCode, Code
 from tests.support.guard_deps import guard_deps
 from tests.support.tokens import (
     PUBLIC,

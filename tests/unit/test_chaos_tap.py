@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from imstream.wire import Code, Event, MsgType, ServerFrame, encode_delta
+from imstream.codes import Code, Event, MsgType
+from imstream.wire import ReceivedFrame, encode_delta
 from ops.chaos_test.history import Complaint
 from ops.chaos_test.tap import FrameReader, Tap
 
@@ -24,7 +25,7 @@ def framed(text: str, first: int = 0x81) -> bytes:
 
 def chat(event: Event | None, **fields: Any) -> str:  # noqa: ANN401 - any field of a frame
     """A CHAT frame about message `m`."""
-    return ServerFrame(msg_type=MsgType.CHAT, message_id="m", event=event, **fields).encode()
+    return ReceivedFrame(msg_type=MsgType.CHAT, message_id="m", event=event, **fields).encode()
 
 
 def delta(text: str, offset: int, attempt: int = 1) -> str:
@@ -37,7 +38,7 @@ def heard(*frames: str) -> tuple[list[Complaint], list[tuple[int, str]]]:
     complaints: list[Complaint] = []
     accepted: list[tuple[int, str]] = []
     tap = Tap(complaints.append, lambda user_id, message_id: accepted.append((user_id, message_id)))
-    welcome = ServerFrame(msg_type=MsgType.INIT, user_id=10001).encode()
+    welcome = ReceivedFrame(msg_type=MsgType.INIT, user_id=10001).encode()
     tap.feed(HEAD + b"".join(map(framed, (welcome, *frames))))
     return complaints, accepted
 

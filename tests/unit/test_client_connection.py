@@ -18,7 +18,8 @@ from imstream.client import (
     SessionEnded,
     Timing,
 )
-from imstream.wire import ClientCancel, ClientChat, ClientHeartbeat, CloseCode, ResumePoint
+from imstream.codes import CloseCode
+from imstream.wire import ClientCancel, ClientChat, ClientHeartbeat, ResumePoint
 from tests.support.scripted_ws import FAST, USER, all_of, connected, within
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from imstream.client import Client, NotConnected, SessionEnded, Timing
-from imstream.wire import CloseCode
+from imstream.codes import CloseCode
 from tests.support.scripted_ws import FAST, USER, Session, scripted_server, within
 
 

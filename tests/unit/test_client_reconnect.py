@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.client.reconnect import Backoff, ReconnectPolicy, RetryMode, Servers, Timing, after_close
-from imstream.wire import CloseCode
+from imstream.codes import CloseCode
 
 TIMING = Timing(backoff=timedelta(seconds=1), backoff_max=timedelta(seconds=20), later=timedelta(seconds=5))
 

@@ -18,7 +18,7 @@ from imstream.client import (
     Result,
     Unavailable,
 )
-from imstream.wire import Code
+from imstream.codes import Code
 from tests.support.scripted_ws import all_of, connected, within
 
 # Ends without an answer

@@ -15,7 +15,7 @@ import pytest
 from imstream.cli.chat_terminal import INTERRUPTED, MAX_HISTORY
 from imstream.cli.terminal import LineReader, isolate_direction
 from imstream.client import Turn
-from imstream.wire import CloseCode
+from imstream.codes import CloseCode
 from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, at_terminal, command, piped
 from tests.support.waiting import wait_until

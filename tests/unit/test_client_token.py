@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 
 from imstream.client import Client, Connected, ConnectionChange, NotConnected, SessionEnded
-from imstream.wire import ClientInit, CloseCode
+from imstream.codes import CloseCode
+from imstream.wire import ClientInit
 from tests.support.scripted_ws import FAST, USER, Peer, ScriptedServer, connected, scripted_server, within
 
 

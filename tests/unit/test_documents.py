@@ -13,9 +13,10 @@ import pytest
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up import UpSettings
+from imstream.codes import Code, Event, MsgType
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
-from imstream.wire import Code, Event, MsgType, parse_frame
+from imstream.wire import parse_frame
 from ops.settings_table import DOCUMENT, document
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ from typing import Self, cast
 import pytest
 from pydantic_settings import SettingsConfigDict
 
+from imstream.codes import Code
 from imstream.errors import StoreUnavailable
 from imstream.guards import chain
 from imstream.guards.chain import ChatAllowed, GuardChain
@@ -14,7 +15,6 @@ from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, 
 from imstream.model import ChatRequest
 from imstream.settings import SettingsGroup
 from imstream.texts import Sentence
-from imstream.wire import Code
 from tests.support.guard_deps import guard_deps
 
 NO = Reject("no", Code.FORBIDDEN, Sentence("不", "No"))

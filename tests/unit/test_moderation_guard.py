@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import structlog
 
+from imstream.codes import Code
 from imstream.errors import TransientBackendError
 from imstream.guards.guard import ALLOW, Allow, Reject
 from imstream.guards.moderation import FAILURES, FLAGGED, FLAGGED_HISTORY, UNREADABLE, Moderation
 from imstream.model import ChatRequest
-from imstream.wire import Code
 from tests.support.guard_deps import guard_deps
 from tests.support.moderating import chokes_on, flags_bad, moderated, result, results
 from tests.support.scripted_backend import Exchange, Script, ScriptedBackend, hangs, refuses, scripted_backend

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
 from imstream.guards.guard import Allow, LoginAttempt
 from imstream.guards.origin import Origin, parse_origins
-from imstream.wire import CloseCode, Code
 from tests.support.guard_deps import guard_deps
 
 PAGE_TOKEN = "printed by imstream up"  # noqa: S105 - of these tests

@@ -2,11 +2,11 @@
 
 import pytest
 
+from imstream.codes import Code
 from imstream.guards.chat_limits import ContextLength, SystemRole
 from imstream.guards.guard import ALLOW, Reject
 from imstream.model import ChatRequest
 from imstream.texts import localize
-from imstream.wire import Code
 from tests.support.guard_deps import guard_deps
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imstream.codes import Code
 from imstream.guards.chain import GuardChain
 from imstream.guards.chat_limits import ChatRateLimit
 from imstream.guards.guard import ALLOW, Reject
 from imstream.model import ChatRequest
-from imstream.wire import Code
 from tests.support.guard_deps import guard_deps
 from tests.support.virtual_time import in_virtual_time
 

@@ -4,11 +4,11 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Self, cast
 
+from imstream.codes import CloseCode, Code
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.session import Session
 from imstream.settings import Settings
 from imstream.texts import Text
-from imstream.wire import CloseCode, Code
 from tests.support.virtual_time import in_virtual_time
 
 INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0

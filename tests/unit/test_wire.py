@@ -10,25 +10,33 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from imstream.clock import now_ms
+from imstream.codes import CloseCode, Code
 from imstream.strict_json import InvalidJson, parse_json
 from imstream.wire import (
     MAX_RESUMED,
     MAX_USER_ID,
     MIN_USER_ID,
+    Accepted,
+    Cancelled,
     ClientCancel,
     ClientChat,
     ClientFrame,
     ClientHeartbeat,
     ClientInit,
-    CloseCode,
-    Code,
-    Event,
+    Delta,
+    Done,
+    Expired,
+    Failed,
     FrameLimits,
+    HeartbeatReply,
     InvalidFrame,
-    MsgType,
+    Problem,
+    ReceivedFrame,
+    Restart,
     ResumePoint,
     ServerFrame,
     Turn,
+    Welcome,
     encode_delta,
     parse_frame,
     parse_user_id,
@@ -72,22 +80,52 @@ CLIENT_FRAMES: st.SearchStrategy[ClientFrame] = st.one_of(
     made(ClientCancel, msg_type=st.just("CANCEL"), user_id=st.none() | USER_IDS, message_id=MESSAGE_IDS),
     made(ClientHeartbeat, msg_type=st.just("HEARTBEAT"), user_id=st.none() | USER_IDS),
 )
-SERVER_FRAMES = made(
-    ServerFrame,
-    code=st.sampled_from(Code),
-    resp_time=st.integers(0).map(str),
-    msg_type=st.sampled_from(MsgType),
-    contents=st.none() | TEXTS,
-    user_id=st.none() | USER_IDS,
-    message_id=st.none() | MESSAGE_IDS,
-    event=st.none() | st.sampled_from(Event),
-    attempt=st.none() | COUNTS,
-    offset=st.none() | COUNTS,
-    position=st.none() | COUNTS,
-    retry_after_ms=st.none() | COUNTS,
-    finish_reason=st.none() | TEXTS,
-    usage=st.none() | st.dictionaries(TEXTS, COUNTS),
-    node=st.none() | TEXTS,
+COMMON: dict[str, st.SearchStrategy[Any]] = {"resp_time": st.integers(0).map(str)}
+ABOUT_A_MESSAGE = {**COMMON, "contents": TEXTS, "message_id": MESSAGE_IDS}
+ENDING: dict[str, st.SearchStrategy[Any]] = {
+    **ABOUT_A_MESSAGE,
+    "contents": st.none() | TEXTS,
+    "user_id": st.none() | USER_IDS,
+    "attempt": st.none() | COUNTS,
+    "offset": st.none() | COUNTS,
+    "finish_reason": st.none() | TEXTS,
+    "usage": st.none() | st.dictionaries(TEXTS, COUNTS),
+    "node": st.none() | TEXTS,
+}
+SERVER_FRAMES: st.SearchStrategy[ServerFrame] = st.one_of(
+    made(
+        Welcome,
+        **COMMON,
+        contents=TEXTS,
+        user_id=USER_IDS,
+        remaining=st.none() | COUNTS,
+        heartbeat_ms=st.none() | COUNTS,
+        node=st.none() | TEXTS,
+    ),
+    made(HeartbeatReply, **COMMON, contents=TEXTS, user_id=st.none() | USER_IDS),
+    made(
+        Problem,
+        **COMMON,
+        code=st.sampled_from(Code),
+        contents=TEXTS,
+        user_id=st.none() | USER_IDS,
+        message_id=st.none() | MESSAGE_IDS,
+        retry_after_ms=st.none() | COUNTS,
+    ),
+    made(
+        Accepted,
+        **ABOUT_A_MESSAGE,
+        user_id=USER_IDS,
+        position=st.none() | COUNTS,
+        remaining=st.none() | COUNTS,
+        node=st.none() | TEXTS,
+    ),
+    made(Delta, **ABOUT_A_MESSAGE, attempt=COUNTS, offset=COUNTS),
+    made(Restart, **ABOUT_A_MESSAGE, attempt=COUNTS, offset=COUNTS),
+    made(Expired, **ABOUT_A_MESSAGE),
+    made(Done, **ENDING),
+    made(Failed, **ENDING, code=st.sampled_from([Code.AI_FAILED, Code.FORBIDDEN])),
+    made(Cancelled, **ENDING),
 )
 
 JSON = st.recursive(
@@ -146,7 +184,10 @@ def test_every_frame_of_a_client_is_read_as_it_was_meant(frame: ClientFrame) -> 
 @given(SERVER_FRAMES)
 def test_every_frame_of_the_server_is_read_as_it_was_meant(frame: ServerFrame) -> None:
     text = frame.encode()
-    assert ServerFrame.model_validate_json(text) == frame
+    assert type(frame).model_validate_json(text) == frame
+    read = ReceivedFrame.model_validate_json(text)
+    assert read.model_dump(exclude_none=True) == frame.model_dump(exclude_none=True)
+    assert read.encode() == text
     assert None not in json.loads(text).values()
     assert "\n" not in text
 
@@ -177,14 +218,7 @@ def test_a_bare_ping_is_a_heartbeat() -> None:
 @given(MESSAGE_IDS, st.integers(1, 2**53), COUNTS, TEXTS)
 @example("m", 1, 3, 'a"b\\c/d\x00\x1f\x7f\u2028\ufeff\ufffe你好😀</script>')
 def test_a_delta_is_what_the_model_would_have_written(message_id: str, attempt: int, offset: int, text: str) -> None:
-    frame = ServerFrame(
-        msg_type=MsgType.CHAT,
-        contents=text,
-        message_id=message_id,
-        event=Event.DELTA,
-        attempt=attempt,
-        offset=offset,
-    )
+    frame = Delta(contents=text, message_id=message_id, attempt=attempt, offset=offset)
     written = encode_delta(message_id, attempt=attempt, offset=offset, text=text)
     resp_time = json.loads(written)["respTime"]
     assert written == frame.model_copy(update={"resp_time": resp_time}).encode()
@@ -196,7 +230,7 @@ def test_text_that_is_no_unicode_is_refused_by_both_alike(before: str, surrogate
     with pytest.raises(ValueError, match="surrogates not allowed"):
         encode_delta("m", attempt=1, offset=1, text=text)
     with pytest.raises(ValueError, match="surrogates not allowed"):
-        ServerFrame(msg_type=MsgType.CHAT, contents=text).encode()
+        Delta(contents=text, message_id="m", attempt=1, offset=1).encode()
 
 
 # Any text is a frame or an InvalidFrame that names the field
@@ -444,4 +478,4 @@ def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:
 
 def test_the_time_of_a_frame_is_milliseconds_since_1970() -> None:
     before = time.time_ns() // 1_000_000
-    assert before <= now_ms() <= int(ServerFrame(msg_type=MsgType.SYSTEM).resp_time)
+    assert before <= now_ms() <= int(HeartbeatReply(contents="").resp_time)

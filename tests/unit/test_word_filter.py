@@ -11,12 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from imstream.codes import Code
 from imstream.guards.guard import GuardRejection, Reject
 from imstream.guards.words.normalization import HEAVY, SPACE, normalize
 from imstream.guards.words.word_filter import WordFilter, has_word, mask
 from imstream.guards.words.word_list import MAX_GAP, WordList
 from imstream.texts import Sentence
-from imstream.wire import Code
 from tests.support.slow_words import slowly_masked
 from tests.support.tiers import examples
 

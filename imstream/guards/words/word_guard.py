@@ -15,6 +15,7 @@ from typing import Self
 
 import structlog
 
+from imstream.codes import Code
 from imstream.errors import SettingsError
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, Reject
 from imstream.guards.words.normalization import SEPARATORS, SPACE, normalize, strip_ignored
@@ -23,7 +24,6 @@ from imstream.guards.words.word_list import WordList
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.texts import Sentence
-from imstream.wire import Code
 
 MAX_WORD = 200  # characters
 MAX_FILE_SIZE = 16 << 20  # bytes: ten times a list of 100,000 words
