@@ -4,6 +4,7 @@
 kinds as `ReceivedFrame`. The words of the protocol and their meanings are in codes.py. See ops/docs/protocol.md.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -94,12 +95,18 @@ _PING = ClientHeartbeat(msg_type="HEARTBEAT")
 
 
 class InvalidFrame(Exception):  # noqa: N818 - the client's fault
-    """A client's frame is invalid. `field` is the wire name of the invalid field, empty for the whole frame."""
+    """A client's frame is invalid.
 
-    def __init__(self, field: str, problem: str) -> None:
+    Attributes:
+        field: The wire name of the invalid field; empty for the whole frame.
+        message_id: The frame's `messageId`; None unless the frame is a JSON object with a valid one.
+    """
+
+    def __init__(self, field: str, problem: str, message_id: str | None = None) -> None:
         super().__init__(f"{field}: {problem}" if field else problem)
         self.field = field
         self.problem = problem
+        self.message_id = message_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +137,16 @@ def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
     except InvalidJson as error:
         raise InvalidFrame("", str(error)) from None
     except ValidationError as error:
-        raise _first_problem(error) from None
+        raise _first_problem(error, _message_id(value)) from None
     if too_long and isinstance(frame, ClientChat):
-        raise InvalidFrame("history", f"more than {limits.history} turns")
+        raise InvalidFrame("history", f"more than {limits.history} turns", frame.message_id)
     return frame
+
+
+def _message_id(value: object) -> str | None:
+    """The message id in a value that may be no frame; None if it has none that is valid."""
+    message_id = value.get("messageId") if isinstance(value, dict) else None
+    return message_id if isinstance(message_id, str) and re.fullmatch(MESSAGE_ID_PATTERN, message_id) else None
 
 
 def _field_of_bad_number(text: str) -> InvalidFrame | None:
@@ -147,14 +160,14 @@ def _field_of_bad_number(text: str) -> InvalidFrame | None:
     return None
 
 
-def _first_problem(error: ValidationError) -> InvalidFrame:
+def _first_problem(error: ValidationError, message_id: str | None = None) -> InvalidFrame:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     # An invalid user id is reported before any other problem.
     first = next((problem for problem in problems if problem["loc"][1:] == (USER_ID_FIELD,)), problems[0])
     if first["type"].startswith("union_tag"):
-        return InvalidFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT")
+        return InvalidFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT", message_id)
     # The location starts with the tag of the union, which is not a field.
-    return InvalidFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"])
+    return InvalidFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"], message_id)
 
 
 def parse_user_id(text: str | None) -> int | None:

@@ -60,7 +60,7 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
     # X-Forwarded-For to that of a client, which can claim anything.
     headers = {name: ", ".join(request.headers.getlist(name)) for name in set(request.headers)}
     if request.scope["path"] != "/ws":
-        socket.reject(HTTPStatus.FORBIDDEN)
+        socket.reject(HTTPStatus.NOT_FOUND, "WebSockets are served at /ws")
     elif (verdict := deps.guards.check_handshake(headers)) is not None:
         limited.info("handshake refused", reason=verdict.reason, peer=_address(request), origin=_origin(request))
         socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, _lang(request, deps)))

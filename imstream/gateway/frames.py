@@ -91,7 +91,7 @@ class FrameBuilder:
 
     def bad_frame(self, error: InvalidFrame) -> Problem:
         """A frame is not valid."""
-        return self.system(Code.BAD_REQUEST, Text.BAD_FRAME, problem=str(error))
+        return self.system(Code.BAD_REQUEST, Text.BAD_FRAME, message_id=error.message_id, problem=str(error))
 
     def expired(self, message_id: str) -> Expired:
         """There is no record of a message that was to be resumed."""

@@ -177,6 +177,7 @@ NOT_VALID = {
     "{}": "msgType",
     '{"msgType":"SHOUT","userId":10001}': "msgType",
     '{"msgType":7,"userId":10001}': "msgType",
+    '{"msgType":"SHOUT","messageId": "m"}': "msgType",
     '{"msgType":"chat","userId":10001}': "msgType",
     '{"msgType":"CHAT","userId":10001}': "contents",
     _chat(contents=""): "contents",
@@ -207,6 +208,7 @@ async def test_a_frame_that_is_not_valid_is_refused_with_the_name_of_its_field(l
             refused = await someone.frame()
             assert (refused["msgType"], refused["code"]) == ("SYSTEM", "BAD_REQUEST"), text
             assert refused["contents"].startswith(f"{begin}{field}: " if field else begin), text
+            assert refused.get("messageId") == ("m" if '"messageId": "m"' in text else None), text
         await someone.send("PING")
         assert (await someone.frame())["msgType"] == "HEARTBEAT"
 

@@ -1,10 +1,11 @@
-"""How a node closes a socket: with a sentence for the user, and a close code that tells the client what to do."""
+"""How a node refuses or closes a socket: the texts for people, and the codes that tell clients what to do."""
 
 import asyncio
 import json
 from collections.abc import Iterator
 
 import pytest
+from websockets.exceptions import InvalidStatus
 
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
@@ -25,6 +26,16 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
     }
     with standing_node(tmp_path_factory.mktemp("close"), demo.url, **limits) as node:
         yield node
+
+
+@pytest.mark.parametrize("path", ["/", "/nowhere", "/ws/", "/wss", "/readyz"])
+async def test_a_handshake_for_another_path_is_answered_with_404(path: str, node: OneNode) -> None:
+    address = node.now.ws(USER)
+    with pytest.raises(InvalidStatus) as refused:
+        async with peer(address.replace("/ws?", f"{path}?")):
+            pass
+    assert refused.value.response.status_code == 404
+    assert refused.value.response.body == b"WebSockets are served at /ws"
 
 
 @pytest.mark.parametrize(("lang", "text"), [(None, "User id 10001: logged in"), ("zh", "用户标识: 10001 登录成功")])

@@ -358,6 +358,37 @@ def test_a_text_has_as_many_values_as_its_limit_whatever_its_strings_hold(value:
             parse_json(text, max_depth=1_000, max_values=count - 1)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"msgType": "CHAT", "userId": 10001, "messageId": "m.1", "contents": ""}',
+        '{"msgType": "CHAT", "userId": 10000, "messageId": "m.1", "contents": "a"}',
+        '{"msgType": "CANCEL", "userId": "me", "messageId": "m.1"}',
+        '{"msgType": "SHOUT", "messageId": "m.1"}',
+        '{"messageId": "m.1"}',
+        _chat(messageId="m.1", history=[{"role": "user", "content": "x"}] * 201),
+    ],
+)
+def test_an_invalid_frame_keeps_the_id_of_its_message(text: str) -> None:
+    error = refusal(text)
+    assert error is not None
+    assert error.message_id == "m.1"
+
+
+@pytest.mark.parametrize("message_id", ["", "a b", "a\n", "x" * 65, "你", 7, None, ["m"], {"m": "m"}])
+def test_an_id_that_is_not_valid_is_not_kept(message_id: object) -> None:
+    error = refusal(json.dumps({"msgType": "CHAT", "messageId": message_id}))
+    assert error is not None
+    assert error.message_id is None
+
+
+@pytest.mark.parametrize("text", ["", "hello", "[]", '["messageId"]', '{"messageId": "m.1"', '{"messageId": "m", "a": NaN}'])
+def test_a_text_that_is_no_object_has_no_id(text: str) -> None:
+    error = refusal(text)
+    assert error is not None
+    assert error.message_id is None
+
+
 def test_a_full_history_fits_with_fields_that_nobody_knows_and_more_is_refused() -> None:
     turn = {"role": "user", "content": "x", "id": 1, "at": 2}
     assert parse_frame(_chat(history=[turn] * 200)).msg_type == "CHAT"
