@@ -6,6 +6,8 @@ all keys of one node, or of one user, share a slot, so that every script uses on
 
 from dataclasses import dataclass
 
+from imstream.user_ids import UserId
+
 GROUP = "workers"
 """The consumer group of every requests stream. A consumer is named after the node that works on the entry."""
 
@@ -48,22 +50,22 @@ class Keys:
         """Sorted set, node → last heartbeat (ms since 1970): the nodes that were not retired."""
         return f"{self.prefix}:nodes"
 
-    def route(self, user_id: int) -> str:
+    def route(self, user_id: UserId) -> str:
         """Set, expires: nodes that hold a socket of a user."""
         return f"{self.prefix}:{{user:{user_id}}}:route"
 
-    def reply(self, user_id: int, message_id: str) -> str:
+    def reply(self, user_id: UserId, message_id: str) -> str:
         """Stream, expires: the record of one message."""
         return f"{self.prefix}:{{user:{user_id}}}:reply:{message_id}"
 
-    def account(self, user_id: int) -> str:
+    def account(self, user_id: UserId) -> str:
         """Hash: the ban or lock of a user. Other users have none."""
         return f"{self.prefix}:{{user:{user_id}}}:account"
 
-    def violations(self, user_id: int) -> str:
+    def violations(self, user_id: UserId) -> str:
         """Counter, expires: violations of a user within the window."""
         return f"{self.prefix}:{{user:{user_id}}}:violations"
 
-    def quota(self, user_id: int, day: str) -> str:
+    def quota(self, user_id: UserId, day: str) -> str:
         """Sorted set, expires, message id → when it was asked (ms since 1970): the counted messages of a day."""
         return f"{self.prefix}:{{user:{user_id}}}:quota:{day}"

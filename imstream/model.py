@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 from pydantic_core import from_json, to_json
 
 from imstream.texts import DEFAULT_LANG
-from imstream.wire import MESSAGE_ID_PATTERN, parse_user_id
+from imstream.user_ids import UserId, UserIds
+from imstream.wire import MESSAGE_ID_PATTERN
 
 TerminalEvent = Literal["done", "failed", "cancelled"]
 TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
@@ -62,7 +63,7 @@ class ChatRequest:
         trace: Id in every log line about this request.
     """
 
-    user_id: int
+    user_id: UserId
     message_id: str
     contents: str
     history: tuple[tuple[str, str], ...]
@@ -80,7 +81,7 @@ class ChatRequest:
         )
 
     @classmethod
-    def from_fields(cls, fields: dict[str, str], entry_id: str = "") -> Self:
+    def from_fields(cls, fields: dict[str, str], entry_id: str = "", *, user_ids: UserIds = UserIds.NUMBER) -> Self:
         """Read a stream entry. Only user, message id and contents are required; `at` defaults to the entry id's time.
 
         Raises:
@@ -92,7 +93,7 @@ class ChatRequest:
         added_at = entry_id.partition("-")[0]
         known: dict[str, Any] = {"contents": "", "history": (), "lang": fields.get("lang") or DEFAULT_LANG}
         try:
-            known |= {"user_id": _user_id(fields["user"]), "message_id": _message_id(fields["message_id"])}
+            known |= {"user_id": _user_id(fields["user"], user_ids), "message_id": _message_id(fields["message_id"])}
             known["trace"] = fields.get("trace") or secrets.token_hex(8)
             known["at"] = int(added_at) if added_at.isdecimal() else 0
             known["at"] = _time(fields["at"]) if "at" in fields else known["at"]
@@ -104,8 +105,8 @@ class ChatRequest:
         return cls(**known)
 
 
-def _user_id(text: str) -> int:
-    if (user_id := parse_user_id(text)) is None:
+def _user_id(text: str, user_ids: UserIds) -> UserId:
+    if (user_id := user_ids.parse(text)) is None:
         raise ValueError("user is not a user id")
     return user_id
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from imstream.model import Record, Terminal
+from imstream.user_ids import UserId
 
 MAX_DELTA = 32_768
 """Maximum characters in one delta, so that frames to a slow session have a size that clients accept."""
@@ -28,7 +29,7 @@ class ReplyBuffer:
         position: Position in the reply stream up to which the record was loaded. Empty: load from the beginning.
     """
 
-    user_id: int
+    user_id: UserId
     message_id: str
     attempt: int = 0
     offset: int = 0
@@ -124,19 +125,19 @@ class ReplyBuffers:
     """The reply buffers of this process, one per message. A buffer lives as long as a writer or reader holds it."""
 
     def __init__(self) -> None:
-        self._buffers: WeakValueDictionary[tuple[int, str], ReplyBuffer] = WeakValueDictionary()
+        self._buffers: WeakValueDictionary[tuple[UserId, str], ReplyBuffer] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._buffers)
 
-    def get(self, user_id: int, message_id: str) -> ReplyBuffer:
+    def get(self, user_id: UserId, message_id: str) -> ReplyBuffer:
         """Return the buffer of a message; create it if it does not exist."""
         buffer = self._buffers.get((user_id, message_id))
         if buffer is None:
             buffer = self._buffers[user_id, message_id] = ReplyBuffer(user_id, message_id)
         return buffer
 
-    def find(self, user_id: int, message_id: str) -> ReplyBuffer | None:
+    def find(self, user_id: UserId, message_id: str) -> ReplyBuffer | None:
         """Return the buffer of a message, if there is one."""
         return self._buffers.get((user_id, message_id))
 

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from imstream.errors import SettingsError
 from imstream.texts import DEFAULT_LANG, Lang
 from imstream.urls import SecretUrl, redact_url, validate_redis_url
+from imstream.user_ids import UserIds
 
 ENV_PREFIX = "IMSTREAM_"
 ENV_FILE = ".env"
@@ -180,6 +181,10 @@ class Settings(SettingsGroup):
     lease: Positive = Field(timedelta(seconds=10), description="How long a node counts as alive after a renewal.")
     retire_after: Positive = Field(timedelta(hours=1), description="How long a dead, idle node stays listed.")
 
+    user_ids: UserIds = Field(
+        UserIds.NUMBER,
+        description="User ids: number, above 10000; text, as identity providers name users. The same on all nodes.",
+    )
     auth: Literal["none", "jwt"] = Field("none", description="How users are authenticated; none: loopback only.")
     auth_algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = Field(
         "HS256", description="The only signature algorithm that is accepted."

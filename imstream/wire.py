@@ -15,10 +15,7 @@ from pydantic_core import to_json
 from imstream.clock import now_ms
 from imstream.codes import Code, Event, MsgType
 from imstream.strict_json import InvalidJson, InvalidNumber, parse_json
-
-MIN_USER_ID = 10001
-MAX_USER_ID = 2**53 - 1
-"""The largest integer that JavaScript's JSON keeps exact (RFC 8259, section 6)."""
+from imstream.user_ids import UserId, UserIdField, UserIds
 
 USER_ID_FIELD = "userId"
 
@@ -29,7 +26,6 @@ MAX_RESUMED = 64
 """Maximum number of messages that one INIT may resume."""
 
 
-UserId = Annotated[int, Field(ge=MIN_USER_ID, le=MAX_USER_ID)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 MESSAGE_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,64}$"
 MessageId = Annotated[str, Field(pattern=MESSAGE_ID_PATTERN)]
@@ -58,7 +54,7 @@ class ClientInit(_Frame):
     """Login. `resume` lists the messages for which the client has no terminal event."""
 
     msg_type: Literal["INIT"]
-    user_id: UserId
+    user_id: UserIdField
     token: str | None = Field(None, repr=False)
     resume: Annotated[list[ResumePoint], FailFast()] = Field(default=[], max_length=MAX_RESUMED)
 
@@ -67,7 +63,7 @@ class ClientChat(_Frame):
     """A question to the AI. Without `message_id`, the server generates one and returns it in `accepted`."""
 
     msg_type: Literal["CHAT"]
-    user_id: UserId
+    user_id: UserIdField
     message_id: MessageId | None = None
     contents: str = Field(min_length=1)
     history: Annotated[list[Turn], FailFast()] = []
@@ -77,7 +73,7 @@ class ClientCancel(_Frame):
     """Cancellation of one message of this user."""
 
     msg_type: Literal["CANCEL"]
-    user_id: UserId | None = None
+    user_id: UserIdField | None = None
     message_id: MessageId
 
 
@@ -85,7 +81,7 @@ class ClientHeartbeat(_Frame):
     """Heartbeat; the bare text `PING` is one too."""
 
     msg_type: Literal["HEARTBEAT"]
-    user_id: UserId | None = None
+    user_id: UserIdField | None = None
 
 
 ClientFrame = ClientInit | ClientChat | ClientCancel | ClientHeartbeat
@@ -122,7 +118,7 @@ class FrameLimits:
         return 8 * MAX_RESUMED + 3 * self.history
 
 
-def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
+def parse_frame(text: str, limits: FrameLimits = FrameLimits(), user_ids: UserIds = UserIds.NUMBER) -> ClientFrame:
     """Parse one text frame of a client. Raises `InvalidFrame`."""
     if text == "PING":
         return _PING
@@ -131,9 +127,9 @@ def parse_frame(text: str, limits: FrameLimits = FrameLimits()) -> ClientFrame:
         history = value.get("history") if isinstance(value, dict) else None
         if too_long := isinstance(history, list) and len(history) > limits.history:
             history.clear()  # do not validate turns of a frame that is refused
-        frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False)  # only wire names
+        frame = _CLIENT_FRAME.validate_python(value, by_alias=True, by_name=False, context=user_ids)  # only wire names
     except InvalidNumber as error:
-        raise _field_of_bad_number(text) or InvalidFrame("", str(error)) from None
+        raise _field_of_bad_number(text, user_ids) or InvalidFrame("", str(error)) from None
     except InvalidJson as error:
         raise InvalidFrame("", str(error)) from None
     except ValidationError as error:
@@ -149,10 +145,10 @@ def _message_id(value: object) -> str | None:
     return message_id if isinstance(message_id, str) and re.fullmatch(MESSAGE_ID_PATTERN, message_id) else None
 
 
-def _field_of_bad_number(text: str) -> InvalidFrame | None:
+def _field_of_bad_number(text: str, user_ids: UserIds) -> InvalidFrame | None:
     """Find the known field with this number, if any. Pydantic's own parser accepts such numbers, up to a length."""
     try:
-        _CLIENT_FRAME.validate_json(text, by_alias=True, by_name=False)
+        _CLIENT_FRAME.validate_json(text, by_alias=True, by_name=False, context=user_ids)
     except ValidationError as error:
         return found if (found := _first_problem(error)).field else None
     except UnicodeEncodeError:  # an unescaped lone surrogate, which cannot come over a socket
@@ -168,13 +164,6 @@ def _first_problem(error: ValidationError, message_id: str | None = None) -> Inv
         return InvalidFrame("msgType", "must be one of INIT, CHAT, CANCEL, HEARTBEAT", message_id)
     # The location starts with the tag of the union, which is not a field.
     return InvalidFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"], message_id)
-
-
-def parse_user_id(text: str | None) -> int | None:
-    """Parse a user id in a URL or a stored entry. None if it is missing, not a number, or out of range."""
-    if text is None or not (text.isascii() and text.isdecimal()) or len(text) > len(str(MAX_USER_ID)):
-        return None
-    return number if MIN_USER_ID <= (number := int(text)) <= MAX_USER_ID else None
 
 
 class ServerFrame(_Frame):
@@ -195,7 +184,7 @@ class Welcome(ServerFrame):
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.INIT] = MsgType.INIT
     contents: str
-    user_id: int
+    user_id: UserId
     remaining: int | None = None  # messages left of the daily quota
     heartbeat_ms: int | None = None
     node: str | None = None
@@ -207,7 +196,7 @@ class HeartbeatReply(ServerFrame):
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.HEARTBEAT] = MsgType.HEARTBEAT
     contents: str
-    user_id: int | None = None
+    user_id: UserId | None = None
 
 
 class Problem(ServerFrame):
@@ -216,7 +205,7 @@ class Problem(ServerFrame):
     code: Code
     msg_type: Literal[MsgType.SYSTEM] = MsgType.SYSTEM
     contents: str
-    user_id: int | None = None
+    user_id: UserId | None = None
     message_id: str | None = None
     retry_after_ms: int | None = None
 
@@ -236,7 +225,7 @@ class Accepted(ServerFrame):
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
     contents: str
-    user_id: int
+    user_id: UserId
     message_id: str
     event: Literal[Event.ACCEPTED] = Event.ACCEPTED
     position: int | None = None  # place in the queue; 1 is next
@@ -273,7 +262,7 @@ class Ending(ServerFrame):
 
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
     contents: str | None = None
-    user_id: int | None = None
+    user_id: UserId | None = None
     message_id: str
     event: Event
     attempt: int | None = None
@@ -308,7 +297,7 @@ class ReceivedFrame(ServerFrame):
     """A server frame of any kind, as clients read it: every field may be missing, and unknown ones are ignored."""
 
     contents: str | None = None
-    user_id: int | None = None
+    user_id: UserId | None = None
     message_id: str | None = None
     event: Event | None = None
     attempt: int | None = None

@@ -4,12 +4,13 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 from zoneinfo import ZoneInfo
 
 import click
 
-from imstream.cli.options import Command, TimeSpan, UserId, given, settings_options
+from imstream.cli.options import Command, TimeSpan, given, parse_user_id, settings_options
 from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreDenied, StoreError, StoreUnavailable
 from imstream.keys import Keys
@@ -18,6 +19,7 @@ from imstream.settings import Settings
 from imstream.store.accounts import AccountOpen, Accounts, Banned, Locked, Restricted
 from imstream.store.inbox import AccountChanged, send_notice
 from imstream.store.inspection import StreamOverview, UserOverview, inspect_stream, inspect_user
+from imstream.user_ids import UserId
 
 MAX_SHOWN = 20
 """Maximum number of counted messages that are listed."""
@@ -68,10 +70,19 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
 
 
 def _user_command(*settings: str) -> Callable[[Command], Command]:
-    """Add the argument USER, and options for these settings."""
-    add_argument = click.argument("user_id", type=UserId(), metavar="USER")
-    add_options = settings_options(Settings, only=settings, aliases={"redis_url": "--redis"})
-    return lambda command: add_options(add_argument(command))
+    """Add the argument USER, and options for these settings. The command gets the settings and the parsed user id."""
+    names = (*settings, "user_ids")
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def run(user: str, **options: Any) -> None:  # noqa: ANN401 - any option
+            loaded = Settings.load(**given({name: options.pop(name) for name in names}))
+            command(loaded, parse_user_id(user, loaded.user_ids), **options)
+
+        add_options = settings_options(Settings, only=names, aliases={"redis_url": "--redis"})
+        return cast("Command", add_options(click.argument("user", metavar="USER")(run)))
+
+    return decorate
 
 
 _reason = click.option("--reason", default="", help="Reason, for operators only.")
@@ -88,9 +99,8 @@ def user() -> None:
 
 @user.command()
 @_user_command(*_QUOTA_SETTINGS)
-def show(user_id: int, **options: str | None) -> None:
+def show(settings: Settings, user_id: UserId) -> None:
     """Show account, quota, violations and route of a user."""
-    settings = Settings.load(**given(options))
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(now_ms())
 
@@ -142,9 +152,8 @@ def _quota(overview: UserOverview, settings: Settings) -> str:
 @_reason
 @_by
 @_user_command(*_REDIS_SETTINGS, "quota_timezone")
-def lock(user_id: int, span: timedelta | None, reason: str, by: str, **options: str | None) -> None:
+def lock(settings: Settings, user_id: UserId, span: timedelta | None, reason: str, by: str) -> None:
     """Lock a user out for a time."""
-    settings = Settings.load(**given(options))
 
     async def work(redis: RedisClient) -> None:
         locked = await Accounts(redis, settings).lock(user_id, span or settings.lock_time, reason=reason, by=by)
@@ -157,9 +166,8 @@ def lock(user_id: int, span: timedelta | None, reason: str, by: str, **options: 
 
 @user.command()
 @_user_command(*_REDIS_SETTINGS)
-def unlock(user_id: int, **options: str | None) -> None:
+def unlock(settings: Settings, user_id: UserId) -> None:
     """End a lock."""
-    settings = Settings.load(**given(options))
     was_locked = _with_redis(settings, lambda redis: Accounts(redis, settings).unlock(user_id))
     click.echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
 
@@ -168,9 +176,8 @@ def unlock(user_id: int, **options: str | None) -> None:
 @_reason
 @_by
 @_user_command(*_REDIS_SETTINGS)
-def ban(user_id: int, reason: str, by: str, **options: str | None) -> None:
+def ban(settings: Settings, user_id: UserId, reason: str, by: str) -> None:
     """Ban a user."""
-    settings = Settings.load(**given(options))
 
     async def work(redis: RedisClient) -> None:
         banned = await Accounts(redis, settings).ban(user_id, reason=reason, by=by)
@@ -182,9 +189,8 @@ def ban(user_id: int, reason: str, by: str, **options: str | None) -> None:
 
 @user.command()
 @_user_command(*_REDIS_SETTINGS)
-def unban(user_id: int, **options: str | None) -> None:
+def unban(settings: Settings, user_id: UserId) -> None:
     """End a ban."""
-    settings = Settings.load(**given(options))
     was_banned = _with_redis(settings, lambda redis: Accounts(redis, settings).unban(user_id))
     click.echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
 
@@ -193,9 +199,8 @@ def unban(user_id: int, **options: str | None) -> None:
 @click.option("--give-back", metavar="MESSAGE", help="Remove this message from today's count.")
 @click.option("--reset", is_flag=True, help="Reset today's count.")
 @_user_command(*_QUOTA_SETTINGS)
-def quota(user_id: int, give_back: str | None, *, reset: bool, **options: str | None) -> None:
+def quota(settings: Settings, user_id: UserId, give_back: str | None, *, reset: bool) -> None:
     """Show the messages that count towards today's quota, or remove some."""
-    settings = Settings.load(**given(options))
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(now_ms())
 
@@ -216,7 +221,7 @@ def quota(user_id: int, give_back: str | None, *, reset: bool, **options: str | 
     _with_redis(settings, work)
 
 
-async def _close_sessions(redis: RedisClient, settings: Settings, user_id: int, restricted: Restricted) -> None:
+async def _close_sessions(redis: RedisClient, settings: Settings, user_id: UserId, restricted: Restricted) -> None:
     for node in sorted(restricted.nodes):
         try:
             await send_notice(redis, Keys(settings.key_prefix), node, AccountChanged(user_id))

@@ -14,6 +14,7 @@ from imstream.client.errors import Busy, ClientError, RateLimited, SessionEnded,
 from imstream.client.reconnect import Timing
 from imstream.client.reply import Accepted, Outcome, Piece, Reply, Restarted, Result
 from imstream.texts import Lang, Text, localize
+from imstream.user_ids import UserId
 from imstream.wire import Turn
 
 MAX_HISTORY = 32_768
@@ -29,7 +30,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of the signal, as in shells."""
 
 
-def run(url: str, user: int, token: str | None, lang: Lang, *, timing: Timing | None = None) -> int:
+def run(url: str, user: UserId, token: str | None, lang: Lang, *, timing: Timing | None = None) -> int:
     """Chat until standard input ends. Exit code 1: no connection, or a message without a complete answer."""
     try:
         return asyncio.run(_chat(url, user, token, lang, timing))
@@ -43,7 +44,7 @@ def run(url: str, user: int, token: str | None, lang: Lang, *, timing: Timing | 
         return 1
 
 
-async def _chat(url: str, user: int, token: str | None, lang: Lang, timing: Timing | None) -> int:
+async def _chat(url: str, user: UserId, token: str | None, lang: Lang, timing: Timing | None) -> int:
     output = TerminalOutput()
     is_first = True
 

@@ -13,7 +13,7 @@ import click
 from imstream.cli import balancer as balancers
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.options import TOKEN, TimeSpan, UserId, given, settings_options
+from imstream.cli.options import TOKEN, TimeSpan, given, parse_user_id, settings_options
 from imstream.cli.supervisor import exit_with_parent
 from imstream.cli.up import UpSettings
 from imstream.demo import marker
@@ -134,22 +134,24 @@ def node(ctx: click.Context, /, **options: str | None) -> None:
 
 @main.command()
 @click.option("--url", default="ws://127.0.0.1:8080/ws", show_default=True, help="The node's address.")
-@click.option("--user", type=UserId(), default=10001, show_default=True, help="Your user id: a number above 10000.")
+@click.option("--user", default="10001", show_default=True, help="Your user id.")
 @click.option("--token", envvar=TOKEN, help="Your signed token; keep it secret with IMSTREAM_TOKEN.")
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_system_lang, help="Default: the terminal's language.")
-def chat(url: str, user: int, token: str | None, lang: Lang) -> None:
+@settings_options(Settings, only=["user_ids"])
+def chat(url: str, user: str, token: str | None, lang: Lang, user_ids: str | None) -> None:
     """Chat in the terminal; it reconnects and resumes."""
     from imstream.cli.chat_terminal import run
 
-    sys.exit(run(url, user, token, lang))
+    settings = Settings.load(**given({"user_ids": user_ids}))
+    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang))
 
 
 @main.command()
-@click.option("--user", type=UserId(), required=True, help="The user id to sign.")
+@click.option("--user", required=True, help="The user id to sign.")
 @click.option("--ttl", type=TimeSpan(), metavar="TIME", default="1h", show_default=True, help="Lifetime of the token.")
 @click.option("--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file with the private key.")
-@settings_options(Settings, only=["auth_algorithm", "auth_claim", "auth_issuer", "auth_audience"])
-def token(user: int, ttl: timedelta, key: Path | None, **options: str | None) -> None:
+@settings_options(Settings, only=["auth_algorithm", "auth_claim", "auth_issuer", "auth_audience", "user_ids"])
+def token(user: str, ttl: timedelta, key: Path | None, **options: str | None) -> None:
     """Sign a token, for development.
 
     Prints only the token. Pass it on in the environment, because every user of a machine can read command lines:
@@ -161,7 +163,8 @@ def token(user: int, ttl: timedelta, key: Path | None, **options: str | None) ->
     """
     from imstream.guards.auth.tokens import sign
 
-    click.echo(sign(Settings.load(**given(options)), user, ttl=ttl, key_file=key))
+    settings = Settings.load(**given(options))
+    click.echo(sign(settings, parse_user_id(user, settings.user_ids), ttl=ttl, key_file=key))
 
 
 _DEMO_AI = f"""Run the demo AI backend: canned answers, no model.

@@ -6,6 +6,7 @@ because every user of a machine can read command lines.
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from enum import StrEnum
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
@@ -13,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from imstream.errors import SettingsError
 from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret, parse_duration
-from imstream.wire import MAX_USER_ID, MIN_USER_ID, parse_user_id
+from imstream.user_ids import UserId, UserIds
 
 TOKEN = f"{ENV_PREFIX}TOKEN"
 """The variable of `imstream chat`, which belongs to no settings group."""
@@ -21,16 +22,11 @@ TOKEN = f"{ENV_PREFIX}TOKEN"
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
 
-class UserId(click.ParamType[int]):
-    """A user id."""
-
-    name = "number"
-
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """See `click.ParamType.convert`."""
-        if (user_id := parse_user_id(str(value))) is None:
-            self.fail(f"{value!r} is not a user id: a number from {MIN_USER_ID} to {MAX_USER_ID}", param, ctx)
-        return user_id
+def parse_user_id(text: str, user_ids: UserIds) -> UserId:
+    """Parse an argument. Raises `click.UsageError`."""
+    if (user_id := user_ids.parse(text)) is None:
+        raise click.UsageError(f"{text!r} is not a user id: {user_ids.allowed}")
+    return user_id
 
 
 class TimeSpan(click.ParamType[timedelta]):
@@ -88,6 +84,8 @@ def given(options: Mapping[str, str | None]) -> dict[str, str]:
 def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "|".join(str(choice) for choice in get_args(field.annotation))
+    if isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum):
+        return "|".join(field.annotation)
     names: dict[object, str] = {timedelta: "TIME", bool: "true|false", int: "NUMBER", float: "NUMBER"}
     return names.get(field.annotation, "TEXT")
 

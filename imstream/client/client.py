@@ -21,7 +21,8 @@ from imstream.client.errors import NotConnected
 from imstream.client.pending import PendingRequests
 from imstream.client.reconnect import Credentials, Servers, Timing, Token, connect_url
 from imstream.client.reply import Receipt, Reply
-from imstream.wire import MAX_USER_ID, MIN_USER_ID, ClientCancel, ClientChat, Turn, parse_user_id
+from imstream.user_ids import UserId, kind_of
+from imstream.wire import ClientCancel, ClientChat, Turn
 
 
 class Client:
@@ -29,7 +30,7 @@ class Client:
 
     Args:
         urls: Address of the server, or of several that serve the same users, in order of preference.
-        user_id: The user's id.
+        user_id: The user's id, an integer or a text, as the server has it (`IMSTREAM_USER_IDS`).
         token: The user's signed token, if the server requires one; or a function that returns a new one at each call,
             called for each connection and when the server announces that the login expires.
         lang: Language of the server's sentences, as in `Accept-Language`; None: the server's own choice.
@@ -38,13 +39,13 @@ class Client:
         on_change: Called with every change of the connection; must neither block nor raise.
 
     Raises:
-        ValueError: `urls` is empty or contains something else than WebSocket URLs, or the user id is out of range.
+        ValueError: `urls` is empty or contains something else than WebSocket URLs, or the user id is not allowed.
     """
 
     def __init__(  # noqa: PLR0913 - two are required, the others are options
         self,
         urls: str | Sequence[str],
-        user_id: int,
+        user_id: UserId,
         *,
         token: Token | None = None,
         lang: str | None = None,
@@ -55,8 +56,8 @@ class Client:
         urls = [urls] if isinstance(urls, str) else urls
         if not urls:
             raise ValueError("a client needs the address of a server")
-        if parse_user_id(str(user_id)) is None:
-            raise ValueError(f"user id {user_id} is not allowed: a whole number from {MIN_USER_ID} to {MAX_USER_ID}")
+        if (kind := kind_of(user_id)).parse(str(user_id)) is None:
+            raise ValueError(f"user id {user_id!r} is not allowed: {kind.allowed}")
         for url in urls:
             connect_url(url, user_id)
         self._user_id = user_id

@@ -11,7 +11,7 @@ from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from imstream.client.errors import ClientError
 from imstream.codes import CloseCode
-from imstream.wire import UserId
+from imstream.user_ids import UserId
 
 Token = str | Callable[[], str | Awaitable[str]]
 """A token, or a function that returns a new one at each call."""
@@ -120,7 +120,7 @@ class Servers:
         self.tried = 0
 
 
-def connect_url(url: str, user_id: int) -> str:
+def connect_url(url: str, user_id: UserId) -> str:
     """A WebSocket URL with `userId` in its query, by which load balancers choose the node; ValueError for others."""
     parts = urlsplit(url)
     if parts.scheme not in ("ws", "wss") or not parts.hostname:

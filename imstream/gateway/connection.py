@@ -14,7 +14,7 @@ from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import SocketClosed, SocketProtocol
 from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize
 from imstream.texts import Lang, Text, choose_lang, localize
-from imstream.wire import SUBPROTOCOL, USER_ID_FIELD, parse_user_id
+from imstream.wire import SUBPROTOCOL, USER_ID_FIELD
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
@@ -91,7 +91,7 @@ def _accept_handshake(socket: SocketProtocol, deps: SessionDeps) -> Session:
         warning=deps.settings.auth_warning,
         peer=_address(request),
         origin=_origin(request),
-        url_user=parse_user_id(url_user),
+        url_user=deps.settings.user_ids.parse(url_user),
         token=tokens[0] if tokens else None,
     )
     socket.accept(SUBPROTOCOL if is_ours else None)

@@ -29,6 +29,7 @@ from imstream.settings import Settings
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
+from imstream.user_ids import UserId
 from imstream.wire import USER_ID_FIELD, ClientFrame, FrameLimits, InvalidFrame, parse_frame
 from imstream.worker.consumer import StreamConsumer
 from imstream.worker.jobs import Jobs
@@ -75,7 +76,7 @@ class FrameHandler:
         """Handle one text frame. Every error is answered."""
         began = time.thread_time()
         try:
-            frame = parse_frame(text, self._deps.frame_limits)
+            frame = parse_frame(text, self._deps.frame_limits, self._deps.settings.user_ids)
         except InvalidFrame as error:
             if error.field == USER_ID_FIELD:
                 self._session.close(CloseCode.BAD_USER_ID, Text.BAD_USER_ID)
@@ -147,7 +148,7 @@ class FrameHandler:
             if sizes:
                 session.socket.charge(len(sizes) + sum(sizes) / BYTES_PER_FRAME)  # by its results, not by its own size
 
-    async def _resume(self, user_id: int, point: wire.ResumePoint) -> int:
+    async def _resume(self, user_id: UserId, point: wire.ResumePoint) -> int:
         """Follow a reply from a point; how many characters of it are sent at once."""
         reply = self._deps.buffers.get(user_id, point.message_id)
         try:
@@ -220,7 +221,7 @@ class FrameHandler:
             case "unknown":
                 self._send_error(Code.UNKNOWN, Text.UNKNOWN_MESSAGE, message_id)
 
-    def _user_id(self) -> int:
+    def _user_id(self) -> UserId:
         assert self._session.user_id is not None  # noqa: S101 - checked by `_dispatch`
         return self._session.user_id
 

@@ -10,6 +10,7 @@ from imstream.guards.guard import Reject
 from imstream.model import Terminal
 from imstream.reply_buffer import ReplyEnded, TextGrown, TextReset
 from imstream.texts import Lang, Sentence, Text, localize
+from imstream.user_ids import UserId
 from imstream.wire import (
     Accepted,
     Cancelled,
@@ -43,7 +44,7 @@ class FrameBuilder:
 
     lang: Lang
     node: str
-    user_id: int | None = None
+    user_id: UserId | None = None
 
     def welcome(self, remaining: int | None = None, heartbeat: timedelta | None = None) -> Welcome:
         """The answer to INIT."""
@@ -150,7 +151,7 @@ class FrameBuilder:
             return {"code": refusal.code if refusal.code in _CODES else Code.AI_FAILED, "contents": refusal.sentence}
         return {"contents": self._text(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)}
 
-    def _logged_in(self) -> int:
+    def _logged_in(self) -> UserId:
         assert self.user_id is not None  # noqa: S101 - set by the login
         return self.user_id
 

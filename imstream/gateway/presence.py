@@ -13,6 +13,7 @@ from imstream.gateway.session import Session
 from imstream.guards.chain import GuardChain
 from imstream.store.inbox import ROUTE_TTL, Inbox, RouteAdded, Routes, SessionReplaced
 from imstream.texts import Text
+from imstream.user_ids import UserId
 
 _RETRY_INTERVAL = 1.0
 """Seconds between two attempts to write a route while Redis is not available."""
@@ -36,10 +37,10 @@ class Presence:
     registry: Registry
     guards: GuardChain
     _logging_in: dict[Session, int] = field(default_factory=dict)
-    _stale: set[int] = field(default_factory=set)
+    _stale: set[UserId] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def on_login(self, session: Session, user_id: int) -> None:
+    async def on_login(self, session: Session, user_id: UserId) -> None:
         """Write the route of a user, and close older sessions if there may be only one.
 
         Without Redis the session is served all the same; replies from other nodes come late.
@@ -60,12 +61,12 @@ class Presence:
         if login.has_account:  # the account may have changed since the guards checked the login
             await self.review(user_id)
 
-    def on_disconnect(self, user_id: int) -> None:
+    def on_disconnect(self, user_id: UserId) -> None:
         """Remove the route of a user if no socket is left."""
         if not self.registry.sessions_of(user_id):
             self._mark_stale(user_id)
 
-    async def review(self, user_id: int) -> None:
+    async def review(self, user_id: UserId) -> None:
         """Close the sessions of a user who may not stay. Without Redis this is retried soon."""
         try:
             await self._review(user_id)
@@ -73,7 +74,7 @@ class Presence:
             log.warning("account not checked", user=user_id, error=str(error))
             self._mark_stale(user_id)
 
-    async def _review(self, user_id: int) -> None:
+    async def _review(self, user_id: UserId) -> None:
         if not self.registry.sessions_of(user_id):
             return
         verdict = await self.guards.check_session(user_id)
@@ -116,7 +117,7 @@ class Presence:
                     self._stale.add(user_id)
                     await asyncio.sleep(_RETRY_INTERVAL)
 
-    async def _write_route(self, user_id: int) -> None:
+    async def _write_route(self, user_id: UserId) -> None:
         if self.registry.sessions_of(user_id):
             login = await self.routes.add_route(user_id)
             await self._number_login(user_id, login)
@@ -127,7 +128,7 @@ class Presence:
         if self.registry.sessions_of(user_id):  # it logged in meanwhile, perhaps before the route was removed
             self._stale.add(user_id)
 
-    async def _number_login(self, user_id: int, login: RouteAdded) -> None:
+    async def _number_login(self, user_id: UserId, login: RouteAdded) -> None:
         """Give the newest session that logged in without Redis the number that it could not get then."""
         sessions = self.registry.sessions_of(user_id)
         unnumbered = [one for one in sessions if one.login == 0 and one not in self._logging_in]
@@ -136,6 +137,6 @@ class Presence:
             if self.one_session:
                 await self._replace_everywhere(SessionReplaced(user_id, login.login), login)
 
-    def _mark_stale(self, user_id: int) -> None:
+    def _mark_stale(self, user_id: UserId) -> None:
         self._stale.add(user_id)
         self._wake.set()

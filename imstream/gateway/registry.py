@@ -11,6 +11,7 @@ from imstream.logs import LIMITED
 from imstream.reply_buffer import ReplyBuffer
 from imstream.settings import Settings
 from imstream.texts import Text
+from imstream.user_ids import UserId
 
 CLOSE_GRACE = 2.0
 """Seconds a closing session has to send its last frames."""
@@ -25,7 +26,7 @@ class Registry:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sessions: set[Session] = set()
-        self._by_user: dict[int, list[Session]] = {}
+        self._by_user: dict[UserId, list[Session]] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -38,7 +39,7 @@ class Registry:
         """Whether the node has the maximum number of sockets."""
         return len(self._sessions) >= self._settings.node_sockets
 
-    def has_room_for(self, user_id: int) -> bool:
+    def has_room_for(self, user_id: UserId) -> bool:
         """Whether a user may have another socket here. With one session per user, the newest replaces the others."""
         open_ones = sum(one.closing_since is None for one in self._by_user.get(user_id, ()))
         return open_ones < self._settings.user_sockets or self._settings.sessions == "one"
@@ -47,7 +48,7 @@ class Registry:
         """Add an accepted socket."""
         self._sessions.add(session)
 
-    def log_in(self, session: Session, user_id: int) -> None:
+    def log_in(self, session: Session, user_id: UserId) -> None:
         """Assign a socket to a user. May be repeated."""
         sessions = self._by_user.setdefault(user_id, [])
         if session not in sessions:
@@ -61,11 +62,11 @@ class Registry:
             if not sessions:
                 del self._by_user[session.user_id]
 
-    def sessions_of(self, user_id: int) -> tuple[Session, ...]:
+    def sessions_of(self, user_id: UserId) -> tuple[Session, ...]:
         """The sessions of a user who has logged in here."""
         return tuple(self._by_user.get(user_id, ()))
 
-    def users(self) -> list[int]:
+    def users(self) -> list[UserId]:
         """The users who have logged in here."""
         return list(self._by_user)
 

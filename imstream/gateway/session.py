@@ -14,6 +14,7 @@ from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import SocketProtocol
 from imstream.guards.guard import Reject
 from imstream.texts import Text
+from imstream.user_ids import UserId
 from imstream.wire import ServerFrame
 
 log = structlog.get_logger()
@@ -42,9 +43,9 @@ class Session:
     warning: timedelta
     peer: str
     origin: str | None
-    url_user: int | None
+    url_user: UserId | None
     token: str | None
-    user_id: int | None = None
+    user_id: UserId | None = None
     has_asked: bool = False
     login: int = 0
     ends_at: float | None = None
@@ -57,7 +58,7 @@ class Session:
     def __post_init__(self) -> None:
         self.socket.on_throttle = self._on_throttle
 
-    def logged_in(self, user_id: int, until: float | None) -> None:
+    def logged_in(self, user_id: UserId, until: float | None) -> None:
         """Note a login, until a time in seconds since 1970. It may be repeated to extend it."""
         if self.user_id is None:
             log.info("session opened", user=user_id, peer=self.peer, origin=self.origin)

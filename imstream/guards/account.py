@@ -15,6 +15,7 @@ from imstream.settings import Settings
 from imstream.store.accounts import Accounts, Banned, Locked, QuotaExhausted
 from imstream.store.inbox import AccountChanged, Inbox
 from imstream.texts import Sentence
+from imstream.user_ids import UserId
 
 BANNED = Sentence(
     "您的账号已被封禁,如有疑问请联系客服!", "This account is banned. If you think that is wrong, please contact us!"
@@ -48,11 +49,11 @@ class Account(Guard):
             return self._reject(status)
         return Allow(remaining=max(0, self._quota - status.used) if self._quota else None)
 
-    async def check_session(self, user_id: int) -> Reject | None:
+    async def check_session(self, user_id: UserId) -> Reject | None:
         status = await self._accounts.check(user_id, self._calendar.day(now_ms()))
         return self._reject(status) if isinstance(status, Banned | Locked) else None
 
-    async def on_violation(self, user_id: int) -> None:
+    async def on_violation(self, user_id: UserId) -> None:
         """Count the violation. If it locks or bans the user, notify all nodes, this one too, to close the sessions."""
         try:
             violation = await self._accounts.record_violation(user_id)

@@ -18,6 +18,7 @@ from imstream.guards.origin import Origin
 from imstream.guards.words.word_guard import WordGuard
 from imstream.logs import LIMITED
 from imstream.model import ChatRequest
+from imstream.user_ids import UserId
 
 # What each guard rejects, in the order in which they are asked; the first rejection ends it. To add a guard, write a
 # subclass of `Guard` in a module of this package and list it here.
@@ -111,7 +112,7 @@ class GuardChain:
         expiries = (one.expires_at for one in verdicts if one.expires_at is not None)
         return Allow(expires_at=min(expiries, default=None), remaining=_remaining(verdicts))
 
-    async def check_session(self, user_id: int) -> Reject | None:
+    async def check_session(self, user_id: UserId) -> Reject | None:
         for guard in self._by_hook["check_session"]:
             if (rejection := await guard.check_session(user_id)) is not None:
                 return rejection

@@ -11,6 +11,7 @@ from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.texts import Sentence
 from imstream.token_bucket import NEVER_USED, TokenBucket
+from imstream.user_ids import UserId
 
 _TOO_MANY = Sentence(
     "您发送的消息过于频繁,请稍后再发送!", "You are sending too many messages, please wait a moment before the next one!"
@@ -34,7 +35,7 @@ class ChatRateLimit(Guard):
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._bucket = TokenBucket(per_minute / 60, per_minute)
         self._clock = clock
-        self._full_at: dict[int, float] = {}
+        self._full_at: dict[UserId, float] = {}
         """When the bucket of each user is full again; users in the order of their last message."""
 
     def __len__(self) -> int:

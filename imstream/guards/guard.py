@@ -17,6 +17,7 @@ from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.texts import Sentence
+from imstream.user_ids import UserId
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class GuardDeps:
 class LoginAttempt:
     """A login, not verified yet."""
 
-    user_id: int
+    user_id: UserId
     token: str | None = field(default=None, repr=False)  # from INIT or the handshake
     origin: str | None = None  # of the browser page; other clients send none
     peer: str = ""  # remote address, for the log
@@ -112,7 +113,7 @@ class Guard:
         """Check who a user is and whether they may log in, at INIT. Raises `StoreError`."""
         return ALLOW
 
-    async def check_session(self, user_id: int) -> Reject | None:  # noqa: ARG002 - same
+    async def check_session(self, user_id: UserId) -> Reject | None:  # noqa: ARG002 - same
         """Check a connected user again, after their account changed. A rejection closes all their sessions."""
         return None
 
@@ -128,7 +129,7 @@ class Guard:
         """Create the filter for an attempt in the worker; None: the answer is not filtered."""
         return None
 
-    async def on_violation(self, user_id: int) -> None:
+    async def on_violation(self, user_id: UserId) -> None:
         """Handle a violation by a user, found in the gateway or the worker."""
 
     async def on_failure(self, request: ChatRequest) -> None:

@@ -12,6 +12,7 @@ from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
+from imstream.user_ids import UserId
 
 KEPT_AFTER_DAY = milliseconds(timedelta(hours=1))  # the tolerated difference between clocks
 
@@ -76,14 +77,14 @@ class Accounts:
         lock, window = milliseconds(settings.lock_time), milliseconds(settings.violation_window)
         self._penalty = (window, settings.lock_after, lock, settings.ban_after, f"node {settings.node}")
 
-    async def check(self, user_id: int, day: Day) -> AccountOpen | Locked | Banned:
+    async def check(self, user_id: UserId, day: Day) -> AccountOpen | Locked | Banned:
         """Check whether a user is banned or locked."""
         keys = (self._keys.account(user_id), self._keys.quota(user_id, day.name))
         verdict, *rest = await LUA["check_account_and_count"].run(self._redis, keys, ())
         return _restriction(verdict, rest) or AccountOpen(int(rest[0]))
 
     async def check_and_count(
-        self, user_id: int, message_id: str, at: int, day: Day
+        self, user_id: UserId, message_id: str, at: int, day: Day
     ) -> Counted | QuotaExhausted | Locked | Banned:
         """Count a message if it is allowed. `at`: when it was asked, in milliseconds since 1970."""
         account, quota = self._keys.account(user_id), self._keys.quota(user_id, day.name)
@@ -94,49 +95,49 @@ class Accounts:
             return restriction
         return QuotaExhausted() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")
 
-    async def undo_count(self, user_id: int, message_id: str, at: int, day: Day) -> None:
+    async def undo_count(self, user_id: UserId, message_id: str, at: int, day: Day) -> None:
         """Undo a `Counted.new`: the message was not admitted."""
         await LUA["undo_count"].run(self._redis, (self._keys.quota(user_id, day.name),), (message_id, at))
 
-    async def refund(self, user_id: int, message_id: str, day: Day) -> bool:
+    async def refund(self, user_id: UserId, message_id: str, day: Day) -> bool:
         """Remove a message from the count of its day: it was not answered. False when it is not counted. Idempotent."""
         return bool(await self._redis.execute("ZREM", self._keys.quota(user_id, day.name), message_id))
 
-    async def reset_quota(self, user_id: int, day: Day) -> int:
+    async def reset_quota(self, user_id: UserId, day: Day) -> int:
         """Remove all messages from the count of a day; return how many there were."""
         key = self._keys.quota(user_id, day.name)
         used = int(await self._redis.execute("ZCARD", key))
         await self._redis.execute("DEL", key)
         return used
 
-    async def record_violation(self, user_id: int) -> ViolationRecorded:
+    async def record_violation(self, user_id: UserId) -> ViolationRecorded:
         """Count a violation, and lock or ban the user when there are too many."""
         keys = (self._keys.violations(user_id), self._keys.account(user_id), self._keys.route(user_id))
         count, verdict, *nodes = await LUA["record_violation"].run(self._redis, keys, self._penalty)
         return ViolationRecorded(int(count), verdict, tuple(nodes))
 
-    async def lock(self, user_id: int, span: timedelta, *, reason: str, by: str) -> Restricted:
+    async def lock(self, user_id: UserId, span: timedelta, *, reason: str, by: str) -> Restricted:
         """Lock a user for a time that begins now."""
         return await self._restrict(user_id, milliseconds(span), reason, by)
 
-    async def ban(self, user_id: int, *, reason: str, by: str) -> Restricted:
+    async def ban(self, user_id: UserId, *, reason: str, by: str) -> Restricted:
         """Ban a user."""
         return await self._restrict(user_id, "ban", reason, by)
 
-    async def unlock(self, user_id: int) -> bool:
+    async def unlock(self, user_id: UserId) -> bool:
         """Lift a lock; False when the account is not locked."""
         return await self._lift_restriction(user_id, "locked_until")
 
-    async def unban(self, user_id: int) -> bool:
+    async def unban(self, user_id: UserId) -> bool:
         """Lift a ban; False when the account is not banned."""
         return await self._lift_restriction(user_id, "banned")
 
-    async def _restrict(self, user_id: int, lock_or_ban: int | str, reason: str, by: str) -> Restricted:
+    async def _restrict(self, user_id: UserId, lock_or_ban: int | str, reason: str, by: str) -> Restricted:
         keys = (self._keys.account(user_id), self._keys.route(user_id))
         until, *nodes = await LUA["restrict"].run(self._redis, keys, (lock_or_ban, reason, by))
         return Restricted(int(until), tuple(nodes))
 
-    async def _lift_restriction(self, user_id: int, field: str) -> bool:
+    async def _lift_restriction(self, user_id: UserId, field: str) -> bool:
         keys = (self._keys.account(user_id), self._keys.violations(user_id))
         return bool(await LUA["lift_restriction"].run(self._redis, keys, (field,)))
 

@@ -16,6 +16,7 @@ from imstream.keys import Keys
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
+from imstream.user_ids import UserId, UserIds
 
 MAX_NOTICES = 1_000  # about; a node that is further behind finds out what changed by polling
 
@@ -24,7 +25,7 @@ INBOX_TTL = timedelta(minutes=10)  # after the last notice
 _MAX_READ = 100  # notices
 
 _NUMBER = re.compile(r"[0-9]{1,20}")
-_VALID = {"user": _NUMBER, "login": _NUMBER, "message_id": re.compile(r"[A-Za-z0-9._:-]{1,64}")}
+_VALID = {"login": _NUMBER, "message_id": re.compile(r"[A-Za-z0-9._:-]{1,64}")}
 
 
 log = structlog.get_logger()
@@ -34,7 +35,7 @@ log = structlog.get_logger()
 class ReplyGrew:
     """The reply stream of a message has new entries. `begun`: the first attempt has opened it."""
 
-    user_id: int
+    user_id: UserId
     message_id: str
     begun: bool = False
 
@@ -43,7 +44,7 @@ class ReplyGrew:
 class SessionReplaced:
     """A user has logged in again. With one session for each user, sessions with an older login are to be closed."""
 
-    user_id: int
+    user_id: UserId
     login: int
 
 
@@ -58,7 +59,7 @@ class NodeLeft:
 class AccountChanged:
     """A user was locked or banned: the user's sessions are to be closed."""
 
-    user_id: int
+    user_id: UserId
 
 
 Notice = ReplyGrew | SessionReplaced | NodeLeft | AccountChanged
@@ -91,6 +92,7 @@ class Inbox:
         self._reader = reader
         self._keys = Keys(settings.key_prefix)
         self._block = milliseconds(settings.read_block)
+        self._user_ids = settings.user_ids
         self._last_id: str | None = None
 
     async def notify(self, nodes: Iterable[str], notice: Notice, *, include_self: bool = False) -> bool:
@@ -118,7 +120,7 @@ class Inbox:
         rows = [row for _, entries in streams for row in entries]
         if rows:
             self._last_id = rows[-1][0]
-        return [notice for _, flat in rows if (notice := parse_notice(flat)) is not None]
+        return [notice for _, flat in rows if (notice := parse_notice(flat, self._user_ids)) is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,31 +143,33 @@ class Routes:
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
 
-    async def add_route(self, user_id: int) -> RouteAdded:
+    async def add_route(self, user_id: UserId) -> RouteAdded:
         """Record that this node holds a socket of the user. Idempotent."""
         keys = (self._keys.route(user_id), self._keys.account(user_id))
         login, has_account, *nodes = await LUA["add_route"].run(self._redis, keys, (self.node, milliseconds(ROUTE_TTL)))
         return RouteAdded(int(login), tuple(nodes), has_account=bool(has_account))
 
-    async def remove_route(self, user_id: int) -> None:
+    async def remove_route(self, user_id: UserId) -> None:
         """Record that this node holds no socket of the user any longer."""
         await self._redis.execute("SREM", self._keys.route(user_id), self.node)
 
 
-def parse_notice(flat: Sequence[str]) -> Notice | None:
+def parse_notice(flat: Sequence[str], user_ids: UserIds = UserIds.NUMBER) -> Notice | None:
     """Read an entry, given as field, value, …; None when it is invalid, or of a newer version of imstream."""
     try:
         pairs = zip(flat[::2], flat[1::2], strict=True)
         fields = {name: text for name, text in pairs if name not in _VALID or _VALID[name].fullmatch(text)}
+        if fields["event"] == "left":
+            return NodeLeft(fields["node"])
+        if (user_id := user_ids.parse(fields["user"])) is None:
+            return None
         match fields["event"]:
             case "grew" | "begun" as event:
-                return ReplyGrew(int(fields["user"]), fields["message_id"], begun=event == "begun")
+                return ReplyGrew(user_id, fields["message_id"], begun=event == "begun")
             case "replaced":
-                return SessionReplaced(int(fields["user"]), int(fields["login"]))
-            case "left":
-                return NodeLeft(fields["node"])
+                return SessionReplaced(user_id, int(fields["login"]))
             case "account":
-                return AccountChanged(int(fields["user"]))
+                return AccountChanged(user_id)
     except (KeyError, TypeError, ValueError):
         pass
     return None

@@ -11,6 +11,7 @@ from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
+from imstream.user_ids import UserId
 
 MAX_SHOWN = 20  # requests in progress that are listed; all are counted
 
@@ -69,7 +70,7 @@ class UserOverview:
     nodes: list[str]
 
 
-async def inspect_user(redis: RedisClient, keys: Keys, user_id: int, day: Day) -> UserOverview:
+async def inspect_user(redis: RedisClient, keys: Keys, user_id: UserId, day: Day) -> UserOverview:
     """Inspect a user. Raises as `inspect_stream` does."""
     account, counted, violations, expiry, nodes = await asyncio.gather(
         _read(redis, "HGETALL", keys.account(user_id)),

@@ -10,6 +10,7 @@ from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
+from imstream.user_ids import UserId
 
 CancelOutcome = Literal["cancelled", "too_late", "unknown"]
 _KNOWN_EVENTS = frozenset({"queued", "opened", "text", *TERMINAL_EVENTS})
@@ -73,13 +74,13 @@ class ReplyStore:
         self._ttl = milliseconds(settings.reply_ttl)
         self._queued_ttl = milliseconds(settings.queued_ttl)
 
-    async def mark_queued(self, user_id: int, message_id: str) -> None:
+    async def mark_queued(self, user_id: UserId, message_id: str) -> None:
         """Record that the message waits for a worker, unless its reply stream exists already."""
         keys = (self._keys.reply(user_id, message_id),)
         await LUA["mark_queued"].run(self._redis, keys, (self._queued_ttl,), urgent=False)
 
     async def open(
-        self, user_id: int, message_id: str, *, request: str, lost: str = "", after: int = 0
+        self, user_id: UserId, message_id: str, *, request: str, lost: str = "", after: int = 0
     ) -> Opened | Ended | Duplicate:
         """Begin the next attempt at a message, which `request` owns from now on.
 
@@ -98,7 +99,7 @@ class ReplyStore:
 
     async def append(  # noqa: PLR0913 - the named arguments of one script
         self,
-        user_id: int,
+        user_id: UserId,
         message_id: str,
         *,
         attempt: int,
@@ -121,12 +122,12 @@ class ReplyStore:
             case _:
                 return Rejected(answer[0])
 
-    async def cancel(self, user_id: int, message_id: str) -> CancelRecorded | Literal["too_late", "unknown"]:
+    async def cancel(self, user_id: UserId, message_id: str) -> CancelRecorded | Literal["too_late", "unknown"]:
         """End the reply as cancelled, whichever node works on it."""
         verdict, *nodes = await LUA["cancel"].run(self._redis, self._reply_and_route(user_id, message_id), (self._ttl,))
         return CancelRecorded(tuple(nodes)) if verdict == "cancelled" else verdict
 
-    async def read(self, user_id: int, message_id: str, *, after: str = "") -> Record | None:
+    async def read(self, user_id: UserId, message_id: str, *, after: str = "") -> Record | None:
         """The record of the last attempt, or what is new `after` the position of an earlier record. None: nothing."""
         begin = f"({after}" if after else "-"
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
@@ -148,10 +149,10 @@ class ReplyStore:
                 terminal = Terminal.from_fields(fields)
         return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0])
 
-    async def has_shown_text(self, user_id: int, message_id: str) -> bool:
+    async def has_shown_text(self, user_id: UserId, message_id: str) -> bool:
         """Whether any attempt has recorded text, including attempts that were restarted."""
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
         return any(to_dict(flat).get("text") for _, flat in entries)
 
-    def _reply_and_route(self, user_id: int, message_id: str) -> tuple[str, str]:
+    def _reply_and_route(self, user_id: UserId, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)

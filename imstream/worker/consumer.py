@@ -188,7 +188,7 @@ class StreamConsumer:
     async def _start(self, group: asyncio.TaskGroup, entry: Entry, slots: Slots) -> None:
         verdict = None
         try:
-            request = ChatRequest.from_fields(entry.fields, entry.entry_id)
+            request = ChatRequest.from_fields(entry.fields, entry.entry_id, user_ids=self._deps.settings.user_ids)
         except NewerVersion as error:
             await self._leave_to_newer(entry, error.version)
             return

@@ -15,6 +15,7 @@ from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox, ReplyGrew
 from imstream.store.replies import CancelOutcome, CancelRecorded, ReplyStore
+from imstream.user_ids import UserId
 from imstream.worker.job import Job
 
 UNREAD_ROUNDS = 3
@@ -119,7 +120,7 @@ class Jobs:
             async with asyncio.timeout(seconds):
                 await self.changed.wait()
 
-    def find(self, user_id: int, message_id: str) -> Job | None:
+    def find(self, user_id: UserId, message_id: str) -> Job | None:
         """Return the job that answers a message, if there is one on this node."""
         own = (job for job in self._jobs if job.request.user_id == user_id and job.request.message_id == message_id)
         return next(own, None)
@@ -140,7 +141,7 @@ class Jobs:
         for job in self._jobs:
             job.stop("drained")
 
-    async def cancel(self, user_id: int, message_id: str) -> CancelOutcome:
+    async def cancel(self, user_id: UserId, message_id: str) -> CancelOutcome:
         """Cancel a message on whichever node it is. Raises `StoreError`."""
         job = self.find(user_id, message_id)
         if job is None:
@@ -155,7 +156,7 @@ class Jobs:
             raise StoreUnavailable("the end of the answer was not recorded")
         return "cancelled" if job.reply.terminal.event == "cancelled" else "too_late"
 
-    async def _cancel_remotely(self, user_id: int, message_id: str) -> CancelOutcome:
+    async def _cancel_remotely(self, user_id: UserId, message_id: str) -> CancelOutcome:
         receipt = await self._replies.cancel(user_id, message_id)
         if not isinstance(receipt, CancelRecorded):
             return receipt

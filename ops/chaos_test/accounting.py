@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from imstream.user_ids import UserId
 from ops.chaos_test.history import TERMINAL, Complaint, Entry, Recorded, SentMessage
 
 LOST, DUPLICATED, UNEXPECTED, FAILED = "lost", "duplicated", "unexpected", "failed"
@@ -24,7 +25,7 @@ LOST, DUPLICATED, UNEXPECTED, FAILED = "lost", "duplicated", "unexpected", "fail
 class Problem:
     """A problem with one message."""
 
-    user_id: int
+    user_id: UserId
     message_id: str
     verdict: str
     what: str
@@ -63,7 +64,7 @@ class Account:
 def account(asked: Iterable[SentMessage], recorded: Recorded, complaints: Iterable[Complaint] = ()) -> Account:
     """Account for all messages."""
     total, known = Account(), set()
-    by_message: dict[tuple[int, str], list[Complaint]] = defaultdict(list)
+    by_message: dict[tuple[UserId, str], list[Complaint]] = defaultdict(list)
     for complaint in complaints:
         by_message[complaint.user_id, complaint.message_id].append(complaint)
     for message in asked:

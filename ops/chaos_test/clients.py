@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from imstream.client import Busy, Client, ClientError, NotConnected, Refused, Reply, Timing
 from imstream.demo.answer import canned_answer
-from imstream.wire import MIN_USER_ID
+from imstream.user_ids import MIN_USER_ID
 from ops.chaos_test.history import SentMessage
 
 TIMING = Timing(

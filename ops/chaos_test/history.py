@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from imstream.user_ids import UserId
+
 TERMINAL = ("done", "failed", "cancelled")
 
 
@@ -23,7 +25,7 @@ class SentMessage:
         cancelling: Whether the client cancels it.
     """
 
-    user_id: int
+    user_id: UserId
     message_id: str
     question: str
     expected: str
@@ -38,7 +40,7 @@ class SentMessage:
     cancelling: bool = False
 
     @property
-    def key(self) -> tuple[int, str]:
+    def key(self) -> tuple[UserId, str]:
         """User and message id."""
         return self.user_id, self.message_id
 
@@ -58,11 +60,11 @@ class Entry:
 class Complaint:
     """A frame that must not be sent. `twice`: a second end of the same message."""
 
-    user_id: int
+    user_id: UserId
     message_id: str
     what: str
     twice: bool = False
 
 
-Recorded = dict[tuple[int, str], list[Entry]]
+Recorded = dict[tuple[UserId, str], list[Entry]]
 """The reply streams in Redis at the end."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from imstream.user_ids import UserId
 from ops.chaos_test.history import Complaint
 from ops.chaos_test.tap import Tap
 
@@ -26,7 +27,7 @@ class Network:
     def __init__(self, choose: Callable[[], int]) -> None:
         self.port = 0
         self.complaints: list[Complaint] = []
-        self.accepted: dict[tuple[int, str], float] = {}
+        self.accepted: dict[tuple[UserId, str], float] = {}
         self._choose = choose
         self._server: asyncio.Server | None = None
         self._connections: dict[int, list[asyncio.StreamWriter]] = {}
@@ -89,7 +90,7 @@ class Network:
                 one.close()
             self._tasks.discard(task)
 
-    def _note_accepted(self, user_id: int, message_id: str) -> None:
+    def _note_accepted(self, user_id: UserId, message_id: str) -> None:
         self.accepted.setdefault((user_id, message_id), asyncio.get_running_loop().time())
 
 

@@ -11,6 +11,7 @@ from pydantic_core import from_json
 
 from imstream.codes import Code, Event, MsgType
 from imstream.texts import Text, localize
+from imstream.user_ids import UserId
 from imstream.wire import ReceivedFrame
 from ops.chaos_test.history import TERMINAL, Complaint
 
@@ -97,13 +98,13 @@ class Tap:
         on_accepted: Called with user and id of every accepted message.
     """
 
-    def __init__(self, complain: Callable[[Complaint], None], on_accepted: Callable[[int, str], None]) -> None:
+    def __init__(self, complain: Callable[[Complaint], None], on_accepted: Callable[[UserId, str], None]) -> None:
         self._complain = complain
         self._on_accepted = on_accepted
         self._frames = FrameReader()
         self._asked = FrameReader(_ASKING)
         self._states: dict[str, _MessageState] = {}
-        self._user_id = 0
+        self._user_id: UserId = 0
 
     def feed(self, data: bytes) -> None:
         """Check bytes of the server."""

@@ -35,7 +35,8 @@ from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionRep
 from imstream.store.leases import Holder
 from imstream.texts import choose_lang
 from imstream.urls import RedisUrl, SecretUrl, redact_url
-from imstream.wire import InvalidFrame, parse_frame, parse_user_id
+from imstream.user_ids import UserIds
+from imstream.wire import InvalidFrame, parse_frame
 from imstream.worker.lease_keeper import is_alive, this_process
 from tests.support.guard_deps import guard_deps
 from tests.support.one_node import one_node
@@ -114,7 +115,8 @@ def read_headers(data: bytes) -> None:
             guard.check_handshake({"origin": origin, "host": host, "x-forwarded-proto": text})
     is_local({"host": text, "x-forwarded-for": text})
     choose_lang(text, "zh")
-    parse_user_id(text)
+    for kind in UserIds:
+        kind.parse(text)
 
 
 def read_setting(data: bytes) -> None:

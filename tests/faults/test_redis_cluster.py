@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imstream.codes import Code, Event
+from imstream.user_ids import UserId
 from tests.support.chatter import Chatter
 from tests.support.redis_sets import ClusterSet, cluster_set
 from tests.support.servers import DemoBackend, RedisServer
@@ -28,7 +29,7 @@ def cluster(tmp_path: Path) -> Iterator[ClusterSet]:
         yield made
 
 
-def replies_of(user_id: int) -> str:
+def replies_of(user_id: UserId) -> str:
     """Return a key in the slot of a user."""
     return KEYS.reply(user_id, "m")
 

@@ -16,6 +16,7 @@ from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
+from imstream.user_ids import UserId
 from tests.conftest import SERVERS
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer
@@ -79,7 +80,7 @@ def own_server(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisServe
     server.stop()
 
 
-def chat_request(user_id: int = 10001, message_id: str | None = None, contents: str = "你好") -> ChatRequest:
+def chat_request(user_id: UserId = 10001, message_id: str | None = None, contents: str = "你好") -> ChatRequest:
     """A complete request."""
     return ChatRequest(
         user_id=user_id,

@@ -26,6 +26,7 @@ from imstream.settings import Settings
 from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, RouteAdded, Routes, SessionReplaced
 from imstream.store.replies import ReplyStore
 from imstream.texts import Text
+from imstream.user_ids import UserId
 from imstream.worker.jobs import Jobs
 from tests.redis.worker_harness import USER, Follower
 from tests.support.servers import RedisServer
@@ -36,7 +37,7 @@ from tests.support.waiting import wait_until
 class FakeSession:
     """A session as the registry sees it."""
 
-    user_id: int = USER
+    user_id: UserId = USER
     login: int = 0
     closed: list[CloseCode] = field(default_factory=list)
     followed: list[ReplyBuffer] = field(default_factory=list)
@@ -67,7 +68,7 @@ class FakeGuard(Guard):
     away: int = 0
     asked: int = 0
 
-    async def check_session(self, user_id: int) -> Reject | None:
+    async def check_session(self, user_id: UserId) -> Reject | None:
         """See `Guard`."""
         del user_id
         self.asked += 1
@@ -267,7 +268,7 @@ class LosesTheFirst(Routes):
 
     lost = False
 
-    async def add_route(self, user_id: int) -> RouteAdded:
+    async def add_route(self, user_id: UserId) -> RouteAdded:
         """See `Routes`."""
         if not self.lost:
             self.lost = True
@@ -294,7 +295,7 @@ class Slow(Routes):
         super().__init__(redis_client, settings)
         self.answers = asyncio.Event()
 
-    async def add_route(self, user_id: int) -> RouteAdded:
+    async def add_route(self, user_id: UserId) -> RouteAdded:
         """See `Routes`."""
         login = await super().add_route(user_id)
         await self.answers.wait()

@@ -33,6 +33,7 @@ from imstream.settings import Settings
 from imstream.store.leases import Adopted, Leases, NotAdopted
 from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore
 from imstream.store.requests import Admitted, Entry, QueueFull, RequestStream
+from imstream.user_ids import UserId
 from imstream.worker.disposition import Limits, before_start
 from tests.redis.conftest import chat_request, examples_on
 from tests.support.reply_model import TERMINAL, ReplyModel, Said
@@ -68,7 +69,7 @@ def text_of(attempt: int) -> str:
 class Unfinished:
     """A request that was accepted and has not ended. `deliveries` is 0 until a worker has it."""
 
-    user: int
+    user: UserId
     message: str
     deliveries: int = 0
     consumer: str = ""
@@ -134,7 +135,7 @@ class StoreUsed(RuleBasedStateMachine):
         self._adopters: dict[str, str] = {}
         self._unfinished: dict[str, dict[str, Unfinished]] = {node: {} for node in NODES}
         self._buried = Counter[str]()
-        self._models: dict[tuple[int, str], ReplyModel] = {}
+        self._models: dict[tuple[UserId, str], ReplyModel] = {}
         self._jobs: list[Job] = []
         self._frozen: list[Job] = []
 
@@ -157,7 +158,7 @@ class StoreUsed(RuleBasedStateMachine):
         marked=st.booleans(),
         then=st.sampled_from(["taken", "cancelled", ""]),
     )
-    def a_user_asks(self, node: str, user: int, message: str, *, marked: bool, then: str) -> None:
+    def a_user_asks(self, node: str, user: UserId, message: str, *, marked: bool, then: str) -> None:
         """The gateway may die before it marks the message as queued."""
         if node not in self._alive:
             return
@@ -167,7 +168,7 @@ class StoreUsed(RuleBasedStateMachine):
         elif then == "taken" and self._waiting(node):
             self._take(node, node, 1)
 
-    def _ask(self, node: str, user: int, message: str, *, marked: bool) -> None:
+    def _ask(self, node: str, user: UserId, message: str, *, marked: bool) -> None:
         verdict = self._run(self._streams[node, node].admit(chat_request(user, message)))
         unfinished = self._unfinished[node]
         if len(unfinished) >= NODE_CAP:
@@ -185,7 +186,7 @@ class StoreUsed(RuleBasedStateMachine):
             self._run(self._replies["0"].mark_queued(user, message))
             model.mark_queued()
 
-    def _cancel(self, user: int, message: str) -> None:
+    def _cancel(self, user: UserId, message: str) -> None:
         model = self._models.get((user, message), ReplyModel())
         assert self._run(self._replies["0"].cancel(user, message)) == model.cancel()
 
@@ -428,7 +429,7 @@ class StoreUsed(RuleBasedStateMachine):
                 text = "".join(entry.text for entry in latest)
                 assert text == text_of(entries[-1].attempt)[: entries[-1].offset]  # I5
 
-    def _entries(self) -> dict[tuple[int, str], list[Said]]:
+    def _entries(self) -> dict[tuple[UserId, str], list[Said]]:
         """The record of every message."""
         with self._redis.pipeline(transaction=False) as pipeline:
             for user, message in self._models:

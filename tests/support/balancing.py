@@ -10,6 +10,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from imstream.cli.balancer import Program, find_program
+from imstream.user_ids import UserId
 from tests.support.processes import PYTHON, Running, http_status, start, wait_for
 from tests.support.servers import missing
 
@@ -37,11 +38,11 @@ class Balancer:
         """Its WebSocket address, without a user."""
         return f"ws://127.0.0.1:{self.port}/ws"
 
-    def ws(self, user: int) -> str:
+    def ws(self, user: UserId) -> str:
         """Its WebSocket address for a user."""
         return f"{self.url}?userId={user}"
 
-    async def node_of(self, user: int) -> str:
+    async def node_of(self, user: UserId) -> str:
         """The node that accepts a socket of this user now, from its answer to INIT."""
         async with (
             asyncio.timeout(20),

@@ -11,6 +11,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from imstream.codes import Code, Event
+from imstream.user_ids import UserId
 from tests.support.waiting import SLOW
 
 LIMIT = 20.0 * SLOW
@@ -31,7 +32,7 @@ class Chatter:
         close_code: The close code; None while the socket is open.
     """
 
-    def __init__(self, user_id: int, socket: ClientConnection) -> None:
+    def __init__(self, user_id: UserId, socket: ClientConnection) -> None:
         self.user_id = user_id
         self.asked: dict[str, str] = {}
         self.accepted: set[str] = set()
@@ -153,7 +154,9 @@ class Chatter:
 
 
 @asynccontextmanager
-async def chatter(url: str, user_id: int, *, resume: list[dict[str, object]] | None = None) -> AsyncIterator[Chatter]:
+async def chatter(
+    url: str, user_id: UserId, *, resume: list[dict[str, object]] | None = None
+) -> AsyncIterator[Chatter]:
     """Connect and log in. `url` is the node's WebSocket URL."""
     # Other clients of the test keep this process busy, which must not look like a node that does not answer.
     async with connect(url, compression=None, ping_interval=None, open_timeout=LIMIT) as socket:

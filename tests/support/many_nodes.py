@@ -20,6 +20,7 @@ from typing import Any
 import redis
 
 from imstream.keys import Keys
+from imstream.user_ids import UserId
 from tests.support.one_node import QUICK, OneNode
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer, valkey_binary
@@ -87,11 +88,11 @@ class ManyNodes:
         text: Any = self.redis.get(Keys().lease(name))
         return None if text is None else dict(json.loads(text))
 
-    def opened_by(self, user: int, message_id: str) -> list[str]:
+    def opened_by(self, user: UserId, message_id: str) -> list[str]:
         """The nodes that began attempts at a message, in order."""
         return [entry["by"] for entry in self.any.record(user, message_id) if entry["event"] == "opened"]
 
-    async def opened(self, user: int, message_id: str, attempts: int) -> list[str]:
+    async def opened(self, user: UserId, message_id: str, attempts: int) -> list[str]:
         """Wait for that many attempts, and return their nodes."""
         await wait_until(lambda: len(self.opened_by(user, message_id)) == attempts, f"attempt {attempts} has begun")
         return self.opened_by(user, message_id)

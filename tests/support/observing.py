@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from imstream.user_ids import UserId
 from tests.support.processes import Running, http_status
 from tests.support.servers import start_node
 from tests.support.waiting import wait_until
@@ -28,7 +29,7 @@ class ObservedNode:
     def _system(self) -> psutil.Process:
         return psutil.Process(self.process.pid)
 
-    def ws(self, user_id: int) -> str:
+    def ws(self, user_id: UserId) -> str:
         """Its WebSocket URL for a user."""
         return f"ws://127.0.0.1:{self.port}/ws?userId={user_id}"
 

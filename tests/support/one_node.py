@@ -13,6 +13,7 @@ import psutil
 import redis
 
 from imstream.keys import GROUP, Keys
+from imstream.user_ids import UserId
 from tests.support.peer import TERMINAL, Peer, Told, peer
 from tests.support.processes import free_port
 from tests.support.redis_sets import Topology
@@ -116,7 +117,7 @@ class OneNode:
         return await asyncio.to_thread(self.now.process.terminate, limit)
 
     def peer(
-        self, user: int, *, resume: dict[str, Told] | None = None, lang: str | None = None, token: str | None = None
+        self, user: UserId, *, resume: dict[str, Told] | None = None, lang: str | None = None, token: str | None = None
     ) -> AbstractAsyncContextManager[Peer]:
         """Connect and log in."""
         return peer(self.now.ws(user), user=user, resume=resume, lang=lang, token=token)
@@ -148,11 +149,11 @@ class OneNode:
         """The dead letters."""
         return self._entries(Keys().dead(self.name))
 
-    def record(self, user: int, message_id: str) -> list[dict[str, str]]:
+    def record(self, user: UserId, message_id: str) -> list[dict[str, str]]:
         """The entries of a reply stream."""
         return self._entries(Keys().reply(user, message_id))
 
-    def recorded(self, user: int, message_id: str) -> tuple[str, str]:
+    def recorded(self, user: UserId, message_id: str) -> tuple[str, str]:
         """The recorded answer: the terminal event and the text of the last attempt."""
         entries = self.record(user, message_id)
         terminal = [entry for entry in entries if entry["event"] in TERMINAL]

@@ -19,6 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.typing import Subprotocol
 
+from imstream.user_ids import UserId
 from tests.support.waiting import SLOW
 
 LIMIT = 20.0 * SLOW
@@ -104,7 +105,7 @@ class Peer:
                 if all(frame.get(name) == value for name, value in fields.items()):
                     return frame
 
-    async def login(self, user: int, resume: Mapping[str, Told] | None = None, token: str | None = None) -> Frame:
+    async def login(self, user: UserId, resume: Mapping[str, Told] | None = None, token: str | None = None) -> Frame:
         """Send INIT, repeatedly while Redis is unavailable, and resume messages that another socket received so far."""
         for message_id, told in (resume or {}).items():
             self.told[message_id] = replace(told, events=list(told.events))
@@ -118,7 +119,7 @@ class Peer:
             else:
                 return frame
 
-    async def chat(self, user: int, contents: str, message_id: str, **fields: Any) -> Frame:  # noqa: ANN401 - any field
+    async def chat(self, user: UserId, contents: str, message_id: str, **fields: Any) -> Frame:  # noqa: ANN401 - any field
         """Send a CHAT and return the first frame about it: `accepted`, or the refusal."""
         told = self.told.get(message_id)
         if told is not None and told.terminal is not None:
@@ -159,7 +160,7 @@ class Peer:
 async def peer(  # noqa: PLR0913 - one is required, the others are options
     url: str,
     *,
-    user: int | None = None,
+    user: UserId | None = None,
     lang: str | None = None,
     resume: Mapping[str, Told] | None = None,
     token: str | None = None,
@@ -193,7 +194,7 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
         yield someone
 
 
-async def answered(urls: str | Sequence[str], user: int, questions: Mapping[str, str]) -> dict[str, Told]:
+async def answered(urls: str | Sequence[str], user: UserId, questions: Mapping[str, str]) -> dict[str, Told]:
     """Ask questions (by message id) until all are answered, as a good client does.
 
     When the socket breaks, it reconnects to the next URL, resumes accepted messages and sends the others again.

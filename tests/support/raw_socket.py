@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from imstream.user_ids import UserId
 from tests.support.waiting import SLOW
 
 LIMIT = 10.0 * SLOW
@@ -202,7 +203,7 @@ async def raw_socket(port: int, *, narrow: bool = False) -> AsyncIterator[RawSoc
 
 
 @asynccontextmanager
-async def raw_user(port: int, user: int, *, narrow: bool = False) -> AsyncIterator[RawSocket]:
+async def raw_user(port: int, user: UserId, *, narrow: bool = False) -> AsyncIterator[RawSocket]:
     """Connect, upgrade and log in."""
     async with raw_socket(port, narrow=narrow) as raw:
         head = await raw.upgrade(f"/ws?userId={user}")

@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from imstream.cli.embedded_redis import server_program
+from imstream.user_ids import UserId
 from tests.support.certificates import RedisTls
 from tests.support.processes import Running, free_port, http_status, start, start_python, wait_for
 
@@ -186,7 +187,7 @@ class NodeProcess:
         """Its HTTP address."""
         return f"http://127.0.0.1:{self.port}"
 
-    def ws(self, user: int | None = None) -> str:
+    def ws(self, user: UserId | None = None) -> str:
         """Its WebSocket address."""
         return f"ws://127.0.0.1:{self.port}/ws" + (f"?userId={user}" if user is not None else "")
 

@@ -13,6 +13,7 @@ import redis
 
 from imstream.demo.answer import canned_answer
 from imstream.keys import GROUP, Keys
+from imstream.user_ids import UserId
 from tests.support.chatter import Chatter, chatter
 from tests.support.observing import ObservedNode, start_observed_node
 from tests.support.processes import free_port
@@ -70,7 +71,7 @@ class Stage:
     _calls_before: int
     users: list[Chatter] = field(default_factory=list)
 
-    async def user(self, user_id: int = 10001, **how: list[dict[str, object]]) -> Chatter:
+    async def user(self, user_id: UserId = 10001, **how: list[dict[str, object]]) -> Chatter:
         """Log in a user until the end; `resume` as in INIT."""
         one = await self._stack.enter_async_context(chatter(self.node.ws(user_id), user_id, **how))
         self.users.append(one)

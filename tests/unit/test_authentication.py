@@ -13,6 +13,7 @@ from imstream.guards.authentication import TokenAuthentication
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Allow, GuardDeps, LoginAttempt, Reject
 from imstream.texts import Text
+from imstream.user_ids import UserId
 from tests.support.guard_deps import guard_deps
 from tests.support.tokens import (
     PUBLIC,
@@ -155,7 +156,7 @@ def test_a_file_without_a_public_key_is_refused(tmp_path: Path) -> None:
 # Logins
 
 
-async def check(guard: TokenAuthentication, shown: str | None, user_id: int = USER) -> Allow | Reject:
+async def check(guard: TokenAuthentication, shown: str | None, user_id: UserId = USER) -> Allow | Reject:
     return await guard.check_login(LoginAttempt(user_id, shown))
 
 

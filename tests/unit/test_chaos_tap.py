@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from imstream.codes import Code, Event, MsgType
+from imstream.user_ids import UserId
 from imstream.wire import ReceivedFrame, encode_delta
 from ops.chaos_test.history import Complaint
 from ops.chaos_test.tap import FrameReader, Tap
@@ -33,10 +34,10 @@ def delta(text: str, offset: int, attempt: int = 1) -> str:
     return encode_delta("m", attempt=attempt, offset=offset, text=text)
 
 
-def heard(*frames: str) -> tuple[list[Complaint], list[tuple[int, str]]]:
+def heard(*frames: str) -> tuple[list[Complaint], list[tuple[UserId, str]]]:
     """What is complained of, and what was accepted."""
     complaints: list[Complaint] = []
-    accepted: list[tuple[int, str]] = []
+    accepted: list[tuple[UserId, str]] = []
     tap = Tap(complaints.append, lambda user_id, message_id: accepted.append((user_id, message_id)))
     welcome = ReceivedFrame(msg_type=MsgType.INIT, user_id=10001).encode()
     tap.feed(HEAD + b"".join(map(framed, (welcome, *frames))))

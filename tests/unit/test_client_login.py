@@ -53,7 +53,7 @@ async def test_an_address_that_is_no_websocket_address_is_refused_at_once(url: s
 
 @pytest.mark.parametrize("user_id", [10000, 0, -10001, 2**53])
 async def test_a_user_id_that_no_server_takes_is_refused_at_once(user_id: int) -> None:
-    with pytest.raises(ValueError, match="a whole number from 10001 to 9007199254740991"):
+    with pytest.raises(ValueError, match="a number from 10001 to 9007199254740991"):
         Client("ws://127.0.0.1/ws", user_id)
 
 

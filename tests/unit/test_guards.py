@@ -15,6 +15,7 @@ from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, 
 from imstream.model import ChatRequest
 from imstream.settings import SettingsGroup
 from imstream.texts import Sentence
+from imstream.user_ids import UserId
 from tests.support.guard_deps import guard_deps
 
 NO = Reject("no", Code.FORBIDDEN, Sentence("不", "No"))
@@ -41,11 +42,11 @@ class _FakeGuard(Guard):
         self.calls.append(request.contents)
         return self.verdict
 
-    async def check_session(self, user_id: int) -> Reject | None:
+    async def check_session(self, user_id: UserId) -> Reject | None:
         self.calls.append(f"stay {user_id}")
         return self.verdict if isinstance(self.verdict, Reject) else None
 
-    async def on_violation(self, user_id: int) -> None:
+    async def on_violation(self, user_id: UserId) -> None:
         self.calls.append(f"violated {user_id}")
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from imstream.keys import Keys
 from imstream.settings import Settings
-from imstream.wire import MAX_USER_ID, MIN_USER_ID
+from imstream.user_ids import MAX_USER_ID, MIN_USER_ID
 
 PREFIXES = st.from_regex(r"[A-Za-z0-9._-]{1,32}", fullmatch=True)
 NODES = st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True)

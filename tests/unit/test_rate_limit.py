@@ -12,6 +12,7 @@ from imstream.guards.chain import GuardChain
 from imstream.guards.chat_limits import ChatRateLimit
 from imstream.guards.guard import ALLOW, Reject
 from imstream.model import ChatRequest
+from imstream.user_ids import UserId
 from tests.support.guard_deps import guard_deps
 from tests.support.virtual_time import in_virtual_time
 
@@ -29,7 +30,7 @@ class Clock:
         return self.now
 
 
-async def ask(limit: ChatRateLimit, user_id: int = 10001) -> timedelta | None:
+async def ask(limit: ChatRateLimit, user_id: UserId = 10001) -> timedelta | None:
     """Send a message; how long to wait, None when it is allowed."""
     verdict = await limit.check_chat(replace(ASKED, user_id=user_id))
     if verdict is ALLOW:

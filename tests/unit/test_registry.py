@@ -9,6 +9,7 @@ from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.session import Session
 from imstream.settings import Settings
 from imstream.texts import Text
+from imstream.user_ids import UserId
 from tests.support.virtual_time import in_virtual_time
 
 INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0
@@ -18,7 +19,7 @@ INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0
 class FakeSession:
     """What the registry sees of a session."""
 
-    user_id: int | None = None
+    user_id: UserId | None = None
     peer: str = "192.0.2.1"
     began_at: float = 0.0
     heard_at: float = 0.0

@@ -12,10 +12,9 @@ from pydantic import BaseModel
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code
 from imstream.strict_json import InvalidJson, parse_json
+from imstream.user_ids import MAX_USER_ID, MIN_USER_ID
 from imstream.wire import (
     MAX_RESUMED,
-    MAX_USER_ID,
-    MIN_USER_ID,
     Accepted,
     Cancelled,
     ClientCancel,
@@ -39,7 +38,6 @@ from imstream.wire import (
     Welcome,
     encode_delta,
     parse_frame,
-    parse_user_id,
 )
 
 WIRE_FIELDS = {"msgType", "userId", "messageId", "contents", "history", "token", "resume"}
@@ -382,7 +380,9 @@ def test_an_id_that_is_not_valid_is_not_kept(message_id: object) -> None:
     assert error.message_id is None
 
 
-@pytest.mark.parametrize("text", ["", "hello", "[]", '["messageId"]', '{"messageId": "m.1"', '{"messageId": "m", "a": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["", "hello", "[]", '["messageId"]', '{"messageId": "m.1"', '{"messageId": "m", "a": NaN}']
+)
 def test_a_text_that_is_no_object_has_no_id(text: str) -> None:
     error = refusal(text)
     assert error is not None
@@ -455,39 +455,6 @@ def test_what_looks_like_it_is_taken() -> None:
         chat = parse_frame(_chat(contents=contents))
         assert isinstance(chat, ClientChat)
         assert chat.contents == contents
-
-
-# The user id of the URL
-
-
-@given(USER_IDS)
-def test_a_user_id_in_the_address_is_a_number_in_range(user_id: int) -> None:
-    assert parse_user_id(str(user_id)) == user_id
-    assert parse_user_id(f"{user_id:016}") == user_id
-
-
-@given(st.integers(max_value=MIN_USER_ID - 1) | st.integers(MAX_USER_ID + 1))
-@example(0)
-@example(10_000)
-@example(10**5000)
-def test_a_number_out_of_range_is_no_user_id(number: int) -> None:
-    assert parse_user_id(hex(number) if number > 10**4000 else str(number)) is None
-
-
-@given(st.none() | st.text())
-@example(" 10001")
-@example("10_001")
-@example("+10001")
-@example("10001.0")
-@example("１０００１")
-@example("١٠٠٠١")
-@example("9" * 10_000)
-def test_a_user_id_in_the_address_is_digits_and_nothing_else(text: str | None) -> None:
-    user_id = parse_user_id(text)
-    if user_id is not None:
-        assert text is not None
-        assert text.lstrip("0") == str(user_id)
-        assert MIN_USER_ID <= user_id <= MAX_USER_ID
 
 
 # Stable numbers

@@ -22,6 +22,7 @@ from imstream.guards.words.word_guard import (
     read,
 )
 from imstream.model import ChatRequest
+from imstream.user_ids import UserId
 from tests.support.guard_deps import guard_deps
 from tests.support.waiting import wait_until
 
@@ -198,10 +199,10 @@ async def test_a_message_with_a_word_is_refused_as_a_violation(file: Path) -> No
 
 
 async def test_a_violation_is_told_and_others_are_not(file: Path) -> None:
-    notified = list[int]()
+    notified = list[UserId]()
 
     class Listening(Guard):
-        async def on_violation(self, user_id: int) -> None:
+        async def on_violation(self, user_id: UserId) -> None:
             notified.append(user_id)
 
     guards = GuardChain([WordGuard(file, masks=False), Listening()])

@@ -19,7 +19,6 @@ from imstream.clock import Calendar
 from imstream.errors import SettingsError
 from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.wire import MAX_USER_ID
 
 MESSAGE_TOKENS = 5  # that a chat template adds to each message, in ChatML; 3 to 5 in others
 PROMPT_TOKENS = 32  # that it adds to the prompt: the start of the answer, and a default system prompt (Qwen: 25)
@@ -114,7 +113,9 @@ class PromptAssembler:
         templates = [self._template] if self._system is None else [self._system, self._template]
         self._names_date = any("date" in template.names for template in templates)
         for language in _LANGUAGES.values():
-            system, question = self._fill(user=str(MAX_USER_ID), date="2026-12-31", language=language, contents="")
+            system, question = self._fill(
+                user=settings.user_ids.longest, date="2026-12-31", language=language, contents=""
+            )
             self._template_tokens = self.size(question)
             self._message_budget = self.budget - PROMPT_TOKENS - sum(map(self.size, system)) - self._template_tokens
             if self._message_budget < MIN_MESSAGE_TOKENS:

@@ -21,7 +21,7 @@ from pydantic import SecretStr
 
 from imstream.errors import SettingsError
 from imstream.settings import Settings
-from imstream.wire import parse_user_id
+from imstream.user_ids import UserId, UserIds
 
 MAX_TOKEN = 8192  # characters, ten times the length of real tokens: the cost of verification grows with it
 MIN_SECRET_BYTES = 32  # the size of the digest (RFC 7518, section 3.2)
@@ -67,7 +67,7 @@ class InvalidToken(Exception):  # noqa: N818 - a verdict, not an error of ours
 class Claims:
     """The verified content of a token. `expires_at`: in seconds since 1970."""
 
-    user_id: int
+    user_id: UserId
     expires_at: float
 
 
@@ -114,7 +114,7 @@ class TokenRules:
         lifetime = expires_at - min(now, _time(claims, "iat", default=now))
         if lifetime > self._settings.auth_max_lifetime.total_seconds() + 2 * leeway:
             raise InvalidToken("lifetime")
-        return Claims(_user_id(claims.get(self._settings.auth_claim)), expires_at)
+        return Claims(_user_id(claims.get(self._settings.auth_claim), self._settings.user_ids), expires_at)
 
 
 def key_id(token: str) -> str | None:
@@ -136,10 +136,10 @@ def _time(claims: dict[str, Any], name: str, *, default: float | None = None) ->
     raise InvalidToken("claims")
 
 
-def _user_id(value: object) -> int:
-    """A user id: a whole number, or its digits in canonical form. Raises `InvalidToken`."""
+def _user_id(value: object, user_ids: UserIds) -> UserId:
+    """A user id: a text, a whole number, or its digits in canonical form. Raises `InvalidToken`."""
     if isinstance(value, int | str) and not isinstance(value, bool):
-        user_id = parse_user_id(str(value))
+        user_id = user_ids.parse(str(value))
         if user_id is not None and str(user_id) == str(value):
             return user_id
     raise InvalidToken("claims")
@@ -195,7 +195,7 @@ def algorithm_of(key: object) -> Algorithm | None:
     return "EdDSA" if isinstance(key, Ed25519PublicKey | Ed448PublicKey) else None
 
 
-def sign(settings: Settings, user_id: int, *, ttl: timedelta, key_file: Path | None) -> str:
+def sign(settings: Settings, user_id: UserId, *, ttl: timedelta, key_file: Path | None) -> str:
     """Sign a token that nodes with these settings accept, for development. Raises `SettingsError`.
 
     The secret of the settings signs, or the private key of a PEM file, which determines the algorithm.
