@@ -96,15 +96,24 @@ class ReplyBuffer:
 
     async def wait_until_recorded(self, seconds: float) -> bool:
         """Wait until the reply has a record: a worker has begun it, or a record was loaded. False after a time-out."""
-        recorded = asyncio.Event()
+        return await self._wait_until(lambda: True, seconds)
+
+    async def wait_until_ended(self, seconds: float) -> bool:
+        """Wait for the terminal event. False after a time-out."""
+        return self.terminal is not None or await self._wait_until(lambda: self.terminal is not None, seconds)
+
+    async def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until a change after which the condition holds."""
+        holds = asyncio.Event()
 
         def on_change(_: ReplyBuffer) -> None:
-            recorded.set()
+            if condition():
+                holds.set()
 
         self.subscribe(on_change)
         try:
             async with asyncio.timeout(seconds):
-                return await recorded.wait()
+                return await holds.wait()
         except TimeoutError:
             return False
         finally:

@@ -11,7 +11,7 @@ from imstream.gateway.presence import Presence
 from imstream.gateway.registry import Registry
 from imstream.logs import LIMITED, sanitize
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
-from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
+from imstream.store.inbox import AccountChanged, CancelRequested, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
 from imstream.store.replies import ReplyStore
 from imstream.worker.adoption import Adopter
 from imstream.worker.jobs import Jobs
@@ -107,6 +107,9 @@ class InboxConsumer:
                     if (job := self.jobs.find(user_id, message_id)) is not None:
                         await job.recheck()
                     await self.reply_sync.on_growth(notice)
+                case CancelRequested(user_id, message_id):
+                    if (job := self.jobs.find(user_id, message_id)) is not None:
+                        job.stop("cancelled")
                 case SessionReplaced():
                     self.presence.replace(notice)
                 case AccountChanged(user_id):

@@ -41,6 +41,14 @@ class ReplyGrew:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """The node that works on a message is to cancel it."""
+
+    user_id: UserId
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class SessionReplaced:
     """A user has logged in again. With one session for each user, sessions with an older login are to be closed."""
 
@@ -62,7 +70,7 @@ class AccountChanged:
     user_id: UserId
 
 
-Notice = ReplyGrew | SessionReplaced | NodeLeft | AccountChanged
+Notice = ReplyGrew | CancelRequested | SessionReplaced | NodeLeft | AccountChanged
 
 
 def notice_fields(notice: Notice) -> tuple[str, ...]:
@@ -70,6 +78,8 @@ def notice_fields(notice: Notice) -> tuple[str, ...]:
     match notice:
         case ReplyGrew(user_id, message_id, begun):
             return ("event", "begun" if begun else "grew", "user", str(user_id), "message_id", message_id)
+        case CancelRequested(user_id, message_id):
+            return ("event", "cancel", "user", str(user_id), "message_id", message_id)
         case SessionReplaced(user_id, login):
             return ("event", "replaced", "user", str(user_id), "login", str(login))
         case NodeLeft(node):
@@ -166,6 +176,8 @@ def parse_notice(flat: Sequence[str], user_ids: UserIds = UserIds.NUMBER) -> Not
         match fields["event"]:
             case "grew" | "begun" as event:
                 return ReplyGrew(user_id, fields["message_id"], begun=event == "begun")
+            case "cancel":
+                return CancelRequested(user_id, fields["message_id"])
             case "replaced":
                 return SessionReplaced(user_id, int(fields["login"]))
             case "account":

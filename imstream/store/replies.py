@@ -59,9 +59,20 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class CancelRecorded:
-    """The reply has ended as cancelled. `nodes`: the one that worked on it, and those with a socket of the user."""
+    """The reply has ended as cancelled. `nodes`: the one that worked on it, and those with a socket of the user.
+
+    `repeated`: it was cancelled before.
+    """
 
     nodes: tuple[str, ...]
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunsElsewhere:
+    """Nothing is recorded: `node` works on the message, and may have shown text that is not recorded yet."""
+
+    node: str
 
 
 class ReplyStore:
@@ -122,10 +133,21 @@ class ReplyStore:
             case _:
                 return Rejected(answer[0])
 
-    async def cancel(self, user_id: UserId, message_id: str) -> CancelRecorded | Literal["too_late", "unknown"]:
-        """End the reply as cancelled, whichever node works on it."""
-        verdict, *nodes = await LUA["cancel"].run(self._redis, self._reply_and_route(user_id, message_id), (self._ttl,))
-        return CancelRecorded(tuple(nodes)) if verdict == "cancelled" else verdict
+    async def cancel(
+        self, user_id: UserId, message_id: str, *, unless_elsewhere: bool = False
+    ) -> CancelRecorded | RunsElsewhere | Literal["too_late", "unknown"]:
+        """End the reply as cancelled, `unless_elsewhere` another node works on it."""
+        arguments = (self._ttl, self._node if unless_elsewhere else "")
+        answer = await LUA["cancel"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
+        match answer:
+            case ["cancelled" | "repeated" as verdict, *nodes]:
+                return CancelRecorded(tuple(nodes), repeated=verdict == "repeated")
+            case ["elsewhere", node]:
+                return RunsElsewhere(node)
+            case ["too_late"]:
+                return "too_late"
+            case _:
+                return "unknown"
 
     async def read(self, user_id: UserId, message_id: str, *, after: str = "") -> Record | None:
         """The record of the last attempt, or what is new `after` the position of an earlier record. None: nothing."""

@@ -13,8 +13,8 @@ from imstream.errors import StoreUnavailable
 from imstream.redis.errors import retry_until_available
 from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
-from imstream.store.inbox import Inbox, ReplyGrew
-from imstream.store.replies import CancelOutcome, CancelRecorded, ReplyStore
+from imstream.store.inbox import CancelRequested, Inbox, ReplyGrew
+from imstream.store.replies import CancelOutcome, CancelRecorded, ReplyStore, RunsElsewhere
 from imstream.user_ids import UserId
 from imstream.worker.job import Job
 
@@ -24,6 +24,9 @@ UNREAD_ROUNDS = 3
 TOGETHER = 32
 """Maximum answers flushed at once, before other tasks run. 400 paced answers, a third per round and in such parts, take
 5 % less CPU than all of them at once."""
+
+CANCEL_WAIT = 1.0
+"""Seconds that another node has to cancel a message that it works on. Then it is cancelled without its last text."""
 
 log = structlog.get_logger()
 
@@ -157,8 +160,16 @@ class Jobs:
         return "cancelled" if job.reply.terminal.event == "cancelled" else "too_late"
 
     async def _cancel_remotely(self, user_id: UserId, message_id: str) -> CancelOutcome:
-        receipt = await self._replies.cancel(user_id, message_id)
+        receipt = await self._replies.cancel(user_id, message_id, unless_elsewhere=True)
+        if isinstance(receipt, CancelRecorded) and receipt.repeated:
+            return "too_late"
+        if isinstance(receipt, RunsElsewhere):
+            reply = self._buffers.get(user_id, message_id)
+            await self._inbox.notify([receipt.node], CancelRequested(user_id, message_id))
+            await reply.wait_until_ended(CANCEL_WAIT)
+            receipt = await self._replies.cancel(user_id, message_id)  # it may be dead, or of an older release
         if not isinstance(receipt, CancelRecorded):
+            assert not isinstance(receipt, RunsElsewhere)  # noqa: S101 - cancelled in any case
             return receipt
         await self._inbox.notify(receipt.nodes, ReplyGrew(user_id, message_id))
         record = await self._replies.read(user_id, message_id)

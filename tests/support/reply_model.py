@@ -93,10 +93,11 @@ class ReplyModel:
             return "unknown"
         if self.last.event in ("done", "failed"):
             return "too_late"
-        if self.last.terminal is None:
+        repeated = self.last.terminal is not None
+        if not repeated:
             self.entries.append(Said(self.last.attempt, "cancelled", self.last.offset, terminal=Terminal("cancelled")))
         workers = [said.by for said in self.entries if said.event == "opened"]
-        return CancelRecorded(tuple(workers[-1:]))
+        return CancelRecorded(tuple(workers[-1:]), repeated=repeated)
 
     def read(self) -> Record | None:
         """See `ReplyStore`."""
