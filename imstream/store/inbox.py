@@ -4,9 +4,10 @@ A notice only saves waiting: nothing else is lost when one is.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import structlog
 
@@ -71,6 +72,12 @@ class AccountChanged:
 
 
 Notice = ReplyGrew | CancelRequested | SessionReplaced | NodeLeft | AccountChanged
+
+_MESSAGE_NOTICES: dict[str, Callable[[UserId, str], Notice]] = {
+    "grew": ReplyGrew,
+    "begun": partial(ReplyGrew, begun=True),
+    "cancel": CancelRequested,
+}
 
 
 def notice_fields(notice: Notice) -> tuple[str, ...]:
@@ -174,10 +181,8 @@ def parse_notice(flat: Sequence[str], user_ids: UserIds = UserIds.NUMBER) -> Not
         if (user_id := user_ids.parse(fields["user"])) is None:
             return None
         match fields["event"]:
-            case "grew" | "begun" as event:
-                return ReplyGrew(user_id, fields["message_id"], begun=event == "begun")
-            case "cancel":
-                return CancelRequested(user_id, fields["message_id"])
+            case "grew" | "begun" | "cancel" as event:
+                return _MESSAGE_NOTICES[event](user_id, fields["message_id"])
             case "replaced":
                 return SessionReplaced(user_id, int(fields["login"]))
             case "account":
