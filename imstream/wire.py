@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 
@@ -28,7 +28,26 @@ MAX_RESUMED = 64
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 MESSAGE_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,64}$"
-MessageId = Annotated[str, Field(pattern=MESSAGE_ID_PATTERN)]
+MessageId = Annotated[
+    str, Field(pattern=MESSAGE_ID_PATTERN, description="1 to 64 of `A-Z a-z 0-9 . _ : -`, unique per user")
+]
+
+# Fields of server frames. Their descriptions are part of ops/docs/protocol.md and asyncapi.json.
+Sentence = Annotated[str, Field(description="a sentence for the user")]
+AboutMessage = Annotated[str, Field(description="the message that the frame is about")]
+Attempt = Annotated[int, Field(description="number of the attempt that the text belongs to, from 1")]
+Offset = Annotated[int, Field(description="position in the text after this frame; opaque, to be returned in `resume`")]
+Position = Annotated[int, Field(description="place in the queue; 1 is next")]
+Remaining = Annotated[int, Field(description="messages left of the daily quota; only with a quota")]
+HeartbeatMs = Annotated[int, Field(description="the heartbeat interval that the node expects, in milliseconds")]
+RetryAfterMs = Annotated[int, Field(description="when to try again, in milliseconds from now")]
+FinishReason = Annotated[str, Field(description="why the model stopped: `stop`, `length`, or `other`")]
+Usage = Annotated[dict[str, int], Field(description="token counts, as the backend reports them")]
+Node = Annotated[str, Field(description="the id of the node")]
+ErrorCode = Annotated[
+    Code, WithJsonSchema({"type": "string", "enum": sorted(set(Code) - {Code.SUCCESS, Code.EXPIRED})})
+]
+"""Any code but those that have frames of their own."""
 
 
 class _Frame(BaseModel):
@@ -38,16 +57,16 @@ class _Frame(BaseModel):
 class Turn(_Frame):
     """One earlier message of the conversation."""
 
-    role: Literal["user", "assistant", "system"]
-    content: str
+    role: Literal["user", "assistant", "system"] = Field(description="who wrote it; `system` only where it is allowed")
+    content: str = Field(description="its text")
 
 
 class ResumePoint(_Frame):
     """How far a client has read the reply to one message: the last `attempt` and `offset` that it received."""
 
     message_id: MessageId
-    attempt: Count = 0
-    offset: Count = 0
+    attempt: Count = Field(0, description="the last `attempt` received")
+    offset: Count = Field(0, description="the last `offset` received")
 
 
 class ClientInit(_Frame):
@@ -55,8 +74,12 @@ class ClientInit(_Frame):
 
     msg_type: Literal["INIT"]
     user_id: UserIdField
-    token: str | None = Field(None, repr=False)
-    resume: Annotated[list[ResumePoint], FailFast()] = Field(default=[], max_length=MAX_RESUMED)
+    token: str | None = Field(
+        None, repr=False, description="the user's signed token, where the node authenticates clients"
+    )
+    resume: Annotated[list[ResumePoint], FailFast()] = Field(
+        default=[], max_length=MAX_RESUMED, description="messages without a terminal event"
+    )
 
 
 class ClientChat(_Frame):
@@ -65,8 +88,8 @@ class ClientChat(_Frame):
     msg_type: Literal["CHAT"]
     user_id: UserIdField
     message_id: MessageId | None = None
-    contents: str = Field(min_length=1)
-    history: Annotated[list[Turn], FailFast()] = []
+    contents: str = Field(min_length=1, description="the text of the message")
+    history: Annotated[list[Turn], FailFast()] = Field(default=[], description="earlier turns, oldest first")
 
 
 class ClientCancel(_Frame):
@@ -170,7 +193,9 @@ class ServerFrame(_Frame):
     """A frame of the server: the fields that every kind has. Fields without a value are left out of the JSON."""
 
     code: Code = Code.SUCCESS
-    resp_time: str = Field(default_factory=lambda: str(now_ms()))  # milliseconds since 1970
+    resp_time: str = Field(
+        default_factory=lambda: str(now_ms()), description="time of the server in milliseconds since 1970, as a string"
+    )
     msg_type: MsgType
 
     def encode(self) -> str:
@@ -183,11 +208,11 @@ class Welcome(ServerFrame):
 
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.INIT] = MsgType.INIT
-    contents: str
+    contents: Sentence
     user_id: UserId
-    remaining: int | None = None  # messages left of the daily quota
-    heartbeat_ms: int | None = None
-    node: str | None = None
+    remaining: Remaining | None = None
+    heartbeat_ms: HeartbeatMs | None = None
+    node: Node | None = None
 
 
 class HeartbeatReply(ServerFrame):
@@ -195,19 +220,19 @@ class HeartbeatReply(ServerFrame):
 
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.HEARTBEAT] = MsgType.HEARTBEAT
-    contents: str
+    contents: Sentence
     user_id: UserId | None = None
 
 
 class Problem(ServerFrame):
     """An error: a refused frame or message, a throttled socket, or the reason of the close that follows."""
 
-    code: Code
+    code: ErrorCode
     msg_type: Literal[MsgType.SYSTEM] = MsgType.SYSTEM
-    contents: str
+    contents: Sentence
     user_id: UserId | None = None
-    message_id: str | None = None
-    retry_after_ms: int | None = None
+    message_id: AboutMessage | None = None
+    retry_after_ms: RetryAfterMs | None = None
 
 
 class Expired(ServerFrame):
@@ -215,8 +240,8 @@ class Expired(ServerFrame):
 
     code: Literal[Code.EXPIRED] = Code.EXPIRED
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
-    contents: str
-    message_id: str
+    contents: Sentence
+    message_id: AboutMessage
 
 
 class Accepted(ServerFrame):
@@ -224,13 +249,13 @@ class Accepted(ServerFrame):
 
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
-    contents: str
+    contents: Sentence
     user_id: UserId
-    message_id: str
+    message_id: AboutMessage
     event: Literal[Event.ACCEPTED] = Event.ACCEPTED
-    position: int | None = None  # place in the queue; 1 is next
-    remaining: int | None = None  # messages left of the daily quota
-    node: str | None = None
+    position: Position | None = None
+    remaining: Remaining | None = None
+    node: Node | None = None
 
 
 class Delta(ServerFrame):
@@ -238,11 +263,11 @@ class Delta(ServerFrame):
 
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
-    contents: str
-    message_id: str
+    contents: str = Field(description="new text")
+    message_id: AboutMessage
     event: Literal[Event.DELTA] = Event.DELTA
-    attempt: int  # from 1
-    offset: int  # position after this frame; opaque to clients, returned in `resume`
+    attempt: Attempt
+    offset: Offset
 
 
 class Restart(ServerFrame):
@@ -250,26 +275,26 @@ class Restart(ServerFrame):
 
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
-    contents: str
-    message_id: str
+    contents: Sentence
+    message_id: AboutMessage
     event: Literal[Event.RESTART] = Event.RESTART
-    attempt: int
-    offset: int
+    attempt: Attempt
+    offset: Offset
 
 
 class Ending(ServerFrame):
     """The end of an answer: the fields that its three kinds have."""
 
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
-    contents: str | None = None
+    contents: Sentence | None = None
     user_id: UserId | None = None
-    message_id: str
+    message_id: AboutMessage
     event: Event
-    attempt: int | None = None
-    offset: int | None = None
-    finish_reason: str | None = None
-    usage: dict[str, int] | None = None
-    node: str | None = None
+    attempt: Attempt | None = None
+    offset: Offset | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    node: Node | None = None
 
 
 class Done(Ending):
@@ -282,7 +307,8 @@ class Done(Ending):
 class Failed(Ending):
     """The message could not be answered, or a guard refused it."""
 
-    code: Code = Code.AI_FAILED
+    code: ErrorCode = Code.AI_FAILED
+    contents: Sentence
     event: Literal[Event.FAILED] = Event.FAILED
 
 
@@ -290,7 +316,23 @@ class Cancelled(Ending):
     """The message was cancelled. Without an offset: the socket did not follow the answer."""
 
     code: Literal[Code.SUCCESS] = Code.SUCCESS
+    contents: Sentence
     event: Literal[Event.CANCELLED] = Event.CANCELLED
+
+
+SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
+    Welcome,
+    HeartbeatReply,
+    Problem,
+    Accepted,
+    Delta,
+    Restart,
+    Done,
+    Failed,
+    Cancelled,
+    Expired,
+)
+"""Every kind of server frame."""
 
 
 class ReceivedFrame(ServerFrame):

@@ -122,8 +122,8 @@ SERVER_FRAMES: st.SearchStrategy[ServerFrame] = st.one_of(
     made(Restart, **ABOUT_A_MESSAGE, attempt=COUNTS, offset=COUNTS),
     made(Expired, **ABOUT_A_MESSAGE),
     made(Done, **ENDING),
-    made(Failed, **ENDING, code=st.sampled_from([Code.AI_FAILED, Code.FORBIDDEN])),
-    made(Cancelled, **ENDING),
+    made(Failed, **{**ENDING, "contents": TEXTS}, code=st.sampled_from([Code.AI_FAILED, Code.FORBIDDEN])),
+    made(Cancelled, **{**ENDING, "contents": TEXTS}),
 )
 
 JSON = st.recursive(
