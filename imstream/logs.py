@@ -21,11 +21,21 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from imstream.settings import Settings
 from imstream.token_bucket import NEVER_USED, TokenBucket
+from imstream.user_ids import MAX_USER_ID_LENGTH
 
 MAX_VALUE_LENGTH = 64
 """Maximum length of a value in a log line, unless `_MAX_LENGTHS` allows its field more."""
 
-_MAX_LENGTHS = {"event": 1000, "error": 1000, "address": 300, "url": 300, "file": 300, "detail": 300, "peer": 160}
+_MAX_LENGTHS = {
+    "event": 1000,
+    "error": 1000,
+    "address": 300,
+    "url": 300,
+    "file": 300,
+    "detail": 300,
+    "peer": 160,
+    "user": MAX_USER_ID_LENGTH,
+}
 _MAX_LIST_ITEMS = 10
 _MAX_TRACE_LINES, _MAX_TRACE_LINE_LENGTH = 200, 500
 

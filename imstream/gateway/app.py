@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from imstream.gateway.frame_handler import SessionDeps
+from imstream.user_ids import UserIds
 
 _STATIC = resources.files("imstream.gateway") / "static"
 
@@ -40,12 +41,15 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
         why = stuck()
         return report({"alive": why is None, "node": node}, why)
 
-    return Starlette(routes=[Route("/readyz", readyz), Route("/healthz", healthz), *page_routes()])
+    return Starlette(
+        routes=[Route("/readyz", readyz), Route("/healthz", healthz), *page_routes(deps.settings.user_ids)]
+    )
 
 
-def page_routes() -> list[Route]:
+def page_routes(user_ids: UserIds) -> list[Route]:
     """The routes of the page at `/` and of the browser client at `/imstream.js`."""
     page = (_STATIC / "index.html").read_text("utf-8")
+    page = page.replace('data-user-ids="number"', f'data-user-ids="{user_ids}"')
     client = (_STATIC / "imstream.js").read_text("utf-8")
     return [
         Route("/", _serve(page, "text/html; charset=utf-8", {"Content-Security-Policy": content_policy(page)})),

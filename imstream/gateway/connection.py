@@ -4,6 +4,7 @@ import asyncio
 from http import HTTPStatus
 
 import structlog
+from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
 from imstream.codes import CloseCode, Code
@@ -78,7 +79,8 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
 def _accept_handshake(socket: SocketProtocol, deps: SessionDeps) -> Session:
     """Accept a handshake. The session keeps nothing else of it, which may be large."""
     request = socket.request
-    url_user = request.query_params.get(USER_ID_FIELD)
+    # A plus is not a blank here: no user id has a blank, and those who type a URL do not escape the plus of an address.
+    url_user = QueryParams(request.scope["query_string"].replace(b"+", b"%2B")).get(USER_ID_FIELD)
     offered = [name.strip() for name in ",".join(request.headers.getlist("sec-websocket-protocol")).split(",")]
     is_ours = SUBPROTOCOL in offered
     # A page can set no other header, so a token may stand beside our subprotocol.

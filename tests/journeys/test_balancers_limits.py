@@ -14,6 +14,7 @@ import pytest
 
 from imstream.cli.balancer import BalancerConfig, Program, find_program, render
 from imstream.gateway.app import page_routes
+from imstream.user_ids import UserIds
 from tests.support.balancing import PROGRAMS
 from tests.support.processes import free_port, http_status, start, wait_for
 from tests.support.servers import missing
@@ -244,7 +245,7 @@ async def test_strangers_reach_the_page_and_the_socket_and_nothing_else(program:
         statuses = {path: await balancer.get(CLIENT, path) for path in HIDDEN}
         assert statuses == dict.fromkeys(HIDDEN, 404)
         assert balancer.node.requests == []
-        for route in page_routes():
+        for route in page_routes(UserIds.NUMBER):
             assert await balancer.get(CLIENT, f"{route.path}?x=1") == 200
         assert await balancer.handshake(CLIENT) == 101
         for path in ("/readyz", "/healthz", "/metrics"):

@@ -10,11 +10,12 @@ import pytest
 from starlette.applications import Starlette
 
 from imstream.gateway.app import content_policy, page_routes
+from imstream.user_ids import UserIds
 
 
 @pytest.fixture
 async def browser() -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(Starlette(routes=page_routes()))
+    transport = httpx.ASGITransport(Starlette(routes=page_routes(UserIds.NUMBER)))
     async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
         yield client
 

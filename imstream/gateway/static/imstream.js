@@ -28,7 +28,7 @@
  *
  * @typedef {object} Options
  * @property {string} address       URL of the service: http, https, ws or wss.
- * @property {number} userId        An integer above 10000.
+ * @property {number | string} userId  An integer above 10000, or a text, as the server has it (`IMSTREAM_USER_IDS`).
  * @property {string | (() => string | Promise<string>)} [token]  The user's signed token, if the service requires
  *     one; or a function that returns a fresh one, called for each connection and before the login expires.
  * @property {string} [lang]        Language of the server's texts (a script cannot set Accept-Language).
