@@ -16,7 +16,7 @@ from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.breaker import Breaker
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
-from imstream.codes import CloseCode
+from imstream.codes import CloseCode, Code
 from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
 from imstream.gateway.connection import serve_socket
@@ -254,7 +254,7 @@ class Node:
                 user_id, followed = session.user_id, session.writer.followed
                 waits = user_id is not None and any(self.jobs.find(user_id, message_id) for message_id in followed)
                 if not (only_idle and waits):
-                    session.close(CloseCode.DRAINING, Text.DRAINING)
+                    session.close(CloseCode.DRAINING, Code.DRAINING, Text.DRAINING)
             await asyncio.sleep(_POLL_INTERVAL)
 
 

@@ -98,11 +98,11 @@ def _accept_handshake(socket: SocketProtocol, deps: SessionDeps) -> Session:
     )
     socket.accept(SUBPROTOCOL if is_ours else None)
     if deps.registry.is_full:
-        session.close(CloseCode.NODE_FULL, Text.NODE_FULL)
+        session.close(CloseCode.NODE_FULL, Code.NODE_FULL, Text.NODE_FULL)
     else:
         deps.registry.add(session)
     if url_user is not None and session.url_user is None:
-        session.close(CloseCode.BAD_USER_ID, Text.BAD_USER_ID)
+        session.close(CloseCode.BAD_USER_ID, Code.SYSTEM_ERROR, Text.BAD_USER_ID)
     return session
 
 

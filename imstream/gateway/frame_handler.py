@@ -79,7 +79,7 @@ class FrameHandler:
             frame = parse_frame(text, self._deps.frame_limits, self._deps.settings.user_ids)
         except InvalidFrame as error:
             if error.field == USER_ID_FIELD:
-                self._session.close(CloseCode.BAD_USER_ID, Text.BAD_USER_ID)
+                self._session.close(CloseCode.BAD_USER_ID, Code.SYSTEM_ERROR, Text.BAD_USER_ID)
             else:
                 self._writer.send(self._frames.bad_frame(error))
             return
@@ -134,7 +134,7 @@ class FrameHandler:
             self._reject(verdict)
             return
         if session.user_id is None and not deps.registry.has_room_for(user_id):
-            session.close(CloseCode.TOO_MANY_CONNECTIONS, Text.TOO_MANY_SOCKETS)
+            session.close(CloseCode.TOO_MANY_CONNECTIONS, Code.TOO_MANY_SOCKETS, Text.TOO_MANY_SOCKETS)
             return
         session.logged_in(user_id, verdict.expires_at)
         with self._writer.hold_new(*(point.message_id for point in frame.resume)):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from imstream.codes import CloseCode
+from imstream.codes import CloseCode, Code
 from imstream.errors import StoreError
 from imstream.gateway.registry import Registry
 from imstream.gateway.session import Session
@@ -90,7 +90,7 @@ class Presence:
             if session in self._logging_in:
                 self._logging_in[session] = max(self._logging_in[session], notice.login)
             elif session.login < notice.login:
-                session.close(CloseCode.REPLACED, Text.REPLACED)
+                session.close(CloseCode.REPLACED, Code.REPLACED, Text.REPLACED)
 
     async def _replace_everywhere(self, notice: SessionReplaced, login: RouteAdded) -> None:
         self.replace(notice)

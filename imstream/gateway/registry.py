@@ -92,19 +92,20 @@ class Registry:
         stall_timeout = settings.stall_timeout.total_seconds()
         if session.closing_since is not None:
             if now - session.closing_since > CLOSE_GRACE:
-                session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)  # with the frame it was closing with
+                # with the frame that it was closing with
+                session.expel(CloseCode.READER_TOO_SLOW, Code.READER_TOO_SLOW, Text.TOO_SLOW)
         elif (blocked := session.writer.blocked_since) is not None and now - blocked > stall_timeout:
             level = limited.info if session.user_id is None else log.info
             level("session closed", why="reader too slow", user=session.user_id, peer=session.peer)
-            session.expel(CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)
+            session.expel(CloseCode.READER_TOO_SLOW, Code.READER_TOO_SLOW, Text.TOO_SLOW)
         elif session.user_id is None and now - session.began_at > settings.init_timeout.total_seconds():
             if session.has_asked:  # Redis, or the key set for tokens, is not available
-                session.close(CloseCode.NODE_FULL, Text.UNAVAILABLE, Code.UNAVAILABLE)
+                session.close(CloseCode.NODE_FULL, Code.UNAVAILABLE, Text.UNAVAILABLE)
             else:
-                session.close(CloseCode.NOT_AUTHENTICATED, Text.NO_INIT)
+                session.close(CloseCode.NOT_AUTHENTICATED, Code.INIT_TIMEOUT, Text.NO_INIT)
         elif session.ends_at is not None and now > session.ends_at:
-            session.close(CloseCode.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED, Code.UNAUTHORIZED)
+            session.close(CloseCode.NOT_AUTHENTICATED, Code.UNAUTHORIZED, Text.LOGIN_EXPIRED)
         elif now - session.heard_at > settings.idle_timeout.total_seconds():
-            session.close(CloseCode.NO_HEARTBEAT, Text.NO_HEARTBEAT)
+            session.close(CloseCode.NO_HEARTBEAT, Code.NO_HEARTBEAT, Text.NO_HEARTBEAT)
         elif session.warn_at is not None and now > session.warn_at:
             session.warn()

@@ -78,7 +78,7 @@ class Session:
             seconds = max(0, ceil(self.ends_at - _loop_time()))
             self.writer.send(self.frames.system(Code.UNAUTHORIZED, Text.LOGIN_ENDING, seconds=seconds))
 
-    def close(self, code: CloseCode, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
+    def close(self, code: CloseCode, kind: Code, text: Text) -> None:
         """Close with a sentence, when everything before it was sent."""
         self._close(code, self.frames.system(kind, text))
 
@@ -91,9 +91,9 @@ class Session:
             self.closing_since = _loop_time()
             self.writer.close(code, last_frame)
 
-    def expel(self, code: CloseCode, text: Text) -> None:
+    def expel(self, code: CloseCode, kind: Code, text: Text) -> None:
         """Close with a sentence, without waiting for a peer that does not read."""
-        self.close(code, text)
+        self.close(code, kind, text)
         self.writer.close_now()
 
     def stop(self) -> None:

@@ -19,12 +19,14 @@ from urllib.parse import unquote
 
 import structlog
 from starlette.requests import HTTPConnection
-from websockets.frames import Close, CloseCode, Frame, Opcode
+from websockets.frames import Close, Frame, Opcode
+from websockets.frames import CloseCode as StandardCode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.typing import BytesLike
 
+from imstream.codes import CloseCode
 from imstream.token_bucket import NEVER_USED, TokenBucket
 
 MAX_FRAGMENTS = 1_000
@@ -185,7 +187,7 @@ class SocketProtocol(asyncio.Protocol):
         if not self._closing:
             self._transport.write(b"".join(map(text_frame, texts)))
 
-    def end(self, code: int, last_text: str) -> None:
+    def end(self, code: CloseCode, last_text: str) -> None:
         """Write a last text and the close frame behind what is unsent, and abort if the peer does not answer it."""
         if self._closing:
             self._transport.abort()
@@ -226,7 +228,7 @@ class SocketProtocol(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         self._closing = True
         self._connections.discard(self)
-        self._put(SocketClosed(CloseCode.NO_STATUS_RCVD))
+        self._put(SocketClosed(StandardCode.NO_STATUS_RCVD))
         for timer in (self._throttle_timer, self._abort_timer):
             if timer is not None:
                 timer.cancel()
@@ -239,7 +241,7 @@ class SocketProtocol(asyncio.Protocol):
     def shutdown(self) -> None:
         """Close when the server stops. The sessions were closed before, with a sentence."""
         if self._websocket.state is State.OPEN:
-            self._send_close(CloseCode.SERVICE_RESTART)
+            self._send_close(CloseCode.DRAINING)
         self._transport.close()
 
     # Input
@@ -290,7 +292,7 @@ class SocketProtocol(asyncio.Protocol):
             self._closing = True
             self._transport.close()
         if not self._trusted and len(websocket.reader.buffer) > MAX_FIRST + _MAX_FRAME_HEADER:
-            self._fail(CloseCode.MESSAGE_TOO_BIG, "too big before INIT")
+            self._fail(CloseCode.FRAME_TOO_BIG, "too big before INIT")
         return len(events)
 
     def _start(self, request: Request) -> None:
@@ -325,7 +327,7 @@ class SocketProtocol(asyncio.Protocol):
         if frame.opcode is Opcode.CLOSE:
             self._close(self._websocket.close_rcvd)
         elif frame.opcode is Opcode.CONT and len(self._fragments) >= MAX_FRAGMENTS:
-            self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+            self._fail(CloseCode.FRAME_TOO_BIG, "too many fragments")
         elif frame.opcode < Opcode.CLOSE:  # not a control frame
             if frame.opcode is not Opcode.CONT:
                 self._is_text = frame.opcode is Opcode.TEXT
@@ -333,7 +335,7 @@ class SocketProtocol(asyncio.Protocol):
             self._fragments.append(frame.data)
             self._fragments_size += len(frame.data)
             if not self._trusted and self._fragments_size > MAX_FIRST:
-                self._fail(CloseCode.MESSAGE_TOO_BIG, "too big before INIT")
+                self._fail(CloseCode.FRAME_TOO_BIG, "too big before INIT")
             elif frame.fin:
                 self._handle_message()
 
@@ -344,7 +346,7 @@ class SocketProtocol(asyncio.Protocol):
         try:
             self._put(data.decode() if self._is_text else data)
         except UnicodeDecodeError:
-            self._fail(CloseCode.INVALID_DATA, "not UTF-8")
+            self._fail(StandardCode.INVALID_DATA, "not UTF-8")
         else:
             self._pause_reading()
 
@@ -369,9 +371,9 @@ class SocketProtocol(asyncio.Protocol):
         self._flush()
         self._transport.close()
 
-    def _send_close(self, code: int) -> None:
+    def _send_close(self, code: CloseCode) -> None:
         self._closing = True
-        self._websocket.send_close(code)
+        self._websocket.send_close(code, code.reason)
         self._flush()
         self._put(SocketClosed(code))
 
@@ -386,7 +388,7 @@ class SocketProtocol(asyncio.Protocol):
         """Send the close frame that websockets has prepared, and close, also when the peer does not read."""
         if not self._closing:
             self._closing = True
-            self._put(SocketClosed(close.code if close else CloseCode.NO_STATUS_RCVD))
+            self._put(SocketClosed(close.code if close else StandardCode.NO_STATUS_RCVD))
         self._flush()
         self._transport.close()
         self._abort_later()

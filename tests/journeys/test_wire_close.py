@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from websockets.exceptions import InvalidStatus
 
+from imstream.codes import CloseCode
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
 from tests.support.servers import DemoBackend
@@ -67,6 +68,7 @@ async def test_who_does_not_log_in_in_time_is_closed_with_4500_heartbeats_or_not
 async def test_who_falls_silent_is_closed_with_4001_and_may_come_back(lang: str, text: str, node: OneNode) -> None:
     async with node.peer(USER, lang=lang) as someone:
         assert await someone.closed() == 4001
+    assert someone.connection.close_reason == CloseCode.NO_HEARTBEAT.reason
     assert (someone.frames[-1]["msgType"], someone.frames[-1]["contents"]) == ("SYSTEM", text)
     async with node.peer(USER) as someone:
         await someone.send("PING")

@@ -51,8 +51,9 @@ class FakeSession:
         """See `SessionWriter`."""
         self.followed.append(reply)
 
-    def close(self, code: CloseCode, _: Text) -> None:
+    def close(self, code: CloseCode, kind: Code, text: Text) -> None:
         """See `Session`."""
+        del kind, text
         self.closed.append(code)
 
     def close_rejected(self, verdict: Reject) -> None:

@@ -27,6 +27,20 @@ LIMIT = 20.0 * SLOW
 
 TERMINAL = frozenset({"done", "failed", "cancelled"})
 
+CODES_BEFORE_CLOSE = {
+    1011: {"SYSTEM_ERROR"},
+    1012: {"DRAINING"},
+    1013: {"NODE_FULL", "UNAVAILABLE"},
+    4001: {"NO_HEARTBEAT"},
+    4002: {"READER_TOO_SLOW"},
+    4500: {"INIT_TIMEOUT", "UNAUTHORIZED"},
+    4501: {"SYSTEM_ERROR"},
+    4502: {"REPLACED"},
+    4503: {"FORBIDDEN"},
+    4504: {"TOO_MANY_SOCKETS"},
+}
+"""Codes of the SYSTEM frame before each close code. No other close code has one."""
+
 Frame = dict[str, Any]
 
 
@@ -144,16 +158,30 @@ class Peer:
         return self._of(message_id)
 
     async def closed(self, limit: float = LIMIT) -> int:
-        """Wait until the server closes the socket, and return the close code; 1006 without a close frame."""
+        """Wait until the server closes the socket, and return the close code; 1006 without a close frame.
+
+        A close has a reason, and a frame before it that says why if its code promises one.
+        """
         async with asyncio.timeout(limit):
             while True:
                 try:
                     await self.frame(limit)
                 except ConnectionClosed as closed:
-                    return closed.rcvd.code if closed.rcvd else 1006
+                    if closed.rcvd is None:
+                        return 1006
+                    check_close(closed.rcvd.code, closed.rcvd.reason, self.frames)
+                    return closed.rcvd.code
 
     def _of(self, message_id: str) -> Told:
         return self.told.setdefault(message_id, Told())
+
+
+def check_close(code: int, reason: str, frames: Sequence[Frame]) -> None:
+    """Check the reason of a close, and the code of the frame before it."""
+    assert reason, f"a close with {code} and no reason"
+    if (codes := CODES_BEFORE_CLOSE.get(code)) is not None:
+        assert frames[-1]["msgType"] == "SYSTEM", f"no SYSTEM frame before a close with {code}"
+        assert frames[-1]["code"] in codes, f"{frames[-1]['code']} before a close with {code}"
 
 
 @asynccontextmanager

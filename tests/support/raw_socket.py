@@ -10,12 +10,16 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from imstream.user_ids import UserId
+from tests.support.peer import check_close
 from tests.support.waiting import SLOW
 
 LIMIT = 10.0 * SLOW
 """Maximum wait for one read in seconds."""
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+
+NORMAL_CLOSURE = 1000
+"""The code of a close that the server only answers."""
 
 FIN = 0x80
 RSV1 = 0x40
@@ -134,10 +138,12 @@ class RawSocket:
         raise AssertionError(f"the connection ended without {fields}: {self.texts}")
 
     async def close_code(self, limit: float = LIMIT) -> int | None:
-        """Read up to the close frame and return its code; None if the connection breaks."""
+        """Read up to the close frame and return its code; None if the connection breaks. Checks a server's close."""
         while (found := await self.next_frame(limit)) is not None:
             if found[0] == CLOSE:
                 code: int = struct.unpack("!H", found[1][:2])[0]
+                if code != NORMAL_CLOSURE:
+                    check_close(code, found[1][2:].decode(), self.texts)
                 return code
         return None
 

@@ -28,7 +28,7 @@ class FakeSession:
     ends_at: float | None = None
     warn_at: float | None = None
     has_asked: bool = False
-    told: list[tuple[str, CloseCode, Text, float]] = field(default_factory=list)
+    told: list[tuple[str, CloseCode, Code, Text, float]] = field(default_factory=list)
     warned: list[float] = field(default_factory=list)
 
     @property
@@ -36,22 +36,20 @@ class FakeSession:
         """It is its own writer."""
         return self
 
-    def close(self, code: CloseCode, text: Text, kind: Code = Code.SYSTEM_ERROR) -> None:
+    def close(self, code: CloseCode, kind: Code, text: Text) -> None:
         """See `Session`."""
         now = asyncio.get_running_loop().time()
         self.closing_since = now
-        assert (kind == Code.UNAUTHORIZED) == (text == Text.LOGIN_EXPIRED)
-        assert (kind == Code.UNAVAILABLE) == (text == Text.UNAVAILABLE)
-        self.told.append(("close", code, text, now))
+        self.told.append(("close", code, kind, text, now))
 
     def warn(self) -> None:
         """See `Session`."""
         self.warn_at = None
         self.warned.append(asyncio.get_running_loop().time())
 
-    def expel(self, code: CloseCode, text: Text) -> None:
+    def expel(self, code: CloseCode, kind: Code, text: Text) -> None:
         """See `Session`."""
-        self.told.append(("expel", code, text, asyncio.get_running_loop().time()))
+        self.told.append(("expel", code, kind, text, asyncio.get_running_loop().time()))
 
 
 def registry() -> Registry:
@@ -68,7 +66,7 @@ def played(one: Session) -> FakeSession:
     return cast("FakeSession", one)
 
 
-async def first_words(one: Session) -> tuple[str, CloseCode, Text, float]:
+async def first_words(one: Session) -> tuple[str, CloseCode, Code, Text, float]:
     """How the session is closed when nothing happens for a long time."""
     sessions = registry()
     sessions.add(one)
@@ -80,35 +78,35 @@ async def first_words(one: Session) -> tuple[str, CloseCode, Text, float]:
 
 @in_virtual_time
 async def test_a_socket_that_does_not_log_in_is_closed_within_a_second_after_its_time() -> None:
-    how, code, text, at = await first_words(session())
-    assert (how, code, text) == ("close", CloseCode.NOT_AUTHENTICATED, Text.NO_INIT)
+    how, code, kind, text, at = await first_words(session())
+    assert (how, code, kind, text) == ("close", CloseCode.NOT_AUTHENTICATED, Code.INIT_TIMEOUT, Text.NO_INIT)
     assert INIT_LIMIT < at <= INIT_LIMIT + 1
 
 
 @in_virtual_time
 async def test_a_socket_that_could_not_be_logged_in_in_time_may_come_back_later() -> None:
-    how, code, text, at = await first_words(session(has_asked=True))
-    assert (how, code, text) == ("close", CloseCode.NODE_FULL, Text.UNAVAILABLE)
+    how, code, kind, text, at = await first_words(session(has_asked=True))
+    assert (how, code, kind, text) == ("close", CloseCode.NODE_FULL, Code.UNAVAILABLE, Text.UNAVAILABLE)
     assert INIT_LIMIT < at <= INIT_LIMIT + 1
 
 
 @in_virtual_time
 async def test_a_silent_session_is_closed_after_its_time() -> None:
-    how, code, text, at = await first_words(session(user_id=10001, heard_at=3))
-    assert (how, code, text) == ("close", CloseCode.NO_HEARTBEAT, Text.NO_HEARTBEAT)
+    how, code, kind, text, at = await first_words(session(user_id=10001, heard_at=3))
+    assert (how, code, kind, text) == ("close", CloseCode.NO_HEARTBEAT, Code.NO_HEARTBEAT, Text.NO_HEARTBEAT)
     assert 3 + IDLE_LIMIT < at <= 3 + IDLE_LIMIT + 1
 
 
 @in_virtual_time
 async def test_a_reader_that_stalls_is_not_waited_for() -> None:
-    how, code, text, at = await first_words(session(user_id=10001, blocked_since=5))
-    assert (how, code, text) == ("expel", CloseCode.READER_TOO_SLOW, Text.TOO_SLOW)
+    how, code, kind, text, at = await first_words(session(user_id=10001, blocked_since=5))
+    assert (how, code, kind, text) == ("expel", CloseCode.READER_TOO_SLOW, Code.READER_TOO_SLOW, Text.TOO_SLOW)
     assert 5 + STALL_LIMIT < at <= 5 + STALL_LIMIT + 1
 
 
 @in_virtual_time
 async def test_a_session_that_cannot_close_is_cut_off_after_its_grace() -> None:
-    how, _, _, at = await first_words(session(user_id=10001, closing_since=1))
+    how, _, _, _, at = await first_words(session(user_id=10001, closing_since=1))
     assert how == "expel"
     assert 1 + CLOSE_GRACE < at <= 1 + CLOSE_GRACE + 1
 
@@ -116,8 +114,8 @@ async def test_a_session_that_cannot_close_is_cut_off_after_its_grace() -> None:
 @in_virtual_time
 async def test_a_login_that_ends_is_warned_once_and_closed_with_the_socket() -> None:
     one = session(user_id=10001, warn_at=20, ends_at=50)
-    how, code, text, at = await first_words(one)
-    assert (how, code, text) == ("close", CloseCode.NOT_AUTHENTICATED, Text.LOGIN_EXPIRED)
+    how, code, kind, text, at = await first_words(one)
+    assert (how, code, kind, text) == ("close", CloseCode.NOT_AUTHENTICATED, Code.UNAUTHORIZED, Text.LOGIN_EXPIRED)
     assert 50 < at <= 50 + 1
     [warned_at] = played(one).warned
     assert 20 < warned_at <= 20 + 1

@@ -460,6 +460,12 @@ def test_what_looks_like_it_is_taken() -> None:
 # Stable numbers
 
 
+@pytest.mark.parametrize("code", CloseCode)
+def test_the_reason_of_a_close_is_ascii_and_fits_in_its_frame(code: CloseCode) -> None:
+    assert code.reason.isascii()
+    assert 0 < len(code.reason) <= 123  # RFC 6455, sections 5.5 and 5.5.1
+
+
 def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:
     reconnect = {CloseCode.DRAINING, CloseCode.NODE_FULL, CloseCode.NO_HEARTBEAT, CloseCode.READER_TOO_SLOW}
     never = {
