@@ -14,13 +14,15 @@ from click.testing import CliRunner
 from imstream.cli.main import main
 from imstream.guards.account import BANNED, QUOTA_EXHAUSTED
 from imstream.keys import Keys
+from imstream.user_ids import UserId
 from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.peer import Frame, Peer, peer
 from tests.support.servers import DemoBackend
 from tests.support.strict_node import NO, RUDE, RUDE_AT_SECOND_SIGHT
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
-USER, OTHER = 10001, 10002
+USER, OTHER = user_id(10001), user_id(10002)
 DOCUMENT = Path(__file__).parents[2] / "ops" / "docs" / "operating.md"
 AT_ONCE = "hello [[demo first=0s pace=0s]]"
 SLOWLY = "hello [[demo first=0s pace=20ms length=100]]"
@@ -67,7 +69,7 @@ async def is_closed(someone: Peer, sentence: str) -> None:
     assert re.fullmatch(sentence, last["contents"]), last
 
 
-async def login_is_refused(nodes: ManyNodes, user: int, *, lang: str, sentence: str) -> None:
+async def login_is_refused(nodes: ManyNodes, user: UserId, *, lang: str, sentence: str) -> None:
     """Check this on both nodes."""
     for url in nodes.urls():
         async with peer(url, lang=lang) as someone:
@@ -75,7 +77,7 @@ async def login_is_refused(nodes: ManyNodes, user: int, *, lang: str, sentence: 
             await is_closed(someone, sentence)
 
 
-def used(nodes: ManyNodes, user: int = USER) -> int:
+def used(nodes: ManyNodes, user: UserId = USER) -> int:
     """The number of messages counted today."""
     return int(nodes.redis.zcard(Keys().quota(user, f"{datetime.now(UTC):%Y-%m-%d}")))
 

@@ -18,6 +18,7 @@ from tests.support.balancing import PROGRAMS, Balancer, start_balancer
 from tests.support.peer import peer
 from tests.support.processes import free_port, http_status
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -199,8 +200,8 @@ async def test_words_pass_one_by_one_while_the_answer_is_being_made(balancer: Ba
     question = "Word by word [[demo length=60 pace=30ms]]"
     pieces = canned_answer(question, 60)
     message_id = f"words-{balancer.program}"
-    async with peer(balancer.ws(10001), user=10001) as socket:
-        await socket.chat(10001, question, message_id)
+    async with peer(balancer.ws(10001), user=user_id(10001)) as socket:
+        await socket.chat(user_id(10001), question, message_id)
         deltas: list[str] = []
         while len(deltas) < 30:
             deltas.append((await socket.until(messageId=message_id, event="delta"))["contents"])

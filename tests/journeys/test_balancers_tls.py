@@ -23,6 +23,7 @@ from tests.support.balancing import PROGRAMS
 from tests.support.certificates import Authority, Certificate
 from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, missing, start_node, valkey_binary
+from tests.support.users import query, user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -46,8 +47,8 @@ class TlsBalancer:
 
     async def node_of(self, user: int) -> str:
         """The node that accepts a socket of this user."""
-        async with connect(f"{self.wss}?userId={user}", ssl=self.authority.client(), proxy=None) as opened:
-            await opened.send(json.dumps({"msgType": "INIT", "userId": user}))
+        async with connect(f"{self.wss}?{query(user_id(user))}", ssl=self.authority.client(), proxy=None) as opened:
+            await opened.send(json.dumps({"msgType": "INIT", "userId": user_id(user)}))
             node: str = json.loads(await opened.recv())["node"]
             return node
 
@@ -128,7 +129,7 @@ def balancer(
 
 
 async def test_a_chat_over_wss_is_answered(balancer: TlsBalancer) -> None:
-    async with Client(balancer.wss, 10001, tls=balancer.authority.client()) as client, asyncio.timeout(30):
+    async with Client(balancer.wss, user_id(10001), tls=balancer.authority.client()) as client, asyncio.timeout(30):
         assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
 
 
@@ -141,7 +142,7 @@ async def test_each_user_comes_to_the_same_node_over_wss_too(balancer: TlsBalanc
 async def test_a_client_that_does_not_trust_the_authority_does_not_connect(balancer: TlsBalancer) -> None:
     timing = Timing(open=Timing().close)
     with pytest.raises(NotConnected, match="CERTIFICATE_VERIFY_FAILED"):
-        async with Client(balancer.wss, 10001, timing=timing):
+        async with Client(balancer.wss, user_id(10001), timing=timing):
             pass
 
 
@@ -152,7 +153,7 @@ async def test_a_certificate_for_another_name_is_not_taken(balancer: TlsBalancer
 
 
 async def test_the_chat_command_trusts_what_openssl_is_told_to(balancer: TlsBalancer, tmp_path: Path) -> None:
-    command = [PYTHON, "-m", "imstream", "chat", "--url", balancer.wss, "--user", "10002", "--lang", "en"]
+    command = [PYTHON, "-m", "imstream", "chat", "--url", balancer.wss, "--user", str(user_id(10002)), "--lang", "en"]
     with start(command, tmp_path / "log", env={"SSL_CERT_FILE": str(balancer.authority.file)}) as chat:
         assert await asyncio.to_thread(chat.wait) == 0, chat.output()
     assert f"Connected to {balancer.wss}" in chat.output()
@@ -241,7 +242,7 @@ async def test_the_page_chooses_wss_when_it_came_by_https(balancer: TlsBalancer)
     with running_chromium("--ignore-certificate-errors") as chromium:
         async with open_page(chromium) as page:
             await page.visit(f"https://localhost:{balancer.port}/")
-            await page.fill("#user", "10003")
+            await page.fill("#user", str(user_id(10003)))
             await page.press("Enter")
             await page.until("document.querySelector('#menu').dataset.state === 'online'")
             await page.fill("textarea", "why?")

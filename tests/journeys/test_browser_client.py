@@ -15,10 +15,11 @@ from websockets.http11 import Request, Response
 from imstream.wire import ClientHeartbeat, ResumePoint, Turn
 from tests.journeys.page_support import Page, open_page, running_chromium
 from tests.support.scripted_ws import Peer, ScriptedServer
+from tests.support.users import query, user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
-USER = 10001
+USER = user_id(10001)
 EVENTS = ["accepted", "delta", "restart", "done", "failed", "cancelled", "expired", "refused", "notice"]
 QUICK = {"firstWait": 20, "longestWait": 100}
 MODULE = (resources.files("imstream.gateway") / "static" / "imstream.js").read_bytes()
@@ -119,7 +120,7 @@ async def test_logs_in_and_sends_what_waited_for_the_connection(browser: Browser
     await browser.send("m1", "how are you?", history)
     peer = await browser.server.peer()
     init = await peer.hear_init()
-    assert peer.path == "/ws?userId=10001&lang=en"
+    assert peer.path == f"/ws?{query(USER)}&lang=en"
     assert (init.user_id, init.token, init.resume) == (USER, "signed", [])
     await peer.send_frame("INIT", node="7")
     chat = await peer.hear_chat()

@@ -30,10 +30,11 @@ from imstream.keys import Keys
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.terminal import piped
+from tests.support.users import user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
-USER = 10001
+USER = user_id(10001)
 LIMIT = 30.0
 
 
@@ -130,7 +131,7 @@ async def test_too_many_messages_are_refused_and_can_be_sent_again_later(node: N
         with pytest.raises(Busy, match="Too many of your messages") as caught:
             await refused.text()
         assert caught.value.retry_after is not None
-        async with Client(node.ws(), USER + 1, lang="en") as other:
+        async with Client(node.ws(), user_id(10002), lang="en") as other:
             third = await other.send("[[demo first=10s]] wait")
             await third.accepted()
             with pytest.raises(Busy, match="Many people are waiting"):

@@ -14,17 +14,19 @@ from websockets.exceptions import InvalidStatus
 
 from imstream.cli.main import main
 from imstream.client import Client
+from imstream.user_ids import UserId
 from imstream.wire import SUBPROTOCOL
 from tests.support.one_node import OneNode, one_node, standing_node
 from tests.support.peer import Frame, Peer, Told, peer
 from tests.support.processes import free_port
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.tokens import SECRET, as_jwk, issuer, key_of, private_pem, token, written
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
-USER, OTHER = 10001, 10002
+USER, OTHER = user_id(10001), user_id(10002)
 BRIEF = "[[demo first=0 pace=1ms length=20]]"
 LONG = "[[demo first=0 pace=10ms length=5000]]"
 WARNING = 1.0
@@ -33,7 +35,7 @@ shown: list[str] = []
 """All tokens of this module, none of which may be in the node's log."""
 
 
-def of(user: int, *, holds: float = 60.0, **claims: Any) -> str:  # noqa: ANN401 - right and wrong ones
+def of(user: UserId, *, holds: float = 60.0, **claims: Any) -> str:  # noqa: ANN401 - right and wrong ones
     """A token with the node's signature; other claims may make it invalid."""
     shown.append(token(sub=str(user), exp=time.time() + holds, **claims))
     return shown[-1]

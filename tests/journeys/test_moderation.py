@@ -8,8 +8,9 @@ from imstream.guards.moderation import FLAGGED
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
 from tests.support.servers import DemoBackend
+from tests.support.users import user_id
 
-USER = 10001
+USER = user_id(10001)
 BRIEF = "[[demo first=0 pace=0 length=5]]"
 MANY = 32
 

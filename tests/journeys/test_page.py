@@ -19,6 +19,7 @@ from tests.support.peer import peer
 from tests.support.processes import free_port
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
 from tests.support.tokens import SECRET, token
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -73,7 +74,7 @@ async def page(chromium: str) -> AsyncIterator[Page]:
 
 async def log_in(page: Page, node: NodeProcess, user: int = 10001) -> None:
     await page.visit(f"{node.http}/")
-    await page.fill("#user", str(user))
+    await page.fill("#user", str(user_id(user)))
     await page.press("Enter")
     await online(page)
 
@@ -311,9 +312,9 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
     with late.process:
         await page.click("#login .main")
         await page.until("document.querySelector('#problem').textContent.startsWith('Please log in with a token')")
-        async with peer(late.ws(10001), headers={"Origin": "null"}) as framed:  # a sandboxed frame
-            await framed.send_frame("INIT", userId=10001)
-            await framed.send_frame("CHAT", userId=10001, contents="Who is there?", messageId="m-framed")
+        async with peer(late.ws(user_id(10001)), headers={"Origin": "null"}) as framed:  # a sandboxed frame
+            await framed.send_frame("INIT", userId=user_id(10001))
+            await framed.send_frame("CHAT", userId=user_id(10001), contents="Who is there?", messageId="m-framed")
             assert await framed.closed() == 4500
             assert [frame["code"] for frame in framed.frames] == ["UNAUTHORIZED"]
         # The address that `imstream up` prints.
@@ -335,7 +336,7 @@ async def test_a_token_is_asked_for_only_when_the_node_wants_one_and_kept_nowher
     with asks.process:
         await page.visit(f"{asks.http}/")
         assert await page.evaluate("document.querySelector('#secret').checkVisibility()") is False
-        await page.fill("#user", "10001")
+        await page.fill("#user", str(user_id(10001)))
         await page.press("Enter")
         await page.until(f"{problem} === 'Please log in with a token'")
         await page.fill("#token", "wrong")
@@ -386,7 +387,7 @@ async def test_a_person_who_reads_chinese(chromium: str, node: NodeProcess) -> N
     async with open_page(chromium, lang="zh-CN,zh;q=0.9") as page:
         await page.visit(f"{node.http}/")
         await page.until("document.querySelector('#login .main').textContent === '连接'")
-        await page.fill("#user", "10001")
+        await page.fill("#user", str(user_id(10001)))
         await page.press("Enter")
         await online(page)
         await ask(page, "你好吗? [[demo fail=1 status=400]]")
@@ -532,14 +533,16 @@ async def test_a_new_chat_and_a_logout_leave_nothing_behind(page: Page, node: No
     await page.click("#new")
     await page.until("document.querySelectorAll('article').length === 0 && !document.querySelector('#welcome').hidden")
     with valkey.client() as client:
-        await wait_until(lambda: not client.hexists("im:{node:0}:load", "10003"), "the forgotten message is cancelled")
+        await wait_until(
+            lambda: not client.hexists("im:{node:0}:load", str(user_id(10003))), "the forgotten message is cancelled"
+        )
     await page.click("#ideas button")
     await status(page, "done")
     await page.click("#menu summary")
     await page.click("#leave")
     await page.until("!document.querySelector('#login').hidden")
     assert await page.evaluate("sessionStorage['imstream.chat']") == "[]"
-    assert await page.evaluate("document.querySelector('#user').value") == "10003"
+    assert await page.evaluate("document.querySelector('#user').value") == str(user_id(10003))
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -15,6 +15,7 @@ from imstream.client import Client
 from imstream.demo.answer import canned_answer
 from tests.support.processes import PYTHON, consecutive_ports, free_port, http_status, start, wait_for
 from tests.support.servers import DENIED, missing, node_rights
+from tests.support.users import user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -65,12 +66,12 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
         for node in nodes:
             wait_for(partial(is_ready, node), running, name, limit=40)
         for node in nodes:
-            async with Client(f"ws://127.0.0.1:{node}/ws", 10001) as client, asyncio.timeout(30):
+            async with Client(f"ws://127.0.0.1:{node}/ws", user_id(10001)) as client, asyncio.timeout(30):
                 assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
         processes = psutil.Process(running.pid).children(recursive=True)
         assert len(processes) >= 4
         # With an answer that does not end: the runner kills processes after 5 s.
-        async with Client(f"ws://127.0.0.1:{nodes[0]}/ws", 10001) as client:
+        async with Client(f"ws://127.0.0.1:{nodes[0]}/ws", user_id(10001)) as client:
             reply = await client.send("[[demo length=5000 pace=20ms]]")
             await anext(aiter(reply))
             await asyncio.to_thread(running.terminate, 20)

@@ -11,10 +11,11 @@ from tests.support.one_node import OneNode, one_node
 from tests.support.scripted_backend import ScriptedBackend, scripted_backend, streams
 from tests.support.servers import RedisServer, start_node
 from tests.support.tokenizing import trained
+from tests.support.users import user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
-ZH, EN = 10001, 10002
+ZH, EN = user_id(10001), user_id(10002)
 
 PROMPT: dict[str, Any] = {
     "system_prompt": "You talk to {user} in {language}.",

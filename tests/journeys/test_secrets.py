@@ -29,6 +29,7 @@ from tests.support.scripted_backend import Exchange, ScriptedBackend, refuses, s
 from tests.support.servers import USER, RedisServer
 from tests.support.stage import fresh_redis
 from tests.support.tokens import token
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -107,7 +108,7 @@ def test_help_shows_no_secret_of_the_environment(command: str, tmp_path: Path) -
 
 def ticket() -> str:
     """The token of user 10001, the same in each call."""
-    return token(SECRETS["auth_secret"], sub="10001", exp=4_000_000_000)
+    return token(SECRETS["auth_secret"], sub=str(user_id(10001)), exp=4_000_000_000)
 
 
 async def echoes(exchange: Exchange) -> None:
@@ -161,7 +162,7 @@ def allow(client: redis.Redis, *rules: str) -> None:
 
 async def ask(someone: Peer, message_id: str) -> dict[str, Any]:
     """Send a message and wait for a refusal or the end of its answer."""
-    answer = await someone.chat(10001, "why?", message_id)
+    answer = await someone.chat(user_id(10001), "why?", message_id)
     if answer["msgType"] == "CHAT":
         await someone.end_of(message_id)
     return someone.frames[-1]
@@ -172,13 +173,13 @@ async def test_a_node_shows_no_secret_whatever_goes_wrong(settings: dict[str, ob
     async with scripted_backend(always=echoes) as backend:
         with fresh_redis(tmp_path) as server:
             async with node_with_secrets(tmp_path, server, backend, **settings) as node:
-                async with peer(node.now.ws(10001), user=10001, token=ticket()) as someone:
+                async with peer(node.now.ws(user_id(10001)), user=user_id(10001), token=ticket()) as someone:
                     assert (await ask(someone, "refused-by-the-ai"))["event"] == "failed"
                     await wait_until(lambda: len(node.dead()) == 1, "the request is a dead letter")
                     allow(node.redis, "-xadd")
                     assert (await ask(someone, "refused-by-redis"))["code"] == "UNAVAILABLE"
                     allow(node.redis, "+xadd")
-                    for key in node.redis.scan_iter(Keys().reply(10001, "*")):
+                    for key in node.redis.scan_iter(Keys().reply(user_id(10001), "*")):
                         assert_hushed(node.redis.xrange(key))
                     [letter] = node.dead()
                     assert "401" in letter["reason"] + letter["error"]
@@ -199,18 +200,18 @@ async def test_neither_a_token_nor_what_somebody_says_is_in_the_log_of_a_node(tm
     async with scripted_backend(always=echoes) as backend:
         with fresh_redis(tmp_path) as server:
             async with node_with_secrets(tmp_path, server, backend) as node:
-                url = f"{node.now.ws(10001)}&token={HUSH}token"
+                url = f"{node.now.ws(user_id(10001))}&token={HUSH}token"
                 headers = {"Authorization": f"Bearer {HUSH}bearer", "Cookie": f"session={HUSH}cookie"}
                 protocols: Any = ["imstream.v1.json", f"{HUSH}subprotocol"]
                 async with connect(url, subprotocols=protocols, additional_headers=headers, proxy=None) as connection:
                     someone = Peer(connection)
-                    await someone.send_frame("INIT", userId=10001, token=ticket())
+                    await someone.send_frame("INIT", userId=user_id(10001), token=ticket())
                     assert (await someone.frame())["msgType"] == "INIT"
-                    await someone.chat(10001, f"what {HUSH} says", "m")
+                    await someone.chat(user_id(10001), f"what {HUSH} says", "m")
                     assert_hushed(connection.response)
                 async with connect(url, proxy=None) as connection:
                     someone = Peer(connection)
-                    await someone.send_frame("INIT", userId=10001, token=f"{HUSH}init")
+                    await someone.send_frame("INIT", userId=user_id(10001), token=f"{HUSH}init")
                     assert (await someone.frame())["code"] == "UNAUTHORIZED"
                 assert ticket() not in node.now.process.output()
 

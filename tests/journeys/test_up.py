@@ -20,6 +20,7 @@ from tests.support.peer import peer
 from tests.support.processes import PYTHON, free_port, http_status, wait_for
 from tests.support.servers import DemoBackend, RedisServer, missing
 from tests.support.up_command import gone, up
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
 QUICK = ("--demo-pace", "1ms", "--demo-first", "0", "--drain-grace", "2s")
@@ -36,13 +37,13 @@ async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> Non
         assert "embedded Valkey, data in .imstream/redis" in output
         assert (tmp_path / ".imstream/redis/appendonlydir").is_dir()
         assert sorted(imstream.children()) == ["demo-ai", "node", "redis"]
-        async with Client(imstream.ws, 10001) as client:
+        async with Client(imstream.ws, user_id(10001)) as client:
             assert await (await client.send("为什么?")).text() == "".join(canned_answer("为什么?"))
         # The page opened from disk has the token of this run; a sandboxed frame has the same origin without it.
         [page_token] = re.findall(rf"or open  file:///.*#node=127\.0\.0\.1:{imstream.port}&token=(\S+)", output)
         for shown, code in ((None, "UNAUTHORIZED"), ("x" * 22, "UNAUTHORIZED"), (page_token, "SUCCESS")):
             async with peer(imstream.ws, headers={"Origin": "null"}) as socket:
-                await socket.send_frame("INIT", userId=10001, **({} if shown is None else {"token": shown}))
+                await socket.send_frame("INIT", userId=user_id(10001), **({} if shown is None else {"token": shown}))
                 assert (await socket.frame())["code"] == code
         assert not any(page_token in word for child in imstream.children().values() for word in child.cmdline())
         assert re.search(
@@ -85,7 +86,7 @@ def test_a_signal_stops_the_node_first_and_everything_in_the_end(tmp_path: Path,
 async def test_ctrl_c_in_a_terminal_lets_a_running_answer_end(tmp_path: Path) -> None:
     with up(tmp_path, "--demo-pace", "10ms", in_terminal=True) as imstream:
         await asyncio.to_thread(imstream.wait_until_ready)
-        async with Client(imstream.ws, 10001) as client, asyncio.timeout(30):
+        async with Client(imstream.ws, user_id(10001)) as client, asyncio.timeout(30):
             reply = await client.send("Will this end?")
             await anext(aiter(reply))
             os.killpg(imstream.running.pid, signal.SIGINT)  # a terminal signals the whole group
@@ -106,7 +107,7 @@ async def test_what_was_accepted_is_answered_after_the_next_start(tmp_path: Path
     slow = ("--demo-first", "60s", "--drain-grace", "100ms")
     with up(tmp_path, *slow, ports=ports) as first:
         first.wait_until_ready()
-        async with Client(first.ws, 10001) as client:
+        async with Client(first.ws, user_id(10001)) as client:
             reply = await client.send(question)
             await reply.accepted()
             assert await asyncio.to_thread(first.running.terminate, 30) == 0
@@ -154,7 +155,7 @@ async def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     with up(tmp_path, "--demo-pace", "1s", "--drain-grace", "10m") as imstream:
         imstream.wait_until_ready()
         children = list(imstream.children().values())
-        async with Client(imstream.ws, 10001) as client:
+        async with Client(imstream.ws, user_id(10001)) as client:
             reply = await client.send("Something long")
             await anext(aiter(reply))
             imstream.running.signal(signal.SIGINT)
@@ -214,7 +215,7 @@ async def test_settings_given_to_it_reach_the_parts(tmp_path: Path) -> None:
     with up(tmp_path, "--node", "a7", "--init-timeout", "100ms", "--demo-length", "3", *QUICK) as imstream:
         imstream.wait_until_ready()
         assert "'im:{node:a7}:requests'" in imstream.running.output()
-        async with Client(imstream.ws, 10001) as client:
+        async with Client(imstream.ws, user_id(10001)) as client:
             assert await (await client.send("why?")).text() == "".join(canned_answer("why?", 3))
 
 

@@ -14,6 +14,7 @@ from imstream.demo.answer import canned_answer
 from tests.support.balancing import PROGRAMS, Balancer
 from tests.support.processes import consecutive_ports, free_port, http_status
 from tests.support.up_command import gone, up
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -47,7 +48,7 @@ async def test_three_nodes_and_a_balancer_from_one_command(program: Program, tmp
 
         # The balancer is restarted, too; its clients reconnect and resume, also while the nodes drain.
         changes: list[ConnectionChange] = []
-        async with Client(balancer.url, 10001, on_change=changes.append) as client, asyncio.timeout(60):
+        async with Client(balancer.url, user_id(10001), on_change=changes.append) as client, asyncio.timeout(60):
             question = "Still there? [[demo length=400 pace=10ms]]"
             reply = await client.send(question)
             await anext(aiter(reply))

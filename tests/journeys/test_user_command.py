@@ -11,8 +11,9 @@ from imstream.cli.main import main
 from imstream.errors import StoreFull
 from imstream.keys import Keys
 from tests.support.redis_sets import Topology
+from tests.support.users import user_id
 
-USER = 10001
+USER = user_id(10001)
 
 
 def command(on: Topology, *words: str) -> list[str]:

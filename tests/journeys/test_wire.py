@@ -15,9 +15,10 @@ from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
 from tests.support.redis_sets import Topology
 from tests.support.servers import DemoBackend
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
-USER, OTHER, THIRD = 10001, 10002, 10003
+USER, OTHER, THIRD = map(user_id, (10001, 10002, 10003))
 
 QUEUE, EACH = 3, 2
 """The limits on unfinished requests: of the node, and of one user."""

@@ -9,9 +9,10 @@ from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
 from tests.support.redis_sets import Topology
 from tests.support.servers import DemoBackend
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
-USER, OTHER = 10001, 10002
+USER, OTHER = user_id(10001), user_id(10002)
 
 BRIEF = "[[demo first=0 pace=1ms length=30]]"
 LONG = "[[demo first=0 pace=10ms length=5000]]"

@@ -11,8 +11,9 @@ from imstream.codes import CloseCode
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
 from tests.support.servers import DemoBackend
+from tests.support.users import user_id
 
-USER = 10001
+USER = user_id(10001)
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,15 @@ from websockets.exceptions import InvalidStatus
 
 from imstream.client import Client, ConnectionChange, Disconnected, Timing
 from imstream.gateway.websocket_protocol import PIECE
+from imstream.user_ids import UserId
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Peer, peer
 from tests.support.raw_socket import BINARY, CONTINUATION, PING, PONG, TEXT, frame, raw_user
 from tests.support.servers import DemoBackend
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
-USER, OTHER = 10001, 10002
+USER, OTHER = user_id(10001), user_id(10002)
 RATE, BURST = 400, 100
 CHATS, EACH, ALL = 5, 3, 6
 
@@ -45,7 +47,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
 
 
 @asynccontextmanager
-async def many_sockets(node: OneNode, *users: int) -> AsyncIterator[list[Peer]]:
+async def many_sockets(node: OneNode, *users: UserId) -> AsyncIterator[list[Peer]]:
     """Sockets of these users, logged in, and no others: a flooder's disconnect is noticed when its throttling ends."""
     await wait_until(lambda: node.sessions() == 0, "no other session is open")
     async with AsyncExitStack() as stack:
@@ -61,7 +63,7 @@ async def test_the_login_says_how_often_the_node_wants_to_hear_of_the_client(nod
 
 
 async def test_who_asks_too_much_is_told_when_to_ask_again_on_any_socket(node: OneNode) -> None:
-    user = 10101
+    user = user_id(10101)
     async with node.peer(user) as someone:
         for n in range(CHATS):
             assert (await someone.chat(user, AT_ONCE, f"m{n}"))["event"] == "accepted"
@@ -186,7 +188,7 @@ async def test_flooders_cost_others_no_time(node: OneNode) -> None:
             return slowest
 
         before = await slowest_beat()
-        flooders = [await stack.enter_async_context(raw_user(node.port, 10401 + n)) for n in range(ALL - 1)]
+        flooders = [await stack.enter_async_context(raw_user(node.port, user_id(10401 + n))) for n in range(ALL - 1)]
         pings = frame(PING) * 100_000
         flooding = [asyncio.create_task(one.send(pings, limit=60)) for one in flooders]
         beside = await slowest_beat()
@@ -247,7 +249,7 @@ async def test_a_user_has_so_many_sockets_and_the_newest_is_closed_with_4504(nod
 
 
 async def test_a_node_has_so_many_sockets_and_the_newest_is_closed_with_1013(node: OneNode) -> None:
-    async with many_sockets(node, *range(10201, 10201 + ALL)) as sockets:
+    async with many_sockets(node, *map(user_id, range(10201, 10201 + ALL))) as sockets:
         async with peer(node.now.ws(USER), lang="en") as one_more:
             assert await one_more.closed() == 1013
         assert [told["msgType"] for told in one_more.frames] == ["SYSTEM"]
@@ -264,7 +266,7 @@ async def test_a_node_has_so_many_sockets_and_the_newest_is_closed_with_1013(nod
 
 
 async def test_the_client_comes_back_to_a_full_node_later(node: OneNode) -> None:
-    async with many_sockets(node, *range(10201, 10201 + ALL)) as sockets:
+    async with many_sockets(node, *map(user_id, range(10201, 10201 + ALL))) as sockets:
         turned_away: asyncio.Queue[ConnectionChange] = asyncio.Queue()
         timing = Timing(later=timedelta(milliseconds=100))
         entering = asyncio.create_task(_ask(node.now.ws(), timing, turned_away.put_nowait))
@@ -276,5 +278,5 @@ async def test_the_client_comes_back_to_a_full_node_later(node: OneNode) -> None
 
 
 async def _ask(url: str, timing: Timing, on_change: Callable[[ConnectionChange], None]) -> str:
-    async with Client(url, 10301, timing=timing, on_change=on_change) as client:
+    async with Client(url, user_id(10301), timing=timing, on_change=on_change) as client:
         return await (await client.send("hello " + AT_ONCE)).text()

@@ -14,6 +14,7 @@ from tests.support.peer import peer
 from tests.support.raw_socket import raw_socket
 from tests.support.servers import DemoBackend
 from tests.support.stage import AT_ONCE, expected
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
 FROM = "https://chat.example.com"
@@ -34,29 +35,30 @@ def told(node: OneNode, event: str, **fields: object) -> list[dict[str, Any]]:
 
 
 async def test_a_socket_is_logged_when_its_user_has_logged_in_and_when_it_ends(node: OneNode) -> None:
-    async with connect(node.now.ws(10077), origin=FROM, proxy=None) as socket:  # type: ignore[arg-type] # a NewType
-        await socket.send('{"msgType": "INIT", "userId": 10077}')
+    user = user_id(10077)
+    async with connect(node.now.ws(user), origin=FROM, proxy=None) as socket:  # type: ignore[arg-type] # a NewType
+        await socket.send(json.dumps({"msgType": "INIT", "userId": user}))
         await socket.recv()
-        await wait_until(lambda: told(node, "session opened", user=10077), "the login is logged")
-    await wait_until(lambda: told(node, "session closed", user=10077), "the end is logged")
-    [opened], [closed] = told(node, "session opened", user=10077), told(node, "session closed", user=10077)
+        await wait_until(lambda: told(node, "session opened", user=user), "the login is logged")
+    await wait_until(lambda: told(node, "session closed", user=user), "the end is logged")
+    [opened], [closed] = told(node, "session opened", user=user), told(node, "session closed", user=user)
     assert (opened["peer"], opened["origin"]) == ("127.0.0.1", FROM)
     assert (closed["peer"], closed["code"], closed["slowed"]) == ("127.0.0.1", 1000, 0)
 
 
 async def test_a_socket_that_nobody_closed_has_no_code(node: OneNode) -> None:
-    async with node.peer(10078) as someone:
+    async with node.peer(user_id(10078)) as someone:
         someone.connection.transport.abort()
-        await wait_until(lambda: told(node, "session closed", user=10078, code=1005), "the end is logged")
+        await wait_until(lambda: told(node, "session closed", user=user_id(10078), code=1005), "the end is logged")
 
 
 async def test_who_sends_too_much_is_logged_once_at_the_end(node: OneNode) -> None:
-    async with node.peer(10079) as someone:
+    async with node.peer(user_id(10079)) as someone:
         for _ in range(10):
             await someone.send("PING")
         await someone.until(code="RATE_LIMITED")
-    await wait_until(lambda: told(node, "session closed", user=10079), "the end is logged", limit=10)
-    assert told(node, "session closed", user=10079)[0]["slowed"] >= 1
+    await wait_until(lambda: told(node, "session closed", user=user_id(10079)), "the end is logged", limit=10)
+    assert told(node, "session closed", user=user_id(10079))[0]["slowed"] >= 1
 
 
 async def test_a_page_from_elsewhere_is_logged_with_its_origin(node: OneNode) -> None:
@@ -66,17 +68,17 @@ async def test_a_page_from_elsewhere_is_logged_with_its_origin(node: OneNode) ->
 
 
 async def test_a_hangup_does_not_end_a_node_that_has_nothing_to_reload_and_it_says_so(node: OneNode) -> None:
-    async with node.peer(10082) as someone:
+    async with node.peer(user_id(10082)) as someone:
         node.now.process.signal(signal.SIGHUP)
         await wait_until(lambda: told(node, "nothing to reload"), "it is logged")
-        await someone.chat(10082, f"still there? {AT_ONCE}", "m1")
+        await someone.chat(user_id(10082), f"still there? {AT_ONCE}", "m1")
         assert (await someone.end_of("m1")).text == expected(f"still there? {AT_ONCE}")
 
 
 async def test_strangers_cannot_fill_the_log(node: OneNode) -> None:
     before = len(node.now.process.output())
     for _ in range(20):
-        async with peer(node.now.ws(10081)) as someone:
+        async with peer(node.now.ws(user_id(10081))) as someone:
             await someone.send("no frame")
             await someone.until(code="BAD_REQUEST")
     assert len(node.now.process.output()) == before

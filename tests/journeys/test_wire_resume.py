@@ -13,9 +13,10 @@ from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
 from tests.support.redis_sets import Topology
 from tests.support.servers import DemoBackend
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
-USER, OTHER = 10001, 10002
+USER, OTHER = user_id(10001), user_id(10002)
 
 QUESTION = "你好 😀👍🏽 & 'hello' [[demo first=0 pace=1ms length=60]]"
 WHOLE = "".join(canned_answer(QUESTION))
@@ -177,7 +178,7 @@ async def test_a_message_sent_again_is_answered_from_the_record(node: OneNode) -
 
 
 async def test_every_socket_of_a_user_follows_what_the_user_asks_from_then_on(node: OneNode) -> None:
-    async with node.peer(USER) as left, node.peer(USER) as right, node.peer(USER + 1) as stranger:
+    async with node.peer(USER) as left, node.peer(USER) as right, node.peer(OTHER) as stranger:
         await left.chat(USER, f"left {SLOW}", "left")
         await right.chat(USER, f"right {SLOW}", "right")
         await left.some_text("left")

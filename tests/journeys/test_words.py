@@ -12,9 +12,10 @@ from imstream.demo.answer import canned_answer
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Told
 from tests.support.servers import DemoBackend
+from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
-USER = 10001
+USER = user_id(10001)
 
 IN_MESSAGE = {
     "zh": "消息中含有不允许的词语,请修改后再发送!",

@@ -10,9 +10,9 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from imstream.cli.balancer import Program, find_program
-from imstream.user_ids import UserId
 from tests.support.processes import PYTHON, Running, http_status, start, wait_for
 from tests.support.servers import missing
+from tests.support.users import query, user_id
 
 PROGRAMS: tuple[Program, ...] = ("nginx", "haproxy")
 
@@ -38,17 +38,17 @@ class Balancer:
         """Its WebSocket address, without a user."""
         return f"ws://127.0.0.1:{self.port}/ws"
 
-    def ws(self, user: UserId) -> str:
+    def ws(self, user: int) -> str:
         """Its WebSocket address for a user."""
-        return f"{self.url}?userId={user}"
+        return f"{self.url}?{query(user_id(user))}"
 
-    async def node_of(self, user: UserId) -> str:
+    async def node_of(self, user: int) -> str:
         """The node that accepts a socket of this user now, from its answer to INIT."""
         async with (
             asyncio.timeout(20),
             connect(self.ws(user), compression=None, ping_interval=None, proxy=None) as socket,
         ):
-            await socket.send(json.dumps({"msgType": "INIT", "userId": user}))
+            await socket.send(json.dumps({"msgType": "INIT", "userId": user_id(user)}))
             node: str = json.loads(await socket.recv())["node"]
             return node
 

@@ -13,6 +13,7 @@ import psutil
 from imstream.user_ids import UserId
 from tests.support.processes import Running, http_status
 from tests.support.servers import start_node
+from tests.support.users import query
 from tests.support.waiting import wait_until
 
 _PROGRAM = str(Path(__file__).with_name("observed_node.py"))
@@ -31,7 +32,7 @@ class ObservedNode:
 
     def ws(self, user_id: UserId) -> str:
         """Its WebSocket URL for a user."""
-        return f"ws://127.0.0.1:{self.port}/ws?userId={user_id}"
+        return f"ws://127.0.0.1:{self.port}/ws?{query(user_id)}"
 
     async def status(self, path: str = "/readyz") -> int | None:
         """The status of a GET; None without an answer."""

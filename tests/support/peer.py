@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.typing import Subprotocol
 
 from imstream.user_ids import UserId
+from tests.support.users import query
 from tests.support.waiting import SLOW
 
 LIMIT = 20.0 * SLOW
@@ -232,7 +233,7 @@ async def answered(urls: str | Sequence[str], user: UserId, questions: Mapping[s
     while any(one.terminal is None for one in told.values()):
         accepted = {message_id: one for message_id, one in told.items() if one.events and one.terminal is None}
         try:
-            async with peer(f"{next(addresses)}?userId={user}") as someone:
+            async with peer(f"{next(addresses)}?{query(user)}") as someone:
                 try:
                     await someone.login(user, accepted)
                     for message_id in questions:

@@ -11,6 +11,7 @@ from typing import Any
 
 from imstream.user_ids import UserId
 from tests.support.peer import check_close
+from tests.support.users import query
 from tests.support.waiting import SLOW
 
 LIMIT = 10.0 * SLOW
@@ -212,7 +213,7 @@ async def raw_socket(port: int, *, narrow: bool = False) -> AsyncIterator[RawSoc
 async def raw_user(port: int, user: UserId, *, narrow: bool = False) -> AsyncIterator[RawSocket]:
     """Connect, upgrade and log in."""
     async with raw_socket(port, narrow=narrow) as raw:
-        head = await raw.upgrade(f"/ws?userId={user}")
+        head = await raw.upgrade(f"/ws?{query(user)}")
         assert head.startswith(b"HTTP/1.1 101 "), head
         await raw.send_frame(msgType="INIT", userId=user)
         await raw.until(msgType="INIT")

@@ -12,6 +12,7 @@ from websockets.http11 import Request, Response
 
 from imstream.client import Client, Reply, Timing
 from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ReceivedFrame, parse_frame
+from tests.support.users import USER_IDS
 from tests.support.waiting import SLOW
 
 LIMIT = 5.0 * SLOW
@@ -70,7 +71,7 @@ class Peer:
         async with asyncio.timeout(LIMIT):
             text = await self.socket.recv()
         assert isinstance(text, str)
-        return parse_frame(text)
+        return parse_frame(text, user_ids=USER_IDS)
 
     async def hear_init(self) -> ClientInit:
         """The next frame, which must be INIT."""

@@ -19,6 +19,7 @@ from imstream.cli.embedded_redis import server_program
 from imstream.user_ids import UserId
 from tests.support.certificates import RedisTls
 from tests.support.processes import Running, free_port, http_status, start, start_python, wait_for
+from tests.support.users import query
 
 ADMIN: dict[str, Any] = {"username": "admin", "password": "admin-secret"}
 """User of tests, with all permissions."""
@@ -189,7 +190,7 @@ class NodeProcess:
 
     def ws(self, user: UserId | None = None) -> str:
         """Its WebSocket address."""
-        return f"ws://127.0.0.1:{self.port}/ws" + (f"?userId={user}" if user is not None else "")
+        return f"ws://127.0.0.1:{self.port}/ws" + (f"?{query(user)}" if user is not None else "")
 
     def is_ready(self) -> bool:
         """Whether `/readyz` answers with 200."""
