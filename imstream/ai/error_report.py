@@ -5,7 +5,11 @@ Only the fields that name the error are read. The rest of a body may contain the
 
 import html
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
 from typing import Any, Self, TypeGuard
 
 from pydantic_core import from_json
@@ -14,7 +18,8 @@ DETAIL_LENGTH = 200  # characters of a backend's message in the detail of an err
 TEXT_LIMIT = 8192  # bytes of an error body, and characters of a text in it, that are read
 WORD_LIMIT = 64  # characters of a code, a type or a part of a path; longer ones are ignored
 _MAX_FIELDS = 8  # wrong fields, and parts of the path of one, in a detail
-_MAX_INDEX = 10**9  # in the path of a wrong field
+_MAX_INDEX = 10**9  # in the path of a wrong field, and of a code that is a number
+_MAX_DEPTH = 6  # of errors in errors
 _MIN_SECRET_PREFIX = 4  # characters of a truncated secret that are hidden, too
 _ERROR_STATUSES = range(400, 600)
 
@@ -26,13 +31,39 @@ _TAG = re.compile(r"<[^>]*(>|\Z)")
 _LONG_ENTITY = re.compile(r"&#[0-9]{9,}")  # no character; Python refuses to parse numbers of thousands of digits
 
 
+# Fields of several vendors
+_WRAPPERS = ("error", "errors", "fault", "base_resp", "innererror", "details", "metadata", "message", "raw")
+_TEXT = ""  # the name of a text that is an error of its own, or the `message` of one
+_CODES = ("code", "error_code", "errorCode", "err_code", "errcode", "status_code")
+_WORDS = (*_CODES, "reason", "type", "error_type", "status")
+_MESSAGES = (
+    *("msg", "error_msg", "errorMessage", "error_message", "err_msg", "errmsg", "status_msg"),
+    *("faultstring", "error_description", "detail"),
+)
+_WAITS = {"retryDelay": 1.0, "retry_after": 1.0, "retryAfter": 1.0, "retry_after_ms": 0.001, "retryAfterMs": 0.001}
+_NO_ERROR = frozenset({"", "0", "200", "ok", "success", "none", "null"})  # as a code
+_FAILED = frozenset({"error", "fail", "failed", "failure"})  # as a status or a type
+
+_NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+_UNIT = r"(?:(?:ms|milliseconds?|s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)(?![a-z])|秒|分钟|小时)"
+_DURATION = rf"(?:{_NUMBER}\s?{_UNIT}\s?){{1,4}}"
+_WAIT = re.compile(
+    rf"(?:retry|try again|wait|重试|再试)[^\d.]{{0,30}}({_DURATION})|({_DURATION})(?:之?后)", re.IGNORECASE
+)
+"""A wait in a sentence: "retry in 6.07s", "try again in 1m2.5s", "retry after 20 seconds"."""
+_PART = re.compile(rf"({_NUMBER})\s?({_UNIT})", re.IGNORECASE)
+_SECONDS = {"ms": 0.001, "mil": 0.001, "s": 1.0, "秒": 1.0, "m": 60.0, "分": 60.0, "h": 3600.0, "小": 3600.0}
+"""By the beginning of the unit; the first match counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
     """An error as the backend reports it."""
 
-    words: tuple[str, ...] = ()  # code and type in lower case, the more specific one first
+    words: tuple[str, ...] = ()  # codes and types in lower case, the more specific ones first
     message: str = ""  # not shortened
     status: int | None = None  # in an error object, which may be part of a successful response
+    retry_after: timedelta | None = None  # the wait that the error asks for
 
     @classmethod
     def from_body(cls, body: bytes) -> Self:
@@ -40,25 +71,39 @@ class ErrorReport:
         text = body[:TEXT_LIMIT].decode("utf-8", "replace").strip()
         if text.startswith(("{", "[")):
             try:
-                return cls.from_value(from_json(text, allow_partial="trailing-strings"))
+                return cls.from_value(_partial_json(text))
             except ValueError:
                 return cls(message="the body looks like JSON but is not")
-        return cls(message=_page_text(text) if text.startswith("<") else text)
+        return cls.from_value(_page_text(text) if text.startswith("<") else text)
 
     @classmethod
     def from_value(cls, value: Any) -> Self:  # noqa: ANN401 - JSON
         """Read an error from decoded JSON: the whole body, or the value of `error`."""
-        if isinstance(value, list) and value:  # Gemini wraps its errors in a list
-            value = value[0]
-        if isinstance(value, dict) and value.get("error"):
-            value = value["error"]
-        if isinstance(value, str):
-            return cls(message=value[:TEXT_LIMIT])
-        if not isinstance(value, dict):
-            return cls()
-        code, kind = value.get("code"), value.get("type")
-        words = tuple(word.lower() for word in (code, kind) if _is_word(word) and _status(word) is None)
-        return cls(words, _message(value), _status(code))
+        layers = list(islice(_layers(value, _MAX_DEPTH), 2 * _MAX_FIELDS))
+        codes = [code for layer in layers for name in _WORDS if _is_code(code := layer.get(name))]
+        words = [str(code).lower() for code in codes if _status(code) is None]
+        message = ": ".join(dict.fromkeys(filter(None, map(_message, layers))))[:TEXT_LIMIT]
+        waits = (_wait(layer[name], unit) for layer in layers for name, unit in _WAITS.items() if name in layer)
+        return cls(
+            tuple(dict.fromkeys(word for word in words if word not in _NO_ERROR | _FAILED)),
+            message,
+            next(filter(None, map(_status, codes)), None),
+            next(filter(None, waits), None) or _wait_in(message),
+        )
+
+    @staticmethod
+    def is_error(value: dict[str, Any]) -> bool:
+        """Whether JSON without an answer reports an error, such as `{"code": "InvalidApiKey", "message": "…"}`."""
+        if any(value.get(name) for name in ("error", "errors", "fault")) or value.get("object") == "error":
+            return True
+        base = value.get("base_resp")  # MiniMax
+        if value.get("success") is False or (isinstance(base, dict) and base.get("status_code")):
+            return True
+        if not any(isinstance(value.get(name), str) for name in ("message", *_MESSAGES)):
+            return False
+        codes = [str(value[name]).lower() for name in _CODES if _is_code(value.get(name))]
+        states = {value.get("status"), value.get("type")} if _is_code(value.get("status", "")) else set[object]()
+        return any(code not in _NO_ERROR for code in codes) or not _FAILED.isdisjoint(states)
 
     def summary(self, secrets: tuple[str, ...] = ()) -> str:
         """The words and the message as one shortened line without secrets."""
@@ -90,15 +135,58 @@ def _status(code: Any) -> int | None:  # noqa: ANN401 - JSON
     return code if type(code) is int and code in _ERROR_STATUSES else None
 
 
-def _message(error: dict[str, Any]) -> str:
-    detail = error.get("detail")
-    for text in (error.get("message"), detail):
-        if isinstance(text, str):
+def _layers(value: Any, depth: int) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON
+    """The objects that describe an error, each before the one that contains it."""
+    if isinstance(value, list):  # Gemini wraps its errors in a list
+        for item in value[:_MAX_FIELDS]:
+            yield from () if isinstance(item, list) else _layers(item, depth)
+    elif isinstance(value, str):
+        text = value[:TEXT_LIMIT].strip()
+        inner = None
+        if depth and text.startswith(("{", "[")):  # gateways quote the errors of others
+            with suppress(ValueError):
+                inner = _partial_json(text)
+        yield from _layers(inner, depth - 1) if isinstance(inner, dict | list) else iter([{_TEXT: text}])
+    elif isinstance(value, dict):
+        for name in _WRAPPERS if depth else ():
+            yield from _layers(value.get(name), depth - 1)
+        yield value
+
+
+def _message(layer: dict[str, Any]) -> str:
+    for name in (_TEXT, *_MESSAGES):
+        if isinstance(text := layer.get(name), str):
             return text[:TEXT_LIMIT]
+    detail = layer.get("detail")
     if isinstance(detail, list):  # FastAPI: a list of wrong fields, each with its input
         fields = [_field_error(item) for item in detail[:_MAX_FIELDS] if isinstance(item, dict)]
         return "; ".join(filter(None, fields))[:TEXT_LIMIT]
     return ""
+
+
+def _wait(value: Any, unit: float) -> timedelta | None:  # noqa: ANN401 - JSON
+    """A wait in a field: a number, a duration such as "6s", or protobuf's object."""
+    if isinstance(value, dict):
+        value = value.get("seconds")
+    if isinstance(value, str) and (match := re.fullmatch(_DURATION, value.strip(), re.IGNORECASE)):
+        return _duration(match[0])
+    try:
+        return timedelta(seconds=float(value) * unit) if _is_code(value) or isinstance(value, float) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _wait_in(message: str) -> timedelta | None:
+    match = _WAIT.search(message)
+    return None if match is None else _duration(match[1] or match[2])
+
+
+def _duration(text: str) -> timedelta:
+    parts = ((float(number), unit.lower()) for number, unit in _PART.findall(text))
+    units = [
+        (number, next(value for start, value in _SECONDS.items() if unit.startswith(start))) for number, unit in parts
+    ]
+    return timedelta(seconds=sum(number * seconds for number, seconds in units))
 
 
 def _field_error(item: dict[str, Any]) -> str:
@@ -112,8 +200,16 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and abs(value) <= _MAX_INDEX
 
 
+def _is_code(value: object) -> TypeGuard[str | int]:
+    return _is_word(value) or (type(value) is int and abs(value) <= _MAX_INDEX)
+
+
 def _is_word(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) <= WORD_LIMIT
+
+
+def _partial_json(text: str) -> Any:  # noqa: ANN401 - JSON
+    return from_json(text, allow_partial="trailing-strings")
 
 
 def _page_text(page: str) -> str:

@@ -1,22 +1,21 @@
-"""Classifies failed AI calls: transient or permanent, the reason, and the detail for the operator.
+"""Classifies failed AI calls: whose fault it is, the reason, and the detail for the operator.
 
-Pure functions from statuses, headers, bodies and exceptions to errors. The first matching rule applies:
+Pure functions from statuses, headers, bodies and exceptions to errors. The first matching row of `RULES` applies, then
+the status:
 
-    reports that the context is too long               permanent   context_too_long
-    reports that the account's quota is exhausted      permanent   insufficient_quota
-    status 408, 409, 425, 429, 5xx                     transient   http_NNN, with Retry-After
-    any other status                                   permanent   http_NNN
-    error object in an answer, numeric code            as that status, backend_error
-    error object in an answer, known word              by the word, backend_error
-    error object in an answer, anything else           transient   backend_error
-    no connection                                      transient   connect_failed
-    connection lost before the answer began            transient   connection_lost
-    connection lost within the answer                  transient   broken_stream
-    not HTTP, encoded, or too large                    transient   bad_stream
+    408, 409, 424, 425, 429, 499, 5xx; 401, 402, 403    away            http_NNN
+    3xx, 404, 405, 406, 407, 410, 415, 421, 426, 431    misconfigured   http_NNN
+    501, 505                                            misconfigured   http_NNN
+    any other status                                    impossible      http_NNN
+
+Errors inside an answer are judged by their words, or else by the status that they name; without either, and with 500,
+the answer is broken. Their reason is `backend_error`, unless a rule has a more specific one.
 """
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -25,42 +24,189 @@ import aiohttp
 
 from imstream.ai.bounded_http import ResponseTooLarge
 from imstream.ai.error_report import ErrorReport, shorten
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError, FailureKind, PermanentBackendError, TransientBackendError
 
 MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
 
-TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})  # the only ones below 500 that the request did not cause
+AWAY_STATUSES = frozenset({401, 402, 403, 408, 409, 424, 425, 429, 499})
+MISCONFIGURED_STATUSES = frozenset({404, 405, 406, 407, 410, 415, 421, 426, 431, 501, 505})
 BLAMES_REQUEST = frozenset({400, 413, 422})
+_BROKEN_STATUS = 500  # inside an answer
+_ANSWER_REASONS: dict[int | None, str] = {401: "unauthorized", 402: "insufficient_quota", 403: "unauthorized"}
 
-CONTEXT_WORDS = frozenset({"context_length_exceeded", "exceed_context_size_error", "context_window_exceeded"})
-CONTEXT_PHRASES = (
-    "maximum context length",  # OpenAI, vLLM
-    "maximum model length",  # vLLM
-    "context size",  # llama.cpp
-    "context window",  # Anthropic, Gemini
-    "prompt is too long",  # Anthropic
-    "max_new_tokens` must be <=",  # TGI
-)
-"""For servers without a code for it, and statuses that the request caused."""
+NEEDS_OPERATOR = frozenset({"insufficient_quota", "unauthorized", "http_401", "http_402", "http_403"})
+"""Reasons of the kind `away` that do not pass by themselves: the key or the credit of the account."""
 
-QUOTA_WORDS = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
-"""OpenAI sends these with 429, which is otherwise transient."""
+REQUEST_REASONS = frozenset({"context_too_long", "content_filter", "refusal", "http_400", "http_413", "http_422"})
+"""Reasons of the kind `impossible` that the user can mend by changing the message."""
 
-PERMANENT_WORDS = frozenset(
-    {
-        *("invalid_request_error", "invalid_request", "badrequesterror", "bad_request", "request_too_large"),
-        *("authentication_error", "invalid_api_key", "permission_error", "permission_denied"),
-        *("not_found_error", "notfounderror", "model_not_found", "content_filter", "content_policy_violation"),
-    }
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A row of the table: codes and types, or sentences in the message, that tell more than the status does.
+
+    `words` are compared without case and punctuation: `InvalidApiKey` is `invalid_api_key`. Sentences count only with
+    `statuses` (None: an error inside an answer), because other errors may quote anything.
+    """
+
+    reason: str
+    kind: FailureKind
+    words: frozenset[str]
+    sentences: re.Pattern[str] | None = None
+    statuses: frozenset[int | None] = frozenset()
+    is_generic: bool = False  # a status of the same kind has the better reason, such as `http_401`
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(map(_plain, text.split()))
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", word.lower())
+
+
+def _any(*sentences: str) -> re.Pattern[str]:
+    return re.compile("|".join(sentences), re.IGNORECASE)
+
+
+_REQUEST = frozenset({400, 413, 422, None})
+
+RULES = (
+    Rule(
+        "context_too_long",
+        "impossible",
+        _words(
+            "context_length_exceeded exceed_context_size_error context_window_exceeded ContextWindowExceededError "
+            "string_above_max_length request_too_large tokens_limit_reached prompt_too_long"
+        ),
+        _any(
+            r"maximum (?:context|model|input|prompt) length",  # OpenAI, vLLM
+            r"context (?:size|window|length)",  # llama.cpp, Anthropic, Gemini
+            r"ContextWindowExceeded",  # LiteLLM
+            r"(?:prompt|input|message|request)s? (?:is|are|was) too (?:long|large)",  # Anthropic, Mistral
+            r"longer than the (?:model|maximum)",
+            r"max_new_tokens` must be <=",  # TGI
+            r"input length should be",  # DashScope
+            r"(?:exceeds?|exceeded) the (?:maximum|max) (?:number of )?(?:input )?tokens",  # Gemini
+            r"too many (?:input )?tokens",
+            r"reduce (?:the length|the size|your message)",  # OpenAI, Groq
+        ),
+        _REQUEST,
+    ),
+    Rule(  # a limit of tokens per minute that this request alone exceeds: OpenAI, Groq
+        "context_too_long", "impossible", frozenset(), _any(r"request too large"), frozenset({429, *_REQUEST})
+    ),
+    Rule(
+        "content_filter",
+        "impossible",
+        _words(
+            "content_filter content_policy_violation data_inspection_failed ResponsibleAIPolicyViolation "
+            "content_filter_error moderation_blocked content_moderation sensitive_content prohibited_content safety "
+            "invalid_prompt input_moderation output_moderation 1301"
+        ),
+        _any(
+            r"content management policy",  # Azure
+            r"inappropriate content",  # DashScope
+            r"content exists risk",  # DeepSeek
+            r"considered high risk",  # Moonshot
+            r"content[ _](?:filter|policy|moderation)",
+            r"safety (?:system|filter|settings|reasons)",
+            r"(?:was|were|been|is|input) flagged",  # OpenRouter, OpenAI
+            r"(?:unsafe|sensitive|prohibited) (?:or sensitive )?content",
+            r"sensitive words?",
+            r"敏感|不安全|违规|违反",
+        ),
+        frozenset({*_REQUEST, 403, 451}),
+    ),
+    Rule(
+        "insufficient_quota",
+        "away",
+        _words(
+            "insufficient_quota billing_hard_limit_reached billing_not_active billing_error insufficient_balance "
+            "insufficient_credits insufficient_user_quota exceeded_current_quota_error arrearage payment_required 1008"
+        ),
+        _any(
+            r"credit balance",  # Anthropic
+            r"insufficient (?:\w+ ){0,2}(?:balance|credits?|quota|funds)",  # DeepSeek, OpenRouter
+            r"(?:not enough|more|out of) credits",
+            r"exceeded your current quota",
+            r"billing|overdue|arrears|in good standing",
+            r"余额不足|欠费|额度不足",
+        ),
+        frozenset({*_REQUEST, 401, 402, 403, 429}),
+    ),
+    Rule(
+        "unauthorized",
+        "away",
+        _words(
+            "invalid_api_key InvalidApiKey API_KEY_INVALID invalid_authentication_error authentication_error "
+            "AuthenticationError unauthorized unauthenticated invalid_token incorrect_api_key_error permission_error "
+            "permission_denied PermissionDeniedError access_denied forbidden account_deactivated"
+        ),
+        _any(
+            r"api[ _-]?key (?:not valid|expired|is invalid|is missing)",
+            r"(?:invalid|incorrect|missing|no) api[ _-]?key",
+        ),
+        _REQUEST,
+        is_generic=True,
+    ),
+    Rule(
+        "model_not_found",
+        "misconfigured",
+        _words(
+            "model_not_found ModelNotFound DeploymentNotFound invalid_model model_not_supported model_not_available "
+            "model_decommissioned model_not_exist unsupported_model unknown_model 1211"
+        ),
+        _any(
+            r"model\b.{0,80}(?:not exist|not found|is not (?:available|supported)|decommissioned|deprecated)",
+            r"(?:no such|unknown|invalid|unsupported) model",
+            r"not a valid model",
+            r"模型不存在",
+        ),
+        frozenset({*_REQUEST, 403, 404}),
+    ),
+    Rule(
+        "misconfigured",
+        "misconfigured",
+        _words("not_found_error NotFoundError not_found unsupported_parameter unsupported_value unknown_parameter"),
+        _any(
+            r"must be verified",  # OpenAI: organisations, to stream
+            r"(?:system|developer) (?:role|messages?|prompts?|instructions?)\b",  # Gemma
+            r"roles? must alternate",
+            r"unsupported|not supported|does(?: not|n't) support|unrecognized|not permitted",
+            r"unknown (?:parameter|argument|field|name)|unexpected keyword|extra (?:inputs|fields)|additional propert",
+            r"param(?:eter)?s? (?:incorrect|error|invalid|missing)|invalid param(?:eter)?s?\b",
+            r"max_(?:completion_)?tokens.{0,80}(?:too large|at most|less than)",
+            r"missing required",
+        ),
+        _REQUEST,
+        is_generic=True,
+    ),
+    Rule(
+        "overloaded",
+        "away",
+        _words(
+            "rate_limit_exceeded rate_limit_error rate_limit_reached rate_limit RateLimitError resource_exhausted "
+            "overloaded overloaded_error engine_overloaded engine_overloaded_error service_unavailable unavailable "
+            "ServiceUnavailableError model_overloaded throttling too_many_requests limit_requests limit_burst_rate "
+            "server_busy capacity_exceeded loading 1302 1305"
+        ),
+        _any(
+            r"overloaded|at capacity|rate limit|too many requests|try again (?:later|in)|temporarily",
+            r"server (?:is )?busy",
+            r"(?:model|server) is (?:still |currently )?loading|loading model|no healthy|unavailable",
+        ),
+        frozenset({500, None}),
+        is_generic=True,
+    ),
 )
-TRANSIENT_WORDS = frozenset(
-    {
-        *("server_error", "internal_server_error", "internalservererror", "api_error", "timeout", "timeout_error"),
-        *("rate_limit_exceeded", "rate_limit_error", "overloaded", "overloaded_error", "engine_overloaded"),
-        "service_unavailable",
-    }
+"""Which errors tell more than their status, the most specific ones first."""
+
+WORD_RULES = (
+    Rule("backend_error", "broken", _words("server_error internal_server_error api_error timeout timeout_error")),
+    Rule("backend_error", "impossible", _words("invalid_request_error invalid_request BadRequestError bad_request")),
 )
-"""Listed so that a specific code takes precedence over a generic type."""
+"""For errors inside an answer that name no status."""
 
 
 def from_response(
@@ -68,42 +214,50 @@ def from_response(
 ) -> BackendError:
     """The error for a response with an error status, from the beginning of its body. It does not show `secrets`."""
     report = ErrorReport.from_body(body)
-    detail = report.summary(secrets)
+    detail = report.summary(secrets) or "the response does not say why"
     if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
         detail = "a redirect, which is not followed"
-    if (reason := _specific_reason(report, status)) is not None:
-        return PermanentBackendError(reason, detail)
-    if _is_transient(status):
-        return TransientBackendError(f"http_{status}", detail, retry_after=retry_after(headers, now=now))
-    return PermanentBackendError(f"http_{status}", detail)
+    kind, reason = _judge(report, status, in_answer=False)
+    wait = retry_after(headers, now=now)
+    return failure(kind, reason, detail, retry_after=report.retry_after if wait is None else wait)
 
 
 def from_report(report: ErrorReport, *, secrets: tuple[str, ...] = ()) -> BackendError:
     """The error for an error object inside a successful response."""
-    detail = report.summary(secrets)
-    if (reason := _specific_reason(report, report.status)) is not None:
-        return PermanentBackendError(reason, detail)
-    if report.status is not None:
-        transient = _is_transient(report.status)
-    else:
-        known = [word for word in report.words if word in PERMANENT_WORDS or word in TRANSIENT_WORDS]
-        transient = not known or known[0] in TRANSIENT_WORDS
-    return (TransientBackendError if transient else PermanentBackendError)("backend_error", detail)
+    kind, reason = _judge(report, report.status, in_answer=True)
+    detail = report.summary(secrets) or "an error without a text"
+    return failure(kind, reason, detail, retry_after=report.retry_after)
 
 
-def from_exception(error: aiohttp.ClientError | OSError, *, secrets: tuple[str, ...] = ()) -> TransientBackendError:
+def from_exception(error: aiohttp.ClientError | OSError, *, secrets: tuple[str, ...] = ()) -> BackendError:
     """The error for an exception of the HTTP client, whose text is shown only where it cannot contain a header."""
+    row: tuple[FailureKind, str, str]
     match error:
         case aiohttp.ClientConnectorError():
-            return TransientBackendError("connect_failed", shorten(str(error), secrets))
+            is_tls = isinstance(error, aiohttp.ClientSSLError)
+            row = "misconfigured" if is_tls else "away", "connect_failed", shorten(str(error), secrets)
         case ResponseTooLarge():
-            return TransientBackendError("bad_stream", str(error))
+            row = "impossible", "too_large", str(error)
         case aiohttp.ClientPayloadError():
-            return TransientBackendError("broken_stream", "the connection was lost within the answer")
+            row = "broken", "broken_stream", "the connection was lost within the answer"
+        case aiohttp.ClientHttpProxyError():
+            row = _kind_of(error.status), "proxy_failed", f"the proxy answers with status {error.status}"
         case aiohttp.ClientResponseError():
-            return TransientBackendError("bad_stream", "the response is not valid HTTP")
+            row = "broken", "bad_stream", "the response is not valid HTTP"
         case _:
-            return TransientBackendError("connection_lost", f"before the answer began ({type(error).__name__})")
+            row = "away", "connection_lost", f"before the answer began ({type(error).__name__})"
+    return failure(*row)
+
+
+def failure(
+    kind: FailureKind, reason: str, detail: str, *, retry_after: timedelta | None = None
+) -> TransientBackendError | PermanentBackendError:
+    """The error of a kind. Only of one that is away a wait counts; it is at most `MAX_RETRY_AFTER`."""
+    wait = None
+    if retry_after is not None and kind in {"away", "broken"}:
+        wait = min(max(retry_after, timedelta(0)), MAX_RETRY_AFTER)
+    error = TransientBackendError if kind in {"away", "broken"} else PermanentBackendError
+    return error(reason, detail, kind=kind, retry_after=wait)
 
 
 def retry_after(headers: Mapping[str, str], *, now: datetime) -> timedelta | None:
@@ -115,19 +269,26 @@ def retry_after(headers: Mapping[str, str], *, now: datetime) -> timedelta | Non
     return None if wait is None else timedelta(seconds=min(max(wait, 0.0), MAX_RETRY_AFTER.total_seconds()))
 
 
-def _specific_reason(report: ErrorReport, status: int | None) -> str | None:
-    """A reason that is more specific than the status. All of these are permanent."""
-    if not CONTEXT_WORDS.isdisjoint(report.words):
-        return "context_too_long"
-    if status is None or status in BLAMES_REQUEST:
-        message = report.message.lower()
-        if any(phrase in message for phrase in CONTEXT_PHRASES):
-            return "context_too_long"
-    return None if QUOTA_WORDS.isdisjoint(report.words) else "insufficient_quota"
+def _judge(report: ErrorReport, status: int | None, *, in_answer: bool) -> tuple[FailureKind, str]:
+    """Whose fault an error is, and its reason."""
+    by_status = "broken" if status is None or (in_answer and status == _BROKEN_STATUS) else _kind_of(status)
+    status_reason = _ANSWER_REASONS.get(status, "backend_error") if in_answer else f"http_{status}"
+    words = set(map(_plain, report.words))
+    for rule in RULES if status is not None else (*RULES, *WORD_RULES):
+        if rule.reason == "insufficient_quota" and report.retry_after is not None:
+            continue  # a limit per minute: Gemini words it alike
+        quoted = rule.sentences is not None and status in rule.statuses and rule.sentences.search(report.message)
+        if quoted or not rule.words.isdisjoint(words):
+            if rule.is_generic and rule.kind == by_status:
+                break  # the status says as much
+            return rule.kind, rule.reason
+    return by_status, status_reason
 
 
-def _is_transient(status: int) -> bool:
-    return status in TRANSIENT_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+def _kind_of(status: int) -> FailureKind:
+    if status in MISCONFIGURED_STATUSES or HTTPStatus.CONTINUE <= status < HTTPStatus.BAD_REQUEST:
+        return "misconfigured"
+    return "away" if status in AWAY_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR else "impossible"
 
 
 def _number(text: str, *, unit: float) -> float | None:

@@ -2,21 +2,32 @@
 
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
-Only the data of events is kept. Chat completions do not use names, ids and retry times.
+Chat completions do not use ids and retry times, which are dropped. Names are kept: of other events, such as pings, the
+data may be anything. Two things are read that are not of the standard, because servers send errors so: a field `error`,
+and lines of JSON without a field name.
 """
 
 import re
 
-EVENT_LIMIT = 1 << 20  # bytes buffered of an incomplete event, which carries one token, as a rule
+EVENT_LIMIT = 1 << 22  # bytes buffered of an incomplete event, which carries one token, as a rule
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _SINGLE_EVENT = re.compile(rb"data: (.+)\n\n")
 """The typical read, unless it contains a carriage return: one whole event of one line."""
 
+_JSON_BEGINS = (b"{", b"[")
+_JSON_GOES_ON = (b" ", b"\t", b"}", b"]", b'"')  # lines of an indented document
+
 
 class EventTooLong(Exception):  # noqa: N818 - reads as what happened
     """An incomplete event is longer than the limit. The parser cannot be used any longer."""
+
+
+class NamedEvent(bytes):
+    """The data of an event with a name, other than `message`, which is the default."""
+
+    name: bytes
 
 
 class EventParser:
@@ -26,19 +37,21 @@ class EventParser:
     fragmented character is complete before its event is.
     """
 
-    __slots__ = ("_after_cr", "_begun", "_data", "_limit", "_line", "buffered")
+    __slots__ = ("_after_cr", "_begun", "_data", "_is_bare", "_limit", "_line", "_name", "buffered")
 
     def __init__(self, *, limit: int = EVENT_LIMIT) -> None:
         self.buffered = 0  # bytes of an incomplete event, approximately
         self._limit = limit
         self._line: list[bytes] = []  # the fragments of an incomplete line
         self._data: list[bytes] = []  # the data lines of an incomplete event
+        self._name = b""  # of an incomplete event
+        self._is_bare = False  # the incomplete event is a JSON document without field names
         self._after_cr = False  # the last byte was a carriage return: a line feed that follows belongs to it
         self._begun = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Parse a read; return the data of the events that it completes. Raises `EventTooLong`."""
-        stateful = self._line or self._data or self._after_cr or not self._begun
+        stateful = self._line or self._data or self._name or self._after_cr or not self._begun
         if not stateful and (match := _SINGLE_EVENT.fullmatch(chunk)) and b"\r" not in chunk:
             return [match[1]]
         size = len(chunk)
@@ -77,15 +90,51 @@ class EventParser:
         if lines and not self._begun:
             lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
             self._begun = True
-        events = []
+        events = list[bytes]()
         data = self._data
         for line in lines:
             if not line:
-                if event := b"\n".join(data):
-                    events.append(event)
-                data.clear()
+                if data or self._name:
+                    self._end_event(events)
             elif line.startswith(b"data:"):
+                if self._is_bare:
+                    self._end_event(events)
                 data.append(line[6:] if line.startswith(b"data: ") else line[5:])
-            elif line == b"data":
-                data.append(b"")
+            elif not line.startswith(b":"):
+                self._parse_other(line, events)
         return events
+
+    def _parse_other(self, line: bytes, events: list[bytes]) -> None:
+        if line.startswith(_JSON_BEGINS):
+            if self._data:
+                self._end_event(events)
+            self._data.append(line)
+            self._is_bare = True
+            if line.endswith((b"}", b"]")):
+                self._end_event(events)
+            return
+        if self._is_bare:
+            if line.startswith(_JSON_GOES_ON):
+                self._data.append(line)
+                return
+            self._end_event(events)
+        field, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if field == b"data":
+            self._data.append(value)
+        elif field == b"event":
+            self._name = value
+        elif field == b"error":  # llama.cpp
+            self._name = field
+            self._data.append(value)
+
+    def _end_event(self, events: list[bytes]) -> None:
+        event, name = b"\n".join(self._data), self._name
+        self._data.clear()
+        self._name, self._is_bare = b"", False
+        if not event:
+            return
+        if name not in {b"", b"message"}:
+            event = NamedEvent(event)
+            event.name = name
+        events.append(event)

@@ -15,7 +15,7 @@ from imstream.ai.batches import Batcher
 from imstream.ai.breaker import Breaker
 from imstream.ai.moderations import WRONG_NUMBER, ModerationClient, ModerationResult
 from imstream.codes import Code
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError, TransientBackendError
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
@@ -90,8 +90,7 @@ class Moderation(Guard):
         error = next((result for result in results if isinstance(result, BackendError)), None)
         if error is None or self._fails_open:
             return ALLOW
-        retry_after = error.retry_after if isinstance(error, TransientBackendError) else None
-        raise TransientBackendError("moderation_unavailable", str(error), retry_after=retry_after)
+        raise TransientBackendError("moderation_unavailable", str(error), kind="away", retry_after=error.retry_after)
 
     async def _moderate(self, texts: Sequence[str]) -> Sequence[Result]:
         if (paused := self._paused()) is not None:
@@ -119,7 +118,7 @@ class Moderation(Guard):
         return results
 
     def _on_service_failure(self, error: BackendError) -> None:
-        self._breaker.record_failure(error.retry_after if isinstance(error, TransientBackendError) else None)
+        self._breaker.record_failure(error.retry_after)
         if (paused := self._paused()) is not None:
             self._batches.resolve_queued(paused)
         if not self._is_down:
@@ -131,9 +130,10 @@ class Moderation(Guard):
         """The error for all texts while the breaker is open."""
         if not (seconds := self._breaker.remaining()):
             return None
-        return TransientBackendError("paused", "after failures in a row", retry_after=timedelta(seconds=seconds))
+        wait = timedelta(seconds=seconds)
+        return TransientBackendError("paused", "after failures in a row", kind="away", retry_after=wait)
 
 
 def _is_text_error(result: Result) -> bool:
     """Whether the service works, but rejects this text."""
-    return isinstance(result, PermanentBackendError) and result.reason in TEXT_ERRORS
+    return isinstance(result, BackendError) and result.kind == "impossible" and result.reason in TEXT_ERRORS

@@ -134,7 +134,7 @@ def test_an_empty_body_is_broken() -> None:
 
 
 def test_an_error_in_an_event_that_lacks_its_blank_line_is_told() -> None:
-    assert failure(event({"error": {"message": "overloaded"}}).strip()).reason == "backend_error"
+    assert failure(event({"error": {"message": "overloaded"}}).strip()).reason == "overloaded"
 
 
 def test_nothing_counts_after_done() -> None:
@@ -240,7 +240,7 @@ def test_a_page_instead_of_an_answer_is_told_by_its_title() -> None:
 def test_an_error_object_is_an_error_wherever_it_comes(body: bytes) -> None:
     error = failure(body)
     assert isinstance(error, TransientBackendError)
-    assert (error.reason, error.detail) == ("backend_error", "overloaded: try later")
+    assert (error.kind, error.reason, error.detail) == ("away", "overloaded", "overloaded: try later")
 
 
 def test_an_error_object_in_the_middle_of_an_answer_ends_it() -> None:

@@ -293,7 +293,7 @@ async def test_an_answer_that_is_not_streamed_is_taken(content_type: str) -> Non
 async def test_an_error_object_in_a_success_is_an_error() -> None:
     error = await failure_of(b'{"error": {"message": "Model is loading", "type": "server_error"}}')
     assert isinstance(error, TransientBackendError)
-    assert (error.reason, error.detail) == ("backend_error", "server_error: Model is loading")
+    assert (error.reason, error.detail) == ("overloaded", "server_error: Model is loading")
 
 
 async def test_a_page_in_a_success_is_a_bad_stream() -> None:

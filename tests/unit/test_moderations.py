@@ -113,7 +113,7 @@ async def test_an_error_inside_an_answer_is_an_error() -> None:
     assert (error.reason, error.detail) == ("backend_error", "no capacity")
 
 
-@pytest.mark.parametrize(("status", "kind"), [(500, TransientBackendError), (401, PermanentBackendError)])
+@pytest.mark.parametrize(("status", "kind"), [(500, TransientBackendError), (404, PermanentBackendError)])
 async def test_statuses_are_told_apart(status: int, kind: type[BackendError]) -> None:
     error = await failure(refuses(status, '{"error": {"message": "no"}}'))
     assert isinstance(error, kind)
