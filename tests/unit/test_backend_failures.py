@@ -39,7 +39,13 @@ async def failure(script: Script, **settings: Any) -> BackendError:  # noqa: ANN
     ("status", "kind"),
     [
         *[(status, "away") for status in (401, 402, 403, 408, 409, 425, 429, 500, 502, 503, 504)],
-        *[(404, "misconfigured"), (405, "misconfigured"), (400, "impossible"), (413, "impossible"), (422, "impossible")],
+        *[
+            (404, "misconfigured"),
+            (405, "misconfigured"),
+            (400, "impossible"),
+            (413, "impossible"),
+            (422, "impossible"),
+        ],
     ],
 )
 async def test_a_status_says_whose_fault_it_is(status: int, kind: str) -> None:
