@@ -232,6 +232,65 @@ class Event(StrEnum):
         "The message was cancelled. The text so far remains.",
         True,
     )
+    STATUS = (
+        "status",
+        (
+            "Only with the want `status`: the `state` of an unfinished message. While it is queued, again when "
+            "`position` (its place in the queue) or `etaMs` (estimated milliseconds until the answer begins) changes, "
+            "at most once a second."
+        ),
+    )
+    ASKED = (
+        "asked",
+        (
+            "Only with the want `asked`: `contents` is the question, asked on another socket of the user, or of a "
+            "message resumed from its beginning. Questions over 8,192 characters are cut and end with `…`."
+        ),
+    )
+
+
+class Want(StrEnum):
+    """An item of `wants` in INIT: frames that only clients receive that ask for them.
+
+    Attributes:
+        meaning: What the client receives.
+    """
+
+    meaning: str
+
+    def __new__(cls, word: str, meaning: str) -> Self:
+        """Make a member from its row."""
+        self = str.__new__(cls, word)
+        self._value_ = word
+        self.meaning = meaning
+        return self
+
+    STATUS = "status", "The event `status` for each message that the socket follows."
+    THINKING = "thinking", "Reserved: nothing yet."
+    ASKED = "asked", "The event `asked`, and `messages` in the answer to INIT."
+
+
+class State(StrEnum):
+    """The `state` of a message. Clients ignore states that they do not know.
+
+    Attributes:
+        meaning: What it says about the message.
+    """
+
+    meaning: str
+
+    def __new__(cls, word: str, meaning: str) -> Self:
+        """Make a member from its row."""
+        self = str.__new__(cls, word)
+        self._value_ = word
+        self.meaning = meaning
+        return self
+
+    QUEUED = "queued", "It waits for its turn."
+    STARTED = "started", "The AI is asked, or its answer has begun."
+    DONE = "done", "It has ended: see the event of this name. Only in `messages`."
+    FAILED = "failed", "It has ended: see the event of this name. Only in `messages`."
+    CANCELLED = "cancelled", "It has ended: see the event of this name. Only in `messages`."
 
 
 class CloseCode(IntEnum):

@@ -13,7 +13,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 
 from imstream.clock import now_ms
-from imstream.codes import Code, Event, MsgType
+from imstream.codes import Code, Event, MsgType, State
 from imstream.strict_json import InvalidJson, InvalidNumber, parse_json
 from imstream.user_ids import UserId, UserIdField, UserIds
 
@@ -23,7 +23,9 @@ SUBPROTOCOL = "imstream.v1.json"
 """Subprotocol of the handshake. A client that offers it may offer its token as a second one."""
 
 MAX_RESUMED = 64
-"""Maximum number of messages that one INIT may resume."""
+"""Maximum number of messages that one INIT may resume, and that its answer lists."""
+
+MAX_WANTS = 16
 
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -38,6 +40,9 @@ AboutMessage = Annotated[str, Field(description="the message that the frame is a
 Attempt = Annotated[int, Field(description="number of the attempt that the text belongs to, from 1")]
 Offset = Annotated[int, Field(description="position in the text after this frame; opaque, to be returned in `resume`")]
 Position = Annotated[int, Field(description="place in the queue; 1 is next")]
+EtaMs = Annotated[
+    int, Field(description="estimate of the time until the answer begins, in milliseconds; absent without an estimate")
+]
 Remaining = Annotated[int, Field(description="messages left of the daily quota; only with a quota")]
 HeartbeatMs = Annotated[int, Field(description="the heartbeat interval that the node expects, in milliseconds")]
 RetryAfterMs = Annotated[int, Field(description="when to try again, in milliseconds from now")]
@@ -70,7 +75,10 @@ class ResumePoint(_Frame):
 
 
 class ClientInit(_Frame):
-    """Login. `resume` lists the messages for which the client has no terminal event."""
+    """Login. `resume` lists the messages for which the client has no terminal event.
+
+    `wants` names the optional frames that the client wants from now on; unknown names are ignored.
+    """
 
     msg_type: Literal["INIT"]
     user_id: UserIdField
@@ -79,6 +87,9 @@ class ClientInit(_Frame):
     )
     resume: Annotated[list[ResumePoint], FailFast()] = Field(
         default=[], max_length=MAX_RESUMED, description="messages without a terminal event"
+    )
+    wants: Annotated[list[str], FailFast()] = Field(
+        default=[], max_length=MAX_WANTS, description="optional frames that the client wants; unknown names are ignored"
     )
 
 
@@ -203,6 +214,13 @@ class ServerFrame(_Frame):
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
 
+class KnownMessage(_Frame):
+    """A message of the user that can be resumed."""
+
+    message_id: AboutMessage
+    state: State = Field(description="its state; clients ignore unknown ones")
+
+
 class Welcome(ServerFrame):
     """The answer to INIT: the user is logged in."""
 
@@ -213,6 +231,9 @@ class Welcome(ServerFrame):
     remaining: Remaining | None = None
     heartbeat_ms: HeartbeatMs | None = None
     node: Node | None = None
+    messages: list[KnownMessage] | None = Field(
+        None, description="with the want `asked`: the newest messages of the user that can be resumed, oldest first"
+    )
 
 
 class HeartbeatReply(ServerFrame):
@@ -320,6 +341,28 @@ class Cancelled(Ending):
     event: Literal[Event.CANCELLED] = Event.CANCELLED
 
 
+class Status(ServerFrame):
+    """The state of an unfinished message, for clients that want `status`."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    message_id: AboutMessage
+    event: Literal[Event.STATUS] = Event.STATUS
+    state: Literal[State.QUEUED, State.STARTED] = Field(description="its state; clients ignore unknown ones")
+    position: Position | None = None
+    eta_ms: EtaMs | None = None
+
+
+class Asked(ServerFrame):
+    """The question of a message, for clients that want `asked`."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    contents: str = Field(description="the question")
+    message_id: AboutMessage
+    event: Literal[Event.ASKED] = Event.ASKED
+
+
 SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
     Welcome,
     HeartbeatReply,
@@ -331,6 +374,8 @@ SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
     Failed,
     Cancelled,
     Expired,
+    Status,
+    Asked,
 )
 """Every kind of server frame."""
 
@@ -344,13 +389,16 @@ class ReceivedFrame(ServerFrame):
     event: Event | None = None
     attempt: int | None = None
     offset: int | None = None
+    state: State | None = None
     position: int | None = None
+    eta_ms: int | None = None
     remaining: int | None = None
     heartbeat_ms: int | None = None
     retry_after_ms: int | None = None
     finish_reason: str | None = None
     usage: dict[str, int] | None = None
     node: str | None = None
+    messages: list[KnownMessage] | None = None
 
 
 def encode_delta(message_id: str, *, attempt: int, offset: int, text: str) -> str:

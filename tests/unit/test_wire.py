@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from imstream.clock import now_ms
-from imstream.codes import CloseCode, Code
+from imstream.codes import CloseCode, Code, State
 from imstream.strict_json import InvalidJson, parse_json
 from imstream.user_ids import MAX_USER_ID, MIN_USER_ID
 from imstream.wire import (
     MAX_RESUMED,
+    MAX_WANTS,
     Accepted,
+    Asked,
     Cancelled,
     ClientCancel,
     ClientChat,
@@ -29,18 +31,20 @@ from imstream.wire import (
     FrameLimits,
     HeartbeatReply,
     InvalidFrame,
+    KnownMessage,
     Problem,
     ReceivedFrame,
     Restart,
     ResumePoint,
     ServerFrame,
+    Status,
     Turn,
     Welcome,
     encode_delta,
     parse_frame,
 )
 
-WIRE_FIELDS = {"msgType", "userId", "messageId", "contents", "history", "token", "resume"}
+WIRE_FIELDS = {"msgType", "userId", "messageId", "contents", "history", "token", "resume", "wants"}
 """Every field that a client's frame may have."""
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -66,6 +70,7 @@ CLIENT_FRAMES: st.SearchStrategy[ClientFrame] = st.one_of(
         user_id=USER_IDS,
         token=st.none() | TEXTS,
         resume=st.lists(POINTS, max_size=MAX_RESUMED),
+        wants=st.lists(TEXTS, max_size=MAX_WANTS),
     ),
     made(
         ClientChat,
@@ -99,6 +104,8 @@ SERVER_FRAMES: st.SearchStrategy[ServerFrame] = st.one_of(
         remaining=st.none() | COUNTS,
         heartbeat_ms=st.none() | COUNTS,
         node=st.none() | TEXTS,
+        messages=st.none()
+        | st.lists(made(KnownMessage, message_id=MESSAGE_IDS, state=st.sampled_from(State)), max_size=5),
     ),
     made(HeartbeatReply, **COMMON, contents=TEXTS, user_id=st.none() | USER_IDS),
     made(
@@ -124,6 +131,15 @@ SERVER_FRAMES: st.SearchStrategy[ServerFrame] = st.one_of(
     made(Done, **ENDING),
     made(Failed, **{**ENDING, "contents": TEXTS}, code=st.sampled_from([Code.AI_FAILED, Code.FORBIDDEN])),
     made(Cancelled, **{**ENDING, "contents": TEXTS}),
+    made(
+        Status,
+        **COMMON,
+        message_id=MESSAGE_IDS,
+        state=st.sampled_from([State.QUEUED, State.STARTED]),
+        position=st.none() | COUNTS,
+        eta_ms=st.none() | COUNTS,
+    ),
+    made(Asked, **ABOUT_A_MESSAGE),
 )
 
 JSON = st.recursive(
