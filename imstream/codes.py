@@ -113,7 +113,7 @@ class Code(StrEnum):
         "INIT_TIMEOUT",
         "The socket sent no INIT in time. Close 4500 follows.",
         Fault.CLIENT,
-        "Send INIT as soon as the socket is open.",
+        "Connect again with backoff, with the same token. Send INIT as soon as the socket is open.",
     )
     DRAINING = (
         "DRAINING",
@@ -362,7 +362,7 @@ class CloseCode(IntEnum):
         "no INIT in time, or no valid token",
         "No INIT in time, or no valid token any longer.",
         Fault.USER,
-        "Do not connect again without a new token.",
+        "Do not connect again without a new token, except after `INIT_TIMEOUT`.",
     )
     BAD_USER_ID = (
         4501,

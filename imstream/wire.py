@@ -380,13 +380,20 @@ SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
 """Every kind of server frame."""
 
 
-class ReceivedFrame(ServerFrame):
-    """A server frame of any kind, as clients read it: every field may be missing, and unknown ones are ignored."""
+_FIRST_MATCH = Field(union_mode="left_to_right")
 
+
+class ReceivedFrame(ServerFrame):
+    """A server frame of any kind, as clients read it: every field may be missing, and unknown ones are ignored.
+
+    A newer server may know other codes and events; they are read as text.
+    """
+
+    code: Annotated[Code | str, _FIRST_MATCH] = Code.SUCCESS  # type: ignore[assignment] # wider, see above
     contents: str | None = None
     user_id: UserId | None = None
     message_id: str | None = None
-    event: Event | None = None
+    event: Annotated[Event | str | None, _FIRST_MATCH] = None
     attempt: int | None = None
     offset: int | None = None
     state: State | None = None

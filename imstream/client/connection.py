@@ -82,6 +82,7 @@ class ReconnectingConnection:
         self._socket: ClientConnection | None = None  # only while logged in
         self._logged_in = asyncio.Event()
         self._login_expires = asyncio.Event()
+        self._last_frame: ReceivedFrame | None = None
 
     async def run(self) -> None:
         """Keep a connection until the session ends. On return no request is pending."""
@@ -135,6 +136,7 @@ class ReconnectingConnection:
             return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         self._logged_in.clear()
         self._login_expires.clear()
+        self._last_frame = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 sender = tasks.create_task(self._send_frames(socket, token))
@@ -192,7 +194,7 @@ class ReconnectingConnection:
     async def _receive(self, socket: ClientConnection) -> ReconnectPolicy:
         try:
             while True:
-                frame = _decode(await socket.recv())
+                frame = self._last_frame = _decode(await socket.recv())
                 if frame is not None and not self._apply(frame, socket):
                     return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         except ConnectionClosed as closed:
@@ -224,17 +226,23 @@ class ReconnectingConnection:
         self._notify(Connected(self._servers.current, frame.node, len(self._pending.accepted)))
 
     def _on_close(self, closed: ConnectionClosed, socket: ClientConnection) -> ReconnectPolicy:
-        code = None if closed.rcvd is None else closed.rcvd.code
-        logged_in = self._logged_in.is_set()
-        if code == CloseCode.NOT_AUTHENTICATED and self._credentials.on_rejected(was_logged_in=logged_in):
-            return ReconnectPolicy(RetryMode.BACKOFF)
-        policy = after_close(code)
+        code, reason = (None, "") if closed.rcvd is None else (closed.rcvd.code, closed.rcvd.reason)
+        cause = self._cause_of(code)
+        self.last_error = (cause and cause.contents) or reason or str(closed)
+        policy = after_close(code, cause.code if cause else None)
+        if policy.mode is RetryMode.NEVER and code == CloseCode.NOT_AUTHENTICATED:
+            policy = self._credentials.on_rejected(was_logged_in=self._logged_in.is_set())
         if policy.mode is RetryMode.NEVER:
-            self._pending.fail_all(SessionEnded(code or 0, self.last_error or "the server ended the session"))
+            self._pending.fail_all(SessionEnded(code or 0, self.last_error))
         elif code == CloseCode.FRAME_TOO_BIG:
             self._pending.fail_largest(socket)
-        self.last_error = str(closed)
         return policy
+
+    def _cause_of(self, code: int | None) -> ReceivedFrame | None:
+        """The frame that says why the server has closed the connection with this code, if there is one."""
+        frame = self._last_frame
+        is_told = code is not None and code >= CloseCode.INTERNAL_ERROR
+        return frame if is_told and frame is not None and frame.msg_type is MsgType.SYSTEM else None
 
     def _notify(self, change: ConnectionChange) -> None:
         logger.info("%s", change)

@@ -48,10 +48,15 @@ class ProtocolViolation(ClientError):  # noqa: N818 - names what happened
 
 
 class Refused(ClientError):  # noqa: N818 - reads as the state that it names
-    """The server did not accept the message. `retry_after`: the server's advice when to send it again."""
+    """The server did not accept the message.
 
-    def __init__(self, code: Code, why: str, *, retry_after: timedelta | None = None) -> None:
-        super().__init__(why or code.value)
+    Attributes:
+        code: The code of the refusal; a text for one that only a newer server knows.
+        retry_after: The server's advice when to send the message again.
+    """
+
+    def __init__(self, code: Code | str, why: str, *, retry_after: timedelta | None = None) -> None:
+        super().__init__(why or code)
         self.code = code
         self.retry_after = retry_after
 
@@ -92,7 +97,7 @@ class Expired(Unanswered):
     """The reply was deleted; the message has to be sent again."""
 
 
-_REFUSALS: dict[Code, type[Refused]] = {
+_REFUSALS: dict[str, type[Refused]] = {
     Code.BUSY: Busy,
     Code.RATE_LIMITED: RateLimited,
     Code.UNAVAILABLE: Unavailable,

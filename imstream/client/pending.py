@@ -19,7 +19,11 @@ _REFUSES_MESSAGES = (Code.BAD_REQUEST, Code.FORBIDDEN, Code.BUSY)
 wait (RATE_LIMITED) while the server handles what was sent."""
 
 
-_RECEIPTS = {Code.TOO_LATE: Receipt.TOO_LATE, Code.UNKNOWN: Receipt.UNKNOWN, Code.EXPIRED: Receipt.UNKNOWN}
+_RECEIPTS: dict[str, Receipt] = {
+    Code.TOO_LATE: Receipt.TOO_LATE,
+    Code.UNKNOWN: Receipt.UNKNOWN,
+    Code.EXPIRED: Receipt.UNKNOWN,
+}
 
 
 @dataclass(slots=True, eq=False)

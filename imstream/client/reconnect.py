@@ -10,7 +10,7 @@ from ssl import SSLContext
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from imstream.client.errors import ClientError
-from imstream.codes import CloseCode
+from imstream.codes import CloseCode, Code
 from imstream.user_ids import UserId
 
 Token = str | Callable[[], str | Awaitable[str]]
@@ -59,13 +59,18 @@ class ReconnectPolicy:
     switch_server: bool = False
 
 
-def after_close(code: int | None) -> ReconnectPolicy:
-    """The policy for a close code (see `imstream.codes.CloseCode`); None: the connection broke without one."""
+def after_close(code: int | None, cause: str | None = None) -> ReconnectPolicy:
+    """The policy for a close code (see `imstream.codes.CloseCode`); None: the connection broke without one.
+
+    `cause` is the code of the frame that says why.
+    """
     if code == CloseCode.DRAINING:
         return ReconnectPolicy(RetryMode.NOW, switch_server=True)
     if code == CloseCode.NODE_FULL:
         return ReconnectPolicy(RetryMode.LATER, switch_server=True)
-    return ReconnectPolicy(RetryMode.NEVER if code in _FINAL_CODES else RetryMode.BACKOFF)
+    # A login that came too late is no fault of the user, as a missing token is, which closes with the same code.
+    is_final = code in _FINAL_CODES and cause != Code.INIT_TIMEOUT
+    return ReconnectPolicy(RetryMode.NEVER if is_final else RetryMode.BACKOFF)
 
 
 @dataclass(slots=True)
@@ -173,10 +178,10 @@ class Credentials:
         """The server has accepted the login."""
         self._rejected, self._accepted = None, self._last_sent
 
-    def on_rejected(self, *, was_logged_in: bool) -> bool:
-        """The server has closed the connection with NOT_AUTHENTICATED. Returns whether to try again with a new token.
+    def on_rejected(self, *, was_logged_in: bool) -> ReconnectPolicy:
+        """The server has closed the connection with NOT_AUTHENTICATED: try again with a new token if there may be one.
 
         If a login expired, the token it began with is the rejected one: a newer token may have been sent too late.
         """
         first, self._rejected = self._rejected is None, self._accepted if was_logged_in else self._last_sent
-        return self.is_renewable and first
+        return ReconnectPolicy(RetryMode.BACKOFF if self.is_renewable and first else RetryMode.NEVER)

@@ -84,7 +84,13 @@ class Result:
 
 ReplyEvent = Accepted | Restarted | Piece | Result
 
-_OUTCOMES = {Event.DONE: Outcome.DONE, Event.FAILED: Outcome.FAILED, Event.CANCELLED: Outcome.CANCELLED}
+_OUTCOMES: dict[str | None, Outcome] = {
+    Event.DONE: Outcome.DONE,
+    Event.FAILED: Outcome.FAILED,
+    Event.CANCELLED: Outcome.CANCELLED,
+}
+
+_EVENTS = frozenset({None, Event.ACCEPTED, Event.DELTA, Event.RESTART, *_OUTCOMES})
 
 _ERRORS = {Outcome.FAILED: Failed, Outcome.CANCELLED: Cancelled, Outcome.EXPIRED: Expired}
 
@@ -209,8 +215,8 @@ class Reply:
             self._notify()
 
     def apply(self, frame: ReceivedFrame) -> None:
-        """Apply a frame about this message, unless the reply has ended."""
-        if self.ended:
+        """Apply a frame about this message, unless the reply has ended or the event is one of a newer server."""
+        if self.ended or frame.event not in _EVENTS:
             return
         try:
             self._apply(frame)

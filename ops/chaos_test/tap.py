@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from imstream.codes import Code, Event, MsgType
-from imstream.texts import Text, localize
 from imstream.user_ids import UserId
 from imstream.wire import ReceivedFrame
 from ops.chaos_test.history import TERMINAL, Complaint
@@ -19,8 +18,10 @@ _SWITCHING, _ASKING = b"HTTP/1.1 101", b"GET "
 _TEXT, _CONTROL, _FIN, _MASKED = 0x1, 0x8, 0x80, 0x80
 _TWO_BYTES, _EIGHT_BYTES = 126, 127
 _KNOWN_FIELDS = {field.alias for field in ReceivedFrame.model_fields.values()}
-_INTERNAL = {localize(Text.INTERNAL, lang) for lang in ("zh", "en")}
-_NEVER = (Code.BAD_REQUEST, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.RATE_LIMITED, Code.UNKNOWN)
+_NEVER = (
+    *(Code.SYSTEM_ERROR, Code.BAD_REQUEST, Code.UNAUTHORIZED, Code.FORBIDDEN),
+    *(Code.RATE_LIMITED, Code.UNKNOWN, Code.REPLACED, Code.TOO_MANY_SOCKETS),
+)
 """Codes that these clients must never get."""
 
 
@@ -128,11 +129,13 @@ class Tap:
             return self._report("", f"an invalid frame ({error.errors()[0]['msg']}): {text[:300]}")
         if unknown := from_json(text).keys() - _KNOWN_FIELDS:
             self._report(frame.message_id or "", f"a frame with unknown fields {sorted(unknown)}: {text[:300]}")
+        if not isinstance(frame.code, Code):
+            self._report(frame.message_id or "", f"a frame with an unknown code: {text[:300]}")
         if frame.msg_type is MsgType.INIT and frame.user_id is not None:
             self._user_id = frame.user_id
         elif frame.msg_type is MsgType.CHAT:
             self._chat(frame)
-        elif frame.msg_type is MsgType.SYSTEM and (frame.code in _NEVER or frame.contents in _INTERNAL):
+        elif frame.msg_type is MsgType.SYSTEM and frame.code in _NEVER:
             self._report(frame.message_id or "", f"{frame.code}: {frame.contents}")
         return None
 

@@ -99,9 +99,9 @@ class Peer:
         """Send one CHAT frame."""
         await self.send_frame("CHAT", message_id=message_id, event=event, **fields)
 
-    async def close(self, code: int) -> None:
+    async def close(self, code: int, reason: str = "") -> None:
         """Close the connection."""
-        await self.socket.close(code)
+        await self.socket.close(code, reason)
 
     def drop(self) -> None:
         """Break the connection without a close frame."""

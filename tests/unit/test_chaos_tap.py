@@ -107,7 +107,14 @@ def test_what_must_not_be_said_is_complained_of(frames: tuple[str, ...], what: s
 
 @pytest.mark.parametrize(
     "frame",
-    ["[]", '{"msgType":"SHOUT"}', '{"msgType":"CHAT","messageId":"m","event":"done","offset":0,"colour":"red"}'],
+    [
+        "[]",
+        '{"msgType":"SHOUT"}',
+        '{"msgType":"SYSTEM","code":"SUNNY"}',
+        '{"msgType":"SYSTEM","code":"SYSTEM_ERROR"}',
+        '{"msgType":"CHAT","messageId":"m","event":"rated"}',
+        '{"msgType":"CHAT","messageId":"m","event":"done","offset":0,"colour":"red"}',
+    ],
 )
 def test_frames_that_nobody_knows_are_complained_of(frame: str) -> None:
     assert len(heard(frame)[0]) == 1

@@ -207,6 +207,8 @@ async def test_frames_of_a_newer_server_are_left_out() -> None:
         reply = await session.asked()
         await session.peer.socket.send('{"msgType": "WEATHER", "contents": "sunny"}')
         await session.peer.socket.send("no JSON")
+        await session.peer.send_chat(reply.message_id, "rated", attempt=1, offset=7, contents="well")
+        await session.peer.send_frame("SYSTEM", code="SUNNY", contents="sunny")
         await session.peer.send_frame("HEARTBEAT")
         await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         assert await within(reply.text()) == ""

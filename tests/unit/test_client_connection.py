@@ -162,6 +162,28 @@ async def test_what_a_server_says_before_it_closes_is_about_no_message() -> None
         assert (await session.peer.hear_chat()).message_id == reply.message_id
 
 
+async def test_a_lost_connection_is_told_with_what_the_server_said_about_its_end() -> None:
+    changes: list[ConnectionChange] = []
+    async with connected(on_change=changes.append) as session:
+        await session.peer.send_frame("SYSTEM", code="DRAINING", contents="we restart")
+        await session.peer.close(CloseCode.DRAINING, CloseCode.DRAINING.reason)
+        session.peer = await session.server.logged_in()
+        await session.peer.send_frame("SYSTEM", code="RATE_LIMITED", contents="slower, please")
+        await session.peer.send_frame("HEARTBEAT")
+        await session.peer.close(CloseCode.NO_HEARTBEAT, CloseCode.NO_HEARTBEAT.reason)
+        session.peer = await session.server.logged_in()
+        await session.peer.send_frame("SYSTEM", code="BAD_REQUEST", contents="no such field")
+        await session.peer.close(CloseCode.FRAME_TOO_BIG, "too many fragments")
+        session.peer = await session.server.logged_in()
+        await session.peer.send_frame("SYSTEM", code="RATE_LIMITED", contents="slower, please")
+        session.peer.drop()
+        session.peer = await session.server.logged_in()
+    *told, dropped = [change.why for change in changes if isinstance(change, Disconnected)]
+    assert told == ["we restart", "no heartbeat", "too many fragments"]
+    assert dropped
+    assert dropped != "slower, please"
+
+
 @pytest.mark.parametrize("code", [1000, 1001, 1011, 1012, 1013, 4001, 4002, 4499])
 async def test_reconnects_after_a_close_code_that_allows_it(code: int) -> None:
     async with connected() as session:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.client.reconnect import Backoff, ReconnectPolicy, RetryMode, Servers, Timing, after_close
-from imstream.codes import CloseCode
+from imstream.codes import CloseCode, Code
 
 TIMING = Timing(backoff=timedelta(seconds=1), backoff_max=timedelta(seconds=20), later=timedelta(seconds=5))
 
@@ -36,6 +36,19 @@ def backoff() -> Backoff:
 )
 def test_a_close_code_says_when_to_come_back(code: int | None, reaction: ReconnectPolicy) -> None:
     assert after_close(code) == reaction
+
+
+@pytest.mark.parametrize(
+    ("cause", "mode"),
+    [
+        (Code.INIT_TIMEOUT, RetryMode.BACKOFF),
+        (Code.UNAUTHORIZED, RetryMode.NEVER),
+        ("OF_A_NEWER_SERVER", RetryMode.NEVER),
+        (None, RetryMode.NEVER),
+    ],
+)
+def test_a_login_that_came_too_late_may_be_tried_again(cause: str | None, mode: RetryMode) -> None:
+    assert after_close(CloseCode.NOT_AUTHENTICATED, cause) == ReconnectPolicy(mode)
 
 
 def test_a_wait_is_anywhere_below_a_bound_that_doubles_up_to_its_limit() -> None:

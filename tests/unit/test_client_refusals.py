@@ -89,6 +89,24 @@ async def test_a_refusal_without_an_id_is_about_the_only_message_it_can_be_about
         assert not any(reply.ended for reply in both)
 
 
+async def test_one_invalid_message_of_several_is_refused_by_its_id() -> None:
+    async with connected() as session:
+        replies = [await session.client.send("hello", message_id=name) for name in ("m1", "m2", "m3")]
+        await session.peer.send_frame("SYSTEM", code="BAD_REQUEST", message_id="m2", contents="contents: too long")
+        with pytest.raises(BadMessage, match="too long"):
+            await within(replies[1].accepted())
+        assert [reply.ended for reply in replies] == [False, True, False]
+
+
+async def test_a_message_that_a_newer_server_refuses_with_a_code_of_its_own_is_refused() -> None:
+    async with connected() as session:
+        reply = await session.client.send("hello", message_id="m1")
+        await session.peer.send_frame("SYSTEM", code="TOO_EXPENSIVE", message_id="m1", contents="think less")
+        with pytest.raises(Refused, match="think less") as caught:
+            await within(reply.accepted())
+        assert (type(caught.value), caught.value.code) == (Refused, "TOO_EXPENSIVE")
+
+
 async def test_who_is_asked_to_send_slower_loses_nothing() -> None:
     async with connected() as session:
         reply = await session.client.send("hello")

@@ -122,6 +122,18 @@ async def test_a_token_that_was_refused_is_not_shown_a_second_time() -> None:
             await within(task)
 
 
+async def test_a_login_that_came_too_late_is_no_fault_of_its_token() -> None:
+    async with scripted_server() as server:
+        task = await entering(server, lambda: "signed")
+        for _ in range(3):
+            peer = await server.peer()
+            assert (await peer.hear_init()).token == "signed"  # noqa: S105 - no secret
+            await peer.send_frame("SYSTEM", code="INIT_TIMEOUT", contents="no login in time")
+            await peer.close(CloseCode.NOT_AUTHENTICATED)
+        await server.logged_in()
+        await (await within(task)).__aexit__(None, None, None)
+
+
 async def test_a_token_that_was_refused_once_matters_no_more_after_a_login() -> None:
     async with connected(token=numbered()) as session:
         for _ in range(3):
