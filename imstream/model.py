@@ -145,6 +145,7 @@ class Terminal:
 
     Attributes:
         reason: For `failed`: the reason, as in the dead stream.
+        kind: For `failed` by the backend: whose fault it was, see `BackendError`. Older releases record none.
         refusal: For `failed`: the refusal of a guard, whose sentence replaces the general one.
     """
 
@@ -154,6 +155,7 @@ class Terminal:
     reason: str | None = None
     error: str | None = None
     refusal: Refusal | None = None
+    kind: str | None = None
 
     def fields(self) -> tuple[str, ...]:
         """The terminal entry without attempt, event, offset and text, as field, value, …."""
@@ -162,6 +164,7 @@ class Terminal:
             "usage": None if self.usage is None else to_json(self.usage).decode(),
             "reason": self.reason,
             "error": self.error,
+            "kind": self.kind,
         }
         if self.refusal is not None:
             violation = "1" if self.refusal.violation else None
@@ -178,8 +181,22 @@ class Terminal:
             usage=from_json(fields["usage"]) if "usage" in fields else None,
             reason=fields.get("reason"),
             error=fields.get("error"),
+            kind=fields.get("kind"),
             refusal=Refusal(fields["code"], fields["sentence"], "violation" in fields) if refused else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why a message waits, and for which backend. `reason` is a word for programs, `error` a line for an operator."""
+
+    backend: str
+    reason: str
+    error: str = ""
+
+    def fields(self) -> tuple[str, ...]:
+        """The part of the entry that tells why, as field, value, …."""
+        return ("backend", self.backend, "reason", self.reason, "error", self.error)
 
 
 @dataclass(frozen=True, slots=True)

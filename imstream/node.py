@@ -13,7 +13,7 @@ import uvloop
 
 from imstream import logs
 from imstream.ai.backend import Backend, OpenAIBackend
-from imstream.ai.breaker import Breaker
+from imstream.ai.call_gate import CallGate
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.codes import CloseCode, Code
@@ -94,7 +94,7 @@ class Node:
             guards=guards,
             prompter=Prompter(settings, backend, assembler),
             backend=backend,
-            breaker=Breaker(settings),
+            gate=CallGate(settings),
             leases=leases,
             lease_keeper=lease_keeper,
             stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),

@@ -37,6 +37,10 @@ class Text(Sentence, Enum):
         "抱歉,这条消息暂时无法得到回答,请稍后再试!",
         "Sorry, this message could not be answered. Please try again later!",
     )
+    AI_AWAY = (
+        "抱歉,AI 服务暂时不可用,请稍后再试!",
+        "Sorry, the AI service is not available right now. Please try again later!",
+    )
     REFUSED = (
         "抱歉,AI 服务拒绝了这条消息,请修改后再发送!",
         "Sorry, the AI service refused this message. Please change it and send it again!",

@@ -46,7 +46,9 @@ class Completion:
 
 
 class Backend(Protocol):
-    """Answers prompts."""
+    """Answers prompts. `name`: for logs and records."""
+
+    name: str
 
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """Send a prompt; return when the answer is complete.
@@ -61,6 +63,7 @@ class Backend(Protocol):
 class OpenAIBackend(EndpointClient):
     """Calls `POST {ai_url}/chat/completions`. End every `answer` before leaving the context."""
 
+    name = "default"
     _accept = "text/event-stream, application/json"
 
     def __init__(self, settings: Settings) -> None:

@@ -26,6 +26,7 @@ class Breaker:
         self._min_pause = settings.ai_breaker_pause.total_seconds()
         self._max_pause = settings.retry_wait_max.total_seconds()
         self._failures = 0
+        self._sources = set[object]()
         self._pause = self._min_pause
         self._open_until = 0.0
         self._retry_after_until = 0.0
@@ -46,13 +47,16 @@ class Breaker:
     def record_success(self) -> None:
         """A call has succeeded."""
         self._failures = 0
+        self._sources.clear()
         self._pause = self._min_pause
         # A call that began earlier does not end a Retry-After.
         self._open_until = self._retry_after_until if self._retry_after_until > self._clock() else 0.0
 
-    def record_failure(self, retry_after: timedelta | None) -> None:
-        """A call has failed for a reason that other calls may share."""
-        self._failures += 1
+    def record_failure(self, retry_after: timedelta | None, *, source: object = None) -> None:
+        """A call has failed for a reason that other calls may share. Failures of one `source`, if given, count once."""
+        if source is None or source not in self._sources:
+            self._failures += 1
+            self._sources.add(source)
         pause = min(retry_after.total_seconds(), self._max_pause) if retry_after is not None else 0.0
         self._retry_after_until = max(self._retry_after_until, self._clock() + pause)
         if self._failures >= self._threshold and self.remaining() == 0.0:

@@ -149,6 +149,8 @@ class FrameBuilder:
         if (refusal := terminal.refusal) is not None:
             # A newer release may have recorded a code that this one does not know.
             return {"code": refusal.code if refusal.code in _CODES else Code.AI_FAILED, "contents": refusal.sentence}
+        if terminal.kind in {"away", "misconfigured"}:
+            return {"contents": self._text(Text.AI_AWAY)}
         return {"contents": self._text(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)}
 
     def _logged_in(self) -> UserId:

@@ -1,11 +1,12 @@
 """The reply stream of a message: all that is recorded about it. Each append is checked against it (I4)."""
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 from imstream.clock import milliseconds
 from imstream.keys import Keys
-from imstream.model import TERMINAL_EVENTS, Record, Terminal, TerminalEvent
+from imstream.model import TERMINAL_EVENTS, Record, Terminal, TerminalEvent, Waiting
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
@@ -13,15 +14,23 @@ from imstream.store.scripts import LUA
 from imstream.user_ids import UserId
 
 CancelOutcome = Literal["cancelled", "too_late", "unknown"]
-_KNOWN_EVENTS = frozenset({"queued", "opened", "text", *TERMINAL_EVENTS})
+_KNOWN_EVENTS = frozenset({"queued", "opened", "waiting", "text", *TERMINAL_EVENTS})
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An attempt has begun, and the message belongs to its request. `nodes`: those with a socket of the user."""
+    """An attempt has begun, and the message belongs to its request.
+
+    Attributes:
+        nodes: Those with a socket of the user.
+        counted: Attempts before this one that count: those that did more than wait for their backend.
+        waited: Since the message first had to wait for a backend, on any node; None: it had not.
+    """
 
     attempt: int
     nodes: tuple[str, ...] = ()
+    counted: int = field(default=0, compare=False)
+    waited: timedelta | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,14 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitRecorded:
+    """It is recorded that the message waits, and has since `waited`. `nodes`: see `Appended`."""
+
+    waited: timedelta
+    nodes: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRecorded:
     """The reply has ended as cancelled. `nodes`: the one that worked on it, and those with a socket of the user.
 
@@ -84,6 +101,7 @@ class ReplyStore:
         self._node = settings.node
         self._ttl = milliseconds(settings.reply_ttl)
         self._queued_ttl = milliseconds(settings.queued_ttl)
+        self._retry_window = milliseconds(settings.retry_window)
 
     async def mark_queued(self, user_id: UserId, message_id: str) -> None:
         """Record that the message waits for a worker, unless its reply stream exists already."""
@@ -101,8 +119,8 @@ class ReplyStore:
         arguments = (request, self._ttl, lost, after, self._node)
         answer = await LUA["open"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
         match answer:
-            case ["opened", attempt, *nodes]:
-                return Opened(int(attempt), tuple(nodes))
+            case ["opened", attempt, counted, waited, *nodes]:
+                return Opened(int(attempt), tuple(nodes), int(counted), None if waited == "" else _span(waited))
             case ["ended", event, owner]:
                 return Ended(event, owner)
             case _:
@@ -130,6 +148,19 @@ class ReplyStore:
                 return Appended(tuple(nodes))
             case ["gap", offset]:
                 return Rejected("gap", int(offset))
+            case _:
+                return Rejected(answer[0])
+
+    async def wait(
+        self, user_id: UserId, message_id: str, *, attempt: int, pause: timedelta, why: Waiting
+    ) -> WaitRecorded | Rejected:
+        """Record that an attempt without text waits for its backend. The reply is kept for the `pause` in addition."""
+        ttl = self._ttl + milliseconds(pause)
+        arguments: tuple[Argument, ...] = (attempt, ttl, self._retry_window, *why.fields())
+        answer = await LUA["wait"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
+        match answer:
+            case ["waiting", waited, *nodes]:
+                return WaitRecorded(_span(waited), tuple(nodes))
             case _:
                 return Rejected(answer[0])
 
@@ -178,3 +209,7 @@ class ReplyStore:
 
     def _reply_and_route(self, user_id: UserId, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)
+
+
+def _span(milliseconds_: int | str) -> timedelta:
+    return timedelta(milliseconds=max(0, int(milliseconds_)))

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from imstream.ai.backend import Backend, Completion
-from imstream.ai.breaker import Breaker
+from imstream.ai.call_gate import CallGate
 from imstream.ai.prompt.prompter import Prompter
-from imstream.errors import TransientBackendError
+from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardRejection
 from imstream.model import ChatRequest
@@ -31,7 +31,7 @@ class WorkerDeps:
     guards: GuardChain
     prompter: Prompter
     backend: Backend
-    breaker: Breaker
+    gate: CallGate
     leases: Leases
     lease_keeper: LeaseKeeper
     stall: StallDetector
@@ -53,14 +53,29 @@ class AttemptRunner:
         messages = await deps.prompter.messages(request)
         filtered = deps.guards.answer_filter(request, on_text)
         try:
-            completion = await deps.backend.answer(messages, on_text=on_text if filtered is None else filtered.feed)
-            deps.breaker.record_success()
+            completion = await deps.backend.answer(
+                messages, on_text=self._reported(on_text if filtered is None else filtered.feed)
+            )
+            deps.gate.record_success()
             if filtered is not None:
                 filtered.end()
-        except TransientBackendError as error:
-            deps.breaker.record_failure(error.retry_after)
+        except BackendError as error:
+            deps.gate.record_failure(error, user=request.user_id)
             raise
         except GuardRejection as rejection:
             await deps.guards.record_rejection(rejection.verdict, request)
             raise
         return completion
+
+    def _reported(self, on_text: Callable[[str], None]) -> Callable[[str], None]:
+        """`on_text`; while the breaker is open, the first text tells that the backend is back."""
+        gate = self.deps.gate
+        if not gate.is_closed:
+            return on_text
+
+        def report(text: str) -> None:
+            if gate.breaker.tripped:
+                gate.record_success()
+            on_text(text)
+
+        return report

@@ -5,10 +5,13 @@
     answered, cancelled                              Finish
     ended before, by this request, as failed         Bury: only the dead letter is missing; or Decline
     ended before, otherwise; a duplicate             Finish
-    the backend fails permanently                    Bury, with the backend's reason
     a guard rejects the message, or the answer       Decline, with the guard's reason and sentence
-    the backend failed, attempts and time are left   Retry, not before the time it asked for
-    the backend failed, none are left                Bury, with the last reason
+    the request cannot be answered (impossible)      Bury, with the backend's reason
+    the backend is away, or our configuration of it
+    is wrong; its text has not begun                 Wait within this attempt, not less than it asked for
+    … and the retry window is over                   Bury, with the last reason
+    the answer broke, attempts are left              Retry, not before the time it asked for
+    … and none are left                              Bury, with the last reason
     superseded by another attempt; the node drains   Leave: another node ends it
 
 A request that died with its worker too often, or that cannot be read, is buried without an attempt. One that a newer
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
 
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError, FailureKind
 from imstream.guards.guard import Reject
 from imstream.model import Refusal
 from imstream.settings import Settings
@@ -51,11 +54,21 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class Wait:
+    """The backend is away: call it again in the same attempt, not before `after`, and give up after `window`."""
+
+    after: timedelta
+    window: timedelta
+    error: BackendError
+
+
+@dataclass(frozen=True, slots=True)
 class Bury:
-    """Give up: record `failed`, and move the request to the dead stream."""
+    """Give up: record `failed`, and move the request to the dead stream. `kind`: see `BackendError`."""
 
     reason: str
     error: str
+    kind: FailureKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +83,12 @@ class Decline:
     refusal: Refusal
 
 
-Disposition = Finish | Leave | Retry | Bury | Decline
+Disposition = Finish | Leave | Retry | Wait | Bury | Decline
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Maximum AI calls and worker deaths of one request, and time from its first to its last attempt on one node."""
+    """Maximum attempts and worker deaths of one request, and the time that it waits for backends that are away."""
 
     attempts: int
     deliveries: int
@@ -105,14 +118,27 @@ def after_opening(attempt: int, limits: Limits) -> Bury | None:
     return None
 
 
-def after_failure(error: BackendError, *, attempt: int, elapsed: timedelta, limits: Limits) -> Retry | Bury:
-    """Decide after a failed attempt, numbered from 1. `elapsed`: time since the first attempt of this worker."""
-    if isinstance(error, PermanentBackendError):
-        return Bury(error.reason, error.detail)
-    after = (isinstance(error, TransientBackendError) and error.retry_after) or timedelta(0)
-    if attempt >= limits.attempts or elapsed + after > limits.window:
-        return Bury(error.reason, error.detail)
-    return Retry(after)
+def after_failure(
+    error: BackendError, *, counted: int, has_text: bool, waited: timedelta, limits: Limits
+) -> Retry | Wait | Bury:
+    """Decide after a failed call.
+
+    Args:
+        error: The failure, with its class (`kind`).
+        counted: Attempts so far that count, with this one.
+        has_text: This attempt has text: then its answer is broken, even if the backend is away now.
+        waited: Time since the first failure that made the message wait, on any node.
+        limits: The limits of the settings.
+    """
+    after = error.retry_after or timedelta(0)
+    bury = Bury(error.reason, error.detail or error.reason, error.kind)
+    match error.kind:
+        case "away" | "misconfigured" if not has_text:
+            left = limits.window - waited
+            return Wait(min(after, left), left, error) if left > timedelta(0) else bury
+        case "impossible":
+            return bury
+    return Retry(after) if counted < limits.attempts else bury
 
 
 def after_rejection(verdict: Reject, lang: str) -> Decline:

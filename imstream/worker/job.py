@@ -1,6 +1,7 @@
 """The processing of one request, from its first attempt to its end."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
 
@@ -10,10 +11,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random
 
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
-from imstream.model import ChatRequest, Terminal
+from imstream.model import ChatRequest, Terminal, Waiting
 from imstream.redis.errors import retry_until_available
 from imstream.store.inbox import ReplyGrew
-from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected
+from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected, WaitRecorded
 from imstream.store.requests import Entry, RequestStream
 from imstream.worker.attempt import AttemptRunner, WorkerDeps
 from imstream.worker.disposition import (
@@ -24,6 +25,7 @@ from imstream.worker.disposition import (
     Finish,
     Leave,
     Retry,
+    Wait,
     after_failure,
     after_opening,
     after_rejection,
@@ -52,6 +54,8 @@ class Job:
         self.ended = asyncio.Event()
         self.is_finished = False
         """Whether the request has ended, or belongs to another node."""
+        self.is_probe = False
+        """Whether its first call is the one that is made while the breaker is half-open: it need not enter the gate."""
         self._deps = deps
         self._id = f"{stream.node}/{entry.entry_id}"
         self._runner = AttemptRunner(request, deps)
@@ -63,7 +67,11 @@ class Job:
         self._attempts = 0
         self._showed_text = False
         """Whether an attempt of this job has shown text, recorded or not."""
-        self._began = asyncio.get_running_loop().time()
+        self._counted = 0
+        """Attempts before this one that count."""
+        self._last_wait: Wait | None = None
+        self._waits_since: float | None = None
+        """Loop time of the first failure that made the message wait, on any node."""
 
     async def run(self) -> None:
         """Answer the request, and remove it from the stream when its end is recorded. Raises `StoreError`."""
@@ -149,7 +157,7 @@ class Job:
             try:
                 async with asyncio.timeout(None) as self._scope:
                     decision = await self._attempt()
-                    return await self._retry(decision) if isinstance(decision, Retry) else decision
+                    return await self._repeat(decision) if isinstance(decision, Retry | Wait) else decision
             except TimeoutError:
                 if self._stop_reason is None:
                     raise
@@ -157,15 +165,15 @@ class Job:
                 self._scope = None
         return await self._after_stop()
 
-    async def _retry(self, decision: Disposition) -> Disposition:
-        """Repeat a failed attempt. The first one is made without tenacity, which takes 40 µs of CPU per call."""
+    async def _repeat(self, decision: Disposition) -> Disposition:
+        """Repeat a failed call. The first one is made without tenacity, which takes 40 µs of CPU per call."""
         async for attempt in _retrying(self._deps):
             if attempt.retry_state.attempt_number > 1:
                 # If the lease has run out meanwhile, another node may be working on the request (I7).
                 if await retry_until_available(lambda: self.stream.is_taken_over(self.entry)):
                     self._log.warning("request was taken over by another node", attempt=self.reply.attempt)
                     return Leave()
-                decision = await self._attempt()
+                decision = await (self._call() if isinstance(decision, Wait) else self._attempt())
             attempt.retry_state.set_result(decision)
         return decision
 
@@ -175,19 +183,56 @@ class Job:
             return await self._not_opened(opened)
         if (verdict := after_opening(opened.attempt, self._deps.limits)) is not None:
             return verdict
-        assert self._writer is not None  # noqa: S101 - there is one after opening
+        self._counted = opened.counted
+        if opened.waited is not None:
+            self._waits_since = asyncio.get_running_loop().time() - opened.waited.total_seconds()
+        return await self._call()
+
+    async def _call(self) -> Disposition:
+        """Call the AI in this attempt."""
+        writer, loop, last = self._writer, asyncio.get_running_loop(), self._last_wait
+        assert writer is not None  # noqa: S101 - there is one after opening
+        if not self.is_probe:
+            try:
+                async with asyncio.timeout(None if last is None else last.window.total_seconds()):
+                    await self._deps.gate.enter()
+            except TimeoutError:
+                assert last is not None  # noqa: S101 - else there is no limit
+                return Bury(last.error.reason, last.error.detail, last.error.kind)
+        self.is_probe = False
         try:
-            completion = await self._runner.run(self._writer.append)
+            completion = await self._runner.run(writer.append)
         except GuardRejection as rejection:
             return after_rejection(rejection.verdict, self.request.lang)
         except BackendError as error:
-            elapsed = timedelta(seconds=asyncio.get_running_loop().time() - self._began)
-            decision = after_failure(error, attempt=opened.attempt, elapsed=elapsed, limits=self._deps.limits)
-            if isinstance(decision, Retry):
-                self._log.warning("attempt failed, will retry", reason=error.reason, attempt=opened.attempt)
+            waited = timedelta(0) if self._waits_since is None else timedelta(seconds=loop.time() - self._waits_since)
+            decision = after_failure(
+                error,
+                counted=self._counted + 1,
+                has_text=self.reply.offset > 0,
+                waited=waited,
+                limits=self._deps.limits,
+            )
+            if isinstance(decision, Wait):
+                await self._wait(decision)
+            elif isinstance(decision, Retry):
+                self._log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.attempt)
             return decision
         self._scope = None  # the answer is complete: from here on, nothing stops it but its record
         return await self._end(Terminal("done", completion.finish_reason, completion.usage))
+
+    async def _wait(self, decision: Wait) -> None:
+        """Record that the message waits."""
+        assert self._writer is not None  # noqa: S101 - there is one after opening
+        error, self._last_wait = decision.error, decision
+        why = Waiting(self._deps.backend.name, error.reason, error.detail)
+        result = await self._writer.wait(why, pause=decision.after + self._deps.settings.retry_wait_max)
+        if isinstance(result, WaitRecorded):
+            if self._waits_since is None:
+                self._log.warning("message waits for its backend", backend=why.backend, reason=why.reason)
+            self._waits_since = asyncio.get_running_loop().time() - result.waited.total_seconds()
+        elif result.reason != "gone":  # else the next append records the reply again
+            self.stop("superseded")
 
     async def _open(self) -> Opened | Ended | Duplicate:
         before, self._writer = self._writer, None
@@ -199,8 +244,9 @@ class Job:
             # An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost.
             owner = opened.owner
             if not await retry_until_available(lambda: self.stream.is_unfinished(owner)):
-                self._log.warning("taking over a message whose request is lost", lost=owner)
                 opened = await self._try_open(lost=owner)
+                if isinstance(opened, Opened):  # else it has just ended
+                    self._log.warning("taking over a message whose request is lost", lost=owner)
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
             deps, reply, is_first = self._deps, self.reply, opened.attempt == 1
@@ -233,8 +279,12 @@ class Job:
             return await self._not_opened(opened)
         if self.reply.terminal is not None:
             return verdict
-        refusal = verdict.refusal if isinstance(verdict, Decline) else None
-        disposition = await self._end(Terminal("failed", reason=verdict.reason, error=verdict.error, refusal=refusal))
+        terminal = Terminal("failed", reason=verdict.reason, error=verdict.error)
+        if isinstance(verdict, Decline):
+            terminal = replace(terminal, refusal=verdict.refusal)
+        else:
+            terminal = replace(terminal, kind=verdict.kind)
+        disposition = await self._end(terminal)
         has_failed = self.reply.terminal is not None and self.reply.terminal.event == "failed"
         return verdict if disposition == Finish() and has_failed else disposition
 
@@ -293,16 +343,16 @@ class Job:
 
 
 def _retrying(deps: WorkerDeps) -> AsyncRetrying:
-    """Return a loop over attempts. It must not refer to the job: it is part of a reference cycle."""
-    settings, breaker = deps.settings, deps.breaker
+    """Return a loop over calls. It must not refer to the job: it is part of a reference cycle."""
+    settings, gate = deps.settings, deps.gate
     backoff = wait_random_exponential(
         multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
     )
 
     def pause(state: RetryCallState) -> float:
-        """Seconds before the next attempt: what the backend asked for, plus a random backoff."""
+        """Seconds before the next call: what the backend asked for, plus a random backoff. Or the gate decides."""
         assert state.outcome is not None  # noqa: S101 - set by the loop
-        failed: Retry = state.outcome.result()
-        return backoff(state) + max(failed.after.total_seconds(), breaker.remaining())
+        failed: Retry | Wait = state.outcome.result()
+        return 0.0 if isinstance(failed, Wait) and gate.is_closed else backoff(state) + failed.after.total_seconds()
 
-    return AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry)), wait=pause)
+    return AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry | Wait)), wait=pause)

@@ -1,12 +1,13 @@
 """Writes the text of one attempt: to the reply buffer at once, to the reply stream in batches (I4, I5)."""
 
 import asyncio
+from datetime import timedelta
 
-from imstream.model import Terminal
+from imstream.model import Terminal, Waiting
 from imstream.redis.errors import retry_until_available
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import Inbox, ReplyGrew
-from imstream.store.replies import Appended, Opened, Rejected, ReplyStore
+from imstream.store.replies import Appended, Opened, Rejected, ReplyStore, WaitRecorded
 
 
 class ReplyWriter:
@@ -39,6 +40,17 @@ class ReplyWriter:
         """Record the text so far. Raises `StoreError`; the next call then records it."""
         async with self._lock:
             return await self._record(None) if self.needs_flush else Appended()
+
+    async def wait(self, why: Waiting, *, pause: timedelta) -> WaitRecorded | Rejected:
+        """Record that this attempt, which has no text, waits for its backend. Repeats until Redis answers."""
+        reply = self._reply
+        async with self._lock:
+            result = await retry_until_available(
+                lambda: self._replies.wait(reply.user_id, reply.message_id, attempt=self._attempt, pause=pause, why=why)
+            )
+        if isinstance(result, WaitRecorded):
+            self.has_remote_readers = await self._inbox.notify(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
+        return result
 
     async def end(self, terminal: Terminal) -> Appended | Rejected:
         """Record the rest of the text together with the terminal event. Repeats until Redis answers."""

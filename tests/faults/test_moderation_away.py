@@ -33,14 +33,16 @@ async def moderated_node(
 async def test_closed_messages_wait_until_the_service_is_back(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
-    async with moderated_node(tmp_path, redis_server, demo, max_attempts=1000) as (node, service):
+    async with moderated_node(tmp_path, redis_server, demo) as (node, service):
         await asyncio.to_thread(service.process.kill)
         calls = node.ai_stats()["calls"]
         async with node.peer(USER) as someone:
             for number in range(8):
                 await someone.chat(USER, f"question {number} {BRIEF}", f"m{number}")
             await someone.chat(USER, "[[flag]]", "flagged")
-            await wait_until(lambda: node.now.process.output().count("will retry") > 20, "all are retried")
+            await wait_until(
+                lambda: node.now.process.output().count("message waits for its backend") == 9, "all of them wait"
+            )
             assert node.ai_stats()["calls"] == calls
             assert node.unfinished() == 9
             again = await asyncio.to_thread(start_demo, tmp_path, "--first", "0", port=service.port)
@@ -59,7 +61,7 @@ async def test_closed_messages_wait_until_the_service_is_back(
 async def test_closed_messages_fail_in_the_end_and_those_being_answered_go_on(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
-    async with moderated_node(tmp_path, redis_server, demo, max_attempts=2) as (node, service):
+    async with moderated_node(tmp_path, redis_server, demo, retry_window="1s") as (node, service):
         async with node.peer(USER) as someone:
             await someone.chat(USER, f"long {LONG}", "long")
             await someone.some_text("long")

@@ -157,7 +157,7 @@ async def test_words_are_masked_in_what_is_asked_and_in_the_answer_across_its_de
         [message_id] = someone.told
         told = await someone.end_of(message_id)
     assert told.events[-1] == "done"
-    assert told.events.count("delta") > 5
+    assert told.events.count("delta") > 1
     assert told.text == answer
     assert masking.recorded(USER, message_id) == ("done", answer)
 

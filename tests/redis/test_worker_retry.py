@@ -14,8 +14,13 @@ from tests.support.waiting import wait_until
 
 
 def overloaded(retry_after: timedelta | None = None) -> TransientBackendError:
-    """The error of an overloaded backend."""
-    return TransientBackendError("http_503", "overloaded", retry_after=retry_after)
+    """The error of an overloaded backend, which is away."""
+    return TransientBackendError("http_503", "overloaded", kind="away", retry_after=retry_after)
+
+
+def broken() -> TransientBackendError:
+    """The error of an answer that broke."""
+    return TransientBackendError("broken_stream", "the connection was lost within the answer")
 
 
 async def test_a_failed_attempt_is_followed_by_another_and_the_client_told(redis_server: RedisServer) -> None:
@@ -39,14 +44,14 @@ async def test_a_failed_attempt_is_followed_by_another_and_the_client_told(redis
 async def test_after_the_last_attempt_the_request_is_buried_and_the_client_told(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, max_attempts=3) as worker:
         client = worker.follow()
-        worker.backend.always = lambda call: call.fail(overloaded())
+        worker.backend.always = lambda call: call.fail(broken())
         await worker.ask()
         assert await client.end() == "failed"
-        assert client.terminal == Terminal("failed", reason="http_503", error="overloaded")
+        assert client.terminal == Terminal("failed", reason="broken_stream", error=broken().detail)
         await worker.idle()
         assert len(worker.backend.calls) == 3
         [letter] = worker.dead()
-        assert (letter["reason"], letter["error"], letter["attempts"]) == ("http_503", "overloaded", "3")
+        assert (letter["reason"], letter["error"], letter["attempts"]) == ("broken_stream", broken().detail, "3")
         assert worker.recorded() == ("failed", "")
 
 
@@ -56,7 +61,7 @@ async def test_attempts_of_a_dead_process_count(redis_server: RedisServer) -> No
         await worker.backend.call(1)
         await worker.crash()
     async with run_worker(redis_server, max_attempts=2) as worker:
-        worker.backend.always = lambda call: call.fail(overloaded())
+        worker.backend.always = lambda call: call.fail(broken())
         await worker.idle()
         assert len(worker.backend.calls) == 1
         assert [letter["attempts"] for letter in worker.dead()] == ["2"]
@@ -96,7 +101,7 @@ def _answer(call: Call) -> None:
 
 
 async def test_a_time_beyond_the_window_is_not_waited_for(redis_server: RedisServer) -> None:
-    async with run_worker(redis_server, retry_window="1m") as worker:
+    async with run_worker(redis_server, retry_window="300ms") as worker:
         client = worker.follow()
         await worker.ask()
         (await worker.backend.call(1)).fail(overloaded(timedelta(minutes=2)))
@@ -110,7 +115,7 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
 ) -> None:
     # A read is blocked when the breaker opens, and returns one of the four below during the pause.
     async with run_worker(
-        redis_server, max_attempts=1, ai_breaker_failures=3, ai_breaker_pause="300ms", read_block="1s"
+        redis_server, retry_window="100ms", ai_breaker_failures=3, ai_breaker_pause="300ms", read_block="1s"
     ) as worker:
         for n in range(3):
             await worker.ask(f"bad-{n}")
@@ -135,7 +140,7 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
 
 
 async def test_what_the_dead_have_left_waits_for_the_end_of_a_pause_too(redis_server: RedisServer) -> None:
-    async with run_worker(redis_server, concurrency=1, max_attempts=1, ai_breaker_pause="300ms") as worker:
+    async with run_worker(redis_server, concurrency=1, retry_window="100ms", ai_breaker_pause="300ms") as worker:
         await worker.ask("bad")
         call = await worker.backend.call(1)
         for n in range(3):

@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from imstream.ai.backend import Completion, PromptMessage
-from imstream.ai.breaker import Breaker
+from imstream.ai.call_gate import CallGate
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.guards.chain import GuardChain
@@ -78,6 +78,8 @@ class Call:
 
 class PlayedBackend:
     """A backend whose calls are answered by the test; with `always`, each is answered at once."""
+
+    name = "played"
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -153,6 +155,7 @@ class WorkerHarness:
     adopter: Adopter
     lease_keeper: LeaseKeeper
     begun: list[str]
+    gate: CallGate
     keys: Keys = field(default_factory=Keys)
     running: asyncio.Task[None] | None = None
 
@@ -305,7 +308,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         guards=guards,
         prompter=Prompter(known, backend, PromptAssembler(known)),
         backend=backend,
-        breaker=Breaker(known),
+        gate=CallGate(known),
         leases=leases,
         lease_keeper=LeaseKeeper(leases, known),
         stall=StallDetector(known.lease.total_seconds()),
@@ -326,5 +329,6 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         jobs=jobs,
         adopter=Adopter(deps, make_consumer),
         lease_keeper=deps.lease_keeper,
+        gate=deps.gate,
         begun=begun,
     )

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError, FailureKind, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
-from imstream.worker.disposition import WORKER_DIED, Bury, Limits, Retry, after_failure, before_start
+from imstream.worker.disposition import WORKER_DIED, Bury, Limits, Retry, Wait, after_failure, before_start
 
 LIMITS = Limits(attempts=4, deliveries=3, window=timedelta(minutes=3))
 
@@ -16,10 +16,17 @@ SPANS = st.timedeltas(timedelta(0), timedelta(hours=1))
 LIMITS_OF_ANY_SIZE = st.builds(
     Limits, attempts=st.integers(1, 10), deliveries=st.integers(1, 10), window=SPANS.filter(bool)
 )
-TRANSIENT = st.builds(
-    TransientBackendError, st.sampled_from(["http_503", "connect_failed"]), st.text(), retry_after=st.none() | SPANS
+BROKEN = st.builds(
+    TransientBackendError, st.sampled_from(["broken_stream", "http_500"]), st.text(), retry_after=st.none() | SPANS
 )
-PERMANENT = st.builds(PermanentBackendError, st.sampled_from(["http_400", "context_too_long"]), st.text())
+AWAY = st.builds(
+    BackendError,
+    st.sampled_from(["http_503", "connect_failed"]),
+    st.text(),
+    kind=st.sampled_from(["away", "misconfigured"]),
+    retry_after=st.none() | SPANS,
+)
+IMPOSSIBLE = st.builds(PermanentBackendError, st.sampled_from(["http_400", "context_too_long"]), st.text())
 ATTEMPTS = st.integers(1, 20)
 
 
@@ -27,31 +34,54 @@ def seconds(count: float) -> timedelta:
     return timedelta(seconds=count)
 
 
-def busy(retry_after: float | None = None) -> TransientBackendError:
-    return TransientBackendError(
-        "http_429", "slow down", retry_after=None if retry_after is None else seconds(retry_after)
-    )
+def failed(kind: FailureKind, retry_after: float | None = None) -> BackendError:
+    return BackendError("reason", "why", kind=kind, retry_after=None if retry_after is None else seconds(retry_after))
+
+
+WINDOW = LIMITS.window
+
+
+def buried(error: BackendError) -> Bury:
+    """The end of a message with this failure: its error is never empty."""
+    return Bury(error.reason, error.detail or error.reason, error.kind)
 
 
 @pytest.mark.parametrize(
-    ("error", "attempt", "elapsed", "disposition"),
+    ("error", "counted", "waited", "disposition"),
     [
-        pytest.param(busy(), 1, 0, Retry(seconds(0)), id="a first failure is tried again"),
-        pytest.param(busy(), 3, 0, Retry(seconds(0)), id="and so is the last but one"),
-        pytest.param(busy(), 4, 0, Bury("http_429", "slow down"), id="the last is not"),
-        pytest.param(busy(), 9, 0, Bury("http_429", "slow down"), id="nor one that should not have been"),
-        pytest.param(busy(7), 1, 0, Retry(seconds(7)), id="not before the backend asked for"),
-        pytest.param(busy(0), 1, 0, Retry(seconds(0)), id="which may be at once"),
-        pytest.param(busy(60), 1, 120, Retry(seconds(60)), id="up to the end of the window"),
-        pytest.param(busy(60), 1, 121, Bury("http_429", "slow down"), id="but not past it"),
-        pytest.param(busy(), 1, 180, Retry(seconds(0)), id="the window ends here"),
-        pytest.param(busy(), 1, 181, Bury("http_429", "slow down"), id="and is over here"),
-        pytest.param(PermanentBackendError("http_400", "no"), 1, 0, Bury("http_400", "no"), id="refused for good"),
-        pytest.param(BackendError("odd", "what?"), 1, 0, Retry(seconds(0)), id="a failure of no known kind may pass"),
+        pytest.param(failed("broken"), 1, 0, Retry(seconds(0)), id="a first broken answer is tried again"),
+        pytest.param(failed("broken"), 3, 0, Retry(seconds(0)), id="and so is the last but one"),
+        pytest.param(failed("broken"), 4, 0, None, id="the last is not"),
+        pytest.param(failed("broken"), 9, 0, None, id="nor one that should not have been"),
+        pytest.param(failed("broken", 7), 1, 0, Retry(seconds(7)), id="not before the backend asked for"),
+        pytest.param(failed("broken"), 1, 9999, Retry(seconds(0)), id="however long it had to wait before"),
+        pytest.param(failed("impossible"), 1, 0, None, id="what is impossible is given up at once"),
     ],
 )
-def test_a_failed_attempt(error: BackendError, attempt: int, elapsed: float, disposition: Retry | Bury) -> None:
-    assert after_failure(error, attempt=attempt, elapsed=seconds(elapsed), limits=LIMITS) == disposition
+def test_an_answer_that_broke_or_cannot_be(
+    error: BackendError, counted: int, waited: float, disposition: Retry | None
+) -> None:
+    found = after_failure(error, counted=counted, has_text=False, waited=seconds(waited), limits=LIMITS)
+    assert found == (disposition or buried(error))
+
+
+@pytest.mark.parametrize("kind", ["away", "misconfigured"])
+@pytest.mark.parametrize(
+    ("retry_after", "waited", "after"),
+    [
+        pytest.param(None, 0, 0, id="the first failure begins the window"),
+        pytest.param(7, 0, 7, id="not before the backend asked for"),
+        pytest.param(None, 179, 0, id="up to the end of the window"),
+        pytest.param(60, 150, 30, id="and not longer, whatever it asks for"),
+        pytest.param(None, 180, None, id="at its end the message is given up"),
+    ],
+)
+def test_a_backend_that_is_away_is_waited_for(
+    kind: FailureKind, retry_after: float | None, waited: float, after: float | None
+) -> None:
+    error = failed(kind, retry_after)
+    found = after_failure(error, counted=99, has_text=False, waited=seconds(waited), limits=LIMITS)
+    assert found == (buried(error) if after is None else Wait(seconds(after), WINDOW - seconds(waited), error))
 
 
 @pytest.mark.parametrize("deliveries", [0, 1, 2, 3])
@@ -71,41 +101,53 @@ def test_the_limits_are_those_that_are_set() -> None:
 # Rules
 
 
-@given(PERMANENT, ATTEMPTS, SPANS, LIMITS_OF_ANY_SIZE)
+@given(IMPOSSIBLE, ATTEMPTS, SPANS, st.booleans(), LIMITS_OF_ANY_SIZE)
 def test_what_cannot_succeed_is_never_tried_again(
-    error: PermanentBackendError, attempt: int, elapsed: timedelta, limits: Limits
+    error: PermanentBackendError,
+    counted: int,
+    waited: timedelta,
+    has_text: bool,  # noqa: FBT001 - drawn
+    limits: Limits,
 ) -> None:
-    assert after_failure(error, attempt=attempt, elapsed=elapsed, limits=limits) == Bury(error.reason, error.detail)
+    found = after_failure(error, counted=counted, has_text=has_text, waited=waited, limits=limits)
+    assert found == buried(error)
 
 
-@given(TRANSIENT, ATTEMPTS, SPANS, LIMITS_OF_ANY_SIZE)
-def test_a_retry_keeps_every_limit_and_the_wish_of_the_backend(
-    error: TransientBackendError, attempt: int, elapsed: timedelta, limits: Limits
+@given(BROKEN, ATTEMPTS, SPANS, st.booleans(), LIMITS_OF_ANY_SIZE)
+def test_an_answer_that_breaks_is_tried_as_often_as_allowed(
+    error: TransientBackendError,
+    counted: int,
+    waited: timedelta,
+    has_text: bool,  # noqa: FBT001 - drawn
+    limits: Limits,
 ) -> None:
-    match after_failure(error, attempt=attempt, elapsed=elapsed, limits=limits):
+    match after_failure(error, counted=counted, has_text=has_text, waited=waited, limits=limits):
         case Retry(after):
-            assert attempt < limits.attempts
+            assert counted < limits.attempts
             assert after == (error.retry_after or timedelta(0))
-            assert elapsed + after <= limits.window
-        case Bury(reason, told):
-            assert (reason, told) == (error.reason, error.detail)
-            assert attempt >= limits.attempts or elapsed + (error.retry_after or timedelta(0)) > limits.window
+        case verdict:
+            assert verdict == buried(error)
+            assert counted >= limits.attempts
 
 
-@given(st.lists(st.tuples(TRANSIENT, SPANS), min_size=20, max_size=20), LIMITS_OF_ANY_SIZE)
-def test_no_backend_is_called_oftener_than_there_are_attempts(
-    failures: list[tuple[TransientBackendError, timedelta]], limits: Limits
+@given(AWAY, ATTEMPTS, SPANS, st.booleans(), LIMITS_OF_ANY_SIZE)
+def test_waiting_ends_with_the_window_and_never_by_the_number_of_attempts(
+    error: BackendError,
+    counted: int,
+    waited: timedelta,
+    has_text: bool,  # noqa: FBT001 - drawn
+    limits: Limits,
 ) -> None:
-    calls, elapsed = 0, timedelta(0)
-    for error, took in failures:
-        calls += 1
-        elapsed += took
-        decision = after_failure(error, attempt=calls, elapsed=elapsed, limits=limits)
-        if isinstance(decision, Bury):
-            break
-        elapsed += decision.after
-        assert elapsed <= limits.window  # so none begins outside it
-    assert calls <= limits.attempts
+    match after_failure(error, counted=counted, has_text=has_text, waited=waited, limits=limits):
+        case Wait(after, window):
+            assert not has_text
+            assert timedelta(0) <= after <= window == limits.window - waited
+        case Retry():
+            assert has_text
+            assert counted < limits.attempts
+        case verdict:
+            assert verdict == buried(error)
+            assert waited >= limits.window or (has_text and counted >= limits.attempts)
 
 
 @given(st.integers(0, 30), LIMITS_OF_ANY_SIZE)

@@ -30,6 +30,8 @@ def asked(*history: tuple[Role, str], contents: str = "and now?", lang: str = "e
 
 
 class _UnusedBackend:
+    name = "unused"
+
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         raise NotImplementedError
 

@@ -8,7 +8,8 @@
 -- ARGV[3]  a request known to be lost, from which the message may be taken over; or ''
 -- ARGV[4]  the last attempt known to the caller, in case Redis has lost it: no number is given twice
 -- ARGV[5]  the node that works on it
--- Returns  {'opened', attempt, node, …} | {'ended', event, owner} | {'duplicate', owner}
+-- Returns  {'opened', attempt, counted attempts before it, milliseconds since it began to wait or '', node, …}
+--          | {'ended', event, owner} | {'duplicate', owner}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
 
@@ -20,25 +21,32 @@ local function field(entry, name)
     end
 end
 
--- The request of the latest 'opened', looked for from the end; only a repeated opening needs it.
-local function owner()
-    local before = '+'
+-- The latest 'opened', looked for from the end, and when the message began to wait for its backend. Only a repeated
+-- opening needs them.
+local function opened()
+    local before, since = '+', nil
     while true do
         local page = redis.call('XREVRANGE', KEYS[1], before, '-', 'COUNT', 100)
         for _, entry in ipairs(page) do
+            since = since or field(entry, 'since')
             if field(entry, 'event') == 'opened' then
-                return field(entry, 'request') or ''
+                return entry, since
             end
         end
         if #page < 100 then
-            return ''
+            return nil
         end
         before = page[#page][1]
     end
 end
 
+local function owner()
+    local entry = opened()
+    return entry and field(entry, 'request') or ''
+end
+
 local nodes = redis.call('SMEMBERS', KEYS[2]) -- before any write: it fails if the key has another type
-local attempt = 0
+local attempt, counted, since = 0, 0, nil
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
     local event = field(last, 'event')
@@ -47,10 +55,14 @@ if last then
     end
     attempt = tonumber(field(last, 'attempt'))
     if attempt > 0 then
-        local request = owner()
+        local entry
+        entry, since = opened()
+        local request = entry and field(entry, 'request') or ''
         if request ~= ARGV[1] and request ~= ARGV[3] then
             return {'duplicate', request}
         end
+        -- An attempt that did no more than wait for its backend does not count; older releases do not record the number.
+        counted = tonumber(entry and field(entry, 'counted') or attempt - 1) + (event == 'waiting' and 0 or 1)
     end
 end
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
@@ -58,9 +70,14 @@ local kept = redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
 redis.call(
     'XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'v', 1, 'request', ARGV[1],
-    'by', ARGV[5]
+    'by', ARGV[5], 'counted', counted, unpack(since and {'since', since} or {})
 )
 if kept == 0 then -- there was no reply yet
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
 end
-return {'opened', attempt + 1, unpack(nodes)}
+local waited = ''
+if since then
+    local time = redis.call('TIME')
+    waited = time[1] * 1000 + math.floor(time[2] / 1000) - since
+end
+return {'opened', attempt + 1, counted, waited, unpack(nodes)}

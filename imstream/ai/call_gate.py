@@ -1,0 +1,120 @@
+"""When a backend may be called: at once while it works, one by one while it is away, and paced when it is back."""
+
+import asyncio
+from contextlib import suppress
+from math import exp
+
+import structlog
+
+from imstream.ai.breaker import Breaker
+from imstream.errors import BackendError
+from imstream.settings import Settings
+
+RATE_WINDOW = 10.0
+"""Seconds over which the normal rate of calls is averaged."""
+
+MIN_RATE = 2.0
+"""Calls per second that are allowed in the first second after an outage, whatever the rate before it was."""
+
+RECOVERY = 10
+"""Seconds after an outage in which calls are paced; the rate doubles each second."""
+
+SHARED_REASONS = frozenset({"connect_failed", "http_401", "http_402", "http_403", "http_404", "http_429", "http_503"})
+"""Failures that say nothing about the request. Others, such as time limits, count once for each user."""
+
+
+log = structlog.get_logger()
+
+
+class CallGate:
+    """Lets calls to one backend through, in order. Every call is reported: `record_success` or `record_failure`."""
+
+    def __init__(self, settings: Settings, name: str = "default") -> None:
+        self.name = name
+        self._loop = asyncio.get_running_loop()
+        self.breaker = Breaker(settings, clock=self._loop.time)
+        self.waiting = 0
+        """Calls that wait to be let through."""
+        self._turn = asyncio.Lock()  # it is fair: the first to wait is the first to go
+        self._changed = asyncio.Event()
+        self._rate, self._counted_at = 0.0, self._loop.time()
+        self._normal_rate: float | None = None
+        """The rate before the failures that are going on; None while calls succeed."""
+        self._back_at: float | None = None
+        """When the backend came back; None once calls are not paced any longer."""
+        self._next_at = 0.0
+        self._logged = set[str]()
+        """Reasons that were logged since the last success."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether calls have to wait."""
+        return self.breaker.tripped or self._back_at is not None
+
+    async def enter(self) -> None:
+        """Wait until a call may be made. While the breaker is half-open, it is the one call of this pause."""
+        if self.is_closed:
+            self.waiting += 1
+            try:
+                async with self._turn:
+                    await self._wait()
+                    self._pass()
+            finally:
+                self.waiting -= 1
+        elif self._normal_rate is None:
+            self._count()
+
+    def record_success(self) -> None:
+        """A call has succeeded, or has its first text."""
+        was_tripped = self.breaker.tripped
+        self.breaker.record_success()
+        if was_tripped and not self.breaker.tripped:
+            self._back_at = self._next_at = self._loop.time()
+            self._changed.set()
+            self._logged.clear()
+            log.info("backend is back", backend=self.name)
+        elif self._back_at is None:
+            self._normal_rate = None
+            self._logged.clear()
+
+    def record_failure(self, error: BackendError, *, user: object) -> None:
+        """A call has failed. Only a backend that is away counts; a broken answer says nothing about other calls."""
+        if error.kind not in {"away", "misconfigured"}:
+            return
+        if self._normal_rate is None:
+            self._normal_rate = self._decayed()
+        was_tripped = self.breaker.tripped
+        self.breaker.record_failure(error.retry_after, source=None if error.reason in SHARED_REASONS else user)
+        event = "backend is away" if error.kind == "away" else "backend is misconfigured"
+        if error.reason not in self._logged and (error.kind == "misconfigured" or self.breaker.tripped > was_tripped):
+            self._logged.add(error.reason)
+            log.error(event, backend=self.name, reason=error.reason, error=error.detail or error.reason)
+
+    async def _wait(self) -> None:
+        while (seconds := self.breaker.remaining() or (0.0 if self.breaker.tripped else self._pause())) > 0:
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
+
+    def _pass(self) -> None:
+        if self.breaker.tripped:
+            self.breaker.record_probe()
+        elif self._back_at is not None:
+            now = self._loop.time()
+            rate = max(self._normal_rate or 0.0, MIN_RATE) * 2.0 ** int(now - self._back_at)
+            self._next_at = max(self._next_at, now) + 1 / rate
+
+    def _pause(self) -> float:
+        """Seconds until the next call of the paced time; it ends when it is over."""
+        now = self._loop.time()
+        if self._back_at is not None and now - self._back_at >= RECOVERY:
+            self._back_at = self._normal_rate = None
+        return self._next_at - now if self._back_at is not None else 0.0
+
+    def _count(self) -> None:
+        self._rate = self._decayed() + 1 / RATE_WINDOW
+        self._counted_at = self._loop.time()
+
+    def _decayed(self) -> float:
+        return self._rate * exp((self._counted_at - self._loop.time()) / RATE_WINDOW)

@@ -1,0 +1,164 @@
+"""A backend that is away: messages wait for it, in the same attempt, as long as the retry window."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from imstream.errors import FailureKind, TransientBackendError
+from tests.redis.worker_harness import USER, Call, WorkerHarness, run_worker
+from tests.support.servers import RedisServer
+from tests.support.waiting import wait_until
+
+
+def failure(kind: FailureKind = "away", reason: str = "connect_failed") -> TransientBackendError:
+    """A failed call."""
+    return TransientBackendError(reason, "refused by http://ai/v1", kind=kind)
+
+
+def waits(worker: WorkerHarness) -> list[dict[str, str]]:
+    """The entries of the reply that tell that the message waits."""
+    return [entry for entry in worker.entries() if entry["event"] == "waiting"]
+
+
+def opened(worker: WorkerHarness) -> list[str]:
+    """The numbers of the attempts."""
+    return [entry["attempt"] for entry in worker.entries() if entry["event"] == "opened"]
+
+
+@pytest.mark.parametrize("kind", ["away", "misconfigured"])
+async def test_waiting_for_a_backend_uses_up_no_attempt_and_is_recorded(
+    redis_server: RedisServer, kind: FailureKind
+) -> None:
+    async with run_worker(redis_server, max_attempts=1, retry_window="1h") as worker:
+        client = worker.follow()
+        await worker.ask()
+        for number in range(1, 6):
+            (await worker.backend.call(number)).fail(failure(kind))
+        (await worker.backend.call(6)).done("at ", "last")
+        assert await client.end() == "done"
+        assert (client.text, client.restarts) == ("at last", 0)
+        await worker.idle()
+        entries = waits(worker)
+        assert len(entries) == 5
+        assert {(entry["backend"], entry["reason"], entry["error"]) for entry in entries} == {
+            ("played", "connect_failed", "refused by http://ai/v1")
+        }
+        [since] = {int(entry["since"]) for entry in entries}
+        assert {int(entry["until"]) - since for entry in entries} == {3_600_000}
+        assert opened(worker) == ["1"]
+        assert worker.dead() == []
+
+
+async def test_at_the_end_of_the_window_the_message_fails_with_the_last_reason(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, retry_window="300ms", retry_wait="50ms") as worker:
+        client = worker.follow()
+        worker.backend.always = lambda call: call.fail(failure())
+        began = asyncio.get_running_loop().time()
+        await worker.ask()
+        assert await client.end() == "failed"
+        assert asyncio.get_running_loop().time() - began >= 0.3
+        await worker.idle()
+        assert len(worker.backend.calls) > 1
+        [letter] = worker.dead()
+        assert (letter["reason"], letter["error"]) == ("connect_failed", "refused by http://ai/v1")
+
+
+async def test_a_message_that_waits_behind_an_open_breaker_does_not_outlive_its_window(
+    redis_server: RedisServer,
+) -> None:
+    async with run_worker(
+        redis_server, retry_window="300ms", ai_breaker_failures=1, ai_breaker_pause="1h", retry_wait_max="1h"
+    ) as worker:
+        client = worker.follow()
+        worker.backend.always = lambda call: call.fail(failure())
+        await worker.ask()
+        assert await client.end() == "failed"
+        await worker.idle()
+        assert len(worker.backend.calls) == 1
+        assert [letter["reason"] for letter in worker.dead()] == ["connect_failed"]
+
+
+async def test_the_next_worker_goes_on_waiting_in_the_same_window(redis_server: RedisServer) -> None:
+    async with run_worker(
+        redis_server, max_attempts=1, retry_window="1h", retry_wait="1h", retry_wait_max="1h"
+    ) as worker:
+        await worker.ask()
+        (await worker.backend.call(1)).fail(failure())
+        await wait_until(lambda: waits(worker), "the wait is recorded")
+        [begun] = {entry["since"] for entry in waits(worker)}
+        await worker.crash()
+    async with run_worker(
+        redis_server, max_attempts=1, retry_window="1h", retry_wait="1h", retry_wait_max="1h"
+    ) as worker:
+        (await worker.backend.call(1)).fail(failure())
+        await wait_until(lambda: len(waits(worker)) == 2, "the second wait is recorded")
+        assert {entry["since"] for entry in waits(worker)} == {begun}
+        assert opened(worker) == ["1", "2"]
+        await worker.crash()
+    async with run_worker(redis_server, max_attempts=1, retry_window="100ms") as worker:  # long over by then
+        worker.backend.always = lambda call: call.fail(failure())
+        await worker.idle()
+        assert len(worker.backend.calls) == 1
+        assert len(worker.dead()) == 1
+
+
+async def test_attempts_that_only_waited_do_not_count_for_the_next_worker(redis_server: RedisServer) -> None:
+    slow: dict[str, Any] = {"max_attempts": 2, "max_deliveries": 9, "retry_wait": "1h", "retry_wait_max": "1h"}
+    for _ in range(3):
+        async with run_worker(redis_server, **slow) as worker:
+            if not worker.entries():
+                await worker.ask()
+            before = len(waits(worker))
+            (await worker.backend.call(1)).fail(failure())
+            await wait_until(lambda: len(waits(worker)) > before, "the wait is recorded")  # noqa: B023 - awaited here
+            await worker.crash()
+    async with run_worker(redis_server, max_attempts=2, max_deliveries=9) as worker:
+        (await worker.backend.call(1)).fail(failure("broken", "broken_stream"))
+        (await worker.backend.call(2)).done("x")
+        await worker.idle()
+        assert worker.recorded() == ("done", "x")
+
+
+async def test_a_backend_that_goes_away_within_its_answer_has_broken_it(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, max_attempts=2) as worker:
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(1)
+        call.send("some ")
+        call.fail(failure())
+        (await worker.backend.call(2)).done("text")
+        assert await client.end() == "done"
+        assert (client.text, client.restarts) == ("text", 1)
+        await worker.idle()
+        assert waits(worker) == []
+        assert opened(worker) == ["1", "2"]
+
+
+async def test_a_message_that_waits_can_be_cancelled(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, retry_wait="1h", retry_wait_max="1h") as worker:
+        client = worker.follow()
+        await worker.ask()
+        (await worker.backend.call(1)).fail(failure())
+        await wait_until(lambda: waits(worker), "it waits")
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
+        assert await client.end() == "cancelled"
+        await worker.idle()
+
+
+def _answer(call: Call) -> None:
+    call.done("x")
+
+
+async def test_failures_of_one_user_that_others_need_not_share_do_not_hold_up_the_others(
+    redis_server: RedisServer,
+) -> None:
+    async with run_worker(
+        redis_server, ai_breaker_failures=3, ai_breaker_pause="1h", retry_wait="10ms", retry_wait_max="20ms"
+    ) as worker:
+        await worker.ask("hopeless")
+        for number in range(1, 8):
+            (await worker.backend.call(number)).fail(failure("away", "first_token_timeout"))
+        assert not worker.gate.breaker.tripped
+        worker.backend.always = _answer
+        await worker.idle()
