@@ -155,7 +155,7 @@ class Terminal:
     reason: str | None = None
     error: str | None = None
     refusal: Refusal | None = None
-    kind: str | None = None
+    kind: str | None = field(default=None, compare=False)
 
     def fields(self) -> tuple[str, ...]:
         """The terminal entry without attempt, event, offset and text, as field, value, …."""
