@@ -183,69 +183,72 @@ class Event(StrEnum):
 
     Attributes:
         meaning: What happened to the message.
-        is_terminal: Whether no other event of the message follows.
+        action: What a client does.
+        is_terminal: Whether no other event of the message follows, unless it is sent again.
     """
 
     meaning: str
+    action: str
     is_terminal: bool
 
-    def __new__(cls, word: str, meaning: str, is_terminal: bool = False) -> Self:  # noqa: FBT001, FBT002 - a row
+    def __new__(cls, word: str, meaning: str, action: str, is_terminal: bool = False) -> Self:  # noqa: FBT001, FBT002 - a row
         """Make a member from its row."""
         self = str.__new__(cls, word)
         self._value_ = word
-        self.meaning, self.is_terminal = meaning, is_terminal
+        self.meaning, self.action, self.is_terminal = meaning, action, is_terminal
         return self
 
     ACCEPTED = (
         "accepted",
-        (
-            "The message will be answered. `position` is its place in the queue; 1 is next. The text starts at the "
-            "beginning."
-        ),
+        "The message will be answered.",
+        "Discard the text so far: the answer is sent from its beginning.",
     )
     DELTA = (
         "delta",
-        "`contents` is new text of `attempt`. Return `attempt` and `offset` in `resume` to continue from here.",
+        "New text of the answer.",
+        "Append `contents`. Keep `attempt` and `offset` for `resume`.",
     )
     RESTART = (
         "restart",
-        "A new attempt begins: discard the text so far.",
+        "A new attempt begins.",
+        "Discard the text so far.",
     )
     DONE = (
         "done",
         (
             "The answer is complete. `finishReason` is `length` when the model or `IMSTREAM_MAX_ANSWER` cut it, and "
-            "`other` when the backend's own reason was not a short word. `usage` holds token counts."
+            "`other` when the backend's own reason was not a short word."
         ),
+        "Keep the text.",
         True,
     )
     FAILED = (
         "failed",
-        (
-            "The message could not be answered (`AI_FAILED`), or a guard refused it (`FORBIDDEN`). `contents` is a "
-            "sentence for the user."
-        ),
+        "The message could not be answered (`AI_FAILED`), or a guard refused it (`FORBIDDEN`).",
+        "Show `contents`. The text so far is incomplete.",
         True,
     )
     CANCELLED = (
         "cancelled",
-        "The message was cancelled. The text so far remains.",
+        "The message was cancelled.",
+        "Keep the text so far.",
         True,
     )
     STATUS = (
         "status",
         (
-            "Only with the want `status`: the `state` of an unfinished message. While it is queued, again when "
-            "`position` (its place in the queue) or `etaMs` (estimated milliseconds until the answer begins) changes, "
-            "at most once a second."
+            "The `state` of an unfinished message. While it is queued, again when `position` or `etaMs` changes, at "
+            "most once a second."
         ),
+        "Show it, if it is known.",
     )
     ASKED = (
         "asked",
         (
-            "Only with the want `asked`: `contents` is the question, asked on another socket of the user, or of a "
-            "message resumed from its beginning. Questions over 8,192 characters are cut and end with `…`."
+            "`contents` is the question, asked on another socket of the user, or of a message resumed from its "
+            "beginning. Questions over 8,192 characters are cut and end with `…`."
         ),
+        "Show the question above its answer.",
     )
 
 

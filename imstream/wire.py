@@ -86,7 +86,10 @@ class ClientInit(_Frame):
         None, repr=False, description="the user's signed token, where the node authenticates clients"
     )
     resume: Annotated[list[ResumePoint], FailFast()] = Field(
-        default=[], max_length=MAX_RESUMED, description="messages without a terminal event"
+        default=[],
+        max_length=MAX_RESUMED,
+        description="up to 64 messages without a terminal event: "
+        "`messageId`, and the last `attempt` and `offset` received",
     )
     wants: Annotated[list[str], FailFast()] = Field(
         default=[], max_length=MAX_WANTS, description="optional frames that the client wants; unknown names are ignored"
@@ -94,13 +97,17 @@ class ClientInit(_Frame):
 
 
 class ClientChat(_Frame):
-    """A question to the AI. Without `message_id`, the server generates one and returns it in `accepted`."""
+    """A question to the AI. Without a message id, the server generates one and returns it in `accepted`."""
 
     msg_type: Literal["CHAT"]
     user_id: UserIdField
     message_id: MessageId | None = None
     contents: str = Field(min_length=1, description="the text of the message")
-    history: Annotated[list[Turn], FailFast()] = Field(default=[], description="earlier turns, oldest first")
+    history: Annotated[list[Turn], FailFast()] = Field(
+        default=[],
+        description="earlier turns, oldest first: `role` is `user`, `assistant`, or where it is allowed `system`; "
+        "`content` is the text",
+    )
 
 
 class ClientCancel(_Frame):
@@ -280,7 +287,7 @@ class Accepted(ServerFrame):
 
 
 class Delta(ServerFrame):
-    """New text of an answer; see `encode_delta`."""
+    """New text of an answer."""
 
     code: Literal[Code.SUCCESS] = Code.SUCCESS
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT

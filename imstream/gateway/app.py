@@ -47,15 +47,18 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
 
 
 def page_routes(user_ids: UserIds) -> list[Route]:
-    """The routes of the page at `/` and of the browser client at `/imstream.js`."""
+    """The routes of the page at `/`, of the browser client, and of the protocol for machines (AsyncAPI)."""
     page = (_STATIC / "index.html").read_text("utf-8")
     page = page.replace('data-user-ids="number"', f'data-user-ids="{user_ids}"')
     client = (_STATIC / "imstream.js").read_text("utf-8")
+    protocol = (_STATIC / "asyncapi.json").read_text("utf-8")
+    any_page = {"Access-Control-Allow-Origin": "*"}
     return [
         Route("/", _serve(page, "text/html; charset=utf-8", {"Content-Security-Policy": content_policy(page)})),
         # Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only
         # what a server allows to every origin.
-        Route("/imstream.js", _serve(client, "text/javascript; charset=utf-8", {"Access-Control-Allow-Origin": "*"})),
+        Route("/imstream.js", _serve(client, "text/javascript; charset=utf-8", any_page)),
+        Route("/asyncapi.json", _serve(protocol, "application/json", any_page)),
     ]
 
 

@@ -43,6 +43,13 @@ async def test_any_origin_may_import_the_client(browser: httpx.AsyncClient) -> N
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
+async def test_the_protocol_for_machines_is_served_to_any_origin(browser: httpx.AsyncClient) -> None:
+    answer = await browser.get("/asyncapi.json")
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert answer.json()["asyncapi"] == "3.0.0"
+
+
 def test_policy_of_a_page_without_a_script_is_refused() -> None:
     with pytest.raises(ValueError, match="<script>"):
         content_policy("<style></style>")

@@ -1,0 +1,119 @@
+"""Generates asyncapi.json and the tables of ops/docs/protocol.md from the models in wire.py and the words in codes.py.
+
+Run it with `.venv/bin/python -m ops.protocol_document`.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from imstream.codes import CloseCode, Code, Event, State, Want
+from imstream.wire import SERVER_FRAMES, USER_ID_FIELD
+from ops.asyncapi import CLIENT_FRAMES, Json, document
+
+ASYNCAPI = Path(__file__).parents[1] / "imstream" / "gateway" / "static" / "asyncapi.json"
+PROTOCOL = Path(__file__).parent / "docs" / "protocol.md"
+
+_END = "<!-- end -->"
+_KIND = ("code", "msgType", "event")
+_EVERYWHERE = ("code", "respTime", "msgType", "event")
+"""Fields that the tables do not list for each frame."""
+
+
+def asyncapi_text() -> str:
+    """The text of asyncapi.json."""
+    return json.dumps(document(), indent=2, ensure_ascii=False) + "\n"
+
+
+def protocol_text(current: str) -> str:
+    """The text of protocol.md, with the tables between its markers replaced."""
+    schemas = document()["components"]["schemas"]
+    for schema in schemas.values():
+        if USER_ID_FIELD in (fields := schema.get("properties", {})):
+            fields[USER_ID_FIELD] = schemas["UserId"]
+    client = {model.__name__: schemas[model.__name__] for model in CLIENT_FRAMES}
+    server = {model.__name__: schemas[model.__name__] for model in SERVER_FRAMES}
+    tables = {
+        "client frames": _frames(client),
+        "client fields": _fields(client),
+        "server frames": _frames(server),
+        "server fields": _fields(server),
+        "events": _table(("`event`", "meaning", "client"), ((f"`{it}`", it.meaning, it.action) for it in Event)),
+        "wants": _table(("want", "frames"), ((f"`{it}`", it.meaning) for it in Want)),
+        "states": _table(("`state`", "meaning"), ((f"`{it}`", it.meaning) for it in State)),
+        "codes": _table(
+            ("`code`", "meaning", "caused by", "client"), ((f"`{it}`", it.meaning, it.fault, it.action) for it in Code)
+        ),
+        "close codes": _table(
+            ("code", "reason", "meaning", "caused by", "client"),
+            ((str(it.value), it.reason, it.meaning, it.fault, it.action) for it in CloseCode),
+        ),
+    }
+    for name, table in tables.items():
+        begin = f"<!-- generated: {name} -->\n"
+        before, found, rest = current.partition(begin)
+        _, end, after = rest.partition(_END)
+        if not found or not end:
+            raise ValueError(f"protocol.md has no block {name!r}")
+        current = f"{before}{begin}\n{table}\n{_END}{after}"
+    return current
+
+
+def _frames(schemas: dict[str, Json]) -> str:
+    return _table(("frame", "schema", "meaning", "fields"), (_frame(name, schema) for name, schema in schemas.items()))
+
+
+def _frame(name: str, schema: Json) -> tuple[str, ...]:
+    fields = schema["properties"]
+    fixed = {field: fields[field]["const"] for field in _KIND if "const" in fields.get(field, {})}
+    kind = f"`{fixed['msgType']}`"
+    if "event" in fixed:
+        kind += f" `{fixed['event']}`"
+    elif fixed.get("code", "SUCCESS") != "SUCCESS":
+        kind += f" with code `{fixed['code']}`"
+    names = [field for field in fields if field not in _EVERYWHERE]
+    required = [f"`{field}`" for field in names if field in schema["required"]]
+    optional = [f"`{field}`" for field in names if field not in schema["required"]]
+    groups = (", ".join(required), "optional " + ", ".join(optional) if optional else "")
+    listed = "; ".join(group for group in groups if group)
+    return kind, f"`{name}`", schema["description"], listed
+
+
+def _fields(schemas: dict[str, Json]) -> str:
+    """One row for each field; if frames describe it differently, with what each of them says."""
+    found: dict[str, dict[str, list[str]]] = {}
+    types: dict[str, str] = {}
+    for frame, schema in schemas.items():
+        for name, field in schema["properties"].items():
+            types[name] = _type(field)
+            if meaning := field.get("description"):
+                found.setdefault(name, {}).setdefault(meaning, []).append(frame)
+    return _table(("field", "type", "meaning"), ((f"`{name}`", types[name], _meaning(found[name])) for name in found))
+
+
+def _type(field: Json) -> str:
+    if field.get("type") == "array":
+        items = field["items"]
+        return f"array of `{items['$ref'].rpartition('/')[2]}`" if "$ref" in items else f"array of {items['type']}"
+    return str(field.get("type", "integer or string"))
+
+
+def _meaning(meanings: dict[str, list[str]]) -> str:
+    if len(meanings) == 1:
+        return next(iter(meanings))
+    return "; ".join(
+        f"{meaning} ({', '.join(frames)})" if len(frames) == 1 else meaning for meaning, frames in meanings.items()
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    def lines() -> Iterator[str]:
+        for row in (head, ("---",) * len(head), *rows):
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n"
+
+    return "".join(lines())
+
+
+if __name__ == "__main__":
+    ASYNCAPI.write_text(asyncapi_text(), "utf-8")
+    PROTOCOL.write_text(protocol_text(PROTOCOL.read_text("utf-8")), "utf-8")
