@@ -6,11 +6,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    Secret,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imstream.errors import SettingsError
+from imstream.option_types import (
+    Headers,
+    MaxTokensOption,
+    Parameters,
+    ProxyOption,
+    ReasoningOption,
+    RolesOption,
+    SystemOption,
+    UsageOption,
+)
 from imstream.texts import DEFAULT_LANG, Lang
 from imstream.urls import SecretUrl, redact_url, validate_redis_url
 from imstream.user_ids import UserIds
@@ -21,6 +40,7 @@ ENV_FILE = ".env"
 
 MIN_PAGE_TOKEN = 16
 
+_SECRET = re.compile(rf"\b({Secret.__name__}|{SecretStr.__name__})\b")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ms|s|m|h|d)?")
 
@@ -75,7 +95,7 @@ HttpUrl = Annotated[SecretUrl, AfterValidator(_validate_http_url)]
 
 def is_secret(field: FieldInfo) -> bool:
     """Whether no part of the value may be shown. URLs may be, without user and password."""
-    return SecretStr.__name__ in str(field.annotation)
+    return _SECRET.search(str(field.annotation)) is not None
 
 
 def _format(value: object) -> str:
@@ -153,8 +173,45 @@ class Settings(SettingsGroup):
     ai_url: HttpUrl = Field(SecretUrl("http://127.0.0.1:8090/v1"), description="OpenAI-compatible base URL, with /v1.")
     ai_model: str = Field("demo", min_length=1, description="Model name sent to the AI backend.")
     ai_key: SecretStr | None = Field(None, description="API key of the AI backend, sent as a bearer token.")
+    ai_headers: Headers | None = Field(
+        None, description="Additional headers of AI calls: a JSON object; `env:NAME` is a variable's value."
+    )
+    ai_body: Parameters | None = Field(
+        None, description="Additional parameters of AI calls, such as temperature: a JSON object; `env:NAME` as well."
+    )
+    ai_proxy: ProxyOption | None = Field(
+        None, description="URL of an HTTP proxy for AI calls; env: as HTTPS_PROXY, NO_PROXY and so on say."
+    )
+    ai_usage: UsageOption = Field(
+        "auto", description="Whether token counts are requested (stream_options); auto: unless the backend refuses it."
+    )
+    ai_max_tokens: MaxTokensOption = Field(
+        "none",
+        description="Name under which IMSTREAM_ANSWER_TOKENS is sent as the maximum of an answer; none: not sent.",
+    )
+    ai_roles: RolesOption = Field(
+        "merge", description="Turns are sent so that roles alternate, after one system message (merge), or as_is."
+    )
+    ai_system: SystemOption = Field(
+        "role", description="Where the system prompt is sent: as a message of its own role, or before the user's text."
+    )
+    ai_reasoning: ReasoningOption = Field(
+        "tags",
+        description="Where reasoning is expected: in a field of its own (field), also in tags such as `<think>` at the "
+        "beginning of the text (tags), or nowhere (none).",
+    )
     ai_connect_timeout: Positive = Field(timedelta(seconds=5), description="Time limit for connecting to the backend.")
-    ai_first_token_timeout: Positive = Field(timedelta(seconds=60), description="Time limit for the first token.")
+    ai_first_token_timeout: Positive = Field(
+        timedelta(seconds=60), description="Maximum silence before the first token."
+    )
+    ai_load_timeout: Positive | None = Field(
+        None,
+        description="The same for a backend that has not answered for 4 minutes and may have to load its model; "
+        "default: 5 times as long.",
+    )
+    ai_queue_timeout: Positive = Field(
+        timedelta(minutes=10), description="Time limit for the first token while there are signs of life (comments)."
+    )
     ai_idle_timeout: Positive = Field(timedelta(seconds=30), description="Maximum silence between tokens.")
     ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
     max_answer: int = Field(262_144, ge=1, description="Maximum characters of an answer; it is cut there (`length`).")

@@ -1,10 +1,11 @@
 """The interface of an AI backend, and the client of servers that are compatible with OpenAI.
 
-One call of `answer` is one HTTP request. It is not retried here: only the worker retries.
+One call of `answer` is one HTTP request. It is not retried here: only the worker retries. The exception is a server
+that may refuse to report token counts: it is asked again without them, at once.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
@@ -12,21 +13,27 @@ from time import perf_counter
 from typing import Literal, Protocol
 
 import aiohttp
+import structlog
 from aiohttp.abc import AbstractStreamWriter
+from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, to_json
 
 from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
+from imstream.ai.backend_options import BackendOptions, resolve_headers, resolve_parameters
 from imstream.ai.bounded_http import ENCODED, BodyBroken, is_encoded, stream_body
+from imstream.ai.dialect import UsageRequest, adapt, merged, parameters
 from imstream.ai.endpoint import EndpointClient, read_until
-from imstream.ai.time_limits import TimeLimits
-from imstream.errors import PermanentBackendError, TransientBackendError
+from imstream.ai.time_limits import AnswerLimits, TimeLimits
+from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 
 AFTER_FINISH = timedelta(seconds=2)  # time limit for usage, `[DONE]` and the end of the body, after all text
 AFTER_DONE = timedelta(milliseconds=100)  # for the end of the body; without it the connection cannot be reused
 CHUNK = 16 * 1024  # bytes that are parsed, and characters that are passed on, in one turn of the event loop
 MAX_BLOCKING = 0.005  # seconds after which large reads leave the event loop to others for as long as they used it
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,46 +73,67 @@ class OpenAIBackend(EndpointClient):
     name = "default"
     _accept = "text/event-stream, application/json"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, options: BackendOptions | None = None) -> None:
+        """Default of `options`: those of the settings. Raises `SettingsError`."""
+        self._options = options = options or BackendOptions.of(settings)
         limit = settings.max_answer * BYTES_PER_CHARACTER + 2 * JSON_LIMIT
-        super().__init__("AI", settings.ai_url, settings.ai_key, path="chat/completions", limit=limit)
-        self._settings = settings
-        self._request_usage = True
+        super().__init__("AI", options.url, options.key, path="chat/completions", limit=limit)
+        headers, of_headers = resolve_headers(options.headers, option=options.variable("headers"))
+        body, of_body = resolve_parameters(options.body, option=options.variable("body"))
+        self._extend_endpoint(headers, [*of_headers, *of_body], options.proxy_for(self._endpoint.url))
+        self._parameters = parameters(options, body, answer_tokens=settings.answer_tokens)
+        self._max_answer = settings.max_answer
+        self._usage = UsageRequest(options)
+        self._limits = AnswerLimits(options)
         self._turn = _Turn()
 
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
-        body: dict[str, object] = {
-            "model": self._settings.ai_model,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "stream": True,
-        }
-        if with_usage := self._request_usage:
-            body["stream_options"] = {"include_usage": True}
+        prompt: dict[str, JsonValue] = {"messages": [{**message} for message in adapt(messages, self._options)]}
+        if not self._usage.wanted:
+            return await self._call(prompt | self._parameters, _Call(on_text))
+        call = _Call(on_text)
+        try:
+            completion = await self._call(prompt | merged(UsageRequest.PARAMETERS, self._parameters), call)
+        except BackendError as error:
+            if not self._usage.may_be_refused(error, received=call.received):
+                raise
+            reason, shown = error.reason, str(error)  # not the error, whose traceback has this frame
+        else:
+            self._usage.record_success()
+            return completion
+        completion = await self._call(prompt | self._parameters, _Call(on_text))
+        self._usage.record_refusal(reason)
+        log.warning("backend refuses stream_options", error=shown, still_requested=self._usage.wanted)
+        return completion
+
+    async def _call(self, body: Mapping[str, JsonValue], call: "_Call") -> Completion:
+        """Make one HTTP request."""
         try:
             data = to_json(body)
         except PydanticSerializationError:
             raise PermanentBackendError("bad_prompt", "the prompt is not valid Unicode") from None
-        total = self._settings.ai_total_timeout
-        async with TimeLimits(total=total) as limits, await self._send(data, limits) as response:
+        async with self._limits.start() as limits, await self._send(data, limits) as response:
             if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
-                return await self._receive(response, limits, on_text)
+                is_document = response.content_type == "application/json"
+                self._limits.on_head(limits, is_document=is_document)
+                try:
+                    completion = await self._receive(response, limits, call.on_text)
+                finally:
+                    call.received = response.content.total_bytes
+                self._limits.on_answer(is_document=is_document)
+                return completion
             limits.stop()
-            error_body = await self._read_error(response)
-            if with_usage and response.status in failures.BLAMES_REQUEST and b"stream_options" in error_body:
-                self._request_usage = False  # the server does not support the option: answers without usage
-                raise TransientBackendError(
-                    "stream_options_refused", "from now on usage is not requested", retry_after=timedelta(0)
-                )
-            raise self._error(response, error_body)
+            raise self._error(response, await self._read_error(response))
 
     async def _send(self, data: bytes, limits: TimeLimits) -> aiohttp.ClientResponse:
         """Send the request; return when the head of the response is received."""
-        first_token = self._settings.ai_first_token_timeout
-        payload = _Payload(data, on_send=lambda: limits.expect("first_token_timeout", within=first_token))
-        limits.expect("connect_timeout", within=self._settings.ai_connect_timeout)
+        payload = _Payload(data, on_send=lambda: self._limits.on_send(limits))
+        limits.expect("connect_timeout", within=self._options.connect_timeout)
         try:
-            return await self._session.post(self._endpoint.url, data=payload, allow_redirects=False)
+            return await self._session.post(
+                self._endpoint.url, data=payload, allow_redirects=False, proxy=self._endpoint.proxy
+            )
         except (aiohttp.ClientError, OSError) as error:
             # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
             raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
@@ -115,8 +143,8 @@ class OpenAIBackend(EndpointClient):
     ) -> Completion:
         if is_encoded(response):
             raise TransientBackendError("bad_stream", ENCODED)
-        reader = AnswerReader(limit=self._settings.max_answer, secrets=self._endpoint.secrets)
-        intake = _Intake(reader, limits, on_text, self._settings.ai_idle_timeout, self._turn)
+        reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets)
+        intake = _Intake(reader, limits, on_text, self._options.idle_timeout, self._turn)
         try:
             while not reader.complete:
                 await stream_body(response, intake.feed)
@@ -137,6 +165,14 @@ class OpenAIBackend(EndpointClient):
             await intake.feed_deferred()
         if reader.done and not content.at_eof():
             await read_until(content, loop.time() + AFTER_DONE.total_seconds())
+
+
+@dataclass(slots=True)
+class _Call:
+    """One HTTP request. `received`: bytes of the body of a successful response, once it has ended."""
+
+    on_text: Callable[[str], None]
+    received: int | None = None
 
 
 class _Turn(asyncio.Lock):
@@ -189,6 +225,8 @@ class _Intake:
             else:
                 self._begun = True
                 self.limits.expect("idle_timeout", within=self.idle_timeout)
+        elif not self._begun:
+            self.limits.renew()  # a sign of life, such as a comment
         return not (reader.complete or self._text)
 
     async def feed_deferred(self) -> None:

@@ -2,13 +2,14 @@
 
 import asyncio
 from base64 import b64encode
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import ClassVar, Self
 
 import aiohttp
+from multidict import CIMultiDict
 from pydantic import SecretStr
 from yarl import URL
 
@@ -26,11 +27,12 @@ ERROR_BODY_WAIT = timedelta(seconds=2)  # time limit for that body, which only e
 
 @dataclass(frozen=True, slots=True, repr=False)  # all fields may contain a secret
 class Endpoint:
-    """A URL, the headers of each request, and the texts that no error may show."""
+    """A URL, the headers of each request, the texts that no error may show, and the proxy of requests, if any."""
 
     url: URL
     headers: Mapping[str, str]
     secrets: tuple[str, ...]
+    proxy: URL | None = None
 
 
 class EndpointClient:
@@ -58,21 +60,37 @@ class EndpointClient:
             raise SettingsError(
                 f"{ENV_PREFIX}{name}_URL={str(base or '')!r} is not allowed: must be a URL with a host, ending in /v1"
             )
-        headers = {
-            "Accept": self._accept,
-            "Accept-Encoding": "identity",  # compression would delay tokens until a block is full
-            "User-Agent": f"imstream/{__version__}",
-        }
+        headers = CIMultiDict(
+            {
+                "Accept": self._accept,
+                "Accept-Encoding": "identity",  # compression would delay tokens until a block is full
+                "User-Agent": f"imstream/{__version__}",
+            }
+        )
         if plain:
             url = url.with_user(None)
             headers["Authorization"] = f"Bearer {plain}"
-        password = url.password or ""
-        basic = b64encode(f"{url.user or ''}:{password}".encode()).decode() if password else ""
-        secrets = (plain, password, basic)  # also encoded: some servers repeat the header that they reject
+        secrets = (plain, *_passwords(url))
         url = url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True)
         self._endpoint = Endpoint(url, headers, tuple(filter(None, secrets)))
         self._body_limit = limit
         self._open_session: aiohttp.ClientSession | None = None
+
+    def _extend_endpoint(self, headers: Mapping[str, str], secrets: Iterable[str], proxy: URL | None) -> None:
+        """Send more headers, which take precedence, also over the key; hide more texts; use a proxy."""
+        endpoint = self._endpoint
+        if any(name.lower() == "authorization" for name in headers):
+            endpoint = replace(endpoint, url=endpoint.url.with_user(None))
+        together = CIMultiDict(endpoint.headers)
+        together.update(headers)
+        every = [*endpoint.secrets, *secrets, *(_passwords(proxy) if proxy is not None else ())]
+        self._endpoint = replace(
+            endpoint,
+            headers=together,
+            # A longer one first: it may contain a shorter one.
+            secrets=tuple(sorted(filter(None, set(every)), key=lambda secret: (-len(secret), secret))),
+            proxy=proxy,
+        )
 
     async def __aenter__(self) -> Self:
         self._open_session = bounded_session(
@@ -105,6 +123,12 @@ class EndpointClient:
         """The error for an error response and the beginning of its body."""
         now = datetime.now(UTC)
         return failures.from_response(response.status, response.headers, body, now=now, secrets=self._endpoint.secrets)
+
+
+def _passwords(url: URL) -> tuple[str, ...]:
+    """The password of a URL, plain and encoded: some servers repeat the header that they reject."""
+    password = url.password or ""
+    return (password, b64encode(f"{url.user or ''}:{password}".encode()).decode()) if password else ()
 
 
 async def read_until(content: aiohttp.StreamReader, deadline: float) -> bytes:

@@ -1,14 +1,30 @@
-"""The time limits of one AI call, on one timer."""
+"""The time limits of AI calls, each on one timer.
+
+connect_timeout       until the request is being sent
+first_token_timeout   silence until the first token; longer for a backend that may be loading its model, or that is
+                      known to send each answer as one document; signs of life, such as comments, renew it for at
+                      most `queue_timeout`
+idle_timeout          silence between tokens
+total_timeout         the whole answer
+"""
 
 import asyncio
+import math
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
+from imstream.ai.backend_options import BackendOptions
 from imstream.errors import FailureKind, TransientBackendError
 
 AWAY = frozenset({"connect_timeout", "first_token_timeout"})
 """Limits that are exceeded before the answer begins: the backend is not there, or is full."""
+
+
+MODEL_IDLE = timedelta(minutes=4)
+"""Time without an answer after which a server may have unloaded its model (Ollama: 5 minutes)."""
+
+_LOAD_FACTOR = 5  # of the default load timeout
 
 
 class TimeLimits:
@@ -86,6 +102,42 @@ class TimeLimits:
             return
         self._timer = None
         self._scope.reschedule(now)
+
+
+class AnswerLimits:
+    """The limits of the calls of one backend, which depend on its earlier answers."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        self._options = options
+        self._load_timeout = options.load_timeout or _LOAD_FACTOR * options.first_token_timeout
+        self._answered_at = -math.inf
+        self._sends_documents = False
+
+    def start(self) -> TimeLimits:
+        """The limits of a call, which begins now."""
+        return TimeLimits(total=self._options.total_timeout)
+
+    def on_send(self, limits: TimeLimits) -> None:
+        """The request is being sent."""
+        options = self._options
+        within = options.first_token_timeout
+        if asyncio.get_running_loop().time() - self._answered_at > MODEL_IDLE.total_seconds():
+            within = max(within, self._load_timeout)
+        if self._sends_documents:
+            within = max(within, options.queue_timeout)
+        limits.expect("first_token_timeout", within=within, at_most=max(within, options.queue_timeout))
+
+    def on_head(self, limits: TimeLimits, *, is_document: bool) -> None:
+        """The head of the response is received. A document is sent when the answer is complete."""
+        if is_document:
+            limits.expect("first_token_timeout", within=self._options.queue_timeout)
+        else:
+            limits.renew()
+
+    def on_answer(self, *, is_document: bool) -> None:
+        """An answer is complete."""
+        self._answered_at = asyncio.get_running_loop().time()
+        self._sends_documents = is_document
 
 
 def _kind(reason: str) -> FailureKind:

@@ -35,6 +35,7 @@ _NODE_SETTINGS = {
     # The backend's faults must be detected during the run, and no request may be given up because of them.
     "ai_connect_timeout": "2s",
     "ai_first_token_timeout": "4s",
+    "ai_load_timeout": "4s",
     "ai_idle_timeout": "4s",
     "ai_breaker_pause": "500ms",
     "retry_wait_max": "3s",

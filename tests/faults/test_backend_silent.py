@@ -25,7 +25,11 @@ async def test_silence_before_and_between_tokens_ends_the_call_and_it_is_made_ag
         "only comments": [hangs(b": still alive\n\n", b": and kicking\n\n"), answer],
         "no second token": [hangs(BEGINNING), answer],
     }
-    limits = {"ai_first_token_timeout": f"{first}s", "ai_idle_timeout": f"{idle}s"}
+    limits = {
+        "ai_first_token_timeout": f"{first}s",
+        "ai_load_timeout": f"{first}s",
+        "ai_idle_timeout": f"{idle}s",
+    }
     async with (
         scripted_backend(always=by_question(scripts)) as backend,
         one_node(tmp_path, redis_server, backend.url, **limits) as node,

@@ -12,12 +12,23 @@ from imstream.ai.endpoint import ERROR_BODY_LIMIT
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
 from tests.support.asking import PROMPT, Asking, asking, unaccepting_port
-from tests.support.scripted_backend import DONE, Exchange, Script, chunk, event, hangs, refuses, streams, usage_chunk
+from tests.support.scripted_backend import (
+    DONE,
+    Exchange,
+    Script,
+    chunk,
+    event,
+    hangs,
+    refuses,
+    says,
+    streams,
+    usage_chunk,
+)
 from tests.support.waiting import wait_until
 
 STOP = event(chunk(finish_reason="stop"))
 ROLE = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-FIRST_TOKEN: dict[str, Any] = {"ai_first_token_timeout": "100ms"}
+FIRST_TOKEN: dict[str, Any] = {"ai_first_token_timeout": "100ms", "ai_load_timeout": "100ms"}
 REASONING = event({"choices": [{"delta": {"reasoning_content": "hm"}}]})
 
 
@@ -126,28 +137,82 @@ async def test_an_error_body_that_never_comes_does_not_hide_the_status(
 # Servers without support for usage
 
 
-async def test_usage_is_asked_for_until_a_server_refuses_the_question() -> None:
+async def test_usage_is_requested_until_a_server_refuses_it() -> None:
     refusal = '{"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted"}]}'
     async with asking(refuses(422, refusal), always=streams("a")) as asked:
-        error = await failure_of(asked)
-        assert isinstance(error, TransientBackendError)
-        assert (error.reason, error.retry_after) == ("stream_options_refused", timedelta(0))
-        await asked.ask()
-        first, second = (request.json for request in asked.backend.requests)
+        for _ in range(2):
+            assert await asked.ask() == Completion("stop", None)
+        first, *others = (request.json for request in asked.backend.requests)
         assert first.pop("stream_options") == {"include_usage": True}
-        assert first == second
+        assert others == [first, first]
 
 
-async def test_calls_that_had_asked_at_the_same_time_may_be_tried_again_too() -> None:
+async def test_calls_that_requested_it_at_the_same_time_are_repeated_too() -> None:
     async def script(exchange: Exchange) -> None:
-        await wait_until(lambda: len(asked.backend.requests) == 3, "all have asked")
+        await wait_until(lambda: len(asked.backend.requests) >= 3, "all have asked")
         await refuses(400, '{"error": "unknown argument: stream_options"}')(exchange)
 
-    async with asking(script, script, script) as asked:
-        errors = await asyncio.gather(*(failure_of(asked) for _ in range(3)))
-        assert {error.reason for error in errors} == {"stream_options_refused"}
+    async with asking(script, script, script, *[streams("a")] * 3) as asked:
+        await asyncio.gather(*(asked.ask() for _ in range(3)))
+        assert ["stream_options" in request.json for request in asked.backend.requests] == [True] * 3 + [False] * 3
         asked.backend.then(refuses(400, '{"error": "stream_options are still wrong"}'))
-        assert (await failure_of(asked)).reason == "http_400"
+        await failure_of(asked)
+        assert len(asked.backend.requests) == 7
+
+
+async def closes_after_the_head(exchange: Exchange) -> None:
+    await exchange.start()
+    exchange.close()
+
+
+@pytest.mark.parametrize(
+    ("script", "until"),
+    [
+        pytest.param(
+            refuses(400, '{"error": {"message": "Param Incorrect"}}'), 1, id="which parameter it does not say"
+        ),
+        pytest.param(refuses(400), 1, id="a status alone"),
+        pytest.param(refuses(422, "Bad Request"), 1, id="no reason"),
+        pytest.param(closes_after_the_head, 2, id="the end after the head"),
+    ],
+)
+async def test_an_error_that_may_be_about_usage_is_no_failure(script: Script, until: int) -> None:
+    async def strict(exchange: Exchange) -> None:
+        await (script if "stream_options" in exchange.request.json else streams("a"))(exchange)
+
+    async with asking(always=strict) as asked:
+        for _ in range(4):
+            assert await asked.ask() == Completion("stop", None)
+        assert asked.text == "aaaa"
+        # A lost connection alone may be chance: it counts from the second time.
+        assert len(asked.backend.requests) == 4 + until
+
+
+@pytest.mark.parametrize(
+    ("option", "script", "requests"),
+    [
+        pytest.param("auto", refuses(400, '{"error": "messages[0].content is empty"}'), 1, id="another reason"),
+        pytest.param("auto", refuses(400, '{"error": {"code": "context_length_exceeded"}}'), 1, id="a known reason"),
+        pytest.param("auto", refuses(503), 1, id="away"),
+        pytest.param("auto", says(ROLE), 1, id="the end within the answer"),
+        pytest.param("auto", refuses(400, "Param Incorrect"), 2, id="both"),
+        pytest.param("yes", refuses(400, "Param Incorrect"), 1, id="yes"),
+        pytest.param("no", refuses(400, "Param Incorrect"), 1, id="no"),
+    ],
+)
+async def test_other_errors_are_not_tried_again_without_usage(option: str, script: Script, requests: int) -> None:
+    async with asking(always=script, ai_usage=option) as asked:
+        await failure_of(asked)
+        assert len(asked.backend.requests) == requests
+        assert ("stream_options" in asked.backend.requests[0].json) == (option != "no")
+
+
+async def test_a_server_that_has_reported_usage_does_not_refuse_it() -> None:
+    async with asking(streams("a"), refuses(400, "Param Incorrect"), streams("a")) as asked:
+        await asked.ask()
+        await failure_of(asked)
+        await asked.ask()
+        assert all("stream_options" in request.json for request in asked.backend.requests)
 
 
 # Connections
@@ -255,7 +320,8 @@ async def test_keep_alive_comments_are_no_tokens() -> None:
         await exchange.send(event(chunk("a")))
         await comments(exchange)
 
-    assert (await failure(before, **FIRST_TOKEN)).reason == "first_token_timeout"
+    error = await failure(before, ai_queue_timeout="200ms", **FIRST_TOKEN)
+    assert (error.reason, error.detail) == ("first_token_timeout", "after 0.2 s")
     assert (await failure(between, ai_idle_timeout="100ms")).reason == "idle_timeout"
 
 

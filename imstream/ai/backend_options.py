@@ -1,0 +1,144 @@
+"""The options of one AI backend: its address, what its requests look like, and its time limits.
+
+Those of a single backend are the settings `IMSTREAM_AI_…`, one to one. A value `env:NAME` of a header or a parameter
+stands for the environment variable of that name.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
+from urllib.request import getproxies_environment, proxy_bypass
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, JsonValue, Secret, SecretStr
+from yarl import URL
+
+from imstream.errors import SettingsError
+from imstream.option_types import (
+    Headers,
+    MaxTokensOption,
+    Parameters,
+    ProxyOption,
+    ReasoningOption,
+    RolesOption,
+    SystemOption,
+    UsageOption,
+    fits_in_header,
+)
+from imstream.settings import ENV_FILE, ENV_PREFIX, HttpUrl, Positive, Settings
+
+_REFERENCE = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
+_CREDENTIAL = re.compile(r"auth|cookie|key|password|secret|signature|token", re.IGNORECASE)
+
+T = TypeVar("T", bound=JsonValue)
+
+
+def _default(option: str) -> Any:  # noqa: ANN401 - the default of any setting
+    return Settings.model_fields[f"ai_{option}"].default
+
+
+class BackendOptions(BaseModel):
+    """The options of one backend. The settings describe them and have the same defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
+
+    url: HttpUrl = _default("url")
+    model: str = _default("model")
+    key: SecretStr | None = _default("key")
+    headers: Headers | None = _default("headers")
+    body: Parameters | None = _default("body")
+    proxy: ProxyOption | None = _default("proxy")
+    usage: UsageOption = _default("usage")
+    max_tokens: MaxTokensOption = _default("max_tokens")
+    roles: RolesOption = _default("roles")
+    system: SystemOption = _default("system")
+    reasoning: ReasoningOption = _default("reasoning")
+    connect_timeout: Positive = _default("connect_timeout")
+    first_token_timeout: Positive = _default("first_token_timeout")
+    load_timeout: Positive | None = _default("load_timeout")
+    queue_timeout: Positive = _default("queue_timeout")
+    idle_timeout: Positive = _default("idle_timeout")
+    total_timeout: Positive = _default("total_timeout")
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The options of the single backend."""
+        return cls(**{name: getattr(settings, f"ai_{name}") for name in cls.model_fields})
+
+    @staticmethod
+    def variable(option: str) -> str:
+        """The setting of an option, for errors."""
+        return f"{ENV_PREFIX}AI_{option}".upper()
+
+    def proxy_for(self, url: URL) -> URL | None:
+        """The proxy of requests to this URL. With `env`, as the environment says (`HTTPS_PROXY`, `NO_PROXY`, …)."""
+        if self.proxy is None:
+            return None
+        address = self.proxy.get_secret_value()
+        if address == "env":
+            proxies = getproxies_environment()
+            address = proxies.get(url.scheme) or proxies.get("all") or ""
+            if not address or proxy_bypass(f"{url.host}:{url.port}"):
+                return None
+        try:
+            proxy = URL(address if "//" in address else f"http://{address}")
+        except ValueError:
+            proxy = URL()
+        if proxy.scheme not in {"http", "https"} or not proxy.host:
+            raise SettingsError(f"{self.variable('proxy')}={self.proxy!s} is not allowed: must be the URL of a proxy")
+        return proxy
+
+
+def resolve_headers(headers: Secret[dict[str, str]] | None, *, option: str) -> tuple[dict[str, str], list[str]]:
+    """Return the headers with the values of environment variables, and which of their values are secret.
+
+    Raises `SettingsError`, naming the option, for a variable that is not set or whose value fits in no header.
+    """
+    resolved, secrets = dict[str, str](), list[str]()
+    for name, value in (headers.get_secret_value() if headers is not None else {}).items():
+        resolved[name] = _resolve(value, option, secrets).strip()
+        if not fits_in_header(resolved[name]):
+            raise _rejected(option, f"the header {name} must be printable ASCII")
+        if _CREDENTIAL.search(name):
+            # Of `Bearer x`, also x alone.
+            secrets += (resolved[name], resolved[name].rpartition(" ")[2])
+    return resolved, secrets
+
+
+def resolve_parameters(
+    body: Secret[dict[str, JsonValue]] | None, *, option: str
+) -> tuple[dict[str, JsonValue], list[str]]:
+    """Return the parameters with the values of environment variables, and these values, which are secret.
+
+    Raises `SettingsError`, naming the option, for a variable that is not set.
+    """
+    secrets = list[str]()
+    return _resolve(body.get_secret_value() if body is not None else {}, option, secrets), secrets
+
+
+def _resolve(value: T, option: str, secrets: list[str]) -> T:
+    resolved: JsonValue = value
+    if isinstance(value, str) and (reference := _REFERENCE.fullmatch(value)):
+        resolved = _environment().get(reference["name"], "").strip()
+        if not resolved:
+            raise _rejected(option, f"the environment variable {reference['name']}, which it names, is not set")
+        secrets.append(resolved)
+    elif isinstance(value, dict):
+        resolved = {name: _resolve(member, option, secrets) for name, member in value.items()}
+    elif isinstance(value, list):
+        resolved = [_resolve(member, option, secrets) for member in value]
+    return resolved  # type: ignore[return-value]
+
+
+def _environment() -> Mapping[str, str]:
+    """The environment, and below it the file of the settings."""
+    try:
+        file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        file = {}
+    return {**{name: value for name, value in file.items() if value is not None}, **os.environ}
+
+
+def _rejected(option: str, why: str) -> SettingsError:
+    return SettingsError(f"{option}=(hidden) is not allowed: {why}")

@@ -1,0 +1,138 @@
+"""What a request to one backend looks like: its messages, parameters and token counts, as its options say. No I/O."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Protocol
+
+from pydantic import JsonValue
+
+from imstream.ai.backend_options import BackendOptions
+from imstream.errors import BackendError
+
+OPENING = "…"
+"""The user's turn before an assistant's greeting, for backends whose conversations begin with the user."""
+
+_SEPARATOR = "\n\n"
+_NAMES_IT = re.compile(r"stream_options|include_usage")
+_VAGUE_REASONS = frozenset({"http_400", "http_422"})
+_VAGUE = re.compile(r"does not say why|(?:bad|invalid) (?:request|input|body|json)|validation", re.IGNORECASE)
+_END = "broken_stream"
+_ENDS_THAT_CONVINCE = 2
+
+Message = dict[str, str]
+
+
+class _Turn(Protocol):
+    @property
+    def role(self) -> str: ...
+    @property
+    def content(self) -> str: ...
+
+
+def adapt(turns: Sequence[_Turn], options: BackendOptions) -> list[Message]:
+    """The messages of a request: a prompt as this backend accepts it."""
+    messages = [_message(turn.role, turn.content) for turn in turns]
+    if options.roles == "merge":
+        messages = _system_first(messages)
+    if options.system == "user":
+        messages = _without_system(messages)
+    return _alternating(messages) if options.roles == "merge" else messages
+
+
+def parameters(options: BackendOptions, extra: Mapping[str, JsonValue], *, answer_tokens: int) -> dict[str, JsonValue]:
+    """All parameters of a request except its messages. `extra`: those of the option `body`, which take precedence."""
+    own: dict[str, JsonValue] = {"model": options.model, "stream": True}
+    if options.max_tokens != "none":
+        own[options.max_tokens] = answer_tokens
+    return merged(own, extra)
+
+
+def merged(base: Mapping[str, JsonValue], extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """`base` with the values of `extra`; objects that both have are merged, too."""
+    result = dict(base)
+    for name, value in extra.items():
+        known = result.get(name)
+        result[name] = merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
+
+
+class UsageRequest:
+    """Whether token counts are requested, which some servers refuse, by an error or by closing the connection.
+
+    With `auto`, they are requested until a call has failed with them and succeeded without. Once a call has succeeded
+    with them, only an error that names the parameter counts.
+    """
+
+    PARAMETERS: Mapping[str, JsonValue] = {"stream_options": {"include_usage": True}}
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.wanted = options.usage != "no"
+        self._may_end = options.usage == "auto"
+        self._is_supported = False
+        self._ends = 0
+
+    def may_be_refused(self, error: BackendError, *, received: int | None) -> bool:
+        """Whether to repeat a failed call without. `received`: bytes of the answer; None: not even its head."""
+        if not self._may_end:
+            return False
+        if _NAMES_IT.search(error.detail):
+            return True
+        if self._is_supported:
+            return False
+        if error.reason in _VAGUE_REASONS:
+            return _VAGUE.search(error.detail) is not None
+        return error.reason == "misconfigured" or (error.reason == _END and received == 0)
+
+    def record_success(self) -> None:
+        """A call has succeeded with the parameter."""
+        self._is_supported = True
+
+    def record_refusal(self, reason: str) -> None:
+        """A call has failed with the parameter, and succeeded without. A lost connection alone may be chance."""
+        self._ends += 1
+        self.wanted = reason == _END and self._ends < _ENDS_THAT_CONVINCE
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    return _SEPARATOR.join(message["content"] for message in messages)
+
+
+def _system_first(messages: list[Message]) -> list[Message]:
+    """All system messages as one, at the beginning."""
+    system = [message for message in messages if message["role"] == "system"]
+    if not system or (len(system) == 1 and messages[0] is system[0]):
+        return messages
+    return [_message("system", _joined(system)), *(message for message in messages if message["role"] != "system")]
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """System messages as the beginning of the user's turn that follows, or as such a turn."""
+    result = list[Message]()
+    waiting = list[Message]()
+    for message in messages:
+        if message["role"] == "system":
+            waiting.append(message)
+            continue
+        if waiting and message["role"] == "user":
+            message = _message("user", _joined([*waiting, message]))  # noqa: PLW2901 - replaced as a whole
+        elif waiting:
+            result.append(_message("user", _joined(waiting)))
+        result.append(message)
+        waiting = []
+    return [*result, _message("user", _joined(waiting))] if waiting else result
+
+
+def _alternating(messages: list[Message]) -> list[Message]:
+    """Turns of users and the assistant in alternation, beginning with a user."""
+    merged_turns = [
+        _message(role, _joined(list(turns))) for role, turns in groupby(messages, key=lambda message: message["role"])
+    ]
+    begin = 1 if merged_turns and merged_turns[0]["role"] == "system" else 0
+    if len(merged_turns) > begin and merged_turns[begin]["role"] == "assistant":
+        merged_turns.insert(begin, _message("user", OPENING))
+    return merged_turns
