@@ -11,19 +11,28 @@ from typing import Any
 from pydantic_core import from_json
 
 from imstream.ai import failures
-from imstream.ai.error_report import ErrorReport
-from imstream.ai.sse import BYTE_ORDER_MARK, EventParser, EventTooLong
-from imstream.errors import BackendError, TransientBackendError
+from imstream.ai.error_report import ErrorReport, shorten
+from imstream.ai.failures import failure
+from imstream.ai.sse import BYTE_ORDER_MARK, EVENT_LIMIT, EventParser, EventTooLong, NamedEvent
+from imstream.errors import BackendError
 
-JSON_LIMIT = 1 << 20  # bytes of an event, or of an answer in one document; raised with the limit of an answer
+JSON_LIMIT = EVENT_LIMIT  # bytes of an event, or of an answer in one document; raised with the limit of an answer
 BYTES_PER_CHARACTER = 256  # of a response, at most; an event with one character has about 250
 LARGE_JSON = 16 * 1024  # bytes that take long to parse; its strings would displace others from the decoder's cache
 
-FAILED_FINISHES = frozenset({"error", "insufficient_system_resource"})
-"""Finish reasons of OpenRouter and DeepSeek for a model that was stopped and has not finished."""
-
 OTHER_FINISH = "other"  # replaces a finish reason that is not a short word
 MAX_TOKEN_COUNT = 2**53  # JavaScript's JSON represents no larger integers exactly
+
+_NOT_FINISHED = frozenset({"null", "none"})  # DashScope's word for no finish reason
+_FILTERED = re.compile(
+    "content.?filter|safety|recitation|prohibited|blocklist|spii|sensitive|toxic|guardrail", re.IGNORECASE
+)
+_CUT = re.compile("length|max.{0,8}tokens|context.window|token.limit|error.limit", re.IGNORECASE)
+_FAILED = re.compile(
+    "error|abort|fail|cancel|interrupt|time.?d?.?out|insufficient|exhausted|overload|malformed|unavailable",
+    re.IGNORECASE,
+)
+"""Finish reasons of many servers: the answer was cut by a filter, or at a limit, or the model has not finished."""
 
 _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _MAX_COUNTS = 16  # kept of a usage; OpenAI sends 3, others up to 8
@@ -34,21 +43,33 @@ _USAGE_DETAILS = (
 )
 
 
+class _Unreadable(Exception):  # noqa: N818 - reads as what happened
+    """An event is not JSON, or not of a chat completion. It is skipped."""
+
+
 class AnswerReader:
     """Is fed with a response body as it arrives, and returns the text.
 
+    An answer is whole when it has text and a finish reason. What follows may be more text, because some servers send a
+    finish reason with every chunk; anything else can no longer make the answer fail.
+
     Attributes:
-        done: `[DONE]` was received, or the answer is truncated: the rest is ignored.
+        done: `[DONE]` or the end was received, or the answer is truncated: the rest is ignored.
+        resumed: Text followed a finish reason: the next finish reason does not mean much either.
         large: An incomplete event or document is large: the read that completes it takes long to parse.
         progressed: The last `feed` contained a sign of progress of the model: text, hidden reasoning, a finish reason.
             Comments and a bare role do not count; servers send them while a request is queued.
+        skipped: The number of events that could not be read.
+        problem: Why the first of them could not be read, or what happened after the answer was whole.
     """
 
     def __init__(self, *, limit: int, secrets: tuple[str, ...] = ()) -> None:
         """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does."""
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
-        self.done = self.truncated = self.large = self.progressed = False
+        self.done = self.resumed = self.truncated = self.large = self.progressed = False
+        self.skipped = 0
+        self.problem = ""
         self._remaining = limit
         self._secrets = secrets
         self._json_limit = max(JSON_LIMIT, 4 * limit)
@@ -57,16 +78,18 @@ class AnswerReader:
         self._document: bytearray | None = None
         self._begun = False
         self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
+        self._has_text = self._has_choice = self._is_refusal = self._calls_tools = self._reasons = False
+        self._messages = ""  # text of whole messages in place of deltas
 
     @property
     def complete(self) -> bool:
-        """Whether all text was received. Usage may follow."""
-        return self.done or self.finish_reason is not None
+        """Whether the answer is whole. More text, and usage, may follow."""
+        return self.done or (self._has_text and self.finish_reason is not None)
 
     def feed(self, data: bytes) -> str:
         """Read a part of the body; return the text of all its events.
 
-        Raises `BackendError`: `bad_stream`, or an error that the backend reports.
+        Raises `BackendError`: `too_large`, an error that the backend reports, or an answer that ends without text.
         """
         self.progressed = False
         size = len(data)
@@ -83,12 +106,13 @@ class AnswerReader:
             self._document += data
             self.large = len(self._document) > LARGE_JSON
             if len(self._document) > self._json_limit:
-                raise TransientBackendError("bad_stream", f"a document of more than {self._json_limit} bytes")
+                raise failure("impossible", "too_large", f"a document of more than {self._json_limit} bytes")
             return ""
         try:
             text = self._read_events(self._events.feed(data))
         except EventTooLong as error:
-            raise TransientBackendError("bad_stream", str(error)) from None
+            self._give_up(failure("impossible", "too_large", str(error)))
+            return ""
         if not self.progressed:
             self._count_idle(size)
         elif self._idle_bytes:
@@ -97,18 +121,46 @@ class AnswerReader:
         return self._bounded(text) if text else text
 
     def end(self) -> str:
-        """Return the rest of the text at the end of the body. Raises as `feed`, also `broken_stream` if incomplete."""
-        if self._document is not None:
-            return self._bounded(self._read_document(bytes(self._document)))
-        try:
-            text = self._read_events(self._events.close())
-        except BackendError as error:
-            if error.reason != "bad_stream":
-                raise
-            text = ""  # the last event is incomplete
-        if not self.complete:
-            raise TransientBackendError("broken_stream", "the answer ended without [DONE] and without a finish reason")
+        """Return the rest of the text at the end of the body.
+
+        Raises as `feed`, also `bad_stream` or `broken_stream` if the answer is not whole.
+        """
+        if self.done:
+            return ""
+        if self._document is None:
+            text = self._read_events(self._events.close(), at_end=True)
+        else:
+            text = self._read_document(bytes(self._document))
+        if not self.done:
+            if self.finish_reason is None and self.skipped:
+                raise failure("broken", "bad_stream", self.problem)
+            if self.finish_reason is None:
+                raise failure("broken", "broken_stream", "the answer ended without [DONE] and without a finish reason")
+            self._finish()
         return self._bounded(text)
+
+    def _finish(self) -> None:
+        """Nothing follows. Raises `BackendError` if there is no text."""
+        if self._has_text:
+            self.done = True
+            if self._is_refusal and self.finish_reason is None:
+                self.finish_reason = "refusal"
+            return
+        if self.finish_reason in {"content_filter", "refusal"}:
+            raise failure("impossible", self.finish_reason, "an answer without text")
+        if self._calls_tools:
+            raise failure("impossible", "tool_calls", "the model calls a tool, and none was offered")
+        if not self._has_choice and self.skipped:
+            raise failure("broken", "bad_stream", self.problem)
+        what = "only reasoning" if self._reasons else "no text"
+        raise failure("broken", "empty_answer", f"{what}, finish reason {self.finish_reason}")
+
+    def _give_up(self, error: BackendError) -> None:
+        """Raise an error, unless the answer is whole: then it is only noted."""
+        if not self.complete or self.resumed:
+            raise error
+        self.problem = self.problem or str(error)
+        self.done = True
 
     def _bounded(self, text: str) -> str:
         """Truncate the answer at its limit, and replace what `history` does not allow: NUL and single surrogates."""
@@ -133,35 +185,64 @@ class AnswerReader:
         buffered = self._events.buffered
         self.large = buffered > LARGE_JSON
         if self._idle_bytes - buffered > self._json_limit:
-            if not self.complete:
-                raise TransientBackendError("bad_stream", f"{self._idle_bytes} bytes without a sign of progress")
-            self.done = True
+            self._give_up(failure("impossible", "too_large", f"{self._idle_bytes} bytes without a sign of progress"))
 
-    def _read_events(self, events: list[bytes]) -> str:
+    def _read_events(self, events: list[bytes], *, at_end: bool = False) -> str:
+        """Read events. At the end of the body, one that cannot be read is incomplete."""
         texts = []
         for event in events:
-            if event == b"[DONE]":
-                self.done = True
+            try:
+                if text := self._read_event(event):
+                    texts.append(text)
+            except _Unreadable as problem:
+                if not at_end:
+                    self.skipped += 1
+                    self.problem = self.problem or str(problem)
+            except BackendError as error:
+                self._give_up(error)
+            if self.done:
                 break
-            choice = self._read_envelope(self._decode(event))
-            if choice is not None and (text := self._read_delta(choice)):
-                texts.append(text)
         if not texts:
             return ""
         self.progressed = True
         return texts[0] if len(texts) == 1 else "".join(texts)
 
+    def _read_event(self, event: bytes) -> str:
+        if event.__class__ is NamedEvent or not event.startswith(b"{"):
+            return self._read_odd_event(event)
+        return self._read_object(self._decode(event))
+
+    def _read_odd_event(self, event: bytes) -> str:
+        name = event.name if isinstance(event, NamedEvent) else b""
+        event = event.strip()
+        while event.startswith(b"data:"):  # gateways that frame events twice
+            event = event[5:].strip()
+        if event == b"[DONE]":
+            self._finish()
+            return ""
+        if name == b"error":
+            raise self._error(ErrorReport.from_body(event))
+        try:
+            return self._read_value(self._decode(event)) if event else ""
+        except _Unreadable:
+            if name:
+                return ""  # another event, such as a ping: its data may be anything
+            raise
+
     def _read_document(self, body: bytes) -> str:
         if body.startswith(b"<"):
-            report = ErrorReport.from_body(body)
-            raise TransientBackendError("bad_stream", f"a page instead of an answer: {report.summary(self._secrets)}")
-        choice = self._read_envelope(self._decode(body))
-        if choice is None:
-            raise TransientBackendError("bad_stream", "JSON without an answer")
-        text = _text_of(_object(choice.get("message")).get("content"))
-        if choice.get("finish_reason"):
-            self._read_finish(choice)
-        self.done = True
+            summary = ErrorReport.from_body(body).summary(self._secrets)
+            raise failure("misconfigured", "bad_stream", f"a page instead of an answer: {summary}")
+        try:
+            text = self._read_value(self._decode(body))
+        except _Unreadable as problem:
+            # It may be a stream that begins with a line of JSON without `data:`, such as an error.
+            self.skipped, self.problem = 1, str(problem)
+            return self._read_events([*self._events.feed(body), *self._events.close()], at_end=True)
+        if not self._has_choice:
+            summary = ErrorReport.from_body(body).summary(self._secrets)
+            raise failure("broken", "bad_stream", f"JSON without an answer: {summary}".removesuffix(": "))
+        self._finish()
         return text
 
     def _decode(self, text: bytes) -> Any:  # noqa: ANN401 - JSON
@@ -179,49 +260,108 @@ class AnswerReader:
             else:
                 self._high = self._high or ""
                 return value
-        raise TransientBackendError("bad_stream", f"an event that is not JSON: {problem}")
+        raise _Unreadable(f"an event that is not JSON: {problem}")
 
-    def _read_envelope(self, value: Any) -> dict[str, Any] | None:  # noqa: ANN401 - JSON
-        """Read the fields that chunks and whole completions share; return the first choice, if any."""
+    def _read_value(self, value: Any) -> str:  # noqa: ANN401 - JSON
+        """Read JSON: an object, or a list of them, as Gemini sends errors."""
+        return "".join(map(self._read_object, value)) if isinstance(value, list) else self._read_object(value)
+
+    def _read_object(self, value: Any) -> str:  # noqa: ANN401 - JSON
+        """Read a chunk or a whole completion; return the text of its first choice."""
         if not isinstance(value, dict):
-            value = _object(value[0] if isinstance(value, list) and value else value)  # Gemini sends errors in a list
+            raise _Unreadable("JSON of another shape than a chat completion's")
         if value.get("error") or value.get("object") == "error":
-            raise failures.from_report(ErrorReport.from_value(value), secrets=self._secrets)
+            raise self._error(ErrorReport.from_value(value))
         if usage := value.get("usage"):
-            self.usage = _token_counts(_object(usage)) or self.usage
+            self.usage = (_token_counts(usage) if isinstance(usage, dict) else None) or self.usage
         choices = value.get("choices")
         if not choices:
-            return None
-        choice = choices[0] if isinstance(choices, list) else None
-        return choice if isinstance(choice, dict) else _object(choice)
-
-    def _read_delta(self, choice: dict[str, Any]) -> str:
-        if choice.get("finish_reason"):
-            self._read_finish(choice)
-        delta = choice.get("delta")
-        if not delta:
+            if ErrorReport.is_error(value):
+                raise self._error(ErrorReport.from_value(value))
             return ""
-        content = delta.get("content") if isinstance(delta, dict) else _object(delta)
-        if content:
-            return content if isinstance(content, str) else _text_of(content)
+        return self._read_choice(_object(choices[0] if isinstance(choices, list) else None))
+
+    def _read_choice(self, choice: dict[str, Any]) -> str:
+        self._has_choice = True
+        finish = choice.get("finish_reason")
+        delta = choice.get("delta")
+        text = ""
+        if delta:
+            content = _object(delta).get("content")
+            text = content if isinstance(content, str) else _text_of(content)
+            if not text:
+                text = self._read_other(delta)
+        if not text:
+            text = self._read_whole(choice)
+        if text and not (self._has_text and self.finish_reason is None):
+            self._note_text(text, finish)
+        if finish:
+            self._read_finish(finish)
+        return text
+
+    def _note_text(self, text: str, finish: object) -> None:
+        """Note the first text, or text that follows a finish reason."""
+        if text.isspace():
+            return
+        if self._has_text:
+            self.resumed = True
+        elif not finish:
+            self.finish_reason = None  # what was finished is the reasoning
+        self._has_text = True
+
+    def _read_other(self, delta: dict[str, Any]) -> str:
+        """Read what a message has beside its content; return a refusal, which is shown."""
+        if delta.get("tool_calls") or delta.get("function_call"):
+            self._calls_tools = True
+        refusal = delta.get("refusal")
+        if refusal and isinstance(refusal, str):
+            self._is_refusal = True
+            return refusal
         # Hidden reasoning and other fields that are not shown are signs of progress.
-        self.progressed = self.progressed or any(value for name, value in delta.items() if name != "role")
+        if any(value for name, value in delta.items() if name != "role"):
+            self.progressed = True
+            self._reasons = self._reasons or any("reason" in name or "think" in name for name in delta)
         return ""
 
-    def _read_finish(self, choice: dict[str, Any]) -> None:
-        reason = choice["finish_reason"]
-        if not isinstance(reason, str):
-            raise TransientBackendError("bad_stream", "a finish reason that is not text")
-        if reason in FAILED_FINISHES:
-            raise TransientBackendError("backend_error", f"finish reason {reason}")
+    def _read_whole(self, choice: dict[str, Any]) -> str:
+        """Read a whole message, or another part of one, which some servers send in place of a delta."""
+        message = choice.get("message")
+        if message is None:
+            content = choice.get("text")
+        else:
+            content = _object(message).get("content") or self._read_other(message)
+        text = _text_of(content)
+        if not text or (self._has_text and not self._messages):
+            return ""  # the text was sent as deltas before
+        before, self._messages = self._messages, text if text.startswith(self._messages) else self._messages + text
+        return self._messages[len(before) :]
+
+    def _read_finish(self, finish: object) -> None:
+        reason = finish[:LARGE_JSON] if isinstance(finish, str) else OTHER_FINISH
+        if reason in _NOT_FINISHED:
+            return
+        if _FILTERED.search(reason):
+            reason = "content_filter"
+        elif _CUT.search(reason):
+            reason = "length"
+        elif _FAILED.search(reason):
+            raise failure("broken", "aborted", f"finish reason {shorten(reason, self._secrets)}")
+        elif self._is_refusal:
+            reason = "refusal"
         self.finish_reason = reason if _WORD.fullmatch(reason) else OTHER_FINISH
         self.progressed = True
+
+    def _error(self, report: ErrorReport) -> BackendError:
+        error = failures.from_report(report, secrets=self._secrets)
+        if self._has_text and error.kind == "away":
+            error.kind = "broken"  # it is there, and broke the answer
+        return error
 
 
 def _object(value: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
     if isinstance(value, dict):
         return value
-    raise TransientBackendError("bad_stream", "JSON of another shape than a chat completion's")
+    raise _Unreadable("JSON of another shape than a chat completion's")
 
 
 def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
@@ -233,7 +373,7 @@ def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
     if isinstance(content, list):
         texts = [part.get("text") for part in map(_object, content) if part.get("type") == "text"]
         return "".join(text for text in texts if isinstance(text, str))
-    raise TransientBackendError("bad_stream", "content that is not text")
+    raise _Unreadable("content that is not text")
 
 
 def _token_counts(usage: dict[str, Any]) -> dict[str, int]:

@@ -70,12 +70,18 @@ def test_all_events_of_one_read_become_one_piece() -> None:
             "a",
             id="a whole beside the delta",
         ),
+        pytest.param(
+            event({"choices": [{"delta": {}, "message": {"content": "1"}, "finish_reason": "stop"}]}),
+            "",
+            id="a whole after the deltas",
+        ),
+        pytest.param(event({"usage": [1], **chunk("a")}), "a", id="usage of another shape"),
         pytest.param(with_delta(content="\u0001"), "\u0001", id="a control character"),
         pytest.param(b"event: message\nid: 7\n" + event(chunk("a")), "a", id="named events"),
     ],
 )
 def test_only_the_text_of_a_delta_is_shown(body: bytes, text: str) -> None:
-    assert read(body, STOP, DONE)[0] == text
+    assert read(event(chunk("1")), body, STOP, DONE)[0] == f"1{text}"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,10 @@ def test_any_cut_of_the_bytes_gives_the_same_answer(texts: list[str], data: st.D
     places = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=10)))
     reader = AnswerReader(limit=LIMIT)
     parts = [body[start:end] for start, end in zip([0, *places], [*places, len(body)], strict=True)]
+    if not "".join(texts).strip():
+        with pytest.raises(BackendError, match="empty_answer"):
+            [reader.feed(part) for part in parts]
+        return
     assert "".join([reader.feed(part) for part in parts]) == "".join(texts).replace("\0", "\ufffd")
     assert (reader.finish_reason, reader.usage, reader.done) == ("stop", {"total_tokens": 1}, True)
 
@@ -116,7 +126,7 @@ def test_any_cut_of_the_bytes_gives_the_same_answer(texts: list[str], data: st.D
 
 def test_an_answer_is_whole_with_done_or_with_a_finish_reason() -> None:
     assert read(event(chunk("a")), DONE)[1].finish_reason is None
-    assert read(event(chunk("a")), STOP)[1].done is False
+    assert read(event(chunk("a")), STOP)[1].finish_reason == "stop"
     assert read(event(chunk("a")), b"data: [DONE]")[0] == "a"
     assert read(event(chunk("a")), STOP.strip())[1].finish_reason == "stop"
 
@@ -138,14 +148,45 @@ def test_an_error_in_an_event_that_lacks_its_blank_line_is_told() -> None:
 
 
 def test_nothing_counts_after_done() -> None:
-    assert read(DONE + event(chunk("a")) + b"data: {\n\n")[0] == ""
+    assert read(event(chunk("a")) + DONE + event(chunk("b")) + b"data: {\n\n")[0] == "a"
 
 
-@pytest.mark.parametrize("reason", ["error", "insufficient_system_resource"])
+@pytest.mark.parametrize(
+    "reason", ["error", "insufficient_system_resource", "abort", "network_error", "FAILED", "cancelled", "timeout"]
+)
 def test_a_finish_reason_that_means_failure_is_a_failure(reason: str) -> None:
     error = failure(event(chunk("a", finish_reason=reason)))
-    assert isinstance(error, TransientBackendError)
-    assert (error.reason, error.detail) == ("backend_error", f"finish reason {reason}")
+    assert (error.kind, error.reason, error.detail) == ("broken", "aborted", f"finish reason {reason}")
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ("stop", "stop"),
+        ("STOP", "STOP"),
+        ("eos_token", "eos_token"),
+        ("max_tokens", "length"),
+        ("MAX_TOKENS", "length"),
+        ("model_length", "length"),
+        ("model_context_window_exceeded", "length"),
+        ("content_filter", "content_filter"),
+        ("SAFETY", "content_filter"),
+        ("PROHIBITED_CONTENT", "content_filter"),
+        ("sensitive", "content_filter"),
+        ("ERROR_TOXIC", "content_filter"),
+        ("two words", "other"),
+        (7, "other"),
+        ({"a": 1}, "other"),
+    ],
+)
+def test_the_finish_reasons_of_servers_have_few_words(sent: Any, told: str) -> None:  # noqa: ANN401 - JSON
+    assert read(event(chunk("a", finish_reason=sent)))[1].finish_reason == told
+
+
+def test_the_word_for_no_finish_reason_is_none() -> None:
+    reader = AnswerReader(limit=LIMIT)
+    reader.feed(event(chunk("a", finish_reason="null")))
+    assert not reader.complete
 
 
 # Usage
@@ -154,7 +195,7 @@ def test_a_finish_reason_that_means_failure_is_a_failure(reason: str) -> None:
 def test_usage_comes_in_its_own_chunk_or_with_the_last_one() -> None:
     counts = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     own = AnswerReader(limit=LIMIT)
-    own.feed(STOP + event(usage_chunk(**counts)) + DONE)
+    own.feed(event(chunk("a")) + STOP + event(usage_chunk(**counts)) + DONE)
     assert own.usage == counts
     last = AnswerReader(limit=LIMIT)
     last.feed(event({**chunk("a"), "usage": None}) + event({**chunk(finish_reason="stop"), "usage": counts}))
@@ -199,22 +240,25 @@ def test_an_answer_that_is_not_streamed_is_read() -> None:
     assert (reader.finish_reason, reader.usage, reader.complete) == ("length", {"total_tokens": 8}, True)
 
 
-@pytest.mark.parametrize("message", [{"content": None}, {"content": ""}, {}])
-def test_an_answer_that_is_not_streamed_may_be_empty(message: dict[str, Any]) -> None:
-    text, reader = read(document(choices=[{"message": message}]))
-    assert (text, reader.complete, reader.finish_reason) == ("", True, None)
+@pytest.mark.parametrize("message", [{"content": None}, {"content": ""}, {"content": " \n"}, {}])
+def test_an_answer_that_is_not_streamed_may_not_be_empty(message: dict[str, Any]) -> None:
+    error = failure(document(choices=[{"message": message}]))
+    assert (error.kind, error.reason) == ("broken", "empty_answer")
 
 
 @pytest.mark.parametrize(
-    "body", [b"{}", document(choices=[]), document(choices=[{}]), b"[]", b"[1]", b'{"choices": [{"message": 1}]}']
+    "body", [b"{}", document(choices=[]), b"[]", b"[1]", b'{"choices": [{"message": 1}]}', b'{"choices": {}}', b"{cut"]
 )
 def test_json_without_an_answer_is_a_bad_stream(body: bytes) -> None:
-    assert failure(body).reason == "bad_stream"
+    error = failure(body)
+    assert (error.kind, error.reason) == ("broken", "bad_stream")
+    assert error.detail
 
 
 def test_a_document_without_end_is_refused() -> None:
     error = failure(b'{"x": "', *([b"x" * (1 << 20)] * 9))
-    assert (error.reason, error.detail) == ("bad_stream", f"a document of more than {JSON_LIMIT} bytes")
+    assert (error.kind, error.reason) == ("impossible", "too_large")
+    assert error.detail == f"a document of more than {JSON_LIMIT} bytes"
 
 
 def test_a_page_instead_of_an_answer_is_told_by_its_title() -> None:
@@ -270,19 +314,18 @@ def test_an_error_object_in_the_middle_of_an_answer_ends_it() -> None:
         pytest.param(b'{"choices": [{"delta": "a"}]}', id="a delta that is text"),
         pytest.param(b'{"choices": [{"delta": {"content": 7}}]}', id="content that is a number"),
         pytest.param(b'{"choices": [{"delta": {"content": [7]}}]}', id="a part that is a number"),
-        pytest.param(b'{"choices": [{"finish_reason": {"a": 1}}]}', id="a finish reason that is no text"),
-        pytest.param(b'{"usage": [1]}', id="usage that is a list"),
     ],
 )
 def test_what_is_no_chat_completion_is_a_bad_stream(payload: bytes) -> None:
     error = failure(event(chunk("a")), b"data: " + payload + b"\n\n")
-    assert isinstance(error, TransientBackendError)
-    assert error.reason == "bad_stream"
+    assert (error.kind, error.reason) == ("broken", "bad_stream")
+    assert read(event(chunk("a")), b"data: " + payload + b"\n\n", STOP)[0] == "a"
 
 
-def test_an_event_without_end_is_a_bad_stream() -> None:
-    error = failure(b"data: ", *([b"x" * (1 << 18)] * 5))
-    assert (error.reason, error.detail) == ("bad_stream", "an event of more than 1048576 bytes")
+def test_an_event_without_end_is_too_large() -> None:
+    error = failure(b"data: ", *([b"x" * (1 << 20)] * 5))
+    assert (error.kind, error.reason) == ("impossible", "too_large")
+    assert error.detail == f"an event of more than {JSON_LIMIT} bytes"
 
 
 FIELDS = st.sampled_from(
