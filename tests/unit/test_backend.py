@@ -106,7 +106,7 @@ async def test_a_prompt_that_cannot_be_written_is_refused_without_a_request() ->
 async def test_proxies_of_the_environment_and_cookies_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    async with scripted_backend(says(b"data: [DONE]\n\n", headers={"Set-Cookie": "a=b"})) as backend:
+    async with scripted_backend(says(TEXT, b"data: [DONE]\n\n", headers={"Set-Cookie": "a=b"})) as backend:
         url = backend.url.replace("127.0.0.1", "localhost")  # cookies are never sent to an IP address
         async with OpenAIBackend(Settings.load(ai_url=url)) as client:
             for _ in range(2):

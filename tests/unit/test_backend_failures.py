@@ -343,7 +343,7 @@ async def test_tokens_keep_an_answer_alive_beyond_the_idle_limit(token: bytes) -
         while asyncio.get_running_loop().time() < began + 1.5:
             await exchange.send(token)
             await asyncio.sleep(0.01)
-        await exchange.send(STOP, DONE)
+        await exchange.send(event(chunk("b")), STOP, DONE)
         await exchange.end()
 
     async with asking(script, ai_idle_timeout="1s") as asked:

@@ -261,20 +261,20 @@ async def test_an_error_event_in_the_middle_ends_the_answer() -> None:
     [b"data: {\n\n", b"data: hello\n\n", b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', b"data: 7\n\n"],
     ids=["half an object", "no JSON", "no UTF-8", "no object"],
 )
-async def test_what_is_no_chat_completion_is_a_bad_stream(payload: bytes) -> None:
-    error = await failure_of(event(chunk("a")), payload, STOP, DONE)
-    assert isinstance(error, TransientBackendError)
-    assert error.reason == "bad_stream"
+async def test_what_is_no_chat_completion_counts_only_if_the_answer_is_not_whole(payload: bytes) -> None:
+    assert await answer_to(event(chunk("a")), payload, STOP, DONE) == ("a", Completion("stop", None))
+    error = await failure_of(event(chunk("a")), payload)
+    assert (error.kind, error.reason) == ("broken", "bad_stream")
 
 
 async def test_an_event_without_end_is_refused_and_the_connection_closed() -> None:
     async def script(exchange: Exchange) -> None:
         await exchange.start()
-        await exchange.send(b"data: ", *([b"x" * (1 << 17)] * 10))
+        await exchange.send(b"data: ", *([b"x" * (1 << 17)] * 34))
         await exchange.gone()
 
     async with asking(script) as asked:
-        with pytest.raises(TransientBackendError, match="bad_stream: an event of more than"):
+        with pytest.raises(PermanentBackendError, match="too_large: an event of more than"):
             await asked.ask()
 
 
@@ -298,8 +298,8 @@ async def test_an_error_object_in_a_success_is_an_error() -> None:
 
 async def test_a_page_in_a_success_is_a_bad_stream() -> None:
     error = await failure_of(b"<html><title>Welcome</title>" + b"<p>hello</p>" * 1000)
-    assert isinstance(error, TransientBackendError)
-    assert (error.reason, error.detail) == ("bad_stream", "a page instead of an answer: Welcome")
+    assert (error.kind, error.reason) == ("misconfigured", "bad_stream")
+    assert error.detail.startswith("a page instead of an answer: Welcome")
 
 
 # The connection after an answer
