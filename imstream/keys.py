@@ -58,6 +58,10 @@ class Keys:
         """Stream, expires: the record of one message."""
         return f"{self.prefix}:{{user:{user_id}}}:reply:{message_id}"
 
+    def messages(self, user_id: UserId) -> str:
+        """Sorted set, expires, message id → when it was asked (ms since 1970): the newest 64 messages of a user."""
+        return f"{self.prefix}:{{user:{user_id}}}:messages"
+
     def account(self, user_id: UserId) -> str:
         """Hash: the ban or lock of a user. Other users have none."""
         return f"{self.prefix}:{{user:{user_id}}}:account"

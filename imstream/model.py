@@ -5,6 +5,7 @@ releases ignore it, and newer ones have a default. Only entries that an older re
 version; it leaves them to newer nodes.
 """
 
+import hashlib
 import re
 import secrets
 from collections.abc import Mapping
@@ -52,6 +53,28 @@ class NewerVersion(Exception):  # noqa: N818 - not an error
         self.version = version
 
 
+MAX_KEPT_QUESTION = 8_192
+"""Maximum characters of a question in the record of its reply. A longer one is cut, so that a user who asks and cancels
+all the time fills Redis no faster than by short answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The question in the record of a reply. `digest`: of the whole text; empty if an older release has recorded it."""
+
+    text: str
+    digest: str = ""
+
+    def differs_from(self, digest: str) -> bool:
+        """Whether a message with this digest certainly has another text."""
+        return "" not in {self.digest, digest} and self.digest != digest
+
+
+def digest_of(text: str) -> str:
+    """The digest of a client's text, to recognise another text with the same message id."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A request of a client.
@@ -61,6 +84,7 @@ class ChatRequest:
         lang: Language of texts for the user: `zh` or `en`.
         at: When it was accepted, in milliseconds since 1970.
         trace: Id in every log line about this request.
+        digest: Of the text that the client sent, before any guard changed it; empty in requests of older releases.
     """
 
     user_id: UserId
@@ -70,6 +94,13 @@ class ChatRequest:
     lang: str
     at: int
     trace: str
+    digest: str = ""
+
+    @property
+    def question(self) -> Question:
+        """The question as it is kept in the record of the reply."""
+        text = self.contents
+        return Question(text if len(text) <= MAX_KEPT_QUESTION else f"{text[: MAX_KEPT_QUESTION - 1]}…", self.digest)
 
     def fields(self) -> tuple[str, ...]:
         """The stream entry, as field, value, …."""
@@ -77,7 +108,7 @@ class ChatRequest:
         return (
             *("user", str(self.user_id), "message_id", self.message_id, "contents", self.contents),
             *("history", history, "lang", self.lang, "at", str(self.at), "trace", self.trace),
-            *(SCHEMA_FIELD, str(SCHEMA_VERSION)),
+            *("digest", self.digest, SCHEMA_FIELD, str(SCHEMA_VERSION)),
         )
 
     @classmethod
@@ -95,6 +126,7 @@ class ChatRequest:
         try:
             known |= {"user_id": _user_id(fields["user"], user_ids), "message_id": _message_id(fields["message_id"])}
             known["trace"] = fields.get("trace") or secrets.token_hex(8)
+            known["digest"] = fields.get("digest", "")
             known["at"] = int(added_at) if added_at.isdecimal() else 0
             known["at"] = _time(fields["at"]) if "at" in fields else known["at"]
             known["contents"] = fields["contents"]
@@ -206,6 +238,7 @@ class Record:
     Attributes:
         text: Text of the last attempt, from the offset `start` on. That is 0 unless the record continues another one.
         position: Where this record ends; the next one may begin there.
+        question: The question; None if it is not part of what is new, or an older release has recorded the reply.
     """
 
     attempt: int
@@ -213,3 +246,4 @@ class Record:
     terminal: Terminal | None
     start: int = 0
     position: str = field(default="", compare=False)
+    question: Question | None = field(default=None, compare=False)

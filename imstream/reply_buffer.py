@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from imstream.model import Record, Terminal
+from imstream.model import Question, Record, Terminal
 from imstream.user_ids import UserId
 
 MAX_DELTA = 32_768
@@ -27,6 +27,7 @@ class ReplyBuffer:
     Attributes:
         has_writer: A worker of this process writes it. Then the buffer is newer than any record.
         position: Position in the reply stream up to which the record was loaded. Empty: load from the beginning.
+        question: The recorded question, where it is known.
     """
 
     user_id: UserId
@@ -36,6 +37,7 @@ class ReplyBuffer:
     terminal: Terminal | None = None
     has_writer: bool = False
     position: str = ""
+    question: Question | None = None
     _texts: list[str] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
     _subscribers: set[Callable[["ReplyBuffer"], None]] = field(default_factory=set)
@@ -62,6 +64,7 @@ class ReplyBuffer:
 
     def load(self, record: Record) -> bool:
         """Take over a record, unless the buffer is newer. False: it continues another text; read the whole record."""
+        self.question = record.question or self.question
         if self.terminal is not None or (self.has_writer and record.terminal is None):
             return True
         if record.start > 0 and (record.attempt, record.start) != (self.attempt, self.offset):

@@ -1,12 +1,13 @@
 """The reply stream of a message: all that is recorded about it. Each append is checked against it (I4)."""
 
+import asyncio
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
 from imstream.clock import milliseconds
 from imstream.keys import Keys
-from imstream.model import TERMINAL_EVENTS, Record, Terminal, TerminalEvent, Waiting
+from imstream.model import TERMINAL_EVENTS, Question, Record, Terminal, TerminalEvent, Waiting
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
@@ -14,6 +15,10 @@ from imstream.store.scripts import LUA
 from imstream.user_ids import UserId
 
 CancelOutcome = Literal["cancelled", "too_late", "unknown"]
+MAX_LISTED = 64
+"""Maximum messages of a user that are listed: as many as one INIT can resume."""
+
+_NO_QUESTION = Question("")
 _KNOWN_EVENTS = frozenset({"queued", "opened", "waiting", "text", *TERMINAL_EVENTS})
 
 
@@ -46,6 +51,11 @@ class Duplicate:
     """No attempt was begun: the reply belongs to another request with the same message id."""
 
     owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class OtherQuestion:
+    """No attempt was begun: another question with the same message id is queued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,27 +112,41 @@ class ReplyStore:
         self._ttl = milliseconds(settings.reply_ttl)
         self._queued_ttl = milliseconds(settings.queued_ttl)
         self._retry_window = milliseconds(settings.retry_window)
+        self._listed_ttl = milliseconds(settings.retry_window + settings.ai_total_timeout + settings.reply_ttl)
+        """How long a message is listed after an attempt has begun: longer than its reply is kept."""
 
-    async def mark_queued(self, user_id: UserId, message_id: str) -> None:
-        """Record that the message waits for a worker, unless its reply stream exists already."""
-        keys = (self._keys.reply(user_id, message_id),)
-        await LUA["mark_queued"].run(self._redis, keys, (self._queued_ttl,), urgent=False)
+    async def mark_queued(
+        self, user_id: UserId, message_id: str, question: Question = _NO_QUESTION
+    ) -> tuple[str, ...] | None:
+        """Record that the message waits for a worker; the nodes with a socket of the user. None: its reply exists."""
+        keys, arguments = self._keys_of(user_id, message_id), (message_id, question.text, question.digest, MAX_LISTED)
+        answer = await LUA["mark_queued"].run(self._redis, keys, (self._queued_ttl, *arguments), urgent=False)
+        return None if answer[0] == "known" else tuple(answer[1:])
 
-    async def open(
-        self, user_id: UserId, message_id: str, *, request: str, lost: str = "", after: int = 0
-    ) -> Opened | Ended | Duplicate:
+    async def open(  # noqa: PLR0913 - the named arguments of one script
+        self,
+        user_id: UserId,
+        message_id: str,
+        question: Question = _NO_QUESTION,
+        *,
+        request: str,
+        lost: str = "",
+        after: int = 0,
+    ) -> Opened | Ended | Duplicate | OtherQuestion:
         """Begin the next attempt at a message, which `request` owns from now on.
 
         `lost`: a request known to be lost, from which the message may be taken over. `after`: the last attempt known to
         the caller, in case Redis has lost it: no number is given twice.
         """
-        arguments = (request, self._ttl, lost, after, self._node)
-        answer = await LUA["open"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
-        match answer:
+        asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
+        arguments = (request, self._ttl, lost, after, self._node, *asked)
+        match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
             case ["opened", attempt, counted, waited, *nodes]:
                 return Opened(int(attempt), tuple(nodes), int(counted), None if waited == "" else _span(waited))
             case ["ended", event, owner]:
                 return Ended(event, owner)
+            case ["other_question"]:
+                return OtherQuestion()
             case _:
                 return Duplicate(answer[1])
 
@@ -186,12 +210,14 @@ class ReplyStore:
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
         if not entries:
             return None
-        attempt, start, texts, terminal = 0, None, list[str](), None
+        attempt, start, texts, terminal, question = 0, None, list[str](), None, None
         for _, flat in entries:
             fields = to_dict(flat)
             attempt, text = int(fields["attempt"]), fields.get("text", "")
             if fields["event"] not in _KNOWN_EVENTS:
                 continue  # of a newer release, or written by hand
+            if fields.get("question"):
+                question = Question(fields["question"], fields.get("digest", ""))
             if fields["event"] == "opened":
                 texts.clear()
                 start = 0
@@ -200,12 +226,22 @@ class ReplyStore:
             texts.append(text)
             if fields["event"] in TERMINAL_EVENTS:
                 terminal = Terminal.from_fields(fields)
-        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0])
+        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0], question)
 
     async def has_shown_text(self, user_id: UserId, message_id: str) -> bool:
         """Whether any attempt has recorded text, including attempts that were restarted."""
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
         return any(to_dict(flat).get("text") for _, flat in entries)
+
+    async def messages(self, user_id: UserId) -> dict[str, str]:
+        """The newest messages of a user that have a record, oldest first, each with its last event."""
+        listed: list[str] = await self._redis.execute("ZRANGE", self._keys.messages(user_id), 0, -1)
+        keys = [self._keys.reply(user_id, message_id) for message_id in listed]
+        last = await asyncio.gather(*(self._redis.execute("XREVRANGE", key, "+", "-", "COUNT", 1) for key in keys))
+        return {message_id: to_dict(rows[0][1])["event"] for message_id, rows in zip(listed, last, strict=True) if rows}
+
+    def _keys_of(self, user_id: UserId, message_id: str) -> tuple[str, str, str]:
+        return *self._reply_and_route(user_id, message_id), self._keys.messages(user_id)
 
     def _reply_and_route(self, user_id: UserId, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)

@@ -14,7 +14,16 @@ from imstream.guards.guard import GuardRejection
 from imstream.model import ChatRequest, Terminal, Waiting
 from imstream.redis.errors import retry_until_available
 from imstream.store.inbox import ReplyGrew
-from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected, WaitRecorded
+from imstream.store.replies import (
+    Appended,
+    CancelRecorded,
+    Duplicate,
+    Ended,
+    Opened,
+    OtherQuestion,
+    Rejected,
+    WaitRecorded,
+)
 from imstream.store.requests import Entry, RequestStream
 from imstream.worker.attempt import AttemptRunner, WorkerDeps
 from imstream.worker.disposition import (
@@ -234,7 +243,7 @@ class Job:
         elif result.reason != "gone":  # else the next append records the reply again
             self.stop("superseded")
 
-    async def _open(self) -> Opened | Ended | Duplicate:
+    async def _open(self) -> Opened | Ended | Duplicate | OtherQuestion:
         before, self._writer = self._writer, None
         if before is not None:
             self._showed_text = self._showed_text or self.reply.offset > 0
@@ -250,6 +259,7 @@ class Job:
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
             deps, reply, is_first = self._deps, self.reply, opened.attempt == 1
+            reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, attempt=opened.attempt)
             if is_first:
                 deps.on_begun(reply)
@@ -257,14 +267,16 @@ class Job:
             self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
 
-    async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate:
-        reply, replies = self.reply, self._deps.replies
+    async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate | OtherQuestion:
+        reply, replies, question = self.reply, self._deps.replies, self.request.question
         return await retry_until_available(
             # If Redis has lost earlier attempts, `after` keeps their numbers from being used again.
-            lambda: replies.open(reply.user_id, reply.message_id, request=self._id, lost=lost, after=reply.attempt)
+            lambda: replies.open(
+                reply.user_id, reply.message_id, question, request=self._id, lost=lost, after=reply.attempt
+            )
         )
 
-    async def _not_opened(self, opened: Ended | Duplicate) -> Disposition:
+    async def _not_opened(self, opened: Ended | Duplicate | OtherQuestion) -> Disposition:
         """Decide about a message that has ended or belongs to another request."""
         await self._load_record()
         if isinstance(opened, Ended) and opened.event == "failed" and opened.owner == self._id:

@@ -3,7 +3,7 @@
 import asyncio
 from datetime import timedelta
 
-from imstream.model import Terminal, Waiting
+from imstream.model import Question, Terminal, Waiting
 from imstream.redis.errors import retry_until_available
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import Inbox, ReplyGrew
@@ -105,7 +105,9 @@ class ReplyWriter:
     async def _reopen(self) -> bool:
         """Begin the same attempt again, from its beginning."""
         reply, before = self._reply, self._attempt - 1
-        opened = await self._replies.open(reply.user_id, reply.message_id, request=self._request, after=before)
+        opened = await self._replies.open(
+            reply.user_id, reply.message_id, reply.question or Question(""), request=self._request, after=before
+        )
         if not isinstance(opened, Opened) or not self._owns_buffer:
             return False
         self._attempt = reply.attempt = opened.attempt

@@ -135,7 +135,7 @@ async def test_a_write_at_maxmemory_is_told_from_an_absence(redis_client: RedisC
     with pytest.raises(StoreFull):
         await redis_client.execute("SET", "k", "v")
     with pytest.raises(StoreFull):
-        await LUA["mark_queued"].run(redis_client, ("k",), (1000,))
+        await LUA["notify"].run(redis_client, ("k",), (1000, 1000, "n", 1))
     assert await redis_client.execute("GET", "k") is None
 
 
@@ -145,7 +145,7 @@ async def test_a_replica_that_cannot_be_written_is_as_good_as_away(redis_client:
         with pytest.raises(StoreUnavailable, match="read only replica"):
             await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="read only replica"):
-            await LUA["mark_queued"].run(redis_client, ("k",), (1000,))
+            await LUA["notify"].run(redis_client, ("k",), (1000, 1000, "n", 1))
     finally:
         store.redis.replicaof("no", "one")
 
@@ -160,7 +160,7 @@ async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: Redis
         with pytest.raises(StoreUnavailable, match="MISCONF"):
             await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="MISCONF"):
-            await LUA["mark_queued"].run(redis_client, ("k2",), (1000,))
+            await LUA["notify"].run(redis_client, ("k2",), (1000, 1000, "n", 1))
     own_server.kill()  # it does not stop before a save succeeds
 
 
@@ -175,15 +175,15 @@ def _cannot_save(client: redis.Redis) -> bool:
 async def test_a_script_is_sent_in_full_only_to_a_server_that_does_not_know_it(
     redis_client: RedisClient, store: Store
 ) -> None:
-    script = LUA["mark_queued"]
+    script = LUA["redis_restarted"]
     store.redis.script_flush()
     for n in range(3):
-        assert await script.run(redis_client, (f"im:{{user:1}}:reply:{n}",), (1000,)) == 1
+        assert await script.run(redis_client, (f"im:{{node:{n}}}:redis",), ()) == 0
     stats = store.redis.info("commandstats")
     store.redis.script_flush()
     store.redis.config_resetstat()
-    assert await script.run(redis_client, ("im:{user:1}:reply:4",), (1000,)) == 1
-    assert await script.run(redis_client, ("im:{user:1}:reply:4",), (1000,)) == 0
+    for _ in range(2):
+        assert await script.run(redis_client, ("im:{node:4}:redis",), ()) == 0
     stats = store.redis.info("commandstats")
     assert stats["cmdstat_eval"]["calls"] == 1
     assert stats["cmdstat_evalsha"]["calls"] == 2

@@ -1,10 +1,22 @@
 """The reply stream decides on attempts, ends and duplicates (I4, I5)."""
 
+from typing import Any
+
 import pytest
 
 from imstream.errors import StoreRefused
-from imstream.model import Record, Terminal
-from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected, ReplyStore
+from imstream.model import Question, Record, Terminal
+from imstream.store.replies import (
+    MAX_LISTED,
+    Appended,
+    CancelRecorded,
+    Duplicate,
+    Ended,
+    Opened,
+    OtherQuestion,
+    Rejected,
+    ReplyStore,
+)
 from tests.redis.conftest import Store
 
 USER, MESSAGE = 10001, "m-1"
@@ -139,3 +151,76 @@ async def test_every_append_keeps_the_reply_for_its_time(store: Store) -> None:
     store.redis.expire(key, 5)
     await append(store.replies, 0, "x")
     assert store.redis.ttl(key) > 5
+
+
+# The question and the list of a user's messages
+
+
+async def test_the_question_is_kept_once_with_the_reply(store: Store) -> None:
+    question = Question("你好?", "digest")
+    assert await store.replies.mark_queued(USER, MESSAGE, question) == ()
+    for attempt in (1, 2):
+        assert await store.replies.open(USER, MESSAGE, question, request="0/1-0") == Opened(attempt)
+    rows: Any = store.redis.xrange(store.keys.reply(USER, MESSAGE))
+    assert [fields.get("question") for _, fields in rows] == ["你好?", None, None]
+    record = await store.replies.read(USER, MESSAGE)
+    assert record is not None
+    assert record.question == question
+    later = await store.replies.read(USER, MESSAGE, after=rows[0][0])
+    assert later is not None
+    assert later.question is None
+
+
+async def test_a_question_that_an_older_release_did_not_record_is_added(store: Store) -> None:
+    store.redis.xadd(store.keys.reply(USER, MESSAGE), {"attempt": 0, "event": "queued", "offset": 0})
+    assert await store.replies.open(USER, MESSAGE, Question("你好?", "digest"), request="0/1-0") == Opened(1)
+    record = await store.replies.read(USER, MESSAGE)
+    assert record is not None
+    assert record.question == Question("你好?", "digest")
+
+
+async def test_another_question_with_the_id_of_a_queued_one_is_not_begun(store: Store) -> None:
+    await store.replies.mark_queued(USER, MESSAGE, Question("first", "one"))
+    assert await store.replies.mark_queued(USER, MESSAGE, Question("second", "two")) is None
+    assert await store.replies.open(USER, MESSAGE, Question("second", "two"), request="0/2-0") == OtherQuestion()
+    assert await store.replies.open(USER, MESSAGE, Question("first", "one"), request="0/1-0") == Opened(1)
+    # A request of an older release has no digest: it may be the same question.
+    await store.replies.mark_queued(USER, "old", Question("first", "one"))
+    assert await store.replies.open(USER, "old", Question("first"), request="0/3-0") == Opened(1)
+
+
+async def test_the_newest_messages_of_a_user_are_listed_with_their_last_event_until_their_replies_expire(
+    store: Store,
+) -> None:
+    assert await store.replies.messages(USER) == {}
+    key = store.keys.messages(USER)
+    store.redis.zadd(key, {f"m{number}": number for number in range(MAX_LISTED)})
+    for message_id in ("m1", "m2", "m3", "m4"):  # the replies to the others have expired
+        await store.replies.open(USER, message_id, request="0/1-0")
+    await store.replies.append(USER, "m2", attempt=1, before=0, after=2, text="hi", terminal=Terminal("done"))
+    await store.replies.append(USER, "m3", attempt=1, before=0, after=2, text="hi")
+    await store.replies.cancel(USER, "m4")
+    await store.replies.mark_queued(USER, "waits")
+    states = {"m1": "opened", "m2": "done", "m3": "text", "m4": "cancelled", "waits": "queued"}
+    messages = await store.replies.messages(USER)
+    assert list(messages.items()) == list(states.items())
+    assert (store.redis.zcard(key), store.redis.zscore(key, "m0")) == (MAX_LISTED, None)
+
+
+async def test_the_list_outlives_the_replies_in_it_and_then_expires(store: Store) -> None:
+    def left(key: str) -> float:
+        return store.redis.pttl(key) / 1000
+
+    key, settings = store.keys.messages(USER), store.settings
+    await store.replies.open(USER, "begun", request="0/1-0")
+    longest = (settings.retry_window + settings.ai_total_timeout + settings.reply_ttl).total_seconds()
+    assert longest - 60 < left(key) <= longest
+    await store.replies.mark_queued(USER, "waits")
+    await store.replies.open(USER, "also-begun", request="0/2-0")
+    assert left(key) > settings.queued_ttl.total_seconds() - 60
+
+
+async def test_a_list_of_another_type_keeps_no_message_from_being_answered(store: Store) -> None:
+    store.redis.set(store.keys.messages(USER), "by hand", ex=60)
+    assert await store.replies.mark_queued(USER, MESSAGE) == ()
+    assert await store.replies.open(USER, MESSAGE, request="0/1-0") == Opened(1)

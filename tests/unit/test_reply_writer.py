@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.errors import StoreUnavailable
-from imstream.model import Record, Terminal
+from imstream.model import Question, Record, Terminal
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import Inbox, ReplyGrew
 from imstream.store.replies import Appended, Rejected, ReplyStore
@@ -38,7 +38,7 @@ class PlayedStore:
         verdict: Appended | Rejected = await self._meet_fault(lambda: self.model.append(**given))
         return Appended(("1",)) if verdict == Appended() else verdict
 
-    async def open(self, user: int, message: str, **given: Any) -> object:  # noqa: ANN401 - see there
+    async def open(self, user: int, message: str, _question: Question, **given: Any) -> object:  # noqa: ANN401 - see there
         """See `ReplyStore`."""
         assert (user, message) == (USER, MESSAGE)
         return await self._meet_fault(lambda: self.model.open(**given))

@@ -1,15 +1,21 @@
--- Begin an attempt at a message. The reply stream decides (I4): a message that has ended, or that belongs to another
--- request, is not begun.
+-- Begin an attempt at a message. The reply stream decides (I4): a message that has ended, that belongs to another
+-- request, or that is queued with another question, is not begun.
 --
--- KEYS[1]  stream  reply to the message
--- KEYS[2]  set     nodes that hold a socket of the user
+-- KEYS[1]  stream      reply to the message
+-- KEYS[2]  set         nodes that hold a socket of the user
+-- KEYS[3]  sorted set  messages of the user -> when they were asked, in ms since 1970; expires
 -- ARGV[1]  the request that opens: node and entry id
 -- ARGV[2]  milliseconds to keep the reply
 -- ARGV[3]  a request known to be lost, from which the message may be taken over; or ''
 -- ARGV[4]  the last attempt known to the caller, in case Redis has lost it: no number is given twice
 -- ARGV[5]  the node that works on it
+-- ARGV[6]  message id
+-- ARGV[7]  question
+-- ARGV[8]  digest of the whole question; '' if it is unknown, in requests of older releases
+-- ARGV[9]  how many messages are kept in KEYS[3]
+-- ARGV[10] milliseconds to keep KEYS[3]: longer than any reply that begins now
 -- Returns  {'opened', attempt, counted attempts before it, milliseconds since it began to wait or '', node, …}
---          | {'ended', event, owner} | {'duplicate', owner}
+--          | {'ended', event, owner} | {'duplicate', owner} | {'other_question'}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
 
@@ -46,7 +52,7 @@ local function owner()
 end
 
 local nodes = redis.call('SMEMBERS', KEYS[2]) -- before any write: it fails if the key has another type
-local attempt, counted, since = 0, 0, nil
+local attempt, counted, since, asked = 0, 0, nil, ''
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
     local event = field(last, 'event')
@@ -64,16 +70,43 @@ if last then
         -- An attempt that did no more than wait for its backend does not count; older releases do not record the number.
         counted = tonumber(entry and field(entry, 'counted') or attempt - 1) + (event == 'waiting' and 0 or 1)
     end
+    asked = attempt == 0 and field(last, 'digest') or ''
+    if asked ~= '' and ARGV[8] ~= '' and asked ~= ARGV[8] then
+        return {'other_question'}
+    end
 end
+local is_new = not last or attempt == 0 and asked == ''
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 local kept = redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
-redis.call(
-    'XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'v', 1, 'request', ARGV[1],
-    'by', ARGV[5], 'counted', counted, unpack(since and {'since', since} or {})
-)
+local entry = {
+    'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'v', 1, 'request', ARGV[1], 'by', ARGV[5],
+    'counted', counted
+}
+local function add(name, value)
+    entry[#entry + 1], entry[#entry + 2] = name, value
+end
+if since then
+    add('since', since)
+end
+if is_new then -- the question is kept once: here, or in 'queued'
+    add('question', ARGV[7])
+    add('digest', ARGV[8])
+end
+local id = redis.call('XADD', KEYS[1], '*', unpack(entry))
 if kept == 0 then -- there was no reply yet
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
+end
+
+-- As in mark_queued.lua. The list must not keep a message from being answered, should it have another type.
+if type(redis.pcall('ZADD', KEYS[3], 'NX', string.match(id, '^%d+'), ARGV[6])) == 'number' then
+    local over = redis.call('ZCARD', KEYS[3]) - ARGV[9]
+    if over > 0 then
+        redis.call('ZREM', KEYS[3], unpack(redis.call('ZRANGE', KEYS[3], 0, over - 1)))
+    end
+    if redis.call('PTTL', KEYS[3]) < tonumber(ARGV[10]) then
+        redis.call('PEXPIRE', KEYS[3], ARGV[10])
+    end
 end
 local waited = ''
 if since then
