@@ -12,6 +12,7 @@ from websockets.exceptions import ConnectionClosed
 
 from imstream.codes import Code, Event
 from imstream.user_ids import UserId
+from tests.support.schemas import check_frame
 from tests.support.waiting import SLOW
 
 LIMIT = 20.0 * SLOW
@@ -140,6 +141,7 @@ class Chatter:
         try:
             async for message in self._socket:
                 frame = json.loads(message)
+                check_frame(frame)
                 message_id = frame.get("messageId", "")
                 async with self._heard:
                     self.frames[message_id].append(frame)

@@ -4,7 +4,7 @@
         await someone.chat("hello", "m1")                      # its first answer: accepted, or the refusal
         told = await someone.end_of("m1")                      # told.text, told.terminal
 
-It checks what it assembles: nothing may follow the end of a message.
+It checks what it receives: each frame fits one schema of asyncapi.json, and nothing follows the end of a message.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.typing import Subprotocol
 
 from imstream.user_ids import UserId
+from tests.support.schemas import check_frame
 from tests.support.users import query
 from tests.support.waiting import SLOW
 
@@ -107,6 +108,7 @@ class Peer:
             text = await self.connection.recv()
         assert isinstance(text, str), "only text frames are promised"
         frame: Frame = json.loads(text)
+        check_frame(frame)
         self.frames.append(frame)
         if frame.get("event"):
             self.told.setdefault(frame["messageId"], Told()).take(frame)

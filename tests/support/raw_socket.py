@@ -11,6 +11,7 @@ from typing import Any
 
 from imstream.user_ids import UserId
 from tests.support.peer import check_close
+from tests.support.schemas import check_frame
 from tests.support.users import query
 from tests.support.waiting import SLOW
 
@@ -129,6 +130,7 @@ class RawSocket:
         opcode, payload = found
         if opcode == TEXT:
             self.texts.append(json.loads(payload))
+            check_frame(self.texts[-1])
         return opcode, payload
 
     async def until(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field

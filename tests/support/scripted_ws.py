@@ -1,6 +1,7 @@
 """A WebSocket server whose frames the test writes, over a real socket, for rare behaviour of real nodes."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from websockets.http11 import Request, Response
 
 from imstream.client import Client, Reply, Timing
 from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ReceivedFrame, parse_frame
+from tests.support.schemas import check_frame
 from tests.support.users import USER_IDS
 from tests.support.waiting import SLOW
 
@@ -71,6 +73,7 @@ class Peer:
         async with asyncio.timeout(LIMIT):
             text = await self.socket.recv()
         assert isinstance(text, str)
+        check_frame(json.loads(text))
         return parse_frame(text, user_ids=USER_IDS)
 
     async def hear_init(self) -> ClientInit:

@@ -8,7 +8,7 @@ from hypothesis import given
 from imstream.user_ids import UserIds
 from imstream.wire import SERVER_FRAMES, ClientFrame, InvalidFrame, ServerFrame, encode_delta, parse_frame
 from ops.asyncapi import CLIENT_FRAMES, EXAMPLES
-from tests.support.schemas import DOCUMENT, fitting
+from tests.support.schemas import DOCUMENT, check_frame, fitting
 from tests.unit.test_wire import CLIENT_FRAMES as ANY_CLIENT_FRAME
 from tests.unit.test_wire import NEARLY_FRAMES
 from tests.unit.test_wire import SERVER_FRAMES as ANY_SERVER_FRAME
@@ -79,3 +79,13 @@ def test_a_frame_with_another_value_fits_no_schema(change: dict[str, object], ki
 def test_unknown_fields_are_allowed() -> None:
     for frame in EXAMPLES:
         assert fitting({**json.loads(frame.model_dump_json(by_alias=True, exclude_none=True)), "x": 1})
+
+
+def test_the_clients_of_the_tests_refuse_a_frame_that_fits_no_schema_also_after_one_that_fits() -> None:
+    frame = wire(EXAMPLES[-1])
+    assert isinstance(frame, dict)
+    for _ in range(2):
+        check_frame(frame)
+    for change in ({"event": "unknown"}, {"messageId": 1}, {"code": "BUSY"}):
+        with pytest.raises(AssertionError, match="fits no schema"):
+            check_frame({**frame, **change})
