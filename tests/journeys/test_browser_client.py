@@ -443,15 +443,65 @@ async def test_without_a_token_it_tries_again(browser: BrowserClient) -> None:
     assert (await (await browser.server.peer()).hear_init()).token == "signed"  # noqa: S105 - no secret
 
 
+async def test_tells_why_a_connection_ended_only_if_the_server_said_so(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await peer.send_frame("SYSTEM", code="DRAINING", contents="we restart")
+    await peer.close(1012, "restart")
+    peer = await browser.server.logged_in()
+    await peer.send_frame("SYSTEM", code="RATE_LIMITED", contents="slower, please")
+    await peer.close(1009, "too many fragments")
+    peer = await browser.server.logged_in()
+    await peer.send_frame("SYSTEM", code="RATE_LIMITED", contents="slower, please")
+    await peer.send_frame("HEARTBEAT")
+    await peer.close(4001, "silence")
+    await browser.server.logged_in()
+    waits = "events.filter(([, state]) => state === 'waiting').map(([, , e]) => [e.code, e.reason, e.frame?.contents])"
+    assert await browser.page.evaluate(waits) == [
+        [1012, "restart", "we restart"],
+        [1009, "too many fragments", None],
+        [4001, "silence", None],
+    ]
+
+
+async def test_a_login_that_came_too_late_is_no_fault_of_its_token(browser: BrowserClient) -> None:
+    await browser.start(token="signed")  # noqa: S106 - no secret
+    for _ in range(2):
+        peer = await browser.server.peer()
+        assert (await peer.hear_init()).token == "signed"  # noqa: S105 - no secret
+        await peer.send_frame("SYSTEM", code="INIT_TIMEOUT", contents="no login in time")
+        await peer.close(4500)
+    await browser.server.logged_in()
+    await browser.state("online")
+
+
+async def test_an_invalid_message_of_several_is_refused_by_its_id(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    for name in ("m1", "m2", "m3"):
+        await browser.send(name)
+        await peer.hear_chat()
+    await peer.send_frame("SYSTEM", code="BAD_REQUEST", message_id="m2", contents="contents: too long")
+    await browser.status("m2", "refused")
+    assert await browser.page.evaluate("[messages.m1.status, messages.m3.status]") == ["sending"] * 2
+
+
+async def test_an_event_of_a_newer_server_changes_nothing(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.send_chat("m1", "rated", attempt=1, offset=7, contents="well")
+    await peer.close(4000)
+    assert (await (await browser.server.peer()).hear_init()).resume == []  # it is not accepted yet
+
+
 @pytest.mark.parametrize("code", [4500, 4502, 4999])
 async def test_stays_away_after(browser: BrowserClient, code: int) -> None:
     peer = await browser.logged_in()
-    await peer.send_frame("SYSTEM", code="SYSTEM_ERROR", contents="because")
-    await peer.close(code)
+    await peer.send_frame("SYSTEM", code="REPLACED", contents="because")
+    await peer.close(code, "newer login")
     await browser.state("closed")
     events = await browser.page.evaluate("events.slice(-2)")
     assert events[0][2]["contents"] == "because"
-    assert events[1] == ["state", "closed", {"code": code}]
+    assert events[1] == ["state", "closed", {"code": code, "reason": "newer login", "frame": events[0][2]}]
 
 
 async def test_the_longest_message_is_what_was_too_big(browser: BrowserClient) -> None:

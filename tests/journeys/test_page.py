@@ -196,8 +196,10 @@ async def test_the_page_says_which_node_it_talks_to_and_which_one_answered(
         await page.until("document.querySelector('#via').textContent === 'node one'")
         await ask(page, "Who are you?")
         await says(page, "Answered by node one")
-        first.process.kill()
-    await page.until("document.querySelector('#menu').dataset.state === 'waiting'")
+        assert first.process.terminate() == 0
+        await page.until("document.querySelector('#menu').dataset.state === 'waiting'")
+        trouble = "document.querySelector('#trouble').textContent"
+        await page.until(f"{trouble}.startsWith('{Text.DRAINING.en} · Trying again in ')")
     assert await page.evaluate("document.querySelector('#via').textContent") == ""
     # As behind a load balancer: the same address, another node.
     second = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="two", port=first.port)

@@ -46,8 +46,10 @@ const STABLE_AFTER = 5_000; // a connection that lasted this long (ms) resets th
 const MAX_RESUMED = 64; // limit of one INIT
 const NOT_AUTHENTICATED = 4500;
 const FRAME_TOO_BIG = 1009;
+const INTERNAL_ERROR = 1011; // from this code on, a SYSTEM frame before the close says why
 const DRAINING = 1012;
 const NODE_FULL = 1013;
+const EVENTS = new Set(["accepted", "delta", "restart", "done", "failed", "cancelled"]);
 
 /**
  * One message and its answer. Its events carry their frame as `detail`: `accepted`,
@@ -82,10 +84,10 @@ export class Message extends EventTarget {
     return ["done", "failed", "cancelled", "expired"].includes(this.status);
   }
 
-  /** Applies a frame. Outdated and repeated frames change nothing. @param {Frame} frame */
+  /** Applies a frame. Outdated and repeated frames, and unknown events, change nothing. @param {Frame} frame */
   take(frame) {
     const { event, attempt = this.attempt, offset = this.offset } = frame;
-    if (attempt < this.attempt) return;
+    if (attempt < this.attempt || (event && !EVENTS.has(event))) return;
     this.frame = frame;
     this.node = frame.node ?? this.node;
     if (frame.code === "EXPIRED") return this.become("expired");
@@ -129,7 +131,8 @@ export class Message extends EventTarget {
 
 /**
  * One user's connection to a service. Its events: `state` when `client.state` has changed (`detail`: the close
- * `code` and the `wait` before the next attempt), and `notice` with a frame about no message, such as a close reason.
+ * `code` and its `reason`, the `frame` in which the service said why, if it did, and the `wait` before the next
+ * attempt), and `notice` with a frame about no message.
  */
 export class ImstreamClient extends EventTarget {
   /** @type {State} `waiting`: until the next attempt; `closed`: no further attempt. */ state = "idle";
@@ -142,6 +145,7 @@ export class ImstreamClient extends EventTarget {
   /** @type {string | undefined} The token sent last. */ #sentToken;
   /** @type {string | undefined} The token of the current login. */ #acceptedToken;
   /** @type {string | undefined} A token rejected since the last login. */ #rejectedToken;
+  /** @type {Frame | undefined} The last frame of this connection. */ #lastFrame;
   #failures = 0;
   #onlineSince = Infinity;
 
@@ -159,7 +163,7 @@ export class ImstreamClient extends EventTarget {
     const socket = (this.#socket = new WebSocket(socketUrl(this.options)));
     socket.onopen = () => this.#login();
     socket.onmessage = ({ data }) => this.#onFrame(JSON.parse(data));
-    socket.onclose = ({ code }) => this.#onClose(code);
+    socket.onclose = ({ code, reason }) => this.#onClose(code, reason);
     this.#timer = setTimeout(() => this.drop(), this.options.patience);
     this.#setState("connecting");
   }
@@ -261,6 +265,7 @@ export class ImstreamClient extends EventTarget {
   /** @param {Frame} frame */
   #onFrame(frame) {
     this.#awaitingHeartbeat = false;
+    this.#lastFrame = frame;
     this.node = frame.node ?? this.node;
     const message = this.#messageOf(frame);
     if (message) {
@@ -308,21 +313,26 @@ export class ImstreamClient extends EventTarget {
     this.#socket?.send(JSON.stringify({ userId: this.options.userId, ...frame }));
   }
 
-  /** Handles the end of a connection. The close code decides whether to reconnect now, later or never. @param {number} code */
-  #onClose(code) {
+  /**
+   * Handles the end of a connection. The close code decides whether to reconnect now, later or never.
+   * @param {number} code @param {string} [reason]
+   */
+  #onClose(code, reason) {
+    const frame = code >= INTERNAL_ERROR && this.#lastFrame?.msgType === "SYSTEM" ? this.#lastFrame : undefined;
     if (Date.now() - this.#onlineSince > STABLE_AFTER) this.#failures = 0;
     this.#dropSocket();
     if (code === FRAME_TOO_BIG) this.#refuseLongest();
+    const late = frame?.code === "INIT_TIMEOUT"; // no fault of the token
     const renew = code === NOT_AUTHENTICATED && this.#canRenew && this.#rejectedToken === undefined;
     // When a login expires, a newer token may have been sent too late to be checked.
     const refused = this.state === "online" ? this.#acceptedToken : this.#sentToken;
-    this.#rejectedToken = code === NOT_AUTHENTICATED ? refused : this.#rejectedToken;
-    if (code >= 4500 && code <= 4999 && !renew) return this.#setState("closed", { code });
+    this.#rejectedToken = code === NOT_AUTHENTICATED && !late ? refused : this.#rejectedToken;
+    if (code >= 4500 && code <= 4999 && !renew && !late) return this.#setState("closed", { code, reason, frame });
     const { firstWait, longestWait } = this.options;
     const wait = reconnectWait(code, this.#failures++, firstWait, longestWait);
     this.#timer = setTimeout(this.#reconnect, wait);
     globalThis.addEventListener?.("online", this.#reconnect);
-    this.#setState("waiting", { code, wait });
+    this.#setState("waiting", { code, reason, frame, wait });
   }
 
   #reconnect = () => this.connect();
@@ -339,7 +349,7 @@ export class ImstreamClient extends EventTarget {
     clearInterval(this.#heartbeatTimer);
     globalThis.removeEventListener?.("online", this.#reconnect);
     const socket = this.#socket;
-    this.#socket = undefined;
+    this.#socket = this.#lastFrame = undefined;
     this.#awaitingHeartbeat = false;
     this.#onlineSince = Infinity;
     if (!socket) return;
@@ -347,7 +357,7 @@ export class ImstreamClient extends EventTarget {
     socket.close();
   }
 
-  /** @param {State} state @param {{code: number, wait?: number}} [detail] */
+  /** @param {State} state @param {{code: number, reason?: string, frame?: Frame, wait?: number}} [detail] */
   #setState(state, detail) {
     this.state = state;
     this.dispatchEvent(new CustomEvent("state", { detail }));
