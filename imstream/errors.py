@@ -77,11 +77,15 @@ class BackendError(ImstreamError):
     def __init__(
         self, reason: str, detail: str = "", *, kind: FailureKind = "broken", retry_after: timedelta | None = None
     ) -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
         self.kind = kind
         self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        """The reason and the detail, which callers may extend."""
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class TransientBackendError(BackendError):

@@ -56,6 +56,7 @@ class AnswerReader:
     Attributes:
         done: `[DONE]` or the end was received, or the answer is truncated: the rest is ignored.
         resumed: Text followed a finish reason: the next finish reason does not mean much either.
+        may_resume: The finish reason came with text, as in servers that send one with every chunk.
         large: An incomplete event or document is large: the read that completes it takes long to parse.
         progressed: The last `feed` contained a sign of progress of the model: text, hidden reasoning, a finish reason.
             Comments and a bare role do not count; servers send them while a request is queued.
@@ -67,7 +68,7 @@ class AnswerReader:
         """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does."""
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
-        self.done = self.resumed = self.truncated = self.large = self.progressed = False
+        self.done = self.resumed = self.may_resume = self.truncated = self.large = self.progressed = False
         self.skipped = 0
         self.problem = ""
         self._remaining = limit
@@ -297,6 +298,7 @@ class AnswerReader:
             self._note_text(text, finish)
         if finish:
             self._read_finish(finish)
+            self.may_resume = bool(text)
         return text
 
     def _note_text(self, text: str, finish: object) -> None:

@@ -21,14 +21,18 @@ from pydantic_core import PydanticSerializationError, to_json
 from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
 from imstream.ai.backend_options import BackendOptions, resolve_headers, resolve_parameters
-from imstream.ai.bounded_http import ENCODED, BodyBroken, is_encoded, stream_body
+from imstream.ai.bounded_http import BodyBroken, is_encoded, stream_body
 from imstream.ai.dialect import UsageRequest, adapt, merged, parameters
 from imstream.ai.endpoint import EndpointClient, read_until
+from imstream.ai.error_report import shorten
+from imstream.ai.failures import failure
 from imstream.ai.time_limits import AnswerLimits, TimeLimits
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError, PermanentBackendError
 from imstream.settings import Settings
+from imstream.urls import redact_url
 
 AFTER_FINISH = timedelta(seconds=2)  # time limit for usage, `[DONE]` and the end of the body, after all text
+AFTER_TEXT = timedelta(seconds=10)  # the same if text came with the finish reason: there may be more of both
 AFTER_DONE = timedelta(milliseconds=100)  # for the end of the body; without it the connection cannot be reused
 CHUNK = 16 * 1024  # bytes that are parsed, and characters that are passed on, in one turn of the event loop
 MAX_BLOCKING = 0.005  # seconds after which large reads leave the event loop to others for as long as they used it
@@ -86,9 +90,18 @@ class OpenAIBackend(EndpointClient):
         self._usage = UsageRequest(options)
         self._limits = AnswerLimits(options)
         self._turn = _Turn()
+        self._address = shorten(redact_url(str(self._endpoint.url)), self._endpoint.secrets)
 
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
+        try:
+            return await self._answer(messages, on_text)
+        except BackendError as error:
+            hint = failures.hint(error, self._endpoint.url.path, variable=self._options.variable)
+            error.detail = f"{error.detail} ({'; '.join(filter(None, (self._address, hint)))})"
+            raise
+
+    async def _answer(self, messages: Sequence[PromptMessage], on_text: Callable[[str], None]) -> Completion:
         prompt: dict[str, JsonValue] = {"messages": [{**message} for message in adapt(messages, self._options)]}
         if not self._usage.wanted:
             return await self._call(prompt | self._parameters, _Call(on_text))
@@ -142,7 +155,8 @@ class OpenAIBackend(EndpointClient):
         self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
     ) -> Completion:
         if is_encoded(response):
-            raise TransientBackendError("bad_stream", ENCODED)
+            coding = shorten(response.headers["Content-Encoding"])
+            raise failure("misconfigured", "bad_stream", f"content encoding {coding}, although none is accepted")
         reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets)
         intake = _Intake(reader, limits, on_text, self._options.idle_timeout, self._turn)
         try:
@@ -154,14 +168,29 @@ class OpenAIBackend(EndpointClient):
         limits.stop()
         if not reader.truncated:
             await self._receive_rest(response.content, reader, intake)
+        if reader.problem:
+            log.warning("answer is whole in spite of a problem", problem=reader.problem, skipped=reader.skipped)
         return Completion(reader.finish_reason or "stop", reader.usage)
 
     async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: "_Intake") -> None:
-        """Read what may follow a finish reason. A timeout or a lost connection is no error: the answer is complete."""
+        """Read what may follow a finish reason: usage, `[DONE]`, and more text from servers that send many of them.
+
+        A timeout or a lost connection is no error: the answer is whole. It is one if the finish reason meant nothing.
+        """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + AFTER_FINISH.total_seconds()
-        while not reader.done and loop.time() < deadline and (data := await read_until(content, deadline)):
+        end = loop.time() + self._options.total_timeout.total_seconds()
+        deadline = loop.time() + (AFTER_TEXT if reader.may_resume else AFTER_FINISH).total_seconds()
+        while not reader.done:
+            if reader.resumed and reader.progressed:
+                deadline = min(end, loop.time() + self._options.idle_timeout.total_seconds())
+            if not (data := await read_until(content, deadline)):
+                break
             intake.feed(data)
+            await intake.feed_deferred()
+        if reader.resumed and not reader.done and content.exception() is not None:
+            raise failures.from_exception(aiohttp.ClientPayloadError())
+        if not reader.done and content.at_eof():
+            intake.feed(b"")
             await intake.feed_deferred()
         if reader.done and not content.at_eof():
             await read_until(content, loop.time() + AFTER_DONE.total_seconds())

@@ -14,7 +14,7 @@ the answer is broken. Their reason is `backend_error`, unless a rule has a more 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -36,6 +36,9 @@ _ANSWER_REASONS: dict[int | None, str] = {401: "unauthorized", 402: "insufficien
 
 NEEDS_OPERATOR = frozenset({"insufficient_quota", "unauthorized", "http_401", "http_402", "http_403"})
 """Reasons of the kind `away` that do not pass by themselves: the key or the credit of the account."""
+
+_KEY_REASONS = frozenset({"unauthorized", "http_401", "http_403"})
+_VERSION = re.compile(r"/v\d")
 
 REQUEST_REASONS = frozenset({"context_too_long", "content_filter", "refusal", "http_400", "http_413", "http_422"})
 """Reasons of the kind `impossible` that the user can mend by changing the message."""
@@ -258,6 +261,22 @@ def failure(
         wait = min(max(retry_after, timedelta(0)), MAX_RETRY_AFTER)
     error = TransientBackendError if kind in {"away", "broken"} else PermanentBackendError
     return error(reason, detail, kind=kind, retry_after=wait)
+
+
+def hint(error: BackendError, path: str, *, variable: Callable[[str], str]) -> str:
+    """What an operator may have to change; empty if unknown. `path`: of the URL that was asked."""
+    base = path.removesuffix("/chat/completions")
+    if error.reason in _KEY_REASONS:
+        return f"check {variable('key')}"
+    if error.kind != "misconfigured" or error.reason == "misconfigured":
+        return ""
+    if error.reason == "model_not_found":
+        return f"check {variable('model')}"
+    if base.rstrip("/").endswith("/completions"):
+        return f"{variable('url')} must end before /chat/completions, which is appended"
+    if not _VERSION.search(base):
+        return f"{variable('url')} may have to end in /v1"
+    return f"check {variable('url')} and {variable('model')}"
 
 
 def retry_after(headers: Mapping[str, str], *, now: datetime) -> timedelta | None:

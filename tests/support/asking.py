@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from imstream.ai.backend import Completion, OpenAIBackend, PromptMessage
+from imstream.errors import BackendError
 from imstream.settings import Settings
 from tests.support.scripted_backend import Script, ScriptedBackend, scripted_backend
 
@@ -42,6 +43,13 @@ async def asking(*scripts: Script, always: Script | None = None, **settings: Any
         backend.then(*scripts)
         async with OpenAIBackend(Settings.load(**{"ai_url": backend.url, **settings})) as client:
             yield Asking(client, backend)
+
+
+def cause(error: BackendError) -> str:
+    """The detail of an error, without the address that was asked and a hint."""
+    detail, address, _ = error.detail.partition(" (http")
+    assert address, detail
+    return detail
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from imstream.ai.backend import Completion, OpenAIBackend
 from imstream.ai.endpoint import ERROR_BODY_LIMIT
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from imstream.settings import Settings
-from tests.support.asking import PROMPT, Asking, asking, unaccepting_port
+from tests.support.asking import PROMPT, Asking, asking, cause, unaccepting_port
 from tests.support.scripted_backend import (
     DONE,
     Exchange,
@@ -62,7 +62,7 @@ async def failure(script: Script, **settings: Any) -> BackendError:  # noqa: ANN
 async def test_a_status_says_whose_fault_it_is(status: int, kind: str) -> None:
     error = await failure(refuses(status, '{"error": {"message": "no"}}'))
     assert (error.kind, error.reason, error.retry_after) == (kind, f"http_{status}", None)
-    assert error.detail.startswith("no")
+    assert cause(error).startswith("no")
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -80,14 +80,14 @@ async def test_the_wait_that_a_backend_asks_for_is_told_in_seconds_or_as_a_date(
 async def test_a_page_is_told_by_its_title() -> None:
     page = "<html><head><title>502 Bad Gateway</title></head><body>" + "<hr>nginx" * 5000
     error = await failure(refuses(502, page, content_type="text/html"))
-    assert (error.reason, error.detail) == ("http_502", "502 Bad Gateway")
+    assert (error.reason, cause(error)) == ("http_502", "502 Bad Gateway")
 
 
 async def test_no_redirect_is_followed() -> None:
     async with asking() as other:
         error = await failure(refuses(307, headers={"Location": f"{other.backend.url}/chat/completions"}))
         assert isinstance(error, PermanentBackendError)
-        assert (error.reason, error.detail) == ("http_307", "a redirect, which is not followed")
+        assert (error.reason, cause(error)) == ("http_307", "a redirect, which is not followed")
         assert other.backend.connections == 0
 
 
@@ -112,7 +112,7 @@ async def test_the_limit_to_the_first_token_is_not_one_of_errors() -> None:
         await exchange.send(b"later")
 
     error = await failure(script, **FIRST_TOKEN)
-    assert (error.reason, error.detail) == ("http_503", "later")
+    assert (error.reason, cause(error)) == ("http_503", "later")
 
 
 @pytest.mark.parametrize("ending", ["hang", "reset"])
@@ -225,7 +225,7 @@ async def test_a_port_where_nobody_listens_is_a_failed_connection() -> None:
         with pytest.raises(TransientBackendError) as caught:
             await client.answer(PROMPT, on_text=print)
     assert caught.value.reason == "connect_failed"
-    assert "127.0.0.1" in caught.value.detail
+    assert "127.0.0.1" in cause(caught.value)
 
 
 async def test_a_name_that_does_not_exist_is_a_failed_connection() -> None:
@@ -255,7 +255,7 @@ async def test_what_does_not_speak_http_is_a_bad_stream(reply: bytes) -> None:
 
     error = await failure(script)
     assert isinstance(error, TransientBackendError)
-    assert (error.reason, error.detail) == ("bad_stream", "the response is not valid HTTP")
+    assert (error.reason, cause(error)) == ("bad_stream", "the response is not valid HTTP")
 
 
 async def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again() -> None:
@@ -281,7 +281,7 @@ async def test_a_connection_that_takes_too_long_is_given_up() -> None:
         async with OpenAIBackend(settings) as client:
             with pytest.raises(TransientBackendError) as caught:
                 await client.answer(PROMPT, on_text=print)
-    assert (caught.value.reason, caught.value.detail) == ("connect_timeout", "after 0.1 s")
+    assert (caught.value.reason, cause(caught.value)) == ("connect_timeout", "after 0.1 s")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ async def test_silence_before_the_first_token_has_a_limit(script: Script) -> Non
     async with asking(script, ai_connect_timeout="50ms", **FIRST_TOKEN) as asked:
         error = await failure_of(asked)
         assert isinstance(error, TransientBackendError)
-        assert (error.reason, error.detail) == ("first_token_timeout", "after 0.1 s")
+        assert (error.reason, cause(error)) == ("first_token_timeout", "after 0.1 s")
         await asked.backend.requests[0].gone()
 
 
@@ -321,7 +321,7 @@ async def test_keep_alive_comments_are_no_tokens() -> None:
         await comments(exchange)
 
     error = await failure(before, ai_queue_timeout="200ms", **FIRST_TOKEN)
-    assert (error.reason, error.detail) == ("first_token_timeout", "after 0.2 s")
+    assert (error.reason, cause(error)) == ("first_token_timeout", "after 0.2 s")
     assert (await failure(between, ai_idle_timeout="100ms")).reason == "idle_timeout"
 
 
@@ -330,7 +330,7 @@ async def test_silence_between_tokens_has_a_limit(token: bytes) -> None:
     async with asking(hangs(token), ai_idle_timeout="100ms") as asked:
         error = await failure_of(asked)
         assert isinstance(error, TransientBackendError)
-        assert (error.reason, error.detail) == ("idle_timeout", "after 0.1 s")
+        assert (error.reason, cause(error)) == ("idle_timeout", "after 0.1 s")
         await asked.backend.requests[0].gone()
 
 
@@ -359,7 +359,7 @@ async def test_a_whole_answer_has_a_limit() -> None:
 
     error = await failure(script, ai_total_timeout="200ms")
     assert isinstance(error, TransientBackendError)
-    assert (error.reason, error.detail) == ("total_timeout", "after 0.2 s")
+    assert (error.reason, cause(error)) == ("total_timeout", "after 0.2 s")
 
 
 # After the text is complete

@@ -9,7 +9,7 @@ from aiohttp.client_proto import ResponseHandler
 
 from imstream.ai.backend import Completion
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
-from tests.support.asking import PROMPT, asking
+from tests.support.asking import PROMPT, asking, cause
 from tests.support.letting_go import Asker, lets_go
 from tests.support.scripted_backend import DONE, Exchange, Framing, chunk, event, says, streams, usage_chunk
 from tests.support.waiting import wait_until
@@ -250,7 +250,7 @@ async def test_broken_chunk_framing_ends_with_the_idle_limit_at_the_latest() -> 
 async def test_an_error_event_in_the_middle_ends_the_answer() -> None:
     passing = await failure_of(event(chunk("a")), event({"error": {"message": "try later", "code": 503}}), DONE)
     assert isinstance(passing, TransientBackendError)
-    assert (passing.reason, passing.detail) == ("backend_error", "try later")
+    assert (passing.reason, cause(passing)) == ("backend_error", "try later")
     lasting = await failure_of(event(chunk("a")), event({"error": {"code": "context_length_exceeded"}}), DONE)
     assert isinstance(lasting, PermanentBackendError)
     assert lasting.reason == "context_too_long"
@@ -293,13 +293,13 @@ async def test_an_answer_that_is_not_streamed_is_taken(content_type: str) -> Non
 async def test_an_error_object_in_a_success_is_an_error() -> None:
     error = await failure_of(b'{"error": {"message": "Model is loading", "type": "server_error"}}')
     assert isinstance(error, TransientBackendError)
-    assert (error.reason, error.detail) == ("overloaded", "server_error: Model is loading")
+    assert (error.reason, cause(error)) == ("overloaded", "server_error: Model is loading")
 
 
 async def test_a_page_in_a_success_is_a_bad_stream() -> None:
     error = await failure_of(b"<html><title>Welcome</title>" + b"<p>hello</p>" * 1000)
     assert (error.kind, error.reason) == ("misconfigured", "bad_stream")
-    assert error.detail.startswith("a page instead of an answer: Welcome")
+    assert cause(error) == "a page instead of an answer: Welcome"
 
 
 # The connection after an answer
