@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from imstream.ai import failures
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.ai.failures import failure
+from imstream.ai.reasoning import ReasoningFilter
 from imstream.ai.sse import BYTE_ORDER_MARK, EVENT_LIMIT, EventParser, EventTooLong, NamedEvent
 from imstream.errors import BackendError
 
@@ -64,8 +65,11 @@ class AnswerReader:
         problem: Why the first of them could not be read, or what happened after the answer was whole.
     """
 
-    def __init__(self, *, limit: int, secrets: tuple[str, ...] = ()) -> None:
-        """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does."""
+    def __init__(self, *, limit: int, secrets: tuple[str, ...] = (), with_tags: bool = True) -> None:
+        """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does.
+
+        `with_tags`: what stands in tags such as `<think>` at the beginning of the text is reasoning.
+        """
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
         self.done = self.resumed = self.may_resume = self.truncated = self.large = self.progressed = False
@@ -80,6 +84,7 @@ class AnswerReader:
         self._begun = False
         self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
         self._has_text = self._has_choice = self._is_refusal = self._calls_tools = self._reasons = False
+        self._tags = ReasoningFilter() if with_tags else None  # None: all text passes
         self._messages = ""  # text of whole messages in place of deltas
 
     @property
@@ -133,6 +138,7 @@ class AnswerReader:
         else:
             text = self._read_document(bytes(self._document))
         if not self.done:
+            text += self._rest()
             if self.finish_reason is None and self.skipped:
                 raise failure("broken", "bad_stream", self.problem)
             if self.finish_reason is None:
@@ -219,8 +225,9 @@ class AnswerReader:
         while event.startswith(b"data:"):  # gateways that frame events twice
             event = event[5:].strip()
         if event == b"[DONE]":
+            text = self._rest()
             self._finish()
-            return ""
+            return text
         if name == b"error":
             raise self._error(ErrorReport.from_body(event))
         try:
@@ -243,6 +250,7 @@ class AnswerReader:
         if not self._has_choice:
             summary = ErrorReport.from_body(body).summary(self._secrets)
             raise failure("broken", "bad_stream", f"JSON without an answer: {summary}".removesuffix(": "))
+        text += self._rest()
         self._finish()
         return text
 
@@ -294,11 +302,29 @@ class AnswerReader:
                 text = self._read_other(delta)
         if not text:
             text = self._read_whole(choice)
+        if text and self._tags is not None:
+            text = self._without_reasoning(text, self._tags)
         if text and not (self._has_text and self.finish_reason is None):
             self._note_text(text, finish)
         if finish:
             self._read_finish(finish)
             self.may_resume = bool(text)
+        return text
+
+    def _without_reasoning(self, text: str, tags: ReasoningFilter) -> str:
+        text = tags.feed(text)
+        if tags.passed:
+            self._tags = None
+        else:
+            self.progressed = self._reasons = True
+        return text
+
+    def _rest(self) -> str:
+        """The end of the text, which could have become a tag."""
+        text = self._tags.end() if self._tags is not None else ""
+        self._tags = None
+        if text:
+            self._note_text(text, finish=True)
         return text
 
     def _note_text(self, text: str, finish: object) -> None:

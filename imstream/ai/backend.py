@@ -157,7 +157,8 @@ class OpenAIBackend(EndpointClient):
         if is_encoded(response):
             coding = shorten(response.headers["Content-Encoding"])
             raise failure("misconfigured", "bad_stream", f"content encoding {coding}, although none is accepted")
-        reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets)
+        with_tags = self._options.reasoning == "tags"
+        reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets, with_tags=with_tags)
         intake = _Intake(reader, limits, on_text, self._options.idle_timeout, self._turn)
         try:
             while not reader.complete:

@@ -34,7 +34,8 @@ def adapt(turns: Sequence[_Turn], options: BackendOptions) -> list[Message]:
     """The messages of a request: a prompt as this backend accepts it."""
     messages = [_message(turn.role, turn.content) for turn in turns]
     if options.roles == "merge":
-        messages = _system_first(messages)
+        *others, last = messages
+        messages = _system_first([*(message for message in others if message["content"].strip()), last])
     if options.system == "user":
         messages = _without_system(messages)
     return _alternating(messages) if options.roles == "merge" else messages

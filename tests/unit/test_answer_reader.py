@@ -391,3 +391,38 @@ def test_half_a_character_never_gets_out(payloads: list[bytes], text: str) -> No
 
 def test_half_a_character_in_a_document_never_gets_out() -> None:
     assert read(b'{"choices":[{"message":{"content":"a\\ud83d b"}}]}')[0] == "a\ufffd b"
+
+
+# Reasoning in tags
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_reasoning_at_the_beginning_of_the_text_is_progress_and_not_text(size: int) -> None:
+    content = "<think>\nhm </th </think>\n\nThe <think>answer"
+    events = [event(chunk(content[begin : begin + size])) for begin in range(0, len(content), size)]
+    reader = AnswerReader(limit=LIMIT)
+    pieces = list[str]()
+    for part in events:
+        pieces.append(reader.feed(part))
+        assert reader.progressed
+    assert "".join([*pieces, reader.feed(STOP), reader.feed(DONE), reader.end()]) == "The <think>answer"
+
+
+@pytest.mark.parametrize("end", [[STOP, DONE], [STOP], [DONE]], ids=["finish and done", "finish", "done"])
+def test_what_could_have_become_a_tag_is_text_at_the_end(end: list[bytes]) -> None:
+    assert read(event(chunk("<thi")), *end)[0] == "<thi"
+
+
+def test_an_answer_of_reasoning_in_tags_is_empty() -> None:
+    for text in ("<think>hm</think>\n", "<think>hm"):
+        assert failure(event(chunk(text)), STOP, DONE).reason == "empty_answer"
+
+
+def test_reasoning_in_tags_is_removed_from_a_document_too() -> None:
+    message = {"role": "assistant", "content": "<think>hm</think>\nThe answer"}
+    assert read(to_json({"choices": [{"message": message, "finish_reason": "stop"}]}))[0] == "The answer"
+
+
+def test_without_tags_the_text_is_shown_as_it_is() -> None:
+    reader = AnswerReader(limit=LIMIT, with_tags=False)
+    assert reader.feed(event(chunk("<think>hm</think>"))) == "<think>hm</think>"

@@ -261,3 +261,22 @@ async def test_a_long_text_is_counted_beside_the_event_loop(tmp_path: Path) -> N
     excess = await counting
     assert excess is not None
     assert excess.limit > 7000
+
+
+# Turns that are not sent
+
+
+async def test_empty_answers_and_reasoning_are_no_part_of_the_prompt() -> None:
+    history: list[tuple[Role, str]] = [
+        ("user", "hi"),
+        ("assistant", ""),
+        ("assistant", "<think>who is it?</think>\n\nhello"),
+        ("assistant", "<think>only this</think>"),
+        ("user", "<think>mine</think>"),
+    ]
+    assert await prompt(asked(*history)) == [
+        PromptMessage("user", "hi"),
+        PromptMessage("assistant", "hello"),
+        PromptMessage("user", "<think>mine</think>"),
+        PromptMessage("user", "and now?"),
+    ]

@@ -2,7 +2,7 @@
 
 The system prompt is set by the operator and is the only content of the system message. Texts from users keep their
 roles, with special tokens escaped. The oldest turns are dropped first; no turn is truncated. The remaining history
-begins with a user turn: an answer without its question is dropped, too.
+begins with a user turn: an answer without its question is dropped, too. Empty ones are left out.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 from imstream.ai.backend import PromptMessage
 from imstream.ai.prompt.special_tokens import SpecialTokenEscaper
 from imstream.ai.prompt.token_count import make_token_counter
+from imstream.ai.reasoning import without_reasoning
 from imstream.clock import Calendar
 from imstream.errors import SettingsError
 from imstream.model import ChatRequest
@@ -128,7 +129,7 @@ class PromptAssembler:
     async def plan(self, request: ChatRequest) -> PromptPlan | Excess:
         """Plan the prompt of a request, or tell that even the message alone does not fit."""
         system, question = self._fixed(request)
-        turns = [self._turn(role, content) for role, content in request.history]
+        turns = self._turns(request.history)
         if self._fits_in_bytes([*system, *turns, question]):
             return PromptPlan(system, turns, question, self.budget, (0,) * len(turns))
         return await self._run([*turns, question], lambda: self._measure(system, turns, question))
@@ -141,7 +142,7 @@ class PromptAssembler:
             if tokens > limit:
                 return Excess(tokens, self._message_budget)
         system, question = self._fixed(request)
-        turns = [self._turn(role, content) for role, content in request.history if role == "system"]
+        turns = self._turns(turn for turn in request.history if turn[0] == "system")
         fixed = [*system, *turns, question]
         if self._fits_in_bytes(fixed):
             return None
@@ -164,8 +165,14 @@ class PromptAssembler:
         system = [] if self._system is None else [PromptMessage("system", self._system.fill(values))]
         return system, PromptMessage("user", self._template.fill(values))
 
-    def _turn(self, role: str, content: str) -> PromptMessage:
-        return PromptMessage(cast("Literal['user', 'assistant', 'system']", role), self.escape(content))
+    def _turns(self, history: Iterable[tuple[str, str]]) -> list[PromptMessage]:
+        """The turns of a history, without the reasoning of the assistant, and without turns where it said nothing."""
+        turns = list[PromptMessage]()
+        for role, content in history:
+            text = without_reasoning(content) if role == "assistant" else content
+            if role != "assistant" or text.strip():
+                turns.append(PromptMessage(cast("Literal['user', 'assistant', 'system']", role), self.escape(text)))
+        return turns
 
     def _measure(
         self, system: Sequence[PromptMessage], turns: Sequence[PromptMessage], question: PromptMessage

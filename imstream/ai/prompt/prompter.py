@@ -74,7 +74,7 @@ class Summaries:
     async def apply(self, request: ChatRequest, plan: PromptPlan) -> list[PromptMessage] | None:
         """The prompt with a summary of as many of the oldest turns as do not fit beside it; None without a summary."""
         lang: Lang = "en" if request.lang == "en" else DEFAULT_LANG
-        keys = _cache_keys(request)
+        keys = _cache_keys(request.user_id, plan.turns)
         for turns in range(plan.turns_to_drop(plan.budget), len(keys)):
             if keys[turns] in self._cache:
                 replacement = self._cached(keys[turns], lang)
@@ -137,9 +137,9 @@ class Summaries:
         return answer.getvalue()
 
 
-def _cache_keys(request: ChatRequest) -> list[int]:
+def _cache_keys(user_id: int | str, turns: Sequence[PromptMessage]) -> list[int]:
     """For each number of the oldest turns a key, different for each user and process."""
-    return list(accumulate(request.history, lambda key, turn: hash((key, turn)), initial=hash(request.user_id)))
+    return list(accumulate(turns, lambda key, turn: hash((key, turn)), initial=hash(user_id)))
 
 
 def _newest(turns: Sequence[PromptMessage], budget: int, lang: Lang) -> list[str]:

@@ -1,0 +1,53 @@
+"""Reasoning in tags at the beginning of a text, however the text is cut into pieces."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imstream.ai.reasoning import TAGS, ReasoningFilter, without_reasoning
+
+TEXTS = {
+    "<think>hm\n</think>\n\nThe answer": "The answer",
+    "\n <think></think>\n\nThe answer": "The answer",
+    "<think>one</think> <think>two</think>The answer": "The answer",
+    "</think>\n\nThe answer": "The answer",
+    "<think>a < b </thin> c</think>yes": "yes",
+    "<think>never closed": "",
+    "<think>": "",
+    "<think>hm</think>": "",
+    "[THINK]hm[/THINK]Bonjour": "Bonjour",
+    "◁think▷嗯◁/think▷你好": "你好",
+    # Text that stays as it is.
+    "The answer <think>is</think> here": "The answer <think>is</think> here",
+    "<table>": "<table>",
+    "<thi": "<thi",
+    "<": "<",
+    " \n": " \n",
+    "  indented": "  indented",
+    " " * 2000 + "<think>x</think>": " " * 2000 + "<think>x</think>",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), TEXTS.items(), ids=[text.strip()[:24] for text in TEXTS])
+def test_reasoning_at_the_beginning_is_removed_and_nothing_else(text: str, shown: str) -> None:
+    assert without_reasoning(text) == shown
+    assert without_reasoning(shown) == shown
+
+
+@given(st.sampled_from(list(TEXTS)), st.integers(1, 9))
+def test_pieces_do_not_change_what_is_shown(text: str, size: int) -> None:
+    reasoning = ReasoningFilter()
+    pieces = [reasoning.feed(text[begin : begin + size]) for begin in range(0, len(text), size)]
+    assert "".join(pieces) + reasoning.end() == without_reasoning(text)
+
+
+@pytest.mark.parametrize(("opening", "closing"), TAGS)
+def test_every_pair_of_tags_is_known(opening: str, closing: str) -> None:
+    assert without_reasoning(f"{opening}hm{closing}yes") == "yes"
+
+
+def test_text_is_shown_as_soon_as_it_cannot_be_a_tag() -> None:
+    reasoning = ReasoningFilter()
+    assert [reasoning.feed(piece) for piece in ("<", "th", "e", " answer")] == ["", "", "<the", " answer"]
+    assert reasoning.passed
