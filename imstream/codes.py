@@ -224,7 +224,7 @@ class Event(StrEnum):
     )
     FAILED = (
         "failed",
-        "The message could not be answered (`AI_FAILED`), or a guard refused it (`FORBIDDEN`).",
+        "The message could not be answered (`AI_FAILED`), or a guard or the AI service refused it (`FORBIDDEN`).",
         "Show `contents`. The text so far is incomplete.",
         True,
     )

@@ -7,6 +7,7 @@ from math import exp
 import structlog
 
 from imstream.ai.breaker import Breaker
+from imstream.ai.failures import NEEDS_OPERATOR
 from imstream.errors import BackendError
 from imstream.settings import Settings
 
@@ -19,7 +20,7 @@ MIN_RATE = 2.0
 RECOVERY = 10
 """Seconds after an outage in which calls are paced; the rate doubles each second."""
 
-SHARED_REASONS = frozenset({"connect_failed", "http_401", "http_402", "http_403", "http_404", "http_429", "http_503"})
+SHARED_REASONS = frozenset({"connect_failed", "http_429", "http_503", "overloaded", *NEEDS_OPERATOR})
 """Failures that say nothing about the request. Others, such as time limits, count once for each user."""
 
 
@@ -81,13 +82,15 @@ class CallGate:
         """A call has failed. Only a backend that is away counts; a broken answer says nothing about other calls."""
         if error.kind not in {"away", "misconfigured"}:
             return
+        is_ours = error.kind == "misconfigured" or error.reason in NEEDS_OPERATOR
         if self._normal_rate is None:
             self._normal_rate = self._decayed()
         was_tripped = self.breaker.tripped
-        self.breaker.record_failure(error.retry_after, source=None if error.reason in SHARED_REASONS else user)
-        event = "backend is away" if error.kind == "away" else "backend is misconfigured"
-        if error.reason not in self._logged and (error.kind == "misconfigured" or self.breaker.tripped > was_tripped):
+        shared = is_ours or error.reason in SHARED_REASONS
+        self.breaker.record_failure(error.retry_after, source=None if shared else user)
+        if error.reason not in self._logged and (is_ours or self.breaker.tripped > was_tripped):
             self._logged.add(error.reason)
+            event = "backend is misconfigured" if is_ours else "backend is away"
             log.error(event, backend=self.name, reason=error.reason, error=error.detail or error.reason)
 
     async def _wait(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
 
+from imstream.ai.failures import REQUEST_REASONS
 from imstream.codes import Code
 from imstream.guards.guard import Reject
 from imstream.model import Terminal
@@ -30,8 +31,6 @@ RETRY_AFTER_MS = 2_000
 """When a refused client should retry, spread by half of it either way: they must not all come back at once."""
 
 _CODES = frozenset(Code)
-REFUSED_REASONS = frozenset({"http_400", "http_413", "http_422", "context_too_long", "content_filter"})
-"""Failures that the user can fix by changing the message."""
 
 
 def _ms(duration: timedelta | None) -> int | None:
@@ -149,9 +148,12 @@ class FrameBuilder:
         if (refusal := terminal.refusal) is not None:
             # A newer release may have recorded a code that this one does not know.
             return {"code": refusal.code if refusal.code in _CODES else Code.AI_FAILED, "contents": refusal.sentence}
-        if terminal.kind in {"away", "misconfigured"}:
-            return {"contents": self._text(Text.AI_AWAY)}
-        return {"contents": self._text(Text.REFUSED if terminal.reason in REFUSED_REASONS else Text.FAILED)}
+        code = Code.FORBIDDEN if terminal.reason == "content_filter" else Code.AI_FAILED
+        if terminal.reason in REQUEST_REASONS:
+            text = Text.REFUSED
+        else:
+            text = Text.AI_AWAY if terminal.kind in {"away", "misconfigured"} else Text.FAILED
+        return {"code": code, "contents": self._text(text)}
 
     def _logged_in(self) -> UserId:
         assert self.user_id is not None  # noqa: S101 - set by the login

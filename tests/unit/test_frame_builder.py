@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imstream.ai.failures import REQUEST_REASONS
 from imstream.codes import Code, Event, MsgType
-from imstream.gateway.frames import REFUSED_REASONS, RETRY_AFTER_MS, FrameBuilder
+from imstream.gateway.frames import RETRY_AFTER_MS, FrameBuilder
 from imstream.model import Refusal, Terminal
 from imstream.reply_buffer import ReplyEnded, TextGrown, TextReset
 from imstream.texts import Lang, Text
@@ -143,15 +144,22 @@ def test_a_cancelled_answer_ends_as_such(frames: FrameBuilder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "text"),
-    [*((reason, Text.REFUSED) for reason in sorted(REFUSED_REASONS)), ("http_503", Text.FAILED), (None, Text.FAILED)],
+    ("reason", "kind", "text"),
+    [
+        *((reason, "impossible", Text.REFUSED) for reason in sorted(REQUEST_REASONS)),
+        ("http_503", "away", Text.AI_AWAY),
+        ("http_404", "misconfigured", Text.AI_AWAY),
+        ("broken_stream", "broken", Text.FAILED),
+        (None, None, Text.FAILED),
+    ],
 )
 def test_a_failed_answer_says_whether_the_person_can_mend_it(
-    frames: FrameBuilder, reason: str | None, text: Text
+    frames: FrameBuilder, reason: str | None, kind: str | None, text: Text
 ) -> None:
-    terminal = Terminal("failed", reason=reason, error="the key sk-123 is wrong")
+    terminal = Terminal("failed", reason=reason, error="the key sk-123 is wrong", kind=kind)
     encoded = frames.reply_step("m", ReplyEnded(4, 0, terminal))
     frame = said(encoded)
-    assert (frame.code, frame.event, frame.attempt) == (Code.AI_FAILED, Event.FAILED, 4)
+    code = Code.FORBIDDEN if reason == "content_filter" else Code.AI_FAILED
+    assert (frame.code, frame.event, frame.attempt) == (code, Event.FAILED, 4)
     assert frame.contents == sentence(frames, text)
     assert "sk-123" not in encoded  # errors of the backend are for operators
