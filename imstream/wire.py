@@ -390,10 +390,16 @@ SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
 _FIRST_MATCH = Field(union_mode="left_to_right")
 
 
+class ReceivedMessage(KnownMessage):
+    """The same, as clients read it."""
+
+    state: Annotated[State | str, _FIRST_MATCH]  # type: ignore[assignment] # wider, see below
+
+
 class ReceivedFrame(ServerFrame):
     """A server frame of any kind, as clients read it: every field may be missing, and unknown ones are ignored.
 
-    A newer server may know other codes and events; they are read as text.
+    A newer server may know other codes, events and states; they are read as text.
     """
 
     code: Annotated[Code | str, _FIRST_MATCH] = Code.SUCCESS  # type: ignore[assignment] # wider, see above
@@ -403,7 +409,7 @@ class ReceivedFrame(ServerFrame):
     event: Annotated[Event | str | None, _FIRST_MATCH] = None
     attempt: int | None = None
     offset: int | None = None
-    state: State | None = None
+    state: Annotated[State | str | None, _FIRST_MATCH] = None
     position: int | None = None
     eta_ms: int | None = None
     remaining: int | None = None
@@ -412,7 +418,7 @@ class ReceivedFrame(ServerFrame):
     finish_reason: str | None = None
     usage: dict[str, int] | None = None
     node: str | None = None
-    messages: list[KnownMessage] | None = None
+    messages: list[ReceivedMessage] | None = None
 
 
 def encode_delta(message_id: str, *, attempt: int, offset: int, text: str) -> str:

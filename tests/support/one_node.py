@@ -238,13 +238,19 @@ async def one_node(
 
 @contextmanager
 def standing_node(
-    folder: Path, ai_url: str, on: Topology | None = None, command: tuple[str, ...] = NODE, /, **settings: object
+    folder: Path,
+    ai_url: str,
+    on: Topology | None = None,
+    command: tuple[str, ...] = NODE,
+    python: str | None = None,
+    /,
+    **settings: object,
 ) -> Iterator[OneNode]:
     """Start a node for many tests that do not harm it, on this Redis or on its own."""
     with ExitStack() as stack:
         on = on or stack.enter_context(fresh_redis(folder))
         client = stack.enter_context(on.client())
-        node = OneNode(folder, client, on.url, ai_url, {**QUICK, **settings})
+        node = OneNode(folder, client, on.url, ai_url, {**QUICK, **settings}, python=python)
         node.start_now(command=command)
         stack.enter_context(node.now.process)
         yield node

@@ -473,6 +473,15 @@ def test_what_looks_like_it_is_taken() -> None:
         assert chat.contents == contents
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("code", "LATER"), ("event", "later"), ("state", "later"), ("messages", [{"messageId": "m", "state": "later"}])],
+)
+def test_words_of_a_newer_server_are_read_as_text(name: str, value: object) -> None:
+    frame = ReceivedFrame.model_validate({"msgType": "CHAT", name: value, "unknown": 1})
+    assert json.loads(frame.encode())[name] == value
+
+
 # Stable numbers
 
 
