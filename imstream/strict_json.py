@@ -17,7 +17,14 @@ _NOT_COUNTED = bytes(set(range(256)) - set(b",[{"))
 
 
 class InvalidJson(ValueError):  # noqa: N818 - the client's fault
-    """The text is not JSON, or not accepted here. The error text is for a person."""
+    """The text is not JSON, or not accepted here. The error text is for a person.
+
+    `value` is what the text says, where that is known: it is JSON, but nested too deeply or with bad characters.
+    """
+
+    def __init__(self, problem: str, value: object = None) -> None:
+        super().__init__(problem)
+        self.value = value
 
 
 class InvalidNumber(InvalidJson):
@@ -38,7 +45,7 @@ def parse_json(text: str, *, max_depth: int, max_values: int) -> object:
     except RecursionError:
         raise InvalidJson(f"nested deeper than {max_depth} levels") from None
     if _is_deeper(value, max_depth):
-        raise InvalidJson(f"nested deeper than {max_depth} levels")
+        raise InvalidJson(f"nested deeper than {max_depth} levels", value)
     if "\\u" in text:  # else every character came through the UTF-8 check of the socket
         _check_characters(value)
     return value
@@ -108,6 +115,6 @@ def _check_characters(value: object) -> None:
     try:
         written = to_json(value)
     except ValueError:
-        raise InvalidJson("not valid Unicode: half of a surrogate pair") from None
+        raise InvalidJson("not valid Unicode: half of a surrogate pair", value) from None
     if b"\\u0000" in written.replace(b"\\\\", b""):
-        raise InvalidJson("the character NUL is not taken")
+        raise InvalidJson("the character NUL is not taken", value)

@@ -136,7 +136,7 @@ class InvalidFrame(Exception):  # noqa: N818 - the client's fault
 
     Attributes:
         field: The wire name of the invalid field; empty for the whole frame.
-        message_id: The frame's `messageId`; None unless the frame is a JSON object with a valid one.
+        message_id: The frame's `messageId`; None unless the frame could be read as an object with a valid one.
     """
 
     def __init__(self, field: str, problem: str, message_id: str | None = None) -> None:
@@ -172,7 +172,7 @@ def parse_frame(text: str, limits: FrameLimits = FrameLimits(), user_ids: UserId
     except InvalidNumber as error:
         raise _field_of_bad_number(text, user_ids) or InvalidFrame("", str(error)) from None
     except InvalidJson as error:
-        raise InvalidFrame("", str(error)) from None
+        raise InvalidFrame("", str(error), _message_id(error.value)) from None
     except ValidationError as error:
         raise _first_problem(error, _message_id(value)) from None
     if too_long and isinstance(frame, ClientChat):

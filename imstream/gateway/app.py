@@ -41,9 +41,11 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
         why = stuck()
         return report({"alive": why is None, "node": node}, why)
 
-    return Starlette(
-        routes=[Route("/readyz", readyz), Route("/healthz", healthz), *page_routes(deps.settings.user_ids)]
-    )
+    async def only_sockets(_: Request) -> Response:  # handshakes do not come here
+        return Response("WebSockets only", 426, {"Connection": "Upgrade", "Upgrade": "websocket"})
+
+    routes = [Route("/readyz", readyz), Route("/healthz", healthz), Route("/ws", only_sockets)]
+    return Starlette(routes=[*routes, *page_routes(deps.settings.user_ids)])
 
 
 def page_routes(user_ids: UserIds) -> list[Route]:

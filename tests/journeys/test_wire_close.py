@@ -10,6 +10,7 @@ from websockets.exceptions import InvalidStatus
 from imstream.codes import CloseCode
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
+from tests.support.processes import http_status
 from tests.support.servers import DemoBackend
 from tests.support.users import user_id
 
@@ -38,6 +39,11 @@ async def test_a_handshake_for_another_path_is_answered_with_404(path: str, node
             pass
     assert refused.value.response.status_code == 404
     assert refused.value.response.body == b"WebSockets are served at /ws"
+
+
+async def test_a_request_that_is_no_handshake_is_told_where_sockets_are_and_what_is_unknown(node: OneNode) -> None:
+    assert await asyncio.to_thread(http_status, f"{node.now.http}/nowhere") == 404
+    assert await asyncio.to_thread(http_status, f"{node.now.http}/ws?userId=10001") == 426
 
 
 @pytest.mark.parametrize(("lang", "text"), [(None, "User id 10001: logged in"), ("zh", "用户标识: 10001 登录成功")])

@@ -277,8 +277,9 @@ async def test_a_lost_connection_is_told_and_the_answer_goes_on() -> None:
     async with scripted_server() as server, at_terminal(server.url) as terminal:
         peer = await greeted(server, terminal)
         message_id = await half_an_answer(peer, terminal)
+        await peer.send_frame("SYSTEM", code="DRAINING", contents="we restart")
         await peer.close(CloseCode.DRAINING)
-        await terminal.shows("\nNo connection (")
+        await terminal.shows("\nNo connection (we restart); connecting again in ")
         peer = await server.logged_in()
         await terminal.shows("the answer goes on\n")
         await peer.send_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)

@@ -381,6 +381,9 @@ def test_a_text_has_as_many_values_as_its_limit_whatever_its_strings_hold(value:
         '{"msgType": "SHOUT", "messageId": "m.1"}',
         '{"messageId": "m.1"}',
         _chat(messageId="m.1", history=[{"role": "user", "content": "x"}] * 201),
+        _chat(messageId="m.1", more=[[[[[[[[[]]]]]]]]]),
+        _chat(messageId="m.1", contents="\0"),
+        _chat(messageId="m.1", contents="\ud800"),
     ],
 )
 def test_an_invalid_frame_keeps_the_id_of_its_message(text: str) -> None:
