@@ -10,8 +10,8 @@ import pytest
 
 from imstream.client import Client
 from tests.support.one_node import OneNode, one_node
-from tests.support.scripted_backend import Exchange, Script, refuses, scripted_backend, streams
 from tests.support.processes import http_status
+from tests.support.scripted_backend import Exchange, Script, refuses, scripted_backend, streams
 from tests.support.servers import RedisServer, start_demo
 from tests.support.waiting import wait_until
 
