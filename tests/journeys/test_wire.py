@@ -11,11 +11,12 @@ import pytest
 
 from imstream.demo.answer import canned_answer, pieces
 from imstream.keys import Keys
+from imstream.user_ids import UserIds
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import peer
 from tests.support.redis_sets import Topology
 from tests.support.servers import DemoBackend
-from tests.support.users import user_id
+from tests.support.users import USER_IDS, user_id
 from tests.support.waiting import wait_until
 
 USER, OTHER, THIRD = map(user_id, (10001, 10002, 10003))
@@ -56,7 +57,7 @@ async def test_init_logs_in_and_says_so_in_the_language_of_the_handshake(
     async with peer(node.now.ws(USER), lang=accept_language) as someone:
         await someone.send_frame("INIT", userId=USER)
         welcome = await someone.frame()
-    texts = {"zh": "用户标识: 10001 登录成功", "en": "User id 10001: logged in"}
+    texts = {"zh": f"用户标识: {USER} 登录成功", "en": f"User id {USER}: logged in"}
     assert abs(int(welcome.pop("respTime")) - time.time() * 1000) < 60_000
     assert welcome == {
         "code": "SUCCESS",
@@ -77,7 +78,7 @@ async def test_a_ping_and_a_heartbeat_are_answered_with_a_heartbeat_before_and_a
         for logged_in in (False, True):
             if logged_in:
                 await someone.login(USER)
-            for beat in ("PING", '{"msgType":"HEARTBEAT"}', '{"msgType":"HEARTBEAT","userId":10001}'):
+            for beat in ("PING", '{"msgType":"HEARTBEAT"}', json.dumps({"msgType": "HEARTBEAT", "userId": USER})):
                 await someone.send(beat)
                 answer = await someone.frame()
                 assert (answer["msgType"], answer["code"], answer["contents"]) == ("HEARTBEAT", "SUCCESS", text)
@@ -274,20 +275,14 @@ async def test_what_does_not_fit_is_told_busy_at_once_and_fits_later(lang: str, 
 
 # Frames that close the socket
 
-BAD_IDS_IN_A_URL = [
-    "",
-    "abc",
-    "10000",
-    "0",
-    "-10001",
-    "1e9",
-    "10001x",
-    "10001.0",
-    "１２３４５",
-    "9007199254740992",
-    "%00",
-]
-BAD_IDS_IN_A_FRAME = ["null", '"abc"', "10000", "0", "-10001", "10001.5", "true", "[10001]", "{}", "9007199254740992"]
+IDS_BAD_IN_A_URL = {
+    UserIds.NUMBER: ("abc", "10000", "0", "-10001", "1e9", "10001x", "10001.0", "１２３４５", str(2**53), "%00"),
+    UserIds.TEXT: ("a%20b", "a%0Ab", "%00", "a%7Db", "a%25b", "%E4%BD%A0", "１２３４５", "<b>", "a" * 129),
+}
+IDS_BAD_IN_A_FRAME: dict[UserIds, tuple[object, ...]] = {
+    UserIds.NUMBER: (None, "abc", 10000, 0, -10001, 10001.5, True, [10001], {}, 2**53),
+    UserIds.TEXT: (None, "", "a b", "a\n", "\x85", "a}b", "a%b", "café", -5, 1.5, True, ["a"], {}, 2**53),
+}
 
 
 async def _is_refused(node: OneNode, url: str, frame: str | None, lang: str) -> None:
@@ -303,20 +298,20 @@ async def _is_refused(node: OneNode, url: str, frame: str | None, lang: str) -> 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])
 async def test_a_bad_user_id_in_the_address_ends_the_socket(lang: str, node: OneNode) -> None:
-    for user in BAD_IDS_IN_A_URL:
+    for user in ("", *IDS_BAD_IN_A_URL[USER_IDS]):
         await _is_refused(node, f"{node.now.ws()}?userId={user}", None, lang)
 
 
 @pytest.mark.parametrize("msg_type", ["INIT", "CHAT", "HEARTBEAT", "CANCEL"])
 async def test_a_bad_user_id_in_a_frame_ends_the_socket(msg_type: str, node: OneNode) -> None:
-    rest = '"contents":"hello","messageId":"m1"'
-    for user in BAD_IDS_IN_A_FRAME:
-        if user == "null" and msg_type in {"HEARTBEAT", "CANCEL"}:
+    frame = {"msgType": msg_type, "contents": "hello", "messageId": "m1"}
+    for user in IDS_BAD_IN_A_FRAME[USER_IDS]:
+        if user is None and msg_type in {"HEARTBEAT", "CANCEL"}:
             continue  # optional there
-        frame = f'{{"msgType":"{msg_type}","userId":{user},{rest}}}'
-        await _is_refused(node, node.now.ws(), frame, "zh" if msg_type == "INIT" else "en")
+        text = json.dumps({**frame, "userId": user})
+        await _is_refused(node, node.now.ws(), text, "zh" if msg_type == "INIT" else "en")
     if msg_type in {"INIT", "CHAT"}:
-        await _is_refused(node, node.now.ws(), f'{{"msgType":"{msg_type}",{rest}}}', "en")
+        await _is_refused(node, node.now.ws(), json.dumps(frame), "en")
 
 
 async def test_the_address_may_leave_the_user_id_to_init(node: OneNode) -> None:

@@ -46,7 +46,7 @@ async def test_a_request_that_is_no_handshake_is_told_where_sockets_are_and_what
     assert await asyncio.to_thread(http_status, f"{node.now.http}/ws?userId=10001") == 426
 
 
-@pytest.mark.parametrize(("lang", "text"), [(None, "User id 10001: logged in"), ("zh", "用户标识: 10001 登录成功")])
+@pytest.mark.parametrize(("lang", "text"), [(None, f"User id {USER}: logged in"), ("zh", f"用户标识: {USER} 登录成功")])
 async def test_a_client_that_asks_for_no_language_gets_that_of_the_node(
     lang: str | None, text: str, node: OneNode
 ) -> None:

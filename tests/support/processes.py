@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.fork_server import ForkedProcess
+from tests.support.users import VARIABLE
 from tests.support.waiting import SLOW
 
 PYTHON = sys.executable
@@ -142,8 +143,8 @@ def start_python(
 
 
 def _environment(added: Mapping[str, str] | None) -> dict[str, str]:
-    """The environment of the test run without imstream settings, plus additions."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("IMSTREAM_")}
+    """The environment of the test run without imstream settings but `IMSTREAM_USER_IDS` (users.py), plus additions."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("IMSTREAM_") or name == VARIABLE}
     return {**clean, **(added or {})}
 
 

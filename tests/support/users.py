@@ -9,7 +9,8 @@ from urllib.parse import urlencode
 from imstream.settings import Settings
 from imstream.user_ids import UserId, UserIds
 
-USER_IDS = UserIds(os.environ.get(Settings.variable("user_ids"), UserIds.NUMBER))
+VARIABLE = Settings.variable("user_ids")
+USER_IDS = UserIds(os.environ.get(VARIABLE, UserIds.NUMBER))
 
 
 def user_id(number: int) -> UserId:
