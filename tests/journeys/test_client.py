@@ -27,6 +27,7 @@ from imstream.client import (
 )
 from imstream.demo.answer import canned_answer
 from imstream.keys import Keys
+from imstream.texts import Text
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.terminal import piped
@@ -198,7 +199,7 @@ async def test_a_node_that_is_restarted_hands_over_without_losing_a_word(
         await anext(aiter(reply))
         node.process.signal(signal.SIGTERM)
         assert await asyncio.to_thread(node.process.wait) == 0
-        assert any("1012" in change.why for change in changes if isinstance(change, Disconnected))
+        assert any(change.why == Text.DRAINING.zh for change in changes if isinstance(change, Disconnected))
         back = await asyncio.to_thread(
             start_node, tmp_path, redis_url=redis_server.url, ai_url=demo.url, port=node.port
         )

@@ -13,6 +13,7 @@ from websockets.exceptions import InvalidStatus
 
 from imstream.client import Client, ConnectionChange, Disconnected, Timing
 from imstream.gateway.websocket_protocol import PIECE
+from imstream.texts import Text
 from imstream.user_ids import UserId
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Peer, peer
@@ -272,7 +273,7 @@ async def test_the_client_comes_back_to_a_full_node_later(node: OneNode) -> None
         entering = asyncio.create_task(_ask(node.now.ws(), timing, turned_away.put_nowait))
         change = await turned_away.get()
         assert isinstance(change, Disconnected)
-        assert "1013" in change.why
+        assert change.why == Text.NODE_FULL.zh
         await sockets[0].connection.close()
         assert await entering
 
