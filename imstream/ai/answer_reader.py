@@ -18,6 +18,7 @@ from imstream.ai.sse import BYTE_ORDER_MARK, EVENT_LIMIT, EventParser, EventTooL
 from imstream.errors import BackendError
 
 JSON_LIMIT = EVENT_LIMIT  # bytes of an event, or of an answer in one document; raised with the limit of an answer
+IDLE_LIMIT = 1 << 20  # bytes of small events and comments without a sign of progress
 BYTES_PER_CHARACTER = 256  # of a response, at most; an event with one character has about 250
 LARGE_JSON = 16 * 1024  # bytes that take long to parse; its strings would displace others from the decoder's cache
 
@@ -79,6 +80,7 @@ class AnswerReader:
         self._secrets = secrets
         self._json_limit = max(JSON_LIMIT, 4 * limit)
         self._idle_bytes = 0  # since the last sign of progress
+        self._largest = 0  # bytes of the largest event among them
         self._events = EventParser(limit=self._json_limit)
         self._document: bytearray | None = None
         self._begun = False
@@ -190,8 +192,9 @@ class AnswerReader:
         """Bound the bytes without progress: comments, empty events, blanks."""
         self._idle_bytes += size
         buffered = self._events.buffered
+        self._largest = max(self._largest, buffered)
         self.large = buffered > LARGE_JSON
-        if self._idle_bytes - buffered > self._json_limit:
+        if self._idle_bytes - buffered > IDLE_LIMIT + self._largest:
             self._give_up(failure("impossible", "too_large", f"{self._idle_bytes} bytes without a sign of progress"))
 
     def _read_events(self, events: list[bytes], *, at_end: bool = False) -> str:
@@ -199,7 +202,11 @@ class AnswerReader:
         texts = []
         for event in events:
             try:
-                if text := self._read_event(event):
+                if event.__class__ is bytes and event.startswith(b"{"):
+                    text = self._read_object(self._decode(event))
+                else:
+                    text = self._read_odd_event(event)
+                if text:
                     texts.append(text)
             except _Unreadable as problem:
                 if not at_end:
@@ -213,11 +220,6 @@ class AnswerReader:
             return ""
         self.progressed = True
         return texts[0] if len(texts) == 1 else "".join(texts)
-
-    def _read_event(self, event: bytes) -> str:
-        if event.__class__ is NamedEvent or not event.startswith(b"{"):
-            return self._read_odd_event(event)
-        return self._read_object(self._decode(event))
 
     def _read_odd_event(self, event: bytes) -> str:
         name = event.name if isinstance(event, NamedEvent) else b""
@@ -288,23 +290,22 @@ class AnswerReader:
             if ErrorReport.is_error(value):
                 raise self._error(ErrorReport.from_value(value))
             return ""
-        return self._read_choice(_object(choices[0] if isinstance(choices, list) else None))
+        choice = choices[0] if isinstance(choices, list) else None
+        return self._read_choice(choice if isinstance(choice, dict) else _object(choice))
 
     def _read_choice(self, choice: dict[str, Any]) -> str:
-        self._has_choice = True
         finish = choice.get("finish_reason")
         delta = choice.get("delta")
-        text = ""
-        if delta:
-            content = _object(delta).get("content")
-            text = content if isinstance(content, str) else _text_of(content)
-            if not text:
-                text = self._read_other(delta)
+        text = delta.get("content") if isinstance(delta, dict) else delta and _object(delta)
+        if not isinstance(text, str):
+            text = _text_of(text)
         if not text:
-            text = self._read_whole(choice)
+            self._has_choice = True
+            text = (delta and self._read_other(delta)) or self._read_whole(choice)
         if text and self._tags is not None:
+            self._has_choice = True
             text = self._without_reasoning(text, self._tags)
-        if text and not (self._has_text and self.finish_reason is None):
+        if text and (self.finish_reason is not None or not self._has_text):
             self._note_text(text, finish)
         if finish:
             self._read_finish(finish)

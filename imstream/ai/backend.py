@@ -155,7 +155,7 @@ class OpenAIBackend(EndpointClient):
         self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
     ) -> Completion:
         if is_encoded(response):
-            coding = shorten(response.headers["Content-Encoding"])
+            coding = shorten(", ".join(response.headers.getall("Content-Encoding")))
             raise failure("misconfigured", "bad_stream", f"content encoding {coding}, although none is accepted")
         with_tags = self._options.reasoning == "tags"
         reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets, with_tags=with_tags)

@@ -40,6 +40,7 @@ _MESSAGES = (
     *("msg", "error_msg", "errorMessage", "error_message", "err_msg", "errmsg", "status_msg"),
     *("faultstring", "error_description", "detail"),
 )
+_ERROR_FIELDS = frozenset({"error", "errors", "fault", "object", "base_resp", "success", "message", *_MESSAGES})
 _WAITS = {"retryDelay": 1.0, "retry_after": 1.0, "retryAfter": 1.0, "retry_after_ms": 0.001, "retryAfterMs": 0.001}
 _NO_ERROR = frozenset({"", "0", "200", "ok", "success", "none", "null"})  # as a code
 _FAILED = frozenset({"error", "fail", "failed", "failure"})  # as a status or a type
@@ -94,6 +95,8 @@ class ErrorReport:
     @staticmethod
     def is_error(value: dict[str, Any]) -> bool:
         """Whether JSON without an answer reports an error, such as `{"code": "InvalidApiKey", "message": "…"}`."""
+        if _ERROR_FIELDS.isdisjoint(value):
+            return False
         if any(value.get(name) for name in ("error", "errors", "fault")) or value.get("object") == "error":
             return True
         base = value.get("base_resp")  # MiniMax

@@ -298,7 +298,7 @@ def _judge(report: ErrorReport, status: int | None, *, in_answer: bool) -> tuple
             continue  # a limit per minute: Gemini words it alike
         quoted = rule.sentences is not None and status in rule.statuses and rule.sentences.search(report.message)
         if quoted or not rule.words.isdisjoint(words):
-            if rule.is_generic and rule.kind == by_status:
+            if rule.is_generic and rule.kind == by_status and not in_answer:
                 break  # the status says as much
             return rule.kind, rule.reason
     return by_status, status_reason

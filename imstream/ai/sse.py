@@ -10,6 +10,7 @@ and lines of JSON without a field name.
 import re
 
 EVENT_LIMIT = 1 << 22  # bytes buffered of an incomplete event, which carries one token, as a rule
+MAX_LINES = 1 << 16  # of data in an event
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -77,6 +78,8 @@ class EventParser:
             self.buffered += size
         if self.buffered > self._limit:
             raise EventTooLong(f"an event of more than {self._limit} bytes")
+        if len(self._data) > MAX_LINES:
+            raise EventTooLong(f"an event of more than {MAX_LINES} lines")
         return events
 
     def close(self) -> list[bytes]:
