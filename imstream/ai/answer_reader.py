@@ -244,11 +244,15 @@ class AnswerReader:
             summary = ErrorReport.from_body(body).summary(self._secrets)
             raise failure("misconfigured", "bad_stream", f"a page instead of an answer: {summary}")
         try:
-            text = self._read_value(self._decode(body))
+            value = self._decode(body)
         except _Unreadable as problem:
             # It may be a stream that begins with a line of JSON without `data:`, such as an error.
             self.skipped, self.problem = 1, str(problem)
             return self._read_events([*self._events.feed(body), *self._events.close()], at_end=True)
+        try:
+            text = self._read_value(value)
+        except _Unreadable as problem:
+            raise failure("broken", "bad_stream", str(problem)) from None
         if not self._has_choice:
             summary = ErrorReport.from_body(body).summary(self._secrets)
             raise failure("broken", "bad_stream", f"JSON without an answer: {summary}".removesuffix(": "))
