@@ -112,7 +112,7 @@ class _Chat:
             self._output.note(str(error))
         if result is None:
             return False
-        if result.outcome is Outcome.DONE or (result.outcome is Outcome.CANCELLED and result.text):
+        if result.outcome in {Outcome.DONE, Outcome.CANCELLED} and result.text.strip():
             self._history += [Turn(role="user", content=line), Turn(role="assistant", content=result.text)]
         while sum(len(turn.content.encode()) for turn in self._history) > MAX_HISTORY:
             del self._history[:2]

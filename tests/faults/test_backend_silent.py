@@ -40,8 +40,9 @@ async def test_silence_before_and_between_tokens_ends_the_call_and_it_is_made_ag
             for question in scripts:
                 told = await someone.end_of(question.replace(" ", "-"))
                 assert told.text == "The answer"
-                assert told.events.count("restart") == 1
-                assert told.attempt == 2
+                # Silence before the answer uses up no attempt: the backend is away.
+                broke = question == "no second token"
+                assert (told.events.count("restart"), told.attempt) == ((1, 2) if broke else (0, 1)), question
         assert len(backend.requests) == 8
         calls = {question_of(request): request for request in backend.requests[:4]}
         for question, call in calls.items():

@@ -1,8 +1,9 @@
 """Assembles and measures prompts: the system prompt, the history that fits the context, and the user's message.
 
-The system prompt is set by the operator and is the only content of the system message. Texts from users keep their
-roles, with special tokens escaped. The oldest turns are dropped first; no turn is truncated. The remaining history
-begins with a user turn: an answer without its question is dropped, too. Empty ones are left out.
+The system prompt is set by the operator and is the only content of the system message here; `ai/dialect.py` may merge
+it with system turns of clients that may have them. Texts from users keep their roles, with special tokens escaped. The
+oldest turns are dropped first; no turn is truncated. The remaining history begins with a user turn: an answer without
+its question is dropped, too, as are empty answers.
 """
 
 import asyncio
