@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imstream.client import Client
+from imstream.client import Busy, Client, RateLimited
 from tests.support.one_node import OneNode, one_node
 from tests.support.processes import http_status
 from tests.support.scripted_backend import Exchange, Script, refuses, scripted_backend, streams
@@ -28,10 +28,18 @@ WRONG_KEY = '{"error": {"message": "Incorrect API key provided", "code": "invali
 
 
 async def ask(node: OneNode, user: int, *questions: str) -> list[str]:
-    """Ask as an application does: with a client that sends again what was BUSY; the answers."""
+    """Ask as an application does, again when the node is busy; the answers."""
     async with Client(node.now.ws(), user) as client:
-        replies = [await client.send(question) for question in questions]
-        return [await reply.text() for reply in replies]
+
+        async def answer(question: str) -> str:
+            while True:
+                try:
+                    return await (await client.send(question)).text()
+                except (Busy, RateLimited) as refused:
+                    assert refused.retry_after is not None  # noqa: PT017 - each of them says when
+                    await asyncio.sleep(refused.retry_after.total_seconds())
+
+        return await asyncio.gather(*map(answer, questions))
 
 
 class Weather:
