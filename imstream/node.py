@@ -124,6 +124,7 @@ class Node:
             requests=requests,
             replies=replies,
             buffers=buffers,
+            inbox=inbox,
             consumer=self.consumer,
             jobs=jobs,
             registry=registry,

@@ -7,17 +7,40 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
+from imstream.codes import State
 from imstream.model import Question, Record, Terminal
 from imstream.user_ids import UserId
 
 MAX_DELTA = 32_768
 """Maximum characters in one delta, so that frames to a slow session have a size that clients accept."""
 
+STATUS_INTERVAL = 1.0
+"""Minimum seconds between two reports of a message's place in the queue to one session."""
+
 MAX_PIECES = 1024
 """Maximum pieces before they are joined to one. A piece of one character takes a hundred bytes."""
+
+
+class Place(NamedTuple):
+    """The place of a message in the queue of this node, as of the loop time `at`.
+
+    `wait`: estimated seconds from then until the answer begins; None without an estimate.
+    """
+
+    position: int
+    wait: float | None
+    at: float
+
+    def is_news_after(self, told: "Place") -> bool:
+        """Whether to report this place after another: it has changed, or the estimate by a second and a fifth."""
+        if self.at - told.at < STATUS_INTERVAL:
+            return False
+        if self.position != told.position or self.wait is None or told.wait is None:
+            return (self.position, self.wait is None) != (told.position, told.wait is None)
+        return abs(self.at + self.wait - told.at - told.wait) > max(1.0, self.wait / 5)
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
@@ -28,6 +51,8 @@ class ReplyBuffer:
         has_writer: A worker of this process writes it. Then the buffer is newer than any record.
         position: Position in the reply stream up to which the record was loaded. Empty: load from the beginning.
         question: The recorded question, where it is known.
+        place: Its place in the queue of this node, until it begins; None: not known.
+        is_watched: A session wants to know its place.
     """
 
     user_id: UserId
@@ -38,14 +63,31 @@ class ReplyBuffer:
     has_writer: bool = False
     position: str = ""
     question: Question | None = None
+    place: Place | None = None
+    is_watched: bool = False
     _texts: list[str] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
     _subscribers: set[Callable[["ReplyBuffer"], None]] = field(default_factory=set)
 
+    @property
+    def is_queued(self) -> bool:
+        """Whether a record says that the message waits for a worker."""
+        return self.attempt == 0 and self.terminal is None and (self.question is not None or self.position != "")
+
+    def queue(self, question: Question) -> None:
+        """Note that the message is recorded as waiting for a worker."""
+        self.question = question
+        self._notify()
+
+    def move_to(self, place: Place) -> None:
+        """Set the place in the queue."""
+        self.place = place
+        self._notify()
+
     def begin(self, attempt: int) -> None:
         """Begin an attempt of this process; discard the text so far."""
         self.attempt, self.has_writer = attempt, True
-        self.position, self.terminal = "", None
+        self.position, self.terminal, self.place = "", None, None
         self._clear()
 
     def append(self, text: str) -> None:
@@ -180,22 +222,49 @@ class ReplyEnded(NamedTuple):
     terminal: Terminal
 
 
+class QuestionAsked(NamedTuple):
+    """The question, for sessions that want it."""
+
+    text: str
+
+
+class StateChanged(NamedTuple):
+    """The state of the message, for sessions that want it. `place`: while it is queued, where it is known."""
+
+    state: Literal[State.QUEUED, State.STARTED]
+    place: Place | None = None
+
+
+Step = TextReset | TextGrown | ReplyEnded | QuestionAsked | StateChanged
+
+
 @dataclass(slots=True, eq=False)
 class Cursor:
-    """The position of one session in one reply."""
+    """The position of one session in one reply.
+
+    Attributes:
+        wants_question: The question is to be reported.
+        wants_status: The state is to be reported, until the answer begins.
+    """
 
     reply: ReplyBuffer
     attempt: int = field(default=0, kw_only=True)
     offset: int = field(default=0, kw_only=True)
+    wants_question: bool = field(default=False, kw_only=True)
+    wants_status: bool = field(default=False, kw_only=True)
+    _told: StateChanged | None = field(default=None, init=False)
 
     @property
     def has_more(self) -> bool:
         """Whether the next `advance` returns a step. Valid right after one that did."""
-        return self.offset < self.reply.offset or self.reply.terminal is not None
+        informs = self.wants_question or self.wants_status
+        return informs or self.offset < self.reply.offset or self.reply.terminal is not None
 
-    def advance(self) -> TextReset | TextGrown | ReplyEnded | None:
+    def advance(self) -> Step | None:
         """Return the next step for the client; None when it is up to date."""
         reply = self.reply
+        if (self.wants_question or self.wants_status) and (step := self._inform()) is not None:
+            return step
         if reply.attempt == 0 and reply.terminal is None:
             return None  # no attempt is known yet
         # A client may have seen more than was recorded before a node died. If the reply ends there, start over.
@@ -209,3 +278,21 @@ class Cursor:
             self.offset += len(text)
             return TextGrown(reply.attempt, text, self.offset)
         return None if reply.terminal is None else ReplyEnded(reply.attempt, reply.offset, reply.terminal)
+
+    def _inform(self) -> QuestionAsked | StateChanged | None:
+        """Return the question or the state, unless the client knows it."""
+        reply = self.reply
+        if self.wants_question and reply.question is not None:
+            self.wants_question = False
+            return QuestionAsked(reply.question.text)
+        if self.wants_status and (reply.attempt > 0 or reply.terminal is not None):
+            self.wants_status = False
+            return StateChanged(State.STARTED) if reply.terminal is None else None
+        if self.wants_status and reply.is_queued and self._is_news(reply.place):
+            self._told = StateChanged(State.QUEUED, reply.place)
+            return self._told
+        return None
+
+    def _is_news(self, place: Place | None) -> bool:
+        told = self._told
+        return told is None or (place is not None and (told.place is None or place.is_news_after(told.place)))

@@ -32,6 +32,7 @@ class Text(Sentence, Enum):
         "Too many of your messages are still being answered, please wait for a reply!",
     )
     ACCEPTED = ("消息已收到,当前排在第 {position} 位", "Message received, place {position} in the queue")
+    ANSWERED_BEFORE = ("这条消息已有回答,以下是记录", "This message was answered before; the recorded answer follows")
     RESTART = ("回答中断,正在重新生成", "The answer was interrupted and is being generated again")
     FAILED = (
         "抱歉,这条消息暂时无法得到回答,请稍后再试!",

@@ -12,7 +12,7 @@ import structlog
 
 from imstream import wire
 from imstream.clock import now_ms
-from imstream.codes import CloseCode, Code
+from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.presence import Presence
@@ -23,9 +23,10 @@ from imstream.gateway.websocket_protocol import BYTES_PER_FRAME, SECONDS_PER_FRA
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import LoginAttempt, Reject
 from imstream.logs import LIMITED
-from imstream.model import ChatRequest
-from imstream.reply_buffer import Cursor, ReplyBuffers
+from imstream.model import ChatRequest, digest_of
+from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
+from imstream.store.inbox import Inbox, MessageQueued
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
@@ -37,6 +38,9 @@ from imstream.worker.jobs import Jobs
 OPEN_WAIT = 0.05
 """Seconds to wait for a free worker to open the reply, before the message is marked as queued. A needless mark would be
 3 % of the CPU of a short chat."""
+
+_STATES = {"queued": State.QUEUED, "done": State.DONE, "failed": State.FAILED, "cancelled": State.CANCELLED}
+"""The state of a message by the last event of its record; after any other, its answer has begun."""
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
@@ -52,6 +56,7 @@ class SessionDeps:
     requests: RequestStream
     replies: ReplyStore
     buffers: ReplyBuffers
+    inbox: Inbox
     consumer: StreamConsumer
     jobs: Jobs
     registry: Registry
@@ -137,16 +142,24 @@ class FrameHandler:
             session.close(CloseCode.TOO_MANY_CONNECTIONS, Code.TOO_MANY_SOCKETS, Text.TOO_MANY_SOCKETS)
             return
         session.logged_in(user_id, verdict.expires_at)
+        self._writer.set_wants(frozenset(frame.wants))
         with self._writer.hold_new(*(point.message_id for point in frame.resume)):
             deps.registry.log_in(session, user_id)
             # The route first: then no batch falls between what is read here and the notices of other nodes, and a
             # client that has its welcome misses no reply that begins from then on.
             await deps.presence.on_login(session, user_id)
-            self._writer.send(self._frames.welcome(verdict.remaining, deps.settings.heartbeat))
+            messages = await self._messages(user_id) if Want.ASKED in self._writer.wants else None
+            self._writer.send(self._frames.welcome(verdict.remaining, deps.settings.heartbeat, messages))
             # All at once: their reads share a pipeline.
             sizes = await asyncio.gather(*(self._resume(user_id, point) for point in frame.resume))
             if sizes:
                 session.socket.charge(len(sizes) + sum(sizes) / BYTES_PER_FRAME)  # by its results, not by its own size
+
+    async def _messages(self, user_id: UserId) -> dict[str, State]:
+        """The user's messages that can be resumed, with their states."""
+        messages = await self._deps.replies.messages(user_id)
+        self._session.socket.charge(len(messages))  # each is read in Redis
+        return {message_id: _STATES.get(event, State.STARTED) for message_id, event in messages.items()}
 
     async def _resume(self, user_id: UserId, point: wire.ResumePoint) -> int:
         """Follow a reply from a point; how many characters of it are sent at once."""
@@ -163,7 +176,8 @@ class FrameHandler:
         if not found:
             self._writer.send(self._frames.expired(point.message_id))
             return 0
-        self._writer.follow(Cursor(reply, attempt=point.attempt, offset=point.offset))
+        asks = Want.ASKED in self._writer.wants and point.attempt == 0
+        self._writer.follow(Cursor(reply, attempt=point.attempt, offset=point.offset, wants_question=asks))
         continues = point.attempt == reply.attempt and point.offset <= reply.offset
         return reply.offset - point.offset if continues else reply.offset
 
@@ -177,6 +191,7 @@ class FrameHandler:
             lang=self._frames.lang,
             at=now_ms(),
             trace=f"{random.getrandbits(64):016x}",
+            digest=digest_of(frame.contents),
         )
         user_id, message_id = request.user_id, request.message_id
         if deps.consumer.stopping:
@@ -197,18 +212,37 @@ class FrameHandler:
             await verdict.undo()
             self._writer.send(self._frames.busy(message_id, by_user=admission.by_user))
             return
-        # A free worker opens the reply at once, which needs no other record.
-        is_free = admission.position <= deps.jobs.free_slots
-        if not (reply.has_writer or (is_free and await reply.wait_until_recorded(OPEN_WAIT))):
-            # Without a record, a resume or cancel on another node would not find the message before its turn. It is
-            # not called accepted then: sent again, it is recognised as a duplicate.
-            await deps.replies.mark_queued(user_id, message_id)
-        self._writer.send(self._frames.accepted(message_id, admission.position, verdict.remaining))
+        await self._ensure_record(verdict.request, reply, admission)
+        if reply.question is not None and reply.question.differs_from(request.digest):
+            await verdict.undo()
+            problem = InvalidFrame("messageId", "it belongs to a message with another text", message_id)
+            self._writer.send(self._frames.bad_frame(problem))
+            return
+        position = admission.position if reply.terminal is None else None
+        self._writer.send(self._frames.accepted(message_id, position, verdict.remaining))
         # From the beginning, also if this socket has received some of it and the message was sent again: that costs as
         # much as a resume.
         self._writer.follow(Cursor(reply), restart=True)
         if reply.offset:
             self._session.socket.charge(reply.offset / BYTES_PER_FRAME)
+
+    async def _ensure_record(self, request: ChatRequest, reply: ReplyBuffer, admission: Admitted) -> None:
+        """Wait until there is a record of the message, ours or that of an earlier one with its id."""
+        deps = self._deps
+        # A free worker opens the reply at once, which needs no other record.
+        is_free = admission.position <= deps.jobs.free_slots
+        if reply.has_writer or (is_free and await reply.wait_until_recorded(OPEN_WAIT)):
+            return
+        # Without a record, a resume or cancel on another node would not find the message before its turn. It is
+        # not called accepted then: sent again, it is recognised as a duplicate.
+        nodes = await deps.replies.mark_queued(request.user_id, request.message_id, request.question)
+        if nodes is None:
+            await deps.reply_sync.catch_up(reply)
+            return
+        if not reply.has_writer:
+            reply.queue(request.question)
+        deps.registry.follow_queued(reply)
+        await deps.inbox.notify(nodes, MessageQueued(request.user_id, request.message_id))
 
     async def _cancel(self, message_id: str) -> None:
         followed = message_id in self._writer.followed

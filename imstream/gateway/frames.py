@@ -1,19 +1,21 @@
 """The frames of the gateway: one for each situation, in the language of the client."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
 
 from imstream.ai.failures import REQUEST_REASONS
-from imstream.codes import Code
+from imstream.codes import Code, State
 from imstream.guards.guard import Reject
 from imstream.model import Terminal
-from imstream.reply_buffer import ReplyEnded, TextGrown, TextReset
+from imstream.reply_buffer import QuestionAsked, ReplyEnded, StateChanged, Step, TextGrown, TextReset
 from imstream.texts import Lang, Sentence, Text, localize
 from imstream.user_ids import UserId
 from imstream.wire import (
     Accepted,
+    Asked,
     Cancelled,
     Done,
     Ending,
@@ -21,8 +23,10 @@ from imstream.wire import (
     Failed,
     HeartbeatReply,
     InvalidFrame,
+    KnownMessage,
     Problem,
     Restart,
+    Status,
     Welcome,
     encode_delta,
 )
@@ -45,24 +49,32 @@ class FrameBuilder:
     node: str
     user_id: UserId | None = None
 
-    def welcome(self, remaining: int | None = None, heartbeat: timedelta | None = None) -> Welcome:
+    def welcome(
+        self,
+        remaining: int | None = None,
+        heartbeat: timedelta | None = None,
+        messages: Mapping[str, State] | None = None,
+    ) -> Welcome:
         """The answer to INIT."""
+        known = None if messages is None else [KnownMessage(message_id=name, state=messages[name]) for name in messages]
         return Welcome(
             contents=self._text(Text.WELCOME, user_id=self.user_id),
             user_id=self._logged_in(),
             remaining=remaining,
             heartbeat_ms=_ms(heartbeat),
             node=self.node,
+            messages=known,
         )
 
     def heartbeat(self) -> HeartbeatReply:
         """The answer to PING and HEARTBEAT."""
         return HeartbeatReply(contents=self._text(Text.HEARTBEAT), user_id=self.user_id)
 
-    def accepted(self, message_id: str, position: int, remaining: int | None = None) -> Accepted:
-        """A message is in the stream."""
+    def accepted(self, message_id: str, position: int | None, remaining: int | None = None) -> Accepted:
+        """A message is in the stream. Without a position, it has ended already."""
+        text = Text.ANSWERED_BEFORE if position is None else Text.ACCEPTED
         return Accepted(
-            contents=self._text(Text.ACCEPTED, position=position),
+            contents=self._text(text, position=position),
             user_id=self._logged_in(),
             message_id=message_id,
             position=position,
@@ -114,15 +126,22 @@ class FrameBuilder:
             retry_after_ms=int(RETRY_AFTER_MS * spread) if retry else None,
         )
 
-    def reply_step(self, message_id: str, step: TextReset | TextGrown | ReplyEnded) -> str:
+    def reply_step(self, message_id: str, step: Step) -> str:
         """The text of the frame for one step of a reply."""
-        if isinstance(step, TextGrown):
-            return encode_delta(message_id, attempt=step.attempt, offset=step.offset, text=step.text)
-        if isinstance(step, ReplyEnded):
-            return self._end(message_id, step).encode()
-        return Restart(
-            contents=self._text(Text.RESTART), message_id=message_id, attempt=step.attempt, offset=0
-        ).encode()
+        match step:
+            case TextGrown(attempt, text, offset):
+                return encode_delta(message_id, attempt=attempt, offset=offset, text=text)
+            case ReplyEnded():
+                return self._end(message_id, step).encode()
+            case TextReset(attempt):
+                text = self._text(Text.RESTART)
+                return Restart(contents=text, message_id=message_id, attempt=attempt, offset=0).encode()
+            case QuestionAsked(text):
+                return Asked(contents=text, message_id=message_id).encode()
+            case StateChanged(state, place):
+                position = None if place is None else place.position
+                eta = None if place is None or place.wait is None else ceil(place.wait * 1000)
+                return Status(message_id=message_id, state=state, position=position, eta_ms=eta).encode()
 
     def _end(self, message_id: str, step: ReplyEnded) -> Ending:
         terminal = step.terminal

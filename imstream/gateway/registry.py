@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import structlog
 
-from imstream.codes import CloseCode, Code
+from imstream.codes import CloseCode, Code, Want
 from imstream.gateway.session import Session
 from imstream.logs import LIMITED
 from imstream.reply_buffer import ReplyBuffer
@@ -74,6 +74,13 @@ class Registry:
         """Have every socket of the user follow a reply that begins, here or on another node."""
         for session in self.sessions_of(reply.user_id):
             session.writer.follow_new(reply)
+
+    def follow_queued(self, reply: ReplyBuffer) -> bool:
+        """Have sockets of the user that want questions follow a message that waits; whether there are any."""
+        wanting = [one for one in self.sessions_of(reply.user_id) if Want.ASKED in one.writer.wants]
+        for session in wanting:
+            session.writer.follow_new(reply)
+        return bool(wanting)
 
     async def run(self) -> None:
         """Check all sessions with one timer instead of one for each: a second of delay does not matter."""

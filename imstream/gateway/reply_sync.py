@@ -11,7 +11,16 @@ from imstream.gateway.presence import Presence
 from imstream.gateway.registry import Registry
 from imstream.logs import LIMITED, sanitize
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
-from imstream.store.inbox import AccountChanged, CancelRequested, Inbox, NodeLeft, Notice, ReplyGrew, SessionReplaced
+from imstream.store.inbox import (
+    AccountChanged,
+    CancelRequested,
+    Inbox,
+    MessageQueued,
+    NodeLeft,
+    Notice,
+    ReplyGrew,
+    SessionReplaced,
+)
 from imstream.store.replies import ReplyStore
 from imstream.worker.adoption import Adopter
 from imstream.worker.jobs import Jobs
@@ -39,6 +48,12 @@ class ReplySync:
             reply = self.buffers.get(notice.user_id, notice.message_id)
             self.registry.follow_new(reply)
         if reply is not None:
+            await self._catch_up_all([reply])
+
+    async def on_queued(self, notice: MessageQueued) -> None:
+        """Load the question of a message that another node has queued, if a session here wants it."""
+        reply = self.buffers.get(notice.user_id, notice.message_id)
+        if self.registry.follow_queued(reply):
             await self._catch_up_all([reply])
 
     async def catch_up(self, reply: ReplyBuffer) -> bool:
@@ -107,6 +122,8 @@ class InboxConsumer:
                     if (job := self.jobs.find(user_id, message_id)) is not None:
                         await job.recheck()
                     await self.reply_sync.on_growth(notice)
+                case MessageQueued():
+                    await self.reply_sync.on_queued(notice)
                 case CancelRequested(user_id, message_id):
                     if (job := self.jobs.find(user_id, message_id)) is not None:
                         job.stop("cancelled")

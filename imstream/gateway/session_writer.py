@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from imstream.codes import CloseCode, Code
+from imstream.codes import CloseCode, Code, Want
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.websocket_protocol import SocketProtocol
@@ -42,6 +42,8 @@ class SessionWriter:
     _socket: SocketProtocol
     _frames: FrameBuilder
     _scheduler: FlushScheduler
+    wants: frozenset[str] = frozenset()
+    """The optional frames that the client wants."""
     blocked_since: float | None = None
     """Loop time since when the socket has taken nothing although there is something to send."""
     _outbox: list[ServerFrame] = field(default_factory=list)
@@ -62,6 +64,20 @@ class SessionWriter:
         """Ids of the messages whose end was not sent yet."""
         return list(self._cursors)
 
+    def set_wants(self, wants: frozenset[str]) -> None:
+        """Send these optional frames from now on. Of a reply that is followed already, only the state is sent."""
+        if wants == self.wants:
+            return
+        self.wants = wants
+        for cursor in self._cursors.values():
+            cursor.wants_question &= Want.ASKED in wants
+            self._watch(cursor)
+            self._on_growth(cursor.reply)
+
+    def _watch(self, cursor: Cursor) -> None:
+        cursor.wants_status = Want.STATUS in self.wants
+        cursor.reply.is_watched |= cursor.wants_status
+
     def send(self, frame: ServerFrame) -> None:
         """Queue a frame; it is sent before what is new in replies."""
         self._outbox.append(frame)
@@ -81,6 +97,7 @@ class SessionWriter:
         if restart or message_id not in self._cursors:
             cursor.reply.subscribe(self._on_growth)
             self._cursors[message_id] = cursor
+            self._watch(cursor)
         self._on_growth(cursor.reply)
 
     def follow_new(self, reply: ReplyBuffer) -> None:
@@ -88,7 +105,7 @@ class SessionWriter:
         if self._held is not None:
             self._held.append(reply)
         elif reply.message_id not in self._sent_ends:
-            self.follow(Cursor(reply))
+            self.follow(Cursor(reply, wants_question=Want.ASKED in self.wants))
 
     @contextmanager
     def hold_new(self, *known: str) -> Iterator[None]:

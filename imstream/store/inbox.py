@@ -42,6 +42,14 @@ class ReplyGrew:
 
 
 @dataclass(frozen=True, slots=True)
+class MessageQueued:
+    """A message was accepted and waits for its turn. Sent only to nodes with sockets of the user."""
+
+    user_id: UserId
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRequested:
     """The node that works on a message is to cancel it."""
 
@@ -71,11 +79,12 @@ class AccountChanged:
     user_id: UserId
 
 
-Notice = ReplyGrew | CancelRequested | SessionReplaced | NodeLeft | AccountChanged
+Notice = ReplyGrew | MessageQueued | CancelRequested | SessionReplaced | NodeLeft | AccountChanged
 
 _MESSAGE_NOTICES: dict[str, Callable[[UserId, str], Notice]] = {
     "grew": ReplyGrew,
     "begun": partial(ReplyGrew, begun=True),
+    "queued": MessageQueued,
     "cancel": CancelRequested,
 }
 
@@ -85,6 +94,8 @@ def notice_fields(notice: Notice) -> tuple[str, ...]:
     match notice:
         case ReplyGrew(user_id, message_id, begun):
             return ("event", "begun" if begun else "grew", "user", str(user_id), "message_id", message_id)
+        case MessageQueued(user_id, message_id):
+            return ("event", "queued", "user", str(user_id), "message_id", message_id)
         case CancelRequested(user_id, message_id):
             return ("event", "cancel", "user", str(user_id), "message_id", message_id)
         case SessionReplaced(user_id, login):
@@ -181,7 +192,7 @@ def parse_notice(flat: Sequence[str], user_ids: UserIds = UserIds.NUMBER) -> Not
         if (user_id := user_ids.parse(fields["user"])) is None:
             return None
         match fields["event"]:
-            case "grew" | "begun" | "cancel" as event:
+            case "grew" | "begun" | "queued" | "cancel" as event:
                 return _MESSAGE_NOTICES[event](user_id, fields["message_id"])
             case "replaced":
                 return SessionReplaced(user_id, int(fields["login"]))

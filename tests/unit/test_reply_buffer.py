@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
 
 from imstream.model import Record, Terminal
-from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, TextGrown, TextReset
+from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, Step, TextGrown, TextReset
 from tests.support.tiers import examples
 
 DONE = Terminal("done", "stop")
@@ -28,7 +28,7 @@ def reply_with(*pieces: str, attempt: int = 1) -> ReplyBuffer:
     return reply
 
 
-def all_steps(cursor: Cursor) -> list[TextReset | TextGrown | ReplyEnded]:
+def all_steps(cursor: Cursor) -> list[Step]:
     """All steps up to the end."""
     steps = []
     while (step := cursor.advance()) is not None:
