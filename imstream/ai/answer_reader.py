@@ -36,6 +36,8 @@ _FAILED = re.compile(
 )
 """Finish reasons of many servers: the answer was cut by a filter, or at a limit, or the model has not finished."""
 
+_TEXT_TYPES = ("text", "output_text")
+
 _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _MAX_COUNTS = 16  # kept of a usage; OpenAI sends 3, others up to 8
 _MAX_USAGE_FIELDS = 4 * _MAX_COUNTS
@@ -226,7 +228,7 @@ class AnswerReader:
         event = event.strip()
         while event.startswith(b"data:"):  # gateways that frame events twice
             event = event[5:].strip()
-        if event == b"[DONE]":
+        if event.strip(b'"').upper() == b"[DONE]":
             text = self._rest()
             self._finish()
             return text
@@ -312,6 +314,8 @@ class AnswerReader:
         if text and (self.finish_reason is not None or not self._has_text):
             self._note_text(text, finish)
         if finish:
+            if choice.get("error"):  # OpenRouter
+                raise self._error(ErrorReport.from_value(choice))
             self._read_finish(finish)
             self.may_resume = bool(text)
         return text
@@ -403,8 +407,10 @@ def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
         return content
     if content is None:
         return ""
+    if isinstance(content, dict):
+        content = [content]
     if isinstance(content, list):
-        texts = [part.get("text") for part in map(_object, content) if part.get("type") == "text"]
+        texts = [part.get("text") for part in map(_object, content) if part.get("type", "text") in _TEXT_TYPES]
         return "".join(text for text in texts if isinstance(text, str))
     raise _Unreadable("content that is not text")
 

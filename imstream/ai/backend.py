@@ -165,7 +165,12 @@ class OpenAIBackend(EndpointClient):
                 await stream_body(response, intake.feed)
                 await intake.feed_deferred()
         except BodyBroken as broken:
-            raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
+            try:
+                intake.feed(b"", defer=False)  # it may have lost nothing but its end
+            except BackendError as told:
+                if told.reason not in {"bad_stream", "broken_stream"}:
+                    raise
+                raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
         limits.stop()
         if not reader.truncated:
             await self._receive_rest(response.content, reader, intake)

@@ -221,6 +221,8 @@ def from_response(
     if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
         detail = "a redirect, which is not followed"
     kind, reason = _judge(report, status, in_answer=False)
+    if reason == "http_400" and body.lstrip().startswith(b"<"):
+        kind, reason = "misconfigured", "misconfigured"  # a page is not of the API: nobody has read the request
     wait = retry_after(headers, now=now)
     return failure(kind, reason, detail, retry_after=report.retry_after if wait is None else wait)
 

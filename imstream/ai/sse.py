@@ -3,8 +3,8 @@
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
 Chat completions do not use ids and retry times, which are dropped. Names are kept: of other events, such as pings, the
-data may be anything. Two things are read that are not of the standard, because servers send errors so: a field `error`,
-and lines of JSON without a field name.
+data may be anything. Three things are read that are not of the standard, because servers send them: a field `error`,
+lines of JSON without a field name, and events of JSON without a blank line between them.
 """
 
 import re
@@ -100,7 +100,7 @@ class EventParser:
                 if data or self._name:
                     self._end_event(events)
             elif line.startswith(b"data:"):
-                if self._is_bare:
+                if data and (self._is_bare or _is_next(data[-1], line)):
                     self._end_event(events)
                 data.append(line[6:] if line.startswith(b"data: ") else line[5:])
             elif not line.startswith(b":"):
@@ -141,3 +141,8 @@ class EventParser:
             event = NamedEvent(event)
             event.name = name
         events.append(event)
+
+
+def _is_next(last: bytes, line: bytes) -> bool:
+    """Whether a line begins another event than the last line of data: no JSON has an object behind an object."""
+    return last.endswith(b"}") and line[5:].lstrip().startswith((b"{", b"[DONE]"))

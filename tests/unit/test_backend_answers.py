@@ -206,6 +206,7 @@ async def test_an_answer_that_was_cut_at_a_limit_says_so(reason: str) -> None:
         pytest.param([{"delta": {"content": "Hello"}}, {"delta": {}, "message": {"content": "Hello"}}], id="once more"),
         pytest.param([{"delta": {"role": "assistant"}, "message": {"content": "Hello"}}], id="beside an empty delta"),
         pytest.param([{"text": "Hel"}, {"text": "lo"}], id="texts, as of completions"),
+        pytest.param([{"delta": {"content": {"type": "text", "text": "Hello"}}}], id="an object of text"),
     ],
 )
 async def test_a_message_may_take_the_place_of_a_delta(parts: Sequence[object]) -> None:
@@ -286,11 +287,36 @@ async def test_silence_after_finish_reasons_is_the_end() -> None:
 # Nothing that follows a whole answer can void it
 
 
+DOCUMENT = b'{"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}'
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+@pytest.mark.parametrize("body", [WHOLE.rstrip(), (WHOLE + DONE).rstrip(), DOCUMENT])
+async def test_a_whole_answer_may_lose_its_end(body: bytes, how: str) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.start(framing=len(body) + 2)
+        await exchange.send(body)
+        await asyncio.sleep(0.05)
+        getattr(exchange, how)()
+
+    async with asking(script) as asked:
+        assert await asked.ask() == Completion("stop", None)
+        assert asked.text == "Hello"
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+async def test_events_may_lack_the_blank_line_between_them(line_end: bytes) -> None:
+    body = (ROLE + WHOLE + DONE).replace(b"\n\n", line_end)
+    assert await answer_to(body) == ("Hello", "stop")
+    assert await answer_to(*[body[at : at + 1] for at in range(len(body))]) == ("Hello", "stop")
+
+
 @pytest.mark.parametrize(
     "rest",
     [
         pytest.param(b"data: [DONE] \n\n", id="[DONE] and a blank"),
         pytest.param(b"data:  [DONE]\t\n\n", id="blanks on both sides"),
+        pytest.param(b'data: "[DONE]"\n\n', id="[DONE] in quotes"),
         pytest.param(event({"error": {"message": "usage could not be recorded"}}), id="an error"),
         pytest.param(b"event: error\ndata: usage could not be recorded\n\n", id="an event `error`"),
         pytest.param(b'error: {"code": 500}\n\n', id="a field `error`"),
@@ -357,7 +383,8 @@ async def test_events_that_were_framed_twice_are_read(prefix: bytes) -> None:
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 async def test_lines_of_json_without_a_field_name_are_read(line_end: bytes) -> None:
     assert await answer_to((WHOLE + DONE).replace(b"data: ", b"").replace(b"\n", line_end)) == ("Hello", "stop")
-    assert await answer_to(ROLE, (WHOLE + DONE).replace(b"data: ", b"").replace(b"\n\n", line_end)) == ("Hello", "stop")
+    lines = (WHOLE + DONE).replace(b"data: ", b"").replace(b"\n\n", line_end)
+    assert await answer_to(ROLE, lines) == ("Hello", "stop")
 
 
 @pytest.mark.parametrize("size", [3 << 19, 3 << 20])
@@ -470,6 +497,12 @@ RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay":
 async def test_an_error_says_whose_fault_it_is(status: int, error: object, verdict: tuple[str, str]) -> None:
     got = await failure(refuses(status, json.dumps({"error": error})))
     assert (got.kind, got.reason) == verdict
+
+
+async def test_a_page_with_status_400_is_not_of_the_api() -> None:
+    page = "<html><title>400 The plain HTTP request was sent to HTTPS port</title></html>"
+    error = await failure(refuses(400, page, content_type="text/html"))
+    assert (error.kind, error.reason) == ("misconfigured", "misconfigured")
 
 
 @pytest.mark.parametrize(
