@@ -10,7 +10,7 @@ from datetime import timedelta
 from imstream.cli.terminal import LineReader, TerminalOutput, isolate_direction
 from imstream.client.client import Client
 from imstream.client.connection import Connected, ConnectionChange
-from imstream.client.errors import Busy, ClientError, RateLimited, SessionEnded, Unavailable
+from imstream.client.errors import Busy, ClientError, RateLimited, Refused, SessionEnded, Unavailable
 from imstream.client.reconnect import Timing
 from imstream.client.reply import Accepted, Outcome, Piece, Reply, Restarted, Result
 from imstream.texts import Lang, Text, localize
@@ -103,7 +103,9 @@ class _Chat:
                 reply = await self._client.send(line, history=self._history, message_id=message_id)
                 try:
                     result = await self._follow(reply)
-                except (Busy, RateLimited, Unavailable) as refusal:
+                except Refused as refusal:
+                    if refusal.retry_after is None and not isinstance(refusal, Busy | RateLimited | Unavailable):
+                        raise
                     if not await self._pause(refusal.retry_after or RETRY, str(refusal)):
                         return False
         except SessionEnded:

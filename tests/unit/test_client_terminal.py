@@ -200,6 +200,19 @@ async def test_a_busy_server_is_asked_again_after_telling() -> None:
         assert (await peer.hear_chat()).contents == "other"
 
 
+async def test_a_newer_server_that_says_when_to_send_a_message_again_is_obeyed() -> None:
+    async with scripted_server() as server, at_terminal(server.url) as terminal:
+        peer = await greeted(server, terminal)
+        terminal.type("hello\n")
+        chat = await peer.hear_chat()
+        refusal = {"code": "TOO_HOT", "contents": "Cooling down.", "retry_after_ms": 10}
+        await peer.send_frame("SYSTEM", message_id=chat.message_id, **refusal)
+        await terminal.shows("Cooling down. Sent again in 0 s")
+        assert await peer.hear_chat() == chat
+        await peer.send_frame("SYSTEM", message_id=chat.message_id, code="TOO_HOT", contents="Burnt down.")
+        await terminal.shows("Burnt down.\n> ")
+
+
 async def test_a_message_that_would_have_to_wait_for_tomorrow_is_not_waited_for() -> None:
     async with scripted_server() as server, at_terminal(server.url) as terminal:
         peer = await greeted(server, terminal)
