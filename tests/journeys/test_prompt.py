@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from imstream.user_ids import UserIds
 from tests.support.one_node import OneNode, one_node
 from tests.support.scripted_backend import ScriptedBackend, scripted_backend, streams
 from tests.support.servers import RedisServer, start_node
 from tests.support.tokenizing import trained
-from tests.support.users import user_id
+from tests.support.users import USER_IDS, user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -80,9 +81,10 @@ SYSTEM = {
     "zh": "不允许使用系统角色 (history.1.role: system)",
     "en": "The role system is not allowed (history.1.role: system)",
 }
+LEFT = {UserIds.NUMBER: (339, 338), UserIds.TEXT: (316, 316)}[USER_IDS]  # the system prompt names the user
 TOO_LONG = {
-    "zh": "消息过长:约 1,110 个 token,最多 339 个",
-    "en": "This message is too long: it has about 1,110 tokens, at most 338 are possible",
+    "zh": f"消息过长:约 1,110 个 token,最多 {LEFT[0]} 个",
+    "en": f"This message is too long: it has about 1,110 tokens, at most {LEFT[1]} are possible",
 }
 
 

@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from imstream.guards.auth.tokens import Algorithm
 from tests.support.processes import free_port
+from tests.support.users import user_id
 
-USER = 10001
+USER = user_id(10001)
 SECRET = "a secret of at least thirty-two bytes"  # noqa: S105 - of these tests
 PUBLIC: tuple[Algorithm, ...] = ("RS256", "ES256", "EdDSA")
 
