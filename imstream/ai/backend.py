@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
 from time import perf_counter
-from typing import Literal, Protocol
+from types import TracebackType
+from typing import Literal, Protocol, Self
 
 import aiohttp
 import structlog
@@ -34,6 +35,7 @@ from imstream.urls import redact_url
 AFTER_FINISH = timedelta(seconds=2)  # time limit for usage, `[DONE]` and the end of the body, after all text
 AFTER_TEXT = timedelta(seconds=10)  # the same if text came with the finish reason: there may be more of both
 AFTER_DONE = timedelta(milliseconds=100)  # for the end of the body; without it the connection cannot be reused
+CHECK_TIMEOUT = timedelta(seconds=10)  # of an unusual address, at the start
 CHUNK = 16 * 1024  # bytes that are parsed, and characters that are passed on, in one turn of the event loop
 MAX_BLOCKING = 0.005  # seconds after which large reads leave the event loop to others for as long as they used it
 
@@ -90,15 +92,50 @@ class OpenAIBackend(EndpointClient):
         self._usage = UsageRequest(options)
         self._limits = AnswerLimits(options)
         self._turn = _Turn()
+        self._check: asyncio.Task[None] | None = None
         self._address = shorten(redact_url(str(self._endpoint.url)), self._endpoint.secrets)
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        if failures.is_unusual(self._endpoint.url.path):
+            self._check = asyncio.create_task(self._check_address())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._check is not None:
+            self._check.cancel()
+            await asyncio.wait([self._check])
+        await super().__aexit__(kind, error, traceback)
+
+    async def _check_address(self) -> None:
+        """Tell the operator if nothing answers at an unusual address. The request asks for nothing."""
+        endpoint = self._endpoint
+        try:
+            async with (
+                asyncio.timeout(CHECK_TIMEOUT.total_seconds()),
+                self._session.post(endpoint.url, json={}, allow_redirects=False, proxy=endpoint.proxy) as response,
+            ):
+                error = self._error(response, await self._read_error(response))
+                status = HTTPStatus.NOT_FOUND if response.content_type == "text/html" else response.status
+        except (aiohttp.ClientError, OSError):
+            return  # it may be away: the first call tells
+        if status in failures.ADDRESS_STATUSES:
+            self._locate(error)
+            log.error("backend is misconfigured", backend=self.name, reason=error.reason, error=error.detail)
+
+    def _locate(self, error: BackendError) -> None:
+        """Add to an error which address was asked, and what may have to be changed."""
+        hint = failures.hint(error, self._endpoint.url.path, variable=self._options.variable)
+        error.detail = f"{error.detail} ({'; '.join(filter(None, (self._address, hint)))})"
 
     async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
         """See `Backend.answer`."""
         try:
             return await self._answer(messages, on_text)
         except BackendError as error:
-            hint = failures.hint(error, self._endpoint.url.path, variable=self._options.variable)
-            error.detail = f"{error.detail} ({'; '.join(filter(None, (self._address, hint)))})"
+            self._locate(error)
             raise
 
     async def _answer(self, messages: Sequence[PromptMessage], on_text: Callable[[str], None]) -> Completion:

@@ -30,6 +30,7 @@ MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
 
 AWAY_STATUSES = frozenset({401, 402, 403, 408, 409, 424, 425, 429, 499})
 MISCONFIGURED_STATUSES = frozenset({404, 405, 406, 407, 410, 415, 421, 426, 431, 501, 505})
+ADDRESS_STATUSES = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
 BLAMES_REQUEST = frozenset({400, 413, 422})
 _BROKEN_STATUS = 500  # inside an answer
 _ANSWER_REASONS: dict[int | None, str] = {401: "unauthorized", 402: "insufficient_quota", 403: "unauthorized"}
@@ -263,6 +264,12 @@ def failure(
         wait = min(max(retry_after, timedelta(0)), MAX_RETRY_AFTER)
     error = TransientBackendError if kind in {"away", "broken"} else PermanentBackendError
     return error(reason, detail, kind=kind, retry_after=wait)
+
+
+def is_unusual(path: str) -> bool:
+    """Whether the path of a URL, with `/chat/completions` appended, is one that may lack something or have too much."""
+    base = path.removesuffix("/chat/completions")
+    return base.rstrip("/").endswith("/completions") or not _VERSION.search(base)
 
 
 def hint(error: BackendError, path: str, *, variable: Callable[[str], str]) -> str:

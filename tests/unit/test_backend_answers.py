@@ -438,6 +438,30 @@ async def test_a_wrong_address_is_told_with_a_hint(script: Script, path: str, hi
     assert error.detail.endswith(f" ({base}/chat/completions; {hint})")
 
 
+@pytest.mark.parametrize("path", ["", "/v1/chat/completions"])
+@pytest.mark.parametrize("script", [refuses(404, '{"detail": "Not Found"}'), says(b"<html>", content_type="text/html")])
+async def test_an_unusual_address_is_checked_at_the_start(script: Script, path: str) -> None:
+    with capture_logs() as logs:
+        async with scripted_backend(script) as backend:
+            base = backend.url.removesuffix("/v1") + path
+            async with OpenAIBackend(Settings.load(ai_url=base)):
+                await wait_until(lambda: bool(logs), "it is said")
+        assert len(backend.requests) == 1
+    assert (logs[0]["event"], logs[0]["log_level"]) == ("backend is misconfigured", "error")
+    assert f"({base}/chat/completions; IMSTREAM_AI_URL m" in logs[0]["error"]
+
+
+async def test_an_unusual_address_that_answers_is_right_and_a_usual_one_is_not_asked() -> None:
+    with capture_logs() as logs:
+        async with scripted_backend(refuses(400, '{"error": {"message": "model is required"}}')) as backend:
+            async with OpenAIBackend(Settings.load(ai_url=backend.url)):
+                pass
+            async with OpenAIBackend(Settings.load(ai_url=backend.url.removesuffix("/v1"))):
+                await (await backend.request()).gone()
+            assert len(backend.requests) == 1
+    assert logs == []
+
+
 @pytest.mark.parametrize(
     ("status", "body", "hint"),
     [
