@@ -388,7 +388,7 @@ class CloseCode(IntEnum):
         Fault.USER,
         "Do not connect again before the lock ends.",
     )
-    TOO_MANY_CONNECTIONS = (
+    TOO_MANY_SOCKETS = (
         4504,
         "too many sockets of this user",
         "The user has the maximum number of sockets on this node.",

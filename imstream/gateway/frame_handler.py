@@ -139,7 +139,7 @@ class FrameHandler:
             self._reject(verdict)
             return
         if session.user_id is None and not deps.registry.has_room_for(user_id):
-            session.close(CloseCode.TOO_MANY_CONNECTIONS, Code.TOO_MANY_SOCKETS, Text.TOO_MANY_SOCKETS)
+            session.close(CloseCode.TOO_MANY_SOCKETS, Code.TOO_MANY_SOCKETS, Text.TOO_MANY_SOCKETS)
             return
         session.logged_in(user_id, verdict.expires_at)
         self._writer.set_wants(frozenset(frame.wants))

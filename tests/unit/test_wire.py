@@ -501,7 +501,7 @@ def test_close_codes_tell_by_their_range_whether_to_reconnect() -> None:
         CloseCode.BAD_USER_ID,
         CloseCode.REPLACED,
         CloseCode.LOCKED,
-        CloseCode.TOO_MANY_CONNECTIONS,
+        CloseCode.TOO_MANY_SOCKETS,
     }
     assert all(code in {1012, 1013} or 4000 <= code < 4500 for code in reconnect)
     assert all(4500 <= code < 5000 for code in never)
