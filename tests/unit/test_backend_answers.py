@@ -452,8 +452,9 @@ async def test_an_unusual_address_is_checked_at_the_start(script: Script, path: 
 
 
 async def test_an_unusual_address_that_answers_is_right_and_a_usual_one_is_not_asked() -> None:
+    answer = refuses(400, '{"error": {"message": "model is required"}}', headers={"Connection": "close"})
     with capture_logs() as logs:
-        async with scripted_backend(refuses(400, '{"error": {"message": "model is required"}}')) as backend:
+        async with scripted_backend(answer) as backend:
             async with OpenAIBackend(Settings.load(ai_url=backend.url)):
                 pass
             async with OpenAIBackend(Settings.load(ai_url=backend.url.removesuffix("/v1"))):
