@@ -291,6 +291,7 @@ class State(StrEnum):
 
     QUEUED = "queued", "It waits for its turn."
     STARTED = "started", "The AI is asked, or its answer has begun."
+    WAITING = "waiting", "The AI service is away: it is asked again, after `retryAfterMs` if that is known."
     DONE = "done", "It has ended: see the event of this name. Only in `messages`."
     FAILED = "failed", "It has ended: see the event of this name. Only in `messages`."
     CANCELLED = "cancelled", "It has ended: see the event of this name. Only in `messages`."

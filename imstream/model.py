@@ -220,15 +220,30 @@ class Terminal:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Why a message waits, and for which backend. `reason` is a word for programs, `error` a line for an operator."""
+    """Why a message waits, and for which backend.
+
+    Attributes:
+        reason: A word for programs.
+        error: A line for an operator.
+        retry_after: Milliseconds in which the backend is not called, if it is known; else 0.
+    """
 
     backend: str
     reason: str
     error: str = ""
+    retry_after: int = 0
 
     def fields(self) -> tuple[str, ...]:
         """The part of the entry that tells why, as field, value, …."""
-        return ("backend", self.backend, "reason", self.reason, "error", self.error)
+        why = ("backend", self.backend, "reason", self.reason, "error", self.error)
+        return (*why, "retry_after", str(self.retry_after))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, str]) -> Self:
+        """Read an entry; missing and malformed fields have defaults."""
+        pause = fields.get("retry_after", "")
+        known = int(pause) if pause.isdecimal() and len(pause) <= _MAX_VERSION_DIGITS else 0
+        return cls(fields.get("backend", ""), fields.get("reason", ""), fields.get("error", ""), known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +254,7 @@ class Record:
         text: Text of the last attempt, from the offset `start` on. That is 0 unless the record continues another one.
         position: Where this record ends; the next one may begin there.
         question: The question; None if it is not part of what is new, or an older release has recorded the reply.
+        waiting: Why the message waits for its backend, if it does.
     """
 
     attempt: int
@@ -247,3 +263,4 @@ class Record:
     start: int = 0
     position: str = field(default="", compare=False)
     question: Question | None = field(default=None, compare=False)
+    waiting: Waiting | None = field(default=None, compare=False)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 from imstream.codes import State
-from imstream.model import Question, Record, Terminal
+from imstream.model import Question, Record, Terminal, Waiting
 from imstream.user_ids import UserId
 
 MAX_DELTA = 32_768
@@ -52,6 +52,7 @@ class ReplyBuffer:
         position: Position in the reply stream up to which the record was loaded. Empty: load from the beginning.
         question: The recorded question, where it is known.
         place: Its place in the queue of this node, until it begins; None: not known.
+        waiting: Why it waits for its backend; None while it does not.
         is_watched: A session wants to know its place.
     """
 
@@ -64,6 +65,7 @@ class ReplyBuffer:
     position: str = ""
     question: Question | None = None
     place: Place | None = None
+    waiting: Waiting | None = None
     is_watched: bool = False
     _texts: list[str] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
@@ -84,10 +86,16 @@ class ReplyBuffer:
         self.place = place
         self._notify()
 
+    def wait(self, why: Waiting | None) -> None:
+        """Note why the message waits for its backend; None: it no longer does."""
+        if why != self.waiting:
+            self.waiting = why
+            self._notify()
+
     def begin(self, attempt: int) -> None:
         """Begin an attempt of this process; discard the text so far."""
         self.attempt, self.has_writer = attempt, True
-        self.position, self.terminal, self.place = "", None, None
+        self.position, self.terminal, self.place, self.waiting = "", None, None, None
         self._clear()
 
     def append(self, text: str) -> None:
@@ -97,6 +105,7 @@ class ReplyBuffer:
         if len(self._texts) > MAX_PIECES:
             self._texts, self._starts = ["".join(self._texts)], [0]
         self.offset += len(text)
+        self.waiting = None
         self._notify()
 
     def end(self, terminal: Terminal) -> None:
@@ -115,6 +124,7 @@ class ReplyBuffer:
         if record.start == 0 and (self.text_from(0, limit=None), self.attempt) != (record.text, record.attempt):
             self.attempt = record.attempt
             self._clear()
+        self.wait(record.waiting)
         if self.offset < record.start + len(record.text):
             self.append(record.text)
         self.position = record.position
@@ -231,8 +241,18 @@ class QuestionAsked(NamedTuple):
 class StateChanged(NamedTuple):
     """The state of the message, for sessions that want it. `place`: while it is queued, where it is known."""
 
-    state: Literal[State.QUEUED, State.STARTED]
+    state: Literal[State.QUEUED, State.STARTED, State.WAITING]
     place: Place | None = None
+    waiting: Waiting | None = None
+
+    def is_news_after(self, told: "StateChanged | None") -> bool:
+        """Whether to report this state after another."""
+        if told is None or (told.state, told.waiting and told.waiting.reason) != (
+            self.state,
+            self.waiting and self.waiting.reason,
+        ):
+            return True
+        return self.place is not None and (told.place is None or self.place.is_news_after(told.place))
 
 
 Step = TextReset | TextGrown | ReplyEnded | QuestionAsked | StateChanged
@@ -244,7 +264,7 @@ class Cursor:
 
     Attributes:
         wants_question: The question is to be reported.
-        wants_status: The state is to be reported, until the answer begins.
+        wants_status: The state is to be reported.
     """
 
     reply: ReplyBuffer
@@ -257,8 +277,12 @@ class Cursor:
     @property
     def has_more(self) -> bool:
         """Whether the next `advance` returns a step. Valid right after one that did."""
-        informs = self.wants_question or self.wants_status
-        return informs or self.offset < self.reply.offset or self.reply.terminal is not None
+        return (
+            self.wants_question
+            or self.wants_status
+            or self.offset < self.reply.offset
+            or self.reply.terminal is not None
+        )
 
     def advance(self) -> Step | None:
         """Return the next step for the client; None when it is up to date."""
@@ -285,14 +309,17 @@ class Cursor:
         if self.wants_question and reply.question is not None:
             self.wants_question = False
             return QuestionAsked(reply.question.text)
-        if self.wants_status and (reply.attempt > 0 or reply.terminal is not None):
-            self.wants_status = False
-            return StateChanged(State.STARTED) if reply.terminal is None else None
-        if self.wants_status and reply.is_queued and self._is_news(reply.place):
-            self._told = StateChanged(State.QUEUED, reply.place)
-            return self._told
+        if self.wants_status and (state := self._state()) is not None and state.is_news_after(self._told):
+            self._told = state
+            return state
         return None
 
-    def _is_news(self, place: Place | None) -> bool:
-        told = self._told
-        return told is None or (place is not None and (told.place is None or place.is_news_after(told.place)))
+    def _state(self) -> StateChanged | None:
+        reply = self.reply
+        if reply.terminal is not None:
+            return None
+        if reply.waiting is not None:
+            return StateChanged(State.WAITING, waiting=reply.waiting)
+        if reply.attempt > 0:
+            return StateChanged(State.STARTED)
+        return StateChanged(State.QUEUED, reply.place) if reply.is_queued else None

@@ -355,9 +355,13 @@ class Status(ServerFrame):
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
     message_id: AboutMessage
     event: Literal[Event.STATUS] = Event.STATUS
-    state: Literal[State.QUEUED, State.STARTED] = Field(description="its state; clients ignore unknown ones")
+    state: Literal[State.QUEUED, State.STARTED, State.WAITING] = Field(
+        description="its state; clients ignore unknown ones"
+    )
     position: Position | None = None
     eta_ms: EtaMs | None = None
+    reason: Annotated[str, Field(description="why it waits: a word for programs, such as `http_503`")] | None = None
+    retry_after_ms: RetryAfterMs | None = None
 
 
 class Asked(ServerFrame):
@@ -412,6 +416,7 @@ class ReceivedFrame(ServerFrame):
     state: Annotated[State | str | None, _FIRST_MATCH] = None
     position: int | None = None
     eta_ms: int | None = None
+    reason: str | None = None
     remaining: int | None = None
     heartbeat_ms: int | None = None
     retry_after_ms: int | None = None

@@ -138,10 +138,15 @@ class FrameBuilder:
                 return Restart(contents=text, message_id=message_id, attempt=attempt, offset=0).encode()
             case QuestionAsked(text):
                 return Asked(contents=text, message_id=message_id).encode()
-            case StateChanged(state, place):
-                position = None if place is None else place.position
-                eta = None if place is None or place.wait is None else ceil(place.wait * 1000)
-                return Status(message_id=message_id, state=state, position=position, eta_ms=eta).encode()
+            case StateChanged(state, place, waiting):
+                return Status(
+                    message_id=message_id,
+                    state=state,
+                    position=None if place is None else place.position,
+                    eta_ms=None if place is None or place.wait is None else ceil(place.wait * 1000),
+                    reason=None if waiting is None else waiting.reason,
+                    retry_after_ms=(None if waiting is None else waiting.retry_after) or None,
+                ).encode()
 
     def _end(self, message_id: str, step: ReplyEnded) -> Ending:
         terminal = step.terminal

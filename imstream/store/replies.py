@@ -210,7 +210,7 @@ class ReplyStore:
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
         if not entries:
             return None
-        attempt, start, texts, terminal, question = 0, None, list[str](), None, None
+        attempt, start, texts, terminal, question, waiting = 0, None, list[str](), None, None, None
         for _, flat in entries:
             fields = to_dict(flat)
             attempt, text = int(fields["attempt"]), fields.get("text", "")
@@ -224,9 +224,10 @@ class ReplyStore:
             elif start is None:
                 start = int(fields["offset"]) - len(text)
             texts.append(text)
+            waiting = Waiting.from_fields(fields) if fields["event"] == "waiting" else None
             if fields["event"] in TERMINAL_EVENTS:
                 terminal = Terminal.from_fields(fields)
-        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0], question)
+        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0], question, waiting)
 
     async def has_shown_text(self, user_id: UserId, message_id: str) -> bool:
         """Whether any attempt has recorded text, including attempts that were restarted."""

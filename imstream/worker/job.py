@@ -234,9 +234,11 @@ class Job:
         """Record that the message waits."""
         assert self._writer is not None  # noqa: S101 - there is one after opening
         error, self._last_wait = decision.error, decision
-        why = Waiting(self._deps.backend.name, error.reason, error.detail)
+        pause = max(decision.after.total_seconds(), self._deps.gate.breaker.remaining())
+        why = Waiting(self._deps.backend.name, error.reason, error.detail, round(pause * 1000))
         result = await self._writer.wait(why, pause=decision.after + self._deps.settings.retry_wait_max)
         if isinstance(result, WaitRecorded):
+            self.reply.wait(why)
             if self._waits_since is None:
                 self._log.warning("message waits for its backend", backend=why.backend, reason=why.reason)
             self._waits_since = asyncio.get_running_loop().time() - result.waited.total_seconds()

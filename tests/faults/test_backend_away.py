@@ -10,6 +10,7 @@ import pytest
 
 from imstream.client import Busy, Client, RateLimited
 from tests.support.one_node import OneNode, one_node
+from tests.support.peer import peer
 from tests.support.processes import http_status
 from tests.support.scripted_backend import Exchange, Script, refuses, scripted_backend, streams
 from tests.support.servers import RedisServer, start_demo
@@ -139,4 +140,24 @@ async def test_an_outage_does_not_end_in_a_storm_of_calls(redis_server: RedisSer
         normal_second = weather.called_between(end - 9, end - 4) / 5
         assert weather.called_between(back, back + 1) <= 2 * max(normal, normal_second)
         assert node.dead() == []
+        await node.settled()
+
+
+async def test_a_client_that_wants_it_is_told_that_its_message_waits(redis_server: RedisServer, tmp_path: Path) -> None:
+    async with weather_and_node(tmp_path, redis_server, refuses(503, "overloaded")) as (weather, node):
+        weather.is_away = True
+        async with peer(node.now.ws(10001)) as someone, node.peer(10001) as plain:
+            await someone.send_frame("INIT", userId=10001, wants=["status"])
+            await someone.frame()
+            await someone.chat(10001, "hello", "m")
+            waiting = await someone.until(event="status", state="waiting")
+            assert (waiting["messageId"], waiting["reason"]) == ("m", "http_503")
+            weather.is_away = False
+            told = await someone.end_of("m")
+            events = [event for event in told.events if event != "delta"]
+            assert events == ["accepted", "status", "status", "status", "done"]  # started, waiting, started
+            assert (await plain.end_of("m")).text == told.text == "All well"
+            assert "status" not in plain.told["m"].events
+        [entry, *_] = [entry for entry in node.record(10001, "m") if entry["event"] == "waiting"]
+        assert (entry["backend"], entry["reason"]) == ("default", "http_503")
         await node.settled()

@@ -135,7 +135,7 @@ SERVER_FRAMES: st.SearchStrategy[ServerFrame] = st.one_of(
         Status,
         **COMMON,
         message_id=MESSAGE_IDS,
-        state=st.sampled_from([State.QUEUED, State.STARTED]),
+        state=st.sampled_from([State.QUEUED, State.STARTED, State.WAITING]),
         position=st.none() | COUNTS,
         eta_ms=st.none() | COUNTS,
     ),
