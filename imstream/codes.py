@@ -301,7 +301,7 @@ class CloseCode(IntEnum):
     """Why a socket is closed. Clients reconnect after 1012, 1013 and 4000 to 4499, but not after 4500 to 4999.
 
     Attributes:
-        reason: The reason text of the close frame; at most 123 bytes.
+        reason: The reason text of the close frame; at most 123 bytes. Up to 1009, it names the problem instead.
         meaning: What happened.
         fault: Who caused it.
         action: What a client does.
@@ -319,6 +319,20 @@ class CloseCode(IntEnum):
         self.reason, self.meaning, self.fault, self.action = reason, meaning, fault, action
         return self
 
+    INVALID_FRAME = (
+        1002,
+        "invalid frame",
+        "The WebSocket protocol was violated.",
+        Fault.CLIENT,
+        "Connect again with backoff, and resume.",
+    )
+    INVALID_TEXT = (
+        1007,
+        "not UTF-8",
+        "A text is not UTF-8.",
+        Fault.CLIENT,
+        "Connect again with backoff, and do not send the message again.",
+    )
     FRAME_TOO_BIG = (
         1009,
         "message too big",

@@ -346,7 +346,7 @@ class SocketProtocol(asyncio.Protocol):
         try:
             self._put(data.decode() if self._is_text else data)
         except UnicodeDecodeError:
-            self._fail(StandardCode.INVALID_DATA, "not UTF-8")
+            self._fail(CloseCode.INVALID_TEXT, CloseCode.INVALID_TEXT.reason)
         else:
             self._pause_reading()
 
