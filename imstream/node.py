@@ -94,7 +94,7 @@ class Node:
             guards=guards,
             prompter=Prompter(settings, backend, assembler),
             backend=backend,
-            gate=CallGate(settings),
+            gate=(gate := CallGate(settings)),
             leases=leases,
             lease_keeper=lease_keeper,
             stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),
@@ -105,6 +105,7 @@ class Node:
             return StreamConsumer(RequestStream(redis, request_reader, settings, node=node), worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)
+        jobs.line.is_paused = lambda: gate.is_closed or self.consumer.stopping
         self.adopter = Adopter(worker_deps, make_consumer)
         reply_sync = ReplySync(interval=settings.sweep_interval, replies=replies, buffers=buffers, registry=registry)
         presence = Presence(
@@ -143,6 +144,7 @@ class Node:
             "reply-sync": reply_sync.run,
             "inbox": inbox_consumer.run,
             "flusher": jobs.flush_periodically,
+            "waiting-line": jobs.line.run,
         }
 
     def not_ready(self) -> str | None:

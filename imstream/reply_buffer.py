@@ -115,9 +115,9 @@ class ReplyBuffer:
 
     def load(self, record: Record) -> bool:
         """Take over a record, unless the buffer is newer. False: it continues another text; read the whole record."""
-        self.question = record.question or self.question
         if self.terminal is not None or (self.has_writer and record.terminal is None):
             return True
+        was_queued, self.question = self.is_queued, record.question or self.question
         if record.start > 0 and (record.attempt, record.start) != (self.attempt, self.offset):
             self.position = ""
             return False
@@ -128,6 +128,8 @@ class ReplyBuffer:
         if self.offset < record.start + len(record.text):
             self.append(record.text)
         self.position = record.position
+        if self.is_queued and not was_queued:
+            self._notify()
         if record.terminal is not None:
             self.end(record.terminal)
         return True

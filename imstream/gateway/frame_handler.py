@@ -240,7 +240,9 @@ class FrameHandler:
             await deps.reply_sync.catch_up(reply)
             return
         if not reply.has_writer:
+            reply.is_watched |= Want.STATUS in self._writer.wants
             reply.queue(request.question)
+            deps.jobs.line.join(admission.entry_id, reply, admission.position)
         deps.registry.follow_queued(reply)
         await deps.inbox.notify(nodes, MessageQueued(request.user_id, request.message_id))
 

@@ -105,6 +105,11 @@ class Job:
                 self._writer.release()
             self.ended.set()
 
+    @property
+    def was_opened(self) -> bool:
+        """Whether it has begun an attempt: it is not a duplicate, and the message had not ended before."""
+        return self._attempts > 0
+
     def stop(self, reason: StopReason) -> None:
         """Cancel the attempts and their AI call. No effect when the answer is complete."""
         if self._stop_reason is None:

@@ -17,6 +17,7 @@ from imstream.store.inbox import CancelRequested, Inbox, ReplyGrew
 from imstream.store.replies import CancelOutcome, CancelRecorded, ReplyStore, RunsElsewhere
 from imstream.user_ids import UserId
 from imstream.worker.job import Job
+from imstream.worker.waiting_line import WaitingLine
 
 UNREAD_ROUNDS = 3
 """Flush rounds per flush of an answer that no other node reads: it takes 40 to 60 µs of CPU of a node and Redis."""
@@ -46,6 +47,7 @@ class Jobs:
         self._replies = replies
         self._buffers = buffers
         self._inbox = inbox
+        self.line = WaitingLine(slots=settings.concurrency, limit=settings.queue_limit)
         self._jobs: list[Job] = []
         self._unreserved = settings.concurrency
         self._draining = False
@@ -105,12 +107,14 @@ class Jobs:
         """Register a job in one of the slots."""
         slots.free -= 1
         self._jobs.append(job)
+        self.line.start(job, job.entry.entry_id if job.stream.is_own else None)
         if self._draining:  # it was read before the drain and arrived after it
             job.stop("drained")
 
     def remove(self, job: Job) -> None:
         """Remove a job that has ended, and free its slot."""
         self._jobs.remove(job)
+        self.line.end(job, is_measured=job.is_finished and job.was_opened)
         if self._left is not None and not job.is_finished:
             self._left[job.stream.node] += 1
         self._unreserved += 1
