@@ -137,6 +137,7 @@ async def node_with_secrets(
                 **QUICK,
                 "log_level": "debug",
                 "max_attempts": 1,
+                "retry_window": "1s",
                 "moderation_fail": "open",
                 "auth_max_lifetime": "36500d",
                 **shown,
