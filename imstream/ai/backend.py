@@ -11,7 +11,7 @@ from datetime import timedelta
 from http import HTTPStatus
 from time import perf_counter
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, cast
 
 import aiohttp
 import structlog
@@ -139,7 +139,7 @@ class OpenAIBackend(EndpointClient):
             raise
 
     async def _answer(self, messages: Sequence[PromptMessage], on_text: Callable[[str], None]) -> Completion:
-        prompt: dict[str, JsonValue] = {"messages": [{**message} for message in adapt(messages, self._options)]}
+        prompt = {"messages": cast("JsonValue", adapt(messages, self._options))}
         if not self._usage.wanted:
             return await self._call(prompt | self._parameters, _Call(on_text))
         call = _Call(on_text)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Protocol
 
 from pydantic import JsonValue
@@ -35,7 +34,7 @@ def adapt(turns: Sequence[_Turn], options: BackendOptions) -> list[Message]:
     messages = [_message(turn.role, turn.content) for turn in turns]
     if options.roles == "merge":
         *others, last = messages
-        messages = _system_first([*(message for message in others if message["content"].strip()), last])
+        messages = _system_first([*filter(_says_something, others), last])
     if options.system == "user":
         messages = _without_system(messages)
     return _alternating(messages) if options.roles == "merge" else messages
@@ -99,6 +98,11 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
+def _says_something(message: Message) -> bool:
+    content = message["content"]
+    return content != "" and not content.isspace()
+
+
 def _joined(messages: Sequence[Message]) -> str:
     return _SEPARATOR.join(message["content"] for message in messages)
 
@@ -130,10 +134,14 @@ def _without_system(messages: list[Message]) -> list[Message]:
 
 def _alternating(messages: list[Message]) -> list[Message]:
     """Turns of users and the assistant in alternation, beginning with a user."""
-    merged_turns = [
-        _message(role, _joined(list(turns))) for role, turns in groupby(messages, key=lambda message: message["role"])
-    ]
-    begin = 1 if merged_turns and merged_turns[0]["role"] == "system" else 0
-    if len(merged_turns) > begin and merged_turns[begin]["role"] == "assistant":
-        merged_turns.insert(begin, _message("user", OPENING))
-    return merged_turns
+    runs = list[list[Message]]()
+    for message in messages:
+        if runs and runs[-1][0]["role"] == message["role"]:
+            runs[-1].append(message)
+        else:
+            runs.append([message])
+    result = [run[0] if len(run) == 1 else _message(run[0]["role"], _joined(run)) for run in runs]
+    begin = 1 if result and result[0]["role"] == "system" else 0
+    if len(result) > begin and result[begin]["role"] == "assistant":
+        result.insert(begin, _message("user", OPENING))
+    return result

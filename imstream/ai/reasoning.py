@@ -10,6 +10,7 @@ TAGS = (
     ("◁think▷", "◁/think▷"),  # Kimi
 )
 
+_FIRSTS = tuple({tag[0] for pair in TAGS for tag in pair})  # first characters, for a quick look
 _MAX_BLANKS = 1024  # characters that are held because a tag may follow them
 
 
@@ -73,5 +74,7 @@ class ReasoningFilter:
 
 def without_reasoning(text: str) -> str:
     """A whole text without the reasoning at its beginning."""
+    if not text.lstrip().startswith(_FIRSTS):
+        return text
     reasoning = ReasoningFilter()
     return reasoning.feed(text) + reasoning.end()
