@@ -9,7 +9,7 @@ from pydantic_core import core_schema
 
 from imstream.codes import CloseCode, Code, Event, MsgType, State, Want
 from imstream.texts import Text, localize
-from imstream.user_ids import MIN_USER_ID, UserIdField
+from imstream.user_ids import MIN_USER_ID, UserIdField, UserIds
 from imstream.wire import (
     SERVER_FRAMES,
     SUBPROTOCOL,
@@ -45,7 +45,9 @@ _TIME = "1767225600000"
 _CODE_POINTS = {"attempt": 1, "offset": 2}
 
 EXAMPLES: tuple[ClientFrame | ServerFrame, ...] = (
-    ClientInit(msg_type="INIT", user_id=_USER, resume=[ResumePoint(message_id="m-1", attempt=1, offset=2)]),
+    ClientInit(
+        msg_type="INIT", user_id=_USER, resume=[ResumePoint(message_id="m-1", attempt=1, offset=2)], wants=[Want.STATUS]
+    ),
     ClientChat(msg_type="CHAT", user_id=_USER, message_id="m-1", contents="Hello"),
     ClientCancel(msg_type="CANCEL", message_id="m-1"),
     ClientHeartbeat(msg_type="HEARTBEAT"),
@@ -181,7 +183,7 @@ def _schemas() -> Json:
     for model in CLIENT_FRAMES:
         schemas[model.__name__]["not"] = {"required": ["code"]}  # else a server frame could fit, with unknown fields
     user_id = {
-        "description": "the user; a number, or with `IMSTREAM_USER_IDS=text` a text",
+        "description": f"the user: {UserIds.NUMBER.allowed}; with `IMSTREAM_USER_IDS=text`, {UserIds.TEXT.allowed}",
         **TypeAdapter(UserIdField).json_schema(),
     }
     return {**schemas, "UserId": user_id, PING: {"description": "A heartbeat.", "type": "string", "const": "PING"}}

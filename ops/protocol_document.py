@@ -109,7 +109,7 @@ def _meaning(meanings: dict[str, list[str]]) -> str:
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     def lines() -> Iterator[str]:
         for row in (head, ("---",) * len(head), *rows):
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n"
+            yield "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |\n"
 
     return "".join(lines())
 
