@@ -15,6 +15,7 @@ from typing import Any, Self, TypeGuard
 from pydantic_core import from_json
 
 DETAIL_LENGTH = 200  # characters of a backend's message in the detail of an error
+SENTENCE_LIMIT = 1000  # characters of a message that are searched for sentences, which takes long
 TEXT_LIMIT = 8192  # bytes of an error body, and characters of a text in it, that are read
 WORD_LIMIT = 64  # characters of a code, a type or a part of a path; longer ones are ignored
 _MAX_FIELDS = 8  # wrong fields, and parts of the path of one, in a detail
@@ -180,7 +181,7 @@ def _wait(value: Any, unit: float) -> timedelta | None:  # noqa: ANN401 - JSON
 
 
 def _wait_in(message: str) -> timedelta | None:
-    match = _WAIT.search(message)
+    match = _WAIT.search(message, 0, SENTENCE_LIMIT)
     return None if match is None else _duration(match[1] or match[2])
 
 

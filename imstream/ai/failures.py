@@ -23,7 +23,7 @@ from http import HTTPStatus
 import aiohttp
 
 from imstream.ai.bounded_http import ResponseTooLarge
-from imstream.ai.error_report import ErrorReport, shorten
+from imstream.ai.error_report import SENTENCE_LIMIT, ErrorReport, shorten
 from imstream.errors import BackendError, FailureKind, PermanentBackendError, TransientBackendError
 
 MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
@@ -39,6 +39,10 @@ NEEDS_OPERATOR = frozenset({"insufficient_quota", "unauthorized", "http_401", "h
 """Reasons of the kind `away` that do not pass by themselves: the key or the credit of the account."""
 
 _KEY_REASONS = frozenset({"unauthorized", "http_401", "http_403"})
+_LIMIT = re.compile(
+    r"limit:? (?P<limit>\d{1,12})\b[,. ]{1,3}(?:used:? \d{1,12}[,. ]{1,3})?requested:? (?P<requested>\d{1,12})\b",
+    re.IGNORECASE,
+)
 _VERSION = re.compile(r"/v\d")
 
 REQUEST_REASONS = frozenset({"context_too_long", "content_filter", "refusal", "http_400", "http_413", "http_422"})
@@ -81,7 +85,7 @@ RULES = (
         "impossible",
         _words(
             "context_length_exceeded exceed_context_size_error context_window_exceeded ContextWindowExceededError "
-            "string_above_max_length request_too_large tokens_limit_reached prompt_too_long"
+            "string_above_max_length request_too_large tokens_limit_reached prompt_too_long 1261"
         ),
         _any(
             r"maximum (?:context|model|input|prompt) length",  # OpenAI, vLLM
@@ -92,12 +96,14 @@ RULES = (
             r"max_new_tokens` must be <=",  # TGI
             r"input length should be",  # DashScope
             r"(?:exceeds?|exceeded) the (?:maximum|max) (?:number of )?(?:input )?tokens",  # Gemini
-            r"too many (?:input )?tokens",
+            r"too many (?:input )?tokens(?!,? please wait)",  # else Bedrock's limit per minute
+            r"must have less than \d{1,9} tokens|tokens must be at least 1, got -",  # TGI, vLLM
+            r"上下文.{0,8}(?:过长|超)|(?:输入|长度|tokens?).{0,8}(?:过长|超过|超出)",
             r"reduce (?:the length|the size|your message)",  # OpenAI, Groq
         ),
         _REQUEST,
     ),
-    Rule(  # a limit of tokens per minute that this request alone exceeds: OpenAI, Groq
+    Rule(  # a limit of tokens per minute that this request alone exceeds: OpenAI, Groq; see `_exceeds_limit`
         "context_too_long", "impossible", frozenset(), _any(r"request too large"), frozenset({429, *_REQUEST})
     ),
     Rule(
@@ -106,7 +112,8 @@ RULES = (
         _words(
             "content_filter content_policy_violation data_inspection_failed ResponsibleAIPolicyViolation "
             "content_filter_error moderation_blocked content_moderation sensitive_content prohibited_content safety "
-            "invalid_prompt input_moderation output_moderation 1301"
+            "invalid_prompt input_moderation output_moderation 1301 SensitiveContentDetected "
+            "InputTextSensitiveContentDetected OutputTextSensitiveContentDetected"
         ),
         _any(
             r"content management policy",  # Azure
@@ -127,12 +134,13 @@ RULES = (
         "away",
         _words(
             "insufficient_quota billing_hard_limit_reached billing_not_active billing_error insufficient_balance "
-            "insufficient_credits insufficient_user_quota exceeded_current_quota_error arrearage payment_required 1008"
+            "insufficient_credits insufficient_user_quota exceeded_current_quota_error arrearage payment_required 1008 "
+            "1113 AccountOverdueError"
         ),
         _any(
             r"credit balance",  # Anthropic
             r"insufficient (?:\w+ ){0,2}(?:balance|credits?|quota|funds)",  # DeepSeek, OpenRouter
-            r"(?:not enough|more|out of) credits",
+            r"balance is (?:insufficient|too low)|credit limit|(?:not enough|more|out of) credits",
             r"exceeded your current quota",
             r"billing|overdue|arrears|in good standing",
             r"余额不足|欠费|额度不足",
@@ -150,6 +158,7 @@ RULES = (
         _any(
             r"api[ _-]?key (?:not valid|expired|is invalid|is missing)",
             r"(?:invalid|incorrect|missing|no) api[ _-]?key",
+            r"无效的(?:令牌|密钥|api)",
         ),
         _REQUEST,
         is_generic=True,
@@ -159,7 +168,8 @@ RULES = (
         "misconfigured",
         _words(
             "model_not_found ModelNotFound DeploymentNotFound invalid_model model_not_supported model_not_available "
-            "model_decommissioned model_not_exist unsupported_model unknown_model 1211"
+            "model_decommissioned model_not_exist unsupported_model unknown_model InvalidEndpointOrModel "
+            "ModelNotOpen 1211"
         ),
         _any(
             r"model\b.{0,80}(?:not exist|not found|is not (?:available|supported)|decommissioned|deprecated)",
@@ -193,11 +203,11 @@ RULES = (
             "rate_limit_exceeded rate_limit_error rate_limit_reached rate_limit RateLimitError resource_exhausted "
             "overloaded overloaded_error engine_overloaded engine_overloaded_error service_unavailable unavailable "
             "ServiceUnavailableError model_overloaded throttling too_many_requests limit_requests limit_burst_rate "
-            "server_busy capacity_exceeded loading 1302 1305"
+            "server_busy ServerOverloaded capacity_exceeded loading ThrottlingException 1302 1305"
         ),
         _any(
             r"overloaded|at capacity|rate limit|too many requests|try again (?:later|in)|temporarily",
-            r"server (?:is )?busy",
+            r"server (?:is )?busy|请求过于频繁|繁忙|限流",
             r"(?:model|server) is (?:still |currently )?loading|loading model|no healthy|unavailable",
         ),
         frozenset({500, None}),
@@ -301,16 +311,25 @@ def _judge(report: ErrorReport, status: int | None, *, in_answer: bool) -> tuple
     """Whose fault an error is, and its reason."""
     by_status = "broken" if status is None or (in_answer and status == _BROKEN_STATUS) else _kind_of(status)
     status_reason = _ANSWER_REASONS.get(status, "backend_error") if in_answer else f"http_{status}"
-    words = set(map(_plain, report.words))
+    words = {_plain(part) for word in report.words for part in (word, word.partition(".")[0])}
+    message = report.message[:SENTENCE_LIMIT]
+    if status in {429, 413, None} and _exceeds_limit(message):
+        return "impossible", "context_too_long"
     for rule in RULES if status is not None else (*RULES, *WORD_RULES):
         if rule.reason == "insufficient_quota" and report.retry_after is not None:
             continue  # a limit per minute: Gemini words it alike
-        quoted = rule.sentences is not None and status in rule.statuses and rule.sentences.search(report.message)
+        quoted = rule.sentences is not None and status in rule.statuses and rule.sentences.search(message)
         if quoted or not rule.words.isdisjoint(words):
             if rule.is_generic and rule.kind == by_status and not in_answer:
                 break  # the status says as much
             return rule.kind, rule.reason
     return by_status, status_reason
+
+
+def _exceeds_limit(message: str) -> bool:
+    """Whether a request alone exceeds a limit per minute: "Limit 30000, Used 0, Requested 30601"."""
+    numbers = _LIMIT.search(message)
+    return numbers is not None and int(numbers["requested"]) > int(numbers["limit"])
 
 
 def _kind_of(status: int) -> FailureKind:

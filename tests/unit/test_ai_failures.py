@@ -74,6 +74,9 @@ LIMITED = "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Re
         (413, {"error": {"type": "request_too_large", "message": "Request exceeds the maximum size"}}),
         (422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: ...", "error_type": "validation"}),
         (429, {"error": {"code": "rate_limit_exceeded", "type": "tokens", "message": LIMITED}}),
+        (429, {"error": {"message": "Rate limit reached: Limit 6000, Used 0, Requested 7000. Retry in 2s."}}),
+        (400, {"error": {"message": "max_tokens must be at least 1, got -904."}}),
+        (400, {"error": {"message": "输入内容过长,请缩短后重试", "code": "1261"}}),
         (500, {"error": {"code": "context_length_exceeded"}}),
     ],
 )
@@ -98,6 +101,7 @@ def test_a_sentence_counts_only_where_the_status_blames_the_request(status: int)
         (400, {"error": {"message": "Filtered due to Azure OpenAI's content management policy."}}),
         (400, {"error": {"code": "data_inspection_failed", "type": "data_inspection_failed", "message": "no"}}),
         (400, {"code": "DataInspectionFailed", "message": "Input data may contain inappropriate content."}),
+        (400, {"error": {"code": "InputTextSensitiveContentDetected", "message": "no"}}),
         (400, {"error": {"message": "Content Exists Risk", "type": "invalid_request_error"}}),
         (400, {"error": {"message": "The request was rejected because it was considered high risk"}}),
         (400, {"error": {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全或敏感内容"}}),
@@ -123,6 +127,8 @@ def test_a_content_filter_refuses_this_request_and_no_other(status: int, body: d
             "insufficient_quota",
         ),
         (403, {"error": {"message": "账户余额不足"}}, "insufficient_quota"),
+        (403, {"code": 30001, "message": "Sorry, your account balance is insufficient"}, "insufficient_quota"),
+        (403, {"error": {"code": "AccountOverdueError", "message": "no"}}, "insufficient_quota"),
         (402, {}, "http_402"),
         (401, {"error": {"code": "invalid_api_key", "type": "invalid_request_error"}}, "http_401"),
         (403, {"error": {"type": "permission_error", "message": "Your key may not use this."}}, "http_403"),
@@ -142,6 +148,7 @@ def test_a_wrong_key_and_a_spent_credit_are_no_fault_of_the_request(
     ("status", "body", "reason"),
     [
         (404, {"detail": "Not Found"}, "http_404"),
+        (404, {"error": {"code": "InvalidEndpointOrModel.NotFound", "message": "no"}}, "model_not_found"),
         (
             404,
             {"object": "error", "message": "The model `x` does not exist.", "type": "NotFoundError"},
@@ -192,7 +199,9 @@ def test_what_no_request_can_mend_is_our_configuration(status: int, body: dict[s
     ("status", "body", "reason"),
     [
         (429, {"error": {"code": "rate_limit_exceeded", "type": "tokens", "message": "Slow down."}}, "http_429"),
-        (400, {"error": {"code": "Throttling.RateQuota", "type": "Throttling", "message": "Slow."}}, "overloaded"),
+        (400, {"error": {"code": "Throttling.RateQuota", "message": "Slow."}}, "overloaded"),
+        (400, {"code": "ThrottlingException", "message": "Too many tokens, please wait."}, "overloaded"),
+        (429, {"error": {"message": "Limit 30000, Used 29000, Requested 2000. Try again in 2s."}}, "http_429"),
         (503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}, "http_503"),
         (500, {"error": {"message": "The engine is currently overloaded, please try again later"}}, "http_500"),
     ],

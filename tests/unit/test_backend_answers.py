@@ -524,6 +524,12 @@ async def test_an_error_says_whose_fault_it_is(status: int, error: object, verdi
     assert (got.kind, got.reason) == verdict
 
 
+async def test_plain_text_instead_of_a_stream_is_told() -> None:
+    error = await failure(says(b"upstream connect error or disconnect\n", content_type="text/plain"))
+    assert (error.kind, error.reason) == ("broken", "broken_stream")
+    assert cause(error) == "upstream connect error or disconnect"
+
+
 async def test_a_page_with_status_400_is_not_of_the_api() -> None:
     page = "<html><title>400 The plain HTTP request was sent to HTTPS port</title></html>"
     error = await failure(refuses(400, page, content_type="text/html"))
