@@ -43,7 +43,7 @@ _LIMIT = re.compile(
     r"limit:? (?P<limit>\d{1,12})\b[,. ]{1,3}(?:used:? \d{1,12}[,. ]{1,3})?requested:? (?P<requested>\d{1,12})\b",
     re.IGNORECASE,
 )
-_VERSION = re.compile(r"/v\d")
+_VERSION = re.compile(r"/v\d|/deployments/")  # the latter of Azure
 
 REQUEST_REASONS = frozenset({"context_too_long", "content_filter", "refusal", "http_400", "http_413", "http_422"})
 """Reasons of the kind `impossible` that the user can mend by changing the message."""
