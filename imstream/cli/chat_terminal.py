@@ -63,6 +63,10 @@ async def _chat(url: str, user: UserId, token: str | None, lang: Lang, timing: T
         return await _Chat(client, output, lang).run()
 
 
+CUTS = {"length": Text.CHAT_CUT, "content_filter": Text.CHAT_FILTERED}
+"""What to say about answers that are not complete, by their finish reason."""
+
+
 class _Chat:
     """One conversation with one user."""
 
@@ -158,6 +162,8 @@ class _Chat:
                 self._output.write_piece(event.text)
             elif event.outcome is Outcome.DONE:
                 self._output.end_answer(event.text)
+                if (cut := CUTS.get(event.finish_reason or "")) is not None:
+                    self._output.note(localize(cut, self._lang))
             else:
                 self._output.note(event.why or event.outcome)
         return await reply.result()

@@ -292,6 +292,19 @@ async def test_a_message_that_cannot_be_answered_says_so_and_can_be_tried_again(
     await whole_answer(page, question)
 
 
+async def test_an_answer_that_was_cut_is_said_to_be(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    node = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="short", settings={"max_answer": 20})
+    with node.process:
+        await log_in(page, node)
+        await ask(page, "Tell me everything")
+        await says(page, "Answered by node short · cut at the length limit")
+        await page.click("#language")
+        await says(page, "已达长度上限，在此截断")
+    page.forgive_absence()
+
+
 async def test_an_interrupted_answer_is_written_again(page: Page, node: NodeProcess) -> None:
     question = "Break in the middle [[demo break=1 pace=10ms]]"
     await log_in(page, node)

@@ -21,12 +21,12 @@ from tests.support.terminal import CTRL_C, CTRL_D, Terminal, at_terminal, comman
 from tests.support.waiting import wait_until
 
 
-async def answer(peer: Peer, text: str) -> list[Turn]:
-    """Answer the next message; returns its history."""
+async def answer(peer: Peer, text: str, **end: object) -> list[Turn]:
+    """Answer the next message; returns its history. `end`: more fields of the last frame."""
     chat = await peer.hear_chat()
     await peer.send_chat(chat.message_id, "accepted", position=1)
     await peer.send_chat(chat.message_id, "delta", contents=text, attempt=1, offset=len(text))
-    await peer.send_chat(chat.message_id, "done", attempt=1, offset=len(text))
+    await peer.send_chat(chat.message_id, "done", attempt=1, offset=len(text), **end)
     return chat.history
 
 
@@ -62,6 +62,21 @@ async def test_every_line_of_a_pipe_is_asked_and_only_answers_are_written() -> N
         code, out, err = await within(chat)
         assert (code, out) == (0, "1\n2\n3\n")
         assert "已连接" in err
+
+
+async def test_an_answer_that_was_cut_is_said_to_be() -> None:
+    async with scripted_server() as server:
+        chat = asyncio.create_task(piped(server.url, "one\ntwo\nthree"))
+        peer = await server.logged_in()
+        await answer(peer, "1", finishReason="stop")
+        await answer(peer, "2", finishReason="length")
+        await answer(peer, "3", finishReason="content_filter")
+        code, out, err = await within(chat)
+    assert (code, out) == (0, "1\n2\n3\n")
+    assert [line for line in err.splitlines() if "cut" in line] == [
+        "The answer was cut at the length limit",
+        "The answer was cut by the content filter",
+    ]
 
 
 async def test_a_file_is_read_like_a_pipe(tmp_path: Path) -> None:
