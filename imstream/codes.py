@@ -216,10 +216,11 @@ class Event(StrEnum):
     DONE = (
         "done",
         (
-            "The answer is complete. `finishReason` is `length` when the model or `IMSTREAM_MAX_ANSWER` cut it, and "
-            "`other` when the backend's own reason was not a short word."
+            "The answer is complete. `finishReason` is `length` when the model or `IMSTREAM_MAX_ANSWER` cut it, "
+            "`content_filter` when a filter did, `refusal` when the text is the model's refusal, and `other` when the "
+            "backend's own reason was not a short word."
         ),
-        "Keep the text.",
+        "Keep the text. Say that it was cut.",
         True,
     )
     FAILED = (

@@ -46,7 +46,7 @@ EtaMs = Annotated[
 Remaining = Annotated[int, Field(description="messages left of the daily quota; only with a quota")]
 HeartbeatMs = Annotated[int, Field(description="the heartbeat interval that the node expects, in milliseconds")]
 RetryAfterMs = Annotated[int, Field(description="when to try again, in milliseconds from now")]
-FinishReason = Annotated[str, Field(description="why the model stopped: `stop`, `length`, or `other`")]
+FinishReason = Annotated[str, Field(description="why the model stopped: `stop`, `length`, `content_filter`, …")]
 Usage = Annotated[dict[str, int], Field(description="token counts, as the backend reports them")]
 Node = Annotated[str, Field(description="the id of the node")]
 ErrorCode = Annotated[
