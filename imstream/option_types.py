@@ -69,7 +69,7 @@ UsageOption = Literal["auto", "yes", "no"]
 MaxTokensOption = Literal["none", "max_tokens", "max_completion_tokens"]
 RolesOption = Literal["merge", "as_is"]
 SystemOption = Literal["role", "user"]
-ReasoningOption = Literal["tags", "field", "none"]
+ReasoningOption = Literal["tags", "open_tags", "field", "none"]
 
 
 def fits_in_header(value: str) -> bool:

@@ -198,7 +198,7 @@ class Settings(SettingsGroup):
     ai_reasoning: ReasoningOption = Field(
         "tags",
         description="Where reasoning is expected: in a field of its own (field), also in tags such as `<think>` at the "
-        "beginning of the text (tags), or nowhere (none).",
+        "beginning of the text (tags; open_tags: without the opening tag), or nowhere (none).",
     )
     ai_connect_timeout: Positive = Field(timedelta(seconds=5), description="Time limit for connecting to the backend.")
     ai_first_token_timeout: Positive = Field(

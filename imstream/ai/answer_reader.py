@@ -16,6 +16,7 @@ from imstream.ai.failures import failure
 from imstream.ai.reasoning import ReasoningFilter
 from imstream.ai.sse import BYTE_ORDER_MARK, EVENT_LIMIT, EventParser, EventTooLong, NamedEvent
 from imstream.errors import BackendError
+from imstream.option_types import ReasoningOption
 
 JSON_LIMIT = EVENT_LIMIT  # bytes of an event, or of an answer in one document; raised with the limit of an answer
 IDLE_LIMIT = 1 << 20  # bytes of small events and comments without a sign of progress
@@ -69,10 +70,10 @@ class AnswerReader:
         problem: Why the first of them could not be read, or what happened after the answer was whole.
     """
 
-    def __init__(self, *, limit: int, secrets: tuple[str, ...] = (), with_tags: bool = True) -> None:
+    def __init__(self, *, limit: int, secrets: tuple[str, ...] = (), reasoning: ReasoningOption = "tags") -> None:
         """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does.
 
-        `with_tags`: what stands in tags such as `<think>` at the beginning of the text is reasoning.
+        `reasoning`: whether what stands in tags such as `<think>` at the beginning of the text is reasoning.
         """
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
@@ -90,7 +91,8 @@ class AnswerReader:
         self._beginning = b""  # of a body that does not begin as an event stream
         self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
         self._has_text = self._has_choice = self._is_refusal = self._calls_tools = self._reasons = False
-        self._tags = ReasoningFilter() if with_tags else None  # None: all text passes
+        has_tags = reasoning in {"tags", "open_tags"}
+        self._tags = ReasoningFilter(opened=reasoning == "open_tags") if has_tags else None  # None: all text passes
         self._messages = ""  # text of whole messages in place of deltas
 
     @property

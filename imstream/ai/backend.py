@@ -135,6 +135,8 @@ class OpenAIBackend(EndpointClient):
         try:
             return await self._answer(messages, on_text)
         except BackendError as error:
+            if error.reason == "first_token_timeout":
+                self._limits.on_silence()
             self._locate(error)
             raise
 
@@ -194,8 +196,7 @@ class OpenAIBackend(EndpointClient):
         if is_encoded(response):
             coding = shorten(", ".join(response.headers.getall("Content-Encoding")))
             raise failure("misconfigured", "bad_stream", f"content encoding {coding}, although none is accepted")
-        with_tags = self._options.reasoning == "tags"
-        reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets, with_tags=with_tags)
+        reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets, reasoning=self._options.reasoning)
         intake = _Intake(reader, limits, on_text, self._options.idle_timeout, self._turn)
         try:
             while not reader.complete:

@@ -5,31 +5,41 @@ TAGS = (
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),  # Gemma
     ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("[THINK]", "[/THINK]"),  # Mistral
     ("◁think▷", "◁/think▷"),  # Kimi
 )
 
 _FIRSTS = tuple({tag[0] for pair in TAGS for tag in pair})  # first characters, for a quick look
+_MAX_TAG = max(len(tag) for pair in TAGS for tag in pair)
+_MAX_HELD = 65_536  # characters of a text without a closing tag that are not taken for reasoning at its end
 _MAX_BLANKS = 1024  # characters that are held because a tag may follow them
 
 
 class ReasoningFilter:
     """Filters one text, which arrives in pieces. Further tags at the beginning of the rest are removed, too.
 
+    With `opened`, the chat template writes the opening tag: the text begins with reasoning, unless it is short and has
+    no closing tag at all.
+
     Attributes:
         passed: The beginning is over: from now on, all text passes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, opened: bool = False) -> None:
         self.passed = False
         self._held = ""  # a possible prefix of a tag, or the end of the reasoning
         self._closing = ""  # the tag that ends the reasoning
         self._removed = False
+        self._opened = opened
+        self._searched = 0  # characters without a closing tag
 
     def feed(self, text: str) -> str:
         """Return what passes of the next piece."""
         self._held += text
+        if self._opened and not self._find_end():
+            return ""
         while not self.passed:
             if self._closing and not self._skip_reasoning():
                 return ""
@@ -47,10 +57,24 @@ class ReasoningFilter:
 
     def end(self) -> str:
         """Return the rest, at the end of the text. Reasoning that is not closed stays removed."""
-        if self._closing:
+        if self._closing or (self._opened and self._removed):
             return ""
+        if self._opened:
+            self._opened = False
+            return self.feed("") + self.end()
         text, self._held = self._held, ""
         return text.lstrip() if self._removed else text
+
+    def _find_end(self) -> bool:
+        """Without an opening tag: look for any closing tag. The text is kept, in case that there is none."""
+        ends = [end for _, closing in TAGS if (end := self._held.find(closing, self._searched)) >= 0]
+        self._searched = max(0, len(self._held) - _MAX_TAG)
+        if ends:
+            self._opened = False
+            self._held = self._held[min(ends) :]
+        elif self._searched > _MAX_HELD:
+            self._held, self._searched, self._removed = self._held[self._searched :], 0, True
+        return bool(ends)
 
     def _open(self, start: str) -> bool:
         """Remove a tag from the start, if there is one. A closing tag alone ends reasoning that was empty."""

@@ -2,8 +2,8 @@
 
 connect_timeout       until the request is being sent
 first_token_timeout   silence until the first token; longer for a backend that may be loading its model, or that is
-                      known to send each answer as one document; signs of life, such as comments, renew it for at
-                      most `queue_timeout`
+                      known to send each answer as one document, and doubled after each call that exceeded it; signs
+                      of life, such as comments, renew it for at most `queue_timeout`
 idle_timeout          silence between tokens
 total_timeout         the whole answer
 """
@@ -111,6 +111,7 @@ class AnswerLimits:
         self._options = options
         self._load_timeout = options.load_timeout or _LOAD_FACTOR * options.first_token_timeout
         self._answered_at = -math.inf
+        self._used = self._grown = timedelta(0)  # the last limit of silence, and the next one if it was exceeded
         self._sends_documents = False
 
     def start(self) -> TimeLimits:
@@ -125,6 +126,7 @@ class AnswerLimits:
             within = max(within, self._load_timeout)
         if self._sends_documents:
             within = max(within, options.queue_timeout)
+        self._used = within = max(within, self._grown)
         limits.expect("first_token_timeout", within=within, at_most=max(within, options.queue_timeout))
 
     def on_head(self, limits: TimeLimits, *, is_document: bool) -> None:
@@ -134,9 +136,14 @@ class AnswerLimits:
         else:
             limits.renew()
 
+    def on_silence(self) -> None:
+        """The first token of a call did not come in time. If the model is being loaded, the next call needs longer."""
+        self._grown = min(2 * self._used, self._options.queue_timeout)
+
     def on_answer(self, *, is_document: bool) -> None:
         """An answer is complete."""
         self._answered_at = asyncio.get_running_loop().time()
+        self._grown = timedelta(0)
         self._sends_documents = is_document
 
 

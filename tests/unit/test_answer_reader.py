@@ -424,5 +424,5 @@ def test_reasoning_in_tags_is_removed_from_a_document_too() -> None:
 
 
 def test_without_tags_the_text_is_shown_as_it_is() -> None:
-    reader = AnswerReader(limit=LIMIT, with_tags=False)
+    reader = AnswerReader(limit=LIMIT, reasoning="field")
     assert reader.feed(event(chunk("<think>hm</think>"))) == "<think>hm</think>"

@@ -71,6 +71,24 @@ async def test_a_load_that_takes_too_long_is_given_up() -> None:
         assert await failure_of(asked) == ("first_token_timeout", "after 0.2 s")
 
 
+async def test_a_load_that_is_aborted_when_the_client_hangs_up_succeeds_in_the_end() -> None:
+    async def loads(exchange: Exchange) -> None:
+        done, _ = await asyncio.wait([asyncio.ensure_future(exchange.gone())], timeout=LATE)
+        if not done:
+            await streams("a")(exchange)
+
+    async with asking(streams("a"), *[loads] * 5, **SHORT) as asked:
+        await asked.ask()
+        failures = 0
+        while asked.text != "aa":
+            try:
+                await asked.ask()
+            except BackendError as error:
+                assert error.reason == "first_token_timeout"  # noqa: PT017 - it succeeds in the end
+                failures += 1
+        assert 0 < failures < 4  # 100, 200, 400 ms; then 800
+
+
 async def test_comments_while_a_request_is_queued_are_signs_of_life() -> None:
     async def queues(exchange: Exchange) -> None:
         await exchange.start()

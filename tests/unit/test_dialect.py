@@ -265,6 +265,7 @@ async def test_system_turns_become_user_turns_where_they_are_if_roles_are_not_me
 async def test_reasoning_in_tags_is_shown_only_if_the_option_says_so() -> None:
     script = streams("<th", "ink>hm", "</think>\n\n", "Hello")
     for option, text in [
+        ("open_tags", "Hello"),
         ("tags", "Hello"),
         ("field", "<think>hm</think>\n\nHello"),
         ("none", "<think>hm</think>\n\nHello"),

@@ -51,3 +51,25 @@ def test_text_is_shown_as_soon_as_it_cannot_be_a_tag() -> None:
     reasoning = ReasoningFilter()
     assert [reasoning.feed(piece) for piece in ("<", "th", "e", " answer")] == ["", "", "<the", " answer"]
     assert reasoning.passed
+
+
+OPENED = {
+    "hm\n</think>\n\nThe answer": "The answer",
+    "<think>hm</think>The answer": "The answer",
+    "hm[/THINK]Bonjour": "Bonjour",
+    "a < b </thin> c</think>yes </think>": "yes </think>",
+    "no reasoning": "no reasoning",
+    "<think>never closed": "",
+    "</think>yes": "yes",
+    "hm " * 50_000 + "</think>yes": "yes",
+    "hm " * 50_000: "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), OPENED.items(), ids=[text.strip()[:24] for text in OPENED])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_reasoning_without_its_opening_tag_is_removed(text: str, shown: str, size: int) -> None:
+    reasoning = ReasoningFilter(opened=True)
+    pieces = [reasoning.feed(text[begin : begin + size]) for begin in range(0, len(text), size)]
+    assert "".join(pieces) + reasoning.end() == shown
