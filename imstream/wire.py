@@ -75,10 +75,7 @@ class ResumePoint(_Frame):
 
 
 class ClientInit(_Frame):
-    """Login. `resume` lists the messages for which the client has no terminal event.
-
-    `wants` names the optional frames that the client wants from now on; unknown names are ignored.
-    """
+    """Login. `resume` lists the messages for which the client has no terminal event."""
 
     msg_type: Literal["INIT"]
     user_id: UserIdField
@@ -92,7 +89,9 @@ class ClientInit(_Frame):
         "`messageId`, and the last `attempt` and `offset` received",
     )
     wants: Annotated[list[str], FailFast()] = Field(
-        default=[], max_length=MAX_WANTS, description="optional frames that the client wants; unknown names are ignored"
+        default=[],
+        max_length=MAX_WANTS,
+        description="optional frames that the client wants from now on; unknown names are ignored",
     )
 
 
