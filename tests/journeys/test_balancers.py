@@ -165,8 +165,8 @@ async def test_a_draining_node_keeps_its_sockets_and_gets_no_new_ones(balancer: 
     homes = await homes_of(balancer, FEW)
     user, question = FEW[0], "A last one [[demo length=150 pace=10ms]]"
     draining = homes[user]
-    async with peer(balancer.ws(user), user=user) as socket:
-        await socket.chat(user, question, f"last-{balancer.program}")
+    async with peer(balancer.ws(user), user=user_id(user)) as socket:
+        await socket.chat(user_id(user), question, f"last-{balancer.program}")
         await socket.some_text(f"last-{balancer.program}")
         farm.nodes[draining].process.signal(signal.SIGTERM)
         await wait_until(lambda: http_status(f"{farm.nodes[draining].http}/readyz") == 503, "it drains")
@@ -183,7 +183,7 @@ async def test_an_answer_goes_on_at_another_node_when_the_users_node_dies(balanc
     user, question = FEW[1], "What if you die? [[demo length=150 pace=20ms]]"
     home = (await homes_of(balancer, [user]))[user]
     changes: list[ConnectionChange] = []
-    async with Client(balancer.url, user, on_change=changes.append) as client, asyncio.timeout(60):
+    async with Client(balancer.url, user_id(user), on_change=changes.append) as client, asyncio.timeout(60):
         reply = await client.send(question)
         await anext(aiter(reply))
         farm.nodes[home].process.kill()
@@ -237,7 +237,7 @@ async def test_a_page_behind_the_balancer_is_of_the_same_origin_and_another_one_
     url, door = balancer.ws(USERS[0]), f"127.0.0.1:{balancer.port}"
     # Forwarding headers of the client are replaced: it connected from here.
     headers = {"Origin": f"http://{door}", "X-Forwarded-For": "10.0.0.7", "X-Forwarded-Proto": "https"}
-    async with peer(url, user=USERS[0], headers=headers, subprotocols=[SUBPROTOCOL, "token"]) as socket:
+    async with peer(url, user=user_id(USERS[0]), headers=headers, subprotocols=[SUBPROTOCOL, "token"]) as socket:
         assert socket.connection.subprotocol == SUBPROTOCOL
     with pytest.raises(InvalidStatus) as refused:
         async with peer(url, headers={"Origin": "https://evil.example.com"}):

@@ -14,12 +14,13 @@ import pytest
 from imstream.demo.answer import canned_answer
 from imstream.guards.account import QUOTA_EXHAUSTED
 from imstream.texts import Text
+from imstream.user_ids import UserIds
 from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
 from tests.support.peer import peer
 from tests.support.processes import free_port
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
 from tests.support.tokens import SECRET, token
-from tests.support.users import user_id
+from tests.support.users import USER_IDS, user_id
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -382,6 +383,7 @@ async def test_a_conversation_goes_on_after_its_login_has_ended(
     asks = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="ends", settings=settings)
     with asks.process:
         await page.visit(f"{asks.http}/")
+        await page.fill("#user", str(user_id(10001)))
         await page.press("Enter")
         await page.fill("#token", token(exp=time.time() + 10))  # long enough to ask, on a busy machine too
         await page.press("Enter")
@@ -417,10 +419,32 @@ async def test_a_person_who_reads_chinese(chromium: str, node: NodeProcess) -> N
 
 async def test_a_wrong_user_id_is_not_sent(page: Page, node: NodeProcess) -> None:
     await page.visit(f"{node.http}/")
-    await page.fill("#user", "10000")
+    wrong, why = {UserIds.NUMBER: ("10000", "above 10000"), UserIds.TEXT: ("a b", "1 to 128 letters")}[USER_IDS]
+    await page.fill("#user", wrong)
     await page.press("Enter")
-    await page.until("document.querySelector('#problem').textContent.includes('above 10000')")
+    await page.until(f"document.querySelector('#problem').textContent.includes('{why}')")
     assert await page.evaluate("!document.querySelector('#login').hidden")
+
+
+async def test_a_person_logs_in_with_an_e_mail_address_where_ids_are_text(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    settings = {"user_ids": "text"}
+    names = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="names", settings=settings)
+    with names.process:
+        await page.visit(f"{names.http}/")
+        assert await page.evaluate("document.querySelector('#login label').innerText.trim()") == "User id"
+        for user in ("ada+im@example.com", "10001"):
+            await page.fill("#user", user)
+            await page.press("Enter")
+            await online(page)
+            assert user in await page.evaluate("document.querySelector('#who').textContent")
+            await ask(page, f"Who is {user}? [[demo pace=1ms]]")
+            await whole_answer(page, f"Who is {user}?")
+            with valkey.client() as client:
+                assert len(list(client.scan_iter(f"im:{{user:{user}}}:reply:*"))) >= 1
+            await page.evaluate("document.querySelector('#leave').click()")
+            await page.until("!document.querySelector('#login').hidden")
 
 
 async def test_enter_chooses_a_word_in_an_input_method_and_sends_otherwise(page: Page, node: NodeProcess) -> None:

@@ -2,16 +2,19 @@
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.keys import Keys
 from imstream.settings import Settings
-from imstream.user_ids import MAX_USER_ID, MIN_USER_ID
+from imstream.user_ids import MAX_USER_ID, MIN_USER_ID, USER_ID_PATTERN, UserId
 
 PREFIXES = st.from_regex(r"[A-Za-z0-9._-]{1,32}", fullmatch=True)
 NODES = st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True)
-USERS = st.integers(MIN_USER_ID, MAX_USER_ID)
+NUMBERS = st.integers(MIN_USER_ID, MAX_USER_ID)
+TEXTS = st.from_regex(USER_ID_PATTERN, fullmatch=True)
+USERS = NUMBERS | TEXTS
 MESSAGES = st.from_regex(r"[A-Za-z0-9._:-]{1,64}", fullmatch=True)
 
 
@@ -54,7 +57,7 @@ def test_all_keys_of_a_node_share_a_slot(prefix: str, node: str) -> None:
 
 
 @given(PREFIXES, USERS, MESSAGES, MESSAGES)
-def test_all_keys_of_a_user_share_a_slot(prefix: str, user: int, one: str, other: str) -> None:
+def test_all_keys_of_a_user_share_a_slot(prefix: str, user: UserId, one: str, other: str) -> None:
     keys = Keys(prefix)
     of_user = (
         *(keys.reply(user, one), keys.reply(user, other), keys.route(user)),
@@ -63,9 +66,12 @@ def test_all_keys_of_a_user_share_a_slot(prefix: str, user: int, one: str, other
     assert {hash_tag(key) for key in of_user} == {f"user:{user}"}
 
 
-@given(st.tuples(PREFIXES, USERS, MESSAGES), st.tuples(PREFIXES, USERS, MESSAGES))
-def test_no_two_messages_share_a_reply(one: tuple[str, int, str], other: tuple[str, int, str]) -> None:
-    def reply(which: tuple[str, int, str]) -> str:
+@pytest.mark.parametrize("users", [NUMBERS, TEXTS], ids=["number", "text"])
+@given(data=st.data())
+def test_no_two_messages_share_a_reply(users: st.SearchStrategy[UserId], data: st.DataObject) -> None:
+    one, other = data.draw(st.tuples(PREFIXES, users, MESSAGES)), data.draw(st.tuples(PREFIXES, users, MESSAGES))
+
+    def reply(which: tuple[str, UserId, str]) -> str:
         prefix, user, message = which
         return Keys(prefix).reply(user, message)
 

@@ -1,11 +1,24 @@
 """User ids: numbers, and text."""
 
+import json
+import re
+import string
+from urllib.parse import quote, urlencode
+
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imstream.user_ids import MAX_USER_ID, MIN_USER_ID, UserIds
+from imstream.errors import SettingsError
+from imstream.model import ChatRequest
+from imstream.settings import Settings
+from imstream.store.inbox import AccountChanged, Notice, ReplyGrew, SessionReplaced, notice_fields, parse_notice
+from imstream.user_ids import MAX_USER_ID, MIN_USER_ID, USER_ID_PATTERN, UserIds
+from imstream.wire import InvalidFrame, parse_frame
 
 NUMBER, TEXT = UserIds.NUMBER, UserIds.TEXT
+TEXTS = st.from_regex(USER_ID_PATTERN, fullmatch=True)
+ALLOWED = string.ascii_letters + string.digits + "._+@|:/=-"
 
 
 @given(st.integers(MIN_USER_ID, MAX_USER_ID))
@@ -37,3 +50,95 @@ def test_a_user_id_in_the_address_is_digits_and_nothing_else(text: str | None) -
         assert text.lstrip("0") == str(user_id)
         assert isinstance(user_id, int)
         assert MIN_USER_ID <= user_id <= MAX_USER_ID
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0b9c2f1e-6a57-4a5e-9f0e-6f2f3f1f6f3a",
+        "ada.love-lace+im@example.com",
+        "auth0|5f7c8ec7c33c6c004bbafe82",
+        "f:8c1f:ada",
+        "https://accounts.example.com/u/7=",
+        "-_7",
+        "7",
+        "x" * 128,
+    ],
+)
+def test_ids_of_identity_providers_are_taken_as_they_are(text: str) -> None:
+    assert TEXT.parse(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "x" * 129, "abc\n", "\nabc", "a b", "a\0", "a\x1b[31m", "café", "cafe\u0301", "七"]
+)
+def test_other_texts_are_no_ids(text: str | None) -> None:
+    assert TEXT.parse(text) is None
+
+
+def test_no_character_may_break_a_key_a_pattern_a_url_a_log_line_or_quotes() -> None:
+    taken = [char for char in map(chr, range(0x10000)) if TEXT.parse(f"a{char}b") is not None]
+    assert sorted(taken) == sorted(ALLOWED)
+    assert set(ALLOWED).isdisjoint("{}*?[]\\^%&#\"'`$!;<>() ")
+    assert all(char.isprintable() for char in ALLOWED)
+
+
+@given(TEXTS)
+def test_the_characters_are_those_that_every_client_escapes_alike(user: str) -> None:
+    # JavaScript's URLSearchParams leaves * - . _ and Python's urlencode leaves _ . - ~ as they are. A load balancer
+    # hashes the characters of the URL.
+    assert urlencode({"userId": user}) == "userId=" + quote(user, safe="*-._") == "userId=" + quote(user, safe="_.-~")
+
+
+@given(TEXTS | st.integers(0, MAX_USER_ID))
+@example(7)
+@example(10001)
+@example("010001")
+def test_a_frame_with_text_or_the_digits_of_a_number_has_a_text(user: str | int) -> None:
+    frame = parse_frame(json.dumps({"msgType": "INIT", "userId": user}), user_ids=TEXT)
+    assert frame.user_id == str(user)
+
+
+@pytest.mark.parametrize("user", ["null", '""', "-1", "1.0", "true", "[]", str(2**53), "1e999", "1" * 400, '"a b"'])
+def test_any_other_id_in_a_frame_is_refused_before_everything_else(user: str) -> None:
+    text = f'{{"msgType": "CHAT", "messageId": "", "contents": "", "userId": {user}}}'
+    with pytest.raises(InvalidFrame) as refused:
+        parse_frame(text, user_ids=TEXT)
+    assert refused.value.field == "userId"
+
+
+# Redis
+
+
+@given(TEXTS)
+def test_what_is_stored_keeps_a_text_a_text(user: str) -> None:
+    request = ChatRequest(user, "m", "hello", (), "en", 1, "trace")
+    fields = request.fields()
+    assert ChatRequest.from_fields(dict(zip(fields[::2], fields[1::2], strict=True)), user_ids=TEXT) == request
+    notices: list[Notice] = [ReplyGrew(user, "m"), ReplyGrew(user, "m", begun=True), AccountChanged(user)]
+    for notice in (*notices, SessionReplaced(user, 7)):
+        assert parse_notice(notice_fields(notice), TEXT) == notice
+
+
+@given(TEXTS.filter(lambda text: not re.fullmatch("[0-9]+", text)))
+def test_a_node_with_numbers_passes_over_what_is_about_a_text(user: str) -> None:
+    assert parse_notice(notice_fields(AccountChanged(user)), NUMBER) is None
+
+
+# The setting
+
+
+def test_the_setting_names_what_is_allowed() -> None:
+    assert Settings.load().user_ids is NUMBER
+    assert Settings.load(user_ids="text").user_ids is TEXT
+    with pytest.raises(SettingsError, match=r"IMSTREAM_USER_IDS='names' is not allowed: .*'number' or 'text'"):
+        Settings.load(user_ids="names")
+
+
+@pytest.mark.parametrize("kind", UserIds)
+def test_the_longest_id_is_an_id(kind: UserIds) -> None:
+    assert kind.parse(kind.longest) is not None
+    assert kind.parse(kind.longest + "0") is None
