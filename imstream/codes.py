@@ -220,7 +220,7 @@ class Event(StrEnum):
             "`content_filter` when a filter did, `refusal` when the text is the model's refusal, and `other` when the "
             "backend's own reason was not a short word."
         ),
-        "Keep the text. Say that it was cut.",
+        "Keep the text; say so if it was cut.",
         True,
     )
     FAILED = (
