@@ -142,8 +142,10 @@ class OpenAIBackend(EndpointClient):
 
     async def _answer(self, messages: Sequence[PromptMessage], on_text: Callable[[str], None]) -> Completion:
         prompt = {"messages": cast("JsonValue", adapt(messages, self._options))}
-        if not self._usage.wanted:
-            return await self._call(prompt | self._parameters, _Call(on_text))
+        if not self._usage.next():
+            completion = await self._call(prompt | self._parameters, _Call(on_text))
+            self._usage.record_success_without()
+            return completion
         call = _Call(on_text)
         try:
             completion = await self._call(prompt | merged(UsageRequest.PARAMETERS, self._parameters), call)

@@ -16,7 +16,7 @@ _SEPARATOR = "\n\n"
 _NAMES_IT = re.compile(r"stream_options|include_usage")
 _VAGUE_REASONS = frozenset({"http_400", "http_422"})
 _VAGUE = re.compile(r"does not say why|(?:bad|invalid) (?:request|input|body|json)|validation", re.IGNORECASE)
-_END = "broken_stream"
+_LOST, _END = "connection_lost", "broken_stream"
 _ENDS_THAT_CONVINCE = 2
 
 Message = dict[str, str]
@@ -61,7 +61,7 @@ class UsageRequest:
     """Whether token counts are requested, which some servers refuse, by an error or by closing the connection.
 
     With `auto`, they are requested until a call has failed with them and succeeded without. Once a call has succeeded
-    with them, only an error that names the parameter counts.
+    with them, only an error that names the parameter counts. A call after a lost connection does not request them.
     """
 
     PARAMETERS: Mapping[str, JsonValue] = {"stream_options": {"include_usage": True}}
@@ -71,6 +71,12 @@ class UsageRequest:
         self._may_end = options.usage == "auto"
         self._is_supported = False
         self._ends = 0
+        self._skip = False
+
+    def next(self) -> bool:
+        """Whether the next call requests them."""
+        skip, self._skip = self._skip, False
+        return self.wanted and not skip
 
     def may_be_refused(self, error: BackendError, *, received: int | None) -> bool:
         """Whether to repeat a failed call without. `received`: bytes of the answer; None: not even its head."""
@@ -80,6 +86,7 @@ class UsageRequest:
             return True
         if self._is_supported:
             return False
+        self._skip = error.reason == _LOST
         if error.reason in _VAGUE_REASONS:
             return _VAGUE.search(error.detail) is not None
         return error.reason == "misconfigured" or (error.reason == _END and received == 0)
@@ -87,6 +94,11 @@ class UsageRequest:
     def record_success(self) -> None:
         """A call has succeeded with the parameter."""
         self._is_supported = True
+
+    def record_success_without(self) -> None:
+        """A call has succeeded without the parameter; if it was skipped, after one that had failed with it."""
+        if self.wanted:
+            self.record_refusal(_END)
 
     def record_refusal(self, reason: str) -> None:
         """A call has failed with the parameter, and succeeded without. A lost connection alone may be chance."""

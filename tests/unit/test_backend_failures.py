@@ -188,6 +188,23 @@ async def test_an_error_that_may_be_about_usage_is_no_failure(script: Script, un
         assert len(asked.backend.requests) == 4 + until
 
 
+async def test_a_server_that_closes_the_connection_without_a_word_is_asked_without_usage_the_next_time() -> None:
+    async def strict(exchange: Exchange) -> None:
+        if "stream_options" in exchange.request.json:
+            exchange.close()
+        else:
+            await streams("a")(exchange)
+
+    async with asking(always=strict) as asked:
+        for _ in range(2):
+            assert (await failure_of(asked)).reason == "connection_lost"
+            await asked.ask()
+        await asked.ask()
+        assert ["stream_options" in request.json for request in asked.backend.requests] == [
+            *(True, False, True, False, False)
+        ]
+
+
 @pytest.mark.parametrize(
     ("option", "script", "requests"),
     [
