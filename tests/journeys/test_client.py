@@ -9,6 +9,7 @@ import pytest
 
 from imstream.client import (
     Accepted,
+    BadMessage,
     Busy,
     Cancelled,
     Client,
@@ -167,8 +168,11 @@ async def test_a_message_that_is_sent_twice_is_answered_once(node: NodeProcess) 
     async with Client(node.ws(), USER) as client:
         first = await client.send("[[demo length=20]] hello", message_id="m1")
         text = await first.text()
-        again = await client.send("[[demo length=50]] something else", message_id="m1")
+        again = await client.send("[[demo length=20]] hello", message_id="m1")
         assert await again.text() == text
+        other = await client.send("[[demo length=50]] something else", message_id="m1")
+        with pytest.raises(BadMessage, match="messageId"):
+            await other.text()
         assert again.attempt == 1
 
 
