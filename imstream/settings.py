@@ -242,7 +242,7 @@ class Settings(SettingsGroup):
 
     user_ids: UserIds = Field(
         UserIds.NUMBER,
-        description="User ids: number, above 10000; text, as identity providers name users. The same on all nodes.",
+        description="Kind of user ids, the same on all nodes: numbers above 10000, or text of an identity provider.",
     )
     auth: Literal["none", "jwt"] = Field("none", description="How users are authenticated; none: loopback only.")
     auth_algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = Field(

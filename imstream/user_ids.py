@@ -42,8 +42,8 @@ class UserIds(StrEnum):
 
     @property
     def longest(self) -> str:
-        """An id of the maximum length."""
-        return "x" * MAX_USER_ID_LENGTH if self is UserIds.TEXT else str(MAX_USER_ID)
+        """An id of the maximum length, which a tokenizer splits into as many tokens as any."""
+        return "|0" * (MAX_USER_ID_LENGTH // 2) if self is UserIds.TEXT else str(MAX_USER_ID)
 
     def parse(self, text: str | None) -> UserId | None:
         """Parse an id in a URL, a stored entry or a command line. None if it is missing or not of this kind."""

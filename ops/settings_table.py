@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.options import format_default
+from imstream.cli.options import choices, format_default
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings
 from imstream.settings import Settings, SettingsGroup
@@ -47,8 +46,7 @@ def _table(group: type[SettingsGroup]) -> str:
 def _rows(group: type[SettingsGroup]) -> Iterator[str]:
     for name, field in group.model_fields.items():
         default = "" if field.default is None else f"`{format_default(field.default)}`"
-        if get_origin(field.annotation) is Literal:
-            others = [str(choice) for choice in get_args(field.annotation) if choice != field.default]
+        if others := [str(choice) for choice in choices(field) if choice != field.default]:
             default += " (or " + ", ".join(f"`{choice}`" for choice in others) + ")"
         meaning = (field.description or "").replace("|", "\\|")
         yield f"| `{group.variable(name)}` | {default} | {meaning} |\n"

@@ -81,11 +81,16 @@ def given(options: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _metavar(field: FieldInfo) -> str:
+def choices(field: FieldInfo) -> Sequence[object]:
+    """The values of a setting that has few; empty for others."""
     if get_origin(field.annotation) is Literal:
-        return "|".join(str(choice) for choice in get_args(field.annotation))
-    if isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum):
-        return "|".join(field.annotation)
+        return get_args(field.annotation)
+    return list(type(field.default)) if isinstance(field.default, StrEnum) else ()
+
+
+def _metavar(field: FieldInfo) -> str:
+    if few := choices(field):
+        return "|".join(map(str, few))
     names: dict[object, str] = {timedelta: "TIME", bool: "true|false", int: "NUMBER", float: "NUMBER"}
     return names.get(field.annotation, "TEXT")
 

@@ -159,7 +159,7 @@ class PromptAssembler:
         date = self._calendar.day(request.at).name if self._names_date else ""
         language = _LANGUAGES.get(request.lang, request.lang)
         return self._fill(
-            user=str(request.user_id), date=date, language=language, contents=self.escape(request.contents)
+            user=self.escape(str(request.user_id)), date=date, language=language, contents=self.escape(request.contents)
         )
 
     def _fill(self, **values: str) -> tuple[list[PromptMessage], PromptMessage]:
