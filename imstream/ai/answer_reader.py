@@ -38,6 +38,7 @@ _FAILED = re.compile(
 """Finish reasons of many servers: the answer was cut by a filter, or at a limit, or the model has not finished."""
 
 _FIELDS = (b":", b"data", b"event", b"id", b"retry", b"error")  # that begin an event stream
+_BRACE = ord("{")
 _TEXT_TYPES = ("text", "output_text")
 
 _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -212,7 +213,7 @@ class AnswerReader:
         texts = []
         for event in events:
             try:
-                if event.__class__ is bytes and event.startswith(b"{"):
+                if event[0] == _BRACE and event.__class__ is bytes:
                     text = self._read_object(self._decode(event))
                 else:
                     text = self._read_odd_event(event)

@@ -197,7 +197,7 @@ class OpenAIBackend(EndpointClient):
     ) -> Completion:
         if is_encoded(response):
             coding = shorten(", ".join(response.headers.getall("Content-Encoding")))
-            raise failure("misconfigured", "bad_stream", f"content encoding {coding}, although none is accepted")
+            raise failure("misconfigured", "encoded", f"content encoding {coding}, although none is accepted")
         reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets, reasoning=self._options.reasoning)
         intake = _Intake(reader, limits, on_text, self._options.idle_timeout, self._turn)
         try:
@@ -207,6 +207,7 @@ class OpenAIBackend(EndpointClient):
         except BodyBroken as broken:
             try:
                 intake.feed(b"", defer=False)  # it may have lost nothing but its end
+                await intake.feed_deferred()
             except BackendError as told:
                 if told.reason not in {"bad_stream", "broken_stream"}:
                     raise

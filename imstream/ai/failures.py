@@ -287,7 +287,7 @@ def hint(error: BackendError, path: str, *, variable: Callable[[str], str]) -> s
     base = path.removesuffix("/chat/completions")
     if error.reason in _KEY_REASONS:
         return f"check {variable('key')}"
-    if error.kind != "misconfigured" or error.reason == "misconfigured":
+    if error.kind != "misconfigured" or error.reason in {"misconfigured", "encoded"}:
         return ""
     if error.reason == "model_not_found":
         return f"check {variable('model')}"

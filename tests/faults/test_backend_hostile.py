@@ -68,7 +68,7 @@ async def test_hostile_answers_are_bounded_and_leave_the_conversation_alone(
                 assert (await someone.end_of("again")).text == text
             await node.settled()
             letters = node.dead()
-            assert {letter["reason"] for letter in letters} == {"bad_stream", "backend_error"}
+            assert {letter["reason"] for letter in letters} == {"bad_stream", "backend_error", "encoded"}
             assert max(len(letter["error"]) for letter in letters) < 300
 
 
