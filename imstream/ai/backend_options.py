@@ -7,11 +7,11 @@ stands for the environment variable of that name.
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 from urllib.request import getproxies_environment, proxy_bypass
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, JsonValue, Secret, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, Secret, SecretStr
 from yarl import URL
 
 from imstream.errors import SettingsError
@@ -44,7 +44,7 @@ class BackendOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
 
     url: HttpUrl = _default("url")
-    model: str = _default("model")
+    model: Annotated[str, Field(min_length=1)] = _default("model")
     key: SecretStr | None = _default("key")
     headers: Headers | None = _default("headers")
     body: Parameters | None = _default("body")
@@ -86,7 +86,9 @@ class BackendOptions(BaseModel):
         except ValueError:
             proxy = URL()
         if proxy.scheme not in {"http", "https"} or not proxy.host:
-            raise SettingsError(f"{self.variable('proxy')}={self.proxy!s} is not allowed: must be the URL of a proxy")
+            which = "the proxy that the environment names" if str(self.proxy) == "env" else "it"
+            shown = f"{self.variable('proxy')}={str(self.proxy)!r}"
+            raise SettingsError(f"{shown} is not allowed: {which} must be an HTTP proxy with a host")
         return proxy
 
 

@@ -79,5 +79,16 @@ def test_a_proxy_that_cannot_be_used_is_refused_at_the_start(proxy: str) -> None
     assert "pass-of-the-proxy" not in str(refused.value)
 
 
+def test_a_proxy_of_the_environment_that_cannot_be_used_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"socks5://{LOGIN}@127.0.0.1")
+    with pytest.raises(SettingsError, match=r"'env' is not allowed: the proxy that the environment names") as refused:
+        OpenAIBackend(Settings.load(ai_url="http://ai.internal/v1", ai_proxy="env"))
+    assert "pass-of-the-proxy" not in str(refused.value)
+
+
 def test_the_representation_of_options_shows_no_password() -> None:
     assert "pass-of-the-proxy" not in repr(BackendOptions.model_validate({"proxy": f"http://{LOGIN}@proxy"}))
