@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from imstream.ai.backend import OpenAIBackend, PromptMessage
 from imstream.ai.backend_options import BackendOptions
 from imstream.ai.dialect import OPENING, adapt
+from imstream.ai.prompt.assembler import PromptAssembler
+from imstream.ai.prompt.prompter import Prompter
 from imstream.errors import BackendError, SettingsError
+from imstream.model import ChatRequest
 from imstream.settings import Settings
 from tests.support.asking import Asking, asking
 from tests.support.scripted_backend import Exchange, Request, refuses, scripted_backend, streams
@@ -273,6 +276,17 @@ async def test_reasoning_in_tags_is_shown_only_if_the_option_says_so() -> None:
         async with asking(script, ai_reasoning=option) as asked:
             await asked.ask()
             assert asked.text == text
+
+
+async def test_reasoning_is_no_part_of_a_summary() -> None:
+    small: dict[str, Any] = {"context_tokens": 1000, "answer_tokens": 100, "history": "summarise"}
+    history: list[tuple[Role, str]] = [("user", "word " * 100), ("assistant", "<think>hm</think>" + "word " * 100)] * 5
+    async with asking(streams("<think>hm</th", "ink>They spoke"), **small) as asked:
+        settings = Settings.load(**small)
+        prompter = Prompter(settings, asked.client, PromptAssembler(settings))
+        prompt = await prompter.messages(ChatRequest(10001, "m", "and now?", tuple(history), "en", 0, "trace"))
+    assert prompt[1].content.endswith("They spoke")
+    assert "hm" not in "".join(message.content for message in prompt) + asked.backend.requests[0].body.decode()
 
 
 # Options
