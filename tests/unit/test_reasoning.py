@@ -61,15 +61,15 @@ OPENED = {
     "no reasoning": "no reasoning",
     "<think>never closed": "",
     "</think>yes": "yes",
-    "hm " * 50_000 + "</think>yes": "yes",
-    "hm " * 50_000: "",
+    "hm " * 40_000 + "</think>yes": "yes",
+    "hm " * 40_000: "",
     "": "",
 }
 
 
 @pytest.mark.parametrize(("text", "shown"), OPENED.items(), ids=[text.strip()[:24] for text in OPENED])
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_reasoning_without_its_opening_tag_is_removed(text: str, shown: str, size: int) -> None:
-    reasoning = ReasoningFilter(opened=True)
-    pieces = [reasoning.feed(text[begin : begin + size]) for begin in range(0, len(text), size)]
-    assert "".join(pieces) + reasoning.end() == shown
+def test_reasoning_without_its_opening_tag_is_removed(text: str, shown: str) -> None:
+    for size in (1, 7, 1000) if len(text) < 1000 else (1000,):
+        reasoning = ReasoningFilter(opened=True)
+        pieces = [reasoning.feed(text[begin : begin + size]) for begin in range(0, len(text), size)]
+        assert "".join(pieces) + reasoning.end() == shown
