@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from imstream.ai import failures
-from imstream.ai.error_report import TEXT_LIMIT, ErrorReport, shorten
+from imstream.ai.error_report import ErrorReport, shorten
 from imstream.ai.failures import failure
 from imstream.ai.reasoning import ReasoningFilter
 from imstream.ai.sse import BYTE_ORDER_MARK, EVENT_LIMIT, EventParser, EventTooLong, NamedEvent
@@ -37,7 +37,6 @@ _FAILED = re.compile(
 )
 """Finish reasons of many servers: the answer was cut by a filter, or at a limit, or the model has not finished."""
 
-_FIELDS = (b":", b"data", b"event", b"id", b"retry", b"error")  # that begin an event stream
 _BRACE = ord("{")
 _TEXT_TYPES = ("text", "output_text")
 
@@ -89,7 +88,6 @@ class AnswerReader:
         self._events = EventParser(limit=self._json_limit)
         self._document: bytearray | None = None
         self._begun = False
-        self._beginning = b""  # of a body that does not begin as an event stream
         self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
         self._has_text = self._has_choice = self._is_refusal = self._calls_tools = self._reasons = False
         has_tags = reasoning in {"tags", "open_tags"}
@@ -114,8 +112,6 @@ class AnswerReader:
                 self._count_idle(size)
                 return ""
             self._begun = True
-            if not data.startswith(_FIELDS):
-                self._beginning = data[:TEXT_LIMIT]
             # Content types are not reliable: JSON errors are sent as event streams.
             if data.startswith((b"{", b"[", b"<")):
                 self._document = bytearray()
@@ -153,7 +149,7 @@ class AnswerReader:
             if self.finish_reason is None and self.skipped:
                 raise failure("broken", "bad_stream", self.problem)
             if self.finish_reason is None:
-                said = shorten(self._beginning.decode("utf-8", "replace"), self._secrets)
+                said = ErrorReport.from_body(self._events.foreign).summary(self._secrets)
                 said = said or "the answer ended without [DONE] and without a finish reason"
                 raise failure("broken", "broken_stream", said)
             self._finish()

@@ -10,6 +10,7 @@ lines of JSON without a field name, and events of JSON without a blank line betw
 import re
 
 EVENT_LIMIT = 1 << 22  # bytes buffered of an incomplete event, which carries one token, as a rule
+MAX_FOREIGN = 1024  # bytes
 MAX_LINES = 1 << 16  # of data in an event
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -38,10 +39,11 @@ class EventParser:
     fragmented character is complete before its event is.
     """
 
-    __slots__ = ("_after_cr", "_begun", "_data", "_is_bare", "_limit", "_line", "_name", "buffered")
+    __slots__ = ("_after_cr", "_begun", "_data", "_is_bare", "_limit", "_line", "_name", "buffered", "foreign")
 
     def __init__(self, *, limit: int = EVENT_LIMIT) -> None:
         self.buffered = 0  # bytes of an incomplete event, approximately
+        self.foreign = b""  # the beginning of the first line that is no field, such as the text of a proxy
         self._limit = limit
         self._line: list[bytes] = []  # the fragments of an incomplete line
         self._data: list[bytes] = []  # the data lines of an incomplete event
@@ -130,6 +132,8 @@ class EventParser:
         elif field == b"error":  # llama.cpp
             self._name = field
             self._data.append(value)
+        elif field not in {b"id", b"retry"}:
+            self.foreign = self.foreign or line[:MAX_FOREIGN]
 
     def _end_event(self, events: list[bytes]) -> None:
         event, name = b"\n".join(self._data), self._name

@@ -525,9 +525,10 @@ async def test_an_error_says_whose_fault_it_is(status: int, error: object, verdi
 
 
 async def test_plain_text_instead_of_a_stream_is_told() -> None:
-    error = await failure(says(b"upstream connect error or disconnect\n", content_type="text/plain"))
-    assert (error.kind, error.reason) == ("broken", "broken_stream")
-    assert cause(error) == "upstream connect error or disconnect"
+    whole, within, page = b"upstream reset", b"upstream reset\nsorry\n", b"<h1>upstream reset</h1>"
+    for parts in ([whole[:9], whole[9:]], [event(chunk("a")), within], [ROLE, page]):
+        error = await failure(says(*parts, content_type="text/plain"))
+        assert (error.kind, error.reason, cause(error)) == ("broken", "broken_stream", "upstream reset")
 
 
 async def test_a_page_with_status_400_is_not_of_the_api() -> None:
