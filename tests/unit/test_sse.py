@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imstream.ai.sse import EventParser, EventTooLong
+from imstream.ai.sse import EventParser, EventTooLong, NamedEvent
 
 
 def parse(*chunks: bytes) -> list[bytes]:
@@ -69,6 +69,48 @@ def test_an_event_without_its_blank_line_is_given_out_at_the_end(stream: bytes, 
     assert parser.close() == events
 
 
+# Beyond the standard
+
+
+@pytest.mark.parametrize(
+    ("stream", "events"),
+    [
+        pytest.param(b'{"a": 1}\n', [b'{"a": 1}'], id="a line of JSON"),
+        pytest.param(b'data: a\n\n{"a": 1}\ndata: b\n\n', [b"a", b'{"a": 1}', b"b"], id="between events"),
+        pytest.param(b'{\n  "a": 1\n}\n\n', [b'{\n  "a": 1\n}'], id="lines of JSON"),
+        pytest.param(b'{\n  "a": 1\n}\ndata: b\n\n', [b'{\n  "a": 1\n}', b"b"], id="lines of JSON before an event"),
+        pytest.param(b'data: {"a": 1}\ndata: {"b": 2}\n\n', [b'{"a": 1}', b'{"b": 2}'], id="no blank line"),
+        pytest.param(b'data: {"a": 1}\ndata: [DONE]\n\n', [b'{"a": 1}', b"[DONE]"], id="no blank line before [DONE]"),
+        pytest.param(b'data: {"a":\ndata: {"b": 2}\ndata: }\n\n', [b'{"a":\n{"b": 2}\n}'], id="JSON in several lines"),
+        pytest.param(b"[DONE]\n", [b"[DONE]"], id="[DONE] alone"),
+    ],
+)
+def test_json_is_read_without_the_frame_of_an_event(stream: bytes, events: list[bytes]) -> None:
+    assert parse(stream) == events
+    assert parse(*(stream[at : at + 1] for at in range(len(stream)))) == events
+
+
+@pytest.mark.parametrize(
+    ("stream", "names"),
+    [
+        (b"event: ping\ndata: a\n\ndata: b\n\n", [b"ping", b""]),
+        (b"data: a\nevent: ping\n\n", [b"ping"]),
+        (b"event: message\ndata: a\n\n", [b""]),
+        (b"event: ping\n\ndata: a\n\n", [b""]),
+        (b"error: a\n\n", [b"error"]),
+    ],
+)
+def test_events_keep_their_name(stream: bytes, names: list[bytes]) -> None:
+    events = parse(stream)
+    assert [event.name if isinstance(event, NamedEvent) else b"" for event in events] == names
+
+
+def test_the_first_line_that_is_no_field_is_kept() -> None:
+    parser = EventParser()
+    parser.feed(b": comment\nid: 1\ndata: a\n\nupstream reset\nsorry\n")
+    assert parser.foreign == b"upstream reset"
+
+
 # Bounds
 
 
@@ -105,7 +147,8 @@ def test_the_bound_is_one_events_and_not_the_streams() -> None:
 # Properties
 
 NAMES = st.sampled_from(["data", "data:", "data: ", "data:  ", ":", "event: ", "id:", "dat", ""])
-TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\r\n"), max_size=12)
+TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\r\n{}[]"), max_size=12)
+"""Without brackets: lines of JSON are read beyond the standard."""
 LINES = st.tuples(NAMES, TEXTS).map("".join)
 ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 BLANK_LINES = st.tuples(ENDS, ENDS).filter(lambda ends: ends != ("\r", "\n")).map("".join)
