@@ -227,7 +227,7 @@ async def _first_answers(socket: Peer, index: int) -> list[Frame]:
 
 async def test_what_fails_is_given_back_and_what_is_refused_as_busy_is_not_counted(nodes: ManyNodes) -> None:
     async with nodes["1"].peer(USER) as someone:
-        assert (await someone.chat(USER, "hello [[demo fail=9]]", "fails"))["remaining"] == QUOTA - 1
+        assert (await someone.chat(USER, "hello [[demo fail=9 status=400]]", "fails"))["remaining"] == QUOTA - 1
         assert (await someone.end_of("fails")).events[-1] == "failed"
         await wait_until(lambda: used(nodes) == 0, "it is no longer counted")
         assert (await someone.chat(USER, AT_ONCE, "succeeds"))["remaining"] == QUOTA - 1

@@ -171,7 +171,7 @@ async def test_a_message_sent_again_is_answered_from_the_record(node: OneNode) -
         assert (await someone.end_of("again")).text == whole
         await someone.chat(USER, question, "again")  # after its end, on the same socket
         assert (await someone.end_of("again")).text == whole
-        await elsewhere.chat(USER, "something else under the same id", "again")
+        await elsewhere.chat(USER, question, "again")  # and on another one
         assert (await elsewhere.end_of("again")).text == whole
     await node.settled()
     assert node.ai_stats()["calls"] == calls + 1
