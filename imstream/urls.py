@@ -32,6 +32,7 @@ _URL = re.compile(
     r"(?P<scheme>rediss?)(\+(?P<topology>sentinel|cluster))?://((?P<login>[^/?#]*)@)?(?P<hosts>[^/?#@]*)"
     r"(/(?P<path>[^?#]*))?(\?(?P<query>[^#]*))?"
 )
+MIN_SECRET = 8  # characters of a value that is taken for a secret because of its name
 _SECRET_IN_QUERY = re.compile(r"(?P<name>[?&][^=&#]*(password|secret|token|key|sig)=)[^&#]*", re.IGNORECASE)
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
 _PATHS = {
@@ -120,6 +121,12 @@ def validate_redis_url(url: SecretUrl) -> SecretUrl:
     """Return the URL, or raise `ValueError` saying what is allowed."""
     RedisUrl.parse(url)
     return url
+
+
+def secrets_in_query(url: str) -> list[str]:
+    """The values of secret parameters in the query of a URL, as they are written in it; short ones are not secret."""
+    values = (match[0].partition("=")[2] for match in _SECRET_IN_QUERY.finditer(url))
+    return [value for value in values if len(value) >= MIN_SECRET]
 
 
 def redact_url(url: str) -> str:

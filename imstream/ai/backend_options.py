@@ -27,6 +27,7 @@ from imstream.option_types import (
     fits_in_header,
 )
 from imstream.settings import ENV_FILE, ENV_PREFIX, HttpUrl, Positive, Settings
+from imstream.urls import MIN_SECRET
 
 _REFERENCE = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
 _CREDENTIAL = re.compile(r"auth|cookie|key|password|secret|signature|token", re.IGNORECASE)
@@ -104,7 +105,8 @@ def resolve_headers(headers: Secret[dict[str, str]] | None, *, option: str) -> t
             raise _rejected(option, f"the header {name} must be printable ASCII")
         if _CREDENTIAL.search(name):
             # Of `Bearer x`, also x alone.
-            secrets += (resolved[name], resolved[name].rpartition(" ")[2])
+            found = (resolved[name], resolved[name].rpartition(" ")[2])
+            secrets += (text for text in found if len(text) >= MIN_SECRET)
     return resolved, secrets
 
 

@@ -18,7 +18,7 @@ from imstream.ai import failures
 from imstream.ai.bounded_http import bounded_session, is_encoded
 from imstream.errors import BackendError, SettingsError
 from imstream.settings import ENV_PREFIX
-from imstream.urls import SecretUrl
+from imstream.urls import SecretUrl, secrets_in_query
 
 KEEP_ALIVE = timedelta(seconds=4)  # of an unused connection: servers close theirs after 5 s (uvicorn, Node) or later
 ERROR_BODY_LIMIT = 8192  # bytes read of the body of an error response
@@ -70,7 +70,7 @@ class EndpointClient:
         if plain:
             url = url.with_user(None)
             headers["Authorization"] = f"Bearer {plain}"
-        secrets = (plain, *_passwords(url))
+        secrets = (plain, *_passwords(url), *secrets_in_query(str(url)))
         url = url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True)
         self._endpoint = Endpoint(url, headers, tuple(filter(None, secrets)))
         self._body_limit = limit

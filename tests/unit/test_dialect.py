@@ -132,6 +132,16 @@ async def test_no_error_shows_a_secret_that_the_backend_repeats(
         assert KEY not in repr(asked.client) + repr(Settings.load(**settings)) + str(failed.value)
 
 
+async def test_no_error_shows_a_key_in_the_address_that_the_backend_repeats() -> None:
+    async with scripted_backend() as backend:
+        backend.then(refuses(401, f"wrong: {KEY}"))
+        async with OpenAIBackend(Settings.load(ai_url=f"{backend.url}?api-key={KEY}")) as client:
+            with pytest.raises(BackendError) as failed:
+                await client.answer([PromptMessage("user", "hi")], on_text=lambda _: None)
+    assert "wrong: (hidden)" in str(failed.value)
+    assert KEY not in str(failed.value) + failed.value.detail
+
+
 # The maximum of an answer
 
 
