@@ -64,6 +64,7 @@ async def test_the_client_of_a_release_talks_to_a_node_of_the_same_and_the_other
     )
     async with asyncio.timeout(20 * SLOW):
         output, _ = await client.communicate()
+    assert client.returncode == 0
     assert json.loads(output) == {
         "text": whole(short),
         "again": whole(short),
