@@ -83,6 +83,24 @@ async def test_sockets_on_nodes_of_both_releases_follow_resume_and_cancel_the_sa
     assert nodes.ai_calls() == 2
 
 
+async def test_a_device_that_wants_questions_follows_what_the_previous_release_answers_without_them(
+    nodes: ManyNodes,
+) -> None:
+    asked = question(30)
+    async with nodes["previous"].peer(USER) as someone, nodes["this"].peer(USER) as device:
+        await device.send_frame("INIT", userId=USER, wants=["asked", "status"])
+        assert (await device.until(msgType="INIT"))["messages"] == []
+        await someone.chat(USER, asked, "old")
+        told = await device.end_of("old")
+        assert (told.text, told.events[0]) == (whole(asked), "status")
+        assert "asked" not in told.events
+        await device.chat(USER, asked, "new")  # the previous release ignores its question
+        assert (await someone.end_of("new")).text == whole(asked)
+        await device.end_of("new")
+        await device.send_frame("INIT", userId=USER, wants=["asked"])
+        assert (await device.until(msgType="INIT"))["messages"] == [{"messageId": "new", "state": "done"}]
+
+
 async def test_a_rolling_upgrade_and_the_way_back_lose_and_repeat_nothing(demo: DemoBackend, tmp_path: Path) -> None:
     previous = previous_python()
     limits: dict[str, Any] = {"lease": "10m", "drain_grace": "0.2s"}
