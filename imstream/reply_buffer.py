@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
-from imstream.codes import State
+from imstream.codes import State, Want
 from imstream.model import Question, Record, Terminal, Waiting
 from imstream.user_ids import UserId
 
@@ -265,31 +265,24 @@ class Cursor:
     """The position of one session in one reply.
 
     Attributes:
-        wants_question: The question is to be reported.
-        wants_status: The state is to be reported.
+        wants: What is to be reported besides the answer: the question, until it is, and the state.
     """
 
     reply: ReplyBuffer
     attempt: int = field(default=0, kw_only=True)
     offset: int = field(default=0, kw_only=True)
-    wants_question: bool = field(default=False, kw_only=True)
-    wants_status: bool = field(default=False, kw_only=True)
+    wants: frozenset[str] = field(default=frozenset(), kw_only=True)
     _told: StateChanged | None = field(default=None, init=False)
 
     @property
     def has_more(self) -> bool:
         """Whether the next `advance` returns a step. Valid right after one that did."""
-        return (
-            self.wants_question
-            or self.wants_status
-            or self.offset < self.reply.offset
-            or self.reply.terminal is not None
-        )
+        return self.offset < self.reply.offset or self.reply.terminal is not None or bool(self.wants)
 
     def advance(self) -> Step | None:
         """Return the next step for the client; None when it is up to date."""
         reply = self.reply
-        if (self.wants_question or self.wants_status) and (step := self._inform()) is not None:
+        if self.wants and (step := self._inform()) is not None:
             return step
         if reply.attempt == 0 and reply.terminal is None:
             return None  # no attempt is known yet
@@ -308,10 +301,10 @@ class Cursor:
     def _inform(self) -> QuestionAsked | StateChanged | None:
         """Return the question or the state, unless the client knows it."""
         reply = self.reply
-        if self.wants_question and reply.question is not None:
-            self.wants_question = False
+        if Want.ASKED in self.wants and reply.question is not None:
+            self.wants -= {Want.ASKED}
             return QuestionAsked(reply.question.text)
-        if self.wants_status and (state := self._state()) is not None and state.is_news_after(self._told):
+        if Want.STATUS in self.wants and (state := self._state()) is not None and state.is_news_after(self._told):
             self._told = state
             return state
         return None

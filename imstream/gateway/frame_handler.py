@@ -142,7 +142,7 @@ class FrameHandler:
             session.close(CloseCode.TOO_MANY_SOCKETS, Code.TOO_MANY_SOCKETS, Text.TOO_MANY_SOCKETS)
             return
         session.logged_in(user_id, verdict.expires_at)
-        self._writer.set_wants(frozenset(frame.wants))
+        self._writer.set_wants(frozenset(frame.wants) & {Want.ASKED, Want.STATUS})
         with self._writer.hold_new(*(point.message_id for point in frame.resume)):
             deps.registry.log_in(session, user_id)
             # The route first: then no batch falls between what is read here and the notices of other nodes, and a
@@ -176,8 +176,8 @@ class FrameHandler:
         if not found:
             self._writer.send(self._frames.expired(point.message_id))
             return 0
-        asks = Want.ASKED in self._writer.wants and point.attempt == 0
-        self._writer.follow(Cursor(reply, attempt=point.attempt, offset=point.offset, wants_question=asks))
+        wants = self._writer.wants - ({Want.ASKED} if point.attempt > 0 else set())
+        self._writer.follow(Cursor(reply, attempt=point.attempt, offset=point.offset, wants=wants))
         continues = point.attempt == reply.attempt and point.offset <= reply.offset
         return reply.offset - point.offset if continues else reply.offset
 
@@ -222,7 +222,7 @@ class FrameHandler:
         self._writer.send(self._frames.accepted(message_id, position, verdict.remaining))
         # From the beginning, also if this socket has received some of it and the message was sent again: that costs as
         # much as a resume.
-        self._writer.follow(Cursor(reply), restart=True)
+        self._writer.follow(Cursor(reply, wants=self._writer.wants - {Want.ASKED}), restart=True)
         if reply.offset:
             self._session.socket.charge(reply.offset / BYTES_PER_FRAME)
 

@@ -70,13 +70,12 @@ class SessionWriter:
             return
         self.wants = wants
         for cursor in self._cursors.values():
-            cursor.wants_question &= Want.ASKED in wants
+            cursor.wants = (cursor.wants & wants) | (wants & {Want.STATUS})
             self._watch(cursor)
             self._on_growth(cursor.reply)
 
     def _watch(self, cursor: Cursor) -> None:
-        cursor.wants_status = Want.STATUS in self.wants
-        cursor.reply.is_watched |= cursor.wants_status
+        cursor.reply.is_watched |= Want.STATUS in cursor.wants
 
     def send(self, frame: ServerFrame) -> None:
         """Queue a frame; it is sent before what is new in replies."""
@@ -105,7 +104,7 @@ class SessionWriter:
         if self._held is not None:
             self._held.append(reply)
         elif reply.message_id not in self._sent_ends:
-            self.follow(Cursor(reply, wants_question=Want.ASKED in self.wants))
+            self.follow(Cursor(reply, wants=self.wants))
 
     @contextmanager
     def hold_new(self, *known: str) -> Iterator[None]:
