@@ -113,7 +113,7 @@ async def test_system_turns_are_taken_where_they_are_allowed_and_tokens_counted_
     async with scene(tmp_path, redis_server, **settings) as (node, ai), node.peer(ZH) as someone:
         await someone.chat(ZH, "hello", "m1", history=[{"role": "system", "content": "be brief"}])
         assert (await someone.end_of("m1")).text == "fine"
-        assert messages(ai, 1)[0] == ("system", "You talk to 10001 in 中文.\n\nbe brief")
+        assert messages(ai, 1)[0] == ("system", f"You talk to {ZH} in 中文.\n\nbe brief")
         await someone.chat(ZH, "and now?", "m2", history=LONG)
         assert (await someone.end_of("m2")).text == "fine"
         assert [role for role, _ in messages(ai, 2)] == ["system", "user"]  # the first request asked for the summary
