@@ -37,12 +37,7 @@ class Code(StrEnum):
         self.meaning, self.fault, self.action = meaning, fault, action
         return self
 
-    SUCCESS = (
-        "SUCCESS",
-        "No error.",
-        Fault.NOBODY,
-        "Read the frame.",
-    )
+    SUCCESS = ("SUCCESS", "No error.", Fault.NOBODY, "Read the frame.")
     SYSTEM_ERROR = (
         "SYSTEM_ERROR",
         "An unexpected error of the server, or, before close 4501, an invalid user id.",
@@ -97,18 +92,8 @@ class Code(StrEnum):
         Fault.NOBODY,
         "Stop waiting for its answer. Ask again with a new `messageId`.",
     )
-    TOO_LATE = (
-        "TOO_LATE",
-        "The message to be cancelled has ended already.",
-        Fault.NOBODY,
-        "Nothing.",
-    )
-    UNKNOWN = (
-        "UNKNOWN",
-        "The message to be cancelled is not known.",
-        Fault.CLIENT,
-        "Nothing.",
-    )
+    TOO_LATE = ("TOO_LATE", "The message to be cancelled has ended already.", Fault.NOBODY, "Nothing.")
+    UNKNOWN = ("UNKNOWN", "The message to be cancelled is not known.", Fault.CLIENT, "Nothing.")
     INIT_TIMEOUT = (
         "INIT_TIMEOUT",
         "The socket sent no INIT in time. Close 4500 follows.",
@@ -203,16 +188,8 @@ class Event(StrEnum):
         "The message will be answered.",
         "Discard the text so far: the answer is sent from its beginning.",
     )
-    DELTA = (
-        "delta",
-        "New text of the answer.",
-        "Append `contents`. Keep `attempt` and `offset` for `resume`.",
-    )
-    RESTART = (
-        "restart",
-        "A new attempt begins.",
-        "Discard the text so far.",
-    )
+    DELTA = ("delta", "New text of the answer.", "Append `contents`. Keep `attempt` and `offset` for `resume`.")
+    RESTART = ("restart", "A new attempt begins.", "Discard the text so far.")
     DONE = (
         "done",
         (
@@ -229,12 +206,7 @@ class Event(StrEnum):
         "Show `contents`. The text so far is incomplete.",
         True,
     )
-    CANCELLED = (
-        "cancelled",
-        "The message was cancelled.",
-        "Keep the text so far.",
-        True,
-    )
+    CANCELLED = ("cancelled", "The message was cancelled.", "Keep the text so far.", True)
     STATUS = (
         "status",
         (
