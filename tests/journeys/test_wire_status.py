@@ -13,7 +13,7 @@ from tests.support.users import user_id
 
 USER = user_id(10001)
 
-ALIKE = "[[demo first=0 pace=10ms length=40]]"
+ALIKE = "[[demo first=0 pace=10ms length=30]]"
 LONG = "[[demo first=0 pace=10ms length=5000]]"
 
 
@@ -65,10 +65,10 @@ async def test_without_measured_times_there_is_a_place_and_no_estimate(node: One
 
 async def test_estimates_come_true(node: OneNode) -> None:
     async with watching(node) as someone:
-        for number in range(3):
+        for number in range(2):
             await someone.chat(USER, f"measured {number} {ALIKE}", f"measured-{number}")
             await someone.end_of(f"measured-{number}")
-        names = [f"estimated-{number}" for number in range(5)]
+        names = [f"estimated-{number}" for number in range(4)]
         for name in names:
             await someone.chat(USER, f"{name} {ALIKE}", name)
         for name in names:
