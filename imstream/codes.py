@@ -17,7 +17,19 @@ class Fault(StrEnum):
     SERVICE = "the service"
 
 
-class Code(StrEnum):
+class Word(StrEnum):
+    """A word of the protocol. Its members are rows of a table: the word, then a value for each annotation."""
+
+    def __new__(cls, word: str, *row: object) -> Self:
+        """Make a member from its row."""
+        self = str.__new__(cls, word)
+        self._value_ = word
+        for name, value in zip(cls.__annotations__, row, strict=True):
+            setattr(self, name, value)
+        return self
+
+
+class Code(Word):
     """The `code` of a server frame: success, or the kind of error.
 
     Attributes:
@@ -29,13 +41,6 @@ class Code(StrEnum):
     meaning: str
     fault: Fault
     action: str
-
-    def __new__(cls, word: str, meaning: str, fault: Fault, action: str) -> Self:
-        """Make a member from its row."""
-        self = str.__new__(cls, word)
-        self._value_ = word
-        self.meaning, self.fault, self.action = meaning, fault, action
-        return self
 
     SUCCESS = ("SUCCESS", "No error.", Fault.NOBODY, "Read the frame.")
     SYSTEM_ERROR = (
@@ -138,7 +143,7 @@ class Code(StrEnum):
     )
 
 
-class MsgType(StrEnum):
+class MsgType(Word):
     """The `msgType` of a frame.
 
     Attributes:
@@ -149,13 +154,6 @@ class MsgType(StrEnum):
     from_client: str
     from_server: str
 
-    def __new__(cls, word: str, from_client: str, from_server: str) -> Self:
-        """Make a member from its row."""
-        self = str.__new__(cls, word)
-        self._value_ = word
-        self.from_client, self.from_server = from_client, from_server
-        return self
-
     INIT = "INIT", "Log in, and resume messages.", "The login succeeded."
     CHAT = "CHAT", "Ask a question.", "Something about one message; `event` says what."
     CANCEL = "CANCEL", "Stop the answer to a message.", ""
@@ -163,25 +161,16 @@ class MsgType(StrEnum):
     SYSTEM = "SYSTEM", "", "An error; `code` says which."
 
 
-class Event(StrEnum):
+class Event(Word):
     """The `event` of a CHAT frame.
 
     Attributes:
         meaning: What happened to the message.
         action: What a client does.
-        is_terminal: Whether no other event of the message follows, unless it is sent again.
     """
 
     meaning: str
     action: str
-    is_terminal: bool
-
-    def __new__(cls, word: str, meaning: str, action: str, is_terminal: bool = False) -> Self:  # noqa: FBT001, FBT002 - a row
-        """Make a member from its row."""
-        self = str.__new__(cls, word)
-        self._value_ = word
-        self.meaning, self.action, self.is_terminal = meaning, action, is_terminal
-        return self
 
     ACCEPTED = (
         "accepted",
@@ -198,15 +187,13 @@ class Event(StrEnum):
             "backend's own reason was not a short word."
         ),
         "Keep the text; say so if it was cut.",
-        True,
     )
     FAILED = (
         "failed",
         "The message could not be answered (`AI_FAILED`), or a guard or the AI service refused it (`FORBIDDEN`).",
         "Show `contents`. The text so far is incomplete.",
-        True,
     )
-    CANCELLED = ("cancelled", "The message was cancelled.", "Keep the text so far.", True)
+    CANCELLED = ("cancelled", "The message was cancelled.", "Keep the text so far.")
     STATUS = (
         "status",
         (
@@ -224,8 +211,13 @@ class Event(StrEnum):
         "Show the question above its answer.",
     )
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether no other event of the message follows, unless it is sent again."""
+        return self in {Event.DONE, Event.FAILED, Event.CANCELLED}
 
-class Want(StrEnum):
+
+class Want(Word):
     """An item of `wants` in INIT: frames that only clients receive that ask for them.
 
     Attributes:
@@ -234,19 +226,12 @@ class Want(StrEnum):
 
     meaning: str
 
-    def __new__(cls, word: str, meaning: str) -> Self:
-        """Make a member from its row."""
-        self = str.__new__(cls, word)
-        self._value_ = word
-        self.meaning = meaning
-        return self
-
     STATUS = "status", "The event `status` for each message that the socket follows."
     THINKING = "thinking", "Reserved: nothing yet."
     ASKED = "asked", "The event `asked`, and `messages` in the answer to INIT."
 
 
-class State(StrEnum):
+class State(Word):
     """The `state` of a message. Clients ignore states that they do not know.
 
     Attributes:
@@ -254,13 +239,6 @@ class State(StrEnum):
     """
 
     meaning: str
-
-    def __new__(cls, word: str, meaning: str) -> Self:
-        """Make a member from its row."""
-        self = str.__new__(cls, word)
-        self._value_ = word
-        self.meaning = meaning
-        return self
 
     QUEUED = "queued", "It waits for its turn."
     STARTED = "started", "The AI is asked, or its answer has begun."
