@@ -56,9 +56,13 @@ async def test_what_a_fail_over_loses_is_expired_for_its_client_who_sends_it_aga
             # Request and reply are lost. A client that resumes is told; one that resends is answered.
             play.users.remove(lost)
             again = await play.user(lost.user_id, resume=[{"messageId": "lost"}])
-            await again.until(lambda: again.is_expired("lost"), "the lost message is EXPIRED")
-            assert await again.ask("lost", f"who was too late? {AT_ONCE}") == Event.ACCEPTED
-            for user in (running, kept, finished, again):
+            # On a slow machine the node may have begun the answer before the fail-over: then it is recorded again.
+            await again.until(lambda: again.is_expired("lost") or bool(again.ends("lost")), "the lost message is known")
+            if again.is_expired("lost"):
+                assert await again.ask("lost", f"who was too late? {AT_ONCE}") == Event.ACCEPTED
+                assert await again.ended("lost") == "done"
+            assert again.text("lost") == expected(f"who was too late? {AT_ONCE}")
+            for user in (running, kept, finished):
                 [message_id] = user.asked
                 assert await user.ended(message_id) == "done"
                 assert user.text(message_id) == expected(user.asked[message_id])
