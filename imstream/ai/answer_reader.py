@@ -292,14 +292,13 @@ class AnswerReader:
         """Read a chunk or a whole completion; return the text of its first choice."""
         if not isinstance(value, dict):
             raise _Unreadable("JSON of another shape than a chat completion's")
-        if value.get("error") or value.get("object") == "error":
+        choices, usage = value.get("choices"), value.get("usage")
+        is_odd = not (choices or usage)
+        if value.get("error") or (is_odd and (value.get("object") == "error" or ErrorReport.is_error(value))):
             raise self._error(ErrorReport.from_value(value))
-        if usage := value.get("usage"):
+        if usage:
             self.usage = (_token_counts(usage) if isinstance(usage, dict) else None) or self.usage
-        choices = value.get("choices")
         if not choices:
-            if ErrorReport.is_error(value):
-                raise self._error(ErrorReport.from_value(value))
             return ""
         choice = choices[0] if isinstance(choices, list) else None
         return self._read_choice(choice if isinstance(choice, dict) else _object(choice))

@@ -99,7 +99,10 @@ class EventParser:
         data = self._data
         for line in lines:
             if not line:
-                if data or self._name:
+                if len(data) == 1 and not (self._name or self._is_bare):  # the typical event
+                    events += filter(None, data)
+                    data.clear()
+                elif data or self._name:
                     self._end_event(events)
             elif line.startswith(b"data:"):
                 if data and (self._is_bare or _is_next(data[-1], line)):
