@@ -162,12 +162,7 @@ class MsgType(Word):
 
 
 class Event(Word):
-    """The `event` of a CHAT frame.
-
-    Attributes:
-        meaning: What happened to the message.
-        action: What a client does.
-    """
+    """The `event` of a CHAT frame, and what a client does about it (`action`)."""
 
     meaning: str
     action: str
@@ -218,11 +213,7 @@ class Event(Word):
 
 
 class Want(Word):
-    """An item of `wants` in INIT: frames that only clients receive that ask for them.
-
-    Attributes:
-        meaning: What the client receives.
-    """
+    """An item of `wants` in INIT: frames that only clients receive that ask for them."""
 
     meaning: str
 
@@ -232,11 +223,7 @@ class Want(Word):
 
 
 class State(Word):
-    """The `state` of a message. Clients ignore states that they do not know.
-
-    Attributes:
-        meaning: What it says about the message.
-    """
+    """The `state` of a message. Clients ignore states that they do not know."""
 
     meaning: str
 

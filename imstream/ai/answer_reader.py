@@ -210,7 +210,10 @@ class AnswerReader:
         for event in events:
             try:
                 if event[0] == _BRACE and event.__class__ is bytes:
-                    text = self._read_object(self._decode(event))
+                    value = self._decode(event)
+                    text = (self._tags is None and _plain_text(value)) or ""
+                    if not (text and self._has_text and self.finish_reason is None):
+                        text = self._read_object(value)
                 else:
                     text = self._read_odd_event(event)
                 if text:
@@ -397,6 +400,17 @@ class AnswerReader:
         if self._has_text and error.kind == "away":
             error.kind = "broken"  # it is there, and broke the answer
         return error
+
+
+def _plain_text(value: Any) -> str | None:  # noqa: ANN401 - JSON
+    """The text of a typical chunk, which has one choice and nothing else to read; None for others."""
+    try:
+        [choice] = value["choices"]
+        text = choice["delta"]["content"]
+        is_plain = not (choice.get("finish_reason") or value.get("error") or value.get("usage"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return text if is_plain and text.__class__ is str else None
 
 
 def _object(value: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
