@@ -74,7 +74,7 @@ class EventParser:
             self._line.append(rest)
         if not (self._line or self._data):  # a read typically ends where an event ends
             self.buffered = 0
-        elif events:
+        elif events or (lines and not self._data):  # what was read before is not kept, such as comments
             self.buffered = sum(map(len, self._data)) + sum(map(len, self._line))
         else:  # not summed up again for each read
             self.buffered += size

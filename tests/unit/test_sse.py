@@ -197,3 +197,11 @@ def test_no_bytes_at_all_make_it_fail(chunks: list[bytes]) -> None:
     for chunk in chunks:
         parser.feed(chunk)
     parser.close()
+
+
+def test_comments_are_not_counted_as_buffered_if_each_read_ends_within_one() -> None:
+    parser = EventParser()
+    parser.feed(b":\n:")
+    for _ in range(100):
+        assert parser.feed(b"\n:" * 500) == []
+        assert parser.buffered <= 1000
