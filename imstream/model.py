@@ -27,14 +27,14 @@ SCHEMA_FIELD = "v"
 SCHEMA_VERSION = 1
 """The version written by this release, and the newest it reads. Entries without the field have version 1."""
 
-_MAX_VERSION_DIGITS = 9
+_MAX_DIGITS = 9
 _MAX_TIME = 253_402_300_799_999  # the end of the year 9999
 
 
 def version_of(fields: Mapping[str, str]) -> int:
     """The version of an entry; 1 when it is not a number of at most 9 digits."""
     version = fields.get(SCHEMA_FIELD, "")
-    return int(version) if version.isdecimal() and len(version) <= _MAX_VERSION_DIGITS else 1
+    return int(version) if version.isdecimal() and len(version) <= _MAX_DIGITS else 1
 
 
 class MalformedEntry(Exception):  # noqa: N818 - their fault, not an error of ours
@@ -242,7 +242,7 @@ class Waiting:
     def from_fields(cls, fields: Mapping[str, str]) -> Self:
         """Read an entry; missing and malformed fields have defaults."""
         pause = fields.get("retry_after", "")
-        known = int(pause) if pause.isdecimal() and len(pause) <= _MAX_VERSION_DIGITS else 0
+        known = int(pause) if pause.isdecimal() and len(pause) <= _MAX_DIGITS else 0
         return cls(fields.get("backend", ""), fields.get("reason", ""), fields.get("error", ""), known)
 
 

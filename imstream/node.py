@@ -94,7 +94,7 @@ class Node:
             guards=guards,
             prompter=Prompter(settings, backend, assembler),
             backend=backend,
-            gate=(gate := CallGate(settings)),
+            gate=(gate := CallGate(settings, backend.name)),
             leases=leases,
             lease_keeper=lease_keeper,
             stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),

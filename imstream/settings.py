@@ -221,7 +221,9 @@ class Settings(SettingsGroup):
     queue_limit: int = Field(100, ge=1, description="Maximum unfinished requests of this node; more get BUSY.")
     user_limit: int = Field(4, ge=1, description="Maximum unfinished requests of one user on this node.")
     concurrency: int = Field(64, ge=1, description="Maximum requests that this node answers at the same time.")
-    max_attempts: int = Field(4, ge=1, description="Maximum attempts at one answer; waiting for a backend is none.")
+    max_attempts: int = Field(
+        4, ge=1, description="Maximum attempts at one answer; waiting for a backend does not count."
+    )
     max_deliveries: int = Field(3, ge=1, description="Worker deaths after which a request becomes a dead letter.")
     retry_wait: Positive = Field(timedelta(milliseconds=500), description="First wait before a retry; it doubles.")
     retry_wait_max: Positive = Field(timedelta(seconds=30), description="Maximum wait before a retry.")

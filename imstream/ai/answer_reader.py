@@ -403,7 +403,7 @@ class AnswerReader:
 
 
 def _plain_text(value: Any) -> str | None:  # noqa: ANN401 - JSON
-    """The text of a typical chunk, which has one choice and nothing else to read; None for others."""
+    """The text of a typical chunk, in one step; None for chunks with anything else to read."""
     try:
         [choice] = value["choices"]
         text = choice["delta"]["content"]

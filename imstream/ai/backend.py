@@ -88,6 +88,7 @@ class OpenAIBackend(EndpointClient):
         body, of_body = resolve_parameters(options.body, option=options.variable("body"))
         self._extend_endpoint(headers, [*of_headers, *of_body], options.proxy_for(self._endpoint.url))
         self._parameters = parameters(options, body, answer_tokens=settings.answer_tokens)
+        self._with_usage = merged(UsageRequest.PARAMETERS, self._parameters)
         self._max_answer = settings.max_answer
         self._usage = UsageRequest(options)
         self._limits = AnswerLimits(options)
@@ -148,7 +149,7 @@ class OpenAIBackend(EndpointClient):
             return completion
         call = _Call(on_text)
         try:
-            completion = await self._call(prompt | merged(UsageRequest.PARAMETERS, self._parameters), call)
+            completion = await self._call(prompt | self._with_usage, call)
         except BackendError as error:
             if not self._usage.may_be_refused(error, received=call.received):
                 raise

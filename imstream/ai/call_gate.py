@@ -30,7 +30,7 @@ log = structlog.get_logger()
 class CallGate:
     """Lets calls to one backend through, in order. Every call is reported: `record_success` or `record_failure`."""
 
-    def __init__(self, settings: Settings, name: str = "default") -> None:
+    def __init__(self, settings: Settings, name: str) -> None:
         self.name = name
         self._loop = asyncio.get_running_loop()
         self.breaker = Breaker(settings, clock=self._loop.time)

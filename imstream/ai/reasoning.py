@@ -44,7 +44,7 @@ class ReasoningFilter:
             if self._closing and not self._skip_reasoning():
                 return ""
             start = self._held.lstrip()
-            if len(self._held) - len(start) <= _MAX_BLANKS:
+            if len(self._held) - len(start) <= _MAX_BLANKS and (not start or start.startswith(_FIRSTS)):
                 if self._open(start):
                     continue
                 if any(tag.startswith(start) for pair in TAGS for tag in pair):
@@ -66,7 +66,7 @@ class ReasoningFilter:
         return text.lstrip() if self._removed else text
 
     def _find_end(self) -> bool:
-        """Without an opening tag: look for any closing tag. The text is kept, in case that there is none."""
+        """Without an opening tag: look for any closing tag. The text is kept until one is found."""
         ends = [end for _, closing in TAGS if (end := self._held.find(closing, self._searched)) >= 0]
         self._searched = max(0, len(self._held) - _MAX_TAG)
         if ends:

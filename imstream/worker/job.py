@@ -1,7 +1,6 @@
 """The processing of one request, from its first attempt to its end."""
 
 import asyncio
-from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
 
@@ -298,12 +297,11 @@ class Job:
             return await self._not_opened(opened)
         if self.reply.terminal is not None:
             return verdict
-        terminal = Terminal("failed", reason=verdict.reason, error=verdict.error)
-        if isinstance(verdict, Decline):
-            terminal = replace(terminal, refusal=verdict.refusal)
-        else:
-            terminal = replace(terminal, kind=verdict.kind)
-        disposition = await self._end(terminal)
+        refusal = verdict.refusal if isinstance(verdict, Decline) else None
+        kind = verdict.kind if isinstance(verdict, Bury) else None
+        disposition = await self._end(
+            Terminal("failed", reason=verdict.reason, error=verdict.error, refusal=refusal, kind=kind)
+        )
         has_failed = self.reply.terminal is not None and self.reply.terminal.event == "failed"
         return verdict if disposition == Finish() and has_failed else disposition
 

@@ -308,7 +308,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         guards=guards,
         prompter=Prompter(known, backend, PromptAssembler(known)),
         backend=backend,
-        gate=CallGate(known),
+        gate=CallGate(known, backend.name),
         leases=leases,
         lease_keeper=LeaseKeeper(leases, known),
         stall=StallDetector(known.lease.total_seconds()),

@@ -11,7 +11,7 @@ FAILURES, PAUSE = 3, 2.0
 
 
 def make_gate() -> CallGate:
-    return CallGate(Settings.load(ai_breaker_failures=FAILURES, ai_breaker_pause=PAUSE, retry_wait_max=8))
+    return CallGate(Settings.load(ai_breaker_failures=FAILURES, ai_breaker_pause=PAUSE, retry_wait_max=8), "tested")
 
 
 def failure(reason: str = "connect_failed", kind: FailureKind = "away") -> BackendError:

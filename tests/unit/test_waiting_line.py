@@ -166,7 +166,7 @@ def _busy(take: Callable[[random.Random], float], chance: random.Random, slots: 
     return ages, ends
 
 
-# What is news
+# Repeated reports
 
 
 @pytest.mark.parametrize(
