@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imstream.ai.backend import OpenAIBackend
 from imstream.ai.prompt.token_count import TokenCounter, TokenEstimate, make_token_counter
 from imstream.errors import SettingsError
 from imstream.node import Node
@@ -75,9 +75,8 @@ async def test_a_tokenizer_is_read_once_for_all_who_count(tmp_path: Path, monkey
         return made[-1]
 
     monkeypatch.setattr("imstream.ai.prompt.assembler.make_token_counter", make)
-    nothing = cast("Any", None)
     settings = Settings(tokenizer=trained(tmp_path), history="summarise")
-    Node(settings, nothing)
+    Node(settings, OpenAIBackend(settings))
     assert len(made) == 1
 
 
