@@ -22,14 +22,14 @@ CLIENT = """
 import asyncio, json, sys
 from imstream.client import BadMessage, Client
 
-async def main(url, short, long):
+async def main(url, short, long, release):
     told = {}
     async with Client(url, 10001) as client:
-        reply = await client.send(short, message_id="short")
+        reply = await client.send(short, message_id=f"{release}-short")
         told["text"] = "".join([piece.text async for piece in reply])
         told["late"] = await reply.cancel()
-        told["again"] = await (await client.send(short, message_id="short")).text()
-        stopped = await client.send(long, message_id="long")
+        told["again"] = await (await client.send(short, message_id=f"{release}-short")).text()
+        stopped = await client.send(long, message_id=f"{release}-long")
         async for _ in stopped:
             break
         told["receipt"] = await stopped.cancel()
@@ -60,7 +60,7 @@ async def test_the_client_of_a_release_talks_to_a_node_of_the_same_and_the_other
     python = sys.executable if release == "this" else previous_python()
     short, long = question(30), question(2000)
     client = await asyncio.create_subprocess_exec(
-        python, "-P", "-c", CLIENT, node.now.ws(), short, long, stdout=asyncio.subprocess.PIPE
+        python, "-P", "-c", CLIENT, node.now.ws(), short, long, release, stdout=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(20 * SLOW):
         output, _ = await client.communicate()
