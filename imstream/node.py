@@ -4,7 +4,7 @@ import asyncio
 import gc
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,10 @@ import structlog
 import uvloop
 
 from imstream import logs
-from imstream.ai.backend import Backend, OpenAIBackend
-from imstream.ai.call_gate import CallGate
+from imstream.ai.backend import OpenAIBackend
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
+from imstream.ai.router import Backends
 from imstream.codes import CloseCode, Code
 from imstream.errors import NodeTaken, StoreError
 from imstream.gateway.app import make_app
@@ -61,7 +61,7 @@ _POLL_INTERVAL = 0.05
 class Node:
     """One node. `serve` runs it until `shut_down` is called; then it drains and returns."""
 
-    def __init__(self, settings: Settings, backend: Backend) -> None:
+    def __init__(self, settings: Settings, backends: Backends) -> None:
         self.settings = settings
         self._max_round = (settings.read_block + 2 * settings.redis_timeout).total_seconds()
         """Maximum seconds of one round of the consumer loop: a blocked read and two slow commands."""
@@ -81,7 +81,7 @@ class Node:
         self.buffers = buffers = ReplyBuffers()
         self.registry = registry = Registry(settings)
         self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
-        self.jobs = jobs = Jobs(settings, replies=replies, buffers=buffers, inbox=inbox)
+        self.jobs = jobs = Jobs(settings, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
         assembler = PromptAssembler(settings)
         guard_deps = GuardDeps(settings=settings, redis=redis, inbox=inbox, assembler=assembler)
         self._guards = guards = GuardChain.create(guard_deps)
@@ -92,9 +92,8 @@ class Node:
             buffers=buffers,
             inbox=inbox,
             guards=guards,
-            prompter=Prompter(settings, backend, assembler),
-            backend=backend,
-            gate=(gate := CallGate(settings, backend.name)),
+            prompter=Prompter(settings, assembler),
+            backends=backends,
             leases=leases,
             lease_keeper=lease_keeper,
             stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),
@@ -105,7 +104,7 @@ class Node:
             return StreamConsumer(RequestStream(redis, request_reader, settings, node=node), worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)
-        jobs.line.is_paused = lambda: gate.is_closed or self.consumer.stopping
+        jobs.line.is_paused = lambda: backends.is_closed or self.consumer.stopping
         self.adopter = Adopter(worker_deps, make_consumer)
         reply_sync = ReplySync(interval=settings.sweep_interval, replies=replies, buffers=buffers, registry=registry)
         presence = Presence(
@@ -276,10 +275,10 @@ async def keep_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
             await asyncio.sleep(_RESTART_PAUSE)
 
 
-async def serve(settings: Settings, backend: Backend | None = None) -> None:
-    """Serve one node until SIGTERM or SIGINT, then drain it; reload on SIGHUP. Default: the backend of the settings."""
-    async with OpenAIBackend(settings) if backend is None else nullcontext(backend) as used:
-        node = Node(settings, used)
+async def serve(settings: Settings) -> None:
+    """Serve one node until SIGTERM or SIGINT, then drain it; reload on SIGHUP."""
+    async with OpenAIBackend(settings) as backend:
+        node = Node(settings, Backends.single(settings, backend))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, node.shut_down)

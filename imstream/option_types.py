@@ -70,6 +70,7 @@ MaxTokensOption = Literal["none", "max_tokens", "max_completion_tokens"]
 RolesOption = Literal["merge", "as_is"]
 SystemOption = Literal["role", "user"]
 ReasoningOption = Literal["tags", "open_tags", "field", "none"]
+ContinueOption = Literal["none", "assistant", "vllm", "prefix"]
 
 
 def fits_in_header(value: str) -> bool:

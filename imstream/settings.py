@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imstream.errors import SettingsError
 from imstream.option_types import (
+    ContinueOption,
     Headers,
     MaxTokensOption,
     Parameters,
@@ -199,6 +200,11 @@ class Settings(SettingsGroup):
         "tags",
         description="Where reasoning is expected: in a field of its own (field), also in tags such as `<think>` at the "
         "beginning of the text (tags; open_tags: without the opening tag), or nowhere (none).",
+    )
+    ai_continue: ContinueOption = Field(
+        "none",
+        description="How the backend is asked to continue an answer: by its beginning as the last message (assistant), "
+        "with the parameters of vLLM and SGLang (vllm), with `prefix` in that message (prefix), or not (none).",
     )
     ai_connect_timeout: Positive = Field(timedelta(seconds=5), description="Time limit for connecting to the backend.")
     ai_first_token_timeout: Positive = Field(

@@ -76,18 +76,18 @@ class Backend(Protocol):
 class OpenAIBackend(EndpointClient):
     """Calls `POST {ai_url}/chat/completions`. End every `answer` before leaving the context."""
 
-    name = "default"
     _accept = "text/event-stream, application/json"
 
     def __init__(self, settings: Settings, options: BackendOptions | None = None) -> None:
         """Default of `options`: those of the settings. Raises `SettingsError`."""
         self._options = options = options or BackendOptions.of(settings)
+        self.name = options.name
         limit = settings.max_answer * BYTES_PER_CHARACTER + 2 * JSON_LIMIT
         super().__init__("AI", options.url, options.key, path="chat/completions", limit=limit)
         headers, of_headers = resolve_headers(options.headers, option=options.variable("headers"))
         body, of_body = resolve_parameters(options.body, option=options.variable("body"))
         self._extend_endpoint(headers, [*of_headers, *of_body], options.proxy_for(self._endpoint.url))
-        self._parameters = parameters(options, body, answer_tokens=settings.answer_tokens)
+        self._parameters = parameters(options, body, answer_tokens=options.answer_tokens or settings.answer_tokens)
         self._with_usage = merged(UsageRequest.PARAMETERS, self._parameters)
         self._max_answer = settings.max_answer
         self._usage = UsageRequest(options)

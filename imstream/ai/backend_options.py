@@ -16,6 +16,7 @@ from yarl import URL
 
 from imstream.errors import SettingsError
 from imstream.option_types import (
+    ContinueOption,
     Headers,
     MaxTokensOption,
     Parameters,
@@ -44,6 +45,12 @@ class BackendOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "default"
+    priority: Annotated[int, Field(ge=0)] = 0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    context_tokens: Annotated[int, Field(ge=256)] | None = None
+    answer_tokens: Annotated[int, Field(ge=1)] | None = None
     url: HttpUrl = _default("url")
     model: Annotated[str, Field(min_length=1)] = _default("model")
     key: SecretStr | None = _default("key")
@@ -55,6 +62,7 @@ class BackendOptions(BaseModel):
     roles: RolesOption = _default("roles")
     system: SystemOption = _default("system")
     reasoning: ReasoningOption = _default("reasoning")
+    continues: ContinueOption = Field(_default("continue"), alias="continue")
     connect_timeout: Positive = _default("connect_timeout")
     first_token_timeout: Positive = _default("first_token_timeout")
     load_timeout: Positive | None = _default("load_timeout")
@@ -65,7 +73,10 @@ class BackendOptions(BaseModel):
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """The options of the single backend."""
-        return cls(**{name: getattr(settings, f"ai_{name}") for name in cls.model_fields})
+        named = {field.alias or name: f"ai_{field.alias or name}" for name, field in cls.model_fields.items()}
+        return cls(
+            **{name: getattr(settings, setting) for name, setting in named.items() if hasattr(settings, setting)}
+        )
 
     @staticmethod
     def variable(option: str) -> str:

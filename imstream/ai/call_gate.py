@@ -1,7 +1,7 @@
 """When a backend may be called: at once while it works, one by one while it is away, and paced when it is back."""
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Callable
 from math import exp
 
 import structlog
@@ -28,16 +28,13 @@ log = structlog.get_logger()
 
 
 class CallGate:
-    """Lets calls to one backend through, in order. Every call is reported: `record_success` or `record_failure`."""
+    """Tells when one backend may be called. Every call is reported: `begin`, `record_success` or `record_failure`."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
+    def __init__(self, settings: Settings, name: str, *, on_back: Callable[[], None]) -> None:
         self.name = name
+        self._on_back = on_back
         self._loop = asyncio.get_running_loop()
         self.breaker = Breaker(settings, clock=self._loop.time)
-        self.waiting = 0
-        """Calls that wait to be let through."""
-        self._turn = asyncio.Lock()  # it is fair: the first to wait is the first to go
-        self._changed = asyncio.Event()
         self._rate, self._counted_at = 0.0, self._loop.time()
         self._normal_rate: float | None = None
         """The rate before the failures that are going on; None while calls succeed."""
@@ -52,16 +49,16 @@ class CallGate:
         """Whether calls have to wait."""
         return self.breaker.tripped or self._back_at is not None
 
-    async def enter(self) -> None:
-        """Wait until a call may be made. While the breaker is half-open, it is the one call of this pause."""
+    def delay(self) -> float:
+        """Seconds until a call may be made; 0: now."""
+        if not self.is_closed:
+            return 0.0
+        return self.breaker.remaining() or (0.0 if self.breaker.tripped else self._pause())
+
+    def begin(self) -> None:
+        """A call is made. While the breaker is half-open, it is the one call of this pause."""
         if self.is_closed:
-            self.waiting += 1
-            try:
-                async with self._turn:
-                    await self._wait()
-                    self._pass()
-            finally:
-                self.waiting -= 1
+            self._pass()
         elif self._normal_rate is None:
             self._count()
 
@@ -71,9 +68,9 @@ class CallGate:
         self.breaker.record_success()
         if was_tripped and not self.breaker.tripped:
             self._back_at = self._next_at = self._loop.time()
-            self._changed.set()
             self._logged.clear()
             log.info("backend is back", backend=self.name)
+            self._on_back()
         elif self._back_at is None:
             self._normal_rate = None
             self._logged.clear()
@@ -93,13 +90,6 @@ class CallGate:
             event = "backend is misconfigured" if is_ours else "backend is away"
             log.error(event, backend=self.name, reason=error.reason, error=error.detail or error.reason)
 
-    async def _wait(self) -> None:
-        while (seconds := self.breaker.remaining() or (0.0 if self.breaker.tripped else self._pause())) > 0:
-            self._changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._changed.wait()
-
     def _pass(self) -> None:
         if self.breaker.tripped:
             self.breaker.record_probe()
@@ -113,7 +103,7 @@ class CallGate:
         now = self._loop.time()
         if self._back_at is not None and now - self._back_at >= RECOVERY:
             self._back_at = self._normal_rate = None
-        return self._next_at - now if self._back_at is not None else 0.0
+        return max(0.0, self._next_at - now) if self._back_at is not None else 0.0
 
     def _count(self) -> None:
         self._rate = self._decayed() + 1 / RATE_WINDOW

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from imstream.ai.backend import Backend, Completion
+from imstream.ai.backend import Completion
 from imstream.ai.call_gate import CallGate
 from imstream.ai.prompt.prompter import Prompter
+from imstream.ai.router import Backends, Upstream
 from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardRejection
@@ -30,8 +31,7 @@ class WorkerDeps:
     inbox: Inbox
     guards: GuardChain
     prompter: Prompter
-    backend: Backend
-    gate: CallGate
+    backends: Backends
     leases: Leases
     lease_keeper: LeaseKeeper
     stall: StallDetector
@@ -46,36 +46,36 @@ class AttemptRunner:
     deps: WorkerDeps
     checked: ChatRequest | None = None
 
-    async def run(self, on_text: Callable[[str], None]) -> Completion:
-        """Call the AI; pass text that may be shown to `on_text`. Raises `GuardRejection` and `BackendError`."""
+    async def run(self, upstream: Upstream, on_text: Callable[[str], None]) -> Completion:
+        """Call a backend; pass text that may be shown to `on_text`. Raises `GuardRejection` and `BackendError`."""
         deps = self.deps
         request = self.checked = self.checked or await deps.guards.check_ai_call(self.request)
-        messages = await deps.prompter.messages(request)
+        messages = await deps.prompter.messages(request, upstream.backend)
         filtered = deps.guards.answer_filter(request, on_text)
         try:
-            completion = await deps.backend.answer(
-                messages, on_text=self._reported(on_text if filtered is None else filtered.feed)
+            completion = await upstream.backend.answer(
+                messages, on_text=_reported(upstream.gate, on_text if filtered is None else filtered.feed)
             )
-            deps.gate.record_success()
+            upstream.gate.record_success()
             if filtered is not None:
                 filtered.end()
         except BackendError as error:
-            deps.gate.record_failure(error, user=request.user_id)
+            upstream.record_failure(error, user=request.user_id)
             raise
         except GuardRejection as rejection:
             await deps.guards.record_rejection(rejection.verdict, request)
             raise
         return completion
 
-    def _reported(self, on_text: Callable[[str], None]) -> Callable[[str], None]:
-        """`on_text`; while the breaker is open, the first text tells that the backend is back."""
-        gate = self.deps.gate
-        if not gate.is_closed:
-            return on_text
 
-        def report(text: str) -> None:
-            if gate.breaker.tripped:
-                gate.record_success()
-            on_text(text)
+def _reported(gate: CallGate, on_text: Callable[[str], None]) -> Callable[[str], None]:
+    """`on_text`; while the breaker is open, the first text tells that the backend is back."""
+    if not gate.is_closed:
+        return on_text
 
-        return report
+    def report(text: str) -> None:
+        if gate.breaker.tripped:
+            gate.record_success()
+        on_text(text)
+
+    return report

@@ -118,16 +118,13 @@ class StreamConsumer:
                     await asyncio.sleep(0)  # the jobs queue their commands
                     await asyncio.sleep(0)  # the pipeline sends them
                     return
-        limit, pause = self._deps.settings.read_block.total_seconds(), self._deps.gate.breaker.remaining()
+        limit, pause = self._deps.settings.read_block.total_seconds(), self._deps.backends.remaining()
         await self._jobs.wait_for_change(min(limit, pause) if pause else limit)
         await self._requests.ping()
 
     def _startable(self) -> int:
-        """Maximum requests that may start now: while the backend is away or just back, those that wait go first."""
-        gate = self._deps.gate
-        if gate.waiting > 0 or gate.breaker.remaining() > 0:
-            return 0
-        return 1 if gate.breaker.tripped else self._deps.settings.concurrency
+        """Maximum requests that may start now: while backends are away or just back, those that wait go first."""
+        return self._deps.backends.startable()
 
     def _sweep_soon(self) -> None:
         self._next_sweep = 0.0
@@ -199,9 +196,8 @@ class StreamConsumer:
                 return
             request, verdict = error.partial, Bury(MALFORMED, str(error))
         job = Job(entry, request, self._requests, self._deps, verdict)
-        if verdict is None and self._deps.gate.breaker.tripped:
-            self._deps.gate.breaker.record_probe()
-            job.is_probe = True
+        if verdict is None:
+            job.upstream = self._deps.backends.take_probe()
         self._running.add(entry.entry_id)
         self._jobs.add(job, slots)
         group.create_task(self._run_job(job))

@@ -8,7 +8,8 @@
     a guard rejects the message, or the answer       Decline, with the guard's reason and sentence
     the request cannot be answered (impossible)      Bury, with the backend's reason
     the backend is away, or our configuration of it
-    is wrong; its text has not begun                 Wait within this attempt, not less than it asked for
+    is wrong; its text has not begun                 the next backend, within this attempt (`may_move_on`)
+    … and none is left                               Wait within this attempt, not less than it asked for
     … and the retry window is over                   Bury, with the last reason
     the answer broke, attempts are left              Retry, not before the time it asked for
     … and none are left                              Bury, with the last reason
@@ -116,6 +117,11 @@ def after_opening(attempt: int, limits: Limits) -> Bury | None:
     if attempt > limits.attempts + MAX_EXTRA_ATTEMPTS:
         return Bury(WORKER_DIED, f"it was begun {attempt - 1} times, and has not come to its end")
     return None
+
+
+def may_move_on(error: BackendError, *, has_text: bool) -> bool:
+    """Whether another backend may answer in the same attempt, at once. `has_text`: the failed call has shown text."""
+    return error.kind in {"away", "misconfigured"} and not has_text
 
 
 def after_failure(

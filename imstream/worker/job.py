@@ -8,6 +8,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
+from imstream.ai.router import Upstream
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
 from imstream.model import ChatRequest, Terminal, Waiting
@@ -38,6 +39,7 @@ from imstream.worker.disposition import (
     after_opening,
     after_rejection,
     before_start,
+    may_move_on,
 )
 from imstream.worker.reply_writer import ReplyWriter
 
@@ -62,8 +64,8 @@ class Job:
         self.ended = asyncio.Event()
         self.is_finished = False
         """Whether the request has ended, or belongs to another node."""
-        self.is_probe = False
-        """Whether its first call is the one that is made while the breaker is half-open: it need not enter the gate."""
+        self.upstream: Upstream | None = None
+        """The backend of its call. At the start, one whose breaker is half-open, if this request is to try it."""
         self._deps = deps
         self._id = f"{stream.node}/{entry.entry_id}"
         self._runner = AttemptRunner(request, deps)
@@ -78,6 +80,8 @@ class Job:
         self._counted = 0
         """Attempts before this one that count."""
         self._last_wait: Wait | None = None
+        self._broke: tuple[Upstream, ...] = ()
+        """The backend that broke the last attempt: the next one prefers others."""
         self._waits_since: float | None = None
         """Loop time of the first failure that made the message wait, on any node."""
 
@@ -100,6 +104,7 @@ class Job:
                     await self.stream.finish(self.entry)
             self.is_finished = not (disposition == Leave() and self._stop_reason == "drained")
         finally:
+            self._release_upstream()
             if self._writer is not None:
                 self._writer.release()
             self.ended.set()
@@ -202,44 +207,64 @@ class Job:
         return await self._call()
 
     async def _call(self) -> Disposition:
-        """Call the AI in this attempt."""
-        writer, loop, last = self._writer, asyncio.get_running_loop(), self._last_wait
+        """Call the AI in this attempt: one backend after the other, as long as they are away."""
+        writer, backends = self._writer, self._deps.backends
         assert writer is not None  # noqa: S101 - there is one after opening
-        if not self.is_probe:
+        if self.upstream is None:
+            last = self._last_wait
             try:
                 async with asyncio.timeout(None if last is None else last.window.total_seconds()):
-                    await self._deps.gate.enter()
+                    self.upstream = backends.take(tried=self._broke) or await backends.wait(tried=self._broke)
             except TimeoutError:
                 assert last is not None  # noqa: S101 - else there is no limit
                 return Bury(last.error.reason, last.error.detail, last.error.kind)
-        self.is_probe = False
-        try:
-            completion = await self._runner.run(writer.append)
-        except GuardRejection as rejection:
-            return after_rejection(rejection.verdict, self.request.lang)
-        except BackendError as error:
-            waited = timedelta(0) if self._waits_since is None else timedelta(seconds=loop.time() - self._waits_since)
-            decision = after_failure(
-                error,
-                counted=self._counted + 1,
-                has_text=self.reply.offset > 0,
-                waited=waited,
-                limits=self._deps.limits,
-            )
-            if isinstance(decision, Wait):
-                await self._wait(decision)
-            elif isinstance(decision, Retry):
-                self._log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.attempt)
-            return decision
-        self._scope = None  # the answer is complete: from here on, nothing stops it but its record
-        return await self._end(Terminal("done", completion.finish_reason, completion.usage))
+        tried = list[Upstream]()
+        while True:
+            upstream = self.upstream
+            tried.append(upstream)
+            try:
+                completion = await self._runner.run(upstream, writer.append)
+            except GuardRejection as rejection:
+                return after_rejection(rejection.verdict, self.request.lang)
+            except BackendError as error:
+                self._release_upstream()
+                if may_move_on(error, has_text=self.reply.offset > 0):
+                    self.upstream = backends.take_other(tried)
+                if self.upstream is None:
+                    return await self._after_failure(error, upstream)
+            else:
+                self._scope = None  # the answer is complete: from here on, nothing stops it but its record
+                self._release_upstream()
+                return await self._end(Terminal("done", completion.finish_reason, completion.usage))
 
-    async def _wait(self, decision: Wait) -> None:
+    def _release_upstream(self) -> None:
+        if self.upstream is not None:
+            self._deps.backends.release(self.upstream)
+            self.upstream = None
+
+    async def _after_failure(self, error: BackendError, upstream: Upstream) -> Disposition:
+        """Decide after a call that has failed, and was not made at another backend."""
+        since, now = self._waits_since, asyncio.get_running_loop().time()
+        decision = after_failure(
+            error,
+            counted=self._counted + 1,
+            has_text=self.reply.offset > 0,
+            waited=timedelta(seconds=0 if since is None else now - since),
+            limits=self._deps.limits,
+        )
+        self._broke = (upstream,) if isinstance(decision, Retry) else ()
+        if isinstance(decision, Wait):
+            await self._wait(decision, upstream)
+        elif isinstance(decision, Retry):
+            self._log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.attempt)
+        return decision
+
+    async def _wait(self, decision: Wait, upstream: Upstream) -> None:
         """Record that the message waits."""
         assert self._writer is not None  # noqa: S101 - there is one after opening
         error, self._last_wait = decision.error, decision
-        pause = max(decision.after.total_seconds(), self._deps.gate.breaker.remaining())
-        why = Waiting(self._deps.backend.name, error.reason, error.detail, round(pause * 1000))
+        pause = max(decision.after.total_seconds(), self._deps.backends.remaining())
+        why = Waiting(upstream.name, error.reason, error.detail, round(pause * 1000))
         result = await self._writer.wait(why, pause=decision.after + self._deps.settings.retry_wait_max)
         if isinstance(result, WaitRecorded):
             self.reply.wait(why)
@@ -361,15 +386,15 @@ class Job:
 
 def _retrying(deps: WorkerDeps) -> AsyncRetrying:
     """Return a loop over calls. It must not refer to the job: it is part of a reference cycle."""
-    settings, gate = deps.settings, deps.gate
+    settings, backends = deps.settings, deps.backends
     backoff = wait_random_exponential(
         multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
     )
 
     def pause(state: RetryCallState) -> float:
-        """Seconds before the next call: what the backend asked for, plus a random backoff. Or the gate decides."""
+        """Seconds before the next call: what the backend asked for, plus a random backoff. Or the backends decide."""
         assert state.outcome is not None  # noqa: S101 - set by the loop
         failed: Retry | Wait = state.outcome.result()
-        return 0.0 if isinstance(failed, Wait) and gate.is_closed else backoff(state) + failed.after.total_seconds()
+        return 0.0 if isinstance(failed, Wait) and backends.is_closed else backoff(state) + failed.after.total_seconds()
 
     return AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry | Wait)), wait=pause)

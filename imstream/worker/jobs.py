@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from imstream.ai.router import Backends
 from imstream.errors import StoreUnavailable
 from imstream.redis.errors import retry_until_available
 from imstream.reply_buffer import ReplyBuffers
@@ -42,14 +43,18 @@ class Slots:
 class Jobs:
     """The jobs of this node. Its stream consumers share the slots; each is identified by the node of its stream."""
 
-    def __init__(self, settings: Settings, *, replies: ReplyStore, buffers: ReplyBuffers, inbox: Inbox) -> None:
+    def __init__(
+        self, settings: Settings, *, backends: Backends, replies: ReplyStore, buffers: ReplyBuffers, inbox: Inbox
+    ) -> None:
         self._settings = settings
+        self._backends = backends
         self._replies = replies
         self._buffers = buffers
         self._inbox = inbox
-        self.line = WaitingLine(slots=settings.concurrency, limit=settings.queue_limit)
+        self.line = WaitingLine(slots=backends.slots, limit=settings.queue_limit)
         self._jobs: list[Job] = []
-        self._unreserved = settings.concurrency
+        self._taken = 0
+        """Slots with a job, or reserved for one."""
         self._draining = False
         self._left: Counter[str] | None = None
         """Once the node was told to stop: requests whose jobs ended without them, by stream."""
@@ -65,7 +70,7 @@ class Jobs:
     @property
     def free_slots(self) -> int:
         """Slots without a job, reserved or not."""
-        return self._settings.concurrency - len(self._jobs)
+        return self._backends.slots() - len(self._jobs)
 
     @contextmanager
     def shared_with(self, stream: str) -> Iterator[None]:
@@ -83,19 +88,20 @@ class Jobs:
 
         One of several consumers gets at most half of them, so that some are left for the others.
         """
-        free = self._unreserved if len(self._consumers) <= 1 else (self._unreserved + 1) // 2
+        unreserved = self._backends.slots() - self._taken
+        free = unreserved if len(self._consumers) <= 1 else (unreserved + 1) // 2
         if self._next_consumer not in (None, stream):
-            free = min(free, self._unreserved - 1)
+            free = min(free, unreserved - 1)
         slots = Slots(max(0, min(maximum, free)))
         if maximum == 0 or slots.free > 0:
             self._forget(stream)
         elif self._next_consumer is None:
             self._next_consumer = stream
-        self._unreserved -= slots.free
+        self._taken += slots.free
         try:
             yield slots
         finally:
-            self._unreserved += slots.free
+            self._taken -= slots.free
             if slots.free and len(self._consumers) > 1:
                 self.changed.set()
 
@@ -117,7 +123,7 @@ class Jobs:
         self.line.end(job, is_measured=job.is_finished and job.was_opened)
         if self._left is not None and not job.is_finished:
             self._left[job.stream.node] += 1
-        self._unreserved += 1
+        self._taken -= 1
         self.changed.set()
 
     async def wait_for_change(self, seconds: float) -> None:

@@ -80,8 +80,8 @@ class WaitingLine:
     earlier process.
     """
 
-    def __init__(self, *, slots: int, limit: int) -> None:
-        """`slots`: of the node; `limit`: maximum messages that wait."""
+    def __init__(self, *, slots: Callable[[], int], limit: int) -> None:
+        """`slots`: of the node, now; `limit`: maximum messages that wait."""
         self.is_paused: Callable[[], bool] = lambda: False
         """Whether no estimate can be made, because the backend is away or the node drains."""
         self._slots = slots
@@ -159,7 +159,7 @@ class WaitingLine:
             return None
         if now - self._starts_at >= UPDATE_INTERVAL or len(self._starts) < position:
             running = [now - began for began in self._running.values()]
-            free = max(0, self._slots - len(running))
+            free = max(0, self._slots() - len(running))
             self._starts, self._starts_at = self._times.starts(running, free, position + _MORE) or [], now
         if not self._starts:
             return None

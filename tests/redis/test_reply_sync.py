@@ -10,6 +10,7 @@ from typing import Any, Self
 import pytest
 import redis
 
+from imstream.ai.router import Backends
 from imstream.codes import CloseCode, Code
 from imstream.errors import StoreUnavailable
 from imstream.gateway import presence as presence_module
@@ -152,7 +153,7 @@ async def desk(
             guards=GuardChain([guard]),
         )
         played: Any = adopter
-        jobs = Jobs(known, replies=replies, buffers=buffers, inbox=inbox)
+        jobs = Jobs(known, backends=Backends(known, []), replies=replies, buffers=buffers, inbox=inbox)
         listener = InboxConsumer(inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
         others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:

@@ -16,6 +16,7 @@ from imstream.ai.backend import Completion, PromptMessage
 from imstream.ai.call_gate import CallGate
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
+from imstream.ai.router import Backends
 from imstream.guards.chain import GuardChain
 from imstream.keys import GROUP, Keys
 from imstream.model import Terminal
@@ -298,7 +299,8 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
     inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
     buffers, begun = ReplyBuffers(), list[str]()
-    jobs = Jobs(known, replies=replies, buffers=buffers, inbox=inbox)
+    backends = Backends.single(known, backend)
+    jobs = Jobs(known, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
     deps = WorkerDeps(
         settings=known,
         limits=Limits.of(known),
@@ -306,9 +308,8 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         buffers=buffers,
         inbox=inbox,
         guards=guards,
-        prompter=Prompter(known, backend, PromptAssembler(known)),
-        backend=backend,
-        gate=CallGate(known, backend.name),
+        prompter=Prompter(known, PromptAssembler(known)),
+        backends=backends,
         leases=leases,
         lease_keeper=LeaseKeeper(leases, known),
         stall=StallDetector(known.lease.total_seconds()),
@@ -329,6 +330,6 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         jobs=jobs,
         adopter=Adopter(deps, make_consumer),
         lease_keeper=deps.lease_keeper,
-        gate=deps.gate,
+        gate=next(iter(backends)).gate,
         begun=begun,
     )

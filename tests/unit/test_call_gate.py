@@ -2,7 +2,9 @@
 
 import asyncio
 
+from imstream.ai.backend import OpenAIBackend
 from imstream.ai.call_gate import MIN_RATE, CallGate
+from imstream.ai.router import Backends
 from imstream.errors import BackendError, FailureKind
 from imstream.settings import Settings
 from tests.support.virtual_time import in_virtual_time
@@ -10,8 +12,11 @@ from tests.support.virtual_time import in_virtual_time
 FAILURES, PAUSE = 3, 2.0
 
 
-def make_gate() -> CallGate:
-    return CallGate(Settings.load(ai_breaker_failures=FAILURES, ai_breaker_pause=PAUSE, retry_wait_max=8), "tested")
+def make_backend() -> tuple[CallGate, "Backend"]:
+    settings = Settings.load(ai_breaker_failures=FAILURES, ai_breaker_pause=PAUSE, retry_wait_max=8, concurrency=1000)
+    backends = Backends.single(settings, OpenAIBackend(settings))
+    [upstream] = backends
+    return upstream.gate, Backend(backends, upstream.gate)
 
 
 def failure(reason: str = "connect_failed", kind: FailureKind = "away") -> BackendError:
@@ -27,15 +32,20 @@ def break_down(gate: CallGate) -> None:
 class Backend:
     """A backend that is away until the test says otherwise, and those who call it."""
 
-    def __init__(self, gate: CallGate) -> None:
+    def __init__(self, backends: Backends, gate: CallGate) -> None:
+        self.backends = backends
         self.gate = gate
         self.away = True
         self.called_at = list[tuple[float, int]]()
 
+    async def enter(self) -> None:
+        """Begin a call, which ends at once."""
+        self.backends.release(self.backends.take() or await self.backends.wait())
+
     async def call(self, number: int) -> None:
         """Call until it is answered."""
         while True:
-            await self.gate.enter()
+            await self.enter()
             self.called_at.append((asyncio.get_running_loop().time(), number))
             if not self.away:
                 self.gate.record_success()
@@ -45,40 +55,38 @@ class Backend:
 
 @in_virtual_time
 async def test_while_the_backend_works_nothing_waits() -> None:
-    gate = make_gate()
+    gate, backend = make_backend()
     for _ in range(1000):
-        await gate.enter()
+        await backend.enter()
         gate.record_success()
     assert asyncio.get_running_loop().time() == 0
 
 
 @in_virtual_time
 async def test_while_it_is_away_one_call_is_made_in_each_pause_by_the_one_that_waits_longest() -> None:
-    gate = make_gate()
+    gate, backend = make_backend()
     break_down(gate)
-    backend = Backend(gate)
     async with asyncio.TaskGroup() as group:
         for number in range(4):
             group.create_task(backend.call(number))
         await asyncio.sleep(29)
-        assert gate.waiting == 4
+        assert backend.backends.waiting == 4
         backend.away = False
     probes = [(at, number) for at, number in backend.called_at if at < 29]
     assert [at for at, _ in probes] == [2, 6, 10, 14, 18, 22, 26]
     assert [number for _, number in probes] == [0, 1, 2, 3, 0, 1, 2]
-    assert gate.waiting == 0
+    assert backend.backends.waiting == 0
 
 
 @in_virtual_time
 async def test_when_it_is_back_the_first_second_sees_at_most_twice_the_calls_of_a_normal_one() -> None:
-    gate = make_gate()
+    gate, backend = make_backend()
     normal = 5
     for _ in range(60 * normal):
-        await gate.enter()
+        await backend.enter()
         gate.record_success()
         await asyncio.sleep(1 / normal)
     break_down(gate)
-    backend = Backend(gate)
     async with asyncio.TaskGroup() as group:
         for number in range(200):
             group.create_task(backend.call(number))
@@ -90,16 +98,15 @@ async def test_when_it_is_back_the_first_second_sees_at_most_twice_the_calls_of_
     assert max(at for at, _ in backend.called_at) - first_success < 10
     await asyncio.sleep(20)
     before = asyncio.get_running_loop().time()
-    await gate.enter()
+    await backend.enter()
     assert not gate.is_closed
     assert asyncio.get_running_loop().time() == before
 
 
 @in_virtual_time
 async def test_a_node_that_has_never_called_it_begins_slowly() -> None:
-    gate = make_gate()
+    gate, backend = make_backend()
     break_down(gate)
-    backend = Backend(gate)
     backend.away = False
     async with asyncio.TaskGroup() as group:
         for number in range(30):
@@ -111,9 +118,8 @@ async def test_a_node_that_has_never_called_it_begins_slowly() -> None:
 
 @in_virtual_time
 async def test_who_gives_up_waiting_holds_up_nobody() -> None:
-    gate = make_gate()
+    gate, backend = make_backend()
     break_down(gate)
-    backend = Backend(gate)
     first = asyncio.create_task(backend.call(0))
     second = asyncio.create_task(backend.call(1))
     await asyncio.sleep(0.5)
@@ -121,12 +127,12 @@ async def test_who_gives_up_waiting_holds_up_nobody() -> None:
     backend.away = False
     await second
     assert [number for _, number in backend.called_at] == [1]
-    assert gate.waiting == 0
+    assert backend.backends.waiting == 0
 
 
 @in_virtual_time
 async def test_only_a_backend_that_is_away_closes_the_gate() -> None:
-    gate = make_gate()
+    gate, _ = make_backend()
     for kind in ("broken", "impossible"):
         for number in range(10):
             gate.record_failure(failure("http_400", kind), user=number)

@@ -293,8 +293,9 @@ async def test_reasoning_is_no_part_of_a_summary() -> None:
     history: list[tuple[Role, str]] = [("user", "word " * 100), ("assistant", "<think>hm</think>" + "word " * 100)] * 5
     async with asking(streams("<think>hm</th", "ink>They spoke"), **small) as asked:
         settings = Settings.load(**small)
-        prompter = Prompter(settings, asked.client, PromptAssembler(settings))
-        prompt = await prompter.messages(ChatRequest(10001, "m", "and now?", tuple(history), "en", 0, "trace"))
+        prompter = Prompter(settings, PromptAssembler(settings))
+        request = ChatRequest(10001, "m", "and now?", tuple(history), "en", 0, "trace")
+        prompt = await prompter.messages(request, asked.client)
     assert prompt[1].content.endswith("They spoke")
     assert "hm" not in "".join(message.content for message in prompt) + asked.backend.requests[0].body.decode()
 
@@ -304,7 +305,9 @@ async def test_reasoning_is_no_part_of_a_summary() -> None:
 
 def test_the_options_of_a_backend_are_the_settings_one_to_one() -> None:
     names = {name.removeprefix("ai_") for name in Settings.model_fields if name.startswith("ai_")}
-    assert set(BackendOptions.model_fields) == {name for name in names if not name.startswith("breaker")}
+    choice = {"name", "priority", "weight", "concurrency", "context_tokens", "answer_tokens"}
+    options = {field.alias or name for name, field in BackendOptions.model_fields.items()} - choice
+    assert options == {name for name in names if not name.startswith("breaker")}
     assert BackendOptions() == BackendOptions.of(Settings.load())
 
 

@@ -38,7 +38,7 @@ class _UnusedBackend:
 
 async def prompt(request: ChatRequest, **settings: Any) -> list[PromptMessage]:  # noqa: ANN401 - any setting
     known = Settings.load(**settings)
-    return await Prompter(known, _UnusedBackend(), PromptAssembler(known)).messages(request)
+    return await Prompter(known, PromptAssembler(known)).messages(request, _UnusedBackend())
 
 
 # Roles

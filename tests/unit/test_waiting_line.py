@@ -20,7 +20,7 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random], float]] = {
 
 
 def line(*, slots: int = 1, limit: int = 100) -> WaitingLine:
-    return WaitingLine(slots=slots, limit=limit)
+    return WaitingLine(slots=lambda: slots, limit=limit)
 
 
 def reply(name: object, *, is_watched: bool = True) -> ReplyBuffer:

@@ -43,12 +43,12 @@ log = structlog.get_logger()
 class Prompter:
     """Makes the prompt of each AI call."""
 
-    def __init__(self, settings: Settings, backend: Backend, assembler: PromptAssembler) -> None:
+    def __init__(self, settings: Settings, assembler: PromptAssembler) -> None:
         self._assembler = assembler
-        self._summaries = Summaries(settings, backend, assembler) if settings.history == "summarise" else None
+        self._summaries = Summaries(settings, assembler) if settings.history == "summarise" else None
 
-    async def messages(self, request: ChatRequest) -> list[PromptMessage]:
-        """The messages of one AI call, oldest first. May call the AI for a summary of what does not fit.
+    async def messages(self, request: ChatRequest, backend: Backend) -> list[PromptMessage]:
+        """The messages of one AI call, oldest first. May call the backend for a summary of what does not fit.
 
         Raises `PermanentBackendError` if even the message alone does not fit: a node with other settings admitted it.
         """
@@ -57,21 +57,21 @@ class Prompter:
             detail = f"about {plan.tokens} tokens, at most {plan.limit} are possible"
             raise PermanentBackendError("context_too_long", detail)
         dropped = plan.turns_to_drop(plan.budget)
-        summarised = await self._summaries.apply(request, plan) if dropped > 0 and self._summaries is not None else None
-        return plan.messages(dropped) if summarised is None else summarised
+        if dropped > 0 and self._summaries is not None:
+            return await self._summaries.apply(request, plan, backend) or plan.messages(dropped)
+        return plan.messages(dropped)
 
 
 class Summaries:
     """Makes summaries, and caches them in memory."""
 
-    def __init__(self, settings: Settings, backend: Backend, assembler: PromptAssembler) -> None:
-        self._backend = backend
+    def __init__(self, settings: Settings, assembler: PromptAssembler) -> None:
         self._assembler = assembler
         # Users wait for a summary as they wait for the first token.
         self._timeout = settings.ai_first_token_timeout.total_seconds()
         self._cache: OrderedDict[int, str] = OrderedDict()
 
-    async def apply(self, request: ChatRequest, plan: PromptPlan) -> list[PromptMessage] | None:
+    async def apply(self, request: ChatRequest, plan: PromptPlan, backend: Backend) -> list[PromptMessage] | None:
         """The prompt with a summary of as many of the oldest turns as do not fit beside it; None without a summary."""
         lang: Lang = "en" if request.lang == "en" else DEFAULT_LANG
         keys = _cache_keys(request.user_id, plan.turns)
@@ -86,7 +86,8 @@ class Summaries:
         limit = min(SUMMARY_TOKENS, plan.budget // 4)
         known = next((known for known in range(turns, 0, -1) if keys[known] in self._cache), 0)
         try:
-            text = await self._summarise(plan.turns[known:turns], self._cache.get(keys[known], ""), limit, lang)
+            prompt = self._prompt(plan.turns[known:turns], self._cache.get(keys[known], ""), limit, lang)
+            text = self._shorten(await self._ask(backend, prompt, max_length=limit * _MAX_TOKEN_LENGTH), limit)
         except BackendError as error:
             about = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
             log.warning("summary failed, older turns are dropped", reason=error.reason, **about)
@@ -101,16 +102,18 @@ class Summaries:
         answer = localize(_ANSWER, lang, summary=self._cache[key])
         return PromptMessage("user", localize(_QUESTION, lang)), PromptMessage("assistant", answer)
 
-    async def _summarise(self, turns: Sequence[PromptMessage], earlier: str, limit: int, lang: Lang) -> str:
-        """Have the AI summarise an earlier summary and turns in at most `limit` tokens. Raises `BackendError`."""
+    def _prompt(self, turns: Sequence[PromptMessage], earlier: str, limit: int, lang: Lang) -> list[PromptMessage]:
+        """The prompt for a summary of an earlier summary and turns in at most `limit` tokens. Raises `BackendError`."""
         task = localize(_TASK, lang, words=limit // 2)
         lines = [localize(_EARLIER, lang, summary=earlier)] if earlier else []
         budget = self._assembler.budget - PROMPT_TOKENS - 2 * MESSAGE_TOKENS - _estimate(task, *lines)
         material = "\n\n".join([*lines, *_newest(turns, budget, lang)])
         if not material:
             raise TransientBackendError("nothing_to_summarise", "the newest of the older turns is too long")
-        prompt = [PromptMessage("system", task), PromptMessage("user", material)]
-        text = await self._ask(prompt, max_length=limit * _MAX_TOKEN_LENGTH)
+        return [PromptMessage("system", task), PromptMessage("user", material)]
+
+    def _shorten(self, text: str, limit: int) -> str:
+        """A summary of at most `limit` tokens. Raises `BackendError` if it is empty."""
         summary = self._assembler.escape(text.strip())
         while (tokens := self._assembler.counter.count(summary)) > limit:
             summary = summary[: len(summary) * limit // tokens - 1]
@@ -118,8 +121,8 @@ class Summaries:
             raise TransientBackendError("empty_summary", "the AI answered without text")
         return summary
 
-    async def _ask(self, prompt: Sequence[PromptMessage], *, max_length: int) -> str:
-        """Ask the AI, until the answer ends or exceeds `max_length` characters."""
+    async def _ask(self, backend: Backend, prompt: Sequence[PromptMessage], *, max_length: int) -> str:
+        """Ask the backend, until the answer ends or exceeds `max_length` characters."""
         answer = StringIO()
         try:
             async with asyncio.timeout(self._timeout) as scope:
@@ -130,7 +133,7 @@ class Summaries:
                         if answer.tell() > max_length:
                             scope.reschedule(0)
 
-                await self._backend.answer(prompt, on_text=on_text)
+                await backend.answer(prompt, on_text=on_text)
         except TimeoutError:
             if answer.tell() <= max_length:
                 raise TransientBackendError("summary_timeout", f"no summary within {self._timeout:g} s") from None
