@@ -4,25 +4,28 @@ import asyncio
 import math
 import random
 import signal
+import socket
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import uvloop
+from aiohttp import web
 from pydantic_core import to_json
 
-from imstream.demo import http_server, protocol
-from imstream.demo.http_server import HttpConnection, HttpServer, head
+from imstream.demo import protocol
 from imstream.demo.marker import Fault, Marker, parse_marker
 from imstream.demo.settings import DemoSettings
 
+MAX_BODY = 8 * 1024 * 1024  # bytes of a request
 MAX_COUNTED = 1000  # questions whose calls are counted; the least recently asked one is forgotten
 _JSON = "application/json"
 _EVENTS = "text/event-stream; charset=utf-8"
 _HEADERS = {"Cache-Control": "no-store", "Server": "imstream-demo (canned answers, no model)"}
 
+_BACKLOG = 2048
 _GRACE = 1  # seconds that running answers get when the server stops
 _EARLY = 0.002
 """Seconds that a delta may be early: timers are, and waiting for the rest of a millisecond doubles the CPU cost."""
@@ -44,56 +47,6 @@ class Stats:
     flagged: int = 0
 
 
-class DemoCall(HttpConnection):
-    """One call of the demo backend."""
-
-    async def respond(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        """Send a whole JSON response."""
-        response_head = head(status, _JSON, len(body), {**_HEADERS, **(headers or {})})
-        await self.write(response_head + body * (self.method != "HEAD"))
-
-    async def open(self, content_type: str) -> None:
-        """Send the head of a response whose body is streamed."""
-        await self.start(content_type=content_type, headers=_HEADERS)
-
-    async def sleep(self, seconds: float | None) -> None:
-        """Sleep; None: until the client closes the connection. Raises `ConnectionResetError` if it does."""
-        if seconds is None or seconds > 0:
-            await asyncio.wait((self.closed_by_peer,), timeout=seconds)
-            await self.write(b"")
-
-    async def send_paced(self, events: list[bytes], pace: float) -> None:
-        """Send one event every `pace` seconds; a late one is sent together with those that are due."""
-        if pace <= 0:
-            return await self.send(b"".join(events))
-        now = asyncio.get_running_loop().time
-        begin, sent = now(), 0
-        while sent < len(events):
-            due = min(len(events), int((now() - begin + _EARLY) / pace) + 1)
-            if due > sent:
-                await self.send(b"".join(events[sent:due]))
-                sent = due
-            await asyncio.sleep(begin + sent * pace - now())
-        return None
-
-    async def respond_or_break(self, body: bytes, fault: Fault | None) -> None:
-        """Send a whole JSON response, or half of one."""
-        if fault is None:
-            return await self.respond(200, body)
-        await self.open(_JSON)
-        await self.send(body[: len(body) // 2])
-        return await self.break_off(fault)
-
-    async def break_off(self, fault: Fault) -> None:
-        """Stop in the middle of a response."""
-        if fault is Fault.STALL:
-            await self.sleep(None)
-        elif fault is Fault.UNENDED:
-            await self.end()
-        else:
-            self.close()
-
-
 class DemoBackend:
     """Answers the calls of the demo backend."""
 
@@ -103,91 +56,92 @@ class DemoBackend:
         self._random = random.Random(settings.seed)  # noqa: S311 - draws faults, no secrets
         self._counts: OrderedDict[str, int] = OrderedDict()
 
-    async def answer(self, call: DemoCall) -> None:
-        """Answer a request. Raises `ConnectionError` if the client closes the connection."""
-        too_large = len(call.body) > http_server.MAX_BODY
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request. It is cancelled when the client closes the connection."""
         try:
-            match call.method, call.target.partition("?")[0]:
-                case "POST", "/v1/chat/completions" | "/v1/moderations" if too_large:
-                    await call.respond(413, protocol.error("invalid_request_error", "the body is too large"))
-                case "POST", "/v1/chat/completions":
-                    await self._complete(call, protocol.parse_completion(call.body))
-                case "POST", "/v1/moderations":
-                    await self._moderate(call, protocol.parse_moderation(call.body))
-                case "GET", "/v1/models":
-                    await call.respond(200, protocol.models())
-                case "GET", "/stats":
-                    await call.respond(200, to_json(asdict(self.stats)))
-                case _:
-                    paths = "served are /v1/chat/completions, /v1/moderations, /v1/models"
-                    await call.respond(404, protocol.error("not_found", paths))
+            return await self._answer(request)
         except protocol.InvalidRequest as error:
-            await call.respond(400, protocol.error("invalid_request_error", str(error)))
+            return _json(400, protocol.error("invalid_request_error", str(error)))
+        except web.HTTPRequestEntityTooLarge:
+            return _json(413, protocol.error("invalid_request_error", "the body is too large"))
 
-    async def _complete(self, call: DemoCall, request: protocol.CompletionRequest) -> None:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        match request.method, request.path:
+            case "POST", "/v1/chat/completions":
+                return await self._complete(request, protocol.parse_completion(await request.read()))
+            case "POST", "/v1/moderations":
+                return await self._moderate(request, protocol.parse_moderation(await request.read()))
+            case "GET", "/v1/models":
+                return _json(200, protocol.models())
+            case "GET", "/stats":
+                return _json(200, to_json(asdict(self.stats)))
+            case _:
+                paths = "served are /v1/chat/completions, /v1/moderations, /v1/models"
+                return _json(404, protocol.error("not_found", paths))
+
+    async def _complete(self, request: web.Request, asked: protocol.CompletionRequest) -> web.StreamResponse:
         self.stats.calls += 1
         self.stats.running += 1
         try:
-            marker = parse_marker(request.question)[1]
-            fault = self._draw() if not marker.faults() else marker.fault_of(self._count(request.question))
+            marker = parse_marker(asked.question)[1]
+            fault = self._draw() if not marker.faults() else marker.fault_of(self._count(asked.question))
             if fault is not None:
                 self.stats.faulty += 1
-            if await self._fail(call, fault, marker):
-                return
-            await self._send_answer(call, request, marker, fault)
+            if (failure := await self._fail(fault, marker)) is not None:
+                return failure
+            response = await self._send_answer(request, asked, marker, fault)
             if fault is None:
                 self.stats.answered += 1
-                self._counts.pop(request.question, None)  # the same question fails again: good for demonstrations
-        except ConnectionError:
+                self._counts.pop(asked.question, None)  # the same question fails again: good for demonstrations
+        except (ConnectionError, asyncio.CancelledError):
             self.stats.abandoned += 1
             raise
+        else:
+            return response
         finally:
             self.stats.running -= 1
 
-    async def _moderate(self, call: DemoCall, texts: list[str]) -> None:
+    async def _moderate(self, request: web.Request, texts: list[str]) -> web.StreamResponse:
         self.stats.moderations += 1
         fault = self._draw()
-        if await self._fail(call, fault, Marker()):
-            return
-        await call.sleep(self._settings.first.total_seconds())
+        if (failure := await self._fail(fault, Marker())) is not None:
+            return failure
+        await asyncio.sleep(self._settings.first.total_seconds())
         flagged = [protocol.flagged_categories(text) for text in texts]
         self.stats.flagged += sum(map(bool, flagged))
-        await call.respond_or_break(protocol.moderations(flagged), fault)
+        return await _respond_or_break(request, protocol.moderations(flagged), fault)
 
-    async def _fail(self, call: DemoCall, fault: Fault | None, marker: Marker) -> bool:
-        """Fail before the answer begins, if the fault is one of these; return whether it was."""
+    async def _fail(self, fault: Fault | None, marker: Marker) -> web.Response | None:
+        """The failure before the answer begins, if the fault is one of these."""
         match fault:
             case Fault.FAIL:
                 status = marker.status if marker.fail else self._random.choice((500, 503))
-                await call.respond(status, protocol.error("demo_failure", "failed, as this demo was told to"))
+                return _json(status, protocol.error("demo_failure", "failed, as this demo was told to"))
             case Fault.BUSY:
-                header = {"Retry-After": str(math.ceil(_seconds(marker.after, self._settings.retry_after)))}
-                await call.respond(429, protocol.error("rate_limit_exceeded", "busy, as told to be"), header)
+                retry_after = str(math.ceil(_seconds(marker.after, self._settings.retry_after)))
+                return _json(429, protocol.error("rate_limit_exceeded", "busy, as told to be"), retry_after)
             case Fault.HANG:
-                await call.sleep(None)
-            case _:
-                return False
-        return True
+                await asyncio.Event().wait()
+        return None
 
     async def _send_answer(
-        self, call: DemoCall, request: protocol.CompletionRequest, marker: Marker, fault: Fault | None
-    ) -> None:
-        answer = protocol.Answer(request, self._settings.length)
+        self, request: web.Request, asked: protocol.CompletionRequest, marker: Marker, fault: Fault | None
+    ) -> web.StreamResponse:
+        answer = protocol.Answer(asked, self._settings.length)
         first, pace = _seconds(marker.first, self._settings.first), _seconds(marker.pace, self._settings.pace)
-        if not request.stream:
+        if not asked.stream:
             body = answer.whole()
-            await call.sleep(first + pace * len(answer.deltas))
-            return await call.respond_or_break(body, fault)
+            await asyncio.sleep(first + pace * len(answer.deltas))
+            return await _respond_or_break(request, body, fault)
         events = answer.events()
-        await call.sleep(first)
-        await call.open(_EVENTS)
-        if fault is not None:
-            await call.send_paced(events[: len(events) // 2], pace)
-            return await call.break_off(fault)
-        if pace <= 0:  # in one write, as a fast backend's answer arrives in a read or two
-            return await call.end(b"".join(events) + answer.ending())
-        await call.send_paced(events, pace)
-        return await call.end(answer.ending())
+        if fault is None:
+            events[-1] += answer.ending()
+        else:
+            del events[len(events) // 2 :]
+        await asyncio.sleep(first)
+        response = await _open(request, _EVENTS)
+        await _send_paced(response, events, pace)
+        return response if fault is None else await _break_off(request, response, fault)
 
     def _draw(self) -> Fault | None:
         """Draw a fault by the configured rates, each a share of the calls that no earlier rate has drawn."""
@@ -213,12 +167,62 @@ def _seconds(own: timedelta | None, default: timedelta) -> float:
     return (default if own is None else own).total_seconds()
 
 
+def _json(status: int, body: bytes, retry_after: str | None = None) -> web.Response:
+    headers = {**_HEADERS, "Content-Type": _JSON, **({} if retry_after is None else {"Retry-After": retry_after})}
+    return web.Response(status=status, body=body, headers=headers)
+
+
+async def _open(request: web.Request, content_type: str) -> web.StreamResponse:
+    """Send the head of a response whose body is streamed."""
+    response = web.StreamResponse(headers={**_HEADERS, "Content-Type": content_type})
+    await response.prepare(request)
+    return response
+
+
+async def _send_paced(response: web.StreamResponse, events: list[bytes], pace: float) -> None:
+    """Send one event every `pace` seconds; a late one is sent together with those that are due."""
+    now = asyncio.get_running_loop().time
+    begin, sent = now(), 0
+    while sent < len(events):
+        due = int((now() - begin + _EARLY) / pace) + 1 if pace else len(events)
+        if due > sent:
+            await response.write(b"".join(events[sent:due]))
+            sent = due
+        await asyncio.sleep(begin + sent * pace - now())
+
+
+async def _respond_or_break(request: web.Request, body: bytes, fault: Fault | None) -> web.StreamResponse:
+    """A whole JSON response, or half of one, which is sent."""
+    if fault is None:
+        return _json(200, body)
+    response = await _open(request, _JSON)
+    await response.write(body[: len(body) // 2])
+    return await _break_off(request, response, fault)
+
+
+async def _break_off(request: web.Request, response: web.StreamResponse, fault: Fault) -> web.StreamResponse:
+    """Stop in the middle of a response."""
+    if fault is Fault.STALL:
+        await asyncio.Event().wait()
+    elif fault is not Fault.UNENDED and request.transport is not None:
+        request.transport.close()
+    return response
+
+
 @asynccontextmanager
 async def serving(settings: DemoSettings) -> AsyncIterator[str]:
     """Serve in this event loop while the context is open; yield the base URL, which ends in `/v1`."""
-    server = HttpServer(DemoCall, DemoBackend(settings).answer)
-    async with server.listening(settings.host, settings.port, grace=_GRACE) as (host, port):
+    app = web.Application(client_max_size=MAX_BODY)
+    app.router.add_route("*", "/{path:.*}", DemoBackend(settings).answer)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_GRACE)
+    await runner.setup()
+    try:
+        listener = socket.create_server((settings.host, settings.port), backlog=_BACKLOG)
+        await web.SockSite(runner, listener).start()
+        host, port = listener.getsockname()[:2]
         yield f"http://{host}:{port}/v1"
+    finally:
+        await runner.cleanup()
 
 
 def run(settings: DemoSettings, announce: Callable[[str], None]) -> None:

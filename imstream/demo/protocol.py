@@ -9,14 +9,12 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
 from pydantic_core import from_json, to_json
 
 from imstream.demo.answer import canned_answer, pieces
-from imstream.demo.http_server import event
 
 MODEL = "demo"
 """The only model. Requests may name any model, and are answered by this one."""
@@ -24,8 +22,8 @@ MODEL = "demo"
 CATEGORIES = ("demo", "harassment", "hate", "illicit", "self-harm", "sexual", "violence")
 """Categories of OpenAI, and `demo`, for a flag that names none of them."""
 
-_FLAG = re.compile(r"\[\[flag\b(?P<categories>[^\]]*)\]\]")
 _PLACEHOLDER = "<delta>"
+_FLAG = re.compile(r"\[\[flag\b(?P<categories>[^\]]*)\]\]")
 
 
 class InvalidRequest(Exception):  # noqa: N818 - the client's error
@@ -48,7 +46,7 @@ class CompletionRequest:
     usage: bool
 
 
-def parse_completion(body: bytes | bytearray) -> CompletionRequest:
+def parse_completion(body: bytes) -> CompletionRequest:
     """Parse the body of a chat completion request. Raises `InvalidRequest`."""
     try:
         request = from_json(body)
@@ -71,11 +69,10 @@ def _text(content: object) -> str:
 
 
 class Answer:
-    """The answer to a request, rendered before its first byte is sent."""
+    """The answer to a request."""
 
     def __init__(self, request: CompletionRequest, length: int) -> None:
         self._request = request
-        self._length = length
         self.deltas = canned_answer(request.question, length)
         self._id = f"chatcmpl-{uuid4().hex}"
         self._created = int(time.time())
@@ -83,13 +80,13 @@ class Answer:
     def events(self) -> list[bytes]:
         """One event for each delta. The first also contains the chunk with the role, as models send it."""
         head, tail = self._chunk({"content": _PLACEHOLDER}).split(to_json(_PLACEHOLDER))
-        first, *rest = [head + delta + tail for delta in _encoded(self._request.question, self._length)]
+        first, *rest = [head + to_json(delta) + tail for delta in self.deltas]
         return [self._chunk({"role": "assistant", "content": ""}) + first, *rest]
 
     def ending(self) -> bytes:
         """The events after the text: the finish reason, the usage if requested, and `[DONE]`."""
         usage = self._event(choices=[], usage=self._usage()) if self._request.usage else b""
-        return self._chunk({}, "stop") + usage + event(b"[DONE]")
+        return self._chunk({}, "stop") + usage + b"data: [DONE]\n\n"
 
     def whole(self) -> bytes:
         """The answer as one JSON body."""
@@ -101,7 +98,7 @@ class Answer:
         return self._event(choices=[{"index": 0, "delta": delta, "finish_reason": finish_reason}])
 
     def _event(self, **fields: object) -> bytes:
-        return event(to_json(self._base("chat.completion.chunk") | fields))
+        return b"data: %b\n\n" % to_json(self._base("chat.completion.chunk") | fields)
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": MODEL}
@@ -111,12 +108,7 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-@lru_cache(maxsize=256)
-def _encoded(question: str, length: int) -> tuple[bytes, ...]:
-    return tuple(to_json(delta) for delta in canned_answer(question, length))
-
-
-def parse_moderation(body: bytes | bytearray) -> list[str]:
+def parse_moderation(body: bytes) -> list[str]:
     """The texts of a moderation request. Raises `InvalidRequest`."""
     try:
         request = from_json(body)

@@ -17,7 +17,7 @@ from itertools import islice
 
 import uvloop
 
-from imstream.demo.http_server import LAST_CHUNK, HttpConnection, HttpServer, chunked, event, head
+from ops.http_server import LAST_CHUNK, HttpConnection, HttpServer, chunked, event, head
 
 DELTAS = 32
 PACE = 0.020

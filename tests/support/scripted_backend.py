@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from imstream.demo import http_server
+from ops import http_server
 from tests.support.waiting import SLOW
 
 LIMIT = 5.0 * SLOW

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from imstream.demo import backend, http_server
+from imstream.demo import backend
 from imstream.demo.answer import canned_answer
 from imstream.demo.backend import serving
 from imstream.demo.settings import DemoSettings
@@ -123,7 +123,7 @@ async def test_what_is_no_chat_request_is_refused_with_400_and_a_reason(body: by
 
 
 async def test_a_body_over_the_limit_is_refused_with_413(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "MAX_BODY", 1000)
+    monkeypatch.setattr(backend, "MAX_BODY", 1000)
     async with demo() as client:
         assert await client.status("x" * 1000) == 413
 

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from imstream.demo import http_server
-from imstream.demo.http_server import HttpConnection, HttpServer
+from ops import http_server
+from ops.http_server import HttpConnection, HttpServer
 
 GET = b"GET /%b HTTP/1.1\r\nHost: here\r\n\r\n"
 

@@ -1,6 +1,6 @@
 """A small HTTP/1.1 server that lets its user write every byte of a response. httptools parses the requests.
 
-All stand-ins for an AI backend use it: the demo, the backend of the benchmark, and the scripted backend of the tests.
+The backend of the benchmark and the scripted backend of the tests use it.
 """
 # ruff: noqa: D102 - the callbacks of asyncio and httptools are described there
 
