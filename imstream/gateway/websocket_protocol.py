@@ -7,6 +7,7 @@ the transport. uvicorn's own protocol has none of these bounds, and frees a clos
 
 Undocumented attributes of `ServerProtocol`: parser, parser_exc, reader, close_sent, close_rcvd (test_private_names.py).
 """
+# ruff: noqa: D102 - the callbacks of asyncio.Protocol are described there
 
 import asyncio
 import logging
@@ -202,21 +203,17 @@ class SocketProtocol(asyncio.Protocol):
     # For the transport and the server
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See `asyncio.Protocol`."""
         self._connections.add(self)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
         self._unread = memoryview(bytes(self._unread) + data if self._unread else data)
         self._read()
 
     def pause_writing(self) -> None:
-        """See `asyncio.Protocol`."""
         self.is_writable = False
 
     def resume_writing(self) -> None:
-        """See `asyncio.Protocol`."""
         self.is_writable = True
         if self._late_pong:
             self._transport.write(self._late_pong)
@@ -225,7 +222,6 @@ class SocketProtocol(asyncio.Protocol):
             self.on_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        """See `asyncio.Protocol`."""
         self._closing = True
         self._connections.discard(self)
         self._put(SocketClosed(StandardCode.NO_STATUS_RCVD))
