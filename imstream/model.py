@@ -8,6 +8,7 @@ version; it leaves them to newer nodes.
 import hashlib
 import re
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -20,6 +21,9 @@ from imstream.wire import MESSAGE_ID_PATTERN
 
 TerminalEvent = Literal["done", "failed", "cancelled"]
 TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
+
+Usage = dict[str, int]
+"""Token counts of a backend, by their names."""
 
 SCHEMA_FIELD = "v"
 """The field of the version, also written by the scripts that append to replies."""
@@ -183,7 +187,7 @@ class Terminal:
 
     event: TerminalEvent
     finish_reason: str | None = None
-    usage: dict[str, int] | None = None
+    usage: Usage | None = None
     reason: str | None = None
     error: str | None = None
     refusal: Refusal | None = None
@@ -216,6 +220,38 @@ class Terminal:
             kind=fields.get("kind"),
             refusal=Refusal(fields["code"], fields["sentence"], "violation" in fields) if refused else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """How an attempt continues the text of earlier ones.
+
+    Attributes:
+        wire: The attempt that clients see. It differs from the recorded one, which fences the writer.
+        valid: Earlier such attempts, and up to which offset their text is that of this one.
+        usage: That of the calls that wrote `text`, as far as they reported one.
+        text: All text so far.
+    """
+
+    wire: int
+    valid: Mapping[int, int]
+    usage: Usage | None = None
+    text: str = ""
+
+    @classmethod
+    def parse(cls, wire: str, valid: str, usage: str = "", text: str = "") -> Self:
+        """Read the fields of an entry."""
+        pairs = (pair.split(":") for pair in valid.split())
+        return cls(int(wire), {int(one): int(offset) for one, offset in pairs}, from_json(usage or "null"), text)
+
+
+def usage_sum(*usages: Usage | None) -> Usage | None:
+    """The sum of those that are known."""
+    known = [usage for usage in usages if usage is not None]
+    total = Counter[str]()
+    for usage in known:
+        total.update(usage)
+    return dict(total) if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +291,7 @@ class Record:
         position: Where this record ends; the next one may begin there.
         question: The question; None if it is not part of what is new, or an older release has recorded the reply.
         waiting: Why the message waits for its backend, if it does.
+        continued: How the attempt continues earlier ones, if it does and its beginning is part of what is new.
     """
 
     attempt: int
@@ -264,3 +301,4 @@ class Record:
     position: str = field(default="", compare=False)
     question: Question | None = field(default=None, compare=False)
     waiting: Waiting | None = field(default=None, compare=False)
+    continued: Continued | None = field(default=None, compare=False)

@@ -5,13 +5,13 @@ Writers and readers never wait for each other: a fast session reads each piece, 
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 from imstream.codes import State, Want
-from imstream.model import Question, Record, Terminal, Waiting
+from imstream.model import Continued, Question, Record, Terminal, Waiting
 from imstream.user_ids import UserId
 
 MAX_DELTA = 32_768
@@ -48,6 +48,9 @@ class ReplyBuffer:
     """The text of the last attempt at one message, and its terminal event. Offsets count characters, from 0.
 
     Attributes:
+        attempt: Its number for clients. It changes when text is discarded, or may be.
+        fence: Its number in the record.
+        valid: Earlier numbers for clients, and up to which offset their text is that of this attempt.
         has_writer: A worker of this process writes it. Then the buffer is newer than any record.
         position: Position in the reply stream up to which the record was loaded. Empty: load from the beginning.
         question: The recorded question, where it is known.
@@ -59,6 +62,8 @@ class ReplyBuffer:
     user_id: UserId
     message_id: str
     attempt: int = 0
+    fence: int = 0
+    valid: Mapping[int, int] | None = None
     offset: int = 0
     terminal: Terminal | None = None
     has_writer: bool = False
@@ -92,11 +97,11 @@ class ReplyBuffer:
             self.waiting = why
             self._notify()
 
-    def begin(self, attempt: int) -> None:
-        """Begin an attempt of this process; discard the text so far."""
-        self.attempt, self.has_writer = attempt, True
+    def begin(self, attempt: int, continued: Continued | None = None) -> None:
+        """Begin an attempt of this process; discard the text so far, unless it is continued."""
+        self.has_writer = True
         self.position, self.terminal, self.place, self.waiting = "", None, None, None
-        self._clear()
+        self._reset(attempt, continued, "" if continued is None else continued.text)
 
     def append(self, text: str) -> None:
         """Add a piece of text and notify the subscribers."""
@@ -118,15 +123,15 @@ class ReplyBuffer:
         if self.terminal is not None or (self.has_writer and record.terminal is None):
             return True
         was_queued, self.question = self.is_queued, record.question or self.question
-        if record.start > 0 and (record.attempt, record.start) != (self.attempt, self.offset):
+        if record.start > 0 and (record.attempt, record.start) != (self.fence, self.offset):
             self.position = ""
             return False
-        if record.start == 0 and (self.text_from(0, limit=None), self.attempt) != (record.text, record.attempt):
-            self.attempt = record.attempt
-            self._clear()
+        if record.start > 0:
+            if record.text:
+                self.append(record.text)
+        elif (self.text_from(0, limit=None), self.fence) != (record.text, record.attempt):
+            self._reset(record.attempt, record.continued, record.text)
         self.wait(record.waiting)
-        if self.offset < record.start + len(record.text):
-            self.append(record.text)
         self.position = record.position
         if self.is_queued and not was_queued:
             self._notify()
@@ -176,10 +181,17 @@ class ReplyBuffer:
         finally:
             self.unsubscribe(on_change)
 
-    def _clear(self) -> None:
-        self.offset = 0
-        self._texts.clear()
-        self._starts.clear()
+    def holds(self, attempt: int, offset: int) -> bool:
+        """Whether the text goes on from a position: of this attempt, or of an earlier one that it continues.
+
+        Clients of nodes of an older release know the attempt by its number in the record.
+        """
+        return self.attempt <= attempt <= self.fence or offset <= (self.valid or {}).get(attempt, -1)
+
+    def _reset(self, attempt: int, continued: Continued | None, text: str) -> None:
+        self.fence = attempt
+        self.attempt, self.valid = (attempt, None) if continued is None else (continued.wire, continued.valid)
+        self.offset, self._texts, self._starts = len(text), [text] if text else [], [0] if text else []
         self._notify()
 
     def _notify(self) -> None:
@@ -272,6 +284,8 @@ class Cursor:
     attempt: int = field(default=0, kw_only=True)
     offset: int = field(default=0, kw_only=True)
     wants: frozenset[str] = field(default=frozenset(), kw_only=True)
+    _known_as: int = field(default=0, init=False)
+    """The number by which the client knows the attempt, unless it is its own: without `restart`, it does not change."""
     _told: StateChanged | None = field(default=None, init=False)
 
     @property
@@ -289,14 +303,20 @@ class Cursor:
         # A client may have seen more than was recorded before a node died. If the reply ends there, start over.
         ahead = self.offset > reply.offset and reply.terminal is not None
         if self.attempt != reply.attempt or ahead:
-            known, self.attempt, self.offset = self.attempt, reply.attempt, 0
-            if known > 0:
-                return TextReset(reply.attempt)
+            known, self.attempt = self.attempt, reply.attempt
+            if known > 0 and not ahead and reply.holds(known, self.offset):
+                self._known_as = self._known_as or known
+            else:
+                self.offset = self._known_as = 0
+                if known > 0:
+                    return TextReset(reply.attempt)
         if self.offset < reply.offset:
             text = reply.text_from(self.offset)
             self.offset += len(text)
-            return TextGrown(reply.attempt, text, self.offset)
-        return None if reply.terminal is None else ReplyEnded(reply.attempt, reply.offset, reply.terminal)
+            return TextGrown(self._known_as or reply.attempt, text, self.offset)
+        if reply.terminal is None:
+            return None
+        return ReplyEnded(self._known_as or reply.attempt, reply.offset, reply.terminal)
 
     def _inform(self) -> QuestionAsked | StateChanged | None:
         """Return the question or the state, unless the client knows it."""

@@ -178,7 +178,7 @@ class FrameHandler:
             return 0
         wants = self._writer.wants - ({Want.ASKED} if point.attempt > 0 else set())
         self._writer.follow(Cursor(reply, attempt=point.attempt, offset=point.offset, wants=wants))
-        continues = point.attempt == reply.attempt and point.offset <= reply.offset
+        continues = point.offset <= reply.offset and reply.holds(point.attempt, point.offset)
         return reply.offset - point.offset if continues else reply.offset
 
     async def _chat(self, frame: wire.ClientChat) -> None:

@@ -5,9 +5,20 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
+from pydantic_core import to_json
+
 from imstream.clock import milliseconds
 from imstream.keys import Keys
-from imstream.model import TERMINAL_EVENTS, Question, Record, Terminal, TerminalEvent, Waiting
+from imstream.model import (
+    TERMINAL_EVENTS,
+    Continued,
+    Question,
+    Record,
+    Terminal,
+    TerminalEvent,
+    Usage,
+    Waiting,
+)
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
@@ -30,12 +41,14 @@ class Opened:
         nodes: Those with a socket of the user.
         counted: Attempts before this one that count: those that did more than wait for their backend.
         waited: Since the message first had to wait for a backend, on any node; None: it had not.
+        continued: How it continues the recorded text; None: it begins again.
     """
 
     attempt: int
     nodes: tuple[str, ...] = ()
     counted: int = field(default=0, compare=False)
     waited: timedelta | None = field(default=None, compare=False)
+    continued: Continued | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +145,34 @@ class ReplyStore:
         request: str,
         lost: str = "",
         after: int = 0,
+        continues: int = 0,
+        shown: int | None = None,
+        usage: Usage | None = None,
+        unused: bool = False,
     ) -> Opened | Ended | Duplicate | OtherQuestion:
         """Begin the next attempt at a message, which `request` owns from now on.
 
-        `lost`: a request known to be lost, from which the message may be taken over. `after`: the last attempt known to
-        the caller, in case Redis has lost it: no number is given twice.
+        Args:
+            user_id: The user.
+            message_id: The message.
+            question: What is asked.
+            request: The request that opens.
+            lost: A request known to be lost, from which the message may be taken over.
+            after: The last attempt known to the caller, in case Redis has lost it: no number is given twice.
+            continues: Recorded text of fewer characters is continued; 0: begin again.
+            shown: Characters that the caller has shown as the writer of `after`.
+            usage: Of the calls that wrote them.
+            unused: The attempt `after` has made no call.
         """
         asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
-        arguments = (request, self._ttl, lost, after, self._node, *asked)
+        text = ("" if shown is None else shown, "" if usage is None else to_json(usage), "1" if unused else "")
+        arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text)
         match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
             case ["opened", attempt, counted, waited, *nodes]:
                 return Opened(int(attempt), tuple(nodes), int(counted), None if waited == "" else _span(waited))
+            case ["continued", attempt, counted, waited, how, *nodes]:
+                waiting = None if waited == "" else _span(waited)
+                return Opened(int(attempt), tuple(nodes), int(counted), waiting, Continued.parse(*how))
             case ["ended", event, owner]:
                 return Ended(event, owner)
             case ["other_question"]:
@@ -211,6 +241,7 @@ class ReplyStore:
         if not entries:
             return None
         attempt, start, texts, terminal, question, waiting = 0, None, list[str](), None, None, None
+        continued: Continued | None = None
         for _, flat in entries:
             fields = to_dict(flat)
             attempt, text = int(fields["attempt"]), fields.get("text", "")
@@ -221,13 +252,14 @@ class ReplyStore:
             if fields["event"] == "opened":
                 texts.clear()
                 start = 0
+                continued = Continued.parse(fields["wire"], fields.get("valid", "")) if "wire" in fields else None
             elif start is None:
                 start = int(fields["offset"]) - len(text)
             texts.append(text)
             waiting = Waiting.from_fields(fields) if fields["event"] == "waiting" else None
             if fields["event"] in TERMINAL_EVENTS:
                 terminal = Terminal.from_fields(fields)
-        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0], question, waiting)
+        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0], question, waiting, continued)
 
     async def has_shown_text(self, user_id: UserId, message_id: str) -> bool:
         """Whether any attempt has recorded text, including attempts that were restarted."""

@@ -142,7 +142,7 @@ class Job:
         except StoreError:
             return
         if isinstance(result, Rejected) and writer is self._writer:  # else it was the attempt before
-            self._log.warning("reply stream rejects this attempt", why=result.reason, attempt=self.reply.attempt)
+            self._log.warning("reply stream rejects this attempt", why=result.reason, attempt=self.reply.fence)
             self.stop("superseded")
 
     async def recheck(self) -> None:
@@ -153,7 +153,7 @@ class Job:
             record = await self._deps.replies.read(self.reply.user_id, self.reply.message_id)
         except StoreError:
             return  # the next flush finds out
-        if record is not None and (record.terminal is not None or record.attempt > self.reply.attempt):
+        if record is not None and (record.terminal is not None or record.attempt > self.reply.fence):
             self.stop("superseded")
 
     @property
@@ -189,7 +189,7 @@ class Job:
             if attempt.retry_state.attempt_number > 1:
                 # If the lease has run out meanwhile, another node may be working on the request (I7).
                 if await retry_until_available(lambda: self.stream.is_taken_over(self.entry)):
-                    self._log.warning("request was taken over by another node", attempt=self.reply.attempt)
+                    self._log.warning("request was taken over by another node", attempt=self.reply.fence)
                     return Leave()
                 decision = await (self._call() if isinstance(decision, Wait) else self._attempt())
             attempt.retry_state.set_result(decision)
@@ -256,7 +256,7 @@ class Job:
         if isinstance(decision, Wait):
             await self._wait(decision, upstream)
         elif isinstance(decision, Retry):
-            self._log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.attempt)
+            self._log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.fence)
         return decision
 
     async def _wait(self, decision: Wait, upstream: Upstream) -> None:
@@ -291,7 +291,7 @@ class Job:
             self._attempts = opened.attempt
             deps, reply, is_first = self._deps, self.reply, opened.attempt == 1
             reply.question = self.request.question
-            self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, attempt=opened.attempt)
+            self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
             if is_first:
                 deps.on_begun(reply)
             notice = ReplyGrew(reply.user_id, reply.message_id, begun=is_first)
@@ -303,7 +303,7 @@ class Job:
         return await retry_until_available(
             # If Redis has lost earlier attempts, `after` keeps their numbers from being used again.
             lambda: replies.open(
-                reply.user_id, reply.message_id, question, request=self._id, lost=lost, after=reply.attempt
+                reply.user_id, reply.message_id, question, request=self._id, lost=lost, after=reply.fence
             )
         )
 
@@ -341,7 +341,7 @@ class Job:
                 await self._load_record()
                 return Finish()
             case rejected:
-                self._log.warning("reply stream rejects the end", why=rejected.reason, attempt=self.reply.attempt)
+                self._log.warning("reply stream rejects the end", why=rejected.reason, attempt=self.reply.fence)
                 return Leave()
 
     async def _after_stop(self) -> Disposition:

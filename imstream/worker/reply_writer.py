@@ -13,18 +13,23 @@ from imstream.store.replies import Appended, Opened, Rejected, ReplyStore, WaitR
 class ReplyWriter:
     """The only writer of one attempt. Keeps the offset up to which its text is recorded."""
 
-    def __init__(self, reply: ReplyBuffer, replies: ReplyStore, inbox: Inbox, *, request: str, attempt: int) -> None:
+    def __init__(self, reply: ReplyBuffer, replies: ReplyStore, inbox: Inbox, *, request: str, opened: Opened) -> None:
         self._reply = reply
         self._replies = replies
         self._inbox = inbox
         self._request = request
-        self._attempt = attempt
-        self._recorded = 0
+        self._attempt = opened.attempt
+        self._recorded = self._start = 0 if opened.continued is None else len(opened.continued.text)
         self.has_remote_readers = True
         """Whether another node has sockets of the user, which may wait for the next batch. Each append tells."""
         self._closed = False
         self._lock = asyncio.Lock()  # concurrent appends could overtake each other on different connections
-        reply.begin(attempt)
+        reply.begin(opened.attempt, opened.continued)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether this attempt has added text."""
+        return self._reply.offset > self._start
 
     @property
     def needs_flush(self) -> bool:
@@ -42,7 +47,7 @@ class ReplyWriter:
             return await self._record(None) if self.needs_flush else Appended()
 
     async def wait(self, why: Waiting, *, pause: timedelta) -> WaitRecorded | Rejected:
-        """Record that this attempt, which has no text, waits for its backend. Repeats until Redis answers."""
+        """Record that this attempt, which has added no text, waits for its backend. Repeats until Redis answers."""
         reply = self._reply
         async with self._lock:
             result = await retry_until_available(
@@ -71,7 +76,7 @@ class ReplyWriter:
 
     @property
     def _owns_buffer(self) -> bool:
-        return self._reply.attempt == self._attempt
+        return self._reply.fence == self._attempt
 
     async def _record(self, terminal: Terminal | None) -> Appended | Rejected:
         result = await self._append_once(terminal)
@@ -103,13 +108,13 @@ class ReplyWriter:
         return result
 
     async def _reopen(self) -> bool:
-        """Begin the same attempt again, from its beginning."""
+        """Begin the same attempt again, from the beginning of its text."""
         reply, before = self._reply, self._attempt - 1
         opened = await self._replies.open(
             reply.user_id, reply.message_id, reply.question or Question(""), request=self._request, after=before
         )
         if not isinstance(opened, Opened) or not self._owns_buffer:
             return False
-        self._attempt = reply.attempt = opened.attempt
+        self._attempt = reply.fence = opened.attempt
         self._recorded = 0
         return True

@@ -1,11 +1,12 @@
 """The reply stream decides on attempts, ends and duplicates (I4, I5)."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from imstream.errors import StoreRefused
-from imstream.model import Question, Record, Terminal
+from imstream.model import Continued, Question, Record, Terminal, Waiting
 from imstream.store.replies import (
     MAX_LISTED,
     Appended,
@@ -16,6 +17,7 @@ from imstream.store.replies import (
     OtherQuestion,
     Rejected,
     ReplyStore,
+    WaitRecorded,
 )
 from tests.redis.conftest import Store
 
@@ -151,6 +153,78 @@ async def test_every_append_keeps_the_reply_for_its_time(store: Store) -> None:
     store.redis.expire(key, 5)
     await append(store.replies, 0, "x")
     assert store.redis.ttl(key) > 5
+
+
+# Continued attempts
+
+
+async def test_an_attempt_continues_what_its_writer_has_shown_and_clients_notice_nothing(store: Store) -> None:
+    await store.replies.open(USER, MESSAGE, request="0/1-0")
+    await append(store.replies, 0, "Once ")
+    await append(store.replies, 5, "upon")
+    usage = {"total_tokens": 3}
+    how: dict[str, Any] = {"request": "0/1-0", "continues": 100}
+    opened = await store.replies.open(USER, MESSAGE, after=1, shown=9, usage=usage, **how)
+    assert opened == Opened(2, continued=Continued(1, {}, usage, "Once upon"))
+    assert await append(store.replies, 9, " a", attempt=1) == Rejected("superseded")
+    assert await append(store.replies, 0, "Once", attempt=2) == Rejected("gap")
+    assert await append(store.replies, 9, " a time", attempt=2) == Appended()
+    record = await store.replies.read(USER, MESSAGE)
+    assert record is not None
+    assert record == Record(2, "Once upon a time", None)
+    assert record.continued == Continued(1, {})
+    again = await store.replies.open(USER, MESSAGE, after=2, shown=16, **how)
+    assert again == Opened(3, continued=Continued(1, {}, usage, "Once upon a time"))
+
+
+async def test_another_worker_continues_the_record_and_clients_that_may_have_seen_more_are_told(store: Store) -> None:
+    await store.replies.open(USER, MESSAGE, request="0/1-0")
+    await append(store.replies, 0, "abc")
+    how: dict[str, Any] = {"request": "0/1-0", "continues": 100}
+    assert await store.replies.open(USER, MESSAGE, **how) == Opened(2, continued=Continued(2, {1: 3}, None, "abc"))
+    await append(store.replies, 3, "de", attempt=2)
+    opened = await store.replies.open(USER, MESSAGE, after=2, shown=6, **how)  # Redis has lost its last batch
+    assert opened == Opened(3, continued=Continued(3, {1: 3, 2: 5}, None, "abcde"))
+    assert await store.replies.open(USER, MESSAGE, request="0/1-0", after=3) == Opened(4)
+    record = await store.replies.read(USER, MESSAGE)
+    assert record is not None
+    assert record == Record(4, "", None)
+    assert record.continued is None
+
+
+async def test_text_at_its_limit_and_the_text_of_another_request_are_not_continued(store: Store) -> None:
+    await store.replies.open(USER, MESSAGE, request="0/1-0")
+    await append(store.replies, 0, "abc")
+    assert await store.replies.open(USER, MESSAGE, request="0/1-0", continues=3) == Opened(2)
+    await append(store.replies, 0, "abc", attempt=2)
+    assert await store.replies.open(USER, MESSAGE, request="0/2-0", lost="0/1-0", continues=100) == Opened(3)
+
+
+async def test_a_continued_attempt_without_a_call_does_not_count(store: Store) -> None:
+    await store.replies.open(USER, MESSAGE, request="0/1-0")
+    await append(store.replies, 0, "abc")
+    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", after=1, continues=100)
+    assert isinstance(opened, Opened)
+    assert opened.counted == 1
+    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", after=2, unused=True)
+    assert isinstance(opened, Opened)
+    assert (opened.counted, opened.continued) == (1, None)
+
+
+async def test_a_continued_attempt_may_wait_and_be_cancelled_where_it_stands(store: Store) -> None:
+    await store.replies.open(USER, MESSAGE, request="0/1-0")
+    await append(store.replies, 0, "abc")
+    await store.replies.open(USER, MESSAGE, request="0/1-0", continues=100)
+    why = Waiting("default", "http_503")
+    waits = await store.replies.wait(USER, MESSAGE, attempt=2, pause=timedelta(0), why=why)
+    assert isinstance(waits, WaitRecorded)
+    record = await store.replies.read(USER, MESSAGE)
+    assert record is not None
+    assert record == Record(2, "abc", None)
+    assert record.waiting == why
+    assert await append(store.replies, 3, "d", attempt=2) == Appended()
+    await store.replies.cancel(USER, MESSAGE)
+    assert await store.replies.read(USER, MESSAGE) == Record(2, "abcd", Terminal("cancelled"))
 
 
 # The question and the list of a user's messages

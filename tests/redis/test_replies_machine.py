@@ -26,6 +26,9 @@ from tests.support.servers import RedisServer
 
 USER = 10001
 REQUESTS = st.sampled_from(["0/1-0", "0/2-0", "1/1-0"])
+ALL = "all"
+"""The writer of the last attempt knows that all of its text is recorded."""
+
 ENDS = st.sampled_from(
     [
         *[None] * 6,  # most appends are not the last
@@ -36,6 +39,9 @@ ENDS = st.sampled_from(
 )
 RARELY = st.sampled_from([False, False, False, False, True])
 """For steps that end everything: otherwise most runs would be short."""
+
+CONTINUES = st.sampled_from([0, 5, 100])
+SHOWN = st.none() | st.integers(0, 8) | st.just(ALL)
 
 LONGEST = 12
 
@@ -74,10 +80,24 @@ class ReplyJudged(RuleBasedStateMachine):
         self.run(self._replies.mark_queued(USER, self._message))
         self._model.mark_queued()
 
-    @rule(request=REQUESTS, lost=REQUESTS | st.just(""), after=st.integers(0, 6), target=attempts)
-    def a_request_opens_it(self, request: str, lost: str, after: int) -> int:
-        opened = self.opened(request, lost=lost, after=after)
+    @rule(
+        request=REQUESTS,
+        lost=REQUESTS | st.just(""),
+        after=st.integers(0, 6),
+        continues=CONTINUES,
+        shown=SHOWN,
+        target=attempts,
+    )
+    def a_request_opens_it(self, request: str, lost: str, after: int, continues: int, shown: int | str | None) -> int:
+        if shown == ALL:
+            last = self._model.last or Said(0, "", 0)
+            after, shown = last.attempt, last.offset
+        opened = self.opened(request, lost=lost, after=after, continues=continues, shown=shown)
         return opened.attempt if isinstance(opened, Opened) else after
+
+    @rule(request=REQUESTS, shown=SHOWN, target=attempts)
+    def the_owner_continues_it(self, request: str, shown: int | str | None) -> int:
+        return self.a_request_opens_it(self._model.owner or request, "", 0, 100, shown)
 
     def opened(self, request: str, **more: Any) -> object:  # noqa: ANN401 - the arguments of the store
         verdict = self.run(self._replies.open(USER, self._message, request=request, **more))
@@ -133,17 +153,28 @@ class ReplyJudged(RuleBasedStateMachine):
         assert entries == [replace(said, terminal=None) for said in self._model.entries]
         # At most one end, and nothing after it (I4).
         assert not any(said.event in TERMINAL for said in entries[:-1])
-        # Attempts only increase, and the text of each has no gap and no repetition (I5).
-        attempt, offset = 0, 0
+        # Attempts only increase, and the text of each has no gap and no repetition (I5). It is new, or continues all
+        # that was recorded before. Clients see a number that is not reused for another text.
+        attempt, text, wires = 0, "", dict[int, str]()
         for said in entries:
             if said.event == "opened":
                 assert said.attempt > attempt
-                attempt, offset = said.attempt, 0
+                assert said.text in {"", text}
+                attempt, text = said.attempt, said.text
+                wire = said.wire or attempt
+                assert text.startswith(wires.get(wire, ""))
+                for earlier, offset in said.valid:
+                    assert wires[earlier][:offset] == text[:offset]
+            else:
+                assert said.text == text_of(attempt)[len(text) : said.offset]
+                text += said.text
+            if said.attempt:
+                wires[wire] = text
             assert said.attempt == attempt
-            assert said.text == text_of(attempt)[offset : said.offset]
-            offset += len(said.text)
-            assert said.offset == offset
-        assert self.run(self._replies.read(USER, self._message)) == self._model.read()
+            assert said.offset == len(text)
+        record, expected = self.run(self._replies.read(USER, self._message)), self._model.read()
+        assert record == expected
+        assert record is None or record.continued == expected.continued
         assert not entries or self._client.pttl(self._key) > 0
 
 

@@ -47,6 +47,8 @@ LIMITS = Limits(attempts=99, deliveries=MAX_DELIVERIES, window=timedelta(days=1)
 DONE = Terminal("done", "stop")
 FAILED = Terminal("failed", reason="http_503")
 LONGEST = 40
+CONTINUING = frozenset({"0", "1"})
+"""Nodes with a backend that can continue an answer."""
 
 node_names = st.sampled_from(NODES)
 RARELY = st.sampled_from([False, False, False, True])
@@ -344,11 +346,14 @@ class StoreUsed(RuleBasedStateMachine):
 
     def _open(self, job: Job) -> None:
         user, message = job.request.user_id, job.request.message_id
-        verdict = self._run(self._replies[job.by].open(user, message, request=job.request_id))
-        assert verdict == self._models[user, message].open(request=job.request_id, by=job.by)
+        how: dict[str, Any] = {"request": job.request_id, "after": job.attempt}
+        if job.by in CONTINUING:
+            how |= {"continues": LONGEST, "shown": job.recorded if job.attempt else None}
+        verdict = self._run(self._replies[job.by].open(user, message, **how))
+        assert verdict == self._models[user, message].open(**how, by=job.by)
         match verdict:
-            case Opened(attempt):
-                job.attempt, job.recorded = attempt, 0
+            case Opened(attempt, continued=continued):
+                job.attempt, job.recorded = attempt, 0 if continued is None else len(continued.text)
             case Ended("failed", owner) if owner == job.request_id:
                 job.then = self._burying(job)
             case _:
@@ -424,10 +429,15 @@ class StoreUsed(RuleBasedStateMachine):
         for message, entries in self._entries().items():
             assert entries == [replace(entry, terminal=None) for entry in self._models[message].entries]
             assert not any(entry.event in TERMINAL for entry in entries[:-1])  # I4
-            if entries:
-                latest = [entry for entry in entries if entry.attempt == entries[-1].attempt]
-                text = "".join(entry.text for entry in latest)
-                assert text == text_of(entries[-1].attempt)[: entries[-1].offset]  # I5
+            text = ""
+            for entry in entries:  # I5
+                if entry.event == "opened":
+                    assert entry.text in {"", text}
+                    text = entry.text
+                else:
+                    text += entry.text
+                    assert text.endswith(text_of(entry.attempt)[entry.offset - len(entry.text) : entry.offset])
+                assert entry.offset == len(text)
 
     def _entries(self) -> dict[tuple[UserId, str], list[Said]]:
         """The record of every message."""

@@ -3,10 +3,10 @@
 One model is one message.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-from imstream.model import Record, Terminal
+from imstream.model import Continued, Record, Terminal
 from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, Rejected
 
 TERMINAL = ("done", "failed", "cancelled")
@@ -23,6 +23,8 @@ class Said:
     request: str = ""
     by: str = ""
     terminal: Terminal | None = None
+    wire: int = 0
+    valid: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def read(cls, fields: dict[str, str]) -> Self:
@@ -34,7 +36,14 @@ class Said:
             text=fields.get("text", ""),
             request=fields.get("request", ""),
             by=fields.get("by", ""),
+            wire=int(fields.get("wire", 0)),
+            valid=tuple(sorted(_pair(part) for part in fields.get("valid", "").split())),
         )
+
+
+def _pair(text: str) -> tuple[int, int]:
+    attempt, _, offset = text.partition(":")
+    return int(attempt), int(offset)
 
 
 @dataclass
@@ -58,16 +67,41 @@ class ReplyModel:
         if not self.entries:
             self.entries.append(Said(0, "queued", 0))
 
-    def open(self, *, request: str, lost: str = "", after: int = 0, by: str = "0") -> Opened | Ended | Duplicate:
+    @property
+    def latest(self) -> list[Said]:
+        """The entries of the last attempt."""
+        return [said for said in self.entries if said.attempt == self.entries[-1].attempt]
+
+    def open(  # noqa: PLR0913 - as there
+        self,
+        *,
+        request: str,
+        lost: str = "",
+        after: int = 0,
+        by: str = "0",
+        continues: int = 0,
+        shown: int | None = None,
+    ) -> Opened | Ended | Duplicate:
         """See `ReplyStore`. `by` is the node of the store."""
-        if self.last is not None:
-            if self.last.terminal is not None:
-                return Ended(self.last.terminal.event, self.owner)
-            if self.last.attempt > 0 and self.owner not in {request, lost}:
+        last, continued = self.last, None
+        if last is not None:
+            if last.terminal is not None:
+                return Ended(last.terminal.event, self.owner)
+            if last.attempt > 0 and self.owner not in {request, lost}:
                 return Duplicate(self.owner)
-            after = max(after, self.last.attempt)
-        self.entries.append(Said(after + 1, "opened", 0, request=request, by=by))
-        return Opened(after + 1)
+            known, after = after, max(after, last.attempt)
+            if self.owner == request and 0 < last.offset < continues:
+                wire, valid = self.latest[0].wire or last.attempt, dict(self.latest[0].valid)
+                if (known, shown) != (last.attempt, last.offset):
+                    valid = {one: min(offset, last.offset) for one, offset in valid.items()} | {wire: last.offset}
+                    wire = after + 1
+                continued = Continued(wire, valid, None, "".join(said.text for said in self.latest))
+        opened = Said(after + 1, "opened", 0, request=request, by=by)
+        if continued is not None and last is not None:
+            valid_now = tuple(sorted(continued.valid.items()))
+            opened = replace(opened, offset=last.offset, text=continued.text, wire=continued.wire, valid=valid_now)
+        self.entries.append(opened)
+        return Opened(after + 1, continued=continued)
 
     def append(
         self, *, attempt: int, before: int, after: int, text: str, terminal: Terminal | None = None
@@ -103,6 +137,6 @@ class ReplyModel:
         """See `ReplyStore`."""
         if self.last is None:
             return None
-        attempt = self.last.attempt
-        text = "".join(said.text for said in self.entries if said.attempt == attempt)
-        return Record(attempt, text, self.last.terminal)
+        first, text = self.latest[0], "".join(said.text for said in self.latest)
+        continued = Continued(first.wire, dict(first.valid)) if first.wire else None
+        return Record(first.attempt, text, self.last.terminal, continued=continued)

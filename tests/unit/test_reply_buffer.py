@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
 
-from imstream.model import Record, Terminal
+from imstream.model import Continued, Record, Terminal
 from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, Step, TextGrown, TextReset
 from tests.support.tiers import examples
 
@@ -95,6 +95,44 @@ def test_a_follower_goes_on_where_its_client_was() -> None:
 def test_a_follower_of_an_earlier_attempt_is_told_to_start_over() -> None:
     reply = reply_with("new", attempt=3)
     assert all_steps(Cursor(reply, attempt=1, offset=2)) == [TextReset(3), TextGrown(3, "new", 3)]
+
+
+def test_a_follower_notices_nothing_of_an_attempt_that_continues_the_text() -> None:
+    reply = reply_with("Once ")
+    cursor = Cursor(reply)
+    assert all_steps(cursor) == [TextGrown(1, "Once ", 5)]
+    reply.begin(2, Continued(1, {}, None, "Once "))
+    reply.append("upon")
+    assert all_steps(cursor) == [TextGrown(1, "upon", 9)]
+
+
+def test_a_follower_of_text_that_another_worker_continues_goes_on_with_the_number_it_knows() -> None:
+    reply = reply_with("Once ")
+    cursor = Cursor(reply)
+    assert all_steps(cursor) == [TextGrown(1, "Once ", 5)]
+    reply.begin(2, Continued(2, {1: 5}, None, "Once "))
+    reply.append("upon")
+    assert all_steps(cursor) == [TextGrown(1, "upon", 9)]
+    assert all_steps(Cursor(reply)) == [TextGrown(2, "Once upon", 9)]
+    reply.end(DONE)
+    assert all_steps(cursor) == [ReplyEnded(1, 9, DONE)]
+
+
+def test_a_follower_that_saw_more_than_is_continued_starts_over_at_once() -> None:
+    reply = ReplyBuffer(10001, "m")
+    reply.load(Record(3, "abcd", None, continued=Continued(3, {1: 2, 2: 4})))
+    whole = [TextReset(3), TextGrown(3, "abcd", 4)]
+    assert all_steps(Cursor(reply, attempt=1, offset=2)) == [TextGrown(1, "cd", 4)]
+    assert all_steps(Cursor(reply, attempt=1, offset=3)) == whole
+    assert all_steps(Cursor(reply, attempt=2, offset=4)) == []
+    assert all_steps(Cursor(reply, attempt=2, offset=5)) == whole
+
+
+def test_a_follower_that_was_at_a_node_of_an_older_release_goes_on_with_the_number_of_the_record() -> None:
+    reply = ReplyBuffer(10001, "m")
+    reply.load(Record(2, "abcd", None, continued=Continued(1, {})))
+    assert all_steps(Cursor(reply, attempt=2, offset=3)) == [TextGrown(2, "d", 4)]
+    assert all_steps(Cursor(reply, attempt=1, offset=3)) == [TextGrown(1, "d", 4)]
 
 
 def test_a_follower_without_text_is_not_told_to_discard_it() -> None:
@@ -255,7 +293,8 @@ PIECES = st.text(max_size=5) | st.integers(0, 3 * MAX_DELTA).map(lambda size: "å
 class ReplyFollowed(RuleBasedStateMachine):
     """One message, a worker here and one on another node, the record in Redis, and sockets that come and go.
 
-    `written` holds the text of each attempt, recorded or not: clients may have seen it.
+    `written` holds the text of each attempt, recorded or not: clients may have seen it. `kept` holds how much of it was
+    recorded in the end, `continued` how it continues earlier ones.
     """
 
     clients: Bundle[Client] = Bundle("clients")
@@ -266,6 +305,8 @@ class ReplyFollowed(RuleBasedStateMachine):
         self.reply = ReplyBuffer(10001, "m")
         self.everyone: list[Client] = []
         self.written: list[str] = [""]
+        self.kept: list[int] = [0]
+        self.continued: list[Continued | None] = [None]
         self.recorded = 0
         self.terminal: Terminal | None = None
         self.positions = [(0, 0)]
@@ -286,7 +327,33 @@ class ReplyFollowed(RuleBasedStateMachine):
         if attempt != self.attempt:
             start = 0
         text = self.written[-1][start : self.recorded]
-        return Record(self.attempt, text, self.terminal, start, str(len(self.positions) - 1))
+        continued = self.continued[-1] if start == 0 else None
+        return Record(self.attempt, text, self.terminal, start, str(len(self.positions) - 1), continued=continued)
+
+    def number(self, attempt: int) -> int:
+        """The number of an attempt for clients."""
+        continued = self.continued[attempt]
+        return attempt if continued is None else continued.wire
+
+    def text_of(self, number: int) -> str:
+        """The longest text that clients know by a number."""
+        return next(self.written[one] for one in range(self.attempt, -1, -1) if self.number(one) == number)
+
+    def open(self, *, continues: bool, shown: bool = False) -> None:
+        """Begin an attempt in the record. `shown`: the worker before has recorded all of its text, and continues it."""
+        continued, recorded = None, self.recorded
+        if continues and recorded > 0:
+            before, wire = self.continued[-1], self.number(self.attempt)
+            valid = {} if before is None else dict(before.valid)
+            if not shown or recorded < len(self.written[-1]):
+                valid = {one: min(offset, recorded) for one, offset in valid.items()} | {wire: recorded}
+                wire = self.attempt + 1
+            continued = Continued(wire, valid, None, self.written[-1][:recorded])
+        self.kept[-1] = recorded
+        self.kept.append(0)
+        self.written.append("" if continued is None else continued.text)
+        self.continued.append(continued)
+        self.recorded = len(self.written[-1])
 
     def is_open(self) -> bool:
         return self.terminal is None
@@ -300,17 +367,16 @@ class ReplyFollowed(RuleBasedStateMachine):
     # Workers
 
     @precondition(is_open)
-    @rule()
-    def an_attempt_begins_here(self) -> None:
-        self.written.append("")
-        self.recorded, self.here = 0, self.attempt
-        self.reply.begin(self.attempt)
+    @rule(continues=st.booleans())
+    def an_attempt_begins_here(self, *, continues: bool) -> None:
+        self.open(continues=continues, shown=self.here == self.attempt)
+        self.here = self.attempt
+        self.reply.begin(self.attempt, self.continued[-1])
 
     @precondition(is_open)
-    @rule()
-    def an_attempt_begins_elsewhere(self) -> None:
-        self.written.append("")
-        self.recorded = 0
+    @rule(continues=st.booleans(), same=st.booleans())
+    def an_attempt_begins_elsewhere(self, *, continues: bool, same: bool) -> None:
+        self.open(continues=continues, shown=same and self.here != self.attempt)
 
     @precondition(is_writing_here)
     @rule(piece=PIECES)
@@ -365,12 +431,23 @@ class ReplyFollowed(RuleBasedStateMachine):
         if read.after in (None, self.reply.position) and not self.reply.load(read.record):
             assert self.reply.load(self.record())
 
-    @rule(target=clients, data=st.data())
-    def a_client_comes(self, data: st.DataObject) -> Client:
-        """It may have followed any attempt on another node, and have seen all text written."""
+    @rule(target=clients, data=st.data(), older=st.booleans())
+    def a_client_comes(self, data: st.DataObject, *, older: bool) -> Client:
+        """It may have followed any attempt on another node, and have seen all text written.
+
+        It may know the attempt by its own number or, with its text, by an earlier one. Or it was at a node of an
+        `older` release, where it has seen recorded text, and knows the number of the record.
+        """
         attempt = data.draw(st.integers(0, self.attempt), label="attempt")
-        text = self.written[attempt][: data.draw(st.integers(0, len(self.written[attempt])), label="offset")]
-        client = Client(Cursor(self.reply, attempt=attempt, offset=len(text)), attempt, text)
+        continued = self.continued[attempt]
+        if older:
+            known, number = self.recorded if attempt == self.attempt else self.kept[attempt], attempt
+        else:
+            earlier = sorted(() if continued is None else continued.valid)
+            known = len(self.written[attempt])
+            number = data.draw(st.sampled_from([self.number(attempt), *earlier]), label="number")
+        text = self.written[attempt][: data.draw(st.integers(0, known), label="offset")]
+        client = Client(Cursor(self.reply, attempt=number, offset=len(text)), number, text)
         self.everyone.append(client)
         return client
 
@@ -390,17 +467,19 @@ class ReplyFollowed(RuleBasedStateMachine):
             return False
         match step:
             case TextReset(attempt):
+                assert attempt >= client.attempt or client.attempt > self.reply.fence  # clients ignore lower numbers
                 client.attempt, client.text = attempt, ""
             case TextGrown(attempt, text, offset):
                 assert 0 < len(text) <= MAX_DELTA
+                assert client.attempt in {0, attempt}
                 client.attempt, client.text = attempt, client.text + text
                 assert len(client.text) == offset
             case ReplyEnded(attempt, offset, terminal):
-                assert (attempt, offset) == (self.attempt, len(client.text))
-                assert terminal == self.terminal
+                assert client.attempt in {0, attempt}
+                assert (offset, terminal) == (len(client.text), self.terminal)
                 client.ended = terminal
         # No gap and no repeat, at any time.
-        assert self.written[client.attempt].startswith(client.text)
+        assert self.text_of(client.cursor.attempt).startswith(client.text)
         return True
 
     def teardown(self) -> None:

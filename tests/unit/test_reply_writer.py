@@ -12,7 +12,7 @@ from imstream.errors import StoreUnavailable
 from imstream.model import Question, Record, Terminal
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import Inbox, ReplyGrew
-from imstream.store.replies import Appended, Rejected, ReplyStore
+from imstream.store.replies import Appended, Opened, Rejected, ReplyStore
 from imstream.worker.reply_writer import ReplyWriter
 from tests.support.reply_model import ReplyModel
 from tests.support.virtual_time import VirtualTimeLoop, in_virtual_time
@@ -63,7 +63,7 @@ def writing(store: PlayedStore) -> tuple[ReplyBuffer, ReplyWriter]:
     store.model.open(request=REQUEST)
     reply = ReplyBuffer(USER, MESSAGE)
     stream, inbox = cast("ReplyStore", store), cast("Inbox", store)
-    return reply, ReplyWriter(reply, stream, inbox, request=REQUEST, attempt=1)
+    return reply, ReplyWriter(reply, stream, inbox, request=REQUEST, opened=Opened(1))
 
 
 async def test_text_is_shown_at_once_and_recorded_with_the_next_flush() -> None:

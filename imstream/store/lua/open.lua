@@ -1,6 +1,11 @@
 -- Begin an attempt at a message. The reply stream decides (I4): a message that has ended, that belongs to another
 -- request, or that is queued with another question, is not begun.
 --
+-- An attempt begins again, or continues the text recorded by earlier ones. Then 'opened' holds all of that text, and
+--   wire   the attempt that clients see: it stays if the caller has shown exactly this text, and nobody more
+--   valid  up to where clients that follow earlier such attempts have text of this one: 'attempt:offset …'
+--   usage  that of the calls that wrote the text
+--
 -- KEYS[1]  stream      reply to the message
 -- KEYS[2]  set         nodes that hold a socket of the user
 -- KEYS[3]  sorted set  messages of the user -> when they were asked, in ms since 1970; expires
@@ -14,7 +19,12 @@
 -- ARGV[8]  digest of the whole question; '' if it is unknown, in requests of older releases
 -- ARGV[9]  how many messages are kept in KEYS[3]
 -- ARGV[10] milliseconds to keep KEYS[3]: longer than any reply that begins now
+-- ARGV[11] recorded text is continued if it has fewer characters; 0: begin again
+-- ARGV[12] how many characters the caller has shown in the attempt ARGV[4]; '' if it is not the writer
+-- ARGV[13] usage of the calls that wrote them; '' if the caller knows none
+-- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
 -- Returns  {'opened', attempt, counted attempts before it, milliseconds since it began to wait or '', node, …}
+--          | {'continued', the same three, {wire, valid, usage, text}, node, …}
 --          | {'ended', event, owner} | {'duplicate', owner} | {'other_question'}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
@@ -28,13 +38,15 @@ local function field(entry, name)
 end
 
 -- The latest 'opened', looked for from the end, and when the message began to wait for its backend. Only a repeated
--- opening needs them.
+-- opening needs them, and the text since then.
+local texts = {} -- newest first
 local function opened()
     local before, since = '+', nil
     while true do
         local page = redis.call('XREVRANGE', KEYS[1], before, '-', 'COUNT', 100)
         for _, entry in ipairs(page) do
             since = since or field(entry, 'since')
+            texts[#texts + 1] = field(entry, 'text')
             if field(entry, 'event') == 'opened' then
                 return entry, since
             end
@@ -51,8 +63,26 @@ local function owner()
     return entry and field(entry, 'request') or ''
 end
 
+-- How an attempt goes on from `entry`, the latest 'opened', at an offset.
+local function continue(entry, attempt, offset)
+    local wire, valid = field(entry, 'wire') or tostring(attempt), field(entry, 'valid') or ''
+    if attempt ~= tonumber(ARGV[4]) or offset ~= tonumber(ARGV[12]) then -- somebody may have seen other text after it
+        valid = string.gsub(valid, '(%d+):(%d+)', function(earlier, known)
+            return earlier .. ':' .. math.min(known, offset)
+        end)
+        valid = valid .. (valid == '' and '' or ' ') .. wire .. ':' .. offset
+        wire = math.max(attempt, tonumber(ARGV[4])) + 1
+    end
+    local parts = {}
+    for i = #texts, 1, -1 do
+        parts[#parts + 1] = texts[i]
+    end
+    local usage = ARGV[13] ~= '' and ARGV[13] or field(entry, 'usage') or ''
+    return {offset = offset, wire = wire, valid = valid, usage = usage, text = table.concat(parts)}
+end
+
 local nodes = redis.call('SMEMBERS', KEYS[2]) -- before any write: it fails if the key has another type
-local attempt, counted, since, asked = 0, 0, nil, ''
+local attempt, counted, since, asked, continued = 0, 0, nil, '', nil
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
     local event = field(last, 'event')
@@ -68,7 +98,12 @@ if last then
             return {'duplicate', request}
         end
         -- An attempt that did no more than wait for its backend does not count; older releases do not record the number.
-        counted = tonumber(entry and field(entry, 'counted') or attempt - 1) + (event == 'waiting' and 0 or 1)
+        local is_unused = event == 'waiting' or ARGV[14] == '1' and attempt == tonumber(ARGV[4])
+        counted = tonumber(entry and field(entry, 'counted') or attempt - 1) + (is_unused and 0 or 1)
+        local offset = tonumber(field(last, 'offset'))
+        if entry and request == ARGV[1] and offset > 0 and offset < tonumber(ARGV[11]) then
+            continued = continue(entry, attempt, offset)
+        end
     end
     asked = attempt == 0 and field(last, 'digest') or ''
     if asked ~= '' and ARGV[8] ~= '' and asked ~= ARGV[8] then
@@ -80,14 +115,17 @@ local is_new = not last or attempt == 0 and asked == ''
 local kept = redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
 local entry = {
-    'attempt', attempt + 1, 'event', 'opened', 'offset', 0, 'v', 1, 'request', ARGV[1], 'by', ARGV[5],
-    'counted', counted
+    'attempt', attempt + 1, 'event', 'opened', 'offset', continued and continued.offset or 0, 'v', 1,
+    'request', ARGV[1], 'by', ARGV[5], 'counted', counted
 }
 local function add(name, value)
     entry[#entry + 1], entry[#entry + 2] = name, value
 end
 if since then
     add('since', since)
+end
+for _, name in ipairs(continued and {'wire', 'valid', 'usage', 'text'} or {}) do
+    add(name, continued[name])
 end
 if is_new then -- the question is kept once: here, or in 'queued'
     add('question', ARGV[7])
@@ -112,5 +150,9 @@ local waited = ''
 if since then
     local time = redis.call('TIME')
     waited = time[1] * 1000 + math.floor(time[2] / 1000) - since
+end
+if continued then
+    local how = {continued.wire, continued.valid, continued.usage, continued.text}
+    return {'continued', attempt + 1, counted, waited, how, unpack(nodes)}
 end
 return {'opened', attempt + 1, counted, waited, unpack(nodes)}
