@@ -197,6 +197,11 @@ class Event(Word):
         ),
         "Show it, if it is known.",
     )
+    THINKING = (
+        "thinking",
+        "New reasoning of the model, before its answer. It is no part of the answer, and not kept with it.",
+        "Show it apart from the answer: append `contents`, or with `start` 0 begin anew. Discard it at a `restart`.",
+    )
     ASKED = (
         "asked",
         (
@@ -218,7 +223,7 @@ class Want(Word):
     meaning: str
 
     STATUS = "status", "The event `status` for each message that the socket follows."
-    THINKING = "thinking", "Reserved: nothing yet."
+    THINKING = "thinking", "The event `thinking`, where `IMSTREAM_THINKING=show` allows it."
     ASKED = "asked", "The event `asked`, and `messages` in the answer to INIT."
 
 
@@ -229,6 +234,7 @@ class State(Word):
 
     QUEUED = "queued", "It waits for its turn."
     STARTED = "started", "The AI is asked, or its answer has begun."
+    THINKING = "thinking", "The model thinks before it answers. `started` follows when the text begins."
     WAITING = "waiting", "The AI service is away: it is asked again, after `retryAfterMs` if that is known."
     DONE = "done", "It has ended: see the event of this name. Only in `messages`."
     FAILED = "failed", "It has ended: see the event of this name. Only in `messages`."

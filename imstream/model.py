@@ -292,6 +292,7 @@ class Record:
         question: The question; None if it is not part of what is new, or an older release has recorded the reply.
         waiting: Why the message waits for its backend, if it does.
         continued: How the attempt continues earlier ones, if it does and its beginning is part of what is new.
+        thinking: The model reasons, and has not begun its text.
     """
 
     attempt: int
@@ -302,3 +303,4 @@ class Record:
     question: Question | None = field(default=None, compare=False)
     waiting: Waiting | None = field(default=None, compare=False)
     continued: Continued | None = field(default=None, compare=False)
+    thinking: bool = field(default=False, compare=False)

@@ -7,6 +7,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import SEEK_END, StringIO
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -56,7 +57,9 @@ class ReplyBuffer:
         question: The recorded question, where it is known.
         place: Its place in the queue of this node, until it begins; None: not known.
         waiting: Why it waits for its backend; None while it does not.
-        is_watched: A session wants to know its place.
+        is_thinking: The model reasons, and has not begun its text.
+        thoughts: Its reasoning, where it is shown. Another object when it begins anew.
+        is_watched: A session wants to know its state or reasoning.
     """
 
     user_id: UserId
@@ -71,6 +74,8 @@ class ReplyBuffer:
     question: Question | None = None
     place: Place | None = None
     waiting: Waiting | None = None
+    is_thinking: bool = False
+    thoughts: StringIO | None = None
     is_watched: bool = False
     _texts: list[str] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
@@ -97,6 +102,32 @@ class ReplyBuffer:
             self.waiting = why
             self._notify()
 
+    def think(self, reasoning: str, *, keep: bool) -> None:
+        """Note that the model reasons; blanks are no reasoning. `keep`: it is shown to the sessions that want it."""
+        if not self.is_thinking:
+            if not reasoning.strip():
+                return
+            self.set_thinking(thinking=True)
+        if keep and reasoning:
+            self.thoughts = self.thoughts or StringIO()
+            self.thoughts.seek(0, SEEK_END)
+            self.thoughts.write(reasoning)
+            if self.is_watched:
+                self._notify()
+
+    def set_thinking(self, *, thinking: bool) -> None:
+        """Note whether the model reasons."""
+        if thinking != self.is_thinking:
+            self.is_thinking = thinking
+            if thinking:
+                self.waiting = None
+            if self.is_watched:
+                self._notify()
+
+    def forget_reasoning(self) -> None:
+        """Discard the reasoning of a call that failed, or of the attempt before."""
+        self.is_thinking, self.thoughts = False, None
+
     def begin(self, attempt: int, continued: Continued | None = None) -> None:
         """Begin an attempt of this process; discard the text so far, unless it is continued."""
         self.has_writer = True
@@ -110,7 +141,7 @@ class ReplyBuffer:
         if len(self._texts) > MAX_PIECES:
             self._texts, self._starts = ["".join(self._texts)], [0]
         self.offset += len(text)
-        self.waiting = None
+        self.waiting, self.is_thinking = None, False
         self._notify()
 
     def end(self, terminal: Terminal) -> None:
@@ -132,6 +163,7 @@ class ReplyBuffer:
         elif (self.text_from(0, limit=None), self.fence) != (record.text, record.attempt):
             self._reset(record.attempt, record.continued, record.text)
         self.wait(record.waiting)
+        self.set_thinking(thinking=record.thinking)
         self.position = record.position
         if self.is_queued and not was_queued:
             self._notify()
@@ -190,6 +222,7 @@ class ReplyBuffer:
 
     def _reset(self, attempt: int, continued: Continued | None, text: str) -> None:
         self.fence = attempt
+        self.forget_reasoning()
         self.attempt, self.valid = (attempt, None) if continued is None else (continued.wire, continued.valid)
         self.offset, self._texts, self._starts = len(text), [text] if text else [], [0] if text else []
         self._notify()
@@ -238,6 +271,14 @@ class TextGrown(NamedTuple):  # made for nearly every frame, in a third of the t
     offset: int
 
 
+class ThoughtsGrown(NamedTuple):
+    """Reasoning was added, for sessions that want it; `start` is the position before it."""
+
+    attempt: int
+    text: str
+    start: int
+
+
 class ReplyEnded(NamedTuple):
     """The reply has ended, and all of its text was read."""
 
@@ -255,7 +296,7 @@ class QuestionAsked(NamedTuple):
 class StateChanged(NamedTuple):
     """The state of the message, for sessions that want it. `place`: while it is queued, where it is known."""
 
-    state: Literal[State.QUEUED, State.STARTED, State.WAITING]
+    state: Literal[State.QUEUED, State.STARTED, State.THINKING, State.WAITING]
     place: Place | None = None
     waiting: Waiting | None = None
 
@@ -269,7 +310,7 @@ class StateChanged(NamedTuple):
         return self.place is not None and (told.place is None or self.place.is_news_after(told.place))
 
 
-Step = TextReset | TextGrown | ReplyEnded | QuestionAsked | StateChanged
+Step = TextReset | TextGrown | ThoughtsGrown | ReplyEnded | QuestionAsked | StateChanged
 
 
 @dataclass(slots=True, eq=False)
@@ -277,7 +318,7 @@ class Cursor:
     """The position of one session in one reply.
 
     Attributes:
-        wants: What is to be reported besides the answer: the question, until it is, and the state.
+        wants: What is to be reported besides the answer: the question, until it is, the state, and the reasoning.
     """
 
     reply: ReplyBuffer
@@ -287,6 +328,16 @@ class Cursor:
     _known_as: int = field(default=0, init=False)
     """The number by which the client knows the attempt, unless it is its own: without `restart`, it does not change."""
     _told: StateChanged | None = field(default=None, init=False)
+    _thoughts: StringIO | None = field(default=None, init=False)
+    _thought: int = field(default=0, init=False)
+
+    @property
+    def size(self) -> int:
+        """Characters of text and reasoning to be sent at once."""
+        reply, thoughts = self.reply, self.reply.thoughts
+        continues = self.offset <= reply.offset and reply.holds(self.attempt, self.offset)
+        text = reply.offset - self.offset if continues else reply.offset
+        return text + (0 if thoughts is None or Want.THINKING not in self.wants else thoughts.seek(0, SEEK_END))
 
     @property
     def has_more(self) -> bool:
@@ -310,13 +361,14 @@ class Cursor:
                 self.offset = self._known_as = 0
                 if known > 0:
                     return TextReset(reply.attempt)
+        if self.wants and (thoughts := self._new_thoughts()) is not None:
+            return thoughts
         if self.offset < reply.offset:
             text = reply.text_from(self.offset)
             self.offset += len(text)
             return TextGrown(self._known_as or reply.attempt, text, self.offset)
-        if reply.terminal is None:
-            return None
-        return ReplyEnded(self._known_as or reply.attempt, reply.offset, reply.terminal)
+        end = reply.terminal
+        return None if end is None else ReplyEnded(self._known_as or reply.attempt, reply.offset, end)
 
     def _inform(self) -> QuestionAsked | StateChanged | None:
         """Return the question or the state, unless the client knows it."""
@@ -329,6 +381,18 @@ class Cursor:
             return state
         return None
 
+    def _new_thoughts(self) -> ThoughtsGrown | None:
+        """Return the next part of the reasoning, which precedes the text."""
+        thoughts = self.reply.thoughts
+        if thoughts is None or Want.THINKING not in self.wants:
+            return None
+        if thoughts is not self._thoughts:
+            self._thoughts, self._thought = thoughts, 0
+        start = thoughts.seek(self._thought)
+        text = thoughts.read(MAX_DELTA)
+        self._thought += len(text)
+        return ThoughtsGrown(self._known_as or self.attempt, text, start) if text else None
+
     def _state(self) -> StateChanged | None:
         reply = self.reply
         if reply.terminal is not None:
@@ -336,5 +400,5 @@ class Cursor:
         if reply.waiting is not None:
             return StateChanged(State.WAITING, waiting=reply.waiting)
         if reply.attempt > 0:
-            return StateChanged(State.STARTED)
+            return StateChanged(State.THINKING if reply.is_thinking else State.STARTED)
         return StateChanged(State.QUEUED, reply.place) if reply.is_queued else None

@@ -220,6 +220,11 @@ class Settings(SettingsGroup):
     )
     ai_idle_timeout: Positive = Field(timedelta(seconds=30), description="Maximum silence between tokens.")
     ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
+    thinking: Literal["hide", "status", "show"] = Field(
+        "status",
+        description="What clients that want it are told of reasoning: nothing (hide), that the model thinks (status), "
+        "or also the reasoning (show).",
+    )
     max_answer: int = Field(262_144, ge=1, description="Maximum characters of an answer; it is cut there (`length`).")
     ai_breaker_failures: int = Field(10, ge=1, description="Consecutive AI failures that open the circuit breaker.")
     ai_breaker_pause: Positive = Field(timedelta(seconds=2), description="First pause of the open breaker; it doubles.")

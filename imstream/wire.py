@@ -39,6 +39,7 @@ Sentence = Annotated[str, Field(description="a sentence for the user")]
 AboutMessage = Annotated[str, Field(description="the message that the frame is about")]
 Attempt = Annotated[int, Field(description="number of the attempt that the text belongs to, from 1")]
 Offset = Annotated[int, Field(description="position in the text after this frame; opaque, to be returned in `resume`")]
+Start = Annotated[int, Field(description="characters of the reasoning before this frame; with 0 it begins anew")]
 Position = Annotated[int, Field(description="place in the queue; 1 is next")]
 EtaMs = Annotated[
     int, Field(description="estimate of the time until the answer begins, in milliseconds; absent without an estimate")
@@ -354,13 +355,25 @@ class Status(ServerFrame):
     msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
     message_id: AboutMessage
     event: Literal[Event.STATUS] = Event.STATUS
-    state: Literal[State.QUEUED, State.STARTED, State.WAITING] = Field(
+    state: Literal[State.QUEUED, State.STARTED, State.THINKING, State.WAITING] = Field(
         description="its state; clients ignore unknown ones"
     )
     position: Position | None = None
     eta_ms: EtaMs | None = None
     reason: Annotated[str, Field(description="why it waits: a word for programs, such as `http_503`")] | None = None
     retry_after_ms: RetryAfterMs | None = None
+
+
+class Thinking(ServerFrame):
+    """New reasoning of the model, for clients that want `thinking`."""
+
+    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    contents: str = Field(description="new reasoning")
+    message_id: AboutMessage
+    event: Literal[Event.THINKING] = Event.THINKING
+    attempt: Attempt
+    start: Start
 
 
 class Asked(ServerFrame):
@@ -385,6 +398,7 @@ SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
     Cancelled,
     Expired,
     Status,
+    Thinking,
     Asked,
 )
 """Every kind of server frame."""
@@ -412,6 +426,7 @@ class ReceivedFrame(ServerFrame):
     event: Annotated[Event | str | None, _FIRST_MATCH] = None
     attempt: int | None = None
     offset: int | None = None
+    start: int | None = None
     state: Annotated[State | str | None, _FIRST_MATCH] = None
     position: int | None = None
     eta_ms: int | None = None

@@ -32,6 +32,7 @@ from imstream.wire import (
     ResumePoint,
     ServerFrame,
     Status,
+    Thinking,
     Welcome,
 )
 
@@ -104,6 +105,7 @@ EXAMPLES: tuple[ClientFrame | ServerFrame, ...] = (
     ),
     Expired(resp_time=_TIME, contents=localize(Text.EXPIRED, "en"), message_id="m-1"),
     Status(resp_time=_TIME, message_id="m-2", state=State.QUEUED, position=1, eta_ms=4_000),
+    Thinking(resp_time=_TIME, contents="The user greets me.", message_id="m-1", attempt=1, start=0),
     Asked(resp_time=_TIME, contents="Hello", message_id="m-1"),
 )
 """One frame of each kind."""

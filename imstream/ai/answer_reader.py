@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/chat-streaming, and the dialects 
 
 import json
 import re
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic_core import from_json
 from imstream.ai import failures
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.ai.failures import failure
-from imstream.ai.reasoning import ReasoningFilter
+from imstream.ai.reasoning import ReasoningFilter, reasoning_of
 from imstream.ai.sse import BYTE_ORDER_MARK, EVENT_LIMIT, EventParser, EventTooLong, NamedEvent
 from imstream.errors import BackendError
 from imstream.option_types import ReasoningOption
@@ -70,17 +71,26 @@ class AnswerReader:
         problem: Why the first of them could not be read, or what happened after the answer was whole.
     """
 
-    def __init__(self, *, limit: int, secrets: tuple[str, ...] = (), reasoning: ReasoningOption = "tags") -> None:
+    def __init__(
+        self,
+        *,
+        limit: int,
+        secrets: tuple[str, ...] = (),
+        reasoning: ReasoningOption = "tags",
+        on_reasoning: Callable[[str], None] | None = None,
+    ) -> None:
         """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does.
 
         `reasoning`: whether what stands in tags such as `<think>` at the beginning of the text is reasoning.
+        `on_reasoning`: receives the reasoning before the text, at most `limit` characters, and `""` at its end.
         """
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
         self.done = self.resumed = self.may_resume = self.truncated = self.large = self.progressed = False
         self.skipped = 0
         self.problem = ""
-        self._remaining = limit
+        self._remaining = self._remaining_reasoning = limit
+        self._on_reasoning = on_reasoning  # None: reasoning is not reported, or no longer
         self._secrets = secrets
         self._json_limit = max(JSON_LIMIT, 4 * limit)
         self._idle_bytes = 0  # since the last sign of progress
@@ -309,6 +319,8 @@ class AnswerReader:
     def _read_choice(self, choice: dict[str, Any]) -> str:
         finish = choice.get("finish_reason")
         delta = choice.get("delta")
+        if self._on_reasoning is not None and isinstance(message := delta or choice.get("message"), dict):
+            self._report(reasoning_of(message))
         text = delta.get("content") if isinstance(delta, dict) else delta and _object(delta)
         if not isinstance(text, str):
             text = _text_of(text)
@@ -329,11 +341,22 @@ class AnswerReader:
 
     def _without_reasoning(self, text: str, tags: ReasoningFilter) -> str:
         text = tags.feed(text)
+        self._report(tags.reasoning)
         if tags.passed:
             self._tags = None
         else:
             self.progressed = self._reasons = True
         return text
+
+    def _report(self, reasoning: str) -> None:
+        """Report reasoning, with the same replacements as text."""
+        if reasoning and self._on_reasoning is not None:
+            self._reasons = True
+            if self._high is not None:
+                reasoning = reasoning.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            if reasoning := reasoning[: self._remaining_reasoning].replace("\0", "\ufffd"):
+                self._remaining_reasoning -= len(reasoning)
+                self._on_reasoning(reasoning)
 
     def _rest(self) -> str:
         """The end of the text, which could have become a tag."""
@@ -352,6 +375,9 @@ class AnswerReader:
         elif not finish:
             self.finish_reason = None  # what was finished is the reasoning
         self._has_text = True
+        on_reasoning, self._on_reasoning = self._on_reasoning, None
+        if on_reasoning is not None and self._reasons:
+            on_reasoning("")
 
     def _read_other(self, delta: dict[str, Any]) -> str:
         """Read what a message has beside its content; return a refusal, which is shown."""

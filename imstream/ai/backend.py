@@ -63,12 +63,19 @@ class Backend(Protocol):
 
     name: str
 
-    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(
+        self,
+        messages: Sequence[PromptMessage],
+        *,
+        on_text: Callable[[str], None],
+        on_reasoning: Callable[[str], None] | None = None,
+    ) -> Completion:
         """Send a prompt; return when the answer is complete.
 
         `on_text` receives the text in order, never empty: one part for each network read that contains text, or several
-        for a large read. A text longer than `max_answer` is truncated, with the finish reason `length`. Cancelling
-        closes the connection to the backend at once. Raises `BackendError`, which tells whether a retry may succeed.
+        for a large read. `on_reasoning` receives the reasoning before it, and `""` at its end. A text longer than
+        `max_answer` is truncated, with the finish reason `length`. Cancelling closes the connection to the backend at
+        once. Raises `BackendError`, which tells whether a retry may succeed.
         """
         ...
 
@@ -131,23 +138,28 @@ class OpenAIBackend(EndpointClient):
         hint = failures.hint(error, self._endpoint.url.path, variable=self._options.variable)
         error.detail = f"{error.detail} ({'; '.join(filter(None, (self._address, hint)))})"
 
-    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(
+        self,
+        messages: Sequence[PromptMessage],
+        *,
+        on_text: Callable[[str], None],
+        on_reasoning: Callable[[str], None] | None = None,
+    ) -> Completion:
         """See `Backend.answer`."""
         try:
-            return await self._answer(messages, on_text)
+            return await self._answer(messages, _Call(on_text, on_reasoning))
         except BackendError as error:
             if error.reason == "first_token_timeout":
                 self._limits.on_silence()
             self._locate(error)
             raise
 
-    async def _answer(self, messages: Sequence[PromptMessage], on_text: Callable[[str], None]) -> Completion:
+    async def _answer(self, messages: Sequence[PromptMessage], call: "_Call") -> Completion:
         prompt = {"messages": cast("JsonValue", adapt(messages, self._options))}
         if not self._usage.next():
-            completion = await self._call(prompt | self._parameters, _Call(on_text))
+            completion = await self._call(prompt | self._parameters, call)
             self._usage.record_success_without()
             return completion
-        call = _Call(on_text)
         try:
             completion = await self._call(prompt | self._with_usage, call)
         except BackendError as error:
@@ -157,7 +169,7 @@ class OpenAIBackend(EndpointClient):
         else:
             self._usage.record_success()
             return completion
-        completion = await self._call(prompt | self._parameters, _Call(on_text))
+        completion = await self._call(prompt | self._parameters, call)
         self._usage.record_refusal(reason)
         log.warning("backend refuses stream_options", error=shown, still_requested=self._usage.wanted)
         return completion
@@ -173,7 +185,7 @@ class OpenAIBackend(EndpointClient):
                 is_document = response.content_type == "application/json"
                 self._limits.on_head(limits, is_document=is_document)
                 try:
-                    completion = await self._receive(response, limits, call.on_text)
+                    completion = await self._receive(response, limits, call)
                 finally:
                     call.received = response.content.total_bytes
                 self._limits.on_answer(is_document=is_document)
@@ -193,14 +205,17 @@ class OpenAIBackend(EndpointClient):
             # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
             raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
 
-    async def _receive(
-        self, response: aiohttp.ClientResponse, limits: TimeLimits, on_text: Callable[[str], None]
-    ) -> Completion:
+    async def _receive(self, response: aiohttp.ClientResponse, limits: TimeLimits, call: "_Call") -> Completion:
         if is_encoded(response):
             coding = shorten(", ".join(response.headers.getall("Content-Encoding")))
             raise failure("misconfigured", "encoded", f"content encoding {coding}, although none is accepted")
-        reader = AnswerReader(limit=self._max_answer, secrets=self._endpoint.secrets, reasoning=self._options.reasoning)
-        intake = _Intake(reader, limits, on_text, self._options.idle_timeout, self._turn)
+        reader = AnswerReader(
+            limit=self._max_answer,
+            secrets=self._endpoint.secrets,
+            reasoning=self._options.reasoning,
+            on_reasoning=call.on_reasoning,
+        )
+        intake = _Intake(reader, limits, call.on_text, self._options.idle_timeout, self._turn)
         try:
             while not reader.complete:
                 await stream_body(response, intake.feed)
@@ -246,9 +261,10 @@ class OpenAIBackend(EndpointClient):
 
 @dataclass(slots=True)
 class _Call:
-    """One HTTP request. `received`: bytes of the body of a successful response, once it has ended."""
+    """One call. `received`: bytes of the body of its last successful response, once it has ended."""
 
     on_text: Callable[[str], None]
+    on_reasoning: Callable[[str], None] | None
     received: int | None = None
 
 

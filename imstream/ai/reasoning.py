@@ -1,4 +1,6 @@
-"""Removes reasoning that a model writes at the beginning of its text, between tags such as `<think>` and `</think>`."""
+"""Finds reasoning in tags such as `<think>` and `</think>` at the beginning of a text, or in fields of its own."""
+
+from typing import Any
 
 TAGS = (
     ("<think>", "</think>"),  # DeepSeek, Qwen, GLM, MiniMax and most others
@@ -11,6 +13,7 @@ TAGS = (
     ("◁think▷", "◁/think▷"),  # Kimi
 )
 
+_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
 _FIRSTS = tuple({tag[0] for pair in TAGS for tag in pair})  # first characters, for a quick look
 _MAX_TAG = max(len(tag) for pair in TAGS for tag in pair)
 _MAX_HELD = 65_536  # characters of a text without a closing tag that are not taken for reasoning at its end
@@ -24,11 +27,13 @@ class ReasoningFilter:
     no closing tag at all.
 
     Attributes:
+        reasoning: What the last `feed` removed, without the tags. With `opened`, also what `end` may return after all.
         passed: The beginning is over: from now on, all text passes.
     """
 
     def __init__(self, *, opened: bool = False) -> None:
         self.passed = False
+        self.reasoning = ""
         self._held = ""  # a possible prefix of a tag, or the end of the reasoning
         self._closing = ""  # the tag that ends the reasoning
         self._removed = False
@@ -37,6 +42,7 @@ class ReasoningFilter:
 
     def feed(self, text: str) -> str:
         """Return what passes of the next piece."""
+        self.reasoning = ""
         self._held += text
         if self._opened and not self._find_end():
             return ""
@@ -67,8 +73,13 @@ class ReasoningFilter:
 
     def _find_end(self) -> bool:
         """Without an opening tag: look for any closing tag. The text is kept until one is found."""
-        ends = [end for _, closing in TAGS if (end := self._held.find(closing, self._searched)) >= 0]
+        if self._searched == 0 and not self._removed and self._open(self._held.lstrip()):
+            self._opened = False
+            return True
+        begin = self._searched
+        ends = [end for _, closing in TAGS if (end := self._held.find(closing, begin)) >= 0]
         self._searched = max(0, len(self._held) - _MAX_TAG)
+        self.reasoning = self._held[begin : min(ends, default=self._searched)]
         if ends:
             self._opened = False
             self._held = self._held[min(ends) :]
@@ -89,8 +100,11 @@ class ReasoningFilter:
 
     def _skip_reasoning(self) -> bool:
         """Drop reasoning; return whether its end was found."""
-        _, found, rest = self._held.partition(self._closing)
-        self._held = rest if found else self._held[-len(self._closing) + 1 :]
+        reasoning, found, rest = self._held.partition(self._closing)
+        if not found:  # its end may be the beginning of the tag
+            reasoning, rest = reasoning[: 1 - len(self._closing)], reasoning[1 - len(self._closing) :]
+        self._held = rest
+        self.reasoning += reasoning
         if found:
             self._closing = ""
         return bool(found)
@@ -102,3 +116,20 @@ def without_reasoning(text: str) -> str:
         return text
     reasoning = ReasoningFilter()
     return reasoning.feed(text) + reasoning.end()
+
+
+def reasoning_of(message: dict[str, Any]) -> str:
+    """The reasoning of a message or delta, in a field of its own, or as parts of the content (Mistral)."""
+    for name in _FIELDS:  # some servers send the same in two of them
+        value = message.get(name)
+        if text := value if isinstance(value, str) else _text_of(value):
+            return text
+    content = message.get("content")
+    thoughts = [part.get("thinking") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return "".join(thought if isinstance(thought, str) else _text_of(thought) for thought in thoughts)
+
+
+def _text_of(parts: object) -> str:
+    """The texts of a list of parts."""
+    known = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "".join(text for part in known if isinstance(text := part.get("text") or part.get("summary"), str))

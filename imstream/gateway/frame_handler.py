@@ -142,7 +142,8 @@ class FrameHandler:
             session.close(CloseCode.TOO_MANY_SOCKETS, Code.TOO_MANY_SOCKETS, Text.TOO_MANY_SOCKETS)
             return
         session.logged_in(user_id, verdict.expires_at)
-        self._writer.set_wants(frozenset(frame.wants) & {Want.ASKED, Want.STATUS})
+        wants = frozenset(Want).intersection(frame.wants)
+        self._writer.set_wants(wants if deps.settings.thinking == "show" else wants - {Want.THINKING})
         with self._writer.hold_new(*(point.message_id for point in frame.resume)):
             deps.registry.log_in(session, user_id)
             # The route first: then no batch falls between what is read here and the notices of other nodes, and a
@@ -177,9 +178,10 @@ class FrameHandler:
             self._writer.send(self._frames.expired(point.message_id))
             return 0
         wants = self._writer.wants - ({Want.ASKED} if point.attempt > 0 else set())
-        self._writer.follow(Cursor(reply, attempt=point.attempt, offset=point.offset, wants=wants))
-        continues = point.offset <= reply.offset and reply.holds(point.attempt, point.offset)
-        return reply.offset - point.offset if continues else reply.offset
+        cursor = Cursor(reply, attempt=point.attempt, offset=point.offset, wants=wants)
+        size = cursor.size
+        self._writer.follow(cursor)
+        return size
 
     async def _chat(self, frame: wire.ClientChat) -> None:
         deps = self._deps
@@ -222,9 +224,10 @@ class FrameHandler:
         self._writer.send(self._frames.accepted(message_id, position, verdict.remaining))
         # From the beginning, also if this socket has received some of it and the message was sent again: that costs as
         # much as a resume.
-        self._writer.follow(Cursor(reply, wants=self._writer.wants - {Want.ASKED}), restart=True)
-        if reply.offset:
-            self._session.socket.charge(reply.offset / BYTES_PER_FRAME)
+        cursor = Cursor(reply, wants=self._writer.wants - {Want.ASKED})
+        if size := cursor.size:
+            self._session.socket.charge(size / BYTES_PER_FRAME)
+        self._writer.follow(cursor, restart=True)
 
     async def _ensure_record(self, request: ChatRequest, reply: ReplyBuffer, admission: Admitted) -> None:
         """Wait until there is a record of the message, ours or that of an earlier one with its id."""

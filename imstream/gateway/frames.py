@@ -10,7 +10,7 @@ from imstream.ai.failures import REQUEST_REASONS
 from imstream.codes import Code, State
 from imstream.guards.guard import Reject
 from imstream.model import Terminal
-from imstream.reply_buffer import QuestionAsked, ReplyEnded, StateChanged, Step, TextGrown, TextReset
+from imstream.reply_buffer import QuestionAsked, ReplyEnded, StateChanged, Step, TextGrown, TextReset, ThoughtsGrown
 from imstream.texts import Lang, Sentence, Text, localize
 from imstream.user_ids import UserId
 from imstream.wire import (
@@ -27,6 +27,7 @@ from imstream.wire import (
     Problem,
     Restart,
     Status,
+    Thinking,
     Welcome,
     encode_delta,
 )
@@ -136,6 +137,8 @@ class FrameBuilder:
             case TextReset(attempt):
                 text = self._text(Text.RESTART)
                 return Restart(contents=text, message_id=message_id, attempt=attempt, offset=0).encode()
+            case ThoughtsGrown(attempt, text, start):
+                return Thinking(contents=text, message_id=message_id, attempt=attempt, start=start).encode()
             case QuestionAsked(text):
                 return Asked(contents=text, message_id=message_id).encode()
             case StateChanged(state, place, waiting):

@@ -65,17 +65,17 @@ class SessionWriter:
         return list(self._cursors)
 
     def set_wants(self, wants: frozenset[str]) -> None:
-        """Send these optional frames from now on. Of a reply that is followed already, only the state is sent."""
+        """Send these optional frames from now on. Of a reply that is followed already, the question is not sent."""
         if wants == self.wants:
             return
         self.wants = wants
         for cursor in self._cursors.values():
-            cursor.wants = (cursor.wants & wants) | (wants & {Want.STATUS})
+            cursor.wants = (cursor.wants & wants) | (wants - {Want.ASKED})
             self._watch(cursor)
             self._on_growth(cursor.reply)
 
     def _watch(self, cursor: Cursor) -> None:
-        cursor.reply.is_watched |= Want.STATUS in cursor.wants
+        cursor.reply.is_watched |= Want.STATUS in cursor.wants or Want.THINKING in cursor.wants
 
     def send(self, frame: ServerFrame) -> None:
         """Queue a frame; it is sent before what is new in replies."""

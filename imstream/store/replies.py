@@ -190,12 +190,18 @@ class ReplyStore:
         after: int,
         text: str,
         terminal: Terminal | None = None,
+        thinking: bool = False,
     ) -> Appended | Rejected:
-        """Record the text between two offsets (in characters), and with `terminal` the end of the reply."""
+        """Record the text between two offsets (in characters), and with `terminal` the end of the reply.
+
+        `thinking`: instead of text, it is recorded that the model reasons, in a field that older releases ignore.
+        """
         event = "text" if terminal is None else terminal.event
         arguments: tuple[Argument, ...] = (attempt, event, before, after, text, self._ttl)
         if terminal is not None:
             arguments += terminal.fields()
+        elif thinking:
+            arguments += ("thinking", 1)
         answer = await LUA["append"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
         match answer:
             case ["appended", *nodes]:
@@ -242,6 +248,7 @@ class ReplyStore:
             return None
         attempt, start, texts, terminal, question, waiting = 0, None, list[str](), None, None, None
         continued: Continued | None = None
+        thinking = False
         for _, flat in entries:
             fields = to_dict(flat)
             attempt, text = int(fields["attempt"]), fields.get("text", "")
@@ -257,9 +264,12 @@ class ReplyStore:
                 start = int(fields["offset"]) - len(text)
             texts.append(text)
             waiting = Waiting.from_fields(fields) if fields["event"] == "waiting" else None
+            thinking = "thinking" in fields
             if fields["event"] in TERMINAL_EVENTS:
                 terminal = Terminal.from_fields(fields)
-        return Record(attempt, "".join(texts), terminal, start or 0, entries[-1][0], question, waiting, continued)
+        return Record(
+            attempt, "".join(texts), terminal, start or 0, entries[-1][0], question, waiting, continued, thinking
+        )
 
     async def has_shown_text(self, user_id: UserId, message_id: str) -> bool:
         """Whether any attempt has recorded text, including attempts that were restarted."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from imstream.ai.backend import Completion
 from imstream.ai.call_gate import CallGate
@@ -18,6 +19,7 @@ from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.worker.disposition import Limits
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
+from imstream.worker.reply_writer import ReplyWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +48,38 @@ class AttemptRunner:
     deps: WorkerDeps
     checked: ChatRequest | None = None
 
-    async def run(self, upstream: Upstream, on_text: Callable[[str], None]) -> Completion:
-        """Call a backend; pass text that may be shown to `on_text`. Raises `GuardRejection` and `BackendError`."""
+    async def run(self, upstream: Upstream, writer: ReplyWriter) -> Completion:
+        """Call a backend; write text and reasoning that may be shown. Raises `GuardRejection` and `BackendError`."""
         deps = self.deps
         request = self.checked = self.checked or await deps.guards.check_ai_call(self.request)
         messages = await deps.prompter.messages(request, upstream.backend)
-        filtered = deps.guards.answer_filter(request, on_text)
+        filtered = deps.guards.answer_filter(request, writer.append)
         try:
             completion = await upstream.backend.answer(
-                messages, on_text=_reported(upstream.gate, on_text if filtered is None else filtered.feed)
+                messages,
+                on_text=_reported(upstream.gate, writer.append if filtered is None else filtered.feed),
+                on_reasoning=self._on_reasoning(request, writer),
             )
             upstream.gate.record_success()
             if filtered is not None:
                 filtered.end()
         except BackendError as error:
+            writer.forget_reasoning()
             upstream.record_failure(error, user=request.user_id)
             raise
         except GuardRejection as rejection:
             await deps.guards.record_rejection(rejection.verdict, request)
             raise
         return completion
+
+    def _on_reasoning(self, request: ChatRequest, writer: ReplyWriter) -> Callable[[str], None] | None:
+        """What receives reasoning. What is shown passes the filters of the answer, in instances of its own."""
+        mode = self.deps.settings.thinking
+        if mode != "show":
+            return writer.think if mode == "status" else None
+        show = partial(writer.think, keep=True)
+        filtered = self.deps.guards.answer_filter(request, show)
+        return show if filtered is None else lambda text: filtered.feed(text) if text else filtered.end()
 
 
 def _reported(gate: CallGate, on_text: Callable[[str], None]) -> Callable[[str], None]:

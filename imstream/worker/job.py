@@ -223,7 +223,7 @@ class Job:
             upstream = self.upstream
             tried.append(upstream)
             try:
-                completion = await self._runner.run(upstream, writer.append)
+                completion = await self._runner.run(upstream, writer)
             except GuardRejection as rejection:
                 return after_rejection(rejection.verdict, self.request.lang)
             except BackendError as error:

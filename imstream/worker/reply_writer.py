@@ -20,6 +20,8 @@ class ReplyWriter:
         self._request = request
         self._attempt = opened.attempt
         self._recorded = self._start = 0 if opened.continued is None else len(opened.continued.text)
+        self._thinking = False
+        """Whether the last entry of the record says that the model reasons."""
         self.has_remote_readers = True
         """Whether another node has sockets of the user, which may wait for the next batch. Each append tells."""
         self._closed = False
@@ -34,12 +36,25 @@ class ReplyWriter:
     @property
     def needs_flush(self) -> bool:
         """Whether there is text to record, or `flush` would find that the attempt was superseded or has ended."""
-        return self._recorded < self._reply.offset or not self._owns_buffer or self._reply.terminal is not None
+        reply = self._reply
+        if self._recorded < reply.offset or not self._owns_buffer or reply.terminal is not None:
+            return True
+        return reply.is_thinking and not self._thinking
 
     def append(self, text: str) -> None:
         """Add a piece of text. Ignored when the reply has ended or a later attempt has begun."""
         if self._owns_buffer and self._reply.terminal is None:
             self._reply.append(text)
+
+    def think(self, reasoning: str, *, keep: bool = False) -> None:
+        """Note reasoning, see `ReplyBuffer.think`. Ignored when text would be."""
+        if self._owns_buffer and self._reply.terminal is None:
+            self._reply.think(reasoning, keep=keep)
+
+    def forget_reasoning(self) -> None:
+        """Discard the reasoning of a call that failed: the next one begins anew."""
+        if self._owns_buffer:
+            self._reply.forget_reasoning()
 
     async def flush(self) -> Appended | Rejected:
         """Record the text so far. Raises `StoreError`; the next call then records it."""
@@ -54,6 +69,7 @@ class ReplyWriter:
                 lambda: self._replies.wait(reply.user_id, reply.message_id, attempt=self._attempt, pause=pause, why=why)
             )
         if isinstance(result, WaitRecorded):
+            self._thinking = False
             self.has_remote_readers = await self._inbox.notify(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
         return result
 
@@ -93,6 +109,7 @@ class ReplyWriter:
         reply, after = self._reply, self._reply.offset
         if not self._owns_buffer:
             return Rejected("superseded")
+        thinking = reply.is_thinking and self._recorded == after and terminal is None
         result = await self._replies.append(
             reply.user_id,
             reply.message_id,
@@ -101,9 +118,10 @@ class ReplyWriter:
             after=after,
             text=reply.text_from(self._recorded, limit=None),
             terminal=terminal,
+            thinking=thinking,
         )
         if isinstance(result, Appended):
-            self._recorded = after
+            self._recorded, self._thinking = after, thinking
             self.has_remote_readers = await self._inbox.notify(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
         return result
 
@@ -116,5 +134,5 @@ class ReplyWriter:
         if not isinstance(opened, Opened) or not self._owns_buffer:
             return False
         self._attempt = reply.fence = opened.attempt
-        self._recorded = 0
+        self._recorded, self._thinking = 0, False
         return True

@@ -64,6 +64,7 @@ class Call:
     send: Callable[[str], None]
     outcome: asyncio.Future[Completion]
     at: float
+    think: Callable[[str], None] | None = None
     cancelled: bool = False
 
     def done(self, *pieces: str, finish_reason: str = "stop", usage: dict[str, int] | None = None) -> None:
@@ -86,10 +87,16 @@ class PlayedBackend:
         self.calls: list[Call] = []
         self.always: Callable[[Call], None] | None = None
 
-    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(
+        self,
+        messages: Sequence[PromptMessage],
+        *,
+        on_text: Callable[[str], None],
+        on_reasoning: Callable[[str], None] | None = None,
+    ) -> Completion:
         """See `Backend`."""
         loop = asyncio.get_running_loop()
-        call = Call(messages, on_text, loop.create_future(), loop.time())
+        call = Call(messages, on_text, loop.create_future(), loop.time(), on_reasoning)
         self.calls.append(call)
         if self.always is not None:
             self.always(call)

@@ -25,6 +25,7 @@ class Said:
     terminal: Terminal | None = None
     wire: int = 0
     valid: tuple[tuple[int, int], ...] = ()
+    thinking: bool = False
 
     @classmethod
     def read(cls, fields: dict[str, str]) -> Self:
@@ -38,6 +39,7 @@ class Said:
             by=fields.get("by", ""),
             wire=int(fields.get("wire", 0)),
             valid=tuple(sorted(_pair(part) for part in fields.get("valid", "").split())),
+            thinking="thinking" in fields,
         )
 
 
@@ -103,8 +105,15 @@ class ReplyModel:
         self.entries.append(opened)
         return Opened(after + 1, continued=continued)
 
-    def append(
-        self, *, attempt: int, before: int, after: int, text: str, terminal: Terminal | None = None
+    def append(  # noqa: PLR0913 - as there
+        self,
+        *,
+        attempt: int,
+        before: int,
+        after: int,
+        text: str,
+        terminal: Terminal | None = None,
+        thinking: bool = False,
     ) -> Appended | Rejected:
         """See `ReplyStore`."""
         event, last = "text" if terminal is None else terminal.event, self.last
@@ -118,7 +127,7 @@ class ReplyModel:
             return Rejected("ended")
         if last.offset != before:
             return Rejected("gap", last.offset)
-        self.entries.append(Said(attempt, event, after, text, terminal=terminal))
+        self.entries.append(Said(attempt, event, after, text, terminal=terminal, thinking=thinking))
         return Appended()
 
     def cancel(self) -> CancelRecorded | Literal["too_late", "unknown"]:
@@ -139,4 +148,4 @@ class ReplyModel:
             return None
         first, text = self.latest[0], "".join(said.text for said in self.latest)
         continued = Continued(first.wire, dict(first.valid)) if first.wire else None
-        return Record(first.attempt, text, self.last.terminal, continued=continued)
+        return Record(first.attempt, text, self.last.terminal, continued=continued, thinking=self.last.thinking)

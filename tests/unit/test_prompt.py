@@ -32,7 +32,13 @@ def asked(*history: tuple[Role, str], contents: str = "and now?", lang: str = "e
 class _UnusedBackend:
     name = "unused"
 
-    async def answer(self, messages: Sequence[PromptMessage], *, on_text: Callable[[str], None]) -> Completion:
+    async def answer(
+        self,
+        messages: Sequence[PromptMessage],
+        *,
+        on_text: Callable[[str], None],
+        on_reasoning: Callable[[str], None] | None = None,
+    ) -> Completion:
         raise NotImplementedError
 
 

@@ -9,7 +9,7 @@
 -- ARGV[4]  offset after it
 -- ARGV[5]  text
 -- ARGV[6]  milliseconds to keep the reply
--- ARGV[7…] field, value, … of a terminal event
+-- ARGV[7…] field, value, … of a terminal event, or 'thinking', 1: the model reasons and has no text yet
 -- Returns  {'appended', node, …} | {'superseded', attempt} | {'ended', event} | {'gone'} | {'gap', offset}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
@@ -33,6 +33,9 @@ if TERMINAL[known.event] then
 end
 if known.offset ~= ARGV[3] then
     return {'gap', known.offset}
+end
+if known.since and ARGV[7] == 'thinking' then -- for wait.lua: the backend may go away again
+    ARGV[9], ARGV[10] = 'since', known.since
 end
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 redis.call('PEXPIRE', KEYS[1], ARGV[6])

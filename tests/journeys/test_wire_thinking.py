@@ -1,0 +1,344 @@
+"""A model that thinks before it answers: who is told by which node, and that reasoning is no part of answers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from imstream.guards.words.word_guard import IN_ANSWER
+from tests.support.backend_scripts import by_question
+from tests.support.many_nodes import many_nodes
+from tests.support.one_node import OneNode, one_node
+from tests.support.peer import Frame, Peer, Told, peer
+from tests.support.raw_socket import raw_socket
+from tests.support.scripted_backend import DONE, Exchange, Script, chunk, event, says, scripted_backend
+from tests.support.servers import RedisServer
+from tests.support.users import query, user_id
+from tests.support.waiting import wait_until
+
+USER = user_id(10001)
+
+STOP = event(chunk(finish_reason="stop"))
+MB = 1 << 20
+
+
+def delta(**fields: Any) -> bytes:  # noqa: ANN401 - JSON
+    return event({"choices": [{"delta": fields}]})
+
+
+def parts(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "thinking", "thinking": [{"type": "text", "text": text}]} for text in texts]
+
+
+def whole(**message: str) -> Script:
+    """One JSON document."""
+    body = event({"choices": [{"message": message, "finish_reason": "stop"}]})
+    return says(body.removeprefix(b"data: "), content_type="application/json")
+
+
+ANSWER = (delta(content="The "), delta(content="answer"), STOP, DONE)
+FORMS: dict[str, Script] = {
+    "DeepSeek, vLLM": says(delta(reasoning_content="Let me "), delta(reasoning_content="think"), *ANSWER),
+    "Ollama": says(delta(content="", reasoning="Let me "), delta(content="", reasoning="think"), *ANSWER),
+    "OpenRouter": says(
+        delta(reasoning="Let me ", reasoning_details=[{"type": "reasoning.text", "text": "Let me "}]),
+        delta(reasoning_details=[{"type": "reasoning.summary", "summary": "think"}]),
+        *ANSWER,
+    ),
+    "Mistral": says(delta(content=parts("Let me ")), delta(content=parts("thi", "nk")), *ANSWER),
+    "tags": says(*(delta(content=text) for text in ("<th", "ink>\nLet me ", "think</th", "ink>\n\n")), *ANSWER),
+    "text beside it": says(
+        delta(reasoning="Let me "), delta(content="The ", reasoning="think"), delta(content="answer"), STOP, DONE
+    ),
+    "a document": whole(content="The answer", reasoning_content="Let me think"),
+}
+
+
+@dataclass
+class Model:
+    """A model whose answer the test plays, part by part; `b""` breaks the connection."""
+
+    parts: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
+
+    def says(self, *given: bytes) -> None:
+        """Send these parts next."""
+        for part in given:
+            self.parts.put_nowait(part)
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """The script."""
+        await exchange.start()
+        while (part := await self.parts.get()) != DONE:
+            if not part:
+                exchange.close()
+                return
+            await exchange.send(part)
+        await exchange.send(part)
+        await exchange.end()
+
+
+@asynccontextmanager
+async def device(node: OneNode, *wants: str, resume: dict[str, Told] | None = None) -> AsyncIterator[Peer]:
+    """Connect and log in with these wants."""
+    async with peer(node.now.ws(USER), lang="en") as someone:
+        someone.told.update(resume or {})
+        points = [{"messageId": name, **told.point} for name, told in (resume or {}).items()]
+        await someone.send_frame("INIT", userId=USER, wants=[*wants], resume=points)
+        await someone.until(msgType="INIT")
+        yield someone
+
+
+def frames(someone: Peer, message_id: str, name: str) -> list[Frame]:
+    """The frames with this event about a message."""
+    return [one for one in someone.frames if (one.get("event"), one.get("messageId")) == (name, message_id)]
+
+
+def states(someone: Peer, message_id: str) -> list[str]:
+    return [one["state"] for one in frames(someone, message_id, "status")]
+
+
+def thoughts(found: list[Frame]) -> str:
+    """The reasoning of the last call, assembled as a client must."""
+    text = ""
+    for one in found:
+        assert one["start"] in {0, len(text)}
+        text = one["contents"] if one["start"] == 0 else text + one["contents"]
+    return text
+
+
+async def test_reasoning_is_told_to_those_who_want_it_and_is_no_part_of_the_answer(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    scripts = {question: [script] for question, script in FORMS.items()}
+    async with (
+        scripted_backend(always=by_question(scripts)) as backend,
+        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
+        node.peer(USER) as plain,
+        device(node, "status") as state_only,
+        device(node, "status", "thinking") as curious,
+    ):
+        for number, question in enumerate(FORMS):
+            name = f"m{number}"
+            await curious.chat(USER, question, name)
+            for someone in (curious, plain, state_only):
+                told = await someone.end_of(name)
+                assert (told.text, told.offset) == ("The answer", 10), question
+            assert thoughts(frames(curious, name, "thinking")) == "Let me think", question
+            assert frames(curious, name, "thinking")[0]["attempt"] == 1
+            assert states(curious, name)[-1] == "started", question
+            assert set(plain.told[name].events) == {"delta", "done"}
+            assert set(state_only.told[name].events) == {"status", "delta", "done"}
+            events = curious.told[name].events
+            assert events.index("delta") > max(at for at, one in enumerate(events) if one == "thinking"), question
+            assert node.recorded(USER, name) == ("done", "The answer")
+        await node.settled()
+
+
+@pytest.mark.parametrize("mode", ["hide", "status", "show"])
+async def test_the_operator_decides_what_is_told(redis_server: RedisServer, tmp_path: Path, mode: str) -> None:
+    model = Model()
+    async with (
+        scripted_backend(always=model) as backend,
+        one_node(tmp_path, redis_server, backend.url, **({} if mode == "status" else {"thinking": mode})) as node,
+        device(node, "status", "thinking") as someone,
+    ):
+        await someone.chat(USER, "why?", "m")
+        await someone.until(event="status", state="started")
+        model.says(delta(reasoning_content="hm"))
+        if mode != "hide":
+            await someone.until(event="status", state="thinking")
+        model.says(*ANSWER)
+        assert (await someone.end_of("m")).text == "The answer"
+        assert states(someone, "m") == (["started"] if mode == "hide" else ["started", "thinking", "started"])
+        assert thoughts(frames(someone, "m", "thinking")) == ("hm" if mode == "show" else "")
+        marks = [entry for entry in node.record(USER, "m") if "thinking" in entry]
+        assert all((mark["event"], mark["text"], mark["offset"]) == ("text", "", "0") for mark in marks)
+        assert mode != "hide" or marks == []
+        await node.settled()
+
+
+async def test_a_call_that_fails_takes_its_reasoning_with_it(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Cut in its reasoning, a message waits and is asked again; cut in its text, it begins its next attempt."""
+    model = Model()
+    async with (
+        scripted_backend(always=model) as backend,
+        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
+        device(node, "status", "thinking") as someone,
+    ):
+        await someone.chat(USER, "why?", "m")
+        for reasoning in ("first", "second"):
+            model.says(delta(reasoning_content=reasoning))
+            assert (await someone.until(event="thinking"))["contents"] == reasoning
+            if reasoning == "second":
+                model.says(delta(content="half "))
+                await someone.some_text("m", 5)
+            model.says(b"")
+        await someone.until(event="restart")
+        model.says(delta(reasoning_content="third"))
+        last = await someone.until(event="thinking")
+        assert (last["contents"], last["start"], last["attempt"]) == ("third", 0, 2)
+        model.says(*ANSWER)
+        assert (await someone.end_of("m")).text == "The answer"
+        assert [one["start"] for one in frames(someone, "m", "thinking")] == [0, 0, 0]
+        told = [state for state, after in pairwise([*states(someone, "m"), ""]) if state != after]
+        assert told == ["started", "thinking", "waiting", "thinking", "started", "thinking", "started"]
+        assert node.recorded(USER, "m") == ("done", "The answer")
+        await node.settled()
+
+
+async def test_a_socket_that_comes_while_the_model_thinks_is_told_all_of_it(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    model = Model()
+    async with (
+        scripted_backend(always=model) as backend,
+        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
+        node.peer(USER) as plain,
+    ):
+        async with device(node, "thinking") as someone:
+            await someone.chat(USER, "why?", "m")
+            model.says(delta(reasoning_content="Let me "))
+            await someone.until(event="thinking")
+            left = someone.told["m"]
+        async with device(node, "status", "thinking", resume={"m": left}) as back, device(node) as later:
+            assert (await back.until(event="status"))["state"] == "thinking"
+            first = await back.until(event="thinking")
+            assert (first["contents"], first["start"]) == ("Let me ", 0)
+            await later.send_frame("INIT", userId=USER, resume=[{"messageId": "m"}])
+            await later.until(msgType="INIT")
+            await later.send_frame("INIT", userId=USER, wants=["thinking"])
+            assert (await later.until(event="thinking"))["contents"] == "Let me "
+            model.says(delta(reasoning_content="think"))
+            assert (await back.until(event="thinking"))["start"] == 7
+            model.says(*ANSWER)
+            for socket in (back, later, plain):
+                assert (await socket.end_of("m")).text == "The answer"
+            assert thoughts(frames(back, "m", "thinking")) == thoughts(frames(later, "m", "thinking")) == "Let me think"
+        assert set(plain.told["m"].events) == {"delta", "done"}
+        await node.settled()
+
+
+async def test_a_message_can_be_cancelled_while_the_model_thinks(redis_server: RedisServer, tmp_path: Path) -> None:
+    model = Model()
+    async with (
+        scripted_backend(always=model) as backend,
+        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
+        device(node, "status", "thinking") as someone,
+    ):
+        await someone.chat(USER, "why?", "m")
+        model.says(delta(reasoning_content="hm"))
+        await someone.until(event="thinking")
+        await someone.send_frame("CANCEL", messageId="m")
+        assert (await someone.end_of("m")).text == ""
+        await (await backend.request()).gone()
+        assert node.recorded(USER, "m") == ("cancelled", "")
+        await node.settled()
+
+
+async def test_a_socket_on_another_node_is_told_the_state_and_nothing_else(tmp_path: Path) -> None:
+    model = Model()
+    async with (
+        scripted_backend(always=model) as backend,
+        many_nodes(tmp_path, backend.url, "a", "b", thinking="show") as nodes,
+    ):
+        async with (
+            device(nodes["a"], "status", "thinking") as someone,
+            device(nodes["b"], "status", "thinking") as other,
+        ):
+            await someone.chat(USER, "why?", "m")
+            model.says(delta(reasoning_content="hm"))
+            await someone.until(event="thinking")
+            await other.until(event="status", state="thinking")
+            left = someone.told["m"]
+        async with device(nodes["b"], "status", "thinking", resume={"m": left}) as back:
+            assert (await back.until(event="status"))["state"] == "thinking"
+            model.says(*ANSWER)
+            assert (await back.end_of("m")).text == "The answer"
+            assert states(back, "m") == ["thinking", "started"]
+            assert frames(back, "m", "thinking") == frames(other, "m", "thinking") == []
+        await nodes.settled()
+
+
+async def test_the_node_of_a_thinking_model_dies_and_the_next_one_thinks_again(tmp_path: Path) -> None:
+    first, second = Model(), Model()
+    async with scripted_backend() as backend:
+        backend.then(first, second)
+        async with (
+            many_nodes(tmp_path, backend.url, "a", "b", thinking="show") as nodes,
+            device(nodes["b"], "status", "thinking") as other,
+        ):
+            async with device(nodes["a"], "thinking") as someone:
+                await someone.chat(USER, "why?", "m")
+                first.says(delta(reasoning_content="first"))
+                await other.until(event="status", state="thinking")
+                await nodes.killed("a")
+            second.says(delta(reasoning_content="second"))
+            again = await other.until(event="thinking")
+            assert (again["contents"], again["start"], again["attempt"]) == ("second", 0, 2)
+            second.says(*ANSWER)
+            assert (await other.end_of("m")).text == "The answer"
+            assert nodes.any.recorded(USER, "m") == ("done", "The answer")
+            await nodes.start("a")
+            first.says(b"")
+            await nodes.settled()
+
+
+async def test_reasoning_passes_the_filters_of_the_answer(redis_server: RedisServer, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("secret plan\n", "utf-8")
+    reasoning = [delta(reasoning_content=text) for text in ("a sec", "ret pl", "an ends in sec")]
+    async with (
+        scripted_backend(always=says(*reasoning, *ANSWER)) as backend,
+        one_node(tmp_path, redis_server, backend.url, thinking="show", words=words, words_action="mask") as node,
+    ):
+        async with device(node, "thinking") as someone:
+            await someone.chat(USER, "why?", "masked")
+            assert (await someone.end_of("masked")).text == "The answer"
+            assert thoughts(frames(someone, "masked", "thinking")) == f"a {'＊' * 11} ends in sec"
+        await node.settled()
+        await node.terminated()
+        await node.start(words_action="refuse")
+        async with device(node, "thinking") as someone:
+            await someone.chat(USER, "why?", "refused")
+            told = await someone.end_of("refused")
+            assert told.terminal is not None
+            assert (told.terminal["code"], told.terminal["contents"]) == ("FORBIDDEN", IN_ANSWER.sentence.en)
+            assert thoughts(frames(someone, "refused", "thinking")) == "a "
+        await node.settled()
+
+
+async def test_a_slow_reader_gets_fewer_and_larger_frames_and_costs_no_more_than_the_reasoning(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    most, piece = 200_000, "thinking about it ... "
+    sent = (piece * (most // len(piece) + 2))[:most]
+    model = Model()
+    async with (
+        scripted_backend(always=model) as backend,
+        one_node(tmp_path, redis_server, backend.url, thinking="show", max_answer=most) as node,
+        device(node, "thinking") as quick,
+        raw_socket(node.port, narrow=True) as slow,
+    ):
+        process = psutil.Process(node.now.process.pid)
+        await slow.upgrade(f"/ws?{query(USER)}")
+        await slow.send_frame(msgType="INIT", userId=USER, wants=["thinking"])
+        await slow.until(msgType="INIT")
+        await quick.chat(USER, "why?", "m")
+        before = process.memory_info().rss
+        for _ in range(most // len(piece) + 10):  # a little more than is sent on
+            model.says(delta(reasoning_content=piece))
+        model.says(*ANSWER)
+        assert (await quick.end_of("m")).text == "The answer"
+        assert process.memory_info().rss - before < 20 * MB
+        await slow.until(event="done")
+        found = [frame for frame in slow.texts if frame.get("event") == "thinking"]
+        assert thoughts(found) == thoughts(frames(quick, "m", "thinking")) == sent
+        assert max(len(one["contents"]) for one in found) > 10_000
+        assert len(found) < len(frames(quick, "m", "thinking"))
+        await wait_until(lambda: node.unfinished() == 0, "the request is finished")
