@@ -57,7 +57,7 @@ class ReplySync:
             await self._catch_up_all([reply])
 
     async def catch_up(self, reply: ReplyBuffer) -> bool:
-        """Load what is recorded beyond what is known here. False when nothing is known, here or there.
+        """Load what is recorded beyond what is known here. False when there is no record, or Redis has lost it.
 
         Raises:
             StoreError: Redis was not reached.
@@ -68,7 +68,8 @@ class ReplySync:
             if reply.position != position:
                 continue  # another task has loaded more meanwhile, perhaps less than this one
             if record is None:
-                return position != "" or reply.has_writer
+                reply.position = ""
+                return reply.has_writer
             if reply.load(record):
                 return True
         return True

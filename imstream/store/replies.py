@@ -241,17 +241,22 @@ class ReplyStore:
                 return "unknown"
 
     async def read(self, user_id: UserId, message_id: str, *, after: str = "") -> Record | None:
-        """The record of the last attempt, or what is new `after` the position of an earlier record. None: nothing."""
-        begin = f"({after}" if after else "-"
-        entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), begin, "+")
-        if not entries:
+        """The record of the last attempt, or what is new `after` the position of an earlier record.
+
+        None: there is no record, or Redis has lost that position, perhaps with all of it.
+        """
+        entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), after or "-", "+")
+        if not entries or (after and entries[0][0] != after):
             return None
         attempt, start, texts, terminal, question, waiting = 0, None, list[str](), None, None, None
         continued: Continued | None = None
         thinking = False
-        for _, flat in entries:
+        for entry_id, flat in entries:
             fields = to_dict(flat)
             attempt, text = int(fields["attempt"]), fields.get("text", "")
+            if entry_id == after:
+                start, waiting, thinking = int(fields["offset"]), _waiting(fields), "thinking" in fields
+                continue
             if fields["event"] not in _KNOWN_EVENTS:
                 continue  # of a newer release, or written by hand
             if fields.get("question"):
@@ -263,8 +268,7 @@ class ReplyStore:
             elif start is None:
                 start = int(fields["offset"]) - len(text)
             texts.append(text)
-            waiting = Waiting.from_fields(fields) if fields["event"] == "waiting" else None
-            thinking = "thinking" in fields
+            waiting, thinking = _waiting(fields), "thinking" in fields
             if fields["event"] in TERMINAL_EVENTS:
                 terminal = Terminal.from_fields(fields)
         return Record(
@@ -288,6 +292,10 @@ class ReplyStore:
 
     def _reply_and_route(self, user_id: UserId, message_id: str) -> tuple[str, str]:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)
+
+
+def _waiting(fields: dict[str, str]) -> Waiting | None:
+    return Waiting.from_fields(fields) if fields["event"] == "waiting" else None
 
 
 def _span(milliseconds_: int | str) -> timedelta:

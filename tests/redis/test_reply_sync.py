@@ -20,7 +20,7 @@ from imstream.gateway.reply_sync import InboxConsumer, ReplySync
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Guard, Reject
 from imstream.keys import Keys
-from imstream.model import Terminal
+from imstream.model import Question, Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
@@ -221,6 +221,21 @@ async def test_a_reply_whose_notices_were_lost_is_looked_at_now_and_then(redis_s
         await written(node.replies, "all of it", end=True)
         assert await follower.end() == "done"
         assert follower.text == "all of it"
+
+
+async def test_a_record_that_redis_loses_after_it_was_read_is_missed(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        await node.replies.mark_queued(USER, "m", Question("hello?", "digest"))
+        reply = node.buffers.get(USER, "m")
+        assert await node.reply_sync.catch_up(reply)
+        assert await node.reply_sync.catch_up(reply)  # nothing is new
+        node.redis.delete(Keys("im").reply(USER, "m"))
+        assert not await node.reply_sync.catch_up(reply)
+        await node.replies.open(USER, "m", request="1/1-0")
+        assert await node.reply_sync.catch_up(reply)
+        await written(node.replies, "all of it", end=True)
+        assert await node.reply_sync.catch_up(reply)
+        assert (reply.text_from(0), reply.terminal is not None) == ("all of it", True)
 
 
 async def test_notices_that_are_malformed_or_of_a_newer_version_are_passed_over(redis_server: RedisServer) -> None:
