@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.many_nodes import ManyNodes, becomes, many_nodes, standing_nodes
 from tests.support.previous_release import previous_python
+from tests.support.scripted_backend import event, hangs, scripted_backend, streams
 from tests.support.servers import DemoBackend
 from tests.support.talk import Talk, question, whole
 from tests.support.waiting import wait_until
@@ -99,6 +100,24 @@ async def test_a_device_that_wants_questions_follows_what_the_previous_release_a
         await device.end_of("new")
         await device.send_frame("INIT", userId=USER, wants=["asked"])
         assert (await device.until(msgType="INIT"))["messages"] == [{"messageId": "new", "state": "done"}]
+
+
+async def test_a_node_of_the_previous_release_answers_what_a_model_was_thinking_about(tmp_path: Path) -> None:
+    thinks = hangs(event({"choices": [{"delta": {"reasoning_content": "hm"}}]}))
+    async with scripted_backend(always=streams("The ", "answer")) as backend:
+        backend.then(thinks)
+        pythons = {"previous": previous_python()}
+        async with many_nodes(tmp_path, backend.url, "previous", "this", pythons=pythons) as nodes:
+            async with nodes["previous"].peer(USER) as follower, nodes["this"].peer(USER) as someone:
+                await someone.send_frame("INIT", userId=USER, wants=["status"])
+                await someone.until(msgType="INIT")
+                await someone.chat(USER, "why?", "m")
+                await someone.until(event="status", state="thinking")
+                await wait_until(lambda: "thinking" in nodes.any.record(USER, "m")[-1], "the record says so")
+                await nodes.killed("this")
+                assert (await follower.end_of("m")).text == "The answer"
+            assert nodes.opened_by(USER, "m") == ["this", "previous"]
+            assert_no_error_is_logged(nodes)
 
 
 async def test_a_rolling_upgrade_and_the_way_back_lose_and_repeat_nothing(demo: DemoBackend, tmp_path: Path) -> None:

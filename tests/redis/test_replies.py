@@ -47,6 +47,35 @@ async def test_a_reply_is_its_batches_in_order_and_its_end(store: Store) -> None
     assert await store.replies.read(USER, MESSAGE) == Record(1, "你好,世界!", done)
 
 
+async def test_that_the_model_thinks_is_part_of_the_record_until_there_is_text(store: Store) -> None:
+    replies = store.replies
+
+    async def thinks(after: str = "") -> tuple[bool, str, int]:
+        record = await replies.read(USER, MESSAGE, after=after)
+        assert record is not None
+        return record.thinking, record.text, record.start
+
+    async def note(offset: int) -> None:
+        noted = await replies.append(
+            USER, MESSAGE, attempt=1, before=offset, after=offset, text="", terminal=None, thinking=True
+        )
+        assert noted == Appended()
+
+    await replies.open(USER, MESSAGE, request="0/1-0")
+    await note(0)
+    assert await thinks() == (True, "", 0)
+    record = await replies.read(USER, MESSAGE)
+    assert record is not None
+    await append(replies, 0, "abc")
+    assert await thinks() == (False, "abc", 0)
+    await note(3)  # a continued call thinks again
+    assert await thinks() == (True, "abc", 0)
+    assert await thinks(record.position) == (True, "abc", 0)
+    await append(replies, 3, "d", terminal=Terminal("done", "stop"))
+    assert await thinks() == (False, "abcd", 0)
+    assert not any("since" in fields for _, fields in store.redis.xrange(store.keys.reply(USER, MESSAGE)))
+
+
 async def test_a_failed_end_keeps_its_reason(store: Store) -> None:
     await store.replies.open(USER, MESSAGE, request="0/1-0")
     failed = Terminal("failed", reason="http_503", error="overloaded")

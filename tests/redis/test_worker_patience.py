@@ -50,6 +50,30 @@ async def test_waiting_for_a_backend_uses_up_no_attempt_and_is_recorded(
         assert worker.dead() == []
 
 
+async def test_a_backend_that_goes_away_while_its_model_thinks_does_not_begin_the_window_again(
+    redis_server: RedisServer,
+) -> None:
+    async with run_worker(redis_server, max_attempts=1, retry_window="1h") as worker:
+        client = worker.follow()
+        await worker.ask()
+        (await worker.backend.call(1)).fail(failure())
+        for number in (2, 3):
+            call = await worker.backend.call(number)
+            assert call.think is not None
+            call.think("hm")
+            await wait_until(lambda: "thinking" in worker.entries()[-1], "it is recorded that the model thinks")
+            call.fail(failure())
+        (await worker.backend.call(4)).done("at last")
+        assert await client.end() == "done"
+        await worker.idle()
+        assert [entry["event"] for entry in worker.entries()[1:]] == [
+            *("opened", "waiting", "text", "waiting", "text", "waiting", "done")
+        ]
+        assert len({entry["since"] for entry in worker.entries() if "since" in entry}) == 1
+        assert all("since" in entry for entry in worker.entries() if "thinking" in entry)
+        assert opened(worker) == ["1"]
+
+
 async def test_at_the_end_of_the_window_the_message_fails_with_the_last_reason(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, retry_window="300ms", retry_wait="50ms") as worker:
         client = worker.follow()

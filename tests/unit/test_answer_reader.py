@@ -426,3 +426,47 @@ def test_reasoning_in_tags_is_removed_from_a_document_too() -> None:
 def test_without_tags_the_text_is_shown_as_it_is() -> None:
     reader = AnswerReader(limit=LIMIT, reasoning="field")
     assert reader.feed(event(chunk("<think>hm</think>"))) == "<think>hm</think>"
+
+
+# Reasoning that is reported
+
+
+def test_reasoning_before_the_text_is_reported_as_it_comes_and_its_end_once() -> None:
+    told = list[str]()
+    reader = AnswerReader(limit=LIMIT, on_reasoning=told.append)
+    assert reader.feed(with_delta(reasoning_content="let ") + with_delta(reasoning_content="me")) == ""
+    assert told == ["let ", "me"]
+    assert reader.feed(with_delta(content="\n\n") + with_delta(reasoning="!")) == "\n\n"  # blanks are not its end
+    assert reader.feed(with_delta(content="yes", reasoning="?")) == "yes"
+    assert told == ["let ", "me", "!", "?", ""]
+    reader.feed(with_delta(content="no", reasoning="more") + with_delta(reasoning="more"))
+    assert told == ["let ", "me", "!", "?", ""]
+
+
+def test_without_reasoning_nothing_is_reported() -> None:
+    told = list[str]()
+    reader = AnswerReader(limit=LIMIT, on_reasoning=told.append)
+    assert "".join(map(reader.feed, (event(chunk("a")), event(chunk("b")), STOP, DONE))) == "ab"
+    assert told == []
+
+
+def test_reasoning_in_tags_and_in_documents_is_reported() -> None:
+    told = list[str]()
+    reader = AnswerReader(limit=LIMIT, on_reasoning=told.append)
+    for text in ("<thi", "nk>let ", "me</think", ">\nyes"):
+        reader.feed(event(chunk(text)))
+    assert ("".join(told), told[-1]) == ("let me", "")
+    told.clear()
+    reader = AnswerReader(limit=LIMIT, on_reasoning=told.append)
+    message = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    reader.feed(to_json({"choices": [{"message": message, "finish_reason": "stop"}]}))
+    assert (reader.end(), told) == ("yes", ["hm", ""])
+
+
+def test_reasoning_is_bounded_and_holds_nothing_that_text_may_not_hold() -> None:
+    told = list[str]()
+    reader = AnswerReader(limit=6, on_reasoning=told.append)
+    reader.feed(b'data: {"choices": [{"delta": {"reasoning": "a\\ud83d\\u0000"}}]}\n\n')
+    reader.feed(with_delta(reasoning="bcdef") + with_delta(reasoning="g"))
+    assert reader.feed(event(chunk("yes"))) == "yes"
+    assert told == ["a\ufffd\ufffd", "bcd", ""]

@@ -8,12 +8,25 @@ import tracemalloc
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
 
-from imstream.model import Continued, Record, Terminal
-from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, Step, TextGrown, TextReset
+from imstream.codes import Want
+from imstream.model import Continued, Record, Terminal, Waiting
+from imstream.reply_buffer import (
+    MAX_DELTA,
+    Cursor,
+    QuestionAsked,
+    ReplyBuffer,
+    ReplyBuffers,
+    ReplyEnded,
+    StateChanged,
+    Step,
+    TextGrown,
+    TextReset,
+    ThoughtsGrown,
+)
 from tests.support.tiers import examples
 
 DONE = Terminal("done", "stop")
@@ -236,6 +249,150 @@ def test_the_recorded_end_holds_whatever_a_worker_here_has_written() -> None:
     assert (reply.text_from(0), reply.terminal) == ("abc", CANCELLED)
     reply.load(Record(1, "ab", DONE))
     assert (reply.text_from(0), reply.terminal) == ("abc", CANCELLED)
+
+
+# Its reasoning
+
+WANTS = frozenset({Want.STATUS, Want.THINKING})
+
+
+def told(cursor: Cursor) -> list[str]:
+    """All that is new, briefly."""
+    return [brief(step) for step in all_steps(cursor)]
+
+
+def brief(step: Step) -> str:
+    match step:
+        case StateChanged(state):
+            return state
+        case ThoughtsGrown(attempt, text, start):
+            return f"{attempt}/{start}: {text}"
+        case TextReset(attempt):
+            return f"restart {attempt}"
+        case TextGrown(_, text, _) | QuestionAsked(text):
+            return text
+        case ReplyEnded(_, _, terminal):
+            return terminal.event
+
+
+def test_reasoning_is_told_to_those_who_want_it_before_the_text() -> None:
+    reply = reply_with()
+    curious, plain = Cursor(reply, wants=WANTS), Cursor(reply)
+    assert told(curious) == ["started"]
+    for piece in ("\n", "let ", "me ", "see"):
+        reply.think(piece, keep=True)
+    assert told(curious) == ["thinking", "1/0: let me see"]
+    reply.think("!", keep=True)
+    reply.append("yes")
+    assert told(curious) == ["started", "1/10: !", "yes"]
+    assert told(plain) == ["yes"]
+    assert told(Cursor(reply, attempt=1, offset=3, wants=WANTS)) == ["started", "1/0: let me see!"]
+    reply.end(DONE)
+    assert (told(curious), told(plain)) == (["done"], ["done"])
+
+
+def test_where_reasoning_is_not_shown_the_state_is_told_and_nothing_is_kept() -> None:
+    reply = reply_with()
+    cursor = Cursor(reply, wants=WANTS)
+    for piece in ("\n", "let ", "me "):
+        reply.think(piece, keep=False)
+    assert told(cursor) == ["thinking"]
+    assert reply.thoughts is None
+    reply.append("yes")
+    assert told(cursor) == ["started", "yes"]
+
+
+def test_reasoning_wakes_nobody_who_does_not_want_it() -> None:
+    reply, woken = reply_with(), list[ReplyBuffer]()
+    reply.subscribe(woken.append)
+    reply.think("hm", keep=True)
+    assert woken == []
+    reply.is_watched = True
+    reply.think("hm", keep=True)
+    assert woken == [reply]
+
+
+def test_a_call_that_fails_and_a_restart_take_the_reasoning_with_them() -> None:
+    reply = reply_with()
+    cursor, slow = Cursor(reply, wants=WANTS), Cursor(reply, wants=WANTS)
+    reply.think("one", keep=True)
+    assert told(cursor) == ["thinking", "1/0: one"]
+    reply.forget_reasoning()
+    reply.wait(Waiting("default", "http_503"))
+    assert told(cursor) == ["waiting"]
+    reply.think("another", keep=True)
+    assert told(cursor) == ["thinking", "1/0: another"]
+    reply.append("half")
+    reply.begin(2)
+    reply.think("third", keep=True)
+    assert told(cursor) == ["thinking", "restart 2", "2/0: third"]
+    assert told(slow) == ["thinking", "2/0: third"]
+
+
+def test_much_reasoning_is_told_in_parts_and_takes_little_memory() -> None:
+    characters = [chr(0x4E00 + number % 20_000) for number in range(100_000)]
+    tracemalloc.start()
+    reply = reply_with()
+    for character in characters:
+        reply.think(character, keep=True)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 10 * len(characters)
+    steps = [step for step in all_steps(Cursor(reply, wants=WANTS)) if isinstance(step, ThoughtsGrown)]
+    assert "".join(step.text for step in steps) == "".join(characters)
+    assert max(len(step.text) for step in steps) == MAX_DELTA
+
+
+def test_the_recorded_state_is_told_where_no_worker_writes() -> None:
+    reply = ReplyBuffer(10001, "m")
+    cursor = Cursor(reply, wants=WANTS)
+    reply.load(Record(1, "", None, position="1-0", thinking=True))
+    assert told(cursor) == ["thinking"]
+    reply.load(Record(1, "yes", None, position="2-0"))
+    assert told(cursor) == ["started", "yes"]
+    reply.load(Record(1, "", None, start=3, position="3-0", thinking=True))
+    assert told(cursor) == ["thinking"]
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("think"), st.text(min_size=1, max_size=4)),
+    st.tuples(st.just("append"), st.text(min_size=1, max_size=4)),
+    st.tuples(st.sampled_from(["fail", "restart", "read"]), st.just("")),
+)
+
+
+@given(st.lists(STEPS, max_size=30))
+def test_reasoning_changes_nothing_of_what_others_are_told(steps: list[tuple[str, str]]) -> None:
+    """Whatever happens, with reasoning and without, and whoever reads when."""
+    thinking, silent = reply_with(), reply_with()
+    curious, plain, other = Cursor(thinking, wants=WANTS), Cursor(thinking), Cursor(silent)
+    attempt, active, reasoning, seen = 1, False, "", ""
+    for step, text in [*steps, ("read", "")]:
+        match step:
+            case "think":
+                thinking.think(text, keep=True)
+                active = active or text.strip() != ""
+                reasoning += text if active else ""
+            case "append":
+                active = False
+                thinking.append(text)
+                silent.append(text)
+            case "fail":
+                thinking.forget_reasoning()
+                active, reasoning = False, ""
+            case "restart":
+                attempt, active, reasoning = attempt + 1, False, ""
+                thinking.begin(attempt)
+                silent.begin(attempt)
+            case _:
+                assert all_steps(plain) == all_steps(other)
+                for one in all_steps(curious):
+                    if isinstance(one, TextReset):
+                        seen = ""
+                    elif isinstance(one, ThoughtsGrown):
+                        assert one.start in {0, len(seen)}
+                        seen = one.text if one.start == 0 else seen + one.text
+                assert reasoning in {seen, ""}
 
 
 # The buffers of a process

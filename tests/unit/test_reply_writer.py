@@ -78,6 +78,30 @@ async def test_text_is_shown_at_once_and_recorded_with_the_next_flush() -> None:
     assert not writer.needs_flush
 
 
+async def test_that_the_model_thinks_is_recorded_once_and_not_beside_text() -> None:
+    store = PlayedStore()
+    reply, writer = writing(store)
+    for piece in ("let ", "me "):
+        writer.think(piece)
+        await writer.flush()
+    assert store.appends == 1
+    assert (record := store.model.read()) is not None
+    assert (record.text, record.thinking) == ("", True)
+    writer.append("yes")
+    await writer.flush()
+    assert (record := store.model.read()) is not None
+    assert (record.text, record.thinking) == ("yes", False)
+    writer.think("again")
+    writer.append(", and no")
+    assert writer.needs_flush
+    await writer.flush()
+    assert not writer.needs_flush
+    assert store.appends == 3
+    reply.end(DONE)
+    writer.think("too late")
+    assert not reply.is_thinking
+
+
 async def test_all_that_has_gathered_is_one_append_and_nothing_is_none() -> None:
     store = PlayedStore()
     _, writer = writing(store)
