@@ -46,6 +46,10 @@ class Keys:
         """String, expires: the node that has adopted the stream of a dead node."""
         return f"{self.prefix}:{{node:{node}}}:adopter"
 
+    def backends(self, node: str) -> str:
+        """Hash, expires, name → JSON: the states of the backends, as this node sees them."""
+        return f"{self.prefix}:{{node:{node}}}:backends"
+
     def nodes(self) -> str:
         """Sorted set, node → last heartbeat (ms since 1970): the nodes that were not retired."""
         return f"{self.prefix}:nodes"

@@ -12,12 +12,11 @@ import structlog
 import uvloop
 
 from imstream import logs
-from imstream.ai.backend import OpenAIBackend
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
 from imstream.codes import CloseCode, Code
-from imstream.errors import NodeTaken, StoreError
+from imstream.errors import NodeTaken, SettingsError, StoreError
 from imstream.gateway.app import make_app
 from imstream.gateway.connection import serve_socket
 from imstream.gateway.flush_scheduler import FlushScheduler
@@ -33,6 +32,7 @@ from imstream.redis.client import BlockingReader, RedisClient
 from imstream.redis.errors import AccessLog, retry_until_available
 from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
+from imstream.store.backend_states import BackendStates
 from imstream.store.inbox import Inbox, NodeLeft, Routes
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
@@ -54,6 +54,9 @@ _MISSED_ROUNDS = 4
 _RESTART_PAUSE = 1.0
 """Seconds before a background task that has failed is started again."""
 
+PUBLISH_INTERVAL = 2.0
+"""Seconds between two looks at the states of the backends."""
+
 _POLL_INTERVAL = 0.05
 """Seconds between two polls of a state that has no event of its own."""
 
@@ -65,6 +68,7 @@ class Node:
         self.settings = settings
         self._max_round = (settings.read_block + 2 * settings.redis_timeout).total_seconds()
         """Maximum seconds of one round of the consumer loop: a blocked read and two slow commands."""
+        self._backends = backends
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
         url, timeout, access = settings.redis_url, settings.redis_timeout, AccessLog()
@@ -144,6 +148,7 @@ class Node:
             "inbox": inbox_consumer.run,
             "flusher": jobs.flush_periodically,
             "waiting-line": jobs.line.run,
+            "backends": self._publish_backends,
         }
 
     def not_ready(self) -> str | None:
@@ -212,12 +217,27 @@ class Node:
         log.info("ready", node=self.settings.node, address=self._server.address)
         for warning in await health.warnings(self._redis):
             log.warning(warning)
+        await self._backends.check()
+
+    async def _publish_backends(self) -> None:
+        """Keep the states of the backends in Redis, for `imstream backends`."""
+        states = BackendStates(self._redis, self.settings)
+        while True:
+            await asyncio.sleep(PUBLISH_INTERVAL)
+            await self._backends.close_retired()
+            with suppress(StoreError):  # the next round tries again
+                await states.publish({one.name: one.state for one in self._backends})
 
     async def _reload_on_request(self) -> None:
         while True:
             await self._reloading.wait()
             self._reloading.clear()
             reloaded = await self._guards.reload()
+            try:
+                if await self._backends.reload():
+                    reloaded.append("backends")
+            except SettingsError as error:
+                log.error("not reloaded", error=str(error))  # noqa: TRY400 - the text tells all
             log.info("reloaded" if reloaded else "nothing to reload", what=reloaded)
 
     async def _drain(self, working: list[asyncio.Task[None]]) -> None:
@@ -277,8 +297,8 @@ async def keep_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
 
 async def serve(settings: Settings) -> None:
     """Serve one node until SIGTERM or SIGINT, then drain it; reload on SIGHUP."""
-    async with OpenAIBackend(settings) as backend:
-        node = Node(settings, Backends.single(settings, backend))
+    async with Backends(settings) as backends:
+        node = Node(settings, backends)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, node.shut_down)

@@ -103,6 +103,14 @@ def _format(value: object) -> str:
     return f"{value.total_seconds():g}s" if isinstance(value, timedelta) else repr(value)
 
 
+def show_value(field: FieldInfo | None, value: object) -> str:
+    """A value as errors show it."""
+    # A URL of another type than text may hold a password in an unknown place: hide it.
+    is_url = field is not None and (not field.repr or SecretUrl.__name__ in str(field.annotation))
+    hidden = field is not None and (is_secret(field) or (is_url and not isinstance(value, str)))
+    return "(hidden)" if hidden else redact_url(_format(value))
+
+
 class SettingsGroup(BaseSettings):
     """Settings that are read together. All groups share `.env`; each has its own prefix of variable names."""
 
@@ -147,11 +155,7 @@ class SettingsGroup(BaseSettings):
     @classmethod
     def _describe(cls, error: Any) -> str:  # noqa: ANN401 - pydantic's error details
         name = str(error["loc"][0]) if error["loc"] else "?"
-        field = cls.model_fields.get(name)
-        # A URL of another type than text may hold a password in an unknown place: hide it.
-        is_url = field is not None and (not field.repr or SecretUrl.__name__ in str(field.annotation))
-        hidden = field is not None and (is_secret(field) or (is_url and not isinstance(error["input"], str)))
-        shown = "(hidden)" if hidden else redact_url(_format(error["input"]))
+        shown = show_value(cls.model_fields.get(name), error["input"])
         allowed = error["msg"].removeprefix("Value error, ")
         return f"{cls.variable(name)}={shown} is not allowed: {allowed}"
 
@@ -171,6 +175,9 @@ class Settings(SettingsGroup):
     redis_connections: int = Field(4, ge=1, le=64, description="Connections that carry the node's Redis commands.")
     key_prefix: str = Field("im", pattern=r"^[A-Za-z0-9._-]{1,32}$", description="Prefix of every Redis key.")
 
+    ai_backends: Path | None = Field(
+        None, description="TOML file of several backends, instead of the settings of one; read again on SIGHUP."
+    )
     ai_url: HttpUrl = Field(SecretUrl("http://127.0.0.1:8090/v1"), description="OpenAI-compatible base URL, with /v1.")
     ai_model: str = Field("demo", min_length=1, description="Model name sent to the AI backend.")
     ai_key: SecretStr | None = Field(None, description="API key of the AI backend, sent as a bearer token.")

@@ -5,19 +5,20 @@ that may refuse to report token counts: it is asked again without them, at once.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
 from time import perf_counter
-from types import TracebackType
-from typing import Literal, Protocol, Self, cast
+from typing import Literal, Protocol, cast
 
 import aiohttp
 import structlog
 from aiohttp.abc import AbstractStreamWriter
 from pydantic import JsonValue
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
+from yarl import URL
 
 from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
@@ -32,10 +33,11 @@ from imstream.errors import BackendError, PermanentBackendError
 from imstream.settings import Settings
 from imstream.urls import redact_url
 
+PATH = "chat/completions"
 AFTER_FINISH = timedelta(seconds=2)  # time limit for usage, `[DONE]` and the end of the body, after all text
 AFTER_TEXT = timedelta(seconds=10)  # the same if text came with the finish reason: there may be more of both
 AFTER_DONE = timedelta(milliseconds=100)  # for the end of the body; without it the connection cannot be reused
-CHECK_TIMEOUT = timedelta(seconds=10)  # of an unusual address, at the start
+CHECK_TIMEOUT = timedelta(seconds=10)  # of `check`
 CHUNK = 16 * 1024  # bytes that are parsed, and characters that are passed on, in one turn of the event loop
 MAX_BLOCKING = 0.005  # seconds after which large reads leave the event loop to others for as long as they used it
 
@@ -90,7 +92,7 @@ class OpenAIBackend(EndpointClient):
         self._options = options = options or BackendOptions.of(settings)
         self.name = options.name
         limit = settings.max_answer * BYTES_PER_CHARACTER + 2 * JSON_LIMIT
-        super().__init__("AI", options.url, options.key, path="chat/completions", limit=limit)
+        super().__init__(options.url, options.key, path=PATH, limit=limit, variable=options.variable)
         headers, of_headers = resolve_headers(options.headers, option=options.variable("headers"))
         body, of_body = resolve_parameters(options.body, option=options.variable("body"))
         self._extend_endpoint(headers, [*of_headers, *of_body], options.proxy_for(self._endpoint.url))
@@ -100,38 +102,48 @@ class OpenAIBackend(EndpointClient):
         self._usage = UsageRequest(options)
         self._limits = AnswerLimits(options)
         self._turn = _Turn()
-        self._check: asyncio.Task[None] | None = None
         self._address = shorten(redact_url(str(self._endpoint.url)), self._endpoint.secrets)
 
-    async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        if failures.is_unusual(self._endpoint.url.path):
-            self._check = asyncio.create_task(self._check_address())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._check is not None:
-            self._check.cancel()
-            await asyncio.wait([self._check])
-        await super().__aexit__(kind, error, traceback)
-
-    async def _check_address(self) -> None:
-        """Tell the operator if nothing answers at an unusual address. The request asks for nothing."""
-        endpoint = self._endpoint
+    async def check(self) -> BackendError | None:
+        """Return what will keep calls from succeeding, as far as the list of models tells, or an empty request."""
+        url = self._endpoint.url
+        models = url.with_path(f"{url.raw_path.removesuffix(PATH)}models", encoded=True, keep_query=True)
         try:
-            async with (
-                asyncio.timeout(CHECK_TIMEOUT.total_seconds()),
-                self._session.post(endpoint.url, json={}, allow_redirects=False, proxy=endpoint.proxy) as response,
-            ):
-                error = self._error(response, await self._read_error(response))
-                status = HTTPStatus.NOT_FOUND if response.content_type == "text/html" else response.status
-        except (aiohttp.ClientError, OSError):
-            return  # it may be away: the first call tells
-        if status in failures.ADDRESS_STATUSES:
+            async with asyncio.timeout(CHECK_TIMEOUT.total_seconds()):
+                error = await self._check_models(models)
+                if error is not None and error.reason != "model_not_found":
+                    error = await self._check_address()  # there may be no list, or not with this key
+        except (aiohttp.ClientError, OSError) as raised:
+            error = failures.from_exception(raised, secrets=self._endpoint.secrets)
+        if error is not None:
             self._locate(error)
-            log.error("backend is misconfigured", backend=self.name, reason=error.reason, error=error.detail)
+        return error
+
+    async def _check_models(self, url: URL) -> BackendError | None:
+        async with self._session.get(url, allow_redirects=False, proxy=self._endpoint.proxy) as response:
+            if response.status != HTTPStatus.OK:
+                return self._error(response, await self._read_error(response))
+            try:
+                models = [(model["id"], model.get("owned_by")) for model in from_json(await response.read())["data"]]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return failure("misconfigured", "misconfigured", "the response is no list of models")
+        model = re.escape(self._options.model)
+        # Gemini lists `models/name`, Ollama `name:latest`; llama.cpp accepts every name.
+        same = re.compile(rf"(?:.*/)?{model}(?::.*)?")
+        if not models or any(same.fullmatch(str(name)) or owner == "llamacpp" for name, owner in models):
+            return None
+        listed = shorten(", ".join(str(name) for name, _ in models), self._endpoint.secrets)
+        return failure(
+            "misconfigured", "model_not_found", f"{self._options.model} is not in its list of models: {listed}"
+        )
+
+    async def _check_address(self) -> BackendError | None:
+        """Send an empty request: an error about it shows that requests are read there."""
+        endpoint = self._endpoint
+        async with self._session.post(endpoint.url, json={}, allow_redirects=False, proxy=endpoint.proxy) as response:
+            error = self._error(response, await self._read_error(response))
+            status = HTTPStatus.NOT_FOUND if response.content_type == "text/html" else response.status
+        return error if status in failures.ADDRESS_STATUSES or error.kind == "away" else None
 
     def _locate(self, error: BackendError) -> None:
         """Add to an error which address was asked, and what may have to be changed."""

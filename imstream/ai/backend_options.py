@@ -7,11 +7,12 @@ stands for the environment variable of that name.
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 from urllib.request import getproxies_environment, proxy_bypass
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, Secret, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, Secret, SecretStr
 from yarl import URL
 
 from imstream.errors import SettingsError
@@ -69,6 +70,7 @@ class BackendOptions(BaseModel):
     queue_timeout: Positive = _default("queue_timeout")
     idle_timeout: Positive = _default("idle_timeout")
     total_timeout: Positive = _default("total_timeout")
+    _file: Path | None = PrivateAttr(None)
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -78,10 +80,20 @@ class BackendOptions(BaseModel):
             **{name: getattr(settings, setting) for name, setting in named.items() if hasattr(settings, setting)}
         )
 
-    @staticmethod
-    def variable(option: str) -> str:
-        """The setting of an option, for errors."""
-        return f"{ENV_PREFIX}AI_{option}".upper()
+    def named_in(self, file: Path) -> Self:
+        """These options, with a file for the names in errors."""
+        self._file = file
+        return self
+
+    def variable(self, option: str) -> str:
+        """The setting of an option, or its place in the file, for errors."""
+        if self._file is None:
+            return f"{ENV_PREFIX}AI_{option}".upper()
+        return f"{self._file}, backend {self.name}, {'key_env' if option == 'key' else option}"
+
+    def prompt_limit(self, settings: Settings) -> int:
+        """Tokens of the longest prompt that it takes."""
+        return (self.context_tokens or settings.context_tokens) - (self.answer_tokens or settings.answer_tokens)
 
     def proxy_for(self, url: URL) -> URL | None:
         """The proxy of requests to this URL. With `env`, as the environment says (`HTTPS_PROXY`, `NO_PROXY`, …)."""
@@ -135,7 +147,7 @@ def resolve_parameters(
 def _resolve(value: T, option: str, secrets: list[str]) -> T:
     resolved: JsonValue = value
     if isinstance(value, str) and (reference := _REFERENCE.fullmatch(value)):
-        resolved = _environment().get(reference["name"], "").strip()
+        resolved = environment().get(reference["name"], "").strip()
         if not resolved:
             raise _rejected(option, f"the environment variable {reference['name']}, which it names, is not set")
         secrets.append(resolved)
@@ -146,7 +158,7 @@ def _resolve(value: T, option: str, secrets: list[str]) -> T:
     return resolved  # type: ignore[return-value]
 
 
-def _environment() -> Mapping[str, str]:
+def environment() -> Mapping[str, str]:
     """The environment, and below it the file of the settings."""
     try:
         file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")

@@ -49,6 +49,11 @@ class CallGate:
         """Whether calls have to wait."""
         return self.breaker.tripped or self._back_at is not None
 
+    @property
+    def state(self) -> str:
+        """Its state for operators."""
+        return "away" if self.breaker.tripped else "working" if self._back_at is None else "recovering"
+
     def delay(self) -> float:
         """Seconds until a call may be made; 0: now."""
         if not self.is_closed:

@@ -2,7 +2,7 @@
 
 import asyncio
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -17,7 +17,6 @@ from imstream import __version__
 from imstream.ai import failures
 from imstream.ai.bounded_http import bounded_session, is_encoded
 from imstream.errors import BackendError, SettingsError
-from imstream.settings import ENV_PREFIX
 from imstream.urls import SecretUrl, secrets_in_query
 
 KEEP_ALIVE = timedelta(seconds=4)  # of an unused connection: servers close theirs after 5 s (uvicorn, Node) or later
@@ -43,22 +42,30 @@ class EndpointClient:
 
     _accept: ClassVar[str]  # content types of the responses
 
-    def __init__(self, name: str, base: SecretUrl | None, key: SecretStr | None, *, path: str, limit: int) -> None:
+    def __init__(
+        self,
+        base: SecretUrl | None,
+        key: SecretStr | None,
+        *,
+        path: str,
+        limit: int,
+        variable: Callable[[str], str],
+    ) -> None:
         """Call `path` below the base URL, with at most `limit` bytes of the body of a response.
 
-        The key takes precedence over credentials in the URL. Raises `SettingsError` about the settings `{name}_URL` and
-        `{name}_KEY`: a base URL without a host, or a key that is not allowed in a header.
+        The key takes precedence over credentials in the URL. Raises `SettingsError` about the settings `url` and `key`,
+        which `variable` names: a base URL without a host, or a key that is not allowed in a header.
         """
         plain = key.get_secret_value().strip() if key is not None else ""
         if not (plain.isascii() and plain.isprintable()):
-            raise SettingsError(f"{ENV_PREFIX}{name}_KEY=(hidden) is not allowed: must be printable ASCII")
+            raise SettingsError(f"{variable('key')}=(hidden) is not allowed: must be printable ASCII")
         try:
             url = URL(base.get_secret_value() if base is not None else "")
         except ValueError:
             url = URL()
         if not url.host:
             raise SettingsError(
-                f"{ENV_PREFIX}{name}_URL={str(base or '')!r} is not allowed: must be a URL with a host, ending in /v1"
+                f"{variable('url')}={str(base or '')!r} is not allowed: must be a URL with a host, ending in /v1"
             )
         headers = CIMultiDict(
             {

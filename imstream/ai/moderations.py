@@ -41,7 +41,13 @@ class ModerationClient(EndpointClient):
 
     def __init__(self, settings: Settings) -> None:
         base, key = settings.moderation_url, settings.moderation_key
-        super().__init__("MODERATION", base, key, path="moderations", limit=2 * ANSWER_LIMIT)
+        super().__init__(
+            base,
+            key,
+            path="moderations",
+            limit=2 * ANSWER_LIMIT,
+            variable=lambda option: Settings.variable(f"moderation_{option}"),
+        )
         self._model = settings.moderation_model
         self._timeout = settings.moderation_timeout.total_seconds()
 

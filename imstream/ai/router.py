@@ -5,59 +5,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from imstream.ai.backend import Backend
+import structlog
+
+from imstream.ai.backend import Backend, OpenAIBackend
+from imstream.ai.backend_file import ignored_settings, read_backends
 from imstream.ai.backend_options import BackendOptions
 from imstream.ai.call_gate import CallGate
-from imstream.errors import BackendError
+from imstream.ai.upstream import Slots, Upstream
 from imstream.settings import Settings
 
-
-@dataclass(slots=True)
-class Slots:
-    """The calls that backends carry at the same time. Those without a `concurrency` of their own share the node's."""
-
-    limit: int
-    used: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Upstream:
-    """A backend, its gate and its counters."""
-
-    backend: Backend
-    options: BackendOptions
-    gate: CallGate
-    slots: Slots
-    prompt_limit: int
-    """Tokens of the longest prompt that it takes."""
-    in_flight: int = 0
-    calls: int = 0
-    last_error: str = ""
-    credit: float = 0.0
-    """What its weight has earned it in earlier choices, and its calls have spent."""
-
-    @property
-    def name(self) -> str:
-        """Its name in logs and records."""
-        return self.backend.name
-
-    @property
-    def can_continue(self) -> bool:
-        """Whether it continues an answer whose beginning it is given."""
-        return self.options.continues != "none"
-
-    def may_be_called(self, tokens: int = 0) -> bool:
-        """Whether a call with a prompt of so many tokens may be made now."""
-        return (
-            self.slots.used < self.slots.limit
-            and tokens <= self.prompt_limit
-            and (not self.gate.is_closed or self.gate.delay() == 0.0)
-        )
-
-    def record_failure(self, error: BackendError, *, user: object) -> None:
-        """A call has failed."""
-        self.last_error = error.reason
-        self.gate.record_failure(error, user=user)
+log = structlog.get_logger()
 
 
 @dataclass(slots=True, eq=False)
@@ -71,28 +28,63 @@ class _Waiter:
 class Backends:
     """The backends of a node. Each one that `take`, `wait` or `take_probe` returns is given back by `release`."""
 
-    def __init__(self, settings: Settings, backends: Sequence[tuple[Backend, BackendOptions]]) -> None:
-        shared = Slots(settings.concurrency)
-        answer, context = settings.answer_tokens, settings.context_tokens
-        self._all = [
-            Upstream(
-                backend,
-                options,
-                CallGate(settings, backend.name, on_back=self._admit),
-                shared if options.concurrency is None else Slots(options.concurrency),
-                (options.context_tokens or context) - (options.answer_tokens or answer),
-            )
-            for backend, options in backends
-        ]
-        self.limits_prompts = any(upstream.prompt_limit < context - answer for upstream in self._all)
-        """Whether some prompts are too long for one of them, so that `tokens` matters."""
+    def __init__(self, settings: Settings, *given: Backend) -> None:
+        """The backends of the settings or of their file; or those given, with the options of the settings.
+
+        An async context manager, which opens and closes their connections. Raises `SettingsError`.
+        """
+        self._settings = settings
+        self._shared = Slots(settings.concurrency)
+        self._all = [self._make(options) for options in self._read()] if not given else []
+        self._all += [self._upstream(backend, BackendOptions.of(settings)) for backend in given]
+        self._retired = list[Upstream]()
+        """Backends that are no longer in the file, and may have running calls."""
         self._waiting: dict[_Waiter, None] = {}  # in their order
         self._timer: asyncio.TimerHandle | None = None
 
-    @classmethod
-    def single(cls, settings: Settings, backend: Backend) -> Self:
-        """One backend with the options of the settings."""
-        return cls(settings, [(backend, BackendOptions.of(settings))])
+    async def __aenter__(self) -> Self:
+        if self._settings.ai_backends is not None and (ignored := ignored_settings(self._settings)):
+            log.warning(
+                "settings of a single backend are ignored", file=str(self._settings.ai_backends), ignored=ignored
+            )
+        for one in self._all:
+            await one.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for one in (*self._all, *self._retired):
+            await one.close()
+
+    async def reload(self) -> bool:
+        """Read the file again; return whether it has changed. Raises `SettingsError`, and then nothing is changed.
+
+        Backends whose options are the same stay as they are; calls to the others end where they were made.
+        """
+        if self._settings.ai_backends is None:
+            return False
+        known = list(self._all)
+        listed = [next((one for one in known if one.options == new), None) or self._make(new) for new in self._read()]
+        if listed == known:
+            return False
+        for one in listed:
+            if one not in known:
+                await one.open()
+        self._all, self._retired = listed, [*self._retired, *(one for one in known if one not in listed)]
+        self._admit()
+        return True
+
+    async def close_retired(self) -> None:
+        """Close the connections of backends that are no longer in the file, once their calls have ended."""
+        for one in [one for one in self._retired if one.in_flight == 0]:
+            self._retired.remove(one)
+            await one.close()
+
+    async def check(self) -> None:
+        """Log which backends will not answer, as far as that is known without a prompt."""
+        for one in self._all:
+            if (error := await one.check()) is not None:
+                event = "backend is away" if error.kind == "away" else "backend is misconfigured"
+                log.warning(event, backend=one.name, reason=error.reason, error=error.detail)
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._all)
@@ -101,6 +93,12 @@ class Backends:
     def waiting(self) -> int:
         """Calls that wait for a backend."""
         return len(self._waiting)
+
+    @property
+    def limits_prompts(self) -> bool:
+        """Whether some prompts are too long for one of them, so that `tokens` matters."""
+        budget = self._settings.context_tokens - self._settings.answer_tokens
+        return any(upstream.prompt_limit < budget for upstream in self._all)
 
     @property
     def is_closed(self) -> bool:
@@ -178,6 +176,22 @@ class Backends:
         upstream.in_flight -= 1
         if self._waiting:
             self._admit()
+
+    def _read(self) -> list[BackendOptions]:
+        file = self._settings.ai_backends
+        return [BackendOptions.of(self._settings)] if file is None else read_backends(file, self._settings)
+
+    def _make(self, options: BackendOptions) -> Upstream:
+        return self._upstream(OpenAIBackend(self._settings, options), options)
+
+    def _upstream(self, backend: Backend, options: BackendOptions) -> Upstream:
+        return Upstream(
+            backend,
+            options,
+            CallGate(self._settings, backend.name, on_back=self._admit),
+            self._shared if options.concurrency is None else Slots(options.concurrency),
+            options.prompt_limit(self._settings),
+        )
 
     @property
     def _none_works(self) -> bool:

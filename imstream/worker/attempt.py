@@ -7,7 +7,8 @@ from functools import partial
 from imstream.ai.backend import Completion
 from imstream.ai.call_gate import CallGate
 from imstream.ai.prompt.prompter import Prompter
-from imstream.ai.router import Backends, Upstream
+from imstream.ai.router import Backends
+from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardRejection

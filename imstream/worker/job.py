@@ -8,7 +8,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
-from imstream.ai.router import Upstream
+from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
 from imstream.model import ChatRequest, Terminal, Waiting

@@ -153,7 +153,7 @@ async def desk(
             guards=GuardChain([guard]),
         )
         played: Any = adopter
-        jobs = Jobs(known, backends=Backends(known, []), replies=replies, buffers=buffers, inbox=inbox)
+        jobs = Jobs(known, backends=Backends(known), replies=replies, buffers=buffers, inbox=inbox)
         listener = InboxConsumer(inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
         others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:

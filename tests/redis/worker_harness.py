@@ -306,7 +306,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
     inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
     buffers, begun = ReplyBuffers(), list[str]()
-    backends = Backends.single(known, backend)
+    backends = Backends(known, backend)
     jobs = Jobs(known, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
     deps = WorkerDeps(
         settings=known,

@@ -181,6 +181,8 @@ class ScriptedBackend:
 
     def __init__(self, always: Script | None = None) -> None:
         self.port = 0
+        self.models: Script | None = says(b'{"data": []}', content_type="application/json")
+        """Answers requests for the list of models, which are not among `requests`. None: they are as the others."""
         self.requests: list[Request] = []
         self.problems: list[Exception] = []
         """Exceptions of scripts."""
@@ -218,6 +220,9 @@ class ScriptedBackend:
             *(exchange.method, exchange.target, headers, bytes(exchange.body)),
             *(exchange.number, now, exchange.closed_by_peer),
         )
+        if exchange.method == "GET" and self.models is not None:  # of the check at the start of a node
+            await self.models(exchange)
+            return
         self.requests.append(exchange.request)
         self._arrived.set()
         try:

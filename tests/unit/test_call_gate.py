@@ -2,7 +2,6 @@
 
 import asyncio
 
-from imstream.ai.backend import OpenAIBackend
 from imstream.ai.call_gate import MIN_RATE, CallGate
 from imstream.ai.router import Backends
 from imstream.errors import BackendError, FailureKind
@@ -14,7 +13,7 @@ FAILURES, PAUSE = 3, 2.0
 
 def make_backend() -> tuple[CallGate, "Backend"]:
     settings = Settings.load(ai_breaker_failures=FAILURES, ai_breaker_pause=PAUSE, retry_wait_max=8, concurrency=1000)
-    backends = Backends.single(settings, OpenAIBackend(settings))
+    backends = Backends(settings)
     [upstream] = backends
     return upstream.gate, Backend(backends, upstream.gate)
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.backend import OpenAIBackend
 from imstream.ai.prompt.token_count import TokenCounter, TokenEstimate, make_token_counter
 from imstream.ai.router import Backends
 from imstream.errors import SettingsError
@@ -77,7 +76,7 @@ async def test_a_tokenizer_is_read_once_for_all_who_count(tmp_path: Path, monkey
 
     monkeypatch.setattr("imstream.ai.prompt.assembler.make_token_counter", make)
     settings = Settings(tokenizer=trained(tmp_path), history="summarise")
-    Node(settings, Backends.single(settings, OpenAIBackend(settings)))
+    Node(settings, Backends(settings))
     assert len(made) == 1
 
 

@@ -1,0 +1,86 @@
+"""One backend among others: its options, gate, slots and counters."""
+
+from dataclasses import dataclass
+
+from imstream.ai.backend import Backend, OpenAIBackend
+from imstream.ai.backend_options import BackendOptions
+from imstream.ai.call_gate import CallGate
+from imstream.clock import now_ms
+from imstream.errors import BackendError
+
+
+@dataclass(slots=True)
+class Slots:
+    """The calls that backends carry at the same time. Those without a `concurrency` of their own share the node's."""
+
+    limit: int
+    used: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Upstream:
+    """A backend, its gate and its counters."""
+
+    backend: Backend
+    options: BackendOptions
+    gate: CallGate
+    slots: Slots
+    prompt_limit: int
+    """Tokens of the longest prompt that it takes."""
+    in_flight: int = 0
+    calls: int = 0
+    last_error: str | None = None
+    failed_at: int | None = None
+    """When its last error was (ms since 1970)."""
+    credit: float = 0.0
+    """What its weight has earned it in earlier choices, and its calls have spent."""
+
+    @property
+    def name(self) -> str:
+        """Its name in logs and records."""
+        return self.backend.name
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether it continues an answer whose beginning it is given."""
+        return self.options.continues != "none"
+
+    def may_be_called(self, tokens: int = 0) -> bool:
+        """Whether a call with a prompt of so many tokens may be made now."""
+        return (
+            self.slots.used < self.slots.limit
+            and tokens <= self.prompt_limit
+            and (not self.gate.is_closed or self.gate.delay() == 0.0)
+        )
+
+    @property
+    def state(self) -> dict[str, str | int | None]:
+        """Its state, for operators."""
+        return {
+            "url": str(self.options.url),
+            "model": self.options.model,
+            "state": self.gate.state,
+            "inFlight": self.in_flight,
+            "calls": self.calls,
+            "lastError": self.last_error,
+            "failedAt": self.failed_at,
+        }
+
+    async def open(self) -> None:
+        """Allow connections."""
+        if isinstance(self.backend, OpenAIBackend):
+            await self.backend.__aenter__()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if isinstance(self.backend, OpenAIBackend):
+            await self.backend.__aexit__(None, None, None)
+
+    async def check(self) -> BackendError | None:
+        """Return what will keep calls from succeeding, as far as that is known without a prompt."""
+        return await self.backend.check() if isinstance(self.backend, OpenAIBackend) else None
+
+    def record_failure(self, error: BackendError, *, user: object) -> None:
+        """A call has failed."""
+        self.last_error, self.failed_at = str(error), now_ms()
+        self.gate.record_failure(error, user=user)
