@@ -14,6 +14,9 @@ from imstream.ai.call_gate import CallGate
 from imstream.ai.upstream import Slots, Upstream
 from imstream.settings import Settings
 
+RECHECK = 3.0
+"""Seconds after which a backend that is away is checked again: it may have been started together with the node."""
+
 log = structlog.get_logger()
 
 
@@ -81,10 +84,13 @@ class Backends:
 
     async def check(self) -> None:
         """Log which backends will not answer, as far as that is known without a prompt."""
-        for one in self._all:
-            if (error := await one.check()) is not None:
-                event = "backend is away" if error.kind == "away" else "backend is misconfigured"
-                log.warning(event, backend=one.name, reason=error.reason, error=error.detail)
+        for one in tuple(self._all):
+            error = await one.check()
+            if error is not None and error.kind == "away":
+                await asyncio.sleep(RECHECK)
+                error = await one.check()
+            if error is not None:
+                log.warning("backend check failed", backend=one.name, reason=error.reason, error=error.detail)
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._all)
@@ -97,6 +103,8 @@ class Backends:
     @property
     def limits_prompts(self) -> bool:
         """Whether some prompts are too long for one of them, so that `tokens` matters."""
+        if len(self._all) == 1:
+            return False
         budget = self._settings.context_tokens - self._settings.answer_tokens
         return any(upstream.prompt_limit < budget for upstream in self._all)
 
@@ -132,21 +140,23 @@ class Backends:
     def take(self, *, tried: Collection[Upstream] = (), continuing: bool = False, tokens: int = 0) -> Upstream | None:
         """Begin a call at the best backend that may be called now, unless earlier calls wait for it.
 
-        Backends in `tried` come last; with `continuing`, those that can continue come first. `tokens`: of the prompt.
+        With `continuing`, those that can continue come first; then those that are not in `tried`. `tokens`: of the
+        prompt.
         """
         if self._waiting:
             self._admit()
-        chosen = self._choose(tried, continuing, tokens)
+        chosen = _best(self._all, tried, tokens, continuing=continuing)
         return chosen and self._begin(chosen)
 
     def take_other(self, tried: Collection[Upstream], *, continuing: bool = False, tokens: int = 0) -> Upstream | None:
         """As `take`, but none of those in `tried`."""
-        if len(tried) == len(self._all):
+        others = [one for one in self._all if one not in tried]
+        if not others:
             return None
         if self._waiting:
             self._admit()
-        chosen = self._choose(tried, continuing, tokens)
-        return None if chosen is None or chosen in tried else self._begin(chosen)
+        chosen = _best(others, (), tokens, continuing=continuing)
+        return chosen and self._begin(chosen)
 
     def take_probe(self) -> Upstream | None:
         """Begin the one call of a half-open backend; None if there is none, or another backend works."""
@@ -200,20 +210,6 @@ class Backends:
     def _probed(self) -> Upstream | None:
         return next((one for one in self._all if one.may_be_called()), None)
 
-    def _choose(self, tried: Collection[Upstream], continuing: bool, tokens: int) -> Upstream | None:  # noqa: FBT001 - private
-        if len(self._all) == 1:
-            return self._all[0] if self._all[0].may_be_called() else None
-        best: tuple[bool, bool, int] | None = None
-        equals = list[Upstream]()
-        for one in self._all:
-            if one.may_be_called(tokens):
-                rank = one in tried, continuing and not one.can_continue, one.options.priority
-                if best is None or rank < best:
-                    best, equals = rank, []
-                if rank == best:
-                    equals.append(one)
-        return _by_weight(equals) if equals else None
-
     def _begin(self, upstream: Upstream) -> Upstream:
         upstream.gate.begin()
         upstream.slots.used += 1
@@ -224,7 +220,7 @@ class Backends:
     def _admit(self) -> None:
         """Let those through that wait, in their order, as far as they find a backend."""
         for waiter in tuple(self._waiting):
-            upstream = self._choose(waiter.tried, waiter.continuing, waiter.tokens)
+            upstream = _best(self._all, waiter.tried, waiter.tokens, continuing=waiter.continuing)
             if upstream is not None:
                 del self._waiting[waiter]
                 if not waiter.turn.done():  # else it has just been cancelled
@@ -243,6 +239,23 @@ class Backends:
                 self._timer = asyncio.get_running_loop().call_later(delay, self._admit)
 
 
+def _best(
+    upstreams: Sequence[Upstream], tried: Collection[Upstream], tokens: int, *, continuing: bool
+) -> Upstream | None:
+    """The best of those that may be called now."""
+    if len(upstreams) == 1:
+        return upstreams[0] if upstreams[0].may_be_called(tokens) else None
+    best, equals = None, list[Upstream]()
+    for one in upstreams:
+        if one.may_be_called(tokens):
+            rank = continuing and not one.can_continue, one in tried, one.options.priority
+            if best is None or rank < best:
+                best, equals = rank, []
+            if rank == best:
+                equals.append(one)
+    return _by_weight(equals) if equals else None
+
+
 def _by_weight(upstreams: Sequence[Upstream]) -> Upstream:
     """Share calls in proportion to weights and free slots: each earns its part of a call, the richest one pays for it.
 
@@ -251,7 +264,7 @@ def _by_weight(upstreams: Sequence[Upstream]) -> Upstream:
     if len(upstreams) > 1:
         total = 0.0
         for one in upstreams:
-            earned = one.options.weight * (1 - one.slots.used / one.slots.limit)
+            earned = one.options.weight * (1 - one.in_flight / one.slots.limit)
             one.credit += earned
             total += earned
         chosen = max(upstreams, key=lambda one: one.credit)

@@ -82,5 +82,6 @@ class Upstream:
 
     def record_failure(self, error: BackendError, *, user: object) -> None:
         """A call has failed."""
-        self.last_error, self.failed_at = str(error), now_ms()
+        if error.kind != "impossible":  # that says nothing about the backend
+            self.last_error, self.failed_at = str(error), now_ms()
         self.gate.record_failure(error, user=user)

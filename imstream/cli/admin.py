@@ -30,7 +30,7 @@ _REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
 _QUOTA_SETTINGS = (*_REDIS_SETTINGS, "daily_quota", "quota_timezone")
 
 
-def _with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) -> Answer:
+def with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) -> Answer:
     """Run `work` with one connection to Redis; errors about the connection name the server."""
 
     async def connected() -> Answer:
@@ -48,7 +48,7 @@ def _with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answ
 def show_stream(settings: Settings, *, newest: int) -> None:
     """Print an overview of the node's stream, with the newest dead letters."""
     keys = Keys(settings.key_prefix)
-    overview = _with_redis(settings, lambda redis: inspect_stream(redis, keys, settings.node, newest=newest))
+    overview = with_redis(settings, lambda redis: inspect_stream(redis, keys, settings.node, newest=newest))
     click.echo("\n".join([f"node {settings.node} at {settings.redis_url}", *_stream_lines(overview)]))
 
 
@@ -110,7 +110,7 @@ def show(settings: Settings, user_id: UserId) -> None:
         lines = _user_lines(overview, status, settings, calendar)
         click.echo("\n".join([f"user {user_id} at {settings.redis_url}", *lines]))
 
-    _with_redis(settings, work)
+    with_redis(settings, work)
 
 
 def _user_lines(
@@ -161,14 +161,14 @@ def lock(settings: Settings, user_id: UserId, span: timedelta | None, reason: st
         click.echo(f"user {user_id} is locked until {until}")
         await _close_sessions(redis, settings, user_id, locked)
 
-    _with_redis(settings, work)
+    with_redis(settings, work)
 
 
 @user.command()
 @_user_command(*_REDIS_SETTINGS)
 def unlock(settings: Settings, user_id: UserId) -> None:
     """End a lock."""
-    was_locked = _with_redis(settings, lambda redis: Accounts(redis, settings).unlock(user_id))
+    was_locked = with_redis(settings, lambda redis: Accounts(redis, settings).unlock(user_id))
     click.echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
 
 
@@ -184,14 +184,14 @@ def ban(settings: Settings, user_id: UserId, reason: str, by: str) -> None:
         click.echo(f"user {user_id} is banned")
         await _close_sessions(redis, settings, user_id, banned)
 
-    _with_redis(settings, work)
+    with_redis(settings, work)
 
 
 @user.command()
 @_user_command(*_REDIS_SETTINGS)
 def unban(settings: Settings, user_id: UserId) -> None:
     """End a ban."""
-    was_banned = _with_redis(settings, lambda redis: Accounts(redis, settings).unban(user_id))
+    was_banned = with_redis(settings, lambda redis: Accounts(redis, settings).unban(user_id))
     click.echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
 
 
@@ -218,7 +218,7 @@ def quota(settings: Settings, user_id: UserId, give_back: str | None, *, reset: 
         if len(overview.counted) > MAX_SHOWN:
             click.echo(f"  and {len(overview.counted) - MAX_SHOWN} more")
 
-    _with_redis(settings, work)
+    with_redis(settings, work)
 
 
 async def _close_sessions(redis: RedisClient, settings: Settings, user_id: UserId, restricted: Restricted) -> None:

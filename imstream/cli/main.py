@@ -116,7 +116,7 @@ def node(ctx: click.Context, /, **options: str | None) -> None:
 
     It logs "ready" with its address when it serves. GET /readyz returns 200 while it can serve, GET /healthz unless
     its consumer loop is stuck. SIGTERM drains: running answers get --drain-grace to end, then it exits with 0. SIGHUP
-    reloads the word list and the published keys of tokens.
+    reloads the word list, the published keys of tokens and the file of backends.
 
     Keys and secrets (IMSTREAM_AI_KEY, IMSTREAM_MODERATION_KEY, IMSTREAM_AUTH_SECRET) are read from the environment or
     from .env; they have no option, because every user of a machine can read command lines.
@@ -256,3 +256,21 @@ def streams(newest: int, **options: str | None) -> None:
     from imstream.cli.admin import show_stream
 
     show_stream(Settings.load(**given(options)), newest=newest)
+
+
+@main.command()
+@settings_options(Settings, only=["redis_url", "key_prefix", "redis_timeout", "ai_backends"], aliases=_ALIASES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--check", is_flag=True, help="Check the configured backends from here instead, without a prompt.")
+def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
+    """Show the AI backends: state, calls in flight and last error, as each node sees them.
+
+    With --check, it reads the configuration of this machine as a node would, asks each backend for its list of models,
+    and ends with 1 if a backend is away, refuses the key or does not know the model.
+    """
+    from imstream.cli.backends import check_backends, show_backends
+
+    settings = Settings.load(**given(options))
+    if check:
+        sys.exit(check_backends(settings, as_json=as_json))
+    show_backends(settings, as_json=as_json)

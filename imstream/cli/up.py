@@ -84,9 +84,9 @@ class UpPlan:
 
     @property
     def ai_url(self) -> str:
-        """The AI backend of the nodes."""
+        """The AI backend of the nodes, or the file of several."""
         if self.demo is None:
-            return self.settings.ai_url.get_secret_value()
+            return str(self.settings.ai_backends or self.settings.ai_url.get_secret_value())
         return f"http://{reachable_host(self.demo.host)}:{self.demo.port}/v1"
 
     def stages(self) -> tuple[list[list[Part]], list[list[Part]]]:
@@ -110,7 +110,8 @@ class UpPlan:
     def _node_part(self, node: str, port: int) -> Part:
         environment = self.environment_of(Settings)
         environment[Settings.variable("redis_url")] = self.redis_url
-        environment[Settings.variable("ai_url")] = self.ai_url
+        if self.demo is not None:
+            environment[Settings.variable("ai_url")] = self.ai_url
         if self.page_token is not None:
             environment[Settings.variable("page_token")] = self.page_token
         return Part(
@@ -144,7 +145,8 @@ def make_plan(options: Mapping[str, str]) -> UpPlan:
     up = UpSettings.load(**{name: value for name, value in options.items() if name in UpSettings.model_fields})
     check_exposure(settings)
     valkey = EmbeddedSettings.load(**valkey_options) if "redis_url" not in settings.model_fields_set else None
-    demo = DemoSettings.load(**demo_options) if "ai_url" not in settings.model_fields_set else None
+    has_ai = "ai_url" in settings.model_fields_set or settings.ai_backends is not None
+    demo = None if has_ai else DemoSettings.load(**demo_options)
     groups = ((Settings, node_options), (EmbeddedSettings, valkey_options), (DemoSettings, demo_options))
     environment = {group.variable(name): value for group, given in groups for name, value in given.items()}
     if settings.log_format == "auto":  # the children write into pipes, but a person reads them

@@ -210,18 +210,23 @@ class Job:
         """Call the AI in this attempt: one backend after the other, as long as they are away."""
         writer, backends = self._writer, self._deps.backends
         assert writer is not None  # noqa: S101 - there is one after opening
+        tokens = await self._deps.prompter.tokens(self.request) if backends.limits_prompts else 0
+        if self.upstream is not None and tokens > self.upstream.prompt_limit:
+            self._release_upstream()
         if self.upstream is None:
-            last = self._last_wait
+            last, tried = self._last_wait, self._broke
             try:
                 async with asyncio.timeout(None if last is None else last.window.total_seconds()):
-                    self.upstream = backends.take(tried=self._broke) or await backends.wait(tried=self._broke)
+                    self.upstream = backends.take(tried=tried, tokens=tokens) or await backends.wait(
+                        tried=tried, tokens=tokens
+                    )
             except TimeoutError:
                 assert last is not None  # noqa: S101 - else there is no limit
                 return Bury(last.error.reason, last.error.detail, last.error.kind)
-        tried = list[Upstream]()
+        called = list[Upstream]()
         while True:
             upstream = self.upstream
-            tried.append(upstream)
+            called.append(upstream)
             try:
                 completion = await self._runner.run(upstream, writer)
             except GuardRejection as rejection:
@@ -229,7 +234,7 @@ class Job:
             except BackendError as error:
                 self._release_upstream()
                 if may_move_on(error, has_text=self.reply.offset > 0):
-                    self.upstream = backends.take_other(tried)
+                    self.upstream = backends.take_other(called, tokens=tokens)
                 if self.upstream is None:
                     return await self._after_failure(error, upstream)
             else:

@@ -154,6 +154,10 @@ class PromptAssembler:
         """Tokens of a message within a prompt."""
         return self.counter.count(message.content) + MESSAGE_TOKENS
 
+    async def tokens(self, messages: Sequence[PromptMessage]) -> int:
+        """Tokens of a prompt."""
+        return await self._run(messages, lambda: PROMPT_TOKENS + sum(map(self.size, messages)))
+
     def _fixed(self, request: ChatRequest) -> tuple[list[PromptMessage], PromptMessage]:
         """The messages before and after the history."""
         date = self._calendar.day(request.at).name if self._names_date else ""

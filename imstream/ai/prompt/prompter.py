@@ -61,6 +61,13 @@ class Prompter:
             return await self._summaries.apply(request, plan, backend) or plan.messages(dropped)
         return plan.messages(dropped)
 
+    async def tokens(self, request: ChatRequest) -> int:
+        """Tokens of the prompt without a summary; 0 if not even the message fits, which `messages` tells."""
+        plan = await self._assembler.plan(request)
+        if isinstance(plan, Excess):
+            return 0
+        return await self._assembler.tokens(plan.messages(plan.turns_to_drop(plan.budget)))
+
 
 class Summaries:
     """Makes summaries, and caches them in memory."""
