@@ -6,7 +6,7 @@ from pathlib import Path
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import choices, format_default
 from imstream.cli.up import UpSettings
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.settings import Settings, SettingsGroup
 
 DOCUMENT = Path(__file__).parent / "docs" / "settings.md"
@@ -30,6 +30,7 @@ _GROUPS: dict[str, type[SettingsGroup]] = {
     "Node": Settings,
     "`imstream up`": UpSettings,
     "Demo backend": DemoSettings,
+    "Local model": LocalAISettings,
     "Embedded Valkey": EmbeddedSettings,
 }
 

@@ -1,1 +1,1 @@
-"""The command line: `imstream up | node | chat | demo-ai | redis | streams | user`."""
+"""The command line: `imstream up | node | chat | demo-ai | local-ai | redis | streams | user`."""

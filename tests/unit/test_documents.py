@@ -13,7 +13,7 @@ import pytest
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up import UpSettings
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.settings import Settings, SettingsGroup
 from imstream.wire import parse_frame
 from ops.protocol_document import ASYNCAPI, PROTOCOL, asyncapi_text, protocol_text
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "ops" / "docs"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md")), *sorted(DOCS.rglob("*.md"))]
-GROUPS: list[type[SettingsGroup]] = [Settings, UpSettings, DemoSettings, EmbeddedSettings]
+GROUPS: list[type[SettingsGroup]] = [Settings, UpSettings, DemoSettings, LocalAISettings, EmbeddedSettings]
 
 COMMAND_LINE_VARIABLES = {"IMSTREAM_TOKEN"}
 """Variables that commands read besides the settings."""

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.errors import SettingsError
 from imstream.settings import Settings, SettingsGroup, parse_duration
 
-GROUPS = [Settings, DemoSettings, EmbeddedSettings]
+GROUPS = [Settings, DemoSettings, LocalAISettings, EmbeddedSettings]
 UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -123,7 +123,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("group", [DemoSettings, EmbeddedSettings])
+@pytest.mark.parametrize("group", [DemoSettings, LocalAISettings, EmbeddedSettings])
 def test_the_name_told_is_the_one_to_set(group: type[SettingsGroup], monkeypatch: pytest.MonkeyPatch) -> None:
     name = group.variable("port")
     monkeypatch.setenv(name, "no")

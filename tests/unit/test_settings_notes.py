@@ -12,7 +12,7 @@ from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up import UpSettings
-from imstream.demo.settings import DemoSettings
+from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.settings import Settings, SettingsGroup
 
 
@@ -25,8 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-GROUPS: list[type[SettingsGroup]] = [Settings, UpSettings, EmbeddedSettings, DemoSettings]
-COMMANDS = ("node", "up", "redis", "demo-ai", "streams", "token --user 10001", "user show 10001")
+GROUPS: list[type[SettingsGroup]] = [Settings, UpSettings, EmbeddedSettings, DemoSettings, LocalAISettings]
+COMMANDS = ("node", "up", "redis", "demo-ai", "local-ai", "streams", "token --user 10001", "user show 10001")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -130,6 +130,6 @@ def test_other_commands_warn_on_standard_error_and_servers_name_the_file(folder:
     warning = "Warning: IMSTREAM_PORTT in .env is not a setting; did you mean IMSTREAM_PORT?\n"
     result = CliRunner().invoke(main, ["token", "--user", "10001", "--ttl", "0"])
     assert (result.stdout, result.stderr.startswith(warning)) == ("", True)
-    for server in ("redis", "demo-ai", "up"):
+    for server in ("redis", "demo-ai", "local-ai", "up"):
         result = CliRunner().invoke(main, [server, "--port", "x"])
         assert result.stderr.startswith(f"settings read from {folder}/.env\n{warning}"), result.stderr

