@@ -72,7 +72,10 @@ class BackendError(ImstreamError):
         reason: A stable identifier, such as `http_503`.
         detail: One line for operators, such as the backend's text.
         retry_after: How long the backend asks to be left alone, if it says so.
+        usage: The token counts of a call that broke, if the backend reported them.
     """
+
+    usage: dict[str, int] | None = None
 
     def __init__(
         self, reason: str, detail: str = "", *, kind: FailureKind = "broken", retry_after: timedelta | None = None

@@ -77,19 +77,21 @@ class AnswerReader:
         limit: int,
         secrets: tuple[str, ...] = (),
         reasoning: ReasoningOption = "tags",
+        beginning: str = "",
         on_reasoning: Callable[[str], None] | None = None,
     ) -> None:
         """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does.
 
         `reasoning`: whether what stands in tags such as `<think>` at the beginning of the text is reasoning.
         `on_reasoning`: receives the reasoning before the text, at most `limit` characters, and `""` at its end.
+        With a `beginning`, the rest of an answer is read. It may be empty, and a whole message may repeat it.
         """
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
         self.done = self.resumed = self.may_resume = self.truncated = self.large = self.progressed = False
         self.skipped = 0
         self.problem = ""
-        self._remaining = self._remaining_reasoning = limit
+        self._remaining, self._remaining_reasoning = limit - len(beginning), limit
         self._on_reasoning = on_reasoning  # None: reasoning is not reported, or no longer
         self._secrets = secrets
         self._json_limit = max(JSON_LIMIT, 4 * limit)
@@ -101,13 +103,15 @@ class AnswerReader:
         self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
         self._has_text = self._has_choice = self._is_refusal = self._calls_tools = self._reasons = False
         has_tags = reasoning in {"tags", "open_tags"}
-        self._tags = ReasoningFilter(opened=reasoning == "open_tags") if has_tags else None  # None: all text passes
-        self._messages = ""  # text of whole messages in place of deltas
+        opened = reasoning == "open_tags" and not beginning  # the template opens reasoning before an answer only
+        self._tags = ReasoningFilter(opened=opened) if has_tags else None  # None: all text passes
+        self._beginning = self._messages = beginning  # text of whole messages in place of deltas
 
     @property
     def complete(self) -> bool:
         """Whether the answer is whole. More text, and usage, may follow."""
-        return self.done or (self._has_text and self.finish_reason is not None)
+        has_text = self._has_text or (self._beginning != "" and not self._reasons)
+        return self.done or (has_text and self.finish_reason is not None)
 
     def feed(self, data: bytes) -> str:
         """Read a part of the body; return the text of all its events.
@@ -167,7 +171,7 @@ class AnswerReader:
 
     def _finish(self) -> None:
         """Nothing follows. Raises `BackendError` if there is no text."""
-        if self._has_text:
+        if self._has_text or (self._beginning and self.finish_reason is not None):
             self.done = True
             if self._is_refusal and self.finish_reason is None:
                 self.finish_reason = "refusal"
@@ -401,7 +405,7 @@ class AnswerReader:
         else:
             content = _object(message).get("content") or self._read_other(message)
         text = _text_of(content)
-        if not text or (self._has_text and not self._messages):
+        if not text or (self._has_text and self._messages == self._beginning):
             return ""  # the text was sent as deltas before
         before, self._messages = self._messages, text if text.startswith(self._messages) else self._messages + text
         return self._messages[len(before) :]

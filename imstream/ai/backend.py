@@ -24,7 +24,7 @@ from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
 from imstream.ai.backend_options import BackendOptions, resolve_headers, resolve_parameters
 from imstream.ai.bounded_http import BodyBroken, is_encoded, stream_body
-from imstream.ai.dialect import UsageRequest, adapt, merged, parameters
+from imstream.ai.dialect import UsageRequest, Written, adapt, continued, merged, parameters
 from imstream.ai.endpoint import EndpointClient, read_until
 from imstream.ai.error_report import shorten
 from imstream.ai.failures import failure
@@ -71,8 +71,9 @@ class Backend(Protocol):
         *,
         on_text: Callable[[str], None],
         on_reasoning: Callable[[str], None] | None = None,
+        written: Written | None = None,
     ) -> Completion:
-        """Send a prompt; return when the answer is complete.
+        """Send a prompt; return when the answer, of which `written` is the beginning, is complete.
 
         `on_text` receives the text in order, never empty: one part for each network read that contains text, or several
         for a large read. `on_reasoning` receives the reasoning before it, and `""` at its end. A text longer than
@@ -156,10 +157,11 @@ class OpenAIBackend(EndpointClient):
         *,
         on_text: Callable[[str], None],
         on_reasoning: Callable[[str], None] | None = None,
+        written: Written | None = None,
     ) -> Completion:
         """See `Backend.answer`."""
         try:
-            return await self._answer(messages, _Call(on_text, on_reasoning))
+            return await self._answer(messages, _Call(on_text, on_reasoning, written))
         except BackendError as error:
             if error.reason == "first_token_timeout":
                 self._limits.on_silence()
@@ -189,7 +191,7 @@ class OpenAIBackend(EndpointClient):
     async def _call(self, body: Mapping[str, JsonValue], call: "_Call") -> Completion:
         """Make one HTTP request."""
         try:
-            data = to_json(body)
+            data = to_json(body if call.written is None else continued(body, self._options, call.written))
         except PydanticSerializationError:
             raise PermanentBackendError("bad_prompt", "the prompt is not valid Unicode") from None
         async with self._limits.start() as limits, await self._send(data, limits) as response:
@@ -198,6 +200,9 @@ class OpenAIBackend(EndpointClient):
                 self._limits.on_head(limits, is_document=is_document)
                 try:
                     completion = await self._receive(response, limits, call)
+                except BackendError as error:
+                    error.usage = None if call.reader is None else call.reader.usage
+                    raise
                 finally:
                     call.received = response.content.total_bytes
                 self._limits.on_answer(is_document=is_document)
@@ -226,8 +231,10 @@ class OpenAIBackend(EndpointClient):
             secrets=self._endpoint.secrets,
             reasoning=self._options.reasoning,
             on_reasoning=call.on_reasoning,
+            beginning="" if call.written is None else call.written.text,
         )
         intake = _Intake(reader, limits, call.on_text, self._options.idle_timeout, self._turn)
+        call.reader = reader
         try:
             while not reader.complete:
                 await stream_body(response, intake.feed)
@@ -276,7 +283,9 @@ class _Call:
     """One call. `received`: bytes of the body of its last successful response, once it has ended."""
 
     on_text: Callable[[str], None]
-    on_reasoning: Callable[[str], None] | None
+    on_reasoning: Callable[[str], None] | None = None
+    written: Written | None = None
+    reader: AnswerReader | None = None
     received: int | None = None
 
 

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 from pydantic import JsonValue
 
@@ -20,6 +21,14 @@ _LOST, _END = "connection_lost", "broken_stream"
 _ENDS_THAT_CONVINCE = 2
 
 Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The beginning of an answer that is to be continued. `tokens`: about how many it has."""
+
+    text: str
+    tokens: int
 
 
 class _Turn(Protocol):
@@ -46,6 +55,21 @@ def parameters(options: BackendOptions, extra: Mapping[str, JsonValue], *, answe
     if options.max_tokens != "none":
         own[options.max_tokens] = answer_tokens
     return merged(own, extra)
+
+
+def continued(request: Mapping[str, JsonValue], options: BackendOptions, written: Written) -> dict[str, JsonValue]:
+    """A request for the rest of an answer: its beginning is the last message, and leaves fewer tokens for the rest."""
+    beginning: dict[str, JsonValue] = {"role": "assistant", "content": written.text}
+    result = dict(request)
+    match options.continues:
+        case "prefix":
+            beginning["prefix"] = True
+        case "vllm":
+            result |= {"continue_final_message": True, "add_generation_prompt": False}
+    result["messages"] = [*cast("list[JsonValue]", request["messages"]), beginning]
+    if isinstance(limit := request.get(options.max_tokens), int):
+        result[options.max_tokens] = max(1, limit - written.tokens)
+    return result
 
 
 def merged(base: Mapping[str, JsonValue], extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

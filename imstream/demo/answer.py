@@ -43,3 +43,15 @@ def canned_answer(question: str, length: int = 0) -> tuple[str, ...]:
     natural = pieces((_ZH if chinese else _EN).format(quote=quote))
     filler = cycle(pieces(_MORE_ZH if chinese else _MORE_EN))
     return tuple(islice(chain(natural, filler), length or len(natural)))
+
+
+def rest_of(deltas: tuple[str, ...], beginning: str) -> tuple[str, ...]:
+    """The deltas after the beginning of their text; all of them if it begins otherwise."""
+    if not "".join(deltas).startswith(beginning):
+        return deltas
+    skipped = len(beginning)
+    for number, delta in enumerate(deltas):
+        if skipped < len(delta):
+            return (delta[skipped:], *deltas[number + 1 :])
+        skipped -= len(delta)
+    return ()

@@ -127,7 +127,7 @@ class DemoBackend:
     async def _send_answer(
         self, request: web.Request, asked: protocol.CompletionRequest, marker: Marker, fault: Fault | None
     ) -> web.StreamResponse:
-        answer = protocol.Answer(asked, self._settings.length)
+        answer = protocol.Answer(asked, self._settings.length, continues=self._settings.continues)
         first, pace = _seconds(marker.first, self._settings.first), _seconds(marker.pace, self._settings.pace)
         if not asked.stream:
             body = answer.whole()

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from pydantic_core import from_json, to_json
 
-from imstream.demo.answer import canned_answer, pieces
+from imstream.demo.answer import canned_answer, pieces, rest_of
 
 MODEL = "demo"
 """The only model. Requests may name any model, and are answered by this one."""
@@ -38,12 +38,14 @@ class CompletionRequest:
         question: The text of the user's last message.
         context: The text of all messages.
         usage: A stream ends with a chunk that carries the usage.
+        beginning: That of the answer, if the last message is one of the assistant.
     """
 
     question: str
     context: str
     stream: bool
     usage: bool
+    beginning: str = ""
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -58,7 +60,8 @@ def parse_completion(body: bytes) -> CompletionRequest:
     questions = [text for role, text in texts if role == "user"]
     if not questions:
         raise InvalidRequest("messages must hold at least one of the role user")
-    return CompletionRequest(questions[-1], "\n".join(text for _, text in texts), stream=stream, usage=usage)
+    context, beginning = "\n".join(text for _, text in texts), texts[-1][1] if texts[-1][0] == "assistant" else ""
+    return CompletionRequest(questions[-1], context, stream=stream, usage=usage, beginning=beginning)
 
 
 def _text(content: object) -> str:
@@ -69,18 +72,20 @@ def _text(content: object) -> str:
 
 
 class Answer:
-    """The answer to a request."""
+    """The answer to a request. If the demo `continues` answers, it is the rest of one whose beginning was sent."""
 
-    def __init__(self, request: CompletionRequest, length: int) -> None:
+    def __init__(self, request: CompletionRequest, length: int, *, continues: bool = False) -> None:
         self._request = request
         self.deltas = canned_answer(request.question, length)
+        if continues:
+            self.deltas = rest_of(self.deltas, request.beginning)
         self._id = f"chatcmpl-{uuid4().hex}"
         self._created = int(time.time())
 
     def events(self) -> list[bytes]:
         """One event for each delta. The first also contains the chunk with the role, as models send it."""
         head, tail = self._chunk({"content": _PLACEHOLDER}).split(to_json(_PLACEHOLDER))
-        first, *rest = [head + to_json(delta) + tail for delta in self.deltas]
+        first, *rest = [head + to_json(delta) + tail for delta in self.deltas] or [b""]
         return [self._chunk({"role": "assistant", "content": ""}) + first, *rest]
 
     def ending(self) -> bytes:

@@ -29,6 +29,7 @@ class DemoSettings(SettingsGroup):
     pace: Span = Field(timedelta(milliseconds=30), description="Time between two deltas; 0 sends the answer at once.")
     first: Span = Field(timedelta(milliseconds=200), description="Time before the first delta.")
     length: int = Field(0, ge=0, le=100_000, description="Number of deltas of an answer; 0 for the natural length.")
+    continues: bool = Field(default=False, description="Whether an answer is continued if the last message begins it.")
 
     fail_rate: Rate = Field(0.0, description="Share of calls answered with 500 or 503.")
     busy_rate: Rate = Field(0.0, description="Share of the other calls answered with 429.")

@@ -178,6 +178,20 @@ class FilterChain:
                 return
         self._write(text)
 
+    def seed(self, shown: str) -> bool:
+        """Begin behind text that was shown before. False: it cannot be continued, because the filters change it."""
+        held = 0
+        try:
+            for one in self._filters:
+                if (rest := one.seed(shown[: len(shown) - held])) is None:
+                    return False
+                held += rest
+        except GuardRejection:
+            return False
+        if held:
+            self._write = _without(held, self._write)
+        return True
+
     def end(self) -> None:
         """Write what the filters have buffered."""
         rest = ""
@@ -185,6 +199,18 @@ class FilterChain:
             rest = (one.feed(rest) if rest else "") + one.end()
         if rest:
             self._write(rest)
+
+
+def _without(count: int, write: Callable[[str], None]) -> Callable[[str], None]:
+    """`write`, without the first characters."""
+
+    def write_rest(text: str) -> None:
+        nonlocal count
+        text, count = text[count:], max(0, count - len(text))
+        if text:
+            write(text)
+
+    return write_rest
 
 
 def _remaining(verdicts: Iterable[Allow]) -> int | None:

@@ -77,13 +77,19 @@ class GuardRejection(Exception):  # noqa: N818 - a verdict, not an error of ours
 
 
 class AnswerFilter(Protocol):
-    """Filters the answer of one attempt. Both methods raise `GuardRejection`."""
+    """Filters the answer of one attempt. All methods raise `GuardRejection`."""
 
     def feed(self, text: str) -> str:
         """Process the next piece. Returns what may be shown now, possibly nothing."""
 
     def end(self) -> str:
         """Complete the answer. Returns the rest that may be shown."""
+
+    def seed(self, shown: str) -> int | None:
+        """Process the beginning of the answer, which was shown. Returns how many characters at its end are buffered.
+
+        None: the answer cannot go on from there, because the filter has changed the text, or may change what was shown.
+        """
 
 
 class Guard:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import structlog
+
 from imstream.ai.backend import Completion
 from imstream.ai.call_gate import CallGate
 from imstream.ai.prompt.prompter import Prompter
@@ -21,6 +23,8 @@ from imstream.store.replies import ReplyStore
 from imstream.worker.disposition import Limits
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 from imstream.worker.reply_writer import ReplyWriter
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +45,42 @@ class WorkerDeps:
     on_begun: Callable[[ReplyBuffer], None]
 
 
+class CannotContinue(Exception):  # noqa: N818 - not an error
+    """The answer cannot be continued: the backend does not do it, or its beginning is not the model's own text."""
+
+
 @dataclass(slots=True, eq=False)
 class AttemptRunner:
-    """Calls the AI for one request, once per attempt. Guards check the request once, and may change it (`checked`)."""
+    """Calls the AI for one request, once per attempt. Guards check the request once, and may change it (`checked`).
+
+    `may_continue`: no backend has refused to continue the answer.
+    """
 
     request: ChatRequest
     deps: WorkerDeps
     checked: ChatRequest | None = None
+    may_continue: bool = True
 
     async def run(self, upstream: Upstream, writer: ReplyWriter) -> Completion:
-        """Call a backend; write text and reasoning that may be shown. Raises `GuardRejection` and `BackendError`."""
-        deps = self.deps
+        """Call a backend for the rest of the answer; write text and reasoning that may be shown.
+
+        Raises `GuardRejection`, `BackendError`, and `CannotContinue`.
+        """
+        deps, beginning = self.deps, writer.beginning
         request = self.checked = self.checked or await deps.guards.check_ai_call(self.request)
-        messages = await deps.prompter.messages(request, upstream.backend)
         filtered = deps.guards.answer_filter(request, writer.append)
+        written = None
+        if beginning:
+            written = await deps.prompter.written(beginning) if upstream.can_continue else None
+            if written is None or (filtered is not None and not filtered.seed(beginning)):
+                raise CannotContinue
+        messages = await deps.prompter.messages(request, upstream.backend)
         try:
             completion = await upstream.backend.answer(
                 messages,
                 on_text=_reported(upstream.gate, writer.append if filtered is None else filtered.feed),
                 on_reasoning=self._on_reasoning(request, writer),
+                written=written,
             )
             upstream.gate.record_success()
             if filtered is not None:
@@ -67,6 +88,11 @@ class AttemptRunner:
         except BackendError as error:
             writer.forget_reasoning()
             upstream.record_failure(error, user=request.user_id)
+            if beginning and not writer.has_text and error.kind in {"impossible", "misconfigured"}:
+                # Perhaps it is the request to continue that cannot succeed.
+                self.may_continue = False
+                log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error))
+                raise CannotContinue from None
             raise
         except GuardRejection as rejection:
             await deps.guards.record_rejection(rejection.verdict, request)

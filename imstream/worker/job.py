@@ -11,7 +11,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
-from imstream.model import ChatRequest, Terminal, Waiting
+from imstream.model import ChatRequest, Terminal, Usage, Waiting, usage_sum
 from imstream.redis.errors import retry_until_available
 from imstream.store.inbox import ReplyGrew
 from imstream.store.replies import (
@@ -25,7 +25,7 @@ from imstream.store.replies import (
     WaitRecorded,
 )
 from imstream.store.requests import Entry, RequestStream
-from imstream.worker.attempt import AttemptRunner, WorkerDeps
+from imstream.worker.attempt import AttemptRunner, CannotContinue, WorkerDeps
 from imstream.worker.disposition import (
     INTERNAL_ERROR,
     Bury,
@@ -48,6 +48,9 @@ log: FilteringBoundLogger = structlog.get_logger()
 
 StopReason = Literal["cancelled", "drained", "superseded"]
 """Why a job stops before its answer is complete. Superseded: the reply stream rejects further text of the attempt."""
+
+
+_Opening = Opened | Ended | Duplicate | OtherQuestion
 
 
 class Job:
@@ -79,6 +82,8 @@ class Job:
         """Whether an attempt of this job has shown text, recorded or not."""
         self._counted = 0
         """Attempts before this one that count."""
+        self._usage: Usage | None = None
+        """That of the calls that wrote the text so far."""
         self._last_wait: Wait | None = None
         self._broke: tuple[Upstream, ...] = ()
         """The backend that broke the last attempt: the next one prefers others."""
@@ -196,7 +201,7 @@ class Job:
         return decision
 
     async def _attempt(self) -> Disposition:
-        opened = await self._open()
+        opened = await self._open(continues=True)
         if not isinstance(opened, Opened):
             return await self._not_opened(opened)
         if (verdict := after_opening(opened.attempt, self._deps.limits)) is not None:
@@ -208,52 +213,71 @@ class Job:
 
     async def _call(self) -> Disposition:
         """Call the AI in this attempt: one backend after the other, as long as they are away."""
-        writer, backends = self._writer, self._deps.backends
+        backends, writer = self._deps.backends, self._writer
         assert writer is not None  # noqa: S101 - there is one after opening
+        continuing = writer.beginning != ""
         tokens = await self._deps.prompter.tokens(self.request) if backends.limits_prompts else 0
-        if self.upstream is not None and tokens > self.upstream.prompt_limit:
-            self._release_upstream()
-        if self.upstream is None:
-            last, tried = self._last_wait, self._broke
-            try:
-                async with asyncio.timeout(None if last is None else last.window.total_seconds()):
-                    self.upstream = backends.take(tried=tried, tokens=tokens) or await backends.wait(
-                        tried=tried, tokens=tokens
-                    )
-            except TimeoutError:
-                assert last is not None  # noqa: S101 - else there is no limit
-                return Bury(last.error.reason, last.error.detail, last.error.kind)
+        taken = self._take_upstream(continuing=continuing, tokens=tokens)
+        upstream = taken or await self._wait_for_upstream(continuing=continuing, tokens=tokens)
+        if isinstance(upstream, Bury):
+            return upstream
         called = list[Upstream]()
         while True:
-            upstream = self.upstream
-            called.append(upstream)
             try:
                 completion = await self._runner.run(upstream, writer)
             except GuardRejection as rejection:
                 return after_rejection(rejection.verdict, self.request.lang)
+            except CannotContinue:
+                if not isinstance(opened := await self._open(unused=True), Opened):
+                    return await self._not_opened(opened)
+                writer = self._writer or writer
             except BackendError as error:
+                self._usage = usage_sum(self._usage, error.usage)
                 self._release_upstream()
-                if may_move_on(error, has_text=self.reply.offset > 0):
-                    self.upstream = backends.take_other(called, tokens=tokens)
+                called.append(upstream)
+                if may_move_on(error, has_text=writer.has_text):
+                    self.upstream = backends.take_other(called, continuing=writer.beginning != "", tokens=tokens)
                 if self.upstream is None:
-                    return await self._after_failure(error, upstream)
+                    return await self._after_failure(error, upstream, has_text=writer.has_text)
+                upstream = self.upstream
             else:
                 self._scope = None  # the answer is complete: from here on, nothing stops it but its record
                 self._release_upstream()
-                return await self._end(Terminal("done", completion.finish_reason, completion.usage))
+                usage = usage_sum(self._usage, completion.usage)
+                return await self._end(Terminal("done", completion.finish_reason, usage))
+
+    def _take_upstream(self, *, continuing: bool, tokens: int) -> Upstream | None:
+        """Take a backend that may be called now, unless there is one that takes the prompt."""
+        if self.upstream is not None and tokens > self.upstream.prompt_limit:
+            self._release_upstream()
+        if self.upstream is None:
+            self.upstream = self._deps.backends.take(tried=self._broke, continuing=continuing, tokens=tokens)
+        return self.upstream
+
+    async def _wait_for_upstream(self, *, continuing: bool, tokens: int) -> Upstream | Bury:
+        """Wait until a backend may be called; give up when the retry window is over."""
+        last = self._last_wait
+        try:
+            async with asyncio.timeout(None if last is None else last.window.total_seconds()):
+                wait = self._deps.backends.wait
+                self.upstream = await wait(tried=self._broke, continuing=continuing, tokens=tokens)
+                return self.upstream
+        except TimeoutError:
+            assert last is not None  # noqa: S101 - else there is no limit
+            return Bury(last.error.reason, last.error.detail, last.error.kind)
 
     def _release_upstream(self) -> None:
         if self.upstream is not None:
             self._deps.backends.release(self.upstream)
             self.upstream = None
 
-    async def _after_failure(self, error: BackendError, upstream: Upstream) -> Disposition:
+    async def _after_failure(self, error: BackendError, upstream: Upstream, *, has_text: bool) -> Disposition:
         """Decide after a call that has failed, and was not made at another backend."""
         since, now = self._waits_since, asyncio.get_running_loop().time()
         decision = after_failure(
             error,
             counted=self._counted + 1,
-            has_text=self.reply.offset > 0,
+            has_text=has_text,
             waited=timedelta(seconds=0 if since is None else now - since),
             limits=self._deps.limits,
         )
@@ -279,22 +303,46 @@ class Job:
         elif result.reason != "gone":  # else the next append records the reply again
             self.stop("superseded")
 
-    async def _open(self) -> Opened | Ended | Duplicate | OtherQuestion:
-        before, self._writer = self._writer, None
+    async def _open(self, *, continues: bool = False, unused: bool = False) -> _Opening:
+        """Begin an attempt; with `continues`, at the end of the text, if possible. `unused`: see `ReplyStore.open`."""
+        deps, reply, before, shown = self._deps, self.reply, self._writer, None
+        continues = continues and self._runner.may_continue and deps.backends.can_continue
         if before is not None:
-            self._showed_text = self._showed_text or self.reply.offset > 0
+            self._showed_text = self._showed_text or reply.offset > 0
+            if continues:
+                await retry_until_available(before.flush)
+                shown = reply.offset
+            self._writer = None
             await before.close()
-        opened = await self._try_open()
+
+        async def open_reply(lost: str = "") -> _Opening:
+            return await retry_until_available(
+                lambda: deps.replies.open(
+                    reply.user_id,
+                    reply.message_id,
+                    self.request.question,
+                    request=self._id,
+                    lost=lost,
+                    after=reply.fence,  # if Redis has lost earlier attempts, their numbers are not used again
+                    continues=deps.settings.max_answer if continues else 0,
+                    shown=shown,
+                    usage=self._usage,
+                    unused=unused,
+                )
+            )
+
+        opened = await open_reply()
         if isinstance(opened, Duplicate):
             # An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost.
             owner = opened.owner
             if not await retry_until_available(lambda: self.stream.is_unfinished(owner)):
-                opened = await self._try_open(lost=owner)
+                opened = await open_reply(lost=owner)
                 if isinstance(opened, Opened):  # else it has just ended
                     self._log.warning("taking over a message whose request is lost", lost=owner)
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
-            deps, reply, is_first = self._deps, self.reply, opened.attempt == 1
+            self._usage = None if opened.continued is None else opened.continued.usage
+            is_first = opened.attempt == 1
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
             if is_first:
@@ -302,15 +350,6 @@ class Job:
             notice = ReplyGrew(reply.user_id, reply.message_id, begun=is_first)
             self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
-
-    async def _try_open(self, lost: str = "") -> Opened | Ended | Duplicate | OtherQuestion:
-        reply, replies, question = self.reply, self._deps.replies, self.request.question
-        return await retry_until_available(
-            # If Redis has lost earlier attempts, `after` keeps their numbers from being used again.
-            lambda: replies.open(
-                reply.user_id, reply.message_id, question, request=self._id, lost=lost, after=reply.fence
-            )
-        )
 
     async def _not_opened(self, opened: Ended | Duplicate | OtherQuestion) -> Disposition:
         """Decide about a message that has ended or belongs to another request."""

@@ -19,7 +19,9 @@ class ReplyWriter:
         self._inbox = inbox
         self._request = request
         self._attempt = opened.attempt
-        self._recorded = self._start = 0 if opened.continued is None else len(opened.continued.text)
+        self.beginning = "" if opened.continued is None else opened.continued.text
+        """The text that this attempt continues."""
+        self._recorded = len(self.beginning)
         self._thinking = False
         """Whether the last entry of the record says that the model reasons."""
         self.has_remote_readers = True
@@ -31,7 +33,7 @@ class ReplyWriter:
     @property
     def has_text(self) -> bool:
         """Whether this attempt has added text."""
-        return self._reply.offset > self._start
+        return self._reply.offset > len(self.beginning)
 
     @property
     def needs_flush(self) -> bool:

@@ -54,6 +54,7 @@ _AI_SETTINGS = {
     "hang_rate": 0.01,
     "break_rate": 0.05,
     "retry_after": "1s",
+    "continues": True,
 }
 
 
@@ -117,6 +118,7 @@ class Stage:
             "port": port,
             "redis_url": f"redis://imstream:{self.password}@127.0.0.1:{self.redis_port}/0",
             "ai_url": f"http://127.0.0.1:{ai_port}/v1",
+            "ai_continue": "assistant" if int(name) % 2 else "none",  # half of them repeat broken answers
         }
         return Part(
             f"node {name}",

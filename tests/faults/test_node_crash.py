@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from tests.support.backend_scripts import continues
 from tests.support.one_node import one_node
 from tests.support.peer import Peer, Told
 from tests.support.scripted_backend import chunk, event, hangs, scripted_backend, streams
@@ -27,13 +28,25 @@ async def _until_it_breaks(someone: Peer) -> None:
         return
 
 
-@pytest.mark.parametrize("point", [*BEFORE_THE_END, *AFTER_THE_END])
+WITH_TEXT = ("first-text", "flushed", "last-text")
+
+
+@pytest.mark.parametrize(
+    ("point", "option"),
+    [
+        *((point, "none") for point in (*BEFORE_THE_END, *AFTER_THE_END)),
+        *((point, "assistant") for point in WITH_TEXT),
+    ],
+)
 async def test_a_message_is_answered_once_wherever_its_node_dies(
-    point: str, redis_server: RedisServer, tmp_path: Path
+    point: str, option: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
+    script = streams(*ANSWER) if option == "none" else continues(*ANSWER)
     async with (
-        scripted_backend(always=streams(*ANSWER)) as backend,
-        one_node(tmp_path, redis_server, backend.url, crash_at=point, flush_interval="20ms") as node,
+        scripted_backend(always=script) as backend,
+        one_node(
+            tmp_path, redis_server, backend.url, crash_at=point, flush_interval="20ms", ai_continue=option
+        ) as node,
     ):
         if point == "flushed":  # slow enough that the first text is recorded alone
             backend.then(hangs(event(chunk(ANSWER[0]))))

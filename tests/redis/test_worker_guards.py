@@ -128,6 +128,9 @@ class _Listens(Guard):
             raise GuardRejection(Reject("words_answer", Code.FORBIDDEN, Sentence("不", "No")))
         return text
 
+    def seed(self, shown: str) -> int | None:  # noqa: ARG002 - it changes nothing
+        return 0
+
     def end(self) -> str:
         return ""
 

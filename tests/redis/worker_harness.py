@@ -14,6 +14,7 @@ import redis
 
 from imstream.ai.backend import Completion, PromptMessage
 from imstream.ai.call_gate import CallGate
+from imstream.ai.dialect import Written
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
@@ -65,6 +66,7 @@ class Call:
     outcome: asyncio.Future[Completion]
     at: float
     think: Callable[[str], None] | None = None
+    written: Written | None = None
     cancelled: bool = False
 
     def done(self, *pieces: str, finish_reason: str = "stop", usage: dict[str, int] | None = None) -> None:
@@ -93,10 +95,11 @@ class PlayedBackend:
         *,
         on_text: Callable[[str], None],
         on_reasoning: Callable[[str], None] | None = None,
+        written: Written | None = None,
     ) -> Completion:
         """See `Backend`."""
         loop = asyncio.get_running_loop()
-        call = Call(messages, on_text, loop.create_future(), loop.time(), on_reasoning)
+        call = Call(messages, on_text, loop.create_future(), loop.time(), on_reasoning, written)
         self.calls.append(call)
         if self.always is not None:
             self.always(call)

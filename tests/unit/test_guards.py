@@ -116,6 +116,9 @@ class _Shouting:
         text, self.buffer = self.buffer + text[:-1], text[-1:]
         return text.upper()
 
+    def seed(self, shown: str) -> int | None:
+        return 0 if shown == shown.upper() else None
+
     def end(self) -> str:
         return self.buffer.upper()
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.ai.backend import Completion, PromptMessage
+from imstream.ai.dialect import Written
 from imstream.ai.prompt.assembler import MESSAGE_TOKENS, PROMPT_TOKENS, Excess, PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.prompt.token_count import make_token_counter
@@ -38,6 +39,7 @@ class _UnusedBackend:
         *,
         on_text: Callable[[str], None],
         on_reasoning: Callable[[str], None] | None = None,
+        written: Written | None = None,
     ) -> Completion:
         raise NotImplementedError
 

@@ -158,6 +158,10 @@ class PromptAssembler:
         """Tokens of a prompt."""
         return await self._run(messages, lambda: PROMPT_TOKENS + sum(map(self.size, messages)))
 
+    async def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return await self._run([PromptMessage("assistant", text)], lambda: self.counter.count(text))
+
     def _fixed(self, request: ChatRequest) -> tuple[list[PromptMessage], PromptMessage]:
         """The messages before and after the history."""
         date = self._calendar.day(request.at).name if self._names_date else ""

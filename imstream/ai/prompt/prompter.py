@@ -13,6 +13,7 @@ from itertools import accumulate
 import structlog
 
 from imstream.ai.backend import Backend, PromptMessage
+from imstream.ai.dialect import Written
 from imstream.ai.prompt.assembler import MESSAGE_TOKENS, PROMPT_TOKENS, Excess, PromptAssembler, PromptPlan
 from imstream.ai.prompt.token_count import TokenEstimate
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
@@ -45,6 +46,7 @@ class Prompter:
 
     def __init__(self, settings: Settings, assembler: PromptAssembler) -> None:
         self._assembler = assembler
+        self._answer_tokens = settings.answer_tokens
         self._summaries = Summaries(settings, assembler) if settings.history == "summarise" else None
 
     async def messages(self, request: ChatRequest, backend: Backend) -> list[PromptMessage]:
@@ -67,6 +69,11 @@ class Prompter:
         if isinstance(plan, Excess):
             return 0
         return await self._assembler.tokens(plan.messages(plan.turns_to_drop(plan.budget)))
+
+    async def written(self, text: str) -> Written | None:
+        """The beginning of an answer, for a call that continues it. None: it has special tokens, or all tokens."""
+        tokens = await self._assembler.count(text)
+        return Written(text, tokens) if tokens < self._answer_tokens and self._assembler.escape(text) == text else None
 
 
 class Summaries:

@@ -57,6 +57,13 @@ class WordFilter:
         self._before = normal[:end][-1:] or self._before
         return self._insert_ignored(shown, ()) if self._ignored else shown
 
+    def seed(self, shown: str) -> int | None:
+        if self.rejection is None and MASK in shown:
+            return None  # the model wrote something else
+        passed = self.feed(shown)
+        held = len(shown) - len(passed)
+        return held if shown.startswith(passed) and (held == 0 or self.rejection is not None) else None
+
     def end(self) -> str:
         return self._release(self._buffer, self._normal, len(self._normal)) if self._buffer else ""
 
