@@ -8,11 +8,10 @@ from typing import Any, Self
 from redis.asyncio import ConnectionPool
 from redis.exceptions import NoScriptError
 
-from imstream.errors import StoreRefused
 from imstream.redis.cluster import Cluster
-from imstream.redis.connection import Argument, BlockingConnection
+from imstream.redis.connection import Argument
 from imstream.redis.errors import AccessLog
-from imstream.redis.pipeline import Pipeline
+from imstream.redis.pipeline import MAX_BATCH, Pipeline
 from imstream.redis.pools import make_pool
 from imstream.urls import RedisUrl, SecretUrl, Topology
 
@@ -26,12 +25,20 @@ class RedisClient:
     """Sends commands in shared pipelines, over at most `connections` to each server. Use as a context manager."""
 
     def __init__(
-        self, url: str | SecretUrl, *, connections: int, timeout: timedelta, access_log: AccessLog | None = None
+        self,
+        url: str | SecretUrl,
+        *,
+        connections: int,
+        timeout: timedelta,
+        access_log: AccessLog | None = None,
+        block: timedelta | None = None,
     ) -> None:
+        """`block`: how much longer than `timeout` each command may take; then no two share a pipeline."""
         log = access_log or AccessLog()
+        limit, max_batch = (timeout, MAX_BATCH) if block is None else (timeout + block, 1)
 
         def connect(pool: ConnectionPool) -> Pipeline:
-            return Pipeline(pool, connections=connections, timeout=timeout, access_log=log)
+            return Pipeline(pool, connections=connections, timeout=limit, access_log=log, max_batch=max_batch)
 
         parsed = RedisUrl.parse(url)
         self.topology: Topology = parsed.topology
@@ -45,6 +52,10 @@ class RedisClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Fail all commands and close the connections."""
         await self._servers.aclose()
 
     def execute(self, *command: Argument, urgent: bool = True) -> Coroutine[Any, Any, Any]:
@@ -64,44 +75,14 @@ class RedisClient:
         return await self._servers.send_to_masters(*command)
 
 
-class BlockingReader:
-    """A connection of its own for commands that block. Never cancel a blocked `execute`: entries that Redis is
-    delivering would stay pending, and `>` never returns them again."""  # noqa: D205, D209 - one thought
+class BlockingReader(RedisClient):
+    """A connection of its own for commands that block, one at a time. Never cancel a blocked `execute`: entries that
+    Redis is delivering would stay pending, and `>` never returns them again."""  # noqa: D205, D209 - one thought
 
     def __init__(
         self, url: str | SecretUrl, *, block: timedelta, timeout: timedelta, access_log: AccessLog | None = None
     ) -> None:
-        log = access_log or AccessLog()
-
-        def connect(pool: ConnectionPool) -> BlockingConnection:
-            return BlockingConnection(pool, timeout=block + timeout, access_log=log)
-
-        parsed = RedisUrl.parse(url)
-        self._servers = (
-            Cluster(parsed, connect, connections=1, timeout=timeout)
-            if parsed.topology == "cluster"
-            else connect(make_pool(parsed, connections=1, timeout=timeout))
-        )
-
-    async def execute(self, *command: Argument) -> Any:  # noqa: ANN401 - what Redis answers
-        """Send one command and wait for its reply, up to the sum of `block` and `timeout`.
-
-        Raises:
-            StoreUnavailable: No reply in time.
-            StoreRefused: Redis refused the command.
-        """
-        try:
-            return await self._servers.send(*command)
-        except StoreRefused as error:
-            if not (isinstance(self._servers, Cluster) and str(error).startswith("UNBLOCKED")):
-                raise
-        # The key was deleted, or moved to another node, under a blocked read. Nothing was delivered, so the command may
-        # be repeated, and is redirected if need be.
-        return await self._servers.send(*command)
-
-    async def aclose(self) -> None:
-        """Close the connection."""
-        await self._servers.aclose()
+        super().__init__(url, connections=1, timeout=timeout, access_log=access_log, block=block)
 
 
 class Script:

@@ -1,16 +1,16 @@
 """Redis Cluster: send each command to the master that owns the slot of its key, and follow redirections."""
 
 import asyncio
-from binascii import crc_hqx
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 from redis.asyncio import ConnectionPool
+from redis.crc import key_slot
 from redis.exceptions import MovedError
 
-from imstream.errors import StoreDenied, StoreError, StoreUnavailable
-from imstream.redis.connection import CLOSED, Argument, BlockingConnection
+from imstream.errors import StoreDenied, StoreError, StoreRefused, StoreUnavailable
+from imstream.redis.connection import CLOSED, Argument
 from imstream.redis.errors import Redirected, describe
 from imstream.redis.pipeline import Pipeline
 from imstream.redis.pools import server_pool
@@ -39,19 +39,20 @@ class NodeAddress(NamedTuple):
     port: int
 
 
-NodeConnections = Pipeline | BlockingConnection
-Connect = Callable[[ConnectionPool], NodeConnections]
+Connect = Callable[[ConnectionPool], Pipeline]
 
 
 class Cluster:
     """Owns the connections to each node, made by `connect` when first needed, and the map of slots."""
 
-    def __init__(self, url: RedisUrl, connect: Connect, *, connections: int, timeout: timedelta) -> None:
+    def __init__(
+        self, url: RedisUrl, connect: Callable[[ConnectionPool], Pipeline], *, connections: int, timeout: timedelta
+    ) -> None:
         self._url = url
         self._connect = connect
         self._pool_size = connections
         self._timeout = timeout
-        self._connections: dict[NodeAddress, NodeConnections] = {}
+        self._connections: dict[NodeAddress, Pipeline] = {}
         self._nodes: set[NodeAddress] = set()
         self._owners: list[NodeAddress | None] = []
         """The master of each slot. Empty until it is known; then always known, though possibly outdated."""
@@ -87,6 +88,10 @@ class Cluster:
                 if not asking:
                     self._owners[error.slot_id] = address
                     self._refresh_soon()  # other slots have probably moved, too
+            except StoreRefused as refused:
+                # The key was deleted, or moved to another node, under a blocked read. Nothing was delivered.
+                if not str(refused).startswith("UNBLOCKED"):
+                    raise
             except StoreUnavailable:
                 self._refresh_soon(address)
                 raise
@@ -103,14 +108,14 @@ class Cluster:
     def _owner_of(self, key: Argument | None) -> NodeAddress:
         if key is None:
             return next(owner for owner in self._owners if owner is not None)
-        slot = slot_of(key if isinstance(key, bytes) else str(key).encode("utf-8", "replace"))
+        slot = key_slot(key if isinstance(key, bytes) else str(key).encode("utf-8", "replace"))
         owner = self._owners[slot]
         if owner is None:
             self._refresh_soon()
             raise StoreUnavailable(f"no node of the Redis Cluster has slot {slot}")
         return owner
 
-    def _connections_to(self, address: NodeAddress) -> NodeConnections:
+    def _connections_to(self, address: NodeAddress) -> Pipeline:
         if self._closed:
             raise StoreUnavailable(CLOSED)
         if address not in self._connections:
@@ -181,10 +186,3 @@ def key_of(command: tuple[Argument, ...]) -> Argument | None:
         words = [str(word).upper() for word in command]
         return command[words.index("STREAMS", _READS[name]) + 1]
     return command[2 if name in _KEY_AFTER_SUBCOMMAND else 1]
-
-
-def slot_of(key: bytes) -> int:
-    """The slot of a key: CRC16 of its hash tag, or of all of it."""
-    _, opened, rest = key.partition(b"{")
-    tag, closed, _ = rest.partition(b"}")
-    return crc_hqx(tag if opened and closed and tag else key, 0) % SLOTS

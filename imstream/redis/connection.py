@@ -196,33 +196,6 @@ class RedisConnection(asyncio.Protocol):
         self._on_idle(self)
 
 
-class BlockingConnection:
-    """A connection for one command at a time, which may block. It owns the pool."""
-
-    def __init__(self, pool: ConnectionPool, *, timeout: timedelta, access_log: AccessLog) -> None:
-        self._pool = pool
-        self._connection = RedisConnection(pool, timeout=timeout, on_idle=lambda _: None, access_log=access_log)
-        self._lock = asyncio.Lock()
-
-    async def aclose(self) -> None:
-        """Close the connection and the pool."""
-        await self._connection.aclose()
-        await self._pool.aclose()
-
-    async def send(self, *command: Argument, asking: bool = False, urgent: bool = True) -> Any:  # noqa: ANN401, ARG002 - what Redis answers; all is urgent here
-        """Send one command and wait for its reply. When this is cancelled, the connection is closed."""
-        async with self._lock:
-            reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            self._connection.send([*([ASKING] if asking else []), (pack(command), reply)])
-            try:
-                return await reply
-            except asyncio.CancelledError:
-                await self._connection.aclose()  # no other command may get the reply to this one
-                raise
-            finally:
-                del reply  # see `Pipeline.send`
-
-
 def fail_all(replies: Iterable[asyncio.Future[Any] | None], error: StoreUnavailable) -> None:
     """Raise an error of its own for each caller that still waits."""
     for reply in replies:

@@ -31,8 +31,11 @@ MAX_BATCH_DELAY = 0.005
 class Pipeline:
     """Sends commands to one server in shared batches. It owns the pool and the connections."""
 
-    def __init__(self, pool: ConnectionPool, *, connections: int, timeout: timedelta, access_log: AccessLog) -> None:
+    def __init__(
+        self, pool: ConnectionPool, *, connections: int, timeout: timedelta, access_log: AccessLog, max_batch: int
+    ) -> None:
         self._pool = pool
+        self._max_batch = max_batch
         self._queue: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
         self._connections = [
@@ -93,7 +96,7 @@ class Pipeline:
     def _flush(self) -> None:
         self._flush_scheduled = False
         while self._queue and self._idle:
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
             if batch[-1] is ASKING:  # it must travel with the command after it
                 batch.append(self._queue.popleft())
             self._idle.pop().send(batch)
