@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Coroutine, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self
 
-from redis.asyncio import ConnectionPool
 from redis.exceptions import NoScriptError
 
 from imstream.redis.cluster import Cluster
@@ -34,12 +34,9 @@ class RedisClient:
         block: timedelta | None = None,
     ) -> None:
         """`block`: how much longer than `timeout` each command may take; then no two share a pipeline."""
-        log = access_log or AccessLog()
         limit, max_batch = (timeout, MAX_BATCH) if block is None else (timeout + block, 1)
-
-        def connect(pool: ConnectionPool) -> Pipeline:
-            return Pipeline(pool, connections=connections, timeout=limit, access_log=log, max_batch=max_batch)
-
+        log = access_log or AccessLog()
+        connect = partial(Pipeline, connections=connections, timeout=limit, access_log=log, max_batch=max_batch)
         parsed = RedisUrl.parse(url)
         self.topology: Topology = parsed.topology
         self._servers = (

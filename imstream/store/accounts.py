@@ -31,17 +31,10 @@ class Locked:
 
 @dataclass(frozen=True, slots=True)
 class AccountOpen:
-    """The user is neither banned nor locked, and `used` messages are counted today."""
+    """The user is neither banned nor locked, and `used` messages are counted today. `new`: one of them by this call."""
 
     used: int
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """A message is allowed; with it, `used` messages are counted today. `new`: it was not counted before."""
-
-    used: int
-    new: bool
+    new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +78,7 @@ class Accounts:
 
     async def check_and_count(
         self, user_id: UserId, message_id: str, at: int, day: Day
-    ) -> Counted | QuotaExhausted | Locked | Banned:
+    ) -> AccountOpen | QuotaExhausted | Locked | Banned:
         """Count a message if it is allowed. `at`: when it was asked, in milliseconds since 1970."""
         account, quota = self._keys.account(user_id), self._keys.quota(user_id, day.name)
         keys = (account, quota, self._keys.reply(user_id, message_id))
@@ -93,10 +86,10 @@ class Accounts:
         verdict, *rest = await LUA["check_account_and_count"].run(self._redis, keys, arguments)
         if (restriction := _restriction(verdict, rest)) is not None:
             return restriction
-        return QuotaExhausted() if verdict == "spent" else Counted(int(rest[0]), new=verdict == "counted")
+        return QuotaExhausted() if verdict == "spent" else AccountOpen(int(rest[0]), new=verdict == "counted")
 
     async def undo_count(self, user_id: UserId, message_id: str, at: int, day: Day) -> None:
-        """Undo a `Counted.new`: the message was not admitted."""
+        """Undo an `AccountOpen.new`: the message was not admitted."""
         await LUA["undo_count"].run(self._redis, (self._keys.quota(user_id, day.name),), (message_id, at))
 
     async def refund(self, user_id: UserId, message_id: str, day: Day) -> bool:

@@ -13,7 +13,7 @@ from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.accounts import AccountOpen, Accounts, Banned, Counted, Locked, QuotaExhausted
+from imstream.store.accounts import AccountOpen, Accounts, Banned, Locked, QuotaExhausted
 from imstream.store.inbox import Routes
 from tests.redis.conftest import Store
 from tests.support.redis_sets import cluster_set
@@ -102,7 +102,7 @@ async def test_what_is_written_with_redis_cli_holds_and_what_has_no_sense_lets_n
         store.redis.hset(ACCOUNT, name, value)
     assert await accounts(store).check(USER, DAY) == expected
     assert await accounts(store).check_and_count(USER, "m", NOW, DAY) == (
-        Counted(1, new=True) if expected == AccountOpen(0) else expected
+        AccountOpen(1, new=True) if expected == AccountOpen(0) else expected
     )
 
 
@@ -172,9 +172,9 @@ async def test_a_pardon_forgets_the_violations_too(store: Store) -> None:
 async def test_a_day_has_so_many_messages_and_the_next_one_as_many(store: Store) -> None:
     known = accounts(store)
     for used in (1, 2, 3):
-        assert await known.check_and_count(USER, f"m{used}", NOW, DAY) == Counted(used, new=True)
+        assert await known.check_and_count(USER, f"m{used}", NOW, DAY) == AccountOpen(used, new=True)
     assert await known.check_and_count(USER, "m4", NOW, DAY) == QuotaExhausted()
-    assert await known.check_and_count(USER, "m4", DAY.end, TOMORROW) == Counted(1, new=True)
+    assert await known.check_and_count(USER, "m4", DAY.end, TOMORROW) == AccountOpen(1, new=True)
     assert await known.check(USER, DAY) == AccountOpen(3)
     assert store.redis.zcard(QUOTA) == 3
     forgotten_at = time.time_ns() // 1_000_000 + store.redis.pttl(QUOTA)
@@ -184,17 +184,18 @@ async def test_a_day_has_so_many_messages_and_the_next_one_as_many(store: Store)
 async def test_a_message_that_is_sent_again_is_counted_once_and_passes_also_when_all_is_used_up(store: Store) -> None:
     known = accounts(store, daily_quota=1)
     await known.check_and_count(USER, "m", NOW, DAY)
-    assert await known.check_and_count(USER, "m", NOW + 5, DAY) == Counted(1, new=False)  # it may have been admitted
+    # It may have been admitted.
+    assert await known.check_and_count(USER, "m", NOW + 5, DAY) == AccountOpen(1, new=False)
     await store.replies.mark_queued(USER, "m")
-    assert await known.check_and_count(USER, "m", NOW + 10, DAY) == Counted(1, new=False)
-    assert await known.check_and_count(USER, "m", DAY.end, TOMORROW) == Counted(0, new=False)  # over midnight, too
+    assert await known.check_and_count(USER, "m", NOW + 10, DAY) == AccountOpen(1, new=False)
+    assert await known.check_and_count(USER, "m", DAY.end, TOMORROW) == AccountOpen(0, new=False)  # over midnight, too
 
 
 async def test_a_message_whose_answer_is_forgotten_is_counted_again_when_it_is_asked_again(store: Store) -> None:
     known = accounts(store, daily_quota=2, reply_ttl="15m")
     later = NOW + 15 * 60_000
     await known.check_and_count(USER, "m", NOW, DAY)
-    assert await known.check_and_count(USER, "m", later, DAY) == Counted(2, new=True)
+    assert await known.check_and_count(USER, "m", later, DAY) == AccountOpen(2, new=True)
     assert await known.check_and_count(USER, "m", 2 * later - NOW, DAY) == QuotaExhausted()
     # The latest count is refunded.
     assert await known.refund(USER, "m", DAY)
@@ -213,10 +214,9 @@ async def test_what_is_not_admitted_is_given_back_once(store: Store) -> None:
 async def test_what_another_request_relies_on_is_not_given_back(store: Store) -> None:
     """Otherwise a user could send one message to two nodes at once, one of which is full, without being counted."""
     known = accounts(store)
-    assert await known.check_and_count(USER, "m", NOW, DAY) == Counted(1, new=True)
-    assert await known.check_and_count(USER, "m", NOW, DAY) == Counted(
-        1, new=False
-    )  # the other request, which is admitted
+    assert await known.check_and_count(USER, "m", NOW, DAY) == AccountOpen(1, new=True)
+    # The other request, which is admitted:
+    assert await known.check_and_count(USER, "m", NOW, DAY) == AccountOpen(1, new=False)
     await known.undo_count(USER, "m", NOW, DAY)
     assert await known.check(USER, DAY) == AccountOpen(1)
 
@@ -241,7 +241,7 @@ async def test_of_many_at_the_last_free_place_exactly_one_gets_it(store: Store) 
             for index, one in enumerate((known, other))
         ]
         verdicts = await asyncio.gather(*asked)
-    assert sum(isinstance(verdict, Counted) for verdict in verdicts) == 50
+    assert sum(isinstance(verdict, AccountOpen) for verdict in verdicts) == 50
     assert verdicts.count(QuotaExhausted()) == 250
 
 
@@ -249,7 +249,7 @@ async def test_a_quota_may_be_changed_at_any_time(store: Store) -> None:
     for n in range(3):
         await accounts(store).check_and_count(USER, f"m{n}", NOW, DAY)
     assert await accounts(store, daily_quota=1).check_and_count(USER, "more", NOW, DAY) == QuotaExhausted()
-    assert await accounts(store, daily_quota=5).check_and_count(USER, "more", NOW, DAY) == Counted(4, new=True)
+    assert await accounts(store, daily_quota=5).check_and_count(USER, "more", NOW, DAY) == AccountOpen(4, new=True)
     assert await accounts(store).reset_quota(USER, DAY) == 4
     assert await accounts(store).check(USER, DAY) == AccountOpen(0)
 
@@ -263,9 +263,9 @@ async def test_all_of_it_works_in_a_cluster(tmp_path: Path) -> None:
         async with RedisClient(cluster.url, connections=1, timeout=settings.redis_timeout) as redis_client:
             known = Accounts(redis_client, settings)
             for user in range(10001, 10011):  # on all masters
-                assert await known.check_and_count(user, "m", NOW, DAY) == Counted(1, new=True)
+                assert await known.check_and_count(user, "m", NOW, DAY) == AccountOpen(1, new=True)
                 await known.undo_count(user, "m", NOW, DAY)
-                assert await known.check_and_count(user, "n", NOW, DAY) == Counted(1, new=True)
+                assert await known.check_and_count(user, "n", NOW, DAY) == AccountOpen(1, new=True)
                 assert await known.check_and_count(user, "o", NOW, DAY) == QuotaExhausted()
                 await Routes(redis_client, settings).add_route(user)
                 assert (await known.record_violation(user)).verdict == "locked"

@@ -20,7 +20,7 @@ from imstream.clock import Day
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.accounts import Accounts, Counted, QuotaExhausted
+from imstream.store.accounts import AccountOpen, Accounts, QuotaExhausted
 from imstream.store.replies import ReplyStore
 from tests.redis.conftest import examples_on
 from tests.support.servers import RedisServer
@@ -87,16 +87,16 @@ class QuotaKept(RuleBasedStateMachine):
         message, used = self._messages.setdefault(message_id, Message()), self.used()
         verdict = self.run(self._accounts.check_and_count(self._user, message_id, self._now, DAY))
         if message.live:
-            assert verdict == Counted(used, new=False)
+            assert verdict == AccountOpen(used, new=False)
         elif message.counted and self._now - message.at < REPLY_TTL:
-            assert verdict == Counted(used, new=False)
+            assert verdict == AccountOpen(used, new=False)
             message.at = max(self._now, message.at + 1)
             message.excused = True
         elif used == QUOTA:
             assert verdict == QuotaExhausted()
             return
         else:
-            assert verdict == Counted(used + 1, new=True)
+            assert verdict == AccountOpen(used + 1, new=True)
             self._forgotten += message.counted
             message.counted, message.at, message.excused = True, self._now, False
         self._passing.append(Passing(message_id, self._now, new=verdict.new))

@@ -15,7 +15,7 @@ from imstream.guards.chain import ChatAllowed, GuardChain
 from imstream.guards.guard import Allow, LoginAttempt, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
-from imstream.store.accounts import AccountOpen, Banned, Counted, Locked, QuotaExhausted, ViolationRecorded
+from imstream.store.accounts import AccountOpen, Banned, Locked, QuotaExhausted, ViolationRecorded
 from imstream.store.inbox import AccountChanged
 from imstream.texts import localize
 from tests.support.guard_deps import guard_deps
@@ -86,7 +86,7 @@ def with_quota(accounts: FakeAccounts, **more: Any) -> Account:  # noqa: ANN401 
 @pytest.mark.parametrize("quota", [0, 3])
 async def test_a_node_has_one_guard_of_accounts_which_costs_a_chat_nothing_without_a_quota(quota: int) -> None:
     [built] = [one for one in GuardChain.create(guard_deps(daily_quota=quota)).guards if isinstance(one, Account)]
-    accounts = FakeAccounts(Counted(1, new=True))
+    accounts = FakeAccounts(AccountOpen(1, new=True))
     one = guard(accounts, quota=quota)
     assert type(built) is type(one)
     await one.check_chat(ASKED)
@@ -141,7 +141,7 @@ async def test_who_may_stay_is_not_bothered() -> None:
 
 
 async def test_a_message_is_counted_on_the_day_of_the_zone_and_taken_back_if_it_was_new() -> None:
-    accounts = FakeAccounts(Counted(1, new=True))
+    accounts = FakeAccounts(AccountOpen(1, new=True))
     late = replace(ASKED, at=MIDDAY + 4 * 3_600_000)  # midnight in Shanghai
     passed = await GuardChain([with_quota(accounts, zone="Asia/Shanghai")]).check_chat(late)
     assert isinstance(passed, ChatAllowed)
@@ -151,7 +151,7 @@ async def test_a_message_is_counted_on_the_day_of_the_zone_and_taken_back_if_it_
 
 
 async def test_a_message_that_was_counted_before_is_not_taken_back() -> None:
-    accounts = FakeAccounts(Counted(1, new=False))
+    accounts = FakeAccounts(AccountOpen(1, new=False))
     passed = await with_quota(accounts).check_chat(ASKED)
     assert passed == Allow(remaining=2)
 
