@@ -237,7 +237,7 @@ class Node:
                 if await self._backends.reload():
                     reloaded.append("backends")
             except SettingsError as error:
-                log.error("not reloaded", error=str(error))  # noqa: TRY400 - the text tells all
+                log.error("backends not reloaded, the previous ones stay", error=str(error))  # noqa: TRY400 - no defect
             log.info("reloaded" if reloaded else "nothing to reload", what=reloaded)
 
     async def _drain(self, working: list[asyncio.Task[None]]) -> None:

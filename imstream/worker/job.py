@@ -239,6 +239,9 @@ class Job:
                     self.upstream = backends.take_other(called, continuing=writer.beginning != "", tokens=tokens)
                 if self.upstream is None:
                     return await self._after_failure(error, upstream, has_text=writer.has_text)
+                self._log.info(
+                    "next backend is called", backend=upstream.name, reason=error.reason, instead=self.upstream.name
+                )
                 upstream = self.upstream
             else:
                 self._scope = None  # the answer is complete: from here on, nothing stops it but its record

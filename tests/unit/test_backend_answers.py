@@ -438,29 +438,66 @@ async def test_a_wrong_address_is_told_with_a_hint(script: Script, path: str, hi
     assert error.detail.endswith(f" ({base}/chat/completions; {hint})")
 
 
+async def checked(*scripts: Script, path: str = "/v1", **settings: Any) -> tuple[BackendError | None, list[str]]:  # noqa: ANN401 - any setting
+    """What a check finds at a backend that answers by these scripts, and what it asked for."""
+    async with scripted_backend() as backend:
+        backend.models = None
+        backend.then(*scripts)
+        base = backend.url.removesuffix("/v1") + path
+        async with OpenAIBackend(Settings.load(**{"ai_url": base, "ai_model": "qwen3", **settings})) as client:
+            error = await client.check()
+        return error, [f"{request.method} {request.target}" for request in backend.requests]
+
+
+def listing(*models: str, owner: str = "vllm") -> Script:
+    """A script: a list of models."""
+    body = json.dumps({"object": "list", "data": [{"id": model, "owned_by": owner} for model in models]})
+    return says(body.encode(), content_type="application/json")
+
+
 @pytest.mark.parametrize("path", ["", "/v1/chat/completions"])
 @pytest.mark.parametrize("script", [refuses(404, '{"detail": "Not Found"}'), says(b"<html>", content_type="text/html")])
-async def test_an_unusual_address_is_checked_at_the_start(script: Script, path: str) -> None:
-    with capture_logs() as logs:
-        async with scripted_backend(script) as backend:
-            base = backend.url.removesuffix("/v1") + path
-            async with OpenAIBackend(Settings.load(ai_url=base)):
-                await wait_until(lambda: bool(logs), "it is said")
-        assert len(backend.requests) == 1
-    assert (logs[0]["event"], logs[0]["log_level"]) == ("backend is misconfigured", "error")
-    assert f"({base}/chat/completions; IMSTREAM_AI_URL m" in logs[0]["error"]
+async def test_the_check_finds_a_wrong_address(script: Script, path: str) -> None:
+    error, asked = await checked(script, script, path=path)
+    assert error is not None
+    assert error.kind == "misconfigured"
+    assert f"{path}/chat/completions; IMSTREAM_AI_URL m" in error.detail
+    assert asked == [f"GET {path}/models", f"POST {path}/chat/completions"]
 
 
-async def test_an_unusual_address_that_answers_is_right_and_a_usual_one_is_not_asked() -> None:
-    answer = refuses(400, '{"error": {"message": "model is required"}}', headers={"Connection": "close"})
-    with capture_logs() as logs:
-        async with scripted_backend(answer) as backend:
-            async with OpenAIBackend(Settings.load(ai_url=backend.url)):
-                pass
-            async with OpenAIBackend(Settings.load(ai_url=backend.url.removesuffix("/v1"))):
-                await (await backend.request()).gone()
-            assert len(backend.requests) == 1
-    assert logs == []
+@pytest.mark.parametrize(
+    "script",
+    [
+        listing("qwen3"),
+        listing("llama3", "qwen3:latest"),  # Ollama
+        listing("models/qwen3"),  # Gemini
+        listing("/models/other.gguf", owner="llamacpp"),  # accepts every name
+        listing(),
+    ],
+)
+async def test_a_backend_that_lists_the_model_passes_the_check(script: Script) -> None:
+    assert await checked(script) == (None, ["GET /v1/models"])
+
+
+@pytest.mark.parametrize("no_list", [refuses(404), refuses(405), refuses(403, '{"error": {"message": "scopes"}}')])
+async def test_a_backend_without_a_list_of_models_passes_the_check_if_it_reads_requests(no_list: Script) -> None:
+    answer = refuses(400, '{"error": {"message": "model is required"}}')
+    assert await checked(no_list, answer) == (None, ["GET /v1/models", "POST /v1/chat/completions"])
+
+
+async def test_the_check_finds_a_model_that_is_not_listed_a_wrong_key_and_a_backend_that_is_away() -> None:
+    error, _ = await checked(listing("qwen2", "llama3"))
+    assert error is not None
+    assert (error.reason, error.kind) == ("model_not_found", "misconfigured")
+    assert error.detail.startswith("qwen3 is not in its list of models: qwen2, llama3 (")
+    assert error.detail.endswith("check IMSTREAM_AI_MODEL)")
+    refused = refuses(401, '{"error": {"message": "Incorrect API key"}}')
+    error, _ = await checked(refused, refused)
+    assert error is not None
+    assert (error.reason, error.detail.endswith("check IMSTREAM_AI_KEY)")) == ("http_401", True)
+    error, _ = await checked(ai_url="http://127.0.0.1:9/v1")
+    assert error is not None
+    assert (error.reason, error.kind) == ("connect_failed", "away")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""The file of several backends: its example in the documents, and what is said about mistakes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from imstream.ai.backend import OpenAIBackend
+from imstream.ai.backend_file import read_backends
+from imstream.ai.backend_options import BackendOptions
+from imstream.ai.router import Backends
+from imstream.errors import SettingsError
+from imstream.settings import Settings
+from tests.unit.test_documents import DOCS, code_blocks
+
+MINIMAL = '[[backend]]\nname = "a"\nurl = "http://a/v1"\nmodel = "m"\n'
+
+
+@pytest.fixture(autouse=True)
+def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_KEY", "AZURE_OPENAI_KEY", "DASHSCOPE_KEY", "OPENROUTER_KEY"):
+        monkeypatch.setenv(name, f"sk-{name}")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "backends.toml"
+
+
+def mistakes(file: Path, text: str, **settings: Any) -> list[str]:  # noqa: ANN401 - any setting
+    """What is said about a file, without its path."""
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        read_backends(file, Settings.load(**settings))
+    return [line.removeprefix(f"{file}: ") for line in str(caught.value).splitlines()]
+
+
+def test_the_example_in_the_documents_is_valid(file: Path) -> None:
+    [text] = code_blocks(DOCS / "backends.md", "toml")
+    file.write_text(text)
+    settings = Settings.load(context_tokens=16384)
+    backends = {options.name: options for options in read_backends(file, settings)}
+    assert list(backends) == ["vllm-1", "vllm-2", "llama", "ollama", "dashscope", "openrouter", "azure", "openai"]
+    for options in backends.values():
+        OpenAIBackend(settings, options)
+    first, azure = backends["vllm-1"], backends["azure"]
+    assert (first.priority, first.weight, first.concurrency, first.continues) == (0, 2, 32, "vllm")
+    assert azure.headers is not None
+    assert azure.headers.get_secret_value() == {"api-key": "env:AZURE_OPENAI_KEY"}
+    assert backends["openai"].key is not None
+    assert backends["openai"].key.get_secret_value() == "sk-OPENAI_KEY"
+
+
+def test_options_that_are_left_out_have_the_defaults_of_the_settings(file: Path) -> None:
+    file.write_text(MINIMAL)
+    [options] = read_backends(file, Settings.load(ai_idle_timeout="3s"))
+    assert options == BackendOptions.model_validate({"name": "a", "url": "http://a/v1", "model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("modell = 1", "modell is unknown; allowed are name, priority, weight, concurrency, "),
+        ('key = "sk-1"', "key is unknown; allowed are "),
+        ('continue = "yes"', "continue='yes' is not allowed: Input should be 'none', 'assistant', 'vllm' or 'prefix'"),
+        ("concurrency = 0", "concurrency=0 is not allowed: Input should be greater than or equal to 1"),
+        ("weight = 0", "weight=0 is not allowed: Input should be greater than 0"),
+        ('idle_timeout = "soon"', "idle_timeout='soon' is not allowed: a time span such as 250ms, 30s, 15m, 1h or 1d"),
+        ('headers = {Host = "x", "a b" = "c"}', "headers=(hidden) is not allowed: 'a b' is not the name of a header"),
+        ("body = {n = 2}", "body=(hidden) is not allowed: the parameter n is set by imstream"),
+        ('key_env = "NO_SUCH"', "key_env='NO_SUCH' is not allowed: must name an environment variable that is set"),
+        ("context_tokens = 512", "context_tokens: they leave too few for a prompt; at least 64 beside answer_tokens"),
+    ],
+)
+def test_a_mistake_is_told_with_table_key_and_what_is_allowed(more: str, said: str, file: Path) -> None:
+    [line] = mistakes(file, MINIMAL + more)
+    assert line.startswith(f"backend 1 (a): {said}")
+
+
+def test_all_mistakes_are_told_at_once(file: Path) -> None:
+    found = mistakes(file, f'{MINIMAL}{MINIMAL}[[backend]]\nname = "b"\nurl = "ftp://me:pass@b/v1"\n')
+    assert found == [
+        "backend 2 (a): name: an earlier backend has the same",
+        "backend 3 (b): model is missing",
+        "backend 3 (b): url='ftp://b/v1' is not allowed: an address that begins with http:// or https://",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[backend", "is not TOML: "),
+        ("", "must have a table [[backend]] for each backend, and nothing else: it has none"),
+        ("[backend]\nname = 1", "must have a table [[backend]] for each backend, and nothing else: it has none"),
+        (f"timeout = 3\n{MINIMAL}", "nothing else: timeout is unknown"),
+    ],
+)
+def test_a_file_that_is_something_else_is_refused(text: str, said: str, file: Path) -> None:
+    [line] = mistakes(file, text)
+    assert said in line
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"IMSTREAM_AI_BACKENDS=.*no\.toml cannot be read: No such file"):
+        Backends(Settings.load(ai_backends=tmp_path / "no.toml"))
+
+
+def test_prompts_that_no_backend_takes_are_refused(file: Path) -> None:
+    [line] = mistakes(file, f"{MINIMAL}context_tokens = 4096\n", context_tokens=8192)
+    assert line == f"IMSTREAM_CONTEXT_TOKENS=8192 is not allowed: no backend in {file} takes such prompts; at most 4096"
+
+
+def test_errors_that_are_found_later_name_the_place_in_the_file(file: Path) -> None:
+    file.write_text(f'{MINIMAL}headers = {{"api-key" = "env:NO_SUCH"}}\n')
+    with pytest.raises(SettingsError, match=r"backends\.toml, backend a, headers=\(hidden\) is not allowed: .*NO_SUCH"):
+        Backends(Settings.load(ai_backends=file))
+
+
+@pytest.fixture
+def minimal(file: Path) -> Path:
+    file.write_text(MINIMAL)
+    return file
+
+
+async def test_with_a_file_the_settings_of_a_single_backend_are_ignored_which_is_told(minimal: Path) -> None:
+    with capture_logs() as logs:
+        settings = Settings.load(ai_backends=minimal, ai_url="http://b/v1", ai_model="n", ai_breaker_failures=3)
+        async with Backends(settings) as backends:
+            assert [str(one.options.url) for one in backends] == ["http://a/v1"]
+    [told] = logs
+    assert told["event"] == "settings of a single backend are ignored"
+    assert told["ignored"] == ["IMSTREAM_AI_MODEL", "IMSTREAM_AI_URL"]

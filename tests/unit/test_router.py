@@ -1,0 +1,213 @@
+"""The choice among several backends: priority, weight, free slots, breakers, prompts, and who waits for which."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imstream.ai.router import Backends
+from imstream.ai.upstream import Upstream
+from imstream.errors import BackendError
+from imstream.settings import Settings
+from tests.support.virtual_time import in_virtual_time
+
+PAUSE = 2.0
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "backends.toml"
+
+
+def write(file: Path, **tables: dict[str, Any]) -> None:
+    """Write a file of backends, from their names and further keys."""
+    lines = list[str]()
+    for name, more in tables.items():
+        values = {"name": name, "url": f"http://{name}/v1", "model": "m", **more}
+        lines += ["[[backend]]", *(f"{key} = {value!r}" for key, value in values.items())]
+    file.write_text("\n".join(lines))
+
+
+def listed(file: Path, *, concurrency: int = 8, **tables: dict[str, Any]) -> Backends:
+    """The backends of a file, whose breakers open at the first failure."""
+    write(file, **tables)
+    return Backends(
+        Settings.load(ai_backends=file, ai_breaker_failures=1, ai_breaker_pause=PAUSE, concurrency=concurrency)
+    )
+
+
+def named(backends: Backends, name: str) -> Upstream:
+    """One of them."""
+    return next(one for one in backends if one.name == name)
+
+
+def taken(backends: Backends, **wish: Any) -> str:  # noqa: ANN401 - see `Backends.take`
+    """The name of the backend that a call gets now; the call goes on."""
+    upstream = backends.take(**wish)
+    assert upstream is not None
+    return upstream.name
+
+
+def fails(upstream: Upstream) -> None:
+    """A call has found it away."""
+    upstream.record_failure(BackendError("connect_failed", kind="away"), user=10001)
+
+
+@in_virtual_time
+async def test_the_lowest_priority_is_called_and_the_next_one_while_its_slots_are_full_or_its_breaker_is_open(
+    file: Path,
+) -> None:
+    backends = listed(file, second={"priority": 1}, first={"concurrency": 2}, third={"priority": 2})
+    assert [taken(backends) for _ in range(3)] == ["first", "first", "second"]
+    backends.release(named(backends, "first"))
+    assert taken(backends) == "first"
+    fails(named(backends, "second"))
+    assert taken(backends) == "third"
+
+
+@in_virtual_time
+async def test_calls_are_shared_in_proportion_to_weights_and_free_slots(file: Path) -> None:
+    backends = listed(file, a={"weight": 3, "concurrency": 1000}, b={"concurrency": 1000})
+    names = list[str]()
+    for _ in range(100):
+        upstream = backends.take()
+        assert upstream is not None
+        names.append(upstream.name)
+        backends.release(upstream)
+    assert Counter(names) == {"a": 75, "b": 25}
+    assert "bb" not in "".join(names)  # spread evenly
+    for _ in range(900):  # calls that go on
+        taken(backends)
+    carried = {one.name: one.in_flight for one in backends}
+    assert carried["a"] < 3 * carried["b"]  # the one with more free slots catches up
+    assert carried["a"] > carried["b"]
+
+
+@in_virtual_time
+async def test_a_prompt_that_is_too_long_for_a_backend_goes_to_another_and_holds_up_nobody(file: Path) -> None:
+    backends = listed(file, small={"context_tokens": 2048}, large={"priority": 1, "concurrency": 1})
+    assert backends.limits_prompts
+    assert taken(backends, tokens=1024) == "small"
+    assert taken(backends, tokens=1025) == "large"
+    assert backends.take(tokens=1025) is None
+    waiting = asyncio.create_task(backends.wait(tokens=1025))
+    await asyncio.sleep(0)
+    assert taken(backends, tokens=100) == "small"
+    backends.release(named(backends, "large"))
+    assert (await waiting).name == "large"
+
+
+@in_virtual_time
+async def test_a_backend_that_was_tried_comes_last_and_one_that_continues_comes_first(file: Path) -> None:
+    backends = listed(file, a={}, b={"priority": 1}, c={"priority": 2, "continue": "assistant"})
+    a, b, c = backends
+    assert taken(backends, tried=[a]) == "b"
+    assert taken(backends, tried=[a, b, c]) == "a"
+    assert taken(backends, continuing=True) == "c"
+    assert taken(backends, continuing=True, tried=[c]) == "c"
+    fails(c)
+    assert taken(backends, continuing=True) == "a"
+    other = backends.take_other([a, c])
+    assert other is b
+    assert backends.take_other([a, b]) is None
+
+
+@in_virtual_time
+async def test_of_two_backends_of_which_one_is_dead_one_call_per_pause_is_made_to_it(file: Path) -> None:
+    backends = listed(file, dead={}, alive={"priority": 1})
+    dead = named(backends, "dead")
+    for _ in range(100):
+        upstream = backends.take()
+        assert upstream is not None
+        if upstream is dead:
+            fails(upstream)
+            assert backends.take_other([upstream]) is named(backends, "alive")
+        backends.release(upstream)
+        await asyncio.sleep(0.1)
+    assert backends.waiting == 0
+    # At 0, and after pauses that double: 2 s, 4 s, …
+    assert dead.calls == 3
+
+
+@in_virtual_time
+async def test_who_waits_gets_the_first_backend_that_has_a_free_slot_or_is_back_in_order(file: Path) -> None:
+    backends = listed(file, a={"concurrency": 1}, b={"concurrency": 1})
+    a, b = backends
+    fails(a)
+    assert taken(backends) == "b"
+    order = list[tuple[int, str]]()
+
+    async def call(number: int) -> None:
+        upstream = await backends.wait()
+        order.append((number, upstream.name))
+
+    calls = [asyncio.create_task(call(number)) for number in range(3)]
+    await asyncio.sleep(0)
+    assert backends.take() is None
+    backends.release(b)
+    await asyncio.sleep(0)
+    assert order == [(0, "b")]
+    await asyncio.sleep(PAUSE)  # the breaker of a is half-open: this call tries it
+    assert order == [(0, "b"), (1, "a")]
+    a.gate.record_success()
+    backends.release(a)
+    await asyncio.wait(calls)
+    assert order == [(0, "b"), (1, "a"), (2, "a")]
+
+
+@in_virtual_time
+async def test_a_call_that_is_cancelled_while_it_gets_its_turn_leaves_the_slot_to_the_next(file: Path) -> None:
+    backends = listed(file, a={"concurrency": 1})
+    [a] = backends
+    taken(backends)
+    first, second = asyncio.create_task(backends.wait()), asyncio.create_task(backends.wait())
+    await asyncio.sleep(0)
+    backends.release(a)  # the turn of the first
+    first.cancel()
+    assert (await second) is a
+    assert (a.in_flight, a.slots.used, backends.waiting) == (1, 1, 0)
+
+
+@in_virtual_time
+async def test_a_node_reads_as_many_requests_as_its_backends_carry(file: Path) -> None:
+    backends = listed(file, concurrency=8, a={"concurrency": 3}, b={}, c={})
+    a, b, c = backends
+    assert backends.slots() == backends.startable() == 3 + 8
+    fails(b)
+    assert backends.slots() == 3 + 8  # what b does not carry, c does: they share the limit of the node
+    fails(c)
+    assert backends.slots() == 3
+    assert taken(backends) == "a"
+    assert backends.slots() == 3
+    fails(a)
+    assert backends.startable() == 0  # nobody can be called
+    assert backends.remaining() == PAUSE
+    await asyncio.sleep(PAUSE)
+    assert backends.startable() == 1  # one request tries one of them
+    probe = backends.take_probe()
+    assert probe is a
+    assert backends.startable() == 1  # and another one the next
+
+
+async def test_a_file_that_has_changed_keeps_the_backends_that_have_not(file: Path) -> None:
+    async with listed(file, kept={}, changed={}, removed={}) as backends:
+        kept, changed, removed = backends
+        fails(kept)
+        assert backends.take(tried=[changed]) is removed
+        write(file, changed={"weight": 2}, kept={}, added={})
+        assert await backends.reload()
+        assert [one.name for one in backends] == ["changed", "kept", "added"]
+        assert named(backends, "kept") is kept
+        assert kept.gate.state == "away"
+        assert named(backends, "changed") is not changed
+        assert not await backends.reload()
+        await backends.close_retired()
+        assert removed.in_flight == 1  # its call goes on
+        backends.release(removed)
+        await backends.close_retired()
+        write(file, changed={"weight": -1})
+        with pytest.raises(Exception, match="weight=-1 is not allowed"):
+            await backends.reload()
+        assert [one.name for one in backends] == ["changed", "kept", "added"]
