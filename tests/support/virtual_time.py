@@ -4,6 +4,9 @@ import asyncio
 import functools
 import selectors
 from collections.abc import Awaitable, Callable
+from typing import ParamSpec
+
+Args = ParamSpec("Args")
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -32,13 +35,13 @@ class _JumpingSelector(selectors.SelectSelector):
         return ready
 
 
-def in_virtual_time(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+def in_virtual_time(test: Callable[Args, Awaitable[None]]) -> Callable[Args, None]:
     """Run an async test on such a loop."""
 
     @functools.wraps(test)
-    def run() -> None:
+    def run(*args: Args.args, **fixtures: Args.kwargs) -> None:
         async def main() -> None:
-            await test()
+            await test(*args, **fixtures)
 
         with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
             runner.run(main())

@@ -149,7 +149,7 @@ async def test_who_waits_gets_the_first_backend_that_has_a_free_slot_or_is_back_
     backends.release(b)
     await asyncio.sleep(0)
     assert order == [(0, "b")]
-    await asyncio.sleep(PAUSE)  # the breaker of a is half-open: this call tries it
+    await asyncio.sleep(PAUSE + 0.1)  # the breaker of a is half-open: this call tries it
     assert order == [(0, "b"), (1, "a")]
     a.gate.record_success()
     backends.release(a)
