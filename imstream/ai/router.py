@@ -15,7 +15,7 @@ from imstream.ai.upstream import Slots, Upstream
 from imstream.settings import Settings
 
 RECHECK = 3.0
-"""Seconds after which a backend that is away is checked again: it may have been started together with the node."""
+"""Seconds after which a backend that cannot be reached is checked again: it may have been started with the node."""
 
 log = structlog.get_logger()
 
@@ -86,7 +86,7 @@ class Backends:
         """Log which backends will not answer, as far as that is known without a prompt."""
         for one in tuple(self._all):
             error = await one.check()
-            if error is not None and error.kind == "away":
+            if error is not None and error.reason == "connect_failed":
                 await asyncio.sleep(RECHECK)
                 error = await one.check()
             if error is not None:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.settings import Settings
+from tests.support.processes import free_port
+from tests.support.scripted_backend import ScriptedBackend
 from tests.support.virtual_time import in_virtual_time
 
 PAUSE = 2.0
@@ -189,6 +192,23 @@ async def test_a_node_reads_as_many_requests_as_its_backends_carry(file: Path) -
     probe = backends.take_probe()
     assert probe is a
     assert backends.startable() == 1  # and another one the next
+
+
+async def test_a_backend_that_cannot_be_reached_is_checked_again_before_that_is_told(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imstream.ai.router.RECHECK", 0.2)
+    late, never = free_port(), free_port()
+    tables = {"late": {"url": f"http://127.0.0.1:{late}/v1"}, "never": {"url": f"http://127.0.0.1:{never}/v1"}}
+    with capture_logs() as logs:
+        async with listed(file, **tables) as backends:
+            checking = asyncio.create_task(backends.check())
+            await asyncio.sleep(0.1)
+            async with ScriptedBackend().server.listening("127.0.0.1", late, grace=5):
+                await checking
+    assert [(one["event"], one["backend"], one["reason"]) for one in logs] == [
+        ("backend check failed", "never", "connect_failed")
+    ]
 
 
 async def test_a_file_that_has_changed_keeps_the_backends_that_have_not(file: Path) -> None:
