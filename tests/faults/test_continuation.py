@@ -16,6 +16,8 @@ from tests.support.previous_release import previous_python
 from tests.support.scripted_backend import chunk, event, refuses, scripted_backend, streams
 from tests.support.servers import DemoBackend, RedisServer, start_demo
 from tests.support.talk import question, whole
+from tests.support.tiers import examples
+from tests.support.waiting import wait_until
 
 USER = 10001
 CONTINUES: dict[str, Any] = {"ai_continue": "assistant"}
@@ -41,7 +43,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, continuing: DemoBackend) 
 
 async def test_an_answer_that_is_cut_anywhere_is_never_restarted(redis_server: RedisServer, tmp_path: Path) -> None:
     usage = {"prompt_tokens": 5, "completion_tokens": 2}
-    cuts = {f"m{at}": at for at in range(1, len(ANSWER) + 1)}
+    cuts = {f"m{at}": at for at in range(len(ANSWER), 0, -examples(1, first=6))}
     scripts = {
         name: [
             continues(*TEXTS, until=at, usage=usage),
@@ -57,12 +59,12 @@ async def test_an_answer_that_is_cut_anywhere_is_never_restarted(redis_server: R
         async with node.peer(USER) as someone:
             for message_id in cuts:
                 await someone.chat(USER, message_id, message_id)
-            for message_id in cuts:
+            for message_id, at in cuts.items():
                 told = await someone.end_of(message_id)
                 assert (told.text, told.events.count("restart"), told.attempt) == (ANSWER, 0, 1), message_id
                 assert told.terminal is not None
-                calls = len([one for one in backend.requests if message_id in one.body.decode()])
-                assert told.terminal["usage"] == {name: calls * count for name, count in usage.items()} or calls > 3
+                calls = 2 if at == len(ANSWER) else 3  # a call that sends nothing reports nothing
+                assert told.terminal["usage"] == {name: calls * count for name, count in usage.items()}
         for message_id in cuts:
             assert node.recorded(USER, message_id) == ("done", ANSWER)
         await node.settled()
@@ -76,7 +78,7 @@ async def test_the_user_of_a_killed_node_keeps_the_text_and_gets_the_rest_from_a
         await nodes.killed("a")
     assert whole(asked).startswith(told.text)
     # Clients that have received any part of it.
-    parts = [Told(text=told.text[:at], attempt=1, offset=at, events=["delta"]) for at in range(0, len(told.text), 7)]
+    parts = [Told(text=told.text[:at], attempt=1, offset=at, events=["delta"]) for at in range(0, len(told.text), 30)]
     readers = [asyncio.create_task(_read_rest(nodes, part)) for part in parts]
     async with nodes["b"].peer(USER, resume={"m1": told}) as someone:
         told = await someone.end_of("m1")
@@ -99,6 +101,7 @@ async def _read_rest(nodes: ManyNodes, part: Told) -> Told:
         return await someone.end_of("m1")
 
 
+@pytest.mark.long
 async def test_a_node_that_drains_hands_over_the_text_so_far(continuing: DemoBackend, tmp_path: Path) -> None:
     asked = question(250)
     limits: dict[str, Any] = {"lease": "10m", "drain_grace": "0.1s", **CONTINUES}
@@ -117,6 +120,7 @@ async def test_a_node_that_drains_hands_over_the_text_so_far(continuing: DemoBac
         await nodes.settled()
 
 
+@pytest.mark.long
 async def test_a_backend_that_is_killed_again_and_again_goes_on_when_it_is_back(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -152,6 +156,7 @@ async def test_a_backend_that_does_not_continue_after_all_answers_from_the_begin
             await node.settled()
 
 
+@pytest.mark.long
 async def test_a_node_of_the_previous_release_reads_and_finishes_what_this_one_continues(
     continuing: DemoBackend, tmp_path: Path
 ) -> None:
@@ -173,6 +178,7 @@ async def test_a_node_of_the_previous_release_reads_and_finishes_what_this_one_c
         assert nodes.opened_by(USER, "m1") == ["this", "this", "previous"]
 
 
+@pytest.mark.long
 async def test_this_release_continues_what_a_node_of_the_previous_one_began(
     continuing: DemoBackend, tmp_path: Path
 ) -> None:
@@ -182,6 +188,7 @@ async def test_this_release_continues_what_a_node_of_the_previous_one_began(
         async with nodes["previous"].peer(USER) as someone:
             await someone.chat(USER, asked, "m1")
             told = await someone.some_text("m1", 100)
+            await wait_until(lambda: any("text" in entry for entry in nodes.any.record(USER, "m1")), "it is recorded")
             await nodes["previous"].killed()
         async with nodes["this"].peer(USER, resume={"m1": told}) as someone:
             told = await someone.end_of("m1")
