@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 
 from starlette.applications import Starlette
@@ -41,10 +41,9 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
         why = stuck()
         return report({"alive": why is None, "node": node}, why)
 
-    async def only_sockets(_: Request) -> Response:  # handshakes do not come here
-        return Response("WebSockets only", 426, {"Connection": "Upgrade", "Upgrade": "websocket"})
-
-    routes = [Route("/readyz", readyz), Route("/healthz", healthz), Route("/ws", only_sockets)]
+    # Handshakes do not come here.
+    only_sockets = Response("WebSockets only", 426, {"Connection": "Upgrade", "Upgrade": "websocket"})
+    routes = [Route("/readyz", readyz), Route("/healthz", healthz), Route("/ws", only_sockets, methods=["GET"])]
     return Starlette(routes=[*routes, *page_routes(deps.settings.user_ids)])
 
 
@@ -56,11 +55,11 @@ def page_routes(user_ids: UserIds) -> list[Route]:
     protocol = (_STATIC / "asyncapi.json").read_text("utf-8")
     any_page = {"Access-Control-Allow-Origin": "*"}
     return [
-        Route("/", _serve(page, "text/html; charset=utf-8", {"Content-Security-Policy": content_policy(page)})),
+        _route("/", page, "text/html; charset=utf-8", {"Content-Security-Policy": content_policy(page)}),
         # Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only
         # what a server allows to every origin.
-        Route("/imstream.js", _serve(client, "text/javascript; charset=utf-8", any_page)),
-        Route("/asyncapi.json", _serve(protocol, "application/json", any_page)),
+        _route("/imstream.js", client, "text/javascript; charset=utf-8", any_page),
+        _route("/asyncapi.json", protocol, "application/json", any_page),
     ]
 
 
@@ -90,8 +89,5 @@ def _hash_of(tag: str, page: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
 
 
-def _serve(content: str, media_type: str, headers: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
-    async def serve(_: Request) -> Response:  # a plain function would run in a thread
-        return Response(content, media_type=media_type, headers={**_HEADERS, **headers})
-
-    return serve
+def _route(path: str, content: str, media_type: str, headers: Mapping[str, str]) -> Route:
+    return Route(path, Response(content, media_type=media_type, headers={**_HEADERS, **headers}), methods=["GET"])
