@@ -5,12 +5,12 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 import click
 
-from imstream.cli.options import Command, TimeSpan, given, parse_user_id, settings_options
+from imstream.cli.options import TimeSpan, given, parse_user_id, settings_options
 from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreDenied, StoreError, StoreUnavailable
 from imstream.keys import Keys
@@ -69,18 +69,19 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
         )
 
 
-def _user_command(*settings: str) -> Callable[[Command], Command]:
-    """Add the argument USER, and options for these settings. The command gets the settings and the parsed user id."""
+def _user_command(*settings: str) -> Callable[[Callable[..., Awaitable[None]]], Callable[..., None]]:
+    """Add the argument USER, and options for these settings. The command gets Redis, the settings and the user id."""
     names = (*settings, "user_ids")
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         @wraps(command)
         def run(user: str, **options: Any) -> None:  # noqa: ANN401 - any option
             loaded = Settings.load(**given({name: options.pop(name) for name in names}))
-            command(loaded, parse_user_id(user, loaded.user_ids), **options)
+            user_id = parse_user_id(user, loaded.user_ids)
+            with_redis(loaded, lambda redis: command(redis, loaded, user_id, **options))
 
         add_options = settings_options(Settings, only=names, aliases={"redis_url": "--redis"})
-        return cast("Command", add_options(click.argument("user", metavar="USER")(run)))
+        return add_options(click.argument("user", metavar="USER")(run))
 
     return decorate
 
@@ -99,18 +100,14 @@ def user() -> None:
 
 @user.command()
 @_user_command(*_QUOTA_SETTINGS)
-def show(settings: Settings, user_id: UserId) -> None:
+async def show(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """Show account, quota, violations and route of a user."""
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(now_ms())
-
-    async def work(redis: RedisClient) -> None:
-        overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
-        status = await Accounts(redis, settings).check(user_id, day)
-        lines = _user_lines(overview, status, settings, calendar)
-        click.echo("\n".join([f"user {user_id} at {settings.redis_url}", *lines]))
-
-    with_redis(settings, work)
+    overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
+    status = await Accounts(redis, settings).check(user_id, day)
+    lines = _user_lines(overview, status, settings, calendar)
+    click.echo("\n".join([f"user {user_id} at {settings.redis_url}", *lines]))
 
 
 def _user_lines(
@@ -152,23 +149,21 @@ def _quota(overview: UserOverview, settings: Settings) -> str:
 @_reason
 @_by
 @_user_command(*_REDIS_SETTINGS, "quota_timezone")
-def lock(settings: Settings, user_id: UserId, span: timedelta | None, reason: str, by: str) -> None:
+async def lock(  # noqa: PLR0913 - one for each option
+    redis: RedisClient, settings: Settings, user_id: UserId, *, span: timedelta | None, reason: str, by: str
+) -> None:
     """Lock a user out for a time."""
-
-    async def work(redis: RedisClient) -> None:
-        locked = await Accounts(redis, settings).lock(user_id, span or settings.lock_time, reason=reason, by=by)
-        until = Calendar(ZoneInfo(settings.quota_timezone)).format(locked.until)
-        click.echo(f"user {user_id} is locked until {until}")
-        await _close_sessions(redis, settings, user_id, locked)
-
-    with_redis(settings, work)
+    locked = await Accounts(redis, settings).lock(user_id, span or settings.lock_time, reason=reason, by=by)
+    until = Calendar(ZoneInfo(settings.quota_timezone)).format(locked.until)
+    click.echo(f"user {user_id} is locked until {until}")
+    await _close_sessions(redis, settings, user_id, locked)
 
 
 @user.command()
 @_user_command(*_REDIS_SETTINGS)
-def unlock(settings: Settings, user_id: UserId) -> None:
+async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a lock."""
-    was_locked = with_redis(settings, lambda redis: Accounts(redis, settings).unlock(user_id))
+    was_locked = await Accounts(redis, settings).unlock(user_id)
     click.echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
 
 
@@ -176,22 +171,18 @@ def unlock(settings: Settings, user_id: UserId) -> None:
 @_reason
 @_by
 @_user_command(*_REDIS_SETTINGS)
-def ban(settings: Settings, user_id: UserId, reason: str, by: str) -> None:
+async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: str, by: str) -> None:
     """Ban a user."""
-
-    async def work(redis: RedisClient) -> None:
-        banned = await Accounts(redis, settings).ban(user_id, reason=reason, by=by)
-        click.echo(f"user {user_id} is banned")
-        await _close_sessions(redis, settings, user_id, banned)
-
-    with_redis(settings, work)
+    banned = await Accounts(redis, settings).ban(user_id, reason=reason, by=by)
+    click.echo(f"user {user_id} is banned")
+    await _close_sessions(redis, settings, user_id, banned)
 
 
 @user.command()
 @_user_command(*_REDIS_SETTINGS)
-def unban(settings: Settings, user_id: UserId) -> None:
+async def unban(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a ban."""
-    was_banned = with_redis(settings, lambda redis: Accounts(redis, settings).unban(user_id))
+    was_banned = await Accounts(redis, settings).unban(user_id)
     click.echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
 
 
@@ -199,26 +190,21 @@ def unban(settings: Settings, user_id: UserId) -> None:
 @click.option("--give-back", metavar="MESSAGE", help="Remove this message from today's count.")
 @click.option("--reset", is_flag=True, help="Reset today's count.")
 @_user_command(*_QUOTA_SETTINGS)
-def quota(settings: Settings, user_id: UserId, give_back: str | None, *, reset: bool) -> None:
+async def quota(redis: RedisClient, settings: Settings, user_id: UserId, give_back: str | None, *, reset: bool) -> None:
     """Show the messages that count towards today's quota, or remove some."""
-    calendar = Calendar(ZoneInfo(settings.quota_timezone))
+    calendar, accounts = Calendar(ZoneInfo(settings.quota_timezone)), Accounts(redis, settings)
     day = calendar.day(now_ms())
-
-    async def work(redis: RedisClient) -> None:
-        accounts = Accounts(redis, settings)
-        if give_back is not None:
-            was_counted = await accounts.refund(user_id, give_back, day)
-            click.echo(f"message {give_back} is {'no longer counted' if was_counted else 'not counted today'}")
-        if reset:
-            click.echo(f"messages no longer counted: {await accounts.reset_quota(user_id, day)}")
-        overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
-        click.echo(f"user {user_id}: {_quota(overview, settings)}")
-        for message_id, at in overview.counted[:MAX_SHOWN]:
-            click.echo(f"  {calendar.format(at)}  {message_id}")
-        if len(overview.counted) > MAX_SHOWN:
-            click.echo(f"  and {len(overview.counted) - MAX_SHOWN} more")
-
-    with_redis(settings, work)
+    if give_back is not None:
+        was_counted = await accounts.refund(user_id, give_back, day)
+        click.echo(f"message {give_back} is {'no longer counted' if was_counted else 'not counted today'}")
+    if reset:
+        click.echo(f"messages no longer counted: {await accounts.reset_quota(user_id, day)}")
+    overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
+    click.echo(f"user {user_id}: {_quota(overview, settings)}")
+    for message_id, at in overview.counted[:MAX_SHOWN]:
+        click.echo(f"  {calendar.format(at)}  {message_id}")
+    if len(overview.counted) > MAX_SHOWN:
+        click.echo(f"  and {len(overview.counted) - MAX_SHOWN} more")
 
 
 async def _close_sessions(redis: RedisClient, settings: Settings, user_id: UserId, restricted: Restricted) -> None:
