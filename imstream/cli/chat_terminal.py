@@ -160,11 +160,11 @@ class _Chat:
                 self._output.note(localize(Text.RESTART, self._lang))
             elif isinstance(event, Piece):
                 self._output.write_piece(event.text)
-            elif event.outcome is Outcome.DONE:
+            elif isinstance(event, Result) and event.outcome is Outcome.DONE:
                 self._output.end_answer(event.text)
                 if (cut := CUTS.get(event.finish_reason or "")) is not None:
                     self._output.note(localize(cut, self._lang))
-            else:
+            elif isinstance(event, Result):
                 self._output.note(event.why or event.outcome)
         return await reply.result()
 

@@ -295,3 +295,19 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
     if check:
         sys.exit(check_backends(settings, as_json=as_json))
     show_backends(settings, as_json=as_json)
+
+
+@main.command(context_settings={"allow_interspersed_args": False})
+@click.option("--only", multiple=True, metavar="SCENARIO", help="Play only this scenario; can be repeated.")
+@click.option("--jobs", type=click.IntRange(1, 32), default=4, show_default=True, help="Clients that run at a time.")
+@click.option("--limit", type=float, default=10, show_default=True, help="Seconds for each reaction of the client.")
+@click.argument("command", nargs=-1, required=True, metavar="COMMAND...")
+def conform(only: tuple[str, ...], jobs: int, limit: float, command: tuple[str, ...]) -> None:
+    """Check a client of your own: play scenarios of the protocol to it, such as a restart or a drain.
+
+    COMMAND starts the client, a program that reads steps and writes reports, each a line of JSON; the format and two
+    examples are in ops/docs/clients.md. Nothing else has to run: the command itself is the server.
+    """
+    from imstream.cli.conform import run
+
+    sys.exit(0 if run(command, only, jobs=jobs, limit=limit) else 1)

@@ -28,6 +28,7 @@ from imstream.client.reply import (
     ReplyEvent,
     Restarted,
     Result,
+    Status,
 )
 from imstream.wire import Turn
 
@@ -56,6 +57,7 @@ __all__ = [
     "Restarted",
     "Result",
     "SessionEnded",
+    "Status",
     "Timing",
     "Turn",
     "Unanswered",

@@ -17,12 +17,12 @@ from types import TracebackType
 from typing import Self
 
 from imstream.client.connection import ConnectionChange, ReconnectingConnection
-from imstream.client.errors import NotConnected
+from imstream.client.errors import ClientError, NotConnected
 from imstream.client.pending import PendingRequests
 from imstream.client.reconnect import Credentials, Servers, Timing, Token, connect_url
 from imstream.client.reply import Receipt, Reply
 from imstream.user_ids import UserId, kind_of
-from imstream.wire import ClientCancel, ClientChat, Turn
+from imstream.wire import ClientCancel, ClientChat, ReceivedFrame, Turn
 
 
 class Client:
@@ -33,10 +33,12 @@ class Client:
         user_id: The user's id, an integer or a text, as the server has it (`IMSTREAM_USER_IDS`).
         token: The user's signed token, if the server requires one; or a function that returns a new one at each call,
             called for each connection and when the server announces that the login expires.
+        wants: Optional events: `status`, and with `on_asked` also `asked`.
         lang: Language of the server's sentences, as in `Accept-Language`; None: the server's own choice.
         timing: Time limits and intervals.
         tls: For `wss`, replaces the system's trust store.
         on_change: Called with every change of the connection; must neither block nor raise.
+        on_asked: The same, with the answer to each message of the user's other sockets; its `frame` has the question.
 
     Raises:
         ValueError: `urls` is empty or contains something else than WebSocket URLs, or the user id is not allowed.
@@ -48,10 +50,12 @@ class Client:
         user_id: UserId,
         *,
         token: Token | None = None,
+        wants: Sequence[str] = (),
         lang: str | None = None,
         timing: Timing | None = None,
         tls: SSLContext | None = None,
         on_change: Callable[[ConnectionChange], None] | None = None,
+        on_asked: Callable[[Reply], None] | None = None,
     ) -> None:
         urls = [urls] if isinstance(urls, str) else urls
         if not urls:
@@ -65,11 +69,13 @@ class Client:
         self._pending = PendingRequests()
         self._connection = ReconnectingConnection(
             servers=Servers(urls, tls),
-            credentials=Credentials(user_id, token, lang),
+            credentials=Credentials(user_id, token, lang, wants),
             timing=self._timing,
             pending=self._pending,
             on_change=on_change,
+            on_asked=self._follow,
         )
+        self._on_asked = on_asked
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -120,6 +126,25 @@ class Client:
         await self._pending.add(reply)
         await self._connection.send(reply)
         return reply
+
+    async def ended(self) -> ClientError | None:
+        """Wait for the end of the session; the error that all calls raise from then on."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        return self._pending.error
+
+    async def _follow(self, asked: ReceivedFrame) -> None:
+        """Follow a message of another socket, unless nobody reads it or too many are unfinished."""
+        message_id = asked.message_id or ""
+        if self._on_asked is None or self._pending.is_full or self._pending.reply(message_id) is not None:
+            return
+        chat = ClientChat.model_construct(
+            msg_type="CHAT", user_id=self._user_id, message_id=message_id, contents=asked.contents or ""
+        )
+        reply = Reply(chat, message_id, self.cancel)
+        reply.is_accepted = True
+        await self._pending.add(reply)
+        self._on_asked(reply)
 
     async def cancel(self, message_id: str) -> Receipt:
         """Stop the answer to one message of this user, and wait for the receipt.

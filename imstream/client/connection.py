@@ -6,13 +6,14 @@ frames and decides what a close means.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidProxy, ProxyError, WebSocketException
 
 from imstream.client.errors import ClientClosed, SessionEnded
 from imstream.client.pending import CancelRequest, PendingRequests
@@ -28,7 +29,8 @@ from imstream.client.reconnect import (
     connect_url,
 )
 from imstream.client.reply import Reply
-from imstream.codes import CloseCode, Code, MsgType
+from imstream.codes import CloseCode, Code, Event, MsgType
+from imstream.urls import is_loopback, redact_url
 from imstream.wire import ClientFrame, ClientHeartbeat, ClientInit, ReceivedFrame
 
 MAX_FRAME = 16 * 2**20
@@ -60,7 +62,7 @@ ConnectionChange = Connected | Disconnected
 class ReconnectingConnection:
     """Keeps one logged-in connection to one of the servers."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - built in one place
         self,
         *,
         servers: Servers,
@@ -68,6 +70,7 @@ class ReconnectingConnection:
         timing: Timing,
         pending: PendingRequests,
         on_change: Callable[[ConnectionChange], None] | None,
+        on_asked: Callable[[ReceivedFrame], Awaitable[None]],
     ) -> None:
         self.settled = asyncio.Event()  # after the first login, or when there will be none
         self.last_error = ""  # the server's last sentence that concerns no message, or the cause of the last failure
@@ -76,6 +79,7 @@ class ReconnectingConnection:
         self._timing = timing
         self._pending = pending
         self._on_change = on_change
+        self._on_asked = on_asked
         self._backoff = Backoff(timing)
         self._heartbeat = timing.heartbeat
         # State of the current connection.
@@ -129,9 +133,13 @@ class ReconnectingConnection:
                 open_timeout=self._timing.login.total_seconds(),
                 close_timeout=self._timing.close.total_seconds(),
                 max_size=MAX_FRAME,
+                proxy=None if is_loopback(urlsplit(url).hostname or "") else True,  # True: as the environment says
                 ssl=(self._servers.tls or True) if url.lower().startswith("wss:") else None,
             )
-        except (OSError, WebSocketException) as error:
+        except (InvalidProxy, ProxyError, ImportError) as error:
+            self.last_error = f"{url}: the proxy of the environment cannot be used: {redact_url(str(error))}"
+            return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
+        except (OSError, WebSocketException, ValueError) as error:  # ValueError: a port that is none, also of a proxy
             self.last_error = f"{url}: {error}"
             return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         self._logged_in.clear()
@@ -162,7 +170,7 @@ class ReconnectingConnection:
         resume = [reply.resume_point for reply in resumed]
         heartbeat = ClientHeartbeat(msg_type="HEARTBEAT", user_id=user_id)
         try:
-            await socket.send(_encode(ClientInit(msg_type="INIT", user_id=user_id, token=token, resume=resume)))
+            await socket.send(_encode(self._credentials.init(token, resume)))
             async with asyncio.timeout(self._timing.login.total_seconds()):
                 await self._logged_in.wait()
             requests: list[Reply | CancelRequest] = [*self._pending.unanswered, *self._pending.cancels]
@@ -189,12 +197,14 @@ class ReconnectingConnection:
         except TokenUnavailable as error:
             logger.warning("cannot renew the login: %s", error)
             return None
-        return ClientInit(msg_type="INIT", user_id=self._credentials.user_id, token=token)
+        return self._credentials.init(token)
 
     async def _receive(self, socket: ClientConnection) -> ReconnectPolicy:
         try:
             while True:
                 frame = self._last_frame = _decode(await socket.recv())
+                if frame is not None and frame.event is Event.ASKED:
+                    await self._on_asked(frame)
                 if frame is not None and not self._apply(frame, socket):
                     return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         except ConnectionClosed as closed:

@@ -95,6 +95,11 @@ class PendingRequests:
         """The unfinished reply to a message."""
         return self._replies.get(message_id)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether `add` would wait."""
+        return self._free_slots.locked()
+
     async def add(self, reply: Reply) -> None:
         """Wait for a free slot and add a reply; raises `error`, or ValueError if its message id is in use."""
         await self._free_slots.acquire()
@@ -124,8 +129,9 @@ class PendingRequests:
         if frame.message_id is None and frame.code in _REFUSES_MESSAGES and len(unanswered := self.unanswered) == 1:
             reply = unanswered[0]
         cancel = self._cancels.get(frame.message_id or "")
-        if frame.code is Code.UNAVAILABLE and reply and reply.resuming:
-            return False  # the resumption failed, which says nothing about the cancellation
+        if frame.code is Code.UNAVAILABLE and reply and (reply.resuming or not (reply.is_accepted or reply.is_moved)):
+            reply.is_moved = not reply.resuming
+            return False  # try elsewhere: the node may be draining; this says nothing about the cancellation
         if frame.code not in (Code.SUCCESS, Code.TOO_LATE, Code.UNKNOWN) and reply and not reply.is_accepted:
             reply.fail(refusal(frame))
             self._remove_if_ended(reply.message_id)

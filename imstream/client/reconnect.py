@@ -12,6 +12,7 @@ from urllib.parse import urlencode, urlsplit, urlunsplit
 from imstream.client.errors import ClientError
 from imstream.codes import CloseCode, Code
 from imstream.user_ids import UserId
+from imstream.wire import ClientInit, ResumePoint
 
 Token = str | Callable[[], str | Awaitable[str]]
 """A token, or a function that returns a new one at each call."""
@@ -140,7 +141,7 @@ class TokenUnavailable(ClientError):  # noqa: N818 - reads as the state that it 
 
 @dataclass(slots=True)
 class Credentials:
-    """User, token and language of a client.
+    """User, token and language of a client, and the optional frames that it wants.
 
     A rejected token is not sent again. A new one is sent once: if the server rejects two in a row, the session ends.
     """
@@ -148,6 +149,7 @@ class Credentials:
     user_id: UserId
     token: Token | None = field(repr=False)
     lang: str | None
+    wants: Sequence[str] = ()
     _last_sent: str | None = field(default=None, init=False, repr=False)
     _accepted: str | None = field(default=None, init=False, repr=False)
     _rejected: str | None = field(default=None, init=False, repr=False)
@@ -161,6 +163,11 @@ class Credentials:
     def is_rejected(self) -> bool:
         """Whether `next_token` has returned the token that the server rejected."""
         return self._rejected is not None and self._last_sent == self._rejected
+
+    def init(self, token: str | None, resume: Sequence[ResumePoint] = ()) -> ClientInit:
+        """The frame that logs in, or renews the login."""
+        wants = list(self.wants)
+        return ClientInit(msg_type="INIT", user_id=self.user_id, token=token, resume=list(resume), wants=wants)
 
     async def next_token(self) -> str | None:
         """The token for the next login; raises `TokenUnavailable` if the caller's function fails."""

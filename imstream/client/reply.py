@@ -10,10 +10,11 @@ that no reader gets an answer that was never given (I5).
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 
 from imstream.client.errors import Cancelled, ClientError, Expired, Failed, ProtocolViolation
-from imstream.codes import Code, Event
+from imstream.codes import Code, Event, State
 from imstream.wire import ClientChat, ReceivedFrame, ResumePoint
 
 
@@ -42,6 +43,16 @@ class Accepted:
     """The message will be answered. `position`: its place in the queue if the server sent one; 1 is next."""
 
     position: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The state of an unfinished message, for clients that want `status`; a text for one of a newer server."""
+
+    state: State | str
+    position: int | None
+    eta: timedelta | None
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,7 @@ class Result:
     why: str = ""
 
 
-ReplyEvent = Accepted | Restarted | Piece | Result
+ReplyEvent = Accepted | Status | Restarted | Piece | Result
 
 _OUTCOMES: dict[str | None, Outcome] = {
     Event.DONE: Outcome.DONE,
@@ -90,7 +101,7 @@ _OUTCOMES: dict[str | None, Outcome] = {
     Event.CANCELLED: Outcome.CANCELLED,
 }
 
-_EVENTS = frozenset({None, Event.ACCEPTED, Event.DELTA, Event.RESTART, *_OUTCOMES})
+_EVENTS = frozenset({None, Event.ACCEPTED, Event.DELTA, Event.RESTART, Event.STATUS, *_OUTCOMES})
 
 _ERRORS = {Outcome.FAILED: Failed, Outcome.CANCELLED: Cancelled, Outcome.EXPIRED: Expired}
 
@@ -107,6 +118,7 @@ class Reply:
 
     Attributes:
         position: The last place in the queue that the server sent; 1 is next.
+        status: The last status that the server sent, if the client wants `status`.
         attempt: The attempt that `so_far` belongs to; 0 before the first.
         offset: Length of `so_far` in code points.
         repeated: Number of frames that were dropped because their text was known. A correct server causes none.
@@ -114,11 +126,13 @@ class Reply:
         sent_on: The last connection that carried `frame`.
         is_accepted: The server has accepted the message.
         resuming: The server was asked to resume the message and has not answered yet.
+        is_moved: A server could not take the message now; it is sent again on another connection, once.
     """
 
     def __init__(self, frame: ClientChat, message_id: str, cancel: Callable[[str], Awaitable[Receipt]]) -> None:
         self.message_id = message_id
         self.position: int | None = None
+        self.status: Status | None = None
         self.attempt = 0
         self.offset = 0
         self.repeated = 0
@@ -126,6 +140,7 @@ class Reply:
         self.sent_on: object = None
         self.is_accepted = False
         self.resuming = False
+        self.is_moved = False
         self._cancel = cancel
         self._pieces: list[str] = []
         self._restarts = 0  # of attempts that had shown text
@@ -169,11 +184,13 @@ class Reply:
 
         Events are derived from the state, not from a log of frames, so that no queue can grow.
         """
-        has_accepted, restarts, read = False, 0, 0
+        has_accepted, status, restarts, read = False, None, 0, 0
         while True:
             if self.is_accepted and not has_accepted:
                 has_accepted = True
                 yield Accepted(self.position)
+            elif self.status is not None and status is not self.status:
+                yield (status := self.status)
             elif restarts != self._restarts:
                 restarts, read = self._restarts, 0
                 yield Restarted(self.attempt)
@@ -233,6 +250,10 @@ class Reply:
             # The same id was sent before, refused with UNAVAILABLE and recorded all the same. This frame was in flight
             # when the message was sent again; the whole answer follows after `accepted`.
             self.repeated += 1
+            return
+        if frame.event is Event.STATUS:
+            eta = None if frame.eta_ms is None else timedelta(milliseconds=frame.eta_ms)
+            self.status = Status(frame.state or "", frame.position, eta, frame.reason)
             return
         self.is_accepted = True
         self.resuming = False

@@ -1,5 +1,6 @@
 """The browser client in a real Chromium, against a scripted server."""
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Iterator
@@ -15,12 +16,17 @@ from websockets.http11 import Request, Response
 from imstream.wire import ClientHeartbeat, ResumePoint, Turn
 from tests.journeys.page_support import Page, open_page, running_chromium
 from tests.support.scripted_ws import Peer, ScriptedServer
+from tests.support.tcp_proxy import tcp_proxy
 from tests.support.users import query, user_id
+from tests.support.waiting import SLOW, wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 USER = user_id(10001)
-EVENTS = ["accepted", "delta", "restart", "done", "failed", "cancelled", "expired", "refused", "notice"]
+EVENTS = [
+    *("accepted", "delta", "restart", "done", "failed", "cancelled", "expired", "refused", "notice"),
+    *("status", "asked", "thinking"),
+]
 QUICK = {"firstWait": 20, "longestWait": 100}
 MODULE = (resources.files("imstream.gateway") / "static" / "imstream.js").read_bytes()
 
@@ -559,6 +565,151 @@ async def test_comes_back_at_once_when_the_network_does(browser: BrowserClient) 
     await browser.page.evaluate("dispatchEvent(new Event('online'))")
     await browser.server.logged_in()
     await browser.state("online")
+
+
+async def test_a_message_sent_into_a_dead_socket_arrives_soon(browser: BrowserClient) -> None:
+    async with tcp_proxy(browser.server.port) as proxy:
+        await browser.logged_in(address=f"http://127.0.0.1:{proxy.port}/", firstWait=1000, longestWait=30_000)
+        await browser.state("online")
+        proxy.swallow()
+        began = asyncio.get_running_loop().time()
+        await browser.send("m1")
+        await wait_until(lambda: proxy.swallowed, "the message is lost")
+        proxy.forward()
+        peer = await browser.server.logged_in()
+        assert (await peer.hear_chat()).message_id == "m1"
+        assert asyncio.get_running_loop().time() - began < 5 * SLOW  # 4 s: the heartbeat's, and up to 1 s of backoff
+        await peer.send_chat("m1", "done", attempt=1, offset=0)
+        await browser.status("m1", "done")
+
+
+async def test_a_cancel_sent_into_a_dead_socket_arrives_soon(browser: BrowserClient) -> None:
+    async with tcp_proxy(browser.server.port) as proxy:
+        peer = await browser.logged_in(address=f"http://127.0.0.1:{proxy.port}/", probeLimit=200)
+        await browser.send("m1")
+        await peer.hear_chat()
+        await peer.send_frame("HEARTBEAT")
+        await peer.send_chat("m1", "accepted", position=1)
+        await browser.status("m1", "queued")
+        proxy.swallow()
+        await browser.page.evaluate("client.cancel('m1')")
+        await wait_until(lambda: proxy.swallowed, "the cancel is lost")
+        proxy.forward()
+        assert (await (await browser.server.logged_in()).hear_cancel()).message_id == "m1"
+
+
+@pytest.mark.parametrize("event", ["online", "pageshow", "focus", "visibilitychange"])
+async def test_a_page_that_wakes_up_checks_its_connection(browser: BrowserClient, event: str) -> None:
+    peer = await browser.logged_in(probeLimit=200)
+    await browser.state("online")
+    wake = f"dispatchEvent(new Event('{event}'))"
+    await browser.page.evaluate(wake)
+    assert isinstance(await peer.hear_anything(), ClientHeartbeat)
+    await peer.send_frame("HEARTBEAT")
+    await browser.page.until("new Promise((resolve) => setTimeout(() => resolve(client.state === 'online'), 400))")
+    await browser.page.evaluate(f"{wake}; {wake}")
+    assert isinstance(await peer.hear_anything(), ClientHeartbeat)
+    await peer.gone()  # it was not answered in time
+    await browser.server.logged_in()
+
+
+async def test_a_hidden_page_and_one_that_was_closed_check_nothing(browser: BrowserClient) -> None:
+    peer = await browser.logged_in(heartbeat=3_600_000)
+    await browser.state("online")
+    hide = "Object.defineProperty(document, 'visibilityState', { value: 'hidden', configurable: true })"
+    await browser.page.evaluate(f"({hide}, dispatchEvent(new Event('focus')), delete document.visibilityState)")
+    await browser.send("m1")
+    frames = [await peer.hear_anything() for _ in range(2)]
+    assert [frame.msg_type for frame in frames] == ["HEARTBEAT", "CHAT"]
+    await browser.page.evaluate("client.close(); dispatchEvent(new Event('online'))")
+    await peer.gone()
+    assert await browser.page.evaluate("client.state") == "closed"
+
+
+async def test_a_server_that_is_busy_with_a_message_is_not_taken_for_dead(browser: BrowserClient) -> None:
+    peer = await browser.logged_in(probeLimit=200)
+    await browser.state("online")
+    await browser.send("m1")
+    frames = [await peer.hear_anything() for _ in range(2)]
+    await peer.send_frame("HEARTBEAT")
+    await browser.page.until("new Promise((resolve) => setTimeout(() => resolve(client.state === 'online'), 400))")
+    await browser.send("m2")
+    await browser.page.evaluate("dispatchEvent(new Event('focus'))")
+    frames.append(await peer.hear_anything())
+    assert [frame.msg_type for frame in frames] == ["HEARTBEAT", "CHAT", "CHAT"]
+
+
+async def test_a_long_answer_before_that_of_the_heartbeat_is_a_sign_of_life(browser: BrowserClient) -> None:
+    peer = await browser.logged_in(probeLimit=400)
+    await browser.state("online")
+    await browser.send("m1")
+    await peer.hear_chat()
+    for offset in range(1, 5):
+        await browser.page.evaluate("new Promise((resolve) => setTimeout(resolve, 200))")
+        await peer.send_chat("m1", "delta", attempt=1, offset=offset, contents="x")
+    await browser.status("m1", "answering", "xxxx")
+    await peer.send_frame("HEARTBEAT")
+    await peer.send_chat("m1", "done", attempt=1, offset=4)
+    await browser.status("m1", "done")
+    assert await browser.page.evaluate("events.filter(([type]) => type === 'state').length") == 2
+
+
+async def test_tells_states_and_reasoning_if_they_are_wanted(browser: BrowserClient) -> None:
+    await browser.start(wants=["status", "thinking"])
+    peer = await browser.server.peer()
+    assert (await peer.hear_init()).wants == ["status", "thinking"]
+    await peer.send_frame("INIT")
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.send_chat("m1", "accepted", position=2)
+    await peer.send_chat("m1", "status", state="queued", position=1, eta_ms=1500)
+    await browser.page.until("messages.m1.state === 'queued' && messages.m1.position === 1")
+    for text in ("Let me ", "see"):
+        await peer.send_chat("m1", "thinking", attempt=1, contents=text)
+    await browser.page.until("messages.m1.thinking === 'Let me see'")
+    await peer.send_chat("m1", "restart", attempt=2, offset=0, contents="once more")
+    await browser.status("m1", "answering", "")
+    assert await browser.page.evaluate("messages.m1.thinking") == ""
+    assert await browser.events("m1") == ["accepted", "status", "thinking", "thinking", "restart"]
+
+
+async def test_a_status_is_no_acceptance(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.send_chat("m1", "status", state="queued")
+    await peer.socket.send('{"code": "SUCCESS", "respTime": "1", "msgType": "NEWS", "messageId": "m1"}')
+    await browser.page.until("messages.m1.state === 'queued'")
+    peer.drop()
+    assert (await (await browser.server.peer()).hear_init()).resume == []
+
+
+async def test_follows_messages_of_other_sockets_if_they_are_wanted(browser: BrowserClient) -> None:
+    await browser.make(wants=["asked"])
+    await browser.page.evaluate(
+        "(client.addEventListener('asked', ({ detail }) => keep(detail)), client.connect(), null)"
+    )
+    peer = await browser.server.peer()
+    await peer.hear_init()
+    await peer.send_frame("INIT", messages=[{"message_id": "m1", "state": "done"}])
+    await browser.page.until("client.known.length")
+    await browser.page.evaluate("for (const { messageId } of client.known) keep(client.follow(messageId))")
+    assert [point.message_id for point in (await peer.hear_init()).resume] == ["m1"]
+    await peer.send_frame("INIT")
+    await peer.send_chat("m1", "asked", contents="Why?")
+    await peer.send_chat("m1", "delta", attempt=1, offset=4, contents="Blue")
+    await peer.send_chat("m1", "done", attempt=1, offset=4)
+    await browser.status("m1", "done", "Blue")
+    await peer.send_chat("m2", "asked", contents="How?")
+    await peer.send_chat("m2", "delta", attempt=1, offset=2, contents="So")
+    await browser.status("m2", "answering", "So")
+    assert await browser.page.evaluate("[messages.m1.contents, messages.m2.contents]") == ["Why?", "How?"]
+
+
+async def test_what_cannot_be_encoded_is_replaced_before_it_is_sent(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.page.evaluate(r"keep(client.send('half \ud83c and whole \ud83c\udf0a', [], 'm1'))")
+    assert (await peer.hear_chat()).contents == "half \ufffd and whole 🌊"
 
 
 async def test_a_silent_server_is_left(browser: BrowserClient) -> None:

@@ -57,12 +57,14 @@ class TcpProxy:
         target_port: The target of new connections.
         accepted: Connections so far.
         delay: Delay in seconds of everything from the server.
+        swallowed: Bytes from clients that were dropped.
     """
 
     def __init__(self, target_port: int) -> None:
         self.port = 0
         self.accepted = 0
         self.delay = 0.0
+        self.swallowed = 0
         self.target_port = target_port
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,6 +139,7 @@ class TcpProxy:
             while data := await reader.read(CHUNK):
                 if self._swallowing or connection.deaf:
                     connection.deaf = True
+                    self.swallowed += len(data)
                     continue
                 for trap in self._questions:
                     if trap.springs(data):

@@ -1,28 +1,20 @@
 """The parser of the AsyncAPI project accepts asyncapi.json. It is installed by `npm ci` in tests/asyncapi."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
-from shutil import which
-
-import pytest
 
 from ops.protocol_document import ASYNCAPI
+from tests.support.npm import node
 from tests.support.schemas import DOCUMENT
-from tests.support.servers import missing
 
 FOLDER = Path(__file__).parents[1] / "asyncapi"
 
 
 def test_the_document_has_no_error_and_no_warning_and_a_broken_one_has(tmp_path: Path) -> None:
-    if which("node") is None or not (FOLDER / "node_modules").exists():
-        if "WITHOUT_NPM" in os.environ:
-            pytest.skip("the npm registry could not be reached")
-        missing("node, or the parser (npm ci --prefix tests/asyncapi --ignore-scripts)")
     broken = tmp_path / "broken.json"
     broken.write_text(ASYNCAPI.read_text("utf-8").replace("#/components/schemas/UserId", "#/components/schemas/Nobody"))
-    command = ["node", *map(str, (FOLDER / "check.mjs", ASYNCAPI, broken))]
+    command = [*node(FOLDER), *map(str, (FOLDER / "check.mjs", ASYNCAPI, broken))]
     ours, other = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert ours == {"messages": len(DOCUMENT["components"]["messages"]), "problems": []}
     assert other["messages"] == 0

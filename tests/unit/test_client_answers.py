@@ -1,13 +1,25 @@
 """How the client assembles an answer, and handles missing and repeated text."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from imstream.client import Accepted, Outcome, Piece, ProtocolViolation, Restarted, Result, Turn
+from imstream.client import (
+    Accepted,
+    Client,
+    Outcome,
+    Piece,
+    ProtocolViolation,
+    Reply,
+    Restarted,
+    Result,
+    Status,
+    Turn,
+)
 from imstream.client.pending import MAX_OPEN
-from tests.support.scripted_ws import USER, all_of, connected, within
+from tests.support.scripted_ws import FAST, USER, all_of, connected, scripted_server, within
 
 # One answer
 
@@ -200,6 +212,51 @@ async def test_text_that_is_missing_or_repeated_ends_the_reply(fields: dict[str,
             await within(reply.text())
         other = await session.asked()
         assert not other.ended, "one broken answer is no reason to give up the others"
+
+
+async def test_a_client_that_wants_it_is_told_the_state_of_its_messages() -> None:
+    async with scripted_server() as server:
+        entering = asyncio.create_task(Client(server.url, USER, wants=["status"], timing=FAST).__aenter__())
+        peer = await server.peer()
+        assert (await peer.hear_init()).wants == ["status"]
+        await peer.send_frame("INIT")
+        client = await within(entering)
+        reply = await client.send("hello", message_id="m1")
+        events = reply.events()
+        await peer.send_chat("m1", "accepted", position=2)
+        assert await within(anext(events)) == Accepted(2)
+        await peer.send_chat("m1", "status", state="queued", position=2, eta_ms=1500)
+        assert await within(anext(events)) == Status("queued", 2, timedelta(seconds=1.5), None)
+        await peer.send_chat("m1", "status", state="musing", reason="http_503")
+        assert await within(anext(events)) == Status("musing", None, None, "http_503")
+        await peer.send_chat("m1", "done", attempt=1, offset=0)
+        assert isinstance(await within(anext(events)), Result)
+        await client.__aexit__(None, None, None)
+
+
+async def test_a_status_is_no_acceptance() -> None:
+    async with connected() as session:
+        await session.client.send("hello", message_id="m1")
+        await session.peer.send_chat("m1", "status", state="queued")
+        session.peer.drop()
+        peer = await session.server.peer()
+        assert (await peer.hear_init()).resume == []
+
+
+async def test_questions_of_other_sockets_are_passed_on_with_their_answers() -> None:
+    asked: list[Reply] = []
+    async with connected(wants=["asked"], on_asked=asked.append) as session:
+        own = await session.asked(message_id="m1")
+        await session.peer.send_chat("m1", "asked", contents="hello")
+        await session.peer.send_chat("m2", "asked", contents="Why is the sky blue?")
+        await session.peer.send_chat("m2", "delta", attempt=1, offset=4, contents="Blue")
+        await session.peer.send_chat("m1", "done", attempt=1, offset=0)
+        await within(own.text())
+        [other] = asked
+        assert (other.message_id, other.frame.contents, other.so_far) == ("m2", "Why is the sky blue?", "Blue")
+        await session.lose_connection()
+        await session.peer.send_chat("m2", "done", attempt=1, offset=4)
+        assert await within(other.text()) == "Blue"
 
 
 async def test_frames_of_a_newer_server_are_left_out() -> None:

@@ -215,6 +215,15 @@ async def test_a_session_that_is_ended_for_good_ends_everything_that_waits(code:
             await session.client.cancel("m1")
 
 
+async def test_the_end_of_a_session_can_be_awaited_without_a_message() -> None:
+    async with connected() as session:
+        ended = asyncio.create_task(session.client.ended())
+        await session.peer.close(CloseCode.LOCKED, "locked")
+        error = await within(ended)
+        assert isinstance(error, SessionEnded)
+        assert error.code == CloseCode.LOCKED
+
+
 async def test_a_message_that_is_too_big_is_given_up_and_the_others_go_on() -> None:
     async with connected() as session:
         accepted = await session.asked()

@@ -9,6 +9,7 @@ from imstream.client import (
     BadMessage,
     Busy,
     Cancelled,
+    Client,
     Expired,
     Failed,
     Outcome,
@@ -19,7 +20,7 @@ from imstream.client import (
     Unavailable,
 )
 from imstream.codes import Code
-from tests.support.scripted_ws import all_of, connected, within
+from tests.support.scripted_ws import FAST, USER, Session, all_of, connected, scripted_server, within
 
 # Ends without an answer
 
@@ -60,7 +61,6 @@ async def test_a_reply_that_is_no_longer_kept_is_expired() -> None:
     [
         (Code.BUSY, Busy),
         (Code.RATE_LIMITED, RateLimited),
-        (Code.UNAVAILABLE, Unavailable),
         (Code.BAD_REQUEST, BadMessage),
         (Code.FORBIDDEN, Refused),
     ],
@@ -75,6 +75,27 @@ async def test_a_message_that_is_refused_says_why_and_when_to_try_again(code: Co
                 await within(waited)
             assert (caught.value.code, caught.value.retry_after) == (code, timedelta(milliseconds=1500))
         assert not other.ended
+
+
+async def test_a_message_that_a_draining_node_refuses_is_sent_again_elsewhere_once() -> None:
+    async with scripted_server() as draining, scripted_server() as other:
+        login = asyncio.create_task(draining.logged_in())
+        async with Client([draining.url, other.url], USER, timing=FAST) as client:
+            session = Session(draining, client, await login)
+            running = await session.asked(message_id="m1")
+            refused, again = [await client.send("hello", message_id=name) for name in ("m2", "m3")]
+            await session.peer.send_frame("SYSTEM", code="UNAVAILABLE", message_id="m2", retry_after_ms=1500)
+            await session.peer.gone()
+            peer = await other.peer()
+            assert [point.message_id for point in (await peer.hear_init()).resume] == ["m1"]
+            await peer.send_frame("INIT")
+            assert [(await peer.hear_chat()).message_id for _ in range(2)] == ["m2", "m3"]
+            await peer.send_chat("m3", "accepted", position=1)
+            await within(again.accepted())
+            await peer.send_frame("SYSTEM", code="UNAVAILABLE", message_id="m2", contents="not now")
+            with pytest.raises(Unavailable, match="not now"):
+                await within(refused.text())
+            assert not running.ended
 
 
 async def test_a_refusal_without_an_id_is_about_the_only_message_it_can_be_about() -> None:

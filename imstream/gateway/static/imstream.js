@@ -1,5 +1,6 @@
 /**
- * The browser client of imstream: a WebSocket that reconnects by itself, and messages whose answers resume.
+ * The client of imstream for browsers and Node.js: a WebSocket that reconnects by itself, and messages whose answers
+ * resume. Its types are in imstream.d.ts.
  *
  *     import { ImstreamClient } from "./imstream.js";
  *
@@ -16,15 +17,21 @@
  * @property {"INIT" | "CHAT" | "HEARTBEAT" | "SYSTEM"} msgType
  * @property {string} [contents]    Text for the user, or text of the reply.
  * @property {string} [messageId]
- * @property {string} [event]       accepted, delta, restart, done, failed or cancelled.
+ * @property {string} [event]       accepted, delta, restart, done, failed or cancelled; status, asked or thinking.
  * @property {number} [attempt]     The attempt that the text belongs to, from 1.
  * @property {number} [offset]      Position in the reply after this frame; opaque.
  * @property {number} [position]    Place in the queue; 1 is next.
+ * @property {string} [state]       State of an unfinished message (`status`): queued, started, waiting, …
+ * @property {number} [etaMs]       Estimate of the time until the answer begins (`status`).
+ * @property {string} [reason]      Why it waits (`status`): a word for programs.
+ * @property {KnownMessage[]} [messages]  The user's newest messages: in the answer to INIT, with the want `asked`.
  * @property {number} [retryAfterMs]
  * @property {number} [heartbeatMs] Interval between heartbeats that the service asks for.
  * @property {string} [finishReason]
  * @property {Record<string, number>} [usage]
  * @property {string} [node]        The node that sent the frame.
+ *
+ * @typedef {{messageId: string, state: string}} KnownMessage  A message that can be followed.
  *
  * @typedef {object} Options
  * @property {string} address       URL of the service: http, https, ws or wss.
@@ -32,7 +39,10 @@
  * @property {string | (() => string | Promise<string>)} [token]  The user's signed token, if the service requires
  *     one; or a function that returns a fresh one, called for each connection and before the login expires.
  * @property {string} [lang]        Language of the server's texts (a script cannot set Accept-Language).
+ * @property {("status" | "asked" | "thinking")[]} [wants]  Optional events: `status`, `asked`, `thinking`.
+ * @property {new (url: string) => any} [WebSocket]  The class of the socket, where there is no global one (Node.js 20).
  * @property {number} [heartbeat]   Milliseconds between heartbeats, unless the service announces an interval.
+ * @property {number} [probeLimit]  Time limit for the answer to a heartbeat when the page wakes up or a message is sent.
  * @property {number} [patience]    Time limit for connecting and logging in, in milliseconds.
  * @property {number} [firstWait]   First reconnect delay in milliseconds; doubled by every failure.
  * @property {number} [longestWait] Maximum reconnect delay in milliseconds.
@@ -41,7 +51,7 @@
  * @typedef {"idle" | "connecting" | "online" | "waiting" | "closed"} State
  */
 
-const DEFAULTS = { heartbeat: 25_000, patience: 10_000, firstWait: 1_000, longestWait: 30_000 };
+const DEFAULTS = { heartbeat: 25_000, probeLimit: 3_000, patience: 10_000, firstWait: 1_000, longestWait: 30_000 };
 const STABLE_AFTER = 5_000; // a connection that lasted this long (ms) resets the backoff
 const MAX_RESUMED = 64; // limit of one INIT
 const NOT_AUTHENTICATED = 4500;
@@ -50,19 +60,26 @@ const INTERNAL_ERROR = 1011; // from this code on, a SYSTEM frame before the clo
 const DRAINING = 1012;
 const NODE_FULL = 1013;
 const EVENTS = new Set(["accepted", "delta", "restart", "done", "failed", "cancelled"]);
+const WANTED = new Set(["status", "asked", "thinking"]); // events of the names in `wants`
+const WAKING = ["online", "pageshow", "visibilitychange", "focus"]; // after each, the connection may be lost unnoticed
 
 /**
  * One message and its answer. Its events carry their frame as `detail`: `accepted`,
  * `delta`, `restart` (discard the text so far), and finally exactly one of `done`, `failed`, `cancelled`,
  * `expired`. `refused`: the service did not accept the message, for example because it is busy; `resend` or
  * `cancel` it. `notice`: a problem with an accepted message (a late cancel, Redis is briefly unavailable).
+ *
+ * Only if they are wanted (`Options.wants`): `status` when `state` or `position` has changed, `asked` with the question
+ * of a message of another socket, `thinking` when `thinking` has grown.
  */
 export class Message extends EventTarget {
   /** @type {Status} */ status = "sending";
   /** The answer so far. */ text = "";
   /** The attempt that the text belongs to; 0 before the first. */ attempt = 0;
   /** Offset of the end of the text, counted by the server. */ offset = 0;
-  /** @type {number | undefined} Its place in the queue when it was accepted. */ position;
+  /** The model's reasoning so far, which is no part of the answer. */ thinking = "";
+  /** @type {string | undefined} The state of the unfinished message, as the service calls it. */ state;
+  /** @type {number | undefined} Its last known place in the queue. */ position;
   /** @type {string | undefined} The node that sent the last frame. */ node;
   /** @type {Frame | undefined} The last frame about it. */ frame;
   /** Whether it was sent. */ sent = false;
@@ -87,16 +104,17 @@ export class Message extends EventTarget {
   /** Applies a frame. Outdated and repeated frames, and unknown events, change nothing. @param {Frame} frame */
   take(frame) {
     const { event, attempt = this.attempt, offset = this.offset } = frame;
-    if (attempt < this.attempt || (event && !EVENTS.has(event))) return;
+    if (attempt < this.attempt || !this.#isKnown(frame)) return;
     this.frame = frame;
     this.node = frame.node ?? this.node;
     if (frame.code === "EXPIRED") return this.become("expired");
     if (frame.msgType === "SYSTEM") return this.#takeRefusal(frame);
+    if (event && WANTED.has(event)) return this.#takeWanted(frame, event);
 
     this.accepted = true;
     if (attempt > this.attempt || event === "restart") {
       this.attempt = attempt;
-      this.text = "";
+      this.text = this.thinking = "";
       this.offset = 0;
     }
     if (event === "accepted") {
@@ -111,6 +129,20 @@ export class Message extends EventTarget {
     } else if (event === "done" || event === "failed" || event === "cancelled") {
       this.become(event);
     }
+  }
+
+  /** Whether this version of the client knows what a frame means. @param {Frame} frame */
+  #isKnown({ msgType, code, event }) {
+    if (msgType !== "CHAT") return msgType === "SYSTEM";
+    return event ? EVENTS.has(event) || WANTED.has(event) : code === "EXPIRED";
+  }
+
+  /** @param {Frame} frame @param {string} event */
+  #takeWanted(frame, event) {
+    if (event === "asked") this.contents ||= frame.contents ?? "";
+    else if (event === "thinking") this.thinking += frame.contents ?? "";
+    else [this.state, this.position] = [frame.state, frame.position];
+    this.become(this.status, event);
   }
 
   /** @param {Frame} frame */
@@ -132,15 +164,18 @@ export class Message extends EventTarget {
 /**
  * One user's connection to a service. Its events: `state` when `client.state` has changed (`detail`: the close
  * `code` and its `reason`, the `frame` in which the service said why, if it did, and the `wait` before the next
- * attempt), and `notice` with a frame about no message.
+ * attempt), `notice` with a frame about no message, and if that is wanted `asked` with a `Message` of another socket.
  */
 export class ImstreamClient extends EventTarget {
   /** @type {State} `waiting`: until the next attempt; `closed`: no further attempt. */ state = "idle";
   /** @type {string | undefined} The connected node. */ node;
+  /** @type {KnownMessage[]} With the want `asked`: the user's newest messages at the last login, see `follow`. */
+  known = [];
   /** @type {Map<string, Message>} Messages without an end, in the order sent. */ #messages = new Map();
   /** @type {WebSocket | undefined} */ #socket;
   /** @type {ReturnType<typeof setTimeout> | undefined} The next attempt, or the time limit of this one. */ #timer;
   /** @type {ReturnType<typeof setInterval> | undefined} */ #heartbeatTimer;
+  /** @type {ReturnType<typeof setTimeout> | undefined} Time limit of a heartbeat that must be answered. */ #probeTimer;
   /** Whether no frame arrived since the last heartbeat. */ #awaitingHeartbeat = false;
   /** @type {string | undefined} The token sent last. */ #sentToken;
   /** @type {string | undefined} The token of the current login. */ #acceptedToken;
@@ -160,10 +195,13 @@ export class ImstreamClient extends EventTarget {
     if (this.state === "connecting" || this.state === "online") return;
     this.#dropSocket();
     if (this.state === "closed") this.#rejectedToken = undefined; // the caller asks for another attempt
-    const socket = (this.#socket = new WebSocket(socketUrl(this.options)));
+    const { WebSocket = globalThis.WebSocket } = this.options;
+    /** @type {globalThis.WebSocket} */ const socket = new WebSocket(socketUrl(this.options));
+    this.#socket = socket;
     socket.onopen = () => this.#login();
     socket.onmessage = ({ data }) => this.#onFrame(JSON.parse(data));
     socket.onclose = ({ code, reason }) => this.#onClose(code, reason);
+    socket.onerror = () => {}; // a close follows; ws throws errors that nobody handles
     this.#timer = setTimeout(() => this.drop(), this.options.patience);
     this.#setState("connecting");
   }
@@ -198,14 +236,15 @@ export class ImstreamClient extends EventTarget {
   }
 
   /**
-   * Takes up a message that was accepted earlier, before the page was reloaded for example: its recorded answer
-   * comes from the start. To be called before `connect`. @param {string} id @param {string} contents
+   * Takes up a message that was accepted earlier, before the page was reloaded or on another device: its recorded
+   * answer comes from the start. @param {string} id @param {string} contents
    */
   follow(id, contents = "") {
     const message = new Message(id, contents, []);
     message.accepted = true;
     message.status = "queued";
     this.#messages.set(id, message);
+    if (this.state === "online") this.#retryLater(0);
     return message;
   }
 
@@ -215,7 +254,7 @@ export class ImstreamClient extends EventTarget {
     if (!message) return;
     message.cancelling = true;
     if (message.status === "refused" || !(message.sent || message.accepted)) message.become("cancelled");
-    else if (this.state === "online") this.#send({ msgType: "CANCEL", messageId });
+    else if (this.state === "online") this.#probe(), this.#send({ msgType: "CANCEL", messageId });
     if (message.isEnded) this.#messages.delete(messageId);
   }
 
@@ -235,14 +274,15 @@ export class ImstreamClient extends EventTarget {
       .filter(({ accepted }) => accepted && resuming)
       .slice(-MAX_RESUMED)
       .map(({ id, attempt, offset }) => ({ messageId: id, attempt, offset }));
-    this.#send({ msgType: "INIT", token: this.#sentToken, resume });
+    this.#send({ msgType: "INIT", token: this.#sentToken, resume, wants: this.options.wants });
   }
 
-  /** Logged in: resends unacknowledged messages; the server detects duplicates by their id. */
-  #onLoggedIn(heartbeat = this.options.heartbeat) {
+  /** Logged in: resends unacknowledged messages; the server detects duplicates by their id. @param {Frame} frame */
+  #onLoggedIn({ heartbeatMs: heartbeat = this.options.heartbeat, messages = [] }) {
     clearTimeout(this.#timer);
     this.#rejectedToken = undefined;
     this.#acceptedToken = this.#sentToken;
+    this.known = messages;
     this.#onlineSince = Date.now();
     this.#heartbeatTimer = setInterval(() => this.#heartbeat(), heartbeat);
     for (const message of this.#messages.values()) if (message.status === "sending") this.#chat(message);
@@ -265,8 +305,10 @@ export class ImstreamClient extends EventTarget {
   /** @param {Frame} frame */
   #onFrame(frame) {
     this.#awaitingHeartbeat = false;
+    if (this.#probeTimer) this.#limitProbe(frame.msgType !== "HEARTBEAT");
     this.#lastFrame = frame;
     this.node = frame.node ?? this.node;
+    if (frame.event === "asked") this.#onAsked(frame);
     const message = this.#messageOf(frame);
     if (message) {
       if (frame.code === "EXPIRED" && !message.accepted) return this.#chat(message); // the message never arrived
@@ -274,7 +316,7 @@ export class ImstreamClient extends EventTarget {
       if (message.accepted && frame.code === "UNAVAILABLE") this.#retryLater(frame.retryAfterMs);
       if (message.isEnded) this.#messages.delete(message.id);
     } else if (frame.msgType === "INIT" && this.state === "connecting") {
-      this.#onLoggedIn(frame.heartbeatMs);
+      this.#onLoggedIn(frame);
     } else if (frame.msgType === "INIT") {
       this.#acceptedToken = this.#sentToken;
     } else if (frame.msgType === "SYSTEM") {
@@ -282,6 +324,16 @@ export class ImstreamClient extends EventTarget {
       if (frame.code === "UNAUTHORIZED" && this.state === "online" && this.#canRenew) this.#login(false);
       if (frame.code === "UNAVAILABLE" && this.state === "connecting") this.drop(); // no login is possible now
     }
+  }
+
+  /** A message of another socket: its frames follow. @param {Frame} frame */
+  #onAsked({ messageId: id = "", contents = "" }) {
+    if (this.#messages.has(id)) return;
+    const message = new Message(id, contents, []);
+    message.accepted = true;
+    message.status = "queued";
+    this.#messages.set(id, message);
+    this.dispatchEvent(new CustomEvent("asked", { detail: message }));
   }
 
   /** The message that a frame is about. @param {Frame} frame */
@@ -302,15 +354,40 @@ export class ImstreamClient extends EventTarget {
     this.#send({ msgType: "HEARTBEAT" });
   }
 
+  /**
+   * Sends a heartbeat that must be answered soon: a dead connection looks like a living one. The server handles frames
+   * in their order, so not while it is still busy with a message.
+   * @param {Message} [sending]
+   */
+  #probe(sending) {
+    const isBusy = [...this.#messages.values()].some((one) => one !== sending && one.sent && one.status === "sending");
+    if (this.state !== "online" || this.#probeTimer || isBusy) return;
+    this.#send({ msgType: "HEARTBEAT" });
+    this.#limitProbe(true);
+  }
+
+  /** Begins the time limit of a heartbeat's answer, from the last frame on, or ends it. @param {boolean} isMissing */
+  #limitProbe(isMissing) {
+    clearTimeout(this.#probeTimer);
+    this.#probeTimer = isMissing ? setTimeout(() => this.drop(), this.options.probeLimit) : undefined;
+  }
+
+  #wake = () => {
+    if (globalThis.document?.visibilityState === "hidden") return;
+    if (this.state === "waiting") this.connect();
+    else this.#probe();
+  };
+
   /** @param {Message} message */
   #chat(message) {
+    this.#probe(message);
     message.sent = true;
     this.#send({ msgType: "CHAT", messageId: message.id, contents: message.contents, history: message.history });
   }
 
   /** @param {object} frame */
   #send(frame) {
-    this.#socket?.send(JSON.stringify({ userId: this.options.userId, ...frame }));
+    this.#socket?.send(JSON.stringify({ userId: this.options.userId, ...frame }, wellFormed));
   }
 
   /**
@@ -330,12 +407,9 @@ export class ImstreamClient extends EventTarget {
     if (code >= 4500 && code <= 4999 && !renew && !late) return this.#setState("closed", { code, reason, frame });
     const { firstWait, longestWait } = this.options;
     const wait = reconnectWait(code, this.#failures++, firstWait, longestWait);
-    this.#timer = setTimeout(this.#reconnect, wait);
-    globalThis.addEventListener?.("online", this.#reconnect);
+    this.#timer = setTimeout(() => this.connect(), wait);
     this.#setState("waiting", { code, reason, frame, wait });
   }
-
-  #reconnect = () => this.connect();
 
   /** Refuses the longest unacknowledged message: it was too big, and would close the next connection, too. */
   #refuseLongest() {
@@ -347,7 +421,7 @@ export class ImstreamClient extends EventTarget {
   #dropSocket() {
     clearTimeout(this.#timer);
     clearInterval(this.#heartbeatTimer);
-    globalThis.removeEventListener?.("online", this.#reconnect);
+    this.#limitProbe(false);
     const socket = this.#socket;
     this.#socket = this.#lastFrame = undefined;
     this.#awaitingHeartbeat = false;
@@ -360,6 +434,8 @@ export class ImstreamClient extends EventTarget {
   /** @param {State} state @param {{code: number, reason?: string, frame?: Frame, wait?: number}} [detail] */
   #setState(state, detail) {
     this.state = state;
+    const change = state === "closed" ? "removeEventListener" : "addEventListener";
+    for (const event of WAKING) globalThis[change]?.(event, this.#wake);
     this.dispatchEvent(new CustomEvent("state", { detail }));
   }
 }
@@ -377,6 +453,11 @@ export function reconnectWait(code, failures, firstWait, longestWait) {
 /** Returns a new id. `crypto.randomUUID` exists on secure origins only, so not with plain http. */
 export function newMessageId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** Replaces halves of surrogate pairs, which cannot be sent, in the strings of JSON. @param {string} _ @param {unknown} value */
+function wellFormed(_, value) {
+  return typeof value === "string" ? value.replace(/\p{Surrogate}/gu, "\ufffd") : value;
 }
 
 /** @param {Options} options */

@@ -1,0 +1,153 @@
+"""A scenario of the conformance kit: its server, its connections, and the client under test; see conform.py."""
+
+import asyncio
+import json
+from asyncio.subprocess import Process
+from collections.abc import Awaitable
+from contextlib import suppress
+from typing import TypeVar
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+
+from imstream import wire
+from imstream.codes import Code
+from imstream.wire import ClientChat, ClientFrame, ClientHeartbeat, ClientInit, Delta, ServerFrame
+
+USER = 10001
+PIECES = ("Blue ", "🌊, ", "蓝")  # offsets count code points, not bytes or UTF-16 units
+WHOLE = {"outcome": "done", "text": "".join(PIECES)}
+
+T = TypeVar("T")
+F = TypeVar("F", bound=ClientFrame)
+
+
+class Nonconformity(Exception):  # noqa: N818 - what the kit looks for
+    """The client does not behave as the protocol says."""
+
+
+def check(right: bool, problem: str) -> None:  # noqa: FBT001 - reads like an assertion
+    """Raise `Nonconformity` unless something is right."""
+    if not right:
+        raise Nonconformity(problem)
+
+
+class Stage:
+    """The server of one scenario, its latest connection, and the client under test.
+
+    `limit`: seconds that the client has for each reaction.
+    """
+
+    def __init__(self, client: Process, limit: float) -> None:
+        self.port = 0
+        self.sockets: asyncio.Queue[ServerConnection] = asyncio.Queue()
+        self.socket: ServerConnection
+        self._client = client
+        self._limit = limit
+
+    async def serve(self, socket: ServerConnection) -> None:
+        """Keep a connection until either side closes it."""
+        self.sockets.put_nowait(socket)
+        await socket.wait_closed()
+
+    async def within(self, waiting: Awaitable[T], what: str) -> T:
+        """Wait for a reaction of the client."""
+        try:
+            return await asyncio.wait_for(waiting, self._limit)
+        except TimeoutError:
+            raise Nonconformity(f"no {what} within {self._limit:g} s") from None
+
+    def do(self, step: str, **fields: object) -> None:
+        """Tell the client to do something."""
+        assert self._client.stdin is not None  # noqa: S101 - a pipe
+        self._client.stdin.write(json.dumps({"step": step, **fields}).encode() + b"\n")
+
+    async def report(self, **expected: object) -> None:
+        """Receive the client's next report."""
+        assert self._client.stdout is not None  # noqa: S101 - a pipe
+        line = await self.within(self._client.stdout.readline(), f"report {expected}")
+        try:
+            told = {name: json.loads(line).get(name) for name in expected}
+        except (ValueError, AttributeError):
+            raise Nonconformity(f"{line!r} is no report" if line else "the client has exited") from None
+        check(told == expected, f"the client reports {told} instead of {expected}")
+
+    async def receive(self) -> ClientFrame:
+        """The next frame; heartbeats are answered."""
+        try:
+            frame = wire.parse_frame(str(await self.socket.recv()))
+        except wire.InvalidFrame as error:
+            raise Nonconformity(f"an invalid frame: {error}") from None
+        if isinstance(frame, ClientHeartbeat):
+            await self.send(wire.HeartbeatReply(contents="ok"))
+        return frame
+
+    async def expect(self, kind: type[F]) -> F:
+        """The next frame that is no heartbeat, which must be of a kind."""
+        wanted = kind.__name__.removeprefix("Client").upper()
+        while isinstance(frame := await self.within(self.receive(), wanted), ClientHeartbeat):
+            pass
+        if not isinstance(frame, kind):
+            raise Nonconformity(f"{frame.msg_type} instead of {wanted}")
+        return frame
+
+    async def connect(self, *tokens: str) -> ClientInit:
+        """Let the client begin anew, and receive its INIT."""
+        self.do("connect", url=f"ws://127.0.0.1:{self.port}/ws", userId=USER, tokens=tokens or ("t-1",))
+        return await self.connection()
+
+    async def connection(self) -> ClientInit:
+        """Receive INIT on the next connection."""
+        self.socket = await self.within(self.sockets.get(), "connection")
+        return await self.expect(ClientInit)
+
+    async def welcome(self, init: ClientInit, heartbeat_ms: int = 25_000) -> ClientInit:
+        """Answer an INIT."""
+        await self.send(wire.Welcome(contents="hello", user_id=init.user_id, heartbeat_ms=heartbeat_ms, node="0"))
+        return init
+
+    async def ask(self, message_id: str, *, is_accepted: bool = True) -> None:
+        """Let the client send a message."""
+        self.do("send", messageId=message_id, contents=f"question {message_id}")
+        await self.expect_chat(message_id)
+        if is_accepted:
+            await self.send(accepted(message_id))
+
+    async def expect_chat(self, message_id: str) -> None:
+        """Receive a message, which may have been sent before."""
+        chat = await self.expect(ClientChat)
+        check((chat.message_id, chat.contents) == (message_id, f"question {message_id}"), "CHAT of another message")
+
+    async def send(self, *frames: ServerFrame | dict[str, object]) -> None:
+        """Send frames, also some that this version of the protocol does not have."""
+        for frame in frames:
+            await self.socket.send(json.dumps(frame) if isinstance(frame, dict) else frame.encode())
+
+    async def close(self, code: int, why: Code) -> None:
+        """Close the connection, after a frame that says why. The client may be faster."""
+        with suppress(ConnectionClosed):
+            await self.send(wire.Problem(code=why, contents="because"))
+            await self.socket.close(code)
+
+    async def drop(self) -> None:
+        """Break the connection once the client has received everything."""
+        await self.within(await self.socket.ping(), "answer to a ping")
+        self.socket.transport.abort()
+
+
+def accepted(message_id: str) -> ServerFrame:
+    """The frame that accepts a message."""
+    return wire.Accepted(contents="accepted", user_id=USER, message_id=message_id, position=1)
+
+
+def answer(message_id: str, attempt: int = 1) -> list[ServerFrame]:
+    """The frames of an answer: its deltas, and `done`."""
+    common = {"message_id": message_id, "attempt": attempt}
+    ends = [len("".join(PIECES[: count + 1])) for count in range(len(PIECES))]
+    deltas = [Delta(contents=text, offset=end, **common) for text, end in zip(PIECES, ends, strict=True)]
+    return [*deltas, wire.Done(offset=ends[-1], **common)]
+
+
+def problem(code: Code, message_id: str, retry_after_ms: int | None = None) -> ServerFrame:
+    """The frame that refuses a message, or a cancel."""
+    return wire.Problem(code=code, contents="because", message_id=message_id, retry_after_ms=retry_after_ms)
