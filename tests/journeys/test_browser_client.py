@@ -664,13 +664,13 @@ async def test_tells_states_and_reasoning_if_they_are_wanted(browser: BrowserCli
     await peer.send_chat("m1", "accepted", position=2)
     await peer.send_chat("m1", "status", state="queued", position=1, eta_ms=1500)
     await browser.page.until("messages.m1.state === 'queued' && messages.m1.position === 1")
-    for text in ("Let me ", "see"):
-        await peer.send_chat("m1", "thinking", attempt=1, contents=text)
+    for start, text in ((0, "Hm"), (0, "Let me "), (7, "see")):
+        await peer.send_chat("m1", "thinking", attempt=1, contents=text, start=start)
     await browser.page.until("messages.m1.thinking === 'Let me see'")
     await peer.send_chat("m1", "restart", attempt=2, offset=0, contents="once more")
     await browser.status("m1", "answering", "")
     assert await browser.page.evaluate("messages.m1.thinking") == ""
-    assert await browser.events("m1") == ["accepted", "status", "thinking", "thinking", "restart"]
+    assert await browser.events("m1") == ["accepted", "status", *["thinking"] * 3, "restart"]
 
 
 async def test_a_status_is_no_acceptance(browser: BrowserClient) -> None:

@@ -25,6 +25,8 @@ export interface Frame {
   attempt?: number;
   /** Position in the reply after this frame; opaque. */
   offset?: number;
+  /** Position in the reasoning before this frame (`thinking`); 0 begins anew. */
+  start?: number;
   /** Place in the queue; 1 is next. */
   position?: number;
   /** State of an unfinished message (`status`): queued, started, waiting, … */

@@ -21,6 +21,7 @@
  * @property {number} [attempt]     The attempt that the text belongs to, from 1.
  * @property {number} [offset]      Position in the reply after this frame; opaque.
  * @property {number} [position]    Place in the queue; 1 is next.
+ * @property {number} [start]       Position in the reasoning before this frame (`thinking`).
  * @property {string} [state]       State of an unfinished message (`status`): queued, started, waiting, …
  * @property {number} [etaMs]       Estimate of the time until the answer begins (`status`).
  * @property {string} [reason]      Why it waits (`status`): a word for programs.
@@ -140,7 +141,7 @@ export class Message extends EventTarget {
   /** @param {Frame} frame @param {string} event */
   #takeWanted(frame, event) {
     if (event === "asked") this.contents ||= frame.contents ?? "";
-    else if (event === "thinking") this.thinking += frame.contents ?? "";
+    else if (event === "thinking") this.thinking = (frame.start ? this.thinking : "") + (frame.contents ?? "");
     else [this.state, this.position] = [frame.state, frame.position];
     this.become(this.status, event);
   }
