@@ -107,7 +107,7 @@ async def test_a_node_of_the_previous_release_answers_what_a_model_was_thinking_
     async with scripted_backend(always=streams("The ", "answer")) as backend:
         backend.then(thinks)
         pythons = {"previous": previous_python()}
-        async with many_nodes(tmp_path, backend.url, "previous", "this", pythons=pythons) as nodes:
+        with standing_nodes(tmp_path, backend.url, "previous", "this", pythons=pythons) as nodes:
             async with nodes["previous"].peer(USER) as follower, nodes["this"].peer(USER) as someone:
                 await someone.send_frame("INIT", userId=USER, wants=["status"])
                 await someone.until(msgType="INIT")

@@ -1,10 +1,9 @@
 """A model that thinks before it answers: who is told by which node, and that reasoning is no part of answers."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,27 @@ import pytest
 
 from imstream.guards.words.word_guard import IN_ANSWER
 from tests.support.backend_scripts import by_question
-from tests.support.many_nodes import many_nodes
-from tests.support.one_node import OneNode, one_node
+from tests.support.many_nodes import standing_nodes
+from tests.support.one_node import OneNode, one_node, standing_node
 from tests.support.peer import Frame, Peer, Told, peer
+from tests.support.processes import free_port
 from tests.support.raw_socket import raw_socket
-from tests.support.scripted_backend import DONE, Exchange, Script, chunk, event, says, scripted_backend
+from tests.support.scripted_backend import (
+    DONE,
+    Exchange,
+    Script,
+    ScriptedBackend,
+    chunk,
+    event,
+    says,
+    scripted_backend,
+)
 from tests.support.servers import RedisServer
 from tests.support.users import query, user_id
-from tests.support.waiting import wait_until
 
 USER = user_id(10001)
+MOST = 200_000
+"""Maximum characters of an answer, and of reasoning."""
 
 STOP = event(chunk(finish_reason="stop"))
 MB = 1 << 20
@@ -83,6 +93,19 @@ class Model:
         await exchange.end()
 
 
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNode]:
+    """A node that shows reasoning. Each test runs its backend."""
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with standing_node(tmp_path_factory.mktemp("thinking"), url, thinking="show", max_answer=MOST) as node:
+        yield node
+
+
+def backend_of(node: OneNode, always: Script) -> AbstractAsyncContextManager[ScriptedBackend]:
+    """The backend of this node."""
+    return scripted_backend(always, port=int(node.ai_url.split(":")[2].split("/")[0]))
+
+
 @asynccontextmanager
 async def device(node: OneNode, *wants: str, resume: dict[str, Told] | None = None) -> AsyncIterator[Peer]:
     """Connect and log in with these wants."""
@@ -112,19 +135,16 @@ def thoughts(found: list[Frame]) -> str:
     return text
 
 
-async def test_reasoning_is_told_to_those_who_want_it_and_is_no_part_of_the_answer(
-    redis_server: RedisServer, tmp_path: Path
-) -> None:
+async def test_reasoning_is_told_to_those_who_want_it_and_is_no_part_of_the_answer(node: OneNode) -> None:
     scripts = {question: [script] for question, script in FORMS.items()}
     async with (
-        scripted_backend(always=by_question(scripts)) as backend,
-        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
+        backend_of(node, by_question(scripts)),
         node.peer(USER) as plain,
         device(node, "status") as state_only,
         device(node, "status", "thinking") as curious,
     ):
         for number, question in enumerate(FORMS):
-            name = f"m{number}"
+            name = f"form-{number}"
             await curious.chat(USER, question, name)
             for someone in (curious, plain, state_only):
                 told = await someone.end_of(name)
@@ -137,11 +157,12 @@ async def test_reasoning_is_told_to_those_who_want_it_and_is_no_part_of_the_answ
             events = curious.told[name].events
             assert events.index("delta") > max(at for at, one in enumerate(events) if one == "thinking"), question
             assert node.recorded(USER, name) == ("done", "The answer")
-        await node.settled()
 
 
-@pytest.mark.parametrize("mode", ["hide", "status", "show"])
-async def test_the_operator_decides_what_is_told(redis_server: RedisServer, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["hide", "status"])
+async def test_reasoning_is_shown_only_where_the_operator_allows_it(
+    redis_server: RedisServer, tmp_path: Path, mode: str
+) -> None:
     model = Model()
     async with (
         scripted_backend(always=model) as backend,
@@ -156,61 +177,53 @@ async def test_the_operator_decides_what_is_told(redis_server: RedisServer, tmp_
         model.says(*ANSWER)
         assert (await someone.end_of("m")).text == "The answer"
         assert states(someone, "m") == (["started"] if mode == "hide" else ["started", "thinking", "started"])
-        assert thoughts(frames(someone, "m", "thinking")) == ("hm" if mode == "show" else "")
+        assert frames(someone, "m", "thinking") == []
         marks = [entry for entry in node.record(USER, "m") if "thinking" in entry]
         assert all((mark["event"], mark["text"], mark["offset"]) == ("text", "", "0") for mark in marks)
         assert mode != "hide" or marks == []
-        await node.settled()
+        await node.all_finished()
 
 
-async def test_a_call_that_fails_takes_its_reasoning_with_it(redis_server: RedisServer, tmp_path: Path) -> None:
-    """Cut in its reasoning, a message waits and is asked again; cut in its text, it begins its next attempt."""
-    model = Model()
-    async with (
-        scripted_backend(always=model) as backend,
-        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
-        device(node, "status", "thinking") as someone,
-    ):
-        await someone.chat(USER, "why?", "m")
-        for reasoning in ("first", "second"):
+async def test_a_call_that_fails_takes_its_reasoning_with_it(node: OneNode) -> None:
+    """While it thinks, a backend goes away, and then its answer is cut, and then again in its text."""
+    model, away = Model(), event({"error": {"code": 503, "message": "overloaded"}})
+    async with backend_of(node, model), device(node, "status", "thinking") as someone:
+        await someone.chat(USER, "why?", "cut")
+        for reasoning, then in (("first", away), ("second", b""), ("third", b"")):
             model.says(delta(reasoning_content=reasoning))
-            assert (await someone.until(event="thinking"))["contents"] == reasoning
-            if reasoning == "second":
+            told = await someone.until(event="thinking")
+            assert (told["contents"], told["start"]) == (reasoning, 0)
+            if reasoning == "third":
                 model.says(delta(content="half "))
-                await someone.some_text("m", 5)
-            model.says(b"")
-        await someone.until(event="restart")
-        model.says(delta(reasoning_content="third"))
+                await someone.some_text("cut", 5)
+            model.says(then, *([DONE] if then else []))
+            if not then:
+                await someone.until(event="restart")
+        model.says(delta(reasoning_content="fourth"))
         last = await someone.until(event="thinking")
-        assert (last["contents"], last["start"], last["attempt"]) == ("third", 0, 2)
+        assert (last["contents"], last["start"], last["attempt"]) == ("fourth", 0, 3)
         model.says(*ANSWER)
-        assert (await someone.end_of("m")).text == "The answer"
-        assert [one["start"] for one in frames(someone, "m", "thinking")] == [0, 0, 0]
-        told = [state for state, after in pairwise([*states(someone, "m"), ""]) if state != after]
-        assert told == ["started", "thinking", "waiting", "thinking", "started", "thinking", "started"]
-        assert node.recorded(USER, "m") == ("done", "The answer")
-        await node.settled()
+        assert (await someone.end_of("cut")).text == "The answer"
+        assert states(someone, "cut")[:3] == ["started", "thinking", "waiting"]
+        assert node.recorded(USER, "cut") == ("done", "The answer")
 
 
-async def test_a_socket_that_comes_while_the_model_thinks_is_told_all_of_it(
-    redis_server: RedisServer, tmp_path: Path
-) -> None:
+async def test_a_socket_that_comes_while_the_model_thinks_is_told_all_of_it(node: OneNode) -> None:
     model = Model()
     async with (
-        scripted_backend(always=model) as backend,
-        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
+        backend_of(node, model),
         node.peer(USER) as plain,
     ):
         async with device(node, "thinking") as someone:
-            await someone.chat(USER, "why?", "m")
+            await someone.chat(USER, "why?", "resumed")
             model.says(delta(reasoning_content="Let me "))
             await someone.until(event="thinking")
-            left = someone.told["m"]
-        async with device(node, "status", "thinking", resume={"m": left}) as back, device(node) as later:
+            left = someone.told["resumed"]
+        async with device(node, "status", "thinking", resume={"resumed": left}) as back, device(node) as later:
             assert (await back.until(event="status"))["state"] == "thinking"
             first = await back.until(event="thinking")
             assert (first["contents"], first["start"]) == ("Let me ", 0)
-            await later.send_frame("INIT", userId=USER, resume=[{"messageId": "m"}])
+            await later.send_frame("INIT", userId=USER, resume=[{"messageId": "resumed"}])
             await later.until(msgType="INIT")
             await later.send_frame("INIT", userId=USER, wants=["thinking"])
             assert (await later.until(event="thinking"))["contents"] == "Let me "
@@ -218,75 +231,67 @@ async def test_a_socket_that_comes_while_the_model_thinks_is_told_all_of_it(
             assert (await back.until(event="thinking"))["start"] == 7
             model.says(*ANSWER)
             for socket in (back, later, plain):
-                assert (await socket.end_of("m")).text == "The answer"
-            assert thoughts(frames(back, "m", "thinking")) == thoughts(frames(later, "m", "thinking")) == "Let me think"
-        assert set(plain.told["m"].events) == {"delta", "done"}
-        await node.settled()
+                assert (await socket.end_of("resumed")).text == "The answer"
+            assert (
+                thoughts(frames(back, "resumed", "thinking"))
+                == thoughts(frames(later, "resumed", "thinking"))
+                == "Let me think"
+            )
+        assert set(plain.told["resumed"].events) == {"delta", "done"}
 
 
-async def test_a_message_can_be_cancelled_while_the_model_thinks(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_a_message_can_be_cancelled_while_the_model_thinks(node: OneNode) -> None:
     model = Model()
     async with (
-        scripted_backend(always=model) as backend,
-        one_node(tmp_path, redis_server, backend.url, thinking="show") as node,
+        backend_of(node, model) as backend,
         device(node, "status", "thinking") as someone,
     ):
-        await someone.chat(USER, "why?", "m")
+        await someone.chat(USER, "why?", "cancelled")
         model.says(delta(reasoning_content="hm"))
         await someone.until(event="thinking")
-        await someone.send_frame("CANCEL", messageId="m")
-        assert (await someone.end_of("m")).text == ""
+        await someone.send_frame("CANCEL", messageId="cancelled")
+        assert (await someone.end_of("cancelled")).text == ""
         await (await backend.request()).gone()
-        assert node.recorded(USER, "m") == ("cancelled", "")
-        await node.settled()
+        model.says(b"")
+        assert node.recorded(USER, "cancelled") == ("cancelled", "")
 
 
-async def test_a_socket_on_another_node_is_told_the_state_and_nothing_else(tmp_path: Path) -> None:
-    model = Model()
-    async with (
-        scripted_backend(always=model) as backend,
-        many_nodes(tmp_path, backend.url, "a", "b", thinking="show") as nodes,
-    ):
-        async with (
-            device(nodes["a"], "status", "thinking") as someone,
-            device(nodes["b"], "status", "thinking") as other,
-        ):
-            await someone.chat(USER, "why?", "m")
-            model.says(delta(reasoning_content="hm"))
-            await someone.until(event="thinking")
-            await other.until(event="status", state="thinking")
-            left = someone.told["m"]
-        async with device(nodes["b"], "status", "thinking", resume={"m": left}) as back:
-            assert (await back.until(event="status"))["state"] == "thinking"
-            model.says(*ANSWER)
-            assert (await back.end_of("m")).text == "The answer"
-            assert states(back, "m") == ["thinking", "started"]
-            assert frames(back, "m", "thinking") == frames(other, "m", "thinking") == []
-        await nodes.settled()
-
-
-async def test_the_node_of_a_thinking_model_dies_and_the_next_one_thinks_again(tmp_path: Path) -> None:
-    first, second = Model(), Model()
+async def test_a_socket_on_another_node_is_told_the_state_and_thinks_again_with_it_when_the_first_one_dies(
+    tmp_path: Path,
+) -> None:
+    model, second, third = Model(), Model(), Model()
     async with scripted_backend() as backend:
-        backend.then(first, second)
-        async with (
-            many_nodes(tmp_path, backend.url, "a", "b", thinking="show") as nodes,
-            device(nodes["b"], "status", "thinking") as other,
-        ):
-            async with device(nodes["a"], "thinking") as someone:
-                await someone.chat(USER, "why?", "m")
-                first.says(delta(reasoning_content="first"))
-                await other.until(event="status", state="thinking")
-                await nodes.killed("a")
-            second.says(delta(reasoning_content="second"))
-            again = await other.until(event="thinking")
-            assert (again["contents"], again["start"], again["attempt"]) == ("second", 0, 2)
-            second.says(*ANSWER)
-            assert (await other.end_of("m")).text == "The answer"
-            assert nodes.any.recorded(USER, "m") == ("done", "The answer")
-            await nodes.start("a")
-            first.says(b"")
+        backend.then(model, second, third)
+        with standing_nodes(tmp_path, backend.url, "a", "b", thinking="show") as nodes:
+            async with device(nodes["b"], "status", "thinking") as other:
+                async with device(nodes["a"], "status", "thinking") as someone:
+                    await someone.chat(USER, "why?", "m")
+                    model.says(delta(reasoning_content="hm"))
+                    await someone.until(event="thinking")
+                    await other.until(event="status", state="thinking")
+                    left = someone.told["m"]
+                async with device(nodes["b"], "status", "thinking", resume={"m": left}) as back:
+                    assert (await back.until(event="status"))["state"] == "thinking"
+                    model.says(ANSWER[0])
+                    await back.some_text("m")
+                    model.says(*ANSWER[1:])
+                    assert (await back.end_of("m")).text == (await other.end_of("m")).text == "The answer"
+                    assert states(back, "m") == ["thinking", "started"]
+                    assert frames(back, "m", "thinking") == frames(other, "m", "thinking") == []
+                async with device(nodes["a"]) as someone:
+                    await someone.chat(USER, "and why?", "n")
+                    second.says(delta(reasoning_content="second"))
+                    await other.until(event="status", state="thinking", messageId="n")
+                    await nodes.killed("a")
+                third.says(delta(reasoning_content="third"))
+                again = await other.until(event="thinking")
+                assert (again["contents"], again["start"], again["attempt"]) == ("third", 0, 2)
+                third.says(*ANSWER)
+                assert (await other.end_of("n")).text == "The answer"
+            assert nodes.any.recorded(USER, "n") == ("done", "The answer")
+            second.says(b"")
             await nodes.settled()
+            nodes.check_logs()
 
 
 async def test_reasoning_passes_the_filters_of_the_answer(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -313,15 +318,12 @@ async def test_reasoning_passes_the_filters_of_the_answer(redis_server: RedisSer
         await node.settled()
 
 
-async def test_a_slow_reader_gets_fewer_and_larger_frames_and_costs_no_more_than_the_reasoning(
-    redis_server: RedisServer, tmp_path: Path
-) -> None:
-    most, piece = 200_000, "thinking about it ... "
-    sent = (piece * (most // len(piece) + 2))[:most]
+async def test_a_slow_reader_gets_fewer_and_larger_frames_and_costs_no_more_than_the_reasoning(node: OneNode) -> None:
+    piece = "thinking about it ... "
+    sent = (piece * (MOST // len(piece) + 2))[:MOST]
     model = Model()
     async with (
-        scripted_backend(always=model) as backend,
-        one_node(tmp_path, redis_server, backend.url, thinking="show", max_answer=most) as node,
+        backend_of(node, model),
         device(node, "thinking") as quick,
         raw_socket(node.port, narrow=True) as slow,
     ):
@@ -329,16 +331,15 @@ async def test_a_slow_reader_gets_fewer_and_larger_frames_and_costs_no_more_than
         await slow.upgrade(f"/ws?{query(USER)}")
         await slow.send_frame(msgType="INIT", userId=USER, wants=["thinking"])
         await slow.until(msgType="INIT")
-        await quick.chat(USER, "why?", "m")
+        await quick.chat(USER, "why?", "slow")
         before = process.memory_info().rss
-        for _ in range(most // len(piece) + 10):  # a little more than is sent on
+        for _ in range(MOST // len(piece) + 10):  # a little more than is sent on
             model.says(delta(reasoning_content=piece))
         model.says(*ANSWER)
-        assert (await quick.end_of("m")).text == "The answer"
+        assert (await quick.end_of("slow")).text == "The answer"
         assert process.memory_info().rss - before < 20 * MB
         await slow.until(event="done")
         found = [frame for frame in slow.texts if frame.get("event") == "thinking"]
-        assert thoughts(found) == thoughts(frames(quick, "m", "thinking")) == sent
+        assert thoughts(found) == thoughts(frames(quick, "slow", "thinking")) == sent
         assert max(len(one["contents"]) for one in found) > 10_000
-        assert len(found) < len(frames(quick, "m", "thinking"))
-        await wait_until(lambda: node.unfinished() == 0, "the request is finished")
+        assert len(found) < len(frames(quick, "slow", "thinking"))

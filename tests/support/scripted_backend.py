@@ -237,10 +237,10 @@ class ScriptedBackend:
 
 
 @asynccontextmanager
-async def scripted_backend(always: Script | None = None) -> AsyncIterator[ScriptedBackend]:
-    """Run a backend on a free port of 127.0.0.1. Fails at the end if a script failed."""
+async def scripted_backend(always: Script | None = None, *, port: int = 0) -> AsyncIterator[ScriptedBackend]:
+    """Run a backend on a port of 127.0.0.1, by default a free one. Fails at the end if a script failed."""
     backend = ScriptedBackend(always)
-    async with backend.server.listening("127.0.0.1", 0, grace=LIMIT) as (_, backend.port):
+    async with backend.server.listening("127.0.0.1", port, grace=LIMIT) as (_, backend.port):
         try:
             yield backend
         finally:

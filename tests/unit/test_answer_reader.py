@@ -433,7 +433,7 @@ def test_without_tags_the_text_is_shown_as_it_is() -> None:
 
 def test_reasoning_before_the_text_is_reported_as_it_comes_and_its_end_once() -> None:
     told = list[str]()
-    reader = AnswerReader(limit=LIMIT, on_reasoning=told.append)
+    reader = AnswerReader(limit=LIMIT, reasoning="field", on_reasoning=told.append)
     assert reader.feed(with_delta(reasoning_content="let ") + with_delta(reasoning_content="me")) == ""
     assert told == ["let ", "me"]
     assert reader.feed(with_delta(content="\n\n") + with_delta(reasoning="!")) == "\n\n"  # blanks are not its end

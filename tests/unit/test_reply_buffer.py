@@ -325,7 +325,7 @@ def test_a_call_that_fails_and_a_restart_take_the_reasoning_with_them() -> None:
     reply.append("half")
     reply.begin(2)
     reply.think("third", keep=True)
-    assert told(cursor) == ["thinking", "restart 2", "2/0: third"]
+    assert told(cursor) == ["restart 2", "2/0: third"]
     assert told(slow) == ["thinking", "2/0: third"]
 
 
