@@ -199,7 +199,10 @@ async def test_a_backend_that_cannot_be_reached_is_checked_again_before_that_is_
 ) -> None:
     monkeypatch.setattr("imstream.ai.router.RECHECK", 0.2)
     late, never = free_port(), free_port()
-    tables = {"late": {"url": f"http://127.0.0.1:{late}/v1"}, "never": {"url": f"http://127.0.0.1:{never}/v1"}}
+    tables: dict[str, Any] = {
+        "late": {"url": f"http://127.0.0.1:{late}/v1"},
+        "never": {"url": f"http://127.0.0.1:{never}/v1"},
+    }
     with capture_logs() as logs:
         async with listed(file, **tables) as backends:
             checking = asyncio.create_task(backends.check())
