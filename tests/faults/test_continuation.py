@@ -195,3 +195,33 @@ async def test_this_release_continues_what_a_node_of_the_previous_one_began(
         assert told.text == whole(asked)
         [_, opened] = [entry for entry in nodes.any.record(USER, "m1") if entry["event"] == "opened"]
         assert 0 < int(opened["offset"]) < len(whole(asked))
+
+
+@pytest.mark.parametrize("option", ["prefix", "none"])
+async def test_another_backend_goes_on_with_the_text_or_begins_again_where_it_cannot(
+    redis_server: RedisServer, tmp_path: Path, option: str
+) -> None:
+    usage = {"total_tokens": 2}
+    async with scripted_backend() as first, scripted_backend() as second:
+        first.then(continues(*TEXTS, until=len("Nothing is "), usage=usage), refuses(503))
+        second.then(continues(*TEXTS, usage=usage))
+        file = tmp_path / "backends.toml"
+        tables = (("first", first.url, "assistant"), ("second", second.url, option))
+        file.write_text(
+            "".join(
+                f'[[backend]]\nname = "{name}"\nurl = "{url}"\nmodel = "m"\ncontinue = "{how}"\npriority = {priority}\n'
+                for priority, (name, url, how) in enumerate(tables)
+            )
+        )
+        async with one_node(tmp_path, redis_server, first.url, ai_backends=file) as node:
+            async with node.peer(USER) as someone:
+                await someone.chat(USER, "hello", "m1")
+                told = await someone.end_of("m1")
+            restarts = 1 if option == "none" else 0
+            assert (told.text, told.events.count("restart")) == (ANSWER, restarts)
+            assert told.terminal is not None
+            assert told.terminal["usage"] == {"total_tokens": 4 - 2 * restarts}
+            [request] = second.requests
+            assert request.json["messages"][-1].get("prefix") == (True if option == "prefix" else None)
+            assert node.recorded(USER, "m1") == ("done", ANSWER)
+            await node.settled()
