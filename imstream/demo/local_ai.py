@@ -29,7 +29,9 @@ def run(settings: LocalAISettings, announce: Callable[[str], None]) -> NoReturn:
     parameters.cpuparams.n_threads = settings.threads
     parameters.hostnames = [settings.host]
     parameters.port = settings.port
+    parameters.sampling.temp = 0.2  # unless a call says otherwise; with the usual 0.8 small models lose the thread
     parameters.ui = False
+    parameters.cors_origins = f"http://{settings.host}:{settings.port}"  # not the pages of all web sites, as by default
     parameters.verbosity = _ONLY_ERRORS
     try:
         server = xllamacpp.Server(parameters)

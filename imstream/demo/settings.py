@@ -49,9 +49,9 @@ class LocalAISettings(SettingsGroup):
 
     port: int = Field(8090, ge=1, le=65535, description="Port the local model listens on.")
     model: FilePath | None = Field(None, description="GGUF file of the local model; default: SmolLM2-135M-Instruct.")
-    context: int = Field(4096, ge=512, description="Context of the local model in tokens, for each answer.")
-    parallel: int = Field(4, ge=1, le=64, description="Answers that the local model generates at the same time.")
-    threads: int = Field(2, ge=1, le=256, description="CPU threads of the local model.")
+    context: int = Field(4096, ge=1024, description="Context of the local model in tokens, for each answer.")
+    parallel: int = Field(2, ge=1, le=64, description="Answers that the local model generates at the same time.")
+    threads: int = Field(1, ge=1, le=256, description="CPU threads of the local model.")
 
     @property
     def file(self) -> Path:
@@ -72,12 +72,12 @@ class LocalAISettings(SettingsGroup):
         return f"{self.file.stem}, a model on this machine"
 
     def node_settings(self) -> dict[str, str]:
-        """The settings of nodes that suit the model. Half of its context is left for errors of the token estimate."""
+        """The settings of nodes that suit the model: its prompts may have 2.7 times the tokens that nodes estimate."""
         return {
             "ai_model": self.file.stem,
             "ai_continue": "assistant",
             "ai_max_tokens": "max_tokens",
             "answer_tokens": str(self.context // 8),
-            "context_tokens": str(self.context // 2),
+            "context_tokens": str(self.context * 3 // 8),
             "concurrency": str(self.parallel),
         }

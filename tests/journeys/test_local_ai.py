@@ -26,7 +26,7 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.usefixtures("unmeasured", "_installed")
 
 USER = user_id(10001)
-QUESTION = "What is the capital of France?"
+QUESTION = "Why is the sky blue?"
 STORY = "Tell me a long story about a lighthouse keeper and the sea."
 
 
@@ -37,7 +37,7 @@ def _installed() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, _installed: None) -> Iterator[LocalModel]:
-    started = start_model(tmp_path_factory.mktemp("model"))
+    started = start_model(tmp_path_factory.mktemp("model"), context=2048)
     with started.process:
         yield started
 
@@ -45,7 +45,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, _installed: None) -> Iterato
 @pytest.fixture
 def node(model: LocalModel, redis_server: RedisServer, tmp_path: Path) -> Iterator[NodeProcess]:
     """A node with the settings that suit the model."""
-    running = start_node(tmp_path, redis_url=redis_server.url, ai_url=model.url, settings=model.node_settings())
+    settings = model.node_settings(answer_tokens=100)
+    running = start_node(tmp_path, redis_url=redis_server.url, ai_url=model.url, settings=settings)
     with running.process:
         yield running
 
@@ -77,7 +78,7 @@ async def test_the_python_client_the_terminal_and_the_page_chat_with_it(node: No
         reply = await client.send(QUESTION)
         pieces = [piece.text async for piece in reply]
         answer = await reply.text()
-        assert "Paris" in answer
+        assert "sky" in answer
         assert len(pieces) > 3, "it arrives as it is generated"
         history = [Turn(role="user", content=QUESTION), Turn(role="assistant", content=answer)]
         assert await (await client.send("Repeat your last sentence.", history=history)).text()
@@ -127,33 +128,40 @@ async def test_a_cancelled_answer_frees_its_slot_at_once(node: NodeProcess, mode
 async def test_a_history_beyond_the_context_is_trimmed_so_that_the_model_does_not_complain(
     words: str, node: NodeProcess, model: LocalModel
 ) -> None:
-    turn = words * (400 // len(words))
+    turn = words * (100 // len(words))
     history = [Turn(role=("user", "assistant")[number % 2], content=f"{turn}{number}") for number in range(100)]
     async with Client(node.ws(), USER) as client, asyncio.timeout(START):
         result = await (await client.send(QUESTION, history=history)).result()
     assert result.outcome == Outcome.DONE, result.why
     assert result.usage
-    context, answer = model.settings.context, int(model.settings.node_settings()["answer_tokens"])
-    assert result.usage["prompt_tokens"] + answer <= context
+    context = model.settings.context
+    assert result.usage["prompt_tokens"] + 100 <= context
     assert result.usage["prompt_tokens"] > context / 8, "what fits is sent"
     assert "ai call failed" not in node.process.output()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("text", "lowest", "highest"),
-    [
-        ("The quick brown fox jumps over the lazy dog, and nobody is surprised. " * 20, 0.9, 1.6),
-        ("def add(a: int, b: int) -> int:\n    return a + b  # the sum\n\n" * 20, 0.8, 2.0),
-        ('{"id": 17, "name": "lamp", "tags": ["a", "b"], "price": 12.5}\n' * 20, 0.8, 2.0),
-        ("今天天气很好,我们去海边看灯塔。守塔人说,明天会下雨。" * 20, 0.5, 1.2),
-    ],
-)
-def test_our_token_count_is_near_that_of_the_model(text: str, lowest: float, highest: float, model: LocalModel) -> None:
-    """Without its tokenizer. Beyond English it may be too low: nodes are told of half of the context."""
-    ours = TokenEstimate().count(text) + MESSAGE_TOKENS + PROMPT_TOKENS
-    theirs = model.prompt_tokens([{"role": "user", "content": text}])
-    assert lowest <= ours / theirs <= highest
+def test_our_token_count_is_near_that_of_the_model_and_never_less_than_nodes_allow_for(model: LocalModel) -> None:
+    """Without the model's tokenizer, whose vocabulary is English."""
+    estimate = TokenEstimate().count
+    english = 20 * "The keeper lit the lamp, as he had done on each of the ten thousand evenings before. "
+    ours = estimate(english) + MESSAGE_TOKENS + PROMPT_TOKENS
+    assert 1.0 <= ours / model.prompt_tokens([{"role": "user", "content": english}]) <= 1.3
+    others = {
+        "code": "def add(a: int, b: int) -> int:\n    return a + b  # the sum\n\n",
+        "JSON": '{"id": 17, "name": "lamp", "tags": ["a", "b"], "price": 12.5}\n',
+        "German": "Eine Nachricht, die angenommen wurde, wird beantwortet, was auch immer dazwischen stirbt. ",
+        "Russian": "Принятое сообщение всегда получает ответ. ",
+        "Chinese": "今天天气很好,我们去海边看灯塔。守塔人说,明天会下雨。",
+        "Japanese": "受け付けられたメッセージには必ず答えが返ります。",
+        "Korean": "수락된 메시지는 항상 답변됩니다. ",
+        "emoji": "🚢🌊🌅🔦",
+    }
+    told = model.settings.node_settings()
+    answer = int(told["answer_tokens"])
+    factor = (model.settings.context - answer) / (int(told["context_tokens"]) - answer)
+    ratios = {name: model.tokens(20 * text) / estimate(20 * text) for name, text in others.items()}
+    assert max(ratios.values()) < factor, ratios
 
 
 # The process
@@ -215,11 +223,11 @@ def test_it_ends_with_imstream_up_however_that_ends(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_it_names_the_settings_of_nodes_that_suit_it(tmp_path: Path) -> None:
     port = free_port()
-    command = [PYTHON, "-m", "imstream", "local-ai", "--port", str(port), "--context", "1024"]
+    command = [PYTHON, "-m", "imstream", "local-ai", "--port", str(port), "--context", "2048"]
     with start(command, tmp_path / "log", cwd=tmp_path) as process:
         wait_for(lambda: "for nodes:" in process.output(), process, "local-ai", limit=START)
         said = process.output()
     ready, for_nodes = said.splitlines()
     assert ready == f"ready: SmolLM2-135M-Instruct.Q4_1, a model on this machine, at http://127.0.0.1:{port}/v1"
     assert for_nodes.startswith("for nodes: IMSTREAM_AI_MODEL=SmolLM2-135M-Instruct.Q4_1 IMSTREAM_")
-    assert "IMSTREAM_CONTEXT_TOKENS=512" in for_nodes
+    assert "IMSTREAM_CONTEXT_TOKENS=768" in for_nodes

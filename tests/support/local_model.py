@@ -41,19 +41,23 @@ class LocalModel:
 
     def busy_slots(self) -> int:
         """The number of answers that it is generating."""
-        slots: list[dict[str, Any]] = self._get("/slots")
+        slots: list[dict[str, Any]] = self._call("/slots")
         assert len(slots) == self.settings.parallel
         return sum(slot["is_processing"] for slot in slots)
 
-    def prompt_tokens(self, messages: Sequence[dict[str, str]]) -> int:
-        """The number of tokens that it counts in a prompt."""
-        body = {"messages": messages, "max_tokens": 1}
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode())  # noqa: S310 - a URL of the test's own
-        with urllib.request.urlopen(request, timeout=START) as answer:  # noqa: S310 - as above
-            return int(json.load(answer)["usage"]["prompt_tokens"])
+    def tokens(self, text: str) -> int:
+        """The number of its tokens in a text."""
+        return len(self._call("/tokenize", {"content": text})["tokens"])
 
-    def _get(self, path: str) -> Any:  # noqa: ANN401 - JSON
-        with urllib.request.urlopen(f"{self.url.removesuffix('/v1')}{path}", timeout=30) as answer:  # noqa: S310 - as above
+    def prompt_tokens(self, messages: Sequence[dict[str, str]]) -> int:
+        """The number of tokens that it reports for a prompt."""
+        answer = self._call("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+        return int(answer["usage"]["prompt_tokens"])
+
+    def _call(self, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+        url = f"{self.url.removesuffix('/v1')}{path}"
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())  # noqa: S310 - a URL of the test's own
+        with urllib.request.urlopen(request, timeout=START) as answer:  # noqa: S310 - as above
             return json.load(answer)
 
     def is_ready(self) -> bool:

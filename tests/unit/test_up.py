@@ -206,7 +206,7 @@ def test_a_local_model_takes_the_place_of_the_demo_and_nodes_suit_it(monkeypatch
     given = {"PORT": options["local_ai_port"], "CONTEXT": "2048", "PARALLEL": "3"}
     assert parts["ai"].environment == {f"IMSTREAM_LOCAL_AI_{name}": value for name, value in given.items()}
     suits = {"AI_URL": url, "AI_MODEL": "Small-1B", "AI_MAX_TOKENS": "max_tokens", "CONCURRENCY": "3"}
-    suits |= {"AI_CONTINUE": "assistant", "CONTEXT_TOKENS": "1024", "ANSWER_TOKENS": "256"}
+    suits |= {"AI_CONTINUE": "assistant", "CONTEXT_TOKENS": "768", "ANSWER_TOKENS": "256"}
     assert {f"IMSTREAM_{name}": value for name, value in suits.items()}.items() <= parts["node 0"].environment.items()
     monkeypatch.setenv("IMSTREAM_CONTEXT_TOKENS", "900")
     [node] = [part for part in make_plan(options).stages()[0][-1] if part.name == "node 0"]
