@@ -29,6 +29,7 @@ from imstream.client.reply import (
     Restarted,
     Result,
     Status,
+    Thinking,
 )
 from imstream.wire import Turn
 
@@ -58,6 +59,7 @@ __all__ = [
     "Result",
     "SessionEnded",
     "Status",
+    "Thinking",
     "Timing",
     "Turn",
     "Unanswered",

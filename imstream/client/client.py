@@ -33,7 +33,7 @@ class Client:
         user_id: The user's id, an integer or a text, as the server has it (`IMSTREAM_USER_IDS`).
         token: The user's signed token, if the server requires one; or a function that returns a new one at each call,
             called for each connection and when the server announces that the login expires.
-        wants: Optional events: `status`, and with `on_asked` also `asked`.
+        wants: Optional events: `status`, `thinking`, and with `on_asked` also `asked`.
         lang: Language of the server's sentences, as in `Accept-Language`; None: the server's own choice.
         timing: Time limits and intervals.
         tls: For `wss`, replaces the system's trust store.

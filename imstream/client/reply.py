@@ -56,6 +56,13 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """The reasoning of the model so far, for clients that want `thinking`. It is no part of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Restarted:
     """A new attempt has begun: discard the text so far."""
 
@@ -93,7 +100,7 @@ class Result:
     why: str = ""
 
 
-ReplyEvent = Accepted | Status | Restarted | Piece | Result
+ReplyEvent = Accepted | Status | Thinking | Restarted | Piece | Result
 
 _OUTCOMES: dict[str | None, Outcome] = {
     Event.DONE: Outcome.DONE,
@@ -101,7 +108,9 @@ _OUTCOMES: dict[str | None, Outcome] = {
     Event.CANCELLED: Outcome.CANCELLED,
 }
 
-_EVENTS = frozenset({None, Event.ACCEPTED, Event.DELTA, Event.RESTART, Event.STATUS, *_OUTCOMES})
+_OPTIONAL = frozenset({Event.STATUS, Event.THINKING})
+
+_EVENTS = frozenset({None, Event.ACCEPTED, Event.DELTA, Event.RESTART, *_OPTIONAL, *_OUTCOMES})
 
 _ERRORS = {Outcome.FAILED: Failed, Outcome.CANCELLED: Cancelled, Outcome.EXPIRED: Expired}
 
@@ -119,6 +128,7 @@ class Reply:
     Attributes:
         position: The last place in the queue that the server sent; 1 is next.
         status: The last status that the server sent, if the client wants `status`.
+        thinking: The reasoning so far, if the client wants `thinking`.
         attempt: The attempt that `so_far` belongs to; 0 before the first.
         offset: Length of `so_far` in code points.
         repeated: Number of frames that were dropped because their text was known. A correct server causes none.
@@ -133,6 +143,7 @@ class Reply:
         self.message_id = message_id
         self.position: int | None = None
         self.status: Status | None = None
+        self.thinking = ""
         self.attempt = 0
         self.offset = 0
         self.repeated = 0
@@ -184,7 +195,7 @@ class Reply:
 
         Events are derived from the state, not from a log of frames, so that no queue can grow.
         """
-        has_accepted, status, restarts, read = False, None, 0, 0
+        has_accepted, status, thinking, restarts, read = False, None, "", 0, 0
         while True:
             if self.is_accepted and not has_accepted:
                 has_accepted = True
@@ -192,8 +203,10 @@ class Reply:
             elif self.status is not None and status is not self.status:
                 yield (status := self.status)
             elif restarts != self._restarts:
-                restarts, read = self._restarts, 0
+                thinking, restarts, read = "", self._restarts, 0
                 yield Restarted(self.attempt)
+            elif self.thinking not in {"", thinking}:
+                yield Thinking(thinking := self.thinking)
             elif read < len(self._pieces):
                 text, read = "".join(self._pieces[read:]), len(self._pieces)
                 yield Piece(text, self.attempt)
@@ -251,9 +264,8 @@ class Reply:
             # when the message was sent again; the whole answer follows after `accepted`.
             self.repeated += 1
             return
-        if frame.event is Event.STATUS:
-            eta = None if frame.eta_ms is None else timedelta(milliseconds=frame.eta_ms)
-            self.status = Status(frame.state or "", frame.position, eta, frame.reason)
+        if frame.event in _OPTIONAL:
+            self._inform(frame)
             return
         self.is_accepted = True
         self.resuming = False
@@ -262,6 +274,7 @@ class Reply:
         elif frame.event is Event.DELTA:
             self._append(frame)
         elif frame.event is Event.RESTART:
+            self.thinking = ""
             if frame.attempt is None:
                 raise self._violation(frame, "it has no attempt")
             if frame.attempt > self.attempt or (frame.attempt == self.attempt and self.offset):
@@ -272,6 +285,13 @@ class Reply:
             self._result = Result(Outcome.EXPIRED, self.so_far, self.attempt, why=frame.contents or "")
         else:
             raise self._violation(frame, "it has neither an event nor a code that ends the message")
+
+    def _inform(self, frame: ReceivedFrame) -> None:
+        if frame.event is Event.THINKING:
+            self.thinking = (self.thinking if frame.start else "") + (frame.contents or "")
+        else:
+            eta = None if frame.eta_ms is None else timedelta(milliseconds=frame.eta_ms)
+            self.status = Status(frame.state or "", frame.position, eta, frame.reason)
 
     def _append(self, frame: ReceivedFrame) -> None:
         text = frame.contents or ""

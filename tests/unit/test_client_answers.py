@@ -16,6 +16,7 @@ from imstream.client import (
     Restarted,
     Result,
     Status,
+    Thinking,
     Turn,
 )
 from imstream.client.pending import MAX_OPEN
@@ -232,6 +233,29 @@ async def test_a_client_that_wants_it_is_told_the_state_of_its_messages() -> Non
         await peer.send_chat("m1", "done", attempt=1, offset=0)
         assert isinstance(await within(anext(events)), Result)
         await client.__aexit__(None, None, None)
+
+
+async def test_reasoning_is_told_so_far_and_begins_anew_where_the_server_does() -> None:
+    async with connected() as session:
+        reply, peer = await session.asked(), session.peer
+        events = reply.events()
+
+        async def thinks(contents: str, start: int, attempt: int = 1) -> Any:  # noqa: ANN401 - an event
+            await peer.send_chat(reply.message_id, "thinking", contents=contents, attempt=attempt, start=start)
+            return await within(anext(events))
+
+        assert isinstance(await within(anext(events)), Accepted)
+        assert await thinks("let ", 0) == Thinking("let ")
+        assert await thinks("me", 4) == Thinking("let me")
+        assert await thinks("again", 0) == Thinking("again")
+        await peer.send_chat(reply.message_id, "restart", attempt=2, offset=0)
+        assert await within(anext(events)) == Restarted(2)
+        assert await thinks("again", 0, 2) == Thinking("again")
+        await peer.send_chat(reply.message_id, "delta", contents="yes", attempt=2, offset=3)
+        assert await within(anext(events)) == Piece("yes", 2)
+        await peer.send_chat(reply.message_id, "done", attempt=2, offset=3)
+        assert await within(reply.text()) == "yes"
+        assert reply.thinking == "again"
 
 
 async def test_a_status_is_no_acceptance() -> None:
