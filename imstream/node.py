@@ -239,6 +239,8 @@ class Node:
             except SettingsError as error:
                 log.error("backends not reloaded, the previous ones stay", error=str(error))  # noqa: TRY400 - no defect
             log.info("reloaded" if reloaded else "nothing to reload", what=reloaded)
+            if "backends" in reloaded:
+                await self._backends.check()
 
     async def _drain(self, working: list[asyncio.Task[None]]) -> None:
         """Let running answers end, hand back the rest, close the sessions, and let other nodes take over."""

@@ -84,13 +84,7 @@ class Backends:
 
     async def check(self) -> None:
         """Log which backends will not answer, as far as that is known without a prompt."""
-        for one in tuple(self._all):
-            error = await one.check()
-            if error is not None and error.reason == "connect_failed":
-                await asyncio.sleep(RECHECK)
-                error = await one.check()
-            if error is not None:
-                log.warning("backend check failed", backend=one.name, reason=error.reason, error=error.detail)
+        await asyncio.gather(*map(_check, self._all))
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._all)
@@ -237,6 +231,19 @@ class Backends:
             delay = min(filter(None, (one.gate.delay() for one in self._all)), default=0.0)
             if delay:
                 self._timer = asyncio.get_running_loop().call_later(delay, self._admit)
+
+
+async def _check(one: Upstream) -> None:
+    one.in_flight += 1  # it must not be closed meanwhile
+    try:
+        error = await one.check()
+        if error is not None and error.reason == "connect_failed":
+            await asyncio.sleep(RECHECK)
+            error = await one.check()
+    finally:
+        one.in_flight -= 1
+    if error is not None:
+        log.warning("backend check failed", backend=one.name, reason=error.reason, error=error.detail)
 
 
 def _best(

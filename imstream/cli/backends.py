@@ -47,6 +47,6 @@ def _lines(nodes: dict[str, dict[str, Any]]) -> Iterator[str]:
         for name, state in backends.items():
             counts = f"{state.get('inFlight')} in flight  {state.get('calls')} calls"
             yield f"  {name:<{width}}  {state.get('state'):<10}  {counts}  {state.get('model')} at {state.get('url')}"
-            if state.get("lastError"):
+            if state.get("lastError") and isinstance(state.get("failedAt"), int):
                 seconds = (now_ms() - state["failedAt"]) // 1000
                 yield f"  {'':<{width}}  last error {seconds} s ago: {state['lastError']}"

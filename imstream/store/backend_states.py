@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -47,4 +48,8 @@ class BackendStates:
 
 def _decode(found: Any) -> dict[str, Any]:  # noqa: ANN401 - what Redis answers
     fields = found if isinstance(found, dict) else to_dict(found)
-    return {name: from_json(text) for name, text in fields.items()}
+    states = dict[str, Any]()
+    for name, text in fields.items():
+        with suppress(ValueError):  # written by hand
+            states[name] = from_json(text)
+    return {name: state for name, state in states.items() if isinstance(state, dict)}

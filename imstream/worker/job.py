@@ -442,6 +442,7 @@ def _retrying(deps: WorkerDeps) -> AsyncRetrying:
         """Seconds before the next call: what the backend asked for, plus a random backoff. Or the backends decide."""
         assert state.outcome is not None  # noqa: S101 - set by the loop
         failed: Retry | Wait = state.outcome.result()
-        return 0.0 if isinstance(failed, Wait) and backends.is_closed else backoff(state) + failed.after.total_seconds()
+        waits = isinstance(failed, Wait) and (backends.is_closed or backends.waiting > 0)
+        return 0.0 if waits else backoff(state) + failed.after.total_seconds()
 
     return AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry | Wait)), wait=pause)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from imstream.keys import Keys
 from tests.support.asking import unaccepting_port
 from tests.support.backend_scripts import breaks_off, by_question
 from tests.support.one_node import OneNode, one_node
+from tests.support.peer import Told
 from tests.support.processes import free_port
 from tests.support.scripted_backend import (
     Exchange,
@@ -189,11 +191,14 @@ async def test_a_backend_that_is_away_is_passed_over_and_called_again_when_it_is
             await node.settled()
 
 
-@pytest.mark.parametrize("turns", [1, pytest.param(6, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("turns", "continues"),
+    [(1, "none"), (1, "assistant"), *(pytest.param(6, how, marks=pytest.mark.long) for how in ("none", "assistant"))],
+)
 async def test_a_backend_killed_in_the_middle_of_answers_again_and_again_costs_nobody_text(
-    turns: int, redis_server: RedisServer, tmp_path: Path
+    turns: int, continues: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    options = ("--first", "0", "--pace", "10ms")
+    options = ("--first", "0", "--continues", str(continues != "none"))
     preferred = await asyncio.to_thread(start_demo, tmp_path, *options)
     second = await asyncio.to_thread(start_demo, tmp_path, *options)
     settings = {"ai_breaker_failures": 2, "ai_breaker_pause": "200ms"}
@@ -202,9 +207,10 @@ async def test_a_backend_killed_in_the_middle_of_answers_again_and_again_costs_n
             tmp_path,
             redis_server,
             settings,
-            preferred={"url": preferred.url, "model": "demo"},
-            second={"url": second.url, "model": "demo", "priority": 1},
+            preferred={"url": preferred.url, "model": "demo", "continue": continues},
+            second={"url": second.url, "model": "demo", "continue": continues, "priority": 1},
         ) as node:
+            restarts = 0
             for turn in range(turns):
                 users = range(USER + 10 * turn, USER + 10 * turn + 4)
                 began = asyncio.Barrier(len(users) + 1)
@@ -212,24 +218,76 @@ async def test_a_backend_killed_in_the_middle_of_answers_again_and_again_costs_n
                     asking = [group.create_task(answer(node, user, began)) for user in users]
                     await began.wait()
                     await asyncio.to_thread(preferred.process.kill)
-                assert [one.result() for one in asking] == [whole(question(60, user)) for user in users]
+                assert [one.result().text for one in asking] == [whole(question(60, user)) for user in users]
+                restarts += sum(one.result().events.count("restart") for one in asking)
                 preferred = await asyncio.to_thread(start_demo, tmp_path, *options, port=preferred.port)
                 await asyncio.sleep(0.5)  # its breaker is half-open again
             with preferred.process:
                 assert node.dead() == []
+                assert (restarts == 0) == (continues == "assistant")
                 # A cut answer is one attempt, and the next one is made at the backend that lives.
-                attempts = {fields["attempt"] for fields in node.record(USER, "m1")}
-                assert attempts <= {"1", "2"}
+                assert {fields["attempt"] for fields in node.record(USER, "m1")} <= {"1", "2"}
                 await node.settled()
 
 
-async def answer(node: OneNode, user: int, began: asyncio.Barrier) -> str:
-    """Ask a long question; the answer. All of `began` go on when they have seen some of theirs."""
+async def answer(node: OneNode, user: int, began: asyncio.Barrier) -> Told:
+    """Ask a long question; what is told. All of `began` go on when they have seen some of theirs."""
     async with node.peer(user) as someone:
         await someone.chat(user, question(60, user), "m1")
         await someone.some_text("m1")
         await began.wait()
-        return (await someone.end_of("m1")).text
+        return await someone.end_of("m1")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+async def test_a_thousand_answers_while_the_preferred_backend_dies_and_returns_at_random(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    users, each = 40, 25
+    chance = random.Random(18)  # noqa: S311 - no secret
+    options = ("--first", "0", "--continues", "true")
+    preferred = await asyncio.to_thread(start_demo, tmp_path, *options)
+    second = await asyncio.to_thread(start_demo, tmp_path, *options)
+    over = asyncio.Event()
+    deaths = 0
+
+    async def kill_and_restart() -> None:
+        nonlocal preferred, deaths
+        while not over.is_set():
+            await asyncio.sleep(chance.uniform(0.5, 3.0))
+            await asyncio.to_thread(preferred.process.kill)
+            deaths += 1
+            await asyncio.sleep(chance.uniform(0.0, 1.0))
+            preferred = await asyncio.to_thread(start_demo, tmp_path, *options, port=preferred.port)
+
+    async def talk(node: OneNode, user: int) -> None:
+        async with node.peer(user) as someone:
+            for number in range(each):
+                asked, message_id = question(40, f"{user} {number}"), f"m{number}"
+                assert (await someone.chat(user, asked, message_id))["code"] == "OK"
+                told = await someone.end_of(message_id)
+                assert (told.events[-1], told.events.count("restart")) == ("done", 0)
+                assert told.text == whole(asked)
+
+    tables: dict[str, Table] = {
+        "preferred": {"url": preferred.url, "model": "demo", "continue": "assistant"},
+        "second": {"url": second.url, "model": "demo", "continue": "assistant", "priority": 1},
+    }
+    settings = {"ai_breaker_pause": "500ms", "retry_wait_max": "2s", "queue_limit": 1000, "max_attempts": 10}
+    with second.process:
+        async with node_with(tmp_path, redis_server, settings, **tables) as node:
+            async with asyncio.TaskGroup() as group:
+                killer = group.create_task(kill_and_restart())
+                talks = [group.create_task(talk(node, USER + n)) for n in range(users)]
+                await asyncio.wait(talks)
+                over.set()
+                await killer
+            with preferred.process:
+                assert deaths >= 3
+                assert node.dead() == []
+                assert node.ended() == users * each
+                await node.settled()
 
 
 async def test_after_a_broken_answer_the_next_attempt_is_made_at_another_backend(
