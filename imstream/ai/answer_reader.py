@@ -110,8 +110,9 @@ class AnswerReader:
     @property
     def complete(self) -> bool:
         """Whether the answer is whole. More text, and usage, may follow."""
-        has_text = self._has_text or (self._beginning != "" and not self._reasons)
-        return self.done or (has_text and self.finish_reason is not None)
+        if self.done or self.finish_reason is None:
+            return self.done
+        return self._has_text or (self._beginning != "" and not self._reasons)
 
     def feed(self, data: bytes) -> str:
         """Read a part of the body; return the text of all its events.

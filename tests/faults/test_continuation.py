@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.backend_scripts import breaks_off, by_question, continues
-from tests.support.many_nodes import ManyNodes, many_nodes, standing_nodes
+from tests.support.many_nodes import ManyNodes, becomes, many_nodes, standing_nodes
 from tests.support.one_node import one_node
 from tests.support.peer import Told
 from tests.support.previous_release import previous_python
@@ -118,6 +118,46 @@ async def test_a_node_that_drains_hands_over_the_text_so_far(continuing: DemoBac
         assert nodes.any.recorded(USER, "m1") == ("done", whole(asked))
         assert nodes.opened_by(USER, "m1") == ["a", "b"]
         await nodes.settled()
+
+
+@pytest.mark.long
+async def test_a_node_that_was_frozen_past_its_lease_shows_the_answer_that_another_continues(
+    continuing: DemoBackend, tmp_path: Path
+) -> None:
+    asked = question(250)
+    async with many_nodes(tmp_path, continuing.url, "a", "b", sweep_interval="1m", **CONTINUES) as nodes:
+        for thawed in ("while-another-answers", "after-another-has-answered"):
+            async with nodes["a"].peer(USER) as someone:
+                await someone.chat(USER, asked, thawed)
+                await someone.some_text(thawed, 200)
+                nodes["a"].now.process.signal(signal.SIGSTOP)
+                assert await nodes.opened(USER, thawed, 2) == ["a", "b"]
+                if thawed == "after-another-has-answered":
+                    await nodes["a"].all_finished()
+                nodes["a"].now.process.signal(signal.SIGCONT)
+                told = await someone.end_of(thawed)
+            assert told.text == whole(asked)
+            assert told.events.count("restart") <= 1  # it may have shown more than was recorded
+            assert nodes.any.recorded(USER, thawed) == ("done", told.text)
+            [_, opened] = [entry for entry in nodes.any.record(USER, thawed) if entry["event"] == "opened"]
+            assert int(opened["offset"]) > 0
+            await becomes(nodes["a"], None)
+        await nodes.settled()
+
+
+async def test_a_client_that_moves_while_its_answer_is_cut_and_continued_notices_nothing(nodes: ManyNodes) -> None:
+    asked = question(250).replace("[[demo ", "[[demo break=2 ")
+    told = Told()
+    for name, length in (("a", 300), ("b", len(whole(asked)) // 2 + 50), ("a", len(whole(asked)) * 3 // 4 + 50)):
+        async with nodes[name].peer(USER, resume={"m1": told} if told.events else None) as someone:
+            if not told.events:
+                await someone.chat(USER, asked, "m1")
+            told = await someone.some_text("m1", length)
+    async with nodes["b"].peer(USER, resume={"m1": told}) as someone:
+        told = await someone.end_of("m1")
+    assert (told.text, told.events.count("restart"), told.attempt) == (whole(asked), 0, 1)
+    assert nodes.opened_by(USER, "m1") == ["a", "a", "a"]
+    assert nodes.any.recorded(USER, "m1") == ("done", whole(asked))
 
 
 @pytest.mark.long
