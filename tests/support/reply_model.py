@@ -95,7 +95,7 @@ class ReplyModel:
             if self.owner == request and 0 < last.offset < continues:
                 wire, valid = self.latest[0].wire or last.attempt, dict(self.latest[0].valid)
                 if (known, shown) != (last.attempt, last.offset):
-                    valid = {one: min(offset, last.offset) for one, offset in valid.items()} | {wire: last.offset}
+                    valid[wire] = last.offset
                     wire = after + 1
                 continued = Continued(wire, valid, None, "".join(said.text for said in self.latest))
         opened = Said(after + 1, "opened", 0, request=request, by=by)

@@ -436,6 +436,11 @@ class Client:
     ended: Terminal | None = None
 
 
+def _mark(attempt: int) -> str:
+    """A character that no piece of another attempt begins with, so that no two attempts have the same text."""
+    return chr(0x2460 + attempt)
+
+
 @dataclass
 class Read:
     """A record that a session has read, after a position; None: from the beginning."""
@@ -503,7 +508,7 @@ class ReplyFollowed(RuleBasedStateMachine):
             before, wire = self.continued[-1], self.number(self.attempt)
             valid = {} if before is None else dict(before.valid)
             if not shown or recorded < len(self.written[-1]):
-                valid = {one: min(offset, recorded) for one, offset in valid.items()} | {wire: recorded}
+                valid[wire] = recorded
                 wire = self.attempt + 1
             continued = Continued(wire, valid, None, self.written[-1][:recorded])
         self.kept[-1] = recorded
@@ -539,13 +544,14 @@ class ReplyFollowed(RuleBasedStateMachine):
     @rule(piece=PIECES)
     def the_worker_here_writes(self, piece: str) -> None:
         """It may have been superseded without knowing it."""
+        piece = _mark(self.here) + piece
         self.written[self.here] += piece
         self.reply.append(piece)
 
     @precondition(is_run_elsewhere)
     @rule(piece=PIECES)
     def the_worker_elsewhere_writes(self, piece: str) -> None:
-        self.written[-1] += piece
+        self.written[-1] += _mark(self.attempt) + piece
 
     @precondition(is_open)
     @rule(share=st.floats(0, 1))

@@ -67,10 +67,7 @@ end
 local function continue(entry, attempt, offset)
     local wire, valid = field(entry, 'wire') or tostring(attempt), field(entry, 'valid') or ''
     if attempt ~= tonumber(ARGV[4]) or offset ~= tonumber(ARGV[12]) then -- somebody may have seen other text after it
-        valid = string.gsub(valid, '(%d+):(%d+)', function(earlier, known)
-            return earlier .. ':' .. math.min(known, offset)
-        end)
-        valid = valid .. (valid == '' and '' or ' ') .. wire .. ':' .. offset
+        valid = valid .. ' ' .. wire .. ':' .. offset -- the offsets in it are not larger
         wire = math.max(attempt, tonumber(ARGV[4])) + 1
     end
     local parts = {}
