@@ -10,6 +10,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
+from pydantic import GetPydanticSchema, WithJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
 
 MIN_USER_ID = 10001
@@ -61,25 +62,8 @@ def kind_of(user_id: UserId) -> UserIds:
     return UserIds.TEXT if isinstance(user_id, str) else UserIds.NUMBER
 
 
-class _UserIdSchema:
-    """Validates ids in frames by the kind that is the context of the validation, or without context, by their type.
-
-    An integer is a text id, too: its digits. So clients of a deployment with numbers need not change with the setting.
-    """
-
-    def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> core_schema.CoreSchema:
-        return core_schema.with_info_wrap_validator_function(
-            _validate,
-            core_schema.int_schema(ge=MIN_USER_ID, le=MAX_USER_ID),
-            serialization=core_schema.simple_ser_schema("any"),
-        )
-
-    def __get_pydantic_json_schema__(self, _schema: object, _handler: object) -> dict[str, Any]:
-        number = {"type": "integer", "minimum": MIN_USER_ID, "maximum": MAX_USER_ID}
-        return {"anyOf": [number, {"type": "string", "pattern": USER_ID_PATTERN}]}
-
-
 def _validate(value: Any, number: Callable[[Any], int], info: core_schema.ValidationInfo) -> UserId:  # noqa: ANN401 - any JSON
+    """Validate by the kind that is the context of the validation, or without context, by the type of the id."""
     kind = info.context or kind_of(value)
     if kind is UserIds.NUMBER:
         return number(value)
@@ -90,5 +74,17 @@ def _validate(value: Any, number: Callable[[Any], int], info: core_schema.Valida
     return user_id
 
 
-UserIdField = Annotated[UserId, _UserIdSchema()]
-"""The type of a user id in a frame; see `parse_frame`."""
+_NUMBER_SCHEMA = core_schema.int_schema(ge=MIN_USER_ID, le=MAX_USER_ID)
+_NUMBER_JSON_SCHEMA = {"type": "integer", "minimum": MIN_USER_ID, "maximum": MAX_USER_ID}
+
+UserIdField = Annotated[
+    UserId,
+    GetPydanticSchema(
+        lambda _source, _handler: core_schema.with_info_wrap_validator_function(
+            _validate, _NUMBER_SCHEMA, serialization=core_schema.simple_ser_schema("any")
+        )
+    ),
+    WithJsonSchema({"anyOf": [_NUMBER_JSON_SCHEMA, {"type": "string", "pattern": USER_ID_PATTERN}]}),
+]
+"""The type of a user id in a frame; see `parse_frame`. An integer is a text id, too: its digits. So clients of a
+deployment with numbers need not change with the setting."""

@@ -12,6 +12,7 @@ import resource
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import structlog
@@ -196,23 +197,19 @@ class GatewayServer(uvicorn.Server):
     """`listen`, then `serve` until `stop`."""
 
     _listener: socket.socket
-    _max_connections: int
 
     def __init__(self, app: ASGIApp, settings: Settings, serve_socket: ServeSocket) -> None:
         frame_rate = TokenBucket(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
         options = SocketOptions(settings.max_frame, frame_rate, serve_socket)
-        time_limit = settings.handshake_timeout.total_seconds()
+        limits = (_max_connections(settings), settings.handshake_timeout.total_seconds())
         _request_log.setLevel(logging.ERROR)  # a client's mistake is no warning for the operator
-
-        def make_connection(**arguments: Any) -> HandshakeProtocol:  # noqa: ANN401 - uvicorn's
-            return HandshakeProtocol(self._max_connections, time_limit, **arguments)
 
         def make_socket(server_state: ServerState, **_: object) -> SocketProtocol:
             return SocketProtocol(options, server_state.connections, server_state.tasks)  # type: ignore[arg-type]
 
         config = uvicorn.Config(
             app,
-            http=make_connection,  # type: ignore[arg-type] # it is only called
+            http=partial(HandshakeProtocol, *limits),  # type: ignore[arg-type] # it is only called
             ws=make_socket,  # type: ignore[arg-type] # same
             lifespan="off",
             log_config=None,
@@ -248,7 +245,6 @@ class GatewayServer(uvicorn.Server):
             ) from None
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._max_connections = _max_connections(self._settings)
         self._port, self._listener = listener.getsockname()[1], listener
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
