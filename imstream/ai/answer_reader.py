@@ -12,6 +12,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from imstream.ai import failures
+from imstream.ai.chunk_template import ChunkTemplate
 from imstream.ai.error_report import ErrorReport, shorten
 from imstream.ai.failures import failure
 from imstream.ai.reasoning import ReasoningFilter, reasoning_of
@@ -98,6 +99,7 @@ class AnswerReader:
         self._idle_bytes = 0  # since the last sign of progress
         self._largest = 0  # bytes of the largest event among them
         self._events = EventParser(limit=self._json_limit)
+        self._template = ChunkTemplate()
         self._document: bytearray | None = None
         self._begun = False
         self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
@@ -224,11 +226,8 @@ class AnswerReader:
         texts = []
         for event in events:
             try:
-                if event[0] == _BRACE and event.__class__ is bytes:
-                    value = self._decode(event)
-                    text = (self._tags is None and _plain_text(value)) or ""
-                    if not (text and self._has_text and self.finish_reason is None):
-                        text = self._read_object(value)
+                if event.__class__ is bytes and event[0] == _BRACE:
+                    text = self._read_chunk(event)
                 else:
                     text = self._read_odd_event(event)
                 if text:
@@ -245,6 +244,17 @@ class AnswerReader:
             return ""
         self.progressed = True
         return texts[0] if len(texts) == 1 else "".join(texts)
+
+    def _read_chunk(self, chunk: bytes) -> str:
+        """Read an object. One with nothing but text in the middle of the text, as is typical, takes few steps."""
+        is_inside = self._tags is None and self._has_text and self.finish_reason is None
+        if is_inside and (text := self._template.read(chunk)):
+            return text
+        value = self._decode(chunk)
+        if is_inside and (text := _plain_text(value)):
+            self._template.learn(chunk, text, _plain_text)
+            return text
+        return self._read_object(value)
 
     def _read_odd_event(self, event: bytes) -> str:
         name = event.name if isinstance(event, NamedEvent) else b""

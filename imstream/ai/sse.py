@@ -7,16 +7,11 @@ data may be anything. Three things are read that are not of the standard, becaus
 lines of JSON without a field name, and events of JSON without a blank line between them.
 """
 
-import re
-
 EVENT_LIMIT = 1 << 22  # bytes buffered of an incomplete event, which carries one token, as a rule
 MAX_FOREIGN = 1024  # bytes
 MAX_LINES = 1 << 16  # of data in an event
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-_SINGLE_EVENT = re.compile(rb"data: (.+)\n\n")
-"""The typical read, unless it contains a carriage return: one whole event of one line."""
 
 _JSON_BEGINS = (b"{", b"[")
 _JSON_GOES_ON = (b" ", b"\t", b"}", b"]", b'"')  # lines of an indented document
@@ -54,9 +49,9 @@ class EventParser:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Parse a read; return the data of the events that it completes. Raises `EventTooLong`."""
-        stateful = self._line or self._data or self._name or self._after_cr or not self._begun
-        if not stateful and (match := _SINGLE_EVENT.fullmatch(chunk)) and b"\r" not in chunk:
-            return [match[1]]
+        if not (self._line or self._data or self._name or self._after_cr) and (events := _whole_events(chunk)):
+            self._begun = True
+            return events
         size = len(chunk)
         if self._after_cr and chunk:
             chunk = chunk.removeprefix(b"\n")
@@ -148,6 +143,14 @@ class EventParser:
             event = NamedEvent(event)
             event.name = name
         events.append(event)
+
+
+def _whole_events(chunk: bytes) -> list[bytes]:
+    """The events of a typical read, each whole and of one line; empty for others."""
+    if not (chunk.startswith(b"data: ") and chunk.endswith(b"\n\n")) or b"\r" in chunk:
+        return []
+    events = chunk[6:-2].split(b"\n\ndata: ")
+    return events if chunk.count(b"\n") == 2 * len(events) and b"" not in events else []
 
 
 def _is_next(last: bytes, line: bytes) -> bool:
