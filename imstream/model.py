@@ -8,7 +8,6 @@ version; it leaves them to newer nodes.
 import hashlib
 import re
 import secrets
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -245,13 +244,11 @@ class Continued:
         return cls(int(wire), {int(one): int(offset) for one, offset in pairs}, from_json(usage or "null"), text)
 
 
-def usage_sum(*usages: Usage | None) -> Usage | None:
+def usage_sum(one: Usage | None, other: Usage | None) -> Usage | None:
     """The sum of those that are known."""
-    known = [usage for usage in usages if usage is not None]
-    total = Counter[str]()
-    for usage in known:
-        total.update(usage)
-    return dict(total) if known else None
+    if one is None or other is None:
+        return other if one is None else one
+    return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ async def test_a_call_that_broke_reports_the_usage_it_knew() -> None:
 def test_usages_are_added_by_name() -> None:
     assert usage_sum(None, None) is None
     assert usage_sum(None, {"total_tokens": 3}) == {"total_tokens": 3}
-    assert usage_sum({"a": 1, "b": 2}, None, {"b": 3, "c": 4}) == {"a": 1, "b": 5, "c": 4}
+    assert usage_sum({"a": 1, "b": 2}, {"b": 3, "c": 4}) == {"a": 1, "b": 5, "c": 4}
 
 
 # Answers

@@ -45,19 +45,23 @@ class Template:
     def __init__(self, text: str, variables: Sequence[str], *, setting: str) -> None:
         """Parse the text of a setting. Raises `SettingsError` for an unknown variable or a single brace."""
         allowed = f"the variables are {', '.join(f'{{{name}}}' for name in variables)}; a brace is written {{{{ or }}}}"
-        self._text, self.names = text, set[str]()
+        self.names = set[str]()
+        self._parts = list[tuple[str, str]]()  # a text, and the variable behind it, if any
+        end = 0
         for match in _PLACEHOLDER.finditer(text):
-            if match["name"] in variables:
-                self.names.add(match["name"])
-            elif not match["brace"]:
+            name, brace = match["name"] or "", match["brace"] or ""
+            if name in variables:
+                self.names.add(name)
+            elif not brace:
                 line = text.count("\n", 0, match.start()) + 1
                 raise SettingsError(f"{setting} is not allowed: {match[0]} in line {line}: {allowed}")
+            self._parts.append((text[end : match.start()] + brace[:1], name))
+            end = match.end()
+        self._parts.append((text[end:], ""))
 
     def fill(self, values: Mapping[str, str]) -> str:
         """Replace the variables by values."""
-        return _PLACEHOLDER.sub(
-            lambda match: match["brace"][0] if match["brace"] else values[match["name"]], self._text
-        )
+        return "".join([text + values[name] if name else text for text, name in self._parts])
 
 
 @dataclass(frozen=True, slots=True)
