@@ -1,6 +1,7 @@
 """The conformance kit: our clients and those of the documents pass it, and it finds what is wrong with others."""
 
 import asyncio
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 from imstream.cli.conform import SCENARIOS
 from tests.support.npm import node
 from tests.support.processes import PYTHON
+from tests.support.scripted_ws import USER, scripted_server
 from tests.support.waiting import SLOW
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,19 @@ async def test_passes_every_scenario(program: str, file: Path, tmp_path: Path) -
     code, table = await conform([*command, file], limit=20 * SLOW)
     assert code == 0, table
     assert f"{len(SCENARIOS)} of {len(SCENARIOS)} scenarios passed" in table
+
+
+async def test_a_server_that_is_not_ready_does_not_end_a_program_in_node() -> None:
+    async with scripted_server() as server:
+        server.refusals = 2
+        command = [*node(NPM), str(NPM / "conforming.mjs")]
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        assert process.stdin is not None
+        step = {"step": "connect", "url": server.url, "userId": USER, "tokens": ["t-1"]}
+        process.stdin.write(json.dumps(step).encode() + b"\n")
+        await server.logged_in()
+        process.kill()
+        await process.wait()
 
 
 BREAKS = [

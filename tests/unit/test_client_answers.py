@@ -262,9 +262,8 @@ async def test_a_status_is_no_acceptance() -> None:
     async with connected() as session:
         await session.client.send("hello", message_id="m1")
         await session.peer.send_chat("m1", "status", state="queued")
-        session.peer.drop()
-        peer = await session.server.peer()
-        assert (await peer.hear_init()).resume == []
+        await session.lose_connection()
+        assert (await session.peer.hear_chat()).message_id == "m1"
 
 
 async def test_questions_of_other_sockets_are_passed_on_with_their_answers() -> None:
