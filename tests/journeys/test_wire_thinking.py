@@ -294,6 +294,32 @@ async def test_a_socket_on_another_node_is_told_the_state_and_thinks_again_with_
             nodes.check_logs()
 
 
+async def test_an_answer_that_is_continued_may_be_thought_about_again(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    model = Model()
+    async with (
+        scripted_backend(always=model) as backend,
+        one_node(tmp_path, redis_server, backend.url, thinking="show", ai_continue="assistant") as node,
+        device(node, "status", "thinking") as someone,
+    ):
+        await someone.chat(USER, "why?", "m")
+        model.says(delta(content="<think>first</think>"), delta(content="The "))
+        await someone.some_text("m", 4)
+        model.says(b"", delta(content="<think>second thought"))
+        again = await someone.until(event="thinking")
+        assert (again["contents"], again["start"], again["attempt"]) == ("second ", 0, 1)
+        model.says(delta(content="</think>answer"), STOP, DONE)
+        told = await someone.end_of("m")
+        assert (told.text, told.attempt) == ("The answer", 1)
+        assert "restart" not in told.events
+        assert states(someone, "m")[-2:] == ["thinking", "started"]
+        assert thoughts(frames(someone, "m", "thinking")) == "second thought"
+        assert backend.requests[1].json["messages"][-1] == {"role": "assistant", "content": "The "}
+        assert node.recorded(USER, "m") == ("done", "The answer")
+        await node.all_finished()
+
+
 async def test_reasoning_passes_the_filters_of_the_answer(redis_server: RedisServer, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("secret plan\n", "utf-8")
