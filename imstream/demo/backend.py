@@ -227,8 +227,7 @@ async def serving(settings: DemoSettings) -> AsyncIterator[str]:
 
 def run(settings: DemoSettings, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; call `announce` with the base URL. Raises `OSError` as `serving`."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, announce))
+    uvloop.run(_serve(settings, announce))
 
 
 async def _serve(settings: DemoSettings, announce: Callable[[str], None]) -> None:
