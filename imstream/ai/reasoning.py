@@ -121,15 +121,17 @@ def without_reasoning(text: str) -> str:
 def reasoning_of(message: dict[str, Any]) -> str:
     """The reasoning of a message or delta, in a field of its own, or as parts of the content (Mistral)."""
     for name in _FIELDS:  # some servers send the same in two of them
-        value = message.get(name)
-        if text := value if isinstance(value, str) else _text_of(value):
+        if (value := message.get(name)) and (text := _text_of(value)):
             return text
     content = message.get("content")
-    thoughts = [part.get("thinking") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    return "".join(thought if isinstance(thought, str) else _text_of(thought) for thought in thoughts)
+    if not isinstance(content, list):
+        return ""
+    return "".join(_text_of(part.get("thinking")) for part in content if isinstance(part, dict))
 
 
-def _text_of(parts: object) -> str:
-    """The texts of a list of parts."""
-    known = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-    return "".join(text for part in known if isinstance(text := part.get("text") or part.get("summary"), str))
+def _text_of(value: object) -> str:
+    """A text, or the texts of a list of parts."""
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else ""
+    texts = [part.get("text") or part.get("summary") for part in value if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
