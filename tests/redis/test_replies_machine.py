@@ -26,12 +26,12 @@ from tests.support.servers import RedisServer
 
 USER = 10001
 REQUESTS = st.sampled_from(["0/1-0", "0/2-0", "1/1-0"])
-ALL = "all"
-"""The writer of the last attempt knows that all of its text is recorded."""
+ALL, MORE = "all", "more"
+"""The writer of the last attempt has shown what is recorded, or more, which Redis has lost."""
 
 ENDS = st.sampled_from(
     [
-        *[None] * 6,  # most appends are not the last
+        *[None] * 16,  # most appends are not the last
         Terminal("done", "stop", {"total_tokens": 7}),
         Terminal("done", "length"),
         Terminal("failed", reason="http_503", error="overloaded"),
@@ -41,7 +41,7 @@ RARELY = st.sampled_from([False, False, False, False, True])
 """For steps that end everything: otherwise most runs would be short."""
 
 CONTINUES = st.sampled_from([0, 5, 100])
-SHOWN = st.none() | st.integers(0, 8) | st.just(ALL)
+SHOWN = st.none() | st.integers(0, 8) | st.sampled_from([ALL, MORE])
 
 LONGEST = 12
 
@@ -96,9 +96,9 @@ class ReplyJudged(RuleBasedStateMachine):
         return self.begun(self._model.owner or request, "", 0, 100, shown)
 
     def begun(self, request: str, lost: str, after: int, continues: int, shown: int | str | None) -> int:
-        if shown == ALL:
+        if isinstance(shown, str):
             last = self._model.last or Said(0, "", 0)
-            after, shown = last.attempt, last.offset
+            after, shown = last.attempt, last.offset + (2 if shown == MORE else 0)
         opened = self.opened(request, lost=lost, after=after, continues=continues, shown=shown)
         return opened.attempt if isinstance(opened, Opened) else after
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from imstream.codes import Want
 from imstream.model import Continued, Record, Terminal, Waiting
@@ -427,12 +427,14 @@ class Client:
 
     Attributes:
         text: The text that the client shows.
+        is_quick: It reads everything at once.
         ended: The terminal event that it has seen.
     """
 
     cursor: Cursor
     attempt: int
     text: str
+    is_quick: bool = False
     ended: Terminal | None = None
 
 
@@ -448,6 +450,9 @@ class Read:
     after: str | None
     record: Record
 
+
+RARELY = st.sampled_from([False] * 7 + [True])
+"""For what ends everything: otherwise most runs would be short."""
 
 PIECES = st.text(max_size=5) | st.integers(0, 3 * MAX_DELTA).map(lambda size: "字" * size)
 
@@ -559,9 +564,11 @@ class ReplyFollowed(RuleBasedStateMachine):
         self.recorded += int(share * (len(self.written[-1]) - self.recorded))
 
     @precondition(is_open)
-    @rule(cancelled=st.booleans())
-    def it_ends(self, *, cancelled: bool) -> None:
+    @rule(cancelled=st.booleans(), really=RARELY)
+    def it_ends(self, *, cancelled: bool, really: bool) -> None:
         """Record the end. The worker here knows at once if it was its own end, readers learn of it later."""
+        if not really:
+            return
         if cancelled or self.attempt == 0:
             self.terminal = CANCELLED
             return
@@ -594,8 +601,8 @@ class ReplyFollowed(RuleBasedStateMachine):
         if read.after in (None, self.reply.position) and not self.reply.load(read.record):
             assert self.reply.load(self.record())
 
-    @rule(target=clients, data=st.data(), older=st.booleans())
-    def a_client_comes(self, data: st.DataObject, *, older: bool) -> Client:
+    @rule(target=clients, data=st.data(), older=st.booleans(), is_quick=st.booleans())
+    def a_client_comes(self, data: st.DataObject, *, older: bool, is_quick: bool) -> Client:
         """It may have followed any attempt on another node, and have seen all text written.
 
         It may know the attempt by its own number or, with its text, by an earlier one. Or it was at a node of an
@@ -610,7 +617,7 @@ class ReplyFollowed(RuleBasedStateMachine):
             known = len(self.written[attempt])
             number = data.draw(st.sampled_from([self.number(attempt), *earlier]), label="number")
         text = self.written[attempt][: data.draw(st.integers(0, known), label="offset")]
-        client = Client(Cursor(self.reply, attempt=number, offset=len(text)), number, text)
+        client = Client(Cursor(self.reply, attempt=number, offset=len(text)), number, text, is_quick)
         self.everyone.append(client)
         return client
 
@@ -623,6 +630,12 @@ class ReplyFollowed(RuleBasedStateMachine):
     @rule(client=clients)
     def a_client_is_told_one_thing(self, client: Client) -> None:
         self.tell(client)
+
+    @invariant()
+    def quick_clients_are_told_everything(self) -> None:
+        for client in self.everyone:
+            while client.is_quick and self.tell(client):
+                pass
 
     def tell(self, client: Client) -> bool:
         """Take one step as a socket and its client do; False when the client is up to date."""
