@@ -11,7 +11,7 @@ import pytest
 from tests.support.backend_scripts import breaks_off, by_question, continues
 from tests.support.many_nodes import ManyNodes, becomes, many_nodes, standing_nodes
 from tests.support.one_node import one_node
-from tests.support.peer import Told
+from tests.support.peer import Told, answered
 from tests.support.previous_release import previous_python
 from tests.support.scripted_backend import chunk, event, refuses, scripted_backend, streams
 from tests.support.servers import DemoBackend, RedisServer, start_demo
@@ -237,6 +237,44 @@ async def test_this_release_continues_what_a_node_of_the_previous_one_began(
         assert 0 < int(opened["offset"]) < len(whole(asked))
 
 
+def write_backends(file: Path, *backends: tuple[str, str]) -> None:
+    """Write a file of backends, from their URLs and how they continue; the first one is preferred."""
+    file.write_text(
+        "".join(
+            f'[[backend]]\nname = "b{number}"\nurl = "{url}"\nmodel = "m"\ncontinue = "{how}"\npriority = {number}\n'
+            for number, (url, how) in enumerate(backends)
+        )
+    )
+
+
+@pytest.mark.long
+async def test_while_the_preferred_backend_is_killed_again_and_again_another_one_goes_on_and_nobody_notices(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    asked = {f"m{n}": question(60 + n, n) for n in range(80)}
+    first, second = [await asyncio.to_thread(start_demo, tmp_path, "--continues", "true") for _ in range(2)]
+    file = tmp_path / "backends.toml"
+    write_backends(file, (first.url, "assistant"), (second.url, "assistant"))
+    try:
+        async with one_node(tmp_path, redis_server, second.url, ai_backends=file, ai_breaker_pause="200ms") as node:
+            asking = asyncio.create_task(answered(node.now.ws(USER).partition("?")[0], USER, asked))
+            for ended in (5, 20, 35, 50):
+                await wait_until(lambda ended=ended: node.ended() >= ended, "answers have ended", limit=30)
+                await asyncio.to_thread(first.process.kill)
+                first = await asyncio.to_thread(start_demo, tmp_path, "--continues", "true", port=first.port)
+            told = await asking
+            for message_id, one in told.items():
+                assert (one.text, one.events.count("restart")) == (whole(asked[message_id]), 0)
+                assert one.events[-1] == "done"
+                assert node.recorded(USER, message_id) == ("done", one.text)
+            records = [node.record(USER, message_id) for message_id in asked]
+            assert any("wire" in entry for record in records for entry in record), "answers were cut"
+            await node.all_finished()
+    finally:
+        for backend in (first, second):
+            await asyncio.to_thread(backend.process.__exit__, None, None, None)
+
+
 @pytest.mark.parametrize("option", ["prefix", "none"])
 async def test_another_backend_goes_on_with_the_text_or_begins_again_where_it_cannot(
     redis_server: RedisServer, tmp_path: Path, option: str
@@ -246,13 +284,7 @@ async def test_another_backend_goes_on_with_the_text_or_begins_again_where_it_ca
         first.then(continues(*TEXTS, until=len("Nothing is "), usage=usage), refuses(503))
         second.then(continues(*TEXTS, usage=usage))
         file = tmp_path / "backends.toml"
-        tables = (("first", first.url, "assistant"), ("second", second.url, option))
-        file.write_text(
-            "".join(
-                f'[[backend]]\nname = "{name}"\nurl = "{url}"\nmodel = "m"\ncontinue = "{how}"\npriority = {priority}\n'
-                for priority, (name, url, how) in enumerate(tables)
-            )
-        )
+        write_backends(file, (first.url, "assistant"), (second.url, option))
         async with one_node(tmp_path, redis_server, first.url, ai_backends=file) as node:
             async with node.peer(USER) as someone:
                 await someone.chat(USER, "hello", "m1")
