@@ -65,11 +65,14 @@ class LocalModel:
         return http_status(f"{self.url}/models") == 200
 
 
-def start_model(folder: Path, *, port: int | None = None, wait: bool = True, **settings: object) -> LocalModel:
-    """Start it with these `LocalAISettings`, and wait until it serves."""
+def start_model(
+    folder: Path, *, port: int | None = None, wait: bool = True, exact: bool = False, **settings: object
+) -> LocalModel:
+    """Start it with these `LocalAISettings`, and wait until it serves. `exact`: see `exact_model.py`."""
     given = LocalAISettings.load(port=port or free_port(), **settings)
     words = [word for name in given.model_fields_set for word in (f"--{name}", str(getattr(given, name)))]
-    process = start([PYTHON, "-m", "imstream", "local-ai", *words], folder / f"model-{given.port}.log", cwd=folder)
+    program = ["-P", str(Path(__file__).with_name("exact_model.py"))] if exact else ["-m", "imstream"]
+    process = start([PYTHON, *program, "local-ai", *words], folder / f"model-{given.port}.log", cwd=folder)
     model = LocalModel(given, process)
     if wait:
         wait_for(model.is_ready, process, "local-ai", limit=START)
