@@ -32,11 +32,7 @@ _NODE_SETTINGS = {
     "queue_limit": 200,
     "user_limit": 8,
     "chats_per_minute": 0,
-    # The backend's faults must be detected during the run, and no request may be given up because of them.
-    "ai_connect_timeout": "2s",
-    "ai_first_token_timeout": "4s",
-    "ai_load_timeout": "4s",
-    "ai_idle_timeout": "4s",
+    # No request may be given up because of the backends' faults.
     "ai_breaker_pause": "500ms",
     "retry_wait_max": "3s",
     "retry_window": "1d",
@@ -46,6 +42,19 @@ _NODE_SETTINGS = {
     "reply_ttl": "6h",
     "log_format": "json",
 }
+
+# The faults of backends must be detected during the run.
+_BACKEND = """[[backend]]
+name = "{name}"
+url = "http://127.0.0.1:{port}/v1"
+model = "demo"
+priority = {priority}
+continue = "{how}"
+connect_timeout = "2s"
+first_token_timeout = "4s"
+load_timeout = "4s"
+idle_timeout = "4s"
+"""
 
 _AI_SETTINGS = {
     "first": "50ms",
@@ -75,12 +84,13 @@ class Stage:
     Attributes:
         password: Password of all users of Redis.
         nodes: The nodes that are restarted.
+        ai, second_ai: The backend that faults hit, which is preferred, and the one that is called when it is away.
         leaver: One more node, which is killed early and not restarted.
         balancer: The load balancer; None if clients choose a node themselves.
     """
 
     def __init__(self, folder: Path, *, nodes: int, seed: int, balancer: str | None) -> None:
-        redis_port, ai_port, balancer_port, *node_ports = free_ports(4 + nodes)
+        redis_port, ai_port, second_port, balancer_port, *node_ports = free_ports(5 + nodes)
         self.redis_port = redis_port
         self.password = secrets.token_hex()
         config = (folder / "users.conf").resolve()
@@ -94,31 +104,38 @@ class Stage:
             embedded_redis.answers,
             _environment("IMSTREAM_EMBEDDED_", {"port": redis_port, "data": folder / "redis-data", "config": config}),
         )
-        self.ai = Part(
-            "ai",
-            ["demo-ai"],
-            ai_port,
-            folder,
-            partial(answers_http, path="/v1/models"),
-            _environment("IMSTREAM_DEMO_", {**_AI_SETTINGS, "port": ai_port, "seed": seed}),
+        self.ai, self.second_ai = (
+            Part(
+                name,
+                ["demo-ai"],
+                port,
+                folder,
+                partial(answers_http, path="/v1/models"),
+                _environment("IMSTREAM_DEMO_", {**_AI_SETTINGS, "port": port, "seed": f"{seed}{number}"}),
+            )
+            for number, (name, port) in enumerate({"ai": ai_port, "second-ai": second_port}.items())
         )
-        *self.nodes, self.leaver = (
-            self._node(folder, str(number), port, ai_port) for number, port in enumerate(node_ports)
-        )
+        for how in ("none", "assistant"):
+            tables = (
+                _BACKEND.format(name=part.name, port=part.port, priority=priority, how=how)
+                for priority, part in enumerate([self.ai, self.second_ai])
+            )
+            (folder / f"backends-{how}.toml").write_text("".join(tables), "utf-8")
+        *self.nodes, self.leaver = (self._node(folder, str(number), port) for number, port in enumerate(node_ports))
         self.balancer = None
         if balancer is not None:
             command = ["balancer", "--program", balancer, "--folder", str(folder / balancer)]
             command += ["--listen", f"127.0.0.1:{balancer_port}", *(f"127.0.0.1:{port}" for port in node_ports)]
             self.balancer = Part(balancer, command, balancer_port, folder, partial(answers_http, path="/readyz"))
 
-    def _node(self, folder: Path, name: str, port: int, ai_port: int) -> Part:
+    def _node(self, folder: Path, name: str, port: int) -> Part:
+        how = "assistant" if int(name) % 2 else "none"  # half of them repeat broken answers
         settings = {
             **_NODE_SETTINGS,
             "node": name,
             "port": port,
             "redis_url": f"redis://imstream:{self.password}@127.0.0.1:{self.redis_port}/0",
-            "ai_url": f"http://127.0.0.1:{ai_port}/v1",
-            "ai_continue": "assistant" if int(name) % 2 else "none",  # half of them repeat broken answers
+            "ai_backends": (folder / f"backends-{how}.toml").resolve(),
         }
         return Part(
             f"node {name}",
@@ -132,7 +149,7 @@ class Stage:
     @property
     def parts(self) -> Iterator[Part]:
         """The parts that are kept running, in the order in which they start."""
-        yield from (self.redis, self.ai, *self.nodes)
+        yield from (self.redis, self.ai, self.second_ai, *self.nodes)
         if self.balancer is not None:
             yield self.balancer
 
