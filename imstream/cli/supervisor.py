@@ -18,9 +18,6 @@ import click
 
 from imstream.settings import ENV_PREFIX
 
-START_LIMIT = 30.0
-"""Time limit for a child to be ready, in seconds: enough to load an append-only file of gigabytes."""
-
 MIN_RESTART_DELAY, MAX_RESTART_DELAY = 1.0, 30.0
 """Delay before a child is restarted, in seconds: doubled each time until the child is ready, up to the maximum."""
 
@@ -50,6 +47,7 @@ class Part:
     Attributes:
         arguments: The imstream command, with its options.
         environment: All of its `IMSTREAM_*` variables: it inherits none, because they may hold secrets of other parts.
+        start_timeout: Seconds until it must be ready; by default enough to load an append-only file of gigabytes.
         stop_timeout: Seconds from SIGTERM to SIGKILL.
         restarts: Whether it is restarted when it exits by itself after it was ready; otherwise it is essential.
     """
@@ -58,6 +56,7 @@ class Part:
     arguments: Sequence[str]
     is_ready: Callable[[], Awaitable[bool]]
     environment: dict[str, str] = field(default_factory=dict)
+    start_timeout: float = 30.0
     stop_timeout: float = 5.0
     restarts: bool = False
 
@@ -166,14 +165,14 @@ class Supervisor:
 
     async def _wait_until_ready(self, child: _Child) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + START_LIMIT
+        deadline = loop.time() + child.part.start_timeout
         while not await child.part.is_ready():
             if child.exit.done():
                 raise _ChildFailed(f"{child.part.name} exited before it was ready ({_status(child.exit.result())})")
             if self._stop.is_set():
                 raise _Stopping
             if loop.time() > deadline:
-                raise _ChildFailed(f"{child.part.name} is not ready after {START_LIMIT:g} s")
+                raise _ChildFailed(f"{child.part.name} is not ready after {child.part.start_timeout:g} s")
             await asyncio.sleep(_POLL_INTERVAL)
 
     async def _wait_for_signal(self) -> None:

@@ -34,6 +34,7 @@ from imstream.settings import ENV_PREFIX, Settings, SettingsGroup
 from imstream.urls import RedisUrl, redact_url
 
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
+_LOAD_LIMIT = 300.0  # seconds: a local model can have many gigabytes
 _NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
 
 ORIGINS = "same,null"
@@ -98,7 +99,8 @@ class UpPlan:
             servers.append([Part("redis", ["redis"], is_ready, self.environment_of(EmbeddedSettings))])
         if self.ai:
             is_ready = partial(_answers_http, reachable_host(self.ai.host), self.ai.port, "/v1/models")
-            servers.append([Part("ai", [self.ai.command], is_ready, self.environment_of(type(self.ai)))])
+            environment = self.environment_of(type(self.ai))
+            servers.append([Part("ai", [self.ai.command], is_ready, environment, start_timeout=_LOAD_LIMIT)])
         nodes = [self._node_part(*node) for node in self.nodes]
         balancer = [[self._balancer_part(self.balancer)]] if self.balancer else []
         return [*servers, nodes, *balancer], [nodes, *balancer, *servers[::-1]]

@@ -35,8 +35,8 @@ def run(settings: LocalAISettings, announce: Callable[[str], None]) -> NoReturn:
     parameters.verbosity = _ONLY_ERRORS
     try:
         server = xllamacpp.Server(parameters)
-    except RuntimeError as error:
-        raise ImstreamError(f"the model {file} cannot be loaded: {error}") from None
+    except RuntimeError:
+        raise ImstreamError(f"the model {file} cannot be loaded: the reason stands above") from None
     _end_on_signals()  # llama.cpp has installed handlers that end its threads, but not the process
     announce(f"{server.listening_address}/v1")
     while True:

@@ -13,15 +13,13 @@ from tests.support.processes import free_port, http_status
 from tests.support.waiting import wait_until
 
 
-async def test_a_child_that_never_serves_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_child_that_never_serves_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
     async def never() -> bool:
         return False
 
     announced: list[bool] = []
-    monkeypatch.setattr(supervisor, "START_LIMIT", 1.0)
-    both = Supervisor([[Part("ai", ["demo-ai", "--port", "0"], never)], [Part("node", ["node"], never)]])
+    silent = Part("ai", ["demo-ai", "--port", "0"], never, start_timeout=1.0)
+    both = Supervisor([[silent], [Part("node", ["node"], never)]])
     assert await both.run(lambda: announced.append(True)) == 1
     assert not announced
     out = capsys.readouterr().out
