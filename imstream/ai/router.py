@@ -229,8 +229,11 @@ class Backends:
             self._timer.cancel()
             self._timer = None
         if self._waiting:
-            delay = min(filter(None, (one.gate.delay() for one in self._all)), default=0.0)
-            if delay:
+            delay = min(filter(None, (one.gate.delay() for one in self._all)), default=None)
+            # Time goes on: a backend that could not be called a moment ago may have no delay now.
+            if any(one.may_be_called(waiter.tokens) for waiter in self._waiting for one in self._all):
+                delay = 0.0
+            if delay is not None:
                 self._timer = asyncio.get_running_loop().call_later(delay, self._admit)
 
 

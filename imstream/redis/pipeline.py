@@ -81,6 +81,10 @@ class Pipeline:
             self._loop.call_soon(self._flush)
         try:
             return await reply
+        except asyncio.CancelledError:
+            if self._max_batch == 1:  # it may be a blocked read: what Redis delivers now would be lost from view
+                await asyncio.gather(*(connection.aclose() for connection in self._connections))
+            raise
         finally:
             # An error in it refers to this frame, and through it to all callers with their variables: a cycle.
             del reply

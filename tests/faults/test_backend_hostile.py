@@ -30,6 +30,7 @@ BROKEN = {
     "a number": chunked(b'data: {"error":{"detail":[{"loc":[%b],"msg":"a"}]}}\n\n' % (b"1" * 4300)),
     "interim responses": head(status="100 Continue") * 20_000,
 }
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 QUESTIONS = [*ENDLESS, *WHOLE, *BROKEN]
 ANSWERS = {
     **{question: chunked(event(chunk("0123456789" * 100)) * (4 * MIB // 1000)) for question in ENDLESS},
@@ -39,7 +40,8 @@ ANSWERS = {
 
 
 def answer_to(request: bytes) -> bytes:
-    return ANSWERS[json.loads(request)["messages"][-1]["content"]]
+    asked = json.loads(request or b"{}").get("messages")
+    return ANSWERS[asked[-1]["content"]] if asked else NOT_FOUND  # else it is the check at the start
 
 
 async def test_hostile_answers_are_bounded_and_leave_the_conversation_alone(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from imstream.ai.call_gate import CallGate
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
@@ -234,3 +235,14 @@ async def test_a_file_that_has_changed_keeps_the_backends_that_have_not(file: Pa
         with pytest.raises(Exception, match="weight=-1 is not allowed"):
             await backends.reload()
         assert [one.name for one in backends] == ["changed", "kept", "added"]
+
+
+async def test_a_call_is_not_forgotten_if_its_backend_can_be_called_a_moment_after_it_could_not(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends = listed(file, only={})
+    readings = iter([0.001])  # what is read first, before the clock goes on
+    monkeypatch.setattr(CallGate, "is_closed", property(lambda _: True))
+    monkeypatch.setattr(CallGate, "delay", lambda _: next(readings, 0.0))
+    async with asyncio.timeout(10):
+        assert (await backends.wait()).name == "only"
