@@ -67,10 +67,11 @@ class ReplySync:
             record = await self.replies.read(reply.user_id, reply.message_id, after=position)
             if reply.position != position:
                 continue  # another task has loaded more meanwhile, perhaps less than this one
-            if record is None:
-                reply.position = ""
+            if record is None and position:
+                reply.position = ""  # Redis has lost that entry, and perhaps has a later record
+            elif record is None:
                 return reply.has_writer
-            if reply.load(record):
+            elif reply.load(record):
                 return True
         return True
 

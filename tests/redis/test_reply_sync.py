@@ -238,6 +238,19 @@ async def test_a_record_that_redis_loses_after_it_was_read_is_missed(redis_serve
         assert (reply.text_from(0), reply.terminal is not None) == ("all of it", True)
 
 
+async def test_a_record_of_which_redis_loses_the_known_end_is_read_anew(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        await node.replies.open(USER, "m", request="1/1-0")
+        await written(node.replies, "first ")
+        reply = node.buffers.get(USER, "m")
+        assert await node.reply_sync.catch_up(reply)
+        last: Any = node.redis.xrevrange(Keys("im").reply(USER, "m"), count=1)
+        node.redis.xdel(Keys("im").reply(USER, "m"), last[0][0])
+        await written(node.replies, "another end", end=True)
+        assert await node.reply_sync.catch_up(reply)
+        assert (reply.text_from(0), reply.terminal is not None) == ("another end", True)
+
+
 async def test_notices_that_are_malformed_or_of_a_newer_version_are_passed_over(redis_server: RedisServer) -> None:
     async with desk(redis_server) as node:
         for fields in (
