@@ -112,6 +112,11 @@ class Backends:
         """Whether one of them continues answers."""
         return any(upstream.can_continue for upstream in self._all)
 
+    @property
+    def may_be_called(self) -> bool:
+        """Whether one of them may be called now, with a short prompt."""
+        return self._callable() is not None
+
     def remaining(self) -> float:
         """Seconds until the next open breaker becomes half-open; 0 if none is open."""
         return min(filter(None, (upstream.gate.breaker.remaining() for upstream in self._all)), default=0.0)
@@ -128,8 +133,10 @@ class Backends:
     def startable(self) -> int:
         """Maximum requests that may start now. While all backends are away or just back, those that wait go first."""
         if self._waiting:
+            self._admit()  # those that still wait have too long prompts for the backends that may be called
+        if (self._waiting or self._none_works) and not self.may_be_called:
             return 0
-        return int(self._probed() is not None) if self._none_works else self.slots()
+        return 1 if self._none_works else self.slots()
 
     def take(self, *, tried: Collection[Upstream] = (), continuing: bool = False, tokens: int = 0) -> Upstream | None:
         """Begin a call at the best backend that may be called now, unless earlier calls wait for it.
@@ -156,7 +163,7 @@ class Backends:
         """Begin the one call of a half-open backend; None if there is none, or another backend works."""
         if not self._none_works:
             return None
-        probed = self._probed()
+        probed = self._callable()
         return probed and self._begin(probed)
 
     async def wait(self, *, tried: Collection[Upstream] = (), continuing: bool = False, tokens: int = 0) -> Upstream:
@@ -202,7 +209,7 @@ class Backends:
         # The first one alone nearly always tells, for a fifth of the CPU.
         return self._all[0].gate.breaker.tripped and all(one.gate.breaker.tripped for one in self._all)
 
-    def _probed(self) -> Upstream | None:
+    def _callable(self) -> Upstream | None:
         return next((one for one in self._all if one.may_be_called()), None)
 
     def _begin(self, upstream: Upstream) -> Upstream:

@@ -8,11 +8,13 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
+from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
 from imstream.model import ChatRequest, Terminal, Usage, Waiting, usage_sum
 from imstream.redis.errors import retry_until_available
+from imstream.settings import Settings
 from imstream.store.inbox import ReplyGrew
 from imstream.store.replies import (
     Appended,
@@ -190,7 +192,7 @@ class Job:
 
     async def _repeat(self, decision: Disposition) -> Disposition:
         """Repeat a failed call. The first one is made without tenacity, which takes 40 µs of CPU per call."""
-        async for attempt in _retrying(self._deps):
+        async for attempt in retrying(self._deps.settings, self._deps.backends):
             if attempt.retry_state.attempt_number > 1:
                 # If the lease has run out meanwhile, another node may be working on the request (I7).
                 if await retry_until_available(lambda: self.stream.is_taken_over(self.entry)):
@@ -431,9 +433,8 @@ class Job:
             reply.load(record)
 
 
-def _retrying(deps: WorkerDeps) -> AsyncRetrying:
+def retrying(settings: Settings, backends: Backends) -> AsyncRetrying:
     """Return a loop over calls. It must not refer to the job: it is part of a reference cycle."""
-    settings, backends = deps.settings, deps.backends
     backoff = wait_random_exponential(
         multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
     )
@@ -442,7 +443,7 @@ def _retrying(deps: WorkerDeps) -> AsyncRetrying:
         """Seconds before the next call: what the backend asked for, plus a random backoff. Or the backends decide."""
         assert state.outcome is not None  # noqa: S101 - set by the loop
         failed: Retry | Wait = state.outcome.result()
-        waits = isinstance(failed, Wait) and (backends.is_closed or backends.waiting > 0)
+        waits = isinstance(failed, Wait) and (backends.is_closed or not backends.may_be_called)
         return 0.0 if waits else backoff(state) + failed.after.total_seconds()
 
     return AsyncRetrying(retry=retry_if_result(lambda decision: isinstance(decision, Retry | Wait)), wait=pause)

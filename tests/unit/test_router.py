@@ -2,17 +2,21 @@
 
 import asyncio
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
+from tenacity import RetryCallState
 
 from imstream.ai.call_gate import CallGate
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.settings import Settings
+from imstream.worker.disposition import Wait
+from imstream.worker.job import retrying
 from tests.support.processes import free_port
 from tests.support.scripted_backend import ScriptedBackend
 from tests.support.virtual_time import in_virtual_time
@@ -69,6 +73,26 @@ async def test_the_lowest_priority_is_called_and_the_next_one_while_its_slots_ar
     assert taken(backends) == "first"
     fails(named(backends, "second"))
     assert taken(backends) == "third"
+
+
+@in_virtual_time
+async def test_while_a_long_prompt_waits_others_start_at_a_smaller_backend_and_retries_keep_their_pauses(
+    file: Path,
+) -> None:
+    backends = listed(file, small={"context_tokens": 2048}, large={})
+    fails(named(backends, "large"))
+    waiting = asyncio.create_task(backends.wait(tokens=1025))
+    await asyncio.sleep(0)
+    assert backends.waiting == 1
+    assert backends.startable() > 0
+    loop = retrying(Settings.load(), backends)
+    state = RetryCallState(retry_object=loop, fn=None, args=(), kwargs={})
+    state.set_result(Wait(timedelta(seconds=3), timedelta(minutes=1), BackendError("http_502", kind="away")))
+    assert loop.wait(state) >= 3
+    fails(named(backends, "small"))
+    assert backends.startable() == 0
+    assert loop.wait(state) == 0
+    waiting.cancel()
 
 
 @in_virtual_time
