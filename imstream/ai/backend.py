@@ -97,7 +97,7 @@ class OpenAIBackend(EndpointClient):
         headers, of_headers = resolve_headers(options.headers, option=options.variable("headers"))
         body, of_body = resolve_parameters(options.body, option=options.variable("body"))
         self._extend_endpoint(headers, [*of_headers, *of_body], options.proxy_for(self._endpoint.url))
-        self._parameters = parameters(options, body, answer_tokens=options.answer_tokens or settings.answer_tokens)
+        self._parameters = parameters(options, body, answer_tokens=options.answer_limit(settings))
         self._with_usage = merged(UsageRequest.PARAMETERS, self._parameters)
         self._max_answer = settings.max_answer
         self._usage = UsageRequest(options)

@@ -91,9 +91,13 @@ class BackendOptions(BaseModel):
             return f"{ENV_PREFIX}AI_{option}".upper()
         return f"{self._file}, backend {self.name}, {'key_env' if option == 'key' else option}"
 
+    def answer_limit(self, settings: Settings) -> int:
+        """Tokens of the longest answer."""
+        return self.answer_tokens or settings.answer_tokens
+
     def prompt_limit(self, settings: Settings) -> int:
         """Tokens of the longest prompt that it takes."""
-        return (self.context_tokens or settings.context_tokens) - (self.answer_tokens or settings.answer_tokens)
+        return (self.context_tokens or settings.context_tokens) - self.answer_limit(settings)
 
     def proxy_for(self, url: URL) -> URL | None:
         """The proxy of requests to this URL. With `env`, as the environment says (`HTTPS_PROXY`, `NO_PROXY`, …)."""

@@ -31,7 +31,6 @@ MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
 AWAY_STATUSES = frozenset({401, 402, 403, 408, 409, 424, 425, 429, 499})
 MISCONFIGURED_STATUSES = frozenset({404, 405, 406, 407, 410, 415, 421, 426, 431, 501, 505})
 ADDRESS_STATUSES = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
-BLAMES_REQUEST = frozenset({400, 413, 422})
 _BROKEN_STATUS = 500  # inside an answer
 _ANSWER_REASONS: dict[int | None, str] = {401: "unauthorized", 402: "insufficient_quota", 403: "unauthorized"}
 
@@ -47,6 +46,8 @@ _VERSION = re.compile(r"/v\d|/deployments/")  # the latter of Azure
 
 REQUEST_REASONS = frozenset({"context_too_long", "content_filter", "refusal", "http_400", "http_413", "http_422"})
 """Reasons of the kind `impossible` that the user can mend by changing the message."""
+
+_PARAMETER_REASONS = frozenset({"misconfigured", "http_400", "http_422"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +281,11 @@ def is_unusual(path: str) -> bool:
     """Whether the path of a URL, with `/chat/completions` appended, is one that may lack something or have too much."""
     base = path.removesuffix("/chat/completions")
     return base.rstrip("/").endswith("/completions") or not _VERSION.search(base)
+
+
+def may_be_about_request(error: BackendError) -> bool:
+    """Whether a request of another form might succeed. Not if the address, the model or the key is wrong."""
+    return error.kind == "impossible" or (error.kind == "misconfigured" and error.reason in _PARAMETER_REASONS)
 
 
 def hint(error: BackendError, path: str, *, variable: Callable[[str], str]) -> str:

@@ -202,6 +202,7 @@ class Backends:
             CallGate(self._settings, backend.name, on_back=self._admit),
             self._shared if options.concurrency is None else Slots(options.concurrency),
             options.prompt_limit(self._settings),
+            options.answer_limit(self._settings),
         )
 
     @property

@@ -27,6 +27,8 @@ class Upstream:
     slots: Slots
     prompt_limit: int
     """Tokens of the longest prompt that it takes."""
+    answer_limit: int
+    """Tokens of the longest answer."""
     in_flight: int = 0
     calls: int = 0
     last_error: str | None = None

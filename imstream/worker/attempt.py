@@ -8,6 +8,7 @@ import structlog
 
 from imstream.ai.backend import Completion
 from imstream.ai.call_gate import CallGate
+from imstream.ai.failures import may_be_about_request
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
@@ -72,7 +73,11 @@ class AttemptRunner:
         written = None
         if beginning:
             written = await deps.prompter.written(beginning) if upstream.can_continue else None
-            if written is None or (filtered is not None and not filtered.seed(beginning)):
+            if (
+                written is None
+                or written.tokens >= upstream.answer_limit
+                or (filtered is not None and not filtered.seed(beginning))
+            ):
                 raise CannotContinue
         messages = await deps.prompter.messages(request, upstream.backend)
         try:
@@ -88,8 +93,7 @@ class AttemptRunner:
         except BackendError as error:
             writer.forget_reasoning()
             upstream.record_failure(error, user=request.user_id)
-            if beginning and not writer.has_text and error.kind in {"impossible", "misconfigured"}:
-                # Perhaps it is the request to continue that cannot succeed.
+            if beginning and not writer.has_text and may_be_about_request(error):
                 self.may_continue = False
                 log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error))
                 raise CannotContinue from None

@@ -228,6 +228,42 @@ async def test_an_answer_whose_continuation_is_refused_begins_again_in_the_same_
         assert [line["backend"] for line in logs if line["event"] == "backend refuses to continue an answer"]
 
 
+async def test_a_continuing_call_that_finds_the_model_unknown_keeps_the_text(redis_server: RedisServer) -> None:
+    refusal = PermanentBackendError("model_not_found", "no such model")
+    refusal.kind = "misconfigured"
+    async with run_worker(redis_server, retry_wait="10ms", retry_wait_max="20ms", **CONTINUES) as worker:
+        client = worker.follow()
+        await worker.ask()
+        first = await worker.backend.call(1)
+        first.send(BEGINNING)
+        first.fail(broken())
+        (await worker.backend.call(2)).fail(refusal)
+        third = await worker.backend.call(3)
+        assert third.written is not None
+        assert third.written.text == BEGINNING
+        third.done(REST)
+        assert await client.end() == "done"
+        assert (client.text, client.restarts) == (BEGINNING + REST, 0)
+        await worker.idle()
+
+
+async def test_the_text_may_be_as_long_as_answers_of_its_backend(redis_server: RedisServer) -> None:
+    text = "long " * 60
+    async with run_worker(redis_server, answer_tokens=50, **CONTINUES) as worker:
+        worker.upstream.answer_limit = 500
+        client = worker.follow()
+        await worker.ask()
+        first = await worker.backend.call(1)
+        first.send(text)
+        first.fail(broken())
+        second = await worker.backend.call(2)
+        assert second.written is not None
+        second.done("and done")
+        assert await client.end() == "done"
+        assert (client.text, client.restarts) == (text + "and done", 0)
+        await worker.idle()
+
+
 @pytest.mark.parametrize("text", ["<|im_end|>\n", "long " * 60])
 async def test_text_with_special_tokens_or_without_tokens_left_begins_again(
     redis_server: RedisServer, text: str

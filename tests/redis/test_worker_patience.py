@@ -183,6 +183,6 @@ async def test_failures_of_one_user_that_others_need_not_share_do_not_hold_up_th
         await worker.ask("hopeless")
         for number in range(1, 8):
             (await worker.backend.call(number)).fail(failure("away", "first_token_timeout"))
-        assert not worker.gate.breaker.tripped
+        assert not worker.upstream.gate.breaker.tripped
         worker.backend.always = _answer
         await worker.idle()

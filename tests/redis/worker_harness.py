@@ -13,11 +13,11 @@ from typing import Any
 import redis
 
 from imstream.ai.backend import Completion, PromptMessage
-from imstream.ai.call_gate import CallGate
 from imstream.ai.dialect import Written
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
+from imstream.ai.upstream import Upstream
 from imstream.guards.chain import GuardChain
 from imstream.keys import GROUP, Keys
 from imstream.model import Terminal
@@ -166,7 +166,7 @@ class WorkerHarness:
     adopter: Adopter
     lease_keeper: LeaseKeeper
     begun: list[str]
-    gate: CallGate
+    upstream: Upstream
     keys: Keys = field(default_factory=Keys)
     running: asyncio.Task[None] | None = None
 
@@ -340,6 +340,6 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         jobs=jobs,
         adopter=Adopter(deps, make_consumer),
         lease_keeper=deps.lease_keeper,
-        gate=next(iter(backends)).gate,
+        upstream=next(iter(backends)),
         begun=begun,
     )

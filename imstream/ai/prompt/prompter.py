@@ -46,7 +46,6 @@ class Prompter:
 
     def __init__(self, settings: Settings, assembler: PromptAssembler) -> None:
         self._assembler = assembler
-        self._answer_tokens = settings.answer_tokens
         self._summaries = Summaries(settings, assembler) if settings.history == "summarise" else None
 
     async def messages(self, request: ChatRequest, backend: Backend) -> list[PromptMessage]:
@@ -71,9 +70,8 @@ class Prompter:
         return await self._assembler.tokens(plan.messages(plan.turns_to_drop(plan.budget)))
 
     async def written(self, text: str) -> Written | None:
-        """The beginning of an answer, for a call that continues it. None: it has special tokens, or all tokens."""
-        tokens = await self._assembler.count(text)
-        return Written(text, tokens) if tokens < self._answer_tokens and self._assembler.escape(text) == text else None
+        """The beginning of an answer, for a call that continues it. None: it has special tokens."""
+        return Written(text, await self._assembler.count(text)) if self._assembler.escape(text) == text else None
 
 
 class Summaries:
