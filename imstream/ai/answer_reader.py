@@ -425,18 +425,20 @@ class AnswerReader:
         reason = finish[:LARGE_JSON] if isinstance(finish, str) else OTHER_FINISH
         if reason in _NOT_FINISHED:
             return
-        if reason == "stop" and not self._is_refusal:
-            pass  # the others take 5 µs
-        elif _FILTERED.search(reason):
-            reason = "content_filter"
-        elif _CUT.search(reason):
-            reason = "length"
-        elif _FAILED.search(reason):
-            raise failure("broken", "aborted", f"finish reason {shorten(reason, self._secrets)}")
-        elif self._is_refusal:
-            reason = "refusal"
+        if reason != "stop" or self._is_refusal:  # nearly always it is `stop`
+            reason = self._classified(reason)
         self.finish_reason = reason if _WORD.fullmatch(reason) else OTHER_FINISH
         self.progressed = True
+
+    def _classified(self, reason: str) -> str:
+        """The finish reason of this service for that of a server."""
+        if _FILTERED.search(reason):
+            return "content_filter"
+        if _CUT.search(reason):
+            return "length"
+        if _FAILED.search(reason):
+            raise failure("broken", "aborted", f"finish reason {shorten(reason, self._secrets)}")
+        return "refusal" if self._is_refusal else reason
 
     def _error(self, report: ErrorReport) -> BackendError:
         error = failures.from_report(report, secrets=self._secrets)

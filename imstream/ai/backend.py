@@ -105,6 +105,11 @@ class OpenAIBackend(EndpointClient):
         self._turn = _Turn()
         self._address = shorten(redact_url(str(self._endpoint.url)), self._endpoint.secrets)
 
+    @property
+    def request(self) -> object:
+        """What all requests have in common, with the values of the environment; for comparisons."""
+        return self._endpoint, self._parameters
+
     async def check(self) -> BackendError | None:
         """Return what will keep calls from succeeding, as far as the list of models tells, or an empty request."""
         url = self._endpoint.url

@@ -1,5 +1,6 @@
 """The file of several backends: TOML with a table `[[backend]]` for each, whose keys are the options of a backend."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ _FIELDS = {field.alias or name: field for name, field in BackendOptions.model_fi
 _REQUIRED = ("name", "url", "model")
 _KEYS = [*(key for key in _FIELDS if key != "key"), "key_env"]
 _MIN_PROMPT = 64  # tokens
+_VARIABLE = re.compile("[A-Z_][A-Z0-9_]*")
 
 
 def ignored_settings(settings: Settings) -> list[str]:
@@ -61,7 +63,8 @@ def _parse(table: dict[str, Any], path: Path, settings: Settings) -> tuple[Backe
     if (variable := values.pop("key_env", None)) is not None:
         values["key"] = environment().get(str(variable), "").strip()
         if not values["key"]:
-            mistakes.append(f"key_env={variable!r} is not allowed: must name an environment variable that is set")
+            shown = repr(variable) if _VARIABLE.fullmatch(str(variable)) else "(hidden)"  # it may be the key itself
+            mistakes.append(f"key_env={shown} is not allowed: must name an environment variable that is set")
     try:
         options = BackendOptions.model_validate(values).named_in(path)
     except ValidationError as error:

@@ -66,7 +66,8 @@ class Backends:
         if self._settings.ai_backends is None:
             return False
         known = list(self._all)
-        listed = [next((one for one in known if one.options == new), None) or self._make(new) for new in self._read()]
+        made = [self._make(options) for options in self._read()]
+        listed = [next(filter(new.is_same_as, known), new) for new in made]
         if listed == known:
             return False
         for one in listed:

@@ -68,6 +68,15 @@ class Upstream:
             "failedAt": self.failed_at,
         }
 
+    def is_same_as(self, other: "Upstream") -> bool:
+        """Whether the other has the same options, with the same values of the variables that they name."""
+        return self.options == other.options and self.request == other.request
+
+    @property
+    def request(self) -> object:
+        """What its requests have in common."""
+        return self.backend.request if isinstance(self.backend, OpenAIBackend) else self.backend
+
     async def open(self) -> None:
         """Allow connections."""
         if isinstance(self.backend, OpenAIBackend):

@@ -71,6 +71,7 @@ def test_options_that_are_left_out_have_the_defaults_of_the_settings(file: Path)
         ('headers = {Host = "x", "a b" = "c"}', "headers=(hidden) is not allowed: 'a b' is not the name of a header"),
         ("body = {n = 2}", "body=(hidden) is not allowed: the parameter n is set by imstream"),
         ('key_env = "NO_SUCH"', "key_env='NO_SUCH' is not allowed: must name an environment variable that is set"),
+        ('key_env = "sk-1a2b"', "key_env=(hidden) is not allowed: must name an environment variable that is set"),
         ("context_tokens = 512", "context_tokens: they leave too few for a prompt; at least 64 beside answer_tokens"),
     ],
 )

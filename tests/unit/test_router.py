@@ -261,6 +261,20 @@ async def test_a_file_that_has_changed_keeps_the_backends_that_have_not(file: Pa
         assert [one.name for one in backends] == ["changed", "kept", "added"]
 
 
+async def test_a_reload_notices_the_new_value_of_a_variable_that_a_file_names(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_KEY", "old")
+    text = '[[backend]]\nname = "a"\nurl = "http://a/v1"\nmodel = "m"\nheaders = {api-key = "env:GATEWAY_KEY"}'
+    await asyncio.to_thread(file.write_text, text)
+    async with Backends(Settings.load(ai_backends=file)) as backends:
+        [before] = backends
+        assert not await backends.reload()
+        monkeypatch.setenv("GATEWAY_KEY", "new")
+        assert await backends.reload()
+        assert list(backends) != [before]
+
+
 async def test_a_call_is_not_forgotten_if_its_backend_can_be_called_a_moment_after_it_could_not(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
