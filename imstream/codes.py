@@ -199,8 +199,8 @@ class Event(Word):
     )
     THINKING = (
         "thinking",
-        "New reasoning of the model, before its answer. It is no part of the answer, and not kept with it.",
-        "Show it apart from the answer: append `contents`, or with `start` 0 begin anew. Discard it at a `restart`.",
+        "New reasoning of the model, before its answer. It does not belong to the answer, and is not kept with it.",
+        "Show it apart from the answer: append `contents`, or with `start` 0 start again. Discard it at a `restart`.",
     )
     ASKED = (
         "asked",

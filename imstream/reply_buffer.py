@@ -58,7 +58,7 @@ class ReplyBuffer:
         place: Its place in the queue of this node, until it begins; None: not known.
         waiting: Why it waits for its backend; None while it does not.
         is_thinking: The model reasons, and has not begun its text.
-        thoughts: Its reasoning, where it is shown. Another object when it begins anew.
+        thoughts: Its reasoning, where it is shown. Another object when it starts again.
         is_watched: A session wants to know its state or reasoning.
     """
 

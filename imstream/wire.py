@@ -39,7 +39,7 @@ Sentence = Annotated[str, Field(description="a sentence for the user")]
 AboutMessage = Annotated[str, Field(description="the message that the frame is about")]
 Attempt = Annotated[int, Field(description="number of the attempt that the text belongs to, from 1")]
 Offset = Annotated[int, Field(description="position in the text after this frame; opaque, to be returned in `resume`")]
-Start = Annotated[int, Field(description="characters of the reasoning before this frame; with 0 it begins anew")]
+Start = Annotated[int, Field(description="characters of the reasoning before this frame; with 0 it starts again")]
 Position = Annotated[int, Field(description="place in the queue; 1 is next")]
 EtaMs = Annotated[
     int, Field(description="estimate of the time until the answer begins, in milliseconds; absent without an estimate")

@@ -161,7 +161,7 @@ class Backends:
         return chosen and self._begin(chosen)
 
     def take_probe(self) -> Upstream | None:
-        """Begin the one call of a half-open backend; None if there is none, or another backend works."""
+        """Begin a call at a half-open backend. None: none may be called now, or another backend works."""
         if not self._none_works:
             return None
         probed = self._callable()

@@ -9,7 +9,7 @@ The kit is the server. The client is a program in any language that reads steps 
     {"messageId": "m1", "outcome": "done", "text": "the whole answer"}
     {"closed": 4503}
 
-Every `connect` begins anew. `tokens` are for the logins, in this order; the last one stays. See ops/docs/clients.md.
+Every `connect` starts again. `tokens` are for the logins, in this order; the last one stays. See ops/docs/clients.md.
 """
 
 import asyncio
@@ -168,7 +168,7 @@ class Scenarios(Stage):
             await self.within(self.receive(), "heartbeat")
 
     async def cut(self) -> None:
-        """Reads a message of two fragments and a frame in two parts; half a frame is none."""
+        """Reads a message of two fragments and a frame in two parts; half a frame is not answered."""
         await self.welcome(await self.connect())
         await self.ask("m1")
         first, second, third, done = answer("m1")

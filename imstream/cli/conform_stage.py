@@ -92,7 +92,7 @@ class Stage:
         return frame
 
     async def connect(self, *tokens: str) -> ClientInit:
-        """Let the client begin anew, and receive its INIT."""
+        """Let the client start again, and receive its INIT."""
         self.do("connect", url=f"ws://127.0.0.1:{self.port}/ws", userId=USER, tokens=tokens or ("t-1",))
         return await self.connection()
 

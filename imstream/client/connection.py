@@ -139,7 +139,7 @@ class ReconnectingConnection:
         except (InvalidProxy, ProxyError, ImportError) as error:
             self.last_error = f"{url}: the proxy of the environment cannot be used: {redact_url(str(error))}"
             return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
-        except (OSError, WebSocketException, ValueError) as error:  # ValueError: a port that is none, also of a proxy
+        except (OSError, WebSocketException, ValueError) as error:  # ValueError: an invalid port, also of a proxy
             self.last_error = f"{url}: {error}"
             return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         self._logged_in.clear()

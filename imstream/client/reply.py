@@ -57,7 +57,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """The reasoning of the model so far, for clients that want `thinking`. It is no part of the answer."""
+    """The reasoning of the model so far, for clients that want `thinking`. It does not belong to the answer."""
 
     text: str
 

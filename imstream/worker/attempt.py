@@ -104,7 +104,7 @@ class AttemptRunner:
         return completion
 
     def _on_reasoning(self, request: ChatRequest, writer: ReplyWriter) -> Callable[[str], None] | None:
-        """What receives reasoning. What is shown passes the filters of the answer, in instances of its own."""
+        """Return the callback for reasoning. If it is shown, it passes answer filters of its own."""
         mode = self.deps.settings.thinking
         if mode != "show":
             return writer.think if mode == "status" else None

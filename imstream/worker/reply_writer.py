@@ -54,7 +54,7 @@ class ReplyWriter:
             self._reply.think(reasoning, keep=keep)
 
     def forget_reasoning(self) -> None:
-        """Discard the reasoning of a call that failed: the next one begins anew."""
+        """Discard the reasoning of a call that failed: the next one starts again."""
         if self._owns_buffer:
             self._reply.forget_reasoning()
 

@@ -43,7 +43,7 @@ async def send(client: Client, online: asyncio.Event, message_id: str, contents:
 
 
 async def quietly(work: Coroutine[Any, Any, object]) -> None:
-    """Do something, whose errors end it: the next step begins anew."""
+    """Do something, whose errors end it: the next step starts again."""
     try:
         await work
     except ClientError as error:

@@ -29,7 +29,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def mistakes(file: Path, text: str, **settings: Any) -> list[str]:  # noqa: ANN401 - any setting
-    """What is said about a file, without its path."""
+    """The error about a file, without its path."""
     file.write_text(text)
     with pytest.raises(SettingsError) as caught:
         read_backends(file, Settings.load(**settings))

@@ -127,7 +127,7 @@ def test_reasoning_is_found_as_it_comes() -> None:
 
 
 def found(reasoning: ReasoningFilter, text: str, size: int) -> str:
-    """What was removed, when the text comes in pieces of this size."""
+    """The removed reasoning of a text that comes in pieces of this size."""
     removed = ""
     for begin in range(0, len(text), size):
         reasoning.feed(text[begin : begin + size])

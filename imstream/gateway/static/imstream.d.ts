@@ -25,7 +25,7 @@ export interface Frame {
   attempt?: number;
   /** Position in the reply after this frame; opaque. */
   offset?: number;
-  /** Position in the reasoning before this frame (`thinking`); 0 begins anew. */
+  /** Position in the reasoning before this frame (`thinking`); with 0 it starts again. */
   start?: number;
   /** Place in the queue; 1 is next. */
   position?: number;
@@ -121,7 +121,7 @@ export class Message extends EventTarget {
   status: Status;
   /** The answer so far. */
   text: string;
-  /** The model's reasoning so far, which is no part of the answer. */
+  /** The model's reasoning so far, which does not belong to the answer. */
   thinking: string;
   /** The state of the unfinished message, as the service calls it. */
   state: string | undefined;

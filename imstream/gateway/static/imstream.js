@@ -78,7 +78,7 @@ export class Message extends EventTarget {
   /** The answer so far. */ text = "";
   /** The attempt that the text belongs to; 0 before the first. */ attempt = 0;
   /** Offset of the end of the text, counted by the server. */ offset = 0;
-  /** The model's reasoning so far, which is no part of the answer. */ thinking = "";
+  /** The model's reasoning so far, which does not belong to the answer. */ thinking = "";
   /** @type {string | undefined} The state of the unfinished message, as the service calls it. */ state;
   /** @type {number | undefined} Its last known place in the queue. */ position;
   /** @type {string | undefined} The node that sent the last frame. */ node;
