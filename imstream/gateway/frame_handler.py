@@ -14,6 +14,7 @@ from imstream import wire
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
+from imstream.gateway.cursor import Cursor
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import Registry
@@ -24,7 +25,7 @@ from imstream.guards.chain import GuardChain
 from imstream.guards.guard import LoginAttempt, Reject
 from imstream.logs import LIMITED
 from imstream.model import ChatRequest, digest_of
-from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyBuffers
+from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox, MessageQueued
 from imstream.store.replies import ReplyStore

@@ -8,9 +8,9 @@ from math import ceil
 
 from imstream.ai.failures import REQUEST_REASONS
 from imstream.codes import Code, State
+from imstream.gateway.cursor import QuestionAsked, ReplyEnded, StateChanged, Step, TextGrown, TextReset, ThoughtsGrown
 from imstream.guards.guard import Reject
 from imstream.model import Terminal
-from imstream.reply_buffer import QuestionAsked, ReplyEnded, StateChanged, Step, TextGrown, TextReset, ThoughtsGrown
 from imstream.texts import Lang, Sentence, Text, localize
 from imstream.user_ids import UserId
 from imstream.wire import (

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import structlog
 
 from imstream.codes import CloseCode, Code, Want
+from imstream.gateway.cursor import Cursor, ReplyEnded
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.websocket_protocol import SocketProtocol
-from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyEnded
+from imstream.reply_buffer import ReplyBuffer
 from imstream.texts import Text
 from imstream.wire import ServerFrame
 

@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 
 from imstream.errors import PermanentBackendError, TransientBackendError
 from imstream.model import Terminal
-from tests.redis.worker_harness import USER, WorkerHarness, run_worker
+from tests.redis.worker_harness import USER, Follower, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
@@ -31,6 +31,16 @@ def attempts(worker: WorkerHarness) -> list[tuple[str, str, str]]:
     """The attempts in the record: their number, that for clients, and the text that they continue."""
     opened = [entry for entry in worker.entries() if entry["event"] == "opened"]
     return [(entry["attempt"], entry.get("wire", ""), entry.get("text", "")) for entry in opened]
+
+
+async def cut_after(worker: WorkerHarness, text: str) -> Follower:
+    """Ask, and break the answer after a text; return the client that follows it."""
+    client = worker.follow()
+    await worker.ask()
+    first = await worker.backend.call(1)
+    first.send(text)
+    first.fail(broken())
+    return client
 
 
 async def recorded(worker: WorkerHarness, text: str) -> None:
@@ -65,11 +75,7 @@ async def test_a_cut_answer_goes_on_and_its_client_notices_nothing(redis_server:
 
 async def test_an_answer_that_was_cut_before_its_finish_reason_is_complete(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, **CONTINUES) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(BEGINNING)
-        first.fail(broken())
+        client = await cut_after(worker, BEGINNING)
         (await worker.backend.call(2)).done()
         assert await client.end() == "done"
         assert (client.text, client.restarts) == (BEGINNING, 0)
@@ -78,11 +84,7 @@ async def test_an_answer_that_was_cut_before_its_finish_reason_is_complete(redis
 
 async def test_without_the_option_a_cut_answer_begins_again(redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(BEGINNING)
-        first.fail(broken())
+        client = await cut_after(worker, BEGINNING)
         second = await worker.backend.call(2)
         assert second.written is None
         second.done("all")
@@ -107,11 +109,7 @@ async def test_each_cut_uses_up_an_attempt_and_the_text_stays_when_none_is_left(
 
 async def test_while_the_backend_is_away_the_answer_waits_with_its_text(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, max_attempts=2, **CONTINUES) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(BEGINNING)
-        first.fail(broken())
+        client = await cut_after(worker, BEGINNING)
         for number in range(2, 6):  # more often than there are attempts
             (await worker.backend.call(number)).fail(away())
         last = await worker.backend.call(6)
@@ -190,11 +188,7 @@ async def test_another_node_shows_its_clients_the_continued_text(redis_server: R
 
 async def test_a_continuing_answer_is_cancelled_where_it_stands(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, **CONTINUES) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(BEGINNING)
-        first.fail(broken())
+        client = await cut_after(worker, BEGINNING)
         second = await worker.backend.call(2)
         second.send("a")
         assert await worker.jobs.cancel(USER, "m") == "cancelled"
@@ -212,11 +206,7 @@ async def test_an_answer_whose_continuation_is_refused_begins_again_in_the_same_
     refusal = PermanentBackendError("http_400", "the last message must be of the user")
     refusal.kind = "impossible" if kind == "impossible" else "misconfigured"
     async with run_worker(redis_server, max_attempts=2, **CONTINUES) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(BEGINNING)
-        first.fail(broken())
+        client = await cut_after(worker, BEGINNING)
         with capture_logs() as logs:
             (await worker.backend.call(2)).fail(refusal)
             third = await worker.backend.call(3)
@@ -232,11 +222,7 @@ async def test_a_continuing_call_that_finds_the_model_unknown_keeps_the_text(red
     refusal = PermanentBackendError("model_not_found", "no such model")
     refusal.kind = "misconfigured"
     async with run_worker(redis_server, retry_wait="10ms", retry_wait_max="20ms", **CONTINUES) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(BEGINNING)
-        first.fail(broken())
+        client = await cut_after(worker, BEGINNING)
         (await worker.backend.call(2)).fail(refusal)
         third = await worker.backend.call(3)
         assert third.written is not None
@@ -251,11 +237,7 @@ async def test_the_text_may_be_as_long_as_answers_of_its_backend(redis_server: R
     text = "long " * 60
     async with run_worker(redis_server, answer_tokens=50, **CONTINUES) as worker:
         worker.upstream.answer_limit = 500
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(text)
-        first.fail(broken())
+        client = await cut_after(worker, text)
         second = await worker.backend.call(2)
         assert second.written is not None
         second.done("and done")
@@ -269,11 +251,7 @@ async def test_text_with_special_tokens_or_without_tokens_left_begins_again(
     redis_server: RedisServer, text: str
 ) -> None:
     async with run_worker(redis_server, answer_tokens=50, **CONTINUES) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(text)
-        first.fail(broken())
+        client = await cut_after(worker, text)
         second = await worker.backend.call(2)
         assert second.written is None
         second.done("all of it")
@@ -285,11 +263,7 @@ async def test_text_with_special_tokens_or_without_tokens_left_begins_again(
 
 async def test_text_at_its_limit_is_not_continued(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, max_answer=len(BEGINNING), **CONTINUES) as worker:
-        client = worker.follow()
-        await worker.ask()
-        first = await worker.backend.call(1)
-        first.send(BEGINNING)
-        first.fail(broken())
+        client = await cut_after(worker, BEGINNING)
         second = await worker.backend.call(2)
         assert second.written is None
         second.done("all of it")

@@ -18,11 +18,12 @@ from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
+from imstream.gateway.cursor import Cursor, ReplyEnded, TextGrown, TextReset
 from imstream.guards.chain import GuardChain
 from imstream.keys import GROUP, Keys
 from imstream.model import Terminal
 from imstream.redis.client import BlockingReader, RedisClient
-from imstream.reply_buffer import Cursor, ReplyBuffer, ReplyBuffers, ReplyEnded, TextGrown, TextReset
+from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases

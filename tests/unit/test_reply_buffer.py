@@ -13,13 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from imstream.codes import Want
-from imstream.model import Continued, Record, Terminal, Waiting
-from imstream.reply_buffer import (
-    MAX_DELTA,
+from imstream.gateway.cursor import (
     Cursor,
     QuestionAsked,
-    ReplyBuffer,
-    ReplyBuffers,
     ReplyEnded,
     StateChanged,
     Step,
@@ -27,6 +23,8 @@ from imstream.reply_buffer import (
     TextReset,
     ThoughtsGrown,
 )
+from imstream.model import Continued, Record, Terminal, Waiting
+from imstream.reply_buffer import MAX_DELTA, ReplyBuffer, ReplyBuffers
 from tests.support.tiers import examples
 
 DONE = Terminal("done", "stop")

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imstream.codes import CloseCode, Code
+from imstream.gateway.cursor import Cursor
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.session_writer import MAX_BATCH, MAX_BATCH_SIZE, MAX_OUTBOX, SessionWriter
 from imstream.gateway.websocket_protocol import SocketProtocol
 from imstream.model import Terminal
-from imstream.reply_buffer import MAX_DELTA, Cursor, ReplyBuffer
+from imstream.reply_buffer import MAX_DELTA, ReplyBuffer
 from imstream.texts import Text
 
 DONE = Terminal("done", "stop")
