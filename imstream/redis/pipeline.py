@@ -72,7 +72,9 @@ class Pipeline:
         if asking:
             self._queue.append(ASKING)
         self._queue.append((packed, reply))
-        if not urgent:
+        if self._max_batch == 1:
+            self._flush()  # nothing can join it
+        elif not urgent:
             if self._delayed_flush is None:
                 self._delayed_flush = self._loop.call_later(MAX_BATCH_DELAY, self._flush_delayed)
         elif self._idle and not self._flush_scheduled:
