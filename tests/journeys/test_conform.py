@@ -63,22 +63,22 @@ async def test_a_server_that_is_not_ready_does_not_end_a_program_in_node() -> No
 
 
 BREAKS = [
-    ("login", "?userId={options['userId']}", ""),
-    ("resume", 'attempt=frame["attempt"], offset=frame["offset"]', 'attempt=frame["attempt"]'),
+    ("login", "?userId={userId}", ""),
+    ("resume", ', offset=frame.get("offset", 0)', ""),
     ("busy", 'frame["retryAfterMs"] / 1000', "0.05"),
 ]
 """Changes of the example in Python that a scenario finds at once."""
 
 SLOW_BREAKS = [
-    ("chat", 'or frame["code"] == "EXPIRED"', ""),
-    ("resume", 'if not one["accepted"]', 'if one["messageId"] == "none"'),
-    ("cancel", 'if "cancelled" in one', 'if one["messageId"] == "none"'),
-    ("drain", "accepted[-64:]", "accepted[-1:]"),
-    ("token", "refused = token", "return report(closed=code)"),
-    ("closed", "elif code is not None and 4500 < code <= 4999", "elif code == 1"),
-    ("heartbeat", "heartbeat_ms / 1000", "60"),
-    ("cut", 'text=message["text"] + frame["contents"]', 'text=frame["contents"]'),
-    ("unknown", 'elif event == "delta"', "elif event"),
+    ("chat", 'or code == "EXPIRED"', ""),
+    ("resume", "self.send_again(message)", "pass"),
+    ("cancel", 'in message["again"].values()', 'in message["again"].values() if "CHAT" in message["again"] else ()'),
+    ("drain", "resume[-64:]", "resume[-1:]"),
+    ("token", "4500 < closed", "4500 <= closed"),
+    ("closed", "4500 < closed <= 4999", "closed == 1"),
+    ("heartbeat", 'frame.get("heartbeatMs", 25_000) / 1000', "60"),
+    ("cut", 'message["text"] + frame["contents"]', 'frame["contents"]'),
+    ("unknown", 'event in ("accepted", "restart", "delta")', "event"),
 ]
 """Others, found when a time limit has passed, or that change more than one scenario."""
 
