@@ -18,6 +18,7 @@ from imstream.ai.router import Backends
 from imstream.codes import CloseCode, Code
 from imstream.errors import NodeTaken, SettingsError, StoreError
 from imstream.gateway.app import make_app, make_metrics_app
+from imstream.gateway.busy_log import BusyLog
 from imstream.gateway.connection import serve_socket
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frame_handler import SessionDeps
@@ -40,6 +41,7 @@ from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.texts import Text
 from imstream.wire import FrameLimits
+from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
@@ -105,6 +107,7 @@ class Node:
             stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),
             on_begun=registry.follow_new,
             metrics=metrics,
+            request_log=RequestLog(settings.node, metrics, registry.followers),
         )
 
         def make_consumer(node: str) -> StreamConsumer:
@@ -139,6 +142,7 @@ class Node:
             reply_sync=reply_sync,
             scheduler=FlushScheduler(),
             metrics=metrics,
+            busy_log=BusyLog(),
             not_ready=self.not_ready,
         )
         app = make_app(session_deps, stuck=self.stuck)

@@ -14,6 +14,7 @@ from imstream import wire
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
+from imstream.gateway.busy_log import BusyLog
 from imstream.gateway.cursor import Cursor
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.presence import Presence
@@ -66,6 +67,7 @@ class SessionDeps:
     reply_sync: ReplySync
     scheduler: FlushScheduler
     metrics: Metrics
+    busy_log: BusyLog
     not_ready: Callable[[], str | None]
 
 
@@ -99,7 +101,8 @@ class FrameHandler:
             if self._is_allowed(frame, message_id):
                 await self._dispatch(frame)
         except StoreFull:
-            log.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
+            limited.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
+            self._deps.busy_log.count("redis_full", self._session.user_id)
             self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
         except StoreError as error:
             self._send_unavailable(error, message_id)
@@ -204,6 +207,8 @@ class FrameHandler:
             return
         verdict = await deps.guards.check_chat(request, peer=self._session.peer)
         if isinstance(verdict, Reject):
+            if verdict.code == Code.RATE_LIMITED:
+                deps.busy_log.count("rate_limited", user_id)
             self._reject(verdict, message_id)
             return
         # Kept alive from here on: the worker may have written the reply before this socket follows it.
@@ -215,6 +220,7 @@ class FrameHandler:
             raise
         if not isinstance(admission, Admitted):
             await verdict.undo()
+            deps.busy_log.count("user_full" if admission.by_user else "node_full", user_id)
             self._writer.send(self._frames.busy(message_id, by_user=admission.by_user))
             return
         await self._ensure_record(verdict.request, reply, admission)
@@ -241,7 +247,10 @@ class FrameHandler:
             return
         # Without a record, a resume or cancel on another node would not find the message before its turn. It is
         # not called accepted then: sent again, it is recognised as a duplicate.
-        nodes = await deps.replies.mark_queued(request.user_id, request.message_id, request.question)
+        request_id = deps.requests.request_id(admission.entry_id)
+        nodes = await deps.replies.mark_queued(
+            request.user_id, request.message_id, request.question, request=request_id
+        )
         if nodes is None:
             await deps.reply_sync.catch_up(reply)
             return

@@ -75,6 +75,11 @@ class Registry:
         for session in self.sessions_of(reply.user_id):
             session.writer.follow_new(reply)
 
+    def followers(self, reply: ReplyBuffer) -> tuple[int, int]:
+        """How many sockets follow a reply, and how many of them do not take what is sent to them."""
+        slow = [one.writer.is_slow for one in self.sessions_of(reply.user_id) if one.writer.follows(reply.message_id)]
+        return len(slow), sum(slow)
+
     def follow_queued(self, reply: ReplyBuffer) -> bool:
         """Have sockets of the user that want questions follow a message that waits; whether there are any."""
         wanting = [one for one in self.sessions_of(reply.user_id) if Want.ASKED in one.writer.wants]

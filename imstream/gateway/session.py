@@ -61,7 +61,7 @@ class Session:
     def logged_in(self, user_id: UserId, until: float | None) -> None:
         """Note a login, until a time in seconds since 1970. It may be repeated to extend it."""
         if self.user_id is None:
-            log.info("session opened", user=user_id, peer=self.peer, origin=self.origin)
+            log.debug("session opened", user=user_id, peer=self.peer, origin=self.origin)
             self.socket.trust()
         self.user_id = self.frames.user_id = user_id
         self.ends_at = self.warn_at = None

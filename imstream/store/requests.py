@@ -156,22 +156,29 @@ class RequestStream:
         """Check that the server that has the stream answers."""
         await self._redis.execute("EXISTS", self._stream)
 
+    def request_id(self, entry_id: str) -> str:
+        """The id of a request in records of replies."""
+        return f"{self.node}/{entry_id}"
+
     async def is_unfinished(self, request: str) -> bool:
-        """Whether a request, given as `node/entry id`, is in the stream of its node."""
+        """Whether a request, given by its id in records, is in the stream of its node."""
         node, _, entry_id = request.rpartition("/")
         return bool(await self._redis.execute("XRANGE", self._all_keys.requests(node), entry_id, entry_id))
 
-    async def finish(self, entry: Entry) -> None:
-        """Acknowledge and delete a request whose terminal event is recorded."""
+    async def finish(self, entry: Entry) -> bool:
+        """Acknowledge and delete a request whose terminal event is recorded. False: it was not there."""
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""))
         # Not urgent: no caller waits for the reply, and a request admitted meanwhile is sent behind it, so it fits.
-        await LUA["finish"].run(self._redis, self._keys, arguments, urgent=False)
+        return bool(await LUA["finish"].run(self._redis, self._keys, arguments, urgent=False))
 
-    async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
-        """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""
+    async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> bool:
+        """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator.
+
+        False: it was not there.
+        """
         added = ("reason", reason, "error", error, "attempts", attempts, "dead_at", now_ms())
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), MAX_DEAD_LETTERS, *added)
-        await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
+        return bool(await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments))
 
 
 @contextmanager

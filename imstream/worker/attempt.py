@@ -22,6 +22,7 @@ from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
+from imstream.worker.account import RequestLog
 from imstream.worker.disposition import Limits
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 from imstream.worker.reply_writer import ReplyWriter
@@ -46,6 +47,7 @@ class WorkerDeps:
     stall: StallDetector
     on_begun: Callable[[ReplyBuffer], None]
     metrics: Metrics = field(default_factory=Metrics)
+    request_log: RequestLog
 
 
 class CannotContinue(Exception):  # noqa: N818 - not an error
@@ -97,7 +99,8 @@ class AttemptRunner:
             upstream.record_failure(error, user=request.user_id)
             if beginning and not writer.has_text and may_be_about_request(error):
                 self.may_continue = False
-                log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error))
+                ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
+                log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error), **ids)
                 raise CannotContinue from None
             raise
         except GuardRejection as rejection:

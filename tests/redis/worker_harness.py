@@ -29,6 +29,7 @@ from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
+from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
@@ -154,6 +155,7 @@ class WorkerHarness:
     Attributes:
         redis: A client of the test. Any, because its types are unions of all replies.
         begun: Ids of the messages whose first attempt began here.
+        admitted: The first request of each message.
     """
 
     settings: Settings
@@ -169,6 +171,7 @@ class WorkerHarness:
     begun: list[str]
     upstream: Upstream
     keys: Keys = field(default_factory=Keys)
+    admitted: dict[str, str] = field(default_factory=dict)
     running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -209,7 +212,8 @@ class WorkerHarness:
         """Admit a request; return its entry id."""
         verdict = await self.requests.admit(replace(chat_request(user, message_id), **fields))
         assert isinstance(verdict, Admitted)
-        await self.replies.mark_queued(user, message_id)
+        self.admitted.setdefault(message_id, verdict.entry_id)
+        await self.replies.mark_queued(user, message_id, request=self.requests.request_id(verdict.entry_id))
         return verdict.entry_id
 
     def follow(self, message_id: str = "m", *, user: int = USER, **where: Any) -> Follower:  # noqa: ANN401 - see there
@@ -325,6 +329,8 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         lease_keeper=LeaseKeeper(leases, known),
         stall=StallDetector(known.lease.total_seconds()),
         on_begun=lambda reply: begun.append(reply.message_id),
+        metrics=metrics,
+        request_log=RequestLog(known.node, metrics, lambda _: (0, 0)),
     )
 
     def make_consumer(node: str) -> StreamConsumer:
