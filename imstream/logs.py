@@ -164,7 +164,7 @@ def _remove_query(_logger: WrappedLogger, _method: str, event: EventDict) -> Eve
 def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     """Put time, level and event first. pydantic's JSON takes a third of the time of the standard library's."""
     first = {"timestamp": event["timestamp"], "level": event["level"], "event": event["event"]}
-    return to_json(first | event, inf_nan_mode="constants").decode()
+    return to_json({**first, **event}, inf_nan_mode="constants").decode()
 
 
 class _Limiter:

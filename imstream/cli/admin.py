@@ -56,8 +56,11 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
     working = sum(overview.in_progress.values())
     yield f"  unfinished requests  {overview.unfinished}: {overview.waiting} waiting, {working} in work"
     if overview.next is not None:
-        one = overview.next
-        yield f"    the next one has waited {one.since.total_seconds():.1f} s  user {one.user}  message {one.message_id}"
+        following = overview.next
+        yield (
+            f"    the next one has waited {following.since.total_seconds():.1f} s  "
+            f"user {following.user}  message {following.message_id}"
+        )
     reasons = [*_why_requests_wait(overview)] if overview.unfinished else []
     if overview.waiting and not reasons:
         reasons = ["nothing in Redis tells why they wait: the node has free slots, see its log"]
@@ -82,7 +85,9 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
 def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:
     """What keeps requests from being delivered, as far as Redis knows."""
     if overview.holder is None:
-        adopted = f"node {overview.adopter} has adopted its stream" if overview.adopter else "no node has adopted its stream"
+        adopted = (
+            f"node {overview.adopter} has adopted its stream" if overview.adopter else "no node has adopted its stream"
+        )
         yield f"the node does not run (it has no lease); {adopted}"
     elif overview.holder.stopping:
         yield "the node drains: it takes no requests"

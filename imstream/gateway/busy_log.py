@@ -21,7 +21,9 @@ class BusyLog:
         self._counts = Counter[str]()
         self._users = Counter[UserId | None]()
 
-    def count(self, reason: Literal["node_full", "user_full", "redis_full", "rate_limited"], user: UserId | None) -> None:
+    def count(
+        self, reason: Literal["node_full", "user_full", "redis_full", "rate_limited"], user: UserId | None
+    ) -> None:
         """Count a refusal."""
         if not self._counts:
             asyncio.get_running_loop().call_later(INTERVAL, self._write)

@@ -101,7 +101,7 @@ class FrameHandler:
             if self._is_allowed(frame, message_id):
                 await self._dispatch(frame)
         except StoreFull:
-            limited.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
+            limited.error("redis is out of memory")
             self._deps.busy_log.count("redis_full", self._session.user_id)
             self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
         except StoreError as error:

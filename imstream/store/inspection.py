@@ -80,10 +80,11 @@ class StreamOverview:
 
     @property
     def slots(self) -> int:
-        """Maximum requests in work at the node that reads the stream; 0: not known. Some nodes tell for each backend."""
+        """Maximum requests in work at the node that reads the stream; 0: not known."""
         working = [one for one in self.backends.values() if one.get("state") != "away"] or [*self.backends.values()]
-        limits = [(one.get("slots", 0), one.get("sharesSlots", False)) for one in working]
-        return sum(own for own, shared in limits if not shared) + max((one for one, shared in limits if shared), default=0)
+        limits: list[tuple[int, bool]] = [(one.get("slots", 0), one.get("sharesSlots", False)) for one in working]
+        shared = max((limit for limit, is_shared in limits if is_shared), default=0)
+        return shared + sum(limit for limit, is_shared in limits if not is_shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ async def _unfinished(
     redis: RedisClient, keys: Keys, stream: str
 ) -> tuple[dict[str, int], list[Unfinished], Unfinished | None]:
     """The number of requests in work by consumer, the oldest of them, and the next request to be delivered."""
+    summary: list[Any] = []
     counts, rows, after = dict[str, int](), list[Any](), "-"
     with suppress(StoreRefused):  # no such stream or group
         summary, rows = await asyncio.gather(

@@ -307,7 +307,8 @@ class ReplyStore:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)
 
 
-def _waiting(fields: dict[str, str]) -> Waiting | None:
+def waiting_of(fields: dict[str, str]) -> Waiting | None:
+    """Why a message waits for its backend, by the last entry of its record; None: it does not."""
     return Waiting.from_fields(fields) if fields["event"] == "waiting" else None
 
 

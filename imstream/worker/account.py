@@ -13,7 +13,6 @@ from imstream.model import ChatRequest
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.replies import Beginning, Opened
 
-
 TOKEN_KINDS = {
     "prompt_tokens": "prompt",
     "completion_tokens": "completion",
@@ -106,7 +105,8 @@ class RequestLog:
         waited, text, total = map(account.since_admission, (account.opened_at, account.text_at, account.ended_at))
         metrics.messages[terminal.event].inc()
         if terminal.event == "done":
-            for histogram, milliseconds in ((metrics.queue_wait, waited), (metrics.first_delta, text), (metrics.answer, total)):
+            times = (metrics.queue_wait, waited), (metrics.first_delta, text), (metrics.answer, total)
+            for histogram, milliseconds in times:
                 if milliseconds is not None:
                     histogram.observe(milliseconds / 1000)
         for name, kind in TOKEN_KINDS.items():

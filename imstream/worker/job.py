@@ -110,9 +110,7 @@ class Job:
                     was_there = await self.stream.finish(self.entry)
                 case Bury(reason, error):
                     await self._refund()
-                    was_there = await self.stream.bury(
-                        self.entry, reason=reason, error=error, attempts=self._attempts
-                    )
+                    was_there = await self.stream.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
                     self.log.error("request buried", reason=reason, error=error, attempts=self._attempts)
                 case Decline(refusal=refusal):
                     if not refusal.violation:
@@ -184,7 +182,7 @@ class Job:
             return self._verdict or before_start(self.entry.deliveries, self._deps.limits) or await self._answer()
         except StoreError:
             raise
-        except Exception as error:  # noqa: BLE001 - logged with its trace, and the client is told
+        except Exception as error:
             # A defect of ours ends this request only.
             self.log.exception("job failed")
             return Bury(INTERNAL_ERROR, f"{type(error).__name__}: {error}")

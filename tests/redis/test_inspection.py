@@ -37,7 +37,7 @@ async def fill(store: Store) -> None:
 
 
 async def test_a_node_that_never_ran_has_nothing(store: Store) -> None:
-    assert await look(store) == inspection.StreamOverview(0, {}, [], 0, [])
+    assert await look(store) == inspection.StreamOverview(0, {}, [], None, 0, [])
     out = await printed(store)
     assert "unfinished requests  0: 0 waiting, 0 in work" in out
     assert "dead letters         0\n" in out
@@ -48,7 +48,9 @@ async def test_requests_in_work_and_waiting_are_told_apart(store: Store) -> None
     seen = await look(store)
     assert (seen.unfinished, seen.waiting, seen.in_progress) == (3, 2, {"0": 1})
     [work] = seen.oldest
-    assert (work.consumer, work.deliveries) == ("0", 1)
+    assert (work.message_id, work.deliveries) == ("m1", 1)
+    assert seen.next is not None
+    assert (seen.next.user, seen.next.message_id) == ("10003", "m2")
     assert timedelta(0) <= work.since < timedelta(minutes=1)
 
 

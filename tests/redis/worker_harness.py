@@ -21,6 +21,7 @@ from imstream.ai.upstream import Upstream
 from imstream.gateway.cursor import Cursor, ReplyEnded, TextGrown, TextReset
 from imstream.guards.chain import GuardChain
 from imstream.keys import GROUP, Keys
+from imstream.metrics import Metrics
 from imstream.model import Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
@@ -155,7 +156,6 @@ class WorkerHarness:
     Attributes:
         redis: A client of the test. Any, because its types are unions of all replies.
         begun: Ids of the messages whose first attempt began here.
-        admitted: The first request of each message.
     """
 
     settings: Settings
@@ -170,8 +170,8 @@ class WorkerHarness:
     lease_keeper: LeaseKeeper
     begun: list[str]
     upstream: Upstream
+    metrics: Metrics
     keys: Keys = field(default_factory=Keys)
-    admitted: dict[str, str] = field(default_factory=dict)
     running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -212,7 +212,6 @@ class WorkerHarness:
         """Admit a request; return its entry id."""
         verdict = await self.requests.admit(replace(chat_request(user, message_id), **fields))
         assert isinstance(verdict, Admitted)
-        self.admitted.setdefault(message_id, verdict.entry_id)
         await self.replies.mark_queued(user, message_id, request=self.requests.request_id(verdict.entry_id))
         return verdict.entry_id
 
@@ -313,7 +312,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
 ) -> WorkerHarness:
     requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
     inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
-    buffers, begun = ReplyBuffers(), list[str]()
+    buffers, begun, metrics = ReplyBuffers(), list[str](), Metrics()
     backends = Backends(known, backend)
     jobs = Jobs(known, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
     deps = WorkerDeps(
@@ -349,4 +348,5 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         lease_keeper=deps.lease_keeper,
         upstream=next(iter(backends)),
         begun=begun,
+        metrics=metrics,
     )
