@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import signal
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
@@ -77,17 +78,21 @@ class Node:
         self._reloading = asyncio.Event()
         url, timeout, access = settings.redis_url, settings.redis_timeout, AccessLog()
         self._redis = redis = RedisClient(
-            url, connections=settings.redis_connections, timeout=timeout, access_log=access
+            url,
+            connections=settings.redis_connections,
+            timeout=timeout,
+            access_log=access,
+            on_roundtrip=metrics.redis_roundtrip.observe,
         )
         request_reader, inbox_reader = self._readers = [
             BlockingReader(url, block=settings.read_block, timeout=timeout, access_log=access) for _ in range(2)
         ]
-        self._requests = requests = RequestStream(redis, request_reader, settings)
-        self._leases = leases = Leases(redis, settings)
+        self._requests = requests = RequestStream(redis, request_reader, settings, metrics=metrics)
+        self._leases = leases = Leases(redis, settings, metrics)
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
         replies = ReplyStore(redis, settings)
         self.buffers = buffers = ReplyBuffers()
-        self.registry = registry = Registry(settings)
+        self.registry = registry = Registry(settings, metrics)
         self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
         self.jobs = jobs = Jobs(settings, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
         assembler = PromptAssembler(settings)
@@ -104,14 +109,17 @@ class Node:
             backends=backends,
             leases=leases,
             lease_keeper=lease_keeper,
-            stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),
+            stall=StallDetector(
+                min(settings.redis_timeout, settings.lease).total_seconds(), on_tick=metrics.loop_lag.observe
+            ),
             on_begun=registry.follow_new,
             metrics=metrics,
             request_log=RequestLog(settings.node, metrics, registry.followers),
         )
 
         def make_consumer(node: str) -> StreamConsumer:
-            return StreamConsumer(RequestStream(redis, request_reader, settings, node=node), worker_deps, jobs)
+            stream = RequestStream(redis, request_reader, settings, node=node, metrics=metrics)
+            return StreamConsumer(stream, worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)
         jobs.line.is_paused = lambda: backends.is_closed or self.consumer.stopping
@@ -148,6 +156,7 @@ class Node:
         app = make_app(session_deps, stuck=self.stuck)
         self._metrics_app = make_metrics_app(session_deps, stuck=self.stuck)
         self._server = GatewayServer(app, settings, partial(serve_socket, deps=session_deps))
+        metrics.on_scrape = self._set_gauges
         self._background: dict[str, Callable[[], Awaitable[None]]] = {
             "lease": lambda: lease_keeper.run(self._server.address),
             "stall": worker_deps.stall.run,
@@ -175,6 +184,16 @@ class Node:
             if self.consumer.looped_within(_MISSED_ROUNDS * self._max_round)
             else "the consumer loop does not go on"
         )
+
+    def _set_gauges(self) -> None:
+        metrics, running = self.metrics, defaultdict[str, list[str]](list)
+        for job in self.jobs:
+            running[job.stream.node].append(job.entry.entry_id)
+        metrics.set_streams(running)
+        metrics.set_breakers({one.name: one.gate.breaker.tripped for one in self._backends})
+        metrics.sessions.set(len(self.registry))
+        metrics.redis_up.set(self.consumer.reached_redis_within(self._max_round))
+        metrics.lease_held.set(self.lease_keeper.held)
 
     def reload(self) -> None:
         """Reload what can change while the node runs."""

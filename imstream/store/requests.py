@@ -8,6 +8,7 @@ from datetime import timedelta
 from imstream.clock import milliseconds, now_ms
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
+from imstream.metrics import Metrics, reason_label
 from imstream.model import ChatRequest
 from imstream.redis.client import BlockingReader, RedisClient, to_dict
 from imstream.redis.connection import Argument
@@ -59,11 +60,19 @@ class RequestStream:
     """The requests stream of `node`, for the worker of node `consumer`: the same node, or one that has adopted it."""
 
     def __init__(
-        self, redis: RedisClient, reader: BlockingReader, settings: Settings, *, node: str | None = None
+        self,
+        redis: RedisClient,
+        reader: BlockingReader,
+        settings: Settings,
+        *,
+        node: str | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.consumer = settings.node
         self.node = settings.node if node is None else node
         keys = self._all_keys = Keys(settings.key_prefix)
+        self._metrics = metrics or Metrics()
+        self._state = self._metrics.stream(self.node)
         self._redis = redis
         self._reader = reader
         self._limits = (settings.queue_limit, settings.user_limit)
@@ -81,7 +90,10 @@ class RequestStream:
         """Append a request unless the node's or the user's cap is reached."""
         arguments: tuple[Argument, ...] = (*self._limits, GROUP, str(request.user_id), *request.fields())
         verdict, *rest = await LUA["admit"].run(self._redis, self._keys, arguments)
-        return Admitted(rest[0], int(rest[1])) if verdict == "admitted" else QueueFull(by_user=verdict == "user_full")
+        if verdict != "admitted":
+            return QueueFull(by_user=verdict == "user_full")
+        self._state.admitted(rest[0], int(rest[2]))
+        return Admitted(rest[0], int(rest[1]))
 
     async def ensure_group(self) -> bool:
         """Create the consumer group if it is missing, and recount the users' requests. True when it was created."""
@@ -169,7 +181,9 @@ class RequestStream:
         """Acknowledge and delete a request whose terminal event is recorded. False: it was not there."""
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""))
         # Not urgent: no caller waits for the reply, and a request admitted meanwhile is sent behind it, so it fits.
-        return bool(await LUA["finish"].run(self._redis, self._keys, arguments, urgent=False))
+        was_there, left = await LUA["finish"].run(self._redis, self._keys, arguments, urgent=False)
+        self._state.ended(entry.entry_id, int(left))
+        return bool(was_there)
 
     async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> bool:
         """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator.
@@ -178,7 +192,11 @@ class RequestStream:
         """
         added = ("reason", reason, "error", error, "attempts", attempts, "dead_at", now_ms())
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), MAX_DEAD_LETTERS, *added)
-        return bool(await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments))
+        was_there, left = await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
+        self._state.ended(entry.entry_id, int(left))
+        if was_there:  # else an earlier try was executed, and its answer lost
+            self._metrics.dead_letters[reason_label(reason)].inc()
+        return bool(was_there)
 
 
 @contextmanager

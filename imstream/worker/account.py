@@ -2,24 +2,15 @@
 
 import asyncio
 from collections.abc import Callable
-from functools import cache
 
 import structlog
 from structlog.typing import FilteringBoundLogger
 
 from imstream.clock import now_ms, time_of
-from imstream.metrics import OTHER, Metrics
+from imstream.metrics import Metrics
 from imstream.model import ChatRequest
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.replies import Beginning, Opened
-
-TOKEN_KINDS = {
-    "prompt_tokens": "prompt",
-    "completion_tokens": "completion",
-    "reasoning_tokens": "reasoning",
-    "cached_tokens": "cached",
-}
-"""The counts of a usage, and their label in the metrics."""
 
 
 class Account:
@@ -88,7 +79,6 @@ class RequestLog:
         self.sockets = sockets
         self._node = node
         self._metrics = metrics
-        self._tokens = cache(metrics.ai_tokens.labels)  # a look-up of labels takes 2 µs
         self._log: FilteringBoundLogger = structlog.get_logger().bind()  # else each line would make a logger
 
     def begin(self, request: ChatRequest, *, stream: str) -> None:
@@ -109,9 +99,6 @@ class RequestLog:
             for histogram, milliseconds in times:
                 if milliseconds is not None:
                     histogram.observe(milliseconds / 1000)
-        for name, kind in TOKEN_KINDS.items():
-            if count := usage.get(name):
-                self._tokens(account.backend or OTHER, kind).inc(count)
         sockets, slow = account.sockets
         self._log.info(
             "request ended",

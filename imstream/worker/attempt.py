@@ -15,7 +15,7 @@ from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardRejection
-from imstream.metrics import Metrics
+from imstream.metrics import Metrics, reason_label
 from imstream.model import ChatRequest
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
@@ -84,6 +84,9 @@ class AttemptRunner:
             ):
                 raise CannotContinue
         messages = await deps.prompter.messages(request, upstream.backend)
+        metrics, result = deps.metrics, "stopped"
+        if beginning:
+            metrics.continuations[upstream.name].inc()
         try:
             completion = await upstream.backend.answer(
                 messages,
@@ -91,21 +94,29 @@ class AttemptRunner:
                 on_reasoning=self._on_reasoning(request, writer),
                 written=written,
             )
+            metrics.add_tokens(upstream.name, completion.usage)
             upstream.gate.record_success()
             if filtered is not None:
                 filtered.end()
+            result = "done"
         except BackendError as error:
+            result = error.kind
+            metrics.add_tokens(upstream.name, error.usage)
             writer.forget_reasoning()
             upstream.record_failure(error, user=request.user_id)
             if beginning and not writer.has_text and may_be_about_request(error):
                 self.may_continue = False
+                metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
                 ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
                 log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error), **ids)
                 raise CannotContinue from None
             raise
         except GuardRejection as rejection:
+            result = "refused"
             await deps.guards.record_rejection(rejection.verdict, request)
             raise
+        finally:
+            metrics.ai_calls[upstream.name, result].inc()
         return completion
 
     def _on_reasoning(self, request: ChatRequest, writer: ReplyWriter) -> Callable[[str], None] | None:

@@ -12,6 +12,7 @@ from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
+from imstream.metrics import reason_label
 from imstream.model import ChatRequest, Terminal, Usage, Waiting, usage_sum
 from imstream.redis.errors import retry_until_available
 from imstream.settings import Settings
@@ -252,6 +253,7 @@ class Job:
                     self.upstream = backends.take_other(called, continuing=writer.beginning != "", tokens=tokens)
                 if self.upstream is None:
                     return await self._after_failure(error, upstream, has_text=writer.has_text)
+                self._count_retry(error, upstream)
                 self.log.info(
                     "next backend is called", backend=upstream.name, reason=error.reason, instead=self.upstream.name
                 )
@@ -298,11 +300,16 @@ class Job:
             limits=self._deps.limits,
         )
         self._broke = (upstream,) if isinstance(decision, Retry) else ()
+        if not isinstance(decision, Bury):
+            self._count_retry(error, upstream)
         if isinstance(decision, Wait):
             await self._wait(decision, upstream)
         elif isinstance(decision, Retry):
             self.log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.fence)
         return decision
+
+    def _count_retry(self, error: BackendError, upstream: Upstream) -> None:
+        self._deps.metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
 
     async def _wait(self, decision: Wait, upstream: Upstream) -> None:
         """Record that the message waits."""

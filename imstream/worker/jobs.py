@@ -63,6 +63,9 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._jobs)
+
     @property
     def free_slots(self) -> int:
         """Slots without a job, reserved or not."""
