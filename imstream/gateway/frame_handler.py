@@ -120,7 +120,18 @@ class FrameHandler:
             case wire.ClientHeartbeat():
                 self._writer.send(self._frames.heartbeat())
             case wire.ClientChat():
-                await self._count_chat(frame)
+                deps, message_id = self._deps, frame.message_id or secrets.token_urlsafe(12)
+                result: Admission = "unavailable"
+                try:
+                    with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
+                        with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
+                            result = await self._chat(frame, message_id, span.traceparent)
+                        span.note(result)
+                except StoreFull:
+                    result = "busy"
+                    raise
+                finally:
+                    deps.metrics.admissions[result].inc()
             case wire.ClientCancel():
                 await self._cancel(frame.message_id)
             case _:
@@ -190,20 +201,6 @@ class FrameHandler:
         size = cursor.size
         self._writer.follow(cursor)
         return size
-
-    async def _count_chat(self, frame: wire.ClientChat) -> None:
-        deps, message_id = self._deps, frame.message_id or secrets.token_urlsafe(12)
-        result: Admission = "unavailable"
-        try:
-            with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
-                with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
-                    result = await self._chat(frame, message_id, span.traceparent)
-                span.note(result)
-        except StoreFull:
-            result = "busy"
-            raise
-        finally:
-            deps.metrics.admissions[result].inc()
 
     async def _chat(self, frame: wire.ClientChat, message_id: str, traceparent: str) -> Admission:
         deps, user_id = self._deps, self._user_id()
