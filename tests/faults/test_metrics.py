@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.many_nodes import ManyNodes, standing_nodes, why_not
-from tests.support.processes import consecutive_ports, http_status
+from tests.support.processes import consecutive_ports, http_status, wait_for
 from tests.support.scraping import metrics_become, scrape, scraped
 from tests.support.servers import DemoBackend, RedisServer, start_node
+from tests.support.waiting import wait_until
 
 USER = 10001
 
@@ -26,26 +27,34 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
         yield nodes
 
 
+async def agrees(nodes: ManyNodes, stream: str, *, at: str) -> None:
+    """Wait until a node tells the length of a stream."""
+
+    async def is_told() -> bool:
+        return (await scraped(nodes[at].now.http)).get(unfinished(stream)) == nodes[stream].unfinished()
+
+    await wait_until(is_told, f"{at} tells the length of the stream of {stream}")
+
+
 async def test_an_adopted_stream_has_its_own_label_until_it_is_released(nodes: ManyNodes) -> None:
     count = 4
     async with nodes["a"].peer(USER) as someone:
         for number in range(count):
-            await someone.chat(USER, "[[demo first=0s pace=200ms length=40]]", f"m{number}")
+            await someone.chat(USER, "[[demo first=0s pace=100ms length=10]]", f"m{number}")
         await metrics_become(nodes["a"].now.http, {unfinished("a"): count})
         before = await scraped(nodes["b"].now.http)
         assert unfinished("a") not in before
         await nodes.killed("a")
-    await metrics_become(nodes["b"].now.http, {"imstream_adoptions_total": 1}, since=before)
     await metrics_become(
-        nodes["b"].now.http, {unfinished("a"): nodes["a"].unfinished(), 'imstream_requests_running{stream="a"}': 1}
+        nodes["b"].now.http, {"imstream_adoptions_total": 1, 'imstream_requests_running{stream="a"}': 1}, since=before
     )
-    # Its node is back, and finds those that nobody has begun.
+    await agrees(nodes, "a", at="b")
     await nodes.start("a")
-    left = nodes["a"].unfinished()
-    assert (await scraped(nodes["a"].now.http))[unfinished("a")] in {left, left + 1}
+    await agrees(nodes, "a", at="a")
     await nodes.settled()
     await nodes.left_alone()
-    await metrics_become(nodes["a"].now.http, {unfinished("a"): 0, unfinished("b"): 0})
+    await agrees(nodes, "a", at="a")
+    await agrees(nodes, "b", at="b")
     assert unfinished("a") not in await scraped(nodes["b"].now.http)
 
 
@@ -73,7 +82,7 @@ def test_a_listener_of_its_own_tells_what_the_node_does_not(redis_server: RedisS
     with node.process:
         listener = f"http://127.0.0.1:{port + 1}"
         assert scrape(listener)["imstream_lease_held"] == 1
-        assert f'"metrics":"{listener}"' in node.process.output()
+        wait_for(lambda: f'"metrics":"{listener}"' in node.process.output(), node.process, "the address in the log")
         assert http_status(f"{listener}/readyz") == 200
         assert http_status(f"{listener}/") == 404
         assert http_status(f"{node.http}/metrics") == 404
