@@ -77,12 +77,13 @@ async def test_one_trace_is_found_at_the_client_in_redis_in_the_logs_of_two_node
         environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", traces.url)
         part = event(chunk("All "))
         backend.then(breaks_off(part), hangs(part), streams("All ", "well", usage={"prompt_tokens": 5}))
-        settings: dict[str, object] = {"log_format": "json", "sweep_interval": "1m"}
+        settings: dict[str, Any] = {"log_format": "json", "sweep_interval": "1m"}
         with standing_nodes(tmp_path, backend.url, "a", "b", **settings) as nodes:
             async with Client(nodes.urls("a"), USER) as client:
                 reply = await client.send("hello", message_id="m1", traceparent=GIVEN)
                 await backend.request(1)
-                [(_, entry)] = nodes.redis.xrange(Keys().requests("a"))
+                entries: Any = nodes.redis.xrange(Keys().requests("a"))
+                [(_, entry)] = entries
                 assert entry["trace"].split("-")[1] == TRACE
                 await traces.received("attempt")
                 await wait_until(lambda: lines(nodes["a"], trace=TRACE), "the first node has logged the failed attempt")
@@ -124,7 +125,7 @@ async def test_spans_have_the_names_attributes_and_statuses_of_the_conventions(
         one, two = hangs(event(chunk("never "))), refuses(400, too_long)
         script = by_question({"wait": [one], "too long": [two]}, otherwise=well)
         backend.then(*[script] * 5)
-        settings: dict[str, object] = {"ai_model": "small", "user_limit": 1}
+        settings: dict[str, Any] = {"ai_model": "small", "user_limit": 1}
         async with one_node(tmp_path, redis_server, backend.url, **settings) as node:
             async with node.peer(USER) as someone:
                 await someone.send_frame("CHAT", userId=USER, messageId="m1", contents="hello")
@@ -185,7 +186,7 @@ async def test_spans_have_the_names_attributes_and_statuses_of_the_conventions(
     assert str(USER) not in str(traces.spans)
 
 
-def _tree(traces: Collector) -> list[tuple[str, str, dict[str, object]]]:
+def _tree(traces: Collector) -> list[tuple[str, str, dict[str, Any]]]:
     """The spans, each below its parent, with the attributes that tell them apart."""
     spans = traces.spans
     by_parent = {
@@ -195,7 +196,7 @@ def _tree(traces: Collector) -> list[tuple[str, str, dict[str, object]]]:
     def below(parent: str) -> list[ReceivedSpan]:
         return [one for span in by_parent.get(parent, []) for one in (span, *below(span.span_id))]
 
-    told = list[tuple[str, str, dict[str, object]]]()
+    told = list[tuple[str, str, dict[str, Any]]]()
     for span in below(""):
         own = {name.removeprefix("imstream."): value for name, value in span.attributes.items() if "imstream." in name}
         assert (span.error is None) == ("error.type" not in span.attributes)
