@@ -15,7 +15,7 @@ log = structlog.get_logger()
 
 
 class BusyLog:
-    """Counts refused messages by reason: `BUSY` because the node, the user or Redis is full, or `RATE_LIMITED`."""
+    """Counts refused messages by reason: `BUSY` because the node, the user or Redis is full, or the user is too fast."""
 
     def __init__(self) -> None:
         self._counts = Counter[str]()

@@ -219,7 +219,7 @@ class FrameHandler:
             return "unavailable"
         verdict = await deps.guards.check_chat(request, peer=self._session.peer)
         if isinstance(verdict, Reject):
-            if verdict.code == Code.RATE_LIMITED:
+            if verdict.reason == "pace":
                 deps.busy_log.count("rate_limited", user_id)
             self._reject(verdict, message_id)
             return _admission_of(verdict)
