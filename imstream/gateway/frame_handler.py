@@ -13,7 +13,7 @@ from imstream import wire
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
-from imstream.gateway.busy_log import BusyLog
+from imstream.gateway.busy_log import LOAD, BusyLog
 from imstream.gateway.cursor import Cursor
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.presence import Presence
@@ -105,7 +105,6 @@ class FrameHandler:
                 self._deps.metrics.admissions["refused"].inc()
         except StoreFull:
             limited.error("redis is out of memory")
-            self._deps.busy_log.count("redis_full", self._session.user_id)
             self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
         except StoreError as error:
             self._send_unavailable(error, message_id)
@@ -132,6 +131,8 @@ class FrameHandler:
                     raise
                 finally:
                     deps.metrics.admissions[result].inc()
+                    if result in LOAD:
+                        deps.busy_log.count(result, self._user_id())
             case wire.ClientCancel():
                 await self._cancel(frame.message_id)
             case _:
@@ -219,8 +220,6 @@ class FrameHandler:
             return "unavailable"
         verdict = await deps.guards.check_chat(request, peer=self._session.peer)
         if isinstance(verdict, Reject):
-            if verdict.reason == "pace":
-                deps.busy_log.count("rate_limited", user_id)
             self._reject(verdict, message_id)
             return _admission_of(verdict)
         # Kept alive from here on: the worker may have written the reply before this socket follows it.
@@ -232,7 +231,6 @@ class FrameHandler:
             raise
         if not isinstance(admission, Admitted):
             await verdict.undo()
-            deps.busy_log.count("user_full" if admission.by_user else "node_full", user_id)
             self._writer.send(self._frames.busy(message_id, by_user=admission.by_user))
             return "user_busy" if admission.by_user else "busy"
         await self._ensure_record(verdict.request, reply, admission)

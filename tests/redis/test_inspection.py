@@ -116,7 +116,7 @@ async def test_the_command_tells_which_backends_requests_wait_for(store: Store) 
     away: State = {"state": "away", "reason": "http_503", "until": now_ms() + 90_500, "slots": 9, "sharesSlots": True}
     await states.publish({"main": away, "spare": {"state": "working", "slots": 1, "sharesSlots": False}})
     [entry] = store.redis.xpending_range(store.keys.requests("0"), GROUP, "-", "+", 1)
-    await store.replies.open(10002, "m1", request=store.requests.request_id(entry["message_id"]))
+    await store.replies.open(10002, "m1", request=store.requests.request_id(str(entry["message_id"])))
     waiting = Waiting("main", "http_503", "overloaded", 1000)
     await store.replies.wait(10002, "m1", attempt=1, pause=timedelta(seconds=1), why=waiting)
     out = await printed(store)
