@@ -63,6 +63,9 @@ _RESTART_PAUSE = 1.0
 PUBLISH_INTERVAL = 2.0
 """Seconds between two looks at the states of the backends."""
 
+_RECHECK_INTERVAL = 0.5
+"""Seconds between two looks for backends that may be back."""
+
 _POLL_INTERVAL = 0.05
 """Seconds between two polls of a state that has no event of its own."""
 
@@ -173,6 +176,9 @@ class Node:
             "flusher": jobs.flush_periodically,
             "waiting-line": jobs.line.run,
             "backends": self._publish_backends,
+            "backend-checks": self._recheck_backends,
+            "announce": self._announce,
+            "reload": self._reload_on_request,
         }
 
     def not_ready(self) -> str | None:
@@ -232,8 +238,6 @@ class Node:
     async def _serve(self, group: asyncio.TaskGroup) -> None:
         background = [
             *(group.create_task(keep_running(name, run), name=name) for name, run in self._background.items()),
-            group.create_task(self._announce(), name="announce"),
-            group.create_task(self._reload_on_request(), name="reload"),
         ]
         working = [
             group.create_task(self.consumer.run(), name="worker"),
@@ -267,6 +271,11 @@ class Node:
             await self._backends.close_retired()
             with suppress(StoreError):  # the next round tries again
                 await states.publish({one.name: one.state for one in self._backends})
+
+    async def _recheck_backends(self) -> None:
+        while True:
+            await asyncio.sleep(_RECHECK_INTERVAL)
+            await self._backends.recheck()
 
     async def _reload_on_request(self) -> None:
         while True:
