@@ -236,9 +236,7 @@ class Node:
             raise taken
 
     async def _serve(self, group: asyncio.TaskGroup) -> None:
-        background = [
-            *(group.create_task(keep_running(name, run), name=name) for name, run in self._background.items()),
-        ]
+        background = [group.create_task(keep_running(name, run), name=name) for name, run in self._background.items()]
         working = [
             group.create_task(self.consumer.run(), name="worker"),
             group.create_task(keep_running("adopter", self.adopter.run), name="adopter"),
