@@ -35,7 +35,7 @@ REASONS = frozenset({
     *("connect_timeout", "first_token_timeout", "idle_timeout", "total_timeout"),
     *("connect_failed", "connection_lost", "proxy_failed", "overloaded"),
     *("insufficient_quota", "unauthorized", "misconfigured", "model_not_found", "encoded"),
-    *("aborted", "backend_error", "bad_stream", "broken_stream", "empty_answer"),
+    *("aborted", "backend_error", "bad_stream", "broken_stream", "empty_answer", "not_continued"),
     *("bad_prompt", "content_filter", "context_too_long", "refusal", "tool_calls", "too_large"),
     *("moderation_unavailable", "worker_died", "malformed", "internal_error"),
 })  # fmt: skip
