@@ -265,16 +265,11 @@ class Job:
                 if error.reason == "context_too_long" and not writer.has_text and backends.have_larger(upstream):
                     self._tokens = upstream.prompt_limit + 1  # by its own count
                     return await self._call()
-                if may_move_on(error, has_text=writer.has_text):
-                    tokens = await self._count_tokens()
-                    self.upstream = backends.take_other(called, continuing=writer.beginning != "", tokens=tokens)
-                if self.upstream is None:
+                if (other := await self._take_other(called, error, writer)) is None:
                     return await self._after_failure(error, upstream, has_text=writer.has_text)
                 self._count_retry(error, upstream)
-                self.log.info(
-                    "next backend is called", backend=upstream.name, reason=error.reason, instead=self.upstream.name
-                )
-                upstream = self.upstream
+                self.log.info("next backend is called", backend=upstream.name, reason=error.reason, instead=other.name)
+                upstream = other
             else:
                 self._scope = None  # the answer is complete: from here on, nothing stops it but its record
                 self._release_upstream()
@@ -287,6 +282,13 @@ class Job:
             self._release_upstream()
         if self.upstream is None:
             self.upstream = self._deps.backends.take(tried=self._broke, continuing=continuing, tokens=tokens)
+        return self.upstream
+
+    async def _take_other(self, called: list[Upstream], error: BackendError, writer: ReplyWriter) -> Upstream | None:
+        """Take a backend that may be called after those that were, if another one may answer."""
+        if may_move_on(error, has_text=writer.has_text):
+            tokens, continuing = await self._count_tokens(), writer.beginning != ""
+            self.upstream = self._deps.backends.take_other(called, continuing=continuing, tokens=tokens)
         return self.upstream
 
     async def _count_tokens(self) -> int:

@@ -427,7 +427,7 @@ async def test_a_long_prompt_that_waits_is_not_sent_to_a_smaller_backend_that_is
         await wait_until(lambda: "waiting" in [one["event"] for one in node.record(USER, "m1")], "it waits")
         write(tmp_path / "backends.toml", large=large, small={"url": small.url, "context_tokens": 1200})
         node.now.process.signal(signal.SIGHUP)
-        await wait_until(lambda: '"what": ["backends"]' in node.now.process.output(), "it is reloaded")
+        await wait_until(lambda: '"what":["backends"]' in node.now.process.output(), "it is reloaded")
         async with ScriptedBackend(streams("large")).server.listening("127.0.0.1", port, grace=5):
             assert (await someone.end_of("m1")).text == "large"
         await someone.chat(USER, "short", "m2")
@@ -451,15 +451,11 @@ async def test_on_sighup_the_file_is_read_again_and_a_mistake_changes_nothing(
         node.now.process.signal(signal.SIGHUP)
         await wait_until(lambda: "backends not reloaded" in node.now.process.output(), "the mistake is logged")
         assert "backend 1 (new): weight=0 is not allowed: Input should be greater than 0" in node.now.process.output()
-        file.write_text(f"backend = {'[' * 5000}")
-        node.now.process.signal(signal.SIGHUP)
-        failed = "background task failed and is started again"
-        await wait_until(lambda: failed in node.now.process.output(), "its reader fails, and is started again")
         await someone.chat(USER, "again", "m2")
         assert (await someone.end_of("m2")).text == "old"
         write(file, new={"url": new.url})
         node.now.process.signal(signal.SIGHUP)
-        await wait_until(lambda: '"what": ["backends"]' in node.now.process.output(), "it is reloaded")
+        await wait_until(lambda: '"what":["backends"]' in node.now.process.output(), "it is reloaded")
         await someone.chat(USER, "and again", "m3")
         assert (await someone.end_of("m3")).text == "new"
         held.end()
