@@ -168,6 +168,10 @@ class Metrics:
         )
 
         self.redis_roundtrip = short("imstream_redis_roundtrip_seconds", "Round trips of pipelines to Redis, sampled.")
+        self.redis_refusals = Counters(
+            counter("imstream_redis_refusals_total", "Commands that Redis refused: its memory or disk is full.", ["lack"]),
+            ("memory", "disk"),
+        )
         self.redis_up = gauge("imstream_redis_up", "1 while Redis answers this node.")
         self.lease_held = gauge("imstream_lease_held", "1 while this node holds its lease.")
         self.adoptions = counter("imstream_adoptions_total", "Streams of dead nodes that this node has adopted.")

@@ -82,7 +82,8 @@ class Node:
         self._backends = backends
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
-        url, timeout, access = settings.redis_url, settings.redis_timeout, AccessLog()
+        url, timeout = settings.redis_url, settings.redis_timeout
+        access = AccessLog(on_refusal=lambda lack: metrics.redis_refusals[lack].inc())
         self._redis = redis = RedisClient(
             url,
             connections=settings.redis_connections,
@@ -204,9 +205,8 @@ class Node:
         metrics.set_streams(running)
         metrics.set_breakers({one.name: one.gate.breaker.tripped for one in self._backends})
         metrics.sessions.set(len(self.registry))
-        held, reached = self.lease_keeper.held, self.consumer.reached_redis_within(self._max_round)
-        metrics.redis_up.set(held if self.consumer.stopping else reached)
-        metrics.lease_held.set(held)
+        metrics.redis_up.set(self.lease_keeper.reaches_redis)  # the consumer may hang, or be stopped
+        metrics.lease_held.set(self.lease_keeper.held)
 
     def reload(self) -> None:
         """Reload what can change while the node runs."""

@@ -80,6 +80,11 @@ class LeaseKeeper:
         return asyncio.get_running_loop().time() < self._expires_at - self._margin
 
     @property
+    def reaches_redis(self) -> bool:
+        """Whether Redis answered the last renewal."""
+        return self._certain_from < float("inf")
+
+    @property
     def can_declare_dead(self) -> bool:
         """Whether a node without a lease is dead. Not for a moment after Redis was away: see `_grace`."""
         return self.held and asyncio.get_running_loop().time() >= self._certain_from
