@@ -169,7 +169,7 @@ class Metrics:
 
         self.redis_roundtrip = short("imstream_redis_roundtrip_seconds", "Round trips of pipelines to Redis, sampled.")
         self.redis_refusals = Counters(
-            counter("imstream_redis_refusals_total", "Commands that Redis refused: its memory or disk is full.", ["lack"]),
+            counter("imstream_redis_refusals_total", "Commands that Redis refused because it is full.", ["lack"]),
             ("memory", "disk"),
         )
         self.redis_up = gauge("imstream_redis_up", "1 while Redis answers this node.")
