@@ -59,7 +59,7 @@ class Drill:
     watching: Prometheus
 
     async def fires(self, *alerts: str, part: str, watch: float = WITHIN) -> None:
-        """Wait for the alerts of a fault that has just begun; until then, and for `watch` seconds, no other part is blamed."""
+        """Wait for the alerts of a fault that has just begun. Meanwhile and for `watch` s, only `part` is blamed."""
         loop = asyncio.get_running_loop()
         began, seen, after = loop.time(), dict[str, str](), dict[str, float]()
         while (passed := loop.time() - began) < (WITHIN if len(after) < len(alerts) else watch):
