@@ -51,8 +51,7 @@ async def test_messages_that_fail_and_are_given_up_are_reported_without_a_cause(
 
 
 async def test_more_questions_than_slots_wait_and_are_refused(redis_server: RedisServer, tmp_path: Path) -> None:
-    settings = {"concurrency": 2, "queue_limit": 10}
-    async with drill(tmp_path, redis_server, **settings) as play:
+    async with drill(tmp_path, redis_server, concurrency=2, queue_limit=10) as play:
         play.backend.faulty = lambda _: lasts
         async with running(*(converse(play.nodes[0], 20001 + number) for number in range(20))):
             await play.fires("ImstreamRequestsWait", "ImstreamQueueFull", part="answers", watch=0)
