@@ -75,6 +75,16 @@ class AnswerReader:
         problem: Why the first of them could not be read, or what happened after the answer was whole.
     """
 
+    # With 30 attributes, an instance without slots has a dictionary of its own, and CPython 3.11 specialises no access.
+    # fmt: off
+    __slots__ = (
+        "_beginning", "_begun", "_calls_tools", "_document", "_events", "_has_choice", "_has_text", "_high",
+        "_idle_bytes", "_is_refusal", "_json_limit", "_largest", "_messages", "_on_reasoning", "_reasons",
+        "_remaining", "_remaining_reasoning", "_secrets", "_tags", "_template", "done", "finish_reason", "large",
+        "may_resume", "problem", "progressed", "resumed", "skipped", "truncated", "usage",
+    )
+    # fmt: on
+
     def __init__(
         self,
         *,
@@ -488,7 +498,7 @@ def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
 
 def _token_counts(usage: dict[str, Any]) -> dict[str, int]:
     """The token counts of a usage, with the cached and the reasoning tokens out of its details."""
-    counts = dict[str, int]()
+    counts: dict[str, int] = {}
     for name, value in islice(usage.items(), _MAX_USAGE_FIELDS):
         if _is_count(value) and len(counts) < _MAX_COUNTS and _WORD.fullmatch(name):
             counts[name] = value

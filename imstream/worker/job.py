@@ -247,7 +247,7 @@ class Job:
         upstream = taken or await self._wait_for_upstream(continuing=continuing)
         if isinstance(upstream, Bury):
             return upstream
-        called = list[Upstream]()
+        called: list[Upstream] = []
         while True:
             self._account.backend = upstream.name
             try:
