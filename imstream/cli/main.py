@@ -148,7 +148,7 @@ def chat(  # noqa: PLR0913, PLR0917 - a parameter for each option
     from imstream.cli.chat_terminal import run
 
     settings = Settings.load(**given({"user_ids": user_ids}))
-    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang, traceparent=traceparent))
+    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang, traceparent))
 
 
 @main.command()
