@@ -15,6 +15,7 @@ Every `connect` starts again. `tokens` are for the logins, in this order; the la
 import asyncio
 import json
 import os
+import signal
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
@@ -267,14 +268,14 @@ async def _work(command: Sequence[str], waiting: list[str], problems: dict[str, 
                 problems[scenario] = await _play(scenario, client, limit)
                 is_right = not problems[scenario]
         finally:
-            with suppress(ProcessLookupError):
-                client.kill()
+            if client.returncode is None:
+                os.kill(client.pid, signal.SIGKILL)  # `client.kill` takes the exit status of one that has just exited
             await client.wait()
 
 
 async def _play_all(command: Sequence[str], scenarios: Sequence[str], jobs: int, limit: float) -> dict[str, str]:
     waiting, problems = list(scenarios), dict[str, str]()
-    await asyncio.gather(*(_work(command, waiting, problems, limit) for _ in range(jobs)))
+    await asyncio.gather(*(_work(command, waiting, problems, limit) for _ in range(min(jobs, len(waiting)))))
     return problems
 
 
