@@ -77,6 +77,8 @@ class Backends:
             if one is not before and None not in {one.options.concurrency, before.options.concurrency}:
                 before.slots.limit, one.slots = one.slots.limit, before.slots  # with the calls that still run
         self._all, self._retired = listed, [*self._retired, *(one for one in known if one not in listed)]
+        for waiter in self._waiting:
+            waiter.tokens = self._possible(waiter.tokens)
         self._admit()
         return True
 
@@ -161,7 +163,7 @@ class Backends:
         """
         if self._waiting:
             self._admit()
-        chosen = _best(self._all, tried, tokens, continuing=continuing)
+        chosen = _best(self._all, tried, self._possible(tokens), continuing=continuing)
         return chosen and self._begin(chosen)
 
     def take_other(self, tried: Collection[Upstream], *, continuing: bool = False, tokens: int = 0) -> Upstream | None:
@@ -171,7 +173,7 @@ class Backends:
             return None
         if self._waiting:
             self._admit()
-        chosen = _best(others, (), tokens, continuing=continuing)
+        chosen = _best(others, (), self._possible(tokens), continuing=continuing)
         return chosen and self._begin(chosen)
 
     def take_probe(self) -> Upstream | None:
@@ -183,7 +185,7 @@ class Backends:
 
     async def wait(self, *, tried: Collection[Upstream] = (), continuing: bool = False, tokens: int = 0) -> Upstream:
         """As `take`, after all calls that wait already, as soon as there is a backend."""
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), tried, continuing, tokens)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), tried, continuing, self._possible(tokens))
         self._waiting[waiter] = None
         self._admit()
         try:
@@ -202,6 +204,10 @@ class Backends:
         upstream.in_flight -= 1
         if self._waiting:
             self._admit()
+
+    def _possible(self, tokens: int) -> int:
+        """Not more tokens than one of them takes: after a reload, a prompt may be too long for all, which they tell."""
+        return tokens and min(tokens, max(one.prompt_limit for one in self._all))
 
     def _read(self) -> list[BackendOptions]:
         file = self._settings.ai_backends
@@ -279,7 +285,7 @@ async def _recheck(one: Upstream) -> None:
     finally:
         one.in_flight -= 1
     one.is_reachable = error is None or error.reason not in {"connect_failed", "connection_lost"}
-    if not one.is_reachable:
+    if not one.is_reachable and one.gate.breaker.tripped:  # else a call has succeeded meanwhile
         one.gate.breaker.record_probe()
 
 

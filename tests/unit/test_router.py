@@ -171,6 +171,44 @@ async def test_of_two_backends_of_which_one_is_dead_one_call_per_pause_is_made_t
 
 
 @in_virtual_time
+async def test_a_check_that_fails_late_closes_no_backend_that_has_come_back_meanwhile(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends = listed(file, back={}, other={"priority": 1})
+    back = named(backends, "back")
+
+    async def check(_: Upstream) -> BackendError | None:
+        await asyncio.sleep(10)
+        return BackendError("connection_lost", kind="away")
+
+    monkeypatch.setattr(Upstream, "check", check)
+    fails(back)
+    await asyncio.sleep(PAUSE)
+    checking = asyncio.create_task(backends.recheck())
+    await asyncio.sleep(1)
+    back.gate.record_success()  # of a call that no other backend could take
+    await checking
+    assert back.gate.state == "recovering"
+
+
+@in_virtual_time
+async def test_a_prompt_that_is_too_long_for_all_backends_waits_for_none_in_vain(file: Path) -> None:
+    backends = listed(file, small={}, large={"context_tokens": 32768, "concurrency": 1})
+    small, large = backends
+    assert backends.have_larger(small)
+    long = small.prompt_limit + 1
+    assert taken(backends, tokens=long) == "large"
+    waiting = asyncio.create_task(backends.wait(tokens=long))
+    await asyncio.sleep(0)
+    write(file, small={})
+    assert await backends.reload()
+    assert await asyncio.wait_for(waiting, 60) is small
+    assert taken(backends, tokens=long) == "small"
+    assert await asyncio.wait_for(backends.wait(tokens=long), 60) is small
+    assert backends.take_other([large], tokens=long) is small
+
+
+@in_virtual_time
 async def test_a_backend_that_no_check_has_reached_is_tried_if_no_other_may_be_called(file: Path) -> None:
     backends = listed(file, away={}, other={"priority": 1, "concurrency": 1})
     fails(named(backends, "away"))
