@@ -38,6 +38,14 @@ class Keys:
         """String, expires: the process that runs a node."""
         return f"{self.prefix}:{{node:{node}}}:lease"
 
+    def status(self, node: str) -> str:
+        """Hash, expires with the lease: release, sessions and running requests of a node, why it is not ready."""
+        return f"{self.prefix}:{{node:{node}}}:status"
+
+    def probe(self, node: str) -> str:
+        """Exists only while `imstream doctor` tries a node's commands."""
+        return f"{self.prefix}:{{node:{node}}}:probe"
+
     def redis_run(self, node: str) -> str:
         """String, expires: the run of Redis on which the node last held its lease."""
         return f"{self.prefix}:{{node:{node}}}:redis"

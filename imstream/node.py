@@ -6,6 +6,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import structlog
@@ -48,6 +49,8 @@ from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 
 log = structlog.get_logger()
 
+_VERSION = version("imstream-server")
+
 _MISSED_ROUNDS = 4
 """Rounds of the consumer loop that may be missed before the node counts as stuck."""
 
@@ -80,6 +83,7 @@ class Node:
         ]
         self._requests = requests = RequestStream(redis, request_reader, settings)
         self._leases = leases = Leases(redis, settings)
+        leases.status = self._status
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
         replies = ReplyStore(redis, settings)
         self.buffers = buffers = ReplyBuffers()
@@ -119,7 +123,12 @@ class Node:
             guards=guards,
         )
         inbox_consumer = InboxConsumer(
-            inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=self.adopter
+            inbox=inbox,
+            reply_sync=reply_sync,
+            presence=presence,
+            jobs=jobs,
+            consumer=self.consumer,
+            adopter=self.adopter,
         )
         session_deps = SessionDeps(
             settings=settings,
@@ -156,8 +165,17 @@ class Node:
         if self._stopping.is_set():
             return "draining"
         if not self.consumer.reached_redis_within(self._max_round):
-            return "redis denies access, see the log" if self.consumer.denied else "redis does not answer"
+            return self.consumer.redis_problem
         return None if self.lease_keeper.held else "the lease is not held"
+
+    def _status(self) -> dict[str, str | int]:
+        """What `imstream nodes` shows of this node."""
+        return {
+            "version": _VERSION,
+            "sessions": len(self.registry),
+            "running": len(self.jobs),
+            "not_ready": self.not_ready() or "",
+        }
 
     def stuck(self) -> str | None:
         """Return why the node needs a restart; None when it works or may recover."""

@@ -23,6 +23,7 @@ from imstream.store.inbox import (
 )
 from imstream.store.replies import ReplyStore
 from imstream.worker.adoption import Adopter
+from imstream.worker.consumer import StreamConsumer
 from imstream.worker.jobs import Jobs
 
 _RETRY_INTERVAL = 0.2
@@ -100,6 +101,7 @@ class InboxConsumer:
     reply_sync: ReplySync
     presence: Presence
     jobs: Jobs
+    consumer: StreamConsumer
     adopter: Adopter
 
     async def run(self) -> None:
@@ -134,6 +136,7 @@ class InboxConsumer:
                 case AccountChanged(user_id):
                     await self.presence.review(user_id)
                 case NodeLeft():
+                    self.consumer.sweep_soon()  # it may have adopted our stream before
                     self.adopter.scan_now()
         except Exception:  # noqa: BLE001 - it is logged
             # A notice must not end the node: it may lead to a record that was written by hand.

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from imstream.clock import Day
+from redis.exceptions import ResponseError
+
+from imstream.clock import Day, to_timedelta
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
+from imstream.redis.errors import error_from_reply
+from imstream.store.nodes import entry_time, redis_now
+from imstream.store.scripts import LUA
 from imstream.user_ids import UserId
 
 MAX_SHOWN = 20  # requests in progress that are listed; all are counted
@@ -18,10 +23,14 @@ MAX_SHOWN = 20  # requests in progress that are listed; all are counted
 
 @dataclass(frozen=True, slots=True)
 class InProgress:
-    """A request delivered to a consumer, `since` ago. `deliveries`: this one, and those before whose worker died."""
+    """A request that a consumer works on. `deliveries`: this one, and those before whose worker died.
+
+    `age`: since it was admitted. `since`: since it was delivered to this consumer.
+    """
 
     entry_id: str
     consumer: str
+    age: timedelta
     since: timedelta
     deliveries: int
 
@@ -91,6 +100,15 @@ async def inspect_user(redis: RedisClient, keys: Keys, user_id: UserId, day: Day
     )
 
 
+async def is_node(redis: RedisClient, keys: Keys, node: str) -> bool:
+    """Whether a node has run, or has left requests or dead letters. Raises `StoreError`."""
+    listed, found = await asyncio.gather(
+        redis.execute("ZSCORE", keys.nodes(), node),
+        redis.execute("EXISTS", keys.lease(node), keys.requests(node), keys.dead(node)),
+    )
+    return listed is not None or bool(found)
+
+
 async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: int) -> StreamOverview:
     """Inspect the stream of a node and its `newest` dead letters. `StoreRefused` names a key written by hand."""
     stream, dead = keys.requests(node), keys.dead(node)
@@ -109,6 +127,14 @@ async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: i
     )
 
 
+async def failing_commands(redis: RedisClient, keys: Keys, node: str) -> dict[str, str]:
+    """The commands of a node that Redis denies or does not carry out now, and why. Raises `StoreError`."""
+    answer = await LUA["check_rights"].run(redis, (keys.probe(node),), ())
+    errors = ((command, error_from_reply(ResponseError(text))) for command, text in to_dict(answer).items())
+    # A command that is refused for another reason lacks what a denied one would have made.
+    return {command: str(error) for command, error in errors if not isinstance(error, StoreRefused)}
+
+
 async def _read(redis: RedisClient, command: str, key: str, *rest: Argument) -> Any:  # noqa: ANN401 - what Redis answers
     try:
         return await redis.execute(command, key, *rest)
@@ -118,12 +144,17 @@ async def _read(redis: RedisClient, command: str, key: str, *rest: Argument) -> 
 
 async def _in_progress(redis: RedisClient, stream: str) -> tuple[dict[str, int], list[InProgress]]:
     with suppress(StoreRefused):  # no such stream or group
-        summary, rows = await asyncio.gather(
+        summary, rows, now = await asyncio.gather(
             redis.execute("XPENDING", stream, GROUP),
             redis.execute("XPENDING", stream, GROUP, "-", "+", MAX_SHOWN),
+            redis_now(redis),
         )
         counts = {consumer: int(count) for consumer, count in summary[3] or ()}
-        return counts, [InProgress(row[0], row[1], timedelta(milliseconds=row[2]), row[3]) for row in rows]
+        ages = (to_timedelta(max(0, now - entry_time(row[0]))) for row in rows)
+        return counts, [
+            InProgress(entry_id, consumer, age, timedelta(milliseconds=idle), deliveries)
+            for (entry_id, consumer, idle, deliveries), age in zip(rows, ages, strict=True)
+        ]
     return {}, []
 
 

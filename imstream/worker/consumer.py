@@ -7,6 +7,7 @@ import structlog
 
 from imstream.errors import StoreDenied, StoreError
 from imstream.model import SCHEMA_VERSION, ChatRequest, MalformedEntry, NewerVersion
+from imstream.redis.errors import describe_problem
 from imstream.store.requests import Entry, GroupMissing, PendingEntry, RequestStream
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.disposition import MALFORMED, Bury
@@ -39,8 +40,8 @@ class StreamConsumer:
         self._suspect: str | None = None
         self.stopping = False
         """Whether new requests are no longer read."""
-        self.denied = False
-        """Whether Redis denied access at the last try."""
+        self.redis_problem = describe_problem(None)
+        """Why Redis was not usable at the last try, if it was not."""
         self._finishing = self._finished = False
         self._reachable = self._loss_logged = False
         self._next_sweep = 0.0
@@ -80,7 +81,7 @@ class StreamConsumer:
         """Read new requests again, unless it has ended."""
         if self._finishing:
             self._finishing = False
-            self._sweep_soon()
+            self.sweep_soon()
             self._jobs.changed.set()
 
     async def _consume(self, group: asyncio.TaskGroup) -> None:
@@ -90,7 +91,7 @@ class StreamConsumer:
             else:
                 log.error("requests stream or its group was gone and is created again: accepted requests may be lost")
         self._on_answer()
-        self._sweep_soon()
+        self.sweep_soon()
         while not self.stopping and not self._finished:
             await self._run_round(group)
             self._on_answer()
@@ -112,7 +113,7 @@ class StreamConsumer:
                         await self._start(group, entry, slots)
                     else:  # the breaker has opened during the read
                         await self._requests.hand_back(entry)
-                        self._sweep_soon()
+                        self.sweep_soon()
                 if self._requests.is_own:
                     # Let the new jobs open their replies before the next read: their clients wait for it.
                     await asyncio.sleep(0)  # the jobs queue their commands
@@ -126,7 +127,8 @@ class StreamConsumer:
         """Maximum requests that may start now: while backends are away or just back, those that wait go first."""
         return self._deps.backends.startable()
 
-    def _sweep_soon(self) -> None:
+    def sweep_soon(self) -> None:
+        """Look for pending entries without a job in the next round: a node may have left some here."""
         self._next_sweep = 0.0
 
     async def _sweep_if_due(self, group: asyncio.TaskGroup) -> None:
@@ -142,7 +144,7 @@ class StreamConsumer:
         known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
         if not self._deps.lease_keeper.can_declare_dead:
-            self._sweep_soon()  # for the entries of the dead, as soon as they are known
+            self.sweep_soon()  # for the entries of the dead, as soon as they are known
         elif not self._finishing:
             for consumer in await self._dead_consumers():
                 died = not await self._deps.leases.redis_restarted_since(consumer)
@@ -151,7 +153,7 @@ class StreamConsumer:
         for one in pending:
             with self._jobs.reserve(min(1, self._startable()), self._requests.node) as slots:
                 if not slots.free:
-                    self._sweep_soon()  # the next slot is for the next of these, not for a new request
+                    self.sweep_soon()  # the next slot is for the next of these, not for a new request
                     return
                 await self._claim(group, one, slots)
 
@@ -232,14 +234,14 @@ class StreamConsumer:
             self._running.discard(entry_id)
             if self._suspect == entry_id:
                 self._suspect = None
-                self._sweep_soon()
+                self.sweep_soon()
             self._jobs.remove(job)
 
     def _on_answer(self) -> None:
         self._answered_at = self._looped_at = asyncio.get_running_loop().time()
         if not self._reachable:
             self._reachable = True
-            self._loss_logged = self.denied = False
+            self._loss_logged = False
             if self._requests.is_own:
                 log.info("redis reached", node=self._requests.node)
 
@@ -252,5 +254,5 @@ class StreamConsumer:
             log.error("redis lost" if self._reachable else "redis not reached", error=str(error))
             self._loss_logged = True
         if not is_stall:  # else it was this process that did not listen
-            self.denied, self._reachable = isinstance(error, StoreDenied), False
+            self.redis_problem, self._reachable = describe_problem(error), False
         await asyncio.sleep(_REDIS_PAUSE)

@@ -12,7 +12,8 @@ from tests.support.processes import free_port
 from tests.support.redis_sets import ClusterSet, cluster_set, sentinel_set
 from tests.support.servers import RedisServer
 
-MAY_LOSE = "when it fails over (min-replicas-to-write 0); set min-replicas-to-write 1"
+MAY_LOSE = "when it fails over (min-replicas-to-write 0); use two replicas and set min-replicas-to-write 1"
+STOPS = "accepts no messages (NOREPLICAS) when it lacks a replica, as after a fail-over, and has 1; use two replicas"
 FORGETS = "when it restarts (appendonly no); set appendonly yes"
 EVICTS = "set maxmemory-policy noeviction"
 

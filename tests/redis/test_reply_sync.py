@@ -81,9 +81,13 @@ class FakeGuard(Guard):
 
 
 class FakeAdopter:
-    """Counts the scans that are requested."""
+    """Counts the scans that are requested. Also plays the consumer."""
 
-    looks = 0
+    looks = sweeps = 0
+
+    def sweep_soon(self) -> None:
+        """See `StreamConsumer`."""
+        self.sweeps += 1
 
     def scan_now(self) -> None:
         """See `Adopter`."""
@@ -154,7 +158,9 @@ async def desk(
         )
         played: Any = adopter
         jobs = Jobs(known, backends=Backends(known), replies=replies, buffers=buffers, inbox=inbox)
-        listener = InboxConsumer(inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
+        listener = InboxConsumer(
+            inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, consumer=played, adopter=played
+        )
         others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
             found = Desk(

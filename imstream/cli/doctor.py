@@ -1,0 +1,173 @@
+"""`imstream doctor`: whether a node with these settings can serve, and what should be changed."""
+
+import asyncio
+import errno
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import click
+
+from imstream.ai.backend import PromptMessage
+from imstream.ai.router import Backends
+from imstream.ai.upstream import Upstream
+from imstream.cli import settings_notes
+from imstream.cli.options import given, settings_options
+from imstream.cli.output import json_option, show, table
+from imstream.errors import BackendError, SettingsError, StoreDenied, StoreError
+from imstream.gateway.server import files_needed
+from imstream.keys import Keys
+from imstream.redis import health
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
+from imstream.store.inspection import failing_commands
+from imstream.store.nodes import NodeOverview, inspect_nodes, redis_now
+
+MAX_CLOCK_DIFFERENCE = timedelta(seconds=2)
+"""Largest difference to the clock of Redis without a warning: times of quotas, tokens and logs may be so far off."""
+
+MIN_REDIS = (6, 2)
+_FULL = 0.8
+"""Part of its memory limit from which on Redis is nearly full."""
+
+State = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of a check. An `error` keeps the node from serving."""
+
+    check: str
+    state: State
+    text: str
+
+
+@click.command()
+@settings_options(Settings, aliases={"redis_url": "--redis", "ai_url": "--ai"})
+@json_option
+@click.option("--call", is_flag=True, help="Also ask each backend for an answer of one token.")
+def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
+    """Check whether a node with these settings can serve from here: settings, Redis, backends, port, open files.
+
+    Reads the settings as "imstream node" does. Ends with 0 if the node can serve, perhaps with warnings, and with 1 if
+    it cannot.
+    """
+    findings = asyncio.run(_examine(given(options), call=call))
+    rows = [("check", "state", "result"), *((one.check, one.state, one.text) for one in findings)]
+    show({"findings": findings}, table(rows), as_json=as_json)
+    sys.exit(any(one.state == "error" for one in findings))
+
+
+async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:
+    try:
+        file, warnings = settings_notes.check()
+        settings = Settings.load(**options)
+    except SettingsError as error:
+        return [Finding("settings", "error", str(error))]
+    findings = [Finding("settings", "warning", text) for text in warnings]
+    findings += [] if warnings else [Finding("settings", "ok", f"read from {file or 'the environment'}")]
+    async with RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout) as redis:
+        nodes = list[NodeOverview]()
+        try:
+            findings += [one async for one in _redis(redis, settings)]
+            nodes = await inspect_nodes(redis, Keys(settings.key_prefix))
+        except StoreError as error:
+            denied = "denies access" if isinstance(error, StoreDenied) else "does not answer"
+            findings.append(Finding("redis", "error", f"{settings.redis_url} {denied}: {error}"))
+    findings += await _backends(settings, call=call)
+    return [*findings, _port(settings, nodes), _open_files(settings)]
+
+
+async def _redis(redis: RedisClient, settings: Settings) -> AsyncIterator[Finding]:
+    """What keeps Redis from carrying messages safely. Raises `StoreError` when it cannot be reached at all."""
+    before = time.time()
+    now = await redis_now(redis)
+    taken = time.time() - before
+    for address, text in (await redis.execute_on_masters("INFO", "server")).items():
+        info = _info(text)
+        version = info.get("redis_version", "0")
+        state: State = "ok" if tuple(map(int, version.split(".")[:2])) >= MIN_REDIS else "error"
+        named = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {version}"
+        yield Finding("redis", state, f"{named} at {address}{'' if state == 'ok' else ' is too old: 6.2 is the first'}")
+    for address, text in (await redis.execute_on_masters("INFO", "memory")).items():
+        info = _info(text)
+        used, limit = int(info.get("used_memory", "0")), int(info.get("maxmemory", "0"))
+        shown = f"{used >> 20} MiB used of {f'{limit >> 20} MiB' if limit else 'all memory: set maxmemory'} ({address})"
+        yield Finding("redis memory", "ok" if 0 < used < _FULL * limit else "warning", shown)
+    warnings = await health.warnings(redis)
+    for warning in warnings:
+        yield Finding("redis settings", "warning", warning)
+    if not warnings:
+        yield Finding("redis settings", "ok", "they lose no accepted messages")
+    difference = timedelta(seconds=before + taken / 2 - now / 1000)
+    state = "ok" if abs(difference) < MAX_CLOCK_DIFFERENCE + timedelta(seconds=taken) else "warning"
+    yield Finding("clock", state, f"{abs(difference).total_seconds():.1f} s from the clock of Redis")
+    failing = await failing_commands(redis, Keys(settings.key_prefix), settings.node)
+    for command, error in failing.items():
+        yield Finding("redis commands", "error", f"{command}: {error}")
+    if not failing:
+        yield Finding("redis commands", "ok", "all that a node uses are allowed and carried out")
+
+
+def _info(text: str) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+async def _backends(settings: Settings, *, call: bool) -> list[Finding]:
+    """One for each backend; those that fail are errors if none is left."""
+    one_token = settings.model_copy(update={"answer_tokens": 1})
+    try:
+        async with Backends(one_token if call else settings) as backends:
+            results = await asyncio.gather(*(_check(one, call=call) for one in backends))
+            addresses = [f"{one.name}: {one.options.model} at {one.options.url}" for one in backends]
+    except SettingsError as error:
+        return [Finding("backends", "error", str(error))]
+    failed: State = "error" if all(results) else "warning"
+    return [
+        Finding("backend", failed if error else "ok", f"{address}: {error or ('answers' if call else 'is there')}")
+        for address, error in zip(addresses, results, strict=True)
+    ]
+
+
+async def _check(one: Upstream, *, call: bool) -> BackendError | None:
+    if (error := await one.check()) is not None or not call:
+        return error
+    try:
+        await one.backend.answer([PromptMessage("user", "Hi")], on_text=lambda _: None)
+    except BackendError as raised:
+        return None if raised.reason == "empty_answer" else raised  # a model that reasons needs more than one token
+    return None
+
+
+def _port(settings: Settings, nodes: list[NodeOverview]) -> Finding:
+    """Whether the port is free, or has a process that runs a node on this machine."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    address = f"{settings.host} port {settings.port}"
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return Finding("port", "error", f"{address}: {os.strerror(error.errno or 0)}")
+        host = socket.gethostname()
+        here = [one for one in nodes if one.host == host and (one.address or "").endswith(f":{settings.port}")]
+        if not here:
+            return Finding("port", "error", f"{address} is used by another program: choose another IMSTREAM_PORT")
+        [user, *_] = here
+        own = user.node == settings.node
+        used = f"{address} is used by node {user.node} (process {user.pid})"
+        return Finding("port", "ok" if own else "error", used if own else f"{used}: choose another IMSTREAM_PORT")
+    return Finding("port", "ok", f"{address} is free")
+
+
+def _open_files(settings: Settings) -> Finding:
+    needed, (_, hard) = files_needed(settings), resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = hard == resource.RLIM_INFINITY or needed <= hard
+    shown = "no limit" if hard == resource.RLIM_INFINITY else f"{hard} allowed (ulimit -Hn)"
+    more = "" if enough else ": raise the limit, or lower IMSTREAM_NODE_SOCKETS"
+    return Finding("open files", "ok" if enough else "warning", f"{shown}, {needed} needed at the most{more}")
