@@ -27,8 +27,14 @@ class Keys:
         return f"{self.prefix}:{{node:{node}}}:load"
 
     def dead(self, node: str) -> str:
-        """Stream: dead letters of a node, about 10,000."""
+        """Stream, expires: dead letters of a node, at most 10,000."""
         return f"{self.prefix}:{{node:{node}}}:dead"
+
+    def node_of_dead(self, key: str) -> str | None:
+        """The node whose dead letters have this key; None for another key."""
+        before, after = self.dead("\0").split("\0")
+        node = key.removeprefix(before).removesuffix(after)
+        return node if key == self.dead(node) else None
 
     def inbox(self, node: str) -> str:
         """Stream, expires: notices from other nodes, about 1,000."""

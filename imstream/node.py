@@ -34,6 +34,7 @@ from imstream.redis.errors import AccessLog, retry_until_available
 from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.backend_states import BackendStates
+from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.inbox import Inbox, NodeLeft, Routes
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
@@ -81,7 +82,8 @@ class Node:
         request_reader, inbox_reader = self._readers = [
             BlockingReader(url, block=settings.read_block, timeout=timeout, access_log=access) for _ in range(2)
         ]
-        self._requests = requests = RequestStream(redis, request_reader, settings)
+        dead_letters = DeadLetterBounds(redis, settings)
+        self._requests = requests = RequestStream(redis, request_reader, settings, dead_letters=dead_letters)
         self._leases = leases = Leases(redis, settings)
         leases.status = self._status
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
@@ -109,7 +111,8 @@ class Node:
         )
 
         def make_consumer(node: str) -> StreamConsumer:
-            return StreamConsumer(RequestStream(redis, request_reader, settings, node=node), worker_deps, jobs)
+            adopted = RequestStream(redis, request_reader, settings, node=node, dead_letters=dead_letters)
+            return StreamConsumer(adopted, worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)
         jobs.line.is_paused = lambda: backends.is_closed or self.consumer.stopping
@@ -135,6 +138,7 @@ class Node:
             frame_limits=FrameLimits(settings.max_depth, settings.max_history),
             guards=guards,
             requests=requests,
+            dead_letters=dead_letters,
             replies=replies,
             buffers=buffers,
             inbox=inbox,

@@ -54,9 +54,7 @@ def _sentence(one: Event) -> str:
             how = f", which continues {one.offset} characters" if one.offset else ""
             return f"opened: attempt {one.attempt} on node {by}{how}"
         case "text":
-            return (
-                f"text: {about.get('characters', 0)} characters in {about['batches']} batches"
-            )
+            return f"text: {about.get('characters', 0)} characters in {about['batches']} batches"
         case "done" | "failed" | "cancelled":
             return f"{one.event} after {one.offset} characters  {rest}".rstrip()
         case _:

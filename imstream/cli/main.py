@@ -27,7 +27,7 @@ from imstream.texts import Lang, choose_lang
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
-_ELSEWHERE = {"nodes": "nodes", "explain": "explain", "doctor": "doctor", "user": "admin"}
+_ELSEWHERE = {"nodes": "nodes", "explain": "explain", "doctor": "doctor", "dead": "dead", "user": "admin"}
 """Commands that are defined in other modules of this package."""
 
 

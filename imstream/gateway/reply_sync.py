@@ -47,9 +47,11 @@ class ReplySync:
         reply = self.buffers.find(notice.user_id, notice.message_id)
         if notice.begun:
             reply = self.buffers.get(notice.user_id, notice.message_id)
-            self.registry.follow_new(reply)
+            reply.expect_more()
         if reply is not None:
             await self._catch_up_all([reply])
+            if notice.begun:  # now it is known whether it goes on after an end that was sent
+                self.registry.follow_new(reply)
 
     async def on_queued(self, notice: MessageQueued) -> None:
         """Load the question of a message that another node has queued, if a session here wants it."""

@@ -30,7 +30,7 @@ MAX_LISTED = 64
 """Maximum messages of a user that are listed: as many as one INIT can resume."""
 
 _NO_QUESTION = Question("")
-_KNOWN_EVENTS = frozenset({"queued", "opened", "waiting", "text", *TERMINAL_EVENTS})
+_KNOWN_EVENTS = frozenset({"queued", "opened", "reopened", "waiting", "text", *TERMINAL_EVENTS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,7 @@ class ReplyStore:
         shown: int | None = None,
         usage: Usage | None = None,
         unused: bool = False,
+        reopens: bool = False,
     ) -> Opened | Ended | Duplicate | OtherQuestion:
         """Begin the next attempt at a message, which `request` owns from now on.
 
@@ -163,9 +164,15 @@ class ReplyStore:
             shown: Characters that the caller has shown as the writer of `after`.
             usage: Of the calls that wrote them.
             unused: The attempt `after` has made no call.
+            reopens: The request was made from a dead letter, and may go on after `failed`.
         """
         asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
-        text = ("" if shown is None else shown, "" if usage is None else to_json(usage), "1" if unused else "")
+        text = (
+            "" if shown is None else shown,
+            "" if usage is None else to_json(usage),
+            "1" if unused else "",
+            "1" if reopens else "",
+        )
         arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text)
         match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
             case ["opened", attempt, counted, waited, *nodes]:
@@ -261,9 +268,9 @@ class ReplyStore:
                 continue  # of a newer release, or written by hand
             if fields.get("question"):
                 question = Question(fields["question"], fields.get("digest", ""))
-            if fields["event"] == "opened":
+            if fields["event"] in {"opened", "reopened"}:
                 texts.clear()
-                start = 0
+                start, terminal = 0, None
                 continued = Continued.parse(fields["wire"], fields.get("valid", "")) if "wire" in fields else None
             elif start is None:
                 start = int(fields["offset"]) - len(text)

@@ -12,9 +12,9 @@ from imstream.model import ChatRequest
 from imstream.redis.client import BlockingReader, RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
+from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.scripts import LUA
 
-MAX_DEAD_LETTERS = 10_000
 MAX_PENDING_LISTED = 1_000
 
 
@@ -59,7 +59,13 @@ class RequestStream:
     """The requests stream of `node`, for the worker of node `consumer`: the same node, or one that has adopted it."""
 
     def __init__(
-        self, redis: RedisClient, reader: BlockingReader, settings: Settings, *, node: str | None = None
+        self,
+        redis: RedisClient,
+        reader: BlockingReader,
+        settings: Settings,
+        *,
+        node: str | None = None,
+        dead_letters: DeadLetterBounds | None = None,
     ) -> None:
         self.consumer = settings.node
         self.node = settings.node if node is None else node
@@ -71,6 +77,8 @@ class RequestStream:
         self._keys = (self._stream, keys.load(self.node))
         self._lease = keys.lease(self.node)
         self._dead = keys.dead(self.node)
+        self._dead_age = milliseconds(settings.dead_age)
+        self._dead_letters = dead_letters or DeadLetterBounds(redis, settings)
 
     @property
     def is_own(self) -> bool:
@@ -170,8 +178,12 @@ class RequestStream:
     async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
         """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""
         added = ("reason", reason, "error", error, "attempts", attempts, "dead_at", now_ms())
-        arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), MAX_DEAD_LETTERS, *added)
+        arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), self._dead_age, *added)
         await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
+
+    async def trim_dead(self) -> None:
+        """Drop the oldest dead letters beyond their bounds (I9)."""
+        await self._dead_letters.trim(self.node)
 
 
 @contextmanager

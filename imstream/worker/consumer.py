@@ -6,7 +6,7 @@ from dataclasses import replace
 import structlog
 
 from imstream.errors import StoreDenied, StoreError
-from imstream.model import SCHEMA_VERSION, ChatRequest, MalformedEntry, NewerVersion
+from imstream.model import NEWEST_VERSION, ChatRequest, MalformedEntry, NewerVersion
 from imstream.redis.errors import describe_problem
 from imstream.store.requests import Entry, GroupMissing, PendingEntry, RequestStream
 from imstream.worker.attempt import WorkerDeps
@@ -36,7 +36,7 @@ class StreamConsumer:
         """Deliveries of the entries that an earlier process left pending under our name."""
         self.newer: set[str] = set()
         """Entries of a newer release, left to a node that knows their schema."""
-        self._newest_version = SCHEMA_VERSION
+        self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
         self.stopping = False
         """Whether new requests are no longer read."""
@@ -137,6 +137,7 @@ class StreamConsumer:
         if now < self._next_sweep:
             return
         self._next_sweep = now + self._deps.settings.sweep_interval.total_seconds()
+        await self._requests.trim_dead()
         if self._inherited is None:  # before this process reads anything
             # In the node's own stream, the script that took the lease has looked through the deliveries.
             died = self._requests.is_own or not self._deps.lease_keeper.redis_restarted
@@ -213,7 +214,7 @@ class StreamConsumer:
                 of=self._requests.node,
                 entry=entry.entry_id,
                 version=version,
-                known=SCHEMA_VERSION,
+                known=NEWEST_VERSION,
             )
         await self._requests.hand_back(entry, to=self._requests.node)
         self.newer.add(entry.entry_id)

@@ -206,7 +206,7 @@ class Job:
         opened = await self._open(continues=True)
         if not isinstance(opened, Opened):
             return await self._not_opened(opened)
-        if (verdict := after_opening(opened.attempt, self._deps.limits)) is not None:
+        if (verdict := after_opening(opened.attempt - self.request.earlier_attempts, self._deps.limits)) is not None:
             return verdict
         self._counted = opened.counted
         if opened.waited is not None:
@@ -328,11 +328,13 @@ class Job:
                     self.request.question,
                     request=self._id,
                     lost=lost,
-                    after=reply.fence,  # if Redis has lost earlier attempts, their numbers are not used again
+                    # If Redis has lost earlier attempts, or no longer keeps them, their numbers are not used again.
+                    after=max(reply.fence, self.request.earlier_attempts),
                     continues=deps.settings.max_answer if continues else 0,
                     shown=shown,
                     usage=self._usage,
                     unused=unused,
+                    reopens=self.request.reopens is not None,
                 )
             )
 
@@ -347,7 +349,7 @@ class Job:
         if isinstance(opened, Opened):
             self._attempts = opened.attempt
             self._usage = None if opened.continued is None else opened.continued.usage
-            is_first = opened.attempt == 1
+            is_first = opened.attempt == self.request.earlier_attempts + 1
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
             if is_first:
@@ -361,7 +363,7 @@ class Job:
         await self._load_record()
         if isinstance(opened, Ended) and opened.event == "failed" and opened.owner == self._id:
             # The worker died before it removed the request.
-            terminal = self.reply.terminal or Terminal("failed")
+            terminal, self._attempts = self.reply.terminal or Terminal("failed"), self.reply.fence
             why = (terminal.reason or "unknown", terminal.error or "")
             return Bury(*why) if terminal.refusal is None else Decline(*why, terminal.refusal)
         return Finish()
