@@ -18,16 +18,17 @@ from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
 from imstream.codes import CloseCode, Code
 from imstream.errors import NodeTaken, SettingsError, StoreError
-from imstream.gateway.app import make_app
+from imstream.gateway.app import make_app, make_metrics_app
 from imstream.gateway.connection import serve_socket
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frame_handler import SessionDeps
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.reply_sync import InboxConsumer, ReplySync
-from imstream.gateway.server import GatewayServer
+from imstream.gateway.server import GatewayServer, HttpServer, metrics_server
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardDeps
+from imstream.metrics import Metrics
 from imstream.redis import health
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.redis.errors import AccessLog, retry_until_available
@@ -72,6 +73,7 @@ class Node:
         self.settings = settings
         self._max_round = (settings.read_block + 2 * settings.redis_timeout).total_seconds()
         """Maximum seconds of one round of the consumer loop: a blocked read and two slow commands."""
+        self.metrics = metrics = Metrics()
         self._backends = backends
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
@@ -82,7 +84,7 @@ class Node:
         request_reader, inbox_reader = self._readers = [
             BlockingReader(url, block=settings.read_block, timeout=timeout, access_log=access) for _ in range(2)
         ]
-        dead_letters = DeadLetterBounds(redis, settings)
+        dead_letters = DeadLetterBounds(redis, settings, count_dropped=metrics.dead_letters_dropped.inc)
         self._requests = requests = RequestStream(redis, request_reader, settings, dead_letters=dead_letters)
         self._leases = leases = Leases(redis, settings)
         leases.status = self._status
@@ -108,6 +110,7 @@ class Node:
             lease_keeper=lease_keeper,
             stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),
             on_begun=registry.follow_new,
+            metrics=metrics,
         )
 
         def make_consumer(node: str) -> StreamConsumer:
@@ -148,9 +151,11 @@ class Node:
             presence=presence,
             reply_sync=reply_sync,
             scheduler=FlushScheduler(),
+            metrics=metrics,
             not_ready=self.not_ready,
         )
         app = make_app(session_deps, stuck=self.stuck)
+        self._metrics_app = make_metrics_app(session_deps, stuck=self.stuck)
         self._server = GatewayServer(app, settings, partial(serve_socket, deps=session_deps))
         self._background: dict[str, Callable[[], Awaitable[None]]] = {
             "lease": lambda: lease_keeper.run(self._server.address),
@@ -202,9 +207,12 @@ class Node:
         taken: BaseException | None = None
         async with aclosing(self._readers[0]), aclosing(self._readers[1]), self._redis:
             self._server.listen()
+            metrics = metrics_server(self._metrics_app, self.settings, node_port=self._server.port)
+            if metrics is not None:
+                metrics.listen()
             try:
                 async with self._guards.running(), asyncio.TaskGroup() as group:
-                    await self._serve(group)
+                    await self._serve(group, [self._server, *filter(None, [metrics])])
             except* NodeTaken as refusal:
                 taken = refusal
         # There is only one. Outside, because what is raised in `except*` becomes a group again (in Python 3.11.2).
@@ -213,7 +221,7 @@ class Node:
         if taken is not None:
             raise taken
 
-    async def _serve(self, group: asyncio.TaskGroup) -> None:
+    async def _serve(self, group: asyncio.TaskGroup, servers: list[HttpServer]) -> None:
         background = [
             *(group.create_task(keep_running(name, run), name=name) for name, run in self._background.items()),
             group.create_task(self._announce(), name="announce"),
@@ -223,13 +231,14 @@ class Node:
             group.create_task(self.consumer.run(), name="worker"),
             group.create_task(keep_running("adopter", self.adopter.run), name="adopter"),
         ]
-        serving = group.create_task(self._server.serve(), name="server")
+        serving = [group.create_task(one.serve(), name="server") for one in servers]
         await self._stopping.wait()
         background.append(group.create_task(self._record_stop(), name="record-stop"))
         await asyncio.sleep(0)  # before anything else: a process manager may be stopping Redis, too
         await self._drain(working)
-        self._server.stop()  # only now: uvicorn then closes every socket at once
-        await serving
+        for one in servers:
+            one.stop()  # only now: uvicorn then closes every socket at once
+        await asyncio.wait(serving)
         for task in (*background, *working):
             task.cancel()
 

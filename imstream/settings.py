@@ -43,6 +43,8 @@ MIN_PAGE_TOKEN = 16
 
 _SECRET = re.compile(rf"\b({Secret.__name__}|{SecretStr.__name__})\b")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LISTENER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<plus>\+?)(?P<port>[0-9]{1,5})")
+_MAX_PORT = 65535
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ms|s|m|h|d)?")
 
 
@@ -73,6 +75,15 @@ def _validate_http_url(url: SecretUrl) -> SecretUrl:
     if not url.get_secret_value().startswith(("http://", "https://")):
         raise ValueError("an address that begins with http:// or https://")
     return url
+
+
+def _validate_metrics(value: str) -> str:
+    found = _LISTENER.fullmatch(value)
+    if value != "off" and (found is None or int(found["port"]) > _MAX_PORT):
+        raise ValueError(
+            "off, or a host and a port, such as 127.0.0.1:9100; as the port, +1000 is the node's plus 1000"
+        )
+    return value
 
 
 def _validate_page_token(token: SecretStr) -> SecretStr:
@@ -357,8 +368,23 @@ class Settings(SettingsGroup):
     tokenizer: Path | None = Field(None, description="The model's tokenizer.json; without it tokens are estimated.")
     history: Literal["drop", "summarise"] = Field("drop", description="What happens to turns beyond the context.")
 
+    metrics: Annotated[str, AfterValidator(_validate_metrics)] | None = Field(
+        None,
+        description="Address of `/metrics`, such as `127.0.0.1:9100`, or `127.0.0.1:+1000` for the node's port plus "
+        "1000; off: nowhere. Default: the node's own port, for this machine only, if the node listens on loopback.",
+    )
     drain_grace: Positive = Field(timedelta(seconds=30), description="How long running answers may finish on SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="Format of log lines; auto is console in a terminal, JSON elsewhere."
     )
+
+    def metrics_address(self, node_port: int) -> tuple[str, int] | None:
+        """Host and port of the listener of metrics; None if they have none. `node_port`: where the node listens."""
+        found = _LISTENER.fullmatch(self.metrics or "")
+        if found is None:
+            return None
+        port = int(found["port"]) + (node_port if found["plus"] else 0)
+        if port > _MAX_PORT:
+            raise SettingsError(f"{self.variable('metrics')}={self.metrics} is not allowed: port {port} does not exist")
+        return found["host"].strip("[]"), port

@@ -1,50 +1,105 @@
-"""The HTTP routes of a node: health checks, and the page with its client, which may run nothing else."""
+"""The HTTP routes of a node: health checks, metrics, and the page with its client, which may run nothing else."""
 
 import base64
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from imstream.gateway.frame_handler import SessionDeps
+from imstream.guards.authentication import is_local
+from imstream.metrics import Metrics
+from imstream.urls import is_loopback
 from imstream.user_ids import UserIds
 
 _STATIC = resources.files("imstream.gateway") / "static"
+
+_INDIRECT = re.compile(r"forwarded|x-forwarded|x-real-ip|x-client-ip|x-original-|true-client-ip|cf-|via|origin")
+"""Beginnings of headers that proxies add, and of the one that tells a page."""
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette:
-    """The ASGI application of one node. `stuck`: why the node cannot recover by itself; None when it can."""
-    node = deps.settings.node
+    """The ASGI application of one node. `stuck`: why the node cannot recover by itself; None when it can.
 
-    def report(body: dict[str, object], why: str | None) -> JSONResponse:
-        return JSONResponse(body if why is None else {**body, "why": why}, status_code=200 if why is None else 503)
-
-    async def readyz(_: Request) -> JSONResponse:
-        why = deps.not_ready()
-        body = {
-            "ready": why is None,
-            "node": node,
-            "sessions": len(deps.registry),
-            "running": len(deps.jobs),
-            "refused": deps.guards.rejections,
-        }
-        return report(body, why)
-
-    async def healthz(_: Request) -> JSONResponse:
-        why = stuck()
-        return report({"alive": why is None, "node": node}, why)
-
+    Metrics, and details of health checks, are served here only without a setting, and only to this machine.
+    """
+    is_local_only = deps.settings.metrics is None and is_loopback(deps.settings.host)
     # Handshakes do not come here.
     only_sockets = Response("WebSockets only", 426, {"Connection": "Upgrade", "Upgrade": "websocket"})
-    routes = [Route("/readyz", readyz), Route("/healthz", healthz), Route("/ws", only_sockets, methods=["GET"])]
-    return Starlette(routes=[*routes, *page_routes(deps.settings.user_ids)])
+    app = Starlette(
+        routes=[
+            *operator_routes(deps, stuck=stuck, shows=is_from_here if is_local_only else lambda _: False),
+            Route("/ws", only_sockets, methods=["GET"]),
+            *page_routes(deps.settings.user_ids),
+        ]
+    )
+    app.router.redirect_slashes = False  # it would tell which paths exist
+    return app
+
+
+def make_metrics_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette:
+    """The ASGI application of the listener of metrics."""
+    return Starlette(routes=operator_routes(deps, stuck=stuck, shows=lambda _: True))
+
+
+def operator_routes(
+    deps: SessionDeps, *, stuck: Callable[[], str | None], shows: Callable[[Request], bool]
+) -> list[Route]:
+    """Health checks, which tell everybody their verdict, and what is for operators only. `shows`: who is one."""
+    node = deps.settings.node
+
+    def report(request: Request, verdict: str, why: str | None, details: Mapping[str, object]) -> JSONResponse:
+        body: dict[str, object] = {verdict: why is None}
+        if shows(request):
+            body |= details if why is None else {**details, "why": why}
+        return JSONResponse(body, status_code=200 if why is None else 503)
+
+    async def readyz(request: Request) -> JSONResponse:
+        counts = {"sessions": len(deps.registry), "running": len(deps.jobs), "refused": deps.guards.rejections}
+        return report(request, "ready", deps.not_ready(), {"node": node, **counts})
+
+    async def healthz(request: Request) -> JSONResponse:
+        return report(request, "alive", stuck(), {"node": node})
+
+    metrics = _Exposition(deps.metrics, shows)
+    return [Route("/readyz", readyz), Route("/healthz", healthz), Route("/metrics", metrics)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Exposition:
+    """The metrics. To others, the path is unknown: an ASGI application gets requests of all methods, as those do."""
+
+    metrics: Metrics
+    shows: Callable[[Request], bool]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        if request.method not in {"GET", "HEAD"} or not self.shows(request):
+            raise HTTPException(404)
+        content, media_type = self.metrics.expose(request.headers.get("accept", ""))
+        await Response(content, headers={"Content-Type": media_type, "Cache-Control": "no-store"})(scope, receive, send)
+
+
+def is_from_here(request: Request) -> bool:
+    """Whether a request was made on this machine: no proxy has forwarded it, and no page of a browser has sent it."""
+    headers = request.headers
+    return (
+        request.client is not None
+        and is_loopback(request.client.host)
+        and is_local(headers)
+        and not any(map(_INDIRECT.match, headers))
+        and headers.get("sec-fetch-site", "none") == "none"
+    )
 
 
 def page_routes(user_ids: UserIds) -> list[Route]:

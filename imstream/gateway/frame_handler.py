@@ -24,6 +24,7 @@ from imstream.gateway.websocket_protocol import BYTES_PER_FRAME, SECONDS_PER_FRA
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import LoginAttempt, Reject
 from imstream.logs import LIMITED
+from imstream.metrics import Metrics
 from imstream.model import ChatRequest, digest_of
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
@@ -66,6 +67,7 @@ class SessionDeps:
     presence: Presence
     reply_sync: ReplySync
     scheduler: FlushScheduler
+    metrics: Metrics
     not_ready: Callable[[], str | None]
 
 

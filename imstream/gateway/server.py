@@ -46,6 +46,9 @@ MAX_DISCARDED = 1 << 20
 SPARE_CONNECTIONS = 512
 """Connections besides the sockets of the settings: handshakes, the page, health checks, sockets that are closing."""
 
+METRICS_CONNECTIONS = 16
+"""Maximum connections to the listener of metrics."""
+
 OTHER_FILES = 64
 """Files that a node has open besides connections to clients and the AI backend: Redis, logs, the event loop."""
 
@@ -193,56 +196,60 @@ def _handshake_refusal(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
     return None
 
 
-class GatewayServer(uvicorn.Server):
-    """`listen`, then `serve` until `stop`."""
+class HttpServer(uvicorn.Server):
+    """`listen`, then `serve` until `stop`. `setting`: what names its address, for errors."""
 
     _listener: socket.socket
 
-    def __init__(self, app: ASGIApp, settings: Settings, serve_socket: ServeSocket) -> None:
-        frame_rate = TokenBucket(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
-        options = SocketOptions(settings.max_frame, frame_rate, serve_socket)
-        limits = (_max_connections(settings), settings.handshake_timeout.total_seconds())
-        _request_log.setLevel(logging.ERROR)  # a client's mistake is no warning for the operator
-
-        def make_socket(server_state: ServerState, **_: object) -> SocketProtocol:
-            return SocketProtocol(options, server_state.connections, server_state.tasks)  # type: ignore[arg-type]
-
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        setting: str,
+        limits: tuple[int, float],
+        **options: Any,  # noqa: ANN401 - uvicorn's
+    ) -> None:
+        """`limits`: maximum connections, and the seconds for a request."""
         config = uvicorn.Config(
             app,
             http=partial(HandshakeProtocol, *limits),  # type: ignore[arg-type] # it is only called
-            ws=make_socket,  # type: ignore[arg-type] # same
             lifespan="off",
             log_config=None,
             access_log=False,
             proxy_headers=False,
             timeout_graceful_shutdown=int(CLOSE_GRACE) + 1,
+            **options,
         )
         super().__init__(config)
-        self._settings = settings
-        self._port = settings.port
+        self._host, self._port, self._setting = host, port, setting
 
     @property
     def address(self) -> str:
         """Where it listens, as `http://host:port`."""
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
     def listen(self) -> None:
-        """Bind the address of the settings.
+        """Bind the address.
 
         Raises:
             SettingsError: It cannot be bound.
         """
-        host, port = self._settings.host, self._settings.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         # Without dualstack_ipv6, `::` would not include the addresses of IPv4.
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         try:
-            listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+            listener = socket.create_server((self._host, self._port), family=family, backlog=2048, dualstack_ipv6=both)
         except OSError as error:
-            raise SettingsError(
-                f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}: cannot listen: {os.strerror(error.errno or 0)}"
-            ) from None
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else "the host is not known"
+            raise SettingsError(f"{self._setting}: cannot listen: {reason}") from None
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._port, self._listener = listener.getsockname()[1], listener
@@ -259,6 +266,32 @@ class GatewayServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the node: uvicorn would close every socket before it is drained."""
         yield
+
+
+class GatewayServer(HttpServer):
+    """The server of clients."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, serve_socket: ServeSocket) -> None:
+        frame_rate = TokenBucket(settings.frame_rate, settings.frame_burst) if settings.frame_rate else None
+        options = SocketOptions(settings.max_frame, frame_rate, serve_socket)
+        limits = (_max_connections(settings), settings.handshake_timeout.total_seconds())
+        _request_log.setLevel(logging.ERROR)  # a client's mistake is no warning for the operator
+
+        def make_socket(server_state: ServerState, **_: object) -> SocketProtocol:
+            return SocketProtocol(options, server_state.connections, server_state.tasks)  # type: ignore[arg-type]
+
+        host, port = settings.host, settings.port
+        setting = f"{ENV_PREFIX}HOST={host} {ENV_PREFIX}PORT={port}"
+        super().__init__(app, host, port, setting=setting, limits=limits, ws=make_socket)
+
+
+def metrics_server(app: ASGIApp, settings: Settings, *, node_port: int) -> HttpServer | None:
+    """The listener of metrics, if they have one. `node_port`: where the node listens."""
+    if (address := settings.metrics_address(node_port)) is None:
+        return None
+    setting = f"{ENV_PREFIX}METRICS={settings.metrics}"
+    limits = (METRICS_CONNECTIONS, settings.handshake_timeout.total_seconds())
+    return HttpServer(app, *address, setting=setting, limits=limits, ws="none")
 
 
 def files_needed(settings: Settings) -> int:

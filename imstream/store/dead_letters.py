@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,10 +30,12 @@ log = structlog.get_logger()
 
 
 class DeadLetterBounds:
-    """Keeps the dead letters of nodes within their bounds. `dropped`: how many were dropped by this process."""
+    """Keeps the dead letters of nodes within their bounds."""
 
-    def __init__(self, redis: RedisClient, settings: Settings) -> None:
-        self.dropped = 0
+    def __init__(
+        self, redis: RedisClient, settings: Settings, *, count_dropped: Callable[[int], object] = lambda _: None
+    ) -> None:
+        self._count_dropped = count_dropped
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._node = settings.node
@@ -48,7 +50,7 @@ class DeadLetterBounds:
         """Drop the oldest letters of a node beyond the bounds; with `halve`, as many as take half of the memory."""
         arguments = (*self._bounds, "" if halve else self._bytes)
         dropped = int(await LUA["trim_dead"].run(self._redis, (self._keys.dead(node),), arguments))
-        self.dropped += dropped
+        self._count_dropped(dropped)
         return dropped
 
     async def make_room(self) -> bool:

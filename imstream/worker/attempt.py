@@ -1,7 +1,7 @@
 """One AI call for a request, with the guards before and after it; and what the jobs of a worker work with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -15,6 +15,7 @@ from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardRejection
+from imstream.metrics import Metrics
 from imstream.model import ChatRequest
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
@@ -47,6 +48,7 @@ class WorkerDeps:
     lease_keeper: LeaseKeeper
     stall: StallDetector
     on_begun: Callable[[ReplyBuffer], None]
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 class CannotContinue(Exception):  # noqa: N818 - not an error
