@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from imstream.cli.main import main
 from imstream.keys import GROUP, Keys
+from tests.support.documents import redis_cli
 from tests.support.many_nodes import ManyNodes, becomes, standing_nodes
 from tests.support.redis_sets import Topology
 from tests.support.servers import DemoBackend
@@ -74,8 +75,21 @@ async def test_every_node_is_shown_with_its_release_its_sockets_and_its_work(nod
         await someone.end_of("m")
 
 
+async def test_redis_cli_tells_the_same(nodes: ManyNodes) -> None:
+    [a, _] = (await asyncio.to_thread(shown, nodes.server))["nodes"]
+    told = redis_cli("Nodes and rolling restarts", nodes.server, {"node:0": "node:a"})
+    assert [name for name, _ in told["ZRANGE im:nodes 0 -1 WITHSCORES"]] == ["a", "b"]
+    assert json.loads(told["GET im:{node:0}:lease"])["address"] == a["address"]
+    assert told["PTTL im:{node:0}:lease"] > 0
+    assert told["HGETALL im:{node:0}:status"]["version"] == a["version"]
+    assert told["GET im:{node:0}:adopter"] is a["adopter"] is None
+    assert told["XLEN im:{node:0}:requests"] == a["unfinished"] == 0
+    assert told["XRANGE im:{node:0}:requests - + COUNT 1"] == []
+    assert told["XPENDING im:{node:0}:requests workers"]["pending"] == 0
+
+
 async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothing_is_adopted(nodes: ManyNodes) -> None:
-    assert shown(nodes.server, "--wait-settled")["unsettled"] == []
+    assert (await asyncio.to_thread(shown, nodes.server, "--wait-settled"))["unsettled"] == []
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, question(200), "m")
         await someone.some_text("m")
@@ -131,11 +145,10 @@ def test_nodes_of_other_releases_strangers_and_gaps_are_told_wherever_redis_is(e
 async def test_waiting_goes_on_while_redis_is_away(tmp_path: Path, demo: DemoBackend) -> None:
     with standing_nodes(tmp_path, demo.url, "a") as nodes:
         nodes.server.kill()
-        waiting = asyncio.create_task(asyncio.to_thread(look, nodes.server, "--wait-settled", "--timeout", "1m"))
         failed = await asyncio.to_thread(look, nodes.server, "--wait-settled", "--timeout", "1ms")
         assert failed.exit_code == 1
         assert "no Redis at redis://" in failed.output
-        assert not waiting.done()
+        waiting = asyncio.create_task(asyncio.to_thread(look, nodes.server, "--wait-settled", "--timeout", "1m"))
         await asyncio.to_thread(nodes.server.start)
         assert (await waiting).exit_code == 0
         await becomes(nodes["a"], None)
