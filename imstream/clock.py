@@ -26,6 +26,11 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def time_of(entry_id: str) -> int:
+    """When a stream entry was added, in milliseconds since 1970 by the clock of Redis."""
+    return int(entry_id.partition("-")[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Day:
     """A date such as `2026-11-24`, from `start` to before `end`, in milliseconds since 1970."""

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TextIO, cast
 
 import structlog
+from pydantic_core import to_json
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
@@ -37,6 +38,7 @@ _MAX_LENGTHS = {
     "user": MAX_USER_ID_LENGTH,
 }
 _MAX_LIST_ITEMS = 10
+_NUMBERS = {int, bool, float, type(None)}
 _MAX_TRACE_LINES, _MAX_TRACE_LINE_LENGTH = 200, 500
 
 LIMITED = {"limited": True}
@@ -68,20 +70,19 @@ def configure(settings: Settings) -> None:
     """Set up logging for this process by `log_level` and `log_format`. Another call replaces the setup."""
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     renderer = _renderer(settings.log_format)
-    output = cast("TextIO", _Output())
+    output = _Output()
     limiter = _Limiter()
     common: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     structlog.configure(
         processors=[limiter, *common, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(output),
+        logger_factory=lambda *_: output,
         cache_logger_on_first_use=False,  # modules create their loggers before this call
     )
-    handler = logging.StreamHandler(output)
+    handler = logging.StreamHandler(cast("TextIO", output))
     handler.addFilter(limiter.allows)
     handler.setFormatter(
         ProcessorFormatter(
@@ -106,7 +107,7 @@ def _renderer(log_format: str) -> list[Processor]:
     terminal = sys.stdout.isatty()
     safe: list[Processor] = [structlog.processors.format_exc_info, _sanitize_values]
     if log_format == "json" or (log_format == "auto" and not terminal):
-        return [*safe, _reorder, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        return [*safe, _render_json]
     # The default formatter prints local variables when `rich` is installed.
     console = structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=structlog.dev.plain_traceback)
     return [*safe, _indent_traceback, console]
@@ -115,6 +116,9 @@ def _renderer(log_format: str) -> list[Processor]:
 def _sanitize_values(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Escape and cut every value. A line end or U+009B in one could forge log lines."""
     for name, value in event.items():
+        kind = type(value)
+        if kind in _NUMBERS or (kind is str and len(value) <= MAX_VALUE_LENGTH and value.isprintable()):
+            continue  # nearly all values; to cut them, too, would take half of the time of a line
         if name == "exception":
             event[name] = _cut_traceback(str(value))
         elif isinstance(value, list):
@@ -157,9 +161,10 @@ def _remove_query(_logger: WrappedLogger, _method: str, event: EventDict) -> Eve
     return event
 
 
-def _reorder(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Put time, level and event first."""
-    return {"timestamp": event["timestamp"], "level": event["level"], "event": event["event"], **event}
+def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    """Put time, level and event first. pydantic's JSON takes a third of the time of the standard library's."""
+    first = {"timestamp": event["timestamp"], "level": event["level"], "event": event["event"]}
+    return to_json({**first, **event}, inf_nan_mode="constants").decode()
 
 
 class _Limiter:
@@ -207,3 +212,13 @@ class _Output:
     def flush(self) -> None:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
+
+    def info(self, line: str) -> None:
+        """Write a line of structlog, of any level."""
+        try:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            return
+
+    debug = warning = error = critical = info

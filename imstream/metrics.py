@@ -1,20 +1,25 @@
 """What a node measures, for Prometheus: every series with its labels, in a registry of its own.
 
-Counters and histograms change where something happens. Gauges of things that can be asked are set when a scrape asks,
-by `Metrics.on_scrape`: it reads memory only, never Redis. No label holds a user, a message, or free text.
+Counters and histograms change where something happens; gauges are set for each scrape, by `Metrics.on_scrape`, from
+what the node has in memory, never from Redis. No label holds a user, a message, or free text.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import product
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 
 from imstream import __version__
+from imstream.clock import now_ms
+from imstream.codes import CloseCode
+from imstream.errors import FailureKind
 
 BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0)
 """Upper bounds of the histograms of messages, in seconds."""
@@ -25,18 +30,72 @@ SHORT_BUCKETS = (0.0005, 0.001, 0.0025, *BUCKETS[:10])
 OTHER = "other"
 """The label of everything that is not in a closed set."""
 
-OUTCOMES = ("done", "failed", "cancelled")
-ADMISSIONS = ("accepted", "busy", "user_busy", "rate_limited", "quota", "refused", "unavailable")
-CALL_RESULTS = ("done", "away", "broken", "impossible", "misconfigured", "refused", "stopped")
+REASONS = frozenset({
+    *(f"http_{status}" for status in range(300, 600)),
+    *("connect_timeout", "first_token_timeout", "idle_timeout", "total_timeout"),
+    *("connect_failed", "connection_lost", "proxy_failed", "overloaded"),
+    *("insufficient_quota", "unauthorized", "misconfigured", "model_not_found", "encoded"),
+    *("aborted", "backend_error", "bad_stream", "broken_stream", "empty_answer"),
+    *("bad_prompt", "content_filter", "context_too_long", "refusal", "tool_calls", "too_large"),
+    *("moderation_unavailable", "worker_died", "malformed", "internal_error"),
+})  # fmt: skip
+"""Why calls are made again, and requests are given up."""
+
+Admission = Literal["accepted", "busy", "user_busy", "rate_limited", "quota", "refused", "unavailable"]
+"""What became of a CHAT frame. Unavailable: Redis, a service or this node could not serve it."""
+
+CALL_RESULTS = ("done", *get_args(FailureKind), "refused", "stopped")
+"""How a call of a backend ended. Refused: a guard rejected the answer; stopped: cancelled, drained or superseded."""
+
 TOKEN_KINDS = ("prompt", "completion", "reasoning", "cached")
+
+_CLIENT_CLOSES = (1000, 1001, 1005)
+
+
+def reason_label(reason: str) -> str:
+    """A reason as a label."""
+    return reason if reason in REASONS else OTHER
+
+
+class Counters(dict[str | tuple[str, ...], Counter]):
+    """The children of a counter, by label or labels. A look-up costs a tenth of prometheus-client's `labels`."""
+
+    def __init__(self, counter: Counter, known: Iterable[object] = ()) -> None:
+        """`known`: values of its label that begin at 0."""
+        super().__init__()
+        self._counter = counter
+        for label in known:
+            _ = self[str(label)]
+
+    def __missing__(self, labels: str | tuple[str, ...]) -> Counter:
+        """Make a child when it is first used."""
+        child = self[labels] = self._counter.labels(*([labels] if isinstance(labels, str) else labels))
+        return child
 
 
 @dataclass(slots=True)
 class StreamState:
-    """What is known of a requests stream that this node consumes. `oldest`: entry id of its first request, if known."""
+    """What is known of a requests stream that this node consumes.
 
-    unfinished: int = 0
+    Attributes:
+        unfinished: Its length; None while it is unknown.
+        oldest: The id of its first entry; empty if there is none, or it has ended and the next one is not known yet.
+    """
+
+    unfinished: int | None = None
     oldest: str = ""
+
+    def admitted(self, entry_id: str, unfinished: int) -> None:
+        """A request was added; with it, there are so many."""
+        self.unfinished = unfinished
+        if unfinished == 1:
+            self.oldest = entry_id
+
+    def ended(self, entry_id: str, unfinished: int) -> None:
+        """A request was removed; so many are left."""
+        self.unfinished = unfinished
+        if entry_id == self.oldest:
+            self.oldest = ""
 
 
 class Metrics:
@@ -51,8 +110,10 @@ class Metrics:
         histogram = partial(Histogram, registry=registry, buckets=BUCKETS)
         short = partial(Histogram, registry=registry, buckets=SHORT_BUCKETS)
 
-        messages = counter("imstream_messages_total", "Messages whose end this node has recorded.", ["outcome"])
-        self.messages = _bound(messages, OUTCOMES)
+        self.messages = Counters(
+            counter("imstream_messages_total", "Messages whose end this node has recorded.", ["outcome"]),
+            ("done", "failed", "cancelled"),
+        )
         self.queue_wait = histogram(
             "imstream_queue_wait_seconds", "Time from the admission of an answered message to its first attempt."
         )
@@ -61,43 +122,48 @@ class Metrics:
         )
         self.answer = histogram("imstream_answer_seconds", "Time from the admission of an answered message to its end.")
 
-        admissions = counter("imstream_admissions_total", "CHAT frames, by what became of them.", ["result"])
-        self.admissions = _bound(admissions, ADMISSIONS)
-        self.unfinished = gauge(
+        self.admissions = Counters(
+            counter("imstream_admissions_total", "CHAT frames, by what became of them.", ["result"]),
+            get_args(Admission),
+        )
+        self._unfinished = gauge(
             "imstream_requests_unfinished", "Requests in a stream that this node consumes (XLEN).", ["stream"]
         )
-        self.running = gauge("imstream_requests_running", "Requests that this node works on, by stream.", ["stream"])
-        self.oldest_age = gauge(
+        self._running = gauge("imstream_requests_running", "Requests that this node works on, by stream.", ["stream"])
+        self._oldest_age = gauge(
             "imstream_oldest_request_age_seconds",
-            "Age of the oldest unfinished request; 0 if there is none.",
+            "Age of the first request of a stream; 0 if there is none.",
             ["stream"],
         )
-        self.dead_letters = counter(
-            "imstream_dead_letters_total", "Requests moved to a dead stream by this node.", ["reason"]
+        self.dead_letters = Counters(
+            counter("imstream_dead_letters_total", "Requests that this node has moved to a dead stream.", ["reason"])
         )
 
         self.dead_letters_dropped = counter(
             "imstream_dead_letters_dropped_total", "Dead letters that this node has dropped, beyond their bounds."
         )
 
-        self.ai_calls = counter("imstream_ai_calls_total", "Calls of a backend that have ended.", ["backend", "result"])
-        self.ai_retries = counter(
-            "imstream_ai_retries_total",
-            "Calls that were, or will be, made again, here or elsewhere.",
-            ["backend", "reason"],
+        self.ai_calls = Counters(
+            counter("imstream_ai_calls_total", "Calls of a backend that have ended.", ["backend", "result"])
         )
-        self.breaker_open = gauge(
-            "imstream_ai_breaker_open",
-            "1 while no call of a backend has succeeded since its breaker opened.",
-            ["backend"],
+        self.ai_retries = Counters(
+            counter("imstream_ai_retries_total", "Failed calls that are made again.", ["backend", "reason"])
         )
-        self.ai_tokens = counter("imstream_ai_tokens_total", "Tokens that a backend has reported.", ["backend", "kind"])
-        self.continuations = counter(
-            "imstream_continuations_total", "Calls that continued a broken answer.", ["backend"]
+        self._breaker_open = gauge(
+            "imstream_ai_breaker_open", "1 from the opening of a backend's breaker to its next success.", ["backend"]
+        )
+        self.ai_tokens = Counters(
+            counter("imstream_ai_tokens_total", "Tokens that a backend has reported.", ["backend", "kind"])
+        )
+        self.continuations = Counters(
+            counter("imstream_continuations_total", "Calls that continue a broken answer.", ["backend"])
         )
 
         self.sessions = gauge("imstream_sessions", "Open sockets.")
-        self.session_closes = counter("imstream_session_closes_total", "Closed sockets, by close code.", ["code"])
+        self._closes = Counters(
+            counter("imstream_session_closes_total", "Closed sockets, by close code.", ["code"]),
+            (*_CLIENT_CLOSES, *map(int, CloseCode), OTHER),
+        )
         self.slow_readers = counter(
             "imstream_slow_readers_total",
             "Sockets that took nothing for a second although there was something to send.",
@@ -108,15 +174,14 @@ class Metrics:
         self.lease_held = gauge("imstream_lease_held", "1 while this node holds its lease.")
         self.adoptions = counter("imstream_adoptions_total", "Streams of dead nodes that this node has adopted.")
         self.loop_lag = short("imstream_loop_lag_seconds", "How late a timer of the event loop was, twice a second.")
-        build = Info("imstream_build", "Versions.", registry=registry)
-        build.info({
+        Info("imstream_build", "Versions.", registry=registry).info({
             "version": __version__,
             "python": platform.python_version(),
             "redis_py": version("redis"),
         })  # fmt: skip
 
         self.on_scrape: Callable[[], None] = lambda: None
-        self.streams: dict[str, StreamState] = {}
+        self._streams: dict[str, StreamState] = {}
         self._redis_ahead = 0
         """Milliseconds by which the clock of Redis is ahead of ours."""
 
@@ -126,14 +191,52 @@ class Metrics:
         encode, media_type = choose_encoder(accept)
         return encode(self.registry), media_type
 
+    def stream(self, node: str) -> StreamState:
+        """What is known of the stream of a node."""
+        return self._streams.setdefault(node, StreamState())
 
-def replace(gauge: Gauge, values: Mapping[str, float]) -> None:
+    def saw_stream(self, node: str, unfinished: int, oldest: str, redis_now: int) -> None:
+        """Redis has told the length of a stream, the id of its first entry, and its own time in milliseconds."""
+        state = self.stream(node)
+        state.unfinished, state.oldest = unfinished, oldest
+        self._redis_ahead = redis_now - now_ms()
+
+    def forget_stream(self, node: str) -> None:
+        """The stream of another node is no longer consumed here."""
+        self._streams.pop(node, None)
+
+    def set_streams(self, running: Mapping[str, Sequence[str]]) -> None:
+        """Set the gauges of streams. `running`: the entries in work, by stream."""
+        known = {node: state for node, state in self._streams.items() if state.unfinished is not None}
+        _replace(self._unfinished, {node: state.unfinished or 0 for node, state in known.items()})
+        _replace(self._running, {node: len(running.get(node, ())) for node in {*self._streams, *running}})
+        ages = {node: self._age(state, running.get(node, ())) for node, state in known.items()}
+        _replace(self._oldest_age, ages)
+
+    def set_breakers(self, is_open: Mapping[str, bool]) -> None:
+        """Set the gauge of the breakers, by backend. Its calls begin at 0."""
+        _replace(self._breaker_open, is_open)
+        for labels in product(is_open, CALL_RESULTS):
+            _ = self.ai_calls[labels]
+
+    def add_tokens(self, backend: str, usage: Mapping[str, int] | None) -> None:
+        """Count the tokens of a call."""
+        for kind in TOKEN_KINDS:
+            if usage and (count := usage.get(f"{kind}_tokens")):
+                self.ai_tokens[backend, kind].inc(count)
+
+    def session_closed(self, code: int) -> None:
+        """Count a closed socket."""
+        self._closes[str(code) if str(code) in self._closes else OTHER].inc()
+
+    def _age(self, state: StreamState, running: Sequence[str]) -> float:
+        """Seconds since the first of the known entries was added: entries are begun in their order."""
+        times = [int(entry_id.partition("-")[0]) for entry_id in (*running, state.oldest) if entry_id]
+        return max(0, now_ms() + self._redis_ahead - min(times)) / 1000 if times and state.unfinished else 0.0
+
+
+def _replace(gauge: Gauge, values: Mapping[str, float]) -> None:
     """Set a gauge with one label; other values of the label are gone."""
     gauge.clear()
     for label, value in values.items():
         gauge.labels(label).set(value)
-
-
-def _bound(counter: Counter, labels: Iterable[str]) -> dict[str, Counter]:
-    """The children of a counter with one label, which also begin at 0."""
-    return {label: counter.labels(label) for label in labels}

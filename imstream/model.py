@@ -304,6 +304,7 @@ class Record:
         waiting: Why the message waits for its backend, if it does.
         continued: How the attempt continues earlier ones, if it does and its beginning is part of what is new.
         thinking: The model reasons, and has not begun its text.
+        request: The request that it belongs to; '' if that is not part of what is new, or not recorded.
     """
 
     attempt: int
@@ -315,3 +316,4 @@ class Record:
     waiting: Waiting | None = field(default=None, compare=False)
     continued: Continued | None = field(default=None, compare=False)
     thinking: bool = field(default=False, compare=False)
+    request: str = field(default="", compare=False)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import signal
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
@@ -19,6 +20,7 @@ from imstream.ai.router import Backends
 from imstream.codes import CloseCode, Code
 from imstream.errors import NodeTaken, SettingsError, StoreError
 from imstream.gateway.app import make_app, make_metrics_app
+from imstream.gateway.busy_log import BusyLog
 from imstream.gateway.connection import serve_socket
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.frame_handler import SessionDeps
@@ -42,6 +44,7 @@ from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.texts import Text
 from imstream.wire import FrameLimits
+from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
@@ -79,19 +82,25 @@ class Node:
         self._reloading = asyncio.Event()
         url, timeout, access = settings.redis_url, settings.redis_timeout, AccessLog()
         self._redis = redis = RedisClient(
-            url, connections=settings.redis_connections, timeout=timeout, access_log=access
+            url,
+            connections=settings.redis_connections,
+            timeout=timeout,
+            access_log=access,
+            on_roundtrip=metrics.redis_roundtrip.observe,
         )
         request_reader, inbox_reader = self._readers = [
             BlockingReader(url, block=settings.read_block, timeout=timeout, access_log=access) for _ in range(2)
         ]
         dead_letters = DeadLetterBounds(redis, settings, count_dropped=metrics.dead_letters_dropped.inc)
-        self._requests = requests = RequestStream(redis, request_reader, settings, dead_letters=dead_letters)
-        self._leases = leases = Leases(redis, settings)
+        self._requests = requests = RequestStream(
+            redis, request_reader, settings, dead_letters=dead_letters, metrics=metrics
+        )
+        self._leases = leases = Leases(redis, settings, metrics)
         leases.status = self._status
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
         replies = ReplyStore(redis, settings)
         self.buffers = buffers = ReplyBuffers()
-        self.registry = registry = Registry(settings)
+        self.registry = registry = Registry(settings, metrics)
         self.lease_keeper = lease_keeper = LeaseKeeper(leases, settings)
         self.jobs = jobs = Jobs(settings, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
         assembler = PromptAssembler(settings)
@@ -108,14 +117,19 @@ class Node:
             backends=backends,
             leases=leases,
             lease_keeper=lease_keeper,
-            stall=StallDetector(min(settings.redis_timeout, settings.lease).total_seconds()),
+            stall=StallDetector(
+                min(settings.redis_timeout, settings.lease).total_seconds(), on_tick=metrics.loop_lag.observe
+            ),
             on_begun=registry.follow_new,
             metrics=metrics,
+            request_log=RequestLog(settings.node, metrics, registry.followers),
         )
 
         def make_consumer(node: str) -> StreamConsumer:
-            adopted = RequestStream(redis, request_reader, settings, node=node, dead_letters=dead_letters)
-            return StreamConsumer(adopted, worker_deps, jobs)
+            stream = RequestStream(
+                redis, request_reader, settings, node=node, dead_letters=dead_letters, metrics=metrics
+            )
+            return StreamConsumer(stream, worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)
         jobs.line.is_paused = lambda: backends.is_closed or self.consumer.stopping
@@ -152,11 +166,13 @@ class Node:
             reply_sync=reply_sync,
             scheduler=FlushScheduler(),
             metrics=metrics,
+            busy_log=BusyLog(),
             not_ready=self.not_ready,
         )
         app = make_app(session_deps, stuck=self.stuck)
         self._metrics_app = make_metrics_app(session_deps, stuck=self.stuck)
         self._server = GatewayServer(app, settings, partial(serve_socket, deps=session_deps))
+        metrics.on_scrape = self._set_gauges
         self._background: dict[str, Callable[[], Awaitable[None]]] = {
             "lease": lambda: lease_keeper.run(self._server.address),
             "stall": worker_deps.stall.run,
@@ -193,6 +209,16 @@ class Node:
             if self.consumer.looped_within(_MISSED_ROUNDS * self._max_round)
             else "the consumer loop does not go on"
         )
+
+    def _set_gauges(self) -> None:
+        metrics, running = self.metrics, defaultdict[str, list[str]](list)
+        for job in self.jobs:
+            running[job.stream.node].append(job.entry.entry_id)
+        metrics.set_streams(running)
+        metrics.set_breakers({one.name: one.gate.breaker.tripped for one in self._backends})
+        metrics.sessions.set(len(self.registry))
+        metrics.redis_up.set(self.consumer.reached_redis_within(self._max_round))
+        metrics.lease_held.set(self.lease_keeper.held)
 
     def reload(self) -> None:
         """Reload what can change while the node runs."""

@@ -43,6 +43,9 @@ class CallGate:
         self._next_at = 0.0
         self._logged = set[str]()
         """Reasons that were logged since the last success."""
+        self.reason: str | None = None
+        """Why the last call failed, while the breaker is open or half-open."""
+        self._away_since = 0.0
 
     @property
     def is_closed(self) -> bool:
@@ -74,7 +77,9 @@ class CallGate:
         if was_tripped and not self.breaker.tripped:
             self._back_at = self._next_at = self._loop.time()
             self._logged.clear()
-            log.info("backend is back", backend=self.name)
+            away = round(self._back_at - self._away_since, 1)
+            log.info("backend is back", backend=self.name, reason=self.reason, away_seconds=away)
+            self.reason = None
             self._on_back()
         elif self._back_at is None:
             self._normal_rate = None
@@ -90,10 +95,14 @@ class CallGate:
         was_tripped = self.breaker.tripped
         shared = is_ours or error.reason in SHARED_REASONS
         self.breaker.record_failure(error.retry_after, source=None if shared else user)
+        if self.breaker.tripped:
+            self.reason = error.reason
+            self._away_since = self._away_since if was_tripped else self._loop.time()
         if error.reason not in self._logged and (is_ours or self.breaker.tripped > was_tripped):
             self._logged.add(error.reason)
             event = "backend is misconfigured" if is_ours else "backend is away"
-            log.error(event, backend=self.name, reason=error.reason, error=error.detail or error.reason)
+            why = {"reason": error.reason, "error": error.detail or error.reason}
+            log.error(event, backend=self.name, pause_seconds=round(self.breaker.remaining(), 1), **why)
 
     def _pass(self) -> None:
         if self.breaker.tripped:

@@ -57,7 +57,8 @@ class Upstream:
 
     @property
     def state(self) -> dict[str, str | int | None]:
-        """Its state, for operators."""
+        """Its state, for operators. `until`: when it may be called again (ms since 1970)."""
+        remaining = self.gate.breaker.remaining()
         return {
             "url": str(self.options.url),
             "model": self.options.model,
@@ -66,6 +67,10 @@ class Upstream:
             "calls": self.calls,
             "lastError": self.last_error,
             "failedAt": self.failed_at,
+            "reason": self.gate.reason,
+            "until": round(now_ms() / 1000 + remaining) * 1000 if remaining else None,
+            "slots": self.slots.limit,
+            "sharesSlots": self.options.concurrency is None,
         }
 
     def is_same_as(self, other: "Upstream") -> bool:

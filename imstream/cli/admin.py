@@ -61,11 +61,23 @@ def show_stream(settings: Settings, *, newest: int) -> None:
 def _stream_lines(overview: StreamOverview) -> Iterator[str]:
     working = sum(overview.in_progress.values())
     yield f"  unfinished requests  {overview.unfinished}: {overview.waiting} waiting, {working} in work"
+    if overview.next is not None:
+        following = overview.next
+        yield (
+            f"    the next one has waited {following.since.total_seconds():.1f} s  "
+            f"user {following.user}  message {following.message_id}"
+        )
+    reasons = [*_why_requests_wait(overview)] if overview.unfinished else []
+    if overview.waiting and not reasons:
+        reasons = ["nothing in Redis tells why they wait: the node has free slots, see its log"]
+    yield from (f"    {reason}" for reason in reasons)
     for consumer, count in overview.in_progress.items():
-        yield f"    node {consumer} works on {count}"
+        dead = " and does not run: another node takes over" if consumer in overview.dead_nodes else ""
+        yield f"    node {consumer} works on {count}{dead}"
     for work in overview.oldest:
-        asked, delivered = work.age.total_seconds(), work.since.total_seconds()
-        yield f"      {work.entry_id}  asked {asked:.1f} s ago  delivery {work.deliveries} {delivered:.1f} s ago"
+        ids = f"{work.entry_id}  user {work.user}  message {work.message_id}"
+        why = work.waiting and f"  waits for backend {work.waiting.backend}: {work.waiting.reason}"
+        yield f"      {ids}  for {work.since.total_seconds():.1f} s  delivery {work.deliveries}{why or ''}"
     if working > len(overview.oldest):
         yield f"      and {working - len(overview.oldest)} more"
     yield f"  dead letters         {overview.dead}" + (", the newest:" if overview.newest_dead else "")
@@ -74,6 +86,26 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
             f"    {letter.dead_at:%Y-%m-%d %H:%M:%S} UTC  user {letter.user}  message {letter.message_id}  "
             f"{letter.reason} after {letter.attempts} attempts: {letter.error}"
         )
+
+
+def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:
+    """What keeps requests from being delivered, as far as Redis knows."""
+    if overview.holder is None:
+        adopted = (
+            f"node {overview.adopter} has adopted its stream" if overview.adopter else "no node has adopted its stream"
+        )
+        yield f"the node does not run (it has no lease); {adopted}"
+    elif overview.holder.stopping:
+        yield "the node drains: it takes no requests"
+    for name, backend in overview.backends.items():
+        if backend.get("state") == "away":
+            until = backend.get("until")
+            seconds = f" for {max(0, until - now_ms()) / 1000:.0f} s" if isinstance(until, int) else ""
+            yield f"backend {name} is away ({backend.get('reason') or '?'}), and is not called{seconds}"
+        elif backend.get("state") == "recovering":
+            yield f"backend {name} was away, and calls are paced"
+    if 0 < overview.slots <= sum(overview.in_progress.values()):
+        yield f"all {overview.slots} slots are in use"
 
 
 def _user_command(*settings: str) -> Callable[[Callable[..., Awaitable[None]]], Callable[..., None]]:

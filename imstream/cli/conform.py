@@ -14,6 +14,8 @@ Every `connect` starts again. `tokens` are for the logins, in this order; the la
 
 import asyncio
 import json
+import os
+import textwrap
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,8 +34,8 @@ from imstream.cli.conform_stage import (
     Stage,
     accepted,
     answer,
-    check,
     problem,
+    same,
 )
 from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
@@ -49,9 +51,8 @@ class Scenarios(Stage):
     async def login(self) -> None:
         """Connects with `userId` in the URL, and logs in with its token."""
         init = await self.connect()
-        path = self.socket.request.path if self.socket.request else ""
-        check(f"userId={USER}" in path, f"no userId in the URL {path}")
-        check((init.user_id, init.token, init.resume) == (USER, "t-1", []), "INIT has another user, token, or resumes")
+        same("URL", self.path, f"/ws?userId={USER}")
+        same("userId, token and resume of INIT", (init.user_id, init.token, init.resume), (USER, "t-1", []))
 
     async def chat(self) -> None:
         """Puts an answer together; reports one that failed, and one that has no record any longer."""
@@ -83,7 +84,7 @@ class Scenarios(Stage):
             point = (name, getattr(last, "attempt", 0), getattr(last, "offset", 0))
             resumed = [(one.message_id, one.attempt, one.offset) for one in init.resume]
             expected = [point] if 0 < sent < len(frames) else []
-            check(resumed == expected, f"INIT resumes {resumed} after frame {sent}, not {expected}")
+            same(f"resume of INIT after {sent} frames", resumed, expected)
             if sent == 0:  # a duplicate may have been answered meanwhile: then all of it comes in one piece
                 await self.expect_chat(name)
                 text = "".join(PIECES)
@@ -99,9 +100,20 @@ class Scenarios(Stage):
         refused_at, wait = clock(), 0.3
         await self.send(problem(Code.BUSY, "m1", int(wait * 1000)))
         await self.expect_chat("m1")
-        check(clock() - refused_at >= wait - 0.02, f"CHAT again after {clock() - refused_at:.2f} s, not {wait} s")
+        if (waited := clock() - refused_at) < wait - 0.02:
+            raise Nonconformity(f"CHAT again after {waited:.2f} s, expected {wait} s")
         await self.send(accepted("m1"), *answer("m1"))
         await self.report(messageId="m1", **WHOLE)
+
+    async def refused(self) -> None:
+        """Gives up a message that was refused without `retryAfterMs`, whatever the code; does not send it again."""
+        await self.welcome(await self.connect())
+        await self.ask("m1", is_accepted=False)
+        await self.send({"code": "NEWS", "respTime": "1", "msgType": "SYSTEM", "contents": "no", "messageId": "m1"})
+        await self.report(messageId="m1", outcome="refused")
+        await self.drop()
+        same("resume of INIT", (await self.welcome(await self.connection())).resume, [])
+        await self.ask("m2")
 
     async def cancel(self) -> None:
         """Cancels during an answer, before `accepted`, too late, and once more if the connection was lost."""
@@ -111,7 +123,7 @@ class Scenarios(Stage):
             await self.ask(name, is_accepted=False)
             await self.send(*shown)
             self.do("cancel", messageId=name)
-            check((await self.expect(ClientCancel)).message_id == name, "CANCEL of another message")
+            same("messageId", (await self.expect(ClientCancel)).message_id, name)
             if name == "lost":
                 await self.drop()
                 await self.welcome(await self.connection())
@@ -135,7 +147,7 @@ class Scenarios(Stage):
             await self.send(problem(Code.UNAVAILABLE, "m3", 100))
         await self.close(CloseCode.DRAINING, Code.DRAINING)
         points = {one.message_id: one.offset for one in (await self.welcome(await self.connection())).resume}
-        check(points == {"m1": 0, "m2": len(PIECES[0])}, f"INIT resumes {points}")
+        same("offsets in resume of INIT", points, {"m1": 0, "m2": len(PIECES[0])})
         await self.expect_chat("m3")
         await self.send(*answer("m1"), *answer("m2")[1:], accepted("m3"), *answer("m3"))
         for name in ("m1", "m2", "m3"):
@@ -146,7 +158,7 @@ class Scenarios(Stage):
         await self.connect("t-1", "t-2")
         await self.close(CloseCode.NOT_AUTHENTICATED, Code.UNAUTHORIZED)
         init = await self.connection()
-        check(init.token == "t-2", f"token {init.token}, not t-2")  # noqa: S105 - no secret
+        same("token", init.token, "t-2")
         await self.welcome(init)
         await self.ask("m1")
 
@@ -181,7 +193,7 @@ class Scenarios(Stage):
         await asyncio.sleep(0.05)
         self.socket.transport.abort()
         offsets = [one.offset for one in (await self.welcome(await self.connection())).resume]
-        check(offsets == [len("".join(PIECES[:2]))], f"INIT resumes at {offsets}")
+        same("offsets in resume of INIT", offsets, [len("".join(PIECES[:2]))])
         await self.send(third, done)
         await self.report(messageId="m1", **WHOLE)
 
@@ -204,25 +216,54 @@ class Scenarios(Stage):
 
 SCENARIOS = [name for name in vars(Scenarios) if not name.startswith("_")]
 
+SECTIONS = {
+    "client-to-server": ("login", "cancel", "heartbeat"),
+    "server-to-client": ("chat", "cut"),
+    "several-sockets-resume-and-safe-retries": ("resume",),
+    "codes": ("busy",),
+    "close-codes": ("drain", "token", "closed"),
+    "compatibility": ("refused", "unknown"),
+}
+"""Sections of ops/docs/protocol.md and the scenarios that check them."""
+
+SHOWN = 12
+"""Number of steps and frames that are shown before a failure."""
+
 
 async def _play(scenario: str, client: Process, limit: float) -> str:
     """Play one scenario; what the client did wrong, or nothing."""
     stage = Scenarios(client, limit)
     async with serve(stage.serve, "127.0.0.1", 0, compression=None, close_timeout=1) as server:
         stage.port = server.sockets[0].getsockname()[1]
+        playing = asyncio.create_task(getattr(stage, scenario)())
+        exited = asyncio.create_task(client.wait())
         try:
-            await getattr(stage, scenario)()
-        except Nonconformity as problem:
-            return str(problem)
+            await asyncio.wait((playing, exited), return_when=asyncio.FIRST_COMPLETED)
+            playing.cancel()
+            await playing
+        except Nonconformity as error:
+            problem = str(error)
         except ConnectionClosed as error:
-            return f"the client ended the connection ({error})"
-    return ""
+            problem = f"the client ended the connection ({error})"
+        except asyncio.CancelledError:
+            if client.returncode is None:
+                raise
+            problem = f"the client has exited with {client.returncode}"
+        else:
+            return ""
+        finally:
+            exited.cancel()
+            playing.cancel()
+    section = next(section for section, scenarios in SECTIONS.items() if scenario in scenarios)
+    happened = [f"  {line:.200}" for line in stage.transcript[-SHOWN:]]
+    return "\n".join((problem, *happened, f"see ops/docs/protocol.md#{section}"))
 
 
 async def _work(command: Sequence[str], waiting: list[str], problems: dict[str, str], limit: float) -> None:
     """Play scenarios to one client. After a failure the next one begins with a new process."""
     while waiting:
-        client = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+        environment = dict(os.environ, no_proxy="127.0.0.1")
+        client = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
         try:
             is_right = True
             while waiting and is_right:
@@ -252,7 +293,7 @@ def run(command: Sequence[str], only: Sequence[str], *, jobs: int, limit: float)
     for name in only or SCENARIOS:
         click.echo(f"{'FAILED' if problems[name] else 'ok':7} {name:10} {getattr(Scenarios, name).__doc__}")
         if problems[name]:
-            click.echo(f"{'':18} {problems[name]}")
+            click.echo(textwrap.indent(problems[name], " " * 19))
     passed = list(problems.values()).count("")
     click.echo(f"{passed} of {len(problems)} scenarios passed")
     return passed == len(problems)

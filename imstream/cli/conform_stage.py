@@ -26,10 +26,10 @@ class Nonconformity(Exception):  # noqa: N818 - what the kit looks for
     """The client does not behave as the protocol says."""
 
 
-def check(right: bool, problem: str) -> None:  # noqa: FBT001 - reads like an assertion
-    """Raise `Nonconformity` unless something is right."""
-    if not right:
-        raise Nonconformity(problem)
+def same(what: str, found: object, expected: object) -> None:
+    """Raise `Nonconformity` unless something is as expected."""
+    if found != expected:
+        raise Nonconformity(f"{what}: {found}, expected {expected}")
 
 
 class Stage:
@@ -42,8 +42,14 @@ class Stage:
         self.port = 0
         self.sockets: asyncio.Queue[ServerConnection] = asyncio.Queue()
         self.socket: ServerConnection
+        self.transcript = list[str]()
         self._client = client
         self._limit = limit
+
+    @property
+    def path(self) -> str:
+        """The path and query of the client's last handshake."""
+        return self.socket.request.path if self.socket.request else ""
 
     async def serve(self, socket: ServerConnection) -> None:
         """Keep a connection until either side closes it."""
@@ -60,22 +66,27 @@ class Stage:
     def do(self, step: str, **fields: object) -> None:
         """Tell the client to do something."""
         assert self._client.stdin is not None  # noqa: S101 - a pipe
-        self._client.stdin.write(json.dumps({"step": step, **fields}).encode() + b"\n")
+        line = json.dumps({"step": step, **fields})
+        self.transcript.append(f"step    {line}")
+        self._client.stdin.write(line.encode() + b"\n")
 
     async def report(self, **expected: object) -> None:
         """Receive the client's next report."""
         assert self._client.stdout is not None  # noqa: S101 - a pipe
         line = await self.within(self._client.stdout.readline(), f"report {expected}")
+        self.transcript.append(f"report  {line.decode(errors='replace').strip()}")
         try:
             told = {name: json.loads(line).get(name) for name in expected}
         except (ValueError, AttributeError):
-            raise Nonconformity(f"{line!r} is no report" if line else "the client has exited") from None
-        check(told == expected, f"the client reports {told} instead of {expected}")
+            raise Nonconformity("the report is no JSON object" if line else "the client has exited") from None
+        same("report", told, expected)
 
     async def receive(self) -> ClientFrame:
         """The next frame; heartbeats are answered."""
+        text = str(await self.socket.recv())
+        self.transcript.append(f"client  {text}")
         try:
-            frame = wire.parse_frame(str(await self.socket.recv()))
+            frame = wire.parse_frame(text)
         except wire.InvalidFrame as error:
             raise Nonconformity(f"an invalid frame: {error}") from None
         if isinstance(frame, ClientHeartbeat):
@@ -88,7 +99,7 @@ class Stage:
         while isinstance(frame := await self.within(self.receive(), wanted), ClientHeartbeat):
             pass
         if not isinstance(frame, kind):
-            raise Nonconformity(f"{frame.msg_type} instead of {wanted}")
+            raise Nonconformity(f"msgType: {frame.msg_type}, expected {wanted}")
         return frame
 
     async def connect(self, *tokens: str) -> ClientInit:
@@ -99,6 +110,7 @@ class Stage:
     async def connection(self) -> ClientInit:
         """Receive INIT on the next connection."""
         self.socket = await self.within(self.sockets.get(), "connection")
+        self.transcript.append(f"client  connects to {self.path}")
         return await self.expect(ClientInit)
 
     async def welcome(self, init: ClientInit, heartbeat_ms: int = 25_000) -> ClientInit:
@@ -116,22 +128,26 @@ class Stage:
     async def expect_chat(self, message_id: str) -> None:
         """Receive a message, which may have been sent before."""
         chat = await self.expect(ClientChat)
-        check((chat.message_id, chat.contents) == (message_id, f"question {message_id}"), "CHAT of another message")
+        same("messageId and contents", (chat.message_id, chat.contents), (message_id, f"question {message_id}"))
 
     async def send(self, *frames: ServerFrame | dict[str, object]) -> None:
         """Send frames, also some that this version of the protocol does not have."""
         for frame in frames:
-            await self.socket.send(json.dumps(frame) if isinstance(frame, dict) else frame.encode())
+            text = json.dumps(frame) if isinstance(frame, dict) else frame.encode()
+            self.transcript.append(f"server  {text}")
+            await self.socket.send(text)
 
     async def close(self, code: int, why: Code) -> None:
         """Close the connection, after a frame that says why. The client may be faster."""
         with suppress(ConnectionClosed):
             await self.send(wire.Problem(code=why, contents="because"))
+            self.transcript.append(f"server  closes the connection with {code}")
             await self.socket.close(code)
 
     async def drop(self) -> None:
         """Break the connection once the client has received everything."""
         await self.within(await self.socket.ping(), "answer to a ping")
+        self.transcript.append("server  breaks the connection")
         self.socket.transport.abort()
 
 

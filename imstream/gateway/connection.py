@@ -33,9 +33,10 @@ async def serve_socket(socket: SocketProtocol, deps: SessionDeps) -> None:
         session.stop()
         if session.user_id is not None:
             deps.presence.on_disconnect(session.user_id)
+    deps.metrics.session_closed(code)
     level = log.debug if session.user_id is None else log.info  # else strangers could fill the log
     seconds = round(asyncio.get_running_loop().time() - session.began_at, 1)
-    client = {"user": session.user_id, "peer": session.peer}
+    client = {"user": session.user_id, "peer": session.peer, "origin": session.origin}
     level("session closed", **client, code=code, seconds=seconds, slowed=session.throttled)
 
 

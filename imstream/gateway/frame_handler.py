@@ -14,6 +14,7 @@ from imstream import wire
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
+from imstream.gateway.busy_log import BusyLog
 from imstream.gateway.cursor import Cursor
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.presence import Presence
@@ -24,7 +25,7 @@ from imstream.gateway.websocket_protocol import BYTES_PER_FRAME, SECONDS_PER_FRA
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import LoginAttempt, Reject
 from imstream.logs import LIMITED
-from imstream.metrics import Metrics
+from imstream.metrics import Admission, Metrics
 from imstream.model import ChatRequest, digest_of
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
@@ -68,6 +69,7 @@ class SessionDeps:
     reply_sync: ReplySync
     scheduler: FlushScheduler
     metrics: Metrics
+    busy_log: BusyLog
     not_ready: Callable[[], str | None]
 
 
@@ -93,11 +95,14 @@ class FrameHandler:
             try:
                 if self._is_allowed(frame, message_id):
                     await self._dispatch(frame)
+                elif isinstance(frame, wire.ClientChat):
+                    self._deps.metrics.admissions["refused"].inc()
             except StoreFull:
                 # Dead letters are dropped before a living message is refused (I9).
                 if not is_repeated and await self._deps.dead_letters.make_room():
                     continue
-                log.error("redis is out of memory")  # noqa: TRY400 - the operator needs no trace
+                limited.error("redis is out of memory")
+                self._deps.busy_log.count("redis_full", self._session.user_id)
                 self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
             except StoreError as error:
                 self._send_unavailable(error, message_id)
@@ -129,8 +134,7 @@ class FrameHandler:
             case wire.ClientHeartbeat():
                 self._writer.send(self._frames.heartbeat())
             case wire.ClientChat():
-                with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
-                    await self._chat(frame)
+                await self._count_chat(frame)
             case wire.ClientCancel():
                 await self._cancel(frame.message_id)
             case _:
@@ -201,7 +205,18 @@ class FrameHandler:
         self._writer.follow(cursor)
         return size
 
-    async def _chat(self, frame: wire.ClientChat) -> None:
+    async def _count_chat(self, frame: wire.ClientChat) -> None:
+        result: Admission = "unavailable"
+        try:
+            with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
+                result = await self._chat(frame)
+        except StoreFull:
+            result = "busy"
+            raise
+        finally:
+            self._deps.metrics.admissions[result].inc()
+
+    async def _chat(self, frame: wire.ClientChat) -> Admission:
         deps = self._deps
         request = ChatRequest(
             user_id=self._user_id(),
@@ -216,11 +231,13 @@ class FrameHandler:
         user_id, message_id = request.user_id, request.message_id
         if deps.consumer.stopping:
             self._send_error(Code.UNAVAILABLE, Text.DRAINING, message_id, retry=True)
-            return
+            return "unavailable"
         verdict = await deps.guards.check_chat(request, peer=self._session.peer)
         if isinstance(verdict, Reject):
+            if verdict.code == Code.RATE_LIMITED:
+                deps.busy_log.count("rate_limited", user_id)
             self._reject(verdict, message_id)
-            return
+            return _admission_of(verdict)
         # Kept alive from here on: the worker may have written the reply before this socket follows it.
         reply = deps.buffers.get(user_id, message_id)
         try:
@@ -230,14 +247,15 @@ class FrameHandler:
             raise
         if not isinstance(admission, Admitted):
             await verdict.undo()
+            deps.busy_log.count("user_full" if admission.by_user else "node_full", user_id)
             self._writer.send(self._frames.busy(message_id, by_user=admission.by_user))
-            return
+            return "user_busy" if admission.by_user else "busy"
         await self._ensure_record(verdict.request, reply, admission)
         if reply.question is not None and reply.question.differs_from(request.digest):
             await verdict.undo()
             problem = InvalidFrame("messageId", "it belongs to a message with another text", message_id)
             self._writer.send(self._frames.bad_frame(problem))
-            return
+            return "refused"
         position = admission.position if reply.terminal is None else None
         self._writer.send(self._frames.accepted(message_id, position, verdict.remaining))
         # From the beginning, also if this socket has received some of it and the message was sent again: that costs as
@@ -246,6 +264,7 @@ class FrameHandler:
         if size := cursor.size:
             self._session.socket.charge(size / BYTES_PER_FRAME)
         self._writer.follow(cursor, restart=True)
+        return "accepted"
 
     async def _ensure_record(self, request: ChatRequest, reply: ReplyBuffer, admission: Admitted) -> None:
         """Wait until there is a record of the message, ours or that of an earlier one with its id."""
@@ -256,7 +275,10 @@ class FrameHandler:
             return
         # Without a record, a resume or cancel on another node would not find the message before its turn. It is
         # not called accepted then: sent again, it is recognised as a duplicate.
-        nodes = await deps.replies.mark_queued(request.user_id, request.message_id, request.question)
+        request_id = deps.requests.request_id(admission.entry_id)
+        nodes = await deps.replies.mark_queued(
+            request.user_id, request.message_id, request.question, request=request_id
+        )
         if nodes is None:
             await deps.reply_sync.catch_up(reply)
             return
@@ -294,3 +316,12 @@ class FrameHandler:
 
     def _send_error(self, code: Code, text: Text, message_id: str | None = None, *, retry: bool = False) -> None:
         self._writer.send(self._frames.system(code, text, message_id=message_id, retry=retry))
+
+
+def _admission_of(verdict: Reject) -> Admission:
+    match verdict.code:
+        case Code.RATE_LIMITED:
+            return "quota" if verdict.reason == "quota" else "rate_limited"
+        case Code.UNAVAILABLE:
+            return "unavailable"
+    return "refused"

@@ -8,6 +8,7 @@ import structlog
 from imstream.codes import CloseCode, Code, Want
 from imstream.gateway.session import Session
 from imstream.logs import LIMITED
+from imstream.metrics import Metrics
 from imstream.reply_buffer import ReplyBuffer
 from imstream.settings import Settings
 from imstream.texts import Text
@@ -16,6 +17,9 @@ from imstream.user_ids import UserId
 CLOSE_GRACE = 2.0
 """Seconds a closing session has to send its last frames."""
 
+SLOW_AFTER = 1.0
+"""Seconds without reading after which a client counts as a slow reader."""
+
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
 
@@ -23,8 +27,9 @@ limited = structlog.get_logger(**LIMITED)
 class Registry:
     """The sessions of this node."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self._settings = settings
+        self._metrics = metrics or Metrics()
         self._sessions: set[Session] = set()
         self._by_user: dict[UserId, list[Session]] = {}
 
@@ -75,6 +80,11 @@ class Registry:
         for session in self.sessions_of(reply.user_id):
             session.writer.follow_new(reply)
 
+    def followers(self, reply: ReplyBuffer) -> tuple[int, int]:
+        """How many sockets follow a reply, and how many of them do not take what is sent to them."""
+        slow = [one.writer.is_slow for one in self.sessions_of(reply.user_id) if one.writer.follows(reply.message_id)]
+        return len(slow), sum(slow)
+
     def follow_queued(self, reply: ReplyBuffer) -> bool:
         """Have sockets of the user that want questions follow a message that waits; whether there are any."""
         wanting = [one for one in self.sessions_of(reply.user_id) if Want.ASKED in one.writer.wants]
@@ -97,11 +107,15 @@ class Registry:
     def _check(self, session: Session, now: float) -> None:
         settings = self._settings
         stall_timeout = settings.stall_timeout.total_seconds()
+        blocked = session.writer.blocked_since
+        if blocked is not None and now - blocked > SLOW_AFTER and not session.was_slow:
+            session.was_slow = True
+            self._metrics.slow_readers.inc()
         if session.closing_since is not None:
             if now - session.closing_since > CLOSE_GRACE:
                 # with the frame that it was closing with
                 session.expel(CloseCode.READER_TOO_SLOW, Code.READER_TOO_SLOW, Text.TOO_SLOW)
-        elif (blocked := session.writer.blocked_since) is not None and now - blocked > stall_timeout:
+        elif blocked is not None and now - blocked > stall_timeout:
             level = limited.info if session.user_id is None else log.info
             level("session closed", why="reader too slow", user=session.user_id, peer=session.peer)
             session.expel(CloseCode.READER_TOO_SLOW, Code.READER_TOO_SLOW, Text.TOO_SLOW)

@@ -35,6 +35,7 @@ class Session:
         ends_at: When the login expires; None: with the socket.
         warn_at: When the client is warned of that; None when it was.
         throttled: How often the client was told that it is throttled.
+        was_slow: The client has stopped reading for a while, at least once.
     """
 
     socket: SocketProtocol
@@ -51,6 +52,7 @@ class Session:
     ends_at: float | None = None
     warn_at: float | None = None
     throttled: int = 0
+    was_slow: bool = False
     began_at: float = field(default_factory=_loop_time)
     heard_at: float = field(default_factory=_loop_time)
     closing_since: float | None = None
@@ -61,7 +63,7 @@ class Session:
     def logged_in(self, user_id: UserId, until: float | None) -> None:
         """Note a login, until a time in seconds since 1970. It may be repeated to extend it."""
         if self.user_id is None:
-            log.info("session opened", user=user_id, peer=self.peer, origin=self.origin)
+            log.debug("session opened", user=user_id, peer=self.peer, origin=self.origin)
             self.socket.trust()
         self.user_id = self.frames.user_id = user_id
         self.ends_at = self.warn_at = None

@@ -66,6 +66,15 @@ class SessionWriter:
         """Ids of the messages whose end was not sent yet."""
         return list(self._cursors)
 
+    def follows(self, message_id: str) -> bool:
+        """Whether the end of a message was not sent yet."""
+        return message_id in self._cursors
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the socket does not take what is to be sent."""
+        return self.blocked_since is not None or len(self._outbox) >= MAX_OUTBOX
+
     def set_wants(self, wants: frozenset[str]) -> None:
         """Send these optional frames from now on. Of a reply that is followed already, the question is not sent."""
         if wants == self.wants:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from redis.exceptions import NoScriptError
 
 from imstream.redis.cluster import Cluster
-from imstream.redis.connection import Argument
+from imstream.redis.connection import Argument, OnRoundtrip
 from imstream.redis.errors import AccessLog
 from imstream.redis.pipeline import MAX_BATCH, Pipeline
 from imstream.redis.pools import make_pool
@@ -24,7 +24,7 @@ def to_dict(flat: Sequence[Any]) -> dict[Any, Any]:
 class RedisClient:
     """Sends commands in shared pipelines, over at most `connections` to each server. Use as a context manager."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one is required, the others are options
         self,
         url: str | SecretUrl,
         *,
@@ -32,11 +32,19 @@ class RedisClient:
         timeout: timedelta,
         access_log: AccessLog | None = None,
         block: timedelta | None = None,
+        on_roundtrip: OnRoundtrip | None = None,
     ) -> None:
         """`block`: how much longer than `timeout` each command may take; then no two share a pipeline."""
         limit, max_batch = (timeout, MAX_BATCH) if block is None else (timeout + block, 1)
         log = access_log or AccessLog()
-        connect = partial(Pipeline, connections=connections, timeout=limit, access_log=log, max_batch=max_batch)
+        connect = partial(
+            Pipeline,
+            connections=connections,
+            timeout=limit,
+            access_log=log,
+            max_batch=max_batch,
+            on_roundtrip=on_roundtrip,
+        )
         parsed = RedisUrl.parse(url)
         self.topology: Topology = parsed.topology
         self._servers = (

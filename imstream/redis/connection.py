@@ -33,6 +33,12 @@ ASKING: Command = (b"*1\r\n$6\r\nASKING\r\n", None)
 """Lets the next command of a connection use a key of a slot that is being moved to this server."""
 
 CLOSED = "the connections to Redis are closed"
+SAMPLE_INTERVAL = 0.1
+"""Minimum seconds between two measured round trips of a connection: measuring each would cost 2 % of a batch."""
+
+OnRoundtrip = Callable[[float], None]
+"""Is called with the seconds from the sending of a batch to its last reply."""
+
 _CLOSED_BY_REDIS = "Redis has closed the connection"
 
 _INCOMPLETE = object()
@@ -54,12 +60,15 @@ class RedisConnection(asyncio.Protocol):
         timeout: timedelta,
         on_idle: Callable[["RedisConnection"], None],
         access_log: AccessLog,
+        on_roundtrip: OnRoundtrip | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
         self._timeout = timeout.total_seconds()
         self._on_idle = on_idle
         self._access_log = access_log
+        self._on_roundtrip = on_roundtrip
+        self._next_sample = 0.0
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.Transport | None = None
         """None while there is no usable connection."""
@@ -102,6 +111,9 @@ class RedisConnection(asyncio.Protocol):
         if self._busy and not self._replies:
             if self._demoted:
                 self._disconnect()  # the next connection is made to the current master
+            if self._on_roundtrip is not None and (now := self._loop.time()) >= self._next_sample:
+                self._next_sample = now + SAMPLE_INTERVAL
+                self._on_roundtrip(now - self._deadline + self._timeout)
             self._become_idle()
 
     def eof_received(self) -> None:

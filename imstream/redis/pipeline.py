@@ -15,7 +15,7 @@ from typing import Any
 from redis.asyncio import ConnectionPool
 
 from imstream.errors import StoreUnavailable
-from imstream.redis.connection import ASKING, CLOSED, Argument, Command, RedisConnection, fail_all, pack
+from imstream.redis.connection import ASKING, CLOSED, Argument, Command, OnRoundtrip, RedisConnection, fail_all, pack
 from imstream.redis.errors import AccessLog
 
 MAX_WAITING = 10_000
@@ -34,15 +34,24 @@ MAX_BATCH_DELAY = 0.005
 class Pipeline:
     """Sends commands to one server in shared batches. It owns the pool and the connections."""
 
-    def __init__(
-        self, pool: ConnectionPool, *, connections: int, timeout: timedelta, access_log: AccessLog, max_batch: int
+    def __init__(  # noqa: PLR0913 - one is required, the others are options
+        self,
+        pool: ConnectionPool,
+        *,
+        connections: int,
+        timeout: timedelta,
+        access_log: AccessLog,
+        max_batch: int,
+        on_roundtrip: OnRoundtrip | None = None,
     ) -> None:
         self._pool = pool
         self._max_batch = max_batch
         self._queue: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
         self._connections = [
-            RedisConnection(pool, timeout=timeout, on_idle=self._on_idle, access_log=access_log)
+            RedisConnection(
+                pool, timeout=timeout, on_idle=self._on_idle, access_log=access_log, on_roundtrip=on_roundtrip
+            )
             for _ in range(connections)
         ]
         self._idle = list(self._connections)

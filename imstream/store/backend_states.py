@@ -43,10 +43,11 @@ class BackendStates:
         """The states, by node and name. Nodes that do not publish them have none. Raises `StoreError`."""
         nodes = sorted(await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1))
         hashes = await asyncio.gather(*(self._redis.execute("HGETALL", self._keys.backends(node)) for node in nodes))
-        return {node: _decode(found) for node, found in zip(nodes, hashes, strict=True)}
+        return {node: decode_states(found) for node, found in zip(nodes, hashes, strict=True)}
 
 
-def _decode(found: Any) -> dict[str, Any]:  # noqa: ANN401 - what Redis answers
+def decode_states(found: Any) -> dict[str, Any]:  # noqa: ANN401 - what Redis answers
+    """The states of one node, by name."""
     fields = found if isinstance(found, dict) else to_dict(found)
     states = dict[str, Any]()
     for name, text in fields.items():

@@ -2,19 +2,22 @@
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis.exceptions import ResponseError
 
-from imstream.clock import Day, to_timedelta
+from imstream.clock import Day, now_ms, time_of, to_timedelta
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
+from imstream.model import Waiting
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.redis.errors import error_from_reply
-from imstream.store.nodes import entry_time, redis_now
+from imstream.store.backend_states import decode_states
+from imstream.store.leases import Holder
+from imstream.store.replies import waiting_of
 from imstream.store.scripts import LUA
 from imstream.user_ids import UserId
 
@@ -22,17 +25,18 @@ MAX_SHOWN = 20  # requests in progress that are listed; all are counted
 
 
 @dataclass(frozen=True, slots=True)
-class InProgress:
-    """A request that a consumer works on. `deliveries`: this one, and those before whose worker died.
+class Unfinished:
+    """A request that was admitted `since` ago.
 
-    `age`: since it was admitted. `since`: since it was delivered to this consumer.
+    `deliveries`: the last one, and those before whose worker died. `waiting`: why it waits for its backend, if it does.
     """
 
     entry_id: str
-    consumer: str
-    age: timedelta
+    user: str
+    message_id: str
     since: timedelta
-    deliveries: int
+    deliveries: int = 0
+    waiting: Waiting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +54,41 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class StreamOverview:
-    """The stream of one node. `in_progress`: requests by consumer; the first `MAX_SHOWN` of them are the `oldest`."""
+    """The stream of one node.
+
+    Attributes:
+        in_progress: Number of requests by consumer.
+        oldest: The first `MAX_SHOWN` of them.
+        next: The next request to be delivered.
+        holder: The process that runs the node; None: none does.
+        adopter: The node that has adopted the stream.
+        dead_nodes: Consumers without a lease.
+        backends: The backends of the node that reads the stream, as it sees them, by name.
+    """
 
     unfinished: int
     in_progress: dict[str, int]
-    oldest: list[InProgress]
+    oldest: list[Unfinished]
+    next: Unfinished | None
     dead: int
     newest_dead: list[DeadLetter]
+    holder: Holder | None = None
+    adopter: str | None = None
+    dead_nodes: tuple[str, ...] = ()
+    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def waiting(self) -> int:
         """Requests that were not delivered yet."""
         return self.unfinished - sum(self.in_progress.values())
+
+    @property
+    def slots(self) -> int:
+        """Maximum requests in work at the node that reads the stream; 0: not known."""
+        working = [one for one in self.backends.values() if one.get("state") != "away"] or [*self.backends.values()]
+        limits: list[tuple[int, bool]] = [(one.get("slots", 0), one.get("sharesSlots", False)) for one in working]
+        shared = max((limit for limit, is_shared in limits if is_shared), default=0)
+        return shared + sum(limit for limit, is_shared in limits if not is_shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +139,30 @@ async def is_node(redis: RedisClient, keys: Keys, node: str) -> bool:
 async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: int) -> StreamOverview:
     """Inspect the stream of a node and its `newest` dead letters. `StoreRefused` names a key written by hand."""
     stream, dead = keys.requests(node), keys.dead(node)
-    length, dead_length, letters, (in_progress, oldest) = await asyncio.gather(
+    length, dead_length, letters, lease, adopter, (in_progress, oldest, following) = await asyncio.gather(
         _read(redis, "XLEN", stream),
         _read(redis, "XLEN", dead),
         _read(redis, "XREVRANGE", dead, "+", "-", "COUNT", newest),
-        _in_progress(redis, stream),
+        _read(redis, "GET", keys.lease(node)),
+        _read(redis, "GET", keys.adopter(node)),
+        _unfinished(redis, keys, stream),
+    )
+    reader = node if lease is not None else adopter or node
+    states, *leases = await asyncio.gather(
+        _read(redis, "HGETALL", keys.backends(reader)),
+        *(_read(redis, "EXISTS", keys.lease(consumer)) for consumer in in_progress),
     )
     return StreamOverview(
         unfinished=length,
         in_progress=in_progress,
         oldest=oldest,
+        next=following,
         dead=dead_length,
         newest_dead=[_dead_letter(entry_id, flat) for entry_id, flat in letters or ()],
+        holder=None if lease is None else Holder.decode(lease),
+        adopter=adopter,
+        dead_nodes=tuple(consumer for consumer, exists in zip(in_progress, leases, strict=True) if not exists),
+        backends=decode_states(states),
     )
 
 
@@ -142,20 +181,38 @@ async def _read(redis: RedisClient, command: str, key: str, *rest: Argument) -> 
         raise StoreRefused(f"{key}: {refused}") from None
 
 
-async def _in_progress(redis: RedisClient, stream: str) -> tuple[dict[str, int], list[InProgress]]:
+async def _unfinished(
+    redis: RedisClient, keys: Keys, stream: str
+) -> tuple[dict[str, int], list[Unfinished], Unfinished | None]:
+    """The number of requests in work by consumer, the oldest of them, and the next request to be delivered."""
+    summary: list[Any] = []
+    counts, rows, after = dict[str, int](), list[Any](), "-"
     with suppress(StoreRefused):  # no such stream or group
-        summary, rows, now = await asyncio.gather(
+        summary, rows = await asyncio.gather(
             redis.execute("XPENDING", stream, GROUP),
             redis.execute("XPENDING", stream, GROUP, "-", "+", MAX_SHOWN),
-            redis_now(redis),
         )
         counts = {consumer: int(count) for consumer, count in summary[3] or ()}
-        ages = (to_timedelta(max(0, now - entry_time(row[0]))) for row in rows)
-        return counts, [
-            InProgress(entry_id, consumer, age, timedelta(milliseconds=idle), deliveries)
-            for (entry_id, consumer, idle, deliveries), age in zip(rows, ages, strict=True)
-        ]
-    return {}, []
+        after = f"({summary[2]}" if summary[2] else "-"  # entries are delivered in their order
+    waiting, *found = await asyncio.gather(
+        _read(redis, "XRANGE", stream, after, "+", "COUNT", 1),
+        *(redis.execute("XRANGE", stream, row[0], row[0]) for row in rows),
+    )
+    oldest = [_describe(row[0], entries) for row, entries in zip(rows, found, strict=True)]
+    records = await asyncio.gather(
+        *(_read(redis, "XREVRANGE", keys.reply(one.user, one.message_id), "+", "-", "COUNT", 1) for one in oldest)
+    )
+    shown = [
+        replace(one, deliveries=row[3], waiting=waiting_of(to_dict(record[0][1])) if record else None)
+        for one, row, record in zip(oldest, rows, records, strict=True)
+    ]
+    return counts, shown, _describe(waiting[0][0], waiting) if waiting else None
+
+
+def _describe(entry_id: str, entries: list[Any]) -> Unfinished:
+    fields = to_dict(entries[0][1]) if entries else {}
+    age = to_timedelta(max(0, now_ms() - time_of(entry_id)))
+    return Unfinished(entry_id, fields.get("user", "?"), fields.get("message_id", "?"), age)
 
 
 def _dead_letter(entry_id: str, flat: list[str]) -> DeadLetter:

@@ -15,6 +15,7 @@ from pydantic_core import from_json, to_json
 from imstream.clock import milliseconds, now_ms, to_timedelta
 from imstream.errors import StoreError, StoreRefused
 from imstream.keys import GROUP, Keys
+from imstream.metrics import Metrics
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
@@ -97,8 +98,9 @@ class NotAdopted:
 class Leases:
     """The lease of this node, those of other nodes, and the adoption of dead nodes' streams."""
 
-    def __init__(self, redis: RedisClient, settings: Settings) -> None:
+    def __init__(self, redis: RedisClient, settings: Settings, metrics: Metrics | None = None) -> None:
         self.node = settings.node
+        self._metrics = metrics or Metrics()
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._duration = milliseconds(settings.lease)
@@ -114,6 +116,7 @@ class Leases:
         keys = [key(self.node) for key in of_node]
         answer = await LUA["acquire_lease"].run(self._redis, keys, (*lease, *consumer, *status))
         if answer[0] == "held":
+            self._metrics.saw_stream(self.node, int(answer[2]), answer[3], int(answer[4]))
             return Held(restarted=answer[1] == "1")
         return HeldByOther(Holder.decode(answer[1]), _time_left(answer[2]) or timedelta())
 
@@ -150,7 +153,10 @@ class Leases:
         """Adopt the stream of a node, or renew the adoption, for the duration of a lease."""
         keys = (self._keys.lease(node), self._keys.adopter(node), self._keys.requests(node))
         verdict, *rest = await LUA["adopt"].run(self._redis, keys, (self.node, self._duration))
-        return Adopted(int(rest[0])) if verdict == "adopted" else NotAdopted(rest[0] if rest else None)
+        if verdict != "adopted":
+            return NotAdopted(rest[0] if rest else None)
+        self._metrics.saw_stream(node, int(rest[0]), rest[1], int(rest[2]))
+        return Adopted(int(rest[0]))
 
     async def has_pending(self, node: str) -> bool:
         """Whether requests in the stream of a node are pending under our name."""
@@ -164,6 +170,7 @@ class Leases:
 
     async def release_stream(self, node: str) -> bool:
         """End the adoption. False when requests are still pending under our name."""
+        self._metrics.forget_stream(node)
         keys = (self._keys.adopter(node), self._keys.requests(node))
         return int(await LUA["release_stream"].run(self._redis, keys, (self.node, GROUP))) == 0
 

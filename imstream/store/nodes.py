@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from imstream.clock import to_timedelta
+from imstream.clock import time_of, to_timedelta
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.redis.client import RedisClient, to_dict
@@ -63,12 +63,6 @@ async def redis_now(redis: RedisClient) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
-def entry_time(entry_id: str) -> int:
-    """The time in an entry id, in milliseconds since 1970; 0 if it has none."""
-    text = entry_id.partition("-")[0]
-    return int(text) if text.isdecimal() else 0
-
-
 async def inspect_nodes(redis: RedisClient, keys: Keys) -> list[NodeOverview]:
     """All nodes of the directory, by name. Raises `StoreError`."""
     rows = await redis.execute("ZRANGE", keys.nodes(), 0, -1, "WITHSCORES")
@@ -87,7 +81,7 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
         redis.execute("XRANGE", keys.requests(node), "-", "+", "COUNT", 1),
         _pending(redis, keys.requests(node)),
     )
-    oldest = to_timedelta(max(0, now - entry_time(first[0][0]))) if first else None
+    oldest = to_timedelta(max(0, now - time_of(first[0][0]))) if first else None
     helpers = {consumer: count for consumer, count in pending.items() if consumer != node}
     stream: dict[str, Any] = {"unfinished": unfinished, "oldest": oldest, "adopter": adopter, "helpers": helpers}
     if lease is None:

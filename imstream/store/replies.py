@@ -3,11 +3,11 @@
 import asyncio
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic_core import to_json
 
-from imstream.clock import milliseconds
+from imstream.clock import milliseconds, time_of
 from imstream.keys import Keys
 from imstream.model import (
     TERMINAL_EVENTS,
@@ -39,6 +39,7 @@ class Opened:
 
     Attributes:
         nodes: Those with a socket of the user.
+        at: When, in milliseconds since 1970 by the clock of Redis.
         counted: Attempts before this one that count: those that did more than wait for their backend.
         waited: Since the message first had to wait for a backend, on any node; None: it had not.
         continued: How it continues the recorded text; None: it begins again.
@@ -46,9 +47,17 @@ class Opened:
 
     attempt: int
     nodes: tuple[str, ...] = ()
+    at: int = field(default=0, compare=False)
     counted: int = field(default=0, compare=False)
     waited: timedelta | None = field(default=None, compare=False)
     continued: Continued | None = None
+
+
+class Beginning(NamedTuple):
+    """When the first attempt was opened, and when the first text was recorded, in ms since 1970 by Redis' clock."""
+
+    opened_at: int | None
+    text_at: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +138,12 @@ class ReplyStore:
         """How long a message is listed after an attempt has begun: longer than its reply is kept."""
 
     async def mark_queued(
-        self, user_id: UserId, message_id: str, question: Question = _NO_QUESTION
+        self, user_id: UserId, message_id: str, question: Question = _NO_QUESTION, *, request: str = ""
     ) -> tuple[str, ...] | None:
         """Record that the message waits for a worker; the nodes with a socket of the user. None: its reply exists."""
-        keys, arguments = self._keys_of(user_id, message_id), (message_id, question.text, question.digest, MAX_LISTED)
-        answer = await LUA["mark_queued"].run(self._redis, keys, (self._queued_ttl, *arguments), urgent=False)
+        arguments = (self._queued_ttl, message_id, question.text, question.digest, MAX_LISTED, request)
+        keys = self._keys_of(user_id, message_id)
+        answer = await LUA["mark_queued"].run(self._redis, keys, arguments, urgent=False)
         return None if answer[0] == "known" else tuple(answer[1:])
 
     async def open(  # noqa: PLR0913 - the named arguments of one script
@@ -175,11 +185,10 @@ class ReplyStore:
         )
         arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text)
         match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
-            case ["opened", attempt, counted, waited, *nodes]:
-                return Opened(int(attempt), tuple(nodes), int(counted), None if waited == "" else _span(waited))
-            case ["continued", attempt, counted, waited, how, *nodes]:
+            case ["opened" | "continued" as verdict, entry_id, attempt, counted, waited, *rest]:
+                continued = Continued.parse(*rest.pop(0)) if verdict == "continued" else None
                 waiting = None if waited == "" else _span(waited)
-                return Opened(int(attempt), tuple(nodes), int(counted), waiting, Continued.parse(*how))
+                return Opened(int(attempt), tuple(rest), time_of(entry_id), int(counted), waiting, continued)
             case ["ended", event, owner]:
                 return Ended(event, owner)
             case ["other_question"]:
@@ -257,12 +266,12 @@ class ReplyStore:
             return None
         attempt, start, texts, terminal, question, waiting = 0, None, list[str](), None, None, None
         continued: Continued | None = None
-        thinking = False
+        thinking, request = False, ""
         for entry_id, flat in entries:
             fields = to_dict(flat)
             attempt, text = int(fields["attempt"]), fields.get("text", "")
             if entry_id == after:
-                start, waiting, thinking = int(fields["offset"]), _waiting(fields), "thinking" in fields
+                start, waiting, thinking = int(fields["offset"]), waiting_of(fields), "thinking" in fields
                 continue
             if fields["event"] not in _KNOWN_EVENTS:
                 continue  # of a newer release, or written by hand
@@ -275,17 +284,21 @@ class ReplyStore:
             elif start is None:
                 start = int(fields["offset"]) - len(text)
             texts.append(text)
-            waiting, thinking = _waiting(fields), "thinking" in fields
+            request = fields.get("request", request)
+            waiting, thinking = waiting_of(fields), "thinking" in fields
             if fields["event"] in TERMINAL_EVENTS:
                 terminal = Terminal.from_fields(fields)
         return Record(
-            attempt, "".join(texts), terminal, start or 0, entries[-1][0], question, waiting, continued, thinking
+            *(attempt, "".join(texts), terminal, start or 0, entries[-1][0], question, waiting, continued, thinking),
+            request=request,
         )
 
-    async def has_shown_text(self, user_id: UserId, message_id: str) -> bool:
-        """Whether any attempt has recorded text, including attempts that were restarted."""
+    async def beginning(self, user_id: UserId, message_id: str) -> Beginning:
+        """When a message was begun, on whichever node, and when its first text was recorded, restarted or not."""
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
-        return any(to_dict(flat).get("text") for _, flat in entries)
+        rows = [(time_of(entry_id), to_dict(flat)) for entry_id, flat in entries]
+        opened = (at for at, fields in rows if fields["event"] == "opened")
+        return Beginning(next(opened, None), next((at for at, fields in rows if fields.get("text")), None))
 
     async def messages(self, user_id: UserId) -> dict[str, str]:
         """The newest messages of a user that have a record, oldest first, each with its last event."""
@@ -301,7 +314,8 @@ class ReplyStore:
         return self._keys.reply(user_id, message_id), self._keys.route(user_id)
 
 
-def _waiting(fields: dict[str, str]) -> Waiting | None:
+def waiting_of(fields: dict[str, str]) -> Waiting | None:
+    """Why a message waits for its backend, by the last entry of its record; None: it does not."""
     return Waiting.from_fields(fields) if fields["event"] == "waiting" else None
 
 

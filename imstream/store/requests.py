@@ -8,6 +8,7 @@ from datetime import timedelta
 from imstream.clock import milliseconds, now_ms
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
+from imstream.metrics import Metrics, reason_label
 from imstream.model import ChatRequest
 from imstream.redis.client import BlockingReader, RedisClient, to_dict
 from imstream.redis.connection import Argument
@@ -66,10 +67,13 @@ class RequestStream:
         *,
         node: str | None = None,
         dead_letters: DeadLetterBounds | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.consumer = settings.node
         self.node = settings.node if node is None else node
         keys = self._all_keys = Keys(settings.key_prefix)
+        self._metrics = metrics or Metrics()
+        self._state = self._metrics.stream(self.node)
         self._redis = redis
         self._reader = reader
         self._limits = (settings.queue_limit, settings.user_limit)
@@ -89,7 +93,10 @@ class RequestStream:
         """Append a request unless the node's or the user's cap is reached."""
         arguments: tuple[Argument, ...] = (*self._limits, GROUP, str(request.user_id), *request.fields())
         verdict, *rest = await LUA["admit"].run(self._redis, self._keys, arguments)
-        return Admitted(rest[0], int(rest[1])) if verdict == "admitted" else QueueFull(by_user=verdict == "user_full")
+        if verdict != "admitted":
+            return QueueFull(by_user=verdict == "user_full")
+        self._state.admitted(rest[0], int(rest[2]))
+        return Admitted(rest[0], int(rest[1]))
 
     async def ensure_group(self) -> bool:
         """Create the consumer group if it is missing, and recount the users' requests. True when it was created."""
@@ -164,22 +171,35 @@ class RequestStream:
         """Check that the server that has the stream answers."""
         await self._redis.execute("EXISTS", self._stream)
 
+    def request_id(self, entry_id: str) -> str:
+        """The id of a request in records of replies."""
+        return f"{self.node}/{entry_id}"
+
     async def is_unfinished(self, request: str) -> bool:
-        """Whether a request, given as `node/entry id`, is in the stream of its node."""
+        """Whether a request, given by its id in records, is in the stream of its node."""
         node, _, entry_id = request.rpartition("/")
         return bool(await self._redis.execute("XRANGE", self._all_keys.requests(node), entry_id, entry_id))
 
-    async def finish(self, entry: Entry) -> None:
-        """Acknowledge and delete a request whose terminal event is recorded."""
+    async def finish(self, entry: Entry) -> bool:
+        """Acknowledge and delete a request whose terminal event is recorded. False: it was not there."""
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""))
         # Not urgent: no caller waits for the reply, and a request admitted meanwhile is sent behind it, so it fits.
-        await LUA["finish"].run(self._redis, self._keys, arguments, urgent=False)
+        was_there, left = await LUA["finish"].run(self._redis, self._keys, arguments, urgent=False)
+        self._state.ended(entry.entry_id, int(left))
+        return bool(was_there)
 
-    async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> None:
-        """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator."""
+    async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> bool:
+        """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator.
+
+        False: it was not there.
+        """
         added = ("reason", reason, "error", error, "attempts", attempts, "dead_at", now_ms())
         arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), self._dead_age, *added)
-        await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
+        was_there, left = await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
+        self._state.ended(entry.entry_id, int(left))
+        if was_there:  # else an earlier try was executed, and its answer lost
+            self._metrics.dead_letters[reason_label(reason)].inc()
+        return bool(was_there)
 
     async def trim_dead(self) -> None:
         """Drop the oldest dead letters beyond their bounds (I9)."""

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from imstream.clock import to_timedelta
+from imstream.clock import time_of, to_timedelta
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.model import TERMINAL_EVENTS
 from imstream.redis.client import RedisClient, to_dict
 from imstream.store.leases import is_node_id
-from imstream.store.nodes import entry_time
 from imstream.user_ids import UserId
 
 PAGE = 100
@@ -226,5 +225,5 @@ def _number(fields: Mapping[str, str], name: str) -> int:
 
 
 def _time(entry_id: str) -> datetime:
-    """The time in an entry id, or of a number of milliseconds."""
-    return datetime.fromtimestamp(entry_time(entry_id) / 1000, UTC)
+    """The time in an entry id, or of a number of milliseconds since 1970."""
+    return datetime.fromtimestamp(time_of(entry_id or "0") / 1000, UTC)

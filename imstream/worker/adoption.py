@@ -104,6 +104,7 @@ class Adopter:
         if self._stopping:  # another node must not wait until our adoption expires
             await self._release(node)
             return
+        self._deps.metrics.adoptions.inc()
         log.warning("stream of a dead node adopted", node=node, unfinished=verdict.unfinished)
         self._start(group, node, self._make_consumer(node))
 

@@ -15,13 +15,14 @@ from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardRejection
-from imstream.metrics import Metrics
+from imstream.metrics import Metrics, reason_label
 from imstream.model import ChatRequest
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
+from imstream.worker.account import RequestLog
 from imstream.worker.disposition import Limits
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 from imstream.worker.reply_writer import ReplyWriter
@@ -49,6 +50,7 @@ class WorkerDeps:
     stall: StallDetector
     on_begun: Callable[[ReplyBuffer], None]
     metrics: Metrics = field(default_factory=Metrics)
+    request_log: RequestLog
 
 
 class CannotContinue(Exception):  # noqa: N818 - not an error
@@ -85,6 +87,9 @@ class AttemptRunner:
             ):
                 raise CannotContinue
         messages = await deps.prompter.messages(request, upstream.backend)
+        metrics, result = deps.metrics, "stopped"
+        if beginning:
+            metrics.continuations[upstream.name].inc()
         try:
             completion = await upstream.backend.answer(
                 messages,
@@ -92,20 +97,29 @@ class AttemptRunner:
                 on_reasoning=self._on_reasoning(request, writer),
                 written=written,
             )
+            metrics.add_tokens(upstream.name, completion.usage)
             upstream.gate.record_success()
             if filtered is not None:
                 filtered.end()
+            result = "done"
         except BackendError as error:
+            result = error.kind
+            metrics.add_tokens(upstream.name, error.usage)
             writer.forget_reasoning()
             upstream.record_failure(error, user=request.user_id)
             if beginning and not writer.has_text and may_be_about_request(error):
                 self.may_continue = False
-                log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error))
+                metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
+                ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
+                log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error), **ids)
                 raise CannotContinue from None
             raise
         except GuardRejection as rejection:
+            result = "refused"
             await deps.guards.record_rejection(rejection.verdict, request)
             raise
+        finally:
+            metrics.ai_calls[upstream.name, result].inc()
         return completion
 
     def _on_reasoning(self, request: ChatRequest, writer: ReplyWriter) -> Callable[[str], None] | None:

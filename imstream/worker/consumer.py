@@ -180,7 +180,15 @@ class StreamConsumer:
         inherited.pop(pending.entry_id, None)
         if entry is None:
             return
-        log.info("request claimed", of=self._requests.node, entry=entry.entry_id, deliveries=deliveries)
+        ids = {name: entry.fields.get(name) for name in ("message_id", "trace")}
+        log.info(
+            "request claimed",
+            **ids,
+            of=self._requests.node,
+            worker=pending.consumer,
+            entry=entry.entry_id,
+            deliveries=deliveries,
+        )
         await self._start(group, entry, slots)
         if is_suspect and entry.entry_id in self._running:
             self._suspect = entry.entry_id
@@ -227,10 +235,10 @@ class StreamConsumer:
             await job.run()
         except StoreError as error:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.
-            log.warning("redis away, request will be claimed again", entry=entry_id, error=str(error))
+            job.log.warning("redis away, request will be claimed again", entry=entry_id, error=str(error))
         except Exception:
             # For example, its reply stream was changed by hand. Other requests go on.
-            log.exception("request cannot be ended, will be claimed again", entry=entry_id)
+            job.log.exception("request cannot be ended, will be claimed again", entry=entry_id)
         finally:
             self._running.discard(entry_id)
             if self._suspect == entry_id:

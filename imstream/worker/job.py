@@ -12,6 +12,7 @@ from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
+from imstream.metrics import reason_label
 from imstream.model import ChatRequest, Terminal, Usage, Waiting, usage_sum
 from imstream.redis.errors import retry_until_available
 from imstream.settings import Settings
@@ -27,6 +28,7 @@ from imstream.store.replies import (
     WaitRecorded,
 )
 from imstream.store.requests import Entry, RequestStream
+from imstream.worker.account import Account
 from imstream.worker.attempt import AttemptRunner, CannotContinue, WorkerDeps
 from imstream.worker.disposition import (
     INTERNAL_ERROR,
@@ -72,7 +74,10 @@ class Job:
         self.upstream: Upstream | None = None
         """The backend of its call. At the start, one whose breaker is half-open, if this request is to try it."""
         self._deps = deps
-        self._id = f"{stream.node}/{entry.entry_id}"
+        self._id = stream.request_id(entry.entry_id)
+        self._account = Account(entry.entry_id)
+        self._is_ours = False
+        """Whether the message belongs to this request. A message that is sent again has several, and one answer."""
         self._runner = AttemptRunner(request, deps)
         self._verdict = verdict
         self._writer: ReplyWriter | None = None
@@ -98,17 +103,22 @@ class Job:
             disposition = await self._decide()
             if isinstance(disposition, Bury | Decline):
                 disposition = await self._record_failure(disposition)
+            if self._is_ours and not self._account.knows_beginning and disposition != Leave():
+                self._account.load(await self._deps.replies.beginning(self.reply.user_id, self.reply.message_id))
+            was_there = False
             match disposition:
                 case Finish():
-                    await self.stream.finish(self.entry)
+                    was_there = await self.stream.finish(self.entry)
                 case Bury(reason, error):
                     await self._refund()
-                    await self.stream.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
-                    self._log.error("request buried", reason=reason, error=error, attempts=self._attempts)
+                    was_there = await self.stream.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
+                    self.log.error("request buried", reason=reason, error=error, attempts=self._attempts)
                 case Decline(refusal=refusal):
                     if not refusal.violation:
                         await self._refund()
-                    await self.stream.finish(self.entry)
+                    was_there = await self.stream.finish(self.entry)
+            if was_there and self._is_ours:  # it is removed once, and so counted once
+                self._deps.request_log.write(self._account, self.request, self.reply, stream=self.stream.node)
             self.is_finished = not (disposition == Leave() and self._stop_reason == "drained")
         finally:
             self._release_upstream()
@@ -149,7 +159,7 @@ class Job:
         except StoreError:
             return
         if isinstance(result, Rejected) and writer is self._writer:  # else it was the attempt before
-            self._log.warning("reply stream rejects this attempt", why=result.reason, attempt=self.reply.fence)
+            self.log.warning("reply stream rejects this attempt", why=result.reason, attempt=self.reply.fence)
             self.stop("superseded")
 
     async def recheck(self) -> None:
@@ -164,7 +174,8 @@ class Job:
             self.stop("superseded")
 
     @property
-    def _log(self) -> FilteringBoundLogger:
+    def log(self) -> FilteringBoundLogger:
+        """A logger for lines about this request."""
         return log.bind(trace=self.request.trace, user=self.request.user_id, message_id=self.request.message_id)
 
     async def _decide(self) -> Disposition:
@@ -172,9 +183,9 @@ class Job:
             return self._verdict or before_start(self.entry.deliveries, self._deps.limits) or await self._answer()
         except StoreError:
             raise
-        except Exception as error:  # noqa: BLE001 - logged with its trace, and the client is told
+        except Exception as error:
             # A defect of ours ends this request only.
-            self._log.exception("job failed")
+            self.log.exception("job failed")
             return Bury(INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
     async def _answer(self) -> Disposition:
@@ -196,7 +207,7 @@ class Job:
             if attempt.retry_state.attempt_number > 1:
                 # If the lease has run out meanwhile, another node may be working on the request (I7).
                 if await retry_until_available(lambda: self.stream.is_taken_over(self.entry)):
-                    self._log.warning("request was taken over by another node", attempt=self.reply.fence)
+                    self.log.warning("request was taken over by another node", attempt=self.reply.fence)
                     return Leave()
                 decision = await (self._call() if isinstance(decision, Wait) else self._attempt())
             attempt.retry_state.set_result(decision)
@@ -225,6 +236,7 @@ class Job:
             return upstream
         called = list[Upstream]()
         while True:
+            self._account.backend = upstream.name
             try:
                 completion = await self._runner.run(upstream, writer)
             except GuardRejection as rejection:
@@ -241,7 +253,8 @@ class Job:
                     self.upstream = backends.take_other(called, continuing=writer.beginning != "", tokens=tokens)
                 if self.upstream is None:
                     return await self._after_failure(error, upstream, has_text=writer.has_text)
-                self._log.info(
+                self._count_retry(error, upstream)
+                self.log.info(
                     "next backend is called", backend=upstream.name, reason=error.reason, instead=self.upstream.name
                 )
                 upstream = self.upstream
@@ -287,11 +300,16 @@ class Job:
             limits=self._deps.limits,
         )
         self._broke = (upstream,) if isinstance(decision, Retry) else ()
+        if not isinstance(decision, Bury):
+            self._count_retry(error, upstream)
         if isinstance(decision, Wait):
             await self._wait(decision, upstream)
         elif isinstance(decision, Retry):
-            self._log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.fence)
+            self.log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.fence)
         return decision
+
+    def _count_retry(self, error: BackendError, upstream: Upstream) -> None:
+        self._deps.metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
 
     async def _wait(self, decision: Wait, upstream: Upstream) -> None:
         """Record that the message waits."""
@@ -303,7 +321,7 @@ class Job:
         if isinstance(result, WaitRecorded):
             self.reply.wait(why)
             if self._waits_since is None:
-                self._log.warning("message waits for its backend", backend=why.backend, reason=why.reason)
+                self.log.warning("message waits for its backend", backend=why.backend, reason=why.reason)
             self._waits_since = asyncio.get_running_loop().time() - result.waited.total_seconds()
         elif result.reason != "gone":  # else the next append records the reply again
             self.stop("superseded")
@@ -345,15 +363,17 @@ class Job:
             if not await retry_until_available(lambda: self.stream.is_unfinished(owner)):
                 opened = await open_reply(lost=owner)
                 if isinstance(opened, Opened):  # else it has just ended
-                    self._log.warning("taking over a message whose request is lost", lost=owner)
+                    self.log.warning("taking over a message whose request is lost", lost=owner)
         if isinstance(opened, Opened):
-            self._attempts = opened.attempt
+            self._attempts, self._is_ours = opened.attempt, True
             self._usage = None if opened.continued is None else opened.continued.usage
             is_first = opened.attempt == self.request.earlier_attempts + 1
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
+            self._account.open(opened, reply)
             if is_first:
                 deps.on_begun(reply)
+                deps.request_log.begin(self.request, stream=self.stream.node)
             notice = ReplyGrew(reply.user_id, reply.message_id, begun=is_first)
             self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
@@ -386,13 +406,14 @@ class Job:
         assert self._writer is not None  # noqa: S101 - there is one after opening
         match await self._writer.end(terminal):
             case Appended():
+                self._account.end(self.reply, self._deps.request_log.sockets)
                 self.reply.end(terminal)
                 return Finish()
             case Rejected("ended"):
                 await self._load_record()
                 return Finish()
             case rejected:
-                self._log.warning("reply stream rejects the end", why=rejected.reason, attempt=self.reply.fence)
+                self.log.warning("reply stream rejects the end", why=rejected.reason, attempt=self.reply.fence)
                 return Leave()
 
     async def _after_stop(self) -> Disposition:
@@ -405,6 +426,7 @@ class Job:
                 if isinstance(receipt, CancelRecorded):
                     await self._deps.inbox.notify(receipt.nodes, ReplyGrew(reply.user_id, reply.message_id))
                 elif receipt == "unknown":  # Redis has lost the reply
+                    self._account.end(reply, self._deps.request_log.sockets)
                     reply.end(Terminal("cancelled"))
                 await self._load_record()
                 return Finish()
@@ -421,9 +443,9 @@ class Job:
     async def _refund(self) -> None:
         """Give back what the message has cost its user, unless an attempt has shown text."""
         reply, replies, guards = self.reply, self._deps.replies, self._deps.guards
-        self._showed_text = self._showed_text or await retry_until_available(
-            lambda: replies.has_shown_text(reply.user_id, reply.message_id)
-        )
+        if not self._showed_text:
+            beginning = await retry_until_available(lambda: replies.beginning(reply.user_id, reply.message_id))
+            self._showed_text = beginning.text_at is not None
         if not self._showed_text:
             await retry_until_available(lambda: guards.on_failure(self.request))
 
@@ -432,6 +454,9 @@ class Job:
         reply, replies = self.reply, self._deps.replies
         record = await retry_until_available(lambda: replies.read(reply.user_id, reply.message_id))
         if record is not None:
+            self._is_ours = self._is_ours or record.request in {self._id, ""}
+            if record.terminal is not None:
+                self._account.end(reply, self._deps.request_log.sockets, record.position)
             reply.load(record)
 
 

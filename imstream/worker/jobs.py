@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import structlog
-
 from imstream.ai.router import Backends
 from imstream.errors import StoreUnavailable
 from imstream.redis.errors import retry_until_available
@@ -29,8 +27,6 @@ TOGETHER = 32
 
 CANCEL_WAIT = 1.0
 """Seconds that another node has to cancel a message that it works on. Then it is cancelled without its last text."""
-
-log = structlog.get_logger()
 
 
 @dataclass
@@ -66,6 +62,9 @@ class Jobs:
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._jobs)
 
     @property
     def free_slots(self) -> int:
@@ -204,4 +203,4 @@ class Jobs:
             results = await asyncio.gather(*(job.flush() for job in jobs), return_exceptions=True)
             for job, error in zip(jobs, results, strict=True):
                 if error is not None:
-                    log.error("text cannot be recorded", entry=job.entry.entry_id, exc_info=error)
+                    job.log.error("text cannot be recorded", entry=job.entry.entry_id, exc_info=error)

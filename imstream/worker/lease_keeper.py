@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -174,9 +175,11 @@ class LeaseKeeper:
 class StallDetector:
     """Measures how late a timer is; `limit` seconds are a stall, and make Redis seem lost. `run` until cancelled."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, on_tick: Callable[[float], None] = lambda _: None) -> None:
+        """`on_tick`: is called with each lateness, in seconds."""
         self._loop = asyncio.get_running_loop()
         self._limit = limit
+        self._on_tick = on_tick
         self._due = float("inf")
         self._ended_at = float("-inf")
 
@@ -191,6 +194,7 @@ class StallDetector:
             self._due = self._loop.time() + STALL_TICK
             await asyncio.sleep(STALL_TICK)
             late = self._loop.time() - self._due
+            self._on_tick(max(0.0, late))
             if late > self._limit:
                 self._ended_at = self._loop.time()
                 log.warning("event loop stood still: the process was frozen or had no CPU", seconds=round(late, 1))

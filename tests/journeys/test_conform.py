@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imstream.cli.conform import SCENARIOS
+from imstream.cli.conform import SCENARIOS, SECTIONS
 from tests.support.npm import node
 from tests.support.processes import PYTHON
 from tests.support.scripted_ws import USER, scripted_server
@@ -18,6 +19,7 @@ from tests.support.waiting import SLOW
 ROOT = Path(__file__).parents[2]
 NPM = ROOT / "tests" / "npm"
 EXAMPLES = ROOT / "ops" / "docs" / "examples"
+DRIVER = EXAMPLES / "conform_driver.py"
 SMALL = (EXAMPLES / "client.py").read_text("utf-8")
 
 
@@ -35,16 +37,19 @@ async def conform(command: Sequence[str | Path], *only: str, limit: int) -> tupl
     [
         pytest.param("node", NPM / "conforming.mjs", id="our client in Node.js"),
         pytest.param("python", ROOT / "tests" / "support" / "conforming.py", id="our Python client"),
-        pytest.param("node", EXAMPLES / "client.mjs", id="the example for Node.js"),
-        pytest.param("python", EXAMPLES / "client.py", id="the example in Python"),
+        pytest.param("node", EXAMPLES / "conform_driver.mjs", id="the example for Node.js"),
+        pytest.param("python", DRIVER, id="the example in Python"),
     ],
 )
 async def test_passes_every_scenario(program: str, file: Path, tmp_path: Path) -> None:
-    if program == "node" and file.parent == EXAMPLES:  # it imports ws from beside itself
+    command: list[str | Path] = [*node(NPM)] if program == "node" else [sys.executable]
+    if file.parent == EXAMPLES:  # it imports ws from beside itself
         (tmp_path / "node_modules").symlink_to(NPM / "node_modules")
-        file = Path(shutil.copy(file, tmp_path))
-    command = node(NPM) if program == "node" else [sys.executable]
-    code, table = await conform([*command, file], limit=20 * SLOW)
+        client = shutil.copy(EXAMPLES / f"client{file.suffix}", tmp_path)
+        command += [shutil.copy(file, tmp_path), client]
+    else:
+        command += [file]
+    code, table = await conform(command, limit=20 * SLOW)
     assert code == 0, table
     assert f"{len(SCENARIOS)} of {len(SCENARIOS)} scenarios passed" in table
 
@@ -62,20 +67,28 @@ async def test_a_server_that_is_not_ready_does_not_end_a_program_in_node() -> No
         await process.wait()
 
 
+@pytest.mark.parametrize("name", ["client.mjs", "client.py"])
+def test_the_examples_are_short(name: str) -> None:
+    lines = (EXAMPLES / name).read_text("utf-8").splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 120
+
+
 BREAKS = [
-    ("login", "?userId={userId}", ""),
-    ("resume", ', offset=frame.get("offset", 0)', ""),
+    ("login", "?userId={user_id}", ""),
+    ("resume", '("messageId", "attempt", "offset")', '("messageId", "attempt")'),
     ("busy", 'frame["retryAfterMs"] / 1000', "0.05"),
 ]
 """Changes of the example in Python that a scenario finds at once."""
 
 SLOW_BREAKS = [
-    ("chat", 'or code == "EXPIRED"', ""),
-    ("resume", "self.send_again(message)", "pass"),
-    ("cancel", 'in message["again"].values()', 'in message["again"].values() if "CHAT" in message["again"] else ()'),
-    ("drain", "resume[-64:]", "resume[-1:]"),
+    ("chat", '{"EXPIRED": "expired"}.get(frame["code"], "refused")', '"refused"'),
+    ("resume", 'self.write(message["again"])', "pass"),
+    ("refused", 'event == "refused" and not message["point"]', 'frame["code"] == "FORBIDDEN"'),
+    ("cancel", 'self.write(message["again"])', 'self.write({"CHAT": message["again"].get("CHAT")})'),
+    ("drain", "points[-64:]", "points[-1:]"),
     ("token", "4500 < closed", "4500 <= closed"),
-    ("closed", "4500 < closed <= 4999", "closed == 1"),
+    ("closed", "4500 < closed < 5000", "closed == 1"),
     ("heartbeat", 'frame.get("heartbeatMs", 25_000) / 1000', "60"),
     ("cut", 'message["text"] + frame["contents"]', 'frame["contents"]'),
     ("unknown", 'event in ("accepted", "restart", "delta")', "event"),
@@ -90,6 +103,32 @@ async def test_finds_what_is_wrong(scenario: str, right: str, wrong: str, tmp_pa
     assert right in SMALL
     client = tmp_path / "client.py"
     client.write_text(SMALL.replace(right, wrong))
-    code, table = await conform([sys.executable, client], scenario, limit=SLOW)
+    code, table = await conform([sys.executable, DRIVER, client], scenario, limit=SLOW)
     assert code == 1
     assert "0 of 1 scenarios passed" in table
+
+
+async def test_tells_what_was_expected_what_happened_before_and_where_to_read_on(tmp_path: Path) -> None:
+    client = tmp_path / "client.py"
+    client.write_text(SMALL.replace('frame["retryAfterMs"] / 1000', "0.05"))
+    _, table = await conform([sys.executable, DRIVER, client], "busy", limit=20 * SLOW)
+    assert re.search(r"CHAT again after 0\.\d\d s, expected 0\.3 s", table)
+    happened = re.findall(r"^ +(step|client|server) .*?(send|CHAT|BUSY)", table, re.MULTILINE)
+    assert happened[-4:] == [("step", "send"), ("client", "CHAT"), ("server", "BUSY"), ("client", "CHAT")]
+    assert "see ops/docs/protocol.md#codes\n" in table
+
+
+async def test_a_client_that_exits_is_not_waited_for(tmp_path: Path) -> None:
+    client = tmp_path / "client.py"
+    client.write_text("raise SystemExit(3)")
+    async with asyncio.timeout(60 * SLOW):
+        code, table = await conform([sys.executable, client], "login", "chat", limit=3600)
+    assert code == 1
+    assert table.count("the client has exited with 3\n") == 2
+
+
+def test_every_scenario_names_a_section_of_the_protocol() -> None:
+    headings = re.findall(r"^##* (.*)$", (ROOT / "ops" / "docs" / "protocol.md").read_text("utf-8"), re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(SECTIONS) <= anchors
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(SCENARIOS)

@@ -67,7 +67,7 @@ async def test_the_token_of_a_user_names_who_may_use_keys_and_who_is_logged(node
         return [line["user"] for line in lines if line["event"] == event]
 
     await wait_until(lambda: len(logged("session closed")) == 2 * len(IDS), "every session is logged")
-    assert logged("session opened") == [user for user in IDS for _ in range(2)]
+    assert logged("session closed") == [user for user in IDS for _ in range(2)]
 
 
 @pytest.mark.parametrize("typed", ["ada+im@example.com", "ada%2Bim%40example.com", "ada%2bim@example.com"])

@@ -20,7 +20,10 @@ function connect({ url, userId, tokens }) {
 function send({ messageId, contents }) {
   const sender = client;
   const message = sender.send(contents, [], messageId);
-  message.addEventListener("refused", ({ detail }) => setTimeout(() => sender.resend(message), detail.retryAfterMs));
+  message.addEventListener("refused", ({ detail: { retryAfterMs } }) => {
+    if (retryAfterMs) setTimeout(() => sender.resend(message), retryAfterMs);
+    else report({ messageId, outcome: "refused" });
+  });
   message.ended.then(({ status, text }) => report({ messageId, outcome: status, text }));
 }
 

@@ -95,7 +95,7 @@ class Job:
     request: ChatRequest
     attempt: int = 0
     recorded: int = 0
-    then: Callable[[], Coroutine[Any, Any, None]] | None = None
+    then: Callable[[], Coroutine[Any, Any, object]] | None = None
 
     @property
     def request_id(self) -> str:
@@ -381,10 +381,10 @@ class StoreUsed(RuleBasedStateMachine):
                 assert verdict == Rejected("superseded")
                 self._drop(job)
 
-    def _finishing(self, job: Job) -> Callable[[], Coroutine[Any, Any, None]]:
+    def _finishing(self, job: Job) -> Callable[[], Coroutine[Any, Any, object]]:
         return lambda: self._streams[job.stream, job.by].finish(job.entry)
 
-    def _burying(self, job: Job) -> Callable[[], Coroutine[Any, Any, None]]:
+    def _burying(self, job: Job) -> Callable[[], Coroutine[Any, Any, object]]:
         async def bury() -> None:
             if job.entry.entry_id in self._unfinished[job.stream]:
                 self._buried[job.stream] += 1

@@ -21,6 +21,7 @@ from imstream.ai.upstream import Upstream
 from imstream.gateway.cursor import Cursor, ReplyEnded, TextGrown, TextReset
 from imstream.guards.chain import GuardChain
 from imstream.keys import GROUP, Keys
+from imstream.metrics import Metrics
 from imstream.model import Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
@@ -29,6 +30,7 @@ from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
+from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
@@ -168,6 +170,7 @@ class WorkerHarness:
     lease_keeper: LeaseKeeper
     begun: list[str]
     upstream: Upstream
+    metrics: Metrics
     keys: Keys = field(default_factory=Keys)
     running: asyncio.Task[None] | None = None
 
@@ -209,7 +212,7 @@ class WorkerHarness:
         """Admit a request; return its entry id."""
         verdict = await self.requests.admit(replace(chat_request(user, message_id), **fields))
         assert isinstance(verdict, Admitted)
-        await self.replies.mark_queued(user, message_id)
+        await self.replies.mark_queued(user, message_id, request=self.requests.request_id(verdict.entry_id))
         return verdict.entry_id
 
     def follow(self, message_id: str = "m", *, user: int = USER, **where: Any) -> Follower:  # noqa: ANN401 - see there
@@ -309,7 +312,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
 ) -> WorkerHarness:
     requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
     inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
-    buffers, begun = ReplyBuffers(), list[str]()
+    buffers, begun, metrics = ReplyBuffers(), list[str](), Metrics()
     backends = Backends(known, backend)
     jobs = Jobs(known, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
     deps = WorkerDeps(
@@ -325,6 +328,8 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         lease_keeper=LeaseKeeper(leases, known),
         stall=StallDetector(known.lease.total_seconds()),
         on_begun=lambda reply: begun.append(reply.message_id),
+        metrics=metrics,
+        request_log=RequestLog(known.node, metrics, lambda _: (0, 0)),
     )
 
     def make_consumer(node: str) -> StreamConsumer:
@@ -343,4 +348,5 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         lease_keeper=deps.lease_keeper,
         upstream=next(iter(backends)),
         begun=begun,
+        metrics=metrics,
     )

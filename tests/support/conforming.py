@@ -37,7 +37,9 @@ async def send(client: Client, online: asyncio.Event, message_id: str, contents:
         try:
             result = await reply.result()
         except Refused as refused:
-            await asyncio.sleep((refused.retry_after or timedelta(seconds=1)).total_seconds())
+            if refused.retry_after is None:
+                return report(messageId=message_id, outcome="refused", text="")
+            await asyncio.sleep(refused.retry_after.total_seconds())
         else:
             return report(messageId=message_id, outcome=result.outcome, text=result.text)
 

@@ -63,6 +63,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], 
         shutil.copy(PACKAGE / "imstream.js", folder / name / "actual.js")
         shutil.copy(FOLDER / "agreement.ts", folder / name)
     shutil.copy(FOLDER / "sample.ts", folder)
+    shutil.copy(ROOT / "ops" / "docs" / "examples" / "client.mjs", folder)
     shutil.copy(FOLDER / "tsconfig.json", folder)
     (folder / "package.json").write_text('{"type": "module"}')
     return package, subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
@@ -73,7 +74,7 @@ def test_npm_packs_the_client_and_its_types(compiled: tuple[dict[str, str], str]
     assert package == {"version": version("imstream-server"), "files": "imstream.d.ts imstream.js package.json"}
 
 
-def test_types_suffice_for_a_sample_that_uses_every_event_and_agree_with_the_code(
+def test_types_suffice_for_a_sample_that_uses_every_event_and_for_the_example_and_agree_with_the_code(
     compiled: tuple[dict[str, str], str],
 ) -> None:
     assert [

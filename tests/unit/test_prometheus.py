@@ -74,7 +74,7 @@ def node_series() -> dict[str, set[str]]:
     found = {sample.name: set(sample.labels) for family in registry.collect() for sample in family.samples}
     # Families with labels have no samples before the first event.
     for name, collector in registry._names_to_collectors.items():  # noqa: SLF001 - it offers no other way
-        if isinstance(collector, MetricWrapperBase) and name.endswith(ENDINGS[collector._type]):  # noqa: SLF001 - same
+        if isinstance(collector, MetricWrapperBase) and name.endswith(ENDINGS[str(collector._type)]):  # noqa: SLF001 - same
             found[name] = {*found.get(name, ()), *collector._labelnames}  # noqa: SLF001 - same
     return found
 

@@ -28,6 +28,7 @@ class FakeSession:
     ends_at: float | None = None
     warn_at: float | None = None
     has_asked: bool = False
+    was_slow: bool = False
     told: list[tuple[str, CloseCode, Code, Text, float]] = field(default_factory=list)
     warned: list[float] = field(default_factory=list)
 

@@ -17,7 +17,8 @@
 -- ARGV[6]  the node, as a consumer
 -- ARGV[7]  milliseconds to keep KEYS[2]
 -- ARGV[8…] field, value, … of the status
--- Returns  {'held', '1' when Redis was restarted since the instance before} by this process
+-- Returns  {'held', '1' when Redis was restarted since the instance before, unfinished requests, id of the first or '',
+--            time in ms} by this process
 --          | {'refused', the holder as JSON, milliseconds left}
 
 local holder = redis.call('GET', KEYS[1])
@@ -61,4 +62,7 @@ else
     redis.call('DEL', KEYS[2])
     redis.call('SET', KEYS[2], now, 'PX', ARGV[7])
 end
-return {'held', restarted}
+-- For metrics: a stream of another type must not cost the lease.
+local length, first = redis.pcall('XLEN', KEYS[3]), redis.pcall('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1]
+local time = redis.call('TIME')
+return {'held', restarted, tonumber(length) or 0, first and first[1] or '', time[1] * 1000 + math.floor(time[2] / 1000)}

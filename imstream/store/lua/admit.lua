@@ -7,7 +7,7 @@
 -- ARGV[3]  consumer group
 -- ARGV[4]  user
 -- ARGV[5…] field, value, … of the entry
--- Returns  {'admitted', entry id, requests not yet given to a worker} | {'node_full'} | {'user_full'}
+-- Returns  {'admitted', entry id, requests not yet given to a worker, unfinished requests} | {'node_full'} | {'user_full'}
 
 local unfinished = redis.call('XLEN', KEYS[1])
 if unfinished >= tonumber(ARGV[1]) then
@@ -20,4 +20,4 @@ local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 5))
 redis.call('HINCRBY', KEYS[2], ARGV[4], 1)
 -- Before the first worker came there is no group, and nothing is pending.
 local pending = redis.pcall('XPENDING', KEYS[1], ARGV[3])
-return {'admitted', id, unfinished + 1 - (pending.err and 0 or pending[1])}
+return {'admitted', id, unfinished + 1 - (pending.err and 0 or pending[1]), unfinished + 1}

@@ -8,12 +8,12 @@
 -- ARGV[3]  user
 -- ARGV[4]  milliseconds to keep dead letters: the stream expires so long after the newest
 -- ARGV[5…] field, value, … that replace or are added to those of the entry
--- Returns  1 when the entry was there, else 0
+-- Returns  {1 when the entry was there, else 0, unfinished requests that are left}
 
 local entries = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 if #entries == 0 then
-    return 0
+    return {0, redis.call('XLEN', KEYS[1])}
 end
 redis.call('XDEL', KEYS[1], ARGV[2])
 local fields, added = {unpack(ARGV, 5)}, {}
@@ -31,4 +31,4 @@ redis.call('PEXPIRE', KEYS[3], ARGV[4])
 if redis.call('HINCRBY', KEYS[2], ARGV[3], -1) <= 0 then
     redis.call('HDEL', KEYS[2], ARGV[3])
 end
-return 1
+return {1, redis.call('XLEN', KEYS[1])}

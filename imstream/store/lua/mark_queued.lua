@@ -8,6 +8,7 @@
 -- ARGV[3]  question
 -- ARGV[4]  digest of the whole question
 -- ARGV[5]  how many messages are kept in KEYS[3]
+-- ARGV[6]  its request: node and entry id
 -- Returns  {'queued', node, …} | {'known'} when the reply stream was there
 
 if redis.call('EXISTS', KEYS[1]) == 1 then
@@ -15,7 +16,8 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
 end
 local nodes = redis.call('SMEMBERS', KEYS[2])
 local id = redis.call(
-    'XADD', KEYS[1], '*', 'attempt', 0, 'event', 'queued', 'offset', 0, 'v', 1, 'question', ARGV[3], 'digest', ARGV[4]
+    'XADD', KEYS[1], '*', 'attempt', 0, 'event', 'queued', 'offset', 0, 'v', 1, 'question', ARGV[3], 'digest', ARGV[4],
+    'request', ARGV[6]
 )
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 

@@ -27,8 +27,9 @@
 -- ARGV[13] usage of the calls that wrote them; '' if the caller knows none
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
 -- ARGV[15] '1' if the request was made from a dead letter
--- Returns  {'opened', attempt, counted attempts before it, milliseconds since it began to wait or '', node, …}
---          | {'continued', the same three, {wire, valid, usage, text}, node, …}
+-- Returns  {'opened', id of the entry, attempt, counted attempts before it, milliseconds since it began to wait or '',
+--           node, …}
+--          | {'continued', the same four, {wire, valid, usage, text}, node, …}
 --          | {'ended', event, owner} | {'duplicate', owner} | {'other_question'}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
@@ -161,6 +162,6 @@ if since then
 end
 if continued then
     local how = {continued.wire, continued.valid, continued.usage, continued.text}
-    return {'continued', attempt + 1, counted, waited, how, unpack(nodes)}
+    return {'continued', id, attempt + 1, counted, waited, how, unpack(nodes)}
 end
-return {'opened', attempt + 1, counted, waited, unpack(nodes)}
+return {'opened', id, attempt + 1, counted, waited, unpack(nodes)}
