@@ -7,7 +7,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -81,7 +81,7 @@ async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:
             denied = "denies access" if isinstance(error, StoreDenied) else "does not answer"
             findings.append(Finding("redis", "error", f"{settings.redis_url} {denied}: {error}"))
     findings += await _backends(settings, call=call)
-    return [*findings, _port(settings, nodes), _open_files(settings)]
+    return [*findings, *_ports(settings, nodes), _open_files(settings)]
 
 
 async def _redis(redis: RedisClient, settings: Settings) -> AsyncIterator[Finding]:
@@ -145,24 +145,34 @@ async def _check(one: Upstream, *, call: bool) -> BackendError | None:
     return None
 
 
-def _port(settings: Settings, nodes: list[NodeOverview]) -> Finding:
-    """Whether the port is free, or has a process that runs a node on this machine."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    address = f"{settings.host} port {settings.port}"
+def _ports(settings: Settings, nodes: list[NodeOverview]) -> Iterator[Finding]:
+    """Whether the ports are free, or have a process on this machine that runs this node already."""
+    here = (one for one in nodes if one.host == socket.gethostname() and one.address)
+    user = next((one for one in here if (one.address or "").endswith(f":{settings.port}")), None)
+    listeners = {"port": (settings.host, settings.port), "metrics": settings.metrics_address(settings.port)}
+    for name, address in listeners.items():
+        if address is None:
+            continue
+        where, change = f"{address[0]} port {address[1]}", f"choose another {Settings.variable(name)}"
+        error = _why_taken(*address)
+        if error is None:
+            yield Finding(name, "ok", f"{where} is free")
+        elif error != errno.EADDRINUSE:
+            yield Finding(name, "error", f"{where}: {os.strerror(error) if error > 0 else 'the host is not known'}")
+        elif user is None:
+            yield Finding(name, "error", f"{where} is used by another program: {change}")
+        else:
+            used = f"{where} is used by node {user.node} (process {user.pid})"
+            own = user.node == settings.node
+            yield Finding(name, "ok" if own else "error", used if own else f"{used}: {change}")
+
+
+def _why_taken(host: str, port: int) -> int | None:
     try:
-        socket.create_server((settings.host, settings.port), family=family).close()
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return Finding("port", "error", f"{address}: {os.strerror(error.errno or 0)}")
-        host = socket.gethostname()
-        here = [one for one in nodes if one.host == host and (one.address or "").endswith(f":{settings.port}")]
-        if not here:
-            return Finding("port", "error", f"{address} is used by another program: choose another IMSTREAM_PORT")
-        [user, *_] = here
-        own = user.node == settings.node
-        used = f"{address} is used by node {user.node} (process {user.pid})"
-        return Finding("port", "ok" if own else "error", used if own else f"{used}: choose another IMSTREAM_PORT")
-    return Finding("port", "ok", f"{address} is free")
+        return error.errno or errno.EINVAL
+    return None
 
 
 def _open_files(settings: Settings) -> Finding:

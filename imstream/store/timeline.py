@@ -77,14 +77,16 @@ class _Search:
         last = self.found.events[-1] if self.found.events else None
         opened = [one for one in self.found.events if one.event == "opened" and "request" in one.about]
         self.found.request = opened[-1].about["request"] if opened else None
+        asked = opened[0].about["request"] if opened else None
         ended = last is not None and last.event in TERMINAL_EVENTS
-        request = None if ended else await self._unfinished_request()
-        letter = await self._letter(last) if last is None or last.event == "failed" or not (ended or request) else None
-        self._add_question(request, letter)
-        if last is not None:
-            await self._describe(last, request)
-        elif request is not None:
+        request = await (self._retried(last) if ended else self._unfinished_request())
+        may_be_dead = request is None and (last is None or last.event == "failed" or not ended)
+        letter = await self._letter(last) if may_be_dead else None
+        self._add_question(asked or self.found.request, request or letter)
+        if request is not None and (ended or last is None):
             await self._describe_unopened()
+        elif last is not None:
+            await self._describe(last, request)
         elif letter is not None:
             self.found.state, self.found.now = "failed", "it was given up; its reply has expired"
             self.found.unknown.append("its attempts: its reply has expired")
@@ -103,6 +105,18 @@ class _Search:
                 return row
         return None
 
+    async def _retried(self, last: Event | None) -> Row | None:
+        """The request that was made from the dead letter, if no worker has opened it yet."""
+        if last is None or last.event != "failed" or self.found.request is None:
+            return None
+        node, _, before = self.found.request.rpartition("/")
+        row = await self._find(self.keys.requests(node))
+        if row is None or row[0] == before:  # it is just about to be buried
+            return None
+        self.found.request = f"{node}/{row[0]}"
+        self.found.events.append(Event(_time(row[0]), "retried", 0, 0, {"node": node, "entry": row[0]}))
+        return row
+
     async def _letter(self, last: Event | None) -> Row | None:
         """The dead letter: of the node of the request, or of any if that is not known."""
         nodes = [self.found.request.rpartition("/")[0]] if self.found.request else await self._nodes()
@@ -118,17 +132,16 @@ class _Search:
             )
         return None
 
-    def _add_question(self, request: Row | None, letter: Row | None) -> None:
-        """Put first when it was asked: the id of its request is the time of its admission."""
-        if self.found.request is not None:
-            node, _, entry_id = self.found.request.rpartition("/")
-            about = {"node": node, "entry": entry_id}
-            if source := request or letter:
-                about |= {name: source[1][name] for name in ("trace", "lang") if name in source[1]}
-            if entry_id.partition("-")[0].isdecimal():
-                self.found.events.insert(0, Event(_time(entry_id), "asked", 0, 0, about))
-        elif self.found.events:
-            self.found.unknown.append("when it was asked, and on which node")
+    def _add_question(self, asked: str | None, source: Row | None) -> None:
+        """Put first when it was asked: the id of its first request is the time of its admission."""
+        if asked is None:
+            if self.found.events:
+                self.found.unknown.append("when it was asked, and on which node")
+            return
+        node, _, entry_id = asked.rpartition("/")
+        about = {"node": node, "entry": entry_id}
+        about |= {name: source[1][name] for name in ("trace", "lang") if source and name in source[1]}
+        self.found.events.insert(0, Event(_time(entry_id), "asked", 0, 0, about))
 
     async def _describe(self, last: Event, request: Row | None) -> None:
         """Say what state it is in, by the last event of its reply."""

@@ -137,7 +137,9 @@ def test_a_port_is_free_ours_or_that_of_another_program(
         with node.now.process:
             [(state, text)] = findings(**given, port=node.port)["port"]
             assert (state, text.endswith(f"is used by node 0 (process {node.now.process.pid})")) == ("ok", True)
-            [(state, text)] = findings(**given, port=node.port, node="1")["port"]
+            taken = findings(**given, port=node.port, node="1", metrics="127.0.0.1:+1")
+            assert [state for state, _ in taken["metrics"]] == ["ok"]
+            [(state, text)] = taken["port"]
             assert (state, "is used by node 0" in text) == ("error", True)
 
 

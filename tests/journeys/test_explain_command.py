@@ -169,6 +169,13 @@ async def test_each_step_of_a_message_is_told_wherever_redis_is(empty_redis: Top
         assert found["events"][4]["about"]["characters"] == "6"
         assert found["events"][-1]["about"]["node"] == "0"
         with empty_redis.client() as client:
+            again = ("dead", "retry", "--redis", empty_redis.url, "--node", "0", "--user", str(USER))
+            assert (await asyncio.to_thread(CliRunner().invoke, main, again)).exit_code == 0
+            found = await explained(empty_redis, "m")
+            assert (events(found)[-2:], found["state"], found["now"]) == (["failed", "retried"], "queued", waits)
+            assert found["events"][0]["about"]["entry"] == entry_id
+            [entry] = await parts.requests.read(count=1, block=timedelta(seconds=1))
+            await parts.requests.bury(entry, reason="http_400", error="no such model", attempts=1)
             client.delete(KEYS.reply(USER, "m"))
             found = await explained(empty_redis, "m")
             assert (found["state"], events(found)) == ("failed", ["dead letter"])
