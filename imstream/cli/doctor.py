@@ -75,7 +75,8 @@ async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:
     async with RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout) as redis:
         nodes = list[NodeOverview]()
         try:
-            findings += [one async for one in _redis(redis, settings)]
+            async for one in _redis(redis, settings):
+                findings.append(one)  # noqa: PERF401 - those before an error count
             nodes = await inspect_nodes(redis, Keys(settings.key_prefix))
         except StoreError as error:
             denied = "denies access" if isinstance(error, StoreDenied) else "does not answer"

@@ -111,6 +111,7 @@ class Leases:
         """Acquire or renew the lease of this node. `dead`: the instance of a dead holder, whose lease is taken over."""
         of_node = (self._keys.lease, self._keys.redis_run, self._keys.requests, self._keys.status)
         status = [part for pair in self.status().items() for part in pair]
+        status += ["instance", holder.instance] if status else []
         lease = (holder.instance, holder.encode(), self._duration, dead)
         consumer = (GROUP, self.node, milliseconds(_REDIS_RUN_TTL))
         keys = [key(self.node) for key in of_node]

@@ -87,6 +87,8 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
     if lease is None:
         return NodeOverview(node, "dead", last_seen, **stream)
     holder, known = Holder.decode(lease), status if isinstance(status, dict) else to_dict(status)
+    if known.get("instance") != holder.instance:  # of a process before, and this one is of an older release
+        known = {}
     return NodeOverview(
         node,
         "stopping" if holder.stopping else "running",

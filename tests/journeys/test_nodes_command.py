@@ -113,9 +113,9 @@ def test_nodes_of_other_releases_strangers_and_gaps_are_told_wherever_redis_is(e
         lease = json.dumps({"instance": "i", "host": "h", "machine": "", "pid": 7, "address": "http://h:1"})
         for node in ("new", "old"):
             client.set(KEYS.lease(node), lease, ex=60)
-        client.hset(
-            KEYS.status("new"), mapping={"version": "9", "sessions": 3, "running": "x", "not_ready": "draining"}
-        )
+        status = {"instance": "i", "version": "9", "sessions": 3, "running": "x", "not_ready": "draining"}
+        client.hset(KEYS.status("new"), mapping=status)
+        client.hset(KEYS.status("old"), mapping=status | {"instance": "the one before"})
         client.xadd(KEYS.requests("gone"), {"user": "1"}, id="1-0")
         client.xgroup_create(KEYS.requests("gone"), GROUP, "0")
         client.xreadgroup(GROUP, "old", {KEYS.requests("gone"): ">"})
