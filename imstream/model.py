@@ -7,7 +7,6 @@ version; it leaves them to newer nodes.
 
 import hashlib
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -15,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic_core import from_json, to_json
 
 from imstream.texts import DEFAULT_LANG
+from imstream.tracing import read_traceparent
 from imstream.user_ids import UserId, UserIds
 from imstream.wire import MESSAGE_ID_PATTERN
 
@@ -93,7 +93,7 @@ class ChatRequest:
         history: Earlier turns, oldest first, as `(role, content)`.
         lang: Language of texts for the user: `zh` or `en`.
         at: When it was accepted, in milliseconds since 1970.
-        trace: Id in every log line about this request.
+        traceparent: Its place in a trace. The trace id is in every log line about this request.
         digest: Of the text that the client sent, before any guard changed it; empty in requests of older releases.
         reopens: If it was made from a dead letter: the attempts before, whose reply has ended as failed. Else None.
     """
@@ -104,7 +104,7 @@ class ChatRequest:
     history: tuple[tuple[str, str], ...]
     lang: str
     at: int
-    trace: str
+    traceparent: str
     digest: str = ""
     reopens: int | None = None
 
@@ -112,6 +112,11 @@ class ChatRequest:
     def earlier_attempts(self) -> int:
         """Attempts that were made before it was admitted."""
         return self.reopens or 0
+
+    @property
+    def trace(self) -> str:
+        """The trace id."""
+        return self.traceparent[3:35]
 
     @property
     def question(self) -> Question:
@@ -124,7 +129,7 @@ class ChatRequest:
         history = to_json([{"role": role, "content": content} for role, content in self.history]).decode()
         return (
             *("user", str(self.user_id), "message_id", self.message_id, "contents", self.contents),
-            *("history", history, "lang", self.lang, "at", str(self.at), "trace", self.trace),
+            *("history", history, "lang", self.lang, "at", str(self.at), "trace", self.traceparent),
             *("digest", self.digest, SCHEMA_FIELD, str(SCHEMA_VERSION)),
         )
 
@@ -142,7 +147,7 @@ class ChatRequest:
         known: dict[str, Any] = {"contents": "", "history": (), "lang": fields.get("lang") or DEFAULT_LANG}
         try:
             known |= {"user_id": _user_id(fields["user"], user_ids), "message_id": _message_id(fields["message_id"])}
-            known["trace"] = fields.get("trace") or secrets.token_hex(8)
+            known["traceparent"] = read_traceparent(fields.get("trace", ""))
             known["digest"] = fields.get("digest", "")
             known["reopens"] = _count(fields["reopens"]) if "reopens" in fields else None
             known["at"] = int(added_at) if added_at.isdecimal() else 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -43,6 +44,7 @@ from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.texts import Text
+from imstream.tracing import Tracing, wants_tracing
 from imstream.wire import FrameLimits
 from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
@@ -72,7 +74,8 @@ _POLL_INTERVAL = 0.05
 class Node:
     """One node. `serve` runs it until `shut_down` is called; then it drains and returns."""
 
-    def __init__(self, settings: Settings, backends: Backends) -> None:
+    def __init__(self, settings: Settings, backends: Backends, tracing: Tracing | None = None) -> None:
+        tracing = tracing or Tracing()
         self.settings = settings
         self._max_round = (settings.read_block + 2 * settings.redis_timeout).total_seconds()
         """Maximum seconds of one round of the consumer loop: a blocked read and two slow commands."""
@@ -120,6 +123,7 @@ class Node:
             stall=StallDetector(
                 min(settings.redis_timeout, settings.lease).total_seconds(), on_tick=metrics.loop_lag.observe
             ),
+            tracing=tracing,
             on_begun=registry.follow_new,
             metrics=metrics,
             request_log=RequestLog(settings.node, metrics, registry.followers),
@@ -167,6 +171,7 @@ class Node:
             scheduler=FlushScheduler(),
             metrics=metrics,
             busy_log=BusyLog(),
+            tracing=tracing,
             not_ready=self.not_ready,
         )
         app = make_app(session_deps, stuck=self.stuck)
@@ -354,15 +359,29 @@ async def keep_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
             await asyncio.sleep(_RESTART_PAUSE)
 
 
+def start_tracing(settings: Settings) -> Tracing:
+    """Return what records traces, if that is turned on."""
+    if not wants_tracing(os.environ):
+        return Tracing()
+    try:
+        from imstream.otel import OtelTracing  # noqa: PLC0415 - optional
+    except ImportError as error:
+        log.error("traces are not recorded: install imstream-server[otel]", error=str(error))  # noqa: TRY400 - no defect
+        return Tracing()
+    return OtelTracing(settings.node)
+
+
 async def serve(settings: Settings) -> None:
     """Serve one node until SIGTERM or SIGINT, then drain it; reload on SIGHUP."""
+    tracing = start_tracing(settings)
     async with Backends(settings) as backends:
-        node = Node(settings, backends)
+        node = Node(settings, backends, tracing)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, node.shut_down)
         loop.add_signal_handler(signal.SIGHUP, node.reload)
         await node.serve()
+    await tracing.stop()
 
 
 def run(settings: Settings) -> None:

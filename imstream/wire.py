@@ -8,13 +8,23 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 
 from imstream.clock import now_ms
 from imstream.codes import Code, Event, MsgType, State
 from imstream.strict_json import InvalidJson, InvalidNumber, parse_json
+from imstream.tracing import parse_traceparent
 from imstream.user_ids import UserId, UserIdField, UserIds
 
 USER_ID_FIELD = "userId"
@@ -107,6 +117,9 @@ class ClientChat(_Frame):
         default=[],
         description="earlier turns, oldest first: `role` is `user`, `assistant`, or where it is allowed `system`; "
         "`content` is the text",
+    )
+    traceparent: Annotated[str | None, BeforeValidator(parse_traceparent)] = Field(
+        None, description="the trace that it belongs to (W3C Trace Context); an invalid one is ignored"
     )
 
 

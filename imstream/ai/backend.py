@@ -7,7 +7,7 @@ that may refuse to report token counts: it is asked again without them, at once.
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
 from time import perf_counter
@@ -31,6 +31,7 @@ from imstream.ai.failures import failure
 from imstream.ai.time_limits import AnswerLimits, TimeLimits
 from imstream.errors import BackendError, PermanentBackendError
 from imstream.settings import Settings
+from imstream.tracing import CURRENT, HEADER
 from imstream.urls import redact_url
 
 PATH = "chat/completions"
@@ -165,13 +166,18 @@ class OpenAIBackend(EndpointClient):
         written: Written | None = None,
     ) -> Completion:
         """See `Backend.answer`."""
-        try:
-            return await self._answer(messages, _Call(on_text, on_reasoning, written))
-        except BackendError as error:
-            if error.reason == "first_token_timeout":
-                self._limits.on_silence()
-            self._locate(error)
-            raise
+        url = self._endpoint.url
+        with CURRENT.get().call(self.name, self._options.model, url.host or "", url.port) as span:
+            headers = {} if HEADER in self._endpoint.headers else {HEADER: span.traceparent}
+            try:
+                completion = await self._answer(messages, _Call(on_text, on_reasoning, written, headers))
+            except BackendError as error:
+                if error.reason == "first_token_timeout":
+                    self._limits.on_silence()
+                self._locate(error)
+                raise
+            span.answered(completion.finish_reason, completion.usage)
+            return completion
 
     async def _answer(self, messages: Sequence[PromptMessage], call: "_Call") -> Completion:
         prompt = {"messages": cast("JsonValue", adapt(messages, self._options))}
@@ -199,7 +205,7 @@ class OpenAIBackend(EndpointClient):
             data = to_json(body if call.written is None else continued(body, self._options, call.written))
         except PydanticSerializationError:
             raise PermanentBackendError("bad_prompt", "the prompt is not valid Unicode") from None
-        async with self._limits.start() as limits, await self._send(data, limits) as response:
+        async with self._limits.start() as limits, await self._send(data, limits, call.headers) as response:
             if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                 is_document = response.content_type == "application/json"
                 self._limits.on_head(limits, is_document=is_document)
@@ -215,13 +221,13 @@ class OpenAIBackend(EndpointClient):
             limits.stop()
             raise self._error(response, await self._read_error(response))
 
-    async def _send(self, data: bytes, limits: TimeLimits) -> aiohttp.ClientResponse:
+    async def _send(self, data: bytes, limits: TimeLimits, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """Send the request; return when the head of the response is received."""
         payload = _Payload(data, on_send=lambda: self._limits.on_send(limits))
         limits.expect("connect_timeout", within=self._options.connect_timeout)
         try:
             return await self._session.post(
-                self._endpoint.url, data=payload, allow_redirects=False, proxy=self._endpoint.proxy
+                self._endpoint.url, data=payload, headers=headers, allow_redirects=False, proxy=self._endpoint.proxy
             )
         except (aiohttp.ClientError, OSError) as error:
             # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
@@ -290,6 +296,7 @@ class _Call:
     on_text: Callable[[str], None]
     on_reasoning: Callable[[str], None] | None = None
     written: Written | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
     reader: AnswerReader | None = None
     received: int | None = None
 

@@ -30,10 +30,18 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of the signal, as in shells."""
 
 
-def run(url: str, user: UserId, token: str | None, lang: Lang, *, timing: Timing | None = None) -> int:
+def run(  # noqa: PLR0913 - the options of the command
+    url: str,
+    user: UserId,
+    token: str | None,
+    lang: Lang,
+    *,
+    traceparent: str | None = None,
+    timing: Timing | None = None,
+) -> int:
     """Chat until standard input ends. Exit code 1: no connection, or a message without a complete answer."""
     try:
-        return asyncio.run(_chat(url, user, token, lang, timing))
+        return asyncio.run(_chat(url, user, token, lang, traceparent, timing))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ClientError, ValueError) as error:
@@ -44,7 +52,9 @@ def run(url: str, user: UserId, token: str | None, lang: Lang, *, timing: Timing
         return 1
 
 
-async def _chat(url: str, user: UserId, token: str | None, lang: Lang, timing: Timing | None) -> int:
+async def _chat(  # noqa: PLR0913, PLR0917 - the same
+    url: str, user: UserId, token: str | None, lang: Lang, traceparent: str | None, timing: Timing | None
+) -> int:
     output = TerminalOutput()
     is_first = True
 
@@ -60,7 +70,7 @@ async def _chat(url: str, user: UserId, token: str | None, lang: Lang, timing: T
             output.note(localize(Text.CHAT_LOST, lang, why=isolate_direction(change.why), seconds=seconds))
 
     async with Client(url, user, token=token, lang=lang, timing=timing, on_change=on_change) as client:
-        return await _Chat(client, output, lang).run()
+        return await _Chat(client, output, lang, traceparent).run()
 
 
 CUTS = {"length": Text.CHAT_CUT, "content_filter": Text.CHAT_FILTERED}
@@ -70,8 +80,9 @@ CUTS = {"length": Text.CHAT_CUT, "content_filter": Text.CHAT_FILTERED}
 class _Chat:
     """One conversation with one user."""
 
-    def __init__(self, client: Client, output: TerminalOutput, lang: Lang) -> None:
+    def __init__(self, client: Client, output: TerminalOutput, lang: Lang, traceparent: str | None) -> None:
         self._client = client
+        self._traceparent = traceparent
         self._output = output
         self._lang = lang
         self._input = LineReader(sys.stdin.fileno())
@@ -104,7 +115,9 @@ class _Chat:
         message_id, result = uuid.uuid4().hex, None
         try:
             while result is None and not self._interrupted:
-                reply = await self._client.send(line, history=self._history, message_id=message_id)
+                reply = await self._client.send(
+                    line, history=self._history, message_id=message_id, traceparent=self._traceparent
+                )
                 try:
                     result = await self._follow(reply)
                 except Refused as refusal:

@@ -142,13 +142,16 @@ def node(ctx: click.Context, /, **options: str | None) -> None:
 @click.option("--user", default="10001", show_default=True, help="Your user id.")
 @click.option("--token", envvar=TOKEN, help="Your signed token; keep it secret with IMSTREAM_TOKEN.")
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_system_lang, help="Default: the terminal's language.")
+@click.option("--traceparent", envvar="TRACEPARENT", help="The trace of your messages (W3C Trace Context).")
 @settings_options(Settings, only=["user_ids"])
-def chat(url: str, user: str, token: str | None, lang: Lang, user_ids: str | None) -> None:
+def chat(  # noqa: PLR0913, PLR0917 - a parameter for each option
+    url: str, user: str, token: str | None, lang: Lang, traceparent: str | None, user_ids: str | None
+) -> None:
     """Chat in the terminal; it reconnects and resumes."""
     from imstream.cli.chat_terminal import run
 
     settings = Settings.load(**given({"user_ids": user_ids}))
-    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang))
+    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang, traceparent=traceparent))
 
 
 @main.command()

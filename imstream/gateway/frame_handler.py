@@ -1,7 +1,6 @@
 """Handles the frames of a client: login and resume, messages, cancels, heartbeats."""
 
 import asyncio
-import random
 import secrets
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from imstream.store.inbox import Inbox, MessageQueued
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
+from imstream.tracing import Tracing
 from imstream.user_ids import UserId
 from imstream.wire import USER_ID_FIELD, ClientFrame, FrameLimits, InvalidFrame, parse_frame
 from imstream.worker.consumer import StreamConsumer
@@ -70,6 +70,7 @@ class SessionDeps:
     scheduler: FlushScheduler
     metrics: Metrics
     busy_log: BusyLog
+    tracing: Tracing
     not_ready: Callable[[], str | None]
 
 
@@ -206,29 +207,31 @@ class FrameHandler:
         return size
 
     async def _count_chat(self, frame: wire.ClientChat) -> None:
+        deps, message_id = self._deps, frame.message_id or secrets.token_urlsafe(12)
         result: Admission = "unavailable"
         try:
-            with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
-                result = await self._chat(frame)
+            with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
+                with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
+                    result = await self._chat(frame, message_id, span.traceparent)
+                span.note(result)
         except StoreFull:
             result = "busy"
             raise
         finally:
-            self._deps.metrics.admissions[result].inc()
+            deps.metrics.admissions[result].inc()
 
-    async def _chat(self, frame: wire.ClientChat) -> Admission:
-        deps = self._deps
+    async def _chat(self, frame: wire.ClientChat, message_id: str, traceparent: str) -> Admission:
+        deps, user_id = self._deps, self._user_id()
         request = ChatRequest(
-            user_id=self._user_id(),
-            message_id=frame.message_id or "",  # never empty, see `handle`
+            user_id=user_id,
+            message_id=message_id,
             contents=frame.contents,
             history=tuple((turn.role, turn.content) for turn in frame.history),
             lang=self._frames.lang,
             at=now_ms(),
-            trace=f"{random.getrandbits(64):016x}",
+            traceparent=traceparent,
             digest=digest_of(frame.contents),
         )
-        user_id, message_id = request.user_id, request.message_id
         if deps.consumer.stopping:
             self._send_error(Code.UNAVAILABLE, Text.DRAINING, message_id, retry=True)
             return "unavailable"

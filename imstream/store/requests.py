@@ -89,6 +89,11 @@ class RequestStream:
         """Whether the consumer is the node of the stream."""
         return self.consumer == self.node
 
+    @property
+    def key(self) -> str:
+        """The key of the stream."""
+        return self._stream
+
     async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request unless the node's or the user's cap is reached."""
         arguments: tuple[Argument, ...] = (*self._limits, GROUP, str(request.user_id), *request.fields())

@@ -22,6 +22,7 @@ from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
+from imstream.tracing import Tracing
 from imstream.worker.account import RequestLog
 from imstream.worker.disposition import Limits
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
@@ -48,6 +49,7 @@ class WorkerDeps:
     leases: Leases
     lease_keeper: LeaseKeeper
     stall: StallDetector
+    tracing: Tracing
     on_begun: Callable[[ReplyBuffer], None]
     metrics: Metrics = field(default_factory=Metrics)
     request_log: RequestLog

@@ -28,6 +28,7 @@ from imstream.store.replies import (
     WaitRecorded,
 )
 from imstream.store.requests import Entry, RequestStream
+from imstream.tracing import CURRENT, Span
 from imstream.worker.account import Account
 from imstream.worker.attempt import AttemptRunner, CannotContinue, WorkerDeps
 from imstream.worker.disposition import (
@@ -84,6 +85,8 @@ class Job:
         self._scope: asyncio.Timeout | None = None
         """The cancel scope of the attempts; None when there is nothing left to stop."""
         self._stop_reason: StopReason | None = None
+        self._span = Span()
+        """That of the attempt."""
         self._attempts = 0
         self._showed_text = False
         """Whether an attempt of this job has shown text, recorded or not."""
@@ -124,6 +127,7 @@ class Job:
             self._release_upstream()
             if self._writer is not None:
                 self._writer.release()
+            self._span.end()
             self.ended.set()
 
     @property
@@ -305,6 +309,7 @@ class Job:
         if isinstance(decision, Wait):
             await self._wait(decision, upstream)
         elif isinstance(decision, Retry):
+            self._span.fail(error.reason, error.detail)
             self.log.warning("attempt failed, will retry", reason=error.reason, attempt=self.reply.fence)
         return decision
 
@@ -368,6 +373,7 @@ class Job:
             self._attempts, self._is_ours = opened.attempt, True
             self._usage = None if opened.continued is None else opened.continued.usage
             is_first = opened.attempt == self.request.earlier_attempts + 1
+            self._begin_span(opened)
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
             self._account.open(opened, reply)
@@ -377,6 +383,14 @@ class Job:
             notice = ReplyGrew(reply.user_id, reply.message_id, begun=is_first)
             self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
+
+    def _begin_span(self, opened: Opened) -> None:
+        tracing, about = self._deps.tracing, (self.request.traceparent, self.stream.key, self.request.message_id)
+        if opened.attempt == 1:
+            tracing.queued(*about, waited=self._account.since_admission(opened.at) or 0)
+        self._span.end()
+        self._span = tracing.attempt(*about, opened.attempt)
+        CURRENT.set(self._span)
 
     async def _not_opened(self, opened: Ended | Duplicate | OtherQuestion) -> Disposition:
         """Decide about a message that has ended or belongs to another request."""
@@ -404,6 +418,8 @@ class Job:
     async def _end(self, terminal: Terminal) -> Disposition:
         """Record the end, then show it to clients."""
         assert self._writer is not None  # noqa: S101 - there is one after opening
+        if terminal.reason is not None:
+            self._span.fail(terminal.reason, terminal.error or "")
         match await self._writer.end(terminal):
             case Appended():
                 self._account.end(self.reply, self._deps.request_log.sockets)
@@ -418,6 +434,7 @@ class Job:
 
     async def _after_stop(self) -> Disposition:
         reply, replies = self.reply, self._deps.replies
+        self._span.note(self._stop_reason or "")
         match self._stop_reason:
             case "cancelled":
                 if self._writer is not None:  # clients have seen the text so far

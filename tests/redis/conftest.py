@@ -16,6 +16,7 @@ from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
+from imstream.tracing import new_traceparent
 from imstream.user_ids import UserId
 from tests.conftest import SERVERS
 from tests.support.processes import free_port
@@ -89,5 +90,5 @@ def chat_request(user_id: UserId = 10001, message_id: str | None = None, content
         history=(("user", "hi"), ("assistant", "hello")),
         lang="zh",
         at=time.time_ns() // 1_000_000,
-        trace=secrets.token_hex(4),
+        traceparent=new_traceparent(),
     )

@@ -135,6 +135,8 @@ export class Message extends EventTarget {
   node: string | undefined;
   /** The last frame about it. */
   frame: Frame | undefined;
+  /** The trace that it belongs to (W3C Trace Context). */
+  traceparent: string | undefined;
   sent: boolean;
   accepted: boolean;
   cancelling: boolean;
@@ -171,7 +173,7 @@ export class ImstreamClient extends EventTarget {
   /** Drops the connection as if the network had failed; reconnect and resume follow. */
   drop(): void;
   /** Sends a message, now or as soon as there is a connection. */
-  send(contents: string, history?: Turn[], id?: string): Message;
+  send(contents: string, history?: Turn[], id?: string, options?: { traceparent?: string }): Message;
   /** Sends a refused message again, under the same id. */
   resend(message: Message): Message;
   /** Takes up a message that was accepted earlier, or on another device. */

@@ -83,6 +83,7 @@ export class Message extends EventTarget {
   /** @type {number | undefined} Its last known place in the queue. */ position;
   /** @type {string | undefined} The node that sent the last frame. */ node;
   /** @type {Frame | undefined} The last frame about it. */ frame;
+  /** @type {string | undefined} The trace that it belongs to (W3C Trace Context). */ traceparent;
   /** Whether it was sent. */ sent = false;
   /** Whether the service accepted it; then it is resumed, never resent. */ accepted = false;
   /** Whether cancellation is requested. */ cancelling = false;
@@ -223,9 +224,10 @@ export class ImstreamClient extends EventTarget {
    * @param {string} contents
    * @param {Turn[]} history  Earlier messages, oldest first.
    * @param {string} id       1 to 64 of A-Z a-z 0-9 . _ : -, unique for this user.
+   * @param {{ traceparent?: string }} [options]  The trace that it belongs to (W3C Trace Context).
    */
-  send(contents, history = [], id = newMessageId()) {
-    return this.resend(new Message(id, contents, history));
+  send(contents, history = [], id = newMessageId(), { traceparent } = {}) {
+    return this.resend(Object.assign(new Message(id, contents, history), { traceparent }));
   }
 
   /** Sends a refused message again, under the same id. @param {Message} message */
@@ -383,7 +385,8 @@ export class ImstreamClient extends EventTarget {
   #chat(message) {
     this.#probe(message);
     message.sent = true;
-    this.#send({ msgType: "CHAT", messageId: message.id, contents: message.contents, history: message.history });
+    const { id: messageId, contents, history, traceparent } = message;
+    this.#send({ msgType: "CHAT", messageId, contents, history, traceparent });
   }
 
   /** @param {object} frame */

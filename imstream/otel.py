@@ -1,0 +1,204 @@
+"""Records spans with OpenTelemetry and sends them to a collector, by OTLP over HTTP. The extra `otel` installs it.
+
+Imported only if it is turned on, see `wants_tracing`. Its standard variables (`OTEL_*`) say where spans are sent, which
+traces are sampled, and how much is buffered. Spans are sent by a thread of their own; nothing waits for it.
+
+Names are those of the semantic conventions 1.41, the last version with both messaging and generative AI.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from time import time_ns
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer
+
+from imstream import __version__
+from imstream.errors import BackendError
+from imstream.keys import GROUP
+from imstream.tracing import Span, Tracing
+
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
+
+SERVICE_NAME = "service.name"
+SERVICE_VERSION = "service.version"
+SERVICE_INSTANCE = "service.instance.id"
+ERROR_TYPE = "error.type"
+SERVER_ADDRESS = "server.address"
+SERVER_PORT = "server.port"
+SYSTEM = "messaging.system"
+DESTINATION = "messaging.destination.name"
+MESSAGE_ID = "messaging.message.id"
+OPERATION_NAME = "messaging.operation.name"
+OPERATION_TYPE = "messaging.operation.type"
+CONSUMER_GROUP = "messaging.consumer.group.name"
+GEN_AI_OPERATION = "gen_ai.operation.name"
+GEN_AI_PROVIDER = "gen_ai.provider.name"
+GEN_AI_MODEL = "gen_ai.request.model"
+GEN_AI_FINISH_REASONS = "gen_ai.response.finish_reasons"
+GEN_AI_USAGE = {"prompt_tokens": "gen_ai.usage.input_tokens", "completion_tokens": "gen_ai.usage.output_tokens"}
+BACKEND = "imstream.backend"
+ATTEMPT = "imstream.attempt"
+RESULT = "imstream.result"
+
+FLUSH_LIMIT = 2.0
+"""Seconds at the end of a node to send what is buffered."""
+
+_Attributes = Mapping[str, str | int | Sequence[str]]
+
+log = structlog.get_logger()
+
+
+class RecordedSpan(Span):
+    """A span of the SDK."""
+
+    __slots__ = ("_span", "_tracer")
+
+    def __init__(self, tracer: Tracer, span: trace.Span) -> None:
+        own = span.get_span_context()
+        super().__init__(f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}")
+        self._tracer = tracer
+        self._span = span
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, BackendError):
+            self.fail(error.reason, error.detail)
+        elif isinstance(error, Exception):
+            self.fail(type(error).__name__)
+        elif error is not None:
+            self.note("cancelled")
+        self.end()
+
+    def call(self, backend: str, model: str, host: str, port: int | None) -> Span:
+        attributes: dict[str, str | int] = {
+            GEN_AI_OPERATION: "chat",
+            GEN_AI_PROVIDER: "openai",
+            GEN_AI_MODEL: model,
+            SERVER_ADDRESS: host,
+            BACKEND: backend,
+        }
+        if port is not None:
+            attributes[SERVER_PORT] = port
+        return _begin(self._tracer, f"chat {model}", SpanKind.CLIENT, attributes, self._span)
+
+    def answered(self, finish_reason: str, usage: Mapping[str, int] | None) -> None:
+        self._span.set_attribute(GEN_AI_FINISH_REASONS, [finish_reason])
+        for name, count in (usage or {}).items():
+            if name in GEN_AI_USAGE:
+                self._span.set_attribute(GEN_AI_USAGE[name], count)
+
+    def fail(self, reason: str, detail: str = "") -> None:
+        self._span.set_attribute(ERROR_TYPE, reason)
+        self._span.set_status(Status(StatusCode.ERROR, detail or reason))
+
+    def note(self, result: str) -> None:
+        self._span.set_attribute(RESULT, result)
+
+    def end(self) -> None:
+        self._span.end()
+
+
+class OtelTracing(Tracing):
+    """Records the spans of a node, as far as its sampler decides so."""
+
+    def __init__(self, node: str) -> None:
+        own = Resource.create({SERVICE_NAME: "imstream", SERVICE_VERSION: __version__, SERVICE_INSTANCE: node})
+        # The operator's variables take precedence. No handler at exit: it would have no time limit.
+        self._provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
+        self._exporter = _Exporter()
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
+        self._tracer = self._provider.get_tracer("imstream", __version__, schema_url=SCHEMA_URL)
+        logging.getLogger("opentelemetry.sdk").setLevel(logging.ERROR)  # one line for each span that is not buffered
+        log.info("traces are recorded")
+
+    def receive(self, given: str | None, stream: str, message_id: str) -> Span:
+        attributes, parent = _about(stream, message_id), _remote(given) if given else None
+        return _begin(self._tracer, "receive CHAT", SpanKind.SERVER, attributes, parent)
+
+    def queued(self, traceparent: str, stream: str, message_id: str, *, waited: int) -> None:
+        attributes, since = _about(stream, message_id), time_ns() - waited * 1_000_000
+        _begin(self._tracer, f"queue {stream}", SpanKind.INTERNAL, attributes, _remote(traceparent), since).end()
+
+    def attempt(self, traceparent: str, stream: str, message_id: str, number: int) -> Span:
+        attributes = {
+            **_about(stream, message_id),
+            OPERATION_NAME: "attempt",
+            OPERATION_TYPE: "process",
+            CONSUMER_GROUP: GROUP,
+            ATTEMPT: number,
+        }
+        return _begin(self._tracer, f"attempt {stream}", SpanKind.CONSUMER, attributes, _remote(traceparent))
+
+    async def stop(self) -> None:
+        stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def shut_down() -> None:
+            self._provider.shutdown()
+            with suppress(RuntimeError):  # too late: the loop is closed
+                loop.call_soon_threadsafe(stopped.set)
+
+        # A thread that does not keep the process alive: a collector that does not answer takes the SDK longer.
+        threading.Thread(target=shut_down, name="otel-shutdown", daemon=True).start()
+        try:
+            async with asyncio.timeout(FLUSH_LIMIT):
+                await stopped.wait()
+        except TimeoutError:
+            if not self._exporter.failing:
+                log.warning("the last traces are not sent", limit_s=FLUSH_LIMIT)
+
+
+class _Exporter(SpanExporter):
+    """Sends spans. Logs once that they cannot be sent, and once that they can again; the SDK would do so each time."""
+
+    def __init__(self) -> None:
+        self.failing = False
+        self._error = ""
+        logging.getLogger(OTLPSpanExporter.__module__).addFilter(self._keep_error)
+        self._otlp = OTLPSpanExporter()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._error = ""
+        result = self._otlp.export(spans)
+        was_failing, self.failing = self.failing, result is not SpanExportResult.SUCCESS
+        if self.failing and not was_failing:
+            log.warning("traces cannot be sent", error=self._error)
+        elif was_failing and not self.failing:
+            log.info("traces are sent again")
+        return result
+
+    def shutdown(self) -> None:
+        self._otlp.shutdown()  # type: ignore[no-untyped-call]
+
+    def _keep_error(self, record: logging.LogRecord) -> bool:
+        self._error = self._error or record.getMessage()
+        return False
+
+
+def _about(stream: str, message_id: str) -> dict[str, str | int]:
+    return {SYSTEM: "redis", DESTINATION: stream, MESSAGE_ID: message_id}
+
+
+def _remote(traceparent: str) -> trace.Span:
+    _, trace_id, span_id, flags = traceparent.split("-")
+    return NonRecordingSpan(SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16))))  # noqa: FBT003 - it is remote
+
+
+def _begin(  # noqa: PLR0913, PLR0917 - the parts of a span
+    tracer: Tracer,
+    name: str,
+    kind: SpanKind,
+    attributes: _Attributes,
+    parent: trace.Span | None,
+    since: int | None = None,
+) -> RecordedSpan:
+    context = Context() if parent is None else trace.set_span_in_context(parent, Context())
+    return RecordedSpan(tracer, tracer.start_span(name, context, kind, attributes, start_time=since))
