@@ -104,6 +104,7 @@ class Leases:
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._duration = milliseconds(settings.lease)
+        self._dead_age = milliseconds(settings.dead_age)
         self.status: Callable[[], Mapping[str, str | int]] = dict
         """What is recorded with each renewal, for `imstream nodes`."""
 
@@ -176,10 +177,10 @@ class Leases:
         return int(await LUA["release_stream"].run(self._redis, keys, (self.node, GROUP))) == 0
 
     async def retire(self, node: str) -> bool:
-        """Delete all keys of a node but its dead letters. False when it is alive, adopted, or has requests."""
+        """Delete all keys of a node but its dead letters, which expire. False when it is alive, adopted, or has requests."""
         keys = self._keys
-        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run)
-        if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], ()):
+        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run, keys.dead)
+        if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], (self._dead_age,)):
             return False
         await self._redis.execute("ZREM", keys.nodes(), node)
         return True

@@ -3,10 +3,12 @@
 import asyncio
 import signal
 from pathlib import Path
+from typing import Any
 
+from imstream.clock import now_ms
 from imstream.codes import Code, Event
 from tests.support.servers import DemoBackend, RedisServer
-from tests.support.stage import AT_ONCE, Stage, fresh_redis, stage
+from tests.support.stage import AT_ONCE, KEYS, Stage, fresh_redis, stage
 from tests.support.waiting import wait_until
 
 SLOWLY = "[[demo first=100ms pace=10ms]]"
@@ -48,6 +50,25 @@ async def test_a_full_redis_means_busy_while_what_was_accepted_is_answered_and_d
         free_memory(play)
         assert await users[0].ask("while", f"while it is full {AT_ONCE}") == Event.ACCEPTED
         assert await users[0].ended("while") == "done"
+
+
+async def test_dead_letters_go_before_a_living_message_is_refused(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with stage(redis_server, demo, tmp_path) as play:
+        user, dead = await play.user(), [KEYS.dead("0"), KEYS.dead("gone")]
+        play.redis.zadd(KEYS.nodes(), {"gone": now_ms()})
+        for number in range(200):
+            play.redis.xadd(dead[number % 2], {"user": str(number), "contents": "x" * 50_000})
+        memory: Any = play.redis.info("memory")
+        play.redis.config_set("maxmemory", memory["used_memory"] - 2**20)
+        assert await user.ask("m1", f"while letters fill it {AT_ONCE}") == Event.ACCEPTED
+        assert await user.ended("m1") == "done"
+        assert all(40 <= play.redis.xlen(key) <= 60 for key in dead)
+        assert warned(play) == ["dead letters dropped: redis is out of memory"]
+        for key in dead:
+            play.redis.delete(key)
+        free_memory(play)
 
 
 async def test_a_node_that_is_killed_while_redis_is_full_drains_when_it_is_started_again(

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shlex
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ from imstream.model import ChatRequest, Terminal, TerminalEvent
 from imstream.store.dead_letters import DeadLetterBounds, DeadLetterOffice, Letter, Selection
 from imstream.store.replies import Duplicate, Ended, Opened, OtherQuestion
 from imstream.store.requests import Entry
-from imstream.store.scripts import LUA
 from tests.redis.conftest import Store, chat_request
 
+ROOT = Path(__file__).parents[2]
 USER = 10001
 SECOND = timedelta(seconds=1)
 ALL = Selection()
@@ -270,11 +272,29 @@ async def test_the_commands_list_show_retry_and_purge(store: Store) -> None:
     assert await run(store, "retry") == "no dead letters\n"
 
 
-async def test_the_scripts_do_the_same_from_redis_cli(store: Store) -> None:
-    """As in ops/docs/operating.md."""
-    await buried(store)
-    [letter] = await letters_of(office_of(store))
-    keys = [f"im:{{node:0}}:{name}" for name in ("requests", "load", "dead")]
-    answer: Any = store.redis.eval(LUA["retry"].text, 3, *keys, "100", "4", letter.entry_id)
-    assert answer[0] == "retried"
-    assert await opened(store, *await taken(store)) == Opened(2)
+async def test_the_documented_commands_of_redis_cli_do_the_same(store: Store) -> None:
+    for number in range(2):
+        await buried(store, f"m{number}", USER + number)
+    letters = await letters_of(office_of(store))
+    text = (ROOT / "ops/docs/operating.md").read_text("utf-8").partition("The same with redis-cli")[2].split("```")[1]
+    for number, letter in enumerate(letters):
+        text = text.replace(f"179560000000{number}-0", letter.entry_id)
+    answers = list[Any]()
+    for line in text.splitlines()[1:]:
+        match shlex.split(line)[1:]:
+            case ["--scan", "--pattern", pattern]:
+                answers.append(list(store.redis.scan_iter(pattern)))
+            case ["--eval", script, *rest]:
+                keys, arguments = rest[: rest.index(",")], rest[rest.index(",") + 1 :]
+                answers.append(store.redis.eval((ROOT / script).read_text("utf-8"), len(keys), *keys, *arguments))
+            case command:
+                answers.append(store.redis.execute_command(*command))
+    found, listed, shown, _, retried, purged = answers
+    assert found == [store.keys.dead("0")]
+    assert [entry_id for entry_id, _ in listed] == [letter.entry_id for letter in letters[::-1]]
+    assert shown[0][1] == letters[0].fields
+    assert (retried[0], purged) == ("retried", 1)
+    assert store.dead() == []
+    verdict = await opened(store, *await taken(store))
+    assert isinstance(verdict, Opened)
+    assert verdict.attempt == 2
