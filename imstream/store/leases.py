@@ -177,7 +177,7 @@ class Leases:
         return int(await LUA["release_stream"].run(self._redis, keys, (self.node, GROUP))) == 0
 
     async def retire(self, node: str) -> bool:
-        """Delete all keys of a node but its dead letters, which expire. False when it is alive, adopted, or has requests."""
+        """Delete the keys of a node; its dead letters expire. False when it is alive, adopted, or has requests."""
         keys = self._keys
         of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run, keys.dead)
         if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], (self._dead_age,)):

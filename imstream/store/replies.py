@@ -294,9 +294,13 @@ class ReplyStore:
         )
 
     async def beginning(self, user_id: UserId, message_id: str) -> Beginning:
-        """When a message was begun, on whichever node, and when its first text was recorded, restarted or not."""
+        """When a message was begun, on whichever node, and when its first text was recorded, restarted or not.
+
+        Of a message that was reopened: since then.
+        """
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
         rows = [(time_of(entry_id), to_dict(flat)) for entry_id, flat in entries]
+        rows = rows[max((n for n, (_, fields) in enumerate(rows) if fields["event"] == "reopened"), default=0) :]
         opened = (at for at, fields in rows if fields["event"] == "opened")
         return Beginning(next(opened, None), next((at for at, fields in rows if fields.get("text")), None))
 

@@ -373,10 +373,10 @@ class Job:
             self._attempts, self._is_ours = opened.attempt, True
             self._usage = None if opened.continued is None else opened.continued.usage
             is_first = opened.attempt == self.request.earlier_attempts + 1
-            self._begin_span(opened)
+            self._begin_span(opened, is_first=is_first)
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
-            self._account.open(opened, reply)
+            self._account.open(opened, reply, is_first=is_first)
             if is_first:
                 deps.on_begun(reply)
                 deps.request_log.begin(self.request, stream=self.stream.node)
@@ -384,9 +384,9 @@ class Job:
             self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
 
-    def _begin_span(self, opened: Opened) -> None:
+    def _begin_span(self, opened: Opened, *, is_first: bool) -> None:
         tracing, about = self._deps.tracing, (self.request.traceparent, self.stream.key, self.request.message_id)
-        if opened.attempt == 1:
+        if is_first:
             tracing.queued(*about, waited=self._account.since_admission(opened.at) or 0)
         self._span.end()
         self._span = tracing.attempt(*about, opened.attempt)
