@@ -15,6 +15,7 @@ from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient, to_dict
 from imstream.settings import Settings
+from imstream.store.nodes import inspect_nodes
 from imstream.store.scripts import LUA
 
 MAX_DEAD_LETTERS = 10_000
@@ -119,6 +120,11 @@ class DeadLetterOffice:
         listed: list[str] = await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1)
         found = map(self._keys.node_of_dead, await self._redis.scan(self._keys.dead("*")))
         return sorted({*listed, *filter(None, found)})
+
+    async def older_nodes(self) -> list[str]:
+        """The living nodes of a release that would delete a retried request, because its reply has ended."""
+        nodes = await inspect_nodes(self._redis, self._keys)
+        return [one.node for one in nodes if one.state != "dead" and one.version is None]
 
     async def letters(self, node: str, selection: Selection, *, newest_first: bool = False) -> AsyncGenerator[Letter]:
         """The selected letters of a node."""

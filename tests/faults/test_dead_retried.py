@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -126,18 +125,26 @@ async def test_a_client_of_the_previous_release_goes_on_showing_failed(tmp_path:
         assert client.returncode == 0
 
 
-async def test_a_node_of_the_previous_release_leaves_a_retried_request_to_this_one(tmp_path: Path) -> None:
-    async with nodes_whose_backend_fails_once(tmp_path, "a", "b", a=previous_python(), b=sys.executable) as nodes:
+async def test_nothing_is_retried_while_a_node_of_the_previous_release_runs(tmp_path: Path) -> None:
+    previous = previous_python()
+    async with nodes_whose_backend_fails_once(tmp_path, "a", a=previous) as nodes:
         async with nodes["a"].peer(USER) as someone:
             await someone.chat(USER, "why?", "m")
             assert (await someone.end_of("m")).events[-1] == "failed"
-        assert await retried(nodes, "--node", "a") == "retried"
-        left = "requests of a newer release are left to a node that knows it"
-        await wait_until(lambda: left in nodes["a"].now.process.output(), "node a leaves it")
-        assert events(nodes)[-1] == "failed"
-        await nodes.killed("a")
-        await wait_until(lambda: events(nodes)[-1] == "done", "it is answered")
-        await nodes.start("a")
-        async with nodes["a"].peer(USER, resume={"m": Told()}) as later:
-            told = await later.end_of("m")
-            assert (told.text, told.events[-1]) == ("The answer", "done")
+        await wait_until(lambda: len(nodes["a"].dead()) == 1, "the request is buried")
+        command = ["dead", "retry", "--node", "a", "--redis", nodes.server.url]
+        refused = await asyncio.to_thread(CliRunner().invoke, main, command)
+        assert refused.exit_code == 1
+        assert "runs on node a: upgrade" in refused.output
+        assert len(nodes["a"].dead()) == 1
+
+        for python in (None, previous):  # an upgrade, and the way back
+            assert await nodes["a"].terminated() == 0
+            nodes["a"].python = python
+            await nodes["a"].start()
+            if python is None:
+                assert await retried(nodes, "--node", "a") == "retried"
+                await wait_until(lambda: events(nodes)[-1] == "done", "it is answered")
+            async with nodes["a"].peer(USER, resume={"m": Told()}) as later:
+                told = await later.end_of("m")
+                assert (told.text, told.events[-1]) == ("The answer", "done")
