@@ -1,6 +1,7 @@
 """Commands of operators for dead letters: `imstream dead`."""
 
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from datetime import timedelta
@@ -29,6 +30,7 @@ _OUTCOMES = {
     "would_retry": "would be retried",
     "would_purge": "would be deleted",
 }
+_STAYS = frozenset({"node_full", "user_full"})
 
 
 def _command(
@@ -184,18 +186,18 @@ async def _change(
     letters: AsyncGenerator[Letter], change: Callable[[Letter], Awaitable[str]], *, as_json: bool
 ) -> bool:
     """Change each letter and print what became of it. Whether none stays."""
-    outcomes = list[str]()
+    outcomes = Counter[str]()
     async for letter in letters:
-        outcomes.append(await change(letter))
-        row = _row(letter)
+        outcome, row = await change(letter), _row(letter)
+        outcomes[outcome] += 1
         if as_json:  # a line for each: the command may be interrupted
-            click.echo(json.dumps({**row, "outcome": outcomes[-1]}, ensure_ascii=False))
-        else:
+            click.echo(json.dumps({**row, "outcome": outcome}, ensure_ascii=False))
+        elif outcome not in _STAYS or outcomes[outcome] == 1:
             name = f"{row['id']}  node {row['node']}  user {row['user']}  message {row['message_id']}"
-            click.echo(f"{name}  {_OUTCOMES[outcomes[-1]]}")
-    if not outcomes and not as_json:
-        click.echo("no dead letters")
-    return not {"node_full", "user_full"}.intersection(outcomes)
+            click.echo(f"{name}  {_OUTCOMES[outcome]}")
+    if not as_json:
+        click.echo(", ".join(f"{outcome}: {number}" for outcome, number in outcomes.items()) or "no dead letters")
+    return _STAYS.isdisjoint(outcomes)
 
 
 def _row(letter: Letter) -> dict[str, str]:

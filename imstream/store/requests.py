@@ -1,12 +1,12 @@
 """The requests stream of one node: admit, read by consumer group, finish or bury (I2, I3)."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 from imstream.clock import milliseconds, now_ms
-from imstream.errors import StoreRefused
+from imstream.errors import StoreError, StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.metrics import Metrics, reason_label
 from imstream.model import ChatRequest
@@ -207,8 +207,9 @@ class RequestStream:
         return bool(was_there)
 
     async def trim_dead(self) -> None:
-        """Drop the oldest dead letters beyond their bounds (I9)."""
-        await self._dead_letters.trim(self.node)
+        """Drop the oldest dead letters beyond their bounds (I9). Errors change nothing: requests go on."""
+        with suppress(StoreError):
+            await self._dead_letters.trim(self.node)
 
 
 @contextmanager

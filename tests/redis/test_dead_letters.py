@@ -259,13 +259,14 @@ async def test_the_commands_list_show_retry_and_purge(store: Store) -> None:
     assert shown["contents"] == "private\n你好"
 
     assert "would be retried" in await run(store, "retry", "--user", "10001", "--dry-run")
-    assert "is a request again\n" in await run(store, "retry", "--user", "10001")
+    assert "is a request again\nretried: 1\n" in await run(store, "retry", "--user", "10001")
     store.redis.delete(store.keys.reply(10002, "m1"))
     row = json.loads(await run(store, "retry", "--user", "10002", "--json"))
     assert (row["message_id"], row["outcome"]) == ("m1", "expired")
     full = await run(store, "retry", "--all", "--queue-limit", "3", code=1)
     assert full.count("is a request again") == 1
     assert "stays: the node has no room" in full
+    assert full.endswith("retried: 1, node_full: 1\n")
     assert "would be deleted" in await run(store, "purge", "--dry-run")
     assert "is deleted" in await run(store, "purge", "--since", "1h")
     assert await run(store, "list") == "no dead letters\n"
