@@ -24,6 +24,9 @@ _PAGE = 100
 _FRUITLESS_PAUSE = 1.0
 """Seconds in which memory is not searched for dead letters again after there were none."""
 
+_SCAN_PAUSE = 60.0
+"""Seconds in which the keys are not scanned again for dead letters: it takes Redis half a second for a million."""
+
 Outcome = Literal["retried", "unknown", "node_full", "user_full"]
 
 
@@ -45,7 +48,9 @@ class DeadLetterBounds:
         self._lock = asyncio.Lock()
         self._searches = 0
         self._made_room = False
-        self._search_again_at = 0.0
+        self._search_again_at = self._scan_again_at = 0.0
+        self._gone = set[str]()
+        """Nodes that are not in the directory, and have dead letters."""
 
     async def trim(self, node: str, *, halve: bool = False) -> int:
         """Drop the oldest letters of a node beyond the bounds; with `halve`, as many as take half of the memory."""
@@ -71,10 +76,20 @@ class DeadLetterBounds:
         dropped = 0
         with suppress(StoreError):  # what was dropped until then may be enough
             dropped = await self.trim(self._node, halve=True)
-            if self._redis.topology != "cluster":  # else others are probably on a server that has memory
-                for node in await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1):
-                    dropped += await self.trim(node, halve=True) if node != self._node else 0
+            if self._redis.topology == "cluster":  # others are probably on a server that has memory
+                return dropped
+            nodes = await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1)
+            dropped += sum([await self.trim(node, halve=True) for node in {*nodes, *self._gone} - {self._node}])
+            if dropped == 0 and time.monotonic() >= self._scan_again_at:
+                self._scan_again_at = time.monotonic() + _SCAN_PAUSE
+                self._gone = await find_nodes(self._redis, self._keys) - {*nodes}
+                dropped = sum([await self.trim(node, halve=True) for node in self._gone])
         return dropped
+
+
+async def find_nodes(redis: RedisClient, keys: Keys) -> set[str]:
+    """The nodes that have dead letters, also those that have left the directory."""
+    return {*filter(None, map(keys.node_of_dead, await redis.scan(keys.dead("*"))))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +133,7 @@ class DeadLetterOffice:
     async def nodes(self) -> list[str]:
         """The nodes of the directory, and those that have left it and have dead letters."""
         listed: list[str] = await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1)
-        found = map(self._keys.node_of_dead, await self._redis.scan(self._keys.dead("*")))
-        return sorted({*listed, *filter(None, found)})
+        return sorted(await find_nodes(self._redis, self._keys) | {*listed})
 
     async def older_nodes(self) -> list[str]:
         """The living nodes of a release that would delete a retried request, because its reply has ended."""

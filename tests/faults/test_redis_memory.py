@@ -56,18 +56,25 @@ async def test_dead_letters_go_before_a_living_message_is_refused(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     async with stage(redis_server, demo, tmp_path) as play:
-        user, dead = await play.user(), [KEYS.dead("0"), KEYS.dead("gone")]
-        play.redis.zadd(KEYS.nodes(), {"gone": now_ms()})
-        for number in range(200):
-            play.redis.xadd(dead[number % 2], {"user": str(number), "contents": "x" * 50_000})
+        user, dead = await play.user(), [KEYS.dead("0"), KEYS.dead("idle"), KEYS.dead("gone")]
+        play.redis.zadd(KEYS.nodes(), {"idle": now_ms()})
+        for number in range(300):
+            play.redis.xadd(dead[number % 3], {"user": str(number), "contents": "x" * 50_000})
         memory: Any = play.redis.info("memory")
         play.redis.config_set("maxmemory", memory["used_memory"] - 2**20)
         assert await user.ask("m1", f"while letters fill it {AT_ONCE}") == Event.ACCEPTED
         assert await user.ended("m1") == "done"
-        assert all(40 <= play.redis.xlen(key) <= 60 for key in dead)
+        *known, gone = dead
+        assert all(40 <= play.redis.xlen(key) <= 60 for key in known)
         assert warned(play) == ["dead letters dropped: redis is out of memory"]
-        for key in dead:
+        for key in known:
             play.redis.delete(key)
+        memory = play.redis.info("memory")
+        play.redis.config_set("maxmemory", memory["used_memory"] - 2**20)
+        assert await user.ask("m2", f"while letters of a node that is gone fill it {AT_ONCE}") == Event.ACCEPTED
+        assert await user.ended("m2") == "done"
+        assert 40 <= play.redis.xlen(gone) <= 60
+        play.redis.delete(gone)
         free_memory(play)
 
 
