@@ -95,9 +95,7 @@ class Node:
             BlockingReader(url, block=settings.read_block, timeout=timeout, access_log=access) for _ in range(2)
         ]
         dead_letters = DeadLetterBounds(redis, settings, count_dropped=metrics.dead_letters_dropped.inc)
-        self._requests = requests = RequestStream(
-            redis, request_reader, settings, dead_letters=dead_letters, metrics=metrics
-        )
+        self._requests = requests = RequestStream(redis, request_reader, settings, metrics=metrics)
         self._leases = leases = Leases(redis, settings, metrics)
         leases.status = self._status
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
@@ -130,9 +128,7 @@ class Node:
         )
 
         def make_consumer(node: str) -> StreamConsumer:
-            stream = RequestStream(
-                redis, request_reader, settings, node=node, dead_letters=dead_letters, metrics=metrics
-            )
+            stream = RequestStream(redis, request_reader, settings, node=node, metrics=metrics)
             return StreamConsumer(stream, worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)

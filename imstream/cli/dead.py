@@ -152,7 +152,9 @@ async def retry(office: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as
     stay; then the command ends with 1, and can be repeated. A letter is never answered twice.
     """
     if not dry_run and (older := await office.older_nodes()):
-        raise click.ClickException(f"a release that would lose retried letters runs on node {', '.join(older)}: upgrade")
+        raise click.ClickException(
+            f"a release that would lose retried letters runs on node {', '.join(older)}: upgrade"
+        )
     full = set[str]()
 
     async def outcome(letter: Letter) -> str:

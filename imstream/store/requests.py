@@ -66,7 +66,6 @@ class RequestStream:
         settings: Settings,
         *,
         node: str | None = None,
-        dead_letters: DeadLetterBounds | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.consumer = settings.node
@@ -82,7 +81,7 @@ class RequestStream:
         self._lease = keys.lease(self.node)
         self._dead = keys.dead(self.node)
         self._dead_age = milliseconds(settings.dead_age)
-        self._dead_letters = dead_letters or DeadLetterBounds(redis, settings)
+        self._dead_letters = DeadLetterBounds(redis, settings, count_dropped=self._metrics.dead_letters_dropped.inc)
 
     @property
     def is_own(self) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -58,6 +59,11 @@ async def retried(nodes: ManyNodes, *options: str) -> str:
     return str(json.loads(result.output)["outcome"])
 
 
+async def failed(reply: Reply) -> None:
+    with pytest.raises(Failed):
+        await reply.text()
+
+
 def events(nodes: ManyNodes) -> list[str]:
     return [entry["event"] for entry in nodes.any.record(USER, "m")]
 
@@ -99,22 +105,22 @@ async def test_a_letter_of_a_dead_node_is_answered_by_the_one_that_adopts_its_st
 
 async def test_the_python_client_tells_that_a_failed_message_goes_on(tmp_path: Path) -> None:
     reopened = asyncio.Queue[Reply]()
-    async with nodes_whose_backend_fails_once(tmp_path, "a") as nodes:
-        async with Client(nodes.urls(), USER, on_reopened=reopened.put_nowait) as client:
-            reply = await client.send("why?", message_id="m")
-            with pytest.raises(Failed):
-                await reply.text()
-            assert await retried(nodes, "--node", "a") == "retried"
-            async with asyncio.timeout(10 * SLOW):
-                assert await reopened.get() is reply
-                assert await reply.text() == "The answer"
+    async with (
+        nodes_whose_backend_fails_once(tmp_path, "a") as nodes,
+        Client(nodes.urls(), USER, on_reopened=reopened.put_nowait) as client,
+    ):
+        reply = await client.send("why?", message_id="m")
+        await failed(reply)
+        assert await retried(nodes, "--node", "a") == "retried"
+        async with asyncio.timeout(10 * SLOW):
+            assert await reopened.get() is reply
+            assert await reply.text() == "The answer"
 
 
 async def test_a_client_of_the_previous_release_goes_on_showing_failed(tmp_path: Path) -> None:
     async with nodes_whose_backend_fails_once(tmp_path, "a") as nodes:
-        pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
-        python = previous_python()
-        client = await asyncio.create_subprocess_exec(python, "-P", "-c", OLD_CLIENT, nodes["a"].now.ws(), **pipes)
+        command = (previous_python(), "-P", "-c", OLD_CLIENT, nodes["a"].now.ws())
+        client = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
         assert client.stdout is not None
         async with asyncio.timeout(20 * SLOW):
             assert await client.stdout.readline() == b"failed\n"

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -139,8 +140,8 @@ class LettersRetried(RuleBasedStateMachine):
         else:
             given: dict[str, Any] = {"attempt": job.attempt, "before": 0, "after": 1, "text": "x", "terminal": terminal}
             before = len(self._terminals(message))
-            verdict = self._run(self._replies.append(USER, message, **given))
-            if isinstance(verdict, Appended):
+            appended = self._run(self._replies.append(USER, message, **given))
+            if isinstance(appended, Appended):
                 self._answered[message] += terminal is DONE and len(self._terminals(message)) > before
                 job.then = "bury" if terminal is FAILED else "finish"
             else:
@@ -215,7 +216,7 @@ class LettersRetried(RuleBasedStateMachine):
     def a_reply_goes_on_only_after_failed_and_with_reopened(self) -> None:
         for message in MESSAGES:
             events = self._events(message)
-            for event, following in zip(events, events[1:], strict=False):
+            for event, following in pairwise(events):
                 assert event != "done"
                 assert (event == "failed") == (following == "reopened")
             assert events.count("done") <= 1
