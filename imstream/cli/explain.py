@@ -45,16 +45,14 @@ def _lines(found: Timeline) -> Iterator[str]:
 
 
 def _sentence(one: Event) -> str:
-    about = {name: " ".join(value.split()) for name, value in one.about.items()}
-    by, request, since = about.pop("by", "?"), about.pop("request", ""), about.pop("since", "")
-    del request, since
-    rest = "  ".join(f"{name} {value}" for name, value in about.items())
+    about = one.about
+    rest = "  ".join(f"{name} {' '.join(value.split())}" for name, value in about.items())
     match one.event:
         case "opened":
             how = f", which continues {one.offset} characters" if one.offset else ""
-            return f"opened: attempt {one.attempt} on node {by}{how}"
+            return f"opened: attempt {one.attempt} on node {about.get('by', '?')}{how}"
         case "text":
-            return f"text: {about.get('characters', 0)} characters in {about['batches']} batches"
+            return f"text: {about['characters']} characters in {about['batches']} batches"
         case "done" | "failed" | "cancelled":
             return f"{one.event} after {one.offset} characters  {rest}".rstrip()
         case _:

@@ -21,6 +21,8 @@ CLOCKS = 60_000
 
 _PRIVATE = {"text", "question", "digest", "contents", "history"}
 _NOT_SHOWN = _PRIVATE | {"v", "valid", "user", "message_id", "lang", "event", "attempt", "offset"}
+_END_OF_CALENDAR = 253_402_300_799_000  # ms since 1970: the last second of 9999
+_TIMES = {"since", "until", "dead_at"}
 
 Row = tuple[str, dict[str, str]]
 
@@ -159,8 +161,8 @@ class _Search:
         alive = await self.redis.execute("PTTL", self.keys.lease(by)) != -2  # noqa: PLR2004 - no such key
         where = f"node {by}" if alive else f"node {by}, which has no lease: another node takes over"
         if last.event == "waiting":
-            until = _time(last.about.get("until", "")).strftime("%H:%M:%S")
-            self.found.now = f"it waits for backend {last.about.get('backend') or '?'} on {where}, until {until} UTC"
+            until = last.about.get("until", "?")
+            self.found.now = f"it waits for backend {last.about.get('backend', '?')} on {where}, at most until {until}"
         else:
             self.found.state, self.found.now = "running", f"it is answered on {where}"
             self.found.unknown.append("the text of the last moments: it is recorded in batches")
@@ -221,7 +223,7 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
             continue
         made = Event(_time(entry_id), event, _number(fields, "attempt"), _number(fields, "offset"), about)
         batch = made if event == "text" else None
-        if text:
+        if text or batch is not None:
             about["characters"] = str(len(text))
         if batch is not None:
             about["batches"] = "1"
@@ -229,7 +231,10 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
 
 
 def _shown(fields: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in fields.items() if name not in _NOT_SHOWN and value != ""}
+    """The fields that are shown, with times as in `Event.at`."""
+    shown = {name: value for name, value in fields.items() if name not in _NOT_SHOWN and value != ""}
+    times = {name: _time(shown[name]).isoformat() for name in _TIMES & shown.keys() if shown[name].isdecimal()}
+    return shown | times
 
 
 def _number(fields: Mapping[str, str], name: str) -> int:
@@ -239,4 +244,4 @@ def _number(fields: Mapping[str, str], name: str) -> int:
 
 def _time(entry_id: str) -> datetime:
     """The time in an entry id, or of a number of milliseconds since 1970."""
-    return datetime.fromtimestamp(time_of(entry_id or "0") / 1000, UTC)
+    return datetime.fromtimestamp(min(time_of(entry_id), _END_OF_CALENDAR) / 1000, UTC)

@@ -101,8 +101,9 @@ async def test_what_it_waits_for_and_until_when_is_told(nodes: ManyNodes) -> Non
         found = await explained(nodes.server, "m")
         assert found["state"] == "waiting"
         assert found["now"].startswith("it waits for backend ")
-        assert found["now"].endswith(" UTC")
         waiting = found["events"][-1]
+        assert found["now"].endswith(f" on node a, at most until {waiting['about']['until']}")
+        assert datetime.fromisoformat(waiting["about"]["until"]) > datetime.now(UTC)
         assert waiting["about"]["reason"] == "http_503"
         text = (await ask(nodes.server, "m")).output
         assert "reason http_503" in text
