@@ -76,7 +76,7 @@ async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:
         nodes = list[NodeOverview]()
         try:
             async for one in _redis(redis, settings):
-                findings.append(one)  # noqa: PERF401 - those before an error count
+                findings.append(one)
             nodes = await inspect_nodes(redis, Keys(settings.key_prefix))
         except StoreError as error:
             denied = "denies access" if isinstance(error, StoreDenied) else "does not answer"

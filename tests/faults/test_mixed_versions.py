@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 
 from imstream.cli.main import main
-
 from tests.support.many_nodes import ManyNodes, becomes, many_nodes, standing_nodes
 from tests.support.previous_release import previous_python
 from tests.support.scripted_backend import event, hangs, scripted_backend, streams

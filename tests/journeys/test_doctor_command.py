@@ -87,11 +87,11 @@ def test_a_redis_that_is_away_or_denies_access_is_an_error(demo: DemoBackend, ow
 def test_commands_that_redis_denies_or_does_not_carry_out_are_named(demo: DemoBackend, own_redis: RedisServer) -> None:
     given = {"redis_url": own_redis.url, "ai_url": demo.url, "port": free_port()}
     with own_redis.client() as client:
-        client.execute_command("ACL", "SETUSER", "imstream", "-xclaim", "-zadd")  # type: ignore[no-untyped-call] # redis-py's gap
+        client.execute_command("ACL", "SETUSER", "imstream", "-xclaim", "-zadd")
         denied = findings(**given)["redis commands"]
         assert [(state, text.partition(":")[0]) for state, text in denied] == [("error", "XCLAIM"), ("error", "ZADD")]
         assert run(**given).exit_code == 1
-        client.execute_command("ACL", "SETUSER", "imstream", "+xclaim", "+zadd")  # type: ignore[no-untyped-call] # same
+        client.execute_command("ACL", "SETUSER", "imstream", "+xclaim", "+zadd")
         client.config_set("min-replicas-to-write", 1)
         assert any("NOREPLICAS" in text for _, text in findings(**given)["redis commands"])
         client.config_set("min-replicas-to-write", 0)
@@ -137,9 +137,9 @@ def test_a_port_is_free_ours_or_that_of_another_program(
         with node.now.process:
             [(state, text)] = findings(**given, port=node.port)["port"]
             assert (state, text.endswith(f"is used by node 0 (process {node.now.process.pid})")) == ("ok", True)
-            taken = findings(**given, port=node.port, node="1", metrics="127.0.0.1:+1")
-            assert [state for state, _ in taken["metrics"]] == ["ok"]
-            [(state, text)] = taken["port"]
+            other = findings(**given, port=node.port, node="1", metrics="127.0.0.1:+1")
+            assert [state for state, _ in other["metrics"]] == ["ok"]
+            [(state, text)] = other["port"]
             assert (state, "is used by node 0" in text) == ("error", True)
 
 
