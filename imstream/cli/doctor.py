@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -58,7 +59,8 @@ def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
     Reads the settings as "imstream node" does. Ends with 0 if the node can serve, perhaps with warnings, and with 1 if
     it cannot.
     """
-    findings = asyncio.run(_examine(given(options), call=call))
+    with redirect_stdout(sys.stderr):  # log lines of the parts that are used
+        findings = asyncio.run(_examine(given(options), call=call))
     rows = [("check", "state", "result"), *((one.check, one.state, one.text) for one in findings)]
     show({"findings": findings}, table(rows), as_json=as_json)
     sys.exit(any(one.state == "error" for one in findings))
@@ -95,11 +97,13 @@ async def _redis(redis: RedisClient, settings: Settings) -> AsyncIterator[Findin
         version = info.get("redis_version", "0")
         state: State = "ok" if tuple(map(int, version.split(".")[:2])) >= MIN_REDIS else "error"
         named = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {version}"
-        yield Finding("redis", state, f"{named} at {address}{'' if state == 'ok' else ' is too old: 6.2 is the first'}")
+        too_old = "" if state == "ok" else " is too old: 6.2 is the first"
+        yield Finding("redis", state, f"{named} at {address or settings.redis_url}{too_old}")
     for address, text in (await redis.execute_on_masters("INFO", "memory")).items():
         info = _info(text)
         used, limit = int(info.get("used_memory", "0")), int(info.get("maxmemory", "0"))
-        shown = f"{used >> 20} MiB used of {f'{limit >> 20} MiB' if limit else 'all memory: set maxmemory'} ({address})"
+        of = f"{limit >> 20} MiB" if limit else "all memory: set maxmemory"
+        shown = f"{used >> 20} MiB used of {of}{address and f' on {address}'}"
         yield Finding("redis memory", "ok" if 0 < used < _FULL * limit else "warning", shown)
     warnings = await health.warnings(redis)
     for warning in warnings:
@@ -110,8 +114,8 @@ async def _redis(redis: RedisClient, settings: Settings) -> AsyncIterator[Findin
     state = "ok" if abs(difference) < MAX_CLOCK_DIFFERENCE + timedelta(seconds=taken) else "warning"
     yield Finding("clock", state, f"{abs(difference).total_seconds():.1f} s from the clock of Redis")
     failing = await failing_commands(redis, Keys(settings.key_prefix), settings.node)
-    for command, error in failing.items():
-        yield Finding("redis commands", "error", f"{command}: {error}")
+    for error, commands in failing.items():
+        yield Finding("redis commands", "error", f"{', '.join(commands)}: {error}")
     if not failing:
         yield Finding("redis commands", "ok", "all that a node uses are allowed and carried out")
 

@@ -166,12 +166,15 @@ async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: i
     )
 
 
-async def failing_commands(redis: RedisClient, keys: Keys, node: str) -> dict[str, str]:
-    """The commands of a node that Redis denies or does not carry out now, and why. Raises `StoreError`."""
+async def failing_commands(redis: RedisClient, keys: Keys, node: str) -> dict[str, list[str]]:
+    """The commands of a node that Redis denies or does not carry out now, by error. Raises `StoreError`."""
     answer = await LUA["check_rights"].run(redis, (keys.probe(node),), ())
-    errors = ((command, error_from_reply(ResponseError(text))) for command, text in to_dict(answer).items())
-    # A command that is refused for another reason lacks what a denied one would have made.
-    return {command: str(error) for command, error in errors if not isinstance(error, StoreRefused)}
+    failing: dict[str, list[str]] = {}
+    for command, text in to_dict(answer).items():
+        error = error_from_reply(ResponseError(text))
+        if not isinstance(error, StoreRefused):  # else it lacks what a denied command would have made
+            failing.setdefault(str(error), []).append(command)
+    return failing
 
 
 async def _read(redis: RedisClient, command: str, key: str, *rest: Argument) -> Any:  # noqa: ANN401 - what Redis answers

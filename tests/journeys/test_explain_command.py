@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from imstream.cli.main import main
 from imstream.keys import GROUP, Keys
 from imstream.model import Question, Terminal, Waiting
-from imstream.redis.client import BlockingReader, RedisClient
+from imstream.redis.client import BlockingReader, RedisClient, to_dict
 from imstream.settings import Settings
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
@@ -86,7 +86,8 @@ async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to
     assert ended["kept_for"] > 0
     names = {"10001": str(USER), "m-1": "m", "node:0": "node:a", "1795600000000-0": ended["request"].partition("/")[2]}
     [reply, kept, request, pending, letters] = redis_cli("One message", nodes.server, names).values()
-    assert [fields["event"] for _, fields in reply if fields["event"] != "text"] == ["opened", "opened", "done"]
+    told = [to_dict(flat)["event"] for _, flat in reply]
+    assert [event for event in told if event != "text"] == ["opened", "opened", "done"]
     assert kept > 0
     assert (request, pending, letters) == ([], [], [])
     text = (await ask(nodes.server, "m")).output

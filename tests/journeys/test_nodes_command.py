@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from imstream.cli.main import main
 from imstream.keys import GROUP, Keys
+from imstream.redis.client import to_dict
 from tests.support.documents import redis_cli
 from tests.support.many_nodes import ManyNodes, becomes, standing_nodes
 from tests.support.redis_sets import Topology
@@ -78,14 +79,14 @@ async def test_every_node_is_shown_with_its_release_its_sockets_and_its_work(nod
 async def test_redis_cli_tells_the_same(nodes: ManyNodes) -> None:
     [a, _] = (await asyncio.to_thread(shown, nodes.server))["nodes"]
     told = redis_cli("Nodes and rolling restarts", nodes.server, {"node:0": "node:a"})
-    assert [name for name, _ in told["ZRANGE im:nodes 0 -1 WITHSCORES"]] == ["a", "b"]
+    assert told["ZRANGE im:nodes 0 -1 WITHSCORES"][::2] == ["a", "b"]
     assert json.loads(told["GET im:{node:0}:lease"])["address"] == a["address"]
     assert told["PTTL im:{node:0}:lease"] > 0
-    assert told["HGETALL im:{node:0}:status"]["version"] == a["version"]
+    assert to_dict(told["HGETALL im:{node:0}:status"])["version"] == a["version"]
     assert told["GET im:{node:0}:adopter"] is a["adopter"] is None
     assert told["XLEN im:{node:0}:requests"] == a["unfinished"] == 0
     assert told["XRANGE im:{node:0}:requests - + COUNT 1"] == []
-    assert told["XPENDING im:{node:0}:requests workers"]["pending"] == 0
+    assert told["XPENDING im:{node:0}:requests workers"][0] == 0
 
 
 async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothing_is_adopted(nodes: ManyNodes) -> None:

@@ -20,7 +20,8 @@ def redis_cli(heading: str, on: Topology, names: Mapping[str, str]) -> dict[str,
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     [block] = [code for language, code in blocks if not language]
     replies: dict[str, Any] = {}
-    with redis.Redis.from_url(on.url, decode_responses=True) as client:
+    with redis.Redis.from_url(on.url, decode_responses=True, protocol=2) as client:
+        client.response_callbacks.clear()  # replies as Redis sends them
         for line in block.splitlines():
             command = line
             for example, name in names.items():

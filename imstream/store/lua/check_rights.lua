@@ -13,7 +13,7 @@ local function try(...)
     return answer
 end
 
-try('DEL', key)
+-- A write comes first that needs memory: after any other one, this script would be allowed more of it.
 local id = try('XADD', key, '*', 'name', 'value')
 id = type(id) == 'string' and id or '1-1'
 try('XLEN', key)
