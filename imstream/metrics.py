@@ -47,6 +47,8 @@ Admission = Literal["accepted", "busy", "user_busy", "rate_limited", "quota", "r
 CALL_RESULTS = ("done", *get_args(FailureKind), "refused", "stopped")
 """How a call of a backend ended. Refused: a guard rejected the answer; stopped: cancelled, drained or superseded."""
 
+ADMISSION_RESULTS = get_args(Admission)
+OUTCOMES = ("done", "failed", "cancelled")
 TOKEN_KINDS = ("prompt", "completion", "reasoning", "cached")
 
 _CLIENT_CLOSES = (1000, 1001, 1005)
@@ -112,7 +114,7 @@ class Metrics:
 
         self.messages = Counters(
             counter("imstream_messages_total", "Messages whose end this node has recorded.", ["outcome"]),
-            ("done", "failed", "cancelled"),
+            OUTCOMES,
         )
         self.queue_wait = histogram(
             "imstream_queue_wait_seconds", "Time from the admission of an answered message to its first attempt."
@@ -124,7 +126,7 @@ class Metrics:
 
         self.admissions = Counters(
             counter("imstream_admissions_total", "CHAT frames, by what became of them.", ["result"]),
-            get_args(Admission),
+            ADMISSION_RESULTS,
         )
         self._unfinished = gauge(
             "imstream_requests_unfinished", "Requests in a stream that this node consumes (XLEN).", ["stream"]

@@ -173,6 +173,7 @@ class Node:
         app = make_app(session_deps, stuck=self.stuck)
         self._metrics_app = make_metrics_app(session_deps, stuck=self.stuck)
         self._server = GatewayServer(app, settings, partial(serve_socket, deps=session_deps))
+        self._servers: list[HttpServer] = [self._server]
         metrics.on_scrape = self._set_gauges
         self._background: dict[str, Callable[[], Awaitable[None]]] = {
             "lease": lambda: lease_keeper.run(self._server.address),
@@ -218,8 +219,9 @@ class Node:
         metrics.set_streams(running)
         metrics.set_breakers({one.name: one.gate.breaker.tripped for one in self._backends})
         metrics.sessions.set(len(self.registry))
-        metrics.redis_up.set(self.consumer.reached_redis_within(self._max_round))
-        metrics.lease_held.set(self.lease_keeper.held)
+        held, reached = self.lease_keeper.held, self.consumer.reached_redis_within(self._max_round)
+        metrics.redis_up.set(held if self.consumer.stopping else reached)
+        metrics.lease_held.set(held)
 
     def reload(self) -> None:
         """Reload what can change while the node runs."""
@@ -234,12 +236,12 @@ class Node:
         taken: BaseException | None = None
         async with aclosing(self._readers[0]), aclosing(self._readers[1]), self._redis:
             self._server.listen()
-            metrics = metrics_server(self._metrics_app, self.settings, node_port=self._server.port)
-            if metrics is not None:
+            if (metrics := metrics_server(self._metrics_app, self.settings, node_port=self._server.port)) is not None:
                 metrics.listen()
+                self._servers.append(metrics)
             try:
                 async with self._guards.running(), asyncio.TaskGroup() as group:
-                    await self._serve(group, [self._server, *filter(None, [metrics])])
+                    await self._serve(group)
             except* NodeTaken as refusal:
                 taken = refusal
         # There is only one. Outside, because what is raised in `except*` becomes a group again (in Python 3.11.2).
@@ -248,7 +250,7 @@ class Node:
         if taken is not None:
             raise taken
 
-    async def _serve(self, group: asyncio.TaskGroup, servers: list[HttpServer]) -> None:
+    async def _serve(self, group: asyncio.TaskGroup) -> None:
         background = [
             *(group.create_task(keep_running(name, run), name=name) for name, run in self._background.items()),
             group.create_task(self._announce(), name="announce"),
@@ -258,12 +260,12 @@ class Node:
             group.create_task(self.consumer.run(), name="worker"),
             group.create_task(keep_running("adopter", self.adopter.run), name="adopter"),
         ]
-        serving = [group.create_task(one.serve(), name="server") for one in servers]
+        serving = [group.create_task(one.serve(), name="server") for one in self._servers]
         await self._stopping.wait()
         background.append(group.create_task(self._record_stop(), name="record-stop"))
         await asyncio.sleep(0)  # before anything else: a process manager may be stopping Redis, too
         await self._drain(working)
-        for one in servers:
+        for one in self._servers:
             one.stop()  # only now: uvicorn then closes every socket at once
         await asyncio.wait(serving)
         for task in (*background, *working):
@@ -272,7 +274,8 @@ class Node:
     async def _announce(self) -> None:
         while not self._server.started or self.not_ready() is not None:  # noqa: ASYNC110 - states of two parts
             await asyncio.sleep(_POLL_INTERVAL)
-        log.info("ready", node=self.settings.node, address=self._server.address)
+        addresses = dict(zip(("address", "metrics"), (one.address for one in self._servers), strict=False))
+        log.info("ready", node=self.settings.node, **addresses)
         for warning in await health.warnings(self._redis):
             log.warning(warning)
         await self._backends.check()

@@ -197,6 +197,13 @@ def _check_ports(plan: UpPlan) -> None:
     node_variable = Settings.variable("port")
     nodes = {port: f"node {node}" for node, port in plan.nodes}
     listeners = [(node_variable, plan.settings.host, port) for port in nodes]
+    metrics = [address for port in nodes if (address := plan.settings.metrics_address(port)) is not None]
+    if len(set(metrics)) < len(metrics):
+        raise SettingsError(
+            f"{Settings.variable('metrics')}={plan.settings.metrics} is not allowed for several nodes: with a port "
+            "such as +1000, each listens on its own port plus 1000"
+        )
+    listeners += [(Settings.variable("metrics"), *address) for address in metrics]
     listeners += [(part.variable("port"), part.host, part.port) for part in (plan.valkey, plan.ai) if part]
     if plan.balancer:
         listeners.append((UpSettings.variable("balancer_port"), plan.settings.host, plan.balancer_port))

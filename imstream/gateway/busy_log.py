@@ -2,11 +2,14 @@
 
 import asyncio
 from collections import Counter
-from typing import Literal
 
 import structlog
 
+from imstream.metrics import Admission
 from imstream.user_ids import UserId
+
+LOAD = frozenset[Admission]({"busy", "user_busy", "rate_limited"})
+"""What becomes of messages that are refused because of load."""
 
 INTERVAL = 1.0
 """Seconds from the first refusal until the line is written."""
@@ -15,19 +18,17 @@ log = structlog.get_logger()
 
 
 class BusyLog:
-    """Counts refused messages by reason: `BUSY` because the node, the user or Redis is full, or `RATE_LIMITED`."""
+    """Counts messages that are refused because of load."""
 
     def __init__(self) -> None:
         self._counts = Counter[str]()
-        self._users = Counter[UserId | None]()
+        self._users = Counter[UserId]()
 
-    def count(
-        self, reason: Literal["node_full", "user_full", "redis_full", "rate_limited"], user: UserId | None
-    ) -> None:
+    def count(self, result: Admission, user: UserId) -> None:
         """Count a refusal."""
         if not self._counts:
             asyncio.get_running_loop().call_later(INTERVAL, self._write)
-        self._counts[reason] += 1
+        self._counts[result] += 1
         self._users[user] += 1
 
     def _write(self) -> None:

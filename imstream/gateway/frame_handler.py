@@ -13,7 +13,7 @@ from imstream import wire
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
-from imstream.gateway.busy_log import BusyLog
+from imstream.gateway.busy_log import LOAD, BusyLog
 from imstream.gateway.cursor import Cursor
 from imstream.gateway.flush_scheduler import FlushScheduler
 from imstream.gateway.presence import Presence
@@ -103,7 +103,6 @@ class FrameHandler:
                 if not is_repeated and await self._deps.dead_letters.make_room():
                     continue
                 limited.error("redis is out of memory")
-                self._deps.busy_log.count("redis_full", self._session.user_id)
                 self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
             except StoreError as error:
                 self._send_unavailable(error, message_id)
@@ -135,7 +134,20 @@ class FrameHandler:
             case wire.ClientHeartbeat():
                 self._writer.send(self._frames.heartbeat())
             case wire.ClientChat():
-                await self._count_chat(frame)
+                deps, message_id = self._deps, frame.message_id or secrets.token_urlsafe(12)
+                result: Admission = "unavailable"
+                try:
+                    with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
+                        with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
+                            result = await self._chat(frame, message_id, span.traceparent)
+                        span.note(result)
+                except StoreFull:
+                    result = "busy"
+                    raise
+                finally:
+                    deps.metrics.admissions[result].inc()
+                    if result in LOAD:
+                        deps.busy_log.count(result, self._user_id())
             case wire.ClientCancel():
                 await self._cancel(frame.message_id)
             case _:
@@ -206,20 +218,6 @@ class FrameHandler:
         self._writer.follow(cursor)
         return size
 
-    async def _count_chat(self, frame: wire.ClientChat) -> None:
-        deps, message_id = self._deps, frame.message_id or secrets.token_urlsafe(12)
-        result: Admission = "unavailable"
-        try:
-            with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
-                with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
-                    result = await self._chat(frame, message_id, span.traceparent)
-                span.note(result)
-        except StoreFull:
-            result = "busy"
-            raise
-        finally:
-            deps.metrics.admissions[result].inc()
-
     async def _chat(self, frame: wire.ClientChat, message_id: str, traceparent: str) -> Admission:
         deps, user_id = self._deps, self._user_id()
         request = ChatRequest(
@@ -237,8 +235,6 @@ class FrameHandler:
             return "unavailable"
         verdict = await deps.guards.check_chat(request, peer=self._session.peer)
         if isinstance(verdict, Reject):
-            if verdict.code == Code.RATE_LIMITED:
-                deps.busy_log.count("rate_limited", user_id)
             self._reject(verdict, message_id)
             return _admission_of(verdict)
         # Kept alive from here on: the worker may have written the reply before this socket follows it.
@@ -250,7 +246,6 @@ class FrameHandler:
             raise
         if not isinstance(admission, Admitted):
             await verdict.undo()
-            deps.busy_log.count("user_full" if admission.by_user else "node_full", user_id)
             self._writer.send(self._frames.busy(message_id, by_user=admission.by_user))
             return "user_busy" if admission.by_user else "busy"
         await self._ensure_record(verdict.request, reply, admission)

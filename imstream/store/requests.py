@@ -59,7 +59,7 @@ class PendingEntry:
 class RequestStream:
     """The requests stream of `node`, for the worker of node `consumer`: the same node, or one that has adopted it."""
 
-    def __init__(  # noqa: PLR0913 - all dependencies
+    def __init__(
         self,
         redis: RedisClient,
         reader: BlockingReader,

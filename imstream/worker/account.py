@@ -6,7 +6,7 @@ from collections.abc import Callable
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from imstream.clock import now_ms, time_of
+from imstream.clock import time_of
 from imstream.metrics import Metrics
 from imstream.model import ChatRequest
 from imstream.reply_buffer import ReplyBuffer
@@ -14,7 +14,7 @@ from imstream.store.replies import Beginning, Opened
 
 
 class Account:
-    """When what happened to one request: milliseconds since 1970 by the clock of Redis; None: not known here."""
+    """What is known here about one request. Times are milliseconds since 1970 by the clock of Redis."""
 
     __slots__ = ("_loop", "_offset", "admitted_at", "backend", "ended_at", "opened_at", "sockets", "text_at")
 
@@ -30,7 +30,8 @@ class Account:
         self.sockets: tuple[int | None, int | None] = (None, None)
         """How many sockets followed the reply at its end, and how many of them were slow."""
         self._loop = asyncio.get_running_loop()
-        self._offset = now_ms() - 1000 * self._loop.time()
+        self._offset = 0.0
+        """From the loop's clock to that of Redis."""
 
     def open(self, opened: Opened, reply: ReplyBuffer, *, is_first: bool) -> None:
         """An attempt has been opened here, just now."""

@@ -1,7 +1,7 @@
 """One AI call for a request, with the guards before and after it; and what the jobs of a worker work with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -51,7 +51,7 @@ class WorkerDeps:
     stall: StallDetector
     tracing: Tracing
     on_begun: Callable[[ReplyBuffer], None]
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics
     request_log: RequestLog
 
 

@@ -180,31 +180,24 @@ class StreamConsumer:
         inherited.pop(pending.entry_id, None)
         if entry is None:
             return
-        ids = {name: entry.fields.get(name) for name in ("message_id", "trace")}
-        log.info(
-            "request claimed",
-            **ids,
-            of=self._requests.node,
-            worker=pending.consumer,
-            entry=entry.entry_id,
-            deliveries=deliveries,
-        )
-        await self._start(group, entry, slots)
+        job = await self._start(group, entry, slots)
+        told = {"of": self._requests.node, "worker": pending.consumer, "entry": entry.entry_id}
+        (log if job is None else job.log).info("request claimed", **told, deliveries=deliveries)
         if is_suspect and entry.entry_id in self._running:
             self._suspect = entry.entry_id
 
-    async def _start(self, group: asyncio.TaskGroup, entry: Entry, slots: Slots) -> None:
+    async def _start(self, group: asyncio.TaskGroup, entry: Entry, slots: Slots) -> Job | None:
         verdict = None
         try:
             request = ChatRequest.from_fields(entry.fields, entry.entry_id, user_ids=self._deps.settings.user_ids)
         except NewerVersion as error:
             await self._leave_to_newer(entry, error.version)
-            return
+            return None
         except MalformedEntry as error:
             if error.partial is None:
                 log.error("request buried", reason=MALFORMED, error=str(error), entry=entry.entry_id)  # noqa: TRY400 - no defect
                 await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
-                return
+                return None
             request, verdict = error.partial, Bury(MALFORMED, str(error))
         job = Job(entry, request, self._requests, self._deps, verdict)
         if verdict is None:
@@ -212,6 +205,7 @@ class StreamConsumer:
         self._running.add(entry.entry_id)
         self._jobs.add(job, slots)
         group.create_task(self._run_job(job))
+        return job
 
     async def _leave_to_newer(self, entry: Entry, version: int) -> None:
         """Leave a request of a newer release pending under the name of the node whose stream it is in."""

@@ -262,6 +262,10 @@ async def test_what_does_not_fit_is_told_busy_at_once_and_fits_later(lang: str, 
             assert (refused["msgType"], refused["code"], refused["contents"]) == ("SYSTEM", "BUSY", text)
             assert 500 <= refused["retryAfterMs"] <= 10_000
         assert node.unfinished() == QUEUE
+        counted = "messages refused because of load"
+        await wait_until(
+            lambda: {"user_busy", "busy"} <= {key for line in node.logged(counted) for key in line}, counted
+        )
 
         for number in range(EACH):
             await users[USER].send_frame("CANCEL", messageId=f"{lang}-{number}")

@@ -80,6 +80,7 @@ async def test_who_asks_too_much_is_told_when_to_ask_again_on_any_socket(node: O
         assert (await another.chat(OTHER, AT_ONCE, "m1"))["event"] == "accepted"
         await another.end_of("m1")
     assert node.record(user, "m-more") == []
+    await wait_until(lambda: node.logged("messages refused because of load", rate_limited=1, users=1), "it is counted")
 
 
 # Frames per second

@@ -28,28 +28,22 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
         yield node
 
 
-def told(node: OneNode, event: str, **fields: object) -> list[dict[str, Any]]:
-    """The log lines of an event that have these fields."""
-    lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == event and fields.items() <= line.items()]
-
-
 async def test_a_socket_of_a_user_is_logged_once_at_its_end(node: OneNode) -> None:
     user = user_id(10077)
     async with connect(node.now.ws(user), origin=FROM, proxy=None) as socket:  # type: ignore[arg-type] # a NewType
         await socket.send(json.dumps({"msgType": "INIT", "userId": user}))
         await socket.recv()
-    await wait_until(lambda: told(node, "session closed", user=user), "the end is logged")
-    [closed] = told(node, "session closed", user=user)
+    await wait_until(lambda: node.logged("session closed", user=user), "the end is logged")
+    [closed] = node.logged("session closed", user=user)
     assert (closed["peer"], closed["origin"]) == ("127.0.0.1", FROM)
     assert (closed["code"], closed["slowed"]) == (1000, 0)
-    assert not told(node, "session opened")
+    assert not node.logged("session opened")
 
 
 async def test_a_socket_that_nobody_closed_has_no_code(node: OneNode) -> None:
     async with node.peer(user_id(10078)) as someone:
         someone.connection.transport.abort()
-        await wait_until(lambda: told(node, "session closed", user=user_id(10078), code=1005), "the end is logged")
+        await wait_until(lambda: node.logged("session closed", user=user_id(10078), code=1005), "the end is logged")
 
 
 async def test_who_sends_too_much_is_logged_once_at_the_end(node: OneNode) -> None:
@@ -57,20 +51,32 @@ async def test_who_sends_too_much_is_logged_once_at_the_end(node: OneNode) -> No
         for _ in range(10):
             await someone.send("PING")
         await someone.until(code="RATE_LIMITED")
-    await wait_until(lambda: told(node, "session closed", user=user_id(10079)), "the end is logged", limit=10)
-    assert told(node, "session closed", user=user_id(10079))[0]["slowed"] >= 1
+    await wait_until(lambda: node.logged("session closed", user=user_id(10079)), "the end is logged", limit=10)
+    assert node.logged("session closed", user=user_id(10079))[0]["slowed"] >= 1
+
+
+async def test_an_answer_is_logged_once_with_the_sockets_that_followed_it(node: OneNode) -> None:
+    user = user_id(10083)
+    async with node.peer(user) as someone, node.peer(user):
+        await someone.chat(user, f"hello {AT_ONCE}", "m1")
+        told = await someone.end_of("m1")
+    await wait_until(lambda: node.logged("request ended", user=user), "the end is logged")
+    [line] = node.logged("request ended", user=user)
+    assert (line["message_id"], line["outcome"], line["characters"]) == ("m1", "done", len(told.text))
+    assert (line["sockets"], line["slow_sockets"]) == (2, 0)
+    assert "hello" not in json.dumps(line)
 
 
 async def test_a_page_from_elsewhere_is_logged_with_its_origin(node: OneNode) -> None:
     with pytest.raises(InvalidStatus):
         await connect(node.now.ws(10080), origin="https://evil.example", proxy=None)  # type: ignore[arg-type] # same
-    assert told(node, "handshake refused", origin="https://evil.example", peer="127.0.0.1")
+    assert node.logged("handshake refused", origin="https://evil.example", peer="127.0.0.1")
 
 
 async def test_a_hangup_does_not_end_a_node_that_has_nothing_to_reload_and_it_says_so(node: OneNode) -> None:
     async with node.peer(user_id(10082)) as someone:
         node.now.process.signal(signal.SIGHUP)
-        await wait_until(lambda: told(node, "nothing to reload"), "it is logged")
+        await wait_until(lambda: node.logged("nothing to reload"), "it is logged")
         await someone.chat(user_id(10082), f"still there? {AT_ONCE}", "m1")
         assert (await someone.end_of("m1")).text == expected(f"still there? {AT_ONCE}")
 

@@ -53,7 +53,7 @@ client.addEventListener("notice", heard.notice);
 client.addEventListener("asked", heard.asked);
 client.connect();
 for (const { messageId, state } of client.known) if (state !== "done") follow(client.follow(messageId));
-const message: Message = follow(client.send("Why?", [{ role: "user", content: "Hi" }], newMessageId()));
+const message: Message = follow(client.send("Why?", [{ role: "user", content: "Hi" }], newMessageId(), { traceparent: "00-…" }));
 const { status, isEnded }: Message = await message.ended;
 const last: Frame | undefined = message.frame;
 console.log(status === "done" && isEnded, last?.event);

@@ -3,14 +3,20 @@
 import asyncio
 import re
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from click.testing import CliRunner
 
 from imstream.cli.main import main
+from imstream.clock import now_ms
 from imstream.errors import StoreRefused
+from imstream.keys import GROUP
+from imstream.model import Waiting
 from imstream.store import inspection
+from imstream.store.backend_states import BackendStates, State
+from imstream.store.leases import Holder, Leases
 from tests.redis.conftest import Store, chat_request
 from tests.support.processes import free_port
 
@@ -102,6 +108,46 @@ async def test_the_command_prints_all_of_it_and_never_the_text(store: Store) -> 
     assert "user 10001  message m0  http_400 after 1 attempts: no such model" in out
     assert "private" not in out
     assert "message m0" not in await printed(store, "--newest", "0")
+
+
+async def test_the_command_tells_who_keeps_requests_from_being_taken(store: Store) -> None:
+    nobody = "the node does not run (it has no lease); no node has adopted its stream"
+    assert nobody not in await printed(store)  # nothing waits
+    await fill(store)
+    out = await printed(store)
+    assert nobody in out
+    assert re.search(r"the next one has waited \d+\.\d s  user 10003  message m2", out)
+    assert "node 0 works on 1 and does not run" in out
+    store.redis.set(store.keys.adopter("0"), "1", px=10_000)
+    assert "node 1 has adopted its stream" in await printed(store)
+    leases = Leases(store.redis_client, store.settings)
+    holder = Holder("instance", "host", "", 1, "http://127.0.0.1:8080")
+    await leases.acquire(holder)
+    out = await printed(store)
+    assert "does not run" not in out
+    assert "nothing in Redis tells why they wait" in out
+    await leases.acquire(replace(holder, stopping=True))
+    assert "the node drains: it takes no requests" in await printed(store)
+
+
+async def test_the_command_tells_which_backends_requests_wait_for(store: Store) -> None:
+    await fill(store)
+    await Leases(store.redis_client, store.settings).acquire(Holder("i", "host", "", 1, "http://127.0.0.1:8080"))
+    states = BackendStates(store.redis_client, store.settings)
+    away: State = {"state": "away", "reason": "http_503", "until": now_ms() + 90_500, "slots": 9, "sharesSlots": True}
+    await states.publish({"main": away, "spare": {"state": "working", "slots": 1, "sharesSlots": False}})
+    [entry] = store.redis.xpending_range(store.keys.requests("0"), GROUP, "-", "+", 1)
+    await store.replies.open(10002, "m1", request=store.requests.request_id(str(entry["message_id"])))
+    waiting = Waiting("main", "http_503", "overloaded", 1000)
+    await store.replies.wait(10002, "m1", attempt=1, pause=timedelta(seconds=1), why=waiting)
+    out = await printed(store)
+    assert re.search(r"backend main is away \(http_503\), and is not called for (89|90) s", out)
+    assert "all 1 slots are in use" in out  # those of the other backend
+    assert re.search(r"user 10002  message m1  for .* s  delivery 1  waits for backend main: http_503", out)
+    await states.publish({"main": {"state": "recovering", "slots": 9, "sharesSlots": True}})
+    out = await printed(store)
+    assert "backend main was away, and calls are paced" in out
+    assert "slots are in use" not in out
 
 
 async def test_many_requests_in_work_are_counted_and_the_oldest_are_listed(

@@ -210,6 +210,12 @@ class OneNode:
 
         await wait_until(lambda: leaked() == 0, "no file descriptor is left over")
 
+    def logged(self, event: str | None = None, **fields: object) -> list[dict[str, Any]]:
+        """The log lines of this process with an event and these fields."""
+        wanted = fields if event is None else {"event": event, **fields}
+        lines = [json.loads(line) for line in self.now.process.output().splitlines() if line.startswith("{")]
+        return [line for line in lines if wanted.items() <= line.items()]
+
     def check_log(self) -> None:
         """Check that it has printed no traceback."""
         output = self.now.process.output()

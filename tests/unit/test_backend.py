@@ -11,6 +11,7 @@ import pytest
 from imstream.ai.backend import Backend, Completion, OpenAIBackend, PromptMessage
 from imstream.errors import BackendError, PermanentBackendError, SettingsError
 from imstream.settings import Settings
+from imstream.tracing import parse_traceparent
 from tests.support.asking import PROMPT, asking, unaccepting_port
 from tests.support.scripted_backend import (
     Exchange,
@@ -46,6 +47,18 @@ async def test_the_request_is_a_streamed_chat_completion() -> None:
     assert request.headers["content-type"] == "application/json"
     assert request.headers["accept-encoding"] == "identity"
     assert request.headers["authorization"] == f"Bearer {KEY}"
+
+
+async def test_each_call_has_a_traceparent_of_its_own_unless_the_operator_sends_another() -> None:
+    async with asking(always=streams("Hi")) as asked:
+        await asked.ask()
+        await asked.ask()
+        sent = [request.headers["traceparent"] for request in asked.backend.requests]
+    assert [parse_traceparent(one) for one in sent] == sent
+    assert len(set(sent)) == 2
+    async with asking(streams("Hi"), ai_headers={"TraceParent": "of the operator"}) as asked:
+        await asked.ask()
+        assert asked.backend.requests[0].headers["traceparent"] == "of the operator"
 
 
 async def test_without_a_key_nothing_is_claimed() -> None:

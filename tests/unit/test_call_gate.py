@@ -2,6 +2,8 @@
 
 import asyncio
 
+from structlog.testing import capture_logs
+
 from imstream.ai.call_gate import MIN_RATE, CallGate
 from imstream.ai.router import Backends
 from imstream.errors import BackendError, FailureKind
@@ -59,6 +61,26 @@ async def test_while_the_backend_works_nothing_waits() -> None:
         await backend.enter()
         gate.record_success()
     assert asyncio.get_running_loop().time() == 0
+
+
+@in_virtual_time
+async def test_the_log_tells_when_a_backend_is_away_and_back_with_the_reason_and_the_times() -> None:
+    gate, backend = make_backend()
+    with capture_logs() as lines:
+        break_down(gate)
+        assert gate.reason == "connect_failed"
+        for pause in (PAUSE, 2 * PAUSE):
+            await asyncio.sleep(pause)
+            await backend.enter()
+            gate.record_failure(failure(), user=10001)
+        await asyncio.sleep(60)
+        gate.record_success()
+    away, back = lines
+    assert (away["event"], away["reason"], away["error"]) == ("backend is away", "connect_failed", "why")
+    assert away["pause_seconds"] == PAUSE
+    assert (back["event"], back["reason"]) == ("backend is back", "connect_failed")
+    assert back["away_seconds"] == 60 + 3 * PAUSE
+    assert gate.reason is None
 
 
 @in_virtual_time

@@ -27,9 +27,10 @@ from tests.support.scripted_ws import FAST, USER, Session, all_of, connected, sc
 
 async def test_an_answer_comes_in_pieces_and_as_a_whole() -> None:
     async with connected() as session:
-        reply = await session.client.send("hello", history=[Turn(role="user", content="before")], message_id="m1")
+        turns, trace = [Turn(role="user", content="before")], f"00-{'1' * 32}-{'2' * 16}-01"
+        reply = await session.client.send("hello", history=turns, message_id="m1", traceparent=trace)
         chat = await session.peer.hear_chat()
-        assert (chat.user_id, chat.message_id, chat.contents) == (USER, "m1", "hello")
+        assert (chat.user_id, chat.message_id, chat.contents, chat.traceparent) == (USER, "m1", "hello", trace)
         assert chat.history == [Turn(role="user", content="before")]
         await session.peer.send_chat("m1", "accepted", position=3)
         assert await within(reply.accepted()) == 3

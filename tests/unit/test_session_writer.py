@@ -363,3 +363,20 @@ def test_however_a_client_reads_it_gets_every_word_once(steps: list[tuple[str, s
         assert sum(frame["msgType"] == "HEARTBEAT" for frame in socket.frames) == said
 
     asyncio.run(play())
+
+
+async def test_a_socket_that_takes_nothing_is_slow_until_it_reads() -> None:
+    socket, reply = FakeSocket(room=1), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
+    assert writer.follows("m")
+    assert not writer.is_slow
+    reply.append("more than its buffer takes")
+    await a_tick()
+    assert writer.is_slow
+    socket.reads()
+    await a_tick()
+    assert not writer.is_slow
+    reply.end(DONE)
+    await a_tick()
+    assert not writer.follows("m")

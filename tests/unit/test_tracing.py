@@ -72,6 +72,17 @@ def test_forked_processes_make_different_ones() -> None:
     assert len(told) == len(set(told)) == 2
 
 
+def test_a_node_imports_nothing_of_tracing_by_itself() -> None:
+    program = "import sys\nimport imstream.cli.main\nimport imstream.node\nprint(*sys.modules)"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "imstream.node" in imported
+    # redis-py imports other parts of OpenTelemetry, where it is installed.
+    of_tracing = r"imstream\.otel|opentelemetry\.(exporter|proto|sdk\.trace)|google\.protobuf|requests|urllib3"
+    assert [name for name in imported if re.match(of_tracing, name)] == []
+
+
 def test_without_tracing_a_clients_trace_is_passed_on_and_each_call_has_an_id_of_its_own() -> None:
     received = Tracing().receive(GIVEN, "stream", "m")
     assert received.traceparent == GIVEN

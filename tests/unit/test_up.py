@@ -236,3 +236,15 @@ def test_a_local_model_and_another_backend_are_refused_together() -> None:
     options = local_ports()
     with pytest.raises(SettingsError, match=f"IMSTREAM_LOCAL_AI_PORT={options['port']} is also the port of node 0"):
         make_plan({**options, "local_ai_port": options["port"]})
+
+
+def test_metrics_of_several_nodes_need_a_port_for_each() -> None:
+    options = {**ports(), "port": str(consecutive_ports(7)), "nodes": "2", "balancer": "none"}
+    with pytest.raises(
+        SettingsError, match=r"^IMSTREAM_METRICS=127\.0\.0\.1:\d+ is not allowed for several nodes: .*\+1000"
+    ):
+        make_plan({**options, "metrics": f"127.0.0.1:{free_port()}"})
+    make_plan({**options, "metrics": "127.0.0.1:+4"})
+    make_plan({**options, "metrics": "off"})
+    with pytest.raises(SettingsError, match=r"^IMSTREAM_METRICS=\d+ is also the port of node 1"):
+        make_plan({**options, "nodes": "3", "metrics": "127.0.0.1:+1"})
