@@ -64,3 +64,21 @@ async def test_a_retried_request_that_was_reopened_by_a_worker_that_died_is_not_
         began = await worker.replies.beginning(USER, "m")
         assert None not in began
         assert began.text_at >= began.opened_at > time_of(entry.entry_id) - 1  # type: ignore[operator] # see before
+
+
+async def test_dead_letters_are_kept_within_their_bounds_by_the_worker_of_their_node(
+    redis_server: RedisServer,
+) -> None:
+    async with run_worker(redis_server, dead_age="1h", dead_bytes=50_000) as worker:
+        dead = worker.keys.dead("0")
+        worker.redis.xadd(dead, {"user": "1"}, id="1000-0")
+        await wait_until(lambda: worker.dead() == [], "the old letter is dropped")
+        for number in range(20):
+            worker.redis.xadd(dead, {"user": str(number), "contents": "x" * 10_000})
+        await wait_until(lambda: len(worker.dead()) < 5, "those that are too many are dropped")
+        assert worker.dead()[-1]["user"] == "19"
+        worker.redis.set(worker.keys.dead("0"), "written by hand")
+        worker.backend.always = lambda call: call.done("answered all the same")
+        await worker.ask()
+        await worker.idle()
+        worker.redis.delete(worker.keys.dead("0"))
