@@ -112,6 +112,7 @@ async def test_the_command_prints_all_of_it_and_never_the_text(store: Store) -> 
 
 async def test_the_command_tells_who_keeps_requests_from_being_taken(store: Store) -> None:
     nobody = "the node does not run (it has no lease); no node has adopted its stream"
+    store.redis.zadd(store.keys.nodes(), {"0": 1})
     assert nobody not in await printed(store)  # nothing waits
     await fill(store)
     out = await printed(store)
