@@ -13,14 +13,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
-import click
-
 from imstream.ai.backend import PromptMessage
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.cli import settings_notes
-from imstream.cli.options import given, settings_options
-from imstream.cli.output import json_option, show, table
+from imstream.cli.output import show, table
 from imstream.errors import BackendError, SettingsError, StoreDenied, StoreError
 from imstream.gateway.server import files_needed
 from imstream.keys import Keys
@@ -49,21 +46,13 @@ class Finding:
     text: str
 
 
-@click.command()
-@settings_options(Settings, aliases={"redis_url": "--redis", "ai_url": "--ai"})
-@json_option
-@click.option("--call", is_flag=True, help="Also ask each backend for an answer of one token.")
-def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
-    """Check whether a node with these settings can serve from here: settings, Redis, backends, port, open files.
-
-    Reads the settings as "imstream node" does. Ends with 0 if the node can serve, perhaps with warnings, and with 1 if
-    it cannot.
-    """
+def run(options: dict[str, str], *, call: bool, as_json: bool) -> int:
+    """Print the findings and return the exit code."""
     with redirect_stdout(sys.stderr):  # log lines of the parts that are used
-        findings = asyncio.run(_examine(given(options), call=call))
+        findings = asyncio.run(_examine(options, call=call))
     rows = [("check", "state", "result"), *((one.check, one.state, one.text) for one in findings)]
     show({"findings": findings}, table(rows), as_json=as_json)
-    sys.exit(any(one.state == "error" for one in findings))
+    return int(any(one.state == "error" for one in findings))
 
 
 async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:

@@ -13,6 +13,9 @@ from imstream.settings import Settings
 from imstream.store.timeline import Event, Timeline
 from imstream.store.timeline import explain as read_timeline
 
+_ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
+"""Fields that lines leave out."""
+
 
 @click.command()
 @settings_options(Settings, only=(*REDIS_SETTINGS, "user_ids"), aliases={"redis_url": "--redis"})
@@ -46,7 +49,7 @@ def _lines(found: Timeline) -> Iterator[str]:
 
 def _sentence(one: Event) -> str:
     about = one.about
-    rest = "  ".join(f"{name} {' '.join(value.split())}" for name, value in about.items())
+    rest = "  ".join(f"{name} {' '.join(value.split())}" for name, value in about.items() if name not in _ONLY_JSON)
     match one.event:
         case "opened":
             how = f", which continues {one.offset} characters" if one.offset else ""

@@ -27,7 +27,7 @@ from imstream.texts import Lang, choose_lang
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
-_ELSEWHERE = {"nodes": "nodes", "explain": "explain", "doctor": "doctor", "dead": "dead", "user": "admin"}
+_ELSEWHERE = {"nodes": "nodes", "explain": "explain", "dead": "dead", "user": "admin"}
 """Commands that are defined in other modules of this package."""
 
 
@@ -301,6 +301,21 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
     if check:
         sys.exit(check_backends(settings, as_json=as_json))
     show_backends(settings, as_json=as_json)
+
+
+@main.command()
+@settings_options(Settings, aliases=_ALIASES)
+@json_option
+@click.option("--call", is_flag=True, help="Also ask each backend for an answer of one token.")
+def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
+    """Check whether a node with these settings can serve from here: settings, Redis, backends, ports, open files.
+
+    Reads the settings as "imstream node" does. Ends with 0 if the node can serve, perhaps with warnings, and with 1 if
+    it cannot.
+    """
+    from imstream.cli.doctor import run
+
+    sys.exit(run(given(options), call=call, as_json=as_json))
 
 
 @main.command(context_settings={"allow_interspersed_args": False})

@@ -219,7 +219,11 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
             event = "thinking"
         if event == "text" and batch is not None:
             number, characters = int(batch.about["batches"]) + 1, int(batch.about["characters"]) + len(text)
-            batch.about.update(batches=str(number), characters=str(characters), until=_time(entry_id).isoformat())
+            batch.about.update(
+                batches=str(number),
+                characters=str(characters),
+                until=_time(entry_id).isoformat(timespec="milliseconds"),
+            )
             continue
         made = Event(_time(entry_id), event, _number(fields, "attempt"), _number(fields, "offset"), about)
         batch = made if event == "text" else None
@@ -233,7 +237,11 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
 def _shown(fields: Mapping[str, str]) -> dict[str, str]:
     """The fields that are shown, with times as in `Event.at`."""
     shown = {name: value for name, value in fields.items() if name not in _NOT_SHOWN and value != ""}
-    times = {name: _time(shown[name]).isoformat() for name in _TIMES & shown.keys() if shown[name].isdecimal()}
+    times = {
+        name: _time(shown[name]).isoformat(timespec="milliseconds")
+        for name in _TIMES & shown.keys()
+        if shown[name].isdecimal()
+    }
     return shown | times
 
 
