@@ -222,7 +222,7 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
             batch.about.update(
                 batches=str(number),
                 characters=str(characters),
-                until=_time(entry_id).isoformat(timespec="milliseconds"),
+                until=_iso(entry_id),
             )
             continue
         made = Event(_time(entry_id), event, _number(fields, "attempt"), _number(fields, "offset"), about)
@@ -237,11 +237,7 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
 def _shown(fields: Mapping[str, str]) -> dict[str, str]:
     """The fields that are shown, with times as in `Event.at`."""
     shown = {name: value for name, value in fields.items() if name not in _NOT_SHOWN and value != ""}
-    times = {
-        name: _time(shown[name]).isoformat(timespec="milliseconds")
-        for name in _TIMES & shown.keys()
-        if shown[name].isdecimal()
-    }
+    times = {name: _iso(shown[name]) for name in _TIMES & shown.keys() if shown[name].isdecimal()}
     return shown | times
 
 
@@ -253,3 +249,7 @@ def _number(fields: Mapping[str, str], name: str) -> int:
 def _time(entry_id: str) -> datetime:
     """The time in an entry id, or of a number of milliseconds since 1970."""
     return datetime.fromtimestamp(min(time_of(entry_id), _END_OF_CALENDAR) / 1000, UTC)
+
+
+def _iso(time: str) -> str:
+    return _time(time).isoformat(timespec="milliseconds")
