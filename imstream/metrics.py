@@ -35,7 +35,7 @@ REASONS = frozenset({
     *("connect_timeout", "first_token_timeout", "idle_timeout", "total_timeout"),
     *("connect_failed", "connection_lost", "proxy_failed", "overloaded"),
     *("insufficient_quota", "unauthorized", "misconfigured", "model_not_found", "encoded"),
-    *("aborted", "backend_error", "bad_stream", "broken_stream", "empty_answer"),
+    *("aborted", "backend_error", "bad_stream", "broken_stream", "empty_answer", "not_continued"),
     *("bad_prompt", "content_filter", "context_too_long", "refusal", "tool_calls", "too_large"),
     *("moderation_unavailable", "worker_died", "malformed", "internal_error"),
 })  # fmt: skip
@@ -172,6 +172,10 @@ class Metrics:
         )
 
         self.redis_roundtrip = short("imstream_redis_roundtrip_seconds", "Round trips of pipelines to Redis, sampled.")
+        self.redis_refusals = Counters(
+            counter("imstream_redis_refusals_total", "Commands that Redis refused because it is full.", ["lack"]),
+            ("memory", "disk"),
+        )
         self.redis_up = gauge("imstream_redis_up", "1 while Redis answers this node.")
         self.lease_held = gauge("imstream_lease_held", "1 while this node holds its lease.")
         self.adoptions = counter("imstream_adoptions_total", "Streams of dead nodes that this node has adopted.")

@@ -67,6 +67,9 @@ _RESTART_PAUSE = 1.0
 PUBLISH_INTERVAL = 2.0
 """Seconds between two looks at the states of the backends."""
 
+_RECHECK_INTERVAL = 0.5
+"""Seconds between two looks for backends that may be back."""
+
 _POLL_INTERVAL = 0.05
 """Seconds between two polls of a state that has no event of its own."""
 
@@ -83,7 +86,8 @@ class Node:
         self._backends = backends
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
-        url, timeout, access = settings.redis_url, settings.redis_timeout, AccessLog()
+        url, timeout = settings.redis_url, settings.redis_timeout
+        access = AccessLog(on_refusal=lambda lack: metrics.redis_refusals[lack].inc())
         self._redis = redis = RedisClient(
             url,
             connections=settings.redis_connections,
@@ -185,6 +189,9 @@ class Node:
             "flusher": jobs.flush_periodically,
             "waiting-line": jobs.line.run,
             "backends": self._publish_backends,
+            "backend-checks": self._recheck_backends,
+            "announce": self._announce,
+            "reload": self._reload_on_request,
         }
 
     def not_ready(self) -> str | None:
@@ -219,9 +226,8 @@ class Node:
         metrics.set_streams(running)
         metrics.set_breakers({one.name: one.gate.breaker.tripped for one in self._backends})
         metrics.sessions.set(len(self.registry))
-        held, reached = self.lease_keeper.held, self.consumer.reached_redis_within(self._max_round)
-        metrics.redis_up.set(held if self.consumer.stopping else reached)
-        metrics.lease_held.set(held)
+        metrics.redis_up.set(self.lease_keeper.reaches_redis)  # the consumer may hang, or be stopped
+        metrics.lease_held.set(self.lease_keeper.held)
 
     def reload(self) -> None:
         """Reload what can change while the node runs."""
@@ -251,11 +257,7 @@ class Node:
             raise taken
 
     async def _serve(self, group: asyncio.TaskGroup) -> None:
-        background = [
-            *(group.create_task(keep_running(name, run), name=name) for name, run in self._background.items()),
-            group.create_task(self._announce(), name="announce"),
-            group.create_task(self._reload_on_request(), name="reload"),
-        ]
+        background = [group.create_task(keep_running(name, run), name=name) for name, run in self._background.items()]
         working = [
             group.create_task(self.consumer.run(), name="worker"),
             group.create_task(keep_running("adopter", self.adopter.run), name="adopter"),
@@ -288,6 +290,11 @@ class Node:
             await self._backends.close_retired()
             with suppress(StoreError):  # the next round tries again
                 await states.publish({one.name: one.state for one in self._backends})
+
+    async def _recheck_backends(self) -> None:
+        while True:
+            await asyncio.sleep(_RECHECK_INTERVAL)
+            await self._backends.recheck()
 
     async def _reload_on_request(self) -> None:
         while True:

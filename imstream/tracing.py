@@ -42,9 +42,9 @@ def parse_traceparent(value: object) -> str | None:
 
 def read_traceparent(recorded: str) -> str:
     """The traceparent in an entry. Older releases wrote an id of 16 digits, which becomes the end of the trace id."""
-    if _SHORT_ID.fullmatch(recorded):
-        return f"00-{recorded:0>32}-{recorded}-00"
-    return parse_traceparent(recorded) or new_traceparent()
+    if (found := parse_traceparent(recorded)) is not None:
+        return found
+    return f"00-{recorded:0>32}-{recorded}-00" if _SHORT_ID.fullmatch(recorded) else new_traceparent()
 
 
 class Span:

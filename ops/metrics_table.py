@@ -93,6 +93,7 @@ def _labels_table() -> str:
         "| `code` | 1000, 1001, 1005, `other`, and the [close codes](protocol.md) of imstream |\n"
         "| `backend` | its name in the [file of backends](backends.md#several-backends), or `default` without one |\n"
         "| `stream` | the id of the node whose stream it is |\n"
+        "| `lack` | what is full: `memory` (`OOM`) or `disk` (`MISCONF`) |\n"
     )
 
 

@@ -42,6 +42,9 @@ _FAILED = re.compile(
 _BRACE = ord("{")
 _TEXT_TYPES = ("text", "output_text")
 
+_MIN_REPEATED = 64
+"""Characters of a beginning that an answer repeats by no chance."""
+
 _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _MAX_COUNTS = 16  # kept of a usage; OpenAI sends 3, others up to 8
 _MAX_USAGE_FIELDS = 4 * _MAX_COUNTS
@@ -72,6 +75,16 @@ class AnswerReader:
         problem: Why the first of them could not be read, or what happened after the answer was whole.
     """
 
+    # With 30 attributes, an instance without slots has a dictionary of its own, and CPython 3.11 specialises no access.
+    # fmt: off
+    __slots__ = (
+        "_beginning", "_begun", "_calls_tools", "_document", "_events", "_has_choice", "_has_text", "_high",
+        "_idle_bytes", "_is_refusal", "_json_limit", "_largest", "_messages", "_on_reasoning", "_reasons",
+        "_remaining", "_remaining_reasoning", "_secrets", "_tags", "_template", "done", "finish_reason", "large",
+        "may_resume", "problem", "progressed", "resumed", "skipped", "truncated", "usage",
+    )
+    # fmt: on
+
     def __init__(
         self,
         *,
@@ -85,7 +98,7 @@ class AnswerReader:
 
         `reasoning`: whether what stands in tags such as `<think>` at the beginning of the text is reasoning.
         `on_reasoning`: receives the reasoning before the text, at most `limit` characters, and `""` at its end.
-        With a `beginning`, the rest of an answer is read. It may be empty, and a whole message may repeat it.
+        With a `beginning`, the rest of an answer is read. It may be empty. A whole message may repeat the beginning.
         """
         self.finish_reason: str | None = None
         self.usage: dict[str, int] | None = None
@@ -174,6 +187,8 @@ class AnswerReader:
 
     def _finish(self) -> None:
         """Nothing follows. Raises `BackendError` if there is no text."""
+        if self._beginning and self._reasons and not self._has_text and self.finish_reason == "length":
+            raise failure("impossible", "not_continued", "only reasoning, up to the limit of its length")
         if self._has_text or (self._beginning and self.finish_reason is not None):
             self.done = True
             if self._is_refusal and self.finish_reason is None:
@@ -418,6 +433,9 @@ class AnswerReader:
         text = _text_of(content)
         if not text or (self._has_text and self._messages == self._beginning):
             return ""  # the text was sent as deltas before
+        is_short = 0 < len(self._beginning) < _MIN_REPEATED
+        if is_short and self._messages == self._beginning and text.startswith(self._beginning):
+            raise failure("impossible", "not_continued", "it repeats the short beginning, or goes on in the same words")
         before, self._messages = self._messages, text if text.startswith(self._messages) else self._messages + text
         return self._messages[len(before) :]
 
@@ -480,7 +498,7 @@ def _text_of(content: Any) -> str:  # noqa: ANN401 - JSON
 
 def _token_counts(usage: dict[str, Any]) -> dict[str, int]:
     """The token counts of a usage, with the cached and the reasoning tokens out of its details."""
-    counts = dict[str, int]()
+    counts: dict[str, int] = {}
     for name, value in islice(usage.items(), _MAX_USAGE_FIELDS):
         if _is_count(value) and len(counts) < _MAX_COUNTS and _WORD.fullmatch(name):
             counts[name] = value

@@ -46,7 +46,7 @@ def _read_tables(path: Path) -> list[dict[str, Any]]:
         document = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{Settings.variable('ai_backends')}={path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also for text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # also for text that is not UTF-8
         raise SettingsError(f"{path} is not TOML: {error}") from None
     tables = document.pop("backend", None)
     if document or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):

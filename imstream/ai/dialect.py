@@ -170,7 +170,7 @@ def _without_system(messages: list[Message]) -> list[Message]:
 
 def _alternating(messages: list[Message]) -> list[Message]:
     """Turns of users and the assistant in alternation, beginning with a user."""
-    runs = list[list[Message]]()
+    runs: list[list[Message]] = []
     for message in messages:
         if runs and runs[-1][0]["role"] == message["role"]:
             runs[-1].append(message)

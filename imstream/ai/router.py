@@ -73,6 +73,9 @@ class Backends:
         for one in listed:
             if one not in known:
                 await one.open()
+        for one, before in ((one, before) for one in listed for before in known if one.name == before.name):
+            if one is not before and None not in {one.options.concurrency, before.options.concurrency}:
+                before.slots.limit, one.slots = one.slots.limit, before.slots  # with the calls that still run
         self._all, self._retired = listed, [*self._retired, *(one for one in known if one not in listed)]
         self._admit()
         return True
@@ -86,6 +89,13 @@ class Backends:
     async def check(self) -> None:
         """Log which backends will not answer, as far as that is known without a prompt."""
         await asyncio.gather(*map(_check, self._all))
+
+    async def recheck(self) -> None:
+        """Check the half-open ones while others work: no call has to try one that is frozen and accepts connections."""
+        if self._none_works:
+            return
+        due = [one for one in self._all if one.gate.breaker.tripped and not one.is_reachable and one.may_be_called()]
+        await asyncio.gather(*map(_recheck, due))
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._all)
@@ -102,6 +112,10 @@ class Backends:
             return False
         budget = self._settings.context_tokens - self._settings.answer_tokens
         return any(upstream.prompt_limit < budget for upstream in self._all)
+
+    def have_larger(self, upstream: Upstream) -> bool:
+        """Whether one of them takes longer prompts than this one."""
+        return any(one.prompt_limit > upstream.prompt_limit for one in self._all)
 
     @property
     def is_closed(self) -> bool:
@@ -203,7 +217,6 @@ class Backends:
             CallGate(self._settings, backend.name, on_back=self._admit),
             self._shared if options.concurrency is None else Slots(options.concurrency),
             options.prompt_limit(self._settings),
-            options.answer_limit(self._settings),
         )
 
     @property
@@ -229,8 +242,8 @@ class Backends:
                 del self._waiting[waiter]
                 if not waiter.turn.done():  # else it has just been cancelled
                     waiter.turn.set_result(self._begin(upstream))
-            elif waiter.tokens == 0:
-                break  # nor does anybody after it; with a shorter prompt they might
+            elif not waiter.continuing and all(waiter.tokens <= one.prompt_limit for one in self._all):
+                break  # nor does anybody after it; with a shorter prompt they might, or if it waits for one backend
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -240,7 +253,7 @@ class Backends:
         if self._waiting:
             delay = min(filter(None, (one.gate.delay() for one in self._all)), default=None)
             # Time goes on: a backend that could not be called a moment ago may have no delay now.
-            if any(one.may_be_called(waiter.tokens) for waiter in self._waiting for one in self._all):
+            if any(_candidates(self._all, (), one.tokens, continuing=one.continuing) for one in self._waiting):
                 delay = 0.0
             if delay is not None:
                 self._timer = asyncio.get_running_loop().call_later(delay, self._admit)
@@ -259,21 +272,43 @@ async def _check(one: Upstream) -> None:
         log.warning("backend check failed", backend=one.name, reason=error.reason, error=error.detail)
 
 
+async def _recheck(one: Upstream) -> None:
+    one.in_flight += 1
+    try:
+        error = await one.check()
+    finally:
+        one.in_flight -= 1
+    one.is_reachable = error is None or error.reason not in {"connect_failed", "connection_lost"}
+    if not one.is_reachable:
+        one.gate.breaker.record_probe()
+
+
 def _best(
     upstreams: Sequence[Upstream], tried: Collection[Upstream], tokens: int, *, continuing: bool
 ) -> Upstream | None:
     """The best of those that may be called now."""
     if len(upstreams) == 1:
         return upstreams[0] if upstreams[0].may_be_called(tokens) else None
+    equals = _candidates(upstreams, tried, tokens, continuing=continuing)
+    return _by_weight(equals) if equals else None
+
+
+def _candidates(
+    upstreams: Sequence[Upstream], tried: Collection[Upstream], tokens: int, *, continuing: bool
+) -> list[Upstream]:
+    """The equally good ones of those that may be called now; none while one that continues the answer is only full."""
     best, equals = None, list[Upstream]()
     for one in upstreams:
         if one.may_be_called(tokens):
-            rank = continuing and not one.can_continue, one in tried, one.options.priority
+            is_unknown = one.gate.breaker.tripped and not one.is_reachable
+            rank = continuing and not one.can_continue, is_unknown, one in tried, one.options.priority
             if best is None or rank < best:
                 best, equals = rank, []
             if rank == best:
                 equals.append(one)
-    return _by_weight(equals) if equals else None
+    if continuing and best is not None and best[0]:
+        return [] if any(one.can_continue and one.is_only_full(tokens) for one in upstreams) else equals
+    return equals
 
 
 def _by_weight(upstreams: Sequence[Upstream]) -> Upstream:

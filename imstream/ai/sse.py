@@ -90,7 +90,7 @@ class EventParser:
         if lines and not self._begun:
             lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
             self._begun = True
-        events = list[bytes]()
+        events: list[bytes] = []
         data = self._data
         for line in lines:
             if not line:

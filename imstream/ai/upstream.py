@@ -27,13 +27,13 @@ class Upstream:
     slots: Slots
     prompt_limit: int
     """Tokens of the longest prompt that it takes."""
-    answer_limit: int
-    """Tokens of the longest answer."""
     in_flight: int = 0
     calls: int = 0
     last_error: str | None = None
     failed_at: int | None = None
     """When its last error was (ms since 1970)."""
+    is_reachable: bool = False
+    """Whether a check has reached it since its last failure."""
     credit: float = 0.0
     """What its weight has earned it in earlier choices, and its calls have spent."""
 
@@ -54,6 +54,10 @@ class Upstream:
             and tokens <= self.prompt_limit
             and (not self.gate.is_closed or self.gate.delay() == 0.0)
         )
+
+    def is_only_full(self, tokens: int) -> bool:
+        """Whether it works, and could take a prompt of so many tokens if it had a free slot."""
+        return self.slots.used >= self.slots.limit and tokens <= self.prompt_limit and not self.gate.is_closed
 
     @property
     def state(self) -> dict[str, str | int | None]:
@@ -99,5 +103,6 @@ class Upstream:
     def record_failure(self, error: BackendError, *, user: object) -> None:
         """A call has failed."""
         if error.kind != "impossible":  # that says nothing about the backend
+            self.is_reachable = False
             self.last_error, self.failed_at = str(error), now_ms()
         self.gate.record_failure(error, user=user)

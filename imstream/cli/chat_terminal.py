@@ -35,8 +35,8 @@ def run(  # noqa: PLR0913 - the options of the command
     user: UserId,
     token: str | None,
     lang: Lang,
-    *,
     traceparent: str | None = None,
+    *,
     timing: Timing | None = None,
 ) -> int:
     """Chat until standard input ends. Exit code 1: no connection, or a message without a complete answer."""

@@ -42,14 +42,10 @@ class Stage:
         self.port = 0
         self.sockets: asyncio.Queue[ServerConnection] = asyncio.Queue()
         self.socket: ServerConnection
+        self.path = ""
         self.transcript = list[str]()
         self._client = client
         self._limit = limit
-
-    @property
-    def path(self) -> str:
-        """The path and query of the client's last handshake."""
-        return self.socket.request.path if self.socket.request else ""
 
     async def serve(self, socket: ServerConnection) -> None:
         """Keep a connection until either side closes it."""
@@ -110,6 +106,7 @@ class Stage:
     async def connection(self) -> ClientInit:
         """Receive INIT on the next connection."""
         self.socket = await self.within(self.sockets.get(), "connection")
+        self.path = self.socket.request.path if self.socket.request else ""
         self.transcript.append(f"client  connects to {self.path}")
         return await self.expect(ClientInit)
 

@@ -151,7 +151,7 @@ def chat(  # noqa: PLR0913, PLR0917 - a parameter for each option
     from imstream.cli.chat_terminal import run
 
     settings = Settings.load(**given({"user_ids": user_ids}))
-    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang, traceparent=traceparent))
+    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang, traceparent))
 
 
 @main.command()
@@ -276,9 +276,10 @@ def balancer(  # noqa: PLR0913 - one for each option
 @settings_options(Settings, only=["node", "redis_url", "key_prefix", "redis_timeout"], aliases=_ALIASES)
 @click.option("--newest", type=click.IntRange(0, 1000), default=5, show_default=True, help="Dead letters shown.")
 def streams(newest: int, **options: str | None) -> None:
-    """Show a node's stream, without redis-cli.
+    """Show a node's stream and why its requests wait, without redis-cli.
 
-    Shows the number of unfinished requests, those in work with their workers, and the newest dead letters.
+    Shows the number of unfinished requests, what keeps them from being answered, those in work with their workers, and
+    the newest dead letters.
     """
     from imstream.cli.admin import show_stream
 

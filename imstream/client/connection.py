@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidProxy, ProxyError, WebSocketException
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.proxy import get_proxy
+from websockets.uri import parse_uri
 
 from imstream.client.errors import ClientClosed, SessionEnded
 from imstream.client.pending import CancelRequest, PendingRequests
@@ -108,11 +110,26 @@ class ReconnectingConnection:
         socket = self._socket
         if socket is None or request.sent_on is socket or request.ended:
             return
-        request.sent_on = socket
+        is_new, request.sent_on = request.sent_on is None, socket
+        is_busy = any(reply.sent_on is socket and reply is not request for reply in self._pending.unanswered)
         try:
+            if is_new and not is_busy:  # the server handles what it receives in its order
+                self._expect(asyncio.ensure_future(await socket.ping()), socket)
             await socket.send(_encode(request.frame))
         except ConnectionClosed:
             return  # `_receive` handles the close; the next connection sends the request again
+
+    def _expect(self, pong: asyncio.Future[float], socket: ClientConnection) -> None:
+        """Abort a connection without a pong or another frame in time: a dead one looks like a living one."""
+        heard = self._last_frame
+
+        def check() -> None:
+            if not pong.done() and self._last_frame is heard:
+                socket.transport.abort()
+            elif not pong.done():
+                self._expect(pong, socket)
+
+        asyncio.get_running_loop().call_later(self._timing.probe.total_seconds(), check)
 
     async def _connect_once(self) -> ReconnectPolicy:
         """Run one connection from its handshake to its end."""
@@ -125,6 +142,7 @@ class ReconnectingConnection:
             self._pending.fail_all(SessionEnded(CloseCode.NOT_AUTHENTICATED, self.last_error))
             return ReconnectPolicy(RetryMode.NEVER)
         url = self._servers.current
+        proxy = None if is_loopback(urlsplit(url).hostname or "") else get_proxy(parse_uri(url))
         try:
             socket = await connect(
                 connect_url(url, self._credentials.user_id),
@@ -133,14 +151,12 @@ class ReconnectingConnection:
                 open_timeout=self._timing.login.total_seconds(),
                 close_timeout=self._timing.close.total_seconds(),
                 max_size=MAX_FRAME,
-                proxy=None if is_loopback(urlsplit(url).hostname or "") else True,  # True: as the environment says
+                proxy=proxy,
                 ssl=(self._servers.tls or True) if url.lower().startswith("wss:") else None,
             )
-        except (InvalidProxy, ProxyError, ImportError) as error:
-            self.last_error = f"{url}: the proxy of the environment cannot be used: {redact_url(str(error))}"
-            return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
-        except (OSError, WebSocketException, ValueError) as error:  # ValueError: an invalid port, also of a proxy
-            self.last_error = f"{url}: {error}"
+        except (OSError, WebSocketException, ValueError, ImportError) as error:  # of a wrong port, of SOCKS
+            way = f"{url} through the proxy {redact_url(proxy)}" if proxy else url
+            self.last_error = f"{way}: {redact_url(str(error))}"
             return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         self._logged_in.clear()
         self._login_expires.clear()

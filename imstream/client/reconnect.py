@@ -28,6 +28,7 @@ class Timing:
         open: Time limit for the first login, all tries together; then `NotConnected` is raised.
         login: Time limit for one server to accept the connection, and again to answer INIT.
         heartbeat: Heartbeat interval unless the server announces another.
+        probe: Time limit for a sign of life when a message or a cancel is sent; then the client connects again.
         backoff: Upper bound of the first delay before reconnecting; it doubles with each failure.
         backoff_max: Limit of the doubling.
         later: Minimum delay after a server reported that it is full.
@@ -37,6 +38,7 @@ class Timing:
     open: timedelta = timedelta(seconds=10)
     login: timedelta = timedelta(seconds=10)
     heartbeat: timedelta = timedelta(seconds=25)
+    probe: timedelta = timedelta(seconds=3)
     backoff: timedelta = timedelta(milliseconds=500)
     backoff_max: timedelta = timedelta(seconds=30)
     later: timedelta = timedelta(seconds=5)

@@ -84,7 +84,7 @@ class _Exposition:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        if request.method not in {"GET", "HEAD"} or not self.shows(request):
+        if not self.shows(request):
             raise HTTPException(404)
         content, media_type = self.metrics.expose(request.headers.get("accept", ""))
         await Response(content, headers={"Content-Type": media_type, "Cache-Control": "no-store"})(scope, receive, send)

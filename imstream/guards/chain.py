@@ -101,7 +101,7 @@ class GuardChain:
 
     async def check_login(self, login: LoginAttempt) -> Allow | Reject:
         """The earliest expiry and the lowest number of remaining messages apply."""
-        verdicts = list[Allow]()
+        verdicts: list[Allow] = []
         for guard in self._by_hook["check_login"]:
             verdict = await guard.check_login(login)
             if isinstance(verdict, Reject):
@@ -120,7 +120,7 @@ class GuardChain:
 
     async def check_chat(self, request: ChatRequest, *, peer: str = "") -> ChatAllowed | Reject:
         """See `Guard.check_chat`. Each guard sees the message as the previous ones changed it. `peer` is logged."""
-        verdicts = list[Allow]()
+        verdicts: list[Allow] = []
         for guard in self._by_hook["check_chat"]:
             verdict = await guard.check_chat(request)
             if isinstance(verdict, Reject):

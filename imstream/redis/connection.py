@@ -21,7 +21,7 @@ from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection, DefaultParser
 from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
-from imstream.errors import StoreDenied, StoreUnavailable
+from imstream.errors import StoreUnavailable
 from imstream.redis.errors import AccessLog, Demoted, error_from_loss, error_from_reply
 
 Argument = str | int | bytes
@@ -178,7 +178,7 @@ class RedisConnection(asyncio.Protocol):
             raise InvalidResponse("Redis sent a reply without a command")
         error = error_from_reply(reply) if isinstance(reply, ResponseError) else None
         self._demoted = self._demoted or isinstance(error, Demoted)
-        if isinstance(error, StoreDenied):
+        if error is not None:
             self._access_log.report(error)
         future = self._replies.popleft()
         if future is None or future.done():
@@ -196,8 +196,7 @@ class RedisConnection(asyncio.Protocol):
 
     def _fail(self, error: StoreUnavailable) -> None:
         self._disconnect()
-        if isinstance(error, StoreDenied):
-            self._access_log.report(error)
+        self._access_log.report(error)
         if self._busy:
             fail_all(self._replies, error)
             self._replies.clear()

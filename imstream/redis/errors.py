@@ -12,7 +12,8 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 from imstream.errors import StoreDenied, StoreFull, StoreRefused, StoreUnavailable
 
 _UNAVAILABLE = (exceptions.ClusterDownError, exceptions.TryAgainError)
-_UNAVAILABLE_CODES = ("MISCONF", "BUSY ")
+_DISK_CODE = "MISCONF"
+_UNAVAILABLE_CODES = (_DISK_CODE, "BUSY ")
 """Errors that end without a change of ours, or once an operator has acted: Redis counts as unavailable."""
 
 _DEMOTED = (exceptions.ReadOnlyError, exceptions.MasterDownError)
@@ -105,12 +106,20 @@ def describe_problem(error: Exception | None) -> str:
 class AccessLog:
     """Logs denied access once per `LOG_AGAIN_AFTER`. Shared by all connections of a process, which all retry."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_refusal: Callable[[str], None] = lambda _: None) -> None:
+        """`on_refusal` is called with what Redis lacks, `memory` or `disk`, for each command that it refuses."""
+        self._on_refusal = on_refusal
         self._logged_at: dict[str, float] = {}
 
-    def report(self, denied: StoreDenied) -> None:
-        """Log a denial, unless the same one was logged recently."""
-        text, now = str(denied), time.monotonic()
+    def report(self, error: Exception) -> None:
+        """Report what Redis lacks; log a denial, unless the same one was logged recently."""
+        text, now = str(error), time.monotonic()
+        if isinstance(error, StoreFull):
+            self._on_refusal("memory")
+        elif text.startswith(_DISK_CODE):
+            self._on_refusal("disk")
+        if not isinstance(error, StoreDenied):
+            return
         if now - self._logged_at.get(text, float("-inf")) < LOG_AGAIN_AFTER:
             return
         if len(self._logged_at) >= _MAX_DENIALS:

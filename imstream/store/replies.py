@@ -159,6 +159,7 @@ class ReplyStore:
         shown: int | None = None,
         usage: Usage | None = None,
         unused: bool = False,
+        repeated: bool = False,
         reopens: bool = False,
     ) -> Opened | Ended | Duplicate | OtherQuestion:
         """Begin the next attempt at a message, which `request` owns from now on.
@@ -174,16 +175,13 @@ class ReplyStore:
             shown: Characters that the caller has shown as the writer of `after`.
             usage: Of the calls that wrote them.
             unused: The attempt `after` has made no call.
+            repeated: An earlier try may have been executed, and its answer lost.
             reopens: The request was made from a dead letter, and may go on after `failed`.
         """
         asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
-        text = (
-            "" if shown is None else shown,
-            "" if usage is None else to_json(usage),
-            "1" if unused else "",
-            "1" if reopens else "",
-        )
-        arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text)
+        text = ("" if shown is None else shown, "" if usage is None else to_json(usage))
+        flags = (int(unused), int(repeated), int(reopens))
+        arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text, *flags)
         match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
             case ["opened" | "continued" as verdict, entry_id, attempt, counted, waited, *rest]:
                 continued = Continued.parse(*rest.pop(0)) if verdict == "continued" else None

@@ -82,11 +82,7 @@ class AttemptRunner:
         written = None
         if beginning:
             written = await deps.prompter.written(beginning) if upstream.can_continue else None
-            if (
-                written is None
-                or written.tokens >= upstream.answer_limit
-                or (filtered is not None and not filtered.seed(beginning))
-            ):
+            if written is None or (filtered is not None and not filtered.seed(beginning)):
                 raise CannotContinue
         messages = await deps.prompter.messages(request, upstream.backend)
         metrics, result = deps.metrics, "stopped"
@@ -108,13 +104,13 @@ class AttemptRunner:
             result = error.kind
             metrics.add_tokens(upstream.name, error.usage)
             writer.forget_reasoning()
-            upstream.record_failure(error, user=request.user_id)
             if beginning and not writer.has_text and may_be_about_request(error):
                 self.may_continue = False
                 metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
                 ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
                 log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error), **ids)
                 raise CannotContinue from None
+            upstream.record_failure(error, user=request.user_id)
             raise
         except GuardRejection as rejection:
             result = "refused"

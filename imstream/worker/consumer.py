@@ -224,9 +224,7 @@ class StreamConsumer:
     async def _run_job(self, job: Job) -> None:
         entry_id = job.entry.entry_id
         try:
-            if self.stopping:  # it was read before the stop and arrived after it
-                await job.uncount_delivery()
-            await job.run()
+            await job.run(is_stopping=self.stopping)
         except StoreError as error:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.
             job.log.warning("redis away, request will be claimed again", entry=entry_id, error=str(error))

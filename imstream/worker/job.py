@@ -1,6 +1,7 @@
 """The processing of one request, from its first attempt to its end."""
 
 import asyncio
+import itertools
 from datetime import timedelta
 from typing import Literal
 
@@ -94,15 +95,22 @@ class Job:
         """Attempts before this one that count."""
         self._usage: Usage | None = None
         """That of the calls that wrote the text so far."""
+        self._tokens: int | None = None
+        """Those of its prompt, once they are counted."""
         self._last_wait: Wait | None = None
         self._broke: tuple[Upstream, ...] = ()
         """The backend that broke the last attempt: the next one prefers others."""
         self._waits_since: float | None = None
         """Loop time of the first failure that made the message wait, on any node."""
 
-    async def run(self) -> None:
-        """Answer the request, and remove it from the stream when its end is recorded. Raises `StoreError`."""
+    async def run(self, *, is_stopping: bool = False) -> None:
+        """Answer the request, and remove it from the stream when its end is recorded. Raises `StoreError`.
+
+        `is_stopping`: the process was told to stop before the request arrived.
+        """
         try:
+            if is_stopping:
+                await self.uncount_delivery()
             disposition = await self._decide()
             if isinstance(disposition, Bury | Decline):
                 disposition = await self._record_failure(disposition)
@@ -223,9 +231,10 @@ class Job:
             return await self._not_opened(opened)
         if (verdict := after_opening(opened.attempt - self.request.earlier_attempts, self._deps.limits)) is not None:
             return verdict
-        self._counted = opened.counted
-        if opened.waited is not None:
-            self._waits_since = asyncio.get_running_loop().time() - opened.waited.total_seconds()
+        self._counted, waited = opened.counted, opened.waited
+        self._waits_since = None if waited is None else asyncio.get_running_loop().time() - waited.total_seconds()
+        if waited is None:
+            self._last_wait = None
         return await self._call()
 
     async def _call(self) -> Disposition:
@@ -233,12 +242,12 @@ class Job:
         backends, writer = self._deps.backends, self._writer
         assert writer is not None  # noqa: S101 - there is one after opening
         continuing = writer.beginning != ""
-        tokens = await self._deps.prompter.tokens(self.request) if backends.limits_prompts else 0
+        tokens = await self._count_tokens() if backends.limits_prompts or self._tokens is not None else 0
         taken = self._take_upstream(continuing=continuing, tokens=tokens)
-        upstream = taken or await self._wait_for_upstream(continuing=continuing, tokens=tokens)
+        upstream = taken or await self._wait_for_upstream(continuing=continuing)
         if isinstance(upstream, Bury):
             return upstream
-        called = list[Upstream]()
+        called: list[Upstream] = []
         while True:
             self._account.backend = upstream.name
             try:
@@ -253,15 +262,14 @@ class Job:
                 self._usage = usage_sum(self._usage, error.usage)
                 self._release_upstream()
                 called.append(upstream)
-                if may_move_on(error, has_text=writer.has_text):
-                    self.upstream = backends.take_other(called, continuing=writer.beginning != "", tokens=tokens)
-                if self.upstream is None:
+                if error.reason == "context_too_long" and not writer.has_text and backends.have_larger(upstream):
+                    self._tokens = upstream.prompt_limit + 1  # by its own count
+                    return await self._call()
+                if (other := await self._take_other(called, error, writer)) is None:
                     return await self._after_failure(error, upstream, has_text=writer.has_text)
                 self._count_retry(error, upstream)
-                self.log.info(
-                    "next backend is called", backend=upstream.name, reason=error.reason, instead=self.upstream.name
-                )
-                upstream = self.upstream
+                self.log.info("next backend is called", backend=upstream.name, reason=error.reason, instead=other.name)
+                upstream = other
             else:
                 self._scope = None  # the answer is complete: from here on, nothing stops it but its record
                 self._release_upstream()
@@ -276,9 +284,22 @@ class Job:
             self.upstream = self._deps.backends.take(tried=self._broke, continuing=continuing, tokens=tokens)
         return self.upstream
 
-    async def _wait_for_upstream(self, *, continuing: bool, tokens: int) -> Upstream | Bury:
+    async def _take_other(self, called: list[Upstream], error: BackendError, writer: ReplyWriter) -> Upstream | None:
+        """Take a backend that may be called after those that were, if another one may answer."""
+        if may_move_on(error, has_text=writer.has_text):
+            tokens, continuing = await self._count_tokens(), writer.beginning != ""
+            self.upstream = self._deps.backends.take_other(called, continuing=continuing, tokens=tokens)
+        return self.upstream
+
+    async def _count_tokens(self) -> int:
+        """Tokens of the prompt: a reload may add a backend that is too small for it, while it waits or is called."""
+        if self._tokens is None:
+            self._tokens = await self._deps.prompter.tokens(self.request)
+        return self._tokens
+
+    async def _wait_for_upstream(self, *, continuing: bool) -> Upstream | Bury:
         """Wait until a backend may be called; give up when the retry window is over."""
-        last = self._last_wait
+        last, tokens = self._last_wait, await self._count_tokens()
         try:
             async with asyncio.timeout(None if last is None else last.window.total_seconds()):
                 wait = self._deps.backends.wait
@@ -296,9 +317,11 @@ class Job:
     async def _after_failure(self, error: BackendError, upstream: Upstream, *, has_text: bool) -> Disposition:
         """Decide after a call that has failed, and was not made at another backend."""
         since, now = self._waits_since, asyncio.get_running_loop().time()
+        assert self._writer is not None  # noqa: S101 - there is one after opening
+        went_on = has_text and self._writer.beginning != ""
         decision = after_failure(
             error,
-            counted=self._counted + 1,
+            counted=1 if went_on else self._counted + 1,
             has_text=has_text,
             waited=timedelta(seconds=0 if since is None else now - since),
             limits=self._deps.limits,
@@ -322,13 +345,14 @@ class Job:
         error, self._last_wait = decision.error, decision
         pause = max(decision.after.total_seconds(), self._deps.backends.remaining())
         why = Waiting(upstream.name, error.reason, error.detail, round(pause * 1000))
-        result = await self._writer.wait(why, pause=decision.after + self._deps.settings.retry_wait_max)
+        result = await self._writer.wait(why, pause=decision.window + self._deps.settings.retry_wait_max)
         if isinstance(result, WaitRecorded):
             self.reply.wait(why)
+            since = asyncio.get_running_loop().time() - result.waited.total_seconds()
             if self._waits_since is None:
                 self.log.warning("message waits for its backend", backend=why.backend, reason=why.reason)
-            self._waits_since = asyncio.get_running_loop().time() - result.waited.total_seconds()
-        elif result.reason != "gone":  # else the next append records the reply again
+            self._waits_since = min(self._waits_since or since, since)  # Redis may have lost when it began
+        else:
             self.stop("superseded")
 
     async def _open(self, *, continues: bool = False, unused: bool = False) -> _Opening:
@@ -344,6 +368,7 @@ class Job:
             await before.close()
 
         async def open_reply(lost: str = "") -> _Opening:
+            tries = itertools.count()
             return await retry_until_available(
                 lambda: deps.replies.open(
                     reply.user_id,
@@ -358,6 +383,7 @@ class Job:
                     usage=self._usage,
                     unused=unused,
                     reopens=self.request.reopens is not None,
+                    repeated=next(tries) > 0,
                 )
             )
 

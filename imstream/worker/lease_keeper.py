@@ -70,6 +70,8 @@ class LeaseKeeper:
         self._certain_from = float("-inf")
         self._loss_logged = False
         self._released = False
+        self.reaches_redis = False
+        """Whether Redis answered the last renewal."""
         self.redis_restarted = False
         """Whether Redis was restarted since an earlier process of this node held the lease: see `Held`."""
         self._lock = asyncio.Lock()  # a renewal under way must not undo the release
@@ -159,8 +161,9 @@ class LeaseKeeper:
             try:
                 answer = await self._leases.acquire(self._holder, dead=dead)
             except StoreError:
-                self._certain_from = float("inf")
+                self.reaches_redis, self._certain_from = False, float("inf")
                 raise
+            self.reaches_redis = True
             self._expires_at = before + self._ttl if isinstance(answer, Held) else float("-inf")
             self.redis_restarted = isinstance(answer, Held) and answer.restarted
             if self._certain_from == float("inf"):

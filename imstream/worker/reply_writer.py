@@ -66,10 +66,17 @@ class ReplyWriter:
     async def wait(self, why: Waiting, *, pause: timedelta) -> WaitRecorded | Rejected:
         """Record that this attempt, which has added no text, waits for its backend. Repeats until Redis answers."""
         reply = self._reply
-        async with self._lock:
-            result = await retry_until_available(
+
+        async def wait() -> WaitRecorded | Rejected:
+            return await retry_until_available(
                 lambda: self._replies.wait(reply.user_id, reply.message_id, attempt=self._attempt, pause=pause, why=why)
             )
+
+        async with self._lock:
+            result = await wait()
+            if result == Rejected("gone"):
+                await retry_until_available(lambda: self._record(None))  # Redis lost the record: it begins again
+                result = await wait()
         if isinstance(result, WaitRecorded):
             self._thinking = False
             self.has_remote_readers = await self._inbox.notify(result.nodes, ReplyGrew(reply.user_id, reply.message_id))

@@ -1,6 +1,7 @@
 """Several backends behind a node: when one is away, full or broken, another answers, and nobody notices."""
 
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -191,6 +192,39 @@ async def test_a_backend_that_is_away_is_passed_over_and_called_again_when_it_is
             await node.settled()
 
 
+@pytest.mark.long
+async def test_a_frozen_backend_that_accepts_connections_keeps_nobody_waiting_once_its_breaker_is_open(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    limit = 2.0  # seconds
+    frozen = await asyncio.to_thread(start_demo, tmp_path, "--first", "0")
+    settings = {"ai_breaker_failures": 1, "ai_breaker_pause": "300ms", "retry_wait_max": "500ms"}
+    limits = {"first_token_timeout": f"{limit}s", "load_timeout": f"{limit}s"}
+    with frozen.process:
+        async with (
+            scripted_backend(always=slow_end("All ", "well")) as alive,
+            node_with(
+                tmp_path,
+                redis_server,
+                settings,
+                frozen={"url": frozen.url, "model": "demo", **limits},
+                alive={"url": alive.url, "priority": 1},
+            ) as node,
+        ):
+            frozen.process.signal(signal.SIGSTOP)
+            waits = [await first_delta(node, USER + n) for n in range(15)]
+            assert waits[0] >= limit
+            assert max(waits[1:]) < limit
+            frozen.process.signal(signal.SIGCONT)
+            async with asyncio.timeout(20 * SLOW):
+                for n in itertools.count():
+                    async with node.peer(USER + 100 + n) as someone:
+                        await someone.chat(USER + 100 + n, "hello", "m1")
+                        if (await someone.end_of("m1")).text != "All well":
+                            break
+            await node.settled()
+
+
 @pytest.mark.parametrize(
     ("turns", "continues"),
     [(1, "none"), (1, "assistant"), *(pytest.param(6, how, marks=pytest.mark.long) for how in ("none", "assistant"))],
@@ -358,6 +392,48 @@ async def test_a_prompt_that_is_too_long_for_a_backend_goes_to_another(
         assert (await someone.end_of("m2")).text == "large"
 
 
+async def test_a_prompt_that_has_more_tokens_by_the_count_of_its_backend_goes_to_a_larger_one(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    body = '{"error": {"code": "context_length_exceeded", "message": "maximum context length is 1100 tokens"}}'
+    async with (
+        scripted_backend(always=refuses(400, body)) as small,
+        scripted_backend(always=streams("large")) as large,
+        node_with(
+            tmp_path,
+            redis_server,
+            small={"url": small.url, "context_tokens": 2048},
+            large={"url": large.url, "priority": 1},
+        ) as node,
+        node.peer(USER) as someone,
+    ):
+        await someone.chat(USER, "hello", "m1")
+        assert (await someone.end_of("m1")).text == "large"
+        assert (len(small.requests), len(large.requests)) == (1, 1)
+
+
+async def test_a_long_prompt_that_waits_is_not_sent_to_a_smaller_backend_that_is_added_meanwhile(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    port = free_port()
+    settings = {"ai_breaker_failures": 1, "ai_breaker_pause": "1s", "retry_wait_max": "1s", "log_format": "json"}
+    large: Table = {"url": f"http://127.0.0.1:{port}/v1", "priority": 1}
+    async with (
+        scripted_backend(always=streams("small")) as small,
+        node_with(tmp_path, redis_server, settings, large=large) as node,
+        node.peer(USER) as someone,
+    ):
+        await someone.chat(USER, "long " * 500, "m1")
+        await wait_until(lambda: "waiting" in [one["event"] for one in node.record(USER, "m1")], "it waits")
+        write(tmp_path / "backends.toml", large=large, small={"url": small.url, "context_tokens": 1200})
+        node.now.process.signal(signal.SIGHUP)
+        await wait_until(lambda: '"what":["backends"]' in node.now.process.output(), "it is reloaded")
+        async with ScriptedBackend(streams("large")).server.listening("127.0.0.1", port, grace=5):
+            assert (await someone.end_of("m1")).text == "large"
+        await someone.chat(USER, "short", "m2")
+        assert (await someone.end_of("m2")).text == "small"
+
+
 async def test_on_sighup_the_file_is_read_again_and_a_mistake_changes_nothing(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -379,7 +455,7 @@ async def test_on_sighup_the_file_is_read_again_and_a_mistake_changes_nothing(
         assert (await someone.end_of("m2")).text == "old"
         write(file, new={"url": new.url})
         node.now.process.signal(signal.SIGHUP)
-        await wait_until(lambda: '"what": ["backends"]' in node.now.process.output(), "it is reloaded")
+        await wait_until(lambda: '"what":["backends"]' in node.now.process.output(), "it is reloaded")
         await someone.chat(USER, "and again", "m3")
         assert (await someone.end_of("m3")).text == "new"
         held.end()

@@ -638,6 +638,54 @@ async def test_a_page_that_wakes_up_checks_its_connection(browser: BrowserClient
     await browser.server.logged_in()
 
 
+@pytest.mark.parametrize("event", ["online", "focus"])
+async def test_a_page_that_wakes_up_does_not_wait_for_an_attempt_of_before(browser: BrowserClient, event: str) -> None:
+    async with tcp_proxy(browser.server.port) as proxy:
+        proxy.swallow()
+        never = dict.fromkeys(("patience", "firstWait", "longestWait"), 3_600_000)
+        await browser.start(address=f"http://127.0.0.1:{proxy.port}/", **never)
+        await wait_until(lambda: proxy.swallowed, "the handshake is lost")
+        proxy.forward()
+        if event == "focus":  # which happens often: only if the attempt should have ended long ago
+            await browser.page.evaluate("{ const now = Date.now; Date.now = () => now() + 3_600_001 }")
+        await browser.page.evaluate(f"dispatchEvent(new Event('{event}'))")
+        await browser.server.logged_in()
+        await browser.state("online")
+
+
+async def test_an_attempt_that_has_begun_just_now_goes_on_when_the_page_wakes_up(browser: BrowserClient) -> None:
+    await browser.start()
+    peer = await browser.server.peer()
+    await browser.page.evaluate("dispatchEvent(new Event('focus'))")
+    await peer.hear_init()
+    await peer.send_frame("INIT")
+    await browser.state("online")
+    assert await browser.page.evaluate("events.filter(([type]) => type === 'state').length") == 2
+
+
+async def test_what_is_no_frame_is_ignored(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    for data in ("<html>", "null", "[]", b"binary"):
+        await peer.socket.send(data)
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.send_chat("m1", "done", attempt=1, offset=0)
+    await browser.status("m1", "done")
+
+
+async def test_somebody_who_asks_for_a_connection_does_not_wait_for_earlier_failures(browser: BrowserClient) -> None:
+    waits = "events.filter(([, state]) => state === 'waiting').map(([, , { wait }]) => wait)"
+    browser.server.refusals = 3
+    await browser.start(firstWait=50, longestWait=10_000)
+    await wait_until(lambda: browser.server.refusals == 0, "it has failed")
+    peer = await browser.server.logged_in()
+    await browser.page.evaluate("(client.close(), client.connect(), null)")
+    await peer.gone()
+    (await browser.server.logged_in()).drop()
+    await browser.server.logged_in()
+    assert (await browser.page.evaluate(waits))[-1] <= 50
+
+
 async def test_a_hidden_page_and_one_that_was_closed_check_nothing(browser: BrowserClient) -> None:
     peer = await browser.logged_in(heartbeat=3_600_000)
     await browser.state("online")

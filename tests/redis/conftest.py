@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from imstream.keys import Keys
+from imstream.metrics import Metrics
 from imstream.model import ChatRequest
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
@@ -46,6 +47,7 @@ class Store:
     replies: ReplyStore
     redis: redis.Redis
     keys: Keys
+    metrics: Metrics
 
     def dead(self) -> list[dict[str, str]]:
         """The dead letters of node 0."""
@@ -59,14 +61,16 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
     settings = Settings.load(redis_url=redis_server.url, queue_limit=5, user_limit=2, node="0")
     reader = BlockingReader(settings.redis_url, block=settings.read_block, timeout=settings.redis_timeout)
     client = redis_server.client()
+    metrics = Metrics()
     async with RedisClient(settings.redis_url, connections=2, timeout=settings.redis_timeout) as redis_client:
         yield Store(
             settings,
             redis_client,
-            RequestStream(redis_client, reader, settings),
+            RequestStream(redis_client, reader, settings, metrics=metrics),
             ReplyStore(redis_client, settings),
             client,
             Keys(settings.key_prefix),
+            metrics,
         )
     await reader.aclose()
     client.close()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from imstream.errors import StoreDenied
+from imstream.errors import StoreDenied, StoreFull
 from imstream.redis import health
 from imstream.redis.client import BlockingReader, RedisClient
+from imstream.redis.errors import AccessLog, error_from_reply
 from imstream.settings import Settings
 from imstream.store.requests import RequestStream
 from tests.redis.conftest import chat_request
@@ -172,3 +173,33 @@ async def test_without_the_permission_to_look_at_its_settings_a_node_says_so_and
             set_users(client, *USER_LINES)
     assert "cannot read the settings of Redis: " in warning
     assert "'info'" in warning
+
+
+# Reports of what Redis lacks
+
+
+async def test_commands_that_are_refused_because_the_memory_is_full_are_reported(server: RedisServer) -> None:
+    lacks = list[str]()
+    reader = BlockingReader(server.url, block=TIMEOUT, timeout=TIMEOUT)
+    with server.client() as client:
+        access_log = AccessLog(lacks.append)
+        async with RedisClient(server.url, connections=1, timeout=TIMEOUT, access_log=access_log) as redis_client:
+            requests = RequestStream(redis_client, reader, Settings.load())
+            await requests.admit(chat_request())
+            assert lacks == []
+            client.config_set("maxmemory", 1)
+            try:
+                with pytest.raises(StoreFull):
+                    await requests.admit(chat_request())
+            finally:
+                client.config_set("maxmemory", 0)
+                client.flushall()
+    assert set(lacks) == {"memory"}
+    await reader.aclose()
+
+
+def test_a_full_disk_is_reported() -> None:
+    lacks = list[str]()
+    refusal = redis.ResponseError("MISCONF Errors writing to the AOF file: No space left on device")
+    AccessLog(lacks.append).report(error_from_reply(refusal))
+    assert lacks == ["disk"]

@@ -240,6 +240,45 @@ async def test_a_continued_attempt_without_a_call_does_not_count(store: Store) -
     assert (opened.counted, opened.continued) == (1, None)
 
 
+async def test_attempts_do_not_count_as_long_as_continued_ones_add_text(store: Store) -> None:
+    counted = list[int]()
+    for attempt, text in enumerate(("abc", "", "d", "e", "", "")):
+        opened = await store.replies.open(USER, MESSAGE, request="0/1-0", continues=100)
+        assert isinstance(opened, Opened)
+        counted.append(opened.counted)
+        before = "" if opened.continued is None else opened.continued.text
+        await append(store.replies, len(before), text, attempt=attempt + 1)
+    assert counted == [0, 1, 2, 0, 0, 1]
+
+
+async def test_an_opening_whose_answer_was_lost_counts_once(store: Store) -> None:
+    await store.replies.open(USER, MESSAGE, request="0/1-0")
+    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", repeated=True)
+    assert isinstance(opened, Opened)
+    assert (opened.attempt, opened.counted) == (2, 0)
+    await store.replies.open(USER, MESSAGE, request="0/1-0", after=2)
+    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", after=2, repeated=True)
+    assert isinstance(opened, Opened)
+    assert (opened.attempt, opened.counted) == (4, 1)
+
+
+async def test_text_ends_a_wait_and_another_failure_begins_another_window(store: Store) -> None:
+    why = Waiting("default", "http_503")
+    await store.replies.open(USER, MESSAGE, request="0/1-0")
+    await store.replies.wait(USER, MESSAGE, attempt=1, pause=timedelta(0), why=why)
+    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", continues=100)
+    assert isinstance(opened, Opened)
+    assert opened.waited is not None
+    await append(store.replies, 0, "abc", attempt=2)
+    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", continues=100)
+    assert isinstance(opened, Opened)
+    assert opened.waited is None
+    await store.replies.wait(USER, MESSAGE, attempt=3, pause=timedelta(0), why=why)
+    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", continues=100)
+    assert isinstance(opened, Opened)
+    assert (opened.waited is not None, opened.continued is not None) == (True, True)
+
+
 async def test_a_continued_attempt_may_wait_and_be_cancelled_where_it_stands(store: Store) -> None:
     await store.replies.open(USER, MESSAGE, request="0/1-0")
     await append(store.replies, 0, "abc")

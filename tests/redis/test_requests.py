@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 
 from imstream.model import ChatRequest, MalformedEntry
+from imstream.store.leases import Held, Holder, Leases
 from imstream.store.requests import Admitted, GroupMissing, PendingEntry, QueueFull
 from tests.redis.conftest import Store, chat_request
 from tests.support.waiting import wait_until
@@ -155,3 +156,38 @@ def test_an_entry_changed_by_hand_is_malformed(change: dict[str, str]) -> None:
     fields = dict(zip(flat[::2], flat[1::2], strict=True)) | change
     with pytest.raises(MalformedEntry):
         ChatRequest.from_fields(fields)
+
+
+async def test_the_answers_of_scripts_tell_metrics_the_length_of_the_stream(store: Store) -> None:
+    stream = store.metrics.stream("0")
+    await store.requests.ensure_group()
+    for number in range(3):
+        await store.requests.admit(chat_request(10001 + number))
+        assert stream.unfinished == await store.requests.unfinished() == number + 1
+    one, two, _ = await store.requests.read(count=3, block=SOON)
+    assert stream.oldest == one.entry_id
+    for _ in range(2):  # idempotent
+        await store.requests.finish(one)
+        assert stream.unfinished == await store.requests.unfinished() == 2
+    assert stream.oldest == ""
+    for _ in range(2):
+        await store.requests.bury(two, reason="http_400", error="?", attempts=1)
+        assert stream.unfinished == await store.requests.unfinished() == 1
+    assert b'imstream_dead_letters_total{reason="http_400"} 1.0\n' in store.metrics.expose("")[0]
+
+
+async def test_a_renewal_of_the_lease_tells_metrics_what_others_have_done(store: Store) -> None:
+    leases = Leases(store.redis_client, store.settings, store.metrics)
+    holder, stream = Holder("one", "host", "machine", 1, "http://one"), store.metrics.stream("0")
+    await leases.acquire(holder)
+    assert (stream.unfinished, stream.oldest) == (0, "")
+    first = store.redis.xadd(store.keys.requests("0"), {"user": "x"})
+    store.redis.xadd(store.keys.requests("0"), {"user": "x"})
+    await leases.acquire(holder)
+    assert (stream.unfinished, stream.oldest) == (2, first)
+    await leases.release(holder)
+    await leases.adopt("1")
+    assert store.metrics.stream("1").unfinished == 0
+    store.redis.delete(store.keys.requests("0"))
+    store.redis.set(store.keys.requests("0"), "of another type")
+    assert await leases.acquire(holder) == Held()  # the lease does not depend on it

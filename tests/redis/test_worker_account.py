@@ -12,6 +12,7 @@ from imstream.errors import PermanentBackendError, TransientBackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Guard, Reject
 from imstream.model import ChatRequest, Terminal
+from imstream.store.requests import Entry
 from imstream.store.scripts import LUA
 from imstream.texts import Sentence
 from tests.redis.conftest import chat_request
@@ -176,6 +177,20 @@ async def test_a_message_that_is_sent_again_is_told_once(redis_server: RedisServ
         await worker.idle()
     assert ended(log)["outcome"] == "done"
     assert counts(worker) == (1, 0, 0, 1)
+
+
+async def test_a_message_that_another_node_has_ended_and_removed_is_not_told_here(
+    redis_server: RedisServer, log: list[Line]
+) -> None:
+    async with run_worker(redis_server) as worker:
+        entry_id = await worker.ask()
+        call = await worker.backend.call(1)
+        await worker.replies.append(USER, "m", attempt=1, before=0, after=1, text="x", terminal=Terminal("done"))
+        await worker.requests.finish(Entry(entry_id, {"user": str(USER)}))
+        call.done("y")
+        await worker.idle()
+    assert [line for line in log if line["event"] == "request ended"] == []
+    assert counts(worker) == (0, 0, 0, 0)
 
 
 async def test_a_drained_answer_is_told_by_the_process_that_ends_it(redis_server: RedisServer, log: list[Line]) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from imstream.errors import PermanentBackendError, TransientBackendError
+from imstream.errors import PermanentBackendError, StoreUnavailable, TransientBackendError
 from imstream.model import Terminal
+from imstream.store.replies import ReplyStore
 from tests.redis.worker_harness import USER, Follower, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
@@ -93,18 +94,22 @@ async def test_without_the_option_a_cut_answer_begins_again(redis_server: RedisS
         await worker.idle()
 
 
-async def test_each_cut_uses_up_an_attempt_and_the_text_stays_when_none_is_left(redis_server: RedisServer) -> None:
+async def test_cuts_use_up_no_attempts_while_the_answer_goes_on_and_the_text_stays_when_none_is_left(
+    redis_server: RedisServer,
+) -> None:
     async with run_worker(redis_server, max_attempts=2, **CONTINUES) as worker:
         client = worker.follow()
         await worker.ask()
-        for number, text in ((1, BEGINNING), (2, REST)):
+        for number, text in enumerate([BEGINNING, "a ", "t", "i", "m", "", ""], 1):
             call = await worker.backend.call(number)
-            call.send(text)
+            if text:
+                call.send(text)
             call.fail(broken())
         assert await client.end() == "failed"
-        assert client.text == BEGINNING + REST
+        assert (client.text, client.restarts) == ("Once upon a tim", 0)
         await worker.idle()
-        assert [letter["attempts"] for letter in worker.dead()] == ["2"]
+        assert [letter["attempts"] for letter in worker.dead()] == ["7"]
+        assert len(worker.backend.calls) == 7
 
 
 async def test_while_the_backend_is_away_the_answer_waits_with_its_text(redis_server: RedisServer) -> None:
@@ -205,11 +210,12 @@ async def test_an_answer_whose_continuation_is_refused_begins_again_in_the_same_
 ) -> None:
     refusal = PermanentBackendError("http_400", "the last message must be of the user")
     refusal.kind = "impossible" if kind == "impossible" else "misconfigured"
-    async with run_worker(redis_server, max_attempts=2, **CONTINUES) as worker:
+    async with run_worker(redis_server, max_attempts=2, ai_breaker_failures=1, **CONTINUES) as worker:
         client = await cut_after(worker, BEGINNING)
         with capture_logs() as logs:
             (await worker.backend.call(2)).fail(refusal)
             third = await worker.backend.call(3)
+        assert not worker.upstream.gate.is_closed  # it refuses this form of request, and is there
         assert third.written is None
         third.done("all of it")
         assert await client.end() == "done"
@@ -233,25 +239,22 @@ async def test_a_continuing_call_that_finds_the_model_unknown_keeps_the_text(red
         await worker.idle()
 
 
-async def test_the_text_may_be_as_long_as_answers_of_its_backend(redis_server: RedisServer) -> None:
+async def test_text_that_has_all_its_tokens_ends_there_as_its_backend_says(redis_server: RedisServer) -> None:
     text = "long " * 60
     async with run_worker(redis_server, answer_tokens=50, **CONTINUES) as worker:
-        worker.upstream.answer_limit = 500
         client = await cut_after(worker, text)
         second = await worker.backend.call(2)
         assert second.written is not None
-        second.done("and done")
+        assert second.written.tokens > 50
+        second.done("and", finish_reason="length")
         assert await client.end() == "done"
-        assert (client.text, client.restarts) == (text + "and done", 0)
+        assert (client.text, client.restarts, client.terminal) == (text + "and", 0, Terminal("done", "length"))
         await worker.idle()
 
 
-@pytest.mark.parametrize("text", ["<|im_end|>\n", "long " * 60])
-async def test_text_with_special_tokens_or_without_tokens_left_begins_again(
-    redis_server: RedisServer, text: str
-) -> None:
-    async with run_worker(redis_server, answer_tokens=50, **CONTINUES) as worker:
-        client = await cut_after(worker, text)
+async def test_text_with_special_tokens_begins_again(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, **CONTINUES) as worker:
+        client = await cut_after(worker, "<|im_end|>\n")
         second = await worker.backend.call(2)
         assert second.written is None
         second.done("all of it")
@@ -259,6 +262,48 @@ async def test_text_with_special_tokens_or_without_tokens_left_begins_again(
         assert (client.text, client.restarts) == ("all of it", 1)
         await worker.idle()
         assert [entry["counted"] for entry in worker.entries() if entry["event"] == "opened"] == ["0", "1", "1"]
+
+
+async def test_a_text_whose_record_was_lost_is_the_same_for_its_clients_when_it_is_cut_again(
+    redis_server: RedisServer,
+) -> None:
+    async with run_worker(redis_server, **CONTINUES) as worker:
+        client = await cut_after(worker, BEGINNING)
+        second = await worker.backend.call(2)
+        worker.redis.delete(worker.keys.reply(USER, "m"))
+        second.send("a ")
+        await recorded(worker, "Once upon a ")
+        late = worker.follow(attempt=2, offset=4, text="Once")  # has read the new record
+        second.fail(broken())
+        (await worker.backend.call(3)).done("time")
+        for one in (client, late):
+            assert await one.end() == "done"
+            assert one.text == BEGINNING + REST
+        await worker.idle()
+        assert worker.recorded() == ("done", BEGINNING + REST)
+
+
+async def test_an_opening_whose_answer_is_lost_uses_up_one_attempt(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens, lost = ReplyStore.open, list[object]()
+
+    async def open_and_lose(store: ReplyStore, *given: Any, **named: Any) -> Any:  # noqa: ANN401 - as there
+        opened = await opens(store, *given, **named)
+        if len(lost) < 2:
+            lost.append(opened)
+            raise StoreUnavailable("no answer in time")
+        return opened
+
+    monkeypatch.setattr(ReplyStore, "open", open_and_lose)
+    async with run_worker(redis_server, max_attempts=2) as worker:
+        client = worker.follow()
+        await worker.ask()
+        (await worker.backend.call(1)).fail(broken())
+        (await worker.backend.call(2)).done("all")
+        assert await client.end() == "done"
+        await worker.idle()
+        assert [entry["attempt"] for entry in worker.entries() if entry["event"] == "opened"] == ["1", "2", "3", "4"]
 
 
 async def test_text_at_its_limit_is_not_continued(redis_server: RedisServer) -> None:

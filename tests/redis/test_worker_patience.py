@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from imstream.errors import FailureKind, TransientBackendError
+from imstream.errors import FailureKind, StoreUnavailable, TransientBackendError
+from imstream.store.requests import RequestStream
 from tests.redis.worker_harness import USER, Call, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
@@ -86,6 +87,80 @@ async def test_at_the_end_of_the_window_the_message_fails_with_the_last_reason(r
         assert len(worker.backend.calls) > 1
         [letter] = worker.dead()
         assert (letter["reason"], letter["error"]) == ("connect_failed", "refused by http://ai/v1")
+
+
+@pytest.mark.parametrize("continues", ["none", "assistant"])
+async def test_an_outage_after_some_text_has_a_window_of_its_own(redis_server: RedisServer, continues: str) -> None:
+    loop = asyncio.get_running_loop()
+    async with run_worker(redis_server, retry_window="500ms", ai_continue=continues) as worker:
+        client = worker.follow()
+        await worker.ask()
+        (await worker.backend.call(1)).fail(failure())
+        began = loop.time()
+        call = await worker.backend.call(2)
+        call.send("at ")
+        await wait_until(lambda: loop.time() - began > 0.6, "the window of the first outage is over")
+        call.fail(failure("broken", "broken_stream"))
+        (await worker.backend.call(3)).fail(failure())
+        (await worker.backend.call(4)).done("last" if continues == "assistant" else "at last")
+        assert await client.end() == "done"
+        assert client.text == "at last"
+        await worker.idle()
+
+
+async def test_a_message_whose_record_is_lost_again_and_again_waits_no_longer_than_its_window(
+    redis_server: RedisServer,
+) -> None:
+    def lose_and_fail(call: Call) -> None:
+        worker.redis.delete(worker.keys.reply(USER, "m"))
+        call.fail(failure())
+
+    async with run_worker(redis_server, retry_window="300ms", retry_wait="50ms") as worker:
+        client = worker.follow()
+        await worker.ask()
+        call = await worker.backend.call(1)
+        worker.redis.delete(worker.keys.reply(USER, "m"))
+        call.fail(failure())
+        await wait_until(lambda: waits(worker), "the wait is recorded in spite of the loss")
+        worker.backend.always = lose_and_fail
+        for later in worker.backend.calls[1:]:
+            lose_and_fail(later)
+        assert await client.end() == "failed"
+        await worker.idle()
+        assert worker.recorded() == ("failed", "")
+
+
+async def test_the_reply_of_a_message_that_waits_is_kept_until_its_window_ends(redis_server: RedisServer) -> None:
+    slow: dict[str, Any] = {"retry_window": "1h", "reply_ttl": "1m", "retry_wait": "1m", "retry_wait_max": "1m"}
+    async with run_worker(redis_server, **slow) as worker:
+        await worker.ask()
+        (await worker.backend.call(1)).fail(failure())
+        await wait_until(lambda: waits(worker), "it waits")
+        assert worker.redis.pttl(worker.keys.reply(USER, "m")) >= 3_600_000
+        await worker.crash()
+
+
+async def test_a_node_that_stops_without_redis_gives_back_the_call_that_would_have_tried_its_backend(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(*_: object, **_more: object) -> None:
+        raise StoreUnavailable("no answer in time")
+
+    async with run_worker(
+        redis_server, read_block="1s", ai_breaker_failures=1, ai_breaker_pause="10ms", retry_wait_max="10ms"
+    ) as worker:
+        worker.upstream.record_failure(failure(), user=USER)
+        await wait_until(worker.upstream.may_be_called, "its breaker is half-open")
+        await wait_until(
+            lambda: any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in worker.redis.client_list()),
+            "a read is blocked",
+        )
+        monkeypatch.setattr(RequestStream, "hand_back", lost)
+        worker.consumer.stop()
+        await worker.ask()
+        await wait_until(lambda: worker.pending() and len(worker.jobs) == 0, "the request has come and is left")
+        assert worker.backend.calls == []
+        assert worker.upstream.in_flight == 0
 
 
 async def test_a_message_that_waits_behind_an_open_breaker_does_not_outlive_its_window(

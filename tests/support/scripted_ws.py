@@ -25,6 +25,7 @@ USER = 10001
 FAST = Timing(
     open=timedelta(seconds=LIMIT),
     login=timedelta(seconds=LIMIT),
+    probe=timedelta(minutes=1),
     backoff=timedelta(milliseconds=10),
     backoff_max=timedelta(milliseconds=50),
     later=timedelta(milliseconds=20),

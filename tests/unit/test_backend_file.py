@@ -93,6 +93,7 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
     ("text", "said"),
     [
         ("[[backend", "is not TOML: "),
+        (f"backend = {'[' * 5000}", "is not TOML: "),
         ("", "must have a table [[backend]] for each backend, and nothing else: it has none"),
         ("[backend]\nname = 1", "must have a table [[backend]] for each backend, and nothing else: it has none"),
         (f"timeout = 3\n{MINIMAL}", "nothing else: timeout is unknown"),

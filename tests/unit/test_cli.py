@@ -208,11 +208,12 @@ def test_chat_passes_on_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"LC_ALL": "en_GB.UTF-8", "IMSTREAM_TOKEN": "hush"}
     assert run("chat", "--user", "10002", env=env).exit_code == 3
     assert run("chat", "--url", "ws://h/ws", "--lang", "zh", env=env).exit_code == 3
-    assert run("chat", env={"LC_ALL": "zh_CN.UTF-8", "IMSTREAM_TOKEN": ""}).exit_code == 3
+    other = {"LC_ALL": "zh_CN.UTF-8", "IMSTREAM_TOKEN": "", "TRACEPARENT": "00-trace-span-01"}
+    assert run("chat", env=other).exit_code == 3
     assert runs == [
-        ("ws://127.0.0.1:8080/ws", 10002, "hush", "en"),
-        ("ws://h/ws", 10001, "hush", "zh"),
-        ("ws://127.0.0.1:8080/ws", 10001, None, "zh"),
+        ("ws://127.0.0.1:8080/ws", 10002, "hush", "en", None),
+        ("ws://h/ws", 10001, "hush", "zh", None),
+        ("ws://127.0.0.1:8080/ws", 10001, None, "zh", "00-trace-span-01"),
     ]
 
 

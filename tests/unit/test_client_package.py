@@ -87,6 +87,17 @@ def test_types_that_disagree_with_the_code_are_found(name: str, compiled: tuple[
     assert f"{name}/agreement.ts" in compiled[1]
 
 
+def test_a_missing_websocket_is_one_sentence() -> None:
+    script = f"""
+        delete globalThis.WebSocket;
+        const {{ ImstreamClient }} = await import("{PACKAGE}/imstream.js");
+        new ImstreamClient({{ address: "http://127.0.0.1", userId: 10001 }}).connect();
+    """
+    command = [*node(FOLDER), "--input-type=module", "--eval", script]
+    error = subprocess.run(command, check=False, capture_output=True, text=True).stderr
+    assert "\nTypeError: There is no WebSocket here: pass a class as the option of this name." in error
+
+
 @pytest.fixture(scope="module")
 def lacking(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """What Chrome 94 or Safari 15.4 lacks of what the client, the page and `NEW` use."""

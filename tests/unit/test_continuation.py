@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from imstream.ai.answer_reader import AnswerReader
 from imstream.ai.backend import Completion, PromptMessage
 from imstream.ai.dialect import Written
+from imstream.ai.failures import may_be_about_request
 from imstream.errors import BackendError
 from imstream.guards.chain import FilterChain
 from imstream.guards.guard import GuardRejection
@@ -126,10 +127,31 @@ def test_a_rest_after_nothing_but_reasoning_may_still_come() -> None:
     assert reader.complete
 
 
-@pytest.mark.parametrize("content", ["a time", "Once upon a time"])
-def test_a_document_may_repeat_the_beginning(content: str) -> None:
-    body = {"choices": [{"index": 0, "message": {"content": content}, "finish_reason": "stop"}]}
-    assert read(json.dumps(body).encode())[0] == "a time"
+def document(content: str) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}).encode()
+
+
+LONG = "Once upon a time there was a miller who had three sons and a cat, "
+
+
+@pytest.mark.parametrize("repeated", ["", LONG])
+def test_a_document_may_repeat_the_beginning(repeated: str) -> None:
+    assert read(document(f"{repeated}nothing else"), beginning=LONG)[0] == "nothing else"
+
+
+def test_a_document_that_begins_as_a_short_beginning_is_neither_cut_nor_shown_twice() -> None:
+    assert read(document("0 %"), beginning="1")[0] == "0 %"
+    with pytest.raises(BackendError) as failed:
+        read(document("1 %"), beginning="1")  # 1 %, or 11 %?
+    assert may_be_about_request(failed.value)
+
+
+def test_a_model_that_only_reasons_up_to_its_limit_has_not_continued() -> None:
+    reasons = event({"choices": [{"delta": {"reasoning_content": "where was I?"}}]})
+    with pytest.raises(BackendError) as failed:
+        read(reasons, event(chunk(finish_reason="length")), DONE)
+    assert may_be_about_request(failed.value)
+    assert read(reasons, STOP, DONE)[0] == ""
 
 
 def test_a_whole_message_after_the_deltas_is_not_read_twice() -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import structlog
@@ -26,6 +27,17 @@ def test_outside_a_terminal_a_line_is_json_with_the_event_up_front(capsys: pytes
     assert list(json.loads(line)) == ["timestamp", "level", "event", "user", "place"]
     assert json.loads(line)["event"] == "accepted"
     assert "上海" in line
+
+
+def test_a_line_has_the_time_in_utc_and_its_level(capsys: pytest.CaptureFixture[str]) -> None:
+    configure()
+    for write in (structlog.get_logger().info, structlog.get_logger().exception, logging.getLogger("a.library").error):
+        write("something")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["level"] for line in lines] == ["info", "error", "error"]
+    times = [datetime.fromisoformat(line["timestamp"]) for line in lines]
+    assert times == sorted(times)
+    assert timedelta(0) <= datetime.now(UTC) - times[0] < timedelta(minutes=1)
 
 
 def test_console_lines_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def deps(*, why: str | None = None, **settings: Any) -> SessionDeps:  # noqa: AN
 
 def node(peer: tuple[str, int] = HERE, *, why: str | None = None, **settings: Any) -> TestClient:  # noqa: ANN401 - same
     app = make_app(deps(why=why, **settings), stuck=lambda: why)
-    return TestClient(app, client=peer, base_url="http://127.0.0.1:8080")
+    return TestClient(app, client=peer, base_url="http://127.0.0.1:8080", follow_redirects=False)
 
 
 def test_this_machine_reads_them_on_the_address_of_the_node() -> None:

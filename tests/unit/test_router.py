@@ -143,10 +143,21 @@ async def test_a_backend_that_was_tried_comes_last_and_one_that_continues_comes_
 
 
 @in_virtual_time
-async def test_of_two_backends_of_which_one_is_dead_one_call_per_pause_is_made_to_it(file: Path) -> None:
+async def test_of_two_backends_of_which_one_is_dead_one_call_per_pause_is_made_to_it_while_checks_reach_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backends = listed(file, dead={}, alive={"priority": 1})
     dead = named(backends, "dead")
-    for _ in range(100):
+    found: BackendError | None = None
+
+    async def check(one: Upstream) -> BackendError | None:
+        assert one is dead
+        return found
+
+    monkeypatch.setattr(Upstream, "check", check)
+    for number in range(200):
+        found = BackendError("connection_lost", kind="away") if number >= 100 else None
+        await backends.recheck()
         upstream = backends.take()
         assert upstream is not None
         if upstream is dead:
@@ -154,9 +165,34 @@ async def test_of_two_backends_of_which_one_is_dead_one_call_per_pause_is_made_t
             assert backends.take_other([upstream]) is named(backends, "alive")
         backends.release(upstream)
         await asyncio.sleep(0.1)
-    assert backends.waiting == 0
-    # At 0, and after pauses that double: 2 s, 4 s, …
+    assert (backends.waiting, dead.in_flight) == (0, 0)
+    # At 0, and after pauses that double: 2 s, 4 s. Then it is frozen: it accepts connections and says nothing.
     assert dead.calls == 3
+
+
+@in_virtual_time
+async def test_a_backend_that_no_check_has_reached_is_tried_if_no_other_may_be_called(file: Path) -> None:
+    backends = listed(file, away={}, other={"priority": 1, "concurrency": 1})
+    fails(named(backends, "away"))
+    await asyncio.sleep(PAUSE)
+    assert [taken(backends), taken(backends)] == ["other", "away"]
+
+
+@in_virtual_time
+async def test_an_answer_that_goes_on_waits_for_a_full_backend_that_continues_and_holds_up_nobody(file: Path) -> None:
+    backends = listed(file, goes_on={"continue": "assistant", "concurrency": 1}, other={"priority": 1})
+    goes_on = named(backends, "goes_on")
+    assert taken(backends) == "goes_on"
+    assert backends.take(continuing=True) is None
+    waiting = [asyncio.create_task(backends.wait(continuing=True)) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert taken(backends) == "other"
+    backends.release(goes_on)
+    assert taken(backends) == "other"
+    assert await waiting[0] is goes_on
+    fails(goes_on)
+    backends.release(goes_on)
+    assert (await waiting[1]).name == "other"
 
 
 @in_virtual_time
@@ -259,6 +295,19 @@ async def test_a_file_that_has_changed_keeps_the_backends_that_have_not(file: Pa
         with pytest.raises(Exception, match="weight=-1 is not allowed"):
             await backends.reload()
         assert [one.name for one in backends] == ["changed", "kept", "added"]
+
+
+async def test_calls_that_run_while_their_backend_changes_count_for_its_new_concurrency(file: Path) -> None:
+    async with listed(file, a={"concurrency": 2}) as backends:
+        [before] = backends
+        assert [taken(backends), taken(backends)] == ["a", "a"]
+        write(file, a={"concurrency": 3, "weight": 2})
+        assert await backends.reload()
+        assert taken(backends) == "a"
+        assert backends.take() is None
+        backends.release(before)
+        assert taken(backends) == "a"
+        assert backends.take() is None
 
 
 async def test_a_reload_notices_the_new_value_of_a_variable_that_a_file_names(

@@ -13,6 +13,7 @@ from imstream.errors import SettingsError
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.store.inbox import AccountChanged, Notice, ReplyGrew, SessionReplaced, notice_fields, parse_notice
+from imstream.tracing import new_traceparent
 from imstream.user_ids import MAX_USER_ID, MIN_USER_ID, USER_ID_PATTERN, UserIds
 from imstream.wire import InvalidFrame, parse_frame
 
@@ -115,7 +116,7 @@ def test_any_other_id_in_a_frame_is_refused_before_everything_else(user: str) ->
 
 @given(TEXTS)
 def test_what_is_stored_keeps_a_text_a_text(user: str) -> None:
-    request = ChatRequest(user, "m", "hello", (), "en", 1, "trace")
+    request = ChatRequest(user, "m", "hello", (), "en", 1, new_traceparent())
     fields = request.fields()
     assert ChatRequest.from_fields(dict(zip(fields[::2], fields[1::2], strict=True)), user_ids=TEXT) == request
     notices: list[Notice] = [ReplyGrew(user, "m"), ReplyGrew(user, "m", begun=True), AccountChanged(user)]

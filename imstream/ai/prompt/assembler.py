@@ -180,7 +180,7 @@ class PromptAssembler:
 
     def _turns(self, history: Iterable[tuple[str, str]]) -> list[PromptMessage]:
         """The turns of a history, without the reasoning of the assistant, and without turns where it said nothing."""
-        turns = list[PromptMessage]()
+        turns: list[PromptMessage] = []
         for role, content in history:
             text = without_reasoning(content) if role == "assistant" else content
             if role != "assistant" or text.strip():
@@ -193,7 +193,8 @@ class PromptAssembler:
         budget = self._remaining([*system, *(turn for turn in turns if turn.role == "system"), question])
         if isinstance(budget, Excess):
             return budget
-        remaining, sizes = budget, list[int]()
+        remaining = budget
+        sizes: list[int] = []
         for turn in reversed(turns):
             sizes.append(0 if turn.role == "system" else self.size(turn))
             remaining -= sizes[-1]

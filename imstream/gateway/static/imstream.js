@@ -194,7 +194,7 @@ export class ImstreamClient extends EventTarget {
   /** @type {string | undefined} A token rejected since the last login. */ #rejectedToken;
   /** @type {Frame | undefined} The last frame of this connection. */ #lastFrame;
   #failures = 0;
-  #onlineSince = Infinity;
+  /** When the state changed last, in ms. */ #since = 0;
 
   /** @param {Options} options */
   constructor(options) {
@@ -206,12 +206,14 @@ export class ImstreamClient extends EventTarget {
   connect() {
     if (this.state === "connecting" || this.state === "online") return;
     this.#dropSocket();
-    if (this.state === "closed") this.#rejectedToken = undefined; // the caller asks for another attempt
+    // The caller asks for another attempt.
+    if (this.state === "closed") [this.#rejectedToken, this.#failures] = [undefined, 0];
     const { WebSocket = globalThis.WebSocket } = this.options;
+    if (!WebSocket) throw new TypeError("There is no WebSocket here: pass a class as the option of this name.");
     /** @type {globalThis.WebSocket} */ const socket = new WebSocket(socketUrl(this.options));
     this.#socket = socket;
     socket.onopen = () => this.#login();
-    socket.onmessage = ({ data }) => this.#onFrame(JSON.parse(data));
+    socket.onmessage = ({ data }) => this.#onFrame(parsed(data));
     socket.onclose = ({ code, reason }) => this.#onClose(code, reason);
     socket.onerror = () => {}; // a close follows; ws throws errors that nobody handles
     this.#timer = setTimeout(() => this.drop(), this.options.patience);
@@ -298,7 +300,6 @@ export class ImstreamClient extends EventTarget {
     this.#rejectedToken = undefined;
     this.#acceptedToken = this.#sentToken;
     this.known = messages;
-    this.#onlineSince = Date.now();
     this.#heartbeatTimer = setInterval(() => this.#heartbeat(), heartbeat);
     for (const message of this.#messages.values()) if (message.status === "sending") this.#chat(message);
     this.#repeatCancels();
@@ -317,8 +318,9 @@ export class ImstreamClient extends EventTarget {
     this.#timer = setTimeout(() => (this.#login(), this.#repeatCancels()), wait);
   }
 
-  /** @param {Frame} frame */
+  /** @param {Frame | undefined} frame */
   #onFrame(frame) {
+    if (!frame) return;
     this.#awaitingHeartbeat = false;
     if (this.#probeTimer) this.#limitProbe(frame.msgType !== "HEARTBEAT");
     this.#lastFrame = frame;
@@ -400,8 +402,12 @@ export class ImstreamClient extends EventTarget {
     this.#probeTimer = isMissing ? setTimeout(() => this.drop(), this.options.probeLimit) : undefined;
   }
 
-  #wake = () => {
+  /** @param {Event} event */
+  #wake = ({ type }) => {
     if (globalThis.document?.visibilityState === "hidden") return;
+    // An attempt that began before may wait for a network that is gone; timers stand still while a computer sleeps.
+    const isOld = type === "online" || Date.now() - this.#since > this.options.patience;
+    if (this.state === "connecting" && isOld) this.drop();
     if (this.state === "waiting") this.connect();
     else this.#probe();
   };
@@ -425,7 +431,7 @@ export class ImstreamClient extends EventTarget {
    */
   #onClose(code, reason) {
     const frame = code >= INTERNAL_ERROR && this.#lastFrame?.msgType === "SYSTEM" ? this.#lastFrame : undefined;
-    if (Date.now() - this.#onlineSince > STABLE_AFTER) this.#failures = 0;
+    if (this.state === "online" && Date.now() - this.#since > STABLE_AFTER) this.#failures = 0;
     this.#dropSocket();
     if (code === FRAME_TOO_BIG) this.#refuseLongest();
     const late = frame?.code === "INIT_TIMEOUT"; // no fault of the token
@@ -454,7 +460,6 @@ export class ImstreamClient extends EventTarget {
     const socket = this.#socket;
     this.#socket = this.#lastFrame = undefined;
     this.#awaitingHeartbeat = false;
-    this.#onlineSince = Infinity;
     if (!socket) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
     socket.close();
@@ -463,6 +468,7 @@ export class ImstreamClient extends EventTarget {
   /** @param {State} state @param {{code: number, reason?: string, frame?: Frame, wait?: number}} [detail] */
   #setState(state, detail) {
     this.state = state;
+    this.#since = Date.now();
     const change = state === "closed" ? "removeEventListener" : "addEventListener";
     for (const event of WAKING) globalThis[change]?.(event, this.#wake);
     this.dispatchEvent(new CustomEvent("state", { detail }));
@@ -487,6 +493,16 @@ export function newMessageId() {
 /** Replaces halves of surrogate pairs, which cannot be sent, in the strings of JSON. @param {string} _ @param {unknown} value */
 function wellFormed(_, value) {
   return typeof value === "string" ? value.replace(/\p{Surrogate}/gu, "\ufffd") : value;
+}
+
+/** Parses a frame; undefined if it is none. @param {unknown} data @returns {Frame | undefined} */
+function parsed(data) {
+  try {
+    const frame = JSON.parse(String(data));
+    return frame?.msgType && frame;
+  } catch {
+    return undefined; // a newer server, or a program between
+  }
 }
 
 /** @param {Options} options */

@@ -26,7 +26,8 @@
 -- ARGV[12] how many characters the caller has shown in the attempt ARGV[4]; '' if it is not the writer
 -- ARGV[13] usage of the calls that wrote them; '' if the caller knows none
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
--- ARGV[15] '1' if the request was made from a dead letter
+-- ARGV[15] '1' if the caller repeats this: a later attempt is that of its earlier try, and does not count
+-- ARGV[16] '1' if the request was made from a dead letter
 -- Returns  {'opened', id of the entry, attempt, counted attempts before it, milliseconds since it began to wait or '',
 --           node, …}
 --          | {'continued', the same four, {wire, valid, usage, text}, node, …}
@@ -42,16 +43,19 @@ local function field(entry, name)
     end
 end
 
--- The latest 'opened', looked for from the end, and when the message began to wait for its backend. Only a repeated
--- opening needs them, and the text since then.
+-- The latest 'opened', looked for from the end, and when the message began to wait for its backend, unless it has got
+-- text since: then another wait begins another window. Only a repeated opening needs them, and the text since then.
 local texts = {} -- newest first
 local function opened()
     local before, since = '+', nil
     while true do
         local page = redis.call('XREVRANGE', KEYS[1], before, '-', 'COUNT', 100)
         for _, entry in ipairs(page) do
-            since = since or field(entry, 'since')
-            texts[#texts + 1] = field(entry, 'text')
+            since = since or #texts == 0 and field(entry, 'since')
+            local text = field(entry, 'text') or ''
+            if text ~= '' then
+                texts[#texts + 1] = text
+            end
             if field(entry, 'event') == 'opened' then
                 return entry, since
             end
@@ -90,7 +94,7 @@ if last then
     local event = field(last, 'event')
     if TERMINAL[event] then
         local request = owner()
-        reopened = event == 'failed' and ARGV[15] == '1' and request ~= ARGV[1]
+        reopened = event == 'failed' and ARGV[16] == '1' and request ~= ARGV[1]
         if not reopened then
             return {'ended', event, request}
         end
@@ -105,9 +109,13 @@ if last then
         end
         -- An attempt that did no more than wait for its backend does not count; older releases do not record the number.
         local is_unused = event == 'waiting' or ARGV[14] == '1' and attempt == tonumber(ARGV[4])
+            or ARGV[15] == '1' and attempt > tonumber(ARGV[4])
         counted = tonumber(entry and field(entry, 'counted') or attempt - 1) + (is_unused and 0 or 1)
         local offset = tonumber(field(last, 'offset'))
         if entry and request == ARGV[1] and offset > 0 and offset < tonumber(ARGV[11]) then
+            if field(entry, 'wire') and offset > tonumber(field(entry, 'offset')) then
+                counted = 0 -- it continued, and added text: as long as the answer goes on, no attempt is used up
+            end
             continued = continue(entry, attempt, offset)
         end
     end
