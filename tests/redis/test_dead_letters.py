@@ -123,6 +123,18 @@ async def test_a_retried_request_that_fails_again_is_one_letter_with_each_field_
         assert (fields["reason"], fields["attempts"]) == ("empty_answer", str(attempt))
 
 
+async def test_a_letter_that_was_added_to_the_requests_by_hand_is_buried_with_each_field_once(store: Store) -> None:
+    await buried(store)
+    [fields] = store.dead()
+    await store.requests.ensure_group()
+    store.redis.xadd(store.keys.requests("0"), {**fields})
+    [entry] = await store.requests.read(count=1, block=SECOND)
+    await store.requests.bury(entry, reason="empty_answer", error="nothing", attempts=2)
+    [_, (_, flat)] = await store.redis_client.execute("XRANGE", store.keys.dead("0"), "-", "+")
+    assert len(flat[::2]) == len(set(flat[::2]))
+    assert store.dead()[1]["reason"] == "empty_answer"
+
+
 @pytest.mark.parametrize("event", ["done", "cancelled"])
 async def test_a_letter_whose_message_was_answered_meanwhile_is_not_answered_twice(
     store: Store, event: TerminalEvent
