@@ -15,7 +15,7 @@ Every `connect` starts again. `tokens` are for the logins, in this order; the la
 import asyncio
 import json
 import os
-import textwrap
+import signal
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
@@ -226,9 +226,6 @@ SECTIONS = {
 }
 """Sections of ops/docs/protocol.md and the scenarios that check them."""
 
-SHOWN = 12
-"""Number of steps and frames that are shown before a failure."""
-
 
 async def _play(scenario: str, client: Process, limit: float) -> str:
     """Play one scenario; what the client did wrong, or nothing."""
@@ -255,8 +252,8 @@ async def _play(scenario: str, client: Process, limit: float) -> str:
             exited.cancel()
             playing.cancel()
     section = next(section for section, scenarios in SECTIONS.items() if scenario in scenarios)
-    happened = [f"  {line:.200}" for line in stage.transcript[-SHOWN:]]
-    return "\n".join((problem, *happened, f"see ops/docs/protocol.md#{section}"))
+    happened = [f"  {line:.200}" for line in stage.transcript[-12:]]
+    return "\n".join(f"{'':18} {line}" for line in (problem, *happened, f"see ops/docs/protocol.md#{section}"))
 
 
 async def _work(command: Sequence[str], waiting: list[str], problems: dict[str, str], limit: float) -> None:
@@ -271,14 +268,14 @@ async def _work(command: Sequence[str], waiting: list[str], problems: dict[str, 
                 problems[scenario] = await _play(scenario, client, limit)
                 is_right = not problems[scenario]
         finally:
-            with suppress(ProcessLookupError):
-                client.kill()
+            if client.returncode is None:
+                os.kill(client.pid, signal.SIGKILL)  # `client.kill` takes the exit status of one that has just exited
             await client.wait()
 
 
 async def _play_all(command: Sequence[str], scenarios: Sequence[str], jobs: int, limit: float) -> dict[str, str]:
     waiting, problems = list(scenarios), dict[str, str]()
-    await asyncio.gather(*(_work(command, waiting, problems, limit) for _ in range(jobs)))
+    await asyncio.gather(*(_work(command, waiting, problems, limit) for _ in range(min(jobs, len(waiting)))))
     return problems
 
 
@@ -293,7 +290,7 @@ def run(command: Sequence[str], only: Sequence[str], *, jobs: int, limit: float)
     for name in only or SCENARIOS:
         click.echo(f"{'FAILED' if problems[name] else 'ok':7} {name:10} {getattr(Scenarios, name).__doc__}")
         if problems[name]:
-            click.echo(textwrap.indent(problems[name], " " * 19))
+            click.echo(problems[name])
     passed = list(problems.values()).count("")
     click.echo(f"{passed} of {len(problems)} scenarios passed")
     return passed == len(problems)

@@ -51,8 +51,8 @@ async def test_silence_before_and_between_tokens_ends_the_call_and_it_is_made_ag
             assert lasted >= limit - 0.05, question
             assert question != "no second token" or lasted < limit + spread, question
         log = node.now.process.output()
-        assert log.count('"reason": "first_token_timeout"') == 3
-        assert log.count('"reason": "idle_timeout"') == 1
+        assert log.count('"reason":"first_token_timeout"') == 3
+        assert log.count('"reason":"idle_timeout"') == 1
         await node.settled()
 
 

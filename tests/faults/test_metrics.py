@@ -1,13 +1,12 @@
 """The metrics of nodes while others die, and while Redis hangs; and where they are served."""
 
-import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.many_nodes import ManyNodes, standing_nodes, why_not
+from tests.support.many_nodes import ManyNodes, becomes, standing_nodes
 from tests.support.processes import consecutive_ports, http_status, wait_for
 from tests.support.scraping import metrics_become, scrape, scraped
 from tests.support.servers import DemoBackend, RedisServer, start_node
@@ -64,7 +63,7 @@ async def test_a_scrape_never_waits_for_redis(nodes: ManyNodes) -> None:
     server.signal(signal.SIGSTOP)
     try:
         await metrics_become(node.now.http, {"imstream_redis_up": 0, "imstream_lease_held": 0})
-        assert await asyncio.to_thread(why_not, node, "/readyz") == "redis does not answer"
+        await becomes(node, "redis does not answer")
     finally:
         server.signal(signal.SIGCONT)
     await metrics_become(node.now.http, {"imstream_redis_up": 1, "imstream_lease_held": 1})

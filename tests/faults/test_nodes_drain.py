@@ -57,7 +57,7 @@ async def test_requests_that_wait_on_a_node_that_ends_are_adopted_at_once(demo: 
             for n in range(4):
                 assert (await someone.end_of(f"m{n}")).text == whole(question(20 + 80 * (n == 0), n))
         assert await nodes["a"].died() == 0
-        assert '"event": "drained", "unfinished": 4,' in nodes["a"].now.process.output()
+        assert '"event":"drained","unfinished":4,' in nodes["a"].now.process.output()
         assert nodes.ai_calls() == 5
         await nodes.settled()
 

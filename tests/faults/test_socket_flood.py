@@ -74,9 +74,9 @@ def check_log(node: OneNode) -> None:
     """The node has logged no error and no warning."""
     node.check_log()
     # Lines that anyone can cause are rate-limited; the count of dropped lines is expected.
-    expected = (NO_IDENTITY, '"event": "log lines dropped"')
+    expected = (NO_IDENTITY, '"event":"log lines dropped"')
     lines = [line for line in node.now.process.output().splitlines() if not any(one in line for one in expected)]
-    complaints = [line for line in lines if '"level": "error"' in line or '"level": "warning"' in line]
+    complaints = [line for line in lines if '"level":"error"' in line or '"level":"warning"' in line]
     assert complaints == [], "strangers can fill the log"
 
 

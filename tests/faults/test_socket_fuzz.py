@@ -187,7 +187,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
     with standing_node(tmp_path_factory.mktemp("fuzz"), demo.url, frame_rate=0, user_limit=1) as node:
         yield node
         node.check_log()
-        assert '"level": "error"' not in node.now.process.output()
+        assert '"level":"error"' not in node.now.process.output()
 
 
 @example(frames=[frame(CLOSE, (3072).to_bytes(2))], log_in=False, cut=1)  # an application code

@@ -237,7 +237,7 @@ async def test_a_collector_that_is_away_costs_one_line_and_no_answer(
 ) -> None:
     port = free_port()
     environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-    environment.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    environment.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")  # one retry, whose line tells why
     async with scripted_backend(streams("well")) as backend:
         async with one_node(tmp_path, redis_server, backend.url, log_format="json") as node:
             assert await chat(node, "m1") == "done"

@@ -132,6 +132,10 @@ async def test_logs_in_and_sends_what_waited_for_the_connection(browser: Browser
     chat = await peer.hear_chat()
     assert (chat.message_id, chat.contents) == ("m1", "how are you?")
     assert chat.history == [Turn(role="user", content="hi"), Turn(role="assistant", content="hello")]
+    assert chat.traceparent is None
+    trace = f"00-{'1' * 32}-{'2' * 16}-01"
+    await browser.page.evaluate(f"keep(client.send('why?', [], 'm2', {{ traceparent: '{trace}' }}))")
+    assert (await peer.hear_chat()).traceparent == trace
     await browser.state("online")
     assert await browser.page.evaluate("client.node") == "7"
 
