@@ -127,7 +127,7 @@ async def test_a_letter_that_was_added_to_the_requests_by_hand_is_buried_with_ea
     await buried(store)
     [fields] = store.dead()
     await store.requests.ensure_group()
-    store.redis.xadd(store.keys.requests("0"), {**fields})
+    store.redis.xadd(store.keys.requests("0"), dict[Any, Any](fields))
     [entry] = await store.requests.read(count=1, block=SECOND)
     await store.requests.bury(entry, reason="empty_answer", error="nothing", attempts=2)
     [_, (_, flat)] = await store.redis_client.execute("XRANGE", store.keys.dead("0"), "-", "+")
