@@ -161,6 +161,7 @@ def test_too_few_open_files_and_a_wrong_clock_are_warnings(
     assert [state for state, _ in found["clock"]] == ["warning"]
 
 
+@pytest.mark.long  # tests/redis/test_health.py has the warning in the first tier
 def test_a_master_with_one_replica_is_warned_about(demo: DemoBackend, tmp_path: Path) -> None:
     with sentinel_set(tmp_path) as sentinels, sentinels.client() as client:
         client.config_set("min-replicas-to-write", 1)

@@ -92,7 +92,7 @@ async def test_redis_cli_tells_the_same(nodes: ManyNodes) -> None:
 async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothing_is_adopted(nodes: ManyNodes) -> None:
     assert (await asyncio.to_thread(shown, nodes.server, "--wait-settled"))["unsettled"] == []
     async with nodes["a"].peer(USER) as someone:
-        await someone.chat(USER, question(200), "m")
+        await someone.chat(USER, question(150), "m")
         await someone.some_text("m")
         await nodes.killed("a")
         assert await nodes.opened(USER, "m", 2) == ["a", "b"]
@@ -104,7 +104,7 @@ async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothin
     await nodes.start("a")
     waited = await asyncio.to_thread(look, nodes.server, "--wait-settled", "--timeout", "1m")
     assert waited.exit_code == 0, waited.output
-    assert nodes.any.recorded(USER, "m") == ("done", whole(question(200)))
+    assert nodes.any.recorded(USER, "m") == ("done", whole(question(150)))
 
 
 def test_nodes_of_other_releases_strangers_and_gaps_are_told_wherever_redis_is(empty_redis: Topology) -> None:
