@@ -46,7 +46,7 @@ async def test_messages_that_fail_and_are_given_up_are_reported_without_a_cause(
 ) -> None:
     async with drill(tmp_path, redis_server) as play:
         play.backend.faulty = lambda call: refuses(400, TOO_LONG) if call % 3 == 0 else None
-        await play.fires("ImstreamAnswersFail", part="answers", watch=0)
+        await play.fires("ImstreamAnswersFail", "ImstreamDeadLetters", part="answers", watch=0)
         assert (await play.shows("Availability of answers"))[""] < 0.95
 
 

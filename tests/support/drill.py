@@ -86,7 +86,7 @@ async def converse(node: OneNode, user: int) -> None:
             try:
                 await (await client.send(f"question {number}")).text()
             except ClientError as error:  # such as Unavailable
-                log.info("user %s is told: %s", user, error)
+                log.debug("user %s is told: %s", user, error)
             await asyncio.sleep(PAUSE)
 
 
