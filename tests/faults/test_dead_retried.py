@@ -91,6 +91,7 @@ async def test_open_sockets_on_all_nodes_see_the_answer_after_failed_and_later_d
         assert nodes["a"].unfinished() == 0
 
 
+@pytest.mark.long
 async def test_a_letter_of_a_dead_node_is_answered_by_the_one_that_adopts_its_stream(tmp_path: Path) -> None:
     async with nodes_whose_backend_fails_once(tmp_path, "a", "b") as nodes:
         async with nodes["a"].peer(USER) as someone:
@@ -117,6 +118,7 @@ async def test_the_python_client_tells_that_a_failed_message_goes_on(tmp_path: P
             assert await reply.text() == "The answer"
 
 
+@pytest.mark.long
 async def test_a_client_of_the_previous_release_goes_on_showing_failed(tmp_path: Path) -> None:
     async with nodes_whose_backend_fails_once(tmp_path, "a") as nodes:
         command = (previous_python(), "-P", "-c", OLD_CLIENT, nodes["a"].now.ws())
@@ -131,6 +133,7 @@ async def test_a_client_of_the_previous_release_goes_on_showing_failed(tmp_path:
         assert client.returncode == 0
 
 
+@pytest.mark.long
 async def test_nothing_is_retried_while_a_node_of_the_previous_release_runs(tmp_path: Path) -> None:
     previous = previous_python()
     async with nodes_whose_backend_fails_once(tmp_path, "a", a=previous) as nodes:

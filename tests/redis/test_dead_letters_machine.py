@@ -276,7 +276,7 @@ def test_letters_that_are_retried_in_any_order_are_never_lost_and_never_answered
         try:
             run_state_machine_as_test(
                 lambda: LettersRetried(site),  # type: ignore[arg-type] # any callable will do
-                settings=settings(max_examples=examples_on(redis_server, 45), stateful_step_count=30),
+                settings=settings(max_examples=examples_on(redis_server, 27), stateful_step_count=30),
             )
         finally:
             runner.run(connections.aclose())
