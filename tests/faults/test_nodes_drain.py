@@ -5,10 +5,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
-from click.testing import CliRunner
-
-from imstream.cli.main import main
 from tests.support.many_nodes import becomes, many_nodes, why_not
 from tests.support.servers import DemoBackend
 from tests.support.talk import Talk, question, whole
@@ -108,25 +104,3 @@ async def test_a_node_that_drains_hands_over_what_it_has_adopted_as_well(demo: D
             assert (await someone.end_of("m")).events[-1] == "cancelled"
         await nodes["a"].all_finished()
         await nodes.left_alone()
-
-
-@pytest.mark.long
-async def test_a_rolling_restart_that_waits_until_it_is_settled_begins_no_answer_a_third_time(
-    demo: DemoBackend, tmp_path: Path
-) -> None:
-    async with many_nodes(tmp_path, demo.url, "a", "b", "c", drain_grace="100ms") as nodes:
-        wait = ["nodes", "--wait-settled", "--redis", nodes.server.url]
-        asked: dict[str, str] = {}
-        for name in nodes.nodes:
-            async with nodes[name].peer(USER) as someone:
-                for message_id in (f"{name}{n}" for n in range(3)):
-                    asked[message_id] = question(300, message_id)
-                    await someone.chat(USER, asked[message_id], message_id)
-                    await someone.some_text(message_id)
-                assert await nodes[name].terminated() == 0
-            await nodes.start(name)
-            settled = await asyncio.to_thread(CliRunner().invoke, main, wait)
-            assert settled.exit_code == 0, settled.output
-        for message_id, text in asked.items():
-            assert nodes.any.recorded(USER, message_id) == ("done", whole(text))
-            assert len(nodes.opened_by(USER, message_id)) == 2
