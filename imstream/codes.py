@@ -173,7 +173,11 @@ class Event(Word):
         "Discard the text so far: the answer is sent from its beginning.",
     )
     DELTA = ("delta", "New text of the answer.", "Append `contents`. Keep `attempt` and `offset` for `resume`.")
-    RESTART = ("restart", "A new attempt begins.", "Discard the text so far.")
+    RESTART = (
+        "restart",
+        "A new attempt begins, also after `failed`, when an operator retries the message.",
+        "Discard the text so far.",
+    )
     DONE = (
         "done",
         (

@@ -27,8 +27,14 @@ class Keys:
         return f"{self.prefix}:{{node:{node}}}:load"
 
     def dead(self, node: str) -> str:
-        """Stream: dead letters of a node, about 10,000."""
+        """Stream, expires: dead letters of a node, at most 10,000."""
         return f"{self.prefix}:{{node:{node}}}:dead"
+
+    def node_of_dead(self, key: str) -> str | None:
+        """The node whose dead letters have this key; None for another key."""
+        before, after = self.dead("\0").split("\0")
+        node = key.removeprefix(before).removesuffix(after)
+        return node if key == self.dead(node) else None
 
     def inbox(self, node: str) -> str:
         """Stream, expires: notices from other nodes, about 1,000."""
@@ -37,6 +43,14 @@ class Keys:
     def lease(self, node: str) -> str:
         """String, expires: the process that runs a node."""
         return f"{self.prefix}:{{node:{node}}}:lease"
+
+    def status(self, node: str) -> str:
+        """Hash, expires with the lease: release, sessions and running requests of a node, why it is not ready."""
+        return f"{self.prefix}:{{node:{node}}}:status"
+
+    def probe(self, node: str) -> str:
+        """Exists only while `imstream doctor` tries a node's commands."""
+        return f"{self.prefix}:{{node:{node}}}:probe"
 
     def redis_run(self, node: str) -> str:
         """String, expires: the run of Redis on which the node last held its lease."""

@@ -141,6 +141,10 @@ class Metrics:
             counter("imstream_dead_letters_total", "Requests that this node has moved to a dead stream.", ["reason"])
         )
 
+        self.dead_letters_dropped = counter(
+            "imstream_dead_letters_dropped_total", "Dead letters that this node has dropped, beyond their bounds."
+        )
+
         self.ai_calls = Counters(
             counter("imstream_ai_calls_total", "Calls of a backend that have ended.", ["backend", "result"])
         )

@@ -28,7 +28,10 @@ SCHEMA_FIELD = "v"
 """The field of the version, also written by the scripts that append to replies."""
 
 SCHEMA_VERSION = 1
-"""The version written by this release, and the newest it reads. Entries without the field have version 1."""
+"""The version that this release writes. Entries without the field have version 1."""
+
+NEWEST_VERSION = 2
+"""The newest version that this release reads: requests made from a dead letter, whose reply has ended (`retry.lua`)."""
 
 _MAX_DIGITS = 9
 _MAX_TIME = 253_402_300_799_999  # the end of the year 9999
@@ -36,8 +39,12 @@ _MAX_TIME = 253_402_300_799_999  # the end of the year 9999
 
 def version_of(fields: Mapping[str, str]) -> int:
     """The version of an entry; 1 when it is not a number of at most 9 digits."""
-    version = fields.get(SCHEMA_FIELD, "")
-    return int(version) if version.isdecimal() and len(version) <= _MAX_DIGITS else 1
+    return _count(fields.get(SCHEMA_FIELD, "")) or 1
+
+
+def _count(text: str) -> int:
+    """A number of at most 9 digits; 0 for anything else."""
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else 0
 
 
 class MalformedEntry(Exception):  # noqa: N818 - their fault, not an error of ours
@@ -88,6 +95,7 @@ class ChatRequest:
         at: When it was accepted, in milliseconds since 1970.
         traceparent: Its place in a trace. The trace id is in every log line about this request.
         digest: Of the text that the client sent, before any guard changed it; empty in requests of older releases.
+        reopens: If it was made from a dead letter: the attempts before, whose reply has ended as failed. Else None.
     """
 
     user_id: UserId
@@ -98,6 +106,12 @@ class ChatRequest:
     at: int
     traceparent: str
     digest: str = ""
+    reopens: int | None = None
+
+    @property
+    def earlier_attempts(self) -> int:
+        """Attempts that were made before it was admitted."""
+        return self.reopens or 0
 
     @property
     def trace(self) -> str:
@@ -127,7 +141,7 @@ class ChatRequest:
             NewerVersion: Its schema version is not known here.
             MalformedEntry: A required field is missing, or a field is invalid.
         """
-        if (version := version_of(fields)) > SCHEMA_VERSION:
+        if (version := version_of(fields)) > NEWEST_VERSION:
             raise NewerVersion(version)
         added_at = entry_id.partition("-")[0]
         known: dict[str, Any] = {"contents": "", "history": (), "lang": fields.get("lang") or DEFAULT_LANG}
@@ -135,6 +149,7 @@ class ChatRequest:
             known |= {"user_id": _user_id(fields["user"], user_ids), "message_id": _message_id(fields["message_id"])}
             known["traceparent"] = read_traceparent(fields.get("trace", ""))
             known["digest"] = fields.get("digest", "")
+            known["reopens"] = _count(fields["reopens"]) if "reopens" in fields else None
             known["at"] = int(added_at) if added_at.isdecimal() else 0
             known["at"] = _time(fields["at"]) if "at" in fields else known["at"]
             known["contents"] = fields["contents"]
@@ -279,9 +294,8 @@ class Waiting:
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> Self:
         """Read an entry; missing and malformed fields have defaults."""
-        pause = fields.get("retry_after", "")
-        known = int(pause) if pause.isdecimal() and len(pause) <= _MAX_DIGITS else 0
-        return cls(fields.get("backend", ""), fields.get("reason", ""), fields.get("error", ""), known)
+        pause = _count(fields.get("retry_after", ""))
+        return cls(fields.get("backend", ""), fields.get("reason", ""), fields.get("error", ""), pause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import structlog
@@ -37,6 +38,7 @@ from imstream.redis.errors import AccessLog, retry_until_available
 from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.backend_states import BackendStates
+from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.inbox import Inbox, NodeLeft, Routes
 from imstream.store.leases import Leases
 from imstream.store.replies import ReplyStore
@@ -53,6 +55,8 @@ from imstream.worker.jobs import Jobs
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 
 log = structlog.get_logger()
+
+_VERSION = version("imstream-server")
 
 _MISSED_ROUNDS = 4
 """Rounds of the consumer loop that may be missed before the node counts as stuck."""
@@ -94,8 +98,10 @@ class Node:
         request_reader, inbox_reader = self._readers = [
             BlockingReader(url, block=settings.read_block, timeout=timeout, access_log=access) for _ in range(2)
         ]
+        dead_letters = DeadLetterBounds(redis, settings, count_dropped=metrics.dead_letters_dropped.inc)
         self._requests = requests = RequestStream(redis, request_reader, settings, metrics=metrics)
         self._leases = leases = Leases(redis, settings, metrics)
+        leases.status = self._status
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
         replies = ReplyStore(redis, settings)
         self.buffers = buffers = ReplyBuffers()
@@ -141,13 +147,19 @@ class Node:
             guards=guards,
         )
         inbox_consumer = InboxConsumer(
-            inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=self.adopter
+            inbox=inbox,
+            reply_sync=reply_sync,
+            presence=presence,
+            jobs=jobs,
+            consumer=self.consumer,
+            adopter=self.adopter,
         )
         session_deps = SessionDeps(
             settings=settings,
             frame_limits=FrameLimits(settings.max_depth, settings.max_history),
             guards=guards,
             requests=requests,
+            dead_letters=dead_letters,
             replies=replies,
             buffers=buffers,
             inbox=inbox,
@@ -187,8 +199,17 @@ class Node:
         if self._stopping.is_set():
             return "draining"
         if not self.consumer.reached_redis_within(self._max_round):
-            return "redis denies access, see the log" if self.consumer.denied else "redis does not answer"
+            return self.consumer.redis_problem
         return None if self.lease_keeper.held else "the lease is not held"
+
+    def _status(self) -> dict[str, str | int]:
+        """What `imstream nodes` shows of this node."""
+        return {
+            "version": _VERSION,
+            "sessions": len(self.registry),
+            "running": len(self.jobs),
+            "not_ready": self.not_ready() or "",
+        }
 
     def stuck(self) -> str | None:
         """Return why the node needs a restart; None when it works or may recover."""

@@ -143,6 +143,11 @@ class ReplyBuffer:
         self.waiting, self.is_thinking = None, False
         self._notify()
 
+    def expect_more(self) -> None:
+        """Read the record again, if it ended as failed: an operator may have had it reopened."""
+        if self.terminal is not None and self.terminal.event == "failed":
+            self.terminal, self.has_writer, self.position = None, False, ""
+
     def end(self, terminal: Terminal) -> None:
         """Set the terminal event. It must be recorded before: clients see it from now on."""
         self.terminal = terminal

@@ -254,6 +254,12 @@ class Settings(SettingsGroup):
         4, ge=1, description="Maximum attempts at one answer; waiting for a backend does not count."
     )
     max_deliveries: int = Field(3, ge=1, description="Worker deaths after which a request becomes a dead letter.")
+    dead_age: Positive = Field(timedelta(days=7), description="How long dead letters are kept.")
+    dead_bytes: int = Field(
+        33_554_432,
+        ge=0,
+        description="Bytes of Redis for a node's dead letters; more, or a full Redis, drops the oldest.",
+    )
     retry_wait: Positive = Field(timedelta(milliseconds=500), description="First wait before a retry; it doubles.")
     retry_wait_max: Positive = Field(timedelta(seconds=30), description="Maximum wait before a retry.")
     retry_window: Positive = Field(

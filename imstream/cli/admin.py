@@ -12,13 +12,13 @@ import click
 
 from imstream.cli.options import TimeSpan, given, parse_user_id, settings_options
 from imstream.clock import Calendar, now_ms
-from imstream.errors import StoreDenied, StoreError, StoreUnavailable
+from imstream.errors import StoreDenied, StoreError, StoreRefused, StoreUnavailable
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.accounts import AccountOpen, Accounts, Banned, Locked, Restricted
 from imstream.store.inbox import AccountChanged, send_notice
-from imstream.store.inspection import StreamOverview, UserOverview, inspect_stream, inspect_user
+from imstream.store.inspection import StreamOverview, UserOverview, inspect_stream, inspect_user, is_node
 from imstream.user_ids import UserId
 
 MAX_SHOWN = 20
@@ -26,8 +26,8 @@ MAX_SHOWN = 20
 
 Answer = TypeVar("Answer")
 
-_REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
-_QUOTA_SETTINGS = (*_REDIS_SETTINGS, "daily_quota", "quota_timezone")
+REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
+_QUOTA_SETTINGS = (*REDIS_SETTINGS, "daily_quota", "quota_timezone")
 
 
 def with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) -> Answer:
@@ -48,7 +48,13 @@ def with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answe
 def show_stream(settings: Settings, *, newest: int) -> None:
     """Print an overview of the node's stream, with the newest dead letters."""
     keys = Keys(settings.key_prefix)
-    overview = with_redis(settings, lambda redis: inspect_stream(redis, keys, settings.node, newest=newest))
+
+    async def look(redis: RedisClient) -> StreamOverview:
+        if not await is_node(redis, keys, settings.node):
+            raise StoreRefused(f"there is no node {settings.node} in {settings.redis_url}: see imstream nodes")
+        return await inspect_stream(redis, keys, settings.node, newest=newest)
+
+    overview = with_redis(settings, look)
     click.echo("\n".join([f"node {settings.node} at {settings.redis_url}", *_stream_lines(overview)]))
 
 
@@ -181,7 +187,7 @@ def _quota(overview: UserOverview, settings: Settings) -> str:
 )
 @_reason
 @_by
-@_user_command(*_REDIS_SETTINGS, "quota_timezone")
+@_user_command(*REDIS_SETTINGS, "quota_timezone")
 async def lock(  # noqa: PLR0913 - one for each option
     redis: RedisClient, settings: Settings, user_id: UserId, *, span: timedelta | None, reason: str, by: str
 ) -> None:
@@ -193,7 +199,7 @@ async def lock(  # noqa: PLR0913 - one for each option
 
 
 @user.command()
-@_user_command(*_REDIS_SETTINGS)
+@_user_command(*REDIS_SETTINGS)
 async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a lock."""
     was_locked = await Accounts(redis, settings).unlock(user_id)
@@ -203,7 +209,7 @@ async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> Non
 @user.command()
 @_reason
 @_by
-@_user_command(*_REDIS_SETTINGS)
+@_user_command(*REDIS_SETTINGS)
 async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: str, by: str) -> None:
     """Ban a user."""
     banned = await Accounts(redis, settings).ban(user_id, reason=reason, by=by)
@@ -212,7 +218,7 @@ async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: s
 
 
 @user.command()
-@_user_command(*_REDIS_SETTINGS)
+@_user_command(*REDIS_SETTINGS)
 async def unban(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a ban."""
     was_banned = await Accounts(redis, settings).unban(user_id)

@@ -1,14 +1,12 @@
 """`imstream backends`: the states of the AI backends, or a check of their configuration."""
 
 import asyncio
-import json
 from collections.abc import Iterator
 from typing import Any
 
-import click
-
 from imstream.ai.router import Backends
 from imstream.cli.admin import with_redis
+from imstream.cli.output import show
 from imstream.clock import now_ms
 from imstream.errors import BackendError
 from imstream.settings import Settings
@@ -18,7 +16,7 @@ from imstream.store.backend_states import BackendStates
 def show_backends(settings: Settings, *, as_json: bool) -> None:
     """Print the states of all nodes' backends."""
     nodes = with_redis(settings, lambda redis: BackendStates(redis, settings).read())
-    click.echo(json.dumps(nodes, ensure_ascii=False, indent=2) if as_json else "\n".join(_lines(nodes)))
+    show(nodes, _lines(nodes), as_json=as_json)
 
 
 def check_backends(settings: Settings, *, as_json: bool) -> int:
@@ -30,11 +28,7 @@ def check_backends(settings: Settings, *, as_json: bool) -> int:
             return {one.name: error for one, error in zip(backends, found, strict=True)}
 
     problems = {name: None if error is None else str(error) for name, error in asyncio.run(check()).items()}
-    if as_json:
-        click.echo(json.dumps(problems, ensure_ascii=False, indent=2))
-    else:
-        for name, problem in problems.items():
-            click.echo(f"{name}  {problem or 'answers'}")
+    show(problems, (f"{name}  {problem or 'answers'}" for name, problem in problems.items()), as_json=as_json)
     return int(any(problems.values()))
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from imstream.cli import balancer as balancers
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import TOKEN, TimeSpan, given, parse_user_id, settings_options
+from imstream.cli.output import json_option
 from imstream.cli.supervisor import exit_with_parent
 from imstream.cli.up import UpSettings
 from imstream.demo import marker
@@ -25,6 +27,8 @@ from imstream.texts import Lang, choose_lang
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
+_ELSEWHERE = {"nodes": "nodes", "explain": "explain", "dead": "dead", "user": "admin"}
+"""Commands that are defined in other modules of this package."""
 
 
 class _InvalidSetting(click.ClickException):
@@ -41,13 +45,12 @@ class _Commands(click.Group):
             raise (_InvalidSetting if isinstance(error, SettingsError) else click.ClickException)(str(error)) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return [*self.commands, "user"]
+        return [*self.commands, *_ELSEWHERE]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "user":
-            from imstream.cli.admin import user
-
-            return user
+        if module := _ELSEWHERE.get(cmd_name):
+            command: click.Command = getattr(import_module(f"imstream.cli.{module}"), cmd_name)
+            return command
         return super().get_command(ctx, cmd_name)
 
 
@@ -285,7 +288,7 @@ def streams(newest: int, **options: str | None) -> None:
 
 @main.command()
 @settings_options(Settings, only=["redis_url", "key_prefix", "redis_timeout", "ai_backends"], aliases=_ALIASES)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.option("--check", is_flag=True, help="Check the configured backends from here instead, without a prompt.")
 def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
     """Show the AI backends: state, calls in flight and last error, as each node sees them.
@@ -299,6 +302,21 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
     if check:
         sys.exit(check_backends(settings, as_json=as_json))
     show_backends(settings, as_json=as_json)
+
+
+@main.command()
+@settings_options(Settings, aliases=_ALIASES)
+@json_option
+@click.option("--call", is_flag=True, help="Also ask each backend for an answer of one token.")
+def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
+    """Check whether a node with these settings can serve from here: settings, Redis, backends, ports, open files.
+
+    Reads the settings as "imstream node" does. Ends with 0 if the node can serve, perhaps with warnings, and with 1 if
+    it cannot.
+    """
+    from imstream.cli.doctor import run
+
+    sys.exit(run(given(options), call=call, as_json=as_json))
 
 
 @main.command(context_settings={"allow_interspersed_args": False})

@@ -39,6 +39,8 @@ class Client:
         tls: For `wss`, replaces the system's trust store.
         on_change: Called with every change of the connection; must neither block nor raise.
         on_asked: The same, with the answer to each message of the user's other sockets; its `frame` has the question.
+        on_reopened: The same, with a reply that has failed and is answered after all: an operator has retried the
+            message. Read it again. The newest 64 failed messages are remembered.
 
     Raises:
         ValueError: `urls` is empty or contains something else than WebSocket URLs, or the user id is not allowed.
@@ -56,6 +58,7 @@ class Client:
         tls: SSLContext | None = None,
         on_change: Callable[[ConnectionChange], None] | None = None,
         on_asked: Callable[[Reply], None] | None = None,
+        on_reopened: Callable[[Reply], None] | None = None,
     ) -> None:
         urls = [urls] if isinstance(urls, str) else urls
         if not urls:
@@ -67,6 +70,7 @@ class Client:
         self._user_id = user_id
         self._timing = timing or Timing()
         self._pending = PendingRequests()
+        self._pending.on_reopened = on_reopened
         self._connection = ReconnectingConnection(
             servers=Servers(urls, tls),
             credentials=Credentials(user_id, token, lang, wants),

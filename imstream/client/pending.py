@@ -4,12 +4,16 @@ No I/O: the connection passes in the server's frames and asks what is still to b
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from imstream.client.errors import BadMessage, ClientError, refusal
 from imstream.client.reply import Receipt, Reply
 from imstream.codes import Code, Event
 from imstream.wire import MAX_RESUMED, ClientCancel, ReceivedFrame
+
+MAX_FAILED = 64
+"""Maximum number of failed messages that are remembered: an operator may have one answered after all."""
 
 MAX_OPEN = MAX_RESUMED
 """Maximum number of unfinished messages of one client: as many as one INIT can resume. Beyond it, `add` waits."""
@@ -68,9 +72,13 @@ class PendingRequests:
 
     Attributes:
         error: Why no request is accepted any longer; None while the session lasts.
+        on_reopened: Called with a failed reply that goes on.
     """
 
     def __init__(self) -> None:
+        self.on_reopened: Callable[[Reply], None] | None = None
+        self._failed: dict[str, Reply] = {}
+        self._reopened = set[str]()  # these unfinished replies have no slot
         self.error: ClientError | None = None
         self._replies: dict[str, Reply] = {}
         self._cancels: dict[str, CancelRequest] = {}
@@ -78,8 +86,8 @@ class PendingRequests:
 
     @property
     def accepted(self) -> list[Reply]:
-        """Replies to accepted messages: a new connection resumes them."""
-        return [reply for reply in self._replies.values() if reply.is_accepted]
+        """Replies to accepted messages: a new connection resumes them. Those that were reopened may be too many."""
+        return [reply for reply in self._replies.values() if reply.is_accepted][:MAX_RESUMED]
 
     @property
     def unanswered(self) -> list[Reply]:
@@ -92,8 +100,8 @@ class PendingRequests:
         return list(self._cancels.values())
 
     def reply(self, message_id: str) -> Reply | None:
-        """The unfinished reply to a message."""
-        return self._replies.get(message_id)
+        """The reply to a message, unless it has ended for good."""
+        return self._replies.get(message_id) or self._failed.get(message_id)
 
     @property
     def is_full(self) -> bool:
@@ -107,6 +115,7 @@ class PendingRequests:
             self._free_slots.release()
             raise self.error or ValueError(f"message {reply.message_id} is still being answered")
         self._replies[reply.message_id] = reply
+        self._failed.pop(reply.message_id, None)
 
     def add_cancel(self, frame: ClientCancel) -> CancelRequest:
         """Add a cancellation, or return the pending one of the same message; raises `error`."""
@@ -117,10 +126,17 @@ class PendingRequests:
     def apply_chat(self, frame: ReceivedFrame) -> None:
         """Apply a CHAT frame: an answer, or the receipt of a cancellation."""
         message_id = frame.message_id or ""
+        failed = self._failed.get(message_id)
+        if failed is not None and failed.is_reopened_by(frame):
+            self._replies[message_id] = self._failed.pop(message_id)
+            self._reopened.add(message_id)
+            failed.apply(frame)
+            if self.on_reopened is not None:
+                self.on_reopened(failed)
+        elif message_id in self._replies:
+            self._replies[message_id].apply(frame)
         if message_id in self._cancels:
             self._cancels[message_id].apply(frame)
-        if message_id in self._replies:
-            self._replies[message_id].apply(frame)
         self._remove_if_ended(message_id)
 
     def apply_system(self, frame: ReceivedFrame) -> bool:
@@ -163,8 +179,14 @@ class PendingRequests:
         self._cancels.clear()
 
     def _remove_if_ended(self, message_id: str) -> None:
-        if message_id in self._replies and self._replies[message_id].ended:
+        if message_id in self._replies and (reply := self._replies[message_id]).ended:
             del self._replies[message_id]
-            self._free_slots.release()
+            if message_id not in self._reopened:
+                self._free_slots.release()
+            self._reopened.discard(message_id)
+            if reply.has_failed:
+                self._failed[message_id] = reply
+            if len(self._failed) > MAX_FAILED:
+                del self._failed[next(iter(self._failed))]
         if message_id in self._cancels and self._cancels[message_id].ended:
             del self._cancels[message_id]

@@ -3,6 +3,8 @@
     unanswered ──accepted──▶ accepted ──done, failed, cancelled, expired──▶ ended (with a result)
         └────────────────────────┴──refused, violation, closed──▶ ended (with an error)
 
+A reply that failed may go on: an operator retries the message, and a later attempt answers it.
+
 Repeated text is dropped. Text that is missing or contradicts the known text ends the reply with `ProtocolViolation`, so
 that no reader gets an answer that was never given (I5).
 """
@@ -108,9 +110,11 @@ _OUTCOMES: dict[str | None, Outcome] = {
     Event.CANCELLED: Outcome.CANCELLED,
 }
 
+_ANSWERS = frozenset({Event.RESTART, Event.DELTA, *_OUTCOMES})
+
 _OPTIONAL = frozenset({Event.STATUS, Event.THINKING})
 
-_EVENTS = frozenset({None, Event.ACCEPTED, Event.DELTA, Event.RESTART, *_OPTIONAL, *_OUTCOMES})
+_EVENTS = frozenset({None, Event.ACCEPTED, *_OPTIONAL, *_ANSWERS})
 
 _ERRORS = {Outcome.FAILED: Failed, Outcome.CANCELLED: Cancelled, Outcome.EXPIRED: Expired}
 
@@ -168,6 +172,15 @@ class Reply:
     def ended(self) -> bool:
         """Whether the reply has a result or an error."""
         return self._result is not None or self._error is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the message could not be answered."""
+        return self._result is not None and self._result.outcome is Outcome.FAILED
+
+    def is_reopened_by(self, frame: ReceivedFrame) -> bool:
+        """Whether a frame is of a later attempt, after this reply has failed."""
+        return self.has_failed and frame.event in _ANSWERS and (frame.attempt or 0) > self.attempt
 
     @property
     def resume_point(self) -> ResumePoint:
@@ -246,6 +259,8 @@ class Reply:
 
     def apply(self, frame: ReceivedFrame) -> None:
         """Apply a frame about this message, unless the reply has ended or the event is one of a newer server."""
+        if self.is_reopened_by(frame):
+            self._result = None
         if self.ended or frame.event not in _EVENTS:
             return
         try:

@@ -28,6 +28,7 @@ from imstream.metrics import Admission, Metrics
 from imstream.model import ChatRequest, digest_of
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
+from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.inbox import Inbox, MessageQueued
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
@@ -57,6 +58,7 @@ class SessionDeps:
     frame_limits: FrameLimits
     guards: GuardChain
     requests: RequestStream
+    dead_letters: DeadLetterBounds
     replies: ReplyStore
     buffers: ReplyBuffers
     inbox: Inbox
@@ -85,32 +87,45 @@ class FrameHandler:
 
     async def handle(self, text: str) -> None:
         """Handle one text frame. Every error is answered."""
+        if (frame := self._parse(text)) is None:
+            return
+        message_id = getattr(frame, "message_id", None)
+        if message_id is None and isinstance(frame, wire.ClientChat):  # repeated below, it is still the same message
+            frame = frame.model_copy(update={"message_id": secrets.token_urlsafe(12)})
+        for is_repeated in (False, True):
+            try:
+                if self._is_allowed(frame, message_id):
+                    await self._dispatch(frame)
+                elif isinstance(frame, wire.ClientChat):
+                    self._deps.metrics.admissions["refused"].inc()
+            except StoreFull:
+                # Dead letters are dropped before a living message is refused (I9).
+                if not is_repeated and await self._deps.dead_letters.make_room():
+                    continue
+                limited.error("redis is out of memory")
+                self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
+            except StoreError as error:
+                self._send_unavailable(error, message_id)
+            except Exception:  # noqa: BLE001 - it is logged
+                who = {"user": self._session.user_id, "peer": self._session.peer}
+                limited.exception("frame failed", type=frame.msg_type, **who)
+                self._send_error(Code.SYSTEM_ERROR, Text.INTERNAL, message_id)
+            return
+
+    def _parse(self, text: str) -> ClientFrame | None:
+        """Parse a frame, or answer the error."""
         began = time.thread_time()
         try:
-            frame = parse_frame(text, self._deps.frame_limits, self._deps.settings.user_ids)
+            return parse_frame(text, self._deps.frame_limits, self._deps.settings.user_ids)
         except InvalidFrame as error:
             if error.field == USER_ID_FIELD:
                 self._session.close(CloseCode.BAD_USER_ID, Code.SYSTEM_ERROR, Text.BAD_USER_ID)
             else:
                 self._writer.send(self._frames.bad_frame(error))
-            return
+            return None
         finally:
             if cost := (time.thread_time() - began) // SECONDS_PER_FRAME:
                 self._session.socket.charge(cost)
-        message_id = getattr(frame, "message_id", None)
-        try:
-            if self._is_allowed(frame, message_id):
-                await self._dispatch(frame)
-            elif isinstance(frame, wire.ClientChat):
-                self._deps.metrics.admissions["refused"].inc()
-        except StoreFull:
-            limited.error("redis is out of memory")
-            self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
-        except StoreError as error:
-            self._send_unavailable(error, message_id)
-        except Exception:  # noqa: BLE001 - it is logged
-            limited.exception("frame failed", type=frame.msg_type, user=self._session.user_id, peer=self._session.peer)
-            self._send_error(Code.SYSTEM_ERROR, Text.INTERNAL, message_id)
 
     async def _dispatch(self, frame: ClientFrame) -> None:
         match frame:

@@ -23,6 +23,7 @@ from imstream.store.inbox import (
 )
 from imstream.store.replies import ReplyStore
 from imstream.worker.adoption import Adopter
+from imstream.worker.consumer import StreamConsumer
 from imstream.worker.jobs import Jobs
 
 _RETRY_INTERVAL = 0.2
@@ -46,9 +47,11 @@ class ReplySync:
         reply = self.buffers.find(notice.user_id, notice.message_id)
         if notice.begun:
             reply = self.buffers.get(notice.user_id, notice.message_id)
-            self.registry.follow_new(reply)
+            reply.expect_more()
         if reply is not None:
             await self._catch_up_all([reply])
+            if notice.begun:  # now it is known whether it goes on after an end that was sent
+                self.registry.follow_new(reply)
 
     async def on_queued(self, notice: MessageQueued) -> None:
         """Load the question of a message that another node has queued, if a session here wants it."""
@@ -100,6 +103,7 @@ class InboxConsumer:
     reply_sync: ReplySync
     presence: Presence
     jobs: Jobs
+    consumer: StreamConsumer
     adopter: Adopter
 
     async def run(self) -> None:
@@ -134,6 +138,7 @@ class InboxConsumer:
                 case AccountChanged(user_id):
                     await self.presence.review(user_id)
                 case NodeLeft():
+                    self.consumer.sweep_soon()  # it may have adopted our stream before
                     self.adopter.scan_now()
         except Exception:  # noqa: BLE001 - it is logged
             # A notice must not end the node: it may lead to a record that was written by hand.

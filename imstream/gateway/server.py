@@ -294,16 +294,20 @@ def metrics_server(app: ASGIApp, settings: Settings, *, node_port: int) -> HttpS
     return HttpServer(app, *address, setting=setting, limits=limits, ws="none")
 
 
+def files_needed(settings: Settings) -> int:
+    """Maximum number of files that a node has open."""
+    return settings.node_sockets + SPARE_CONNECTIONS + settings.concurrency + OTHER_FILES
+
+
 def _max_connections(settings: Settings) -> int:
     """How many connections a flood may open, so that files are left for Redis and the backend.
 
     The soft limit of open files is raised as far as necessary and allowed.
     """
-    connections, others = settings.node_sockets + SPARE_CONNECTIONS, settings.concurrency + OTHER_FILES
-    needed = connections + others
+    needed, others = files_needed(settings), settings.concurrency + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return connections
+        return needed - others
     files = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     if files < needed:

@@ -51,7 +51,8 @@ class SessionWriter:
     _outbox_taken: asyncio.Event | None = None
     _cursors: dict[str, Cursor] = field(default_factory=dict)
     _grown: dict[str, None] = field(default_factory=dict)
-    _sent_ends: tuple[str, ...] = ()
+    _sent_ends: dict[str, int] = field(default_factory=dict)
+    """The attempts at whose end they were."""
     _held: list[ReplyBuffer] | None = None
     _scheduled: bool = False
     _stopped: bool = False
@@ -110,11 +111,16 @@ class SessionWriter:
         self._on_growth(cursor.reply)
 
     def follow_new(self, reply: ReplyBuffer) -> None:
-        """Follow a reply that begins, unless its end was sent. While replies are held, do so afterwards."""
+        """Follow a reply that begins, unless its end was sent. While replies are held, do so afterwards.
+
+        A reply may go on after its end, when an operator retries it: then it begins with a `restart`.
+        """
+        ended_at = self._sent_ends.get(reply.message_id)
         if self._held is not None:
             self._held.append(reply)
-        elif reply.message_id not in self._sent_ends:
-            self.follow(Cursor(reply, wants=self.wants))
+        elif ended_at is None or ended_at < reply.fence:
+            wants = self.wants if ended_at is None else self.wants - {Want.ASKED}
+            self.follow(Cursor(reply, attempt=int(reply.fence > 1), wants=wants))
 
     @contextmanager
     def hold_new(self, *known: str) -> Iterator[None]:
@@ -208,5 +214,8 @@ class SessionWriter:
         if ended:
             del self._cursors[message_id]
             cursor.reply.unsubscribe(self._on_growth)
-            self._sent_ends = (*self._sent_ends[1 - MAX_SENT_ENDS :], message_id)
+            self._sent_ends.pop(message_id, None)
+            self._sent_ends[message_id] = cursor.reply.fence
+            if len(self._sent_ends) > MAX_SENT_ENDS:
+                del self._sent_ends[next(iter(self._sent_ends))]
         return None if step is None else self._frames.reply_step(message_id, step)

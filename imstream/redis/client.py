@@ -79,6 +79,10 @@ class RedisClient:
         """Send one command to each master, whatever its key; the replies by address. Raises as `execute` does."""
         return await self._servers.send_to_masters(*command)
 
+    async def scan(self, pattern: str) -> set[str]:
+        """The keys that match a pattern, on all masters: many short commands, which hold up nobody. Raises as above."""
+        return await self._servers.scan(pattern)
+
 
 class BlockingReader(RedisClient):
     """A connection of its own for commands that block, one at a time. Never cancel a blocked `execute`: entries that

@@ -99,11 +99,19 @@ class Cluster:
 
     async def send_to_masters(self, *command: Argument) -> dict[str, Any]:
         """Send a command to each master, whatever its key; the replies by address. Raises as `send` does."""
-        if not self._owners:
-            await self._wait_for_owners()
-        masters = list(dict.fromkeys(owner for owner in self._owners if owner is not None))
+        masters = await self._masters()
         replies = await asyncio.gather(*(self._connections_to(master).send(*command) for master in masters))
         return {f"{master.host}:{master.port}": reply for master, reply in zip(masters, replies, strict=True)}
+
+    async def scan(self, pattern: str) -> set[str]:
+        """The keys of all masters that match a pattern. Raises as `send` does."""
+        found = await asyncio.gather(*(self._connections_to(one).scan(pattern) for one in await self._masters()))
+        return set().union(*found)
+
+    async def _masters(self) -> list[NodeAddress]:
+        if not self._owners:
+            await self._wait_for_owners()
+        return list(dict.fromkeys(owner for owner in self._owners if owner is not None))
 
     def _owner_of(self, key: Argument | None) -> NodeAddress:
         if key is None:

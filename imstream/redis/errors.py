@@ -28,6 +28,9 @@ _DENIED_IN_SCRIPT = ("The user executing the script can't ", "ACL failure in scr
 _IN_SCRIPT = re.compile(r"Error running script .*?: -(?P<error>[A-Z]+ .*)", re.DOTALL)
 """Redis 6.2 wraps an error inside a script in a sentence of its own."""
 
+_ERROR_CODE = re.compile(r"[A-Z]{4,}(?= )")
+"""How an error reply begins, such as NOREPLICAS."""
+
 LOG_AGAIN_AFTER = 300.0
 """Seconds after which the same denial is logged again."""
 
@@ -90,6 +93,14 @@ def error_from_loss(error: BaseException) -> StoreUnavailable:
 def describe(error: BaseException) -> str:
     """One line for an operator; asyncio's TimeoutError has no text of its own."""
     return str(error) or "no answer in time"
+
+
+def describe_problem(error: Exception | None) -> str:
+    """Why Redis is not usable, in a few words without addresses. None: it has not answered."""
+    if isinstance(error, StoreDenied):
+        return "redis denies access, see the log"
+    code = _ERROR_CODE.match(str(error))
+    return f"redis answers {code[0]}, see the log" if code else "redis does not answer"
 
 
 class AccessLog:

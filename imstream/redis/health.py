@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from imstream.errors import StoreError
 from imstream.redis.client import RedisClient
 
+MIN_REPLICAS = 2
+"""Replicas with which a master can do without one of them: after a fail-over, the old master is missing."""
+
 
 async def warnings(redis: RedisClient) -> list[str]:
     """One sentence for each unsafe setting of a master, with the setting to use instead."""
@@ -37,9 +40,16 @@ def _warnings_of_master(info: Mapping[str, str], *, replicated: bool) -> Iterato
         )
     if info.get("aof_enabled") == "0":
         yield "Redis loses accepted messages when it restarts (appendonly no); set appendonly yes"
+    replicas = int(info.get("connected_slaves", "0"))
     # INFO counts good replicas only where min-replicas-to-write is set.
-    if "min_slaves_good_slaves" not in info and (replicated or info.get("connected_slaves", "0") != "0"):
+    if "min_slaves_good_slaves" in info:
+        if replicas < MIN_REPLICAS:
+            yield (
+                f"Redis accepts no messages (NOREPLICAS) when it lacks a replica, as after a fail-over, and has "
+                f"{replicas}; use two replicas, or set min-replicas-to-write 0"
+            )
+    elif replicated or replicas:
         yield (
-            "Redis loses messages accepted since the last replication when it fails over "
-            "(min-replicas-to-write 0); set min-replicas-to-write 1"
+            "Redis loses messages accepted since the last replication when it fails over (min-replicas-to-write 0); "
+            f"{'' if replicas >= MIN_REPLICAS else 'use two replicas and '}set min-replicas-to-write 1"
         )

@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ReplyGrew:
-    """The reply stream of a message has new entries. `begun`: the first attempt has opened it."""
+    """The reply stream of a message has new entries. `begun`: by the first attempt, also after it was reopened."""
 
     user_id: UserId
     message_id: str

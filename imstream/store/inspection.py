@@ -6,15 +6,19 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from imstream.clock import Day, now_ms, time_of, to_timedelta
 from imstream.errors import StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.model import Waiting
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
+from imstream.redis.errors import error_from_reply
 from imstream.store.backend_states import decode_states
 from imstream.store.leases import Holder
 from imstream.store.replies import waiting_of
+from imstream.store.scripts import LUA
 from imstream.user_ids import UserId
 
 MAX_SHOWN = 20  # requests in progress that are listed; all are counted
@@ -22,9 +26,9 @@ MAX_SHOWN = 20  # requests in progress that are listed; all are counted
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A request that has waited, or was delivered to a consumer, `since` ago.
+    """A request that was admitted `since` ago.
 
-    `deliveries`: this one, and those before whose worker died. `waiting`: why it waits for its backend, if it does.
+    `deliveries`: the last one, and those before whose worker died. `waiting`: why it waits for its backend, if it does.
     """
 
     entry_id: str
@@ -123,6 +127,15 @@ async def inspect_user(redis: RedisClient, keys: Keys, user_id: UserId, day: Day
     )
 
 
+async def is_node(redis: RedisClient, keys: Keys, node: str) -> bool:
+    """Whether a node has run, or has left requests or dead letters. Raises `StoreError`."""
+    listed, found = await asyncio.gather(
+        redis.execute("ZSCORE", keys.nodes(), node),
+        redis.execute("EXISTS", keys.lease(node), keys.requests(node), keys.dead(node)),
+    )
+    return listed is not None or bool(found)
+
+
 async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: int) -> StreamOverview:
     """Inspect the stream of a node and its `newest` dead letters. `StoreRefused` names a key written by hand."""
     stream, dead = keys.requests(node), keys.dead(node)
@@ -151,6 +164,17 @@ async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: i
         dead_nodes=tuple(consumer for consumer, exists in zip(in_progress, leases, strict=True) if not exists),
         backends=decode_states(states),
     )
+
+
+async def failing_commands(redis: RedisClient, keys: Keys, node: str) -> dict[str, list[str]]:
+    """The commands of a node that Redis denies or does not carry out now, by error. Raises `StoreError`."""
+    answer = await LUA["check_rights"].run(redis, (keys.probe(node),), ())
+    failing: dict[str, list[str]] = {}
+    for command, text in to_dict(answer).items():
+        error = error_from_reply(ResponseError(text))
+        if not isinstance(error, StoreRefused):  # else it lacks what a denied command would have made
+            failing.setdefault(str(error), []).append(command)
+    return failing
 
 
 async def _read(redis: RedisClient, command: str, key: str, *rest: Argument) -> Any:  # noqa: ANN401 - what Redis answers
@@ -182,12 +206,7 @@ async def _unfinished(
         *(_read(redis, "XREVRANGE", keys.reply(one.user, one.message_id), "+", "-", "COUNT", 1) for one in oldest)
     )
     shown = [
-        replace(
-            one,
-            since=timedelta(milliseconds=row[2]),
-            deliveries=row[3],
-            waiting=waiting_of(to_dict(record[0][1])) if record else None,
-        )
+        replace(one, deliveries=row[3], waiting=waiting_of(to_dict(record[0][1])) if record else None)
         for one, row, record in zip(oldest, rows, records, strict=True)
     ]
     return counts, shown, _describe(waiting[0][0], waiting) if waiting else None

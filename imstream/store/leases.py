@@ -5,7 +5,7 @@ The stream of a dead node is adopted by one living node until the node is back o
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -104,13 +104,19 @@ class Leases:
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._duration = milliseconds(settings.lease)
+        self._dead_age = milliseconds(settings.dead_age)
+        self.status: Callable[[], Mapping[str, str | int]] = dict
+        """What is recorded with each renewal, for `imstream nodes`."""
 
     async def acquire(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
         """Acquire or renew the lease of this node. `dead`: the instance of a dead holder, whose lease is taken over."""
-        keys = (self._keys.lease(self.node), self._keys.redis_run(self.node), self._keys.requests(self.node))
+        of_node = (self._keys.lease, self._keys.redis_run, self._keys.requests, self._keys.status)
+        status = [part for pair in self.status().items() for part in pair]
+        status += ["instance", holder.instance] if status else []
         lease = (holder.instance, holder.encode(), self._duration, dead)
         consumer = (GROUP, self.node, milliseconds(_REDIS_RUN_TTL))
-        answer = await LUA["acquire_lease"].run(self._redis, keys, (*lease, *consumer))
+        keys = [key(self.node) for key in of_node]
+        answer = await LUA["acquire_lease"].run(self._redis, keys, (*lease, *consumer, *status))
         if answer[0] == "held":
             self._metrics.saw_stream(self.node, int(answer[2]), answer[3], int(answer[4]))
             return Held(restarted=answer[1] == "1")
@@ -132,7 +138,7 @@ class Leases:
         """The other nodes of the directory, and how long ago each was last seen. Invalid node ids are ignored."""
         rows = await self._redis.execute("ZRANGE", self._keys.nodes(), 0, -1, "WITHSCORES")
         now = now_ms()
-        return {node: to_timedelta(now - at) for node, at in rows if node != self.node and _NODE.fullmatch(node)}
+        return {node: to_timedelta(now - at) for node, at in rows if node != self.node and is_node_id(node)}
 
     async def time_left(self, nodes: Iterable[str]) -> dict[str, timedelta | None]:
         """How long the lease of each node lasts unless it is renewed; None when there is no lease."""
@@ -171,13 +177,18 @@ class Leases:
         return int(await LUA["release_stream"].run(self._redis, keys, (self.node, GROUP))) == 0
 
     async def retire(self, node: str) -> bool:
-        """Delete all keys of a node but its dead letters. False when it is alive, adopted, or has requests."""
+        """Delete the keys of a node; its dead letters expire. False when it is alive, adopted, or has requests."""
         keys = self._keys
-        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run)
-        if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], ()):
+        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run, keys.dead)
+        if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], (self._dead_age,)):
             return False
         await self._redis.execute("ZREM", keys.nodes(), node)
         return True
+
+
+def is_node_id(text: str) -> bool:
+    """Whether a member of the directory, which may be written by hand, is a node id."""
+    return _NODE.fullmatch(text) is not None
 
 
 def _time_left(answer: int | BaseException) -> timedelta | None:

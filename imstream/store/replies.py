@@ -30,7 +30,7 @@ MAX_LISTED = 64
 """Maximum messages of a user that are listed: as many as one INIT can resume."""
 
 _NO_QUESTION = Question("")
-_KNOWN_EVENTS = frozenset({"queued", "opened", "waiting", "text", *TERMINAL_EVENTS})
+_KNOWN_EVENTS = frozenset({"queued", "opened", "reopened", "waiting", "text", *TERMINAL_EVENTS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,7 @@ class ReplyStore:
         usage: Usage | None = None,
         unused: bool = False,
         repeated: bool = False,
+        reopens: bool = False,
     ) -> Opened | Ended | Duplicate | OtherQuestion:
         """Begin the next attempt at a message, which `request` owns from now on.
 
@@ -175,10 +176,12 @@ class ReplyStore:
             usage: Of the calls that wrote them.
             unused: The attempt `after` has made no call.
             repeated: An earlier try may have been executed, and its answer lost.
+            reopens: The request was made from a dead letter, and may go on after `failed`.
         """
         asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
         text = ("" if shown is None else shown, "" if usage is None else to_json(usage))
-        arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text, int(unused), int(repeated))
+        flags = (int(unused), int(repeated), int(reopens))
+        arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text, *flags)
         match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
             case ["opened" | "continued" as verdict, entry_id, attempt, counted, waited, *rest]:
                 continued = Continued.parse(*rest.pop(0)) if verdict == "continued" else None
@@ -272,9 +275,9 @@ class ReplyStore:
                 continue  # of a newer release, or written by hand
             if fields.get("question"):
                 question = Question(fields["question"], fields.get("digest", ""))
-            if fields["event"] == "opened":
+            if fields["event"] in {"opened", "reopened"}:
                 texts.clear()
-                start = 0
+                start, terminal = 0, None
                 continued = Continued.parse(fields["wire"], fields.get("valid", "")) if "wire" in fields else None
             elif start is None:
                 start = int(fields["offset"]) - len(text)
@@ -289,9 +292,13 @@ class ReplyStore:
         )
 
     async def beginning(self, user_id: UserId, message_id: str) -> Beginning:
-        """When a message was begun, on whichever node, and when its first text was recorded, restarted or not."""
+        """When a message was begun, on whichever node, and when its first text was recorded, restarted or not.
+
+        Of a message that was reopened: since then.
+        """
         entries = await self._redis.execute("XRANGE", self._keys.reply(user_id, message_id), "-", "+")
         rows = [(time_of(entry_id), to_dict(flat)) for entry_id, flat in entries]
+        rows = rows[max((n for n, (_, fields) in enumerate(rows) if fields["event"] == "reopened"), default=0) :]
         opened = (at for at, fields in rows if fields["event"] == "opened")
         return Beginning(next(opened, None), next((at for at, fields in rows if fields.get("text")), None))
 

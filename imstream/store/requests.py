@@ -1,21 +1,21 @@
 """The requests stream of one node: admit, read by consumer group, finish or bury (I2, I3)."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 from imstream.clock import milliseconds, now_ms
-from imstream.errors import StoreRefused
+from imstream.errors import StoreError, StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.metrics import Metrics, reason_label
 from imstream.model import ChatRequest
 from imstream.redis.client import BlockingReader, RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
+from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.scripts import LUA
 
-MAX_DEAD_LETTERS = 10_000
 MAX_PENDING_LISTED = 1_000
 
 
@@ -80,6 +80,8 @@ class RequestStream:
         self._keys = (self._stream, keys.load(self.node))
         self._lease = keys.lease(self.node)
         self._dead = keys.dead(self.node)
+        self._dead_age = milliseconds(settings.dead_age)
+        self._dead_letters = DeadLetterBounds(redis, settings, count_dropped=self._metrics.dead_letters_dropped.inc)
 
     @property
     def is_own(self) -> bool:
@@ -196,12 +198,17 @@ class RequestStream:
         False: it was not there.
         """
         added = ("reason", reason, "error", error, "attempts", attempts, "dead_at", now_ms())
-        arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), MAX_DEAD_LETTERS, *added)
+        arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""), self._dead_age, *added)
         was_there, left = await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
         self._state.ended(entry.entry_id, int(left))
         if was_there:  # else an earlier try was executed, and its answer lost
             self._metrics.dead_letters[reason_label(reason)].inc()
         return bool(was_there)
+
+    async def trim_dead(self) -> None:
+        """Drop the oldest dead letters beyond their bounds (I9). Errors change nothing: requests go on."""
+        with suppress(StoreError):
+            await self._dead_letters.trim(self.node)
 
 
 @contextmanager

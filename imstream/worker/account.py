@@ -33,10 +33,10 @@ class Account:
         self._offset = 0.0
         """From the loop's clock to that of Redis."""
 
-    def open(self, opened: Opened, reply: ReplyBuffer) -> None:
+    def open(self, opened: Opened, reply: ReplyBuffer, *, is_first: bool) -> None:
         """An attempt has been opened here, just now."""
         self._offset = opened.at - 1000 * self._loop.time()
-        if opened.attempt == 1:
+        if is_first:
             self.opened_at = opened.at
         if self.text_at is None and reply.offset == 0:
             reply.subscribe(self._on_growth)

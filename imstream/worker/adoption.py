@@ -44,7 +44,9 @@ class Adopter:
         return list(self._consumers)
 
     def scan_now(self) -> None:
-        """Scan without waiting: a node has announced that it is leaving."""
+        """Scan without waiting: a node has announced that it is leaving, and may have worked on the same streams."""
+        for consumer in self._consumers.values():
+            consumer.sweep_soon()
         self._wake.set()
 
     def stop(self) -> None:

@@ -33,7 +33,10 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerDeps:
-    """Dependencies of the consumers and jobs of a node. `on_begun`: called when the first attempt at a reply begins."""
+    """Dependencies of the consumers and jobs of a node.
+
+    `on_begun`: called when the first attempt at a reply begins, also after it was reopened.
+    """
 
     settings: Settings
     limits: Limits

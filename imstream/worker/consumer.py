@@ -6,7 +6,8 @@ from dataclasses import replace
 import structlog
 
 from imstream.errors import StoreDenied, StoreError
-from imstream.model import SCHEMA_VERSION, ChatRequest, MalformedEntry, NewerVersion
+from imstream.model import NEWEST_VERSION, ChatRequest, MalformedEntry, NewerVersion
+from imstream.redis.errors import describe_problem
 from imstream.store.requests import Entry, GroupMissing, PendingEntry, RequestStream
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.disposition import MALFORMED, Bury
@@ -35,12 +36,12 @@ class StreamConsumer:
         """Deliveries of the entries that an earlier process left pending under our name."""
         self.newer: set[str] = set()
         """Entries of a newer release, left to a node that knows their schema."""
-        self._newest_version = SCHEMA_VERSION
+        self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
         self.stopping = False
         """Whether new requests are no longer read."""
-        self.denied = False
-        """Whether Redis denied access at the last try."""
+        self.redis_problem = describe_problem(None)
+        """Why Redis was not usable at the last try, if it was not."""
         self._finishing = self._finished = False
         self._reachable = self._loss_logged = False
         self._next_sweep = 0.0
@@ -80,7 +81,7 @@ class StreamConsumer:
         """Read new requests again, unless it has ended."""
         if self._finishing:
             self._finishing = False
-            self._sweep_soon()
+            self.sweep_soon()
             self._jobs.changed.set()
 
     async def _consume(self, group: asyncio.TaskGroup) -> None:
@@ -90,7 +91,7 @@ class StreamConsumer:
             else:
                 log.error("requests stream or its group was gone and is created again: accepted requests may be lost")
         self._on_answer()
-        self._sweep_soon()
+        self.sweep_soon()
         while not self.stopping and not self._finished:
             await self._run_round(group)
             self._on_answer()
@@ -112,7 +113,7 @@ class StreamConsumer:
                         await self._start(group, entry, slots)
                     else:  # the breaker has opened during the read
                         await self._requests.hand_back(entry)
-                        self._sweep_soon()
+                        self.sweep_soon()
                 if self._requests.is_own:
                     # Let the new jobs open their replies before the next read: their clients wait for it.
                     await asyncio.sleep(0)  # the jobs queue their commands
@@ -126,7 +127,8 @@ class StreamConsumer:
         """Maximum requests that may start now: while backends are away or just back, those that wait go first."""
         return self._deps.backends.startable()
 
-    def _sweep_soon(self) -> None:
+    def sweep_soon(self) -> None:
+        """Look for pending entries without a job in the next round: a node may have left some here."""
         self._next_sweep = 0.0
 
     async def _sweep_if_due(self, group: asyncio.TaskGroup) -> None:
@@ -135,6 +137,7 @@ class StreamConsumer:
         if now < self._next_sweep:
             return
         self._next_sweep = now + self._deps.settings.sweep_interval.total_seconds()
+        await self._requests.trim_dead()
         if self._inherited is None:  # before this process reads anything
             # In the node's own stream, the script that took the lease has looked through the deliveries.
             died = self._requests.is_own or not self._deps.lease_keeper.redis_restarted
@@ -142,7 +145,7 @@ class StreamConsumer:
         known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
         if not self._deps.lease_keeper.can_declare_dead:
-            self._sweep_soon()  # for the entries of the dead, as soon as they are known
+            self.sweep_soon()  # for the entries of the dead, as soon as they are known
         elif not self._finishing:
             for consumer in await self._dead_consumers():
                 died = not await self._deps.leases.redis_restarted_since(consumer)
@@ -151,7 +154,7 @@ class StreamConsumer:
         for one in pending:
             with self._jobs.reserve(min(1, self._startable()), self._requests.node) as slots:
                 if not slots.free:
-                    self._sweep_soon()  # the next slot is for the next of these, not for a new request
+                    self.sweep_soon()  # the next slot is for the next of these, not for a new request
                     return
                 await self._claim(group, one, slots)
 
@@ -213,7 +216,7 @@ class StreamConsumer:
                 of=self._requests.node,
                 entry=entry.entry_id,
                 version=version,
-                known=SCHEMA_VERSION,
+                known=NEWEST_VERSION,
             )
         await self._requests.hand_back(entry, to=self._requests.node)
         self.newer.add(entry.entry_id)
@@ -232,14 +235,14 @@ class StreamConsumer:
             self._running.discard(entry_id)
             if self._suspect == entry_id:
                 self._suspect = None
-                self._sweep_soon()
+                self.sweep_soon()
             self._jobs.remove(job)
 
     def _on_answer(self) -> None:
         self._answered_at = self._looped_at = asyncio.get_running_loop().time()
         if not self._reachable:
             self._reachable = True
-            self._loss_logged = self.denied = False
+            self._loss_logged = False
             if self._requests.is_own:
                 log.info("redis reached", node=self._requests.node)
 
@@ -252,5 +255,5 @@ class StreamConsumer:
             log.error("redis lost" if self._reachable else "redis not reached", error=str(error))
             self._loss_logged = True
         if not is_stall:  # else it was this process that did not listen
-            self.denied, self._reachable = isinstance(error, StoreDenied), False
+            self.redis_problem, self._reachable = describe_problem(error), False
         await asyncio.sleep(_REDIS_PAUSE)

@@ -229,7 +229,7 @@ class Job:
         opened = await self._open(continues=True)
         if not isinstance(opened, Opened):
             return await self._not_opened(opened)
-        if (verdict := after_opening(opened.attempt, self._deps.limits)) is not None:
+        if (verdict := after_opening(opened.attempt - self.request.earlier_attempts, self._deps.limits)) is not None:
             return verdict
         self._counted, waited = opened.counted, opened.waited
         self._waits_since = None if waited is None else asyncio.get_running_loop().time() - waited.total_seconds()
@@ -376,11 +376,13 @@ class Job:
                     self.request.question,
                     request=self._id,
                     lost=lost,
-                    after=reply.fence,  # if Redis has lost earlier attempts, their numbers are not used again
+                    # If Redis has lost earlier attempts, or no longer keeps them, their numbers are not used again.
+                    after=max(reply.fence, self.request.earlier_attempts),
                     continues=deps.settings.max_answer if continues else 0,
                     shown=shown,
                     usage=self._usage,
                     unused=unused,
+                    reopens=self.request.reopens is not None,
                     repeated=next(tries) > 0,
                 )
             )
@@ -396,11 +398,11 @@ class Job:
         if isinstance(opened, Opened):
             self._attempts, self._is_ours = opened.attempt, True
             self._usage = None if opened.continued is None else opened.continued.usage
-            is_first = opened.attempt == 1
-            self._begin_span(opened)
+            is_first = opened.attempt == self.request.earlier_attempts + 1
+            self._begin_span(opened, is_first=is_first)
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
-            self._account.open(opened, reply)
+            self._account.open(opened, reply, is_first=is_first)
             if is_first:
                 deps.on_begun(reply)
                 deps.request_log.begin(self.request, stream=self.stream.node)
@@ -408,9 +410,9 @@ class Job:
             self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
 
-    def _begin_span(self, opened: Opened) -> None:
+    def _begin_span(self, opened: Opened, *, is_first: bool) -> None:
         tracing, about = self._deps.tracing, (self.request.traceparent, self.stream.key, self.request.message_id)
-        if opened.attempt == 1:
+        if is_first:
             tracing.queued(*about, waited=self._account.since_admission(opened.at) or 0)
         self._span.end()
         self._span = tracing.attempt(*about, opened.attempt)
@@ -421,7 +423,7 @@ class Job:
         await self._load_record()
         if isinstance(opened, Ended) and opened.event == "failed" and opened.owner == self._id:
             # The worker died before it removed the request.
-            terminal = self.reply.terminal or Terminal("failed")
+            terminal, self._attempts = self.reply.terminal or Terminal("failed"), self.reply.fence
             why = (terminal.reason or "unknown", terminal.error or "")
             return Bury(*why) if terminal.refusal is None else Decline(*why, terminal.refusal)
         return Finish()

@@ -3,11 +3,14 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from imstream.cli.main import main
 from tests.support.many_nodes import ManyNodes, becomes, many_nodes, standing_nodes
 from tests.support.previous_release import previous_python
 from tests.support.scripted_backend import event, hangs, scripted_backend, streams
@@ -82,6 +85,16 @@ async def test_sockets_on_nodes_of_both_releases_follow_resume_and_cancel_the_sa
         await follower.chat(USER, short, "short")  # sent again: answered from the record
         assert (await follower.end_of("short")).text == whole(short)
     assert nodes.ai_calls() == 2
+
+
+async def test_mixed_releases_are_warned_about(nodes: ManyNodes) -> None:
+    command = ["nodes", "--json", "--wait-settled", "--redis", nodes.server.url]
+    result = await asyncio.to_thread(CliRunner().invoke, main, command)
+    assert result.exit_code == 0, result.output
+    here = version("imstream-server")
+    assert json.loads(result.stdout)["warnings"] == [
+        f"the nodes are of different releases (unknown on previous; {here} on this): finish the upgrade"
+    ]
 
 
 async def test_a_device_that_wants_questions_follows_what_the_previous_release_answers_without_them(

@@ -81,3 +81,26 @@ async def test_a_rolling_restart_under_load_loses_and_repeats_nothing(demo: Demo
         restarted = nodes.ai_calls() - sum(len(talk.texts) for talk in talks)
         assert 0 < restarted <= len(talks) * len(nodes.nodes), "only interrupted answers are asked twice"
         await nodes.settled()
+
+
+async def test_a_node_that_drains_hands_over_what_it_has_adopted_as_well(demo: DemoBackend, tmp_path: Path) -> None:
+    asked = question(6000)
+    limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "100ms", "sweep_interval": "10m"}
+    async with many_nodes(tmp_path, demo.url, "a", "b", "c", **limits) as nodes:
+        async with nodes["a"].peer(USER) as someone:
+            await someone.chat(USER, asked, "m")
+            await someone.some_text("m")
+            assert await nodes["a"].terminated() == 0
+        [_, second] = await nodes.opened(USER, "m", 2)
+        third = "bc".replace(second, "")
+        assert await nodes[second].terminated() == 0  # while a is away
+        assert await nodes.opened(USER, "m", 3) == ["a", second, third]
+        await nodes.start("a")
+        await becomes(nodes["a"], None)
+        assert await nodes[third].terminated() == 0  # while a is back
+        assert await nodes.opened(USER, "m", 4) == ["a", second, third, "a"]
+        async with nodes["a"].peer(USER, resume=someone.told) as someone:
+            await someone.send_frame("CANCEL", userId=USER, messageId="m")
+            assert (await someone.end_of("m")).events[-1] == "cancelled"
+        await nodes["a"].all_finished()
+        await nodes.left_alone()

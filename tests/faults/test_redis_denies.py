@@ -118,3 +118,14 @@ async def test_a_command_says_what_is_denied(asking: str, server: RedisServer, t
         assert await asyncio.to_thread(command.wait) == 1
     assert f"the Redis at redis://127.0.0.1:{server.port}/0 denies access: " in command.output()
     assert "new-secret" not in command.output()
+
+
+async def test_a_master_that_lacks_replicas_is_named_as_the_cause_and_a_node_goes_on_when_it_has_them(
+    node: OneNode,
+) -> None:
+    allow(node.redis, ">new-secret")
+    await becomes(node, None)
+    node.redis.config_set("min-replicas-to-write", 1)
+    await becomes(node, "redis answers NOREPLICAS, see the log")
+    node.redis.config_set("min-replicas-to-write", 0)
+    await becomes(node, None)

@@ -3,10 +3,12 @@
 import asyncio
 import signal
 from pathlib import Path
+from typing import Any
 
+from imstream.clock import now_ms
 from imstream.codes import Code, Event
 from tests.support.servers import DemoBackend, RedisServer
-from tests.support.stage import AT_ONCE, Stage, fresh_redis, stage
+from tests.support.stage import AT_ONCE, KEYS, Stage, fresh_redis, stage
 from tests.support.waiting import wait_until
 
 SLOWLY = "[[demo first=100ms pace=10ms]]"
@@ -15,6 +17,12 @@ SLOWLY = "[[demo first=100ms pace=10ms]]"
 def fill_memory(play: Stage) -> None:
     """Make Redis refuse every command that takes memory."""
     play.redis.config_set("maxmemory", 1)
+
+
+def used_memory(play: Stage) -> int:
+    """The memory that Redis has allocated, in bytes."""
+    info: Any = play.redis.info("memory")
+    return int(info["used_memory"])
 
 
 def warned(play: Stage) -> list[str]:
@@ -48,6 +56,31 @@ async def test_a_full_redis_means_busy_while_what_was_accepted_is_answered_and_d
         free_memory(play)
         assert await users[0].ask("while", f"while it is full {AT_ONCE}") == Event.ACCEPTED
         assert await users[0].ended("while") == "done"
+
+
+async def test_dead_letters_go_before_a_living_message_is_refused(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with stage(redis_server, demo, tmp_path) as play:
+        user, dead = await play.user(), [KEYS.dead("0"), KEYS.dead("idle"), KEYS.dead("gone")]
+        play.redis.zadd(KEYS.nodes(), {"idle": now_ms()})
+        for number in range(300):
+            play.redis.xadd(dead[number % 3], {"user": str(number), "contents": "x" * 50_000})
+        play.redis.config_set("maxmemory", used_memory(play) - 2**20)
+        assert await user.ask("m1", f"while letters fill it {AT_ONCE}") == Event.ACCEPTED
+        assert await user.ended("m1") == "done"
+        *known, gone = dead
+        assert all(40 <= play.redis.xlen(key) <= 60 for key in known)
+        assert warned(play) == ["dead letters dropped: redis is out of memory"]
+        for key in known:
+            play.redis.delete(key)
+        await wait_until(lambda: used_memory(play) < 10 * 2**20, "their memory is free")
+        play.redis.config_set("maxmemory", used_memory(play) - 2**20)
+        assert await user.ask("m2", f"while letters of a node that is gone fill it {AT_ONCE}") == Event.ACCEPTED
+        assert await user.ended("m2") == "done"
+        assert 40 <= play.redis.xlen(gone) <= 60
+        play.redis.delete(gone)
+        free_memory(play)
 
 
 async def test_a_node_that_is_killed_while_redis_is_full_drains_when_it_is_started_again(

@@ -140,6 +140,31 @@ async def test_logs_in_and_sends_what_waited_for_the_connection(browser: Browser
     assert await browser.page.evaluate("client.node") == "7"
 
 
+async def test_shows_the_answer_of_a_message_that_had_failed(browser: BrowserClient) -> None:
+    peer = await browser.logged_in(wants=["asked"])
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.send_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "delta", attempt=1, offset=4, contents="half")
+    await peer.send_chat("m1", "failed", code="AI_FAILED", attempt=1, offset=4)
+    await browser.status("m1", "failed", "half")
+    await browser.page.evaluate("client.addEventListener('asked', () => events.push(['m1', 'shown twice']))")
+    await peer.send_chat("m1", "asked", contents="hello")
+    await peer.send_chat("m1", "delta", attempt=1, offset=8, contents="late")
+    await peer.send_chat("m1", "restart", attempt=2, offset=0)
+    await browser.status("m1", "answering", "")
+    await peer.send_chat("m1", "delta", attempt=2, offset=4, contents="Blue")
+    await peer.send_chat("m1", "done", attempt=2, offset=4)
+    await browser.status("m1", "done", "Blue")
+    assert await browser.page.evaluate("messages.m1.ended.then(({ text }) => text)") == "Blue"
+    assert await browser.events("m1") == ["accepted", "delta", "failed", "restart", "delta", "done"]
+    await peer.send_chat("m1", "restart", attempt=3, offset=0)  # no server does this
+    await browser.send("m2")
+    await peer.send_chat("m2", "accepted", position=1)
+    await browser.status("m2", "queued")
+    assert await browser.page.evaluate("messages.m1.status") == "done"
+
+
 async def test_puts_an_answer_together(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await browser.send("m1")

@@ -11,8 +11,12 @@ import pytest
 
 from imstream.errors import StoreError, StoreRefused, StoreUnavailable
 from imstream.keys import Keys
+from imstream.model import Terminal
 from imstream.redis import pipeline
 from imstream.redis.client import BlockingReader, RedisClient
+from imstream.settings import Settings
+from imstream.store.dead_letters import DeadLetterOffice, Selection
+from imstream.store.replies import Opened, ReplyStore
 from tests.conftest import SERVERS
 from tests.redis.writing import LIMIT, SCRIPT, writing
 from tests.support.processes import free_port
@@ -87,6 +91,27 @@ async def test_every_command_finds_the_master_of_its_key(redis_client: RedisClie
     assert set(await redis_client.execute_on_masters("DBSIZE")) == {f"127.0.0.1:{one.port}" for one in cluster.masters}
     with pytest.raises(StoreRefused, match="same slot"):
         await redis_client.execute("DEL", *streams_of(cluster))
+
+
+async def test_dead_letters_on_any_master_are_found_and_retried(redis_client: RedisClient, cluster: ClusterSet) -> None:
+    settings = Settings.load(redis_url=cluster.admin_url)
+    office, replies = DeadLetterOffice(redis_client, settings), ReplyStore(redis_client, settings)
+    nodes = sorted(stream.removeprefix("im:{node:").removesuffix("}:requests") for stream in streams_of(cluster))
+    for node in nodes:
+        await replies.open(10001, f"m{node}", request=f"{node}/1-0")
+        failed = Terminal("failed", reason="x")
+        await replies.append(10001, f"m{node}", attempt=1, before=0, after=0, text="", terminal=failed)
+        letter = ("user", 10001, "message_id", f"m{node}", "contents", "why?", "attempts", 1)
+        await redis_client.execute("XADD", Keys().dead(node), "*", *letter)
+    assert await office.nodes() == nodes
+    for node in nodes:
+        [dead] = [letter async for letter in office.letters(node, Selection())]
+        assert await office.has_reply(dead)
+        assert await office.retry(dead) == "retried"
+        [(entry_id, _)] = await redis_client.execute("XRANGE", Keys().requests(node), "-", "+")
+        opened = await replies.open(10001, f"m{node}", request=f"{node}/{entry_id}", reopens=True)
+        assert isinstance(opened, Opened)
+        assert opened.attempt == 2
 
 
 async def test_the_answers_of_many_at_once_are_not_mixed_up(redis_client: RedisClient) -> None:

@@ -12,7 +12,8 @@ from tests.support.processes import free_port
 from tests.support.redis_sets import ClusterSet, cluster_set, sentinel_set
 from tests.support.servers import RedisServer
 
-MAY_LOSE = "when it fails over (min-replicas-to-write 0); set min-replicas-to-write 1"
+MAY_LOSE = "when it fails over (min-replicas-to-write 0); use two replicas and set min-replicas-to-write 1"
+STOPS = "accepts no messages (NOREPLICAS) when it lacks a replica, as after a fail-over, and has 1; use two replicas"
 FORGETS = "when it restarts (appendonly no); set appendonly yes"
 EVICTS = "set maxmemory-policy noeviction"
 
@@ -50,6 +51,15 @@ async def test_a_master_that_needs_no_replica_to_write_is_warned_about(tmp_path:
             assert warning.endswith(MAY_LOSE)
         with sentinels.client() as client:
             client.config_set("min-replicas-to-write", 1)
+        [warning] = await _warnings(sentinels.url)
+        assert STOPS in warning
+
+
+async def test_a_master_with_two_replicas_is_not_warned_about_if_it_needs_one(tmp_path: Path) -> None:
+    with sentinel_set(tmp_path, replicas=2) as sentinels, sentinels.client() as client:
+        [warning] = await _warnings(sentinels.url)
+        assert warning.endswith("when it fails over (min-replicas-to-write 0); set min-replicas-to-write 1")
+        client.config_set("min-replicas-to-write", 1)
         assert await _warnings(sentinels.url) == []
 
 
@@ -68,10 +78,10 @@ async def test_every_master_of_a_cluster_is_looked_at(cluster: ClusterSet) -> No
         with server.client() as client:
             client.config_set(name, value)
     names = [f"127.0.0.1:{server.port}" for server in cluster.masters]
-    said = {warning.rpartition(" (on ")[0]: warning.rpartition(" (on ")[2] for warning in await _warnings(cluster.url)}
-    assert len(said) == 3
-    for warning, on in said.items():
-        if warning.endswith(MAY_LOSE):
-            assert set(on.removesuffix(")").split(", ")) == set(names[1:])
-        else:
-            assert on == (f"{names[1]})" if warning.endswith(FORGETS) else f"{names[2]})")
+    said = dict(warning.removesuffix(")").rsplit(" (on ", 1) for warning in await _warnings(cluster.url))
+    assert {sentence.rpartition("; ")[2]: set(on.split(", ")) for sentence, on in said.items()} == {
+        "use two replicas and set min-replicas-to-write 1": set(names[1:]),
+        "use two replicas, or set min-replicas-to-write 0": {names[0]},
+        FORGETS.rpartition("; ")[2]: {names[1]},
+        EVICTS: {names[2]},
+    }

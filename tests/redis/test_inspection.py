@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -25,10 +26,14 @@ async def look(store: Store, *, newest: int = 5) -> inspection.StreamOverview:
     return await inspection.inspect_stream(store.redis_client, store.keys, "0", newest=newest)
 
 
+def command(store: Store, *options: str) -> list[str]:
+    """`imstream streams` for this store."""
+    return ["streams", "--redis", store.settings.redis_url.get_secret_value(), *options]
+
+
 async def printed(store: Store, *options: str) -> str:
     """The output of the command for node 0. It runs its own event loop, so it runs in a thread."""
-    command = ["streams", "--redis", store.settings.redis_url.get_secret_value(), *options]
-    result = await asyncio.to_thread(CliRunner().invoke, main, command)
+    result = await asyncio.to_thread(CliRunner().invoke, main, command(store, *options))
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -44,6 +49,10 @@ async def fill(store: Store) -> None:
 
 async def test_a_node_that_never_ran_has_nothing(store: Store) -> None:
     assert await look(store) == inspection.StreamOverview(0, {}, [], None, 0, [])
+    result = await asyncio.to_thread(CliRunner().invoke, main, command(store, "--node", "nosuch"))
+    assert result.exit_code == 1
+    assert "there is no node nosuch in redis://" in result.output
+    store.redis.zadd(store.keys.nodes(), {"0": 1})
     out = await printed(store)
     assert "unfinished requests  0: 0 waiting, 0 in work" in out
     assert "dead letters         0\n" in out
@@ -58,6 +67,18 @@ async def test_requests_in_work_and_waiting_are_told_apart(store: Store) -> None
     assert seen.next is not None
     assert (seen.next.user, seen.next.message_id) == ("10003", "m2")
     assert timedelta(0) <= work.since < timedelta(minutes=1)
+
+
+async def test_the_age_is_that_of_the_request_not_of_its_last_delivery(store: Store) -> None:
+    await store.requests.ensure_group()
+    asked = int(time.time() * 1000) - 3_600_000
+    entry = {"user": "10001", "message_id": "m"}
+    entry_id = store.redis.xadd(store.keys.requests("0"), entry, id=f"{asked}-0")  # type: ignore[arg-type] # redis-py's gap
+    await store.requests.read(count=1, block=timedelta(seconds=1))
+    [work] = (await look(store)).oldest
+    assert work.entry_id == entry_id
+    assert abs(work.since - timedelta(hours=1)) < timedelta(minutes=1)
+    assert "for 36" in await printed(store)
 
 
 async def test_a_dead_letter_tells_who_what_and_why(store: Store) -> None:
@@ -91,6 +112,7 @@ async def test_the_command_prints_all_of_it_and_never_the_text(store: Store) -> 
 
 async def test_the_command_tells_who_keeps_requests_from_being_taken(store: Store) -> None:
     nobody = "the node does not run (it has no lease); no node has adopted its stream"
+    store.redis.zadd(store.keys.nodes(), {"0": 1})
     assert nobody not in await printed(store)  # nothing waits
     await fill(store)
     out = await printed(store)

@@ -81,9 +81,13 @@ class FakeGuard(Guard):
 
 
 class FakeAdopter:
-    """Counts the scans that are requested."""
+    """Counts the scans that are requested. Also plays the consumer."""
 
-    looks = 0
+    looks = sweeps = 0
+
+    def sweep_soon(self) -> None:
+        """See `StreamConsumer`."""
+        self.sweeps += 1
 
     def scan_now(self) -> None:
         """See `Adopter`."""
@@ -154,7 +158,9 @@ async def desk(
         )
         played: Any = adopter
         jobs = Jobs(known, backends=Backends(known), replies=replies, buffers=buffers, inbox=inbox)
-        listener = InboxConsumer(inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, adopter=played)
+        listener = InboxConsumer(
+            inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, consumer=played, adopter=played
+        )
         others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
             found = Desk(
@@ -200,6 +206,30 @@ async def test_a_reply_is_followed_batch_by_batch_from_its_beginning_on(redis_se
             await wait_until(lambda part=text: follower.text.endswith(part), f"{text!r} has come")
         assert await follower.end() == "done"
         assert (follower.text, follower.restarts) == ("one two three", 0)
+
+
+async def test_a_failed_reply_that_is_reopened_elsewhere_is_read_again(redis_server: RedisServer) -> None:
+    async with desk(redis_server) as node:
+        session, reply = node.session(), node.buffers.get(USER, "m")  # kept by a slow session, for example
+        await node.replies.open(USER, "m", request="1/1-0")
+        failed = Terminal("failed", reason="http_503")
+        await node.replies.append(USER, "m", attempt=1, before=0, after=4, text="half", terminal=failed)
+        assert await node.reply_sync.catch_up(reply)
+        assert reply.terminal == failed
+        await node.tell(ReplyGrew(USER, "m", begun=True))  # late: nothing has changed
+        await wait_until(lambda: session.followed == [reply], "the notice is handled")
+        assert (reply.fence, reply.terminal) == (1, failed)
+        await node.replies.open(USER, "m", request="1/2-0", reopens=True)
+        await node.tell(ReplyGrew(USER, "m", begun=True))
+        await wait_until(lambda: reply.fence == 2, "the record is read again")
+        assert reply.terminal is None
+        assert session.followed[-1] is reply
+        follower = Follower(reply, attempt=1, offset=4, text="half")
+        done = Terminal("done", "stop")
+        await node.replies.append(USER, "m", attempt=2, before=0, after=5, text="whole", terminal=done)
+        await node.tell(ReplyGrew(USER, "m"))
+        assert await follower.end() == "done"
+        assert (follower.text, follower.restarts) == ("whole", 1)
 
 
 async def test_what_nobody_here_follows_is_not_read(redis_server: RedisServer) -> None:

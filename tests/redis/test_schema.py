@@ -5,7 +5,7 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from imstream.keys import GROUP
-from imstream.model import SCHEMA_VERSION, ChatRequest, MalformedEntry
+from imstream.model import NEWEST_VERSION, SCHEMA_VERSION, ChatRequest, MalformedEntry
 from tests.redis.conftest import chat_request
 from tests.redis.worker_harness import USER, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
@@ -24,7 +24,7 @@ def add(worker: WorkerHarness, fields: dict[str, str], node: str = "0") -> str:
 
 def newer(message_id: str) -> dict[str, str]:
     """A request of a future release, with other fields."""
-    return {"v": str(SCHEMA_VERSION + 1), "sender": str(USER), "id": message_id}
+    return {"v": str(NEWEST_VERSION + 1), "sender": str(USER), "id": message_id}
 
 
 def said_about_newer(logs: list[EventDict]) -> list[EventDict]:
@@ -114,7 +114,7 @@ async def test_requests_of_a_newer_release_stay_pending_with_one_error_and_the_o
                 assert worker.dead() == []
                 worker.redis.delete(worker.keys.reply(USER, "old"))
     assert [(line["log_level"], line["version"]) for line in said_about_newer(logs)] == [
-        ("error", SCHEMA_VERSION + 1)
+        ("error", NEWEST_VERSION + 1)
     ] * 2
 
 

@@ -65,6 +65,9 @@ class Told:
     def take(self, frame: Frame) -> None:
         """Take the next frame about this message."""
         event = frame["event"]
+        if self.terminal is not None and self.terminal["event"] == "failed" and event == "restart":
+            assert frame["attempt"] > self.attempt
+            self.terminal = None  # an operator has retried it
         assert self.terminal is None, f"{event} came after the end"
         self.events.append(event)
         if event == "accepted":  # the text starts again

@@ -53,7 +53,7 @@ def test_help_draws_the_flow_and_says_what_to_start_first() -> None:
     assert "client --ws--> node --> its Redis Stream --> worker --http--> AI backend\n" in out
     assert 'Start with "imstream up"' in words(out)
     commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    names = "up node chat token demo-ai local-ai redis balancer streams backends conform user"
+    names = "up node chat token demo-ai local-ai redis balancer streams backends doctor conform nodes explain dead user"
     assert commands == names.split()
 
 

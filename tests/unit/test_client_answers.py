@@ -20,7 +20,8 @@ from imstream.client import (
     Turn,
 )
 from imstream.client.pending import MAX_OPEN
-from tests.support.scripted_ws import FAST, USER, all_of, connected, scripted_server, within
+from tests.support.scripted_ws import FAST, USER, Session, all_of, connected, scripted_server, within
+from tests.support.waiting import wait_until
 
 # One answer
 
@@ -293,3 +294,54 @@ async def test_frames_of_a_newer_server_are_left_out() -> None:
         await session.peer.send_frame("HEARTBEAT")
         await session.peer.send_chat(reply.message_id, "done", attempt=1, offset=0)
         assert await within(reply.text()) == ""
+
+
+# A message that failed and is retried by an operator
+
+
+async def failed(session: Session, message_id: str) -> Reply:
+    """A message whose first attempt has failed after some text."""
+    reply = await session.asked(message_id=message_id)
+    await session.peer.send_chat(message_id, "delta", contents="half", attempt=1, offset=4)
+    await session.peer.send_chat(message_id, "failed", code="AI_FAILED", contents="sorry", attempt=1, offset=4)
+    assert (await within(reply.result())).outcome is Outcome.FAILED
+    return reply
+
+
+@pytest.mark.parametrize("begins_with", ["restart", "delta"])
+async def test_a_failed_message_that_is_answered_after_all_is_the_same_reply(begins_with: str) -> None:
+    reopened = asyncio.Queue[Reply]()
+    async with connected(on_reopened=reopened.put_nowait) as session:
+        reply = await failed(session, "m1")
+        await session.peer.send_chat("m1", "delta", contents="late", attempt=1, offset=8)  # of the attempt that failed
+        if begins_with == "restart":
+            await session.peer.send_chat("m1", "restart", attempt=2, offset=0)
+        await session.peer.send_chat("m1", "delta", contents="Blue", attempt=2, offset=4)
+        assert await within(reopened.get()) is reply
+        session.peer.drop()
+        session.peer = await session.server.peer()
+        init = await session.peer.hear_init()
+        await session.peer.send_frame("INIT")
+        assert [(point.message_id, point.attempt) for point in init.resume] == [("m1", 2)]
+        await session.peer.send_chat("m1", "done", attempt=2, offset=4)
+        result = await within(reply.result())
+        assert (result.outcome, result.text, result.attempt) == (Outcome.DONE, "Blue", 2)
+        assert await within(all_of(reply.events())) == [Accepted(1), Restarted(2), Piece("Blue", 2), result]
+        await session.peer.send_chat("m1", "restart", attempt=3, offset=0)  # no server does this
+        other = await session.asked(message_id="m2")
+        assert reply.ended
+        assert not other.ended
+        assert reopened.empty()
+
+
+async def test_reopened_messages_take_no_place_of_others_and_may_fail_again() -> None:
+    async with connected() as session:
+        replies = [await failed(session, f"m{number}") for number in range(3)]
+        for attempt in (2, 3):
+            for reply in replies:
+                await session.peer.send_chat(reply.message_id, "restart", attempt=attempt, offset=0)
+                await session.peer.send_chat(reply.message_id, "failed", code="AI_FAILED", attempt=attempt, offset=0)
+        await wait_until(lambda: all(reply.attempt == 3 and reply.has_failed for reply in replies), "all fail again")
+        again = await session.asked(message_id="m0")  # as a new message
+        waiting = [await session.asked(message_id=f"w{number}") for number in range(MAX_OPEN - 1)]
+        assert all(not reply.ended for reply in [again, *waiting])

@@ -33,6 +33,8 @@ def all_of_node(keys: Keys, node: str) -> set[str]:
         keys.inbox(node),
         keys.lease(node),
         keys.adopter(node),
+        keys.status(node),
+        keys.probe(node),
     }
 
 
@@ -82,7 +84,7 @@ def test_no_two_messages_share_a_reply(users: st.SearchStrategy[UserId], data: s
 def test_no_two_nodes_share_a_key(prefix: str, one: str, other: str) -> None:
     keys = Keys(prefix)
     of_one, of_other = all_of_node(keys, one), all_of_node(keys, other)
-    assert len(of_one) == 6
+    assert len(of_one) == 8
     assert of_one.isdisjoint(of_other) == (one != other)
 
 

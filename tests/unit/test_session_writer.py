@@ -168,6 +168,28 @@ async def test_a_message_followed_anew_is_told_from_where_the_client_says_it_is(
 # A slow socket
 
 
+async def test_a_reply_that_goes_on_after_failed_begins_with_a_restart_and_a_late_notice_repeats_nothing() -> None:
+    socket, reply = FakeSocket(), begun()
+    writer = writer_on(socket)
+    writer.follow(Cursor(reply))
+    reply.append("half")
+    reply.end(Terminal("failed", reason="http_503"))
+    await a_tick()
+    writer.follow_new(reply)  # the notice of its beginning was late
+    await a_tick()
+    assert [frame["event"] for frame in socket.frames] == ["delta", "failed"]
+    again = ReplyBuffer(10001, "m")
+    again.begin(2)
+    writer.follow_new(again)
+    again.append("whole")
+    again.end(DONE)
+    await a_tick()
+    writer.follow_new(again)
+    await a_tick()
+    assert [frame["event"] for frame in socket.frames[2:]] == ["restart", "delta", "done"]
+    assert text_of(socket) == "whole"
+
+
 async def test_a_socket_that_does_not_read_gets_later_all_that_has_gathered_in_one_frame() -> None:
     socket, reply = FakeSocket(room=1), begun()
     writer = writer_on(socket)

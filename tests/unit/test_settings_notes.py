@@ -120,8 +120,8 @@ def test_a_node_logs_the_file_and_the_warnings(folder: Path, monkeypatch: pytest
     (folder / ".env").write_text("IMSTREAM_NOD=1\n")
     lines = CliRunner().invoke(main, ["node", "--log-format", "json"]).output.splitlines()
     assert [line.partition('"level":')[2] for line in lines] == [
-        f' "info", "event": "settings read", "file": "{folder}/.env"}}',
-        ' "warning", "event": "IMSTREAM_NOD in .env is not a setting; did you mean IMSTREAM_NODE?"}',
+        f'"info","event":"settings read","file":"{folder}/.env"}}',
+        '"warning","event":"IMSTREAM_NOD in .env is not a setting; did you mean IMSTREAM_NODE?"}',
     ]
 
 

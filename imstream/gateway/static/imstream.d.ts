@@ -75,7 +75,7 @@ export type State = "idle" | "connecting" | "online" | "waiting" | "closed";
 export interface MessageEvents {
   accepted: CustomEvent<Frame>;
   delta: CustomEvent<Frame>;
-  /** Discard the text so far. */
+  /** Discard the text so far. Also after `failed`, when an operator retries the message. */
   restart: CustomEvent<Frame>;
   done: CustomEvent<Frame>;
   failed: CustomEvent<Frame>;
@@ -140,7 +140,7 @@ export class Message extends EventTarget {
   sent: boolean;
   accepted: boolean;
   cancelling: boolean;
-  /** Resolves when the message has ended. */
+  /** Resolves when the message has ended. A failed message that is answered after all gets a new promise. */
   ended: Promise<Message>;
   get isEnded(): boolean;
   take(frame: Frame): void;

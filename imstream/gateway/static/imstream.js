@@ -55,19 +55,22 @@
 const DEFAULTS = { heartbeat: 25_000, probeLimit: 3_000, patience: 10_000, firstWait: 1_000, longestWait: 30_000 };
 const STABLE_AFTER = 5_000; // a connection that lasted this long (ms) resets the backoff
 const MAX_RESUMED = 64; // limit of one INIT
+const MAX_FAILED = 64; // so many failed messages are remembered: an operator may have one answered after all
 const NOT_AUTHENTICATED = 4500;
 const FRAME_TOO_BIG = 1009;
 const INTERNAL_ERROR = 1011; // from this code on, a SYSTEM frame before the close says why
 const DRAINING = 1012;
 const NODE_FULL = 1013;
-const EVENTS = new Set(["accepted", "delta", "restart", "done", "failed", "cancelled"]);
+const ANSWERS = new Set(["delta", "restart", "done", "failed", "cancelled"]);
+const EVENTS = new Set(["accepted", ...ANSWERS]);
 const WANTED = new Set(["status", "asked", "thinking"]); // events of the names in `wants`
 const WAKING = ["online", "pageshow", "visibilitychange", "focus"]; // after each, the connection may be lost unnoticed
 
 /**
  * One message and its answer. Its events carry their frame as `detail`: `accepted`,
  * `delta`, `restart` (discard the text so far), and finally exactly one of `done`, `failed`, `cancelled`,
- * `expired`. `refused`: the service did not accept the message, for example because it is busy; `resend` or
+ * `expired`. After `failed`, `restart` may follow when an operator retries the message: then it ends once more, with a
+ * new promise `ended`. `refused`: the service did not accept the message, for example because it is busy; `resend` or
  * `cancel` it. `notice`: a problem with an accepted message (a late cancel, Redis is briefly unavailable).
  *
  * Only if they are wanted (`Options.wants`): `status` when `state` or `position` has changed, `asked` with the question
@@ -96,7 +99,12 @@ export class Message extends EventTarget {
     this.contents = contents;
     this.history = history;
     /** @type {Promise<Message>} Resolves when the message has ended. */
-    this.ended = new Promise((resolve) => (this.#end = resolve));
+    this.ended = this.#unfinished();
+  }
+
+  /** @returns {Promise<Message>} */
+  #unfinished() {
+    return new Promise((resolve) => (this.#end = resolve));
   }
 
   get isEnded() {
@@ -114,6 +122,7 @@ export class Message extends EventTarget {
     if (event && WANTED.has(event)) return this.#takeWanted(frame, event);
 
     this.accepted = true;
+    if (this.status === "failed") this.ended = this.#unfinished();
     if (attempt > this.attempt || event === "restart") {
       this.attempt = attempt;
       this.text = this.thinking = "";
@@ -174,6 +183,7 @@ export class ImstreamClient extends EventTarget {
   /** @type {KnownMessage[]} With the want `asked`: the user's newest messages at the last login, see `follow`. */
   known = [];
   /** @type {Map<string, Message>} Messages without an end, in the order sent. */ #messages = new Map();
+  /** @type {Map<string, Message>} Failed messages, the oldest first. */ #failed = new Map();
   /** @type {WebSocket | undefined} */ #socket;
   /** @type {ReturnType<typeof setTimeout> | undefined} The next attempt, or the time limit of this one. */ #timer;
   /** @type {ReturnType<typeof setInterval> | undefined} */ #heartbeatTimer;
@@ -235,6 +245,7 @@ export class ImstreamClient extends EventTarget {
   /** Sends a refused message again, under the same id. @param {Message} message */
   resend(message) {
     message.status = "sending";
+    this.#failed.delete(message.id);
     this.#messages.set(message.id, message);
     if (this.state === "online") this.#chat(message);
     return message;
@@ -248,6 +259,7 @@ export class ImstreamClient extends EventTarget {
     const message = new Message(id, contents, []);
     message.accepted = true;
     message.status = "queued";
+    this.#failed.delete(id);
     this.#messages.set(id, message);
     if (this.state === "online") this.#retryLater(0);
     return message;
@@ -260,7 +272,7 @@ export class ImstreamClient extends EventTarget {
     message.cancelling = true;
     if (message.status === "refused" || !(message.sent || message.accepted)) message.become("cancelled");
     else if (this.state === "online") this.#probe(), this.#send({ msgType: "CANCEL", messageId });
-    if (message.isEnded) this.#messages.delete(messageId);
+    this.#sort(message);
   }
 
   /** Sends INIT. With `resuming`, resumes accepted messages; without, only renews the login. */
@@ -319,7 +331,7 @@ export class ImstreamClient extends EventTarget {
       if (frame.code === "EXPIRED" && !message.accepted) return this.#chat(message); // the message never arrived
       message.take(frame);
       if (message.accepted && frame.code === "UNAVAILABLE") this.#retryLater(frame.retryAfterMs);
-      if (message.isEnded) this.#messages.delete(message.id);
+      this.#sort(message);
     } else if (frame.msgType === "INIT" && this.state === "connecting") {
       this.#onLoggedIn(frame);
     } else if (frame.msgType === "INIT") {
@@ -331,9 +343,17 @@ export class ImstreamClient extends EventTarget {
     }
   }
 
+  /** Forgets a message that has ended, but not yet one that has failed. @param {Message} message */
+  #sort(message) {
+    if (!message.isEnded) return;
+    this.#messages.delete(message.id);
+    if (message.status === "failed") this.#failed.set(message.id, message);
+    if (this.#failed.size > MAX_FAILED) this.#failed.delete(/** @type {string} */ (this.#failed.keys().next().value));
+  }
+
   /** A message of another socket: its frames follow. @param {Frame} frame */
   #onAsked({ messageId: id = "", contents = "" }) {
-    if (this.#messages.has(id)) return;
+    if (this.#messages.has(id) || this.#failed.has(id)) return;
     const message = new Message(id, contents, []);
     message.accepted = true;
     message.status = "queued";
@@ -342,7 +362,12 @@ export class ImstreamClient extends EventTarget {
   }
 
   /** The message that a frame is about. @param {Frame} frame */
-  #messageOf({ messageId, code }) {
+  #messageOf({ messageId, code, event, attempt = 0 }) {
+    const failed = this.#failed.get(messageId ?? "");
+    if (failed && ANSWERS.has(event ?? "") && attempt > failed.attempt) {
+      this.#failed.delete(failed.id);
+      this.#messages.set(failed.id, failed);
+    }
     if (messageId) return this.#messages.get(messageId);
     // An unreadable frame is refused without its id. Replies come in the order of the frames sent.
     if (code === "BAD_REQUEST") return [...this.#messages.values()].find(({ status }) => status === "sending");

@@ -8,6 +8,7 @@
 -- KEYS[2]  string  the Redis on which the lease was last held, expires: its run id, the instance, and 1 when that one
 --                  found Redis restarted since the instance before it
 -- KEYS[3]  stream  requests of the node
+-- KEYS[4]  hash    status of the node, expires with the lease. Not in the lease: older releases refuse unknown fields.
 -- ARGV[1]  instance, unique to the process
 -- ARGV[2]  the holder as JSON, with the instance in it
 -- ARGV[3]  milliseconds
@@ -15,6 +16,7 @@
 -- ARGV[5]  consumer group
 -- ARGV[6]  the node, as a consumer
 -- ARGV[7]  milliseconds to keep KEYS[2]
+-- ARGV[8…] field, value, … of the status
 -- Returns  {'held', '1' when Redis was restarted since the instance before, unfinished requests, id of the first or '',
 --            time in ms} by this process
 --          | {'refused', the holder as JSON, milliseconds left}
@@ -31,6 +33,12 @@ else
     -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
     redis.call('DEL', KEYS[1])
     redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+end
+
+if #ARGV > 7 then
+    redis.call('DEL', KEYS[4])
+    redis.call('HSET', KEYS[4], unpack(ARGV, 8))
+    redis.call('PEXPIRE', KEYS[4], ARGV[3])
 end
 
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or '?'

@@ -1,6 +1,9 @@
 -- Begin an attempt at a message. The reply stream decides (I4): a message that has ended, that belongs to another
 -- request, or that is queued with another question, is not begun.
 --
+-- A request made from a dead letter may begin after 'failed', once: then 'reopened' is appended first, and the reply
+-- belongs to that request.
+--
 -- An attempt begins again, or continues the text recorded by earlier ones. Then 'opened' holds all of that text, and
 --   wire   the attempt that clients see: it stays if the caller has shown exactly this text, and nobody more
 --   valid  up to where clients that follow earlier such attempts have text of this one: 'attempt:offset …'
@@ -24,6 +27,7 @@
 -- ARGV[13] usage of the calls that wrote them; '' if the caller knows none
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
 -- ARGV[15] '1' if the caller repeats this: a later attempt is that of its earlier try, and does not count
+-- ARGV[16] '1' if the request was made from a dead letter
 -- Returns  {'opened', id of the entry, attempt, counted attempts before it, milliseconds since it began to wait or '',
 --           node, …}
 --          | {'continued', the same four, {wire, valid, usage, text}, node, …}
@@ -84,15 +88,19 @@ local function continue(entry, attempt, offset)
 end
 
 local nodes = redis.call('SMEMBERS', KEYS[2]) -- before any write: it fails if the key has another type
-local attempt, counted, since, asked, continued = 0, 0, nil, '', nil
+local attempt, counted, since, asked, continued, reopened = 0, 0, nil, '', nil, false
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
     local event = field(last, 'event')
     if TERMINAL[event] then
-        return {'ended', event, owner()}
+        local request = owner()
+        reopened = event == 'failed' and ARGV[16] == '1' and request ~= ARGV[1]
+        if not reopened then
+            return {'ended', event, request}
+        end
     end
     attempt = tonumber(field(last, 'attempt'))
-    if attempt > 0 then
+    if attempt > 0 and not reopened then
         local entry
         entry, since = opened()
         local request = entry and field(entry, 'request') or ''
@@ -120,6 +128,9 @@ local is_new = not last or attempt == 0 and asked == ''
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 local kept = redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
+if reopened then
+    redis.call('XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'reopened', 'offset', 0, 'v', 1)
+end
 local entry = {
     'attempt', attempt + 1, 'event', 'opened', 'offset', continued and continued.offset or 0, 'v', 1,
     'request', ARGV[1], 'by', ARGV[5], 'counted', counted

@@ -1,0 +1,209 @@
+"""Commands of operators for dead letters: `imstream dead`."""
+
+import json
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from datetime import timedelta
+from functools import wraps
+from itertools import count
+from typing import Any
+
+import click
+
+from imstream.cli.admin import with_redis
+from imstream.cli.options import TimeSpan, given, settings_options
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
+from imstream.store.dead_letters import DeadLetterOffice, Letter, Selection
+
+_SETTINGS = ("node", "redis_url", "key_prefix", "redis_timeout")
+_CAPS = ("queue_limit", "user_limit")
+
+_OUTCOMES = {
+    "retried": "is a request again",
+    "expired": "is a request again; its reply has expired, so only clients that are connected then see the answer",
+    "unknown": "is not there: it was retried before, purged or dropped",
+    "node_full": "stays: the node has no room (IMSTREAM_QUEUE_LIMIT)",
+    "user_full": "stays: the user has no room (IMSTREAM_USER_LIMIT)",
+    "purged": "is deleted",
+    "would_retry": "would be retried",
+    "would_purge": "would be deleted",
+}
+_STAYS = frozenset({"node_full", "user_full"})
+
+
+def _command(
+    *settings: str, changes: bool = False, limit: int | None = None
+) -> Callable[[Callable[..., Awaitable[bool]]], Callable[..., None]]:
+    """Add the options that select letters. The command gets the office and the letters; its result is its success."""
+    names = (*_SETTINGS, *settings)
+
+    def decorate(command: Callable[..., Awaitable[bool]]) -> Callable[..., None]:
+        @wraps(command)
+        def run(  # noqa: PLR0913 - one for each option
+            ids: tuple[str, ...],
+            *,
+            every: bool,
+            reason: str | None,
+            user: str | None,
+            since: timedelta | None,
+            limit: int | None,
+            **options: Any,  # noqa: ANN401 - any option
+        ) -> None:
+            loaded = Settings.load(**given({name: options.pop(name) for name in names}))
+            selection = Selection(ids, reason, user, since)
+
+            async def work(redis: RedisClient) -> bool:
+                office = DeadLetterOffice(redis, loaded)
+                nodes = await office.nodes() if every else [loaded.node]
+                letters = _selected(office, nodes, selection, limit, newest_first=not changes)
+                async with aclosing(letters):
+                    return await command(office, letters, **options)
+
+            if not with_redis(loaded, work):
+                raise SystemExit(1)
+
+        shown = "" if limit is None else f"; default {limit}"
+        for option in reversed(
+            [
+                click.argument("ids", nargs=-1, metavar="[ID]..."),
+                click.option("--all", "every", is_flag=True, help="All nodes, also those that are gone for good."),
+                click.option("--reason", help="Only letters with this reason, such as http_503."),
+                click.option("--user", help="Only letters of this user."),
+                click.option(
+                    "--since", type=TimeSpan(), metavar="TIME", help="Only letters at most so old, such as 2h."
+                ),
+                click.option(
+                    "--limit", type=click.IntRange(1), default=limit, help=f"Maximum number of letters{shown}."
+                ),
+                click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+            ]
+        ):
+            run = option(run)
+        if changes:
+            run = click.option("--dry-run", is_flag=True, help="Only show which letters are meant.")(run)
+        return settings_options(Settings, only=names, aliases={"redis_url": "--redis"})(run)
+
+    return decorate
+
+
+async def _selected(
+    office: DeadLetterOffice, nodes: list[str], selection: Selection, limit: int | None, *, newest_first: bool
+) -> AsyncGenerator[Letter]:
+    """The selected letters, node by node, at most `limit`."""
+    numbers = count(1)
+    for node in nodes:
+        async with aclosing(office.letters(node, selection, newest_first=newest_first)) as letters:
+            async for letter in letters:
+                yield letter
+                if next(numbers) == limit:
+                    return
+
+
+@click.group()
+def dead() -> None:
+    """List, show, retry and purge dead letters: requests that were given up.
+
+    Each is named by the ID in the first column, or selected by the options. Without --all, those of --node.
+    """
+
+
+@dead.command("list")
+@_command(limit=20)
+async def list_(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool) -> bool:
+    """List dead letters, the newest first, without their text."""
+    rows = [_row(letter) async for letter in letters]
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False))
+        return True
+    for row in rows:
+        click.echo(
+            f"{row['id']}  {row['dead_at'][:19].replace('T', ' ')} UTC  node {row['node']}  user {row['user']}  "
+            f"message {row['message_id']}  {row['reason']} after {row['attempts']} attempts: {row['error']}"
+        )
+    if not rows:
+        click.echo("no dead letters")
+    return True
+
+
+@dead.command()
+@_command(limit=20)
+async def show(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool) -> bool:
+    """Show dead letters with all of their fields: what the user has written, and the history."""
+    shown = [{**letter.fields, **_row(letter)} async for letter in letters]
+    if as_json:
+        click.echo(json.dumps(shown, ensure_ascii=False))
+        return True
+    for row in shown:
+        click.echo("\n".join(f"{name:<11} {json.dumps(row[name], ensure_ascii=False)[1:-1]}" for name in row) + "\n")
+    if not shown:
+        click.echo("no dead letters", err=True)
+    return bool(shown)
+
+
+@dead.command()
+@_command(*_CAPS, changes=True)
+async def retry(office: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool, dry_run: bool) -> bool:
+    """Make requests of dead letters again, the oldest first.
+
+    The answer is recorded under the same message id. Connected clients of the user receive restart and the answer, also
+    after they have shown failed; others find it by resume. Letters that do not fit the caps of the node or of the user
+    stay; then the command ends with 1, and can be repeated. A letter is never answered twice.
+    """
+    if not dry_run and (older := await office.older_nodes()):
+        raise click.ClickException(
+            f"a release that would lose retried letters runs on node {', '.join(older)}: upgrade"
+        )
+    full = set[str]()
+
+    async def outcome(letter: Letter) -> str:
+        if dry_run:
+            return "would_retry"
+        if letter.node in full:
+            return "node_full"
+        has_reply = await office.has_reply(letter)  # before its worker may begin a new one
+        verdict = await office.retry(letter)
+        if verdict == "node_full":
+            full.add(letter.node)
+        return "expired" if verdict == "retried" and not has_reply else verdict
+
+    return await _change(letters, outcome, as_json=as_json)
+
+
+@dead.command()
+@_command(changes=True)
+async def purge(office: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool, dry_run: bool) -> bool:
+    """Delete dead letters for good."""
+
+    async def outcome(letter: Letter) -> str:
+        if dry_run:
+            return "would_purge"
+        return "purged" if await office.purge(letter) else "unknown"
+
+    return await _change(letters, outcome, as_json=as_json)
+
+
+async def _change(
+    letters: AsyncGenerator[Letter], change: Callable[[Letter], Awaitable[str]], *, as_json: bool
+) -> bool:
+    """Change each letter and print what became of it. Whether none stays."""
+    outcomes = Counter[str]()
+    async for letter in letters:
+        outcome, row = await change(letter), _row(letter)
+        outcomes[outcome] += 1
+        if as_json:  # a line for each: the command may be interrupted
+            click.echo(json.dumps({**row, "outcome": outcome}, ensure_ascii=False))
+        elif outcome not in _STAYS or outcomes[outcome] == 1:
+            name = f"{row['id']}  node {row['node']}  user {row['user']}  message {row['message_id']}"
+            click.echo(f"{name}  {_OUTCOMES[outcome]}")
+    if not as_json:
+        click.echo(", ".join(f"{outcome}: {number}" for outcome, number in outcomes.items()) or "no dead letters")
+    return _STAYS.isdisjoint(outcomes)
+
+
+def _row(letter: Letter) -> dict[str, str]:
+    """What is listed of a letter."""
+    names = ("user", "message_id", "reason", "error", "attempts")
+    listed = {name: letter.fields.get(name, "?") for name in names}
+    return {"id": letter.entry_id, "node": letter.node, "dead_at": letter.dead_at.isoformat("T", "seconds"), **listed}

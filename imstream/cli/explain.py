@@ -1,0 +1,62 @@
+"""`imstream explain`: the timeline of one message."""
+
+import sys
+from collections.abc import Iterator
+
+import click
+
+from imstream.cli.admin import REDIS_SETTINGS, with_redis
+from imstream.cli.options import given, parse_user_id, settings_options
+from imstream.cli.output import age, json_option, show
+from imstream.keys import Keys
+from imstream.settings import Settings
+from imstream.store.timeline import Event, Timeline
+from imstream.store.timeline import explain as read_timeline
+
+_ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
+"""Fields that lines leave out."""
+
+
+@click.command()
+@settings_options(Settings, only=(*REDIS_SETTINGS, "user_ids"), aliases={"redis_url": "--redis"})
+@json_option
+@click.argument("user")
+@click.argument("message")
+def explain(user: str, message: str, *, as_json: bool, **options: str | None) -> None:
+    """Show what happened to a message, from Redis alone, while it runs and as long as its reply is kept.
+
+    Shows when it was asked, which nodes worked on it, which backend it waited for and why, its attempts and their text
+    in characters, its end and its dead letter; never a text. Also says what is not known. Ends with 1 if nothing is.
+    """
+    settings = Settings.load(**given(options))
+    user_id = parse_user_id(user, settings.user_ids)
+    found = with_redis(settings, lambda redis: read_timeline(redis, Keys(settings.key_prefix), user_id, message))
+    show(found, _lines(found), as_json=as_json)
+    sys.exit(found.state == "unknown" and not found.events)
+
+
+def _lines(found: Timeline) -> Iterator[str]:
+    yield f"user {found.user}, message {found.message_id}: {found.now}"
+    begin = found.events[0].at if found.events else None
+    for one in found.events:
+        passed = (one.at - begin).total_seconds() if begin else 0
+        yield f"  {one.at:%Y-%m-%d %H:%M:%S}.{one.at.microsecond // 1000:03} UTC  {passed:+9.3f} s  {_sentence(one)}"
+    if found.kept_for is not None:
+        yield f"  the reply is kept for {age(found.kept_for)}"
+    for gap in found.unknown:
+        yield f"  not known: {gap}"
+
+
+def _sentence(one: Event) -> str:
+    about = one.about
+    rest = "  ".join(f"{name} {' '.join(value.split())}" for name, value in about.items() if name not in _ONLY_JSON)
+    match one.event:
+        case "opened":
+            how = f", which continues {one.offset} characters" if one.offset else ""
+            return f"opened: attempt {one.attempt} on node {about.get('by', '?')}{how}"
+        case "text":
+            return f"text: {about['characters']} characters in {about['batches']} batches"
+        case "done" | "failed" | "cancelled":
+            return f"{one.event} after {one.offset} characters  {rest}".rstrip()
+        case _:
+            return f"{one.event}  {rest}".rstrip()

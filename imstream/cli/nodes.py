@@ -1,0 +1,107 @@
+"""`imstream nodes`: all nodes, and whether the next one may be stopped in a rolling restart."""
+
+import asyncio
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import click
+
+from imstream.cli.admin import REDIS_SETTINGS, with_redis
+from imstream.cli.options import TimeSpan, given, settings_options
+from imstream.cli.output import age, json_option, show, table
+from imstream.errors import StoreUnavailable
+from imstream.keys import Keys
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
+from imstream.store.nodes import NodeOverview, inspect_nodes
+
+NOT_SETTLED = 3
+"""Exit code of --wait-settled when its time is over."""
+
+POLL_INTERVAL = 0.2
+"""Seconds between two looks of --wait-settled."""
+
+
+@click.command()
+@settings_options(Settings, only=REDIS_SETTINGS, aliases={"redis_url": "--redis"})
+@json_option
+@click.option("--wait-settled", is_flag=True, help="Wait until the next node may be stopped.")
+@click.option(
+    "--timeout", type=TimeSpan(), metavar="TIME", default="5m", show_default=True, help="Time limit of --wait-settled."
+)
+@click.option(
+    "--except", "excepted", multiple=True, metavar="NODE", help="With --wait-settled: it stays away; can be repeated."
+)
+def nodes(
+    *, as_json: bool, wait_settled: bool, timeout: timedelta, excepted: tuple[str, ...], **options: str | None
+) -> None:
+    """Show all nodes: lease, release, sessions, unfinished requests, and who has adopted whose stream.
+
+    With --wait-settled, it returns when each of them runs and is ready, and no stream is adopted: then the next one may
+    be stopped in a rolling restart. It ends with 3 if that takes longer than --timeout, and says what is missing.
+    """
+    settings = Settings.load(**given(options))
+    found, missing = with_redis(
+        settings, lambda redis: _look(redis, settings, timeout if wait_settled else timedelta(), excepted)
+    )
+    report: dict[str, Any] = {"nodes": found, "warnings": list(_warnings(found))}
+    show(report | ({"unsettled": missing} if wait_settled else {}), _lines(found, settings), as_json=as_json)
+    if wait_settled and missing:
+        for reason in missing:
+            click.echo(f"not settled: {reason}", err=True)
+        sys.exit(NOT_SETTLED)
+
+
+async def _look(
+    redis: RedisClient, settings: Settings, limit: timedelta, excepted: Sequence[str]
+) -> tuple[list[NodeOverview], list[str]]:
+    """All nodes, and why they are not settled after at most `limit`. Meanwhile Redis may be away."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit.total_seconds()
+    while True:
+        try:
+            found = await inspect_nodes(redis, Keys(settings.key_prefix))
+        except StoreUnavailable:
+            if loop.time() >= deadline:
+                raise
+        else:
+            missing = [
+                f"node {one.node}: {why}" for one in found if one.node not in excepted for why in one.unsettled()
+            ]
+            if not missing or loop.time() >= deadline:
+                return found, missing
+        await asyncio.sleep(POLL_INTERVAL)
+
+
+def _lines(found: Sequence[NodeOverview], settings: Settings) -> Iterator[str]:
+    if not found:
+        yield f"no node has run with {settings.redis_url}"
+        return
+    heading = ("node", "state", "lease", "version", "sessions", "running", "unfinished", "oldest", "adopter", "address")
+    yield from table([heading, *map(_row, found)])
+    for warning in _warnings(found):
+        yield f"warning: {warning}"
+
+
+def _row(one: NodeOverview) -> tuple[object, ...]:
+    state = "not ready" if one.state == "running" and one.not_ready else one.state
+    work = (one.version, one.sessions, one.running, one.unfinished, age(one.oldest), one.adopter)
+    return (one.node, state, age(one.lease), *work, one.address)
+
+
+def _warnings(found: Sequence[NodeOverview]) -> Iterator[str]:
+    versions: dict[str, list[str]] = {}
+    for one in found:
+        if one.state != "dead":
+            versions.setdefault(one.version or "unknown", []).append(one.node)
+        if one.state == "dead" and one.unfinished and one.adopter is None:
+            yield f"node {one.node} is dead, and nobody has adopted its {one.unfinished} requests yet"
+        if one.state == "running" and one.not_ready:
+            yield f"node {one.node} is not ready: {one.not_ready}"
+        for helper, count in (one.helpers or {}).items():
+            yield f"node {helper} works on {count} requests of node {one.node}"
+    if len(versions) > 1:
+        mixed = "; ".join(f"{version} on {', '.join(names)}" for version, names in versions.items())
+        yield f"the nodes are of different releases ({mixed}): finish the upgrade"

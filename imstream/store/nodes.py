@@ -1,0 +1,119 @@
+"""A read-only view of all nodes, for `imstream nodes`."""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+from imstream.clock import time_of, to_timedelta
+from imstream.errors import StoreRefused
+from imstream.keys import GROUP, Keys
+from imstream.redis.client import RedisClient, to_dict
+from imstream.store.leases import Holder, is_node_id
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOverview:
+    """A node of the directory.
+
+    Attributes:
+        state: `running` with a lease, `stopping` if it was told to stop, `dead` without a lease.
+        lease: How long its lease lasts unless it is renewed.
+        version: Its release. None: it is dead, or of a release that does not record this. The next three likewise.
+        running: Requests that it works on, of any stream.
+        not_ready: Why it could not serve when it last renewed its lease; empty if it could.
+        unfinished: Requests in its stream.
+        oldest: The age of the oldest of them.
+        adopter: The node that has adopted its stream.
+        helpers: Other nodes that work on requests of its stream, and on how many.
+    """
+
+    node: str
+    state: Literal["running", "stopping", "dead"]
+    last_seen: timedelta
+    lease: timedelta | None = None
+    address: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    version: str | None = None
+    sessions: int | None = None
+    running: int | None = None
+    not_ready: str | None = None
+    unfinished: int = 0
+    oldest: timedelta | None = None
+    adopter: str | None = None
+    helpers: Mapping[str, int] | None = None
+
+    def unsettled(self) -> Iterator[str]:
+        """Why no other node should be stopped now."""
+        if self.state != "running":
+            yield "no process runs it" if self.state == "dead" else "it is stopping"
+        elif self.not_ready:
+            yield f"it is not ready: {self.not_ready}"
+        if self.adopter is not None:
+            yield f"node {self.adopter} has adopted its stream"
+        for helper, count in (self.helpers or {}).items():
+            yield f"node {helper} works on {count} of its requests"
+
+
+async def redis_now(redis: RedisClient) -> int:
+    """The time of Redis in milliseconds since 1970, as in entry ids."""
+    seconds, microseconds = await redis.execute("TIME")
+    return int(seconds) * 1000 + int(microseconds) // 1000
+
+
+async def inspect_nodes(redis: RedisClient, keys: Keys) -> list[NodeOverview]:
+    """All nodes of the directory, by name. Raises `StoreError`."""
+    rows = await redis.execute("ZRANGE", keys.nodes(), 0, -1, "WITHSCORES")
+    now = await redis_now(redis)
+    found = (_inspect(redis, keys, node, now, to_timedelta(now - seen)) for node, seen in rows if is_node_id(node))
+    return sorted(await asyncio.gather(*found), key=lambda one: one.node)
+
+
+async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_seen: timedelta) -> NodeOverview:
+    lease, left, adopter, status, unfinished, first, pending = await asyncio.gather(
+        redis.execute("GET", keys.lease(node)),
+        redis.execute("PTTL", keys.lease(node)),
+        redis.execute("GET", keys.adopter(node)),
+        redis.execute("HGETALL", keys.status(node)),
+        redis.execute("XLEN", keys.requests(node)),
+        redis.execute("XRANGE", keys.requests(node), "-", "+", "COUNT", 1),
+        _pending(redis, keys.requests(node)),
+    )
+    oldest = to_timedelta(max(0, now - time_of(first[0][0]))) if first else None
+    helpers = {consumer: count for consumer, count in pending.items() if consumer != node}
+    stream: dict[str, Any] = {"unfinished": unfinished, "oldest": oldest, "adopter": adopter, "helpers": helpers}
+    if lease is None:
+        return NodeOverview(node, "dead", last_seen, **stream)
+    holder, known = Holder.decode(lease), status if isinstance(status, dict) else to_dict(status)
+    if known.get("instance") != holder.instance:  # of a process before, and this one is of an older release
+        known = {}
+    return NodeOverview(
+        node,
+        "stopping" if holder.stopping else "running",
+        last_seen,
+        to_timedelta(left) if left >= 0 else None,
+        holder.address,
+        holder.host,
+        holder.pid or None,
+        known.get("version"),
+        _count(known, "sessions"),
+        _count(known, "running"),
+        known.get("not_ready"),
+        **stream,
+    )
+
+
+async def _pending(redis: RedisClient, stream: str) -> dict[str, int]:
+    """Pending entries by consumer."""
+    try:
+        summary = await redis.execute("XPENDING", stream, GROUP)
+    except StoreRefused:  # no such stream or group
+        return {}
+    return {consumer: int(count) for consumer, count in summary[3] or ()}
+
+
+def _count(fields: Mapping[str, str], name: str) -> int | None:
+    text = fields.get(name, "")
+    return int(text) if text.isdecimal() else None
