@@ -117,7 +117,12 @@ class OpenAIBackend(EndpointClient):
         models = url.with_path(f"{url.raw_path.removesuffix(PATH)}models", encoded=True, keep_query=True)
         try:
             async with asyncio.timeout(CHECK_TIMEOUT.total_seconds()):
-                error = await self._check_models(models)
+                try:
+                    error = await self._check_models(models)
+                except aiohttp.ClientConnectorError:
+                    raise
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as lost:  # a gateway may drop it
+                    error = failures.from_exception(lost, secrets=self._endpoint.secrets)
                 if error is not None and error.reason != "model_not_found":
                     error = await self._check_address()  # there may be no list, or not with this key
         except (aiohttp.ClientError, OSError) as raised:

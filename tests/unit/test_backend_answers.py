@@ -485,6 +485,19 @@ async def test_a_backend_without_a_list_of_models_passes_the_check_if_it_reads_r
     assert await checked(no_list, answer) == (None, ["GET /v1/models", "POST /v1/chat/completions"])
 
 
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_backend_that_drops_requests_for_a_list_of_models_passes_the_check_if_it_reads_others(how: str) -> None:
+    async def script(exchange: Exchange) -> None:
+        if exchange.method == "GET":
+            getattr(exchange, how)()  # as nginx with `return 444`
+        else:
+            await refuses(400, '{"error": {"message": "model is required"}}')(exchange)
+
+    error, asked = await checked(*[script] * 3)  # a GET may be repeated by the HTTP client
+    assert error is None
+    assert asked[-1] == "POST /v1/chat/completions"
+
+
 async def test_the_check_finds_a_model_that_is_not_listed_a_wrong_key_and_a_backend_that_is_away() -> None:
     error, _ = await checked(listing("qwen2", "llama3"))
     assert error is not None
