@@ -264,6 +264,7 @@ class Job:
                 called.append(upstream)
                 if error.reason == "context_too_long" and not writer.has_text and backends.have_larger(upstream):
                     self._tokens = upstream.prompt_limit + 1  # by its own count
+                    self._count_retry(error, upstream)
                     return await self._call()
                 if (other := await self._take_other(called, error, writer)) is None:
                     return await self._after_failure(error, upstream, has_text=writer.has_text)
