@@ -33,6 +33,10 @@ Where `/metrics` answers, `/readyz` and `/healthz` also tell details: the node, 
 guards have rejected, and the reason of a 503. Everywhere else they tell their verdict only: `{"ready": true}` with 200,
 or `{"ready": false}` with 503.
 
+**Behind a proxy on the same machine** choose an address of their own, or `off`. A proxy that sets `Host` to a loopback
+address and adds no header makes strangers look local; of such requests, only those of HTTP/1.0 (nginx's default) and
+those with `Connection: upgrade` are recognised. [Our configurations](balancers.md) pass on public paths only.
+
 """
 
 _NOTES = """

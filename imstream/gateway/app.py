@@ -96,6 +96,8 @@ def is_from_here(request: Request) -> bool:
     return (
         request.client is not None
         and is_loopback(request.client.host)
+        and request.scope["http_version"] != "1.0"  # as nginx, which by default says nothing else of forwarding
+        and "upgrade" not in headers.get("connection", "").lower()  # as nginx where it is set up for sockets
         and is_local(headers)
         and not any(map(_INDIRECT.match, headers))
         and headers.get("sec-fetch-site", "none") == "none"

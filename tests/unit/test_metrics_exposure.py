@@ -7,10 +7,11 @@ from typing import Any, cast
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as text_metrics
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from imstream.errors import SettingsError
-from imstream.gateway.app import make_app, make_metrics_app
+from imstream.gateway.app import is_from_here, make_app, make_metrics_app
 from imstream.gateway.frame_handler import SessionDeps
 from imstream.metrics import Metrics
 from imstream.settings import Settings
@@ -58,6 +59,7 @@ def test_whoever_accepts_open_metrics_gets_them() -> None:
     {"X-Real-IP": "127.0.0.1"},
     {"Via": "1.1 proxy"},
     {"CF-Connecting-IP": "127.0.0.1"},
+    {"Connection": "upgrade"},
     {"Origin": "http://127.0.0.1:8080"},
     {"Origin": "null"},
     {"Sec-Fetch-Site": "cross-site"},
@@ -71,6 +73,12 @@ def test_what_a_proxy_forwards_or_a_page_asks_for_finds_nothing(headers: dict[st
     unknown = client.request(method, "/nothing", headers=headers)
     assert (refused.status_code, refused.content, refused.headers) == (404, unknown.content, unknown.headers)
     assert client.get("/readyz", headers=headers).json() == {"ready": True}
+
+
+@pytest.mark.parametrize(("version", "local"), [("1.0", False), ("1.1", True)])
+def test_the_protocol_of_a_proxy_that_adds_no_header_tells_it(version: str, *, local: bool) -> None:
+    head = {"type": "http", "http_version": version, "client": HERE, "headers": [(b"host", b"127.0.0.1:8080")]}
+    assert is_from_here(Request(head)) is local
 
 
 def test_a_person_may_open_them_in_a_browser() -> None:
