@@ -96,12 +96,22 @@ class Pipeline:
         try:
             return await reply
         except asyncio.CancelledError:
-            if self._max_batch == 1:  # it may be a blocked read: what Redis delivers now would be lost from view
-                await asyncio.gather(*(connection.aclose() for connection in self._connections))
+            if self._max_batch == 1:
+                await self._withdraw(reply)
             raise
         finally:
             # An error in it refers to this frame, and through it to all callers with their variables: a cycle.
             del reply
+
+    async def _withdraw(self, cancelled: asyncio.Future[Any]) -> None:
+        for index, (_, reply) in enumerate(self._queue):
+            if reply is cancelled:  # it waits behind a blocked read, which goes on
+                del self._queue[index]
+                if index and self._queue[index - 1] is ASKING:
+                    del self._queue[index - 1]
+                return
+        # It may be a blocked read: what Redis delivers now would be lost from view.
+        await asyncio.gather(*(connection.aclose() for connection in self._connections))
 
     async def send_to_masters(self, *command: Argument) -> dict[str, Any]:
         """Send one command to this server, the only master. Raises as `send` does."""

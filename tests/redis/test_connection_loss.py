@@ -194,6 +194,20 @@ async def test_a_cancelled_caller_of_the_reader_ends_wherever_it_stands(redis_se
     await reader.aclose()
 
 
+async def test_a_cancelled_caller_behind_a_blocked_read_does_not_end_it(redis_server: RedisServer) -> None:
+    reader = BlockingReader(redis_server.admin_url, block=timedelta(seconds=10), timeout=timedelta(seconds=10))
+    async with RedisClient(redis_server.admin_url, connections=1, timeout=timedelta(seconds=10)) as others:
+        blocked = asyncio.create_task(reader.execute("BLPOP", "behind", 10))
+        await wait_until_blocked(others)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await reader.execute("ECHO", "never sent")
+        await others.execute("RPUSH", "behind", "delivered")
+        assert await blocked == ["behind", "delivered"]
+        assert await reader.execute("ECHO", "fine") == "fine"
+    await reader.aclose()
+
+
 async def test_lanes_end_wherever_they_stand(redis_server: RedisServer) -> None:
     for ticks in range(40):
         async with (
@@ -206,3 +220,9 @@ async def test_lanes_end_wherever_they_stand(redis_server: RedisServer) -> None:
                 await asyncio.sleep(0)
         for answer in await asyncio.gather(*callers, return_exceptions=True):
             assert answer is True or answer == "PONG" or isinstance(answer, StoreUnavailable)
+
+
+async def wait_until_blocked(redis_client: RedisClient) -> None:
+    async with asyncio.timeout(10):
+        while "blocked_clients:1" not in await redis_client.execute("INFO", "clients"):  # noqa: ASYNC110 - of Redis
+            await asyncio.sleep(0.01)
