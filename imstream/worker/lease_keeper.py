@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from imstream.errors import NodeTaken, StoreError
+from imstream.errors import NodeTaken, StoreError, StoreRefused
 from imstream.settings import Settings
 from imstream.store.leases import Held, HeldByOther, Holder, Leases
 
@@ -71,7 +71,7 @@ class LeaseKeeper:
         self._loss_logged = False
         self._released = False
         self.reaches_redis = False
-        """Whether Redis answered the last renewal."""
+        """Whether Redis answered the last renewal, if only that the key is no lease."""
         self.redis_restarted = False
         """Whether Redis was restarted since an earlier process of this node held the lease: see `Held`."""
         self._lock = asyncio.Lock()  # a renewal under way must not undo the release
@@ -160,8 +160,9 @@ class LeaseKeeper:
                 return None
             try:
                 answer = await self._leases.acquire(self._holder, dead=dead)
-            except StoreError:
-                self.reaches_redis, self._certain_from = False, float("inf")
+            except StoreError as error:
+                self.reaches_redis = isinstance(error, StoreRefused)  # such as a key of another type
+                self._certain_from = float("inf")
                 raise
             self.reaches_redis = True
             self._expires_at = before + self._ttl if isinstance(answer, Held) else float("-inf")

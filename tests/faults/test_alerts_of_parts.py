@@ -1,6 +1,7 @@
 """Alerts besides those of the drill: each is fired by its fault in a real Prometheus, with the part that it blames."""
 
 import asyncio
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from imstream.keys import Keys
 from tests.support.backend_scripts import breaks_off
 from tests.support.drill import Drill, converse, drill, running
 from tests.support.scripted_backend import Exchange, Script, chunk, event, refuses, streams
 from tests.support.servers import RedisServer
+from tests.support.stage import fresh_redis
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]  # the short relative: tests/unit/test_prometheus.py
+
+LEASE = Keys().lease("0")
 
 NO_MODEL = '{"error": {"message": "The model `demo` does not exist", "code": "model_not_found"}}'
 TOO_LONG = '{"error": {"message": "too long", "code": "context_length_exceeded"}}'
@@ -76,6 +81,16 @@ async def test_a_redis_without_memory_is_told_from_a_full_queue(redis_server: Re
         assert (await play.shows("Refused by Redis"))["memory"] > 0
 
 
+async def test_a_redis_that_cannot_write_its_snapshot_is_blamed_for_what_it_refuses(tmp_path: Path) -> None:
+    with fresh_redis(tmp_path) as server, server.client() as client:
+        async with drill(tmp_path, server) as play:
+            client.config_set("save", "1 1")
+            shutil.rmtree(server.folder)
+            await play.fires("ImstreamRedisDisk", part="redis", watch=0)
+            assert (await play.shows("Refused by Redis"))["disk"] > 0
+        server.kill()  # it does not stop before a save succeeds
+
+
 async def test_a_node_that_is_killed_is_down_and_another_one_adopts_its_stream(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -84,6 +99,25 @@ async def test_a_node_that_is_killed_is_down_and_another_one_adopts_its_stream(
         await asyncio.sleep(2)  # all users have asked again
         await play.nodes[0].killed()
         await play.fires("ImstreamNodeDown", "ImstreamStreamAdopted", part="node", watch=0)
+
+
+async def test_when_all_nodes_have_ended_their_end_is_the_cause(redis_server: RedisServer, tmp_path: Path) -> None:
+    async with drill(tmp_path, redis_server, "a", "b") as play:
+        await asyncio.gather(*(node.terminated() for node in play.nodes))
+        await play.fires("ImstreamNoNodes", "ImstreamNodeDown", part="node", watch=0)
+
+
+async def test_a_node_whose_lease_is_overwritten_has_lost_it_and_redis_is_not_down(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with drill(tmp_path, redis_server) as play:
+        [node] = play.nodes
+        node.redis.delete(LEASE)
+        node.redis.lpush(LEASE, "something that is no lease")
+        node.redis.expire(LEASE, 300)
+        await play.fires("ImstreamLeaseLost", part="node")
+        assert node.now.process.process.poll() is None
+        assert set((await play.shows("Redis answers")).values()) == {1}
 
 
 async def test_a_node_without_cpu_is_blamed_itself_and_not_redis(redis_server: RedisServer, tmp_path: Path) -> None:

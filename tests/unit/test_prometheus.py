@@ -40,7 +40,7 @@ ENDINGS = {
 }
 """Ends of the names of series, by the type of their family."""
 
-PARTS = {"answers", "ai", "redis", "node", "clients", "monitoring"}
+PARTS = {"answers", "ai", "redis", "node", "clients"}
 
 
 def rules(file: str) -> list[dict[str, Any]]:
