@@ -62,6 +62,19 @@ async def test_more_questions_than_slots_wait_and_are_refused(redis_server: Redi
             await play.fires("ImstreamRequestsWait", "ImstreamQueueFull", part="answers", watch=0)
 
 
+async def test_failures_that_are_too_few_for_a_page_are_reported_when_they_go_on(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    # Only its wait of 5 minutes is shorter, and its window of an hour has the data of the test.
+    async with drill(tmp_path, redis_server, waits={"ImstreamErrorBudgetBurns": "30s"}) as play:
+        play.backend.faulty = lambda call: refuses(400, TOO_LONG) if call % 25 == 0 else None
+        async with running(*(converse(play.nodes[0], 20001 + number) for number in range(6))):
+            await play.fires("ImstreamErrorBudgetBurns", part="answers", watch=0, within=180)
+        pages = 'count_over_time(ALERTS{alertname="ImstreamAnswersFail",alertstate="firing"}[10m])'
+        assert await play.watching.query(pages) == []
+        assert 0.95 < (await play.shows("Availability of answers"))[""] < 0.99
+
+
 async def test_a_redis_that_does_not_answer_is_down_and_the_nodes_are_not(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ What the dashboard shows of a fault is logged: `ops/test --all tests/faults/test
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -59,15 +59,15 @@ class Drill:
     proxy: TcpProxy
     watching: Prometheus
 
-    async def fires(self, *alerts: str, part: str, watch: float = WITHIN) -> None:
+    async def fires(self, *alerts: str, part: str, watch: float = WITHIN, within: float = WITHIN) -> None:
         """Wait for the alerts of a fault that has just begun. Meanwhile and for `watch` s, only `part` is blamed."""
         loop = asyncio.get_running_loop()
         began, seen, after = loop.time(), dict[str, str](), dict[str, float]()
-        while (passed := loop.time() - began) < (WITHIN if len(after) < len(alerts) else watch):
+        while (passed := loop.time() - began) < (within if len(after) < len(alerts) else watch):
             seen |= await self.watching.firing()
             after |= {alert: round(passed) for alert in alerts if alert in seen and alert not in after}
             await asyncio.sleep(0.5)  # the fault lasts; alerts are looked at
-        assert set(after) == set(alerts), f"within {WITHIN} s: {seen}"
+        assert set(after) == set(alerts), f"within {within} s: {seen}"
         log.info("seconds until they fire: %s; all alerts: %s", after, seen)
         assert set(seen.values()) <= {part, "answers"}, f"other parts are blamed: {seen}"
 
@@ -102,9 +102,17 @@ async def running(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def drill(
-    folder: Path, redis_server: RedisServer, *names: str, command: tuple[str, ...] = NODE, **settings: object
+    folder: Path,
+    redis_server: RedisServer,
+    *names: str,
+    command: tuple[str, ...] = NODE,
+    waits: Mapping[str, str] | None = None,
+    **settings: object,
 ) -> AsyncIterator[Drill]:
-    """Nodes with the default settings and some traffic, seen by Prometheus for some scrapes without an alert."""
+    """Nodes with the default settings and some traffic, seen by Prometheus for some scrapes without an alert.
+
+    `waits`: other values of `for`, by alert.
+    """
     backend = Backend()
     async with AsyncExitStack() as stack:
         ai = await stack.enter_async_context(scripted_backend(always=backend))
@@ -118,7 +126,7 @@ async def drill(
             await node.start(command=command)
             stack.push_async_callback(asyncio.to_thread, node.now.process.__exit__, None, None, None)
         targets = [f"127.0.0.1:{node.port}" for node in nodes]
-        watching = await stack.enter_async_context(prometheus(folder, *targets))
+        watching = await stack.enter_async_context(prometheus(folder, *targets, waits=waits))
         traffic = [converse(node, 10001 + number) for node in nodes for number in range(USERS)]
         await stack.enter_async_context(running(*traffic))
 

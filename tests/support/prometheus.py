@@ -11,7 +11,7 @@ import json
 import shutil
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,17 +80,28 @@ def _read(url: str) -> bytes:
         return content
 
 
+def _configure(folder: Path, targets: Iterable[str], waits: Mapping[str, str]) -> Path:
+    """Write the example configuration with these nodes; `waits`: other values of `for`, by alert."""
+    alerts = yaml.safe_load((RULES / "alerts.yml").read_text("utf-8"))
+    for rule in (rule for group in alerts["groups"] for rule in group["rules"] if rule["alert"] in waits):
+        rule["for"] = waits[rule["alert"]]
+    (folder / "alerts.json").write_text(json.dumps(alerts), "utf-8")  # JSON is YAML
+    config = yaml.safe_load((RULES / "prometheus.yml").read_text("utf-8"))
+    assert config["rule_files"] == ["recording.yml", "alerts.yml"]
+    config["rule_files"] = [str(RULES / "recording.yml"), str(folder / "alerts.json")]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": list(targets)}]
+    file = folder / "prometheus.json"
+    file.write_text(json.dumps(config), "utf-8")
+    return file
+
+
 @asynccontextmanager
-async def prometheus(folder: Path, *targets: str) -> AsyncIterator[Prometheus]:
-    """Run Prometheus with the example configuration and these nodes."""
+async def prometheus(folder: Path, *targets: str, waits: Mapping[str, str] | None = None) -> AsyncIterator[Prometheus]:
+    """Run Prometheus with the example configuration and these nodes; `waits`: other values of `for`, by alert."""
     program = shutil.which("prometheus")
     if program is None:
         missing("prometheus")
-    config = yaml.safe_load((RULES / "prometheus.yml").read_text("utf-8"))
-    config["rule_files"] = [str(RULES / file) for file in config["rule_files"]]
-    config["scrape_configs"][0]["static_configs"] = [{"targets": list(targets)}]
-    file = folder / "prometheus.json"  # JSON is YAML
-    file.write_text(json.dumps(config), "utf-8")
+    file = _configure(folder, targets, waits or {})
     port = free_port()
     options = {
         "config.file": file,
