@@ -17,7 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 
 from imstream import __version__
-from imstream.clock import now_ms
+from imstream.clock import now_ms, time_of
 from imstream.codes import CloseCode
 from imstream.errors import FailureKind
 
@@ -77,11 +77,11 @@ class Counters(dict[str | tuple[str, ...], Counter]):
 
 @dataclass(slots=True)
 class StreamState:
-    """What is known of a requests stream that this node consumes.
+    """The state of a requests stream that this node consumes, as far as it is known.
 
     Attributes:
         unfinished: Its length; None while it is unknown.
-        oldest: The id of its first entry; empty if there is none, or it has ended and the next one is not known yet.
+        oldest: The id of its first entry; empty if the stream is empty, or the next entry is not known yet.
     """
 
     unfinished: int | None = None
@@ -134,7 +134,7 @@ class Metrics:
         self._running = gauge("imstream_requests_running", "Requests that this node works on, by stream.", ["stream"])
         self._oldest_age = gauge(
             "imstream_oldest_request_age_seconds",
-            "Age of the first request of a stream; 0 if there is none.",
+            "Age of the first request of a stream; 0 for an empty stream.",
             ["stream"],
         )
         self.dead_letters = Counters(
@@ -198,7 +198,7 @@ class Metrics:
         return encode(self.registry), media_type
 
     def stream(self, node: str) -> StreamState:
-        """What is known of the stream of a node."""
+        """The known state of the stream of a node."""
         return self._streams.setdefault(node, StreamState())
 
     def saw_stream(self, node: str, unfinished: int, oldest: str, redis_now: int) -> None:
@@ -237,7 +237,7 @@ class Metrics:
 
     def _age(self, state: StreamState, running: Sequence[str]) -> float:
         """Seconds since the first of the known entries was added: entries are begun in their order."""
-        times = [int(entry_id.partition("-")[0]) for entry_id in (*running, state.oldest) if entry_id]
+        times = [time_of(entry_id) for entry_id in (*running, state.oldest) if entry_id]
         return max(0, now_ms() + self._redis_ahead - min(times)) / 1000 if times and state.unfinished else 0.0
 
 

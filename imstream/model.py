@@ -119,6 +119,11 @@ class ChatRequest:
         return self.traceparent[3:35]
 
     @property
+    def ids(self) -> dict[str, UserId]:
+        """What log lines about it have in common."""
+        return {"user": self.user_id, "message_id": self.message_id, "trace": self.trace}
+
+    @property
     def question(self) -> Question:
         """The question as it is kept in the record of the reply."""
         text = self.contents

@@ -1,7 +1,7 @@
 """Traces: which trace a request belongs to (W3C Trace Context), and the spans of its way, which only otel.py records.
 
 A traceparent is `00-<trace id>-<span id>-<flags>`. It is kept in the entry of a request, so one trace holds the queue,
-all attempts on all nodes, and the calls to backends. Without tracing it is passed on, and made where there is none.
+all attempts on all nodes, and the calls to backends. Without tracing, it is passed on, or made if it is missing.
 """
 
 import re

@@ -11,13 +11,14 @@ from typing import Any
 
 import click
 
-from imstream.cli.admin import with_redis
+from imstream.cli.admin import REDIS_SETTINGS, with_redis
 from imstream.cli.options import TimeSpan, given, settings_options
+from imstream.cli.output import json_option
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.dead_letters import DeadLetterOffice, Letter, Selection
 
-_SETTINGS = ("node", "redis_url", "key_prefix", "redis_timeout")
+_SETTINGS = ("node", *REDIS_SETTINGS)
 _CAPS = ("queue_limit", "user_limit")
 
 _OUTCOMES = {
@@ -77,7 +78,7 @@ def _command(
                 click.option(
                     "--limit", type=click.IntRange(1), default=limit, help=f"Maximum number of letters{shown}."
                 ),
-                click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+                json_option,
             ]
         ):
             run = option(run)
@@ -203,7 +204,7 @@ async def _change(
 
 
 def _row(letter: Letter) -> dict[str, str]:
-    """What is listed of a letter."""
+    """The listed fields of a letter."""
     names = ("user", "message_id", "reason", "error", "attempts")
     listed = {name: letter.fields.get(name, "?") for name in names}
     return {"id": letter.entry_id, "node": letter.node, "dead_at": letter.dead_at.isoformat("T", "seconds"), **listed}

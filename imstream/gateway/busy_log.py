@@ -9,7 +9,7 @@ from imstream.metrics import Admission
 from imstream.user_ids import UserId
 
 LOAD = frozenset[Admission]({"busy", "user_busy", "rate_limited"})
-"""What becomes of messages that are refused because of load."""
+"""Results of admissions that are refused because of load."""
 
 INTERVAL = 1.0
 """Seconds from the first refusal until the line is written."""

@@ -134,7 +134,8 @@ class FrameHandler:
             case wire.ClientHeartbeat():
                 self._writer.send(self._frames.heartbeat())
             case wire.ClientChat():
-                deps, message_id = self._deps, frame.message_id or secrets.token_urlsafe(12)
+                assert frame.message_id is not None  # noqa: S101 - given by `handle`
+                deps, message_id = self._deps, frame.message_id
                 result: Admission = "unavailable"
                 try:
                     with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:

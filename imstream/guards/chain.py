@@ -157,8 +157,7 @@ class GuardChain:
         # Violations are few, since they lock the account; the number of other rejections has no bound.
         write = log.info if verdict.violation else limited.info
         details = {name: value for name, value in (("peer", peer), ("detail", verdict.detail)) if value}
-        ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
-        write("message refused", reason=verdict.reason, **ids, **details)
+        write("message refused", reason=verdict.reason, **request.ids, **details)
         if verdict.violation:
             for guard in self._by_hook["on_violation"]:
                 await guard.on_violation(request.user_id)

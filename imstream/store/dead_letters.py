@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import structlog
 
-from imstream.clock import milliseconds, now_ms
+from imstream.clock import milliseconds, now_ms, time_of
 from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient, to_dict
@@ -104,7 +104,7 @@ class Letter:
     def dead_at(self) -> datetime:
         """When it was buried."""
         at = self.fields.get("dead_at", "")
-        return datetime.fromtimestamp(int(at if at.isdecimal() else self.entry_id.partition("-")[0]) / 1000, UTC)
+        return datetime.fromtimestamp((int(at) if at.isdecimal() else time_of(self.entry_id)) / 1000, UTC)
 
 
 class Selection(NamedTuple):

@@ -222,6 +222,6 @@ def _dead_letter(entry_id: str, flat: list[str]) -> DeadLetter:
     fields = to_dict(flat)
     return DeadLetter(
         entry_id=entry_id,
-        dead_at=datetime.fromtimestamp(int(fields.get("dead_at") or entry_id.partition("-")[0]) / 1000, UTC),
+        dead_at=datetime.fromtimestamp(int(fields.get("dead_at") or time_of(entry_id)) / 1000, UTC),
         **{name: fields.get(name, "?") for name in ("user", "message_id", "attempts", "reason", "error")},
     )

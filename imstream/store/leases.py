@@ -106,7 +106,7 @@ class Leases:
         self._duration = milliseconds(settings.lease)
         self._dead_age = milliseconds(settings.dead_age)
         self.status: Callable[[], Mapping[str, str | int]] = dict
-        """What is recorded with each renewal, for `imstream nodes`."""
+        """Returns the fields that are recorded with each renewal, for `imstream nodes`."""
 
     async def acquire(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
         """Acquire or renew the lease of this node. `dead`: the instance of a dead holder, whose lease is taken over."""

@@ -14,7 +14,7 @@ from imstream.store.replies import Beginning, Opened
 
 
 class Account:
-    """What is known here about one request. Times are milliseconds since 1970 by the clock of Redis."""
+    """The facts about one request that are known here. Times are milliseconds since 1970 by the clock of Redis."""
 
     __slots__ = ("_loop", "_offset", "admitted_at", "backend", "ended_at", "opened_at", "sockets", "text_at")
 
@@ -84,8 +84,7 @@ class RequestLog:
 
     def begin(self, request: ChatRequest, *, stream: str) -> None:
         """Write that the first attempt at a message begins, at level debug: its end tells all of it."""
-        ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
-        self._log.debug("request begun", **ids, node=self._node, stream=stream)
+        self._log.debug("request begun", **request.ids, node=self._node, stream=stream)
 
     def write(self, account: Account, request: ChatRequest, reply: ReplyBuffer, *, stream: str) -> None:
         """Write about a request whose end is recorded, and which this node has removed from its stream."""
@@ -103,9 +102,7 @@ class RequestLog:
         sockets, slow = account.sockets
         self._log.info(
             "request ended",
-            user=request.user_id,
-            message_id=request.message_id,
-            trace=request.trace,
+            **request.ids,
             outcome=terminal.event,
             reason=terminal.reason or terminal.finish_reason,
             node=self._node,

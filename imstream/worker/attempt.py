@@ -107,8 +107,8 @@ class AttemptRunner:
             if beginning and not writer.has_text and may_be_about_request(error):
                 self.may_continue = False
                 metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
-                ids = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
-                log.warning("backend refuses to continue an answer", backend=upstream.name, error=str(error), **ids)
+                told = {"backend": upstream.name, "error": str(error)}
+                log.warning("backend refuses to continue an answer", **told, **request.ids)
                 raise CannotContinue from None
             upstream.record_failure(error, user=request.user_id)
             raise

@@ -188,7 +188,7 @@ class Job:
     @property
     def log(self) -> FilteringBoundLogger:
         """A logger for lines about this request."""
-        return log.bind(trace=self.request.trace, user=self.request.user_id, message_id=self.request.message_id)
+        return log.bind(**self.request.ids)
 
     async def _decide(self) -> Disposition:
         try:

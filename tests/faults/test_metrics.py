@@ -27,7 +27,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Ite
 
 
 async def agrees(nodes: ManyNodes, stream: str, *, at: str) -> None:
-    """Wait until a node tells the length of a stream."""
+    """Wait until a node's metrics have the length of a stream."""
 
     async def is_told() -> bool:
         return (await scraped(nodes[at].now.http)).get(unfinished(stream)) == nodes[stream].unfinished()

@@ -36,7 +36,7 @@ OFF = "traces are not recorded: install imstream-server[otel]"
 AWAY, BACK = "traces cannot be sent", "traces are sent again"
 
 OF_TRACING = r"imstream\.otel|opentelemetry\.(exporter|proto|sdk\.trace)|google\.protobuf|requests|urllib3"
-"""What is imported for traces only. redis-py imports other parts of OpenTelemetry, where it is installed."""
+"""Modules that are imported for traces only. redis-py imports other parts of OpenTelemetry, where it is installed."""
 
 SOON, LATER = "100", "600000"
 """Milliseconds after which spans are sent, unless the node ends before."""

@@ -2,7 +2,7 @@
 
 async with prometheus(folder, "127.0.0.1:8080") as watching:
     await watching.query("up")          # samples, each with its labels
-    await watching.firing()             # {"ImstreamRedisDown": "redis"}: alerts with the part that they blame
+    await watching.firing()             # {"ImstreamRedisDown": "redis"}: alerts with their label `part`
     await watching.panel("Round trip")  # what the dashboard shows
 """
 

@@ -1,4 +1,4 @@
-"""Who may read metrics and the details of health checks, and what others see."""
+"""Access to metrics and to the details of health checks, and the responses to everybody else."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -101,8 +101,7 @@ class Summaries:
             prompt = self._prompt(plan.turns[known:turns], self._cache.get(keys[known], ""), limit, lang)
             text = self._shorten(await self._ask(backend, prompt, max_length=limit * _MAX_TOKEN_LENGTH), limit)
         except BackendError as error:
-            about = {"user": request.user_id, "message_id": request.message_id, "trace": request.trace}
-            log.warning("summary failed, older turns are dropped", reason=error.reason, **about)
+            log.warning("summary failed, older turns are dropped", reason=error.reason, **request.ids)
             return None
         self._cache[keys[turns]] = text
         if len(self._cache) > _CACHE_SIZE:

@@ -495,7 +495,7 @@ function wellFormed(_, value) {
   return typeof value === "string" ? value.replace(/\p{Surrogate}/gu, "\ufffd") : value;
 }
 
-/** Parses a frame; undefined if it is none. @param {unknown} data @returns {Frame | undefined} */
+/** Parses a frame; returns undefined for other data. @param {unknown} data @returns {Frame | undefined} */
 function parsed(data) {
   try {
     const frame = JSON.parse(String(data));
