@@ -158,6 +158,8 @@ class Jobs:
         job = self.find(user_id, message_id)
         if job is None:
             return await self._cancel_remotely(user_id, message_id)
+        if job.was_opened and job.reply.terminal is not None:
+            return "too_late"  # its end is recorded, and its request about to be removed
         job.stop("cancelled")
         try:
             async with asyncio.timeout(2 * self._settings.redis_timeout.total_seconds()):

@@ -99,6 +99,28 @@ async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: Red
         assert worker.recorded() == ("done", "answer")
 
 
+async def test_a_second_cancel_while_the_request_is_being_removed_is_too_late(redis_server: RedisServer) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
+    ):
+        worker.backend.always = lambda call: call.done("x")
+        await worker.ask("warm")
+        await worker.idle()
+        worker.backend.always = None
+        client = worker.follow()
+        await worker.ask()
+        await worker.backend.call(2)
+        removal = proxy.on_answer_to(LUA["finish"].digest.encode(), fate=Fate.DELAY, delay=0.3)
+        first = asyncio.create_task(worker.jobs.cancel(USER, "m"))
+        assert await client.end() == "cancelled"
+        await wait_until(lambda: removal.sprung, "its request is being removed")
+        assert await worker.jobs.cancel(USER, "m") == "too_late"
+        assert await first == "cancelled"
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "")
+
+
 async def test_an_answer_complete_in_the_same_moment_has_one_end(redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
         for n in range(20):
