@@ -1,6 +1,7 @@
 """The settings of a node, read from `IMSTREAM_*` environment variables, `.env` or command-line options."""
 
 import re
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from imstream.errors import SettingsError
 from imstream.option_types import (
@@ -36,6 +37,7 @@ from imstream.urls import SecretUrl, redact_url, validate_redis_url
 from imstream.user_ids import UserIds
 
 ENV_PREFIX = "IMSTREAM_"
+FILE_SUFFIX = "_FILE"
 ENV_FILE = ".env"
 """File in the working directory that settings are read from."""
 
@@ -110,6 +112,17 @@ def is_secret(field: FieldInfo) -> bool:
     return _SECRET.search(str(field.annotation)) is not None
 
 
+def _read_secret(variable: str, file: str) -> str:
+    """Read the value of a setting. Errors do not show `file`: it may be the secret itself, by mistake."""
+    try:
+        value = Path(file).read_text("utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{variable}: its file cannot be read: {getattr(error, 'strerror', 'not UTF-8')}") from None
+    if not value:
+        raise SettingsError(f"{variable}: its file is empty")
+    return value
+
+
 def _format(value: object) -> str:
     return f"{value.total_seconds():g}s" if isinstance(value, timedelta) else repr(value)
 
@@ -146,6 +159,35 @@ class SettingsGroup(BaseSettings):
     def variable(cls, field: str) -> str:
         """Return the environment variable of a field."""
         return f"{cls.model_config.get('env_prefix', '')}{field}".upper()
+
+    @classmethod
+    def file_variables(cls) -> dict[str, str]:
+        """The variables that name files, each with the one whose value the file holds: secrets and URLs."""
+        secret = [name for name, field in cls.model_fields.items() if Secret.__name__ in str(field.annotation)]
+        return {f"{variable}{FILE_SUFFIX}": variable for variable in map(cls.variable, secret)}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - same
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the files that `IMSTREAM_…_FILE` names. Raises `SettingsError`."""
+        for source in (env_settings, dotenv_settings):
+            if isinstance(source, EnvSettingsSource):  # both are
+                source.env_vars = {**source.env_vars, **dict(cls._read_files(source.env_vars))}
+        return init_settings, env_settings, dotenv_settings
+
+    @classmethod
+    def _read_files(cls, variables: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+        for of_file, variable in cls.file_variables().items():
+            if file := (variables.get(of_file.lower()) or "").strip():
+                if variables.get(variable.lower()):
+                    raise SettingsError(f"{variable} and {of_file} are both set: remove one of them")
+                yield variable.lower(), _read_secret(of_file, file)
 
     @classmethod
     def load(cls, **given: Any) -> Self:  # noqa: ANN401 - any setting may be given

@@ -21,9 +21,12 @@ the working directory, in this order of precedence. Secrets have no option.
 
 - An empty value of an optional setting counts as unset.
 - Time spans are `250ms`, `30s`, `15m`, `1h`, `1d` or plain seconds.
+- Secrets, and URLs that may hold one, can be read from a file instead, which `IMSTREAM_…_FILE` names, such as
+  `IMSTREAM_AI_KEY_FILE=/run/secrets/ai-key`. It is read at the start. The settings marked with **F** can.
 - An invalid value is refused at the start, naming the setting, the value and what is allowed.
 - The start logs which `.env` was read. It warns if another user owns the file or can write to it, if it holds secrets
-  that others can read, and about each unknown `IMSTREAM_…` variable, with the nearest name.
+  that others can read (or a file of a secret that they can), and about each unknown `IMSTREAM_…` variable, with the
+  nearest name.
 """
 
 _GROUPS: dict[str, type[SettingsGroup]] = {
@@ -45,11 +48,14 @@ def _table(group: type[SettingsGroup]) -> str:
 
 
 def _rows(group: type[SettingsGroup]) -> Iterator[str]:
+    from_files = group.file_variables().values()
     for name, field in group.model_fields.items():
         default = "" if field.default is None else f"`{format_default(field.default)}`"
         if others := [str(choice) for choice in choices(field) if choice != field.default]:
             default += " (or " + ", ".join(f"`{choice}`" for choice in others) + ")"
         meaning = (field.description or "").replace("|", "\\|")
+        if group.variable(name) in from_files:
+            default = f"{default} **F**".lstrip()
         yield f"| `{group.variable(name)}` | {default} | {meaning} |\n"
 
 

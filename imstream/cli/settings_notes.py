@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from imstream.urls import redact_url
 
 _GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings, LocalAISettings)
 _FIELDS = {group.variable(name): field for group in _GROUPS for name, field in group.model_fields.items()}
-_KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, TOKEN)}
+_SECRET_FILES = {name for group in _GROUPS for name in group.file_variables()}
+_KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, *_SECRET_FILES, TOKEN)}
 
 _MAX_NAME = 64
 _MAX_UNKNOWN = 10
@@ -32,11 +34,11 @@ def check() -> tuple[Path | None, list[str]]:
     """The file that settings are read from, if any, and warnings about it and about unknown names."""
     unknown = [(name, "") for name in _unknown(os.environ)]
     found: Path | None = None
-    warnings: list[str] = []
+    warnings = [*_secret_file_warnings(os.environ)]
     try:
         if (file := Path(ENV_FILE).absolute()).is_file():
             values = dotenv_values(file, interpolate=False, encoding="utf-8-sig")
-            warnings += _file_warnings(file, values)
+            warnings += [*_file_warnings(file, values), *_secret_file_warnings(values)]
             unknown += [(name, f" in {ENV_FILE}") for name in _unknown(values)]
             found = file
     except (OSError, UnicodeDecodeError):
@@ -62,6 +64,13 @@ def _file_warnings(file: Path, values: Mapping[str, str | None]) -> Iterator[str
     has_secrets = any(_is_secret(name.upper(), value or "") for name, value in values.items())
     if has_secrets and file.stat().st_mode & stat.S_IROTH:
         yield f"{file} holds secrets and can be read by other users: chmod 600 {file}"
+
+
+def _secret_file_warnings(values: Mapping[str, str | None]) -> Iterator[str]:
+    for name, file in values.items():
+        with suppress(OSError, ValueError):  # reported when the settings are loaded
+            if name.upper() in _SECRET_FILES and file and Path(file.strip()).stat().st_mode & stat.S_IROTH:
+                yield f"{name.upper()}: {file} can be read by other users of this machine"
 
 
 def _is_secret(name: str, value: str) -> bool:

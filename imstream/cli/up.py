@@ -107,7 +107,7 @@ class UpPlan:
 
     def environment_of(self, group: type[SettingsGroup]) -> dict[str, str]:
         """The variables of one settings group only: each part gets only the secrets that it needs."""
-        names = {group.variable(name) for name in group.model_fields}
+        names = {*map(group.variable, group.model_fields), *group.file_variables()}
         return {name: value for name, value in {**os.environ, **self.environment}.items() if name.upper() in names}
 
     def _node_part(self, node: str, port: int) -> Part:
@@ -117,11 +117,12 @@ class UpPlan:
             environment[Settings.variable("ai_url")] = self.ai_url
         if self.page_token is not None:
             environment[Settings.variable("page_token")] = self.page_token
+        files = Settings.file_variables()  # their values may be overridden above, or by options
         return Part(
             name=f"node {node}",
             arguments=["node", "--node", node, "--port", str(port)],
             is_ready=partial(_answers_http, reachable_host(self.settings.host), port, "/readyz"),
-            environment=environment,
+            environment={name: value for name, value in environment.items() if files.get(name) not in environment},
             stop_timeout=self.settings.drain_grace.total_seconds() + 10,
             restarts=len(self.nodes) > 1,  # if the only node dies, the exit code must report it
         )

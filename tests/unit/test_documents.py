@@ -65,6 +65,7 @@ def test_every_setting_is_listed_with_what_it_does(group: type[SettingsGroup]) -
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_every_setting_that_is_named_exists(path: Path) -> None:
     known = {group.variable(field) for group in GROUPS for field in group.model_fields} | COMMAND_LINE_VARIABLES
+    known |= {variable for group in GROUPS for variable in group.file_variables()}
     named = set(re.findall(r"IMSTREAM_[A-Z_]*[A-Z](?![A-Z_*…])", path.read_text("utf-8")))
     assert named - known == set()
 
