@@ -4,17 +4,21 @@ Counters and histograms change where something happens; gauges are set for each 
 what the node has in memory, never from Redis. No label holds a user, a message, or free text.
 """
 
+import collections
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import product
+from itertools import accumulate, product
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from imstream import __version__
 from imstream.clock import now_ms, time_of
@@ -50,6 +54,7 @@ CALL_RESULTS = ("done", *get_args(FailureKind), "refused", "stopped")
 ADMISSION_RESULTS = get_args(Admission)
 OUTCOMES = ("done", "failed", "cancelled")
 TOKEN_KINDS = ("prompt", "completion", "reasoning", "cached")
+_TOKEN_FIELDS = {f"{kind}_tokens": kind for kind in TOKEN_KINDS}
 
 _CLIENT_CLOSES = (1000, 1001, 1005)
 
@@ -59,20 +64,54 @@ def reason_label(reason: str) -> str:
     return reason if reason in REASONS else OTHER
 
 
-class Counters(dict[str | tuple[str, ...], Counter]):
-    """The children of a counter, by label or labels. A look-up costs a tenth of prometheus-client's `labels`."""
+Counts = collections.Counter[str | tuple[str, ...]]
+"""The values of a counter, by label or labels."""
 
-    def __init__(self, counter: Counter, known: Iterable[object] = ()) -> None:
-        """`known`: values of its label that begin at 0."""
-        super().__init__()
-        self._counter = counter
-        for label in known:
-            _ = self[str(label)]
 
-    def __missing__(self, labels: str | tuple[str, ...]) -> Counter:
-        """Make a child when it is first used."""
-        child = self[labels] = self._counter.labels(*([labels] if isinstance(labels, str) else labels))
-        return child
+@dataclass(eq=False)
+class LabelledCounter(Collector):
+    """Shows counts. Only the event loop changes and reads them: they need no locks, unlike prometheus-client's own."""
+
+    name: str
+    documentation: str
+    labels: Sequence[str]
+    counts: Counts
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector`."""
+        family = CounterMetricFamily(self.name, self.documentation, labels=self.labels)
+        for labels, count in self.counts.items():
+            family.add_metric([labels] if isinstance(labels, str) else labels, count)
+        yield family
+
+    describe = collect
+
+
+@dataclass(eq=False)
+class Histogram(Collector):
+    """A histogram without labels, and without locks, as `LabelledCounter`. `bounds`: the upper ones of its buckets."""
+
+    name: str
+    documentation: str
+    bounds: Sequence[float]
+    labels: Sequence[str] = ()
+    sum: float = 0.0
+    counts: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector`."""
+        buckets = list(zip((*map(str, self.bounds), "+Inf"), accumulate(self.counts), strict=True))
+        yield HistogramMetricFamily(self.name, self.documentation, buckets, self.sum)
+
+    describe = collect
 
 
 @dataclass(slots=True)
@@ -109,12 +148,19 @@ class Metrics:
         ProcessCollector(registry=registry)
         counter = partial(Counter, registry=registry)
         gauge = partial(Gauge, registry=registry)
-        histogram = partial(Histogram, registry=registry, buckets=BUCKETS)
-        short = partial(Histogram, registry=registry, buckets=SHORT_BUCKETS)
 
-        self.messages = Counters(
-            counter("imstream_messages_total", "Messages whose end this node has recorded.", ["outcome"]),
-            OUTCOMES,
+        def counts(name: str, documentation: str, labels: Sequence[str], known: Iterable[object] = ()) -> Counts:
+            """Add a counter with labels. `known`: values of its label that begin at 0."""
+            made = Counts({str(label): 0 for label in known})
+            registry.register(LabelledCounter(name, documentation, labels, made))
+            return made
+
+        def histogram(name: str, documentation: str, bounds: Sequence[float] = BUCKETS) -> Histogram:
+            registry.register(made := Histogram(name, documentation, bounds))
+            return made
+
+        self.messages = counts(
+            "imstream_messages_total", "Messages whose end this node has recorded.", ["outcome"], OUTCOMES
         )
         self.queue_wait = histogram(
             "imstream_queue_wait_seconds", "Time from the admission of an answered message to its first attempt."
@@ -124,9 +170,8 @@ class Metrics:
         )
         self.answer = histogram("imstream_answer_seconds", "Time from the admission of an answered message to its end.")
 
-        self.admissions = Counters(
-            counter("imstream_admissions_total", "CHAT frames, by what became of them.", ["result"]),
-            ADMISSION_RESULTS,
+        self.admissions = counts(
+            "imstream_admissions_total", "CHAT frames, by what became of them.", ["result"], ADMISSION_RESULTS
         )
         self._unfinished = gauge(
             "imstream_requests_unfinished", "Requests in a stream that this node consumes (XLEN).", ["stream"]
@@ -137,33 +182,29 @@ class Metrics:
             "Age of the first request of a stream; 0 for an empty stream.",
             ["stream"],
         )
-        self.dead_letters = Counters(
-            counter("imstream_dead_letters_total", "Requests that this node has moved to a dead stream.", ["reason"])
+        self.dead_letters = counts(
+            "imstream_dead_letters_total", "Requests that this node has moved to a dead stream.", ["reason"]
         )
 
         self.dead_letters_dropped = counter(
             "imstream_dead_letters_dropped_total", "Dead letters that this node has dropped, beyond their bounds."
         )
 
-        self.ai_calls = Counters(
-            counter("imstream_ai_calls_total", "Calls of a backend that have ended.", ["backend", "result"])
-        )
-        self.ai_retries = Counters(
-            counter("imstream_ai_retries_total", "Failed calls that are made again.", ["backend", "reason"])
+        self.ai_calls = counts("imstream_ai_calls_total", "Calls of a backend that have ended.", ["backend", "result"])
+        self.ai_retries = counts(
+            "imstream_ai_retries_total", "Failed calls that are made again.", ["backend", "reason"]
         )
         self._breaker_open = gauge(
             "imstream_ai_breaker_open", "1 from the opening of a backend's breaker to its next success.", ["backend"]
         )
-        self.ai_tokens = Counters(
-            counter("imstream_ai_tokens_total", "Tokens that a backend has reported.", ["backend", "kind"])
-        )
-        self.continuations = Counters(
-            counter("imstream_continuations_total", "Calls that continue a broken answer.", ["backend"])
-        )
+        self.ai_tokens = counts("imstream_ai_tokens_total", "Tokens that a backend has reported.", ["backend", "kind"])
+        self.continuations = counts("imstream_continuations_total", "Calls that continue a broken answer.", ["backend"])
 
         self.sessions = gauge("imstream_sessions", "Open sockets.")
-        self._closes = Counters(
-            counter("imstream_session_closes_total", "Closed sockets, by close code.", ["code"]),
+        self._closes = counts(
+            "imstream_session_closes_total",
+            "Closed sockets, by close code.",
+            ["code"],
             (*_CLIENT_CLOSES, *map(int, CloseCode), OTHER),
         )
         self.slow_readers = counter(
@@ -171,15 +212,21 @@ class Metrics:
             "Sockets that took nothing for a second although there was something to send.",
         )
 
-        self.redis_roundtrip = short("imstream_redis_roundtrip_seconds", "Round trips of pipelines to Redis, sampled.")
-        self.redis_refusals = Counters(
-            counter("imstream_redis_refusals_total", "Commands that Redis refused because it is full.", ["lack"]),
+        self.redis_roundtrip = histogram(
+            "imstream_redis_roundtrip_seconds", "Round trips of pipelines to Redis, sampled.", SHORT_BUCKETS
+        )
+        self.redis_refusals = counts(
+            "imstream_redis_refusals_total",
+            "Commands that Redis refused because it is full.",
+            ["lack"],
             ("memory", "disk"),
         )
         self.redis_up = gauge("imstream_redis_up", "1 while Redis answers this node.")
         self.lease_held = gauge("imstream_lease_held", "1 while this node holds its lease.")
         self.adoptions = counter("imstream_adoptions_total", "Streams of dead nodes that this node has adopted.")
-        self.loop_lag = short("imstream_loop_lag_seconds", "How late a timer of the event loop was, twice a second.")
+        self.loop_lag = histogram(
+            "imstream_loop_lag_seconds", "How late a timer of the event loop was, twice a second.", SHORT_BUCKETS
+        )
         Info("imstream_build", "Versions.", registry=registry).info({
             "version": __version__,
             "python": platform.python_version(),
@@ -223,17 +270,17 @@ class Metrics:
         """Set the gauge of the breakers, by backend. Its calls begin at 0."""
         _replace(self._breaker_open, is_open)
         for labels in product(is_open, CALL_RESULTS):
-            _ = self.ai_calls[labels]
+            self.ai_calls.setdefault(labels, 0)
 
     def add_tokens(self, backend: str, usage: Mapping[str, int] | None) -> None:
         """Count the tokens of a call."""
-        for kind in TOKEN_KINDS:
-            if usage and (count := usage.get(f"{kind}_tokens")):
-                self.ai_tokens[backend, kind].inc(count)
+        for name, count in (usage or {}).items():
+            if count > 0 and name in _TOKEN_FIELDS:
+                self.ai_tokens[backend, _TOKEN_FIELDS[name]] += count
 
     def session_closed(self, code: int) -> None:
         """Count a closed socket."""
-        self._closes[str(code) if str(code) in self._closes else OTHER].inc()
+        self._closes[str(code) if str(code) in self._closes else OTHER] += 1
 
     def _age(self, state: StreamState, running: Sequence[str]) -> float:
         """Seconds since the first of the known entries was added: entries are begun in their order."""

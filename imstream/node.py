@@ -87,7 +87,7 @@ class Node:
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
         url, timeout = settings.redis_url, settings.redis_timeout
-        access = AccessLog(on_refusal=lambda lack: metrics.redis_refusals[lack].inc())
+        access = AccessLog(on_refusal=lambda lack: metrics.redis_refusals.update((lack,)))
         self._redis = redis = RedisClient(
             url,
             connections=settings.redis_connections,

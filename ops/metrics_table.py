@@ -1,11 +1,24 @@
 """Generates ops/docs/metrics.md from the registry. Run it with `.venv/bin/python -m ops.metrics_table`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
 
-from imstream.metrics import ADMISSION_RESULTS, CALL_RESULTS, OUTCOMES, REASONS, TOKEN_KINDS, Metrics
+from imstream.metrics import (
+    ADMISSION_RESULTS,
+    CALL_RESULTS,
+    OUTCOMES,
+    REASONS,
+    TOKEN_KINDS,
+    Histogram,
+    LabelledCounter,
+    Metrics,
+)
+
+SUFFIXES = {"counter": "_total", "info": "_info"}
+"""What is added to the names of families of these types."""
 
 DOCUMENT = Path(__file__).parent / "docs" / "metrics.md"
 
@@ -68,17 +81,18 @@ def _series_table() -> str:
 
 
 def _series_rows() -> Iterator[str]:
-    for metric in _wrappers(Metrics()):
-        [family] = metric.describe()
-        name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
-        labels = ", ".join(f"`{label}`" for label in metric._labelnames)  # noqa: SLF001 - it has no public name
-        yield f"| `{name}` | {family.type} | {labels} | {family.documentation} |\n"
+    for family, labels in families(Metrics()):
+        shown = ", ".join(f"`{label}`" for label in labels)
+        yield f"| `{family.name}{SUFFIXES.get(family.type, '')}` | {family.type} | {shown} | {family.documentation} |\n"
 
 
-def _wrappers(metrics: Metrics) -> Iterator[MetricWrapperBase]:
-    for collector in metrics.registry._collector_to_names:  # noqa: SLF001 - same
+def families(metrics: Metrics) -> Iterator[tuple[Metric, Sequence[str]]]:
+    """The families of a node's own series, with the names of their labels, also those without samples."""
+    for collector in metrics.registry._collector_to_names:  # noqa: SLF001 - it has no public name
         if isinstance(collector, MetricWrapperBase):
-            yield collector
+            yield next(iter(collector.describe())), collector._labelnames  # noqa: SLF001 - same
+        elif isinstance(collector, LabelledCounter | Histogram):
+            yield next(collector.describe()), collector.labels
 
 
 def _labels_table() -> str:

@@ -97,7 +97,7 @@ class FrameHandler:
                 if self._is_allowed(frame, message_id):
                     await self._dispatch(frame)
                 elif isinstance(frame, wire.ClientChat):
-                    self._deps.metrics.admissions["refused"].inc()
+                    self._deps.metrics.admissions["refused"] += 1
             except StoreFull:
                 # Dead letters are dropped before a living message is refused (I9).
                 if not is_repeated and await self._deps.dead_letters.make_room():
@@ -146,7 +146,7 @@ class FrameHandler:
                     result = "busy"
                     raise
                 finally:
-                    deps.metrics.admissions[result].inc()
+                    deps.metrics.admissions[result] += 1
                     if result in LOAD:
                         deps.busy_log.count(result, self._user_id())
             case wire.ClientCancel():

@@ -202,7 +202,7 @@ class RequestStream:
         was_there, left = await LUA["bury"].run(self._redis, (*self._keys, self._dead), arguments)
         self._state.ended(entry.entry_id, int(left))
         if was_there:  # else an earlier try was executed, and its answer lost
-            self._metrics.dead_letters[reason_label(reason)].inc()
+            self._metrics.dead_letters[reason_label(reason)] += 1
         return bool(was_there)
 
     async def trim_dead(self) -> None:

@@ -93,7 +93,7 @@ class RequestLog:
             return  # Redis has lost its record
         usage, metrics = terminal.usage or {}, self._metrics
         waited, text, total = map(account.since_admission, (account.opened_at, account.text_at, account.ended_at))
-        metrics.messages[terminal.event].inc()
+        metrics.messages[terminal.event] += 1
         if terminal.event == "done":
             times = (metrics.queue_wait, waited), (metrics.first_delta, text), (metrics.answer, total)
             for histogram, milliseconds in times:

@@ -87,7 +87,7 @@ class AttemptRunner:
         messages = await deps.prompter.messages(request, upstream.backend)
         metrics, result = deps.metrics, "stopped"
         if beginning:
-            metrics.continuations[upstream.name].inc()
+            metrics.continuations[upstream.name] += 1
         try:
             completion = await upstream.backend.answer(
                 messages,
@@ -106,7 +106,7 @@ class AttemptRunner:
             writer.forget_reasoning()
             if beginning and not writer.has_text and may_be_about_request(error):
                 self.may_continue = False
-                metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
+                metrics.ai_retries[upstream.name, reason_label(error.reason)] += 1
                 told = {"backend": upstream.name, "error": str(error)}
                 log.warning("backend refuses to continue an answer", **told, **request.ids)
                 raise CannotContinue from None
@@ -117,7 +117,7 @@ class AttemptRunner:
             await deps.guards.record_rejection(rejection.verdict, request)
             raise
         finally:
-            metrics.ai_calls[upstream.name, result].inc()
+            metrics.ai_calls[upstream.name, result] += 1
         return completion
 
     def _on_reasoning(self, request: ChatRequest, writer: ReplyWriter) -> Callable[[str], None] | None:

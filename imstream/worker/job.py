@@ -338,7 +338,7 @@ class Job:
         return decision
 
     def _count_retry(self, error: BackendError, upstream: Upstream) -> None:
-        self._deps.metrics.ai_retries[upstream.name, reason_label(error.reason)].inc()
+        self._deps.metrics.ai_retries[upstream.name, reason_label(error.reason)] += 1
 
     async def _wait(self, decision: Wait, upstream: Upstream) -> None:
         """Record that the message waits."""

@@ -72,7 +72,7 @@ def test_counters_with_known_labels_begin_at_zero() -> None:
 
 def test_two_nodes_of_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
-    one.messages["done"].inc()
+    one.messages["done"] += 1
     assert series(other)['imstream_messages_total{outcome="done"}'] == 0
 
 
@@ -125,3 +125,21 @@ async def test_a_scrape_does_not_walk_over_the_sockets() -> None:
     assert found["imstream_sessions"] == 5_000
     assert found["imstream_redis_up"] == found["imstream_lease_held"] == 0
     assert found['imstream_ai_breaker_open{backend="default"}'] == 0
+
+
+def test_a_histogram_counts_a_value_up_to_the_bounds_that_it_does_not_exceed() -> None:
+    metrics = Metrics()
+    for seconds in (0.02, 0.021, 1_000):
+        metrics.answer.observe(seconds)
+    found = series(metrics)
+    counted = [found[f'imstream_answer_seconds_bucket{{le="{bound}"}}'] for bound in ("0.005", "0.02", "0.05", "+Inf")]
+    assert counted == [0, 1, 2, 3]
+    assert (found["imstream_answer_seconds_count"], found["imstream_answer_seconds_sum"]) == (3, 1000.041)
+
+
+def test_what_has_no_known_labels_appears_with_its_first_count() -> None:
+    metrics = Metrics()
+    metrics.add_tokens("fast", {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7})
+    metrics.add_tokens("fast", None)
+    found = {name: value for name, value in series(metrics).items() if name.startswith("imstream_ai_tokens_total")}
+    assert found == {'imstream_ai_tokens_total{backend="fast",kind="prompt"}': 7}

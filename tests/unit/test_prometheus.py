@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.metrics import MetricWrapperBase
 
 from imstream.metrics import Metrics
+from ops.metrics_table import families
 from tests.support.servers import missing
 from tests.unit.test_documents import anchors
 
@@ -70,12 +70,12 @@ def promtool(*arguments: str) -> None:
 
 def node_series() -> dict[str, set[str]]:
     """The names of all series of a node's registry, with their labels."""
-    registry = Metrics().registry
-    found = {sample.name: set(sample.labels) for family in registry.collect() for sample in family.samples}
+    metrics = Metrics()
+    found = {sample.name: set(sample.labels) for family in metrics.registry.collect() for sample in family.samples}
     # Families with labels have no samples before the first event.
-    for name, collector in registry._names_to_collectors.items():  # noqa: SLF001 - it offers no other way
-        if isinstance(collector, MetricWrapperBase) and name.endswith(ENDINGS[str(collector._type)]):  # noqa: SLF001 - same
-            found[name] = {*found.get(name, ()), *collector._labelnames}  # noqa: SLF001 - same
+    for family, labels in families(metrics):
+        for ending in ENDINGS[family.type]:
+            found[family.name + ending] = {*found.get(family.name + ending, ()), *labels}
     return found
 
 
