@@ -88,7 +88,7 @@ async def test_open_sockets_on_all_nodes_see_the_answer_after_failed_and_later_d
             assert (told.text, told.events[-1]) == ("The answer", "done")
         assert [name for name in events(nodes) if name != "text"] == ["opened", "failed", "reopened", "opened", "done"]
         assert nodes["a"].dead() == []
-        assert nodes["a"].unfinished() == 0
+        await wait_until(lambda: nodes["a"].unfinished() == 0, "its requests are removed")
 
 
 @pytest.mark.long

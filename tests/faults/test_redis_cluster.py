@@ -62,7 +62,7 @@ async def asking(users: list[Chatter]) -> AsyncIterator[list[str]]:
 async def test_slots_move_while_people_chat_and_nothing_is_lost_or_answered_twice(
     demo: DemoBackend, tmp_path: Path, cluster: ClusterSet
 ) -> None:
-    async with stage(cluster, demo, tmp_path, user_limit=10) as play:
+    async with stage(cluster, demo, tmp_path, user_limit=100) as play:
         users = [await play.user(10001 + number) for number in range(5)]
         running = await play.user(10101)
         assert await running.ask("running", f"who is running? {SLOWLY}") == Event.ACCEPTED
@@ -104,7 +104,7 @@ async def test_the_master_of_some_users_dies_and_the_others_chat_on(
 ) -> None:
     here = cluster.master_of(REQUESTS)
     there = cluster.other_than(here)
-    async with stage(cluster, demo, tmp_path, user_limit=10) as play:
+    async with stage(cluster, demo, tmp_path, user_limit=100) as play:
         safe = [await play.user(user) for user, _ in zip(users_on(cluster, here), range(3), strict=False)]
         hit = await play.user(next(users_on(cluster, there)))
         assert await hit.ask("m0", f"who is running? {SLOWLY}") == Event.ACCEPTED

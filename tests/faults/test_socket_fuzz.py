@@ -58,7 +58,7 @@ class Seen:
 @asynccontextmanager
 async def fuzzed_node(redis_server: RedisServer, demo: DemoBackend, folder: Path) -> AsyncIterator[ObservedNode]:
     """A node without a limit on the rate."""
-    limits = {**QUICK, "frame_rate": 0, "user_limit": 2, "queue_limit": 1000, "max_frame": 65536}
+    limits = {**QUICK, "frame_rate": 0, "user_limit": 4, "queue_limit": 1000, "max_frame": 65536}
     node = await start_observed_node(folder, redis_url=redis_server.url, ai_url=demo.url, settings=limits)
     with node.process:
         yield node

@@ -108,7 +108,7 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
         assert "reason    spam" in shown
         assert "by        alice" in shown
         assert f"1 of {QUOTA} used" in shown
-        assert "sockets     none" in shown
+        await wait_until(lambda: _has_no_sockets(nodes), "its sockets are forgotten")
         # Accepted messages are answered, although no socket shows the answer.
         await nodes["0"].all_finished()
         assert nodes.any.recorded(USER, "running")[0] == "done"
@@ -136,6 +136,10 @@ async def test_a_lock_by_command_says_until_when_and_ends_by_itself(nodes: ManyN
 
 async def _is_free(nodes: ManyNodes) -> bool:
     return "account     free" in await command(nodes, "show", str(USER))
+
+
+async def _has_no_sockets(nodes: ManyNodes) -> bool:
+    return "sockets     none" in await command(nodes, "show", str(USER))
 
 
 async def test_the_lines_of_the_readme_for_redis_cli_do_the_same(nodes: ManyNodes) -> None:

@@ -33,6 +33,7 @@ from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_n
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.terminal import piped
 from tests.support.users import user_id
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -164,12 +165,14 @@ async def test_an_answer_can_be_cancelled_at_any_time(node: NodeProcess, redis_s
         assert await client.cancel("never-sent") is Receipt.UNKNOWN
 
 
-async def test_a_message_that_is_sent_twice_is_answered_once(node: NodeProcess) -> None:
+async def test_a_message_that_is_sent_twice_is_answered_once(node: NodeProcess, redis_server: RedisServer) -> None:
     async with Client(node.ws(), USER) as client:
         first = await client.send("[[demo length=20]] hello", message_id="m1")
         text = await first.text()
         again = await client.send("[[demo length=20]] hello", message_id="m1")
         assert await again.text() == text
+        with redis_server.client() as redis:
+            await wait_until(lambda: redis.xlen(Keys().requests("0")) == 0, "the user has no request left")
         other = await client.send("[[demo length=50]] something else", message_id="m1")
         with pytest.raises(BadMessage, match="messageId"):
             await other.text()
