@@ -73,7 +73,7 @@ def test_the_users_are_taken_as_an_aclfile_and_at_once(redis_server: RedisServer
                 set_users(client, *USER_LINES)
         with redis.Redis(port=port, decode_responses=True, **ADMIN) as client:
             wait_for(lambda: _answers(client), process, "redis")
-            assert set(client.acl_users()) == {"admin", "default", "imstream", "replica", "sentinel"}
+            assert set(client.acl_users()) == {"admin", "default", "imstream", "replica", "sentinel", "viewer"}
             with redis_server.client() as other:
                 assert _permissions(client) == _permissions(other)
         with redis.Redis(port=port) as nobody, pytest.raises(redis.AuthenticationError):
