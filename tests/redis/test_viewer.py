@@ -35,9 +35,9 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         client.zadd(keys.nodes(), {"0": 1_795_600_000_000})
         client.set(keys.lease("0"), Holder("i", "host", "machine", 1, "127.0.0.1:8080").encode())
         client.xgroup_create(keys.requests("0"), GROUP, mkstream=True)
-        client.xadd(keys.requests("0"), {**fields, "at": "1795600000000"}, "1795600000000-0")  # type: ignore[arg-type]
+        client.xadd(keys.requests("0"), {**fields, "at": "1795600000000"}, "1795600000000-0")
         client.xreadgroup(GROUP, "0", {keys.requests("0"): ">"})
-        client.xadd(keys.dead("0"), {**fields, "reason": "http_400"}, "1795600000000-0")  # type: ignore[arg-type]
+        client.xadd(keys.dead("0"), {**fields, "reason": "http_400"}, "1795600000000-0")
         client.xadd(keys.reply(10001, "m-1"), {"event": "queued"})
         client.hset(keys.account(10001), mapping={"banned": "1", "reason": "spam"})
         client.hset(keys.status("0"), "instance", "i")
