@@ -203,12 +203,13 @@ class Node:
         return None if self.lease_keeper.held else "the lease is not held"
 
     def _status(self) -> dict[str, str | int]:
-        """What `imstream nodes` shows of this node."""
+        """What `imstream nodes` shows of this node, and the address of its metrics for `imstream top`."""
         return {
             "version": _VERSION,
             "sessions": len(self.registry),
             "running": len(self.jobs),
             "not_ready": self.not_ready() or "",
+            "metrics": self._servers[-1].address if len(self._servers) > 1 or self.settings.shows_metrics_here else "",
         }
 
     def stuck(self) -> str | None:

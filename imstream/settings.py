@@ -33,7 +33,7 @@ from imstream.option_types import (
     UsageOption,
 )
 from imstream.texts import DEFAULT_LANG, Lang
-from imstream.urls import SecretUrl, redact_url, validate_redis_url
+from imstream.urls import SecretUrl, is_loopback, redact_url, validate_redis_url
 from imstream.user_ids import UserIds
 
 ENV_PREFIX = "IMSTREAM_"
@@ -420,6 +420,11 @@ class Settings(SettingsGroup):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="Format of log lines; auto is console in a terminal, JSON elsewhere."
     )
+
+    @property
+    def shows_metrics_here(self) -> bool:
+        """Whether the node serves metrics on its own address, to clients of this machine."""
+        return self.metrics is None and is_loopback(self.host)
 
     def metrics_address(self, node_port: int) -> tuple[str, int] | None:
         """Host and port of the listener of metrics; None if they have none. `node_port`: where the node listens."""

@@ -104,9 +104,9 @@ async def _selected(
 
 @click.group()
 def dead() -> None:
-    """List, show, retry and purge dead letters: requests that were given up.
+    """List, show, retry and purge requests that were given up.
 
-    Each is named by the ID in the first column, or selected by the options. Without --all, those of --node.
+    Each dead letter is named by the ID in the first column, or selected by the options. Without --all, those of --node.
     """
 
 

@@ -23,10 +23,11 @@ _ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
 @click.argument("user")
 @click.argument("message")
 def explain(user: str, message: str, *, as_json: bool, **options: str | None) -> None:
-    """Show what happened to a message, from Redis alone, while it runs and as long as its reply is kept.
+    """Show what happened to a message, from Redis alone.
 
-    Shows when it was asked, which nodes worked on it, which backend it waited for and why, its attempts and their text
-    in characters, its end and its dead letter; never a text. Also says what is not known. Ends with 1 if nothing is.
+    It works while the message runs and as long as its reply is kept. Shows when it was asked, which nodes worked on it,
+    which backend it waited for and why, its attempts and their text in characters, its end and its dead letter; never a
+    text. Also says what is not known. Ends with 1 if nothing is.
     """
     settings = Settings.load(**given(options))
     user_id = parse_user_id(user, settings.user_ids)

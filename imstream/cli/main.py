@@ -30,13 +30,22 @@ _ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
 _ELSEWHERE = {"nodes": "nodes", "explain": "explain", "dead": "dead", "user": "admin"}
 """Commands that are defined in other modules of this package."""
 
+_PURPOSES = {
+    "Run it": ("up", "node", "redis", "balancer", "demo-ai", "local-ai", "doctor"),
+    "Talk to it": ("chat", "token"),
+    "Watch it": ("top", "nodes", "streams", "backends", "explain"),
+    "Operate it": ("dead", "user"),
+    "Write a client": ("conform",),
+}
+"""The sections of the help; other commands are in one more."""
+
 
 class _InvalidSetting(click.ClickException):
     exit_code = 2  # as for click's own errors of usage
 
 
 class _Commands(click.Group):
-    """Prints imstream's own errors in one line, and lists the commands in the order of this file."""
+    """Prints imstream's own errors in one line, and lists the commands by purpose."""
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what the command returns
         try:
@@ -46,6 +55,17 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return [*self.commands, *_ELSEWHERE]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Group.format_commands`."""
+        others = [name for name in self.list_commands(ctx) if not any(name in names for names in _PURPOSES.values())]
+        width = max(map(len, self.list_commands(ctx)))
+        for purpose, names in (*_PURPOSES.items(), ("Other commands", others)):
+            commands = [(name, command) for name in names if (command := self.get_command(ctx, name))]
+            rows = [(f"{name:<{width}}", command.get_short_help_str(formatter.width)) for name, command in commands]
+            if rows:
+                with formatter.section(purpose):
+                    formatter.write_dl(rows)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if module := _ELSEWHERE.get(cmd_name):
@@ -276,7 +296,7 @@ def balancer(  # noqa: PLR0913 - one for each option
 @settings_options(Settings, only=["node", "redis_url", "key_prefix", "redis_timeout"], aliases=_ALIASES)
 @click.option("--newest", type=click.IntRange(0, 1000), default=5, show_default=True, help="Dead letters shown.")
 def streams(newest: int, **options: str | None) -> None:
-    """Show a node's stream and why its requests wait, without redis-cli.
+    """Show a node's stream, and why its requests wait.
 
     Shows the number of unfinished requests, what keeps them from being answered, those in work with their workers, and
     the newest dead letters.
@@ -291,7 +311,9 @@ def streams(newest: int, **options: str | None) -> None:
 @json_option
 @click.option("--check", is_flag=True, help="Check the configured backends from here instead, without a prompt.")
 def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
-    """Show the AI backends: state, calls in flight and last error, as each node sees them.
+    """Show the AI backends as each node sees them, or check them.
+
+    Shows their state, calls in flight and last error.
 
     With --check, it reads the configuration of this machine as a node would, asks each backend for its list of models,
     and ends with 1 if a backend is away, refuses the key or does not know the model.
@@ -309,10 +331,10 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
 @json_option
 @click.option("--call", is_flag=True, help="Also ask each backend for an answer of one token.")
 def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
-    """Check whether a node with these settings can serve from here: settings, Redis, backends, ports, open files.
+    """Check whether a node with these settings can serve from here.
 
-    Reads the settings as "imstream node" does. Ends with 0 if the node can serve, perhaps with warnings, and with 1 if
-    it cannot.
+    Checks settings, Redis, backends, ports and the limit of open files. Reads the settings as "imstream node" does.
+    Ends with 0 if the node can serve, perhaps with warnings, and with 1 if it cannot.
     """
     from imstream.cli.doctor import run
 
@@ -325,8 +347,9 @@ def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
 @click.option("--limit", type=float, default=10, show_default=True, help="Seconds for each reaction of the client.")
 @click.argument("command", nargs=-1, required=True, metavar="COMMAND...")
 def conform(only: tuple[str, ...], jobs: int, limit: float, command: tuple[str, ...]) -> None:
-    """Check a client of your own: play scenarios of the protocol to it, such as a restart or a drain.
+    """Check a client of your own.
 
+    Plays scenarios of the protocol to it, such as a restart or a drain.
     COMMAND starts the client, a program that reads steps and writes reports, each a line of JSON; the format and two
     examples are in ops/docs/clients.md. Nothing else has to run: the command itself is the server.
     """

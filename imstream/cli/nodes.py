@@ -37,7 +37,9 @@ POLL_INTERVAL = 0.2
 def nodes(
     *, as_json: bool, wait_settled: bool, timeout: timedelta, excepted: tuple[str, ...], **options: str | None
 ) -> None:
-    """Show all nodes: lease, release, sessions, unfinished requests, and who has adopted whose stream.
+    """Show all nodes, or wait until the next one may be stopped.
+
+    Shows lease, release, sessions, unfinished requests, and who has adopted whose stream.
 
     With --wait-settled, it returns when each of them runs and is ready, and no stream is adopted: then the next one may
     be stopped in a rolling restart. It ends with 3 if that takes longer than --timeout, and says what is missing.

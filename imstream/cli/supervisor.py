@@ -7,6 +7,7 @@ in order. If the supervisor is killed, the kernel kills them (see `exit_with_par
 import asyncio
 import ctypes
 import os
+import re
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, STDOUT, Process
@@ -50,6 +51,7 @@ class Part:
         start_timeout: Seconds until it must be ready; by default enough to load an append-only file of gigabytes.
         stop_timeout: Seconds from SIGTERM to SIGKILL.
         restarts: Whether it is restarted when it exits by itself after it was ready; otherwise it is essential.
+        noise: Lines of its output that are not printed.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Part:
     start_timeout: float = 30.0
     stop_timeout: float = 5.0
     restarts: bool = False
+    noise: re.Pattern[bytes] | None = None
 
 
 class _ChildFailed(Exception):  # noqa: N818 - reads as the state that it names
@@ -75,7 +78,7 @@ class _Child:
     def __init__(self, part: Part, process: Process, output: asyncio.StreamReader, width: int) -> None:
         self.part = part
         self.process = process
-        self.output = asyncio.create_task(_relay(output, f"{part.name:<{width}} | "))
+        self.output = asyncio.create_task(_relay(output, f"{part.name:<{width}} | ", part.noise))
         self.exit = asyncio.create_task(_wait_and_reap(process))
 
     async def stop(self) -> bool:
@@ -217,13 +220,14 @@ async def _wait_and_reap(process: Process) -> int:
     return code
 
 
-async def _relay(output: asyncio.StreamReader, prefix: str) -> None:
+async def _relay(output: asyncio.StreamReader, prefix: str, noise: re.Pattern[bytes] | None) -> None:
     """Print the output of a child in whole lines, so that lines of two children do not mix."""
     rest = b""
     while chunk := await output.read(_CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            _print(prefix.encode() + line)
+            if noise is None or not noise.search(line):
+                _print(prefix.encode() + line)
     if rest:
         _print(prefix.encode() + rest)
 

@@ -37,6 +37,9 @@ _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared wi
 _LOAD_LIMIT = 300.0  # seconds: a local model can have many gigabytes
 _NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
 
+_NOISE = re.compile(rb"Memory overcommit must be enabled|Reading config from stdin")
+"""Lines of the embedded Valkey that do not matter on a machine to try imstream on."""
+
 ORIGINS = "same,null"
 """Default origins of the nodes: also the page opened from disk."""
 
@@ -91,12 +94,20 @@ class UpPlan:
             return str(self.settings.ai_backends or self.settings.ai_url.get_secret_value())
         return f"http://{reachable_host(self.ai.host)}:{self.ai.port}/v1"
 
+    def omitted(self) -> Iterator[str]:
+        """The parts that do not run here, and the settings that replace them."""
+        backends = "ai_url" if self.settings.ai_backends is None else "ai_backends"
+        for part, name, runs in (("embedded Valkey", "redis_url", self.valkey), ("demo AI", backends, self.ai)):
+            if runs is None:
+                yield f"no {part}: {Settings.variable(name)} is set"
+
     def stages(self) -> tuple[list[list[Part]], list[list[Part]]]:
         """The parts in the order in which they start and stop. Clients still use the balancer while nodes drain."""
         servers = []
         if self.valkey:
             is_ready = partial(embedded_redis.answers, self.valkey.port, self.valkey.password_file)
-            servers.append([Part("redis", ["redis"], is_ready, self.environment_of(EmbeddedSettings))])
+            noise = None if "log_level" in self.valkey.model_fields_set else _NOISE
+            servers.append([Part("redis", ["redis"], is_ready, self.environment_of(EmbeddedSettings), noise=noise)])
         if self.ai:
             is_ready = partial(_answers_http, reachable_host(self.ai.host), self.ai.port, "/v1/models")
             environment = self.environment_of(type(self.ai))
@@ -263,6 +274,8 @@ def run(options: Mapping[str, str]) -> int:
     plan = make_plan(options)
     os.umask(UMASK)
     began = time.monotonic()
+    for line in plan.omitted():
+        click.echo(line)
 
     def announce() -> None:
         lines = "\n".join(f"  {line}".rstrip() for line in summary(plan))
@@ -295,6 +308,17 @@ def _address_lines(plan: UpPlan) -> Iterator[str]:
         yield f"Redis    {plan.redis_url.partition('?')[0]}   embedded Valkey, {data}"
     else:
         yield f"Redis    {redact_url(plan.redis_url)}"
+    yield from plan.omitted()
+    yield f"metrics  {_metrics(plan.settings, len(plan.nodes))}"
+
+
+def _metrics(settings: Settings, nodes: int) -> str:
+    if not settings.shows_metrics_here and settings.metrics in {None, "off"}:
+        why = "is off" if settings.metrics else f"is not set, and {Settings.variable('host')} is not loopback"
+        return f"none: {Settings.variable('metrics')} {why}"
+    host, port = settings.metrics_address(settings.port) or (settings.host, settings.port)
+    others = ", and likewise for each node" if nodes > 1 else ""
+    return f"http://{reachable_host(host)}:{port}/metrics{others}; imstream top shows them"
 
 
 def _command_lines(plan: UpPlan) -> Iterator[str]:

@@ -33,12 +33,13 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
 
     Metrics, and details of health checks, are served here only without a setting, and only to this machine.
     """
-    is_local_only = deps.settings.metrics is None and is_loopback(deps.settings.host)
     # Handshakes do not come here.
     only_sockets = Response("WebSockets only", 426, {"Connection": "Upgrade", "Upgrade": "websocket"})
     app = Starlette(
         routes=[
-            *operator_routes(deps, stuck=stuck, shows=is_from_here if is_local_only else lambda _: False),
+            *operator_routes(
+                deps, stuck=stuck, shows=is_from_here if deps.settings.shows_metrics_here else lambda _: False
+            ),
             Route("/ws", only_sockets, methods=["GET"]),
             *page_routes(deps.settings.user_ids),
         ]

@@ -20,9 +20,10 @@ class NodeOverview:
     Attributes:
         state: `running` with a lease, `stopping` if it was told to stop, `dead` without a lease.
         lease: How long its lease lasts unless it is renewed.
-        version: Its release. None: it is dead, or of a release that does not record this. The next three likewise.
+        version: Its release. None: it is dead, or of a release that does not record this. The next four likewise.
         running: Requests that it works on, of any stream.
         not_ready: Why it could not serve when it last renewed its lease; empty if it could.
+        metrics: Address of its `/metrics`; empty if it serves none.
         unfinished: Requests in its stream.
         oldest: The age of the oldest of them.
         adopter: The node that has adopted its stream.
@@ -40,6 +41,7 @@ class NodeOverview:
     sessions: int | None = None
     running: int | None = None
     not_ready: str | None = None
+    metrics: str | None = None
     unfinished: int = 0
     oldest: timedelta | None = None
     adopter: str | None = None
@@ -101,6 +103,7 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
         _count(known, "sessions"),
         _count(known, "running"),
         known.get("not_ready"),
+        known.get("metrics"),
         **stream,
     )
 

@@ -30,6 +30,8 @@ async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> Non
     with up(tmp_path, *QUICK) as imstream:
         imstream.wait_until_ready()
         output = imstream.running.output()
+        assert output.startswith("starting redis, ai, node 0 …\n")
+        assert "overcommit" not in output  # a warning of Valkey that says nothing to whom tries this
         assert f"page     http://127.0.0.1:{imstream.port}/" in output
         assert http_status(f"http://127.0.0.1:{imstream.port}/") == 200
         assert http_status(f"http://127.0.0.1:{imstream.port}/readyz") == 200

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Context
 from click.testing import CliRunner, Result
 
 import imstream.cli.chat_terminal
@@ -52,9 +53,14 @@ def test_help_draws_the_flow_and_says_what_to_start_first() -> None:
     out = run("--help").output
     assert "client --ws--> node --> its Redis Stream --> worker --http--> AI backend\n" in out
     assert 'Start with "imstream up"' in words(out)
-    commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    names = "up node chat token demo-ai local-ai redis balancer streams backends doctor conform nodes explain dead user"
-    assert commands == names.split()
+
+
+def test_help_lists_each_command_once_under_its_purpose() -> None:
+    sections = [one.splitlines() for one in run("--help").output.partition("\nRun it:\n")[2].split("\n\n")]
+    listed = [line.split()[0] for lines in sections for line in lines if line.startswith("  ")]
+    assert sorted(listed) == sorted(main.list_commands(Context(main)))
+    assert listed[:2] == ["up", "node"]
+    assert [lines[0] for lines in sections[1:]] == ["Talk to it:", "Watch it:", "Operate it:", "Write a client:"]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,36 @@ def test_without_one_installed_it_says_so_and_where_the_nodes_are() -> None:
     assert lines[2:4] == [f"node 0   ws://127.0.0.1:{first}/ws", f"node 1   ws://127.0.0.1:{first + 1}/ws"]
 
 
+def test_parts_that_a_setting_replaces_are_told_before_the_start_and_in_the_summary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert list(make_plan(ports()).omitted()) == []
+    monkeypatch.setenv("IMSTREAM_REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("IMSTREAM_AI_URL", "http://127.0.0.1:1/v1")
+    plan = make_plan(ports())
+    told = ["no embedded Valkey: IMSTREAM_REDIS_URL is set", "no demo AI: IMSTREAM_AI_URL is set"]
+    assert list(plan.omitted()) == told
+    assert set(told) <= set(summary(plan))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "http://127.0.0.1:{port}/metrics; "),
+        ({"nodes": "2"}, "http://127.0.0.1:{port}/metrics, and likewise for each node; "),
+        ({"host": "0.0.0.0", "metrics": "0.0.0.0:{other}"}, "http://127.0.0.1:{other}/metrics; "),
+        ({"metrics": "off"}, "none: IMSTREAM_METRICS is off"),
+        ({"host": "0.0.0.0"}, "none: IMSTREAM_METRICS is not set, and IMSTREAM_HOST is not loopback"),
+    ],
+)
+def test_it_says_where_the_metrics_are(settings: dict[str, str], told: str) -> None:
+    options = {**ports(), "allow_insecure": "true"}
+    known = {"port": options["port"], "other": free_port()}
+    lines = summary(make_plan(options | {name: value.format(**known) for name, value in settings.items()}))
+    [line] = [line for line in lines if line.startswith("metrics  ")]
+    assert line.startswith(f"metrics  {told.format(**known)}")
+
+
 def test_a_balancer_that_is_named_and_not_installed_is_refused() -> None:
     with pytest.raises(SettingsError, match="IMSTREAM_UP_BALANCER=haproxy is not allowed: haproxy is not installed"):
         make_plan({**ports(), "balancer": "haproxy"})
