@@ -1,6 +1,6 @@
-"""When sockets are written: at once while the node is quiet, else together in rounds, which share their cost.
+"""When sockets are written: in the next turn of the event loop, or, when writing takes much of the time, in rounds.
 
-The more a round costs, the longer the interval to the next one: a busy node sends fewer and longer deltas.
+A round shares the turn of the event loop, and the text that a reply gets meanwhile shares a frame.
 """
 
 import asyncio
@@ -8,57 +8,59 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-MIN_INTERVAL = 0.008
-"""Minimum seconds between two rounds of a busy node. With 100 paced answers, 40 deltas share a round, and a node needs
-5 to 10 % less CPU than with a turn of the event loop for each."""
+CPU_SHARE = 1 / 4
+"""Share of the time for writing sockets, above which the node counts as busy. One user who is answered without a pause
+takes a seventh."""
 
-QUIET_ROUNDS = 4
-"""Maximum rounds within that time that are held at once. The next one waits, and the node counts as busy."""
+INTERVAL = 0.008
+"""Seconds between two rounds of a busy node. A node counts as busy when writing has taken its share for that long."""
 
-MAX_INTERVAL = 0.025
-"""Maximum seconds between two rounds; no reader notices them."""
-
-CPU_SHARE = 1 / 6
-"""Share of a busy node's time for rounds, up to `MAX_INTERVAL`. The text that a reply gets meanwhile shares a frame: to
-write a frame is the most expensive step of a delta."""
+MAX_DEBT = 2 * INTERVAL
+"""Maximum seconds after a burst, or a stall of the process, for which a node counts as busy."""
 
 
 @dataclass(kw_only=True, repr=False)
 class FlushScheduler:
-    """Calls scheduled flushes in the next turn of the event loop, or when the next round is due."""
+    """Calls scheduled flushes in the next turn of the event loop, or when the next round is due.
 
-    min_interval: float = MIN_INTERVAL
-    max_interval: float = MAX_INTERVAL
-    quiet_rounds: int = QUIET_ROUNDS
+    The time that writing has taken is paid for with the time since: `cost / CPU_SHARE` for each round.
+    """
+
     clock: Callable[[], float] = time.perf_counter
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    _scheduled: list[Callable[[], None]] = field(default_factory=list)
-    _next_round: float = 0.0
-    _rounds_left: int = 0
+    _next: list[Callable[[], None]] = field(default_factory=list)
+    _later: list[Callable[[], None]] = field(default_factory=list)
+    _paid_at: float = 0.0
+    """Loop time at which the rounds so far will be paid for."""
+    _due: float = 0.0
+    """Loop time of the next round of a busy node."""
 
-    def schedule(self, flush: Callable[[], None]) -> None:
-        """Call `flush` once, in the next round. It must not raise."""
-        if not self._scheduled:
-            now = self._loop.time()
-            if now >= self._next_round:
-                self._next_round, self._rounds_left = now + self.min_interval, self.quiet_rounds
-            if self._rounds_left > 0:
-                self._rounds_left -= 1
-                self._loop.call_soon(self._run)
-            else:
-                self._loop.call_at(self._next_round, self._run_round)
-        self._scheduled.append(flush)
+    def schedule(self, flush: Callable[[], None], *, urgent: bool = False) -> None:
+        """Call `flush` once: in the next turn if it is urgent or the node is not busy, else in the next round.
 
-    def _run_round(self) -> None:
-        start = self._loop.time()
-        self._next_round = start + self.min_interval  # for flushes that are scheduled within this round
-        cost = -self.clock()
+        It must not raise.
+        """
+        if self._next:
+            self._next.append(flush)
+        elif urgent or self._loop.time() >= self._due:
+            self._next.append(flush)
+            self._loop.call_soon(self._run)
+        else:
+            if not self._later:
+                self._loop.call_at(self._due, self._run_later)
+            self._later.append(flush)
+
+    def _run_later(self) -> None:
+        self._next += self._later
+        self._later.clear()
         self._run()
-        cost += self.clock()
-        if not self._scheduled:
-            self._next_round = start + max(self.min_interval, min(cost / CPU_SHARE, self.max_interval))
 
     def _run(self) -> None:
-        scheduled, self._scheduled = self._scheduled, []
-        for flush in scheduled:
+        now, cost = self._loop.time(), -self.clock()
+        flushes, self._next = self._next, []
+        for flush in flushes:
             flush()
+        cost += self.clock()
+        self._paid_at = min(max(self._paid_at, now) + cost / CPU_SHARE, now + MAX_DEBT)
+        if self._paid_at > now + INTERVAL:
+            self._due = now + INTERVAL

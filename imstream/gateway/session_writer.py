@@ -55,6 +55,8 @@ class SessionWriter:
     """The attempts at whose end they were."""
     _held: list[ReplyBuffer] | None = None
     _scheduled: bool = False
+    _is_urgent: bool = False
+    """Whether the scheduled flush is in the next turn of the event loop."""
     _stopped: bool = False
     _closing: tuple[CloseCode, ServerFrame] | None = None
 
@@ -91,7 +93,7 @@ class SessionWriter:
     def send(self, frame: ServerFrame) -> None:
         """Queue a frame; it is sent before what is new in replies."""
         self._outbox.append(frame)
-        self._schedule()
+        self._schedule(urgent=True)
 
     async def drain(self) -> None:
         """Wait until there is room in the outbox: a peer that does not read is not read from."""
@@ -137,7 +139,7 @@ class SessionWriter:
     def close(self, code: CloseCode, last_frame: ServerFrame) -> None:
         """Close the socket with this frame when everything that is known was sent."""
         self._closing = (code, last_frame)
-        self._schedule()
+        self._schedule(urgent=True)
 
     def close_now(self) -> None:
         """Close the socket with the frame of `close`, without what is unsent."""
@@ -161,16 +163,19 @@ class SessionWriter:
 
     def _on_growth(self, reply: ReplyBuffer) -> None:
         self._grown[reply.message_id] = None
-        self._schedule()
+        if not self._is_urgent:
+            cursor = self._cursors[reply.message_id]
+            is_first = cursor.offset == 0 < reply.offset or cursor.attempt != reply.attempt
+            self._schedule(urgent=is_first or reply.terminal is not None)
 
-    def _schedule(self) -> None:
-        """Flush once in the next round, however many pieces come until then."""
-        if not self._scheduled and not self._stopped:
-            self._scheduled = True
-            self._scheduler.schedule(self._flush)
+    def _schedule(self, *, urgent: bool = False) -> None:
+        """Flush once in the next round, however many pieces come until then; if it is urgent, before that."""
+        if (urgent > self._is_urgent or not self._scheduled) and not self._stopped:
+            self._scheduled, self._is_urgent = True, urgent
+            self._scheduler.schedule(self._flush, urgent=urgent)
 
     def _flush(self) -> None:
-        self._scheduled = False
+        self._scheduled = self._is_urgent = False
         try:
             self._write_all()
         except Exception:

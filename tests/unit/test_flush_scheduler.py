@@ -1,81 +1,96 @@
-"""Sockets are flushed at once while the node is quiet, else together. In virtual time."""
+"""Sockets are flushed at once while that takes little of the time, else together. In virtual time."""
 
 import asyncio
-import itertools
 
-from imstream.gateway.flush_scheduler import FlushScheduler
+from imstream.gateway.flush_scheduler import CPU_SHARE, INTERVAL, MAX_DEBT, FlushScheduler
 from tests.support.virtual_time import in_virtual_time
+
+LITTLE, MUCH = CPU_SHARE / 2, CPU_SHARE * 2
+"""Shares of the time that rounds take if each flush has one of its own."""
 
 
 class Caller:
-    """Schedules flushes, and records when they are called."""
+    """Schedules flushes that take `cost` seconds of a clock of their own, and records when they are called."""
 
-    def __init__(self, scheduler: FlushScheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, cost: float = 0.0) -> None:
+        self.cost = cost
+        self._used = 0.0
+        self._scheduler = FlushScheduler(clock=lambda: self._used)
         self._loop = asyncio.get_running_loop()
         self.called: list[float] = []
 
-    def schedule(self) -> None:
-        """Schedule one flush."""
-        self._scheduler.schedule(lambda: self.called.append(round(self._loop.time(), 6)))
+    def schedule(self, *, urgent: bool = False) -> asyncio.Future[float]:
+        """Schedule one flush; its delay, once it is called."""
+        began, delay = self._loop.time(), self._loop.create_future()
+
+        def flush() -> None:
+            self._used += self.cost
+            self.called.append(self._loop.time())
+            delay.set_result(round(self._loop.time() - began, 6))
+
+        self._scheduler.schedule(flush, urgent=urgent)
+        return delay
 
     async def schedule_each(self, pause: float, times: int) -> list[float]:
         """Schedule `times` flushes with a pause after each; the delay of each, in order."""
-        scheduled = []
+        delays = []
         for _ in range(times):
-            scheduled.append(self._loop.time())
-            self.schedule()
+            delays.append(self.schedule())
             await asyncio.sleep(pause)
-        await asyncio.sleep(10)
-        return [round(called - at, 6) for called, at in zip(self.called, scheduled, strict=True)]
+        return await asyncio.gather(*delays)
 
 
 @in_virtual_time
-async def test_all_who_join_in_one_tick_are_called_in_the_next_in_order() -> None:
-    scheduler, called = FlushScheduler(), list[str]()
+async def test_all_that_is_scheduled_in_one_turn_is_called_in_the_next_in_order() -> None:
+    scheduler, called = FlushScheduler(clock=lambda: 0.0), list[str]()
     scheduler.schedule(lambda: called.append("a"))
-    scheduler.schedule(lambda: called.append("b"))
+    scheduler.schedule(lambda: called.append("b"), urgent=True)
     assert called == []
     await asyncio.sleep(0)
     assert called == ["a", "b"]
 
 
 @in_virtual_time
-async def test_while_little_is_said_nobody_waits() -> None:
-    caller = Caller(FlushScheduler(min_interval=1.0, quiet_rounds=4))
-    assert await caller.schedule_each(0.25, times=40) == [0] * 40
+async def test_however_many_rounds_there_are_nothing_waits_while_they_take_little_of_the_time() -> None:
+    assert await Caller(cost=0.0005 * LITTLE).schedule_each(0.0005, times=1000) == [0] * 1000
 
 
 @in_virtual_time
-async def test_when_much_is_said_all_wait_for_rounds_of_many() -> None:
-    caller = Caller(FlushScheduler(min_interval=1.0, quiet_rounds=2))
-    waits = await caller.schedule_each(0.125, times=32)
-    assert waits[:2] == [0, 0]
-    assert max(waits) <= 1
-    assert sorted(set(caller.called[2:])) == [1.0, 2.0, 3.0, 4.0]
+async def test_a_short_burst_of_work_makes_nothing_wait() -> None:
+    assert await Caller(cost=0.9 * INTERVAL * CPU_SHARE / 6).schedule_each(0, times=6) == [0] * 6
 
 
 @in_virtual_time
-async def test_rounds_that_cost_much_are_further_apart_up_to_a_limit() -> None:
-    for cost, apart in ((0.1, 1.0), (0.5, 3.0), (2.0, 8.0)):  # rounds take a sixth of the time
-        readings = itertools.count(0, cost)  # read before and after a round
-        caller = Caller(FlushScheduler(min_interval=1.0, max_interval=8.0, quiet_rounds=1, clock=readings.__next__))
-        await caller.schedule_each(0.125, times=300)
-        rounds = sorted(set(caller.called[2:]))
-        assert {round(after - before, 6) for before, after in itertools.pairwise(rounds)} == {apart}
+async def test_flushes_share_rounds_when_they_take_much_of_the_time() -> None:
+    caller = Caller(cost=0.001 * MUCH)
+    delays = await caller.schedule_each(0.001, times=400)
+    assert max(delays) <= round(INTERVAL, 6)
+    assert len(set(caller.called[-200:])) <= 200 * 0.001 / INTERVAL + 1
 
 
 @in_virtual_time
-async def test_after_a_quiet_time_nobody_waits_again() -> None:
-    caller = Caller(FlushScheduler(min_interval=1.0, quiet_rounds=1))
-    await caller.schedule_each(0.125, times=10)
-    caller.called.clear()
-    assert await caller.schedule_each(2.0, times=3) == [0, 0, 0]
+async def test_what_is_urgent_waits_for_no_round_and_takes_nothing_else_along() -> None:
+    caller = Caller(cost=0.001 * MUCH)
+    await caller.schedule_each(0.001, times=100)
+    other = caller.schedule()
+    assert await caller.schedule(urgent=True) == 0
+    assert not other.done()
+    assert 0 < await other <= INTERVAL
 
 
 @in_virtual_time
-async def test_who_joins_within_a_round_is_called_in_another() -> None:
-    scheduler, called = FlushScheduler(min_interval=1.0, quiet_rounds=1), list[str]()
+async def test_soon_after_a_long_round_nothing_waits_any_longer() -> None:
+    caller = Caller(cost=10.0)
+    assert await caller.schedule() == 0
+    caller.cost = 0.0
+    assert await caller.schedule() > 0
+    await asyncio.sleep(MAX_DEBT)
+    assert await caller.schedule_each(0, times=3) == [0] * 3
+
+
+@in_virtual_time
+async def test_what_is_scheduled_within_a_round_is_called_in_another() -> None:
+    scheduler, called = FlushScheduler(clock=lambda: 0.0), list[str]()
 
     def first() -> None:
         called.append("first")
@@ -84,5 +99,5 @@ async def test_who_joins_within_a_round_is_called_in_another() -> None:
     scheduler.schedule(first)
     await asyncio.sleep(0)
     assert called == ["first"]
-    await asyncio.sleep(1)
+    await asyncio.sleep(0)
     assert called == ["first", "again"]

@@ -62,7 +62,7 @@ class FakeSocket:
 def writer_on(socket: FakeSocket) -> SessionWriter:
     frames = FrameBuilder("en", "0")
     frames.user_id = 10001
-    return SessionWriter(cast("SocketProtocol", socket), frames, FlushScheduler(min_interval=0))
+    return SessionWriter(cast("SocketProtocol", socket), frames, FlushScheduler(clock=lambda: 0.0))
 
 
 def heartbeat() -> Any:  # noqa: ANN401 - a frame
@@ -380,3 +380,43 @@ async def test_a_socket_that_takes_nothing_is_slow_until_it_reads() -> None:
     reply.end(DONE)
     await a_tick()
     assert not writer.follows("m")
+
+
+class _Recorder(FlushScheduler):
+    """Records which flushes are urgent."""
+
+    def __init__(self) -> None:
+        super().__init__(clock=lambda: 0.0)
+        self.urgent: list[bool] = []
+
+    def schedule(self, flush: Callable[[], None], *, urgent: bool = False) -> None:
+        """See `FlushScheduler`."""
+        self.urgent.append(urgent)
+        super().schedule(flush, urgent=urgent)
+
+
+async def test_the_first_text_of_an_attempt_its_end_and_frames_are_urgent_and_other_text_is_not() -> None:
+    scheduler, socket = _Recorder(), FakeSocket()
+    frames = FrameBuilder("en", "0")
+    frames.user_id = 10001
+    writer, reply = SessionWriter(cast("SocketProtocol", socket), frames, scheduler), begun()
+    writer.follow(Cursor(reply))
+    await a_tick()
+
+    async def urgency_of(*steps: Callable[[], None]) -> list[bool]:
+        scheduler.urgent.clear()
+        for step in steps:
+            step()
+        urgent = scheduler.urgent.copy()
+        await a_tick()
+        return urgent
+
+    assert await urgency_of(lambda: reply.append("first")) == [True]
+    assert await urgency_of(lambda: reply.append("second"), lambda: reply.append("third")) == [False]
+    assert await urgency_of(lambda: reply.append("fourth"), lambda: writer.send(heartbeat())) == [False, True]
+    assert await urgency_of(lambda: writer.send(heartbeat()), lambda: reply.append("fifth")) == [True]
+    assert await urgency_of(lambda: reply.begin(2)) == [True]
+    assert await urgency_of(lambda: reply.append("again")) == [True]
+    assert await urgency_of(lambda: reply.append(" and"), lambda: reply.end(DONE)) == [False, True]
+    assert [frame.get("event") for frame in socket.frames][-4:] == ["restart", "delta", "delta", "done"]
+    assert "".join(frame["contents"] for frame in socket.frames[-3:-1]) == "again and"
