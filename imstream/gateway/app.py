@@ -22,6 +22,9 @@ from imstream.user_ids import UserIds
 
 _STATIC = resources.files("imstream.gateway") / "static"
 
+_SCRIPTS = ("imstream.js", "markdown.js", "markdown-blocks.js", "markdown-inlines.js")
+"""The modules of the page: the client, and what shows answers."""
+
 _INDIRECT = re.compile(r"forwarded|x-forwarded|x-real-ip|x-client-ip|x-original-|true-client-ip|cf-|via|origin")
 """Beginnings of headers that proxies add, and of the one that tells a page."""
 
@@ -109,14 +112,14 @@ def page_routes(user_ids: UserIds) -> list[Route]:
     """The routes of the page at `/`, of the browser client, and of the protocol for machines (AsyncAPI)."""
     page = (_STATIC / "index.html").read_text("utf-8")
     page = page.replace('data-user-ids="number"', f'data-user-ids="{user_ids}"')
-    client = (_STATIC / "imstream.js").read_text("utf-8")
+    scripts = {name: (_STATIC / name).read_text("utf-8") for name in _SCRIPTS}
     protocol = (_STATIC / "asyncapi.json").read_text("utf-8")
     any_page = {"Access-Control-Allow-Origin": "*"}
     return [
         _route("/", page, "text/html; charset=utf-8", {"Content-Security-Policy": content_policy(page)}),
         # Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only
         # what a server allows to every origin.
-        _route("/imstream.js", client, "text/javascript; charset=utf-8", any_page),
+        *(_route(f"/{name}", text, "text/javascript; charset=utf-8", any_page) for name, text in scripts.items()),
         _route("/asyncapi.json", protocol, "application/json", any_page),
     ]
 

@@ -1,0 +1,431 @@
+// The text of a block of Markdown: emphasis, code, links, breaks (CommonMark 0.31, GFM), in time linear to its length.
+//
+// The result is a list of nodes: a string, or { tag, children } with what the tag needs.
+
+const MAX_DEPTH = 16; // of elements within each other; deeper ones are left out, their text is not
+const MAX_LOCAL_PART = 64;
+const MAX_PARENTHESES = 32;
+
+const PLAIN = /[^\\`*_~[\]!<&\n]+/y;
+const TICKS = /`+/g;
+const TICKS_HERE = /`+/y;
+const ESCAPE = /\\([!-/:-@[-`{-~])/y;
+const ENTITY = /&(?:#[xX]([0-9a-fA-F]{1,6})|#([0-9]{1,7})|([A-Za-z][A-Za-z0-9]{1,31}));/y;
+const AUTOLINK = /<([A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*)>/y;
+const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?";
+const MAIL_AUTOLINK = new RegExp(`<([A-Za-z0-9.!#$%&'*+/=?^_\`{|}~-]+@${LABEL}(?:\\.${LABEL})*)>`, "y");
+const BLANKS = /[ \t]*(?:\n[ \t]*)?/y;
+const POINTED = /<([^<>\\\n]*(?:\\.[^<>\\\n]*)*)>/y;
+const TITLE = /"([^"\\]*(?:\\[^][^"\\]*)*)"|'([^'\\]*(?:\\[^][^'\\]*)*)'|\(([^()\\]*(?:\\[^][^()\\]*)*)\)/y;
+const URL_START = /https?:\/\/|www\./gi;
+const URL_START_HERE = /^(?:https?:\/\/|www\.)/i;
+const URL_OR_MAIL = /https?:\/\/|www\.|@/gi;
+const DOMAIN = /[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63}){0,9}(?![A-Za-z0-9_-])/y;
+const MAIL_DOMAIN = /@[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+/y;
+// An address goes on to the next blank, but also ends where Chinese punctuation or a mark of ours begins.
+const URL_REST = /(?::\d+)?(?:[/?#](?:[^\s<*`\u3000-\u303f\uff00-\uffef\u2018-\u201d]|\*(?!\*))*)?/y;
+const PUNCTUATION = /[\p{P}\p{S}]/u;
+// Chinese, Japanese and Korean have no blanks between words: their characters end and begin emphasis like blanks do.
+const CJK = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}\u3000-\u303f\uff00-\uffef]/u;
+
+// Those that are written by people and models; numbers work for all characters.
+const ENTITIES = new Map(
+  Object.entries({
+    amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", deg: "°",
+    hellip: "…", mdash: "—", ndash: "–", lsquo: "‘", rsquo: "’", ldquo: "“", rdquo: "”", laquo: "«", raquo: "»",
+    bull: "•", middot: "·", times: "×", divide: "÷", plusmn: "±", minus: "−", ne: "≠", le: "≤", ge: "≥", asymp: "≈",
+    infin: "∞", larr: "←", rarr: "→", uarr: "↑", darr: "↓", harr: "↔", rArr: "⇒", check: "✓", euro: "€", pound: "£",
+    yen: "¥", cent: "¢", sect: "§", para: "¶", auml: "ä", ouml: "ö", uuml: "ü", Auml: "Ä", Ouml: "Ö", Uuml: "Ü",
+    szlig: "ß", eacute: "é", egrave: "è", ensp: "\u2002", emsp: "\u2003", thinsp: "\u2009", zwj: "\u200d",
+  }),
+);
+
+/** A text with its escapes and entities resolved, as in addresses and titles. */
+export function unescapeText(text) {
+  if (!/[\\&]/.test(text)) return text;
+  return text.replace(/\\([!-/:-@[-`{-~])|&(?:#[xX]([0-9a-fA-F]{1,6})|#([0-9]{1,7})|([A-Za-z][A-Za-z0-9]{1,31}));/g,
+    (whole, escaped, hex, decimal, name) => escaped ?? resolve(whole, hex, decimal, name));
+}
+
+function resolve(whole, hex, decimal, name) {
+  if (name) return ENTITIES.get(name) ?? whole;
+  const code = hex ? parseInt(hex, 16) : parseInt(decimal, 10);
+  return code === 0 || code > 0x10ffff || (code >= 0xd800 && code <= 0xdfff) ? "\ufffd" : String.fromCodePoint(code);
+}
+
+/** The nodes of a text. `isCell`: in a table, where `<br>` is the only way to break a line. */
+export function parseInlines(text, isCell = false) {
+  return new InlineParser(text, isCell).parse();
+}
+
+class InlineParser {
+  #at = 0;
+  #tokens = []; // a string, { tag, … } of an element without children, { open: tag, … }, { close: tag }, or a run of marks
+  #brackets = []; // those that are open
+  #dead = 0; // so many of them cannot begin a link, because one was found behind them
+  #last; // the innermost run of marks that may still begin or end emphasis; each knows the one before it
+
+  constructor(text, isCell) {
+    this.text = text;
+    this.isCell = isCell;
+    this.ticks = undefined; // where runs of backticks begin, by their length
+    this.plainEnd = 0; // where the next special character is
+    this.urls = [...text.matchAll(URL_START)].map(({ index }) => index);
+    this.urls.push(Infinity);
+    this.url = 0; // the first of them that is not behind
+  }
+
+  parse() {
+    const { text } = this;
+    while (this.#at < text.length) if (!this.#special(text[this.#at])) this.#plain();
+    this.#emphasise(undefined);
+    return buildTree(this.#tokens);
+  }
+
+  #match(pattern) {
+    pattern.lastIndex = this.#at;
+    const found = pattern.exec(this.text);
+    if (found) this.#at = pattern.lastIndex;
+    return found;
+  }
+
+  #push(...tokens) {
+    this.#tokens.push(...tokens);
+    return true;
+  }
+
+  /** Parses what begins with a special character; false if it stands for itself. */
+  #special(character) {
+    switch (character) {
+      case "\n":
+        return this.#newline();
+      case "\\":
+        return this.#backslash();
+      case "`":
+        return this.#code();
+      case "*":
+      case "_":
+      case "~":
+        return this.#marks(character);
+      case "!":
+        return this.text[this.#at + 1] === "[" && this.#bracket(2);
+      case "[":
+        return this.#bracket(1);
+      case "]":
+        return this.#closeBracket();
+      case "<":
+        return this.#pointed();
+      case "&":
+        return this.#entity();
+      default:
+        return false;
+    }
+  }
+
+  /** One special character without a meaning, or all up to the next one, or an address that is not marked as a link. */
+  #plain() {
+    const start = this.#at;
+    while (this.urls[this.url] < start) this.url++;
+    if (start === this.urls[this.url] && !this.#brackets.length) {
+      const found = matchUrl(this.text, start);
+      if (found) {
+        this.#at += found.length;
+        this.#push({ open: "a", href: hrefOf(found) }, found, { close: "a" });
+        return;
+      }
+    }
+    if (this.plainEnd <= start) this.plainEnd = this.#match(PLAIN) ? this.#at : start + 1;
+    this.#at = Math.min(this.plainEnd, this.urls[this.url] === start ? this.urls[this.url + 1] : this.urls[this.url]);
+    this.#push(this.text.slice(start, this.#at));
+  }
+
+  #newline() {
+    const last = this.#tokens.length - 1;
+    const before = typeof this.#tokens[last] === "string" ? this.#tokens[last] : "";
+    let end = before.length;
+    while (before[end - 1] === " ") end--;
+    if (before) this.#tokens[last] = before.slice(0, end);
+    this.#at++;
+    return this.#push(before.length - end > 1 ? { tag: "br" } : "\n");
+  }
+
+  #backslash() {
+    if (this.text[this.#at + 1] === "\n") {
+      this.#at += 2;
+      return this.#push({ tag: "br" });
+    }
+    const found = this.#match(ESCAPE);
+    return found && this.#push(found[1]);
+  }
+
+  #entity() {
+    const found = this.#match(ENTITY);
+    return found && this.#push(resolve(...found));
+  }
+
+  #code() {
+    if (!this.ticks) {
+      this.ticks = new Map();
+      for (const { 0: run, index } of this.text.matchAll(TICKS)) {
+        if (!this.ticks.has(run.length)) this.ticks.set(run.length, []);
+        this.ticks.get(run.length).push(index);
+      }
+      for (const places of this.ticks.values()) places.reverse();
+    }
+    const start = this.#at;
+    const { length } = this.#match(TICKS_HERE)[0];
+    const places = this.ticks.get(length) ?? [];
+    while (places[places.length - 1] <= start) places.pop();
+    const end = places.pop();
+    this.#at = (end ?? start) + length;
+    if (end === undefined) return this.#push(this.text.slice(start, this.#at));
+    const code = this.text.slice(start + length, end).replace(/\n/g, " ");
+    const isPadded = code[0] === " " && code[code.length - 1] === " " && /[^ ]/.test(code);
+    return this.#push({ tag: "code", children: [isPadded ? code.slice(1, -1) : code] });
+  }
+
+  #pointed() {
+    if (this.isCell && this.#match(/<br *\/?>/iy)) return this.#push({ tag: "br" });
+    const [whole, address] = this.#match(AUTOLINK) ?? this.#match(MAIL_AUTOLINK) ?? [];
+    if (!whole) return false;
+    const href = /^[A-Za-z][A-Za-z0-9+.-]*:/.test(address) ? address : `mailto:${address}`;
+    return this.#push({ open: "a", href }, address, { close: "a" });
+  }
+
+  #marks(character) {
+    const start = this.#at;
+    while (this.text[this.#at] === character) this.#at++;
+    const [before, after] = [kindBefore(this.text, start), kindAt(this.text, this.#at)];
+    const opens = after !== "blank" && (after !== "mark" || before !== "letter");
+    const closes = before !== "blank" && (before !== "mark" || after !== "letter");
+    const count = this.#at - start;
+    const run = { character, count, length: count, endings: [], beginnings: [], place: this.#tokens.length };
+    run.opens = opens && (character !== "_" || !closes || before === "mark");
+    run.closes = closes && (character !== "_" || !opens || after === "mark");
+    if (character === "~" && count !== 2) run.opens = run.closes = false; // one is written for "about"
+    if (run.opens || run.closes) this.#last = link(this.#last, run);
+    return this.#push(run);
+  }
+
+  #bracket(length) {
+    this.#brackets.push({ token: this.#tokens.length, at: this.#at, isImage: length === 2, last: this.#last });
+    this.#push(this.text.slice(this.#at, this.#at + length));
+    this.#at += length;
+    return true;
+  }
+
+  #closeBracket() {
+    const bracket = this.#brackets.pop();
+    if (!bracket) return false;
+    const isDead = this.#brackets.length < this.#dead && !bracket.isImage;
+    this.#dead = Math.min(this.#dead, this.#brackets.length);
+    const found = !isDead && this.#destination();
+    if (!found) return false;
+    this.#tokens[bracket.token] = { open: "a", ...found, isImage: bracket.isImage };
+    this.#emphasise(bracket.last);
+    if (!bracket.isImage) this.#dead = this.#brackets.length;
+    return this.#push({ close: "a" });
+  }
+
+  /** What stands behind the text of a link: (address "title"). */
+  #destination() {
+    const start = this.#at;
+    this.#at++;
+    if (this.text[this.#at++] === "(") {
+      this.#match(BLANKS);
+      const href = this.#match(POINTED)?.[1] ?? (this.text[this.#at] === "<" ? undefined : this.#bareAddress());
+      const end = this.#at;
+      if (href !== undefined) {
+        this.#match(BLANKS);
+        const [title] = (this.#at > end && this.#match(TITLE)?.slice(1).filter((text) => text !== undefined)) || [];
+        if (title !== undefined) this.#match(BLANKS);
+        if (this.text[this.#at++] === ")") return { href: unescapeText(href), title: title && unescapeText(title) };
+      }
+    }
+    this.#at = start;
+    return undefined;
+  }
+
+  #bareAddress() {
+    const start = this.#at;
+    let depth = 0;
+    for (; this.#at < this.text.length; this.#at++) {
+      const character = this.text[this.#at];
+      if (character <= " " || character === "\x7f") break;
+      if (character === "\\" && /[!-/:-@[-`{-~]/.test(this.text[this.#at + 1] ?? "")) this.#at++;
+      else if (character === "(" && ++depth > MAX_PARENTHESES) return undefined;
+      else if (character === ")" && --depth < 0) break;
+    }
+    return depth > 0 ? undefined : this.text.slice(start, this.#at);
+  }
+
+  /** Pairs the runs of marks behind `bottom`; none of them is used again. */
+  #emphasise(bottom) {
+    const floors = new Map(); // for a kind of closing run: the place below which nothing opens it
+    let closer; // the first run behind `bottom`
+    for (let run = this.#last; run !== bottom; run = run.previous) closer = run;
+    while (closer) {
+      if (!closer.closes) {
+        closer = closer.next;
+        continue;
+      }
+      const kind = `${closer.character}${closer.opens}${closer.length % 3}`;
+      let opener = closer.previous;
+      const floor = floors.get(kind) ?? bottom?.place ?? -1;
+      while (opener && opener.place > floor && !fits(opener, closer)) opener = opener.previous;
+      if (opener && opener.place > floor) {
+        const count = Math.min(opener.count, closer.count, 2);
+        const tag = closer.character === "~" ? "del" : count === 2 ? "strong" : "em";
+        opener.beginnings.push(tag);
+        closer.endings.push(tag);
+        opener.count -= count;
+        closer.count -= count;
+        join(opener, closer);
+        if (!opener.count) join(opener.previous, opener.next);
+        if (!closer.count) {
+          join(closer.previous, closer.next);
+          closer = closer.next;
+        }
+      } else {
+        floors.set(kind, closer.previous?.place ?? -1);
+        if (!closer.opens) join(closer.previous, closer.next);
+        closer = closer.next;
+      }
+    }
+    this.#last = bottom;
+    if (bottom) bottom.next = undefined;
+  }
+}
+
+/** Appends a run of marks to those before it. */
+function link(previous, run) {
+  run.previous = previous;
+  if (previous) previous.next = run;
+  return run;
+}
+
+function join(previous, next) {
+  if (previous) previous.next = next;
+  if (next) next.previous = previous;
+}
+
+/** Whether two runs of marks can be a pair. Those that could both begin and end follow the rule of three. */
+function fits(opener, closer) {
+  if (opener.character !== closer.character || !opener.opens) return false;
+  const isOdd = (closer.opens || opener.closes) && closer.length % 3 !== 0 && (opener.length + closer.length) % 3 === 0;
+  return !isOdd || closer.character === "~";
+}
+
+/** What a run of marks sees at a place: a blank, a punctuation mark, a letter, or a character of a script without blanks. */
+function kindAt(text, place) {
+  const character = place < text.length ? String.fromCodePoint(text.codePointAt(place)) : " ";
+  if (/\s/.test(character)) return "blank";
+  if (CJK.test(character)) return "cjk";
+  return PUNCTUATION.test(character) ? "mark" : "letter";
+}
+
+function kindBefore(text, place) {
+  if (place === 0) return "blank";
+  return kindAt(text, place - (place > 1 && /[\udc00-\udfff]/.test(text[place - 1]) ? 2 : 1));
+}
+
+/** The tree that the tokens are the outline of. Links within links are left out, like all that is nested too deep. */
+function buildTree(tokens) {
+  const open = [{ children: [], isLink: false }];
+  let text = "";
+  const flush = () => {
+    const { children, isLink } = open[open.length - 1];
+    if (text) for (const node of isLink ? [text] : linked(text)) children.push(node);
+    text = "";
+  };
+  const begin = ({ open: tag, ...rest }) => {
+    flush();
+    const parent = open[open.length - 1];
+    const isLink = parent.isLink || tag === "a";
+    if (open.length > MAX_DEPTH || (parent.isLink && tag === "a")) return open.push({ ...parent, isLink });
+    const node = { tag, ...rest, children: [] };
+    parent.children.push(node);
+    return open.push({ children: node.children, isLink });
+  };
+  const end = () => {
+    flush();
+    open.pop();
+  };
+  for (const token of tokens) {
+    if (typeof token === "string") text += token;
+    else if (token.open) begin(token);
+    else if (token.close) end();
+    else if (token.tag) {
+      flush();
+      open[open.length - 1].children.push(token);
+    } else {
+      token.endings.forEach(end);
+      text += token.character.repeat(token.count);
+      for (const tag of token.beginnings.reverse()) begin({ open: tag });
+    }
+  }
+  flush();
+  return open[0].children;
+}
+
+/** A text with links for the addresses in it. */
+function linked(text) {
+  const nodes = [];
+  let done = 0;
+  const add = (start, address) => {
+    if (start > done) nodes.push(text.slice(done, start));
+    nodes.push({ tag: "a", href: hrefOf(address), children: [address] });
+    URL_OR_MAIL.lastIndex = done = start + address.length;
+  };
+  URL_OR_MAIL.lastIndex = 0;
+  for (let found; (found = URL_OR_MAIL.exec(text)); ) {
+    const isMail = found[0] === "@";
+    const address = isMail ? matchMail(text, found.index, done) : matchUrl(text, found.index);
+    if (address) add(isMail ? found.index - address.indexOf("@") : found.index, address);
+  }
+  if (done < text.length) nodes.push(text.slice(done));
+  return nodes;
+}
+
+function hrefOf(address) {
+  if (/^(?:https?|mailto):/i.test(address)) return address;
+  return `${/^www\./i.test(address) ? "http://" : "mailto:"}${address}`;
+}
+
+/** The mail address around an @; at least `from` is not part of it. */
+function matchMail(text, at, from) {
+  let start = at;
+  while (start > from && at - start < MAX_LOCAL_PART && /[A-Za-z0-9._+-]/.test(text[start - 1])) start--;
+  MAIL_DOMAIN.lastIndex = at;
+  const domain = MAIL_DOMAIN.exec(text)?.[0];
+  if (start === at || !domain || !/[A-Za-z0-9]$/.test(domain)) return undefined;
+  if (start - from >= 7 && /mailto:/i.test(text.slice(start - 7, start))) start -= 7;
+  return text.slice(start, at) + domain;
+}
+
+/** The web address that begins at a place, without the punctuation behind it. */
+function matchUrl(text, start) {
+  if (start && /[A-Za-z0-9@/.-]/.test(text[start - 1])) return undefined;
+  const [scheme] = URL_START_HERE.exec(text.slice(start, start + 8));
+  const isShort = scheme[0] === "w" || scheme[0] === "W";
+  DOMAIN.lastIndex = start + (isShort ? 0 : scheme.length);
+  const domain = DOMAIN.exec(text)?.[0] ?? "";
+  const labels = domain.split(".");
+  const last = labels.slice(-2).join("");
+  if (!domain || last.includes("_") || (isShort && labels.length < 3)) return undefined;
+  URL_REST.lastIndex = DOMAIN.lastIndex;
+  return withoutEnd(text.slice(start, DOMAIN.lastIndex) + URL_REST.exec(text)[0]);
+}
+
+/** An address without the punctuation, the entity and the closing parentheses at its end that belong to the sentence. */
+function withoutEnd(address) {
+  let end = address.length;
+  let extra = address.split(")").length - address.split("(").length; // closing parentheses that were not opened
+  for (;;) {
+    const last = address[end - 1];
+    if ("?!.,:*_~'\"".includes(last)) end--;
+    else if (last === ")" && extra-- > 0) end--;
+    else if (last === ";") end -= /&[A-Za-z0-9]+;$/.exec(address.slice(Math.max(0, end - 33), end))?.[0].length ?? 1;
+    else return address.slice(0, end);
+  }
+}
