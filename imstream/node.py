@@ -290,7 +290,7 @@ class Node:
             await asyncio.sleep(PUBLISH_INTERVAL)
             await self._backends.close_retired()
             with suppress(StoreError):  # the next round tries again
-                await states.publish({one.name: one.state for one in self._backends})
+                await states.publish(self._backends.states())
 
     async def _recheck_backends(self) -> None:
         while True:

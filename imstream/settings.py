@@ -291,7 +291,12 @@ class Settings(SettingsGroup):
 
     queue_limit: int = Field(100, ge=1, description="Maximum unfinished requests of this node; more get BUSY.")
     user_limit: int = Field(4, ge=1, description="Maximum unfinished requests of one user on this node.")
-    concurrency: int = Field(64, ge=1, description="Maximum requests that this node answers at the same time.")
+    concurrency: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum requests that this node answers at the same time; default: the sum of the backends' "
+        "`concurrency`, and 64 for those without one.",
+    )
     max_attempts: int = Field(
         4, ge=1, description="Maximum attempts at one answer; waiting for a backend does not count."
     )

@@ -1,6 +1,7 @@
 """Chooses the backend of each call: by priority, weight and free slots. Calls that find none wait, in their order."""
 
 import asyncio
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -17,6 +18,9 @@ from imstream.settings import Settings
 RECHECK = 3.0
 """Seconds after which a backend that cannot be reached is checked again: it may have been started with the node."""
 
+DEFAULT_CONCURRENCY = 64
+"""Calls at the same time to the backends without a `concurrency`."""
+
 log = structlog.get_logger()
 
 
@@ -28,6 +32,19 @@ class _Waiter:
     tokens: int
 
 
+def capacity(settings: Settings) -> int:
+    """Maximum requests that a node with these settings answers at the same time. Raises `SettingsError`."""
+    if settings.concurrency is not None:
+        return settings.concurrency
+    own = [options.concurrency for options in _read(settings)]
+    return sum(filter(None, own)) + DEFAULT_CONCURRENCY * (None in own)
+
+
+def _read(settings: Settings) -> list[BackendOptions]:
+    file = settings.ai_backends
+    return [BackendOptions.of(settings)] if file is None else read_backends(file, settings)
+
+
 class Backends:
     """The backends of a node. Each one that `take`, `wait` or `take_probe` returns is given back by `release`."""
 
@@ -37,8 +54,9 @@ class Backends:
         An async context manager, which opens and closes their connections. Raises `SettingsError`.
         """
         self._settings = settings
-        self._shared = Slots(settings.concurrency)
-        self._all = [self._make(options) for options in self._read()] if not given else []
+        self._limit = settings.concurrency or sys.maxsize
+        self._shared = Slots(settings.concurrency or DEFAULT_CONCURRENCY)
+        self._all = [self._make(options) for options in _read(settings)] if not given else []
         self._all += [self._upstream(backend, BackendOptions.of(settings)) for backend in given]
         self._retired = list[Upstream]()
         """Backends that are no longer in the file, and may have running calls."""
@@ -66,7 +84,7 @@ class Backends:
         if self._settings.ai_backends is None:
             return False
         known = list(self._all)
-        made = [self._make(options) for options in self._read()]
+        made = [self._make(options) for options in _read(self._settings)]
         listed = [next(filter(new.is_same_as, known), new) for new in made]
         if listed == known:
             return False
@@ -141,11 +159,15 @@ class Backends:
     def slots(self) -> int:
         """Maximum calls at the same time. Backends that are away count with their running calls, unless all are."""
         if len(self._all) == 1:
-            return self._all[0].slots.limit
+            return min(self._limit, self._all[0].slots.limit)
         none_works = self._none_works
         limits = {id(one.slots): one.slots.used for one in self._all}
         limits |= {id(one.slots): one.slots.limit for one in self._all if none_works or not one.gate.breaker.tripped}
-        return sum(limits.values())
+        return min(self._limit, sum(limits.values()))
+
+    def states(self) -> dict[str, dict[str, str | int | None]]:
+        """Their states, for operators, by name."""
+        return {one.name: {**one.state, "nodeSlots": self._settings.concurrency} for one in self._all}
 
     def startable(self) -> int:
         """Maximum requests that may start now. While all backends are away or just back, those that wait go first."""
@@ -208,10 +230,6 @@ class Backends:
     def _possible(self, tokens: int) -> int:
         """Not more tokens than one of them takes: after a reload, a prompt may be too long for all, which they tell."""
         return tokens and min(tokens, max(one.prompt_limit for one in self._all))
-
-    def _read(self) -> list[BackendOptions]:
-        file = self._settings.ai_backends
-        return [BackendOptions.of(self._settings)] if file is None else read_backends(file, self._settings)
 
     def _make(self, options: BackendOptions) -> Upstream:
         return self._upstream(OpenAIBackend(self._settings, options), options)

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -73,7 +73,10 @@ async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:
             denied = "denies access" if isinstance(error, StoreDenied) else "does not answer"
             findings.append(Finding("redis", "error", f"{settings.redis_url} {denied}: {error}"))
     findings += await _backends(settings, call=call)
-    return [*findings, *_ports(settings, nodes), _open_files(settings)]
+    findings += _ports(settings, nodes)
+    with suppress(SettingsError):  # the file of backends, which is reported
+        findings.append(_open_files(settings))
+    return findings
 
 
 async def _redis(redis: RedisClient, settings: Settings) -> AsyncIterator[Finding]:

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from imstream.ai.router import capacity
 from imstream.errors import SettingsError
 from imstream.gateway.registry import CLOSE_GRACE
 from imstream.gateway.websocket_protocol import ServeSocket, SocketOptions, SocketProtocol
@@ -295,8 +296,8 @@ def metrics_server(app: ASGIApp, settings: Settings, *, node_port: int) -> HttpS
 
 
 def files_needed(settings: Settings) -> int:
-    """Maximum number of files that a node has open."""
-    return settings.node_sockets + SPARE_CONNECTIONS + settings.concurrency + OTHER_FILES
+    """Maximum number of files that a node has open. Raises `SettingsError`."""
+    return settings.node_sockets + SPARE_CONNECTIONS + capacity(settings) + OTHER_FILES
 
 
 def _max_connections(settings: Settings) -> int:
@@ -304,7 +305,7 @@ def _max_connections(settings: Settings) -> int:
 
     The soft limit of open files is raised as far as necessary and allowed.
     """
-    needed, others = files_needed(settings), settings.concurrency + OTHER_FILES
+    needed, others = files_needed(settings), capacity(settings) + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return needed - others

@@ -27,10 +27,10 @@ class BackendStates:
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._key = self._keys.backends(settings.node)
-        self._written: dict[str, State] = {}
+        self._written: Mapping[str, State] = {}
         self._written_at = 0
 
-    async def publish(self, states: dict[str, State]) -> None:
+    async def publish(self, states: Mapping[str, State]) -> None:
         """Write the states if they have changed, or would expire soon. Raises `StoreError`."""
         now = now_ms()
         if states == self._written and now - self._written_at < milliseconds(TTL) / 2:

@@ -88,7 +88,9 @@ class StreamOverview:
         working = [one for one in self.backends.values() if one.get("state") != "away"] or [*self.backends.values()]
         limits: list[tuple[int, bool]] = [(one.get("slots", 0), one.get("sharesSlots", False)) for one in working]
         shared = max((limit for limit, is_shared in limits if is_shared), default=0)
-        return shared + sum(limit for limit, is_shared in limits if not is_shared)
+        total = shared + sum(limit for limit, is_shared in limits if not is_shared)
+        own: list[int | None] = [one.get("nodeSlots") for one in working]
+        return min([total, *filter(None, own)])
 
 
 @dataclass(frozen=True, slots=True)

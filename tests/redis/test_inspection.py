@@ -149,6 +149,8 @@ async def test_the_command_tells_which_backends_requests_wait_for(store: Store) 
     out = await printed(store)
     assert "backend main was away, and calls are paced" in out
     assert "slots are in use" not in out
+    await states.publish({"main": {"state": "working", "slots": 9, "sharesSlots": True, "nodeSlots": 1}})
+    assert "all 1 slots are in use" in await printed(store)  # those of the node
 
 
 async def test_many_requests_in_work_are_counted_and_the_oldest_are_listed(

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
 from imstream.ai.call_gate import CallGate
-from imstream.ai.router import Backends
+from imstream.ai.router import Backends, capacity
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.settings import Settings
@@ -38,7 +38,7 @@ def write(file: Path, **tables: dict[str, Any]) -> None:
     file.write_text("\n".join(lines))
 
 
-def listed(file: Path, *, concurrency: int = 8, **tables: dict[str, Any]) -> Backends:
+def listed(file: Path, *, concurrency: int | None = 8, **tables: dict[str, Any]) -> Backends:
     """The backends of a file, whose breakers open at the first failure."""
     write(file, **tables)
     return Backends(
@@ -274,11 +274,11 @@ async def test_a_call_that_is_cancelled_while_it_gets_its_turn_leaves_the_slot_t
 
 @in_virtual_time
 async def test_a_node_reads_as_many_requests_as_its_backends_carry(file: Path) -> None:
-    backends = listed(file, concurrency=8, a={"concurrency": 3}, b={}, c={})
+    backends = listed(file, concurrency=None, a={"concurrency": 3}, b={}, c={})
     a, b, c = backends
-    assert backends.slots() == backends.startable() == 3 + 8
+    assert backends.slots() == backends.startable() == 3 + 64
     fails(b)
-    assert backends.slots() == 3 + 8  # what b does not carry, c does: they share the limit of the node
+    assert backends.slots() == 3 + 64  # what b does not carry, c does: they share the default
     fails(c)
     assert backends.slots() == 3
     assert taken(backends) == "a"
@@ -371,3 +371,21 @@ async def test_a_call_is_not_forgotten_if_its_backend_can_be_called_a_moment_aft
     monkeypatch.setattr(CallGate, "delay", lambda _: next(readings, 0.0))
     async with asyncio.timeout(10):
         assert (await backends.wait()).name == "only"
+
+
+@in_virtual_time
+async def test_a_node_with_a_concurrency_of_its_own_reads_no_more_than_that(file: Path) -> None:
+    backends = listed(file, concurrency=8, a={"concurrency": 30}, b={"concurrency": 6})
+    assert backends.slots() == 8
+    fails(named(backends, "a"))
+    assert backends.slots() == 6
+    assert {state["nodeSlots"] for state in backends.states().values()} == {8}
+
+
+def test_the_capacity_of_a_node_is_that_of_its_backends_unless_it_is_set(file: Path) -> None:
+    write(file, a={"concurrency": 300}, b={"concurrency": 100})
+    assert capacity(Settings.load(ai_backends=file)) == 400
+    assert capacity(Settings.load(ai_backends=file, concurrency=50)) == 50
+    write(file, a={"concurrency": 300}, b={}, c={})
+    assert capacity(Settings.load(ai_backends=file)) == 300 + 64
+    assert capacity(Settings.load()) == 64
