@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO, cast
 
@@ -100,6 +101,20 @@ def configure(settings: Settings) -> None:
         logger.setLevel(max(logger.level, logging.INFO))
 
 
+def event_writer(event: str, level: str = "info") -> Callable[[dict[str, object]], None] | None:
+    """Return what logs an event, as JSON in a third of the time of a logger's method. None: it is below the level.
+
+    As JSON, its values are written as they are: numbers, and text that is printable and short.
+    """
+    if structlog.get_config()["processors"][-1] is not _render_json:
+        method = getattr(structlog.get_logger().bind(), level)  # else each line would make a logger
+        return lambda values: method(event, **values)
+    if not logging.getLogger().isEnabledFor(logging.getLevelNamesMapping()[level.upper()]):
+        return None
+    now, write = _Stamp().now, _Output().info
+    return lambda values: write(to_json({"timestamp": now(), "level": level, "event": event} | values).decode())
+
+
 def _renderer(log_format: str) -> list[Processor]:
     terminal = sys.stdout.isatty()
     safe: list[Processor] = [structlog.processors.format_exc_info, _sanitize_values]
@@ -169,13 +184,16 @@ class _Stamp:
         self._second = 0
         self._formatted = ""
 
-    def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    def now(self) -> str:
+        """The time, in UTC."""
         nanoseconds = time.time_ns()
         second = nanoseconds // 1_000_000_000
         if second != self._second:
             self._second, self._formatted = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        timestamp = f"{self._formatted}.{nanoseconds // 1000 % 1_000_000:06d}Z"
-        return {"timestamp": timestamp, "level": method, "event": event.pop("event"), **event}
+        return f"{self._formatted}.{nanoseconds // 1000 % 1_000_000:06d}Z"
+
+    def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        return {"timestamp": self.now(), "level": method, "event": event.pop("event"), **event}
 
 
 class _Limiter:

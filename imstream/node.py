@@ -78,7 +78,6 @@ class Node:
     """One node. `serve` runs it until `shut_down` is called; then it drains and returns."""
 
     def __init__(self, settings: Settings, backends: Backends, tracing: Tracing | None = None) -> None:
-        tracing = tracing or Tracing()
         self.settings = settings
         self._max_round = (settings.read_block + 2 * settings.redis_timeout).total_seconds()
         """Maximum seconds of one round of the consumer loop: a blocked read and two slow commands."""
@@ -366,15 +365,15 @@ async def keep_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
             await asyncio.sleep(_RESTART_PAUSE)
 
 
-def start_tracing(settings: Settings) -> Tracing:
+def start_tracing(settings: Settings) -> Tracing | None:
     """Return what records traces, if that is turned on."""
     if not wants_tracing(os.environ):
-        return Tracing()
+        return None
     try:
         from imstream.otel import OtelTracing  # noqa: PLC0415 - optional
     except ImportError as error:
         log.error("traces are not recorded: install imstream-server[otel]", error=str(error))  # noqa: TRY400 - no defect
-        return Tracing()
+        return None
     return OtelTracing(settings.node)
 
 
@@ -388,7 +387,8 @@ async def serve(settings: Settings) -> None:
             loop.add_signal_handler(number, node.shut_down)
         loop.add_signal_handler(signal.SIGHUP, node.reload)
         await node.serve()
-    await tracing.stop()
+    if tracing is not None:
+        await tracing.stop()
 
 
 def run(settings: Settings) -> None:

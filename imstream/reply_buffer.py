@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import SEEK_END, StringIO
+from time import monotonic
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -52,6 +53,7 @@ class ReplyBuffer:
         fence: Its number in the record.
         valid: Earlier numbers for clients, and up to which offset their text is that of this attempt.
         has_writer: A worker of this process writes it. Then the buffer is newer than any record.
+        first_text_at: When text was first added, by the monotonic clock.
         position: Position in the reply stream up to which the record was loaded. Empty: load from the beginning.
         question: The recorded question, where it is known.
         place: Its place in the queue of this node, until it begins; None: not known.
@@ -67,6 +69,7 @@ class ReplyBuffer:
     fence: int = 0
     valid: Mapping[int, int] | None = None
     offset: int = 0
+    first_text_at: float | None = None
     terminal: Terminal | None = None
     has_writer: bool = False
     position: str = ""
@@ -135,6 +138,8 @@ class ReplyBuffer:
 
     def append(self, text: str) -> None:
         """Add a piece of text and notify the subscribers."""
+        if self.first_text_at is None:
+            self.first_text_at = monotonic()
         self._starts.append(self.offset)
         self._texts.append(text)
         if len(self._texts) > MAX_PIECES:

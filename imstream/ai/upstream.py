@@ -1,6 +1,6 @@
 """One backend among others: its options, gate, slots and counters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.backend_options import BackendOptions
@@ -36,11 +36,11 @@ class Upstream:
     """Whether a check has reached it since its last failure."""
     credit: float = 0.0
     """What its weight has earned it in earlier choices, and its calls have spent."""
+    name: str = field(init=False)
+    """Its name in logs and records."""
 
-    @property
-    def name(self) -> str:
-        """Its name in logs and records."""
-        return self.backend.name
+    def __post_init__(self) -> None:
+        self.name = self.backend.name
 
     @property
     def can_continue(self) -> bool:

@@ -33,7 +33,7 @@ from imstream.store.inbox import Inbox, MessageQueued
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
-from imstream.tracing import Tracing
+from imstream.tracing import Tracing, new_traceparent
 from imstream.user_ids import UserId
 from imstream.wire import USER_ID_FIELD, ClientFrame, FrameLimits, InvalidFrame, parse_frame
 from imstream.worker.consumer import StreamConsumer
@@ -70,7 +70,7 @@ class SessionDeps:
     scheduler: FlushScheduler
     metrics: Metrics
     busy_log: BusyLog
-    tracing: Tracing
+    tracing: Tracing | None
     not_ready: Callable[[], str | None]
 
 
@@ -138,10 +138,13 @@ class FrameHandler:
                 deps, message_id = self._deps, frame.message_id
                 result: Admission = "unavailable"
                 try:
-                    with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
-                        with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
-                            result = await self._chat(frame, message_id, span.traceparent)
-                        span.note(result)
+                    with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
+                        if deps.tracing is None:
+                            result = await self._chat(frame, message_id, frame.traceparent or new_traceparent())
+                        else:
+                            with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
+                                result = await self._chat(frame, message_id, span.traceparent)
+                                span.note(result)
                 except StoreFull:
                     result = "busy"
                     raise

@@ -82,8 +82,12 @@ class Registry:
 
     def followers(self, reply: ReplyBuffer) -> tuple[int, int]:
         """How many sockets follow a reply, and how many of them do not take what is sent to them."""
-        slow = [one.writer.is_slow for one in self.sessions_of(reply.user_id) if one.writer.follows(reply.message_id)]
-        return len(slow), sum(slow)
+        count = slow = 0
+        for session in self._by_user.get(reply.user_id, ()):
+            if session.writer.follows(reply.message_id):
+                count += 1
+                slow += session.writer.is_slow
+        return count, slow
 
     def follow_queued(self, reply: ReplyBuffer) -> bool:
         """Have sockets of the user that want questions follow a message that waits; whether there are any."""

@@ -49,7 +49,7 @@ class WorkerDeps:
     leases: Leases
     lease_keeper: LeaseKeeper
     stall: StallDetector
-    tracing: Tracing
+    tracing: Tracing | None
     on_begun: Callable[[ReplyBuffer], None]
     metrics: Metrics
     request_log: RequestLog

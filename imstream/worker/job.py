@@ -11,6 +11,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random
 
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
+from imstream.clock import time_of
 from imstream.errors import BackendError, StoreError
 from imstream.guards.guard import GuardRejection
 from imstream.metrics import reason_label
@@ -29,7 +30,7 @@ from imstream.store.replies import (
     WaitRecorded,
 )
 from imstream.store.requests import Entry, RequestStream
-from imstream.tracing import CURRENT, Span
+from imstream.tracing import CURRENT, NO_SPAN, Span
 from imstream.worker.account import Account
 from imstream.worker.attempt import AttemptRunner, CannotContinue, WorkerDeps
 from imstream.worker.disposition import (
@@ -86,7 +87,7 @@ class Job:
         self._scope: asyncio.Timeout | None = None
         """The cancel scope of the attempts; None when there is nothing left to stop."""
         self._stop_reason: StopReason | None = None
-        self._span = Span()
+        self._span: Span = NO_SPAN
         """That of the attempt."""
         self._attempts = 0
         self._showed_text = False
@@ -114,7 +115,7 @@ class Job:
             disposition = await self._decide()
             if isinstance(disposition, Bury | Decline):
                 disposition = await self._record_failure(disposition)
-            if self._is_ours and not self._account.knows_beginning and disposition != Leave():
+            if self._is_ours and self._account.opened_at is None and disposition != Leave():
                 self._account.load(await self._deps.replies.beginning(self.reply.user_id, self.reply.message_id))
             was_there = False
             match disposition:
@@ -412,9 +413,13 @@ class Job:
         return opened
 
     def _begin_span(self, opened: Opened, *, is_first: bool) -> None:
-        tracing, about = self._deps.tracing, (self.request.traceparent, self.stream.key, self.request.message_id)
+        tracing, traceparent = self._deps.tracing, self.request.traceparent
+        if tracing is None:
+            CURRENT.set(Span(traceparent))
+            return
+        about = traceparent, self.stream.key, self.request.message_id
         if is_first:
-            tracing.queued(*about, waited=self._account.since_admission(opened.at) or 0)
+            tracing.queued(*about, waited=max(0, opened.at - time_of(self.entry.entry_id)))
         self._span.end()
         self._span = tracing.attempt(*about, opened.attempt)
         CURRENT.set(self._span)

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from imstream import logs
 from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize
+from imstream.metrics import Metrics
+from imstream.model import ChatRequest, Terminal
+from imstream.reply_buffer import ReplyBuffer
 from imstream.settings import Settings
+from imstream.tracing import new_traceparent
+from imstream.worker.account import Account, RequestLog
 from tests.support.waiting import wait_until
 
 FORMATS = ["json", "console"]
@@ -59,6 +64,20 @@ def test_no_value_breaks_a_line(log_format: str, capsys: pytest.CaptureFixture[s
     assert all(line.isprintable() and len(line) < 5000 for line in lines), lines
     if log_format == "json":
         assert json.loads(lines[0])["event"] == "something"
+
+
+@pytest.mark.parametrize("reason", [OBEYED * 20, "x" * 8192])
+def test_what_a_backend_calls_the_end_of_an_answer_cannot_break_its_line(
+    reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure("json")
+    reply = ReplyBuffer(10001, "m")
+    reply.end(Terminal("done", reason))
+    request = ChatRequest(10001, "m", "hello", (), "en", 1, new_traceparent())
+    RequestLog("0", Metrics(), lambda _: (0, 0)).write(Account("1-0"), request, reply, stream="0")
+    [line] = lines_of(capsys)
+    assert line.isprintable()
+    assert json.loads(line)["reason"] == sanitize(reason)
 
 
 def fail(text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 
@@ -10,6 +11,7 @@ import pytest
 import structlog
 
 from imstream import logs
+from imstream.logs import event_writer
 from imstream.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -145,3 +147,31 @@ def test_a_line_that_cannot_be_written_is_lost_and_does_no_harm(monkeypatch: pyt
 def test_what_goes_over_a_socket_is_not_printed_even_on_debug() -> None:
     configure(log_level="debug")
     assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.DEBUG)
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_the_writer_of_one_event_writes_the_line_that_a_logger_would(
+    log_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(log_format=log_format)
+    values: dict[str, object] = {"user": 10001, "reason": "stop", "continued": False, "backend": None}
+    write = event_writer("request ended")
+    assert write is not None
+    write(values)
+    structlog.get_logger().info("request ended", **values)
+    line, like = (re.sub(r"\d\d\d\d-\S*Z", "<time>", line) for line in capsys.readouterr().out.splitlines())
+    assert line == like
+    assert "<time>" in line
+
+
+def test_the_writer_of_an_event_below_the_level_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for log_format in ("json", "console"):
+        configure(log_format=log_format)
+        if (write := event_writer("request begun", "debug")) is not None:
+            write({"user": 10001})
+    assert capsys.readouterr().out == ""
+    configure(log_format="json", log_level="debug")
+    write = event_writer("request begun", "debug")
+    assert write is not None
+    write({"user": 10001})
+    assert json.loads(capsys.readouterr().out)["level"] == "debug"
