@@ -68,6 +68,10 @@ class Keys:
         """Sorted set, node → last heartbeat (ms since 1970): the nodes that were not retired."""
         return f"{self.prefix}:nodes"
 
+    def paused(self) -> str:
+        """Hash, node or `*` → JSON: which nodes an operator has paused, and why."""
+        return f"{self.prefix}:paused"
+
     def route(self, user_id: UserId) -> str:
         """Set, expires: nodes that hold a socket of a user."""
         return f"{self.prefix}:{{user:{user_id}}}:route"

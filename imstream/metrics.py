@@ -176,6 +176,9 @@ class Metrics:
         self._unfinished = gauge(
             "imstream_requests_unfinished", "Requests in a stream that this node consumes (XLEN).", ["stream"]
         )
+        self._paused = gauge(
+            "imstream_paused", "1 while an operator has paused a stream that this node consumes.", ["stream"]
+        )
         self._running = gauge("imstream_requests_running", "Requests that this node works on, by stream.", ["stream"])
         self._oldest_age = gauge(
             "imstream_oldest_request_age_seconds",
@@ -265,6 +268,10 @@ class Metrics:
         _replace(self._running, {node: len(running.get(node, ())) for node in {*self._streams, *running}})
         ages = {node: self._age(state, running.get(node, ())) for node, state in known.items()}
         _replace(self._oldest_age, ages)
+
+    def set_paused(self, is_paused: Mapping[str, bool]) -> None:
+        """Set the gauge of pauses, by stream."""
+        _replace(self._paused, is_paused)
 
     def set_breakers(self, is_open: Mapping[str, bool]) -> None:
         """Set the gauge of the breakers, by backend. Its calls begin at 0."""

@@ -41,6 +41,7 @@ from imstream.store.backend_states import BackendStates
 from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.inbox import Inbox, NodeLeft, Routes
 from imstream.store.leases import Leases
+from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.texts import Text
@@ -53,6 +54,7 @@ from imstream.worker.consumer import StreamConsumer
 from imstream.worker.disposition import Limits
 from imstream.worker.jobs import Jobs
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
+from imstream.worker.pausing import PauseFollower
 
 log = structlog.get_logger()
 
@@ -102,6 +104,7 @@ class Node:
         self._leases = leases = Leases(redis, settings, metrics)
         leases.status = self._status
         self._inbox = inbox = Inbox(redis, inbox_reader, settings)
+        self._pauses = pauses = Pauses(redis, settings)
         replies = ReplyStore(redis, settings)
         self.buffers = buffers = ReplyBuffers()
         self.registry = registry = Registry(settings, metrics)
@@ -120,6 +123,7 @@ class Node:
             prompter=Prompter(settings, assembler),
             backends=backends,
             leases=leases,
+            pauses=pauses,
             lease_keeper=lease_keeper,
             stall=StallDetector(
                 min(settings.redis_timeout, settings.lease).total_seconds(), on_tick=metrics.loop_lag.observe
@@ -162,6 +166,7 @@ class Node:
             replies=replies,
             buffers=buffers,
             inbox=inbox,
+            pauses=pauses,
             consumer=self.consumer,
             jobs=jobs,
             registry=registry,
@@ -191,6 +196,7 @@ class Node:
             "backend-checks": self._recheck_backends,
             "announce": self._announce,
             "reload": self._reload_on_request,
+            "pauses": PauseFollower(pauses, jobs, lease_keeper, settings).run,
         }
 
     def not_ready(self) -> str | None:
@@ -209,6 +215,7 @@ class Node:
             "running": len(self.jobs),
             "not_ready": self.not_ready() or "",
             "metrics": self._servers[-1].address if len(self._servers) > 1 or self.settings.shows_metrics_here else "",
+            "paused": "" if (pause := self._pauses.own) is None else pause.about,
         }
 
     def stuck(self) -> str | None:
@@ -224,6 +231,8 @@ class Node:
         for job in self.jobs:
             running[job.stream.node].append(job.entry.entry_id)
         metrics.set_streams(running)
+        streams = (self.settings.node, *self.adopter.adopted)
+        metrics.set_paused({stream: self._pauses.of(stream) is not None for stream in streams})
         metrics.set_breakers({one.name: one.gate.breaker.tripped for one in self._backends})
         metrics.sessions.set(len(self.registry))
         metrics.redis_up.set(self.lease_keeper.reaches_redis)  # the consumer may hang, or be stopped

@@ -28,19 +28,20 @@ MAX_PIECES = 1024
 class Place(NamedTuple):
     """The place of a message in the queue of this node, as of the loop time `at`.
 
-    `wait`: estimated seconds from then until the answer begins; None without an estimate.
+    `wait`: estimated seconds from then until the answer begins; None without an estimate. `reason`: why nothing begins.
     """
 
     position: int
     wait: float | None
     at: float
+    reason: str | None = None
 
     def is_news_after(self, told: "Place") -> bool:
         """Whether to report this place after another: it has changed, or the estimate by a second and a fifth."""
         if self.at - told.at < STATUS_INTERVAL:
             return False
-        if self.position != told.position or self.wait is None or told.wait is None:
-            return (self.position, self.wait is None) != (told.position, told.wait is None)
+        if (self.position, self.reason) != (told.position, told.reason) or self.wait is None or told.wait is None:
+            return (self.position, self.wait is None, self.reason) != (told.position, told.wait is None, told.reason)
         return abs(self.at + self.wait - told.at - told.wait) > max(1.0, self.wait / 5)
 
 

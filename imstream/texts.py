@@ -55,6 +55,7 @@ class Text(Sentence, Enum):
     OTHER_USER = ("不能以其他用户的身份操作", "This socket belongs to another user")
     BAD_FRAME = ("消息格式有误: {problem}", "The message is not valid: {problem}")
     UNAVAILABLE = ("服务暂时不可用,请稍后再重试!", "The service is not available right now, please try again later!")
+    PAUSED = ("服务正在维护,请稍后再发送!", "The service is being maintained, please send it again later!")
     DRAINING = ("服务节点即将重启,请重新连接", "This node is about to restart, please reconnect")
     TOO_SLOW = ("连接读取过慢,已断开", "This connection reads too slowly and was closed")
     NO_HEARTBEAT = ("长时间没有收到心跳,连接已断开", "No heartbeat for a long time, the connection was closed")

@@ -376,7 +376,9 @@ class Status(ServerFrame):
     )
     position: Position | None = None
     eta_ms: EtaMs | None = None
-    reason: Annotated[str, Field(description="why it waits: a word for programs, such as `http_503`")] | None = None
+    reason: (
+        Annotated[str, Field(description="why it waits: a word for programs, such as `http_503`, or `paused`")] | None
+    ) = None
     retry_after_ms: RetryAfterMs | None = None
 
 

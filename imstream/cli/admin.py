@@ -90,6 +90,8 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
 
 def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:
     """What keeps requests from being delivered, as far as Redis knows."""
+    if overview.pause is not None:
+        yield f"an operator has paused the node: {overview.pause}"
     if overview.holder is None:
         adopted = (
             f"node {overview.adopter} has adopted its stream" if overview.adopter else "no node has adopted its stream"
@@ -125,8 +127,8 @@ def _user_command(*settings: str) -> Callable[[Callable[..., Awaitable[None]]], 
     return decorate
 
 
-_reason = click.option("--reason", default="", help="Reason, for operators only.")
-_by = click.option("--by", default=lambda: os.environ.get("USER", "imstream user"), help="Operator; default $USER.")
+reason_option = click.option("--reason", default="", help="Reason, for operators only.")
+by_option = click.option("--by", default=lambda: os.environ.get("USER", "imstream"), help="Operator; default $USER.")
 
 
 @click.group()
@@ -185,8 +187,8 @@ def _quota(overview: UserOverview, settings: Settings) -> str:
     metavar="TIME",
     help="Duration, such as 90s or 7d; default IMSTREAM_LOCK_TIME.",
 )
-@_reason
-@_by
+@reason_option
+@by_option
 @_user_command(*REDIS_SETTINGS, "quota_timezone")
 async def lock(  # noqa: PLR0913 - one for each option
     redis: RedisClient, settings: Settings, user_id: UserId, *, span: timedelta | None, reason: str, by: str
@@ -207,8 +209,8 @@ async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> Non
 
 
 @user.command()
-@_reason
-@_by
+@reason_option
+@by_option
 @_user_command(*REDIS_SETTINGS)
 async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: str, by: str) -> None:
     """Ban a user."""

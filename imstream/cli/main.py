@@ -27,14 +27,21 @@ from imstream.texts import Lang, choose_lang
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
-_ELSEWHERE = {"nodes": "nodes", "explain": "explain", "dead": "dead", "user": "admin"}
+_ELSEWHERE = {
+    "nodes": "nodes",
+    "pause": "control",
+    "resume": "control",
+    "explain": "explain",
+    "dead": "dead",
+    "user": "admin",
+}
 """Commands that are defined in other modules of this package."""
 
 _PURPOSES = {
     "Run it": ("up", "node", "redis", "balancer", "demo-ai", "local-ai", "doctor"),
     "Talk to it": ("chat", "token"),
     "Watch it": ("top", "nodes", "streams", "backends", "explain"),
-    "Operate it": ("dead", "user"),
+    "Operate it": ("pause", "resume", "dead", "user"),
     "Write a client": ("conform",),
 }
 """The sections of the help; other commands are in one more."""

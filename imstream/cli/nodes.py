@@ -88,7 +88,9 @@ def _lines(found: Sequence[NodeOverview], settings: Settings) -> Iterator[str]:
 
 
 def _row(one: NodeOverview) -> tuple[object, ...]:
-    state = "not ready" if one.state == "running" and one.not_ready else one.state
+    state: str = one.state
+    if state == "running":
+        state = "not ready" if one.not_ready else "paused" if one.paused else state
     work = (one.version, one.sessions, one.running, one.unfinished, age(one.oldest), one.adopter)
     return (one.node, state, age(one.lease), *work, one.address)
 
@@ -102,6 +104,8 @@ def _warnings(found: Sequence[NodeOverview]) -> Iterator[str]:
             yield f"node {one.node} is dead, and nobody has adopted its {one.unfinished} requests yet"
         if one.state == "running" and one.not_ready:
             yield f"node {one.node} is not ready: {one.not_ready}"
+        if one.paused:
+            yield f"node {one.node} is paused: {one.paused}"
         for helper, count in (one.helpers or {}).items():
             yield f"node {helper} works on {count} requests of node {one.node}"
     if len(versions) > 1:

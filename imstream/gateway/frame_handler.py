@@ -30,6 +30,7 @@ from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.inbox import Inbox, MessageQueued
+from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
@@ -62,6 +63,7 @@ class SessionDeps:
     replies: ReplyStore
     buffers: ReplyBuffers
     inbox: Inbox
+    pauses: Pauses
     consumer: StreamConsumer
     jobs: Jobs
     registry: Registry
@@ -237,6 +239,9 @@ class FrameHandler:
         if deps.consumer.stopping:
             self._send_error(Code.UNAVAILABLE, Text.DRAINING, message_id, retry=True)
             return "unavailable"
+        if (pause := deps.pauses.own) and pause.refuses:
+            self._send_error(Code.BUSY, Text.PAUSED, message_id, retry=True)
+            return "busy"
         verdict = await deps.guards.check_chat(request, peer=self._session.peer)
         if isinstance(verdict, Reject):
             self._reject(verdict, message_id)
@@ -272,7 +277,7 @@ class FrameHandler:
         """Wait until there is a record of the message, ours or that of an earlier one with its id."""
         deps = self._deps
         # A free worker opens the reply at once, which needs no other record.
-        is_free = admission.position <= deps.jobs.free_slots
+        is_free = deps.jobs.line.reason is None and admission.position <= deps.jobs.free_slots
         if reply.has_writer or (is_free and await reply.wait_until_recorded(OPEN_WAIT)):
             return
         # Without a record, a resume or cancel on another node would not find the message before its turn. It is

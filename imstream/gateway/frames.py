@@ -147,7 +147,7 @@ class FrameBuilder:
                     state=state,
                     position=None if place is None else place.position,
                     eta_ms=None if place is None or place.wait is None else ceil(place.wait * 1000),
-                    reason=None if waiting is None else waiting.reason,
+                    reason=waiting.reason if waiting else place and place.reason,
                     retry_after_ms=(None if waiting is None else waiting.retry_after) or None,
                 ).encode()
 

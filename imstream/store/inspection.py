@@ -17,6 +17,7 @@ from imstream.redis.connection import Argument
 from imstream.redis.errors import error_from_reply
 from imstream.store.backend_states import decode_states
 from imstream.store.leases import Holder
+from imstream.store.pauses import ALL, Pause
 from imstream.store.replies import waiting_of
 from imstream.store.scripts import LUA
 from imstream.user_ids import UserId
@@ -62,6 +63,7 @@ class StreamOverview:
         next: The next request to be delivered.
         holder: The process that runs the node; None: none does.
         adopter: The node that has adopted the stream.
+        pause: Why its requests wait for an operator.
         dead_nodes: Consumers without a lease.
         backends: The backends of the node that reads the stream, as it sees them, by name.
     """
@@ -74,6 +76,7 @@ class StreamOverview:
     newest_dead: list[DeadLetter]
     holder: Holder | None = None
     adopter: str | None = None
+    pause: str | None = None
     dead_nodes: tuple[str, ...] = ()
     backends: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -141,12 +144,13 @@ async def is_node(redis: RedisClient, keys: Keys, node: str) -> bool:
 async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: int) -> StreamOverview:
     """Inspect the stream of a node and its `newest` dead letters. `StoreRefused` names a key written by hand."""
     stream, dead = keys.requests(node), keys.dead(node)
-    length, dead_length, letters, lease, adopter, (in_progress, oldest, following) = await asyncio.gather(
+    length, dead_length, letters, lease, adopter, pauses, (in_progress, oldest, following) = await asyncio.gather(
         _read(redis, "XLEN", stream),
         _read(redis, "XLEN", dead),
         _read(redis, "XREVRANGE", dead, "+", "-", "COUNT", newest),
         _read(redis, "GET", keys.lease(node)),
         _read(redis, "GET", keys.adopter(node)),
+        _read(redis, "HMGET", keys.paused(), ALL, node),
         _unfinished(redis, keys, stream),
     )
     reader = node if lease is not None else adopter or node
@@ -163,6 +167,7 @@ async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: i
         newest_dead=[_dead_letter(entry_id, flat) for entry_id, flat in letters or ()],
         holder=None if lease is None else Holder.decode(lease),
         adopter=adopter,
+        pause=next((Pause.decode(text).about for text in pauses if text is not None), None),
         dead_nodes=tuple(consumer for consumer, exists in zip(in_progress, leases, strict=True) if not exists),
         backends=decode_states(states),
     )

@@ -20,10 +20,11 @@ class NodeOverview:
     Attributes:
         state: `running` with a lease, `stopping` if it was told to stop, `dead` without a lease.
         lease: How long its lease lasts unless it is renewed.
-        version: Its release. None: it is dead, or of a release that does not record this. The next four likewise.
+        version: Its release. None: it is dead, or of a release that does not record this. The next five likewise.
         running: Requests that it works on, of any stream.
         not_ready: Why it could not serve when it last renewed its lease; empty if it could.
         metrics: Address of its `/metrics`; empty if it serves none.
+        paused: Why an operator has paused it; None if none has, or if its release knows no pauses.
         unfinished: Requests in its stream.
         oldest: The age of the oldest of them.
         adopter: The node that has adopted its stream.
@@ -42,6 +43,7 @@ class NodeOverview:
     running: int | None = None
     not_ready: str | None = None
     metrics: str | None = None
+    paused: str | None = None
     unfinished: int = 0
     oldest: timedelta | None = None
     adopter: str | None = None
@@ -104,6 +106,7 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
         _count(known, "running"),
         known.get("not_ready"),
         known.get("metrics"),
+        known.get("paused") or None,
         **stream,
     )
 

@@ -75,7 +75,8 @@ class Adopter:
         leases = await self._deps.leases.time_left(last_seen)
         for node, since in last_seen.items():
             try:
-                if self._deps.lease_keeper.can_declare_dead and leases[node] is None and node not in self._consumers:
+                can_adopt = self._deps.lease_keeper.can_declare_dead and not self._deps.pauses.own
+                if can_adopt and leases[node] is None and node not in self._consumers:
                     await self._adopt_or_retire(group, node, since)
                 if self._deps.lease_keeper.held and node not in self._consumers and node not in self._searched:
                     await self._resume(group, node)
@@ -130,7 +131,8 @@ class Adopter:
             while not (await asyncio.wait([consuming], timeout=self._interval))[0]:
                 with suppress(StoreError):  # unknown: reading on is safe, each entry is delivered once
                     verdict = await self._deps.leases.adopt(node)
-                    if isinstance(verdict, NotAdopted) or verdict.unfinished <= len(consumer.newer):
+                    is_over = isinstance(verdict, NotAdopted) or verdict.unfinished <= len(consumer.newer)
+                    if is_over or self._deps.pauses.own:  # another node may work on the rest
                         consumer.finish_pending()
                     else:  # also when the node was back and has died again
                         consumer.resume()

@@ -21,6 +21,7 @@ from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
+from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.tracing import Tracing
 from imstream.worker.account import RequestLog
@@ -47,6 +48,7 @@ class WorkerDeps:
     prompter: Prompter
     backends: Backends
     leases: Leases
+    pauses: Pauses
     lease_keeper: LeaseKeeper
     stall: StallDetector
     tracing: Tracing | None

@@ -125,7 +125,7 @@ class StreamConsumer:
 
     def _startable(self) -> int:
         """Maximum requests that may start now: while backends are away or just back, those that wait go first."""
-        return self._deps.backends.startable()
+        return 0 if self._deps.pauses.of(self._requests.node) else self._deps.backends.startable()
 
     def sweep_soon(self) -> None:
         """Look for pending entries without a job in the next round: a node may have left some here."""

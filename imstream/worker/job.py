@@ -53,8 +53,10 @@ from imstream.worker.reply_writer import ReplyWriter
 log: FilteringBoundLogger = structlog.get_logger()
 
 
-StopReason = Literal["cancelled", "drained", "superseded"]
+StopReason = Literal["cancelled", "drained", "paused", "superseded"]
 """Why a job stops before its answer is complete. Superseded: the reply stream rejects further text of the attempt."""
+
+_HANDED_BACK = ("drained", "paused")
 
 
 _Opening = Opened | Ended | Duplicate | OtherQuestion
@@ -131,7 +133,7 @@ class Job:
                     was_there = await self.stream.finish(self.entry)
             if was_there and self._is_ours:  # it is removed once, and so counted once
                 self._deps.request_log.write(self._account, self.request, self.reply, stream=self.stream.node)
-            self.is_finished = not (disposition == Leave() and self._stop_reason == "drained")
+            self.is_finished = not (disposition == Leave() and self._stop_reason in _HANDED_BACK)
         finally:
             self._release_upstream()
             if self._writer is not None:
@@ -218,6 +220,8 @@ class Job:
         """Repeat a failed call. The first one is made without tenacity, which takes 40 µs of CPU per call."""
         async for attempt in retrying(self._deps.settings, self._deps.backends):
             if attempt.retry_state.attempt_number > 1:
+                if self._deps.pauses.of(self.stream.node):
+                    self.stop("paused")  # it takes effect below
                 # If the lease has run out meanwhile, another node may be working on the request (I7).
                 if await retry_until_available(lambda: self.stream.is_taken_over(self.entry)):
                     self.log.warning("request was taken over by another node", attempt=self.reply.fence)

@@ -100,6 +100,12 @@ class LeaseKeeper:
         if not self._released and self._expires_at > float("-inf"):
             await self._hold()
 
+    async def publish(self) -> None:
+        """Renew the lease now, because the status of the node has changed. Redis may be away."""
+        if self.held:
+            with suppress(StoreError):
+                await self._hold()
+
     async def release(self) -> None:
         """Give up the lease, when no requests are read any longer: others may adopt the rest at once."""
         self._released = True

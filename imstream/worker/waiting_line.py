@@ -84,6 +84,8 @@ class WaitingLine:
         """`slots`: of the node, now; `limit`: maximum messages that wait."""
         self.is_paused: Callable[[], bool] = lambda: False
         """Whether no estimate can be made, because the backend is away or the node drains."""
+        self.reason: str | None = None
+        """Why the line does not move, as clients are told: a word for programs."""
         self._slots = slots
         self._limit = limit
         self._times = ServiceTimes()
@@ -151,11 +153,11 @@ class WaitingLine:
 
     def _place(self, reply: ReplyBuffer, position: int, now: float) -> None:
         """Set the place of a reply, with an estimate if somebody wants to know it."""
-        reply.move_to(Place(position, self._wait(position, now) if reply.is_watched else None, now))
+        reply.move_to(Place(position, self._wait(position, now) if reply.is_watched else None, now, self.reason))
 
     def _wait(self, position: int, now: float) -> float | None:
         """Estimate the seconds until the request at this position gets a slot. An estimate is used for a while."""
-        if self.is_paused():
+        if self.reason is not None or self.is_paused():
             return None
         if now - self._starts_at >= UPDATE_INTERVAL or len(self._starts) < position:
             running = [now - began for began in self._running.values()]

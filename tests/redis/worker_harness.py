@@ -28,6 +28,7 @@ from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
 from imstream.store.inbox import Inbox
 from imstream.store.leases import Leases
+from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from imstream.worker.account import RequestLog
@@ -37,6 +38,7 @@ from imstream.worker.consumer import StreamConsumer
 from imstream.worker.disposition import Limits
 from imstream.worker.jobs import Jobs
 from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
+from imstream.worker.pausing import PauseFollower
 from tests.redis.conftest import chat_request
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
@@ -168,6 +170,7 @@ class WorkerHarness:
     jobs: Jobs
     adopter: Adopter
     lease_keeper: LeaseKeeper
+    pauses: Pauses
     begun: list[str]
     upstream: Upstream
     metrics: Metrics
@@ -183,6 +186,7 @@ class WorkerHarness:
             around = [
                 group.create_task(self.lease_keeper.run("here")),
                 group.create_task(self.jobs.flush_periodically()),
+                group.create_task(PauseFollower(self.pauses, self.jobs, self.lease_keeper, self.settings).run()),
             ]
             adopting = group.create_task(self.adopter.run())
             await self.consumer.run()
@@ -325,6 +329,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         prompter=Prompter(known, PromptAssembler(known)),
         backends=backends,
         leases=leases,
+        pauses=Pauses(redis_client, known),
         lease_keeper=LeaseKeeper(leases, known),
         stall=StallDetector(known.lease.total_seconds()),
         tracing=None,
@@ -347,6 +352,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         jobs=jobs,
         adopter=Adopter(deps, make_consumer),
         lease_keeper=deps.lease_keeper,
+        pauses=deps.pauses,
         upstream=next(iter(backends)),
         begun=begun,
         metrics=metrics,

@@ -11,10 +11,13 @@ from tests.support.redis_sets import Topology
 from tests.support.servers import OPS
 
 
-def redis_cli(heading: str, on: Topology, names: Mapping[str, str]) -> dict[str, Any]:
+def redis_cli(
+    heading: str, on: Topology, names: Mapping[str, str], *, since: str = "", until: str | None = None
+) -> dict[str, Any]:
     """Run the commands of the block without a language in a section; their replies by command.
 
-    `names` replaces parts of the examples, such as the user id.
+    `names` replaces parts of the examples, such as the user id. `since` and `until`: only from the first command that
+    begins so, and before it.
     """
     text = (OPS / "docs" / "operating.md").read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -22,7 +25,10 @@ def redis_cli(heading: str, on: Topology, names: Mapping[str, str]) -> dict[str,
     replies: dict[str, Any] = {}
     with redis.Redis.from_url(on.url, decode_responses=True, protocol=2) as client:
         client.response_callbacks.clear()  # replies as Redis sends them
-        for line in block.splitlines():
+        lines = block.splitlines()
+        begin = next(number for number, line in enumerate(lines) if line.startswith(since))
+        end = next((number for number, line in enumerate(lines) if until and line.startswith(until)), None)
+        for line in lines[begin:end]:
             command = line
             for example, name in names.items():
                 command = command.replace(example, name)

@@ -1,0 +1,151 @@
+"""Commands of operators to nodes: `imstream pause` and `imstream resume`."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import click
+
+from imstream.cli.admin import REDIS_SETTINGS, by_option, reason_option, with_redis
+from imstream.cli.options import Command, TimeSpan, given, settings_options
+from imstream.cli.output import json_option, show
+from imstream.keys import Keys
+from imstream.redis.client import RedisClient
+from imstream.settings import Settings
+from imstream.store.leases import is_node_id
+from imstream.store.nodes import NodeOverview, inspect_nodes
+from imstream.store.pauses import ALL, Pauses
+
+NOT_CONFIRMED = 3
+"""Exit code when a node has not done it in time."""
+
+_CONFIRM = timedelta(seconds=10)
+"""How long a node has to confirm. It looks once a second."""
+
+_POLL_INTERVAL = 0.1
+
+
+def _of_nodes(command: Command) -> Command:
+    """Add the options that say which nodes are meant."""
+    for option in (
+        click.option("--node", "names", multiple=True, metavar="NODE", help="This node; can be repeated."),
+        click.option("--all", "every", is_flag=True, help="All nodes, also those that start later."),
+        json_option,
+    ):
+        command = option(command)
+    return settings_options(Settings, only=REDIS_SETTINGS, aliases={"redis_url": "--redis"})(command)
+
+
+def _targets(names: Sequence[str], *, every: bool) -> list[str]:
+    if every == bool(names):
+        raise click.UsageError("either --all, or at least one --node")
+    if wrong := [name for name in names if not is_node_id(name)]:
+        raise click.UsageError(f"{wrong[0]!r} is not a node id")
+    return [ALL] if every else [*names]
+
+
+async def _until(
+    redis: RedisClient,
+    settings: Settings,
+    targets: Sequence[str],
+    limit: timedelta,
+    lack: Callable[[NodeOverview], str | None],
+) -> tuple[list[NodeOverview], list[str]]:
+    """Wait until the living ones among the targets lack nothing. Returns the targets, and what they still lack."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit.total_seconds()
+    while True:
+        found = await inspect_nodes(redis, Keys(settings.key_prefix))
+        meant = [one for one in found if ALL in targets or one.node in targets]
+        missing = [f"node {one.node}: {why}" for one in meant if one.state != "dead" and (why := lack(one)) is not None]
+        if not missing or loop.time() >= deadline:
+            return meant, missing
+        await asyncio.sleep(_POLL_INTERVAL)
+
+
+def _report(found: tuple[list[NodeOverview], list[str]], targets: Sequence[str], verb: str, *, as_json: bool) -> None:
+    nodes, missing = found
+    lines = [*_lines(nodes, targets, verb)]
+    show({"nodes": nodes, "missing": missing}, lines, as_json=as_json)
+    for lack in missing:
+        click.echo(f"not confirmed: {lack}", err=True)
+    if missing:
+        sys.exit(NOT_CONFIRMED)
+
+
+def _lines(nodes: Sequence[NodeOverview], targets: Sequence[str], verb: str) -> Iterator[str]:
+    if ALL in targets:
+        yield f"all nodes are {verb}"
+    for name in sorted({*targets} - {ALL, *(one.node for one in nodes)}):
+        yield f"node {name} is {verb}, but has not run yet"
+    for one in nodes:
+        state = "is dead" if one.state == "dead" else f"is paused: {one.paused}" if one.paused else f"is {one.state}"
+        working = "" if one.running is None else f"; it works on {one.running} requests"
+        yield f"node {one.node} {state}{working}, {one.unfinished} are unfinished"
+
+
+@click.command()
+@_of_nodes
+@reason_option
+@by_option
+@click.option("--refuse", is_flag=True, help="Refuse new messages with BUSY, instead of accepting them to wait.")
+@click.option("--wait", is_flag=True, help="Also wait until the nodes work on no request: the AI has no call then.")
+@click.option("--timeout", type=TimeSpan(), metavar="TIME", default="5m", show_default=True, help="Limit of --wait.")
+def pause(  # noqa: PLR0913 - one for each option
+    *,
+    names: tuple[str, ...],
+    every: bool,
+    as_json: bool,
+    reason: str,
+    by: str,
+    refuse: bool,
+    wait: bool,
+    timeout: timedelta,
+    **options: str | None,
+) -> None:
+    """Have requests wait, for maintenance of the AI: no call begins until "imstream resume".
+
+    Running answers go on. Accepted messages wait, also over restarts of nodes; sockets stay open and nodes ready. The
+    requests of a paused node are not answered by others, should it die. Ends with 3 if a node has not confirmed it
+    within 10 s, or with --wait still works on requests after --timeout.
+    """
+    targets, settings = _targets(names, every=every), Settings.load(**given(options))
+
+    def lack(one: NodeOverview) -> str | None:
+        if one.paused is None:
+            return "it is not paused" + ("" if one.version else ": its release knows no pauses")
+        return f"it works on {one.running} requests" if wait and one.running else None
+
+    async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str]]:
+        pauses = Pauses(redis, settings)
+        for node in targets:
+            await pauses.pause(node, reason=reason, by=by, refuses=refuse)
+        return await _until(redis, settings, targets, timeout if wait else _CONFIRM, lack)
+
+    _report(with_redis(settings, work), targets, "paused", as_json=as_json)
+
+
+@click.command()
+@_of_nodes
+def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str | None) -> None:
+    """End the pause of a node, or with --all every pause: what waits is answered.
+
+    Ends with 3 if a node has not confirmed it within 10 s, such as one that is paused by --all.
+    """
+    targets, settings = _targets(names, every=every), Settings.load(**given(options))
+
+    async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str]]:
+        pauses = Pauses(redis, settings)
+        for node in targets:
+            await pauses.resume(node)
+        is_paused = ALL in await pauses.read()
+
+        def lack(one: NodeOverview) -> str | None:
+            if one.paused is None:
+                return None
+            return "all nodes are paused" if is_paused else f"it is still paused: {one.paused}"
+
+        return await _until(redis, settings, targets, timedelta() if is_paused else _CONFIRM, lack)
+
+    _report(with_redis(settings, work), targets, "resumed", as_json=as_json)
