@@ -104,9 +104,9 @@ def pause(  # noqa: PLR0913 - one for each option
     timeout: timedelta,
     **options: str | None,
 ) -> None:
-    """Have requests wait, for maintenance of the AI: no call begins until "imstream resume".
+    """Have requests wait, for maintenance of the AI.
 
-    Running answers go on. Accepted messages wait, also over restarts of nodes; sockets stay open and nodes ready. The
+    No call begins until "imstream resume". Running answers go on. Accepted messages wait, also over restarts of nodes; sockets stay open and nodes ready. The
     requests of a paused node are not answered by others, should it die. Ends with 3 if a node has not confirmed it
     within 10 s, or with --wait still works on requests after --timeout.
     """
