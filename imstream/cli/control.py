@@ -106,9 +106,9 @@ def pause(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Have requests wait, for maintenance of the AI.
 
-    No call begins until "imstream resume". Running answers go on. Accepted messages wait, also over restarts of nodes; sockets stay open and nodes ready. The
-    requests of a paused node are not answered by others, should it die. Ends with 3 if a node has not confirmed it
-    within 10 s, or with --wait still works on requests after --timeout.
+    No call begins until "imstream resume". Running answers go on. Accepted messages wait, also over restarts of nodes;
+    sockets stay open and nodes ready. The requests of a paused node are not answered by others, should it die. Ends
+    with 3 if a node has not confirmed it within 10 s, or with --wait still works on requests after --timeout.
     """
     targets, settings = _targets(names, every=every), Settings.load(**given(options))
 
@@ -129,7 +129,7 @@ def pause(  # noqa: PLR0913 - one for each option
 @click.command()
 @_of_nodes
 def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str | None) -> None:
-    """End the pause of a node, or with --all every pause: what waits is answered.
+    """End a pause, or with --all every pause.
 
     Ends with 3 if a node has not confirmed it within 10 s, such as one that is paused by --all.
     """
