@@ -39,7 +39,7 @@ def _lines(nodes: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"node {node}" + ("" if backends else "  does not run, or publishes nothing")
         width = max(map(len, backends), default=0)
         for name, state in backends.items():
-            counts = f"{state.get('inFlight')} in flight  {state.get('calls')} calls"
+            counts = f"{state.get('inFlight')} of {state.get('slots', '?')} in flight  {state.get('calls')} calls"
             yield f"  {name:<{width}}  {state.get('state'):<10}  {counts}  {state.get('model')} at {state.get('url')}"
             if state.get("lastError") and isinstance(state.get("failedAt"), int):
                 seconds = (now_ms() - state["failedAt"]) // 1000

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Literal
 
 from imstream.ai.backend import PromptMessage
@@ -30,6 +31,10 @@ from imstream.store.nodes import NodeOverview, inspect_nodes, redis_now
 MAX_CLOCK_DIFFERENCE = timedelta(seconds=2)
 """Largest difference to the clock of Redis without a warning: times of quotas, tokens and logs may be so far off."""
 
+MAX_ROUND_TRIP = timedelta(milliseconds=100)
+"""Longest answer of Redis without a warning: each message waits for several."""
+
+_ROUND_TRIPS = 10
 MIN_REDIS = (6, 2)
 _FULL = 0.8
 """Part of its memory limit from which on Redis is nearly full."""
@@ -105,6 +110,13 @@ async def _redis(redis: RedisClient, settings: Settings) -> AsyncIterator[Findin
     difference = timedelta(seconds=before + taken / 2 - now / 1000)
     state = "ok" if abs(difference) < MAX_CLOCK_DIFFERENCE + timedelta(seconds=taken) else "warning"
     yield Finding("clock", state, f"{abs(difference).total_seconds():.1f} s from the clock of Redis")
+    times = [time.monotonic()]
+    while len(times) <= _ROUND_TRIPS:
+        await redis_now(redis)
+        times.append(time.monotonic())
+    slowest = max(after - earlier for earlier, after in pairwise(times))
+    state = "ok" if slowest < MAX_ROUND_TRIP.total_seconds() else "warning"
+    yield Finding("redis speed", state, f"{slowest * 1000:.1f} ms, the slowest of {_ROUND_TRIPS} round trips")
     failing = await failing_commands(redis, Keys(settings.key_prefix), settings.node)
     for error, commands in failing.items():
         yield Finding("redis commands", "error", f"{', '.join(commands)}: {error}")

@@ -7,11 +7,14 @@ import click
 
 from imstream.cli.admin import REDIS_SETTINGS, with_redis
 from imstream.cli.options import given, parse_user_id, settings_options
-from imstream.cli.output import age, json_option, show
+from imstream.cli.output import age, json_option, show, table
 from imstream.keys import Keys
 from imstream.settings import Settings
-from imstream.store.timeline import Event, Timeline
+from imstream.store.timeline import Event, Timeline, newest
 from imstream.store.timeline import explain as read_timeline
+
+LISTED = 10
+"""Number of messages that are listed."""
 
 _ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
 """Fields that lines leave out."""
@@ -21,19 +24,32 @@ _ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
 @settings_options(Settings, only=(*REDIS_SETTINGS, "user_ids"), aliases={"redis_url": "--redis"})
 @json_option
 @click.argument("user")
-@click.argument("message")
-def explain(user: str, message: str, *, as_json: bool, **options: str | None) -> None:
-    """Show what happened to a message, from Redis alone.
+@click.argument("message", required=False)
+def explain(user: str, message: str | None, *, as_json: bool, **options: str | None) -> None:
+    """Show what happened to a message, from Redis alone. Without MESSAGE, the user's newest messages are listed.
 
     It works while the message runs and as long as its reply is kept. Shows when it was asked, which nodes worked on it,
     which backend it waited for and why, its attempts and their text in characters, its end and its dead letter; never a
     text. Also says what is not known. Ends with 1 if nothing is.
     """
     settings = Settings.load(**given(options))
-    user_id = parse_user_id(user, settings.user_ids)
-    found = with_redis(settings, lambda redis: read_timeline(redis, Keys(settings.key_prefix), user_id, message))
+    user_id, keys = parse_user_id(user, settings.user_ids), Keys(settings.key_prefix)
+    if message is None:
+        listed = with_redis(settings, lambda redis: newest(redis, keys, user_id, LISTED))
+        show({"user": user_id, "messages": listed}, _listed(listed), as_json=as_json)
+        sys.exit(not listed)
+    found = with_redis(settings, lambda redis: read_timeline(redis, keys, user_id, message))
     show(found, _lines(found), as_json=as_json)
     sys.exit(found.state == "unknown" and not found.events)
+
+
+def _listed(found: list[Timeline]) -> Iterator[str]:
+    if not found:
+        yield "Redis knows no messages of this user: none was accepted, or they have expired"
+        return
+    asked = (f"{one.events[0].at:%Y-%m-%d %H:%M:%S} UTC" if one.events else None for one in found)
+    rows = ((at, one.message_id, one.now) for at, one in zip(asked, found, strict=True))
+    yield from table([("asked", "message", "state"), *rows])
 
 
 def _lines(found: Timeline) -> Iterator[str]:

@@ -53,6 +53,8 @@ def nodes(
     if wait_settled and missing:
         for reason in missing:
             click.echo(f"not settled: {reason}", err=True)
+        if away := [f" --except {one.node}" for one in found if one.state == "dead" and one.node not in excepted]:
+            click.echo(f"if they stay away:{''.join(away)}", err=True)
         sys.exit(NOT_SETTLED)
 
 

@@ -60,6 +60,12 @@ class Timeline:
     unknown: list[str] = field(default_factory=list)
 
 
+async def newest(redis: RedisClient, keys: Keys, user: UserId, count: int) -> list[Timeline]:
+    """The newest messages of a user, the newest first. Raises `StoreError`."""
+    listed = await redis.execute("ZREVRANGE", keys.messages(user), 0, count - 1)
+    return [await explain(redis, keys, user, message_id) for message_id in listed]
+
+
 async def explain(redis: RedisClient, keys: Keys, user: UserId, message_id: str) -> Timeline:
     """Read all that is recorded about a message. Raises `StoreError`."""
     return await _Search(redis, keys, Timeline(user, message_id)).run()
@@ -209,8 +215,12 @@ class _Search:
 
 
 def _merged(rows: list[Row]) -> Iterator[Event]:
-    """The events of a reply; batches of text that follow each other are one event, with their number and characters."""
+    """The events of a reply. Batches of text that follow each other are one event, with their number and characters.
+
+    So are waits for one backend for one reason, with their number (`times`) and the fields of the last one.
+    """
     batch: Event | None = None
+    wait: Event | None = None
     for entry_id, fields in rows:
         text = fields.get("text", "")
         about = _shown(fields)
@@ -225,8 +235,13 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
                 until=_iso(entry_id),
             )
             continue
+        cause = event, about.get("backend"), about.get("reason")
+        if wait is not None and cause == (wait.event, wait.about.get("backend"), wait.about.get("reason")):
+            wait.about.update(about, times=str(int(wait.about.get("times", "1")) + 1))
+            continue
         made = Event(_time(entry_id), event, _number(fields, "attempt"), _number(fields, "offset"), about)
         batch = made if event == "text" else None
+        wait = made if event == "waiting" else None
         if text or batch is not None:
             about["characters"] = str(len(text))
         if batch is not None:

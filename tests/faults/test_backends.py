@@ -506,7 +506,7 @@ async def test_the_states_of_the_backends_are_shown_and_end_with_the_node(
         assert lines[1].split()[:2] == ["away", "away"]
         assert lines[2].split()[:4] == ["last", "error", lines[2].split()[2], "s"]
         assert "connect_failed" in lines[2]
-        assert lines[3].split()[:6] == ["works", "working", "0", "in", "flight", "1"]
+        assert lines[3].split()[:8] == ["works", "working", "0", "of", "64", "in", "flight", "1"]
         assert "pass" not in "".join(lines)
         _, lines = await command("--redis", node.redis_url, "--json")
         assert json.loads("".join(lines))["0"] == states(node)

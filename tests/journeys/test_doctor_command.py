@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,14 @@ def test_a_port_is_free_ours_or_that_of_another_program(
             assert (state, "is used by node 0" in text) == ("error", True)
 
 
-def test_too_few_open_files_and_a_wrong_clock_are_warnings(
+def test_too_few_open_files_a_wrong_clock_and_a_slow_redis_are_warnings(
     demo: DemoBackend, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"redis_url": own_redis.url, "ai_url": demo.url, "port": free_port()}
     monkeypatch.setattr("imstream.cli.doctor.time.time", lambda: 0.0)
+    monkeypatch.setattr("imstream.cli.doctor.MAX_ROUND_TRIP", timedelta())
     found = findings(**given, node_sockets=1_000_000_000)
+    assert [state for state, _ in found["redis speed"]] == ["warning"]
     [(state, text)] = found["open files"]
     assert (state, "lower IMSTREAM_NODE_SOCKETS" in text) == ("warning", True)
     assert [state for state, _ in found["clock"]] == ["warning"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -85,11 +86,11 @@ async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to
     assert abs(times[0] - datetime.now(UTC)) < timedelta(minutes=5)
     assert ended["kept_for"] > 0
     names = {"10001": str(USER), "m-1": "m", "node:0": "node:a", "1795600000000-0": ended["request"].partition("/")[2]}
-    [reply, kept, request, pending, letters] = redis_cli("One message", nodes.server, names).values()
+    [reply, kept, request, pending, letters, listed] = redis_cli("One message", nodes.server, names).values()
     told = [to_dict(flat)["event"] for _, flat in reply]
     assert [event for event in told if event != "text"] == ["opened", "opened", "done"]
     assert kept > 0
-    assert (request, pending, letters) == ([], [], [])
+    assert (request, pending, letters, listed[0]) == ([], [], [], "m")
     text = (await ask(nodes.server, "m")).output
     assert "opened: attempt 2 on node b" in text
     assert "tell me more" not in text + json.dumps(ended), "texts are not shown"
@@ -158,8 +159,10 @@ async def test_each_step_of_a_message_is_told_wherever_redis_is(empty_redis: Top
         assert (found := await explained(empty_redis, "m"))["now"] == (
             "it is answered on node 0, which has no lease: another node takes over"
         )
-        await parts.replies.wait(USER, "m", attempt=1, pause=timedelta(), why=Waiting("one", "http_503", "away"))
-        assert (await explained(empty_redis, "m"))["state"] == "waiting"
+        for error in ("away", "still away"):
+            await parts.replies.wait(USER, "m", attempt=1, pause=timedelta(), why=Waiting("one", "http_503", error))
+        assert (found := await explained(empty_redis, "m"))["state"] == "waiting"
+        assert (found["events"][-1]["about"]["error"], found["events"][-1]["about"]["times"]) == ("still away", "2")
         for before in (0, 3):
             await parts.replies.append(USER, "m", attempt=1, before=before, after=before + 3, text="abc")
         failed = Terminal("failed", reason="http_400", error="no such model")
@@ -184,6 +187,23 @@ async def test_each_step_of_a_message_is_told_wherever_redis_is(empty_redis: Top
             assert "its attempts: its reply has expired" in found["unknown"]
             client.delete(KEYS.dead("0"))
             assert (await ask(empty_redis, "m")).exit_code == 1
+
+
+async def test_the_newest_messages_of_a_user_are_listed_also_those_whose_reply_is_gone(empty_redis: Topology) -> None:
+    command = ["explain", "--redis", empty_redis.url]
+    nobody = await asyncio.to_thread(CliRunner().invoke, main, [*command, "10002"])
+    assert (nobody.exit_code, "Redis knows no messages of this user" in nobody.output) == (1, True)
+    async with parts_of(empty_redis) as parts:
+        for message in ("gone", "open"):
+            request = f"0/{await parts.admit(message)}"
+            await parts.replies.open(USER, message, request=request)
+        with empty_redis.client() as client:
+            client.delete(KEYS.reply(USER, "gone"), KEYS.requests("0"))
+    listed = await asyncio.to_thread(CliRunner().invoke, main, [*command, str(USER)])
+    heading, newest, before = (re.split(r"  +", line) for line in listed.output.splitlines()[:3])
+    assert (listed.exit_code, heading) == (0, ["asked", "message", "state"])
+    assert (newest[1], newest[2].startswith("it has not ended, but no stream")) == ("open", True)
+    assert before[1:] == ["gone", "Redis knows nothing of it: it was never accepted, or its reply has expired"]
 
 
 async def test_a_message_whose_request_is_lost_is_said_to_be_lost(empty_redis: Topology) -> None:

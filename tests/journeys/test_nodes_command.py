@@ -99,6 +99,7 @@ async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothin
     result = await asyncio.to_thread(look, nodes.server, "--wait-settled", "--timeout", "100ms")
     assert result.exit_code == 3
     assert "not settled: node a: no process runs it\n" in result.stderr
+    assert "if they stay away: --except a\n" in result.stderr
     assert "not settled: node a: node b has adopted its stream\n" in result.stderr
     assert "a     dead" in result.stdout
     await nodes.start("a")
