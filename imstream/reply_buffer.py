@@ -53,6 +53,7 @@ class ReplyBuffer:
         attempt: Its number for clients. It changes when text is discarded, or may be.
         fence: Its number in the record.
         valid: Earlier numbers for clients, and up to which offset their text is that of this attempt.
+        has_job: A worker of this process has taken its request, and may open it.
         has_writer: A worker of this process writes it. Then the buffer is newer than any record.
         first_text_at: When text was first added, by the monotonic clock.
         position: Position in the reply stream up to which the record was loaded. Empty: load from the beginning.
@@ -72,6 +73,7 @@ class ReplyBuffer:
     offset: int = 0
     first_text_at: float | None = None
     terminal: Terminal | None = None
+    has_job: bool = False
     has_writer: bool = False
     position: str = ""
     question: Question | None = None

@@ -44,6 +44,10 @@ OPEN_WAIT = 0.05
 """Seconds to wait for a free worker to open the reply, before the message is marked as queued. A needless mark would be
 3 % of the CPU of a short chat."""
 
+TAKEN_WAIT = 1.0
+"""The same once a worker has taken the message. Under full load it is opened later than after `OPEN_WAIT`, and a mark
+would be one more script."""
+
 _STATES = {"queued": State.QUEUED, "done": State.DONE, "failed": State.FAILED, "cancelled": State.CANCELLED}
 """The state of a message by the last event of its record; after any other, its answer has begun."""
 
@@ -279,6 +283,8 @@ class FrameHandler:
         # A free worker opens the reply at once, which needs no other record.
         is_free = deps.jobs.line.reason is None and admission.position <= deps.jobs.free_slots
         if reply.has_writer or (is_free and await reply.wait_until_recorded(OPEN_WAIT)):
+            return
+        if reply.has_job and await reply.wait_until_recorded(TAKEN_WAIT):
             return
         # Without a record, a resume or cancel on another node would not find the message before its turn. It is
         # not called accepted then: sent again, it is recognised as a duplicate.

@@ -73,6 +73,7 @@ class Job:
         self.request = request
         self.stream = stream
         self.reply = deps.buffers.get(request.user_id, request.message_id)
+        self.reply.has_job = True
         self.ended = asyncio.Event()
         self.is_finished = False
         """Whether the request has ended, or belongs to another node."""
@@ -135,6 +136,7 @@ class Job:
                 self._deps.request_log.write(self._account, self.request, self.reply, stream=self.stream.node)
             self.is_finished = not (disposition == Leave() and self._stop_reason in _HANDED_BACK)
         finally:
+            self.reply.has_job = False
             self._release_upstream()
             if self._writer is not None:
                 self._writer.release()

@@ -92,6 +92,28 @@ async def test_a_message_that_waits_is_not_called_accepted_when_the_answer_to_it
         assert play.ai_calls() == 2
 
 
+async def test_a_message_that_a_worker_opens_late_is_not_marked_as_waiting_before(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url) as play,
+    ):
+        user = await play.user()
+        assert await user.ask("first", f"so that Redis knows the scripts {AT_ONCE}") == Event.ACCEPTED
+        assert await user.ended("first") == "done"
+        for number in range(10):  # the process may be paused before the worker has taken it: then a mark is right
+            opened = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.3)
+            mark = proxy.on_answer_to(LUA["mark_queued"].digest.encode(), fate=Fate.DELAY)
+            assert await user.ask(f"m{number}", f"late? {AT_ONCE}") == Event.ACCEPTED
+            assert await user.ended(f"m{number}") == "done"
+            assert opened.sprung
+            if not mark.sprung:
+                break
+        else:
+            pytest.fail("all were marked")
+
+
 async def test_an_answer_that_begins_before_its_acceptance_can_be_said_is_told_after_it_and_once(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:

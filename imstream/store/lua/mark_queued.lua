@@ -22,13 +22,14 @@ local id = redis.call(
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 
 -- As in open.lua. The list must not keep a message from being answered, should it have another type.
-if type(redis.pcall('ZADD', KEYS[3], 'NX', string.match(id, '^%d+'), ARGV[2])) == 'number' then
-    local over = redis.call('ZCARD', KEYS[3]) - ARGV[5]
+local added = redis.pcall('ZADD', KEYS[3], 'NX', string.match(id, '^%d+'), ARGV[2])
+if type(added) == 'number' then
+    local over = added == 1 and redis.call('ZCARD', KEYS[3]) - ARGV[5] or 0
     if over > 0 then
         redis.call('ZREM', KEYS[3], unpack(redis.call('ZRANGE', KEYS[3], 0, over - 1)))
     end
     if redis.call('PTTL', KEYS[3]) < tonumber(ARGV[1]) then
-        redis.call('PEXPIRE', KEYS[3], ARGV[1])
+        redis.call('PEXPIRE', KEYS[3], math.floor(ARGV[1] * 1.2)) -- not again for each message
     end
 end
 return {'queued', unpack(nodes)}

@@ -125,6 +125,7 @@ if last then
     end
 end
 local is_new = not last or attempt == 0 and asked == ''
+local is_listed = last and attempt == 0 and field(last, 'request') -- older releases that list none do not write it
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 local kept = redis.call('PEXPIRE', KEYS[1], ARGV[2])
 attempt = math.max(attempt, tonumber(ARGV[4]))
@@ -153,14 +154,16 @@ if kept == 0 then -- there was no reply yet
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
 end
 
--- As in mark_queued.lua. The list must not keep a message from being answered, should it have another type.
-if type(redis.pcall('ZADD', KEYS[3], 'NX', string.match(id, '^%d+'), ARGV[6])) == 'number' then
-    local over = redis.call('ZCARD', KEYS[3]) - ARGV[9]
+-- As in mark_queued.lua, unless that has listed it. The list must not keep a message from being answered, should it have
+-- another type.
+local added = is_listed and 0 or redis.pcall('ZADD', KEYS[3], 'NX', string.match(id, '^%d+'), ARGV[6])
+if type(added) == 'number' then
+    local over = added == 1 and redis.call('ZCARD', KEYS[3]) - ARGV[9] or 0
     if over > 0 then
         redis.call('ZREM', KEYS[3], unpack(redis.call('ZRANGE', KEYS[3], 0, over - 1)))
     end
     if redis.call('PTTL', KEYS[3]) < tonumber(ARGV[10]) then
-        redis.call('PEXPIRE', KEYS[3], ARGV[10])
+        redis.call('PEXPIRE', KEYS[3], math.floor(ARGV[10] * 1.2)) -- not again for each message
     end
 end
 local waited = ''
