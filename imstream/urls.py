@@ -142,6 +142,10 @@ def _server(text: str, default_port: int) -> tuple[str, int]:
     return match["host"].strip("[]"), port
 
 
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
+"""Hosts that listen on every address, each with the one at which this machine reaches them."""
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is reachable from this machine only."""
     try:

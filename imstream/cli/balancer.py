@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
+from zlib import crc32
 
 from imstream.errors import ImstreamError, SettingsError
 from imstream.private_files import OWN_FOLDER, UMASK, close_to_others
@@ -21,7 +22,17 @@ Program = Literal["haproxy", "nginx"]
 FOLDER = Path(f"{OWN_FOLDER}/balancer")
 _CONFIGURATIONS: dict[Program, str] = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
 _CERTIFICATE_AND_KEY = "certificate-and-key.pem"
-_CONTENTS = (*_CONFIGURATIONS.values(), _CERTIFICATE_AND_KEY, "nginx.pid", "body", "proxy", "fastcgi", "uwsgi", "scgi")
+_CONTENTS = (
+    *_CONFIGURATIONS.values(),
+    _CERTIFICATE_AND_KEY,
+    "haproxy.sock*",
+    "nginx.pid",
+    "body",
+    "proxy",
+    "fastcgi",
+    "uwsgi",
+    "scgi",
+)
 
 # Values of the templates.
 _LISTEN, _REDIRECT, _FIRST_NODE = "127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8080"
@@ -80,13 +91,26 @@ def _lines(config: BalancerConfig, template: str) -> Iterator[str]:
         marked = _MARKED.fullmatch(line)
         if _NODE_LINE.match(line):
             if _FIRST_NODE in line:
-                yield from (line.replace(_FIRST_NODE, _format(config.program, node)) for node in config.nodes)
+                for node, number in _server_ids(config.nodes).items():
+                    made = line.replace(_FIRST_NODE, _format(config.program, node))
+                    yield re.sub(r" id \d+$", f" id {number}", made)
         elif marked and config.tls and (marked["mark"] == "tls" or has_redirect):
             # All values at once: no value is replaced within another one.
             pattern = "|".join(map(re.escape, values))
             yield re.sub(pattern, lambda found: values[found[0]], f"{marked['indent']}{marked['line']}")
         elif config.tls is None or not line.strip().endswith((f" {_LISTEN}", f" {_LISTEN};")):
             yield line.replace(_LISTEN, values[_LISTEN]) if marked is None else line
+
+
+def _server_ids(nodes: Sequence[str]) -> dict[str, int]:
+    """HAProxy's number of each node, which decides its points on the ring: the same whatever other nodes there are."""
+    ids = dict[str, int]()
+    for node in nodes:
+        number = 1 + crc32(node.encode()) % 1_000_000
+        while number in ids.values():
+            number += 1
+        ids[node] = number
+    return ids
 
 
 def _values(config: BalancerConfig) -> dict[str, str]:
@@ -117,26 +141,30 @@ def _readable(file: Path) -> str:
     return path
 
 
-def exec_balancer(config: BalancerConfig, folder: Path) -> NoReturn:
-    """Replace this process by the load balancer, in the foreground. `folder` is created if necessary."""
-    program = config.program
-    path = find_program(program)
+def write_configuration(config: BalancerConfig, folder: Path) -> list[str]:
+    """Write the configuration into `folder`, which is created if necessary; return the command that runs it."""
+    path = find_program(config.program)
     if path is None:
-        raise ImstreamError(f"{program} is not installed (Debian, Ubuntu: sudo apt install {program})")
+        raise ImstreamError(f"{config.program} is not installed (Debian, Ubuntu: sudo apt install {config.program})")
     os.umask(UMASK)
-    file = folder.resolve() / _CONFIGURATIONS[program]
+    file = folder.resolve() / _CONFIGURATIONS[config.program]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         close_to_others(folder, _CONTENTS)
-        if program == "haproxy" and config.tls and config.tls.key:
+        if config.program == "haproxy" and config.tls and config.tls.key:
             config = replace(config, tls=replace(config.tls, certificate=_join_files(config.tls, folder), key=None))
         file.write_text(render(config), "utf-8")
     except OSError as error:
         raise SettingsError(f"--folder={folder} cannot be used: {error.strerror}: {error.filename}") from None
-    arguments = ["-db", "-f", str(file)]
-    if program == "nginx":
-        arguments = ["-e", "stderr", "-p", str(file.parent), "-c", str(file)]
-    os.execv(path, [program, *arguments])  # noqa: S606 - the purpose of this function
+    if config.program == "nginx":
+        return [path, "-e", "stderr", "-p", str(file.parent), "-c", str(file)]
+    return [path, "-W", "-db", "-C", str(file.parent), "-f", str(file)]  # the path of the socket has to be short
+
+
+def exec_balancer(config: BalancerConfig, folder: Path) -> NoReturn:
+    """Replace this process by the load balancer, in the foreground."""
+    command = write_configuration(config, folder)
+    os.execv(command[0], [config.program, *command[1:]])  # noqa: S606 - the purpose of this function
 
 
 def _join_files(tls: Tls, folder: Path) -> Path:

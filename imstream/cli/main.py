@@ -264,10 +264,12 @@ def redis(**options: str | None) -> None:
 @click.option("--key", type=_EXISTING_FILE, help="PEM file of its private key, if it is not in the same file.")
 @click.option("--redirect", metavar="ADDRESS", help="With --cert: address that redirects plain HTTP to https.")
 @click.option("--print", "only_print", is_flag=True, help="Print the configuration instead of running it.")
-@click.argument("nodes", nargs=-1, required=True, metavar="HOST:PORT...")
+@settings_options(Settings, only=["redis_url", "key_prefix", "redis_timeout"], aliases=_ALIASES)
+@click.argument("nodes", nargs=-1, metavar="[HOST:PORT]...")
 @click.pass_context
 def balancer(  # noqa: PLR0913 - one for each option
     ctx: click.Context,
+    /,
     *,
     program: balancers.Program | None,
     listen: str,
@@ -277,11 +279,14 @@ def balancer(  # noqa: PLR0913 - one for each option
     redirect: str | None,
     nodes: tuple[str, ...],
     only_print: bool,
+    **options: str | None,
 ) -> None:
     """Run HAProxy or nginx in front of nodes.
 
-    It must be installed. The program replaces this process, in the foreground, with the configuration of ops/ for
-    these nodes: each user is always routed to the same node; the users of a dead node are spread over the others.
+    It must be installed. It runs in the foreground, with the configuration of ops/ for these nodes: each user is always
+    routed to the same node; the users of a dead node are spread over the others.
+
+    Without addresses, it finds the nodes in Redis, and looks for new ones each second, and on SIGHUP.
 
     With --cert it serves only https and wss, for example with --listen 0.0.0.0:443 --redirect 0.0.0.0:80.
     """
@@ -291,9 +296,17 @@ def balancer(  # noqa: PLR0913 - one for each option
     if program is None:
         raise SettingsError("neither HAProxy nor nginx is installed (Debian, Ubuntu: sudo apt install haproxy)")
     config = balancers.BalancerConfig(program, listen, nodes, balancers.Tls(cert, key, redirect) if cert else None)
-    if only_print:
+    if only_print and nodes:
         click.echo(balancers.render(config), nl=False)
         return
+    if not nodes:
+        if only_print:
+            raise SettingsError("--print needs the addresses of the nodes")
+        import asyncio
+
+        from imstream.cli.following_balancer import follow
+
+        sys.exit(asyncio.run(follow(Settings.load(**given(options)), config, folder)))
     if (parent := ctx.find_root().params["parent"]) is not None:
         exit_with_parent(parent, signal.SIGTERM)  # SIGKILL would leave the worker processes of nginx behind
     balancers.exec_balancer(config, folder)

@@ -31,9 +31,8 @@ from imstream.errors import SettingsError
 from imstream.keys import Keys
 from imstream.private_files import UMASK
 from imstream.settings import ENV_PREFIX, Settings, SettingsGroup
-from imstream.urls import RedisUrl, redact_url
+from imstream.urls import ANY_ADDRESS, RedisUrl, redact_url
 
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
 _LOAD_LIMIT = 300.0  # seconds: a local model can have many gigabytes
 _NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
 
@@ -258,7 +257,7 @@ def _given(group: type[SettingsGroup], options: Mapping[str, str], prefix: str =
 
 def reachable_host(host: str) -> str:
     """An address at which a listener on `host` is reached, for URLs."""
-    reached = _ANY_ADDRESS.get(host, host)
+    reached = ANY_ADDRESS.get(host, host)
     return f"[{reached}]" if ":" in reached else reached
 
 

@@ -67,6 +67,13 @@ async def redis_now(redis: RedisClient) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
+async def holders(redis: RedisClient, keys: Keys) -> dict[str, Holder | None]:
+    """The nodes of the directory, each with the process that runs it. Raises `StoreError`."""
+    names = [node for node in await redis.execute("ZRANGE", keys.nodes(), 0, -1) if is_node_id(node)]
+    leases = await asyncio.gather(*(redis.execute("GET", keys.lease(node)) for node in names))
+    return {node: Holder.decode(lease) if lease else None for node, lease in zip(names, leases, strict=True)}
+
+
 async def inspect_nodes(redis: RedisClient, keys: Keys) -> list[NodeOverview]:
     """All nodes of the directory, by name. Raises `StoreError`."""
     rows = await redis.execute("ZRANGE", keys.nodes(), 0, -1, "WITHSCORES")

@@ -1,17 +1,19 @@
-"""The Procfile with real process runners: two nodes, one Redis, one AI; no process is left at the end."""
+"""The Procfile with real process runners: three nodes behind a balancer, one Redis, one AI; none is left at the end."""
 
 import asyncio
 import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from imstream.client import Client
+from imstream.cli.balancer import installed_program
+from imstream.client import Client, Connected, ConnectionChange
 from imstream.demo.answer import canned_answer
 from tests.support.processes import PYTHON, consecutive_ports, free_port, http_status, start, wait_for
 from tests.support.servers import DENIED, missing, node_rights
@@ -45,13 +47,26 @@ def is_ready(port: int) -> bool:
     return http_status(f"http://127.0.0.1:{port}/readyz") == 200
 
 
+def node_processes(runner: int, port: int) -> list[psutil.Process]:
+    """The process of the node with this port, without the script that starts it again."""
+    found = []
+    for process in psutil.Process(runner).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            if "python" in words[0] and words[-2:] == ["--port", str(port)]:
+                found.append(process)
+    return found
+
+
 @pytest.mark.parametrize("name", ["honcho", "foreman"])
-async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str, tmp_path: Path) -> None:
+async def test_a_process_runner_starts_three_nodes_behind_a_balancer_and_one_of_them_may_die(
+    name: str, tmp_path: Path
+) -> None:
     # The Python of the tests instead of the script that creates a virtual environment.
     procfile = PROCFILE.read_text().replace("ops/imstream", f"{sys.executable} -m imstream")
-    assert procfile.count(" -m imstream ") == 4  # one of them is an alternative, in a comment
-    (tmp_path / "Procfile").write_text(procfile)
-    redis, ai, base = free_port(), free_port(), consecutive_ports(2) - THIRD
+    assert procfile.count(" -m imstream ") == 5  # one of them is an alternative, in a comment
+    (tmp_path / "Procfile").write_text(procfile.replace("ops/respawn", str(PROCFILE.parent / "ops" / "respawn")))
+    redis, ai, balancer, base = free_port(), free_port(), free_port(), consecutive_ports(3) - THIRD
     env = {
         "IMSTREAM_EMBEDDED_PORT": str(redis),
         "IMSTREAM_EMBEDDED_CONFIG": str(node_rights(tmp_path)),
@@ -59,17 +74,31 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
         "IMSTREAM_DEMO_PORT": str(ai),
         "IMSTREAM_AI_URL": f"http://127.0.0.1:{ai}/v1",
         "IMSTREAM_DEMO_PACE": "1ms",
+        "IMSTREAM_LEASE": "2s",
+        "IMSTREAM_UP_BALANCER_PORT": str(balancer),
     }
-    command = [*runner(name), "redis=1,ai=1,node=2", "-p", str(base)]
+    if installed_program() is None:
+        missing("haproxy")
+    command = [*runner(name), "redis=1,ai=1,node=3,balancer=1", "-p", str(base)]
     with start(command, tmp_path / "log", env=env, cwd=tmp_path) as running:
-        nodes = (base + THIRD, base + THIRD + 1)
+        nodes = [base + THIRD + number for number in range(3)]
         for node in nodes:
             wait_for(partial(is_ready, node), running, name, limit=40)
-        for node in nodes:
-            async with Client(f"ws://127.0.0.1:{node}/ws", user_id(10001)) as client, asyncio.timeout(30):
-                assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
+        wait_for(partial(is_ready, balancer), running, name, limit=40)
+        changes: list[ConnectionChange] = []
+        url = f"ws://127.0.0.1:{balancer}/ws"
+        async with Client(url, user_id(10001), on_change=changes.append) as client, asyncio.timeout(60):
+            assert await (await client.send("why?")).text() == "".join(canned_answer("why?"))
+            question = "What if you die? [[demo length=150 pace=20ms]]"
+            reply = await client.send(question)
+            await anext(aiter(reply))
+            home = next(int(change.node or 0) for change in changes if isinstance(change, Connected))
+            [victim] = node_processes(running.pid, home)
+            victim.kill()
+            assert await reply.text() == "".join(canned_answer(question, 150))
+        wait_for(partial(is_ready, home), running, name, limit=40)
         processes = psutil.Process(running.pid).children(recursive=True)
-        assert len(processes) >= 4
+        assert len(processes) >= 6
         # With an answer that does not end: the runner kills processes after 5 s.
         async with Client(f"ws://127.0.0.1:{nodes[0]}/ws", user_id(10001)) as client:
             reply = await client.send("[[demo length=5000 pace=20ms]]")
@@ -79,6 +108,7 @@ async def test_a_process_runner_starts_two_nodes_and_stops_everything(name: str,
         assert gone(processes)
     output = running.output()
     assert re.search(r"node\.2.*ready", output)
-    assert len(re.findall(r"node\.[12].*drained", output)) == 2, output
+    assert len(re.findall(r"node\.[123].*drained", output)) == 3, output
+    assert output.count("was killed by signal 9 and is started again") == 1
     assert "SIGKILL" not in output
     assert DENIED not in output
