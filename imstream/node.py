@@ -156,6 +156,7 @@ class Node:
             jobs=jobs,
             consumer=self.consumer,
             adopter=self.adopter,
+            on_drain=self._drain_on_request,
         )
         session_deps = SessionDeps(
             settings=settings,
@@ -245,6 +246,12 @@ class Node:
     def shut_down(self) -> None:
         """Drain, then stop."""
         self._stopping.set()
+
+    def _drain_on_request(self, instance: str) -> None:
+        """Drain, unless the notice is for an earlier process of this node."""
+        if instance in {"", self.lease_keeper.instance} and not self._stopping.is_set():
+            log.warning("an operator has this node drain")
+            self.shut_down()
 
     async def serve(self) -> None:
         """Serve until `shut_down`. Raises `SettingsError` if it cannot listen, `NodeTaken` if the lease is taken."""

@@ -1,8 +1,8 @@
-"""Commands of operators to nodes: `imstream pause` and `imstream resume`."""
+"""Commands of operators to nodes: `imstream pause`, `imstream resume` and `imstream drain`."""
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import click
@@ -10,9 +10,11 @@ import click
 from imstream.cli.admin import REDIS_SETTINGS, by_option, reason_option, with_redis
 from imstream.cli.options import Command, TimeSpan, given, settings_options
 from imstream.cli.output import json_option, show
+from imstream.errors import StoreRefused
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
+from imstream.store.inbox import DrainRequested, send_notice
 from imstream.store.leases import is_node_id
 from imstream.store.nodes import NodeOverview, inspect_nodes
 from imstream.store.pauses import ALL, Pauses
@@ -64,9 +66,8 @@ async def _until(
         await asyncio.sleep(_POLL_INTERVAL)
 
 
-def _report(found: tuple[list[NodeOverview], list[str]], targets: Sequence[str], verb: str, *, as_json: bool) -> None:
+def _report(found: tuple[list[NodeOverview], list[str]], lines: Iterable[str], *, as_json: bool) -> None:
     nodes, missing = found
-    lines = [*_lines(nodes, targets, verb)]
     show({"nodes": nodes, "missing": missing}, lines, as_json=as_json)
     for lack in missing:
         click.echo(f"not confirmed: {lack}", err=True)
@@ -123,7 +124,8 @@ def pause(  # noqa: PLR0913 - one for each option
             await pauses.pause(node, reason=reason, by=by, refuses=refuse)
         return await _until(redis, settings, targets, timeout if wait else _CONFIRM, lack)
 
-    _report(with_redis(settings, work), targets, "paused", as_json=as_json)
+    found = with_redis(settings, work)
+    _report(found, _lines(found[0], targets, "paused"), as_json=as_json)
 
 
 @click.command()
@@ -148,4 +150,49 @@ def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str
 
         return await _until(redis, settings, targets, timedelta() if is_paused else _CONFIRM, lack)
 
-    _report(with_redis(settings, work), targets, "resumed", as_json=as_json)
+    found = with_redis(settings, work)
+    _report(found, _lines(found[0], targets, "resumed"), as_json=as_json)
+
+
+@click.command()
+@settings_options(Settings, only=REDIS_SETTINGS, aliases={"redis_url": "--redis"})
+@click.option("--node", "name", required=True, metavar="NODE", help="The node.")
+@click.option("--wait", is_flag=True, help="Wait until its process has ended.")
+@click.option("--timeout", type=TimeSpan(), metavar="TIME", default="2m", show_default=True, help="Limit of --wait.")
+@json_option
+def drain(*, name: str, wait: bool, timeout: timedelta, as_json: bool, **options: str | None) -> None:
+    """Have a node drain and end, as SIGTERM does, from afar.
+
+    It takes no new requests, lets running answers end within its IMSTREAM_DRAIN_GRACE, hands over the rest, closes its
+    sockets with 1012 and exits with 0. Ends with 3 if it has not begun to within 10 s, or with --wait not ended after
+    --timeout.
+    """
+    settings = Settings.load(**given(options))
+    keys = Keys(settings.key_prefix)
+
+    async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str], str]:
+        one = next((one for one in await inspect_nodes(redis, keys) if one.node == name), None)
+        if one is None or one.instance is None:
+            raise StoreRefused(f"node {name} does not run: see imstream nodes")
+        instance = one.instance
+        await send_notice(redis, keys, name, DrainRequested(instance))
+
+        def lack(now: NodeOverview) -> str | None:
+            if now.instance != instance:
+                return None
+            if now.state == "running":
+                return "it has not begun to drain"
+            return f"it is stopping, and works on {now.running} requests" if wait else None
+
+        return *await _until(redis, settings, [name], timeout if wait else _CONFIRM, lack), instance
+
+    nodes, missing, instance = with_redis(settings, work)
+
+    def lines() -> Iterator[str]:
+        for one in nodes:
+            ended = "has ended" if one.instance is None else "has ended, and another process runs it"
+            adopter = f"; node {one.adopter} has adopted them" if one.adopter else ""
+            state = f"is {one.state}" if one.instance == instance else ended
+            yield f"node {name} {state}; {one.unfinished} requests of its stream are unfinished{adopter}"
+
+    _report((nodes, missing), lines(), as_json=as_json)

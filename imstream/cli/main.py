@@ -31,6 +31,7 @@ _ELSEWHERE = {
     "nodes": "nodes",
     "pause": "control",
     "resume": "control",
+    "drain": "control",
     "explain": "explain",
     "dead": "dead",
     "user": "admin",
@@ -41,7 +42,7 @@ _PURPOSES = {
     "Run it": ("up", "node", "redis", "balancer", "demo-ai", "local-ai", "doctor"),
     "Talk to it": ("chat", "token"),
     "Watch it": ("top", "nodes", "streams", "backends", "explain"),
-    "Operate it": ("pause", "resume", "dead", "user"),
+    "Operate it": ("pause", "resume", "drain", "dead", "user"),
     "Write a client": ("conform",),
 }
 """The sections of the help; other commands are in one more."""

@@ -1,6 +1,7 @@
 """Replies and notices from other nodes: reads the inbox of this node, and the records of replies written elsewhere."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.store.inbox import (
     AccountChanged,
     CancelRequested,
+    DrainRequested,
     Inbox,
     MessageQueued,
     NodeLeft,
@@ -97,7 +99,10 @@ class ReplySync:
 
 @dataclass(kw_only=True, repr=False)
 class InboxConsumer:
-    """Reads the inbox of this node and dispatches its notices. `run` until cancelled."""
+    """Reads the inbox of this node and dispatches its notices. `run` until cancelled.
+
+    `on_drain`: called with the instance of the process that is to drain; empty: any.
+    """
 
     inbox: Inbox
     reply_sync: ReplySync
@@ -105,6 +110,7 @@ class InboxConsumer:
     jobs: Jobs
     consumer: StreamConsumer
     adopter: Adopter
+    on_drain: Callable[[str], None]
 
     async def run(self) -> None:
         """Handle notices as they come; equal ones of one read only once."""
@@ -137,9 +143,15 @@ class InboxConsumer:
                     self.presence.replace(notice)
                 case AccountChanged(user_id):
                     await self.presence.review(user_id)
-                case NodeLeft():
-                    self.consumer.sweep_soon()  # it may have adopted our stream before
-                    self.adopter.scan_now()
+                case NodeLeft() | DrainRequested():
+                    self._on_node(notice)
         except Exception:  # noqa: BLE001 - it is logged
             # A notice must not end the node: it may lead to a record that was written by hand.
             limited.exception("notice failed", notice=sanitize(str(notice)))
+
+    def _on_node(self, notice: NodeLeft | DrainRequested) -> None:
+        if isinstance(notice, DrainRequested):
+            self.on_drain(notice.instance)
+        else:
+            self.consumer.sweep_soon()  # it may have adopted our stream before
+            self.adopter.scan_now()

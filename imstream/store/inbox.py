@@ -73,13 +73,20 @@ class NodeLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """An operator wants the node to drain, as on SIGTERM. Only the process of this instance; empty: whichever runs."""
+
+    instance: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class AccountChanged:
     """A user was locked or banned: the user's sessions are to be closed."""
 
     user_id: UserId
 
 
-Notice = ReplyGrew | MessageQueued | CancelRequested | SessionReplaced | NodeLeft | AccountChanged
+Notice = ReplyGrew | MessageQueued | CancelRequested | SessionReplaced | NodeLeft | DrainRequested | AccountChanged
 
 _MESSAGE_NOTICES: dict[str, Callable[[UserId, str], Notice]] = {
     "grew": ReplyGrew,
@@ -100,8 +107,12 @@ def notice_fields(notice: Notice) -> tuple[str, ...]:
             return ("event", "cancel", "user", str(user_id), "message_id", message_id)
         case SessionReplaced(user_id, login):
             return ("event", "replaced", "user", str(user_id), "login", str(login))
-        case NodeLeft(node):
-            return ("event", "left", "node", node)
+        case NodeLeft() | DrainRequested():
+            if isinstance(notice, NodeLeft):
+                about = ("left", "node", notice.node)
+            else:
+                about = ("drain", "instance", notice.instance)
+            return ("event", *about)
         case AccountChanged(user_id):
             return ("event", "account", "user", str(user_id))
 
@@ -187,12 +198,12 @@ def parse_notice(flat: Sequence[str], user_ids: UserIds = UserIds.NUMBER) -> Not
     try:
         pairs = zip(flat[::2], flat[1::2], strict=True)
         fields = {name: text for name, text in pairs if name not in _VALID or _VALID[name].fullmatch(text)}
-        if fields["event"] == "left":
-            return NodeLeft(fields["node"])
+        if (event := fields["event"]) in {"left", "drain"}:
+            return NodeLeft(fields["node"]) if event == "left" else DrainRequested(fields.get("instance", ""))
         if (user_id := user_ids.parse(fields["user"])) is None:
             return None
-        match fields["event"]:
-            case "grew" | "begun" | "queued" | "cancel" as event:
+        match event:
+            case "grew" | "begun" | "queued" | "cancel":
                 return _MESSAGE_NOTICES[event](user_id, fields["message_id"])
             case "replaced":
                 return SessionReplaced(user_id, int(fields["login"]))

@@ -23,6 +23,7 @@ class NodeOverview:
         version: Its release. None: it is dead, or of a release that does not record this. The next five likewise.
         running: Requests that it works on, of any stream.
         not_ready: Why it could not serve when it last renewed its lease; empty if it could.
+        instance: The process that holds the lease, as `imstream drain` names it.
         metrics: Address of its `/metrics`; empty if it serves none.
         paused: Why an operator has paused it; None if none has, or if its release knows no pauses.
         unfinished: Requests in its stream.
@@ -38,6 +39,7 @@ class NodeOverview:
     address: str | None = None
     host: str | None = None
     pid: int | None = None
+    instance: str | None = None
     version: str | None = None
     sessions: int | None = None
     running: int | None = None
@@ -108,6 +110,7 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
         holder.address,
         holder.host,
         holder.pid or None,
+        holder.instance,
         known.get("version"),
         _count(known, "sessions"),
         _count(known, "running"),

@@ -77,6 +77,11 @@ class LeaseKeeper:
         self._lock = asyncio.Lock()  # a renewal under way must not undo the release
 
     @property
+    def instance(self) -> str:
+        """This process, as named in the lease."""
+        return self._holder.instance
+
+    @property
     def held(self) -> bool:
         """Whether this process holds the lease, and will for long enough to read requests."""
         return asyncio.get_running_loop().time() < self._expires_at - self._margin

@@ -31,7 +31,15 @@ from imstream.guards.words import word_guard
 from imstream.keys import Keys
 from imstream.model import ChatRequest, MalformedEntry, NewerVersion
 from imstream.settings import Settings
-from imstream.store.inbox import AccountChanged, NodeLeft, ReplyGrew, SessionReplaced, notice_fields, parse_notice
+from imstream.store.inbox import (
+    AccountChanged,
+    DrainRequested,
+    NodeLeft,
+    ReplyGrew,
+    SessionReplaced,
+    notice_fields,
+    parse_notice,
+)
 from imstream.store.leases import Holder
 from imstream.texts import choose_lang
 from imstream.urls import RedisUrl, SecretUrl, redact_url
@@ -180,6 +188,8 @@ PARSERS = {
                 ReplyGrew(10001, "m-1"),
                 SessionReplaced(10001, 5),
                 NodeLeft("eu-1"),
+                DrainRequested(),
+                DrainRequested("0a1b"),
                 AccountChanged(10001),
             )
         ],

@@ -159,7 +159,13 @@ async def desk(
         played: Any = adopter
         jobs = Jobs(known, backends=Backends(known), replies=replies, buffers=buffers, inbox=inbox)
         listener = InboxConsumer(
-            inbox=inbox, reply_sync=reply_sync, presence=presence, jobs=jobs, consumer=played, adopter=played
+            inbox=inbox,
+            reply_sync=reply_sync,
+            presence=presence,
+            jobs=jobs,
+            consumer=played,
+            adopter=played,
+            on_drain=played,
         )
         others = Inbox(redis_client, reader, known.model_copy(update={"node": "1"}))
         with server.client() as client:
