@@ -210,19 +210,23 @@ class ReplyBuffer:
 
     async def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until a change after which the condition holds."""
-        holds = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        holds: asyncio.Future[bool] = loop.create_future()
 
         def on_change(_: ReplyBuffer) -> None:
-            if condition():
-                holds.set()
+            if condition() and not holds.done():
+                holds.set_result(True)
+
+        def on_timeout() -> None:
+            if not holds.done():
+                holds.set_result(False)
 
         self.subscribe(on_change)
+        timer = loop.call_later(seconds, on_timeout)
         try:
-            async with asyncio.timeout(seconds):
-                return await holds.wait()
-        except TimeoutError:
-            return False
+            return await holds
         finally:
+            timer.cancel()
             self.unsubscribe(on_change)
 
     def holds(self, attempt: int, offset: int) -> bool:

@@ -6,7 +6,8 @@ kinds as `ReceivedFrame`. The words of the protocol and their meanings are in co
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from enum import StrEnum
+from typing import Annotated, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -26,6 +27,8 @@ from imstream.codes import Code, Event, MsgType, State
 from imstream.strict_json import InvalidJson, InvalidNumber, parse_json
 from imstream.tracing import parse_traceparent
 from imstream.user_ids import UserId, UserIdField, UserIds
+
+_Member = TypeVar("_Member", bound=StrEnum)
 
 USER_ID_FIELD = "userId"
 
@@ -220,13 +223,18 @@ def _first_problem(error: ValidationError, message_id: str | None = None) -> Inv
     return InvalidFrame(".".join(str(part) for part in first["loc"][1:]), first["msg"], message_id)
 
 
+def _plain(member: _Member) -> _Member:
+    """A default of a server frame: the string that `use_enum_values` would make of it, each time and in Python."""
+    return cast("_Member", member.value)
+
+
 class ServerFrame(_Frame):
     """A frame of the server: the fields that every kind has. Fields without a value are left out of the JSON."""
 
-    # Strings are encoded in a third of the time that members of enumerations take.
-    model_config = ConfigDict(use_enum_values=True, validate_default=True)
+    # Strings are encoded in a third of the time that members of enumerations take. Defaults are strings, see `_plain`.
+    model_config = ConfigDict(use_enum_values=True)
 
-    code: Code = Code.SUCCESS
+    code: Code = _plain(Code.SUCCESS)
     resp_time: str = Field(
         default_factory=lambda: str(now_ms()), description="time of the server in milliseconds since 1970, as a string"
     )
@@ -247,8 +255,8 @@ class KnownMessage(_Frame):
 class Welcome(ServerFrame):
     """The answer to INIT: the user is logged in."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.INIT] = MsgType.INIT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.INIT] = _plain(MsgType.INIT)
     contents: Sentence
     user_id: UserId
     remaining: Remaining | None = None
@@ -262,8 +270,8 @@ class Welcome(ServerFrame):
 class HeartbeatReply(ServerFrame):
     """The answer to a heartbeat."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.HEARTBEAT] = MsgType.HEARTBEAT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.HEARTBEAT] = _plain(MsgType.HEARTBEAT)
     contents: Sentence
     user_id: UserId | None = None
 
@@ -272,7 +280,7 @@ class Problem(ServerFrame):
     """An error: a refused frame or message, a throttled socket, or the reason of the close that follows."""
 
     code: ErrorCode
-    msg_type: Literal[MsgType.SYSTEM] = MsgType.SYSTEM
+    msg_type: Literal[MsgType.SYSTEM] = _plain(MsgType.SYSTEM)
     contents: Sentence
     user_id: UserId | None = None
     message_id: AboutMessage | None = None
@@ -282,8 +290,8 @@ class Problem(ServerFrame):
 class Expired(ServerFrame):
     """There is no record of a message that was to be resumed."""
 
-    code: Literal[Code.EXPIRED] = Code.EXPIRED
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    code: Literal[Code.EXPIRED] = _plain(Code.EXPIRED)
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     contents: Sentence
     message_id: AboutMessage
 
@@ -291,12 +299,12 @@ class Expired(ServerFrame):
 class Accepted(ServerFrame):
     """A message will be answered."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     contents: Sentence
     user_id: UserId
     message_id: AboutMessage
-    event: Literal[Event.ACCEPTED] = Event.ACCEPTED
+    event: Literal[Event.ACCEPTED] = _plain(Event.ACCEPTED)
     position: Position | None = None
     remaining: Remaining | None = None
     node: Node | None = None
@@ -305,11 +313,11 @@ class Accepted(ServerFrame):
 class Delta(ServerFrame):
     """New text of an answer."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     contents: str = Field(description="new text")
     message_id: AboutMessage
-    event: Literal[Event.DELTA] = Event.DELTA
+    event: Literal[Event.DELTA] = _plain(Event.DELTA)
     attempt: Attempt
     offset: Offset
 
@@ -317,11 +325,11 @@ class Delta(ServerFrame):
 class Restart(ServerFrame):
     """A new attempt begins: the text so far is discarded."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     contents: Sentence
     message_id: AboutMessage
-    event: Literal[Event.RESTART] = Event.RESTART
+    event: Literal[Event.RESTART] = _plain(Event.RESTART)
     attempt: Attempt
     offset: Offset
 
@@ -329,7 +337,7 @@ class Restart(ServerFrame):
 class Ending(ServerFrame):
     """The end of an answer: the fields that its three kinds have."""
 
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     contents: Sentence | None = None
     user_id: UserId | None = None
     message_id: AboutMessage
@@ -344,33 +352,33 @@ class Ending(ServerFrame):
 class Done(Ending):
     """The answer is complete."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    event: Literal[Event.DONE] = Event.DONE
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    event: Literal[Event.DONE] = _plain(Event.DONE)
 
 
 class Failed(Ending):
     """The message could not be answered, or a guard refused it."""
 
-    code: ErrorCode = Code.AI_FAILED
+    code: ErrorCode = _plain(Code.AI_FAILED)
     contents: Sentence
-    event: Literal[Event.FAILED] = Event.FAILED
+    event: Literal[Event.FAILED] = _plain(Event.FAILED)
 
 
 class Cancelled(Ending):
     """The message was cancelled. Without an offset: the socket did not follow the answer."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     contents: Sentence
-    event: Literal[Event.CANCELLED] = Event.CANCELLED
+    event: Literal[Event.CANCELLED] = _plain(Event.CANCELLED)
 
 
 class Status(ServerFrame):
     """The state of an unfinished message, for clients that want `status`."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     message_id: AboutMessage
-    event: Literal[Event.STATUS] = Event.STATUS
+    event: Literal[Event.STATUS] = _plain(Event.STATUS)
     state: Literal[State.QUEUED, State.STARTED, State.THINKING, State.WAITING] = Field(
         description="its state; clients ignore unknown ones"
     )
@@ -385,11 +393,11 @@ class Status(ServerFrame):
 class Thinking(ServerFrame):
     """New reasoning of the model, for clients that want `thinking`."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     contents: str = Field(description="new reasoning")
     message_id: AboutMessage
-    event: Literal[Event.THINKING] = Event.THINKING
+    event: Literal[Event.THINKING] = _plain(Event.THINKING)
     attempt: Attempt
     start: Start
 
@@ -397,11 +405,11 @@ class Thinking(ServerFrame):
 class Asked(ServerFrame):
     """The question of a message, for clients that want `asked`."""
 
-    code: Literal[Code.SUCCESS] = Code.SUCCESS
-    msg_type: Literal[MsgType.CHAT] = MsgType.CHAT
+    code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
+    msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
     contents: str = Field(description="the question")
     message_id: AboutMessage
-    event: Literal[Event.ASKED] = Event.ASKED
+    event: Literal[Event.ASKED] = _plain(Event.ASKED)
 
 
 SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
@@ -437,7 +445,7 @@ class ReceivedFrame(ServerFrame):
     A newer server may know other codes, events and states; they are read as text.
     """
 
-    model_config = ConfigDict(use_enum_values=False, validate_default=False)
+    model_config = ConfigDict(use_enum_values=False)
 
     code: Annotated[Code | str, _FIRST_MATCH] = Code.SUCCESS  # type: ignore[assignment] # wider, see above
     contents: str | None = None

@@ -30,11 +30,8 @@ class Breaker:
         self._pause = self._min_pause
         self._open_until = 0.0
         self._retry_after_until = 0.0
-
-    @property
-    def tripped(self) -> bool:
+        self.tripped = False
         """Whether the breaker is open or half-open: no call has succeeded since it opened."""
-        return self._open_until > 0.0
 
     def remaining(self) -> float:
         """Seconds until a call may be made; 0 if now."""
@@ -42,7 +39,7 @@ class Breaker:
 
     def record_probe(self) -> None:
         """The one call of the half-open state is made: open for another pause, unless it succeeds."""
-        self._open_until = max(self._open_until, self._clock() + self._pause)
+        self._open_for(self._pause)
 
     def record_success(self) -> None:
         """A call has succeeded."""
@@ -51,6 +48,7 @@ class Breaker:
         self._pause = self._min_pause
         # A call that began earlier does not end a Retry-After.
         self._open_until = self._retry_after_until if self._retry_after_until > self._clock() else 0.0
+        self.tripped = self._open_until > 0.0
 
     def record_failure(self, retry_after: timedelta | None, *, source: object = None) -> None:
         """A call has failed for a reason that other calls may share. Failures of one `source`, if given, count once."""
@@ -63,4 +61,8 @@ class Breaker:
             pause = max(pause, self._pause)
             self._pause = min(2 * self._pause, self._max_pause)
         if pause:
-            self._open_until = max(self._open_until, self._clock() + pause)
+            self._open_for(pause)
+
+    def _open_for(self, pause: float) -> None:
+        self._open_until = max(self._open_until, self._clock() + pause)
+        self.tripped = self._open_until > 0.0

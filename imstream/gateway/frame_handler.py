@@ -48,6 +48,9 @@ TAKEN_WAIT = 1.0
 """The same once a worker has taken the message. Under full load it is opened later than after `OPEN_WAIT`, and a mark
 would be one more script."""
 
+CHEAP_FRAME = 1024
+"""Characters of a frame that cannot take as long as `SECONDS_PER_FRAME`: to measure it takes two system calls."""
+
 _STATES = {"queued": State.QUEUED, "done": State.DONE, "failed": State.FAILED, "cancelled": State.CANCELLED}
 """The state of a message by the last event of its record; after any other, its answer has begun."""
 
@@ -120,7 +123,8 @@ class FrameHandler:
 
     def _parse(self, text: str) -> ClientFrame | None:
         """Parse a frame, or answer the error."""
-        began = time.thread_time()
+        is_long = len(text) > CHEAP_FRAME
+        began = time.thread_time() if is_long else 0.0
         try:
             return parse_frame(text, self._deps.frame_limits, self._deps.settings.user_ids)
         except InvalidFrame as error:
@@ -130,7 +134,7 @@ class FrameHandler:
                 self._writer.send(self._frames.bad_frame(error))
             return None
         finally:
-            if cost := (time.thread_time() - began) // SECONDS_PER_FRAME:
+            if is_long and (cost := (time.thread_time() - began) // SECONDS_PER_FRAME):
                 self._session.socket.charge(cost)
 
     async def _dispatch(self, frame: ClientFrame) -> None:

@@ -76,7 +76,7 @@ class RequestLog:
             return  # Redis has lost its record
         usage, metrics, admitted_at = terminal.usage or {}, self._metrics, time_of(account.entry_id)
         waited, text, total = [
-            None if at is None else max(0, at - admitted_at)  # Redis' clock may have been set back
+            None if at is None else at - admitted_at if at > admitted_at else 0  # Redis' clock may have been set back
             for at in (account.opened_at, account.text_at, account.ended_at)
         ]
         metrics.messages[terminal.event] += 1

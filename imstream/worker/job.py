@@ -30,7 +30,7 @@ from imstream.store.replies import (
     WaitRecorded,
 )
 from imstream.store.requests import Entry, RequestStream
-from imstream.tracing import CURRENT, NO_SPAN, Span
+from imstream.tracing import CURRENT, NO_SPAN, Span, Tracing
 from imstream.worker.account import Account
 from imstream.worker.attempt import AttemptRunner, CannotContinue, WorkerDeps
 from imstream.worker.disposition import (
@@ -407,7 +407,10 @@ class Job:
             self._attempts, self._is_ours = opened.attempt, True
             self._usage = None if opened.continued is None else opened.continued.usage
             is_first = opened.attempt == self.request.earlier_attempts + 1
-            self._begin_span(opened, is_first=is_first)
+            if deps.tracing is None:
+                CURRENT.set(Span(self.request.traceparent))
+            else:
+                self._begin_span(deps.tracing, opened, is_first=is_first)
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
             self._account.open(opened, reply, is_first=is_first)
@@ -418,12 +421,8 @@ class Job:
             self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
         return opened
 
-    def _begin_span(self, opened: Opened, *, is_first: bool) -> None:
-        tracing, traceparent = self._deps.tracing, self.request.traceparent
-        if tracing is None:
-            CURRENT.set(Span(traceparent))
-            return
-        about = traceparent, self.stream.key, self.request.message_id
+    def _begin_span(self, tracing: Tracing, opened: Opened, *, is_first: bool) -> None:
+        about = self.request.traceparent, self.stream.key, self.request.message_id
         if is_first:
             tracing.queued(*about, waited=max(0, opened.at - time_of(self.entry.entry_id)))
         self._span.end()
