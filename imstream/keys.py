@@ -45,7 +45,7 @@ class Keys:
         return f"{self.prefix}:{{node:{node}}}:lease"
 
     def status(self, node: str) -> str:
-        """Hash, expires with the lease: release, sessions and running requests of a node, why it is not ready."""
+        """Hash, expires, written with the lease: release, sessions and work of a node, why it is not ready."""
         return f"{self.prefix}:{{node:{node}}}:status"
 
     def probe(self, node: str) -> str:

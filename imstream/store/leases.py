@@ -68,9 +68,13 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The lease is ours. `restarted`: Redis was restarted after its last holder, which may have ended with it."""
+    """The lease is ours. `restarted`: Redis was restarted after its last holder, which may have ended with it.
+
+    `older_by`: Redis has the lease as of a renewal so long before our last one: it has lost what was written since.
+    """
 
     restarted: bool = False
+    older_by: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ class Leases:
         self._dead_age = milliseconds(settings.dead_age)
         self.status: Callable[[], Mapping[str, str | int]] = dict
         """Returns the fields that are recorded with each renewal, for `imstream nodes`."""
+        self._renewed = 0
+        """When we last renewed, by Redis' clock (ms)."""
 
     async def acquire(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
         """Acquire or renew the lease of this node. `dead`: the instance of a dead holder, whose lease is taken over."""
@@ -119,7 +125,9 @@ class Leases:
         answer = await LUA["acquire_lease"].run(self._redis, keys, (*lease, *consumer, *status))
         if answer[0] == "held":
             self._metrics.saw_stream(self.node, int(answer[2]), answer[3], int(answer[4]))
-            return Held(restarted=answer[1] == "1")
+            before, self._renewed, found = self._renewed, int(answer[4]) if status else 0, answer[5]
+            older = before - int(found) if found.isdecimal() else 0
+            return Held(restarted=answer[1] == "1", older_by=to_timedelta(older) if before and older > 0 else None)
         return HeldByOther(Holder.decode(answer[1]), _time_left(answer[2]) or timedelta())
 
     async def release(self, holder: Holder) -> None:
@@ -179,7 +187,16 @@ class Leases:
     async def retire(self, node: str) -> bool:
         """Delete the keys of a node; its dead letters expire. False when it is alive, adopted, or has requests."""
         keys = self._keys
-        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run, keys.dead)
+        of_node = (
+            keys.lease,
+            keys.adopter,
+            keys.requests,
+            keys.load,
+            keys.inbox,
+            keys.redis_run,
+            keys.dead,
+            keys.status,
+        )
         if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], (self._dead_age,)):
             return False
         await self._redis.execute("ZREM", keys.nodes(), node)

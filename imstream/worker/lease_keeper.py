@@ -178,6 +178,8 @@ class LeaseKeeper:
             self.reaches_redis = True
             self._expires_at = before + self._ttl if isinstance(answer, Held) else float("-inf")
             self.redis_restarted = isinstance(answer, Held) and answer.restarted
+            if isinstance(answer, Held) and answer.older_by is not None:
+                log.error("redis has come back with older data", older_by_seconds=answer.older_by.total_seconds())
             if self._certain_from == float("inf"):
                 self._certain_from = asyncio.get_running_loop().time() + self._grace
         if isinstance(answer, HeldByOther):

@@ -8,7 +8,8 @@
 -- KEYS[2]  string  the Redis on which the lease was last held, expires: its run id, the instance, and 1 when that one
 --                  found Redis restarted since the instance before it
 -- KEYS[3]  stream  requests of the node
--- KEYS[4]  hash    status of the node, expires with the lease. Not in the lease: older releases refuse unknown fields.
+-- KEYS[4]  hash    status of the node, valid while its instance holds the lease; kept as long as KEYS[2], to tell when
+--                  Redis comes back with older data. Not in the lease: older releases refuse unknown fields.
 -- ARGV[1]  instance, unique to the process
 -- ARGV[2]  the holder as JSON, with the instance in it
 -- ARGV[3]  milliseconds
@@ -18,7 +19,7 @@
 -- ARGV[7]  milliseconds to keep KEYS[2]
 -- ARGV[8…] field, value, … of the status
 -- Returns  {'held', '1' when Redis was restarted since the instance before, unfinished requests, id of the first or '',
---            time in ms} by this process
+--            time in ms, that of the renewal before as recorded in the status or ''} by this process
 --          | {'refused', the holder as JSON, milliseconds left}
 
 local holder = redis.call('GET', KEYS[1])
@@ -35,10 +36,13 @@ else
     redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 end
 
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local renewed = redis.pcall('HGET', KEYS[4], 'renewed')
 if #ARGV > 7 then
     redis.call('DEL', KEYS[4])
-    redis.call('HSET', KEYS[4], unpack(ARGV, 8))
-    redis.call('PEXPIRE', KEYS[4], ARGV[3])
+    redis.call('HSET', KEYS[4], 'renewed', string.format('%.0f', now_ms), unpack(ARGV, 8))
+    redis.call('PEXPIRE', KEYS[4], ARGV[7])
 end
 
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or '?'
@@ -64,5 +68,5 @@ else
 end
 -- For metrics: a stream of another type must not cost the lease.
 local length, first = redis.pcall('XLEN', KEYS[3]), redis.pcall('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1]
-local time = redis.call('TIME')
-return {'held', restarted, tonumber(length) or 0, first and first[1] or '', time[1] * 1000 + math.floor(time[2] / 1000)}
+renewed = type(renewed) == 'string' and renewed or ''
+return {'held', restarted, tonumber(length) or 0, first and first[1] or '', now_ms, renewed}

@@ -8,6 +8,7 @@
 -- KEYS[5]  stream  its inbox
 -- KEYS[6]  string  the Redis on which it last held its lease
 -- KEYS[7]  stream  its dead letters
+-- KEYS[8]  hash    its status
 -- ARGV[1]  milliseconds to keep dead letters
 -- Returns  1 when they are deleted, 0 when it is not gone
 
@@ -17,5 +18,5 @@ end
 if redis.call('PTTL', KEYS[7]) == -1 then
     redis.call('PEXPIRE', KEYS[7], ARGV[1])
 end
-redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[6])
+redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[8])
 return 1
