@@ -45,13 +45,13 @@ async def test_requests_that_wait_on_a_node_that_ends_are_adopted_at_once(demo: 
     async with many_nodes(tmp_path, demo.url, "a", "b", **limits) as nodes:
         async with nodes["a"].peer(USER) as someone:
             for n in range(4):
-                await someone.chat(USER, question(20 + 80 * (n == 0), n), f"m{n}")
+                await someone.chat(USER, question(20 + 180 * (n == 0), n), f"m{n}")
             await someone.some_text("m0")
             nodes["a"].now.process.signal(signal.SIGTERM)
             assert await someone.closed() == 1012
         async with nodes["b"].peer(USER, resume=someone.told) as someone:
             for n in range(4):
-                assert (await someone.end_of(f"m{n}")).text == whole(question(20 + 80 * (n == 0), n))
+                assert (await someone.end_of(f"m{n}")).text == whole(question(20 + 180 * (n == 0), n))
         assert await nodes["a"].died() == 0
         assert '"event":"drained","unfinished":4,' in nodes["a"].now.process.output()
         assert nodes.ai_calls() == 5

@@ -162,6 +162,7 @@ async def test_each_end_of_a_chat_has_its_result(node: OneNode, backend: Scripte
     async with node.peer(user) as someone, node.peer(other) as another:
         for number in range(QUOTA):
             assert (await someone.chat(user, "?", f"m{number}"))["event"] == "accepted"
+        await wait_until(lambda: len(backend.requests) == QUOTA, "the backend is asked")
         assert (await someone.chat(user, "?", "m-quota"))["code"] == "RATE_LIMITED"
         assert (await someone.chat(user, "?", "m-rate"))["code"] == "RATE_LIMITED"
         system = [{"role": "system", "content": "?"}]

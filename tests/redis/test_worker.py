@@ -275,7 +275,7 @@ async def test_readiness_follows_what_the_worker_hears_from_redis(redis_server: 
         await wait_until(lambda: worker.consumer.reached_redis_within(1), "the worker reaches Redis")
         for n in range(64):
             await worker.ask(f"m{n}")
-        await wait_until(lambda: len(worker.jobs) == 64, "all slots are taken")
+        await wait_until(lambda: len(worker.backend.calls) == 64, "all slots are taken")
         worker.redis.config_resetstat()
         await wait_until(lambda: "cmdstat_exists" in worker.redis.info("commandstats"), "it pings Redis")
         for call in worker.backend.calls:
