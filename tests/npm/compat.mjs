@@ -57,7 +57,7 @@ function problems(program, file) {
     if (ts.isPropertyAccessExpression(node) && !(ts.isCallExpression(node.parent) && node.parent.questionDotToken)) {
       const declarations = checker.getSymbolAtLocation(node.name)?.declarations ?? [];
       const isGuess = !declarations.length;
-      if (isGuess ? ts.isCallExpression(node.parent) && !ours.has(node.name.text) : !declarations.every(isOurs)) {
+      if (isGuess ? ts.isCallExpression(node.parent) && node.parent.expression === node && !ours.has(node.name.text) : !declarations.every(isOurs)) {
         report(node.name, node.name.text, problemOfMember(node.name.text, declarations.map(owner)));
       }
     } else if (ts.isIdentifier(node) && !ts.isPropertyAccessExpression(node.parent)) {

@@ -3,7 +3,6 @@
 // The result is a list of nodes: a string, or { tag, children } with what the tag needs.
 
 const MAX_DEPTH = 16; // of elements within each other; deeper ones are left out, their text is not
-const MAX_LOCAL_PART = 64;
 const MAX_PARENTHESES = 32;
 
 const PLAIN = /[^\\`*_~[\]!<&\n]+/y;
@@ -395,7 +394,7 @@ function hrefOf(address) {
 /** The mail address around an @; at least `from` is not part of it. */
 function matchMail(text, at, from) {
   let start = at;
-  while (start > from && at - start < MAX_LOCAL_PART && /[A-Za-z0-9._+-]/.test(text[start - 1])) start--;
+  while (start > from && /[A-Za-z0-9._+-]/.test(text[start - 1])) start--;
   MAIL_DOMAIN.lastIndex = at;
   const domain = MAIL_DOMAIN.exec(text)?.[0];
   if (start === at || !domain || !/[A-Za-z0-9]$/.test(domain)) return undefined;

@@ -7,7 +7,7 @@ import { parseInlines } from "./markdown-inlines.js";
 
 /** The beginning of a line that may yet become anything: shown when it has. */
 const MARKS_ONLY = /^[-=*+_~`#|:> \t]*(?:\d{1,9}[.)]?[ \t]*)?$/;
-const SAFE_LINK = /^(?:https?|mailto):/i;
+const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
 const CONTAINERS = new Set(["blockquote", "ul", "ol", "li", "div", "table", "tbody", "thead", "tr"]);
 const TEXT = 3; // Node.TEXT_NODE
 const COPIED_FOR = 1500; // ms
@@ -247,7 +247,7 @@ export class MarkdownView {
     const element = this.#reuse(old, isSafe ? "link" : "text", isSafe ? "a" : "span");
     if (isSafe) Object.assign(element, { href, target: "_blank", rel: "noopener noreferrer" });
     element.className = isImage ? "image" : "";
-    element.title = (isSafe ? title : href) ?? "";
+    element.title = (isSafe ? title : `${href}${title ? ` "${title}"` : ""}`) ?? "";
     this.#writeNodes(element, children.length ? children : [href]);
     return element;
   }
