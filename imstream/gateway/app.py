@@ -22,7 +22,7 @@ from imstream.user_ids import UserIds
 
 _STATIC = resources.files("imstream.gateway") / "static"
 
-_SCRIPTS = ("imstream.js", "markdown.js", "markdown-blocks.js", "markdown-inlines.js")
+_SCRIPTS = ("imstream.js", *(f"markdown{part}.js" for part in ("", "-blocks", "-inlines", "-addresses")))
 """The modules of the page: the client, and what shows answers."""
 
 _INDIRECT = re.compile(r"forwarded|x-forwarded|x-real-ip|x-client-ip|x-original-|true-client-ip|cf-|via|origin")
