@@ -92,6 +92,7 @@ class Job:
         self._stop_reason: StopReason | None = None
         self._span: Span = NO_SPAN
         """That of the attempt."""
+        self._earlier = request.earlier_attempts
         self._attempts = 0
         self._showed_text = False
         """Whether an attempt of this job has shown text, recorded or not."""
@@ -236,7 +237,7 @@ class Job:
         opened = await self._open(continues=True)
         if not isinstance(opened, Opened):
             return await self._not_opened(opened)
-        if (verdict := after_opening(opened.attempt - self.request.earlier_attempts, self._deps.limits)) is not None:
+        if (verdict := after_opening(opened.attempt - self._earlier, self._deps.limits)) is not None:
             return verdict
         self._counted, waited = opened.counted, opened.waited
         self._waits_since = None if waited is None else asyncio.get_running_loop().time() - waited.total_seconds()
@@ -385,7 +386,7 @@ class Job:
                     request=self._id,
                     lost=lost,
                     # If Redis has lost earlier attempts, or no longer keeps them, their numbers are not used again.
-                    after=max(reply.fence, self.request.earlier_attempts),
+                    after=max(reply.fence, self._earlier),
                     continues=deps.settings.max_answer if continues else 0,
                     shown=shown,
                     usage=self._usage,
@@ -406,7 +407,7 @@ class Job:
         if isinstance(opened, Opened):
             self._attempts, self._is_ours = opened.attempt, True
             self._usage = None if opened.continued is None else opened.continued.usage
-            is_first = opened.attempt == self.request.earlier_attempts + 1
+            is_first = opened.attempt == self._earlier + 1
             if deps.tracing is None:
                 CURRENT.set(Span(self.request.traceparent))
             else:

@@ -18,6 +18,6 @@ if tonumber(redis.call('HGET', KEYS[2], ARGV[4]) or 0) >= tonumber(ARGV[2]) then
 end
 local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 5))
 redis.call('HINCRBY', KEYS[2], ARGV[4], 1)
--- Before the first worker came there is no group, and nothing is pending.
-local pending = redis.pcall('XPENDING', KEYS[1], ARGV[3])
+-- Nothing is pending in a stream that was empty, or before the first worker came: then there is no group.
+local pending = unfinished == 0 and {0} or redis.pcall('XPENDING', KEYS[1], ARGV[3])
 return {'admitted', id, unfinished + 1 - (pending.err and 0 or pending[1]), unfinished + 1}
