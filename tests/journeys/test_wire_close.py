@@ -101,10 +101,11 @@ async def test_heartbeats_keep_a_socket_open_and_an_answer_alone_does_not(node: 
 
 
 async def test_a_frame_that_is_too_big_is_closed_with_1009(node: OneNode) -> None:
+    short = "[[demo first=0 length=1]]"
+
     def chat(size: int) -> str:
-        frame = {"msgType": "CHAT", "userId": USER, "messageId": f"m{size}", "contents": ""}
-        frame["contents"] = "[[demo first=0 length=1]]"
-        frame["contents"] += "x" * (size - len(json.dumps(frame)))
+        frame = {"msgType": "CHAT", "userId": USER, "messageId": f"m{size}", "contents": short}
+        frame["contents"] = short + "x" * (size - len(json.dumps(frame)))
         return json.dumps(frame)
 
     async with node.peer(USER) as someone:
