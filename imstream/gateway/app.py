@@ -1,7 +1,5 @@
 """The HTTP routes of a node: health checks, metrics, and the page with its client, which may run nothing else."""
 
-import base64
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,11 +20,24 @@ from imstream.user_ids import UserIds
 
 _STATIC = resources.files("imstream.gateway") / "static"
 
-_SCRIPTS = ("imstream.js", *(f"markdown{part}.js" for part in ("", "-blocks", "-inlines", "-addresses")))
-"""The modules of the page: the client, and what shows answers."""
-
 _INDIRECT = re.compile(r"forwarded|x-forwarded|x-real-ip|x-client-ip|x-original-|true-client-ip|cf-|via|origin")
 """Beginnings of headers that proxies add, and of the one that tells a page."""
+
+_MEDIA_TYPES = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "json": "application/json"}
+
+_POLICY = "; ".join((
+    "default-src 'none'",
+    "script-src 'self'",
+    "style-src 'self'",
+    "img-src data:",
+    "connect-src ws: wss:",  # to any address, because the user can enter another node on the page
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
+    "require-trusted-types-for 'script'",
+    "trusted-types 'none'",
+))  # fmt: skip
+"""The Content-Security-Policy of the page: its own files, nothing inline, no HTML from strings."""
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
@@ -44,7 +55,7 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
                 deps, stuck=stuck, shows=is_from_here if deps.settings.shows_metrics_here else lambda _: False
             ),
             Route("/ws", only_sockets, methods=["GET"]),
-            *page_routes(deps.settings.user_ids),
+            *page_routes(deps.settings.user_ids, deps.settings.max_frame),
         ]
     )
     app.router.redirect_slashes = False  # it would tell which paths exist
@@ -108,46 +119,23 @@ def is_from_here(request: Request) -> bool:
     )
 
 
-def page_routes(user_ids: UserIds) -> list[Route]:
-    """The routes of the page at `/`, of the browser client, and of the protocol for machines (AsyncAPI)."""
+def page_routes(user_ids: UserIds, max_frame: int) -> list[Route]:
+    """The routes of the page at `/`, of its scripts with the browser client, and of the protocol for machines (AsyncAPI)."""
     page = (_STATIC / "index.html").read_text("utf-8")
     page = page.replace('data-user-ids="number"', f'data-user-ids="{user_ids}"')
-    scripts = {name: (_STATIC / name).read_text("utf-8") for name in _SCRIPTS}
-    protocol = (_STATIC / "asyncapi.json").read_text("utf-8")
+    page = page.replace('data-max-frame="65536"', f'data-max-frame="{max_frame}"')
+    files = {file.name: file for file in _STATIC.iterdir() if file.name != "package.json"}
+    # Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only what a
+    # server allows to every origin.
     any_page = {"Access-Control-Allow-Origin": "*"}
     return [
-        _route("/", page, "text/html; charset=utf-8", {"Content-Security-Policy": content_policy(page)}),
-        # Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only
-        # what a server allows to every origin.
-        *(_route(f"/{name}", text, "text/javascript; charset=utf-8", any_page) for name, text in scripts.items()),
-        _route("/asyncapi.json", protocol, "application/json", any_page),
+        _route("/", page, "text/html; charset=utf-8", {"Content-Security-Policy": _POLICY}),
+        *(
+            _route(f"/{name}", files[name].read_text("utf-8"), media_type, any_page)
+            for name in sorted(files)
+            if (media_type := _MEDIA_TYPES.get(name.rpartition(".")[2]))
+        ),
     ]
-
-
-def content_policy(page: str) -> str:
-    """The Content-Security-Policy of the page: its own inline script and style by their hashes, no HTML from strings.
-
-    The socket may connect to any address, because the user can enter another node on the page.
-    """
-    return "; ".join((
-        "default-src 'none'",
-        f"script-src 'self' {_hash_of('script', page)}",
-        f"style-src {_hash_of('style', page)}",
-        "img-src data:",
-        "connect-src ws: wss:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    ))  # fmt: skip
-
-
-def _hash_of(tag: str, page: str) -> str:
-    found = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
-    if found is None:
-        raise ValueError(f"the page has no <{tag}>")
-    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
 
 
 def _route(path: str, content: str, media_type: str, headers: Mapping[str, str]) -> Route:

@@ -28,6 +28,17 @@ PHONE = (390, 844)
 _PATIENCE = 20.0 * SLOW
 """Time limit, in seconds, for a condition on a busy machine."""
 
+_MESSAGES = """(mode, work) => new Promise((resolve, reject) => {
+  const opening = indexedDB.open("imstream", 1);
+  opening.onerror = () => reject(opening.error);
+  opening.onsuccess = () => {
+    const request = work(opening.result.transaction("messages", mode).objectStore("messages"));
+    request.onerror = () => reject(request.error);
+    request.onsuccess = () => (opening.result.close(), resolve(request.result));
+  };
+})"""
+"""Works with the messages that the page keeps."""
+
 _FLAGS = (
     "--headless=new",
     "--no-sandbox",  # tests may run as root, where the sandbox refuses to start
@@ -169,10 +180,25 @@ class Page:
     async def press(self, key: str, *, shift: bool = False) -> None:
         """Press and release one key."""
         text = {"Enter": "\r"}.get(key, "")
-        code = {"Enter": 13, "Escape": 27}[key]
+        code = {"Enter": 13, "Escape": 27, "Tab": 9}[key]
         common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
         await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
         await self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    async def kept(self) -> list[dict[str, Any]]:
+        """Return the messages that the page keeps in the browser, the oldest first."""
+        records: list[dict[str, Any]] = await self.evaluate(f"({_MESSAGES})('readonly', (store) => store.getAll())")
+        return sorted(records, key=lambda record: record["at"])
+
+    async def keep(self, **record: object) -> None:
+        """Have the page keep a message of the user who is logged in, as if it had ended a moment ago."""
+        ended = {"id": "c1.m1", "conversation": "c1", "contents": "?", "text": "", "status": "done", **record}
+        put = f"(store) => store.put({{...{json.dumps(ended)}, at: Date.now(), owner}})"
+        await self.evaluate(
+            f"(async () => {{ const owner = JSON.parse(sessionStorage['imstream.owner']); "
+            f"sessionStorage['imstream.conversation'] = JSON.stringify('{ended['conversation']}'); "
+            f"await ({_MESSAGES})('readwrite', {put}) }})()"
+        )
 
     async def look(self, size: tuple[int, int], *, dark: bool = False) -> None:
         """Set the size of the screen in CSS pixels, and whether the person prefers dark colours."""

@@ -87,7 +87,7 @@ async def online(page: Page) -> None:
 async def ask(page: Page, question: str) -> None:
     count = await page.evaluate("document.querySelectorAll('article').length")
     await page.fill("textarea", question)
-    await page.press("Enter")
+    await page.click("#write button")
     await page.until(f"document.querySelectorAll('article').length === {count + 1}")
 
 
@@ -120,15 +120,18 @@ async def has_written(page: Page, length: int = 80) -> None:
 
 
 async def kept(page: Page) -> dict[str, Any]:
-    """Return the page's state of the last message, with its raw text."""
-    message: dict[str, Any] = await page.evaluate("JSON.parse(sessionStorage['imstream.chat']).at(-1)")
-    return message
+    """Return what the page keeps of the last message, with its raw text."""
+    return (await page.kept())[-1]
 
 
 async def whole_answer(page: Page, question: str) -> None:
     """Wait for the end of the last answer. It must equal the backend's text character by character."""
     await status(page, "done")
-    assert (await kept(page))["text"] == "".join(canned_answer(question))
+
+    async def is_kept() -> bool:
+        return (await kept(page))["text"] == "".join(canned_answer(question))
+
+    await wait_until(is_kept, "the whole answer is kept")
 
 
 async def test_a_person_logs_in_asks_and_reads_the_answer_as_it_is_written(page: Page, node: NodeProcess) -> None:
@@ -244,6 +247,12 @@ async def test_a_stopped_answer_keeps_its_text_and_can_be_asked_again(page: Page
     await status(page, "cancelled")
 
 
+async def ask_elsewhere(page: Page, question: str) -> None:
+    """Ask in a new conversation, so that the question does not wait for the answer before it."""
+    await page.click("#new")
+    await ask(page, question)
+
+
 async def test_places_in_the_queue_and_a_full_queue(
     page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
@@ -251,21 +260,48 @@ async def test_places_in_the_queue_and_a_full_queue(
     narrow = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="narrow", settings=settings)
     with narrow.process:
         await log_in(page, narrow)
-        await ask(page, f"One {ENDLESS}")
+        await ask(page, "Measured [[demo first=200ms pace=1ms]]")
+        await whole_answer(page, "Measured [[demo first=200ms pace=1ms]]")
+        await ask_elsewhere(page, f"One {ENDLESS}")
         await status(page, "answering")
-        await ask(page, "Two")
-        await says(page, "Next in the queue")
-        await ask(page, "Three")
-        await says(page, "Place 2 in the queue")
-        await ask(page, "Four")
+        await ask_elsewhere(page, f"Two {ENDLESS}")
+        await says(page, "Next in the queue · about ")
+        await ask_elsewhere(page, "Three")
+        await says(page, "Place 2 in the queue · about ")
+        await ask_elsewhere(page, "Four")
         await status(page, "refused")
         refused = await kept(page)
         await says(page, Text.BUSY.en)
         await says(page, "Trying again in")
-        await stop(page, "article:first-of-type .stop")
+        await open_conversation(page, "One")
+        await stop(page)
+        await open_conversation(page, "Three")
+        await says(page, "Next in the queue")
+        await open_conversation(page, "Two")
+        await stop(page)
+        await open_conversation(page, "Four")
         await whole_answer(page, "Four")
         assert (await kept(page))["id"] == refused["id"]
     page.forgive_absence()
+
+
+async def open_list(page: Page) -> None:
+    if await page.evaluate("document.querySelector('#list').hidden"):
+        await page.click("#toggle")
+    await page.until("document.querySelector('#list').checkVisibility()")
+
+
+async def listed(page: Page) -> list[str]:
+    """Return the titles in the open list of conversations."""
+    titles: list[str] = await page.evaluate("[...document.querySelectorAll('#list .title')].map((e) => e.textContent)")
+    return titles
+
+
+async def open_conversation(page: Page, title: str) -> None:
+    await open_list(page)
+    find = f"[...document.querySelectorAll('#list .open')].find((e) => e.innerText.startsWith({json.dumps(title)}))"
+    await page.until(f"{find} && ({find}.click(), true)")
+    await page.until(f"document.querySelector('article .question').textContent.startsWith({json.dumps(title)})")
 
 
 async def test_a_message_beyond_the_quota_of_the_day_is_told_so_and_not_sent_again(
@@ -321,7 +357,7 @@ async def test_the_page_works_from_disk_with_the_address_of_a_node_typed_in(
     await page.visit(PAGE_ON_DISK.as_uri())
     await page.fill("#address", f"127.0.0.1:{port}")
     await page.press("Enter")
-    await page.until("document.querySelector('#problem').textContent.includes('no answer from this address')")
+    await page.until("document.querySelector('#no-answer').checkVisibility()")
     page.forgive_absence()
     settings = {"origins": "same,null", "page_token": PAGE_TOKEN}  # as `imstream up` configures it
     late = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="late", port=port, settings=settings)
@@ -444,6 +480,7 @@ async def test_a_person_logs_in_with_an_e_mail_address_where_ids_are_text(
             with valkey.client() as client:
                 assert len(list(client.scan_iter(f"im:{{user:{user}}}:reply:*"))) >= 1
             await page.evaluate("document.querySelector('#leave').click()")
+            await page.click("#dialog button")
             await page.until("!document.querySelector('#login').hidden")
 
 
@@ -473,9 +510,9 @@ async def test_what_people_and_models_write_is_never_html(page: Page, node: Node
 async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(page: Page, node: NodeProcess) -> None:
     turned = "\u202e\u202d\u2067abc"  # overrides, and an isolate without an end
     text = f"{turned} `{turned} d` **{turned} e** f\n```\n{turned}\n```\n- {turned}"
-    message = {"id": "m1", "contents": f"{turned} ?", "text": text, "status": "done", "node": f"{turned}שלום"}
+    message = {"contents": f"{turned} ?", "text": text, "status": "done", "node": f"{turned}שלום"}
     await log_in(page, node)
-    await page.evaluate(f"sessionStorage['imstream.chat'] = JSON.stringify([{json.dumps(message)}])")
+    await page.keep(**message)
     await page.call("Page.reload")
     await status(page, "done")
     # Each character of a line stands to the right of the one before it.
@@ -527,9 +564,9 @@ open"""
         "P after",
         " Copy open",
     ]
-    message = {"id": "m1", "contents": "?", "text": text, "status": "done"}
+    message = {"contents": "?", "text": text, "status": "done"}
     await log_in(page, node)
-    await page.evaluate(f"sessionStorage['imstream.chat'] = JSON.stringify([{json.dumps(message)}])")
+    await page.keep(**message)
     await page.call("Page.reload")
     await status(page, "done")
     shown = await page.evaluate(
@@ -567,23 +604,29 @@ async def test_an_answer_is_copied_as_it_was_written(page: Page, node: NodeProce
     assert await page.evaluate("navigator.clipboard.readText()") == "".join(canned_answer("Copy me"))
 
 
-async def test_a_new_chat_and_a_logout_leave_nothing_behind(page: Page, node: NodeProcess, valkey: RedisServer) -> None:
+async def test_a_logout_asks_whether_to_keep_the_conversations(page: Page, node: NodeProcess) -> None:
+    async def log_out(button: int) -> None:
+        await page.click("#menu summary")
+        await page.click("#leave")
+        await page.click(f"#dialog button:nth-child({button})")
+
     await log_in(page, node, 10003)
-    await ask(page, f"Forget me {ENDLESS}")
-    await has_written(page)
-    await page.click("#new")
-    await page.until("document.querySelectorAll('article').length === 0 && !document.querySelector('#welcome').hidden")
-    with valkey.client() as client:
-        await wait_until(
-            lambda: not client.hexists("im:{node:0}:load", str(user_id(10003))), "the forgotten message is cancelled"
-        )
     await page.click("#ideas button")
     await status(page, "done")
-    await page.click("#menu summary")
-    await page.click("#leave")
+    await log_out(3)  # rather not
+    await page.until("!document.querySelector('#dialog').open")
+    assert await page.evaluate("document.querySelector('#chat').checkVisibility()")
+    await log_out(1)
     await page.until("!document.querySelector('#login').hidden")
-    assert await page.evaluate("sessionStorage['imstream.chat']") == "[]"
     assert await page.evaluate("document.querySelector('#user').value") == str(user_id(10003))
+    assert await page.evaluate("document.querySelectorAll('article').length") == 0
+    await page.press("Enter")
+    await online(page)
+    await open_conversation(page, "How does a message survive")
+    await status(page, "done")
+    await log_out(2)
+    await page.until("!document.querySelector('#login').hidden")
+    assert await page.kept() == []
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -103,18 +103,15 @@ def test_a_missing_websocket_is_one_sentence() -> None:
 def lacking(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """What Chrome 94 or Safari 15.4 lacks of what the client, the page and `NEW` use."""
     folder = tmp_path_factory.mktemp("scripts")
-    page = (PACKAGE / "index.html").read_text("utf-8")
-    [script] = re.findall(r'<script type="module">(.*?)</script>', page, re.DOTALL)
-    (folder / "page.js").write_text(script)
     (folder / "new.js").write_text(NEW)
-    files = (FOLDER / "compat.mjs", *MODULES, folder / "page.js", folder / "new.js")
+    files = (FOLDER / "compat.mjs", *MODULES, folder / "new.js")
     command = [*node(FOLDER), *map(str, files)]
     found: list[list[str]] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
 def test_the_client_and_the_page_use_nothing_that_the_oldest_browsers_lack(lacking: list[list[str]]) -> None:
-    assert lacking[:-1] == [[] for _ in (*MODULES, "page.js")]
+    assert lacking[:-1] == [[] for _ in MODULES]
 
 
 def test_what_the_oldest_browsers_lack_is_found(lacking: list[list[str]]) -> None:

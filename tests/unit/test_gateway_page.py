@@ -1,7 +1,5 @@
 """The page and the browser client, as a node serves them."""
 
-import base64
-import hashlib
 import re
 from collections.abc import AsyncIterator
 
@@ -9,31 +7,46 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from imstream.gateway.app import content_policy, page_routes
+from imstream.gateway.app import page_routes
 from imstream.user_ids import UserIds
 
 
 @pytest.fixture
 async def browser() -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(Starlette(routes=page_routes(UserIds.NUMBER)))
+    transport = httpx.ASGITransport(Starlette(routes=page_routes(UserIds.NUMBER, 1234)))
     async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
         yield client
 
 
-async def test_page_is_html_and_needs_nothing_but_itself_and_the_client(browser: httpx.AsyncClient) -> None:
+async def test_page_is_html_and_needs_nothing_but_its_own_files(browser: httpx.AsyncClient) -> None:
     answer = await browser.get("/")
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", answer.text)
+    assert 'data-max-frame="1234"' in answer.text
+    for name, media_type in (("page.css", "text/css"), ("boot.js", "text/javascript"), ("page.js", "text/javascript")):
+        assert (await browser.get(f"/{name}")).headers["Content-Type"] == f"{media_type}; charset=utf-8"
+    for hidden in ("package.json", "imstream.d.ts", "index.html"):
+        assert (await browser.get(f"/{hidden}")).status_code == 404
 
 
-async def test_policy_allows_the_inline_script_and_style_as_they_are_served(browser: httpx.AsyncClient) -> None:
+async def test_scripts_import_only_files_that_are_served(browser: httpx.AsyncClient) -> None:
+    seen, wanted = set[str](), {"page.js"}
+    while unread := wanted - seen:
+        for name in unread:
+            answer = await browser.get(f"/{name}")
+            assert answer.status_code == 200, name
+            wanted |= set(re.findall(r'from "\./([^"]+)"', answer.text))
+            seen.add(name)
+    assert {"imstream.js", "page-chat.js"} <= seen
+
+
+async def test_policy_allows_nothing_inline_and_the_page_has_nothing_inline(browser: httpx.AsyncClient) -> None:
     answer = await browser.get("/")
     policy = answer.headers["Content-Security-Policy"]
-    for tag in ("script", "style"):
-        [inline] = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", answer.text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in policy
+    assert "script-src 'self';" in policy
+    assert "style-src 'self';" in policy
     assert "unsafe" not in policy
+    assert re.findall(r"<script\b[^>]*>([^<]+)</script>|<style| style=| on\w+=", answer.text) == []
 
 
 async def test_any_origin_may_import_the_client(browser: httpx.AsyncClient) -> None:
@@ -48,8 +61,3 @@ async def test_the_protocol_for_machines_is_served_to_any_origin(browser: httpx.
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert answer.json()["asyncapi"] == "3.0.0"
-
-
-def test_policy_of_a_page_without_a_script_is_refused() -> None:
-    with pytest.raises(ValueError, match="<script>"):
-        content_policy("<style></style>")

@@ -1,0 +1,60 @@
+/**
+ * Loads the modules of the page. Opened from disk, where browsers refuse to import neighbouring files, the page takes them
+ * from the node whose address is typed in, or given by `imstream up`. A classic script, which browsers load from disk.
+ */
+"use strict";
+
+const form = document.getElementById("enter");
+const given = new URLSearchParams(location.hash.slice(1));
+const noAnswer = document.getElementById("no-answer");
+
+/** Shows the fixed texts of the page in a language: English stands in the document, Chinese beside it. */
+function speak(lang) {
+  document.documentElement.lang = lang === "zh" ? "zh-CN" : "en";
+  for (const element of document.querySelectorAll("[data-zh]")) {
+    element.dataset.en ??= element.textContent;
+    element.textContent = element.dataset[lang];
+  }
+  for (const element of document.querySelectorAll("[data-label-zh]")) {
+    element.dataset.labelEn ??= element.getAttribute("aria-label");
+    element.title = lang === "zh" ? element.dataset.labelZh : element.dataset.labelEn;
+    element.setAttribute("aria-label", element.title);
+  }
+}
+
+/** Imports the modules from the node at an address. */
+function load(address) {
+  const url = new URL(address.includes("://") ? address : `http://${address}`).href;
+  return import(`${url.replace(/\/*$/, "/")}page.js`);
+}
+
+/** What page.js has stored: in this tab, or in this browser. */
+function stored(name, kind = "sessionStorage") {
+  try {
+    return JSON.parse(window[kind].getItem(`imstream.${name}`));
+  } catch {
+    return null; // forbidden
+  }
+}
+
+const FROM_DISK = location.protocol === "file:";
+const { address: addressField } = form.elements;
+
+form.onsubmit = async (event) => {
+  event.preventDefault();
+  try {
+    await (FROM_DISK ? load(addressField.value.trim()) : loading);
+    form.dispatchEvent(new Event("submit", { cancelable: true })); // the modules have replaced this handler
+  } catch {
+    noAnswer.hidden = false;
+  }
+};
+if (FROM_DISK) {
+  speak(navigator.language.startsWith("zh") ? "zh" : "en");
+  document.getElementById("elsewhere").open = true;
+  addressField.value = 
+    given.get("node") ?? stored("address") ?? stored("address", "localStorage") ?? addressField.placeholder;
+  addEventListener("hashchange", () => location.reload()); // the URL of another run was pasted
+}
+const loading = FROM_DISK ? undefined : import("./page.js");
+if (FROM_DISK && (given.has("node") || stored("user"))) load(addressField.value).catch(() => {}); // the button tries again
