@@ -25,18 +25,12 @@ _INDIRECT = re.compile(r"forwarded|x-forwarded|x-real-ip|x-client-ip|x-original-
 
 _MEDIA_TYPES = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "json": "application/json"}
 
-_POLICY = "; ".join((
-    "default-src 'none'",
-    "script-src 'self'",
-    "style-src 'self'",
-    "img-src data:",
-    "connect-src ws: wss:",  # to any address, because the user can enter another node on the page
-    "base-uri 'none'",
-    "form-action 'none'",
-    "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'",
-    "trusted-types 'none'",
-))  # fmt: skip
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src ws: wss:; "  # to any address, because the user can enter another node on the page
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
 """The Content-Security-Policy of the page: its own files, nothing inline, no HTML from strings."""
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -120,7 +114,7 @@ def is_from_here(request: Request) -> bool:
 
 
 def page_routes(user_ids: UserIds, max_frame: int) -> list[Route]:
-    """The routes of the page at `/`, of its scripts with the browser client, and of the protocol for machines (AsyncAPI)."""
+    """The routes of the page at `/`, its files, the browser client, and the protocol for machines (AsyncAPI)."""
     page = (_STATIC / "index.html").read_text("utf-8")
     page = page.replace('data-user-ids="number"', f'data-user-ids="{user_ids}"')
     page = page.replace('data-max-frame="65536"', f'data-max-frame="{max_frame}"')

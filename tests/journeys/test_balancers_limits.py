@@ -247,7 +247,16 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_in_time(program: Program, s
 HIDDEN = [
     *("/readyz", "/healthz", "/metrics", "/ops", "/ops/", "/ops/streams", "/nothing"),
     *("//readyz", "/./readyz", "/x/../readyz", "/%72eadyz", "/readyz/", "/readyz?userId=10001", "/.ready", "/READYZ"),
-    *("/ws/../readyz", "/imstream.js/../readyz", "/ws/x", "/x/page.js", "/page.js/x", "/.js", "http://chat.example.com/readyz", "/;/readyz"),
+    *(
+        "/ws/../readyz",
+        "/imstream.js/../readyz",
+        "/ws/x",
+        "/x/page.js",
+        "/page.js/x",
+        "/.js",
+        "http://chat.example.com/readyz",
+        "/;/readyz",
+    ),
 ]
 
 

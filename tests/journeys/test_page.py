@@ -129,7 +129,7 @@ async def whole_answer(page: Page, question: str) -> None:
     await status(page, "done")
 
     async def is_kept() -> bool:
-        return (await kept(page))["text"] == "".join(canned_answer(question))
+        return bool((await kept(page))["text"] == "".join(canned_answer(question)))
 
     await wait_until(is_kept, "the whole answer is kept")
 

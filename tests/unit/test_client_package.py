@@ -5,7 +5,6 @@ file, because it takes seconds.
 """
 
 import json
-import re
 import shutil
 import subprocess
 from importlib.metadata import version
