@@ -30,8 +30,11 @@ SCHEMA_FIELD = "v"
 SCHEMA_VERSION = 1
 """The version that this release writes. Entries without the field have version 1."""
 
-NEWEST_VERSION = 2
-"""The newest version that this release reads: requests made from a dead letter, whose reply has ended (`retry.lua`)."""
+RETRIED_VERSION = 2
+"""The version of requests made from a dead letter, whose reply has ended (`retry.lua`)."""
+
+NEWEST_VERSION = RETRIED_VERSION
+"""The newest version that this release reads."""
 
 _MAX_DIGITS = 9
 _MAX_TIME = 253_402_300_799_999  # the end of the year 9999

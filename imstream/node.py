@@ -32,6 +32,7 @@ from imstream.gateway.server import GatewayServer, HttpServer, metrics_server
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardDeps
 from imstream.metrics import Metrics
+from imstream.model import NEWEST_VERSION
 from imstream.redis import health
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.redis.errors import AccessLog, retry_until_available
@@ -216,6 +217,9 @@ class Node:
             "running": len(self.jobs),
             "not_ready": self.not_ready() or "",
             "metrics": self._servers[-1].address if len(self._servers) > 1 or self.settings.shows_metrics_here else "",
+            "reads": NEWEST_VERSION,
+            "queue_limit": self.settings.queue_limit,
+            "user_limit": self.settings.user_limit,
             "paused": "" if (pause := self._pauses.own) is None else pause.about,
         }
 

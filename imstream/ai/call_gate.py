@@ -102,7 +102,8 @@ class CallGate:
             self._logged.add(error.reason)
             event = "backend is misconfigured" if is_ours else "backend is away"
             why = {"reason": error.reason, "error": error.detail or error.reason}
-            log.error(event, backend=self.name, pause_seconds=round(self.breaker.remaining(), 1), **why)
+            pause = {"pause_seconds": round(self.breaker.remaining(), 1)} if self.breaker.tripped else {}
+            log.error(event, backend=self.name, **pause, **why)
 
     def _pass(self) -> None:
         if self.breaker.tripped:

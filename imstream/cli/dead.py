@@ -1,6 +1,5 @@
 """Commands of operators for dead letters: `imstream dead`."""
 
-import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -10,16 +9,17 @@ from itertools import count
 from typing import Any
 
 import click
+from pydantic_core import to_json
 
 from imstream.cli.admin import REDIS_SETTINGS, with_redis
 from imstream.cli.options import TimeSpan, given, settings_options
 from imstream.cli.output import json_option
+from imstream.cli.output import show as print_all
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.dead_letters import DeadLetterOffice, Letter, Selection
 
 _SETTINGS = ("node", *REDIS_SETTINGS)
-_CAPS = ("queue_limit", "user_limit")
 
 _OUTCOMES = {
     "retried": "is a request again",
@@ -35,10 +35,9 @@ _STAYS = frozenset({"node_full", "user_full"})
 
 
 def _command(
-    *settings: str, changes: bool = False, limit: int | None = None
+    *, changes: bool = False, limit: int | None = None
 ) -> Callable[[Callable[..., Awaitable[bool]]], Callable[..., None]]:
     """Add the options that select letters. The command gets the office and the letters; its result is its success."""
-    names = (*_SETTINGS, *settings)
 
     def decorate(command: Callable[..., Awaitable[bool]]) -> Callable[..., None]:
         @wraps(command)
@@ -52,7 +51,7 @@ def _command(
             limit: int | None,
             **options: Any,  # noqa: ANN401 - any option
         ) -> None:
-            loaded = Settings.load(**given({name: options.pop(name) for name in names}))
+            loaded = Settings.load(**given({name: options.pop(name) for name in _SETTINGS}))
             selection = Selection(ids, reason, user, since)
 
             async def work(redis: RedisClient) -> bool:
@@ -84,7 +83,7 @@ def _command(
             run = option(run)
         if changes:
             run = click.option("--dry-run", is_flag=True, help="Only show which letters are meant.")(run)
-        return settings_options(Settings, only=names, aliases={"redis_url": "--redis"})(run)
+        return settings_options(Settings, only=_SETTINGS, aliases={"redis_url": "--redis"})(run)
 
     return decorate
 
@@ -115,16 +114,12 @@ def dead() -> None:
 async def list_(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool) -> bool:
     """List dead letters, the newest first, without their text."""
     rows = [_row(letter) async for letter in letters]
-    if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False))
-        return True
-    for row in rows:
-        click.echo(
-            f"{row['id']}  {row['dead_at'][:19].replace('T', ' ')} UTC  node {row['node']}  user {row['user']}  "
-            f"message {row['message_id']}  {row['reason']} after {row['attempts']} attempts: {row['error']}"
-        )
-    if not rows:
-        click.echo("no dead letters")
+    lines = [
+        f"{row['id']}  {row['dead_at'][:19].replace('T', ' ')} UTC  node {row['node']}  user {row['user']}  "
+        f"message {row['message_id']}  {row['reason']} after {row['attempts']} attempts: {row['error']}"
+        for row in rows
+    ]
+    print_all(rows, lines or ["no dead letters"], as_json=as_json)
     return True
 
 
@@ -133,18 +128,16 @@ async def list_(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json
 async def show(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool) -> bool:
     """Show dead letters with all of their fields: what the user has written, and the history."""
     shown = [{**letter.fields, **_row(letter)} async for letter in letters]
-    if as_json:
-        click.echo(json.dumps(shown, ensure_ascii=False))
-        return True
-    for row in shown:
-        click.echo("\n".join(f"{name:<11} {json.dumps(row[name], ensure_ascii=False)[1:-1]}" for name in row) + "\n")
+    blocks = ["\n".join(f"{name:<11} {to_json(row[name]).decode()[1:-1]}" for name in row) + "\n" for row in shown]
+    if shown or as_json:
+        print_all(shown, blocks, as_json=as_json)
     if not shown:
         click.echo("no dead letters", err=True)
     return bool(shown)
 
 
 @dead.command()
-@_command(*_CAPS, changes=True)
+@_command(changes=True)
 async def retry(office: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool, dry_run: bool) -> bool:
     """Make requests of dead letters again, the oldest first.
 
@@ -194,7 +187,7 @@ async def _change(
         outcome, row = await change(letter), _row(letter)
         outcomes[outcome] += 1
         if as_json:  # a line for each: the command may be interrupted
-            click.echo(json.dumps({**row, "outcome": outcome}, ensure_ascii=False))
+            click.echo(to_json({**row, "outcome": outcome}))
         elif outcome not in _STAYS or outcomes[outcome] == 1:
             name = f"{row['id']}  node {row['node']}  user {row['user']}  message {row['message_id']}"
             click.echo(f"{name}  {_OUTCOMES[outcome]}")

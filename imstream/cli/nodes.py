@@ -113,3 +113,7 @@ def _warnings(found: Sequence[NodeOverview]) -> Iterator[str]:
     if len(versions) > 1:
         mixed = "; ".join(f"{version} on {', '.join(names)}" for version, names in versions.items())
         yield f"the nodes are of different releases ({mixed}): finish the upgrade"
+    living = [one for one in found if one.state != "dead"]
+    newest = max((one.reads or 1 for one in living), default=1)
+    if older := [one.node for one in living if (one.reads or 1) < newest]:
+        yield f"node {', '.join(older)} does not know requests of schema {newest}, which wait for the others"

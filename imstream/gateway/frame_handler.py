@@ -111,8 +111,7 @@ class FrameHandler:
                 # Dead letters are dropped before a living message is refused (I9).
                 if not is_repeated and await self._deps.dead_letters.make_room():
                     continue
-                limited.error("redis is out of memory")
-                self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
+                self._send_full(frame, message_id)
             except StoreError as error:
                 self._send_unavailable(error, message_id)
             except Exception:  # noqa: BLE001 - it is logged
@@ -146,7 +145,7 @@ class FrameHandler:
             case wire.ClientChat():
                 assert frame.message_id is not None  # noqa: S101 - given by `handle`
                 deps, message_id = self._deps, frame.message_id
-                result: Admission = "unavailable"
+                result: Admission | None = "unavailable"
                 try:
                     with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
                         if deps.tracing is None:
@@ -156,16 +155,21 @@ class FrameHandler:
                                 result = await self._chat(frame, message_id, span.traceparent)
                                 span.note(result)
                 except StoreFull:
-                    result = "busy"
+                    result = None  # `handle` repeats it, or counts it
                     raise
                 finally:
-                    deps.metrics.admissions[result] += 1
-                    if result in LOAD:
-                        deps.busy_log.count(result, self._user_id())
+                    if result is not None:
+                        self._count(result)
             case wire.ClientCancel():
                 await self._cancel(frame.message_id)
             case _:
                 assert_never(frame)
+
+    def _count(self, result: Admission) -> None:
+        """Count what became of a CHAT."""
+        self._deps.metrics.admissions[result] += 1
+        if result in LOAD:
+            self._deps.busy_log.count(result, self._user_id())
 
     def _is_allowed(self, frame: ClientFrame, message_id: str | None) -> bool:
         """Whether a frame is for the user of this socket: that of its INIT, or before that of its URL."""
@@ -326,6 +330,12 @@ class FrameHandler:
             self._writer.send(self._frames.rejected(verdict, message_id))
         else:
             self._session.close_rejected(verdict, message_id)
+
+    def _send_full(self, frame: ClientFrame, message_id: str | None) -> None:
+        if isinstance(frame, wire.ClientChat):
+            self._count("busy")
+        limited.error("redis is out of memory")
+        self._send_error(Code.BUSY, Text.BUSY, message_id, retry=True)
 
     def _send_unavailable(self, error: StoreError, message_id: str | None) -> None:
         limited.warning("redis not available, client told UNAVAILABLE", error=str(error), peer=self._session.peer)

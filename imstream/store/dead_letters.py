@@ -13,6 +13,7 @@ import structlog
 from imstream.clock import milliseconds, now_ms, time_of
 from imstream.errors import StoreError
 from imstream.keys import Keys
+from imstream.model import RETRIED_VERSION
 from imstream.redis.client import RedisClient, to_dict
 from imstream.settings import Settings
 from imstream.store.nodes import inspect_nodes
@@ -128,7 +129,8 @@ class DeadLetterOffice:
     def __init__(self, redis: RedisClient, settings: Settings) -> None:
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
-        self._limits = (settings.queue_limit, settings.user_limit)
+        self._settings = settings
+        self._limits: dict[str, tuple[int, int]] = {}
 
     async def nodes(self) -> list[str]:
         """The nodes of the directory, and those that have left it and have dead letters."""
@@ -138,7 +140,7 @@ class DeadLetterOffice:
     async def older_nodes(self) -> list[str]:
         """The living nodes of a release that would delete a retried request, because its reply has ended."""
         nodes = await inspect_nodes(self._redis, self._keys)
-        return [one.node for one in nodes if one.state != "dead" and one.version is None]
+        return [one.node for one in nodes if one.state != "dead" and (one.reads or 1) < RETRIED_VERSION]
 
     async def letters(self, node: str, selection: Selection, *, newest_first: bool = False) -> AsyncGenerator[Letter]:
         """The selected letters of a node."""
@@ -157,9 +159,19 @@ class DeadLetterOffice:
         listing = ("ZADD", self._keys.nodes(), "NX", now_ms(), letter.node)
         await self._redis.execute(*listing)
         keys = (self._keys.requests(letter.node), self._keys.load(letter.node), self._keys.dead(letter.node))
-        verdict: Outcome = (await LUA["retry"].run(self._redis, keys, (*self._limits, letter.entry_id)))[0]
+        limits = await self._limits_of(letter.node)
+        verdict: Outcome = (await LUA["retry"].run(self._redis, keys, (*limits, letter.entry_id)))[0]
         await self._redis.execute(*listing)
         return verdict
+
+    async def _limits_of(self, node: str) -> tuple[int, int]:
+        """The caps of a node and of its users, as it has published them; else those of our own settings."""
+        if node not in self._limits:
+            told = await self._redis.execute("HMGET", self._keys.status(node), "queue_limit", "user_limit")
+            ours = (self._settings.queue_limit, self._settings.user_limit)
+            queue, user = (int(text) if text else limit for text, limit in zip(told, ours, strict=True))
+            self._limits[node] = (queue, user)
+        return self._limits[node]
 
     async def has_reply(self, letter: Letter) -> bool:
         """Whether the reply to a letter is kept, in which its user's clients may see the answer."""

@@ -20,10 +20,11 @@ class NodeOverview:
     Attributes:
         state: `running` with a lease, `stopping` if it was told to stop, `dead` without a lease.
         lease: How long its lease lasts unless it is renewed.
-        version: Its release. None: it is dead, or of a release that does not record this. The next five likewise.
+        version: Its release. None: it is dead, or of a release that does not record this. The next six likewise.
         running: Requests that it works on, of any stream.
         not_ready: Why it could not serve when it last renewed its lease; empty if it could.
         instance: The process that holds the lease, as `imstream drain` names it.
+        reads: The newest schema of requests that it knows; those of a newer one wait for another node.
         metrics: Address of its `/metrics`; empty if it serves none.
         paused: Why an operator has paused it; None if none has, or if its release knows no pauses.
         unfinished: Requests in its stream.
@@ -44,6 +45,7 @@ class NodeOverview:
     sessions: int | None = None
     running: int | None = None
     not_ready: str | None = None
+    reads: int | None = None
     metrics: str | None = None
     paused: str | None = None
     unfinished: int = 0
@@ -115,6 +117,7 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
         _count(known, "sessions"),
         _count(known, "running"),
         known.get("not_ready"),
+        _count(known, "reads"),
         known.get("metrics"),
         known.get("paused") or None,
         **stream,

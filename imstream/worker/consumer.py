@@ -181,7 +181,7 @@ class StreamConsumer:
         if entry is None:
             return
         job = await self._start(group, entry, slots)
-        told = {"of": self._requests.node, "worker": pending.consumer, "entry": entry.entry_id}
+        told = {"stream": self._requests.node, "worker": pending.consumer, "entry": entry.entry_id}
         (log if job is None else job.log).info("request claimed", **told, deliveries=deliveries)
         if is_suspect and entry.entry_id in self._running:
             self._suspect = entry.entry_id
@@ -213,7 +213,7 @@ class StreamConsumer:
             self._newest_version = version
             log.error(
                 "requests of a newer release are left to a node that knows it",
-                of=self._requests.node,
+                stream=self._requests.node,
                 entry=entry.entry_id,
                 version=version,
                 known=NEWEST_VERSION,

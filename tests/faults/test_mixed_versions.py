@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from imstream.cli.main import main
+from imstream.keys import Keys
 from tests.support.many_nodes import ManyNodes, becomes, many_nodes, standing_nodes
 from tests.support.previous_release import previous_python
 from tests.support.scripted_backend import event, hangs, scripted_backend, streams
@@ -93,8 +94,37 @@ async def test_mixed_releases_are_warned_about(nodes: ManyNodes) -> None:
     assert result.exit_code == 0, result.output
     here = version("imstream-server")
     assert json.loads(result.stdout)["warnings"] == [
-        f"the nodes are of different releases (unknown on previous; {here} on this): finish the upgrade"
+        f"the nodes are of different releases (unknown on previous; {here} on this): finish the upgrade",
+        "node previous does not know requests of schema 2, which wait for the others",
     ]
+
+
+async def test_a_node_of_the_previous_release_obeys_no_pause_and_no_drain_and_operators_are_told(
+    nodes: ManyNodes,
+) -> None:
+    async def failing(*command: str) -> str:
+        on = ("--redis", nodes.server.url, "--wait", "--timeout", "1ms")
+        result = await asyncio.to_thread(CliRunner().invoke, main, [*command, *on])
+        assert result.exit_code == 3, result.output
+        return result.stderr
+
+    told = await failing("drain", "--node", "previous")
+    assert "node previous: it has not begun to drain" in told
+    assert "node previous: it is not paused: its release knows no pauses" in await failing("pause", "--all")
+    await wait_until(lambda: nodes.redis.hget(Keys().status("this"), "paused"), "the other one is paused")
+    async with nodes["previous"].peer(USER) as someone:
+        await someone.chat(USER, question(3), "m")
+        await someone.end_of("m")
+    await asyncio.to_thread(CliRunner().invoke, main, ["resume", "--all", "--redis", nodes.server.url])
+    assert not nodes.redis.exists(Keys().paused())
+
+
+async def test_no_dead_letter_is_retried_while_a_node_of_the_previous_release_would_lose_it(nodes: ManyNodes) -> None:
+    letter = nodes.redis.xadd(Keys().dead("previous"), {"user": str(USER), "message_id": "m", "attempts": "1"})
+    retry = ["dead", "retry", "--redis", nodes.server.url, "--node", "previous"]
+    refused = await asyncio.to_thread(CliRunner().invoke, main, retry)
+    assert "a release that would lose retried letters runs on node previous" in refused.output
+    assert nodes.redis.xdel(Keys().dead("previous"), str(letter)) == 1
 
 
 async def test_a_device_that_wants_questions_follows_what_the_previous_release_answers_without_them(

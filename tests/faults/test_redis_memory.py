@@ -7,6 +7,7 @@ from typing import Any
 
 from imstream.clock import now_ms
 from imstream.codes import Code, Event
+from tests.support.scraping import metrics_become
 from tests.support.servers import DemoBackend, RedisServer
 from tests.support.stage import AT_ONCE, KEYS, Stage, fresh_redis, stage
 from tests.support.waiting import wait_until
@@ -81,6 +82,9 @@ async def test_dead_letters_go_before_a_living_message_is_refused(
         assert 40 <= play.redis.xlen(gone) <= 60
         play.redis.delete(gone)
         free_memory(play)
+        counted = {"accepted": 2, "busy": 0}  # each message once, although it was tried twice
+        wanted = {f'imstream_admissions_total{{result="{result}"}}': number for result, number in counted.items()}
+        await metrics_become(f"http://127.0.0.1:{play.node.port}", wanted)
 
 
 async def test_a_node_that_is_killed_while_redis_is_full_drains_when_it_is_started_again(

@@ -36,7 +36,7 @@ async def test_the_id_of_a_message_finds_its_whole_life_on_the_node_that_died_an
         [begun] = nodes["a"].logged(message_id="m1")
         claimed, ended = nodes["b"].logged(message_id="m1")
         assert begun["event"] == "request begun"
-        assert (claimed["event"], claimed["of"], claimed["worker"]) == ("request claimed", "a", "a")
+        assert (claimed["event"], claimed["stream"], claimed["worker"]) == ("request claimed", "a", "a")
         assert begun["trace"] == claimed["trace"] == ended["trace"]
         assert (ended["outcome"], ended["node"], ended["stream"], ended["attempts"]) == ("done", "b", "a", 2)
         assert ended["characters"] == len(whole(asked))

@@ -275,7 +275,9 @@ async def test_the_commands_list_show_retry_and_purge(store: Store) -> None:
     store.redis.delete(store.keys.reply(10002, "m1"))
     row = json.loads(await run(store, "retry", "--user", "10002", "--json"))
     assert (row["message_id"], row["outcome"]) == ("m1", "expired")
-    full = await run(store, "retry", "--all", "--queue-limit", "3", code=1)
+    store.redis.hset(store.keys.status("0"), mapping={"queue_limit": 3, "user_limit": 9})  # as the node publishes them
+    store.redis.expire(store.keys.status("0"), 60)
+    full = await run(store, "retry", "--all", code=1)
     assert full.count("is a request again") == 1
     assert "stays: the node has no room" in full
     assert full.endswith("retried: 1, node_full: 1\n")

@@ -84,6 +84,15 @@ async def test_the_log_tells_when_a_backend_is_away_and_back_with_the_reason_and
 
 
 @in_virtual_time
+async def test_a_misconfigured_backend_that_is_still_called_is_told_without_a_pause() -> None:
+    gate, _ = make_backend()
+    with capture_logs() as lines:
+        gate.record_failure(failure("model_not_found", "misconfigured"), user=10001)
+    assert lines[0]["event"] == "backend is misconfigured"
+    assert "pause_seconds" not in lines[0]
+
+
+@in_virtual_time
 async def test_while_it_is_away_one_call_is_made_in_each_pause_by_the_one_that_waits_longest() -> None:
     gate, backend = make_backend()
     break_down(gate)
