@@ -19,7 +19,7 @@ TIMEOUT, BLOCK = 1.0, 0.2
 NOT_READY_WITHIN = BLOCK + 2 * TIMEOUT + 2.0
 """Time limit in seconds: two after which a node must have reached Redis, and two for a busy machine."""
 BACK_WITHIN = 5.0
-PAUSE = 5.0
+PAUSE = 7.0
 """Seconds, longer than needed: CLIENT PAUSE ALL also blocks CLIENT UNPAUSE."""
 
 USERS = 20

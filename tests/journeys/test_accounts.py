@@ -144,7 +144,7 @@ async def _has_no_sockets(nodes: ManyNodes) -> bool:
 
 async def test_the_lines_of_the_readme_for_redis_cli_do_the_same(nodes: ManyNodes) -> None:
     document = DOCUMENT.read_text("utf-8").replace("10001", str(USER))
-    [ban, route, notice] = re.findall(r"^(?:HSET|SMEMBERS|XADD) .*$", document, re.MULTILINE)
+    [ban, route, notice] = re.findall(rf"^(?:HSET|SMEMBERS|XADD) .*{re.escape(str(USER))}.*$", document, re.MULTILINE)
     async with nodes["0"].peer(USER, lang="en") as here, nodes["1"].peer(USER, lang="en") as there:
         cli: Any = nodes.redis.execute_command
         cli(*ban.split())

@@ -112,6 +112,7 @@ async def test_a_pause_survives_a_restart_and_nobody_else_answers_what_waits(nod
     await wait_until(lambda: 'imstream_paused{stream="a"} 1.0' in metrics(nodes, "b"), "and shows that it is paused")
     assert [one["unfinished"] for one in (await ordered("nodes", nodes.server))["nodes"]] == [1, 0]
     await nodes.start("a")
+    await wait_until(lambda: nodes.redis.get(KEYS.adopter("a")) is None, "its stream is its own again")
     assert nodes.ai_calls() == 0
     async with nodes["a"].peer(USER, resume=told) as someone:
         await ordered("resume", nodes.server, "--node", "a")
