@@ -280,6 +280,10 @@ class Settings(SettingsGroup):
     )
     ai_idle_timeout: Positive = Field(timedelta(seconds=30), description="Maximum silence between tokens.")
     ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
+    rollup: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(seconds=1))] = Field(
+        timedelta(milliseconds=40),
+        description="Maximum time for which a busy node lets text of an answer gather before it reads it; 0: not.",
+    )
     thinking: Literal["hide", "status", "show"] = Field(
         "status",
         description="What clients that want it are told of reasoning: nothing (hide), that the model thinks (status), "

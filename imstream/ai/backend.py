@@ -23,11 +23,12 @@ from yarl import URL
 from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
 from imstream.ai.backend_options import BackendOptions, resolve_headers, resolve_parameters
-from imstream.ai.bounded_http import BodyBroken, is_encoded, stream_body
+from imstream.ai.bounded_http import BodyBroken, Pausable, is_encoded, stream_body
 from imstream.ai.dialect import UsageRequest, Written, adapt, continued, merged, parameters
 from imstream.ai.endpoint import EndpointClient, read_until
 from imstream.ai.error_report import shorten
 from imstream.ai.failures import failure
+from imstream.ai.rollup import RollUp
 from imstream.ai.time_limits import AnswerLimits, TimeLimits
 from imstream.errors import BackendError, PermanentBackendError
 from imstream.settings import Settings
@@ -89,8 +90,8 @@ class OpenAIBackend(EndpointClient):
 
     _accept = "text/event-stream, application/json"
 
-    def __init__(self, settings: Settings, options: BackendOptions | None = None) -> None:
-        """Default of `options`: those of the settings. Raises `SettingsError`."""
+    def __init__(self, settings: Settings, options: BackendOptions | None = None, rollup: RollUp | None = None) -> None:
+        """Default of `options`: those of the settings. `rollup`: that of the node. Raises `SettingsError`."""
         self._options = options = options or BackendOptions.of(settings)
         self.name = options.name
         limit = settings.max_answer * BYTES_PER_CHARACTER + 2 * JSON_LIMIT
@@ -104,6 +105,7 @@ class OpenAIBackend(EndpointClient):
         self._usage = UsageRequest(options)
         self._limits = AnswerLimits(options)
         self._turn = _Turn()
+        self._rollup = rollup or RollUp(settings.rollup)
         self._address = shorten(redact_url(str(self._endpoint.url)), self._endpoint.secrets)
 
     @property
@@ -249,11 +251,12 @@ class OpenAIBackend(EndpointClient):
             on_reasoning=call.on_reasoning,
             beginning="" if call.written is None else call.written.text,
         )
-        intake = _Intake(reader, limits, call.on_text, self._options.idle_timeout, self._turn)
+        intake = _Intake(reader, limits, call.on_text, self._options.idle_timeout, self._turn, self._rollup)
         call.reader = reader
+        self._rollup.join(intake)
         try:
             while not reader.complete:
-                await stream_body(response, intake.feed)
+                await stream_body(response, intake.feed, intake.rest)
                 await intake.feed_deferred()
         except BodyBroken as broken:
             try:
@@ -263,6 +266,8 @@ class OpenAIBackend(EndpointClient):
                 if told.reason not in {"bad_stream", "broken_stream"}:
                     raise
                 raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
+        finally:
+            self._rollup.leave(intake)
         limits.stop()
         if not reader.truncated:
             await self._receive_rest(response.content, reader, intake)
@@ -321,7 +326,7 @@ class _Turn(asyncio.Lock):
             await asyncio.sleep(used)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Intake:
     """Feeds the reads of one answer to its reader, and passes the text on.
 
@@ -334,7 +339,11 @@ class _Intake:
     on_text: Callable[[str], None]
     idle_timeout: timedelta
     turn: _Turn
+    rollup: RollUp
+    slot: int = 0
     _begun: bool = False
+    _may_rest: bool = False
+    _resting: Pausable | None = None
     _deferred: bytes | None = None
     _text: str = ""
 
@@ -345,6 +354,7 @@ class _Intake:
             self._deferred = data
             return False
         text = reader.feed(data) if data else reader.end()
+        self._may_rest = text != ""  # before its first text, an answer is not delayed
         if text:
             if len(text) <= CHUNK:
                 self.on_text(text)
@@ -359,6 +369,21 @@ class _Intake:
         elif not self._begun:
             self.limits.renew()  # a sign of life, such as a comment
         return not (reader.complete or self._text)
+
+    def rest(self, connection: Pausable) -> None:
+        """After a read with text: read the next one when it is the turn of this answer, if the node is busy."""
+        if self._may_rest and self._resting is None and self.rollup.rest(self):
+            self._resting = connection
+            self.limits.is_resting = True  # its silence is ours
+            connection.pause()
+
+    def wake(self) -> None:
+        """See `Sleeper`."""
+        connection, self._resting = self._resting, None
+        self.limits.is_resting = False
+        self.limits.renew()
+        if connection is not None:
+            connection.resume()
 
     async def feed_deferred(self) -> None:
         """Feed a deferred read."""

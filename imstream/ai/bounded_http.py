@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import aiohttp
 from aiohappyeyeballs import AddrInfoType
@@ -147,13 +147,30 @@ def is_encoded(response: aiohttp.ClientResponse) -> bool:
     return any(coding.strip().lower() not in {"", "identity"} for coding in codings)
 
 
-async def stream_body(response: aiohttp.ClientResponse, on_data: Callable[[bytes], bool]) -> None:
+class Pausable(Protocol):
+    """The connection of a body that is streamed. `resume` is called once after each `pause`, or never."""
+
+    def pause(self) -> None:
+        """Receive nothing."""
+        ...
+
+    def resume(self) -> None:
+        """Receive again."""
+        ...
+
+
+async def stream_body(
+    response: aiohttp.ClientResponse,
+    on_data: Callable[[bytes], bool],
+    after_read: Callable[[Pausable], None] = lambda _: None,
+) -> None:
     """Call `on_data` with each part of the body as soon as it is received, and with `b""` at its end.
 
-    `on_data` returns whether it takes more; the rest can be read from `response.content`. Raises `BodyBroken` if the
+    `on_data` returns whether it takes more; the rest can be read from `response.content`. `after_read` is called after
+    what was read together, unless the body has ended; it may pause the connection. Raises `BodyBroken` if the
     connection is lost or the body is not valid HTTP, and what `on_data` raises.
     """
-    body = _StreamedBody(response, on_data)
+    body = _StreamedBody(response, on_data, after_read)
     try:
         await body.ended
     finally:
@@ -170,10 +187,16 @@ class _StreamedBody(asyncio.Protocol):
 
     _handler: BoundedHandler
 
-    def __init__(self, response: aiohttp.ClientResponse, on_data: Callable[[bytes], bool]) -> None:
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        on_data: Callable[[bytes], bool],
+        after_read: Callable[[Pausable], None],
+    ) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._content = response.content
         self._on_data = on_data
+        self._after_read = after_read
         self._transport: asyncio.Transport | None = None
         self._lost = False
         self._paused = True  # aiohttp may have paused reading, or buffered data that it has not parsed
@@ -190,8 +213,9 @@ class _StreamedBody(asyncio.Protocol):
 
     def detach(self) -> None:
         # Exceptions, also those that aiohttp keeps, have tracebacks with our frames, which would keep the answer alive.
-        del self.ended, self._on_data
+        del self.ended, self._on_data, self._after_read
         if self._transport is not None:
+            self.resume()
             self._content._protocol = self._handler  # noqa: SLF001 - see above
             if self._transport.get_protocol() is self:
                 self._transport.set_protocol(self._handler)
@@ -205,6 +229,16 @@ class _StreamedBody(asyncio.Protocol):
         else:
             handler.data_received(data)
         self._deliver()
+
+    def pause(self) -> None:
+        """See `Pausable`. aiohttp does not know of it: it would parse again to resume."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """See `Pausable`."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> None:
         self._handler.eof_received()
@@ -234,8 +268,11 @@ class _StreamedBody(asyncio.Protocol):
 
     def _deliver(self) -> None:
         try:
-            if not self.ended.done() and not self._deliver_buffered():
-                self.ended.set_result(None)
+            if not self.ended.done():
+                if self._deliver_buffered():
+                    self._after_read(self)
+                else:
+                    self.ended.set_result(None)
         except Exception as error:  # noqa: BLE001 - raised by `stream_body`
             self.ended.set_exception(error)
 

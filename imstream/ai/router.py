@@ -12,6 +12,7 @@ from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.backend_file import ignored_settings, read_backends
 from imstream.ai.backend_options import BackendOptions
 from imstream.ai.call_gate import CallGate
+from imstream.ai.rollup import RollUp
 from imstream.ai.upstream import Slots, Upstream
 from imstream.settings import Settings
 
@@ -56,6 +57,7 @@ class Backends:
         self._settings = settings
         self._limit = settings.concurrency or sys.maxsize
         self._shared = Slots(settings.concurrency or DEFAULT_CONCURRENCY)
+        self._rollup = RollUp(settings.rollup)
         self._all = [self._make(options) for options in _read(settings)] if not given else []
         self._all += [self._upstream(backend, BackendOptions.of(settings)) for backend in given]
         self._retired = list[Upstream]()
@@ -232,7 +234,7 @@ class Backends:
         return tokens and min(tokens, max(one.prompt_limit for one in self._all))
 
     def _make(self, options: BackendOptions) -> Upstream:
-        return self._upstream(OpenAIBackend(self._settings, options), options)
+        return self._upstream(OpenAIBackend(self._settings, options, self._rollup), options)
 
     def _upstream(self, backend: Backend, options: BackendOptions) -> Upstream:
         return Upstream(

@@ -38,9 +38,13 @@ class TimeLimits:
 
     Raises `TransientBackendError` on exit, with the reason of the exceeded limit. `renew` only stores a time, which the
     timer compares when it fires: a thousand tokens cost a thousand assignments and one timer.
+
+    Attributes:
+        is_resting: Nothing is read: only the limits of the whole can be exceeded.
     """
 
     def __init__(self, *, total: timedelta) -> None:
+        self.is_resting = False
         self._loop = asyncio.get_running_loop()
         self._scope = asyncio.timeout(None)
         self._total = self._within = total.total_seconds()
@@ -93,6 +97,8 @@ class TimeLimits:
 
     def _on_timer(self) -> None:
         now = self._loop.time()
+        if self.is_resting:
+            self.renew()
         if now >= self._deadline:
             self._exceeded = self._deadline_reason
         elif now >= self._due:

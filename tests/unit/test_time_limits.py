@@ -161,3 +161,15 @@ async def test_the_task_can_go_on_after_a_limit() -> None:
     assert task is not None
     assert task.cancelling() == 0
     await asyncio.sleep(1)
+
+
+@in_virtual_time
+async def test_silence_is_not_counted_while_nothing_is_read() -> None:
+    async with TimeLimits(total=seconds(100)) as limits:
+        limits.expect("idle", within=seconds(3))
+        limits.is_resting = True
+        await asyncio.sleep(50)
+        limits.is_resting = False
+        limits.renew()
+        await asyncio.sleep(2)
+    assert asyncio.get_running_loop().time() == 52

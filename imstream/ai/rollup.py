@@ -1,0 +1,93 @@
+"""Roll-up: while a node is busy, connections to backends rest between two reads, so that each read has more text.
+
+Reading, parsing, framing and sending are then done once for several deltas.
+
+an answer begins              its connection gets one of `SLOTS` slots, which take turns: not all are read together
+a read with text              the connection rests until the next turn of its slot, at most `period` later
+the thread takes `QUIET` CPU  `period` is 0: no connection rests
+the thread takes `BUSY` CPU   `period` is at its limit; in between it grows with the CPU
+few answers are under way     `period` is at most `PER_ANSWER` for each: there is little to share
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol
+
+SLOTS = 8
+QUIET, BUSY = 0.1, 0.2
+"""CPUs that the thread of the event loop takes."""
+
+PER_ANSWER = 0.001  # seconds
+MIN_PERIOD = 0.008  # seconds; timers of uvloop have milliseconds, which is the turn of a slot then
+SAMPLE = 0.1  # seconds between two looks at the CPU
+MEMORY = 4  # looks that the average is about
+
+
+class Sleeper(Protocol):
+    """The connection of an answer. `slot`: set when it joins."""
+
+    slot: int
+
+    def wake(self) -> None:
+        """Read again."""
+        ...
+
+
+class RollUp:
+    """The rests of all connections of a node."""
+
+    def __init__(self, limit: timedelta, *, cpu_clock: Callable[[], float] = time.thread_time) -> None:
+        """`limit`: maximum of `period`."""
+        self._limit = limit.total_seconds()
+        self._cpu_clock = cpu_clock
+        self._slots: list[set[Sleeper]] = [set() for _ in range(SLOTS)]
+        self._answers = self._joined = self._at = 0
+        self._due: float | None = None  # loop time of the next turn; None: no connection rests
+        self._grown = self._cpu = self._sampled_at = 0.0
+
+    def join(self, sleeper: Sleeper) -> None:
+        """An answer begins."""
+        self._answers += 1
+        self._joined += 1
+        sleeper.slot = self._joined % SLOTS
+
+    def leave(self, sleeper: Sleeper) -> None:
+        """An answer has ended. It is not woken any longer."""
+        self._answers -= 1
+        self._slots[sleeper.slot].discard(sleeper)
+
+    def rest(self, sleeper: Sleeper) -> bool:
+        """Wake it at the next turn of its slot; False: it is to go on, because the node is not busy."""
+        if self._limit == 0:
+            return False
+        loop = asyncio.get_running_loop()
+        period = self._period(now := loop.time())
+        if period < MIN_PERIOD:
+            return False
+        self._slots[sleeper.slot].add(sleeper)
+        if self._due is None:
+            self._due = now + period / SLOTS
+            loop.call_at(self._due, self._turn)
+        return True
+
+    def _period(self, now: float) -> float:
+        if (elapsed := now - self._sampled_at) >= SAMPLE:
+            used, self._cpu, self._sampled_at = -self._cpu, self._cpu_clock(), now
+            share = (used + self._cpu) / elapsed
+            target = self._limit * min(max((share - QUIET) / (BUSY - QUIET), 0.0), 1.0)
+            self._grown += (target - self._grown) * min(elapsed / SAMPLE / MEMORY, 1.0)
+        return min(self._grown, PER_ANSWER * self._answers)
+
+    def _turn(self) -> None:
+        loop, due, self._due = asyncio.get_running_loop(), self._due, None
+        self._at = (self._at + 1) % SLOTS
+        sleepers, self._slots[self._at] = self._slots[self._at], set()
+        if due is not None and any(self._slots):
+            now = loop.time()
+            # A turn that comes late delays no other.
+            self._due = max(due + max(self._period(now), MIN_PERIOD) / SLOTS, now)
+            loop.call_at(self._due, self._turn)
+        for sleeper in sleepers:
+            sleeper.wake()

@@ -1,0 +1,210 @@
+"""The connection of an answer that rests: what is sent meanwhile is read afterwards, and nothing else changes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from imstream.ai.backend import OpenAIBackend
+from imstream.ai.rollup import RollUp, Sleeper
+from imstream.errors import BackendError
+from imstream.settings import Settings
+from tests.support.asking import Asking
+from tests.support.scripted_backend import DONE, LIMIT, Exchange, chunk, event, scripted_backend
+from tests.support.waiting import wait_until
+
+END = event(chunk(finish_reason="stop")) + DONE
+
+
+class HeldRollUp(RollUp):
+    """The connection of a busy node, which rests until the test lets it go on."""
+
+    def __init__(self) -> None:
+        super().__init__(timedelta(0))
+        self.resting: Sleeper | None = None
+        self.asked = 0
+        self.running = 0
+
+    def join(self, sleeper: Sleeper) -> None:  # noqa: ARG002 - the signature of `RollUp`
+        """See `RollUp`."""
+        self.running += 1
+
+    def leave(self, sleeper: Sleeper) -> None:  # noqa: ARG002 - same
+        """See `RollUp`."""
+        self.running -= 1
+        self.resting = None
+
+    def rest(self, sleeper: Sleeper) -> bool:
+        """See `RollUp`."""
+        self.asked += 1
+        self.resting = sleeper
+        return True
+
+    def wake(self) -> None:
+        """Let it go on."""
+        sleeper, self.resting = self.resting, None
+        assert sleeper is not None
+        sleeper.wake()
+
+
+@asynccontextmanager
+async def asking_busy(**settings: Any) -> AsyncIterator[tuple[Asking, HeldRollUp]]:  # noqa: ANN401 - any setting
+    async with scripted_backend() as backend:
+        rollup = HeldRollUp()
+        loaded = Settings.load(ai_url=backend.url, **settings)
+        async with asyncio.timeout(3 * LIMIT), OpenAIBackend(loaded, None, rollup) as client:
+            yield Asking(client, backend), rollup
+
+
+async def test_the_first_text_is_read_at_once_and_what_comes_while_it_rests_together_and_in_order() -> None:
+    async with asking_busy() as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("first ")))
+            await wait_until(lambda: rollup.resting is not None, "the connection rests")
+            assert asked.pieces == ["first "]
+            for text in ("a", "b", "c"):
+                await exchange.send(event(chunk(text)))
+                assert asked.pieces == ["first "]
+            rollup.wake()
+            await wait_until(lambda: rollup.resting is not None, "the connection rests again")
+            await exchange.send(event(chunk("!")), END)
+            await exchange.end()
+            rollup.wake()
+
+        asked.backend.then(script)
+        completion = await asked.ask()
+        assert completion.finish_reason == "stop"
+        assert asked.pieces == ["first ", "abc", "!"]
+        assert rollup.running == 0
+
+
+async def test_a_connection_does_not_rest_before_its_first_text() -> None:
+    async with asking_busy() as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            reasoning = chunk()
+            reasoning["choices"][0]["delta"] = {"reasoning_content": "hm"}
+            await exchange.send(b": queued\n\n", event(chunk("")), event(reasoning))
+            await exchange.send(event(reasoning))
+            assert rollup.asked == 0
+            await exchange.send(event(chunk("yes")))
+            await wait_until(lambda: rollup.resting is not None, "the connection rests")
+            await exchange.send(END)
+            await exchange.end()
+            rollup.wake()
+
+        asked.backend.then(script)
+        await asked.ask()
+        assert asked.pieces == ["yes"]
+
+
+async def test_the_rest_of_a_connection_is_no_silence_of_its_backend() -> None:
+    async with asking_busy(ai_idle_timeout="200ms") as (asked, rollup):
+        loop = asyncio.get_running_loop()
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("a")))
+            await wait_until(lambda: rollup.resting is not None, "the connection rests")
+            await exchange.send(event(chunk("b")), END)
+            await exchange.end()
+            rested_from = loop.time()
+            await wait_until(lambda: loop.time() > rested_from + 0.5, "it has rested for longer than the limit")
+            rollup.wake()
+
+        asked.backend.then(script)
+        await asked.ask()
+        assert asked.text == "ab"
+
+
+async def test_silence_after_the_rest_is_silence() -> None:
+    async with asking_busy(ai_idle_timeout="200ms") as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("a")))
+            await wait_until(lambda: rollup.resting is not None, "the connection rests")
+            rollup.wake()
+            await exchange.gone()
+
+        asked.backend.then(script)
+        with pytest.raises(BackendError) as caught:
+            await asked.ask()
+        assert caught.value.reason == "idle_timeout"
+
+
+async def test_the_time_for_the_whole_answer_goes_on_while_it_rests() -> None:
+    async with asking_busy(ai_total_timeout="500ms") as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("a")))
+            await exchange.gone()
+
+        asked.backend.then(script)
+        with pytest.raises(BackendError) as caught:
+            await asked.ask()
+        assert caught.value.reason == "total_timeout"
+        assert rollup.running == 0
+
+
+async def test_cancelling_an_answer_that_rests_closes_its_connection_at_once() -> None:
+    async with asking_busy() as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("a")))
+            await exchange.gone()
+
+        asked.backend.then(script)
+        answer = asyncio.create_task(asked.ask())
+        await wait_until(lambda: rollup.resting is not None, "the connection rests")
+        answer.cancel()
+        await asked.backend.requests[0].gone()
+        with pytest.raises(asyncio.CancelledError):
+            await answer
+        assert rollup.running == 0
+
+
+async def test_what_a_backend_sends_before_it_breaks_the_answer_is_read_after_the_rest() -> None:
+    async with asking_busy() as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("a")))
+            await wait_until(lambda: rollup.resting is not None, "the connection rests")
+            await exchange.send(event(chunk("b")))
+            exchange.half_close()
+            rollup.wake()
+            await wait_until(lambda: rollup.resting is not None or rollup.running == 0, "it has read")
+            if rollup.resting is not None:
+                rollup.wake()  # the end may be another read
+
+        asked.backend.then(script)
+        with pytest.raises(BackendError):
+            await asked.ask()
+        assert asked.text == "ab"
+
+
+async def test_a_connection_that_has_rested_is_used_again() -> None:
+    async with asking_busy() as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("a")))
+            await wait_until(lambda: rollup.resting is not None, "the connection rests")
+            await exchange.send(END)
+            await exchange.end()
+            rollup.wake()
+
+        asked.backend.then(script, script)
+        await asked.ask()
+        await asked.ask()
+        assert asked.text == "aa"
+        assert [request.connection for request in asked.backend.requests] == [0, 0]
