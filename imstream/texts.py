@@ -73,8 +73,8 @@ class Text(Sentence, Enum):
 
     # The terminal client's own notes.
     CHAT_WELCOME = (
-        "已连接 {url}。输入消息后按回车发送;Ctrl-C 取消回答,Ctrl-D 退出。",
-        "Connected to {url}. Type a message and press Enter; Ctrl-C stops an answer, Ctrl-D leaves.",
+        "已连接 {url}。输入消息后按回车发送;/help 显示帮助,Ctrl-D 退出。",
+        "Connected to {url}. Type a message and press Enter; /help shows more.",
     )
     CHAT_LOST = ("连接中断({why}),{seconds} 秒后重新连接", "No connection ({why}); connecting again in {seconds} s")
     CHAT_BACK = ("已重新连接 {url}", "Connected again to {url}")
@@ -82,7 +82,10 @@ class Text(Sentence, Enum):
     CHAT_RETRY = ("{why} {seconds} 秒后自动重发(Ctrl-C 放弃)", "{why} Sent again in {seconds} s (Ctrl-C gives up)")
     CHAT_CUT = ("回答已达长度上限,在此截断", "The answer was cut at the length limit")
     CHAT_FILTERED = ("回答被内容审核截断", "The answer was cut by the content filter")
-    CHAT_CANCELLING = ("正在取消……再按一次 Ctrl-C 立即退出", "Stopping the answer… press Ctrl-C again to leave at once")
+    CHAT_CANCELLING = (
+        "正在取消……再按一次 Ctrl-C 不再等待",
+        "Stopping the answer… press Ctrl-C again to wait no longer",
+    )
 
 
 def localize(text: Sentence, lang: Lang, **values: object) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.options import choices, format_default
+from imstream.cli.options import ChatSettings, choices, format_default
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.settings import Settings, SettingsGroup
@@ -35,6 +35,7 @@ _GROUPS: dict[str, type[SettingsGroup]] = {
     "Demo backend": DemoSettings,
     "Local model": LocalAISettings,
     "Embedded Valkey": EmbeddedSettings,
+    "`imstream chat`": ChatSettings,
 }
 
 

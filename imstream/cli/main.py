@@ -14,10 +14,10 @@ import click
 from imstream.cli import balancer as balancers
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.options import TOKEN, TimeSpan, given, parse_user_id, settings_options
+from imstream.cli.options import ChatSettings, TimeSpan, given, parse_user_id, settings_options
 from imstream.cli.output import json_option
 from imstream.cli.supervisor import exit_with_parent
-from imstream.cli.up import UpSettings
+from imstream.cli.up import UpSettings, reachable_host
 from imstream.demo import marker
 from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.errors import ImstreamError, SettingsError
@@ -28,6 +28,7 @@ _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
 _ELSEWHERE = {
+    "top": "top",
     "nodes": "nodes",
     "pause": "control",
     "resume": "control",
@@ -166,20 +167,36 @@ def node(ctx: click.Context, /, **options: str | None) -> None:
 
 
 @main.command()
-@click.option("--url", default="ws://127.0.0.1:8080/ws", show_default=True, help="The node's address.")
+@click.argument("question", nargs=-1)
+@settings_options(ChatSettings)
 @click.option("--user", default="10001", show_default=True, help="Your user id.")
-@click.option("--token", envvar=TOKEN, help="Your signed token; keep it secret with IMSTREAM_TOKEN.")
+@click.option("--token", help="Your signed token; keep it secret with IMSTREAM_TOKEN.")
 @click.option("--lang", type=click.Choice(["zh", "en"]), default=_system_lang, help="Default: the terminal's language.")
 @click.option("--traceparent", envvar="TRACEPARENT", help="The trace of your messages (W3C Trace Context).")
 @settings_options(Settings, only=["user_ids"])
-def chat(  # noqa: PLR0913, PLR0917 - a parameter for each option
-    url: str, user: str, token: str | None, lang: Lang, traceparent: str | None, user_ids: str | None
+def chat(  # noqa: PLR0913 - a parameter for each option
+    *,
+    question: tuple[str, ...],
+    url: str | None,
+    user: str,
+    token: str | None,
+    lang: Lang,
+    traceparent: str | None,
+    user_ids: str | None,
 ) -> None:
-    """Chat in the terminal; it reconnects and resumes."""
+    """Chat in the terminal; it reconnects and resumes.
+
+    With QUESTION, or what is piped, or both, it sends one message and prints the answer. It ends with 0 if that is
+    complete.
+    """
     from imstream.cli.chat_terminal import run
 
     settings = Settings.load(**given({"user_ids": user_ids}))
-    sys.exit(run(url, parse_user_id(user, settings.user_ids), token, lang, traceparent))
+    chats = ChatSettings.load(**given({"url": url, "token": token}))
+    address = chats.url or f"ws://{reachable_host(settings.host)}:{settings.port}/ws"
+    secret = None if chats.token is None else chats.token.get_secret_value()
+    text = " ".join(question) if question else None
+    sys.exit(run(address, parse_user_id(user, settings.user_ids), secret, lang, traceparent, question=text))
 
 
 @main.command()

@@ -10,14 +10,27 @@ from enum import StrEnum
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from pydantic import Field, SecretStr
 from pydantic.fields import FieldInfo
 
 from imstream.errors import SettingsError
 from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret, parse_duration
 from imstream.user_ids import UserId, UserIds
 
-TOKEN = f"{ENV_PREFIX}TOKEN"
-"""The variable of `imstream chat`, which belongs to no settings group."""
+
+class ChatSettings(SettingsGroup):
+    """The settings of `imstream chat` itself."""
+
+    url: str | None = Field(
+        None,
+        description="Address that `imstream chat` connects to, such as `wss://chat.example.com/ws`. Default: the node "
+        "of IMSTREAM_HOST and IMSTREAM_PORT.",
+    )
+    token: SecretStr | None = Field(None, description="Signed token of the user of `imstream chat`.")
+
+
+TOKEN = ChatSettings.variable("token")
+"""The variable of `imstream chat` that holds a token."""
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
 

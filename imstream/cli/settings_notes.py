@@ -11,17 +11,17 @@ import structlog
 from dotenv import dotenv_values
 
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.options import TOKEN
+from imstream.cli.options import ChatSettings
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.private_files import others_can_write
 from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
 from imstream.urls import redact_url
 
-_GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings, LocalAISettings)
+_GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings, LocalAISettings, ChatSettings)
 _FIELDS = {group.variable(name): field for group in _GROUPS for name, field in group.model_fields.items()}
 _SECRET_FILES = {name for group in _GROUPS for name in group.file_variables()}
-_KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, *_SECRET_FILES, TOKEN)}
+_KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, *_SECRET_FILES)}
 
 _MAX_NAME = 64
 _MAX_UNKNOWN = 10
@@ -74,9 +74,8 @@ def _secret_file_warnings(values: Mapping[str, str | None]) -> Iterator[str]:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if (field := _FIELDS.get(name)) is None:
-        return name == TOKEN
-    return value != "" and (is_secret(field) or redact_url(value) != value)
+    field = _FIELDS.get(name)
+    return field is not None and value != "" and (is_secret(field) or redact_url(value) != value)
 
 
 def _unknown(names: Mapping[str, str | None]) -> Iterator[str]:

@@ -55,6 +55,7 @@ class Status:
     position: int | None
     eta: timedelta | None
     reason: str | None
+    retry_after: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,11 +303,14 @@ class Reply:
             raise self._violation(frame, "it has neither an event nor a code that ends the message")
 
     def _inform(self, frame: ReceivedFrame) -> None:
+        def span(ms: int | None) -> timedelta | None:
+            return None if ms is None else timedelta(milliseconds=ms)
+
         if frame.event is Event.THINKING:
             self.thinking = (self.thinking if frame.start else "") + (frame.contents or "")
         else:
-            eta = None if frame.eta_ms is None else timedelta(milliseconds=frame.eta_ms)
-            self.status = Status(frame.state or "", frame.position, eta, frame.reason)
+            times = span(frame.eta_ms), span(frame.retry_after_ms)
+            self.status = Status(frame.state or "", frame.position, times[0], frame.reason, times[1])
 
     def _append(self, frame: ReceivedFrame) -> None:
         text = frame.contents or ""

@@ -1,12 +1,16 @@
-"""The terminal client in its own process, on a real terminal or on pipes."""
+"""Commands in their own process, on a terminal with a screen, or on pipes."""
 
 import asyncio
 import os
-import re
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from fcntl import ioctl
+from struct import pack
+from termios import TIOCSWINSZ
+
+import pyte
 
 from tests.support.waiting import SLOW, wait_until
 
@@ -14,23 +18,42 @@ _PROGRAM = """
 import os, sys
 if os.isatty(0):
     os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes it the controlling terminal: Ctrl-C reaches this process
+for name in filter(None, os.environ.get("HIDDEN_MODULES", "").split()):
+    sys.modules[name] = None  # as if it was not installed
+"""
+
+_CHAT = """
 from datetime import timedelta
 from imstream.client import Timing
 from imstream.cli.chat_terminal import run
-sys.exit(run(sys.argv[1], 10001, None, sys.argv[2], timing=Timing(open=timedelta(seconds=float(sys.argv[3])))))
+timing = Timing(open=timedelta(seconds=float(sys.argv[3])))
+sys.exit(run(sys.argv[1], 10001, None, sys.argv[2], question=(sys.argv[4:] or [None])[0], timing=timing))
 """
 
-CTRL_C, CTRL_D = "\x03", "\x04"
+_COMMAND = """
+from imstream.cli.main import main
+main(sys.argv[1:], prog_name="imstream")
+"""
+
+CTRL_C, CTRL_D, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"
+
+WITHOUT_EXTRA = {"HIDDEN_MODULES": "rich prompt_toolkit"}
+"""The environment of a program without the packages of the extra `terminal`."""
 
 
-def command(url: str, *, lang: str = "en", patience: float = 10) -> list[str]:
+def command(url: str, *question: str, lang: str = "en", patience: float = 10) -> list[str]:
     """The command line of a chat. `patience` limits the first login in seconds."""
-    return [sys.executable, "-c", _PROGRAM, url, lang, str(patience)]
+    return [sys.executable, "-c", _PROGRAM + _CHAT, url, lang, str(patience), *question]
 
 
-async def piped(url: str, text: str, *, lang: str = "en", patience: float = 10) -> tuple[int, str, str]:
+def imstream(*arguments: str) -> list[str]:
+    """The command line of any command."""
+    return [sys.executable, "-c", _PROGRAM + _COMMAND, *arguments]
+
+
+async def piped(url: str, text: str, *question: str, lang: str = "en", patience: float = 10) -> tuple[int, str, str]:
     """Chat with input from a pipe. Return exit code, standard output and standard error."""
-    line = command(url, lang=lang, patience=patience)
+    line = command(url, *question, lang=lang, patience=patience)
     process = await asyncio.create_subprocess_exec(*line, stdin=PIPE, stdout=PIPE, stderr=PIPE)
     out, err = await asyncio.wait_for(process.communicate(text.encode()), 20 * SLOW)
     assert process.returncode is not None
@@ -38,21 +61,46 @@ async def piped(url: str, text: str, *, lang: str = "en", patience: float = 10) 
 
 
 class Terminal:
-    """The screen and the keyboard of a terminal client."""
+    """The screen and the keyboard of a terminal with a program.
 
-    def __init__(self, process: Process, descriptor: int) -> None:
+    Attributes:
+        written: All that the program has written, with its escape sequences.
+    """
+
+    def __init__(self, process: Process, descriptor: int, size: tuple[int, int]) -> None:
         self.process = process
-        self.seen = ""
+        self.written = ""
+        self._screen = pyte.HistoryScreen(*size, history=10_000)
+        self._screen.write_process_input = self.type  # type: ignore[method-assign, assignment] # answers questions
+        self._stream = pyte.ByteStream(self._screen)
         self._descriptor = descriptor
+        self._seen = 0
 
     def type(self, text: str) -> None:
         """Press keys."""
         os.write(self._descriptor, text.encode())
 
+    @property
+    def text(self) -> str:
+        """What scrolled out of the screen and what is on it; lines end at their last visible character."""
+        width = self._screen.columns
+        above = ["".join(line[column].data for column in range(width)) for line in self._screen.history.top]
+        return "\n".join(line.rstrip() for line in (*above, *self._screen.display)).rstrip()
+
     async def shows(self, text: str) -> None:
-        """Wait for a text on the screen, and forget everything before it."""
-        await wait_until(lambda: text in self.seen, f"{text!r} on the screen")
-        self.seen = self.seen.partition(text)[2]
+        """Wait for a text below the one waited for before, which must be there to stay."""
+        await self._wait_for(text, self._seen)
+        self._seen = self.text.find(text, self._seen) + len(text)
+
+    async def has(self, text: str) -> None:
+        """Wait for a text that may be replaced by another."""
+        await self._wait_for(text, 0)
+
+    async def _wait_for(self, text: str, start: int) -> None:
+        try:
+            await wait_until(lambda: self.text.find(text, start) >= 0, f"{text!r} on the screen")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.text}") from None
 
     async def exit_code(self) -> int:
         """Wait for the end."""
@@ -65,18 +113,28 @@ class Terminal:
         except OSError:  # the process has closed the terminal
             asyncio.get_running_loop().remove_reader(self._descriptor)
             return
-        self.seen += re.sub(r"\x1b\[\d*m", "", data.decode()).replace("\r\n", "\n")
+        self.written += data.decode(errors="replace")
+        self._stream.feed(data)
 
 
 @asynccontextmanager
-async def at_terminal(url: str) -> AsyncIterator[Terminal]:
-    """Start a chat on a terminal."""
+async def at_terminal(
+    line: Sequence[str], *, env: Mapping[str, str] | None = None, size: tuple[int, int] = (80, 24)
+) -> AsyncIterator[Terminal]:
+    """Start a command on a terminal with so many columns and lines."""
     ours, theirs = os.openpty()
+    ioctl(theirs, TIOCSWINSZ, pack("HHHH", size[1], size[0], 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}}
     process = await asyncio.create_subprocess_exec(
-        *command(url), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        *line,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env={**environment, "TERM": "xterm-256color", "XDG_STATE_HOME": "/dev/null", **(env or {})},
     )
     os.close(theirs)
-    terminal = Terminal(process, ours)
+    terminal = Terminal(process, ours, size)
     loop = asyncio.get_running_loop()
     loop.add_reader(ours, terminal.read)
     try:

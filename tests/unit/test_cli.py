@@ -206,8 +206,8 @@ def test_help_of_the_demo_backend_lists_the_markers_line_by_line() -> None:
 def test_chat_passes_on_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[tuple[Any, ...]] = []
 
-    def record(*arguments: object) -> int:
-        runs.append(arguments)
+    def record(*arguments: object, question: str | None) -> int:
+        runs.append((*arguments, question))
         return 3
 
     monkeypatch.setattr(imstream.cli.chat_terminal, "run", record)
@@ -216,10 +216,15 @@ def test_chat_passes_on_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("chat", "--url", "ws://h/ws", "--lang", "zh", env=env).exit_code == 3
     other = {"LC_ALL": "zh_CN.UTF-8", "IMSTREAM_TOKEN": "", "TRACEPARENT": "00-trace-span-01"}
     assert run("chat", env=other).exit_code == 3
+    here = {"LC_ALL": "C", "IMSTREAM_HOST": "0.0.0.0", "IMSTREAM_PORT": "1234"}
+    assert run("chat", "what", "is it?", env=here).exit_code == 3
+    assert run("chat", env=here | {"IMSTREAM_URL": "wss://h/ws"}).exit_code == 3
     assert runs == [
-        ("ws://127.0.0.1:8080/ws", 10002, "hush", "en", None),
-        ("ws://h/ws", 10001, "hush", "zh", None),
-        ("ws://127.0.0.1:8080/ws", 10001, None, "zh", "00-trace-span-01"),
+        ("ws://127.0.0.1:8080/ws", 10002, "hush", "en", None, None),
+        ("ws://h/ws", 10001, "hush", "zh", None, None),
+        ("ws://127.0.0.1:8080/ws", 10001, None, "zh", "00-trace-span-01", None),
+        ("ws://127.0.0.1:1234/ws", 10001, None, "en", None, "what is it?"),
+        ("wss://h/ws", 10001, None, "en", None, None),
     ]
 
 
@@ -242,7 +247,7 @@ def test_commands_speak_the_language_of_the_locale(
 ) -> None:
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(imstream.cli.chat_terminal, "run", lambda *arguments: {"zh": 3, "en": 4}[arguments[3]])
+    monkeypatch.setattr(imstream.cli.chat_terminal, "run", lambda *arguments, **_: {"zh": 3, "en": 4}[arguments[3]])
     assert run("chat", env=env).exit_code == {"zh": 3, "en": 4}[lang]
 
 

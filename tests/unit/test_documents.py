@@ -12,6 +12,7 @@ import pytest
 
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
+from imstream.cli.options import ChatSettings
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.settings import Settings, SettingsGroup
@@ -23,10 +24,14 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "ops" / "docs"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md")), *sorted(DOCS.rglob("*.md"))]
-GROUPS: list[type[SettingsGroup]] = [Settings, UpSettings, DemoSettings, LocalAISettings, EmbeddedSettings]
-
-COMMAND_LINE_VARIABLES = {"IMSTREAM_TOKEN"}
-"""Variables that commands read besides the settings."""
+GROUPS: list[type[SettingsGroup]] = [
+    Settings,
+    UpSettings,
+    DemoSettings,
+    LocalAISettings,
+    EmbeddedSettings,
+    ChatSettings,
+]
 
 
 def name(path: Path) -> str:
@@ -64,7 +69,7 @@ def test_every_setting_is_listed_with_what_it_does(group: type[SettingsGroup]) -
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_every_setting_that_is_named_exists(path: Path) -> None:
-    known = {group.variable(field) for group in GROUPS for field in group.model_fields} | COMMAND_LINE_VARIABLES
+    known = {group.variable(field) for group in GROUPS for field in group.model_fields}
     known |= {variable for group in GROUPS for variable in group.file_variables()}
     named = set(re.findall(r"IMSTREAM_[A-Z_]*[A-Z](?![A-Z_*…])", path.read_text("utf-8")))
     assert named - known == set()
