@@ -34,6 +34,7 @@ FAILED_AGAIN = Sentence(
 
 _SENDING = Sentence("正在发送……", "Sending…")
 _QUEUED = Sentence("排队中", "Waiting in the queue")
+_PAUSED = Sentence("服务暂停中,稍后回答", "The service is paused; the answer follows later")
 _PLACE = Sentence("排在第 {position} 位", "Place {position} in the queue")
 _ETA = Sentence(",约 {seconds} 秒", ", about {seconds} s")
 _STARTED = Sentence("等待回答…… {seconds} 秒", "Waiting for the answer… {seconds} s")
@@ -64,9 +65,9 @@ class StatusLine:
                 return ""
             case None if self._reply.position is not None:  # of an older server
                 return self._say(_PLACE, position=self._reply.position)
-            case Status(state=State.QUEUED, position=position, eta=eta):
-                place = self._say(_QUEUED) if position is None else self._say(_PLACE, position=position)
-                return place + self._left(_ETA, eta)
+            case Status(state=State.QUEUED, position=position, eta=eta, reason=reason):
+                queued = _PAUSED if reason == "paused" else _QUEUED if position is None else _PLACE
+                return self._say(queued, position=position) + self._left(_ETA, eta)
         return self._say(_STARTED if self._reply.is_accepted else _SENDING, seconds=seconds)
 
     def _say(self, sentence: Sentence, **values: object) -> str:

@@ -90,11 +90,8 @@ def _lines(found: Sequence[NodeOverview], settings: Settings) -> Iterator[str]:
 
 
 def _row(one: NodeOverview) -> tuple[object, ...]:
-    state: str = one.state
-    if state == "running":
-        state = "not ready" if one.not_ready else "paused" if one.paused else state
     work = (one.version, one.sessions, one.running, one.unfinished, age(one.oldest), one.adopter)
-    return (one.node, state, age(one.lease), *work, one.address)
+    return (one.node, one.condition, age(one.lease), *work, one.address)
 
 
 def _warnings(found: Sequence[NodeOverview]) -> Iterator[str]:

@@ -112,8 +112,7 @@ class Observer:
 
 
 def _node(one: NodeOverview, stream: StreamOverview, growth: Growth | None) -> dict[str, Any]:
-    state = "not ready" if one.state == "running" and one.not_ready else one.state
-    known: dict[str, Any] = {"node": one.node, "state": state, "version": one.version}
+    known: dict[str, Any] = {"node": one.node, "state": one.condition, "version": one.version}
     known |= {"sessions": one.sessions, "running": one.running}
     known |= {"unfinished": stream.unfinished, "waiting": stream.waiting, "oldest": one.oldest, "dead": stream.dead}
     if growth is not None:
@@ -224,7 +223,14 @@ def _picture(found: Snapshot) -> "Group":
         for name in heading:
             picture.add_column(str(name), overflow="ellipsis", no_wrap=True)
         for row in rows:
-            color = {"dead": "red", "not ready": "red", "away": "red", "stopping": "yellow", "recovering": "yellow"}
+            color = {
+                "dead": "red",
+                "not ready": "red",
+                "away": "red",
+                "stopping": "yellow",
+                "paused": "yellow",
+                "recovering": "yellow",
+            }
             style = next((color[cell] for cell in row if isinstance(cell, str) and cell in color), None)
             picture.add_row(*(Text("-" if cell is None else printable(str(cell))) for cell in row), style=style)
         parts += [picture, Text()]

@@ -53,6 +53,13 @@ class NodeOverview:
     adopter: str | None = None
     helpers: Mapping[str, int] | None = None
 
+    @property
+    def condition(self) -> str:
+        """Its state, or what keeps a running node from work."""
+        if self.state != "running":
+            return self.state
+        return "not ready" if self.not_ready else "paused" if self.paused else self.state
+
     def unsettled(self) -> Iterator[str]:
         """Why no other node should be stopped now."""
         if self.state != "running":
