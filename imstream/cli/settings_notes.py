@@ -23,6 +23,9 @@ _FIELDS = {group.variable(name): field for group in _GROUPS for name, field in g
 _SECRET_FILES = {name for group in _GROUPS for name in group.file_variables()}
 _KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, *_SECRET_FILES)}
 
+_OF_CONTAINERS = "/run/secrets/"
+"""Where containers find their secrets, readable for every user; there are no others."""
+
 _MAX_NAME = 64
 _MAX_UNKNOWN = 10
 """Maximum number of unknown names that are listed; more are only counted."""
@@ -69,7 +72,9 @@ def _file_warnings(file: Path, values: Mapping[str, str | None]) -> Iterator[str
 def _secret_file_warnings(values: Mapping[str, str | None]) -> Iterator[str]:
     for name, file in values.items():
         with suppress(OSError, ValueError):  # reported when the settings are loaded
-            if name.upper() in _SECRET_FILES and file and Path(file.strip()).stat().st_mode & stat.S_IROTH:
+            if name.upper() not in _SECRET_FILES or not file or file.startswith(_OF_CONTAINERS):
+                continue
+            if Path(file.strip()).stat().st_mode & stat.S_IROTH:
                 yield f"{name.upper()}: {file} can be read by other users of this machine"
 
 
