@@ -122,14 +122,14 @@ class Page:
     """One tab with its own storage."""
 
     def __init__(self, devtools: DevTools, session: str, context: str) -> None:
-        self._devtools = devtools
+        self.devtools = devtools
         self._session = session
-        self._context = context
+        self.context = context
         self._forgiven: list[str] = []
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
         """Execute one DevTools command in this tab."""
-        return await self._devtools.call(method, self._session, **params)
+        return await self.devtools.call(method, self._session, **params)
 
     async def visit(self, url: str) -> None:
         """Open an address and wait until its scripts have run."""
@@ -181,7 +181,12 @@ class Page:
         """Press and release one key."""
         text = {"Enter": "\r"}.get(key, "")
         code = {"Enter": 13, "Escape": 27, "Tab": 9}[key]
-        common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        common: dict[str, Any] = {
+            "key": key,
+            "code": key,
+            "windowsVirtualKeyCode": code,
+            "modifiers": 8 if shift else 0,
+        }
         await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
         await self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
@@ -220,8 +225,8 @@ class Page:
         """Grant this tab clipboard access, as if the user had allowed it."""
         origin = await self.evaluate("location.origin")
         permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
-        await self._devtools.call(
-            "Browser.grantPermissions", origin=origin, permissions=permissions, browserContextId=self._context
+        await self.devtools.call(
+            "Browser.grantPermissions", origin=origin, permissions=permissions, browserContextId=self.context
         )
 
     def forgive_absence(self) -> None:
@@ -239,7 +244,7 @@ class Page:
     def complaints(self) -> list[str]:
         """Errors of the browser: uncaught exceptions, console errors, violations of the page's policy."""
         found = []
-        for event in self._devtools.events:
+        for event in self.devtools.events:
             params = event.get("params", {})
             if event["method"] == "Runtime.exceptionThrown":
                 found.append(str(params["exceptionDetails"]))
@@ -252,22 +257,31 @@ class Page:
 
 @asynccontextmanager
 async def open_page(chromium: str, *, lang: str = "en-US") -> AsyncIterator[Page]:
-    """A new tab with the language `lang`, closed at the end."""
+    """A new tab with the language `lang` and storage of its own, closed at the end."""
     async with connect(chromium, max_size=None, ping_interval=None) as socket:
         devtools = DevTools(socket)
         listening = asyncio.create_task(devtools.listen())
         try:
             context = (await devtools.call("Target.createBrowserContext"))["browserContextId"]
-            target = await devtools.call("Target.createTarget", url="about:blank", browserContextId=context)
-            session = await devtools.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-            page = Page(devtools, session["sessionId"], context)
-            for domain in ("Page", "Runtime", "Log"):
-                await page.call(f"{domain}.enable")
-            agent = await page.evaluate("navigator.userAgent")
-            await page.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=lang)
-            await page.look(DESKTOP)
-            yield page
+            yield await _new_tab(devtools, context, lang)
             await devtools.call("Target.disposeBrowserContext", browserContextId=context)
         finally:
             await socket.close()
             await listening
+
+
+async def open_tab(page: Page) -> Page:
+    """Another tab with the same storage; its errors are those of the first one."""
+    return await _new_tab(page.devtools, page.context, "en-US")
+
+
+async def _new_tab(devtools: DevTools, context: str, lang: str) -> Page:
+    target = await devtools.call("Target.createTarget", url="about:blank", browserContextId=context)
+    session = await devtools.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+    page = Page(devtools, session["sessionId"], context)
+    for domain in ("Page", "Runtime", "Log"):
+        await page.call(f"{domain}.enable")
+    agent = await page.evaluate("navigator.userAgent")
+    await page.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=lang)
+    await page.look(DESKTOP)
+    return page

@@ -4,10 +4,8 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,22 +13,34 @@ from imstream.demo.answer import canned_answer
 from imstream.guards.account import QUOTA_EXHAUSTED
 from imstream.texts import Text
 from imstream.user_ids import UserIds
+from tests.journeys.page_steps import (
+    ENDLESS,
+    LAST,
+    SLOW,
+    ask,
+    ask_elsewhere,
+    has_written,
+    kept,
+    log_in,
+    online,
+    open_conversation,
+    says,
+    status,
+    stop,
+    whole_answer,
+)
 from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
 from tests.support.peer import peer
 from tests.support.processes import free_port
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
 from tests.support.tokens import SECRET, token
 from tests.support.users import USER_IDS, user_id
-from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 PAGE_TOKEN = "good-for-this-run"  # noqa: S105 - of these tests
 
 PAGE_ON_DISK = Path(str(resources.files("imstream.gateway") / "static" / "index.html"))
-SLOW = "[[demo pace=30ms]]"
-ENDLESS = "[[demo length=5000 pace=20ms]]"
-LAST = "[...document.querySelectorAll('article')].at(-1)"
 
 
 @pytest.fixture(scope="module")
@@ -71,67 +81,6 @@ async def page(chromium: str) -> AsyncIterator[Page]:
     async with open_page(chromium) as opened:
         yield opened
         assert opened.complaints == []
-
-
-async def log_in(page: Page, node: NodeProcess, user: int = 10001) -> None:
-    await page.visit(f"{node.http}/")
-    await page.fill("#user", str(user_id(user)))
-    await page.press("Enter")
-    await online(page)
-
-
-async def online(page: Page) -> None:
-    await page.until("document.querySelector('#menu').dataset.state === 'online'")
-
-
-async def ask(page: Page, question: str) -> None:
-    count = await page.evaluate("document.querySelectorAll('article').length")
-    await page.fill("textarea", question)
-    await page.click("#write button")
-    await page.until(f"document.querySelectorAll('article').length === {count + 1}")
-
-
-async def stop(page: Page, button: str = ".stop") -> None:
-    """Click it, again if the growing answer moved it between locating and clicking."""
-
-    async def has_gone() -> bool:
-        return not await page.evaluate(f"document.querySelector({json.dumps(button)})?.checkVisibility()")
-
-    for _ in range(5):
-        await page.click(button)
-        with suppress(AssertionError):  # it is drawn in the next frame, so text that appears much later was missed
-            return await wait_until(has_gone, "the button has gone", limit=2)
-    raise AssertionError("the button is still there")
-
-
-async def status(page: Page, wanted: str) -> None:
-    """Wait until the last message has this status."""
-    await page.until(f"{LAST}?.dataset.status === '{wanted}'")
-
-
-async def says(page: Page, words: str) -> None:
-    """Wait until the line below the last answer contains this text."""
-    await page.until(f"{LAST}.querySelector('.status').textContent.includes({json.dumps(words)})")
-
-
-async def has_written(page: Page, length: int = 80) -> None:
-    """Wait until this much of the last answer is visible."""
-    await page.until(f"{LAST}.querySelector('.answer').textContent.length > {length}")
-
-
-async def kept(page: Page) -> dict[str, Any]:
-    """Return what the page keeps of the last message, with its raw text."""
-    return (await page.kept())[-1]
-
-
-async def whole_answer(page: Page, question: str) -> None:
-    """Wait for the end of the last answer. It must equal the backend's text character by character."""
-    await status(page, "done")
-
-    async def is_kept() -> bool:
-        return bool((await kept(page))["text"] == "".join(canned_answer(question)))
-
-    await wait_until(is_kept, "the whole answer is kept")
 
 
 async def test_a_person_logs_in_asks_and_reads_the_answer_as_it_is_written(page: Page, node: NodeProcess) -> None:
@@ -247,12 +196,6 @@ async def test_a_stopped_answer_keeps_its_text_and_can_be_asked_again(page: Page
     await status(page, "cancelled")
 
 
-async def ask_elsewhere(page: Page, question: str) -> None:
-    """Ask in a new conversation, so that the question does not wait for the answer before it."""
-    await page.click("#new")
-    await ask(page, question)
-
-
 async def test_places_in_the_queue_and_a_full_queue(
     page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
@@ -283,25 +226,6 @@ async def test_places_in_the_queue_and_a_full_queue(
         await whole_answer(page, "Four")
         assert (await kept(page))["id"] == refused["id"]
     page.forgive_absence()
-
-
-async def open_list(page: Page) -> None:
-    if await page.evaluate("document.querySelector('#list').hidden"):
-        await page.click("#toggle")
-    await page.until("document.querySelector('#list').checkVisibility()")
-
-
-async def listed(page: Page) -> list[str]:
-    """Return the titles in the open list of conversations."""
-    titles: list[str] = await page.evaluate("[...document.querySelectorAll('#list .title')].map((e) => e.textContent)")
-    return titles
-
-
-async def open_conversation(page: Page, title: str) -> None:
-    await open_list(page)
-    find = f"[...document.querySelectorAll('#list .open')].find((e) => e.innerText.startsWith({json.dumps(title)}))"
-    await page.until(f"{find} && ({find}.click(), true)")
-    await page.until(f"document.querySelector('article .question').textContent.startsWith({json.dumps(title)})")
 
 
 async def test_a_message_beyond_the_quota_of_the_day_is_told_so_and_not_sent_again(

@@ -168,15 +168,20 @@ export class Chat {
     this.archive.put(next.record);
   }
 
-  /** The bytes by which a question is too long for one frame; negative if it fits. */
+  /** The characters by which a question is too long for one frame, about; 0 if it fits. */
   excess(question) {
-    return size(question) + MARGIN - this.maxFrame;
+    return Math.max(0, Math.ceil((-this.#room(question) * question.length) / size(question)));
+  }
+
+  /** The bytes that a frame with a question has left. */
+  #room(question) {
+    return this.maxFrame - MARGIN - size(question);
   }
 
   /** History for a question: the newest turns before it that fit into one frame, oldest first. */
   #history({ conversation: { exchanges }, message }) {
     const history = [];
-    let room = -this.excess(message.contents);
+    let room = this.#room(message.contents);
     const index = exchanges.findIndex((one) => one.message === message);
     for (const { message: { contents, text, status } } of exchanges.slice(0, index).reverse()) {
       if (!text || !contents || !ENDED.has(status)) continue;

@@ -173,9 +173,8 @@ function ask(question) {
 function measure() {
   const question = box.value.trim();
   const excess = chat?.excess(question) ?? 0;
-  const count = Math.ceil((excess * question.length) / (excess + MAX_FRAME)).toLocaleString("en");
-  $("too-long").hidden = excess <= 0;
-  write($("too-long"), excess > 0 ? say("tooLong", { count }) : "");
+  $("too-long").hidden = !excess;
+  write($("too-long"), excess ? say("tooLong", { count: excess.toLocaleString("en") }) : "");
   box.setAttribute("aria-invalid", String(excess > 0));
   send.disabled = !question || excess > 0;
 }
@@ -212,7 +211,7 @@ $("enter").onsubmit = (event) => {
 $("write").onsubmit = (event) => {
   event.preventDefault();
   const question = box.value.trim();
-  if (!question || chat.excess(question) > 0) return;
+  if (!question || chat.excess(question)) return;
   box.value = "";
   measure();
   ask(question);

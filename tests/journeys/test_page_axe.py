@@ -1,0 +1,131 @@
+"""The page passes axe's accessibility checks in each of its main states, and the keyboard reaches everything."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.journeys.page_steps import ENDLESS, LAST, ask, has_written, log_in, online, open_list, status, stop
+from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
+from tests.support.npm import node as javascript
+from tests.support.processes import free_port
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+NPM = Path(__file__).parents[1] / "npm"
+
+ANSWER = """\
+# A title
+
+## Below it
+
+A [link](https://example.com) and `code`.
+
+```python
+a_line = "that is far too long for the screen of a phone, and for most desktops: it can be scrolled by the keyboard" * 2
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+- [x] done
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[str]:
+    with running_chromium() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def node(demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    valkey = RedisServer(valkey_binary(), free_port(), tmp_path_factory.mktemp("valkey"))
+    valkey.start()
+    started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
+    with started.process:
+        yield started
+    valkey.stop()
+
+
+@pytest.fixture
+async def page(chromium: str) -> AsyncIterator[Page]:
+    async with open_page(chromium) as opened:
+        yield opened
+        assert opened.complaints == []
+
+
+async def problems(page: Page, state: str, *, dark: bool = False) -> list[str]:
+    """What axe finds: the state of the page, the rule, and the element. In the dark, it looks at contrasts."""
+    options = {"runOnly": ["color-contrast"]} if dark else {"resultTypes": ["violations"]}
+    await page.look(await page.evaluate("[innerWidth, innerHeight]"), dark=dark)
+    violations: list[str] = await page.evaluate(
+        f"axe.run({json.dumps(options)}).then(({{ violations }}) => violations.flatMap(({{ id, nodes }}) =>"
+        " nodes.map(({ html, failureSummary }) => `${id}: ${html.slice(0, 200)} ${failureSummary}`)))"
+    )
+    return [f"{state}: {violation}" for violation in violations]
+
+
+@pytest.mark.parametrize("size", [DESKTOP, pytest.param(PHONE, marks=pytest.mark.long)], ids=["desk", "phone"])
+async def test_axe_finds_nothing(page: Page, node: NodeProcess, size: tuple[int, int]) -> None:
+    javascript(NPM)
+    axe = (NPM / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
+    await page.look(size)
+    await page.visit(f"{node.http}/")
+    await page.until("document.querySelector('#language').textContent")
+    await page.evaluate(axe)
+    found = await problems(page, "login")
+    await page.click("#login .main")
+    await online(page)
+    found += await problems(page, "empty, dark", dark=True)
+    await page.keep(text=ANSWER)
+    await page.call("Page.reload")
+    await status(page, "done")
+    await page.evaluate(axe)
+    await open_list(page)
+    found += await problems(page, "conversations")
+    await page.click("#list .remove")
+    found += await problems(page, "question")
+    await page.press("Escape")
+    await page.press("Escape")
+    await ask(page, f"Runs {ENDLESS}")
+    await has_written(page)
+    await ask(page, "Waits")
+    await page.click("#menu summary")
+    found += await problems(page, "running, with the menu")
+    found += await problems(page, "running, dark", dark=True)
+    await page.press("Escape")
+    await stop(page, "article:nth-last-of-type(2) .stop")
+    await status(page, "done")
+    found += await problems(page, "ended")
+    assert found == []
+
+
+async def test_the_keyboard_reaches_everything_and_focus_is_never_lost(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node, 10021)
+    assert await page.evaluate("document.activeElement.id") == "box"
+    await page.call("Input.insertText", text=f"By keyboard {ENDLESS}")
+    await page.press("Enter")
+    await has_written(page, 20)
+    await open_list(page)
+    reached = set()
+    await page.evaluate("document.activeElement.blur()")
+    for _ in range(20):
+        await page.press("Tab")
+        name = "(e => e.id || e.className.replace('quiet ', '') || e.localName)(document.activeElement)"
+        reached.add(await page.evaluate(name))
+    wanted = {"toggle", "new", "summary", "language", "open", "icon remove", "log", "stop", "box"}
+    assert wanted <= reached
+    await page.evaluate(f"{LAST}.querySelector('.stop').focus()")
+    await page.press("Enter")
+    await status(page, "cancelled")
+    assert await page.evaluate(f"{LAST}.contains(document.activeElement)")
+    await page.evaluate("document.querySelector('#list .remove').focus()")
+    await page.press("Enter")
+    await page.until("document.querySelector('#dialog').open")
+    await page.evaluate("document.querySelector('#dialog button').click()")
+    await page.until("document.querySelectorAll('#list li').length === 0")
+    await page.until("document.activeElement !== document.body")

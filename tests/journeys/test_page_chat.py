@@ -1,0 +1,265 @@
+"""Conversations, tabs, and what the page says about a message, in a real Chromium with a real node."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from imstream.cli.main import main
+from imstream.demo.answer import canned_answer
+from imstream.texts import Text
+from tests.journeys.page_steps import (
+    ENDLESS,
+    LAST,
+    SLOW,
+    ask,
+    ask_elsewhere,
+    has_written,
+    kept,
+    listed,
+    log_in,
+    online,
+    open_conversation,
+    open_list,
+    says,
+    status,
+    whole_answer,
+)
+from tests.journeys.page_support import PHONE, Page, open_page, open_tab, running_chromium
+from tests.journeys.test_wire_thinking import STOP, Model, delta
+from tests.support.processes import free_port
+from tests.support.scripted_backend import DONE, scripted_backend
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.users import user_id
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+SHOWN = f"{LAST}.querySelector('.answer').textContent"
+QUESTIONS = "[...document.querySelectorAll('.question')].map((e) => e.textContent)"
+FOCUSED = "document.activeElement"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[str]:
+    with running_chromium() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(valkey_binary(), free_port(), tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
+    with started.process:
+        yield started
+
+
+@pytest.fixture
+async def page(chromium: str) -> AsyncIterator[Page]:
+    """A tab with English as its language. At the end, the browser must have reported no error."""
+    async with open_page(chromium) as opened:
+        yield opened
+        assert opened.complaints == []
+
+
+async def test_a_second_question_is_sent_with_the_first_answer_when_that_is_there(
+    page: Page, node: NodeProcess, valkey: RedisServer
+) -> None:
+    await log_in(page, node, 10011)
+    await ask(page, f"First {SLOW}")
+    await has_written(page, 20)
+    await ask(page, f"Second {ENDLESS}")
+    await says(page, "Will be sent after the answer above")
+    await status(page, "answering")
+    with valkey.client() as client:
+        entries = client.xrange("im:{node:0}:requests")
+    assert isinstance(entries, list)
+    history = json.loads(entries[-1][1]["history"])
+    assert [turn["content"] for turn in history] == [f"First {SLOW}", "".join(canned_answer(f"First {SLOW}"))]
+    await page.press("Escape")
+    await status(page, "cancelled")
+
+
+@pytest.mark.long
+async def test_a_question_after_one_without_an_answer_waits_for_the_user_and_can_be_taken_back(
+    page: Page, node: NodeProcess
+) -> None:
+    await log_in(page, node, 10012)
+    await ask(page, "First [[demo fail=1 status=400 first=1s]]")
+    await ask(page, "Second")
+    await says(page, "Not sent, because the message above has no answer")
+    await page.click("article:last-of-type .stop")
+    await page.until("document.querySelectorAll('article').length === 1")
+    assert await page.evaluate("document.querySelector('#box').value") == "Second"
+    assert await page.evaluate(f"{FOCUSED}.id") == "box"
+    await page.click("#write button")
+    await page.click("article:last-of-type .again")
+    await whole_answer(page, "Second")
+
+
+async def test_conversations_are_listed_in_later_tabs_and_deleted_in_all_of_them(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node, 10013)
+    await ask(page, "The first conversation")
+    await whole_answer(page, "The first conversation")
+    await ask_elsewhere(page, "The second one")
+    await whole_answer(page, "The second one")
+    later = await open_tab(page)
+    await log_in(later, node, 10013)
+    assert await later.evaluate("document.querySelectorAll('article').length") == 0
+    await open_list(later)
+    await later.until("document.querySelectorAll('#list li').length === 2")
+    assert await listed(later) == ["The second one", "The first conversation"]
+    await open_conversation(later, "The first")
+    await status(later, "done")
+    await later.click("#list li:nth-child(2) .remove")
+    assert "Delete the conversation “The first" in await later.evaluate("document.querySelector('#dialog').innerText")
+    assert await later.evaluate(f"{FOCUSED}.textContent") == "Cancel"
+    await later.press("Escape")
+    await later.until("!document.querySelector('#dialog').open")
+    assert await later.evaluate(f"{FOCUSED}.ariaLabel") == "Delete “The first conversation”"
+    await later.click("#list li:nth-child(2) .remove")
+    await later.click("#dialog button")
+    await later.until("document.querySelectorAll('#list li').length === 1")
+    await later.until("!document.querySelector('#welcome').hidden")
+    await open_list(page)
+    await page.until("document.querySelectorAll('#list li').length === 1")
+    assert [record["contents"] for record in await page.kept()] == ["The second one"]
+
+
+@pytest.mark.long
+async def test_a_running_answer_is_seen_with_its_question_on_every_device_of_the_user(
+    page: Page, chromium: str, node: NodeProcess
+) -> None:
+    await log_in(page, node, 10014)
+    async with open_page(chromium) as device, open_page(chromium) as late:
+        await log_in(device, node, 10014)
+        await ask(page, f"Who sees me? {SLOW}")
+        await has_written(device, 20)
+        await log_in(late, node, 10014)
+        await has_written(late, 20)
+        for one in (page, device, late):
+            await whole_answer(one, f"Who sees me? {SLOW}")
+            assert await one.evaluate(QUESTIONS) == [f"Who sees me? {SLOW}"]
+        await ask(device, "And an answer from there?")
+        for one in (page, device, late):
+            await page.until("document.querySelectorAll('article').length === 2")
+            await whole_answer(one, "And an answer from there?")
+        assert device.complaints == late.complaints == []
+
+
+@pytest.mark.long
+async def test_an_answer_is_written_again_and_replaces_the_first_one(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node, 10015)
+    await ask(page, "Again, please")
+    await whole_answer(page, "Again, please")
+    first = (await kept(page))["id"]
+    await page.evaluate(f"{LAST}.querySelector('.again').focus()")
+    await page.press("Enter")
+    await page.until(
+        f"{LAST}.querySelector('.again').textContent === 'Answer again' && {LAST}.dataset.live === 'false'"
+    )
+    await whole_answer(page, "Again, please")
+    [record] = await page.kept()
+    assert record["id"] != first
+    assert await page.evaluate(f"{LAST}.contains({FOCUSED})")
+
+
+async def test_thinking_is_timed_and_shown_and_the_old_text_stays_grey_until_the_new_one_passes_it(
+    page: Page, valkey: RedisServer, tmp_path: Path
+) -> None:
+    model = Model()
+    isold = f"{LAST}.querySelector('.answer').classList.contains('old')"
+    async with scripted_backend(model) as backend:
+        settings = {"thinking": "show", "retry_window": "60s"}
+        thinks = start_node(tmp_path, redis_url=valkey.url, ai_url=backend.url, node="thinks", settings=settings)
+        with thinks.process:
+            await log_in(page, thinks, 10016)
+            await page.fill("#box", "What is 6 times 7?")
+            await page.press("Enter")
+            await says(page, "The AI has the question")
+            model.says(delta(reasoning="Six times "), delta(reasoning="seven"))
+            await says(page, "Thinking · 1 s")
+            await page.click(".thinking summary")
+            await page.until(f"{LAST}.querySelector('.thinking p').textContent === 'Six times seven'")
+            model.says(delta(content="It is forty-one, I think"))
+            await page.until(f"{SHOWN} === 'It is forty-one, I think'")
+            model.says(b"")
+            await page.until(isold)
+            await says(page, "writing it again (attempt 2)")
+            model.says(delta(content="It is forty-two"))
+            assert await page.evaluate(SHOWN) == "It is forty-one, I think"
+            model.says(delta(content=", which is certain"))
+            await page.until(f"{SHOWN} === 'It is forty-two, which is certain' && !{isold}")
+            model.says(event_length(), DONE)
+            await says(page, "cut at the length limit")
+            assert (await kept(page))["text"] == "It is forty-two, which is certain"
+    page.forgive_absence()
+
+
+def event_length() -> bytes:
+    """The last part of an answer that has reached the model's limit."""
+    return STOP.replace(b'"stop"', b'"length"')
+
+
+@pytest.mark.long
+async def test_the_page_counts_down_while_the_ai_service_is_away(page: Page, node: NodeProcess) -> None:
+    question = "Are you there? [[demo busy=1 after=3s]]"
+    await log_in(page, node, 10017)
+    await ask(page, question)
+    await page.until(f"/AI service is \\w+, trying again in \\d s/.test({LAST}.querySelector('.status').textContent)")
+    await whole_answer(page, question)
+
+
+async def test_a_message_that_is_answered_after_it_has_failed_is_shown_as_such_also_after_a_reload(
+    page: Page, node: NodeProcess, valkey: RedisServer
+) -> None:
+    question = "Answer me after all [[demo fail=1 status=400]]"
+    await log_in(page, node, 10018)
+    await ask(page, question)
+    await says(page, Text.REFUSED.en)
+    await page.call("Page.reload")
+    await online(page)
+    await says(page, Text.REFUSED.en)
+    again = ("dead", "retry", "--redis", valkey.admin_url, "--node", "0", "--user", str(user_id(10018)))
+    assert (await asyncio.to_thread(CliRunner().invoke, main, again)).exit_code == 0
+    await says(page, "after it had failed at first")
+    await whole_answer(page, question)
+    await page.call("Page.reload")
+    await says(page, "after it had failed at first")
+
+
+async def test_a_text_that_is_too_long_is_kept_and_told_by_how_much(page: Page, node: NodeProcess) -> None:
+    await log_in(page, node, 10019)
+    await page.fill("#box", "长" * 22_000)
+    await page.until("document.querySelector('#too-long').textContent.startsWith('Too long for one message: ')")
+    await page.press("Enter")
+    assert await page.evaluate("document.querySelector('#box').value.length") == 22_000
+    assert await page.evaluate("document.querySelector('#write button').disabled")
+    count = int(await page.evaluate("document.querySelector('#too-long').textContent.replace(/\\D/g, '')"))
+    await page.evaluate("document.querySelector('#box').focus()")
+    await page.fill("#box", "长" * (22_000 - count))
+    await page.until("document.querySelector('#too-long').hidden")
+    await page.press("Enter")
+    await says(page, "This message is too long: it has about ")  # for the model, which only the node knows
+
+
+@pytest.mark.long
+async def test_enter_is_a_new_line_on_a_phone(page: Page, node: NodeProcess) -> None:
+    await page.look(PHONE)
+    await log_in(page, node, 10020)
+    await page.fill("#box", "One")
+    await page.press("Enter")
+    await page.call("Input.insertText", text="two")
+    assert await page.evaluate("document.querySelector('#box').value") == "One\ntwo"
+    await page.click("#write button")
+    await status(page, "done")
+    assert await page.evaluate(QUESTIONS) == ["One\ntwo"]
