@@ -48,7 +48,7 @@ class Plan:
     sockets: tuple[int, ...] = (1, 20, 100, 400)
     seconds: float = 1.5
     idle_sockets: int = 1000
-    steps: tuple[int, ...] = (100, 200, 300, 400, 600, 800, 1000)
+    steps: tuple[int, ...] = (100, 200, 300, 400, 600, 800, 1000, 1200, 1600, 2000)
     step_seconds: float = 3.0
     stepped: tuple[str, ...] = SERVICES
     guards: float = 1.0
