@@ -192,6 +192,23 @@ test("marks that may become anything are not shown before they have become somet
   assert.equal(html("Table:\n\n| a | b"), "<p>Table:</p><p>| a | b</p>");
 });
 
+test("emphasis, code and links that have begun are shown before they have ended", () => {
+  const shown = (text) => {
+    const { element, view } = makeView();
+    view.update(text);
+    return element.childNodes.map(toHtml).join("");
+  };
+  assert.equal(shown("a **b"), "<p>a <strong>b</strong></p>");
+  assert.equal(shown("a *b **c"), "<p>a <em>b <strong>c</strong></em></p>");
+  assert.equal(shown("- a ~~b `c"), "<ul><li>a <del>b <code>c</code></del></li></ul>");
+  assert.equal(shown("a [b](https://c.d/e"), '<p>a <a href="https://c.d/e">b</a></p>');
+  assert.equal(shown("a **"), "<p>a </p>");
+  assert.equal(shown("a `c](d"), "<p>a <code>c](d</code></p>");
+  assert.equal(shown("2 * 3, a*b, **c** d"), "<p>2 * 3, a*b, <strong>c</strong> d</p>");
+  for (const end of ["\n\n", "\n# d"]) assert.match(shown(`a **b \`c${end}`), /^<p>a \*\*b `c<\/p>/);
+  assert.equal(html("a **b `c [d](e"), "<p>a **b `c [d](e</p>");
+});
+
 test("emphasis begins and ends between Chinese characters and punctuation", () => {
   assert.equal(html("**注意：**请看"), "<p><strong>注意：</strong>请看</p>");
   assert.equal(html("他说**“好”**了"), "<p>他说<strong>“好”</strong>了</p>");

@@ -47,9 +47,12 @@ function resolve(whole, hex, decimal, name) {
   return code === 0 || code > 0x10ffff || (code >= 0xd800 && code <= 0xdfff) ? "\ufffd" : String.fromCodePoint(code);
 }
 
-/** The nodes of a text. `isCell`: in a table, where `<br>` is the only way to break a line. */
-export function parseInlines(text, isCell = false) {
-  return new InlineParser(text, isCell).parse();
+/**
+ * The nodes of a text. `isCell`: in a table, where `<br>` is the only way to break a line. `isGrowing`: more will follow,
+ * so emphasis, code and links that have begun are shown as if they ended here.
+ */
+export function parseInlines(text, { isCell = false, isGrowing = false } = {}) {
+  return new InlineParser(text, isCell, isGrowing).parse();
 }
 
 class InlineParser {
@@ -59,9 +62,8 @@ class InlineParser {
   #dead = 0; // so many of them cannot begin a link, because one was found behind them
   #last; // the innermost run of marks that may still begin or end emphasis; each knows the one before it
 
-  constructor(text, isCell) {
-    this.text = text;
-    this.isCell = isCell;
+  constructor(text, isCell, isGrowing) {
+    Object.assign(this, { text, isCell, isGrowing });
     this.ticks = undefined; // where runs of backticks begin, by their length
     this.plainEnd = 0; // where the next special character is
     this.urls = [...text.matchAll(URL_START)].map(({ index }) => index);
@@ -72,6 +74,7 @@ class InlineParser {
   parse() {
     const { text } = this;
     while (this.#at < text.length) if (!this.#special(text[this.#at])) this.#plain();
+    if (this.isGrowing) this.#closeAll();
     this.#emphasise(undefined);
     return buildTree(this.#tokens);
   }
@@ -172,6 +175,11 @@ class InlineParser {
     while (places[places.length - 1] <= start) places.pop();
     const end = places.pop();
     this.#at = (end ?? start) + length;
+    const rest = this.text.slice(this.#at);
+    if (end === undefined && this.isGrowing && !/[\n`]/.test(rest)) {
+      this.#at = this.text.length;
+      return rest ? this.#push({ tag: "code", children: [rest] }) : true;
+    }
     if (end === undefined) return this.#push(this.text.slice(start, this.#at));
     const code = this.text.slice(start + length, end).replace(/\n/g, " ");
     const isPadded = code[0] === " " && code[code.length - 1] === " " && /[^ ]/.test(code);
@@ -197,6 +205,8 @@ class InlineParser {
     run.opens = opens && (character !== "_" || !closes || before === "mark");
     run.closes = closes && (character !== "_" || !opens || after === "mark");
     if (character === "~" && count !== 2) run.opens = run.closes = false; // one is written for "about"
+    run.isHidden = this.isGrowing && this.#at === this.text.length; // it may get longer, and begin or end something
+    run.isBeginning = run.opens && before !== "letter";
     if (run.opens || run.closes) this.#last = link(this.#last, run);
     return this.#push(run);
   }
@@ -233,7 +243,8 @@ class InlineParser {
         this.#match(BLANKS);
         const [title] = (this.#at > end && this.#match(TITLE)?.slice(1).filter((text) => text !== undefined)) || [];
         if (title !== undefined) this.#match(BLANKS);
-        if (this.text[this.#at++] === ")") return { href: unescapeText(href), title: title && unescapeText(title) };
+        const isCut = this.isGrowing && this.#at === this.text.length;
+        if (this.text[this.#at++] === ")" || isCut) return { href: unescapeText(href), title: title && unescapeText(title) };
       }
     }
     this.#at = start;
@@ -251,6 +262,18 @@ class InlineParser {
       else if (character === ")" && --depth < 0) break;
     }
     return depth > 0 ? undefined : this.text.slice(start, this.#at);
+  }
+
+  /** Ends what has begun: adds a run without a text for each that begins a word. Those that find no partner do nothing. */
+  #closeAll() {
+    const { length } = this.#tokens;
+    for (let run = this.#last; run; run = run.previous) {
+      if (!run.isBeginning) continue;
+      const { character, length: count } = run;
+      const place = this.#tokens.length;
+      this.#push({ character, count, length: count, endings: [], beginnings: [], place, closes: true, isHidden: true });
+    }
+    for (const run of this.#tokens.slice(length)) this.#last = link(this.#last, run);
   }
 
   /** Pairs the runs of marks behind `bottom`; none of them is used again. */
@@ -354,7 +377,7 @@ function buildTree(tokens) {
       open[open.length - 1].children.push(token);
     } else {
       token.endings.forEach(end);
-      text += token.character.repeat(token.count);
+      if (!token.isHidden) text += token.character.repeat(token.count);
       for (const tag of token.beginnings.reverse()) begin({ open: tag });
     }
   }

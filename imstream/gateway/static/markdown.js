@@ -83,7 +83,11 @@ export class MarkdownView {
 
   /** A row with bars is shown when the next line says whether it is the head of a table. */
   #mayBecomeTable(block) {
-    return !this.#isDone && block === this.#parser.innermost && block.lines?.length === 1 && block.kind === "paragraph" && block.lines[0][0] === "|";
+    return this.#isGrowing(block) && block.lines?.length === 1 && block.lines[0][0] === "|";
+  }
+
+  #isGrowing(block) {
+    return !this.#isDone && block === this.#parser.innermost && block.kind === "paragraph";
   }
 
   #place(parent, index, make) {
@@ -113,7 +117,10 @@ export class MarkdownView {
   #show(block, old) {
     switch (block.kind) {
       case "paragraph":
-        return this.#write(this.#reuse(old, "paragraph", "p"), block.lines.join("\n").trimEnd(), block);
+        return this.#write(this.#reuse(old, "paragraph", "p"), block.lines.join("\n").trimEnd(), {
+          isDone: block.isDone,
+          isGrowing: this.#isGrowing(block),
+        });
       case "heading": {
         const tag = `h${Math.min(6, this.#heading + block.outline.length - 1)}`;
         const element = this.#reuse(old, tag, tag);
@@ -213,12 +220,12 @@ export class MarkdownView {
   }
 
   /** Writes the text of a paragraph, a heading or a cell. */
-  #write(element, text, { isCell = false, isDone } = {}) {
-    const source = `${isDone ?? ""}${text}`;
+  #write(element, text, { isDone, ...options } = {}) {
+    const source = `${isDone}${options.isGrowing}${text}`;
     const state = this.#of(element);
     if (state.source === source) return element;
     state.source = source;
-    const nodes = parseInlines(text, isCell);
+    const nodes = parseInlines(text, options);
     this.#writeNodes(element, isDone === undefined ? nodes : [{ tag: "input", isDone }, ...nodes]);
     return element;
   }
