@@ -92,6 +92,22 @@ class Scenarios(Stage):
             await self.send(*frames[sent:])
             await self.report(messageId=name, **WHOLE)
 
+    async def reopened(self) -> None:
+        """After `failed`, shows an answer that follows `restart`, or goes on showing `failed`; resumes neither."""
+        await self.welcome(await self.connect())
+        await self.ask("m1")
+        await self.send(answer("m1")[0], wire.Failed(contents="sorry", message_id="m1", attempt=1, offset=0))
+        await self.report(messageId="m1", outcome="failed")
+        await self.send(wire.Restart(contents="again", message_id="m1", attempt=2, offset=0), *answer("m1", 2))
+        await self.ask("m2")
+        await self.send(*answer("m2"))
+        if (told := await self.next_report()).get("messageId") == "m1":
+            same("report", {name: told.get(name) for name in WHOLE}, WHOLE)
+            told = await self.next_report()
+        same("report", {name: told.get(name) for name in ("messageId", *WHOLE)}, {"messageId": "m2", **WHOLE})
+        await self.drop()
+        same("resume of INIT", (await self.welcome(await self.connection())).resume, [])
+
     async def busy(self) -> None:
         """Sends a message that was refused with BUSY again, with its id, but not before `retryAfterMs`."""
         await self.welcome(await self.connect())
@@ -222,7 +238,7 @@ SECTIONS = {
     "several-sockets-resume-and-safe-retries": ("resume",),
     "codes": ("busy",),
     "close-codes": ("drain", "token", "closed"),
-    "compatibility": ("refused", "unknown"),
+    "compatibility": ("reopened", "refused", "unknown"),
 }
 """Sections of ops/docs/protocol.md and the scenarios that check them."""
 

@@ -67,15 +67,21 @@ class Stage:
         self._client.stdin.write(line.encode() + b"\n")
 
     async def report(self, **expected: object) -> None:
+        """Receive the client's next report, and check it."""
+        told = await self.next_report(f"report {expected}")
+        same("report", {name: told.get(name) for name in expected}, expected)
+
+    async def next_report(self, what: str = "report") -> dict[str, object]:
         """Receive the client's next report."""
         assert self._client.stdout is not None  # noqa: S101 - a pipe
-        line = await self.within(self._client.stdout.readline(), f"report {expected}")
+        line = await self.within(self._client.stdout.readline(), what)
         self.transcript.append(f"report  {line.decode(errors='replace').strip()}")
-        try:
-            told = {name: json.loads(line).get(name) for name in expected}
-        except (ValueError, AttributeError):
-            raise Nonconformity("the report is no JSON object" if line else "the client has exited") from None
-        same("report", told, expected)
+        told: object = None
+        with suppress(ValueError):
+            told = json.loads(line)
+        if not isinstance(told, dict):
+            raise Nonconformity("the report is no JSON object" if line else "the client has exited")
+        return told
 
     async def receive(self) -> ClientFrame:
         """The next frame; heartbeats are answered."""

@@ -119,14 +119,6 @@ async def test_a_node_of_the_previous_release_obeys_no_pause_and_no_drain_and_op
     assert not nodes.redis.exists(Keys().paused())
 
 
-async def test_no_dead_letter_is_retried_while_a_node_of_the_previous_release_would_lose_it(nodes: ManyNodes) -> None:
-    letter = nodes.redis.xadd(Keys().dead("previous"), {"user": str(USER), "message_id": "m", "attempts": "1"})
-    retry = ["dead", "retry", "--redis", nodes.server.url, "--node", "previous"]
-    refused = await asyncio.to_thread(CliRunner().invoke, main, retry)
-    assert "a release that would lose retried letters runs on node previous" in refused.output
-    assert nodes.redis.xdel(Keys().dead("previous"), str(letter)) == 1
-
-
 async def test_a_device_that_wants_questions_follows_what_the_previous_release_answers_without_them(
     nodes: ManyNodes,
 ) -> None:

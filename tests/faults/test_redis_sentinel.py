@@ -2,11 +2,15 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+from click.testing import CliRunner
+
+from imstream.cli.main import main
 from imstream.codes import Code, Event
 from tests.support.redis_sets import SentinelSet, sentinel_set
 from tests.support.servers import DemoBackend
-from tests.support.stage import AT_ONCE, REQUESTS, expected, stage
+from tests.support.stage import AT_ONCE, DEAD, KEYS, REQUESTS, expected, stage
 from tests.support.waiting import wait_until
 
 REPLACED_WITHIN = 15.0
@@ -22,13 +26,20 @@ async def test_nothing_replicated_is_lost_when_the_master_is_killed(demo: DemoBa
             users = [await play.user(10001 + number) for number in range(6)]
             asked = [user.ask(f"m{n}", f"before the death, {n}") for user in users for n in range(2)]
             assert set(await asyncio.gather(*asked)) == {Event.ACCEPTED}
+            play.redis.xadd(DEAD, {"user": "10001", "message_id": "letter", "contents": AT_ONCE, "attempts": "1"})
             await _in_step(sentinels)
             sentinels.master.kill()
             await play.node.becomes(503, limit=REPLACED_WITHIN)
             assert await users[0].ask("dead", "while it is dead") == Code.UNAVAILABLE
             await play.node.becomes(200, limit=REPLACED_WITHIN)
             assert await users[0].ask("dead", "while it is dead") == Event.ACCEPTED
+            retry = ["dead", "retry", "--node", "0", "--redis", sentinels.url]
+            retried = await asyncio.to_thread(CliRunner().invoke, main, retry)
+            assert "message letter  is a request again" in retried.output
             await play.curtain()
+            rows: Any = play.redis.xrange(KEYS.reply(10001, "letter"))
+            events = [fields["event"] for _, fields in rows]
+            assert [event for event in events if event != "text"] == ["opened", "done"]
             assert [event for event in play.node.logged("error") if "gone" in event] == []
 
 
