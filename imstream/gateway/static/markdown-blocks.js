@@ -97,15 +97,13 @@ function cellsOf(line) {
   return cells.map((cell) => trimBlanks(cell).replace(/\\\|/g, "|"));
 }
 
-const ALIGNMENTS = { "": "", ":": "start", "::": "center", "-:": "end" };
-
 /** The alignments that the line below the head of a table gives; undefined if it is no such line. */
 function alignmentsOf(line) {
   const text = line.match(DELIMITERS)?.[0];
   if (!text?.includes("|")) return undefined;
   const cells = cellsOf(text);
   if (!cells.every((cell) => /^:?-+:?$/.test(cell))) return undefined;
-  return cells.map((cell) => ALIGNMENTS[(cell[0] === ":" ? ":" : cell.endsWith(":") ? "-" : "") + (cell.endsWith(":") ? ":" : "")]);
+  return cells.map((cell) => (cell.endsWith(":") ? (cell[0] === ":" ? "center" : "end") : cell[0] === ":" ? "start" : ""));
 }
 
 /**
@@ -134,7 +132,7 @@ export class BlockParser {
   /** Parses the beginning of a line; returns a function that undoes this. */
   tryLine(text) {
     const [open, blank, outline] = [this.#open, this.#blank, this.#outline];
-    const copies = open.map(({ children, lines, ...rest }) => ({ ...rest, children: children?.slice(), lines: lines?.slice() }));
+    const copies = open.map((block) => ({ ...block, children: block.children?.slice(), lines: block.lines?.slice() }));
     this.#open = open.slice();
     this.#parse(new Line(text));
     return () => {
@@ -276,7 +274,8 @@ export class BlockParser {
     while (!CHILDREN[this.innermost.kind]?.(block)) this.#open.pop();
     const parent = this.innermost;
     const place = this.#open.length - 1;
-    if (parent.children.length && place >= this.#blank) (parent.kind === "item" ? this.#open[place - 1] : parent).isLoose = true;
+    const list = parent.kind === "item" ? this.#open[place - 1] : parent;
+    if (list.kind === "list" && parent.children.length && place >= this.#blank) list.isLoose = true;
     parent.children.push(block);
     if (block.children || block.lines) this.#open.push(block);
     this.#matched = this.#open.length;

@@ -12,6 +12,7 @@ const TICKS = /`+/g;
 const TICKS_HERE = /`+/y;
 const ESCAPE = /\\([!-/:-@[-`{-~])/y;
 const ENTITY = /&(?:#[xX]([0-9a-fA-F]{1,6})|#([0-9]{1,7})|([A-Za-z][A-Za-z0-9]{1,31}));/y;
+const ESCAPE_OR_ENTITY = new RegExp(`${ESCAPE.source}|${ENTITY.source}`, "g");
 const AUTOLINK = /<([A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*)>/y;
 const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?";
 const MAIL_AUTOLINK = new RegExp(`<([A-Za-z0-9.!#$%&'*+/=?^_\`{|}~-]+@${LABEL}(?:\\.${LABEL})*)>`, "y");
@@ -37,8 +38,7 @@ const ENTITIES = new Map(
 /** A text with its escapes and entities resolved, as in addresses and titles. */
 export function unescapeText(text) {
   if (!/[\\&]/.test(text)) return text;
-  return text.replace(/\\([!-/:-@[-`{-~])|&(?:#[xX]([0-9a-fA-F]{1,6})|#([0-9]{1,7})|([A-Za-z][A-Za-z0-9]{1,31}));/g,
-    (whole, escaped, hex, decimal, name) => escaped ?? resolve(whole, hex, decimal, name));
+  return text.replace(ESCAPE_OR_ENTITY, (whole, mark, ...entity) => mark ?? resolve(whole, ...entity));
 }
 
 function resolve(whole, hex, decimal, name) {

@@ -76,7 +76,9 @@ export class MarkdownView {
   #fill(element, { children, settled }) {
     const state = this.#of(element);
     const count = children.length - (this.#mayBecomeTable(children[children.length - 1]) ? 1 : 0);
-    for (let index = state.settled; index < count; index++) this.#place(element, index, (old) => this.#show(children[index], old));
+    for (let index = state.settled; index < count; index++) {
+      this.#place(element, index, (old) => this.#show(children[index], old));
+    }
     trim(element, count);
     state.settled = settled;
   }
