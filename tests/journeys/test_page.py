@@ -564,6 +564,7 @@ async def test_everything_fits_on_the_screen(
     await status(page, "done")
     width, height = size
     assert await page.evaluate("document.documentElement.scrollWidth") == width
+    await page.click("#menu summary")
     outside = await page.evaluate(
         f"[...document.querySelectorAll('header *, #write *, article *')].filter((e) => e.checkVisibility())"
         f".filter((e) => e.getBoundingClientRect().right > {width} + 0.5).map((e) => e.outerHTML)"

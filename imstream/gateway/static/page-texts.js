@@ -77,7 +77,7 @@ const TEXTS = {
   taskDone: ["Done", "已完成"],
   taskOpen: ["Not done", "未完成"],
 
-  running: ["an answer is being written", "正在回答"],
+  running: ["not answered yet", "尚未答完"],
   remove: ["Delete “{title}”", "删除“{title}”"],
   removeQuestion: ["Delete the conversation “{title}”? This cannot be undone.", "删除对话“{title}”？此操作无法撤销。"],
   removeYes: ["Delete", "删除"],
