@@ -19,7 +19,9 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from imstream.cli import settings_notes
+from imstream.gateway.app import page_routes
 from imstream.settings import Settings, parse_duration
+from imstream.user_ids import UserIds
 from tests.support.processes import free_port, start, wait_for
 from tests.support.servers import OPS, missing, valkey_binary
 
@@ -134,6 +136,13 @@ def test_proxies_wait_longer_than_nodes() -> None:
         limits += re.findall(rf"{setting} (90s)", (OPS / file).read_text("utf-8"))
     assert len(limits) == 4
     assert all(seconds(limit) > idle for limit in limits)
+
+
+def test_the_ingress_passes_on_the_socket_and_every_file_of_the_page_and_nothing_else() -> None:
+    [rule] = of_kind("Ingress")["spec"]["rules"]
+    paths = [(one["path"], one["pathType"]) for one in rule["http"]["paths"]]
+    routes = page_routes(UserIds.NUMBER, DEFAULTS["max_frame"])
+    assert sorted(paths) == sorted((path, "Exact") for path in ("/ws", *(route.path for route in routes)))
 
 
 def test_the_table_of_the_document_has_these_values() -> None:
