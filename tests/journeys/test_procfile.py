@@ -58,7 +58,7 @@ def node_processes(runner: int, port: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("name", ["honcho", "foreman"])
+@pytest.mark.parametrize("name", ["honcho", pytest.param("foreman", marks=pytest.mark.long)])
 async def test_a_process_runner_starts_three_nodes_behind_a_balancer_and_one_of_them_may_die(
     name: str, tmp_path: Path
 ) -> None:

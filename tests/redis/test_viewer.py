@@ -64,7 +64,17 @@ def content(server: RedisServer) -> dict[str, bytes | None]:
 @pytest.mark.parametrize(
     "command",
     [
-        *("nodes", "nodes --json", "streams --node 0", "backends", "explain 10001 m-1", "dead list", "dead list --all"),
+        *(
+            "nodes",
+            "nodes --json",
+            "streams --node 0",
+            "top --count 1",
+            "backends",
+            "explain 10001 m-1",
+            "explain 10001",
+            "dead list",
+            "dead list --all",
+        ),
         *("dead show", "user show 10001", "user quota 10001", "dead purge --dry-run", "dead retry --dry-run"),
     ],
 )
@@ -85,7 +95,7 @@ def test_the_reading_commands_of_the_documents_work(server: RedisServer) -> None
 
 @pytest.mark.parametrize(
     "command",
-    ["user ban 10001", "user unban 10001", "user lock 10001", "user quota 10001 --reset", "dead purge"],
+    ["user ban 10001", "user unban 10001", "user lock 10001", "user quota 10001 --reset", "dead purge", "pause --all"],
 )
 def test_a_command_that_changes_something_is_denied(server: RedisServer, url: str, command: str) -> None:
     before = content(server)
