@@ -210,6 +210,25 @@ def event_length() -> bytes:
     return STOP.replace(b'"stop"', b'"length"')
 
 
+async def run(*command: str) -> None:
+    """Run a command of operators."""
+    result = await asyncio.to_thread(CliRunner().invoke, main, command)
+    assert result.exit_code == 0, result.output
+
+
+async def test_the_page_says_that_an_operator_has_paused_the_service(
+    page: Page, node: NodeProcess, valkey: RedisServer
+) -> None:
+    await log_in(page, node, 10022)
+    await run("pause", "--redis", valkey.admin_url, "--all")
+    try:
+        await ask(page, "Are you resting?")
+        await says(page, "The service is paused; the answer follows later")
+    finally:
+        await run("resume", "--redis", valkey.admin_url, "--all")
+    await whole_answer(page, "Are you resting?")
+
+
 @pytest.mark.long
 async def test_the_page_counts_down_while_the_ai_service_is_away(page: Page, node: NodeProcess) -> None:
     question = "Are you there? [[demo busy=1 after=3s]]"
@@ -229,8 +248,7 @@ async def test_a_message_that_is_answered_after_it_has_failed_is_shown_as_such_a
     await page.call("Page.reload")
     await online(page)
     await says(page, Text.REFUSED.en)
-    again = ("dead", "retry", "--redis", valkey.admin_url, "--node", "0", "--user", str(user_id(10018)))
-    assert (await asyncio.to_thread(CliRunner().invoke, main, again)).exit_code == 0
+    await run("dead", "retry", "--redis", valkey.admin_url, "--node", "0", "--user", str(user_id(10018)))
     await says(page, "after it had failed at first")
     await whole_answer(page, question)
     await page.call("Page.reload")

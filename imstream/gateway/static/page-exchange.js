@@ -42,6 +42,7 @@ export class Exchange {
     this.hasFailed = message.status === "failed";
     this.late = message.late ?? false; // answered, or being answered, after it had failed
     this.thinkingSince = this.startsAt = this.awayUntil = 0;
+    this.reason = undefined; // why it waits
     this.thoughtFor = message.thoughtFor ?? 0; // seconds
     for (const event of EVENTS) {
       message.addEventListener?.(event, () => message === this.message && this.changed(event));
@@ -167,6 +168,7 @@ export class Exchange {
 
   describeProgress() {
     const { status, state, text, attempt } = this.message;
+    if (this.reason === "paused" && state !== "started") return say("paused");
     if (state === "waiting") return this.describeWaiting();
     if (state === "thinking") return say("thinking", { seconds: this.thinkingSince ? secondsSince(this.thinkingSince) : 0 });
     if (this.late) return say("afterAll");

@@ -39,6 +39,7 @@ const TEXTS = {
   started: ["The AI has the question", "AI 已收到问题"],
   thinking: ["Thinking · {seconds} s", "思考中 · {seconds} 秒"],
   thought: ["thought for {seconds} s", "思考了 {seconds} 秒"],
+  paused: ["The service is paused; the answer follows later", "服务暂停中，稍后回答"],
   away: ["The AI service is away", "AI 服务暂时不可用"],
   busy: ["The AI service is busy", "AI 服务繁忙"],
   awayUntil: ["{what}, trying again in {seconds} s", "{what}，{seconds} 秒后重试"],
