@@ -65,12 +65,12 @@ def server_program() -> Path:
 def server_command(port: int, data_dir: Path, *, log_level: str = "notice", config: Path | None = None) -> list[str]:
     """The command that runs the embedded server in the foreground. `data_dir` is created if necessary.
 
-    Every write reaches the append-only file within a second. Nothing is evicted: writes fail when memory is full. The
-    file `config` overrides all of this.
+    Every write reaches the append-only file within a second. Nothing is evicted: writes fail when memory is full. Nodes
+    of streams are small, because most streams are. The file `config` overrides all of this.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     words = f"--port {port} --bind {EmbeddedSettings.host} --loglevel {log_level} --daemonize no"
-    words += " --appendonly yes --appendfsync everysec --maxmemory-policy noeviction"
+    words += " --appendonly yes --appendfsync everysec --maxmemory-policy noeviction --stream-node-max-bytes 1024"
     include = [] if config is None else ["--include", str(config.resolve())]
     return [str(server_program()), *words.split(), "--save", "", "--dir", str(data_dir.resolve()), *include]
 

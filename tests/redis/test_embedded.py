@@ -48,7 +48,8 @@ async def test_the_command_becomes_a_server_that_keeps_everything(tmp_path: Path
         await wait_until(lambda: embedded_redis.answers(port), "it serves")
         with client(port, data) as valkey:
             assert valkey.info("server")["process_id"] == server.pid
-            settings = valkey.config_get("append*", "save", "maxmemory-policy", "bind", "protected-mode")
+            settings = valkey.config_get("append*", "save", "maxmemory-policy", "bind", "stream-node-max-bytes")
+            assert settings["stream-node-max-bytes"] == "1024"
             assert settings["appendonly"] == "yes"
             assert settings["appendfsync"] == "everysec"
             assert settings["save"] == ""
