@@ -96,6 +96,8 @@ def _row(one: NodeOverview) -> tuple[object, ...]:
 
 def _warnings(found: Sequence[NodeOverview]) -> Iterator[str]:
     versions: dict[str, list[str]] = {}
+    if found and all(one.state == "dead" for one in found):
+        yield "no node has a lease: none runs, or Redis refuses their writes (imstream doctor)"
     for one in found:
         if one.state != "dead":
             versions.setdefault(one.version or "unknown", []).append(one.node)

@@ -142,6 +142,10 @@ def test_nodes_of_other_releases_strangers_and_gaps_are_told_wherever_redis_is(e
         ]
         client.hset(KEYS.status("new"), "not_ready", "")
         assert look(empty_redis, "--wait-settled", "--except", "gone", "--except", "old").exit_code == 0
+        for node in ("new", "old"):
+            client.delete(KEYS.lease(node))
+        none_runs = "no node has a lease: none runs, or Redis refuses their writes (imstream doctor)"
+        assert shown(empty_redis)["warnings"][0] == none_runs
 
 
 async def test_waiting_goes_on_while_redis_is_away(tmp_path: Path, demo: DemoBackend) -> None:
