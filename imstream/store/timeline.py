@@ -11,6 +11,7 @@ from imstream.keys import GROUP, Keys
 from imstream.model import TERMINAL_EVENTS
 from imstream.redis.client import RedisClient, to_dict
 from imstream.store.leases import is_node_id
+from imstream.store.pauses import ALL
 from imstream.user_ids import UserId
 
 PAGE = 100
@@ -185,6 +186,8 @@ class _Search:
         else:
             count = await self.redis.execute("XLEN", self.keys.requests(node))
             self.found.now = f"it waits for a worker of node {node}, in a stream of {count} unfinished requests"
+            if any(await self.redis.execute("HMGET", self.keys.paused(), ALL, node)):
+                self.found.now += "; an operator has paused the node"
 
     def _note_unknown(self, opened: list[Event], *, ended: bool) -> None:
         if opened and opened[0].attempt > 1:

@@ -153,6 +153,10 @@ async def test_each_step_of_a_message_is_told_wherever_redis_is(empty_redis: Top
         await parts.replies.mark_queued(USER, "m", Question("private", "x"))
         assert (found := await explained(empty_redis, "m"))["now"] == waits
         assert (events(found), found["state"]) == (["asked", "queued"], "queued")
+        with empty_redis.client() as client:
+            client.hset(KEYS.paused(), "0", "new weights")
+            assert (await explained(empty_redis, "m"))["now"] == f"{waits}; an operator has paused the node"
+            client.delete(KEYS.paused())
         [entry] = await parts.requests.read(count=1, block=timedelta(seconds=1))
         assert (await explained(empty_redis, "m"))["now"] == "node 0 has read it, and has not opened its reply"
         await parts.replies.open(USER, "m", Question("private", "x"), request=f"0/{entry_id}")
