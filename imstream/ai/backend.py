@@ -373,7 +373,7 @@ class _Intake:
     def rest(self, connection: Pausable) -> None:
         """After a read with text: read the next one when it is the turn of this answer, if the node is busy."""
         if self._may_rest and self._resting is None and self.rollup.rest(self):
-            self._resting = connection
+            self._resting, self._may_rest = connection, False
             self.limits.is_resting = True  # its silence is ours
             connection.pause()
 

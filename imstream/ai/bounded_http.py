@@ -148,14 +148,14 @@ def is_encoded(response: aiohttp.ClientResponse) -> bool:
 
 
 class Pausable(Protocol):
-    """The connection of a body that is streamed. `resume` is called once after each `pause`, or never."""
+    """A body that is streamed. `resume` is called once after each `pause`, or never."""
 
     def pause(self) -> None:
-        """Receive nothing."""
+        """Deliver nothing but the end. aiohttp buffers what is received, and pauses the connection when that is much."""
         ...
 
     def resume(self) -> None:
-        """Receive again."""
+        """Deliver what was received, and go on."""
         ...
 
 
@@ -198,7 +198,7 @@ class _StreamedBody(asyncio.Protocol):
         self._on_data = on_data
         self._after_read = after_read
         self._transport: asyncio.Transport | None = None
-        self._lost = False
+        self._held = self._lost = False
         self._paused = True  # aiohttp may have paused reading, or buffered data that it has not parsed
         self._connected = response.connection is not None
         if response.connection is not None:  # None: the whole body was received with the head
@@ -214,8 +214,8 @@ class _StreamedBody(asyncio.Protocol):
     def detach(self) -> None:
         # Exceptions, also those that aiohttp keeps, have tracebacks with our frames, which would keep the answer alive.
         del self.ended, self._on_data, self._after_read
+        self._held = False
         if self._transport is not None:
-            self.resume()
             self._content._protocol = self._handler  # noqa: SLF001 - see above
             if self._transport.get_protocol() is self:
                 self._transport.set_protocol(self._handler)
@@ -228,17 +228,18 @@ class _StreamedBody(asyncio.Protocol):
             ResponseHandler.data_received(handler, data)  # skips the check
         else:
             handler.data_received(data)
-        self._deliver()
+        if not self._held or self._content.is_eof():
+            self._deliver()
 
     def pause(self) -> None:
-        """See `Pausable`. aiohttp does not know of it: it would parse again to resume."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        """See `Pausable`. To pause the transport would cost more system calls than it saves."""
+        self._held = True
 
     def resume(self) -> None:
         """See `Pausable`."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        if self._held:
+            self._held = False
+            self._deliver()
 
     def eof_received(self) -> None:
         self._handler.eof_received()
