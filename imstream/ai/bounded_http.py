@@ -151,7 +151,7 @@ class Pausable(Protocol):
     """A body that is streamed. `resume` is called once after each `pause`, or never."""
 
     def pause(self) -> None:
-        """Deliver nothing but the end. aiohttp buffers what is received, and pauses the connection when that is much."""
+        """Deliver nothing but the end. aiohttp buffers what is received, and pauses the connection at its limit."""
         ...
 
     def resume(self) -> None:
