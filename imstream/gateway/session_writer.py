@@ -166,7 +166,8 @@ class SessionWriter:
         if not self._is_urgent:
             cursor = self._cursors[reply.message_id]
             is_first = cursor.offset == 0 < reply.offset or cursor.attempt != reply.attempt
-            self._schedule(urgent=is_first or reply.terminal is not None)
+            # For a socket that takes nothing, each piece is the first: it would end the rounds of all others.
+            self._schedule(urgent=self.blocked_since is None and (is_first or reply.terminal is not None))
 
     def _schedule(self, *, urgent: bool = False) -> None:
         """Flush once in the next round, however many pieces come until then; if it is urgent, before that."""

@@ -420,3 +420,24 @@ async def test_the_first_text_of_an_attempt_its_end_and_frames_are_urgent_and_ot
     assert await urgency_of(lambda: reply.append(" and"), lambda: reply.end(DONE)) == [False, True]
     assert [frame.get("event") for frame in socket.frames][-4:] == ["restart", "delta", "delta", "done"]
     assert "".join(frame["contents"] for frame in socket.frames[-3:-1]) == "again and"
+
+
+async def test_nothing_is_urgent_for_a_socket_that_takes_nothing() -> None:
+    scheduler, socket = _Recorder(), FakeSocket(room=0)
+    frames = FrameBuilder("en", "0")
+    frames.user_id = 10001
+    writer, reply = SessionWriter(cast("SocketProtocol", socket), frames, scheduler), begun()
+    writer.follow(Cursor(reply))
+    reply.append("first")
+    await a_tick()
+    scheduler.urgent.clear()
+    for piece in ("second", "third", "fourth"):
+        reply.append(piece)
+        await a_tick()
+    reply.end(DONE)
+    await a_tick()
+    assert not any(scheduler.urgent)
+    socket.reads()
+    await a_tick()
+    assert text_of(socket) == "firstsecondthirdfourth"
+    assert [frame["event"] for frame in socket.frames] == ["delta", "done"]
