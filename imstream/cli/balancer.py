@@ -164,7 +164,8 @@ def write_configuration(config: BalancerConfig, folder: Path) -> list[str]:
 def exec_balancer(config: BalancerConfig, folder: Path) -> NoReturn:
     """Replace this process by the load balancer, in the foreground."""
     command = write_configuration(config, folder)
-    os.execv(command[0], [config.program, *command[1:]])  # noqa: S606 - the purpose of this function
+    # HAProxy executes itself again by the name it was started with: a path, because PATH may lack its folder.
+    os.execv(command[0], command)  # noqa: S606 - the purpose of this function
 
 
 def _join_files(tls: Tls, folder: Path) -> Path:

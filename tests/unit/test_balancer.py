@@ -132,6 +132,14 @@ def test_what_it_keeps_is_nobody_elses_to_read(program: Program, started: list[l
     assert [path for path in (folder.parent, *folder.parent.rglob("*")) if path.stat().st_mode & 0o077] == []
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_program_can_execute_itself_again_without_its_folder_in_path(
+    program: Program, started: list[list[str]]
+) -> None:
+    assert CliRunner().invoke(main, ["balancer", "--program", program, "127.0.0.1:8080"]).exit_code == 0
+    assert started[0][0] == "/bin/true"
+
+
 def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(started: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = CliRunner().invoke(main, ["balancer", "--program", "nginx", "--folder", "file/below", "127.0.0.1:8080"])
