@@ -101,20 +101,11 @@ class FollowingBalancer:
         """Where a node is reached from here; None if that is not known."""
         if holder is None:
             return None
-        parts, is_here = urlsplit(holder.address), holder.host == socket.gethostname()
-        host = parts.hostname or ""
-        if host in ANY_ADDRESS:
-            host = "127.0.0.1" if is_here else holder.host
-        elif not is_here and is_loopback(host):
-            self._say(node, f"node {node} cannot be reached from here: it listens on {host} of {holder.host} only")
-            return None
         try:
-            [(*_, found), *_] = await asyncio.get_running_loop().getaddrinfo(host, parts.port, type=socket.SOCK_STREAM)
-        except (ValueError, OSError) as error:
-            self._say(node, f"node {node} cannot be reached from here: {host}: {error}")
+            return await find_address(holder, self._addresses.get(node))
+        except ValueError as error:
+            self._say(node, f"node {node} cannot be reached from here: {error}")
             return None
-        ip = str(found[0])
-        return f"[{ip}]:{parts.port}" if ":" in ip else f"{ip}:{parts.port}"
 
     def _start(self) -> None:
         """Prepare the child: it ends with this process, and a reload that comes too early does not end it."""
@@ -126,6 +117,33 @@ class FollowingBalancer:
         if text != self._said.get(about):
             self._said[about] = text
             click.echo(text, err=True)
+
+
+async def find_address(holder: Holder, known: str | None) -> str:
+    """Where a node is reached from here. Raises `ValueError`, which tells why it cannot be.
+
+    A name with several addresses may give them in a changing order, and each change would be a reload: `known`, the one
+    that is in use, is kept as long as it is one of them.
+    """
+    try:
+        parts = urlsplit(holder.address)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ValueError(f"{holder.address}: {error}") from None
+    if not host or not port:
+        raise ValueError(f"{holder.address} is not an address with a host and a port")
+    is_here = holder.host == socket.gethostname()
+    if host in ANY_ADDRESS:
+        host = "127.0.0.1" if is_here else holder.host
+    elif not is_here and is_loopback(host):
+        raise ValueError(f"it listens on {host} of {holder.host} only")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{host}: {error}") from None
+    ips = [str(address[0]) for *_, address in found]
+    addresses = [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in ips]
+    return known if known in addresses else addresses[0]
 
 
 async def follow(settings: Settings, config: BalancerConfig, folder: Path) -> int:
