@@ -151,6 +151,13 @@ test("an address that is no link is shown as a hint", () => {
   assert.deepEqual([hint.title, hint.textContent], ["src/main.py", "the file"]);
 });
 
+test("no entity turns the direction of a text", () => {
+  for (const entity of ["&#x202e;", "&#8238;", "&#x202A;", "&#x2066;", "&#8295;"]) {
+    const text = `a${entity}b [c${entity}d](https://a.b/${entity} "${entity}") \`\`\`\n${entity}\n\n| ${entity} |\n|-|`;
+    assert.doesNotMatch(outline(show(text)), /[\u202a-\u202e\u2066\u2067]/);
+  }
+});
+
 test("only these elements are ever built, whatever the text", () => {
   const allowed = new Set("a blockquote br button code del div em h3 h4 h5 h6 hr input li ol p pre span strong table tbody td th thead tr ul".split(" "));
   const random = randomFrom(11);

@@ -23,6 +23,9 @@ const PUNCTUATION = /[\p{P}\p{S}]/u;
 // Chinese, Japanese and Korean have no blanks between words: their characters end and begin emphasis like blanks do.
 const CJK = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}\u3000-\u303f\uff00-\uffef]/u;
 
+/** Characters that embed or override the text direction: the page removes them from texts, so no entity may stand for one. */
+const TURNS = new Set([0x202a, 0x202b, 0x202c, 0x202d, 0x202e, 0x2066, 0x2067]);
+
 // Those that are written by people and models; numbers work for all characters.
 const ENTITIES = new Map(
   Object.entries({
@@ -44,7 +47,8 @@ export function unescapeText(text) {
 function resolve(whole, hex, decimal, name) {
   if (name) return ENTITIES.get(name) ?? whole;
   const code = hex ? parseInt(hex, 16) : parseInt(decimal, 10);
-  return code === 0 || code > 0x10ffff || (code >= 0xd800 && code <= 0xdfff) ? "\ufffd" : String.fromCodePoint(code);
+  if (code === 0 || code > 0x10ffff || (code >= 0xd800 && code <= 0xdfff)) return "\ufffd";
+  return TURNS.has(code) ? "" : String.fromCodePoint(code);
 }
 
 /**
