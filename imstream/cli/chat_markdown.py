@@ -7,6 +7,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown
 from rich.syntax import Syntax
 
+from imstream.cli.terminal import without_directions
+
 _FENCE = re.compile(r" *(`{3,}|~{3,})")
 
 
@@ -52,7 +54,8 @@ class MarkdownRenderer:
         """The lines of a block on this terminal, with escape sequences."""
         with self._console.capture() as captured:
             self._console.print(_Markdown(markup))
-        lines = [line.rstrip() for line in captured.get().strip("\n").split("\n")]
+        text = without_directions(captured.get())  # entities may stand for them
+        lines = [line.rstrip() for line in text.strip("\n").split("\n")]
         return [""] * self._follows + lines
 
     @staticmethod

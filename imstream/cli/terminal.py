@@ -16,6 +16,7 @@ CHUNK = 65536  # maximum number of bytes read at once; the rest stays in the ker
 _DIRECTIONS = (*range(0x202A, 0x202F), 0x2066, 0x2067)
 """Characters that embed or override text directions (Unicode Standard Annex 9), and so reorder the rest of the line."""
 
+_DIRECTIONS_REMOVED = dict.fromkeys(_DIRECTIONS)
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0), *_DIRECTIONS) if chr(code) not in "\n\t"}
 """Control characters. Text from the wire must not move the cursor, reorder a line or send commands to the terminal."""
 
@@ -27,6 +28,11 @@ _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 def printable(text: str) -> str:
     """Text without control characters."""
     return text.translate(_CONTROL)
+
+
+def without_directions(text: str) -> str:
+    """Text without characters that reorder a line. Escape sequences stay."""
+    return text.translate(_DIRECTIONS_REMOVED)
 
 
 def isolate_direction(text: str) -> str:

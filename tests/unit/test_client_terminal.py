@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 import pytest
 
+from imstream.cli.chat_markdown import MarkdownRenderer
 from imstream.cli.chat_terminal import INTERRUPTED, MAX_HISTORY
-from imstream.cli.terminal import LineReader, isolate_direction
+from imstream.cli.terminal import LineReader, isolate_direction, printable
 from imstream.client import Turn
 from imstream.codes import CloseCode
 from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
@@ -410,6 +411,14 @@ async def test_an_answer_is_shown_as_markdown_while_it_arrives() -> None:
         await terminal.shows("\n 1 one\n 2 two (http://x.example/)\n>")
         assert "> hello\nTitle\n\nSome bold text\n\n x = 1\n\n y = 2\n\n 1 one\n" in terminal.text
         assert terminal.text.count("Some bold text") == 1
+
+
+def test_entities_of_markdown_move_neither_the_cursor_nor_the_order_of_a_line() -> None:
+    codes = (*range(1, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), 0x2066, 0x2067)
+    entities = "a".join(f"&#{code};" for code in codes if chr(code) not in "\t\n")
+    for text in (entities, f"[{entities}](http://x.example/{entities})", f"| {entities} |\n|-|\n| {entities} |"):
+        lines = "\n".join(MarkdownRenderer().lines(text))
+        assert printable(lines) == lines
 
 
 async def test_a_block_longer_than_the_screen_is_shown_once() -> None:
