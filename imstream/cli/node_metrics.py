@@ -31,15 +31,19 @@ def address_of(node: NodeOverview) -> str:
     """The URL at which the metrics of a node are reached from here. Raises `MetricsUnavailable`."""
     if node.metrics is None:
         raise MetricsUnavailable("its release does not publish where they are")
-    parts = urlsplit(node.metrics)
-    if not parts.hostname:
+    try:
+        parts = urlsplit(node.metrics)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise MetricsUnavailable(f"{node.metrics}: {error}") from None
+    if not host:
         raise MetricsUnavailable("it serves none: see IMSTREAM_METRICS")
-    host, is_here = parts.hostname, node.host == socket.gethostname()
+    is_here = node.host == socket.gethostname()
     if host in _ANY_ADDRESS:
         host = "127.0.0.1" if is_here else node.host or ""
     elif is_loopback(host) and not is_here:
         raise MetricsUnavailable(f"they are for {node.host} only: look there, or set IMSTREAM_METRICS")
-    return f"http://{f'[{host}]' if ':' in host else host}:{parts.port}/metrics"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
 
 
 async def scrape(session: aiohttp.ClientSession, url: str) -> Series:

@@ -38,6 +38,8 @@ def test_metrics_are_read_where_the_node_publishes_them(metrics: str, host: str,
         (None, HERE, "its release does not publish where they are"),
         ("", HERE, "it serves none: see IMSTREAM_METRICS"),
         ("http://127.0.0.1:8080", "elsewhere", "they are for elsewhere only"),  # here, another node may have the port
+        ("http://[::1", HERE, "Invalid IPv6 URL"),  # written by hand
+        ("http://10.0.0.5:99999", HERE, "Port out of range"),
     ],
 )
 def test_metrics_that_cannot_be_read_from_here_are_explained(metrics: str | None, host: str, why: str) -> None:
