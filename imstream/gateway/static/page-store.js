@@ -27,8 +27,12 @@ export class Archive {
   /** @param onRemoved called with the ids that another tab has removed */
   constructor(owner, onRemoved) {
     this.owner = owner;
-    this.channel = new BroadcastChannel("imstream");
-    this.channel.onmessage = ({ data }) => data.owner === owner && onRemoved(data.removed);
+    try {
+      this.channel = new BroadcastChannel("imstream");
+      this.channel.onmessage = ({ data }) => data.owner === owner && onRemoved(data.removed);
+    } catch {
+      // forbidden, like the database
+    }
     this.database = opened().catch(() => undefined);
   }
 
@@ -43,7 +47,7 @@ export class Archive {
   }
 
   remove(ids) {
-    this.channel.postMessage({ owner: this.owner, removed: ids });
+    this.channel?.postMessage({ owner: this.owner, removed: ids });
     return this.#run("readwrite", (store) => ids.map((id) => store.delete([this.owner, id])).at(-1));
   }
 
@@ -56,7 +60,7 @@ export class Archive {
   }
 
   close() {
-    this.channel.close();
+    this.channel?.close();
   }
 
   async #run(mode, work) {
@@ -69,7 +73,7 @@ export class Archive {
   }
 }
 
-function opened() {
+async function opened() {
   const request = indexedDB.open("imstream", 1);
   request.onupgradeneeded = () => request.result.createObjectStore("messages", { keyPath: ["owner", "id"] });
   return result(request);
