@@ -136,6 +136,22 @@ async def test_conversations_are_listed_in_later_tabs_and_deleted_in_all_of_them
 
 
 @pytest.mark.long
+async def test_conversations_that_are_deleted_at_the_logout_leave_nothing_of_another_tab(
+    page: Page, node: NodeProcess
+) -> None:
+    await log_in(page, node, 10041)
+    await ask(page, "Known here")
+    await whole_answer(page, "Known here")
+    await page.keep(id="c9.m9", conversation="c9", contents="Known to another tab")
+    await page.click("#menu summary")
+    await page.click("#leave")
+    await page.until("document.querySelector('#dialog').open")
+    await page.click("#dialog button:nth-child(2)")
+    await page.until("!document.querySelector('#login').hidden")
+    assert await page.kept() == []
+
+
+@pytest.mark.long
 async def test_a_running_answer_is_seen_with_its_question_on_every_device_of_the_user(
     page: Page, chromium: str, node: NodeProcess
 ) -> None:

@@ -254,8 +254,11 @@ export class Chat {
     return this.archive.remove(ids);
   }
 
-  removeAll() {
-    return Promise.all(this.list.map((conversation) => this.remove(conversation)));
+  /** Deletes all conversations of the user in this browser, also what only another tab knows yet. */
+  async removeAll() {
+    await Promise.all(this.list.map((conversation) => this.remove(conversation)));
+    const left = await this.archive.all();
+    if (left.length) await this.archive.remove(left.map(({ id }) => id));
   }
 
   /** Forgets messages that were deleted, here or in another tab. */
