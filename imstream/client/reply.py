@@ -286,7 +286,7 @@ class Reply:
         self.is_accepted = True
         self.resuming = False
         if frame.event is Event.ACCEPTED:
-            self.position = frame.position
+            self._accept(frame)
         elif frame.event is Event.DELTA:
             self._append(frame)
         elif frame.event is Event.RESTART:
@@ -301,6 +301,11 @@ class Reply:
             self._result = Result(Outcome.EXPIRED, self.so_far, self.attempt, why=frame.contents or "")
         else:
             raise self._violation(frame, "it has neither an event nor a code that ends the message")
+
+    def _accept(self, frame: ReceivedFrame) -> None:
+        self.position = frame.position
+        if self.offset:  # the message was sent again while its answer began: all of it follows
+            self._begin(self.attempt, restarted=True)
 
     def _inform(self, frame: ReceivedFrame) -> None:
         def span(ms: int | None) -> timedelta | None:

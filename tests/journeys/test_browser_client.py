@@ -199,6 +199,17 @@ async def test_what_is_known_or_outdated_changes_nothing(browser: BrowserClient)
     assert await browser.page.evaluate("events.find(([, type]) => type === 'accepted')[2]") == "answering"
 
 
+async def test_an_answer_that_is_sent_again_from_its_beginning_is_shown_once(browser: BrowserClient) -> None:
+    peer = await browser.logged_in()
+    await browser.send("m1")
+    await peer.hear_chat()
+    await peer.send_chat("m1", "delta", attempt=1, offset=4, contents="the ")
+    await peer.send_chat("m1", "accepted", position=1)
+    await peer.send_chat("m1", "delta", attempt=1, offset=7, contents="the 𝒶𝓃𝓈")
+    await peer.send_chat("m1", "delta", attempt=1, offset=10, contents="𝓌er")
+    await browser.status("m1", "answering", "the 𝒶𝓃𝓈𝓌er")
+
+
 @pytest.mark.parametrize("attempt", [1, 2])
 async def test_restart_discards_the_text(browser: BrowserClient, attempt: int) -> None:
     peer = await browser.logged_in()

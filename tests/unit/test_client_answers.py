@@ -179,6 +179,19 @@ async def test_an_answer_may_begin_before_it_is_said_that_the_message_was_accept
         assert await within(reply.text()) == "the answer"
 
 
+async def test_after_it_is_accepted_the_whole_answer_follows_again() -> None:
+    async with connected() as session:
+        reply = await session.client.send("hello", message_id="m1")  # the node before had taken it, and gone away
+        await session.peer.hear_chat()
+        await session.peer.send_chat("m1", "delta", contents="the ", attempt=1, offset=4)
+        await wait_until(lambda: reply.so_far == "the ", "another node's answer begins before the message is handled")
+        await session.peer.send_chat("m1", "accepted", position=1)
+        await session.peer.send_chat("m1", "delta", contents="the answer", attempt=1, offset=10)
+        await session.peer.send_chat("m1", "done", attempt=1, offset=10)
+        assert await within(reply.text()) == "the answer"
+        assert reply.repeated == 0
+
+
 # What must not happen (I5)
 
 

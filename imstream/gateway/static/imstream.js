@@ -134,8 +134,10 @@ export class Message extends EventTarget {
     } else if (event === "restart") {
       this.become("answering", event);
     } else if (event === "delta" && offset > this.offset) {
+      // Of a message that was sent again while its answer began, some of the text is known. Offsets count code points.
+      const [text, added] = [frame.contents ?? "", offset - this.offset];
       this.offset = offset;
-      this.text += frame.contents ?? "";
+      this.text += text.length > added ? [...text].slice(-added).join("") : text;
       this.become("answering", event);
     } else if (event === "done" || event === "failed" || event === "cancelled") {
       this.become(event);
