@@ -238,6 +238,11 @@ class ReplyStore:
             case _:
                 return Rejected(answer[0])
 
+    async def keep(self, user_id: UserId, message_id: str) -> None:
+        """Keep an unfinished reply as long as that of a waiting request, until the next attempt or append."""
+        ttl = max(self._queued_ttl, self._ttl)
+        await self._redis.execute("PEXPIRE", self._keys.reply(user_id, message_id), ttl)
+
     async def cancel(
         self, user_id: UserId, message_id: str, *, unless_elsewhere: bool = False
     ) -> CancelRecorded | RunsElsewhere | Literal["too_late", "unknown"]:

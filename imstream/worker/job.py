@@ -493,6 +493,8 @@ class Job:
             case _:
                 await self.flush()
                 await self.uncount_delivery()
+                if self._deps.pauses.of(self.stream.node):  # which may outlast it
+                    await replies.keep(reply.user_id, reply.message_id)
                 return Leave()
 
     async def _refund(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from imstream.errors import StoreRefused, TransientBackendError
 from imstream.store.pauses import ALL, Pause
-from tests.redis.worker_harness import WorkerHarness, run_worker
+from tests.redis.worker_harness import USER, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
@@ -75,6 +75,23 @@ async def test_a_call_that_breaks_during_a_pause_is_made_again_after_it(redis_se
         assert await client.end() == "done"
         assert (client.text, client.restarts) == ("the whole", 1)
         await worker.idle()
+
+
+async def test_the_reply_of_a_request_that_is_handed_back_outlasts_the_pause(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, reply_ttl="1m", queued_ttl="1h") as worker:
+        await worker.ask()
+        call = await worker.backend.call(1)
+        call.send("half of")
+        await pause(worker)
+        call.fail(TransientBackendError("broken_stream", "cut"))
+        await wait_until(lambda: len(worker.jobs) == 0, "the request is handed back")
+        kept = worker.redis.pttl(worker.keys.reply(USER, "m"))
+        assert kept > 60_000, "clients can resume it, and no number of an attempt is given twice"
+        await worker.pauses.resume(ALL)
+        (await worker.backend.call(2)).done("the whole")
+        await worker.idle()
+        assert worker.recorded() == ("done", "the whole")
+        assert worker.redis.pttl(worker.keys.reply(USER, "m")) <= 60_000
 
 
 async def test_a_worker_that_starts_during_a_pause_starts_nothing(redis_server: RedisServer) -> None:
