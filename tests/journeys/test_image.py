@@ -24,7 +24,6 @@ from imstream.settings import Settings, parse_duration
 from tests.support.processes import free_port, http_status, start, wait_for
 from tests.support.servers import OPS, DemoBackend, RedisServer
 from tests.support.tokens import token
-from tests.support.users import user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -120,7 +119,7 @@ async def test_the_node_of_the_image_drains_as_process_1_on_a_read_only_system_a
     command += [*(f"{name}={value}" for name, value in env.items()), *node.command]
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
     stop_timeout = seconds(compose["services"]["node-0"]["stop_grace_period"])
-    user, url = user_id(10001), f"ws://127.0.0.1:{port}/ws"
+    user, url = 10001, f"ws://127.0.0.1:{port}/ws"
     with start(command, tmp_path / "log") as running:
         ready = f"http://127.0.0.1:{port}/readyz"
         await asyncio.to_thread(wait_for, lambda: http_status(ready) == 200, running, "the image's node", 900)
