@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown
 from rich.syntax import Syntax
 
-from imstream.cli.terminal import without_directions
+from imstream.cli.terminal_text import without_directions
 
 _FENCE = re.compile(r" *(`{3,}|~{3,})")
 

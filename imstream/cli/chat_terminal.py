@@ -13,7 +13,8 @@ from datetime import timedelta
 from imstream.cli import chat_commands as texts
 from imstream.cli.chat_commands import StatusLine, copy
 from imstream.cli.chat_input import EditingKeyboard, open_keyboard, without_echo
-from imstream.cli.terminal import TerminalOutput, isolate_direction, shorten
+from imstream.cli.terminal import TerminalOutput
+from imstream.cli.terminal_text import isolate_direction, shorten
 from imstream.client.client import Client
 from imstream.client.connection import Connected, ConnectionChange
 from imstream.client.errors import Busy, ClientError, RateLimited, Refused, SessionEnded, Unavailable

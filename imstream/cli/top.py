@@ -17,7 +17,7 @@ from imstream.cli.admin import REDIS_SETTINGS, with_redis
 from imstream.cli.node_metrics import Growth, History, MetricsUnavailable, address_of, scrape
 from imstream.cli.options import TimeSpan, given, settings_options
 from imstream.cli.output import age, json_option, table
-from imstream.cli.terminal import printable
+from imstream.cli.terminal_text import printable
 from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient

@@ -14,7 +14,8 @@ import pytest
 
 from imstream.cli.chat_markdown import MarkdownRenderer
 from imstream.cli.chat_terminal import INTERRUPTED, MAX_HISTORY
-from imstream.cli.terminal import LineReader, isolate_direction, printable
+from imstream.cli.terminal import LineReader
+from imstream.cli.terminal_text import isolate_direction, printable
 from imstream.client import Turn
 from imstream.codes import CloseCode
 from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
