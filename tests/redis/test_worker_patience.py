@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from imstream.clock import now_ms
 from imstream.errors import FailureKind, StoreUnavailable, TransientBackendError
 from imstream.store.requests import RequestStream
 from tests.redis.worker_harness import USER, Call, WorkerHarness, run_worker
@@ -195,7 +196,8 @@ async def test_the_next_worker_goes_on_waiting_in_the_same_window(redis_server: 
         assert {entry["since"] for entry in waits(worker)} == {begun}
         assert opened(worker) == ["1", "2"]
         await worker.crash()
-    async with run_worker(redis_server, max_attempts=1, retry_window="100ms") as worker:  # long over by then
+        await wait_until(lambda: now_ms() - int(begun) > 100, "a window of 100 ms would be over")
+    async with run_worker(redis_server, max_attempts=1, retry_window="100ms") as worker:
         worker.backend.always = lambda call: call.fail(failure())
         await worker.idle()
         assert len(worker.backend.calls) == 1
