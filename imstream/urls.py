@@ -1,6 +1,7 @@
 """URLs of Redis (one server, Sentinel, Cluster), and URLs shown without their secrets. No I/O."""
 
 import re
+import socket
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -144,6 +145,14 @@ def _server(text: str, default_port: int) -> tuple[str, int]:
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
 """Hosts that listen on every address, each with the one at which this machine reaches them."""
+
+
+def host_from_here(host: str, machine: str) -> str | None:
+    """Where a listener on `host` of a machine (its host name) is reached from this one; None: only from there."""
+    is_here = machine == socket.gethostname()
+    if host in ANY_ADDRESS:
+        return "127.0.0.1" if is_here else machine
+    return host if is_here or not is_loopback(host) else None
 
 
 def is_loopback(host: str) -> bool:

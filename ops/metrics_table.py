@@ -18,7 +18,7 @@ from imstream.metrics import (
 )
 
 SUFFIXES = {"counter": "_total", "info": "_info"}
-"""What is added to the names of families of these types."""
+"""The suffixes of the names of families of these types."""
 
 DOCUMENT = Path(__file__).parent / "docs" / "metrics.md"
 

@@ -1,6 +1,6 @@
 """Roll-up: while a node is busy, connections to backends rest after text, so that the next piece has more of it.
 
-Parsing, waking, framing and sending are then done once for several deltas. What is received meanwhile is only buffered.
+Parsing, waking, framing and sending are then done once for several deltas. Data received meanwhile is only buffered.
 
 an answer begins              its connection gets one of `SLOTS` slots, which take turns: not all are read together
 a read with text              the connection rests until the next turn of its slot, at most `period` later

@@ -74,7 +74,7 @@ class StatusLine:
         return localize(sentence, self._lang, **values)
 
     def _left(self, sentence: Sentence, span: timedelta | None) -> str:
-        """What is left of a time span since the status began."""
+        """The rest of a time span that began with the status."""
         left = 0.0 if span is None else span.total_seconds() - (time.monotonic() - self._since)
         return self._say(sentence, seconds=f"{left:.0f}") if left > 0 else ""
 

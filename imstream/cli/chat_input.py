@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROMPT, MORE = "> ", "… "
 MAX_HISTORY_FILE = 1 << 20
-"""Size in bytes beyond which the file of the history begins anew."""
+"""Maximum size in bytes of the history file; a larger one is started again."""
 
 
 class Keyboard(Protocol):

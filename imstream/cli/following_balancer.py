@@ -23,7 +23,7 @@ from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.leases import Holder
 from imstream.store.nodes import holders
-from imstream.urls import ANY_ADDRESS, is_loopback
+from imstream.urls import host_from_here
 
 POLL_INTERVAL = 1.0
 """Seconds between two looks at the directory, and at least between two reloads."""
@@ -132,15 +132,12 @@ async def find_address(holder: Holder, known: str | None) -> str:
         raise ValueError(f"{holder.address}: {error}") from None
     if not host or not port:
         raise ValueError(f"{holder.address} is not an address with a host and a port")
-    is_here = holder.host == socket.gethostname()
-    if host in ANY_ADDRESS:
-        host = "127.0.0.1" if is_here else holder.host
-    elif not is_here and is_loopback(host):
+    if (reached := host_from_here(host, holder.host)) is None:
         raise ValueError(f"it listens on {host} of {holder.host} only")
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().getaddrinfo(reached, port, type=socket.SOCK_STREAM)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{host}: {error}") from None
+        raise ValueError(f"{reached}: {error}") from None
     ips = [str(address[0]) for *_, address in found]
     addresses = [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in ips]
     return known if known in addresses else addresses[0]

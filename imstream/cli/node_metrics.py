@@ -1,6 +1,5 @@
 """The metrics of nodes for `imstream top`: where they are, and rates and percentiles over a time."""
 
-import socket
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,13 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from imstream.errors import ImstreamError
 from imstream.store.nodes import NodeOverview
-from imstream.urls import is_loopback
+from imstream.urls import host_from_here
 
 WINDOW = 30.0
 """Seconds over which rates and percentiles are taken."""
 
 _TIMEOUT = aiohttp.ClientTimeout(total=2)
-_ANY_ADDRESS = {"0.0.0.0", "::"}  # noqa: S104 - compared with, not bound to
 
 Labels = frozenset[tuple[str, str]]
 Series = dict[tuple[str, Labels], float]
@@ -38,10 +36,7 @@ def address_of(node: NodeOverview) -> str:
         raise MetricsUnavailable(f"{node.metrics}: {error}") from None
     if not host:
         raise MetricsUnavailable("it serves none: see IMSTREAM_METRICS")
-    is_here = node.host == socket.gethostname()
-    if host in _ANY_ADDRESS:
-        host = "127.0.0.1" if is_here else node.host or ""
-    elif is_loopback(host) and not is_here:
+    if (host := host_from_here(host, node.host or "")) is None:
         raise MetricsUnavailable(f"they are for {node.host} only: look there, or set IMSTREAM_METRICS")
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
 

@@ -46,7 +46,7 @@ HINT = "for a live view: pip install '.[terminal]' in a checkout"
 
 @dataclass(slots=True)
 class Snapshot:
-    """What is shown at one time, by what `--json` calls it.
+    """The values of one moment, named as in `--json`.
 
     Attributes:
         seconds: Time over which rates and percentiles are taken; None: since each node began.

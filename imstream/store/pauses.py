@@ -32,7 +32,7 @@ class Pause:
 
     @property
     def about(self) -> str:
-        """Who has paused, and why."""
+        """The reason and the operator, for people."""
         return ", ".join(filter(None, [self.reason, self.by and f"by {self.by}"])) or "no reason given"
 
     def encode(self) -> str:
@@ -61,7 +61,7 @@ _UNKNOWN = Pause("it is not known yet whether an operator has paused this node")
 
 
 class Pauses:
-    """Reads and changes pauses. What was read last is kept."""
+    """Reads and changes pauses, and keeps the result of the last read."""
 
     def __init__(self, redis: RedisClient, settings: Settings) -> None:
         self.node = settings.node

@@ -155,7 +155,7 @@ TIME_BARS = (
     ("first delta, paced, 20 sockets", "paced", 20, "first", 1.0, 3.0),
     ("first delta, paced, 100 sockets", "paced", 100, "first", 1.0, 3.0),
 )
-"""What is measured, and its maximum median: a multiple of baseline's, plus milliseconds."""
+"""Each measured value with its maximum median: a multiple of baseline's, plus milliseconds."""
 
 IDLE_BAR = 22.0
 """Maximum KB of an idle socket."""

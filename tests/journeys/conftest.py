@@ -1,4 +1,4 @@
-"""The Redis that journeys run on: one server, Sentinel and Cluster; and the node of a module's own, `standing`."""
+"""The Redis that journeys run on: one server, Sentinel and Cluster; nodes that stand for a module; a browser."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.journeys.page_support import running_chromium
+from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.one_node import OneNode
+from tests.support.processes import free_port
 from tests.support.redis_sets import Topology, cluster_set, flush, sentinel_set
+from tests.support.servers import DemoBackend, RedisServer, valkey_binary
 from tests.support.stage import fresh_redis
 
 TOPOLOGIES: dict[str, Callable[[Path], AbstractContextManager[Topology]]] = {
@@ -37,3 +41,34 @@ async def node(standing: OneNode) -> AsyncIterator[OneNode]:
     yield standing
     await standing.settled()
     standing.check_log()
+
+
+@pytest.fixture(scope="module")
+def standing_pair(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
+    """Two nodes, `a` and `b`, for the whole module."""
+    with standing_nodes(tmp_path_factory.mktemp("pair"), demo.url, "a", "b") as nodes:
+        yield nodes
+
+
+@pytest.fixture
+async def pair(standing_pair: ManyNodes) -> AsyncIterator[ManyNodes]:
+    """The same, both running; after each test they are idle again."""
+    await standing_pair.mended()
+    yield standing_pair
+    await standing_pair.settled()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[str]:
+    """The address of a browser."""
+    with running_chromium() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for the whole module."""
+    server = RedisServer(valkey_binary(), free_port(), tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.stop()

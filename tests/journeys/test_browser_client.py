@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -14,7 +14,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from imstream.wire import ClientHeartbeat, ResumePoint, Turn
-from tests.journeys.page_support import Page, open_page, running_chromium
+from tests.journeys.page_support import Page, open_page
 from tests.support.scripted_ws import Peer, ScriptedServer
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.users import query, user_id
@@ -29,12 +29,6 @@ EVENTS = [
 ]
 QUICK = {"firstWait": 20, "longestWait": 100}
 MODULE = (resources.files("imstream.gateway") / "static" / "imstream.js").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[str]:
-    with running_chromium() as address:
-        yield address
 
 
 class BrowserClient:

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,9 +9,8 @@ from click.testing import CliRunner, Result
 from imstream.cli.main import main
 from imstream.keys import Keys
 from tests.support.documents import redis_cli
-from tests.support.many_nodes import ManyNodes, standing_nodes
+from tests.support.many_nodes import ManyNodes
 from tests.support.redis_sets import Topology
-from tests.support.servers import DemoBackend
 from tests.support.talk import question, whole
 
 KEYS = Keys()
@@ -25,17 +22,9 @@ def drain(on: Topology, *options: str) -> Result:
     return CliRunner().invoke(main, ["drain", "--redis", on.url, *options])
 
 
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    with standing_nodes(tmp_path_factory.mktemp("drain"), demo.url, "a", "b") as nodes:
-        yield nodes
-
-
 @pytest.fixture
-async def nodes(standing: ManyNodes) -> Any:  # noqa: ANN401 - as in tests/faults
-    await standing.mended()
-    yield standing
-    await standing.settled()
+def nodes(pair: ManyNodes) -> ManyNodes:
+    return pair
 
 
 async def test_running_answers_end_and_then_the_process(nodes: ManyNodes) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,9 +20,8 @@ from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
 from tests.redis.conftest import chat_request
 from tests.support.documents import redis_cli
-from tests.support.many_nodes import ManyNodes, standing_nodes
+from tests.support.many_nodes import ManyNodes
 from tests.support.redis_sets import Topology
-from tests.support.servers import DemoBackend
 from tests.support.talk import question, whole
 from tests.support.waiting import wait_until
 
@@ -46,17 +45,9 @@ def events(found: dict[str, Any]) -> list[str]:
     return [one["event"] for one in found["events"]]
 
 
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    with standing_nodes(tmp_path_factory.mktemp("explain"), demo.url, "a", "b") as nodes:
-        yield nodes
-
-
 @pytest.fixture
-async def nodes(standing: ManyNodes) -> AsyncIterator[ManyNodes]:
-    await standing.mended()
-    yield standing
-    await standing.settled()
+def nodes(pair: ManyNodes) -> ManyNodes:
+    return pair
 
 
 async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to_its_end(nodes: ManyNodes) -> None:

@@ -1,6 +1,6 @@
 """The image of ops/deploy/Dockerfile: its steps are carried out in namespaces, and its node runs as in a container.
 
-No Docker is needed. What stands in for the base image is Debian's own Python.
+No Docker is needed: Debian's own Python replaces the base image.
 """
 
 import asyncio

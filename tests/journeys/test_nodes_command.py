@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -38,17 +37,9 @@ def shown(on: Topology, *options: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    with standing_nodes(tmp_path_factory.mktemp("nodes"), demo.url, "a", "b") as nodes:
-        yield nodes
-
-
 @pytest.fixture
-async def nodes(standing: ManyNodes) -> Any:  # noqa: ANN401 - as in tests/faults
-    await standing.mended()
-    yield standing
-    await standing.settled()
+def nodes(pair: ManyNodes) -> ManyNodes:
+    return pair
 
 
 async def test_every_node_is_shown_with_its_release_its_sockets_and_its_work(nodes: ManyNodes) -> None:

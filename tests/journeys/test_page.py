@@ -29,10 +29,10 @@ from tests.journeys.page_steps import (
     stop,
     whole_answer,
 )
-from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
+from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page
 from tests.support.peer import peer
 from tests.support.processes import free_port
-from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
 from tests.support.tokens import SECRET, token
 from tests.support.users import USER_IDS, user_id
 
@@ -41,20 +41,6 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 PAGE_TOKEN = "good-for-this-run"  # noqa: S105 - of these tests
 
 PAGE_ON_DISK = Path(str(resources.files("imstream.gateway") / "static" / "index.html"))
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[str]:
-    with running_chromium() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(valkey_binary(), free_port(), tmp_path_factory.mktemp("valkey"))
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")

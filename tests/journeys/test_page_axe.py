@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.journeys.page_steps import ENDLESS, LAST, ask, has_written, log_in, online, open_list, status, stop
-from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
+from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page
 from tests.support.npm import node as javascript
-from tests.support.processes import free_port
-from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -36,19 +35,10 @@ a_line = "that is far too long for the screen of a phone, and for most desktops:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[str]:
-    with running_chromium() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def node(demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    valkey = RedisServer(valkey_binary(), free_port(), tmp_path_factory.mktemp("valkey"))
-    valkey.start()
+def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
     with started.process:
         yield started
-    valkey.stop()
 
 
 @pytest.fixture

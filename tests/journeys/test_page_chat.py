@@ -28,11 +28,10 @@ from tests.journeys.page_steps import (
     status,
     whole_answer,
 )
-from tests.journeys.page_support import PHONE, Page, open_page, open_tab, running_chromium
+from tests.journeys.page_support import PHONE, Page, open_page, open_tab
 from tests.journeys.test_wire_thinking import STOP, Model, delta
-from tests.support.processes import free_port
 from tests.support.scripted_backend import DONE, scripted_backend
-from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
 from tests.support.users import user_id
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -40,20 +39,6 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 SHOWN = f"{LAST}.querySelector('.answer').textContent"
 QUESTIONS = "[...document.querySelectorAll('.question')].map((e) => e.textContent)"
 FOCUSED = "document.activeElement"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[str]:
-    with running_chromium() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(valkey_binary(), free_port(), tmp_path_factory.mktemp("valkey"))
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +268,7 @@ async def test_a_text_that_is_too_long_is_kept_and_told_by_how_much(page: Page, 
     await page.fill("#box", "长" * (22_000 - count))
     await page.until("document.querySelector('#too-long').hidden")
     await page.press("Enter")
-    await says(page, "This message is too long: it has about ")  # for the model, which only the node knows
+    await says(page, "This message is too long: it has about ")  # too long for the model: only the node knows that
 
 
 @pytest.mark.long

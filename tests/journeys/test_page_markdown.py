@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 
 from imstream.gateway.app import page_routes
 from imstream.user_ids import UserIds
-from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
+from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page
 from tests.support.processes import free_port
 from tests.support.waiting import wait_until
 
@@ -59,12 +59,6 @@ MAKE_VIEW = """(async () => {
   for (const element of document.body.children) element.hidden = true;
   document.body.append(around);
 })()"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[str]:
-    with running_chromium() as address:
-        yield address
 
 
 @pytest.fixture

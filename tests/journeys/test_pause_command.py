@@ -12,9 +12,8 @@ from click.testing import CliRunner, Result
 from imstream.cli.main import main
 from imstream.keys import Keys
 from tests.support.documents import redis_cli
-from tests.support.many_nodes import ManyNodes, standing_nodes, why_not
+from tests.support.many_nodes import ManyNodes, why_not
 from tests.support.redis_sets import Topology
-from tests.support.servers import DemoBackend
 from tests.support.talk import question, whole
 from tests.support.waiting import wait_until
 
@@ -39,18 +38,10 @@ def metrics(nodes: ManyNodes, name: str) -> list[str]:
         return [line for line in answer.read().decode().splitlines() if line.startswith("imstream_paused")]
 
 
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    with standing_nodes(tmp_path_factory.mktemp("pause"), demo.url, "a", "b") as nodes:
-        yield nodes
-
-
 @pytest.fixture
-async def nodes(standing: ManyNodes) -> Any:  # noqa: ANN401 - as in tests/faults
-    await standing.mended()
-    yield standing
-    standing.redis.delete(KEYS.paused())
-    await standing.settled()
+def nodes(pair: ManyNodes) -> Iterator[ManyNodes]:
+    yield pair
+    pair.redis.delete(KEYS.paused())
 
 
 async def test_during_a_pause_messages_wait_sockets_stay_and_everything_says_why(nodes: ManyNodes) -> None:

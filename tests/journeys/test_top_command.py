@@ -2,15 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from imstream.cli.main import main
-from tests.support.many_nodes import ManyNodes, standing_nodes
-from tests.support.servers import DemoBackend
+from tests.support.many_nodes import ManyNodes
 from tests.support.talk import question
 from tests.support.terminal import CTRL_C, WITHOUT_EXTRA, at_terminal, imstream
 from tests.support.waiting import wait_until
@@ -38,17 +37,9 @@ async def shown(nodes: ManyNodes, condition: Callable[[dict[str, Any]], bool]) -
     return found
 
 
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
-    with standing_nodes(tmp_path_factory.mktemp("nodes"), demo.url, "a", "b") as nodes:
-        yield nodes
-
-
 @pytest.fixture
-async def nodes(standing: ManyNodes) -> AsyncIterator[ManyNodes]:
-    await standing.mended()
-    yield standing
-    await standing.settled()
+def nodes(pair: ManyNodes) -> ManyNodes:
+    return pair
 
 
 async def test_what_nodes_measure_and_what_redis_knows_are_shown_together(nodes: ManyNodes) -> None:

@@ -18,6 +18,14 @@ from tests.support.waiting import wait_until
 CANCELLED = Terminal("cancelled")
 
 
+async def _load_scripts(worker: WorkerHarness) -> None:
+    """Answer a message, so that Redis has all scripts: their next calls are the first with their digests."""
+    worker.backend.always = lambda call: call.done("x")
+    await worker.ask("warm")
+    await worker.idle()
+    worker.backend.always = None
+
+
 async def test_a_message_that_is_being_answered_is_stopped_at_once(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, flush_interval="1h") as worker:
         client = worker.follow()
@@ -51,9 +59,7 @@ async def test_a_message_that_is_being_opened_is_never_asked(redis_server: Redis
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        worker.backend.always = lambda call: call.done("x")
-        await worker.ask("warm")
-        await worker.idle()
+        await _load_scripts(worker)
         opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         await worker.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")
@@ -83,10 +89,7 @@ async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: Red
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s", flush_interval="1h") as worker,
     ):
-        worker.backend.always = lambda call: call.done("x")
-        await worker.ask("warm")
-        await worker.idle()
-        worker.backend.always = None
+        await _load_scripts(worker)
         client = worker.follow()
         await worker.ask()
         call = await worker.backend.call(2)
@@ -104,10 +107,7 @@ async def test_a_second_cancel_while_the_request_is_being_removed_is_too_late(re
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        worker.backend.always = lambda call: call.done("x")
-        await worker.ask("warm")
-        await worker.idle()
-        worker.backend.always = None
+        await _load_scripts(worker)
         client = worker.follow()
         await worker.ask()
         await worker.backend.call(2)

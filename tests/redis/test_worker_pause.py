@@ -1,4 +1,4 @@
-"""A worker that an operator has paused: it starts nothing, and what waits for a backend fails no more."""
+"""A worker that an operator has paused: it starts nothing, and requests that wait for a backend do not fail."""
 
 import asyncio
 

@@ -1,6 +1,6 @@
 // Shows the Markdown of an answer while it is written: const view = new MarkdownView(element, texts); view.update(text).
 //
-// Builds elements, never HTML. What is shown depends on the text alone, not on the pieces in which it came: blocks that
+// Builds elements, never HTML. The result depends on the text alone, not on the pieces in which it came: blocks that
 // are complete are neither parsed nor touched again, and the others keep their elements, so a selection stays.
 import { BlockParser } from "./markdown-blocks.js";
 import { parseInlines } from "./markdown-inlines.js";

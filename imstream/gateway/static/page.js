@@ -37,7 +37,7 @@ function parseUserId(text) {
   return !NUMBERS_ONLY && /^[A-Za-z0-9._+@|:/=-]{1,128}$/.test(text) ? text : undefined;
 }
 
-/** The address of a node as a URL; undefined if it is none. */
+/** The address of a node as a URL; undefined for other text. */
 function parseAddress(text) {
   try {
     return new URL(text.includes("://") ? text : `http://${text}`).href.replace(/\/*$/, "/");
