@@ -1,13 +1,17 @@
 """The AsyncAPI document of the WebSocket protocol, from the models in wire.py and the words in codes.py."""
 
+import tomllib
 from collections.abc import Iterable
-from typing import Any, get_args
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from pydantic_core import core_schema
 
-from imstream.codes import CloseCode, Code, Event, MsgType, State, Want
+from imstream.codes import CloseCode, Code, Event, State, Want
+from imstream.model import TERMINAL_EVENTS
 from imstream.texts import Text, localize
 from imstream.user_ids import MIN_USER_ID, UserIdField, UserIds
 from imstream.wire import (
@@ -37,6 +41,11 @@ from imstream.wire import (
 )
 
 Json = dict[str, Any]
+Word = TypeVar("Word", bound=Enum)
+
+_ROWS: dict[str, dict[str, dict[str, str]]] = tomllib.loads(
+    Path(__file__).with_name("protocol_words.toml").read_text("utf-8")
+)
 
 CLIENT_FRAMES: tuple[type[ClientFrame], ...] = get_args(ClientFrame)
 PING = "Ping"
@@ -240,10 +249,10 @@ def _operations() -> Json:
 
     replies = (Welcome, HeartbeatReply, Accepted)
     return {
-        "logIn": request(MsgType.INIT.from_client, [ClientInit], Welcome, Problem),
-        "ask": request(MsgType.CHAT.from_client, [ClientChat], Accepted, Problem),
-        "cancel": request(MsgType.CANCEL.from_client, [ClientCancel], Cancelled, Problem),
-        "beat": request(MsgType.HEARTBEAT.from_client, [ClientHeartbeat, PING], HeartbeatReply, Problem),
+        "logIn": request("Log in, and resume messages.", [ClientInit], Welcome, Problem),
+        "ask": request("Ask a question.", [ClientChat], Accepted, Problem),
+        "cancel": request("Stop the answer to a message.", [ClientCancel], Cancelled, Problem),
+        "beat": request("Show that the client is alive.", [ClientHeartbeat, PING], HeartbeatReply, Problem),
         "tell": {
             "action": "send",
             "channel": channel,
@@ -255,23 +264,17 @@ def _operations() -> Json:
 
 def _vocabulary() -> Json:
     return {
-        "x-codes": [
-            {"code": code, "meaning": code.meaning, "fault": code.fault, "action": code.action} for code in Code
-        ],
-        "x-events": [
-            {"event": event, "meaning": event.meaning, "action": event.action, "terminal": event.is_terminal}
-            for event in Event
-        ],
-        "x-wants": [{"want": want, "meaning": want.meaning} for want in Want],
-        "x-states": [{"state": state, "meaning": state.meaning} for state in State],
-        "x-close-codes": [
-            {
-                "code": code,
-                "reason": code.reason,
-                "meaning": code.meaning,
-                "fault": code.fault,
-                "action": code.action,
-            }
-            for code in CloseCode
-        ],
+        "x-codes": [{"code": code, **row} for code, row in words(Code)],
+        "x-events": [{"event": event, **row, "terminal": event in TERMINAL_EVENTS} for event, row in words(Event)],
+        "x-wants": [{"want": want, **row} for want, row in words(Want)],
+        "x-states": [{"state": state, **row} for state, row in words(State)],
+        "x-close-codes": [{"code": code, "reason": code.reason, **row} for code, row in words(CloseCode)],
     }
+
+
+def words(kind: type[Word]) -> list[tuple[Word, dict[str, str]]]:
+    """The words of a kind, each with its row of protocol_words.toml: `meaning`, `fault`, `action`."""
+    rows = _ROWS[kind.__name__]
+    if missing := rows.keys() ^ kind.__members__.keys():
+        raise ValueError(f"protocol_words.toml and codes.py differ in {kind.__name__}: {', '.join(sorted(missing))}")
+    return [(word, rows[word.name]) for word in kind]

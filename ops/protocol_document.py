@@ -1,6 +1,7 @@
-"""Generates asyncapi.json and the tables of ops/docs/protocol.md from the models in wire.py and the words in codes.py.
+"""Generates asyncapi.json and the tables of ops/docs/protocol.md.
 
-Run it with `.venv/bin/python -m ops.protocol_document`.
+The sources are the models in wire.py, the words in codes.py and their meanings in protocol_words.toml. Run it with
+`.venv/bin/python -m ops.protocol_document`.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from imstream.codes import CloseCode, Code, Event, State, Want
 from imstream.wire import SERVER_FRAMES, USER_ID_FIELD
-from ops.asyncapi import CLIENT_FRAMES, Json, document
+from ops.asyncapi import CLIENT_FRAMES, Json, document, words
 
 ASYNCAPI = Path(__file__).parents[1] / "imstream" / "gateway" / "static" / "asyncapi.json"
 PROTOCOL = Path(__file__).parent / "docs" / "protocol.md"
@@ -38,15 +39,15 @@ def protocol_text(current: str) -> str:
         "client fields": _fields(client),
         "server frames": _frames(server),
         "server fields": _fields(server),
-        "events": _table(("`event`", "meaning", "client"), ((f"`{it}`", it.meaning, it.action) for it in Event)),
-        "wants": _table(("want", "frames"), ((f"`{it}`", it.meaning) for it in Want)),
-        "states": _table(("`state`", "meaning"), ((f"`{it}`", it.meaning) for it in State)),
+        "events": _table(("`event`", "meaning", "client"), ((f"`{it}`", *row.values()) for it, row in words(Event))),
+        "wants": _table(("want", "frames"), ((f"`{it}`", *row.values()) for it, row in words(Want))),
+        "states": _table(("`state`", "meaning"), ((f"`{it}`", *row.values()) for it, row in words(State))),
         "codes": _table(
-            ("`code`", "meaning", "caused by", "client"), ((f"`{it}`", it.meaning, it.fault, it.action) for it in Code)
+            ("`code`", "meaning", "caused by", "client"), ((f"`{it}`", *row.values()) for it, row in words(Code))
         ),
         "close codes": _table(
             ("code", "reason", "meaning", "caused by", "client"),
-            ((str(it.value), it.reason, it.meaning, it.fault, it.action) for it in CloseCode),
+            ((str(it.value), it.reason, *row.values()) for it, row in words(CloseCode)),
         ),
     }
     for name, table in tables.items():
