@@ -29,26 +29,7 @@ from imstream.tracing import Span, Tracing
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
 
-SERVICE_NAME = "service.name"
-SERVICE_VERSION = "service.version"
-SERVICE_INSTANCE = "service.instance.id"
-ERROR_TYPE = "error.type"
-SERVER_ADDRESS = "server.address"
-SERVER_PORT = "server.port"
-SYSTEM = "messaging.system"
-DESTINATION = "messaging.destination.name"
-MESSAGE_ID = "messaging.message.id"
-OPERATION_NAME = "messaging.operation.name"
-OPERATION_TYPE = "messaging.operation.type"
-CONSUMER_GROUP = "messaging.consumer.group.name"
-GEN_AI_OPERATION = "gen_ai.operation.name"
-GEN_AI_PROVIDER = "gen_ai.provider.name"
-GEN_AI_MODEL = "gen_ai.request.model"
-GEN_AI_FINISH_REASONS = "gen_ai.response.finish_reasons"
 GEN_AI_USAGE = {"prompt_tokens": "gen_ai.usage.input_tokens", "completion_tokens": "gen_ai.usage.output_tokens"}
-BACKEND = "imstream.backend"
-ATTEMPT = "imstream.attempt"
-RESULT = "imstream.result"
 
 FLUSH_LIMIT = 2.0
 """Seconds at the end of a node to send what is buffered."""
@@ -80,28 +61,28 @@ class RecordedSpan(Span):
 
     def call(self, backend: str, model: str, host: str, port: int | None) -> Span:
         attributes: dict[str, str | int] = {
-            GEN_AI_OPERATION: "chat",
-            GEN_AI_PROVIDER: "openai",
-            GEN_AI_MODEL: model,
-            SERVER_ADDRESS: host,
-            BACKEND: backend,
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": "openai",
+            "gen_ai.request.model": model,
+            "server.address": host,
+            "imstream.backend": backend,
         }
         if port is not None:
-            attributes[SERVER_PORT] = port
+            attributes["server.port"] = port
         return _begin(self._tracer, f"chat {model}", SpanKind.CLIENT, attributes, self._span)
 
     def answered(self, finish_reason: str, usage: Mapping[str, int] | None) -> None:
-        self._span.set_attribute(GEN_AI_FINISH_REASONS, [finish_reason])
+        self._span.set_attribute("gen_ai.response.finish_reasons", [finish_reason])
         for name, count in (usage or {}).items():
             if name in GEN_AI_USAGE:
                 self._span.set_attribute(GEN_AI_USAGE[name], count)
 
     def fail(self, reason: str, detail: str = "") -> None:
-        self._span.set_attribute(ERROR_TYPE, reason)
+        self._span.set_attribute("error.type", reason)
         self._span.set_status(Status(StatusCode.ERROR, detail or reason))
 
     def note(self, result: str) -> None:
-        self._span.set_attribute(RESULT, result)
+        self._span.set_attribute("imstream.result", result)
 
     def end(self) -> None:
         self._span.end()
@@ -111,7 +92,7 @@ class OtelTracing(Tracing):
     """Records the spans of a node, as far as its sampler decides so."""
 
     def __init__(self, node: str) -> None:
-        own = Resource.create({SERVICE_NAME: "imstream", SERVICE_VERSION: __version__, SERVICE_INSTANCE: node})
+        own = Resource.create({"service.name": "imstream", "service.version": __version__, "service.instance.id": node})
         # The operator's variables take precedence. No handler at exit: it would have no time limit.
         self._provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
         self._exporter = _Exporter()
@@ -131,10 +112,10 @@ class OtelTracing(Tracing):
     def attempt(self, traceparent: str, stream: str, message_id: str, number: int) -> Span:
         attributes = {
             **_about(stream, message_id),
-            OPERATION_NAME: "attempt",
-            OPERATION_TYPE: "process",
-            CONSUMER_GROUP: GROUP,
-            ATTEMPT: number,
+            "messaging.operation.name": "attempt",
+            "messaging.operation.type": "process",
+            "messaging.consumer.group.name": GROUP,
+            "imstream.attempt": number,
         }
         return _begin(self._tracer, f"attempt {stream}", SpanKind.CONSUMER, attributes, _remote(traceparent))
 
@@ -184,7 +165,7 @@ class _Exporter(SpanExporter):
 
 
 def _about(stream: str, message_id: str) -> dict[str, str | int]:
-    return {SYSTEM: "redis", DESTINATION: stream, MESSAGE_ID: message_id}
+    return {"messaging.system": "redis", "messaging.destination.name": stream, "messaging.message.id": message_id}
 
 
 def _remote(traceparent: str) -> trace.Span:
