@@ -176,7 +176,7 @@ class Client:
         if reply is not None and not reply.is_accepted:
             await self._connection.send(reply)  # a server cannot cancel a message that it has not received
         await self._connection.send(cancel)
-        return await cancel.receipt()
+        return await asyncio.shield(cancel.receipt)
 
     async def _stop(self) -> None:
         """Stop the connection's task; raises the exception that ended it, if any."""

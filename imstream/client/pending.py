@@ -5,7 +5,7 @@ No I/O: the connection passes in the server's frames and asks what is still to b
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from imstream.client.errors import BadMessage, ClientError, refusal
 from imstream.client.reply import Receipt, Reply
@@ -35,36 +35,26 @@ class CancelRequest:
     """A request to cancel one message, shared by all callers that cancel it. `sent_on`: the last connection used."""
 
     frame: ClientCancel
+    receipt: asyncio.Future[Receipt]
     sent_on: object = None
-    _receipt: Receipt | None = None
-    _error: ClientError | None = None
-    _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def ended(self) -> bool:
         """Whether there is a receipt or an error."""
-        return self._ended.is_set()
+        return self.receipt.done()
 
     def apply(self, frame: ReceivedFrame) -> None:
         """Apply a frame about the message; frames that are neither a receipt nor a refusal change nothing."""
         receipt = Receipt.CANCELLED if frame.event is Event.CANCELLED else _RECEIPTS.get(frame.code)
         if receipt is not None:
-            self._receipt = receipt
-            self._ended.set()
+            self.receipt.set_result(receipt)
         elif frame.code is not Code.SUCCESS and frame.event is None:
             self.fail(refusal(frame))
 
     def fail(self, error: ClientError) -> None:
         """End it without a receipt."""
-        self._error = error
-        self._ended.set()
-
-    async def receipt(self) -> Receipt:
-        """Wait for the receipt; raises the error of a request that failed."""
-        await self._ended.wait()
-        if self._error is not None:
-            raise self._error
-        return self._receipt or Receipt.UNKNOWN
+        self.receipt.set_exception(error)
+        self.receipt.exception()  # no caller may be left who waits for it
 
 
 class PendingRequests:
@@ -121,7 +111,8 @@ class PendingRequests:
         """Add a cancellation, or return the pending one of the same message; raises `error`."""
         if self.error is not None:
             raise self.error
-        return self._cancels.setdefault(frame.message_id, CancelRequest(frame))
+        receipt: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        return self._cancels.setdefault(frame.message_id, CancelRequest(frame, receipt))
 
     def apply_chat(self, frame: ReceivedFrame) -> None:
         """Apply a CHAT frame: an answer, or the receipt of a cancellation."""

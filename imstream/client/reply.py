@@ -105,13 +105,9 @@ class Result:
 
 ReplyEvent = Accepted | Status | Thinking | Restarted | Piece | Result
 
-_OUTCOMES: dict[str | None, Outcome] = {
-    Event.DONE: Outcome.DONE,
-    Event.FAILED: Outcome.FAILED,
-    Event.CANCELLED: Outcome.CANCELLED,
-}
+_ENDS = frozenset({Event.DONE, Event.FAILED, Event.CANCELLED})
 
-_ANSWERS = frozenset({Event.RESTART, Event.DELTA, *_OUTCOMES})
+_ANSWERS = frozenset({Event.RESTART, Event.DELTA, *_ENDS})
 
 _OPTIONAL = frozenset({Event.STATUS, Event.THINKING})
 
@@ -295,8 +291,8 @@ class Reply:
                 raise self._violation(frame, "it has no attempt")
             if frame.attempt > self.attempt or (frame.attempt == self.attempt and self.offset):
                 self._begin(frame.attempt, restarted=True)
-        elif frame.event in _OUTCOMES:
-            self._finish(frame, _OUTCOMES[frame.event])
+        elif frame.event in _ENDS:
+            self._finish(frame, Outcome(frame.event))
         elif frame.code is Code.EXPIRED:
             self._result = Result(Outcome.EXPIRED, self.so_far, self.attempt, why=frame.contents or "")
         else:
