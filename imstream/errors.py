@@ -75,15 +75,16 @@ class BackendError(ImstreamError):
         usage: The token counts of a call that broke, if the backend reported them.
     """
 
+    kind: FailureKind = "broken"
     usage: dict[str, int] | None = None
 
     def __init__(
-        self, reason: str, detail: str = "", *, kind: FailureKind = "broken", retry_after: timedelta | None = None
+        self, reason: str, detail: str = "", *, kind: FailureKind | None = None, retry_after: timedelta | None = None
     ) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-        self.kind = kind
+        self.kind = kind or self.kind
         self.retry_after = retry_after
 
     def __str__(self) -> str:
@@ -98,7 +99,4 @@ class TransientBackendError(BackendError):
 class PermanentBackendError(BackendError):
     """A retry cannot succeed by itself: the kinds `impossible` and `misconfigured`."""
 
-    def __init__(
-        self, reason: str, detail: str = "", *, kind: FailureKind = "impossible", retry_after: timedelta | None = None
-    ) -> None:
-        super().__init__(reason, detail, kind=kind, retry_after=retry_after)
+    kind: FailureKind = "impossible"
