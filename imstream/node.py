@@ -1,9 +1,6 @@
 """The composition root: builds all parts of one node, starts them, and drains them in order."""
 
 import asyncio
-import gc
-import os
-import signal
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
@@ -12,14 +9,13 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
-import uvloop
 
-from imstream import logs
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
 from imstream.codes import CloseCode, Code
 from imstream.errors import NodeTaken, SettingsError, StoreError
+from imstream.frame_parser import FrameLimits
 from imstream.gateway.app import make_app, make_metrics_app
 from imstream.gateway.busy_log import BusyLog
 from imstream.gateway.connection import serve_socket
@@ -46,8 +42,7 @@ from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream
 from imstream.texts import Text
-from imstream.tracing import Tracing, wants_tracing
-from imstream.wire import FrameLimits
+from imstream.tracing import Tracing
 from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
@@ -383,40 +378,3 @@ async def keep_running(name: str, run: Callable[[], Awaitable[None]]) -> None:
                 last_error = text
                 log.exception("background task failed and is started again", task=name)
             await asyncio.sleep(_RESTART_PAUSE)
-
-
-def start_tracing(settings: Settings) -> Tracing | None:
-    """Return what records traces, if that is turned on."""
-    if not wants_tracing(os.environ):
-        return None
-    try:
-        from imstream.otel import OtelTracing  # noqa: PLC0415 - optional
-    except ImportError as error:
-        log.error("traces are not recorded: install imstream-server[otel]", error=str(error))  # noqa: TRY400 - no defect
-        return None
-    return OtelTracing(settings.node)
-
-
-async def serve(settings: Settings) -> None:
-    """Serve one node until SIGTERM or SIGINT, then drain it; reload on SIGHUP."""
-    tracing = start_tracing(settings)
-    async with Backends(settings) as backends:
-        node = Node(settings, backends, tracing)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, node.shut_down)
-        loop.add_signal_handler(signal.SIGHUP, node.reload)
-        await node.serve()
-    if tracing is not None:
-        await tracing.stop()
-
-
-def run(settings: Settings) -> None:
-    """Run one node in this process, on uvloop. Return when it has drained."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a node that can reload
-    logs.configure(settings)
-    # Collect rarely, and never among the modules: the defaults took 7 % of a busy node's CPU and found hardly any.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-    uvloop.run(serve(settings))

@@ -86,5 +86,5 @@ UserIdField = Annotated[
     ),
     WithJsonSchema({"anyOf": [_NUMBER_JSON_SCHEMA, {"type": "string", "pattern": USER_ID_PATTERN}]}),
 ]
-"""The type of a user id in a frame; see `parse_frame`. An integer is a text id, too: its digits. So clients of a
+"""The type of a user id in a frame; see frame_parser.py. An integer is a text id, too: its digits. So clients of a
 deployment with numbers need not change with the setting."""

@@ -7,7 +7,8 @@ from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import ChatSettings, choices, format_default
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
-from imstream.settings import Settings, SettingsGroup
+from imstream.settings import Settings
+from imstream.settings_group import SettingsGroup
 
 DOCUMENT = Path(__file__).parent / "docs" / "settings.md"
 

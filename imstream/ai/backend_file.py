@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from imstream.ai.backend_options import BackendOptions, environment
 from imstream.errors import SettingsError
-from imstream.settings import Settings, show_value
+from imstream.settings import Settings
+from imstream.settings_group import show_value
 
 _FIELDS = {field.alias or name: field for name, field in BackendOptions.model_fields.items()}
 _REQUIRED = ("name", "url", "model")

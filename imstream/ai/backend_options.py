@@ -28,7 +28,8 @@ from imstream.option_types import (
     UsageOption,
     fits_in_header,
 )
-from imstream.settings import ENV_FILE, ENV_PREFIX, HttpUrl, Positive, Settings
+from imstream.settings import Settings
+from imstream.settings_group import ENV_FILE, ENV_PREFIX, HttpUrl, Positive
 from imstream.urls import MIN_SECRET
 
 _REFERENCE = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)")

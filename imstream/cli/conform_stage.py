@@ -12,6 +12,7 @@ from websockets.exceptions import ConnectionClosed
 
 from imstream import wire
 from imstream.codes import Code
+from imstream.frame_parser import InvalidFrame, parse_frame
 from imstream.wire import ClientChat, ClientFrame, ClientHeartbeat, ClientInit, Delta, ServerFrame
 
 USER = 10001
@@ -88,8 +89,8 @@ class Stage:
         text = str(await self.socket.recv())
         self.transcript.append(f"client  {text}")
         try:
-            frame = wire.parse_frame(text)
-        except wire.InvalidFrame as error:
+            frame = parse_frame(text)
+        except InvalidFrame as error:
             raise Nonconformity(f"an invalid frame: {error}") from None
         if isinstance(frame, ClientHeartbeat):
             await self.send(wire.HeartbeatReply(contents="ok"))

@@ -19,7 +19,7 @@ from pydantic_settings import SettingsConfigDict
 
 from imstream.errors import ImstreamError, SettingsError
 from imstream.private_files import UMASK, close_to_others
-from imstream.settings import ENV_PREFIX, SettingsGroup
+from imstream.settings_group import ENV_PREFIX, SettingsGroup
 
 PASSWORD_FILE = "password"  # noqa: S105 - the name of a file
 """The file in the data folder with the password, without which every user of this machine could read all data."""

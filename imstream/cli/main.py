@@ -158,7 +158,7 @@ def node(ctx: click.Context, /, **options: str | None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the node handles it
     settings = Settings.load(**given(options))
     from imstream import logs
-    from imstream.node import run
+    from imstream.node_process import run
 
     if ctx.find_root().params["parent"] is None:
         logs.configure(settings)

@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr
 from pydantic.fields import FieldInfo
 
 from imstream.errors import SettingsError
-from imstream.settings import ENV_PREFIX, SettingsGroup, is_secret, parse_duration
+from imstream.settings_group import ENV_PREFIX, SettingsGroup, is_secret, parse_duration
 from imstream.user_ids import UserId, UserIds
 
 

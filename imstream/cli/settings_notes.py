@@ -15,7 +15,8 @@ from imstream.cli.options import ChatSettings
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.private_files import others_can_write
-from imstream.settings import ENV_FILE, ENV_PREFIX, Settings, is_secret
+from imstream.settings import Settings
+from imstream.settings_group import ENV_FILE, ENV_PREFIX, is_secret
 from imstream.urls import redact_url
 
 _GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings, LocalAISettings, ChatSettings)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import click
 
-from imstream.settings import ENV_PREFIX
+from imstream.settings_group import ENV_PREFIX
 
 MIN_RESTART_DELAY, MAX_RESTART_DELAY = 1.0, 30.0
 """Delay before a child is restarted, in seconds: doubled each time until the child is ready, up to the maximum."""

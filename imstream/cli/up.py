@@ -30,7 +30,8 @@ from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.errors import SettingsError
 from imstream.keys import Keys
 from imstream.private_files import UMASK
-from imstream.settings import ENV_PREFIX, Settings, SettingsGroup
+from imstream.settings import Settings
+from imstream.settings_group import ENV_PREFIX, SettingsGroup
 from imstream.urls import ANY_ADDRESS, RedisUrl, redact_url
 
 _LOAD_LIMIT = 300.0  # seconds: a local model can have many gigabytes

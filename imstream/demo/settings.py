@@ -9,7 +9,7 @@ from pydantic import Field, FilePath
 from pydantic_settings import SettingsConfigDict
 
 from imstream.errors import ImstreamError
-from imstream.settings import ENV_PREFIX, Duration, SettingsGroup
+from imstream.settings_group import ENV_PREFIX, Duration, SettingsGroup
 
 Span = Annotated[Duration, Field(ge=timedelta(0))]
 Rate = Annotated[float, Field(ge=0, le=1)]

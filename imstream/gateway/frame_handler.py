@@ -13,6 +13,7 @@ from imstream import wire
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
+from imstream.frame_parser import FrameLimits, InvalidFrame, parse_frame
 from imstream.gateway.busy_log import LOAD, BusyLog
 from imstream.gateway.cursor import Cursor
 from imstream.gateway.flush_scheduler import FlushScheduler
@@ -36,7 +37,7 @@ from imstream.store.requests import Admitted, RequestStream
 from imstream.texts import Text
 from imstream.tracing import Tracing, new_traceparent
 from imstream.user_ids import UserId
-from imstream.wire import USER_ID_FIELD, ClientFrame, FrameLimits, InvalidFrame, parse_frame
+from imstream.wire import USER_ID_FIELD, ClientFrame
 from imstream.worker.consumer import StreamConsumer
 from imstream.worker.jobs import Jobs
 

@@ -8,6 +8,7 @@ from math import ceil
 
 from imstream.ai.failures import REQUEST_REASONS
 from imstream.codes import Code, State
+from imstream.frame_parser import InvalidFrame
 from imstream.gateway.cursor import QuestionAsked, ReplyEnded, StateChanged, Step, TextGrown, TextReset, ThoughtsGrown
 from imstream.guards.guard import Reject
 from imstream.model import Terminal
@@ -22,7 +23,6 @@ from imstream.wire import (
     Expired,
     Failed,
     HeartbeatReply,
-    InvalidFrame,
     KnownMessage,
     Problem,
     Restart,

@@ -25,7 +25,8 @@ from imstream.ai.router import capacity
 from imstream.errors import SettingsError
 from imstream.gateway.registry import CLOSE_GRACE
 from imstream.gateway.websocket_protocol import ServeSocket, SocketOptions, SocketProtocol
-from imstream.settings import ENV_PREFIX, Settings
+from imstream.settings import Settings
+from imstream.settings_group import ENV_PREFIX
 from imstream.token_bucket import TokenBucket
 
 MAX_HEAD = 16_384

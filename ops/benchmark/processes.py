@@ -41,7 +41,7 @@ _NODE_SETTINGS: dict[str, object] = {
 _NODE_ON_ASYNCIO = """
 import asyncio
 from imstream import logs
-from imstream.node import serve
+from imstream.node_process import serve
 from imstream.settings import Settings
 settings = Settings.load()
 logs.configure(settings)

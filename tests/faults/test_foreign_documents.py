@@ -23,6 +23,7 @@ from imstream.ai import failures
 from imstream.ai.answer_reader import AnswerReader
 from imstream.ai.sse import EventParser, EventTooLong
 from imstream.errors import BackendError, NodeTaken, SettingsError
+from imstream.frame_parser import InvalidFrame, parse_frame
 from imstream.guards.auth.jwks import InvalidKeySet, check_url, parse_key_set
 from imstream.guards.auth.tokens import InvalidToken, TokenRules, key_id, secret_key
 from imstream.guards.authentication import is_local
@@ -44,7 +45,6 @@ from imstream.store.leases import Holder
 from imstream.texts import choose_lang
 from imstream.urls import RedisUrl, SecretUrl, redact_url
 from imstream.user_ids import UserIds
-from imstream.wire import InvalidFrame, parse_frame
 from imstream.worker.lease_keeper import is_alive, this_process
 from tests.support.guard_deps import guard_deps
 from tests.support.one_node import one_node

@@ -309,5 +309,5 @@ async def test_without_tracing_nothing_of_it_is_imported_and_a_trace_is_passed_o
                 assert sent_traces(backend) == [TRACE, TRACE]
                 assert len({request.headers["traceparent"] for request in backend.requests}) == 2
                 imported = set(re.findall(r"\| +([\w.]+)$", node.now.process.output(), re.MULTILINE))
-                assert "imstream.node" in imported
+                assert "imstream.node_process" in imported
                 assert {name for name in imported if re.match(OF_TRACING, name)} == set()

@@ -20,7 +20,8 @@ import yaml
 from imstream.client import Client
 from imstream.demo.answer import canned_answer
 from imstream.keys import Keys
-from imstream.settings import Settings, parse_duration
+from imstream.settings import Settings
+from imstream.settings_group import parse_duration
 from tests.support.processes import free_port, http_status, start, wait_for
 from tests.support.servers import OPS, DemoBackend, RedisServer
 from tests.support.tokens import token

@@ -27,7 +27,7 @@ from typing import Any
 import click
 
 from imstream.ai.backend import OpenAIBackend
-from imstream.node import run
+from imstream.node_process import run
 from imstream.reply_buffer import ReplyBuffer
 from imstream.settings import Settings
 from imstream.store.accounts import Accounts

@@ -7,7 +7,7 @@ from collections import Counter
 
 import uvloop
 
-from imstream import logs, node
+from imstream import logs, node_process
 from imstream.settings import Settings
 
 
@@ -18,7 +18,7 @@ def _tell() -> None:
 
 async def _serve(settings: Settings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _tell)
-    await node.serve(settings)
+    await node_process.serve(settings)
 
 
 if __name__ == "__main__":

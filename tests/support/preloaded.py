@@ -5,4 +5,4 @@ node's objects.
 """
 
 import imstream.cli.main
-import imstream.node  # noqa: F401
+import imstream.node_process  # noqa: F401

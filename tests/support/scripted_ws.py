@@ -12,7 +12,8 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from imstream.client import Client, Reply, Timing
-from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ReceivedFrame, parse_frame
+from imstream.frame_parser import parse_frame
+from imstream.wire import ClientCancel, ClientChat, ClientFrame, ClientHeartbeat, ClientInit, ReceivedFrame
 from tests.support.schemas import check_frame
 from tests.support.users import USER_IDS
 from tests.support.waiting import SLOW

@@ -6,7 +6,7 @@ from imstream.codes import Code
 from imstream.guards import chain
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
-from imstream.node import run
+from imstream.node_process import run
 from imstream.settings import Settings
 from imstream.texts import Sentence
 

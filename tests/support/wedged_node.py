@@ -6,7 +6,7 @@ from typing import Any
 
 import uvloop
 
-from imstream import logs, node
+from imstream import logs, node_process
 from imstream.settings import Settings
 from imstream.store.requests import RequestStream
 
@@ -23,7 +23,7 @@ async def _serve(settings: Settings) -> None:
         return await _read(*args, **named)
 
     RequestStream.read = read  # type: ignore[method-assign]
-    await node.serve(settings)
+    await node_process.serve(settings)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from click import Context
 from click.testing import CliRunner, Result
 
 import imstream.cli.chat_terminal
-import imstream.node
+import imstream.node_process
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
-from imstream.settings import Settings, SettingsGroup
+from imstream.settings import Settings
+from imstream.settings_group import SettingsGroup
 from imstream.urls import redact_url
 from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
 
@@ -41,7 +42,7 @@ def node_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]
     for name in [name for name in os.environ if name.startswith("IMSTREAM_")]:
         monkeypatch.delenv(name)
     runs: list[Settings] = []
-    monkeypatch.setattr(imstream.node, "run", runs.append)
+    monkeypatch.setattr(imstream.node_process, "run", runs.append)
     return runs
 
 

@@ -20,7 +20,8 @@ from referencing.jsonschema import DRAFT202012
 
 from imstream.cli import settings_notes
 from imstream.gateway.app import page_routes
-from imstream.settings import Settings, parse_duration
+from imstream.settings import Settings
+from imstream.settings_group import parse_duration
 from imstream.user_ids import UserIds
 from tests.support.processes import free_port, start, wait_for
 from tests.support.servers import OPS, missing, valkey_binary

@@ -15,8 +15,9 @@ from imstream.cli.main import main
 from imstream.cli.options import ChatSettings
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
-from imstream.settings import Settings, SettingsGroup
-from imstream.wire import parse_frame
+from imstream.frame_parser import parse_frame
+from imstream.settings import Settings
+from imstream.settings_group import SettingsGroup
 from ops.protocol_document import ASYNCAPI, PROTOCOL, asyncapi_text, protocol_text
 from ops.settings_table import DOCUMENT, document
 

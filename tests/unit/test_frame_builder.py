@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from imstream.ai.failures import REQUEST_REASONS
 from imstream.codes import Code, Event, MsgType
+from imstream.frame_parser import InvalidFrame
 from imstream.gateway.cursor import ReplyEnded, TextGrown, TextReset
 from imstream.gateway.frames import RETRY_AFTER_MS, FrameBuilder
 from imstream.model import Refusal, Terminal
 from imstream.texts import Lang, Text
-from imstream.wire import InvalidFrame, ReceivedFrame
+from imstream.wire import ReceivedFrame
 
 
 @pytest.fixture(params=["zh", "en"])

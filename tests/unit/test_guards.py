@@ -13,7 +13,7 @@ from imstream.guards import chain
 from imstream.guards.chain import ChatAllowed, GuardChain
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardDeps, GuardRejection, LoginAttempt, Reject
 from imstream.model import ChatRequest
-from imstream.settings import SettingsGroup
+from imstream.settings_group import SettingsGroup
 from imstream.texts import Sentence
 from imstream.user_ids import UserId
 from tests.support.guard_deps import guard_deps

@@ -5,8 +5,9 @@ import json
 import pytest
 from hypothesis import given
 
+from imstream.frame_parser import InvalidFrame, parse_frame
 from imstream.user_ids import UserIds
-from imstream.wire import SERVER_FRAMES, ClientFrame, InvalidFrame, ServerFrame, encode_delta, parse_frame
+from imstream.wire import SERVER_FRAMES, ClientFrame, ServerFrame, encode_delta
 from ops.asyncapi import CLIENT_FRAMES, EXAMPLES
 from tests.support.schemas import DOCUMENT, check_frame, fitting
 from tests.unit.test_wire import CLIENT_FRAMES as ANY_CLIENT_FRAME

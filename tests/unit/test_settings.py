@@ -12,7 +12,8 @@ from pydantic import SecretStr
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.errors import SettingsError
-from imstream.settings import Settings, SettingsGroup, parse_duration
+from imstream.settings import Settings
+from imstream.settings_group import SettingsGroup, parse_duration
 
 GROUPS = [Settings, DemoSettings, LocalAISettings, EmbeddedSettings]
 UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}

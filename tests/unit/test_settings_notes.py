@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import imstream.node
+import imstream.node_process
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.main import main
 from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
-from imstream.settings import Settings, SettingsGroup
+from imstream.settings import Settings
+from imstream.settings_group import SettingsGroup
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_a_file_of_another_user_is_a_warning(folder: Path) -> None:
 
 
 def test_a_node_logs_the_file_and_the_warnings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imstream.node, "run", lambda _: None)
+    monkeypatch.setattr(imstream.node_process, "run", lambda _: None)
     assert "settings read" not in CliRunner().invoke(main, ["node"]).output
     (folder / ".env").write_text("IMSTREAM_NOD=1\n")
     lines = CliRunner().invoke(main, ["node", "--log-format", "json"]).output.splitlines()

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imstream.frame_parser import parse_frame
 from imstream.model import ChatRequest
 from imstream.tracing import Span, new_traceparent, parse_traceparent, read_traceparent, wants_tracing
-from imstream.wire import ClientChat, parse_frame
+from imstream.wire import ClientChat
 from tests.support.tiers import examples
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -73,11 +74,11 @@ def test_forked_processes_make_different_ones() -> None:
 
 
 def test_a_node_imports_nothing_of_tracing_by_itself() -> None:
-    program = "import sys\nimport imstream.cli.main\nimport imstream.node\nprint(*sys.modules)"
+    program = "import sys\nimport imstream.cli.main\nimport imstream.node_process\nprint(*sys.modules)"
     imported = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert "imstream.node" in imported
+    assert "imstream.node_process" in imported
     # redis-py imports other parts of OpenTelemetry, where it is installed.
     of_tracing = r"imstream\.otel|opentelemetry\.(exporter|proto|sdk\.trace)|google\.protobuf|requests|urllib3"
     assert [name for name in imported if re.match(of_tracing, name)] == []

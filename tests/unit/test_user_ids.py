@@ -10,12 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imstream.errors import SettingsError
+from imstream.frame_parser import InvalidFrame, parse_frame
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.store.inbox import AccountChanged, Notice, ReplyGrew, SessionReplaced, notice_fields, parse_notice
 from imstream.tracing import new_traceparent
 from imstream.user_ids import MAX_USER_ID, MIN_USER_ID, USER_ID_PATTERN, UserIds
-from imstream.wire import InvalidFrame, parse_frame
 
 NUMBER, TEXT = UserIds.NUMBER, UserIds.TEXT
 TEXTS = st.from_regex(USER_ID_PATTERN, fullmatch=True)

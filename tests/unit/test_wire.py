@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State
+from imstream.frame_parser import FrameLimits, InvalidFrame, parse_frame
 from imstream.strict_json import InvalidJson, parse_json
 from imstream.user_ids import MAX_USER_ID, MIN_USER_ID
 from imstream.wire import (
@@ -28,9 +29,7 @@ from imstream.wire import (
     Done,
     Expired,
     Failed,
-    FrameLimits,
     HeartbeatReply,
-    InvalidFrame,
     KnownMessage,
     Problem,
     ReceivedFrame,
@@ -41,7 +40,6 @@ from imstream.wire import (
     Turn,
     Welcome,
     encode_delta,
-    parse_frame,
 )
 
 WIRE_FIELDS = {"msgType", "userId", "messageId", "contents", "history", "token", "resume", "wants"}
