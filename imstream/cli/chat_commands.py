@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 from imstream.client.reply import Reply, Status
@@ -26,6 +27,7 @@ COPIED = Sentence("已复制 {count} 个字符", "Copied {count} characters")
 SENT_TO_TERMINAL = Sentence(
     "已把 {count} 个字符交给终端的剪贴板(OSC 52)", "Sent {count} characters to the terminal's clipboard (OSC 52)"
 )
+NO_CLIPBOARD = Sentence("这里没有剪贴板", "There is no clipboard here")
 LEFT = Sentence("不再等待这条回答", "No longer waiting for this answer")
 ANSWERED_LATE = Sentence("之前失败的消息有了回答: {question}", "A message that had failed is answered: {question}")
 FAILED_AGAIN = Sentence(
@@ -79,24 +81,29 @@ class StatusLine:
         return self._say(sentence, seconds=f"{left:.0f}") if left > 0 else ""
 
 
-_CLIPBOARDS = (("WAYLAND_DISPLAY", ("wl-copy",)), ("DISPLAY", ("xclip", "-selection", "clipboard")))
+_CLIPBOARDS = (
+    ("WAYLAND_DISPLAY", ("wl-copy",)),
+    ("DISPLAY", ("xclip", "-selection", "clipboard")),
+    ("TMUX", ("tmux", "load-buffer", "-w", "-")),  # tmux ignores OSC 52 by default
+)
+_COPY_TIMEOUT = 3  # seconds
 
 
-def copy(text: str, send: Callable[[str], None]) -> Sentence:
-    """Copy a text with a program of the desktop, or else by `send`ing a sequence to the terminal; tells which."""
-    programs = [command for display, command in _CLIPBOARDS if os.environ.get(display)]
+def copy(text: str, send: Callable[[str], bool]) -> Sentence:
+    """Copy a text with a program, or else by `send`ing a sequence to the terminal; returns the sentence to show."""
+    programs = [command for variable, command in _CLIPBOARDS if os.environ.get(variable)]
     if sys.platform == "darwin":
-        programs.append(("pbcopy",))
+        programs.insert(0, ("pbcopy",))
     for name, *options in programs:
         if (found := shutil.which(name)) is not None:
-            done = subprocess.run(  # noqa: S603 - programs of the list
-                [found, *options],
-                input=text.encode(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                check=False,
-            )
-            if done.returncode == 0:
+            with suppress(OSError, subprocess.SubprocessError):
+                subprocess.run(  # noqa: S603 - programs of the list
+                    [found, *options],
+                    input=text.encode(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    check=True,
+                    timeout=_COPY_TIMEOUT,
+                )
                 return COPIED
-    send(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07")
-    return SENT_TO_TERMINAL
+    return SENT_TO_TERMINAL if send(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07") else NO_CLIPBOARD

@@ -9,12 +9,13 @@ import sys
 import uuid
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 
 from imstream.cli import chat_commands as texts
 from imstream.cli.chat_commands import StatusLine, copy
-from imstream.cli.chat_input import EditingKeyboard, open_keyboard, without_echo
+from imstream.cli.chat_input import Keyboard, LineKeyboard, open_keyboard, without_echo
 from imstream.cli.terminal import TerminalOutput
-from imstream.cli.terminal_text import isolate_direction, shorten
+from imstream.cli.terminal_text import isolate_direction, printable, shorten, valid
 from imstream.client.client import Client
 from imstream.client.connection import Connected, ConnectionChange
 from imstream.client.errors import Busy, ClientError, RateLimited, Refused, SessionEnded, Unavailable
@@ -24,8 +25,9 @@ from imstream.texts import Lang, Sentence, Text, localize
 from imstream.user_ids import UserId
 from imstream.wire import Turn
 
-MAX_HISTORY = 32_768
-"""Maximum size of the history sent with a message, in bytes; the oldest turns are dropped. A frame has up to 64 KiB."""
+MAX_SENT, MAX_TURNS = 64_000, 200
+"""Maximum size of a message with its history in bytes, and of the history in turns: what a server accepts by default.
+The oldest turns are dropped."""
 
 MAX_PAUSE = timedelta(minutes=2)
 """Maximum wait before sending again. A used-up daily quota, for example, would take longer."""
@@ -61,16 +63,31 @@ def run(  # noqa: PLR0913 - the options of the command
 
     Exit code 1: no connection, or the one message has no complete answer.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `<&-`
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+    output = TerminalOutput()
     try:
         message = _single_message(question)
         if message == "":
-            TerminalOutput().note(localize(texts.NOTHING_YET, lang))
+            output.note(localize(texts.NOTHING_YET, lang))
             return 1
-        return asyncio.run(_chat(url, user, token, lang, traceparent, message, timing))
+        chat = _Chat(output, lang, message, traceparent)
+        client = Client(
+            url,
+            user,
+            token=token,
+            wants=("status",) if output.can_redraw else (),
+            lang=lang,
+            timing=timing,
+            on_change=chat.on_change,
+            on_reopened=chat.on_reopened,
+        )
+        return asyncio.run(chat.run(client))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ClientError, ValueError) as error:
-        TerminalOutput().note(str(error))
+        output.note(str(error))
         return 1
     except BrokenPipeError:  # the reader of the answers has ended, as in `… | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,70 +105,60 @@ def _single_message(question: str | None) -> str | None:
     return "\n\n".join(text for text in given if text.strip()) if given else None
 
 
-async def _chat(  # noqa: PLR0913, PLR0917 - the same
-    url: str,
-    user: UserId,
-    token: str | None,
-    lang: Lang,
-    traceparent: str | None,
-    message: str | None,
-    timing: Timing | None,
-) -> int:
-    output = TerminalOutput()
-    is_first = True
-
-    def on_change(change: ConnectionChange) -> None:
-        nonlocal is_first
-        if isinstance(change, Connected):
-            again = Text.CHAT_RESUMED if change.resumed else Text.CHAT_BACK
-            text = Text.CHAT_WELCOME if is_first else again
-            if message is None or not is_first:
-                output.note(localize(text, lang, url=isolate_direction(change.url)))
-            is_first = False
-        else:
-            seconds = f"{change.retry_in.total_seconds():.1f}"
-            output.note(localize(Text.CHAT_LOST, lang, why=isolate_direction(change.why), seconds=seconds))
-
-    wants = ("status",) if output.is_live else ()
-    client = Client(
-        url,
-        user,
-        token=token,
-        wants=wants,
-        lang=lang,
-        timing=timing,
-        on_change=on_change,
-        on_reopened=lambda reply: chat.on_reopened(reply),  # noqa: PLW0108 - `chat` follows
-    )
-    async with client:
-        chat = _Chat(client, output, lang, traceparent)
-        return await (chat.converse() if message is None else chat.ask_once(message))
+def drop_oldest(history: list[Turn], message: str) -> None:
+    """Drop the oldest turns until the rest can be sent with a message; see `MAX_SENT`."""
+    sizes = [len(turn.model_dump_json().encode()) for turn in (*history, Turn(role="user", content=message))]
+    while history and (sum(sizes) > MAX_SENT or len(history) > MAX_TURNS):
+        del history[:2], sizes[:2]
 
 
 class _Chat:
-    """One conversation with one user."""
+    """One conversation with one user, or one `message`."""
 
-    def __init__(self, client: Client, output: TerminalOutput, lang: Lang, traceparent: str | None) -> None:
-        self._client = client
-        self._traceparent = traceparent
+    def __init__(self, output: TerminalOutput, lang: Lang, message: str | None, traceparent: str | None) -> None:
         self._output = output
         self._lang = lang
+        self._message = message
+        self._traceparent = traceparent
         self._history: list[Turn] = []
         self._last = ""  # question
         self._answer = ""
         self._of_conversation = set[str]()  # message ids
         self._ctrl_c = asyncio.Event()
         self._interrupted = False
+        self._was_connected = False
+        self._why_lost = ""
         self._screen = asyncio.Lock()  # held while an answer is shown
         self._late = set[asyncio.Task[None]]()
-        # Before this point Ctrl-C ends the program.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._ctrl_c.set)
 
-    async def converse(self) -> int:
+    async def run(self, client: Client) -> int:
+        """Converse, or ask the one message; returns the exit code."""
+        async with client:
+            self._client = client
+            # Before this point Ctrl-C ends the program.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._ctrl_c.set)
+            if self._message is None:
+                return await self._converse()
+            is_answered = await self._ask(self._message)
+            return INTERRUPTED if self._interrupted else 1 - is_answered
+
+    def on_change(self, change: ConnectionChange) -> None:
+        """Tell that the connection is there, or once why it is not."""
+        if isinstance(change, Connected):
+            again = Text.CHAT_RESUMED if change.resumed else Text.CHAT_BACK
+            if self._message is None or self._was_connected:
+                self._note(again if self._was_connected else Text.CHAT_WELCOME, url=isolate_direction(change.url))
+            self._was_connected, self._why_lost = True, ""
+        elif change.why != self._why_lost:
+            self._why_lost = change.why
+            seconds = f"{change.retry_in.total_seconds():.1f}"
+            self._note(Text.CHAT_LOST, why=isolate_direction(change.why), seconds=seconds)
+
+    async def _converse(self) -> int:
         """Answer what is typed, until the end of the input."""
         keyboard = open_keyboard(self._output, self._ctrl_c.set)
-        with without_echo() if isinstance(keyboard, EditingKeyboard) else nullcontext():
-            while (line := await keyboard.read()) is not None:
+        with nullcontext() if isinstance(keyboard, LineKeyboard) else without_echo():
+            while (line := await self._read(keyboard)) is not None:
                 self._ctrl_c.clear()
                 if line.strip() == "/quit":
                     return 0
@@ -161,10 +168,16 @@ class _Chat:
         self._output.end_line()
         return 0
 
-    async def ask_once(self, message: str) -> int:
-        """Ask one message; returns the exit code."""
-        is_answered = await self._ask(message)
-        return INTERRUPTED if self._interrupted else 1 - is_answered
+    async def _read(self, keyboard: Keyboard) -> str | None:
+        """Read a message; raises the error of a session that ends meanwhile."""
+        reading, ended = asyncio.create_task(keyboard.read()), asyncio.create_task(self._client.ended())
+        await asyncio.wait({reading, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done() and (error := ended.result()) is not None:
+            reading.cancel()
+            await asyncio.wait({reading})
+            raise error
+        ended.cancel()
+        return await reading
 
     def on_reopened(self, reply: Reply) -> None:
         """Show the answer to a message that had failed: an operator has retried it."""
@@ -188,7 +201,8 @@ class _Chat:
                     del self._history[-2:]
                 return self._last
             case "/copy" if self._answer:
-                self._note(copy(self._answer, self._output.command), count=len(self._answer))
+                text = printable(self._answer)  # it may be pasted into a shell
+                self._note(copy(text, self._output.command), count=len(text))
             case "/retry" | "/copy":
                 self._note(texts.NOTHING_YET)
             case _:
@@ -197,7 +211,8 @@ class _Chat:
 
     async def _ask(self, line: str) -> bool:
         """Send a message, again while the server is busy, and show the answer. Returns whether it is complete."""
-        self._interrupted, self._last = False, line
+        self._interrupted, self._last = False, (line := valid(line))
+        drop_oldest(self._history, line)
         message_id, result = uuid.uuid4().hex, None
         self._of_conversation.add(message_id)
         try:
@@ -226,8 +241,6 @@ class _Chat:
     def _remember(self, question: str, answer: str) -> None:
         self._answer = answer
         self._history += [Turn(role="user", content=question), Turn(role="assistant", content=answer)]
-        while sum(len(turn.content.encode()) for turn in self._history) > MAX_HISTORY:
-            del self._history[:2]
 
     async def _pause(self, wait: timedelta, why: str) -> bool:
         """Wait before sending again; False after Ctrl-C, or if the wait would exceed `MAX_PAUSE`."""
@@ -261,7 +274,7 @@ class _Chat:
     async def _show(self, reply: Reply) -> Result:
         async for event in reply.events():
             if isinstance(event, Accepted):
-                if (event.position or 0) > 1 and not self._output.is_live:
+                if (event.position or 0) > 1 and not self._output.can_redraw:
                     self._note(Text.ACCEPTED, position=event.position)
             elif isinstance(event, Restarted):
                 self._output.end_answer()

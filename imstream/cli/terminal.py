@@ -7,7 +7,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from imstream.cli.terminal_text import printable, shorten
+from imstream.cli.terminal_text import printable, rows, shorten
 
 if TYPE_CHECKING:
     from imstream.cli.chat_markdown import MarkdownRenderer
@@ -25,17 +25,25 @@ class TerminalOutput:
 
     The last lines on a terminal may change: the part of an answer whose Markdown is not complete, and the status. They
     are erased and written again; lines that would not fit the screen are left as they are.
+
+    Attributes:
+        is_live: Answers are written as they arrive.
+        can_redraw: The terminal executes escape sequences; without, there is neither Markdown nor a status.
     """
 
     def __init__(self) -> None:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # locales that are not UTF-8
+        has_sequences = os.environ.get("TERM", "dumb") != "dumb"
         self.is_live = sys.stdout.isatty()
-        self._markdown = _markdown_renderer() if self.is_live else None
+        self.can_redraw = self.is_live and has_sequences
+        self._note_format = f"{_DIM}{{}}{_RESET}\n" if has_sequences and sys.stderr.isatty() else "{}\n"
+        self._markdown = _markdown_renderer() if self.can_redraw else None
         self._within_line = False
+        self._prompt = ""
         self._status = ""
         self._block = ""
         self._left = 0  # lines of the block that are left as they are
-        self._changing = 0  # lines at the end of the screen that are written again
+        self._changing = list[str]()  # lines at the end of the screen that are written again
 
     def write_piece(self, text: str) -> None:
         """Write text of an answer that is still being generated."""
@@ -63,34 +71,36 @@ class TerminalOutput:
 
     def status(self, text: str) -> None:
         """Show the state of a message in the last line, in place of the one before."""
-        if self.is_live and text != self._status and not self._within_line:
+        if self.can_redraw and text != self._status and not self._within_line:
             self._status = text
             self._redraw()
 
     def note(self, text: str) -> None:
-        """Write a note on lines of its own."""
+        """Write a note on lines of its own, and the prompt again if it waits for a line."""
         self._erase()
+        self._within_line |= bool(self._prompt)
         self._end_line()
-        text = printable(text)
-        sys.stderr.write(f"{_DIM}{text}{_RESET}\n" if sys.stderr.isatty() else f"{text}\n")
+        sys.stderr.write(self._note_format.format(printable(text)))
         sys.stderr.flush()
         self._redraw()
+        self.prompt(self._prompt)
 
     def prompt(self, text: str) -> None:
-        """Write the prompt of a terminal without a line editor."""
+        """Write the prompt of a terminal without a line editor; an empty one after the line was read."""
         if self.is_live:
+            self._prompt = text
             self._write(text)
-            self._within_line = False  # the user's Enter ends it
 
     def end_line(self) -> None:
         """End the line of the prompt, so that what follows begins a new one."""
         if self.is_live:
             self._write("\n")
 
-    def command(self, sequence: str) -> None:
-        """Send an escape sequence to the terminal."""
-        if self.is_live:
+    def command(self, sequence: str) -> bool:
+        """Send an escape sequence to the terminal, if it executes them."""
+        if self.can_redraw:
             self._write(sequence)
+        return self.can_redraw
 
     def _redraw(self, finished: str = "") -> None:
         self._erase()
@@ -109,12 +119,13 @@ class TerminalOutput:
             lines.append(f"{_DIM}{shorten(self._status, columns - 1)}{_RESET}")
         if lines:
             self._write("".join(f"{line}\n" for line in lines))
-        self._changing = len(lines) - stay
+        self._changing = lines[stay:]
 
     def _erase(self) -> None:
-        if self._changing:
-            self._write(f"\x1b[{self._changing}F\x1b[J")
-            self._changing = 0
+        if self._changing:  # lines wrap when a window becomes narrower
+            columns = shutil.get_terminal_size().columns
+            self._write(f"\x1b[{sum(rows(line, columns) for line in self._changing)}F\x1b[J")
+            self._changing = []
 
     def _end_line(self) -> None:
         if self._within_line:
@@ -127,9 +138,7 @@ class TerminalOutput:
 
 
 def _markdown_renderer() -> "MarkdownRenderer | None":
-    """The renderer; None without the package `rich`, or on a terminal without escape sequences."""
-    if os.environ.get("TERM", "dumb") == "dumb":
-        return None
+    """The renderer; None without the package `rich`."""
     try:
         from imstream.cli.chat_markdown import MarkdownRenderer  # noqa: PLC0415 - optional
     except ImportError:

@@ -1,7 +1,9 @@
 """Text from the wire for a terminal: without control characters, in one direction, cut to a width."""
 
+import re
 import unicodedata
 
+_SEQUENCE = re.compile(r"\x1b\[[0-9;]*m")
 _DIRECTIONS = (*range(0x202A, 0x202F), 0x2066, 0x2067)
 """Characters that embed or override text directions (Unicode Standard Annex 9), and so reorder the rest of the line."""
 
@@ -18,6 +20,11 @@ def printable(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+def valid(text: str) -> str:
+    """Text that can be encoded: bytes of the keyboard or the command line that are not UTF-8 are replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def without_directions(text: str) -> str:
     """Text without characters that reorder a line. Escape sequences stay."""
     return text.translate(_DIRECTIONS_REMOVED)
@@ -30,11 +37,20 @@ def isolate_direction(text: str) -> str:
     return f"{_FIRST_STRONG_ISOLATE}{text.translate(_ISOLATES)}{_POP_DIRECTIONAL_ISOLATE}"
 
 
+def rows(line: str, columns: int) -> int:
+    """The number of rows that a line with escape sequences takes on a terminal with so many columns."""
+    return max(1, -(-sum(map(_width, _SEQUENCE.sub("", line))) // columns))
+
+
 def shorten(text: str, columns: int) -> str:
     """The first line of a text, cut to so many columns of a terminal."""
     text, used = printable(text).partition("\n")[0].replace("\t", " "), 0
     for index, char in enumerate(text):
-        used += 2 if unicodedata.east_asian_width(char) in {"W", "F"} else 1
+        used += _width(char)
         if used > columns:
             return text[: max(0, index - 1)] + "…"
     return text
+
+
+def _width(char: str) -> int:
+    return 2 if unicodedata.east_asian_width(char) in {"W", "F"} else 1

@@ -294,8 +294,11 @@ def _address_lines(plan: UpPlan) -> Iterator[str]:
     yield f"page     http://{plan.entry_point}/"
     if plan.balancer:
         yield f"balancer {plan.balancer}, routes each user to one node; its configuration is in {balancers.FOLDER}"
-    elif len(plan.nodes) > 1 and balancers.installed_program() is None:
-        yield "balancer none: install haproxy or nginx to have one at the next start"
+    elif len(plan.nodes) > 1:
+        why = f"{UpSettings.variable('balancer')} is none"
+        if balancers.installed_program() is None:
+            why = "install haproxy or nginx to have one at the next start"
+        yield f"balancer none: {why}"
     for node, port in plan.nodes:
         yield f"node {node:<3} ws://{reachable_host(plan.settings.host)}:{port}/ws"
     if plan.page_token is not None:  # browsers do not send the fragment to servers

@@ -266,6 +266,19 @@ async def test_a_message_of_an_earlier_page_is_followed_from_its_start(browser: 
     await browser.status("m1", "done", "whole")
 
 
+async def test_a_message_that_is_followed_during_the_login_is_resumed_after_it(browser: BrowserClient) -> None:
+    await browser.start()
+    peer = await browser.server.peer()
+    assert (await peer.hear_init()).resume == []
+    await browser.page.evaluate("keep(client.follow('m1', 'hello'))")
+    await peer.send_frame("INIT")
+    assert (await peer.hear_init()).resume == [ResumePoint(message_id="m1", attempt=0, offset=0)]
+    await peer.send_frame("INIT")
+    await peer.send_chat("m1", "delta", attempt=1, offset=5, contents="whole")
+    await peer.send_chat("m1", "done", attempt=1, offset=5)
+    await browser.status("m1", "done", "whole")
+
+
 async def test_an_expired_reply_is_told(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await browser.send("m1")

@@ -12,6 +12,8 @@ from termios import TIOCSWINSZ
 
 import pyte
 
+from imstream.client import Turn
+from tests.support.scripted_ws import Peer, ScriptedServer
 from tests.support.waiting import SLOW, wait_until
 
 _PROGRAM = """
@@ -36,6 +38,8 @@ main(sys.argv[1:], prog_name="imstream")
 """
 
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"
+
+_OF_TERMINALS = {"COLUMNS", "LINES", "NO_COLOR", "TMUX", "DISPLAY", "WAYLAND_DISPLAY"}
 
 WITHOUT_EXTRA = {"HIDDEN_MODULES": "rich prompt_toolkit"}
 """The environment of a program without the packages of the extra `terminal`."""
@@ -78,7 +82,7 @@ class Terminal:
 
     def type(self, text: str) -> None:
         """Press keys."""
-        os.write(self._descriptor, text.encode())
+        os.write(self._descriptor, text.encode("utf-8", "surrogateescape"))
 
     @property
     def text(self) -> str:
@@ -124,7 +128,7 @@ async def at_terminal(
     """Start a command on a terminal with so many columns and lines."""
     ours, theirs = os.openpty()
     ioctl(theirs, TIOCSWINSZ, pack("HHHH", size[1], size[0], 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}}
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_TERMINALS}
     process = await asyncio.create_subprocess_exec(
         *line,
         stdin=theirs,
@@ -145,3 +149,31 @@ async def at_terminal(
             await process.wait()
         loop.remove_reader(ours)
         os.close(ours)
+
+
+async def answer(peer: Peer, text: str, **end: object) -> list[Turn]:
+    """Answer the next message; returns its history. `end`: more fields of the last frame."""
+    chat = await peer.hear_chat()
+    await peer.send_chat(chat.message_id, "accepted", position=1)
+    await peer.send_chat(chat.message_id, "delta", contents=text, attempt=1, offset=len(text))
+    await peer.send_chat(chat.message_id, "done", attempt=1, offset=len(text), **end)
+    return chat.history
+
+
+async def greeted(server: ScriptedServer, terminal: Terminal) -> Peer:
+    """Log the chat in and wait for its prompt; returns the server's end."""
+    peer = await server.logged_in()
+    await terminal.shows("Connected to ws://")
+    await terminal.shows("\n>")
+    return peer
+
+
+async def half_an_answer(peer: Peer, terminal: Terminal) -> str:
+    """Send a message and half of its answer; returns the message id."""
+    terminal.type("hello\n")
+    message_id = (await peer.hear_chat()).message_id
+    assert message_id is not None
+    await peer.send_chat(message_id, "accepted", position=1)
+    await peer.send_chat(message_id, "delta", contents="half", attempt=1, offset=4)
+    await terminal.shows("half")
+    return message_id

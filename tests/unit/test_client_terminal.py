@@ -13,12 +13,11 @@ from typing import BinaryIO
 import pytest
 
 from imstream.cli.chat_markdown import MarkdownRenderer
-from imstream.cli.chat_terminal import INTERRUPTED, MAX_HISTORY
+from imstream.cli.chat_terminal import INTERRUPTED, MAX_SENT
 from imstream.cli.terminal import LineReader
 from imstream.cli.terminal_text import isolate_direction, printable
-from imstream.client import Turn
 from imstream.codes import CloseCode
-from tests.support.scripted_ws import Peer, ScriptedServer, scripted_server, within
+from tests.support.scripted_ws import scripted_server, within
 from tests.support.terminal import (
     ALT_ENTER,
     CTRL_C,
@@ -26,41 +25,14 @@ from tests.support.terminal import (
     ENTER,
     UP,
     WITHOUT_EXTRA,
-    Terminal,
+    answer,
     at_terminal,
     command,
+    greeted,
+    half_an_answer,
     piped,
 )
 from tests.support.waiting import wait_until
-
-
-async def answer(peer: Peer, text: str, **end: object) -> list[Turn]:
-    """Answer the next message; returns its history. `end`: more fields of the last frame."""
-    chat = await peer.hear_chat()
-    await peer.send_chat(chat.message_id, "accepted", position=1)
-    await peer.send_chat(chat.message_id, "delta", contents=text, attempt=1, offset=len(text))
-    await peer.send_chat(chat.message_id, "done", attempt=1, offset=len(text), **end)
-    return chat.history
-
-
-async def greeted(server: ScriptedServer, terminal: Terminal) -> Peer:
-    """Log the chat in and wait for its prompt; returns the server's end."""
-    peer = await server.logged_in()
-    await terminal.shows("Connected to ws://")
-    await terminal.shows("\n>")
-    return peer
-
-
-async def half_an_answer(peer: Peer, terminal: Terminal) -> str:
-    """Send a message and half of its answer; returns the message id."""
-    terminal.type("hello\n")
-    message_id = (await peer.hear_chat()).message_id
-    assert message_id is not None
-    await peer.send_chat(message_id, "accepted", position=1)
-    await peer.send_chat(message_id, "delta", contents="half", attempt=1, offset=4)
-    await terminal.shows("half")
-    return message_id
-
 
 # With pipes
 
@@ -543,7 +515,7 @@ async def test_a_terminal_that_cannot_show_a_character_gets_a_replacement() -> N
 
 
 async def test_the_oldest_of_a_long_conversation_is_left_out() -> None:
-    long = "x" * (MAX_HISTORY // 2)
+    long = "x" * (MAX_SENT // 2)
     async with scripted_server() as server, at_terminal(command(server.url), env=WITHOUT_EXTRA) as terminal:
         peer = await greeted(server, terminal)
 

@@ -190,6 +190,7 @@ export class ImstreamClient extends EventTarget {
   /** @type {ReturnType<typeof setTimeout> | undefined} The next attempt, or the time limit of this one. */ #timer;
   /** @type {ReturnType<typeof setInterval> | undefined} */ #heartbeatTimer;
   /** @type {ReturnType<typeof setTimeout> | undefined} Time limit of a heartbeat that must be answered. */ #probeTimer;
+  /** Whether a message is followed that the last INIT did not resume. */ #isFollowing = false;
   /** Whether no frame arrived since the last heartbeat. */ #awaitingHeartbeat = false;
   /** @type {string | undefined} The token sent last. */ #sentToken;
   /** @type {string | undefined} The token of the current login. */ #acceptedToken;
@@ -263,6 +264,7 @@ export class ImstreamClient extends EventTarget {
     message.status = "queued";
     this.#failed.delete(id);
     this.#messages.set(id, message);
+    this.#isFollowing = true;
     if (this.state === "online") this.#retryLater(0);
     return message;
   }
@@ -289,6 +291,7 @@ export class ImstreamClient extends EventTarget {
     }
     if (socket !== this.#socket) return; // the connection was lost meanwhile
     if (this.#rejectedToken !== undefined && this.#sentToken === this.#rejectedToken) return this.#onClose(NOT_AUTHENTICATED);
+    this.#isFollowing &&= !resuming;
     const resume = [...this.#messages.values()]
       .filter(({ accepted }) => accepted && resuming)
       .slice(-MAX_RESUMED)
@@ -305,6 +308,7 @@ export class ImstreamClient extends EventTarget {
     this.#heartbeatTimer = setInterval(() => this.#heartbeat(), heartbeat);
     for (const message of this.#messages.values()) if (message.status === "sending") this.#chat(message);
     this.#repeatCancels();
+    if (this.#isFollowing) this.#retryLater(0); // since INIT was sent
     this.#setState("online");
   }
 
