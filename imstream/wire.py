@@ -1,8 +1,8 @@
 """The frames of the WebSocket protocol, as JSON text. Field names are those of the service that imstream replaces.
 
 A client's frame is one of `ClientFrame`, which frame_parser.py reads. Each kind of server frame is one model below
-`ServerFrame`; clients read all kinds as `ReceivedFrame`. The words of the protocol are in codes.py. See
-ops/docs/protocol.md.
+`ServerFrame`; clients read all kinds as `ReceivedFrame`. The words of the protocol are in codes.py, the meanings of
+words and fields in ops/protocol_words.toml and ops/docs/protocol.md.
 """
 
 from enum import StrEnum
@@ -32,26 +32,8 @@ MAX_WANTS = 16
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 MESSAGE_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,64}$"
-MessageId = Annotated[
-    str, Field(pattern=MESSAGE_ID_PATTERN, description="1 to 64 of `A-Z a-z 0-9 . _ : -`, unique per user")
-]
+MessageId = Annotated[str, Field(pattern=MESSAGE_ID_PATTERN)]
 
-# Fields of server frames. Their descriptions are part of ops/docs/protocol.md and asyncapi.json.
-Sentence = Annotated[str, Field(description="a sentence for the user")]
-AboutMessage = Annotated[str, Field(description="the message that the frame is about")]
-Attempt = Annotated[int, Field(description="number of the attempt that the text belongs to, from 1")]
-Offset = Annotated[int, Field(description="position in the text after this frame; opaque, to be returned in `resume`")]
-Start = Annotated[int, Field(description="characters of the reasoning before this frame; with 0 it starts again")]
-Position = Annotated[int, Field(description="place in the queue; 1 is next")]
-EtaMs = Annotated[
-    int, Field(description="estimate of the time until the answer begins, in milliseconds; absent without an estimate")
-]
-Remaining = Annotated[int, Field(description="messages left of the daily quota; only with a quota")]
-HeartbeatMs = Annotated[int, Field(description="the heartbeat interval that the node expects, in milliseconds")]
-RetryAfterMs = Annotated[int, Field(description="when to try again, in milliseconds from now")]
-FinishReason = Annotated[str, Field(description="why the model stopped: `stop`, `length`, `content_filter`, …")]
-Usage = Annotated[dict[str, int], Field(description="token counts, as the backend reports them")]
-Node = Annotated[str, Field(description="the id of the node")]
 ErrorCode = Annotated[
     Code, WithJsonSchema({"type": "string", "enum": sorted(set(Code) - {Code.SUCCESS, Code.EXPIRED})})
 ]
@@ -65,16 +47,16 @@ class _Frame(BaseModel):
 class Turn(_Frame):
     """One earlier message of the conversation."""
 
-    role: Literal["user", "assistant", "system"] = Field(description="who wrote it; `system` only where it is allowed")
-    content: str = Field(description="its text")
+    role: Literal["user", "assistant", "system"]
+    content: str
 
 
 class ResumePoint(_Frame):
     """How far a client has read the reply to one message: the last `attempt` and `offset` that it received."""
 
     message_id: MessageId
-    attempt: Count = Field(0, description="the last `attempt` received")
-    offset: Count = Field(0, description="the last `offset` received")
+    attempt: Count = 0
+    offset: Count = 0
 
 
 class ClientInit(_Frame):
@@ -82,20 +64,9 @@ class ClientInit(_Frame):
 
     msg_type: Literal["INIT"]
     user_id: UserIdField
-    token: str | None = Field(
-        None, repr=False, description="the user's signed token, where the node authenticates clients"
-    )
-    resume: Annotated[list[ResumePoint], FailFast()] = Field(
-        default=[],
-        max_length=MAX_RESUMED,
-        description="up to 64 messages without a terminal event: "
-        "`messageId`, and the last `attempt` and `offset` received",
-    )
-    wants: Annotated[list[str], FailFast()] = Field(
-        default=[],
-        max_length=MAX_WANTS,
-        description="optional frames that the client wants from now on; unknown names are ignored",
-    )
+    token: str | None = Field(None, repr=False)
+    resume: Annotated[list[ResumePoint], FailFast()] = Field(default=[], max_length=MAX_RESUMED)
+    wants: Annotated[list[str], FailFast()] = Field(default=[], max_length=MAX_WANTS)
 
 
 class ClientChat(_Frame):
@@ -104,15 +75,9 @@ class ClientChat(_Frame):
     msg_type: Literal["CHAT"]
     user_id: UserIdField
     message_id: MessageId | None = None
-    contents: str = Field(min_length=1, description="the text of the message")
-    history: Annotated[list[Turn], FailFast()] = Field(
-        default=[],
-        description="earlier turns, oldest first: `role` is `user`, `assistant`, or where it is allowed `system`; "
-        "`content` is the text",
-    )
-    traceparent: Annotated[str | None, BeforeValidator(parse_traceparent)] = Field(
-        None, description="the trace that it belongs to (W3C Trace Context); an invalid one is ignored"
-    )
+    contents: str = Field(min_length=1)
+    history: Annotated[list[Turn], FailFast()] = []
+    traceparent: Annotated[str | None, BeforeValidator(parse_traceparent)] = None
 
 
 class ClientCancel(_Frame):
@@ -145,9 +110,7 @@ class ServerFrame(_Frame):
     model_config = ConfigDict(use_enum_values=True)
 
     code: Code = _plain(Code.SUCCESS)
-    resp_time: str = Field(
-        default_factory=lambda: str(now_ms()), description="time of the server in milliseconds since 1970, as a string"
-    )
+    resp_time: str = Field(default_factory=lambda: str(now_ms()))
     msg_type: MsgType
 
     def encode(self) -> str:
@@ -158,8 +121,8 @@ class ServerFrame(_Frame):
 class KnownMessage(_Frame):
     """A message of the user that can be resumed."""
 
-    message_id: AboutMessage
-    state: State = Field(description="its state; clients ignore unknown ones")
+    message_id: str
+    state: State
 
 
 class Welcome(ServerFrame):
@@ -167,14 +130,12 @@ class Welcome(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.INIT] = _plain(MsgType.INIT)
-    contents: Sentence
+    contents: str
     user_id: UserId
-    remaining: Remaining | None = None
-    heartbeat_ms: HeartbeatMs | None = None
-    node: Node | None = None
-    messages: list[KnownMessage] | None = Field(
-        None, description="with the want `asked`: the newest messages of the user that can be resumed, oldest first"
-    )
+    remaining: int | None = None
+    heartbeat_ms: int | None = None
+    node: str | None = None
+    messages: list[KnownMessage] | None = None
 
 
 class HeartbeatReply(ServerFrame):
@@ -182,7 +143,7 @@ class HeartbeatReply(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.HEARTBEAT] = _plain(MsgType.HEARTBEAT)
-    contents: Sentence
+    contents: str
     user_id: UserId | None = None
 
 
@@ -191,10 +152,10 @@ class Problem(ServerFrame):
 
     code: ErrorCode
     msg_type: Literal[MsgType.SYSTEM] = _plain(MsgType.SYSTEM)
-    contents: Sentence
+    contents: str
     user_id: UserId | None = None
-    message_id: AboutMessage | None = None
-    retry_after_ms: RetryAfterMs | None = None
+    message_id: str | None = None
+    retry_after_ms: int | None = None
 
 
 class Expired(ServerFrame):
@@ -202,8 +163,8 @@ class Expired(ServerFrame):
 
     code: Literal[Code.EXPIRED] = _plain(Code.EXPIRED)
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    contents: Sentence
-    message_id: AboutMessage
+    contents: str
+    message_id: str
 
 
 class Accepted(ServerFrame):
@@ -211,13 +172,13 @@ class Accepted(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    contents: Sentence
+    contents: str
     user_id: UserId
-    message_id: AboutMessage
+    message_id: str
     event: Literal[Event.ACCEPTED] = _plain(Event.ACCEPTED)
-    position: Position | None = None
-    remaining: Remaining | None = None
-    node: Node | None = None
+    position: int | None = None
+    remaining: int | None = None
+    node: str | None = None
 
 
 class Delta(ServerFrame):
@@ -225,11 +186,11 @@ class Delta(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    contents: str = Field(description="new text")
-    message_id: AboutMessage
+    contents: str
+    message_id: str
     event: Literal[Event.DELTA] = _plain(Event.DELTA)
-    attempt: Attempt
-    offset: Offset
+    attempt: int
+    offset: int
 
 
 class Restart(ServerFrame):
@@ -237,26 +198,26 @@ class Restart(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    contents: Sentence
-    message_id: AboutMessage
+    contents: str
+    message_id: str
     event: Literal[Event.RESTART] = _plain(Event.RESTART)
-    attempt: Attempt
-    offset: Offset
+    attempt: int
+    offset: int
 
 
 class Ending(ServerFrame):
     """The end of an answer: the fields that its three kinds have."""
 
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    contents: Sentence | None = None
+    contents: str | None = None
     user_id: UserId | None = None
-    message_id: AboutMessage
+    message_id: str
     event: Event
-    attempt: Attempt | None = None
-    offset: Offset | None = None
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-    node: Node | None = None
+    attempt: int | None = None
+    offset: int | None = None
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    node: str | None = None
 
 
 class Done(Ending):
@@ -270,7 +231,7 @@ class Failed(Ending):
     """The message could not be answered, or a guard refused it."""
 
     code: ErrorCode = _plain(Code.AI_FAILED)
-    contents: Sentence
+    contents: str
     event: Literal[Event.FAILED] = _plain(Event.FAILED)
 
 
@@ -278,7 +239,7 @@ class Cancelled(Ending):
     """The message was cancelled. Without an offset: the socket did not follow the answer."""
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
-    contents: Sentence
+    contents: str
     event: Literal[Event.CANCELLED] = _plain(Event.CANCELLED)
 
 
@@ -287,17 +248,13 @@ class Status(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    message_id: AboutMessage
+    message_id: str
     event: Literal[Event.STATUS] = _plain(Event.STATUS)
-    state: Literal[State.QUEUED, State.STARTED, State.THINKING, State.WAITING] = Field(
-        description="its state; clients ignore unknown ones"
-    )
-    position: Position | None = None
-    eta_ms: EtaMs | None = None
-    reason: (
-        Annotated[str, Field(description="why it waits: a word for programs, such as `http_503`, or `paused`")] | None
-    ) = None
-    retry_after_ms: RetryAfterMs | None = None
+    state: Literal[State.QUEUED, State.STARTED, State.THINKING, State.WAITING]
+    position: int | None = None
+    eta_ms: int | None = None
+    reason: str | None = None
+    retry_after_ms: int | None = None
 
 
 class Thinking(ServerFrame):
@@ -305,11 +262,11 @@ class Thinking(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    contents: str = Field(description="new reasoning")
-    message_id: AboutMessage
+    contents: str
+    message_id: str
     event: Literal[Event.THINKING] = _plain(Event.THINKING)
-    attempt: Attempt
-    start: Start
+    attempt: int
+    start: int
 
 
 class Asked(ServerFrame):
@@ -317,27 +274,9 @@ class Asked(ServerFrame):
 
     code: Literal[Code.SUCCESS] = _plain(Code.SUCCESS)
     msg_type: Literal[MsgType.CHAT] = _plain(MsgType.CHAT)
-    contents: str = Field(description="the question")
-    message_id: AboutMessage
+    contents: str
+    message_id: str
     event: Literal[Event.ASKED] = _plain(Event.ASKED)
-
-
-SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
-    Welcome,
-    HeartbeatReply,
-    Problem,
-    Accepted,
-    Delta,
-    Restart,
-    Done,
-    Failed,
-    Cancelled,
-    Expired,
-    Status,
-    Thinking,
-    Asked,
-)
-"""Every kind of server frame."""
 
 
 _FIRST_MATCH = Field(union_mode="left_to_right")

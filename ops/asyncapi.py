@@ -15,7 +15,6 @@ from imstream.model import TERMINAL_EVENTS
 from imstream.texts import Text, localize
 from imstream.user_ids import MIN_USER_ID, UserIdField, UserIds
 from imstream.wire import (
-    SERVER_FRAMES,
     SUBPROTOCOL,
     USER_ID_FIELD,
     Accepted,
@@ -43,15 +42,34 @@ from imstream.wire import (
 Json = dict[str, Any]
 Word = TypeVar("Word", bound=Enum)
 
-_ROWS: dict[str, dict[str, dict[str, str]]] = tomllib.loads(
-    Path(__file__).with_name("protocol_words.toml").read_text("utf-8")
-)
+_WORDS: dict[str, Json] = tomllib.loads(Path(__file__).with_name("protocol_words.toml").read_text("utf-8"))
 
 CLIENT_FRAMES: tuple[type[ClientFrame], ...] = get_args(ClientFrame)
+
+SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
+    Welcome,
+    HeartbeatReply,
+    Problem,
+    Accepted,
+    Delta,
+    Restart,
+    Done,
+    Failed,
+    Cancelled,
+    Expired,
+    Status,
+    Thinking,
+    Asked,
+)
+"""Every kind of server frame."""
+
 PING = "Ping"
 
 _USER = MIN_USER_ID
 _TIME = "1767225600000"
+_WITHOUT_MEANING = {"code", "msgType", "event", USER_ID_FIELD}
+"""Fields that have tables or a schema of their own."""
+
 _CODE_POINTS = {"attempt": 1, "offset": 2}
 
 EXAMPLES: tuple[ClientFrame | ServerFrame, ...] = (
@@ -191,6 +209,11 @@ def _schemas() -> Json:
         schema_generator=_WireSchema,
     )
     schemas: Json = found["$defs"]
+    for name, schema in schemas.items():
+        own = _WORDS["FieldOf"].get(name, {})
+        for field in schema.get("properties", {}).keys() - _WITHOUT_MEANING:
+            meaning = own.get(field) or _WORDS["Field"][field]
+            schema["properties"][field] = dict(sorted({**schema["properties"][field], "description": meaning}.items()))
     for model in CLIENT_FRAMES:
         schemas[model.__name__]["not"] = {"required": ["code"]}  # else a server frame could fit, with unknown fields
     user_id = {
@@ -274,7 +297,7 @@ def _vocabulary() -> Json:
 
 def words(kind: type[Word]) -> list[tuple[Word, dict[str, str]]]:
     """The words of a kind, each with its row of protocol_words.toml: `meaning`, `fault`, `action`."""
-    rows = _ROWS[kind.__name__]
+    rows: dict[str, dict[str, str]] = _WORDS[kind.__name__]
     if missing := rows.keys() ^ kind.__members__.keys():
         raise ValueError(f"protocol_words.toml and codes.py differ in {kind.__name__}: {', '.join(sorted(missing))}")
     return [(word, rows[word.name]) for word in kind]

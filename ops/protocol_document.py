@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from imstream.codes import CloseCode, Code, Event, State, Want
-from imstream.wire import SERVER_FRAMES, USER_ID_FIELD
-from ops.asyncapi import CLIENT_FRAMES, Json, document, words
+from imstream.wire import USER_ID_FIELD
+from ops.asyncapi import CLIENT_FRAMES, SERVER_FRAMES, Json, document, words
 
 ASYNCAPI = Path(__file__).parents[1] / "imstream" / "gateway" / "static" / "asyncapi.json"
 PROTOCOL = Path(__file__).parent / "docs" / "protocol.md"

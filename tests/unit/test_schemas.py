@@ -7,8 +7,8 @@ from hypothesis import given
 
 from imstream.frame_parser import InvalidFrame, parse_frame
 from imstream.user_ids import UserIds
-from imstream.wire import SERVER_FRAMES, ClientFrame, ServerFrame, encode_delta
-from ops.asyncapi import CLIENT_FRAMES, EXAMPLES
+from imstream.wire import ClientFrame, ServerFrame, encode_delta
+from ops.asyncapi import CLIENT_FRAMES, EXAMPLES, SERVER_FRAMES
 from tests.support.schemas import DOCUMENT, check_frame, fitting
 from tests.unit.test_wire import CLIENT_FRAMES as ANY_CLIENT_FRAME
 from tests.unit.test_wire import NEARLY_FRAMES
