@@ -139,10 +139,11 @@ class Job:
         finally:
             self.reply.has_job = False
             self._release_upstream()
-            if self._writer is not None:
-                self._writer.release()
             self._span.end()
             self.ended.set()
+            if self._writer is not None:
+                self._writer.release()
+                await self._writer.settle()
 
     @property
     def was_opened(self) -> bool:
@@ -418,8 +419,7 @@ class Job:
             if is_first:
                 deps.on_begun(reply)
                 deps.request_log.begin(self.request, stream=self.stream.node)
-            notice = ReplyGrew(reply.user_id, reply.message_id, begun=is_first)
-            self._writer.has_remote_readers = await deps.inbox.notify(opened.nodes, notice)
+            self._writer.announce(opened.nodes, begun=is_first)
         return opened
 
     def _begin_span(self, tracing: Tracing, opened: Opened, *, is_first: bool) -> None:

@@ -1,6 +1,7 @@
 """Writes the text of one attempt: to the reply buffer at once, to the reply stream in batches (I4, I5)."""
 
 import asyncio
+from collections.abc import Sequence
 from datetime import timedelta
 
 from imstream.model import Question, Terminal, Waiting
@@ -27,6 +28,8 @@ class ReplyWriter:
         self.has_remote_readers = True
         """Whether another node has sockets of the user, which may wait for the next batch. Each append tells."""
         self._closed = False
+        self._notice: asyncio.Task[None] | None = None
+        """The last one of `announce`."""
         self._lock = asyncio.Lock()  # concurrent appends could overtake each other on different connections
         reply.begin(opened.attempt, opened.continued)
 
@@ -79,7 +82,7 @@ class ReplyWriter:
                 result = await wait()
         if isinstance(result, WaitRecorded):
             self._thinking = False
-            self.has_remote_readers = await self._inbox.notify(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
+            self.announce(result.nodes)
         return result
 
     async def end(self, terminal: Terminal) -> Appended | Rejected:
@@ -87,12 +90,28 @@ class ReplyWriter:
         async with self._lock:
             return await retry_until_available(lambda: self._record(terminal))
 
+    def announce(self, nodes: Sequence[str], *, begun: bool = False) -> None:
+        """Notify the nodes with a socket of the user, beside what comes next: it is sent when `settle` returns."""
+        self.has_remote_readers = bool({*nodes} - {self._inbox.node})
+        if self.has_remote_readers:
+            self._notice = asyncio.create_task(self._notify(nodes, begun=begun, after=self._notice))
+
+    async def _notify(self, nodes: Sequence[str], *, begun: bool, after: "asyncio.Task[None] | None") -> None:
+        if after is not None:
+            await after
+        await self._inbox.notify(nodes, ReplyGrew(self._reply.user_id, self._reply.message_id, begun=begun))
+
+    async def settle(self) -> None:
+        """Wait until all notices are sent."""
+        if self._notice is not None:
+            await asyncio.shield(self._notice)
+
     async def close(self) -> None:
         """Release the buffer and wait for appends under way: the next attempt must be recorded after them."""
         self._closed = True
         self.release()
         async with self._lock:
-            return
+            await self.settle()
 
     def release(self) -> None:
         """Stop writing. From now on, the record of an unfinished reply is newer than the buffer."""
@@ -131,7 +150,9 @@ class ReplyWriter:
         )
         if isinstance(result, Appended):
             self._recorded, self._thinking = after, thinking
-            self.has_remote_readers = await self._inbox.notify(result.nodes, ReplyGrew(reply.user_id, reply.message_id))
+            self.announce(result.nodes)
+            if terminal is None:  # the end is shown beside it
+                await self.settle()
         return result
 
     async def _reopen(self) -> bool:

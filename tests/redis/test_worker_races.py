@@ -3,18 +3,48 @@
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 
 from imstream.errors import TransientBackendError
 from imstream.keys import GROUP
 from imstream.store.scripts import LUA
-from tests.redis.worker_harness import USER, run_worker
+from tests.redis.worker_harness import USER, Call, run_worker
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
 
 ON_SERVERS = ["valkey"]
 
-APPEND = LUA["append"].digest.encode()
+APPEND, NOTIFY = LUA["append"].digest.encode(), LUA["notify"].digest.encode()
+
+
+async def test_the_backend_is_called_and_the_answer_ends_beside_a_slow_notice_to_another_node(
+    redis_server: RedisServer,
+) -> None:
+    with capture_logs() as logs:
+        async with tcp_proxy(redis_server.port) as proxy, run_worker(redis_server, url=proxy.url) as worker:
+            inbox = worker.keys.inbox("elsewhere")
+            worker.redis.sadd(worker.keys.route(USER), "elsewhere")
+            worker.redis.pexpire(worker.keys.route(USER), 60_000)
+            await worker.ask("warm")
+            (await worker.backend.call(1)).done("x")
+            await worker.idle()
+            worker.redis.delete(inbox)
+            trap = proxy.on_answer_to(NOTIFY, b"begun", fate=Fate.SILENCE)
+            late = list[bool]()
+
+            def answer(call: Call) -> None:
+                late.append("notice not sent" in {entry["event"] for entry in logs})
+                call.done("one")
+
+            worker.backend.always = answer
+            await worker.ask()
+            assert await worker.follow().end() == "done"
+            await worker.idle()
+            assert trap.sprung
+            assert late == [False]
+            assert "notice not sent" in {entry["event"] for entry in logs}
+            assert [notice["event"] for _, notice in worker.redis.xrange(inbox)] == ["begun", "grew"]
 
 
 @pytest.mark.parametrize("fate", [Fate.SILENCE, Fate.CUT])

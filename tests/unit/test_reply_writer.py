@@ -22,9 +22,17 @@ DONE = Terminal("done", "stop")
 
 
 class PlayedStore:
-    """A reply stream and inboxes. A command may fail: Redis is `away`, or its `answer is lost`."""
+    """A reply stream and inboxes. A command may fail: Redis is `away`, or its `answer is lost`.
+
+    Attributes:
+        inboxes: While it is not set, no notice is answered.
+    """
+
+    node = "0"
 
     def __init__(self) -> None:
+        self.inboxes = asyncio.Event()
+        self.inboxes.set()
         self.model = ReplyModel()
         self.faults: list[str] = []
         self.appends = 0
@@ -45,6 +53,7 @@ class PlayedStore:
 
     async def notify(self, nodes: Iterable[str], notice: object) -> None:
         """See `Inbox`."""
+        await self.inboxes.wait()
         self.told.append((tuple(nodes), notice))
 
     async def _meet_fault(self, command: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the command answers
@@ -130,6 +139,44 @@ async def test_nodes_with_sockets_of_the_user_are_told_of_what_is_recorded_and_o
     writer.append("b")
     await writer.flush()
     assert store.told == [(("1",), ReplyGrew(USER, MESSAGE))]
+
+
+async def test_notices_of_the_beginning_and_the_end_hold_up_nothing_and_are_sent_in_their_order() -> None:
+    store = PlayedStore()
+    _, writer = writing(store)
+    store.inboxes.clear()
+    writer.announce(("0", "1"), begun=True)
+    assert writer.has_remote_readers
+    writer.append("a")
+    assert await writer.end(DONE) == Appended()
+    assert store.told == []
+    sent = asyncio.create_task(writer.settle())
+    store.inboxes.set()
+    await sent
+    notices = [notice for _, notice in store.told]
+    assert notices == [ReplyGrew(USER, MESSAGE, begun=True), ReplyGrew(USER, MESSAGE)]
+
+
+async def test_a_later_writer_of_a_reply_begins_after_all_notices_of_an_earlier_one() -> None:
+    store = PlayedStore()
+    _, writer = writing(store)
+    store.inboxes.clear()
+    writer.announce(("1",), begun=True)
+    closed = asyncio.create_task(writer.close())
+    await asyncio.sleep(0)
+    assert not closed.done()
+    store.inboxes.set()
+    await closed
+    assert len(store.told) == 1
+
+
+async def test_a_reply_that_only_this_node_reads_is_announced_to_nobody() -> None:
+    store = PlayedStore()
+    _, writer = writing(store)
+    writer.announce(("0",), begun=True)
+    await writer.settle()
+    assert not writer.has_remote_readers
+    assert store.told == []
 
 
 async def test_what_could_not_be_recorded_is_there_for_the_next_time() -> None:
