@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
-from time import perf_counter
 from typing import Literal, Protocol, cast
 
 import aiohttp
@@ -23,11 +22,12 @@ from yarl import URL
 from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
 from imstream.ai.backend_options import BackendOptions, resolve_headers, resolve_parameters
-from imstream.ai.bounded_http import BodyBroken, Pausable, is_encoded, stream_body
+from imstream.ai.bounded_http import BodyBroken, is_encoded, stream_body
 from imstream.ai.dialect import UsageRequest, Written, adapt, continued, merged, parameters
 from imstream.ai.endpoint import EndpointClient, read_until
 from imstream.ai.error_report import shorten
 from imstream.ai.failures import failure
+from imstream.ai.intake import Intake, Turn
 from imstream.ai.rollup import RollUp
 from imstream.ai.time_limits import AnswerLimits, TimeLimits
 from imstream.errors import BackendError, PermanentBackendError
@@ -40,8 +40,6 @@ AFTER_FINISH = timedelta(seconds=2)  # time limit for usage, `[DONE]` and the en
 AFTER_TEXT = timedelta(seconds=10)  # the same if text came with the finish reason: there may be more of both
 AFTER_DONE = timedelta(milliseconds=100)  # for the end of the body; without it the connection cannot be reused
 CHECK_TIMEOUT = timedelta(seconds=10)  # of `check`
-CHUNK = 16 * 1024  # bytes that are parsed, and characters that are passed on, in one turn of the event loop
-MAX_BLOCKING = 0.005  # seconds after which large reads leave the event loop to others for as long as they used it
 
 log = structlog.get_logger()
 
@@ -104,7 +102,7 @@ class OpenAIBackend(EndpointClient):
         self._max_answer = settings.max_answer
         self._usage = UsageRequest(options)
         self._limits = AnswerLimits(options)
-        self._turn = _Turn()
+        self._turn = Turn()
         self._rollup = rollup or RollUp(settings.rollup)
         self._address = shorten(redact_url(str(self._endpoint.url)), self._endpoint.secrets)
 
@@ -251,7 +249,7 @@ class OpenAIBackend(EndpointClient):
             on_reasoning=call.on_reasoning,
             beginning="" if call.written is None else call.written.text,
         )
-        intake = _Intake(reader, limits, call.on_text, self._options.idle_timeout, self._turn, self._rollup)
+        intake = Intake(reader, limits, call.on_text, self._options.idle_timeout, self._turn, self._rollup)
         call.reader = reader
         self._rollup.join(intake)
         try:
@@ -275,7 +273,7 @@ class OpenAIBackend(EndpointClient):
             log.warning("answer is whole in spite of a problem", problem=reader.problem, skipped=reader.skipped)
         return Completion(reader.finish_reason or "stop", reader.usage)
 
-    async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: "_Intake") -> None:
+    async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: Intake) -> None:
         """Read what may follow a finish reason: usage, `[DONE]`, and more text from servers that send many of them.
 
         A timeout or a lost connection is no error: the answer is whole. It is one if the finish reason meant nothing.
@@ -309,103 +307,6 @@ class _Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     reader: AnswerReader | None = None
     received: int | None = None
-
-
-class _Turn(asyncio.Lock):
-    """Held by the answer that parses a large read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._used = 0.0
-
-    async def rest(self, used: float) -> None:
-        """Leave the event loop to others for as long as it was used (seconds), once that is long enough."""
-        self._used += used
-        if self._used > MAX_BLOCKING:
-            used, self._used = self._used, 0.0
-            await asyncio.sleep(used)
-
-
-@dataclass(slots=True, eq=False)
-class _Intake:
-    """Feeds the reads of one answer to its reader, and passes the text on.
-
-    Expensive reads (large ones, and the ends of large events) are deferred, and fed by `feed_deferred` in chunks. The
-    answers that share `turn` do so one at a time, and leave the event loop to others in between.
-    """
-
-    reader: AnswerReader
-    limits: TimeLimits
-    on_text: Callable[[str], None]
-    idle_timeout: timedelta
-    turn: _Turn
-    rollup: RollUp
-    slot: int = 0
-    _begun: bool = False
-    _may_rest: bool = False
-    _resting: Pausable | None = None
-    _deferred: bytes | None = None
-    _text: str = ""
-
-    def feed(self, data: bytes, *, defer: bool = True) -> bool:
-        """Feed a read, or `b""` at the end of the body; return whether it takes another before `feed_deferred`."""
-        reader = self.reader
-        if defer and (len(data) > CHUNK or (reader.large and (b"\n" in data or not data))):
-            self._deferred = data
-            return False
-        text = reader.feed(data) if data else reader.end()
-        self._may_rest = text != ""  # before its first text, an answer is not delayed
-        if text:
-            if len(text) <= CHUNK:
-                self.on_text(text)
-            else:
-                self._text = text
-        if reader.progressed:
-            if self._begun:
-                self.limits.renew()
-            else:
-                self._begun = True
-                self.limits.expect("idle_timeout", within=self.idle_timeout)
-        elif not self._begun:
-            self.limits.renew()  # a sign of life, such as a comment
-        return not (reader.complete or self._text)
-
-    def rest(self, connection: Pausable) -> None:
-        """After a read with text: read the next one when it is the turn of this answer, if the node is busy."""
-        if self._may_rest and self._resting is None and self.rollup.rest(self):
-            self._resting, self._may_rest = connection, False
-            self.limits.is_resting = True  # its silence is ours
-            connection.pause()
-
-    def wake(self) -> None:
-        """See `Sleeper`."""
-        connection, self._resting = self._resting, None
-        self.limits.is_resting = False
-        self.limits.renew()
-        if connection is not None:
-            connection.resume()
-
-    async def feed_deferred(self) -> None:
-        """Feed a deferred read."""
-        data, self._deferred = self._deferred, None
-        if data is None:
-            await self._pass_on_text()
-            return
-        for begin in range(0, len(data) or 1, CHUNK):
-            if self.reader.done:
-                break
-            async with self.turn:
-                start = perf_counter()  # uvloop's clock does not advance within a turn
-                self.feed(data[begin : begin + CHUNK], defer=False)
-                await self.turn.rest(perf_counter() - start)
-                await self._pass_on_text()
-
-    async def _pass_on_text(self) -> None:
-        text, self._text = self._text, ""
-        for begin in range(0, len(text), CHUNK):
-            if begin:
-                await asyncio.sleep(0)
-            self.on_text(text[begin : begin + CHUNK])
 
 
 class _Payload(aiohttp.BytesPayload):

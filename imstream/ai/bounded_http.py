@@ -3,9 +3,9 @@
 aiohttp bounds each header field and their number (8190 bytes, 128), but neither interim responses (1xx) nor bytes that
 belong to no request. It also reads as much as the kernel has: several megabytes in one turn of the event loop.
 
-The only file that uses private names of aiohttp (`TCPConnector._factory`, `ResponseHandler._payload` and `_buffer`,
-`StreamReader._protocol` and `_read_nowait`). They buy the bounds, for which aiohttp has no hook, and with `stream_body`
-5 to 8 % of a node's CPU under paced answers. tests/unit/test_private_names.py checks them.
+The only file that uses private names of aiohttp (`TCPConnector._factory`, `ResponseHandler._payload`, `_buffer` and
+`_reading_paused`, `StreamReader._read_nowait`). They buy the bounds, for which aiohttp has no hook, and with
+`stream_body` 5 to 8 % of a node's CPU under paced answers. tests/unit/test_private_names.py checks them.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import aiohttp
 from aiohappyeyeballs import AddrInfoType
@@ -25,6 +25,7 @@ from yarl import URL
 HEAD_LIMIT = 32 * 1024  # bytes of the head of a response, including all interim responses before it
 OVERHEAD_LIMIT = 512 * 1024  # bytes of a response that are not body, such as chunk sizes, beyond the size of its body
 RECEIVE_BUFFER = 32 * 1024  # bytes; bounds what is parsed in one turn of the event loop
+_LAST_CHUNK = b"0\r\n\r\n"  # of a body in chunks (RFC 9112, section 7.1)
 _SLICE = 2048  # bytes of a head that are parsed at once: by how much a read can exceed the limit
 
 ENCODED = "a body with a content encoding, which is not supported"
@@ -43,7 +44,7 @@ class BodyBroken(Exception):  # noqa: N818 - reads as what happened
 
 
 class BoundedHandler(ResponseHandler):
-    """aiohttp's protocol of one connection, with limits for each response.
+    """aiohttp's protocol of one connection, with limits for each response; delivers to `body` where it receives.
 
     It also aborts a connection that receives a response without a request, which aiohttp would take for the response to
     the next request.
@@ -51,10 +52,13 @@ class BoundedHandler(ResponseHandler):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, limit: int) -> None:
         super().__init__(loop)
-        self.unchecked = 0  # bytes that may be received before the limits are checked again
+        self.body: StreamedBody | None = None
         self._limit = limit
         self._head_remaining = 0
         self._allowed = 0
+        self._unchecked = 0  # bytes that may be received before the limits are checked again
+        self._gathered: list[bytes] | None = None  # received since `hold`; None: nothing is held
+        self._gathered_size = 0
 
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - passed through
         """Called by aiohttp before it sends a request."""
@@ -62,27 +66,62 @@ class BoundedHandler(ResponseHandler):
             self._buffer.clear()
             self._abort()
         self._head_remaining = HEAD_LIMIT
-        self.unchecked = self._allowed = OVERHEAD_LIMIT
+        self._unchecked = self._allowed = OVERHEAD_LIMIT
         super().set_response_params(**params)
+
+    def hold(self) -> None:
+        """Let what is received gather, unless it is much or the end of a body. It is then parsed together.
+
+        To pause the transport would cost more system calls than it saves.
+        """
+        self._gathered, self._gathered_size = [], 0
+
+    def release(self) -> bool:
+        """Parse what has gathered, and go on; return whether anything has."""
+        gathered, self._gathered = self._gathered, None
+        if gathered:
+            self.data_received(gathered[0] if len(gathered) == 1 else b"".join(gathered))
+        return bool(gathered)
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop, and by aiohttp (without data) to parse what it has buffered."""
+        if data and self._gathered is not None:
+            self._gathered.append(data)
+            self._gathered_size += len(data)
+            if self._gathered_size < RECEIVE_BUFFER and not data.endswith(_LAST_CHUNK):
+                return
+            data = b"".join(self._gathered)
+            self.hold()
         payload = self._payload
         if payload is None or payload.is_eof():
             self._receive_head(data)
-            return
-        self.unchecked -= len(data)
-        if self.unchecked < 0 and not self._within_limits(payload):
-            self._abort()
-            return
-        super().data_received(data)
+        else:
+            self._unchecked -= len(data)
+            if self._unchecked >= 0 or self._within_limits(payload):
+                super().data_received(data)
+            else:
+                self._abort()
+        if self.body is not None:
+            self.body.deliver()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's signature
+        """Called by aiohttp after each read of a body. 3.14 would parse again also if reading is not paused."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Called by the event loop."""
+        self.release()
+        super().connection_lost(exc)
+        if self.body is not None:
+            self.body.deliver()
 
     def _within_limits(self, payload: StreamReader) -> bool:
         """Check the limits of a response; called occasionally, not for each read."""
-        received = self._allowed - self.unchecked
+        received = self._allowed - self._unchecked
         allowed = min(self._limit, OVERHEAD_LIMIT + 2 * payload.total_bytes)
         if received <= allowed:
-            self._allowed, self.unchecked = allowed, allowed - received
+            self._allowed, self._unchecked = allowed, allowed - received
             return True
         what = "a response" if received > self._limit else f"{payload.total_bytes} bytes in a response"
         payload.set_exception(ResponseTooLarge(f"{what} of more than {allowed} bytes"))
@@ -147,140 +186,71 @@ def is_encoded(response: aiohttp.ClientResponse) -> bool:
     return any(coding.strip().lower() not in {"", "identity"} for coding in codings)
 
 
-class Pausable(Protocol):
-    """A body that is streamed. `resume` is called once after each `pause`, or never."""
-
-    def pause(self) -> None:
-        """Deliver nothing but the end. aiohttp buffers what is received, and pauses the connection at its limit."""
-        ...
-
-    def resume(self) -> None:
-        """Deliver what was received, and go on."""
-        ...
-
-
-async def stream_body(
-    response: aiohttp.ClientResponse,
-    on_data: Callable[[bytes], bool],
-    after_read: Callable[[Pausable], None] = lambda _: None,
-) -> None:
-    """Call `on_data` with each part of the body as soon as it is received, and with `b""` at its end.
-
-    `on_data` returns whether it takes more; the rest can be read from `response.content`. `after_read` is called after
-    what was read together, unless the body has ended; it may pause the connection. Raises `BodyBroken` if the
-    connection is lost or the body is not valid HTTP, and what `on_data` raises.
-    """
-    body = _StreamedBody(response, on_data, after_read)
-    try:
-        await body.ended
-    finally:
-        body.detach()
-
-
-class _StreamedBody(asyncio.Protocol):
-    """Delivers a body in the callback of its connection: no future, no turn of the loop, no task to wake for a read.
-
-    Until `detach` it replaces aiohttp's protocol on both of its sides. As protocol of the transport it lets
-    aiohttp parse what is received, and delivers the result. As protocol of the body it ignores the requests to resume
-    reading: after each read, aiohttp 3.14 would parse again and resume a transport that is not paused.
-    """
-
-    _handler: BoundedHandler
+class StreamedBody:
+    """A body that is streamed in the callback of its connection: no future and no task to wake for a read."""
 
     def __init__(
         self,
         response: aiohttp.ClientResponse,
         on_data: Callable[[bytes], bool],
-        after_read: Callable[[Pausable], None],
+        after_read: Callable[["StreamedBody"], None],
     ) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._content = response.content
         self._on_data = on_data
         self._after_read = after_read
-        self._transport: asyncio.Transport | None = None
-        self._held = self._lost = False
-        self._paused = True  # aiohttp may have paused reading, or buffered data that it has not parsed
-        self._connected = response.connection is not None
+        self._handler: BoundedHandler | None = None
+        self._delivering = self._again = False
         if response.connection is not None:  # None: the whole body was received with the head
             assert isinstance(response.connection.protocol, BoundedHandler)  # noqa: S101 - from a bounded session
             self._handler = response.connection.protocol
-            self._transport = response.connection.transport
-            self._lost = self._transport is None
-        if self._transport is not None:
-            self._transport.set_protocol(self)
-            self._content._protocol = self  # type: ignore[assignment] # noqa: SLF001 - see above
-        self._deliver()  # what was received with the head
+            self._handler.body = self
+        self.deliver()  # what was received with the head
 
     def detach(self) -> None:
+        """Leave the rest of the body to aiohttp."""
         # Exceptions, also those that aiohttp keeps, have tracebacks with our frames, which would keep the answer alive.
         del self.ended, self._on_data, self._after_read
-        self._held = False
-        if self._transport is not None:
-            self._content._protocol = self._handler  # noqa: SLF001 - see above
-            if self._transport.get_protocol() is self:
-                self._transport.set_protocol(self._handler)
-            self._resume()
+        self._leave()
 
-    def data_received(self, data: bytes) -> None:
+    def _leave(self) -> None:
         handler = self._handler
-        if len(data) <= handler.unchecked:
-            handler.unchecked -= len(data)
-            ResponseHandler.data_received(handler, data)  # skips the check
-        else:
-            handler.data_received(data)
-        if not self._held or self._content.is_eof():
-            self._deliver()
+        if handler is not None and handler.body is self:
+            handler.body = None
+            handler.release()
 
     def pause(self) -> None:
-        """See `Pausable`. To pause the transport would cost more system calls than it saves."""
-        self._held = True
+        """Deliver nothing but much or the end, until `resume`."""
+        if self._handler is not None:
+            self._handler.hold()
 
-    def resume(self) -> None:
-        """See `Pausable`."""
-        if self._held:
-            self._held = False
-            self._deliver()
+    def resume(self) -> bool:
+        """Deliver what was received meanwhile, and go on; return whether there was anything."""
+        return self._handler is not None and self._handler.release()
 
-    def eof_received(self) -> None:
-        self._handler.eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._handler.connection_lost(exc)
-        self._lost = True
-        self._deliver()
-
-    def pause_writing(self) -> None:
-        self._handler.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._handler.resume_writing()
-
-    def pause_reading(self) -> None:
-        self._paused = True
-        self._handler.pause_reading()
-
-    def resume_reading(self, **_: bool) -> None:
-        """Called by the body after each read. Reading is resumed when all of its buffer was delivered."""
-
-    def _resume(self) -> None:
-        was_paused, self._paused = self._paused, False
-        if was_paused and self._connected:
-            self._handler.resume_reading()  # may parse buffered data, and pause again
-
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
+        """Called by the connection after it has parsed what it received."""
+        if self._delivering or self.ended.done():
+            self._again = True  # reading from the buffer has resumed the connection
+            return
+        self._delivering = True
         try:
-            if not self.ended.done():
-                if self._deliver_buffered():
-                    self._after_read(self)
-                else:
-                    self.ended.set_result(None)
+            if self._deliver_buffered():
+                self._after_read(self)
+            else:
+                self._leave()
+                self.ended.set_result(None)
         except Exception as error:  # noqa: BLE001 - raised by `stream_body`
+            self._leave()
             self.ended.set_exception(error)
+        finally:
+            self._delivering = False
 
     def _deliver_buffered(self) -> bool:
         """Deliver what was received; return whether there may be more."""
-        content = self._content
-        while True:
+        content, self._again = self._content, True
+        while self._again:
+            self._again = False
             try:
                 data = content.read_nowait()
             except (aiohttp.ClientError, OSError) as error:
@@ -288,12 +258,27 @@ class _StreamedBody(asyncio.Protocol):
                     raise BodyBroken(error) from None
             if data and not self._on_data(data):
                 return False
-            if not self._paused:
-                break
-            self._resume()
         if content.is_eof():
             self._on_data(b"")
             return False
-        if self._lost:  # aiohttp does not notify the body when it closes the connection itself
-            raise BodyBroken(aiohttp.ClientPayloadError())
+        if self._handler is None or self._handler.transport is None:
+            raise BodyBroken(aiohttp.ClientPayloadError())  # aiohttp does not tell the body if it closes a connection
         return True
+
+
+async def stream_body(
+    response: aiohttp.ClientResponse,
+    on_data: Callable[[bytes], bool],
+    after_read: Callable[[StreamedBody], None] = lambda _: None,
+) -> None:
+    """Call `on_data` with each part of the body as soon as it is received, and with `b""` at its end.
+
+    `on_data` returns whether it takes more; the rest can be read from `response.content`. `after_read` is called after
+    what was read together, unless the body has ended; it may pause the connection. Raises `BodyBroken` if the
+    connection is lost or the body is not valid HTTP, and what `on_data` raises.
+    """
+    body = StreamedBody(response, on_data, after_read)
+    try:
+        await body.ended
+    finally:
+        body.detach()

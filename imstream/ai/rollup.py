@@ -45,7 +45,7 @@ class RollUp:
         self._slots: list[set[Sleeper]] = [set() for _ in range(SLOTS)]
         self._answers = self._joined = self._at = 0
         self._due: float | None = None  # loop time of the next turn; None: no connection rests
-        self._grown = self._cpu = self._sampled_at = 0.0
+        self._grown = self._period = self._cpu = self._sampled_at = 0.0
 
     def join(self, sleeper: Sleeper) -> None:
         """An answer begins."""
@@ -60,34 +60,33 @@ class RollUp:
 
     def rest(self, sleeper: Sleeper) -> bool:
         """Wake it at the next turn of its slot; False: it is to go on, because the node is not busy."""
-        if self._limit == 0:
-            return False
         loop = asyncio.get_running_loop()
-        period = self._period(now := loop.time())
-        if period < MIN_PERIOD:
+        now = loop.time()
+        if now - self._sampled_at >= SAMPLE:
+            self._sample(now)
+        if self._period < MIN_PERIOD:
             return False
         self._slots[sleeper.slot].add(sleeper)
         if self._due is None:
-            self._due = now + period / SLOTS
+            self._due = now + self._period / SLOTS
             loop.call_at(self._due, self._turn)
         return True
 
-    def _period(self, now: float) -> float:
-        if (elapsed := now - self._sampled_at) >= SAMPLE:
-            used, self._cpu, self._sampled_at = -self._cpu, self._cpu_clock(), now
-            share = (used + self._cpu) / elapsed
-            target = self._limit * min(max((share - QUIET) / (BUSY - QUIET), 0.0), 1.0)
-            self._grown += (target - self._grown) * min(elapsed / SAMPLE / MEMORY, 1.0)
-        return min(self._grown, PER_ANSWER * self._answers)
+    def _sample(self, now: float) -> None:
+        elapsed, used = now - self._sampled_at, -self._cpu
+        self._sampled_at, self._cpu = now, self._cpu_clock()
+        share = (used + self._cpu) / elapsed
+        target = self._limit * min(max((share - QUIET) / (BUSY - QUIET), 0.0), 1.0)
+        self._grown += (target - self._grown) * min(elapsed / SAMPLE / MEMORY, 1.0)
+        self._period = min(self._grown, PER_ANSWER * self._answers)
 
     def _turn(self) -> None:
         loop, due, self._due = asyncio.get_running_loop(), self._due, None
         self._at = (self._at + 1) % SLOTS
         sleepers, self._slots[self._at] = self._slots[self._at], set()
         if due is not None and any(self._slots):
-            now = loop.time()
             # A turn that comes late delays no other.
-            self._due = max(due + max(self._period(now), MIN_PERIOD) / SLOTS, now)
+            self._due = max(due + max(self._period, MIN_PERIOD) / SLOTS, loop.time())
             loop.call_at(self._due, self._turn)
         for sleeper in sleepers:
             sleeper.wake()

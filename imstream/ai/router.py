@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,6 +12,7 @@ from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.backend_file import ignored_settings, read_backends
 from imstream.ai.backend_options import BackendOptions
 from imstream.ai.call_gate import CallGate
+from imstream.ai.choice import best, candidates
 from imstream.ai.rollup import RollUp
 from imstream.ai.upstream import Slots, Upstream
 from imstream.settings import Settings
@@ -187,7 +188,7 @@ class Backends:
         """
         if self._waiting:
             self._admit()
-        chosen = _best(self._all, tried, self._possible(tokens), continuing=continuing)
+        chosen = best(self._all, tried, self._possible(tokens), continuing=continuing)
         return chosen and self._begin(chosen)
 
     def take_other(self, tried: Collection[Upstream], *, continuing: bool = False, tokens: int = 0) -> Upstream | None:
@@ -197,7 +198,7 @@ class Backends:
             return None
         if self._waiting:
             self._admit()
-        chosen = _best(others, (), self._possible(tokens), continuing=continuing)
+        chosen = best(others, (), self._possible(tokens), continuing=continuing)
         return chosen and self._begin(chosen)
 
     def take_probe(self) -> Upstream | None:
@@ -263,7 +264,7 @@ class Backends:
     def _admit(self) -> None:
         """Let those through that wait, in their order, as far as they find a backend."""
         for waiter in tuple(self._waiting):
-            upstream = _best(self._all, waiter.tried, waiter.tokens, continuing=waiter.continuing)
+            upstream = best(self._all, waiter.tried, waiter.tokens, continuing=waiter.continuing)
             if upstream is not None:
                 del self._waiting[waiter]
                 if not waiter.turn.done():  # else it has just been cancelled
@@ -279,7 +280,7 @@ class Backends:
         if self._waiting:
             delay = min(filter(None, (one.gate.delay() for one in self._all)), default=None)
             # Time goes on: a backend that could not be called a moment ago may have no delay now.
-            if any(_candidates(self._all, (), one.tokens, continuing=one.continuing) for one in self._waiting):
+            if any(candidates(self._all, (), one.tokens, continuing=one.continuing) for one in self._waiting):
                 delay = 0.0
             if delay is not None:
                 self._timer = asyncio.get_running_loop().call_later(delay, self._admit)
@@ -307,48 +308,3 @@ async def _recheck(one: Upstream) -> None:
     one.is_reachable = error is None or error.reason not in {"connect_failed", "connection_lost"}
     if not one.is_reachable and one.gate.breaker.tripped:  # else a call has succeeded meanwhile
         one.gate.breaker.record_probe()
-
-
-def _best(
-    upstreams: Sequence[Upstream], tried: Collection[Upstream], tokens: int, *, continuing: bool
-) -> Upstream | None:
-    """The best of those that may be called now."""
-    if len(upstreams) == 1:
-        return upstreams[0] if upstreams[0].may_be_called(tokens) else None
-    equals = _candidates(upstreams, tried, tokens, continuing=continuing)
-    return _by_weight(equals) if equals else None
-
-
-def _candidates(
-    upstreams: Sequence[Upstream], tried: Collection[Upstream], tokens: int, *, continuing: bool
-) -> list[Upstream]:
-    """The equally good ones of those that may be called now; none while one that continues the answer is only full."""
-    best, equals = None, list[Upstream]()
-    for one in upstreams:
-        if one.may_be_called(tokens):
-            is_unknown = one.gate.breaker.tripped and not one.is_reachable
-            rank = continuing and not one.can_continue, is_unknown, one in tried, one.options.priority
-            if best is None or rank < best:
-                best, equals = rank, []
-            if rank == best:
-                equals.append(one)
-    if continuing and best is not None and best[0]:
-        return [] if any(one.can_continue and one.is_only_full(tokens) for one in upstreams) else equals
-    return equals
-
-
-def _by_weight(upstreams: Sequence[Upstream]) -> Upstream:
-    """Share calls in proportion to weights and free slots: each earns its part of a call, the richest one pays for it.
-
-    The calls of one are spread evenly between those of the others ("smooth weighted round robin").
-    """
-    if len(upstreams) > 1:
-        total = 0.0
-        for one in upstreams:
-            earned = one.options.weight * (1 - one.in_flight / one.slots.limit)
-            one.credit += earned
-            total += earned
-        chosen = max(upstreams, key=lambda one: one.credit)
-        chosen.credit -= total
-        return chosen
-    return upstreams[0]

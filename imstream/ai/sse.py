@@ -10,6 +10,7 @@ lines of JSON without a field name, and events of JSON without a blank line betw
 EVENT_LIMIT = 1 << 22  # bytes buffered of an incomplete event, which carries one token, as a rule
 MAX_FOREIGN = 1024  # bytes
 MAX_LINES = 1 << 16  # of data in an event
+SHORT_LINE = 16 * 1024  # bytes
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -78,6 +79,14 @@ class EventParser:
         if len(self._data) > MAX_LINES:
             raise EventTooLong(f"an event of more than {MAX_LINES} lines")
         return events
+
+    def take_line(self) -> bytes | None:
+        """Return the incomplete line and forget it: it is part of the next read. None: it is long, or not all."""
+        if self._data or self._name or self._after_cr or self.buffered > SHORT_LINE:
+            return None
+        line, self.buffered = b"".join(self._line), 0
+        self._line.clear()
+        return line
 
     def close(self) -> list[bytes]:
         """Return the data of an event that lacks its blank line at the end of the stream, if any.

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import to_json
 
-from imstream.ai.answer_reader import JSON_LIMIT, MAX_TOKEN_COUNT, AnswerReader
+from imstream.ai.answer_reader import JSON_LIMIT, AnswerReader
+from imstream.ai.completion_reader import MAX_TOKEN_COUNT
 from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
 from tests.support.scripted_backend import DONE, chunk, event, usage_chunk
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from pydantic_core import to_json
 
-from imstream.ai.backend import CHUNK, OpenAIBackend
+from imstream.ai.backend import OpenAIBackend
+from imstream.ai.intake import CHUNK
 from imstream.ai.moderations import ModerationClient
 from imstream.errors import BackendError, TransientBackendError
 from imstream.settings import Settings

@@ -1,13 +1,15 @@
-"""Chunks that are read by comparison with an earlier one: the text is always what a parser finds."""
+"""Events that are read by comparison with an earlier one: the text is always what a parser finds."""
 
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.answer_reader import _plain_text
 from imstream.ai.chunk_template import MAX_EXAMPLES, ChunkTemplate
+from imstream.ai.completion_reader import plain_text
+from imstream.ai.sse import EventParser
 
 TEXTS = st.one_of(
     st.text(), st.sampled_from(['"', "\\", '","x":"', '"content":"', '\\"}', "}", "\ud83d", "\u2028", "?"])
@@ -28,20 +30,43 @@ def written(text: str, *, style: int = 0, number: int = 1, before: str = "", bla
     return f'{head}{content}}},"finish_reason":null}}]}}'.encode("utf-8", "surrogatepass")
 
 
-def parsed(chunk: bytes) -> str | None:
-    """The text of a chunk by a parser."""
+def sent(*chunks: bytes, before: bytes = b"data: ", after: bytes = b"\n\n") -> bytes:
+    """The events of chunks."""
+    return b"".join(before + chunk + after for chunk in chunks)
+
+
+def parsed(data: bytes) -> list[str | None]:
+    """The texts of all events of a read, by a parser."""
+    return [_parsed(event) for event in EventParser().feed(data)]
+
+
+def _parsed(event: bytes) -> str | None:
     try:
-        return _plain_text(json.loads(chunk))
+        return plain_text(json.loads(event))
     except ValueError:
         return None
 
 
-def taught(example: bytes) -> ChunkTemplate:
-    """A template that has learned from an example, if a parser finds text in it."""
+def taught(chunk: bytes, data: bytes | None = None) -> ChunkTemplate:
+    """A template that has learned from a chunk of a read, if a parser finds text in it."""
     template = ChunkTemplate()
-    if text := parsed(example):
-        template.learn(example, text, _plain_text)
+    data = sent(chunk) if data is None else data
+    if (chunk,) == tuple(EventParser().feed(data)) and (text := _parsed(chunk)):
+        template.learn(data, chunk, text, plain_text)
     return template
+
+
+def check(template: ChunkTemplate, data: bytes) -> None:
+    """Assert that the text that is read is that of the first events."""
+    text, size, number = template.read(data)
+    read, rest = parsed(data[:size]), parsed(data[size:])
+    assert None not in read
+    assert len(read) == number
+    assert text == "".join(filter(None, read))
+    assert read + rest == parsed(data)
+    events = EventParser().feed(data)
+    text, number = template.read_events(events)
+    assert text == "".join(_parsed(event) or "" for event in events[:number])
 
 
 @given(
@@ -49,31 +74,48 @@ def taught(example: bytes) -> ChunkTemplate:
     others=st.lists(
         st.builds(written, TEXTS, style=st.integers(0, 7), number=st.integers(0, 2), before=TEXTS, blank=BLANKS)
     ),
+    after=st.sampled_from([b"\n\n", b"\r\n\r\n"]),
 )
-def test_whatever_the_example_no_chunk_is_read_as_another_text(example: bytes, others: list[bytes]) -> None:
-    template = taught(example)
-    for chunk in [example, *others]:
-        assert template.read(chunk) in {None, parsed(chunk)}
-
-
-@given(data=st.data(), example=st.text(max_size=4).map(written), text=TEXTS)
-def test_no_damage_to_a_chunk_yields_another_text_than_a_parser_finds(
-    data: st.DataObject, example: bytes, text: str
+def test_whatever_the_example_no_event_is_read_as_another_text(
+    example: bytes, others: list[bytes], after: bytes
 ) -> None:
-    template = taught(example)
-    chunk = written(text)
-    begin = data.draw(st.integers(0, len(chunk)))
-    end = data.draw(st.integers(begin, len(chunk)))
-    damaged = chunk[:begin] + data.draw(st.binary(max_size=3)) + chunk[end:]
-    assert template.read(damaged) in {None, parsed(damaged)}
+    template = taught(example, sent(example, after=after))
+    for chunk in [example, *others]:
+        check(template, sent(chunk, after=after))
+    check(template, sent(example, *others, after=after))
 
 
-def test_a_chunk_with_another_text_is_read_and_any_other_difference_is_not() -> None:
-    assert ChunkTemplate().read(written("a")) is None
+@given(data=st.data(), example=st.text(max_size=4).map(written), texts=st.lists(TEXTS, min_size=1, max_size=3))
+def test_no_damage_to_a_read_yields_another_text_than_a_parser_finds(
+    data: st.DataObject, example: bytes, texts: list[str]
+) -> None:
+    whole = sent(*map(written, texts))
+    begin = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(begin, len(whole)))
+    check(taught(example), whole[:begin] + data.draw(st.binary(max_size=3)) + whole[end:])
+
+
+@pytest.mark.parametrize("before", [b"data: ", b"data:"])
+@pytest.mark.parametrize("after", [b"\n\n", b"\r\n\r\n"])
+def test_events_with_other_texts_are_read_and_nothing_from_the_first_other_difference_on(
+    before: bytes, after: bytes
+) -> None:
+    def framed(*chunks: bytes) -> bytes:
+        return sent(*chunks, before=before, after=after)
+
+    assert ChunkTemplate().read(framed(written("a"))) == ("", 0, 0)
+    template = taught(written("a"), framed(written("a")))
+    texts = framed(written('say "hi"\n'), written("你好"))
+    assert template.read(texts) == ('say "hi"\n你好', len(texts), 2)
+    assert template.read(texts + framed(b"[DONE]") + b"data: {") == ('say "hi"\n你好', len(texts), 2)
+    assert template.read(framed(written("a", number=2))) == ("", 0, 0)
+    assert template.read(framed(written("a", style=6))) == ("", 0, 0)
+
+
+def test_texts_do_not_run_together_where_one_is_cut() -> None:
     template = taught(written("a"))
-    assert template.read(written('say "hi"\n你好')) == 'say "hi"\n你好'
-    assert template.read(written("a", number=2)) is None
-    assert template.read(written("a", style=6)) is None
+    head, tail = written("?").split(b'"?"')
+    assert template.read(sent(head + b'"a' + tail, head + b'b","c"' + tail)) == ("", 0, 0)
 
 
 def test_a_server_that_varies_its_chunks_is_learned_from_a_few_times_only() -> None:
@@ -81,10 +123,11 @@ def test_a_server_that_varies_its_chunks_is_learned_from_a_few_times_only() -> N
 
     def text_of(value: Any) -> str | None:  # noqa: ANN401 - JSON
         calls.append(value)
-        return _plain_text(value)
+        return plain_text(value)
 
     template = ChunkTemplate()
     for number in range(10):
-        template.learn(written("a", number=number), "a", text_of)
+        chunk = written("a", number=number)
+        template.learn(sent(chunk), chunk, "a", text_of)
     assert len(calls) == MAX_EXAMPLES
-    assert template.read(written("b", number=MAX_EXAMPLES - 1)) == "b"
+    assert template.read(sent(written("b", number=MAX_EXAMPLES - 1)))[0] == "b"

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from imstream.errors import SettingsError
 from imstream.gateway.app import is_from_here, make_app, make_metrics_app
-from imstream.gateway.frame_handler import SessionDeps
+from imstream.gateway.session_deps import SessionDeps
 from imstream.metrics import Metrics
 from imstream.settings import Settings
 

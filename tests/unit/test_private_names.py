@@ -26,9 +26,10 @@ async def test_aiohttp_has_the_names_that_bound_and_stream_a_response() -> None:
     async with aiohttp.TCPConnector() as connector:
         check("aiohttp", connector, "_factory", used_by=used_by)
     handler = ResponseHandler(loop)
-    check("aiohttp", handler, "_payload", "_buffer", "__len__", "exception", "set_response_params", used_by=used_by)
+    check("aiohttp", handler, "_payload", "_buffer", "_reading_paused", "__len__", used_by=used_by)
+    check("aiohttp", handler, "exception", "set_response_params", "resume_reading", used_by=used_by)
     reader = aiohttp.StreamReader(handler, limit=1, loop=loop)
-    check("aiohttp", reader, "_protocol", "_read_nowait", "total_bytes", used_by=used_by)
+    check("aiohttp", reader, "_read_nowait", "total_bytes", used_by=used_by)
 
 
 def test_uvicorn_has_the_names_that_limit_connections_and_requests() -> None:
