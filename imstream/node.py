@@ -20,11 +20,11 @@ from imstream.gateway.app import make_app, make_metrics_app
 from imstream.gateway.busy_log import BusyLog
 from imstream.gateway.connection import serve_socket
 from imstream.gateway.flush_scheduler import FlushScheduler
-from imstream.gateway.frame_handler import SessionDeps
 from imstream.gateway.presence import Presence
 from imstream.gateway.registry import CLOSE_GRACE, Registry
 from imstream.gateway.reply_sync import InboxConsumer, ReplySync
 from imstream.gateway.server import GatewayServer, HttpServer, metrics_server
+from imstream.gateway.session_deps import SessionDeps
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import GuardDeps
 from imstream.metrics import Metrics

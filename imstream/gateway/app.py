@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from imstream.gateway.frame_handler import SessionDeps
+from imstream.gateway.session_deps import SessionDeps
 from imstream.guards.authentication import is_local
 from imstream.metrics import Metrics
 from imstream.urls import is_loopback

@@ -8,9 +8,10 @@ from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
 from imstream.codes import CloseCode, Code
-from imstream.gateway.frame_handler import FrameHandler, SessionDeps
+from imstream.gateway.frame_handler import FrameHandler
 from imstream.gateway.frames import FrameBuilder
 from imstream.gateway.session import Session
+from imstream.gateway.session_deps import SessionDeps
 from imstream.gateway.session_writer import SessionWriter
 from imstream.gateway.websocket_protocol import SocketClosed, SocketProtocol
 from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize

@@ -3,8 +3,6 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import assert_never
 
 import structlog
@@ -13,33 +11,23 @@ from imstream import wire
 from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
-from imstream.frame_parser import FrameLimits, InvalidFrame, parse_frame
-from imstream.gateway.busy_log import LOAD, BusyLog
+from imstream.frame_parser import InvalidFrame, parse_frame
+from imstream.gateway.busy_log import LOAD
 from imstream.gateway.cursor import Cursor
-from imstream.gateway.flush_scheduler import FlushScheduler
-from imstream.gateway.presence import Presence
-from imstream.gateway.registry import Registry
-from imstream.gateway.reply_sync import ReplySync
 from imstream.gateway.session import Session
+from imstream.gateway.session_deps import SessionDeps
 from imstream.gateway.websocket_protocol import BYTES_PER_FRAME, SECONDS_PER_FRAME
-from imstream.guards.chain import GuardChain
 from imstream.guards.guard import LoginAttempt, Reject
 from imstream.logs import LIMITED
-from imstream.metrics import Admission, Metrics
+from imstream.metrics import Admission
 from imstream.model import ChatRequest, digest_of
-from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
-from imstream.settings import Settings
-from imstream.store.dead_letters import DeadLetterBounds
-from imstream.store.inbox import Inbox, MessageQueued
-from imstream.store.pauses import Pauses
-from imstream.store.replies import ReplyStore
-from imstream.store.requests import Admitted, RequestStream
+from imstream.reply_buffer import ReplyBuffer
+from imstream.store.inbox import MessageQueued
+from imstream.store.requests import Admitted
 from imstream.texts import Text
-from imstream.tracing import Tracing, new_traceparent
+from imstream.tracing import new_traceparent
 from imstream.user_ids import UserId
 from imstream.wire import USER_ID_FIELD, ClientFrame
-from imstream.worker.consumer import StreamConsumer
-from imstream.worker.jobs import Jobs
 
 OPEN_WAIT = 0.05
 """Seconds to wait for a free worker to open the reply, before the message is marked as queued. A needless mark would be
@@ -57,31 +45,6 @@ _STATES = {"queued": State.QUEUED, "done": State.DONE, "failed": State.FAILED, "
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionDeps:
-    """What the sessions of a node use. `not_ready`: why the node cannot serve right now; None when it can."""
-
-    settings: Settings
-    frame_limits: FrameLimits
-    guards: GuardChain
-    requests: RequestStream
-    dead_letters: DeadLetterBounds
-    replies: ReplyStore
-    buffers: ReplyBuffers
-    inbox: Inbox
-    pauses: Pauses
-    consumer: StreamConsumer
-    jobs: Jobs
-    registry: Registry
-    presence: Presence
-    reply_sync: ReplySync
-    scheduler: FlushScheduler
-    metrics: Metrics
-    busy_log: BusyLog
-    tracing: Tracing | None
-    not_ready: Callable[[], str | None]
 
 
 class FrameHandler:
