@@ -8,9 +8,7 @@ ImstreamError
 │   │   └── StoreDenied      login or permission denied, until an operator changes it
 │   ├── StoreFull            out of memory; nothing was written
 │   └── StoreRefused         the command failed for another reason
-└── BackendError             the AI backend; `reason` goes into the dead stream
-    ├── TransientBackendError   a retry may succeed, perhaps not before `retry_after`
-    └── PermanentBackendError   a retry cannot succeed by itself
+└── BackendError             the AI backend; `reason` goes into the dead stream, `kind` decides about a retry
 """
 
 from datetime import timedelta
@@ -75,28 +73,17 @@ class BackendError(ImstreamError):
         usage: The token counts of a call that broke, if the backend reported them.
     """
 
-    kind: FailureKind = "broken"
     usage: dict[str, int] | None = None
 
     def __init__(
-        self, reason: str, detail: str = "", *, kind: FailureKind | None = None, retry_after: timedelta | None = None
+        self, reason: str, detail: str = "", *, kind: FailureKind = "broken", retry_after: timedelta | None = None
     ) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-        self.kind = kind or self.kind
+        self.kind = kind
         self.retry_after = retry_after
 
     def __str__(self) -> str:
         """The reason and the detail, which callers may extend."""
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
-
-class TransientBackendError(BackendError):
-    """A retry may succeed: the kinds `away` and `broken`."""
-
-
-class PermanentBackendError(BackendError):
-    """A retry cannot succeed by itself: the kinds `impossible` and `misconfigured`."""
-
-    kind: FailureKind = "impossible"

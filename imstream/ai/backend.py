@@ -30,7 +30,7 @@ from imstream.ai.failures import failure
 from imstream.ai.intake import Intake, Turn
 from imstream.ai.rollup import RollUp
 from imstream.ai.time_limits import AnswerLimits, TimeLimits
-from imstream.errors import BackendError, PermanentBackendError
+from imstream.errors import BackendError
 from imstream.settings import Settings
 from imstream.tracing import CURRENT, HEADER
 from imstream.urls import redact_url
@@ -209,7 +209,7 @@ class OpenAIBackend(EndpointClient):
         try:
             data = to_json(body if call.written is None else continued(body, self._options, call.written))
         except PydanticSerializationError:
-            raise PermanentBackendError("bad_prompt", "the prompt is not valid Unicode") from None
+            raise BackendError("bad_prompt", "the prompt is not valid Unicode", kind="impossible") from None
         async with self._limits.start() as limits, await self._send(data, limits, call.headers) as response:
             if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                 is_document = response.content_type == "application/json"

@@ -27,7 +27,7 @@ import aiohttp
 
 from imstream.ai.bounded_http import ResponseTooLarge
 from imstream.ai.error_report import SENTENCE_LIMIT, ErrorReport, shorten
-from imstream.errors import BackendError, FailureKind, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError, FailureKind
 
 MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
 
@@ -122,15 +122,12 @@ def from_exception(error: aiohttp.ClientError | OSError, *, secrets: tuple[str, 
     return failure(*row)
 
 
-def failure(
-    kind: FailureKind, reason: str, detail: str, *, retry_after: timedelta | None = None
-) -> TransientBackendError | PermanentBackendError:
+def failure(kind: FailureKind, reason: str, detail: str, *, retry_after: timedelta | None = None) -> BackendError:
     """The error of a kind. Only of one that is away a wait counts; it is at most `MAX_RETRY_AFTER`."""
     wait = None
     if retry_after is not None and kind in {"away", "broken"}:
         wait = min(max(retry_after, timedelta(0)), MAX_RETRY_AFTER)
-    error = TransientBackendError if kind in {"away", "broken"} else PermanentBackendError
-    return error(reason, detail, kind=kind, retry_after=wait)
+    return BackendError(reason, detail, kind=kind, retry_after=wait)
 
 
 def may_be_about_request(error: BackendError) -> bool:

@@ -17,7 +17,7 @@ from imstream.ai import failures
 from imstream.ai.bounded_http import ENCODED, is_encoded
 from imstream.ai.endpoint import EndpointClient
 from imstream.ai.error_report import ErrorReport, shorten
-from imstream.errors import PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError
 from imstream.settings import Settings
 
 ANSWER_LIMIT = 1 << 18  # bytes of an answer; one result of OpenAI has about 1 KB
@@ -56,12 +56,12 @@ class ModerationClient(EndpointClient):
         try:
             data = to_json({"model": self._model, "input": texts[0] if len(texts) == 1 else texts})
         except PydanticSerializationError:
-            raise PermanentBackendError("bad_prompt", "the text is not valid Unicode") from None
+            raise BackendError("bad_prompt", "the text is not valid Unicode", kind="impossible") from None
         try:
             async with asyncio.timeout(self._timeout):
                 body = await self._post(data)
         except TimeoutError:
-            raise TransientBackendError("timeout", f"after {self._timeout:g} s") from None
+            raise BackendError("timeout", f"after {self._timeout:g} s") from None
         return self._parse(body, len(texts))
 
     async def _post(self, data: bytes) -> bytes:
@@ -72,13 +72,13 @@ class ModerationClient(EndpointClient):
                 if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                     raise self._error(response, await self._read_error(response))
                 if is_encoded(response):
-                    raise TransientBackendError("bad_answer", ENCODED)
+                    raise BackendError("bad_answer", ENCODED)
                 body = bytearray()
                 while chunk := await response.content.readany():
                     body += chunk
                     if len(body) > ANSWER_LIMIT:
                         response.close()
-                        raise TransientBackendError("bad_answer", f"more than {ANSWER_LIMIT} bytes")
+                        raise BackendError("bad_answer", f"more than {ANSWER_LIMIT} bytes")
                 return bytes(body)
         except TimeoutError:  # is an OSError
             raise
@@ -90,22 +90,22 @@ class ModerationClient(EndpointClient):
         try:
             value = from_json(body, cache_strings=False)
         except ValueError:
-            raise TransientBackendError("bad_answer", "no JSON") from None
+            raise BackendError("bad_answer", "no JSON") from None
         if not isinstance(value, dict):
-            raise TransientBackendError("bad_answer", "JSON of another shape than a moderation's")
+            raise BackendError("bad_answer", "JSON of another shape than a moderation's")
         if value.get("error"):
             raise failures.from_report(ErrorReport.from_value(value), secrets=self._endpoint.secrets)
         results = value.get("results")
         if not isinstance(results, list):
-            raise TransientBackendError("bad_answer", "JSON without results")
+            raise BackendError("bad_answer", "JSON without results")
         if len(results) != number:
-            raise TransientBackendError(WRONG_NUMBER, f"{len(results)} results for {number} texts")
+            raise BackendError(WRONG_NUMBER, f"{len(results)} results for {number} texts")
         return [self._parse_result(result) for result in results]
 
     def _parse_result(self, result: Any) -> ModerationResult:  # noqa: ANN401 - JSON
         flagged = result.get("flagged") if isinstance(result, dict) else None
         if not isinstance(flagged, bool):
-            raise TransientBackendError("bad_answer", "a result that does not say whether it is flagged")
+            raise BackendError("bad_answer", "a result that does not say whether it is flagged")
         if not flagged:
             return ModerationResult(flagged=False)
         categories = result.get("categories")

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from imstream.ai.backend_options import BackendOptions
-from imstream.errors import FailureKind, TransientBackendError
+from imstream.errors import BackendError, FailureKind
 
 AWAY = frozenset({"connect_timeout", "first_token_timeout"})
 """Limits that are exceeded before the answer begins: the backend is not there, or is full."""
@@ -36,7 +36,7 @@ class TimeLimits:
             async for token in tokens:
                 limits.renew()
 
-    Raises `TransientBackendError` on exit, with the reason of the exceeded limit. `renew` only stores a time, which the
+    Raises `BackendError` on exit, with the reason of the exceeded limit. `renew` only stores a time, which the
     timer compares when it fires: a thousand tokens cost a thousand assignments and one timer.
 
     Attributes:
@@ -68,7 +68,7 @@ class TimeLimits:
         except TimeoutError:
             assert self._exceeded is not None  # noqa: S101 - set before the scope is cancelled
             reason, seconds = self._exceeded
-            raise TransientBackendError(reason, f"after {seconds:g} s", kind=_kind(reason)) from None
+            raise BackendError(reason, f"after {seconds:g} s", kind=_kind(reason)) from None
 
     def expect(self, reason: str, *, within: timedelta, at_most: timedelta | None = None) -> None:
         """Expect the next step within this time, and again after each `renew`; for `at_most` in all."""

@@ -15,7 +15,7 @@ from imstream.ai.batches import Batcher
 from imstream.ai.breaker import Breaker
 from imstream.ai.moderations import WRONG_NUMBER, ModerationClient, ModerationResult
 from imstream.codes import Code
-from imstream.errors import BackendError, TransientBackendError
+from imstream.errors import BackendError
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject
 from imstream.model import ChatRequest
 from imstream.settings import Settings
@@ -90,7 +90,7 @@ class Moderation(Guard):
         error = next((result for result in results if isinstance(result, BackendError)), None)
         if error is None or self._fails_open:
             return ALLOW
-        raise TransientBackendError("moderation_unavailable", str(error), kind="away", retry_after=error.retry_after)
+        raise BackendError("moderation_unavailable", str(error), kind="away", retry_after=error.retry_after)
 
     async def _moderate(self, texts: Sequence[str]) -> Sequence[Result]:
         if (paused := self._paused()) is not None:
@@ -126,12 +126,12 @@ class Moderation(Guard):
             meanwhile = "messages pass without it" if self._fails_open else "messages wait, and fail"
             log.error("moderation is away", error=str(error), meanwhile=meanwhile)
 
-    def _paused(self) -> TransientBackendError | None:
+    def _paused(self) -> BackendError | None:
         """The error for all texts while the breaker is open."""
         if not (seconds := self._breaker.remaining()):
             return None
         wait = timedelta(seconds=seconds)
-        return TransientBackendError("paused", "after failures in a row", kind="away", retry_after=wait)
+        return BackendError("paused", "after failures in a row", kind="away", retry_after=wait)
 
 
 def _is_text_error(result: Result) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 
 from imstream.ai.backend import PromptMessage
-from imstream.errors import PermanentBackendError
+from imstream.errors import BackendError
 from imstream.model import Terminal
 from imstream.worker.jobs import TOGETHER
 from tests.redis.conftest import chat_request
@@ -221,7 +221,7 @@ async def test_the_same_message_twice_is_answered_once(redis_server: RedisServer
 async def test_a_duplicate_of_a_refused_message_is_told_the_same_and_buried_once(redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
         await worker.ask()
-        (await worker.backend.call(1)).fail(PermanentBackendError("http_400", "no such model"))
+        (await worker.backend.call(1)).fail(BackendError("http_400", "no such model", kind="impossible"))
         await worker.idle()
         again = worker.follow()
         await worker.ask()

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from imstream.codes import Code
-from imstream.errors import PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import Guard, Reject
 from imstream.model import ChatRequest, Terminal
@@ -90,9 +90,9 @@ async def test_a_message_that_failed_is_told_with_the_reason_and_its_attempts(
         for number in (1, 2):
             call = await worker.backend.call(number)
             call.send("half")
-            call.fail(TransientBackendError("broken_stream"))
+            call.fail(BackendError("broken_stream"))
         await worker.ask("refused")
-        (await worker.backend.call(3)).fail(PermanentBackendError("http_400", "no"))
+        (await worker.backend.call(3)).fail(BackendError("http_400", "no", kind="impossible"))
         await worker.idle()
     line = ended(log)
     assert (line["outcome"], line["reason"], line["attempts"]) == ("failed", "broken_stream", 2)

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from imstream.errors import StoreUnavailable, TransientBackendError
+from imstream.errors import BackendError, StoreUnavailable
 from imstream.model import Terminal
 from imstream.store.replies import CancelRecorded
 from imstream.store.scripts import LUA
@@ -75,7 +75,7 @@ async def test_a_message_that_waits_for_its_next_attempt_is_cancelled(redis_serv
         await worker.ask()
         call = await worker.backend.call(1)
         call.send("first try")
-        call.fail(TransientBackendError("http_503", retry_after=timedelta(seconds=60)))
+        call.fail(BackendError("http_503", retry_after=timedelta(seconds=60)))
         await wait_until(lambda: worker.recorded_text() == "first try", "the first attempt is recorded")
         assert await worker.jobs.cancel(USER, "m") == "cancelled"
         assert await client.end() == "cancelled"
@@ -148,7 +148,7 @@ async def test_a_message_that_has_ended_stays_as_it_is(redis_server: RedisServer
             case "done":
                 call.done()
             case "failed":
-                call.fail(TransientBackendError("http_503"))
+                call.fail(BackendError("http_503"))
             case _:
                 await worker.jobs.cancel(USER, "m")
         await worker.idle()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from imstream.errors import PermanentBackendError, StoreUnavailable, TransientBackendError
+from imstream.errors import BackendError, StoreUnavailable
 from imstream.model import Terminal
 from imstream.store.replies import ReplyStore
 from tests.redis.worker_harness import USER, Follower, WorkerHarness, run_worker
@@ -16,16 +16,16 @@ CONTINUES: dict[str, Any] = {"ai_continue": "assistant"}
 BEGINNING, REST = "Once upon ", "a time"
 
 
-def broken(usage: dict[str, int] | None = None) -> TransientBackendError:
+def broken(usage: dict[str, int] | None = None) -> BackendError:
     """The error of an answer that broke."""
-    error = TransientBackendError("broken_stream", "the connection was lost within the answer")
+    error = BackendError("broken_stream", "the connection was lost within the answer")
     error.usage = usage
     return error
 
 
-def away() -> TransientBackendError:
+def away() -> BackendError:
     """The error of a backend that is away."""
-    return TransientBackendError("connect_failed", "refused", kind="away")
+    return BackendError("connect_failed", "refused", kind="away")
 
 
 def attempts(worker: WorkerHarness) -> list[tuple[str, str, str]]:
@@ -208,7 +208,7 @@ async def test_a_continuing_answer_is_cancelled_where_it_stands(redis_server: Re
 async def test_an_answer_whose_continuation_is_refused_begins_again_in_the_same_attempt(
     redis_server: RedisServer, kind: str
 ) -> None:
-    refusal = PermanentBackendError("http_400", "the last message must be of the user")
+    refusal = BackendError("http_400", "the last message must be of the user", kind="impossible")
     refusal.kind = "impossible" if kind == "impossible" else "misconfigured"
     async with run_worker(redis_server, max_attempts=2, ai_breaker_failures=1, **CONTINUES) as worker:
         client = await cut_after(worker, BEGINNING)
@@ -225,7 +225,7 @@ async def test_an_answer_whose_continuation_is_refused_begins_again_in_the_same_
 
 
 async def test_a_continuing_call_that_finds_the_model_unknown_keeps_the_text(redis_server: RedisServer) -> None:
-    refusal = PermanentBackendError("model_not_found", "no such model")
+    refusal = BackendError("model_not_found", "no such model", kind="impossible")
     refusal.kind = "misconfigured"
     async with run_worker(redis_server, retry_wait="10ms", retry_wait_max="20ms", **CONTINUES) as worker:
         client = await cut_after(worker, BEGINNING)

@@ -7,7 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from imstream.codes import Code
-from imstream.errors import TransientBackendError
+from imstream.errors import BackendError
 from imstream.guards.chain import GuardChain
 from imstream.guards.guard import ALLOW, Allow, AnswerFilter, Guard, GuardRejection, Reject
 from imstream.model import ChatRequest
@@ -31,7 +31,7 @@ class _Asked(Guard):
             return Reject("not_wanted", Code.FORBIDDEN, Sentence("不", "No"), detail="rudeness")
         if request.message_id == "m" and self.silent > 0:
             self.silent -= 1
-            raise TransientBackendError("guard_away", "nobody there")
+            raise BackendError("guard_away", "nobody there")
         return ALLOW
 
 
@@ -75,7 +75,7 @@ async def test_what_a_guard_let_pass_is_not_asked_about_again_when_the_ai_fails(
     guard = _Asked()
     async with run_worker(redis_server, guards=GuardChain([guard])) as worker:
         await worker.ask()
-        (await worker.backend.call(1)).fail(TransientBackendError("http_503"))
+        (await worker.backend.call(1)).fail(BackendError("http_503"))
         (await worker.backend.call(2)).done("x")
         await worker.idle()
         assert guard.asked == ["m"]
@@ -141,13 +141,13 @@ class _Listens(Guard):
 GIVEN_BACK: dict[str, tuple[list[str | Exception], bool]] = {
     "text, then a word": (["some", "stop"], False),
     "a word at once": (["stop"], True),
-    "a failure at once": ([TransientBackendError("http_503")], True),
-    "text, then a failure": (["some", TransientBackendError("cut")], False),
+    "a failure at once": ([BackendError("http_503")], True),
+    "text, then a failure": (["some", BackendError("cut")], False),
     "text, a failure, and a failure at once": (
-        ["some", TransientBackendError("cut"), TransientBackendError("cut")],
+        ["some", BackendError("cut"), BackendError("cut")],
         False,
     ),
-    "text, a failure, and a word at once": (["some", TransientBackendError("cut"), "stop"], False),
+    "text, a failure, and a word at once": (["some", BackendError("cut"), "stop"], False),
 }
 
 

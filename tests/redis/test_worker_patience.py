@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 
 from imstream.clock import now_ms
-from imstream.errors import FailureKind, StoreUnavailable, TransientBackendError
+from imstream.errors import BackendError, FailureKind, StoreUnavailable
 from imstream.store.requests import RequestStream
 from tests.redis.worker_harness import USER, Call, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
 
-def failure(kind: FailureKind = "away", reason: str = "connect_failed") -> TransientBackendError:
+def failure(kind: FailureKind = "away", reason: str = "connect_failed") -> BackendError:
     """A failed call."""
-    return TransientBackendError(reason, "refused by http://ai/v1", kind=kind)
+    return BackendError(reason, "refused by http://ai/v1", kind=kind)
 
 
 def waits(worker: WorkerHarness) -> list[dict[str, str]]:

@@ -4,15 +4,15 @@ import asyncio
 
 import pytest
 
-from imstream.errors import StoreRefused, TransientBackendError
+from imstream.errors import BackendError, StoreRefused
 from imstream.store.pauses import ALL, Pause
 from tests.redis.worker_harness import USER, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
 
-def away() -> TransientBackendError:
-    return TransientBackendError("connect_failed", "refused by http://ai/v1", kind="away")
+def away() -> BackendError:
+    return BackendError("connect_failed", "refused by http://ai/v1", kind="away")
 
 
 async def pause(worker: WorkerHarness, node: str = ALL) -> None:
@@ -67,7 +67,7 @@ async def test_a_call_that_breaks_during_a_pause_is_made_again_after_it(redis_se
         call = await worker.backend.call(1)
         call.send("half of")
         await pause(worker)
-        call.fail(TransientBackendError("broken_stream", "cut"))
+        call.fail(BackendError("broken_stream", "cut"))
         await wait_until(lambda: len(worker.jobs) == 0, "the request is handed back")
         assert len(worker.backend.calls) == 1
         await worker.pauses.resume(ALL)
@@ -83,7 +83,7 @@ async def test_the_reply_of_a_request_that_is_handed_back_outlasts_the_pause(red
         call = await worker.backend.call(1)
         call.send("half of")
         await pause(worker)
-        call.fail(TransientBackendError("broken_stream", "cut"))
+        call.fail(BackendError("broken_stream", "cut"))
         await wait_until(lambda: len(worker.jobs) == 0, "the request is handed back")
         kept = worker.redis.pttl(worker.keys.reply(USER, "m"))
         assert kept > 60_000, "clients can resume it, and no number of an attempt is given twice"

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from imstream.errors import TransientBackendError
+from imstream.errors import BackendError
 from imstream.keys import GROUP
 from imstream.store.scripts import LUA
 from tests.redis.worker_harness import USER, Call, run_worker
@@ -109,7 +109,7 @@ async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_
         flushing = asyncio.create_task(job.flush())
         await asyncio.sleep(0)
         worker.replies.append = append  # type: ignore[method-assign]
-        call.fail(TransientBackendError("http_503"))
+        call.fail(BackendError("http_503"))
         await wait_until(lambda: job._writer is None, "the first attempt is over")  # noqa: SLF001 - the state of the race
         assert [entry["event"] for entry in worker.entries()] == ["queued", "opened"]
         release.set()
@@ -129,7 +129,7 @@ async def test_when_redis_lost_everything_between_two_attempts_their_texts_are_n
         call = await worker.backend.call(1)
         call.send("first try")
         worker.redis.flushall()
-        call.fail(TransientBackendError("http_503"))
+        call.fail(BackendError("http_503"))
         (await worker.backend.call(2)).done("and the second")
         assert await follower.end() == "done"
         assert follower.text == "and the second"
@@ -168,7 +168,7 @@ async def test_a_call_that_fails_after_the_request_was_taken_over_is_not_tried_a
         stream = frozen.keys.requests("0")
         # As an adopter does when the lease has expired; it has not opened the reply yet.
         frozen.redis.xclaim(stream, GROUP, "1", 0, [entry_id], justid=True)
-        call.fail(TransientBackendError("http_503", "it took too long"))
+        call.fail(BackendError("http_503", "it took too long"))
         await wait_until(lambda: len(frozen.jobs) == 0, "the job has ended")
         assert [entry["event"] for entry in frozen.entries()].count("opened") == 1
         assert [row["consumer"] for row in frozen.redis.xpending_range(stream, GROUP, "-", "+", 2)] == ["1"]

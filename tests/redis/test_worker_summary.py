@@ -9,7 +9,7 @@ import pytest
 from imstream.ai.backend import PromptMessage
 from imstream.ai.prompt.assembler import MESSAGE_TOKENS, PROMPT_TOKENS
 from imstream.ai.prompt.token_count import TokenEstimate
-from imstream.errors import PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError
 from tests.redis.worker_harness import USER, run_worker
 from tests.support.servers import RedisServer
 
@@ -64,7 +64,7 @@ async def test_a_summary_serves_further_attempts_and_the_next_messages(redis_ser
     async with run_worker(redis_server, **SMALL) as worker:
         await worker.ask("m1", history=TALK)
         (await worker.backend.call(1)).done("they spoke")
-        (await worker.backend.call(2)).fail(TransientBackendError("http_503"))
+        (await worker.backend.call(2)).fail(BackendError("http_503"))
         again = await worker.backend.call(3)
         assert "they spoke" in again.messages[1].content
         again.done("fine")
@@ -120,9 +120,9 @@ async def test_without_a_summary_older_turns_are_dropped(
         summary = await worker.backend.call(1)
         match how:
             case "refused":
-                summary.fail(PermanentBackendError("http_400"))
+                summary.fail(BackendError("http_400", kind="impossible"))
             case "away":
-                summary.fail(TransientBackendError("connect_timeout"))
+                summary.fail(BackendError("connect_timeout"))
             case "empty":
                 summary.done(" \n")
         call = await worker.backend.call(2)

@@ -11,7 +11,7 @@ from multidict import CIMultiDict
 
 from imstream.ai.error_report import DETAIL_LENGTH, ErrorReport, shorten
 from imstream.ai.failures import MAX_RETRY_AFTER, NEEDS_OPERATOR, from_report, from_response, retry_after
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
 
@@ -36,21 +36,21 @@ AWAY, BROKEN, IMPOSSIBLE, MISCONFIGURED = "away", "broken", "impossible", "misco
 @pytest.mark.parametrize("status", [401, 402, 403, 408, 409, 424, 425, 429, 500, 502, 503, 504, 520, 529, 599])
 def test_with_these_statuses_the_backend_is_away(status: int) -> None:
     error = refused(status)
-    assert isinstance(error, TransientBackendError)
+    assert error.kind in {"away", "broken"}
     assert (error.kind, error.reason) == (AWAY, f"http_{status}")
 
 
 @pytest.mark.parametrize("status", [101, 301, 302, 304, 307, 308, 404, 405, 406, 407, 410, 415, 426, 501, 505])
 def test_with_these_statuses_the_url_or_an_option_is_wrong(status: int) -> None:
     error = refused(status)
-    assert isinstance(error, PermanentBackendError)
+    assert error.kind in {"impossible", "misconfigured"}
     assert (error.kind, error.reason) == (MISCONFIGURED, f"http_{status}")
 
 
 @pytest.mark.parametrize("status", [400, 411, 413, 414, 418, 422, 451])
 def test_with_these_statuses_this_request_is_refused(status: int) -> None:
     error = refused(status)
-    assert isinstance(error, PermanentBackendError)
+    assert error.kind in {"impossible", "misconfigured"}
     assert (error.kind, error.reason) == (IMPOSSIBLE, f"http_{status}")
 
 
@@ -254,7 +254,6 @@ def test_an_error_inside_an_answer_is_judged_by_its_words(error: dict[str, Any],
     judged = reported(**error)
     assert (judged.kind, judged.reason) == (kind, reason)
     assert judged.detail
-    assert isinstance(judged, TransientBackendError) is (kind in {AWAY, BROKEN})
 
 
 @pytest.mark.parametrize(
@@ -304,14 +303,14 @@ def test_an_object_may_report_an_error_without_saying_error(value: dict[str, Any
 )
 def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
     error = refused(503, Retry_After=value)
-    assert isinstance(error, TransientBackendError)
+    assert error.kind in {"away", "broken"}
     assert error.retry_after == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize("value", ["", "soon", "nan", "Mon, 99 Nov 2026", "Mon, 23 Nov 99999999999 12:00:00 GMT"])
 def test_a_retry_after_that_cannot_be_read_is_none(value: str) -> None:
     error = refused(429, Retry_After=value)
-    assert isinstance(error, TransientBackendError)
+    assert error.kind in {"away", "broken"}
     assert error.retry_after is None
 
 
@@ -369,10 +368,10 @@ def test_the_header_wins_over_the_sentence() -> None:
 
 def test_milliseconds_are_more_precise_than_seconds() -> None:
     error = refused(429, Retry_After="2", Retry_After_Ms="1250")
-    assert isinstance(error, TransientBackendError)
+    assert error.kind in {"away", "broken"}
     assert error.retry_after == timedelta(milliseconds=1250)
     error = refused(429, Retry_After="2", Retry_After_Ms="?")
-    assert isinstance(error, TransientBackendError)
+    assert error.kind in {"away", "broken"}
     assert error.retry_after == timedelta(seconds=2)
 
 

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 
 from imstream.ai.answer_reader import JSON_LIMIT, AnswerReader
 from imstream.ai.completion_reader import MAX_TOKEN_COUNT
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError
 from tests.support.scripted_backend import DONE, chunk, event, usage_chunk
 
 LIMIT = 262_144
@@ -135,7 +135,7 @@ def test_an_answer_is_whole_with_done_or_with_a_finish_reason() -> None:
 @pytest.mark.parametrize("cut", [b"", b"data: {", b"data: [DON", b": keep-alive\n\n", event(chunk("b")).strip()])
 def test_an_answer_that_ends_without_either_is_broken(cut: bytes) -> None:
     error = failure(event(chunk("a")), cut)
-    assert isinstance(error, TransientBackendError)
+    assert error.kind in {"away", "broken"}
     assert error.reason == "broken_stream"
 
 
@@ -284,7 +284,7 @@ def test_a_page_instead_of_an_answer_is_told_by_its_title() -> None:
 )
 def test_an_error_object_is_an_error_wherever_it_comes(body: bytes) -> None:
     error = failure(body)
-    assert isinstance(error, TransientBackendError)
+    assert error.kind in {"away", "broken"}
     assert (error.kind, error.reason, error.detail) == ("away", "overloaded", "overloaded: try later")
 
 
@@ -292,7 +292,7 @@ def test_an_error_object_in_the_middle_of_an_answer_ends_it() -> None:
     error = failure(
         event(chunk("a")), event({"error": {"type": "invalid_request_error"}}), event(chunk("b")), STOP, DONE
     )
-    assert isinstance(error, PermanentBackendError)
+    assert error.kind in {"impossible", "misconfigured"}
     assert error.reason == "backend_error"
 
 

@@ -9,7 +9,7 @@ from base64 import b64encode
 import pytest
 
 from imstream.ai.backend import Backend, Completion, OpenAIBackend, PromptMessage
-from imstream.errors import BackendError, PermanentBackendError, SettingsError
+from imstream.errors import BackendError, SettingsError
 from imstream.settings import Settings
 from imstream.tracing import parse_traceparent
 from tests.support.asking import PROMPT, asking, unaccepting_port
@@ -111,7 +111,7 @@ async def test_a_large_prompt_is_sent_whole() -> None:
 
 async def test_a_prompt_that_cannot_be_written_is_refused_without_a_request() -> None:
     async with asking() as asked:
-        with pytest.raises(PermanentBackendError, match="bad_prompt"):
+        with pytest.raises(BackendError, match="bad_prompt"):
             await asked.client.answer([PromptMessage("user", "half \ud83d")], on_text=lambda _: None)
         assert asked.backend.connections == 0
 

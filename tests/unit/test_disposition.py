@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.errors import BackendError, FailureKind, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError, FailureKind
 from imstream.settings import Settings
 from imstream.worker.disposition import WORKER_DIED, Bury, Limits, Retry, Wait, after_failure, before_start
 
@@ -17,7 +17,7 @@ LIMITS_OF_ANY_SIZE = st.builds(
     Limits, attempts=st.integers(1, 10), deliveries=st.integers(1, 10), window=SPANS.filter(bool)
 )
 BROKEN = st.builds(
-    TransientBackendError, st.sampled_from(["broken_stream", "http_500"]), st.text(), retry_after=st.none() | SPANS
+    BackendError, st.sampled_from(["broken_stream", "http_500"]), st.text(), retry_after=st.none() | SPANS
 )
 AWAY = st.builds(
     BackendError,
@@ -26,7 +26,9 @@ AWAY = st.builds(
     kind=st.sampled_from(["away", "misconfigured"]),
     retry_after=st.none() | SPANS,
 )
-IMPOSSIBLE = st.builds(PermanentBackendError, st.sampled_from(["http_400", "context_too_long"]), st.text())
+IMPOSSIBLE = st.builds(
+    BackendError, st.sampled_from(["http_400", "context_too_long"]), st.text(), kind=st.just("impossible")
+)
 ATTEMPTS = st.integers(1, 20)
 
 
@@ -103,7 +105,7 @@ def test_the_limits_are_those_that_are_set() -> None:
 
 @given(IMPOSSIBLE, ATTEMPTS, SPANS, st.booleans(), LIMITS_OF_ANY_SIZE)
 def test_what_cannot_succeed_is_never_tried_again(
-    error: PermanentBackendError,
+    error: BackendError,
     counted: int,
     waited: timedelta,
     has_text: bool,  # noqa: FBT001 - drawn
@@ -115,7 +117,7 @@ def test_what_cannot_succeed_is_never_tried_again(
 
 @given(BROKEN, ATTEMPTS, SPANS, st.booleans(), LIMITS_OF_ANY_SIZE)
 def test_an_answer_that_breaks_is_tried_as_often_as_allowed(
-    error: TransientBackendError,
+    error: BackendError,
     counted: int,
     waited: timedelta,
     has_text: bool,  # noqa: FBT001 - drawn

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from imstream.codes import Code
-from imstream.errors import TransientBackendError
+from imstream.errors import BackendError
 from imstream.guards.guard import ALLOW, Allow, Reject
 from imstream.guards.moderation import FAILURES, FLAGGED, FLAGGED_HISTORY, UNREADABLE, Moderation
 from imstream.model import ChatRequest
@@ -45,7 +45,7 @@ class _Guarded:
 
     async def reason(self, text: str = "hello") -> str:
         """The error of a check that cannot tell."""
-        with pytest.raises(TransientBackendError) as caught:
+        with pytest.raises(BackendError) as caught:
             await self.ask(text)
         return f"{caught.value}"
 
@@ -102,7 +102,7 @@ async def test_a_service_that_is_back_is_asked_about_a_message_and_its_history_a
         async def passes() -> bool:
             try:
                 return await it.guard.check_ai_call(request) == ALLOW
-            except TransientBackendError:
+            except BackendError:
                 return False
 
         await wait_until(passes, "it passes")
@@ -183,7 +183,7 @@ async def test_after_failures_in_a_row_it_is_left_alone_and_then_tried_with_one_
     async with guarded(*[BROKEN] * FAILURES) as it:
         for _ in range(FAILURES):
             await it.reason()
-        with pytest.raises(TransientBackendError) as caught:
+        with pytest.raises(BackendError) as caught:
             await it.ask("hello")
         assert f"{caught.value}" == "moderation_unavailable: paused: after failures in a row"
         assert caught.value.retry_after is not None
@@ -191,7 +191,7 @@ async def test_after_failures_in_a_row_it_is_left_alone_and_then_tried_with_one_
         await asyncio.sleep(caught.value.retry_after.total_seconds())
         one, *others = await it.ask_all(["hello"] * 4)
         assert one == ALLOW
-        assert all(isinstance(other, TransientBackendError) for other in others)
+        assert all(isinstance(other, BackendError) for other in others)
         assert await it.ask_all(["hello"] * 4) == [ALLOW] * 4
 
 
@@ -205,7 +205,7 @@ async def test_open_and_left_alone_all_pass_at_once() -> None:
 async def test_those_that_wait_for_a_call_are_told_when_it_is_left_alone() -> None:
     async with guarded(always=hangs(head=False), moderation_batch=1, moderation_timeout="200ms") as it:
         outcomes = await it.ask_all(["hello"] * 40)
-        assert all(isinstance(outcome, TransientBackendError) for outcome in outcomes)
+        assert all(isinstance(outcome, BackendError) for outcome in outcomes)
         assert len(it.server.requests) < 2 * 8
 
 

@@ -16,7 +16,7 @@ from imstream.ai.dialect import Written
 from imstream.ai.prompt.assembler import MESSAGE_TOKENS, PROMPT_TOKENS, Excess, PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.prompt.token_count import make_token_counter
-from imstream.errors import PermanentBackendError, SettingsError
+from imstream.errors import BackendError, SettingsError
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from tests.support.tokenizing import trained
@@ -243,7 +243,7 @@ async def test_a_message_that_does_not_fit_alone_is_told_with_its_numbers(lang: 
     assert excess.tokens == assembler.counter.count(request.contents)
     fits = "word " * (300 * excess.limit // excess.tokens - 2)
     assert await assembler.excess(replace(request, contents=fits)) is None
-    with pytest.raises(PermanentBackendError, match=r"context_too_long: about .* tokens, at most .* are possible"):
+    with pytest.raises(BackendError, match=r"context_too_long: about .* tokens, at most .* are possible"):
         await prompt(request, **SMALL, system_prompt="You are kind.")
 
 

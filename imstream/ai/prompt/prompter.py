@@ -16,7 +16,7 @@ from imstream.ai.backend import Backend, PromptMessage
 from imstream.ai.dialect import Written
 from imstream.ai.prompt.assembler import MESSAGE_TOKENS, PROMPT_TOKENS, Excess, PromptAssembler, PromptPlan
 from imstream.ai.prompt.token_count import TokenEstimate
-from imstream.errors import BackendError, PermanentBackendError, TransientBackendError
+from imstream.errors import BackendError
 from imstream.model import ChatRequest
 from imstream.settings import Settings
 from imstream.texts import DEFAULT_LANG, Lang, Sentence, localize
@@ -51,12 +51,12 @@ class Prompter:
     async def messages(self, request: ChatRequest, backend: Backend) -> list[PromptMessage]:
         """The messages of one AI call, oldest first. May call the backend for a summary of what does not fit.
 
-        Raises `PermanentBackendError` if even the message alone does not fit: a node with other settings admitted it.
+        Raises `BackendError` if even the message alone does not fit: a node with other settings admitted it.
         """
         plan = await self._assembler.plan(request)
         if isinstance(plan, Excess):
             detail = f"about {plan.tokens} tokens, at most {plan.limit} are possible"
-            raise PermanentBackendError("context_too_long", detail)
+            raise BackendError("context_too_long", detail, kind="impossible")
         dropped = plan.turns_to_drop(plan.budget)
         if dropped > 0 and self._summaries is not None:
             return await self._summaries.apply(request, plan, backend) or plan.messages(dropped)
@@ -120,7 +120,7 @@ class Summaries:
         budget = self._assembler.budget - PROMPT_TOKENS - 2 * MESSAGE_TOKENS - _estimate(task, *lines)
         material = "\n\n".join([*lines, *_newest(turns, budget, lang)])
         if not material:
-            raise TransientBackendError("nothing_to_summarise", "the newest of the older turns is too long")
+            raise BackendError("nothing_to_summarise", "the newest of the older turns is too long")
         return [PromptMessage("system", task), PromptMessage("user", material)]
 
     def _shorten(self, text: str, limit: int) -> str:
@@ -129,7 +129,7 @@ class Summaries:
         while (tokens := self._assembler.counter.count(summary)) > limit:
             summary = summary[: len(summary) * limit // tokens - 1]
         if not summary:
-            raise TransientBackendError("empty_summary", "the AI answered without text")
+            raise BackendError("empty_summary", "the AI answered without text")
         return summary
 
     async def _ask(self, backend: Backend, prompt: Sequence[PromptMessage], *, max_length: int) -> str:
@@ -147,7 +147,7 @@ class Summaries:
                 await backend.answer(prompt, on_text=on_text)
         except TimeoutError:
             if answer.tell() <= max_length:
-                raise TransientBackendError("summary_timeout", f"no summary within {self._timeout:g} s") from None
+                raise BackendError("summary_timeout", f"no summary within {self._timeout:g} s") from None
         return answer.getvalue()
 
 
