@@ -5,17 +5,16 @@ The sources are the models in wire.py, the words in codes.py and their meanings 
 """
 
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from imstream.codes import CloseCode, Code, Event, State, Want
 from imstream.wire import USER_ID_FIELD
 from ops.asyncapi import CLIENT_FRAMES, SERVER_FRAMES, Json, document, words
+from ops.generated import replace, table
 
 ASYNCAPI = Path(__file__).parents[1] / "imstream" / "gateway" / "static" / "asyncapi.json"
 PROTOCOL = Path(__file__).parent / "docs" / "protocol.md"
 
-_END = "<!-- end -->"
 _KIND = ("code", "msgType", "event")
 _EVERYWHERE = ("code", "respTime", "msgType", "event")
 """Fields that the tables do not list for each frame."""
@@ -39,29 +38,22 @@ def protocol_text(current: str) -> str:
         "client fields": _fields(client),
         "server frames": _frames(server),
         "server fields": _fields(server),
-        "events": _table(("`event`", "meaning", "client"), ((f"`{it}`", *row.values()) for it, row in words(Event))),
-        "wants": _table(("want", "frames"), ((f"`{it}`", *row.values()) for it, row in words(Want))),
-        "states": _table(("`state`", "meaning"), ((f"`{it}`", *row.values()) for it, row in words(State))),
-        "codes": _table(
+        "events": table(("`event`", "meaning", "client"), ((f"`{it}`", *row.values()) for it, row in words(Event))),
+        "wants": table(("want", "frames"), ((f"`{it}`", *row.values()) for it, row in words(Want))),
+        "states": table(("`state`", "meaning"), ((f"`{it}`", *row.values()) for it, row in words(State))),
+        "codes": table(
             ("`code`", "meaning", "caused by", "client"), ((f"`{it}`", *row.values()) for it, row in words(Code))
         ),
-        "close codes": _table(
+        "close codes": table(
             ("code", "reason", "meaning", "caused by", "client"),
             ((str(it.value), it.reason, *row.values()) for it, row in words(CloseCode)),
         ),
     }
-    for name, table in tables.items():
-        begin = f"<!-- generated: {name} -->\n"
-        before, found, rest = current.partition(begin)
-        _, end, after = rest.partition(_END)
-        if not found or not end:
-            raise ValueError(f"protocol.md has no block {name!r}")
-        current = f"{before}{begin}\n{table}\n{_END}{after}"
-    return current
+    return replace(current, tables)
 
 
 def _frames(schemas: dict[str, Json]) -> str:
-    return _table(("frame", "schema", "meaning", "fields"), (_frame(name, schema) for name, schema in schemas.items()))
+    return table(("frame", "schema", "meaning", "fields"), (_frame(name, schema) for name, schema in schemas.items()))
 
 
 def _frame(name: str, schema: Json) -> tuple[str, ...]:
@@ -89,7 +81,7 @@ def _fields(schemas: dict[str, Json]) -> str:
             types[name] = _type(field)
             if meaning := field.get("description"):
                 found.setdefault(name, {}).setdefault(meaning, []).append(frame)
-    return _table(("field", "type", "meaning"), ((f"`{name}`", types[name], _meaning(found[name])) for name in found))
+    return table(("field", "type", "meaning"), ((f"`{name}`", types[name], _meaning(found[name])) for name in found))
 
 
 def _type(field: Json) -> str:
@@ -105,14 +97,6 @@ def _meaning(meanings: dict[str, list[str]]) -> str:
     return "; ".join(
         f"{meaning} ({', '.join(frames)})" if len(frames) == 1 else meaning for meaning, frames in meanings.items()
     )
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    def lines() -> Iterator[str]:
-        for row in (head, ("---",) * len(head), *rows):
-            yield "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |\n"
-
-    return "".join(lines())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ guard alone. `--against` measures only this node and that of another release.
 import argparse
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -20,12 +19,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from ops.benchmark import guards, releases
+from ops.benchmark import guards, releases, rollup, scale
 from ops.benchmark.processes import Stage
-from ops.benchmark.report import SERVICES, Results, as_json, bar_lines, bars, circumstances_lines, table
+from ops.benchmark.report import SERVICES, Results, as_json, bar_lines, bars, circumstances, circumstances_lines, table
 from ops.benchmark.runs import Run, alternate, capacity, memory_per_socket
 
 
@@ -66,7 +65,7 @@ def _progress(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _measure(stage: Stage, plan: Plan, circumstances: dict[str, object], profile: Path | None) -> Results:
+def _measure(stage: Stage, plan: Plan, about: dict[str, Any], profile: Path | None) -> Results:
     stage.start_services(profile=profile)
     _progress("memory of idle sockets")
     idle = {name: memory_per_socket(service, plan.idle_sockets) for name, service in stage.services.items()}
@@ -79,7 +78,7 @@ def _measure(stage: Stage, plan: Plan, circumstances: dict[str, object], profile
         _progress(f"concurrent paced answers: {name}")
         answers[name], capacity_runs = capacity(stage, name, list(plan.steps), plan.step_seconds)
         runs += capacity_runs
-    return Results(rounds, idle, answers, runs, circumstances)
+    return Results(rounds, idle, answers, runs, about)
 
 
 def _measure_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | None) -> list[list[Run]]:
@@ -88,29 +87,23 @@ def _measure_guards(stage: Stage, plan: Plan, *, alone: bool, profile: Path | No
     return guards.compare(stage, share=share, alone=alone, profile=profile)
 
 
-def _circumstances(loop: str) -> dict[str, object]:
-    packages = ("imstream-server", "aiohttp", "httpx", "redis", "starlette", "uvicorn", "uvloop", "websockets")
-    return {
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "event_loop": loop,
-        "versions": {package: metadata.version(package) for package in packages},
-    }
-
-
 def main() -> int:
     """Measure and report; the exit code is 1 if a limit is exceeded."""
-    given = _options()
     for number in (signal.SIGTERM, signal.SIGINT):  # so that everything that was started is stopped
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if sys.argv[1:2] == ["scale"]:
+        return scale.main(sys.argv[2:])
+    given = _options()
     plan = QUICK if given.quick else Plan()
-    circumstances = _circumstances(given.loop)
+    about = circumstances(given.loop)
     profile = given.profile.resolve() if given.profile else None
     began = time.monotonic()
     if given.against:
         return _compare_releases(given.against, given.loop, given.json)
+    if given.rollup:
+        return _compare_rollups(given.loop, given.json)
     with _stage(given.loop) as stage:
-        found = None if given.guards else _measure(stage, plan, circumstances, profile)
+        found = None if given.guards else _measure(stage, plan, about, profile)
         guarded = _measure_guards(stage, plan, alone=given.guards, profile=profile if given.guards else None)
     results = [*(bars(found) if found else []), *guards.bars(guarded)]
     if found:
@@ -121,7 +114,7 @@ def main() -> int:
         _print(circumstances_lines(found))
     _print(f"{time.monotonic() - began:.0f} s in total")
     if given.json:
-        report = {**(as_json(found) if found else {"circumstances": circumstances}), **guards.as_json(guarded)}
+        report = {**(as_json(found) if found else {"circumstances": about}), **guards.as_json(guarded)}
         report["bars"] = [{"met": met, "text": text} for met, text in results]
         given.json.write_text(json.dumps(report, indent=1))
     return 0 if all(met for met, _ in results) else 1
@@ -144,6 +137,15 @@ def _compare_releases(python: str, loop: str, json_file: Path | None) -> int:
     return 0 if all(met for met, _ in results) else 1
 
 
+def _compare_rollups(loop: str, json_file: Path | None) -> int:
+    with _stage(loop) as stage:
+        found = rollup.compare(stage)
+    _print(rollup.table(found))
+    if json_file:
+        json_file.write_text(json.dumps(rollup.as_json(found, circumstances(loop)), indent=1))
+    return 0
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ops/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +160,9 @@ def _options() -> argparse.Namespace:
         help="run the node (with --guards: the one with all guards) under cProfile; for pstats",
     )
     parser.add_argument("--guards", action="store_true", help="measure only the cost of guards, each alone and all")
+    parser.add_argument(
+        "--rollup", action="store_true", help="measure only nodes with IMSTREAM_ROLLUP of 0, 25 and 40 ms, paced"
+    )
     parser.add_argument(
         "--against",
         type=os.path.abspath,  # not resolved: the interpreter of a virtual environment is a link

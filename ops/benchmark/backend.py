@@ -5,14 +5,19 @@ each event. A question that contains `paced` gets a delta every 20 ms; others ge
 times of CLOCK_MONOTONIC, which all processes share: the first delta the time of the request (`#` and microseconds),
 paced deltas the time of their write (`@` and microseconds).
 
+The question itself can ask for another answer: `counted KEY DELTAS MILLISECONDS` for numbered deltas at this interval,
+whose text the client can check; `broken` for an answer that ends in the middle; `silent` for none.
+
 It also moderates: it flags nothing and counts the texts (`GET /v1/moderated`).
 """
 
 import argparse
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import uvloop
@@ -28,6 +33,11 @@ WRITES = 4
 
 TICK = 0.001
 """Interval of the one timer that writes all paced answers, in seconds."""
+
+SLOTS = 4096
+"""Maximum interval between two deltas, in ticks."""
+
+_COUNTED = re.compile(rb"counted (\d+) (\d+) (\d+)")
 
 _HEAD = head(200, "text/event-stream; charset=utf-8", "chunked", {"Cache-Control": "no-cache"})
 _COMMON = '"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1700000000,"model":"bench",'
@@ -72,11 +82,33 @@ _DONE = _chunk("[DONE]") + LAST_CHUNK
 _MIDDLE = [_delta(f" word{number:02}") for number in range(1, DELTAS)]
 
 
+@dataclass(slots=True)
+class PacedAnswer:
+    """An answer under way: `deltas` are left, the last of them together with `last`."""
+
+    connection: HttpConnection
+    deltas: Iterator[bytes]
+    left: int
+    last: bytes
+    interval: int
+
+    def step(self) -> bool:
+        """Write the next delta; whether another one follows."""
+        if self.connection.transport.is_closing():
+            return False
+        self.left -= 1
+        delta = next(self.deltas)
+        self.connection.transport.write(delta if self.left else delta + self.last)
+        if not self.left:
+            self.connection.finish()
+        return self.left > 0
+
+
 class Backend:
     """Answers the requests of the services. One timer writes the deltas of all paced answers."""
 
     def __init__(self) -> None:
-        self._due: list[list[tuple[HttpConnection, int, bytes]]] = [[] for _ in range(round(PACE / TICK))]
+        self._due: list[list[PacedAnswer]] = [[] for _ in range(SLOTS)]
         self._now = 0
         self._moderated = 0
 
@@ -94,13 +126,26 @@ class Backend:
                 self._chat(connection)
 
     def _chat(self, connection: HttpConnection) -> None:
-        first = _HEAD + _delta(f"#{_microseconds()} ")
-        last = _FINISH + (_USAGE if b"include_usage" in connection.body else b"") + _DONE
-        if b"paced" in connection.body:
-            connection.transport.write(first)
-            self._due[self._now].append((connection, 1, last))
-        else:
-            _write_rest(connection, iter([first, *_MIDDLE]), last)
+        body = connection.body
+        last = _FINISH + (_USAGE if b"include_usage" in body else b"") + _DONE
+        if counted := _COUNTED.search(body):
+            key, count, milliseconds = map(int, counted.groups())
+            deltas = map(_delta, counted_deltas(key, count))
+            connection.transport.write(_HEAD)
+            self._begin(PacedAnswer(connection, deltas, count, last, milliseconds), now=True)
+        elif b"broken" in body:
+            connection.transport.write(_HEAD + _MIDDLE[0])
+            connection.close()
+        elif b"paced" in body:
+            connection.transport.write(_HEAD + _delta(f"#{_microseconds()} "))
+            times = (_delta(f" @{_microseconds()}") for _ in range(1, DELTAS))
+            self._begin(PacedAnswer(connection, times, DELTAS - 1, last, round(PACE / TICK)))
+        elif b"silent" not in body:
+            _write_rest(connection, iter([_HEAD + _delta(f"#{_microseconds()} "), *_MIDDLE]), last)
+
+    def _begin(self, answer: PacedAnswer, *, now: bool = False) -> None:
+        if not now or answer.step():
+            self._due[(self._now + answer.interval) % SLOTS].append(answer)
 
     async def run(self) -> None:
         """Write due deltas until cancelled. Late ticks are caught up with."""
@@ -109,8 +154,10 @@ class Backend:
         while True:
             due += TICK
             await asyncio.sleep(due - loop.time())
-            self._now = (self._now + 1) % len(self._due)
-            self._due[self._now] = [step for step in map(_step, self._due[self._now]) if step is not None]
+            self._now = (self._now + 1) % SLOTS
+            answers, self._due[self._now] = self._due[self._now], []
+            for answer in answers:
+                self._begin(answer, now=True)
 
 
 def _reply(connection: HttpConnection, body: bytes) -> None:
@@ -128,17 +175,9 @@ def _write_rest(connection: HttpConnection, deltas: Iterator[bytes], last: bytes
         connection.finish()
 
 
-def _step(answer: tuple[HttpConnection, int, bytes]) -> tuple[HttpConnection, int, bytes] | None:
-    connection, written, last = answer
-    if connection.transport.is_closing():
-        return None
-    delta = _delta(f" @{_microseconds()}")
-    if written + 1 < DELTAS:
-        connection.transport.write(delta)
-        return connection, written + 1, last
-    connection.transport.write(delta + last)
-    connection.finish()
-    return None
+def counted_deltas(key: int, count: int) -> Iterator[str]:
+    """The deltas of a counted answer."""
+    return (f" {number:04}" if number else f"{key}:" for number in range(count))
 
 
 async def serve(port: int) -> None:

@@ -1,4 +1,4 @@
-"""The load generator: many sockets in one process with little CPU, with a minimal WebSocket implementation.
+"""The load generator: many sockets in one process with little CPU.
 
 It prints `ready` when all sockets are logged in. For a line on standard input, each socket gets one answer to warm up,
 and `warm` is printed; for the next line, the load is applied and the measurements are printed as one line of JSON; and
@@ -17,18 +17,17 @@ import json
 import random
 import re
 import resource
-import struct
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import cast
 from urllib.parse import urlsplit
 
 import jwt
 import uvloop
 
 from ops.benchmark.backend import DELTAS, PACE
+from ops.benchmark.websocket import WebSocket, encode
 
 FIRST_USER = 20_001
 OPENING = 50
@@ -49,7 +48,6 @@ HISTORY = [
 _RECEIVED = re.compile(rb"#(\d+)")
 _WRITTEN = re.compile(rb"@(\d+)")
 _EVENT = b'"event":"'
-_PING, _CLOSE, _PONG = 0x89, 0x88, 0x8A
 
 
 @dataclass
@@ -75,14 +73,6 @@ def quantiles(values: Sequence[float]) -> dict[str, float] | None:
     return {f"p{n}": ordered[min(len(ordered) - 1, len(ordered) * n // 100)] for n in (50, 95, 99)}
 
 
-def encode(text: str) -> bytes:
-    """One text frame of a client. The masking key is zero, so the payload stands as it is."""
-    payload = text.encode()
-    if len(payload) < 126:  # noqa: PLR2004 - RFC 6455, section 5.2
-        return struct.pack("!BBI", 0x81, 0x80 | len(payload), 0) + payload
-    return struct.pack("!BBHI", 0x81, 0x80 | 126, len(payload), 0) + payload
-
-
 @dataclass(frozen=True)
 class Client:
     """Options of all sockets.
@@ -97,36 +87,27 @@ class Client:
     talk: bool
 
 
-class Socket(asyncio.Protocol):
+class Socket(WebSocket):
     """One socket of one user, with at most one chat at a time."""
 
     def __init__(self, user: int, client: Client, seen: Seen) -> None:
+        super().__init__(client.url, user)
         self._user = user
         self._client = client
-        host, path = urlsplit(client.url)[1:3]
-        self._upgrade = (
-            f"GET {path}?userId={user} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        ).encode()
-        self._received = b""
-        self._upgraded = False
         self._seen = seen
         self._chats = 0
         self._sent_at = 0.0
         self._has_text = False
         self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.transport: asyncio.Transport
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the event loop."""
-        self.transport = cast("asyncio.Transport", transport)
-        self.transport.write(self._upgrade)
+    def upgraded(self, error: str | None) -> None:
+        """The handshake is complete."""
+        self._end(error)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the event loop."""
+    def lost(self, reason: str) -> None:
+        """Fail the chat under way."""
         if not self.answered.done():
-            self.answered.set_exception(ConnectionError(f"socket of user {self._user} was closed: {exc}"))
+            self.answered.set_exception(ConnectionError(f"socket of user {self._user} was closed: {reason}"))
 
     def log_in(self) -> asyncio.Future[None]:
         """Send INIT; the future is done when it is answered."""
@@ -152,36 +133,8 @@ class Socket(asyncio.Protocol):
         self.transport.write(encode(json.dumps(frame)))
         return self.answered
 
-    def data_received(self, data: bytes) -> None:
-        """Called by the event loop."""
-        buffer = self._received + data if self._received else data
-        if not self._upgraded:
-            head, end, buffer = buffer.partition(b"\r\n\r\n")
-            if not end:
-                self._received = head
-                return
-            self._upgraded = True
-            self._end(None if b" 101 " in head[:20] else head.decode(errors="replace"))
-        position, size = 0, len(buffer)
-        while size - position >= 2:  # noqa: PLR2004 - the shortest frame
-            length, start = buffer[position + 1], position + 2
-            if length == 126:  # noqa: PLR2004 - RFC 6455, section 5.2
-                length, start = int.from_bytes(buffer[start : start + 2], "big"), start + 2
-            elif length == 127:  # noqa: PLR2004 - same
-                length, start = int.from_bytes(buffer[start : start + 8], "big"), start + 8
-            if start + length > size:
-                break
-            self._on_frame(buffer[position], buffer[start : start + length])
-            position = start + length
-        self._received = buffer[position:]
-
-    def _on_frame(self, kind: int, payload: bytes) -> None:
-        if kind == _PING:
-            self.transport.write(struct.pack("!BBI", _PONG, 0x80 | len(payload), 0) + payload)
-            return
-        if kind == _CLOSE:
-            self.transport.close()
-            return
+    def received(self, payload: bytes) -> None:
+        """Apply a frame."""
         self._seen.frames += 1
         at = payload.find(_EVENT) + len(_EVENT)
         event = payload[at : at + 3] if at >= len(_EVENT) else b""

@@ -1,28 +1,26 @@
-"""The plot of a run of the benchmark, as SVG: CPU of each load and service. Colours follow the reader's scheme.
+"""The plot of a run of the benchmark, as SVG: CPU of each load and service, for light or dark pages."""
 
-`python -m ops.benchmark.plot results.json plot.svg` draws it from what `ops/bench --json` has written.
-"""
-
-import json
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 WIDTH, LEFT, BAR, GAP = 720, 190, 14, 12
 
-_STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #1f2328 }
-.imstream { fill: #0969da } .baseline { fill: #8c959f } .typical { fill: #bf8700 } .redis { fill-opacity: 0.45 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3 }
-  .imstream { fill: #58a6ff } .baseline { fill: #8b949e } .typical { fill: #d29922 }
+SCHEMES = {
+    "light": {"text": "#1f2328", "imstream": "#0969da", "baseline": "#8c959f", "typical": "#bf8700"},
+    "dark": {"text": "#e6edf3", "imstream": "#58a6ff", "baseline": "#8b949e", "typical": "#d29922"},
 }
-"""
+"""Colours of text and services. The background is the page's."""
 
 
-def plot(summary: Sequence[dict[str, Any]]) -> str:
+def _style(scheme: str) -> str:
+    colours = SCHEMES[scheme]
+    services = " ".join(f".{name} {{ fill: {colour} }}" for name, colour in colours.items() if name != "text")
+    text = f"text {{ font: 12px system-ui, sans-serif; fill: {colours['text']} }}"
+    return f"{text} {services} .redis {{ fill-opacity: 0.45 }}"
+
+
+def plot(summary: Sequence[dict[str, Any]], scheme: str) -> str:
     """Draw the summary of `ops.benchmark.report`: a group of bars for each load, node and Redis side by side."""
     lines = [line for line in summary if line["load"] != "single"]
     most = max((_total(line) for line in lines), default=1.0)
@@ -36,7 +34,7 @@ def plot(summary: Sequence[dict[str, Any]]) -> str:
     title = "CPU seconds for 1,000 chats; the lighter part is Redis"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="{title}">'
-        f'<style>{_STYLE}</style><text x="8" y="22">{title}</text>{"".join(parts)}</svg>\n'
+        f'<style>{_style(scheme)}</style><text x="8" y="22">{title}</text>{"".join(parts)}</svg>\n'
     )
 
 
@@ -53,8 +51,3 @@ def _bar(line: dict[str, Any], y: int, scale: float) -> Iterator[str]:
     yield f'<rect class="{service} redis" x="{x + own:.1f}" y="{y}" width="{redis:.1f}" height="{BAR}"/>'
     ratio = "" if line["times_baseline"] is None else f" (× {line['times_baseline']:.2f})"
     yield f'<text x="{x + own + redis + 6:.1f}" y="{y + 11}">{_total(line):.2f}{ratio}</text>'
-
-
-if __name__ == "__main__":
-    results, svg = map(Path, sys.argv[1:])
-    svg.write_text(plot(json.loads(results.read_text())["summary"]), "utf-8")

@@ -60,11 +60,7 @@ class Process:
 
     def cpu(self) -> float:
         """Seconds of CPU of all its threads and of its ended children."""
-        pid = self.popen.pid
-        # The clock of another process, as clock_getcpuclockid(3) would name it: finer than the ticks of /proc.
-        own = time.clock_gettime((~pid << 3) | 2)
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return own + sum(map(int, fields[13:15])) / _TICKS  # cutime, cstime; see proc_pid_stat(5)
+        return cpu_of(self.popen.pid)
 
     def memory(self) -> int:
         """Its resident set, in bytes."""
@@ -142,13 +138,13 @@ class Stage:
 
     def start_node(
         self, name: str, *, profile: Path | None = None, python: str | None = None, **settings: object
-    ) -> None:
+    ) -> Process:
         """Start a node with these settings, profiled into the file `profile` if given.
 
         `python` is an interpreter with another release of imstream, to be run instead of this checkout.
 
-        Each node has its own database: the same users have sockets on all of them, and would be sent the answers of the
-        other nodes.
+        Each node has its own database unless `redis_url` is given: the same users have sockets on all of them, and
+        would be sent the answers of the other nodes.
         """
         port = _free_port()
         given: dict[str, object] = {
@@ -156,7 +152,7 @@ class Stage:
             "node": name,
             "port": port,
             "ai_url": self.ai_url,
-            "redis_url": f"redis://127.0.0.1:{self.redis.port}/{len(self.services)}",
+            "redis_url": self.redis_url(len(self.services)),
             **settings,
         }
         if unknown := given.keys() - Settings.model_fields:
@@ -167,12 +163,17 @@ class Stage:
         env = {f"IMSTREAM_{name.upper()}": str(value) for name, value in given.items()}
         if python is not None:
             env["PYTHONPATH"] = ""  # not this checkout
-        self.services[name] = self._start(name, port, [python or sys.executable, *command], env)
+        self.services[name] = process = self._start(name, port, [python or sys.executable, *command], env)
+        return process
 
     def _start_reference(self, name: str, *options: str) -> Process:
         port = _free_port()
         command = [sys.executable, "-m", "uvicorn", f"ops.benchmark.{name}:app", "--port", str(port)]
         return self._start(name, port, [*command, "--loop", self._loop, *options], {"BENCH_AI_URL": self.ai_url})
+
+    def redis_url(self, database: int) -> str:
+        """The URL of a database in Redis."""
+        return f"redis://127.0.0.1:{self.redis.port}/{database}"
 
     @property
     def ai_url(self) -> str:
@@ -196,6 +197,14 @@ class Stage:
         self._stack.callback(process.stop)
         process.wait_until_listening()
         return process
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU of a process, of all its threads and of its ended children."""
+    # The clock of another process, as clock_getcpuclockid(3) would name it: finer than the ticks of /proc.
+    own = time.clock_gettime((~pid << 3) | 2)
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return own + sum(map(int, fields[13:15])) / _TICKS  # cutime, cstime; see proc_pid_stat(5)
 
 
 def machine_cpu() -> float:

@@ -1,7 +1,11 @@
 """The report of the benchmark: a table, the bars (limits that imstream is to meet), and the same as JSON."""
 
+import os
+import platform
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from statistics import median
 from typing import Any
 
@@ -118,11 +122,24 @@ def summary(found: Results) -> list[dict[str, Any]]:
                 "times_baseline": found.ratio(load, sockets, of=service, to="baseline"),
                 "frames_per_chat": median(run.seen["frames"] / run.seen["chats"] for run in runs),
                 "first_ms_p50": found.median_ms(service, load, sockets, "first"),
+                "to_backend_ms_p50": found.median_ms(service, load, sockets, "to_backend"),
                 "done_ms_p50": found.median_ms(service, load, sockets, "done"),
                 "late_ms_p99": median(run.seen["late"]["p99"] * 1000 for run in runs) if runs[0].seen["late"] else None,
             }
         )
     return lines
+
+
+def circumstances(loop: str) -> dict[str, Any]:
+    """Machine, versions and options of a run."""
+    packages = ("imstream-server", "aiohttp", "httpx", "redis", "starlette", "uvicorn", "uvloop", "websockets")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "event_loop": loop,
+        "versions": {package: metadata.version(package) for package in packages},
+    }
 
 
 def circumstances_lines(found: Results) -> str:

@@ -5,13 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from ops.benchmark.load import DEADLINE
-from ops.benchmark.processes import ROOT, Process, Stage, machine_cpu
+from ops.benchmark.processes import ROOT, Process, Stage, cpu_of, machine_cpu
 
 SETTLE = 0.3
 """Seconds that a service gets to finish its work after the client has its answer."""
@@ -58,20 +58,20 @@ class Run:
         return bool(self.seen["late"]["p99"] >= LATE)
 
 
-class Generator:
-    """The load generator in its own process. A context manager, inside which its sockets are open."""
+class Child:
+    """A program of the benchmark that is driven by lines. A context manager: it ends when its standard input does."""
 
-    def __init__(self, service: Process, load: str, sockets: int, seconds: float, *options: str) -> None:
-        self.load = load
-        self.sockets = sockets
-        command = [sys.executable, "-m", "ops.benchmark.load", "--url", f"ws://127.0.0.1:{service.port}/ws"]
-        command += ["--sockets", str(sockets), "--load", load, "--seconds", str(seconds), *options]
+    def __init__(self, *command: str) -> None:
         self._popen = subprocess.Popen(  # noqa: S603 - our own program
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True, process_group=0
+            [sys.executable, "-m", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            text=True,
+            process_group=0,
         )
 
     def __enter__(self) -> Self:
-        self.answer()
         return self
 
     def __exit__(
@@ -79,7 +79,8 @@ class Generator:
     ) -> None:
         assert self._popen.stdin is not None  # noqa: S101 - `PIPE` was passed
         assert self._popen.stdout is not None  # noqa: S101 - same
-        self._popen.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended
+            self._popen.stdin.close()
         if error is not None:
             self._popen.terminate()
         try:
@@ -89,6 +90,10 @@ class Generator:
             self._popen.wait()
         self._popen.stdout.close()
 
+    def cpu(self) -> float:
+        """Seconds of CPU that it has used."""
+        return cpu_of(self._popen.pid)
+
     def answer(self) -> str:
         """Read the next line of its output."""
         assert self._popen.stdout is not None  # noqa: S101 - `PIPE` was passed
@@ -97,11 +102,30 @@ class Generator:
             sys.exit("the load generator failed; see above")
         return line
 
+    def send(self, line: str) -> None:
+        """Write a line to its input."""
+        assert self._popen.stdin is not None  # noqa: S101 - `PIPE` was passed
+        self._popen.stdin.write(line + "\n")
+        self._popen.stdin.flush()
+
+
+class Generator(Child):
+    """The load generator in its own process. Inside the context, its sockets are open."""
+
+    def __init__(self, service: Process, load: str, sockets: int, seconds: float, *options: str) -> None:
+        self.load = load
+        self.sockets = sockets
+        command = ["ops.benchmark.load", "--url", f"ws://127.0.0.1:{service.port}/ws"]
+        command += ["--sockets", str(sockets), "--load", load, "--seconds", str(seconds), *options]
+        super().__init__(*command)
+
+    def __enter__(self) -> Self:
+        self.answer()
+        return self
+
     def go(self) -> None:
         """Let it continue."""
-        assert self._popen.stdin is not None  # noqa: S101 - `PIPE` was passed
-        self._popen.stdin.write("go\n")
-        self._popen.stdin.flush()
+        self.send("go")
 
 
 def measure_once(stage: Stage, name: str, generator: Generator) -> Run:
