@@ -1,9 +1,11 @@
 """The HTTP routes of a node: health checks, metrics, and the page with its client, which may run nothing else."""
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -34,6 +36,16 @@ _POLICY = (
 """The Content-Security-Policy of the page: its own files, nothing inline, no HTML from strings."""
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+# Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only what a
+# server allows to every origin.
+_ANY_PAGE = {"Access-Control-Allow-Origin": "*"}
+
+_FOREVER = {"Cache-Control": "public, max-age=31536000, immutable"}
+
+_OTHER_VERSION = Response(status_code=404, headers=_HEADERS | _ANY_PAGE)
+
+_IMPORT = re.compile(r'^(import .+ from "\./[a-z-]+\.js)(?=";$)', re.MULTILINE)
 
 
 def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette:
@@ -113,24 +125,38 @@ def is_from_here(request: Request) -> bool:
     )
 
 
-def page_routes(user_ids: UserIds, max_frame: int) -> list[Route]:
-    """The routes of the page at `/`, its files, the browser client, and the protocol for machines (AsyncAPI)."""
-    page = (_STATIC / "index.html").read_text("utf-8")
+def page_routes(user_ids: UserIds, max_frame: int, folder: Traversable = _STATIC) -> list[Route]:
+    """The routes of the page at `/`, its files, the browser client, and the protocol for machines (AsyncAPI).
+
+    The page and its modules name each file that they need with a version, `?v=…`, and a node has only files of its own
+    version. So while nodes of two releases run, their files are not mixed; the page is loaded again instead (boot.js).
+    """
+    kinds = {file.name: _MEDIA_TYPES.get(file.name.rpartition(".")[2]) for file in folder.iterdir()}
+    files = {name: (folder / name).read_text("utf-8") for name in sorted(kinds)}
+    version = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:12]
+    modules = [name for name in files if name.endswith(".js") and name != "boot.js"]
+    links = [f'<link rel="modulepreload" href="{name}?v={version}">' for name in modules]
+    links.insert(0, f'<link rel="stylesheet" href="page.css?v={version}">')
+    page = files["index.html"].replace('<link rel="stylesheet" href="page.css">', "\n".join(links))
     page = page.replace('data-user-ids="number"', f'data-user-ids="{user_ids}"')
     page = page.replace('data-max-frame="65536"', f'data-max-frame="{max_frame}"')
-    files = {file.name: file for file in _STATIC.iterdir() if file.name != "package.json"}
-    # Any page may use the client. Our own needs that when it was opened from disk: browsers let it import only what a
-    # server allows to every origin.
-    any_page = {"Access-Control-Allow-Origin": "*"}
+    policy = {"Content-Security-Policy": _POLICY}
     return [
-        _route("/", page, "text/html; charset=utf-8", {"Content-Security-Policy": _POLICY}),
+        Route("/", Response(page, media_type="text/html; charset=utf-8", headers=_HEADERS | policy), methods=["GET"]),
         *(
-            _route(f"/{name}", files[name].read_text("utf-8"), media_type, any_page)
-            for name in sorted(files)
-            if (media_type := _MEDIA_TYPES.get(name.rpartition(".")[2]))
+            Route(f"/{name}", _file(_IMPORT.sub(rf"\1?v={version}", text), media_type, version), methods=["GET"])
+            for name, text in files.items()
+            if (media_type := kinds[name]) and name != "package.json"
         ),
     ]
 
 
-def _route(path: str, content: str, media_type: str, headers: Mapping[str, str]) -> Route:
-    return Route(path, Response(content, media_type=media_type, headers={**_HEADERS, **headers}), methods=["GET"])
+def _file(content: str, media_type: str, version: str) -> Callable[[Request], Awaitable[Response]]:
+    newest = Response(content, media_type=media_type, headers=_HEADERS | _ANY_PAGE)
+    forever = Response(content, media_type=media_type, headers=_HEADERS | _ANY_PAGE | _FOREVER)
+    answers = {"": newest, version: forever}
+
+    async def answer(request: Request) -> Response:
+        return answers.get(request.query_params.get("v", ""), _OTHER_VERSION)
+
+    return answer

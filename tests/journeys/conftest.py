@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.journeys.page_support import running_chromium
+from tests.journeys.page_support import Page, open_page, running_chromium
 from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.one_node import OneNode
 from tests.support.processes import free_port
 from tests.support.redis_sets import Topology, cluster_set, flush, sentinel_set
-from tests.support.servers import DemoBackend, RedisServer, valkey_binary
+from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
 from tests.support.stage import fresh_redis
 
 TOPOLOGIES: dict[str, Callable[[Path], AbstractContextManager[Topology]]] = {
@@ -72,3 +72,21 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def page_node(
+    valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[NodeProcess]:
+    """A node in its own process, whose page the tests of a module use."""
+    started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
+    with started.process:
+        yield started
+
+
+@pytest.fixture
+async def page(chromium: str) -> AsyncIterator[Page]:
+    """A tab with English as its language. At the end, the browser must have reported no error."""
+    async with open_page(chromium) as opened:
+        yield opened
+        assert opened.complaints == []

@@ -35,9 +35,23 @@ async def test_scripts_import_only_files_that_are_served(browser: httpx.AsyncCli
         for name in unread:
             answer = await browser.get(f"/{name}")
             assert answer.status_code == 200, name
-            wanted |= set(re.findall(r'from "\./([^"]+)"', answer.text))
+            wanted |= set(re.findall(r'^import .* from "\./([^"]+)"', answer.text, re.MULTILINE))
             seen.add(name)
-    assert {"imstream.js", "page-chat.js"} <= seen
+    assert {"imstream.js", "page-chat.js"} <= {name.partition("?")[0] for name in seen}
+
+
+async def test_page_names_files_of_its_own_version_which_browsers_keep(browser: httpx.AsyncClient) -> None:
+    page = (await browser.get("/")).text
+    files = re.findall(r'<link [^>]*href="([a-z-]+\.(?:js|css)\?v=\w+)"', page)
+    [version] = {name.partition("?v=")[2] for name in files}
+    for name in files:
+        answer = await browser.get(f"/{name}")
+        assert answer.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+        assert set(re.findall(r'^import .* from "\./[a-z-]+\.js(.*)";', answer.text, re.MULTILINE)) <= {f"?v={version}"}
+    assert {"page.css", "page.js", "imstream.js"} <= {name.partition("?")[0] for name in files}
+    assert (await browser.get("/page.js?v=0123456789ab")).status_code == 404  # of another release
+    for always_there in ("/", "/boot.js", "/page.js", "/imstream.js"):
+        assert (await browser.get(always_there)).headers["Cache-Control"] == "no-cache"
 
 
 async def test_policy_allows_nothing_inline_and_the_page_has_nothing_inline(browser: httpx.AsyncClient) -> None:

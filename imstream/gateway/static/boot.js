@@ -4,6 +4,9 @@
  */
 "use strict";
 
+const MAX_RELOADS = 20;
+const RELOAD_AFTER = 500; // ms
+
 const form = document.getElementById("enter");
 const given = new URLSearchParams(location.hash.slice(1));
 const noAnswer = document.getElementById("no-answer");
@@ -20,6 +23,21 @@ function speak(lang) {
     element.title = lang === "zh" ? element.dataset.labelZh : element.dataset.labelEn;
     element.setAttribute("aria-label", element.title);
   }
+}
+
+/** Imports the modules that belong to this page and its styles: their addresses have the same version. */
+async function loadOwn() {
+  const { href, sheet } = document.querySelector("link[rel=stylesheet]");
+  if (!sheet?.cssRules.length) throw new Error("no styles of this version"); // Chromium has an empty sheet then
+  await import(`./page.js${new URL(href).search}`);
+  history.replaceState(null, "");
+}
+
+/** While a new release is installed, other nodes have other versions. Loads the page of another one, with a limit. */
+function loadAgain() {
+  const tries = history.state?.tries ?? 0;
+  history.replaceState({ tries: tries + 1 }, "");
+  if (tries < MAX_RELOADS) setTimeout(() => location.reload(), RELOAD_AFTER);
 }
 
 /** Imports the modules from the node at an address. */
@@ -56,5 +74,6 @@ if (FROM_DISK) {
     given.get("node") ?? stored("address") ?? stored("address", "localStorage") ?? addressField.placeholder;
   addEventListener("hashchange", () => location.reload()); // the URL of another run was pasted
 }
-const loading = FROM_DISK ? undefined : import("./page.js");
+const loading = FROM_DISK ? undefined : loadOwn();
+loading?.catch(loadAgain);
 if (FROM_DISK && (given.has("node") || stored("user"))) load(addressField.value).catch(() => {}); // the button tries again
