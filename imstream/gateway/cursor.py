@@ -54,10 +54,7 @@ class StateChanged(NamedTuple):
 
     def is_news_after(self, told: "StateChanged | None") -> bool:
         """Whether to report this state after another."""
-        if told is None or (told.state, told.waiting and told.waiting.reason) != (
-            self.state,
-            self.waiting and self.waiting.reason,
-        ):
+        if told is None or (told.state, told.waiting) != (self.state, self.waiting):
             return True
         return self.place is not None and (told.place is None or self.place.is_news_after(told.place))
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -44,13 +44,6 @@ PAGE_ON_DISK = Path(str(resources.files("imstream.gateway") / "static" / "index.
 
 
 @pytest.fixture(scope="module")
-def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
-    with started.process:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def long_named(
     valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[NodeProcess]:
@@ -61,16 +54,8 @@ def long_named(
         yield started
 
 
-@pytest.fixture
-async def page(chromium: str) -> AsyncIterator[Page]:
-    """A tab with English as its language. At the end, the browser must have reported no error."""
-    async with open_page(chromium) as opened:
-        yield opened
-        assert opened.complaints == []
-
-
-async def test_a_person_logs_in_asks_and_reads_the_answer_as_it_is_written(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node)
+async def test_a_person_logs_in_asks_and_reads_the_answer_as_it_is_written(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node)
     await ask(page, f"Why is the sky blue? {SLOW}")
     await status(page, "answering")
     await has_written(page, 20)
@@ -81,9 +66,11 @@ async def test_a_person_logs_in_asks_and_reads_the_answer_as_it_is_written(page:
     await says(page, "Answered by node 0")
 
 
-async def test_an_answer_goes_on_where_it_stopped_when_the_connection_is_lost(page: Page, node: NodeProcess) -> None:
+async def test_an_answer_goes_on_where_it_stopped_when_the_connection_is_lost(
+    page: Page, page_node: NodeProcess
+) -> None:
     question = f"What if I lose you? {SLOW}"
-    await log_in(page, node)
+    await log_in(page, page_node)
     await ask(page, question)
     for _ in range(2):
         before = await page.evaluate(f"{LAST}.querySelector('.answer').textContent.length")
@@ -99,9 +86,9 @@ async def test_an_answer_goes_on_where_it_stopped_when_the_connection_is_lost(pa
     await says(page, "resumed")
 
 
-async def test_an_answer_outlives_a_reload_of_the_page(page: Page, node: NodeProcess) -> None:
+async def test_an_answer_outlives_a_reload_of_the_page(page: Page, page_node: NodeProcess) -> None:
     question = f"Will you be there? {SLOW}"
-    await log_in(page, node)
+    await log_in(page, page_node)
     await ask(page, "A first question")
     await status(page, "done")
     await ask(page, question)
@@ -153,8 +140,8 @@ async def test_the_page_says_which_node_it_talks_to_and_which_one_answered(
         page.forgive_absence()
 
 
-async def test_earlier_turns_are_sent_along(page: Page, node: NodeProcess, valkey: RedisServer) -> None:
-    await log_in(page, node, 10002)
+async def test_earlier_turns_are_sent_along(page: Page, page_node: NodeProcess, valkey: RedisServer) -> None:
+    await log_in(page, page_node, 10002)
     await ask(page, "First")
     await status(page, "done")
     await ask(page, f"Second {ENDLESS}")
@@ -168,8 +155,8 @@ async def test_earlier_turns_are_sent_along(page: Page, node: NodeProcess, valke
     await status(page, "cancelled")
 
 
-async def test_a_stopped_answer_keeps_its_text_and_can_be_asked_again(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node)
+async def test_a_stopped_answer_keeps_its_text_and_can_be_asked_again(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node)
     await ask(page, f"Too long for me {ENDLESS}")
     await has_written(page)
     await stop(page)
@@ -229,9 +216,11 @@ async def test_a_message_beyond_the_quota_of_the_day_is_told_so_and_not_sent_aga
     page.forgive_absence()
 
 
-async def test_a_message_that_cannot_be_answered_says_so_and_can_be_tried_again(page: Page, node: NodeProcess) -> None:
+async def test_a_message_that_cannot_be_answered_says_so_and_can_be_tried_again(
+    page: Page, page_node: NodeProcess
+) -> None:
     question = "Refuse me [[demo fail=1 status=400]]"
-    await log_in(page, node)
+    await log_in(page, page_node)
     await ask(page, question)
     await status(page, "failed")
     await says(page, Text.REFUSED.en)
@@ -252,9 +241,9 @@ async def test_an_answer_that_was_cut_is_said_to_be(
     page.forgive_absence()
 
 
-async def test_an_interrupted_answer_is_written_again(page: Page, node: NodeProcess) -> None:
+async def test_an_interrupted_answer_is_written_again(page: Page, page_node: NodeProcess) -> None:
     question = "Break in the middle [[demo break=1 pace=10ms]]"
-    await log_in(page, node)
+    await log_in(page, page_node)
     await ask(page, question)
     await says(page, "Interrupted, writing it again")
     await whole_answer(page, question)
@@ -346,9 +335,9 @@ async def test_a_conversation_goes_on_after_its_login_has_ended(
     page.forgive_absence()
 
 
-async def test_a_person_who_reads_chinese(chromium: str, node: NodeProcess) -> None:
+async def test_a_person_who_reads_chinese(chromium: str, page_node: NodeProcess) -> None:
     async with open_page(chromium, lang="zh-CN,zh;q=0.9") as page:
-        await page.visit(f"{node.http}/")
+        await page.visit(f"{page_node.http}/")
         await page.until("document.querySelector('#login .main').textContent === '连接'")
         await page.fill("#user", str(user_id(10001)))
         await page.press("Enter")
@@ -363,8 +352,8 @@ async def test_a_person_who_reads_chinese(chromium: str, node: NodeProcess) -> N
         assert page.complaints == []
 
 
-async def test_a_wrong_user_id_is_not_sent(page: Page, node: NodeProcess) -> None:
-    await page.visit(f"{node.http}/")
+async def test_a_wrong_user_id_is_not_sent(page: Page, page_node: NodeProcess) -> None:
+    await page.visit(f"{page_node.http}/")
     wrong, why = {UserIds.NUMBER: ("10000", "above 10000"), UserIds.TEXT: ("a b", "1 to 128 letters")}[USER_IDS]
     await page.fill("#user", wrong)
     await page.press("Enter")
@@ -394,8 +383,8 @@ async def test_a_person_logs_in_with_an_e_mail_address_where_ids_are_text(
             await page.until("!document.querySelector('#login').hidden")
 
 
-async def test_enter_chooses_a_word_in_an_input_method_and_sends_otherwise(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node)
+async def test_enter_chooses_a_word_in_an_input_method_and_sends_otherwise(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node)
     await page.click("textarea")
     await page.call("Input.imeSetComposition", text="nihao", selectionStart=5, selectionEnd=5)
     await page.press("Enter")
@@ -407,9 +396,9 @@ async def test_enter_chooses_a_word_in_an_input_method_and_sends_otherwise(page:
     await page.until(f"{LAST}?.querySelector('.question').textContent === '你好\\n再见'")
 
 
-async def test_what_people_and_models_write_is_never_html(page: Page, node: NodeProcess) -> None:
+async def test_what_people_and_models_write_is_never_html(page: Page, page_node: NodeProcess) -> None:
     question = "<img src=x onerror=document.title='hacked'> <script>document.title='hacked'</script>"
-    await log_in(page, node)
+    await log_in(page, page_node)
     await ask(page, question)
     await whole_answer(page, question)
     assert await page.evaluate(f"{LAST}.querySelector('blockquote').textContent") == question
@@ -417,11 +406,13 @@ async def test_what_people_and_models_write_is_never_html(page: Page, node: Node
     assert await page.evaluate("document.title") == "imstream"
 
 
-async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(page: Page, node: NodeProcess) -> None:
+async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(
+    page: Page, page_node: NodeProcess
+) -> None:
     turned = "\u202e\u202d\u2067abc"  # overrides, and an isolate without an end
     text = f"{turned} `{turned} d` **{turned} e** f\n```\n{turned}\n```\n- {turned}"
     message = {"contents": f"{turned} ?", "text": text, "status": "done", "node": f"{turned}שלום"}
-    await log_in(page, node)
+    await log_in(page, page_node)
     await page.keep(**message)
     await page.call("Page.reload")
     await status(page, "done")
@@ -447,7 +438,7 @@ async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(p
     assert (await kept(page))["text"] == text  # and the copied text is the original
 
 
-async def test_answers_are_set_as_they_were_meant(page: Page, node: NodeProcess) -> None:
+async def test_answers_are_set_as_they_were_meant(page: Page, page_node: NodeProcess) -> None:
     text = """\
 # Title
 Some `code` and **weight**.
@@ -475,7 +466,7 @@ open"""
         " Copy open",
     ]
     message = {"contents": "?", "text": text, "status": "done"}
-    await log_in(page, node)
+    await log_in(page, page_node)
     await page.keep(**message)
     await page.call("Page.reload")
     await status(page, "done")
@@ -487,10 +478,10 @@ open"""
     assert shown == wanted
 
 
-async def test_the_newest_words_stay_in_view_unless_the_person_scrolled_up(page: Page, node: NodeProcess) -> None:
+async def test_the_newest_words_stay_in_view_unless_the_person_scrolled_up(page: Page, page_node: NodeProcess) -> None:
     log = "document.querySelector('#log')"
     at_end = f"{log}.scrollHeight - {log}.scrollTop - {log}.clientHeight < 5"
-    await log_in(page, node)
+    await log_in(page, page_node)
     await ask(page, f"A long one {ENDLESS}")
     await page.until(f"{log}.scrollHeight > 2 * {log}.clientHeight")
     await page.until(at_end)
@@ -504,8 +495,8 @@ async def test_the_newest_words_stay_in_view_unless_the_person_scrolled_up(page:
     await status(page, "cancelled")
 
 
-async def test_an_answer_is_copied_as_it_was_written(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node)
+async def test_an_answer_is_copied_as_it_was_written(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node)
     await ask(page, "Copy me")
     await status(page, "done")
     await page.allow_clipboard()
@@ -514,13 +505,13 @@ async def test_an_answer_is_copied_as_it_was_written(page: Page, node: NodeProce
     assert await page.evaluate("navigator.clipboard.readText()") == "".join(canned_answer("Copy me"))
 
 
-async def test_a_logout_asks_whether_to_keep_the_conversations(page: Page, node: NodeProcess) -> None:
+async def test_a_logout_asks_whether_to_keep_the_conversations(page: Page, page_node: NodeProcess) -> None:
     async def log_out(button: int) -> None:
         await page.click("#menu summary")
         await page.click("#leave")
         await page.click(f"#dialog button:nth-child({button})")
 
-    await log_in(page, node, 10003)
+    await log_in(page, page_node, 10003)
     await page.click("#ideas button")
     await status(page, "done")
     await log_out(3)  # rather not

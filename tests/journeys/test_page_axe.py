@@ -1,15 +1,14 @@
 """The page passes axe's accessibility checks in each of its main states, and the keyboard reaches everything."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.journeys.page_steps import ENDLESS, LAST, ask, has_written, log_in, online, open_list, status, stop
-from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page
+from tests.journeys.page_support import DESKTOP, PHONE, Page
 from tests.support.npm import node as javascript
-from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
+from tests.support.servers import NodeProcess
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -34,20 +33,6 @@ a_line = "that is far too long for the screen of a phone, and for most desktops:
 """
 
 
-@pytest.fixture(scope="module")
-def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
-    with started.process:
-        yield started
-
-
-@pytest.fixture
-async def page(chromium: str) -> AsyncIterator[Page]:
-    async with open_page(chromium) as opened:
-        yield opened
-        assert opened.complaints == []
-
-
 async def problems(page: Page, state: str, *, dark: bool = False) -> list[str]:
     """What axe finds: the state of the page, the rule, and the element. In the dark, it looks at contrasts."""
     options = {"runOnly": ["color-contrast"]} if dark else {"resultTypes": ["violations"]}
@@ -60,11 +45,11 @@ async def problems(page: Page, state: str, *, dark: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [DESKTOP, pytest.param(PHONE, marks=pytest.mark.long)], ids=["desk", "phone"])
-async def test_axe_finds_nothing(page: Page, node: NodeProcess, size: tuple[int, int]) -> None:
+async def test_axe_finds_nothing(page: Page, page_node: NodeProcess, size: tuple[int, int]) -> None:
     javascript(NPM)
     axe = (NPM / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
     await page.look(size)
-    await page.visit(f"{node.http}/")
+    await page.visit(f"{page_node.http}/")
     await page.until("document.querySelector('#language').textContent")
     await page.evaluate(axe)
     found = await problems(page, "login")
@@ -94,8 +79,8 @@ async def test_axe_finds_nothing(page: Page, node: NodeProcess, size: tuple[int,
     assert found == []
 
 
-async def test_the_keyboard_reaches_everything_and_focus_is_never_lost(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node, 10021)
+async def test_the_keyboard_reaches_everything_and_focus_is_never_lost(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node, 10021)
     assert await page.evaluate("document.activeElement.id") == "box"
     await page.call("Input.insertText", text=f"By keyboard {ENDLESS}")
     await page.press("Enter")

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,25 +40,10 @@ QUESTIONS = "[...document.querySelectorAll('.question')].map((e) => e.textConten
 FOCUSED = "document.activeElement"
 
 
-@pytest.fixture(scope="module")
-def node(valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
-    with started.process:
-        yield started
-
-
-@pytest.fixture
-async def page(chromium: str) -> AsyncIterator[Page]:
-    """A tab with English as its language. At the end, the browser must have reported no error."""
-    async with open_page(chromium) as opened:
-        yield opened
-        assert opened.complaints == []
-
-
 async def test_a_second_question_is_sent_with_the_first_answer_when_that_is_there(
-    page: Page, node: NodeProcess, valkey: RedisServer
+    page: Page, page_node: NodeProcess, valkey: RedisServer
 ) -> None:
-    await log_in(page, node, 10011)
+    await log_in(page, page_node, 10011)
     await ask(page, f"First {SLOW}")
     await has_written(page, 20)
     await ask(page, f"Second {ENDLESS}")
@@ -76,9 +60,9 @@ async def test_a_second_question_is_sent_with_the_first_answer_when_that_is_ther
 
 @pytest.mark.long
 async def test_a_question_after_one_without_an_answer_waits_for_the_user_and_can_be_taken_back(
-    page: Page, node: NodeProcess
+    page: Page, page_node: NodeProcess
 ) -> None:
-    await log_in(page, node, 10012)
+    await log_in(page, page_node, 10012)
     await ask(page, "First [[demo fail=1 status=400 first=1s]]")
     await ask(page, "Second")
     await says(page, "Not sent, because the message above has no answer")
@@ -91,14 +75,16 @@ async def test_a_question_after_one_without_an_answer_waits_for_the_user_and_can
     await whole_answer(page, "Second")
 
 
-async def test_conversations_are_listed_in_later_tabs_and_deleted_in_all_of_them(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node, 10013)
+async def test_conversations_are_listed_in_later_tabs_and_deleted_in_all_of_them(
+    page: Page, page_node: NodeProcess
+) -> None:
+    await log_in(page, page_node, 10013)
     await ask(page, "The first conversation")
     await whole_answer(page, "The first conversation")
     await ask_elsewhere(page, "The second one")
     await whole_answer(page, "The second one")
     later = await open_tab(page)
-    await log_in(later, node, 10013)
+    await log_in(later, page_node, 10013)
     assert await later.evaluate("document.querySelectorAll('article').length") == 0
     await open_list(later)
     await later.until("document.querySelectorAll('#list li').length === 2")
@@ -122,9 +108,9 @@ async def test_conversations_are_listed_in_later_tabs_and_deleted_in_all_of_them
 
 @pytest.mark.long
 async def test_conversations_that_are_deleted_at_the_logout_leave_nothing_of_another_tab(
-    page: Page, node: NodeProcess
+    page: Page, page_node: NodeProcess
 ) -> None:
-    await log_in(page, node, 10041)
+    await log_in(page, page_node, 10041)
     await ask(page, "Known here")
     await whole_answer(page, "Known here")
     await page.keep(id="c9.m9", conversation="c9", contents="Known to another tab")
@@ -138,16 +124,18 @@ async def test_conversations_that_are_deleted_at_the_logout_leave_nothing_of_ano
 
 @pytest.mark.long
 async def test_a_running_answer_is_seen_with_its_question_on_every_device_of_the_user(
-    page: Page, chromium: str, node: NodeProcess
+    page: Page, chromium: str, page_node: NodeProcess
 ) -> None:
-    await log_in(page, node, 10014)
+    await log_in(page, page_node, 10014)
     async with open_page(chromium) as device, open_page(chromium) as late:
-        await log_in(device, node, 10014)
+        await log_in(device, page_node, 10014)
         await ask(page, f"Who sees me? {SLOW}")
         await has_written(device, 20)
-        await log_in(late, node, 10014)
+        await log_in(late, page_node, 10014)
         await has_written(late, 20)
-        for one in (page, device, late):
+        tab = await open_tab(page)
+        await log_in(tab, page_node, 10014)
+        for one in (page, device, late, tab):
             await whole_answer(one, f"Who sees me? {SLOW}")
             assert await one.evaluate(QUESTIONS) == [f"Who sees me? {SLOW}"]
         await ask(device, "And an answer from there?")
@@ -158,8 +146,8 @@ async def test_a_running_answer_is_seen_with_its_question_on_every_device_of_the
 
 
 @pytest.mark.long
-async def test_an_answer_is_written_again_and_replaces_the_first_one(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node, 10015)
+async def test_an_answer_is_written_again_and_replaces_the_first_one(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node, 10015)
     await ask(page, "Again, please")
     await whole_answer(page, "Again, please")
     first = (await kept(page))["id"]
@@ -218,9 +206,9 @@ async def run(*command: str) -> None:
 
 
 async def test_the_page_says_that_an_operator_has_paused_the_service(
-    page: Page, node: NodeProcess, valkey: RedisServer
+    page: Page, page_node: NodeProcess, valkey: RedisServer
 ) -> None:
-    await log_in(page, node, 10022)
+    await log_in(page, page_node, 10022)
     await run("pause", "--redis", valkey.admin_url, "--all")
     try:
         await ask(page, "Are you resting?")
@@ -231,19 +219,31 @@ async def test_the_page_says_that_an_operator_has_paused_the_service(
 
 
 @pytest.mark.long
-async def test_the_page_counts_down_while_the_ai_service_is_away(page: Page, node: NodeProcess) -> None:
-    question = "Are you there? [[demo busy=1 after=3s]]"
-    await log_in(page, node, 10017)
-    await ask(page, question)
-    await page.until(f"/AI service is \\w+, trying again/.test({LAST}.querySelector('.status').textContent)")
-    await whole_answer(page, question)
+async def test_the_page_counts_down_each_time_while_the_ai_service_is_away(
+    page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    settings = {"ai_breaker_failures": 1, "ai_breaker_pause": "1s", "retry_window": "60s"}
+    away = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="away", settings=settings)
+    with away.process:
+        await log_in(page, away, 10017)
+        await page.evaluate(
+            "(window.told = new Set(), new MutationObserver(() => "
+            f"told.add({LAST}?.querySelector('.status').textContent))"
+            ".observe(document.querySelector('#exchanges'), { subtree: true, childList: true, characterData: true }))"
+        )
+        await ask(page, "Are you there? [[demo fail=2]]")
+        await whole_answer(page, "Are you there?")
+        told = await page.evaluate("[...told].join('\\n')")
+        for seconds in (1, 2):  # the breaker's pause doubles
+            assert f"The AI service is away, trying again in {seconds} s" in told
+    page.forgive_absence()
 
 
 async def test_a_message_that_is_answered_after_it_has_failed_is_shown_as_such_also_after_a_reload(
-    page: Page, node: NodeProcess, valkey: RedisServer
+    page: Page, page_node: NodeProcess, valkey: RedisServer
 ) -> None:
     question = "Answer me after all [[demo fail=1 status=400]]"
-    await log_in(page, node, 10018)
+    await log_in(page, page_node, 10018)
     await ask(page, question)
     await says(page, Text.REFUSED.en)
     await page.call("Page.reload")
@@ -256,8 +256,8 @@ async def test_a_message_that_is_answered_after_it_has_failed_is_shown_as_such_a
     await says(page, "after it had failed at first")
 
 
-async def test_a_text_that_is_too_long_is_kept_and_told_by_how_much(page: Page, node: NodeProcess) -> None:
-    await log_in(page, node, 10019)
+async def test_a_text_that_is_too_long_is_kept_and_told_by_how_much(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node, 10019)
     await page.fill("#box", "长" * 22_000)
     await page.until("document.querySelector('#too-long').textContent.startsWith('Too long for one message: ')")
     await page.press("Enter")
@@ -272,9 +272,9 @@ async def test_a_text_that_is_too_long_is_kept_and_told_by_how_much(page: Page, 
 
 
 @pytest.mark.long
-async def test_enter_is_a_new_line_on_a_phone(page: Page, node: NodeProcess) -> None:
+async def test_enter_is_a_new_line_on_a_phone(page: Page, page_node: NodeProcess) -> None:
     await page.look(PHONE)
-    await log_in(page, node, 10020)
+    await log_in(page, page_node, 10020)
     await page.fill("#box", "One")
     await page.press("Enter")
     await page.call("Input.insertText", text="two")
@@ -282,3 +282,66 @@ async def test_enter_is_a_new_line_on_a_phone(page: Page, node: NodeProcess) -> 
     await page.click("#write button")
     await status(page, "done")
     assert await page.evaluate(QUESTIONS) == ["One\ntwo"]
+
+
+async def test_what_another_tab_has_just_stored_is_deleted_with_the_conversation(
+    page: Page, page_node: NodeProcess
+) -> None:
+    await page.visit(f"{page_node.http}/")
+    await page.until("document.querySelector('#language').textContent")
+    race = """(async () => {
+      const { Archive } = await import("/page-store.js");
+      const told = [];
+      const open = (ids) => new Archive("10001 http://here/", (removed) => ids.push(...removed));
+      const [one, other] = [open([]), open(told)];
+      const record = { id: "m1", conversation: "c1", at: 1 };
+      await Promise.all([one, other].map((archive) => archive.put(record)));
+      one.remove(["m1"]);
+      other.put(record); // it has not heard of that yet
+      while (!told.length) await new Promise((resolve) => setTimeout(resolve));
+      return (await other.all()).length;
+    })()"""
+    assert await page.evaluate(race) == 0
+
+
+@pytest.mark.long
+async def test_a_conversation_that_two_tabs_delete_at_once_is_gone_in_both(page: Page, page_node: NodeProcess) -> None:
+    await log_in(page, page_node, 10042)
+    await ask(page, f"Delete me twice {ENDLESS}")
+    await has_written(page)
+    other = await open_tab(page)
+    await log_in(other, page_node, 10042)
+    for tab in (page, other):
+        await open_list(tab)
+        await tab.click("#list .remove")
+        await tab.until("document.querySelector('#dialog').open")
+    for tab in (page, other):
+        await tab.evaluate("document.querySelector('#dialog button').click()")
+    for tab in (page, other):
+        await tab.until("document.querySelectorAll('#list li').length === 0")
+        await tab.until("!document.querySelector('#welcome').hidden")
+        await tab.until(f"{FOCUSED} !== document.body")
+    assert await page.kept() == []
+    await ask(other, "And now?")
+    await whole_answer(other, "And now?")
+
+
+async def test_conversations_that_the_browser_does_not_keep_are_not_lost_without_a_question(
+    page: Page, page_node: NodeProcess
+) -> None:
+    forbid = "Object.defineProperty(window, 'indexedDB', { get() { throw new DOMException('', 'SecurityError'); } })"
+    await page.call("Page.addScriptToEvaluateOnNewDocument", source=forbid)
+    await log_in(page, page_node, 10043)
+    await ask(page, "Private?")
+    await status(page, "done")
+    await open_list(page)
+    await page.until("document.querySelector('#not-kept').checkVisibility()")
+    assert await listed(page) == ["Private?"]
+    await page.evaluate("document.querySelector('#leave').click()")
+    await page.until("document.querySelector('#dialog').innerText.includes('they are lost')")
+    await page.click("#dialog button:nth-child(2)")
+    await page.until("!document.querySelector('#dialog').open")
+    assert await page.evaluate("document.querySelectorAll('article').length") == 1
+    await page.evaluate("document.querySelector('#leave').click()")
+    await page.click("#dialog button")
+    await page.until("!document.querySelector('#login').hidden")

@@ -156,3 +156,12 @@ async def test_a_selection_stays_while_the_text_grows(page: Page) -> None:
     )
     await update(page, "Some **strong** words to select, and `more` of them\n\n- that\n- come", done=False)
     assert await page.evaluate("getSelection().toString()") == "words"
+
+
+async def test_lists_and_tables_in_hebrew_or_arabic_begin_on_the_right(page: Page) -> None:
+    await update(page, "- שלום\n- עולם\n\n> ציטוט\n\n| א | ב |\n|---|---|\n| 1 | 2 |\n\n- English\n- as before")
+    directions = "[...shown.element.children].map((e) => getComputedStyle(e).direction)"
+    assert await page.evaluate(directions) == ["rtl", "rtl", "rtl", "ltr"]
+    cells = "[...shown.element.querySelectorAll('th')].map((e) => e.getBoundingClientRect().x)"
+    first, second = await page.evaluate(cells)
+    assert first > second

@@ -327,6 +327,18 @@ def test_a_call_that_fails_and_a_restart_take_the_reasoning_with_them() -> None:
     assert told(slow) == ["thinking", "2/0: third"]
 
 
+def test_each_wait_for_a_backend_is_told_with_its_time() -> None:
+    reply = reply_with()
+    cursor = Cursor(reply, wants=WANTS)
+    waits = []
+    for milliseconds in (1000, 2000, 2000, 4000):
+        reply.wait(Waiting("default", "http_503", retry_after=milliseconds))
+        waits += [
+            step.waiting.retry_after for step in all_steps(cursor) if isinstance(step, StateChanged) and step.waiting
+        ]
+    assert waits == [1000, 2000, 4000]
+
+
 def test_much_reasoning_is_told_in_parts_and_takes_little_memory() -> None:
     characters = [chr(0x4E00 + number % 20_000) for number in range(100_000)]
     tracemalloc.start()

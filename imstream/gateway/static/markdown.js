@@ -95,8 +95,10 @@ export class MarkdownView {
   #place(parent, index, make) {
     const old = parent.childNodes[index];
     const fresh = make(old);
-    if (!old) parent.append(fresh);
-    else if (fresh !== old) old.replaceWith(fresh);
+    if (fresh === old) return;
+    if (parent === this.#element) fresh.dir = "auto"; // the markers of lists, the bar of quotes, the columns of tables
+    if (old) old.replaceWith(fresh);
+    else parent.append(fresh);
   }
 
   /** The element itself if it was made for the same kind of block, else a new one. */

@@ -213,6 +213,7 @@ export class Chat {
       exchange.attach(accepted ? this.client.follow(id, contents) : this.client.send(contents, history, id), text);
     }
     for (const conversation of this.conversations.values()) this.#sendNext(conversation);
+    if (this.wanted === null && !$("box").value) this.wanted = this.list.find(({ isLive }) => isLive)?.id; // a new tab
     if (this.conversations.has(this.wanted) && !this.current.exchanges.length) this.open(this.wanted);
     this.wanted = undefined;
     this.onChange();

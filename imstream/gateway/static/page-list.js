@@ -56,7 +56,9 @@ export class ConversationList {
     for (const [index, element] of wanted.entries()) {
       if (list.children[index] !== element) list.insertBefore(element, list.children[index] ?? null);
     }
-    $("none").hidden = wanted.length > 0;
+    const { isKept } = this.chat.archive;
+    $("none").hidden = wanted.length > 0 || !isKept;
+    $("not-kept").hidden = isKept;
     if (focused !== document.activeElement && focused.isConnected) focused.focus();
     else if (!focused.isConnected) (list.querySelector("button") ?? $("toggle")).focus();
   }

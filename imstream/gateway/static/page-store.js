@@ -24,16 +24,23 @@ function storage(kind) {
  * removed.
  */
 export class Archive {
+  isKept = true; // whether the browser keeps them; without permission it does not
+
   /** @param onRemoved called with the ids that another tab has removed */
   constructor(owner, onRemoved) {
     this.owner = owner;
     try {
       this.channel = new BroadcastChannel("imstream");
-      this.channel.onmessage = ({ data }) => data.owner === owner && onRemoved(data.removed);
+      this.channel.onmessage = ({ data }) => {
+        if (data.owner !== owner) return;
+        onRemoved(data.removed);
+        this.#delete(data.removed); // this tab may have stored one of them a moment ago
+      };
     } catch {
       // forbidden, like the database
     }
     this.database = opened().catch(() => undefined);
+    this.database.then((database) => (this.isKept = Boolean(database)));
   }
 
   /** All records, the oldest first. */
@@ -48,6 +55,10 @@ export class Archive {
 
   remove(ids) {
     this.channel?.postMessage({ owner: this.owner, removed: ids });
+    return this.#delete(ids);
+  }
+
+  #delete(ids) {
     return this.#run("readwrite", (store) => ids.map((id) => store.delete([this.owner, id])).at(-1));
   }
 

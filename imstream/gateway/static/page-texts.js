@@ -86,6 +86,11 @@ const TEXTS = {
     "Your conversations are kept in this browser, for your next login. Keep them?",
     "你的对话保存在此浏览器中，供下次登录使用。要保留吗？",
   ],
+  loseQuestion: [
+    "This browser does not keep your conversations: they are lost when you log out.",
+    "此浏览器无法保存你的对话，退出登录后将丢失。",
+  ],
+  loseAll: ["Log out", "退出登录"],
   keep: ["Keep them", "保留"],
   removeAll: ["Delete them", "删除"],
   back: ["Cancel", "取消"],

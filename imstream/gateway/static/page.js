@@ -87,8 +87,10 @@ function leave() {
 
 async function logOut(problem = "") {
   if (!problem && chat.list.length) {
-    const chosen = await choose(say("leaveQuestion"), [say("keep"), say("removeAll"), say("back")]);
-    if (chosen < 0 || chosen > 1) return;
+    const { isKept } = chat.archive;
+    const actions = isKept ? [say("keep"), say("removeAll")] : [say("loseAll")];
+    const chosen = await choose(say(isKept ? "leaveQuestion" : "loseQuestion"), [...actions, say("back")]);
+    if (!actions[chosen]) return;
     if (chosen === 1) await chat.removeAll();
   }
   for (const key of ["user", "owner", "conversation"]) session.set(key, null);
