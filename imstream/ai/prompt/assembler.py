@@ -133,11 +133,7 @@ class PromptAssembler:
 
     async def plan(self, request: ChatRequest) -> PromptPlan | Excess:
         """Plan the prompt of a request, or tell that even the message alone does not fit."""
-        system, question = self._fixed(request)
-        turns = self._turns(request.history)
-        if self._fits_in_bytes([*system, *turns, question]):
-            return PromptPlan(system, turns, question, self.budget, (0,) * len(turns))
-        return await self._run([*turns, question], lambda: self._measure(system, turns, question))
+        return await self._plan(request, request.history)
 
     async def excess(self, request: ChatRequest) -> Excess | None:
         """Tell if a message is too long even without its history."""
@@ -146,13 +142,8 @@ class PromptAssembler:
             tokens = self.counter.count(request.contents)
             if tokens > limit:
                 return Excess(tokens, self._message_budget)
-        system, question = self._fixed(request)
-        turns = self._turns(turn for turn in request.history if turn[0] == "system")
-        fixed = [*system, *turns, question]
-        if self._fits_in_bytes(fixed):
-            return None
-        remaining = await self._run(fixed, lambda: self._remaining(fixed))
-        return remaining if isinstance(remaining, Excess) else None
+        plan = await self._plan(request, [turn for turn in request.history if turn[0] == "system"])
+        return plan if isinstance(plan, Excess) else None
 
     def size(self, message: PromptMessage) -> int:
         """Tokens of a message within a prompt."""
@@ -166,13 +157,17 @@ class PromptAssembler:
         """Tokens of a text."""
         return await self._run([PromptMessage("assistant", text)], lambda: self.counter.count(text))
 
-    def _fixed(self, request: ChatRequest) -> tuple[list[PromptMessage], PromptMessage]:
-        """The messages before and after the history."""
+    async def _plan(self, request: ChatRequest, history: Iterable[tuple[str, str]]) -> PromptPlan | Excess:
         date = self._calendar.day(request.at).name if self._names_date else ""
         language = _LANGUAGES.get(request.lang, request.lang)
-        return self._fill(
+        system, question = self._fill(
             user=self.escape(str(request.user_id)), date=date, language=language, contents=self.escape(request.contents)
         )
+        turns = self._turns(history)
+        messages = [*system, *turns, question]
+        if self._fits_in_bytes(messages):
+            return PromptPlan(system, turns, question, self.budget, (0,) * len(turns))
+        return await self._run(messages, lambda: self._measure(system, turns, question))
 
     def _fill(self, **values: str) -> tuple[list[PromptMessage], PromptMessage]:
         system = [] if self._system is None else [PromptMessage("system", self._system.fill(values))]
@@ -190,10 +185,12 @@ class PromptAssembler:
     def _measure(
         self, system: Sequence[PromptMessage], turns: Sequence[PromptMessage], question: PromptMessage
     ) -> PromptPlan | Excess:
-        budget = self._remaining([*system, *(turn for turn in turns if turn.role == "system"), question])
-        if isinstance(budget, Excess):
-            return budget
-        remaining = budget
+        fixed = [*system, *(turn for turn in turns if turn.role == "system")]
+        size = self.size(question)
+        budget = remaining = self.budget - PROMPT_TOKENS - sum(map(self.size, fixed)) - size
+        if budget < 0:
+            tokens = size - self._template_tokens
+            return Excess(tokens, max(0, tokens + budget))
         sizes: list[int] = []
         for turn in reversed(turns):
             sizes.append(0 if turn.role == "system" else self.size(turn))
@@ -201,16 +198,6 @@ class PromptAssembler:
             if remaining < 0:
                 break
         return PromptPlan(system, turns, question, budget, sizes)
-
-    def _remaining(self, fixed: Sequence[PromptMessage]) -> int | Excess:
-        """Tokens that are left beside the messages that cannot be dropped, of which the question is the last."""
-        *others, question = fixed
-        size = self.size(question)
-        remaining = self.budget - PROMPT_TOKENS - sum(map(self.size, others)) - size
-        if remaining >= 0:
-            return remaining
-        tokens = size - self._template_tokens
-        return Excess(tokens, max(0, tokens + remaining))
 
     def _fits_in_bytes(self, messages: Sequence[PromptMessage]) -> bool:
         """Whether messages fit without counting, as nearly always: no text has more tokens than bytes."""
