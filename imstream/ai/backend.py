@@ -251,6 +251,7 @@ class OpenAIBackend(EndpointClient):
         )
         intake = Intake(reader, limits, call.on_text, self._options.idle_timeout, self._turn, self._rollup)
         call.reader = reader
+        limits.catch_up = intake.wake
         self._rollup.join(intake)
         try:
             while not reader.complete:

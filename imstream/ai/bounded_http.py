@@ -9,6 +9,7 @@ The only file that uses private names of aiohttp (`TCPConnector._factory`, `Resp
 """
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -48,6 +49,9 @@ class BoundedHandler(ResponseHandler):
 
     It also aborts a connection that receives a response without a request, which aiohttp would take for the response to
     the next request.
+
+    While it is held, the event loop does not watch the socket: data waits in the kernel, and `release` reads it with
+    one system call, which is cheaper than being woken. Only its transport can read a TLS connection: there it gathers.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, limit: int) -> None:
@@ -59,6 +63,13 @@ class BoundedHandler(ResponseHandler):
         self._unchecked = 0  # bytes that may be received before the limits are checked again
         self._gathered: list[bytes] | None = None  # received since `hold`; None: nothing is held
         self._gathered_size = 0
+        self._socket: int | None = None  # its descriptor; None: only the transport can read, or is to find the end
+        self._is_polled = False  # the transport does not read, because `release` does
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        super().connection_made(transport)
+        self._socket = readable_socket(transport)
 
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - passed through
         """Called by aiohttp before it sends a request."""
@@ -70,18 +81,45 @@ class BoundedHandler(ResponseHandler):
         super().set_response_params(**params)
 
     def hold(self) -> None:
-        """Let what is received gather, unless it is much or the end of a body. It is then parsed together.
-
-        To pause the transport would cost more system calls than it saves.
-        """
+        """Let what is received wait, unless it gathers here and is much, or the end of a body."""
         self._gathered, self._gathered_size = [], 0
+        if self._socket is not None and not self._is_polled and self.transport is not None:
+            self._is_polled = True
+            self.transport.pause_reading()
 
-    def release(self) -> bool:
-        """Parse what has gathered, and go on; return whether anything has."""
+    def release(self) -> None:
+        """Parse what was received meanwhile, deliver it, and go on unless `body` holds again."""
         gathered, self._gathered = self._gathered, None
+        if gathered is None:
+            return
+        if data := self._poll():
+            gathered.append(data)
         if gathered:
-            self.data_received(gathered[0] if len(gathered) == 1 else b"".join(gathered))
-        return bool(gathered)
+            self.data_received(b"".join(gathered))
+        elif self.body is not None:
+            self.body.deliver()
+        if self._gathered is None:
+            self._stop_polling()
+
+    def _poll(self) -> bytes:
+        # The descriptor of a closed transport may be another connection's.
+        if not self._is_polled or self._socket is None or self.transport is None or self.transport.is_closing():
+            return b""
+        try:
+            data = os.read(self._socket, RECEIVE_BUFFER)
+        except BlockingIOError:
+            return b""
+        except OSError:
+            data = b""
+        if not data:  # the end, or an error, which the transport finds as well
+            self._socket = None
+            self._stop_polling()
+        return data
+
+    def _stop_polling(self) -> None:
+        if self._is_polled and self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+        self._is_polled = False
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop, and by aiohttp (without data) to parse what it has buffered."""
@@ -180,6 +218,14 @@ def _small_socket(address: AddrInfoType) -> socket.socket:
     return sock
 
 
+def readable_socket(transport: asyncio.BaseTransport) -> int | None:
+    """The file descriptor whose bytes are those of the protocol; None for TLS."""
+    if transport.get_extra_info("sslcontext") is not None:
+        return None
+    descriptor: int = transport.get_extra_info("socket").fileno()
+    return descriptor
+
+
 def is_encoded(response: aiohttp.ClientResponse) -> bool:
     """Whether the body has a content encoding, although `identity` was requested."""
     codings = ",".join(response.headers.getall("Content-Encoding", ())).split(",")
@@ -220,13 +266,14 @@ class StreamedBody:
             handler.release()
 
     def pause(self) -> None:
-        """Deliver nothing but much or the end, until `resume`."""
+        """Deliver nothing until `resume`."""
         if self._handler is not None:
             self._handler.hold()
 
-    def resume(self) -> bool:
-        """Deliver what was received meanwhile, and go on; return whether there was anything."""
-        return self._handler is not None and self._handler.release()
+    def resume(self) -> None:
+        """Deliver what was received meanwhile, and call `after_read`, which may pause again."""
+        if self._handler is not None:
+            self._handler.release()
 
     def deliver(self) -> None:
         """Called by the connection after it has parsed what it received."""

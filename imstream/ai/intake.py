@@ -75,18 +75,16 @@ class Intake:
         return not (reader.complete or self._text)
 
     def rest(self, body: StreamedBody) -> None:
-        """After a read with text: read the next one when it is the turn of this answer, if the node is busy."""
-        if self._may_rest and self._resting is None and self.rollup.rest(self):
-            self._resting, self._may_rest = body, False
-            self.limits.is_resting = True  # its silence is ours
+        """After a read: make the next one in the turn of this answer, if the node is busy and text is coming."""
+        if self._may_rest and self.rollup.rest(self):
+            self._resting = body
             body.pause()
 
     def wake(self) -> None:
         """See `Sleeper`."""
         body, self._resting = self._resting, None
-        self.limits.is_resting = False
-        if body is None or not body.resume():
-            self.limits.renew()
+        if body is not None:
+            body.resume()
 
     async def feed_deferred(self) -> None:
         """Feed a deferred read."""

@@ -10,6 +10,7 @@ total_timeout         the whole answer
 
 import asyncio
 import math
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -40,11 +41,11 @@ class TimeLimits:
     timer compares when it fires: a thousand tokens cost a thousand assignments and one timer.
 
     Attributes:
-        is_resting: Nothing is read: only the limits of the whole can be exceeded.
+        catch_up: Called before silence is found too long: reads what was received while the connection rested.
     """
 
     def __init__(self, *, total: timedelta) -> None:
-        self.is_resting = False
+        self.catch_up: Callable[[], None] = _nothing
         self._loop = asyncio.get_running_loop()
         self._scope = asyncio.timeout(None)
         self._total = self._within = total.total_seconds()
@@ -88,6 +89,7 @@ class TimeLimits:
 
     def stop(self) -> None:
         """Remove all limits."""
+        self.catch_up = _nothing
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -97,8 +99,8 @@ class TimeLimits:
 
     def _on_timer(self) -> None:
         now = self._loop.time()
-        if self.is_resting:
-            self.renew()
+        if now >= self._due:
+            self.catch_up()
         if now >= self._deadline:
             self._exceeded = self._deadline_reason
         elif now >= self._due:
@@ -151,6 +153,10 @@ class AnswerLimits:
         self._answered_at = asyncio.get_running_loop().time()
         self._grown = timedelta(0)
         self._sends_documents = is_document
+
+
+def _nothing() -> None:
+    pass
 
 
 def _kind(reason: str) -> FailureKind:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from imstream.ai import bounded_http
 from imstream.ai.backend import OpenAIBackend
 from imstream.ai.rollup import RollUp, Sleeper
 from imstream.errors import BackendError
@@ -27,6 +28,7 @@ class HeldRollUp(RollUp):
         self.resting: Sleeper | None = None
         self.asked = 0
         self.running = 0
+        self.is_busy = True
 
     def join(self, sleeper: Sleeper) -> None:  # noqa: ARG002 - the signature of `RollUp`
         """See `RollUp`."""
@@ -40,14 +42,28 @@ class HeldRollUp(RollUp):
     def rest(self, sleeper: Sleeper) -> bool:
         """See `RollUp`."""
         self.asked += 1
-        self.resting = sleeper
-        return True
+        self.resting = sleeper if self.is_busy else None
+        return self.is_busy
 
-    def wake(self) -> None:
-        """Let it go on."""
+    def wake(self, *, is_busy: bool = True) -> None:
+        """Let it go on, and rest again if the node is still busy."""
+        self.is_busy = is_busy
         sleeper, self.resting = self.resting, None
         assert sleeper is not None
         sleeper.wake()
+
+    def has_ended(self) -> bool:
+        """Let it go on if it rests; return whether the answer has ended."""
+        if self.resting is not None:
+            self.wake()
+        return self.running == 0
+
+
+@pytest.fixture(params=["plain", "tls"], autouse=True)
+def _connection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its transport can read a TLS connection: so it is here, although the server has no certificate."""
+    if request.param == "tls":
+        monkeypatch.setattr(bounded_http, "readable_socket", lambda _: None)
 
 
 @asynccontextmanager
@@ -73,7 +89,8 @@ async def test_the_first_text_is_read_at_once_and_what_comes_while_it_rests_toge
             rollup.wake()
             await wait_until(lambda: rollup.resting is not None, "the connection rests again")
             await exchange.send(event(chunk("!")), END)
-            await exchange.end()  # waits for no rest
+            rollup.wake()
+            await exchange.end()
 
         asked.backend.then(script)
         completion = await asked.ask()
@@ -95,6 +112,7 @@ async def test_a_connection_does_not_rest_before_its_first_text() -> None:
             await exchange.send(event(chunk("yes")))
             await wait_until(lambda: rollup.resting is not None, "the connection rests")
             await exchange.send(END)
+            rollup.wake(is_busy=False)
             await exchange.end()
 
         asked.backend.then(script)
@@ -112,8 +130,7 @@ async def test_the_rest_of_a_connection_is_no_silence_of_its_backend() -> None:
             await wait_until(lambda: rollup.resting is not None, "the connection rests")
             await exchange.send(event(chunk("b")), END)
             rested_from = loop.time()
-            await wait_until(lambda: loop.time() > rested_from + 0.5, "it has rested for longer than the limit")
-            rollup.wake()
+            await wait_until(lambda: loop.time() > rested_from + 0.5, "it would have rested for longer than the limit")
             await exchange.end()
 
         asked.backend.then(script)
@@ -179,11 +196,28 @@ async def test_what_a_backend_sends_before_it_breaks_the_answer_is_read() -> Non
             await wait_until(lambda: rollup.resting is not None, "the connection rests")
             await exchange.send(event(chunk("b")))
             exchange.half_close()
+            await wait_until(rollup.has_ended, "the answer has ended")
 
         asked.backend.then(script)
         with pytest.raises(BackendError):
             await asked.ask()
         assert asked.text == "ab"
+
+
+async def test_a_connection_that_breaks_while_it_rests_is_found_broken_afterwards() -> None:
+    async with asking_busy() as (asked, rollup):
+
+        async def script(exchange: Exchange) -> None:
+            await exchange.start()
+            await exchange.send(event(chunk("a")))
+            await wait_until(lambda: rollup.resting is not None, "the connection rests")
+            exchange.reset()
+            await wait_until(rollup.has_ended, "the answer has ended")
+
+        asked.backend.then(script)
+        with pytest.raises(BackendError) as caught:
+            await asked.ask()
+        assert caught.value.kind == "broken"
 
 
 async def test_a_connection_that_has_rested_is_used_again() -> None:
@@ -194,6 +228,7 @@ async def test_a_connection_that_has_rested_is_used_again() -> None:
             await exchange.send(event(chunk("a")))
             await wait_until(lambda: rollup.resting is not None, "the connection rests")
             await exchange.send(END)
+            rollup.wake()
             await exchange.end()
 
         asked.backend.then(script, script)

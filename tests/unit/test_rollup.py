@@ -1,11 +1,12 @@
 """Connections to backends rest while the node is busy: how long, and in turns. In virtual time."""
 
 import asyncio
+from collections import Counter
 from datetime import timedelta
 
 import pytest
 
-from imstream.ai.rollup import BUSY, MEMORY, MIN_PERIOD, PER_ANSWER, QUIET, SAMPLE, SLOTS, RollUp
+from imstream.ai.rollup import BUSY, MEMORY, MIN_PERIOD, PER_ANSWER, PER_TURN, QUIET, SAMPLE, SLOTS, RollUp
 from tests.support.virtual_time import in_virtual_time
 
 LIMIT = 0.040
@@ -61,6 +62,10 @@ class Node:
         rests = [rest for answer in self.answers for rest in answer.rests[-3:]]
         return [min(rests), max(rests)]
 
+    def turns(self) -> list[int]:
+        """The number of connections that were read together in each of the last turns."""
+        return list(Counter(answer.read_at[-1] for answer in self.answers).values())
+
 
 @in_virtual_time
 async def test_connections_of_a_quiet_node_do_not_rest() -> None:
@@ -81,7 +86,7 @@ async def test_the_rest_grows_with_the_cpu() -> None:
 
 @in_virtual_time
 async def test_the_rest_is_short_while_few_answers_are_under_way() -> None:
-    assert await Node(share=1.0, answers=40).rests() == pytest.approx([40 * PER_ANSWER] * 2)
+    assert await Node(share=1.0, answers=10).rests() == pytest.approx([10 * PER_ANSWER] * 2)
     assert await Node(share=1.0, answers=round(MIN_PERIOD / PER_ANSWER) - 1).rests() == [PACE] * 2
 
 
@@ -92,11 +97,19 @@ async def test_without_a_limit_no_connection_rests() -> None:
 
 @in_virtual_time
 async def test_not_all_connections_are_read_together() -> None:
-    node = Node(share=1.0, answers=10 * SLOTS)
+    node = Node(share=1.0, answers=PER_TURN * SLOTS)
     await node.rests()
-    last = sorted({answer.read_at[-1] for answer in node.answers})
-    assert len(last) == SLOTS
-    assert all(sum(answer.read_at[-1] == at for answer in node.answers) == 10 for at in last)
+    assert node.turns() == [PER_TURN] * SLOTS
+
+
+@in_virtual_time
+async def test_few_connections_are_read_together() -> None:
+    node = Node(share=1.0, answers=PER_TURN * 2)
+    await node.rests()
+    assert len(node.turns()) == 2
+    node = Node(share=1.0, answers=PER_TURN)
+    await node.rests()
+    assert node.turns() == [PER_TURN]
 
 
 @in_virtual_time

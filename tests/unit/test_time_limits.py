@@ -164,12 +164,15 @@ async def test_the_task_can_go_on_after_a_limit() -> None:
 
 
 @in_virtual_time
-async def test_silence_is_not_counted_while_nothing_is_read() -> None:
-    async with TimeLimits(total=seconds(100)) as limits:
-        limits.expect("idle", within=seconds(3))
-        limits.is_resting = True
-        await asyncio.sleep(50)
-        limits.is_resting = False
-        limits.renew()
-        await asyncio.sleep(2)
-    assert asyncio.get_running_loop().time() == 52
+async def test_what_was_received_is_read_before_silence_is_found_too_long() -> None:
+    async def silent_after_50_seconds() -> None:
+        async with TimeLimits(total=seconds(100)) as limits:
+            limits.expect("idle", within=seconds(3))
+            limits.catch_up = limits.renew
+            await asyncio.sleep(50)
+            limits.catch_up = lambda: None
+            await asyncio.sleep(50)
+
+    with pytest.raises(TransientBackendError, match="after 3 s"):
+        await silent_after_50_seconds()
+    assert 50 <= asyncio.get_running_loop().time() <= 54
