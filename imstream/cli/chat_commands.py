@@ -15,10 +15,11 @@ from imstream.codes import State
 from imstream.texts import Lang, Sentence, localize
 
 HELP = Sentence(
-    "/new 开始新的对话    /retry 重新回答上一条消息    /copy 复制上一条回答    /quit 退出\n"
-    "Ctrl-C 取消回答或清空输入,Ctrl-D 退出;Alt-Enter 或行尾的 \\ 换行",
-    "/new  a new conversation    /retry  answer the last message again    /copy  copy the last answer    /quit\n"
-    "Ctrl-C stops an answer or clears the line, Ctrl-D leaves; Alt-Enter, or \\ before Enter, begins a new line",
+    "/new    开始新的对话\n/retry  重新回答上一条消息\n/copy   复制上一条回答\n/quit   退出,同 Ctrl-D\n"
+    "Ctrl-C  取消回答,或清空输入\nAlt-Enter,或行尾的 \\  换行",
+    "/new    begins a new conversation\n/retry  answers the last message again\n/copy   copies the last answer\n"
+    "/quit   leaves, as Ctrl-D does\nCtrl-C  stops an answer, or clears the message\n"
+    "Alt-Enter, or \\ before Enter, begins a new line",
 )
 NEW = Sentence("新的对话,之前的消息不再发送", "A new conversation: earlier messages are not sent any longer")
 NOTHING_YET = Sentence("还没有消息", "There is no message yet")
@@ -32,6 +33,12 @@ LEFT = Sentence("不再等待这条回答", "No longer waiting for this answer")
 ANSWERED_LATE = Sentence("之前失败的消息有了回答: {question}", "A message that had failed is answered: {question}")
 FAILED_AGAIN = Sentence(
     "之前失败的消息再次失败: {question}: {why}", "A message that had failed has failed again: {question}: {why}"
+)
+
+OFFLINE = Sentence("正在重新连接……", "Connecting again…")
+NO_SERVER = Sentence(
+    "无法连接({why})。imstream 在运行吗?可用 imstream up 启动",
+    "No connection ({why}). Is imstream running? Start it with imstream up",
 )
 
 _SENDING = Sentence("正在发送……", "Sending…")

@@ -6,10 +6,12 @@ import re
 import signal
 import stat
 import sys
+import time
 import uuid
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from imstream.cli import chat_commands as texts
 from imstream.cli.chat_commands import StatusLine, copy
@@ -18,10 +20,11 @@ from imstream.cli.terminal import TerminalOutput
 from imstream.cli.terminal_text import isolate_direction, printable, shorten, valid
 from imstream.client.client import Client
 from imstream.client.connection import Connected, ConnectionChange
-from imstream.client.errors import Busy, ClientError, RateLimited, Refused, SessionEnded, Unavailable
+from imstream.client.errors import Busy, ClientError, NotConnected, RateLimited, Refused, SessionEnded, Unavailable
 from imstream.client.reconnect import Timing
 from imstream.client.reply import Accepted, Outcome, Piece, Reply, Restarted, Result
 from imstream.texts import Lang, Sentence, Text, localize
+from imstream.urls import is_loopback
 from imstream.user_ids import UserId
 from imstream.wire import Turn
 
@@ -87,7 +90,8 @@ def run(  # noqa: PLR0913 - the options of the command
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ClientError, ValueError) as error:
-        output.note(str(error))
+        is_here = isinstance(error, NotConnected) and is_loopback(urlsplit(url).hostname or "")
+        output.note(localize(texts.NO_SERVER, lang, why=error) if is_here else str(error))
         return 1
     except BrokenPipeError:  # the reader of the answers has ended, as in `… | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -280,9 +284,10 @@ class _Chat:
                 self._output.end_answer()
                 self._note(Text.RESTART)
             elif isinstance(event, Piece):
+                began = time.monotonic()
                 self._output.write_piece(event.text)
-                if self._output.is_live:  # then the next piece has all that arrives meanwhile
-                    await asyncio.sleep(_DRAW_INTERVAL)
+                if self._output.is_live:  # then the next piece has all that arrives meanwhile; long code is slow
+                    await asyncio.sleep(max(_DRAW_INTERVAL, 3 * (time.monotonic() - began)))
             elif isinstance(event, Result):
                 self._end(event)
         return await reply.result()
@@ -298,7 +303,8 @@ class _Chat:
     async def _show_status(self, reply: Reply) -> None:
         line = StatusLine(reply, self._lang)
         while True:
-            self._output.status("" if reply.ended else line.text())
+            text = localize(texts.OFFLINE, self._lang) if self._why_lost else line.text()
+            self._output.status("" if reply.ended else text)
             await asyncio.sleep(_TICK)
 
     async def _show_late(self, reply: Reply) -> None:

@@ -37,8 +37,9 @@ from imstream.urls import ANY_ADDRESS, RedisUrl, redact_url
 _LOAD_LIMIT = 300.0  # seconds: a local model can have many gigabytes
 _NUMBER_AT_END = re.compile(r"(.*?)([0-9]+)")
 
-_NOISE = re.compile(rb"Memory overcommit must be enabled|Reading config from stdin")
-"""Lines of the embedded Valkey that do not matter on a machine to try imstream on."""
+_NOISE = re.compile(rb"Memory overcommit must be enabled|Reading config from stdin|^for nodes: ")
+"""Lines of the embedded Valkey that do not matter on a machine to try imstream on, and one of the local model with
+settings that the nodes have from here."""
 
 ORIGINS = "same,null"
 """Default origins of the nodes: also the page opened from disk."""
@@ -111,7 +112,8 @@ class UpPlan:
         if self.ai:
             is_ready = partial(_answers_http, reachable_host(self.ai.host), self.ai.port, "/v1/models")
             environment = self.environment_of(type(self.ai))
-            servers.append([Part("ai", [self.ai.command], is_ready, environment, start_timeout=_LOAD_LIMIT)])
+            ai = Part("ai", [self.ai.command], is_ready, environment, start_timeout=_LOAD_LIMIT, noise=_NOISE)
+            servers.append([ai])
         nodes = [self._node_part(*node) for node in self.nodes]
         balancer = [[self._balancer_part(self.balancer)]] if self.balancer else []
         return [*servers, nodes, *balancer], [nodes, *balancer, *servers[::-1]]
@@ -227,8 +229,9 @@ def _check_ports(plan: UpPlan) -> None:
         try:
             socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         except OSError as error:
+            why = (error.strerror or "").partition(" (")[0]  # Python adds the address
             raise SettingsError(
-                f"{variable}={port} cannot be used on {host} ({error.strerror}): is imstream running already? "
+                f"{variable}={port} cannot be used on {host} ({why}): is imstream running already? "
                 f"Otherwise choose another port with {variable}"
             ) from None
 
@@ -307,7 +310,7 @@ def _address_lines(plan: UpPlan) -> Iterator[str]:
         yield f"or open  {file}#{fragment}"
     yield f"AI       {redact_url(plan.ai_url)}" + (f"   {plan.ai.about}" if plan.ai else "")
     if plan.valkey:
-        data = f"data in {plan.valkey.data}, password in {embedded_redis.PASSWORD_FILE} there"
+        data = f"data in {plan.valkey.data}, its password in {plan.valkey.password_file}"
         yield f"Redis    {plan.redis_url.partition('?')[0]}   embedded Valkey, {data}"
     else:
         yield f"Redis    {redact_url(plan.redis_url)}"

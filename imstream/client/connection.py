@@ -6,6 +6,7 @@ frames and decides what a close means.
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -156,7 +157,8 @@ class ReconnectingConnection:
             )
         except (OSError, WebSocketException, ValueError, ImportError) as error:  # of a wrong port, of SOCKS
             way = f"{url} through the proxy {redact_url(proxy)}" if proxy else url
-            self.last_error = f"{way}: {redact_url(str(error))}"
+            why = os.strerror(error.errno) if isinstance(error, ConnectionRefusedError) and error.errno else str(error)
+            self.last_error = f"{way}: {redact_url(why)}"
             return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         self._logged_in.clear()
         self._login_expires.clear()

@@ -166,7 +166,7 @@ def test_up_says_which_port_is_taken_and_by_which_setting_it_is_changed(node_run
             free = {one: free_port() for one in ("--embedded-port", "--demo-port", "--port")}
             result = run("up", *(str(word) for pair in (free | {option: port}).items() for word in pair))
             assert result.exit_code == 2
-            assert f"{setting}={port} cannot be used on 127.0.0.1" in result.output
+            assert f"{setting}={port} cannot be used on 127.0.0.1 (Address already in use): is" in result.output
             assert f"choose another port with {setting}" in result.output
 
 

@@ -51,7 +51,7 @@ async def test_other_machines_are_reached_through_the_proxy(monkeypatch: pytest.
         ("ftp://me:secret@proxy.example", "scheme ftp"),
         ("http://me@proxy.example", "without password"),
         ("http://me:secret@proxy.example:none", "Port could not be cast"),
-        ("http://me:secret@127.0.0.1:9", "Connect call failed"),
+        ("http://me:secret@127.0.0.1:9", "Connection refused"),
     ],
 )
 async def test_a_proxy_that_cannot_be_used_is_one_sentence(

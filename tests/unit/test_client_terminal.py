@@ -443,7 +443,7 @@ async def test_commands_forget_repeat_and_copy() -> None:
             terminal.type(f"{name}\n")
             await terminal.shows("There is no message yet\n>")
         terminal.type("/help\n")
-        await terminal.shows("/retry  answer the last message again")
+        await terminal.shows("/retry  answers the last message again")
         terminal.type("hello\n")
         await answer(peer, "one")
         await terminal.shows("one\n>")

@@ -83,6 +83,19 @@ async def test_bytes_that_are_no_text_are_replaced() -> None:
 async def test_the_cause_of_a_lost_connection_is_told_once() -> None:
     _, _, err = await piped("ws://127.0.0.1:9/nobody", "hello", patience=1.5)
     assert err.count("connecting again") == 1
+    why = "No connection (ws://127.0.0.1:9/nobody: Connection refused)"
+    assert err.endswith(f"{why}. Is imstream running? Start it with imstream up\n")
+
+
+async def test_an_answer_without_a_connection_is_said_to_be() -> None:
+    async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
+        peer = await greeted(server, terminal)
+        message_id = await half_an_answer(peer, terminal)
+        peer.drop()
+        await terminal.has("half\nConnecting again…")
+        peer = await server.logged_in()
+        await peer.send_chat(message_id, "done", attempt=1, offset=4)
+        await terminal.has("the answer goes on\nhalf\n>")
 
 
 def test_the_history_of_a_message_has_the_size_and_number_that_a_server_accepts() -> None:
