@@ -11,12 +11,13 @@ from zoneinfo import ZoneInfo
 import click
 
 from imstream.cli.options import TimeSpan, given, parse_user_id, settings_options
+from imstream.cli.output import echo
 from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreDenied, StoreError, StoreRefused, StoreUnavailable
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.accounts import AccountOpen, Accounts, Banned, Locked, Restricted
+from imstream.store.accounts import Accounts, Banned, Locked, Restricted
 from imstream.store.inbox import AccountChanged, send_notice
 from imstream.store.inspection import StreamOverview, UserOverview, inspect_stream, inspect_user, is_node
 from imstream.user_ids import UserId
@@ -55,7 +56,7 @@ def show_stream(settings: Settings, *, newest: int) -> None:
         return await inspect_stream(redis, keys, settings.node, newest=newest)
 
     overview = with_redis(settings, look)
-    click.echo("\n".join([f"node {settings.node} at {settings.redis_url}", *_stream_lines(overview)]))
+    echo(f"node {settings.node} at {settings.redis_url}", *_stream_lines(overview))
 
 
 def _stream_lines(overview: StreamOverview) -> Iterator[str]:
@@ -146,22 +147,22 @@ async def show(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
     day = calendar.day(now_ms())
     overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
-    status = await Accounts(redis, settings).check(user_id, day)
+    status = await Accounts(redis, settings).look(user_id)
     lines = _user_lines(overview, status, settings, calendar)
-    click.echo("\n".join([f"user {user_id} at {settings.redis_url}", *lines]))
+    echo(f"user {user_id} at {settings.redis_url}", *lines)
 
 
 def _user_lines(
-    overview: UserOverview, status: AccountOpen | Locked | Banned, settings: Settings, calendar: Calendar
+    overview: UserOverview, status: Locked | Banned | None, settings: Settings, calendar: Calendar
 ) -> Iterator[str]:
     account = overview.account
-    yield f"  account     {'free' if isinstance(status, AccountOpen) else type(status).__name__.lower()}"
+    yield f"  account     {'free' if status is None else type(status).__name__.lower()}"
     if isinstance(status, Locked):
         # A value written by hand, such as 1.9e12, is shown as Redis interprets it.
         written, ms = account.get("locked_until", ""), timedelta(milliseconds=1)
         until = float(written) if written.isdecimal() else now_ms() + status.remaining // ms
         yield f"    until     {calendar.format(until)}"
-    if not isinstance(status, AccountOpen):
+    if status is not None:
         for name in ("reason", "by"):
             yield f"    {name:<9} {account.get(name) or '?'}"
         if (since := account.get("at", "")).isdecimal():
@@ -196,7 +197,7 @@ async def lock(  # noqa: PLR0913 - one for each option
     """Lock a user out for a time."""
     locked = await Accounts(redis, settings).lock(user_id, span or settings.lock_time, reason=reason, by=by)
     until = Calendar(ZoneInfo(settings.quota_timezone)).format(locked.until)
-    click.echo(f"user {user_id} is locked until {until}")
+    echo(f"user {user_id} is locked until {until}")
     await _close_sessions(redis, settings, user_id, locked)
 
 
@@ -205,7 +206,7 @@ async def lock(  # noqa: PLR0913 - one for each option
 async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a lock."""
     was_locked = await Accounts(redis, settings).unlock(user_id)
-    click.echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
+    echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
 
 
 @user.command()
@@ -215,7 +216,7 @@ async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> Non
 async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: str, by: str) -> None:
     """Ban a user."""
     banned = await Accounts(redis, settings).ban(user_id, reason=reason, by=by)
-    click.echo(f"user {user_id} is banned")
+    echo(f"user {user_id} is banned")
     await _close_sessions(redis, settings, user_id, banned)
 
 
@@ -224,7 +225,7 @@ async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: s
 async def unban(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a ban."""
     was_banned = await Accounts(redis, settings).unban(user_id)
-    click.echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
+    echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
 
 
 @user.command()
@@ -237,21 +238,21 @@ async def quota(redis: RedisClient, settings: Settings, user_id: UserId, give_ba
     day = calendar.day(now_ms())
     if give_back is not None:
         was_counted = await accounts.refund(user_id, give_back, day)
-        click.echo(f"message {give_back} is {'no longer counted' if was_counted else 'not counted today'}")
+        echo(f"message {give_back} is {'no longer counted' if was_counted else 'not counted today'}")
     if reset:
-        click.echo(f"messages no longer counted: {await accounts.reset_quota(user_id, day)}")
+        echo(f"messages no longer counted: {await accounts.reset_quota(user_id, day)}")
     overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
-    click.echo(f"user {user_id}: {_quota(overview, settings)}")
+    echo(f"user {user_id}: {_quota(overview, settings)}")
     for message_id, at in overview.counted[:MAX_SHOWN]:
-        click.echo(f"  {calendar.format(at)}  {message_id}")
+        echo(f"  {calendar.format(at)}  {message_id}")
     if len(overview.counted) > MAX_SHOWN:
-        click.echo(f"  and {len(overview.counted) - MAX_SHOWN} more")
+        echo(f"  and {len(overview.counted) - MAX_SHOWN} more")
 
 
 async def _close_sessions(redis: RedisClient, settings: Settings, user_id: UserId, restricted: Restricted) -> None:
     for node in sorted(restricted.nodes):
         try:
             await send_notice(redis, Keys(settings.key_prefix), node, AccountChanged(user_id))
-            click.echo(f"node {node} was notified to close the user's sessions")
+            echo(f"node {node} was notified to close the user's sessions")
         except StoreError as error:
-            click.echo(f"node {node} was not notified and closes the sessions within minutes: {error}", err=True)
+            echo(f"node {node} was not notified and closes the sessions within minutes: {error}", err=True)

@@ -11,6 +11,8 @@ _DIRECTIONS_REMOVED = dict.fromkeys(_DIRECTIONS)
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0), *_DIRECTIONS) if chr(code) not in "\n\t"}
 """Control characters. Text from the wire must not move the cursor, reorder a line or send commands to the terminal."""
 
+_ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROL}
+
 _FIRST_STRONG_ISOLATE, _POP_DIRECTIONAL_ISOLATE = "\u2068", "\u2069"
 _ISOLATES = {ord(_FIRST_STRONG_ISOLATE): None, ord(_POP_DIRECTIONAL_ISOLATE): None}
 
@@ -23,6 +25,16 @@ def printable(text: str) -> str:
 def valid(text: str) -> str:
     """Text that can be encoded: bytes of the keyboard or the command line that are not UTF-8 are replaced."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def printable_line(text: str) -> str:
+    """Text without control characters, in one line."""
+    return printable(text).replace("\n", " ").replace("\t", " ")
+
+
+def printable_json(text: str) -> str:
+    """A JSON document with its control characters escaped, also those that JSON allows in strings."""
+    return text.translate(_ESCAPED)
 
 
 def without_directions(text: str) -> str:

@@ -62,6 +62,9 @@ async def test_a_lock_ends_by_itself_and_leaves_nothing(store: Store) -> None:
     standing = await known.check(USER, DAY)
     assert isinstance(standing, Locked)
     assert LONG - timedelta(minutes=1) < standing.remaining <= LONG
+    looked = await known.look(USER)
+    assert isinstance(looked, Locked)
+    assert timedelta() <= standing.remaining - looked.remaining < timedelta(minutes=1)
     assert abs(until - (time.time() + 3600) * 1000) < 60_000
     await known.lock(USER, timedelta(milliseconds=20), reason="", by="alice")  # the later lock replaces the earlier one
     await wait_until(lambda: _is_open(known), "the lock is over")
@@ -88,6 +91,11 @@ async def test_a_lock_and_a_ban_are_taken_back_one_by_one(store: Store) -> None:
         ({"banned": "0"}, AccountOpen(0)),
         ({"banned": ""}, AccountOpen(0)),
         ({"locked_until": "tomorrow"}, Banned()),
+        ({"locked_until": ""}, Banned()),
+        ({"locked_until": "1_000"}, Banned()),
+        ({"locked_until": "0xffffffffffffff"}, Banned()),
+        ({"locked_until": "0x1"}, AccountOpen(0)),
+        ({"locked_until": "-.5e1"}, AccountOpen(0)),
         ({"locked_until": "nan"}, Banned()),
         ({"locked_until": "inf"}, Banned()),
         ({"locked_until": "9" * 20}, Banned()),
@@ -100,6 +108,7 @@ async def test_what_is_written_with_redis_cli_holds_and_what_has_no_sense_lets_n
 ) -> None:
     for name, value in fields.items():
         store.redis.hset(ACCOUNT, name, value)
+    assert await accounts(store).look(USER) == (None if expected == AccountOpen(0) else expected)
     assert await accounts(store).check(USER, DAY) == expected
     assert await accounts(store).check_and_count(USER, "m", NOW, DAY) == (
         AccountOpen(1, new=True) if expected == AccountOpen(0) else expected

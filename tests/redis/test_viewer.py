@@ -40,6 +40,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         client.xadd(keys.dead("0"), {**fields, "reason": "http_400"}, "1795600000000-0")
         client.xadd(keys.reply(10001, "m-1"), {"event": "queued"})
         client.hset(keys.account(10001), mapping={"banned": "1", "reason": "spam"})
+        client.hset(keys.account(10002), mapping={"locked_until": "1", "reason": "flood"})  # it is over
         client.hset(keys.status("0"), "instance", "i")
         client.zadd(keys.messages(10001), {"m-1": 1_795_600_000_000})
     yield server
@@ -75,7 +76,14 @@ def content(server: RedisServer) -> dict[str, bytes | None]:
             "dead list",
             "dead list --all",
         ),
-        *("dead show", "user show 10001", "user quota 10001", "dead purge --dry-run", "dead retry --dry-run"),
+        *(
+            "dead show",
+            "user show 10001",
+            "user show 10002",
+            "user quota 10001",
+            "dead purge --dry-run",
+            "dead retry --dry-run",
+        ),
     ],
 )
 def test_a_command_that_reads_works(url: str, command: str) -> None:
@@ -111,7 +119,9 @@ def test_no_command_that_writes_administrates_or_publishes_is_allowed(server: Re
         allowed = {word.removeprefix("+") for word in line.split() if word.startswith("+")}
         kinds = ("write", "admin", "pubsub", "transaction", "dangerous", "blocking")
         refused = {str(name) for kind in kinds for name in admin.acl_cat(kind)}
-    assert {"xlen", "eval"} < allowed
+        scripting = {str(name).partition("|")[0] for name in admin.acl_cat("scripting")}
+    assert {"xlen", "hgetall"} < allowed
+    assert not allowed & scripting
     assert allowed & refused <= {"info", "client|setname", "cluster|slots"}
 
 
@@ -123,6 +133,7 @@ def test_no_command_that_writes_administrates_or_publishes_is_allowed(server: Re
         *("XREADGROUP GROUP workers 0 STREAMS im:{node:0}:requests 0", "RENAME im:nodes im:b", "KEYS *", "MULTI"),
         *("CONFIG SET maxmemory 1", "ACL WHOAMI", "CLIENT KILL TYPE normal", "PUBLISH im:a b", "SCRIPT FLUSH"),
         *("GET other", "EVAL return\xa0redis.call('SET',KEYS[1],1) 1 im:a", "EVAL return\xa0redis.call('FLUSHALL') 0"),
+        *("EVAL return\xa01 0", "EVALSHA 0123456789012345678901234567890123456789 0", "SCRIPT LOAD return\xa01"),
     ],
 )
 def test_what_changes_something_or_is_not_imstreams_is_denied(server: RedisServer, command: str) -> None:
