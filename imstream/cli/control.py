@@ -9,7 +9,7 @@ import click
 
 from imstream.cli.admin import REDIS_SETTINGS, by_option, reason_option, with_redis
 from imstream.cli.options import Command, TimeSpan, given, settings_options
-from imstream.cli.output import json_option, show
+from imstream.cli.output import echo, json_option, show
 from imstream.errors import StoreRefused
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
@@ -69,9 +69,8 @@ async def _until(
 def _report(found: tuple[list[NodeOverview], list[str]], lines: Iterable[str], *, as_json: bool) -> None:
     nodes, missing = found
     show({"nodes": nodes, "missing": missing}, lines, as_json=as_json)
-    for lack in missing:
-        click.echo(f"not confirmed: {lack}", err=True)
     if missing:
+        echo(*(f"not confirmed: {lack}" for lack in missing), err=True)
         sys.exit(NOT_CONFIRMED)
 
 

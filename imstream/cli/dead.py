@@ -9,11 +9,10 @@ from itertools import count
 from typing import Any
 
 import click
-from pydantic_core import to_json
 
 from imstream.cli.admin import REDIS_SETTINGS, with_redis
 from imstream.cli.options import TimeSpan, given, settings_options
-from imstream.cli.output import json_option
+from imstream.cli.output import echo, json_option, json_text
 from imstream.cli.output import show as print_all
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
@@ -128,11 +127,11 @@ async def list_(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json
 async def show(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool) -> bool:
     """Show dead letters with all of their fields: what the user has written, and the history."""
     shown = [{**letter.fields, **_row(letter)} async for letter in letters]
-    blocks = ["\n".join(f"{name:<11} {to_json(row[name]).decode()[1:-1]}" for name in row) + "\n" for row in shown]
+    lines = (line for row in shown for line in (*(f"{name:<11} {json_text(row[name])[1:-1]}" for name in row), ""))
     if shown or as_json:
-        print_all(shown, blocks, as_json=as_json)
+        print_all(shown, lines, as_json=as_json)
     if not shown:
-        click.echo("no dead letters", err=True)
+        echo("no dead letters", err=True)
     return bool(shown)
 
 
@@ -187,12 +186,12 @@ async def _change(
         outcome, row = await change(letter), _row(letter)
         outcomes[outcome] += 1
         if as_json:  # a line for each: the command may be interrupted
-            click.echo(to_json({**row, "outcome": outcome}))
+            echo(json_text({**row, "outcome": outcome}))
         elif outcome not in _STAYS or outcomes[outcome] == 1:
             name = f"{row['id']}  node {row['node']}  user {row['user']}  message {row['message_id']}"
-            click.echo(f"{name}  {_OUTCOMES[outcome]}")
+            echo(f"{name}  {_OUTCOMES[outcome]}")
     if not as_json:
-        click.echo(", ".join(f"{outcome}: {number}" for outcome, number in outcomes.items()) or "no dead letters")
+        echo(", ".join(f"{outcome}: {number}" for outcome, number in outcomes.items()) or "no dead letters")
     return _STAYS.isdisjoint(outcomes)
 
 

@@ -10,7 +10,7 @@ import click
 
 from imstream.cli.admin import REDIS_SETTINGS, with_redis
 from imstream.cli.options import TimeSpan, given, settings_options
-from imstream.cli.output import age, json_option, show, table
+from imstream.cli.output import age, echo, json_option, show, table
 from imstream.errors import StoreUnavailable
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
@@ -51,10 +51,9 @@ def nodes(
     report: dict[str, Any] = {"nodes": found, "warnings": list(_warnings(found))}
     show(report | ({"unsettled": missing} if wait_settled else {}), _lines(found, settings), as_json=as_json)
     if wait_settled and missing:
-        for reason in missing:
-            click.echo(f"not settled: {reason}", err=True)
+        echo(*(f"not settled: {reason}" for reason in missing), err=True)
         if away := [f" --except {one.node}" for one in found if one.state == "dead" and one.node not in excepted]:
-            click.echo(f"if they stay away:{''.join(away)}", err=True)
+            echo(f"if they stay away:{''.join(away)}", err=True)
         sys.exit(NOT_SETTLED)
 
 

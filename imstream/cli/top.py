@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import click
-from pydantic_core import to_json
 
 from imstream.cli.admin import REDIS_SETTINGS, with_redis
 from imstream.cli.node_metrics import Growth, History, MetricsUnavailable, address_of, scrape
 from imstream.cli.options import TimeSpan, given, settings_options
-from imstream.cli.output import age, json_option, table
-from imstream.cli.terminal_text import printable
+from imstream.cli.output import age, echo, json_option, json_text, table
+from imstream.cli.terminal_text import printable_line
 from imstream.errors import StoreError
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
@@ -207,8 +206,8 @@ def _seconds(value: float) -> str:
 def lines(found: Snapshot) -> Iterator[str]:
     """A snapshot as plain text."""
     for title, rows in sections(found):
-        yield from (title, *(printable(f"  {line}") for line in table(rows)))
-    yield from (printable(f"warning: {problem}") for problem in found.problems)
+        yield from (title, *(f"  {line}" for line in table(rows)))
+    yield from (f"warning: {problem}" for problem in found.problems)
 
 
 def _picture(found: Snapshot) -> "Group":
@@ -232,9 +231,9 @@ def _picture(found: Snapshot) -> "Group":
                 "recovering": "yellow",
             }
             style = next((color[cell] for cell in row if isinstance(cell, str) and cell in color), None)
-            picture.add_row(*(Text("-" if cell is None else printable(str(cell))) for cell in row), style=style)
+            picture.add_row(*(Text("-" if cell is None else printable_line(str(cell))) for cell in row), style=style)
         parts += [picture, Text()]
-    parts += [Text(printable(f"warning: {problem}"), style="red") for problem in found.problems]
+    parts += [Text(printable_line(f"warning: {problem}"), style="red") for problem in found.problems]
     return Group(*parts, Text("Ctrl-C ends", style="dim"))
 
 
@@ -256,7 +255,7 @@ def top(*, as_json: bool, interval: timedelta | None, count: int | None, **optio
         try:
             import rich.live as _  # noqa: F401, PLC0415 - optional
         except ImportError:
-            click.echo(HINT, err=True)
+            echo(HINT, err=True)
             is_live, interval = False, interval or timedelta(seconds=2)
     rounds = count or (None if is_live or interval else 1)
     settings = Settings.load(**given(options))
@@ -282,7 +281,7 @@ async def _run(  # noqa: PLR0913 - the options of the command
                     live.update(_picture(await observer.snapshot()), refresh=True)
         for number in numbers(1):
             found = await observer.snapshot()
-            click.echo(to_json(found, timedelta_mode="float").decode() if as_json else "\n".join(lines(found)))
+            echo(*([json_text(found)] if as_json else lines(found)))
             if number == rounds:
                 return
             await asyncio.sleep(pause)
