@@ -84,10 +84,12 @@ class Settings(SettingsGroup):
     ai_model: str = Field("demo", min_length=1, description="Model name sent to the AI backend.")
     ai_key: SecretStr | None = Field(None, description="API key of the AI backend, sent as a bearer token.")
     ai_headers: Headers | None = Field(
-        None, description="Additional headers of AI calls: a JSON object; `env:NAME` is a variable's value."
+        None,
+        description="Additional headers of AI calls: a JSON object; `env:NAME` and `file:PATH` are replaced.",
     )
     ai_body: Parameters | None = Field(
-        None, description="Additional parameters of AI calls, such as temperature: a JSON object; `env:NAME` as well."
+        None,
+        description="Additional parameters of AI calls, such as temperature: a JSON object, as above.",
     )
     ai_proxy: ProxyOption | None = Field(
         None, description="URL of an HTTP proxy for AI calls; env: as HTTPS_PROXY, NO_PROXY and so on say."

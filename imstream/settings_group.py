@@ -54,8 +54,8 @@ def is_secret(field: FieldInfo) -> bool:
     return _SECRET.search(str(field.annotation)) is not None
 
 
-def _read_secret(variable: str, file: str) -> str:
-    """Read the value of a setting. Errors do not show `file`: it may be the secret itself, by mistake."""
+def read_secret(variable: str, file: str) -> str:
+    """Read a secret. Raises `SettingsError` that does not show `file`: it may be the secret itself, by mistake."""
     try:
         value = Path(file).read_text("utf-8-sig").strip()
     except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ class SettingsGroup(BaseSettings):
             if file := (variables.get(of_file.lower()) or "").strip():
                 if variables.get(variable.lower()):
                     raise SettingsError(f"{variable} and {of_file} are both set: remove one of them")
-                yield variable.lower(), _read_secret(of_file, file)
+                yield variable.lower(), read_secret(of_file, file)
 
     @classmethod
     def load(cls, **given: Any) -> Self:  # noqa: ANN401 - any setting may be given

@@ -30,7 +30,7 @@ the working directory, in this order of precedence. Secrets have no option.
   nearest name.
 """
 
-_GROUPS: dict[str, type[SettingsGroup]] = {
+GROUPS: dict[str, type[SettingsGroup]] = {
     "Node": Settings,
     "`imstream up`": UpSettings,
     "Demo backend": DemoSettings,
@@ -42,7 +42,7 @@ _GROUPS: dict[str, type[SettingsGroup]] = {
 
 def document() -> str:
     """Build the text of settings.md."""
-    return _HEAD + "".join(f"\n## {title}\n\n{_table(group)}" for title, group in _GROUPS.items())
+    return _HEAD + "".join(f"\n## {title}\n\n{_table(group)}" for title, group in GROUPS.items())
 
 
 def _table(group: type[SettingsGroup]) -> str:

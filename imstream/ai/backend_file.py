@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from imstream.ai.backend_options import BackendOptions, environment
 from imstream.errors import SettingsError
 from imstream.settings import Settings
-from imstream.settings_group import show_value
+from imstream.settings_group import read_secret, show_value
 
 _FIELDS = {field.alias or name: field for name, field in BackendOptions.model_fields.items()}
 _REQUIRED = ("name", "url", "model")
-_KEYS = [*(key for key in _FIELDS if key != "key"), "key_env"]
+_KEY_OPTIONS = ("key_env", "key_file")
+_KEYS = [*(key for key in _FIELDS if key != "key"), *_KEY_OPTIONS]
 _MIN_PROMPT = 64  # tokens
 _VARIABLE = re.compile("[A-Z_][A-Z0-9_]*")
 
@@ -61,13 +62,21 @@ def _parse(table: dict[str, Any], path: Path, settings: Settings) -> tuple[Backe
     mistakes = [f"{key} is unknown; allowed are {', '.join(_KEYS)}" for key in table if key not in _KEYS]
     mistakes += [f"{key} is missing" for key in _REQUIRED if key not in table]
     values = {key: value for key, value in table.items() if key in _KEYS}
+    of_key = [name for name in _KEY_OPTIONS if name in values]
+    if len(of_key) > 1:
+        mistakes.append(f"{' and '.join(of_key)} are both given: remove one of them")
+    if (file := values.pop("key_file", None)) is not None:
+        try:
+            values["key"] = read_secret("key_file", str(file))
+        except SettingsError as error:
+            mistakes.append(str(error))
     if (variable := values.pop("key_env", None)) is not None:
         values["key"] = environment().get(str(variable), "").strip()
         if not values["key"]:
             shown = repr(variable) if _VARIABLE.fullmatch(str(variable)) else "(hidden)"  # it may be the key itself
             mistakes.append(f"key_env={shown} is not allowed: must name an environment variable that is set")
     try:
-        options = BackendOptions.model_validate(values).named_in(path)
+        options = BackendOptions.model_validate(values).named_in(path, *of_key[:1])
     except ValidationError as error:
         for one in error.errors():
             key, allowed = str(one["loc"][0]), one["msg"].removeprefix("Value error, ")

@@ -1,7 +1,7 @@
 """The options of one AI backend: its address, what its requests look like, and its time limits.
 
 Those of a single backend are the settings `IMSTREAM_AI_…`, one to one. A value `env:NAME` of a header or a parameter
-stands for the environment variable of that name.
+stands for the environment variable of that name, `file:PATH` for the content of that file.
 """
 
 import os
@@ -29,10 +29,10 @@ from imstream.option_types import (
     fits_in_header,
 )
 from imstream.settings import Settings
-from imstream.settings_group import ENV_FILE, ENV_PREFIX, HttpUrl, Positive
+from imstream.settings_group import ENV_FILE, ENV_PREFIX, HttpUrl, Positive, read_secret
 from imstream.urls import MIN_SECRET
 
-_REFERENCE = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
+_REFERENCE = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|file:(?P<file>.+)")
 _CREDENTIAL = re.compile(r"auth|cookie|key|password|secret|signature|token", re.IGNORECASE)
 
 T = TypeVar("T", bound=JsonValue)
@@ -72,6 +72,7 @@ class BackendOptions(BaseModel):
     idle_timeout: Positive = _default("idle_timeout")
     total_timeout: Positive = _default("total_timeout")
     _file: Path | None = PrivateAttr(None)
+    _key_option: str = PrivateAttr("key_env")
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -81,16 +82,16 @@ class BackendOptions(BaseModel):
             **{name: getattr(settings, setting) for name, setting in named.items() if hasattr(settings, setting)}
         )
 
-    def named_in(self, file: Path) -> Self:
-        """These options, with a file for the names in errors."""
-        self._file = file
+    def named_in(self, file: Path, key_option: str = "key_env") -> Self:
+        """These options, with a file, and the option in it that names the key, for errors."""
+        self._file, self._key_option = file, key_option
         return self
 
     def variable(self, option: str) -> str:
         """The setting of an option, or its place in the file, for errors."""
         if self._file is None:
             return f"{ENV_PREFIX}AI_{option}".upper()
-        return f"{self._file}, backend {self.name}, {'key_env' if option == 'key' else option}"
+        return f"{self._file}, backend {self.name}, {self._key_option if option == 'key' else option}"
 
     def answer_limit(self, settings: Settings) -> int:
         """Tokens of the longest answer."""
@@ -122,9 +123,10 @@ class BackendOptions(BaseModel):
 
 
 def resolve_headers(headers: Secret[dict[str, str]] | None, *, option: str) -> tuple[dict[str, str], list[str]]:
-    """Return the headers with the values of environment variables, and which of their values are secret.
+    """Return the headers with the values of variables and files, and which of their values are secret.
 
-    Raises `SettingsError`, naming the option, for a variable that is not set or whose value fits in no header.
+    Raises `SettingsError`, naming the option, for a variable that is not set, a file without a value, or a value that
+    fits in no header.
     """
     resolved, secrets = dict[str, str](), list[str]()
     for name, value in (headers.get_secret_value() if headers is not None else {}).items():
@@ -141,9 +143,9 @@ def resolve_headers(headers: Secret[dict[str, str]] | None, *, option: str) -> t
 def resolve_parameters(
     body: Secret[dict[str, JsonValue]] | None, *, option: str
 ) -> tuple[dict[str, JsonValue], list[str]]:
-    """Return the parameters with the values of environment variables, and these values, which are secret.
+    """Return the parameters with the values of variables and files, and these values, which are secret.
 
-    Raises `SettingsError`, naming the option, for a variable that is not set.
+    Raises `SettingsError`, naming the option, for a variable that is not set, or a file without a value.
     """
     secrets = list[str]()
     return _resolve(body.get_secret_value() if body is not None else {}, option, secrets), secrets
@@ -152,7 +154,8 @@ def resolve_parameters(
 def _resolve(value: T, option: str, secrets: list[str]) -> T:
     resolved: JsonValue = value
     if isinstance(value, str) and (reference := _REFERENCE.fullmatch(value)):
-        resolved = environment().get(reference["name"], "").strip()
+        file = reference["file"]
+        resolved = read_secret(option, file) if file else environment().get(reference["name"], "").strip()
         if not resolved:
             raise _rejected(option, f"the environment variable {reference['name']}, which it names, is not set")
         secrets.append(resolved)

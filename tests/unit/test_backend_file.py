@@ -72,12 +72,61 @@ def test_options_that_are_left_out_have_the_defaults_of_the_settings(file: Path)
         ("body = {n = 2}", "body=(hidden) is not allowed: the parameter n is set by imstream"),
         ('key_env = "NO_SUCH"', "key_env='NO_SUCH' is not allowed: must name an environment variable that is set"),
         ('key_env = "sk-1a2b"', "key_env=(hidden) is not allowed: must name an environment variable that is set"),
+        ('key_file = "sk-1a2b"', "key_file: its file cannot be read: No such file or directory"),
+        ('key_file = "/dev/null"', "key_file: its file is empty"),
+        ('key_file = "k"\nkey_env = "PATH"', "key_env and key_file are both given: remove one of them"),
         ("context_tokens = 512", "context_tokens: they leave too few for a prompt; at least 64 beside answer_tokens"),
     ],
 )
 def test_a_mistake_is_told_with_table_key_and_what_is_allowed(more: str, said: str, file: Path) -> None:
-    [line] = mistakes(file, MINIMAL + more)
+    line = mistakes(file, MINIMAL + more)[0]
     assert line.startswith(f"backend 1 (a): {said}")
+
+
+def test_a_key_is_read_from_its_file_and_errors_about_it_name_that_option(file: Path) -> None:
+    (secret := file.parent / "key").write_text("\ufeffsk-1\r\n")
+    file.write_text(f'{MINIMAL}key_file = "{secret}"\n')
+    [options] = read_backends(file, Settings.load())
+    assert options.key is not None
+    assert options.key.get_secret_value() == "sk-1"
+    secret.write_text("not ascii: \u4f60")
+    with pytest.raises(SettingsError, match=r"backend a, key_file=\(hidden\) is not allowed: must be printable ASCII"):
+        Backends(Settings.load(ai_backends=file))
+
+
+@pytest.fixture
+def referring(file: Path) -> Path:
+    """A file that names those of a key and of a header."""
+    key, header = file.parent / "key", file.parent / "header"
+    key.write_text("sk-1")
+    header.write_text("tenant-1\n")
+    file.write_text(f'{MINIMAL}key_file = "{key}"\nheaders = {{X-Tenant = "file:{header}"}}\n')
+    return file
+
+
+async def test_a_key_and_a_header_that_have_changed_in_their_files_are_used_after_a_reload(referring: Path) -> None:
+    file, key, header = referring, referring.parent / "key", referring.parent / "header"
+    async with Backends(Settings.load(ai_backends=file)) as backends:
+        assert sent(backends) == ("Bearer sk-1", "tenant-1")
+        assert not await backends.reload()
+        key.write_text("sk-2")
+        assert await backends.reload()
+        assert sent(backends) == ("Bearer sk-2", "tenant-1")
+        header.write_text("tenant-2\n")
+        assert await backends.reload()
+        assert sent(backends) == ("Bearer sk-2", "tenant-2")
+        header.write_text("\n")
+        with pytest.raises(SettingsError, match=r"backend a, headers: its file is empty"):
+            await backends.reload()
+        assert sent(backends) == ("Bearer sk-2", "tenant-2")
+
+
+def sent(backends: Backends) -> tuple[str, str]:
+    """The key and the header of the requests to the only backend."""
+    [one] = backends
+    request: Any = one.request
+    headers = request[0].headers
+    return headers["Authorization"], headers["X-Tenant"]
 
 
 def test_all_mistakes_are_told_at_once(file: Path) -> None:

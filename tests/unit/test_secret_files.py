@@ -9,6 +9,9 @@ import pytest
 from imstream.cli.up import make_plan
 from imstream.errors import SettingsError
 from imstream.settings import Settings
+from imstream.settings_group import is_secret
+from imstream.urls import SecretUrl
+from ops.settings_table import DOCUMENT, GROUPS
 from tests.journeys.test_secrets import SECRETS
 
 VALUES = {**SECRETS, "ai_headers": '{"X-Key": "a"}', "ai_body": '{"user": "a"}', "ai_proxy": "http://me:pw@10.0.0.1:1"}
@@ -109,3 +112,17 @@ def test_the_nodes_of_up_read_the_files_too_except_where_it_sets_the_value(
     assert environment["IMSTREAM_AI_KEY_FILE"] == "ai_key"
     assert environment["IMSTREAM_REDIS_URL"] == VALUES["redis_url"]
     assert not {"IMSTREAM_REDIS_URL_FILE", "IMSTREAM_PAGE_TOKEN_FILE"} & environment.keys()
+
+
+def test_the_table_of_settings_marks_each_setting_that_may_hold_a_secret_and_no_other() -> None:
+    fields = {group.variable(name): field for group in GROUPS.values() for name, field in group.model_fields.items()}
+    may_hold = {
+        name for name, field in fields.items() if is_secret(field) or SecretUrl.__name__ in str(field.annotation)
+    }
+    named = {name for name in fields if re.search(r"_(SECRET|KEY|TOKEN|PASSWORD)$", name)} - {
+        "IMSTREAM_AUTH_PUBLIC_KEY"
+    }
+    assert named <= may_hold
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", DOCUMENT.read_text("utf-8"), re.MULTILINE)
+    assert {name for name, default in rows if "**F**" in default} == may_hold
+    assert {variable for group in GROUPS.values() for variable in group.file_variables().values()} == may_hold
