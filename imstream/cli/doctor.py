@@ -7,18 +7,22 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
+
+import aiohttp
+from pydantic_core import from_json
 
 from imstream.ai.backend import PromptMessage
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.cli import settings_notes
 from imstream.cli.output import show, table
+from imstream.cli.up import reachable_host
 from imstream.errors import BackendError, SettingsError, StoreDenied, StoreError
 from imstream.gateway.server import files_needed
 from imstream.keys import Keys
@@ -36,6 +40,10 @@ MAX_ROUND_TRIP = timedelta(milliseconds=100)
 
 _ROUND_TRIPS = 10
 MIN_REDIS = (6, 2)
+_HEALTH_LIMIT = aiohttp.ClientTimeout(total=2)
+_MAX_HEALTH = 4096
+"""Bytes of an answer of `/healthz` that are read."""
+
 _FULL = 0.8
 """Part of its memory limit from which on Redis is nearly full."""
 
@@ -78,7 +86,7 @@ async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:
             denied = "denies access" if isinstance(error, StoreDenied) else "does not answer"
             findings.append(Finding("redis", "error", f"{settings.redis_url} {denied}: {error}"))
     findings += await _backends(settings, call=call)
-    findings += _ports(settings, nodes)
+    findings += [one async for one in _ports(settings, nodes)]
     with suppress(SettingsError):  # the file of backends, which is reported
         findings.append(_open_files(settings))
     return findings
@@ -154,8 +162,11 @@ async def _check(one: Upstream, *, call: bool) -> BackendError | None:
     return None
 
 
-def _ports(settings: Settings, nodes: list[NodeOverview]) -> Iterator[Finding]:
-    """Whether the ports are free, or have a process on this machine that runs this node already."""
+async def _ports(settings: Settings, nodes: list[NodeOverview]) -> AsyncIterator[Finding]:
+    """Whether the ports are free, or have a process on this machine that runs this node already.
+
+    A node whose lease Redis does not have, because it is away or refuses writes, is asked for its id.
+    """
     here = (one for one in nodes if one.host == socket.gethostname() and one.address)
     user = next((one for one in here if (one.address or "").endswith(f":{settings.port}")), None)
     listeners = {"port": (settings.host, settings.port), "metrics": settings.metrics_address(settings.port)}
@@ -168,12 +179,25 @@ def _ports(settings: Settings, nodes: list[NodeOverview]) -> Iterator[Finding]:
             yield Finding(name, "ok", f"{where} is free")
         elif error != errno.EADDRINUSE:
             yield Finding(name, "error", f"{where}: {os.strerror(error) if error > 0 else 'the host is not known'}")
-        elif user is None:
+        elif (node := user.node if user else await _node_at(*address)) is None:
             yield Finding(name, "error", f"{where} is used by another program: {change}")
+        elif not node:
+            yield Finding(name, "warning", f"{where} is used by a node that does not tell its id there")
         else:
-            used = f"{where} is used by node {user.node} (process {user.pid})"
-            own = user.node == settings.node
+            used = f"{where} is used by node {node}{f' (process {user.pid})' if user else ''}"
+            own = node == settings.node
             yield Finding(name, "ok" if own else "error", used if own else f"{used}: {change}")
+
+
+async def _node_at(host: str, port: int) -> str | None:
+    """The id of the node that listens there; empty if it does not tell it, None if it is another program."""
+    url = f"http://{reachable_host(host)}:{port}/healthz"
+    try:
+        async with aiohttp.ClientSession() as session, session.get(url, timeout=_HEALTH_LIMIT) as answer:
+            found: Any = from_json(await answer.content.read(_MAX_HEALTH))
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+        return None
+    return str(found.get("node", "")) if isinstance(found, dict) and "alive" in found else None
 
 
 def _why_taken(host: str, port: int) -> int | None:

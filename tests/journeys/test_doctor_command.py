@@ -15,7 +15,7 @@ from imstream.keys import Keys
 from imstream.store.scripts import LUA
 from tests.support.documents import redis_cli
 from tests.support.one_node import OneNode
-from tests.support.processes import free_port
+from tests.support.processes import free_port, wait_for
 from tests.support.redis_sets import Topology, sentinel_set
 from tests.support.servers import OPS, DemoBackend, RedisServer
 from tests.support.stage import fresh_redis
@@ -149,6 +149,37 @@ def test_a_port_is_free_ours_or_that_of_another_program(
             assert [state for state, _ in other["metrics"]] == ["ok"]
             [(state, text)] = other["port"]
             assert (state, "is used by node 0" in text) == ("error", True)
+
+
+def test_a_running_node_is_recognised_while_redis_does_not_have_its_lease(
+    demo: DemoBackend, own_redis: RedisServer, tmp_path: Path
+) -> None:
+    given = {"redis_url": own_redis.url, "ai_url": demo.url}
+    with own_redis.client() as client:
+        node = OneNode(tmp_path, client, own_redis.url, demo.url, {"lease": "1s"})
+        node.start_now()
+        with node.now.process:
+            client.config_set("min-replicas-to-write", 1)  # the lease cannot be renewed
+            wait_for(lambda: not client.exists(Keys().lease("0")), node.now.process, "the end of the lease")
+            assert findings(**given, port=node.port)["port"] == [
+                ("ok", f"127.0.0.1 port {node.port} is used by node 0")
+            ]
+            [(state, text)] = findings(**given, port=node.port, node="1")["port"]
+            assert (state, text.endswith("is used by node 0: choose another IMSTREAM_PORT")) == ("error", True)
+            own_redis.kill()
+            assert findings(**given, port=node.port)["port"][0][0] == "ok"
+
+
+def test_a_node_that_shows_no_details_at_its_port_is_a_node(
+    demo: DemoBackend, own_redis: RedisServer, tmp_path: Path
+) -> None:
+    with own_redis.client() as client:
+        node = OneNode(tmp_path, client, own_redis.url, demo.url, {"metrics": "off"})
+        node.start_now()
+        with node.now.process:
+            nowhere = f"redis://127.0.0.1:{free_port()}/0"
+            [(state, text)] = findings(redis_url=nowhere, ai_url=demo.url, port=node.port)["port"]
+            assert (state, text.endswith("is used by a node that does not tell its id there")) == ("warning", True)
 
 
 def test_too_few_open_files_a_wrong_clock_and_a_slow_redis_are_warnings(
