@@ -153,7 +153,7 @@ def test_the_table_of_the_document_has_these_values() -> None:
     spec = of_kind("StatefulSet")["spec"]
     assert rows == [
         ["–", "–", f"{container['lifecycle']['preStop']['sleep']['seconds']} s"],
-        [f"{seconds(30):g} s", *["30 s"] * 2],
+        [f"{DEFAULTS['drain_grace'].total_seconds():g} s", *["30 s"] * 2],
         [f"{unit()['TimeoutStopSec']} s", "45 s", f"{pod()['terminationGracePeriodSeconds']} s"],
         ["–", "–", f"{spec['minReadySeconds']} s"],
         ["90 s"] * 3,
@@ -233,6 +233,83 @@ def test_pods_are_not_root_and_get_no_variables_of_services() -> None:
     assert container["env"][0] == {"name": "IMSTREAM_NODE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
     labels = of_kind("StatefulSet")["spec"]["selector"]["matchLabels"]
     assert of_kind("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
+
+
+# Who may connect to whom
+
+Pod = tuple[str, str]
+"""Namespace, and the value of its label `app.kubernetes.io/name`."""
+
+NODE, REDIS, STRANGER = ("default", "imstream"), ("default", "valkey"), ("default", "other")
+CONTROLLER, PROMETHEUS = ("ingress-nginx", "ingress-nginx"), ("monitoring", "prometheus")
+
+
+def matches(peer: Mapping[str, Any], pod: Pod) -> bool:
+    """Whether a peer of a policy in the namespace `default` selects a pod."""
+    namespace = peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name", "default")
+    wanted = peer.get("podSelector", {}).get("matchLabels", {})
+    return "ipBlock" not in peer and namespace == pod[0] and (not wanted or pod[1] in wanted.values())
+
+
+def allowed(direction: str, of: Pod, other: Pod, port: object) -> bool:
+    """Whether the policies of a pod allow a connection in this direction; without policies, all are."""
+    peers = {"ingress": "from", "egress": "to"}[direction]
+    policies = [
+        one["spec"]
+        for one in objects()
+        if one["kind"] == "NetworkPolicy"
+        and of[0] == "default"
+        and matches(one["spec"], of)
+        and direction.capitalize() in one["spec"]["policyTypes"]
+    ]
+    return not policies or any(
+        any(one["port"] == port for one in rule["ports"]) and any(matches(peer, other) for peer in rule[peers])
+        for policy in policies
+        for rule in policy[direction]
+    )
+
+
+def may_connect(client: Pod, server: Pod, port: object) -> bool:
+    """Whether the policies of both ends allow a connection."""
+    return allowed("egress", client, server, port) and allowed("ingress", server, client, port)
+
+
+def test_the_policies_allow_what_is_needed_and_nothing_else() -> None:
+    dns = ("kube-system", "kube-dns")
+    needed = {
+        (CONTROLLER, NODE, "http"),
+        (PROMETHEUS, NODE, "metrics"),
+        (NODE, REDIS, 6379),
+        (REDIS, REDIS, 6379),
+        (NODE, dns, 53),
+    }
+    everybody = [NODE, REDIS, STRANGER, CONTROLLER, PROMETHEUS, dns]
+    ports: dict[Pod, list[object]] = {NODE: ["http", "metrics"], REDIS: [6379], dns: [53]}
+    found = {
+        (client, server, port)
+        for client in everybody
+        for server in ports
+        for port in ports[server]
+        if may_connect(client, server, port)
+    }
+    assert found - {(one, dns, 53) for one in everybody} == needed - {(NODE, dns, 53)}
+    assert needed <= found
+    assert not may_connect(NODE, STRANGER, 80)
+
+
+def test_the_policies_name_the_pods_and_ports_that_there_are() -> None:
+    [container] = pod()["containers"]
+    policies = {one["metadata"]["name"]: one["spec"] for one in objects() if one["kind"] == "NetworkPolicy"}
+    labels = of_kind("StatefulSet")["spec"]["template"]["metadata"]["labels"]
+    assert policies["imstream"]["podSelector"]["matchLabels"] == labels
+    named = {one["port"] for rule in policies["imstream"]["ingress"] for one in rule["ports"]}
+    assert named == {port["name"] for port in container["ports"]}
+    backend = next(rule for rule in policies["imstream"]["egress"] if "ipBlock" in rule["to"][0])
+    assert [one["port"] for one in backend["ports"]] == [443]
+    assert settings_env()["IMSTREAM_AI_URL"].startswith("https://")
+    document = (OPS / "docs" / "deploy.md").read_text("utf-8")
+    for label in ("`app.kubernetes.io/name: valkey`", "`ingress-nginx`", "`monitoring`"):
+        assert label in document
 
 
 def test_the_containers_of_imstream_are_hardened() -> None:
