@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from imstream.demo.answer import canned_answer
 from imstream.keys import Keys
 from imstream.settings import Settings
 from imstream.settings_group import parse_duration
-from tests.support.processes import free_port, http_status, start, wait_for
+from tests.support.processes import Running, free_port, http_status, start, wait_for
 from tests.support.servers import OPS, DemoBackend, RedisServer
 from tests.support.tokens import token
 
@@ -121,7 +123,7 @@ async def test_the_node_of_the_image_drains_as_process_1_on_a_read_only_system_a
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
     stop_timeout = seconds(compose["services"]["node-0"]["stop_grace_period"])
     user, url = 10001, f"ws://127.0.0.1:{port}/ws"
-    with start(command, tmp_path / "log") as running:
+    with container(command, tmp_path / "log") as running:
         ready = f"http://127.0.0.1:{port}/readyz"
         await asyncio.to_thread(wait_for, lambda: http_status(ready) == 200, running, "the image's node", 900)
         [first] = psutil.Process(running.pid).children()
@@ -142,6 +144,40 @@ async def test_the_node_of_the_image_drains_as_process_1_on_a_read_only_system_a
         events = [fields["event"] for _, fields in redis.xrange(str(record))]
         assert (events.count("opened"), events[-1]) == (1, "done")
         assert redis.xlen(Keys().requests("node-0")) == 0
+
+
+@contextmanager
+def container(command: Sequence[str], log: Path) -> Iterator[Running]:
+    """Start a command that runs another user's process in namespaces; none is left at the end.
+
+    A process loses the signal for the death of its parent when it changes its user, so the end of `unshare` would not
+    end it. When process 1 of a namespace ends, the rest of the namespace does.
+    """
+    with start(command, log) as running:
+        try:
+            yield running
+        finally:
+            for process in (
+                psutil.Process(running.pid).children(recursive=True) if running.process.poll() is None else ()
+            ):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def test_a_test_that_fails_leaves_no_process(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root for namespaces")
+    command = ["unshare", "--pid", "--fork", "--kill-child", "chroot", "--userspec=10001:10001", "/", "sleep", "1000"]
+    left: list[psutil.Process] = []
+
+    def is_contained(running: Running) -> bool:
+        left[:] = psutil.Process(running.pid).children()
+        return any(one.uids().real == 10001 for one in left)
+
+    with pytest.raises(ZeroDivisionError), container(command, tmp_path / "log") as running:  # noqa: PT012 - it fails there
+        wait_for(lambda: is_contained(running), running, "the container")
+        _ = 1 / 0
+    assert psutil.wait_procs(left, 10)[1] == []
 
 
 def write_files(script: Path, secrets: Path, build: Stage, redis_server: RedisServer) -> None:
