@@ -22,9 +22,13 @@ Program = Literal["haproxy", "nginx"]
 FOLDER = Path(f"{OWN_FOLDER}/balancer")
 _CONFIGURATIONS: dict[Program, str] = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
 _CERTIFICATE_AND_KEY = "certificate-and-key.pem"
+NODES = "nodes.json"
+"""File with the nodes that were known last."""
+
 _CONTENTS = (
     *_CONFIGURATIONS.values(),
     _CERTIFICATE_AND_KEY,
+    NODES,
     "haproxy.sock*",
     "nginx.pid",
     "body",
@@ -78,10 +82,15 @@ def render(config: BalancerConfig) -> str:
     """The text of the configuration file; raises SettingsError for malformed addresses and unusable files."""
     redirect = config.tls.redirect if config.tls else None
     for address in (config.listen, *config.nodes, *([redirect] if redirect else [])):
-        if _ADDRESS.fullmatch(address) is None:
+        if not is_address(address):
             raise SettingsError(f"{address!r} is not an address such as 10.0.0.1:8080 or [::1]:8080")
     template = (resources.files("imstream.cli") / _CONFIGURATIONS[config.program]).read_text("utf-8")
     return "\n".join([*_lines(config, template), ""])
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address as in `BalancerConfig`."""
+    return _ADDRESS.fullmatch(text) is not None
 
 
 def _lines(config: BalancerConfig, template: str) -> Iterator[str]:

@@ -1,21 +1,25 @@
-"""`imstream balancer` without addresses: runs the program in front of the nodes of the directory in Redis.
+"""`imstream balancer` that follows the directory of nodes in Redis.
 
 Nodes that appear get users after a reload, which disconnects nobody. A node that has died stays in the configuration,
-where health checks pass it over, until it leaves the directory (`IMSTREAM_RETIRE_AFTER`).
+where health checks pass it over, until it leaves the directory (`IMSTREAM_RETIRE_AFTER`). While Redis is away, the
+program runs with the nodes that were known last, also after a restart, or else with those that were given.
 """
 
 import asyncio
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from os import getpid
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-import click
+from pydantic_core import from_json, to_json
 
-from imstream.cli.balancer import BalancerConfig, Program, render, write_configuration
+from imstream.cli.balancer import NODES, BalancerConfig, Program, is_address, render, write_configuration
+from imstream.cli.output import echo
 from imstream.cli.supervisor import exit_with_parent
 from imstream.errors import StoreError
 from imstream.keys import Keys
@@ -39,7 +43,8 @@ class FollowingBalancer:
         self._keys = Keys(settings.key_prefix)
         self._redis = RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout)
         self._config, self._folder, self._pid = config, folder, getpid()
-        self._addresses: dict[str, str] = {}
+        self._file = folder / NODES
+        self._addresses = _read_nodes(self._file) or dict(zip(config.nodes, config.nodes, strict=True))
         self._said: dict[str, str] = {}
         self._look, self._stop = asyncio.Event(), asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
@@ -67,30 +72,35 @@ class FollowingBalancer:
     async def _follow(self) -> int:
         while self._process is None or self._process.returncode is None:
             self._look.clear()
+            known: Mapping[str, str | None]
             try:
                 found = await holders(self._redis, self._keys)
             except StoreError as error:
-                self._say("redis", f"the nodes in Redis cannot be read, the known ones stay: {error}")
+                if "redis" not in self._said:
+                    self._say("redis", f"the nodes in Redis cannot be read, the known ones stay: {error}")
+                known = self._addresses
             else:
-                self._said.pop("redis", None)
-                await self._update({node: await self._address(node, holder) for node, holder in found.items()})
+                if self._said.pop("redis", None):
+                    echo("the nodes in Redis can be read again", err=True)
+                known = {node: await self._address(node, holder) for node, holder in found.items()}
+            await self._run_with({node: address for node, address in known.items() if address})
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), POLL_INTERVAL)
-        click.echo(f"{self._config.program} has ended with exit code {self._process.returncode}", err=True)
-        return 1
+        code = self._process.returncode or 0
+        echo(f"{self._config.program} has ended with exit code {code}", err=True)
+        return 128 - code if code < 0 else code or 1  # as a shell, so that ops/respawn starts what was killed again
 
-    async def _update(self, found: dict[str, str | None]) -> None:
-        """Start or reload the program if the addresses have changed. None: the node keeps the one it had."""
-        known = {node: address or self._addresses.get(node) for node, address in found.items()}
-        addresses = {node: address for node, address in known.items() if address}
-        if not addresses or addresses == self._addresses:
-            if not self._addresses:
-                self._say("nodes", "waiting for a node")
+    async def _run_with(self, addresses: dict[str, str]) -> None:
+        """Start or reload the program, unless it runs with these addresses. Without any, it stays as it is."""
+        if not addresses and self._process is None:
+            self._say("nodes", "waiting for a node")
+        if not addresses or (self._process and addresses == self._addresses):
             return
         self._addresses = addresses
         listed = ", ".join(f"{node} at {address}" for node, address in addresses.items())
         config = replace(self._config, nodes=sorted(set(addresses.values())))
         command = write_configuration(config, self._folder)
+        self._file.write_bytes(to_json(addresses))
         if self._process is None:
             self._process = await asyncio.create_subprocess_exec(*command, preexec_fn=self._start)
         else:
@@ -98,14 +108,15 @@ class FollowingBalancer:
         self._say("nodes", f"{self._config.program} in front of {listed}")
 
     async def _address(self, node: str, holder: Holder | None) -> str | None:
-        """Where a node is reached from here; None if that is not known."""
+        """Where a node is reached from here; if that is not known, where it was before; None if it never was."""
+        before = self._addresses.get(node)
         if holder is None:
-            return None
+            return before
         try:
-            return await find_address(holder, self._addresses.get(node))
+            return await find_address(holder, before)
         except ValueError as error:
             self._say(node, f"node {node} cannot be reached from here: {error}")
-            return None
+            return before
 
     def _start(self) -> None:
         """Prepare the child: it ends with this process, and a reload that comes too early does not end it."""
@@ -116,7 +127,17 @@ class FollowingBalancer:
         """Print what is new."""
         if text != self._said.get(about):
             self._said[about] = text
-            click.echo(text, err=True)
+            echo(text, err=True)
+
+
+def _read_nodes(file: Path) -> dict[str, str]:
+    """The addresses of the nodes that were known last; none if they cannot be read."""
+    try:
+        found: Any = from_json(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    addresses = found.items() if isinstance(found, dict) else ()
+    return {node: address for node, address in addresses if isinstance(address, str) and is_address(address)}
 
 
 async def find_address(holder: Holder, known: str | None) -> str:
@@ -143,6 +164,6 @@ async def find_address(holder: Holder, known: str | None) -> str:
     return known if known in addresses else addresses[0]
 
 
-async def follow(settings: Settings, config: BalancerConfig, folder: Path) -> int:
+async def run(settings: Settings, config: BalancerConfig, folder: Path) -> int:
     """See `FollowingBalancer.run`."""
     return await FollowingBalancer(settings, config, folder).run()

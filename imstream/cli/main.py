@@ -17,6 +17,7 @@ from imstream.cli.embedded_redis import EmbeddedSettings
 from imstream.cli.options import ChatSettings, TimeSpan, given, parse_user_id, settings_options
 from imstream.cli.output import json_option
 from imstream.cli.supervisor import exit_with_parent
+from imstream.cli.terminal_text import printable, printable_line
 from imstream.cli.up import UpSettings, reachable_host
 from imstream.demo import marker
 from imstream.demo.settings import DemoSettings, LocalAISettings
@@ -60,7 +61,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ImstreamError as error:
-            raise (_InvalidSetting if isinstance(error, SettingsError) else click.ClickException)(str(error)) from None
+            if isinstance(error, SettingsError):
+                raise _InvalidSetting(printable(str(error))) from None
+            raise click.ClickException(printable_line(str(error))) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return [*self.commands, *_ELSEWHERE]
@@ -281,6 +284,7 @@ def redis(**options: str | None) -> None:
 @click.option("--cert", type=_EXISTING_FILE, help="For https and wss: PEM file of the certificate, with its chain.")
 @click.option("--key", type=_EXISTING_FILE, help="PEM file of its private key, if it is not in the same file.")
 @click.option("--redirect", metavar="ADDRESS", help="With --cert: address that redirects plain HTTP to https.")
+@click.option("--follow", is_flag=True, help="Find the nodes in Redis; addresses are used until Redis answers.")
 @click.option("--print", "only_print", is_flag=True, help="Print the configuration instead of running it.")
 @settings_options(Settings, only=["redis_url", "key_prefix", "redis_timeout"], aliases=_ALIASES)
 @click.argument("nodes", nargs=-1, metavar="[HOST:PORT]...")
@@ -296,6 +300,7 @@ def balancer(  # noqa: PLR0913 - one for each option
     key: Path | None,
     redirect: str | None,
     nodes: tuple[str, ...],
+    follow: bool,
     only_print: bool,
     **options: str | None,
 ) -> None:
@@ -304,7 +309,8 @@ def balancer(  # noqa: PLR0913 - one for each option
     It must be installed. It runs in the foreground, with the configuration of ops/ for these nodes: each user is always
     routed to the same node; the users of a dead node are spread over the others.
 
-    Without addresses, it finds the nodes in Redis, and looks for new ones each second, and on SIGHUP.
+    Without addresses, or with --follow, it finds the nodes in Redis, and looks for new ones each second, and on SIGHUP.
+    While Redis is away, it runs with the nodes that it knew last, also after a restart.
 
     With --cert it serves only https and wss, for example with --listen 0.0.0.0:443 --redirect 0.0.0.0:80.
     """
@@ -317,14 +323,14 @@ def balancer(  # noqa: PLR0913 - one for each option
     if only_print and nodes:
         click.echo(balancers.render(config), nl=False)
         return
-    if not nodes:
+    if follow or not nodes:
         if only_print:
             raise SettingsError("--print needs the addresses of the nodes")
         import asyncio
 
-        from imstream.cli.following_balancer import follow
+        from imstream.cli.following_balancer import run
 
-        sys.exit(asyncio.run(follow(Settings.load(**given(options)), config, folder)))
+        sys.exit(asyncio.run(run(Settings.load(**given(options)), config, folder)))
     if (parent := ctx.find_root().params["parent"]) is not None:
         exit_with_parent(parent, signal.SIGTERM)  # SIGKILL would leave the worker processes of nginx behind
     balancers.exec_balancer(config, folder)

@@ -18,7 +18,8 @@ from tests.support.backend_scripts import goes_on_until
 from tests.support.balancing import Balancer
 from tests.support.processes import PYTHON, free_port, http_status, start
 from tests.support.scripted_backend import scripted_backend
-from tests.support.servers import OPS, RedisServer, missing, start_node
+from tests.support.servers import OPS, DemoBackend, RedisServer, missing, start_node
+from tests.support.tcp_proxy import tcp_proxy
 from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
@@ -28,12 +29,12 @@ USERS = range(10001, 10017)
 
 
 @asynccontextmanager
-async def following(folder: Path, program: Program, server: RedisServer) -> AsyncIterator[Balancer]:
+async def following(folder: Path, program: Program, redis_url: str, *options: str) -> AsyncIterator[Balancer]:
     """A balancer that finds its nodes by itself."""
     port = free_port()
     command = [PYTHON, "-m", "imstream", "balancer", "--program", program, "--listen", f"127.0.0.1:{port}"]
-    command += ["--folder", str(folder / program)]
-    with start(command, folder / "balancer.log", cwd=folder, env={"IMSTREAM_REDIS_URL": server.url}) as running:
+    command += ["--folder", str(folder / program), *options]
+    with start(command, folder / f"balancer-{port}.log", cwd=folder, env={"IMSTREAM_REDIS_URL": redis_url}) as running:
         yield Balancer(program, port, running)
         children = psutil.Process(running.pid).children(recursive=True)
         assert await asyncio.to_thread(running.terminate) == 0
@@ -48,6 +49,11 @@ async def nodes_of(balancer: Balancer) -> set[str]:
         return set()
 
 
+async def reaches(balancer: Balancer, *nodes: str) -> bool:
+    """Whether users come to these nodes, and each of them has one."""
+    return await nodes_of(balancer) == set(nodes)
+
+
 @pytest.mark.parametrize("program", ["haproxy", pytest.param("nginx", marks=pytest.mark.long)])
 async def test_a_node_that_appears_gets_users_and_a_running_answer_goes_on_in_its_socket(
     program: Program, redis_server: RedisServer, tmp_path: Path
@@ -56,21 +62,17 @@ async def test_a_node_that_appears_gets_users_and_a_running_answer_goes_on_in_it
     changes: list[ConnectionChange] = []
     async with scripted_backend(goes_on_until(finished, sent, pace=0.04)) as backend:
         node = partial(start_node, tmp_path, redis_url=redis_server.url, ai_url=backend.url)
-        async with following(tmp_path, program, redis_server) as balancer:
+        async with following(tmp_path, program, redis_server.url) as balancer:
             await wait_until(lambda: "waiting for a node" in balancer.process.output(), "it waits")
             with node(node="a").process:
-
-                async def reaches(*nodes: str) -> bool:
-                    return await nodes_of(balancer) == set(nodes)
-
-                await wait_until(lambda: reaches("a"), "users come to the first node", limit=30)
+                await wait_until(lambda: reaches(balancer, "a"), "users come to the first node", limit=30)
                 async with Client(balancer.url, user_id(10001), on_change=changes.append) as client:
                     reply = await client.send("why?")
                     pieces = aiter(reply)
                     text = (await anext(pieces)).text
                     with node(node="b").process:
                         balancer.process.signal(signal.SIGHUP)  # it would look within a second anyway
-                        await wait_until(lambda: reaches("a", "b"), "users come to both nodes", limit=30)
+                        await wait_until(lambda: reaches(balancer, "a", "b"), "users come to both nodes", limit=30)
                         finished.set()
                         async for piece in pieces:
                             text += piece.text
@@ -78,8 +80,60 @@ async def test_a_node_that_appears_gets_users_and_a_running_answer_goes_on_in_it
                 assert text == sent["why?"]
                 assert sum(isinstance(change, Connected) for change in changes) == 1
                 # The dead node stays in the configuration, and the health checks find out.
-                await wait_until(lambda: reaches("a"), "users come to the remaining node", limit=30)
+                await wait_until(lambda: reaches(balancer, "a"), "users come to the remaining node", limit=30)
             assert "Traceback" not in balancer.process.output()
+
+
+AWAY = "the nodes in Redis cannot be read, the known ones stay"
+
+
+@pytest.mark.parametrize("program", ["haproxy", pytest.param("nginx", marks=pytest.mark.long)])
+async def test_a_balancer_that_is_restarted_while_redis_is_away_has_the_nodes_that_it_knew_and_goes_on_looking(
+    program: Program, redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    async with tcp_proxy(redis_server.port) as redis:
+        with start_node(tmp_path, redis_url=redis_server.url, ai_url=demo.url, node="a").process:
+            async with following(tmp_path, program, redis.url) as balancer:
+                await wait_until(lambda: reaches(balancer, "a"), "users come to the node", limit=30)
+            redis.target_port, redis.accepted = free_port(), 0
+            redis.drop()
+            async with following(tmp_path, program, redis.url) as balancer:
+                await wait_until(lambda: reaches(balancer, "a"), "users come to the node that was known", limit=30)
+                await wait_until(lambda: redis.accepted > 3, "it goes on looking", limit=30)
+                assert balancer.process.output().count(AWAY) == 1
+                redis.target_port = redis_server.port
+                again = "the nodes in Redis can be read again"
+                await wait_until(lambda: again in balancer.process.output(), "it follows Redis again", limit=30)
+
+
+async def test_a_balancer_that_never_saw_redis_has_the_nodes_that_were_given(
+    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+) -> None:
+    nowhere = f"redis://127.0.0.1:{free_port()}/0"
+    (tmp_path / "haproxy").mkdir()
+    (tmp_path / "haproxy" / "nodes.json").write_text('{"x": "127.0.0.1:1;include", "y": 5}')
+    node = start_node(tmp_path, redis_url=redis_server.url, ai_url=demo.url)
+    with node.process:
+        async with following(tmp_path, "haproxy", nowhere, "--follow", f"127.0.0.1:{node.port}") as balancer:
+            await wait_until(lambda: reaches(balancer, "0"), "users come to the node", limit=30)
+
+
+async def test_a_balancer_whose_program_was_killed_ends_as_a_killed_one(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """So `ops/respawn` starts it again."""
+    given = f"127.0.0.1:{free_port()}"
+    port = free_port()
+    command = [PYTHON, "-m", "imstream", "balancer", "--program", "haproxy", "--listen", f"127.0.0.1:{port}"]
+    command += ["--folder", str(tmp_path / "haproxy"), "--follow", given]
+    env = {"IMSTREAM_REDIS_URL": f"redis://127.0.0.1:{redis_server.port}/0"}  # without a login
+    with start(command, tmp_path / "log", cwd=tmp_path, env=env) as running:
+        await wait_until(lambda: psutil.Process(running.pid).children(), "the program runs", limit=30)
+        [program] = psutil.Process(running.pid).children()
+        workers = program.children(recursive=True)
+        program.kill()
+        assert await asyncio.to_thread(running.wait) == 128 + signal.SIGKILL
+        await asyncio.to_thread(psutil.wait_procs, workers, 10)
 
 
 async def test_the_shipped_configuration_of_haproxy_is_reloaded_without_a_disconnect_and_has_a_stats_socket(
@@ -91,16 +145,16 @@ async def test_the_shipped_configuration_of_haproxy_is_reloaded_without_a_discon
         missing("haproxy")
         return
     async with scripted_backend(goes_on_until(finished, sent, pace=0.04)) as backend:
-        with start_node(tmp_path, redis_url=redis_server.url, ai_url=backend.url).process as node:
-            port = next(one.laddr.port for one in psutil.Process(node.pid).net_connections() if one.status == "LISTEN")
-            balancer = Balancer("haproxy", free_port(), node)
+        nodes = {one: start_node(tmp_path, redis_url=redis_server.url, ai_url=backend.url, node=one) for one in "ab"}
+        with nodes["a"].process, nodes["b"].process:
+            balancer = Balancer("haproxy", free_port(), nodes["a"].process)
             shipped = (OPS / "haproxy.cfg").read_text("utf-8")
-            for old, new in (("127.0.0.1:8080", f"127.0.0.1:{port}"), ("127.0.0.1:8000", f"127.0.0.1:{balancer.port}")):
-                shipped = shipped.replace(old, new)
+            for old, new in ((8080, nodes["a"].port), (8081, nodes["b"].port), (8000, balancer.port)):
+                shipped = shipped.replace(f"127.0.0.1:{old}", f"127.0.0.1:{new}")
             (tmp_path / "haproxy.cfg").write_text(shipped)
             command = [path, "-W", "-db", "-C", str(tmp_path), "-f", str(tmp_path / "haproxy.cfg")]
             with start(command, tmp_path / "log") as running:
-                await wait_until(lambda: http_status(f"{balancer.http}/readyz") == 200, "it has found the node")
+                await wait_until(lambda: reaches(balancer, "a", "b"), "it has found the nodes")
                 async with Client(balancer.url, user_id(10001), on_change=changes.append) as client:
                     reply = await client.send("why?")
                     pieces = aiter(reply)
@@ -116,7 +170,11 @@ async def test_the_shipped_configuration_of_haproxy_is_reloaded_without_a_discon
                     await wait_until(
                         lambda: http_status(f"{balancer.http}/readyz") == 200, "new connections are served"
                     )
-                    assert f"127.0.0.1:{port}" in await asyncio.to_thread(stats, tmp_path, "show servers conn")
+                    conns = await asyncio.to_thread(stats, tmp_path, "show servers conn")
+                    assert all(f"127.0.0.1:{node.port}" in conns for node in nodes.values())
+                    drained = f"set server nodes/127.0.0.1:{nodes['a'].port} state drain"
+                    assert not (await asyncio.to_thread(stats, tmp_path, drained)).strip()
+                    await wait_until(lambda: reaches(balancer, "b"), "new sockets avoid the node that is taken out")
                     assert worker.is_running()
                     finished.set()
                     async for piece in pieces:
@@ -159,7 +217,7 @@ async def test_only_nodes_that_can_be_reached_from_here_are_listed(redis_server:
             client.zadd("im:nodes", {node: 1})
             client.set(f"im:{{node:{node}}}:lease", value, ex=60)
         file = tmp_path / "haproxy" / "haproxy.cfg"
-        async with following(tmp_path, "haproxy", redis_server) as balancer:
+        async with following(tmp_path, "haproxy", redis_server.url) as balancer:
             await wait_until(lambda: file.exists() and "server 127" in file.read_text(), "the program is configured")
             lines = [line.split() for line in file.read_text().splitlines()]
             assert sorted(words[1] for words in lines if words[:1] == ["server"]) == [
