@@ -47,13 +47,13 @@ def is_ready(port: int) -> bool:
     return http_status(f"http://127.0.0.1:{port}/readyz") == 200
 
 
-def node_processes(runner: int, port: int) -> list[psutil.Process]:
-    """The process of the node with this port, without the script that starts it again."""
+def processes_of(runner: int, *words: str) -> list[psutil.Process]:
+    """The processes of imstream with these arguments, without the script that starts them again."""
     found = []
     for process in psutil.Process(runner).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            words = process.cmdline()
-            if "python" in words[0] and words[-2:] == ["--port", str(port)]:
+            command = process.cmdline()
+            if command[1:3] == ["-m", "imstream"] and {*words} <= {*command}:
                 found.append(process)
     return found
 
@@ -93,9 +93,12 @@ async def test_a_process_runner_starts_three_nodes_behind_a_balancer_and_one_of_
             reply = await client.send(question)
             await anext(aiter(reply))
             home = next(int(change.node or 0) for change in changes if isinstance(change, Connected))
-            [victim] = node_processes(running.pid, home)
+            [victim] = processes_of(running.pid, "node", str(home))
             victim.kill()
             assert await reply.text() == "".join(canned_answer(question, 150))
+            [victim] = processes_of(running.pid, "balancer")
+            victim.kill()
+            assert await (await client.send("and now?")).text() == "".join(canned_answer("and now?"))
         wait_for(partial(is_ready, home), running, name, limit=40)
         processes = psutil.Process(running.pid).children(recursive=True)
         assert len(processes) >= 6
@@ -109,6 +112,6 @@ async def test_a_process_runner_starts_three_nodes_behind_a_balancer_and_one_of_
     output = running.output()
     assert re.search(r"node\.2.*ready", output)
     assert len(re.findall(r"node\.[123].*drained", output)) == 3, output
-    assert output.count("was killed by signal 9 and is started again") == 1
+    assert output.count("was killed by signal 9 and is started again") == 2
     assert "SIGKILL" not in output
     assert DENIED not in output
