@@ -47,7 +47,7 @@ _PURPOSES = {
     "Operate it": ("pause", "resume", "drain", "dead", "user"),
     "Write a client": ("conform",),
 }
-"""The sections of the help; other commands are in one more."""
+"""The sections of the help, with every command."""
 
 
 class _InvalidSetting(click.ClickException):
@@ -70,14 +70,12 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Group.format_commands`."""
-        others = [name for name in self.list_commands(ctx) if not any(name in names for names in _PURPOSES.values())]
         width = max(map(len, self.list_commands(ctx)))
-        for purpose, names in (*_PURPOSES.items(), ("Other commands", others)):
+        for purpose, names in _PURPOSES.items():
             commands = [(name, command) for name in names if (command := self.get_command(ctx, name))]
             rows = [(f"{name:<{width}}", command.get_short_help_str(formatter.width)) for name, command in commands]
-            if rows:
-                with formatter.section(purpose):
-                    formatter.write_dl(rows)
+            with formatter.section(purpose):
+                formatter.write_dl(rows)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if module := _ELSEWHERE.get(cmd_name):
