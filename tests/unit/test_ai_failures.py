@@ -2,7 +2,7 @@
 
 import json
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from imstream.ai.error_report import DETAIL_LENGTH, ErrorReport, shorten
-from imstream.ai.failures import MAX_RETRY_AFTER, NEEDS_OPERATOR, from_report, from_response, retry_after
-from imstream.errors import BackendError
+from imstream.ai.failures import MAX_RETRY_AFTER, NEEDS_OPERATOR, RULES, from_report, from_response, retry_after
+from imstream.errors import BackendError, FailureKind
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
 
@@ -26,6 +26,12 @@ def refused(
 
 def reported(**error: object) -> BackendError:
     return from_report(ErrorReport.from_value({"error": error}))
+
+
+def test_rules_have_known_kinds_and_each_word_belongs_to_one() -> None:
+    assert {rule.kind for rule in RULES} <= set(get_args(FailureKind))
+    words = [word for rule in RULES for word in rule.words]
+    assert sorted(words) == sorted(set(words))
 
 
 # Whose fault it is
