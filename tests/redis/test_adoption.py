@@ -1,5 +1,8 @@
 """Exactly one node adopts the stream of a dead node; requests are never taken from living nodes (I1, I7)."""
 
+import pytest
+
+from imstream.store.requests import Entry, PendingEntry, RequestStream
 from tests.redis.worker_harness import USER, PlayedBackend, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
@@ -37,6 +40,38 @@ async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer)
         assert other.recorded("begun") == other.recorded("waiting") == ("done", "all of it")
         assert [entry["attempt"] for entry in other.entries("begun") if entry["event"] == "opened"] == ["1", "2"]
         assert other.begun == ["waiting"]
+
+
+async def test_what_a_dead_node_has_left_is_claimed_many_at_a_time(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round trip for each of thousands of requests, one after the other, kept their users waiting for a minute."""
+    claim, under_way, maximum = RequestStream.claim, 0, 0
+
+    async def counted(self: RequestStream, entry: PendingEntry, *, deliveries: int) -> Entry | None:
+        nonlocal under_way, maximum
+        under_way += 1
+        maximum = max(maximum, under_way)
+        try:
+            return await claim(self, entry, deliveries=deliveries)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(RequestStream, "claim", counted)
+    async with (
+        run_worker(redis_server, lease=QUICK_LEASE) as dying,
+        run_worker(redis_server, node="1", lease=QUICK_LEASE) as other,
+    ):
+        names = [f"m{number}" for number in range(10)]
+        for name in names:
+            await dying.ask(name)
+        await dying.backend.call(len(names))
+        await dying.crash()
+        for number in range(1, len(names) + 1):
+            (await other.backend.call(number)).done("x")
+        await other.idle()
+        assert {other.recorded(name) for name in names} == {("done", "x")}
+    assert maximum == len(names)
 
 
 async def test_when_all_is_done_the_adopter_leaves_no_trace_in_the_group(redis_server: RedisServer) -> None:
