@@ -4,9 +4,9 @@ import asyncio
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from imstream.cli.terminal import LineReader, TerminalOutput
 
@@ -28,6 +28,19 @@ def open_keyboard(output: TerminalOutput, on_ctrl_c: Callable[[], None]) -> Keyb
 
             return EditingKeyboard(PROMPT, MORE, on_ctrl_c)
     return LineKeyboard(output, on_ctrl_c)
+
+
+async def completes_first(task: asyncio.Task[Any], other: Coroutine[Any, Any, object], *, keep: bool = False) -> bool:
+    """Wait for a task or a coroutine, which is cancelled then; so is a task that is not first, unless `keep`."""
+    rival = asyncio.create_task(other)
+    try:
+        await asyncio.wait({task, rival}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        rival.cancel()
+        if not task.done() and not keep:
+            task.cancel()
+            await asyncio.wait({task})
+    return task.done() and not task.cancelled()
 
 
 class LineKeyboard:
@@ -56,12 +69,8 @@ class LineKeyboard:
         lines = list[str]()
         while True:
             self._output.prompt(MORE if lines else PROMPT)
-            reading, cleared = asyncio.create_task(self._reader.readline()), asyncio.create_task(interrupted.wait())
-            await asyncio.wait({reading, cleared}, return_when=asyncio.FIRST_COMPLETED)
-            cleared.cancel()
-            if not reading.done():
-                reading.cancel()
-                await asyncio.wait({reading})
+            reading = asyncio.create_task(self._reader.readline())
+            if not await completes_first(reading, interrupted.wait()):
                 interrupted.clear()
                 lines.clear()
                 self._output.end_line()

@@ -11,11 +11,12 @@ import uuid
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from imstream.cli import chat_commands as texts
 from imstream.cli.chat_commands import StatusLine, copy
-from imstream.cli.chat_input import Keyboard, LineKeyboard, open_keyboard, without_echo
+from imstream.cli.chat_input import Keyboard, LineKeyboard, completes_first, open_keyboard, without_echo
 from imstream.cli.terminal import TerminalOutput
 from imstream.cli.terminal_text import isolate_direction, printable, shorten, valid
 from imstream.client.client import Client
@@ -129,7 +130,7 @@ class _Chat:
         self._answer = ""
         self._of_conversation = set[str]()  # message ids
         self._ctrl_c = asyncio.Event()
-        self._interrupted = False
+        self._interrupted = self._is_stopping = False
         self._was_connected = False
         self._why_lost = ""
         self._screen = asyncio.Lock()  # held while an answer is shown
@@ -174,13 +175,9 @@ class _Chat:
 
     async def _read(self, keyboard: Keyboard) -> str | None:
         """Read a message; raises the error of a session that ends meanwhile."""
-        reading, ended = asyncio.create_task(keyboard.read()), asyncio.create_task(self._client.ended())
-        await asyncio.wait({reading, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done() and (error := ended.result()) is not None:
-            reading.cancel()
-            await asyncio.wait({reading})
+        reading = asyncio.create_task(keyboard.read())
+        if not await completes_first(reading, self._client.ended()) and (error := await self._client.ended()):
             raise error
-        ended.cancel()
         return await reading
 
     def on_reopened(self, reply: Reply) -> None:
@@ -215,7 +212,8 @@ class _Chat:
 
     async def _ask(self, line: str) -> bool:
         """Send a message, again while the server is busy, and show the answer. Returns whether it is complete."""
-        self._interrupted, self._last = False, (line := valid(line))
+        self._interrupted = self._is_stopping = False
+        self._last = line = valid(line)
         drop_oldest(self._history, line)
         message_id, result = uuid.uuid4().hex, None
         self._of_conversation.add(message_id)
@@ -258,15 +256,20 @@ class _Chat:
     async def _follow(self, reply: Reply) -> Result | None:
         """Show an answer until it ends. The first Ctrl-C cancels it; after the second one, it is left alone."""
         showing = asyncio.create_task(self._show(reply))
-        tasks: list[asyncio.Task[object]] = [showing, asyncio.create_task(self._show_status(reply))]
+        tasks: list[asyncio.Task[Any]] = [showing, asyncio.create_task(self._show_status(reply))]
         try:
             if await self._wait(showing, keep=True):
                 return showing.result()
             self._interrupted = True
-            self._note(Text.CHAT_CANCELLING)
+            text = localize(Text.CHAT_CANCELLING, self._lang)
+            self._is_stopping = self._output.status(text)
+            if not self._is_stopping:
+                self._output.note(text)
             tasks.append(asyncio.create_task(self._cancel(reply)))
             if await self._wait(showing, keep=True):
                 return showing.result()
+            self._interrupted = True
+            self._output.end_answer()
             self._note(texts.LEFT)
             return None
         finally:
@@ -303,7 +306,8 @@ class _Chat:
     async def _show_status(self, reply: Reply) -> None:
         line = StatusLine(reply, self._lang)
         while True:
-            text = localize(texts.OFFLINE, self._lang) if self._why_lost else line.text()
+            state = texts.OFFLINE if self._why_lost else Text.CHAT_CANCELLING if self._is_stopping else None
+            text = line.text() if state is None else localize(state, self._lang)
             self._output.status("" if reply.ended else text)
             await asyncio.sleep(_TICK)
 
@@ -326,17 +330,11 @@ class _Chat:
         try:
             await reply.cancel()
         except ClientError as error:
+            self._interrupted = self._is_stopping = False
             self._output.note(str(error))
 
-    async def _wait(self, task: asyncio.Task[object], *, keep: bool = False) -> bool:
+    async def _wait(self, task: asyncio.Task[Any], *, keep: bool = False) -> bool:
         """Wait for a task or Ctrl-C; False if Ctrl-C came first, which cancels the task unless `keep`."""
-        ctrl_c = asyncio.create_task(self._ctrl_c.wait())
-        try:
-            await asyncio.wait({task, ctrl_c}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ctrl_c.cancel()
-            if not task.done() and not keep:
-                task.cancel()
-                await asyncio.wait({task})
+        is_completed = await completes_first(task, self._ctrl_c.wait(), keep=keep)
         self._ctrl_c.clear()
-        return task.done() and not task.cancelled()
+        return is_completed

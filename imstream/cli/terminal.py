@@ -69,11 +69,13 @@ class TerminalOutput:
             self._write(printable(text) + "\n")
         self._end_line()
 
-    def status(self, text: str) -> None:
-        """Show the state of a message in the last line, in place of the one before."""
-        if self.can_redraw and text != self._status and not self._within_line:
+    def status(self, text: str) -> bool:
+        """Show the state of a message in the last line, in place of the one before; False if that is not possible."""
+        is_possible = self.can_redraw and not self._within_line
+        if is_possible and text != self._status:
             self._status = text
             self._redraw()
+        return is_possible
 
     def note(self, text: str) -> None:
         """Write a note on lines of its own, and the prompt again if it waits for a line."""
