@@ -170,9 +170,7 @@ class Metrics:
         )
         self.answer = histogram("imstream_answer_seconds", "Time from the admission of an answered message to its end.")
 
-        self.admissions = counts(
-            "imstream_admissions_total", "CHAT frames, by what became of them.", ["result"], ADMISSION_RESULTS
-        )
+        self.admissions = counts("imstream_admissions_total", "CHAT frames, by result.", ["result"], ADMISSION_RESULTS)
         self._unfinished = gauge(
             "imstream_requests_unfinished", "Requests in a stream that this node consumes (XLEN).", ["stream"]
         )

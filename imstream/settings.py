@@ -92,7 +92,7 @@ class Settings(SettingsGroup):
         description="Additional parameters of AI calls, such as temperature: a JSON object, as above.",
     )
     ai_proxy: ProxyOption | None = Field(
-        None, description="URL of an HTTP proxy for AI calls; env: as HTTPS_PROXY, NO_PROXY and so on say."
+        None, description="URL of an HTTP proxy for AI calls; env: that of HTTPS_PROXY, NO_PROXY and so on."
     )
     ai_usage: UsageOption = Field(
         "auto", description="Whether token counts are requested (stream_options); auto: unless the backend refuses it."
@@ -114,7 +114,7 @@ class Settings(SettingsGroup):
     )
     ai_continue: ContinueOption = Field(
         "none",
-        description="How the backend is asked to continue an answer: by its beginning as the last message (assistant), "
+        description="How an answer is continued: with its beginning as the last message (assistant), "
         "with the parameters of vLLM and SGLang (vllm), with `prefix` in that message (prefix), or not (none).",
     )
     ai_connect_timeout: Positive = Field(timedelta(seconds=5), description="Time limit for connecting to the backend.")
@@ -133,11 +133,11 @@ class Settings(SettingsGroup):
     ai_total_timeout: Positive = Field(timedelta(minutes=15), description="Time limit of one whole answer.")
     rollup: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(seconds=1))] = Field(
         timedelta(milliseconds=40),
-        description="Maximum time for which a busy node lets text of an answer gather before it reads it; 0: not.",
+        description="Maximum time for which a busy node leaves text of an answer unread; 0: off.",
     )
     thinking: Literal["hide", "status", "show"] = Field(
         "status",
-        description="What clients that want it are told of reasoning: nothing (hide), that the model thinks (status), "
+        description="Reasoning in frames to clients that request it: none (hide), only the state thinking (status), "
         "or also the reasoning (show).",
     )
     max_answer: int = Field(262_144, ge=1, description="Maximum characters of an answer; it is cut there (`length`).")
@@ -246,7 +246,7 @@ class Settings(SettingsGroup):
     ban_after: int = Field(10, ge=0, description="Violations after which an account is banned; 0: never.")
 
     words: Path | None = Field(None, description="File of unwanted words, one per line.")
-    words_action: Literal["refuse", "mask"] = Field("refuse", description="What happens to a text with such a word.")
+    words_action: Literal["refuse", "mask"] = Field("refuse", description="Action on a text with such a word.")
     moderation_url: HttpUrl | None = Field(None, description="OpenAI-compatible base URL of a moderation service.")
     moderation_key: SecretStr | None = Field(None, description="Its API key, sent as a bearer token.")
     moderation_model: str = Field("omni-moderation-latest", min_length=1, description="Model name sent to it.")
@@ -268,7 +268,7 @@ class Settings(SettingsGroup):
     context_tokens: int = Field(8192, ge=256, description="Context length of the model in tokens.")
     answer_tokens: int = Field(1024, ge=1, description="Tokens of the context that are reserved for the answer.")
     tokenizer: Path | None = Field(None, description="The model's tokenizer.json; without it tokens are estimated.")
-    history: Literal["drop", "summarise"] = Field("drop", description="What happens to turns beyond the context.")
+    history: Literal["drop", "summarise"] = Field("drop", description="Handling of turns beyond the context.")
 
     metrics: Annotated[str, AfterValidator(_validate_metrics)] | None = Field(
         None,
