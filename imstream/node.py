@@ -223,7 +223,7 @@ class Node:
         return (
             None
             if self.consumer.looped_within(_MISSED_ROUNDS * self._max_round)
-            else "the consumer loop does not go on"
+            else "the consumer loop is stuck"
         )
 
     def _set_gauges(self) -> None:

@@ -78,13 +78,13 @@ class Text(Sentence, Enum):
     )
     CHAT_LOST = ("连接中断({why}),{seconds} 秒后重新连接", "No connection ({why}); connecting again in {seconds} s")
     CHAT_BACK = ("已重新连接 {url}", "Connected again to {url}")
-    CHAT_RESUMED = ("已重新连接 {url},回答继续", "Connected again to {url}; the answer goes on")
+    CHAT_RESUMED = ("已重新连接 {url},回答继续", "Connected again to {url}; the answer continues")
     CHAT_RETRY = ("{why} {seconds} 秒后自动重发(Ctrl-C 放弃)", "{why} Sent again in {seconds} s (Ctrl-C gives up)")
     CHAT_CUT = ("回答已达长度上限,在此截断", "The answer was cut at the length limit")
     CHAT_FILTERED = ("回答被内容审核截断", "The answer was cut by the content filter")
     CHAT_CANCELLING = (
         "正在取消……再按一次 Ctrl-C 不再等待",
-        "Stopping the answer… press Ctrl-C again to wait no longer",
+        "Stopping the answer… press Ctrl-C again to stop waiting",
     )
 
 

@@ -70,7 +70,7 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
         )
     reasons = [*_why_requests_wait(overview)] if overview.unfinished else []
     if overview.waiting and not reasons:
-        reasons = ["nothing in Redis tells why they wait: the node has free slots, see its log"]
+        reasons = ["no reason in Redis: the node has free slots, see its log"]
     yield from (f"    {reason}" for reason in reasons)
     for consumer, count in overview.in_progress.items():
         dead = " and does not run: another node takes over" if consumer in overview.dead_nodes else ""
@@ -206,7 +206,7 @@ async def lock(  # noqa: PLR0913 - one for each option
 async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a lock."""
     was_locked = await Accounts(redis, settings).unlock(user_id)
-    echo(f"user {user_id} is no longer locked" if was_locked else f"user {user_id} was not locked")
+    echo(f"user {user_id} is unlocked" if was_locked else f"user {user_id} was not locked")
 
 
 @user.command()
@@ -225,7 +225,7 @@ async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: s
 async def unban(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a ban."""
     was_banned = await Accounts(redis, settings).unban(user_id)
-    echo(f"user {user_id} is no longer banned" if was_banned else f"user {user_id} was not banned")
+    echo(f"user {user_id} is unbanned" if was_banned else f"user {user_id} was not banned")
 
 
 @user.command()
@@ -238,9 +238,9 @@ async def quota(redis: RedisClient, settings: Settings, user_id: UserId, give_ba
     day = calendar.day(now_ms())
     if give_back is not None:
         was_counted = await accounts.refund(user_id, give_back, day)
-        echo(f"message {give_back} is {'no longer counted' if was_counted else 'not counted today'}")
+        echo(f"message {give_back} is {'given back' if was_counted else 'not counted today'}")
     if reset:
-        echo(f"messages no longer counted: {await accounts.reset_quota(user_id, day)}")
+        echo(f"messages given back: {await accounts.reset_quota(user_id, day)}")
     overview = await inspect_user(redis, Keys(settings.key_prefix), user_id, day)
     echo(f"user {user_id}: {_quota(overview, settings)}")
     for message_id, at in overview.counted[:MAX_SHOWN]:

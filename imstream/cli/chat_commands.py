@@ -21,7 +21,7 @@ HELP = Sentence(
     "/quit   leaves, as Ctrl-D does\nCtrl-C  stops an answer, or clears the message\n"
     "Alt-Enter, or \\ before Enter, begins a new line",
 )
-NEW = Sentence("新的对话,之前的消息不再发送", "A new conversation: earlier messages are not sent any longer")
+NEW = Sentence("新的对话,之前的消息不再发送", "A new conversation, without the earlier messages")
 NOTHING_YET = Sentence("还没有消息", "There is no message yet")
 UNKNOWN = Sentence("没有命令 {name},见 /help", "There is no command {name}: see /help")
 COPIED = Sentence("已复制 {count} 个字符", "Copied {count} characters")

@@ -104,7 +104,7 @@ def pause(  # noqa: PLR0913 - one for each option
     timeout: timedelta,
     **options: str | None,
 ) -> None:
-    """Have requests wait, for maintenance of the AI.
+    """Let requests wait, for maintenance of the AI.
 
     No call begins until "imstream resume". Running answers go on. Accepted messages wait, also over restarts of nodes;
     sockets stay open and nodes ready. The requests of a paused node are not answered by others, should it die. Ends
@@ -114,7 +114,7 @@ def pause(  # noqa: PLR0913 - one for each option
 
     def lack(one: NodeOverview) -> str | None:
         if one.paused is None:
-            return "it is not paused" + ("" if one.version else ": its release knows no pauses")
+            return "it is not paused" + ("" if one.version else ": its release does not support pauses")
         return f"it works on {one.running} requests" if wait and one.running else None
 
     async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str]]:
@@ -160,7 +160,7 @@ def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str
 @click.option("--timeout", type=TimeSpan(), metavar="TIME", default="2m", show_default=True, help="Limit of --wait.")
 @json_option
 def drain(*, name: str, wait: bool, timeout: timedelta, as_json: bool, **options: str | None) -> None:
-    """Have a node drain and end, as SIGTERM does, from afar.
+    """Drain a node through Redis, as SIGTERM does.
 
     It takes no new requests, lets running answers end within its IMSTREAM_DRAIN_GRACE, hands over the rest, closes its
     sockets with 1012 and exits with 0. Ends with 3 if it has not begun to within 10 s, or with --wait not ended after

@@ -178,11 +178,11 @@ async def _ports(settings: Settings, nodes: list[NodeOverview]) -> AsyncIterator
         if error is None:
             yield Finding(name, "ok", f"{where} is free")
         elif error != errno.EADDRINUSE:
-            yield Finding(name, "error", f"{where}: {os.strerror(error) if error > 0 else 'the host is not known'}")
+            yield Finding(name, "error", f"{where}: {os.strerror(error) if error > 0 else 'the host is unknown'}")
         elif (node := user.node if user else await _node_at(*address)) is None:
             yield Finding(name, "error", f"{where} is used by another program: {change}")
         elif not node:
-            yield Finding(name, "warning", f"{where} is used by a node that does not tell its id there")
+            yield Finding(name, "warning", f"{where} is used by a node that does not show its id there")
         else:
             used = f"{where} is used by node {node}{f' (process {user.pid})' if user else ''}"
             own = node == settings.node

@@ -45,7 +45,7 @@ def explain(user: str, message: str | None, *, as_json: bool, **options: str | N
 
 def _listed(found: list[Timeline]) -> Iterator[str]:
     if not found:
-        yield "Redis knows no messages of this user: none was accepted, or they have expired"
+        yield "Redis has no messages of this user: none was accepted, or they have expired"
         return
     asked = (f"{one.events[0].at:%Y-%m-%d %H:%M:%S} UTC" if one.events else None for one in found)
     rows = ((at, one.message_id, one.now) for at, one in zip(asked, found, strict=True))

@@ -371,7 +371,7 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
 @main.command()
 @settings_options(Settings, aliases=_ALIASES)
 @json_option
-@click.option("--call", is_flag=True, help="Also ask each backend for an answer of one token.")
+@click.option("--call", is_flag=True, help="Also request an answer of one token from each backend.")
 def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:
     """Check whether a node with these settings can serve from here.
 

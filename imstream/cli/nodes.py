@@ -101,7 +101,7 @@ def _warnings(found: Sequence[NodeOverview]) -> Iterator[str]:
         if one.state != "dead":
             versions.setdefault(one.version or "unknown", []).append(one.node)
         if one.state == "dead" and one.unfinished and one.adopter is None:
-            yield f"node {one.node} is dead, and nobody has adopted its {one.unfinished} requests yet"
+            yield f"node {one.node} is dead, and no node has adopted its {one.unfinished} requests yet"
         if one.state == "running" and one.not_ready:
             yield f"node {one.node} is not ready: {one.not_ready}"
         if one.paused:
@@ -114,4 +114,4 @@ def _warnings(found: Sequence[NodeOverview]) -> Iterator[str]:
     living = [one for one in found if one.state != "dead"]
     newest = max((one.reads or 1 for one in living), default=1)
     if older := [one.node for one in living if (one.reads or 1) < newest]:
-        yield f"node {', '.join(older)} does not know requests of schema {newest}, which wait for the others"
+        yield f"node {', '.join(older)} does not support requests of schema {newest}, which wait for the others"

@@ -223,7 +223,7 @@ def _check_ports(plan: UpPlan) -> None:
         listeners.append((UpSettings.variable("balancer_port"), plan.settings.host, plan.balancer_port))
     for variable, host, port in listeners:
         if port == 0:
-            raise SettingsError(f"{variable}=0 is not allowed: imstream up must know the port")
+            raise SettingsError(f"{variable}=0 is not allowed: imstream up needs a fixed port")
         if variable != node_variable and port in nodes:
             raise SettingsError(f"{variable}={port} is also the port of {nodes[port]}: choose another port for one")
         try:

@@ -116,10 +116,10 @@ class DemoBackend:
         match fault:
             case Fault.FAIL:
                 status = marker.status if marker.fail else self._random.choice((500, 503))
-                return _json(status, protocol.error("demo_failure", "failed, as this demo was told to"))
+                return _json(status, protocol.error("demo_failure", "failed, as configured"))
             case Fault.BUSY:
                 retry_after = str(math.ceil(_seconds(marker.after, self._settings.retry_after)))
-                return _json(429, protocol.error("rate_limit_exceeded", "busy, as told to be"), retry_after)
+                return _json(429, protocol.error("rate_limit_exceeded", "busy, as configured"), retry_after)
             case Fault.HANG:
                 await asyncio.Event().wait()
         return None

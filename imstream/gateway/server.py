@@ -250,7 +250,7 @@ class HttpServer(uvicorn.Server):
         try:
             listener = socket.create_server((self._host, self._port), family=family, backlog=2048, dualstack_ipv6=both)
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else "the host is not known"
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else "the host is unknown"
             raise SettingsError(f"{self._setting}: cannot listen: {reason}") from None
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

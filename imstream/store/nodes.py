@@ -26,7 +26,7 @@ class NodeOverview:
         instance: The process that holds the lease, as `imstream drain` names it.
         reads: The newest schema of requests that it knows; those of a newer one wait for another node.
         metrics: Address of its `/metrics`; empty if it serves none.
-        paused: Why an operator has paused it; None if none has, or if its release knows no pauses.
+        paused: Why an operator has paused it; None if none has, or if its release does not support pauses.
         unfinished: Requests in its stream.
         oldest: The age of the oldest of them.
         adopter: The node that has adopted its stream.

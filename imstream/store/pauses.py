@@ -57,7 +57,7 @@ class Pause:
         )
 
 
-_UNKNOWN = Pause("it is not known yet whether an operator has paused this node")
+_UNKNOWN = Pause("the pauses of this node have not been read yet")
 
 
 class Pauses:

@@ -54,7 +54,7 @@ class Timeline:
     user: UserId
     message_id: str
     state: str = "unknown"
-    now: str = "Redis knows nothing of it: it was never accepted, or its reply has expired"
+    now: str = "not in Redis: it was never accepted, or its reply has expired"
     kept_for: timedelta | None = None
     request: str | None = None
     events: list[Event] = field(default_factory=list)

@@ -95,7 +95,7 @@ async def test_mixed_releases_are_warned_about(nodes: ManyNodes) -> None:
     here = version("imstream-server")
     assert json.loads(result.stdout)["warnings"] == [
         f"the nodes are of different releases (unknown on previous; {here} on this): finish the upgrade",
-        "node previous does not know requests of schema 2, which wait for the others",
+        "node previous does not support requests of schema 2, which wait for the others",
     ]
 
 
@@ -110,7 +110,7 @@ async def test_a_node_of_the_previous_release_obeys_no_pause_and_no_drain_and_op
 
     told = await failing("drain", "--node", "previous")
     assert "node previous: it has not begun to drain" in told
-    assert "node previous: it is not paused: its release knows no pauses" in await failing("pause", "--all")
+    assert "node previous: it is not paused: its release does not support pauses" in await failing("pause", "--all")
     await wait_until(lambda: nodes.redis.hget(Keys().status("this"), "paused"), "the other one is paused")
     async with nodes["previous"].peer(USER) as someone:
         await someone.chat(USER, question(3), "m")

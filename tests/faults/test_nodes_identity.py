@@ -149,7 +149,7 @@ async def test_a_node_whose_consumer_loop_is_wedged_says_that_it_is_not_alive(
         await becomes(node, None, "/healthz")
         node.now.process.signal(signal.SIGUSR1)
         await becomes(node, "redis does not answer")
-        await becomes(node, "the consumer loop does not go on", "/healthz")
+        await becomes(node, "the consumer loop is stuck", "/healthz")
         await node.killed()
 
 

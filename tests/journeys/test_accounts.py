@@ -112,7 +112,7 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
         # Accepted messages are answered, although no socket shows the answer.
         await nodes["0"].all_finished()
         assert nodes.any.recorded(USER, "running")[0] == "done"
-        assert await command(nodes, "unban", str(USER)) == f"user {USER} is no longer banned\n"
+        assert await command(nodes, "unban", str(USER)) == f"user {USER} is unbanned\n"
         assert await command(nodes, "unban", str(USER)) == f"user {USER} was not banned\n"
     async with nodes["1"].peer(USER) as back:
         assert (await back.chat(USER, AT_ONCE, "after"))["event"] == "accepted"
@@ -127,7 +127,7 @@ async def test_a_lock_by_command_says_until_when_and_ends_by_itself(nodes: ManyN
         assert 3_500_000 < someone.frames[-1]["retryAfterMs"] <= 3_600_000
         await login_is_refused(nodes, USER, lang="en", sentence=sentence)
         assert "account     locked" in await command(nodes, "show", str(USER))
-        assert await command(nodes, "unlock", str(USER)) == f"user {USER} is no longer locked\n"
+        assert await command(nodes, "unlock", str(USER)) == f"user {USER} is unlocked\n"
         await command(nodes, "lock", str(USER), "--for", "50ms")
         await wait_until(lambda: _is_free(nodes), "the lock is over")
     async with nodes["0"].peer(USER):
@@ -263,10 +263,10 @@ async def test_an_operator_sees_what_was_asked_today_and_may_give_it_back(nodes:
         assert f"user {USER}: 3 of {QUOTA} used" in shown
         assert re.search(r"^  \d{4}-\d\d-\d\d \d\d:\d\d \(UTC\)  m3$", shown, re.MULTILINE)
         given_back = await command(nodes, "quota", str(USER), "--give-back", "m2")
-        assert "message m2 is no longer counted" in given_back
+        assert "message m2 is given back" in given_back
         assert f"2 of {QUOTA} used" in given_back
         assert "not counted today" in await command(nodes, "quota", str(USER), "--give-back", "m2")
-        assert f"messages no longer counted: 2\nuser {USER}: 0 of {QUOTA} used" in await command(
+        assert f"messages given back: 2\nuser {USER}: 0 of {QUOTA} used" in await command(
             nodes, "quota", str(USER), "--reset"
         )
         assert (await someone.chat(USER, AT_ONCE, "m4"))["remaining"] == QUOTA - 1

@@ -179,7 +179,7 @@ def test_a_node_that_shows_no_details_at_its_port_is_a_node(
         with node.now.process:
             nowhere = f"redis://127.0.0.1:{free_port()}/0"
             [(state, text)] = findings(redis_url=nowhere, ai_url=demo.url, port=node.port)["port"]
-            assert (state, text.endswith("is used by a node that does not tell its id there")) == ("warning", True)
+            assert (state, text.endswith("is used by a node that does not show its id there")) == ("warning", True)
 
 
 def test_too_few_open_files_a_wrong_clock_and_a_slow_redis_are_warnings(

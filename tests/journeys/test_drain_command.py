@@ -1,4 +1,4 @@
-"""`imstream drain`: SIGTERM from afar, and what it tells."""
+"""`imstream drain`: SIGTERM through Redis, and its output."""
 
 import asyncio
 import json

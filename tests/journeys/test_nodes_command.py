@@ -115,7 +115,7 @@ def test_nodes_of_other_releases_strangers_and_gaps_are_told_wherever_redis_is(e
         found = shown(empty_redis)
         assert [one["node"] for one in found["nodes"]] == ["gone", "new", "old"]
         assert found["warnings"] == [
-            "node gone is dead, and nobody has adopted its 1 requests yet",
+            "node gone is dead, and no node has adopted its 1 requests yet",
             "node old works on 1 requests of node gone",
             "node new is not ready: draining",
             "the nodes are of different releases (9 on new; unknown on old): finish the upgrade",

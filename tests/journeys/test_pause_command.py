@@ -154,7 +154,7 @@ def test_what_is_not_confirmed_is_told(empty_redis: Topology) -> None:
         ]
         assert result.stderr.splitlines()[-1] == "not confirmed: node busy: it works on 2 requests"
         old = run("pause", empty_redis, "--node", "old", "--wait", "--timeout", "1ms")
-        assert "not confirmed: node old: it is not paused: its release knows no pauses" in old.stderr
+        assert "not confirmed: node old: it is not paused: its release does not support pauses" in old.stderr
         run("pause", empty_redis, "--all", "--wait", "--timeout", "1ms")
         still = run("resume", empty_redis, "--node", "busy")
         assert "not confirmed: node busy: all nodes are paused" in still.stderr

@@ -31,10 +31,10 @@ def test_commands_change_what_show_shows_wherever_redis_is(empty_redis: Topology
         ["by", "alice"],
         ["since", command(empty_redis, "show")[4].split()[1]],
     ]
-    assert command(empty_redis, "unban") == [f"user {USER} is no longer banned"]
+    assert command(empty_redis, "unban") == [f"user {USER} is unbanned"]
     assert command(empty_redis, "lock", "--for", "1h")[0].startswith(f"user {USER} is locked until 2")
     assert "until" in command(empty_redis, "show")[2]
-    assert command(empty_redis, "unlock") == [f"user {USER} is no longer locked"]
+    assert command(empty_redis, "unlock") == [f"user {USER} is unlocked"]
     assert command(empty_redis, "unlock") == [f"user {USER} was not locked"]
     [account, quota, violations, sockets] = command(empty_redis, "show")[1:]
     assert account == "  account     free"

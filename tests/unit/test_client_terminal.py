@@ -355,7 +355,7 @@ async def test_a_lost_connection_is_told_and_the_answer_goes_on() -> None:
         await peer.close(CloseCode.DRAINING)
         await terminal.has("\nNo connection (we restart); connecting again in ")
         peer = await server.logged_in()
-        await terminal.has("the answer goes on\nhalf")
+        await terminal.has("the answer continues\nhalf")
         await peer.send_chat(message_id, "delta", contents=" whole", attempt=1, offset=10)
         await peer.send_chat(message_id, "done", attempt=1, offset=10)
         await terminal.shows("half whole\n>")

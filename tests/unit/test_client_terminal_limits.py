@@ -95,7 +95,7 @@ async def test_an_answer_without_a_connection_is_said_to_be() -> None:
         await terminal.has("half\nConnecting again…")
         peer = await server.logged_in()
         await peer.send_chat(message_id, "done", attempt=1, offset=4)
-        await terminal.has("the answer goes on\nhalf\n>")
+        await terminal.has("the answer continues\nhalf\n>")
 
 
 def test_the_history_of_a_message_has_the_size_and_number_that_a_server_accepts() -> None:

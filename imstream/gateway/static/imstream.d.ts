@@ -81,7 +81,7 @@ export interface MessageEvents {
   failed: CustomEvent<Frame>;
   /** Without a frame if the message was never sent. */
   cancelled: CustomEvent<Frame | undefined>;
-  /** The reply is kept no longer. */
+  /** The reply has expired. */
   expired: CustomEvent<Frame>;
   /** The service did not accept the message: `resend` or `cancel` it. */
   refused: CustomEvent<Frame | undefined>;

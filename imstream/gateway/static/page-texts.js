@@ -19,18 +19,18 @@ const TEXTS = {
   ended: ["The connection was closed.", "连接已关闭。"],
 
   write: ["Write a message", "输入消息"],
-  tooLong: ["Too long for one message: {count} characters must go", "消息太长，需要删去约 {count} 个字符"],
+  tooLong: ["Too long for one message: remove {count} characters", "消息太长，需要删去约 {count} 个字符"],
 
   you: ["You", "你"],
   assistant: ["Assistant", "助手"],
   thinkingText: ["Reasoning of the model", "模型的思考过程"],
-  unknownQuestion: ["A question that is no longer known", "问题已不再保留"],
+  unknownQuestion: ["This question is not available", "问题已不再保留"],
 
   held: ["Will be sent after the answer above", "将在上面的回答完成后发送"],
   heldBack: ["Not sent, because the message above has no answer", "尚未发送，因为上一条消息没有得到回答"],
   sending: ["Sending", "发送中"],
   offline: ["Waiting for the connection", "等待连接"],
-  resuming: ["Connection lost, the answer will go on where it stopped", "连接已断开，恢复后将从断开处继续"],
+  resuming: ["Connection lost, the answer will continue where it stopped", "连接已断开，恢复后将从断开处继续"],
   queued: ["Place {position} in the queue", "排队中，第 {position} 位"],
   next: ["Next in the queue", "排队中，下一个就是你"],
   inQueue: ["In the queue", "排队中"],
@@ -57,7 +57,7 @@ const TEXTS = {
   content_filter: ["cut by the content filter", "被内容审核截断"],
   cancelled: ["Stopped", "已停止"],
   failed: ["This message could not be answered.", "这条消息没有得到回答。"],
-  expired: ["The answer is no longer kept.", "这条回答已不再保留。"],
+  expired: ["The answer has expired.", "这条回答已不再保留。"],
   refused: [
     "The service did not take this message. It may be too long.",
     "服务没有接受这条消息，可能太长了。",
