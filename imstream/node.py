@@ -220,11 +220,7 @@ class Node:
 
     def stuck(self) -> str | None:
         """Return why the node needs a restart; None when it works or may recover."""
-        return (
-            None
-            if self.consumer.looped_within(_MISSED_ROUNDS * self._max_round)
-            else "the consumer loop is stuck"
-        )
+        return None if self.consumer.looped_within(_MISSED_ROUNDS * self._max_round) else "the consumer loop is stuck"
 
     def _set_gauges(self) -> None:
         metrics, running = self.metrics, defaultdict[str, list[str]](list)
