@@ -256,7 +256,8 @@ class ReconnectingConnection:
     def _on_close(self, closed: ConnectionClosed, socket: ClientConnection) -> ReconnectPolicy:
         code, reason = (None, "") if closed.rcvd is None else (closed.rcvd.code, closed.rcvd.reason)
         cause = self._cause_of(code)
-        self.last_error = (cause and cause.contents) or reason or str(closed)
+        problem = "the connection broke" if closed.rcvd is closed.sent is None else str(closed)
+        self.last_error = (cause and cause.contents) or reason or problem
         policy = after_close(code, cause.code if cause else None)
         if policy.mode is RetryMode.NEVER and code == CloseCode.NOT_AUTHENTICATED:
             policy = self._credentials.on_rejected(was_logged_in=self._logged_in.is_set())

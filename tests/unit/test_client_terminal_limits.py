@@ -92,6 +92,7 @@ async def test_an_answer_without_a_connection_is_said_to_be() -> None:
         peer = await greeted(server, terminal)
         message_id = await half_an_answer(peer, terminal)
         peer.drop()
+        await terminal.has("No connection (the connection broke); connecting again in ")
         await terminal.has("half\nConnecting again…")
         peer = await server.logged_in()
         await peer.send_chat(message_id, "done", attempt=1, offset=4)
