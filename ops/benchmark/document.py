@@ -88,12 +88,18 @@ def _services(results: Mapping[str, Any]) -> str:
 
 def _machine(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     about = results["circumstances"]
-    foreign = median(run["foreign"] for run in runs)
-    doubt = " (too much: these figures are not reliable)" if foreign > BUSY else ""
     return (
         f"{about['date']}: {about['cpus']} cores, Python {about['python']}, {about['event_loop']}; CPUs used by other "
-        f"processes: {foreign:.2f}{doubt}.\n"
+        f"processes: {_foreign(runs):.2f}{_doubt(runs)}.\n"
     )
+
+
+def _foreign(runs: Sequence[Mapping[str, Any]]) -> float:
+    return median(run["foreign"] for run in runs)
+
+
+def _doubt(runs: Sequence[Mapping[str, Any]]) -> str:
+    return " (too much: these figures are not reliable)" if _foreign(runs) > BUSY else ""
 
 
 def _rollup(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -129,8 +135,11 @@ def main(files: Sequence[str]) -> None:
         results = json.loads(Path(file).read_text("utf-8"))
         DOCUMENT.write_text(replace(DOCUMENT.read_text("utf-8"), parts(results)), "utf-8")
         if "summary" in results:
+            busy = (
+                _doubt([run for runs in results["rounds"] for run in runs]) and " (not reliable: the machine was busy)"
+            )
             for scheme in SCHEMES:
-                (DOCS / f"benchmark-{scheme}.svg").write_text(plot(results["summary"], scheme), "utf-8")
+                (DOCS / f"benchmark-{scheme}.svg").write_text(plot(results["summary"], scheme, busy), "utf-8")
 
 
 if __name__ == "__main__":

@@ -20,18 +20,21 @@ def _style(scheme: str) -> str:
     return f"{text} {services} .redis {{ fill-opacity: 0.45 }}"
 
 
-def plot(summary: Sequence[dict[str, Any]], scheme: str) -> str:
-    """Draw the summary of `ops.benchmark.report`: a group of bars for each load, node and Redis side by side."""
+def plot(summary: Sequence[dict[str, Any]], scheme: str, note: str = "") -> str:
+    """Draw the summary of `ops.benchmark.report`: a group of bars for each load, node and Redis side by side.
+
+    `note` is added to the title.
+    """
     lines = [line for line in summary if line["load"] != "single"]
     most = max((_total(line) for line in lines), default=1.0)
     parts, y = list[str](), 44
     for kind in dict.fromkeys((line["load"], line["sockets"]) for line in lines):
         for line in lines:
             if (line["load"], line["sockets"]) == kind:
-                parts += _bar(line, y, (WIDTH - LEFT - 90) / most)
+                parts += _bar(line, y, (WIDTH - LEFT - 110) / most)
                 y += BAR + 3
         y += GAP
-    title = "CPU seconds for 1,000 chats; the lighter part is Redis"
+    title = "CPU seconds for 1,000 chats; the lighter part is Redis" + escape(note)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="{title}">'
         f'<style>{_style(scheme)}</style><text x="8" y="22">{title}</text>{"".join(parts)}</svg>\n'
@@ -44,7 +47,7 @@ def _total(line: dict[str, Any]) -> float:
 
 def _bar(line: dict[str, Any], y: int, scale: float) -> Iterator[str]:
     service, own, x = escape(line["service"]), line["cpu_s_per_1000_chats"] * scale, LEFT
-    label = f"{line['load']}, {line['sockets']} × {line['service']}"
+    label = f"{line['load']}, {line['sockets']} sockets: {line['service']}"
     yield f'<text x="{LEFT - 8}" y="{y + 11}" text-anchor="end">{escape(label)}</text>'
     yield f'<rect class="{service}" x="{x}" y="{y}" width="{own:.1f}" height="{BAR}"/>'
     redis = line["redis_cpu_s_per_1000_chats"] * scale

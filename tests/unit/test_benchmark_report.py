@@ -55,10 +55,11 @@ def test_what_was_not_measured_has_no_bar() -> None:
 
 
 def test_the_plot_is_drawn_from_the_summary() -> None:
-    svg = plot(as_json(results(cpu=0.5, ms=10))["summary"], "dark")
+    svg = plot(as_json(results(cpu=0.5, ms=10))["summary"], "dark", " <busy>")
     root = ET.fromstring(svg)  # noqa: S314 - our own
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "burst, 100 × imstream" in texts
+    assert "burst, 100 sockets: imstream" in texts
     assert "0.50 (× 0.50)" in texts
+    assert texts[0] == "CPU seconds for 1,000 chats; the lighter part is Redis <busy>"
     assert "#e6edf3" in svg
     assert "single" not in svg
