@@ -23,8 +23,8 @@ _BRACE = ord("{")
 class AnswerReader(CompletionReader):
     """Is fed with a response body as it arrives, and returns the text.
 
-    An answer is whole when it has text and a finish reason. What follows may be more text, because some servers send a
-    finish reason with every chunk; anything else can no longer make the answer fail.
+    An answer is whole when it has text and a finish reason. Later events may add text, because some servers send a
+    finish reason with every chunk; anything else cannot make the answer fail.
 
     Attributes:
         done: `[DONE]` or the end was received, or the answer is truncated: the rest is ignored.
@@ -136,7 +136,7 @@ class AnswerReader(CompletionReader):
         self.done = True
 
     def _bounded(self, text: str) -> str:
-        """Truncate the answer at its limit, and replace what `history` does not allow: NUL and single surrogates."""
+        """Truncate the answer at its limit, and replace NUL and single surrogates, which `history` does not allow."""
         if self._high is not None:  # joins pairs that are split over two events
             text, self._high = self._high + text, ""
             if text and "\ud800" <= text[-1] <= "\udbff":

@@ -108,11 +108,11 @@ class OpenAIBackend(EndpointClient):
 
     @property
     def request(self) -> object:
-        """What all requests have in common, with the values of the environment; for comparisons."""
+        """The common part of all requests, with the values of the environment; for comparisons."""
         return self._endpoint, self._parameters
 
     async def check(self) -> BackendError | None:
-        """Return what will keep calls from succeeding, as far as the list of models tells, or an empty request."""
+        """Return the error of future calls, found with the list of models or an empty request; None: none found."""
         url = self._endpoint.url
         models = url.with_path(f"{url.raw_path.removesuffix(PATH)}models", encoded=True, keep_query=True)
         try:
@@ -158,7 +158,7 @@ class OpenAIBackend(EndpointClient):
         return error if status in failures.ADDRESS_STATUSES or error.kind == "away" else None
 
     def _locate(self, error: BackendError) -> None:
-        """Add to an error which address was asked, and what may have to be changed."""
+        """Add the URL of the call to an error, and the setting that may be wrong."""
         hint = failures.hint(error, self._endpoint.url.path, variable=self._options.variable)
         error.detail = f"{error.detail} ({'; '.join(filter(None, (self._address, hint)))})"
 
@@ -275,7 +275,7 @@ class OpenAIBackend(EndpointClient):
         return Completion(reader.finish_reason or "stop", reader.usage)
 
     async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: Intake) -> None:
-        """Read what may follow a finish reason: usage, `[DONE]`, and more text from servers that send many of them.
+        """Read the events that may follow a finish reason: usage, `[DONE]`, and more text from some servers.
 
         A timeout or a lost connection is no error: the answer is whole. It is one if the finish reason meant nothing.
         """

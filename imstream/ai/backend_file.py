@@ -26,7 +26,7 @@ def ignored_settings(settings: Settings) -> list[str]:
 
 
 def read_backends(path: Path, settings: Settings) -> list[BackendOptions]:
-    """Read the file. Raises `SettingsError`: one line for each mistake, with the table, the key and what is allowed."""
+    """Read the file. Raises `SettingsError`: a line for each mistake, with table, key and allowed values."""
     tables = _read_tables(path)
     backends, mistakes = dict[str, BackendOptions](), list[str]()
     for number, table in enumerate(tables, 1):
@@ -58,7 +58,7 @@ def _read_tables(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(table: dict[str, Any], path: Path, settings: Settings) -> tuple[BackendOptions | None, list[str]]:
-    """The options of one backend, if its table is valid, and what is wrong with it."""
+    """The options of one backend, if its table is valid, and its mistakes."""
     mistakes = [f"{key} is unknown; allowed are {', '.join(_KEYS)}" for key in table if key not in _KEYS]
     mistakes += [f"{key} is missing" for key in _REQUIRED if key not in table]
     values = {key: value for key, value in table.items() if key in _KEYS}

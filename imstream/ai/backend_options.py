@@ -1,4 +1,4 @@
-"""The options of one AI backend: its address, what its requests look like, and its time limits.
+"""The options of one AI backend: its address, the form of its requests, and its time limits.
 
 Those of a single backend are the settings `IMSTREAM_AI_…`, one to one. A value `env:NAME` of a header or a parameter
 stands for the environment variable of that name, `file:PATH` for the content of that file.
@@ -102,7 +102,7 @@ class BackendOptions(BaseModel):
         return (self.context_tokens or settings.context_tokens) - self.answer_limit(settings)
 
     def proxy_for(self, url: URL) -> URL | None:
-        """The proxy of requests to this URL. With `env`, as the environment says (`HTTPS_PROXY`, `NO_PROXY`, …)."""
+        """The proxy of requests to this URL. With `env`, that of the environment (`HTTPS_PROXY`, `NO_PROXY`, …)."""
         if self.proxy is None:
             return None
         address = self.proxy.get_secret_value()

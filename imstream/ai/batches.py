@@ -49,7 +49,7 @@ class Batcher(Generic[T]):
                 future.set_result(result)
 
     async def aclose(self) -> None:
-        """Cancel all calls. Nothing may be waiting for a result any longer."""
+        """Cancel all calls. No caller may be waiting for a result."""
         if self._timer is not None:
             self._timer.cancel()
         for task in self._calls:

@@ -25,7 +25,7 @@ from yarl import URL
 
 HEAD_LIMIT = 32 * 1024  # bytes of the head of a response, including all interim responses before it
 OVERHEAD_LIMIT = 512 * 1024  # bytes of a response that are not body, such as chunk sizes, beyond the size of its body
-RECEIVE_BUFFER = 32 * 1024  # bytes; bounds what is parsed in one turn of the event loop
+RECEIVE_BUFFER = 32 * 1024  # bytes; maximum that is parsed in one turn of the event loop
 _LAST_CHUNK = b"0\r\n\r\n"  # of a body in chunks (RFC 9112, section 7.1)
 _SLICE = 2048  # bytes of a head that are parsed at once: by how much a read can exceed the limit
 
@@ -81,14 +81,14 @@ class BoundedHandler(ResponseHandler):
         super().set_response_params(**params)
 
     def hold(self) -> None:
-        """Let what is received wait, unless it gathers here and is much, or the end of a body."""
+        """Hold received data, unless it is large, or the end of a body."""
         self._gathered, self._gathered_size = [], 0
         if self._socket is not None and not self._is_polled and self.transport is not None:
             self._is_polled = True
             self.transport.pause_reading()
 
     def release(self) -> None:
-        """Parse what was received meanwhile, deliver it, and go on unless `body` holds again."""
+        """Parse the data received meanwhile, deliver it, and continue unless `body` holds again."""
         gathered, self._gathered = self._gathered, None
         if gathered is None:
             return
@@ -122,7 +122,7 @@ class BoundedHandler(ResponseHandler):
         self._is_polled = False
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop, and by aiohttp (without data) to parse what it has buffered."""
+        """Called by the event loop, and by aiohttp (without data) to parse its buffer."""
         if data and self._gathered is not None:
             self._gathered.append(data)
             self._gathered_size += len(data)
@@ -251,7 +251,7 @@ class StreamedBody:
             assert isinstance(response.connection.protocol, BoundedHandler)  # noqa: S101 - from a bounded session
             self._handler = response.connection.protocol
             self._handler.body = self
-        self.deliver()  # what was received with the head
+        self.deliver()  # data received with the head
 
     def detach(self) -> None:
         """Leave the rest of the body to aiohttp."""
@@ -271,12 +271,12 @@ class StreamedBody:
             self._handler.hold()
 
     def resume(self) -> None:
-        """Deliver what was received meanwhile, and call `after_read`, which may pause again."""
+        """Deliver the data received meanwhile, and call `after_read`, which may pause again."""
         if self._handler is not None:
             self._handler.release()
 
     def deliver(self) -> None:
-        """Called by the connection after it has parsed what it received."""
+        """Called by the connection after it has parsed received data."""
         if self._delivering or self.ended.done():
             self._again = True  # reading from the buffer has resumed the connection
             return
@@ -294,14 +294,14 @@ class StreamedBody:
             self._delivering = False
 
     def _deliver_buffered(self) -> bool:
-        """Deliver what was received; return whether there may be more."""
+        """Deliver the received data; return whether there may be more."""
         content, self._again = self._content, True
         while self._again:
             self._again = False
             try:
                 data = content.read_nowait()
             except (aiohttp.ClientError, OSError) as error:
-                if not (data := content._read_nowait(-1)):  # noqa: SLF001 - what was received before the error
+                if not (data := content._read_nowait(-1)):  # noqa: SLF001 - data received before the error
                     raise BodyBroken(error) from None
             if data and not self._on_data(data):
                 return False
@@ -309,7 +309,7 @@ class StreamedBody:
             self._on_data(b"")
             return False
         if self._handler is None or self._handler.transport is None:
-            raise BodyBroken(aiohttp.ClientPayloadError())  # aiohttp does not tell the body if it closes a connection
+            raise BodyBroken(aiohttp.ClientPayloadError())  # aiohttp does not notify the body if it closes a connection
         return True
 
 

@@ -15,7 +15,7 @@ from imstream.settings import Settings
 
 
 class Breaker:
-    """Counts the results of calls and tells how long to wait. Times are seconds of a monotonic clock."""
+    """Counts the results of calls and computes the waiting time. Times are seconds of a monotonic clock."""
 
     def __init__(
         self, settings: Settings, *, failures: int | None = None, clock: Callable[[], float] = time.monotonic

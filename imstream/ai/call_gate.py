@@ -21,7 +21,7 @@ RECOVERY = 10
 """Seconds after an outage in which calls are paced; the rate doubles each second."""
 
 SHARED_REASONS = frozenset({"connect_failed", "http_429", "http_503", "overloaded", *NEEDS_OPERATOR})
-"""Failures that say nothing about the request. Others, such as time limits, count once for each user."""
+"""Failures that do not depend on the request. Others, such as time limits, count once for each user."""
 
 
 log = structlog.get_logger()
@@ -39,7 +39,7 @@ class CallGate:
         self._normal_rate: float | None = None
         """The rate before the failures that are going on; None while calls succeed."""
         self._back_at: float | None = None
-        """When the backend came back; None once calls are not paced any longer."""
+        """When the backend came back; None while calls are not paced."""
         self._next_at = 0.0
         self._logged = set[str]()
         """Reasons that were logged since the last success."""
@@ -86,7 +86,7 @@ class CallGate:
             self._logged.clear()
 
     def record_failure(self, error: BackendError, *, user: object) -> None:
-        """A call has failed. Only a backend that is away counts; a broken answer says nothing about other calls."""
+        """A call has failed. Only a backend that is away counts; a broken answer does not concern other calls."""
         if error.kind not in {"away", "misconfigured"}:
             return
         is_ours = error.kind == "misconfigured" or error.reason in NEEDS_OPERATOR

@@ -55,7 +55,7 @@ class ChunkTemplate:
         if self._begin and end > 0 and data.startswith(self._begin):
             values = data[len(self._begin) : end].split(self._between)
             try:
-                texts = from_json(b"[%b]" % b"\n,".join(values))  # no value goes on behind a line feed
+                texts = from_json(b"[%b]" % b"\n,".join(values))  # no value continues after a line feed
                 if len(texts) == len(values):  # each of them is one value
                     return "".join(texts), end + len(self._end), len(texts)
             except (TypeError, ValueError):  # a value is not a string, or not valid

@@ -59,7 +59,7 @@ class CompletionReader:
             Comments and a bare role do not count; servers send them while a request is queued.
         done: Nothing follows.
         skipped: The number of events that could not be read.
-        problem: Why the first of them could not be read, or what happened after the answer was whole.
+        problem: Why the first of them could not be read, or the problem after the answer was whole.
     """
 
     # With 30 attributes, an instance without slots has a dictionary of its own, and CPython 3.11 specialises no access.
@@ -85,7 +85,7 @@ class CompletionReader:
         self.skipped = 0
         self.problem = ""
         self._remaining_reasoning = limit
-        self._on_reasoning = on_reasoning  # None: reasoning is not reported, or no longer
+        self._on_reasoning = on_reasoning  # None: reasoning is not reported, or not any more
         self._secrets = secrets
         self._high: str | None = None  # first half of a surrogate pair, or empty; None until a surrogate was received
         self._has_text = self._has_choice = self._is_refusal = self._calls_tools = self._reasons = False
@@ -205,14 +205,14 @@ class CompletionReader:
         if self._has_text:
             self.resumed = True
         elif not finish:
-            self.finish_reason = None  # what was finished is the reasoning
+            self.finish_reason = None  # only the reasoning has ended
         self._has_text = True
         on_reasoning, self._on_reasoning = self._on_reasoning, None
         if on_reasoning is not None and self._reasons:
             on_reasoning("")
 
     def _read_other(self, delta: dict[str, Any]) -> str:
-        """Read what a message has beside its content; return a refusal, which is shown."""
+        """Read the other fields of a message, beside its content; return a refusal, which is shown."""
         if delta.get("tool_calls") or delta.get("function_call"):
             self._calls_tools = True
         refusal = delta.get("refusal")

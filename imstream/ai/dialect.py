@@ -1,4 +1,4 @@
-"""What a request to one backend looks like: its messages, parameters and token counts, as its options say. No I/O."""
+"""The form of a request to one backend: messages, parameters and token counts, by its options. No I/O."""
 
 import re
 from collections.abc import Mapping, Sequence

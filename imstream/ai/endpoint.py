@@ -139,7 +139,7 @@ def _passwords(url: URL) -> tuple[str, ...]:
 
 
 async def read_until(content: aiohttp.StreamReader, deadline: float) -> bytes:
-    """Read what arrives before the deadline (loop time); empty if the stream ends or breaks first."""
+    """Read all data that arrives before the deadline (loop time); empty if the stream ends or breaks first."""
     try:
         async with asyncio.timeout_at(deadline):
             return await content.readany()

@@ -65,7 +65,7 @@ class ErrorReport:
     words: tuple[str, ...] = ()  # codes and types in lower case, the more specific ones first
     message: str = ""  # not shortened
     status: int | None = None  # in an error object, which may be part of a successful response
-    retry_after: timedelta | None = None  # the wait that the error asks for
+    retry_after: timedelta | None = None  # the wait that the error requests
 
     @classmethod
     def from_body(cls, body: bytes) -> Self:

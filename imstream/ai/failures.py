@@ -90,7 +90,7 @@ def from_response(
         detail = "a redirect, which is not followed"
     kind, reason = _judge(report, status, in_answer=False)
     if reason == "http_400" and body.lstrip().startswith(b"<"):
-        kind, reason = "misconfigured", "misconfigured"  # a page is not of the API: nobody has read the request
+        kind, reason = "misconfigured", "misconfigured"  # a page is not of the API: the request was not read
     wait = retry_after(headers, now=now)
     return failure(kind, reason, detail, retry_after=report.retry_after if wait is None else wait)
 
@@ -136,7 +136,7 @@ def may_be_about_request(error: BackendError) -> bool:
 
 
 def hint(error: BackendError, path: str, *, variable: Callable[[str], str]) -> str:
-    """What an operator may have to change; empty if unknown. `path`: of the URL that was asked."""
+    """The setting that may be wrong; empty if unknown. `path`: of the URL of the call."""
     base = path.removesuffix("/chat/completions")
     if error.reason in _KEY_REASONS:
         return f"check {variable('key')}"
@@ -177,7 +177,7 @@ def _judge(report: ErrorReport, status: int | None, *, in_answer: bool) -> tuple
         quoted = may_quote and rule.sentences is not None and rule.sentences.search(message)
         if quoted or not rule.words.isdisjoint(words):
             if rule.is_generic and rule.kind == by_status and not in_answer:
-                break  # the status says as much
+                break  # the status is enough
             return rule.kind, rule.reason
     return by_status, status_reason
 

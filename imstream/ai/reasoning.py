@@ -27,7 +27,7 @@ class ReasoningFilter:
     no closing tag at all.
 
     Attributes:
-        reasoning: What the last `feed` removed, without the tags. With `opened`, also what `end` may return after all.
+        reasoning: Text removed by the last `feed`, without the tags. With `opened`, also text that `end` may return.
         passed: The beginning is over: from now on, all text passes.
     """
 
@@ -41,7 +41,7 @@ class ReasoningFilter:
         self._searched = 0  # characters without a closing tag
 
     def feed(self, text: str) -> str:
-        """Return what passes of the next piece."""
+        """Return the part of the next piece that passes."""
         self.reasoning = ""
         self._held += text
         if self._opened and not self._find_end():

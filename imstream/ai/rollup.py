@@ -57,12 +57,12 @@ class RollUp:
         sleeper.slot = self._joined % SLOTS
 
     def leave(self, sleeper: Sleeper) -> None:
-        """An answer has ended. It is not woken any longer."""
+        """An answer has ended: do not wake it."""
         self._answers -= 1
         self._slots[sleeper.slot].discard(sleeper)
 
     def rest(self, sleeper: Sleeper) -> bool:
-        """Wake it at the next turn of its slot; False: it is to go on, because the node is not busy."""
+        """Wake it at the next turn of its slot; False: it continues, because the node is not busy."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         if now - self._sampled_at >= SAMPLE:

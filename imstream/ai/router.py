@@ -62,7 +62,7 @@ class Backends:
         self._all = [self._make(options) for options in _read(settings)] if not given else []
         self._all += [self._upstream(backend, BackendOptions.of(settings)) for backend in given]
         self._retired = list[Upstream]()
-        """Backends that are no longer in the file, and may have running calls."""
+        """Backends that were removed from the file, and may have running calls."""
         self._waiting: dict[_Waiter, None] = {}  # in their order
         self._timer: asyncio.TimerHandle | None = None
 
@@ -104,7 +104,7 @@ class Backends:
         return True
 
     async def close_retired(self) -> None:
-        """Close the connections of backends that are no longer in the file, once their calls have ended."""
+        """Close the connections of backends that were removed from the file, once their calls have ended."""
         for one in [one for one in self._retired if one.in_flight == 0]:
             self._retired.remove(one)
             await one.close()
@@ -231,7 +231,7 @@ class Backends:
             self._admit()
 
     def _possible(self, tokens: int) -> int:
-        """Not more tokens than one of them takes: after a reload, a prompt may be too long for all, which they tell."""
+        """Not more tokens than one of them takes: after a reload, a prompt may be too long for all; they report it."""
         return tokens and min(tokens, max(one.prompt_limit for one in self._all))
 
     def _make(self, options: BackendOptions) -> Upstream:
@@ -248,7 +248,7 @@ class Backends:
 
     @property
     def _none_works(self) -> bool:
-        # The first one alone nearly always tells, for a fifth of the CPU.
+        # The first one alone is nearly always enough, for a fifth of the CPU.
         return self._all[0].gate.breaker.tripped and all(one.gate.breaker.tripped for one in self._all)
 
     def _callable(self) -> Upstream | None:
@@ -270,7 +270,7 @@ class Backends:
                 if not waiter.turn.done():  # else it has just been cancelled
                     waiter.turn.set_result(self._begin(upstream))
             elif not waiter.continuing and all(waiter.tokens <= one.prompt_limit for one in self._all):
-                break  # nor does anybody after it; with a shorter prompt they might, or if it waits for one backend
+                break  # nor do those after it; with a shorter prompt they might, or if it waits for one backend
         self._set_timer()
 
     def _set_timer(self) -> None:

@@ -1,4 +1,4 @@
-"""Parses server-sent events from bytes, without I/O, as the HTML standard says (9.2, "Parsing an event stream").
+"""Parses server-sent events from bytes, without I/O, by the HTML standard (9.2, "Parsing an event stream").
 
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
@@ -19,7 +19,7 @@ _JSON_GOES_ON = (b" ", b"\t", b"}", b"]", b'"')  # lines of an indented document
 
 
 class EventTooLong(Exception):  # noqa: N818 - reads as what happened
-    """An incomplete event is longer than the limit. The parser cannot be used any longer."""
+    """An incomplete event is longer than the limit. The parser cannot be used after it."""
 
 
 class NamedEvent(bytes):
@@ -70,7 +70,7 @@ class EventParser:
             self._line.append(rest)
         if not (self._line or self._data):  # a read typically ends where an event ends
             self.buffered = 0
-        elif events or (lines and not self._data):  # what was read before is not kept, such as comments
+        elif events or (lines and not self._data):  # earlier lines are not kept, such as comments
             self.buffered = sum(map(len, self._data)) + sum(map(len, self._line))
         else:  # not summed up again for each read
             self.buffered += size

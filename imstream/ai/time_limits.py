@@ -41,7 +41,7 @@ class TimeLimits:
     timer compares when it fires: a thousand tokens cost a thousand assignments and one timer.
 
     Attributes:
-        catch_up: Called before silence is found too long: reads what was received while the connection rested.
+        catch_up: Called before silence is found too long: reads the data received while the connection paused.
     """
 
     def __init__(self, *, total: timedelta) -> None:

@@ -35,7 +35,7 @@ class Upstream:
     is_reachable: bool = False
     """Whether a check has reached it since its last failure."""
     credit: float = 0.0
-    """What its weight has earned it in earlier choices, and its calls have spent."""
+    """Credit by its weight in earlier choices, minus its calls."""
     name: str = field(init=False)
     """Its name in logs and records."""
 
@@ -83,7 +83,7 @@ class Upstream:
 
     @property
     def request(self) -> object:
-        """What its requests have in common."""
+        """The common part of its requests."""
         return self.backend.request if isinstance(self.backend, OpenAIBackend) else self.backend
 
     async def open(self) -> None:
@@ -97,12 +97,12 @@ class Upstream:
             await self.backend.__aexit__(None, None, None)
 
     async def check(self) -> BackendError | None:
-        """Return what will keep calls from succeeding, as far as that is known without a prompt."""
+        """Return the error of future calls, as far as it is known without a prompt."""
         return await self.backend.check() if isinstance(self.backend, OpenAIBackend) else None
 
     def record_failure(self, error: BackendError, *, user: object) -> None:
         """A call has failed."""
-        if error.kind != "impossible":  # that says nothing about the backend
+        if error.kind != "impossible":  # that does not concern the backend
             self.is_reachable = False
             self.last_error, self.failed_at = str(error), now_ms()
         self.gate.record_failure(error, user=user)

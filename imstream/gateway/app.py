@@ -23,7 +23,7 @@ from imstream.user_ids import UserIds
 _STATIC = resources.files("imstream.gateway") / "static"
 
 _INDIRECT = re.compile(r"forwarded|x-forwarded|x-real-ip|x-client-ip|x-original-|true-client-ip|cf-|via|origin")
-"""Beginnings of headers that proxies add, and of the one that tells a page."""
+"""Beginnings of headers that proxies add, and of the one that identifies a page."""
 
 _MEDIA_TYPES = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "json": "application/json"}
 
@@ -64,7 +64,7 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
             *page_routes(deps.settings.user_ids, deps.settings.max_frame),
         ]
     )
-    app.router.redirect_slashes = False  # it would tell which paths exist
+    app.router.redirect_slashes = False  # it would reveal which paths exist
     return app
 
 
@@ -76,7 +76,7 @@ def make_metrics_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> S
 def operator_routes(
     deps: SessionDeps, *, stuck: Callable[[], str | None], shows: Callable[[Request], bool]
 ) -> list[Route]:
-    """Health checks, which tell everybody their verdict, and what is for operators only. `shows`: who is one."""
+    """Health checks: the verdict for every client, details for operators only. `shows`: whether a request is theirs."""
     node = deps.settings.node
 
     def report(request: Request, verdict: str, why: str | None, details: Mapping[str, object]) -> JSONResponse:
@@ -117,7 +117,7 @@ def is_from_here(request: Request) -> bool:
     return (
         request.client is not None
         and is_loopback(request.client.host)
-        and request.scope["http_version"] != "1.0"  # as nginx, which by default says nothing else of forwarding
+        and request.scope["http_version"] != "1.0"  # as nginx, which by default has no other sign of forwarding
         and "upgrade" not in headers.get("connection", "").lower()  # as nginx where it is set up for sockets
         and is_local(headers)
         and not any(map(_INDIRECT.match, headers))

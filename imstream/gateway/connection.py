@@ -71,7 +71,7 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
         # Instead of a socket that can do nothing: a load balancer tries another node at once.
         socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {why}", {"Retry-After": "1"})
     elif deps.registry.is_full and "x-forwarded-for" in headers:
-        # The same. Without a load balancer, the client is told on the socket to come back later.
+        # The same. Without a load balancer, the client receives NODE_FULL on the socket.
         socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, "too many sockets")
     else:
         return False
@@ -81,7 +81,7 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
 def _accept_handshake(socket: SocketProtocol, deps: SessionDeps) -> Session:
     """Accept a handshake. The session keeps nothing else of it, which may be large."""
     request = socket.request
-    # A plus is not a blank here: no user id has a blank, and those who type a URL do not escape the plus of an address.
+    # A plus is not a blank here: no user id has a blank, and people who type URLs do not escape the plus of an address.
     url_user = QueryParams(request.scope["query_string"].replace(b"+", b"%2B")).get(USER_ID_FIELD)
     offered = [name.strip() for name in ",".join(request.headers.getlist("sec-websocket-protocol")).split(",")]
     is_ours = SUBPROTOCOL in offered

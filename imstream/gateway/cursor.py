@@ -67,7 +67,7 @@ class Cursor:
     """The position of one session in one reply.
 
     Attributes:
-        wants: What is to be reported besides the answer: the question, until it is, the state, and the reasoning.
+        wants: The optional frames besides the answer: the question, until it is, the state, and the reasoning.
     """
 
     reply: ReplyBuffer
@@ -75,7 +75,7 @@ class Cursor:
     offset: int = field(default=0, kw_only=True)
     wants: frozenset[str] = field(default=frozenset(), kw_only=True)
     _known_as: int = field(default=0, init=False)
-    """The number by which the client knows the attempt, unless it is its own: without `restart`, it does not change."""
+    """The number of the attempt on the wire, unless it is its own: without `restart`, it does not change."""
     _told: StateChanged | None = field(default=None, init=False)
     _thoughts: StringIO | None = field(default=None, init=False)
     _thought: int = field(default=0, init=False)
@@ -120,7 +120,7 @@ class Cursor:
         return None if end is None else ReplyEnded(self._known_as or reply.attempt, reply.offset, end)
 
     def _inform(self) -> QuestionAsked | StateChanged | None:
-        """Return the question or the state, unless the client knows it."""
+        """Return the question or the state, unless the client has it."""
         reply = self.reply
         if Want.ASKED in self.wants and reply.question is not None:
             self.wants -= {Want.ASKED}

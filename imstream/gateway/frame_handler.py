@@ -130,7 +130,7 @@ class FrameHandler:
                 assert_never(frame)
 
     def _count(self, result: Admission) -> None:
-        """Count what became of a CHAT."""
+        """Count the result of a CHAT."""
         self._deps.metrics.admissions[result] += 1
         if result in LOAD:
             self._deps.busy_log.count(result, self._user_id())
@@ -163,7 +163,7 @@ class FrameHandler:
         self._writer.set_wants(wants if deps.settings.thinking == "show" else wants - {Want.THINKING})
         with self._writer.hold_new(*(point.message_id for point in frame.resume)):
             deps.registry.log_in(session, user_id)
-            # The route first: then no batch falls between what is read here and the notices of other nodes, and a
+            # The route first: then no batch falls between this read and the notices of other nodes, and a
             # client that has its welcome misses no reply that begins from then on.
             await deps.presence.on_login(session, user_id)
             messages = await self._messages(user_id) if Want.ASKED in self._writer.wants else None

@@ -117,7 +117,7 @@ class FrameBuilder:
     def system(
         self, code: Code, text: Sentence, *, message_id: str | None = None, retry: bool = False, **values: object
     ) -> Problem:
-        """A SYSTEM frame; with `retry` it says when to retry."""
+        """A SYSTEM frame; with `retry` it has `retryAfterMs`."""
         spread = random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, no secret
         return Problem(
             code=code,
@@ -173,7 +173,7 @@ class FrameBuilder:
     def _failure(self, terminal: Terminal) -> dict[str, object]:
         """Code and contents of a `failed` frame."""
         if (refusal := terminal.refusal) is not None:
-            # A newer release may have recorded a code that this one does not know.
+            # A newer release may have recorded a code that is unknown here.
             return {"code": refusal.code if refusal.code in _CODES else Code.AI_FAILED, "contents": refusal.sentence}
         code = Code.FORBIDDEN if terminal.reason == "content_filter" else Code.AI_FAILED
         if terminal.reason in REQUEST_REASONS:

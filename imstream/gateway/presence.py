@@ -53,7 +53,7 @@ class Presence:
             self._mark_stale(user_id)
             return
         finally:
-            # Of two logins at the same moment, each may hear of the other before it knows which of them is the newer.
+            # Of two logins at the same moment, each may receive the notice of the other before the order is known.
             newest = self._logging_in.pop(session)
         session.login = login.login
         if self.one_session:
@@ -67,7 +67,7 @@ class Presence:
             self._mark_stale(user_id)
 
     async def review(self, user_id: UserId) -> None:
-        """Close the sessions of a user who may not stay. Without Redis this is retried soon."""
+        """Close the sessions of a banned or locked user. Without Redis this is retried soon."""
         try:
             await self._review(user_id)
         except StoreError as error:

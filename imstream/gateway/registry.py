@@ -81,7 +81,7 @@ class Registry:
             session.writer.follow_new(reply)
 
     def followers(self, reply: ReplyBuffer) -> tuple[int, int]:
-        """How many sockets follow a reply, and how many of them do not take what is sent to them."""
+        """How many sockets follow a reply, and how many of them do not read."""
         count = slow = 0
         for session in self._by_user.get(reply.user_id, ()):
             if session.writer.follows(reply.message_id):

@@ -45,14 +45,14 @@ class ReplySync:
     registry: Registry
 
     async def on_growth(self, notice: ReplyGrew) -> None:
-        """Load what another node has added to a reply, if a session here follows it."""
+        """Load entries that another node has added to a reply, if a session here follows it."""
         reply = self.buffers.find(notice.user_id, notice.message_id)
         if notice.begun:
             reply = self.buffers.get(notice.user_id, notice.message_id)
             reply.expect_more()
         if reply is not None:
             await self._catch_up_all([reply])
-            if notice.begun:  # now it is known whether it goes on after an end that was sent
+            if notice.begun:  # now it is known whether it continues after an end that was sent
                 self.registry.follow_new(reply)
 
     async def on_queued(self, notice: MessageQueued) -> None:
@@ -62,7 +62,7 @@ class ReplySync:
             await self._catch_up_all([reply])
 
     async def catch_up(self, reply: ReplyBuffer) -> bool:
-        """Load what is recorded beyond what is known here. False when there is no record, or Redis has lost it.
+        """Load the entries recorded after those in the buffer. False when there is no record, or Redis has lost it.
 
         Raises:
             StoreError: Redis was not reached.
@@ -93,7 +93,7 @@ class ReplySync:
             except StoreError:
                 return  # the next run retries
             except Exception:  # noqa: BLE001 - it is logged
-                # Only a write by hand can have caused this. The others must go on.
+                # Only a write by hand can have caused this. The others must continue.
                 limited.exception("record cannot be read", user=reply.user_id, message_id=reply.message_id)
 
 

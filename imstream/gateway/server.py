@@ -39,8 +39,8 @@ MAX_ITEMS = 8
 """Maximum items of a handshake header that is a list, such as the subprotocols. More is answered with 400."""
 
 REFUSAL_TIME = 2.0
-"""Seconds a client has to read an error response. What it sends meanwhile is discarded; if it stayed unread, the kernel
-would send a reset, which might overtake the response."""
+"""Seconds a client has to read an error response. Data that it sends meanwhile is discarded; if it stayed unread, the
+kernel would send a reset, which might overtake the response."""
 
 MAX_DISCARDED = 1 << 20
 """Maximum bytes that are discarded so; then the connection is aborted."""
@@ -144,7 +144,7 @@ class HandshakeProtocol(HttpToolsProtocol):
             piece, data = data[:limit], data[limit:]
             super().data_received(piece)
             if self._upgrading:
-                self._upgrade()  # what follows the handshake before it is answered is discarded
+                self._upgrade()  # data after the handshake, before its response, is discarded
                 return
             if self._head_size is not None:
                 self._head_size += len(piece)
@@ -199,7 +199,7 @@ def _handshake_refusal(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
 
 
 class HttpServer(uvicorn.Server):
-    """`listen`, then `serve` until `stop`. `setting`: what names its address, for errors."""
+    """`listen`, then `serve` until `stop`. `setting`: the setting of its address, for errors."""
 
     _listener: socket.socket
 

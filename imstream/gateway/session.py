@@ -34,7 +34,7 @@ class Session:
         login: Number of the login: of two, the newer one has the higher number. 0: not known.
         ends_at: When the login expires; None: with the socket.
         warn_at: When the client is warned of that; None when it was.
-        throttled: How often the client was told that it is throttled.
+        throttled: How often the client received that it is throttled.
         was_slow: The client has stopped reading for a while, at least once.
     """
 

@@ -1,4 +1,4 @@
-"""What the sessions of a node work with."""
+"""The dependencies of the sessions of a node."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from imstream.worker.jobs import Jobs
 
 @dataclass(frozen=True, kw_only=True)
 class SessionDeps:
-    """What the sessions of a node use. `not_ready`: why the node cannot serve right now; None when it can."""
+    """The dependencies of the sessions of a node. `not_ready`: why the node cannot serve; None when it can."""
 
     settings: Settings
     frame_limits: FrameLimits

@@ -26,7 +26,7 @@ MAX_BATCH = 16
 """Maximum frames in one write."""
 
 MAX_BATCH_SIZE = 65_536
-"""Characters from which on no frame is added to a write: it is what a stalled socket holds besides its replies."""
+"""Characters from which on no frame is added to a write: the memory of a stalled socket besides its replies."""
 
 MAX_SENT_ENDS = 32
 """Maximum ends of replies that are remembered as sent: the notice that a reply begins may come after the reply itself,
@@ -38,7 +38,7 @@ MAX_OUTBOX = 32
 
 @dataclass(slots=True, eq=False, repr=False)
 class SessionWriter:
-    """Sends frames to one socket, and what is new in the replies that it follows."""
+    """Sends frames to one socket, and the new text of the replies that it follows."""
 
     _socket: SocketProtocol
     _frames: FrameBuilder
@@ -74,7 +74,7 @@ class SessionWriter:
 
     @property
     def is_slow(self) -> bool:
-        """Whether the socket does not take what is to be sent."""
+        """Whether the socket does not accept data."""
         return self.blocked_since is not None or len(self._outbox) >= MAX_OUTBOX
 
     def set_wants(self, wants: frozenset[str]) -> None:
@@ -91,7 +91,7 @@ class SessionWriter:
         cursor.reply.is_watched |= Want.STATUS in cursor.wants or Want.THINKING in cursor.wants
 
     def send(self, frame: ServerFrame) -> None:
-        """Queue a frame; it is sent before what is new in replies."""
+        """Queue a frame; it is sent before the new text of replies."""
         self._outbox.append(frame)
         self._schedule(urgent=True)
 
@@ -102,7 +102,7 @@ class SessionWriter:
             await self._outbox_taken.wait()
 
     def follow(self, cursor: Cursor, *, restart: bool = False) -> None:
-        """Send what is new in a reply, until its end. A reply that is followed keeps its cursor, unless `restart`."""
+        """Send the new text of a reply, until its end. A reply that is followed keeps its cursor, unless `restart`."""
         if self._stopped:
             return
         message_id = cursor.reply.message_id
@@ -115,7 +115,7 @@ class SessionWriter:
     def follow_new(self, reply: ReplyBuffer) -> None:
         """Follow a reply that begins, unless its end was sent. While replies are held, do so afterwards.
 
-        A reply may go on after its end, when an operator retries it: then it begins with a `restart`.
+        A reply may continue after its end, when an operator retries it: then it begins with a `restart`.
         """
         ended_at = self._sent_ends.get(reply.message_id)
         if self._held is not None:
@@ -142,7 +142,7 @@ class SessionWriter:
         self._schedule(urgent=True)
 
     def close_now(self) -> None:
-        """Close the socket with the frame of `close`, without what is unsent."""
+        """Close the socket with the frame of `close`, without unsent data."""
         if self._closing is not None:
             (code, frame), self._closing = self._closing, None
             self._socket.end(code, frame.encode())

@@ -1,7 +1,7 @@
 """A WebSocket connection on the sans-I/O protocol of websockets, with a bound on everything that a peer can cause.
 
 Input: bytes are cut into pieces, parsed to frames and joined to messages, which `receive` returns; while one waits,
-nothing more is read. Peers over the frame rate are throttled, not disconnected: what they sent waits in the network.
+nothing more is read. Peers over the frame rate are throttled, not disconnected: their data waits in the network.
 Every frame counts, also pings and fragments; one that is large or expensive counts as several. Output goes straight to
 the transport. uvicorn's own protocol has none of these bounds, and frees a closed socket only by garbage collection.
 
@@ -82,7 +82,7 @@ ServeSocket = Callable[["SocketProtocol"], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class SocketOptions:
-    """What all sockets of a node have in common; `serve` runs one from its handshake to its end."""
+    """The common part of all sockets of a node; `serve` runs one from its handshake to its end."""
 
     max_message: int
     frame_rate: TokenBucket | None
@@ -95,7 +95,7 @@ class SocketProtocol(asyncio.Protocol):
 
     Attributes:
         request: The handshake. `accept` frees it: up to 16 KB, and several times that as objects.
-        is_writable: Whether the peer has read enough of what was written.
+        is_writable: Whether the peer has read enough of the written data.
         on_writable: Is called when the socket becomes writable again.
         on_throttle: Is called with the seconds for which reading is paused, at most once a second.
     """
@@ -189,7 +189,7 @@ class SocketProtocol(asyncio.Protocol):
             self._transport.write(b"".join(map(text_frame, texts)))
 
     def end(self, code: CloseCode, last_text: str) -> None:
-        """Write a last text and the close frame behind what is unsent, and abort if the peer does not answer it."""
+        """Write a last text and the close frame behind unsent data, and abort if the peer does not answer it."""
         if self._closing:
             self._transport.abort()
             return
@@ -243,12 +243,12 @@ class SocketProtocol(asyncio.Protocol):
     # Input
 
     def _read(self) -> None:
-        """Parse what was received, piece by piece, until there is a message or the rate is exceeded."""
+        """Parse the received data, piece by piece, until there is a message or the rate is exceeded."""
         while self._unread and not (self._reading_paused or self._throttle_timer or self._transport.is_closing()):
             piece, self._unread = bytes(self._unread[:PIECE]), self._unread[PIECE:]
             self.charge(max(self._parse(piece), len(piece) / BYTES_PER_FRAME))
         if not self._unread:
-            self._unread = b""  # the view would keep what was read
+            self._unread = b""  # the view would keep data that was read
         if not (self._reading_paused or self._throttle_timer):
             self._transport.resume_reading()
 
@@ -374,7 +374,7 @@ class SocketProtocol(asyncio.Protocol):
         self._put(SocketClosed(code))
 
     def _fail(self, code: int, reason: str) -> None:
-        """Close because of what the peer has sent."""
+        """Close because of invalid data of the peer."""
         if not self._closing:
             self._fragments = []
             self._websocket.fail(code, reason)

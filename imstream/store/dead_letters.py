@@ -75,7 +75,7 @@ class DeadLetterBounds:
 
     async def _halve_all(self) -> int:
         dropped = 0
-        with suppress(StoreError):  # what was dropped until then may be enough
+        with suppress(StoreError):  # the letters dropped until then may be enough
             dropped = await self.trim(self._node, halve=True)
             if self._redis.topology == "cluster":  # others are probably on a server that has memory
                 return dropped
@@ -109,7 +109,7 @@ class Letter:
 
 
 class Selection(NamedTuple):
-    """Which letters are meant; what is empty selects all. `since`: buried at most so long ago."""
+    """The selected letters; an empty field selects all. `since`: buried at most so long ago."""
 
     ids: tuple[str, ...] = ()
     reason: str | None = None

@@ -1,4 +1,4 @@
-"""Routes, which tell the nodes that hold a socket of a user, and inboxes, which carry notices between nodes.
+"""Routes: the nodes that hold a socket of a user, and inboxes, which carry notices between nodes.
 
 A notice only saves waiting: nothing else is lost when one is.
 """
@@ -19,7 +19,7 @@ from imstream.settings import Settings
 from imstream.store.scripts import LUA
 from imstream.user_ids import UserId, UserIds
 
-MAX_NOTICES = 1_000  # about; a node that is further behind finds out what changed by polling
+MAX_NOTICES = 1_000  # about; a node that is further behind finds changes by polling
 
 ROUTE_TTL = timedelta(minutes=30)  # so long a dead node is notified
 INBOX_TTL = timedelta(minutes=10)  # after the last notice
@@ -74,7 +74,7 @@ class NodeLeft:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """An operator wants the node to drain, as on SIGTERM. Only the process of this instance; empty: whichever runs."""
+    """An operator drains the node, as with SIGTERM. Only the process of this instance; empty: whichever runs."""
 
     instance: str = ""
 
@@ -189,7 +189,7 @@ class Routes:
         return RouteAdded(int(login), tuple(nodes), has_account=bool(has_account))
 
     async def remove_route(self, user_id: UserId) -> None:
-        """Record that this node holds no socket of the user any longer."""
+        """Record that this node has lost its last socket of the user."""
         await self._redis.execute("SREM", self._keys.route(user_id), self.node)
 
 

@@ -179,7 +179,7 @@ async def failing_commands(redis: RedisClient, keys: Keys, node: str) -> dict[st
     failing: dict[str, list[str]] = {}
     for command, text in to_dict(answer).items():
         error = error_from_reply(ResponseError(text))
-        if not isinstance(error, StoreRefused):  # else it lacks what a denied command would have made
+        if not isinstance(error, StoreRefused):  # else it lacks the result of a denied command
             failing.setdefault(str(error), []).append(command)
     return failing
 

@@ -70,7 +70,7 @@ class Holder:
 class Held:
     """The lease is ours. `restarted`: Redis was restarted after its last holder, which may have ended with it.
 
-    `older_by`: Redis has the lease as of a renewal so long before our last one: it has lost what was written since.
+    `older_by`: Redis has the lease as of a renewal so long before our last one: it has lost later writes.
     """
 
     restarted: bool = False

@@ -24,7 +24,7 @@ class NodeOverview:
         running: Requests that it works on, of any stream.
         not_ready: Why it could not serve when it last renewed its lease; empty if it could.
         instance: The process that holds the lease, as `imstream drain` names it.
-        reads: The newest schema of requests that it knows; those of a newer one wait for another node.
+        reads: The newest schema of requests that it supports; those of a newer one wait for another node.
         metrics: Address of its `/metrics`; empty if it serves none.
         paused: Why an operator has paused it; None if none has, or if its release does not support pauses.
         unfinished: Requests in its stream.
@@ -55,7 +55,7 @@ class NodeOverview:
 
     @property
     def condition(self) -> str:
-        """Its state, or what keeps a running node from work."""
+        """Its state, or the reason why a running node does not work."""
         if self.state != "running":
             return self.state
         return "not ready" if self.not_ready else "paused" if self.paused else self.state

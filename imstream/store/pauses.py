@@ -77,7 +77,7 @@ class Pauses:
     def of(self, stream: str) -> Pause | None:
         """The pause that keeps this node from starting requests of a stream; None if it may.
 
-        All nodes, this one, or the node of the stream may be paused: what waits does so wherever its stream is read.
+        All nodes, this one, or the node of the stream may be paused: requests wait wherever their stream is read.
         """
         if self._known is None:
             return _UNKNOWN

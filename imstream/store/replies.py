@@ -167,7 +167,7 @@ class ReplyStore:
         Args:
             user_id: The user.
             message_id: The message.
-            question: What is asked.
+            question: Its text.
             request: The request that opens.
             lost: A request known to be lost, from which the message may be taken over.
             after: The last attempt known to the caller, in case Redis has lost it: no number is given twice.
@@ -176,7 +176,7 @@ class ReplyStore:
             usage: Of the calls that wrote them.
             unused: The attempt `after` has made no call.
             repeated: An earlier try may have been executed, and its answer lost.
-            reopens: The request was made from a dead letter, and may go on after `failed`.
+            reopens: The request was made from a dead letter, and may continue after `failed`.
         """
         asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
         text = ("" if shown is None else shown, "" if usage is None else to_json(usage))
@@ -260,7 +260,7 @@ class ReplyStore:
                 return "unknown"
 
     async def read(self, user_id: UserId, message_id: str, *, after: str = "") -> Record | None:
-        """The record of the last attempt, or what is new `after` the position of an earlier record.
+        """The record of the last attempt, or its entries `after` the position of an earlier record.
 
         None: there is no record, or Redis has lost that position, perhaps with all of it.
         """

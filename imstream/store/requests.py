@@ -206,7 +206,7 @@ class RequestStream:
         return bool(was_there)
 
     async def trim_dead(self) -> None:
-        """Drop the oldest dead letters beyond their bounds (I9). Errors change nothing: requests go on."""
+        """Drop the oldest dead letters beyond their bounds (I9). Errors are ignored: requests continue."""
         with suppress(StoreError):
             await self._dead_letters.trim(self.node)
 

@@ -1,4 +1,4 @@
-"""What Redis tells about one message, for `imstream explain`: its reply, its request and its dead letter."""
+"""The records of one message in Redis, for `imstream explain`: its reply, its request and its dead letter."""
 
 import asyncio
 from collections.abc import Iterator, Mapping
@@ -48,7 +48,7 @@ class Timeline:
         now: One sentence about its state.
         kept_for: How much longer its reply is kept.
         request: The request that owns it: its node and entry id.
-        unknown: What cannot be told.
+        unknown: Facts that are not recorded.
     """
 
     user: UserId
@@ -153,7 +153,7 @@ class _Search:
         self.found.events.insert(0, Event(_time(entry_id), "asked", 0, 0, about))
 
     async def _describe(self, last: Event, request: Row | None) -> None:
-        """Say what state it is in, by the last event of its reply."""
+        """Describe its state, by the last event of its reply."""
         self.found.state, self.found.now = last.event, f"it has ended: {last.event}"
         if last.event in TERMINAL_EVENTS:
             return

@@ -1,4 +1,4 @@
-"""The account of one request: what its log line and the metrics tell about it, once, at its end."""
+"""The account of one request: the values of its log line and of the metrics, once, at its end."""
 
 from collections.abc import Callable
 from time import monotonic
@@ -39,7 +39,7 @@ class Account:
             self.opened_at = opened.at
 
     def load(self, beginning: Beginning) -> None:
-        """Take over what is recorded about the beginning, unless it is known here."""
+        """Take over the recorded times of the beginning, unless they are known here."""
         self.opened_at = beginning.opened_at
         self.text_at = min((at for at in (self.text_at, beginning.text_at) if at is not None), default=None)
 
@@ -65,7 +65,7 @@ class RequestLog:
         self._ended = event_writer("request ended")
 
     def begin(self, request: ChatRequest, *, stream: str) -> None:
-        """Write that the first attempt at a message begins, at level debug: its end tells all of it."""
+        """Write that the first attempt at a message begins, at level debug: its end has all fields."""
         if self._begun is not None:
             self._begun({**request.ids, "node": self._node, "stream": stream})
 

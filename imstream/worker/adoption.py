@@ -33,7 +33,7 @@ class Adopter:
         self._errors: dict[str, str] = {}
         """The last error of each stream that cannot be read. It is logged once, not at each scan."""
         self._newer: dict[str, int] = {}
-        """Number of requests in each stream that only a newer release knows."""
+        """Number of requests in each stream that only a newer release supports."""
         self._interval = deps.settings.lease.total_seconds() / 3
         self._wake = asyncio.Event()
         self._stopping = False
@@ -70,7 +70,7 @@ class Adopter:
                 self._wake.clear()
 
     async def _scan(self, group: asyncio.TaskGroup) -> float:
-        """Adopt what can be adopted. Return the seconds until the next scan: when the next lease ends."""
+        """Adopt all streams that can be adopted. Return the seconds until the next scan: when the next lease ends."""
         last_seen = await self._deps.leases.other_nodes()
         leases = await self._deps.leases.time_left(last_seen)
         for node, since in last_seen.items():
@@ -98,7 +98,7 @@ class Adopter:
                 log.info("node retired", node=node, unseen=str(since))
             return
         if unfinished == self._newer.get(node):
-            return  # left to a node that knows their schema
+            return  # left to a node that supports their schema
         verdict = await self._deps.leases.adopt(node)
         if isinstance(verdict, NotAdopted):
             return
@@ -110,7 +110,7 @@ class Adopter:
         self._start(group, node, self._make_consumer(node))
 
     async def _resume(self, group: asyncio.TaskGroup, node: str) -> None:
-        """Finish what an earlier process of this node had adopted: no other node does while both nodes live."""
+        """Finish the adoptions of an earlier process of this node: no other node does while both nodes live."""
         if not await self._deps.leases.has_pending(node):
             await self._deps.leases.release_stream(node)  # removes our consumer if the node has claimed its entries
         elif not self._stopping:

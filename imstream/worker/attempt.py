@@ -1,4 +1,4 @@
-"""One AI call for a request, with the guards before and after it; and what the jobs of a worker work with."""
+"""One AI call for a request, with the guards before and after it; and the dependencies of a worker's jobs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ class AttemptRunner:
 
 
 def _reported(gate: CallGate, on_text: Callable[[str], None]) -> Callable[[str], None]:
-    """`on_text`; while the breaker is open, the first text tells that the backend is back."""
+    """`on_text`; while the breaker is open, the first text means that the backend is back."""
     if not gate.is_closed:
         return on_text
 

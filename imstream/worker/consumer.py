@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 
 class StreamConsumer:
-    """Consumes one requests stream. `run` until `stop`, or until it has finished what is pending."""
+    """Consumes one requests stream. `run` until `stop`, or until it has finished the pending entries."""
 
     def __init__(self, requests: RequestStream, deps: WorkerDeps, jobs: Jobs) -> None:
         self._requests = requests
@@ -38,11 +38,11 @@ class StreamConsumer:
         self._inherited: dict[str, int] | None = None
         """Deliveries of the entries that an earlier process left pending under our name."""
         self.newer: set[str] = set()
-        """Entries of a newer release, left to a node that knows their schema."""
+        """Entries of a newer release, left to a node that supports their schema."""
         self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
         self.stopping = False
-        """Whether new requests are no longer read."""
+        """Whether reading new requests has ended."""
         self.redis_problem = describe_problem(None)
         """Why Redis was not usable at the last try, if it was not."""
         self._finishing = self._finished = False
@@ -161,7 +161,7 @@ class StreamConsumer:
                     return
                 batch, pending = pending[: slots.free], pending[slots.free :]
                 claims = (self._claim(group, one, slots) for one in batch)
-                for error in await asyncio.gather(*claims, return_exceptions=True):  # none goes on when one has failed
+                for error in await asyncio.gather(*claims, return_exceptions=True):  # all stop when one has failed
                     if error is not None:
                         raise error
 
@@ -241,7 +241,7 @@ class StreamConsumer:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.
             job.log.warning("redis away, request will be claimed again", entry=entry_id, error=str(error))
         except Exception:
-            # For example, its reply stream was changed by hand. Other requests go on.
+            # For example, its reply stream was changed by hand. Other requests continue.
             job.log.exception("request cannot be ended, will be claimed again", entry=entry_id)
         finally:
             self._running.discard(entry_id)

@@ -16,7 +16,7 @@
     superseded by another attempt; the node drains   Leave: another node ends it
 
 A request that died with its worker too often, or that cannot be read, is buried without an attempt. One that a newer
-release wrote is left to a node that knows its schema.
+release wrote is left to a node that supports its schema.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def before_start(deliveries: int, limits: Limits) -> Bury | None:
 
 
 def after_opening(attempt: int, limits: Limits) -> Bury | None:
-    """Bury a request that was begun too often; None: go on.
+    """Bury a request that was begun too often; None: continue.
 
     The count of deliveries leaves out deaths at which Redis was restarted, too. This limit also ends a request that
     kills its worker when a process manager then restarts everything.

@@ -111,7 +111,7 @@ class Job:
     async def run(self, *, is_stopping: bool = False) -> None:
         """Answer the request, and remove it from the stream when its end is recorded. Raises `StoreError`.
 
-        `is_stopping`: the process was told to stop before the request arrived.
+        `is_stopping`: the process began to stop before the request arrived.
         """
         try:
             if is_stopping:
@@ -386,7 +386,7 @@ class Job:
                     self.request.question,
                     request=self._id,
                     lost=lost,
-                    # If Redis has lost earlier attempts, or no longer keeps them, their numbers are not used again.
+                    # If Redis has lost earlier attempts, or they have expired, their numbers are not used again.
                     after=max(reply.fence, self._earlier),
                     continues=deps.settings.max_answer if continues else 0,
                     shown=shown,
@@ -498,7 +498,7 @@ class Job:
                 return Leave()
 
     async def _refund(self) -> None:
-        """Give back what the message has cost its user, unless an attempt has shown text."""
+        """Refund the message in the user's quota, unless an attempt has shown text."""
         reply, replies, guards = self.reply, self._deps.replies, self._deps.guards
         if not self._showed_text:
             beginning = await retry_until_available(lambda: replies.beginning(reply.user_id, reply.message_id))
@@ -524,7 +524,7 @@ def retrying(settings: Settings, backends: Backends) -> AsyncRetrying:
     )
 
     def pause(state: RetryCallState) -> float:
-        """Seconds before the next call: what the backend asked for, plus a random backoff. Or the backends decide."""
+        """Seconds before the next call: the wait of the backend, plus a random backoff; or the backends decide."""
         assert state.outcome is not None  # noqa: S101 - set by the loop
         failed: Retry | Wait = state.outcome.result()
         waits = isinstance(failed, Wait) and (backends.is_closed or not backends.may_be_called)

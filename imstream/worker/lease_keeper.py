@@ -37,7 +37,7 @@ def this_process(address: str) -> Holder:
 
 
 def is_alive(holder: Holder, machine: str) -> bool | None:
-    """Whether a holder on this machine is alive; None when it is on another one, and only its lease tells."""
+    """Whether a holder on this machine is alive; None when it is on another one, and only its lease shows it."""
     if not machine or holder.machine != machine or holder.pid <= 0:
         return None
     if holder.pid == os.getpid():  # it had our process id before us, as the first process of a container does
@@ -56,7 +56,7 @@ def is_alive(holder: Holder, machine: str) -> bool | None:
 
 
 class LeaseKeeper:
-    """Holds the lease of this node. `run` until cancelled; `held` tells whether requests may be read."""
+    """Holds the lease of this node. `run` until cancelled; `held`: whether requests may be read."""
 
     def __init__(self, leases: Leases, settings: Settings) -> None:
         self._leases = leases
@@ -112,7 +112,7 @@ class LeaseKeeper:
                 await self._hold()
 
     async def release(self) -> None:
-        """Give up the lease, when no requests are read any longer: others may adopt the rest at once."""
+        """Release the lease after the last read of requests: others may adopt the rest at once."""
         self._released = True
         async with self._lock:
             self._expires_at = float("-inf")

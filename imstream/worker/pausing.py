@@ -16,7 +16,7 @@ log = structlog.get_logger()
 class PauseFollower:
     """Reads the pauses. Before the first answer of Redis, nothing is started: a pause survives a restart of the node.
 
-    Calls that run go on. Requests that wait for a backend are handed back: no retry window ends while they wait.
+    Running calls continue. Requests that wait for a backend are handed back: no retry window ends while they wait.
     """
 
     def __init__(self, pauses: Pauses, jobs: Jobs, lease_keeper: LeaseKeeper, settings: Settings) -> None:

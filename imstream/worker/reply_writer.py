@@ -24,9 +24,9 @@ class ReplyWriter:
         """The text that this attempt continues."""
         self._recorded = len(self.beginning)
         self._thinking = False
-        """Whether the last entry of the record says that the model reasons."""
+        """Whether the model reasons, by the last entry of the record."""
         self.has_remote_readers = True
-        """Whether another node has sockets of the user, which may wait for the next batch. Each append tells."""
+        """Whether another node has sockets of the user, which may wait for the next batch. Each append returns it."""
         self._closed = False
         self._notice: asyncio.Task[None] | None = None
         """The last one of `announce`."""
@@ -91,7 +91,7 @@ class ReplyWriter:
             return await retry_until_available(lambda: self._record(terminal))
 
     def announce(self, nodes: Sequence[str], *, begun: bool = False) -> None:
-        """Notify the nodes with a socket of the user, beside what comes next: it is sent when `settle` returns."""
+        """Notify nodes with a socket of the user, in parallel with later steps; it is sent when `settle` returns."""
         self.has_remote_readers = bool({*nodes} - {self._inbox.node})
         if self.has_remote_readers:
             self._notice = asyncio.create_task(self._notify(nodes, begun=begun, after=self._notice))

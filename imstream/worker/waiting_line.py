@@ -85,7 +85,7 @@ class WaitingLine:
         self.is_paused: Callable[[], bool] = lambda: False
         """Whether no estimate can be made, because the backend is away or the node drains."""
         self.reason: str | None = None
-        """Why the line does not move, as clients are told: a word for programs."""
+        """Why the line does not move, as sent to clients: a word for programs."""
         self._slots = slots
         self._limit = limit
         self._times = ServiceTimes()
@@ -152,7 +152,7 @@ class WaitingLine:
             self._place(reply, position, now)
 
     def _place(self, reply: ReplyBuffer, position: int, now: float) -> None:
-        """Set the place of a reply, with an estimate if somebody wants to know it."""
+        """Set the place of a reply, with an estimate if a client requests it."""
         reply.move_to(Place(position, self._wait(position, now) if reply.is_watched else None, now, self.reason))
 
     def _wait(self, position: int, now: float) -> float | None:

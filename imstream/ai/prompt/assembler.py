@@ -132,7 +132,7 @@ class PromptAssembler:
                 )
 
     async def plan(self, request: ChatRequest) -> PromptPlan | Excess:
-        """Plan the prompt of a request, or tell that even the message alone does not fit."""
+        """Plan the prompt of a request, or report that even the message alone does not fit."""
         return await self._plan(request, request.history)
 
     async def excess(self, request: ChatRequest) -> Excess | None:
@@ -174,7 +174,7 @@ class PromptAssembler:
         return system, PromptMessage("user", self._template.fill(values))
 
     def _turns(self, history: Iterable[tuple[str, str]]) -> list[PromptMessage]:
-        """The turns of a history, without the reasoning of the assistant, and without turns where it said nothing."""
+        """The turns of a history, without the reasoning of the assistant, and without its empty turns."""
         turns: list[PromptMessage] = []
         for role, content in history:
             text = without_reasoning(content) if role == "assistant" else content

@@ -49,7 +49,7 @@ class Prompter:
         self._summaries = Summaries(settings, assembler) if settings.history == "summarise" else None
 
     async def messages(self, request: ChatRequest, backend: Backend) -> list[PromptMessage]:
-        """The messages of one AI call, oldest first. May call the backend for a summary of what does not fit.
+        """The messages of one AI call, oldest first. May call the backend for a summary of the turns that do not fit.
 
         Raises `BackendError` if even the message alone does not fit: a node with other settings admitted it.
         """
@@ -63,7 +63,7 @@ class Prompter:
         return plan.messages(dropped)
 
     async def tokens(self, request: ChatRequest) -> int:
-        """Tokens of the prompt without a summary; 0 if not even the message fits, which `messages` tells."""
+        """Tokens of the prompt without a summary; 0 if not even the message fits, which `messages` reports."""
         plan = await self._assembler.plan(request)
         if isinstance(plan, Excess):
             return 0

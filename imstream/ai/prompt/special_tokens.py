@@ -50,7 +50,7 @@ _COMMON = {
     ),
     ">": (r">[A-Z][A-Z0-9_]{1,32}+<<",),  # Falcon: >>QUESTION<<
 }
-"""Special tokens of common chat templates, by first character: patterns of what follows it. They match families of
+"""Special tokens of common chat templates, by first character: patterns of the rest. They match families of
 tokens, and so are likely to cover future models. Those of a configured tokenizer are escaped, too."""
 
 
