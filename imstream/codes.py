@@ -1,6 +1,6 @@
 """The words of the protocol: codes, events, types of frames and close codes.
 
-Their meanings, and what clients do about them, are in ops/protocol_words.toml and ops/docs/protocol.md. One word means
+Their meanings, and the reactions of clients, are in ops/protocol_words.toml and ops/docs/protocol.md. One word means
 one thing; `SYSTEM_ERROR` alone has two, because the service that imstream replaces sends it in both cases.
 """
 
@@ -57,7 +57,7 @@ class Event(StrEnum):
 
 
 class Want(StrEnum):
-    """An item of `wants` in INIT: frames that only clients receive that ask for them."""
+    """An item of `wants` in INIT: frames that only clients that request them receive."""
 
     STATUS = "status"
     THINKING = "thinking"
@@ -65,7 +65,7 @@ class Want(StrEnum):
 
 
 class State(StrEnum):
-    """The `state` of a message. Clients ignore states that they do not know."""
+    """The `state` of a message. Clients ignore unknown states."""
 
     QUEUED = "queued"
     STARTED = "started"

@@ -19,7 +19,7 @@ FailureKind = Literal["away", "broken", "impossible", "misconfigured"]
 
 - `away`: the backend cannot be reached, is full, or rejects our key or our credit. Other calls may share the reason.
 - `broken`: the answer broke, such as a cut stream or an answer without text.
-- `impossible`: this request cannot succeed, such as a context that is too long. It says nothing about other requests.
+- `impossible`: this request cannot succeed, such as a context that is too long. It does not concern other requests.
 - `misconfigured`: the URL, the model or an option is wrong. No request can succeed until an operator changes it.
 """
 
@@ -29,7 +29,7 @@ class ImstreamError(Exception):
 
 
 class SettingsError(ImstreamError):
-    """A setting is invalid. The text names the setting, the value and what is allowed."""
+    """A setting is invalid. The text names the setting, the value and the allowed values."""
 
 
 class NodeTaken(ImstreamError):  # noqa: N818 - a state, as are the errors below
@@ -66,10 +66,10 @@ class BackendError(ImstreamError):
     """The AI backend gave no complete answer.
 
     Attributes:
-        kind: Whose fault it is, which decides what happens next; see `FailureKind`.
+        kind: Its cause, which determines the handling; see `FailureKind`.
         reason: A stable identifier, such as `http_503`.
         detail: One line for operators, such as the backend's text.
-        retry_after: How long the backend asks to be left alone, if it says so.
+        retry_after: The pause that the backend requests, if it does.
         usage: The token counts of a call that broke, if the backend reported them.
     """
 

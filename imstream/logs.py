@@ -54,7 +54,7 @@ _QUIET = ("uvicorn.error", "uvicorn.access", "aiohttp.access", "asyncio")
 """Loggers with lines for each connection, some with its query string: below warning only if the level is debug."""
 
 _NEVER_DEBUG = ("uvicorn.error", "websockets")
-"""Loggers whose debug lines hold what goes over a socket: tokens in headers, and messages."""
+"""Loggers whose debug lines hold the data of sockets: tokens in headers, and messages."""
 
 _LIMITED_LIBRARIES = ("uvicorn", "websockets")
 """Libraries whose lines clients can cause."""
@@ -102,7 +102,7 @@ def configure(settings: Settings) -> None:
 
 
 def event_writer(event: str, level: str = "info") -> Callable[[dict[str, object]], None] | None:
-    """Return what logs an event, as JSON in a third of the time of a logger's method. None: it is below the level.
+    """Return a function that logs an event, as JSON in a third of a logger's time. None: it is below the level.
 
     As JSON, its values are written as they are: numbers, and text that is printable and short.
     """

@@ -1,7 +1,7 @@
-"""What a node measures, for Prometheus: every series with its labels, in a registry of its own.
+"""The metrics of a node, for Prometheus: every series with its labels, in a registry of its own.
 
 Counters and histograms change where something happens; gauges are set for each scrape, by `Metrics.on_scrape`, from
-what the node has in memory, never from Redis. No label holds a user, a message, or free text.
+the node's memory, never from Redis. No label holds a user, a message, or free text.
 """
 
 import collections
@@ -46,7 +46,7 @@ REASONS = frozenset({
 """Why calls are made again, and requests are given up."""
 
 Admission = Literal["accepted", "busy", "user_busy", "rate_limited", "quota", "refused", "unavailable"]
-"""What became of a CHAT frame. Unavailable: Redis, a service or this node could not serve it."""
+"""Results of a CHAT frame. Unavailable: Redis, a service or this node could not serve it."""
 
 CALL_RESULTS = ("done", *get_args(FailureKind), "refused", "stopped")
 """How a call of a backend ended. Refused: a guard rejected the answer; stopped: cancelled, drained or superseded."""
@@ -240,7 +240,7 @@ class Metrics:
         """Milliseconds by which the clock of Redis is ahead of ours."""
 
     def expose(self, accept: str) -> tuple[bytes, str]:
-        """All series, and their media type, in the format that an Accept header asks for."""
+        """All series, and their media type, in the format that an Accept header requests."""
         self.on_scrape()
         encode, media_type = choose_encoder(accept)
         return encode(self.registry), media_type
@@ -250,13 +250,13 @@ class Metrics:
         return self._streams.setdefault(node, StreamState())
 
     def saw_stream(self, node: str, unfinished: int, oldest: str, redis_now: int) -> None:
-        """Redis has told the length of a stream, the id of its first entry, and its own time in milliseconds."""
+        """Set the length of a stream, the id of its first entry, and the time of Redis in milliseconds."""
         state = self.stream(node)
         state.unfinished, state.oldest = unfinished, oldest
         self._redis_ahead = redis_now - now_ms()
 
     def forget_stream(self, node: str) -> None:
-        """The stream of another node is no longer consumed here."""
+        """Remove the series of another node's stream, which was released."""
         self._streams.pop(node, None)
 
     def set_streams(self, running: Mapping[str, Sequence[str]]) -> None:

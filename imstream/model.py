@@ -59,7 +59,7 @@ class MalformedEntry(Exception):  # noqa: N818 - their fault, not an error of ou
 
 
 class NewerVersion(Exception):  # noqa: N818 - not an error
-    """An entry has a schema version that only a newer release knows."""
+    """An entry has a schema version of a newer release."""
 
     def __init__(self, version: int) -> None:
         super().__init__(f"schema version {version}")
@@ -123,7 +123,7 @@ class ChatRequest:
 
     @property
     def ids(self) -> dict[str, UserId]:
-        """What log lines about it have in common."""
+        """The common fields of log lines about it."""
         return {"user": self.user_id, "message_id": self.message_id, "trace": self.trace}
 
     @property
@@ -295,7 +295,7 @@ class Waiting:
     retry_after: int = 0
 
     def fields(self) -> tuple[str, ...]:
-        """The part of the entry that tells why, as field, value, …."""
+        """The part of the entry with the reason, as field, value, …."""
         why = ("backend", self.backend, "reason", self.reason, "error", self.error)
         return (*why, "retry_after", str(self.retry_after))
 
@@ -308,16 +308,16 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The record of a reply, or what is new since an earlier record.
+    """The record of a reply, or the part after an earlier record.
 
     Attributes:
         text: Text of the last attempt, from the offset `start` on. That is 0 unless the record continues another one.
         position: Where this record ends; the next one may begin there.
-        question: The question; None if it is not part of what is new, or an older release has recorded the reply.
+        question: The question; None if it is before this part, or an older release has recorded the reply.
         waiting: Why the message waits for its backend, if it does.
-        continued: How the attempt continues earlier ones, if it does and its beginning is part of what is new.
+        continued: How the attempt continues earlier ones, if it does and its beginning is in this part.
         thinking: The model reasons, and has not begun its text.
-        request: The request that it belongs to; '' if that is not part of what is new, or not recorded.
+        request: The request that it belongs to; '' if that is before this part, or not recorded.
     """
 
     attempt: int

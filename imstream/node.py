@@ -205,7 +205,7 @@ class Node:
         return None if self.lease_keeper.held else "the lease is not held"
 
     def _status(self) -> dict[str, str | int]:
-        """What `imstream nodes` shows of this node, and the address of its metrics for `imstream top`."""
+        """The state of this node for `imstream nodes`, and the address of its metrics for `imstream top`."""
         return {
             "version": _VERSION,
             "sessions": len(self.registry),
@@ -235,7 +235,7 @@ class Node:
         metrics.lease_held.set(self.lease_keeper.held)
 
     def reload(self) -> None:
-        """Reload what can change while the node runs."""
+        """Reload the data that can change while the node runs."""
         self._reloading.set()
 
     def shut_down(self) -> None:
@@ -261,7 +261,7 @@ class Node:
                     await self._serve(group)
             except* NodeTaken as refusal:
                 taken = refusal
-        # There is only one. Outside, because what is raised in `except*` becomes a group again (in Python 3.11.2).
+        # There is only one. Outside, because an error raised in `except*` becomes a group again (in Python 3.11.2).
         while isinstance(taken, BaseExceptionGroup):
             taken = taken.exceptions[0]
         if taken is not None:
@@ -342,7 +342,7 @@ class Node:
         log.info("drained", unfinished=unfinished.total(), sessions=len(self.registry))
 
     async def _record_stop(self) -> None:
-        """Record that this process was told to stop: however it ends, its requests do not count as its victims."""
+        """Record that this process is stopping: however it ends, this does not count as a death of their worker."""
         stopping = retry_until_available(self.lease_keeper.mark_stopping)
         recorded, _ = await asyncio.gather(stopping, self.jobs.uncount_deliveries(), return_exceptions=True)
         if isinstance(recorded, Exception):

@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 def _start_tracing(settings: Settings) -> Tracing | None:
-    """Return what records traces, if that is turned on."""
+    """Return the tracer, if tracing is turned on."""
     if not wants_tracing(os.environ):
         return None
     try:

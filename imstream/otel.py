@@ -1,6 +1,6 @@
 """Records spans with OpenTelemetry and sends them to a collector, by OTLP over HTTP. The extra `otel` installs it.
 
-Imported only if it is turned on, see `wants_tracing`. Its standard variables (`OTEL_*`) say where spans are sent, which
+Imported only if it is turned on, see `wants_tracing`. Its standard variables (`OTEL_*`) set where spans are sent, which
 traces are sampled, and how much is buffered. Spans are sent by a thread of their own; nothing waits for it.
 
 Names are those of the semantic conventions 1.41, the last version with both messaging and generative AI.
@@ -32,7 +32,7 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
 GEN_AI_USAGE = {"prompt_tokens": "gen_ai.usage.input_tokens", "completion_tokens": "gen_ai.usage.output_tokens"}
 
 FLUSH_LIMIT = 2.0
-"""Seconds at the end of a node to send what is buffered."""
+"""Seconds at the end of a node to send buffered spans."""
 
 _Attributes = Mapping[str, str | int | Sequence[str]]
 

@@ -88,7 +88,7 @@ class ReplyBuffer:
 
     @property
     def is_queued(self) -> bool:
-        """Whether a record says that the message waits for a worker."""
+        """Whether the message waits for a worker, by its record."""
         return self.attempt == 0 and self.terminal is None and (self.question is not None or self.position != "")
 
     def queue(self, question: Question) -> None:
@@ -102,7 +102,7 @@ class ReplyBuffer:
         self._notify()
 
     def wait(self, why: Waiting | None) -> None:
-        """Note why the message waits for its backend; None: it no longer does."""
+        """Note why the message waits for its backend; None: it does not."""
         if why != self.waiting:
             self.waiting = why
             self._notify()
@@ -230,9 +230,9 @@ class ReplyBuffer:
             self.unsubscribe(on_change)
 
     def holds(self, attempt: int, offset: int) -> bool:
-        """Whether the text goes on from a position: of this attempt, or of an earlier one that it continues.
+        """Whether the text continues from a position: of this attempt, or of an earlier one that it continues.
 
-        Clients of nodes of an older release know the attempt by its number in the record.
+        Clients of nodes of an older release have the attempt's number in the record.
         """
         return self.attempt <= attempt <= self.fence or offset <= (self.valid or {}).get(attempt, -1)
 

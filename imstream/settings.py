@@ -210,7 +210,7 @@ class Settings(SettingsGroup):
         None, description="Token that pages of the origin null must send with auth none; at least 16 characters."
     )
 
-    language: Lang = Field(DEFAULT_LANG, description="Language of texts for clients that ask for none: zh or en.")
+    language: Lang = Field(DEFAULT_LANG, description="Language of texts for clients that request none: zh or en.")
     sessions: Literal["many", "one"] = Field(
         "many", description="Sockets per user; one: a new login closes the older (4502)."
     )

@@ -137,7 +137,7 @@ class SettingsGroup(BaseSettings):
         """Read the settings. Precedence: `given`, the environment, `.env`, the default.
 
         Raises:
-            SettingsError: Values are invalid (one line each: setting, value, what is allowed), or `.env` is unreadable.
+            SettingsError: Values are invalid (one line each: setting, value, allowed values), or `.env` is unreadable.
         """
         try:
             return cls(**given)

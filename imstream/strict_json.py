@@ -19,7 +19,7 @@ _NOT_COUNTED = bytes(set(range(256)) - set(b",[{"))
 class InvalidJson(ValueError):  # noqa: N818 - the client's fault
     """The text is not JSON, or not accepted here. The error text is for a person.
 
-    `value` is what the text says, where that is known: it is JSON, but nested too deeply or with bad characters.
+    `value` is the value of the text, where that is known: it is JSON, but nested too deeply or with bad characters.
     """
 
     def __init__(self, problem: str, value: object = None) -> None:

@@ -9,7 +9,7 @@ Lang = Literal["zh", "en"]
 DEFAULT_LANG: Lang = "zh"
 
 _SUBTAGS = re.compile(r"[-_.@].*", re.DOTALL)
-"""What follows the language: `-TW` in `zh-TW`, `_CN.UTF-8` in the locale `zh_CN.UTF-8`."""
+"""Subtags after the language: `-TW` in `zh-TW`, `_CN.UTF-8` in the locale `zh_CN.UTF-8`."""
 
 
 @dataclass(frozen=True)

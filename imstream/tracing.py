@@ -20,7 +20,7 @@ _SHORT_ID = re.compile(r"(?!0{16})[0-9a-f]{16}")
 
 
 def wants_tracing(environment: Mapping[str, str]) -> bool:
-    """Whether the standard variables say where to send traces, and do not switch them off."""
+    """Whether the standard variables set an address for traces, and do not switch them off."""
     exporter = environment.get("OTEL_TRACES_EXPORTER", "")
     names = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
     has_address = exporter == "otlp" or (not exporter and any(map(environment.get, names)))
@@ -48,7 +48,7 @@ def read_traceparent(recorded: str) -> str:
 
 
 class Span:
-    """A part of a trace that is not recorded. `traceparent`: for what happens within it."""
+    """A part of a trace that is not recorded. `traceparent`: for parts within it."""
 
     __slots__ = ("traceparent",)
 
@@ -98,4 +98,4 @@ class Tracing(Protocol):
         """Begin an attempt at the answer to a message."""
 
     async def stop(self) -> None:
-        """Send what is recorded, within a time limit."""
+        """Send recorded spans, within a time limit."""

@@ -76,7 +76,7 @@ class RedisUrl:
 
     @classmethod
     def parse(cls, url: str | SecretUrl) -> Self:
-        """Parse a URL, or raise `ValueError` saying what is allowed."""
+        """Parse a URL, or raise `ValueError` naming the allowed forms."""
         match = _URL.fullmatch(url if isinstance(url, str) else url.get_secret_value())
         if match is None:
             raise ValueError(ALLOWED)
@@ -119,7 +119,7 @@ class RedisUrl:
 
 
 def validate_redis_url(url: SecretUrl) -> SecretUrl:
-    """Return the URL, or raise `ValueError` saying what is allowed."""
+    """Return the URL, or raise `ValueError` naming the allowed forms."""
     RedisUrl.parse(url)
     return url
 

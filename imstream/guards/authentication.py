@@ -17,7 +17,7 @@ from imstream.texts import Sentence, Text
 from imstream.urls import is_loopback
 
 _INVALID = Sentence("登录令牌无效", "This token is not valid")
-# What the client learns about a token. For all other reasons only that it is not valid: the client may be guessing.
+# The reasons that a client receives about a token. For all others only that it is not valid: it may be guessing.
 _SENTENCES: dict[Reason, Sentence] = {
     "missing": Sentence("请用令牌 (token) 登录", "Please log in with a token"),
     "expired": Text.LOGIN_EXPIRED,

@@ -1,4 +1,4 @@
-"""The guards of a node, in order, and the chain that asks them one after the other."""
+"""The guards of a node, in order, and the chain that calls them one after the other."""
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ from imstream.logs import LIMITED
 from imstream.model import ChatRequest
 from imstream.user_ids import UserId
 
-# What each guard rejects, in the order in which they are asked; the first rejection ends it. To add a guard, write a
-# subclass of `Guard` in a module of this package and list it here.
+# The guards, with the cases that they reject, in the order of their calls; the first rejection ends it. To add a
+# guard, write a subclass of `Guard` in a module of this package and list it here.
 GUARDS: tuple[type[Guard], ...] = (
     Exposure,  # without authentication: sockets from other machines
     Origin,  # sockets of browser pages whose origin is not allowed
@@ -30,7 +30,7 @@ GUARDS: tuple[type[Guard], ...] = (
     SystemRole,  # history with turns of the role system
     WordGuard,  # listed words in messages, history and answers; may mask them instead, so it comes before the length
     ContextLength,  # messages longer than the model's context
-    Moderation,  # what the moderation service flags; in the worker
+    Moderation,  # messages that the moderation service flags; in the worker
     # Last: only verified users may learn about an account, and only messages that pass all guards are counted.
     Account,  # banned and locked users; more messages per day than allowed
 )
@@ -48,7 +48,7 @@ class ChatAllowed:
     verdicts: Sequence[Allow]
 
     async def undo(self) -> None:
-        """Revert what the guards have counted, if the message is not admitted. Without Redis it stays counted."""
+        """Revert the counts of the guards, if the message is not admitted. Without Redis it stays counted."""
         for verdict in self.verdicts:
             if verdict.undo is not None:
                 try:
@@ -83,7 +83,7 @@ class GuardChain:
             yield
 
     async def reload(self) -> list[str]:
-        """Reload all guards. Returns what was reloaded."""
+        """Reload all guards. Returns the names of the reloaded data."""
         reloaded = list[str | None]()
         for guard in self.guards:
             try:
@@ -171,7 +171,7 @@ class FilterChain:
         self._write = write
 
     def feed(self, text: str) -> None:
-        """Filter a piece of the answer and write what may be shown."""
+        """Filter a piece of the answer and write the part that may be shown."""
         for one in self._filters:
             if not (text := one.feed(text)):
                 return
@@ -192,7 +192,7 @@ class FilterChain:
         return True
 
     def end(self) -> None:
-        """Write what the filters have buffered."""
+        """Write the buffers of the filters."""
         rest = ""
         for one in self._filters:
             rest = (one.feed(rest) if rest else "") + one.end()

@@ -80,7 +80,7 @@ class AnswerFilter(Protocol):
     """Filters the answer of one attempt. All methods raise `GuardRejection`."""
 
     def feed(self, text: str) -> str:
-        """Process the next piece. Returns what may be shown now, possibly nothing."""
+        """Process the next piece. Returns the text that may be shown now, possibly empty."""
 
     def end(self) -> str:
         """Complete the answer. Returns the rest that may be shown."""
@@ -88,7 +88,7 @@ class AnswerFilter(Protocol):
     def seed(self, shown: str) -> int | None:
         """Process the beginning of the answer, which was shown. Returns how many characters at its end are buffered.
 
-        None: the answer cannot go on from there, because the filter has changed the text, or may change what was shown.
+        None: the answer cannot continue from there, because the filter has changed the text, or may change shown text.
         """
 
 
@@ -101,11 +101,11 @@ class Guard:
         raise NotImplementedError
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """Hold what the guard needs while the node runs. Entering must not wait for another service."""
+        """Hold the resources of the guard while the node runs. Entering must not wait for another service."""
         return nullcontext()
 
     async def reload(self) -> str | None:
-        """Read external data again, on SIGHUP, and return what was read. On failure, keep the previous data."""
+        """Read external data again, on SIGHUP, and return its name. On failure, keep the previous data."""
         return None
 
     def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:  # noqa: ARG002 - for overriding methods
@@ -116,7 +116,7 @@ class Guard:
         return None
 
     async def check_login(self, login: LoginAttempt) -> Allow | Reject:  # noqa: ARG002 - same
-        """Check who a user is and whether they may log in, at INIT. Raises `StoreError`."""
+        """Check the identity of a user and whether they may log in, at INIT. Raises `StoreError`."""
         return ALLOW
 
     async def check_session(self, user_id: UserId) -> Reject | None:  # noqa: ARG002 - same
@@ -128,7 +128,7 @@ class Guard:
         return ALLOW
 
     async def check_ai_call(self, request: ChatRequest) -> Allow | Reject:  # noqa: ARG002 - same
-        """Check a message in the worker, before its first AI call. Raises `BackendError` when it cannot tell."""
+        """Check a message in the worker, before its first AI call. Raises `BackendError` when it cannot decide."""
         return ALLOW
 
     def answer_filter(self, request: ChatRequest) -> AnswerFilter | None:  # noqa: ARG002 - same

@@ -1,4 +1,4 @@
-"""Moderation by an external service, which the worker asks about each message before its first AI call.
+"""Moderation by an external service, which the worker calls for each message before its first AI call.
 
 History is moderated as well, each text once: it reaches the model, and clients can claim any. It is never a violation.
 """
@@ -46,7 +46,7 @@ Result = ModerationResult | BackendError
 
 
 class Moderation(Guard):
-    """Rejects flagged messages. When the service is down, it allows all or none, as `moderation_fail` says."""
+    """Rejects flagged messages. When the service is down, it allows all or none, by `moderation_fail`."""
 
     def __init__(self, settings: Settings) -> None:
         self._service = ModerationClient(settings)

@@ -103,7 +103,7 @@ def _canonical(origin: str) -> str | None:
 def is_same(origin: str, headers: Mapping[str, str]) -> bool:
     """Whether the page's origin is the address that the handshake was sent to.
 
-    Balancers forward the browser's `Host`. Only the balancer that terminates TLS knows the scheme, and may send it.
+    Balancers forward the browser's `Host`. Only the balancer that terminates TLS has the scheme, and may send it.
     """
     page, target = _split(origin), _split(f"//{headers.get('host', '')}")
     if page is None or target is None or page.scheme not in {"http", "https"} or not _ORIGIN.fullmatch(origin):

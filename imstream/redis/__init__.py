@@ -1,1 +1,1 @@
-"""A generic Redis client: pipelining, pools, Sentinel, Cluster, scripts. It knows nothing of chat."""
+"""A generic Redis client: pipelining, pools, Sentinel, Cluster, scripts. Nothing in it is specific to chat."""

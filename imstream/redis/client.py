@@ -80,7 +80,7 @@ class RedisClient:
         return await self._servers.send_to_masters(*command)
 
     async def scan(self, pattern: str) -> set[str]:
-        """The keys that match a pattern, on all masters: many short commands, which hold up nobody. Raises as above."""
+        """The keys that match a pattern, on all masters: many short commands that do not block others. As above."""
         return await self._servers.scan(pattern)
 
 
@@ -95,7 +95,7 @@ class BlockingReader(RedisClient):
 
 
 class Script:
-    """A Lua script, sent by its digest, and as text only to a server that does not know it yet."""
+    """A Lua script, sent by its digest, and as text only to a server that does not have it yet."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -139,7 +139,7 @@ class Cluster:
             raise type(self._failure)(*self._failure.args)
 
     def _refresh_soon(self, failed: NodeAddress | None = None) -> None:
-        """Request the slots, at most every `REFRESH_PAUSE`. `failed`: the node to ask last."""
+        """Request the slots, at most every `REFRESH_PAUSE`. `failed`: the node to try last."""
         loop = asyncio.get_running_loop()
         if self._refreshing is None and not self._closed and loop.time() >= self._next_refresh:
             self._refreshing = loop.create_task(self._refresh(failed), name="redis-cluster-refresh")
@@ -176,7 +176,7 @@ class Cluster:
             self._failure = StoreUnavailable(f"no node of the Redis Cluster answers: {describe(error)}")
         else:
             for first, last, *members in ranges:
-                # A node that does not know its own address leaves the host empty.
+                # A node leaves the host empty if its own address is unknown to it.
                 addresses = [NodeAddress(host or node.host, int(port)) for host, port, *_ in members]
                 owners[first : last + 1] = [addresses[0]] * (last + 1 - first)
                 nodes.update(addresses)

@@ -43,7 +43,7 @@ _CLOSED_BY_REDIS = "Redis has closed the connection"
 
 _INCOMPLETE = object()
 
-_pack = cast("Callable[[tuple[Argument, ...]], bytes]", hiredis.pack_command)  # its stub knows tuples of one part only
+_pack = cast("Callable[[tuple[Argument, ...]], bytes]", hiredis.pack_command)  # its stub has tuples of one part only
 
 
 class RedisConnection(asyncio.Protocol):
@@ -91,7 +91,7 @@ class RedisConnection(asyncio.Protocol):
             self._opening = self._loop.create_task(self._open(packed), name="redis-connect")
 
     async def aclose(self) -> None:
-        """Fail what is in flight and close the connection. It may be used again."""
+        """Fail the commands in flight and close the connection. It may be used again."""
         if (opening := self._opening) is not None:
             opening.cancel()
             await asyncio.wait([opening])
@@ -191,7 +191,7 @@ class RedisConnection(asyncio.Protocol):
     def _disconnect(self) -> None:
         transport, self._transport = self._transport, None
         if transport is not None:
-            transport.set_protocol(self._streams)  # its end no longer concerns this object
+            transport.set_protocol(self._streams)  # its end does not concern this object any more
             transport.close()
 
     def _fail(self, error: StoreUnavailable) -> None:

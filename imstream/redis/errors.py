@@ -1,4 +1,4 @@
-"""Errors from Redis: what they mean to the caller, the log of denied access, and retrying until Redis is available."""
+"""Errors from Redis: their meaning for the caller, the log of denied access, and retrying until Redis is available."""
 
 import re
 import time
@@ -21,7 +21,7 @@ _DEMOTED_CODES = ("READONLY", "NOREPLICAS", "UNBLOCKED force")
 """Errors of a server that is no longer the master, or of a master that cannot reach its replicas."""
 
 _LOGIN_HINT = "check the user and the password in IMSTREAM_REDIS_URL"
-_PERMISSION_HINT = "grant the user the permissions in ops/redis-users.acl (ACL LOG shows what was denied)"
+_PERMISSION_HINT = "grant the user the permissions in ops/redis-users.acl (ACL LOG shows denied commands)"
 _DENIED_IN_SCRIPT = ("The user executing the script can't ", "ACL failure in script: ")
 """How Redis and Valkey report a permission missing inside a script; the code is not always NOPERM."""
 
@@ -81,7 +81,7 @@ def error_from_loss(error: BaseException) -> StoreUnavailable:
     text = describe(error)
     cause: BaseException | None = error
     while cause is not None:
-        # redis-py reports what Sentinels answered as text, with the names of exceptions in it.
+        # redis-py reports the replies of Sentinels as text, with the names of exceptions in it.
         if isinstance(cause, exceptions.AuthenticationError) or exceptions.AuthenticationError.__name__ in str(cause):
             return StoreDenied(f"{text.rstrip('.')}: {_LOGIN_HINT}")
         if isinstance(cause, exceptions.NoPermissionError):
@@ -107,12 +107,12 @@ class AccessLog:
     """Logs denied access once per `LOG_AGAIN_AFTER`. Shared by all connections of a process, which all retry."""
 
     def __init__(self, on_refusal: Callable[[str], None] = lambda _: None) -> None:
-        """`on_refusal` is called with what Redis lacks, `memory` or `disk`, for each command that it refuses."""
+        """`on_refusal` is called with the exhausted resource, `memory` or `disk`, for each command that it refuses."""
         self._on_refusal = on_refusal
         self._logged_at: dict[str, float] = {}
 
     def report(self, error: Exception) -> None:
-        """Report what Redis lacks; log a denial, unless the same one was logged recently."""
+        """Report an exhausted resource; log a denial, unless the same one was logged recently."""
         text, now = str(error), time.monotonic()
         if isinstance(error, StoreFull):
             self._on_refusal("memory")

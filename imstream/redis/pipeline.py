@@ -105,12 +105,12 @@ class Pipeline:
 
     async def _withdraw(self, cancelled: asyncio.Future[Any]) -> None:
         for index, (_, reply) in enumerate(self._queue):
-            if reply is cancelled:  # it waits behind a blocked read, which goes on
+            if reply is cancelled:  # it waits behind a blocked read, which continues
                 del self._queue[index]
                 if index and self._queue[index - 1] is ASKING:
                     del self._queue[index - 1]
                 return
-        # It may be a blocked read: what Redis delivers now would be lost from view.
+        # It may be a blocked read: entries that Redis delivers now would be lost from view.
         await asyncio.gather(*(connection.aclose() for connection in self._connections))
 
     async def send_to_masters(self, *command: Argument) -> dict[str, Any]:

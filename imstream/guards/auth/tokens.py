@@ -168,7 +168,7 @@ def secret_key(secret: SecretStr, variable: str) -> bytes:
         raise SettingsError(f"{variable}=(hidden) is not allowed: at least {MIN_SECRET_BYTES} bytes, and it has {size}")
     try:
         jwt.get_algorithm_by_name("HS256").prepare_key(key)
-    except jwt.InvalidKeyError:  # a public key is known to others, who could sign with it
+    except jwt.InvalidKeyError:  # a public key is not secret: others could sign with it
         raise SettingsError(f"{variable}=(hidden) is not allowed: it is an asymmetric key, not a secret") from None
     return key
 

@@ -1,7 +1,7 @@
 """The guard of listed words in messages and answers. The list is a UTF-8 file with one word a line and `#` comments.
 
 The whole history is checked, since all of it reaches the model, whatever the client claims about its roles. A listed
-word in it is not a violation: it may have been allowed when it was sent, and would lock out those who go on.
+word in it is not a violation: it may have been allowed when it was sent, and would lock out users who continue.
 """
 
 import asyncio

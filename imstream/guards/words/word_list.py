@@ -76,7 +76,7 @@ class WordList:
     def pending_start(self, normal: str, *, before: str = "") -> tuple[int, bool]:
         """Where in an incomplete text the first word may begin whose end is not known yet; its length if none does.
 
-        The second value tells whether there may be complete words before it: then `find` them.
+        The second value is whether there may be complete words before it: then `find` them.
         """
         if len(normal) > _SHORT:
             skipped = self._tail_start(normal)
