@@ -20,7 +20,7 @@ def show_backends(settings: Settings, *, as_json: bool) -> None:
 
 
 def check_backends(settings: Settings, *, as_json: bool) -> int:
-    """Check each backend of the settings; print what is wrong, and return the exit code."""
+    """Check each backend of the settings; print the errors, and return the exit code."""
 
     async def check() -> dict[str, BackendError | None]:
         async with Backends(settings) as backends:

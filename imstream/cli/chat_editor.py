@@ -20,7 +20,7 @@ MAX_HISTORY_FILE = 1 << 20
 
 
 class EditingKeyboard:
-    """Reads messages below what is written meanwhile. `on_ctrl_c` handles Ctrl-C while no message is read."""
+    """Reads messages below text that is written meanwhile. `on_ctrl_c` handles Ctrl-C while no message is read."""
 
     def __init__(self, prompt: str, more: str, on_ctrl_c: Callable[[], None]) -> None:
         self._on_ctrl_c = on_ctrl_c
@@ -71,7 +71,7 @@ def _keys() -> KeyBindings:
 
 
 class _History(FileHistory):
-    """Earlier messages in a file. A chat goes on when the file cannot be written."""
+    """Earlier messages in a file. A chat continues when the file cannot be written."""
 
     def store_string(self, string: str) -> None:
         """See `History.store_string`."""

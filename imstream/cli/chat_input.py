@@ -1,4 +1,4 @@
-"""What a person types into the terminal chat: with line editing and history if `prompt_toolkit` is installed."""
+"""Input of the terminal chat: with line editing and history if `prompt_toolkit` is installed."""
 
 import asyncio
 import signal
@@ -44,7 +44,7 @@ async def completes_first(task: asyncio.Task[Any], other: Coroutine[Any, Any, ob
 
 
 class LineKeyboard:
-    """Reads lines as the terminal edits them. A line that ends with a backslash goes on in the next one."""
+    """Reads lines as the terminal edits them. A line that ends with a backslash continues in the next one."""
 
     def __init__(self, output: TerminalOutput, on_ctrl_c: Callable[[], None]) -> None:
         self._output = output
@@ -84,7 +84,7 @@ class LineKeyboard:
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """Do not show what is typed between two messages; it belongs to the next one."""
+    """Hide input between two messages; it belongs to the next one."""
     try:
         before = termios.tcgetattr(sys.stdin)
     except (termios.error, ValueError):

@@ -30,8 +30,8 @@ from imstream.user_ids import UserId
 from imstream.wire import Turn
 
 MAX_SENT, MAX_TURNS = 64_000, 200
-"""Maximum size of a message with its history in bytes, and of the history in turns: what a server accepts by default.
-The oldest turns are dropped."""
+"""Maximum size of a message with its history in bytes, and of the history in turns: defaults of
+a server. The oldest turns are dropped."""
 
 MAX_PAUSE = timedelta(minutes=2)
 """Maximum wait before sending again. A used-up daily quota, for example, would take longer."""
@@ -50,7 +50,7 @@ _SHOWN = 60
 """Columns of a question that a note names."""
 
 CUTS = {"length": Text.CHAT_CUT, "content_filter": Text.CHAT_FILTERED}
-"""What to say about answers that are not complete, by their finish reason."""
+"""Notes on answers that are not complete, by their finish reason."""
 
 
 def run(  # noqa: PLR0913 - the options of the command
@@ -63,7 +63,7 @@ def run(  # noqa: PLR0913 - the options of the command
     question: str | None = None,
     timing: Timing | None = None,
 ) -> int:
-    """Chat until the input ends, or send one message: the question, what is piped, or both.
+    """Chat until the input ends, or send one message: the question, piped input, or both.
 
     Exit code 1: no connection, or the one message has no complete answer.
     """
@@ -100,7 +100,7 @@ def run(  # noqa: PLR0913 - the options of the command
 
 
 def _single_message(question: str | None) -> str | None:
-    """The question and what is piped; None if a person types. Beside a question, only pipes and files are read."""
+    """The question and piped input; None if a person types. Beside a question, only pipes and files are read."""
     is_piped = not sys.stdin.isatty()
     if is_piped and question is not None:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -160,7 +160,7 @@ class _Chat:
             self._note(Text.CHAT_LOST, why=isolate_direction(change.why), seconds=seconds)
 
     async def _converse(self) -> int:
-        """Answer what is typed, until the end of the input."""
+        """Send typed messages, until the end of the input."""
         keyboard = open_keyboard(self._output, self._ctrl_c.set)
         with nullcontext() if isinstance(keyboard, LineKeyboard) else without_echo():
             while (line := await self._read(keyboard)) is not None:
@@ -254,7 +254,7 @@ class _Chat:
         return not self._interrupted
 
     async def _follow(self, reply: Reply) -> Result | None:
-        """Show an answer until it ends. The first Ctrl-C cancels it; after the second one, it is left alone."""
+        """Show an answer until it ends. The first Ctrl-C cancels it; the second one ends the wait."""
         showing = asyncio.create_task(self._show(reply))
         tasks: list[asyncio.Task[Any]] = [showing, asyncio.create_task(self._show_status(reply))]
         try:
@@ -312,7 +312,7 @@ class _Chat:
             await asyncio.sleep(_TICK)
 
     async def _show_late(self, reply: Reply) -> None:
-        with suppress(ClientError):  # of the session, which tells it
+        with suppress(ClientError):  # of the session, which reports it
             result = await reply.result()
             question = reply.frame.contents
             shown = isolate_direction(shorten(question, _SHOWN))

@@ -42,11 +42,11 @@ from imstream.errors import SettingsError
 from imstream.wire import ClientCancel, Delta
 
 QUIET = 1.0
-"""Seconds of silence after which a client is believed to stay away."""
+"""Seconds of silence after which a client counts as gone."""
 
 
 class Scenarios(Stage):
-    """The scenarios: what a client does, and what is checked."""
+    """The scenarios: steps of a client, and checks."""
 
     async def login(self) -> None:
         """Connects with `userId` in the URL, and logs in with its token."""
@@ -55,7 +55,7 @@ class Scenarios(Stage):
         same("userId, token and resume of INIT", (init.user_id, init.token, init.resume), (USER, "t-1", []))
 
     async def chat(self) -> None:
-        """Puts an answer together; reports one that failed, and one that has no record any longer."""
+        """Puts an answer together; reports one that failed, and one whose record has expired."""
         await self.welcome(await self.connect())
         await self.ask("m1")
         await self.send(*answer("m1"))
@@ -93,7 +93,7 @@ class Scenarios(Stage):
             await self.report(messageId=name, **WHOLE)
 
     async def reopened(self) -> None:
-        """After `failed`, shows an answer that follows `restart`, or goes on showing `failed`; resumes neither."""
+        """After `failed`, shows an answer that follows `restart`, or keeps showing `failed`; resumes neither."""
         await self.welcome(await self.connect())
         await self.ask("m1")
         await self.send(answer("m1")[0], wire.Failed(contents="sorry", message_id="m1", attempt=1, offset=0))
@@ -132,7 +132,7 @@ class Scenarios(Stage):
         await self.ask("m2")
 
     async def cancel(self) -> None:
-        """Cancels during an answer, before `accepted`, too late, and once more if the connection was lost."""
+        """Cancels during an answer, before `accepted`, too late, and again if the connection was lost."""
         await self.welcome(await self.connect())
         for name in ("during", "early", "late", "lost"):
             shown = [] if name == "early" else [accepted(name), answer(name)[0]]
@@ -154,7 +154,7 @@ class Scenarios(Stage):
             await self.report(messageId=name, outcome="cancelled", text=text)
 
     async def drain(self) -> None:
-        """After 1012, resumes its messages on another connection, and sends what the draining node refused."""
+        """After 1012, resumes its messages on another connection, and sends the message that was refused."""
         await self.welcome(await self.connect())
         for name in ("m1", "m2", "m3"):
             await self.ask(name, is_accepted=name != "m3")
@@ -244,7 +244,7 @@ SECTIONS = {
 
 
 async def _play(scenario: str, client: Process, limit: float) -> str:
-    """Play one scenario; what the client did wrong, or nothing."""
+    """Play one scenario; returns the error of the client, or nothing."""
     stage = Scenarios(client, limit)
     async with serve(stage.serve, "127.0.0.1", 0, compression=None, close_timeout=1) as server:
         stage.port = server.sockets[0].getsockname()[1]

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=ClientFrame)
 
 
 class Nonconformity(Exception):  # noqa: N818 - what the kit looks for
-    """The client does not behave as the protocol says."""
+    """The client violates the protocol."""
 
 
 def same(what: str, found: object, expected: object) -> None:
@@ -142,7 +142,7 @@ class Stage:
             await self.socket.send(text)
 
     async def close(self, code: int, why: Code) -> None:
-        """Close the connection, after a frame that says why. The client may be faster."""
+        """Close the connection, after a frame with the reason. The client may be faster."""
         with suppress(ConnectionClosed):
             await self.send(wire.Problem(code=why, contents="because"))
             self.transcript.append(f"server  closes the connection with {code}")

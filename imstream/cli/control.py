@@ -29,7 +29,7 @@ _POLL_INTERVAL = 0.1
 
 
 def _of_nodes(command: Command) -> Command:
-    """Add the options that say which nodes are meant."""
+    """Add the options that select nodes."""
     for option in (
         click.option("--node", "names", multiple=True, metavar="NODE", help="This node; can be repeated."),
         click.option("--all", "every", is_flag=True, help="All nodes, also those that start later."),
@@ -54,7 +54,7 @@ async def _until(
     limit: timedelta,
     lack: Callable[[NodeOverview], str | None],
 ) -> tuple[list[NodeOverview], list[str]]:
-    """Wait until the living ones among the targets lack nothing. Returns the targets, and what they still lack."""
+    """Wait until the living ones among the targets lack nothing. Returns the targets, and the missing conditions."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limit.total_seconds()
     while True:
@@ -106,9 +106,9 @@ def pause(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Let requests wait, for maintenance of the AI.
 
-    No call begins until "imstream resume". Running answers go on. Accepted messages wait, also over restarts of nodes;
-    sockets stay open and nodes ready. The requests of a paused node are not answered by others, should it die. Ends
-    with 3 if a node has not confirmed it within 10 s, or with --wait still works on requests after --timeout.
+    No call begins until "imstream resume". Running answers continue. Accepted messages wait, also over restarts of
+    nodes; sockets stay open and nodes ready. The requests of a paused node are not answered by others, even if it dies.
+    Ends with 3 if a node has not confirmed it within 10 s, or with --wait still works on requests after --timeout.
     """
     targets, settings = _targets(names, every=every), Settings.load(**given(options))
 

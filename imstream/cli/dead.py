@@ -125,7 +125,7 @@ async def list_(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json
 @dead.command()
 @_command(limit=20)
 async def show(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json: bool) -> bool:
-    """Show dead letters with all of their fields: what the user has written, and the history."""
+    """Show dead letters with all of their fields, including the user's text and the history."""
     shown = [{**letter.fields, **_row(letter)} async for letter in letters]
     lines = (line for row in shown for line in (*(f"{name:<11} {json_text(row[name])[1:-1]}" for name in row), ""))
     if shown or as_json:
@@ -180,7 +180,7 @@ async def purge(office: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as
 async def _change(
     letters: AsyncGenerator[Letter], change: Callable[[Letter], Awaitable[str]], *, as_json: bool
 ) -> bool:
-    """Change each letter and print what became of it. Whether none stays."""
+    """Change each letter and print the result. Whether none stays."""
     outcomes = Counter[str]()
     async for letter in letters:
         outcome, row = await change(letter), _row(letter)

@@ -1,4 +1,4 @@
-"""`imstream doctor`: whether a node with these settings can serve, and what should be changed."""
+"""`imstream doctor`: whether a node with these settings can serve, and the changes that it needs."""
 
 import asyncio
 import errno
@@ -93,7 +93,7 @@ async def _examine(options: dict[str, str], *, call: bool) -> list[Finding]:
 
 
 async def _redis(redis: RedisClient, settings: Settings) -> AsyncIterator[Finding]:
-    """What keeps Redis from carrying messages safely. Raises `StoreError` when it cannot be reached at all."""
+    """Problems of Redis that endanger messages. Raises `StoreError` when it cannot be reached at all."""
     before = time.time()
     now = await redis_now(redis)
     taken = time.time() - before
@@ -190,7 +190,7 @@ async def _ports(settings: Settings, nodes: list[NodeOverview]) -> AsyncIterator
 
 
 async def _node_at(host: str, port: int) -> str | None:
-    """The id of the node that listens there; empty if it does not tell it, None if it is another program."""
+    """The id of the node that listens there; empty if it does not show it, None if it is another program."""
     url = f"http://{reachable_host(host)}:{port}/healthz"
     try:
         async with aiohttp.ClientSession() as session, session.get(url, timeout=_HEALTH_LIMIT) as answer:

@@ -26,11 +26,11 @@ _ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
 @click.argument("user")
 @click.argument("message", required=False)
 def explain(user: str, message: str | None, *, as_json: bool, **options: str | None) -> None:
-    """Show what happened to a message, from Redis alone. Without MESSAGE, the user's newest messages are listed.
+    """Show the history of a message, from Redis alone. Without MESSAGE, the user's newest messages are listed.
 
     It works while the message runs and as long as its reply is kept. Shows when it was asked, which nodes worked on it,
     which backend it waited for and why, its attempts and their text in characters, its end and its dead letter; never a
-    text. Also says what is not known. Ends with 1 if nothing is.
+    text. Lists facts that are not recorded. Ends with 1 if there is no record.
     """
     settings = Settings.load(**given(options))
     user_id, keys = parse_user_id(user, settings.user_ids), Keys(settings.key_prefix)

@@ -1,6 +1,6 @@
 """`imstream balancer` that follows the directory of nodes in Redis.
 
-Nodes that appear get users after a reload, which disconnects nobody. A node that has died stays in the configuration,
+Nodes that appear get users after a reload, which closes no connection. A node that has died stays in the configuration,
 where health checks pass it over, until it leaves the directory (`IMSTREAM_RETIRE_AFTER`). While Redis is away, the
 program runs with the nodes that were known last, also after a restart, or else with those that were given.
 """
@@ -88,7 +88,7 @@ class FollowingBalancer:
                 await asyncio.wait_for(self._look.wait(), POLL_INTERVAL)
         code = self._process.returncode or 0
         echo(f"{self._config.program} has ended with exit code {code}", err=True)
-        return 128 - code if code < 0 else code or 1  # as a shell, so that ops/respawn starts what was killed again
+        return 128 - code if code < 0 else code or 1  # as a shell, so that ops/respawn restarts a killed program
 
     async def _run_with(self, addresses: dict[str, str]) -> None:
         """Start or reload the program, unless it runs with these addresses. Without any, it stays as it is."""
@@ -124,7 +124,7 @@ class FollowingBalancer:
         exit_with_parent(self._pid, signal.SIGTERM)
 
     def _say(self, about: str, text: str) -> None:
-        """Print what is new."""
+        """Print a text that has changed."""
         if text != self._said.get(about):
             self._said[about] = text
             echo(text, err=True)
@@ -141,7 +141,7 @@ def _read_nodes(file: Path) -> dict[str, str]:
 
 
 async def find_address(holder: Holder, known: str | None) -> str:
-    """Where a node is reached from here. Raises `ValueError`, which tells why it cannot be.
+    """Where a node is reached from here. Raises `ValueError` with the reason if it cannot be.
 
     A name with several addresses may give them in a changing order, and each change would be a reload: `known`, the one
     that is in use, is kept as long as it is one of them.

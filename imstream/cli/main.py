@@ -187,7 +187,7 @@ def chat(  # noqa: PLR0913 - a parameter for each option
 ) -> None:
     """Chat in the terminal; it reconnects and resumes.
 
-    With QUESTION, or what is piped, or both, it sends one message and prints the answer. It ends with 0 if that is
+    With QUESTION, or piped input, or both, it sends one message and prints the answer. It ends with 0 if that is
     complete.
     """
     from imstream.cli.chat_terminal import run
@@ -308,7 +308,7 @@ def balancer(  # noqa: PLR0913 - one for each option
     routed to the same node; the users of a dead node are spread over the others.
 
     Without addresses, or with --follow, it finds the nodes in Redis, and looks for new ones each second, and on SIGHUP.
-    While Redis is away, it runs with the nodes that it knew last, also after a restart.
+    While Redis is away, it runs with the last known nodes, also after a restart.
 
     With --cert it serves only https and wss, for example with --listen 0.0.0.0:443 --redirect 0.0.0.0:80.
     """
@@ -340,7 +340,7 @@ def balancer(  # noqa: PLR0913 - one for each option
 def streams(newest: int, **options: str | None) -> None:
     """Show a node's stream, and why its requests wait.
 
-    Shows the number of unfinished requests, what keeps them from being answered, those in work with their workers, and
+    Shows the number of unfinished requests, the reasons why they wait, those in work with their workers, and
     the newest dead letters.
     """
     from imstream.cli.admin import show_stream
@@ -357,8 +357,8 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
 
     Shows their state, calls in flight and last error.
 
-    With --check, it reads the configuration of this machine as a node would, asks each backend for its list of models,
-    and ends with 1 if a backend is away, refuses the key or does not know the model.
+    With --check, it reads the configuration of this machine as a node would, requests the list of models of each
+    backend, and ends with 1 if a backend is away, refuses the key or does not have the model.
     """
     from imstream.cli.backends import check_backends, show_backends
 

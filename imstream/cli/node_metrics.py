@@ -22,7 +22,7 @@ Series = dict[tuple[str, Labels], float]
 
 
 class MetricsUnavailable(ImstreamError):  # noqa: N818 - reads as the state that it names
-    """The metrics of a node cannot be read from here; the text tells why."""
+    """The metrics of a node cannot be read from here; the text is the reason."""
 
 
 def address_of(node: NodeOverview) -> str:

@@ -39,10 +39,10 @@ def nodes(
 ) -> None:
     """Show all nodes, or wait until the next one may be stopped.
 
-    Shows lease, release, sessions, unfinished requests, and who has adopted whose stream.
+    Shows lease, release, sessions, unfinished requests, and adopted streams.
 
     With --wait-settled, it returns when each of them runs and is ready, and no stream is adopted: then the next one may
-    be stopped in a rolling restart. It ends with 3 if that takes longer than --timeout, and says what is missing.
+    be stopped in a rolling restart. It ends with 3 if that takes longer than --timeout, and prints the reasons.
     """
     settings = Settings.load(**given(options))
     found, missing = with_redis(

@@ -43,7 +43,7 @@ def exit_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> No
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What runs in one child process.
+    """The program of one child process.
 
     Attributes:
         arguments: The imstream command, with its options.

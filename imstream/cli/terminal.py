@@ -94,7 +94,7 @@ class TerminalOutput:
             self._write(text)
 
     def end_line(self) -> None:
-        """End the line of the prompt, so that what follows begins a new one."""
+        """End the line of the prompt, so that later output begins a new one."""
         if self.is_live:
             self._write("\n")
 

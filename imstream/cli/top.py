@@ -1,4 +1,4 @@
-"""`imstream top`: what all nodes do now, from their metrics and Redis; as text, JSON or a live view."""
+"""`imstream top`: the load of all nodes, from their metrics and Redis; as text, JSON or a live view."""
 
 import asyncio
 import sys
@@ -49,7 +49,7 @@ class Snapshot:
 
     Attributes:
         seconds: Time over which rates and percentiles are taken; None: since each node began.
-        problems: What could not be read, and why.
+        problems: Values that could not be read, with reasons.
     """
 
     at: datetime
@@ -62,7 +62,7 @@ class Snapshot:
 
 
 class Observer:
-    """Takes snapshots of all nodes. While Redis is away, it shows what Redis knew before."""
+    """Takes snapshots of all nodes. While Redis is away, it shows the last values from Redis."""
 
     def __init__(self, redis: RedisClient, settings: Settings, session: aiohttp.ClientSession) -> None:
         self._redis, self._keys, self._session = redis, Keys(settings.key_prefix), session
@@ -163,7 +163,7 @@ _REQUEST = ["node", "user", "message", "age", "delivery", "waits for backend"]
 
 
 def sections(found: Snapshot) -> Iterator[Section]:
-    """What people see of a snapshot."""
+    """A snapshot as sections for people."""
     over = "since each node began" if found.seconds is None else f"over {found.seconds:.0f} s"
     nodes = list(found.nodes)
     if len(nodes) > 1:
@@ -243,7 +243,7 @@ def _picture(found: Snapshot) -> "Group":
 @click.option("--interval", type=TimeSpan(), metavar="TIME", help="Time between two snapshots; default 2s.")
 @click.option("--count", type=click.IntRange(1), help="Number of snapshots; then they are plain text.")
 def top(*, as_json: bool, interval: timedelta | None, count: int | None, **options: str | None) -> None:
-    """Show what all nodes do now: queues, rates, percentiles, backends.
+    """Show all nodes now: queues, rates, percentiles, backends.
 
     Reads Redis, and the metrics of each node where it publishes them. In a terminal it is a live view. Elsewhere it is
     plain text: one snapshot, or with --interval one after the other. With --json, each is a line.

@@ -288,7 +288,7 @@ def run(options: Mapping[str, str]) -> int:
 
 
 def summary(plan: UpPlan) -> list[str]:
-    """The addresses of what runs, and commands to try."""
+    """The addresses of all parts, and commands to try."""
     end = "Ctrl-C stops everything. Accepted messages are kept and answered after the next start."
     return [*_address_lines(plan), "", *_command_lines(plan), "", end]
 
