@@ -134,6 +134,7 @@ async def test_says_why_there_is_no_connection() -> None:
     code, out, err = await piped("ws://127.0.0.1:9/nobody", "hello\n", patience=0.3)
     assert (code, out) == (1, "")
     assert "ws://127.0.0.1:9/nobody" in err
+    assert err.endswith("Is imstream running? Start it with imstream up\n")
 
 
 async def test_a_wrong_address_is_explained() -> None:

@@ -81,10 +81,13 @@ async def test_bytes_that_are_no_text_are_replaced() -> None:
 
 
 async def test_the_cause_of_a_lost_connection_is_told_once() -> None:
-    _, _, err = await piped("ws://127.0.0.1:9/nobody", "hello", patience=1.5)
-    assert err.count("connecting again") == 1
-    why = "No connection (ws://127.0.0.1:9/nobody: Connection refused)"
-    assert err.endswith(f"{why}. Is imstream running? Start it with imstream up\n")
+    async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
+        for _ in range(3):
+            peer = await server.peer()
+            await peer.hear_init()
+            peer.drop()
+        await greeted(server, terminal)
+        assert terminal.text.count("No connection (the connection broke); connecting again in ") == 1
 
 
 async def test_an_answer_without_a_connection_is_said_to_be() -> None:
