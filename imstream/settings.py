@@ -8,18 +8,8 @@ from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo
 
+from imstream import option_types
 from imstream.errors import SettingsError
-from imstream.option_types import (
-    ContinueOption,
-    Headers,
-    MaxTokensOption,
-    Parameters,
-    ProxyOption,
-    ReasoningOption,
-    RolesOption,
-    SystemOption,
-    UsageOption,
-)
 from imstream.settings_group import ENV_PREFIX, Duration, HttpUrl, Positive, SettingsGroup, format_value
 from imstream.texts import DEFAULT_LANG, Lang
 from imstream.urls import SecretUrl, is_loopback, validate_redis_url
@@ -83,36 +73,36 @@ class Settings(SettingsGroup):
     ai_url: HttpUrl = Field(SecretUrl("http://127.0.0.1:8090/v1"), description="OpenAI-compatible base URL, with /v1.")
     ai_model: str = Field("demo", min_length=1, description="Model name sent to the AI backend.")
     ai_key: SecretStr | None = Field(None, description="API key of the AI backend, sent as a bearer token.")
-    ai_headers: Headers | None = Field(
+    ai_headers: option_types.Headers | None = Field(
         None,
         description="Additional headers of AI calls: a JSON object; `env:NAME` and `file:PATH` are replaced.",
     )
-    ai_body: Parameters | None = Field(
+    ai_body: option_types.Parameters | None = Field(
         None,
         description="Additional parameters of AI calls, such as temperature: a JSON object, as above.",
     )
-    ai_proxy: ProxyOption | None = Field(
+    ai_proxy: option_types.ProxyOption | None = Field(
         None, description="URL of an HTTP proxy for AI calls; env: that of HTTPS_PROXY, NO_PROXY and so on."
     )
-    ai_usage: UsageOption = Field(
+    ai_usage: option_types.UsageOption = Field(
         "auto", description="Whether token counts are requested (stream_options); auto: unless the backend refuses it."
     )
-    ai_max_tokens: MaxTokensOption = Field(
+    ai_max_tokens: option_types.MaxTokensOption = Field(
         "none",
         description="Name under which IMSTREAM_ANSWER_TOKENS is sent as the maximum of an answer; none: not sent.",
     )
-    ai_roles: RolesOption = Field(
+    ai_roles: option_types.RolesOption = Field(
         "merge", description="Turns are sent so that roles alternate, after one system message (merge), or as_is."
     )
-    ai_system: SystemOption = Field(
+    ai_system: option_types.SystemOption = Field(
         "role", description="Where the system prompt is sent: as a message of its own role, or before the user's text."
     )
-    ai_reasoning: ReasoningOption = Field(
+    ai_reasoning: option_types.ReasoningOption = Field(
         "tags",
         description="Where reasoning is expected: in a field of its own (field), also in tags such as `<think>` at the "
         "beginning of the text (tags; open_tags: without the opening tag), or nowhere (none).",
     )
-    ai_continue: ContinueOption = Field(
+    ai_continue: option_types.ContinueOption = Field(
         "none",
         description="How an answer is continued: with its beginning as the last message (assistant), "
         "with the parameters of vLLM and SGLang (vllm), with `prefix` in that message (prefix), or not (none).",
