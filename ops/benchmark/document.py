@@ -95,7 +95,7 @@ def _machine(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> s
 
 
 def _foreign(runs: Sequence[Mapping[str, Any]]) -> float:
-    return median(run["foreign"] for run in runs)
+    return float(median(run["foreign"] for run in runs))
 
 
 def _doubt(runs: Sequence[Mapping[str, Any]]) -> str:
