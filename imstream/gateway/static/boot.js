@@ -46,7 +46,7 @@ function load(address) {
   return import(`${url.replace(/\/*$/, "/")}page.js`);
 }
 
-/** What page.js has stored: in this tab, or in this browser. */
+/** Values stored by page.js: in this tab, or in this browser. */
 function stored(name, kind = "sessionStorage") {
   try {
     return JSON.parse(window[kind].getItem(`imstream.${name}`));

@@ -12,7 +12,7 @@ export interface KnownMessage {
   state: string;
 }
 
-/** A frame from the server. Fields that do not apply are absent. A newer server may know other codes and events. */
+/** A frame from the server. Fields that do not apply are absent. A newer server may send other codes and events. */
 export interface Frame {
   /** SUCCESS, or the kind of failure: BUSY, AI_FAILED, EXPIRED, … */
   code: string;

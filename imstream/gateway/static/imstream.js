@@ -27,7 +27,7 @@
  * @property {string} [reason]      Why it waits (`status`): a word for programs.
  * @property {KnownMessage[]} [messages]  The user's newest messages: in the answer to INIT, with the want `asked`.
  * @property {number} [retryAfterMs]
- * @property {number} [heartbeatMs] Interval between heartbeats that the service asks for.
+ * @property {number} [heartbeatMs] Interval between heartbeats that the service requests.
  * @property {string} [finishReason]
  * @property {Record<string, number>} [usage]
  * @property {string} [node]        The node that sent the frame.
@@ -58,7 +58,7 @@ const MAX_RESUMED = 64; // limit of one INIT
 const MAX_FAILED = 64; // so many failed messages are remembered: an operator may have one answered after all
 const NOT_AUTHENTICATED = 4500;
 const FRAME_TOO_BIG = 1009;
-const INTERNAL_ERROR = 1011; // from this code on, a SYSTEM frame before the close says why
+const INTERNAL_ERROR = 1011; // from this code on, a SYSTEM frame before the close has the reason
 const DRAINING = 1012;
 const NODE_FULL = 1013;
 const ANSWERS = new Set(["delta", "restart", "done", "failed", "cancelled"]);
@@ -144,7 +144,7 @@ export class Message extends EventTarget {
     }
   }
 
-  /** Whether this version of the client knows what a frame means. @param {Frame} frame */
+  /** Whether this version of the client supports a frame. @param {Frame} frame */
   #isKnown({ msgType, code, event }) {
     if (msgType !== "CHAT") return msgType === "SYSTEM";
     return event ? EVENTS.has(event) || WANTED.has(event) : code === "EXPIRED";
@@ -209,7 +209,7 @@ export class ImstreamClient extends EventTarget {
   connect() {
     if (this.state === "connecting" || this.state === "online") return;
     this.#dropSocket();
-    // The caller asks for another attempt.
+    // The caller requests another attempt.
     if (this.state === "closed") [this.#rejectedToken, this.#failures] = [undefined, 0];
     const { WebSocket = globalThis.WebSocket } = this.options;
     if (!WebSocket) throw new TypeError("There is no WebSocket here: pass a class as the option of this name.");
@@ -218,7 +218,7 @@ export class ImstreamClient extends EventTarget {
     socket.onopen = () => this.#login();
     socket.onmessage = ({ data }) => this.#onFrame(parsed(data));
     socket.onclose = ({ code, reason }) => this.#onClose(code, reason);
-    socket.onerror = () => {}; // a close follows; ws throws errors that nobody handles
+    socket.onerror = () => {}; // a close follows; ws throws errors without a handler
     this.#timer = setTimeout(() => this.drop(), this.options.patience);
     this.#setState("connecting");
   }

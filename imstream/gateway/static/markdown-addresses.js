@@ -6,7 +6,7 @@ const URL_START_HERE = /^(?:https?:\/\/|www\.)/i;
 const URL_OR_MAIL = /https?:\/\/|www\.|@/gi;
 const DOMAIN = /[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63}){0,9}(?![A-Za-z0-9_-])/y;
 const MAIL_DOMAIN = /@[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+/y;
-// An address goes on to the next blank, but also ends where Chinese punctuation or a mark of ours begins.
+// An address extends to the next blank, but also ends where Chinese punctuation or a mark of ours begins.
 const URL_REST = /(?::\d+)?(?:[/?#](?:[^\s<*`\u3000-\u303f\uff00-\uffef\u2018-\u201d]|\*(?!\*))*)?/y;
 
 /** A text with links for the addresses in it. */

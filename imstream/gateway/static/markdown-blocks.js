@@ -115,8 +115,8 @@ function alignmentsOf(line) {
  */
 export class BlockParser {
   root = { kind: "document", children: [], settled: 0 };
-  #open = [this.root]; // from the document to the innermost block that may go on
-  #matched = 1; // how many of them go on in this line
+  #open = [this.root]; // from the document to the innermost block that may continue
+  #matched = 1; // how many of them continue in this line
   #hasBegun = false; // whether a block has begun in this line
   #blank = Infinity; // after a blank line: the place of the innermost quote around it, outside which it separates nothing
   #outline = []; // the levels of the headings above
@@ -156,7 +156,7 @@ export class BlockParser {
     this.#blank = separates ? Math.max(0, this.#open.map(({ kind }) => kind).lastIndexOf("quote")) : Infinity;
   }
 
-  /** Whether an open block goes on in a line. Its markers are consumed. */
+  /** Whether an open block continues in a line. Its markers are consumed. */
   #goesOn(block, line) {
     line.measure();
     if (block.kind === "list") return true;
@@ -242,7 +242,7 @@ export class BlockParser {
     return this.#push({ kind: "item", indent: before + after, isTask: false, children: [], settled: 0 });
   }
 
-  /** Adds what is left of a line behind all markers. */
+  /** Adds the rest of a line behind all markers. */
   #addRest(line) {
     line.measure();
     const isLazy = !this.#hasBegun && !line.isBlank && this.innermost.kind === "paragraph";

@@ -1,6 +1,6 @@
 // The text of a block of Markdown: emphasis, code, links, breaks (CommonMark 0.31, GFM), in time linear to its length.
 //
-// The result is a list of nodes: a string, or { tag, children } with what the tag needs.
+// The result is a list of nodes: a string, or { tag, children } with attributes of the tag.
 
 import { hrefOf, linked, matchUrl, URL_START } from "./markdown-addresses.js";
 
@@ -64,7 +64,7 @@ class InlineParser {
   #tokens = []; // a string, { tag, … } of an element without children, { open: tag, … }, { close: tag }, or a run of marks
   #brackets = []; // those that are open
   #dead = 0; // so many of them cannot begin a link, because one was found behind them
-  #last; // the innermost run of marks that may still begin or end emphasis; each knows the one before it
+  #last; // the innermost run of marks that may still begin or end emphasis; each refers to the one before it
 
   constructor(text, isCell, isGrowing) {
     Object.assign(this, { text, isCell, isGrowing });
@@ -95,7 +95,7 @@ class InlineParser {
     return true;
   }
 
-  /** Parses what begins with a special character; false if it stands for itself. */
+  /** Parses an element that begins with a special character; false if it stands for itself. */
   #special(character) {
     switch (character) {
       case "\n":
@@ -235,7 +235,7 @@ class InlineParser {
     return this.#push({ close: "a" });
   }
 
-  /** What stands behind the text of a link: (address "title"). */
+  /** Parses the part behind the text of a link: (address "title"). */
   #destination() {
     const start = this.#at;
     this.#at++;
@@ -268,7 +268,7 @@ class InlineParser {
     return depth > 0 ? undefined : this.text.slice(start, this.#at);
   }
 
-  /** Ends what has begun: adds a run without a text for each that begins a word. Those that find no partner do nothing. */
+  /** Ends open elements: adds a run without a text for each that begins a word. Those that find no partner do nothing. */
   #closeAll() {
     const { length } = this.#tokens;
     for (let run = this.#last; run; run = run.previous) {
@@ -337,7 +337,7 @@ function fits(opener, closer) {
   return !isOdd || closer.character === "~";
 }
 
-/** What a run of marks sees at a place: a blank, a punctuation mark, a letter, or a character of a script without blanks. */
+/** The character beside a run of marks: a blank, a punctuation mark, a letter, or a character of a script without blanks. */
 function kindAt(text, place) {
   const character = place < text.length ? String.fromCodePoint(text.codePointAt(place)) : " ";
   if (/\s/.test(character)) return "blank";

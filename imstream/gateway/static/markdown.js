@@ -17,7 +17,7 @@ export class MarkdownView {
   #label;
   #copy;
   #heading;
-  #state = new WeakMap(); // of an element: what it shows
+  #state = new WeakMap(); // of an element: its shown content
   #parser = new BlockParser();
   #text = "";
   #parsed = 0; // length of the text that is in complete lines
@@ -83,7 +83,7 @@ export class MarkdownView {
     state.settled = settled;
   }
 
-  /** A row with bars is shown when the next line says whether it is the head of a table. */
+  /** A row with bars is shown when the next line decides whether it is the head of a table. */
   #mayBecomeTable(block) {
     return this.#isGrowing(block) && block.lines?.length === 1 && block.lines[0][0] === "|";
   }
@@ -211,7 +211,7 @@ export class MarkdownView {
     return row;
   }
 
-  /** What is wider than the page is scrolled with the keyboard, too: it has the focus and a name. */
+  /** Wide elements can be scrolled with the keyboard, too: they have a tab stop and a name. */
   #makeScrollable(element, name) {
     element.tabIndex = 0;
     element.setAttribute("role", "group");

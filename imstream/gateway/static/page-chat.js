@@ -1,4 +1,4 @@
-/** The conversations of a user: their messages, what is sent along with a question, and what waits for an answer. */
+/** The conversations of a user: their messages, the history sent with a question, and messages that wait for an answer. */
 
 import { newMessageId } from "./imstream.js";
 import { ENDED, Exchange } from "./page-exchange.js";
@@ -8,7 +8,7 @@ import { $, draw, pin } from "./page-view.js";
 const MARGIN = 2000; // bytes of a frame beside the question and its history
 const TITLE = 80;
 
-/** Conversations share the beginning of their message ids, so that every tab and device knows what belongs together. */
+/** Conversations share the beginning of their message ids, so that every tab and device can group them. */
 const conversationOf = (messageId) => messageId.split(".")[0];
 const randomId = () => newMessageId().slice(0, 16);
 const size = (value) => new TextEncoder().encode(JSON.stringify(value)).length;
@@ -255,7 +255,7 @@ export class Chat {
     return this.archive.remove(ids);
   }
 
-  /** Deletes all conversations of the user in this browser, also what only another tab knows yet. */
+  /** Deletes all conversations of the user in this browser, also messages that are so far only in another tab. */
   async removeAll() {
     await Promise.all(this.list.map((conversation) => this.remove(conversation)));
     const left = await this.archive.all();

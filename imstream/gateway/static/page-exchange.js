@@ -42,7 +42,7 @@ export class Exchange {
     this.hasFailed = message.status === "failed";
     this.late = message.late ?? false; // answered, or being answered, after it had failed
     this.thinkingSince = this.startsAt = this.awayUntil = 0;
-    this.reason = undefined; // why it waits
+    this.reason = undefined; // of the wait
     this.thoughtFor = message.thoughtFor ?? 0; // seconds
     for (const event of EVENTS) {
       message.addEventListener?.(event, () => message === this.message && this.changed(event));
@@ -69,7 +69,7 @@ export class Exchange {
     return !IDLE.has(this.message.status);
   }
 
-  /** What is kept of it in the browser. */
+  /** The part of it that is kept in the browser. */
   get record() {
     const { id, contents, text, status, node, accepted, frame } = this.message;
     return {

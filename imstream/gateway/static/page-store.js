@@ -1,4 +1,4 @@
-/** What the page keeps in the browser: settings in Web Storage, conversations in IndexedDB. Without access, nothing. */
+/** Storage of the page in the browser: settings in Web Storage, conversations in IndexedDB. Without access, nothing. */
 
 const MAX_CONVERSATIONS = 200; // older ones are deleted
 
@@ -20,7 +20,7 @@ function storage(kind) {
 }
 
 /**
- * The messages of one user of one service, each a record with the keys `owner` and `id`. Other tabs are told which ones were
+ * The messages of one user of one service, each a record with the keys `owner` and `id`. Other tabs are notified of those that were
  * removed.
  */
 export class Archive {

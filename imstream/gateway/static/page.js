@@ -22,7 +22,7 @@ let client; // the ImstreamClient after login
 let chat; // its Chat
 let list; // its ConversationList
 let nextTry = 0; // time of the next reconnect (Date.now())
-let reason = ""; // what the node said about the end of the last connection
+let reason = ""; // the node's reason for the end of the last connection
 
 const submit = (form) => form.dispatchEvent(new Event("submit", { cancelable: true })); // Safari 15 lacks requestSubmit
 
@@ -58,14 +58,14 @@ async function logIn(userId, base) {
   if (!(options?.userId === userId && options.address === base)) {
     leave();
     begin(userId, base, owner);
-  } // otherwise it goes on with a token, after it was requested
+  } // otherwise it continues with a token, after it was requested
   client.options.token = token.value.trim() || undefined; // kept in memory only
   write($("who"), String(userId));
   write($("where"), new URL(base).host);
   showLogin(false);
   box.focus();
   const ours = client;
-  if (isKnown) await chat.restore(); // the login then takes up what has not ended
+  if (isKnown) await chat.restore(); // the login then resumes unfinished messages
   if (ours === client) client.connect();
 }
 
@@ -100,7 +100,7 @@ async function logOut(problem = "") {
   user.focus();
 }
 
-/** The node asks for a token. The conversation stays on the page. */
+/** The node requests a token. The conversation stays on the page. */
 function askForToken(problem) {
   $("secret").hidden = false;
   token.value = "";
