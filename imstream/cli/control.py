@@ -74,8 +74,12 @@ def _report(found: tuple[list[NodeOverview], list[str]], lines: Iterable[str], *
         sys.exit(NOT_CONFIRMED)
 
 
-def _lines(nodes: Sequence[NodeOverview], targets: Sequence[str], verb: str) -> Iterator[str]:
-    if ALL in targets:
+def _lines(found: tuple[list[NodeOverview], list[str]], targets: Sequence[str], verb: str) -> Iterator[str]:
+    nodes, missing = found
+    if missing and not nodes:
+        yield "the pause of all nodes continues"
+        return
+    if ALL in targets and not missing:
         yield f"all nodes are {verb}"
     for name in sorted({*targets} - {ALL, *(one.node for one in nodes)}):
         yield f"node {name} is {verb}, but has not run yet"
@@ -124,7 +128,7 @@ def pause(  # noqa: PLR0913 - one for each option
         return await _until(redis, settings, targets, timeout if wait else _CONFIRM, lack)
 
     found = with_redis(settings, work)
-    _report(found, _lines(found[0], targets, "paused"), as_json=as_json)
+    _report(found, _lines(found, targets, "paused"), as_json=as_json)
 
 
 @click.command()
@@ -132,7 +136,7 @@ def pause(  # noqa: PLR0913 - one for each option
 def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str | None) -> None:
     """End a pause, or with --all every pause.
 
-    Ends with 3 if a node has not confirmed it within 10 s, such as one that is paused by --all.
+    Ends with 3 if a node has not confirmed it within 10 s, and if a pause of all nodes continues.
     """
     targets, settings = _targets(names, every=every), Settings.load(**given(options))
 
@@ -140,17 +144,16 @@ def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str
         pauses = Pauses(redis, settings)
         for node in targets:
             await pauses.resume(node)
-        is_paused = ALL in await pauses.read()
+        if (left := (await pauses.read()).get(ALL)) is not None:
+            return [], [f"all nodes are paused: {left.about}"]
 
         def lack(one: NodeOverview) -> str | None:
-            if one.paused is None:
-                return None
-            return "all nodes are paused" if is_paused else f"it is still paused: {one.paused}"
+            return None if one.paused is None else f"it is still paused: {one.paused}"
 
-        return await _until(redis, settings, targets, timedelta() if is_paused else _CONFIRM, lack)
+        return await _until(redis, settings, targets, _CONFIRM, lack)
 
     found = with_redis(settings, work)
-    _report(found, _lines(found[0], targets, "resumed"), as_json=as_json)
+    _report(found, _lines(found, targets, "resumed"), as_json=as_json)
 
 
 @click.command()

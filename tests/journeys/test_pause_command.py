@@ -155,9 +155,19 @@ def test_what_is_not_confirmed_is_told(empty_redis: Topology) -> None:
         assert result.stderr.splitlines()[-1] == "not confirmed: node busy: it works on 2 requests"
         old = run("pause", empty_redis, "--node", "old", "--wait", "--timeout", "1ms")
         assert "not confirmed: node old: it is not paused: its release does not support pauses" in old.stderr
-        run("pause", empty_redis, "--all", "--wait", "--timeout", "1ms")
-        still = run("resume", empty_redis, "--node", "busy")
-        assert "not confirmed: node busy: all nodes are paused" in still.stderr
-        assert client.hkeys(KEYS.paused()) == ["new", "old", "*"]
+        every = run("pause", empty_redis, "--all", "--reason", "why", "--wait", "--timeout", "1ms")
+        assert every.stdout.splitlines()[0].startswith("node busy is paused")  # and not: all nodes are
+        still = run("resume", empty_redis, "--node", "busy", "--node", "new")
+        assert (still.exit_code, still.stdout) == (3, "the pause of all nodes continues\n")
+        assert still.stderr.splitlines()[-1].startswith("not confirmed: all nodes are paused: why")
+        assert client.hkeys(KEYS.paused()) == ["old", "*"]
+        client.hset(KEYS.status("busy"), "paused", "")
+        assert run("resume", empty_redis, "--node", "busy").exit_code == 3  # before it has read the pause
+        assert run("resume", empty_redis, "--all").stdout.splitlines() == [
+            "all nodes are resumed",
+            "node busy is running; it works on 2 requests, 0 are unfinished",
+            "node old is running, 0 are unfinished",
+        ]
+        assert run("resume", empty_redis, "--node", "new").stdout == "node new is resumed, but has not run yet\n"
     for wrong in ([], ["--all", "--node", "a"], ["--node", "*"]):
         assert run("pause", empty_redis, *wrong).exit_code == 2
