@@ -206,6 +206,8 @@ class Node:
 
     def _status(self) -> dict[str, str | int]:
         """The state of this node for `imstream nodes`, and the address of its metrics for `imstream top`."""
+        # Before the first read of the pauses, none is confirmed: if there was none, requests begin at once.
+        pause = self._pauses.own if self._pauses.is_known else None
         return {
             "version": _VERSION,
             "sessions": len(self.registry),
@@ -215,7 +217,7 @@ class Node:
             "reads": NEWEST_VERSION,
             "queue_limit": self.settings.queue_limit,
             "user_limit": self.settings.user_limit,
-            "paused": "" if (pause := self._pauses.own) is None else pause.about,
+            "paused": "" if pause is None else pause.about,
         }
 
     def stuck(self) -> str | None:

@@ -200,9 +200,19 @@ class ReplyBuffer:
         """Stop calling `on_change`. May be repeated."""
         self._subscribers.discard(on_change)
 
+    def end_job(self, *, has_begun: bool) -> None:
+        """Note that the job of its request has ended. If it has not begun the reply, nobody needs to wait for that."""
+        self.has_job = False
+        if not has_begun:
+            self._notify()
+
     async def wait_until_recorded(self, seconds: float) -> bool:
-        """Wait until the reply has a record: a worker has begun it, or a record was loaded. False after a time-out."""
-        return await self._wait_until(lambda: True, seconds)
+        """Wait until the reply has a record: a worker has begun it, or a record was loaded.
+
+        False after a time-out, and when there may be none: its job has ended without beginning it.
+        """
+        changed = await self._wait_until(lambda: True, seconds)
+        return changed and (self.has_job or self.has_writer or self.terminal is not None)
 
     async def wait_until_ended(self, seconds: float) -> bool:
         """Wait for the terminal event. False after a time-out."""

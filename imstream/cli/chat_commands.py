@@ -67,7 +67,7 @@ class StatusLine:
         seconds = f"{time.monotonic() - self._since:.0f}"
         match self._status:
             case Status(state=State.WAITING, reason=reason, retry_after=retry_after):
-                return self._say(_AWAY, reason=reason) + self._left(_IN, retry_after)
+                return self._say(_PAUSED if reason == "paused" else _AWAY, reason=reason) + self._left(_IN, retry_after)
             case Status(state=State.THINKING):
                 return self._say(_THINKING, seconds=seconds)
             case _ if self._reply.so_far:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
 from typing import Any, Self
 
 from pydantic_core import from_json, to_json
@@ -68,6 +70,8 @@ class Pauses:
         self._redis = redis
         self._key = Keys(settings.key_prefix).paused()
         self._known: Mapping[str, Pause] | None = None
+        self._ended = dict[str, float]()
+        """When pauses were found ended, by the monotonic clock."""
 
     @property
     def is_known(self) -> bool:
@@ -90,6 +94,11 @@ class Pauses:
         """The pause of this node."""
         return self.of(self.node)
 
+    def since_end(self, stream: str) -> timedelta | None:
+        """How long ago the last pause of a stream ended, as far as this process has seen one."""
+        ended = [self._ended[name] for name in (ALL, self.node, stream) if name in self._ended]
+        return timedelta(seconds=monotonic() - max(ended)) if ended else None
+
     async def read(self) -> Mapping[str, Pause]:
         """All pauses, by node. Raises `StoreError`; another type than a hash counts as none until there was one."""
         try:
@@ -98,7 +107,8 @@ class Pauses:
             self._known = self._known or {}
             raise
         pairs = fields if isinstance(fields, dict) else to_dict(fields)
-        self._known = {node: Pause.decode(text) for node, text in pairs.items()}
+        before, self._known = self._known or {}, {node: Pause.decode(text) for node, text in pairs.items()}
+        self._ended.update((node, monotonic()) for node in before if node not in self._known)
         return self._known
 
     async def pause(self, node: str, *, reason: str, by: str, refuses: bool) -> None:

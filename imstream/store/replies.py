@@ -161,6 +161,7 @@ class ReplyStore:
         unused: bool = False,
         repeated: bool = False,
         reopens: bool = False,
+        resumed: timedelta | None = None,
     ) -> Opened | Ended | Duplicate | OtherQuestion:
         """Begin the next attempt at a message, which `request` owns from now on.
 
@@ -177,10 +178,11 @@ class ReplyStore:
             unused: The attempt `after` has made no call.
             repeated: An earlier try may have been executed, and its answer lost.
             reopens: The request was made from a dead letter, and may continue after `failed`.
+            resumed: How long ago a pause ended: no time before that counts as waited.
         """
         asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
         text = ("" if shown is None else shown, "" if usage is None else to_json(usage))
-        flags = (int(unused), int(repeated), int(reopens))
+        flags = (int(unused), int(repeated), int(reopens), "" if resumed is None else milliseconds(resumed))
         arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text, *flags)
         match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
             case ["opened" | "continued" as verdict, entry_id, attempt, counted, waited, *rest]:
@@ -225,23 +227,21 @@ class ReplyStore:
             case _:
                 return Rejected(answer[0])
 
-    async def wait(
-        self, user_id: UserId, message_id: str, *, attempt: int, pause: timedelta, why: Waiting
+    async def wait(  # noqa: PLR0913 - the named arguments of one script
+        self, user_id: UserId, message_id: str, *, attempt: int, pause: timedelta, why: Waiting, counts: bool = True
     ) -> WaitRecorded | Rejected:
-        """Record that an attempt without text waits for its backend. The reply is kept for the `pause` in addition."""
+        """Record that an attempt without text waits for its backend. The reply is kept for the `pause` in addition.
+
+        `counts`: in the retry window. Else an operator has paused it, text or not: its next attempt has a new window.
+        """
         ttl = self._ttl + milliseconds(pause)
-        arguments: tuple[Argument, ...] = (attempt, ttl, self._retry_window, *why.fields())
+        arguments: tuple[Argument, ...] = (attempt, ttl, self._retry_window if counts else "", *why.fields())
         answer = await LUA["wait"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
         match answer:
             case ["waiting", waited, *nodes]:
                 return WaitRecorded(_span(waited), tuple(nodes))
             case _:
                 return Rejected(answer[0])
-
-    async def keep(self, user_id: UserId, message_id: str) -> None:
-        """Keep an unfinished reply as long as that of a waiting request, until the next attempt or append."""
-        ttl = max(self._queued_ttl, self._ttl)
-        await self._redis.execute("PEXPIRE", self._keys.reply(user_id, message_id), ttl)
 
     async def cancel(
         self, user_id: UserId, message_id: str, *, unless_elsewhere: bool = False

@@ -167,6 +167,11 @@ class RequestStream:
         arguments = (GROUP, self.consumer, entry.entry_id, entry.deliveries - 1, to or self.consumer)
         await LUA["hand_back"].run(self._redis, (self._stream,), arguments)
 
+    async def give_back(self, entry: PendingEntry) -> None:
+        """Leave an entry that is pending for us, and has no job, to the node of the stream. Idempotent."""
+        arguments = (GROUP, self.consumer, entry.entry_id, entry.deliveries, self.node)
+        await LUA["hand_back"].run(self._redis, (self._stream,), arguments)
+
     async def unfinished(self) -> int:
         """The number of requests in the stream."""
         return int(await self._redis.execute("XLEN", self._stream))

@@ -168,8 +168,12 @@ class _Search:
         alive = await self.redis.execute("PTTL", self.keys.lease(by)) != -2  # noqa: PLR2004 - no such key
         where = f"node {by}" if alive else f"node {by}, which has no lease: another node takes over"
         if last.event == "waiting":
-            until = last.about.get("until", "?")
-            self.found.now = f"it waits for backend {last.about.get('backend', '?')} on {where}, at most until {until}"
+            until, backend = last.about.get("until"), last.about.get("backend", "?")
+            self.found.now = (
+                f"it waits on {where} for the end of a pause by an operator"
+                if until is None
+                else f"it waits for backend {backend} on {where}, at most until {until}"
+            )
         else:
             self.found.state, self.found.now = "running", f"it is answered on {where}"
             self.found.unknown.append("the text of the last moments: it is recorded in batches")
@@ -186,8 +190,8 @@ class _Search:
         else:
             count = await self.redis.execute("XLEN", self.keys.requests(node))
             self.found.now = f"it waits for a worker of node {node}, in a stream of {count} unfinished requests"
-            if any(await self.redis.execute("HMGET", self.keys.paused(), ALL, node)):
-                self.found.now += "; an operator has paused the node"
+        if any(await self.redis.execute("HMGET", self.keys.paused(), ALL, node)):
+            self.found.now += "; an operator has paused the node"
 
     def _note_unknown(self, opened: list[Event], *, ended: bool) -> None:
         if opened and opened[0].attempt > 1:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import structlog
 
@@ -57,26 +58,42 @@ class WorkerDeps:
     request_log: RequestLog
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The work on the request ends here: an operator's pause, or the reply stream rejects the attempt."""
+
+    def __init__(self, reason: Literal["paused", "superseded"]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class CannotContinue(Exception):  # noqa: N818 - not an error
     """The answer cannot be continued: the backend does not do it, or its beginning is not the model's own text."""
 
 
 @dataclass(slots=True, eq=False)
 class AttemptRunner:
-    """Calls the AI for one request, once per attempt. Guards check the request once, and may change it (`checked`).
+    """Calls the AI for one request of a stream. Guards check the request once, and may change it (`checked`).
 
     `may_continue`: no backend has refused to continue the answer.
     """
 
     request: ChatRequest
+    stream: str
     deps: WorkerDeps
     checked: ChatRequest | None = None
     may_continue: bool = True
 
+    def check_pause(self, error: BackendError | None = None) -> None:
+        """Raise `Interrupted` during a pause: no call may begin. `error`: why the last one is to be repeated."""
+        if self.deps.pauses.of(self.stream):
+            if error is not None:
+                log.warning("attempt failed, will retry", reason=error.reason, **self.request.ids)
+            raise Interrupted("paused")
+
     async def run(self, upstream: Upstream, writer: ReplyWriter) -> Completion:
         """Call a backend for the rest of the answer; write text and reasoning that may be shown.
 
-        Raises `GuardRejection`, `BackendError`, and `CannotContinue`.
+        Raises `GuardRejection`, `BackendError`, `CannotContinue`, and `Interrupted`.
         """
         deps, beginning = self.deps, writer.beginning
         request = self.checked = self.checked or await deps.guards.check_ai_call(self.request)
@@ -87,6 +104,7 @@ class AttemptRunner:
             if written is None or (filtered is not None and not filtered.seed(beginning)):
                 raise CannotContinue
         messages = await deps.prompter.messages(request, upstream.backend)
+        self.check_pause()  # immediately before the call: a guard may have taken long
         metrics, result = deps.metrics, "stopped"
         if beginning:
             metrics.continuations[upstream.name] += 1

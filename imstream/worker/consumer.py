@@ -103,7 +103,11 @@ class StreamConsumer:
         if self._deps.lease_keeper.held:
             await self._sweep_if_due(group)
         if self._finishing:
-            self._finished = not self._running and not await self._requests.pending(exclude=self.newer)
+            left = await self._requests.pending(exclude={*self.newer, *self._running})
+            if self._deps.pauses.is_known and self._deps.pauses.of(self._requests.node):
+                for one in left:  # nothing starts here: another node may answer them
+                    await self._requests.give_back(one)
+            self._finished = not self._running and not left
         wanted = 0 if self._finishing or not self._deps.lease_keeper.held else self._startable()
         with self._jobs.reserve(wanted, self._requests.node) as slots:
             if slots.free:
@@ -213,7 +217,7 @@ class StreamConsumer:
             request, verdict = error.partial, Bury(MALFORMED, str(error))
         job = Job(entry, request, self._requests, self._deps, verdict)
         if verdict is None:
-            job.upstream = self._deps.backends.take_probe()
+            job.calls.upstream = self._deps.backends.take_probe()
         self._running.add(entry.entry_id)
         self._jobs.add(job, slots)
         group.create_task(self._run_job(job))
@@ -237,6 +241,8 @@ class StreamConsumer:
         entry_id = job.entry.entry_id
         try:
             await job.run(is_stopping=self.stopping)
+            if not job.is_finished:  # it was handed back, and begins at once after a pause
+                self.sweep_soon()
         except StoreError as error:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.
             job.log.warning("redis away, request will be claimed again", entry=entry_id, error=str(error))

@@ -33,6 +33,7 @@ class PauseFollower:
             was_known = self._pauses.is_known
             try:
                 await self._pauses.read()
+                self._last_error = ""
             except StoreError as error:
                 if isinstance(error, StoreRefused) and str(error) != self._last_error:
                     self._last_error = str(error)
@@ -44,7 +45,7 @@ class PauseFollower:
 
     async def _follow(self) -> None:
         for job in self._jobs:
-            if job.upstream is None and self._pauses.of(job.stream.node):
+            if job.calls.upstream is None and self._pauses.of(job.stream.node):
                 job.stop("paused")
         pause = self._pauses.own if self._pauses.is_known else None
         if pause == self._known:

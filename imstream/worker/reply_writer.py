@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 
 from imstream.model import Question, Terminal, Waiting
 from imstream.redis.errors import retry_until_available
@@ -19,7 +20,7 @@ class ReplyWriter:
         self._replies = replies
         self._inbox = inbox
         self._request = request
-        self._attempt = opened.attempt
+        self.attempt = opened.attempt
         self.beginning = "" if opened.continued is None else opened.continued.text
         """The text that this attempt continues."""
         self._recorded = len(self.beginning)
@@ -66,14 +67,13 @@ class ReplyWriter:
         async with self._lock:
             return await self._record(None) if self.needs_flush else Appended()
 
-    async def wait(self, why: Waiting, *, pause: timedelta) -> WaitRecorded | Rejected:
-        """Record that this attempt, which has added no text, waits for its backend. Repeats until Redis answers."""
+    async def wait(self, why: Waiting, *, pause: timedelta, counts: bool = True) -> WaitRecorded | Rejected:
+        """Record that the message waits, and show it; see `ReplyStore.wait`. Repeats until Redis answers."""
         reply = self._reply
+        record = partial(self._replies.wait, reply.user_id, reply.message_id, pause=pause, why=why, counts=counts)
 
         async def wait() -> WaitRecorded | Rejected:
-            return await retry_until_available(
-                lambda: self._replies.wait(reply.user_id, reply.message_id, attempt=self._attempt, pause=pause, why=why)
-            )
+            return await retry_until_available(lambda: record(attempt=self.attempt))
 
         async with self._lock:
             result = await wait()
@@ -82,6 +82,7 @@ class ReplyWriter:
                 result = await wait()
         if isinstance(result, WaitRecorded):
             self._thinking = False
+            reply.wait(why)
             self.announce(result.nodes)
         return result
 
@@ -120,7 +121,7 @@ class ReplyWriter:
 
     @property
     def _owns_buffer(self) -> bool:
-        return self._reply.fence == self._attempt
+        return self._reply.fence == self.attempt
 
     async def _record(self, terminal: Terminal | None) -> Appended | Rejected:
         result = await self._append_once(terminal)
@@ -141,7 +142,7 @@ class ReplyWriter:
         result = await self._replies.append(
             reply.user_id,
             reply.message_id,
-            attempt=self._attempt,
+            attempt=self.attempt,
             before=self._recorded,
             after=after,
             text=reply.text_from(self._recorded, limit=None),
@@ -157,12 +158,12 @@ class ReplyWriter:
 
     async def _reopen(self) -> bool:
         """Begin the same attempt again, from the beginning of its text."""
-        reply, before = self._reply, self._attempt - 1
+        reply, before = self._reply, self.attempt - 1
         opened = await self._replies.open(
             reply.user_id, reply.message_id, reply.question or Question(""), request=self._request, after=before
         )
         if not isinstance(opened, Opened) or not self._owns_buffer:
             return False
-        self._attempt = reply.fence = opened.attempt
+        self.attempt = reply.fence = opened.attempt
         self._recorded, self._thinking = 0, False
         return True

@@ -184,6 +184,26 @@ async def test_each_step_of_a_message_is_told_wherever_redis_is(empty_redis: Top
             assert (await ask(empty_redis, "m")).exit_code == 1
 
 
+async def test_a_message_that_was_handed_back_by_a_pause_is_told_before_and_after_its_first_attempt(
+    empty_redis: Topology,
+) -> None:
+    async with parts_of(empty_redis) as parts:
+        entry_id = await parts.admit("m")
+        await parts.replies.mark_queued(USER, "m")
+        await parts.requests.read(count=1, block=timedelta(seconds=1))
+        with empty_redis.client() as client:
+            client.hset(KEYS.paused(), "*", "new weights")
+            now = "node 0 has read it, and has not opened its reply; an operator has paused the node"
+            assert (await explained(empty_redis, "m"))["now"] == now
+            client.delete(KEYS.paused())
+        await parts.replies.open(USER, "m", request=f"0/{entry_id}")
+        await parts.replies.wait(USER, "m", attempt=1, pause=timedelta(), why=Waiting("one", "paused"), counts=False)
+        assert (found := await explained(empty_redis, "m"))["state"] == "waiting"
+        assert found["now"].startswith("it waits on node 0")
+        assert found["now"].endswith(" for the end of a pause by an operator")
+        assert found["events"][-1]["about"]["reason"] == "paused"
+
+
 async def test_the_newest_messages_of_a_user_are_listed_also_those_whose_reply_is_gone(empty_redis: Topology) -> None:
     command = ["explain", "--redis", empty_redis.url]
     nobody = await asyncio.to_thread(CliRunner().invoke, main, [*command, "10002"])

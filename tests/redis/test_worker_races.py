@@ -1,13 +1,16 @@
 """The worker when replies of Redis are late, lost, or out of order."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from imstream.errors import BackendError
 from imstream.keys import GROUP
+from imstream.model import Record
 from imstream.store.scripts import LUA
+from tests.redis.conftest import chat_request
 from tests.redis.worker_harness import USER, Call, run_worker
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
@@ -172,3 +175,48 @@ async def test_a_call_that_fails_after_the_request_was_taken_over_is_not_tried_a
         await wait_until(lambda: len(frozen.jobs) == 0, "the job has ended")
         assert [entry["event"] for entry in frozen.entries()].count("opened") == 1
         assert [row["consumer"] for row in frozen.redis.xpending_range(stream, GROUP, "-", "+", 2)] == ["1"]
+
+
+async def test_a_record_that_is_read_late_does_not_replace_a_later_one(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A duplicate shows the record of the answer, while its next attempt begins and is shown."""
+    async with run_worker(redis_server) as worker, run_worker(redis_server, node="1") as other:
+        await other.requests.admit(chat_request(USER, "m"))
+        (await other.backend.call(1)).send("one")
+        await wait_until(lambda: other.entries()[-1].get("text") == "one", "the text is recorded")
+        client = worker.follow()
+        read = worker.replies.read
+
+        async def read_late(*message: Any) -> Record | None:  # noqa: ANN401 - as of `read`
+            record = await read(*message)
+            if len(other.backend.calls) == 1:
+                other.backend.calls[0].fail(BackendError("broken_stream", "cut"))
+                (await other.backend.call(2)).send("two")
+                await wait_until(lambda: other.entries()[-1].get("text") == "two", "the text is recorded")
+                later = await read(*message)
+                assert later is not None
+                worker.buffers.get(USER, "m").load(later)
+            return record
+
+        monkeypatch.setattr(worker.replies, "read", read_late)
+        await worker.ask()
+        await worker.idle()
+        assert (client.text, client.restarts) == ("two", 0)
+        other.backend.calls[1].done()
+        await wait_until(lambda: other.entries()[-1]["event"] == "done", "it has ended")
+
+
+async def test_nobody_waits_for_a_duplicate_to_begin_once_its_job_has_ended(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server) as worker, run_worker(redis_server, node="1") as other:
+        await other.requests.admit(chat_request(USER, "m"))
+        call = await other.backend.call(1)
+        reply, record = worker.buffers.get(USER, "m"), await worker.replies.read(USER, "m")
+        assert record is not None
+        reply.load(record)  # so that its job changes nothing
+        begun = asyncio.create_task(reply.wait_until_recorded(3600))
+        await asyncio.sleep(0)  # it waits
+        await worker.ask()
+        assert not await asyncio.wait_for(begun, 30)
+        call.done("x")
+        await wait_until(lambda: other.entries()[-1]["event"] == "done", "it has ended")

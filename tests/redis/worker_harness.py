@@ -88,9 +88,8 @@ class Call:
 class PlayedBackend:
     """A backend whose calls are answered by the test; with `always`, each is answered at once."""
 
-    name = "played"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = "played") -> None:
+        self.name = name
         self.calls: list[Call] = []
         self.always: Callable[[Call], None] | None = None
 
@@ -272,10 +271,11 @@ class WorkerHarness:
 
 
 @asynccontextmanager
-async def run_worker(
+async def run_worker(  # noqa: PLR0913 - each has a default
     server: RedisServer,
     *,
     backend: PlayedBackend | None = None,
+    others: Sequence[PlayedBackend] = (),
     guards: GuardChain | None = None,
     url: str | None = None,
     start: bool = True,
@@ -286,6 +286,7 @@ async def run_worker(
     Args:
         server: Its Redis.
         backend: Its AI; default: a new one.
+        others: Further backends.
         guards: Its guards; default: none.
         url: URL of a proxy to Redis.
         start: Whether it starts at once.
@@ -296,7 +297,7 @@ async def run_worker(
     reader = BlockingReader(known.redis_url, block=known.read_block, timeout=known.redis_timeout)
     async with RedisClient(known.redis_url, connections=2, timeout=known.redis_timeout) as redis_client:
         with server.client() as client:
-            worker = _build(known, redis_client, reader, client, backend, guards or GuardChain())
+            worker = _build(known, redis_client, reader, client, [backend, *others], guards or GuardChain())
             if start:
                 worker.start()
             try:
@@ -311,13 +312,13 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     redis_client: RedisClient,
     reader: BlockingReader,
     client: Any,  # noqa: ANN401 - see `WorkerHarness`
-    backend: PlayedBackend,
+    played: Sequence[PlayedBackend],
     guards: GuardChain,
 ) -> WorkerHarness:
     requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
     inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
     buffers, begun, metrics = ReplyBuffers(), list[str](), Metrics()
-    backends = Backends(known, backend)
+    backends = Backends(known, *played)
     jobs = Jobs(known, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
     deps = WorkerDeps(
         settings=known,
@@ -344,7 +345,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     return WorkerHarness(
         settings=known,
         redis=client,
-        backend=backend,
+        backend=played[0],
         requests=requests,
         replies=replies,
         buffers=buffers,

@@ -1,4 +1,4 @@
-"""Background tasks of a node: a failing one is restarted and ends nothing."""
+"""Background tasks of a node: a failing one is restarted and ends nothing. And its status before they have run."""
 
 import asyncio
 from datetime import timedelta
@@ -7,8 +7,10 @@ from itertools import pairwise
 import pytest
 from structlog.testing import capture_logs
 
+from imstream.ai.router import Backends
 from imstream.errors import NodeTaken
-from imstream.node import keep_running
+from imstream.node import Node, keep_running
+from imstream.settings import Settings
 from tests.support.virtual_time import in_virtual_time
 
 
@@ -40,3 +42,10 @@ async def test_that_another_process_runs_the_node_is_no_failure() -> None:
 
     with pytest.raises(NodeTaken):
         await keep_running("lease", run)
+
+
+async def test_a_node_that_has_not_read_the_pauses_yet_confirms_none() -> None:
+    """If it then reads that there is none, it begins requests before its next status."""
+    settings = Settings()
+    node = Node(settings, Backends(settings))
+    assert node._status()["paused"] == ""  # noqa: SLF001 - no Redis is needed

@@ -28,6 +28,7 @@
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
 -- ARGV[15] '1' if the caller repeats this: a later attempt is that of its earlier try, and does not count
 -- ARGV[16] '1' if the request was made from a dead letter
+-- ARGV[17] milliseconds since an operator's pause ended, '' if none is known: no time before that counts as waited
 -- Returns  {'opened', id of the entry, attempt, counted attempts before it, milliseconds since it began to wait or '',
 --           node, …}
 --          | {'continued', the same four, {wire, valid, usage, text}, node, …}
@@ -44,14 +45,20 @@ local function field(entry, name)
 end
 
 -- The latest 'opened', looked for from the end, and when the message began to wait for its backend, unless it has got
--- text since: then another wait begins another window. Only a repeated opening needs them, and the text since then.
+-- text since, or a pause has ended an attempt (it waits, and not since a time): then another wait begins another window.
+-- Only a repeated opening needs them, and the text since then.
 local texts = {} -- newest first
 local function opened()
     local before, since = '+', nil
     while true do
         local page = redis.call('XREVRANGE', KEYS[1], before, '-', 'COUNT', 100)
         for _, entry in ipairs(page) do
-            since = since or #texts == 0 and field(entry, 'since')
+            if since == nil then
+                since = field(entry, 'since')
+                if #texts > 0 or (field(entry, 'event') == 'waiting' and not since) then
+                    since = false
+                end
+            end
             local text = field(entry, 'text') or ''
             if text ~= '' then
                 texts[#texts + 1] = text
@@ -132,6 +139,15 @@ attempt = math.max(attempt, tonumber(ARGV[4]))
 if reopened then
     redis.call('XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'reopened', 'offset', 0, 'v', 1)
 end
+local waited = ''
+if since then
+    local time = redis.call('TIME')
+    waited = time[1] * 1000 + math.floor(time[2] / 1000) - since
+    local excess = ARGV[17] ~= '' and waited - ARGV[17] or 0
+    if excess > 0 then
+        since, waited = since + excess, waited - excess
+    end
+end
 local entry = {
     'attempt', attempt + 1, 'event', 'opened', 'offset', continued and continued.offset or 0, 'v', 1,
     'request', ARGV[1], 'by', ARGV[5], 'counted', counted
@@ -165,11 +181,6 @@ if type(added) == 'number' then
     if redis.call('PTTL', KEYS[3]) < tonumber(ARGV[10]) then
         redis.call('PEXPIRE', KEYS[3], math.floor(ARGV[10] * 1.2)) -- not again for each message
     end
-end
-local waited = ''
-if since then
-    local time = redis.call('TIME')
-    waited = time[1] * 1000 + math.floor(time[2] / 1000) - since
 end
 if continued then
     local how = {continued.wire, continued.valid, continued.usage, continued.text}

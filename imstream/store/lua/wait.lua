@@ -1,10 +1,11 @@
--- Record that an attempt without text waits for its backend. Refused as an append is (I4).
+-- Record that an attempt without text waits for its backend, or that an operator's pause has ended an attempt. Refused
+-- as an append is (I4).
 --
 -- KEYS[1]  stream  reply to the message
 -- KEYS[2]  set     nodes that hold a socket of the user
 -- ARGV[1]  attempt
 -- ARGV[2]  milliseconds to keep the reply
--- ARGV[3]  milliseconds of the retry window
+-- ARGV[3]  milliseconds of the retry window; '' for a pause, after which another window begins
 -- ARGV[4…] field, value, …: why it waits
 -- Returns  {'waiting', milliseconds since it began to wait, node, …} | {'superseded', attempt} | {'ended', event}
 --          | {'gone'}
@@ -28,8 +29,9 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local since = known.since or now
 -- A write that needs no memory comes first: then the script may go on writing when memory is full, and drain.
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call(
-    'XADD', KEYS[1], '*', 'attempt', ARGV[1], 'event', 'waiting', 'offset', known.offset, 'v', 1, 'since', since,
-    'until', since + ARGV[3], unpack(ARGV, 4)
-)
+local entry = {'attempt', ARGV[1], 'event', 'waiting', 'offset', known.offset, 'v', 1, unpack(ARGV, 4)}
+for _, part in ipairs(ARGV[3] ~= '' and {'since', since, 'until', since + ARGV[3]} or {}) do
+    entry[#entry + 1] = part
+end
+redis.call('XADD', KEYS[1], '*', unpack(entry))
 return {'waiting', now - since, unpack(redis.call('SMEMBERS', KEYS[2]))}
