@@ -100,7 +100,8 @@ class FollowingBalancer:
         listed = ", ".join(f"{node} at {address}" for node, address in addresses.items())
         config = replace(self._config, nodes=sorted(set(addresses.values())))
         command = write_configuration(config, self._folder)
-        self._file.write_bytes(to_json(addresses))
+        if "redis" not in self._said:  # not those that were given
+            self._file.write_bytes(to_json(addresses))
         if self._process is None:
             self._process = await asyncio.create_subprocess_exec(*command, preexec_fn=self._start)
         else:

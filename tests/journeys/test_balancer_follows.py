@@ -106,16 +106,19 @@ async def test_a_balancer_that_is_restarted_while_redis_is_away_has_the_nodes_th
                 await wait_until(lambda: again in balancer.process.output(), "it follows Redis again", limit=30)
 
 
+@pytest.mark.long  # the test above is of the first tier
 async def test_a_balancer_that_never_saw_redis_has_the_nodes_that_were_given(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     nowhere = f"redis://127.0.0.1:{free_port()}/0"
-    (tmp_path / "haproxy").mkdir()
-    (tmp_path / "haproxy" / "nodes.json").write_text('{"x": "127.0.0.1:1;include", "y": 5}')
+    file = tmp_path / "haproxy" / "nodes.json"
+    file.parent.mkdir()
+    file.write_text(damaged := '{"x": "127.0.0.1:1;include", "y": 5}')
     node = start_node(tmp_path, redis_url=redis_server.url, ai_url=demo.url)
     with node.process:
         async with following(tmp_path, "haproxy", nowhere, "--follow", f"127.0.0.1:{node.port}") as balancer:
             await wait_until(lambda: reaches(balancer, "0"), "users come to the node", limit=30)
+    assert file.read_text() == damaged  # others may be given the next time
 
 
 async def test_a_balancer_whose_program_was_killed_ends_as_a_killed_one(
