@@ -45,7 +45,7 @@ async def test_an_ai_that_is_slow_for_some_is_blamed_for_late_answers(
         assert highest(await play.shows("Round trip"), "p95") < 0.1
 
 
-async def test_an_overloaded_ai_is_told_from_a_slow_one(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_an_overloaded_ai_is_distinguished_from_a_slow_one(redis_server: RedisServer, tmp_path: Path) -> None:
     async with drill(tmp_path, redis_server) as play:
         busy = refuses(429, BUSY, headers={"Retry-After": "1"})
         play.backend.faulty = lambda call: busy if call % 10 < 7 else None
@@ -93,7 +93,7 @@ async def test_a_node_whose_consumer_hangs_is_named_and_the_other_one_is_not(
         assert set((await play.shows("Lease and scrapes")).values()) == {1}
 
 
-async def test_one_user_who_floods_is_reported_and_costs_nobody_else_an_alert(
+async def test_one_user_who_floods_is_reported_and_no_other_alert_fires(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with drill(tmp_path, redis_server) as play:

@@ -84,7 +84,9 @@ async def test_a_redis_that_does_not_answer_is_down_and_the_nodes_are_not(
         assert set((await play.shows("Redis answers")).values()) == {0}
 
 
-async def test_a_redis_without_memory_is_told_from_a_full_queue(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_a_redis_without_memory_is_distinguished_from_a_full_queue(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
     async with drill(tmp_path, redis_server) as play:
         play.nodes[0].redis.config_set("maxmemory", 1)
         try:
@@ -94,7 +96,7 @@ async def test_a_redis_without_memory_is_told_from_a_full_queue(redis_server: Re
         assert (await play.shows("Refused by Redis"))["memory"] > 0
 
 
-async def test_a_redis_that_cannot_write_its_snapshot_is_blamed_for_what_it_refuses(tmp_path: Path) -> None:
+async def test_refusals_of_a_redis_that_cannot_write_its_snapshot_are_attributed_to_it(tmp_path: Path) -> None:
     with fresh_redis(tmp_path) as server, server.client() as client:
         async with drill(tmp_path, server) as play:
             client.config_set("save", "1 1")

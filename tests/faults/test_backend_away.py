@@ -77,7 +77,7 @@ async def weather_and_node(
 @pytest.mark.parametrize(
     ("users", "seconds"), [(5, 3), pytest.param(50, 60, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
 )
-async def test_an_outage_of_a_backend_fails_nobody(
+async def test_an_outage_of_a_backend_fails_no_message(
     users: int, seconds: float, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     demo = await asyncio.to_thread(start_demo, tmp_path, "--first", "0", "--pace", "0")
@@ -101,7 +101,7 @@ async def test_an_outage_of_a_backend_fails_nobody(
             await node.settled()
 
 
-async def test_a_key_that_is_wrong_for_a_while_buries_nothing_and_is_told_once(
+async def test_a_key_that_is_wrong_for_a_while_buries_nothing_and_is_logged_once(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with weather_and_node(tmp_path, redis_server, refuses(401, WRONG_KEY)) as (weather, node):
@@ -143,7 +143,9 @@ async def test_an_outage_does_not_end_in_a_storm_of_calls(redis_server: RedisSer
         await node.settled()
 
 
-async def test_a_client_that_wants_it_is_told_that_its_message_waits(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_a_client_with_the_want_status_receives_that_its_message_waits(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
     async with weather_and_node(tmp_path, redis_server, refuses(503, "overloaded")) as (weather, node):
         weather.is_away = True
         async with peer(node.now.ws(10001)) as someone, node.peer(10001) as plain:

@@ -129,7 +129,7 @@ def slow_end(first: str, second: str) -> Script:
 
 
 @pytest.mark.parametrize("users", [12, pytest.param(100, marks=pytest.mark.long)])
-async def test_with_one_of_two_backends_dead_nobody_is_late_but_one_call_in_each_pause_of_its_breaker(
+async def test_with_one_of_two_backends_dead_only_one_call_in_each_pause_of_its_breaker_is_late(
     users: int, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     connect = 1.0  # seconds
@@ -193,7 +193,7 @@ async def test_a_backend_that_is_away_is_passed_over_and_called_again_when_it_is
 
 
 @pytest.mark.long
-async def test_a_frozen_backend_that_accepts_connections_keeps_nobody_waiting_once_its_breaker_is_open(
+async def test_a_frozen_backend_that_accepts_connections_delays_no_message_once_its_breaker_is_open(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     limit = 2.0  # seconds
@@ -229,7 +229,7 @@ async def test_a_frozen_backend_that_accepts_connections_keeps_nobody_waiting_on
     ("turns", "continues"),
     [(1, "none"), (1, "assistant"), *(pytest.param(6, how, marks=pytest.mark.long) for how in ("none", "assistant"))],
 )
-async def test_a_backend_killed_in_the_middle_of_answers_again_and_again_costs_nobody_text(
+async def test_a_backend_killed_in_the_middle_of_answers_again_and_again_loses_no_text(
     turns: int, continues: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     options = ("--first", "0", "--continues", str(continues != "none"))

@@ -197,7 +197,7 @@ async def test_a_backend_that_does_not_continue_after_all_answers_from_the_begin
 
 
 @pytest.mark.long
-async def test_a_node_of_the_previous_release_reads_and_finishes_what_this_one_continues(
+async def test_a_node_of_the_previous_release_reads_and_finishes_answers_that_this_one_continues(
     continuing: DemoBackend, tmp_path: Path
 ) -> None:
     asked = question(300)
@@ -219,7 +219,7 @@ async def test_a_node_of_the_previous_release_reads_and_finishes_what_this_one_c
 
 
 @pytest.mark.long
-async def test_this_release_continues_what_a_node_of_the_previous_one_began(
+async def test_this_release_continues_answers_that_a_node_of_the_previous_one_began(
     continuing: DemoBackend, tmp_path: Path
 ) -> None:
     asked = question(200)
@@ -248,7 +248,7 @@ def write_backends(file: Path, *backends: tuple[str, str]) -> None:
 
 
 @pytest.mark.long
-async def test_while_the_preferred_backend_is_killed_again_and_again_another_one_goes_on_and_nobody_notices(
+async def test_while_the_preferred_backend_is_killed_again_and_again_another_one_continues_unnoticed(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     asked = {f"m{n}": question(60 + n, n) for n in range(80)}

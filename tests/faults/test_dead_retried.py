@@ -104,7 +104,7 @@ async def test_a_letter_of_a_dead_node_is_answered_by_the_one_that_adopts_its_st
         assert nodes.opened_by(USER, "m") == ["a", "b"]
 
 
-async def test_the_python_client_tells_that_a_failed_message_goes_on(tmp_path: Path) -> None:
+async def test_the_python_client_reports_that_a_failed_message_continues(tmp_path: Path) -> None:
     reopened = asyncio.Queue[Reply]()
     async with (
         nodes_whose_backend_fails_once(tmp_path, "a") as nodes,

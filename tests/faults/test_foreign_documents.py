@@ -251,7 +251,7 @@ def test_whatever_comes_a_parser_gives_a_value_or_its_own_refusal(name: str, dat
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_what_a_parser_takes_is_taken(name: str) -> None:
+def test_documents_that_the_parser_takes_are_used(name: str) -> None:
     parser = PARSERS[name]
     taken = 0
     for document in parser.takes:
@@ -266,7 +266,7 @@ def test_what_a_parser_takes_is_taken(name: str) -> None:
 # The node
 
 
-async def test_a_node_lives_on_whatever_an_issuer_publishes_or_somebody_writes_into_redis(
+async def test_a_node_survives_all_documents_of_an_issuer_and_all_foreign_values_in_redis(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     key = as_jwk(key_of("ES256"), "ES256", kid="good")

@@ -69,7 +69,7 @@ async def test_a_scrape_never_waits_for_redis(nodes: ManyNodes) -> None:
     await metrics_become(node.now.http, {"imstream_redis_up": 1, "imstream_lease_held": 1})
 
 
-def test_a_listener_of_its_own_tells_what_the_node_does_not(redis_server: RedisServer, tmp_path: Path) -> None:
+def test_a_listener_of_its_own_shows_details_that_the_node_hides(redis_server: RedisServer, tmp_path: Path) -> None:
     port = consecutive_ports(2)
     node = start_node(
         tmp_path,

@@ -49,7 +49,7 @@ def assert_no_error_is_logged(nodes: ManyNodes) -> None:
 
 
 @BOTH_WAYS
-async def test_what_a_killed_node_was_answering_is_finished_by_a_node_of_the_other_release(
+async def test_the_answers_of_a_killed_node_are_finished_by_a_node_of_the_other_release(
     nodes: ManyNodes, one: str, other: str
 ) -> None:
     asked = {f"m{n}": question(80 + n, n) for n in range(ACTIVE + 1)}
@@ -99,7 +99,7 @@ async def test_mixed_releases_are_warned_about(nodes: ManyNodes) -> None:
     ]
 
 
-async def test_a_node_of_the_previous_release_obeys_no_pause_and_no_drain_and_operators_are_told(
+async def test_a_node_of_the_previous_release_ignores_pause_and_drain_and_the_commands_report_it(
     nodes: ManyNodes,
 ) -> None:
     async def failing(*command: str) -> str:
@@ -119,7 +119,7 @@ async def test_a_node_of_the_previous_release_obeys_no_pause_and_no_drain_and_op
     assert not nodes.redis.exists(Keys().paused())
 
 
-async def test_a_device_that_wants_questions_follows_what_the_previous_release_answers_without_them(
+async def test_a_device_with_the_want_asked_follows_answers_of_the_previous_release_without_questions(
     nodes: ManyNodes,
 ) -> None:
     asked = question(30)
@@ -137,7 +137,7 @@ async def test_a_device_that_wants_questions_follows_what_the_previous_release_a
         assert (await device.until(msgType="INIT"))["messages"] == [{"messageId": "new", "state": "done"}]
 
 
-async def test_a_node_of_the_previous_release_answers_what_a_model_was_thinking_about(tmp_path: Path) -> None:
+async def test_a_node_of_the_previous_release_answers_a_message_that_was_in_reasoning(tmp_path: Path) -> None:
     thinks = hangs(event({"choices": [{"delta": {"reasoning_content": "hm"}}]}))
     async with scripted_backend(always=streams("The ", "answer")) as backend:
         backend.then(thinks)

@@ -83,7 +83,7 @@ async def test_a_rolling_restart_under_load_loses_and_repeats_nothing(demo: Demo
         await nodes.settled()
 
 
-async def test_a_node_that_drains_hands_over_what_it_has_adopted_as_well(demo: DemoBackend, tmp_path: Path) -> None:
+async def test_a_node_that_drains_hands_over_its_adopted_streams_as_well(demo: DemoBackend, tmp_path: Path) -> None:
     asked = question(6000)
     limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "100ms", "sweep_interval": "10m"}
     async with many_nodes(tmp_path, demo.url, "a", "b", "c", **limits) as nodes:

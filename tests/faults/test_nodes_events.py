@@ -35,7 +35,7 @@ async def test_a_cancel_on_another_node_takes_no_text_away_that_a_client_has_rea
     assert told.text == read.text
 
 
-async def test_a_socket_on_another_node_is_told_questions_and_states_at_once(nodes: ManyNodes) -> None:
+async def test_a_socket_on_another_node_receives_questions_and_states_at_once(nodes: ManyNodes) -> None:
     long, short = question(2000), question(20)
     async with nodes["a"].peer(USER) as asking, nodes["b"].peer(USER) as elsewhere, nodes["b"].peer(USER) as plain:
         await elsewhere.send_frame("INIT", userId=USER, wants=WANTS)

@@ -154,7 +154,7 @@ async def test_a_node_whose_consumer_loop_is_wedged_says_that_it_is_not_alive(
 
 
 @pytest.mark.long
-async def test_a_node_that_stood_still_for_longer_than_all_time_limits_says_that_and_not_that_redis_is_lost(
+async def test_a_node_that_stood_still_for_longer_than_all_time_limits_logs_that_and_not_a_lost_redis(
     demo: DemoBackend, tmp_path: Path
 ) -> None:
     async with many_nodes(tmp_path, demo.url, "0", lease="10s") as nodes:

@@ -59,7 +59,7 @@ async def test_a_node_goes_on_when_redis_has_lost_its_requests_and_says_so_in_an
             assert play.ai_calls() == 3
 
 
-async def test_data_from_an_older_copy_is_told_with_its_age(demo: DemoBackend, tmp_path: Path) -> None:
+async def test_data_from_an_older_copy_is_logged_with_its_age(demo: DemoBackend, tmp_path: Path) -> None:
     with fresh_redis(tmp_path) as server:
         async with stage(server, demo, tmp_path, lease="1s") as play:
             user = await play.user()

@@ -268,7 +268,7 @@ async def test_nothing_is_left_of_sockets_that_are_gone_and_no_collector_is_need
     assert process.memory_info().rss - memory < 3 * MB
 
 
-async def test_a_socket_keeps_nothing_of_what_its_handshake_said(node: OneNode) -> None:
+async def test_a_socket_keeps_nothing_of_its_handshake(node: OneNode) -> None:
     process = psutil.Process(node.now.process.pid)
     for users in (range(20001, 20011), range(20011, 20091)):  # the first ones warm up
         memory = process.memory_info().rss

@@ -128,7 +128,7 @@ async def decent(url: str, user: int, over: asyncio.Event) -> int:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("frames", [FRAMES, pytest.param(100_000, marks=pytest.mark.long)])
-async def test_thousands_of_hostile_frames_harm_nobody(
+async def test_thousands_of_hostile_frames_do_no_harm(
     frames: int, redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     async with fuzzed_node(redis_server, demo, tmp_path) as node:

@@ -258,7 +258,7 @@ async def test_a_collector_that_is_away_costs_one_line_and_no_answer(
 
 
 @pytest.mark.long
-async def test_a_collector_that_accepts_and_says_nothing_does_not_delay_the_end_of_a_node(
+async def test_a_collector_that_accepts_and_does_not_answer_does_not_delay_the_end_of_a_node(
     environment: pytest.MonkeyPatch, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with scripted_backend(hangs(head=False)) as silent, scripted_backend(streams("well")) as backend:
@@ -271,7 +271,7 @@ async def test_a_collector_that_accepts_and_says_nothing_does_not_delay_the_end_
 
 
 @pytest.mark.long
-async def test_without_the_extra_a_node_says_so_and_serves(
+async def test_without_the_extra_a_node_logs_it_and_serves(
     environment: pytest.MonkeyPatch, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     (tmp_path / "opentelemetry.py").write_text("raise ModuleNotFoundError('No module named opentelemetry')", "utf-8")

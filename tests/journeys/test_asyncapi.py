@@ -30,7 +30,7 @@ def fetched(url: str) -> dict[str, Any]:
         return document
 
 
-async def test_each_example_of_a_client_frame_is_answered_as_its_operation_says(node: OneNode) -> None:
+async def test_each_example_of_a_client_frame_is_answered_as_documented_in_its_operation(node: OneNode) -> None:
     document = await asyncio.to_thread(fetched, f"{node.now.http}/asyncapi.json")
     assert document == DOCUMENT
     address = node.now.http.replace("http:", "ws:") + document["channels"]["chat"]["address"]

@@ -496,7 +496,7 @@ async def test_without_a_token_it_tries_again(browser: BrowserClient) -> None:
     assert (await (await browser.server.peer()).hear_init()).token == "signed"  # noqa: S105 - no secret
 
 
-async def test_tells_why_a_connection_ended_only_if_the_server_said_so(browser: BrowserClient) -> None:
+async def test_reports_the_reason_of_a_close_only_if_the_server_sent_one(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await peer.send_frame("SYSTEM", code="DRAINING", contents="we restart")
     await peer.close(1012, "restart")
@@ -685,7 +685,7 @@ async def test_an_attempt_that_has_begun_just_now_goes_on_when_the_page_wakes_up
     assert await browser.page.evaluate("events.filter(([type]) => type === 'state').length") == 2
 
 
-async def test_what_is_no_frame_is_ignored(browser: BrowserClient) -> None:
+async def test_invalid_frames_are_ignored(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     for data in ("<html>", "null", "[]", b"binary"):
         await peer.socket.send(data)
@@ -695,7 +695,7 @@ async def test_what_is_no_frame_is_ignored(browser: BrowserClient) -> None:
     await browser.status("m1", "done")
 
 
-async def test_somebody_who_asks_for_a_connection_does_not_wait_for_earlier_failures(browser: BrowserClient) -> None:
+async def test_a_requested_connection_does_not_wait_for_earlier_failures(browser: BrowserClient) -> None:
     waits = "events.filter(([, state]) => state === 'waiting').map(([, , { wait }]) => wait)"
     browser.server.refusals = 3
     await browser.start(firstWait=50, longestWait=10_000)
@@ -755,7 +755,7 @@ async def test_a_long_answer_before_that_of_the_heartbeat_is_a_sign_of_life(brow
     assert await browser.page.evaluate("events.filter(([type]) => type === 'state').length") == 2
 
 
-async def test_tells_states_and_reasoning_if_they_are_wanted(browser: BrowserClient) -> None:
+async def test_reports_states_and_reasoning_if_they_are_requested(browser: BrowserClient) -> None:
     await browser.start(wants=["status", "thinking"])
     peer = await browser.server.peer()
     assert (await peer.hear_init()).wants == ["status", "thinking"]
@@ -807,7 +807,7 @@ async def test_follows_messages_of_other_sockets_if_they_are_wanted(browser: Bro
     assert await browser.page.evaluate("[messages.m1.contents, messages.m2.contents]") == ["Why?", "How?"]
 
 
-async def test_what_cannot_be_encoded_is_replaced_before_it_is_sent(browser: BrowserClient) -> None:
+async def test_text_that_cannot_be_encoded_is_replaced_before_it_is_sent(browser: BrowserClient) -> None:
     peer = await browser.logged_in()
     await browser.page.evaluate(r"keep(client.send('half \ud83c and whole \ud83c\udf0a', [], 'm1'))")
     assert (await peer.hear_chat()).contents == "half \ufffd and whole 🌊"

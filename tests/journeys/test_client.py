@@ -233,7 +233,7 @@ async def test_a_reply_that_is_no_longer_kept_is_told_plainly(
                     await reply.text()
 
 
-async def test_the_terminal_client_asks_what_is_piped(node: NodeProcess) -> None:
+async def test_the_terminal_client_sends_piped_input(node: NodeProcess) -> None:
     code, out, err = await piped(node.ws(), "[[demo break=1 length=20]]\nwhy?\n")
     assert code == 0
     assert out.count("demo backend") == len(out.splitlines()) == 1, (

@@ -82,7 +82,7 @@ async def test_a_node_selects_this_version_whatever_stands_beside_it(offered: li
 
 
 @pytest.mark.parametrize("offered", [None, [NEXT]])
-async def test_a_client_that_does_not_offer_this_version_is_told_that_none_was_selected(
+async def test_the_response_to_a_client_that_does_not_offer_this_version_selects_none(
     offered: list[str] | None, node: OneNode
 ) -> None:
     async with peer(node.now.ws(USER), user=USER, subprotocols=offered) as someone:

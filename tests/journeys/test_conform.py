@@ -99,7 +99,7 @@ SLOW_BREAKS = [
 @pytest.mark.parametrize(
     ("scenario", "right", "wrong"), [*BREAKS, *(pytest.param(*one, marks=pytest.mark.long) for one in SLOW_BREAKS)]
 )
-async def test_finds_what_is_wrong(scenario: str, right: str, wrong: str, tmp_path: Path) -> None:
+async def test_finds_each_violation(scenario: str, right: str, wrong: str, tmp_path: Path) -> None:
     assert right in SMALL
     client = tmp_path / "client.py"
     client.write_text(SMALL.replace(right, wrong))
@@ -108,7 +108,7 @@ async def test_finds_what_is_wrong(scenario: str, right: str, wrong: str, tmp_pa
     assert "0 of 1 scenarios passed" in table
 
 
-async def test_tells_what_was_expected_what_happened_before_and_where_to_read_on(tmp_path: Path) -> None:
+async def test_reports_the_expectation_the_steps_before_and_the_section_to_read(tmp_path: Path) -> None:
     client = tmp_path / "client.py"
     client.write_text(SMALL.replace('frame["retryAfterMs"] / 1000', "0.05"))
     _, table = await conform([sys.executable, DRIVER, client], "busy", limit=20 * SLOW)

@@ -47,7 +47,7 @@ def own_redis(tmp_path: Path) -> Any:  # noqa: ANN401 - a generator
         yield server
 
 
-def test_a_node_that_can_serve_is_told_so_wherever_redis_is(empty_redis: Topology, demo: DemoBackend) -> None:
+def test_a_node_that_can_serve_passes_with_every_topology_of_redis(empty_redis: Topology, demo: DemoBackend) -> None:
     port = free_port()
     result = run("--call", redis_url=empty_redis.url, ai_url=demo.url, port=port)
     assert result.exit_code == 0, result.output
@@ -61,7 +61,7 @@ def test_a_node_that_can_serve_is_told_so_wherever_redis_is(empty_redis: Topolog
         assert not client.exists(Keys().probe("0"))
 
 
-def test_redis_cli_tells_what_doctor_says_of_redis(demo: DemoBackend, own_redis: RedisServer) -> None:
+def test_redis_cli_shows_the_same_facts_of_redis_as_doctor(demo: DemoBackend, own_redis: RedisServer) -> None:
     told = redis_cli("Before a start", own_redis, {})
     [(_, text)] = findings(redis_url=own_redis.url, ai_url=demo.url, port=free_port())["redis"]
     assert re.findall(r"valkey_version:(\S+)", told["INFO server"])[0] in text

@@ -42,7 +42,7 @@ async def test_running_answers_end_and_then_the_process(nodes: ManyNodes) -> Non
     assert nodes["a"].now.process.log.read_text("utf-8").count(TOLD) == 1
 
 
-async def test_waiting_ends_with_the_process_and_tells_what_is_left(nodes: ManyNodes) -> None:
+async def test_waiting_ends_with_the_process_and_shows_the_rest_of_its_stream(nodes: ManyNodes) -> None:
     result = await asyncio.to_thread(drain, nodes.server, "--node", "b", "--wait")
     assert result.exit_code == 0, result.output
     assert result.stdout == "node b has ended; 0 requests of its stream are unfinished\n"
@@ -58,7 +58,7 @@ async def test_redis_cli_does_the_same_and_a_later_process_is_not_meant(nodes: M
     assert nodes["a"].now.process.log.read_text("utf-8").count(TOLD) == before + 1
 
 
-def test_a_node_that_does_not_react_is_told(empty_redis: Topology) -> None:
+def test_a_node_that_does_not_react_is_reported(empty_redis: Topology) -> None:
     assert "node a does not run" in drain(empty_redis, "--node", "a").output
     with empty_redis.client() as client:
         client.zadd(KEYS.nodes(), {"a": 1})

@@ -87,7 +87,7 @@ async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to
     assert "tell me more" not in text + json.dumps(ended), "texts are not shown"
 
 
-async def test_what_it_waits_for_and_until_when_is_told(nodes: ManyNodes) -> None:
+async def test_the_reason_and_the_end_of_a_wait_are_shown(nodes: ManyNodes) -> None:
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, "again? [[demo fail=1000]]", "m")
         await wait_until(lambda: nodes.any.record(USER, "m")[-1]["event"] == "waiting", "it waits")
@@ -132,7 +132,7 @@ async def parts_of(on: Topology) -> AsyncIterator[Parts]:
     await reader.aclose()
 
 
-async def test_each_step_of_a_message_is_told_wherever_redis_is(empty_redis: Topology) -> None:
+async def test_each_step_of_a_message_is_shown_with_every_topology_of_redis(empty_redis: Topology) -> None:
     async with parts_of(empty_redis) as parts:
         nobody = await ask(empty_redis, "m")
         assert nobody.exit_code == 1
@@ -221,7 +221,7 @@ async def test_the_newest_messages_of_a_user_are_listed_also_those_whose_reply_i
     assert before[1:] == ["gone", "not in Redis: it was never accepted, or its reply has expired"]
 
 
-async def test_a_message_whose_request_is_lost_is_said_to_be_lost(empty_redis: Topology) -> None:
+async def test_a_message_whose_request_is_lost_is_shown_as_lost(empty_redis: Topology) -> None:
     async with parts_of(empty_redis) as parts:
         entry_id = await parts.admit("lost")
         await parts.replies.open(USER, "lost", request=f"0/{entry_id}", after=2)

@@ -193,7 +193,7 @@ def _listens(pid: int) -> bool:
 
 
 @pytest.mark.long
-def test_it_says_in_its_last_line_why_it_cannot_start(tmp_path: Path) -> None:
+def test_its_last_line_is_the_reason_why_it_cannot_start(tmp_path: Path) -> None:
     def refused(*options: str) -> str:
         command = [PYTHON, "-m", "imstream", "local-ai", *options]
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)

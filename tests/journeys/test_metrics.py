@@ -181,7 +181,7 @@ async def test_each_end_of_a_chat_has_its_result(node: OneNode, backend: Scripte
         await metrics_become(node.now.http, counted, since=before)
 
 
-async def test_who_has_too_many_unfinished_messages_is_counted_apart(node: OneNode, backend: ScriptedBackend) -> None:
+async def test_refusals_by_the_cap_of_a_user_are_counted_apart(node: OneNode, backend: ScriptedBackend) -> None:
     user, before, limit = user_id(10301), await scraped(node.now.http), 2
     node.redis.hset(Keys().load("0"), str(user), str(limit))
     async with node.peer(user) as someone:

@@ -67,7 +67,7 @@ async def test_every_node_is_shown_with_its_release_its_sockets_and_its_work(nod
         await someone.end_of("m")
 
 
-async def test_redis_cli_tells_the_same(nodes: ManyNodes) -> None:
+async def test_redis_cli_shows_the_same(nodes: ManyNodes) -> None:
     [a, _] = (await asyncio.to_thread(shown, nodes.server))["nodes"]
     told = redis_cli("Nodes and rolling restarts", nodes.server, {"node:0": "node:a"})
     assert sorted(told["ZRANGE im:nodes 0 -1 WITHSCORES"][::2]) == ["a", "b"]  # by their last beats
@@ -99,7 +99,9 @@ async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothin
     assert nodes.any.recorded(USER, "m") == ("done", whole(question(150)))
 
 
-def test_nodes_of_other_releases_strangers_and_gaps_are_told_wherever_redis_is(empty_redis: Topology) -> None:
+def test_nodes_of_other_releases_foreign_values_and_gaps_are_shown_with_every_topology_of_redis(
+    empty_redis: Topology,
+) -> None:
     assert "no node has run with redis" in look(empty_redis).output
     with empty_redis.client() as client:
         client.zadd(KEYS.nodes(), {"new": 1, "old": 2, "gone": 3, "no node": 4})

@@ -228,7 +228,7 @@ async def test_a_message_that_cannot_be_answered_says_so_and_can_be_tried_again(
     await whole_answer(page, question)
 
 
-async def test_an_answer_that_was_cut_is_said_to_be(
+async def test_an_answer_that_was_cut_is_marked_as_cut(
     page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     node = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="short", settings={"max_answer": 20})
@@ -406,9 +406,7 @@ async def test_what_people_and_models_write_is_never_html(page: Page, page_node:
     assert await page.evaluate("document.title") == "imstream"
 
 
-async def test_what_people_and_models_write_is_read_in_the_order_it_is_written(
-    page: Page, page_node: NodeProcess
-) -> None:
+async def test_texts_of_people_and_models_are_read_in_the_order_of_writing(page: Page, page_node: NodeProcess) -> None:
     turned = "\u202e\u202d\u2067abc"  # overrides, and an isolate without an end
     text = f"{turned} `{turned} d` **{turned} e** f\n```\n{turned}\n```\n- {turned}"
     message = {"contents": f"{turned} ?", "text": text, "status": "done", "node": f"{turned}שלום"}

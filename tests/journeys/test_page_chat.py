@@ -205,7 +205,7 @@ async def run(*command: str) -> None:
     assert result.exit_code == 0, result.output
 
 
-async def test_the_page_says_that_an_operator_has_paused_the_service(
+async def test_the_page_shows_that_an_operator_has_paused_the_service(
     page: Page, page_node: NodeProcess, valkey: RedisServer
 ) -> None:
     await log_in(page, page_node, 10022)
@@ -256,7 +256,7 @@ async def test_a_message_that_is_answered_after_it_has_failed_is_shown_as_such_a
     await says(page, "after it had failed at first")
 
 
-async def test_a_text_that_is_too_long_is_kept_and_told_by_how_much(page: Page, page_node: NodeProcess) -> None:
+async def test_a_text_that_is_too_long_is_kept_and_its_excess_is_shown(page: Page, page_node: NodeProcess) -> None:
     await log_in(page, page_node, 10019)
     await page.fill("#box", "长" * 22_000)
     await page.until("document.querySelector('#too-long').textContent.startsWith('Too long for one message: ')")
@@ -284,7 +284,7 @@ async def test_enter_is_a_new_line_on_a_phone(page: Page, page_node: NodeProcess
     assert await page.evaluate(QUESTIONS) == ["One\ntwo"]
 
 
-async def test_what_another_tab_has_just_stored_is_deleted_with_the_conversation(
+async def test_messages_just_stored_by_another_tab_are_deleted_with_the_conversation(
     page: Page, page_node: NodeProcess
 ) -> None:
     await page.visit(f"{page_node.http}/")

@@ -88,7 +88,7 @@ async def update(page: Page, text: str, *, done: bool = True) -> None:
     await page.evaluate(f"shown.view.update({json.dumps(text)}, {{ done: {json.dumps(done)} }})")
 
 
-async def test_what_came_in_pieces_is_what_is_shown_at_once(page: Page) -> None:
+async def test_text_in_pieces_is_shown_like_the_whole_text(page: Page) -> None:
     same = f"""(() => {{
       const text = {json.dumps(TEXT)};
       for (let end = 0; end < text.length; end += 3) shown.view.update(text.slice(0, end));

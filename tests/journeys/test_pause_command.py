@@ -44,7 +44,7 @@ def nodes(pair: ManyNodes) -> Iterator[ManyNodes]:
     pair.redis.delete(KEYS.paused())
 
 
-async def test_during_a_pause_messages_wait_sockets_stay_and_everything_says_why(nodes: ManyNodes) -> None:
+async def test_during_a_pause_messages_wait_sockets_stay_and_the_reason_is_shown(nodes: ManyNodes) -> None:
     async with nodes["a"].peer(USER) as someone:
         await someone.send_frame("INIT", userId=USER, wants=["status"])
         await someone.chat(USER, question(150), "1st")
@@ -93,7 +93,7 @@ async def test_with_refuse_new_messages_get_busy_and_cost_nothing(nodes: ManyNod
         await someone.end_of("m")
 
 
-async def test_a_pause_survives_a_restart_and_nobody_else_answers_what_waits(nodes: ManyNodes) -> None:
+async def test_a_pause_survives_a_restart_and_no_other_node_answers_waiting_messages(nodes: ManyNodes) -> None:
     await ordered("pause", nodes.server, "--node", "a")
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, question(3), "m")
@@ -138,7 +138,7 @@ async def test_redis_cli_does_the_same(nodes: ManyNodes) -> None:
     await wait_until(lambda: not is_paused(), "the pause has ended")
 
 
-def test_what_is_not_confirmed_is_told(empty_redis: Topology) -> None:
+def test_missing_confirmations_are_reported(empty_redis: Topology) -> None:
     with empty_redis.client() as client:
         lease = json.dumps({"instance": "i", "host": "h", "machine": "", "pid": 7, "address": "http://h:1"})
         for node in ("busy", "old"):

@@ -47,7 +47,7 @@ def command(*words: str) -> str:
     return result.output.strip()
 
 
-async def test_the_token_of_a_user_names_who_may_use_keys_and_who_is_logged(node: OneNode) -> None:
+async def test_keys_and_logs_use_the_user_of_the_token(node: OneNode) -> None:
     for user in IDS:
         signed = command("token", f"--user={user}")
         async with node.peer(user, token=signed) as someone:
@@ -71,7 +71,7 @@ async def test_the_token_of_a_user_names_who_may_use_keys_and_who_is_logged(node
 
 
 @pytest.mark.parametrize("typed", ["ada+im@example.com", "ada%2Bim%40example.com", "ada%2bim@example.com"])
-async def test_an_address_may_escape_what_it_need_not(typed: str, node: OneNode) -> None:
+async def test_an_address_may_have_needless_escapes(typed: str, node: OneNode) -> None:
     user = "ada+im@example.com"
     async with peer(f"{node.now.ws()}?userId={typed}") as someone:
         assert (await someone.login(user, token=token(sub=user)))["userId"] == user
@@ -85,7 +85,7 @@ async def test_a_number_stands_for_its_digits(node: OneNode) -> None:
     assert node.redis.exists(Keys().reply("5", "m5"))
 
 
-async def test_an_operator_locks_a_user_whom_the_python_client_logged_in(node: OneNode) -> None:
+async def test_an_operator_locks_a_user_of_the_python_client(node: OneNode) -> None:
     user = IDS[2]
     async with Client(node.now.ws(), user, token=token(sub=user), lang="en") as client:
         assert await (await client.send(AT_ONCE)).text() == expected(AT_ONCE)

@@ -42,7 +42,7 @@ def nodes(pair: ManyNodes) -> ManyNodes:
     return pair
 
 
-async def test_what_nodes_measure_and_what_redis_knows_are_shown_together(nodes: ManyNodes) -> None:
+async def test_metrics_of_nodes_and_state_in_redis_are_shown_together(nodes: ManyNodes) -> None:
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, question(20), "short")
         await someone.end_of("short")
@@ -81,7 +81,9 @@ async def test_each_round_is_a_block_or_a_line_of_json(nodes: ManyNodes) -> None
     assert second["seconds"] is not None
 
 
-async def test_a_node_whose_metrics_cannot_be_read_is_shown_with_what_redis_knows_and_why(nodes: ManyNodes) -> None:
+async def test_a_node_whose_metrics_cannot_be_read_is_shown_with_its_state_in_redis_and_the_reason(
+    nodes: ManyNodes,
+) -> None:
     await nodes.killed("b")
     await nodes["b"].start(metrics="off")
     why = "metrics of node b: it serves none: see IMSTREAM_METRICS"

@@ -41,7 +41,7 @@ async def test_a_handshake_for_another_path_is_answered_with_404(path: str, node
     assert refused.value.response.body == b"WebSockets are served at /ws"
 
 
-async def test_a_request_that_is_no_handshake_is_told_where_sockets_are_and_what_is_unknown(node: OneNode) -> None:
+async def test_a_request_that_is_no_handshake_gets_426_or_404(node: OneNode) -> None:
     assert await asyncio.to_thread(http_status, f"{node.now.http}/nowhere") == 404
     assert await asyncio.to_thread(http_status, f"{node.now.http}/ws?userId=10001") == 426
 

@@ -85,7 +85,7 @@ async def test_an_id_with_another_text_is_refused_in_each_state_of_its_message(n
 # Questions
 
 
-async def test_another_socket_is_told_the_question_before_the_answer_if_it_wants(node: OneNode) -> None:
+async def test_another_socket_receives_the_question_before_the_answer_if_it_requests_it(node: OneNode) -> None:
     question = f"What is 你好? {BRIEF}"
     async with node.peer(USER) as asking, device(node, "asked", "nonsense") as (other, _), device(node) as (plain, _):
         await asking.chat(USER, question, "m")
@@ -99,7 +99,7 @@ async def test_another_socket_is_told_the_question_before_the_answer_if_it_wants
         assert other.told["m"].text == asking.told["m"].text
 
 
-async def test_the_question_of_a_message_that_waits_is_told_at_once(node: OneNode) -> None:
+async def test_the_question_of_a_message_that_waits_is_sent_at_once(node: OneNode) -> None:
     async with node.peer(USER) as asking, device(node, "asked") as (other, _), device(node) as (plain, _):
         await asking.chat(USER, f"first {LONG}", "blocks")
         await asking.chat(USER, f"second {BRIEF}", "later-on")
@@ -147,7 +147,7 @@ async def test_a_second_device_finds_all_messages_and_resumes_the_whole_exchange
                 assert asked["contents"] == question
 
 
-async def test_a_client_that_wants_nothing_finds_no_list_and_is_told_no_question(node: OneNode) -> None:
+async def test_a_client_without_wants_receives_no_list_and_no_question(node: OneNode) -> None:
     async with node.peer(USER) as asking:
         await asking.chat(USER, f"hello {BRIEF}", "plain")
         await asking.end_of("plain")
@@ -167,7 +167,7 @@ async def test_a_later_login_replaces_the_wants(node: OneNode) -> None:
         assert about(other, "later") == ["delta", "done"]
 
 
-async def test_a_client_that_continues_in_the_middle_knows_the_question(node: OneNode) -> None:
+async def test_a_client_that_continues_in_the_middle_receives_no_question(node: OneNode) -> None:
     async with node.peer(USER) as asking:
         await asking.chat(USER, f"hello {LONG}", "middle")
         told = await asking.some_text("middle", 20)

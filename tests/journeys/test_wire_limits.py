@@ -117,7 +117,7 @@ async def test_who_sends_too_fast_is_told_once_a_second_and_all_that_was_sent_is
         assert sum(told["msgType"] == "HEARTBEAT" for told in flooder.texts) == 3 * RATE
 
 
-async def test_what_is_large_counts_as_several_frames(node: OneNode) -> None:
+async def test_a_large_message_counts_as_several_frames(node: OneNode) -> None:
     large = frame(TEXT, b'{"msgType":"HEARTBEAT","x":"' + b"x" * 60_000 + b'"}')  # 15 times 4 KiB
     async with raw_user(node.port, USER) as someone:
         began = time.monotonic()
@@ -127,7 +127,7 @@ async def test_what_is_large_counts_as_several_frames(node: OneNode) -> None:
     assert "RATE_LIMITED" in [told["code"] for told in someone.texts]
 
 
-async def test_who_resumes_many_messages_is_slowed_down_as_by_as_many_frames(node: OneNode) -> None:
+async def test_resuming_many_messages_is_throttled_as_that_many_frames(node: OneNode) -> None:
     resume = [{"messageId": f"m{n}"} for n in range(64)]
     async with raw_user(node.port, USER) as someone:
         began = time.monotonic()
@@ -140,7 +140,7 @@ async def test_who_resumes_many_messages_is_slowed_down_as_by_as_many_frames(nod
         assert time.monotonic() - began > (4 * 64 - BURST) / RATE * 0.9
 
 
-async def test_who_resumes_long_answers_is_slowed_down_by_their_length(node: OneNode) -> None:
+async def test_resuming_long_answers_is_throttled_by_their_length(node: OneNode) -> None:
     async with node.peer(USER) as someone:
         await someone.chat(USER, "tell me all [[demo first=0 pace=0 length=40000]]", "long")
         told = await someone.end_of("long")

@@ -73,7 +73,7 @@ async def test_a_page_from_elsewhere_is_logged_with_its_origin(node: OneNode) ->
     assert node.logged("handshake refused", origin="https://evil.example", peer="127.0.0.1")
 
 
-async def test_a_hangup_does_not_end_a_node_that_has_nothing_to_reload_and_it_says_so(node: OneNode) -> None:
+async def test_a_hangup_does_not_end_a_node_that_has_nothing_to_reload_and_is_logged(node: OneNode) -> None:
     async with node.peer(user_id(10082)) as someone:
         node.now.process.signal(signal.SIGHUP)
         await wait_until(lambda: node.logged("nothing to reload"), "it is logged")
@@ -90,7 +90,7 @@ async def test_strangers_cannot_fill_the_log(node: OneNode) -> None:
     assert len(node.now.process.output()) == before
 
 
-async def test_strangers_who_are_refused_cannot_fill_the_log_nor_give_it_orders(node: OneNode) -> None:
+async def test_refused_clients_cannot_fill_the_log_nor_send_it_control_characters(node: OneNode) -> None:
     before, refused = len(node.now.process.output()), 0
     nasty = "https://evil.example/\x9b31m\x85" + "x" * 7000
     for number in range(150):

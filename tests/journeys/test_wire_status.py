@@ -90,7 +90,7 @@ def wrong_estimates(someone: Peer, name: str) -> list[tuple[str, Frame, int]]:
     return [(name, one, ms) for one, ms in happened if not ms / 2 - 200 <= one["etaMs"] <= ms * 2 + 200]
 
 
-async def test_a_place_is_told_again_when_it_changes_and_at_most_once_a_second(node: OneNode) -> None:
+async def test_a_place_is_sent_again_when_it_changes_and_at_most_once_a_second(node: OneNode) -> None:
     async with watching(node) as someone:
         for name in ("a", "b", "c"):
             await someone.chat(USER, f"{name} {LONG}", name)
@@ -107,7 +107,7 @@ async def test_a_place_is_told_again_when_it_changes_and_at_most_once_a_second(n
     assert all(at(later) - at(earlier) >= 700 for earlier, later in pairwise(queued))
 
 
-async def test_a_socket_that_resumes_or_wants_it_later_is_told_the_state_and_others_are_not(node: OneNode) -> None:
+async def test_a_socket_that_resumes_or_requests_it_later_receives_the_state_and_others_do_not(node: OneNode) -> None:
     async with watching(node) as someone, node.peer(USER) as plain, watching(node) as other:
         await someone.chat(USER, f"runs {LONG}", "runs")
         await someone.some_text("runs")

@@ -135,7 +135,7 @@ def thoughts(found: list[Frame]) -> str:
     return text
 
 
-async def test_reasoning_is_told_to_those_who_want_it_and_is_no_part_of_the_answer(node: OneNode) -> None:
+async def test_reasoning_is_sent_to_sockets_that_request_it_and_is_no_part_of_the_answer(node: OneNode) -> None:
     scripts = {question: [script] for question, script in FORMS.items()}
     async with (
         backend_of(node, by_question(scripts)),
@@ -208,7 +208,7 @@ async def test_a_call_that_fails_takes_its_reasoning_with_it(node: OneNode) -> N
         assert node.recorded(USER, "cut") == ("done", "The answer")
 
 
-async def test_a_socket_that_comes_while_the_model_thinks_is_told_all_of_it(node: OneNode) -> None:
+async def test_a_socket_that_connects_while_the_model_thinks_receives_all_reasoning(node: OneNode) -> None:
     model = Model()
     async with (
         backend_of(node, model),
@@ -256,7 +256,7 @@ async def test_a_message_can_be_cancelled_while_the_model_thinks(node: OneNode) 
         assert node.recorded(USER, "cancelled") == ("cancelled", "")
 
 
-async def test_a_socket_on_another_node_is_told_the_state_and_thinks_again_with_it_when_the_first_one_dies(
+async def test_a_socket_on_another_node_receives_the_state_and_that_of_the_next_attempt_when_the_first_node_dies(
     tmp_path: Path,
 ) -> None:
     model, second, third = Model(), Model(), Model()

@@ -42,7 +42,7 @@ async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer)
         assert other.begun == ["waiting"]
 
 
-async def test_what_a_dead_node_has_left_is_claimed_many_at_a_time(
+async def test_requests_of_a_dead_node_are_claimed_many_at_a_time(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round trip for each of thousands of requests, one after the other, kept their users waiting for a minute."""

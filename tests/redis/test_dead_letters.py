@@ -223,7 +223,7 @@ async def test_letters_are_bounded_in_bytes_age_and_number_the_oldest_first(stor
     assert await bounds.trim("0") == 0
 
 
-async def test_dead_letters_expire_with_the_newest_whoever_owned_them(store: Store) -> None:
+async def test_dead_letters_expire_with_the_newest_of_any_user(store: Store) -> None:
     await buried(store)
     left: Any = store.redis.pttl(store.keys.dead("0"))
     assert timedelta(days=6) < timedelta(milliseconds=left) <= timedelta(days=7)

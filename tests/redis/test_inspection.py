@@ -110,7 +110,7 @@ async def test_the_command_prints_all_of_it_and_never_the_text(store: Store) -> 
     assert "message m0" not in await printed(store, "--newest", "0")
 
 
-async def test_the_command_tells_who_keeps_requests_from_being_taken(store: Store) -> None:
+async def test_the_command_shows_the_reason_why_requests_are_not_taken(store: Store) -> None:
     nobody = "the node does not run (it has no lease); no node has adopted its stream"
     store.redis.zadd(store.keys.nodes(), {"0": 1})
     assert nobody not in await printed(store)  # nothing waits
@@ -131,7 +131,7 @@ async def test_the_command_tells_who_keeps_requests_from_being_taken(store: Stor
     assert "the node drains: it takes no requests" in await printed(store)
 
 
-async def test_the_command_tells_which_backends_requests_wait_for(store: Store) -> None:
+async def test_the_command_shows_the_backends_that_requests_wait_for(store: Store) -> None:
     await fill(store)
     await Leases(store.redis_client, store.settings).acquire(Holder("i", "host", "", 1, "http://127.0.0.1:8080"))
     states = BackendStates(store.redis_client, store.settings)

@@ -110,7 +110,7 @@ async def test_leases_that_make_no_sense_are_leases_all_the_same(store: Store) -
     store.redis.delete(key, store.keys.lease("0"))
 
 
-async def test_what_is_no_node_is_no_other_node_and_one_seen_at_no_time_was_not_seen_lately(store: Store) -> None:
+async def test_invalid_ids_are_no_nodes_and_a_node_without_a_heartbeat_is_not_recent(store: Store) -> None:
     own = leases(store)
     scores = {"eu-1": float("-inf"), "eu-2": float("inf"), "eu-3": 1e300, "eu-4": -1e300, "eu-5": 0}
     nobody = ("", "a b", "x" * 65, "}{node:0}", "1\n", "\x9b31m", b"\xff", "节点")
@@ -144,7 +144,9 @@ async def test_a_tenure_waits_for_the_end_of_a_lease_that_it_cannot_read(store: 
         await wait_until(lambda: keeper.held, "it is held")
 
 
-async def test_a_tenure_does_not_insist_on_a_dead_holder_whom_redis_does_not_recognise(store: Store) -> None:
+async def test_a_lease_keeper_pauses_between_tries_to_replace_a_holder_that_redis_does_not_recognise(
+    store: Store,
+) -> None:
     text = lease_of(store, instance="quetzal")
     store.redis.set(store.keys.lease("0"), text.replace('"quetzal"', '"\\u0071uetzal"'))
     own = leases(store)

@@ -89,7 +89,7 @@ async def test_marking_comes_second_to_anything_that_is_known(store: Store) -> N
     assert store.redis.xlen(store.keys.reply(USER, MESSAGE)) == 1
 
 
-async def test_a_reply_whose_owner_is_not_recorded_ends_what_opens_it(store: Store) -> None:
+async def test_a_reply_without_a_recorded_owner_ends_the_request_that_opens_it(store: Store) -> None:
     key = store.keys.reply(USER, "m")
     for event in ("opened", "done"):
         store.redis.xadd(key, {"attempt": "1", "event": event, "offset": "0"})
@@ -187,7 +187,7 @@ async def test_every_append_keeps_the_reply_for_its_time(store: Store) -> None:
 # Continued attempts
 
 
-async def test_an_attempt_continues_what_its_writer_has_shown_and_clients_notice_nothing(store: Store) -> None:
+async def test_an_attempt_continues_the_text_of_its_writer_and_clients_notice_nothing(store: Store) -> None:
     await store.replies.open(USER, MESSAGE, request="0/1-0")
     await append(store.replies, 0, "Once ")
     await append(store.replies, 5, "upon")
@@ -206,7 +206,7 @@ async def test_an_attempt_continues_what_its_writer_has_shown_and_clients_notice
     assert again == Opened(3, continued=Continued(1, {}, usage, "Once upon a time"))
 
 
-async def test_another_worker_continues_the_record_and_clients_that_may_have_seen_more_are_told(store: Store) -> None:
+async def test_another_worker_continues_the_record_and_clients_that_may_have_more_text_restart(store: Store) -> None:
     await store.replies.open(USER, MESSAGE, request="0/1-0")
     await append(store.replies, 0, "abc")
     how: dict[str, Any] = {"request": "0/1-0", "continues": 100}

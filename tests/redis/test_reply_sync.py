@@ -274,7 +274,7 @@ async def test_a_record_that_redis_loses_after_it_was_read_is_missed(redis_serve
         assert (reply.text_from(0), reply.terminal is not None) == ("all of it", True)
 
 
-async def test_a_record_of_which_redis_loses_the_known_end_is_read_anew(redis_server: RedisServer) -> None:
+async def test_a_record_of_which_redis_loses_the_known_end_is_read_again(redis_server: RedisServer) -> None:
     async with desk(redis_server) as node:
         await node.replies.open(USER, "m", request="1/1-0")
         await written(node.replies, "first ")

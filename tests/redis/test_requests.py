@@ -158,7 +158,7 @@ def test_an_entry_changed_by_hand_is_malformed(change: dict[str, str]) -> None:
         ChatRequest.from_fields(fields)
 
 
-async def test_the_answers_of_scripts_tell_metrics_the_length_of_the_stream(store: Store) -> None:
+async def test_metrics_have_the_length_of_the_stream_from_the_replies_of_scripts(store: Store) -> None:
     stream = store.metrics.stream("0")
     await store.requests.ensure_group()
     for number in range(3):
@@ -176,7 +176,7 @@ async def test_the_answers_of_scripts_tell_metrics_the_length_of_the_stream(stor
     assert b'imstream_dead_letters_total{reason="http_400"} 1.0\n' in store.metrics.expose("")[0]
 
 
-async def test_a_renewal_of_the_lease_tells_metrics_what_others_have_done(store: Store) -> None:
+async def test_a_renewal_of_the_lease_updates_metrics_with_changes_of_others(store: Store) -> None:
     leases = Leases(store.redis_client, store.settings, store.metrics)
     holder, stream = Holder("one", "host", "machine", 1, "http://one"), store.metrics.stream("0")
     await leases.acquire(holder)

@@ -9,7 +9,7 @@ from tests.redis.worker_harness import run_worker
 from tests.support.servers import RedisServer
 
 
-async def test_what_scripts_have_written_is_there_after_a_restart_of_redis(own_server: RedisServer) -> None:
+async def test_writes_of_scripts_survive_a_restart_of_redis(own_server: RedisServer) -> None:
     async with run_worker(own_server, start=False) as worker:
         await worker.requests.ensure_group()
         await worker.ask()

@@ -55,7 +55,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-async def test_a_request_that_cannot_be_answered_is_told_failed_and_kept_whole(
+async def test_a_request_that_cannot_be_answered_ends_with_failed_and_is_kept_whole(
     what: str, redis_server: RedisServer
 ) -> None:
     async with run_worker(redis_server) as worker:
@@ -81,7 +81,7 @@ UNADDRESSED = {
 
 
 @pytest.mark.parametrize("what", UNADDRESSED)
-async def test_a_request_of_nobody_is_buried_and_harms_no_other(what: str, redis_server: RedisServer) -> None:
+async def test_a_request_without_a_user_is_buried_and_harms_no_other(what: str, redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
         worker.backend.always = lambda call: call.done("x")
         add(worker, UNADDRESSED[what])
@@ -118,7 +118,7 @@ async def test_requests_of_a_newer_release_stay_pending_with_one_error_and_the_o
     ] * 2
 
 
-async def test_who_adopts_requests_of_a_newer_release_leaves_them_to_their_node_or_to_who_knows_them(
+async def test_an_adopter_leaves_requests_of_a_newer_release_to_their_node_or_to_one_that_supports_them(
     redis_server: RedisServer,
 ) -> None:
     with capture_logs() as logs:
@@ -143,7 +143,7 @@ async def test_who_adopts_requests_of_a_newer_release_leaves_them_to_their_node_
     assert len(said_about_newer(logs)) == 1
 
 
-async def test_what_this_release_writes_says_its_version(redis_server: RedisServer) -> None:
+async def test_entries_of_this_release_carry_its_version(redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
         await worker.replies.mark_queued(USER, "m")
         await worker.ask()
@@ -176,7 +176,7 @@ async def test_events_of_a_newer_release_in_a_record_are_passed_over(redis_serve
         assert record.text == "some text"
 
 
-def test_what_cannot_be_read_of_a_request_does_not_hide_whose_it_is() -> None:
+def test_unreadable_fields_of_a_request_do_not_hide_its_user() -> None:
     fields = dict(zip(*[iter(chat_request(USER, "m").fields())] * 2, strict=True))
     with pytest.raises(MalformedEntry) as caught:
         ChatRequest.from_fields({**fields, "history": "{"})

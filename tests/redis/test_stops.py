@@ -58,7 +58,7 @@ async def test_an_answer_during_which_everything_is_stopped_ten_times_is_made_in
     await everything_is_stopped_again_and_again(own_server, 10)
 
 
-async def test_a_node_that_is_killed_after_it_was_told_to_stop_has_not_died(redis_server: RedisServer) -> None:
+async def test_a_kill_after_the_signal_to_stop_does_not_count_as_a_death(redis_server: RedisServer) -> None:
     for number in range(2):
         async with run_worker(redis_server, max_deliveries=1) as worker:
             await in_the_middle(worker, ask=number == 0)
@@ -121,7 +121,7 @@ def _leases_taken(worker: WorkerHarness) -> int:
 
 
 @pytest.mark.long
-async def test_what_was_stopped_together_with_redis_is_adopted_as_what_has_not_died(own_server: RedisServer) -> None:
+async def test_a_stop_together_with_redis_does_not_count_as_a_death_for_the_adopter(own_server: RedisServer) -> None:
     for number in range(2):
         node = str(number)  # first its own node is stopped, then its adopter
         async with run_worker(own_server, node=node, max_deliveries=1, lease=QUICK_LEASE) as worker:
@@ -148,7 +148,9 @@ async def test_a_request_that_takes_everything_down_with_it_each_time_comes_to_a
         assert [letter["reason"] for letter in worker.dead()] == ["worker_died"]
 
 
-async def test_a_request_that_was_taken_over_is_not_taken_back_by_whoever_stops(redis_server: RedisServer) -> None:
+async def test_a_request_that_was_taken_over_is_not_taken_back_by_a_worker_that_stops(
+    redis_server: RedisServer,
+) -> None:
     backend = PlayedBackend()
     async with run_worker(redis_server, backend=backend) as frozen:
         await frozen.ask()

@@ -136,7 +136,7 @@ def test_no_command_that_writes_administrates_or_publishes_is_allowed(server: Re
         *("EVAL return\xa01 0", "EVALSHA 0123456789012345678901234567890123456789 0", "SCRIPT LOAD return\xa01"),
     ],
 )
-def test_what_changes_something_or_is_not_imstreams_is_denied(server: RedisServer, command: str) -> None:
+def test_writes_and_foreign_keys_are_denied(server: RedisServer, command: str) -> None:
     before = content(server)
     words = [word.replace("\xa0", " ") for word in command.split(" ")]
     denied = r"(?i)no permissions|can't run this command|can't access"

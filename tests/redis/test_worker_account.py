@@ -52,7 +52,7 @@ def ended(log: list[Line], message_id: str = "m") -> Line:
     return line
 
 
-async def test_an_answer_is_told_with_its_times_tokens_and_length(redis_server: RedisServer, log: list[Line]) -> None:
+async def test_an_answer_is_logged_with_its_times_tokens_and_length(redis_server: RedisServer, log: list[Line]) -> None:
     async with run_worker(redis_server) as worker:
         await worker.ask()
         call = await worker.backend.call(1)
@@ -68,7 +68,7 @@ async def test_an_answer_is_told_with_its_times_tokens_and_length(redis_server: 
     assert 0 <= line["queue_wait_ms"] <= line["first_delta_ms"] <= line["total_ms"] - 45
 
 
-async def test_a_message_that_waited_for_a_slot_is_told_with_this_wait(
+async def test_a_message_that_waited_for_a_slot_is_logged_with_this_wait(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with run_worker(redis_server, concurrency=1) as worker:
@@ -82,7 +82,7 @@ async def test_a_message_that_waited_for_a_slot_is_told_with_this_wait(
     assert ended(log, "second")["queue_wait_ms"] >= 95
 
 
-async def test_a_message_that_failed_is_told_with_the_reason_and_its_attempts(
+async def test_a_message_that_failed_is_logged_with_the_reason_and_its_attempts(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with run_worker(redis_server, max_attempts=2) as worker:
@@ -101,7 +101,7 @@ async def test_a_message_that_failed_is_told_with_the_reason_and_its_attempts(
     assert counts(worker) == (0, 2, 0, 0)
 
 
-async def test_a_message_that_a_guard_declines_in_the_worker_is_told_once(
+async def test_a_message_that_a_guard_declines_in_the_worker_is_logged_once(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with run_worker(redis_server, guards=GuardChain([_Declines()])) as worker:
@@ -111,7 +111,7 @@ async def test_a_message_that_a_guard_declines_in_the_worker_is_told_once(
     assert (line["outcome"], line["reason"], line["first_delta_ms"]) == ("failed", "not_wanted", None)
 
 
-async def test_a_cancelled_answer_is_told_once(redis_server: RedisServer, log: list[Line]) -> None:
+async def test_a_cancelled_answer_is_logged_once(redis_server: RedisServer, log: list[Line]) -> None:
     async with run_worker(redis_server) as worker:
         await worker.ask()
         (await worker.backend.call(1)).send("so far")
@@ -122,7 +122,7 @@ async def test_a_cancelled_answer_is_told_once(redis_server: RedisServer, log: l
     assert line["first_delta_ms"] is not None
 
 
-async def test_an_answer_that_another_node_cancels_is_told_once(redis_server: RedisServer, log: list[Line]) -> None:
+async def test_an_answer_that_another_node_cancels_is_logged_once(redis_server: RedisServer, log: list[Line]) -> None:
     async with run_worker(redis_server) as worker:
         await worker.ask()
         (await worker.backend.call(1)).send("so far")
@@ -131,7 +131,7 @@ async def test_an_answer_that_another_node_cancels_is_told_once(redis_server: Re
     assert (ended(log)["outcome"], ended(log)["attempts"]) == ("cancelled", 1)
 
 
-async def test_a_queued_message_that_was_sent_twice_and_cancelled_is_told_once(
+async def test_a_queued_message_that_was_sent_twice_and_cancelled_is_logged_once(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with run_worker(redis_server, start=False) as worker:
@@ -147,7 +147,7 @@ async def test_a_queued_message_that_was_sent_twice_and_cancelled_is_told_once(
     assert counts(worker) == (0, 0, 1, 0)
 
 
-async def test_a_message_that_is_cancelled_while_it_is_opened_is_told_once(
+async def test_a_message_that_is_cancelled_while_it_is_opened_is_logged_once(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with (
@@ -165,7 +165,7 @@ async def test_a_message_that_is_cancelled_while_it_is_opened_is_told_once(
     assert (ended(log)["outcome"], ended(log)["attempts"]) == ("cancelled", 1)
 
 
-async def test_a_message_that_is_sent_again_is_told_once(redis_server: RedisServer, log: list[Line]) -> None:
+async def test_a_message_that_is_sent_again_is_logged_once(redis_server: RedisServer, log: list[Line]) -> None:
     async with run_worker(redis_server) as worker:
         await worker.ask()
         call = await worker.backend.call(1)
@@ -179,7 +179,7 @@ async def test_a_message_that_is_sent_again_is_told_once(redis_server: RedisServ
     assert counts(worker) == (1, 0, 0, 1)
 
 
-async def test_a_message_that_another_node_has_ended_and_removed_is_not_told_here(
+async def test_a_message_that_another_node_has_ended_and_removed_is_not_logged_here(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with run_worker(redis_server) as worker:
@@ -193,7 +193,9 @@ async def test_a_message_that_another_node_has_ended_and_removed_is_not_told_her
     assert counts(worker) == (0, 0, 0, 0)
 
 
-async def test_a_drained_answer_is_told_by_the_process_that_ends_it(redis_server: RedisServer, log: list[Line]) -> None:
+async def test_a_drained_answer_is_logged_by_the_process_that_ends_it(
+    redis_server: RedisServer, log: list[Line]
+) -> None:
     async with run_worker(redis_server) as before:
         admitted = int((await before.ask()).partition("-")[0])
         (await before.backend.call(1)).send("half ")
@@ -209,7 +211,7 @@ async def test_a_drained_answer_is_told_by_the_process_that_ends_it(redis_server
     assert counts(before, worker) == (1, 0, 0, 1)
 
 
-async def test_an_end_whose_worker_died_is_told_by_the_next_one_from_the_record(
+async def test_an_end_whose_worker_died_is_logged_by_the_next_one_from_the_record(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with run_worker(redis_server, start=False) as worker:

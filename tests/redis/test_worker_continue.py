@@ -129,7 +129,7 @@ async def test_while_the_backend_is_away_the_answer_waits_with_its_text(redis_se
 
 
 @pytest.mark.parametrize("how", ["killed", "drained"])
-async def test_the_next_worker_goes_on_with_what_is_recorded(redis_server: RedisServer, how: str) -> None:
+async def test_the_next_worker_continues_the_record(redis_server: RedisServer, how: str) -> None:
     usage = {"total_tokens": 5}
     async with run_worker(redis_server, **CONTINUES) as worker:
         await worker.ask()
@@ -239,7 +239,7 @@ async def test_a_continuing_call_that_finds_the_model_unknown_keeps_the_text(red
         await worker.idle()
 
 
-async def test_text_that_has_all_its_tokens_ends_there_as_its_backend_says(redis_server: RedisServer) -> None:
+async def test_text_that_has_all_its_tokens_ends_there_as_its_backend_reports(redis_server: RedisServer) -> None:
     text = "long " * 60
     async with run_worker(redis_server, answer_tokens=50, **CONTINUES) as worker:
         client = await cut_after(worker, text)

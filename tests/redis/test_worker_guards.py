@@ -152,7 +152,7 @@ GIVEN_BACK: dict[str, tuple[list[str | Exception], bool]] = {
 
 
 @pytest.mark.parametrize("what", GIVEN_BACK)
-async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_server: RedisServer) -> None:
+async def test_a_message_is_refunded_only_if_no_text_was_shown(what: str, redis_server: RedisServer) -> None:
     script, is_given_back = GIVEN_BACK[what]
     guard, failures = _Listens(), sum(isinstance(one, Exception) for one in script)
     async with run_worker(
@@ -178,7 +178,7 @@ async def test_only_who_has_seen_no_text_gets_a_message_back(what: str, redis_se
         assert len(worker.dead()) == ("stop" not in script)
 
 
-async def test_who_is_to_blame_for_a_refusal_does_not_get_the_message_back_even_if_the_worker_dies(
+async def test_a_violation_is_not_refunded_even_if_the_worker_dies(
     redis_server: RedisServer,
 ) -> None:
     guard = _Listens()

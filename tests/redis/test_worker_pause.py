@@ -36,7 +36,7 @@ SLOW: dict[str, Any] = {"retry_wait": "1h", "retry_wait_max": "1h", "retry_windo
 """A message that waits for its backend makes no second call within a test."""
 
 
-async def test_a_running_call_goes_on_and_what_is_asked_meanwhile_waits(redis_server: RedisServer) -> None:
+async def test_a_running_call_continues_and_later_messages_wait(redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
         first, second = worker.follow("1st"), worker.follow("2nd")
         await worker.ask("1st")

@@ -196,7 +196,7 @@ def test_a_wrong_key_and_a_spent_credit_are_no_fault_of_the_request(
         ),
     ],
 )
-def test_what_no_request_can_mend_is_our_configuration(status: int, body: dict[str, Any], reason: str) -> None:
+def test_errors_of_all_requests_are_misconfigurations(status: int, body: dict[str, Any], reason: str) -> None:
     error = refused(status, body)
     assert (error.kind, error.reason) == (MISCONFIGURED, reason)
 

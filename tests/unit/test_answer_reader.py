@@ -342,7 +342,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_whatever_json_comes_it_is_an_answer_that_can_be_told_or_an_error_of_the_backend(value: object) -> None:
+def test_any_json_is_an_answer_that_can_be_sent_or_an_error_of_the_backend(value: object) -> None:
     problems = list[str]()
     plain = json.dumps(value).encode()
     for body in (as_event(plain) + STOP, plain):
@@ -410,7 +410,7 @@ def test_reasoning_at_the_beginning_of_the_text_is_progress_and_not_text(size: i
 
 
 @pytest.mark.parametrize("end", [[STOP, DONE], [STOP], [DONE]], ids=["finish and done", "finish", "done"])
-def test_what_could_have_become_a_tag_is_text_at_the_end(end: list[bytes]) -> None:
+def test_a_prefix_of_a_tag_is_text_at_the_end(end: list[bytes]) -> None:
     assert read(event(chunk("<thi")), *end)[0] == "<thi"
 
 

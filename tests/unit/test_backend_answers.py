@@ -191,7 +191,7 @@ async def test_tool_calls_are_no_answer_unless_there_is_text() -> None:
 
 
 @pytest.mark.parametrize("reason", ["length", "max_tokens", "MAX_TOKENS", "model_context_window_exceeded"])
-async def test_an_answer_that_was_cut_at_a_limit_says_so(reason: str) -> None:
+async def test_an_answer_that_was_cut_at_a_limit_has_the_finish_reason_length(reason: str) -> None:
     assert await answer_to(event(chunk("half a")), event(chunk(finish_reason=reason)), DONE) == ("half a", "length")
 
 
@@ -336,7 +336,7 @@ async def test_events_may_lack_the_blank_line_between_them(line_end: bytes) -> N
         pytest.param((b":" + b" " * 1000 + b"\n\n") * 5000, id="comments without end"),
     ],
 )
-async def test_what_follows_a_whole_answer_cannot_void_it(rest: bytes) -> None:
+async def test_later_events_cannot_void_a_whole_answer(rest: bytes) -> None:
     assert await answer_to(WHOLE, rest) == ("Hello", "stop")
     assert await answer_to(WHOLE + rest) == ("Hello", "stop")
 
@@ -403,7 +403,7 @@ async def test_an_event_beyond_the_bound_is_not_tried_again() -> None:
 
 
 @pytest.mark.parametrize("coding", ["br", "gzip", "zstd, br"])
-async def test_an_encoding_that_was_not_asked_for_is_told_and_our_configuration(coding: str) -> None:
+async def test_an_encoding_that_was_not_requested_is_reported_as_misconfigured(coding: str) -> None:
     error = await failure(says(WHOLE, DONE, headers={"Content-Encoding": coding}))
     assert (error.kind, error.reason) == ("misconfigured", "encoded")
     assert cause(error) == f"content encoding {coding}, although none is accepted"
@@ -430,7 +430,7 @@ async def test_an_encoding_that_was_not_asked_for_is_told_and_our_configuration(
         says(b"<html><title>Open WebUI</title>", content_type="text/html"),
     ],
 )
-async def test_a_wrong_address_is_told_with_a_hint(script: Script, path: str, hint: str) -> None:
+async def test_a_wrong_address_is_reported_with_a_hint(script: Script, path: str, hint: str) -> None:
     async with scripted_backend(script) as backend:
         base = backend.url.removesuffix("/v1") + path
         error = await failure_at(base)
@@ -528,7 +528,7 @@ async def test_a_hint_is_given_where_a_setting_may_be_wrong(status: int, body: o
     assert error.detail.endswith(f"/v1/chat/completions; {hint})" if hint else "/v1/chat/completions)")
 
 
-async def test_the_address_is_told_without_its_secrets() -> None:
+async def test_the_address_is_reported_without_its_secrets() -> None:
     async with scripted_backend(refuses(404)) as backend:
         url = backend.url.replace("//", "//me:pass@") + "?api-version=7&api-key=sk-secret"
         error = await failure_at(url)
@@ -569,12 +569,12 @@ RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay":
         (403, {"message": "Your input was flagged", "code": 403}, ("impossible", "content_filter")),
     ],
 )
-async def test_an_error_says_whose_fault_it_is(status: int, error: object, verdict: tuple[str, str]) -> None:
+async def test_an_error_has_the_class_of_its_cause(status: int, error: object, verdict: tuple[str, str]) -> None:
     got = await failure(refuses(status, json.dumps({"error": error})))
     assert (got.kind, got.reason) == verdict
 
 
-async def test_plain_text_instead_of_a_stream_is_told() -> None:
+async def test_plain_text_instead_of_a_stream_is_reported() -> None:
     whole, within, page = b"upstream reset", b"upstream reset\nsorry\n", b"<h1>upstream reset</h1>"
     for parts in ([whole[:9], whole[9:]], [event(chunk("a")), within], [ROLE, page]):
         error = await failure(says(*parts, content_type="text/plain"))
@@ -598,7 +598,7 @@ async def test_a_page_with_status_400_is_not_of_the_api() -> None:
         ({"message": "Rate limit reached"}, None),
     ],
 )
-async def test_a_wait_in_the_body_is_told(error: object, seconds: float | None) -> None:
+async def test_a_wait_in_the_body_is_used(error: object, seconds: float | None) -> None:
     wait = None if seconds is None else timedelta(seconds=seconds)
     for body in (json.dumps({"error": error}), json.dumps([{"error": error}])):
         got = await failure(refuses(429, body))

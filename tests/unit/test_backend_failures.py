@@ -59,7 +59,7 @@ async def failure(script: Script, **settings: Any) -> BackendError:  # noqa: ANN
         ],
     ],
 )
-async def test_a_status_says_whose_fault_it_is(status: int, kind: str) -> None:
+async def test_a_status_has_the_class_of_its_cause(status: int, kind: str) -> None:
     error = await failure(refuses(status, '{"error": {"message": "no"}}'))
     assert (error.kind, error.reason, error.retry_after) == (kind, f"http_{status}", None)
     assert cause(error).startswith("no")

@@ -78,7 +78,7 @@ def test_options_that_are_left_out_have_the_defaults_of_the_settings(file: Path)
         ("context_tokens = 512", "context_tokens: they leave too few for a prompt; at least 64 beside answer_tokens"),
     ],
 )
-def test_a_mistake_is_told_with_table_key_and_what_is_allowed(more: str, said: str, file: Path) -> None:
+def test_a_mistake_is_reported_with_table_key_and_allowed_values(more: str, said: str, file: Path) -> None:
     line = mistakes(file, MINIMAL + more)[0]
     assert line.startswith(f"backend 1 (a): {said}")
 
@@ -129,7 +129,7 @@ def sent(backends: Backends) -> tuple[str, str]:
     return headers["Authorization"], headers["X-Tenant"]
 
 
-def test_all_mistakes_are_told_at_once(file: Path) -> None:
+def test_all_mistakes_are_reported_at_once(file: Path) -> None:
     found = mistakes(file, f'{MINIMAL}{MINIMAL}[[backend]]\nname = "b"\nurl = "ftp://me:pass@b/v1"\n')
     assert found == [
         "backend 2 (a): name: an earlier backend has the same",
@@ -175,7 +175,7 @@ def minimal(file: Path) -> Path:
     return file
 
 
-async def test_with_a_file_the_settings_of_a_single_backend_are_ignored_which_is_told(minimal: Path) -> None:
+async def test_with_a_file_the_settings_of_a_single_backend_are_ignored_with_a_warning(minimal: Path) -> None:
     with capture_logs() as logs:
         settings = Settings.load(ai_backends=minimal, ai_url="http://b/v1", ai_model="n", ai_breaker_failures=3)
         async with Backends(settings) as backends:

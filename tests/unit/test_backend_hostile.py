@@ -199,7 +199,7 @@ async def plain_cost() -> float:
 
 
 @pytest.mark.parametrize("row", HOSTILE)
-async def test_a_hostile_answer_costs_little_and_is_told_in_a_short_line(row: str) -> None:
+async def test_a_hostile_answer_costs_little_and_is_reported_in_a_short_line(row: str) -> None:
     plain = await plain_cost()
     answer, end = HOSTILE[row]
     one = await call(answer)
@@ -248,7 +248,7 @@ async def test_usage_is_a_few_counts_with_plain_names() -> None:
     assert all(re.fullmatch("[a-z_0-9]+", name) and 0 <= value <= 2**53 for name, value in kept.items())
 
 
-async def test_what_clients_could_not_send_back_is_replaced() -> None:
+async def test_text_that_clients_could_not_send_back_is_replaced() -> None:
     halves = b'data: {"choices":[{"delta":{"content":"a\\u0000b\\ud800c\\ude00\\u0000"}}]}\n\n'
     one = await call(chunked(halves + event(chunk("d\0")) + STOP + DONE))
     assert "".join(one.pieces) == "a\ufffdb\ufffdc\ufffd\ufffdd\ufffd"
@@ -281,7 +281,7 @@ async def test_an_answer_of_exactly_the_limit_is_not_cut() -> None:
     assert (one.end, one.pieces) == ("stop", ["12345"])
 
 
-async def test_a_response_that_nobody_asked_for_is_not_the_answer_to_the_next_request() -> None:
+async def test_an_unrequested_response_is_not_the_answer_to_the_next_request() -> None:
     async def twice(exchange: Exchange) -> None:
         wrong = event(chunk("for somebody else")) + STOP + DONE
         await exchange.start()
@@ -331,7 +331,7 @@ MODERATION: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("row", MODERATION)
-async def test_a_hostile_moderation_costs_little_and_is_told_in_a_short_line(row: str) -> None:
+async def test_a_hostile_moderation_costs_little_and_is_reported_in_a_short_line(row: str) -> None:
     answer, end = MODERATION[row]
     plain = await plain_cost()
     with blaster(lambda _: answer) as url:

@@ -43,7 +43,7 @@ async def test_a_call_by_https_asks_the_proxy_for_a_tunnel_without_showing_it_th
 
 
 @pytest.mark.parametrize("url", ["http://ai.internal/v1", "https://ai.internal/v1"])
-async def test_a_proxy_that_wants_a_password_is_misconfigured_and_its_password_is_not_shown(url: str) -> None:
+async def test_a_proxy_that_requires_a_password_is_misconfigured_and_its_password_is_not_shown(url: str) -> None:
     async with scripted_backend(refuses(407, LOGIN)) as proxy:
         with pytest.raises(BackendError) as failed:
             await ask(address(proxy, f"{LOGIN}@"), url)
@@ -60,7 +60,7 @@ async def test_a_proxy_that_is_away_is_a_failed_connection() -> None:
     assert "pass-of-the-proxy" not in str(failed.value)
 
 
-async def test_the_proxy_of_the_environment_is_used_if_the_option_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_proxy_of_the_environment_is_used_with_the_option_env(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     async with scripted_backend(streams("Hi")) as proxy, scripted_backend(streams("Hi")) as direct:

@@ -75,7 +75,7 @@ async def asking_busy(**settings: Any) -> AsyncIterator[tuple[Asking, HeldRollUp
             yield Asking(client, backend), rollup
 
 
-async def test_the_first_text_is_read_at_once_and_what_comes_while_it_rests_together_and_in_order() -> None:
+async def test_the_first_text_is_read_at_once_and_text_during_a_pause_together_and_in_order() -> None:
     async with asking_busy() as (asked, rollup):
 
         async def script(exchange: Exchange) -> None:
@@ -187,7 +187,7 @@ async def test_cancelling_an_answer_that_rests_closes_its_connection_at_once() -
         assert rollup.running == 0
 
 
-async def test_what_a_backend_sends_before_it_breaks_the_answer_is_read() -> None:
+async def test_text_before_a_broken_connection_is_read() -> None:
     async with asking_busy() as (asked, rollup):
 
         async def script(exchange: Exchange) -> None:

@@ -261,7 +261,7 @@ async def test_an_error_event_in_the_middle_ends_the_answer() -> None:
     [b"data: {\n\n", b"data: hello\n\n", b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', b"data: 7\n\n"],
     ids=["half an object", "no JSON", "no UTF-8", "no object"],
 )
-async def test_what_is_no_chat_completion_counts_only_if_the_answer_is_not_whole(payload: bytes) -> None:
+async def test_invalid_events_count_only_if_the_answer_is_not_whole(payload: bytes) -> None:
     assert await answer_to(event(chunk("a")), payload, STOP, DONE) == ("a", Completion("stop", None))
     error = await failure_of(event(chunk("a")), payload)
     assert (error.kind, error.reason) == ("broken", "bad_stream")

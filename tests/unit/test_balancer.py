@@ -122,7 +122,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[li
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_what_it_keeps_is_nobody_elses_to_read(program: Program, started: list[list[str]], tmp_path: Path) -> None:
+def test_its_files_cannot_be_read_by_other_users(program: Program, started: list[list[str]], tmp_path: Path) -> None:
     folder = tmp_path / ".imstream" / "balancer"
     (folder / "body").mkdir(parents=True)
     (folder / SHIPPED[program]).write_text("old")

@@ -55,7 +55,7 @@ def test_a_run_of_one_kind_leaves_the_other_parts_as_they_are() -> None:
     assert set(document.parts(written(rollup.as_json(rollups(), ABOUT)))) == {"roll-up", "machine of the roll-up"}
 
 
-def test_figures_of_a_busy_machine_say_so() -> None:
+def test_figures_of_a_busy_machine_are_marked() -> None:
     busy = [[Run(**{**asdict(one), "foreign": 0.7}) for one in runs] for runs in rollups()]
     assert "not reliable" in document.parts(written(rollup.as_json(busy, ABOUT)))["machine of the roll-up"]
     assert "not reliable" not in document.parts(written(rollup.as_json(rollups(), ABOUT)))["machine of the roll-up"]

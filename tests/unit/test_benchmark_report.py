@@ -48,7 +48,7 @@ def test_each_bar_can_be_missed() -> None:
     assert missed(results(cpu=0.5, ms=10, answers=300)) == ["concurrent paced answers"]
 
 
-def test_what_was_not_measured_has_no_bar() -> None:
+def test_missing_measurements_have_no_bar() -> None:
     found = results(cpu=0.5, ms=10)
     quick = Results(found.rounds[-3:], found.idle, {"imstream": 400}, [], {})  # paced, 400 sockets
     assert [text.partition(":")[0] for _, text in bars(quick)] == ["paced, 400 sockets", "idle socket"]

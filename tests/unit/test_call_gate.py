@@ -64,7 +64,7 @@ async def test_while_the_backend_works_nothing_waits() -> None:
 
 
 @in_virtual_time
-async def test_the_log_tells_when_a_backend_is_away_and_back_with_the_reason_and_the_times() -> None:
+async def test_the_log_has_the_absence_and_return_of_a_backend_with_the_reason_and_the_times() -> None:
     gate, backend = make_backend()
     with capture_logs() as lines:
         break_down(gate)
@@ -84,7 +84,7 @@ async def test_the_log_tells_when_a_backend_is_away_and_back_with_the_reason_and
 
 
 @in_virtual_time
-async def test_a_misconfigured_backend_that_is_still_called_is_told_without_a_pause() -> None:
+async def test_a_misconfigured_backend_that_is_still_called_is_logged_without_a_pause() -> None:
     gate, _ = make_backend()
     with capture_logs() as lines:
         gate.record_failure(failure("model_not_found", "misconfigured"), user=10001)
@@ -147,7 +147,7 @@ async def test_a_node_that_has_never_called_it_begins_slowly() -> None:
 
 
 @in_virtual_time
-async def test_who_gives_up_waiting_holds_up_nobody() -> None:
+async def test_a_caller_that_gives_up_delays_no_other() -> None:
     gate, backend = make_backend()
     break_down(gate)
     first = asyncio.create_task(backend.call(0))

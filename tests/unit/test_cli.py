@@ -243,7 +243,7 @@ def test_chat_passes_on_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, "en"),
     ],
 )
-def test_commands_speak_the_language_of_the_locale(
+def test_commands_use_the_language_of_the_locale(
     env: dict[str, str], lang: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):

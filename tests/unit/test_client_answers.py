@@ -230,7 +230,7 @@ async def test_text_that_is_missing_or_repeated_ends_the_reply(fields: dict[str,
         assert not other.ended, "one broken answer is no reason to give up the others"
 
 
-async def test_a_client_that_wants_it_is_told_the_state_of_its_messages() -> None:
+async def test_a_client_with_the_want_status_receives_the_state_of_its_messages() -> None:
     async with scripted_server() as server:
         entering = asyncio.create_task(Client(server.url, USER, wants=["status"], timing=FAST).__aenter__())
         peer = await server.peer()
@@ -250,7 +250,7 @@ async def test_a_client_that_wants_it_is_told_the_state_of_its_messages() -> Non
         await client.__aexit__(None, None, None)
 
 
-async def test_reasoning_is_told_so_far_and_begins_anew_where_the_server_does() -> None:
+async def test_reasoning_so_far_is_reported_and_begins_again_with_that_of_the_server() -> None:
     async with connected() as session:
         reply, peer = await session.asked(), session.peer
         events = reply.events()

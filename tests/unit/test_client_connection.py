@@ -162,7 +162,7 @@ async def test_what_a_server_says_before_it_closes_is_about_no_message() -> None
         assert (await session.peer.hear_chat()).message_id == reply.message_id
 
 
-async def test_a_lost_connection_is_told_with_what_the_server_said_about_its_end() -> None:
+async def test_a_lost_connection_is_reported_with_the_reason_of_the_server() -> None:
     changes: list[ConnectionChange] = []
     async with connected(on_change=changes.append) as session:
         await session.peer.send_frame("SYSTEM", code="DRAINING", contents="we restart")

@@ -17,7 +17,7 @@ PROBED = replace(FAST, probe=timedelta(milliseconds=200))
 
 
 @pytest.mark.parametrize("is_cancel", [False, True], ids=["message", "cancel"])
-async def test_what_is_sent_into_a_dead_socket_arrives_soon(*, is_cancel: bool) -> None:
+async def test_a_message_sent_into_a_dead_socket_arrives_soon(*, is_cancel: bool) -> None:
     timing = PROBED if is_cancel else Timing(open=FAST.open)
     async with scripted_server() as server, tcp_proxy(server.port) as proxy:
         login = asyncio.create_task(server.logged_in())

@@ -113,7 +113,7 @@ def test_the_client_and_the_page_use_nothing_that_the_oldest_browsers_lack(lacki
     assert lacking[:-1] == [[] for _ in MODULES]
 
 
-def test_what_the_oldest_browsers_lack_is_found(lacking: list[list[str]]) -> None:
+def test_features_missing_in_the_oldest_browsers_are_found(lacking: list[list[str]]) -> None:
     assert [line.partition(" is not")[0] for line in lacking[-1]] == [
         "1: toReversed",
         "2: toWellFormed",

@@ -37,7 +37,7 @@ from tests.support.waiting import wait_until
 # With pipes
 
 
-async def test_what_is_piped_is_one_message_and_only_its_answer_is_written() -> None:
+async def test_piped_input_is_one_message_and_only_its_answer_is_written() -> None:
     async with scripted_server() as server:
         chat = asyncio.create_task(piped(server.url, "\none\n\n  zwei 二\r\nthree\n", lang="zh"))
         peer = await server.logged_in()
@@ -48,7 +48,7 @@ async def test_what_is_piped_is_one_message_and_only_its_answer_is_written() -> 
         assert await within(chat) == (0, "**1**\n", "")
 
 
-async def test_a_question_is_one_message_and_what_is_piped_belongs_to_it() -> None:
+async def test_a_question_is_one_message_with_piped_input_appended() -> None:
     async with scripted_server() as server:
         chat = asyncio.create_task(piped(server.url, "the text\n", "What does it say?"))
         peer = await server.logged_in()
@@ -71,7 +71,7 @@ async def test_nothing_is_asked_without_a_text() -> None:
         ("content_filter", "The answer was cut by the content filter\n"),
     ],
 )
-async def test_an_answer_that_was_cut_is_said_to_be(reason: str, told: str) -> None:
+async def test_an_answer_that_was_cut_is_marked_as_cut(reason: str, told: str) -> None:
     async with scripted_server() as server:
         chat = asyncio.create_task(piped(server.url, "one"))
         await answer(await server.logged_in(), "1", finishReason=reason)
@@ -104,7 +104,7 @@ async def test_a_pipe_gets_only_the_attempt_that_counts() -> None:
         assert (code, out) == (0, "right\n")
 
 
-async def test_the_exit_code_tells_that_there_is_no_complete_answer() -> None:
+async def test_the_exit_code_is_1_without_a_complete_answer() -> None:
     async with scripted_server() as server:
         chat = asyncio.create_task(piped(server.url, "one\n"))
         peer = await server.logged_in()
@@ -185,7 +185,7 @@ async def test_an_answer_is_seen_as_it_comes_and_ctrl_d_leaves() -> None:
         assert await terminal.exit_code() == 0
 
 
-async def test_a_new_attempt_is_told_and_begins_below() -> None:
+async def test_a_new_attempt_is_noted_and_begins_below() -> None:
     async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
         peer = await greeted(server, terminal)
         terminal.type("hello\n")
@@ -222,7 +222,7 @@ async def test_the_state_of_a_message_is_one_line_that_changes_and_goes_with_the
         await terminal.shows(" hello\ntext\n>")
 
 
-async def test_an_older_server_without_states_tells_the_place() -> None:
+async def test_the_place_of_an_older_server_without_states_is_shown() -> None:
     async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
         peer = await greeted(server, terminal)
         terminal.type("hello\n")
@@ -249,7 +249,7 @@ async def test_a_busy_server_is_asked_again_after_telling() -> None:
         assert (await peer.hear_chat()).contents == "other"
 
 
-async def test_a_newer_server_that_says_when_to_send_a_message_again_is_obeyed() -> None:
+async def test_retry_after_of_a_newer_server_is_obeyed() -> None:
     async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
         peer = await greeted(server, terminal)
         terminal.type("hello\n")
@@ -428,7 +428,7 @@ async def test_a_message_may_have_several_lines_and_is_found_again(tmp_path: Pat
         assert (await peer.hear_chat()).contents == "one\ntwo\nthree"
 
 
-async def test_what_is_typed_during_an_answer_is_the_next_message() -> None:
+async def test_input_during_an_answer_is_the_next_message() -> None:
     async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
         peer = await greeted(server, terminal)
         message_id = await half_an_answer(peer, terminal)

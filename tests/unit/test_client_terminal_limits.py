@@ -80,7 +80,7 @@ async def test_bytes_that_are_no_text_are_replaced() -> None:
         assert (await within(chat))[0] == 0
 
 
-async def test_the_cause_of_a_lost_connection_is_told_once() -> None:
+async def test_the_cause_of_a_lost_connection_is_shown_once() -> None:
     async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
         for _ in range(3):
             peer = await server.peer()
@@ -90,7 +90,7 @@ async def test_the_cause_of_a_lost_connection_is_told_once() -> None:
         assert terminal.text.count("No connection (the connection broke); connecting again in ") == 1
 
 
-async def test_an_answer_without_a_connection_is_said_to_be() -> None:
+async def test_the_lost_connection_of_an_answer_is_shown() -> None:
     async with scripted_server() as server, at_terminal(command(server.url)) as terminal:
         peer = await greeted(server, terminal)
         message_id = await half_an_answer(peer, terminal)

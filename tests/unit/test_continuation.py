@@ -43,7 +43,7 @@ async def the_rest(asked: Asking, written: Written = BEGINNING) -> Completion:
         ("prefix", {"prefix": True}, {}),
     ],
 )
-async def test_the_beginning_is_sent_as_the_backend_wants_it_and_leaves_fewer_tokens(
+async def test_the_beginning_is_sent_in_the_form_of_the_backend_and_leaves_fewer_tokens(
     option: str, last: dict[str, Any], more: dict[str, Any]
 ) -> None:
     settings: dict[str, Any] = {"ai_continue": option, "ai_max_tokens": "max_tokens", "answer_tokens": 100}
@@ -183,7 +183,7 @@ def test_a_word_is_found_across_the_boundary() -> None:
     assert shown == []
 
 
-def test_what_was_shown_is_not_shown_again() -> None:
+def test_shown_text_is_not_shown_again() -> None:
     chain, shown = filtered()
     assert chain.seed("so 敏感")  # its end may begin a word, and was shown because it did not
     chain.feed("度")

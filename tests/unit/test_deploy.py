@@ -115,7 +115,7 @@ def test_kustomize_makes_the_same_objects_and_the_map_of_settings() -> None:
 # Values that depend on each other
 
 
-def test_nobody_kills_a_node_that_drains() -> None:
+def test_no_supervisor_kills_a_node_that_drains() -> None:
     assert seconds(unit()["TimeoutStopSec"]) > seconds(DEFAULTS["drain_grace"].total_seconds()) + AFTER_DRAIN
     for name in ("node-0", "node-1"):
         node = compose()["services"][name]
@@ -274,7 +274,7 @@ def may_connect(client: Pod, server: Pod, port: object) -> bool:
     return allowed("egress", client, server, port) and allowed("ingress", server, client, port)
 
 
-def test_the_policies_allow_what_is_needed_and_nothing_else() -> None:
+def test_the_policies_allow_the_needed_connections_only() -> None:
     dns = ("kube-system", "kube-dns")
     needed = {
         (CONTROLLER, NODE, "http"),

@@ -146,7 +146,7 @@ async def test_no_error_shows_a_key_in_the_address_that_the_backend_repeats() ->
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-async def test_the_maximum_is_sent_under_the_name_that_the_backend_knows(name: str) -> None:
+async def test_the_maximum_is_sent_under_the_name_of_the_option(name: str) -> None:
     request = await sent(ai_max_tokens=name, answer_tokens=777)
     assert {key: value for key, value in request.json.items() if "max" in key} == {name: 777}
 
@@ -275,7 +275,7 @@ async def test_system_turns_become_user_turns_where_they_are_if_roles_are_not_me
 # Reasoning
 
 
-async def test_reasoning_in_tags_is_shown_only_if_the_option_says_so() -> None:
+async def test_reasoning_in_tags_is_shown_only_with_the_option() -> None:
     script = streams("<th", "ink>hm", "</think>\n\n", "Hello")
     for option, text in [
         ("open_tags", "Hello"),

@@ -92,7 +92,7 @@ async def test_flushes_share_rounds_when_they_take_much_of_the_time() -> None:
 
 
 @in_virtual_time
-async def test_what_is_urgent_waits_for_no_round_and_takes_nothing_else_along() -> None:
+async def test_urgent_writes_wait_for_no_round_and_flush_nothing_else() -> None:
     caller = Caller(cost=0.001 * MUCH)
     await caller.schedule_each(0.001, times=100)
     other = caller.schedule()
@@ -102,7 +102,7 @@ async def test_what_is_urgent_waits_for_no_round_and_takes_nothing_else_along() 
 
 
 @in_virtual_time
-async def test_soon_after_a_long_round_nothing_waits_any_longer() -> None:
+async def test_soon_after_a_long_round_nothing_waits() -> None:
     caller = Caller(cost=10.0)
     assert await caller.schedule() == 0
     caller.cost = 0.0
@@ -112,7 +112,7 @@ async def test_soon_after_a_long_round_nothing_waits_any_longer() -> None:
 
 
 @in_virtual_time
-async def test_what_is_scheduled_within_a_round_is_called_in_another() -> None:
+async def test_writes_scheduled_within_a_round_are_called_in_another() -> None:
     scheduler, called = FlushScheduler(clock=lambda: 0.0), list[str]()
 
     def first() -> None:

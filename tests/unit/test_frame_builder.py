@@ -48,7 +48,7 @@ def test_a_heartbeat_is_answered_with_one(frames: FrameBuilder) -> None:
 
 
 @pytest.mark.parametrize(("recorded", "told"), [("FORBIDDEN", Code.FORBIDDEN), ("OF_A_NEWER_RELEASE", Code.AI_FAILED)])
-def test_a_refusal_with_a_code_of_a_newer_release_is_told_as_a_failure(
+def test_a_refusal_with_a_code_of_a_newer_release_is_sent_as_a_failure(
     frames: FrameBuilder, recorded: str, told: Code
 ) -> None:
     terminal = Terminal("failed", reason="a_guard", refusal=Refusal(recorded, "No."))

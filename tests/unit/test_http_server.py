@@ -88,13 +88,13 @@ async def test_a_connection_that_is_not_to_be_kept_is_closed_after_the_answer(as
         assert (await rest(reader)).endswith(b"GET / 0;")
 
 
-async def test_what_is_not_http_gets_400_and_the_connection_is_closed() -> None:
+async def test_invalid_http_gets_400_and_the_connection_is_closed() -> None:
     async with connected() as (reader, writer):
         writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
         assert (await rest(reader)).startswith(b"HTTP/1.1 400 Bad Request\r\n")
 
 
-async def test_an_answer_that_raises_closes_the_connection_and_is_told_to_the_loop() -> None:
+async def test_an_answer_that_raises_closes_the_connection_and_is_reported_to_the_loop() -> None:
     told: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
     async with connected() as (reader, writer):

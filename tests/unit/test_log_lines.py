@@ -67,9 +67,7 @@ def test_no_value_breaks_a_line(log_format: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("reason", [OBEYED * 20, "x" * 8192])
-def test_what_a_backend_calls_the_end_of_an_answer_cannot_break_its_line(
-    reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_finish_reason_of_a_backend_cannot_break_its_line(reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure("json")
     reply = ReplyBuffer(10001, "m")
     reply.end(Terminal("done", reason))
@@ -103,7 +101,7 @@ def test_an_exception_cannot_forge_a_line_nor_fill_the_log(log_format: str, caps
     assert [line for line in lines if line.startswith(forged)] == []
 
 
-async def test_of_lines_that_anybody_can_cause_only_some_are_written_and_the_others_counted(
+async def test_of_lines_that_any_client_can_cause_only_some_are_written_and_the_others_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure("json")

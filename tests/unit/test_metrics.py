@@ -78,7 +78,7 @@ def test_two_nodes_of_one_process_count_apart() -> None:
     assert series(other)['imstream_messages_total{outcome="done"}'] == 0
 
 
-def test_a_stream_has_no_length_until_redis_has_told_it() -> None:
+def test_a_stream_has_no_length_before_the_first_reply_of_redis() -> None:
     metrics = Metrics()
     stream = metrics.stream("a")
     metrics.set_streams({})
@@ -93,7 +93,7 @@ def test_a_stream_has_no_length_until_redis_has_told_it() -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 3_600_000])
-def test_the_age_of_the_oldest_request_is_told_by_the_clock_of_redis(ahead: int) -> None:
+def test_the_age_of_the_oldest_request_is_by_the_clock_of_redis(ahead: int) -> None:
     metrics, redis_now = Metrics(), now_ms() + ahead
 
     def age(*running: str) -> float:
@@ -139,7 +139,7 @@ def test_a_histogram_counts_a_value_up_to_the_bounds_that_it_does_not_exceed() -
     assert (found["imstream_answer_seconds_count"], found["imstream_answer_seconds_sum"]) == (3, 1000.041)
 
 
-def test_what_has_no_known_labels_appears_with_its_first_count() -> None:
+def test_series_without_known_labels_appear_with_their_first_count() -> None:
     metrics = Metrics()
     metrics.add_tokens("fast", {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7})
     metrics.add_tokens("fast", None)

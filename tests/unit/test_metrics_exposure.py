@@ -45,7 +45,7 @@ def test_this_machine_reads_them_on_the_address_of_the_node() -> None:
     assert node(("::1", 50_000), host="::1").get("/metrics").status_code == 200
 
 
-def test_whoever_accepts_open_metrics_gets_them() -> None:
+def test_clients_that_accept_open_metrics_get_them() -> None:
     answer = node().get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0, text/plain;q=0.5"})
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert "imstream_messages" in {family.name for family in open_metrics(answer.text)}  # type: ignore[no-untyped-call] # the library's gap
@@ -67,7 +67,7 @@ def test_whoever_accepts_open_metrics_gets_them() -> None:
     {"Host": "chat.example.com"},
 ])  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
-def test_what_a_proxy_forwards_or_a_page_asks_for_finds_nothing(headers: dict[str, str], method: str) -> None:
+def test_requests_of_proxies_and_pages_get_404(headers: dict[str, str], method: str) -> None:
     client = node()
     refused = client.request(method, "/metrics", headers=headers)
     unknown = client.request(method, "/nothing", headers=headers)
@@ -76,7 +76,7 @@ def test_what_a_proxy_forwards_or_a_page_asks_for_finds_nothing(headers: dict[st
 
 
 @pytest.mark.parametrize(("version", "local"), [("1.0", False), ("1.1", True)])
-def test_the_protocol_of_a_proxy_that_adds_no_header_tells_it(version: str, *, local: bool) -> None:
+def test_a_proxy_that_adds_no_header_is_detected_by_its_protocol(version: str, *, local: bool) -> None:
     head = {"type": "http", "http_version": version, "client": HERE, "headers": [(b"host", b"127.0.0.1:8080")]}
     assert is_from_here(Request(head)) is local
 
@@ -117,7 +117,7 @@ def test_operators_learn_the_details() -> None:
     assert listener.get("/healthz").json() == {"alive": False, "node": "0", "why": "it is stuck"}
 
 
-def test_their_own_listener_tells_everybody_and_shows_nothing_else() -> None:
+def test_their_own_listener_answers_all_clients_and_serves_nothing_else() -> None:
     app = make_metrics_app(deps(), stuck=lambda: None)
     listener = TestClient(app, client=("192.0.2.1", 50_000), base_url="http://node.example.com:9100")
     assert listener.get("/metrics", headers={"X-Forwarded-For": "192.0.2.7"}).status_code == 200

@@ -72,7 +72,7 @@ HISTORY = (("user", "asked"), ("assistant", "said"), ("user", "bad asked"), ("as
 @pytest.mark.parametrize(
     ("which", "sent"), [("none", []), ("assistant", ["said"]), ("all", ["asked", "said", "bad asked"])]
 )
-async def test_earlier_turns_are_sent_as_the_setting_says_each_once(which: str, sent: list[str]) -> None:
+async def test_earlier_turns_are_sent_by_the_setting_each_once(which: str, sent: list[str]) -> None:
     async with guarded(moderation_history=which) as it:
         verdicts = [
             await it.guard.check_ai_call(ChatRequest(10001, "m-1", "go on", HISTORY, "en", 0, "t")) for _ in range(2)
@@ -84,7 +84,7 @@ async def test_earlier_turns_are_sent_as_the_setting_says_each_once(which: str, 
 
 
 @pytest.mark.parametrize("mode", ["open", "closed"])
-async def test_what_a_client_says_that_the_model_said_is_refused_and_no_violation(mode: str) -> None:
+async def test_claimed_answers_of_the_model_are_refused_and_no_violation(mode: str) -> None:
     async with guarded(always=chokes_on("poison"), moderation_fail=mode) as it:
         for text, detail in (("bad hate", "hate"), ("poison", "http_400: cannot read that")):
             request = ChatRequest(10001, "m-1", "go on", (("assistant", text),), "en", 0, "t")

@@ -42,7 +42,7 @@ def test_a_folder_with_nothing_else_in_it_is_closed_and_so_is_all_in_it(
     assert not caplog.records
 
 
-def test_a_folder_that_holds_something_else_stays_open_and_what_is_ours_in_it_is_closed(
+def test_a_folder_with_foreign_files_stays_open_and_our_files_in_it_are_closed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = opened(tmp_path / "shared", folder=True)
@@ -52,7 +52,7 @@ def test_a_folder_that_holds_something_else_stays_open_and_what_is_ours_in_it_is
     assert f"{folder} can be written by other users: other users can replace its contents" in caplog.messages
 
 
-def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
+def test_targets_of_links_are_not_changed(tmp_path: Path) -> None:
     elsewhere, folder = opened(tmp_path / "elsewhere"), opened(tmp_path / "folder", folder=True)
     (folder / "lock").symlink_to(elsewhere)
     opened(tmp_path / "there", folder=True)
@@ -64,9 +64,7 @@ def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_what_belongs_to_another_user_can_be_changed_by_that_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_another_user_can_be_changed_by_that_user(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder := tmp_path / ".imstream" / "redis").mkdir(mode=0o700, parents=True)
     folder.parent.chmod(0o700)
     close_to_others(folder, CONTENTS)

@@ -115,7 +115,7 @@ def test_every_alert_has_a_scenario() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_every_alert_says_how_bad_it_is_what_it_blames_and_what_to_do(alert: dict[str, Any]) -> None:
+def test_every_alert_has_a_severity_a_part_and_a_runbook(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning"}
     assert alert["labels"]["part"] in PARTS
     assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}

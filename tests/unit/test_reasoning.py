@@ -38,7 +38,7 @@ def test_reasoning_at_the_beginning_is_removed_and_nothing_else(text: str, shown
 
 
 @given(st.sampled_from(list(TEXTS)), st.integers(1, 9))
-def test_pieces_do_not_change_what_is_shown(text: str, size: int) -> None:
+def test_pieces_do_not_change_the_shown_text(text: str, size: int) -> None:
     reasoning = ReasoningFilter()
     pieces = [reasoning.feed(text[begin : begin + size]) for begin in range(0, len(text), size)]
     assert "".join(pieces) + reasoning.end() == without_reasoning(text)

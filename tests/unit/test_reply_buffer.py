@@ -117,7 +117,7 @@ def test_a_follower_notices_nothing_of_an_attempt_that_continues_the_text() -> N
     assert all_steps(cursor) == [TextGrown(1, "upon", 9)]
 
 
-def test_a_follower_of_text_that_another_worker_continues_goes_on_with_the_number_it_knows() -> None:
+def test_a_follower_of_text_that_another_worker_continues_keeps_its_number() -> None:
     reply = reply_with("Once ")
     cursor = Cursor(reply)
     assert all_steps(cursor) == [TextGrown(1, "Once ", 5)]
@@ -273,7 +273,7 @@ def brief(step: Step) -> str:
             return terminal.event
 
 
-def test_reasoning_is_told_to_those_who_want_it_before_the_text() -> None:
+def test_reasoning_is_sent_before_the_text_to_followers_that_request_it() -> None:
     reply = reply_with()
     curious, plain = Cursor(reply, wants=WANTS), Cursor(reply)
     assert told(curious) == ["started"]
@@ -289,7 +289,7 @@ def test_reasoning_is_told_to_those_who_want_it_before_the_text() -> None:
     assert (told(curious), told(plain)) == (["done"], ["done"])
 
 
-def test_where_reasoning_is_not_shown_the_state_is_told_and_nothing_is_kept() -> None:
+def test_where_reasoning_is_not_shown_the_state_is_sent_and_nothing_is_kept() -> None:
     reply = reply_with()
     cursor = Cursor(reply, wants=WANTS)
     for piece in ("\n", "let ", "me "):
@@ -300,7 +300,7 @@ def test_where_reasoning_is_not_shown_the_state_is_told_and_nothing_is_kept() ->
     assert told(cursor) == ["started", "yes"]
 
 
-def test_reasoning_wakes_nobody_who_does_not_want_it() -> None:
+def test_reasoning_wakes_only_followers_that_request_it() -> None:
     reply, woken = reply_with(), list[ReplyBuffer]()
     reply.subscribe(woken.append)
     reply.think("hm", keep=True)
@@ -327,7 +327,7 @@ def test_a_call_that_fails_and_a_restart_take_the_reasoning_with_them() -> None:
     assert told(slow) == ["thinking", "2/0: third"]
 
 
-def test_each_wait_for_a_backend_is_told_with_its_time() -> None:
+def test_each_wait_for_a_backend_is_sent_with_its_time() -> None:
     reply = reply_with()
     cursor = Cursor(reply, wants=WANTS)
     waits = []
@@ -339,7 +339,7 @@ def test_each_wait_for_a_backend_is_told_with_its_time() -> None:
     assert waits == [1000, 2000, 4000]
 
 
-def test_much_reasoning_is_told_in_parts_and_takes_little_memory() -> None:
+def test_much_reasoning_is_sent_in_parts_and_takes_little_memory() -> None:
     characters = [chr(0x4E00 + number % 20_000) for number in range(100_000)]
     tracemalloc.start()
     reply = reply_with()
@@ -353,7 +353,7 @@ def test_much_reasoning_is_told_in_parts_and_takes_little_memory() -> None:
     assert max(len(step.text) for step in steps) == MAX_DELTA
 
 
-def test_the_recorded_state_is_told_where_no_worker_writes() -> None:
+def test_the_recorded_state_is_sent_where_no_worker_writes() -> None:
     reply = ReplyBuffer(10001, "m")
     cursor = Cursor(reply, wants=WANTS)
     reply.load(Record(1, "", None, position="1-0", thinking=True))
@@ -372,7 +372,7 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=30))
-def test_reasoning_changes_nothing_of_what_others_are_told(steps: list[tuple[str, str]]) -> None:
+def test_reasoning_changes_no_frames_of_others(steps: list[tuple[str, str]]) -> None:
     """Whatever happens, with reasoning and without, and whoever reads when."""
     thinking, silent = reply_with(), reply_with()
     curious, plain, other = Cursor(thinking, wants=WANTS), Cursor(thinking), Cursor(silent)

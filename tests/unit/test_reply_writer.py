@@ -170,7 +170,7 @@ async def test_a_later_writer_of_a_reply_begins_after_all_notices_of_an_earlier_
     assert len(store.told) == 1
 
 
-async def test_a_reply_that_only_this_node_reads_is_announced_to_nobody() -> None:
+async def test_a_reply_that_only_this_node_reads_is_not_announced() -> None:
     store = PlayedStore()
     _, writer = writing(store)
     writer.announce(("0",), begun=True)

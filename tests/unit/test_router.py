@@ -111,7 +111,7 @@ async def test_calls_are_shared_in_proportion_to_weights_and_free_slots(file: Pa
 
 
 @in_virtual_time
-async def test_a_prompt_that_is_too_long_for_a_backend_goes_to_another_and_holds_up_nobody(file: Path) -> None:
+async def test_a_prompt_that_is_too_long_for_a_backend_goes_to_another_and_delays_no_other(file: Path) -> None:
     backends = listed(file, small={"context_tokens": 2048}, large={"priority": 1, "concurrency": 1})
     assert backends.limits_prompts
     assert taken(backends, tokens=1024) == "small"
@@ -214,7 +214,7 @@ async def test_a_backend_that_no_check_has_reached_is_tried_if_no_other_may_be_c
 
 
 @in_virtual_time
-async def test_an_answer_that_goes_on_waits_for_a_full_backend_that_continues_and_holds_up_nobody(file: Path) -> None:
+async def test_a_continued_answer_waits_for_a_full_backend_that_continues_and_delays_no_other(file: Path) -> None:
     backends = listed(file, goes_on={"continue": "assistant", "concurrency": 1}, other={"priority": 1})
     goes_on = named(backends, "goes_on")
     assert taken(backends) == "goes_on"
@@ -231,7 +231,7 @@ async def test_an_answer_that_goes_on_waits_for_a_full_backend_that_continues_an
 
 
 @in_virtual_time
-async def test_who_waits_gets_the_first_backend_that_has_a_free_slot_or_is_back_in_order(file: Path) -> None:
+async def test_waiting_calls_get_the_first_backend_that_has_a_free_slot_or_is_back_in_order(file: Path) -> None:
     backends = listed(file, a={"concurrency": 1}, b={"concurrency": 1})
     a, b = backends
     fails(a)
@@ -290,7 +290,7 @@ async def test_a_node_reads_as_many_requests_as_its_backends_carry(file: Path) -
     assert backends.startable() == 1  # and another one the next
 
 
-async def test_a_backend_that_cannot_be_reached_is_checked_again_before_that_is_told(
+async def test_a_backend_that_cannot_be_reached_is_checked_again_before_that_is_logged(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imstream.ai.router.RECHECK", 0.2)

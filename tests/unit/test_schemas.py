@@ -43,7 +43,7 @@ def test_every_frame_of_a_client_fits_one_schema(frame: ClientFrame) -> None:
 
 
 @given(NEARLY_FRAMES)
-def test_a_node_accepts_what_fits_the_schema_of_a_client(value: dict[str, object]) -> None:
+def test_a_node_accepts_frames_that_fit_the_schema_of_a_client(value: dict[str, object]) -> None:
     user_ids = UserIds.TEXT if isinstance(value.get("userId"), str) else UserIds.NUMBER
     for name in fitting(value):
         try:

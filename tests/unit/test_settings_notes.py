@@ -61,7 +61,9 @@ def test_every_setting_is_known_in_any_case(folder: Path, monkeypatch: pytest.Mo
     assert settings_notes.check()[1] == []
 
 
-def test_a_name_that_is_no_setting_is_told_with_the_nearest_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_no_setting_is_reported_with_the_nearest_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IMSTREAM_QUEU_LIMIT", "hush")
     monkeypatch.setenv("imstream_embeded_port", "hush")
     (folder / ".env").write_text("IMSTREAM_DEMOPACE=hush\nSOMEBODY_ELSES=x\nIMSTREAM_ZZZZZZ=hush\nIMSTREAM_\x1b[2J=x\n")

@@ -31,7 +31,7 @@ async def _after(stall: float) -> tuple[list[bool], list[EventDict]]:
 
 
 @in_virtual_time
-async def test_a_loop_that_stood_still_is_to_blame_until_a_moment_after_and_says_so_once() -> None:
+async def test_a_loop_that_stood_still_is_the_cause_until_a_moment_after_and_is_logged_once() -> None:
     blamed, logs = await _after(16.0)
     assert blamed == [False, True, True, False]
     assert [(line["log_level"], line["event"]) for line in logs] == [

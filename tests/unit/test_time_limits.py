@@ -164,7 +164,7 @@ async def test_the_task_can_go_on_after_a_limit() -> None:
 
 
 @in_virtual_time
-async def test_what_was_received_is_read_before_silence_is_found_too_long() -> None:
+async def test_received_data_is_read_before_silence_is_found_too_long() -> None:
     async def silent_after_50_seconds() -> None:
         async with TimeLimits(total=seconds(100)) as limits:
             limits.expect("idle", within=seconds(3))

@@ -155,7 +155,7 @@ def test_a_token_that_holds_for_too_long_is_not_believed(algorithm: Algorithm) -
     assert read(signed(algorithm, exp=1e300), algorithm) == "lifetime"
 
 
-def test_what_counts_is_how_long_it_was_issued_for_and_not_how_long_it_still_holds() -> None:
+def test_the_lifetime_is_limited_from_the_issue_and_not_from_now() -> None:
     day = 24 * 3600
     assert read(signed(exp=NOW + 60, iat=NOW + 60 - day)) == Claims(USER, NOW + 65)
     assert read(signed(exp=NOW + 60, iat=NOW + 54 - day)) == "lifetime"

@@ -57,7 +57,7 @@ def test_no_text_is_an_error(text: str) -> None:
     assert parse_traceparent(read_traceparent(text)) is not None
 
 
-def test_what_is_made_is_valid_not_sampled_and_of_its_own() -> None:
+def test_a_new_traceparent_is_valid_unique_and_not_sampled() -> None:
     made = {new_traceparent() for _ in range(examples(1000))}
     assert all(parse_traceparent(one) == one and one.endswith("-00") for one in made)
     assert len({one[3:35] for one in made}) == len({one[36:52] for one in made}) == len(made)

@@ -76,7 +76,7 @@ def test_without_one_installed_it_says_so_and_where_the_nodes_are() -> None:
     assert lines[2:4] == [f"node 0   ws://127.0.0.1:{first}/ws", f"node 1   ws://127.0.0.1:{first + 1}/ws"]
 
 
-def test_parts_that_a_setting_replaces_are_told_before_the_start_and_in_the_summary(
+def test_parts_that_a_setting_replaces_are_reported_before_the_start_and_in_the_summary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert list(make_plan(ports()).omitted()) == []
@@ -98,7 +98,7 @@ def test_parts_that_a_setting_replaces_are_told_before_the_start_and_in_the_summ
         ({"host": "0.0.0.0"}, "none: IMSTREAM_METRICS is not set, and IMSTREAM_HOST is not loopback"),
     ],
 )
-def test_it_says_where_the_metrics_are(settings: dict[str, str], told: str) -> None:
+def test_it_shows_the_address_of_the_metrics(settings: dict[str, str], told: str) -> None:
     options = {**ports(), "allow_insecure": "true"}
     known = {"port": options["port"], "other": free_port()}
     lines = summary(make_plan(options | {name: value.format(**known) for name, value in settings.items()}))

@@ -115,7 +115,7 @@ def test_any_other_id_in_a_frame_is_refused_before_everything_else(user: str) ->
 
 
 @given(TEXTS)
-def test_what_is_stored_keeps_a_text_a_text(user: str) -> None:
+def test_a_stored_text_id_stays_a_text(user: str) -> None:
     request = ChatRequest(user, "m", "hello", (), "en", 1, new_traceparent())
     fields = request.fields()
     assert ChatRequest.from_fields(dict(zip(fields[::2], fields[1::2], strict=True)), user_ids=TEXT) == request
@@ -125,14 +125,14 @@ def test_what_is_stored_keeps_a_text_a_text(user: str) -> None:
 
 
 @given(TEXTS.filter(lambda text: not re.fullmatch("[0-9]+", text)))
-def test_a_node_with_numbers_passes_over_what_is_about_a_text(user: str) -> None:
+def test_a_node_with_numbers_ignores_entries_with_a_text_id(user: str) -> None:
     assert parse_notice(notice_fields(AccountChanged(user)), NUMBER) is None
 
 
 # The setting
 
 
-def test_the_setting_names_what_is_allowed() -> None:
+def test_the_setting_names_the_allowed_ids() -> None:
     assert Settings.load().user_ids is NUMBER
     assert Settings.load(user_ids="text").user_ids is TEXT
     with pytest.raises(SettingsError, match=r"IMSTREAM_USER_IDS='names' is not allowed: .*'number' or 'text'"):

@@ -110,7 +110,7 @@ async def test_there_is_no_estimate_before_anything_was_measured_nor_while_the_b
     assert one.place.wait is None
 
 
-async def test_nothing_is_estimated_for_a_message_whose_place_nobody_wants_to_know() -> None:
+async def test_nothing_is_estimated_for_a_message_whose_place_is_not_requested() -> None:
     waiting, one = line(), reply(1, is_watched=False)
     waiting.start("job", None)
     waiting.end("job", is_measured=True)

@@ -406,7 +406,7 @@ def test_a_text_that_is_no_object_has_no_id(text: str) -> None:
     assert error.message_id is None
 
 
-def test_a_full_history_fits_with_fields_that_nobody_knows_and_more_is_refused() -> None:
+def test_a_full_history_fits_with_unknown_fields_and_more_is_refused() -> None:
     turn = {"role": "user", "content": "x", "id": 1, "at": 2}
     assert parse_frame(_chat(history=[turn] * 200)).msg_type == "CHAT"
     too_much: list[list[Any]] = [[{}] * 21_000, [turn] * 1_000, [1] * 30_000]

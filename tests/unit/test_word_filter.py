@@ -150,7 +150,7 @@ def test_marks_of_its_own_script_make_another_word() -> None:
 
 
 @pytest.mark.parametrize("unseen", ["\u200b", "\u0e31"])
-def test_what_is_not_seen_costs_no_more_than_its_length(unseen: str) -> None:
+def test_invisible_characters_cost_no_more_than_their_length(unseen: str) -> None:
     """The cost is linear, whole and in pieces: twice the length costs twice as much, not four times."""
 
     def cost(length: int) -> float:
