@@ -93,7 +93,7 @@ _CLIPBOARDS = (
     ("DISPLAY", ("xclip", "-selection", "clipboard")),
     ("TMUX", ("tmux", "load-buffer", "-w", "-")),  # tmux ignores OSC 52 by default
 )
-_COPY_TIMEOUT = 3  # seconds
+_COPY_TIMEOUT = 5  # seconds
 
 
 def copy(text: str, send: Callable[[str], bool]) -> Sentence:
