@@ -62,29 +62,22 @@ class Disconnected:
 ConnectionChange = Connected | Disconnected
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ReconnectingConnection:
     """Keeps one logged-in connection to one of the servers."""
 
-    def __init__(  # noqa: PLR0913 - built in one place
-        self,
-        *,
-        servers: Servers,
-        credentials: Credentials,
-        timing: Timing,
-        pending: PendingRequests,
-        on_change: Callable[[ConnectionChange], None] | None,
-        on_asked: Callable[[ReceivedFrame], Awaitable[None]],
-    ) -> None:
+    servers: Servers
+    credentials: Credentials
+    timing: Timing
+    pending: PendingRequests
+    on_change: Callable[[ConnectionChange], None] | None
+    on_asked: Callable[[ReceivedFrame], Awaitable[None]]
+
+    def __post_init__(self) -> None:
         self.settled = asyncio.Event()  # after the first login, or when there will be none
         self.last_error = ""  # the server's last sentence that concerns no message, or the cause of the last failure
-        self._servers = servers
-        self._credentials = credentials
-        self._timing = timing
-        self._pending = pending
-        self._on_change = on_change
-        self._on_asked = on_asked
-        self._backoff = Backoff(timing)
-        self._heartbeat = timing.heartbeat
+        self._backoff = Backoff(self.timing)
+        self._heartbeat = self.timing.heartbeat
         # State of the current connection.
         self._socket: ClientConnection | None = None  # only while logged in
         self._logged_in = asyncio.Event()
@@ -98,12 +91,12 @@ class ReconnectingConnection:
                 policy = await self._connect_once()
                 if policy.mode is RetryMode.NEVER:
                     return
-                has_untried = policy.switch_server and self._servers.advance()
+                has_untried = policy.switch_server and self.servers.advance()
                 delay = self._backoff.delay(RetryMode.NOW if has_untried else policy.mode)
                 self._notify(Disconnected(self.last_error, delay))
                 await asyncio.sleep(delay.total_seconds())
         finally:
-            self._pending.fail_all(ClientClosed("the client was closed"))
+            self.pending.fail_all(ClientClosed("the client was closed"))
             self.settled.set()
 
     async def send(self, request: Reply | CancelRequest) -> None:
@@ -112,7 +105,7 @@ class ReconnectingConnection:
         if socket is None or request.sent_on is socket or request.ended:
             return
         is_new, request.sent_on = request.sent_on is None, socket
-        is_busy = any(reply.sent_on is socket and reply is not request for reply in self._pending.unanswered)
+        is_busy = any(reply.sent_on is socket and reply is not request for reply in self.pending.unanswered)
         try:
             if is_new and not is_busy:  # the server handles frames in their order
                 self._expect(asyncio.ensure_future(await socket.ping()), socket)
@@ -130,7 +123,7 @@ class ReconnectingConnection:
             elif not pong.done():
                 self._expect(pong, socket)
 
-        asyncio.get_running_loop().call_later(self._timing.probe.total_seconds(), check)
+        asyncio.get_running_loop().call_later(self.timing.probe.total_seconds(), check)
 
     async def _connect_once(self) -> ReconnectPolicy:
         """Run one connection from its handshake to its end."""
@@ -139,21 +132,21 @@ class ReconnectingConnection:
         except TokenUnavailable as error:
             self.last_error = str(error)
             return ReconnectPolicy(RetryMode.BACKOFF)
-        if self._credentials.is_rejected:
-            self._pending.fail_all(SessionEnded(CloseCode.NOT_AUTHENTICATED, self.last_error))
+        if self.credentials.is_rejected:
+            self.pending.fail_all(SessionEnded(CloseCode.NOT_AUTHENTICATED, self.last_error))
             return ReconnectPolicy(RetryMode.NEVER)
-        url = self._servers.current
+        url = self.servers.current
         proxy = None if is_loopback(urlsplit(url).hostname or "") else get_proxy(parse_uri(url))
         try:
             socket = await connect(
-                connect_url(url, self._credentials.user_id),
-                additional_headers={"Accept-Language": self._credentials.lang} if self._credentials.lang else None,
+                connect_url(url, self.credentials.user_id),
+                additional_headers={"Accept-Language": self.credentials.lang} if self.credentials.lang else None,
                 compression=None,
-                open_timeout=self._timing.login.total_seconds(),
-                close_timeout=self._timing.close.total_seconds(),
+                open_timeout=self.timing.login.total_seconds(),
+                close_timeout=self.timing.close.total_seconds(),
                 max_size=MAX_FRAME,
                 proxy=proxy,
-                ssl=(self._servers.tls or True) if url.lower().startswith("wss:") else None,
+                ssl=(self.servers.tls or True) if url.lower().startswith("wss:") else None,
             )
         except (OSError, WebSocketException, ValueError, ImportError) as error:  # of a wrong port, of SOCKS
             way = f"{url} through the proxy {redact_url(proxy)}" if proxy else url
@@ -176,22 +169,22 @@ class ReconnectingConnection:
     async def _next_token(self) -> str | None:
         """The next token; raises `TokenUnavailable` also after `timing.login`."""
         try:
-            async with asyncio.timeout(self._timing.login.total_seconds()):
-                return await self._credentials.next_token()
+            async with asyncio.timeout(self.timing.login.total_seconds()):
+                return await self.credentials.next_token()
         except TimeoutError:
             raise TokenUnavailable("no token in time") from None
 
     async def _send_frames(self, socket: ClientConnection, token: str | None) -> None:
-        user_id, resumed = self._credentials.user_id, self._pending.accepted
+        user_id, resumed = self.credentials.user_id, self.pending.accepted
         for reply in resumed:
             reply.resuming = True
         resume = [reply.resume_point for reply in resumed]
         heartbeat = ClientHeartbeat(msg_type="HEARTBEAT", user_id=user_id)
         try:
-            await socket.send(_encode(self._credentials.init(token, resume)))
-            async with asyncio.timeout(self._timing.login.total_seconds()):
+            await socket.send(_encode(self.credentials.init(token, resume)))
+            async with asyncio.timeout(self.timing.login.total_seconds()):
                 await self._logged_in.wait()
-            requests: list[Reply | CancelRequest] = [*self._pending.unanswered, *self._pending.cancels]
+            requests: list[Reply | CancelRequest] = [*self.pending.unanswered, *self.pending.cancels]
             for request in requests:
                 await self.send(request)
             while True:
@@ -215,14 +208,14 @@ class ReconnectingConnection:
         except TokenUnavailable as error:
             logger.warning("cannot renew the login: %s", error)
             return None
-        return self._credentials.init(token)
+        return self.credentials.init(token)
 
     async def _receive(self, socket: ClientConnection) -> ReconnectPolicy:
         try:
             while True:
                 frame = self._last_frame = _decode(await socket.recv())
                 if frame is not None and frame.event is Event.ASKED:
-                    await self._on_asked(frame)
+                    await self.on_asked(frame)
                 if frame is not None and not self._apply(frame, socket):
                     return ReconnectPolicy(RetryMode.BACKOFF, switch_server=True)
         except ConnectionClosed as closed:
@@ -232,26 +225,26 @@ class ReconnectingConnection:
         """Apply one frame; False if the server could not log the client in, or could not resume."""
         if frame.msg_type is MsgType.CHAT:
             self._backoff.reset()
-            self._pending.apply_chat(frame)
+            self.pending.apply_chat(frame)
         elif frame.msg_type is MsgType.INIT:
-            self._credentials.on_accepted()
+            self.credentials.on_accepted()
             if not self._logged_in.is_set():  # else the login was renewed
                 self._on_login(frame, socket)
-        elif frame.msg_type is MsgType.SYSTEM and not self._pending.apply_system(frame):
+        elif frame.msg_type is MsgType.SYSTEM and not self.pending.apply_system(frame):
             self.last_error = frame.contents or frame.code
-            if frame.code is Code.UNAUTHORIZED and self._logged_in.is_set() and self._credentials.is_renewable:
+            if frame.code is Code.UNAUTHORIZED and self._logged_in.is_set() and self.credentials.is_renewable:
                 self._login_expires.set()
             return frame.code is not Code.UNAVAILABLE
         return True
 
     def _on_login(self, frame: ReceivedFrame, socket: ClientConnection) -> None:
         self._socket = socket
-        self._servers.reset()
+        self.servers.reset()
         announced = frame.heartbeat_ms
-        self._heartbeat = timedelta(milliseconds=announced) if announced else self._timing.heartbeat
+        self._heartbeat = timedelta(milliseconds=announced) if announced else self.timing.heartbeat
         self._logged_in.set()
         self.settled.set()
-        self._notify(Connected(self._servers.current, frame.node, len(self._pending.accepted)))
+        self._notify(Connected(self.servers.current, frame.node, len(self.pending.accepted)))
 
     def _on_close(self, closed: ConnectionClosed, socket: ClientConnection) -> ReconnectPolicy:
         code, reason = (None, "") if closed.rcvd is None else (closed.rcvd.code, closed.rcvd.reason)
@@ -260,11 +253,11 @@ class ReconnectingConnection:
         self.last_error = (cause and cause.contents) or reason or problem
         policy = after_close(code, cause.code if cause else None)
         if policy.mode is RetryMode.NEVER and code == CloseCode.NOT_AUTHENTICATED:
-            policy = self._credentials.on_rejected(was_logged_in=self._logged_in.is_set())
+            policy = self.credentials.on_rejected(was_logged_in=self._logged_in.is_set())
         if policy.mode is RetryMode.NEVER:
-            self._pending.fail_all(SessionEnded(code or 0, self.last_error))
+            self.pending.fail_all(SessionEnded(code or 0, self.last_error))
         elif code == CloseCode.FRAME_TOO_BIG:
-            self._pending.fail_largest(socket)
+            self.pending.fail_largest(socket)
         return policy
 
     def _cause_of(self, code: int | None) -> ReceivedFrame | None:
@@ -275,8 +268,8 @@ class ReconnectingConnection:
 
     def _notify(self, change: ConnectionChange) -> None:
         logger.info("%s", change)
-        if self._on_change is not None:
-            self._on_change(change)
+        if self.on_change is not None:
+            self.on_change(change)
 
 
 def _encode(frame: ClientFrame) -> str:
