@@ -187,9 +187,11 @@ class ReplyBuffer:
         """Return the text from `offset` on, at most `limit` characters."""
         if offset >= self.offset:
             return ""
-        index = bisect_right(self._starts, offset) - 1
-        last = index == len(self._texts) - 1
-        text = (self._texts[index] if last else "".join(self._texts[index:]))[offset - self._starts[index] :]
+        if offset == self._starts[-1]:  # of a session that keeps up
+            text = self._texts[-1]
+        else:
+            index = bisect_right(self._starts, offset) - 1
+            text = "".join(self._texts[index:])[offset - self._starts[index] :]
         return text if limit is None else text[:limit]
 
     def subscribe(self, on_change: Callable[["ReplyBuffer"], None]) -> None:

@@ -72,7 +72,7 @@ class Intake:
                 self.limits.expect("idle_timeout", within=self.idle_timeout)
         elif not self._begun:
             self.limits.renew()  # a sign of life, such as a comment
-        return not (reader.complete or self._text)
+        return not (self._text or ((reader.done or reader.finish_reason is not None) and reader.complete))
 
     def rest(self, body: StreamedBody) -> None:
         """After a read: make the next one in the turn of this answer, if the node is busy and text is coming."""

@@ -192,9 +192,10 @@ class SessionWriter:
                     self.blocked_since = asyncio.get_running_loop().time()
                 return
             self.blocked_since = None
-            if not (batch := self._next_batch()):
+            if not (self._outbox or self._grown):
                 break
-            self._socket.write(batch)
+            if batch := self._next_batch():
+                self._socket.write(batch)
         if self._closing is not None and not self._stopped:
             self.close_now()
 

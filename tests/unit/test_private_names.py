@@ -29,7 +29,10 @@ async def test_aiohttp_has_the_names_that_bound_and_stream_a_response() -> None:
     check("aiohttp", handler, "_payload", "_buffer", "_reading_paused", "__len__", used_by=used_by)
     check("aiohttp", handler, "exception", "set_response_params", "resume_reading", used_by=used_by)
     reader = aiohttp.StreamReader(handler, limit=1, loop=loop)
-    check("aiohttp", reader, "_read_nowait", "total_bytes", used_by=used_by)
+    names = ("_buffer", "_size", "_eof", "_exception", "_protocol", "_http_chunk_splits", "total_bytes")
+    check("aiohttp", reader, *names, used_by=used_by)
+    check("aiohttp", reader, "begin_http_chunk_receiving", "end_http_chunk_receiving", used_by=used_by)
+    reader.__class__ = type("Buffer", (aiohttp.StreamReader,), {"__slots__": ()})  # the parser creates it
 
 
 def test_uvicorn_has_the_names_that_limit_connections_and_requests() -> None:
