@@ -359,6 +359,8 @@ async def test_a_wrong_user_id_is_not_sent(page: Page, page_node: NodeProcess) -
     await page.press("Enter")
     await page.until(f"document.querySelector('#problem').textContent.includes('{why}')")
     assert await page.evaluate("!document.querySelector('#login').hidden")
+    await page.click("#language")
+    await page.until("document.querySelector('#problem').textContent.startsWith('用户标识')")
 
 
 async def test_a_person_logs_in_with_an_e_mail_address_where_ids_are_text(

@@ -130,6 +130,17 @@ async def test_only_code_and_tables_are_wider_than_the_screen_and_scroll_in_them
     await asyncio.to_thread((tmp_path / "markdown.png").write_bytes, await page.screenshot())
 
 
+async def test_a_long_word_in_a_table_does_not_cover_the_next_cell(page: Page) -> None:
+    await page.evaluate("shown.element.style.width = '40rem'")
+    await update(page, TEXT)
+    covering = """[...shown.element.querySelectorAll("td")].filter((cell) => {
+      const range = document.createRange();
+      range.selectNodeContents(cell);
+      return range.getBoundingClientRect().right > cell.getBoundingClientRect().right;
+    }).length"""
+    assert await page.evaluate(covering) == 0
+
+
 async def test_wide_code_is_scrolled_with_the_keyboard(page: Page) -> None:
     await page.look(PHONE)
     await update(page, TEXT)

@@ -108,7 +108,14 @@ function askForToken(problem) {
   token.focus();
 }
 
+/** Says what is wrong with the input, in the language of the page: it may be changed meanwhile. */
+function refuseInput(name) {
+  showLogin(true, say(name));
+  $("problem").dataset.name = name;
+}
+
 function showLogin(visible, problem = "") {
+  $("problem").dataset.name = "";
   $("login").hidden = !visible;
   for (const id of ["chat", "menu", "toggle"]) $(id).hidden = visible;
   $("menu").open = false;
@@ -194,6 +201,8 @@ function speak(chosen) {
   box.placeholder = say("write");
   $("language").textContent = chosen === "zh" ? "English" : "中文";
   $("language").lang = chosen === "zh" ? "en" : "zh-CN";
+  const { name } = $("problem").dataset;
+  if (name) write($("problem"), say(name));
   if (!client) return;
   showConnection();
   measure();
@@ -205,8 +214,8 @@ $("enter").onsubmit = (event) => {
   event.preventDefault();
   const id = parseUserId(user.value.trim());
   const base = parseAddress(address.value.trim() || HERE || address.placeholder);
-  if (id === undefined) return showLogin(true, say(NUMBERS_ONLY ? "badNumber" : "badUser"));
-  if (base === undefined) return showLogin(true, say("badAddress"));
+  if (id === undefined) return refuseInput(NUMBERS_ONLY ? "badNumber" : "badUser");
+  if (base === undefined) return refuseInput("badAddress");
   logIn(id, base);
 };
 
