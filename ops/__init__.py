@@ -1,1 +1,1 @@
-"""Programs for those who work on imstream; nothing of it is installed."""
+"""Programs for the development of imstream; they are not installed."""

@@ -1,4 +1,4 @@
-"""Generated parts of documents: what stands between `<!-- generated: name -->` and `<!-- end -->`."""
+"""Generated parts of documents, between `<!-- generated: name -->` and `<!-- end -->`."""
 
 from collections.abc import Iterable, Mapping
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-MAX_BODY = 8 * 1024 * 1024  # bytes of a request body; what exceeds them is not kept
+MAX_BODY = 8 * 1024 * 1024  # bytes of a request body; the rest is not kept
 
 Framing = Literal["chunked", "close"] | int
 """How a body ends: with a last chunk, with the connection, or after a number of bytes."""

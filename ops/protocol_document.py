@@ -73,7 +73,7 @@ def _frame(name: str, schema: Json) -> tuple[str, ...]:
 
 
 def _fields(schemas: dict[str, Json]) -> str:
-    """One row for each field; if frames describe it differently, with what each of them says."""
+    """One row for each field; if frames describe it differently, with the text of each."""
     found: dict[str, dict[str, list[str]]] = {}
     types: dict[str, str] = {}
     for frame, schema in schemas.items():

@@ -24,7 +24,7 @@ the working directory, in this order of precedence. Secrets have no option.
 - Time spans are `250ms`, `30s`, `15m`, `1h`, `1d` or plain seconds.
 - Secrets, and URLs that may hold one, can be read from a file instead, which `IMSTREAM_…_FILE` names, such as
   `IMSTREAM_AI_KEY_FILE=/run/secrets/ai-key`. It is read at the start. The settings marked with **F** can.
-- An invalid value is refused at the start, naming the setting, the value and what is allowed.
+- An invalid value is refused at the start, naming the setting, the value and the allowed values.
 - The start logs which `.env` was read. It warns if another user owns the file or can write to it, if it holds secrets
   that others can read (or a file of a secret that they can), and about each unknown `IMSTREAM_…` variable, with the
   nearest name.

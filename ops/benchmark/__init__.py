@@ -1,1 +1,1 @@
-"""The benchmark: what a chat costs on a node, beside two services that have no queue. Run `ops/bench`."""
+"""The benchmark: the cost of a chat on a node, beside two services that have no queue. Run `ops/bench`."""

@@ -203,7 +203,7 @@ def read_figures(document: str) -> dict[str, float]:
 
 
 def model_tables(known: Values) -> dict[str, str]:
-    """The parts of capacity.md that follow from the measured values: everything but what was seen in the run."""
+    """The parts of capacity.md that follow from the measured values: everything but the observations of the run."""
     made = {name: compute(known, *example) for name, example in EXAMPLES.items()}
     inputs = (("S", "sockets"), ("R", "chats a second"), ("D", "seconds of an answer"))
     given = [
@@ -227,7 +227,7 @@ def model_tables(known: Values) -> dict[str, str]:
 
 
 def run_tables(scale: Mapping[str, Any]) -> dict[str, str]:
-    """The parts of capacity.md that show what was seen in the run."""
+    """The parts of capacity.md with observations of the run."""
     idle, seen, point = scale["idle"], scale["storm"], scale["check"]
     machine = scale["circumstances"]
     doubt = " (too much: these figures are not reliable)" if scale["foreign"] > BUSY else ""
@@ -246,7 +246,7 @@ def run_tables(scale: Mapping[str, Any]) -> dict[str, str]:
 
 
 def idle_rows(idle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What idle sockets cost."""
+    """The cost of idle sockets."""
     yield "open at the same time", f"{idle['sockets']:,} (limit of open files: {idle['file_limit']:,})"
     yield (
         "memory of the node",
@@ -260,7 +260,7 @@ def idle_rows(idle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def storm_rows(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a reconnect storm does."""
+    """The effects of a reconnect storm."""
 
     def times(name: str) -> str:
         return " / ".join(f"{seen[name][quantile]:.1f} s" for quantile in ("p50", "p99")) if seen[name] else "-"

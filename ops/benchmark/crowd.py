@@ -1,7 +1,7 @@
 """A crowd of users in one process, for `ops.benchmark.scale`. It obeys lines of JSON on standard input.
 
 Each line is a command of `Crowd` with its arguments (`{"command": "open", "count": 10, …}`), answered with one line of
-JSON, or several where its description says so. The sockets stay open until standard input ends.
+JSON, or several, by its description. The sockets stay open until standard input ends.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """One user of a crowd: a session that is kept across connections, and the text of the answer under way.
 
 As a client of imstream does, it resumes its message after a loss, tries the next node when one cannot be reached, waits
-between two tries (exponential backoff with full jitter), and sends again what was refused for now.
+between two tries (exponential backoff with full jitter), and sends temporarily refused messages again.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ TERMINAL = frozenset({"done", "failed", "cancelled"})
 
 @dataclass
 class Seen:
-    """What all members of a crowd have seen; times in seconds.
+    """The observations of all members of a crowd; times in seconds.
 
     Attributes:
         refusals: Tries to connect that failed, by their cause.

@@ -235,7 +235,7 @@ def storm(stage: Stage, plan: Plan) -> dict[str, Any]:
 
 
 def chats(stage: Stage, node: Process, load: Load) -> dict[str, Any]:
-    """Apply a load of paced answers to a node; each value for one chat, unless its name tells otherwise."""
+    """Apply a load of paced answers to a node; each value for one chat, unless its name shows otherwise."""
     with crowd([node], load.members) as members:
         time.sleep(SETTLE)
         start = Reading.take(stage, node, members)

@@ -8,7 +8,7 @@ duplicated   a second terminal event is recorded, or was sent on the same socket
 unexpected   a text other than the backend's, a cancellation without a request, an invalid frame, a reply to a message
              that was never sent
 failed       given up, with a reason
-recovered    the client did not know whether it was accepted, and it was answered correctly
+recovered    the client had no receipt, and it was answered correctly
 """
 
 from collections import defaultdict

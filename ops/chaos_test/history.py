@@ -9,7 +9,7 @@ TERMINAL = ("done", "failed", "cancelled")
 
 @dataclass
 class SentMessage:
-    """One message, as its client knows it. Times are seconds of one clock.
+    """One message, as seen by its client. Times are seconds of one clock.
 
     Attributes:
         question: The text of the message.

@@ -21,7 +21,7 @@ class Results:
 
     Attributes:
         injected: Number of faults, by kind.
-        leftovers: What should be gone at the end, one sentence each.
+        leftovers: Remains at the end, one sentence each.
         unforeseen: Events that no fault explains: a process exited or logged an exception.
         before: Resources of a node at its start.
         after: Resources of the nodes at the end, by name.

@@ -180,7 +180,7 @@ class Stage:
         """The port for the next connection: of the load balancer, or of a random node."""
         if self.balancer is not None:
             return self.balancer.port
-        return self._random.choice([*self.nodes, self.leaver]).port  # clients do not know that it is dead
+        return self._random.choice([*self.nodes, self.leaver]).port  # its death is unknown to clients
 
     async def _end(self) -> None:
         """Kill everything."""

@@ -81,7 +81,7 @@ class FrameReader:
 
 
 class _MessageState:
-    """What one connection was sent about one message; None: not known yet."""
+    """The frames of one connection about one message; None: not known yet."""
 
     def __init__(self) -> None:
         self.attempt: int | None = None

@@ -1,4 +1,4 @@
-"""Odd answers of real backends, seen from a user's socket: what is an answer, what is tried again, what is refused."""
+"""Odd answers of real backends, seen from a user's socket: answers, retries and refusals."""
 
 from dataclasses import dataclass
 from pathlib import Path

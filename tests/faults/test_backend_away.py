@@ -1,4 +1,4 @@
-"""A backend that is away: an outage fails nobody, buries nothing, and does not end in a storm of calls."""
+"""A backend that is away: an outage fails no message, buries nothing, and does not end in a storm of calls."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "read_block": "1s",
     "sweep_interval": "5s",
 }
-"""The defaults of what tests of faults shorten."""
+"""The defaults of settings that tests of faults shorten."""
 
 WRONG_KEY = '{"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}'
 

@@ -1,4 +1,4 @@
-"""A strict backend with a dialect of its own, behind a node: the settings reach it, and nobody's message fails."""
+"""A strict backend with a dialect of its own, behind a node: the settings reach it, and no message fails."""
 
 import json
 from pathlib import Path

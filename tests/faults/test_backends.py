@@ -1,4 +1,4 @@
-"""Several backends behind a node: when one is away, full or broken, another answers, and nobody notices."""
+"""Several backends behind a node: when one is away, full or broken, another answers, unnoticed by clients."""
 
 import asyncio
 import itertools
@@ -78,7 +78,7 @@ async def state(node: OneNode, name: str) -> dict[str, Any]:
 
 
 class Held:
-    """A backend whose answers begin at once, and end when the test says so."""
+    """A backend whose answers begin at once, and end at a signal of the test."""
 
     def __init__(self) -> None:
         self.running = 0
@@ -111,7 +111,7 @@ async def first_delta(node: OneNode, user: int) -> float:
         seconds = loop.time() - began
         told = await someone.end_of("m1")
         assert (told.text, told.attempt, told.events.count("restart")) == ("All well", 1, 0)
-    assert {entry["event"] for entry in node.record(user, "m1")} <= {"queued", "opened", "text", "done"}  # nobody waits
+    assert {entry["event"] for entry in node.record(user, "m1")} <= {"queued", "opened", "text", "done"}  # none waits
     return seconds
 
 
@@ -265,7 +265,7 @@ async def test_a_backend_killed_in_the_middle_of_answers_again_and_again_loses_n
 
 
 async def answer(node: OneNode, user: int, began: asyncio.Barrier) -> Told:
-    """Ask a long question; what is told. All of `began` go on when they have seen some of theirs."""
+    """Ask a long question; returns its frames. All of `began` continue when they have some of their text."""
     async with node.peer(user) as someone:
         await someone.chat(user, question(60, user), "m1")
         await someone.some_text("m1")

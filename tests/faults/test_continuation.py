@@ -1,4 +1,4 @@
-"""An answer is interrupted by its backend or its node: it goes on where it was, and equals an uninterrupted one."""
+"""An answer is interrupted by its backend or its node: it continues where it was, and equals an uninterrupted one."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""An operator retries dead letters: who sees the answer, on nodes and with clients of this release and the previous."""
+"""An operator retries dead letters: the answer, on nodes and with clients of this release and the previous."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ async def nodes_whose_backend_fails_once(folder: Path, *names: str, **pythons: s
 
 
 async def retried(nodes: ManyNodes, *options: str) -> str:
-    """What `imstream dead retry` says became of the letter of node a."""
+    """The result of `imstream dead retry` for the letter of node a."""
     await wait_until(lambda: len(nodes["a"].dead()) == 1, "the request is buried")
     command = ["dead", "retry", "--json", "--redis", nodes.server.url, *options]
     result = await asyncio.to_thread(CliRunner().invoke, main, command)

@@ -1,4 +1,4 @@
-"""A real model, killed in the middle of an answer, or its node: the answer goes on and equals one without a fault.
+"""A real model, killed in the middle of an answer, or its node: the answer continues and equals one without a fault.
 
 At temperature 0 the model gives one question one answer, so the assembled text must be that answer to the character.
 (Unless it computes in batches, see `tests/support/exact_model.py`.)
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("unmeasured")]
 
 USER = user_id(10001)
 QUESTION = "Explain in one paragraph what a message queue is."
-TOKENS = 300  # three times those of the answer: what was written is estimated when the rest is limited
+TOKENS = 300  # three times those of the answer: the text so far is estimated when the rest is limited
 BODY = '{"temperature": 0, "cache_prompt": false}'  # prompts that are cached round differently
 SHOWN = pytest.mark.parametrize("shown", [1, 120, 400])
 """Characters that the client has received when something dies."""
@@ -56,7 +56,7 @@ async def whole_answer(node: OneNode) -> str:
 
 
 async def cut_answer(node: OneNode, shown: int) -> Told:
-    """What a client has seen when its node is killed in the middle of the answer, a part of which is recorded."""
+    """The text of a client when its node is killed in the middle of the answer, a part of which is recorded."""
     async with node.peer(USER) as someone:
         await someone.chat(USER, QUESTION, "cut")
         told = await someone.some_text("cut", shown)

@@ -1,4 +1,4 @@
-"""Nodes are killed: others answer what they had accepted, and users get it from them, whole and once (I1, I5)."""
+"""Nodes are killed: others answer their messages, and users get the answers from them, whole and once (I1, I5)."""
 
 import asyncio
 from collections.abc import Iterator

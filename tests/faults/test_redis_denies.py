@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def node(server: RedisServer, demo: DemoBackend, tmp_path: Path) -> Iterator[OneNode]:
-    """A node to be started, with its own password, which Redis does not know yet."""
+    """A node to be started, with its own password, which Redis does not have yet."""
     with server.client() as client:
         url = server.url.replace(USER, "imstream:new-secret")
         made = OneNode(tmp_path, client, url, demo.url, {**QUICK, "log_level": "debug"})
@@ -48,7 +48,7 @@ def allow(client: redis.Redis, *rules: str) -> None:
 
 
 def denials(node: OneNode) -> list[str]:
-    """Return what the node logs as denied."""
+    """Return the denied commands in the log of the node."""
     lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
     return [line["error"] for line in lines if line["event"] == "redis denies access"]
 

@@ -1,4 +1,4 @@
-"""Sentinel replaces the master: only what had not reached the replica is lost, and the loss is announced."""
+"""Sentinel replaces the master: only writes that had not reached the replica are lost, and the loss is announced."""
 
 import asyncio
 from pathlib import Path
@@ -64,7 +64,7 @@ async def test_what_a_fail_over_loses_is_expired_for_its_client_who_sends_it_aga
             await play.node.becomes(503, limit=REPLACED_WITHIN)
             await play.node.becomes(200, limit=REPLACED_WITHIN)
 
-            # Request and reply are lost. A client that resumes is told; one that resends is answered.
+            # Request and reply are lost. A client that resumes gets EXPIRED; one that resends is answered.
             play.users.remove(lost)
             again = await play.user(lost.user_id, resume=[{"messageId": "lost"}])
             # On a slow machine the node may have begun the answer before the fail-over: then it is recorded again.

@@ -1,4 +1,4 @@
-"""The log lines of a message tell its whole life, on whichever nodes it was, and agree with what clients measure."""
+"""The log lines of a message show its whole life, on all of its nodes, and agree with times measured by clients."""
 
 import asyncio
 import json

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 def measure(*options: str, file: Path) -> tuple[dict[str, Any], str]:
-    """Run it; what it has measured, and what it has printed."""
+    """Run it; returns its measurements and its output."""
     done = subprocess.run(
         [*COMMAND, *options, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,4 +1,4 @@
-"""Traces: one trace id from the client to the backend, over two nodes; the spans of it; and what a collector may do."""
+"""Traces: one trace id from the client to the backend, over two nodes; its spans; and faults of a collector."""
 
 import asyncio
 import json
@@ -142,7 +142,7 @@ async def test_spans_have_the_names_attributes_and_statuses_of_the_conventions(
                 assert (await someone.end_of("m3")).events[-1] == "cancelled"
             await node.all_finished()
             assert not traces.spans
-            assert await node.terminated() == 0  # the node sends what is left when it drains
+            assert await node.terminated() == 0  # the node sends the rest when it drains
     stream = Keys().requests("0")
     assert _tree(traces) == [
         ("receive CHAT", "server", {"result": "accepted"}),
@@ -187,7 +187,7 @@ async def test_spans_have_the_names_attributes_and_statuses_of_the_conventions(
 
 
 def _tree(traces: Collector) -> list[tuple[str, str, dict[str, Any]]]:
-    """The spans, each below its parent, with the attributes that tell them apart."""
+    """The spans, each below its parent, with the attributes that distinguish them."""
     spans = traces.spans
     by_parent = {
         parent: [span for span in spans if span.parent_id == parent] for parent in {s.parent_id for s in spans}
@@ -237,7 +237,7 @@ async def test_a_collector_that_is_away_costs_one_line_and_no_answer(
 ) -> None:
     port = free_port()
     environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-    environment.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")  # one retry, whose line tells why
+    environment.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")  # one retry, whose line has the reason
     async with scripted_backend(streams("well")) as backend:
         async with one_node(tmp_path, redis_server, backend.url, log_format="json") as node:
             assert await chat(node, "m1") == "done"

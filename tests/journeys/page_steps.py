@@ -1,4 +1,4 @@
-"""What people do on the page, and what they see, as steps of tests."""
+"""Actions of people on the page, and its content, as steps of tests."""
 
 import json
 from contextlib import suppress
@@ -62,7 +62,7 @@ async def has_written(page: Page, length: int = 80) -> None:
 
 
 async def kept(page: Page) -> dict[str, Any]:
-    """Return what the page keeps of the last message, with its raw text."""
+    """Return the stored part of the last message, with its raw text."""
     return (await page.kept())[-1]
 
 

@@ -1,4 +1,4 @@
-"""A client that knows nothing but /asyncapi.json, from the node that it talks to."""
+"""A client that has nothing but /asyncapi.json, from its node."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The conformance kit: our clients and those of the documents pass it, and it finds what is wrong with others."""
+"""The conformance kit: our clients and those of the documents pass it, and it finds violations of others."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""`imstream doctor`: what keeps a node from serving, and what should be changed."""
+"""`imstream doctor`: problems that keep a node from serving, and their remedies."""
 
 import json
 import re

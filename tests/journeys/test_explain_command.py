@@ -1,4 +1,4 @@
-"""`imstream explain`: the timeline of one message, while it runs, after its end, and when Redis knows only a part."""
+"""`imstream explain`: the timeline of one message, while it runs, after its end, and when Redis has only a part."""
 
 import asyncio
 import json

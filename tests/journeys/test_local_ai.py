@@ -68,7 +68,7 @@ async def test_a_newcomers_first_chat_is_with_a_real_model(tmp_path: Path) -> No
         assert len(result.text.split()) > 10
         assert await asyncio.to_thread(imstream.running.terminate, 30) == 0
         assert gone(list(children.values()))
-    # Nothing of what llama.cpp prints at its start.
+    # None of the output of llama.cpp at its start.
     lines = [line for line in imstream.running.output().splitlines() if line.startswith("ai ")]
     assert [line.split("| ")[1].split()[0] for line in lines] == ["ready:", "for"], lines
 

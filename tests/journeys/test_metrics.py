@@ -1,4 +1,4 @@
-"""Each series of a node moves with what it measures, and a scrape needs neither Redis nor the sockets."""
+"""Each series of a node changes with the measured value, and a scrape needs neither Redis nor the sockets."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator

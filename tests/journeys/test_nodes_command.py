@@ -1,4 +1,4 @@
-"""`imstream nodes`: what it shows of living, dead and older nodes, and when a rolling restart may go on."""
+"""`imstream nodes`: living, dead and older nodes, and when a rolling restart may continue."""
 
 import asyncio
 import json

@@ -34,7 +34,7 @@ a_line = "that is far too long for the screen of a phone, and for most desktops:
 
 
 async def problems(page: Page, state: str, *, dark: bool = False) -> list[str]:
-    """What axe finds: the state of the page, the rule, and the element. In the dark, it looks at contrasts."""
+    """Findings of axe: the state of the page, the rule, and the element. In the dark, it looks at contrasts."""
     options = {"runOnly": ["color-contrast"]} if dark else {"resultTypes": ["violations"]}
     await page.look(await page.evaluate("[innerWidth, innerHeight]"), dark=dark)
     violations: list[str] = await page.evaluate(

@@ -1,4 +1,4 @@
-"""Conversations, tabs, and what the page says about a message, in a real Chromium with a real node."""
+"""Conversations, tabs, and the notes of the page on a message, in a real Chromium with a real node."""
 
 import asyncio
 import json
@@ -268,7 +268,7 @@ async def test_a_text_that_is_too_long_is_kept_and_its_excess_is_shown(page: Pag
     await page.fill("#box", "长" * (22_000 - count))
     await page.until("document.querySelector('#too-long').hidden")
     await page.press("Enter")
-    await says(page, "This message is too long: it has about ")  # too long for the model: only the node knows that
+    await says(page, "This message is too long: it has about ")  # too long for the model: only the node can count that
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""What the page's Markdown is in a real browser, under the page's policy and with its styles."""
+"""The page's Markdown in a real browser, under the page's policy and with its styles."""
 
 import asyncio
 import json

@@ -25,7 +25,7 @@ STATIC = Path(str(resources.files("imstream.gateway") / "static"))
 
 
 def release(folder: Path, name: str) -> ASGIApp:
-    """The page of a release, all of whose files tell its name."""
+    """The page of a release, all of whose files have its name."""
     shutil.copytree(STATIC, folder)
     for file in folder.glob("*.js"):
         mark = f"(globalThis.releases ??= new Set()).add('{name}');"

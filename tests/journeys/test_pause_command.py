@@ -1,4 +1,4 @@
-"""`imstream pause` and `resume`: what users, operators and other nodes see of a pause."""
+"""`imstream pause` and `resume`: a pause as seen by users, operators and other nodes."""
 
 import asyncio
 import json

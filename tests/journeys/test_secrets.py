@@ -185,7 +185,7 @@ async def test_a_node_shows_no_secret_whatever_goes_wrong(settings: dict[str, ob
                     [letter] = node.dead()
                     assert "401" in letter["reason"] + letter["error"]
                     assert_hushed(letter, node.redis.get(Keys().lease("0")))
-                    # The password is no longer valid, and every connection has to authenticate again.
+                    # The old password is invalid, and every connection has to authenticate again.
                     allow(node.redis, f"<{HUSH}redis")
                     node.redis.client_kill_filter(user="imstream")
                     await becomes(node, "redis denies access, see the log")

@@ -151,7 +151,7 @@ async def test_a_node_drains_on_stop_and_comes_back_after_a_crash(
             await anext(aiter(reply))
             crashed = await asyncio.to_thread(systemd.show, unit, "MainPID")
             await asyncio.to_thread(systemd.systemctl, "kill", "--signal=KILL", unit)
-            # Far sooner than the lease ends: the new process knows that the one before has died.
+            # Far sooner than the lease ends: the new process detects that the one before has died.
             assert await reply.text() == "".join(canned_answer(question, 200))
             assert await asyncio.to_thread(systemd.show, unit, "NRestarts") == "1"
             assert await asyncio.to_thread(systemd.show, unit, "MainPID") != crashed

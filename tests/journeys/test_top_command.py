@@ -1,4 +1,4 @@
-"""`imstream top`: nodes, their rates and percentiles, what cannot be read, and the live view."""
+"""`imstream top`: nodes, their rates and percentiles, unreadable values, and the live view."""
 
 import asyncio
 import json

@@ -31,7 +31,7 @@ async def test_one_command_runs_everything_and_says_where(tmp_path: Path) -> Non
         imstream.wait_until_ready()
         output = imstream.running.output()
         assert output.startswith("starting redis, ai, node 0 …\n")
-        assert "overcommit" not in output  # a warning of Valkey that says nothing to whom tries this
+        assert "overcommit" not in output  # a warning of Valkey that is of no use here
         assert f"page     http://127.0.0.1:{imstream.port}/" in output
         assert http_status(f"http://127.0.0.1:{imstream.port}/") == 200
         assert http_status(f"http://127.0.0.1:{imstream.port}/readyz") == 200

@@ -1,4 +1,4 @@
-"""How a node refuses or closes a socket: the texts for people, and the codes that tell clients what to do."""
+"""How a node refuses or closes a socket: the texts for people, and the codes for clients."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ USER = user_id(10001)
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
-    """A node with short timeouts, which speaks English by default."""
+    """A node with short timeouts, and English texts by default."""
     limits = {
         "init_timeout": "600ms",
         "idle_timeout": "1500ms",

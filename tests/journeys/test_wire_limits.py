@@ -1,4 +1,4 @@
-"""Limits on what a client may send and on the number of sockets: the client is told, and others are not affected."""
+"""Limits on what a client may send and on the number of sockets: the client is notified, others are not affected."""
 
 import asyncio
 import json

@@ -39,7 +39,7 @@ def statuses(someone: Peer, message_id: str) -> list[Frame]:
 
 
 def brief(someone: Peer, message_id: str) -> list[tuple[str, int | None]]:
-    """The states and places that were told."""
+    """The states and places that were sent."""
     return [(one["state"], one.get("position")) for one in statuses(someone, message_id)]
 
 
@@ -82,7 +82,7 @@ async def test_estimates_come_true(node: OneNode) -> None:
 
 
 def wrong_estimates(someone: Peer, name: str) -> list[tuple[str, Frame, int]]:
-    """The estimates that are less than half or more than twice of what happened, and what did."""
+    """The estimates that are less than half or more than twice the actual times, and those times."""
     *queued, started = statuses(someone, name)
     assert started["state"] == "started"
     assert queued

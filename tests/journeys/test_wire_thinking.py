@@ -1,4 +1,4 @@
-"""A model that thinks before it answers: who is told by which node, and that reasoning is no part of answers."""
+"""A model that thinks before it answers: the frames of each node, and that reasoning is no part of answers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator

@@ -1,4 +1,4 @@
-"""The users of ops/redis-users.acl: what the user of nodes may not do, and how a missing permission is reported."""
+"""The users of ops/redis-users.acl: denied commands of the user of nodes, and the report of a missing permission."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -175,7 +175,7 @@ async def test_without_the_permission_to_look_at_its_settings_a_node_says_so_and
     assert "'info'" in warning
 
 
-# Reports of what Redis lacks
+# Reports of an exhausted Redis
 
 
 async def test_commands_that_are_refused_because_the_memory_is_full_are_reported(server: RedisServer) -> None:

@@ -39,7 +39,7 @@ DONE, FAILED = Terminal("done", "stop"), Terminal("failed", reason="http_503")
 
 @dataclass(eq=False)
 class Job:
-    """A worker's work on one request. `then`: what remains when its end is recorded."""
+    """A worker's work on one request. `then`: the remaining steps when its end is recorded."""
 
     entry: Entry
     request: ChatRequest
@@ -97,7 +97,7 @@ class LettersRetried(RuleBasedStateMachine):
         return [entry_id for entry_id, _ in self._redis.xrange(self._keys.requests("0")) if entry_id not in taken]
 
     def _take(self, entry_id: str) -> None:
-        self._run(self._requests.read(count=CAP, block=None))  # delivers all; those that nobody works on are claimed
+        self._run(self._requests.read(count=CAP, block=None))  # delivers all; those without a worker are claimed
         entry = self._run(self._requests.claim(PendingEntry(entry_id, 1, "0"), deliveries=1))
         assert entry is not None
         self._jobs.append(Job(entry, ChatRequest.from_fields(entry.fields, entry_id)))
@@ -105,7 +105,7 @@ class LettersRetried(RuleBasedStateMachine):
     @precondition(lambda self: self._jobs or self._zombies)
     @rule(data=st.data(), fails=st.booleans(), steps=st.integers(1, 4), dies=st.booleans())
     def a_worker_goes_on(self, data: st.DataObject, *, fails: bool, steps: int, dies: bool) -> None:
-        """Open, append the end, finish or bury; it may die between any two, or be frozen and go on later."""
+        """Open, append the end, finish or bury; it may die between any two, or be frozen and continue later."""
         job = data.draw(st.sampled_from(self._jobs + self._zombies), label="job")
         for _ in range(steps):
             if job in self._jobs or job in self._zombies:

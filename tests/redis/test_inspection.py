@@ -1,4 +1,4 @@
-"""What `imstream streams` reports about a node's stream."""
+"""The report of `imstream streams` about a node's stream."""
 
 import asyncio
 import re

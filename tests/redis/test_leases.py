@@ -26,7 +26,7 @@ TWO = Holder("two", "host", "machine", 2, "http://two")
 
 
 class Failing(Leases):
-    """Leases whose Redis is unavailable when the test says so."""
+    """Leases whose Redis is unavailable on demand of the test."""
 
     away = False
     asked = 0

@@ -27,7 +27,7 @@ from tests.support.servers import RedisServer
 USER = 10001
 REQUESTS = st.sampled_from(["0/1-0", "0/2-0", "1/1-0"])
 ALL, MORE = "all", "more"
-"""The writer of the last attempt has shown what is recorded, or more, which Redis has lost."""
+"""The writer of the last attempt has shown the record, or more, which Redis has lost."""
 
 ENDS = st.sampled_from(
     [

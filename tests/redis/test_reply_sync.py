@@ -96,7 +96,7 @@ class FakeAdopter:
 
 @dataclass
 class Desk:
-    """The parts of node 0 that react to other nodes, and what the test needs to act as another node."""
+    """The parts of node 0 that react to other nodes, and the means of the test to act as another node."""
 
     redis: redis.Redis
     replies: ReplyStore

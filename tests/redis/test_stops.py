@@ -1,4 +1,4 @@
-"""Deliveries do not count as deaths when the worker was told to stop, or when Redis stopped together with it."""
+"""Deliveries do not count as deaths when the worker was stopped, or when Redis stopped together with it."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ async def in_the_middle(worker: WorkerHarness, *, ask: bool) -> None:
 
 
 async def begin_to_stop(worker: WorkerHarness) -> None:
-    """What a node does first on SIGTERM."""
+    """The first step of a node on SIGTERM."""
     worker.consumer.stop()
     worker.adopter.stop()
     await asyncio.gather(worker.lease_keeper.mark_stopping(), worker.jobs.uncount_deliveries())

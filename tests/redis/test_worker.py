@@ -211,7 +211,7 @@ async def test_the_same_message_twice_is_answered_once(redis_server: RedisServer
         assert await first.end() == await second.end() == "done"
         await worker.idle()
         third = worker.follow()
-        await worker.ask()  # sent again after the end, when this process no longer knows it
+        await worker.ask()  # sent again after the end, when this process has forgotten it
         assert await third.end() == "done"
         await worker.idle()
         assert {first.text, second.text, third.text} == {"one answer"}

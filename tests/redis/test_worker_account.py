@@ -1,4 +1,4 @@
-"""Each message is told in one log line and counted once, however it ended, and however many nodes worked on it."""
+"""Each message has one log line and is counted once, however it ended, and however many nodes worked on it."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Cancel: takes effect at once in every state of a message, and returns what happened."""
+"""Cancel: takes effect at once in every state of a message, and returns the result."""
 
 import asyncio
 from datetime import timedelta
@@ -37,7 +37,7 @@ async def test_a_message_that_is_being_answered_is_stopped_at_once(redis_server:
         assert await client.end() == "cancelled"
         assert client.text == "so far"
         await worker.idle()
-        assert worker.recorded() == ("cancelled", "so far")  # exactly what the client saw
+        assert worker.recorded() == ("cancelled", "so far")  # exactly the text of the client
         assert worker.dead() == []
         assert len(worker.backend.calls) == 1
 

@@ -1,4 +1,4 @@
-"""An answer that broke goes on where it was: on this node, on another one, with the same text for every client."""
+"""An answer that broke continues where it was: on this node, on another one, with the same text for every client."""
 
 from typing import Any
 

@@ -19,7 +19,7 @@ def failure(kind: FailureKind = "away", reason: str = "connect_failed") -> Backe
 
 
 def waits(worker: WorkerHarness) -> list[dict[str, str]]:
-    """The entries of the reply that tell that the message waits."""
+    """The entries `waiting` of the reply."""
     return [entry for entry in worker.entries() if entry["event"] == "waiting"]
 
 

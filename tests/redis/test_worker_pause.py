@@ -23,7 +23,7 @@ def away() -> BackendError:
 
 
 async def pause(worker: WorkerHarness, node: str = ALL) -> None:
-    """Pause it as an operator, and wait until it knows."""
+    """Pause it as an operator, and wait until it has read it."""
     await worker.pauses.pause(node, reason="new weights", by="ann", refuses=False)
     await wait_until(lambda: worker.jobs.line.reason == "paused", "the worker is paused")
 
@@ -149,7 +149,7 @@ async def test_a_continuation_that_is_refused_during_a_pause_begins_again_after_
 
 @pytest.mark.parametrize("lost", ["by the pause", "before the pause"])
 async def test_after_a_pause_the_retry_window_begins_again(redis_server: RedisServer, lost: str) -> None:
-    """A message is handed back by the pause, or its worker has died before: nobody works on it during the pause."""
+    """A message is handed back by the pause, or its worker has died before: no worker takes it during the pause."""
     brief = SLOW | {"retry_window": "500ms", "max_attempts": 1}
 
     async with run_worker(redis_server, **brief) as worker:

@@ -1,4 +1,4 @@
-"""Attempts: their number, their distance in time, and what the client sees."""
+"""Attempts: their number, their distance in time, and the frames of the client."""
 
 import asyncio
 from datetime import timedelta

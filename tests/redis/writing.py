@@ -83,4 +83,4 @@ async def writing(redis_client: RedisClient, *streams: str) -> AsyncIterator[lis
 
 
 SCRIPT = LUA["ensure_group"]
-"""A script that the server does not know yet."""
+"""A script that the server does not have yet."""

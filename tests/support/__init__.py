@@ -1,1 +1,1 @@
-"""What tests share: servers, processes, peers that misbehave, and ways to wait."""
+"""Shared parts of tests: servers, processes, peers that misbehave, and ways to wait."""

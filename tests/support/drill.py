@@ -1,6 +1,6 @@
 """Nodes with traffic that a real Prometheus watches, for faults that have to fire an alert.
 
-What the dashboard shows of a fault is logged: `ops/test --all tests/faults/test_alerts.py --log-cli-level=info`.
+Panels of the dashboard are logged during a fault: `ops/test --all tests/faults/test_alerts.py --log-cli-level=info`.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ class Drill:
         assert set(seen.values()) <= {part, "answers"}, f"other parts are blamed: {seen}"
 
     async def shows(self, title: str) -> dict[str, float]:
-        """What a panel of the dashboard shows, by legend."""
+        """The values of a panel of the dashboard, by legend."""
         shown = await self.watching.panel(title)
         log.info("%s: %s", title, ", ".join(map(str, shown)))
         assert shown, f"{title} shows nothing"
@@ -139,7 +139,7 @@ async def drill(
         yield Drill(nodes, backend, proxy, watching)
         for node in nodes:
             node.check_log()
-            await node.killed()  # what is left of the fault, such as waiting messages, needs no drain
+            await node.killed()  # remains of the fault, such as waiting messages, need no drain
 
 
 def highest(samples: dict[str, float], *words: str) -> float:

@@ -1,4 +1,4 @@
-"""Programs for Node.js, with what `npm ci` installs in a folder of tests/."""
+"""Programs for Node.js, with packages that `npm ci` installs in a folder of tests/."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from tests.support.servers import missing
 
 OLD = 20
-"""Before this version, Node.js needs flags for what the client uses."""
+"""Before this version, Node.js needs flags for features of the client."""
 
 
 def node(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A collector of traces, over a real socket: it decodes what OpenTelemetry's exporter sends.
+"""A collector of traces, over a real socket: it decodes the requests of OpenTelemetry's exporter.
 
 async with collector() as traces:
     ...                                  # nodes with OTEL_EXPORTER_OTLP_ENDPOINT=traces.url
@@ -38,7 +38,7 @@ class ReceivedSpan:
 
 @dataclass(frozen=True)
 class Collector:
-    """What nodes have sent to a collector."""
+    """The spans that nodes have sent to a collector."""
 
     backend: ScriptedBackend
 

@@ -4,7 +4,7 @@
         await someone.chat("hello", "m1")                      # its first answer: accepted, or the refusal
         told = await someone.end_of("m1")                      # told.text, told.terminal
 
-It checks what it receives: each frame fits one schema of asyncapi.json, and nothing follows the end of a message.
+It checks received frames: each fits one schema of asyncapi.json, and nothing follows the end of a message.
 """
 
 import asyncio
@@ -166,7 +166,7 @@ class Peer:
     async def closed(self, limit: float = LIMIT) -> int:
         """Wait until the server closes the socket, and return the close code; 1006 without a close frame.
 
-        A close has a reason, and a frame before it that says why if its code promises one.
+        A close has a reason, and a frame before it with the reason if its code promises one.
         """
         async with asyncio.timeout(limit):
             while True:
@@ -207,7 +207,7 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
         url: The node's WebSocket URL.
         user: The user that logs in; None leaves INIT to the test.
         lang: The handshake's `Accept-Language`.
-        resume: What other sockets received of unfinished messages.
+        resume: The frames of unfinished messages on other sockets.
         token: The token in INIT.
         headers: Additional headers of the handshake.
         subprotocols: The offered subprotocols.

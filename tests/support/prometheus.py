@@ -3,7 +3,7 @@
 async with prometheus(folder, "127.0.0.1:8080") as watching:
     await watching.query("up")          # samples, each with its labels
     await watching.firing()             # {"ImstreamRedisDown": "redis"}: alerts with their label `part`
-    await watching.panel("Round trip")  # what the dashboard shows
+    await watching.panel("Round trip")  # the values of the dashboard
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Prometheus:
         return {one["labels"]["alertname"]: one["labels"]["part"] for one in alerts if one["state"] == "firing"}
 
     async def panel(self, title: str) -> list[Sample]:
-        """What a panel of the dashboard shows of all nodes within the last minute, each with its legend as a label."""
+        """The values of a panel of the dashboard within the last minute, each with its legend as a label."""
         dashboard = json.loads(DASHBOARD.read_text("utf-8"))
         [panel] = [one for one in dashboard["panels"] if one["title"] == title]
         shown = list[Sample]()

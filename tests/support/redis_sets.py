@@ -100,7 +100,7 @@ class SentinelSet:
         return client
 
     def start(self) -> None:
-        """Start all servers, and wait until every Sentinel knows all others."""
+        """Start all servers, and wait until every Sentinel has found all others."""
         for server in self.servers:
             server.start()
         for replica in self.servers[1:]:

@@ -16,7 +16,7 @@ CHUNK = 65536
 
 
 class Fate(StrEnum):
-    """What happens to a server's answer."""
+    """Faults in a server's answer."""
 
     SILENCE = "silence"
     """Lost, with everything after it on the connection."""

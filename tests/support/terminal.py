@@ -86,7 +86,7 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """What scrolled out of the screen and what is on it; lines end at their last visible character."""
+        """The lines scrolled out of the screen and those on it; lines end at their last visible character."""
         width = self._screen.columns
         above = ["".join(line[column].data for column in range(width)) for line in self._screen.history.top]
         return "\n".join(line.rstrip() for line in (*above, *self._screen.display)).rstrip()

@@ -1,4 +1,4 @@
-"""What real servers send, over a real socket: success is not believed too easily, and a whole answer is not lost."""
+"""Responses of real servers, over a real socket: success needs evidence, and a whole answer is not lost."""
 
 import asyncio
 import json
@@ -409,7 +409,7 @@ async def test_an_encoding_that_was_not_requested_is_reported_as_misconfigured(c
     assert cause(error) == f"content encoding {coding}, although none is accepted"
 
 
-# The address, and what to change
+# The address, and the setting to change
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ async def test_a_wrong_address_is_reported_with_a_hint(script: Script, path: str
 
 
 async def checked(*scripts: Script, path: str = "/v1", **settings: Any) -> tuple[BackendError | None, list[str]]:  # noqa: ANN401 - any setting
-    """What a check finds at a backend that answers by these scripts, and what it asked for."""
+    """The error of a check of a backend with these scripts, and its requests."""
     async with scripted_backend() as backend:
         backend.models = None
         backend.then(*scripts)

@@ -1,4 +1,4 @@
-"""The examples of backends.md, each with a server that behaves as the documentation of the real one says."""
+"""The examples of backends.md, each with a server that behaves as documented for the real one."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""The file of several backends: its example in the documents, and what is said about mistakes."""
+"""The file of several backends: its example in the documents, and the reports of mistakes."""
 
 from pathlib import Path
 from typing import Any

@@ -176,7 +176,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 @pytest.fixture(autouse=True)
 def collected_as_in_a_node() -> Iterator[None]:
-    """Configures the garbage collector as a node does: it decides what many new objects cost."""
+    """Configures the garbage collector as a node does: it determines the cost of many new objects."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

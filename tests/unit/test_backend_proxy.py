@@ -1,4 +1,4 @@
-"""Calls through an HTTP proxy, which is used only if the options say so."""
+"""Calls through an HTTP proxy, which is used only with the option."""
 
 from base64 import b64encode
 

@@ -1,4 +1,4 @@
-"""The connection of an answer that rests: what is sent meanwhile is read afterwards, and nothing else changes."""
+"""The connection of an answer that pauses: data sent meanwhile is read afterwards, and nothing else changes."""
 
 import asyncio
 from collections.abc import AsyncIterator

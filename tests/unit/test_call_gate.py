@@ -1,4 +1,4 @@
-"""The gate in front of a backend: who may call when it works, is away, and is back."""
+"""The gate in front of a backend: the calls let through when it works, is away, and is back."""
 
 import asyncio
 
@@ -31,7 +31,7 @@ def break_down(gate: CallGate) -> None:
 
 
 class Backend:
-    """A backend that is away until the test says otherwise, and those who call it."""
+    """A backend that is away until the test ends that, and its callers."""
 
     def __init__(self, backends: Backends, gate: CallGate) -> None:
         self.backends = backends

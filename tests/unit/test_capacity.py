@@ -34,7 +34,7 @@ def load(chats: float, length: float, *, times: float = 1.0) -> dict[str, Any]:
 
 
 def run(*, times: float = 1.0) -> dict[str, Any]:
-    """A run of `ops/bench scale` whose check costs `times` what the model predicts."""
+    """A run of `ops/bench scale` whose check costs `times` the prediction of the model."""
     per_socket = {"cpu_per_login": 6e-4, "redis_cpu_per_login": 5e-5, "cpu_per_heartbeat": 5e-5}
     quantiles = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
     storm = dict.fromkeys(("back", "again", "whole", "ended"), quantiles)

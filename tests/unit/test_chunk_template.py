@@ -1,4 +1,4 @@
-"""Events that are read by comparison with an earlier one: the text is always what a parser finds."""
+"""Events that are read by comparison with an earlier one: the text is always that of a parser."""
 
 import json
 from typing import Any

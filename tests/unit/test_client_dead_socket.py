@@ -1,4 +1,4 @@
-"""Connections that are lost without either end noticing: what the client sends into them arrives on another one."""
+"""Connections that are lost without either end noticing: data sent into them arrives on another one."""
 
 import asyncio
 from dataclasses import replace

@@ -40,7 +40,7 @@ function f(any) { any.toSorted(); any.slice(); }
 
 
 def packed(folder: Path) -> dict[str, str]:
-    """Install what `npm pack` makes in a folder; what it says about it, and the files."""
+    """Install the output of `npm pack` in a folder; returns its description, and the files."""
     pack = ["npm", "pack", PACKAGE, "--pack-destination", folder, "--json", "--cache", folder / "cache"]
     [found] = json.loads(subprocess.run([*map(str, pack)], capture_output=True, check=True).stdout)
     shutil.unpack_archive(folder / found["filename"], folder / "node_modules")
@@ -50,7 +50,7 @@ def packed(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], str]:
-    """The package, and what `tsc --strict` says about the sample and about types that agree with the code or do not."""
+    """The package, and the output of `tsc --strict` for the sample and for types that agree with the code or do not."""
     command = [*node(FOLDER), str(FOLDER / "node_modules" / "typescript" / "bin" / "tsc")]
     folder = tmp_path_factory.mktemp("types")
     package = packed(folder)
@@ -100,7 +100,7 @@ def test_a_missing_websocket_is_one_sentence() -> None:
 
 @pytest.fixture(scope="module")
 def lacking(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """What Chrome 94 or Safari 15.4 lacks of what the client, the page and `NEW` use."""
+    """Features of the client, the page and `NEW` that are missing in Chrome 94 or Safari 15.4."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "new.js").write_text(NEW)
     files = (FOLDER / "compat.mjs", *MODULES, folder / "new.js")

@@ -1,4 +1,4 @@
-"""The rest of an answer: what is asked of each kind of backend, what is read, and how guards go on."""
+"""The rest of an answer: the request to each kind of backend, its response, and the continued guards."""
 
 import json
 from collections.abc import Callable
@@ -222,7 +222,7 @@ def test_a_filter_goes_on_as_if_it_had_not_been_interrupted(text: str, cut: int,
 
     whole, shown = filtered()
     passed = run(whole.feed, whole.end, text)
-    # It breaks after some text was received; what was shown until then is recorded.
+    # It breaks after some text was received; the text shown until then is recorded.
     first, before = filtered()
     if run(first.feed, lambda: None, text[:cut]):
         beginning = "".join(before)

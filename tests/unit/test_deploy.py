@@ -167,7 +167,7 @@ def test_the_table_of_the_document_has_these_values() -> None:
 
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
-    """The folder of secrets for compose.yaml, made as the document says."""
+    """The folder of secrets for compose.yaml, made as documented."""
     deploy = tmp_path / "ops" / "deploy"
     deploy.mkdir(parents=True)
     shutil.copy(DEPLOY / "secrets", deploy)
@@ -235,7 +235,7 @@ def test_pods_are_not_root_and_get_no_variables_of_services() -> None:
     assert of_kind("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
 
 
-# Who may connect to whom
+# Allowed connections
 
 Pod = tuple[str, str]
 """Namespace, and the value of its label `app.kubernetes.io/name`."""

@@ -1,4 +1,4 @@
-"""What requests look like with the options of a backend, over a real socket."""
+"""The form of requests with the options of a backend, over a real socket."""
 
 import json
 from collections.abc import Sequence
@@ -159,7 +159,7 @@ async def test_no_maximum_is_sent_unless_it_is_named() -> None:
 
 
 async def strict(exchange: Exchange) -> None:
-    """Answer as strict chat templates do: a conversation alternates, begins with the user, and says something."""
+    """Answer as strict chat templates do: a conversation alternates, begins with the user, and has text."""
     roles = [message["role"] for message in exchange.request.json["messages"]]
     if roles[0] == "system":
         roles = roles[1:]

@@ -1,4 +1,4 @@
-"""Key sets: which keys are used, and what happens when they change or the issuer is away."""
+"""Key sets: the used keys, also after a change or while the issuer is away."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The series of a node: closed sets of labels, and what is known of streams."""
+"""The series of a node: closed sets of labels, and the known values of streams."""
 
 import ast
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def test_the_document_lists_every_series() -> None:
 
 
 def reasons() -> Iterator[str]:
-    """The words of the code that say why a call failed."""
+    """The reasons of failed calls in the code."""
     yield from (rule.reason for rule in RULES)
     position = {"failure": 1, "Bury": 0, "expect": 0, "BackendError": 0}
     for file in (IMSTREAM / "ai", IMSTREAM / "guards", IMSTREAM / "worker"):

@@ -20,7 +20,7 @@ HERE = ("127.0.0.1", 50_000)
 
 
 def deps(*, why: str | None = None, **settings: Any) -> SessionDeps:  # noqa: ANN401 - any setting
-    """What the application of a node uses of the dependencies of sessions."""
+    """The dependencies of sessions that the application of a node uses."""
     parts: dict[str, Any] = {
         "settings": Settings.load(**settings),
         "registry": [],

@@ -44,7 +44,7 @@ class _Guarded:
         return await asyncio.gather(*map(self.ask, texts), return_exceptions=True)
 
     async def reason(self, text: str = "hello") -> str:
-        """The error of a check that cannot tell."""
+        """The error of a check that cannot decide."""
         with pytest.raises(BackendError) as caught:
             await self.ask(text)
         return f"{caught.value}"

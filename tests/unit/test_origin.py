@@ -84,7 +84,7 @@ def test_where_tls_ends_before_the_node_a_page_without_it_is_another_one() -> No
     forwarded = {"x-forwarded-proto": "https"}
     assert is_accepted("https://chat.example.com", **forwarded)
     assert not is_accepted("http://chat.example.com", **forwarded)
-    # A balancer behind the one that terminates TLS does not know of it.
+    # A balancer behind the one that terminates TLS does not have the scheme.
     assert is_accepted("https://chat.example.com", **{"x-forwarded-proto": "http"})
     # Of several balancers, the outermost is first.
     assert not is_accepted("http://chat.example.com", **{"x-forwarded-proto": "https, http"})

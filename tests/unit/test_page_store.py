@@ -1,4 +1,4 @@
-"""What the page keeps in the browser: tests/npm/page_store.test.mjs, in Node.js."""
+"""The storage of the page in the browser: tests/npm/page_store.test.mjs, in Node.js."""
 
 import subprocess
 from pathlib import Path

@@ -373,7 +373,7 @@ STEPS = st.one_of(
 
 @given(st.lists(STEPS, max_size=30))
 def test_reasoning_changes_no_frames_of_others(steps: list[tuple[str, str]]) -> None:
-    """Whatever happens, with reasoning and without, and whoever reads when."""
+    """All orders of events, with reasoning and without, with all readers."""
     thinking, silent = reply_with(), reply_with()
     curious, plain, other = Cursor(thinking, wants=WANTS), Cursor(thinking), Cursor(silent)
     attempt, active, reasoning, seen = 1, False, "", ""
@@ -497,7 +497,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         return len(self.written) - 1
 
     def record(self, after: str = "") -> Record:
-        """The record, or what is new in it since a position."""
+        """The record, or its part since a position."""
         if self.positions[-1] != (self.attempt, self.recorded):
             self.positions.append((self.attempt, self.recorded))
         attempt, start = self.positions[int(after)] if after else (0, 0)
@@ -513,7 +513,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         return attempt if continued is None else continued.wire
 
     def text_of(self, number: int) -> str:
-        """The longest text that clients know by a number."""
+        """The longest text that clients have under a number."""
         return next(self.written[one] for one in range(self.attempt, -1, -1) if self.number(one) == number)
 
     def open(self, *, continues: bool, shown: bool = False) -> None:
@@ -576,7 +576,7 @@ class ReplyFollowed(RuleBasedStateMachine):
     @precondition(is_open)
     @rule(cancelled=st.booleans(), really=RARELY)
     def it_ends(self, *, cancelled: bool, really: bool) -> None:
-        """Record the end. The worker here knows at once if it was its own end, readers learn of it later."""
+        """Record the end. The worker here sees its own end at once, readers later."""
         if not really:
             return
         if cancelled or self.attempt == 0:

@@ -1,4 +1,4 @@
-"""`ops/respawn`, which starts what was killed again, and passes signals on, whenever they come."""
+"""`ops/respawn`, which restarts a killed program, and passes signals on, at any time."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The choice among several backends: priority, weight, free slots, breakers, prompts, and who waits for which."""
+"""The choice among several backends: priority, weight, free slots, breakers, prompts, and the waiting calls."""
 
 import asyncio
 from collections import Counter
@@ -51,7 +51,7 @@ def named(backends: Backends, name: str) -> Upstream:
 
 
 def taken(backends: Backends, **wish: Any) -> str:  # noqa: ANN401 - see `Backends.take`
-    """The name of the backend that a call gets now; the call goes on."""
+    """The name of the backend that a call gets now; the call stays open."""
     upstream = backends.take(**wish)
     assert upstream is not None
     return upstream.name
@@ -103,7 +103,7 @@ async def test_calls_are_shared_in_proportion_to_weights_and_free_slots(file: Pa
         backends.release(upstream)
     assert Counter(names) == {"a": 75, "b": 25}
     assert "bb" not in "".join(names)  # spread evenly
-    for _ in range(900):  # calls that go on
+    for _ in range(900):  # calls that stay open
         taken(backends)
     carried = {one.name: one.in_flight for one in backends}
     assert carried["a"] < 3 * carried["b"]  # the one with more free slots catches up
@@ -163,7 +163,7 @@ async def test_of_two_backends_of_which_one_is_dead_one_call_per_pause_is_made_t
         backends.release(upstream)
         await asyncio.sleep(0.1)
     assert (backends.waiting, dead.in_flight) == (0, 0)
-    # At 0, and after pauses that double: 2 s, 4 s. Then it is frozen: it accepts connections and says nothing.
+    # At 0, and after pauses that double: 2 s, 4 s. Then it is frozen: it accepts connections and does not answer.
     assert dead.calls == 3
 
 
@@ -275,13 +275,13 @@ async def test_a_node_reads_as_many_requests_as_its_backends_carry(file: Path) -
     a, b, c = backends
     assert backends.slots() == backends.startable() == 3 + 64
     fails(b)
-    assert backends.slots() == 3 + 64  # what b does not carry, c does: they share the default
+    assert backends.slots() == 3 + 64  # c carries the rest: they share the default
     fails(c)
     assert backends.slots() == 3
     assert taken(backends) == "a"
     assert backends.slots() == 3
     fails(a)
-    assert backends.startable() == 0  # nobody can be called
+    assert backends.startable() == 0  # no backend can be called
     assert backends.remaining() == PAUSE
     await asyncio.sleep(PAUSE)
     assert backends.startable() == 1  # one request tries one of them
@@ -323,7 +323,7 @@ async def test_a_file_that_has_changed_keeps_the_backends_that_have_not(file: Pa
         assert named(backends, "changed") is not changed
         assert not await backends.reload()
         await backends.close_retired()
-        assert removed.in_flight == 1  # its call goes on
+        assert removed.in_flight == 1  # its call stays open
         backends.release(removed)
         await backends.close_retired()
         write(file, changed={"weight": -1})
@@ -363,7 +363,7 @@ async def test_a_call_is_not_forgotten_if_its_backend_can_be_called_a_moment_aft
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backends = listed(file, only={})
-    readings = iter([0.001])  # what is read first, before the clock goes on
+    readings = iter([0.001])  # the first reading, before the clock advances
     monkeypatch.setattr(CallGate, "is_closed", property(lambda _: True))
     monkeypatch.setattr(CallGate, "delay", lambda _: next(readings, 0.0))
     async with asyncio.timeout(10):

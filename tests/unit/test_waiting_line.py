@@ -134,7 +134,7 @@ def test_the_next_waits_for_the_rest_of_the_one_that_runs() -> None:
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize("slots", [1, 4, 64])
 def test_estimates_are_right_on_average(kind: str, slots: int) -> None:
-    """A simulation: a full node is observed at many moments, and each estimate is compared with what happens."""
+    """A simulation: a full node is observed at many moments, and each estimate is compared with the actual time."""
     chance, take = random.Random(1), DISTRIBUTIONS[kind]  # noqa: S311 - no secret
     waiting = 2 * slots + 2
     said = happened = 0.0

@@ -208,7 +208,7 @@ def test_an_answer_in_pieces_is_masked_as_if_it_came_at_once(text: str, cuts: li
     shown, whole = "", mask(text, LIST)
     for piece in _streamed(text, cuts, LIST):
         shown += piece
-        assert whole.startswith(shown)  # what was shown is never wrong later
+        assert whole.startswith(shown)  # shown text is never wrong later
     assert shown == whole
 
 

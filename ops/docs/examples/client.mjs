@@ -26,7 +26,7 @@ export function connect({ url, userId, token, report }) {
   function send(/** @type {{msgType: string, messageId: string, contents?: string}} */ frame) {
     const message = messages.get(frame.messageId) ?? { text: "", again: new Map() };
     messages.set(frame.messageId, message);
-    message.again.set(frame.msgType, frame); // what may not have arrived
+    message.again.set(frame.msgType, frame); // frames that may not have arrived
     write(frame);
   }
   function receive(/** @type {import("imstream-client").Frame} */ frame) {

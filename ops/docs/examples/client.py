@@ -17,7 +17,7 @@ class Client:
 
     def send(self, frame: dict[str, Any]) -> None:  # a CHAT or a CANCEL
         message = self.messages.setdefault(frame["messageId"], {"point": {}, "text": "", "again": {}})
-        message["again"][frame["msgType"]] = frame  # what may not have arrived
+        message["again"][frame["msgType"]] = frame  # frames that may not have arrived
         self.write({frame["msgType"]: frame})
 
     def write(self, frames: dict[str, Any]) -> None:
