@@ -203,7 +203,7 @@ class ReplyBuffer:
         self._subscribers.discard(on_change)
 
     def end_job(self, *, has_begun: bool) -> None:
-        """Note that the job of its request has ended. If it has not begun the reply, nobody needs to wait for that."""
+        """Note that the job of its request has ended. If it has not begun the reply, no caller needs to wait."""
         self.has_job = False
         if not has_begun:
             self._notify()

@@ -48,7 +48,7 @@ class AnswerReader(CompletionReader):
     ) -> None:
         """Read one answer of at most `limit` characters; errors do not show `secrets`, even if the backend does.
 
-        `reasoning`: whether what stands in tags such as `<think>` at the beginning of the text is reasoning.
+        `reasoning`: whether text in tags such as `<think>` at the beginning of the text is reasoning.
         `on_reasoning`: receives the reasoning before the text, at most `limit` characters, and `""` at its end.
         With a `beginning`, the rest of an answer is read. It may be empty. A whole message may repeat the beginning.
         """

@@ -78,7 +78,7 @@ class Backend(Protocol):
         `on_text` receives the text in order, never empty: one part for each network read that contains text, or several
         for a large read. `on_reasoning` receives the reasoning before it, and `""` at its end. A text longer than
         `max_answer` is truncated, with the finish reason `length`. Cancelling closes the connection to the backend at
-        once. Raises `BackendError`, which tells whether a retry may succeed.
+        once. Raises `BackendError`, whose kind decides whether a retry may succeed.
         """
         ...
 

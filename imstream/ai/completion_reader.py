@@ -237,7 +237,7 @@ class CompletionReader:
             return ""  # the text was sent as deltas before
         is_short = 0 < len(self._beginning) < _MIN_REPEATED
         if is_short and self._messages == self._beginning and text.startswith(self._beginning):
-            raise failure("impossible", "not_continued", "it repeats the short beginning, or goes on in the same words")
+            raise failure("impossible", "not_continued", "it repeats the short beginning, or begins in the same words")
         before, self._messages = self._messages, text if text.startswith(self._messages) else self._messages + text
         return self._messages[len(before) :]
 

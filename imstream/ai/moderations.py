@@ -105,7 +105,7 @@ class ModerationClient(EndpointClient):
     def _parse_result(self, result: Any) -> ModerationResult:  # noqa: ANN401 - JSON
         flagged = result.get("flagged") if isinstance(result, dict) else None
         if not isinstance(flagged, bool):
-            raise BackendError("bad_answer", "a result that does not say whether it is flagged")
+            raise BackendError("bad_answer", "a result without the field flagged")
         if not flagged:
             return ModerationResult(flagged=False)
         categories = result.get("categories")

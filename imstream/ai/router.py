@@ -279,7 +279,7 @@ class Backends:
             self._timer = None
         if self._waiting:
             delay = min(filter(None, (one.gate.delay() for one in self._all)), default=None)
-            # Time goes on: a backend that could not be called a moment ago may have no delay now.
+            # Time has passed: a backend that could not be called a moment ago may have no delay now.
             if any(candidates(self._all, (), one.tokens, continuing=one.continuing) for one in self._waiting):
                 delay = 0.0
             if delay is not None:

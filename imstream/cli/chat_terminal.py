@@ -137,7 +137,7 @@ class _Chat:
         self._late = set[asyncio.Task[None]]()
 
     async def run(self, client: Client) -> int:
-        """Converse, or ask the one message; returns the exit code."""
+        """Hold a conversation, or send the one message; returns the exit code."""
         async with client:
             self._client = client
             # Before this point Ctrl-C ends the program.

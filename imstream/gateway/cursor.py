@@ -24,7 +24,7 @@ class TextGrown(NamedTuple):  # made for nearly every frame, in a third of the t
 
 
 class ThoughtsGrown(NamedTuple):
-    """Reasoning was added, for sessions that want it; `start` is the position before it."""
+    """Reasoning was added, for sessions that request it; `start` is the position before it."""
 
     attempt: int
     text: str
@@ -40,13 +40,13 @@ class ReplyEnded(NamedTuple):
 
 
 class QuestionAsked(NamedTuple):
-    """The question, for sessions that want it."""
+    """The question, for sessions that request it."""
 
     text: str
 
 
 class StateChanged(NamedTuple):
-    """The state of the message, for sessions that want it. `place`: while it is queued, where it is known."""
+    """The state of the message, for sessions that request it. `place`: while it is queued, where it is known."""
 
     state: Literal[State.QUEUED, State.STARTED, State.THINKING, State.WAITING]
     place: Place | None = None

@@ -1,4 +1,4 @@
-"""The sessions of a node, by user, and the one timer that closes those that have gone silent."""
+"""The sessions of a node, by user, and the one timer that closes silent ones."""
 
 import asyncio
 from collections.abc import Iterator

@@ -18,7 +18,7 @@ _UNAVAILABLE_CODES = (_DISK_CODE, "BUSY ")
 
 _DEMOTED = (exceptions.ReadOnlyError, exceptions.MasterDownError)
 _DEMOTED_CODES = ("READONLY", "NOREPLICAS", "UNBLOCKED force")
-"""Errors of a server that is no longer the master, or of a master that cannot reach its replicas."""
+"""Errors of a former master, or of a master that cannot reach its replicas."""
 
 _LOGIN_HINT = "check the user and the password in IMSTREAM_REDIS_URL"
 _PERMISSION_HINT = "grant the user the permissions in ops/redis-users.acl (ACL LOG shows denied commands)"
@@ -47,7 +47,7 @@ log = structlog.get_logger()
 
 
 class Demoted(StoreUnavailable):
-    """The server may no longer be the master: the connection is closed, and the next one finds the current master."""
+    """The server may be a former master: the connection is closed, and the next one finds the current master."""
 
 
 class Redirected(StoreRefused):

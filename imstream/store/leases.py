@@ -32,7 +32,7 @@ _REDIS_RUN_TTL = timedelta(days=7)
 class Holder:
     """The process that runs a node. `instance` is unique to it, and `machine` to the machine or container of its pid.
 
-    `stopping`: it was told to stop, so its deliveries do not count as ones that killed it.
+    `stopping`: it is stopping, so its deliveries do not count as ones that killed it.
     """
 
     instance: str

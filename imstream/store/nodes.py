@@ -18,7 +18,7 @@ class NodeOverview:
     """A node of the directory.
 
     Attributes:
-        state: `running` with a lease, `stopping` if it was told to stop, `dead` without a lease.
+        state: `running` with a lease, `stopping` after SIGTERM or `imstream drain`, `dead` without a lease.
         lease: How long its lease lasts unless it is renewed.
         version: Its release. None: it is dead, or of a release that does not record this. The next six likewise.
         running: Requests that it works on, of any stream.

@@ -53,12 +53,12 @@ class Jobs:
         """Slots with a job, or reserved for one."""
         self._draining = False
         self._left: Counter[str] | None = None
-        """Once the node was told to stop: requests whose jobs ended without them, by stream."""
+        """Once the node is stopping: requests whose jobs ended without them, by stream."""
         self._consumers: set[str] = set()
         self._next_consumer: str | None = None
         """The consumer that found no free slot. It gets the next one, which a blocked read would keep otherwise."""
         self.changed = asyncio.Event()
-        """A slot is free, or a consumer was told to stop."""
+        """A slot is free, or a consumer is to stop."""
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -138,13 +138,13 @@ class Jobs:
         return next(own, None)
 
     async def uncount_deliveries(self) -> None:
-        """Do not count the deliveries of running requests as deaths of the worker: this process was told to stop."""
+        """Do not count the deliveries of running requests as deaths of the worker: this process is stopping."""
         self._left = Counter()
         uncounted = (retry_until_available(job.uncount_delivery) for job in self._jobs)
         await asyncio.gather(*uncounted, return_exceptions=True)
 
     def unfinished(self) -> Counter[str]:
-        """Count the requests left to other nodes since this one was told to stop, by stream."""
+        """Count the requests left to other nodes since this one began to stop, by stream."""
         return Counter(job.stream.node for job in self._jobs) + (self._left or Counter())
 
     def drain(self) -> None:

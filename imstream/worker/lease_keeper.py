@@ -100,7 +100,7 @@ class LeaseKeeper:
             await asyncio.sleep(self._ttl / 3 if renewed else _RETRY_PAUSE)
 
     async def mark_stopping(self) -> None:
-        """Record in the lease that this process was told to stop. Raises `StoreError`."""
+        """Record in the lease that this process is stopping. Raises `StoreError`."""
         self._holder = replace(self._holder, stopping=True)
         if not self._released and self._expires_at > float("-inf"):
             await self._hold()

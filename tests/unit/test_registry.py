@@ -1,4 +1,4 @@
-"""The sessions of a node, and the timer that closes those that have gone silent."""
+"""The sessions of a node, and the timer that closes silent ones."""
 
 import asyncio
 from dataclasses import dataclass, field
