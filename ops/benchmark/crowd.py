@@ -136,13 +136,14 @@ class Crowd:
     async def rate(
         self, *, chats: float, ramp: float, seconds: float, deltas: int, milliseconds: int
     ) -> AsyncIterator[Any]:
-        """Begin `chats` counted answers a second, whether earlier ones have ended or not.
+        """Begin `chats` counted answers a second, whether earlier ones have ended or not, while a member is free.
 
         Answered after `ramp` seconds, `seconds` later, and when all answers have ended.
         """
         free, running = deque(self._members), set[asyncio.Task[None]]()
         finished: list[Answer] = []
-        began, number = time.monotonic(), 0
+        start = time.monotonic()
+        number = begun = skipped = 0
 
         async def chat(member: Member) -> None:
             answer = member.ask(counted(deltas, milliseconds))
@@ -151,27 +152,29 @@ class Crowd:
             free.append(member)
 
         async def go_on(until: float) -> None:
-            nonlocal number
-            while (at := began + (number + random.random()) / chats) < until:  # noqa: S311 - spreading load
+            nonlocal number, begun, skipped
+            while (at := start + (number + random.random()) / chats) < until:  # noqa: S311 - spreading load
                 number += 1
                 await asyncio.sleep(at - time.monotonic())
-                if not free:
-                    sys.exit("all members wait for answers: this machine is too slow, or too busy, for the load")
+                if not free:  # this machine is too slow, or too busy, for the load
+                    skipped += 1
+                    continue
+                begun += 1
                 running.add(task := asyncio.create_task(chat(free.popleft())))
                 task.add_done_callback(running.discard)
             await asyncio.sleep(until - time.monotonic())
 
-        await go_on(began + ramp)
-        before, self._seen.first = (number, len(finished), self._seen.frames, self._seen.bytes), []
+        await go_on(start + ramp)
+        before, self._seen.first = (begun, len(finished), self._seen.frames, self._seen.bytes), []
         yield {"steady": True, "under_way": len(running)}
-        await go_on(began + ramp + seconds)
+        await go_on(start + ramp + seconds)
         names = ("begun", "ended", "frames", "bytes")
-        after = (number, len(finished), self._seen.frames, self._seen.bytes)
-        window: dict[str, Any] = {name: end - start for name, start, end in zip(names, before, after, strict=True)}
+        after = (begun, len(finished), self._seen.frames, self._seen.bytes)
+        window: dict[str, Any] = {name: new - old for name, old, new in zip(names, before, after, strict=True)}
         yield {**window, "under_way": len(running), "first": quantiles(self._seen.first)}
         async with asyncio.timeout(STEP_LIMIT + deltas * milliseconds / 1000):
             await asyncio.gather(*running)
-        yield {"chats": number, "right": sum(map(is_right, finished)), "codes": self._seen.codes}
+        yield {"chats": begun, "skipped": skipped, "right": sum(map(is_right, finished)), "codes": self._seen.codes}
 
     def close(self) -> None:
         """Close all sockets."""

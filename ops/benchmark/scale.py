@@ -53,8 +53,10 @@ def bars(found: Mapping[str, Any], *, predicts: bool) -> list[tuple[bool, str]]:
         results.append((beats == sockets, f"idle sockets: {beats} of {sockets} heartbeats answered"))
     for name in ("short", "long", "check"):
         if name in found:
-            right, count = found[name]["right"], found[name]["chats"]
-            results.append((right == count, f"chats ({name}): {right} of {count} complete and right"))
+            right, count, skipped = (found[name][key] for key in ("right", "chats", "skipped"))
+            results.append(
+                (right == count, f"chats ({name}): {right} of {count} complete and right, {skipped} skipped")
+            )
     if predicts:
         limit = capacity.TOLERANCE
         results += [(abs(it.deviation) <= limit, f"{it}, at most {limit:.0%}") for it in capacity.check(found)]

@@ -254,6 +254,7 @@ def chats(stage: Stage, node: Process, load: Load) -> dict[str, Any]:
         "seconds": seconds,
         "chats": total["chats"],
         "right": total["right"],
+        "skipped": total["skipped"],
         "codes": total["codes"],
         "under_way": window["under_way"],
         "sockets": load.members,

@@ -22,6 +22,7 @@ def load(chats: float, length: float, *, times: float = 1.0) -> dict[str, Any]:
         "under_way": round(chats * length),
         "chats": 100,
         "right": 100,
+        "skipped": 0,
         "foreign": 0.0,
         "node_cpu": cost / 1000,
         "redis_cpu": cost / 10_000,
