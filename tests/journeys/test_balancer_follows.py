@@ -18,7 +18,7 @@ from tests.support.backend_scripts import goes_on_until
 from tests.support.balancing import Balancer
 from tests.support.processes import PYTHON, free_port, http_status, start
 from tests.support.scripted_backend import scripted_backend
-from tests.support.servers import OPS, DemoBackend, RedisServer, missing, start_node
+from tests.support.servers import OPS, USER, DemoBackend, RedisServer, missing, start_node
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.users import user_id
 from tests.support.waiting import wait_until
@@ -92,12 +92,13 @@ async def test_a_balancer_that_is_restarted_while_redis_is_away_has_the_nodes_th
     program: Program, redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     async with tcp_proxy(redis_server.port) as redis:
+        viewer = redis.url.replace(USER, "viewer:viewer-secret")  # as in ops/deploy/compose.yaml
         with start_node(tmp_path, redis_url=redis_server.url, ai_url=demo.url, node="a").process:
-            async with following(tmp_path, program, redis.url) as balancer:
+            async with following(tmp_path, program, viewer) as balancer:
                 await wait_until(lambda: reaches(balancer, "a"), "users come to the node", limit=30)
             redis.target_port, redis.accepted = free_port(), 0
             redis.drop()
-            async with following(tmp_path, program, redis.url) as balancer:
+            async with following(tmp_path, program, viewer) as balancer:
                 await wait_until(lambda: reaches(balancer, "a"), "users come to the node that was known", limit=30)
                 await wait_until(lambda: redis.accepted > 3, "it goes on looking", limit=30)
                 assert balancer.process.output().count(AWAY) == 1
@@ -121,6 +122,7 @@ async def test_a_balancer_that_never_saw_redis_has_the_nodes_that_were_given(
     assert file.read_text() == damaged  # others may be given the next time
 
 
+@pytest.mark.long  # test_procfile.py kills the command itself in the first tier
 async def test_a_balancer_whose_program_was_killed_ends_as_a_killed_one(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
