@@ -155,7 +155,7 @@ async def test_a_permission_that_is_lacking_is_said_also_when_a_script_lacks_it(
         try:
             async with RedisClient(server.url, connections=1, timeout=TIMEOUT) as redis_client:
                 requests = RequestStream(redis_client, reader, Settings.load())
-                with pytest.raises(StoreDenied, match="ACL LOG shows what was denied"):
+                with pytest.raises(StoreDenied, match="ACL LOG shows denied commands"):
                     await requests.admit(chat_request())
         finally:
             set_users(client, *USER_LINES)
