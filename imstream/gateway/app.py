@@ -61,7 +61,7 @@ def make_app(deps: SessionDeps, *, stuck: Callable[[], str | None]) -> Starlette
                 deps, stuck=stuck, shows=is_from_here if deps.settings.shows_metrics_here else lambda _: False
             ),
             Route("/ws", only_sockets, methods=["GET"]),
-            *page_routes(deps.settings.user_ids, deps.settings.max_frame),
+            *page_routes(deps.settings.user_ids, deps.settings.max_frame, deps.settings.max_history),
         ]
     )
     app.router.redirect_slashes = False  # it would reveal which paths exist
@@ -125,7 +125,7 @@ def is_from_here(request: Request) -> bool:
     )
 
 
-def page_routes(user_ids: UserIds, max_frame: int, folder: Traversable = _STATIC) -> list[Route]:
+def page_routes(user_ids: UserIds, max_frame: int, max_history: int, folder: Traversable = _STATIC) -> list[Route]:
     """The routes of the page at `/`, its files, the browser client, and the protocol for machines (AsyncAPI).
 
     The page and its modules name each file that they need with a version, `?v=…`, and a node has only files of its own
@@ -140,6 +140,7 @@ def page_routes(user_ids: UserIds, max_frame: int, folder: Traversable = _STATIC
     page = files["index.html"].replace('<link rel="stylesheet" href="page.css">', "\n".join(links))
     page = page.replace('data-user-ids="number"', f'data-user-ids="{user_ids}"')
     page = page.replace('data-max-frame="65536"', f'data-max-frame="{max_frame}"')
+    page = page.replace('data-max-history="200"', f'data-max-history="{max_history}"')
     policy = {"Content-Security-Policy": _POLICY}
     return [
         Route("/", Response(page, media_type="text/html; charset=utf-8", headers=_HEADERS | policy), methods=["GET"]),

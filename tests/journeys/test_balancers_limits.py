@@ -267,7 +267,7 @@ async def test_strangers_reach_the_page_and_the_socket_and_nothing_else(program:
         statuses = {path: await balancer.get(CLIENT, path) for path in HIDDEN}
         assert statuses == dict.fromkeys(HIDDEN, 404)
         assert balancer.node.requests == []
-        for route in page_routes(UserIds.NUMBER, 65536):
+        for route in page_routes(UserIds.NUMBER, 65536, 200):
             assert await balancer.get(CLIENT, f"{route.path}?x=1") == 200
         assert await balancer.handshake(CLIENT) == 101
         for path in ("/readyz", "/healthz", "/metrics"):

@@ -59,6 +59,19 @@ async def test_a_second_question_is_sent_with_the_first_answer_when_that_is_ther
 
 
 @pytest.mark.long
+async def test_a_long_conversation_is_sent_with_as_many_turns_as_a_message_may_have(
+    page: Page, demo: DemoBackend, valkey: RedisServer, tmp_path: Path
+) -> None:
+    short = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="short", settings={"max_history": 2})
+    with short.process:
+        await log_in(page, short, 10026)
+        for question in ("First", "Second", "Third"):
+            await ask(page, question)
+            await whole_answer(page, question)
+    page.forgive_absence()
+
+
+@pytest.mark.long
 async def test_a_question_after_one_without_an_answer_waits_for_the_user_and_can_be_taken_back(
     page: Page, page_node: NodeProcess
 ) -> None:

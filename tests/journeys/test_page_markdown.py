@@ -65,7 +65,7 @@ MAKE_VIEW = """(async () => {
 async def address() -> AsyncIterator[str]:
     """The address of the page as a node serves it; there is no node behind it."""
     port = free_port()
-    app = Starlette(routes=page_routes(UserIds.NUMBER, 65536))
+    app = Starlette(routes=page_routes(UserIds.NUMBER, 65536, 200))
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
     await wait_until(lambda: server.started, "the page is served")

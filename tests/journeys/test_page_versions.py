@@ -34,7 +34,7 @@ def release(folder: Path, name: str) -> ASGIApp:
     styles.write_text(styles.read_text("utf-8") + f":root {{ --release: {name}; }}", "utf-8")
     page = folder / "index.html"
     page.write_text(page.read_text("utf-8").replace("<html ", f'<html data-release="{name}" '), "utf-8")
-    return Starlette(routes=page_routes(UserIds.NUMBER, 65536, folder))
+    return Starlette(routes=page_routes(UserIds.NUMBER, 65536, 200, folder))
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from imstream.user_ids import UserIds
 
 @pytest.fixture
 async def browser() -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(Starlette(routes=page_routes(UserIds.NUMBER, 1234)))
+    transport = httpx.ASGITransport(Starlette(routes=page_routes(UserIds.NUMBER, 1234, 56)))
     async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
         yield client
 
@@ -22,7 +22,7 @@ async def test_page_is_html_and_needs_nothing_but_its_own_files(browser: httpx.A
     answer = await browser.get("/")
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", answer.text)
-    assert 'data-max-frame="1234"' in answer.text
+    assert 'data-max-frame="1234" data-max-history="56"' in answer.text
     for name, media_type in (("page.css", "text/css"), ("boot.js", "text/javascript"), ("page.js", "text/javascript")):
         assert (await browser.get(f"/{name}")).headers["Content-Type"] == f"{media_type}; charset=utf-8"
     for hidden in ("package.json", "imstream.d.ts", "index.html"):

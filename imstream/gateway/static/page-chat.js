@@ -58,8 +58,8 @@ export class Chat {
   #restored = Promise.resolve();
 
   /** @param onChange called when the list of conversations, or the chosen one, has changed */
-  constructor(client, archive, maxFrame, onChange) {
-    Object.assign(this, { client, archive, maxFrame, onChange });
+  constructor(client, archive, limits, onChange) {
+    Object.assign(this, { client, archive, limits, onChange });
     this.wanted = session.get("conversation"); // shown before the page was reloaded
     this.openNew();
   }
@@ -175,10 +175,10 @@ export class Chat {
 
   /** The bytes that a frame with a question has left. */
   #room(question) {
-    return this.maxFrame - MARGIN - size(question);
+    return this.limits.frame - MARGIN - size(question);
   }
 
-  /** History for a question: the newest turns before it that fit into one frame, oldest first. */
+  /** History for a question: as many of the turns before it as a message may have and a frame has room for, oldest first. */
   #history({ conversation: { exchanges }, message }) {
     const history = [];
     let room = this.#room(message.contents);
@@ -190,7 +190,7 @@ export class Chat {
         { role: "assistant", content: text },
       ];
       room -= size(turns);
-      if (room < 0) break;
+      if (room < 0 || history.length + turns.length > this.limits.history) break;
       history.unshift(...turns);
     }
     return history;

@@ -15,7 +15,7 @@ const GIVEN = new URLSearchParams(FROM_DISK ? location.hash.slice(1) : ""); // f
 const [user, token, address, connect] = $("enter").elements;
 const [box, send] = $("write").elements;
 const NUMBERS_ONLY = !FROM_DISK && user.dataset.userIds === "number"; // the node that serves the page writes it
-const MAX_FRAME = Number(user.dataset.maxFrame); // this, too
+const LIMITS = { frame: Number(user.dataset.maxFrame), history: Number(user.dataset.maxHistory) }; // these, too
 const isTouched = matchMedia("(hover: none) and (pointer: coarse)"); // a keyboard on the screen: Enter is a new line
 
 let client; // the ImstreamClient after login
@@ -71,7 +71,7 @@ async function logIn(userId, base) {
 
 function begin(userId, base, owner) {
   client = new ImstreamClient({ address: base, userId, lang: language(), wants: ["status", "asked", "thinking"] });
-  chat = new Chat(client, new Archive(owner, (ids) => chat.forget(ids)), MAX_FRAME, showChat);
+  chat = new Chat(client, new Archive(owner, (ids) => chat.forget(ids)), LIMITS, showChat);
   list = new ConversationList(chat);
   showChat();
   const [ours, here] = [client, chat];
