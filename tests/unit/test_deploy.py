@@ -142,7 +142,7 @@ def test_proxies_wait_longer_than_nodes() -> None:
 def test_the_ingress_passes_on_the_socket_and_every_file_of_the_page_and_nothing_else() -> None:
     [rule] = of_kind("Ingress")["spec"]["rules"]
     paths = [(one["path"], one["pathType"]) for one in rule["http"]["paths"]]
-    routes = page_routes(UserIds.NUMBER, DEFAULTS["max_frame"])
+    routes = page_routes(UserIds.NUMBER, DEFAULTS["max_frame"], DEFAULTS["max_history"])
     assert sorted(paths) == sorted((path, "Exact") for path in ("/ws", *(route.path for route in routes)))
 
 
