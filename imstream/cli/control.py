@@ -166,7 +166,7 @@ def drain(*, name: str, wait: bool, timeout: timedelta, as_json: bool, **options
     """Drain a node through Redis, as SIGTERM does.
 
     It takes no new requests, lets running answers end within its IMSTREAM_DRAIN_GRACE, hands over the rest, closes its
-    sockets with 1012 and exits with 0. Ends with 3 if it has not begun to within 10 s, or with --wait not ended after
+    sockets with 1012 and exits with 0. Ends with 3 if it has not begun within 10 s, or with --wait has not ended after
     --timeout.
     """
     settings = Settings.load(**given(options))
