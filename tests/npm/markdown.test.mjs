@@ -40,7 +40,7 @@ const PIECES = [
   "www.a.b", "a@b.cd", "<br>", "word", "two words", "中文", "“引”", "。", "1", "2024", ".", "\r\n", "\r", "  \n", "\\\n", "\u00a0", "😀",
 ];
 
-test("what is shown depends on the text, not on the pieces in which it came", () => {
+test("the shown content depends on the text, not on its pieces", () => {
   const random = randomFrom(7);
   const pick = () => PIECES[Math.floor(random() * PIECES.length)];
   for (let round = 0; round < (process.env.MARKDOWN_ROUNDS ?? 60); round++) {
@@ -248,7 +248,7 @@ test("code has its language, and a button that copies it as it is", async () => 
   assert.equal(button.textContent, "copy");
 });
 
-test("what can be scrolled has the focus and a name, and names change with the language", () => {
+test("scrollable elements have a tab stop and a name, and names change with the language", () => {
   let language = "en";
   const { element, view } = makeView({ label: (name) => `${language} ${name}` });
   view.update("```js\nx\n```\n|a|\n|-|\n\n- [x] b\n", { done: true });

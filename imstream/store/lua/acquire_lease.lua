@@ -1,7 +1,7 @@
 -- Acquire or renew the lease of a node: its holder is the one process that may run under this id.
 --
--- Also record on which run of Redis that was. A process that ended together with Redis was not killed by what it worked
--- on: when the next process acquires the lease and finds that Redis was restarted since, the deliveries of pending
+-- Also record on which run of Redis that was. A process that ended together with Redis was not killed by its
+-- requests: when the next process acquires the lease and finds that Redis was restarted since, the deliveries of pending
 -- entries are reduced by one, so that the end of that process does not count.
 --
 -- KEYS[1]  string  lease of the node, expires

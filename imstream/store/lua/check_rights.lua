@@ -1,4 +1,4 @@
--- Try each command that nodes use, on a key of its own, so that what Redis denies or refuses is known before it matters.
+-- Try each command that nodes use, on a key of its own, so that denied or refused commands are found before they matter.
 --
 -- KEYS[1]  a key that nothing else uses; it is deleted
 -- Returns  {command, error, …} for each that failed

@@ -5,7 +5,7 @@
 -- belongs to that request.
 --
 -- An attempt begins again, or continues the text recorded by earlier ones. Then 'opened' holds all of that text, and
---   wire   the attempt that clients see: it stays if the caller has shown exactly this text, and nobody more
+--   wire   the attempt that clients see: it stays if the caller has shown exactly this text, and no more
 --   valid  up to where clients that follow earlier such attempts have text of this one: 'attempt:offset …'
 --   usage  that of the calls that wrote the text
 --
@@ -24,7 +24,7 @@
 -- ARGV[10] milliseconds to keep KEYS[3]: longer than any reply that begins now
 -- ARGV[11] recorded text is continued if it has fewer characters; 0: begin again
 -- ARGV[12] how many characters the caller has shown in the attempt ARGV[4]; '' if it is not the writer
--- ARGV[13] usage of the calls that wrote them; '' if the caller knows none
+-- ARGV[13] usage of the calls that wrote them; '' if unknown
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
 -- ARGV[15] '1' if the caller repeats this: a later attempt is that of its earlier try, and does not count
 -- ARGV[16] '1' if the request was made from a dead letter

@@ -30,7 +30,7 @@ end
 if tonumber(redis.call('HGET', KEYS[2], user) or 0) >= tonumber(ARGV[2]) then
     return {'user_full'}
 end
--- Releases that do not reopen replies know no version 2, and leave the request to a node that does.
+-- Releases that do not reopen replies do not support version 2, and leave the request to a node that does.
 fields[#fields + 1], fields[#fields + 2] = 'reopens', known.attempts or '0'
 fields[#fields + 1], fields[#fields + 2] = 'v', '2'
 local id = redis.call('XADD', KEYS[1], '*', unpack(fields)) -- first: it is refused when memory is full
