@@ -166,5 +166,6 @@ def retry_pause(failed: Retry | Wait, repeated: int, settings: Settings, backend
     """Seconds before the next call: the wait of the backend, plus a random backoff; or the backends decide."""
     if isinstance(failed, Wait) and (backends.is_closed or not backends.may_be_called):
         return 0.0
-    longest = min(settings.retry_wait * 2 ** min(repeated, 30), settings.retry_wait_max)
-    return uniform(0, longest.total_seconds()) + failed.after.total_seconds()  # noqa: S311 - no secret
+    longest = settings.retry_wait.total_seconds() * 2.0 ** min(repeated, 99)
+    backoff = uniform(0, min(longest, settings.retry_wait_max.total_seconds()))  # noqa: S311 - no secret
+    return backoff + failed.after.total_seconds()
