@@ -194,6 +194,7 @@ async def test_thinking_is_timed_and_shown_and_the_old_text_stays_grey_until_the
             await page.until(f"{LAST}.querySelector('.thinking p').textContent === 'Six times seven'")
             model.says(delta(content="It is forty-one, I think"))
             await page.until(f"{SHOWN} === 'It is forty-one, I think'")
+            assert await page.evaluate(f"{LAST}.querySelector('.thinking p').checkVisibility()")
             model.says(b"")
             await page.until(isold)
             await says(page, "writing it again (attempt 2)")

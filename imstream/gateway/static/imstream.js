@@ -124,8 +124,9 @@ export class Message extends EventTarget {
     this.accepted = true;
     if (this.status === "failed") this.ended = this.#unfinished();
     if (attempt > this.attempt || event === "restart") {
+      if (this.attempt || event === "restart") this.thinking = ""; // else it belongs to this attempt
       this.attempt = attempt;
-      this.text = this.thinking = "";
+      this.text = "";
       this.offset = 0;
     }
     if (event === "accepted") {
