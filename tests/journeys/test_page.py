@@ -495,6 +495,27 @@ async def test_the_newest_words_stay_in_view_unless_the_person_scrolled_up(page:
     await status(page, "cancelled")
 
 
+async def test_a_long_conversation_opens_at_its_end_and_stays_there(page: Page, page_node: NodeProcess) -> None:
+    log = "document.querySelector('#log')"
+    at_end = f"{log}.scrollHeight - {log}.scrollTop - {log}.clientHeight < 5"
+    text = "A paragraph of several words, which is as long as those of models are.\n\n```\ncode\n```\n\n- item\n\n" * 1000
+    await log_in(page, page_node, 10051)
+    await page.keep(text=text)
+    await page.call("Page.reload")
+    await status(page, "done")
+    await page.until(at_end)
+    await page.evaluate("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
+    assert await page.evaluate(at_end)
+    # What is far above the view costs nothing while the answer grows.
+    above = "document.querySelector('.answer > *').checkVisibility({ contentVisibilityAuto: true })"
+    assert await page.evaluate(above) is False
+    await ask(page, f"And more {ENDLESS}")
+    await has_written(page)
+    await page.until(at_end)
+    await page.press("Escape")
+    await status(page, "cancelled")
+
+
 async def test_an_answer_is_copied_as_it_was_written(page: Page, page_node: NodeProcess) -> None:
     await log_in(page, page_node)
     await ask(page, "Copy me")
