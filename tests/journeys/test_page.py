@@ -498,7 +498,7 @@ async def test_the_newest_words_stay_in_view_unless_the_person_scrolled_up(page:
 async def test_a_long_conversation_opens_at_its_end_and_stays_there(page: Page, page_node: NodeProcess) -> None:
     log = "document.querySelector('#log')"
     at_end = f"{log}.scrollHeight - {log}.scrollTop - {log}.clientHeight < 5"
-    text = "A paragraph of several words, which is as long as those of models are.\n\n```\ncode\n```\n\n- item\n\n" * 1000
+    text = "A paragraph of some words, as models write them.\n\n```\ncode\n```\n\n- item\n\n" * 1000
     await log_in(page, page_node, 10051)
     await page.keep(text=text)
     await page.call("Page.reload")
@@ -507,7 +507,7 @@ async def test_a_long_conversation_opens_at_its_end_and_stays_there(page: Page, 
     await page.evaluate("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
     assert await page.evaluate(at_end)
     # What is far above the view costs nothing while the answer grows.
-    above = "document.querySelector('.answer > *').checkVisibility({ contentVisibilityAuto: true })"
+    above = "document.querySelector('.answer li').checkVisibility({ contentVisibilityAuto: true })"
     assert await page.evaluate(above) is False
     await ask(page, f"And more {ENDLESS}")
     await has_written(page)
