@@ -107,6 +107,14 @@ def test_text_and_hidden_reasoning_show_the_model_at_work_and_comments_do_not(bo
     assert reader.progressed is moved
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_an_error_event_that_looks_like_the_text_before_it_is_an_error(together: bool) -> None:  # noqa: FBT001 - a case
+    body = [event(chunk("a")), event(chunk("b")), event(chunk("c")), b"event: error\n" + event(chunk("d"))]
+    reader = AnswerReader(limit=LIMIT)
+    with pytest.raises(BackendError):
+        [reader.feed(part) for part in ([b"".join(body)] if together else body)]
+
+
 @given(st.lists(st.text(max_size=5), max_size=8), st.data())
 def test_any_cut_of_the_bytes_gives_the_same_answer(texts: list[str], data: st.DataObject) -> None:
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
