@@ -37,7 +37,7 @@ FIGURES = (
     Symbol("Ms", "KB", "memory of an idle socket, in its node"),
     Symbol("Ma", "KB", "memory of an answer under way, in its node"),
     Symbol("Cl", "µs", "CPU of a login (handshake and INIT), in the node"),
-    Symbol("Ch", "µs", "CPU of a heartbeat"),
+    Symbol("Ch", "µs", "CPU of a heartbeat, with the checks of its socket until the next one"),
     Symbol("C0", "ms", "CPU of a chat, in the node: the part that does not depend on the length of the answer"),
     Symbol("C1", "ms", "the same, for each second of the answer"),
     Symbol("Rl", "µs", "CPU of a login, in Redis"),

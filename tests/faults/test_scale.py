@@ -35,7 +35,7 @@ def test_users_who_lose_their_node_all_have_their_complete_answers_in_the_end(tm
     storm = found["storm"]
     assert (storm["clients"], storm["lost"], storm["right"]) == (100, 100, 100)
     assert storm["under_way"] > 0
-    assert storm["refusals"]["connection refused"] >= 100  # each has tried the dead node first
+    assert storm["refusals"]["connection refused"] > 0  # they try the dead node first
     assert storm["ends"] == {"done": 100}
     assert 0 < storm["again"]["p50"] <= storm["whole"]["p99"] <= storm["ended"]["p99"]
     assert "storm: 100 of 100 answers complete and right" in printed
