@@ -34,9 +34,7 @@ AXE = Path(__file__).parents[1] / "npm" / "node_modules" / "axe-core" / "axe.min
 
 VIEWS = ((DESKTOP, "light", "en"), (DESKTOP, "dark", "zh"), (PHONE, "light", "zh"), (PHONE, "dark", "en"))
 
-REASONING = (
-    "The user asks for a product of two small numbers. Six times seven is forty-two: six sevens are 7, 14, 21, …"
-)
+REASONING = "The user asks about Redis Streams. A definition, the two commands, and a few lines of code are enough."
 BEGINNING = """\
 A **consumer group** shares the entries of one stream among several workers:
 
