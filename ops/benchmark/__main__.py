@@ -6,7 +6,10 @@ machine varies; sockets stay open between rounds. Loads: `burst`, 32 deltas at o
 each socket sends its next message when the answer is complete.
 
 Then two more nodes alternate: one without guards, and one with all of them. `--guards` measures only these, and each
-guard alone. `--against` measures only this node and that of another release.
+guard alone. `--against` measures only this node and that of another release, `--rollup` only nodes with different
+IMSTREAM_ROLLUP.
+
+`ops/bench scale` is another measurement: many sockets, a reconnect storm, and the figures of the capacity model.
 """
 
 import argparse

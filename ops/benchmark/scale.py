@@ -71,13 +71,15 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="imstream-bench-") as folder, Stage(Path(folder), loop="uvloop") as stage:
         parts = [("storm", storm(stage, plan))] if given.storm else measure(stage, plan)
         found = {"circumstances": circumstances("uvloop"), "plan": asdict(plan), **dict(parts)}
-    foreign = max((found[name]["foreign"] for name in ("short", "long", "check") if name in found), default=0.0)
+    foreign = max((found[name]["foreign"] for name in ("short", "long", "check") if name in found), default=None)
     found["foreign"] = foreign
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
     results = bars(found, predicts=not given.small and not given.storm)
-    doubt = "; TOO MUCH for reliable figures: run again on an idle machine" if foreign > BUSY else ""
-    lines = [*capacity.text(found), bar_lines(results), f"CPUs used by other processes: {foreign:.2f}{doubt}"]
+    lines = [*capacity.text(found), bar_lines(results)]
+    if foreign is not None:
+        doubt = "; TOO MUCH for reliable figures: run again on an idle machine" if foreign > BUSY else ""
+        lines.append(f"CPUs used by other processes: {foreign:.2f}{doubt}")
     sys.stdout.write("\n".join([*lines, f"{time.monotonic() - began:.0f} s in total"]) + "\n")
     return 0 if all(met for met, _ in results) else 1
 
