@@ -2,9 +2,9 @@
 
 import asyncio
 from datetime import timedelta
-from random import uniform
 
 import structlog
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
@@ -162,10 +162,17 @@ class Calls:
         self._waits_since = min(self._waits_since or since, since)  # Redis may have lost when it began
 
 
-def retry_pause(failed: Retry | Wait, repeated: int, settings: Settings, backends: Backends) -> float:
-    """Seconds before the next call: the wait of the backend, plus a random backoff; or the backends decide."""
-    if isinstance(failed, Wait) and (backends.is_closed or not backends.may_be_called):
-        return 0.0
-    longest = settings.retry_wait.total_seconds() * 2.0 ** min(repeated, 99)
-    backoff = uniform(0, min(longest, settings.retry_wait_max.total_seconds()))  # noqa: S311 - no secret
-    return backoff + failed.after.total_seconds()
+def retrying(settings: Settings, backends: Backends) -> AsyncRetrying:
+    """Return a loop over calls. It must not refer to the job: it is part of a reference cycle."""
+    backoff = wait_random_exponential(
+        multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
+    )
+
+    def pause(state: RetryCallState) -> float:
+        """Seconds before the next call: the wait of the backend, plus a random backoff; or the backends decide."""
+        assert state.outcome is not None  # noqa: S101 - set by the loop
+        failed: Retry | Wait = state.outcome.result()
+        waits = isinstance(failed, Wait) and (backends.is_closed or not backends.may_be_called)
+        return 0.0 if waits else backoff(state) + failed.after.total_seconds()
+
+    return AsyncRetrying(retry=retry_if_result(lambda outcome: isinstance(outcome, Retry | Wait)), wait=pause)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
+from tenacity import RetryCallState
 
 from imstream.ai.call_gate import CallGate
 from imstream.ai.router import Backends, capacity
 from imstream.ai.upstream import Upstream
 from imstream.errors import BackendError
 from imstream.settings import Settings
-from imstream.worker.calls import retry_pause
+from imstream.worker.calls import retrying
 from imstream.worker.disposition import Wait
 from tests.support.processes import free_port
 from tests.support.scripted_backend import ScriptedBackend
@@ -85,10 +86,13 @@ async def test_while_a_long_prompt_waits_others_start_at_a_smaller_backend_and_r
     assert backends.waiting == 1
     assert backends.startable() > 0
     away = Wait(timedelta(seconds=3), timedelta(minutes=1), BackendError("http_502", kind="away"))
-    assert retry_pause(away, 0, Settings.load(), backends) >= 3
+    loop = retrying(Settings.load(), backends)
+    state = RetryCallState(retry_object=loop, fn=None, args=(), kwargs={})
+    state.set_result(away)
+    assert loop.wait(state) >= 3
     fails(named(backends, "small"))
     assert backends.startable() == 0
-    assert retry_pause(away, 0, Settings.load(), backends) == 0
+    assert loop.wait(state) == 0
     waiting.cancel()
 
 
