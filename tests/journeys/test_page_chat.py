@@ -142,15 +142,17 @@ async def test_a_running_answer_is_seen_with_its_question_on_every_device_of_the
     await log_in(page, page_node, 10014)
     async with open_page(chromium) as device, open_page(chromium) as late:
         await log_in(device, page_node, 10014)
-        await ask(page, f"Who sees me? {SLOW}")
+        await ask(page, f"Who sees me? {ENDLESS}")
         await has_written(device, 20)
         await log_in(late, page_node, 10014)
-        await has_written(late, 20)
         tab = await open_tab(page)
         await log_in(tab, page_node, 10014)
+        for one in (late, tab):
+            await has_written(one, 20)
+        await page.press("Escape")
         for one in (page, device, late, tab):
-            await whole_answer(one, f"Who sees me? {SLOW}")
-            assert await one.evaluate(QUESTIONS) == [f"Who sees me? {SLOW}"]
+            await status(one, "cancelled")
+            assert await one.evaluate(QUESTIONS) == [f"Who sees me? {ENDLESS}"]
         await ask(device, "And an answer from there?")
         for one in (page, device, late):
             await page.until("document.querySelectorAll('article').length === 2")
