@@ -1,6 +1,7 @@
 """The AI calls of one request: the backend of each, the wait for one, and the decision after a failure."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import structlog
@@ -12,7 +13,6 @@ from imstream.errors import BackendError
 from imstream.guards.guard import GuardRejection
 from imstream.metrics import reason_label
 from imstream.model import ChatRequest, Terminal, Usage, Waiting, usage_sum
-from imstream.settings import Settings
 from imstream.store.replies import Opened, WaitRecorded
 from imstream.tracing import CURRENT
 from imstream.worker.attempt import AttemptRunner, Interrupted, WorkerDeps
@@ -41,6 +41,8 @@ class Calls:
         """The backend that broke the last attempt: the next one prefers others."""
         self._tokens: int | None = None
         """Those of its prompt, once they are counted."""
+        self._failed = 0
+        """Calls that had to be repeated."""
         self._counted = 0
         """Attempts before this one that count."""
         self._last_wait: Wait | None = None
@@ -138,6 +140,7 @@ class Calls:
         self._broke = (upstream,) if isinstance(decision, Retry) else ()
         if not isinstance(decision, Bury):
             self._count_retry(error, upstream)
+            decision = replace(decision, after=decision.after + self._backoff())
         if isinstance(decision, Wait):
             await self._wait(decision, upstream, writer)
         elif isinstance(decision, Retry):
@@ -147,6 +150,17 @@ class Calls:
 
     def _count_retry(self, error: BackendError, upstream: Upstream) -> None:
         self._deps.metrics.ai_retries[upstream.name, reason_label(error.reason)] += 1
+
+    def _backoff(self) -> timedelta:
+        """A random time before the next call. It is drawn here, because the client is told when that will be."""
+        settings = self._deps.settings
+        backoff = wait_random_exponential(
+            multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
+        )
+        state = RetryCallState(retry_object=AsyncRetrying(), fn=None, args=(), kwargs={})
+        self._failed += 1
+        state.attempt_number = self._failed
+        return timedelta(seconds=backoff(state))
 
     async def _wait(self, decision: Wait, upstream: Upstream, writer: ReplyWriter) -> None:
         """Record that the message waits."""
@@ -162,17 +176,14 @@ class Calls:
         self._waits_since = min(self._waits_since or since, since)  # Redis may have lost when it began
 
 
-def retrying(settings: Settings, backends: Backends) -> AsyncRetrying:
+def retrying(backends: Backends) -> AsyncRetrying:
     """Return a loop over calls. It must not refer to the job: it is part of a reference cycle."""
-    backoff = wait_random_exponential(
-        multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
-    )
 
     def pause(state: RetryCallState) -> float:
-        """Seconds before the next call: the wait of the backend, plus a random backoff; or the backends decide."""
+        """Seconds before the next call; none if the message waits until a backend may be called."""
         assert state.outcome is not None  # noqa: S101 - set by the loop
         failed: Retry | Wait = state.outcome.result()
         waits = isinstance(failed, Wait) and (backends.is_closed or not backends.may_be_called)
-        return 0.0 if waits else backoff(state) + failed.after.total_seconds()
+        return 0.0 if waits else failed.after.total_seconds()
 
     return AsyncRetrying(retry=retry_if_result(lambda outcome: isinstance(outcome, Retry | Wait)), wait=pause)

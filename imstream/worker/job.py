@@ -193,7 +193,7 @@ class Job:
 
     async def _repeat(self, outcome: Terminal | Disposition) -> Terminal | Disposition:
         """Repeat a failed call. The first one is made without tenacity, which takes 40 µs of CPU per call."""
-        async for attempt in retrying(self._deps.settings, self._deps.backends):
+        async for attempt in retrying(self._deps.backends):
             if attempt.retry_state.attempt_number > 1:
                 self.calls.runner.check_pause()
                 # If the lease has run out meanwhile, another node may be working on the request (I7).

@@ -52,6 +52,22 @@ async def test_waiting_for_a_backend_uses_up_no_attempt_and_is_recorded(
         assert worker.dead() == []
 
 
+async def test_each_wait_is_recorded_with_the_time_until_the_next_call(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, max_attempts=1, retry_wait="600ms", retry_wait_max="600ms") as worker:
+        client = worker.follow()
+        begun = now_ms()
+        await worker.ask()
+        for number in (1, 2):
+            (await worker.backend.call(number)).fail(failure())
+        last = await worker.backend.call(3)
+        called = now_ms()
+        last.done("at last")
+        assert await client.end() == "done"
+        await worker.idle()
+        told = [int(entry["retry_after"]) for entry in waits(worker)]
+        assert 0 < sum(told) <= called - begun + len(told)  # each is rounded
+
+
 async def test_a_backend_that_goes_away_while_its_model_thinks_does_not_begin_the_window_again(
     redis_server: RedisServer,
 ) -> None:

@@ -86,7 +86,7 @@ async def test_while_a_long_prompt_waits_others_start_at_a_smaller_backend_and_r
     assert backends.waiting == 1
     assert backends.startable() > 0
     away = Wait(timedelta(seconds=3), timedelta(minutes=1), BackendError("http_502", kind="away"))
-    loop = retrying(Settings.load(), backends)
+    loop = retrying(backends)
     state = RetryCallState(retry_object=loop, fn=None, args=(), kwargs={})
     state.set_result(away)
     assert loop.wait(state) >= 3
