@@ -309,7 +309,9 @@ async def test_an_answer_that_is_continued_may_be_thought_about_again(
         model.says(b"", delta(content="<think>second thought"))
         again = await someone.until(event="thinking")
         assert (again["contents"], again["start"], again["attempt"]) == ("second ", 0, 1)
-        model.says(delta(content="</think>answer"), STOP, DONE)
+        model.says(delta(content="</think>answer"))
+        await someone.some_text("m", len("The answer"))  # else its end could come before its state was sent
+        model.says(STOP, DONE)
         told = await someone.end_of("m")
         assert (told.text, told.attempt) == ("The answer", 1)
         assert "restart" not in told.events
