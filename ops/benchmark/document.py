@@ -6,6 +6,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -87,10 +88,10 @@ def _services(results: Mapping[str, Any]) -> str:
 
 
 def _machine(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
-    about = results["circumstances"]
+    about, rounds = results["circumstances"], Counter((run["service"], run["load"], run["sockets"]) for run in runs)
     return (
-        f"{about['date']}: {about['cpus']} cores, Python {about['python']}, {about['event_loop']}; CPUs used by other "
-        f"processes: {_foreign(runs):.2f}{_doubt(runs)}.\n"
+        f"{about['date']}: {about['cpus']} cores, Python {about['python']}, {about['event_loop']}, "
+        f"{min(rounds.values())} rounds; CPUs used by other processes: {_foreign(runs):.2f}{_doubt(runs)}.\n"
     )
 
 

@@ -61,8 +61,7 @@ async def test_an_answer_during_which_everything_is_stopped_ten_times_is_made_in
 async def test_a_node_that_is_killed_in_its_grace_ten_times_has_not_died(demo: DemoBackend, tmp_path: Path) -> None:
     with fresh_redis(tmp_path) as server:
         # The lease says that the process was stopping: it must be there when the next one has started.
-        settings = {"drain_grace": "30s", "max_deliveries": 1, "lease": "60s"}
-        async with one_node(tmp_path, server, demo.url, **settings) as node:
+        async with one_node(tmp_path, server, demo.url, drain_grace="30s", max_deliveries=1, lease="60s") as node:
 
             async def stop() -> None:
                 node.now.process.signal(signal.SIGTERM)
