@@ -298,7 +298,7 @@ def _address_lines(plan: UpPlan) -> Iterator[str]:
     if plan.balancer:
         yield f"balancer {plan.balancer}, routes each user to one node; its configuration is in {balancers.FOLDER}"
     elif len(plan.nodes) > 1:
-        why = f"{UpSettings.variable('balancer')} is none"
+        why = f"{UpSettings.variable('balancer')}=none"
         if balancers.installed_program() is None:
             why = "install haproxy or nginx to have one at the next start"
         yield f"balancer none: {why}"

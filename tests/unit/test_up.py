@@ -63,7 +63,7 @@ def test_one_node_gets_a_balancer_only_when_it_is_named(machine: dict[str, str])
     assert make_plan({**ports(), "balancer": "nginx"}).balancer == "nginx"
     plan = make_plan({**ports(), "balancer": "none", "nodes": "2"})
     assert plan.balancer is None
-    assert summary(plan)[1] == "balancer none: IMSTREAM_UP_BALANCER is none"
+    assert summary(plan)[1] == "balancer none: IMSTREAM_UP_BALANCER=none"
 
 
 def test_without_one_installed_it_says_so_and_where_the_nodes_are() -> None:
