@@ -206,7 +206,7 @@ class Node:
 
     def _status(self) -> dict[str, str | int]:
         """The state of this node for `imstream nodes`, and the address of its metrics for `imstream top`."""
-        # Before the first read of the pauses, none is confirmed: if there was none, requests begin at once.
+        # No pause is confirmed before the first read: if it finds no pause, requests begin at once.
         pause = self._pauses.own if self._pauses.is_known else None
         return {
             "version": _VERSION,

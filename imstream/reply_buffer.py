@@ -211,7 +211,7 @@ class ReplyBuffer:
     async def wait_until_recorded(self, seconds: float) -> bool:
         """Wait until the reply has a record: a worker has begun it, or a record was loaded.
 
-        False after a time-out, and when there may be none: its job has ended without beginning it.
+        False after a time-out, or if its job has ended without beginning the reply.
         """
         changed = await self._wait_until(lambda: True, seconds)
         return changed and (self.has_job or self.has_writer or self.terminal is not None)

@@ -112,7 +112,7 @@ def _lines(config: BalancerConfig, template: str) -> Iterator[str]:
 
 
 def _server_ids(nodes: Sequence[str]) -> dict[str, int]:
-    """HAProxy's number of each node, which decides its points on the ring: the same whatever other nodes there are."""
+    """HAProxy's number of each node. It decides the node's points on the ring, and does not depend on other nodes."""
     ids = dict[str, int]()
     for node in nodes:
         number = 1 + crc32(node.encode()) % 1_000_000

@@ -31,7 +31,7 @@ def open_keyboard(output: TerminalOutput, on_ctrl_c: Callable[[], None]) -> Keyb
 
 
 async def completes_first(task: asyncio.Task[Any], other: Coroutine[Any, Any, object], *, keep: bool = False) -> bool:
-    """Wait for a task or a coroutine, which is cancelled then; so is a task that is not first, unless `keep`."""
+    """Whether a task ends before a coroutine. Cancels the coroutine, and a later task unless `keep`."""
     rival = asyncio.create_task(other)
     try:
         await asyncio.wait({task, rival}, return_when=asyncio.FIRST_COMPLETED)

@@ -148,7 +148,7 @@ class _Chat:
             return INTERRUPTED if self._interrupted else 1 - is_answered
 
     def on_change(self, change: ConnectionChange) -> None:
-        """Tell that the connection is there, or once why it is not."""
+        """Show that the client is connected, or once the reason why it is not."""
         if isinstance(change, Connected):
             again = Text.CHAT_RESUMED if change.resumed else Text.CHAT_BACK
             if self._message is None or self._was_connected:
@@ -289,7 +289,7 @@ class _Chat:
             elif isinstance(event, Piece):
                 began = time.monotonic()
                 self._output.write_piece(event.text)
-                if self._output.is_live:  # then the next piece has all that arrives meanwhile; long code is slow
+                if self._output.is_live:  # the next piece has all text of this time; long code is drawn slowly
                     await asyncio.sleep(max(_DRAW_INTERVAL, 3 * (time.monotonic() - began)))
             elif isinstance(event, Result):
                 self._end(event)
@@ -312,7 +312,7 @@ class _Chat:
             await asyncio.sleep(_TICK)
 
     async def _show_late(self, reply: Reply) -> None:
-        with suppress(ClientError):  # of the session, which reports it
+        with suppress(ClientError):  # the session reports its own error
             result = await reply.result()
             question = reply.frame.contents
             shown = isolate_direction(shorten(question, _SHOWN))

@@ -54,7 +54,7 @@ async def _until(
     limit: timedelta,
     lack: Callable[[NodeOverview], str | None],
 ) -> tuple[list[NodeOverview], list[str]]:
-    """Wait until the living ones among the targets lack nothing. Returns the targets, and the missing conditions."""
+    """Wait until every living target fulfils its conditions. Returns the targets, and the missing conditions."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limit.total_seconds()
     while True:

@@ -180,7 +180,7 @@ async def purge(office: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as
 async def _change(
     letters: AsyncGenerator[Letter], change: Callable[[Letter], Awaitable[str]], *, as_json: bool
 ) -> bool:
-    """Change each letter and print the result. Whether none stays."""
+    """Change each letter and print the result. Returns whether all were changed."""
     outcomes = Counter[str]()
     async for letter in letters:
         outcome, row = await change(letter), _row(letter)

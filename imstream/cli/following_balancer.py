@@ -109,7 +109,7 @@ class FollowingBalancer:
         self._say("nodes", f"{self._config.program} in front of {listed}")
 
     async def _address(self, node: str, holder: Holder | None) -> str | None:
-        """Where a node is reached from here; if that is not known, where it was before; None if it never was."""
+        """The address of a node as seen from here; if it is unknown, the last known one; None without one."""
         before = self._addresses.get(node)
         if holder is None:
             return before

@@ -215,7 +215,7 @@ def _status(code: int) -> str:
 async def _wait_and_reap(process: Process) -> int:
     """Wait for the exit code of a child, and kill its descendants: a killed nginx leaves workers that hold its port."""
     code = await process.wait()
-    with suppress(ProcessLookupError, PermissionError):  # raised by Linux and by macOS if there are none
+    with suppress(ProcessLookupError, PermissionError):  # Linux, macOS: no descendant is left
         os.killpg(process.pid, signal.SIGKILL)
     return code
 

@@ -74,7 +74,7 @@ class ReconnectingConnection:
     on_asked: Callable[[ReceivedFrame], Awaitable[None]]
 
     def __post_init__(self) -> None:
-        self.settled = asyncio.Event()  # after the first login, or when there will be none
+        self.settled = asyncio.Event()  # set by the first login, or by an error that rules it out
         self.last_error = ""  # the server's last sentence that concerns no message, or the cause of the last failure
         self._backoff = Backoff(self.timing)
         self._heartbeat = self.timing.heartbeat

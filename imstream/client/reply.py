@@ -119,8 +119,8 @@ _ERRORS = {Outcome.FAILED: Failed, Outcome.CANCELLED: Cancelled, Outcome.EXPIRED
 class Reply:
     """The answer to one message while it is received; returned by `Client.send`.
 
-    A reply that is not read costs the memory of its text and nothing else; a slow reader gets fewer, larger pieces. A
-    reply can be read by several readers, and again from the beginning.
+    A reply that is not read costs only the memory of its text; a slow reader gets fewer, larger pieces. A reply can be
+    read by several readers, and again from the beginning.
 
     `accepted`, `result`, `text`, `events` and iteration raise `Refused` if the server did not accept the message, and
     another `ClientError` if the session ended or the server violated the protocol. `text` and iteration also raise

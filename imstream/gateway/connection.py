@@ -68,10 +68,10 @@ def _reject_handshake(socket: SocketProtocol, deps: SessionDeps) -> bool:
         limited.info("handshake refused", reason=verdict.reason, peer=_address(request), origin=_origin(request))
         socket.reject(HTTPStatus.FORBIDDEN, localize(verdict.sentence, _lang(request, deps)))
     elif (why := deps.not_ready()) is not None:
-        # Instead of a socket that can do nothing: a load balancer tries another node at once.
+        # A load balancer then tries another node at once.
         socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {why}", {"Retry-After": "1"})
     elif deps.registry.is_full and "x-forwarded-for" in headers:
-        # The same. Without a load balancer, the client receives NODE_FULL on the socket.
+        # As above. Without a load balancer, the client receives NODE_FULL on the socket.
         socket.reject(HTTPStatus.SERVICE_UNAVAILABLE, "too many sockets")
     else:
         return False

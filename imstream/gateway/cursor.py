@@ -67,7 +67,7 @@ class Cursor:
     """The position of one session in one reply.
 
     Attributes:
-        wants: The optional frames besides the answer: the question, until it is, the state, and the reasoning.
+        wants: The optional frames: the question (until it was sent), the state, and the reasoning.
     """
 
     reply: ReplyBuffer

@@ -27,7 +27,7 @@ MAX_DEBT = 2 * INTERVAL
 class FlushScheduler:
     """Calls scheduled flushes in the next turn of the event loop, or when the next round is due.
 
-    The time that writing has taken is paid for with the time since: `cost / CPU_SHARE` for each round.
+    A round whose writing took `cost` seconds uses up the budget of the next `cost / CPU_SHARE` seconds.
     """
 
     clock: Callable[[], float] = time.perf_counter

@@ -90,7 +90,7 @@ class Registry:
         return count, slow
 
     def follow_queued(self, reply: ReplyBuffer) -> bool:
-        """Have sockets of the user that want questions follow a message that waits; whether there are any."""
+        """Have the user's sockets that request questions follow a waiting message. Returns whether there are any."""
         wanting = [one for one in self.sessions_of(reply.user_id) if Want.ASKED in one.writer.wants]
         for session in wanting:
             session.writer.follow_new(reply)

@@ -133,7 +133,7 @@ class HandshakeProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes, but no more than a head may have before its end was found."""
+        """Parse bytes. Until the end of a head, they are limited to its maximum size."""
         while data and not self.transport.is_closing():
             if self._discarded is not None:
                 self._discarded += len(data)

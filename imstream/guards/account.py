@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 
 class Account(Guard):
-    """Rejects banned and locked users. Messages cost nothing: nodes are notified, and close the user's sessions."""
+    """Rejects banned and locked users. Messages are not checked: nodes are notified, and close sessions."""
 
     def __init__(self, accounts: Accounts, inbox: Inbox, settings: Settings) -> None:
         self._accounts = accounts

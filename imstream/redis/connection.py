@@ -191,7 +191,7 @@ class RedisConnection(asyncio.Protocol):
     def _disconnect(self) -> None:
         transport, self._transport = self._transport, None
         if transport is not None:
-            transport.set_protocol(self._streams)  # its end does not concern this object any more
+            transport.set_protocol(self._streams)  # so that this object is not called when it closes
             transport.close()
 
     def _fail(self, error: StoreUnavailable) -> None:

@@ -55,7 +55,7 @@
 const DEFAULTS = { heartbeat: 25_000, probeLimit: 3_000, patience: 10_000, firstWait: 1_000, longestWait: 30_000 };
 const STABLE_AFTER = 5_000; // a connection that lasted this long (ms) resets the backoff
 const MAX_RESUMED = 64; // limit of one INIT
-const MAX_FAILED = 64; // so many failed messages are remembered: an operator may have one answered after all
+const MAX_FAILED = 64; // maximum failed messages that are remembered: an operator may retry them
 const NOT_AUTHENTICATED = 4500;
 const FRAME_TOO_BIG = 1009;
 const INTERNAL_ERROR = 1011; // from this code on, a SYSTEM frame before the close has the reason

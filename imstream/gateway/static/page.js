@@ -108,7 +108,7 @@ function askForToken(problem) {
   token.focus();
 }
 
-/** Says what is wrong with the input, in the language of the page: it may be changed meanwhile. */
+/** Shows the problem of the input in the language of the page, which may change while it is shown. */
 function refuseInput(name) {
   showLogin(true, say(name));
   $("problem").dataset.name = name;
@@ -178,7 +178,7 @@ function ask(question) {
   box.focus();
 }
 
-/** Says when a text is too long for one message, and by how much. */
+/** Shows that a text is too long for one message, and by how much. */
 function measure() {
   const question = box.value.trim();
   const excess = chat?.excess(question) ?? 0;

@@ -42,7 +42,7 @@ class KeysUnavailable(Exception):  # noqa: N818 - reads as the state that it nam
 
 
 class InvalidKeySet(ValueError):  # noqa: N818 - a verdict on a foreign document
-    """A response is not a key set. The message quotes nothing of it."""
+    """A response is not a key set. The message does not quote it."""
 
 
 @dataclass(frozen=True, slots=True)
