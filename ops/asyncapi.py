@@ -147,7 +147,7 @@ class _WireSchema(GenerateJsonSchema):
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> Json:
         return self.generate_inner(schema["schema"])
 
-    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002 - the name says it
+    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002 - see its name
         return False
 
     def model_schema(self, schema: core_schema.ModelSchema) -> Json:

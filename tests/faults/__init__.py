@@ -1,1 +1,1 @@
-"""What imstream survives, each fault caused for real: by signals, proxies, full memory, hostile sockets."""
+"""Faults that imstream survives, each caused for real: by signals, proxies, full memory, hostile sockets."""

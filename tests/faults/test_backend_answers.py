@@ -42,7 +42,7 @@ def refused(script: Script, reason: str, code: Code = Code.AI_FAILED, sentence: 
 
 FILTERED = event(chunk(finish_reason="content_filter"))
 ENDS = {
-    # Success is not believed too easily
+    # Success needs evidence
     "no text": empty(STOP, DONE),
     "only reasoning": empty(REASONING, STOP, DONE),
     "an end alone": empty(DONE),

@@ -37,7 +37,7 @@ async def ask(node: OneNode, user: int, *questions: str) -> list[str]:
                 try:
                     return await (await client.send(question)).text()
                 except (Busy, RateLimited) as refused:
-                    assert refused.retry_after is not None  # noqa: PT017 - each of them says when
+                    assert refused.retry_after is not None  # noqa: PT017 - each of them has it
                     await asyncio.sleep(refused.retry_after.total_seconds())
 
         return await asyncio.gather(*map(answer, questions))

@@ -76,7 +76,7 @@ REFUSED = {
     "deep objects": (frame(TEXT, b'{"a":' * 12_000), ""),
     "deep in a field": (frame(TEXT, b'{"msgType":"HEARTBEAT","x":' + b"[" * 30_000 + b"]" * 30_000 + b"}"), ""),
     "deep history": (frame(TEXT, _chat(history=[[[[[[["deep"]]]]]]])), "history.0"),
-    "a number that is none": (frame(TEXT, _chat(contents=float("nan"))), "contents"),
+    "not a number": (frame(TEXT, _chat(contents=float("nan"))), "contents"),
     "an infinite offset": (
         frame(TEXT, b'{"msgType":"INIT","userId":10001,"resume":[{"messageId":"m","offset":Infinity}]}'),
         "resume.0.offset",

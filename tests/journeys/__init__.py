@@ -1,1 +1,1 @@
-"""What users do, from one end to the other, on real parts."""
+"""Uses of imstream from end to end, on real parts."""

@@ -160,7 +160,7 @@ async def life_of_an_answer(camera: Camera, node: NodeProcess, model: Model) -> 
 
 
 async def trouble(camera: Camera) -> None:
-    """What goes wrong, and who says so."""
+    """Failed, delayed and oversized messages."""
     page = camera.page
     await ask_elsewhere(page, "Refuse me")
     await status(page, "failed")
@@ -190,7 +190,7 @@ async def paused(camera: Camera, valkey: RedisServer) -> None:
 
 
 async def markdown(camera: Camera) -> None:
-    """Everything that models write, and what they should not."""
+    """All Markdown of an answer, and hostile text."""
     page = camera.page
     for number, (name, text) in enumerate((("markdown", TEXT), ("foreign", FOREIGN))):
         await page.keep(

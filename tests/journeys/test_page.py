@@ -506,7 +506,7 @@ async def test_a_long_conversation_opens_at_its_end_and_stays_there(page: Page, 
     await page.until(at_end)
     await page.evaluate("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
     assert await page.evaluate(at_end)
-    # What is far above the view costs nothing while the answer grows.
+    # Blocks far above the view need no layout and no painting while the answer grows.
     above = "document.querySelector('.answer li').checkVisibility({ contentVisibilityAuto: true })"
     assert await page.evaluate(above) is False
     await ask(page, f"And more {ENDLESS}")
@@ -535,7 +535,7 @@ async def test_a_logout_asks_whether_to_keep_the_conversations(page: Page, page_
     await log_in(page, page_node, 10003)
     await page.click("#ideas button")
     await status(page, "done")
-    await log_out(3)  # rather not
+    await log_out(3)  # cancel
     await page.until("!document.querySelector('#dialog').open")
     assert await page.evaluate("document.querySelector('#chat').checkVisibility()")
     await log_out(1)

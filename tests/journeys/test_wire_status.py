@@ -64,7 +64,7 @@ async def test_without_measured_times_there_is_a_place_and_no_estimate(node: One
 
 
 async def test_estimates_come_true(node: OneNode) -> None:
-    """A busy machine may stand still for a while, which no estimate foresees: one of five rounds is enough."""
+    """No estimate includes a stall of a busy machine: one of five rounds is enough."""
     async with watching(node) as someone:
         for number in range(2):
             await someone.chat(USER, f"measured {number} {ALIKE}", f"measured-{number}")

@@ -1,7 +1,7 @@
-// Lists what scripts use and the oldest browsers lack, by MDN's compatibility data: node compat.mjs FILE…
+// Lists features that scripts use and the oldest browsers lack, by MDN's compatibility data: node compat.mjs FILE…
 //
-// TypeScript finds the type of each object. Where it knows none, a method is reported if no type has had one of this name
-// for long enough. A call that is tested for (`text.toWellFormed?.()`) may be new.
+// TypeScript finds the type of each object. Without a type, a method is reported if no type has had one of this name for
+// long enough. A call that is tested for (`text.toWellFormed?.()`) may be new.
 import { readFileSync } from "node:fs";
 import ts from "typescript";
 

@@ -1,5 +1,5 @@
-// What the page's Markdown promises beyond the specifications: safe, independent of the pieces in which a text comes, and
-// without work for what is finished.
+// Properties of the page's Markdown beyond the specifications: it is safe, does not depend on the pieces in which a text
+// arrives, and does not parse finished blocks again.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";

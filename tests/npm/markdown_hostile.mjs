@@ -71,7 +71,7 @@ export const HOSTILE = {
   "underlines": (n) => "a\n=\n".repeat(n / 4),
 };
 
-/** What a model writes. */
+/** A text as models write it. */
 export const ANSWER = `## Part
 
 Some **words** with \`code\`, a [link](https://example.com/a_b "x") and *more*, until the line ends.

@@ -1,4 +1,4 @@
-// What the page keeps in the browser, where the browser forbids to keep anything.
+// The storage of the page in a browser that forbids all storage.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 

@@ -93,7 +93,7 @@ def _answers(client: redis.Redis) -> bool:
         return False
 
 
-# What a node may not do
+# Commands denied to a node
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_ser
 
 def _all_sent(redis_client: RedisClient) -> bool:
     """Whether all commands were sent."""
-    assert isinstance(redis_client._servers, Pipeline)  # noqa: SLF001 - nothing else tells
+    assert isinstance(redis_client._servers, Pipeline)  # noqa: SLF001 - there is no public name
     return not redis_client._servers._queue  # noqa: SLF001 - same
 
 

@@ -36,7 +36,7 @@ from tests.support.waiting import wait_until
 
 @dataclass(eq=False)
 class FakeSession:
-    """A session as the registry sees it."""
+    """A session as the registry uses it."""
 
     user_id: UserId = USER
     login: int = 0

@@ -49,7 +49,7 @@ WRONG = {
     "history that is no JSON": {**REQUIRED, "history": "what was said"},
     "history of something else": {**REQUIRED, "history": '[["user", "hi"]]'},
     "history of numbers": {**REQUIRED, "history": '[{"role": "user", "content": 7}]'},
-    "a time that is none": {**REQUIRED, "at": "yesterday"},
+    "an invalid time": {**REQUIRED, "at": "yesterday"},
     "a time beyond all calendars": {**REQUIRED, "at": "9" * 20},
 }
 

@@ -250,7 +250,7 @@ class StoreUsed(RuleBasedStateMachine):
 
     def _start(self, stream: str, by: str, entry: Entry, *, deliveries: int = 1) -> None:
         taken = {entry_id for node in NODES for entry_id in self._at_work(stream, node)}
-        assert entry.entry_id not in taken  # nobody living has it (I7)
+        assert entry.entry_id not in taken  # no living node has it (I7)
         unfinished = self._unfinished[stream][entry.entry_id]
         unfinished.deliveries, unfinished.consumer = deliveries, by
         assert entry.deliveries == deliveries

@@ -126,7 +126,7 @@ async def test_an_answer_that_another_node_cancels_is_logged_once(redis_server: 
     async with run_worker(redis_server) as worker:
         await worker.ask()
         (await worker.backend.call(1)).send("so far")
-        await worker.replies.cancel(USER, "m")  # as another node does that believes this one to be dead
+        await worker.replies.cancel(USER, "m")  # as another node that takes this one for dead
         await worker.idle()
     assert (ended(log)["outcome"], ended(log)["attempts"]) == ("cancelled", 1)
 

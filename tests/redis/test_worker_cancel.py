@@ -195,7 +195,7 @@ async def test_text_that_comes_after_a_message_was_cancelled_elsewhere_is_shown_
         record = await worker.replies.read(USER, "m")
         assert record is not None
         reply = worker.buffers.get(USER, "m")
-        reply.load(record)  # a socket resumes, before the worker knows
+        reply.load(record)  # a socket resumes before the worker reads the cancel
         call.send(" and more")
         late = worker.follow()
         assert (late.text, late.terminal) == ("kept", CANCELLED)

@@ -156,7 +156,7 @@ def _open(call: Call) -> bool:
 def _asked(worker: WorkerHarness, call: Call) -> str:
     return next(
         job.request.message_id
-        for job in worker.jobs._jobs  # noqa: SLF001 - only the job knows its call
+        for job in worker.jobs._jobs  # noqa: SLF001 - only the job has its call
         if job._writer is not None and job._writer.append == call.send  # noqa: SLF001
     )
 

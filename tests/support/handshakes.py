@@ -33,7 +33,7 @@ PASSING: dict[str, tuple[bytes, bytes]] = {
     "another version": (request(*UPGRADE, KEY, "Sec-WebSocket-Version: 8", *LARGE), b""),
     "no version": (request(*UPGRADE, KEY, *LARGE), b""),
     "no key": (request(*UPGRADE, VERSION, *LARGE), b""),
-    "a key that is none": (request(*UPGRADE, VERSION, "Sec-WebSocket-Key: ???", *LARGE), b""),
+    "an invalid key": (request(*UPGRADE, VERSION, "Sec-WebSocket-Key: ???", *LARGE), b""),
     "an upgrade by POST": (upgrade(*LARGE, line="POST /ws HTTP/1.1"), b""),
     "another path": (upgrade(*LARGE, line="GET /nowhere HTTP/1.1"), b""),
     "too many subprotocols": (upgrade("Sec-WebSocket-Protocol: " + ",".join("a" * 6_000)), b""),

@@ -19,7 +19,7 @@ RECORD = [
 
 
 def verdicts(asked: SentMessage, record: list[Entry] | None, *complaints: Complaint) -> list[str]:
-    """What is wrong with one message."""
+    """The problems of one message."""
     return [one.verdict for one in account([asked], {asked.key: record} if record else {}, complaints).problems]
 
 

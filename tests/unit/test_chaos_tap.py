@@ -1,4 +1,4 @@
-"""What the ear on the wire hears, and what it complains of."""
+"""The check of frames on the wire: the messages it reads, and its complaints."""
 
 import struct
 from typing import Any
@@ -35,7 +35,7 @@ def delta(text: str, offset: int, attempt: int = 1) -> str:
 
 
 def heard(*frames: str) -> tuple[list[Complaint], list[tuple[UserId, str]]]:
-    """What is complained of, and what was accepted."""
+    """The complaints, and the accepted messages."""
     complaints: list[Complaint] = []
     accepted: list[tuple[UserId, str]] = []
     tap = Tap(complaints.append, lambda user_id, message_id: accepted.append((user_id, message_id)))

@@ -192,7 +192,7 @@ async def test_after_it_is_accepted_the_whole_answer_follows_again() -> None:
         assert reply.repeated == 0
 
 
-# What must not happen (I5)
+# Violations of the protocol (I5)
 
 
 async def test_a_repeated_delta_is_dropped_and_counted() -> None:

@@ -1,4 +1,4 @@
-"""Access to metrics and to the details of health checks, and the responses to everybody else."""
+"""Access to metrics and to the details of health checks, and the responses to other clients."""
 
 from collections import Counter
 from types import SimpleNamespace

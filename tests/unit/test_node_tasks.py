@@ -45,7 +45,7 @@ async def test_that_another_process_runs_the_node_is_no_failure() -> None:
 
 
 async def test_a_node_that_has_not_read_the_pauses_yet_confirms_none() -> None:
-    """If it then reads that there is none, it begins requests before its next status."""
+    """Otherwise a pause would be confirmed, although the node begins requests if it then reads that no pause is set."""
     settings = Settings()
     node = Node(settings, Backends(settings))
     assert node._status()["paused"] == ""  # noqa: SLF001 - no Redis is needed

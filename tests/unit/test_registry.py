@@ -17,7 +17,7 @@ INIT_LIMIT, IDLE_LIMIT, STALL_LIMIT = 10.0, 75.0, 20.0
 
 @dataclass(eq=False)
 class FakeSession:
-    """What the registry sees of a session."""
+    """A session as the registry uses it."""
 
     user_id: UserId | None = None
     peer: str = "192.0.2.1"
@@ -68,7 +68,7 @@ def played(one: Session) -> FakeSession:
 
 
 async def first_words(one: Session) -> tuple[str, CloseCode, Code, Text, float]:
-    """How the session is closed when nothing happens for a long time."""
+    """The close of a session that is silent for a long time."""
     sessions = registry()
     sessions.add(one)
     running = asyncio.create_task(sessions.run())

@@ -489,7 +489,7 @@ class ReplyFollowed(RuleBasedStateMachine):
         self.positions = [(0, 0)]
         """For each position of the record: the attempt, and the length of its recorded text."""
         self.here = 0
-        """The attempt of the worker here; 0 when there is none."""
+        """The attempt of the worker here; 0 without one."""
 
     @property
     def attempt(self) -> int:
