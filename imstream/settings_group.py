@@ -1,11 +1,14 @@
 """Groups of settings: read from the environment, `.env` and files of secrets, with errors that hide the secrets."""
 
 import re
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import structlog
 from pydantic import AfterValidator, BeforeValidator, Field, Secret, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -18,9 +21,14 @@ FILE_SUFFIX = "_FILE"
 ENV_FILE = ".env"
 """File in the working directory that settings are read from."""
 
+_OF_CONTAINERS = "/run/secrets/"
+"""Where containers find their secrets, readable for every user; there are no others."""
+
 _SECRET = re.compile(rf"\b({Secret.__name__}|{SecretStr.__name__})\b")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ms|s|m|h|d)?")
+
+log = structlog.get_logger()
 
 
 def parse_duration(value: object) -> object:
@@ -55,6 +63,22 @@ def is_secret(field: FieldInfo) -> bool:
 
 
 def read_secret(variable: str, file: str) -> str:
+    """Read a secret, as `_read_secret`; log a warning if other users can read it."""
+    value = _read_secret(variable, file)
+    if warning := open_secret_warning(variable, file):
+        log.warning(warning)
+    return value
+
+
+def open_secret_warning(variable: str, file: str) -> str | None:
+    """The warning about the file of a secret, if it exists and other users can read it."""
+    with suppress(OSError, ValueError):
+        if file and not file.startswith(_OF_CONTAINERS) and Path(file).stat().st_mode & stat.S_IROTH:
+            return f"{variable}: {file} can be read by other users of this machine"
+    return None
+
+
+def _read_secret(variable: str, file: str) -> str:
     """Read a secret. Raises `SettingsError` that does not show `file`: it may be the secret itself, by mistake."""
     try:
         value = Path(file).read_text("utf-8-sig").strip()
@@ -130,7 +154,7 @@ class SettingsGroup(BaseSettings):
             if file := (variables.get(of_file.lower()) or "").strip():
                 if variables.get(variable.lower()):
                     raise SettingsError(f"{variable} and {of_file} are both set: remove one of them")
-                yield variable.lower(), read_secret(of_file, file)
+                yield variable.lower(), _read_secret(of_file, file)
 
     @classmethod
     def load(cls, **given: Any) -> Self:  # noqa: ANN401 - any setting may be given

@@ -3,7 +3,6 @@
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -16,16 +15,13 @@ from imstream.cli.up import UpSettings
 from imstream.demo.settings import DemoSettings, LocalAISettings
 from imstream.private_files import others_can_write
 from imstream.settings import Settings
-from imstream.settings_group import ENV_FILE, ENV_PREFIX, is_secret
+from imstream.settings_group import ENV_FILE, ENV_PREFIX, is_secret, open_secret_warning
 from imstream.urls import redact_url
 
 _GROUPS = (Settings, UpSettings, EmbeddedSettings, DemoSettings, LocalAISettings, ChatSettings)
 _FIELDS = {group.variable(name): field for group in _GROUPS for name, field in group.model_fields.items()}
 _SECRET_FILES = {name for group in _GROUPS for name in group.file_variables()}
 _KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, *_SECRET_FILES)}
-
-_OF_CONTAINERS = "/run/secrets/"
-"""Where containers find their secrets, readable for every user; there are no others."""
 
 _MAX_NAME = 64
 _MAX_UNKNOWN = 10
@@ -72,11 +68,8 @@ def _file_warnings(file: Path, values: Mapping[str, str | None]) -> Iterator[str
 
 def _secret_file_warnings(values: Mapping[str, str | None]) -> Iterator[str]:
     for name, file in values.items():
-        with suppress(OSError, ValueError):  # reported when the settings are loaded
-            if name.upper() not in _SECRET_FILES or not file or file.startswith(_OF_CONTAINERS):
-                continue
-            if Path(file.strip()).stat().st_mode & stat.S_IROTH:
-                yield f"{name.upper()}: {file} can be read by other users of this machine"
+        if name.upper() in _SECRET_FILES and (warning := open_secret_warning(name.upper(), (file or "").strip())):
+            yield warning
 
 
 def _is_secret(name: str, value: str) -> bool:

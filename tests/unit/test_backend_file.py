@@ -121,6 +121,22 @@ async def test_a_key_and_a_header_that_have_changed_in_their_files_are_used_afte
         assert sent(backends) == ("Bearer sk-2", "tenant-2")
 
 
+@pytest.mark.parametrize(("mode", "is_open"), [(0o440, False), (0o444, True)])
+async def test_files_of_a_key_and_a_header_that_other_users_can_read_are_warned_about(
+    mode: int, referring: Path, *, is_open: bool
+) -> None:
+    for name in ("key", "header"):
+        (referring.parent / name).chmod(mode)
+    with capture_logs() as logs:
+        Backends(Settings.load(ai_backends=referring))
+    options = {"key": "key_file", "header": f"{referring}, backend a, headers"}
+    assert [line["event"] for line in logs] == [
+        f"{option}: {referring.parent / name} can be read by other users of this machine"
+        for name, option in options.items()
+        if is_open
+    ]
+
+
 def sent(backends: Backends) -> tuple[str, str]:
     """The key and the header of the requests to the only backend."""
     [one] = backends

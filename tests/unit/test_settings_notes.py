@@ -141,7 +141,9 @@ def test_other_commands_warn_on_standard_error_and_servers_name_the_file(folder:
 def test_a_secrets_file_that_others_can_read_is_warned_about(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "key").write_text("sk-1")
     monkeypatch.setenv("IMSTREAM_AI_KEY_FILE", str(folder / "key"))
-    (folder / ".env").write_text("IMSTREAM_AUTH_SECRET_FILE=key\nIMSTREAM_PAGE_TOKEN_FILE=gone\n")
+    (folder / ".env").write_text(
+        "IMSTREAM_AUTH_SECRET_FILE=key\nIMSTREAM_PAGE_TOKEN_FILE=gone\nIMSTREAM_AI_KEY_FILE=\n"
+    )
     (folder / "key").chmod(0o440)
     assert settings_notes.check()[1] == []
     (folder / "key").chmod(0o444)
