@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import click
 
-from imstream.cli.options import TimeSpan, given, parse_user_id, settings_options
+from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, parse_user_id, settings_options
 from imstream.cli.output import echo
 from imstream.clock import Calendar, now_ms
 from imstream.errors import StoreDenied, StoreError, StoreRefused, StoreUnavailable
@@ -27,7 +27,6 @@ MAX_SHOWN = 20
 
 Answer = TypeVar("Answer")
 
-REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
 _QUOTA_SETTINGS = (*REDIS_SETTINGS, "daily_quota", "quota_timezone")
 
 
@@ -122,7 +121,7 @@ def _user_command(*settings: str) -> Callable[[Callable[..., Awaitable[None]]], 
             user_id = parse_user_id(user, loaded.user_ids)
             with_redis(loaded, lambda redis: command(redis, loaded, user_id, **options))
 
-        add_options = settings_options(Settings, only=names, aliases={"redis_url": "--redis"})
+        add_options = settings_options(Settings, only=names)
         return add_options(click.argument("user", metavar="USER")(run))
 
     return decorate

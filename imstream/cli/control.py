@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import click
 
-from imstream.cli.admin import REDIS_SETTINGS, by_option, reason_option, with_redis
-from imstream.cli.options import Command, TimeSpan, given, settings_options
+from imstream.cli.admin import by_option, reason_option, with_redis
+from imstream.cli.options import REDIS_SETTINGS, Command, TimeSpan, given, settings_options
 from imstream.cli.output import echo, json_option, show
 from imstream.errors import StoreRefused
 from imstream.keys import Keys
@@ -36,7 +36,7 @@ def _of_nodes(command: Command) -> Command:
         json_option,
     ):
         command = option(command)
-    return settings_options(Settings, only=REDIS_SETTINGS, aliases={"redis_url": "--redis"})(command)
+    return settings_options(Settings, only=REDIS_SETTINGS)(command)
 
 
 def _targets(names: Sequence[str], *, every: bool) -> list[str]:
@@ -157,7 +157,7 @@ def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str
 
 
 @click.command()
-@settings_options(Settings, only=REDIS_SETTINGS, aliases={"redis_url": "--redis"})
+@settings_options(Settings, only=REDIS_SETTINGS)
 @click.option("--node", "name", required=True, metavar="NODE", help="The node.")
 @click.option("--wait", is_flag=True, help="Wait until its process has ended.")
 @click.option("--timeout", type=TimeSpan(), metavar="TIME", default="2m", show_default=True, help="Limit of --wait.")

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from imstream.cli.admin import REDIS_SETTINGS, with_redis
-from imstream.cli.options import TimeSpan, given, settings_options
+from imstream.cli.admin import with_redis
+from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, settings_options
 from imstream.cli.output import echo, json_option, json_text
 from imstream.cli.output import show as print_all
 from imstream.redis.client import RedisClient
@@ -82,7 +82,7 @@ def _command(
             run = option(run)
         if changes:
             run = click.option("--dry-run", is_flag=True, help="Only show which letters are meant.")(run)
-        return settings_options(Settings, only=_SETTINGS, aliases={"redis_url": "--redis"})(run)
+        return settings_options(Settings, only=_SETTINGS)(run)
 
     return decorate
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import click
 
-from imstream.cli.admin import REDIS_SETTINGS, with_redis
-from imstream.cli.options import given, parse_user_id, settings_options
+from imstream.cli.admin import with_redis
+from imstream.cli.options import REDIS_SETTINGS, given, parse_user_id, settings_options
 from imstream.cli.output import age, json_option, show, table
 from imstream.keys import Keys
 from imstream.settings import Settings
@@ -21,7 +21,7 @@ _ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
 
 
 @click.command()
-@settings_options(Settings, only=(*REDIS_SETTINGS, "user_ids"), aliases={"redis_url": "--redis"})
+@settings_options(Settings, only=(*REDIS_SETTINGS, "user_ids"))
 @json_option
 @click.argument("user")
 @click.argument("message", required=False)

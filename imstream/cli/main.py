@@ -14,7 +14,7 @@ import click
 from imstream.cli import balancer as balancers
 from imstream.cli import settings_notes
 from imstream.cli.embedded_redis import EmbeddedSettings
-from imstream.cli.options import ChatSettings, TimeSpan, given, parse_user_id, settings_options
+from imstream.cli.options import REDIS_SETTINGS, ChatSettings, TimeSpan, given, parse_user_id, settings_options
 from imstream.cli.output import json_option
 from imstream.cli.supervisor import exit_with_parent
 from imstream.cli.terminal_text import printable, printable_line
@@ -27,7 +27,6 @@ from imstream.texts import Lang, choose_lang
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-_ALIASES = {"redis_url": "--redis", "ai_url": "--ai"}
 _ELSEWHERE = {
     "top": "top",
     "nodes": "nodes",
@@ -123,7 +122,7 @@ def main(ctx: click.Context, parent: int | None) -> None:
 
 @main.command()
 @settings_options(UpSettings)
-@settings_options(Settings, aliases=_ALIASES)
+@settings_options(Settings)
 @settings_options(EmbeddedSettings, full_names=True)
 @settings_options(DemoSettings, full_names=True)
 @settings_options(LocalAISettings, full_names=True)
@@ -144,7 +143,7 @@ def up(**options: str | None) -> None:
 
 
 @main.command()
-@settings_options(Settings, aliases=_ALIASES)
+@settings_options(Settings)
 @click.pass_context
 def node(ctx: click.Context, /, **options: str | None) -> None:
     """Run one node: WebSockets, its stream, its worker.
@@ -284,7 +283,7 @@ def redis(**options: str | None) -> None:
 @click.option("--redirect", metavar="ADDRESS", help="With --cert: address that redirects plain HTTP to https.")
 @click.option("--follow", is_flag=True, help="Find the nodes in Redis; addresses are used until Redis answers.")
 @click.option("--print", "only_print", is_flag=True, help="Print the configuration instead of running it.")
-@settings_options(Settings, only=["redis_url", "key_prefix", "redis_timeout"], aliases=_ALIASES)
+@settings_options(Settings, only=REDIS_SETTINGS)
 @click.argument("nodes", nargs=-1, metavar="[HOST:PORT]...")
 @click.pass_context
 def balancer(  # noqa: PLR0913 - one for each option
@@ -335,7 +334,7 @@ def balancer(  # noqa: PLR0913 - one for each option
 
 
 @main.command()
-@settings_options(Settings, only=["node", "redis_url", "key_prefix", "redis_timeout"], aliases=_ALIASES)
+@settings_options(Settings, only=["node", *REDIS_SETTINGS])
 @click.option("--newest", type=click.IntRange(0, 1000), default=5, show_default=True, help="Dead letters shown.")
 def streams(newest: int, **options: str | None) -> None:
     """Show a node's stream, and why its requests wait.
@@ -349,7 +348,7 @@ def streams(newest: int, **options: str | None) -> None:
 
 
 @main.command()
-@settings_options(Settings, only=["redis_url", "key_prefix", "redis_timeout", "ai_backends"], aliases=_ALIASES)
+@settings_options(Settings, only=[*REDIS_SETTINGS, "ai_backends"])
 @json_option
 @click.option("--check", is_flag=True, help="Check the configured backends from here instead, without a prompt.")
 def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
@@ -369,7 +368,7 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
 
 
 @main.command()
-@settings_options(Settings, aliases=_ALIASES)
+@settings_options(Settings)
 @json_option
 @click.option("--call", is_flag=True, help="Also request an answer of one token from each backend.")
 def doctor(*, as_json: bool, call: bool, **options: str | None) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from imstream.cli.admin import REDIS_SETTINGS, with_redis
-from imstream.cli.options import TimeSpan, given, settings_options
+from imstream.cli.admin import with_redis
+from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, settings_options
 from imstream.cli.output import age, echo, json_option, show, table
 from imstream.errors import StoreUnavailable
 from imstream.keys import Keys
@@ -25,7 +25,7 @@ POLL_INTERVAL = 0.2
 
 
 @click.command()
-@settings_options(Settings, only=REDIS_SETTINGS, aliases={"redis_url": "--redis"})
+@settings_options(Settings, only=REDIS_SETTINGS)
 @json_option
 @click.option("--wait-settled", is_flag=True, help="Wait until the next node may be stopped.")
 @click.option(

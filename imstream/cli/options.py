@@ -32,6 +32,12 @@ class ChatSettings(SettingsGroup):
 TOKEN = ChatSettings.variable("token")
 """The variable of `imstream chat` that holds a token."""
 
+REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
+"""The settings of commands that read Redis."""
+
+_ALIASES = {f"{ENV_PREFIX}REDIS_URL": "--redis", f"{ENV_PREFIX}AI_URL": "--ai"}
+"""Shorter names of options, by their variables."""
+
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
 
@@ -61,16 +67,11 @@ class TimeSpan(click.ParamType[timedelta]):
 
 
 def settings_options(
-    group: type[SettingsGroup],
-    *,
-    only: Sequence[str] | None = None,
-    aliases: Mapping[str, str] | None = None,
-    full_names: bool = False,
+    group: type[SettingsGroup], *, only: Sequence[str] | None = None, full_names: bool = False
 ) -> Callable[[Command], Command]:
     """Add one option for each setting of a group, or for the fields in `only`; see also `given`.
 
-    `aliases` are additional names, such as `{"redis_url": "--redis"}`. With `full_names`, names begin with the group's
-    prefix (`--demo-pace`), for a command with several groups.
+    With `full_names`, names begin with the group's prefix (`--demo-pace`), for a command with several groups.
     """
 
     def decorate(command: Command) -> Command:
@@ -80,7 +81,7 @@ def settings_options(
                 continue
             variable = group.variable(name)
             parameter = variable.removeprefix(ENV_PREFIX).lower() if full_names else name
-            names = [f"--{parameter.replace('_', '-')}", parameter, *filter(None, [(aliases or {}).get(name)])]
+            names = [f"--{parameter.replace('_', '-')}", parameter, *filter(None, [_ALIASES.get(variable)])]
             default = "" if field.default is None else f"; default {format_default(field.default)}"
             text = f"{field.description} [{variable}{default}]"
             alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if field.annotation is bool else {}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import click
 
-from imstream.cli.admin import REDIS_SETTINGS, with_redis
+from imstream.cli.admin import with_redis
 from imstream.cli.node_metrics import Growth, History, MetricsUnavailable, address_of, scrape
-from imstream.cli.options import TimeSpan, given, settings_options
+from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, settings_options
 from imstream.cli.output import age, echo, json_option, json_text, table
 from imstream.cli.terminal_text import printable_line
 from imstream.errors import StoreError
@@ -238,7 +238,7 @@ def _picture(found: Snapshot) -> "Group":
 
 
 @click.command()
-@settings_options(Settings, only=REDIS_SETTINGS, aliases={"redis_url": "--redis"})
+@settings_options(Settings, only=REDIS_SETTINGS)
 @json_option
 @click.option("--interval", type=TimeSpan(), metavar="TIME", help="Time between two snapshots; default 2s.")
 @click.option("--count", type=click.IntRange(1), help="Number of snapshots; then they are plain text.")
