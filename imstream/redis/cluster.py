@@ -39,9 +39,6 @@ class NodeAddress(NamedTuple):
     port: int
 
 
-Connect = Callable[[ConnectionPool], Pipeline]
-
-
 class Cluster:
     """Owns the connections to each node, made by `connect` when first needed, and the map of slots."""
 
