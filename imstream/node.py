@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import structlog
 
+from imstream import __version__
 from imstream.ai.prompt.assembler import PromptAssembler
 from imstream.ai.prompt.prompter import Prompter
 from imstream.ai.router import Backends
@@ -53,8 +53,6 @@ from imstream.worker.lease_keeper import LeaseKeeper, StallDetector
 from imstream.worker.pausing import PauseFollower
 
 log = structlog.get_logger()
-
-_VERSION = version("imstream-server")
 
 _MISSED_ROUNDS = 4
 """Rounds of the consumer loop that may be missed before the node counts as stuck."""
@@ -209,7 +207,7 @@ class Node:
         # No pause is confirmed before the first read: if it finds no pause, requests begin at once.
         pause = self._pauses.own if self._pauses.is_known else None
         return {
-            "version": _VERSION,
+            "version": __version__,
             "sessions": len(self.registry),
             "running": len(self.jobs),
             "not_ready": self.not_ready() or "",
