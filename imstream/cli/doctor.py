@@ -22,7 +22,7 @@ from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
 from imstream.cli import settings_notes
 from imstream.cli.output import show, table
-from imstream.cli.up import reachable_host
+from imstream.cli.up import listen_error, reachable_host
 from imstream.errors import BackendError, SettingsError, StoreDenied, StoreError
 from imstream.gateway.server import files_needed
 from imstream.keys import Keys
@@ -174,11 +174,11 @@ async def _ports(settings: Settings, nodes: list[NodeOverview]) -> AsyncIterator
         if address is None:
             continue
         where, change = f"{address[0]} port {address[1]}", f"choose another {Settings.variable(name)}"
-        error = _why_taken(*address)
+        error = listen_error(*address)
         if error is None:
             yield Finding(name, "ok", f"{where} is free")
-        elif error != errno.EADDRINUSE:
-            yield Finding(name, "error", f"{where}: {os.strerror(error) if error > 0 else 'the host is unknown'}")
+        elif error != os.strerror(errno.EADDRINUSE):
+            yield Finding(name, "error", f"{where}: {error}")
         elif (node := user.node if user else await _node_at(*address)) is None:
             yield Finding(name, "error", f"{where} is used by another program: {change}")
         elif not node:
@@ -198,14 +198,6 @@ async def _node_at(host: str, port: int) -> str | None:
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return None
     return str(found.get("node", "")) if isinstance(found, dict) and "alive" in found else None
-
-
-def _why_taken(host: str, port: int) -> int | None:
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        return error.errno or errno.EINVAL
-    return None
 
 
 def _open_files(settings: Settings) -> Finding:

@@ -226,14 +226,20 @@ def _check_ports(plan: UpPlan) -> None:
             raise SettingsError(f"{variable}=0 is not allowed: imstream up needs a fixed port")
         if variable != node_variable and port in nodes:
             raise SettingsError(f"{variable}={port} is also the port of {nodes[port]}: choose another port for one")
-        try:
-            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-        except OSError as error:
-            why = (error.strerror or "").partition(" (")[0]  # Python adds the address
+        if (error := listen_error(host, port)) is not None:
             raise SettingsError(
-                f"{variable}={port} cannot be used on {host} ({why}): is imstream running already? "
+                f"{variable}={port} cannot be used on {host} ({error}): is imstream running already? "
                 f"Otherwise choose another port with {variable}"
-            ) from None
+            )
+
+
+def listen_error(host: str, port: int) -> str | None:
+    """Why this address cannot be listened on; None if it can."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        return (error.strerror or str(error)).partition(" (")[0]  # Python adds the address
+    return None
 
 
 def numbered_nodes(node: str, port: int, count: int) -> list[tuple[str, int]]:
