@@ -49,8 +49,10 @@ FIGURES = (
     Symbol("Y1", "KB", "the same, for each second of the answer"),
     Symbol("X0", "KB", "bytes of a chat to the client"),
     Symbol("X1", "KB", "the same, for each second of the answer"),
-    Symbol("Q0", "KB", "Redis memory of a kept reply"),
-    Symbol("Q1", "KB", "the same, for each second of the answer"),
+    Symbol("I0", "KB", "bytes of a reply in its stream"),
+    Symbol("I1", "KB", "the same, for each second of the answer"),
+    Symbol("Q0", "KB", "Redis memory of a kept reply without its listpacks, with its place in the user's list"),
+    Symbol("Q1", "KB", "Redis memory of a listpack"),
     Symbol("Qu", "KB", "Redis memory of a user with a socket"),
     Symbol("Qm", "KB", "Redis memory of a queued message of 200 characters without history, with its reply"),
     Symbol("Qd", "KB", "Redis memory of a dead letter of such a message, without its reply"),
@@ -60,6 +62,7 @@ ASSUMED = (
     (Symbol("H", "s", "heartbeat interval (`IMSTREAM_HEARTBEAT`)"), 25.0),
     (Symbol("T", "s", "time that a reply is kept (`IMSTREAM_REPLY_TTL`)"), 900.0),
     (Symbol("F", "s", "time between two renewals of a user's route"), 600.0),
+    (Symbol("O", "", "maximum bytes of a listpack (`stream-node-max-bytes`)"), 1024.0),
     (Symbol("L", "", "maximum sockets of a node (`IMSTREAM_NODE_SOCKETS`)"), 10_000.0),
     (
         Symbol(
@@ -96,7 +99,8 @@ FORMULAS = (
         "S / N / (N - 1) * Cl / (1 - U)",
     ),
     Formula("P", "cores", "CPU of Redis", "S * Rl / F + R * (R0 + R1 * D)"),
-    Formula("B", "GB", "memory of Redis", "R * (T + D) * (Q0 + Q1 * D) + S * Qu + N * Z"),
+    Formula("J", "", "listpacks of a reply: each is allocated in full", "ceil((I0 + I1 * D) / O)"),
+    Formula("B", "GB", "memory of Redis", "R * (T + D) * (Q0 + Q1 * J) + S * Qu + N * Z"),
     Formula("W", "", "Redis masters", "max(ceil(P / V), ceil(B / G))"),
     Formula("K", "per s", "Redis commands", "R * (K0 + K1 * D)"),
     Formula("Y", "Mbit/s", "network between nodes and Redis", "8 * R * (Y0 + Y1 * D)"),
@@ -113,11 +117,11 @@ def figures(scale: Mapping[str, Any]) -> dict[str, float]:
     """The measured values, from the JSON of `ops/bench scale`, rounded as the document shows them."""
     idle, short, long = scale["idle"], scale["short"], scale["long"]
 
-    def line(*names: str) -> tuple[float, float]:
-        """The straight line through the two loads: the part of a chat, and that of a second of its answer."""
+    def line(*names: str, over: str = "length") -> tuple[float, float]:
+        """The straight line through the two loads: the part of a chat, and that of a second of its answer (`over`)."""
         low, high = (sum(load[name] for name in names) for load in (short, long))
-        slope = (high - low) / (long["length"] - short["length"])
-        return max(0.0, low - slope * short["length"]), slope
+        slope = (high - low) / ((long[over] - short[over]) or 1)
+        return max(0.0, low - slope * short[over]), slope
 
     lines = {
         "C": line("node_cpu"),
@@ -125,7 +129,8 @@ def figures(scale: Mapping[str, Any]) -> dict[str, float]:
         "K": line("commands"),
         "Y": line("redis_in", "redis_out"),
         "X": line("client_bytes"),
-        "Q": line("reply_memory"),
+        "I": line("reply_bytes"),
+        "Q": line("reply_memory", over="reply_listpacks"),
     }
     found = {f"{name}{part}": value for name, parts in lines.items() for part, value in enumerate(parts)}
     found |= {
@@ -187,9 +192,7 @@ def check(scale: Mapping[str, Any]) -> list[Prediction]:
         Prediction("CPU of the node", "cores", made["C"], point["node_cores"]),
         Prediction("CPU of Redis", "cores", made["P"], point["redis_cores"]),
         Prediction("memory of the node", "MB", memory, point["node_memory"]),
-        Prediction(
-            "memory of a reply in Redis", "KB", known["Q0"] + known["Q1"] * point["length"], point["reply_memory"]
-        ),
+        Prediction("memory of a reply in Redis", "KB", known["Q0"] + known["Q1"] * made["J"], point["reply_memory"]),
         Prediction("Redis commands", "per s", made["K"], point["commands"] * rate),
         Prediction("network to Redis", "Mbit/s", made["Y"], 8 * rate * (point["redis_in"] + point["redis_out"])),
         Prediction("network to clients", "Mbit/s", made["X"], 8 * rate * point["client_bytes"]),

@@ -2,8 +2,8 @@
 
 1. Idle: as many sockets on one node as the limit of open files allows. Memory of each, CPU of logins and heartbeats.
 2. Storm: users with answers under way lose their node (SIGKILL) and connect to another one; every text is checked.
-3. Chats: two loads of paced answers of different lengths give the CPU, Redis commands, bytes and memory of a chat, each
-   as a part for the chat and a part for each second of its answer.
+3. Chats: two loads of paced answers of different lengths give the CPU, Redis commands and bytes of a chat, each as a
+   part for the chat and a part for each second of its answer, and the memory of a reply, with a part for each listpack.
 4. Memory of queued messages and dead letters in Redis.
 5. The check: a third load, on a new node, whose CPU and memory `ops.benchmark.capacity` predicts from 1 to 3.
 """
@@ -33,13 +33,13 @@ def measure(stage: Stage, plan: Plan) -> Iterator[tuple[str, Any]]:
     node = stage.start_node("chats", redis_url=stage.redis_url(CHATS))
     for name, load in (("short", plan.short), ("long", plan.long)):
         _progress(f"chats: {load.chats:g} a second of {load.length:g} s")
-        yield name, chats(stage, node, load)
+        yield name, chats(stage, node, CHATS, load)
     node.stop()
     _progress("queued messages and dead letters")
     yield "messages", redis_messages(stage, plan)
     _progress(f"the check: {plan.check.chats:g} chats a second of {plan.check.length:g} s")
     node = stage.start_node("check", redis_url=stage.redis_url(CHECK))
-    yield "check", chats(stage, node, plan.check)
+    yield "check", chats(stage, node, CHECK, plan.check)
     node.stop()
 
 

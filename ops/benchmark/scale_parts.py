@@ -234,10 +234,11 @@ def storm(stage: Stage, plan: Plan) -> dict[str, Any]:
     }
 
 
-def chats(stage: Stage, node: Process, load: Load) -> dict[str, Any]:
+def chats(stage: Stage, node: Process, database: int, load: Load) -> dict[str, Any]:
     """Apply a load of paced answers to a node; each value for one chat, unless its name shows otherwise."""
     with crowd([node], load.members) as members:
         time.sleep(SETTLE)
+        listpacks, size = _replies(stage, database)
         start = Reading.take(stage, node, members)
         arguments = {"chats": load.chats, "deltas": load.deltas, "milliseconds": load.milliseconds}
         members.do("rate", ramp=load.length + 1, seconds=load.seconds, **arguments)
@@ -247,6 +248,7 @@ def chats(stage: Stage, node: Process, load: Load) -> dict[str, Any]:
         total = members.next()
         time.sleep(SETTLE)
         end = Reading.take(stage, node, members)
+        listpacks, size = (new - old for new, old in zip(_replies(stage, database), (listpacks, size), strict=True))
     count, seconds = window["begun"], after.time - before.time
     return {
         "chats_per_second": count / seconds,
@@ -268,11 +270,23 @@ def chats(stage: Stage, node: Process, load: Load) -> dict[str, Any]:
         "frames": window["frames"] / count,
         "client_bytes": window["bytes"] / count,
         "reply_memory": (end.redis_memory - start.redis_memory) / total["chats"],
+        "reply_listpacks": listpacks / total["chats"],
+        "reply_bytes": size / total["chats"],
         "node_cores": (after.node_cpu - before.node_cpu) / seconds,
         "redis_cores": (after.redis_cpu - before.redis_cpu) / seconds,
         "foreign": max(0.0, _foreign(after) - _foreign(before)) / seconds,
         "node_memory": after.node_memory,
     }
+
+
+def _replies(stage: Stage, database: int) -> tuple[int, int]:
+    """Listpacks and bytes of all replies; the bytes as Redis dumps them without compression."""
+    with redis.Redis(port=stage.redis.port, db=database) as client, client.pipeline(transaction=False) as pipeline:
+        client.config_set("rdbcompression", "no")
+        for key in client.scan_iter("*:reply:*", count=1000):
+            pipeline.xinfo_stream(key).dump(key)
+        found = pipeline.execute()
+    return sum(info["radix-tree-keys"] for info in found[::2]), sum(map(len, found[1::2]))
 
 
 def _foreign(reading: Reading) -> float:

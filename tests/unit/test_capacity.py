@@ -1,5 +1,6 @@
 """The capacity model: its formulas, its figures from a run, and the document that shows them."""
 
+from math import ceil
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from ops.generated import replace
 
 
 def load(chats: float, length: float, *, times: float = 1.0) -> dict[str, Any]:
-    """Chats of a node that needs 2 ms and 3 ms a second for each, and `times` that; all other costs in the same way."""
+    """Chats of a node that needs 2 ms and 3 ms a second for each, and `times` that; all other costs in the same way.
+
+    Their replies have 200 bytes, and 500 a second, in listpacks of 1,100 bytes; besides them, they need 500.
+    """
     cost = times * (2 + 3 * length)
     return {
         "chats_per_second": chats,
@@ -29,7 +33,9 @@ def load(chats: float, length: float, *, times: float = 1.0) -> dict[str, Any]:
         "node_cores": chats * cost / 1000,
         "redis_cores": chats * cost / 10_000,
         "node_memory": times * (80e6 + 500 * 20e3 + round(chats * length) * 10e3),
-        "reply_memory": cost * 1000,
+        "reply_listpacks": float(ceil((200 + 500 * length) / 1024)),
+        "reply_bytes": 200 + 500 * length,
+        "reply_memory": times * (500 + 1100 * ceil((200 + 500 * length) / 1024)),
         **dict.fromkeys(("commands", "redis_in", "redis_out", "client_bytes"), cost),
     }
 
@@ -91,6 +97,15 @@ def test_costs_are_split_into_those_of_a_chat_and_of_a_second_of_its_answer() ->
     known = capacity.figures(run())
     assert (known["C0"], known["C1"]) == pytest.approx((2e-3, 3e-3))
     assert (known["R0"], known["R1"]) == pytest.approx((2e-4, 3e-4))
+
+
+def test_the_memory_of_a_reply_grows_with_each_listpack() -> None:
+    known = capacity.figures(run())
+    assert (known["Q0"], known["Q1"]) == pytest.approx((500, 1100))
+    made = {seconds: capacity.compute(known, 0, 1, seconds) for seconds in (1.0, 1.6, 1.7, 3.6, 3.7)}
+    assert [one["J"] for one in made.values()] == [1, 1, 2, 2, 3]
+    memory = {seconds: one["B"] - one["N"] * 32 * 2**20 for seconds, one in made.items()}
+    assert memory == pytest.approx({seconds: (900 + seconds) * (500 + 1100 * made[seconds]["J"]) for seconds in made})
 
 
 def test_each_symbol_of_a_formula_is_defined_before() -> None:
