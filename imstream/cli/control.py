@@ -1,6 +1,5 @@
 """Commands of operators to nodes: `imstream pause`, `imstream resume` and `imstream drain`."""
 
-import asyncio
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -8,6 +7,7 @@ from datetime import timedelta
 import click
 
 from imstream.cli.admin import by_option, reason_option, with_redis
+from imstream.cli.nodes import wait_for_nodes
 from imstream.cli.options import REDIS_SETTINGS, Command, TimeSpan, given, settings_options
 from imstream.cli.output import echo, json_option, show
 from imstream.errors import StoreRefused
@@ -24,8 +24,6 @@ NOT_CONFIRMED = 3
 
 _CONFIRM = timedelta(seconds=10)
 """How long a node has to confirm. It looks once a second."""
-
-_POLL_INTERVAL = 0.1
 
 
 def _of_nodes(command: Command) -> Command:
@@ -54,16 +52,16 @@ async def _until(
     limit: timedelta,
     lack: Callable[[NodeOverview], str | None],
 ) -> tuple[list[NodeOverview], list[str]]:
-    """Wait until every living target fulfils its conditions. Returns the targets, and the missing conditions."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + limit.total_seconds()
-    while True:
-        found = await inspect_nodes(redis, Keys(settings.key_prefix))
-        meant = [one for one in found if ALL in targets or one.node in targets]
-        missing = [f"node {one.node}: {why}" for one in meant if one.state != "dead" and (why := lack(one)) is not None]
-        if not missing or loop.time() >= deadline:
-            return meant, missing
-        await asyncio.sleep(_POLL_INTERVAL)
+    """Wait until every living target fulfils its condition. Returns the targets, and the missing conditions."""
+
+    def is_meant(one: NodeOverview) -> bool:
+        return ALL in targets or one.node in targets
+
+    def lacks(one: NodeOverview) -> Iterable[str]:
+        return filter(None, [lack(one)] if is_meant(one) and one.state != "dead" else ())
+
+    found, missing = await wait_for_nodes(redis, settings, limit, lacks)
+    return list(filter(is_meant, found)), missing
 
 
 def _report(found: tuple[list[NodeOverview], list[str]], lines: Iterable[str], *, as_json: bool) -> None:

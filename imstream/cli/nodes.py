@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +20,8 @@ from imstream.store.nodes import NodeOverview, inspect_nodes
 NOT_SETTLED = 3
 """Exit code of --wait-settled when its time is over."""
 
-POLL_INTERVAL = 0.2
-"""Seconds between two looks of --wait-settled."""
+_POLL_INTERVAL = 0.1
+"""Seconds between two looks at the nodes."""
 
 
 @click.command()
@@ -45,9 +45,12 @@ def nodes(
     be stopped in a rolling restart. It ends with 3 if that takes longer than --timeout, and prints the reasons.
     """
     settings = Settings.load(**given(options))
-    found, missing = with_redis(
-        settings, lambda redis: _look(redis, settings, timeout if wait_settled else timedelta(), excepted)
-    )
+    limit = timeout if wait_settled else timedelta()
+
+    def lack(one: NodeOverview) -> Iterable[str]:
+        return () if one.node in excepted else one.unsettled()
+
+    found, missing = with_redis(settings, lambda redis: wait_for_nodes(redis, settings, limit, lack))
     report: dict[str, Any] = {"nodes": found, "warnings": list(_warnings(found))}
     show(report | ({"unsettled": missing} if wait_settled else {}), _lines(found, settings), as_json=as_json)
     if wait_settled and missing:
@@ -57,10 +60,10 @@ def nodes(
         sys.exit(NOT_SETTLED)
 
 
-async def _look(
-    redis: RedisClient, settings: Settings, limit: timedelta, excepted: Sequence[str]
+async def wait_for_nodes(
+    redis: RedisClient, settings: Settings, limit: timedelta, lack: Callable[[NodeOverview], Iterable[str]]
 ) -> tuple[list[NodeOverview], list[str]]:
-    """All nodes, and why they are not settled after at most `limit`. Meanwhile Redis may be away."""
+    """All nodes, and the conditions that they still lack after at most `limit`. Meanwhile Redis may be away."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limit.total_seconds()
     while True:
@@ -70,12 +73,10 @@ async def _look(
             if loop.time() >= deadline:
                 raise
         else:
-            missing = [
-                f"node {one.node}: {why}" for one in found if one.node not in excepted for why in one.unsettled()
-            ]
+            missing = [f"node {one.node}: {why}" for one in found for why in lack(one)]
             if not missing or loop.time() >= deadline:
                 return found, missing
-        await asyncio.sleep(POLL_INTERVAL)
+        await asyncio.sleep(_POLL_INTERVAL)
 
 
 def _lines(found: Sequence[NodeOverview], settings: Settings) -> Iterator[str]:
