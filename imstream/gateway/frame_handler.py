@@ -225,7 +225,7 @@ class FrameHandler:
         # Kept alive from here on: the worker may have written the reply before this socket follows it.
         reply = deps.buffers.get(user_id, message_id)
         try:
-            admission = await deps.requests.admit(verdict.request)
+            admission = await deps.consumer.admit(verdict.request)
         except (StoreFull, StoreRefused):  # in a cluster, another server may have counted the quota
             await verdict.undo()
             raise

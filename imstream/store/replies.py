@@ -1,9 +1,10 @@
 """The reply stream of a message: all that is recorded about it. Each append is checked against it (I4)."""
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic_core import to_json
 
@@ -22,7 +23,7 @@ from imstream.model import (
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
-from imstream.store.scripts import LUA
+from imstream.store.scripts import LUA, Step, run_both
 from imstream.user_ids import UserId
 
 CancelOutcome = Literal["cancelled", "too_late", "unknown"]
@@ -80,11 +81,20 @@ class OtherQuestion:
     """No attempt was begun: another question with the same message id is queued."""
 
 
+Opening = Opened | Ended | Duplicate | OtherQuestion
+
+
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """The text or terminal event is recorded. `nodes`: those with a socket of the user."""
+    """The text or terminal event is recorded.
+
+    Attributes:
+        nodes: Those with a socket of the user.
+        removed: Whether the request was in the stream, and is removed; None: that was not part of it.
+    """
 
     nodes: tuple[str, ...] = field(default=(), compare=False)
+    removed: bool | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +172,7 @@ class ReplyStore:
         repeated: bool = False,
         reopens: bool = False,
         resumed: timedelta | None = None,
-    ) -> Opened | Ended | Duplicate | OtherQuestion:
+    ) -> Opening:
         """Begin the next attempt at a message, which `request` owns from now on.
 
         Args:
@@ -180,21 +190,29 @@ class ReplyStore:
             reopens: The request was made from a dead letter, and may continue after `failed`.
             resumed: How long ago a pause ended: no time before that counts as waited.
         """
-        asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
         text = ("" if shown is None else shown, "" if usage is None else to_json(usage))
         flags = (int(unused), int(repeated), int(reopens), "" if resumed is None else milliseconds(resumed))
-        arguments = (request, self._ttl, lost, after, self._node, *asked, continues, *text, *flags)
-        match answer := await LUA["open"].run(self._redis, self._keys_of(user_id, message_id), arguments):
-            case ["opened" | "continued" as verdict, entry_id, attempt, counted, waited, *rest]:
-                continued = Continued.parse(*rest.pop(0)) if verdict == "continued" else None
-                waiting = None if waited == "" else _span(waited)
-                return Opened(int(attempt), tuple(rest), time_of(entry_id), int(counted), waiting, continued)
-            case ["ended", event, owner]:
-                return Ended(event, owner)
-            case ["other_question"]:
-                return OtherQuestion()
-            case _:
-                return Duplicate(answer[1])
+        how = (continues, *text, *flags)
+        return await self._opening(user_id, message_id, question, (request, lost, after), how).run(self._redis)
+
+    def opening(
+        self, user_id: UserId, message_id: str, question: Question, *, request: str, after: int
+    ) -> Step[Opening]:
+        """The step that `open` makes for a request without earlier attempts."""
+        return self._opening(user_id, message_id, question, (request, "", after), (0, "", "", 0, 0, 0, ""))
+
+    def _opening(
+        self,
+        user_id: UserId,
+        message_id: str,
+        question: Question,
+        who: tuple[str, str, int],
+        how: Sequence[Argument],
+    ) -> Step[Opening]:
+        request, lost, after = who
+        asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
+        arguments = (request, self._ttl, lost, after, self._node, *asked, *how)
+        return Step("open", self._keys_of(user_id, message_id), arguments, _opening_of)
 
     async def append(  # noqa: PLR0913 - the named arguments of one script
         self,
@@ -207,10 +225,12 @@ class ReplyStore:
         text: str,
         terminal: Terminal | None = None,
         thinking: bool = False,
+        removal: Step[bool] | None = None,
     ) -> Appended | Rejected:
         """Record the text between two offsets (in characters), and with `terminal` the end of the reply.
 
         `thinking`: instead of text, it is recorded that the model reasons, in a field that older releases ignore.
+        `removal`: once it is recorded, the request is removed in the same round trip. Not in a cluster.
         """
         event = "text" if terminal is None else terminal.event
         arguments: tuple[Argument, ...] = (attempt, event, before, after, text, self._ttl)
@@ -218,14 +238,11 @@ class ReplyStore:
             arguments += terminal.fields()
         elif thinking:
             arguments += ("thinking", 1)
-        answer = await LUA["append"].run(self._redis, self._reply_and_route(user_id, message_id), arguments)
-        match answer:
-            case ["appended", *nodes]:
-                return Appended(tuple(nodes))
-            case ["gap", offset]:
-                return Rejected("gap", int(offset))
-            case _:
-                return Rejected(answer[0])
+        step = Step("append", self._reply_and_route(user_id, message_id), arguments, _append_result)
+        if removal is None:
+            return await step.run(self._redis)
+        result, removed = await run_both("end", self._redis, step, removal)
+        return replace(result, removed=removed) if isinstance(result, Appended) else result
 
     async def wait(  # noqa: PLR0913 - the named arguments of one script
         self, user_id: UserId, message_id: str, *, attempt: int, pause: timedelta, why: Waiting, counts: bool = True
@@ -324,6 +341,30 @@ class ReplyStore:
 def waiting_of(fields: dict[str, str]) -> Waiting | None:
     """Why a message waits for its backend, by the last entry of its record; None: it does not."""
     return Waiting.from_fields(fields) if fields["event"] == "waiting" else None
+
+
+def _opening_of(answer: Sequence[Any]) -> Opening:
+    match answer:
+        case ["opened" | "continued" as verdict, entry_id, attempt, counted, waited, *rest]:
+            continued = Continued.parse(*rest.pop(0)) if verdict == "continued" else None
+            waiting = None if waited == "" else _span(waited)
+            return Opened(int(attempt), tuple(rest), time_of(entry_id), int(counted), waiting, continued)
+        case ["ended", event, owner]:
+            return Ended(event, owner)
+        case ["other_question"]:
+            return OtherQuestion()
+        case _:
+            return Duplicate(answer[1])
+
+
+def _append_result(answer: Sequence[Any]) -> Appended | Rejected:
+    match answer:
+        case ["appended", *nodes]:
+            return Appended(tuple(nodes))
+        case ["gap", offset]:
+            return Rejected("gap", int(offset))
+        case _:
+            return Rejected(answer[0])
 
 
 def _span(milliseconds_: int | str) -> timedelta:

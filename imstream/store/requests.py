@@ -1,9 +1,10 @@
 """The requests stream of one node: admit, read by consumer group, finish or bury (I2, I3)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 from imstream.clock import milliseconds, now_ms
 from imstream.errors import StoreError, StoreRefused
@@ -14,7 +15,8 @@ from imstream.redis.client import BlockingReader, RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
 from imstream.store.dead_letters import DeadLetterBounds
-from imstream.store.scripts import LUA
+from imstream.store.replies import Opening
+from imstream.store.scripts import LUA, Step, run_both
 
 MAX_PENDING_LISTED = 1_000
 
@@ -25,10 +27,16 @@ class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a faul
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request is in the stream. `position`: how many wait for a worker, this one included."""
+    """A request is in the stream.
+
+    Attributes:
+        position: How many wait for a worker, this one included.
+        opened: How its reply was opened, when it is delivered to the worker already.
+    """
 
     entry_id: str
     position: int
+    opened: Opening | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +101,30 @@ class RequestStream:
         """The key of the stream."""
         return self._stream
 
+    @property
+    def shares_server(self) -> bool:
+        """Whether its keys are on the server of all others, so that one script may use both: not in a cluster."""
+        return self._redis.topology != "cluster"
+
     async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request unless the node's or the user's cap is reached."""
+        return await self._admission(request).run(self._redis)
+
+    async def begin(self, request: ChatRequest, opening: Step[Opening]) -> Admitted | QueueFull:
+        """Append a request, and begin it at once if no other one waits for a worker. Not in a cluster.
+
+        `opening`: that of its reply, for the request id without an entry id.
+        """
+        step = self._admission(request)
+        admitted, opened = await run_both("begin", self._redis, step, opening, self.consumer)
+        return replace(admitted, opened=opened) if isinstance(admitted, Admitted) else admitted
+
+    def _admission(self, request: ChatRequest) -> Step[Admitted | QueueFull]:
         arguments: tuple[Argument, ...] = (*self._limits, GROUP, str(request.user_id), *request.fields())
-        verdict, *rest = await LUA["admit"].run(self._redis, self._keys, arguments)
+        return Step("admit", self._keys, arguments, self._admitted)
+
+    def _admitted(self, answer: Sequence[Any]) -> Admitted | QueueFull:
+        verdict, *rest = answer
         if verdict != "admitted":
             return QueueFull(by_user=verdict == "user_full")
         self._state.admitted(rest[0], int(rest[2]))
@@ -189,13 +217,19 @@ class RequestStream:
         node, _, entry_id = request.rpartition("/")
         return bool(await self._redis.execute("XRANGE", self._all_keys.requests(node), entry_id, entry_id))
 
+    def removal(self, entry: Entry) -> Step[bool]:
+        """The step of `finish`."""
+
+        def removed(answer: Sequence[Any]) -> bool:
+            self._state.ended(entry.entry_id, int(answer[1]))
+            return bool(answer[0])
+
+        return Step("finish", self._keys, (GROUP, entry.entry_id, entry.fields.get("user", "")), removed)
+
     async def finish(self, entry: Entry) -> bool:
         """Acknowledge and delete a request whose terminal event is recorded. False: it was not there."""
-        arguments = (GROUP, entry.entry_id, entry.fields.get("user", ""))
         # Not urgent: no caller waits for the reply, and a request admitted meanwhile is sent behind it, so it fits.
-        was_there, left = await LUA["finish"].run(self._redis, self._keys, arguments, urgent=False)
-        self._state.ended(entry.entry_id, int(left))
-        return bool(was_there)
+        return await self.removal(entry).run(self._redis, urgent=False)
 
     async def bury(self, entry: Entry, *, reason: str, error: str, attempts: int) -> bool:
         """Move a request to the dead stream. `reason` is a word for programs, `error` a line for an operator.

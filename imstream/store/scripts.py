@@ -1,10 +1,55 @@
 """The Lua scripts of the store: each file in `lua/` is one atomic step."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import resources
+from typing import Any, Generic, TypeVar
 
-from imstream.redis.client import Script
+from imstream.redis.client import RedisClient, Script
+from imstream.redis.connection import Argument
 
-LUA = {
-    file.name.removesuffix(".lua"): Script(file.read_text("utf-8"))
+_MADE_OF = {"begin": ("admit", "open"), "end": ("append", "finish")}
+"""Scripts that call others, as functions of their names."""
+
+_TEXTS = {
+    file.name.removesuffix(".lua"): file.read_text("utf-8")
     for file in (resources.files("imstream.store") / "lua").iterdir()
 }
+
+
+def _text(name: str) -> str:
+    parts = (f"local function {part}(KEYS, ARGV)\n{_TEXTS[part]}\nend\n" for part in _MADE_OF.get(name, ()))
+    return "".join(parts) + _TEXTS[name]
+
+
+LUA = {name: Script(_text(name)) for name in _TEXTS}
+
+S = TypeVar("S")
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[T_co]):
+    """One run of a script. It may be a part of a script that is made of several. `read`: reads its answer."""
+
+    script: str
+    keys: tuple[str, ...]
+    arguments: Sequence[Argument]
+    read: Callable[[Any], T_co]
+
+    async def run(self, redis: RedisClient, *, urgent: bool = True) -> T_co:
+        """Run it by itself. See `RedisClient.execute`."""
+        return self.read(await LUA[self.script].run(redis, self.keys, self.arguments, urgent=urgent))
+
+
+async def run_both(
+    script: str, redis: RedisClient, one: Step[S], other: Step[T], *before: Argument
+) -> tuple[S, T | None]:
+    """Run a script that is made of two steps. None: it has not come to the second one.
+
+    `before`: its arguments before those of the steps. See `RedisClient.execute`.
+    """
+    arguments = (*before, len(one.arguments), *one.arguments, *other.arguments)
+    answers = await LUA[script].run(redis, (*one.keys, *other.keys), arguments)
+    return one.read(answers[0]), other.read(answers[1]) if len(answers) > 1 else None

@@ -8,7 +8,7 @@ import structlog
 from imstream.errors import StoreDenied, StoreError
 from imstream.model import NEWEST_VERSION, ChatRequest, MalformedEntry, NewerVersion
 from imstream.redis.errors import describe_problem
-from imstream.store.requests import Entry, GroupMissing, PendingEntry, RequestStream
+from imstream.store.requests import Admitted, Entry, GroupMissing, PendingEntry, QueueFull, RequestStream
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.disposition import MALFORMED, Bury
 from imstream.worker.job import Job
@@ -41,6 +41,12 @@ class StreamConsumer:
         """Entries of a newer release, left to a node that supports their schema."""
         self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
+        self._group: asyncio.TaskGroup | None = None
+        """Of the jobs; None before `run`, and after it."""
+        self._reading: Slots | None = None
+        """Those reserved for the read under way."""
+        self._beginning: set[asyncio.Future[None]] = set()
+        """One for each request that `admit` begins: it is delivered to us, and has no job yet."""
         self.stopping = False
         """Whether reading new requests has ended."""
         self.redis_problem = describe_problem(None)
@@ -63,12 +69,48 @@ class StreamConsumer:
     async def run(self) -> None:
         """Consume the stream, then wait for the jobs. Redis may come and go meanwhile."""
         with self._jobs.shared_with(self._requests.node):
-            async with asyncio.TaskGroup() as group:
+            async with asyncio.TaskGroup() as self._group:
                 while not self.stopping and not self._finished:
                     try:
-                        await self._consume(group)
+                        await self._consume(self._group)
                     except (StoreError, GroupMissing) as error:
                         await self._after_error(error)
+                await self._begun()
+
+    async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
+        """Append a request; begin it at once if it needs not wait, which saves two round trips. Raises `StoreError`."""
+        requests, slots, group = self._requests, self._reading, self._group
+        deps, is_free = self._deps, slots is not None and slots.free > 0 and self._jobs.line.reason is None
+        may_begin = is_free and deps.lease_keeper.held and not deps.backends.is_closed and self._startable() > 0
+        if not (may_begin and requests.shares_server) or self.stopping or slots is None or group is None:
+            return await requests.admit(request)
+        reply = deps.buffers.get(request.user_id, request.message_id)
+        opening = deps.replies.opening(
+            *(request.user_id, request.message_id, request.question), request=requests.request_id(""), after=reply.fence
+        )
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._beginning.add(done)
+        try:
+            with self._jobs.take_one(slots) as one:
+                admitted = await requests.begin(request, opening)
+                if isinstance(admitted, Admitted) and admitted.opened is not None:
+                    entry = Entry(admitted.entry_id, {"user": str(request.user_id)})
+                    self._add(group, Job(entry, request, requests, deps, opened=admitted.opened), one)
+                elif isinstance(admitted, Admitted) and admitted.position <= 1:
+                    self.sweep_soon()  # it may be delivered to us
+        except StoreError:
+            self.sweep_soon()  # the same
+            raise
+        finally:
+            self._beginning.discard(done)
+            done.set_result(None)
+        await asyncio.sleep(0)  # its job notes that the reply is recorded
+        return admitted
+
+    async def _begun(self) -> None:
+        """Wait until each request that is delivered to us by `admit` now has its job."""
+        if self._beginning:
+            await asyncio.wait(self._beginning)
 
     def stop(self) -> None:
         """Read no new requests. A blocked read ends by its time limit."""
@@ -113,12 +155,17 @@ class StreamConsumer:
             if slots.free:
                 # The stream of another node gets hardly any new requests: no connection blocks on it.
                 block = self._deps.settings.read_block if self._requests.is_own else None
-                for entry in await self._requests.read(count=slots.free, block=block):
+                self._reading = slots
+                try:
+                    entries = await self._requests.read(count=slots.free, block=block)
+                finally:
+                    self._reading = None
+                for entry in entries:
                     if entry.entry_id in self._running:
                         continue  # a group that was created again delivers it again
-                    if self._startable():
+                    if self._startable() and slots.free:
                         await self._start(group, entry, slots)
-                    else:  # the breaker has opened during the read
+                    else:  # the breaker has opened during the read, or `admit` has used the slot
                         await self._requests.hand_back(entry)
                         self.sweep_soon()
                 if self._requests.is_own:
@@ -151,6 +198,8 @@ class StreamConsumer:
             self._inherited = {one.entry_id: one.deliveries + died for one in await self._requests.pending()}
         known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
+        await self._begun()
+        pending = [one for one in pending if one.entry_id not in self._running]
         if not self._deps.lease_keeper.can_declare_dead:
             self.sweep_soon()  # for the entries of the dead, as soon as they are known
         elif not self._finishing:
@@ -218,10 +267,13 @@ class StreamConsumer:
         job = Job(entry, request, self._requests, self._deps, verdict)
         if verdict is None:
             job.calls.upstream = self._deps.backends.take_probe()
-        self._running.add(entry.entry_id)
+        self._add(group, job, slots)
+        return job
+
+    def _add(self, group: asyncio.TaskGroup, job: Job, slots: Slots) -> None:
+        self._running.add(job.entry.entry_id)
         self._jobs.add(job, slots)
         group.create_task(self._run_job(job))
-        return job
 
     async def _leave_to_newer(self, entry: Entry, version: int) -> None:
         """Leave a request of a newer release pending under the name of the node whose stream it is in."""

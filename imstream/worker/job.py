@@ -12,7 +12,16 @@ from imstream.errors import StoreError
 from imstream.model import ChatRequest, Terminal, Waiting
 from imstream.redis.errors import retry_until_available
 from imstream.store.inbox import ReplyGrew
-from imstream.store.replies import Appended, CancelRecorded, Duplicate, Ended, Opened, OtherQuestion, Rejected
+from imstream.store.replies import (
+    Appended,
+    CancelRecorded,
+    Duplicate,
+    Ended,
+    Opened,
+    Opening,
+    OtherQuestion,
+    Rejected,
+)
 from imstream.store.requests import Entry, RequestStream
 from imstream.tracing import CURRENT, Span, Tracing
 from imstream.worker.account import Account
@@ -34,8 +43,6 @@ from imstream.worker.reply_writer import ReplyWriter
 
 log: FilteringBoundLogger = structlog.get_logger()
 
-_Opening = Opened | Ended | Duplicate | OtherQuestion
-
 StopReason = Literal["cancelled", "drained", "paused", "superseded"]
 """Why a job stops before its answer is complete. Superseded: the reply stream rejects further text of the attempt."""
 
@@ -43,10 +50,17 @@ StopReason = Literal["cancelled", "drained", "paused", "superseded"]
 class Job:
     """Answers one request. `run` does all of it; `stop` ends it early; `flush` records the text so far."""
 
-    def __init__(
-        self, entry: Entry, request: ChatRequest, stream: RequestStream, deps: WorkerDeps, verdict: Bury | None = None
+    def __init__(  # noqa: PLR0913 - what it works on, and two options
+        self,
+        entry: Entry,
+        request: ChatRequest,
+        stream: RequestStream,
+        deps: WorkerDeps,
+        verdict: Bury | None = None,
+        *,
+        opened: Opening | None = None,
     ) -> None:
-        """With a `verdict`, the request is buried without an attempt."""
+        """With a `verdict`, the request is buried without an attempt. `opened`: its first attempt, if it has begun."""
         self.entry = entry
         self.request = request
         self.stream = stream
@@ -62,6 +76,9 @@ class Job:
         self._is_ours = False
         """Whether the message belongs to this request. A message that is sent again has several, and one answer."""
         self._verdict = verdict
+        self._opened = opened
+        self._removed: bool | None = None
+        """Whether recording the end has removed the request from the stream; None: not yet."""
         self._writer: ReplyWriter | None = None
         self._scope: asyncio.Timeout | None = None
         """The cancel scope of the attempts; None when there is nothing left to stop."""
@@ -84,7 +101,7 @@ class Job:
             was_there = False
             match disposition:
                 case Finish():
-                    was_there = await self.stream.finish(self.entry)
+                    was_there = await self.stream.finish(self.entry) if self._removed is None else self._removed
                 case Bury(reason, error):
                     await self._refund()
                     was_there = await self.stream.bury(self.entry, reason=reason, error=error, attempts=self._attempts)
@@ -222,7 +239,7 @@ class Job:
                 self.calls.runner.check_pause()
                 opens = unused = True
 
-    async def _open(self, *, continues: bool = False, unused: bool = False) -> _Opening:
+    async def _open(self, *, continues: bool = False, unused: bool = False) -> Opening:
         """Begin an attempt; with `continues`, at the end of the text, if possible. `unused`: see `ReplyStore.open`."""
         deps, reply, before, shown = self._deps, self.reply, self._writer, None
         continues = continues and self.calls.runner.may_continue and deps.backends.can_continue
@@ -233,7 +250,7 @@ class Job:
             self._writer = None
             await before.close()
 
-        async def open_reply(lost: str = "") -> _Opening:
+        async def open_reply(lost: str = "") -> Opening:
             tries = itertools.count()
             return await retry_until_available(
                 lambda: deps.replies.open(
@@ -254,7 +271,7 @@ class Job:
                 )
             )
 
-        opened = await open_reply()
+        opened, self._opened = self._opened or await open_reply(), None
         if isinstance(opened, Duplicate):
             # An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost.
             owner = opened.owner
@@ -314,8 +331,10 @@ class Job:
         assert self._writer is not None  # noqa: S101 - there is one after opening
         if terminal.reason is not None:
             CURRENT.get().fail(terminal.reason, terminal.error or "")
-        match await self._writer.end(terminal):
-            case Appended():
+        together = terminal.event == "done" and self.stream.shares_server
+        match await self._writer.end(terminal, removal=self.stream.removal(self.entry) if together else None):
+            case Appended(removed=removed):
+                self._removed = removed
                 self._account.end(self.reply, self._deps.request_log.sockets)
                 self.reply.end(terminal)
                 return Finish()

@@ -104,6 +104,18 @@ class Jobs:
             if slots.free and len(self._consumers) > 1:
                 self.changed.set()
 
+    @contextmanager
+    def take_one(self, reserved: Slots) -> Iterator[Slots]:
+        """Take one of the slots that are reserved for a read; on leaving, free it if it has no job."""
+        reserved.free -= 1
+        slots = Slots(1)
+        try:
+            yield slots
+        finally:
+            if slots.free:
+                self._taken -= 1
+                self.changed.set()
+
     def _forget(self, stream: str) -> None:
         if self._next_consumer == stream:
             self._next_consumer = None

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -10,6 +11,7 @@ from imstream.redis.errors import retry_until_available
 from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import Inbox, ReplyGrew
 from imstream.store.replies import Appended, Opened, Rejected, ReplyStore, WaitRecorded
+from imstream.store.scripts import Step
 
 
 class ReplyWriter:
@@ -86,10 +88,23 @@ class ReplyWriter:
             self.announce(result.nodes)
         return result
 
-    async def end(self, terminal: Terminal) -> Appended | Rejected:
-        """Record the rest of the text together with the terminal event. Repeats until Redis answers."""
+    async def end(self, terminal: Terminal, *, removal: Step[bool] | None = None) -> Appended | Rejected:
+        """Record the rest of the text together with the terminal event. Repeats until Redis answers.
+
+        `removal`: see `ReplyStore.append`.
+        """
+        tries = 0
+
+        async def record() -> Appended | Rejected:
+            nonlocal tries
+            tries += 1
+            return await self._record(terminal, removal)
+
         async with self._lock:
-            return await retry_until_available(lambda: self._record(terminal))
+            result = await retry_until_available(record)
+        if isinstance(result, Appended) and removal is not None and tries > 1:
+            return replace(result, removed=True)  # perhaps by an earlier try, whose answer was lost
+        return result
 
     def announce(self, nodes: Sequence[str], *, begun: bool = False) -> None:
         """Notify nodes with a socket of the user, in parallel with later steps; it is sent when `settle` returns."""
@@ -123,18 +138,18 @@ class ReplyWriter:
     def _owns_buffer(self) -> bool:
         return self._reply.fence == self.attempt
 
-    async def _record(self, terminal: Terminal | None) -> Appended | Rejected:
-        result = await self._append_once(terminal)
+    async def _record(self, terminal: Terminal | None, removal: Step[bool] | None = None) -> Appended | Rejected:
+        result = await self._append_once(terminal, removal)
         match result:
             case Rejected("gone") if not self._closed and await self._reopen():
-                return await self._append_once(terminal)  # Redis lost the record, but the buffer has all of it
+                return await self._append_once(terminal, removal)  # Redis lost the record, but the buffer has all of it
             case Rejected("gap", offset=recorded) if recorded <= self._reply.offset:
                 # The answer to an earlier append was lost, or Redis has lost the end of the record.
                 self._recorded = recorded
-                return await self._append_once(terminal)
+                return await self._append_once(terminal, removal)
         return result
 
-    async def _append_once(self, terminal: Terminal | None) -> Appended | Rejected:
+    async def _append_once(self, terminal: Terminal | None, removal: Step[bool] | None) -> Appended | Rejected:
         reply, after = self._reply, self._reply.offset
         if not self._owns_buffer:
             return Rejected("superseded")
@@ -148,6 +163,7 @@ class ReplyWriter:
             text=reply.text_from(self._recorded, limit=None),
             terminal=terminal,
             thinking=thinking,
+            removal=removal,
         )
         if isinstance(result, Appended):
             self._recorded, self._thinking = after, thinking

@@ -93,7 +93,7 @@ async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: Red
         client = worker.follow()
         await worker.ask()
         call = await worker.backend.call(2)
-        ending = proxy.on_answer_to(LUA["append"].digest.encode(), fate=Fate.DELAY, delay=0.3)
+        ending = proxy.on_answer_to(LUA["end"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         call.done("answer")
         await wait_until(lambda: ending.sprung, "its end is being recorded")
         assert await worker.jobs.cancel(USER, "m") == "too_late"

@@ -1,0 +1,213 @@
+"""Requests that need not wait: admitted, delivered and opened in one step; and ended and removed in one."""
+
+import asyncio
+
+import pytest
+from structlog.testing import capture_logs
+
+from imstream.errors import StoreUnavailable
+from imstream.keys import GROUP
+from imstream.model import Terminal
+from imstream.store.replies import Appended, Duplicate, Opened, Rejected
+from imstream.store.requests import Admitted, QueueFull
+from imstream.store.scripts import LUA
+from tests.redis.conftest import Store, chat_request
+from tests.redis.worker_harness import USER, Call, WorkerHarness, run_worker
+from tests.support.servers import RedisServer
+from tests.support.tcp_proxy import Fate, tcp_proxy
+from tests.support.waiting import wait_until
+
+
+async def begin(store: Store, message_id: str = "m", *, user: int = USER) -> Admitted | QueueFull:
+    request = chat_request(user, message_id)
+    opening = store.replies.opening(user, message_id, request.question, request=store.requests.request_id(""), after=0)
+    return await store.requests.begin(request, opening)
+
+
+def pending(store: Store) -> int:
+    return int(store.redis.xpending(store.keys.requests("0"), GROUP)["pending"])
+
+
+async def test_a_request_that_nothing_is_before_is_delivered_and_opened(store: Store) -> None:
+    await store.requests.ensure_group()
+    admitted = await begin(store)
+    assert isinstance(admitted, Admitted)
+    assert (admitted.position, admitted.opened) == (1, Opened(1))
+    assert pending(store) == 1
+    assert await store.requests.read(count=9, block=None) == []
+    reopened = await store.replies.open(USER, "m", request=store.requests.request_id(admitted.entry_id))
+    assert reopened == Opened(2), "the reply belongs to the request"
+
+
+async def test_a_request_that_another_one_is_before_waits_for_it(store: Store) -> None:
+    await store.requests.ensure_group()
+    await store.requests.admit(chat_request(USER + 1, "before"))
+    admitted = await begin(store)
+    assert isinstance(admitted, Admitted)
+    assert (admitted.position, admitted.opened, pending(store)) == (2, None, 0)
+    assert await store.replies.read(USER, "m") is None
+    assert [one.fields["message_id"] for one in await store.requests.read(count=9, block=None)] == ["before", "m"]
+
+
+async def test_a_request_that_does_not_fit_is_not_begun(store: Store) -> None:
+    await store.requests.ensure_group()
+    for number in range(2):
+        await begin(store, f"m{number}")
+    assert await begin(store) == QueueFull(by_user=True)
+    for number in range(3):
+        await begin(store, user=USER + 1 + number)
+    assert await begin(store, user=USER + 9) == QueueFull(by_user=False)
+    assert await store.replies.read(USER, "m") is None
+
+
+async def test_a_message_that_is_being_answered_already_is_admitted_as_a_duplicate(store: Store) -> None:
+    await store.requests.ensure_group()
+    first, second = await begin(store), await begin(store)
+    assert isinstance(first, Admitted)
+    assert isinstance(second, Admitted)
+    assert second.opened == Duplicate(store.requests.request_id(first.entry_id))
+
+
+async def test_a_request_whose_reply_cannot_be_opened_is_in_the_stream(store: Store) -> None:
+    await store.requests.ensure_group()
+    store.redis.set(store.keys.reply(USER, "m"), "written by hand", px=60_000)
+    admitted = await begin(store)
+    assert isinstance(admitted, Admitted)
+    assert admitted.opened is None
+    assert await store.requests.unfinished() == 1
+
+
+async def test_a_request_is_removed_with_its_end_unless_the_end_is_refused(store: Store) -> None:
+    await store.requests.ensure_group()
+    await store.requests.admit(chat_request(USER, "m"))
+    [entry] = await store.requests.read(count=1, block=None)
+    await store.replies.open(USER, "m", request=store.requests.request_id(entry.entry_id))
+
+    async def end(attempt: int, before: int = 0) -> Appended | Rejected:
+        return await store.replies.append(
+            *(USER, "m"),
+            attempt=attempt,
+            before=before,
+            after=before + 2,
+            text="hi",
+            terminal=Terminal("done"),
+            removal=store.requests.removal(entry),
+        )
+
+    assert await end(attempt=2) == Rejected("superseded")
+    assert await end(attempt=1, before=7) == Rejected("gap")
+    assert await store.requests.unfinished() == 1
+    for removed in (True, False):
+        result = await end(attempt=1)
+        assert isinstance(result, Appended)
+        assert result.removed is removed
+        assert (await store.requests.unfinished(), pending(store)) == (0, 0)
+        assert not store.redis.exists(store.keys.load("0"))
+
+
+async def is_reading(worker: WorkerHarness) -> None:
+    """Wait until the worker waits for new requests."""
+    await wait_until(
+        lambda: any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in worker.redis.client_list()),
+        "the worker reads",
+    )
+
+
+async def test_a_chat_that_need_not_wait_takes_two_round_trips(redis_server: RedisServer) -> None:
+    async with tcp_proxy(redis_server.port) as proxy, run_worker(redis_server, url=proxy.url) as worker:
+        await _load_scripts(worker)
+        others = [
+            proxy.on_answer_to(LUA[name].digest.encode(), fate=Fate.DELAY) for name in ("admit", "open", "finish")
+        ]
+        await worker.consumer.admit(chat_request(USER, "m"))
+        assert worker.buffers.get(USER, "m").has_writer
+        (await worker.backend.call(2)).done("answer")
+        await worker.idle()
+        assert worker.recorded() == ("done", "answer")
+        assert not any(trap.sprung for trap in others)
+
+
+async def _load_scripts(worker: WorkerHarness) -> None:
+    """Answer a message, so that Redis has the scripts: their next calls are the first with their digests."""
+    await is_reading(worker)
+    await worker.consumer.admit(chat_request(USER, "warm"))
+    (await worker.backend.call(1)).done("x")
+    await worker.idle()
+    await is_reading(worker)
+
+
+async def test_no_more_requests_run_than_there_are_slots(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, concurrency=2) as worker:
+        most = answered = 0
+
+        def answer(call: Call) -> None:
+            nonlocal most
+            most = max(most, len(worker.jobs))
+            asyncio.get_running_loop().call_later(0.02, lambda: call.done("x"))
+
+        worker.backend.always = answer
+        for wave in range(3):
+            await is_reading(worker)
+            admissions = await asyncio.gather(
+                *(worker.consumer.admit(chat_request(USER, f"m{wave}-{number}")) for number in range(6))
+            )
+            assert all(isinstance(one, Admitted) for one in admissions)
+            answered += len(admissions)
+            await worker.idle()
+        assert most == 2
+        assert all(worker.recorded(f"m{wave}-{number}") == ("done", "x") for wave in range(3) for number in range(6))
+        assert len(worker.backend.calls) == answered
+
+
+@pytest.mark.parametrize("fate", [Fate.SILENCE, Fate.CUT])
+async def test_a_request_whose_admission_has_lost_its_answer_is_answered(redis_server: RedisServer, fate: Fate) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h") as worker,
+    ):
+        await _load_scripts(worker)
+        worker.backend.always = lambda call: call.done("answer")
+        lost = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=fate)
+        with pytest.raises(StoreUnavailable):
+            await worker.consumer.admit(chat_request(USER, "m"))
+        assert lost.sprung
+        await worker.idle()
+        assert worker.recorded() == ("done", "answer")
+        assert len(worker.backend.calls) == 2
+
+
+async def test_a_request_that_begins_is_not_taken_for_one_without_a_job(redis_server: RedisServer) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="3s", sweep_interval="50ms", read_block="20ms") as worker,
+    ):
+        await _load_scripts(worker)
+        late = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.5)
+        with capture_logs() as logs:
+            await worker.consumer.admit(chat_request(USER, "m"))
+            assert late.sprung
+            (await worker.backend.call(2)).done("answer")
+            await worker.idle()
+        assert worker.recorded() == ("done", "answer")
+        assert [entry["event"] for entry in worker.entries()].count("opened") == 1
+        assert "request claimed" not in {line["event"] for line in logs}
+
+
+async def test_an_end_whose_answer_was_lost_is_logged_once(redis_server: RedisServer) -> None:
+    with capture_logs() as logs:
+        async with (
+            tcp_proxy(redis_server.port) as proxy,
+            run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
+        ):
+            await worker.ask("warm")
+            (await worker.backend.call(1)).done("x")
+            await worker.idle()
+            await worker.ask()
+            call = await worker.backend.call(2)
+            lost = proxy.on_answer_to(LUA["end"].digest.encode(), fate=Fate.SILENCE)
+            call.done("answer")
+            assert await worker.follow().end() == "done"
+            await worker.idle()
+            assert lost.sprung
+    assert worker.metrics.messages["done"] == 2
+    assert [line["event"] for line in logs if line.get("message_id") == "m"].count("request ended") <= 1
