@@ -1,6 +1,7 @@
-"""The wall clock, time spans in milliseconds for Redis, and the days of quotas."""
+"""The wall clock, the clock of Redis, time spans in milliseconds for Redis, and the days of quotas."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from datetime import time as time_of_day
@@ -29,6 +30,30 @@ def now_ms() -> int:
 def time_of(entry_id: str) -> int:
     """When a stream entry was added, in milliseconds since 1970 by the clock of Redis."""
     return int(entry_id.partition("-")[0])
+
+
+class RedisClock:
+    """The clock of the server with the requests stream of this node, estimated from its answers; before, our own.
+
+    An answer with a time bounds by how much that clock is ahead of the monotonic one; the estimate is moved as little
+    as that requires. So it is more exact than one round trip, and follows a clock that is set.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._ahead = 1000 * (time.time() - monotonic())
+
+    def adjust(self, at: int, *, sent: float) -> None:
+        """Redis has answered just now, with its time in whole milliseconds, to a command `sent` at a monotonic time."""
+        self._ahead = min(max(self._ahead, at - 1000 * self._monotonic()), at + 1 - 1000 * sent)
+
+    def at(self, moment: float) -> int:
+        """Convert a monotonic time in seconds to milliseconds since 1970."""
+        return int(1000 * moment + self._ahead)
+
+    def now(self) -> int:
+        """The time in milliseconds since 1970."""
+        return self.at(self._monotonic())
 
 
 @dataclass(frozen=True, slots=True)

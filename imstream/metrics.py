@@ -21,7 +21,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from imstream import __version__
-from imstream.clock import now_ms, time_of
+from imstream.clock import RedisClock, time_of
 from imstream.codes import CloseCode
 from imstream.errors import FailureKind
 
@@ -163,12 +163,12 @@ class Metrics:
             "imstream_messages_total", "Messages whose end this node has recorded.", ["outcome"], OUTCOMES
         )
         self.queue_wait = histogram(
-            "imstream_queue_wait_seconds", "Time from the admission of an answered message to its first attempt."
+            "imstream_queue_wait_seconds", "Time from the receipt of an answered message to its first attempt."
         )
         self.first_delta = histogram(
-            "imstream_first_delta_seconds", "Time from the admission of an answered message to its first text."
+            "imstream_first_delta_seconds", "Time from the receipt of an answered message to its first text."
         )
-        self.answer = histogram("imstream_answer_seconds", "Time from the admission of an answered message to its end.")
+        self.answer = histogram("imstream_answer_seconds", "Time from the receipt of an answered message to its end.")
 
         self.admissions = counts("imstream_admissions_total", "CHAT frames, by result.", ["result"], ADMISSION_RESULTS)
         self._unfinished = gauge(
@@ -236,8 +236,7 @@ class Metrics:
 
         self.on_scrape: Callable[[], None] = lambda: None
         self._streams: dict[str, StreamState] = {}
-        self._redis_ahead = 0
-        """Milliseconds by which the clock of Redis is ahead of ours."""
+        self.redis_clock = RedisClock()
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """All series, and their media type, in the format that an Accept header requests."""
@@ -249,11 +248,10 @@ class Metrics:
         """The known state of the stream of a node."""
         return self._streams.setdefault(node, StreamState())
 
-    def saw_stream(self, node: str, unfinished: int, oldest: str, redis_now: int) -> None:
-        """Set the length of a stream, the id of its first entry, and the time of Redis in milliseconds."""
+    def saw_stream(self, node: str, unfinished: int, oldest: str) -> None:
+        """Set the length of a stream, and the id of its first entry."""
         state = self.stream(node)
         state.unfinished, state.oldest = unfinished, oldest
-        self._redis_ahead = redis_now - now_ms()
 
     def forget_stream(self, node: str) -> None:
         """Remove the series of another node's stream, which was released."""
@@ -290,7 +288,7 @@ class Metrics:
     def _age(self, state: StreamState, running: Sequence[str]) -> float:
         """Seconds since the first of the known entries was added: entries are begun in their order."""
         times = [time_of(entry_id) for entry_id in (*running, state.oldest) if entry_id]
-        return max(0, now_ms() + self._redis_ahead - min(times)) / 1000 if times and state.unfinished else 0.0
+        return max(0, self.redis_clock.now() - min(times)) / 1000 if times and state.unfinished else 0.0
 
 
 def _replace(gauge: Gauge, values: Mapping[str, float]) -> None:

@@ -95,7 +95,7 @@ class ChatRequest:
     Attributes:
         history: Earlier turns, oldest first, as `(role, content)`.
         lang: Language of texts for the user: `zh` or `en`.
-        at: When it was accepted, in milliseconds since 1970.
+        at: When its node received it, in milliseconds since 1970 by the clock of Redis; older releases: by their own.
         traceparent: Its place in a trace. The trace id is in every log line about this request.
         digest: Of the text that the client sent, before any guard changed it; empty in requests of older releases.
         reopens: If it was made from a dead letter: the attempts before, whose reply has ended as failed. Else None.

@@ -8,7 +8,6 @@ from typing import assert_never
 import structlog
 
 from imstream import wire
-from imstream.clock import now_ms
 from imstream.codes import CloseCode, Code, State, Want
 from imstream.errors import StoreError, StoreFull, StoreRefused
 from imstream.frame_parser import InvalidFrame, parse_frame
@@ -208,7 +207,7 @@ class FrameHandler:
             contents=frame.contents,
             history=tuple((turn.role, turn.content) for turn in frame.history),
             lang=self._frames.lang,
-            at=now_ms(),
+            at=deps.metrics.redis_clock.at(self._session.socket.received_at),
             traceparent=traceparent,
             digest=digest_of(frame.contents),
         )

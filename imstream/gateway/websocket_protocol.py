@@ -95,6 +95,8 @@ class SocketProtocol(asyncio.Protocol):
 
     Attributes:
         request: The handshake. `accept` frees it: up to 16 KB, and several times that as objects.
+        received_at: When the message that `receive` returned last was read from the network, in loop time. This is
+            before its turn: the time of an iteration of the event loop is that of its poll.
         is_writable: Whether the peer has read enough of the written data.
         on_writable: Is called when the socket becomes writable again.
         on_throttle: Is called with the seconds for which reading is paused, at most once a second.
@@ -104,6 +106,7 @@ class SocketProtocol(asyncio.Protocol):
     _connections: set[asyncio.Protocol]
     _tasks: set[asyncio.Task[None]]
     request: HTTPConnection = field(init=False)
+    received_at: float = 0.0
     is_writable: bool = True
     on_writable: Callable[[], None] | None = None
     on_throttle: Callable[[float], None] | None = None
@@ -112,6 +115,7 @@ class SocketProtocol(asyncio.Protocol):
     _websocket: ServerProtocol = field(init=False)
     _response: Response = field(init=False)
     _unread: bytes | memoryview = b""
+    _read_at: float = 0.0
     _fragments: list[BytesLike] = field(default_factory=list)
     _fragments_size: int = 0
     _is_text: bool = False
@@ -158,7 +162,7 @@ class SocketProtocol(asyncio.Protocol):
         while not self._messages:
             self._arrived = self._loop.create_future()
             await self._arrived
-        message = self._messages.pop(0)
+        message, self.received_at = self._messages.pop(0), self._read_at  # nothing was read since: reading is paused
         if self._trusted:
             self._resume_reading()
         return message
@@ -207,6 +211,7 @@ class SocketProtocol(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        self._read_at = self._loop.time()
         self._unread = memoryview(bytes(self._unread) + data if self._unread else data)
         self._read()
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from time import monotonic
 from typing import Any, Self
 
 from pydantic_core import from_json, to_json
@@ -122,9 +123,11 @@ class Leases:
         lease = (holder.instance, holder.encode(), self._duration, dead)
         consumer = (GROUP, self.node, milliseconds(_REDIS_RUN_TTL))
         keys = [key(self.node) for key in of_node]
+        sent = monotonic()
         answer = await LUA["acquire_lease"].run(self._redis, keys, (*lease, *consumer, *status))
         if answer[0] == "held":
-            self._metrics.saw_stream(self.node, int(answer[2]), answer[3], int(answer[4]))
+            self._metrics.redis_clock.adjust(int(answer[4]), sent=sent)
+            self._metrics.saw_stream(self.node, int(answer[2]), answer[3])
             before, self._renewed, found = self._renewed, int(answer[4]) if status else 0, answer[5]
             older = before - int(found) if found.isdecimal() else 0
             return Held(restarted=answer[1] == "1", older_by=to_timedelta(older) if before and older > 0 else None)
@@ -165,7 +168,7 @@ class Leases:
         verdict, *rest = await LUA["adopt"].run(self._redis, keys, (self.node, self._duration))
         if verdict != "adopted":
             return NotAdopted(rest[0] if rest else None)
-        self._metrics.saw_stream(node, int(rest[0]), rest[1], int(rest[2]))
+        self._metrics.saw_stream(node, int(rest[0]), rest[1])
         return Adopted(int(rest[0]))
 
     async def has_pending(self, node: str) -> bool:

@@ -1,25 +1,24 @@
 """The account of one request: the values of its log line and of the metrics, once, at its end."""
 
 from collections.abc import Callable
-from time import monotonic
 
-from imstream.clock import time_of
+from imstream.clock import RedisClock, time_of
 from imstream.logs import event_writer, sanitize
 from imstream.metrics import Metrics
 from imstream.model import ChatRequest
 from imstream.reply_buffer import ReplyBuffer
-from imstream.store.replies import Beginning, Opened
+from imstream.store.replies import Beginning
 
 
 class Account:
     """The facts about one request that are known here. Times are milliseconds since 1970 by the clock of Redis."""
 
-    __slots__ = ("_ahead", "backend", "ended_at", "entry_id", "opened_at", "sockets", "text_at")
+    __slots__ = ("_clock", "_is_open", "backend", "ended_at", "opened_at", "received_at", "sockets", "text_at")
 
-    def __init__(self, entry_id: str) -> None:
-        self.entry_id = entry_id
+    def __init__(self, clock: RedisClock, *, received_at: int) -> None:
+        self.received_at = received_at
         self.opened_at: int | None = None
-        """When the first attempt was opened."""
+        """When it was known that the first attempt is open."""
         self.text_at: int | None = None
         """When the first text could be shown."""
         self.ended_at: int | None = None
@@ -27,16 +26,16 @@ class Account:
         """The backend that was called last."""
         self.sockets: tuple[int | None, int | None] = (None, None)
         """How many sockets followed the reply at its end, and how many of them were slow."""
-        self._ahead = 0.0
-        """By how much Redis' clock is ahead of the monotonic one, in milliseconds; 0 before an attempt is opened."""
+        self._clock = clock
+        self._is_open = False
+        """Whether an attempt was opened here."""
 
-    def open(self, opened: Opened, reply: ReplyBuffer, *, is_first: bool) -> None:
+    def open(self, reply: ReplyBuffer, *, is_first: bool) -> None:
         """An attempt has been opened here, just now."""
-        if not self._ahead:
-            reply.first_text_at = None  # it may hold the text of another worker
-        self._ahead = opened.at - 1000 * monotonic()
+        if not self._is_open:
+            self._is_open, reply.first_text_at = True, None  # it may hold the text of another worker
         if is_first:
-            self.opened_at = opened.at
+            self.opened_at = self._clock.now()
 
     def load(self, beginning: Beginning) -> None:
         """Take over the recorded times of the beginning, unless they are known here."""
@@ -46,9 +45,9 @@ class Account:
     def end(self, reply: ReplyBuffer, sockets: Callable[[ReplyBuffer], tuple[int, int]], position: str = "") -> None:
         """The end of the reply is recorded, now or at a `position` of its record, and is about to be shown."""
         if self.ended_at is None:
-            self.ended_at = time_of(position) if position else int(1000 * monotonic() + self._ahead)
-            if self._ahead and reply.first_text_at is not None:
-                self.text_at = int(1000 * reply.first_text_at + self._ahead)
+            self.ended_at = time_of(position) if position else self._clock.now()
+            if self._is_open and reply.first_text_at is not None:
+                self.text_at = self._clock.at(reply.first_text_at)
             if reply.terminal is None:
                 self.sockets = sockets(reply)
 
@@ -74,9 +73,9 @@ class RequestLog:
         terminal = reply.terminal
         if terminal is None:
             return  # Redis has lost its record
-        usage, metrics, admitted_at = terminal.usage or {}, self._metrics, time_of(account.entry_id)
+        usage, metrics, since = terminal.usage or {}, self._metrics, account.received_at
         waited, text, total = [
-            None if at is None else at - admitted_at if at > admitted_at else 0  # Redis' clock may have been set back
+            None if at is None else at - since if at > since else 0  # Redis' clock may have been set back
             for at in (account.opened_at, account.text_at, account.ended_at)
         ]
         metrics.messages[terminal.event] += 1

@@ -72,7 +72,9 @@ class Job:
         self.calls = Calls(request, stream.node, deps)
         self._deps = deps
         self._id = stream.request_id(entry.entry_id)
-        self._account = Account(entry.entry_id)
+        # A message that an operator retries has waited since then.
+        received_at = request.at if request.reopens is None else time_of(entry.entry_id)
+        self._account = Account(deps.metrics.redis_clock, received_at=received_at)
         self._is_ours = False
         """Whether the message belongs to this request. A message that is sent again has several, and one answer."""
         self._verdict = verdict
@@ -289,7 +291,7 @@ class Job:
                 self._begin_span(deps.tracing, opened, is_first=is_first)
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
-            self._account.open(opened, reply, is_first=is_first)
+            self._account.open(reply, is_first=is_first)
             if is_first:
                 deps.on_begun(reply)
                 deps.request_log.begin(self.request, stream=self.stream.node)

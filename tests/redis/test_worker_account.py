@@ -16,6 +16,7 @@ from imstream.store.requests import Entry
 from imstream.store.scripts import LUA
 from imstream.texts import Sentence
 from tests.redis.conftest import chat_request
+from tests.redis.test_worker_retried import retried
 from tests.redis.worker_harness import USER, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
@@ -80,6 +81,20 @@ async def test_a_message_that_waited_for_a_slot_is_logged_with_this_wait(
         (await worker.backend.call(2)).done("x")
         await worker.idle()
     assert ended(log, "second")["queue_wait_ms"] >= 95
+
+
+async def test_the_times_of_a_message_begin_when_it_was_received_and_those_of_a_retry_when_it_was_retried(
+    redis_server: RedisServer, log: list[Line]
+) -> None:
+    async with run_worker(redis_server) as worker:
+        await worker.ask(at=worker.metrics.redis_clock.now() - 60_000)
+        (await worker.backend.call(1)).fail(BackendError("http_400", "no", kind="impossible"))
+        await retried(worker)
+        (await worker.backend.call(2)).done("x")
+        await worker.idle()
+    failed, done = (line for line in log if line["event"] == "request ended")
+    assert 60_000 <= failed["queue_wait_ms"] <= failed["total_ms"] < 70_000
+    assert 0 <= done["queue_wait_ms"] <= done["first_delta_ms"] <= done["total_ms"] < 10_000
 
 
 async def test_a_message_that_failed_is_logged_with_the_reason_and_its_attempts(
@@ -197,7 +212,8 @@ async def test_a_drained_answer_is_logged_by_the_process_that_ends_it(
     redis_server: RedisServer, log: list[Line]
 ) -> None:
     async with run_worker(redis_server) as before:
-        admitted = int((await before.ask()).partition("-")[0])
+        received = before.metrics.redis_clock.now() - 5_000
+        await before.ask(at=received)
         (await before.backend.call(1)).send("half ")
         await wait_until(lambda: len(before.entries()) == 3, "half of it is recorded")
     assert [line for line in log if line["event"] == "request ended"] == []
@@ -206,8 +222,8 @@ async def test_a_drained_answer_is_logged_by_the_process_that_ends_it(
         await worker.idle()
     line, record = ended(log), entries(worker)
     assert (line["outcome"], line["attempts"], line["continued"]) == ("done", 2, True)
-    assert line["queue_wait_ms"] == next(at for at, one in record if one["event"] == "opened") - admitted
-    assert line["first_delta_ms"] == next(at for at, one in record if one.get("text")) - admitted
+    assert line["queue_wait_ms"] == next(at for at, one in record if one["event"] == "opened") - received
+    assert line["first_delta_ms"] == next(at for at, one in record if one.get("text")) - received
     assert counts(before, worker) == (1, 0, 0, 1)
 
 

@@ -316,8 +316,8 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
     guards: GuardChain,
 ) -> WorkerHarness:
     requests, replies = RequestStream(redis_client, reader, known), ReplyStore(redis_client, known)
-    inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known)
     buffers, begun, metrics = ReplyBuffers(), list[str](), Metrics()
+    inbox, leases = Inbox(redis_client, reader, known), Leases(redis_client, known, metrics)
     backends = Backends(known, *played)
     jobs = Jobs(known, backends=backends, replies=replies, buffers=buffers, inbox=inbox)
     deps = WorkerDeps(

@@ -1,4 +1,4 @@
-"""Days of quotas, in time zones with unusual midnights."""
+"""Days of quotas, in time zones with unusual midnights; the clock of Redis, as a node estimates it."""
 
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.clock import Calendar
+from imstream.clock import Calendar, RedisClock
 from imstream.settings import validate_timezone
 
 HOUR = 3_600_000
@@ -60,6 +60,27 @@ def test_a_moment_is_shown_in_the_zone_and_never_too_early() -> None:
     assert calendar.format(ms("2026-11-24T07:30:00.000")) == "2026-11-24 15:30 (Asia/Shanghai)"
     assert calendar.format(ms("2026-11-24T07:30:00.001")) == "2026-11-24 15:31 (Asia/Shanghai)"
     assert {calendar.format(at) for at in (1e300, -1e300, float("inf"))} == {"beyond all years"}
+
+
+LATENCIES = st.lists(st.tuples(*[st.floats(0, 0.05)] * 2), min_size=1, max_size=5)
+"""Seconds that commands take to Redis, and their answers back."""
+
+
+@given(st.lists(st.tuples(st.integers(-HOUR, HOUR), LATENCIES), min_size=1, max_size=3))
+def test_the_clock_of_redis_is_known_to_the_shortest_round_trip_since_it_was_set(
+    settings: list[tuple[int, list[tuple[float, float]]]],
+) -> None:
+    now = 1_000_000.0
+    clock = RedisClock(lambda: now)
+    for ahead, latencies in settings:
+        for number, (there, back) in enumerate(latencies, 1):
+            sent = now
+            at = int(1000 * (sent + there) + ahead)
+            now = sent + there + back
+            clock.adjust(at, sent=sent)
+            shortest = min(map(sum, latencies[:number]))
+            assert abs(clock.now() - (1000 * now + ahead)) <= 1000 * shortest + 2  # times are whole milliseconds
+            now += 1
 
 
 @pytest.mark.parametrize("name", ["Mars/Olympus", "Asia", "", "/etc/passwd", "../UTC", "x" * 300, "UTC\0"])

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from imstream import logs
+from imstream.clock import RedisClock
 from imstream.logs import LIMITED, MAX_VALUE_LENGTH, sanitize
 from imstream.metrics import Metrics
 from imstream.model import ChatRequest, Terminal
@@ -72,7 +73,7 @@ def test_the_finish_reason_of_a_backend_cannot_break_its_line(reason: str, capsy
     reply = ReplyBuffer(10001, "m")
     reply.end(Terminal("done", reason))
     request = ChatRequest(10001, "m", "hello", (), "en", 1, new_traceparent())
-    RequestLog("0", Metrics(), lambda _: (0, 0)).write(Account("1-0"), request, reply, stream="0")
+    RequestLog("0", Metrics(), lambda _: (0, 0)).write(Account(RedisClock(), received_at=1), request, reply, stream="0")
     [line] = lines_of(capsys)
     assert line.isprintable()
     assert json.loads(line)["reason"] == sanitize(reason)

@@ -1,6 +1,7 @@
 """The series of a node: closed sets of labels, and the known values of streams."""
 
 import ast
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_a_stream_has_no_length_before_the_first_reply_of_redis() -> None:
     stream = metrics.stream("a")
     metrics.set_streams({})
     assert 'imstream_requests_unfinished{stream="a"}' not in series(metrics)
-    metrics.saw_stream("a", 2, f"{now_ms() - 60_000}-0", now_ms())
+    metrics.saw_stream("a", 2, f"{now_ms() - 60_000}-0")
     stream.ended("1-0", 1)
     metrics.set_streams({})
     assert series(metrics)['imstream_requests_unfinished{stream="a"}'] == 1
@@ -101,7 +102,8 @@ def test_the_age_of_the_oldest_request_is_by_the_clock_of_redis(ahead: int) -> N
         return series(metrics)['imstream_oldest_request_age_seconds{stream="0"}']
 
     oldest, younger = f"{redis_now - 60_000}-0", f"{redis_now - 20_000}-1"
-    metrics.saw_stream("0", 3, oldest, redis_now)
+    metrics.redis_clock.adjust(redis_now, sent=time.monotonic())
+    metrics.saw_stream("0", 3, oldest)
     assert 60 <= age() < 65
     assert 60 <= age(oldest, younger) < 65
     metrics.stream("0").ended(oldest, 2)

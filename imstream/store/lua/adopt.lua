@@ -5,7 +5,7 @@
 -- KEYS[3]  stream  its requests
 -- ARGV[1]  the node that adopts
 -- ARGV[2]  milliseconds of the adoption
--- Returns  {'adopted', unfinished requests, id of the first or '', time in ms} | {'back'} when the node is alive | {'taken', adopter}
+-- Returns  {'adopted', unfinished requests, id of the first or ''} | {'back'} when the node is alive | {'taken', adopter}
 
 if redis.call('EXISTS', KEYS[1]) == 1 then
     return {'back'}
@@ -17,6 +17,5 @@ end
 -- A write that needs no memory comes first: then the script may go on writing when memory is full.
 redis.call('DEL', KEYS[2])
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-local first, time = redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1], redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-return {'adopted', redis.call('XLEN', KEYS[3]), first and first[1] or '', now}
+local first = redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1]
+return {'adopted', redis.call('XLEN', KEYS[3]), first and first[1] or ''}
