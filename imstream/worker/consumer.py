@@ -79,10 +79,8 @@ class StreamConsumer:
 
     async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request; begin it at once if it needs not wait, which saves two round trips. Raises `StoreError`."""
-        requests, slots, group = self._requests, self._reading, self._group
-        deps, is_free = self._deps, slots is not None and slots.free > 0 and self._jobs.line.reason is None
-        may_begin = is_free and deps.lease_keeper.held and not deps.backends.is_closed and self._startable() > 0
-        if not (may_begin and requests.shares_server) or self.stopping or slots is None or group is None:
+        requests, deps, slots, group = self._requests, self._deps, self._free_slots(), self._group
+        if slots is None or group is None:
             return await requests.admit(request)
         reply = deps.buffers.get(request.user_id, request.message_id)
         opening = deps.replies.opening(
@@ -106,6 +104,14 @@ class StreamConsumer:
             done.set_result(None)
         await asyncio.sleep(0)  # its job notes that the reply is recorded
         return admitted
+
+    def _free_slots(self) -> Slots | None:
+        """Those of the read under way, if a request may begin beside it."""
+        slots, deps = self._reading, self._deps
+        if slots is None or slots.free == 0 or self.stopping or not self._requests.shares_server:
+            return None
+        may_begin = deps.lease_keeper.held and not deps.backends.is_closed and self._startable() > 0
+        return slots if may_begin and self._jobs.line.reason is None else None
 
     async def _begun(self) -> None:
         """Wait until each request that is delivered to us by `admit` now has its job."""
