@@ -17,7 +17,21 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from imstream.cli.main import main
-from tests.journeys.page_steps import LAST, ask, ask_elsewhere, has_written, log_in, online, open_list, says, status
+from tests.journeys.page_steps import (
+    AXE,
+    LAST,
+    ask,
+    ask_elsewhere,
+    axe_findings,
+    has_written,
+    log_in,
+    online,
+    open_list,
+    open_menu,
+    open_question,
+    says,
+    status,
+)
 from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page, running_chromium
 from tests.journeys.test_page_markdown import TEXT
 from tests.journeys.test_wire_thinking import STOP, Model, delta
@@ -30,7 +44,6 @@ from tests.support.users import user_id
 
 README = Path(__file__).parents[2] / "ops" / "screenshots" / "page.png"
 README_SIZE = (800, 640)
-AXE = Path(__file__).parents[1] / "npm" / "node_modules" / "axe-core" / "axe.min.js"
 
 VIEWS = ((DESKTOP, "light", "en"), (DESKTOP, "dark", "zh"), (PHONE, "light", "zh"), (PHONE, "dark", "en"))
 
@@ -84,7 +97,7 @@ class Camera:
     page: Page
     folder: Path
     problems: list[str]
-    """What axe finds, if it is installed (`npm ci --prefix tests/npm --ignore-scripts`)."""
+    """The findings of axe, if it is installed."""
 
     async def take(self, name: str) -> None:
         """Take one picture for each view."""
@@ -95,21 +108,12 @@ class Camera:
             shot = await self.page.screenshot()
             view = f"{name}-{kind}-{colours}-{lang}"
             await asyncio.to_thread((self.folder / f"{view}.png").write_bytes, shot)
-            await self._check(view)
+            if AXE.exists():
+                findings = await axe_findings(self.page, {"resultTypes": ["violations"]})
+                self.problems += [f"{view}: {finding}" for finding in findings]
         await self.page.look(DESKTOP)
         await self._speak("en")
         sys.stdout.write(f"{name}\n")
-
-    async def _check(self, view: str) -> None:
-        if not AXE.exists():
-            return
-        if not await self.page.evaluate("'axe' in window"):
-            await self.page.evaluate(AXE.read_text("utf-8"))
-        found = await self.page.evaluate(
-            "axe.run({ resultTypes: ['violations'] }).then(({ violations }) => violations.flatMap(({ id, nodes }) =>"
-            " nodes.map(({ html, failureSummary }) => `${id}: ${html.slice(0, 200)} ${failureSummary}`)))"
-        )
-        self.problems += [f"{view}: {problem}" for problem in found]
 
     async def _speak(self, lang: str) -> None:
         if (await self.page.evaluate("document.documentElement.lang"))[:2] != lang:
@@ -210,15 +214,14 @@ async def around(camera: Camera) -> None:
     await open_list(page)
     await page.until("document.querySelectorAll('#list li').length > 3")
     await camera.take("conversations")
-    await page.evaluate("document.querySelector('#list .remove').click()")
-    await page.until("document.querySelector('#dialog').open")
+    await open_question(page)
     await camera.take("question")
     await page.press("Escape")
     await page.press("Escape")
     await page.evaluate("document.querySelector('#list').hidden || document.querySelector('#toggle').click()")
-    await page.evaluate("document.querySelector('#menu').open = true")
+    await open_menu(page)
     await camera.take("menu")
-    await page.evaluate("document.querySelector('#menu').open = false")
+    await page.press("Escape")
 
 
 async def lost(camera: Camera, node: NodeProcess) -> None:
@@ -304,7 +307,7 @@ async def stage(folder: Path) -> AsyncIterator[tuple[RedisServer, str, Model]]:
 
 
 async def take_all(pictures: Path, folder: Path) -> list[str]:
-    """Start everything, and take all pictures. Return what axe finds."""
+    """Start everything, and take all pictures. Return the findings of axe."""
     problems: list[str] = []
 
     def node(name: str, **settings: object) -> NodeProcess:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from imstream.demo.answer import canned_answer
@@ -13,6 +14,8 @@ from tests.support.waiting import wait_until
 SLOW = "[[demo pace=30ms]]"
 ENDLESS = "[[demo length=5000 pace=20ms]]"
 LAST = "[...document.querySelectorAll('article')].at(-1)"
+AXE = Path(__file__).parents[1] / "npm" / "node_modules" / "axe-core" / "axe.min.js"
+"""Installed by `npm ci --prefix tests/npm --ignore-scripts`."""
 
 
 async def log_in(page: Page, node: NodeProcess, user: int = 10001) -> None:
@@ -99,3 +102,26 @@ async def open_conversation(page: Page, title: str) -> None:
     find = f"[...document.querySelectorAll('#list .open')].find((e) => e.innerText.startsWith({json.dumps(title)}))"
     await page.until(f"{find} && ({find}.click(), true)")
     await page.until(f"document.querySelector('article .question').textContent.startsWith({json.dumps(title)})")
+
+
+async def open_question(page: Page) -> None:
+    """Open the dialog that asks whether to delete the first conversation of the list."""
+    await open_list(page)
+    await page.click("#list .remove")
+    await page.until("document.querySelector('#dialog').open")
+
+
+async def open_menu(page: Page) -> None:
+    await page.click("#menu summary")
+    await page.until("document.querySelector('#menu').open")
+
+
+async def axe_findings(page: Page, options: dict[str, object]) -> list[str]:
+    """Check the page with axe: the rule and the element of each violation."""
+    if not await page.evaluate("'axe' in window"):
+        await page.evaluate(AXE.read_text("utf-8"))
+    found: list[str] = await page.evaluate(
+        f"axe.run({json.dumps(options)}).then(({{ violations }}) => violations.flatMap(({{ id, nodes }}) =>"
+        " nodes.map(({ html, failureSummary }) => `${id}: ${html.slice(0, 200)} ${failureSummary}`)))"
+    )
+    return found

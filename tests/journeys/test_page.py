@@ -24,6 +24,7 @@ from tests.journeys.page_steps import (
     log_in,
     online,
     open_conversation,
+    open_menu,
     says,
     status,
     stop,
@@ -75,7 +76,7 @@ async def test_an_answer_goes_on_where_it_stopped_when_the_connection_is_lost(
     for _ in range(2):
         before = await page.evaluate(f"{LAST}.querySelector('.answer').textContent.length")
         await has_written(page, before + 20)
-        await page.click("#menu summary")
+        await open_menu(page)
         await page.click("#drop")
         await page.until("document.querySelector('#menu').dataset.state === 'waiting'")
         await says(page, "Connection lost")
@@ -528,7 +529,7 @@ async def test_an_answer_is_copied_as_it_was_written(page: Page, page_node: Node
 
 async def test_a_logout_asks_whether_to_keep_the_conversations(page: Page, page_node: NodeProcess) -> None:
     async def log_out(button: int) -> None:
-        await page.click("#menu summary")
+        await open_menu(page)
         await page.click("#leave")
         await page.click(f"#dialog button:nth-child({button})")
 
@@ -562,7 +563,7 @@ async def test_everything_fits_on_the_screen(
     await status(page, "done")
     width, height = size
     assert await page.evaluate("document.documentElement.scrollWidth") == width
-    await page.click("#menu summary")
+    await open_menu(page)
     outside = await page.evaluate(
         f"[...document.querySelectorAll('header *, #write *, article *')].filter((e) => e.checkVisibility())"
         f".filter((e) => e.getBoundingClientRect().right > {width} + 0.5).map((e) => e.outerHTML)"

@@ -1,18 +1,28 @@
 """The page passes axe's accessibility checks in each of its main states, and the keyboard reaches everything."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-from tests.journeys.page_steps import ENDLESS, LAST, ask, has_written, log_in, online, open_list, status, stop
+from tests.journeys.page_steps import (
+    AXE,
+    ENDLESS,
+    LAST,
+    ask,
+    axe_findings,
+    has_written,
+    log_in,
+    online,
+    open_list,
+    open_menu,
+    open_question,
+    says,
+    status,
+    stop,
+)
 from tests.journeys.page_support import DESKTOP, PHONE, Page
 from tests.support.npm import node as javascript
 from tests.support.servers import NodeProcess
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
-
-NPM = Path(__file__).parents[1] / "npm"
 
 ANSWER = """\
 # A title
@@ -35,23 +45,17 @@ a_line = "that is far too long for the screen of a phone, and for most desktops:
 
 async def problems(page: Page, state: str, *, dark: bool = False) -> list[str]:
     """Findings of axe: the state of the page, the rule, and the element. In the dark, it looks at contrasts."""
-    options = {"runOnly": ["color-contrast"]} if dark else {"resultTypes": ["violations"]}
+    options: dict[str, object] = {"runOnly": ["color-contrast"]} if dark else {"resultTypes": ["violations"]}
     await page.look(await page.evaluate("[innerWidth, innerHeight]"), dark=dark)
-    violations: list[str] = await page.evaluate(
-        f"axe.run({json.dumps(options)}).then(({{ violations }}) => violations.flatMap(({{ id, nodes }}) =>"
-        " nodes.map(({ html, failureSummary }) => `${id}: ${html.slice(0, 200)} ${failureSummary}`)))"
-    )
-    return [f"{state}: {violation}" for violation in violations]
+    return [f"{state}: {finding}" for finding in await axe_findings(page, options)]
 
 
 @pytest.mark.parametrize("size", [DESKTOP, pytest.param(PHONE, marks=pytest.mark.long)], ids=["desk", "phone"])
 async def test_axe_finds_nothing(page: Page, page_node: NodeProcess, size: tuple[int, int]) -> None:
-    javascript(NPM)
-    axe = (NPM / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
+    javascript(AXE.parents[2])
     await page.look(size)
     await page.visit(f"{page_node.http}/")
     await page.until("document.querySelector('#language').textContent")
-    await page.evaluate(axe)
     found = await problems(page, "login")
     await page.click("#login .main")
     await online(page)
@@ -59,17 +63,17 @@ async def test_axe_finds_nothing(page: Page, page_node: NodeProcess, size: tuple
     await page.keep(text=ANSWER, frame={"finishReason": "length"})  # its status has the colour of warnings
     await page.call("Page.reload")
     await status(page, "done")
-    await page.evaluate(axe)
     await open_list(page)
     found += await problems(page, "conversations")
-    await page.click("#list .remove")
+    await open_question(page)
     found += await problems(page, "question")
     await page.press("Escape")
     await page.press("Escape")
     await ask(page, f"Runs {ENDLESS}")
     await has_written(page)
     await ask(page, "Waits")
-    await page.click("#menu summary")
+    await says(page, "Will be sent")  # its texts are drawn in the next frame
+    await open_menu(page)
     found += await problems(page, "running, with the menu")
     found += await problems(page, "running, dark", dark=True)
     await page.press("Escape")

@@ -23,6 +23,8 @@ from tests.journeys.page_steps import (
     online,
     open_conversation,
     open_list,
+    open_menu,
+    open_question,
     says,
     status,
     whole_answer,
@@ -127,7 +129,7 @@ async def test_conversations_that_are_deleted_at_the_logout_leave_nothing_of_ano
     await ask(page, "Known here")
     await whole_answer(page, "Known here")
     await page.keep(id="c9.m9", conversation="c9", contents="Known to another tab")
-    await page.click("#menu summary")
+    await open_menu(page)
     await page.click("#leave")
     await page.until("document.querySelector('#dialog').open")
     await page.click("#dialog button:nth-child(2)")
@@ -328,9 +330,7 @@ async def test_a_conversation_that_two_tabs_delete_at_once_is_gone_in_both(page:
     other = await open_tab(page)
     await log_in(other, page_node, 10042)
     for tab in (page, other):
-        await open_list(tab)
-        await tab.click("#list .remove")
-        await tab.until("document.querySelector('#dialog').open")
+        await open_question(tab)
     for tab in (page, other):
         await tab.evaluate("document.querySelector('#dialog button').click()")
     for tab in (page, other):
