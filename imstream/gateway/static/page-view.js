@@ -53,6 +53,7 @@ export function choose(question, buttons) {
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.onclose = () => {
+      if (dialog.open) return; // the event of the question before
       if (opener?.isConnected) opener.focus();
       resolve(dialog.returnValue === "" ? -1 : Number(dialog.returnValue));
     };
