@@ -42,6 +42,7 @@ class PlayedStore:
         """See `ReplyStore`."""
         assert (user, message) == (USER, MESSAGE)
         assert len(given["text"]) == given["after"] - given["before"]
+        assert given.pop("removal") is None
         self.appends += 1
         verdict: Appended | Rejected = await self._meet_fault(lambda: self.model.append(**given))
         return Appended(("1",)) if verdict == Appended() else verdict
