@@ -106,9 +106,9 @@ class StreamConsumer:
         return admitted
 
     def _free_slots(self) -> Slots | None:
-        """Those of the read under way, if a request may begin beside it."""
+        """Those of the read under way, if a request may begin beside it: one stays, for what it reads at any time."""
         slots, deps = self._reading, self._deps
-        if slots is None or slots.free == 0 or self.stopping or not self._requests.shares_server:
+        if slots is None or slots.free <= 1 or self.stopping or not self._requests.shares_server:
             return None
         may_begin = deps.lease_keeper.held and not deps.backends.is_closed and self._startable() > 0
         return slots if may_begin and self._jobs.line.reason is None else None

@@ -15,8 +15,8 @@ USER = 10001
 
 ANSWER = ("Nothing ", "is ", "lost, ", "一个字", "都不丢 😀")
 
-BEFORE_THE_END = ("admitted", "delivered", "opened", "first-text", "flushed", "last-text")
-AFTER_THE_END = ("ended", "told", "finished")
+BEFORE_THE_END = ("begun", "admitted", "delivered", "opened", "first-text", "flushed", "last-text")
+AFTER_THE_END = ("removed", "ended", "told", "finished")
 
 
 async def _until_it_breaks(someone: Peer) -> None:
@@ -70,4 +70,6 @@ async def test_a_message_is_answered_once_wherever_its_node_dies(
         if told.terminal is not None:
             assert told.text == again.text
         # The AI is not called again for a recorded answer, and only once more for an unfinished one.
-        assert len(backend.requests) == (1 if point in {"admitted", "delivered", "opened", *AFTER_THE_END} else 2)
+        assert len(backend.requests) == (
+            1 if point in {"begun", "admitted", "delivered", "opened", *AFTER_THE_END} else 2
+        )

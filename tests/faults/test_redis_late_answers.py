@@ -1,20 +1,22 @@
 """Redis executes a command, and its reply arrives late or never."""
 
 import asyncio
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imstream.codes import Code, Event
 from imstream.store.scripts import LUA
-from tests.support.chatter import Chatter
 from tests.support.servers import DemoBackend, RedisServer
-from tests.support.stage import AT_ONCE, Stage, expected, stage
-from tests.support.tcp_proxy import Fate, TcpProxy, tcp_proxy
+from tests.support.stage import AT_ONCE, expected, stage
+from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
 
 NEVER = "1h"
+
+ONE_SLOT: dict[str, Any] = {"concurrency": 1}
+"""The slot of the blocked read: each request is admitted, read and opened in steps of its own."""
 
 
 async def test_a_request_whose_delivery_was_not_heard_is_found_pending_and_answered_once(
@@ -23,7 +25,7 @@ async def test_a_request_whose_delivery_was_not_heard_is_found_pending_and_answe
     async with (
         tcp_proxy(redis_server.port) as proxy,
         # The sweep is off: an entry whose delivery was lost is found at once or never.
-        stage(redis_server, demo, tmp_path, redis_url=proxy.url, sweep_interval=NEVER) as play,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url, sweep_interval=NEVER, **ONE_SLOT) as play,
     ):
         user = await play.user()
         for fate in Fate:
@@ -36,41 +38,39 @@ async def test_a_request_whose_delivery_was_not_heard_is_found_pending_and_answe
         assert play.ai_calls() == 2 * len(Fate)
 
 
-STEPS = {
-    "admission": ("admit", AT_ONCE),
-    "opening": ("open", AT_ONCE),
-    "text": ("append", "[[demo first=0s pace=5ms length=60]]"),
-    "end": ("append", AT_ONCE),
-    "removal": ("finish", AT_ONCE),
+TEXT = "[[demo first=0s pace=5ms length=60]]"
+
+STEPS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "admission": ("begin", AT_ONCE, {}),
+    "text": ("append", TEXT, {}),
+    "end": ("end", AT_ONCE, {}),
+    "admission alone": ("admit", AT_ONCE, ONE_SLOT),
+    "opening": ("open", AT_ONCE, ONE_SLOT),
 }
-"""The scripts a message passes, and the pace of its answer."""
+"""The scripts a message passes, the pace of its answer, and the settings of the node."""
 
 
+@pytest.mark.parametrize("step", STEPS)
 async def test_an_answer_of_redis_that_is_lost_at_any_step_leaves_one_reply(
-    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
+    step: str, redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
+    script, pace, settings = STEPS[step]
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        stage(redis_server, demo, tmp_path, redis_url=proxy.url, redis_timeout="250ms") as play,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url, redis_timeout="250ms", **settings) as play,
     ):
         user = await play.user()
         assert await user.ask("first", f"so that Redis knows the scripts {AT_ONCE}") == Event.ACCEPTED
         assert await user.ended("first") == "done"
-        for step, fate in product(STEPS, (Fate.SILENCE, Fate.CUT)):
-            await _ask_and_lose_an_answer(play, user, proxy, step, fate)
+        for fate in (Fate.SILENCE, Fate.CUT):
+            await wait_until(lambda: play.unfinished() == 0, "nothing is under way")
+            trap = proxy.on_answer_to(LUA[script].digest.encode(), fate=fate)
+            refusals = await user.ask_until_accepted(fate, f"lost at its {step} {pace}")
+            assert refusals == ([Code.UNAVAILABLE] if step.startswith("admission") else [])
+            assert await user.ended(fate) == "done"
+            await wait_until(lambda it=trap: it.sprung, "it was met")
         await play.curtain()
-        assert play.ai_calls() == 1 + 2 * len(STEPS)
-
-
-async def _ask_and_lose_an_answer(play: Stage, user: Chatter, proxy: TcpProxy, step: str, fate: Fate) -> None:
-    await wait_until(lambda: play.unfinished() == 0, f"nothing is under way before {step}")
-    script, pace = STEPS[step]
-    trap = proxy.on_answer_to(LUA[script].digest.encode(), fate=fate)
-    message_id = f"{step}-{fate}"
-    refusals = await user.ask_until_accepted(message_id, f"lost at its {step} {pace}")
-    assert refusals == ([Code.UNAVAILABLE] if step == "admission" else [])
-    assert await user.ended(message_id) == "done"
-    await wait_until(lambda: trap.sprung, f"{message_id} was met")
+        assert play.ai_calls() == 3
 
 
 @pytest.mark.parametrize("fate", [Fate.SILENCE, Fate.CUT])
@@ -97,7 +97,7 @@ async def test_a_message_that_a_worker_opens_late_is_not_marked_as_waiting_befor
 ) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        stage(redis_server, demo, tmp_path, redis_url=proxy.url) as play,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url, **ONE_SLOT) as play,
     ):
         user = await play.user()
         assert await user.ask("first", f"so that Redis knows the scripts {AT_ONCE}") == Event.ACCEPTED
@@ -119,7 +119,7 @@ async def test_an_answer_that_begins_before_its_acceptance_can_be_said_is_told_a
 ) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        stage(redis_server, demo, tmp_path, redis_url=proxy.url) as play,
+        stage(redis_server, demo, tmp_path, redis_url=proxy.url, **ONE_SLOT) as play,
     ):
         user = await play.user()
         assert await user.ask("first", f"so that Redis knows the scripts {AT_ONCE}") == Event.ACCEPTED

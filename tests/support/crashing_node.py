@@ -4,6 +4,7 @@ The node is built and run as usual, from `IMSTREAM_*`, with one method wrapped. 
 cleaned up, flushed or sent. The points, in the order of a request's steps:
 
     counted     counted for the daily quota, not admitted
+    begun       in the stream, and the attempt in the reply stream; the client is not informed, and there is no job
     admitted    in the stream; the client is not informed
     delivered   read by the worker, which has not begun
     opened      the attempt is in the reply stream
@@ -11,11 +12,15 @@ cleaned up, flushed or sent. The points, in the order of a request's steps:
     first-text  the first text has arrived from the backend
     flushed     the first text is recorded
     last-text   the answer is complete; its end is not recorded
+    removed     the end is recorded, and the request removed; no client is informed
     ended       the end is recorded; no client is informed, and the request is not acknowledged
     told        clients may be informed; the request is not acknowledged
     finished    the request is acknowledged
     giving-back the failure is recorded; the message is still counted for the daily quota
     burying     the failure is recorded; the dead letter is not written
+
+For `admitted`, `delivered`, `opened`, `ended`, `told` and `finished`, the node takes these steps one by one, as
+in a cluster.
 """
 
 import functools
@@ -70,18 +75,26 @@ def _after(owner: type, name: str, *, when: Callable[[Any], object] = lambda _: 
     setattr(owner, name, wrapped)
 
 
+def _in_steps(die: Callable[..., None], *where: Any, **when: Any) -> None:  # noqa: ANN401 - any arguments
+    """Admit, deliver and open each request in steps of their own, as in a cluster, and so for its end."""
+    setattr(RequestStream, "shares_server", False)  # noqa: B010 - a property
+    die(*where, **when)
+
+
 POINTS: dict[str, Callable[[], None]] = {
     "counted": lambda: _after(Accounts, "check_and_count"),
-    "admitted": lambda: _after(RequestStream, "admit", when=lambda verdict: isinstance(verdict, Admitted)),
-    "delivered": lambda: _after(RequestStream, "read", when=bool),
-    "opened": lambda: _after(ReplyStore, "open"),
+    "begun": lambda: _after(RequestStream, "begin"),
+    "admitted": lambda: _in_steps(_after, RequestStream, "admit", when=lambda verdict: isinstance(verdict, Admitted)),
+    "delivered": lambda: _in_steps(_after, RequestStream, "read", when=bool),
+    "opened": lambda: _in_steps(_after, ReplyStore, "open"),
     "called": lambda: _before(OpenAIBackend, "answer", when=lambda _, messages: POISON in messages[-1].content),
     "first-text": lambda: _before(ReplyBuffer, "append"),
     "flushed": lambda: _after(ReplyWriter, "flush"),
     "last-text": lambda: _before(ReplyWriter, "end"),
-    "ended": lambda: _after(ReplyWriter, "end"),
-    "told": lambda: _before(RequestStream, "finish"),
-    "finished": lambda: _after(RequestStream, "finish"),
+    "removed": lambda: _after(ReplyWriter, "end"),
+    "ended": lambda: _in_steps(_after, ReplyWriter, "end"),
+    "told": lambda: _in_steps(_before, RequestStream, "finish"),
+    "finished": lambda: _in_steps(_after, RequestStream, "finish"),
     "giving-back": lambda: _before(Accounts, "refund"),
     "burying": lambda: _before(RequestStream, "bury"),
 }
