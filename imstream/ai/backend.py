@@ -12,9 +12,7 @@ from datetime import timedelta
 from http import HTTPStatus
 from typing import Literal, Protocol, cast
 
-import aiohttp
 import structlog
-from aiohttp.abc import AbstractStreamWriter
 from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, from_json, to_json
 from yarl import URL
@@ -22,11 +20,11 @@ from yarl import URL
 from imstream.ai import failures
 from imstream.ai.answer_reader import BYTES_PER_CHARACTER, JSON_LIMIT, AnswerReader
 from imstream.ai.backend_options import BackendOptions, resolve_headers, resolve_parameters
-from imstream.ai.bounded_http import BodyBroken, is_encoded, stream_body
 from imstream.ai.dialect import UsageRequest, Written, adapt, continued, merged, parameters
 from imstream.ai.endpoint import EndpointClient, read_until
 from imstream.ai.error_report import shorten
 from imstream.ai.failures import failure
+from imstream.ai.http_response import BodyBroken, ConnectionLost, HttpError, Response
 from imstream.ai.intake import Intake, Turn
 from imstream.ai.rollup import RollUp
 from imstream.ai.time_limits import AnswerLimits, TimeLimits
@@ -119,24 +117,24 @@ class OpenAIBackend(EndpointClient):
             async with asyncio.timeout(CHECK_TIMEOUT.total_seconds()):
                 try:
                     error = await self._check_models(models)
-                except aiohttp.ClientConnectorError:
-                    raise
-                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as lost:  # a gateway may drop it
+                except ConnectionLost as lost:  # a gateway may drop it
                     error = failures.from_exception(lost, secrets=self._endpoint.secrets)
                 if error is not None and error.reason != "model_not_found":
                     error = await self._check_address()  # there may be no list, or not with this key
-        except (aiohttp.ClientError, OSError) as raised:
+        except (HttpError, TimeoutError) as raised:
             error = failures.from_exception(raised, secrets=self._endpoint.secrets)
         if error is not None:
             self._locate(error)
         return error
 
     async def _check_models(self, url: URL) -> BackendError | None:
-        async with self._session.get(url, allow_redirects=False, proxy=self._endpoint.proxy) as response:
+        async with await self._http.request("GET", url) as response:
             if response.status != HTTPStatus.OK:
                 return self._error(response, await self._read_error(response))
             try:
-                models = [(model["id"], model.get("owned_by")) for model in from_json(await response.read())["data"]]
+                models = [
+                    (model["id"], model.get("owned_by")) for model in from_json(await response.read_all())["data"]
+                ]
             except (ValueError, KeyError, TypeError, AttributeError):
                 return failure("misconfigured", "misconfigured", "the response is no list of models")
         model = re.escape(self._options.model)
@@ -151,8 +149,7 @@ class OpenAIBackend(EndpointClient):
 
     async def _check_address(self) -> BackendError | None:
         """Send an empty request: an error about it shows that requests are read there."""
-        endpoint = self._endpoint
-        async with self._session.post(endpoint.url, json={}, allow_redirects=False, proxy=endpoint.proxy) as response:
+        async with await self._http.request("POST", self._endpoint.url, b"{}") as response:
             error = self._error(response, await self._read_error(response))
             status = HTTPStatus.NOT_FOUND if response.content_type == "text/html" else response.status
         return error if status in failures.ADDRESS_STATUSES or error.kind == "away" else None
@@ -220,27 +217,25 @@ class OpenAIBackend(EndpointClient):
                     error.usage = None if call.reader is None else call.reader.usage
                     raise
                 finally:
-                    call.received = response.content.total_bytes
+                    call.received = response.received
                 self._limits.on_answer(is_document=is_document)
                 return completion
             limits.stop()
             raise self._error(response, await self._read_error(response))
 
-    async def _send(self, data: bytes, limits: TimeLimits, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+    async def _send(self, data: bytes, limits: TimeLimits, headers: Mapping[str, str]) -> Response:
         """Send the request; return when the head of the response is received."""
-        payload = _Payload(data, on_send=lambda: self._limits.on_send(limits))
         limits.expect("connect_timeout", within=self._options.connect_timeout)
         try:
-            return await self._session.post(
-                self._endpoint.url, data=payload, headers=headers, allow_redirects=False, proxy=self._endpoint.proxy
+            return await self._http.request(
+                "POST", self._endpoint.url, data, headers, on_send=lambda: self._limits.on_send(limits)
             )
-        except (aiohttp.ClientError, OSError) as error:
-            # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
+        except HttpError as error:
             raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
 
-    async def _receive(self, response: aiohttp.ClientResponse, limits: TimeLimits, call: "_Call") -> Completion:
-        if is_encoded(response):
-            coding = shorten(", ".join(response.headers.getall("Content-Encoding")))
+    async def _receive(self, response: Response, limits: TimeLimits, call: "_Call") -> Completion:
+        if response.is_encoded:
+            coding = shorten(response.headers["content-encoding"])
             raise failure("misconfigured", "encoded", f"content encoding {coding}, although none is accepted")
         reader = AnswerReader(
             limit=self._max_answer,
@@ -255,7 +250,7 @@ class OpenAIBackend(EndpointClient):
         self._rollup.join(intake)
         try:
             while not reader.complete:
-                await stream_body(response, intake.feed, intake.rest)
+                await response.stream(intake.feed, intake.rest)
                 await intake.feed_deferred()
         except BodyBroken as broken:
             try:
@@ -264,17 +259,17 @@ class OpenAIBackend(EndpointClient):
             except BackendError as told:
                 if told.reason not in {"bad_stream", "broken_stream"}:
                     raise
-                raise failures.from_exception(broken.cause, secrets=self._endpoint.secrets) from None
+                raise failures.from_exception(broken, secrets=self._endpoint.secrets) from None
         finally:
             self._rollup.leave(intake)
         limits.stop()
         if not reader.truncated:
-            await self._receive_rest(response.content, reader, intake)
+            await self._receive_rest(response, reader, intake)
         if reader.problem:
             log.warning("answer is whole in spite of a problem", problem=reader.problem, skipped=reader.skipped)
         return Completion(reader.finish_reason or "stop", reader.usage)
 
-    async def _receive_rest(self, content: aiohttp.StreamReader, reader: AnswerReader, intake: Intake) -> None:
+    async def _receive_rest(self, response: Response, reader: AnswerReader, intake: Intake) -> None:
         """Read the events that may follow a finish reason: usage, `[DONE]`, and more text from some servers.
 
         A timeout or a lost connection is no error: the answer is whole. It is one if the finish reason meant nothing.
@@ -285,17 +280,17 @@ class OpenAIBackend(EndpointClient):
         while not reader.done:
             if reader.resumed and reader.progressed:
                 deadline = min(end, loop.time() + self._options.idle_timeout.total_seconds())
-            if not (data := await read_until(content, deadline)):
+            if not (data := await read_until(response, deadline)):
                 break
             intake.feed(data)
             await intake.feed_deferred()
-        if reader.resumed and not reader.done and content.exception() is not None:
-            raise failures.from_exception(aiohttp.ClientPayloadError())
-        if not reader.done and content.at_eof():
+        if reader.resumed and not reader.done and response.failure is not None:
+            raise failures.from_exception(BodyBroken())
+        if not reader.done and response.at_end:
             intake.feed(b"")
             await intake.feed_deferred()
-        if reader.done and not content.at_eof():
-            await read_until(content, loop.time() + AFTER_DONE.total_seconds())
+        if reader.done and not response.at_end:
+            await read_until(response, loop.time() + AFTER_DONE.total_seconds())
 
 
 @dataclass(slots=True)
@@ -308,16 +303,3 @@ class _Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     reader: AnswerReader | None = None
     received: int | None = None
-
-
-class _Payload(aiohttp.BytesPayload):
-    """The body of a request. Calls `on_send` when a connection, new or reused, starts to send it."""
-
-    def __init__(self, body: bytes, *, on_send: Callable[[], None]) -> None:
-        super().__init__(body, content_type="application/json")
-        self._on_send = on_send
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Called by aiohttp after the headers."""
-        self._on_send()
-        await super().write_with_length(writer, content_length)

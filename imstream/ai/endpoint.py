@@ -8,14 +8,14 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import ClassVar, Self
 
-import aiohttp
 from multidict import CIMultiDict
 from pydantic import SecretStr
 from yarl import URL
 
 from imstream import __version__
 from imstream.ai import failures
-from imstream.ai.bounded_http import bounded_session, is_encoded
+from imstream.ai.http_client import HttpClient
+from imstream.ai.http_response import HttpError, Response
 from imstream.errors import BackendError, SettingsError
 from imstream.urls import SecretUrl, secrets_in_query
 
@@ -35,10 +35,7 @@ class Endpoint:
 
 
 class EndpointClient:
-    """Calls one endpoint. An async context manager, which opens and closes the connections.
-
-    Their number is not limited: a call that waits for a free one would be reported as a connect timeout.
-    """
+    """Calls one endpoint. An async context manager, which opens and closes the connections."""
 
     _accept: ClassVar[str]  # content types of the responses
 
@@ -81,7 +78,7 @@ class EndpointClient:
         url = url.with_path(f"{url.raw_path.rstrip('/')}/{path}", encoded=True, keep_query=True)
         self._endpoint = Endpoint(url, headers, tuple(filter(None, secrets)))
         self._body_limit = limit
-        self._open_session: aiohttp.ClientSession | None = None
+        self._client: HttpClient | None = None
 
     def _extend_endpoint(self, headers: Mapping[str, str], secrets: Iterable[str], proxy: URL | None) -> None:
         """Send more headers, which take precedence, also over the key; hide more texts; use a proxy."""
@@ -100,33 +97,34 @@ class EndpointClient:
         )
 
     async def __aenter__(self) -> Self:
-        self._open_session = bounded_session(
-            headers=self._endpoint.headers, limit=self._body_limit, keep_alive=KEEP_ALIVE
+        endpoint, limit = self._endpoint, self._body_limit
+        self._client = HttpClient(
+            endpoint.url, endpoint.headers, proxy=endpoint.proxy, limit=limit, keep_alive=KEEP_ALIVE
         )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._session.close()
+        await self._http.close()
 
     @property
-    def _session(self) -> aiohttp.ClientSession:
-        if self._open_session is None:
+    def _http(self) -> HttpClient:
+        if self._client is None:
             raise RuntimeError(f"{type(self).__name__} is used outside its context")
-        return self._open_session
+        return self._client
 
-    async def _read_error(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read_error(self, response: Response) -> bytes:
         """The beginning of the body of an error response, as far as it arrives in time and is not encoded."""
-        if is_encoded(response):
+        if response.is_encoded:
             return b""
         body = b""
         deadline = asyncio.get_running_loop().time() + ERROR_BODY_WAIT.total_seconds()
-        while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response.content, deadline)):
+        while len(body) < ERROR_BODY_LIMIT and (data := await read_until(response, deadline)):
             body += data
         return body[:ERROR_BODY_LIMIT]
 
-    def _error(self, response: aiohttp.ClientResponse, body: bytes) -> BackendError:
+    def _error(self, response: Response, body: bytes) -> BackendError:
         """The error for an error response and the beginning of its body."""
         now = datetime.now(UTC)
         return failures.from_response(response.status, response.headers, body, now=now, secrets=self._endpoint.secrets)
@@ -138,10 +136,10 @@ def _passwords(url: URL) -> tuple[str, ...]:
     return (password, b64encode(f"{url.user or ''}:{password}".encode()).decode()) if password else ()
 
 
-async def read_until(content: aiohttp.StreamReader, deadline: float) -> bytes:
-    """Read all data that arrives before the deadline (loop time); empty if the stream ends or breaks first."""
+async def read_until(response: Response, deadline: float) -> bytes:
+    """Read what arrives first before the deadline (loop time); empty if the body ends or breaks instead."""
     try:
         async with asyncio.timeout_at(deadline):
-            return await content.readany()
-    except (TimeoutError, aiohttp.ClientError, OSError):
+            return await response.read()
+    except (TimeoutError, HttpError):
         return b""

@@ -23,10 +23,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
-from imstream.ai.bounded_http import ResponseTooLarge
 from imstream.ai.error_report import SENTENCE_LIMIT, ErrorReport, shorten
+from imstream.ai.http_client import ConnectFailed, ProxyRefused
+from imstream.ai.http_response import BadResponse, BodyBroken, HttpError, ResponseTooLarge
 from imstream.errors import BackendError, FailureKind
 
 MAX_RETRY_AFTER = timedelta(hours=1)  # a longer one is shortened to this
@@ -102,20 +101,19 @@ def from_report(report: ErrorReport, *, secrets: tuple[str, ...] = ()) -> Backen
     return failure(kind, reason, detail, retry_after=report.retry_after)
 
 
-def from_exception(error: aiohttp.ClientError | OSError, *, secrets: tuple[str, ...] = ()) -> BackendError:
-    """The error for an exception of the HTTP client, whose text is shown only where it cannot contain a header."""
+def from_exception(error: HttpError | TimeoutError, *, secrets: tuple[str, ...] = ()) -> BackendError:
+    """The error for an exception of the HTTP client."""
     row: tuple[FailureKind, str, str]
     match error:
-        case aiohttp.ClientConnectorError():
-            is_tls = isinstance(error, aiohttp.ClientSSLError)
-            row = "misconfigured" if is_tls else "away", "connect_failed", shorten(str(error), secrets)
+        case ConnectFailed():
+            row = "misconfigured" if error.is_tls else "away", "connect_failed", shorten(str(error), secrets)
         case ResponseTooLarge():
             row = "impossible", "too_large", str(error)
-        case aiohttp.ClientPayloadError():
+        case BodyBroken():
             row = "broken", "broken_stream", "the connection was lost within the answer"
-        case aiohttp.ClientHttpProxyError():
-            row = _kind_of(error.status), "proxy_failed", f"the proxy answers with status {error.status}"
-        case aiohttp.ClientResponseError():
+        case ProxyRefused():
+            row = _kind_of(error.status), "proxy_failed", str(error)
+        case BadResponse():
             row = "broken", "bad_stream", "the response is not valid HTTP"
         case _:
             row = "away", "connection_lost", f"before the answer began ({type(error).__name__})"

@@ -7,7 +7,7 @@ from datetime import timedelta
 from time import perf_counter
 
 from imstream.ai.answer_reader import AnswerReader
-from imstream.ai.bounded_http import StreamedBody
+from imstream.ai.held_connection import HeldConnection
 from imstream.ai.rollup import RollUp
 from imstream.ai.time_limits import TimeLimits
 
@@ -47,7 +47,7 @@ class Intake:
     slot: int = 0
     _begun: bool = False
     _may_rest: bool = False
-    _resting: StreamedBody | None = None
+    _resting: HeldConnection | None = None
     _deferred: bytes | None = None
     _text: str = ""
 
@@ -74,17 +74,17 @@ class Intake:
             self.limits.renew()  # a sign of life, such as a comment
         return not (self._text or ((reader.done or reader.finish_reason is not None) and reader.complete))
 
-    def rest(self, body: StreamedBody) -> None:
+    def rest(self, connection: HeldConnection) -> None:
         """After a read: make the next one in the turn of this answer, if the node is busy and text is coming."""
         if self._may_rest and self.rollup.rest(self):
-            self._resting = body
-            body.pause()
+            self._resting = connection
+            connection.hold()
 
     def wake(self) -> None:
         """See `Sleeper`."""
-        body, self._resting = self._resting, None
-        if body is not None:
-            body.resume()
+        connection, self._resting = self._resting, None
+        if connection is not None:
+            connection.release()
 
     async def feed_deferred(self) -> None:
         """Feed a deferred read."""

@@ -10,20 +10,18 @@ from http import HTTPStatus
 from itertools import islice
 from typing import Any
 
-import aiohttp
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from imstream.ai import failures
-from imstream.ai.bounded_http import ENCODED, is_encoded
 from imstream.ai.endpoint import EndpointClient
 from imstream.ai.error_report import ErrorReport, shorten
+from imstream.ai.http_response import HttpError
 from imstream.errors import BackendError
 from imstream.settings import Settings
 
 ANSWER_LIMIT = 1 << 18  # bytes of an answer; one result of OpenAI has about 1 KB
 WRONG_NUMBER = "wrong_number"  # reason of an error: the number of results is not that of the texts
 _MAX_CATEGORIES = 16  # of one text that are logged; OpenAI has 13
-_JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +64,16 @@ class ModerationClient(EndpointClient):
 
     async def _post(self, data: bytes) -> bytes:
         try:
-            async with self._session.post(
-                self._endpoint.url, data=data, headers=_JSON, allow_redirects=False
-            ) as response:
+            async with await self._http.request("POST", self._endpoint.url, data) as response:
                 if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
                     raise self._error(response, await self._read_error(response))
-                if is_encoded(response):
-                    raise BackendError("bad_answer", ENCODED)
-                body = bytearray()
-                while chunk := await response.content.readany():
-                    body += chunk
-                    if len(body) > ANSWER_LIMIT:
-                        response.close()
-                        raise BackendError("bad_answer", f"more than {ANSWER_LIMIT} bytes")
-                return bytes(body)
-        except TimeoutError:  # is an OSError
-            raise
-        except (aiohttp.ClientError, OSError) as error:
-            # Not "from error": aiohttp's exceptions carry the request headers, and so the key.
+                if response.is_encoded:
+                    raise BackendError("bad_answer", "a body with a content encoding, which is not supported")
+                body = await response.read_all(ANSWER_LIMIT)
+                if len(body) > ANSWER_LIMIT:
+                    raise BackendError("bad_answer", f"more than {ANSWER_LIMIT} bytes")
+                return body
+        except HttpError as error:
             raise failures.from_exception(error, secrets=self._endpoint.secrets) from None
 
     def _parse(self, body: bytes, number: int) -> list[ModerationResult]:

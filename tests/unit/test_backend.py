@@ -9,6 +9,7 @@ from base64 import b64encode
 import pytest
 
 from imstream.ai.backend import Backend, Completion, OpenAIBackend, PromptMessage
+from imstream.ai.http_response import Response
 from imstream.errors import BackendError, SettingsError
 from imstream.settings import Settings
 from imstream.tracing import parse_traceparent
@@ -256,7 +257,7 @@ async def test_a_call_leaves_nothing_on_a_connection_that_is_used_again() -> Non
             await asked.ask()
         assert [request.connection for request in asked.backend.requests] == [0, 0, 0]
         gc.collect()
-        left = [one for one in gc.get_objects() if type(one).__name__ == "_StreamedBody"]
+        left = [one for one in gc.get_objects() if type(one) is Response]
         assert left == []
 
 

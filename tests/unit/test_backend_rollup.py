@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imstream.ai import bounded_http
+from imstream.ai import held_connection
 from imstream.ai.backend import OpenAIBackend
 from imstream.ai.rollup import RollUp, Sleeper
 from imstream.errors import BackendError
@@ -63,7 +63,7 @@ class HeldRollUp(RollUp):
 def _connection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only its transport can read a TLS connection: so it is here, although the server has no certificate."""
     if request.param == "tls":
-        monkeypatch.setattr(bounded_http, "readable_socket", lambda _: None)
+        monkeypatch.setattr(held_connection, "readable_socket", lambda _: None)
 
 
 @asynccontextmanager

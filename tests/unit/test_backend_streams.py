@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 import pytest
-from aiohttp.client_proto import ResponseHandler
 
 from imstream.ai.backend import Completion
 from imstream.errors import BackendError
@@ -73,7 +72,7 @@ async def test_text_is_given_out_as_soon_as_it_comes() -> None:
         assert asked.pieces == ["0", "1", "2"]
 
 
-async def test_one_read_may_hold_more_chunks_than_aiohttp_reads_at_once() -> None:
+async def test_one_read_may_hold_thousands_of_chunks() -> None:
     comment = b"1\r\n:\r\n" * 20_000
     answer = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (b"\n", event(chunk("at last")), STOP, DONE))
 
@@ -84,21 +83,6 @@ async def test_one_read_may_hold_more_chunks_than_aiohttp_reads_at_once() -> Non
     async with asking(script) as asked:
         await asked.ask()
         assert asked.text == "at last"
-
-
-async def test_what_comes_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = ResponseHandler.data_received
-    sizes: list[int] = []
-
-    def data_received(self: ResponseHandler, data: bytes) -> None:
-        sizes.append(len(data))
-        parse(self, data)
-
-    monkeypatch.setattr(ResponseHandler, "data_received", data_received)
-    async with asking(says(*[event(chunk("word "))] * 20, STOP + DONE)) as asked:
-        await asked.ask()
-        assert asked.pieces == ["word "] * 20
-    assert sizes.count(0) <= 3  # at the start and the end, not for each read
 
 
 async def test_one_http_chunk_may_hold_half_an_event_and_one_read_many_chunks() -> None:
@@ -230,8 +214,6 @@ async def test_a_connection_lost_after_the_finish_reason_takes_nothing_away(how:
 
 
 async def test_broken_chunk_framing_ends_with_the_idle_limit_at_the_latest() -> None:
-    """Aiohttp 3.14 closes such a connection without notifying the reader of the body."""
-
     async def script(exchange: Exchange) -> None:
         await exchange.start()
         await exchange.send(event(chunk("a")))

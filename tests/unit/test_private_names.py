@@ -1,11 +1,8 @@
 """Private names of libraries that imstream uses: an upgrade that removes one fails here, with a sentence."""
 
-import asyncio
 import inspect
 from importlib.metadata import version
 
-import aiohttp
-from aiohttp.client_proto import ResponseHandler
 from redis.asyncio.connection import Connection, DefaultParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import Server, ServerState
@@ -18,21 +15,6 @@ def check(library: str, owner: object, *names: str, used_by: str) -> None:
     for name in names:
         where = owner.__name__ if isinstance(owner, type) else type(owner).__name__
         assert hasattr(owner, name), f"{library} {version(library)} has no {where}.{name}, which {used_by} uses"
-
-
-async def test_aiohttp_has_the_names_that_bound_and_stream_a_response() -> None:
-    used_by = "imstream/ai/bounded_http.py"
-    loop = asyncio.get_running_loop()
-    async with aiohttp.TCPConnector() as connector:
-        check("aiohttp", connector, "_factory", used_by=used_by)
-    handler = ResponseHandler(loop)
-    check("aiohttp", handler, "_payload", "_buffer", "_reading_paused", "__len__", used_by=used_by)
-    check("aiohttp", handler, "exception", "set_response_params", "resume_reading", used_by=used_by)
-    reader = aiohttp.StreamReader(handler, limit=1, loop=loop)
-    names = ("_buffer", "_size", "_eof", "_exception", "_protocol", "_http_chunk_splits", "total_bytes")
-    check("aiohttp", reader, *names, used_by=used_by)
-    check("aiohttp", reader, "begin_http_chunk_receiving", "end_http_chunk_receiving", used_by=used_by)
-    reader.__class__ = type("Buffer", (aiohttp.StreamReader,), {"__slots__": ()})  # the parser creates it
 
 
 def test_uvicorn_has_the_names_that_limit_connections_and_requests() -> None:
