@@ -36,8 +36,8 @@ async def ask(page: Page, question: str) -> None:
     await page.until(f"document.querySelectorAll('article').length === {count + 1}")
 
 
-async def stop(page: Page, button: str = ".stop") -> None:
-    """Click it, again if the growing answer moved it between locating and clicking."""
+async def stop(page: Page, button: str = "article:last-of-type .stop") -> None:
+    """Stop the last answer: click the button, again if the growing answer moved it between locating and clicking."""
 
     async def has_gone() -> bool:
         return not await page.evaluate(f"document.querySelector({json.dumps(button)})?.checkVisibility()")

@@ -28,6 +28,17 @@ PHONE = (390, 844)
 _PATIENCE = 20.0 * SLOW
 """Time limit, in seconds, for a condition on a busy machine."""
 
+_SETTLED = """async (element) => {
+    element.scrollIntoView({ block: "nearest" });
+    for (let frame = 0, before; ; frame++) {
+        const box = element.getBoundingClientRect();
+        if (frame >= 20 || (before?.x === box.x && before.y === box.y)) return box.toJSON();
+        before = box;
+        await new Promise(requestAnimationFrame);
+    }
+}"""
+"""Returns the place of an element that has not moved since the last frame, or still moves after 20 of them."""
+
 _MESSAGES = """(mode, work) => new Promise((resolve, reject) => {
   const opening = indexedDB.open("imstream", 1);
   opening.onerror = () => reject(opening.error);
@@ -161,12 +172,10 @@ class Page:
         raise AssertionError(f"never true: {condition}\n{await self.evaluate('document.body.innerText')}")
 
     async def click(self, selector: str) -> None:
-        """Click the middle of the element with the mouse, once it is visible."""
+        """Click the middle of the element with the mouse, once it is visible and does not move."""
         find = f"document.querySelector({json.dumps(selector)})"
         await self.until(f"{find}?.checkVisibility()")
-        box = await self.evaluate(
-            f"(e => (e.scrollIntoView({{block: 'nearest'}}), e.getBoundingClientRect().toJSON()))({find})"
-        )
+        box = await self.evaluate(f"({_SETTLED})({find})")
         spot = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
         await self.call("Input.dispatchMouseEvent", type="mousePressed", **spot)
         await self.call("Input.dispatchMouseEvent", type="mouseReleased", **spot)

@@ -152,7 +152,7 @@ async def test_earlier_turns_are_sent_along(page: Page, page_node: NodeProcess, 
     assert isinstance(entries, list)
     history = json.loads(entries[-1][1]["history"])
     assert [turn["content"] for turn in history] == ["First", "".join(canned_answer("First"))]
-    await stop(page, "article:last-of-type .stop")
+    await stop(page)
     await status(page, "cancelled")
 
 
@@ -522,7 +522,7 @@ async def test_an_answer_is_copied_as_it_was_written(page: Page, page_node: Node
     await ask(page, "Copy me")
     await status(page, "done")
     await page.allow_clipboard()
-    await page.click(".copy")
+    await page.click("article:last-of-type .copy")
     await page.until(f"{LAST}.querySelector('.copy').textContent.includes('Copied')")
     assert await page.evaluate("navigator.clipboard.readText()") == "".join(canned_answer("Copy me"))
 
