@@ -3,7 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -251,7 +251,7 @@ class Node:
     async def serve(self) -> None:
         """Serve until `shut_down`. Raises `SettingsError` if it cannot listen, `NodeTaken` if the lease is taken."""
         taken: BaseException | None = None
-        async with aclosing(self._readers[0]), aclosing(self._readers[1]), self._redis:
+        async with self._readers[0], self._readers[1], self._redis:
             self._server.listen()
             if (metrics := metrics_server(self._metrics_app, self.settings, node_port=self._server.port)) is not None:
                 metrics.listen()
