@@ -42,10 +42,10 @@ class StreamConsumer:
         self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
         self._group: asyncio.TaskGroup | None = None
-        """Of the jobs; None before `run`, and after it."""
+        """Of the jobs; None before `run`."""
         self._reading: Slots | None = None
         """Those reserved for the read under way."""
-        self._beginning: set[asyncio.Future[None]] = set()
+        self._admissions: set[asyncio.Future[None]] = set()
         """One for each request that `admit` begins: it is delivered to us, and has no job yet."""
         self.stopping = False
         """Whether reading new requests has ended."""
@@ -75,7 +75,7 @@ class StreamConsumer:
                         await self._consume(self._group)
                     except (StoreError, GroupMissing) as error:
                         await self._after_error(error)
-                await self._begun()
+                await self._wait_for_admissions()
 
     async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request; begin it at once if it needs not wait, which saves two round trips. Raises `StoreError`."""
@@ -87,7 +87,7 @@ class StreamConsumer:
             *(request.user_id, request.message_id, request.question), request=requests.request_id(""), after=reply.fence
         )
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._beginning.add(done)
+        self._admissions.add(done)
         try:
             with self._jobs.take_one(slots) as one:
                 admitted = await requests.begin(request, opening)
@@ -100,7 +100,7 @@ class StreamConsumer:
             self.sweep_soon()  # the same
             raise
         finally:
-            self._beginning.discard(done)
+            self._admissions.discard(done)
             done.set_result(None)
         await asyncio.sleep(0)  # its job notes that the reply is recorded
         return admitted
@@ -113,10 +113,10 @@ class StreamConsumer:
         may_begin = deps.lease_keeper.held and not deps.backends.is_closed and self._startable() > 0
         return slots if may_begin and self._jobs.line.reason is None else None
 
-    async def _begun(self) -> None:
+    async def _wait_for_admissions(self) -> None:
         """Wait until each request that is delivered to us by `admit` now has its job."""
-        if self._beginning:
-            await asyncio.wait(self._beginning)
+        if self._admissions:
+            await asyncio.wait(self._admissions)
 
     def stop(self) -> None:
         """Read no new requests. A blocked read ends by its time limit."""
@@ -204,7 +204,7 @@ class StreamConsumer:
             self._inherited = {one.entry_id: one.deliveries + died for one in await self._requests.pending()}
         known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
-        await self._begun()
+        await self._wait_for_admissions()
         pending = [one for one in pending if one.entry_id not in self._running]
         if not self._deps.lease_keeper.can_declare_dead:
             self.sweep_soon()  # for the entries of the dead, as soon as they are known
