@@ -36,7 +36,7 @@ def run(settings: LocalAISettings, announce: Callable[[str], None]) -> NoReturn:
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError:
-        raise ImstreamError(f"the model {file} cannot be loaded: the reason stands above") from None
+        raise ImstreamError(f"the model {file} cannot be loaded: llama.cpp logs the reason") from None
     _end_on_signals()  # llama.cpp has installed handlers that end its threads, but not the process
     announce(f"{server.listening_address}/v1")
     while True:

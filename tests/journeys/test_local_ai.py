@@ -193,13 +193,13 @@ def _listens(pid: int) -> bool:
 
 
 @pytest.mark.long
-def test_its_last_line_is_the_reason_why_it_cannot_start(tmp_path: Path) -> None:
+def test_it_says_why_it_cannot_start(tmp_path: Path) -> None:
     def refused(*options: str) -> str:
         command = [PYTHON, "-m", "imstream", "local-ai", *options]
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode in {1, 2}
         assert "Traceback" not in ended.stderr
-        return ended.stderr.splitlines()[-1]
+        return ended.stderr  # llama.cpp's log comes from a thread of its own, perhaps after our line
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
