@@ -16,6 +16,9 @@ class HeldConnection(asyncio.Protocol):
     """
 
     transport: asyncio.Transport
+    wire: asyncio.Transport
+    """The transport below TLS, or the same: reading is paused there. uvloop's of TLS would go on, and lose what it has
+    read when the server closes."""
 
     def __init__(self) -> None:
         self.gathered: list[bytes] | None = None
@@ -23,10 +26,11 @@ class HeldConnection(asyncio.Protocol):
         self._size = 0  # bytes gathered
         self._socket: int | None = None  # its descriptor; None: only the transport can read, or is to find the end
         self._is_polled = False  # the transport does not read, because `release` does
+        self._is_reset = False  # `release` has found an error, and the transport finds the end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = self.wire = cast("asyncio.Transport", transport)
         self._socket = readable_socket(transport)
 
     def hold(self) -> None:
@@ -64,12 +68,12 @@ class HeldConnection(asyncio.Protocol):
     def pause_reading(self) -> None:
         """Receive nothing until `resume_reading`."""
         if not self.transport.is_closing():
-            self.transport.pause_reading()
+            self.wire.pause_reading()
 
     def resume_reading(self) -> None:
         """Receive again, unless `release` does."""
         if not self._is_polled and not self.transport.is_closing():
-            self.transport.resume_reading()
+            self.wire.resume_reading()
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -85,7 +89,7 @@ class HeldConnection(asyncio.Protocol):
         except BlockingIOError:
             return b""
         except OSError:
-            data = b""
+            data, self._is_reset = b"", True
         if not data:  # the end, or an error, which the transport finds as well
             self._socket = None
             self.stop_holding()

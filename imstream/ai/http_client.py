@@ -7,7 +7,6 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from functools import partial
 from http import HTTPStatus
 
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -26,7 +25,7 @@ class ConnectFailed(HttpError):  # noqa: N818 - reads as what happened
     """The server or its proxy cannot be reached. `is_tls`: because of TLS, such as a certificate."""
 
     def __init__(self, url: URL, error: OSError | UnicodeError) -> None:
-        why = getattr(error, "strerror", None) or error
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         super().__init__(f"Cannot connect to host {url.raw_host}:{url.port} [{why}]")
         self.is_tls = isinstance(error, ssl.SSLError)
 
@@ -92,6 +91,7 @@ class HttpClient:
         """Close the unused connections."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         for connection, _ in self._idle:
             connection.abort()
         self._idle.clear()
@@ -141,29 +141,44 @@ class HttpClient:
             self._addresses.rotate(-1)  # the next connection begins with another one
             addresses = tuple(self._addresses)
         sock = await start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS, socket_factory=_small_socket)
+        connection = HttpConnection(limit=self._limit, on_end=on_end)
+        is_plain = peer.scheme != "https"
         try:
-            tls, name = (self._tls, _name(peer)) if peer.scheme == "https" else (None, None)
-            factory = partial(HttpConnection, limit=self._limit, on_end=on_end)
-            return (await loop.create_connection(factory, sock=sock, ssl=tls, server_hostname=name))[1]
+            wire, _ = await loop.create_connection(lambda: connection if is_plain else asyncio.Protocol(), sock=sock)
         except BaseException:
             sock.close()
             raise
+        if not is_plain:
+            await self._start_tls(wire, connection, peer)
+        return connection
 
     async def _connect_through(self, proxy: HttpConnection) -> HttpConnection:
         """Ask a proxy for a tunnel to the server."""
         address = f"{self._server.host_subcomponent}:{self._server.port}"
         head = f"CONNECT {address} HTTP/1.1\r\n{_lines({'Host': address, **self._proxy_login})}\r\n"
-        response = await proxy.send(head.encode())
-        if response.status != HTTPStatus.OK:
+        connection = HttpConnection(limit=self._limit, on_end=self._keep)
+        try:
+            response = await proxy.send(head.encode())
+            if response.status == HTTPStatus.OK:
+                await self._start_tls(proxy.transport, connection, self._server)
+                return connection
+        except BaseException:
             proxy.abort()
-            raise ProxyRefused(response.status)
-        assert self._tls is not None  # noqa: S101 - the scheme of the server is https
-        loop, connection = asyncio.get_running_loop(), HttpConnection(limit=self._limit, on_end=self._keep)
-        name = _name(self._server)
-        tunnel = await loop.start_tls(proxy.transport, connection, self._tls, server_hostname=name)
-        assert tunnel is not None  # noqa: S101 - only of a transport that is closed
-        connection.connection_made(tunnel)
-        return connection
+            raise
+        proxy.abort()
+        raise ProxyRefused(response.status)
+
+    async def _start_tls(self, wire: asyncio.Transport, connection: HttpConnection, url: URL) -> None:
+        assert self._tls is not None  # noqa: S101 - the scheme is https
+        loop = asyncio.get_running_loop()
+        try:
+            transport = await loop.start_tls(wire, connection, self._tls, server_hostname=_name(url))
+        except BaseException:
+            wire.abort()
+            raise
+        assert transport is not None  # noqa: S101 - only of a transport that is closed
+        connection.connection_made(transport)
+        connection.wire = wire
 
 
 def _nothing(_: HttpConnection, __: bool) -> None:  # noqa: FBT001 - a callback

@@ -101,7 +101,8 @@ class HttpConnection(HeldConnection):
             headers = response.headers
             has_end = "content-length" in headers or headers.get("transfer-encoding", "").lower().endswith("chunked")
             failure = BodyBroken if response.status else ConnectionLost, "the connection was closed"
-            self._end(response, b"", None if response.status and not has_end and exc is None else failure)
+            is_end = response.status and not has_end and exc is None and not self._is_reset
+            self._end(response, b"", None if is_end else failure)
         del self.on_body, self._parser  # they refer to this object
 
     def _check_limits(self, response: Response) -> Failure | None:
@@ -120,7 +121,8 @@ class HttpConnection(HeldConnection):
         self._response = None
         self.stop_holding()
         is_reusable = failure is None and self._is_complete and self._is_reusable and not self.transport.is_closing()
-        self._on_end(self, is_reusable and self.transport.get_write_buffer_size() == 0)
+        unsent = self.transport.get_write_buffer_size() + self.wire.get_write_buffer_size()  # of the request
+        self._on_end(self, is_reusable and unsent == 0)
         response.end(body, failure)
 
     # Called by the parser

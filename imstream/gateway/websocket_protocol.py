@@ -266,6 +266,7 @@ class SocketProtocol(asyncio.Protocol):
         if self._throttle_timer is not None:
             self._throttle_timer.cancel()
             self._throttle_timer = None
+        self._read_at = self._loop.time()  # the wait was the client's own
         self._read()
 
     def _parse(self, piece: bytes) -> int:

@@ -104,7 +104,7 @@ class RequestStream:
     @property
     def shares_server(self) -> bool:
         """Whether its keys are on the server of all others, so that one script may use both: not in a cluster."""
-        return self._redis.topology != "cluster"
+        return not self._redis.is_split
 
     async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request unless the node's or the user's cap is reached."""

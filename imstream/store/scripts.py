@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Generic, TypeVar
 
+from imstream.errors import StoreRefused
 from imstream.redis.client import RedisClient, Script
 from imstream.redis.connection import Argument
 
@@ -48,8 +49,17 @@ async def run_both(
 ) -> tuple[S, T | None]:
     """Run a script that is made of two steps. None: it has not come to the second one.
 
-    `before`: its arguments before those of the steps. See `RedisClient.execute`.
+    Where their keys may be on different servers, only the first step is run. `before`: arguments before those of the
+    steps. See `RedisClient.execute`.
     """
-    arguments = (*before, len(one.arguments), *one.arguments, *other.arguments)
-    answers = await LUA[script].run(redis, (*one.keys, *other.keys), arguments)
-    return one.read(answers[0]), other.read(answers[1]) if len(answers) > 1 else None
+    if not redis.is_split:
+        arguments = (*before, len(one.arguments), *one.arguments, *other.arguments)
+        try:
+            answers = await LUA[script].run(redis, (*one.keys, *other.keys), arguments)
+        except StoreRefused as error:
+            if "same slot" not in str(error):
+                raise
+            redis.is_split = True  # one server of a cluster, or a proxy in front of it: nothing was executed
+        else:
+            return one.read(answers[0]), other.read(answers[1]) if len(answers) > 1 else None
+    return await one.run(redis), None

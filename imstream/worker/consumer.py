@@ -86,6 +86,7 @@ class StreamConsumer:
         opening = deps.replies.opening(
             *(request.user_id, request.message_id, request.question), request=requests.request_id(""), after=reply.fence
         )
+        had_ended = reply.terminal is not None
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._admissions.add(done)
         try:
@@ -93,7 +94,9 @@ class StreamConsumer:
                 admitted = await requests.begin(request, opening)
                 if isinstance(admitted, Admitted) and admitted.opened is not None:
                     entry = Entry(admitted.entry_id, {"user": str(request.user_id)})
-                    self._add(group, Job(entry, request, requests, deps, opened=admitted.opened), one)
+                    is_cancelled = reply.terminal is not None and not had_ended  # meanwhile: the job is to find it
+                    opened = None if is_cancelled else admitted.opened
+                    self._add(group, Job(entry, request, requests, deps, opened=opened), one)
                 elif isinstance(admitted, Admitted) and admitted.position <= 1:
                     self.sweep_soon()  # it may be delivered to us
         except StoreError:

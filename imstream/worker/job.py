@@ -99,7 +99,10 @@ class Job:
             if isinstance(disposition, Bury | Decline):
                 disposition = await self._record_failure(disposition)
             if self._is_ours and self._account.opened_at is None and disposition != Leave():
-                self._account.load(await self._deps.replies.beginning(self.reply.user_id, self.reply.message_id))
+                user_id, message_id = self.reply.user_id, self.reply.message_id
+                # Its request may be removed already: then nothing counts it later.
+                begun = await retry_until_available(lambda: self._deps.replies.beginning(user_id, message_id))
+                self._account.load(begun)
             was_there = False
             match disposition:
                 case Finish():

@@ -8,6 +8,7 @@ from structlog.testing import capture_logs
 from imstream.errors import StoreUnavailable
 from imstream.keys import GROUP
 from imstream.model import Terminal
+from imstream.redis.client import Script
 from imstream.store.replies import Appended, Duplicate, Opened, Rejected
 from imstream.store.requests import Admitted, QueueFull
 from imstream.store.scripts import LUA
@@ -207,3 +208,56 @@ async def test_an_end_whose_answer_was_lost_is_counted_once(redis_server: RedisS
         await worker.idle()
         assert lost.sprung
         assert worker.metrics.messages["done"] == 2
+
+
+async def test_an_end_is_counted_although_redis_fails_right_after_its_request_was_removed(
+    redis_server: RedisServer,
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
+    ):
+        await _load_scripts(worker)
+        await worker.ask()
+        await worker.backend.call(2)
+        await worker.crash()  # the next process does not know when the first attempt began
+        worker.start()
+        call = await worker.backend.call(3)
+        lost = proxy.on_answer_to(b"XRANGE", worker.keys.reply(USER, "m").encode(), fate=Fate.SILENCE)
+        call.done("answer")
+        await wait_until(lambda: worker.metrics.messages["done"] == 2, "it is counted")
+        assert lost.sprung
+        await worker.idle()
+
+
+async def test_a_message_that_is_cancelled_while_it_begins_is_not_answered(redis_server: RedisServer) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
+    ):
+        await _load_scripts(worker)
+        client = worker.follow()
+        late = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.4)
+        admitting = asyncio.create_task(worker.consumer.admit(chat_request(USER, "m")))
+        await wait_until(lambda: late.sprung, "it is being begun")
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
+        await admitting
+        await worker.idle()
+        assert await client.end() == "cancelled"
+        assert len(worker.backend.calls) == 1
+
+
+async def test_keys_of_several_slots_are_used_one_after_the_other_where_a_server_insists(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_worker(redis_server) as worker:
+        refusing = Script('return redis.error_reply("CROSSSLOT Keys in request don\'t hash to the same slot")')
+        for name in ("begin", "end"):
+            monkeypatch.setitem(LUA, name, refusing)
+        for number in (1, 2):
+            await is_reading(worker)
+            await worker.consumer.admit(chat_request(USER, f"m{number}"))
+            (await worker.backend.call(number)).done("answer")
+            await worker.idle()
+            assert worker.recorded(f"m{number}") == ("done", "answer")
+        assert not worker.requests.shares_server

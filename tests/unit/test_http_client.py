@@ -1,19 +1,22 @@
 """The HTTP client of AI backends: framing, connections, TLS, and tunnels through a proxy."""
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from yarl import URL
 
 from imstream.ai import failures
-from imstream.ai.held_connection import RECEIVE_BUFFER
+from imstream.ai.held_connection import RECEIVE_BUFFER, HeldConnection
 from imstream.ai.http_client import ConnectFailed, HttpClient
 from imstream.ai.http_connection import HttpConnection
 from imstream.ai.http_response import BadResponse, BodyBroken, ConnectionLost, HttpError
@@ -161,7 +164,11 @@ async def test_a_connection_that_was_lost_before_it_is_used_is_an_error() -> Non
             await asyncio.wait_for(connection.send(b"GET / HTTP/1.1\r\n\r\n"), LIMIT)
 
 
-async def test_a_connection_whose_request_was_answered_before_it_was_sent_is_not_used_again() -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_connection_whose_request_was_answered_before_it_was_sent_is_not_used_again(
+    scheme: str, authority: Authority
+) -> None:
+    tls = server_tls(authority, "localhost") if scheme == "https" else None
     connections = 0
 
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -171,7 +178,7 @@ async def test_a_connection_whose_request_was_answered_before_it_was_sent_is_not
         writer.write(OK)
         await asyncio.get_running_loop().create_future()
 
-    async with listening(handler) as port, client_of(f"http://127.0.0.1:{port}") as client:
+    async with listening(handler, tls) as port, client_of(f"{scheme}://localhost:{port}") as client:
         for _ in range(2):
             async with await client.request("POST", ANYWHERE, b" " * (16 << 20)) as response:
                 assert await response.read_all() == b"ok"
@@ -271,6 +278,81 @@ async def test_requests_by_tls_share_a_connection(authority: Authority) -> None:
     ):
         assert [await ask(client), await ask(client)] == [b"ok", b"ok"]
     assert connections == 1
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_body_that_is_read_after_the_server_has_closed_is_whole(
+    loop: Callable[[], asyncio.AbstractEventLoop], version: bytes, authority: Authority
+) -> None:
+    size = 100_000
+
+    async def read_late() -> bytes:
+        closed = asyncio.Event()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"{}")
+            length = b"Content-Length: %d\r\n" % size if version == b"1.1" else b""
+            writer.write(b"HTTP/%b 200 OK\r\n%bConnection: close\r\n\r\n%b" % (version, length, b"x" * size))
+            writer.close()
+            closed.set()
+            await writer.wait_closed()
+
+        async with (
+            listening(handler, server_tls(authority, "localhost")) as port,
+            client_of(f"https://localhost:{port}") as client,
+            await client.request("POST", ANYWHERE, b"{}") as response,
+        ):
+            await closed.wait()
+            await asyncio.sleep(0.3)  # much longer than the loopback takes
+            return await response.read_all()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(read_late()) == b"x" * size
+
+
+async def test_a_proxy_that_is_none_keeps_no_connection() -> None:
+    gone = asyncio.Event()
+
+    async def banner(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        with suppress(ConnectionResetError):
+            while await reader.read(1024):
+                pass
+        gone.set()
+
+    async with listening(banner) as port, client_of("https://ai.internal", proxy=f"http://localhost:{port}") as client:
+        with pytest.raises(HttpError):
+            await ask(client)
+        async with asyncio.timeout(LIMIT):
+            await gone.wait()
+
+
+async def test_a_body_whose_connection_is_reset_while_it_is_held_is_broken() -> None:
+    held: list[HeldConnection] = []
+    is_held = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\nabc")
+        await is_held.wait()
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        asyncio.get_running_loop().call_later(0.1, held[0].release)
+
+    def hold(connection: HeldConnection) -> None:
+        if not held:
+            held.append(connection)
+            connection.hold()
+            is_held.set()
+
+    async with (
+        listening(handler) as port,
+        client_of(f"http://localhost:{port}") as client,
+        await client.request("POST", ANYWHERE, b"{}") as response,
+    ):
+        with pytest.raises(BodyBroken):
+            await response.stream(lambda _: True, hold)
 
 
 @pytest.mark.parametrize("name", ["elsewhere.example", None])
