@@ -82,10 +82,8 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
         yield f"      and {working - len(overview.oldest)} more"
     yield f"  dead letters         {overview.dead}" + (", the newest:" if overview.newest_dead else "")
     for letter in overview.newest_dead:
-        yield (
-            f"    {letter.dead_at:%Y-%m-%d %H:%M:%S} UTC  user {letter.user}  message {letter.message_id}  "
-            f"{letter.reason} after {letter.attempts} attempts: {letter.error}"
-        )
+        why = "user {user}  message {message_id}  {reason} after {attempts} attempts: {error}".format(**letter.about)
+        yield f"    {letter.dead_at:%Y-%m-%d %H:%M:%S} UTC  {why}"
 
 
 def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:

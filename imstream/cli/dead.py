@@ -197,6 +197,5 @@ async def _change(
 
 def _row(letter: Letter) -> dict[str, str]:
     """The listed fields of a letter."""
-    names = ("user", "message_id", "reason", "error", "attempts")
-    listed = {name: letter.fields.get(name, "?") for name in names}
-    return {"id": letter.entry_id, "node": letter.node, "dead_at": letter.dead_at.isoformat("T", "seconds"), **listed}
+    at = letter.dead_at.isoformat("T", "seconds")
+    return {"id": letter.entry_id, "node": letter.node, "dead_at": at, **letter.about}

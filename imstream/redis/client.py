@@ -16,9 +16,15 @@ from imstream.redis.pools import make_pool
 from imstream.urls import RedisUrl, SecretUrl, Topology
 
 
-def to_dict(flat: Sequence[Any]) -> dict[Any, Any]:
-    """The fields of a stream entry or a hash, which Redis returns as field, value, …."""
-    return dict(zip(flat[::2], flat[1::2], strict=True))
+def to_dict(fields: Any) -> dict[Any, Any]:  # noqa: ANN401 - what Redis answers
+    """The fields of a stream entry or a hash, which Redis returns as field, value, …; with RESP3, a hash as a map."""
+    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+
+
+def entries_of(answer: Any) -> list[Any]:  # noqa: ANN401 - what Redis answers
+    """The entries that XREAD or XREADGROUP returns from one stream, each with its id and fields."""
+    streams = answer.items() if isinstance(answer, dict) else answer or ()
+    return [entry for _, entries in streams for entry in entries]
 
 
 class RedisClient:

@@ -48,9 +48,8 @@ class BackendStates:
 
 def decode_states(found: Any) -> dict[str, Any]:  # noqa: ANN401 - what Redis answers
     """The states of one node, by name."""
-    fields = found if isinstance(found, dict) else to_dict(found)
     states = dict[str, Any]()
-    for name, text in fields.items():
+    for name, text in to_dict(found).items():
         with suppress(ValueError):  # written by hand
             states[name] = from_json(text)
     return {name: state for name, state in states.items() if isinstance(state, dict)}

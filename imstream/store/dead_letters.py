@@ -107,6 +107,11 @@ class Letter:
         at = self.fields.get("dead_at", "")
         return datetime.fromtimestamp((int(at) if at.isdecimal() else time_of(self.entry_id)) / 1000, UTC)
 
+    @property
+    def about(self) -> dict[str, str]:
+        """The fields that are listed; `?` for those that an entry written by hand lacks."""
+        return {name: self.fields.get(name, "?") for name in ("user", "message_id", "reason", "error", "attempts")}
+
 
 class Selection(NamedTuple):
     """The selected letters; an empty field selects all. `since`: buried at most so long ago."""

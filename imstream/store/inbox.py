@@ -5,7 +5,7 @@ A notice only saves waiting: nothing else is lost when one is.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -14,7 +14,7 @@ import structlog
 from imstream.clock import milliseconds
 from imstream.errors import StoreError
 from imstream.keys import Keys
-from imstream.redis.client import BlockingReader, RedisClient
+from imstream.redis.client import BlockingReader, RedisClient, entries_of, to_dict
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
 from imstream.user_ids import UserId, UserIds
@@ -25,9 +25,7 @@ ROUTE_TTL = timedelta(minutes=30)  # so long a dead node is notified
 INBOX_TTL = timedelta(minutes=10)  # after the last notice
 _MAX_READ = 100  # notices
 
-_NUMBER = re.compile(r"[0-9]{1,20}")
-_VALID = {"login": _NUMBER, "message_id": re.compile(r"[A-Za-z0-9._:-]{1,64}")}
-
+_VALID = {"login": re.compile(r"[0-9]{1,20}"), "message_id": re.compile(r"[A-Za-z0-9._:-]{1,64}")}
 
 log = structlog.get_logger()
 
@@ -88,33 +86,26 @@ class AccountChanged:
 
 Notice = ReplyGrew | MessageQueued | CancelRequested | SessionReplaced | NodeLeft | DrainRequested | AccountChanged
 
-_MESSAGE_NOTICES: dict[str, Callable[[UserId, str], Notice]] = {
-    "grew": ReplyGrew,
-    "begun": partial(ReplyGrew, begun=True),
-    "queued": MessageQueued,
-    "cancel": CancelRequested,
+_NOTICES: dict[str, tuple[Callable[..., Notice], tuple[str, ...]]] = {
+    "grew": (ReplyGrew, ("user", "message_id")),
+    "begun": (partial(ReplyGrew, begun=True), ("user", "message_id")),
+    "queued": (MessageQueued, ("user", "message_id")),
+    "cancel": (CancelRequested, ("user", "message_id")),
+    "replaced": (SessionReplaced, ("user", "login")),
+    "left": (NodeLeft, ("node",)),
+    "drain": (DrainRequested, ("instance",)),
+    "account": (AccountChanged, ("user",)),
 }
+"""The events of notices, and the fields of their entries in the order of the attributes."""
+
+_EVENTS = {made: event for event, (made, _) in _NOTICES.items()}
 
 
 def notice_fields(notice: Notice) -> tuple[str, ...]:
     """The stream entry of a notice, as field, value, …."""
-    match notice:
-        case ReplyGrew(user_id, message_id, begun):
-            return ("event", "begun" if begun else "grew", "user", str(user_id), "message_id", message_id)
-        case MessageQueued(user_id, message_id):
-            return ("event", "queued", "user", str(user_id), "message_id", message_id)
-        case CancelRequested(user_id, message_id):
-            return ("event", "cancel", "user", str(user_id), "message_id", message_id)
-        case SessionReplaced(user_id, login):
-            return ("event", "replaced", "user", str(user_id), "login", str(login))
-        case NodeLeft() | DrainRequested():
-            if isinstance(notice, NodeLeft):
-                about = ("left", "node", notice.node)
-            else:
-                about = ("drain", "instance", notice.instance)
-            return ("event", *about)
-        case AccountChanged(user_id):
-            return ("event", "account", "user", str(user_id))
+    event = "begun" if isinstance(notice, ReplyGrew) and notice.begun else _EVENTS[type(notice)]
+    pairs = zip(_NOTICES[event][1], astuple(notice), strict=False)  # `begun` is no field
+    return ("event", event, *(part for name, value in pairs for part in (name, str(value))))
 
 
 async def send_notice(redis: RedisClient, keys: Keys, node: str, notice: Notice) -> None:
@@ -155,8 +146,7 @@ class Inbox:
             self._last_id = newest[0][0] if newest else "0-0"
         options = ("COUNT", _MAX_READ, "BLOCK", self._block)
         reply = await self._reader.execute("XREAD", *options, "STREAMS", key, self._last_id)
-        streams = reply.items() if isinstance(reply, dict) else reply or ()
-        rows = [row for _, entries in streams for row in entries]
+        rows = entries_of(reply)
         if rows:
             self._last_id = rows[-1][0]
         return [notice for _, flat in rows if (notice := parse_notice(flat, self._user_ids)) is not None]
@@ -196,19 +186,15 @@ class Routes:
 def parse_notice(flat: Sequence[str], user_ids: UserIds = UserIds.NUMBER) -> Notice | None:
     """Read an entry, given as field, value, …; None when it is invalid, or of a newer version of imstream."""
     try:
-        pairs = zip(flat[::2], flat[1::2], strict=True)
-        fields = {name: text for name, text in pairs if name not in _VALID or _VALID[name].fullmatch(text)}
-        if (event := fields["event"]) in {"left", "drain"}:
-            return NodeLeft(fields["node"]) if event == "left" else DrainRequested(fields.get("instance", ""))
-        if (user_id := user_ids.parse(fields["user"])) is None:
-            return None
-        match event:
-            case "grew" | "begun" | "queued" | "cancel":
-                return _MESSAGE_NOTICES[event](user_id, fields["message_id"])
-            case "replaced":
-                return SessionReplaced(user_id, int(fields["login"]))
-            case "account":
-                return AccountChanged(user_id)
+        fields = {"instance": "", **to_dict(flat)}
+        make, names = _NOTICES[fields["event"]]
+        return make(*(_value(name, fields[name], user_ids) for name in names))
     except (KeyError, TypeError, ValueError):
-        pass
-    return None
+        return None
+
+
+def _value(name: str, text: str, user_ids: UserIds) -> UserId:
+    value = user_ids.parse(text) if name == "user" else text
+    if value is None or (name in _VALID and not _VALID[name].fullmatch(text)):
+        raise ValueError(name)
+    return int(value) if name == "login" else value

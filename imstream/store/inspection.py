@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -16,6 +16,7 @@ from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.redis.errors import error_from_reply
 from imstream.store.backend_states import decode_states
+from imstream.store.dead_letters import Letter
 from imstream.store.leases import Holder
 from imstream.store.pauses import ALL, Pause
 from imstream.store.replies import waiting_of
@@ -41,19 +42,6 @@ class Unfinished:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A request that was given up."""
-
-    entry_id: str
-    dead_at: datetime
-    user: str
-    message_id: str
-    attempts: str
-    reason: str
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
 class StreamOverview:
     """The stream of one node.
 
@@ -73,7 +61,7 @@ class StreamOverview:
     oldest: list[Unfinished]
     next: Unfinished | None
     dead: int
-    newest_dead: list[DeadLetter]
+    newest_dead: list[Letter]
     holder: Holder | None = None
     adopter: str | None = None
     pause: str | None = None
@@ -123,7 +111,7 @@ async def inspect_user(redis: RedisClient, keys: Keys, user_id: UserId, day: Day
     if violations is not None and not violations.isdecimal():
         raise StoreRefused(f"{keys.violations(user_id)}: {violations!r} is not a number")
     return UserOverview(
-        account=account if isinstance(account, dict) else to_dict(account),
+        account=to_dict(account),
         day=day.name,
         counted=[(message_id, float(at)) for message_id, at in counted],
         violations=int(violations or 0),
@@ -164,7 +152,7 @@ async def inspect_stream(redis: RedisClient, keys: Keys, node: str, *, newest: i
         oldest=oldest,
         next=following,
         dead=dead_length,
-        newest_dead=[_dead_letter(entry_id, flat) for entry_id, flat in letters or ()],
+        newest_dead=[Letter(node, entry_id, to_dict(flat)) for entry_id, flat in letters or ()],
         holder=None if lease is None else Holder.decode(lease),
         adopter=adopter,
         pause=next((Pause.decode(text).about for text in pauses if text is not None), None),
@@ -223,12 +211,3 @@ def _describe(entry_id: str, entries: list[Any]) -> Unfinished:
     fields = to_dict(entries[0][1]) if entries else {}
     age = to_timedelta(max(0, now_ms() - time_of(entry_id)))
     return Unfinished(entry_id, fields.get("user", "?"), fields.get("message_id", "?"), age)
-
-
-def _dead_letter(entry_id: str, flat: list[str]) -> DeadLetter:
-    fields = to_dict(flat)
-    return DeadLetter(
-        entry_id=entry_id,
-        dead_at=datetime.fromtimestamp(int(fields.get("dead_at") or time_of(entry_id)) / 1000, UTC),
-        **{name: fields.get(name, "?") for name in ("user", "message_id", "attempts", "reason", "error")},
-    )

@@ -86,20 +86,6 @@ class HeldByOther:
     remaining: timedelta
 
 
-@dataclass(frozen=True, slots=True)
-class Adopted:
-    """The stream is ours, with this number of unfinished requests."""
-
-    unfinished: int
-
-
-@dataclass(frozen=True, slots=True)
-class NotAdopted:
-    """The node is alive, or `adopter` has its stream."""
-
-    adopter: str | None
-
-
 class Leases:
     """The lease of this node, those of other nodes, and the adoption of dead nodes' streams."""
 
@@ -162,14 +148,17 @@ class Leases:
         """The number of requests in the stream of a node."""
         return int(await self._redis.execute("XLEN", self._keys.requests(node)))
 
-    async def adopt(self, node: str) -> Adopted | NotAdopted:
-        """Adopt the stream of a node, or renew the adoption, for the duration of a lease."""
+    async def adopt(self, node: str) -> int | None:
+        """Adopt the stream of a node, or renew the adoption, for the duration of a lease.
+
+        Returns the number of its unfinished requests; None when the node is alive, or another one has its stream.
+        """
         keys = (self._keys.lease(node), self._keys.adopter(node), self._keys.requests(node))
         verdict, *rest = await LUA["adopt"].run(self._redis, keys, (self.node, self._duration))
         if verdict != "adopted":
-            return NotAdopted(rest[0] if rest else None)
+            return None
         self._metrics.saw_stream(node, int(rest[0]), rest[1])
-        return Adopted(int(rest[0]))
+        return int(rest[0])
 
     async def has_pending(self, node: str) -> bool:
         """Whether requests in the stream of a node are pending under our name."""
@@ -184,23 +173,15 @@ class Leases:
     async def release_stream(self, node: str) -> bool:
         """End the adoption. False when requests are still pending under our name."""
         self._metrics.forget_stream(node)
-        keys = (self._keys.adopter(node), self._keys.requests(node))
-        return int(await LUA["release_stream"].run(self._redis, keys, (self.node, GROUP))) == 0
+        keys = (self._keys.requests(node), self._keys.adopter(node))
+        return int(await LUA["remove_consumer"].run(self._redis, keys, (GROUP, self.node))) == 0
 
     async def retire(self, node: str) -> bool:
         """Delete the keys of a node; its dead letters expire. False when it is alive, adopted, or has requests."""
         keys = self._keys
-        of_node = (
-            keys.lease,
-            keys.adopter,
-            keys.requests,
-            keys.load,
-            keys.inbox,
-            keys.redis_run,
-            keys.dead,
-            keys.status,
-        )
-        if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], (self._dead_age,)):
+        deleted = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run)
+        of_node = [key(node) for key in (*deleted, keys.dead, keys.status)]
+        if not await LUA["retire"].run(self._redis, of_node, (self._dead_age,)):
             return False
         await self._redis.execute("ZREM", keys.nodes(), node)
         return True

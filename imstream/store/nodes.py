@@ -108,7 +108,7 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
     stream: dict[str, Any] = {"unfinished": unfinished, "oldest": oldest, "adopter": adopter, "helpers": helpers}
     if lease is None:
         return NodeOverview(node, "dead", last_seen, **stream)
-    holder, known = Holder.decode(lease), status if isinstance(status, dict) else to_dict(status)
+    holder, known = Holder.decode(lease), to_dict(status)
     if known.get("instance") != holder.instance:  # of a process before, and this one is of an older release
         known = {}
     return NodeOverview(
@@ -121,10 +121,10 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
         holder.pid or None,
         holder.instance,
         known.get("version"),
-        _count(known, "sessions"),
-        _count(known, "running"),
+        number_in(known, "sessions"),
+        number_in(known, "running"),
         known.get("not_ready"),
-        _count(known, "reads"),
+        number_in(known, "reads"),
         known.get("metrics"),
         known.get("paused") or None,
         **stream,
@@ -140,6 +140,7 @@ async def _pending(redis: RedisClient, stream: str) -> dict[str, int]:
     return {consumer: int(count) for consumer, count in summary[3] or ()}
 
 
-def _count(fields: Mapping[str, str], name: str) -> int | None:
+def number_in(fields: Mapping[str, str], name: str) -> int | None:
+    """The number in a field; None for anything else."""
     text = fields.get(name, "")
     return int(text) if text.isdecimal() else None

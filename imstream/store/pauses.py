@@ -106,8 +106,8 @@ class Pauses:
         except StoreRefused:
             self._known = self._known or {}
             raise
-        pairs = fields if isinstance(fields, dict) else to_dict(fields)
-        before, self._known = self._known or {}, {node: Pause.decode(text) for node, text in pairs.items()}
+        known = {node: Pause.decode(text) for node, text in to_dict(fields).items()}
+        before, self._known = self._known or {}, known
         self._ended.update((node, monotonic()) for node in before if node not in self._known)
         return self._known
 

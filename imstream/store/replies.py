@@ -10,16 +10,7 @@ from pydantic_core import to_json
 
 from imstream.clock import milliseconds, time_of
 from imstream.keys import Keys
-from imstream.model import (
-    TERMINAL_EVENTS,
-    Continued,
-    Question,
-    Record,
-    Terminal,
-    TerminalEvent,
-    Usage,
-    Waiting,
-)
+from imstream.model import TERMINAL_EVENTS, Continued, Question, Record, Terminal, TerminalEvent, Usage, Waiting
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings

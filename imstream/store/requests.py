@@ -11,7 +11,7 @@ from imstream.errors import StoreError, StoreRefused
 from imstream.keys import GROUP, Keys
 from imstream.metrics import Metrics, reason_label
 from imstream.model import ChatRequest
-from imstream.redis.client import BlockingReader, RedisClient, to_dict
+from imstream.redis.client import BlockingReader, RedisClient, entries_of, to_dict
 from imstream.redis.connection import Argument
 from imstream.settings import Settings
 from imstream.store.dead_letters import DeadLetterBounds
@@ -147,9 +147,7 @@ class RequestStream:
                 answer = await self._redis.execute(*command, *streams)
             else:
                 answer = await self._reader.execute(*command, "BLOCK", milliseconds(block), *streams)
-        pairs = answer.items() if isinstance(answer, dict) else answer or ()
-        rows = (row for _, rows in pairs for row in rows if row[1] is not None)
-        return [Entry(row[0], to_dict(row[1])) for row in rows]
+        return [Entry(entry_id, to_dict(fields)) for entry_id, fields in entries_of(answer) if fields is not None]
 
     async def other_consumers(self) -> dict[str, int]:
         """The other consumers, and how many entries are pending for each. Raises `GroupMissing`."""
@@ -187,18 +185,15 @@ class RequestStream:
             return False
         return bool(rows) and rows[0][1] != self.consumer
 
-    async def hand_back(self, entry: Entry, *, to: str | None = None) -> None:
+    async def hand_back(self, entry: Entry | PendingEntry, *, to: str | None = None) -> None:
         """Do not count our delivery of an entry: the worker stops, and did not die of it. Idempotent.
 
-        Nothing happens when the entry has another consumer. `to`: the consumer that has it from now on.
+        One that is only pending for us, and has no job, keeps its count. Nothing happens when the entry has another
+        consumer. `to`: the consumer that has it from now on.
         """
-        arguments = (GROUP, self.consumer, entry.entry_id, entry.deliveries - 1, to or self.consumer)
-        await LUA["hand_back"].run(self._redis, (self._stream,), arguments)
-
-    async def give_back(self, entry: PendingEntry) -> None:
-        """Leave an entry that is pending for us, and has no job, to the node of the stream. Idempotent."""
-        arguments = (GROUP, self.consumer, entry.entry_id, entry.deliveries, self.node)
-        await LUA["hand_back"].run(self._redis, (self._stream,), arguments)
+        deliveries = entry.deliveries - 1 if isinstance(entry, Entry) else entry.deliveries
+        arguments = (GROUP, to or self.consumer, self.consumer, entry.entry_id, deliveries, 0)
+        await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
 
     async def unfinished(self) -> int:
         """The number of requests in the stream."""

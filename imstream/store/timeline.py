@@ -11,6 +11,7 @@ from imstream.keys import GROUP, Keys
 from imstream.model import TERMINAL_EVENTS
 from imstream.redis.client import RedisClient, to_dict
 from imstream.store.leases import is_node_id
+from imstream.store.nodes import number_in
 from imstream.store.pauses import ALL
 from imstream.user_ids import UserId
 
@@ -236,17 +237,13 @@ def _merged(rows: list[Row]) -> Iterator[Event]:
             event = "thinking"
         if event == "text" and batch is not None:
             number, characters = int(batch.about["batches"]) + 1, int(batch.about["characters"]) + len(text)
-            batch.about.update(
-                batches=str(number),
-                characters=str(characters),
-                until=_iso(entry_id),
-            )
+            batch.about.update(batches=str(number), characters=str(characters), until=_iso(entry_id))
             continue
         cause = event, about.get("backend"), about.get("reason")
         if wait is not None and cause == (wait.event, wait.about.get("backend"), wait.about.get("reason")):
             wait.about.update(about, times=str(int(wait.about.get("times", "1")) + 1))
             continue
-        made = Event(_time(entry_id), event, _number(fields, "attempt"), _number(fields, "offset"), about)
+        made = Event(_time(entry_id), event, number_in(fields, "attempt") or 0, number_in(fields, "offset") or 0, about)
         batch = made if event == "text" else None
         wait = made if event == "waiting" else None
         if text or batch is not None:
@@ -261,11 +258,6 @@ def _shown(fields: Mapping[str, str]) -> dict[str, str]:
     shown = {name: value for name, value in fields.items() if name not in _NOT_SHOWN and value != ""}
     times = {name: _iso(shown[name]) for name in _TIMES & shown.keys() if shown[name].isdecimal()}
     return shown | times
-
-
-def _number(fields: Mapping[str, str], name: str) -> int:
-    text = fields.get(name, "")
-    return int(text) if text.isdecimal() else 0
 
 
 def _time(entry_id: str) -> datetime:

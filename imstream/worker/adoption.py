@@ -8,7 +8,6 @@ from datetime import timedelta
 import structlog
 
 from imstream.errors import StoreError
-from imstream.store.leases import NotAdopted
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
 
@@ -99,14 +98,14 @@ class Adopter:
             return
         if unfinished == self._newer.get(node):
             return  # left to a node that supports their schema
-        verdict = await self._deps.leases.adopt(node)
-        if isinstance(verdict, NotAdopted):
+        adopted = await self._deps.leases.adopt(node)
+        if adopted is None:
             return
         if self._stopping:  # another node must not wait until our adoption expires
             await self._release(node)
             return
         self._deps.metrics.adoptions.inc()
-        log.warning("stream of a dead node adopted", node=node, unfinished=verdict.unfinished)
+        log.warning("stream of a dead node adopted", node=node, unfinished=adopted)
         self._start(group, node, self._make_consumer(node))
 
     async def _resume(self, group: asyncio.TaskGroup, node: str) -> None:
@@ -130,8 +129,8 @@ class Adopter:
         try:
             while not (await asyncio.wait([consuming], timeout=self._interval))[0]:
                 with suppress(StoreError):  # unknown: reading on is safe, each entry is delivered once
-                    verdict = await self._deps.leases.adopt(node)
-                    is_over = isinstance(verdict, NotAdopted) or verdict.unfinished <= len(consumer.newer)
+                    unfinished = await self._deps.leases.adopt(node)
+                    is_over = unfinished is None or unfinished <= len(consumer.newer)
                     if is_over or self._deps.pauses.own:  # another node may work on the rest
                         consumer.finish_pending()
                     else:  # also when the node was back and has died again

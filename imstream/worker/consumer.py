@@ -157,7 +157,7 @@ class StreamConsumer:
             left = await self._requests.pending(exclude={*self.newer, *self._running})
             if self._deps.pauses.is_known and self._deps.pauses.of(self._requests.node):
                 for one in left:  # nothing starts here: another node may answer them
-                    await self._requests.give_back(one)
+                    await self._requests.hand_back(one, to=self._requests.node)
             self._finished = not self._running and not left
         wanted = 0 if self._finishing or not self._deps.lease_keeper.held else self._startable()
         with self._jobs.reserve(wanted, self._requests.node) as slots:

@@ -84,8 +84,9 @@ async def test_the_age_is_that_of_the_request_not_of_its_last_delivery(store: St
 async def test_a_dead_letter_tells_who_what_and_why(store: Store) -> None:
     await fill(store)
     [letter] = (await look(store)).newest_dead
-    assert (letter.user, letter.message_id, letter.attempts) == ("10001", "m0", "1")
-    assert (letter.reason, letter.error) == ("http_400", "no such model")
+    assert letter.about == {
+        "user": "10001", "message_id": "m0", "attempts": "1", "reason": "http_400", "error": "no such model"
+    }  # fmt: skip
     assert abs(letter.dead_at - datetime.now(UTC)) < timedelta(minutes=1)
 
 
@@ -94,8 +95,8 @@ async def test_only_the_newest_dead_letters_are_read(store: Store) -> None:
         store.redis.xadd(store.keys.dead("0"), {"user": str(number)}, id=f"{number + 1}-0")
     seen = await look(store, newest=2)
     assert seen.dead == 5
-    assert [letter.user for letter in seen.newest_dead] == ["4", "3"]
-    assert seen.newest_dead[0].reason == "?"  # an entry written by hand
+    assert [letter.about["user"] for letter in seen.newest_dead] == ["4", "3"]
+    assert seen.newest_dead[0].about["reason"] == "?"  # an entry written by hand
 
 
 async def test_the_command_prints_all_of_it_and_never_the_text(store: Store) -> None:

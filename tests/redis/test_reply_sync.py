@@ -24,7 +24,18 @@ from imstream.model import Question, Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.reply_buffer import ReplyBuffer, ReplyBuffers
 from imstream.settings import Settings
-from imstream.store.inbox import AccountChanged, Inbox, NodeLeft, Notice, ReplyGrew, RouteAdded, Routes, SessionReplaced
+from imstream.store.inbox import (
+    AccountChanged,
+    DrainRequested,
+    Inbox,
+    NodeLeft,
+    Notice,
+    ReplyGrew,
+    RouteAdded,
+    Routes,
+    SessionReplaced,
+    parse_notice,
+)
 from imstream.store.replies import ReplyStore
 from imstream.texts import Text
 from imstream.user_ids import UserId
@@ -445,3 +456,7 @@ async def test_a_ban_that_nobody_was_told_of_is_noticed_when_routes_are_renewed(
         node.redis.hset(node.keys.account(USER), "banned", 1)
         await wait_until(lambda: session.closed, "it is closed")
         assert session.closed[0] == CloseCode.LOCKED
+
+
+def test_a_request_to_drain_without_an_instance_is_for_the_process_that_runs() -> None:
+    assert parse_notice(["event", "drain"]) == DrainRequested()

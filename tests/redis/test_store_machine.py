@@ -30,7 +30,7 @@ from imstream.keys import GROUP, Keys
 from imstream.model import ChatRequest, Terminal
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.settings import Settings
-from imstream.store.leases import Adopted, Leases, NotAdopted
+from imstream.store.leases import Leases
 from imstream.store.replies import Appended, Ended, Opened, Rejected, ReplyStore
 from imstream.store.requests import Admitted, Entry, QueueFull, RequestStream
 from imstream.user_ids import UserId
@@ -301,13 +301,13 @@ class StoreUsed(RuleBasedStateMachine):
             return
         verdict = self._run(self._leases[by].adopt(stream))
         if stream in self._alive:
-            assert verdict == NotAdopted(None)
+            assert verdict is None
             if self._adopters.get(stream) == by:
                 self._release(stream, by)
         elif self._adopters.setdefault(stream, by) != by:
-            assert verdict == NotAdopted(self._adopters[stream])
+            assert verdict is None
         else:
-            assert verdict == Adopted(len(self._unfinished[stream]))
+            assert verdict == len(self._unfinished[stream])
             self._take_up(stream, by, node_is_back=node_is_back)
             if not node_is_back:
                 self._take(stream, by, count)

@@ -1,4 +1,5 @@
--- Claim one pending request: of a consumer that is dead, or one of ours that we do not work on.
+-- Claim one pending request and set its delivery count: one of a consumer that is dead, or one of ours that we do not
+-- work on, or hand back.
 --
 -- KEYS[1]  stream  requests of the node
 -- KEYS[2]  string  lease of that node
