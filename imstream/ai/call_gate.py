@@ -65,10 +65,14 @@ class CallGate:
 
     def begin(self) -> None:
         """A call is made. While the breaker is half-open, it is the one call of this pause."""
-        if self.is_closed:
-            self._pass()
+        now = self._loop.time()
+        if self.breaker.tripped:
+            self.breaker.record_probe()
+        elif self._back_at is not None:
+            rate = max(self._normal_rate or 0.0, MIN_RATE) * 2.0 ** int(now - self._back_at)
+            self._next_at = max(self._next_at, now) + 1 / rate
         elif self._normal_rate is None:
-            self._count()
+            self._rate, self._counted_at = self._decayed() + 1 / RATE_WINDOW, now
 
     def record_success(self) -> None:
         """A call has succeeded, or has its first text."""
@@ -105,24 +109,12 @@ class CallGate:
             pause = {"pause_seconds": round(self.breaker.remaining(), 1)} if self.breaker.tripped else {}
             log.error(event, backend=self.name, **pause, **why)
 
-    def _pass(self) -> None:
-        if self.breaker.tripped:
-            self.breaker.record_probe()
-        elif self._back_at is not None:
-            now = self._loop.time()
-            rate = max(self._normal_rate or 0.0, MIN_RATE) * 2.0 ** int(now - self._back_at)
-            self._next_at = max(self._next_at, now) + 1 / rate
-
     def _pause(self) -> float:
         """Seconds until the next call of the paced time; it ends when it is over."""
         now = self._loop.time()
         if self._back_at is not None and now - self._back_at >= RECOVERY:
             self._back_at = self._normal_rate = None
         return max(0.0, self._next_at - now) if self._back_at is not None else 0.0
-
-    def _count(self) -> None:
-        self._rate = self._decayed() + 1 / RATE_WINDOW
-        self._counted_at = self._loop.time()
 
     def _decayed(self) -> float:
         return self._rate * exp((self._counted_at - self._loop.time()) / RATE_WINDOW)

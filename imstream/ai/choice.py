@@ -38,13 +38,11 @@ def _by_weight(upstreams: Sequence[Upstream]) -> Upstream:
 
     The calls of one are spread evenly between those of the others ("smooth weighted round robin").
     """
-    if len(upstreams) > 1:
-        total = 0.0
-        for one in upstreams:
-            earned = one.options.weight * (1 - one.in_flight / one.slots.limit)
-            one.credit += earned
-            total += earned
-        chosen = max(upstreams, key=lambda one: one.credit)
-        chosen.credit -= total
-        return chosen
-    return upstreams[0]
+    total = 0.0
+    for one in upstreams:
+        earned = one.options.weight * (1 - one.in_flight / one.slots.limit)
+        one.credit += earned
+        total += earned
+    chosen = max(upstreams, key=lambda one: one.credit)
+    chosen.credit -= total
+    return chosen

@@ -1,8 +1,10 @@
 """The form of a request to one backend: messages, parameters and token counts, by its options. No I/O."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Protocol, cast
 
 from pydantic import JsonValue
@@ -43,7 +45,7 @@ def adapt(turns: Sequence[_Turn], options: BackendOptions) -> list[Message]:
     messages = [_message(turn.role, turn.content) for turn in turns]
     if options.roles == "merge":
         *others, last = messages
-        messages = _system_first([*filter(_says_something, others), last])
+        messages = _system_first([*(one for one in others if one["content"].strip()), last])
     if options.system == "user":
         messages = _without_system(messages)
     return _alternating(messages) if options.roles == "merge" else messages
@@ -134,12 +136,7 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _says_something(message: Message) -> bool:
-    content = message["content"]
-    return content != "" and not content.isspace()
-
-
-def _joined(messages: Sequence[Message]) -> str:
+def _joined(messages: Iterable[Message]) -> str:
     return _SEPARATOR.join(message["content"] for message in messages)
 
 
@@ -170,13 +167,7 @@ def _without_system(messages: list[Message]) -> list[Message]:
 
 def _alternating(messages: list[Message]) -> list[Message]:
     """Turns of users and the assistant in alternation, beginning with a user."""
-    runs: list[list[Message]] = []
-    for message in messages:
-        if runs and runs[-1][0]["role"] == message["role"]:
-            runs[-1].append(message)
-        else:
-            runs.append([message])
-    result = [run[0] if len(run) == 1 else _message(run[0]["role"], _joined(run)) for run in runs]
+    result = [_message(role, _joined(run)) for role, run in groupby(messages, itemgetter("role"))]
     begin = 1 if result and result[0]["role"] == "system" else 0
     if len(result) > begin and result[begin]["role"] == "assistant":
         result.insert(begin, _message("user", OPENING))

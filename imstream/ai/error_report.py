@@ -186,22 +186,17 @@ def _wait_in(message: str) -> timedelta | None:
 
 
 def _duration(text: str) -> timedelta:
-    parts = ((float(number), unit.lower()) for number, unit in _PART.findall(text))
-    units = [
-        (number, next(value for start, value in _SECONDS.items() if unit.startswith(start))) for number, unit in parts
-    ]
-    return timedelta(seconds=sum(number * seconds for number, seconds in units))
+    seconds = 0.0
+    for number, unit in _PART.findall(text.lower()):
+        seconds += float(number) * next(value for start, value in _SECONDS.items() if unit.startswith(start))
+    return timedelta(seconds=seconds)
 
 
 def _field_error(item: dict[str, Any]) -> str:
     place, problem = item.get("loc"), item.get("msg")
     parts = place[:_MAX_FIELDS] if isinstance(place, list) else []
-    path = ".".join(str(part) if _is_word(part) or _is_index(part) else "…" for part in parts)
+    path = ".".join(str(part) if _is_code(part) else "…" for part in parts)
     return ": ".join(part for part in (path, problem) if isinstance(part, str) and part)
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and abs(value) <= _MAX_INDEX
 
 
 def _is_code(value: object) -> TypeGuard[str | int]:

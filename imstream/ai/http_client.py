@@ -127,7 +127,7 @@ class HttpClient:
         try:
             if not self._is_tunnel:
                 return await self._connect_to_peer(self._keep)
-            return await self._connect_through(await self._connect_to_peer(_nothing))
+            return await self._connect_through(await self._connect_to_peer(lambda *_: None))
         except (OSError, UnicodeError) as error:  # the latter: a host name that is too long
             host = self._server if isinstance(error, ssl.SSLError) else self._peer
             raise ConnectFailed(host, error) from None
@@ -172,17 +172,14 @@ class HttpClient:
         assert self._tls is not None  # noqa: S101 - the scheme is https
         loop = asyncio.get_running_loop()
         try:
-            transport = await loop.start_tls(wire, connection, self._tls, server_hostname=_name(url))
+            name = (url.raw_host or "").rstrip(".")  # as certificates have it
+            transport = await loop.start_tls(wire, connection, self._tls, server_hostname=name)
         except BaseException:
             wire.abort()
             raise
         assert transport is not None  # noqa: S101 - only of a transport that is closed
         connection.connection_made(transport)
         connection.wire = wire
-
-
-def _nothing(_: HttpConnection, __: bool) -> None:  # noqa: FBT001 - a callback
-    pass
 
 
 def _small_socket(address: AddrInfoType) -> socket.socket:
@@ -196,11 +193,6 @@ def _tls_context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
-
-
-def _name(url: URL) -> str:
-    """The host of a URL as certificates name it."""
-    return (url.raw_host or "").rstrip(".")
 
 
 def _lines(fields: Mapping[str, str]) -> str:

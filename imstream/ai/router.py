@@ -287,24 +287,16 @@ class Backends:
 
 
 async def _check(one: Upstream) -> None:
-    one.in_flight += 1  # it must not be closed meanwhile
-    try:
+    error = await one.check()
+    if error is not None and error.reason == "connect_failed":
+        await asyncio.sleep(RECHECK)
         error = await one.check()
-        if error is not None and error.reason == "connect_failed":
-            await asyncio.sleep(RECHECK)
-            error = await one.check()
-    finally:
-        one.in_flight -= 1
     if error is not None:
         log.warning("backend check failed", backend=one.name, reason=error.reason, error=error.detail)
 
 
 async def _recheck(one: Upstream) -> None:
-    one.in_flight += 1
-    try:
-        error = await one.check()
-    finally:
-        one.in_flight -= 1
+    error = await one.check()
     one.is_reachable = error is None or error.reason not in {"connect_failed", "connection_lost"}
     if not one.is_reachable and one.gate.breaker.tripped:  # else a call has succeeded meanwhile
         one.gate.breaker.record_probe()

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from imstream.ai.backend_options import BackendOptions
-from imstream.errors import BackendError, FailureKind
+from imstream.errors import BackendError
 
 AWAY = frozenset({"connect_timeout", "first_token_timeout"})
 """Limits that are exceeded before the answer begins: the backend is not there, or is full."""
@@ -69,7 +69,7 @@ class TimeLimits:
         except TimeoutError:
             assert self._exceeded is not None  # noqa: S101 - set before the scope is cancelled
             reason, seconds = self._exceeded
-            raise BackendError(reason, f"after {seconds:g} s", kind=_kind(reason)) from None
+            raise BackendError(reason, f"after {seconds:g} s", kind="away" if reason in AWAY else "broken") from None
 
     def expect(self, reason: str, *, within: timedelta, at_most: timedelta | None = None) -> None:
         """Expect the next step within this time, and again after each `renew`; for `at_most` in all."""
@@ -157,7 +157,3 @@ class AnswerLimits:
 
 def _nothing() -> None:
     pass
-
-
-def _kind(reason: str) -> FailureKind:
-    return "away" if reason in AWAY else "broken"

@@ -1,6 +1,6 @@
 """One backend among others: its options, gate, slots and counters."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.backend_options import BackendOptions
@@ -36,11 +36,11 @@ class Upstream:
     """Whether a check has reached it since its last failure."""
     credit: float = 0.0
     """Credit by its weight in earlier choices, minus its calls."""
-    name: str = field(init=False)
-    """Its name in logs and records."""
 
-    def __post_init__(self) -> None:
-        self.name = self.backend.name
+    @property
+    def name(self) -> str:
+        """Its name in logs and records."""
+        return self.backend.name
 
     @property
     def can_continue(self) -> bool:
@@ -94,11 +94,15 @@ class Upstream:
     async def close(self) -> None:
         """Close all connections."""
         if isinstance(self.backend, OpenAIBackend):
-            await self.backend.__aexit__(None, None, None)
+            await self.backend.__aexit__()
 
     async def check(self) -> BackendError | None:
         """Return the error of future calls, as far as it is known without a prompt."""
-        return await self.backend.check() if isinstance(self.backend, OpenAIBackend) else None
+        self.in_flight += 1  # it must not be closed meanwhile
+        try:
+            return await self.backend.check() if isinstance(self.backend, OpenAIBackend) else None
+        finally:
+            self.in_flight -= 1
 
     def record_failure(self, error: BackendError, *, user: object) -> None:
         """A call has failed."""
