@@ -225,18 +225,15 @@ class HttpServer(uvicorn.Server):
             **options,
         )
         super().__init__(config)
-        self._host, self._port, self._setting = host, port, setting
+        self.port = port
+        """The port that it listens on."""
+        self._host, self._setting = host, setting
 
     @property
     def address(self) -> str:
         """Where it listens, as `http://host:port`."""
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}"
-
-    @property
-    def port(self) -> int:
-        """The port that it listens on."""
-        return self._port
+        return f"http://{host}:{self.port}"
 
     def listen(self) -> None:
         """Bind the address.
@@ -248,13 +245,13 @@ class HttpServer(uvicorn.Server):
         # Without dualstack_ipv6, `::` would not include the addresses of IPv4.
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         try:
-            listener = socket.create_server((self._host, self._port), family=family, backlog=2048, dualstack_ipv6=both)
+            listener = socket.create_server((self._host, self.port), family=family, backlog=2048, dualstack_ipv6=both)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else "the host is unknown"
             raise SettingsError(f"{self._setting}: cannot listen: {reason}") from None
         # Accepted sockets inherit it. uvloop sets it by itself, asyncio only on sockets that it made.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._port, self._listener = listener.getsockname()[1], listener
+        self.port, self._listener = listener.getsockname()[1], listener
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until `stop`."""
