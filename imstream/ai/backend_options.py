@@ -77,10 +77,8 @@ class BackendOptions(BaseModel):
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """The options of the single backend."""
-        named = {field.alias or name: f"ai_{field.alias or name}" for name, field in cls.model_fields.items()}
-        return cls(
-            **{name: getattr(settings, setting) for name, setting in named.items() if hasattr(settings, setting)}
-        )
+        names = [field.alias or name for name, field in cls.model_fields.items()]
+        return cls(**{name: getattr(settings, f"ai_{name}") for name in names if hasattr(settings, f"ai_{name}")})
 
     def named_in(self, file: Path, key_option: str = "key_env") -> Self:
         """These options, with a file, and the option in it that names the key, for errors."""
