@@ -18,7 +18,6 @@ from imstream.ai.http_response import HttpError, Response
 from imstream.errors import BackendError, SettingsError
 from imstream.urls import SecretUrl, secrets_in_query
 
-KEEP_ALIVE = timedelta(seconds=4)  # of an unused connection: servers close theirs after 5 s (uvicorn, Node) or later
 ERROR_BODY_LIMIT = 8192  # bytes read of the body of an error response
 ERROR_BODY_WAIT = timedelta(seconds=2)  # time limit for that body, which only explains the status
 
@@ -97,9 +96,7 @@ class EndpointClient:
 
     async def __aenter__(self) -> Self:
         endpoint, limit = self._endpoint, self._body_limit
-        self._client = HttpClient(
-            endpoint.url, endpoint.headers, proxy=endpoint.proxy, limit=limit, keep_alive=KEEP_ALIVE
-        )
+        self._client = HttpClient(endpoint.url, endpoint.headers, proxy=endpoint.proxy, limit=limit)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -6,7 +6,6 @@ import ssl
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from http import HTTPStatus
 
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -17,6 +16,7 @@ from imstream.ai.held_connection import RECEIVE_BUFFER
 from imstream.ai.http_connection import HttpConnection
 from imstream.ai.http_response import HttpError, Response
 
+KEEP_ALIVE = 4.0  # seconds, of an unused connection: servers close theirs after 5 s (uvicorn, Node) or later
 _ADDRESSES_TTL = 10.0  # seconds that the addresses of a host are kept
 _NEXT_ADDRESS = 0.25  # seconds after which the next one is tried, too (RFC 8305, section 5)
 
@@ -45,9 +45,9 @@ class HttpClient:
     """
 
     def __init__(
-        self, server: URL, headers: Mapping[str, str], *, proxy: URL | None, limit: int, keep_alive: timedelta
+        self, server: URL, headers: Mapping[str, str], *, limit: int, proxy: URL | None, keep_alive: float = KEEP_ALIVE
     ) -> None:
-        """`headers`: of each request. `limit`: bytes of a response. `keep_alive`: of an unused connection."""
+        """`headers`: of each request. `limit`: bytes of a response. `keep_alive`: see `KEEP_ALIVE`."""
         self._server, self._peer = server, proxy or server
         self._is_tunnel = proxy is not None and server.scheme == "https"
         self._proxy_login = _login("Proxy-Authorization", proxy) if proxy is not None else {}
@@ -59,7 +59,7 @@ class HttpClient:
             fields.update(self._proxy_login)
         self._fields = _lines(fields)
         self._limit = limit
-        self._keep_alive = keep_alive.total_seconds()
+        self._keep_alive = keep_alive
         self._tls = _tls_context() if "https" in {server.scheme, self._peer.scheme} else None
         self._idle: deque[tuple[HttpConnection, float]] = deque()  # since a loop time
         self._timer: asyncio.TimerHandle | None = None  # closes connections

@@ -6,7 +6,6 @@ import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def sends(*parts: bytes, closes: bool = False) -> Script:
 @asynccontextmanager
 async def client_of(url: str, *, proxy: str | None = None, keep_alive: float = 60) -> AsyncIterator[HttpClient]:
     through = URL(proxy) if proxy else None
-    client = HttpClient(URL(url), {}, proxy=through, limit=1 << 20, keep_alive=timedelta(seconds=keep_alive))
+    client = HttpClient(URL(url), {}, proxy=through, limit=1 << 20, keep_alive=keep_alive)
     async with asyncio.timeout(3 * LIMIT):
         yield client
         await client.close()

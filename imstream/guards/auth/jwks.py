@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
-import aiohttp
 import jwt
 import structlog
 from pydantic_core import from_json
+from yarl import URL
 
+from imstream import __version__
+from imstream.ai.http_client import ConnectFailed, HttpClient
 from imstream.errors import SettingsError
 from imstream.guards.auth.tokens import Algorithm, InvalidToken, algorithm_of, key_id
 from imstream.settings import Settings
@@ -68,21 +69,20 @@ class JwksKeySource:
         self._failing = False
         self._last_success = self._next_fetch = 0.0  # when keys were fetched, and may be fetched again; monotonic
         self._lock = asyncio.Lock()
-        self._session: aiohttp.ClientSession | None = None
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": f"imstream/{__version__}"}
+        self._url = URL(self.url.get_secret_value())
+        self._client = HttpClient(self._url, headers, proxy=None, limit=2 * MAX_SIZE)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep the keys fresh while the node runs. Entering does not wait for the first fetch."""
-        session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=FETCH_TIMEOUT.total_seconds()),
-            headers={"Accept-Encoding": "identity"},
-            auto_decompress=False,  # a small response could decompress to any size
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
-        async with session as self._session, asyncio.TaskGroup() as group:
-            refreshing = group.create_task(self._refresh_periodically(), name="jwks")
-            yield
-            refreshing.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                refreshing = group.create_task(self._refresh_periodically(), name="jwks")
+                yield
+                refreshing.cancel()
+        finally:
+            await self._client.close()
 
     async def _refresh_periodically(self) -> None:
         while True:
@@ -106,7 +106,7 @@ class JwksKeySource:
         except Exception as error:  # noqa: BLE001 - a foreign document must not end the task
             if not self._failing:
                 # The messages of other errors may quote the response, or the URL with its password.
-                is_safe = isinstance(error, InvalidKeySet | aiohttp.ClientConnectorError)
+                is_safe = isinstance(error, InvalidKeySet | ConnectFailed)
                 reason = str(error) if is_safe else type(error).__name__
                 kept = 0 if self._key_set is None else len(self._key_set.keys)
                 log.warning("token keys not fetched", url=str(self.url), error=reason, kept=kept)
@@ -122,19 +122,17 @@ class JwksKeySource:
         self._key_set, self._last_success, self._failing = fetched, started, False
 
     async def _fetch(self) -> bytes:
-        assert self._session is not None  # noqa: S101 - set while running
-        # Redirects are not followed: the server that provides the keys can impersonate any user.
-        async with self._session.get(self.url.get_secret_value(), allow_redirects=False) as response:
+        time_limit = asyncio.timeout(FETCH_TIMEOUT.total_seconds())
+        async with time_limit, await self._client.request("GET", self._url) as response:
+            # A redirect, too: the server that provides the keys can impersonate any user.
             if response.status != HTTPStatus.OK:
                 raise InvalidKeySet(f"the response is HTTP {response.status}")
-            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            if response.is_encoded:
                 raise InvalidKeySet("the response is compressed, which was not requested")
-            content = bytearray()
-            async for chunk in response.content.iter_chunked(MAX_SIZE):
-                content += chunk
-                if len(content) > MAX_SIZE:
-                    raise InvalidKeySet(f"the response has more than {MAX_SIZE} bytes")
-        return bytes(content)
+            content = await response.read_all(MAX_SIZE)
+        if len(content) > MAX_SIZE:
+            raise InvalidKeySet(f"the response has more than {MAX_SIZE} bytes")
+        return content
 
     def _drop_expired(self) -> None:
         """Drop keys that have not been confirmed for `max_age`: the issuer may have withdrawn them."""
@@ -210,13 +208,12 @@ def check_url(url: SecretUrl, *, allow_http: bool) -> None:
     """Check that the keys cannot be replaced in transit. Raises `SettingsError`."""
     variable = Settings.variable("auth_jwks_url")
     try:
-        parts = urlsplit(url.get_secret_value())
-        host = parts.hostname or ""
+        parts = URL(url.get_secret_value())
     except ValueError:
-        host = ""
-    if not host:
+        parts = URL()
+    if not parts.host:
         raise SettingsError(f"{variable}={url} is not allowed: must be a URL with a host")
-    if parts.scheme != "https" and not (allow_http or is_loopback(host)):
+    if parts.scheme != "https" and not (allow_http or is_loopback(parts.host)):
         raise SettingsError(
             f"{variable}={url} is not allowed: anyone who can change the response in transit can impersonate any user; "
             f"set an https URL, or {Settings.variable('auth_jwks_allow_http')}=true in a trusted network"
