@@ -58,10 +58,14 @@ class CallGate:
         return "away" if self.breaker.tripped else "working" if self._back_at is None else "recovering"
 
     def delay(self) -> float:
-        """Seconds until a call may be made; 0: now."""
-        if not self.is_closed:
+        """Seconds until a call may be made; 0: now. Ends the paced time when it is over."""
+        if self.breaker.tripped or self._back_at is None:
+            return self.breaker.remaining()
+        now = self._loop.time()
+        if now - self._back_at >= RECOVERY:
+            self._back_at = self._normal_rate = None
             return 0.0
-        return self.breaker.remaining() or (0.0 if self.breaker.tripped else self._pause())
+        return max(0.0, self._next_at - now)
 
     def begin(self) -> None:
         """A call is made. While the breaker is half-open, it is the one call of this pause."""
@@ -108,13 +112,6 @@ class CallGate:
             why = {"reason": error.reason, "error": error.detail or error.reason}
             pause = {"pause_seconds": round(self.breaker.remaining(), 1)} if self.breaker.tripped else {}
             log.error(event, backend=self.name, **pause, **why)
-
-    def _pause(self) -> float:
-        """Seconds until the next call of the paced time; it ends when it is over."""
-        now = self._loop.time()
-        if self._back_at is not None and now - self._back_at >= RECOVERY:
-            self._back_at = self._normal_rate = None
-        return max(0.0, self._next_at - now) if self._back_at is not None else 0.0
 
     def _decayed(self) -> float:
         return self._rate * exp((self._counted_at - self._loop.time()) / RATE_WINDOW)

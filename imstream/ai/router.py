@@ -12,9 +12,8 @@ from imstream.ai.backend import Backend, OpenAIBackend
 from imstream.ai.backend_file import ignored_settings, read_backends
 from imstream.ai.backend_options import BackendOptions
 from imstream.ai.call_gate import CallGate
-from imstream.ai.choice import best, candidates
 from imstream.ai.rollup import RollUp
-from imstream.ai.upstream import Slots, Upstream
+from imstream.ai.upstream import Slots, Upstream, best, candidates
 from imstream.settings import Settings
 
 RECHECK = 3.0
@@ -131,8 +130,6 @@ class Backends:
     @property
     def limits_prompts(self) -> bool:
         """Whether some prompts are too long for one of them, so that `tokens` matters."""
-        if len(self._all) == 1:
-            return False
         budget = self._settings.context_tokens - self._settings.answer_tokens
         return any(upstream.prompt_limit < budget for upstream in self._all)
 
@@ -194,8 +191,6 @@ class Backends:
     def take_other(self, tried: Collection[Upstream], *, continuing: bool = False, tokens: int = 0) -> Upstream | None:
         """As `take`, but none of those in `tried`."""
         others = [one for one in self._all if one not in tried]
-        if not others:
-            return None
         if self._waiting:
             self._admit()
         chosen = best(others, (), self._possible(tokens), continuing=continuing)
