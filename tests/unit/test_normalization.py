@@ -5,7 +5,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imstream.guards.words.normalization import (
@@ -16,9 +16,11 @@ from imstream.guards.words.normalization import (
     SPACE,
     is_dependent,
     is_spaced,
+    last_letter,
     normalize,
     source_indexes,
 )
+from tests.support.tiers import examples
 
 SAME = {
     "FUCK": "fuck",
@@ -82,13 +84,29 @@ def test_a_vowel_sign_or_voicing_mark_continues_the_character_before_it() -> Non
     assert not any(map(is_dependent, "中カ"))
 
 
-@given(st.text())
+def _of_block(number: int) -> st.SearchStrategy[str]:
+    """Texts of 128 characters next to each other: usually letters and marks of one script."""
+    return st.text(st.integers(number * 128, number * 128 + 127).map(chr), min_size=1, max_size=6)
+
+
+_SCRIPTS = st.lists(st.one_of(st.integers(0, 0x1E7FF // 128).flatmap(_of_block), st.text(max_size=3)), max_size=4)
+"""Parts of texts that mix scripts."""
+
+
+@settings(max_examples=examples(1000))
+@given(st.one_of(st.text(), _SCRIPTS.map("".join)))
+@example("\u0904\u093a")
+@example("a\u093a\u0904.\u093aa\u093a")
+@example("か\u3099あ\u0e31ー\u3099")
 def test_each_character_of_the_form_has_its_origin(text: str) -> None:
     form = normalize(text)
     origin = source_indexes(text, form)
     assert len(origin) == len(form)
+    letter = ""
     for index, char in enumerate(text):
-        assert "".join(part for part, at in zip(form, origin, strict=True) if at == index) == normalize(char)
+        part = normalize(char, after=letter)  # whether a mark is ignored depends on the letter before it
+        assert "".join(part for part, at in zip(form, origin, strict=True) if at == index) == part
+        letter = last_letter(part) or letter
 
 
 def test_composed_or_not_a_text_has_the_same_letters() -> None:
