@@ -10,7 +10,7 @@ It checks received frames: each fits one schema of asyncapi.json, and nothing fo
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
@@ -223,9 +223,21 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
         proxy=None,
     ) as connection:
         someone = Peer(connection)
-        if user is not None:
-            await someone.login(user, resume, token)
-        yield someone
+        try:
+            if user is not None:
+                await someone.login(user, resume, token)
+            yield someone
+        finally:
+            await _close(connection)
+
+
+async def _close(connection: ClientConnection) -> None:
+    """Close it and discard its unread frames: `websockets` stops reading at 16, and then waits 10 s for the close."""
+    closing = asyncio.create_task(connection.close())
+    with suppress(ConnectionClosed):
+        while True:
+            await connection.recv()
+    await closing
 
 
 async def answered(urls: str | Sequence[str], user: UserId, questions: Mapping[str, str]) -> dict[str, Told]:
