@@ -1,5 +1,6 @@
 """A slow reference implementation of the word filter: compares every part of a text with every word."""
 
+import unicodedata
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -36,7 +37,11 @@ def slowly_masked(text: str, words: Iterable[str]) -> str:
 def _is_word(normal: str, first: int, last: int, word: str) -> bool:
     letters = [part for part in word if part not in SEPARATORS]
     here = [(at, part) for at, part in enumerate(normal[first : last + 1]) if part not in SEPARATORS]
-    if [part for _, part in here] != letters or normal[first] in SEPARATORS or normal[last] in SEPARATORS:
+    if (
+        _ordered(part for _, part in here) != _ordered(letters)
+        or normal[first] in SEPARATORS
+        or normal[last] in SEPARATORS
+    ):
         return False
     gaps = [normal[first:][one + 1 : other] for (one, _), (other, _) in pairwise(here)]
     if any(len(gap) > _MAX_GAP for gap in gaps):
@@ -48,6 +53,11 @@ def _is_word(normal: str, first: int, last: int, word: str) -> bool:
         if parts and not alone and number not in _gaps_of(word):
             return False
     return not _touches_left(normal[:first], letters[0]) and not _touches_right(normal[last + 1 :], letters[-1])
+
+
+def _ordered(letters: Iterable[str]) -> str:
+    """Letters with their marks in Unicode's canonical order."""
+    return unicodedata.normalize("NFD", "".join(letters))
 
 
 def _gaps_of(word: str) -> set[int]:

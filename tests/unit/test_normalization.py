@@ -80,7 +80,7 @@ def test_scripts_with_and_without_spaces_are_told_apart() -> None:
 
 
 def test_a_vowel_sign_or_voicing_mark_continues_the_character_before_it() -> None:
-    assert all(map(is_dependent, "\u3099\u0e31\u11ab\u1161"))
+    assert all(map(is_dependent, "\u3099\u0e31\u11ab\u1161\ud7b0\ud7cb"))
     assert not any(map(is_dependent, "中カ"))
 
 

@@ -22,7 +22,7 @@ from tests.support.tiers import examples
 
 WORDS = (
     *("fuck", "ass", "hell", "penis", "two words", "e-mail", "11"),
-    *("敏感词", "性感", "K粉", "傻b", "法轮", "日、本", "ガ", "キ", "가", "한국"),
+    *("敏感词", "性感", "K粉", "傻b", "法轮", "日、本", "ガ", "キ", "가", "한국", "ခွင့်"),
 )
 LIST = WordList(map(normalize, WORDS))
 
@@ -41,6 +41,8 @@ FOUND = {
     "fùck": "＊＊＊＊",
     "这是敏感词吗": "这是＊＊＊吗",
     "ｶﾞ": "＊＊",
+    "\u1001\u103d\u1004\u1037\u103a": "＊＊＊＊＊",  # marks in each of two equivalent orders
+    "\u1001\u103d\u1004\u103a\u1037": "＊＊＊＊＊",
     # separators between the letters
     "f.u.c.k": "＊＊＊＊＊＊＊",
     "f**u-ck": "＊＊＊＊＊＊＊",
@@ -75,7 +77,7 @@ NOT_FOUND = (
     *("class", "assume", "ass1", "1ass", "bass", "ässe", "a\u200bass", "ass\u200bx", "hello", "fucks"),
     *("pen is", "he'll", "as s", "a ss", "two, worlds", "f u ck", "he ll"),
     *("男性，感觉", "男性。感", "法\n轮", "敏感\n词", "法（轮", "性、感"),
-    *("ギ", "ｷﾞ", "각"),
+    *("ギ", "ｷﾞ", "각", "가\ud7cb"),
     *("AK粉", "傻bb", "カ", "하국", "한구", "1 1, 1,1", "111"),
     "f" + "." * (MAX_GAP + 1) + "uck",
     "",
@@ -161,6 +163,23 @@ def test_marks_of_its_own_script_make_another_word() -> None:
         assert has_word(same, words)
 
 
+@given(st.text("\u0e34\u0e38\u0e39\u0e3a\u0e48\u0e49", max_size=5).flatmap(st.permutations))
+@example([*"\u0e48\u0e38"])
+def test_marks_in_an_equivalent_order_are_the_same_word(marks: list[str]) -> None:
+    words = WordList([normalize("น" + "".join(sorted(marks)))])
+    for text in ("น" + "".join(marks), "น" + "".join(marks[::-1])):
+        same = unicodedata.normalize("NFD", text) == unicodedata.normalize("NFD", "น" + "".join(sorted(marks)))
+        assert has_word(text, words) == same
+    assert len(words) == 1
+
+
+def test_a_long_word_with_many_marks_is_loaded_in_its_usual_orders() -> None:
+    canonical, typed = "\u1004\u1037\u103a" * 60, "\u1004\u103a\u1037" * 60
+    words = WordList([normalize(typed)])
+    assert has_word(canonical, words)
+    assert has_word(typed, words)
+
+
 @pytest.mark.parametrize("unseen", ["\u200b", "\u0e31"])
 def test_invisible_characters_cost_no_more_than_their_length(unseen: str) -> None:
     """The cost is linear, whole and in pieces: twice the length costs twice as much, not four times."""
@@ -180,7 +199,7 @@ def test_words_that_overlap_are_all_masked() -> None:
 
 # Characters that rules depend on, and parts of words.
 _ATOMS = st.sampled_from(
-    [*"fuckashelpnitwowrdbK1敏感词性傻法轮日本カ한구국ガ", *"éÉﬁ½㍿", *".-* ,，\n'\t\u200b\u0301\u3099", *WORDS]
+    [*"fuckashelpnitwowrdbK1敏感词性傻法轮日本カ한구국ガ", *"ခွင့်", *"éÉﬁ½㍿", *".-* ,，\n'\t\u200b\u0301\u3099", *WORDS]
 )
 _ODD_LISTS = st.lists(st.text("ab12中国", min_size=1, max_size=3), min_size=1, max_size=5)
 _ODD_TEXTS = st.lists(st.sampled_from([*"ab12中国", *". ,\u200b", "½", "." * 15, "\u200b" * 16]), max_size=12).map(

@@ -95,7 +95,8 @@ def is_spaced(letter: str) -> bool:
 
 def is_dependent(letter: str) -> bool:
     """Whether a letter of an unspaced script belongs to the one before it: a vowel sign, a voicing mark."""
-    return unicodedata.category(letter)[0] == "M" or "\u1160" <= letter <= "\u11ff"
+    is_jamo = "\u1160" <= letter <= "\u11ff" or "\ud7b0" <= letter <= "\ud7ff"  # Hangul vowels and finals
+    return is_jamo or unicodedata.category(letter)[0] == "M"
 
 
 def _resolve_marks(normal: str, letter: str) -> str:

@@ -2,7 +2,7 @@
 
 A text contains a listed word where
 
-1. the letters and digits of the word follow each other,
+1. the letters and digits of the word follow each other, with their marks in any equivalent order,
 2. at most `MAX_GAP` *light* separators stand between them: `f.u-ck`, `敏*感`; and any number of ignored characters. A
    *heavy* separator (comma, quote, bracket, line break) ends a word, and so does a space between letters of spaced
    scripts: "pen is" is not "penis", "he'll" is not "hell", 男性,感觉 is not 性感. It does not where the listed word has
@@ -13,8 +13,9 @@ A text contains a listed word where
 
 import codecs
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 from operator import add, itemgetter
 from typing import Any
 
@@ -24,6 +25,7 @@ from imstream.guards.words.normalization import HEAVY, SEPARATORS, SPACE, is_dep
 
 MAX_GAP = 16  # separators between two letters of a word
 _MIN_ALONE = 3  # letters of a word that is found when all of them stand alone
+_MAX_ORDERS = 64  # of the marks of a word; usually there are two
 _SHORT = 128  # length of a text that is searched for prefixes before the full search
 _UNSPACED = "\u2e80"  # first character of the large unspaced scripts: from here on, words may begin anywhere
 _SHARE = 20_000  # approximate words of one automaton: building one blocks all threads, 0.1 s for 100,000 words
@@ -42,7 +44,7 @@ class WordList:
     def __init__(self, words: Iterable[str]) -> None:
         self._gaps = dict[str, frozenset[int]]()  # for words with gaps, the indexes of the letters after them
         letters = set[str]()
-        for word in map(strip_ignored, words):
+        for word in chain.from_iterable(map(_orders, map(strip_ignored, words))):
             plain = "".join(word.split())
             letters.add(plain)
             if len(plain) < len(word):
@@ -55,7 +57,7 @@ class WordList:
         self._max_length = max(map(len, letters), default=0)
         self._automata = [({word[0] for word in share}, _automaton(share)) for share in _shares(letters)]
         self._automaton_by_first = {first: automaton for firsts, automaton in self._automata for first in firsts}
-        self._count = len(letters)
+        self._count = len({unicodedata.normalize("NFD", word) for word in letters})
 
     def __len__(self) -> int:
         return self._count
@@ -161,6 +163,22 @@ class WordList:
             separators += len(run)
         all_alone = gaps == len(plain) - 1 and len(plain) >= _MIN_ALONE
         return all_alone or not breaks or self._gaps.get(plain, frozenset()).issuperset(breaks)
+
+
+def _orders(word: str) -> set[str]:
+    """The word with its marks in each equivalent order (Unicode): Burmese and Thai are typed in several."""
+    if not any(map(unicodedata.combining, word)):
+        return {word}
+    orders, new = set[str](), {word, unicodedata.normalize("NFD", word)}
+    while new and len(orders) < _MAX_ORDERS:
+        orders |= new
+        new = {
+            order[:at] + order[at + 1] + order[at] + order[at + 2 :]
+            for order in new
+            for at, (one, other) in enumerate(pairwise(map(unicodedata.combining, order)))
+            if one and other and one != other
+        } - orders
+    return orders
 
 
 def _shares(words: Iterable[str]) -> Iterator[list[str]]:
