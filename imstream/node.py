@@ -133,6 +133,8 @@ class Node:
             return StreamConsumer(stream, worker_deps, jobs)
 
         self.consumer = StreamConsumer(requests, worker_deps, jobs)
+        scheduler = FlushScheduler()
+        backends.rollup.on_turn = scheduler.flush
         jobs.line.is_paused = lambda: backends.is_closed or self.consumer.stopping
         self.adopter = Adopter(worker_deps, make_consumer)
         reply_sync = ReplySync(interval=settings.sweep_interval, replies=replies, buffers=buffers, registry=registry)
@@ -167,7 +169,7 @@ class Node:
             registry=registry,
             presence=presence,
             reply_sync=reply_sync,
-            scheduler=FlushScheduler(),
+            scheduler=scheduler,
             metrics=metrics,
             busy_log=BusyLog(),
             tracing=tracing,

@@ -5,7 +5,8 @@ several answers.
 
 an answer begins              its connection gets one of `SLOTS` slots, which take turns: not all are read together
 a read after the first text   the connection rests until the next turn of its slot, at most `period` later
-few answers are under way     several slots share a turn, up to `PER_TURN` answers
+a turn would be short         several slots share it, up to `TURN`: what its first answers bring into the caches of the
+                              CPU serves the others. With 25 answers a turn, 100 take a fifth more CPU, 400 a seventh
 the thread takes `QUIET` CPU  `period` is 0: no connection rests
 the thread takes `BUSY` CPU   `period` is at its limit; in between it grows with the CPU
 very few are                  `period` is at most `PER_ANSWER` for each: there is little to share
@@ -15,18 +16,20 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from math import ceil
 from typing import Protocol
 
 SLOTS = 8
-QUIET, BUSY = 0.05, 0.1
+QUIET, BUSY = 0.03, 0.06
 """CPUs that the thread of the event loop takes. Rests lower it: with a higher limit, a node with 100 paced answers
 balances at rests of about one delta, which share little."""
 
-PER_TURN = 25
+TURN = 0.006  # seconds of CPU of a turn, at most, because other events wait for it
+COST = 20e-6  # seconds of CPU for an answer, until the first turn has been measured
 PER_ANSWER = 0.002  # seconds
 MIN_PERIOD = 0.016  # seconds; a shorter rest costs more than it saves
 SAMPLE = 0.1  # seconds between two looks at the CPU
-MEMORY = 4  # looks that the average is about
+MEMORY = 2  # looks, and turns, that an average is about
 
 
 class Sleeper(Protocol):
@@ -44,12 +47,15 @@ class RollUp:
 
     def __init__(self, limit: timedelta, *, cpu_clock: Callable[[], float] = time.thread_time) -> None:
         """`limit`: maximum of `period`."""
+        self.on_turn: Callable[[], None] = lambda: None
+        """Called after each turn."""
         self._limit = limit.total_seconds()
         self._cpu_clock = cpu_clock
         self._slots: list[set[Sleeper]] = [set() for _ in range(SLOTS)]
         self._answers = self._joined = self._at = 0
         self._due: float | None = None  # loop time of the next turn; None: no connection rests
         self._grown = self._period = self._cpu = self._sampled_at = 0.0
+        self._cost = COST  # average of the last turns
 
     def join(self, sleeper: Sleeper) -> None:
         """An answer begins."""
@@ -95,9 +101,15 @@ class RollUp:
             # A turn that comes late delays no other.
             self._due = max(due + max(self._period, MIN_PERIOD) * share / SLOTS, loop.time())
             loop.call_at(self._due, self._turn)
+        used = -self._cpu_clock()
         for sleeper in turn:
             sleeper.wake()
+        self.on_turn()
+        used += self._cpu_clock()
+        if turn:
+            self._cost += (used / len(turn) - self._cost) / MEMORY
 
     def _share(self) -> int:
         """The number of slots of a turn."""
-        return min(max(SLOTS * PER_TURN // max(self._answers, 1), 1), SLOTS)
+        turns = min(max(ceil(self._answers * self._cost / TURN), 1), SLOTS)
+        return SLOTS // turns  # divides `SLOTS`, so that each slot comes after the same time

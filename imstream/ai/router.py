@@ -57,7 +57,7 @@ class Backends:
         self._settings = settings
         self._limit = settings.concurrency or sys.maxsize
         self._shared = Slots(settings.concurrency or DEFAULT_CONCURRENCY)
-        self._rollup = RollUp(settings.rollup)
+        self.rollup = RollUp(settings.rollup)
         self._all = [self._make(options) for options in _read(settings)] if not given else []
         self._all += [self._upstream(backend, BackendOptions.of(settings)) for backend in given]
         self._retired = list[Upstream]()
@@ -230,7 +230,7 @@ class Backends:
         return tokens and min(tokens, max(one.prompt_limit for one in self._all))
 
     def _make(self, options: BackendOptions) -> Upstream:
-        return self._upstream(OpenAIBackend(self._settings, options, self._rollup), options)
+        return self._upstream(OpenAIBackend(self._settings, options, self.rollup), options)
 
     def _upstream(self, backend: Backend, options: BackendOptions) -> Upstream:
         return Upstream(

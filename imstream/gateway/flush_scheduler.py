@@ -55,10 +55,11 @@ class FlushScheduler:
             self._loop.call_soon(self._run)
         else:
             if not self._later:
-                self._loop.call_at(self._due, self._run_later)
+                self._loop.call_at(self._due, self.flush)
             self._later.append(flush)
 
-    def _run_later(self) -> None:
+    def flush(self) -> None:
+        """Call everything that is scheduled: a round is due, or there is as much as in one."""
         self._next += self._later
         self._later.clear()
         self._run()
@@ -72,7 +73,8 @@ class FlushScheduler:
         if now >= self._interval_ends:
             self._interval_ends = now + INTERVAL
             self._written.clear()
-        self._written.update(flushes)
+        if len(self._written) < QUIET_SOCKETS:
+            self._written.update(flushes)
         self._paid_at = min(max(self._paid_at, now) + cost / CPU_SHARE, now + MAX_DEBT)
         if self._paid_at > now + INTERVAL:
             self._due = now + INTERVAL

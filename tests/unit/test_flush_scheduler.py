@@ -45,6 +45,10 @@ class Caller:
         self._scheduler.schedule(Flush(socket, flush), urgent=urgent)
         return delay
 
+    def flush(self) -> None:
+        """Have everything called that is scheduled."""
+        self._scheduler.flush()
+
     async def schedule_each(self, pause: float, times: int, *, sockets: int = 1) -> list[float]:
         """Schedule `times` flushes of so many sockets with a pause after each; the delay of each, in order."""
         delays = []
@@ -99,6 +103,16 @@ async def test_urgent_writes_wait_for_no_round_and_flush_nothing_else() -> None:
     assert await caller.schedule(urgent=True) == 0
     assert not other.done()
     assert 0 < await other <= INTERVAL
+
+
+@in_virtual_time
+async def test_a_caller_that_has_many_flushes_together_can_have_them_now() -> None:
+    caller = Caller(cost=0.001 * MUCH)
+    await caller.schedule_each(0.001, times=100)
+    delays = [caller.schedule(socket=number) for number in range(3)]
+    caller.flush()
+    assert await asyncio.gather(*delays) == [0] * 3
+    assert 0 < await caller.schedule() <= INTERVAL
 
 
 @in_virtual_time

@@ -6,10 +6,14 @@ from datetime import timedelta
 
 import pytest
 
-from imstream.ai.rollup import BUSY, MEMORY, MIN_PERIOD, PER_ANSWER, PER_TURN, QUIET, SAMPLE, SLOTS, RollUp
+from imstream.ai.rollup import BUSY, MEMORY, MIN_PERIOD, PER_ANSWER, QUIET, SAMPLE, SLOTS, TURN, RollUp
 from tests.support.virtual_time import in_virtual_time
 
 LIMIT = 0.040
+PER_TURN = 25
+COST = TURN / PER_TURN
+"""CPU seconds of an answer, with which so many fill a turn."""
+
 MANY = round(LIMIT / PER_ANSWER)
 PACE = 0.005
 """Seconds between two reads of a connection that does not rest."""
@@ -27,6 +31,7 @@ class Answer:
 
     def wake(self) -> None:
         """Read, and rest again."""
+        self._node.worked += self._node.cost
         self.read_at.append(round(asyncio.get_running_loop().time(), 6))
         if self._node.reads and not self._node.rollup.rest(self):
             asyncio.get_running_loop().call_later(PACE, self.wake)
@@ -39,11 +44,13 @@ class Answer:
 
 
 class Node:
-    """A node whose thread takes a share of a CPU."""
+    """A node whose thread takes a share of a CPU, and `cost` CPU seconds for each read."""
 
-    def __init__(self, *, share: float, answers: int, limit: float = LIMIT) -> None:
+    def __init__(self, *, share: float, answers: int, limit: float = LIMIT, cost: float = 0.0) -> None:
         self.reads = True
         self.share = share
+        self.cost = cost
+        self.worked = 0.0
         self._used, self._since = 0.0, 0.0
         self.rollup = RollUp(timedelta(seconds=limit), cpu_clock=self._cpu)
         self.answers = [Answer(self) for _ in range(answers)]
@@ -51,7 +58,7 @@ class Node:
     def _cpu(self) -> float:
         now = asyncio.get_running_loop().time()
         self._used, self._since = self._used + self.share * (now - self._since), now
-        return self._used
+        return self._used + self.worked
 
     async def rests(self) -> list[float]:
         """The shortest and the longest rest once it has been as busy for a while."""
@@ -97,19 +104,39 @@ async def test_without_a_limit_no_connection_rests() -> None:
 
 @in_virtual_time
 async def test_not_all_connections_are_read_together() -> None:
-    node = Node(share=1.0, answers=PER_TURN * SLOTS)
+    node = Node(share=1.0, answers=PER_TURN * SLOTS, cost=COST)
     await node.rests()
     assert node.turns() == [PER_TURN] * SLOTS
 
 
 @in_virtual_time
 async def test_few_connections_are_read_together() -> None:
-    node = Node(share=1.0, answers=PER_TURN * 2)
+    for turns in (1, 2, 4):
+        node = Node(share=1.0, answers=PER_TURN * turns - 1, cost=COST)
+        await node.rests()
+        assert len(node.turns()) == turns
+
+
+@in_virtual_time
+async def test_more_connections_are_read_together_when_that_takes_less_cpu() -> None:
+    node = Node(share=1.0, answers=PER_TURN * 3, cost=COST / 10)
     await node.rests()
-    assert len(node.turns()) == 2
-    node = Node(share=1.0, answers=PER_TURN)
+    assert node.turns() == [PER_TURN * 3]
+
+
+@in_virtual_time
+async def test_no_connection_rests_longer_than_the_limit_however_many_are_read_together() -> None:
+    for answers in range(1, PER_TURN * SLOTS, 19):
+        _, longest = await Node(share=1.0, answers=answers, cost=COST).rests()
+        assert longest <= LIMIT * 1.001
+
+
+@in_virtual_time
+async def test_after_each_turn_its_caller_is_told() -> None:
+    node, turns = Node(share=1.0, answers=PER_TURN * 2 - 1, cost=COST), list[float]()
+    node.rollup.on_turn = lambda: turns.append(round(asyncio.get_running_loop().time(), 6))
     await node.rests()
-    assert node.turns() == [PER_TURN]
+    assert {read for answer in node.answers for read in answer.read_at[-3:]} <= {*turns}
 
 
 @in_virtual_time
