@@ -165,6 +165,9 @@ class AnswerReader(CompletionReader):
         text = ""
         # In the middle of the text, events that differ in nothing else are read together.
         is_inside = self._has_text and self.finish_reason is None and self._tags is None
+        if is_inside and self._events.is_between and (text := self._template.read_all(data)):
+            self.progressed = True
+            return text
         if is_inside and (line := self._events.take_line()) is not None:
             data = line + data
             text, size, _ = self._template.read(data)

@@ -15,10 +15,11 @@ _BEFORE, _AFTER = (b"data: ", b"data:"), (b"\n\n", b"\r\n\r\n")
 class ChunkTemplate:
     """The bytes before and after the text of an event. The texts of a read are parsed together, and nothing else is."""
 
-    __slots__ = ("_after", "_before", "_begin", "_between", "_end", "_remaining")
+    __slots__ = ("_after", "_before", "_begin", "_between", "_close", "_end", "_joint", "_open", "_remaining")
 
     def __init__(self) -> None:
         self._before = self._after = self._begin = self._between = self._end = b""
+        self._open = self._joint = self._close = b""  # the same with the quotes of the text
         self._remaining = MAX_EXAMPLES
 
     def learn(self, data: bytes, chunk: bytes, text: str, text_of: Callable[[Any], str | None]) -> bool:
@@ -47,7 +48,22 @@ class ChunkTemplate:
         self._before, self._after = before, after
         self._begin, self._end = before + head, tail + after
         self._between = self._end + self._begin
+        self._open, self._close = self._begin + b'"', b'"' + self._end
+        self._joint = self._close + self._open
         return True
+
+    def read_all(self, data: bytes) -> str:
+        """The text of a read of such events only, whose texts are printable without escapes; empty for others."""
+        if not self._open or not data.startswith(self._open) or not data.endswith(self._close):
+            return ""
+        value = data[len(self._open) : -len(self._close)].replace(self._joint, b"")
+        if b'"' in value or b"\\" in value:
+            return ""
+        try:
+            text = value.decode()
+        except UnicodeDecodeError:
+            return ""
+        return text if text.isprintable() else ""
 
     def read(self, data: bytes) -> tuple[str, int, int]:
         """The text of the events at the beginning of a read that equal the example, their size and number."""

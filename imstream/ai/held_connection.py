@@ -9,7 +9,7 @@ _LAST_CHUNK = b"0\r\n\r\n"  # of a body in chunks (RFC 9112, section 7.1)
 
 
 class HeldConnection(asyncio.Protocol):
-    """A protocol whose subclass passes data to `gather` while `is_held`.
+    """A protocol whose subclass passes data to `gather` while `gathered` is a list.
 
     The event loop then does not watch the socket: data waits in the kernel, and `release` reads it with one system
     call, which is cheaper than being woken. Only its transport can read a TLS connection: there it gathers.
@@ -45,8 +45,8 @@ class HeldConnection(asyncio.Protocol):
         gathered, self.gathered = self.gathered, None
         if gathered is None:
             return
-        gathered.append(self._poll())
-        self.data_received(b"".join(gathered))
+        data = self._poll()
+        self.data_received(b"".join((*gathered, data)) if gathered else data)
         if self.gathered is None:
             self.stop_holding()
 

@@ -50,7 +50,7 @@ class EventParser:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Parse a read; return the data of the events that it completes. Raises `EventTooLong`."""
-        if not (self._line or self._data or self._name or self._after_cr) and (events := _whole_events(chunk)):
+        if self.is_between and (events := _whole_events(chunk)):
             self._begun = True
             return events
         size = len(chunk)
@@ -79,6 +79,11 @@ class EventParser:
         if len(self._data) > MAX_LINES:
             raise EventTooLong(f"an event of more than {MAX_LINES} lines")
         return events
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the next byte begins an event."""
+        return not (self._line or self._data or self._name or self._after_cr)
 
     def take_line(self) -> bytes | None:
         """Return the incomplete line and forget it: it is part of the next read. None: it is long, or not all."""

@@ -64,6 +64,8 @@ def check(template: ChunkTemplate, data: bytes) -> None:
     assert len(read) == number
     assert text == "".join(filter(None, read))
     assert read + rest == parsed(data)
+    if text := template.read_all(data):
+        assert text == "".join(_parsed(event) or "!" for event in EventParser().feed(data))
     events = EventParser().feed(data)
     text, number = template.read_events(events)
     assert text == "".join(_parsed(event) or "" for event in events[:number])
@@ -110,6 +112,17 @@ def test_events_with_other_texts_are_read_and_nothing_from_the_first_other_diffe
     assert template.read(texts + framed(b"[DONE]") + b"data: {") == ('say "hi"\n你好', len(texts), 2)
     assert template.read(framed(written("a", number=2))) == ("", 0, 0)
     assert template.read(framed(written("a", style=6))) == ("", 0, 0)
+
+
+def test_a_read_of_plain_texts_is_read_as_a_whole() -> None:
+    template = taught(written("a"))
+    assert template.read_all(sent(written("one"), written(" 二", style=1), written(" 3"))) == "one 二 3"
+    for chunks in ([b"[DONE]"], [written("a", number=2)], [written("a\n")], [written('"')], [written("\ud83d")]):
+        assert template.read_all(sent(written("one"), *chunks)) == ""
+    assert template.read_all(sent(written("one")) + b"d") == ""
+    assert template.read_all(sent(written("one").replace(b"one", b"\xff"))) == ""
+    assert template.read_all(sent(written("one").replace(b"one", b"\n"))) == ""
+    assert ChunkTemplate().read_all(sent(written("one"))) == ""
 
 
 def test_texts_do_not_run_together_where_one_is_cut() -> None:
