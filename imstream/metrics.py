@@ -257,17 +257,14 @@ class Metrics:
         """Remove the series of another node's stream, which was released."""
         self._streams.pop(node, None)
 
-    def set_streams(self, running: Mapping[str, Sequence[str]]) -> None:
+    def set_streams(self, running: Mapping[str, Sequence[str]], is_paused: Mapping[str, bool]) -> None:
         """Set the gauges of streams. `running`: the entries in work, by stream."""
+        _replace(self._paused, is_paused)
         known = {node: state for node, state in self._streams.items() if state.unfinished is not None}
         _replace(self._unfinished, {node: state.unfinished or 0 for node, state in known.items()})
         _replace(self._running, {node: len(running.get(node, ())) for node in {*self._streams, *running}})
         ages = {node: self._age(state, running.get(node, ())) for node, state in known.items()}
         _replace(self._oldest_age, ages)
-
-    def set_paused(self, is_paused: Mapping[str, bool]) -> None:
-        """Set the gauge of pauses, by stream."""
-        _replace(self._paused, is_paused)
 
     def set_breakers(self, is_open: Mapping[str, bool]) -> None:
         """Set the gauge of the breakers, by backend. Its calls begin at 0."""

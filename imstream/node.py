@@ -75,6 +75,7 @@ class Node:
 
     def __init__(self, settings: Settings, backends: Backends, tracing: Tracing | None = None) -> None:
         self.settings = settings
+        tracing = tracing or Tracing()
         self._max_round = (settings.read_block + 2 * settings.redis_timeout).total_seconds()
         """Maximum seconds of one round of the consumer loop: a blocked read and two slow commands."""
         self.metrics = metrics = Metrics()
@@ -228,9 +229,8 @@ class Node:
         metrics, running = self.metrics, defaultdict[str, list[str]](list)
         for job in self.jobs:
             running[job.stream.node].append(job.entry.entry_id)
-        metrics.set_streams(running)
         streams = (self.settings.node, *self.adopter.adopted)
-        metrics.set_paused({stream: self._pauses.of(stream) is not None for stream in streams})
+        metrics.set_streams(running, {stream: self._pauses.of(stream) is not None for stream in streams})
         metrics.set_breakers({one.name: one.gate.breaker.tripped for one in self._backends})
         metrics.sessions.set(len(self.registry))
         metrics.redis_up.set(self.lease_keeper.reaches_redis)  # the consumer may hang, or be stopped

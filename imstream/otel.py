@@ -20,12 +20,13 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from imstream import __version__
 from imstream.errors import BackendError
 from imstream.keys import GROUP
-from imstream.tracing import Span, Tracing
+from imstream.tracing import HEADER, Span, Tracing
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
 
@@ -33,8 +34,6 @@ GEN_AI_USAGE = {"prompt_tokens": "gen_ai.usage.input_tokens", "completion_tokens
 
 FLUSH_LIMIT = 2.0
 """Seconds at the end of a node to send buffered spans."""
-
-_Attributes = Mapping[str, str | int | Sequence[str]]
 
 log = structlog.get_logger()
 
@@ -44,11 +43,19 @@ class RecordedSpan(Span):
 
     __slots__ = ("_span", "_tracer")
 
-    def __init__(self, tracer: Tracer, span: trace.Span) -> None:
-        own = span.get_span_context()
-        super().__init__(f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}")
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts of a span
+        self,
+        tracer: Tracer,
+        name: str,
+        kind: SpanKind,
+        attributes: Mapping[str, str | int],
+        within: Context,
+        since: int | None = None,
+    ) -> None:
         self._tracer = tracer
-        self._span = span
+        self._span = tracer.start_span(name, within, kind, attributes, start_time=since)
+        own = self._span.get_span_context()
+        super().__init__(f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}")
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, BackendError):
@@ -69,7 +76,8 @@ class RecordedSpan(Span):
         }
         if port is not None:
             attributes["server.port"] = port
-        return _begin(self._tracer, f"chat {model}", SpanKind.CLIENT, attributes, self._span)
+        within = trace.set_span_in_context(self._span, Context())
+        return RecordedSpan(self._tracer, f"chat {model}", SpanKind.CLIENT, attributes, within)
 
     def answered(self, finish_reason: str, usage: Mapping[str, int] | None) -> None:
         self._span.set_attribute("gen_ai.response.finish_reasons", [finish_reason])
@@ -102,12 +110,12 @@ class OtelTracing(Tracing):
         log.info("traces are recorded")
 
     def receive(self, given: str | None, stream: str, message_id: str) -> Span:
-        attributes, parent = _about(stream, message_id), _remote(given) if given else None
-        return _begin(self._tracer, "receive CHAT", SpanKind.SERVER, attributes, parent)
+        about, within = _about(stream, message_id), _within(given) if given else Context()
+        return RecordedSpan(self._tracer, "receive CHAT", SpanKind.SERVER, about, within)
 
     def queued(self, traceparent: str, stream: str, message_id: str, *, waited: int) -> None:
-        attributes, since = _about(stream, message_id), time_ns() - waited * 1_000_000
-        _begin(self._tracer, f"queue {stream}", SpanKind.INTERNAL, attributes, _remote(traceparent), since).end()
+        about, within, since = _about(stream, message_id), _within(traceparent), time_ns() - waited * 1_000_000
+        RecordedSpan(self._tracer, f"queue {stream}", SpanKind.INTERNAL, about, within, since).end()
 
     def attempt(self, traceparent: str, stream: str, message_id: str, number: int) -> Span:
         attributes = {
@@ -117,7 +125,7 @@ class OtelTracing(Tracing):
             "messaging.consumer.group.name": GROUP,
             "imstream.attempt": number,
         }
-        return _begin(self._tracer, f"attempt {stream}", SpanKind.CONSUMER, attributes, _remote(traceparent))
+        return RecordedSpan(self._tracer, f"attempt {stream}", SpanKind.CONSUMER, attributes, _within(traceparent))
 
     async def stop(self) -> None:
         stopped, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -168,18 +176,5 @@ def _about(stream: str, message_id: str) -> dict[str, str | int]:
     return {"messaging.system": "redis", "messaging.destination.name": stream, "messaging.message.id": message_id}
 
 
-def _remote(traceparent: str) -> trace.Span:
-    _, trace_id, span_id, flags = traceparent.split("-")
-    return NonRecordingSpan(SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16))))  # noqa: FBT003 - it is remote
-
-
-def _begin(  # noqa: PLR0913, PLR0917 - the parts of a span
-    tracer: Tracer,
-    name: str,
-    kind: SpanKind,
-    attributes: _Attributes,
-    parent: trace.Span | None,
-    since: int | None = None,
-) -> RecordedSpan:
-    context = Context() if parent is None else trace.set_span_in_context(parent, Context())
-    return RecordedSpan(tracer, tracer.start_span(name, context, kind, attributes, start_time=since))
+def _within(traceparent: str) -> Context:
+    return TraceContextTextMapPropagator().extract({HEADER: traceparent})

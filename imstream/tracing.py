@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from random import getrandbits
-from typing import Protocol, Self
+from typing import Self
 
 HEADER = "traceparent"
 
@@ -85,17 +85,19 @@ CURRENT: ContextVar[Span] = ContextVar("span", default=NO_SPAN)
 """The attempt in which a backend is called."""
 
 
-class Tracing(Protocol):
-    """Records the spans of a node. A node without it only passes traceparents on."""
+class Tracing:
+    """Passes traceparents on. Spans are recorded by otel.py only."""
 
-    def receive(self, given: str | None, stream: str, message_id: str) -> Span:
+    def receive(self, given: str | None, _stream: str, _message_id: str) -> Span:
         """Begin to receive a message. `given`: the traceparent of its client."""
+        return Span(given or new_traceparent())
 
-    def queued(self, traceparent: str, stream: str, message_id: str, *, waited: int) -> None:
+    def queued(self, _traceparent: str, _stream: str, _message_id: str, *, waited: int) -> None:
         """A message has waited for a worker, so many milliseconds."""
 
-    def attempt(self, traceparent: str, stream: str, message_id: str, number: int) -> Span:
+    def attempt(self, traceparent: str, _stream: str, _message_id: str, _number: int) -> Span:
         """Begin an attempt at the answer to a message."""
+        return Span(traceparent)
 
     async def stop(self) -> None:
         """Send recorded spans, within a time limit."""

@@ -24,7 +24,6 @@ from imstream.reply_buffer import ReplyBuffer
 from imstream.store.inbox import MessageQueued
 from imstream.store.requests import Admitted
 from imstream.texts import Text
-from imstream.tracing import new_traceparent
 from imstream.user_ids import UserId
 from imstream.wire import USER_ID_FIELD, ClientFrame
 
@@ -110,13 +109,11 @@ class FrameHandler:
                 deps, message_id = self._deps, frame.message_id
                 result: Admission | None = "unavailable"
                 try:
-                    with self._writer.hold_new():  # the reply may begin before the message is answered as accepted
-                        if deps.tracing is None:
-                            result = await self._chat(frame, message_id, frame.traceparent or new_traceparent())
-                        else:
-                            with deps.tracing.receive(frame.traceparent, deps.requests.key, message_id) as span:
-                                result = await self._chat(frame, message_id, span.traceparent)
-                                span.note(result)
+                    receiving = deps.tracing.receive(frame.traceparent, deps.requests.key, message_id)
+                    # The reply may begin before the message is answered as accepted.
+                    with self._writer.hold_new(), receiving as span:
+                        result = await self._chat(frame, message_id, span.traceparent)
+                        span.note(result)
                 except StoreFull:
                     result = None  # `handle` repeats it, or counts it
                     raise

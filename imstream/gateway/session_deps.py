@@ -44,5 +44,5 @@ class SessionDeps:
     scheduler: FlushScheduler
     metrics: Metrics
     busy_log: BusyLog
-    tracing: Tracing | None
+    tracing: Tracing
     not_ready: Callable[[], str | None]

@@ -52,7 +52,7 @@ class WorkerDeps:
     pauses: Pauses
     lease_keeper: LeaseKeeper
     stall: StallDetector
-    tracing: Tracing | None
+    tracing: Tracing
     on_begun: Callable[[ReplyBuffer], None]
     metrics: Metrics
     request_log: RequestLog

@@ -23,7 +23,7 @@ from imstream.store.replies import (
     Rejected,
 )
 from imstream.store.requests import Entry, RequestStream
-from imstream.tracing import CURRENT, Span, Tracing
+from imstream.tracing import CURRENT
 from imstream.worker.account import Account
 from imstream.worker.attempt import CannotContinue, Interrupted, WorkerDeps
 from imstream.worker.calls import Calls, retrying
@@ -288,10 +288,7 @@ class Job:
             self._attempts, self._is_ours = opened.attempt, True
             self.calls.open(opened)
             is_first = opened.attempt == self.request.earlier_attempts + 1
-            if deps.tracing is None:
-                CURRENT.set(Span(self.request.traceparent))
-            else:
-                self._begin_span(deps.tracing, opened, is_first=is_first)
+            self._begin_span(opened, is_first=is_first)
             reply.question = self.request.question
             self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
             self._account.open(reply, is_first=is_first)
@@ -301,8 +298,8 @@ class Job:
             self._writer.announce(opened.nodes, begun=is_first)
         return opened
 
-    def _begin_span(self, tracing: Tracing, opened: Opened, *, is_first: bool) -> None:
-        about = self.request.traceparent, self.stream.key, self.request.message_id
+    def _begin_span(self, opened: Opened, *, is_first: bool) -> None:
+        tracing, about = self._deps.tracing, (self.request.traceparent, self.stream.key, self.request.message_id)
         if is_first:
             tracing.queued(*about, waited=max(0, opened.at - time_of(self.entry.entry_id)))
         CURRENT.get().end()

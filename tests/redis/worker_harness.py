@@ -31,6 +31,7 @@ from imstream.store.leases import Leases
 from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
+from imstream.tracing import Tracing
 from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
 from imstream.worker.attempt import WorkerDeps
@@ -333,7 +334,7 @@ def _build(  # noqa: PLR0913, PLR0917 - all dependencies
         pauses=Pauses(redis_client, known),
         lease_keeper=LeaseKeeper(leases, known),
         stall=StallDetector(known.lease.total_seconds()),
-        tracing=None,
+        tracing=Tracing(),
         on_begun=lambda reply: begun.append(reply.message_id),
         metrics=metrics,
         request_log=RequestLog(known.node, metrics, lambda _: (0, 0)),

@@ -82,14 +82,14 @@ def test_two_nodes_of_one_process_count_apart() -> None:
 def test_a_stream_has_no_length_before_the_first_reply_of_redis() -> None:
     metrics = Metrics()
     stream = metrics.stream("a")
-    metrics.set_streams({})
+    metrics.set_streams({}, {})
     assert 'imstream_requests_unfinished{stream="a"}' not in series(metrics)
     metrics.saw_stream("a", 2, f"{now_ms() - 60_000}-0")
     stream.ended("1-0", 1)
-    metrics.set_streams({})
+    metrics.set_streams({}, {})
     assert series(metrics)['imstream_requests_unfinished{stream="a"}'] == 1
     metrics.forget_stream("a")
-    metrics.set_streams({})
+    metrics.set_streams({}, {})
     assert 'imstream_requests_unfinished{stream="a"}' not in series(metrics)
 
 
@@ -98,7 +98,7 @@ def test_the_age_of_the_oldest_request_is_by_the_clock_of_redis(ahead: int) -> N
     metrics, redis_now = Metrics(), now_ms() + ahead
 
     def age(*running: str) -> float:
-        metrics.set_streams({"0": running})
+        metrics.set_streams({"0": running}, {})
         return series(metrics)['imstream_oldest_request_age_seconds{stream="0"}']
 
     oldest, younger = f"{redis_now - 60_000}-0", f"{redis_now - 20_000}-1"
