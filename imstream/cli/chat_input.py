@@ -4,10 +4,11 @@ import asyncio
 import signal
 import sys
 import termios
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Protocol
 
+from imstream.cli.racing import completes_first
 from imstream.cli.terminal import LineReader, TerminalOutput
 
 PROMPT, MORE = "> ", "… "
@@ -28,19 +29,6 @@ def open_keyboard(output: TerminalOutput, on_ctrl_c: Callable[[], None]) -> Keyb
 
             return EditingKeyboard(PROMPT, MORE, on_ctrl_c)
     return LineKeyboard(output, on_ctrl_c)
-
-
-async def completes_first(task: asyncio.Task[Any], other: Coroutine[Any, Any, object], *, keep: bool = False) -> bool:
-    """Whether a task ends before a coroutine. Cancels the coroutine, and a later task unless `keep`."""
-    rival = asyncio.create_task(other)
-    try:
-        await asyncio.wait({task, rival}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        rival.cancel()
-        if not task.done() and not keep:
-            task.cancel()
-            await asyncio.wait({task})
-    return task.done() and not task.cancelled()
 
 
 class LineKeyboard:

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from imstream.cli import chat_commands as texts
 from imstream.cli.chat_commands import StatusLine, copy
-from imstream.cli.chat_input import Keyboard, LineKeyboard, completes_first, open_keyboard, without_echo
+from imstream.cli.chat_input import Keyboard, LineKeyboard, open_keyboard, without_echo
+from imstream.cli.racing import completes_first
 from imstream.cli.terminal import TerminalOutput
 from imstream.cli.terminal_text import isolate_direction, printable, shorten, valid
 from imstream.client.client import Client

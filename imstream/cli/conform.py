@@ -26,17 +26,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
 from imstream import wire
-from imstream.cli.conform_stage import (
-    PIECES,
-    USER,
-    WHOLE,
-    Nonconformity,
-    Stage,
-    accepted,
-    answer,
-    problem,
-    same,
-)
+from imstream.cli.conform_stage import PIECES, USER, WHOLE, Nonconformity, Stage, accepted, answer, problem, same
+from imstream.cli.racing import completes_first
 from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
 from imstream.wire import ClientCancel, Delta
@@ -249,24 +240,15 @@ async def _play(scenario: str, client: Process, limit: float) -> str:
     async with serve(stage.serve, "127.0.0.1", 0, compression=None, close_timeout=1) as server:
         stage.port = server.sockets[0].getsockname()[1]
         playing = asyncio.create_task(getattr(stage, scenario)())
-        exited = asyncio.create_task(client.wait())
         try:
-            await asyncio.wait((playing, exited), return_when=asyncio.FIRST_COMPLETED)
-            playing.cancel()
-            await playing
+            if await completes_first(playing, client.wait()):
+                await playing
+                return ""
+            problem = f"the client has exited with {client.returncode}"
         except Nonconformity as error:
             problem = str(error)
         except ConnectionClosed as error:
             problem = f"the client ended the connection ({error})"
-        except asyncio.CancelledError:
-            if client.returncode is None:
-                raise
-            problem = f"the client has exited with {client.returncode}"
-        else:
-            return ""
-        finally:
-            exited.cancel()
-            playing.cancel()
     section = next(section for section, scenarios in SECTIONS.items() if scenario in scenarios)
     happened = [f"  {line:.200}" for line in stage.transcript[-12:]]
     return "\n".join(f"{'':18} {line}" for line in (problem, *happened, f"see ops/docs/protocol.md#{section}"))

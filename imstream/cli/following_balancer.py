@@ -20,6 +20,7 @@ from pydantic_core import from_json, to_json
 
 from imstream.cli.balancer import NODES, BalancerConfig, Program, is_address, render, write_configuration
 from imstream.cli.output import echo
+from imstream.cli.racing import completes_first
 from imstream.cli.supervisor import exit_with_parent
 from imstream.errors import StoreError
 from imstream.keys import Keys
@@ -55,14 +56,10 @@ class FollowingBalancer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._look.set)
-        stopping = asyncio.create_task(self._stop.wait())
         following = asyncio.create_task(self._follow())
         async with self._redis:
-            await asyncio.wait([stopping, following], return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if following.done():
-                return await following
-            following.cancel()
+            if await completes_first(following, self._stop.wait()):
+                return following.result()
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.terminate()
