@@ -25,6 +25,9 @@ from imstream.user_ids import UserId
 MAX_SHOWN = 20
 """Maximum number of counted messages that are listed."""
 
+DEAD_LETTER = "user {user}  message {message_id}  {reason} after {attempts} attempts: {error}"
+"""A dead letter in lists, by its fields."""
+
 Answer = TypeVar("Answer")
 
 _QUOTA_SETTINGS = (*REDIS_SETTINGS, "daily_quota", "quota_timezone")
@@ -45,8 +48,16 @@ def with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answe
         raise StoreUnavailable(f"no Redis at {settings.redis_url}: {error}") from None
 
 
-def show_stream(settings: Settings, *, newest: int) -> None:
-    """Print an overview of the node's stream, with the newest dead letters."""
+@click.command()
+@settings_options(Settings, only=["node", *REDIS_SETTINGS])
+@click.option("--newest", type=click.IntRange(0, 1000), default=5, show_default=True, help="Dead letters shown.")
+def streams(newest: int, **options: str | None) -> None:
+    """Show a node's stream, and why its requests wait.
+
+    Shows the number of unfinished requests, the reasons why they wait, those in work with their workers, and
+    the newest dead letters.
+    """
+    settings = Settings.load(**given(options))
     keys = Keys(settings.key_prefix)
 
     async def look(redis: RedisClient) -> StreamOverview:
@@ -61,8 +72,7 @@ def show_stream(settings: Settings, *, newest: int) -> None:
 def _stream_lines(overview: StreamOverview) -> Iterator[str]:
     working = sum(overview.in_progress.values())
     yield f"  unfinished requests  {overview.unfinished}: {overview.waiting} waiting, {working} in work"
-    if overview.next is not None:
-        following = overview.next
+    if (following := overview.next) is not None:
         yield (
             f"    the next one has waited {following.since.total_seconds():.1f} s  "
             f"user {following.user}  message {following.message_id}"
@@ -82,8 +92,7 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
         yield f"      and {working - len(overview.oldest)} more"
     yield f"  dead letters         {overview.dead}" + (", the newest:" if overview.newest_dead else "")
     for letter in overview.newest_dead:
-        why = "user {user}  message {message_id}  {reason} after {attempts} attempts: {error}".format(**letter.about)
-        yield f"    {letter.dead_at:%Y-%m-%d %H:%M:%S} UTC  {why}"
+        yield f"    {letter.dead_at:%Y-%m-%d %H:%M:%S} UTC  {DEAD_LETTER.format(**letter.about)}"
 
 
 def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:
@@ -91,10 +100,8 @@ def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:
     if overview.pause is not None:
         yield f"an operator has paused the node: {overview.pause}"
     if overview.holder is None:
-        adopted = (
-            f"node {overview.adopter} has adopted its stream" if overview.adopter else "no node has adopted its stream"
-        )
-        yield f"the node does not run (it has no lease); {adopted}"
+        adopter = f"node {overview.adopter}" if overview.adopter else "no node"
+        yield f"the node does not run (it has no lease); {adopter} has adopted its stream"
     elif overview.holder.stopping:
         yield "the node drains: it takes no requests"
     for name, backend in overview.backends.items():
@@ -179,12 +186,7 @@ def _quota(overview: UserOverview, settings: Settings) -> str:
 
 
 @user.command()
-@click.option(
-    *("--for", "span"),
-    type=TimeSpan(),
-    metavar="TIME",
-    help="Duration, such as 90s or 7d; default IMSTREAM_LOCK_TIME.",
-)
+@click.option("--for", "span", type=TimeSpan(), help="Duration, such as 90s or 7d; default IMSTREAM_LOCK_TIME.")
 @reason_option
 @by_option
 @_user_command(*REDIS_SETTINGS, "quota_timezone")

@@ -1,35 +1,48 @@
 """`imstream backends`: the states of the AI backends, or a check of their configuration."""
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from imstream.ai.router import Backends
+import click
+
 from imstream.cli.admin import with_redis
-from imstream.cli.output import show
+from imstream.cli.options import REDIS_SETTINGS, given, settings_options
+from imstream.cli.output import json_option, show
 from imstream.clock import now_ms
-from imstream.errors import BackendError
 from imstream.settings import Settings
 from imstream.store.backend_states import BackendStates
 
 
-def show_backends(settings: Settings, *, as_json: bool) -> None:
-    """Print the states of all nodes' backends."""
-    nodes = with_redis(settings, lambda redis: BackendStates(redis, settings).read())
-    show(nodes, _lines(nodes), as_json=as_json)
+@click.command()
+@settings_options(Settings, only=[*REDIS_SETTINGS, "ai_backends"])
+@json_option
+@click.option("--check", is_flag=True, help="Check the configured backends from here instead, without a prompt.")
+def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
+    """Show the AI backends as each node sees them, or check them.
 
+    Shows their state, calls in flight and last error.
 
-def check_backends(settings: Settings, *, as_json: bool) -> int:
-    """Check each backend of the settings; print the errors, and return the exit code."""
-
-    async def check() -> dict[str, BackendError | None]:
-        async with Backends(settings) as backends:
-            found = await asyncio.gather(*(one.check() for one in backends))
-            return {one.name: error for one, error in zip(backends, found, strict=True)}
-
-    problems = {name: None if error is None else str(error) for name, error in asyncio.run(check()).items()}
+    With --check, it reads the configuration of this machine as a node would, requests the list of models of each
+    backend, and ends with 1 if a backend is away, refuses the key or does not have the model.
+    """
+    settings = Settings.load(**given(options))
+    if not check:
+        nodes = with_redis(settings, lambda redis: BackendStates(redis, settings).read())
+        show(nodes, _lines(nodes), as_json=as_json)
+        return
+    problems = asyncio.run(_check(settings))
     show(problems, (f"{name}  {problem or 'answers'}" for name, problem in problems.items()), as_json=as_json)
-    return int(any(problems.values()))
+    sys.exit(any(problems.values()))
+
+
+async def _check(settings: Settings) -> dict[str, str | None]:
+    from imstream.ai.router import Backends  # noqa: PLC0415 - slow; not needed for help
+
+    async with Backends(settings) as all_backends:
+        found = await asyncio.gather(*(one.check() for one in all_backends))
+        return {one.name: None if error is None else str(error) for one, error in zip(all_backends, found, strict=True)}
 
 
 def _lines(nodes: dict[str, dict[str, Any]]) -> Iterator[str]:

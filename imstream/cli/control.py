@@ -1,7 +1,7 @@
 """Commands of operators to nodes: `imstream pause`, `imstream resume` and `imstream drain`."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import click
@@ -45,25 +45,6 @@ def _targets(names: Sequence[str], *, every: bool) -> list[str]:
     return [ALL] if every else [*names]
 
 
-async def _until(
-    redis: RedisClient,
-    settings: Settings,
-    targets: Sequence[str],
-    limit: timedelta,
-    lack: Callable[[NodeOverview], str | None],
-) -> tuple[list[NodeOverview], list[str]]:
-    """Wait until every living target fulfils its condition. Returns the targets, and the missing conditions."""
-
-    def is_meant(one: NodeOverview) -> bool:
-        return ALL in targets or one.node in targets
-
-    def lacks(one: NodeOverview) -> Iterable[str]:
-        return filter(None, [lack(one)] if is_meant(one) and one.state != "dead" else ())
-
-    found, missing = await wait_for_nodes(redis, settings, limit, lacks)
-    return list(filter(is_meant, found)), missing
-
-
 def _report(found: tuple[list[NodeOverview], list[str]], lines: Iterable[str], *, as_json: bool) -> None:
     nodes, missing = found
     show({"nodes": nodes, "missing": missing}, lines, as_json=as_json)
@@ -93,7 +74,7 @@ def _lines(found: tuple[list[NodeOverview], list[str]], targets: Sequence[str], 
 @by_option
 @click.option("--refuse", is_flag=True, help="Refuse new messages with BUSY, instead of accepting them to wait.")
 @click.option("--wait", is_flag=True, help="Also wait until the nodes work on no request: the AI has no call then.")
-@click.option("--timeout", type=TimeSpan(), metavar="TIME", default="5m", show_default=True, help="Limit of --wait.")
+@click.option("--timeout", type=TimeSpan(), default="5m", show_default=True, help="Limit of --wait.")
 def pause(  # noqa: PLR0913 - one for each option
     *,
     names: tuple[str, ...],
@@ -114,16 +95,19 @@ def pause(  # noqa: PLR0913 - one for each option
     """
     targets, settings = _targets(names, every=every), Settings.load(**given(options))
 
-    def lack(one: NodeOverview) -> str | None:
+    def lack(one: NodeOverview) -> Iterator[str]:
+        if one.state == "dead":
+            return
         if one.paused is None:
-            return "it is not paused" + ("" if one.version else ": its release does not support pauses")
-        return f"it works on {one.running} requests" if wait and one.running else None
+            yield "it is not paused" + ("" if one.version else ": its release does not support pauses")
+        elif wait and one.running:
+            yield f"it works on {one.running} requests"
 
     async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str]]:
         pauses = Pauses(redis, settings)
         for node in targets:
             await pauses.pause(node, reason=reason, by=by, refuses=refuse)
-        return await _until(redis, settings, targets, timeout if wait else _CONFIRM, lack)
+        return await wait_for_nodes(redis, settings, timeout if wait else _CONFIRM, lack, only=names)
 
     found = with_redis(settings, work)
     _report(found, _lines(found, targets, "paused"), as_json=as_json)
@@ -145,10 +129,11 @@ def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str
         if (left := (await pauses.read()).get(ALL)) is not None:
             return [], [f"all nodes are paused: {left.about}"]
 
-        def lack(one: NodeOverview) -> str | None:
-            return None if one.paused is None else f"it is still paused: {one.paused}"
+        def lack(one: NodeOverview) -> Iterator[str]:
+            if one.state != "dead" and one.paused is not None:
+                yield f"it is still paused: {one.paused}"
 
-        return await _until(redis, settings, targets, _CONFIRM, lack)
+        return await wait_for_nodes(redis, settings, _CONFIRM, lack, only=names)
 
     found = with_redis(settings, work)
     _report(found, _lines(found, targets, "resumed"), as_json=as_json)
@@ -158,7 +143,7 @@ def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str
 @settings_options(Settings, only=REDIS_SETTINGS)
 @click.option("--node", "name", required=True, metavar="NODE", help="The node.")
 @click.option("--wait", is_flag=True, help="Wait until its process has ended.")
-@click.option("--timeout", type=TimeSpan(), metavar="TIME", default="2m", show_default=True, help="Limit of --wait.")
+@click.option("--timeout", type=TimeSpan(), default="2m", show_default=True, help="Limit of --wait.")
 @json_option
 def drain(*, name: str, wait: bool, timeout: timedelta, as_json: bool, **options: str | None) -> None:
     """Drain a node through Redis, as SIGTERM does.
@@ -177,14 +162,14 @@ def drain(*, name: str, wait: bool, timeout: timedelta, as_json: bool, **options
         instance = one.instance
         await send_notice(redis, keys, name, DrainRequested(instance))
 
-        def lack(now: NodeOverview) -> str | None:
-            if now.instance != instance:
-                return None
-            if now.state == "running":
-                return "it has not begun to drain"
-            return f"it is stopping, and works on {now.running} requests" if wait else None
+        def lack(now: NodeOverview) -> Iterator[str]:
+            if now.instance == instance and now.state == "running":
+                yield "it has not begun to drain"
+            elif now.instance == instance and wait:
+                yield f"it is stopping, and works on {now.running} requests"
 
-        return *await _until(redis, settings, [name], timeout if wait else _CONFIRM, lack), instance
+        limit = timeout if wait else _CONFIRM
+        return *await wait_for_nodes(redis, settings, limit, lack, only=[name]), instance
 
     nodes, missing, instance = with_redis(settings, work)
 

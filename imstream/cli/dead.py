@@ -3,14 +3,13 @@
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from datetime import timedelta
 from functools import wraps
 from itertools import count
 from typing import Any
 
 import click
 
-from imstream.cli.admin import with_redis
+from imstream.cli.admin import DEAD_LETTER, with_redis
 from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, settings_options
 from imstream.cli.output import echo, json_option, json_text
 from imstream.cli.output import show as print_all
@@ -40,18 +39,9 @@ def _command(
 
     def decorate(command: Callable[..., Awaitable[bool]]) -> Callable[..., None]:
         @wraps(command)
-        def run(  # noqa: PLR0913 - one for each option
-            ids: tuple[str, ...],
-            *,
-            every: bool,
-            reason: str | None,
-            user: str | None,
-            since: timedelta | None,
-            limit: int | None,
-            **options: Any,  # noqa: ANN401 - any option
-        ) -> None:
+        def run(*, every: bool, limit: int | None, **options: Any) -> None:  # noqa: ANN401 - any option
             loaded = Settings.load(**given({name: options.pop(name) for name in _SETTINGS}))
-            selection = Selection(ids, reason, user, since)
+            selection = Selection(**{name: options.pop(name) for name in Selection._fields})
 
             async def work(redis: RedisClient) -> bool:
                 office = DeadLetterOffice(redis, loaded)
@@ -64,25 +54,21 @@ def _command(
                 raise SystemExit(1)
 
         shown = "" if limit is None else f"; default {limit}"
-        for option in reversed(
-            [
-                click.argument("ids", nargs=-1, metavar="[ID]..."),
-                click.option("--all", "every", is_flag=True, help="All nodes, also those that are gone for good."),
-                click.option("--reason", help="Only letters with this reason, such as http_503."),
-                click.option("--user", help="Only letters of this user."),
-                click.option(
-                    "--since", type=TimeSpan(), metavar="TIME", help="Only letters at most so old, such as 2h."
-                ),
-                click.option(
-                    "--limit", type=click.IntRange(1), default=limit, help=f"Maximum number of letters{shown}."
-                ),
-                json_option,
-            ]
-        ):
+        dry_run = click.option("--dry-run", is_flag=True, help="Only show which letters are meant.")
+        options = [
+            settings_options(Settings, only=_SETTINGS),
+            *([dry_run] if changes else []),
+            click.argument("ids", nargs=-1, metavar="[ID]..."),
+            click.option("--all", "every", is_flag=True, help="All nodes, also those that are gone for good."),
+            click.option("--reason", help="Only letters with this reason, such as http_503."),
+            click.option("--user", help="Only letters of this user."),
+            click.option("--since", type=TimeSpan(), help="Only letters at most so old, such as 2h."),
+            click.option("--limit", type=click.IntRange(1), default=limit, help=f"Maximum number of letters{shown}."),
+            json_option,
+        ]
+        for option in reversed(options):
             run = option(run)
-        if changes:
-            run = click.option("--dry-run", is_flag=True, help="Only show which letters are meant.")(run)
-        return settings_options(Settings, only=_SETTINGS)(run)
+        return run
 
     return decorate
 
@@ -114,8 +100,7 @@ async def list_(_: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as_json
     """List dead letters, the newest first, without their text."""
     rows = [_row(letter) async for letter in letters]
     lines = [
-        f"{row['id']}  {row['dead_at'][:19].replace('T', ' ')} UTC  node {row['node']}  user {row['user']}  "
-        f"message {row['message_id']}  {row['reason']} after {row['attempts']} attempts: {row['error']}"
+        f"{row['id']}  {row['dead_at'][:19].replace('T', ' ')} UTC  node {row['node']}  {DEAD_LETTER.format(**row)}"
         for row in rows
     ]
     print_all(rows, lines or ["no dead letters"], as_json=as_json)
@@ -145,9 +130,8 @@ async def retry(office: DeadLetterOffice, letters: AsyncGenerator[Letter], *, as
     stay; then the command ends with 1, and can be repeated. A letter is never answered twice.
     """
     if not dry_run and (older := await office.older_nodes()):
-        raise click.ClickException(
-            f"a release that would lose retried letters runs on node {', '.join(older)}: upgrade"
-        )
+        names = ", ".join(older)
+        raise click.ClickException(f"a release that would lose retried letters runs on node {names}: upgrade")
     full = set[str]()
 
     async def outcome(letter: Letter) -> str:

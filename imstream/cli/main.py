@@ -30,6 +30,8 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ELSEWHERE = {
     "top": "top",
     "nodes": "nodes",
+    "streams": "admin",
+    "backends": "backends",
     "pause": "control",
     "resume": "control",
     "drain": "control",
@@ -201,7 +203,7 @@ def chat(  # noqa: PLR0913 - a parameter for each option
 
 @main.command()
 @click.option("--user", required=True, help="The user id to sign.")
-@click.option("--ttl", type=TimeSpan(), metavar="TIME", default="1h", show_default=True, help="Lifetime of the token.")
+@click.option("--ttl", type=TimeSpan(), default="1h", show_default=True, help="Lifetime of the token.")
 @click.option("--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file with the private key.")
 @settings_options(Settings, only=["auth_algorithm", "auth_claim", "auth_issuer", "auth_audience", "user_ids"])
 def token(user: str, ttl: timedelta, key: Path | None, **options: str | None) -> None:
@@ -331,40 +333,6 @@ def balancer(  # noqa: PLR0913 - one for each option
     if (parent := ctx.find_root().params["parent"]) is not None:
         exit_with_parent(parent, signal.SIGTERM)  # SIGKILL would leave the worker processes of nginx behind
     balancers.exec_balancer(config, folder)
-
-
-@main.command()
-@settings_options(Settings, only=["node", *REDIS_SETTINGS])
-@click.option("--newest", type=click.IntRange(0, 1000), default=5, show_default=True, help="Dead letters shown.")
-def streams(newest: int, **options: str | None) -> None:
-    """Show a node's stream, and why its requests wait.
-
-    Shows the number of unfinished requests, the reasons why they wait, those in work with their workers, and
-    the newest dead letters.
-    """
-    from imstream.cli.admin import show_stream
-
-    show_stream(Settings.load(**given(options)), newest=newest)
-
-
-@main.command()
-@settings_options(Settings, only=[*REDIS_SETTINGS, "ai_backends"])
-@json_option
-@click.option("--check", is_flag=True, help="Check the configured backends from here instead, without a prompt.")
-def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
-    """Show the AI backends as each node sees them, or check them.
-
-    Shows their state, calls in flight and last error.
-
-    With --check, it reads the configuration of this machine as a node would, requests the list of models of each
-    backend, and ends with 1 if a backend is away, refuses the key or does not have the model.
-    """
-    from imstream.cli.backends import check_backends, show_backends
-
-    settings = Settings.load(**given(options))
-    if check:
-        sys.exit(check_backends(settings, as_json=as_json))
-    show_backends(settings, as_json=as_json)
 
 
 @main.command()

@@ -28,9 +28,7 @@ _POLL_INTERVAL = 0.1
 @settings_options(Settings, only=REDIS_SETTINGS)
 @json_option
 @click.option("--wait-settled", is_flag=True, help="Wait until the next node may be stopped.")
-@click.option(
-    "--timeout", type=TimeSpan(), metavar="TIME", default="5m", show_default=True, help="Time limit of --wait-settled."
-)
+@click.option("--timeout", type=TimeSpan(), default="5m", show_default=True, help="Time limit of --wait-settled.")
 @click.option(
     "--except", "excepted", multiple=True, metavar="NODE", help="With --wait-settled: it stays away; can be repeated."
 )
@@ -61,14 +59,22 @@ def nodes(
 
 
 async def wait_for_nodes(
-    redis: RedisClient, settings: Settings, limit: timedelta, lack: Callable[[NodeOverview], Iterable[str]]
+    redis: RedisClient,
+    settings: Settings,
+    limit: timedelta,
+    lack: Callable[[NodeOverview], Iterable[str]],
+    *,
+    only: Sequence[str] = (),
 ) -> tuple[list[NodeOverview], list[str]]:
-    """All nodes, and the conditions that they still lack after at most `limit`. Meanwhile Redis may be away."""
-    loop = asyncio.get_running_loop()
+    """All nodes, or only some, and the conditions that they still lack after at most `limit`.
+
+    Meanwhile Redis may be away.
+    """
+    loop, keys = asyncio.get_running_loop(), Keys(settings.key_prefix)
     deadline = loop.time() + limit.total_seconds()
     while True:
         try:
-            found = await inspect_nodes(redis, Keys(settings.key_prefix))
+            found = [one for one in await inspect_nodes(redis, keys) if not only or one.node in only]
         except StoreUnavailable:
             if loop.time() >= deadline:
                 raise

@@ -45,8 +45,5 @@ def age(span: timedelta | None) -> str | None:
     """Format a time span for people: tenths of a second below a minute, else whole seconds."""
     if span is None:
         return None
-    return (
-        f"{span.total_seconds():.1f} s"
-        if span < timedelta(minutes=1)
-        else str(timedelta(seconds=span // timedelta(seconds=1)))
-    )
+    seconds = span.total_seconds()
+    return f"{seconds:.1f} s" if span < timedelta(minutes=1) else str(timedelta(seconds=int(seconds)))

@@ -211,7 +211,6 @@ def lines(found: Snapshot) -> Iterator[str]:
 
 
 def _picture(found: Snapshot) -> "Group":
-    """A snapshot as tables of `rich`."""
     from rich.console import Group  # noqa: PLC0415 - optional
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -240,7 +239,7 @@ def _picture(found: Snapshot) -> "Group":
 @click.command()
 @settings_options(Settings, only=REDIS_SETTINGS)
 @json_option
-@click.option("--interval", type=TimeSpan(), metavar="TIME", help="Time between two snapshots; default 2s.")
+@click.option("--interval", type=TimeSpan(), help="Time between two snapshots; default 2s.")
 @click.option("--count", type=click.IntRange(1), help="Number of snapshots; then they are plain text.")
 def top(*, as_json: bool, interval: timedelta | None, count: int | None, **options: str | None) -> None:
     """Show all nodes now: queues, rates, percentiles, backends.
