@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import TextIO, cast
 
 import structlog
@@ -73,9 +74,8 @@ def configure(settings: Settings) -> None:
     renderer = _renderer(settings.log_format)
     output = _Output()
     limiter = _Limiter()
-    stamp = _Stamp()
     structlog.configure(
-        processors=[limiter, stamp, *renderer],
+        processors=[limiter, _stamp, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: output,
         cache_logger_on_first_use=False,  # modules create their loggers before this call
@@ -84,7 +84,7 @@ def configure(settings: Settings) -> None:
     handler.addFilter(limiter.allows)
     handler.setFormatter(
         ProcessorFormatter(
-            foreign_pre_chain=[stamp, structlog.stdlib.add_logger_name, _remove_query],
+            foreign_pre_chain=[_stamp, structlog.stdlib.add_logger_name, _remove_query],
             processors=[ProcessorFormatter.remove_processors_meta, *renderer],
         )
     )
@@ -111,8 +111,8 @@ def event_writer(event: str, level: str = "info") -> Callable[[dict[str, object]
         return lambda values: method(event, **values)
     if not logging.getLogger().isEnabledFor(logging.getLevelNamesMapping()[level.upper()]):
         return None
-    now, write = _Stamp().now, _Output().info
-    return lambda values: write(to_json({"timestamp": now(), "level": level, "event": event} | values).decode())
+    write = _Output().info
+    return lambda values: write(to_json({"timestamp": _now(), "level": level, "event": event} | values).decode())
 
 
 def _renderer(log_format: str) -> list[Processor]:
@@ -177,23 +177,20 @@ def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     return to_json(event, inf_nan_mode="constants").decode()  # a third of the time of the standard library
 
 
-class _Stamp:
-    """Puts time, level and event first. The time is formatted once a second, which saves 2 µs for each line."""
+def _stamp(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Put time, level and event first."""
+    return {"timestamp": _now(), "level": method, "event": event.pop("event"), **event}
 
-    def __init__(self) -> None:
-        self._second = 0
-        self._formatted = ""
 
-    def now(self) -> str:
-        """The time, in UTC."""
-        nanoseconds = time.time_ns()
-        second = nanoseconds // 1_000_000_000
-        if second != self._second:
-            self._second, self._formatted = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._formatted}.{nanoseconds // 1000 % 1_000_000:06d}Z"
+def _now() -> str:
+    """The time, in UTC."""
+    second, microsecond = divmod(time.time_ns() // 1000, 1_000_000)
+    return f"{_format_second(second)}.{microsecond:06d}Z"
 
-    def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        return {"timestamp": self.now(), "level": method, "event": event.pop("event"), **event}
+
+@lru_cache(maxsize=1)  # saves 2 µs for each line
+def _format_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class _Limiter:

@@ -8,12 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 UMASK = 0o077
-"""The umask of processes that write such files."""
+"""The umask of processes that write such files: all permissions of other users."""
 
 OWN_FOLDER = ".imstream"
 """The folder in the working directory for everything that imstream writes by default."""
 
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 log = logging.getLogger(__name__)
@@ -47,10 +46,10 @@ def _to_close(folder: Path, contents: Collection[str]) -> Iterator[Path]:
 def _close(path: Path) -> None:
     """Remove all permissions of other users. Links are not followed: they may lead to files of others."""
     found = path.lstat()
-    if stat.S_ISLNK(found.st_mode) or not found.st_mode & _OTHERS:
+    if stat.S_ISLNK(found.st_mode) or not found.st_mode & UMASK:
         return
     try:
-        path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+        path.chmod(stat.S_IMODE(found.st_mode) & ~UMASK)
     except PermissionError:
         log.warning("%s is open to other users and belongs to one of them: choose another folder", path)
     else:

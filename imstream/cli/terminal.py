@@ -5,12 +5,9 @@ import codecs
 import os
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from contextlib import suppress
 
 from imstream.cli.terminal_text import printable, rows, shorten
-
-if TYPE_CHECKING:
-    from imstream.cli.chat_markdown import MarkdownRenderer
 
 CHUNK = 65536  # maximum number of bytes read at once; the rest stays in the kernel, which blocks the writer
 
@@ -37,7 +34,12 @@ class TerminalOutput:
         self.is_live = sys.stdout.isatty()
         self.can_redraw = self.is_live and has_sequences
         self._note_format = f"{_DIM}{{}}{_RESET}\n" if has_sequences and sys.stderr.isatty() else "{}\n"
-        self._markdown = _markdown_renderer() if self.can_redraw else None
+        self._markdown = None
+        if self.can_redraw:
+            with suppress(ImportError):
+                from imstream.cli.chat_markdown import MarkdownRenderer  # noqa: PLC0415 - optional
+
+                self._markdown = MarkdownRenderer()
         self._within_line = False
         self._prompt = ""
         self._status = ""
@@ -137,15 +139,6 @@ class TerminalOutput:
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
-
-
-def _markdown_renderer() -> "MarkdownRenderer | None":
-    """The renderer; None without the package `rich`."""
-    try:
-        from imstream.cli.chat_markdown import MarkdownRenderer  # noqa: PLC0415 - optional
-    except ImportError:
-        return None
-    return MarkdownRenderer()
 
 
 class LineReader:

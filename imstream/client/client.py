@@ -69,8 +69,7 @@ class Client:
             connect_url(url, user_id)
         self._user_id = user_id
         self._timing = timing or Timing()
-        self._pending = PendingRequests()
-        self._pending.on_reopened = on_reopened
+        self._pending = PendingRequests(on_reopened)
         self._connection = ReconnectingConnection(
             servers=Servers(urls, tls),
             credentials=Credentials(user_id, token, lang, wants),

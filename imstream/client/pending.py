@@ -60,13 +60,12 @@ class CancelRequest:
 class PendingRequests:
     """All unfinished requests; a request is removed as soon as it ends.
 
-    Attributes:
-        error: Why new requests are refused; None while the session lasts.
-        on_reopened: Called with a failed reply that continues.
+    `on_reopened` is called with a failed reply that continues. `error`: why new requests are refused; None while the
+    session lasts.
     """
 
-    def __init__(self) -> None:
-        self.on_reopened: Callable[[Reply], None] | None = None
+    def __init__(self, on_reopened: Callable[[Reply], None] | None = None) -> None:
+        self._on_reopened = on_reopened
         self._failed: dict[str, Reply] = {}
         self._reopened = set[str]()  # these unfinished replies have no slot
         self.error: ClientError | None = None
@@ -122,8 +121,8 @@ class PendingRequests:
             self._replies[message_id] = self._failed.pop(message_id)
             self._reopened.add(message_id)
             failed.apply(frame)
-            if self.on_reopened is not None:
-                self.on_reopened(failed)
+            if self._on_reopened is not None:
+                self._on_reopened(failed)
         elif message_id in self._replies:
             self._replies[message_id].apply(frame)
         if message_id in self._cancels:

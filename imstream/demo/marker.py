@@ -58,8 +58,8 @@ class Marker(BaseModel):
 
     def faults(self) -> list[tuple[Fault, int]]:
         """The faults in their order, with the number of calls of each."""
-        counts = ((fault, int(getattr(self, "broken" if fault is Fault.BREAK else fault.value))) for fault in Fault)
-        return [(fault, count) for fault, count in counts if count]
+        counts = self.model_dump(by_alias=True)
+        return [(fault, counts[fault]) for fault in Fault if counts[fault]]
 
     def fault_of(self, call: int) -> Fault | None:
         """The fault of call number `call` (from 0) of the question; None if it is answered."""
