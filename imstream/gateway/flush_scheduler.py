@@ -1,4 +1,4 @@
-"""When sockets are written: in the next turn of the event loop, or in rounds, when they are many or writing takes long.
+"""When sockets are written: in the next turn of the event loop, or in rounds, when writing takes much of the time.
 
 A round shares the turn of the event loop, and the text that a reply gets meanwhile shares a frame.
 """
@@ -15,10 +15,6 @@ takes a seventh."""
 INTERVAL = 0.008
 """Seconds between two rounds of a busy node. A node counts as busy when writing has taken its share for that long."""
 
-QUIET_SOCKETS = 4
-"""Sockets that are written at once within an interval; the others share a round at its end. With 20 paced answers, a
-node needs 3 to 5 % less CPU than with a turn of the event loop for each."""
-
 MAX_DEBT = 2 * INTERVAL
 """Maximum seconds after a burst, or a stall of the process, for which a node counts as busy."""
 
@@ -34,10 +30,6 @@ class FlushScheduler:
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _next: list[Callable[[], None]] = field(default_factory=list)
     _later: list[Callable[[], None]] = field(default_factory=list)
-    _written: set[Callable[[], None]] = field(default_factory=set)
-    """Flushes of this interval."""
-    _interval_ends: float = 0.0
-    """In loop time."""
     _paid_at: float = 0.0
     """Loop time at which the rounds so far will be paid for."""
     _due: float = 0.0
@@ -70,13 +62,6 @@ class FlushScheduler:
         for flush in flushes:
             flush()
         cost += self.clock()
-        if now >= self._interval_ends:
-            self._interval_ends = now + INTERVAL
-            self._written.clear()
-        if len(self._written) < QUIET_SOCKETS:
-            self._written.update(flushes)
         self._paid_at = min(max(self._paid_at, now) + cost / CPU_SHARE, now + MAX_DEBT)
         if self._paid_at > now + INTERVAL:
             self._due = now + INTERVAL
-        elif len(self._written) >= QUIET_SOCKETS:
-            self._due = self._interval_ends

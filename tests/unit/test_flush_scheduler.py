@@ -1,26 +1,12 @@
-"""Sockets are flushed at once while they are few and that takes little of the time, else together. In virtual time."""
+"""Sockets are flushed at once while that takes little of the time, else together. In virtual time."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from imstream.gateway.flush_scheduler import CPU_SHARE, INTERVAL, MAX_DEBT, QUIET_SOCKETS, FlushScheduler
+from imstream.gateway.flush_scheduler import CPU_SHARE, INTERVAL, MAX_DEBT, FlushScheduler
 from tests.support.virtual_time import in_virtual_time
 
 LITTLE, MUCH = CPU_SHARE / 2, CPU_SHARE * 2
 """Shares of the time that rounds take if each flush has one of its own."""
-
-
-@dataclass(frozen=True)
-class Flush:
-    """Equal to others of its socket, as the bound methods of session writers are."""
-
-    socket: int
-    run: Callable[[], None] = field(compare=False)
-
-    def __call__(self) -> None:
-        """Flush."""
-        self.run()
 
 
 class Caller:
@@ -33,7 +19,7 @@ class Caller:
         self._loop = asyncio.get_running_loop()
         self.called: list[float] = []
 
-    def schedule(self, *, socket: int = 0, urgent: bool = False) -> asyncio.Future[float]:
+    def schedule(self, *, urgent: bool = False) -> asyncio.Future[float]:
         """Schedule one flush; its delay, once it is called."""
         began, delay = self._loop.time(), self._loop.create_future()
 
@@ -42,18 +28,18 @@ class Caller:
             self.called.append(self._loop.time())
             delay.set_result(round(self._loop.time() - began, 6))
 
-        self._scheduler.schedule(Flush(socket, flush), urgent=urgent)
+        self._scheduler.schedule(flush, urgent=urgent)
         return delay
 
     def flush(self) -> None:
         """Have everything called that is scheduled."""
         self._scheduler.flush()
 
-    async def schedule_each(self, pause: float, times: int, *, sockets: int = 1) -> list[float]:
-        """Schedule `times` flushes of so many sockets with a pause after each; the delay of each, in order."""
+    async def schedule_each(self, pause: float, times: int) -> list[float]:
+        """Schedule `times` flushes with a pause after each; the delay of each, in order."""
         delays = []
-        for number in range(times):
-            delays.append(self.schedule(socket=number % sockets))
+        for _ in range(times):
+            delays.append(self.schedule())
             await asyncio.sleep(pause)
         return await asyncio.gather(*delays)
 
@@ -71,15 +57,6 @@ async def test_all_that_is_scheduled_in_one_turn_is_called_in_the_next_in_order(
 @in_virtual_time
 async def test_however_many_rounds_there_are_nothing_waits_while_they_take_little_of_the_time() -> None:
     assert await Caller(cost=0.0005 * LITTLE).schedule_each(0.0005, times=1000) == [0] * 1000
-
-
-@in_virtual_time
-async def test_many_sockets_share_rounds_however_little_of_the_time_they_take() -> None:
-    few, many = Caller(), Caller()
-    assert await few.schedule_each(0.001, times=400, sockets=QUIET_SOCKETS - 1) == [0] * 400
-    delays = await many.schedule_each(0.0005, times=800, sockets=40)
-    assert max(delays) <= round(INTERVAL, 6)
-    assert len(set(many.called)) <= 400 * 0.001 / INTERVAL * (QUIET_SOCKETS + 1) + 1
 
 
 @in_virtual_time
@@ -109,7 +86,7 @@ async def test_urgent_writes_wait_for_no_round_and_flush_nothing_else() -> None:
 async def test_a_caller_that_has_many_flushes_together_can_have_them_now() -> None:
     caller = Caller(cost=0.001 * MUCH)
     await caller.schedule_each(0.001, times=100)
-    delays = [caller.schedule(socket=number) for number in range(3)]
+    delays = [caller.schedule() for _ in range(3)]
     caller.flush()
     assert await asyncio.gather(*delays) == [0] * 3
     assert 0 < await caller.schedule() <= INTERVAL
