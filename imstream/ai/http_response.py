@@ -68,7 +68,7 @@ class Response:
 
     @property
     def content_type(self) -> str:
-        """The media type in lower case, without parameters; empty if there is none."""
+        """The media type in lower case, without parameters; empty without a `Content-Type`."""
         return re.split("[;,]", self.headers.get("content-type", ""), maxsplit=1)[0].strip().lower()
 
     @property
@@ -162,7 +162,7 @@ class Response:
             self._after_read(self._connection)
 
     def end(self, data: bytes, failure: Failure | None) -> None:
-        """Take the last part of the body. `failure`: why there is no more, if the body is incomplete."""
+        """Take the last part of the body. `failure`: why the rest is missing, if the body is incomplete."""
         self._connection, self.failure = None, failure
         self.receive(data)
         self.wake()
