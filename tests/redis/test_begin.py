@@ -13,7 +13,7 @@ from imstream.store.replies import Appended, Duplicate, Opened, Rejected
 from imstream.store.requests import Admitted, QueueFull
 from imstream.store.scripts import LUA
 from tests.redis.conftest import Store, chat_request
-from tests.redis.worker_harness import USER, Call, WorkerHarness, run_worker
+from tests.redis.worker_harness import USER, Call, run_worker
 from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import Fate, tcp_proxy
 from tests.support.waiting import wait_until
@@ -106,35 +106,19 @@ async def test_a_request_is_removed_with_its_end_unless_the_end_is_refused(store
         assert not store.redis.exists(store.keys.load("0"))
 
 
-async def is_reading(worker: WorkerHarness) -> None:
-    """Wait until the worker waits for new requests."""
-    await wait_until(
-        lambda: any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in worker.redis.client_list()),
-        "the worker reads",
-    )
-
-
 async def test_a_chat_that_need_not_wait_takes_two_round_trips(redis_server: RedisServer) -> None:
     async with tcp_proxy(redis_server.port) as proxy, run_worker(redis_server, url=proxy.url) as worker:
-        await _load_scripts(worker)
+        worker.load_scripts()
+        await worker.reads()
         others = [
             proxy.on_answer_to(LUA[name].digest.encode(), fate=Fate.DELAY) for name in ("admit", "open", "finish")
         ]
         await worker.consumer.admit(chat_request(USER, "m"))
         assert worker.buffers.get(USER, "m").has_writer
-        (await worker.backend.call(2)).done("answer")
+        (await worker.backend.call(1)).done("answer")
         await worker.idle()
         assert worker.recorded() == ("done", "answer")
         assert not any(trap.sprung for trap in others)
-
-
-async def _load_scripts(worker: WorkerHarness) -> None:
-    """Answer a message, so that Redis has the scripts: their next calls are the first with their digests."""
-    await is_reading(worker)
-    await worker.consumer.admit(chat_request(USER, "warm"))
-    (await worker.backend.call(1)).done("x")
-    await worker.idle()
-    await is_reading(worker)
 
 
 async def test_no_more_requests_run_than_there_are_slots(redis_server: RedisServer) -> None:
@@ -148,7 +132,7 @@ async def test_no_more_requests_run_than_there_are_slots(redis_server: RedisServ
 
         worker.backend.always = answer
         for wave in range(3):
-            await is_reading(worker)
+            await worker.reads()
             admissions = await asyncio.gather(
                 *(worker.consumer.admit(chat_request(USER, f"m{wave}-{number}")) for number in range(6))
             )
@@ -166,7 +150,8 @@ async def test_a_request_whose_admission_has_lost_its_answer_is_answered(redis_s
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
+        await worker.reads()
         worker.backend.always = lambda call: call.done("answer")
         lost = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=fate)
         with pytest.raises(StoreUnavailable):
@@ -174,7 +159,7 @@ async def test_a_request_whose_admission_has_lost_its_answer_is_answered(redis_s
         assert lost.sprung
         await worker.idle()
         assert worker.recorded() == ("done", "answer")
-        assert len(worker.backend.calls) == 2
+        assert len(worker.backend.calls) == 1
 
 
 async def test_a_request_that_begins_is_not_taken_for_one_without_a_job(redis_server: RedisServer) -> None:
@@ -182,12 +167,13 @@ async def test_a_request_that_begins_is_not_taken_for_one_without_a_job(redis_se
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s", sweep_interval="50ms", read_block="20ms") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
+        await worker.reads()
         late = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.5)
         with capture_logs() as logs:
             await worker.consumer.admit(chat_request(USER, "m"))
             assert late.sprung
-            (await worker.backend.call(2)).done("answer")
+            (await worker.backend.call(1)).done("answer")
             await worker.idle()
         assert worker.recorded() == ("done", "answer")
         assert [entry["event"] for entry in worker.entries()].count("opened") == 1
@@ -199,15 +185,15 @@ async def test_an_end_whose_answer_was_lost_is_counted_once(redis_server: RedisS
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
         await worker.ask()
-        call = await worker.backend.call(2)
+        call = await worker.backend.call(1)
         lost = proxy.on_answer_to(LUA["end"].digest.encode(), fate=Fate.SILENCE)
         call.done("answer")
         assert await worker.follow().end() == "done"
         await worker.idle()
         assert lost.sprung
-        assert worker.metrics.messages["done"] == 2
+        assert worker.metrics.messages["done"] == 1
 
 
 async def test_an_end_is_counted_although_redis_fails_right_after_its_request_was_removed(
@@ -217,15 +203,15 @@ async def test_an_end_is_counted_although_redis_fails_right_after_its_request_wa
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
         await worker.ask()
-        await worker.backend.call(2)
+        await worker.backend.call(1)
         await worker.crash()  # the next process does not know when the first attempt began
         worker.start()
-        call = await worker.backend.call(3)
+        call = await worker.backend.call(2)
         lost = proxy.on_answer_to(b"XRANGE", worker.keys.reply(USER, "m").encode(), fate=Fate.SILENCE)
         call.done("answer")
-        await wait_until(lambda: worker.metrics.messages["done"] == 2, "it is counted")
+        await wait_until(lambda: worker.metrics.messages["done"] == 1, "it is counted")
         assert lost.sprung
         await worker.idle()
 
@@ -235,7 +221,8 @@ async def test_a_message_that_is_cancelled_while_it_begins_is_not_answered(redis
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
+        await worker.reads()
         client = worker.follow()
         late = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.4)
         admitting = asyncio.create_task(worker.consumer.admit(chat_request(USER, "m")))
@@ -244,7 +231,7 @@ async def test_a_message_that_is_cancelled_while_it_begins_is_not_answered(redis
         await admitting
         await worker.idle()
         assert await client.end() == "cancelled"
-        assert len(worker.backend.calls) == 1
+        assert worker.backend.calls == []
 
 
 async def test_keys_of_several_slots_are_used_one_after_the_other_where_a_server_insists(
@@ -255,7 +242,7 @@ async def test_keys_of_several_slots_are_used_one_after_the_other_where_a_server
         for name in ("begin", "end"):
             monkeypatch.setitem(LUA, name, refusing)
         for number in (1, 2):
-            await is_reading(worker)
+            await worker.reads()
             await worker.consumer.admit(chat_request(USER, f"m{number}"))
             (await worker.backend.call(number)).done("answer")
             await worker.idle()

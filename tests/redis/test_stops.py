@@ -77,10 +77,7 @@ async def test_a_kill_after_the_signal_to_stop_does_not_count_as_a_death(redis_s
 async def test_a_request_that_comes_in_while_a_node_stops_does_not_die_with_it(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, read_block="500ms") as worker:
         await wait_until(lambda: worker.consumer.reached_redis_within(1) and worker.lease_keeper.held, "it is running")
-        await wait_until(
-            lambda: any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in worker.redis.client_list()),
-            "it waits for requests",
-        )
+        await worker.reads()
         await begin_to_stop(worker)
         await worker.ask()
         await worker.backend.call(1)

@@ -18,14 +18,6 @@ from tests.support.waiting import wait_until
 CANCELLED = Terminal("cancelled")
 
 
-async def _load_scripts(worker: WorkerHarness) -> None:
-    """Answer a message, so that Redis has all scripts: their next calls are the first with their digests."""
-    worker.backend.always = lambda call: call.done("x")
-    await worker.ask("warm")
-    await worker.idle()
-    worker.backend.always = None
-
-
 async def test_a_message_that_is_being_answered_is_stopped_at_once(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, flush_interval="1h") as worker:
         client = worker.follow()
@@ -59,14 +51,14 @@ async def test_a_message_that_is_being_opened_is_never_asked(redis_server: Redis
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
         opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         await worker.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")
         assert await worker.jobs.cancel(USER, "m") == "cancelled"
         await worker.idle()
         assert worker.recorded() == ("cancelled", "")
-        assert len(worker.backend.calls) == 1
+        assert worker.backend.calls == []
 
 
 async def test_a_message_that_waits_for_its_next_attempt_is_cancelled(redis_server: RedisServer) -> None:
@@ -89,10 +81,10 @@ async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: Red
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s", flush_interval="1h") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
         client = worker.follow()
         await worker.ask()
-        call = await worker.backend.call(2)
+        call = await worker.backend.call(1)
         ending = proxy.on_answer_to(LUA["end"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         call.done("answer")
         await wait_until(lambda: ending.sprung, "its end is being recorded")
@@ -107,10 +99,10 @@ async def test_a_second_cancel_while_the_request_is_being_removed_is_too_late(re
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        await _load_scripts(worker)
+        worker.load_scripts()
         client = worker.follow()
         await worker.ask()
-        await worker.backend.call(2)
+        await worker.backend.call(1)
         removal = proxy.on_answer_to(LUA["finish"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         first = asyncio.create_task(worker.jobs.cancel(USER, "m"))
         assert await client.end() == "cancelled"

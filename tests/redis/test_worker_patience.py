@@ -168,10 +168,7 @@ async def test_a_node_that_stops_without_redis_gives_back_the_call_that_would_ha
     ) as worker:
         worker.upstream.record_failure(failure(), user=USER)
         await wait_until(worker.upstream.may_be_called, "its breaker is half-open")
-        await wait_until(
-            lambda: any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in worker.redis.client_list()),
-            "a read is blocked",
-        )
+        await worker.reads()
         monkeypatch.setattr(RequestStream, "hand_back", lost)
         worker.consumer.stop()
         await worker.ask()

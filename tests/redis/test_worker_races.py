@@ -29,10 +29,7 @@ async def test_the_backend_is_called_and_the_answer_ends_beside_a_slow_notice_to
             inbox = worker.keys.inbox("elsewhere")
             worker.redis.sadd(worker.keys.route(USER), "elsewhere")
             worker.redis.pexpire(worker.keys.route(USER), 60_000)
-            await worker.ask("warm")
-            (await worker.backend.call(1)).done("x")
-            await worker.idle()
-            worker.redis.delete(inbox)
+            worker.load_scripts()
             trap = proxy.on_answer_to(NOTIFY, b"begun", fate=Fate.SILENCE)
             late = list[bool]()
 
@@ -56,12 +53,10 @@ async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: 
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        await worker.ask("warm")
-        (await worker.backend.call(1)).done("x")  # now Redis has the scripts
-        await worker.idle()
+        worker.load_scripts()
         await worker.ask()
         follower = worker.follow()
-        call = await worker.backend.call(2)
+        call = await worker.backend.call(1)
         trap = proxy.on_answer_to(APPEND, fate=fate)
         call.send("one ")
         await wait_until(lambda: trap.sprung, "the append has reached Redis")
@@ -73,7 +68,7 @@ async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: 
         assert await follower.end() == "done"
         assert worker.recorded() == ("done", "one two three")
         assert (follower.text, follower.restarts) == ("one two three", 0)
-        assert len(worker.backend.calls) == 2
+        assert len(worker.backend.calls) == 1
 
 
 async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_server: RedisServer) -> None:
@@ -81,18 +76,16 @@ async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_se
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        await worker.ask("warm")
-        (await worker.backend.call(1)).done("x")
-        await worker.idle()
+        worker.load_scripts()
         await worker.ask()
-        call = await worker.backend.call(2)
+        call = await worker.backend.call(1)
         trap = proxy.on_answer_to(APPEND, fate=Fate.SILENCE)
         call.send("one ")
         await wait_until(lambda: trap.sprung, "the append has reached Redis")
         call.done("two")
         await worker.idle()
         assert worker.recorded() == ("done", "one two")
-        assert len(worker.backend.calls) == 2
+        assert len(worker.backend.calls) == 1
 
 
 async def test_the_next_attempt_begins_when_nothing_of_the_one_before_is_on_its_way(redis_server: RedisServer) -> None:

@@ -31,6 +31,7 @@ from imstream.store.leases import Leases
 from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import Admitted, RequestStream
+from imstream.store.scripts import LUA
 from imstream.tracing import Tracing
 from imstream.worker.account import RequestLog
 from imstream.worker.adoption import Adopter
@@ -256,12 +257,21 @@ class WorkerHarness:
             return {}
         return {row["message_id"]: row["times_delivered"] for row in rows}
 
+    async def reads(self) -> None:
+        """Wait until the worker waits for new requests."""
+        await wait_until(self._is_reading, "a read is blocked")
+
     async def no_longer_reads(self) -> None:
         """Wait until the worker reads no new requests, and its last read has ended."""
-        await wait_until(
-            lambda: not any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in self.redis.client_list()),
-            "no read is blocked",
-        )
+        await wait_until(lambda: not self._is_reading(), "no read is blocked")
+
+    def _is_reading(self) -> bool:
+        return any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in self.redis.client_list())
+
+    def load_scripts(self) -> None:
+        """Load all scripts into Redis: their next calls are the first with their digests."""
+        for script in LUA.values():
+            self.redis.script_load(script.text)
 
     async def idle(self) -> None:
         """Wait until all requests are finished."""
