@@ -160,7 +160,7 @@ class ReplyStore:
         shown: int | None = None,
         usage: Usage | None = None,
         unused: bool = False,
-        repeated: bool = False,
+        tried_after: int | None = None,
         reopens: bool = False,
         resumed: timedelta | None = None,
     ) -> Opening:
@@ -177,20 +177,21 @@ class ReplyStore:
             shown: Characters that the caller has shown as the writer of `after`.
             usage: Of the calls that wrote them.
             unused: The attempt `after` has made no call.
-            repeated: An earlier try may have been executed, and its answer lost.
+            tried_after: The last attempt before an earlier try whose answer was lost. If that has begun the latest
+                attempt, its answer is returned.
             reopens: The request was made from a dead letter, and may continue after `failed`.
             resumed: How long ago a pause ended: no time before that counts as waited.
         """
         text = ("" if shown is None else shown, "" if usage is None else to_json(usage))
-        flags = (int(unused), int(repeated), int(reopens), "" if resumed is None else milliseconds(resumed))
-        how = (continues, *text, *flags)
+        tried = "" if tried_after is None else tried_after
+        how = (continues, *text, int(unused), tried, int(reopens), "" if resumed is None else milliseconds(resumed))
         return await self._opening(user_id, message_id, question, (request, lost, after), how).run(self._redis)
 
     def opening(
         self, user_id: UserId, message_id: str, question: Question, *, request: str, after: int
     ) -> Step[Opening]:
         """The step that `open` makes for a request without earlier attempts."""
-        return self._opening(user_id, message_id, question, (request, "", after), (0, "", "", 0, 0, 0, ""))
+        return self._opening(user_id, message_id, question, (request, "", after), (0, "", "", 0, "", 0, ""))
 
     def _opening(
         self,

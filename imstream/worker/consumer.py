@@ -47,6 +47,8 @@ class StreamConsumer:
         """Those reserved for the read under way."""
         self._admissions: set[asyncio.Future[None]] = set()
         """One for each request that `admit` begins: it is delivered to us, and has no job yet."""
+        self._unanswered: set[ChatRequest] = set()
+        """Requests that `admit` may have begun: the answer was lost."""
         self.stopping = False
         """Whether reading new requests has ended."""
         self.redis_problem = describe_problem(None)
@@ -100,6 +102,7 @@ class StreamConsumer:
                 elif isinstance(admitted, Admitted) and admitted.position <= 1:
                     self.sweep_soon()  # it may be delivered to us
         except StoreError:
+            self._unanswered.add(request)
             self.sweep_soon()  # the same
             raise
         finally:
@@ -205,17 +208,15 @@ class StreamConsumer:
             # In the node's own stream, the script that took the lease has looked through the deliveries.
             died = self._requests.is_own or not self._deps.lease_keeper.redis_restarted
             self._inherited = {one.entry_id: one.deliveries + died for one in await self._requests.pending()}
+        await self._wait_for_admissions()  # none begins outside of a read
         known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
-        await self._wait_for_admissions()
-        pending = [one for one in pending if one.entry_id not in self._running]
+        if not pending:
+            self._unanswered.clear()  # none of them was delivered
         if not self._deps.lease_keeper.can_declare_dead:
             self.sweep_soon()  # for the entries of the dead, as soon as they are known
         elif not self._finishing:
-            for consumer in await self._dead_consumers():
-                died = not await self._deps.leases.redis_restarted_since(consumer)
-                left = await self._requests.pending(consumer, exclude=known)
-                pending += [replace(one, deliveries=one.deliveries + died) for one in left]
+            pending += await self._left_by_dead(known)
         while pending:
             with self._jobs.reserve(min(CLAIMS, len(pending), self._startable()), self._requests.node) as slots:
                 if not slots.free:
@@ -227,15 +228,18 @@ class StreamConsumer:
                     if error is not None:
                         raise error
 
-    async def _dead_consumers(self) -> list[str]:
-        """Return the nodes without a lease that have pending entries here; remove those without any from the group."""
-        others = await self._requests.other_consumers()
+    async def _left_by_dead(self, known: set[str]) -> list[PendingEntry]:
+        """Return what nodes without a lease have left pending; remove those that left nothing from the group."""
+        others, left = await self._requests.other_consumers(), list[PendingEntry]()
         leases = await self._deps.leases.time_left(others)
-        dead = {consumer: pending for consumer, pending in others.items() if leases[consumer] is None}
-        for consumer, pending in dead.items():
-            if pending == 0 and consumer != self._requests.node:
+        for consumer in (one for one in others if leases[one] is None):
+            if others[consumer] > 0:
+                died = not await self._deps.leases.redis_restarted_since(consumer)
+                entries = await self._requests.pending(consumer, exclude=known)
+                left += [replace(one, deliveries=one.deliveries + died) for one in entries]
+            elif consumer != self._requests.node:
                 await self._requests.remove_consumer(consumer)
-        return [consumer for consumer, pending in dead.items() if pending > 0]
+        return left
 
     async def _claim(self, group: asyncio.TaskGroup, pending: PendingEntry, slots: Slots) -> None:
         inherited = self._inherited or {}
@@ -273,7 +277,9 @@ class StreamConsumer:
                 await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
                 return None
             request, verdict = error.partial, Bury(MALFORMED, str(error))
-        job = Job(entry, request, self._requests, self._deps, verdict)
+        may_be_open = request in self._unanswered
+        self._unanswered.discard(request)
+        job = Job(entry, request, self._requests, self._deps, verdict, may_be_open=may_be_open)
         if verdict is None:
             job.calls.upstream = self._deps.backends.take_probe()
         self._add(group, job, slots)

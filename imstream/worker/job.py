@@ -59,8 +59,12 @@ class Job:
         verdict: Bury | None = None,
         *,
         opened: Opening | None = None,
+        may_be_open: bool = False,
     ) -> None:
-        """With a `verdict`, the request is buried without an attempt. `opened`: its first attempt, if it has begun."""
+        """With a `verdict`, the request is buried without an attempt. `opened`: its first attempt, if it has begun.
+
+        `may_be_open`: this node may have begun it, and the answer was lost.
+        """
         self.entry = entry
         self.request = request
         self.stream = stream
@@ -79,6 +83,7 @@ class Job:
         """Whether the message belongs to this request. A message that is sent again has several, and one answer."""
         self._verdict = verdict
         self._opened = opened
+        self._may_be_open = may_be_open
         self._removed: bool | None = None
         """Whether recording the end has removed the request from the stream; None: not yet."""
         self._writer: ReplyWriter | None = None
@@ -255,8 +260,12 @@ class Job:
             self._writer = None
             await before.close()
 
+        # If Redis has lost earlier attempts, or they have expired, their numbers are not used again.
+        after = max(reply.fence, self.request.earlier_attempts)
+        # An earlier try, whose answer was lost: one of these, or the admission.
+        tries, tried_after = itertools.count(int(self._may_be_open)), 0 if self._may_be_open else after
+
         async def open_reply(lost: str = "") -> Opening:
-            tries = itertools.count()
             return await retry_until_available(
                 lambda: deps.replies.open(
                     reply.user_id,
@@ -264,19 +273,19 @@ class Job:
                     self.request.question,
                     request=self._id,
                     lost=lost,
-                    # If Redis has lost earlier attempts, or they have expired, their numbers are not used again.
-                    after=max(reply.fence, self.request.earlier_attempts),
+                    after=after,
                     continues=deps.settings.max_answer if continues else 0,
                     shown=shown,
                     usage=self.calls.usage,
                     unused=unused,
                     resumed=deps.pauses.since_end(self.stream.node),
                     reopens=self.request.reopens is not None,
-                    repeated=next(tries) > 0,
+                    tried_after=tried_after if next(tries) else None,
                 )
             )
 
         opened, self._opened = self._opened or await open_reply(), None
+        self._may_be_open = False
         if isinstance(opened, Duplicate):
             # An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost.
             owner = opened.owner

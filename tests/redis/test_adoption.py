@@ -38,7 +38,7 @@ async def test_an_entry_is_adopted_when_its_node_dies(redis_server: RedisServer)
             call.done("all of it")
         await other.idle()
         assert other.recorded("begun") == other.recorded("waiting") == ("done", "all of it")
-        assert [entry["attempt"] for entry in other.entries("begun") if entry["event"] == "opened"] == ["1", "2"]
+        assert other.attempts("begun") == [1, 2]
         assert other.begun == ["waiting"]
 
 

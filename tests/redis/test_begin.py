@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from imstream.errors import StoreUnavailable
+from imstream.errors import BackendError, StoreUnavailable
 from imstream.keys import GROUP
 from imstream.model import Terminal
 from imstream.redis.client import Script
@@ -162,6 +162,57 @@ async def test_a_request_whose_admission_has_lost_its_answer_is_answered(redis_s
         assert len(worker.backend.calls) == 1
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
+async def test_an_attempt_whose_admission_has_lost_its_answer_is_the_first_one(
+    redis_server: RedisServer, *, is_loaded: bool
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h", max_attempts=2) as worker,
+    ):
+        worker.load_scripts()
+        worker.redis.sadd(worker.keys.route(USER), "elsewhere")
+        worker.redis.pexpire(worker.keys.route(USER), 60_000)
+        await worker.reads()
+        lost = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.SILENCE)
+        admitting = asyncio.create_task(worker.consumer.admit(chat_request(USER, "m")))
+        await wait_until(lambda: lost.sprung and worker.entries(), "it is begun")
+        reply = worker.buffers.get(USER, "m")
+        if is_loaded:  # a socket resumes before the request gets a job
+            record = await worker.replies.read(USER, "m")
+            assert record is not None
+            reply.load(record)
+        with pytest.raises(StoreUnavailable):
+            await admitting
+        (await worker.backend.call(1)).fail(BackendError("cut"))
+        (await worker.backend.call(2)).done("answer")
+        await worker.idle()
+        assert worker.recorded() == ("done", "answer")
+        assert worker.attempts() == [1, 2]
+        assert worker.begun == ["m"]
+        notices = worker.redis.xrange(worker.keys.inbox("elsewhere"))
+        assert [notice["event"] for _, notice in notices].count("begun") == 1
+
+
+async def test_an_attempt_whose_job_redis_has_refused_is_not_taken_for_one_without_a_job(
+    redis_server: RedisServer,
+) -> None:
+    async with run_worker(redis_server) as worker:
+        await worker.reads()
+        await worker.consumer.admit(chat_request(USER, "m"))
+        call = await worker.backend.call(1)
+        reply = worker.keys.reply(USER, "m")
+        worker.redis.rename(reply, f"{reply}:aside")
+        worker.redis.set(reply, "written by hand", px=60_000)
+        call.done("answer")
+        await wait_until(lambda: len(worker.jobs) == 0, "its end is refused")
+        worker.redis.rename(f"{reply}:aside", reply)
+        (await worker.backend.call(2)).done("answer")
+        await worker.idle()
+        assert worker.recorded() == ("done", "answer")
+        assert worker.attempts() == [1, 2]
+
+
 async def test_a_request_that_begins_is_not_taken_for_one_without_a_job(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
@@ -176,7 +227,7 @@ async def test_a_request_that_begins_is_not_taken_for_one_without_a_job(redis_se
             (await worker.backend.call(1)).done("answer")
             await worker.idle()
         assert worker.recorded() == ("done", "answer")
-        assert [entry["event"] for entry in worker.entries()].count("opened") == 1
+        assert worker.attempts() == [1]
         assert "request claimed" not in {line["event"] for line in logs}
 
 

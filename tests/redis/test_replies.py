@@ -14,6 +14,7 @@ from imstream.store.replies import (
     Duplicate,
     Ended,
     Opened,
+    Opening,
     OtherQuestion,
     Rejected,
     ReplyStore,
@@ -251,15 +252,41 @@ async def test_attempts_do_not_count_as_long_as_continued_ones_add_text(store: S
     assert counted == [0, 1, 2, 0, 0, 1]
 
 
-async def test_an_opening_whose_answer_was_lost_counts_once(store: Store) -> None:
-    await store.replies.open(USER, MESSAGE, request="0/1-0")
-    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", repeated=True)
-    assert isinstance(opened, Opened)
-    assert (opened.attempt, opened.counted) == (2, 0)
-    await store.replies.open(USER, MESSAGE, request="0/1-0", after=2)
-    opened = await store.replies.open(USER, MESSAGE, request="0/1-0", after=2, repeated=True)
-    assert isinstance(opened, Opened)
-    assert (opened.attempt, opened.counted) == (4, 1)
+async def test_an_opening_whose_answer_was_lost_is_returned_again(store: Store) -> None:
+    async def opened_twice(attempt: int, **given: Any) -> Opened:  # noqa: ANN401 - the arguments of the store
+        first, second = [
+            await store.replies.open(
+                *(USER, MESSAGE), request="0/1-0", continues=100, after=attempt - 1, tried_after=tried, **given
+            )
+            for tried in (None, attempt - 1)
+        ]
+        assert isinstance(first, Opened)
+        assert isinstance(second, Opened)
+        assert first == second
+        assert (first.at, first.counted, first.waited is None) == (second.at, second.counted, second.waited is None)
+        return second
+
+    assert await opened_twice(1) == Opened(1)
+    await append(store.replies, 0, "abc")
+    continued = await opened_twice(2, shown=3, usage={"total_tokens": 7})
+    assert continued.continued == Continued(1, {}, {"total_tokens": 7}, "abc")
+    await store.replies.wait(USER, MESSAGE, attempt=2, pause=timedelta(0), why=Waiting("default", "http_503"))
+    assert (await opened_twice(3)).waited is not None
+
+
+async def test_only_an_opening_by_the_same_node_that_nothing_follows_is_returned_again(store: Store) -> None:
+    async def opened_again(tried_after: int) -> Opening:
+        return await store.replies.open(USER, MESSAGE, request="0/1-0", tried_after=tried_after)
+
+    assert await opened_again(0) == Opened(1)
+    assert await opened_again(1) == Opened(2)
+    await append(store.replies, 0, "abc", attempt=2)
+    assert await opened_again(1) == Opened(3)
+    opened: dict[Any, Any] = {"attempt": 4, "event": "opened", "offset": 0, "request": "0/1-0", "counted": 3}
+    store.redis.xadd(store.keys.reply(USER, MESSAGE), opened | {"by": "another node"})
+    assert await opened_again(3) == Opened(5)
+    await store.replies.cancel(USER, MESSAGE)
+    assert await opened_again(4) == Ended("cancelled", "0/1-0")
 
 
 async def test_text_ends_a_wait_and_another_failure_begins_another_window(store: Store) -> None:

@@ -23,11 +23,6 @@ def waits(worker: WorkerHarness) -> list[dict[str, str]]:
     return [entry for entry in worker.entries() if entry["event"] == "waiting"]
 
 
-def opened(worker: WorkerHarness) -> list[str]:
-    """The numbers of the attempts."""
-    return [entry["attempt"] for entry in worker.entries() if entry["event"] == "opened"]
-
-
 @pytest.mark.parametrize("kind", ["away", "misconfigured"])
 async def test_waiting_for_a_backend_uses_up_no_attempt_and_is_recorded(
     redis_server: RedisServer, kind: FailureKind
@@ -48,7 +43,7 @@ async def test_waiting_for_a_backend_uses_up_no_attempt_and_is_recorded(
         }
         [since] = {int(entry["since"]) for entry in entries}
         assert {int(entry["until"]) - since for entry in entries} == {3_600_000}
-        assert opened(worker) == ["1"]
+        assert worker.attempts() == [1]
         assert worker.dead() == []
 
 
@@ -89,7 +84,7 @@ async def test_a_backend_that_goes_away_while_its_model_thinks_does_not_begin_th
         ]
         assert len({entry["since"] for entry in worker.entries() if "since" in entry}) == 1
         assert all("since" in entry for entry in worker.entries() if "thinking" in entry)
-        assert opened(worker) == ["1"]
+        assert worker.attempts() == [1]
 
 
 async def test_at_the_end_of_the_window_the_message_fails_with_the_last_reason(redis_server: RedisServer) -> None:
@@ -207,7 +202,7 @@ async def test_the_next_worker_goes_on_waiting_in_the_same_window(redis_server: 
         (await worker.backend.call(1)).fail(failure())
         await wait_until(lambda: len(waits(worker)) == 2, "the second wait is recorded")
         assert {entry["since"] for entry in waits(worker)} == {begun}
-        assert opened(worker) == ["1", "2"]
+        assert worker.attempts() == [1, 2]
         await worker.crash()
         await wait_until(lambda: now_ms() - int(begun) > 100, "a window of 100 ms would be over")
     async with run_worker(redis_server, max_attempts=1, retry_window="100ms") as worker:
@@ -246,7 +241,7 @@ async def test_a_backend_that_goes_away_within_its_answer_has_broken_it(redis_se
         assert (client.text, client.restarts) == ("text", 1)
         await worker.idle()
         assert waits(worker) == []
-        assert opened(worker) == ["1", "2"]
+        assert worker.attempts() == [1, 2]
 
 
 async def test_a_message_that_waits_can_be_cancelled(redis_server: RedisServer) -> None:

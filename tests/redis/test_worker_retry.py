@@ -38,7 +38,7 @@ async def test_a_failed_attempt_is_followed_by_another_and_the_client_told(redis
         assert client.text == "the second words"
         await worker.idle()
         assert worker.recorded() == ("done", "the second words")
-        assert [entry["attempt"] for entry in worker.entries() if entry["event"] == "opened"] == ["1", "2"]
+        assert worker.attempts() == [1, 2]
 
 
 async def test_after_the_last_attempt_the_request_is_buried_and_the_client_told(redis_server: RedisServer) -> None:

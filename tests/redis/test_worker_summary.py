@@ -57,7 +57,7 @@ async def test_what_does_not_fit_is_told_in_short(lang: str, redis_server: Redis
         assert await client.end() == "done"
         assert (client.text, client.restarts) == ("fine", 0)
         await worker.idle()
-        assert [entry["attempt"] for entry in worker.entries() if entry["event"] == "opened"] == ["1"]
+        assert worker.attempts() == [1]
 
 
 async def test_a_summary_serves_further_attempts_and_the_next_messages(redis_server: RedisServer) -> None:

@@ -232,6 +232,11 @@ class WorkerHarness:
         """The entries of the reply stream."""
         return [fields for _, fields in self.redis.xrange(self.keys.reply(user, message_id))]
 
+    def attempts(self, message_id: str = "m", *, user: int = USER) -> list[int]:
+        """The attempts that were opened."""
+        entries = self.entries(message_id, user=user)
+        return [int(entry["attempt"]) for entry in entries if entry["event"] == "opened"]
+
     def recorded(self, message_id: str = "m", *, user: int = USER) -> tuple[str, str]:
         """The only terminal event of a reply, and the text of its last attempt."""
         entries = self.entries(message_id, user=user)

@@ -83,6 +83,7 @@ class ReplyModel:
         by: str = "0",
         continues: int = 0,
         shown: int | None = None,
+        tried_after: int | None = None,
     ) -> Opened | Ended | Duplicate:
         """See `ReplyStore`. `by` is the node of the store."""
         last, continued = self.last, None
@@ -91,6 +92,10 @@ class ReplyModel:
                 return Ended(last.terminal.event, self.owner)
             if last.attempt > 0 and self.owner not in {request, lost}:
                 return Duplicate(self.owner)
+            is_ours = (last.event, last.request, last.by) == ("opened", request, by)
+            if is_ours and tried_after is not None and last.attempt > tried_after:
+                continued = Continued(last.wire, dict(last.valid), None, last.text) if last.wire else None
+                return Opened(last.attempt, continued=continued)
             known, after = after, max(after, last.attempt)
             if self.owner == request and 0 < last.offset < continues:
                 wire, valid = self.latest[0].wire or last.attempt, dict(self.latest[0].valid)

@@ -26,7 +26,8 @@
 -- ARGV[12] how many characters the caller has shown in the attempt ARGV[4]; '' if it is not the writer
 -- ARGV[13] usage of the calls that wrote them; '' if unknown
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
--- ARGV[15] '1' if the caller repeats this: a later attempt is that of its earlier try, and does not count
+-- ARGV[15] the last attempt before an earlier try of the caller, whose answer was lost; '' if there was none. If that try
+--          has begun the latest attempt, nothing is written, and its answer is returned again
 -- ARGV[16] '1' if the request was made from a dead letter
 -- ARGV[17] milliseconds since an operator's pause ended, '' if none is known: no time before that counts as waited
 -- Returns  {'opened', id of the entry, attempt, counted attempts before it, milliseconds since it began to wait or '',
@@ -94,7 +95,27 @@ local function continue(entry, attempt, offset)
     return {offset = offset, wire = wire, valid = valid, usage = usage, text = table.concat(parts)}
 end
 
+-- Milliseconds since the message began to wait; '' if it has not.
+local function time_since(since)
+    local time = since and redis.call('TIME')
+    return since and time[1] * 1000 + math.floor(time[2] / 1000) - since or ''
+end
+
 local nodes = redis.call('SMEMBERS', KEYS[2]) -- before any write: it fails if the key has another type
+
+-- What is returned about the attempt that this entry begins.
+local function answer(entry, waited)
+    local told = {'opened', entry[1], field(entry, 'attempt'), field(entry, 'counted'), waited}
+    if field(entry, 'wire') then
+        told[1] = 'continued'
+        told[6] = {field(entry, 'wire'), field(entry, 'valid'), field(entry, 'usage'), field(entry, 'text')}
+    end
+    for _, node in ipairs(nodes) do
+        told[#told + 1] = node
+    end
+    return told
+end
+
 local attempt, counted, since, asked, continued, reopened = 0, 0, nil, '', nil, false
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
@@ -114,9 +135,12 @@ if last then
         if request ~= ARGV[1] and request ~= ARGV[3] then
             return {'duplicate', request}
         end
+        local is_ours = event == 'opened' and request == ARGV[1] and field(last, 'by') == ARGV[5]
+        if is_ours and ARGV[15] ~= '' and attempt > tonumber(ARGV[15]) then
+            return answer(last, time_since(since))
+        end
         -- An attempt that did no more than wait for its backend does not count; older releases do not record the number.
         local is_unused = event == 'waiting' or ARGV[14] == '1' and attempt == tonumber(ARGV[4])
-            or ARGV[15] == '1' and attempt > tonumber(ARGV[4])
         counted = tonumber(entry and field(entry, 'counted') or attempt - 1) + (is_unused and 0 or 1)
         local offset = tonumber(field(last, 'offset'))
         if entry and request == ARGV[1] and offset > 0 and offset < tonumber(ARGV[11]) then
@@ -139,14 +163,10 @@ attempt = math.max(attempt, tonumber(ARGV[4]))
 if reopened then
     redis.call('XADD', KEYS[1], '*', 'attempt', attempt + 1, 'event', 'reopened', 'offset', 0, 'v', 1)
 end
-local waited = ''
-if since then
-    local time = redis.call('TIME')
-    waited = time[1] * 1000 + math.floor(time[2] / 1000) - since
-    local excess = ARGV[17] ~= '' and waited - ARGV[17] or 0
-    if excess > 0 then
-        since, waited = since + excess, waited - excess
-    end
+local waited = time_since(since)
+local excess = since and ARGV[17] ~= '' and waited - ARGV[17] or 0
+if excess > 0 then
+    since, waited = since + excess, waited - excess
 end
 local entry = {
     'attempt', attempt + 1, 'event', 'opened', 'offset', continued and continued.offset or 0, 'v', 1,
@@ -182,8 +202,4 @@ if type(added) == 'number' then
         redis.call('PEXPIRE', KEYS[3], math.floor(ARGV[10] * 1.2)) -- not again for each message
     end
 end
-if continued then
-    local how = {continued.wire, continued.valid, continued.usage, continued.text}
-    return {'continued', id, attempt + 1, counted, waited, how, unpack(nodes)}
-end
-return {'opened', id, attempt + 1, counted, waited, unpack(nodes)}
+return answer({id, entry}, waited)
