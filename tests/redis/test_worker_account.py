@@ -169,7 +169,7 @@ async def test_a_message_that_is_cancelled_while_it_is_opened_is_logged_once(
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.5)
         await worker.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")

@@ -51,7 +51,7 @@ async def test_a_message_that_is_being_opened_is_never_asked(redis_server: Redis
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.3)
         await worker.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")
@@ -81,7 +81,7 @@ async def test_a_message_whose_end_is_being_recorded_has_ended(redis_server: Red
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s", flush_interval="1h") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         client = worker.follow()
         await worker.ask()
         call = await worker.backend.call(1)
@@ -99,7 +99,7 @@ async def test_a_second_cancel_while_the_request_is_being_removed_is_too_late(re
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         client = worker.follow()
         await worker.ask()
         await worker.backend.call(1)

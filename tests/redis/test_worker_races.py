@@ -29,7 +29,7 @@ async def test_the_backend_is_called_and_the_answer_ends_beside_a_slow_notice_to
             inbox = worker.keys.inbox("elsewhere")
             worker.redis.sadd(worker.keys.route(USER), "elsewhere")
             worker.redis.pexpire(worker.keys.route(USER), 60_000)
-            worker.load_scripts()
+            await worker.load_scripts()
             trap = proxy.on_answer_to(NOTIFY, b"begun", fate=Fate.SILENCE)
             late = list[bool]()
 
@@ -53,7 +53,7 @@ async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: 
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         await worker.ask()
         follower = worker.follow()
         call = await worker.backend.call(1)
@@ -76,7 +76,7 @@ async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_se
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         await worker.ask()
         call = await worker.backend.call(1)
         trap = proxy.on_answer_to(APPEND, fate=Fate.SILENCE)

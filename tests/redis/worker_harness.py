@@ -273,10 +273,13 @@ class WorkerHarness:
     def _is_reading(self) -> bool:
         return any(one["cmd"] == "xreadgroup" and "b" in one["flags"] for one in self.redis.client_list())
 
-    def load_scripts(self) -> None:
-        """Load all scripts into Redis: their next calls are the first with their digests."""
-        for script in LUA.values():
-            self.redis.script_load(script.text)
+    async def load_scripts(self) -> None:
+        """Load all scripts into Redis: their next calls are the first with their digests. Then wait until it reads."""
+        with self.redis.pipeline(transaction=False) as all_of_them:
+            for script in LUA.values():
+                all_of_them.script_load(script.text)
+            all_of_them.execute()
+        await self.reads()
 
     async def idle(self) -> None:
         """Wait until all requests are finished."""
