@@ -57,6 +57,10 @@ class WorkerDeps:
     metrics: Metrics
     request_log: RequestLog
 
+    def startable(self, stream: str) -> int:
+        """Maximum requests that may start now: while backends are away or just back, those that wait go first."""
+        return 0 if self.pauses.of(stream) else self.backends.startable()
+
 
 class Interrupted(Exception):  # noqa: N818 - not an error
     """The work on the request ends here: an operator's pause, or the reply stream rejects the attempt."""

@@ -1,7 +1,9 @@
 """The consumer of one requests stream, its own or an adopted one: reads requests, and claims those of dead nodes."""
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -9,6 +11,7 @@ from imstream.errors import StoreDenied, StoreError
 from imstream.model import NEWEST_VERSION, ChatRequest, MalformedEntry, NewerVersion
 from imstream.redis.errors import describe_problem
 from imstream.store.requests import Admitted, Entry, GroupMissing, PendingEntry, QueueFull, RequestStream
+from imstream.worker.admission import Admission
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.disposition import MALFORMED, Bury
 from imstream.worker.job import Job
@@ -43,12 +46,7 @@ class StreamConsumer:
         self._suspect: str | None = None
         self._group: asyncio.TaskGroup | None = None
         """Of the jobs; None before `run`."""
-        self._reading: Slots | None = None
-        """Those reserved for the read under way."""
-        self._admissions: set[asyncio.Future[None]] = set()
-        """One for each request that `admit` begins: it is delivered to us, and has no job yet."""
-        self._unanswered: set[ChatRequest] = set()
-        """Requests that `admit` may have begun: the answer was lost."""
+        self._admission = Admission(requests, deps, jobs, start=self._add, sweep_soon=self.sweep_soon)
         self.stopping = False
         """Whether reading new requests has ended."""
         self.redis_problem = describe_problem(None)
@@ -74,59 +72,18 @@ class StreamConsumer:
             async with asyncio.TaskGroup() as self._group:
                 while not self.stopping and not self._finished:
                     try:
-                        await self._consume(self._group)
+                        await self._consume()
                     except (StoreError, GroupMissing) as error:
                         await self._after_error(error)
-                await self._wait_for_admissions()
+                await self._admission.wait()
 
-    async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
-        """Append a request; begin it at once if it needs not wait, which saves two round trips. Raises `StoreError`."""
-        requests, deps, slots, group = self._requests, self._deps, self._free_slots(), self._group
-        if slots is None or group is None:
-            return await requests.admit(request)
-        reply = deps.buffers.get(request.user_id, request.message_id)
-        opening = deps.replies.opening(
-            *(request.user_id, request.message_id, request.question), request=requests.request_id(""), after=reply.fence
-        )
-        had_ended = reply.terminal is not None
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._admissions.add(done)
-        try:
-            with self._jobs.take_one(slots) as one:
-                admitted = await requests.begin(request, opening)
-                if isinstance(admitted, Admitted) and admitted.opened is not None:
-                    entry = Entry(admitted.entry_id, {"user": str(request.user_id)})
-                    is_cancelled = reply.terminal is not None and not had_ended  # meanwhile: the job is to find it
-                    opened = None if is_cancelled else admitted.opened
-                    self._add(group, Job(entry, request, requests, deps, opened=opened), one)
-                elif isinstance(admitted, Admitted) and admitted.position <= 1:
-                    self.sweep_soon()  # it may be delivered to us
-        except StoreError:
-            self._unanswered.add(request)
-            self.sweep_soon()  # the same
-            raise
-        finally:
-            self._admissions.discard(done)
-            done.set_result(None)
-        await asyncio.sleep(0)  # its job notes that the reply is recorded
-        return admitted
-
-    def _free_slots(self) -> Slots | None:
-        """Those of the read under way, if a request may begin beside it: one stays, for what it reads at any time."""
-        slots, deps = self._reading, self._deps
-        if slots is None or slots.free <= 1 or self.stopping or not self._requests.shares_server:
-            return None
-        may_begin = deps.lease_keeper.held and not deps.backends.is_closed and self._startable() > 0
-        return slots if may_begin and self._jobs.line.reason is None else None
-
-    async def _wait_for_admissions(self) -> None:
-        """Wait until each request that is delivered to us by `admit` now has its job."""
-        if self._admissions:
-            await asyncio.wait(self._admissions)
+    def admit(self, request: ChatRequest) -> Coroutine[Any, Any, Admitted | QueueFull]:
+        """See `Admission`."""
+        return self._admission.admit(request)
 
     def stop(self) -> None:
         """Read no new requests. A blocked read ends by its time limit."""
-        self.stopping = True
+        self.stopping, self._admission.slots = True, None
         self._jobs.changed.set()
 
     def finish_pending(self) -> None:
@@ -141,7 +98,7 @@ class StreamConsumer:
             self.sweep_soon()
             self._jobs.changed.set()
 
-    async def _consume(self, group: asyncio.TaskGroup) -> None:
+    async def _consume(self) -> None:
         if await self._requests.ensure_group():
             if self._answered_at is None:
                 log.info("consumer group created", node=self._requests.node)
@@ -150,33 +107,33 @@ class StreamConsumer:
         self._on_answer()
         self.sweep_soon()
         while not self.stopping and not self._finished:
-            await self._run_round(group)
+            await self._run_round()
             self._on_answer()
 
-    async def _run_round(self, group: asyncio.TaskGroup) -> None:
+    async def _run_round(self) -> None:
         if self._deps.lease_keeper.held:
-            await self._sweep_if_due(group)
+            await self._sweep_if_due()
         if self._finishing:
             left = await self._requests.pending(exclude={*self.newer, *self._running})
             if self._deps.pauses.is_known and self._deps.pauses.of(self._requests.node):
                 for one in left:  # nothing starts here: another node may answer them
                     await self._requests.hand_back(one, to=self._requests.node)
             self._finished = not self._running and not left
-        wanted = 0 if self._finishing or not self._deps.lease_keeper.held else self._startable()
+        wanted = 0 if self._finishing or not self._deps.lease_keeper.held else self._deps.startable(self._requests.node)
         with self._jobs.reserve(wanted, self._requests.node) as slots:
             if slots.free:
                 # The stream of another node gets hardly any new requests: no connection blocks on it.
                 block = self._deps.settings.read_block if self._requests.is_own else None
-                self._reading = slots
+                self._admission.slots = slots
                 try:
                     entries = await self._requests.read(count=slots.free, block=block)
                 finally:
-                    self._reading = None
+                    self._admission.slots = None
                 for entry in entries:
                     if entry.entry_id in self._running:
                         continue  # a group that was created again delivers it again
-                    if self._startable() and slots.free:
-                        await self._start(group, entry, slots)
+                    if self._deps.startable(self._requests.node) and slots.free:
+                        await self._start(entry, slots)
                     else:  # the breaker has opened during the read, or `admit` has used the slot
                         await self._requests.hand_back(entry)
                         self.sweep_soon()
@@ -189,15 +146,11 @@ class StreamConsumer:
         await self._jobs.wait_for_change(min(limit, pause) if pause else limit)
         await self._requests.ping()
 
-    def _startable(self) -> int:
-        """Maximum requests that may start now: while backends are away or just back, those that wait go first."""
-        return 0 if self._deps.pauses.of(self._requests.node) else self._deps.backends.startable()
-
     def sweep_soon(self) -> None:
         """Look for pending entries without a job in the next round: a node may have left some here."""
         self._next_sweep = 0.0
 
-    async def _sweep_if_due(self, group: asyncio.TaskGroup) -> None:
+    async def _sweep_if_due(self) -> None:
         """Claim pending entries without a job: left by a process that died, or whose delivery was lost."""
         now = asyncio.get_running_loop().time()
         if now < self._next_sweep:
@@ -208,22 +161,24 @@ class StreamConsumer:
             # In the node's own stream, the script that took the lease has looked through the deliveries.
             died = self._requests.is_own or not self._deps.lease_keeper.redis_restarted
             self._inherited = {one.entry_id: one.deliveries + died for one in await self._requests.pending()}
-        await self._wait_for_admissions()  # none begins outside of a read
+        await self._admission.wait()
         known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
         if not pending:
-            self._unanswered.clear()  # none of them was delivered
+            self._admission.unanswered.clear()  # none of them was delivered
         if not self._deps.lease_keeper.can_declare_dead:
             self.sweep_soon()  # for the entries of the dead, as soon as they are known
         elif not self._finishing:
             pending += await self._left_by_dead(known)
         while pending:
-            with self._jobs.reserve(min(CLAIMS, len(pending), self._startable()), self._requests.node) as slots:
+            with self._jobs.reserve(
+                min(CLAIMS, len(pending), self._deps.startable(self._requests.node)), self._requests.node
+            ) as slots:
                 if not slots.free:
                     self.sweep_soon()  # the next slot is for the next of these, not for a new request
                     return
                 batch, pending = pending[: slots.free], pending[slots.free :]
-                claims = (self._claim(group, one, slots) for one in batch)
+                claims = (self._claim(one, slots) for one in batch)
                 for error in await asyncio.gather(*claims, return_exceptions=True):  # all stop when one has failed
                     if error is not None:
                         raise error
@@ -241,7 +196,7 @@ class StreamConsumer:
                 await self._requests.remove_consumer(consumer)
         return left
 
-    async def _claim(self, group: asyncio.TaskGroup, pending: PendingEntry, slots: Slots) -> None:
+    async def _claim(self, pending: PendingEntry, slots: Slots) -> None:
         inherited = self._inherited or {}
         # Counted when this process began: a sum made now would count a claim twice whose answer was lost.
         deliveries = max(1, inherited.get(pending.entry_id, pending.deliveries))
@@ -256,7 +211,7 @@ class StreamConsumer:
             inherited.pop(pending.entry_id, None)
             if entry is None:
                 return
-            job = await self._start(group, entry, slots)
+            job = await self._start(entry, slots)
             told = {"stream": self._requests.node, "worker": pending.consumer, "entry": entry.entry_id}
             (log if job is None else job.log).info("request claimed", **told, deliveries=deliveries)
         finally:
@@ -264,7 +219,7 @@ class StreamConsumer:
                 self._suspect = None
                 self.sweep_soon()
 
-    async def _start(self, group: asyncio.TaskGroup, entry: Entry, slots: Slots) -> Job | None:
+    async def _start(self, entry: Entry, slots: Slots) -> Job | None:
         verdict = None
         try:
             request = ChatRequest.from_fields(entry.fields, entry.entry_id, user_ids=self._deps.settings.user_ids)
@@ -277,18 +232,19 @@ class StreamConsumer:
                 await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
                 return None
             request, verdict = error.partial, Bury(MALFORMED, str(error))
-        may_be_open = request in self._unanswered
-        self._unanswered.discard(request)
+        may_be_open = request in self._admission.unanswered
+        self._admission.unanswered.discard(request)
         job = Job(entry, request, self._requests, self._deps, verdict, may_be_open=may_be_open)
         if verdict is None:
             job.calls.upstream = self._deps.backends.take_probe()
-        self._add(group, job, slots)
+        self._add(job, slots)
         return job
 
-    def _add(self, group: asyncio.TaskGroup, job: Job, slots: Slots) -> None:
+    def _add(self, job: Job, slots: Slots) -> None:
+        assert self._group is not None  # noqa: S101 - there is one while it runs
         self._running.add(job.entry.entry_id)
         self._jobs.add(job, slots)
-        group.create_task(self._run_job(job))
+        self._group.create_task(self._run_job(job))
 
     async def _leave_to_newer(self, entry: Entry, version: int) -> None:
         """Leave a request of a newer release pending under the name of the node whose stream it is in."""

@@ -108,8 +108,7 @@ async def test_a_request_is_removed_with_its_end_unless_the_end_is_refused(store
 
 async def test_a_chat_that_need_not_wait_takes_two_round_trips(redis_server: RedisServer) -> None:
     async with tcp_proxy(redis_server.port) as proxy, run_worker(redis_server, url=proxy.url) as worker:
-        worker.load_scripts()
-        await worker.reads()
+        await worker.load_scripts()
         others = [
             proxy.on_answer_to(LUA[name].digest.encode(), fate=Fate.DELAY) for name in ("admit", "open", "finish")
         ]
@@ -150,8 +149,7 @@ async def test_a_request_whose_admission_has_lost_its_answer_is_answered(redis_s
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h") as worker,
     ):
-        worker.load_scripts()
-        await worker.reads()
+        await worker.load_scripts()
         worker.backend.always = lambda call: call.done("answer")
         lost = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=fate)
         with pytest.raises(StoreUnavailable):
@@ -170,7 +168,7 @@ async def test_an_attempt_whose_admission_has_lost_its_answer_is_the_first_one(
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h", max_attempts=2) as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         worker.redis.sadd(worker.keys.route(USER), "elsewhere")
         worker.redis.pexpire(worker.keys.route(USER), 60_000)
         await worker.reads()
@@ -192,6 +190,24 @@ async def test_an_attempt_whose_admission_has_lost_its_answer_is_the_first_one(
         assert worker.begun == ["m"]
         notices = worker.redis.xrange(worker.keys.inbox("elsewhere"))
         assert [notice["event"] for _, notice in notices].count("begun") == 1
+
+
+async def test_a_request_whose_admission_is_cancelled_is_answered_by_its_first_attempt(
+    redis_server: RedisServer,
+) -> None:
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="3s", sweep_interval="1h") as worker,
+    ):
+        await worker.load_scripts()
+        proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.2)
+        admitting = asyncio.create_task(worker.consumer.admit(chat_request(USER, "m")))
+        await wait_until(worker.entries, "it is begun")
+        admitting.cancel()
+        (await worker.backend.call(1)).done("answer")
+        await worker.idle()
+        assert worker.recorded() == ("done", "answer")
+        assert (worker.attempts(), worker.begun) == ([1], ["m"])
 
 
 async def test_an_attempt_whose_job_redis_has_refused_is_not_taken_for_one_without_a_job(
@@ -218,8 +234,7 @@ async def test_a_request_that_begins_is_not_taken_for_one_without_a_job(redis_se
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s", sweep_interval="50ms", read_block="20ms") as worker,
     ):
-        worker.load_scripts()
-        await worker.reads()
+        await worker.load_scripts()
         late = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.5)
         with capture_logs() as logs:
             await worker.consumer.admit(chat_request(USER, "m"))
@@ -236,7 +251,7 @@ async def test_an_end_whose_answer_was_lost_is_counted_once(redis_server: RedisS
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         await worker.ask()
         call = await worker.backend.call(1)
         lost = proxy.on_answer_to(LUA["end"].digest.encode(), fate=Fate.SILENCE)
@@ -254,7 +269,7 @@ async def test_an_end_is_counted_although_redis_fails_right_after_its_request_wa
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
     ):
-        worker.load_scripts()
+        await worker.load_scripts()
         await worker.ask()
         await worker.backend.call(1)
         await worker.crash()  # the next process does not know when the first attempt began
@@ -272,8 +287,7 @@ async def test_a_message_that_is_cancelled_while_it_begins_is_not_answered(redis
         tcp_proxy(redis_server.port) as proxy,
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
-        worker.load_scripts()
-        await worker.reads()
+        await worker.load_scripts()
         client = worker.follow()
         late = proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.4)
         admitting = asyncio.create_task(worker.consumer.admit(chat_request(USER, "m")))

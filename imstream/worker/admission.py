@@ -1,0 +1,88 @@
+"""Admission of requests to the stream of this node. One that need not wait begins at once."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from imstream.errors import StoreError
+from imstream.model import ChatRequest
+from imstream.store.requests import Admitted, Entry, QueueFull, RequestStream
+from imstream.worker.attempt import WorkerDeps
+from imstream.worker.job import Job
+from imstream.worker.jobs import Jobs, Slots
+
+
+class Admission:
+    """Admits requests, and begins those that fit beside the read that the consumer waits for."""
+
+    def __init__(
+        self,
+        requests: RequestStream,
+        deps: WorkerDeps,
+        jobs: Jobs,
+        *,
+        start: Callable[[Job, Slots], None],
+        sweep_soon: Callable[[], None],
+    ) -> None:
+        """`start`: run a job in a slot; `sweep_soon`: look for entries that are delivered and have no job."""
+        self.slots: Slots | None = None
+        """Reserved for the read under way; None: no request may begin beside it."""
+        self.unanswered: set[ChatRequest] = set()
+        """Requests that may have begun without a job, because the answer was lost."""
+        self._requests = requests
+        self._deps = deps
+        self._jobs = jobs
+        self._start = start
+        self._sweep_soon = sweep_soon
+        self._under_way = 0
+        self._one_ended = asyncio.Event()
+
+    async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
+        """Append a request; begin it at once if it needs not wait, which saves two round trips. Raises `StoreError`."""
+        slots = self.slots
+        if slots is None or not self._may_begin(slots):
+            return await self._requests.admit(request)
+        reply = self._deps.buffers.get(request.user_id, request.message_id)
+        had_ended = reply.terminal is not None
+        with self._jobs.take_one(slots) as one, self._counted():
+            admitted = await self._begin(request, after=reply.fence)
+            if isinstance(admitted, Admitted) and admitted.opened is not None:
+                entry = Entry(admitted.entry_id, {"user": str(request.user_id)})
+                is_cancelled = reply.terminal is not None and not had_ended  # meanwhile: the job is to find it
+                opened = None if is_cancelled else admitted.opened
+                self._start(Job(entry, request, self._requests, self._deps, opened=opened), one)
+            elif isinstance(admitted, Admitted) and admitted.position <= 1:
+                self._sweep_soon()  # it may be delivered to us
+        await asyncio.sleep(0)  # its job notes that the reply is recorded
+        return admitted
+
+    async def wait(self) -> None:
+        """Wait until each request that may be delivered to us has its job. None begins meanwhile, without a read."""
+        while self._under_way:
+            self._one_ended.clear()
+            await self._one_ended.wait()
+
+    def _may_begin(self, slots: Slots) -> bool:
+        """Whether a request may begin in one of the slots. One stays, for what is read at any time."""
+        deps = self._deps
+        is_open = deps.lease_keeper.held and not deps.backends.is_closed and deps.startable(self._requests.node) > 0
+        return is_open and slots.free > 1 and self._jobs.line.reason is None and self._requests.shares_server
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            self._one_ended.set()
+
+    async def _begin(self, request: ChatRequest, *, after: int) -> Admitted | QueueFull:
+        user_id, message_id, request_id = request.user_id, request.message_id, self._requests.request_id("")
+        opening = self._deps.replies.opening(user_id, message_id, request.question, request=request_id, after=after)
+        try:
+            return await self._requests.begin(request, opening)
+        except (StoreError, asyncio.CancelledError):
+            self.unanswered.add(request)
+            self._sweep_soon()
+            raise
