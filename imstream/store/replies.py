@@ -222,7 +222,7 @@ class ReplyStore:
         """Record the text between two offsets (in characters), and with `terminal` the end of the reply.
 
         `thinking`: instead of text, it is recorded that the model reasons, in a field that older releases ignore.
-        `removal`: once it is recorded, the request is removed in the same round trip. Not in a cluster.
+        `removal`: once it is recorded, the request is removed in the same round trip; in a cluster, it is not removed.
         """
         event = "text" if terminal is None else terminal.event
         arguments: tuple[Argument, ...] = (attempt, event, before, after, text, self._ttl)
@@ -351,7 +351,7 @@ def _opening_of(answer: Sequence[Any]) -> Opening:
 
 def _append_result(answer: Sequence[Any]) -> Appended | Rejected:
     match answer:
-        case ["appended", *nodes]:
+        case ["appended" | "repeated", *nodes]:
             return Appended(tuple(nodes))
         case ["gap", offset]:
             return Rejected("gap", int(offset))

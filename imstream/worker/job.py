@@ -14,6 +14,7 @@ from imstream.redis.errors import retry_until_available
 from imstream.store.inbox import ReplyGrew
 from imstream.store.replies import (
     Appended,
+    Beginning,
     CancelRecorded,
     Duplicate,
     Ended,
@@ -104,10 +105,9 @@ class Job:
             if isinstance(disposition, Bury | Decline):
                 disposition = await self._record_failure(disposition)
             if self._is_ours and self._account.opened_at is None and disposition != Leave():
-                user_id, message_id = self.reply.user_id, self.reply.message_id
-                # Its request may be removed already: then nothing counts it later.
-                begun = await retry_until_available(lambda: self._deps.replies.beginning(user_id, message_id))
-                self._account.load(begun)
+                # Unless its request is removed already, it is claimed again.
+                known = self._beginning() if self._removed is None else retry_until_available(self._beginning)
+                self._account.load(await known)
             was_there = False
             match disposition:
                 case Finish():
@@ -299,7 +299,10 @@ class Job:
             is_first = opened.attempt == self.request.earlier_attempts + 1
             self._begin_span(opened, is_first=is_first)
             reply.question = self.request.question
-            self._writer = ReplyWriter(reply, deps.replies, deps.inbox, request=self._id, opened=opened)
+            removal = self.stream.removal(self.entry)
+            self._writer = ReplyWriter(
+                reply, deps.replies, deps.inbox, request=self._id, opened=opened, removal=removal
+            )
             self._account.open(reply, is_first=is_first)
             if is_first:
                 deps.on_begun(reply)
@@ -342,8 +345,7 @@ class Job:
         assert self._writer is not None  # noqa: S101 - there is one after opening
         if terminal.reason is not None:
             CURRENT.get().fail(terminal.reason, terminal.error or "")
-        together = terminal.event == "done" and self.stream.shares_server
-        match await self._writer.end(terminal, removal=self.stream.removal(self.entry) if together else None):
+        match await self._writer.end(terminal):
             case Appended(removed=removed):
                 self._removed = removed
                 self._account.end(self.reply, self._deps.request_log.sockets)
@@ -386,11 +388,13 @@ class Job:
 
     async def _refund(self) -> None:
         """Refund the message in the user's quota, unless an attempt has shown text."""
-        reply, replies, guards = self.reply, self._deps.replies, self._deps.guards
-        if reply.first_text_at is None:  # none of this job
-            beginning = await retry_until_available(lambda: replies.beginning(reply.user_id, reply.message_id))
+        if self.reply.first_text_at is None:  # none of this job
+            beginning = await retry_until_available(self._beginning)
             if beginning.text_at is None:
-                await retry_until_available(lambda: guards.on_failure(self.request))
+                await retry_until_available(lambda: self._deps.guards.on_failure(self.request))
+
+    async def _beginning(self) -> Beginning:
+        return await self._deps.replies.beginning(self.reply.user_id, self.reply.message_id)
 
     async def _load_record(self) -> None:
         """Show followers the recorded reply."""

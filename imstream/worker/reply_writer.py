@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -17,11 +16,22 @@ from imstream.store.scripts import Step
 class ReplyWriter:
     """The only writer of one attempt. Keeps the offset up to which its text is recorded."""
 
-    def __init__(self, reply: ReplyBuffer, replies: ReplyStore, inbox: Inbox, *, request: str, opened: Opened) -> None:
+    def __init__(  # noqa: PLR0913 - what it writes to, and for which request
+        self,
+        reply: ReplyBuffer,
+        replies: ReplyStore,
+        inbox: Inbox,
+        *,
+        request: str,
+        opened: Opened,
+        removal: Step[bool] | None = None,
+    ) -> None:
+        """`removal`: of the request, in one step with `done`, see `ReplyStore.append`."""
         self._reply = reply
         self._replies = replies
         self._inbox = inbox
         self._request = request
+        self._removal = removal
         self.attempt = opened.attempt
         self.beginning = "" if opened.continued is None else opened.continued.text
         """The text that this attempt continues."""
@@ -89,23 +99,10 @@ class ReplyWriter:
             self.announce(result.nodes)
         return result
 
-    async def end(self, terminal: Terminal, *, removal: Step[bool] | None = None) -> Appended | Rejected:
-        """Record the rest of the text together with the terminal event. Repeats until Redis answers.
-
-        `removal`: see `ReplyStore.append`.
-        """
-        tries = 0
-
-        async def record() -> Appended | Rejected:
-            nonlocal tries
-            tries += 1
-            return await self._record(terminal, removal)
-
+    async def end(self, terminal: Terminal) -> Appended | Rejected:
+        """Record the rest of the text together with the terminal event. Repeats until Redis answers."""
         async with self._lock:
-            result = await retry_until_available(record)
-        if isinstance(result, Appended) and removal is not None and tries > 1:
-            return replace(result, removed=True)  # perhaps by an earlier try, whose answer was lost
-        return result
+            return await retry_until_available(lambda: self._record(terminal))
 
     def announce(self, nodes: Sequence[str], *, begun: bool = False) -> None:
         """Notify nodes with a socket of the user, in parallel with later steps; it is sent when `settle` returns."""
@@ -139,18 +136,18 @@ class ReplyWriter:
     def _owns_buffer(self) -> bool:
         return self._reply.fence == self.attempt
 
-    async def _record(self, terminal: Terminal | None, removal: Step[bool] | None = None) -> Appended | Rejected:
-        result = await self._append_once(terminal, removal)
+    async def _record(self, terminal: Terminal | None) -> Appended | Rejected:
+        result = await self._append_once(terminal)
         match result:
             case Rejected("gone") if not self._closed and await self._reopen():
-                return await self._append_once(terminal, removal)  # Redis lost the record, but the buffer has all of it
+                return await self._append_once(terminal)  # Redis lost the record, but the buffer has all of it
             case Rejected("gap", offset=recorded) if recorded <= self._reply.offset:
                 # The answer to an earlier append was lost, or Redis has lost the end of the record.
                 self._recorded = recorded
-                return await self._append_once(terminal, removal)
+                return await self._append_once(terminal)
         return result
 
-    async def _append_once(self, terminal: Terminal | None, removal: Step[bool] | None) -> Appended | Rejected:
+    async def _append_once(self, terminal: Terminal | None) -> Appended | Rejected:
         reply, after = self._reply, self._reply.offset
         if not self._owns_buffer:
             return Rejected("superseded")
@@ -164,7 +161,7 @@ class ReplyWriter:
             text=reply.text_from(self._recorded, limit=None),
             terminal=terminal,
             thinking=thinking,
-            removal=removal,
+            removal=self._removal if terminal is not None and terminal.event == "done" else None,
         )
         if isinstance(result, Appended):
             self._recorded, self._thinking = after, thinking

@@ -198,7 +198,8 @@ async def test_a_message_that_another_node_has_ended_and_removed_is_not_logged_h
     async with run_worker(redis_server) as worker:
         entry_id = await worker.ask()
         call = await worker.backend.call(1)
-        await worker.replies.append(USER, "m", attempt=1, before=0, after=1, text="x", terminal=Terminal("done"))
+        await worker.replies.open(USER, "m", request=worker.requests.request_id(entry_id))
+        await worker.replies.append(USER, "m", attempt=2, before=0, after=1, text="x", terminal=Terminal("done"))
         await worker.requests.finish(Entry(entry_id, {"user": str(USER)}))
         call.done("y")
         await worker.idle()

@@ -10,7 +10,8 @@
 -- ARGV[5]  text
 -- ARGV[6]  milliseconds to keep the reply
 -- ARGV[7…] field, value, … of a terminal event, or 'thinking', 1: the model reasons and has no text yet
--- Returns  {'appended', node, …} | {'superseded', attempt} | {'ended', event} | {'gone'} | {'gap', offset}
+-- Returns  {'appended', node, …} | {'repeated', node, …} when it was appended before | {'superseded', attempt}
+--          | {'ended', event} | {'gone'} | {'gap', offset}
 
 local TERMINAL = {done = true, failed = true, cancelled = true}
 
@@ -26,7 +27,7 @@ if known.attempt ~= ARGV[1] then
     return {'superseded', known.attempt}
 end
 if known.event == ARGV[2] and known.offset == ARGV[4] and (known.event ~= 'text' or ARGV[3] ~= ARGV[4]) then
-    return {'appended', unpack(redis.call('SMEMBERS', KEYS[2]))}
+    return {'repeated', unpack(redis.call('SMEMBERS', KEYS[2]))}
 end
 if TERMINAL[known.event] then
     return {'ended', known.event}
