@@ -1,11 +1,12 @@
 """The AI calls of one request: the backend of each, the wait for one, and the decision after a failure."""
 
 import asyncio
+import random
 from dataclasses import replace
 from datetime import timedelta
 
 import structlog
-from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 
 from imstream.ai.router import Backends
 from imstream.ai.upstream import Upstream
@@ -41,8 +42,8 @@ class Calls:
         """The backend that broke the last attempt: the next one prefers others."""
         self._tokens: int | None = None
         """Those of its prompt, once they are counted."""
-        self._failed = 0
-        """Calls that had to be repeated."""
+        self._backoff = deps.settings.retry_wait
+        """Limit of the random time before the next repeated call. It doubles each time."""
         self._counted = 0
         """Attempts before this one that count."""
         self._last_wait: Wait | None = None
@@ -140,7 +141,7 @@ class Calls:
         self._broke = (upstream,) if isinstance(decision, Retry) else ()
         if not isinstance(decision, Bury):
             self._count_retry(error, upstream)
-            decision = replace(decision, after=decision.after + self._backoff())
+            decision = replace(decision, after=decision.after + self._draw_pause())
         if isinstance(decision, Wait):
             await self._wait(decision, upstream, writer)
         elif isinstance(decision, Retry):
@@ -151,16 +152,11 @@ class Calls:
     def _count_retry(self, error: BackendError, upstream: Upstream) -> None:
         self._deps.metrics.ai_retries[upstream.name, reason_label(error.reason)] += 1
 
-    def _backoff(self) -> timedelta:
+    def _draw_pause(self) -> timedelta:
         """A random time before the next call. It is drawn here, because the client is told when that will be."""
-        settings = self._deps.settings
-        backoff = wait_random_exponential(
-            multiplier=settings.retry_wait.total_seconds(), max=settings.retry_wait_max.total_seconds()
-        )
-        state = RetryCallState(retry_object=AsyncRetrying(), fn=None, args=(), kwargs={})
-        self._failed += 1
-        state.attempt_number = self._failed
-        return timedelta(seconds=backoff(state))
+        limit = min(self._backoff, self._deps.settings.retry_wait_max)
+        self._backoff = 2 * limit
+        return limit * random.random()  # noqa: S311 - spreads load, no secret
 
     async def _wait(self, decision: Wait, upstream: Upstream, writer: ReplyWriter) -> None:
         """Record that the message waits."""

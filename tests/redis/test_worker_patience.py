@@ -47,6 +47,21 @@ async def test_waiting_for_a_backend_uses_up_no_attempt_and_is_recorded(
         assert worker.dead() == []
 
 
+async def test_the_random_time_until_the_next_call_grows_up_to_its_limit(redis_server: RedisServer) -> None:
+    async with run_worker(
+        redis_server, retry_window="1h", ai_breaker_failures=99, retry_wait="4ms", retry_wait_max="40ms"
+    ) as worker:
+        await worker.ask()
+        for number in range(1, 41):
+            (await worker.backend.call(number)).fail(failure())
+        (await worker.backend.call(41)).done("at last")
+        await worker.idle()
+        pauses = [int(entry["retry_after"]) for entry in waits(worker)]
+        assert pauses[0] <= 4
+        assert pauses[1] <= 8
+        assert 20 < max(pauses) <= 40
+
+
 async def test_each_wait_is_recorded_with_the_time_until_the_next_call(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, max_attempts=1, retry_wait="600ms", retry_wait_max="600ms") as worker:
         client = worker.follow()
