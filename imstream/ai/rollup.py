@@ -6,7 +6,7 @@ several answers.
 an answer begins              its connection gets one of `SLOTS` slots, which take turns: not all are read together
 a read after the first text   the connection rests until the next turn of its slot, at most `period` later
 a turn would be short         several slots share it, up to `TURN`: what its first answers bring into the caches of the
-                              CPU serves the others. With 25 answers a turn, 100 take a fifth more CPU, 400 a seventh
+                              CPU serves the others. In turns of 25, 100 answers would take a fifth more CPU
 the thread takes `QUIET` CPU  `period` is 0: no connection rests
 the thread takes `BUSY` CPU   `period` is at its limit; in between it grows with the CPU
 very few are                  `period` is at most `PER_ANSWER` for each: there is little to share
@@ -53,6 +53,7 @@ class RollUp:
         self._cpu_clock = cpu_clock
         self._slots: list[set[Sleeper]] = [set() for _ in range(SLOTS)]
         self._answers = self._joined = self._at = 0
+        self._share = SLOTS  # slots of the next turn
         self._due: float | None = None  # loop time of the next turn; None: no connection rests
         self._grown = self._period = self._cpu = self._sampled_at = 0.0
         self._cost = COST  # average of the last turns
@@ -64,7 +65,7 @@ class RollUp:
         sleeper.slot = self._joined % SLOTS
 
     def leave(self, sleeper: Sleeper) -> None:
-        """An answer has ended: do not wake it."""
+        """An answer has ended: do not wake it in a later turn."""
         self._answers -= 1
         self._slots[sleeper.slot].discard(sleeper)
 
@@ -78,7 +79,8 @@ class RollUp:
             return False
         self._slots[sleeper.slot].add(sleeper)
         if self._due is None:
-            self._due = now + self._period * self._share() / SLOTS
+            self._share = self._next_share()
+            self._due = now + self._period * self._share / SLOTS
             loop.call_at(self._due, self._turn)
         return True
 
@@ -91,25 +93,33 @@ class RollUp:
         self._period = min(self._grown, PER_ANSWER * self._answers)
 
     def _turn(self) -> None:
-        loop, due, self._due = asyncio.get_running_loop(), self._due, None
         turn: list[Sleeper] = []
-        for _ in range(share := self._share()):
+        for _ in range(self._share):
             self._at = (self._at + 1) % SLOTS
             turn += self._slots[self._at]
             self._slots[self._at].clear()
-        if due is not None and (turn or any(self._slots)):
-            # A turn that comes late delays no other.
-            self._due = max(due + max(self._period, MIN_PERIOD) * share / SLOTS, loop.time())
-            loop.call_at(self._due, self._turn)
-        used = -self._cpu_clock()
-        for sleeper in turn:
-            sleeper.wake()
-        self.on_turn()
-        used += self._cpu_clock()
-        if turn:
-            self._cost += (used / len(turn) - self._cost) / MEMORY
+        number, used = len(turn), -self._cpu_clock()
+        try:
+            while turn:
+                turn.pop().wake()
+        finally:
+            for sleeper in turn:  # one has failed
+                self._slots[sleeper.slot].add(sleeper)
+            self.on_turn()
+            if number:
+                self._cost += ((used + self._cpu_clock()) / number - self._cost) / MEMORY
+            self._schedule_next()
 
-    def _share(self) -> int:
-        """The number of slots of a turn."""
+    def _schedule_next(self) -> None:
+        loop, share, due = asyncio.get_running_loop(), self._share, self._due
+        self._share, self._due = self._next_share(), None
+        if due is not None and any(self._slots):
+            # No slot waits for more than the period when the share changes. A turn that comes late delays no other.
+            pause = max(self._period, MIN_PERIOD) * min(share, self._share) / SLOTS
+            self._due = max(due + pause, loop.time())
+            loop.call_at(self._due, self._turn)
+
+    def _next_share(self) -> int:
+        """The number of slots of a turn. It divides `SLOTS`, so that each slot comes after the same time."""
         turns = min(max(ceil(self._answers * self._cost / TURN), 1), SLOTS)
-        return SLOTS // turns  # divides `SLOTS`, so that each slot comes after the same time
+        return SLOTS // turns

@@ -82,7 +82,8 @@ class FollowingBalancer:
                 known = {node: await self._address(node, holder) for node, holder in found.items()}
             await self._run_with({node: address for node, address in known.items() if address})
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), POLL_INTERVAL)
+                async with asyncio.timeout(POLL_INTERVAL):  # `wait_for` may swallow the cancellation of the task
+                    await self._look.wait()
         code = self._process.returncode or 0
         echo(f"{self._config.program} has ended with exit code {code}", err=True)
         return 128 - code if code < 0 else code or 1  # as a shell, so that ops/respawn restarts a killed program

@@ -34,6 +34,8 @@ class FlushScheduler:
     """Loop time at which the rounds so far will be paid for."""
     _due: float = 0.0
     """Loop time of the next round of a busy node."""
+    _timer: asyncio.TimerHandle | None = None
+    """Calls that round."""
 
     def schedule(self, flush: Callable[[], None], *, urgent: bool = False) -> None:
         """Call `flush` once: in the next turn if it is urgent or the node is not busy, else in the next round.
@@ -46,12 +48,15 @@ class FlushScheduler:
             self._next.append(flush)
             self._loop.call_soon(self._run)
         else:
-            if not self._later:
-                self._loop.call_at(self._due, self.flush)
+            if self._timer is None:
+                self._timer = self._loop.call_at(self._due, self.flush)
             self._later.append(flush)
 
     def flush(self) -> None:
-        """Call everything that is scheduled: a round is due, or there is as much as in one."""
+        """Call everything that is scheduled, now."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._next += self._later
         self._later.clear()
         self._run()
@@ -59,6 +64,8 @@ class FlushScheduler:
     def _run(self) -> None:
         now, cost = self._loop.time(), -self.clock()
         flushes, self._next = self._next, []
+        if not flushes:  # `flush` has called them
+            return
         for flush in flushes:
             flush()
         cost += self.clock()

@@ -95,6 +95,7 @@ class Leases:
         self._redis = redis
         self._keys = Keys(settings.key_prefix)
         self._duration = milliseconds(settings.lease)
+        self._dead_age = milliseconds(settings.dead_age)
         self.status: Callable[[], Mapping[str, str | int]] = dict
         """Returns the fields that are recorded with each renewal, for `imstream nodes`."""
         self._renewed = 0
@@ -178,8 +179,9 @@ class Leases:
     async def retire(self, node: str) -> bool:
         """Delete the keys of a node; its dead letters expire. False when it is alive, adopted, or has requests."""
         keys = self._keys
-        of_node = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run, keys.status)
-        if not await LUA["retire"].run(self._redis, [key(node) for key in of_node], ()):
+        deleted = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run)
+        of_node = [key(node) for key in (*deleted, keys.dead, keys.status)]
+        if not await LUA["retire"].run(self._redis, of_node, (self._dead_age,)):
             return False
         await self._redis.execute("ZREM", keys.nodes(), node)
         return True

@@ -1,6 +1,7 @@
 """The reply stream of a message: all that is recorded about it. Each append is checked against it (I4)."""
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -125,6 +126,11 @@ class RunsElsewhere:
     node: str
 
 
+def new_word() -> str:
+    """A random word that identifies one opening."""
+    return secrets.token_hex(4)
+
+
 class ReplyStore:
     """The reply streams, by user and message id."""
 
@@ -160,7 +166,7 @@ class ReplyStore:
         shown: int | None = None,
         usage: Usage | None = None,
         unused: bool = False,
-        tried_after: int | None = None,
+        word: str = "",
         reopens: bool = False,
         resumed: timedelta | None = None,
     ) -> Opening:
@@ -177,21 +183,21 @@ class ReplyStore:
             shown: Characters that the caller has shown as the writer of `after`.
             usage: Of the calls that wrote them.
             unused: The attempt `after` has made no call.
-            tried_after: The last attempt before an earlier try whose answer was lost. If that has begun the latest
-                attempt, its answer is returned.
+            word: Shared by all tries of this opening: if one, whose answer was lost, has begun the latest attempt, its
+                answer is returned. Default: a new one.
             reopens: The request was made from a dead letter, and may continue after `failed`.
             resumed: How long ago a pause ended: no time before that counts as waited.
         """
         text = ("" if shown is None else shown, "" if usage is None else to_json(usage))
-        tried = "" if tried_after is None else tried_after
-        how = (continues, *text, int(unused), tried, int(reopens), "" if resumed is None else milliseconds(resumed))
+        word, pause_end = word or new_word(), "" if resumed is None else milliseconds(resumed)
+        how = (continues, *text, int(unused), word, int(reopens), pause_end)
         return await self._opening(user_id, message_id, question, (request, lost, after), how).run(self._redis)
 
-    def opening(
-        self, user_id: UserId, message_id: str, question: Question, *, request: str, after: int
+    def opening(  # noqa: PLR0913 - as `open`
+        self, user_id: UserId, message_id: str, question: Question, *, request: str, after: int, word: str
     ) -> Step[Opening]:
         """The step that `open` makes for a request without earlier attempts."""
-        return self._opening(user_id, message_id, question, (request, "", after), (0, "", "", 0, "", 0, ""))
+        return self._opening(user_id, message_id, question, (request, "", after), (0, "", "", 0, word, 0, ""))
 
     def _opening(
         self,

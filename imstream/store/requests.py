@@ -172,7 +172,7 @@ class RequestStream:
         None when it has ended or changed its consumer, or when the node of its consumer is alive again (I7).
         """
         needs_lease = int(entry.consumer == self.node and not self.is_own)
-        arguments = (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease)
+        arguments = (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease, 0)
         fields = await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
         return None if fields is None else Entry(entry.entry_id, to_dict(fields), deliveries)
 
@@ -192,7 +192,7 @@ class RequestStream:
         consumer. `to`: the consumer that has it from now on.
         """
         deliveries = entry.deliveries - 1 if isinstance(entry, Entry) else entry.deliveries
-        arguments = (GROUP, to or self.consumer, self.consumer, entry.entry_id, deliveries, 0)
+        arguments = (GROUP, to or self.consumer, self.consumer, entry.entry_id, deliveries, 0, 1)
         await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
 
     async def unfinished(self) -> int:

@@ -22,7 +22,7 @@ CLOCKS = 60_000
 """Milliseconds by which the clocks of two masters of a Redis Cluster may differ."""
 
 _PRIVATE = {"text", "question", "digest", "contents", "history"}
-_NOT_SHOWN = _PRIVATE | {"v", "valid", "user", "message_id", "lang", "event", "attempt", "offset"}
+_NOT_SHOWN = _PRIVATE | {"v", "valid", "user", "message_id", "lang", "event", "attempt", "offset", "try"}
 _END_OF_CALENDAR = 253_402_300_799_000  # ms since 1970: the last second of 9999
 _TIMES = {"since", "until", "dead_at"}
 

@@ -4,12 +4,17 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from imstream.errors import StoreError
+from imstream.errors import StoreUnavailable
 from imstream.model import ChatRequest
+from imstream.store.replies import new_word
 from imstream.store.requests import Admitted, Entry, QueueFull, RequestStream
+from imstream.user_ids import UserId
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.job import Job
 from imstream.worker.jobs import Jobs, Slots
+
+MAX_UNANSWERED = 1000
+"""Maximum openings without an answer that are remembered. Of another one, an attempt is used up."""
 
 
 class Admission:
@@ -27,13 +32,13 @@ class Admission:
         """`start`: run a job in a slot; `sweep_soon`: look for entries that are delivered and have no job."""
         self.slots: Slots | None = None
         """Reserved for the read under way; None: no request may begin beside it."""
-        self.unanswered: set[ChatRequest] = set()
-        """Requests that may have begun without a job, because the answer was lost."""
         self._requests = requests
         self._deps = deps
         self._jobs = jobs
         self._start = start
         self._sweep_soon = sweep_soon
+        self._unanswered: dict[tuple[UserId, str, int], str] = {}
+        """The words of openings that may have begun an attempt without a job, because the answer was lost."""
         self._under_way = 0
         self._one_ended = asyncio.Event()
 
@@ -62,6 +67,10 @@ class Admission:
             self._one_ended.clear()
             await self._one_ended.wait()
 
+    def take_word(self, request: ChatRequest) -> str:
+        """Return the word of an opening of this request whose answer was lost, and forget it; empty without one."""
+        return self._unanswered.pop((request.user_id, request.message_id, request.at), "")
+
     def _may_begin(self, slots: Slots) -> bool:
         """Whether a request may begin in one of the slots. One stays, for what is read at any time."""
         deps = self._deps
@@ -79,10 +88,15 @@ class Admission:
 
     async def _begin(self, request: ChatRequest, *, after: int) -> Admitted | QueueFull:
         user_id, message_id, request_id = request.user_id, request.message_id, self._requests.request_id("")
-        opening = self._deps.replies.opening(user_id, message_id, request.question, request=request_id, after=after)
+        word = new_word()
+        opening = self._deps.replies.opening(
+            user_id, message_id, request.question, request=request_id, after=after, word=word
+        )
         try:
             return await self._requests.begin(request, opening)
-        except (StoreError, asyncio.CancelledError):
-            self.unanswered.add(request)
+        except (StoreUnavailable, asyncio.CancelledError):
+            self._unanswered[user_id, message_id, request.at] = word
+            if len(self._unanswered) > MAX_UNANSWERED:
+                del self._unanswered[next(iter(self._unanswered))]
             self._sweep_soon()
             raise

@@ -124,7 +124,7 @@ class StreamConsumer:
             if slots.free:
                 # The stream of another node gets hardly any new requests: no connection blocks on it.
                 block = self._deps.settings.read_block if self._requests.is_own else None
-                self._admission.slots = slots
+                self._admission.slots = None if self.stopping else slots
                 try:
                     entries = await self._requests.read(count=slots.free, block=block)
                 finally:
@@ -164,8 +164,6 @@ class StreamConsumer:
         await self._admission.wait()
         known = {*self._running, *self.newer}
         pending = await self._requests.pending(exclude=known)
-        if not pending:
-            self._admission.unanswered.clear()  # none of them was delivered
         if not self._deps.lease_keeper.can_declare_dead:
             self.sweep_soon()  # for the entries of the dead, as soon as they are known
         elif not self._finishing:
@@ -232,9 +230,7 @@ class StreamConsumer:
                 await self._requests.bury(entry, reason=MALFORMED, error=str(error), attempts=0)
                 return None
             request, verdict = error.partial, Bury(MALFORMED, str(error))
-        may_be_open = request in self._admission.unanswered
-        self._admission.unanswered.discard(request)
-        job = Job(entry, request, self._requests, self._deps, verdict, may_be_open=may_be_open)
+        job = Job(entry, request, self._requests, self._deps, verdict, word=self._admission.take_word(request))
         if verdict is None:
             job.calls.upstream = self._deps.backends.take_probe()
         self._add(job, slots)

@@ -1,7 +1,6 @@
 """The processing of one request, from its first attempt to its end."""
 
 import asyncio
-import itertools
 from typing import Literal
 
 import structlog
@@ -22,6 +21,7 @@ from imstream.store.replies import (
     Opening,
     OtherQuestion,
     Rejected,
+    new_word,
 )
 from imstream.store.requests import Entry, RequestStream
 from imstream.tracing import CURRENT
@@ -60,11 +60,11 @@ class Job:
         verdict: Bury | None = None,
         *,
         opened: Opening | None = None,
-        may_be_open: bool = False,
+        word: str = "",
     ) -> None:
         """With a `verdict`, the request is buried without an attempt. `opened`: its first attempt, if it has begun.
 
-        `may_be_open`: this node may have begun it, and the answer was lost.
+        `word`: of its opening by this process, whose answer was lost; see `ReplyStore.open`.
         """
         self.entry = entry
         self.request = request
@@ -84,7 +84,7 @@ class Job:
         """Whether the message belongs to this request. A message that is sent again has several, and one answer."""
         self._verdict = verdict
         self._opened = opened
-        self._may_be_open = may_be_open
+        self._word = word
         self._removed: bool | None = None
         """Whether recording the end has removed the request from the stream; None: not yet."""
         self._writer: ReplyWriter | None = None
@@ -262,8 +262,7 @@ class Job:
 
         # If Redis has lost earlier attempts, or they have expired, their numbers are not used again.
         after = max(reply.fence, self.request.earlier_attempts)
-        # An earlier try, whose answer was lost: one of these, or the admission.
-        tries, tried_after = itertools.count(int(self._may_be_open)), 0 if self._may_be_open else after
+        word, self._word = self._word or new_word(), ""
 
         async def open_reply(lost: str = "") -> Opening:
             return await retry_until_available(
@@ -280,12 +279,11 @@ class Job:
                     unused=unused,
                     resumed=deps.pauses.since_end(self.stream.node),
                     reopens=self.request.reopens is not None,
-                    tried_after=tried_after if next(tries) else None,
+                    word=word,
                 )
             )
 
         opened, self._opened = self._opened or await open_reply(), None
-        self._may_be_open = False
         if isinstance(opened, Duplicate):
             # An entry stays in its stream until its terminal event is recorded (I3): without one, it is lost.
             owner = opened.owner

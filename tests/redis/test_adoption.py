@@ -200,6 +200,18 @@ async def test_a_node_that_is_gone_for_good_is_forgotten(redis_server: RedisServ
         assert not other.redis.exists(*(key(node="0") for key in (other.keys.requests, other.keys.load)))
 
 
+async def test_dead_letters_that_an_older_release_has_buried_without_an_expiry_get_one(
+    redis_server: RedisServer,
+) -> None:
+    async with run_worker(redis_server, lease="200ms") as leaving:
+        await wait_until(lambda: directory(leaving) == ["0"], "it is in the directory")
+        dead = leaving.keys.dead("0")
+        leaving.redis.xadd(dead, {"user": "1", "message_id": "m", "reason": "x"})
+    async with run_worker(redis_server, node="1", lease="200ms", retire_after="300ms") as other:
+        await wait_until(lambda: directory(other) == ["1"], "it has left the directory")
+        assert other.redis.pttl(dead) > 0
+
+
 async def test_a_dead_node_with_requests_is_not_forgotten(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, lease="200ms") as dying:
         await dying.ask()

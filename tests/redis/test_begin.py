@@ -1,6 +1,8 @@
 """Requests that need not wait: admitted, delivered and opened in one step; and ended and removed in one."""
 
 import asyncio
+import itertools
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -9,7 +11,7 @@ from imstream.errors import BackendError, StoreUnavailable
 from imstream.keys import GROUP
 from imstream.model import Terminal
 from imstream.redis.client import Script
-from imstream.store.replies import Appended, Duplicate, Opened, Rejected
+from imstream.store.replies import Appended, Duplicate, Opened, Opening, Rejected
 from imstream.store.requests import Admitted, QueueFull
 from imstream.store.scripts import LUA
 from tests.redis.conftest import Store, chat_request
@@ -21,7 +23,8 @@ from tests.support.waiting import wait_until
 
 async def begin(store: Store, message_id: str = "m", *, user: int = USER) -> Admitted | QueueFull:
     request = chat_request(user, message_id)
-    opening = store.replies.opening(user, message_id, request.question, request=store.requests.request_id(""), after=0)
+    request_id = store.requests.request_id("")
+    opening = store.replies.opening(user, message_id, request.question, request=request_id, after=0, word="w")
     return await store.requests.begin(request, opening)
 
 
@@ -190,6 +193,36 @@ async def test_an_attempt_whose_admission_has_lost_its_answer_is_the_first_one(
         assert worker.begun == ["m"]
         notices = worker.redis.xrange(worker.keys.inbox("elsewhere"))
         assert [notice["event"] for _, notice in notices].count("begun") == 1
+
+
+async def test_an_attempt_of_a_process_before_is_not_taken_for_one_whose_answer_was_lost(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_worker(redis_server, flush_interval="1h", sweep_interval="50ms") as before:
+        await before.reads()
+        await before.ask()
+        call = await before.backend.call(1)
+        client = before.follow()
+        call.send("Once upon a time ")
+        await wait_until(lambda: client.text == "Once upon a time ", "it is shown")
+        await before.crash()
+        async with run_worker(redis_server, flush_interval="1h", sweep_interval="50ms", start=False) as worker:
+            begin, tries = worker.replies.open, itertools.count()
+
+            async def refused_once(*args: Any, **given: Any) -> Opening:  # noqa: ANN401 - those of `open`
+                if next(tries) == 0:
+                    raise StoreUnavailable("NOREPLICAS Not enough good replicas to write.")
+                return await begin(*args, **given)
+
+            monkeypatch.setattr(worker.replies, "open", refused_once)
+            worker.start()
+            again = worker.follow(attempt=1, offset=len(client.text), text=client.text)
+            (await worker.backend.call(1)).done("Anna went home.")
+            assert await again.end() == "done"
+            await worker.idle()
+            assert (again.text, again.restarts) == ("Anna went home.", 1)
+            assert worker.recorded() == ("done", "Anna went home.")
+            assert worker.attempts() == [1, 2]
 
 
 async def test_a_request_whose_admission_is_cancelled_is_answered_by_its_first_attempt(

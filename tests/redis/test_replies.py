@@ -253,12 +253,10 @@ async def test_attempts_do_not_count_as_long_as_continued_ones_add_text(store: S
 
 
 async def test_an_opening_whose_answer_was_lost_is_returned_again(store: Store) -> None:
-    async def opened_twice(attempt: int, **given: Any) -> Opened:  # noqa: ANN401 - the arguments of the store
+    async def opened_twice(word: str, **given: Any) -> Opened:  # noqa: ANN401 - the arguments of the store
         first, second = [
-            await store.replies.open(
-                *(USER, MESSAGE), request="0/1-0", continues=100, after=attempt - 1, tried_after=tried, **given
-            )
-            for tried in (None, attempt - 1)
+            await store.replies.open(*(USER, MESSAGE), request="0/1-0", continues=100, word=word, **given)
+            for _ in range(2)
         ]
         assert isinstance(first, Opened)
         assert isinstance(second, Opened)
@@ -266,27 +264,25 @@ async def test_an_opening_whose_answer_was_lost_is_returned_again(store: Store) 
         assert (first.at, first.counted, first.waited is None) == (second.at, second.counted, second.waited is None)
         return second
 
-    assert await opened_twice(1) == Opened(1)
+    assert await opened_twice("a") == Opened(1)
     await append(store.replies, 0, "abc")
-    continued = await opened_twice(2, shown=3, usage={"total_tokens": 7})
+    continued = await opened_twice("b", after=1, shown=3, usage={"total_tokens": 7})
     assert continued.continued == Continued(1, {}, {"total_tokens": 7}, "abc")
     await store.replies.wait(USER, MESSAGE, attempt=2, pause=timedelta(0), why=Waiting("default", "http_503"))
-    assert (await opened_twice(3)).waited is not None
+    assert (await opened_twice("c")).waited is not None
 
 
-async def test_only_an_opening_by_the_same_node_that_nothing_follows_is_returned_again(store: Store) -> None:
-    async def opened_again(tried_after: int) -> Opening:
-        return await store.replies.open(USER, MESSAGE, request="0/1-0", tried_after=tried_after)
+async def test_only_an_opening_of_the_same_caller_that_nothing_follows_is_returned_again(store: Store) -> None:
+    async def opened_with(word: str) -> Opening:
+        return await store.replies.open(USER, MESSAGE, request="0/1-0", word=word)
 
-    assert await opened_again(0) == Opened(1)
-    assert await opened_again(1) == Opened(2)
-    await append(store.replies, 0, "abc", attempt=2)
-    assert await opened_again(1) == Opened(3)
-    opened: dict[Any, Any] = {"attempt": 4, "event": "opened", "offset": 0, "request": "0/1-0", "counted": 3}
-    store.redis.xadd(store.keys.reply(USER, MESSAGE), opened | {"by": "another node"})
-    assert await opened_again(3) == Opened(5)
+    assert await opened_with("a") == Opened(1)
+    assert await opened_with("b") == Opened(2)  # another process of this node
+    assert await opened_with("a") == Opened(3)
+    await append(store.replies, 0, "abc", attempt=3)
+    assert await opened_with("a") == Opened(4)
     await store.replies.cancel(USER, MESSAGE)
-    assert await opened_again(4) == Ended("cancelled", "0/1-0")
+    assert await opened_with("a") == Ended("cancelled", "0/1-0")
 
 
 async def test_text_ends_a_wait_and_another_failure_begins_another_window(store: Store) -> None:

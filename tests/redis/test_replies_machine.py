@@ -91,9 +91,9 @@ class ReplyJudged(RuleBasedStateMachine):
     def a_request_opens_it(self, request: str, lost: str, after: int, continues: int, shown: int | str | None) -> int:
         return self.begun(request, lost, after, continues, shown)
 
-    @rule(request=REQUESTS, tried_after=st.integers(0, 6))
-    def an_opening_is_repeated(self, request: str, tried_after: int) -> None:
-        self.opened(self._model.owner or request, tried_after=tried_after)
+    @rule(request=REQUESTS, word=st.sampled_from("abc"))
+    def an_opening_is_repeated(self, request: str, word: str) -> None:
+        self.opened(self._model.owner or request, word=word)
 
     @rule(request=REQUESTS, shown=SHOWN, target=attempts)
     def the_owner_continues_it(self, request: str, shown: int | str | None) -> int:

@@ -26,6 +26,7 @@ class Said:
     wire: int = 0
     valid: tuple[tuple[int, int], ...] = ()
     thinking: bool = False
+    word: str = field(default="", compare=False)
 
     @classmethod
     def read(cls, fields: dict[str, str]) -> Self:
@@ -83,7 +84,7 @@ class ReplyModel:
         by: str = "0",
         continues: int = 0,
         shown: int | None = None,
-        tried_after: int | None = None,
+        word: str = "",
     ) -> Opened | Ended | Duplicate:
         """See `ReplyStore`. `by` is the node of the store."""
         last, continued = self.last, None
@@ -92,8 +93,7 @@ class ReplyModel:
                 return Ended(last.terminal.event, self.owner)
             if last.attempt > 0 and self.owner not in {request, lost}:
                 return Duplicate(self.owner)
-            is_ours = (last.event, last.request, last.by) == ("opened", request, by)
-            if is_ours and tried_after is not None and last.attempt > tried_after:
+            if last.event == "opened" and last.word == word != "":
                 continued = Continued(last.wire, dict(last.valid), None, last.text) if last.wire else None
                 return Opened(last.attempt, continued=continued)
             known, after = after, max(after, last.attempt)
@@ -103,7 +103,7 @@ class ReplyModel:
                     valid[wire] = last.offset
                     wire = after + 1
                 continued = Continued(wire, valid, None, "".join(said.text for said in self.latest))
-        opened = Said(after + 1, "opened", 0, request=request, by=by)
+        opened = Said(after + 1, "opened", 0, request=request, by=by, word=word)
         if continued is not None and last is not None:
             valid_now = tuple(sorted(continued.valid.items()))
             opened = replace(opened, offset=last.offset, text=continued.text, wire=continued.wire, valid=valid_now)

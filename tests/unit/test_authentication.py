@@ -109,7 +109,7 @@ def test_the_key_set_is_fetched_over_https_or_on_this_machine_unless_http_is_all
         assert create(auth_algorithm="ES256", auth_jwks_url=url, auth_jwks_allow_http=True)
     for url in ("http://", "https://", "https:///keys", "http://[::1", "https://me:hush@"):
         told = refusal(auth_algorithm="ES256", auth_jwks_url=url, auth_jwks_allow_http=True)
-        assert told.endswith("is not allowed: must be a URL with a host")
+        assert told.endswith("is not allowed: must be a valid URL with a host")
         assert "hush" not in told
 
 

@@ -1,8 +1,10 @@
 """Connections to backends rest while the node is busy: how long, and in turns. In virtual time."""
 
 import asyncio
+import random
 from collections import Counter
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 
@@ -129,6 +131,37 @@ async def test_no_connection_rests_longer_than_the_limit_however_many_are_read_t
     for answers in range(1, PER_TURN * SLOTS, 19):
         _, longest = await Node(share=1.0, answers=answers, cost=COST).rests()
         assert longest <= LIMIT * 1.001
+
+
+@in_virtual_time
+async def test_no_connection_rests_longer_than_the_limit_when_the_cost_of_an_answer_changes() -> None:
+    for answers, cost in ((25, 0.00024), (50, 0.00012), (70, 0.0003)):
+        node = Node(share=1.0, answers=answers)
+        for answer in node.answers:
+            answer.wake()
+        await asyncio.sleep(SAMPLE * MEMORY * 8)
+        begin = asyncio.get_running_loop().time()
+        dice = random.Random(1)  # noqa: S311 - no secret
+        while asyncio.get_running_loop().time() < begin + 2:
+            node.cost = dice.uniform(0, 2 * cost)
+            await asyncio.sleep(0.005)
+        for answer in node.answers:
+            assert max(answer.rests[-40:]) <= LIMIT * 1.001
+
+
+@in_virtual_time
+async def test_an_answer_that_fails_in_its_turn_delays_no_other() -> None:
+    node = Node(share=1.0, answers=MANY)
+    await node.rests()
+    failing = node.answers[0]
+    failing.wake = Mock(side_effect=ZeroDivisionError)  # type: ignore[method-assign]
+    node.reads = True
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    for answer in node.answers:
+        node.rollup.rest(answer)
+    await asyncio.sleep(0.5)
+    for answer in node.answers[1:]:
+        assert max(answer.rests[-5:]) <= LIMIT * 1.001
 
 
 @in_virtual_time

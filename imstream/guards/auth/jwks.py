@@ -19,7 +19,8 @@ from pydantic_core import from_json
 from yarl import URL
 
 from imstream import __version__
-from imstream.ai.http_client import ConnectFailed, HttpClient
+from imstream.ai.http_client import HttpClient
+from imstream.ai.http_response import HttpError
 from imstream.errors import SettingsError
 from imstream.guards.auth.tokens import Algorithm, InvalidToken, algorithm_of, key_id
 from imstream.settings import Settings
@@ -106,7 +107,7 @@ class JwksKeySource:
         except Exception as error:  # noqa: BLE001 - a foreign document must not end the task
             if not self._failing:
                 # The messages of other errors may quote the response, or the URL with its password.
-                is_safe = isinstance(error, InvalidKeySet | ConnectFailed)
+                is_safe = isinstance(error, InvalidKeySet | HttpError)
                 reason = str(error) if is_safe else type(error).__name__
                 kept = 0 if self._key_set is None else len(self._key_set.keys)
                 log.warning("token keys not fetched", url=str(self.url), error=reason, kept=kept)
@@ -212,7 +213,7 @@ def check_url(url: SecretUrl, *, allow_http: bool) -> None:
     except ValueError:
         parts = URL()
     if not parts.host:
-        raise SettingsError(f"{variable}={url} is not allowed: must be a URL with a host")
+        raise SettingsError(f"{variable}={url} is not allowed: must be a valid URL with a host")
     if parts.scheme != "https" and not (allow_http or is_loopback(parts.host)):
         raise SettingsError(
             f"{variable}={url} is not allowed: anyone who can change the response in transit can impersonate any user; "

@@ -9,6 +9,7 @@
 -- ARGV[4]  entry id
 -- ARGV[5]  deliveries to note
 -- ARGV[6]  '1' when that consumer is the node of the stream: then it must hold no lease (I7)
+-- ARGV[7]  '1' to return nothing: the entry is handed back
 -- Returns  fields of the entry, as field, value, … | nil when it has another consumer, or has ended
 
 local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[4], ARGV[4], 1)
@@ -24,4 +25,4 @@ if #entries == 0 then -- it was deleted by hand, and not acknowledged
     return nil
 end
 redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[4], 'RETRYCOUNT', ARGV[5], 'JUSTID')
-return entries[1][2]
+return ARGV[7] ~= '1' and entries[1][2] or nil

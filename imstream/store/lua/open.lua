@@ -26,8 +26,8 @@
 -- ARGV[12] how many characters the caller has shown in the attempt ARGV[4]; '' if it is not the writer
 -- ARGV[13] usage of the calls that wrote them; '' if unknown
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
--- ARGV[15] the last attempt before an earlier try of the caller, whose answer was lost; '' if there was none. If that try
---          has begun the latest attempt, nothing is written, and its answer is returned again
+-- ARGV[15] a random word that all tries of one opening share: if an earlier try, whose answer was lost, has begun the
+--          latest attempt, nothing is written, and its answer is returned again
 -- ARGV[16] '1' if the request was made from a dead letter
 -- ARGV[17] milliseconds since an operator's pause ended, '' if none is known: no time before that counts as waited
 -- Returns  {'opened', id of the entry, attempt, counted attempts before it, milliseconds since it began to wait or '',
@@ -135,8 +135,7 @@ if last then
         if request ~= ARGV[1] and request ~= ARGV[3] then
             return {'duplicate', request}
         end
-        local is_ours = event == 'opened' and request == ARGV[1] and field(last, 'by') == ARGV[5]
-        if is_ours and ARGV[15] ~= '' and attempt > tonumber(ARGV[15]) then
+        if event == 'opened' and field(last, 'try') == ARGV[15] then
             return answer(last, time_since(since))
         end
         -- An attempt that did no more than wait for its backend does not count; older releases do not record the number.
@@ -170,7 +169,7 @@ if excess > 0 then
 end
 local entry = {
     'attempt', attempt + 1, 'event', 'opened', 'offset', continued and continued.offset or 0, 'v', 1,
-    'request', ARGV[1], 'by', ARGV[5], 'counted', counted
+    'request', ARGV[1], 'by', ARGV[5], 'counted', counted, 'try', ARGV[15]
 }
 local function add(name, value)
     entry[#entry + 1], entry[#entry + 2] = name, value

@@ -10,6 +10,9 @@ local before = redis.call('XLEN', KEYS[1])
 if before == 0 then
     return 0
 end
+if redis.call('PTTL', KEYS[1]) == -1 then -- an older release has buried them
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+end
 local time = redis.call('TIME')
 local oldest = math.max(0, time[1] * 1000 + math.floor(time[2] / 1000) - ARGV[2])
 redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f', oldest))
