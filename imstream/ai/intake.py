@@ -97,8 +97,10 @@ class Intake:
                 break
             async with self.turn:
                 start = perf_counter()  # uvloop's clock does not advance within a turn
-                self.feed(data[begin : begin + CHUNK], defer=False)
-                await self.turn.rest(perf_counter() - start)
+                try:
+                    self.feed(data[begin : begin + CHUNK], defer=False)
+                finally:  # also after an answer that cannot be read
+                    await self.turn.rest(perf_counter() - start)
                 await self._pass_on_text()
 
     async def _pass_on_text(self) -> None:
