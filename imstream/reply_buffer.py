@@ -149,8 +149,7 @@ class ReplyBuffer:
             self._texts, self._starts = ["".join(self._texts)], [0]
         self.offset += len(text)
         self.waiting, self.is_thinking = None, False
-        for on_change in self._subscribers:
-            on_change(self)
+        self._notify()
 
     def expect_more(self) -> None:
         """Read the record again, if it ended as failed: an operator may have had it reopened."""

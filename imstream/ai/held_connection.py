@@ -45,8 +45,8 @@ class HeldConnection(asyncio.Protocol):
         gathered, self.gathered = self.gathered, None
         if gathered is None:
             return
-        data = self._poll()
-        self.data_received(b"".join((*gathered, data)) if gathered else data)
+        gathered.append(self._poll())
+        self.data_received(b"".join(gathered))
         if self.gathered is None:
             self.stop_holding()
 

@@ -190,8 +190,7 @@ class SocketProtocol(asyncio.Protocol):
     def write(self, texts: Sequence[str]) -> None:
         """Write text frames with one system call. Does nothing once the socket is closing."""
         if not self._closing:
-            frames = list(map(text_frame, texts))
-            self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+            self._transport.write(b"".join(map(text_frame, texts)))
 
     def end(self, code: CloseCode, last_text: str) -> None:
         """Write a last text and the close frame behind unsent data, and abort if the peer does not answer it."""

@@ -61,9 +61,8 @@ class ReplyWriter:
 
     def append(self, text: str) -> None:
         """Add a piece of text. Ignored when the reply has ended or a later attempt has begun."""
-        reply = self._reply
-        if reply.fence == self.attempt and reply.terminal is None:
-            reply.append(text)
+        if self._owns_buffer and self._reply.terminal is None:
+            self._reply.append(text)
 
     def think(self, reasoning: str, *, keep: bool = False) -> None:
         """Note reasoning, see `ReplyBuffer.think`. Ignored when text would be."""
