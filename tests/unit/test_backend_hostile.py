@@ -221,7 +221,7 @@ async def test_a_hostile_answer_costs_little_and_is_reported_in_a_short_line(row
     assert one.cost.pause < 4 * plain, f"a pause of {one.cost.pause / plain:.1f} times a plain answer of a mebibyte"
 
 
-@pytest.mark.parametrize("row", ["many lists", "a document of many lists"])
+@pytest.mark.parametrize("row", ["many lists", pytest.param("a document of many lists", marks=pytest.mark.long)])
 async def test_many_hostile_answers_at_once_hold_up_the_loop_no_longer_than_one(row: str) -> None:
     plain = await plain_cost()
     answer, end = HOSTILE[row]
