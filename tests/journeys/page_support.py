@@ -225,9 +225,13 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
 
+    async def drawn(self) -> None:
+        """Wait until the page is drawn: until then, parts that scroll may have the size of their content before."""
+        await self.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+
     async def screenshot(self) -> bytes:
         """Return a PNG of the visible part."""
-        await self.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+        await self.drawn()
         return base64.b64decode((await self.call("Page.captureScreenshot", format="png"))["data"])
 
     async def allow_clipboard(self) -> None:

@@ -505,7 +505,7 @@ async def test_a_long_conversation_opens_at_its_end_and_stays_there(page: Page, 
     await page.call("Page.reload")
     await status(page, "done")
     await page.until(at_end)
-    await page.evaluate("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
+    await page.drawn()
     assert await page.evaluate(at_end)
     # Blocks far above the view need no layout and no painting while the answer grows.
     above = "document.querySelector('.answer li').checkVisibility({ contentVisibilityAuto: true })"

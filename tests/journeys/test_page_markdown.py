@@ -116,6 +116,7 @@ async def test_only_code_and_tables_are_wider_than_the_screen_and_scroll_in_them
 ) -> None:
     await page.look(size, dark=dark)
     await update(page, TEXT)
+    await page.drawn()
     assert await page.evaluate("document.documentElement.scrollWidth") == size[0]
     outside = await page.evaluate(
         "[...shown.element.querySelectorAll('*')].filter((e) => !e.closest('.code pre, .table table'))"
