@@ -1,6 +1,7 @@
 """The processing of one request, from its first attempt to its end."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import structlog
@@ -85,6 +86,8 @@ class Job:
         self._verdict = verdict
         self._opened = opened
         self._word = word
+        self._unanswered: Callable[[], Awaitable[Opening]] | None = None
+        """Repeats an opening that was sent, and whose answer has not been read: Redis may still have to run it."""
         self._removed: bool | None = None
         """Whether recording the end has removed the request from the stream; None: not yet."""
         self._writer: ReplyWriter | None = None
@@ -265,7 +268,7 @@ class Job:
         word, self._word = self._word or new_word(), ""
 
         async def open_reply(lost: str = "") -> Opening:
-            return await retry_until_available(
+            self._unanswered = lambda: retry_until_available(
                 lambda: deps.replies.open(
                     reply.user_id,
                     reply.message_id,
@@ -282,6 +285,9 @@ class Job:
                     word=word,
                 )
             )
+            opened = await self._unanswered()
+            self._unanswered = None
+            return opened
 
         opened, self._opened = self._opened or await open_reply(), None
         if isinstance(opened, Duplicate):
@@ -363,6 +369,8 @@ class Job:
             case "cancelled":
                 if self._writer is not None:  # clients have seen the text so far
                     await retry_until_available(self._writer.flush)
+                if self._unanswered is not None:  # run after the end is recorded, it could begin a reply without an end
+                    await self._unanswered()
                 receipt = await retry_until_available(lambda: replies.cancel(reply.user_id, reply.message_id))
                 if isinstance(receipt, CancelRecorded):
                     await self._deps.inbox.notify(receipt.nodes, ReplyGrew(reply.user_id, reply.message_id))

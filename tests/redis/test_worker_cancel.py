@@ -61,6 +61,28 @@ async def test_a_message_that_is_being_opened_is_never_asked(redis_server: Redis
         assert worker.backend.calls == []
 
 
+async def test_an_opening_that_redis_runs_after_the_cancel_begins_nothing(redis_server: RedisServer) -> None:
+    def scripts_run() -> int:
+        return int(worker.redis.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+    async with (
+        tcp_proxy(redis_server.port) as proxy,
+        run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
+    ):
+        await worker.load_scripts()
+        opening = proxy.hold(LUA["open"].digest.encode())
+        await worker.requests.admit(chat_request(USER, "m"))
+        await wait_until(lambda: opening.sprung, "its opening is on its way")
+        assert await worker.jobs.cancel(USER, "m") == "cancelled"
+        await worker.idle()
+        assert worker.recorded() == ("cancelled", "")
+        before = scripts_run()
+        opening.released.set()
+        await wait_until(lambda: scripts_run() > before, "Redis has run the opening")
+        assert worker.recorded() == ("cancelled", "")
+        assert worker.backend.calls == []
+
+
 async def test_a_message_that_waits_for_its_next_attempt_is_cancelled(redis_server: RedisServer) -> None:
     async with run_worker(redis_server) as worker:
         client = worker.follow()

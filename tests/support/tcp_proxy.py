@@ -7,7 +7,7 @@ loses bytes stays silent in that direction, and neither end notices.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from tests.support.servers import USER
@@ -33,13 +33,15 @@ class Trap:
     Attributes:
         parts: Byte strings that must all occur in one read, in any order.
         delay: Seconds, for `Fate.DELAY`.
-        sprung: Whether the bytes have passed.
+        sprung: Whether the bytes have passed, or are held.
+        released: For `hold`: set it to forward them.
     """
 
     parts: tuple[bytes, ...]
     fate: Fate
     delay: float = 0.0
     sprung: bool = False
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def springs(self, data: bytes) -> bool:
         """Whether these bytes match for the first time."""
@@ -71,6 +73,7 @@ class TcpProxy:
         self._swallowing = False
         self._answers: list[Trap] = []
         self._questions: list[Trap] = []
+        self._held: list[Trap] = []
 
     @property
     def url(self) -> str:
@@ -103,6 +106,11 @@ class TcpProxy:
     def on_answer_to(self, *parts: bytes, fate: Fate, delay: float = 0.0) -> Trap:
         """Set the fate of the answer to the next request with these bytes, which reaches the server."""
         self._questions.append(trap := Trap(parts, fate, delay))
+        return trap
+
+    def hold(self, *parts: bytes) -> Trap:
+        """Hold the next request with these bytes, and forward it when it is released, even if its client has left."""
+        self._held.append(trap := Trap(parts, Fate.DELAY))
         return trap
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -144,6 +152,8 @@ class TcpProxy:
                 for trap in self._questions:
                     if trap.springs(data):
                         connection.fate = trap
+                if (held := next((one for one in self._held if one.springs(data)), None)) is not None:
+                    await held.released.wait()
                 writer.write(data)
                 await writer.drain()
         except OSError:
