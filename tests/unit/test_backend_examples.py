@@ -258,7 +258,7 @@ async def test_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
         await exchange.send(delta(role="assistant", content="Yes"), STOP, COUNTS, DONE)
         await exchange.end()
 
-    short: dict[str, Any] = {"ai_first_token_timeout": "100ms"}
+    short: dict[str, Any] = {"ai_first_token_timeout": "300ms"}
     async with using("Ollama", ollama, monkeypatch=monkeypatch, **short) as asked:
         assert await ask(asked) == Completion("stop", USAGE)
         assert asked.backend.requests[0].json["reasoning_effort"] == "none"

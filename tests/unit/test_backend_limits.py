@@ -104,13 +104,13 @@ async def test_comments_while_a_request_is_queued_are_signs_of_life() -> None:
 
 
 async def test_a_document_is_waited_for_after_its_head() -> None:
-    async with asking(document(pause=LATE), ai_load_timeout="100ms", **SHORT) as asked:
+    async with asking(document(pause=LATE), ai_load_timeout="300ms", **SHORT) as asked:
         await asked.ask()
         assert asked.text == "a"
 
 
 async def test_a_backend_that_sends_documents_sends_nothing_before_the_answer_is_complete() -> None:
-    async with asking(document(), late(document()), ai_load_timeout="100ms", **SHORT) as asked:
+    async with asking(document(), late(document()), ai_load_timeout="300ms", **SHORT) as asked:
         await asked.ask()
         await asked.ask()
         assert asked.text == "aa"

@@ -72,7 +72,7 @@ async def test_says_why_when_no_server_lets_it_in_in_time() -> None:
 
 async def test_a_server_that_does_not_answer_the_login_is_left() -> None:
     async with scripted_server() as server:
-        timing = Timing(login=timedelta(milliseconds=50), backoff=FAST.backoff, open=FAST.open)
+        timing = Timing(login=timedelta(milliseconds=500), backoff=FAST.backoff, open=FAST.open)
         entering = asyncio.create_task(Client(server.url, USER, timing=timing).__aenter__())
         mute = await server.peer()
         await mute.hear_init()

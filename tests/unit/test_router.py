@@ -297,7 +297,7 @@ async def test_a_node_reads_as_many_requests_as_its_backends_carry(file: Path) -
 async def test_a_backend_that_cannot_be_reached_is_checked_again_before_that_is_logged(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imstream.ai.router.RECHECK", 0.2)
+    monkeypatch.setattr("imstream.ai.router.RECHECK", 1.0)
     late, never = free_port(), free_port()
     tables: dict[str, Any] = {
         "late": {"url": f"http://127.0.0.1:{late}/v1"},
