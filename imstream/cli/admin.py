@@ -5,7 +5,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import click
@@ -28,44 +28,49 @@ MAX_SHOWN = 20
 DEAD_LETTER = "user {user}  message {message_id}  {reason} after {attempts} attempts: {error}"
 """A dead letter in lists, by its fields."""
 
-Answer = TypeVar("Answer")
-
-_QUOTA_SETTINGS = (*REDIS_SETTINGS, "daily_quota", "quota_timezone")
+AsyncCommand = Callable[..., Awaitable[None]]
 
 
-def with_redis(settings: Settings, work: Callable[[RedisClient], Awaitable[Answer]]) -> Answer:
-    """Run `work` with one connection to Redis; errors about the connection name the server."""
+def redis_command(*names: str) -> Callable[[AsyncCommand], Callable[..., None]]:
+    """Add options for the settings of Redis and for these. The command gets a connection, the settings, and the rest.
 
-    async def connected() -> Answer:
-        async with RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout) as redis:
-            return await work(redis)
+    It may raise `StoreError`; errors about the connection name the server.
+    """
+    names = (*names, *REDIS_SETTINGS)
 
-    try:
-        return asyncio.run(connected())
-    except StoreDenied as error:
-        raise StoreDenied(f"the Redis at {settings.redis_url} denies access: {error}") from None
-    except StoreUnavailable as error:
-        raise StoreUnavailable(f"no Redis at {settings.redis_url}: {error}") from None
+    def decorate(command: AsyncCommand) -> Callable[..., None]:
+        @wraps(command)
+        def run(**options: Any) -> None:  # noqa: ANN401 - any option
+            settings = Settings.load(**given({name: options.pop(name) for name in names}))
+            try:
+                asyncio.run(connected(settings, options))
+            except StoreDenied as error:
+                raise StoreDenied(f"the Redis at {settings.redis_url} denies access: {error}") from None
+            except StoreUnavailable as error:
+                raise StoreUnavailable(f"no Redis at {settings.redis_url}: {error}") from None
+
+        async def connected(settings: Settings, options: dict[str, Any]) -> None:
+            async with RedisClient(settings.redis_url, connections=1, timeout=settings.redis_timeout) as redis:
+                await command(redis, settings, **options)
+
+        return settings_options(Settings, only=names)(run)
+
+    return decorate
 
 
 @click.command()
-@settings_options(Settings, only=["node", *REDIS_SETTINGS])
+@redis_command("node")
 @click.option("--newest", type=click.IntRange(0, 1000), default=5, show_default=True, help="Dead letters shown.")
-def streams(newest: int, **options: str | None) -> None:
+async def streams(redis: RedisClient, settings: Settings, *, newest: int) -> None:
     """Show a node's stream, and why its requests wait.
 
     Shows the number of unfinished requests, the reasons why they wait, those in work with their workers, and
     the newest dead letters.
     """
-    settings = Settings.load(**given(options))
     keys = Keys(settings.key_prefix)
-
-    async def look(redis: RedisClient) -> StreamOverview:
-        if not await is_node(redis, keys, settings.node):
-            raise StoreRefused(f"there is no node {settings.node} in {settings.redis_url}: see imstream nodes")
-        return await inspect_stream(redis, keys, settings.node, newest=newest)
-
-    overview = with_redis(settings, look)
+    if not await is_node(redis, keys, settings.node):
+        raise StoreRefused(f"there is no node {settings.node} in {settings.redis_url}: see imstream nodes")
+    overview = await inspect_stream(redis, keys, settings.node, newest=newest)
     echo(f"node {settings.node} at {settings.redis_url}", *_stream_lines(overview))
 
 
@@ -115,19 +120,17 @@ def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:
         yield f"all {overview.slots} slots are in use"
 
 
-def _user_command(*settings: str) -> Callable[[Callable[..., Awaitable[None]]], Callable[..., None]]:
-    """Add the argument USER, and options for these settings. The command gets Redis, the settings and the user id."""
-    names = (*settings, "user_ids")
+def _user_command(*names: str) -> Callable[[AsyncCommand], Callable[..., None]]:
+    """As `redis_command`, with the argument USER: the command gets its id, too."""
 
-    def decorate(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    def decorate(command: AsyncCommand) -> Callable[..., None]:
+        @redis_command("user_ids", *names)
+        @click.argument("user", metavar="USER")
         @wraps(command)
-        def run(user: str, **options: Any) -> None:  # noqa: ANN401 - any option
-            loaded = Settings.load(**given({name: options.pop(name) for name in names}))
-            user_id = parse_user_id(user, loaded.user_ids)
-            with_redis(loaded, lambda redis: command(redis, loaded, user_id, **options))
+        async def run(redis: RedisClient, settings: Settings, *, user: str, **options: Any) -> None:  # noqa: ANN401 - any option
+            await command(redis, settings, parse_user_id(user, settings.user_ids), **options)
 
-        add_options = settings_options(Settings, only=names)
-        return add_options(click.argument("user", metavar="USER")(run))
+        return run
 
     return decorate
 
@@ -145,7 +148,7 @@ def user() -> None:
 
 
 @user.command()
-@_user_command(*_QUOTA_SETTINGS)
+@_user_command("daily_quota", "quota_timezone")
 async def show(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """Show account, quota, violations and route of a user."""
     calendar = Calendar(ZoneInfo(settings.quota_timezone))
@@ -189,7 +192,7 @@ def _quota(overview: UserOverview, settings: Settings) -> str:
 @click.option("--for", "span", type=TimeSpan(), help="Duration, such as 90s or 7d; default IMSTREAM_LOCK_TIME.")
 @reason_option
 @by_option
-@_user_command(*REDIS_SETTINGS, "quota_timezone")
+@_user_command("quota_timezone")
 async def lock(  # noqa: PLR0913 - one for each option
     redis: RedisClient, settings: Settings, user_id: UserId, *, span: timedelta | None, reason: str, by: str
 ) -> None:
@@ -201,7 +204,7 @@ async def lock(  # noqa: PLR0913 - one for each option
 
 
 @user.command()
-@_user_command(*REDIS_SETTINGS)
+@_user_command()
 async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a lock."""
     was_locked = await Accounts(redis, settings).unlock(user_id)
@@ -211,7 +214,7 @@ async def unlock(redis: RedisClient, settings: Settings, user_id: UserId) -> Non
 @user.command()
 @reason_option
 @by_option
-@_user_command(*REDIS_SETTINGS)
+@_user_command()
 async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: str, by: str) -> None:
     """Ban a user."""
     banned = await Accounts(redis, settings).ban(user_id, reason=reason, by=by)
@@ -220,7 +223,7 @@ async def ban(redis: RedisClient, settings: Settings, user_id: UserId, reason: s
 
 
 @user.command()
-@_user_command(*REDIS_SETTINGS)
+@_user_command()
 async def unban(redis: RedisClient, settings: Settings, user_id: UserId) -> None:
     """End a ban."""
     was_banned = await Accounts(redis, settings).unban(user_id)
@@ -230,7 +233,7 @@ async def unban(redis: RedisClient, settings: Settings, user_id: UserId) -> None
 @user.command()
 @click.option("--give-back", metavar="MESSAGE", help="Remove this message from today's count.")
 @click.option("--reset", is_flag=True, help="Reset today's count.")
-@_user_command(*_QUOTA_SETTINGS)
+@_user_command("daily_quota", "quota_timezone")
 async def quota(redis: RedisClient, settings: Settings, user_id: UserId, give_back: str | None, *, reset: bool) -> None:
     """Show the messages that count towards today's quota, or remove some."""
     calendar, accounts = Calendar(ZoneInfo(settings.quota_timezone)), Accounts(redis, settings)

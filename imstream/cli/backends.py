@@ -7,19 +7,19 @@ from typing import Any
 
 import click
 
-from imstream.cli.admin import with_redis
-from imstream.cli.options import REDIS_SETTINGS, given, settings_options
+from imstream.cli.admin import redis_command
 from imstream.cli.output import json_option, show
 from imstream.clock import now_ms
+from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.backend_states import BackendStates
 
 
 @click.command()
-@settings_options(Settings, only=[*REDIS_SETTINGS, "ai_backends"])
+@redis_command("ai_backends")
 @json_option
 @click.option("--check", is_flag=True, help="Check the configured backends from here instead, without a prompt.")
-def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
+async def backends(redis: RedisClient, settings: Settings, *, as_json: bool, check: bool) -> None:
     """Show the AI backends as each node sees them, or check them.
 
     Shows their state, calls in flight and last error.
@@ -27,12 +27,11 @@ def backends(*, as_json: bool, check: bool, **options: str | None) -> None:
     With --check, it reads the configuration of this machine as a node would, requests the list of models of each
     backend, and ends with 1 if a backend is away, refuses the key or does not have the model.
     """
-    settings = Settings.load(**given(options))
     if not check:
-        nodes = with_redis(settings, lambda redis: BackendStates(redis, settings).read())
+        nodes = await BackendStates(redis, settings).read()
         show(nodes, _lines(nodes), as_json=as_json)
         return
-    problems = asyncio.run(_check(settings))
+    problems = await _check(settings)
     show(problems, (f"{name}  {problem or 'answers'}" for name, problem in problems.items()), as_json=as_json)
     sys.exit(any(problems.values()))
 

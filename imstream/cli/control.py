@@ -1,14 +1,14 @@
 """Commands of operators to nodes: `imstream pause`, `imstream resume` and `imstream drain`."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import click
 
-from imstream.cli.admin import by_option, reason_option, with_redis
+from imstream.cli.admin import AsyncCommand, by_option, reason_option, redis_command
 from imstream.cli.nodes import wait_for_nodes
-from imstream.cli.options import REDIS_SETTINGS, Command, TimeSpan, given, settings_options
+from imstream.cli.options import TimeSpan
 from imstream.cli.output import echo, json_option, show
 from imstream.errors import StoreRefused
 from imstream.keys import Keys
@@ -26,15 +26,15 @@ _CONFIRM = timedelta(seconds=10)
 """How long a node has to confirm. It looks once a second."""
 
 
-def _of_nodes(command: Command) -> Command:
-    """Add the options that select nodes."""
+def _of_nodes(command: AsyncCommand) -> Callable[..., None]:
+    """Make a command with the options that select nodes."""
     for option in (
         click.option("--node", "names", multiple=True, metavar="NODE", help="This node; can be repeated."),
         click.option("--all", "every", is_flag=True, help="All nodes, also those that start later."),
         json_option,
     ):
         command = option(command)
-    return settings_options(Settings, only=REDIS_SETTINGS)(command)
+    return redis_command()(command)
 
 
 def _targets(names: Sequence[str], *, every: bool) -> list[str]:
@@ -75,7 +75,9 @@ def _lines(found: tuple[list[NodeOverview], list[str]], targets: Sequence[str], 
 @click.option("--refuse", is_flag=True, help="Refuse new messages with BUSY, instead of accepting them to wait.")
 @click.option("--wait", is_flag=True, help="Also wait until the nodes work on no request: the AI has no call then.")
 @click.option("--timeout", type=TimeSpan(), default="5m", show_default=True, help="Limit of --wait.")
-def pause(  # noqa: PLR0913 - one for each option
+async def pause(  # noqa: PLR0913 - one for each option
+    redis: RedisClient,
+    settings: Settings,
     *,
     names: tuple[str, ...],
     every: bool,
@@ -84,8 +86,7 @@ def pause(  # noqa: PLR0913 - one for each option
     by: str,
     refuse: bool,
     wait: bool,
-    timeout: timedelta,
-    **options: str | None,
+    timeout: timedelta,  # noqa: ASYNC109 - an option
 ) -> None:
     """Let requests wait, for maintenance of the AI.
 
@@ -93,7 +94,9 @@ def pause(  # noqa: PLR0913 - one for each option
     nodes; sockets stay open and nodes ready. The requests of a paused node are not answered by others, even if it dies.
     Ends with 3 if a node has not confirmed it within 10 s, or with --wait still works on requests after --timeout.
     """
-    targets, settings = _targets(names, every=every), Settings.load(**given(options))
+    targets, pauses = _targets(names, every=every), Pauses(redis, settings)
+    for node in targets:
+        await pauses.pause(node, reason=reason, by=by, refuses=refuse)
 
     def lack(one: NodeOverview) -> Iterator[str]:
         if one.state == "dead":
@@ -103,75 +106,66 @@ def pause(  # noqa: PLR0913 - one for each option
         elif wait and one.running:
             yield f"it works on {one.running} requests"
 
-    async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str]]:
-        pauses = Pauses(redis, settings)
-        for node in targets:
-            await pauses.pause(node, reason=reason, by=by, refuses=refuse)
-        return await wait_for_nodes(redis, settings, timeout if wait else _CONFIRM, lack, only=names)
-
-    found = with_redis(settings, work)
+    found = await wait_for_nodes(redis, settings, timeout if wait else _CONFIRM, lack, only=names)
     _report(found, _lines(found, targets, "paused"), as_json=as_json)
 
 
 @click.command()
 @_of_nodes
-def resume(*, names: tuple[str, ...], every: bool, as_json: bool, **options: str | None) -> None:
+async def resume(redis: RedisClient, settings: Settings, *, names: tuple[str, ...], every: bool, as_json: bool) -> None:
     """End a pause, or with --all every pause.
 
     Ends with 3 if a node has not confirmed it within 10 s, and if a pause of all nodes continues.
     """
-    targets, settings = _targets(names, every=every), Settings.load(**given(options))
+    targets, pauses = _targets(names, every=every), Pauses(redis, settings)
+    for node in targets:
+        await pauses.resume(node)
 
-    async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str]]:
-        pauses = Pauses(redis, settings)
-        for node in targets:
-            await pauses.resume(node)
-        if (left := (await pauses.read()).get(ALL)) is not None:
-            return [], [f"all nodes are paused: {left.about}"]
+    def lack(one: NodeOverview) -> Iterator[str]:
+        if one.state != "dead" and one.paused is not None:
+            yield f"it is still paused: {one.paused}"
 
-        def lack(one: NodeOverview) -> Iterator[str]:
-            if one.state != "dead" and one.paused is not None:
-                yield f"it is still paused: {one.paused}"
-
-        return await wait_for_nodes(redis, settings, _CONFIRM, lack, only=names)
-
-    found = with_redis(settings, work)
+    if (left := (await pauses.read()).get(ALL)) is not None:
+        found: tuple[list[NodeOverview], list[str]] = [], [f"all nodes are paused: {left.about}"]
+    else:
+        found = await wait_for_nodes(redis, settings, _CONFIRM, lack, only=names)
     _report(found, _lines(found, targets, "resumed"), as_json=as_json)
 
 
 @click.command()
-@settings_options(Settings, only=REDIS_SETTINGS)
+@redis_command()
 @click.option("--node", "name", required=True, metavar="NODE", help="The node.")
 @click.option("--wait", is_flag=True, help="Wait until its process has ended.")
 @click.option("--timeout", type=TimeSpan(), default="2m", show_default=True, help="Limit of --wait.")
 @json_option
-def drain(*, name: str, wait: bool, timeout: timedelta, as_json: bool, **options: str | None) -> None:
+async def drain(  # noqa: PLR0913 - one for each option
+    redis: RedisClient,
+    settings: Settings,
+    *,
+    name: str,
+    wait: bool,
+    timeout: timedelta,  # noqa: ASYNC109 - an option
+    as_json: bool,
+) -> None:
     """Drain a node through Redis, as SIGTERM does.
 
     It takes no new requests, lets running answers end within its IMSTREAM_DRAIN_GRACE, hands over the rest, closes its
     sockets with 1012 and exits with 0. Ends with 3 if it has not begun within 10 s, or with --wait has not ended after
     --timeout.
     """
-    settings = Settings.load(**given(options))
     keys = Keys(settings.key_prefix)
+    instance = next((one.instance for one in await inspect_nodes(redis, keys) if one.node == name), None)
+    if instance is None:
+        raise StoreRefused(f"node {name} does not run: see imstream nodes")
+    await send_notice(redis, keys, name, DrainRequested(instance))
 
-    async def work(redis: RedisClient) -> tuple[list[NodeOverview], list[str], str]:
-        one = next((one for one in await inspect_nodes(redis, keys) if one.node == name), None)
-        if one is None or one.instance is None:
-            raise StoreRefused(f"node {name} does not run: see imstream nodes")
-        instance = one.instance
-        await send_notice(redis, keys, name, DrainRequested(instance))
+    def lack(now: NodeOverview) -> Iterator[str]:
+        if now.instance == instance and now.state == "running":
+            yield "it has not begun to drain"
+        elif now.instance == instance and wait:
+            yield f"it is stopping, and works on {now.running} requests"
 
-        def lack(now: NodeOverview) -> Iterator[str]:
-            if now.instance == instance and now.state == "running":
-                yield "it has not begun to drain"
-            elif now.instance == instance and wait:
-                yield f"it is stopping, and works on {now.running} requests"
-
-        limit = timeout if wait else _CONFIRM
-        return *await wait_for_nodes(redis, settings, limit, lack, only=[name]), instance
-
-    nodes, missing, instance = with_redis(settings, work)
+    nodes, missing = await wait_for_nodes(redis, settings, timeout if wait else _CONFIRM, lack, only=[name])
 
     def lines() -> Iterator[str]:
         for one in nodes:

@@ -9,15 +9,13 @@ from typing import Any
 
 import click
 
-from imstream.cli.admin import DEAD_LETTER, with_redis
-from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, settings_options
+from imstream.cli.admin import DEAD_LETTER, redis_command
+from imstream.cli.options import TimeSpan
 from imstream.cli.output import echo, json_option, json_text
 from imstream.cli.output import show as print_all
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.dead_letters import DeadLetterOffice, Letter, Selection
-
-_SETTINGS = ("node", *REDIS_SETTINGS)
 
 _OUTCOMES = {
     "retried": "is a request again",
@@ -39,24 +37,25 @@ def _command(
 
     def decorate(command: Callable[..., Awaitable[bool]]) -> Callable[..., None]:
         @wraps(command)
-        def run(*, every: bool, limit: int | None, **options: Any) -> None:  # noqa: ANN401 - any option
-            loaded = Settings.load(**given({name: options.pop(name) for name in _SETTINGS}))
+        async def run(
+            redis: RedisClient,
+            settings: Settings,
+            *,
+            every: bool,
+            limit: int | None,
+            **options: Any,  # noqa: ANN401 - any option
+        ) -> None:
             selection = Selection(**{name: options.pop(name) for name in Selection._fields})
-
-            async def work(redis: RedisClient) -> bool:
-                office = DeadLetterOffice(redis, loaded)
-                nodes = await office.nodes() if every else [loaded.node]
-                letters = _selected(office, nodes, selection, limit, newest_first=not changes)
-                async with aclosing(letters):
-                    return await command(office, letters, **options)
-
-            if not with_redis(loaded, work):
-                raise SystemExit(1)
+            office = DeadLetterOffice(redis, settings)
+            nodes = await office.nodes() if every else [settings.node]
+            letters = _selected(office, nodes, selection, limit, newest_first=not changes)
+            async with aclosing(letters):
+                if not await command(office, letters, **options):
+                    raise SystemExit(1)
 
         shown = "" if limit is None else f"; default {limit}"
         dry_run = click.option("--dry-run", is_flag=True, help="Only show which letters are meant.")
         options = [
-            settings_options(Settings, only=_SETTINGS),
             *([dry_run] if changes else []),
             click.argument("ids", nargs=-1, metavar="[ID]..."),
             click.option("--all", "every", is_flag=True, help="All nodes, also those that are gone for good."),
@@ -68,7 +67,7 @@ def _command(
         ]
         for option in reversed(options):
             run = option(run)
-        return run
+        return redis_command("node")(run)
 
     return decorate
 

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import click
 
-from imstream.cli.admin import with_redis
-from imstream.cli.options import REDIS_SETTINGS, given, parse_user_id, settings_options
+from imstream.cli.admin import redis_command
+from imstream.cli.options import parse_user_id
 from imstream.cli.output import age, json_option, show, table
 from imstream.keys import Keys
+from imstream.redis.client import RedisClient
 from imstream.settings import Settings
 from imstream.store.timeline import Event, Timeline, newest
 from imstream.store.timeline import explain as read_timeline
@@ -21,24 +22,23 @@ _ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
 
 
 @click.command()
-@settings_options(Settings, only=(*REDIS_SETTINGS, "user_ids"))
+@redis_command("user_ids")
 @json_option
 @click.argument("user")
 @click.argument("message", required=False)
-def explain(user: str, message: str | None, *, as_json: bool, **options: str | None) -> None:
+async def explain(redis: RedisClient, settings: Settings, *, user: str, message: str | None, as_json: bool) -> None:
     """Show the history of a message, from Redis alone. Without MESSAGE, the user's newest messages are listed.
 
     It works while the message runs and as long as its reply is kept. Shows when it was asked, which nodes worked on it,
     which backend it waited for and why, its attempts and their text in characters, its end and its dead letter; never a
     text. Lists facts that are not recorded. Ends with 1 if there is no record.
     """
-    settings = Settings.load(**given(options))
     user_id, keys = parse_user_id(user, settings.user_ids), Keys(settings.key_prefix)
     if message is None:
-        listed = with_redis(settings, lambda redis: newest(redis, keys, user_id, LISTED))
+        listed = await newest(redis, keys, user_id, LISTED)
         show({"user": user_id, "messages": listed}, _listed(listed), as_json=as_json)
         sys.exit(not listed)
-    found = with_redis(settings, lambda redis: read_timeline(redis, keys, user_id, message))
+    found = await read_timeline(redis, keys, user_id, message)
     show(found, _lines(found), as_json=as_json)
     sys.exit(found.state == "unknown" and not found.events)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from imstream.cli.admin import with_redis
-from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, settings_options
+from imstream.cli.admin import redis_command
+from imstream.cli.options import TimeSpan
 from imstream.cli.output import age, echo, json_option, show, table
 from imstream.errors import StoreUnavailable
 from imstream.keys import Keys
@@ -25,15 +25,21 @@ _POLL_INTERVAL = 0.1
 
 
 @click.command()
-@settings_options(Settings, only=REDIS_SETTINGS)
+@redis_command()
 @json_option
 @click.option("--wait-settled", is_flag=True, help="Wait until the next node may be stopped.")
 @click.option("--timeout", type=TimeSpan(), default="5m", show_default=True, help="Time limit of --wait-settled.")
 @click.option(
     "--except", "excepted", multiple=True, metavar="NODE", help="With --wait-settled: it stays away; can be repeated."
 )
-def nodes(
-    *, as_json: bool, wait_settled: bool, timeout: timedelta, excepted: tuple[str, ...], **options: str | None
+async def nodes(  # noqa: PLR0913 - one for each option
+    redis: RedisClient,
+    settings: Settings,
+    *,
+    as_json: bool,
+    wait_settled: bool,
+    timeout: timedelta,  # noqa: ASYNC109 - an option
+    excepted: tuple[str, ...],
 ) -> None:
     """Show all nodes, or wait until the next one may be stopped.
 
@@ -42,13 +48,12 @@ def nodes(
     With --wait-settled, it returns when each of them runs and is ready, and no stream is adopted: then the next one may
     be stopped in a rolling restart. It ends with 3 if that takes longer than --timeout, and prints the reasons.
     """
-    settings = Settings.load(**given(options))
     limit = timeout if wait_settled else timedelta()
 
     def lack(one: NodeOverview) -> Iterable[str]:
         return () if one.node in excepted else one.unsettled()
 
-    found, missing = with_redis(settings, lambda redis: wait_for_nodes(redis, settings, limit, lack))
+    found, missing = await wait_for_nodes(redis, settings, limit, lack)
     report: dict[str, Any] = {"nodes": found, "warnings": list(_warnings(found))}
     show(report | ({"unsettled": missing} if wait_settled else {}), _lines(found, settings), as_json=as_json)
     if wait_settled and missing:

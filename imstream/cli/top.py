@@ -4,17 +4,18 @@ import asyncio
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count as numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 import click
 
-from imstream.cli.admin import with_redis
+from imstream.cli.admin import redis_command
 from imstream.cli.node_metrics import Growth, History, MetricsUnavailable, address_of, scrape
-from imstream.cli.options import REDIS_SETTINGS, TimeSpan, given, settings_options
+from imstream.cli.options import TimeSpan
 from imstream.cli.output import age, echo, json_option, json_text, table
 from imstream.cli.terminal_text import printable_line
 from imstream.errors import StoreError
@@ -237,11 +238,13 @@ def _picture(found: Snapshot) -> "Group":
 
 
 @click.command()
-@settings_options(Settings, only=REDIS_SETTINGS)
+@redis_command()
 @json_option
 @click.option("--interval", type=TimeSpan(), help="Time between two snapshots; default 2s.")
 @click.option("--count", type=click.IntRange(1), help="Number of snapshots; then they are plain text.")
-def top(*, as_json: bool, interval: timedelta | None, count: int | None, **options: str | None) -> None:
+async def top(
+    redis: RedisClient, settings: Settings, *, as_json: bool, interval: timedelta | None, count: int | None
+) -> None:
     """Show all nodes now: queues, rates, percentiles, backends.
 
     Reads Redis, and the metrics of each node where it publishes them. In a terminal it is a live view. Elsewhere it is
@@ -257,30 +260,24 @@ def top(*, as_json: bool, interval: timedelta | None, count: int | None, **optio
             echo(HINT, err=True)
             is_live, interval = False, interval or timedelta(seconds=2)
     rounds = count or (None if is_live or interval else 1)
-    settings = Settings.load(**given(options))
     pause = (interval or timedelta(seconds=2)).total_seconds()
-    try:
-        with_redis(settings, lambda redis: _run(redis, settings, pause, rounds, is_live=is_live, as_json=as_json))
-    except KeyboardInterrupt:
-        return
+    with suppress(asyncio.CancelledError):  # Ctrl-C
+        async with aiohttp.ClientSession() as session:
+            observer = Observer(redis, settings, session)
+            if is_live:
+                await _show_live(observer, pause)
+            for number in numbers(1):
+                found = await observer.snapshot()
+                echo(*([json_text(found)] if as_json else lines(found)))
+                if number == rounds:
+                    return
+                await asyncio.sleep(pause)
 
 
-async def _run(  # noqa: PLR0913 - the options of the command
-    redis: RedisClient, settings: Settings, pause: float, rounds: int | None, *, is_live: bool, as_json: bool
-) -> None:
-    async with aiohttp.ClientSession() as session:
-        observer = Observer(redis, settings, session)
-        if is_live:
-            from rich.live import Live  # noqa: PLC0415 - optional
+async def _show_live(observer: Observer, pause: float) -> NoReturn:
+    from rich.live import Live  # noqa: PLC0415 - optional
 
-            found = await observer.snapshot()
-            with Live(_picture(found), screen=True, auto_refresh=False) as live:
-                while True:
-                    await asyncio.sleep(pause)
-                    live.update(_picture(await observer.snapshot()), refresh=True)
-        for number in numbers(1):
-            found = await observer.snapshot()
-            echo(*([json_text(found)] if as_json else lines(found)))
-            if number == rounds:
-                return
+    with Live(_picture(await observer.snapshot()), screen=True, auto_refresh=False) as live:
+        while True:
             await asyncio.sleep(pause)
+            live.update(_picture(await observer.snapshot()), refresh=True)
