@@ -1,5 +1,6 @@
 """The Redis client: for one server, for Sentinel and for a Redis Cluster."""
 
+import asyncio
 import hashlib
 from collections.abc import Coroutine, Sequence
 from datetime import timedelta
@@ -85,11 +86,14 @@ class RedisClient:
 
     async def execute_on_masters(self, *command: Argument) -> dict[str, Any]:
         """Send one command to each master, whatever its key; the replies by address. Raises as `execute` does."""
-        return await self._servers.send_to_masters(*command)
+        masters = await self._servers.masters()
+        replies = await asyncio.gather(*(master.send(*command) for master in masters.values()))
+        return dict(zip(masters, replies, strict=True))
 
     async def scan(self, pattern: str) -> set[str]:
         """The keys that match a pattern, on all masters: many short commands that do not block others. As above."""
-        return await self._servers.scan(pattern)
+        found = await asyncio.gather(*(master.scan(pattern) for master in (await self._servers.masters()).values()))
+        return set().union(*found)
 
 
 class BlockingReader(RedisClient):

@@ -94,21 +94,13 @@ class Cluster:
                 raise
         raise StoreUnavailable(f"the nodes of the Redis Cluster do not agree on the owner of {key!r}")
 
-    async def send_to_masters(self, *command: Argument) -> dict[str, Any]:
-        """Send a command to each master, whatever its key; the replies by address. Raises as `send` does."""
-        masters = await self._masters()
-        replies = await asyncio.gather(*(self._connections_to(master).send(*command) for master in masters))
-        return {f"{master.host}:{master.port}": reply for master, reply in zip(masters, replies, strict=True)}
-
-    async def scan(self, pattern: str) -> set[str]:
-        """The keys of all masters that match a pattern. Raises as `send` does."""
-        found = await asyncio.gather(*(self._connections_to(one).scan(pattern) for one in await self._masters()))
-        return set().union(*found)
-
-    async def _masters(self) -> list[NodeAddress]:
+    async def masters(self) -> dict[str, Pipeline]:
+        """The connections to each master, by address. Raises `StoreUnavailable` when no node answers."""
         if not self._owners:
             await self._wait_for_owners()
-        return list(dict.fromkeys(owner for owner in self._owners if owner is not None))
+        return {
+            f"{owner.host}:{owner.port}": self._connections_to(owner) for owner in dict.fromkeys(self._owners) if owner
+        }
 
     def _owner_of(self, key: Argument | None) -> NodeAddress:
         if key is None:

@@ -113,9 +113,9 @@ class Pipeline:
         # It may be a blocked read: entries that Redis delivers now would be lost from view.
         await asyncio.gather(*(connection.aclose() for connection in self._connections))
 
-    async def send_to_masters(self, *command: Argument) -> dict[str, Any]:
-        """Send one command to this server, the only master. Raises as `send` does."""
-        return {"": await self.send(*command)}
+    async def masters(self) -> "dict[str, Pipeline]":
+        """This server, the only master. See `Cluster.masters`."""
+        return {"": self}
 
     async def scan(self, pattern: str) -> set[str]:
         """The keys of this server that match a pattern. Raises as `send` does."""
