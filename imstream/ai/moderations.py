@@ -1,14 +1,15 @@
-"""Client of a moderation API that is compatible with OpenAI: one call of `moderate` is one `POST {url}/moderations`.
+"""Client of a moderation API that is compatible with OpenAI, and the batches of texts that its calls carry.
 
 https://platform.openai.com/docs/api-reference/moderations
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
@@ -23,6 +24,11 @@ ANSWER_LIMIT = 1 << 18  # bytes of an answer; one result of OpenAI has about 1 K
 WRONG_NUMBER = "wrong_number"  # reason of an error: the number of results is not that of the texts
 _MAX_CATEGORIES = 16  # of one text that are logged; OpenAI has 13
 
+MAX_CALLS = 8  # at the same time
+MIN_INTERVAL = 0.020  # seconds between the starts of two calls, unless a batch is full: bounds the delay
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class ModerationResult:
@@ -33,7 +39,7 @@ class ModerationResult:
 
 
 class ModerationClient(EndpointClient):
-    """Use as an async context manager; end every `moderate` before leaving it."""
+    """One `moderate` is one `POST {url}/moderations`. An async context manager; end every call before leaving it."""
 
     _accept = "application/json"
 
@@ -102,3 +108,88 @@ class ModerationClient(EndpointClient):
         names = (name for name, value in categories.items() if value is True) if isinstance(categories, dict) else ()
         line = ", ".join(islice(names, _MAX_CATEGORIES))
         return ModerationResult(flagged=True, categories=shorten(line, self._endpoint.secrets))
+
+
+class Batcher(Generic[T]):
+    """Groups texts that arrive at about the same time into one `call` of at most `size`, which costs little more.
+
+    the last call began `MIN_INTERVAL` ago or earlier   texts of one turn of the event loop are sent together, at once
+    the last call began later                           texts are collected until then, or until the batch is full
+    `MAX_CALLS` calls are running                       texts are collected until one of them ends
+    """
+
+    def __init__(self, call: Callable[[Sequence[str]], Awaitable[Sequence[T]]], *, size: int) -> None:
+        self._call = call
+        self._size = size
+        self._queue: deque[tuple[str, asyncio.Future[T]]] = deque()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.Handle | None = None
+        self._next_start = 0.0  # of a call that is not full (loop time)
+
+    async def submit(self, text: str) -> T:
+        """The result for a text. Cancelling does not affect other texts of the same call."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+        self._queue.append((text, result))
+        if len(self._queue) >= self._size:
+            self._start_calls()
+        elif self._timer is None:
+            self._timer = loop.call_at(self._next_start, self._start_calls)  # if in the past: in the next turn
+        try:
+            return await result
+        finally:
+            del result  # breaks a reference cycle: its exception has a traceback with this frame
+
+    def resolve_queued(self, result: T) -> None:
+        """Give this result to all texts whose call has not started."""
+        while self._queue:
+            _, future = self._queue.popleft()
+            if not future.done():
+                future.set_result(result)
+
+    async def aclose(self) -> None:
+        """Cancel all calls. No caller may be waiting for a result."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._calls:
+            task.cancel()
+        if self._calls:
+            await asyncio.wait(self._calls)
+
+    def _start_calls(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._queue and len(self._calls) < MAX_CALLS:
+            batch = list[tuple[str, asyncio.Future[T]]]()
+            while self._queue and len(batch) < self._size:
+                text, future = self._queue.popleft()
+                if not future.done():  # cancelled
+                    batch.append((text, future))
+            if batch:
+                self._calls.add(loop.create_task(self._run(batch)))
+                self._next_start = loop.time() + MIN_INTERVAL
+
+    async def _run(self, batch: list[tuple[str, asyncio.Future[T]]]) -> None:
+        try:
+            results = await self._call([text for text, _ in batch])
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+        except Exception as error:  # noqa: BLE001 - passed on to all texts
+            _fail(batch, error)  # a function, whose frame is in no traceback and so in no reference cycle
+        finally:
+            while batch:  # emptied to break reference cycles: exceptions have tracebacks with this frame
+                batch.pop()[1].cancel()  # has no result yet if the call is cancelled
+            self._calls.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+            if self._timer is None:  # texts may be waiting because too many calls were running
+                self._start_calls()
+
+
+def _fail(batch: Sequence[tuple[str, asyncio.Future[T]]], error: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            failure = RuntimeError("the call has failed")  # one each: a traceback is part of the exception
+            failure.__cause__ = error
+            future.set_exception(failure)

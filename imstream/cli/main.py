@@ -31,7 +31,7 @@ _ELSEWHERE = {
     "top": "top",
     "nodes": "nodes",
     "streams": "admin",
-    "backends": "backends",
+    "backends": "nodes",
     "pause": "control",
     "resume": "control",
     "drain": "control",

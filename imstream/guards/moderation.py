@@ -11,9 +11,8 @@ from typing import Self
 
 import structlog
 
-from imstream.ai.batches import Batcher
-from imstream.ai.breaker import Breaker
-from imstream.ai.moderations import WRONG_NUMBER, ModerationClient, ModerationResult
+from imstream.ai.call_gate import Breaker
+from imstream.ai.moderations import WRONG_NUMBER, Batcher, ModerationClient, ModerationResult
 from imstream.codes import Code
 from imstream.errors import BackendError
 from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, Reject

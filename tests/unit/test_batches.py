@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstream.ai.batches import MAX_CALLS, MIN_INTERVAL, Batcher
+from imstream.ai.moderations import MAX_CALLS, MIN_INTERVAL, Batcher
 from tests.support.letting_go import lets_go
 from tests.support.virtual_time import in_virtual_time
 

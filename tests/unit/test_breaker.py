@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from imstream.ai.breaker import Breaker
+from imstream.ai.call_gate import Breaker
 from imstream.settings import Settings
 
 FAILURES, PAUSE, LONGEST = 3, 2.0, 30.0
