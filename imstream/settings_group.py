@@ -112,6 +112,7 @@ class SettingsGroup(BaseSettings):
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
+        use_attribute_docstrings=True,  # as descriptions that do not fit in the line
     )
 
     @model_validator(mode="before")

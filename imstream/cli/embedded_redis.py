@@ -37,9 +37,8 @@ class EmbeddedSettings(SettingsGroup):
     host: ClassVar[str] = "127.0.0.1"
     port: int = Field(6390, ge=1, le=65535, description="Port of the embedded Valkey.")
     data: Path = Field(Path(".imstream/redis"), description="Data folder of the embedded Valkey.")
-    log_level: Literal["debug", "verbose", "notice", "warning"] = Field(
-        "notice", description="Minimum log level of the embedded Valkey."
-    )
+    log_level: Literal["debug", "verbose", "notice", "warning"] = "notice"
+    """Minimum log level of the embedded Valkey."""
     config: FilePath | None = Field(None, description="Additional valkey.conf of the embedded Valkey.")
 
     @property

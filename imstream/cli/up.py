@@ -51,9 +51,8 @@ class UpSettings(SettingsGroup):
     model_config = SettingsConfigDict(env_prefix=f"{ENV_PREFIX}UP_")
 
     nodes: int = Field(1, ge=1, le=99, description="Number of nodes; each further one has the next id and port.")
-    balancer: Literal["auto", "haproxy", "nginx", "none"] = Field(
-        "auto", description="Load balancer in front of the nodes; auto: an installed one if there are several nodes."
-    )
+    balancer: Literal["auto", "haproxy", "nginx", "none"] = "auto"
+    """Load balancer in front of the nodes; auto: an installed one if there are several nodes."""
     balancer_port: int = Field(8000, ge=1, le=65535, description="Port of the load balancer.")
     local_ai: bool = Field(default=False, description="Run a real model on this machine instead of the demo AI.")
 
