@@ -26,8 +26,7 @@ from imstream.settings import Settings
 from imstream.token_bucket import NEVER_USED, TokenBucket
 from imstream.user_ids import MAX_USER_ID_LENGTH
 
-MAX_VALUE_LENGTH = 64
-"""Maximum length of a value in a log line, unless `_MAX_LENGTHS` allows its field more."""
+MAX_VALUE_LENGTH = 64  # maximum length of a value in a log line, unless `_MAX_LENGTHS` allows its field more
 
 _MAX_LENGTHS = {
     "event": 1000,
@@ -57,8 +56,7 @@ _QUIET = ("uvicorn.error", "uvicorn.access", "aiohttp.access", "asyncio")
 _NEVER_DEBUG = ("uvicorn.error", "websockets")
 """Loggers whose debug lines hold the data of sockets: tokens in headers, and messages."""
 
-_LIMITED_LIBRARIES = ("uvicorn", "websockets")
-"""Libraries whose lines clients can cause."""
+_LIMITED_LIBRARIES = ("uvicorn", "websockets")  # libraries whose lines clients can cause
 
 log = structlog.get_logger()
 

@@ -28,11 +28,8 @@ from imstream.errors import FailureKind
 BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0)
 """Upper bounds of the histograms of messages, in seconds."""
 
-SHORT_BUCKETS = (0.0005, 0.001, 0.0025, *BUCKETS[:10])
-"""Those of a round trip to Redis and of the event loop."""
-
-OTHER = "other"
-"""The label of everything that is not in a closed set."""
+SHORT_BUCKETS = (0.0005, 0.001, 0.0025, *BUCKETS[:10])  # those of a round trip to Redis and of the event loop
+OTHER = "other"  # the label of everything that is not in a closed set
 
 REASONS = frozenset({
     *(f"http_{status}" for status in range(300, 600)),
@@ -64,8 +61,7 @@ def reason_label(reason: str) -> str:
     return reason if reason in REASONS else OTHER
 
 
-Counts = collections.Counter[str | tuple[str, ...]]
-"""The values of a counter, by label or labels."""
+Counts = collections.Counter[str | tuple[str, ...]]  # the values of a counter, by label or labels
 
 
 @dataclass(eq=False)

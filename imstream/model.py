@@ -21,20 +21,14 @@ from imstream.wire import MESSAGE_ID_PATTERN
 TerminalEvent = Literal["done", "failed", "cancelled"]
 TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
 
-Usage = dict[str, int]
-"""Token counts of a backend, by their names."""
-
-SCHEMA_FIELD = "v"
-"""The field of the version, also written by the scripts that append to replies."""
+Usage = dict[str, int]  # token counts of a backend, by their names
+SCHEMA_FIELD = "v"  # the field of the version, also written by the scripts that append to replies
 
 SCHEMA_VERSION = 1
 """The version that this release writes. Entries without the field have version 1."""
 
-RETRIED_VERSION = 2
-"""The version of requests made from a dead letter, whose reply has ended (`retry.lua`)."""
-
-NEWEST_VERSION = RETRIED_VERSION
-"""The newest version that this release reads."""
+RETRIED_VERSION = 2  # the version of requests made from a dead letter, whose reply has ended (`retry.lua`)
+NEWEST_VERSION = RETRIED_VERSION  # the newest version that this release reads
 
 _MAX_DIGITS = 9
 _MAX_TIME = 253_402_300_799_999  # the end of the year 9999

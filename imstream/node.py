@@ -54,20 +54,11 @@ from imstream.worker.pausing import PauseFollower
 
 log = structlog.get_logger()
 
-_MISSED_ROUNDS = 4
-"""Rounds of the consumer loop that may be missed before the node counts as stuck."""
-
-_RESTART_PAUSE = 1.0
-"""Seconds before a background task that has failed is started again."""
-
-PUBLISH_INTERVAL = 2.0
-"""Seconds between two looks at the states of the backends."""
-
-_RECHECK_INTERVAL = 0.5
-"""Seconds between two looks for backends that may be back."""
-
-_POLL_INTERVAL = 0.05
-"""Seconds between two polls of a state that has no event of its own."""
+_MISSED_ROUNDS = 4  # rounds of the consumer loop that may be missed before the node counts as stuck
+_RESTART_PAUSE = 1.0  # seconds before a background task that has failed is started again
+PUBLISH_INTERVAL = 2.0  # seconds between two looks at the states of the backends
+_RECHECK_INTERVAL = 0.5  # seconds between two looks for backends that may be back
+_POLL_INTERVAL = 0.05  # seconds between two polls of a state that has no event of its own
 
 
 class Node:

@@ -32,8 +32,7 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
 
 GEN_AI_USAGE = {"prompt_tokens": "gen_ai.usage.input_tokens", "completion_tokens": "gen_ai.usage.output_tokens"}
 
-FLUSH_LIMIT = 2.0
-"""Seconds at the end of a node to send buffered spans."""
+FLUSH_LIMIT = 2.0  # seconds at the end of a node to send buffered spans
 
 log = structlog.get_logger()
 

@@ -7,11 +7,8 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-UMASK = 0o077
-"""The umask of processes that write such files: all permissions of other users."""
-
-OWN_FOLDER = ".imstream"
-"""The folder in the working directory for everything that imstream writes by default."""
+UMASK = 0o077  # the umask of processes that write such files: all permissions of other users
+OWN_FOLDER = ".imstream"  # the folder in the working directory for everything that imstream writes by default
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 

@@ -18,11 +18,8 @@ from imstream.urls import SecretUrl, redact_url
 
 ENV_PREFIX = "IMSTREAM_"
 FILE_SUFFIX = "_FILE"
-ENV_FILE = ".env"
-"""File in the working directory that settings are read from."""
-
-_OF_CONTAINERS = "/run/secrets/"
-"""Where containers find their secrets, readable for every user; there are no others."""
+ENV_FILE = ".env"  # file in the working directory that settings are read from
+_OF_CONTAINERS = "/run/secrets/"  # where containers find their secrets, readable for every user; there are no others
 
 _SECRET = re.compile(rf"\b({Secret.__name__}|{SecretStr.__name__})\b")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-NEVER_USED = 0.0
-"""The state of a bucket that was never used."""
-
-_ROUNDING = 1e-6
-"""Seconds of rounding error to tolerate in a sum of times."""
+NEVER_USED = 0.0  # the state of a bucket that was never used
+_ROUNDING = 1e-6  # seconds of rounding error to tolerate in a sum of times
 
 
 @dataclass(frozen=True, slots=True)

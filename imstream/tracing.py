@@ -81,8 +81,7 @@ class Span:
 
 NO_SPAN = Span()
 
-CURRENT: ContextVar[Span] = ContextVar("span", default=NO_SPAN)
-"""The attempt in which a backend is called."""
+CURRENT: ContextVar[Span] = ContextVar("span", default=NO_SPAN)  # the attempt in which a backend is called
 
 
 class Tracing:

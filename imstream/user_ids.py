@@ -14,8 +14,7 @@ from pydantic import GetPydanticSchema, WithJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
 
 MIN_USER_ID = 10001
-MAX_USER_ID = 2**53 - 1
-"""The largest integer that JavaScript's JSON keeps exact (RFC 8259, section 6)."""
+MAX_USER_ID = 2**53 - 1  # the largest integer that JavaScript's JSON keeps exact (RFC 8259, section 6)
 
 MAX_USER_ID_LENGTH = 128
 _CHARACTERS = "A-Za-z0-9._+@|:/=-"
@@ -24,8 +23,7 @@ USER_ID_PATTERN = rf"^[{_CHARACTERS}]{{1,{MAX_USER_ID_LENGTH}}}$"
 
 _TEXT = re.compile(USER_ID_PATTERN)
 
-UserId = int | str
-"""A user id: an integer if the kind is `number`, a string if it is `text`."""
+UserId = int | str  # a user id: an integer if the kind is `number`, a string if it is `text`
 
 
 class UserIds(StrEnum):

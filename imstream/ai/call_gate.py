@@ -12,14 +12,9 @@ from imstream.ai.failures import NEEDS_OPERATOR
 from imstream.errors import BackendError
 from imstream.settings import Settings
 
-RATE_WINDOW = 10.0
-"""Seconds over which the normal rate of calls is averaged."""
-
-MIN_RATE = 2.0
-"""Calls per second that are allowed in the first second after an outage, whatever the rate before it was."""
-
-RECOVERY = 10
-"""Seconds after an outage in which calls are paced; the rate doubles each second."""
+RATE_WINDOW = 10.0  # seconds over which the normal rate of calls is averaged
+MIN_RATE = 2.0  # calls per second that are allowed in the first second after an outage, whatever the rate before it was
+RECOVERY = 10  # seconds after an outage in which calls are paced; the rate doubles each second
 
 SHARED_REASONS = frozenset({"connect_failed", "http_429", "http_503", "overloaded", *NEEDS_OPERATOR})
 """Failures that do not depend on the request. Others, such as time limits, count once for each user."""
@@ -100,11 +95,9 @@ class CallGate:
         self._rate, self._counted_at = 0.0, self._loop.time()
         self._normal_rate: float | None = None
         """The rate before the failures that are going on; None while calls succeed."""
-        self._back_at: float | None = None
-        """When the backend came back; None while calls are not paced."""
+        self._back_at: float | None = None  # when the backend came back; None while calls are not paced
         self._next_at = 0.0
-        self._logged = set[str]()
-        """Reasons that were logged since the last success."""
+        self._logged = set[str]()  # reasons that were logged since the last success
         self.reason: str | None = None
         """Why the last call failed, while the breaker is open or half-open."""
         self._away_since = 0.0

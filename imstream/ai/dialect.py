@@ -12,8 +12,7 @@ from pydantic import JsonValue
 from imstream.ai.backend_options import BackendOptions
 from imstream.errors import BackendError
 
-OPENING = "…"
-"""The user's turn before an assistant's greeting, for backends whose conversations begin with the user."""
+OPENING = "…"  # the user's turn before an assistant's greeting, for backends whose conversations begin with the user
 
 _SEPARATOR = "\n\n"
 _NAMES_IT = re.compile(r"stream_options|include_usage")

@@ -19,8 +19,7 @@ from imstream.settings import Settings
 RECHECK = 3.0
 """Seconds after which a backend that cannot be reached is checked again: it may have been started with the node."""
 
-DEFAULT_CONCURRENCY = 64
-"""Calls at the same time to the backends without a `concurrency`."""
+DEFAULT_CONCURRENCY = 64  # calls at the same time to the backends without a `concurrency`
 
 log = structlog.get_logger()
 
@@ -60,8 +59,7 @@ class Backends:
         self.rollup = RollUp(settings.rollup)
         self._all = [self._make(options) for options in _read(settings)] if not given else []
         self._all += [self._upstream(backend, BackendOptions.of(settings)) for backend in given]
-        self._retired = list[Upstream]()
-        """Backends that were removed from the file, and may have running calls."""
+        self._retired = list[Upstream]()  # backends that were removed from the file, and may have running calls
         self._waiting: dict[_Waiter, None] = {}  # in their order
         self._timer: asyncio.TimerHandle | None = None
 

@@ -22,8 +22,7 @@ from imstream.store.inbox import AccountChanged, send_notice
 from imstream.store.inspection import StreamOverview, UserOverview, inspect_stream, inspect_user, is_node
 from imstream.user_ids import UserId
 
-MAX_SHOWN = 20
-"""Maximum number of counted messages that are listed."""
+MAX_SHOWN = 20  # maximum number of counted messages that are listed
 
 DEAD_LETTER = "user {user}  message {message_id}  {reason} after {attempts} attempts: {error}"
 """A dead letter in lists, by its fields."""

@@ -22,8 +22,7 @@ Program = Literal["haproxy", "nginx"]
 FOLDER = Path(f"{OWN_FOLDER}/balancer")
 _CONFIGURATIONS: dict[Program, str] = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
 _CERTIFICATE_AND_KEY = "certificate-and-key.pem"
-NODES = "nodes.json"
-"""File with the nodes that were known last."""
+NODES = "nodes.json"  # file with the nodes that were known last
 
 _CONTENTS = (
     *_CONFIGURATIONS.values(),

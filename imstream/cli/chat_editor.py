@@ -15,8 +15,7 @@ from prompt_toolkit.patch_stdout import patch_stdout
 
 from imstream.cli.terminal_text import valid
 
-MAX_HISTORY_FILE = 1 << 20
-"""Maximum size in bytes of the history file; a larger one is started again."""
+MAX_HISTORY_FILE = 1 << 20  # maximum size in bytes of the history file; a larger one is started again
 
 
 class EditingKeyboard:

@@ -37,18 +37,14 @@ a server. The oldest turns are dropped."""
 MAX_PAUSE = timedelta(minutes=2)
 """Maximum wait before sending again. A used-up daily quota, for example, would take longer."""
 
-RETRY = timedelta(seconds=3)
-"""Wait before sending again unless the server sent one."""
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 and the number of the signal, as in shells."""
+RETRY = timedelta(seconds=3)  # wait before sending again unless the server sent one
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 and the number of the signal, as in shells
 
 _TICK, _DRAW_INTERVAL = 0.25, 0.05
 """Seconds between two looks at the status, and between two pieces of text on a screen."""
 
 _COMMAND = re.compile(r"/[a-z]+")
-_SHOWN = 60
-"""Columns of a question that a note names."""
+_SHOWN = 60  # columns of a question that a note names
 
 CUTS = {"length": Text.CHAT_CUT, "content_filter": Text.CHAT_FILTERED}
 """Notes on answers that are not complete, by their finish reason."""

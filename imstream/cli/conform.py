@@ -32,8 +32,7 @@ from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
 from imstream.wire import ClientCancel, Delta
 
-QUIET = 1.0
-"""Seconds of silence after which a client counts as gone."""
+QUIET = 1.0  # seconds of silence after which a client counts as gone
 
 
 class Scenarios(Stage):

@@ -19,8 +19,7 @@ from imstream.store.leases import is_node_id
 from imstream.store.nodes import NodeOverview, inspect_nodes
 from imstream.store.pauses import ALL, Pauses
 
-NOT_CONFIRMED = 3
-"""Exit code when a node has not done it in time."""
+NOT_CONFIRMED = 3  # exit code when a node has not done it in time
 
 _CONFIRM = timedelta(seconds=10)
 """How long a node has to confirm. It looks once a second."""

@@ -41,11 +41,8 @@ MAX_ROUND_TRIP = timedelta(milliseconds=100)
 _ROUND_TRIPS = 10
 MIN_REDIS = (6, 2)
 _HEALTH_LIMIT = aiohttp.ClientTimeout(total=2)
-_MAX_HEALTH = 4096
-"""Bytes of an answer of `/healthz` that are read."""
-
-_FULL = 0.8
-"""Part of its memory limit from which on Redis is nearly full."""
+_MAX_HEALTH = 4096  # bytes of an answer of `/healthz` that are read
+_FULL = 0.8  # part of its memory limit from which on Redis is nearly full
 
 State = Literal["ok", "warning", "error"]
 

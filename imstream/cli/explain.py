@@ -14,11 +14,8 @@ from imstream.settings import Settings
 from imstream.store.timeline import Event, Timeline, newest
 from imstream.store.timeline import explain as read_timeline
 
-LISTED = 10
-"""Number of messages that are listed."""
-
-_ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}
-"""Fields that lines leave out."""
+LISTED = 10  # number of messages that are listed
+_ONLY_JSON = {"since", "request", "retry_after", "characters", "counted"}  # fields that lines leave out
 
 
 @click.command()

@@ -30,8 +30,7 @@ from imstream.store.leases import Holder
 from imstream.store.nodes import holders
 from imstream.urls import host_from_here
 
-POLL_INTERVAL = 1.0
-"""Seconds between two looks at the directory, and at least between two reloads."""
+POLL_INTERVAL = 1.0  # seconds between two looks at the directory, and at least between two reloads
 
 _RELOAD: dict[Program, signal.Signals] = {"haproxy": signal.SIGUSR2, "nginx": signal.SIGHUP}
 

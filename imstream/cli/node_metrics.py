@@ -12,8 +12,7 @@ from imstream.errors import ImstreamError
 from imstream.store.nodes import NodeOverview
 from imstream.urls import host_from_here
 
-WINDOW = 30.0
-"""Seconds over which rates and percentiles are taken."""
+WINDOW = 30.0  # seconds over which rates and percentiles are taken
 
 _TIMEOUT = aiohttp.ClientTimeout(total=2)
 

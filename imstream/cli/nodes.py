@@ -19,11 +19,8 @@ from imstream.settings import Settings
 from imstream.store.backend_states import BackendStates
 from imstream.store.nodes import NodeOverview, inspect_nodes
 
-NOT_SETTLED = 3
-"""Exit code of --wait-settled when its time is over."""
-
-_POLL_INTERVAL = 0.1
-"""Seconds between two looks at the nodes."""
+NOT_SETTLED = 3  # exit code of --wait-settled when its time is over
+_POLL_INTERVAL = 0.1  # seconds between two looks at the nodes
 
 
 @click.command()

@@ -29,11 +29,8 @@ class ChatSettings(SettingsGroup):
     token: SecretStr | None = Field(None, description="Signed token of the user of `imstream chat`.")
 
 
-TOKEN = ChatSettings.variable("token")
-"""The variable of `imstream chat` that holds a token."""
-
-REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")
-"""The settings of commands that read Redis."""
+TOKEN = ChatSettings.variable("token")  # the variable of `imstream chat` that holds a token
+REDIS_SETTINGS = ("redis_url", "key_prefix", "redis_timeout")  # the settings of commands that read Redis
 
 _ALIASES = {f"{ENV_PREFIX}REDIS_URL": "--redis", f"{ENV_PREFIX}AI_URL": "--ai"}
 """Shorter names of options, by their variables."""

@@ -24,8 +24,7 @@ _SECRET_FILES = {name for group in _GROUPS for name in group.file_variables()}
 _KNOWN = {name.removeprefix(ENV_PREFIX) for name in (*_FIELDS, *_SECRET_FILES)}
 
 _MAX_NAME = 64
-_MAX_UNKNOWN = 10
-"""Maximum number of unknown names that are listed; more are only counted."""
+_MAX_UNKNOWN = 10  # maximum number of unknown names that are listed; more are only counted
 
 log = structlog.get_logger()
 

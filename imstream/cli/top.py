@@ -28,8 +28,7 @@ from imstream.store.nodes import NodeOverview, inspect_nodes
 if TYPE_CHECKING:
     from rich.console import Group
 
-MAX_OLDEST = 10
-"""Maximum number of requests that are listed, of all nodes."""
+MAX_OLDEST = 10  # maximum number of requests that are listed, of all nodes
 
 _HISTOGRAMS = {
     "queue_wait": "imstream_queue_wait_seconds",
@@ -155,8 +154,7 @@ def _backends(one: NodeOverview, stream: StreamOverview, growth: Growth | None) 
         yield row
 
 
-Section = tuple[str, list[Sequence[object]]]
-"""A title, and the rows of a table; the first is its heading."""
+Section = tuple[str, list[Sequence[object]]]  # a title, and the rows of a table; the first is its heading
 
 _LOAD = ["node", "state", "sockets", "work", "wait", "oldest", "dead", "in/s", "refused/s", "done/s", "failed/s", "CPU"]
 _BACKEND = ["node", "backend", "state", "calls now", "slots", "calls/s", "failed/s", "last error"]

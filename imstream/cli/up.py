@@ -41,8 +41,7 @@ _NOISE = re.compile(rb"Memory overcommit must be enabled|Reading config from std
 """Lines of the embedded Valkey that do not matter on a machine to try imstream on, and one of the local model with
 settings that the nodes have from here."""
 
-ORIGINS = "same,null"
-"""Default origins of the nodes: also the page opened from disk."""
+ORIGINS = "same,null"  # default origins of the nodes: also the page opened from disk
 
 
 class UpSettings(SettingsGroup):

@@ -11,8 +11,7 @@ from imstream.user_ids import UserId
 LOAD = frozenset[Admission]({"busy", "user_busy", "rate_limited"})
 """Results of admissions that are refused because of load."""
 
-INTERVAL = 1.0
-"""Seconds from the first refusal until the line is written."""
+INTERVAL = 1.0  # seconds from the first refusal until the line is written
 
 log = structlog.get_logger()
 

@@ -15,8 +15,7 @@ from imstream.store.inbox import ROUTE_TTL, Inbox, RouteAdded, Routes, SessionRe
 from imstream.texts import Text
 from imstream.user_ids import UserId
 
-_RETRY_INTERVAL = 1.0
-"""Seconds between two attempts to write a route while Redis is not available."""
+_RETRY_INTERVAL = 1.0  # seconds between two attempts to write a route while Redis is not available
 
 log = structlog.get_logger()
 

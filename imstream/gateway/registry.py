@@ -14,11 +14,8 @@ from imstream.settings import Settings
 from imstream.texts import Text
 from imstream.user_ids import UserId
 
-CLOSE_GRACE = 2.0
-"""Seconds a closing session has to send its last frames."""
-
-SLOW_AFTER = 1.0
-"""Seconds without reading after which a client counts as a slow reader."""
+CLOSE_GRACE = 2.0  # seconds a closing session has to send its last frames
+SLOW_AFTER = 1.0  # seconds without reading after which a client counts as a slow reader
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)

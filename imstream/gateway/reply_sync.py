@@ -28,8 +28,7 @@ from imstream.worker.adoption import Adopter
 from imstream.worker.consumer import StreamConsumer
 from imstream.worker.jobs import Jobs
 
-_RETRY_INTERVAL = 0.2
-"""Seconds between two attempts to read the inbox while Redis is not available."""
+_RETRY_INTERVAL = 0.2  # seconds between two attempts to read the inbox while Redis is not available
 
 log = structlog.get_logger()
 limited = structlog.get_logger(**LIMITED)

@@ -42,14 +42,12 @@ REFUSAL_TIME = 2.0
 """Seconds a client has to read an error response. Data that it sends meanwhile is discarded; if it stayed unread, the
 kernel would send a reset, which might overtake the response."""
 
-MAX_DISCARDED = 1 << 20
-"""Maximum bytes that are discarded so; then the connection is aborted."""
+MAX_DISCARDED = 1 << 20  # maximum bytes that are discarded so; then the connection is aborted
 
 SPARE_CONNECTIONS = 512
 """Connections besides the sockets of the settings: handshakes, the page, health checks, sockets that are closing."""
 
-METRICS_CONNECTIONS = 16
-"""Maximum connections to the listener of metrics."""
+METRICS_CONNECTIONS = 16  # maximum connections to the listener of metrics
 
 OTHER_FILES = 64
 """Files that a node has open besides connections to clients and the AI backend: Redis, logs, the event loop."""

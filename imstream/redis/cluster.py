@@ -22,8 +22,7 @@ _NO_OWNERS: list["NodeAddress | None"] = [None] * SLOTS
 MAX_REDIRECTIONS = 5
 """Maximum number of redirections of one command. Beyond it the nodes do not agree: `StoreUnavailable`."""
 
-REFRESH_PAUSE = 0.5
-"""Minimum seconds between two requests for the slots."""
+REFRESH_PAUSE = 0.5  # minimum seconds between two requests for the slots
 
 _KEYLESS = frozenset({"PING", "INFO", "ECHO", "TIME", "CONFIG", "CLIENT", "SCRIPT", "DBSIZE", "WAIT", "COMMAND"})
 _KEY_AFTER_SUBCOMMAND = frozenset({"XINFO", "XGROUP", "OBJECT", "MEMORY"})

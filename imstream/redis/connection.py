@@ -36,8 +36,7 @@ CLOSED = "the connections to Redis are closed"
 SAMPLE_INTERVAL = 0.1
 """Minimum seconds between two measured round trips of a connection: measuring each would cost 2 % of a batch."""
 
-OnRoundtrip = Callable[[float], None]
-"""Is called with the seconds from the sending of a batch to its last reply."""
+OnRoundtrip = Callable[[float], None]  # is called with the seconds from the sending of a batch to its last reply
 
 _CLOSED_BY_REDIS = "Redis has closed the connection"
 
@@ -70,8 +69,7 @@ class RedisConnection(asyncio.Protocol):
         self._on_roundtrip = on_roundtrip
         self._next_sample = 0.0
         self._connection: AbstractConnection | None = None
-        self._transport: asyncio.Transport | None = None
-        """None while there is no usable connection."""
+        self._transport: asyncio.Transport | None = None  # None while there is no usable connection
         self._opening: asyncio.Task[None] | None = None
         self._replies: deque[asyncio.Future[Any] | None] = deque()
         self._busy = False

@@ -28,11 +28,8 @@ _DENIED_IN_SCRIPT = ("The user executing the script can't ", "ACL failure in scr
 _IN_SCRIPT = re.compile(r"Error running script .*?: -(?P<error>[A-Z]+ .*)", re.DOTALL)
 """Redis 6.2 wraps an error inside a script in a sentence of its own."""
 
-_ERROR_CODE = re.compile(r"[A-Z]{4,}(?= )")
-"""How an error reply begins, such as NOREPLICAS."""
-
-LOG_AGAIN_AFTER = 300.0
-"""Seconds after which the same denial is logged again."""
+_ERROR_CODE = re.compile(r"[A-Z]{4,}(?= )")  # how an error reply begins, such as NOREPLICAS
+LOG_AGAIN_AFTER = 300.0  # seconds after which the same denial is logged again
 
 _MAX_DENIALS = 100
 """Maximum number of texts remembered. When it is reached they are forgotten, and may be logged again early."""

@@ -14,8 +14,7 @@ from imstream.redis.client import RedisClient, to_dict
 from imstream.settings import Settings
 from imstream.store.scripts import LUA
 
-TTL = timedelta(minutes=1)
-"""How long the states of a node that has ended are kept."""
+TTL = timedelta(minutes=1)  # how long the states of a node that has ended are kept
 
 State = Mapping[str, str | int | None]
 

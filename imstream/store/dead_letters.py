@@ -22,8 +22,7 @@ from imstream.store.scripts import LUA
 MAX_DEAD_LETTERS = 10_000
 
 _PAGE = 100
-_FRUITLESS_PAUSE = 1.0
-"""Seconds in which memory is not searched for dead letters again after there were none."""
+_FRUITLESS_PAUSE = 1.0  # seconds in which memory is not searched for dead letters again after there were none
 
 _SCAN_PAUSE = 60.0
 """Seconds in which the keys are not scanned again for dead letters: it takes Redis half a second for a million."""
@@ -50,8 +49,7 @@ class DeadLetterBounds:
         self._searches = 0
         self._made_room = False
         self._search_again_at = self._scan_again_at = 0.0
-        self._gone = set[str]()
-        """Nodes that are not in the directory, and have dead letters."""
+        self._gone = set[str]()  # nodes that are not in the directory, and have dead letters
 
     async def trim(self, node: str, *, halve: bool = False) -> int:
         """Drop the oldest letters of a node beyond the bounds; with `halve`, as many as take half of the memory."""

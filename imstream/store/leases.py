@@ -98,8 +98,7 @@ class Leases:
         self._dead_age = milliseconds(settings.dead_age)
         self.status: Callable[[], Mapping[str, str | int]] = dict
         """Returns the fields that are recorded with each renewal, for `imstream nodes`."""
-        self._renewed = 0
-        """When we last renewed, by Redis' clock (ms)."""
+        self._renewed = 0  # when we last renewed, by Redis' clock (ms)
 
     async def acquire(self, holder: Holder, *, dead: str = "") -> Held | HeldByOther:
         """Acquire or renew the lease of this node. `dead`: the instance of a dead holder, whose lease is taken over."""

@@ -70,8 +70,7 @@ class Pauses:
         self._redis = redis
         self._key = Keys(settings.key_prefix).paused()
         self._known: Mapping[str, Pause] | None = None
-        self._ended = dict[str, float]()
-        """When pauses were found ended, by the monotonic clock."""
+        self._ended = dict[str, float]()  # when pauses were found ended, by the monotonic clock
 
     @property
     def is_known(self) -> bool:

@@ -19,8 +19,7 @@ from imstream.store.scripts import LUA, Step, run_both
 from imstream.user_ids import UserId
 
 CancelOutcome = Literal["cancelled", "too_late", "unknown"]
-MAX_LISTED = 64
-"""Maximum messages of a user that are listed: as many as one INIT can resume."""
+MAX_LISTED = 64  # maximum messages of a user that are listed: as many as one INIT can resume
 
 _NO_QUESTION = Question("")
 _KNOWN_EVENTS = frozenset({"queued", "opened", "reopened", "waiting", "text", *TERMINAL_EVENTS})

@@ -15,11 +15,8 @@ from imstream.store.nodes import number_in
 from imstream.store.pauses import ALL
 from imstream.user_ids import UserId
 
-PAGE = 100
-"""Entries of a stream that are read at a time while a request or a dead letter is looked for."""
-
-CLOCKS = 60_000
-"""Milliseconds by which the clocks of two masters of a Redis Cluster may differ."""
+PAGE = 100  # entries of a stream that are read at a time while a request or a dead letter is looked for
+CLOCKS = 60_000  # milliseconds by which the clocks of two masters of a Redis Cluster may differ
 
 _PRIVATE = {"text", "question", "digest", "contents", "history"}
 _NOT_SHOWN = _PRIVATE | {"v", "valid", "user", "message_id", "lang", "event", "attempt", "offset", "try"}

@@ -27,8 +27,7 @@ class Account:
         self.sockets: tuple[int | None, int | None] = (None, None)
         """How many sockets followed the reply at its end, and how many of them were slow."""
         self._clock = clock
-        self._is_open = False
-        """Whether an attempt was opened here."""
+        self._is_open = False  # whether an attempt was opened here
 
     def open(self, reply: ReplyBuffer, *, is_first: bool) -> None:
         """An attempt has been opened here, just now."""

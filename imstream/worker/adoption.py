@@ -11,8 +11,7 @@ from imstream.errors import StoreError
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
 
-_MARGIN = 0.05
-"""Seconds from the end of a lease to the scan for it; also the minimum between two scans."""
+_MARGIN = 0.05  # seconds from the end of a lease to the scan for it; also the minimum between two scans
 
 _UNCERTAIN = 0.2
 """Seconds between two scans while it is not certain which nodes are dead: at the start, and after Redis was away."""
@@ -31,8 +30,7 @@ class Adopter:
         """Nodes in whose streams an earlier process of this node has left no pending entry."""
         self._errors: dict[str, str] = {}
         """The last error of each stream that cannot be read. It is logged once, not at each scan."""
-        self._newer: dict[str, int] = {}
-        """Number of requests in each stream that only a newer release supports."""
+        self._newer: dict[str, int] = {}  # number of requests in each stream that only a newer release supports
         self._interval = deps.settings.lease.total_seconds() / 3
         self._wake = asyncio.Event()
         self._stopping = False

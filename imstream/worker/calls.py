@@ -36,19 +36,14 @@ class Calls:
         self.runner = AttemptRunner(request, stream, deps)
         self._request = request
         self._deps = deps
-        self._called = list[Upstream]()
-        """The backends that were found away since the message waited last."""
-        self._broke: tuple[Upstream, ...] = ()
-        """The backend that broke the last attempt: the next one prefers others."""
-        self._tokens: int | None = None
-        """Those of its prompt, once they are counted."""
+        self._called = list[Upstream]()  # the backends that were found away since the message waited last
+        self._broke: tuple[Upstream, ...] = ()  # the backend that broke the last attempt: the next one prefers others
+        self._tokens: int | None = None  # those of its prompt, once they are counted
         self._backoff = deps.settings.retry_wait
         """Limit of the random time before the next repeated call. It doubles each time."""
-        self._counted = 0
-        """Attempts before this one that count."""
+        self._counted = 0  # attempts before this one that count
         self._last_wait: Wait | None = None
-        self._waits_since: float | None = None
-        """Loop time of the first failure that made the message wait, on any node."""
+        self._waits_since: float | None = None  # loop time of the first failure that made the message wait, on any node
 
     def open(self, opened: Opened) -> None:
         """An attempt was opened."""

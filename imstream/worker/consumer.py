@@ -23,8 +23,7 @@ SUSPECT = 3
 CLAIMS = 64
 """Maximum claims at once. One after the other, a round trip for each of thousands of requests took a minute."""
 
-_REDIS_PAUSE = 0.2
-"""Seconds between two tries while Redis is away."""
+_REDIS_PAUSE = 0.2  # seconds between two tries while Redis is away
 
 log = structlog.get_logger()
 
@@ -36,16 +35,14 @@ class StreamConsumer:
         self._requests = requests
         self._deps = deps
         self._jobs = jobs
-        self._running: set[str] = set()
-        """Entries that have a job."""
+        self._running: set[str] = set()  # entries that have a job
         self._inherited: dict[str, int] | None = None
         """Deliveries of the entries that an earlier process left pending under our name."""
         self.newer: set[str] = set()
         """Entries of a newer release, left to a node that supports their schema."""
         self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
-        self._group: asyncio.TaskGroup | None = None
-        """Of the jobs; None before `run`."""
+        self._group: asyncio.TaskGroup | None = None  # of the jobs; None before `run`
         self._admission = Admission(requests, deps, jobs, start=self._add, sweep_soon=self.sweep_soon)
         self.stopping = False
         """Whether reading new requests has ended."""

@@ -49,8 +49,7 @@ class Jobs:
         self._inbox = inbox
         self.line = WaitingLine(slots=backends.slots, limit=settings.queue_limit)
         self._jobs: list[Job] = []
-        self._taken = 0
-        """Slots with a job, or reserved for one."""
+        self._taken = 0  # slots with a job, or reserved for one
         self._draining = False
         self._left: Counter[str] | None = None
         """Once the node is stopping: requests whose jobs ended without them, by stream."""

@@ -15,14 +15,9 @@ from imstream.errors import NodeTaken, StoreError, StoreRefused
 from imstream.settings import Settings
 from imstream.store.leases import Held, HeldByOther, Holder, Leases
 
-_RETRY_PAUSE = 0.2
-"""Seconds between two tries while the lease cannot be renewed, or is held by another process."""
-
-STALL_TICK = 0.5
-"""Seconds between two checks for a stall."""
-
-STALL_AFTERMATH = 1.0
-"""Seconds after a stall during which time-outs are attributed to it."""
+_RETRY_PAUSE = 0.2  # seconds between two tries while the lease cannot be renewed, or is held by another process
+STALL_TICK = 0.5  # seconds between two checks for a stall
+STALL_AFTERMATH = 1.0  # seconds after a stall during which time-outs are attributed to it
 
 log = structlog.get_logger()
 

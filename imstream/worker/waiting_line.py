@@ -13,19 +13,15 @@ from heapq import heapify, heapreplace
 
 from imstream.reply_buffer import Place, ReplyBuffer
 
-RECENT = 64
-"""Number of service times that estimates are made from: those of the last requests."""
+RECENT = 64  # number of service times that estimates are made from: those of the last requests
 
 GOLDEN = (5**0.5 - 1) / 2
 PLAYS = 8
 MAX_PLAYED = 256
 """Requests that are played through for an estimate. Those behind are expected at the average pace."""
 
-UPDATE_INTERVAL = 0.5
-"""Seconds between two updates of places that a client wants to know."""
-
-_MORE = 32
-"""Positions behind the last one that an estimate is made for: messages are expected to join there."""
+UPDATE_INTERVAL = 0.5  # seconds between two updates of places that a client wants to know
+_MORE = 32  # positions behind the last one that an estimate is made for: messages are expected to join there
 
 EntryId = tuple[int, int]
 
@@ -91,13 +87,10 @@ class WaitingLine:
         self._times = ServiceTimes()
         self._ids: list[EntryId] = []
         self._replies: dict[EntryId, weakref.ref[ReplyBuffer]] = {}
-        self._ahead = 0
-        """Entries before the first of `_ids` that this process did not add."""
+        self._ahead = 0  # entries before the first of `_ids` that this process did not add
         self._last_started: EntryId = (0, 0)
-        self._running: dict[object, float] = {}
-        """When each running job got its slot."""
-        self._starts: list[float] = []
-        """The last estimate, for each position."""
+        self._running: dict[object, float] = {}  # when each running job got its slot
+        self._starts: list[float] = []  # the last estimate, for each position
         self._starts_at = -UPDATE_INTERVAL
 
     def __len__(self) -> int:
