@@ -15,19 +15,8 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, Secret, SecretStr
 from yarl import URL
 
+from imstream import option_types
 from imstream.errors import SettingsError
-from imstream.option_types import (
-    ContinueOption,
-    Headers,
-    MaxTokensOption,
-    Parameters,
-    ProxyOption,
-    ReasoningOption,
-    RolesOption,
-    SystemOption,
-    UsageOption,
-    fits_in_header,
-)
 from imstream.settings import Settings
 from imstream.settings_group import ENV_FILE, ENV_PREFIX, HttpUrl, Positive, read_secret
 from imstream.urls import MIN_SECRET
@@ -56,15 +45,15 @@ class BackendOptions(BaseModel):
     url: HttpUrl = _default("url")
     model: Annotated[str, Field(min_length=1)] = _default("model")
     key: SecretStr | None = _default("key")
-    headers: Headers | None = _default("headers")
-    body: Parameters | None = _default("body")
-    proxy: ProxyOption | None = _default("proxy")
-    usage: UsageOption = _default("usage")
-    max_tokens: MaxTokensOption = _default("max_tokens")
-    roles: RolesOption = _default("roles")
-    system: SystemOption = _default("system")
-    reasoning: ReasoningOption = _default("reasoning")
-    continues: ContinueOption = Field(_default("continue"), alias="continue")
+    headers: option_types.Headers | None = _default("headers")
+    body: option_types.Parameters | None = _default("body")
+    proxy: option_types.ProxyOption | None = _default("proxy")
+    usage: option_types.UsageOption = _default("usage")
+    max_tokens: option_types.MaxTokensOption = _default("max_tokens")
+    roles: option_types.RolesOption = _default("roles")
+    system: option_types.SystemOption = _default("system")
+    reasoning: option_types.ReasoningOption = _default("reasoning")
+    continues: option_types.ContinueOption = Field(_default("continue"), alias="continue")
     connect_timeout: Positive = _default("connect_timeout")
     first_token_timeout: Positive = _default("first_token_timeout")
     load_timeout: Positive | None = _default("load_timeout")
@@ -129,7 +118,7 @@ def resolve_headers(headers: Secret[dict[str, str]] | None, *, option: str) -> t
     resolved, secrets = dict[str, str](), list[str]()
     for name, value in (headers.get_secret_value() if headers is not None else {}).items():
         resolved[name] = _resolve(value, option, secrets).strip()
-        if not fits_in_header(resolved[name]):
+        if not option_types.fits_in_header(resolved[name]):
             raise _rejected(option, f"the header {name} must be printable ASCII")
         if _CREDENTIAL.search(name):
             # Of `Bearer x`, also x alone.

@@ -84,8 +84,9 @@ class RequestStream:
         self._redis = redis
         self._reader = reader
         self._limits = (settings.queue_limit, settings.user_limit)
-        self._stream = keys.requests(self.node)
-        self._keys = (self._stream, keys.load(self.node))
+        self.key = keys.requests(self.node)
+        """The key of the stream."""
+        self._keys = (self.key, keys.load(self.node))
         self._lease = keys.lease(self.node)
         self._dead = keys.dead(self.node)
         self._dead_age = milliseconds(settings.dead_age)
@@ -95,11 +96,6 @@ class RequestStream:
     def is_own(self) -> bool:
         """Whether the consumer is the node of the stream."""
         return self.consumer == self.node
-
-    @property
-    def key(self) -> str:
-        """The key of the stream."""
-        return self._stream
 
     @property
     def shares_server(self) -> bool:
@@ -141,7 +137,7 @@ class RequestStream:
         the stream is deleted while waiting.
         """
         command = ("XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count)
-        streams = ("STREAMS", self._stream, ">")
+        streams = ("STREAMS", self.key, ">")
         with _detecting_missing_group():
             if block is None:
                 answer = await self._redis.execute(*command, *streams)
@@ -152,18 +148,18 @@ class RequestStream:
     async def other_consumers(self) -> dict[str, int]:
         """The other consumers, and how many entries are pending for each. Raises `GroupMissing`."""
         with _detecting_missing_group():
-            rows = await self._redis.execute("XINFO", "CONSUMERS", self._stream, GROUP)
+            rows = await self._redis.execute("XINFO", "CONSUMERS", self.key, GROUP)
         return {row["name"]: int(row["pending"]) for row in rows if row["name"] != self.consumer}
 
     async def remove_consumer(self, consumer: str) -> None:
         """Remove a consumer from the group, unless it has pending entries."""
-        await LUA["remove_consumer"].run(self._redis, (self._stream,), (GROUP, consumer))
+        await LUA["remove_consumer"].run(self._redis, (self.key,), (GROUP, consumer))
 
     async def pending(self, consumer: str | None = None, *, exclude: Iterable[str] = ()) -> list[PendingEntry]:
         """Pending entries of a consumer (by default ours), oldest first, except the excluded. Raises `GroupMissing`."""
         excluded, consumer = set(exclude), consumer or self.consumer
         with _detecting_missing_group():
-            rows = await self._redis.execute("XPENDING", self._stream, GROUP, "-", "+", MAX_PENDING_LISTED, consumer)
+            rows = await self._redis.execute("XPENDING", self.key, GROUP, "-", "+", MAX_PENDING_LISTED, consumer)
         return [PendingEntry(row[0], int(row[3]), consumer) for row in rows if row[0] not in excluded]
 
     async def claim(self, entry: PendingEntry, *, deliveries: int) -> Entry | None:
@@ -173,14 +169,14 @@ class RequestStream:
         """
         needs_lease = int(entry.consumer == self.node and not self.is_own)
         arguments = (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease, 0)
-        fields = await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
+        fields = await LUA["claim"].run(self._redis, (self.key, self._lease), arguments)
         return None if fields is None else Entry(entry.entry_id, to_dict(fields), deliveries)
 
     async def is_taken_over(self, entry: Entry) -> bool:
         """Whether an entry that was delivered to us has another consumer now. False when Redis has lost it."""
         try:
             with _detecting_missing_group():
-                rows = await self._redis.execute("XPENDING", self._stream, GROUP, entry.entry_id, entry.entry_id, 1)
+                rows = await self._redis.execute("XPENDING", self.key, GROUP, entry.entry_id, entry.entry_id, 1)
         except GroupMissing:
             return False
         return bool(rows) and rows[0][1] != self.consumer
@@ -193,15 +189,15 @@ class RequestStream:
         """
         deliveries = entry.deliveries - 1 if isinstance(entry, Entry) else entry.deliveries
         arguments = (GROUP, to or self.consumer, self.consumer, entry.entry_id, deliveries, 0, 1)
-        await LUA["claim"].run(self._redis, (self._stream, self._lease), arguments)
+        await LUA["claim"].run(self._redis, (self.key, self._lease), arguments)
 
     async def unfinished(self) -> int:
         """The number of requests in the stream."""
-        return int(await self._redis.execute("XLEN", self._stream))
+        return int(await self._redis.execute("XLEN", self.key))
 
     async def ping(self) -> None:
         """Check that the server that has the stream answers."""
-        await self._redis.execute("EXISTS", self._stream)
+        await self._redis.execute("EXISTS", self.key)
 
     def request_id(self, entry_id: str) -> str:
         """The id of a request in records of replies."""

@@ -1,16 +1,14 @@
 """The consumer of one requests stream, its own or an adopted one: reads requests, and claims those of dead nodes."""
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any
 
 import structlog
 
 from imstream.errors import StoreDenied, StoreError
 from imstream.model import NEWEST_VERSION, ChatRequest, MalformedEntry, NewerVersion
 from imstream.redis.errors import describe_problem
-from imstream.store.requests import Admitted, Entry, GroupMissing, PendingEntry, QueueFull, RequestStream
+from imstream.store.requests import Entry, GroupMissing, PendingEntry, RequestStream
 from imstream.worker.admission import Admission
 from imstream.worker.attempt import WorkerDeps
 from imstream.worker.disposition import MALFORMED, Bury
@@ -44,6 +42,7 @@ class StreamConsumer:
         self._suspect: str | None = None
         self._group: asyncio.TaskGroup | None = None  # of the jobs; None before `run`
         self._admission = Admission(requests, deps, jobs, start=self._add, sweep_soon=self.sweep_soon)
+        self.admit = self._admission.admit
         self.stopping = False
         """Whether reading new requests has ended."""
         self.redis_problem = describe_problem(None)
@@ -73,10 +72,6 @@ class StreamConsumer:
                     except (StoreError, GroupMissing) as error:
                         await self._after_error(error)
                 await self._admission.wait()
-
-    def admit(self, request: ChatRequest) -> Coroutine[Any, Any, Admitted | QueueFull]:
-        """See `Admission`."""
-        return self._admission.admit(request)
 
     def stop(self) -> None:
         """Read no new requests. A blocked read ends by its time limit."""
