@@ -181,7 +181,6 @@ def _stamp(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
 
 
 def _now() -> str:
-    """The time, in UTC."""
     second, microsecond = divmod(time.time_ns() // 1000, 1_000_000)
     return f"{_format_second(second)}.{microsecond:06d}Z"
 

@@ -119,7 +119,6 @@ class EndpointClient:
         return body[:ERROR_BODY_LIMIT]
 
     def _error(self, response: Response, body: bytes) -> BackendError:
-        """The error for an error response and the beginning of its body."""
         now = datetime.now(UTC)
         return failures.from_response(response.status, response.headers, body, now=now, secrets=self._endpoint.secrets)
 

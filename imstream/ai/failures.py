@@ -159,7 +159,6 @@ def retry_after(headers: Mapping[str, str], *, now: datetime) -> timedelta | Non
 
 
 def _judge(report: ErrorReport, status: int | None, *, in_answer: bool) -> tuple[FailureKind, str]:
-    """Whose fault an error is, and its reason."""
     by_status = "broken" if status is None or (in_answer and status == _BROKEN_STATUS) else _kind_of(status)
     status_reason = _ANSWER_REASONS.get(status, "backend_error") if in_answer else f"http_{status}"
     words = {_plain(part) for word in report.words for part in (word, word.partition(".")[0])}

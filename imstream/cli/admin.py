@@ -100,7 +100,6 @@ def _stream_lines(overview: StreamOverview) -> Iterator[str]:
 
 
 def _why_requests_wait(overview: StreamOverview) -> Iterator[str]:
-    """The reasons why requests wait, from Redis."""
     if overview.pause is not None:
         yield f"an operator has paused the node: {overview.pause}"
     if overview.holder is None:

@@ -73,7 +73,6 @@ class _History(FileHistory):
     """Earlier messages in a file. A chat continues when the file cannot be written."""
 
     def store_string(self, string: str) -> None:
-        """See `History.store_string`."""
         with suppress(OSError):
             super().store_string(valid(string))
 

@@ -157,7 +157,6 @@ class _Chat:
             self._note(Text.CHAT_LOST, why=isolate_direction(change.why), seconds=seconds)
 
     async def _converse(self) -> int:
-        """Send typed messages, until the end of the input."""
         keyboard = open_keyboard(self._output, self._ctrl_c.set)
         with nullcontext() if isinstance(keyboard, LineKeyboard) else without_echo():
             while (line := await self._read(keyboard)) is not None:

@@ -179,6 +179,5 @@ async def _change(
 
 
 def _row(letter: Letter) -> dict[str, str]:
-    """The listed fields of a letter."""
     at = letter.dead_at.isoformat("T", "seconds")
     return {"id": letter.entry_id, "node": letter.node, "dead_at": at, **letter.about}

@@ -70,7 +70,6 @@ class _Commands(click.Group):
         return [*self.commands, *_ELSEWHERE]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """See `click.Group.format_commands`."""
         width = max(map(len, self.list_commands(ctx)))
         for purpose, names in _PURPOSES.items():
             commands = [(name, command) for name in names if (command := self.get_command(ctx, name))]

@@ -93,7 +93,6 @@ class _Child:
         return bool(done)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if the process still runs."""
         if self.process.returncode is None:
             self.process.send_signal(number)
 

@@ -201,7 +201,6 @@ async def _respond_or_break(request: web.Request, body: bytes, fault: Fault | No
 
 
 async def _break_off(request: web.Request, response: web.StreamResponse, fault: Fault) -> web.StreamResponse:
-    """Stop in the middle of a response."""
     if fault is Fault.STALL:
         await asyncio.Event().wait()
     elif fault is not Fault.UNENDED and request.transport is not None:

@@ -126,7 +126,6 @@ class FrameHandler:
                 assert_never(frame)
 
     def _count(self, result: Admission) -> None:
-        """Count the result of a CHAT."""
         self._deps.metrics.admissions[result] += 1
         if result in LOAD:
             self._deps.busy_log.count(result, self._user_id())

@@ -132,7 +132,6 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
 
 
 async def _pending(redis: RedisClient, stream: str) -> dict[str, int]:
-    """Pending entries by consumer."""
     try:
         summary = await redis.execute("XPENDING", stream, GROUP)
     except StoreRefused:  # no such stream or group

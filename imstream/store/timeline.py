@@ -151,7 +151,6 @@ class _Search:
         self.found.events.insert(0, Event(_time(entry_id), "asked", 0, 0, about))
 
     async def _describe(self, last: Event, request: Row | None) -> None:
-        """Describe its state, by the last event of its reply."""
         self.found.state, self.found.now = last.event, f"it has ended: {last.event}"
         if last.event in TERMINAL_EVENTS:
             return

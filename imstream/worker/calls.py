@@ -154,7 +154,6 @@ class Calls:
         return limit * random.random()  # noqa: S311 - spreads load, no secret
 
     async def _wait(self, decision: Wait, upstream: Upstream, writer: ReplyWriter) -> None:
-        """Record that the message waits."""
         error, self._last_wait = decision.error, decision
         pause = max(decision.after.total_seconds(), self._deps.backends.remaining())
         why = Waiting(upstream.name, error.reason, error.detail, round(pause * 1000))

@@ -115,7 +115,6 @@ class WordFilter:
 
 
 def _spans_in_text(found: Iterable[tuple[int, int]], indexes: range | list[int]) -> list[tuple[int, int]]:
-    """Convert spans of the normalized text to spans of the text."""
     return [(indexes[first], indexes[end - 1] + 1) for first, end in found]
 
 

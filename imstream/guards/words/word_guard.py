@@ -171,7 +171,6 @@ def read(path: Path) -> WordList:
 
 
 def _problem(word: str) -> str | None:
-    """Why a normalized word cannot be listed."""
     if not word.strip(SEPARATORS):
         return "no letter and no digit"
     if word[0].isspace() or word[-1].isspace():
