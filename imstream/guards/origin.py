@@ -8,9 +8,9 @@ import hmac
 import re
 from collections.abc import Collection, Mapping
 from typing import Self
-from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
+from yarl import URL
 
 from imstream.codes import CloseCode, Code
 from imstream.errors import SettingsError
@@ -18,7 +18,6 @@ from imstream.guards.guard import ALLOW, Allow, Guard, GuardDeps, LoginAttempt, 
 from imstream.settings import Settings
 from imstream.texts import Sentence
 
-_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 NULL = "null"
@@ -93,11 +92,10 @@ def _canonical(origin: str) -> str | None:
     """An origin without the default port of its scheme; None for text that is not an origin."""
     if origin in {"same", NULL, "*"}:
         return origin
-    parts = _split(origin)
-    if parts is None or _ORIGIN.fullmatch(origin) is None:
+    try:
+        return str(URL(origin)) if _ORIGIN.fullmatch(origin) else None
+    except ValueError:
         return None
-    port = "" if parts.port is None or parts.port == _PORTS.get(parts.scheme) else f":{parts.port}"
-    return f"{parts.scheme}://{parts.netloc.removesuffix(f':{parts.port}')}{port}"
 
 
 def is_same(origin: str, headers: Mapping[str, str]) -> bool:
@@ -105,22 +103,8 @@ def is_same(origin: str, headers: Mapping[str, str]) -> bool:
 
     Balancers forward the browser's `Host`. Only the balancer that terminates TLS has the scheme, and may send it.
     """
-    page, target = _split(origin), _split(f"//{headers.get('host', '')}")
-    if page is None or target is None or page.scheme not in {"http", "https"} or not _ORIGIN.fullmatch(origin):
-        return False
+    scheme, page = origin.partition(":")[0], _canonical(origin)
     target_scheme = headers.get("x-forwarded-proto", "").partition(",")[0].strip()  # the outermost of several balancers
-    if page.scheme == "http" and target_scheme in {"https", "wss"}:
-        return False  # a page that anyone on the network path may have changed
-    default = _PORTS[page.scheme]
-    same_port = (page.port or default) == (target.port or default)
-    return same_port and page.hostname is not None and page.hostname == target.hostname
-
-
-def _split(url: str) -> SplitResult | None:
-    """The parts of a URL; None if they are not valid."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises for a port that is not a number
-    except ValueError:
-        return None
-    return parts
+    if scheme not in {"http", "https"} or (scheme == "http" and target_scheme in {"https", "wss"}):
+        return False  # the latter: a page that anyone on the network path may have changed
+    return page is not None and page == _canonical(f"{scheme}://{headers.get('host', '').lower()}")
