@@ -71,7 +71,7 @@ async def test_an_answer_that_is_cut_anywhere_is_never_restarted(redis_server: R
 
 
 async def test_the_user_of_a_killed_node_keeps_the_text_and_gets_the_rest_from_another(nodes: ManyNodes) -> None:
-    asked = question(120)
+    asked = question(120, stall=1)
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, asked, "m1")
         told = await someone.some_text("m1", 200)

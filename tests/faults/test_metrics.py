@@ -38,8 +38,9 @@ async def agrees(nodes: ManyNodes, stream: str, *, at: str) -> None:
 async def test_an_adopted_stream_has_its_own_label_until_it_is_released(nodes: ManyNodes) -> None:
     count = 4
     async with nodes["a"].peer(USER) as someone:
-        for number in range(count):
-            await someone.chat(USER, "[[demo first=0s pace=100ms length=10]]", f"m{number}")
+        for number in range(count):  # the first one does not end on node a
+            pace = "pace=10ms length=10 stall=1" if number == 0 else "pace=100ms length=10"
+            await someone.chat(USER, f"[[demo first=0s {pace}]]", f"m{number}")
         await metrics_become(nodes["a"].now.http, {unfinished("a"): count})
         before = await scraped(nodes["b"].now.http)
         assert unfinished("a") not in before

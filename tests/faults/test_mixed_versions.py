@@ -52,7 +52,7 @@ def assert_no_error_is_logged(nodes: ManyNodes) -> None:
 async def test_the_answers_of_a_killed_node_are_finished_by_a_node_of_the_other_release(
     nodes: ManyNodes, one: str, other: str
 ) -> None:
-    asked = {f"m{n}": question(80 + n, n) for n in range(ACTIVE + 1)}
+    asked = {f"m{n}": question(80 + n, n, stall=int(n < ACTIVE)) for n in range(ACTIVE + 1)}
     *running, waiting = asked
     async with nodes[one].peer(USER) as someone:
         for message_id, text in asked.items():

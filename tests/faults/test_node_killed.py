@@ -11,7 +11,7 @@ from tests.support.waiting import wait_until
 
 ASKED = {
     10001 + n: {
-        f"m{k}": f"user {n}, number {k} [[demo first=0 length={20 + 25 * n + 10 * k} pace=5ms]]" for k in (0, 1)
+        f"m{k}": f"user {n}, number {k} [[demo first=0 length={20 + 25 * n + 10 * k} pace=10ms]]" for k in (0, 1)
     }
     for n in range(8)
 }

@@ -16,8 +16,8 @@ A_LONG_LEASE = "10m"
 
 
 async def test_what_a_node_cannot_finish_before_it_ends_is_adopted_at_once(demo: DemoBackend, tmp_path: Path) -> None:
-    short, long = question(30), question(250)
-    limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "1s", "max_deliveries": 1}
+    short, long = question(30), question(100, stall=1)
+    limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "2s", "max_deliveries": 1}
     async with many_nodes(tmp_path, demo.url, "a", "b", **limits) as nodes:
         async with nodes["a"].peer(USER) as someone, nodes["a"].peer(OTHER) as idle:
             await someone.chat(USER, long, "long")
@@ -42,16 +42,17 @@ async def test_what_a_node_cannot_finish_before_it_ends_is_adopted_at_once(demo:
 
 async def test_requests_that_wait_on_a_node_that_ends_are_adopted_at_once(demo: DemoBackend, tmp_path: Path) -> None:
     limits: dict[str, Any] = {"lease": A_LONG_LEASE, "drain_grace": "0.1s", "concurrency": 1}
+    asked = {f"m{n}": question(20, n, stall=int(n == 0)) for n in range(4)}
     async with many_nodes(tmp_path, demo.url, "a", "b", **limits) as nodes:
         async with nodes["a"].peer(USER) as someone:
-            for n in range(4):
-                await someone.chat(USER, question(20 + 180 * (n == 0), n), f"m{n}")
+            for message_id, text in asked.items():
+                await someone.chat(USER, text, message_id)
             await someone.some_text("m0")
             nodes["a"].now.process.signal(signal.SIGTERM)
             assert await someone.closed() == 1012
         async with nodes["b"].peer(USER, resume=someone.told) as someone:
-            for n in range(4):
-                assert (await someone.end_of(f"m{n}")).text == whole(question(20 + 180 * (n == 0), n))
+            for message_id, text in asked.items():
+                assert (await someone.end_of(message_id)).text == whole(text)
         assert await nodes["a"].died() == 0
         assert '"event":"drained","unfinished":4,' in nodes["a"].now.process.output()
         assert nodes.ai_calls() == 5

@@ -56,7 +56,7 @@ async def test_a_socket_on_another_node_receives_questions_and_states_at_once(no
 
 
 async def test_a_device_on_another_node_finds_the_whole_exchange_after_its_node_has_died(nodes: ManyNodes) -> None:
-    asked = {"ended": question(20), "cut": question(120, "slowly")}
+    asked = {"ended": question(20), "cut": question(120, stall=1)}
     async with nodes["a"].peer(USER) as asking:
         await asking.chat(USER, asked["ended"], "ended")
         await asking.end_of("ended")

@@ -19,8 +19,8 @@ TIMEOUT, BLOCK = 1.0, 0.2
 NOT_READY_WITHIN = BLOCK + 2 * TIMEOUT + 2.0
 """Time limit in seconds: two after which a node must have reached Redis, and two for a busy machine."""
 BACK_WITHIN = 5.0
-PAUSE = 7.0
-"""Seconds, longer than needed: CLIENT PAUSE ALL also blocks CLIENT UNPAUSE."""
+PAUSE = 12.0
+"""Seconds, much longer than needed: CLIENT PAUSE ALL also blocks CLIENT UNPAUSE."""
 
 USERS = 20
 LANES = 4
@@ -41,7 +41,7 @@ def stopped(server: RedisServer, _: TcpProxy) -> Iterator[None]:
 @contextmanager
 def paused(server: RedisServer, _: TcpProxy) -> Iterator[None]:
     """CLIENT PAUSE: connections are accepted, and every command waits."""
-    with server.client() as client:
+    with server.client(timeout=PAUSE * SLOW) as client:
         client.client_pause(int(PAUSE * 1000))
         yield
         client.ping()

@@ -197,15 +197,15 @@ async def test_an_answer_goes_on_at_another_node_when_the_users_node_dies(balanc
 
 
 async def test_words_pass_one_by_one_while_the_answer_is_being_made(balancer: Balancer, farm: Farm) -> None:
-    question = "Word by word [[demo length=60 pace=30ms]]"
-    pieces = canned_answer(question, 60)
+    question = "Word by word [[demo length=120 pace=30ms]]"
+    pieces = canned_answer(question, 120)
     message_id = f"words-{balancer.program}"
     async with peer(balancer.ws(10001), user=user_id(10001)) as socket:
         await socket.chat(user_id(10001), question, message_id)
         deltas: list[str] = []
         while len(deltas) < 30:
             deltas.append((await socket.until(messageId=message_id, event="delta"))["contents"])
-        assert farm.unfinished() == 1  # half of the answer is here, the other half is not generated yet
+        assert farm.unfinished() == 1  # a part of the answer is here, the rest is not generated yet
         assert sum(delta in pieces for delta in deltas) >= 20  # a busy machine may merge some
         assert (await socket.end_of(message_id)).text == "".join(pieces)
 

@@ -84,7 +84,7 @@ async def test_a_connection_that_breaks_again_and_again_costs_no_text(
 ) -> None:
     changes: list[ConnectionChange] = []
     async with Client(f"ws://127.0.0.1:{proxy.port}/ws", USER, on_change=changes.append) as client:
-        question = "[[demo length=300 pace=5ms]] go on and on"
+        question = "[[demo length=600 pace=5ms]] go on and on"
         eighth = len("".join(canned_answer(question))) // 8
         reply = await client.send(question)
         shown = ""

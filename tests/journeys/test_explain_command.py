@@ -51,7 +51,7 @@ def nodes(pair: ManyNodes) -> ManyNodes:
 
 
 async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to_its_end(nodes: ManyNodes) -> None:
-    asked = question(150)
+    asked = question(150, stall=1)
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, asked, "m")
         await someone.some_text("m")

@@ -67,12 +67,12 @@ async def backend(backend_port: int) -> AsyncIterator[ScriptedBackend]:
         yield made
 
 
-def holds(released: asyncio.Event) -> Script:
-    """A script: an answer once the event is set."""
+def holds(released: asyncio.Event, then: Script | None = None) -> Script:
+    """A script: another one once the event is set, by default an answer."""
 
     async def script(exchange: Exchange) -> None:
         await released.wait()
-        await streams("Hello")(exchange)
+        await (then or streams("Hello"))(exchange)
 
     return script
 
@@ -192,11 +192,13 @@ async def test_refusals_by_the_cap_of_a_user_are_counted_apart(node: OneNode, ba
 
 
 async def test_failed_calls_are_counted_by_whose_fault_they_are(node: OneNode, backend: ScriptedBackend) -> None:
-    user, before = user_id(10401), await scraped(node.now.http)
-    backend.then(*[refuses(503)] * 2, breaks_off(event(chunk("Hel"))), continues("Hel", "lo"), refuses(400))
+    user, before, released = user_id(10401), await scraped(node.now.http), asyncio.Event()
+    breaks = holds(released, breaks_off(event(chunk("Hel"))))
+    backend.then(*[refuses(503)] * 2, breaks, continues("Hel", "lo"), refuses(400))
     async with node.peer(user) as someone:
         await someone.chat(user, "?", "m1")
         await metrics_become(node.now.http, {BREAKER: 1})
+        released.set()
         await someone.end_of("m1")
         await metrics_become(node.now.http, {BREAKER: 0})
         await someone.chat(user, "?", "m2")

@@ -44,7 +44,7 @@ def nodes(pair: ManyNodes) -> ManyNodes:
 
 async def test_every_node_is_shown_with_its_release_its_sockets_and_its_work(nodes: ManyNodes) -> None:
     async with nodes["a"].peer(USER) as someone:
-        await someone.chat(USER, question(200), "m")
+        await someone.chat(USER, question(20_000), "m")
 
         def a_works() -> bool:
             [a, _] = shown(nodes.server)["nodes"]
@@ -64,6 +64,7 @@ async def test_every_node_is_shown_with_its_release_its_sockets_and_its_work(nod
             ["a", "running"],
             ["b", "running"],
         ]
+        await someone.send_frame("CANCEL", userId=USER, messageId="m")
         await someone.end_of("m")
 
 
@@ -83,7 +84,7 @@ async def test_redis_cli_shows_the_same(nodes: ManyNodes) -> None:
 async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothing_is_adopted(nodes: ManyNodes) -> None:
     assert (await asyncio.to_thread(shown, nodes.server, "--wait-settled"))["unsettled"] == []
     async with nodes["a"].peer(USER) as someone:
-        await someone.chat(USER, question(150), "m")
+        await someone.chat(USER, question(400), "m")
         await someone.some_text("m")
         await nodes.killed("a")
         assert await nodes.opened(USER, "m", 2) == ["a", "b"]
@@ -96,7 +97,7 @@ async def test_the_next_node_may_be_stopped_when_the_last_one_is_back_and_nothin
     await nodes.start("a")
     waited = await asyncio.to_thread(look, nodes.server, "--wait-settled", "--timeout", "1m")
     assert waited.exit_code == 0, waited.output
-    assert nodes.any.recorded(USER, "m") == ("done", whole(question(150)))
+    assert nodes.any.recorded(USER, "m") == ("done", whole(question(400)))
 
 
 def test_nodes_of_other_releases_foreign_values_and_gaps_are_shown_with_every_topology_of_redis(

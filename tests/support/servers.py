@@ -114,9 +114,9 @@ class RedisServer:
         """Its URL with all permissions, for tests."""
         return self.url.replace(USER, ADMIN_LOGIN)
 
-    def client(self) -> redis.Redis:
-        """A client for the test."""
-        return redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, **as_admin(self.tls))
+    def client(self, timeout: float = 5) -> redis.Redis:
+        """A client for the test; `timeout` in seconds."""
+        return redis.Redis(port=self.port, decode_responses=True, socket_timeout=timeout, **as_admin(self.tls))
 
     def start(self) -> None:
         """Start the server and wait until it answers."""

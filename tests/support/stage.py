@@ -25,7 +25,7 @@ KEYS = Keys()
 REQUESTS, LOAD, DEAD = KEYS.requests("0"), KEYS.load("0"), KEYS.dead("0")
 
 QUICK = {
-    "redis_timeout": "500ms",
+    "redis_timeout": "1s",
     "read_block": "300ms",
     "sweep_interval": "500ms",
     "flush_interval": "50ms",

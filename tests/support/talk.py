@@ -8,9 +8,13 @@ from imstream.demo.answer import canned_answer
 from tests.support.many_nodes import ManyNodes
 
 
-def question(length: int, about: object = "", *, pace: str = "10ms") -> str:
-    """A question whose answer has that many deltas, one every `pace`."""
-    return f"tell me more {about} [[demo first=0 length={length} pace={pace}]]"
+def question(length: int, about: object = "", *, pace: str = "10ms", stall: int = 0) -> str:
+    """A question whose answer has that many deltas, one every `pace`.
+
+    `stall`: calls whose answers stop in the middle and do not end, so that a slow test can interrupt them as well.
+    """
+    stalls = f" stall={stall}" if stall else ""
+    return f"tell me more {about} [[demo first=0 length={length} pace={pace}{stalls}]]"
 
 
 def whole(asked: str) -> str:
