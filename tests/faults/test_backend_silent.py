@@ -7,6 +7,7 @@ from tests.support.backend_scripts import by_question, question_of
 from tests.support.one_node import one_node
 from tests.support.scripted_backend import Exchange, chunk, event, hangs, scripted_backend, streams
 from tests.support.servers import RedisServer
+from tests.support.waiting import SLOW
 
 USER = 10001
 
@@ -17,7 +18,7 @@ async def test_silence_before_and_between_tokens_ends_the_call_and_it_is_made_ag
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     # Different limits, to tell which one applied.
-    first, idle, spread = 0.9, 0.3, 0.8
+    first, idle, spread = 0.9, 0.3, 0.8 * SLOW
     answer = streams("The answer")
     scripts = {
         "no response": [hangs(head=False), answer],
@@ -61,11 +62,11 @@ async def test_a_slow_answer_that_goes_on_is_left_alone(redis_server: RedisServe
         await exchange.start()
         for n in range(8):  # longer than both limits together, but never silent for as long as one of them
             await exchange.send(event(chunk(f"{n} ")))
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.3)
         await exchange.send(event(chunk(finish_reason="stop")))
         await exchange.end()
 
-    limits = {"ai_first_token_timeout": "500ms", "ai_idle_timeout": "600ms"}
+    limits = {"ai_first_token_timeout": "1s", "ai_idle_timeout": "1200ms"}
     async with (
         scripted_backend(always=slow) as backend,
         one_node(tmp_path, redis_server, backend.url, **limits) as node,

@@ -146,7 +146,7 @@ async def test_with_one_of_two_backends_dead_only_one_call_in_each_pause_of_its_
             ) as node,
         ):
             waits = [await first_delta(node, USER + n) for n in range(users)]
-            late = [seconds for seconds in waits if seconds >= connect / 2]
+            late = [seconds for seconds in waits if seconds >= 0.95 * connect]  # others may wait for a busy machine
             assert late, "nobody has found out that it is dead"
             assert max(late) < connect + 1.0 * SLOW
             await wait_until(lambda: states(node).get("alive", {}).get("calls") == users, "all calls are published")

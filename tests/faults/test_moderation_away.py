@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 USER = 10001
 BRIEF = "[[demo first=0 pace=0 length=5]]"
 LONG = "[[demo first=0 pace=10ms length=200]]"
-QUICK = {"moderation_timeout": "300ms", "ai_breaker_pause": "100ms", "retry_wait_max": "200ms", "lock_after": 0}
+QUICK = {"moderation_timeout": "1s", "ai_breaker_pause": "100ms", "retry_wait_max": "200ms", "lock_after": 0}
 
 
 @asynccontextmanager

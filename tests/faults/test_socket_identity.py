@@ -37,6 +37,8 @@ def contents_of(node: OneNode) -> dict[str, Any]:
     """The contents of Redis, without the keys that the node itself renews."""
     found: dict[str, Any] = {}
     for key in node.redis.scan_iter():
+        if key.endswith((":lease", ":nodes", ":status", ":backends")):
+            continue
         kind: Any = node.redis.type(key)
         if kind == "stream":
             found[key] = node.redis.xrange(key)
@@ -44,7 +46,7 @@ def contents_of(node: OneNode) -> dict[str, Any]:
             found[key] = node.redis.hgetall(key)
         elif kind == "set":
             found[key] = node.redis.smembers(key)
-        elif not key.endswith((":lease", ":nodes")):
+        else:
             found[key] = kind
     return found
 

@@ -313,7 +313,7 @@ async def test_who_cannot_be_logged_in_in_time_is_sent_away_to_come_back_later(
     redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}/"
-    settings = {"auth": "jwt", "auth_algorithm": "ES256", "auth_jwks_url": nowhere, "init_timeout": "600ms"}
+    settings = {"auth": "jwt", "auth_algorithm": "ES256", "auth_jwks_url": nowhere, "init_timeout": "2s"}
     shown_key = token(key_of("ES256"), "ES256", sub=str(USER), exp=time.time() + 60)
     async with one_node(tmp_path, redis_server, demo.url, **settings) as node, peer(node.now.ws(USER)) as someone:
         await someone.send_frame("INIT", userId=USER, token=shown_key)

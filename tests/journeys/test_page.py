@@ -561,6 +561,7 @@ async def test_everything_fits_on_the_screen(
     await log_in(page, long_named)
     await ask(page, "Is there room for a word like " + 20 * "Donaudampfschifffahrt" + "?")
     await status(page, "done")
+    await page.drawn()
     width, height = size
     assert await page.evaluate("document.documentElement.scrollWidth") == width
     await open_menu(page)

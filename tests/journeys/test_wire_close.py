@@ -21,8 +21,8 @@ USER = user_id(10001)
 def standing(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[OneNode]:
     """A node with short timeouts, and English texts by default."""
     limits = {
-        "init_timeout": "600ms",
-        "idle_timeout": "1500ms",
+        "init_timeout": "2s",
+        "idle_timeout": "2500ms",
         "heartbeat": "700ms",
         "max_frame": 4096,
         "language": "en",
@@ -83,11 +83,11 @@ async def test_who_falls_silent_is_closed_with_4001_and_may_come_back(lang: str,
 
 
 async def test_heartbeats_keep_a_socket_open_and_an_answer_alone_does_not(node: OneNode) -> None:
-    question = "on and on [[demo first=0 pace=50ms length=100]]"  # 5 s
+    question = "on and on [[demo first=0 pace=50ms length=200]]"  # 10 s
     async with node.peer(USER) as beating, node.peer(USER) as silent:
 
         async def beat() -> None:
-            while len(beating.told["beating"].events) < 60:  # twice the idle timeout
+            while len(beating.told["beating"].events) < 100:  # twice the idle timeout
                 await beating.until(messageId="beating")
                 await beating.send("PING")
 

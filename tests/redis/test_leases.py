@@ -200,8 +200,9 @@ def keeper_of(store: Store, own: Leases, **settings: Any) -> LeaseKeeper:  # noq
 async def test_a_lease_that_cannot_be_renewed_is_not_relied_on_to_its_end_and_is_held_again_later(
     store: Store,
 ) -> None:
-    own = leases(store, lease=timedelta(milliseconds=1200))
-    keeper = keeper_of(store, own)
+    lease = timedelta(milliseconds=2400)  # it is not relied on in its last quarter
+    own = leases(store, lease=lease)
+    keeper = keeper_of(store, own, lease=lease)
     assert not keeper.held
     async with running(keeper):
         await wait_until(lambda: keeper.held, "it is held")
