@@ -327,7 +327,7 @@ async def test_a_message_that_is_cancelled_while_it_begins_is_not_answered(redis
     ):
         await worker.load_scripts()
         client = worker.follow()
-        proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=0.4)
+        proxy.on_answer_to(LUA["begin"].digest.encode(), fate=Fate.DELAY, delay=1.0)
         admitting = asyncio.create_task(worker.consumer.admit(chat_request(USER, "m")))
         await wait_until(worker.entries, "Redis has begun it")  # before that, nobody knows it
         assert await worker.jobs.cancel(USER, "m") == "cancelled"

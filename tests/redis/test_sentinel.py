@@ -69,10 +69,10 @@ async def test_commands_and_reader_are_on_the_new_master_within_two_seconds(sent
 
 
 async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(sentinels: SentinelSet) -> None:
-    reader = BlockingReader(sentinels.admin_url, block=timedelta(seconds=20), timeout=TIMEOUT)
+    reader = BlockingReader(sentinels.admin_url, block=timedelta(seconds=60), timeout=TIMEOUT)
     async with RedisClient(sentinels.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
         await redis_client.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
-        blocked = asyncio.create_task(reader.execute(*READ[:-4], 20_000, *READ[-3:]))
+        blocked = asyncio.create_task(reader.execute(*READ[:-4], 60_000, *READ[-3:]))
         old, new = sentinels.master, sentinels.replica
         with old.client() as client:
             await wait_until(lambda: "xreadgroup" in [one["cmd"] for one in client.client_list()], "it is blocked")

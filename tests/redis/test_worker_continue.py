@@ -8,6 +8,7 @@ from structlog.testing import capture_logs
 from imstream.errors import BackendError, StoreUnavailable
 from imstream.model import Terminal
 from imstream.store.replies import ReplyStore
+from imstream.worker.jobs import UNREAD_ROUNDS
 from tests.redis.worker_harness import USER, Follower, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
@@ -131,7 +132,7 @@ async def test_while_the_backend_is_away_the_answer_waits_with_its_text(redis_se
 @pytest.mark.parametrize("how", ["killed", "drained"])
 async def test_the_next_worker_continues_the_record(redis_server: RedisServer, how: str) -> None:
     usage = {"total_tokens": 5}
-    async with run_worker(redis_server, **CONTINUES) as worker:
+    async with run_worker(redis_server, flush_interval="1h", **CONTINUES) as worker:
         await worker.ask()
         first = await worker.backend.call(1)
         first.send("Once ")
@@ -139,7 +140,9 @@ async def test_the_next_worker_continues_the_record(redis_server: RedisServer, h
         second = await worker.backend.call(2)
         second.send("upon ")
         if how == "killed":
-            await recorded(worker, BEGINNING)
+            for number in range(UNREAD_ROUNDS):
+                await worker.jobs.flush(number)
+            assert worker.recorded_text() == BEGINNING
             second.send("never recorded")
             await worker.crash()
     async with run_worker(redis_server, **CONTINUES) as worker:

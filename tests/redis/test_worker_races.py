@@ -38,7 +38,7 @@ async def test_the_backend_is_called_and_the_answer_ends_beside_a_slow_notice_to
                 call.done("one")
 
             worker.backend.always = answer
-            await worker.ask()
+            await worker.requests.admit(chat_request(USER, "m"))  # without a mark, which could be lost with the notice
             assert await worker.follow().end() == "done"
             await worker.idle()
             assert trap.sprung

@@ -86,8 +86,9 @@ class SentinelSet:
         return next(server for server in self.servers if server is not self.master)
 
     def fail_over(self) -> None:
-        """Fail over to another server in an orderly way."""
+        """Fail over to another server in an orderly way. On a busy machine it takes longer than `failover-timeout`."""
         with self._sentinel() as sentinel:
+            sentinel.execute_command("SENTINEL SET", SERVICE, "failover-timeout", 20_000)  # then it is given up
             sentinel.execute_command("SENTINEL FAILOVER", SERVICE)
 
     def client(self) -> redis.Redis:
