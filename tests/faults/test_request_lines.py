@@ -24,8 +24,8 @@ from tests.support.waiting import SLOW, wait_until
 USER = 10001
 USERS, CHATS, SLOTS = 40, 6, 24
 KINDS = ("started", "delta")
-TOLERANCE = 0.010
-"""Seconds by which the log and the clients may differ."""
+TOLERANCE, BUSY_TOLERANCE = 0.010, 0.1
+"""Seconds by which the log and the clients may differ, also if no run was quiet: then each waits for a CPU at times."""
 
 QUIET = 0.15
 """Share of the time in which the node and this process wait for a CPU, on a machine with nothing else to do."""
@@ -66,7 +66,8 @@ async def test_times_in_log_lines_agree_with_those_of_the_clients_and_with_the_h
     run = min(runs, key=lambda one: one.starved)
     for name, kind in (("queue_wait", "started"), ("first_delta", "delta")):
         client, logged = p95(run.measured[kind]), p95(_logged([run], name))
-        assert abs(client - logged) <= TOLERANCE, (name, client, logged, run.starved)
+        tolerance = TOLERANCE if run.starved <= QUIET else BUSY_TOLERANCE
+        assert abs(client - logged) <= tolerance, (name, client, logged, run.starved)
         low, high = _bucket_of_p95(exposed, f"imstream_{name}_seconds")
         assert low <= p95(_logged(runs, name)) <= high, (name, logged, low, high)
 
