@@ -106,11 +106,12 @@ class StreamConsumer:
         if self._deps.lease_keeper.held:
             await self._sweep_if_due()
         if self._finishing:
-            left = await self._requests.pending(exclude={*self.newer, *self._running})
+            running = {*self._running}  # a job that ends meanwhile may leave its entry pending: then look again
+            left = await self._requests.pending(exclude=self.newer | running)
             if self._deps.pauses.is_known and self._deps.pauses.of(self._requests.node):
                 for one in left:  # nothing starts here: another node may answer them
                     await self._requests.hand_back(one, to=self._requests.node)
-            self._finished = not self._running and not left
+            self._finished = not running and not left
         wanted = 0 if self._finishing or not self._deps.lease_keeper.held else self._deps.startable(self._requests.node)
         with self._jobs.reserve(wanted, self._requests.node) as slots:
             if slots.free:

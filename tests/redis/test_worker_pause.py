@@ -1,6 +1,7 @@
 """A worker that an operator has paused: it starts nothing, and requests that wait for a backend do not fail."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from imstream.guards.chain import GuardChain
 from imstream.guards.guard import ALLOW, Allow, Guard
 from imstream.model import ChatRequest, Waiting
 from imstream.store.pauses import ALL, Pause
+from imstream.store.requests import Entry, PendingEntry, RequestStream
 from tests.redis.worker_harness import USER, PlayedBackend, WorkerHarness, run_worker
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
@@ -204,6 +206,43 @@ async def test_the_requests_that_a_paused_node_has_adopted_are_answered_by_other
             (await other.backend.call(1)).done("by the third")
             await other.idle()
             assert other.recorded() == ("done", "by the third")
+        await adopter.pauses.resume("1")
+
+
+async def test_a_request_that_is_handed_back_while_the_pending_ones_are_read_is_answered_by_others(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node that has adopted it is paused, and ends the adoption in the moment in which the job ends."""
+    hand_back, pending, is_read = RequestStream.hand_back, RequestStream.pending, asyncio.Event()
+
+    async def hand_back_then(stream: RequestStream, entry: Entry | PendingEntry, *, to: str | None = None) -> None:
+        if isinstance(entry, Entry):  # by its job
+            await is_read.wait()
+        await hand_back(stream, entry, to=to)
+
+    async def read_first(
+        stream: RequestStream, consumer: str | None = None, *, exclude: Iterable[str] = ()
+    ) -> list[PendingEntry]:
+        found = await pending(stream, consumer, exclude=exclude)
+        if not stream.is_own and exclude and not is_read.is_set():
+            is_read.set()
+            await is_handed_back(adopter)
+        return found
+
+    limits = {"lease": "1s", "sweep_interval": "1h", **SLOW}
+    async with run_worker(redis_server, **limits) as dying, run_worker(redis_server, node="1", **limits) as adopter:
+        adopter.backend.always = lambda call: call.fail(away())
+        await dying.ask()
+        await dying.backend.call(1)
+        await dying.crash()
+        await wait_until(lambda: dying.entries()[-1]["event"] == "waiting", "the adopter has tried to answer it")
+        monkeypatch.setattr(RequestStream, "hand_back", hand_back_then)
+        monkeypatch.setattr(RequestStream, "pending", read_first)
+        await pause(adopter, "1")
+        await wait_until(lambda: not dying.redis.exists(dying.keys.adopter("0")), "it is not adopted any longer")
+        async with run_worker(redis_server, node="2", **limits) as other:
+            (await other.backend.call(1)).done("by the third")
+            await other.idle()
         await adopter.pauses.resume("1")
 
 
